@@ -1,0 +1,56 @@
+"""What becomes of a trainer's own numbers when its checkpoints are merged.
+
+``step`` and ``epoch`` (and their cousins) are the largest of the inputs; each entry of ``model_loss`` the weighted mean
+where every input has that number; all else is the first input's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from streammerge.repickle import Edit
+from streammerge.tree import number
+
+_COUNTERS = ("step", "epoch", "global_step", "iteration", "iter_num", "current_epoch", "batch_idx_train", "updates")
+_LOSSES = ("model_loss",)
+
+
+def merge_bookkeeping(trees: list[Any], weights: list[float], edit: Edit) -> list[str]:
+    """Puts the merged numbers into the edit of the first tree; returns ``key = value`` for each that changed."""
+    first = trees[0]
+    if not isinstance(first, dict) or len(trees) < 2:
+        return []
+    said = []
+    for key in _COUNTERS:
+        values = [value for tree in trees if (value := number(_get(tree, key))) is not None]
+        if values and number(_get(first, key)) is not None and max(values) != number(first[key]):
+            edit.values[id(first), key] = max(values)
+            said.append(f"{key} = {max(values)}")
+    for key in _LOSSES:
+        said += _merge_loss(trees, weights, key, edit)
+    return said
+
+
+def _merge_loss(trees: list[Any], weights: list[float], key: str, edit: Edit) -> list[str]:
+    losses = [_get(tree, key) for tree in trees]
+    if all(number(loss) is not None for loss in losses):
+        mean = _mean(losses, weights)
+        edit.values[id(trees[0]), key] = mean
+        return [f"{key} = {mean:.6g}"]
+    said = []
+    if all(isinstance(loss, dict) for loss in losses):
+        for name in losses[0]:
+            if all(number(_get(loss, name)) is not None for loss in losses):
+                mean = _mean([loss[name] for loss in losses], weights)
+                edit.values[id(losses[0]), name] = mean
+                said.append(f"{key}.{name} = {mean:.6g}")
+    return said
+
+
+def _get(node: Any, key: Any) -> Any:
+    return node.get(key) if isinstance(node, dict) else None
+
+
+def _mean(values: list[Any], weights: list[float]) -> float:
+    total = sum(weights) or 1.0
+    return float(sum(w * (number(v) or 0.0) for v, w in zip(values, weights, strict=True)) / total)

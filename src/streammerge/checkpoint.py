@@ -1,0 +1,105 @@
+"""A checkpoint without its data: which tensors it has, where their bytes are, and what else it says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streammerge.errors import FormatError, RecipeError, StreammergeError, printable
+from streammerge.formats import sniff
+from streammerge.formats.base import Container
+from streammerge.statedict import Selection, select
+from streammerge.storage import Identity, identity
+from streammerge.tensors import TensorEntry
+from streammerge.tree import Global, TensorRef, number, plain, walk
+
+
+@dataclass(slots=True)
+class CheckpointIndex:
+    """``entries``: every tensor of the state dict by name, in its order. ``aliases``: tied name -> the first name of
+    the same tensor. ``extras``: the inert tree of a pickled file, None for safetensors. ``files``: all it is read from.
+    """
+
+    path: Path
+    entries: dict[str, TensorEntry]
+    aliases: dict[str, str]
+    extras: Any
+    metadata: dict[str, str]
+    files: tuple[Path, ...]
+    container: Container
+    selection: Selection
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def format(self) -> str:
+        return self.container.format
+
+    @property
+    def numel(self) -> int:
+        """Parameters, tied ones counted once."""
+        return sum(e.spec.numel for n, e in self.entries.items() if n not in self.aliases)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors, tied ones counted once."""
+        return sum(e.nbytes for n, e in self.entries.items() if n not in self.aliases)
+
+    def identities(self) -> dict[str, Identity]:
+        """What each file is on the disk, to notice when it changes."""
+        return {str(path): identity(path) for path in self.files}
+
+    def classes(self) -> list[str]:
+        """Names of the classes and functions that its pickle mentions, none of which was imported."""
+        return sorted({n.path for _, n in walk(self.extras) if isinstance(n, Global) and not _is_torch_type(n)})
+
+    def plain_data(self) -> Any:
+        """What is not a tensor, as JSON-able data, without the state dicts."""
+        if not isinstance(self.extras, dict):
+            return None if isinstance(self.extras, TensorRef) else plain(self.extras)
+        chosen = {id(f.holder) for c in self.selection.candidates for f in c.tensors}
+        kept = {k: v for k, v in self.extras.items() if not isinstance(v, TensorRef)}
+        return {str(k): f"<{_counted(v)}>" if id(v) in chosen else plain(v) for k, v in kept.items()}
+
+    def value(self, key: str) -> float | int | None:
+        """A number in the plain data by its path, such as ``model_loss.eval_loss``."""
+        node: Any = self.extras
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        return number(node)
+
+
+def _counted(node: Any) -> str:
+    return f"state dict of {len(node)} tensors" if isinstance(node, dict) else "state dict"
+
+
+def _is_torch_type(node: Global) -> bool:
+    return node.module == "torch" or node.module.startswith("torch.storage") or node.path == "collections.OrderedDict"
+
+
+def open_checkpoint(path: str | Path, state_dict: str | None = None, ema: str = "ignore") -> CheckpointIndex:
+    """The index of a file or folder; nothing in it is executed and no tensor is read.
+
+    Raises FormatError for what cannot be read and RecipeError when ``state_dict`` or ``ema`` ask for what is not there.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise RecipeError(f"{printable(path)} does not exist")
+    container = sniff.read(path)
+    try:
+        selection = select(container.tree, state_dict, ema)
+    except StreammergeError as error:
+        raise type(error)(f"{printable(path)}: {error}") from error
+    entries: dict[str, TensorEntry] = {}
+    aliases: dict[str, str] = {}
+    places: dict[tuple[object, ...], str] = {}
+    for found in selection.tensors:
+        if found.name in entries:
+            raise FormatError(f"{printable(path)}: the name {printable(found.name)} stands for two tensors")
+        entry = entries[found.name] = container.locate(found.name, found.ref)
+        first = places.setdefault(entry.place, found.name) if entry.nbytes else found.name
+        if first != found.name:
+            aliases[found.name] = first
+    extras = container.tree if container.pickled else None
+    notes = [*container.notes, *(f"{printable(path)}: {note}" for note in selection.notes)]
+    return CheckpointIndex(path, entries, aliases, extras, container.metadata, container.files, container, selection, notes)

@@ -1,0 +1,229 @@
+"""The command line: arguments in; plan, progress and errors out. What things mean is decided elsewhere."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from streammerge import __version__, api
+from streammerge.cli import render
+from streammerge.cli.progress import Progress
+from streammerge.errors import RecipeError, StreammergeError, printable
+from streammerge.recipe import INTEGERS, IO, ON_MISSING
+from streammerge.run import Result
+from streammerge.statedict import EMA_CHOICES
+
+Command = Callable[..., Any]
+
+
+def _options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def apply(command: Command) -> Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return apply
+
+
+_output = click.option("--format", "form", type=click.Choice(["human", "json", "quiet"]), default="human", help="How to report.")
+_debug = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+_selection = _options(
+    click.option("--state-dict", metavar="KEY.PATH", help="Which state dict of a wrapped file; found by itself otherwise."),
+    click.option("--ema", type=click.Choice(EMA_CHOICES), default="ignore", show_default=True, help="Averaged weights beside plain ones."),
+)
+_resources = _options(
+    click.option("--memory", default=api.DEFAULT_MEMORY, show_default=True, help="Budget for data held at once, above start-up."),
+    click.option("--workers", type=click.IntRange(1), metavar="N", help="Worker threads.  [default: CPUs available]"),
+    click.option("--io", type=click.Choice(IO), default="mmap", show_default=True, help="How inputs are read; pread for network drives."),
+)
+_writing = _options(
+    click.option("--max-shard-size", metavar="SIZE", help="For folders.  [default: as the first input, else 5GB]"),
+    click.option("--keep-optimizer", is_flag=True, help="Keep the first input's optimizer, scheduler and scaler in a .pth."),
+    click.option("--allow-nonfinite", is_flag=True, help="Write NaN and infinite values instead of stopping."),
+)
+_running = _options(
+    click.option("--overwrite", is_flag=True, help="Replace a finished output."),
+    click.option("--no-progress", is_flag=True, help="Show no progress bar."),
+    _output,
+    _debug,
+)
+_merging = _options(
+    click.argument("inputs", nargs=-1, required=True, metavar="INPUT..."),
+    click.option("--weights", metavar="W,W,...", help="One number per input, divided by their sum.  [default: equal]"),
+    click.option("--no-normalize", is_flag=True, help="Use the weights as given."),
+    click.option("--method", default="linear", show_default=True, help="The merge method."),
+    click.option("-p", "parameters", multiple=True, metavar="NAME=VALUE,...", help="A method parameter; several values: one per input."),
+    click.option("--dtype", help="Dtype of the output's floating-point tensors.  [default: the first input's]"),
+    click.option("--out-dtype", help="The same; wins over --dtype."),
+    click.option("--compute-dtype", help="float32 or float64.  [default: the method's]"),
+    click.option("--last", type=click.IntRange(1), metavar="N", help="Only the numerically last N inputs."),
+    click.option("--on-missing", type=click.Choice(ON_MISSING), default="error", show_default=True, help="Tensors not in every input."),
+    click.option("--integers", type=click.Choice(INTEGERS), help="Integer tensors that differ.  [default: max for num_batches_tracked, else error]"),
+    click.option("--convert-first", type=click.Path(), metavar="DIR", help="Convert each input into DIR, keep it, merge from there."),
+    _selection,
+    _resources,
+    _writing,
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120, "auto_envvar_prefix": "STREAMMERGE"})
+@click.version_option(__version__, prog_name="streammerge")
+def cli() -> None:
+    """Merge model checkpoints larger than memory.
+
+    An INPUT is a .safetensors, .pth, .pt, .bin or .ckpt file, a folder with one checkpoint or with shards and their
+    index, or a quoted glob. Nothing in an input is ever executed.
+    """
+
+
+@cli.command()
+@_merging
+@click.option("-o", "--out", required=True, metavar="OUT", help="x.safetensors, x.pth (.pt, .ckpt, .bin, .th), or a folder.")
+@click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
+@_running
+def merge(inputs: tuple[str, ...], out: str, dry_run: bool, overwrite: bool, no_progress: bool, form: str, debug: bool, **wishes: Any) -> None:
+    """Merge checkpoints into one.
+
+    \b
+    streammerge merge news.pth audiobook.pth --weights 0.6,0.4 -o voice.pth
+    streammerge merge 'run/checkpoint-*.pt' --last 5 -o average.safetensors
+    """
+    options = _merge_options(wishes)
+    if dry_run:
+        _show_plan(api.plan(inputs, out, **options), form)
+        return
+    with Progress(form, enabled=not no_progress) as progress:
+        result = api.merge(inputs, out, overwrite=overwrite, listener=progress, **options)
+    _report(result, form)
+
+
+@cli.command()
+@_merging
+@click.option("-o", "--out", metavar="OUT", help="The output, by whose name its container is planned.")
+@_output
+@_debug
+def plan(inputs: tuple[str, ...], out: str | None, form: str, debug: bool, **wishes: Any) -> None:
+    """Show what merge would do; nothing is written."""
+    _show_plan(api.plan(inputs, out, **_merge_options(wishes)), form)
+
+
+@cli.command()
+@click.argument("path", metavar="INPUT")
+@click.option("-o", "--out", required=True, metavar="OUT", help="x.safetensors, x.pth (.pt, .ckpt, .bin, .th), or a folder.")
+@click.option("--dtype", help="Recast floating-point tensors.")
+@click.option("--drop", multiple=True, metavar="PATTERN", help="Leave out tensors whose names match, like 'dvae.*'; repeatable.")
+@click.option("--keep", multiple=True, metavar="PATTERN", help="Keep only tensors whose names match; repeatable.")
+@click.option("--strip-prefix", default="", metavar="PREFIX", help="Remove PREFIX from the names that begin with it.")
+@click.option("--extras", type=click.Path(), metavar="FILE.json", help="Write what is not a tensor there, readable.")
+@_selection
+@_resources
+@_writing
+@_running
+def convert(path: str, out: str, no_progress: bool, form: str, debug: bool, **wishes: Any) -> None:
+    """Convert between .pth and safetensors, one file or sharded; recast; shrink.
+
+    \b
+    streammerge convert pytorch_model.bin -o model.safetensors
+    streammerge convert best_model.pth -o small.pth --drop 'dvae.*'
+    """
+    with Progress(form, enabled=not no_progress) as progress:
+        result = api.convert(path, out, listener=progress, **wishes)
+    _report(result, form)
+
+
+@cli.command()
+@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.option("--tensors", is_flag=True, help="List names, dtypes, shapes and offsets.")
+@_selection
+@_output
+@_debug
+def inspect(paths: tuple[str, ...], tensors: bool, form: str, debug: bool, **wishes: Any) -> None:
+    """Show what a checkpoint is and holds; nothing in it is executed."""
+    indexes = [api.inspect(path, **wishes) for path in paths]
+    if form == "json":
+        shown = [render.index_json(index, tensors) for index in indexes]
+        click.echo(json.dumps(shown[0] if len(shown) == 1 else shown, indent=2, ensure_ascii=False))
+    elif form == "human":
+        click.echo("\n\n".join(render.index_text(index, tensors) for index in indexes))
+
+
+def _merge_options(wishes: dict[str, Any]) -> dict[str, Any]:
+    options = {key: value for key, value in wishes.items() if key not in ("weights", "no_normalize", "parameters")}
+    options["weights"] = None if wishes["weights"] is None else _numbers("--weights", wishes["weights"])
+    options["normalize"] = not wishes["no_normalize"]
+    for parameter in wishes["parameters"]:
+        name, equals, value = parameter.partition("=")
+        if not equals:
+            raise RecipeError(f"-p {printable(parameter)}: write it as NAME=VALUE")
+        if name == "weight":
+            options["weights"] = _numbers("-p weight", value)
+        elif name == "normalize":
+            options["normalize"] = _boolean(name, value)
+        else:
+            raise RecipeError(f"-p {printable(name)}: {wishes['method']} has the parameters weight and normalize only")
+    return options
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise RecipeError(f"{option} takes numbers joined by commas, like 0.6,0.4, not {printable(text)}") from error
+
+
+def _boolean(option: str, text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise RecipeError(f"-p {option} takes true or false, not {printable(text)}")
+    return text.lower() in ("true", "1", "yes")
+
+
+def _show_plan(plan: api.Plan, form: str) -> None:
+    if form == "json":
+        click.echo(json.dumps(plan.to_json(), indent=2, ensure_ascii=False))
+    elif form == "human":
+        click.echo(str(plan))
+
+
+def _report(result: Result, form: str) -> None:
+    if form == "json":
+        click.echo(json.dumps(render.result_json(result), ensure_ascii=False))
+    elif form == "human":
+        for note in result.notes:
+            click.echo(f"note: {note}", err=True)
+        for warning in result.warnings:
+            click.echo(f"warning: {warning}", err=True)
+        click.echo(render.result_text(result))
+
+
+def main() -> None:
+    """Runs the command line; every error of streammerge's own is one sentence and its exit code."""
+    debug = "--debug" in sys.argv
+    try:
+        cli.main(prog_name="streammerge", standalone_mode=False)
+    except click.exceptions.Abort:
+        _fail("interrupted; nothing was written", 130)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was written", 130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except StreammergeError as error:
+        if debug:
+            raise
+        _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    except (OSError, MemoryError) as error:
+        if debug:
+            raise
+        _fail(printable(error), 1)
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"error: {message}", err=True)
+    sys.exit(code)

@@ -1,0 +1,160 @@
+"""What results look like, as text and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+from streammerge.checkpoint import CheckpointIndex
+from streammerge.errors import listed, printable
+from streammerge.run import Result, rate
+from streammerge.statedict import unread_tensors
+from streammerge.storage import file_size
+from streammerge.units import binary_bytes, decimal_bytes
+
+_WIDTH = 100
+
+
+def result_text(result: Result) -> str:
+    """The last lines of a run: what was written, how fast, in how much memory."""
+    tensors = len(result.plan.tasks)
+    files = len(result.plan.layout.files) + len(result.plan.layout.side_files)
+    what = f"{tensors} tensors" + (f" in {files} files" if result.plan.layout.as_folder else "")
+    speed = rate(result.read_bytes + result.written_bytes, result.seconds)
+    return "\n".join(
+        [
+            f"wrote {printable(result.out)} ({what}, {decimal_bytes(result.written_bytes)})",
+            f"read {decimal_bytes(result.read_bytes)}, wrote {decimal_bytes(result.written_bytes)} "
+            f"in {result.seconds:.1f} s ({decimal_bytes(speed)}/s)",
+            f"peak memory {binary_bytes(result.peak_bytes)} of {binary_bytes(result.memory_bytes)} (above the "
+            f"{binary_bytes(result.startup_bytes)} start-up footprint; "
+            f"{binary_bytes(result.startup_bytes + result.peak_bytes)} resident in all)",
+        ]
+    )
+
+
+def result_json(result: Result) -> dict[str, Any]:
+    return {
+        "out": str(result.out),
+        "tensors": len(result.plan.tasks),
+        "read_bytes": result.read_bytes,
+        "written_bytes": result.written_bytes,
+        "seconds": round(result.seconds, 3),
+        "peak_bytes": result.peak_bytes,
+        "startup_bytes": result.startup_bytes,
+        "memory_bytes": result.memory_bytes,
+        "notes": list(result.notes),
+        "warnings": list(result.warnings),
+    }
+
+
+def _total_bytes(index: CheckpointIndex) -> int:
+    return sum(file_size(path) for path in index.files)
+
+
+def _dtypes(index: CheckpointIndex) -> Counter[str]:
+    return Counter(entry.spec.dtype.torch_name for entry in index.entries.values())
+
+
+def index_json(index: CheckpointIndex, tensors: bool) -> dict[str, Any]:
+    """What ``inspect --format json`` prints for one checkpoint."""
+    shown: dict[str, Any] = {
+        "path": str(index.path),
+        "format": index.format,
+        "files": [str(path) for path in index.files],
+        "bytes": _total_bytes(index),
+        "state_dict": [candidate.label for candidate in index.selection.chosen],
+        "tensors": len(index.entries),
+        "parameters": index.numel,
+        "tensor_bytes": index.nbytes,
+        "dtypes": dict(_dtypes(index)),
+        "aliases": index.aliases,
+        "candidates": [
+            {"path": c.label, "kind": c.kind, "tensors": len(c.tensors), "bytes": c.nbytes, "weights": not c.barred}
+            for c in index.selection.candidates
+        ],
+        "metadata": index.metadata,
+        "data": index.plain_data(),
+        "classes": index.classes() if index.extras is not None else [],
+        "executed": False,
+        "notes": index.notes,
+    }
+    if tensors:
+        shown["entries"] = {
+            name: {
+                "dtype": entry.spec.dtype.value,
+                "shape": list(entry.spec.shape),
+                "bytes": entry.nbytes,
+                "file": entry.path,
+                "offset": entry.offset,
+                **({"strides": list(entry.strides)} if entry.strides else {}),
+                **({"compressed": True} if entry.deflated else {}),
+            }
+            for name, entry in index.entries.items()
+        }
+    return shown
+
+
+def index_text(index: CheckpointIndex, tensors: bool) -> str:
+    """What ``inspect`` prints for one checkpoint."""
+    selection = index.selection
+    count = f" in {len(index.files)} files" if len(index.files) > 1 else ""
+    rows = [("format", f"{index.format}, {decimal_bytes(_total_bytes(index))}{count}")]
+    rows.append(
+        ("state dict", f"{printable(selection.label)}: {len(index.entries)} tensors, {index.numel:,} parameters, {decimal_bytes(index.nbytes)}")
+    )
+    rows.append(("dtypes", ", ".join(f"{name} {count}" for name, count in _dtypes(index).most_common())))
+    for candidate in selection.candidates:
+        if candidate not in selection.chosen and not candidate.barred:
+            rows.append(("also", f"{printable(candidate.label)}: {len(candidate.tensors)} tensors, {decimal_bytes(candidate.nbytes)}"))
+    barred = [c for c in selection.candidates if c.barred]
+    if barred:
+        tops = Counter({str(c.path[0]): 0 for c in barred})
+        for candidate in barred:
+            tops[str(candidate.path[0])] += candidate.nbytes
+        rows.append(("training", ", ".join(f"{printable(top)} {decimal_bytes(size)}" for top, size in tops.items()) + " (not weights)"))
+    if index.aliases:
+        shown = listed([f"{name} = {first}" for name, first in index.aliases.items()], 4)
+        rows.append(("tied", f"{len(index.aliases)} names: {shown}"))
+    unread = unread_tensors(index.extras) if index.extras is not None else []
+    if unread:
+        rows.append(("not read", f"{len(unread)} tensors: {listed([f'{name} ({kind})' for name, kind in unread], 4)}"))
+    if index.metadata:
+        rows += [("metadata", _short(f"{key}: {value}")) for key, value in list(index.metadata.items())[:12]]
+    data = index.plain_data()
+    if isinstance(data, dict):
+        rows += [("data", _short(f"{key}: {_compact(value)}")) for key, value in list(data.items())[:40]]
+    elif data is not None and not isinstance(data, list):
+        rows.append(("data", _short(_compact(data))))
+    classes = index.classes() if index.extras is not None else []
+    if classes:
+        rows.append(("classes", listed(classes, 12)))
+    rows += [("note", note) for note in index.notes]
+    if index.extras is not None:
+        rows.append(("safety", "nothing was executed or imported"))
+    lines = [printable(index.path), *(f"  {label:<11}{text}" for label, text in rows)]
+    return "\n".join(lines + (_tensor_lines(index) if tensors else []))
+
+
+def _tensor_lines(index: CheckpointIndex) -> list[str]:
+    several = len({entry.path for entry in index.entries.values()}) > 1
+    rows = []
+    for name, entry in index.entries.items():
+        marks = [f"tied to {printable(index.aliases[name])}"] if name in index.aliases else []
+        marks += [f"strides {list(entry.strides)}"] if entry.strides else []
+        marks += ["compressed"] if entry.deflated else []
+        marks += [printable(entry.path)] if several else []
+        shape = "x".join(map(str, entry.spec.shape)) or "scalar"
+        rows.append((printable(name), entry.spec.dtype.torch_name, shape, f"@{entry.offset}", " ".join(marks)))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return ["", *("  ".join(f"{cell:<{w}}" for cell, w in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows)]
+
+
+def _compact(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _short(text: str) -> str:
+    shown = printable(text, 100_000)
+    return shown if len(shown) <= _WIDTH else shown[: _WIDTH - 3] + "..."

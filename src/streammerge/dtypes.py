@@ -1,0 +1,98 @@
+"""The one dtype table: names in safetensors and torch, width, and how a ``.pth`` pickles each.
+
+A :class:`DType` is a string, its safetensors name, so it prints, compares and serialises as one. The few torch dtypes
+that safetensors cannot hold carry a lower-case name of torch's own.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from streammerge.errors import RecipeError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class DType(str, Enum):
+    """One element type. ``bits`` per element; ``kind`` is float, int, bool, complex, or packed (no arithmetic)."""
+
+    bits: int
+    kind: str
+    torch_name: str
+    storage_class: str | None
+
+    def __new__(cls, name: str, torch_name: str, bits: int, kind: str, storage_class: str | None = None) -> DType:
+        member = str.__new__(cls, name)
+        member._value_ = name
+        member.torch_name, member.bits, member.kind, member.storage_class = torch_name, bits, kind, storage_class
+        return member
+
+    F64 = ("F64", "float64", 64, "float", "DoubleStorage")
+    F32 = ("F32", "float32", 32, "float", "FloatStorage")
+    F16 = ("F16", "float16", 16, "float", "HalfStorage")
+    BF16 = ("BF16", "bfloat16", 16, "float", "BFloat16Storage")
+    F8_E4M3 = ("F8_E4M3", "float8_e4m3fn", 8, "float")
+    F8_E5M2 = ("F8_E5M2", "float8_e5m2", 8, "float")
+    F8_E4M3FNUZ = ("F8_E4M3FNUZ", "float8_e4m3fnuz", 8, "float")
+    F8_E5M2FNUZ = ("F8_E5M2FNUZ", "float8_e5m2fnuz", 8, "float")
+    F8_E8M0 = ("F8_E8M0", "float8_e8m0fnu", 8, "packed")
+    F4 = ("F4", "float4_e2m1fn_x2", 4, "packed")
+    I64 = ("I64", "int64", 64, "int", "LongStorage")
+    I32 = ("I32", "int32", 32, "int", "IntStorage")
+    I16 = ("I16", "int16", 16, "int", "ShortStorage")
+    I8 = ("I8", "int8", 8, "int", "CharStorage")
+    U64 = ("U64", "uint64", 64, "int")
+    U32 = ("U32", "uint32", 32, "int")
+    U16 = ("U16", "uint16", 16, "int")
+    U8 = ("U8", "uint8", 8, "int", "ByteStorage")
+    BOOL = ("BOOL", "bool", 8, "bool", "BoolStorage")
+    C64 = ("C64", "complex64", 64, "complex", "ComplexFloatStorage")
+    C128 = ("complex128", "complex128", 128, "complex", "ComplexDoubleStorage")
+    C32 = ("complex32", "complex32", 32, "complex")
+
+    def __str__(self) -> str:
+        return self.value
+
+    @property
+    def in_safetensors(self) -> bool:
+        """Whether the safetensors format has a name for it."""
+        return self not in (DType.C128, DType.C32)
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of what torch calls one element; a torch element of F4 holds two values."""
+        return max(self.bits // 8, 1)
+
+    @property
+    def component(self) -> DType:
+        """What arithmetic sees: the real and imaginary parts of a complex number, else the dtype itself."""
+        return {DType.C32: DType.F16, DType.C64: DType.F32, DType.C128: DType.F64}.get(self, self)
+
+    @property
+    def torch(self) -> torch.dtype:
+        import torch
+
+        found = getattr(torch, self.torch_name, None)
+        if not isinstance(found, torch.dtype):
+            raise RecipeError(f"this version of torch ({torch.__version__}) has no {self.torch_name}; install a newer one")
+        return found
+
+
+BY_TORCH_NAME = {d.torch_name: d for d in DType}
+BY_STORAGE_CLASS = {d.storage_class: d for d in DType if d.storage_class}
+_ALIASES = {"half": DType.F16, "float": DType.F32, "double": DType.F64, "bf16": DType.BF16, "long": DType.I64}
+
+
+def parse_dtype(name: object) -> DType:
+    """The dtype of ``"bfloat16"``, ``"torch.bfloat16"``, ``"BF16"`` or a torch dtype. Raises RecipeError."""
+    text = str(name).removeprefix("torch.")
+    found = BY_TORCH_NAME.get(text) or _ALIASES.get(text.lower()) or DType.__members__.get(text.upper())
+    if found is None:
+        import difflib
+
+        near = difflib.get_close_matches(text.lower(), BY_TORCH_NAME, n=1)
+        hint = f"; did you mean {near[0]}?" if near else "; write it as torch does, like bfloat16"
+        raise RecipeError(f"unknown dtype {text!r}{hint}")
+    return found

@@ -1,0 +1,71 @@
+"""Everything that streammerge raises on purpose.
+
+::
+
+    StreammergeError
+     |- RecipeError    2  the wish is malformed: unknown method, parameter, dtype; the output exists
+     |- FormatError    4  a file is not what it claims, or a form we do not read
+     |- MismatchError  4  checkpoints disagree: names, shapes, dtypes
+     |- BudgetError    5  the plan cannot fit the budget: says the least that would
+     |- SpaceError     6  no room on the disk: says how much is missing
+     |- LockedError    7  another run owns the output
+     |- ChangedError   8  an input changed since it was planned
+     |- VerifyError    3  the output could not be verified, or is wrong
+     `- TaskError      1  a task failed: tensor, method, range; the cause chained
+
+The number is the exit code of the command line. A message is one sentence: what is wrong, where, what to do.
+"""
+
+from __future__ import annotations
+
+
+class StreammergeError(Exception):
+    exit_code = 1
+
+
+class RecipeError(StreammergeError):
+    exit_code = 2
+
+
+class FormatError(StreammergeError):
+    exit_code = 4
+
+
+class MismatchError(StreammergeError):
+    exit_code = 4
+
+
+class BudgetError(StreammergeError):
+    exit_code = 5
+
+
+class SpaceError(StreammergeError):
+    exit_code = 6
+
+
+class LockedError(StreammergeError):
+    exit_code = 7
+
+
+class ChangedError(StreammergeError):
+    exit_code = 8
+
+
+class VerifyError(StreammergeError):
+    exit_code = 3
+
+
+class TaskError(StreammergeError):
+    exit_code = 1
+
+
+def printable(text: object, limit: int = 200) -> str:
+    """A name out of a file, safe to print: control and other unprintable characters escaped, over-long text cut."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return shown if len(shown) <= limit else f"{shown[: limit - 20]}...({len(shown)} characters)"
+
+
+def listed(names: list[str], most: int = 8) -> str:
+    """``a, b, c and 5 more``, escaped."""
+    shown = ", ".join(printable(n, 120) for n in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -1,0 +1,53 @@
+"""What a run tells while it goes. A listener is any callable of one event; nothing here prints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class RunStarted:
+    """The plan stands and reading begins: bytes to read and write in all, the budget."""
+
+    read_bytes: int
+    write_bytes: int
+    memory_bytes: int
+    tasks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A tensor that could not be mapped as it stood was copied into a temporary file."""
+
+    tensor: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TaskDone:
+    """A tensor, or a range of one, is written."""
+
+    tensor: str
+    read_bytes: int
+    written_bytes: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Syncing:
+    """All bytes are written and are being made durable."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFinished:
+    """The output is committed."""
+
+    seconds: float
+
+
+Event = RunStarted | Staged | TaskDone | Syncing | RunFinished
+
+
+class Listener(Protocol):
+    def __call__(self, event: Event, /) -> None: ...

@@ -1,0 +1,78 @@
+"""Runs tasks on threads of this process. It knows nothing about the work."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeVar
+
+Task = TypeVar("Task")
+Done = TypeVar("Done")
+
+_POLL_SECONDS = 0.2
+
+
+class ThreadExecutor(Generic[Task, Done]):
+    """``workers`` threads that take tasks from one iterable; results come in the order in which they finish.
+
+    The first error stops the rest and is raised; so does leaving the iteration, by Ctrl-C or otherwise. Either way no
+    thread is left when the iterator is closed.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+
+    def run(self, tasks: Iterable[Task], run_one: Callable[[Task], Done]) -> Iterator[Done]:
+        source, lock, stop = iter(tasks), threading.Lock(), threading.Event()
+        results: queue.Queue[tuple[Done | None, BaseException | None]] = queue.Queue(maxsize=64)
+
+        def report(done: Done | None, error: BaseException | None) -> None:
+            while not stop.is_set():
+                try:
+                    return results.put((done, error), timeout=_POLL_SECONDS)
+                except queue.Full:
+                    continue
+
+        def work() -> None:
+            try:
+                while not stop.is_set():
+                    with lock:
+                        task = next(source, _NOTHING)
+                    if task is _NOTHING:
+                        break
+                    report(run_one(task), None)  # type: ignore[arg-type]
+                report(None, None)
+            except BaseException as error:  # noqa: BLE001 - carried to the caller, whatever it is
+                report(None, error)
+
+        threads = [threading.Thread(target=work, name=f"streammerge-{i}", daemon=True) for i in range(self.workers)]
+        for thread in threads:
+            thread.start()
+        try:
+            running = len(threads)
+            while running:
+                done, error = self._next(results)
+                if error is not None:
+                    raise error
+                if done is None:
+                    running -= 1
+                else:
+                    yield done
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+
+    @staticmethod
+    def _next(
+        results: queue.Queue[tuple[Done | None, BaseException | None]],
+    ) -> tuple[Done | None, BaseException | None]:
+        while True:  # a wait without a timeout would not notice Ctrl-C on every platform
+            try:
+                return results.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                continue
+
+
+_NOTHING = object()

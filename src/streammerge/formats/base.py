@@ -1,0 +1,102 @@
+"""What every format reader returns, and the one place where a tensor of a tree is turned into bytes at an offset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streammerge.errors import FormatError, printable
+from streammerge.tensors import Deflated, TensorEntry, TensorSpec, is_contiguous
+from streammerge.tree import StorageRef, TensorRef
+
+MOST_EXPANDED_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class StorageBytes:
+    """Where the bytes of one torch storage lie; for a compressed record, ``offset`` is 0 within ``deflated``."""
+
+    path: str
+    offset: int
+    nbytes: int
+    deflated: Deflated | None = None
+
+
+@dataclass(slots=True)
+class Container:
+    """A checkpoint as it lies on the disk: the inert tree, and where its storages are. No tensor was read."""
+
+    path: Path
+    format: str
+    tree: Any
+    storages: dict[str, StorageBytes]
+    files: tuple[Path, ...]
+    metadata: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    magic: bytes = b"PK"
+
+    @property
+    def pickled(self) -> bool:
+        return self.format not in ("safetensors", "sharded safetensors")
+
+    def locate(self, name: str, ref: TensorRef) -> TensorEntry:
+        """The entry of one tensor. Raises FormatError when it does not fit its storage."""
+        where = f"{printable(self.path)}: tensor {printable(name)}"
+        store = self.storages.get(ref.storage.key)
+        if store is None:
+            raise FormatError(f"{where} lies in storage {printable(ref.storage.key)}, which the file does not have")
+        spec, size = TensorSpec(name, ref.dtype, ref.shape), ref.dtype.element_bytes
+        start = (ref.storage.view_offset + ref.offset) * size
+        reach = sum((n - 1) * stride for n, stride in zip(ref.shape, ref.strides, strict=True)) if spec.numel else -1
+        if start + (reach + 1) * size > store.nbytes:
+            raise FormatError(
+                f"{where} reaches to byte {start + (reach + 1) * size} of a storage of {store.nbytes} bytes; the file is damaged"
+            )
+        if spec.nbytes > max(store.nbytes, MOST_EXPANDED_BYTES):
+            raise FormatError(f"{where} claims {spec.nbytes} bytes over a storage of {store.nbytes}; it is expanded beyond reason")
+        strides = None if is_contiguous(ref.shape, ref.strides) else ref.strides
+        return TensorEntry(spec, store.path, store.offset + start, strides, store.deflated, ref.lazy)
+
+
+def flat_tensor(name: str, spec: TensorSpec) -> TensorRef:
+    """A tensor that has a storage of its own, for formats without storages."""
+    from streammerge.tensors import contiguous_strides
+
+    storage = StorageRef(name, None, spec.nbytes)
+    return TensorRef(storage, spec.dtype, 0, spec.shape, contiguous_strides(spec.shape))
+
+
+@dataclass(frozen=True, slots=True)
+class Literal:
+    """Bytes of an output file that are not a tensor's."""
+
+    offset: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutFile:
+    """One output file before it exists: its size, where each tensor goes, and all its other bytes.
+
+    ``sealed``: the literals hold checksums of the tensors' bytes and are made by :func:`torch_zip.seal` at the end.
+    """
+
+    name: str
+    size: int
+    offsets: dict[str, int]
+    literals: tuple[Literal, ...] = ()
+    sealed: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The output before it exists. ``side_files`` are copied as they are: (source, name)."""
+
+    files: tuple[LayoutFile, ...]
+    as_folder: bool = False
+    side_files: tuple[tuple[Path, str], ...] = ()
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)

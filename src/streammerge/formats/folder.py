@@ -1,0 +1,158 @@
+"""Checkpoints that are folders: shards with an index, or one checkpoint among its side files.
+
+No name in an index leads out of the folder; a shard that is absent, a tensor that is not where the index puts it, or
+that two shards hold, is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from streammerge.errors import FormatError, listed, printable
+from streammerge.formats.base import Container, StorageBytes
+from streammerge.formats.safetensors import load_json
+from streammerge.statedict import select
+from streammerge.storage import file_size, read_full
+from streammerge.tree import StorageRef, TensorRef
+
+MAX_INDEX_BYTES = 256 << 20
+_MOST_SIDE_FILE_BYTES = 128 << 20
+_INDEX_ENDING = ".index.json"
+_PREFERRED = ("model.safetensors", "pytorch_model.bin", "model.pth", "model.pt", "adapter_model.safetensors", "adapter_model.bin")
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".th", ".tar")
+_TRAINING = ("training_args.bin", "optimizer", "scheduler", "scaler", "rng_state", "random_states", "trainer_state.json")
+_NOT_COPIED = (".gguf", ".onnx", ".msgpack", ".h5", ".ot", ".tflite", ".distcp", ".gitattributes", ".lock")
+
+ReadFile = Callable[[Path], Container]
+
+
+def read(folder: Path, read_file: ReadFile) -> Container:
+    """The container of a checkpoint folder. Raises FormatError, with what to run for forms that are not read yet."""
+    _refuse_distributed(folder)
+    indexes = sorted(folder.glob("*" + _INDEX_ENDING))
+    if indexes:
+        preferred = [p for p in indexes if p.name == "model.safetensors.index.json"]
+        return read_sharded((preferred or indexes)[0], read_file)
+    names = [p.name for p in folder.iterdir() if p.name.endswith(_WEIGHTS) and not p.name.startswith((*_TRAINING, "."))]
+    chosen = [n for n in _PREFERRED if n in names][:1] or names
+    if len(chosen) != 1:
+        what = f"several checkpoints ({listed(sorted(chosen))}); give one of them" if chosen else "no checkpoint"
+        raise FormatError(f"{printable(folder)} holds {what}")
+    container = read_file(_inside(folder, chosen[0]))
+    if len(names) > 1:
+        container.notes.append(f"{printable(folder)}: {chosen[0]} was taken; the folder also holds {listed(sorted(set(names) - set(chosen)))}")
+    return container
+
+
+def _refuse_distributed(folder: Path) -> None:
+    where = printable(folder)
+    if (folder / ".metadata").exists() and any(folder.glob("*.distcp")):
+        raise FormatError(
+            f"{where} is a torch.distributed.checkpoint folder, which is not read yet; run "
+            "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pth` and give the result"
+        )
+    states = list(folder.glob("*_model_states.pt")) + list(folder.glob("*zero_pp_rank_*")) + list(folder.glob("global_step*/*_states.pt"))
+    if states:
+        raise FormatError(
+            f"{where} is a DeepSpeed checkpoint, which is not read yet; run the `zero_to_fp32.py` that DeepSpeed puts "
+            "into it (`python zero_to_fp32.py . OUTPUT`) and give the result"
+        )
+
+
+def _inside(folder: Path, name: Any) -> Path:
+    """The path of a plain file name in the folder. The hub's cache links its files into ``blobs`` beside; nothing else may."""
+    where = f"{printable(folder)}: {printable(name)}"
+    if not isinstance(name, str) or not name or name in (".", "..") or any(c in name for c in "/\\\0:") or name.startswith("~"):
+        raise FormatError(f"{where} is not the name of a file in this folder; such an index is refused")
+    path = folder / name
+    if path.is_symlink():
+        target, home = path.resolve(), folder.resolve()
+        hub_cache = home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
+        if home not in target.parents and not hub_cache:
+            raise FormatError(f"{where} is a link out of the folder; such a checkpoint is refused")
+    if not path.exists():
+        raise FormatError(f"{where} is absent; the download is not complete")
+    return path
+
+
+def read_sharded(index: Path, read_file: ReadFile) -> Container:
+    """The shards that an index names, as one container."""
+    where, folder = printable(index), index.parent
+    weight_map = _weight_map(index)
+    shards = sorted(set(weight_map.values()))
+    tree: dict[str, Any] = {}
+    storages: dict[str, StorageBytes] = {}
+    files, notes, extra, kinds = [index], [], [], set()
+    holders: dict[str, str] = {}
+    metadata: dict[str, str] = {}
+    for number, shard in enumerate(shards):
+        container = read_file(_inside(folder, shard))
+        kinds.add(container.pickled)
+        files += container.files
+        notes += container.notes
+        metadata = metadata or container.metadata
+        storages |= {f"{number}/{key}": place for key, place in container.storages.items()}
+        for found in select(container.tree).tensors:
+            name = found.name
+            if name in holders:
+                raise FormatError(f"{where}: the tensor {printable(name)} stands in two shards, {holders[name]} and {shard}")
+            holders[name] = shard
+            if name not in weight_map:
+                extra.append(name)
+                continue
+            if weight_map[name] != shard:
+                raise FormatError(f"{where} puts {printable(name)} into {printable(weight_map[name])}, but it is in {printable(shard)}")
+            tree[name] = _renamed(found.ref, f"{number}/")
+    absent = [name for name in weight_map if name not in holders]
+    if absent:
+        raise FormatError(f"{where} names tensors that its shards do not have: {listed(absent)}")
+    if extra:
+        notes.append(f"{where} does not name {len(extra)} tensors of its shards, which are left out: {listed(extra)}")
+    kind = "sharded PyTorch" if True in kinds else "sharded safetensors"
+    return Container(folder, kind, tree, storages, tuple(files), metadata, notes)
+
+
+def _renamed(ref: TensorRef, prefix: str) -> TensorRef:
+    old = ref.storage
+    storage = StorageRef(prefix + old.key, old.dtype, old.numel, old.view_offset)
+    return TensorRef(storage, ref.dtype, ref.offset, ref.shape, ref.strides, ref.requires_grad, ref.wrapper, ref.lazy)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    where, size = printable(index), file_size(index)
+    if size > MAX_INDEX_BYTES:
+        raise FormatError(f"{where} has {size} bytes, beyond the limit of {MAX_INDEX_BYTES}")
+    try:
+        content = load_json(read_full(index, 0, size).decode("utf-8"))
+    except ValueError as error:
+        raise FormatError(f"{where} cannot be read as JSON ({printable(error)})") from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{where} has no weight_map")
+    for shard in set(map(str, weight_map.values())):
+        _inside(index.parent, shard)
+    return weight_map
+
+
+def side_files(folder: Path) -> tuple[list[tuple[Path, str]], list[str]]:
+    """What goes along into an output folder: (source, name) of configuration, tokenizer and other small files; and the
+    names of those that stay behind."""
+    taken, left = [], []
+    for path in sorted(folder.iterdir()):
+        name = path.name
+        if name.startswith(".") or path.is_dir() or name.endswith((_INDEX_ENDING, *_NOT_COPIED)):
+            continue
+        if name.endswith(_WEIGHTS) or name.startswith(_TRAINING) or name in ("streammerge.json", "streammerge.yaml"):
+            continue
+        try:
+            source = _inside(folder, name)
+            small = file_size(source) <= _MOST_SIDE_FILE_BYTES
+        except FormatError:
+            small = False
+        if small:
+            taken.append((source, name))
+        else:
+            left.append(name)
+    return taken, left

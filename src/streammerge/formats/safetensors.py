@@ -1,0 +1,170 @@
+"""The safetensors format: u64 header length, JSON header, tensors back to back.
+
+Reading checks all that the specification demands (no overlap, hole, trailing byte, duplicate key, header beyond 100 MB)
+and the arithmetic of every size. Writing is planned: the header is complete before the first tensor is read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from streammerge.dtypes import DType
+from streammerge.errors import FormatError, MismatchError, listed, printable
+from streammerge.formats.base import Container, LayoutFile, Literal, StorageBytes, flat_tensor
+from streammerge.storage import file_size, open_stream
+from streammerge.tensors import TensorSpec
+
+MAX_HEADER_BYTES = 100_000_000
+_MAX_INTEGER = 1 << 63
+
+
+def matches(head: bytes, size: int) -> bool:
+    return size >= 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= max(size, MAX_HEADER_BYTES)
+
+
+def read(path: Path) -> Container:
+    """The container of a .safetensors file. Raises FormatError when any rule of the format is broken."""
+    where = printable(path)
+    size = file_size(path)
+    with open_stream(path) as stream:
+        (length,) = struct.unpack("<Q", stream.read(8).ljust(8, b"\0"))
+        if length > MAX_HEADER_BYTES:
+            raise FormatError(f"{where}: its header claims {length} bytes; safetensors allows {MAX_HEADER_BYTES}")
+        if 8 + length > size:
+            raise FormatError(f"{where} is truncated: its header ends at byte {8 + length}, the file at {size}")
+        header = _parse(stream.read(length), where)
+    metadata = _metadata(header.pop("__metadata__", None), where)
+    tree: dict[str, Any] = {}
+    storages: dict[str, StorageBytes] = {}
+    spans = []
+    for name, fields in header.items():
+        spec, begin, end = _tensor(name, fields, where)
+        spans.append((begin, end, name))
+        tree[name] = flat_tensor(name, spec)
+        storages[name] = StorageBytes(str(path), 8 + length + begin, spec.nbytes)
+    _check_spans(spans, size - 8 - length, where)
+    ordered = {name: tree[name] for _, _, name in sorted(spans)}
+    return Container(path, "safetensors", ordered, storages, (path,), metadata)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {printable(twice)} stands twice")
+    return made
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def load_json(data: bytes | str) -> Any:
+    """Strict JSON: duplicate keys, NaN and nesting without end are ValueErrors."""
+    try:
+        return json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _parse(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        header = load_json(data.decode("utf-8"))
+    except ValueError as error:
+        raise FormatError(f"{where}: its safetensors header cannot be read ({printable(error)})") from error
+    if not isinstance(header, dict):
+        raise FormatError(f"{where}: its safetensors header is not an object")
+    return header
+
+
+def _metadata(value: Any, where: str) -> dict[str, str]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise FormatError(f"{where}: __metadata__ may hold strings only")
+    return value
+
+
+def _natural(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MAX_INTEGER
+
+
+def _tensor(name: str, fields: Any, where: str) -> tuple[TensorSpec, int, int]:
+    where = f"{where}: tensor {printable(name)}"
+    if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
+        raise FormatError(f"{where} must have exactly dtype, shape and data_offsets")
+    shape, offsets = fields["shape"], fields["data_offsets"]
+    if not isinstance(shape, list) or not all(map(_natural, shape)) or len(shape) > 64:
+        raise FormatError(f"{where} has a malformed shape")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_natural, offsets)):
+        raise FormatError(f"{where} has malformed data_offsets")
+    dtype = DType.__members__.get(fields["dtype"]) if isinstance(fields["dtype"], str) else None
+    if dtype is None or not dtype.in_safetensors:
+        raise FormatError(f"{where} has dtype {printable(fields['dtype'])}, which is not supported")
+    if math.prod(shape) >= _MAX_INTEGER or math.prod(n for n in shape if n) >= _MAX_INTEGER:
+        raise FormatError(f"{where} has a shape whose size overflows")
+    if dtype is DType.F4:
+        if not shape or shape[-1] % 2:
+            raise FormatError(f"{where}: F4 needs an even last dimension")
+        shape = [*shape[:-1], shape[-1] // 2]
+    spec = TensorSpec(name, dtype, tuple(shape))
+    if offsets[1] - offsets[0] != spec.nbytes:
+        raise FormatError(f"{where} has {offsets[1] - offsets[0]} bytes where {dtype} {shape} needs {spec.nbytes}")
+    return spec, offsets[0], offsets[1]
+
+
+def _check_spans(spans: list[tuple[int, int, str]], data_bytes: int, where: str) -> None:
+    cursor = 0
+    for begin, end, name in sorted(spans):
+        if begin != cursor:
+            kind = "overlaps the tensor before it" if begin < cursor else f"leaves a hole of {begin - cursor} bytes before it"
+            raise FormatError(f"{where}: tensor {printable(name)} {kind}; the file is damaged")
+        cursor = end
+    if cursor > data_bytes:
+        raise FormatError(f"{where} is truncated: {cursor - data_bytes} bytes of its tensors are missing")
+    if cursor < data_bytes:
+        raise FormatError(f"{where} has {data_bytes - cursor} bytes behind its last tensor; the file is damaged")
+
+
+def aligned(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """The tensors in their order where every one then lies at a multiple of its element size, else wide ones first."""
+    specs = list(specs)
+    cursor = 0
+    for spec in specs:
+        if cursor % spec.dtype.element_bytes:
+            return sorted(specs, key=lambda s: -s.dtype.element_bytes)
+        cursor += spec.nbytes
+    return specs
+
+
+def plan_layout(file_name: str, specs: Iterable[TensorSpec], metadata: dict[str, str]) -> LayoutFile:
+    """Where each byte of a safetensors file will be. Raises MismatchError for a dtype that the format does not know."""
+    specs = aligned(specs)
+    foreign = [f"{s.name} ({s.dtype})" for s in specs if not s.dtype.in_safetensors]
+    if foreign:
+        raise MismatchError(f"safetensors cannot hold {listed(foreign)}; leave them out with --drop, or write a .pth")
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    starts, cursor = {}, 0
+    for spec in specs:
+        if spec.name == "__metadata__" or spec.name in header:
+            raise MismatchError(f"two tensors would be called {printable(spec.name)} in {printable(file_name)}")
+        shape = list(spec.shape)
+        if spec.dtype is DType.F4:
+            if not shape:
+                raise MismatchError(f"safetensors cannot hold the 0-d F4 tensor {printable(spec.name)}")
+            shape[-1] *= 2
+        header[spec.name] = {"dtype": spec.dtype.value, "shape": shape, "data_offsets": [cursor, cursor + spec.nbytes]}
+        starts[spec.name], cursor = cursor, cursor + spec.nbytes
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_BYTES:
+        raise MismatchError(f"{printable(file_name)} would need a header of {len(text)} bytes; write a sharded folder instead")
+    begin = 8 + len(text)
+    offsets = {name: begin + start for name, start in starts.items()}
+    return LayoutFile(file_name, begin + cursor, offsets, (Literal(0, struct.pack("<Q", len(text)) + text),))

@@ -1,0 +1,247 @@
+"""The zip container of torch.save (1.6 and later) and of TorchScript: viewed in place, and written.
+
+Records are stored uncompressed at known offsets, so tensors are read where they lie. Compressed records are named as
+such and staged by the reader of entries. Writing is planned: every offset is known before a byte is read; the
+checksums, known last, are put into the headers by :func:`seal`.
+"""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
+
+from streammerge.errors import FormatError, printable
+from streammerge.formats.base import Container, LayoutFile, Literal, StorageBytes
+from streammerge.storage import open_stream
+from streammerge.tensors import Deflated
+from streammerge.unpickle import StorageTable, unpickle
+
+MAX_PICKLE_BYTES = 1 << 30
+MAX_INFLATED_PICKLE_BYTES = 64 << 20
+ALIGNMENT = 64
+_LOCAL, _CENTRAL, _END = b"PK\3\4", b"PK\1\2", b"PK\5\6"
+
+
+def matches(head: bytes, size: int) -> bool:
+    """A zip archive, also one of GPT-SoVITS, which writes its version number over the first two bytes."""
+    return head[:4] == _LOCAL or (head[2:4] == b"\3\4" and head[:1] == b"0" and head[1:2].isdigit())
+
+
+def read(path: Path) -> Container:
+    """The container of a torch zip archive. Raises FormatError; nothing in it is executed."""
+    where = printable(path)
+    with open_stream(path) as stream:
+        members = _members(stream, where)
+        pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise FormatError(_not_torch(where, list(members), pickles))
+        root = pickles[0][: -len("data.pkl")]
+        order = _record(stream, members.get(root + "byteorder"), 16, where) or b"little"
+        if order != b"little":
+            raise FormatError(f"{where} was saved on a big-endian machine, which is not supported; save it again on this one")
+        table = StorageTable()
+        tree = unpickle(_record(stream, members[pickles[0]], MAX_PICKLE_BYTES, where), table, where)
+        stream.seek(0)
+        magic = stream.read(2)
+    script = root + "constants.pkl" in members and any(name.startswith(root + "code/") for name in members)
+    container = Container(path, "TorchScript archive" if script else "PyTorch zip", tree, {}, (path,), magic=magic)
+    _find_storages(container, table, members, root + "data/", where)
+    return container
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    name: str
+    offset: int
+    nbytes: int
+    deflated: Deflated | None
+
+
+def _members(stream: BinaryIO, where: str) -> dict[str, _Member]:
+    try:
+        infos = zipfile.ZipFile(stream).infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
+        raise FormatError(f"{where}: its zip directory cannot be read ({printable(error)}); it is truncated or damaged") from error
+    members: dict[str, _Member] = {}
+    for info in infos:
+        name = printable(info.filename)
+        if info.filename in members:
+            raise FormatError(f"{where} holds the record {name} twice; such a file is refused")
+        if info.flag_bits & 0x41:
+            raise FormatError(f"{where}: record {name} is encrypted, which is not supported; save it again without")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise FormatError(f"{where}: record {name} is compressed by method {info.compress_type}; unpack and zip it again")
+        members[info.filename] = _place(stream, info, where)
+    _check_overlap(members, where)
+    return members
+
+
+def _place(stream: BinaryIO, info: zipfile.ZipInfo, where: str) -> _Member:
+    """A record's data begins behind its local header, whose length the central directory does not tell."""
+    stream.seek(info.header_offset)
+    header = stream.read(30)
+    magic_fits = header[:4] == _LOCAL or (info.header_offset == 0 and matches(header, 30))
+    if len(header) < 30 or not magic_fits:
+        raise FormatError(f"{where}: record {printable(info.filename)} is not where the zip directory says; it is damaged")
+    name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
+    if stream.read(name_bytes) != info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437", "replace"):
+        raise FormatError(f"{where}: record {printable(info.filename)} has another name in its own header; it is damaged")
+    offset = info.header_offset + 30 + name_bytes + extra_bytes
+    if info.compress_type == zipfile.ZIP_STORED:
+        if info.compress_size != info.file_size:
+            raise FormatError(f"{where}: record {printable(info.filename)} is stored, yet has two sizes; it is damaged")
+        return _Member(info.filename, offset, info.file_size, None)
+    return _Member(info.filename, 0, info.file_size, Deflated(offset, info.compress_size, info.file_size))
+
+
+def _check_overlap(members: dict[str, _Member], where: str) -> None:
+    cursor, before = 0, ""
+    spans = [
+        (m.deflated.offset, m.deflated.compressed_bytes, m.name) if m.deflated else (m.offset, m.nbytes, m.name)
+        for m in members.values()
+    ]
+    for offset, nbytes, name in sorted(spans):
+        if nbytes and offset < cursor:
+            raise FormatError(f"{where}: the records {printable(before)} and {printable(name)} overlap; such a file is refused")
+        cursor, before = max(cursor, offset + nbytes), name
+
+
+def _record(stream: BinaryIO, member: _Member | None, most: int, where: str) -> bytes:
+    if member is None:
+        return b""
+    limit = min(most, MAX_INFLATED_PICKLE_BYTES) if member.deflated else most
+    if member.nbytes > limit:
+        raise FormatError(f"{where}: record {printable(member.name)} of {member.nbytes} bytes is beyond the limit of {limit}")
+    if member.deflated is None:
+        stream.seek(member.offset)
+        data = stream.read(member.nbytes)
+    else:
+        stream.seek(member.deflated.offset)
+        try:
+            data = zlib.decompressobj(-15).decompress(stream.read(member.deflated.compressed_bytes), member.nbytes + 1)
+        except zlib.error as error:
+            raise FormatError(f"{where}: record {printable(member.name)} cannot be unpacked ({error})") from error
+    if len(data) != member.nbytes:
+        raise FormatError(f"{where}: record {printable(member.name)} has {len(data)} bytes, not {member.nbytes}; it is damaged")
+    return data
+
+
+def _find_storages(container: Container, table: StorageTable, members: Mapping[str, _Member], folder: str, where: str) -> None:
+    compressed = 0
+    for ref in table.refs.values():
+        member = members.get(folder + ref.key)
+        if member is None:
+            raise FormatError(f"{where}: storage {printable(ref.key)} is missing from the archive; it is damaged")
+        if member.nbytes != ref.nbytes:
+            raise FormatError(
+                f"{where}: storage {printable(ref.key)} has {member.nbytes} bytes where its tensors expect {ref.nbytes}; it is damaged"
+            )
+        compressed += member.deflated is not None
+        container.storages[ref.key] = StorageBytes(str(container.path), member.offset, member.nbytes, member.deflated)
+    if compressed:
+        container.notes.append(f"{compressed} of its storages are compressed; they are unpacked into a temporary file first")
+
+
+def _not_torch(where: str, names: list[str], pickles: list[str]) -> str:
+    if pickles:
+        return f"{where} holds {len(pickles)} pickles ({', '.join(map(printable, pickles[:3]))}); a checkpoint has one"
+    if any(name.endswith(".data/extern_modules") for name in names):
+        return f"{where} is a torch.package archive, which is code; load it with torch.package and save its state_dict()"
+    if any(name.endswith(".npy") for name in names):
+        return f"{where} is a numpy .npz archive, not a PyTorch checkpoint"
+    if any("model_weights_config.json" in name or name.endswith("/archive_format") for name in names):
+        return f"{where} is a torch.export archive; load it with torch.export.load and save its state_dict()"
+    if any(name.endswith(".distcp") or name.endswith(".metadata") for name in names):
+        return f"{where} is a zipped distributed checkpoint; unpack it first"
+    return f"{where} is a zip archive without data.pkl, so not a PyTorch checkpoint; unpack it if a checkpoint is inside"
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """One record of an archive that is being laid out; ``data`` is None for a storage, whose bytes come later."""
+
+    name: str
+    nbytes: int
+    data: bytes | None
+    header_offset: int = 0
+    crc: int = 0
+
+    @property
+    def zip64(self) -> bool:
+        return self.nbytes >= 0xFFFFFFFF
+
+    def padding(self) -> int:
+        fixed = self.header_offset + 30 + len(self.name.encode()) + (20 if self.zip64 else 0) + 4
+        return -fixed % ALIGNMENT
+
+    @property
+    def data_offset(self) -> int:
+        return self.header_offset + 30 + len(self.name.encode()) + (20 if self.zip64 else 0) + 4 + self.padding()
+
+    def local_header(self) -> bytes:
+        size = 0xFFFFFFFF if self.zip64 else self.nbytes
+        extra = struct.pack("<HHQQ", 1, 16, self.nbytes, self.nbytes) if self.zip64 else b""
+        extra += struct.pack("<HH", 0x4246, self.padding()) + b"Z" * self.padding()
+        name = self.name.encode()
+        version = 45 if self.zip64 else 20
+        head = struct.pack("<4sHHHHHIIIHH", _LOCAL, version, 0x800, 0, 0, 0x21, self.crc, size, size, len(name), len(extra))
+        return head + name + extra
+
+    def central_header(self) -> bytes:
+        wide, far = self.zip64, self.header_offset >= 0xFFFFFFFF
+        values = ([self.nbytes, self.nbytes] if wide else []) + ([self.header_offset] if far else [])
+        extra = struct.pack(f"<HH{len(values)}Q", 1, 8 * len(values), *values) if values else b""
+        size, offset = 0xFFFFFFFF if wide else self.nbytes, 0xFFFFFFFF if far else self.header_offset
+        name, version = self.name.encode(), 45 if values else 20
+        fields = (version, version, 0x800, 0, 0, 0x21, self.crc, size, size, len(name), len(extra), 0, 0, 0, 0, offset)
+        return struct.pack("<4sHHHHHHIIIHHHHHII", _CENTRAL, *fields) + name + extra
+
+
+def plan_layout(file_name: str, pickle: bytes, storages: Mapping[str, tuple[str, int]], magic: bytes = b"PK") -> LayoutFile:
+    """Where each byte of a torch archive will be: ``storages`` maps a tensor's name to (storage key, bytes).
+
+    The root is "archive", the data 64-byte aligned, as torch.load(mmap=True) wants them. There is no
+    ``.format_version`` record, which would make torch guess offsets from its own writer's habits.
+    """
+    records = [_Record("archive/data.pkl", len(pickle), pickle), _Record("archive/byteorder", 6, b"little")]
+    records += [_Record(f"archive/data/{key}", nbytes, None) for key, nbytes in storages.values()]
+    records.append(_Record("archive/version", 2, b"3\n"))
+    placed, cursor = [], 0
+    for record in records:
+        record = replace(record, header_offset=cursor, crc=zlib.crc32(record.data or b""))
+        placed.append(record)
+        cursor = record.data_offset + record.nbytes
+    by_name = {record.name: record for record in placed}
+    offsets = {name: by_name[f"archive/data/{key}"].data_offset for name, (key, _) in storages.items()}
+    end = _directory(placed, cursor)
+    return LayoutFile(file_name, cursor + len(end), offsets, sealed=(tuple(placed), cursor, magic))
+
+
+def seal(file: LayoutFile, checksums: Mapping[str, int]) -> list[Literal]:
+    """All bytes of the archive but the storages, once the CRC-32 of each tensor's bytes is known."""
+    placed, cursor, magic = file.sealed
+    by_offset = {file.offsets[name]: crc for name, crc in checksums.items()}
+    records = [r if r.data is not None else replace(r, crc=by_offset.get(r.data_offset, 0)) for r in placed]
+    literals = [Literal(r.header_offset, r.local_header() + (r.data or b"")) for r in records]
+    if magic != b"PK":
+        literals[0] = Literal(0, magic + literals[0].data[2:])
+    return [*literals, Literal(cursor, _directory(records, cursor))]
+
+
+def _directory(records: list[_Record], start: int) -> bytes:
+    central = b"".join(record.central_header() for record in records)
+    count, size = len(records), len(central)
+    end = b""
+    if count >= 0xFFFF or start >= 0xFFFFFFFF or size >= 0xFFFFFFFF:
+        end += struct.pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, start)
+        end += struct.pack("<4sIQI", b"PK\6\7", 0, start + size, 1)
+    small = (min(count, 0xFFFF), min(count, 0xFFFF), min(size, 0xFFFFFFFF), min(start, 0xFFFFFFFF))
+    return central + end + struct.pack("<4sHHHHIIH", _END, 0, 0, *small, 0)

@@ -1,0 +1,43 @@
+"""From what was typed to a list of checkpoints: globs in numeric order, the last few of them."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import re
+from pathlib import Path
+
+from streammerge.checkpoint import CheckpointIndex
+from streammerge.errors import RecipeError, printable
+
+
+def numeric_order(text: str) -> list[tuple[int, int, str]]:
+    """A sort key by which checkpoint-200 comes before checkpoint-1000."""
+    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"(\d+)", text)]
+
+
+def expand(paths: list[str], last: int | None = None) -> list[str]:
+    """Paths, each glob replaced by what it matches; ``last`` keeps the numerically last ones. Raises RecipeError."""
+    found: list[str] = []
+    for path in paths:
+        if Path(path).exists() or not glob.has_magic(path):
+            found.append(path)
+            continue
+        matches = sorted(glob.glob(path), key=numeric_order)
+        if not matches:
+            raise RecipeError(f"nothing matches {printable(path)}")
+        found += matches
+    if last is not None:
+        if last < 1:
+            raise RecipeError("--last takes a positive number")
+        if last > len(found):
+            raise RecipeError(f"--last {last}, but there are only {len(found)} checkpoints")
+        found = sorted(found, key=numeric_order)[-last:]
+    return found
+
+
+def converted_path(index: CheckpointIndex, folder: Path) -> Path:
+    """Where ``--convert-first`` keeps an input: its name, and a digest of what the file is and what was taken from it."""
+    known = sorted((path.name, *known[2:]) for path, known in zip(index.files, index.identities().values(), strict=True))
+    digest = hashlib.sha256(repr((str(index.path.resolve()), known, index.selection.label)).encode()).hexdigest()[:12]
+    return folder / f"{index.path.stem}-{digest}.safetensors"

@@ -1,0 +1,1 @@
+"""The merge methods: one file per family, found through :mod:`streammerge.methods.registry`."""

@@ -1,0 +1,326 @@
+"""The output before it exists: which container it is, which files it has, where each tensor goes.
+
+The name decides the container. A ``.pth`` keeps the tree of the first input, its tensors replaced; a safetensors file
+or folder has the state dict's own names.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streammerge.align import Merged
+from streammerge.bookkeeping import merge_bookkeeping
+from streammerge.checkpoint import CheckpointIndex
+from streammerge.dtypes import DType
+from streammerge.errors import RecipeError, listed, printable
+from streammerge.formats import safetensors, torch_zip
+from streammerge.formats.base import Layout, LayoutFile, Literal
+from streammerge.formats.folder import side_files
+from streammerge.recipe import Recipe
+from streammerge.repickle import Edit, repickle, storage_ref
+from streammerge.statedict import speaks_of_training
+from streammerge.storage import file_size
+from streammerge.tensors import TensorEntry, TensorSpec, contiguous_strides
+from streammerge.tree import Instance, OrderedTree, StorageRef, TensorRef, mapping_items, walk
+from streammerge.units import parse_bytes
+
+PICKLED_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".th", ".tar")
+DEFAULT_SHARD_BYTES = parse_bytes("5GB")
+
+
+@dataclass(slots=True)
+class Placed:
+    """A tensor of the output and where it goes; ``source`` for those copied from the first input beside the merge."""
+
+    spec: TensorSpec
+    merged: Merged | None
+    file: int
+    offset: int
+    source: TensorEntry | None = None
+
+
+@dataclass(slots=True)
+class Output:
+    """Layout, tensors with their places, and what to tell about it."""
+
+    layout: Layout
+    placed: list[Placed]
+    notes: list[str] = field(default_factory=list)
+
+
+def container_of(out: str | Path) -> str:
+    """"safetensors", "pickle" or "folder", from the output's name. Raises RecipeError for a name that says neither."""
+    path, text = Path(out), str(out)
+    if text.endswith("/") or path.is_dir() or not path.suffix:
+        return "folder"
+    if path.suffix == ".safetensors":
+        return "safetensors"
+    if path.suffix in PICKLED_ENDINGS:
+        return "pickle"
+    raise RecipeError(
+        f"{printable(path.name)} does not say what to write; end it in .safetensors, in .pth (.pt, .ckpt, .bin, .th) "
+        "or in / for a folder"
+    )
+
+
+def plan_output(out: str | Path, recipe: Recipe, indexes: list[CheckpointIndex], merged: list[Merged]) -> Output:
+    """The output of these tensors under that name. Pure: nothing is written."""
+    kind, name = container_of(out), Path(out).name
+    if kind == "pickle":
+        return _pickle(name, recipe, indexes, merged)
+    notes = _left_behind(indexes)
+    metadata = _metadata(recipe, indexes)
+    if kind == "folder":
+        return _folder(recipe, indexes[0], merged, metadata, notes)
+    specs = {spec.name: (spec, m) for m in merged for spec in (m.spec, *_tied_specs(m))}
+    file = safetensors.plan_layout(name, [spec for spec, _ in specs.values()], metadata)
+    placed = [Placed(spec, m, 0, file.offsets[n]) for n, (spec, m) in specs.items()]
+    return Output(Layout((file,)), placed, notes)
+
+
+def _tied_specs(merged: Merged) -> list[TensorSpec]:
+    return [TensorSpec(name, merged.spec.dtype, merged.spec.shape) for name in merged.tied]
+
+
+def _metadata(recipe: Recipe, indexes: list[CheckpointIndex]) -> dict[str, str]:
+    """The first input's own metadata, ``format: pt``, and for merges how the file was made, without any path."""
+    kept = {k: v for k, v in indexes[0].metadata.items() if "hash" not in k.lower()}
+    if recipe.method == "copy":
+        return kept | {"format": "pt"}
+    record = {
+        "method": recipe.method,
+        "inputs": [index.path.name for index in indexes],
+        "weights": list(recipe.weight_of_each),
+        "normalize": recipe.normalize,
+    }
+    return kept | {"format": "pt", "streammerge": json.dumps(record, ensure_ascii=False)}
+
+
+def _left_behind(indexes: list[CheckpointIndex]) -> list[str]:
+    extras = indexes[0].extras
+    if not isinstance(extras, dict) or not indexes[0].selection.chosen[0].path:
+        return []
+    chosen = {c.path[0] for c in indexes[0].selection.chosen}
+    rest = [str(key) for key in extras if key not in chosen]
+    return [f"not in a safetensors file, so left out: {listed(rest)}"] if rest else []
+
+
+# ---------------------------------------------------------------------------------------------------------- folders
+
+
+def _folder(
+    recipe: Recipe, base: CheckpointIndex, merged: list[Merged], metadata: dict[str, str], notes: list[str]
+) -> Output:
+    shards = _shards(recipe, base, merged)
+    files: list[LayoutFile] = []
+    placed: list[Placed] = []
+    for number, (name, members) in enumerate(shards.items()):
+        file = safetensors.plan_layout(name, [m.spec for m in members], metadata)
+        files.append(file)
+        placed += [Placed(m.spec, m, number, file.offsets[m.spec.name]) for m in members]
+    tied = [name for m in merged for name in m.tied]
+    if tied:
+        notes.append(f"tied tensors are stored once, as Hugging Face folders have it: without {listed(tied)}")
+    if len(shards) > 1:
+        files.append(_index(shards))
+    copied: list[tuple[Path, str]] = []
+    folder = base.path if base.path.is_dir() else base.path.parent if base.path.name.endswith(".index.json") else None
+    if folder is not None:
+        copied, left = side_files(folder)
+        if left:
+            notes.append(f"not copied from {printable(folder)}: {listed(left)}")
+    names = {file.name for file in files}
+    return Output(Layout(tuple(files), True, tuple(c for c in copied if c[1] not in names)), placed, notes)
+
+
+def _shards(recipe: Recipe, base: CheckpointIndex, merged: list[Merged]) -> dict[str, list[Merged]]:
+    """File name -> tensors: as the first input has them, or filled in order up to the largest size."""
+    grouped: list[list[Merged]] = [[]]
+    own = len({base.entries[m.base_names[0]].path for m in merged}) > 1 and recipe.max_shard_bytes is None
+    if own:
+        by_path: dict[str, list[Merged]] = {}
+        for m in merged:
+            by_path.setdefault(base.entries[m.base_names[0]].path, []).append(m)
+        grouped = list(by_path.values())
+        if all(path.endswith(".safetensors") for path in by_path):
+            return {Path(path).name: members for path, members in by_path.items()}
+    else:
+        most, filled = recipe.max_shard_bytes or DEFAULT_SHARD_BYTES, 0
+        for m in merged:
+            if grouped[-1] and filled + m.spec.nbytes > most:
+                grouped.append([])
+                filled = 0
+            grouped[-1].append(m)
+            filled += m.spec.nbytes
+    if len(grouped) == 1:
+        return {"model.safetensors": grouped[0]}
+    return {f"model-{i:05}-of-{len(grouped):05}.safetensors": members for i, members in enumerate(grouped, start=1)}
+
+
+def _index(shards: dict[str, list[Merged]]) -> LayoutFile:
+    weight_map = {m.spec.name: name for name, members in shards.items() for m in members}
+    total = sum(m.spec.nbytes for members in shards.values() for m in members)
+    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    data = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    return LayoutFile("model.safetensors.index.json", len(data), {}, (Literal(0, data),))
+
+
+# ---------------------------------------------------------------------------------------------------------- pickles
+
+
+def _pickle(name: str, recipe: Recipe, indexes: list[CheckpointIndex], merged: list[Merged]) -> Output:
+    base = indexes[0]
+    if base.format == "TorchScript archive":
+        raise RecipeError(
+            f"{printable(base.path)} is a TorchScript archive, which is code and cannot be written again; "
+            "write a .safetensors file, or a .pth with a plain checkpoint as the first input"
+        )
+    tree, holders = _tree(base, merged)
+    edit = Edit()
+    builder = _Builder(edit)
+    notes: list[str] = []
+    if base.container.format.startswith("PyTorch ") and base.container.format != "PyTorch zip":
+        notes.append(f"{printable(base.path)} is in the {base.container.format} format; the output is in today's zip format")
+    for m in merged:
+        builder.place_merged(m)
+    if holders is None:
+        _edit_first(base, recipe, merged, edit, builder, notes)
+        if len(indexes) > 1:
+            trees = [index.extras for index in indexes]
+            said = merge_bookkeeping(trees, list(recipe.weight_of_each), edit)
+            if said:
+                notes.append(f"bookkeeping: {', '.join(said)}")
+        builder.place_rest(tree, base)
+    else:
+        for key, m in holders.items():
+            edit.replaced[id(tree[key])] = builder.refs[m.spec.name]
+    pickle = repickle(tree, edit)
+    file = torch_zip.plan_layout(name, pickle, builder.storages, base.container.magic)
+    placed = [Placed(spec, m, 0, file.offsets[n], source) for n, (spec, m, source) in builder.tensors.items()]
+    return Output(Layout((file,)), placed, notes)
+
+
+def _tree(base: CheckpointIndex, merged: list[Merged]) -> tuple[Any, dict[str, Merged] | None]:
+    """The first input's own tree, or a flat state dict where it has none that could be written."""
+    if base.extras is not None and base.format != "sharded PyTorch":
+        return base.extras, None
+    tree, holders = OrderedTree(), {}
+    for m in merged:
+        for name in (m.spec.name, *m.tied):
+            tree[name] = TensorRef(StorageRef("", m.spec.dtype, 0), m.spec.dtype, 0, (), ())
+            holders[name] = m
+    return tree, holders
+
+
+class _Builder:
+    """Gives every tensor that a pickle will mention a storage of its own."""
+
+    def __init__(self, edit: Edit) -> None:
+        self.edit = edit
+        self.refs: dict[str, TensorRef] = {}
+        self.storages: dict[str, tuple[str, int]] = {}
+        self.tensors: dict[str, tuple[TensorSpec, Merged | None, TensorEntry | None]] = {}
+        self._copies: dict[tuple[object, ...], StorageRef] = {}
+
+    def place_merged(self, merged: Merged) -> None:
+        self.refs[merged.spec.name] = self._fresh(merged.spec, self._storage(merged.spec, merged, None), None)
+
+    def _storage(self, spec: TensorSpec, merged: Merged | None, source: TensorEntry | None) -> StorageRef:
+        key, label = str(len(self.storages)), spec.name
+        while label in self.tensors:
+            label += "'"
+        self.storages[label] = (key, spec.nbytes)
+        self.tensors[label] = (spec, merged, source)
+        return storage_ref(key, spec.dtype, spec.numel)
+
+    def _fresh(self, spec: TensorSpec, storage: StorageRef, like: TensorRef | None) -> TensorRef:
+        made = TensorRef(storage, spec.dtype, 0, spec.shape, contiguous_strides(spec.shape))
+        if like is not None:
+            made.requires_grad, made.wrapper, made.state = like.requires_grad, like.wrapper, like.state
+        return made
+
+    def stand_in(self, name: str, node: TensorRef) -> TensorRef:
+        """A tensor over the merged storage of that name, wrapped as ``node`` is."""
+        ref = self.refs[name]
+        spec = TensorSpec(name, ref.dtype, ref.shape)
+        return self._fresh(spec, ref.storage, node)
+
+    def place_rest(self, tree: Any, base: CheckpointIndex) -> None:
+        """Copies of the first input's for all tensors that are still reachable and were not merged."""
+        nodes = list(walk(tree, self.edit.dropped | set(self.edit.values)))
+        for path, node in nodes:
+            if id(node) in self.edit.replaced:
+                continue
+            if isinstance(node, TensorRef):
+                name = ".".join(map(str, path))
+                entry = base.container.locate(name, node)
+                storage = self._copies.get(entry.place)
+                if storage is None:
+                    storage = self._copies[entry.place] = self._storage(entry.spec, None, entry)
+                self.edit.replaced[id(node)] = self._fresh(entry.spec, storage, node)
+            elif isinstance(node, StorageRef):
+                octets = TensorRef(StorageRef(node.key, None, node.nbytes), DType.U8, 0, (node.nbytes,), (1,))
+                entry = base.container.locate(f"storage {node.key}", octets)
+                key = self._storage(entry.spec, None, entry).key
+                self.edit.replaced[id(node)] = StorageRef(key, node.dtype, node.numel)
+
+
+def _edit_first(
+    base: CheckpointIndex, recipe: Recipe, merged: list[Merged], edit: Edit, builder: _Builder, notes: list[str]
+) -> None:
+    """The first input's tree with merged tensors in place, and without what is stale or was not wanted."""
+    selection = base.selection
+    home = {name: m.spec.name for m in merged for name in m.base_names}
+    for found in selection.tensors:
+        where = (id(found.holder), found.key)
+        if found.name not in home:
+            _drop(found.name, found.holder, found.key, edit)
+            continue
+        node = found.node or found.ref
+        made = builder.stand_in(home[found.name], node)
+        already = edit.replaced.setdefault(id(node), made)
+        if already is not made and already.storage is not made.storage and found.holder is not None:
+            edit.values[where] = made
+        if recipe.output_name(found.name) != found.name:
+            if found.holder is None or selection.chosen[0].kind != "state dict":
+                raise RecipeError("--strip-prefix renames tensors of a state dict only; write a .safetensors file")
+            edit.renamed[where] = recipe.output_name(str(found.key))
+    for found in selection.left_out:
+        _drop(found.name, found.holder, found.key, edit)
+    for twin in selection.twins:
+        _drop(twin.label, twin.holder, twin.key, edit)
+        notes.append(f"left out of the output: '{printable(twin.label)}', which was not merged and would be stale")
+    if not recipe.keep_optimizer:
+        gone = _drop_training_state(base, edit)
+        if gone:
+            notes.append(f"left out of the output: {listed(gone)} (--keep-optimizer keeps the first input's)")
+
+
+def _drop(name: str, holder: Any, key: Any, edit: Edit) -> None:
+    if holder is None or mapping_items(holder) is None:
+        raise RecipeError(f"{printable(name)} cannot be left out of this file's container; write a .safetensors file")
+    edit.dropped.add((id(holder), key))
+
+
+def _drop_training_state(base: CheckpointIndex, edit: Edit) -> list[str]:
+    """Optimizer, scheduler and scaler beside the chosen state dicts, at every level down to them."""
+    gone: list[str] = []
+    for candidate in base.selection.chosen:
+        node: Any = base.extras
+        for part in candidate.path:
+            for key, value in mapping_items(node) or []:
+                fresh = (id(node), key) not in edit.dropped
+                if speaks_of_training(key) and key != part and value is not None and fresh:
+                    edit.dropped.add((id(node), key))
+                    gone.append(str(key))
+            if isinstance(node, Instance) and isinstance(node.state, dict):
+                node = node.state
+            node = node[part] if isinstance(node, dict | list | tuple) else dict(mapping_items(node) or []).get(part)
+    return gone
+
+
+def side_bytes(layout: Layout) -> int:
+    return sum(file_size(source) for source, _ in layout.side_files)

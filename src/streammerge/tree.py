@@ -1,0 +1,245 @@
+"""The inert tree: what a pickle says, as plain values and records. Nothing in it was imported, called or executed.
+
+Plain values stand for themselves (None, bool, int, float, complex, str, bytes, list, tuple, dict). Everything else is
+one of the records below. Records hash by identity, so that they can be dictionary keys without running anything.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from streammerge.dtypes import DType
+
+MISSING: Any = type("Missing", (), {"__repr__": lambda self: "<missing>"})()
+_PYTHON2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg", "exceptions": "builtins"}
+
+
+@dataclass(frozen=True, slots=True)
+class Global:
+    """A class or function by name, as the pickle wrote it."""
+
+    module: str
+    name: str
+
+    @property
+    def path(self) -> str:
+        return f"{_PYTHON2_MODULES.get(self.module, self.module)}.{self.name}"
+
+
+@dataclass(slots=True, eq=False)
+class Instance:
+    """An object that was not made: what would have been called, with what, and what would have been put into it.
+
+    ``kind`` is "call" (function(*args)), "new" (function.__new__(function, *args)) or "new_ex" (with ``kwargs``).
+    """
+
+    kind: str
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: Any = None
+    state: Any = MISSING
+    items: list[tuple[Any, Any]] = field(default_factory=list)
+    elements: list[Any] = field(default_factory=list)
+
+    @property
+    def path(self) -> str:
+        return self.function.path if isinstance(self.function, Global) else "?"
+
+
+class OrderedTree(dict[Any, Any]):
+    """A collections.OrderedDict, with the attributes a state dict carries (``_metadata``)."""
+
+    __slots__ = ("attributes",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attributes: Any = MISSING
+
+
+@dataclass(slots=True, eq=False)
+class StorageRef:
+    """A torch storage by its key. ``dtype`` is None for an untyped one, whose ``numel`` counts bytes.
+
+    ``view_offset`` (elements) is that of an old-style storage view within the storage ``key``.
+    """
+
+    key: str
+    dtype: DType | None
+    numel: int
+    view_offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * (self.dtype.element_bytes if self.dtype else 1)
+
+
+@dataclass(slots=True, eq=False)
+class TensorRef:
+    """A tensor over a storage: ``offset`` and ``strides`` in elements.
+
+    ``wrapper`` keeps what stood around it: ("parameter",), ("parameter_with_state", state) or
+    ("type", function, class, state). ``lazy`` names a pending conjugation or negation.
+    """
+
+    storage: StorageRef
+    dtype: DType
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    requires_grad: bool = False
+    wrapper: tuple[Any, ...] = ()
+    lazy: str = ""
+    state: Any = MISSING
+
+
+@dataclass(slots=True, eq=False)
+class PersistentId:
+    """A reference into something outside the pickle that is not a torch storage."""
+
+    value: Any
+
+
+def mapping_items(node: Any) -> list[tuple[Any, Any]] | None:
+    """(key, value) pairs of a dict or of an instance of a dict subclass; None for anything else."""
+    if isinstance(node, dict):
+        return list(node.items())
+    if isinstance(node, Instance) and node.items:
+        return node.items
+    return None
+
+
+def children(node: Any) -> Iterator[tuple[Any, Any]]:
+    """(key, child) of a node; keys are dictionary keys, positions, or names of an instance's parts."""
+    if isinstance(node, dict):
+        yield from node.items()
+        if isinstance(node, OrderedTree) and node.attributes is not MISSING:
+            yield "attributes", node.attributes
+    elif isinstance(node, list | tuple):
+        yield from enumerate(node)
+    elif isinstance(node, Instance):
+        yield "function", node.function
+        yield "args", node.args
+        yield "kwargs", node.kwargs
+        yield from node.items
+        yield "elements", node.elements
+        if node.state is not MISSING:
+            yield "state", node.state
+    elif isinstance(node, TensorRef):
+        yield "wrapper", node.wrapper
+        if node.state is not MISSING:
+            yield "state", node.state
+    elif isinstance(node, PersistentId):
+        yield "value", node.value
+
+
+def walk(root: Any, skip: set[tuple[int, Any]] | None = None) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """(path, node) for every container and record once, parents first; cycles and depth do no harm.
+
+    ``skip`` names (id of a mapping, key) below which not to go.
+    """
+    seen: set[int] = set()
+    stack: list[tuple[tuple[Any, ...], Any]] = [((), root)]
+    while stack:
+        path, node = stack.pop()
+        if id(node) in seen or not isinstance(node, _WALKED):
+            continue
+        seen.add(id(node))
+        yield path, node
+        below = [
+            ((*path, key) if len(path) < 64 else path, child)
+            for key, child in children(node)
+            if not skip or isinstance(key, _WALKED) or (id(node), key) not in skip
+        ]
+        stack.extend(reversed([pair for pair in below if isinstance(pair[1], _WALKED)]))
+        stack.extend((path, key) for key in _record_keys(node))
+
+
+_WALKED = (dict, list, tuple, Instance, TensorRef, StorageRef, PersistentId, Global)
+
+
+def _record_keys(node: Any) -> list[Any]:
+    items = mapping_items(node)
+    return [key for key, _ in items if isinstance(key, _WALKED)] if items else []
+
+
+def number(node: Any) -> float | int | None:
+    """A Python or numpy number, else None; booleans are not numbers here."""
+    if isinstance(node, bool):
+        return None
+    if isinstance(node, int | float):
+        return node
+    if isinstance(node, Instance) and node.path.endswith("multiarray.scalar") and len(node.args) == 2:
+        kind, data = node.args
+        code = kind.args[0] if isinstance(kind, Instance) and kind.args else None
+        form = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i", "i2": "<h", "u8": "<Q", "u4": "<I"}.get(str(code))
+        if form and isinstance(data, bytes) and len(data) == struct.calcsize(form):
+            value: float | int = struct.unpack(form, data)[0]
+            return value
+    return None
+
+
+def plain(node: Any) -> Any:
+    """The node as JSON-able data; records become small dictionaries such as ``{"$object": "module.Class", ...}``.
+
+    What is nested or shared beyond all reason (a hostile file) is cut and shown as ``"..."``.
+    """
+    return _Plain().render(node, 20)
+
+
+class _Plain:
+    """One rendering; ``left`` bounds the number of values, since a small tree can share its way to 2**60 of them."""
+
+    def __init__(self) -> None:
+        self.left = 200_000
+
+    def render(self, node: Any, depth: int) -> Any:
+        self.left -= 1
+        if depth == 0 or self.left < 0:
+            return "..."
+        if node is None or isinstance(node, bool | int | str):
+            return node
+        if (value := number(node)) is not None:
+            return value if value - value == 0 else repr(value)
+        if isinstance(node, dict):
+            return {_key(k): self.render(v, depth - 1) for k, v in node.items()}
+        if isinstance(node, list | tuple):
+            return [self.render(v, depth - 1) for v in node]
+        if isinstance(node, TensorRef):
+            return {"$tensor": {"dtype": node.dtype.torch_name, "shape": list(node.shape)}}
+        if isinstance(node, StorageRef):
+            return {"$storage": {"nbytes": node.nbytes}}
+        if isinstance(node, Global):
+            return {"$global": node.path}
+        if isinstance(node, Instance):
+            return self._instance(node, depth - 1)
+        if isinstance(node, bytes):
+            return {"$bytes": node[:64].hex() + ("..." if len(node) > 64 else ""), "length": len(node)}
+        if isinstance(node, PersistentId):
+            return {"$reference": self.render(node.value, depth - 1)}
+        return repr(node)
+
+    def _instance(self, node: Instance, depth: int) -> Any:
+        if node.path in ("builtins.set", "builtins.frozenset", "collections.deque"):
+            members = node.args[0] if node.args and isinstance(node.args[0], list | tuple) else ()
+            return [self.render(v, depth) for v in (*members, *node.elements)]
+        shown: dict[str, Any] = {"$object": node.path}
+        if node.args:
+            shown["args"] = self.render(node.args, depth)
+        if node.items:
+            shown["items"] = {_key(k): self.render(v, depth) for k, v in node.items}
+        if node.elements:
+            shown["elements"] = self.render(node.elements, depth)
+        if node.state is not MISSING:
+            shown["state"] = self.render(node.state, depth)
+        return shown
+
+
+def _key(key: Any) -> str:
+    if isinstance(key, str):
+        return key
+    if isinstance(key, Instance | Global):
+        return key.path
+    return repr(key) if isinstance(key, int | float | bytes | bool | tuple) or key is None else type(key).__name__

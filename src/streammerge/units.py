@@ -1,0 +1,39 @@
+"""``"8GiB"`` <-> bytes. KB, MB, GB are powers of 1000; KiB, MiB, GiB powers of 1024; a bare number is bytes."""
+
+from __future__ import annotations
+
+import re
+
+from streammerge.errors import RecipeError
+
+_UNITS = {"": 1, "b": 1}
+for _i, _letter in enumerate("kmgt", start=1):
+    _UNITS |= {_letter: 1000**_i, f"{_letter}b": 1000**_i, f"{_letter}i": 1024**_i, f"{_letter}ib": 1024**_i}
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes of ``"512MiB"``, ``"5GB"``, ``"1.5g"`` or a number. Raises RecipeError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower())
+    if not match or match[2] not in _UNITS:
+        raise RecipeError(f"{text!r} is not a size; write it like 512MiB, 2GiB or 5GB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _format(value: float, base: int, units: list[str]) -> str:
+    for unit in units[:-1]:
+        if abs(value) < base:
+            break
+        value /= base
+    else:
+        unit = units[-1]
+    return f"{value:.0f} {unit}" if unit == units[0] or value >= 100 else f"{value:.1f} {unit}"
+
+
+def decimal_bytes(count: float) -> str:
+    """File and disk sizes: ``1.9 GB``."""
+    return _format(count, 1000, ["bytes", "kB", "MB", "GB", "TB"])
+
+
+def binary_bytes(count: float) -> str:
+    """Memory: ``221 MiB``."""
+    return _format(count, 1024, ["bytes", "KiB", "MiB", "GiB", "TiB"])

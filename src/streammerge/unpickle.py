@@ -1,0 +1,438 @@
+"""The inert unpickler: a pickle stream (protocols 0 to 5) -> the inert tree. Nothing is imported, called or executed.
+
+A stack machine over :func:`pickletools.genops`, which checks every length against the bytes that are there. Names of
+classes and functions become :class:`~streammerge.tree.Global`, what would be made from them an
+:class:`~streammerge.tree.Instance`. A closed table of torch's rebuild functions is computed here, into
+:class:`~streammerge.tree.TensorRef`. Anything the machine does not expect is one FormatError, "damaged pickle".
+"""
+
+from __future__ import annotations
+
+import io
+import pickletools
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+from streammerge.dtypes import BY_STORAGE_CLASS, BY_TORCH_NAME, DType
+from streammerge.errors import FormatError, printable
+from streammerge.tree import Global, Instance, OrderedTree, PersistentId, StorageRef, TensorRef
+
+MAX_OPCODES = 20_000_000
+_KEY_DEPTH, _KEY_WIDTH = 3, 64
+_DAMAGE = (IndexError, KeyError, ValueError, TypeError, AttributeError, RecursionError, OverflowError, MemoryError, EOFError)
+
+_QUANTISED = {  # the integers behind quantised tensors, which themselves stay unread
+    "QInt8Storage": DType.I8,
+    "QUInt8Storage": DType.U8,
+    "QInt32Storage": DType.I32,
+    "QUInt4x2Storage": DType.U8,
+    "QUInt2x4Storage": DType.U8,
+}
+
+ResolveId = Callable[[Any], Any]
+
+
+class Damaged(ValueError):
+    """What the stream says is not possible; becomes a FormatError that names the file."""
+
+
+class StorageTable:
+    """Turns torch's persistent ids into one StorageRef per storage, and remembers them all."""
+
+    def __init__(self) -> None:
+        self.refs: dict[tuple[str, int, int], StorageRef] = {}
+
+    def __call__(self, pid: Any) -> Any:
+        if not isinstance(pid, tuple) or not pid or pid[0] not in ("storage", "module"):
+            return PersistentId(pid)
+        if pid[0] == "module":  # a class, with its source code, in files from before torch 1.6
+            return pid[1]
+        _, kind, key, _location, numel, *rest = pid
+        dtype = storage_dtype(kind)
+        key, view_offset = text(key), 0
+        if rest and rest[0] is not None:
+            view_key, view_offset, _view_numel = rest[0]
+        return self.add(StorageRef(key, dtype, _count(numel), _count(view_offset)))
+
+    def add(self, ref: StorageRef) -> StorageRef:
+        known = self.refs.setdefault((ref.key, ref.view_offset, ref.numel), ref)
+        if known.dtype != ref.dtype:
+            raise Damaged(f"storage {ref.key} is named with two dtypes")
+        return known
+
+
+def storage_dtype(kind: Any) -> Any:
+    """The dtype of ``torch.FloatStorage`` and its like; None for an untyped storage."""
+    if not isinstance(kind, Global) or kind.module.partition(".")[0] != "torch":
+        raise Damaged("a storage of an unknown class")
+    if kind.name == "UntypedStorage":
+        return None
+    dtype = BY_STORAGE_CLASS.get(kind.name) or _QUANTISED.get(kind.name)
+    if dtype is None:
+        raise Damaged(f"a storage of class {printable(kind.path)}, which is not supported")
+    return dtype
+
+
+def text(value: Any) -> str:
+    """A name; Python 2 byte strings, which pickletools reads as latin-1, are decoded as utf-8 where they are that."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors="surrogateescape")
+    if not isinstance(value, str):
+        raise Damaged("a name is not a string")
+    return value
+
+
+def unpickle(source: bytes | BinaryIO, resolve: ResolveId = PersistentId, where: str = "pickle") -> Any:
+    """One pickle -> its inert tree. A stream is left right behind the STOP opcode. Raises FormatError."""
+    machine = _Machine(resolve)
+    try:
+        return machine.run(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except Damaged as error:
+        raise FormatError(f"{where}: damaged or hostile pickle ({error}); nothing was executed") from error
+    except _DAMAGE as error:
+        raise FormatError(f"{where}: damaged pickle ({type(error).__name__}: {printable(error)}); nothing was executed") from error
+
+
+class _Machine:
+    def __init__(self, resolve: ResolveId) -> None:
+        self.resolve = resolve
+        self.stack: list[Any] = []
+        self.marks: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+
+    def run(self, stream: Any) -> Any:
+        count = 0
+        for opcode, arg, _position in pickletools.genops(stream):
+            count += 1
+            if count > MAX_OPCODES:
+                raise Damaged(f"more than {MAX_OPCODES} opcodes")
+            name = opcode.name
+            if name in _PUSHED:
+                self.stack.append(_PUSHED[name](arg))
+            elif name == "STOP":
+                return self.stack.pop()
+            elif (action := _ACTIONS.get(name)) is not None:
+                action(self, arg)
+            else:
+                raise Damaged(f"opcode {name} is refused")
+        raise Damaged("it ends before STOP")
+
+    def pop_mark(self) -> list[Any]:
+        items, self.stack = self.stack, self.marks.pop()
+        return items
+
+    def discard(self, _: Any) -> None:
+        self.pop_mark()
+
+    def mark(self, _: Any) -> None:
+        self.marks.append(self.stack)
+        self.stack = []
+
+    def memoize(self, _: Any) -> None:
+        self.memo[len(self.memo)] = self.stack[-1]
+
+    def put(self, index: Any) -> None:
+        self.memo[int(index)] = self.stack[-1]
+
+    def get(self, index: Any) -> None:
+        self.stack.append(self.memo[int(index)])
+
+    def pop(self, _: Any) -> None:
+        if self.stack:
+            self.stack.pop()
+        else:
+            self.pop_mark()
+
+    def dup(self, _: Any) -> None:
+        self.stack.append(self.stack[-1])
+
+    def tuple_of(self, size: int | None) -> None:
+        if size is None:
+            items = self.pop_mark()
+        else:
+            if len(self.stack) < size:
+                raise Damaged("the stack is too short")
+            items = self.stack[len(self.stack) - size :]
+            del self.stack[len(self.stack) - size :]
+        self.stack.append(tuple(items))
+
+    def list_of(self, _: Any) -> None:
+        items = self.pop_mark()
+        self.stack.append(items)
+
+    def dict_of(self, _: Any) -> None:
+        items = self.pop_mark()
+        made: dict[Any, Any] = {}
+        _set_items(made, _pairs(items))
+        self.stack.append(made)
+
+    def set_of(self, path: str) -> None:
+        members = self.pop_mark()
+        self.stack.append(Instance("call", Global("builtins", path), (members,)))
+
+    def empty_set(self, _: Any) -> None:
+        self.stack.append(Instance("call", Global("builtins", "set"), ([],)))
+
+    def global_(self, arg: str) -> None:
+        module, _, name = arg.partition(" ")
+        self.stack.append(Global(module, name))
+
+    def stack_global(self, _: Any) -> None:
+        name, module = self.stack.pop(), self.stack.pop()
+        self.stack.append(Global(text(module), text(name)))
+
+    def inst(self, arg: str) -> None:
+        module, _, name = arg.partition(" ")
+        args = self.pop_mark()
+        self.stack.append(_call(Global(module, name), tuple(args)))
+
+    def obj(self, _: Any) -> None:
+        function, *args = self.pop_mark()
+        self.stack.append(_call(function, tuple(args)))
+
+    def reduce(self, _: Any) -> None:
+        args, function = self.stack.pop(), self.stack.pop()
+        if not isinstance(args, tuple):
+            raise Damaged("a call without a tuple of arguments")
+        self.stack.append(_call(function, args))
+
+    def newobj(self, _: Any) -> None:
+        args, function = self.stack.pop(), self.stack.pop()
+        if not isinstance(args, tuple):
+            raise Damaged("an object without a tuple of arguments")
+        made: Any = Instance("new", function, args)
+        if isinstance(function, Global) and function.path == "collections.OrderedDict" and not args:
+            made = OrderedTree()
+        self.stack.append(made)
+
+    def newobj_ex(self, _: Any) -> None:
+        kwargs, args, function = self.stack.pop(), self.stack.pop(), self.stack.pop()
+        if not isinstance(args, tuple) or not isinstance(kwargs, dict):
+            raise Damaged("an object with malformed arguments")
+        self.stack.append(Instance("new_ex", function, args, kwargs))
+
+    def build(self, _: Any) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, OrderedTree):
+            target.attributes = state
+        elif isinstance(target, Instance | TensorRef):
+            target.state = state
+        else:
+            raise Damaged(f"it sets attributes of a {type(target).__name__}")
+
+    def setitem(self, _: Any) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        _set_items(self.stack[-1], [(key, value)])
+
+    def setitems(self, _: Any) -> None:
+        items = self.pop_mark()
+        _set_items(self.stack[-1], _pairs(items))
+
+    def append(self, _: Any) -> None:
+        value = self.stack.pop()
+        _extend(self.stack[-1], [value])
+
+    def appends(self, _: Any) -> None:
+        items = self.pop_mark()
+        _extend(self.stack[-1], items)
+
+    def additems(self, _: Any) -> None:
+        items = self.pop_mark()
+        target = self.stack[-1]
+        if not isinstance(target, Instance):
+            raise Damaged("it adds members to something that is not a set")
+        _extend(target.args[0] if target.path == "builtins.set" and target.args else target, items)
+
+    def persistent(self, pid: Any) -> None:
+        self.stack.append(self.resolve(self.stack.pop() if pid is None else pid))
+
+
+def _pairs(items: list[Any]) -> list[tuple[Any, Any]]:
+    if len(items) % 2:
+        raise Damaged("a key without a value")
+    return list(zip(items[::2], items[1::2], strict=True))
+
+
+def _set_items(target: Any, pairs: list[tuple[Any, Any]]) -> None:
+    for key, _ in pairs:
+        _check_key(key, _KEY_DEPTH)
+    if isinstance(target, dict):
+        target.update(pairs)
+    elif isinstance(target, Instance):
+        target.items.extend(pairs)
+    else:
+        raise Damaged(f"it sets items of a {type(target).__name__}")
+
+
+def _check_key(key: Any, depth: int) -> None:
+    """Hashing a nested tuple visits all of it, which a small hostile file can make endless."""
+    if isinstance(key, tuple):
+        if depth == 0 or len(key) > _KEY_WIDTH:
+            raise Damaged("a dictionary key is nested too deeply")
+        for part in key:
+            _check_key(part, depth - 1)
+    elif isinstance(key, list | dict):
+        raise Damaged(f"a {type(key).__name__} as a dictionary key")
+
+
+def _extend(target: Any, values: list[Any]) -> None:
+    if isinstance(target, list):
+        target.extend(values)
+    elif isinstance(target, Instance):
+        target.elements.extend(values)
+    else:
+        raise Damaged(f"it appends to a {type(target).__name__}")
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 62:
+        raise Damaged("a size or offset is not a natural number")
+    return value
+
+
+def _counts(values: Any) -> tuple[int, ...]:
+    if isinstance(values, Instance) and values.path == "torch.Size" and values.args:
+        values = values.args[0]
+    if not isinstance(values, tuple | list) or len(values) > 64:
+        raise Damaged("a shape is not a tuple")
+    return tuple(_count(v) for v in values)
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any = False, *rest: Any) -> TensorRef:
+    if isinstance(storage, PersistentId) and isinstance(storage.value, str):
+        raise Damaged("its storages are named as text, which pickle protocol 0 does and torch itself cannot read back")
+    if not isinstance(storage, StorageRef):
+        raise Damaged("a tensor without a storage")
+    shape, strides = _counts(size), _counts(stride)
+    if len(shape) != len(strides):
+        raise Damaged("a tensor's shape and strides differ in length")
+    if storage.dtype is None:
+        raise Damaged("a tensor over an untyped storage without a dtype")
+    metadata = rest[1] if len(rest) > 1 and isinstance(rest[1], dict) else {}
+    lazy = "conjugated" if metadata.get("conj") else "negated" if metadata.get("neg") else ""
+    return TensorRef(storage, storage.dtype, _count(offset), shape, strides, requires_grad is True, lazy=lazy)
+
+
+def _tensor_v3(storage: Any, offset: Any, size: Any, stride: Any, rg: Any, hooks: Any, dtype: Any, *rest: Any) -> TensorRef:
+    if not isinstance(dtype, Global) or dtype.module != "torch" or dtype.name not in BY_TORCH_NAME:
+        raise Damaged(f"a tensor of unknown dtype {printable(getattr(dtype, 'path', dtype))}")
+    if not isinstance(storage, StorageRef):
+        raise Damaged("a tensor without a storage")
+    typed = StorageRef(storage.key, BY_TORCH_NAME[dtype.name], storage.numel, storage.view_offset)
+    made = _tensor(typed, offset, size, stride, rg, hooks, *rest)
+    made.storage = storage
+    return made
+
+
+def _wrap(data: Any, *wrapper: Any, requires_grad: Any = None) -> Any:
+    """The tensor with what stood around it, as a record of its own, since the bare one may be used elsewhere too."""
+    if not isinstance(data, TensorRef):
+        return None
+    grad = data.requires_grad if requires_grad is None else requires_grad is True
+    return TensorRef(data.storage, data.dtype, data.offset, data.shape, data.strides, grad, wrapper, data.lazy)
+
+
+def _parameter(data: Any, requires_grad: Any, hooks: Any) -> Any:
+    return _wrap(data, "parameter", requires_grad=requires_grad)
+
+
+def _parameter_with_state(data: Any, requires_grad: Any, hooks: Any, state: Any) -> Any:
+    return _wrap(data, "parameter_with_state", state, requires_grad=requires_grad)
+
+
+def _from_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
+    inner = _call(function, args) if isinstance(args, tuple) else None
+    # A Parameter inside a subclass stays a Parameter: the subclass adds nothing that a checkpoint needs.
+    return _wrap(inner, "type", function, kind, state) if isinstance(inner, TensorRef) and not inner.wrapper else inner
+
+
+def _ordered_dict(pairs: Any = ()) -> Any:
+    made = OrderedTree()
+    for pair in pairs:
+        key, value = pair
+        _set_items(made, [(key, value)])
+    return made
+
+
+def _encode(string: Any, encoding: Any) -> Any:
+    return string.encode("latin-1") if isinstance(string, str) and encoding in ("latin1", "latin-1") else None
+
+
+_REBUILD: dict[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter_with_state,
+    "torch._tensor._rebuild_from_type_v2": _from_type,
+    "collections.OrderedDict": _ordered_dict,
+    "_codecs.encode": _encode,
+}
+
+
+def _call(function: Any, args: tuple[Any, ...]) -> Any:
+    rebuild = _REBUILD.get(function.path) if isinstance(function, Global) else None
+    made = rebuild(*args) if rebuild else None
+    return Instance("call", function, args) if made is None else made
+
+
+def _python2_text(arg: Any) -> Any:
+    if isinstance(arg, bytes):
+        return arg.decode("utf-8", errors="surrogateescape")
+    try:
+        return arg.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return arg
+
+
+def _itself(arg: Any) -> Any:
+    return arg
+
+
+_PUSHED: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(["INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"], _itself),
+    **dict.fromkeys(["UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"], _itself),
+    **dict.fromkeys(["SHORT_BINBYTES", "BINBYTES", "BINBYTES8"], _itself),
+    **dict.fromkeys(["STRING", "BINSTRING", "SHORT_BINSTRING"], _python2_text),
+    "BYTEARRAY8": lambda arg: Instance("call", Global("builtins", "bytearray"), (bytes(arg),)),
+    "NONE": lambda arg: None,
+    "NEWTRUE": lambda arg: True,
+    "NEWFALSE": lambda arg: False,
+    "EMPTY_LIST": lambda arg: [],
+    "EMPTY_DICT": lambda arg: {},
+    "EMPTY_TUPLE": lambda arg: (),
+}
+
+_ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
+    "PROTO": lambda machine, arg: None,
+    "FRAME": lambda machine, arg: None,
+    "MARK": _Machine.mark,
+    "POP": _Machine.pop,
+    "POP_MARK": _Machine.discard,
+    "DUP": _Machine.dup,
+    "MEMOIZE": _Machine.memoize,
+    **dict.fromkeys(["PUT", "BINPUT", "LONG_BINPUT"], _Machine.put),
+    **dict.fromkeys(["GET", "BINGET", "LONG_BINGET"], _Machine.get),
+    "TUPLE": lambda machine, arg: machine.tuple_of(None),
+    "TUPLE1": lambda machine, arg: machine.tuple_of(1),
+    "TUPLE2": lambda machine, arg: machine.tuple_of(2),
+    "TUPLE3": lambda machine, arg: machine.tuple_of(3),
+    "LIST": _Machine.list_of,
+    "DICT": _Machine.dict_of,
+    "EMPTY_SET": _Machine.empty_set,
+    "FROZENSET": lambda machine, arg: machine.set_of("frozenset"),
+    "ADDITEMS": _Machine.additems,
+    "GLOBAL": _Machine.global_,
+    "STACK_GLOBAL": _Machine.stack_global,
+    "INST": _Machine.inst,
+    "OBJ": _Machine.obj,
+    "REDUCE": _Machine.reduce,
+    "NEWOBJ": _Machine.newobj,
+    "NEWOBJ_EX": _Machine.newobj_ex,
+    "BUILD": _Machine.build,
+    "SETITEM": _Machine.setitem,
+    "SETITEMS": _Machine.setitems,
+    "APPEND": _Machine.append,
+    "APPENDS": _Machine.appends,
+    **dict.fromkeys(["PERSID", "BINPERSID"], _Machine.persistent),
+}
