@@ -1,6 +1,7 @@
 """The memory model: what one chunk in flight costs, and how many fit a budget. Pure arithmetic.
 
-    peak = RUN + tensors * PER_TENSOR + staging + workers * (PER_WORKER + chunk_elems * bytes_per_element)
+    peak = RUN + tensors * PER_TENSOR + staging
+           + workers * (PER_WORKER + chunk_elems * bytes_per_element + inputs * (window + chunk_elems * input_bytes))
 
 Every buffer the engine uses is a term here, and the engine takes its buffers from :func:`slots`, so the model cannot
 drift from what is allocated.
@@ -22,20 +23,28 @@ PER_WORKER_BYTES = 2 << 20
 """A thread's stack and its malloc arena."""
 STAGING_BYTES = 16 << 20
 """Buffers for tensors that must be copied out first."""
-BEST_CHUNK_ELEMS = 2 * GRAIN
+BEST_CHUNK_ELEMS = 4 * GRAIN
+MOST_WINDOW_BYTES = 8 << 20
+"""Mapped pages of one input that one worker lets stay behind its cursor: giving them back costs every CPU an interrupt,
+so it is done rarely. They count as memory although the kernel could take them back at any time."""
 
 
 @dataclass(frozen=True, slots=True)
 class ElementCost:
-    """Bytes that one element of a chunk in flight needs, by purpose; the widest tensor of the run decides each."""
+    """Bytes that one element of a chunk in flight needs, by purpose; the widest tensor of the run decides each.
+
+    ``mapped`` are those of an element in mapped pages, of each of ``inputs`` at once.
+    """
 
     compute: int
     widen: int
     out: int
     read: int
+    inputs: int = 0
+    mapped: int = 0
 
     @property
-    def total(self) -> int:
+    def buffers(self) -> int:
         return 2 * self.compute + self.widen + self.out + 2 * self.read
 
 
@@ -45,6 +54,7 @@ class Budget:
 
     workers: int
     chunk_elems: int
+    window_bytes: int
     cost: ElementCost
     peak_bytes: int
 
@@ -71,16 +81,20 @@ def fit(memory_bytes: int, workers: int, tensors: int, cost: ElementCost, stagin
     """The most workers and the best chunk that ``memory_bytes`` allow. Raises BudgetError naming the least that would."""
     fixed = RUN_BYTES + tensors * PER_TENSOR_BYTES + (STAGING_BYTES if staging else 0)
 
-    def peak(count: int, chunk: int) -> int:
-        return fixed + count * (PER_WORKER_BYTES + chunk * cost.total)
+    def peak(count: int, chunk: int, window: int) -> int:
+        mapped = cost.inputs * (window + chunk * cost.mapped) if cost.mapped else 0
+        return fixed + count * (PER_WORKER_BYTES + chunk * cost.buffers + mapped)
 
     for count in range(workers, 0, -1):
         chunk = BEST_CHUNK_ELEMS
         while chunk >= GRAIN:
-            if peak(count, chunk) <= memory_bytes:
-                return Budget(count, chunk, cost, peak(count, chunk))
+            window = MOST_WINDOW_BYTES
+            while window and peak(count, chunk, window) > memory_bytes:
+                window = window // 2 if window > MOST_WINDOW_BYTES // 64 else 0
+            if peak(count, chunk, window) <= memory_bytes:
+                return Budget(count, chunk, window, cost, peak(count, chunk, window))
             chunk //= 2
-    least = peak(1, GRAIN)
+    least = peak(1, GRAIN, 0)
     raise BudgetError(
         f"{binary_bytes(memory_bytes)} of memory are too little for this merge, "
         f"which needs at least {binary_bytes(least)}; pass --memory {-(-least // (1 << 20))}MiB or more"

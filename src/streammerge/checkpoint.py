@@ -54,12 +54,11 @@ class CheckpointIndex:
         return sorted({n.path for _, n in walk(self.extras) if isinstance(n, Global) and not _is_torch_type(n)})
 
     def plain_data(self) -> Any:
-        """What is not a tensor, as JSON-able data, without the state dicts."""
+        """What stands beside the tensors (configuration, step, losses), as JSON-able data; None when there is nothing."""
         if not isinstance(self.extras, dict):
             return None if isinstance(self.extras, TensorRef) else plain(self.extras)
-        chosen = {id(f.holder) for c in self.selection.candidates for f in c.tensors}
-        kept = {k: v for k, v in self.extras.items() if not isinstance(v, TensorRef)}
-        return {str(k): f"<{_counted(v)}>" if id(v) in chosen else plain(v) for k, v in kept.items()}
+        tops = {c.path[0] for c in self.selection.candidates if c.path}
+        return {str(k): plain(v) for k, v in self.extras.items() if k not in tops and not isinstance(v, TensorRef)}
 
     def value(self, key: str) -> float | int | None:
         """A number in the plain data by its path, such as ``model_loss.eval_loss``."""
@@ -67,10 +66,6 @@ class CheckpointIndex:
         for part in key.split("."):
             node = node.get(part) if isinstance(node, dict) else None
         return number(node)
-
-
-def _counted(node: Any) -> str:
-    return f"state dict of {len(node)} tensors" if isinstance(node, dict) else "state dict"
 
 
 def _is_torch_type(node: Global) -> bool:

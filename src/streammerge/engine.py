@@ -116,6 +116,7 @@ class Engine:
                 source.read_into(part, task.sources[0].offset + begin + start)
                 output.write_full(part, task.offset + begin + start)
                 checksums.append((task.file, task.offset + begin + start, stop - start, zlib.crc32(part)))
+        output.start_writeback(task.offset + begin, nbytes)
         return PieceDone(piece, nbytes, nbytes, tuple(checksums))
 
     def _compute(self, piece: Piece) -> PieceDone:
@@ -145,7 +146,9 @@ class Engine:
             output.write_full(data, offset)
             if self.checksums:
                 checksums.append((task.file, offset, len(data), zlib.crc32(data)))
+        reader.release(0)
         elems = piece.stop - piece.start
+        output.start_writeback(task.offset + piece.start * out_dtype.element_bytes, elems * out_dtype.element_bytes)
         read = elems * sum(dtype.element_bytes for dtype in dtypes)
         return PieceDone(piece, read, elems * out_dtype.element_bytes, tuple(checksums), nonfinite)
 
@@ -190,41 +193,40 @@ class _Reader:
     """The raw numbers of a task's sources, by mapped pages or by reading into the worker's buffers."""
 
     def __init__(self, engine: Engine, task: MergeTask, workspace: _Workspace, dtypes: list[DType]) -> None:
-        self._sources = [(engine.inputs.get(s.path), s.offset, s.path) for s in task.sources]
+        self._sources = [(engine.inputs.get(s.path), s.offset) for s in task.sources]
         self._dtypes, self._workspace, self._mapped = dtypes, workspace, engine.mapped
-        self._in_use: list[tuple[Any, int, int]] = []
+        self._window = engine.budget.window_bytes
+        self._held: dict[int, tuple[int, int]] = {}
         self._next_slot = 0
+
+    @property
+    def models(self) -> int:
+        return len(self._sources)
+
+    def name(self, model: int) -> str:
+        return self._sources[model][0].path
 
     def read(self, model: int, start: int, stop: int) -> torch.Tensor:
         import torch
 
         dtype = self._dtypes[model]
-        size, (file, base, _) = dtype.element_bytes, self._sources[model]
+        size, (file, base) = dtype.element_bytes, self._sources[model]
         offset, nbytes = base + start * size, (stop - start) * size
         if not self._mapped:
             slot = f"read{self._next_slot}"
             self._next_slot ^= 1
             file.read_into(self._workspace.octets(slot, nbytes), offset)
             return self._workspace.get(slot, dtype.torch, stop - start)
-        while len(self._in_use) > 1:
-            self._release_oldest()
-        self._in_use.append((file, offset, nbytes))
+        begin, end = self._held.get(model, (offset, offset))
+        self._held[model] = (min(begin, offset), max(end, offset + nbytes))
         return torch.frombuffer(file.view(offset, nbytes), dtype=dtype.torch)
 
-    def release(self) -> None:
-        while self._in_use:
-            self._release_oldest()
-
-    def _release_oldest(self) -> None:
-        file, offset, nbytes = self._in_use.pop(0)
-        file.release(offset, nbytes)
-
-    def name(self, model: int) -> str:
-        return str(self._sources[model][2])
-
-    @property
-    def models(self) -> int:
-        return len(self._sources)
+    def release(self, window: int | None = None) -> None:
+        """Gives back the pages of each source of which more than a window was read."""
+        for model, (begin, end) in list(self._held.items()):
+            if end - begin >= (self._window if window is None else window):
+                self._sources[model][0].release(begin, end - begin)
+                del self._held[model]
 
 
 def _suspicious(out: torch.Tensor) -> bool:

@@ -290,7 +290,7 @@ def _edit_first(
             edit.renamed[where] = recipe.output_name(str(found.key))
     for found in selection.left_out:
         _drop(found.name, found.holder, found.key, edit)
-    for twin in selection.twins:
+    for twin in selection.twins if recipe.method != "copy" else ():
         _drop(twin.label, twin.holder, twin.key, edit)
         notes.append(f"left out of the output: '{printable(twin.label)}', which was not merged and would be stale")
     if not recipe.keep_optimizer:

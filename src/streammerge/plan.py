@@ -64,7 +64,7 @@ class Plan:
 
     def counts(self) -> dict[str, int]:
         """How many output tensors each method makes."""
-        return dict(Counter(task.method for task in self.tasks))
+        return dict(Counter(task.method for task in self.tasks).most_common())
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON-able data, without the places of the bytes."""
@@ -99,7 +99,7 @@ class Plan:
         for path, weight in zip(recipe.inputs, recipe.weight_of_each, strict=True):
             shown = "" if recipe.method == "copy" else f"  weight {weight / total:.6g}"
             lines.append(f"  {printable(path):<{width}}{shown}")
-        made = ", ".join(f"{count} {_METHOD_WORDS.get(method, method)}" for method, count in self.counts().items())
+        made = ", ".join(f"{count} {_METHOD_WORDS.get(method, f'merged by {method}')}" for method, count in self.counts().items())
         lines.append(f"tensors  {made}")
         files = self.layout.files
         named = printable(files[0].name) if len(files) == 1 else f"{len(files)} files"
@@ -119,7 +119,7 @@ class Plan:
         return "\n".join(lines)
 
 
-_METHOD_WORDS = {"copy": "copied", "linear": "merged by linear", "integers": "of integers, by policy"}
+_METHOD_WORDS = {"copy": "copied", "integers": "of integers (equal, or by policy)"}
 
 
 def _task_json(task: MergeTask) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def _task(placed: Placed) -> MergeTask:
 
 def _cost(tasks: list[MergeTask], io: str) -> ElementCost:
     """Bytes per element in flight, for the widest of each kind; all zero where everything is copied verbatim."""
-    compute = widen = out = read = 0
+    compute = widen = out = read = inputs = mapped = 0
     for task in tasks:
         if task.verbatim:
             continue
@@ -201,10 +201,12 @@ def _cost(tasks: list[MergeTask], io: str) -> ElementCost:
         widest = max(d.element_bytes for d in dtypes)
         out = max(out, task.out.dtype.component.element_bytes)
         read = max(read, widest if io == "pread" else 0)
+        mapped = max(mapped, widest if io == "mmap" else 0)
+        inputs = max(inputs, len(task.sources))
         if task.method not in ("copy", "integers"):
             compute = max(compute, 8 if task.compute == "float64" else 4)
             if any(d not in (DType.BF16, DType.F32, DType.F64) for d in dtypes):
                 widen = 4
         elif task.method == "integers":
             compute = max(compute, 8)  # the largest of narrow unsigned integers is found in int64
-    return ElementCost(compute, widen, out, read)
+    return ElementCost(compute, widen, out, read, inputs, mapped)

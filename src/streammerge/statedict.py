@@ -4,9 +4,9 @@ A mapping whose values are mostly tensors is a state dict, and so is a pickled m
 buffers, under their dotted names). Of several:
 
 1. none below a key that speaks of the optimizer, scheduler, scaler, random state and the like;
-2. of two with the same names (``model`` and ``ema``, ``student`` and ``teacher``) the plain one, unless asked otherwise;
-3. those with different names belong together (``model`` and ``generator``, ``net.*``) and are all taken, each under its
-   own path.
+2. of a model and its running average (``model`` and ``ema``, ``student`` and ``teacher``: the same names) the plain one,
+   unless asked otherwise;
+3. all others belong together (``model`` and ``generator``, ``net.*``) and are all taken, each under its own path.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def _choose(usable: list[Candidate], ema: str, notes: list[str], passed_over: li
     for key, group in groups.items():
         if key in taken:
             continue
-        twins = [k for k in groups if k not in taken and _same_names(group, groups[k])]
+        twins = [k for k in groups if k not in taken and (k == key or _are_twins(group, groups[k]))]
         best = sorted(twins, key=lambda k: groups[k][0].averaged == (ema == "ignore"))[0]
         taken.update(twins)
         chosen.append(groups[best])
@@ -248,10 +248,13 @@ def _label(key: tuple[Any, ...]) -> str:
     return printable(".".join(map(str, key)))
 
 
+def _are_twins(one: list[Candidate], two: list[Candidate]) -> bool:
+    """A model and its running average; two plain ones of the same names (speakers, an ensemble) belong together."""
+    return one[0].averaged != two[0].averaged and _same_names(one, two)
+
+
 def _same_names(one: list[Candidate], two: list[Candidate]) -> bool:
     """Nearly the same names, wrapper prefixes apart: one set is a copy of the other."""
-    if one is two:
-        return True
     a, b = ({_bare(f.name) for c in group for f in c.tensors} for group in (one, two))
     return len(a & b) >= 0.9 * min(len(a), len(b)) and len(a & b) >= 0.5 * max(len(a), len(b))
 
@@ -275,7 +278,7 @@ def _named(tree: Any, found: list[Candidate], wanted: str) -> Selection:
             f"it has {listed([c.label for c in found]) or 'none'}"
         )
     chosen = [c for c in inside if c.label == wanted][:1] or inside
-    twins = [c for c in found if c not in chosen and not c.barred and _same_names(chosen, [c])]
+    twins = [c for c in found if c not in chosen and not c.barred and _are_twins(chosen, [c])]
     return Selection(_together(chosen), chosen, found, twins=twins)
 
 

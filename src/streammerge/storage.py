@@ -7,6 +7,7 @@ before the first byte. Leaving a :class:`Staging` without :meth:`Staging.commit`
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -24,6 +25,9 @@ from streammerge.units import decimal_bytes
 
 COPY_BYTES = 1 << 20
 _OPEN_FILES = 256
+_FAULT_AROUND_BYTES = 2 << 20
+_SYNC_FILE_RANGE_WRITE = 2
+_sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 Identity = tuple[int, int, int, int]
 Buffer = bytes | bytearray | memoryview | mmap.mmap
 
@@ -96,9 +100,12 @@ class InputFile:
         return memoryview(self._map)[offset : offset + nbytes]
 
     def release(self, offset: int, nbytes: int) -> None:
-        """Gives the mapped pages of that range back; touched again, they are read again."""
+        """Gives the mapped pages of that range back; touched again, they are read again.
+
+        A fault maps pages around the one it is for, also behind the cursor, so the range begins a little earlier.
+        """
         if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
-            start = offset - offset % mmap.PAGESIZE
+            start = max(offset - offset % mmap.PAGESIZE - _FAULT_AROUND_BYTES, 0)
             self._map.madvise(mmap.MADV_DONTNEED, start, offset + nbytes - start)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
@@ -177,6 +184,11 @@ class OutputFile:
             if count == 0:
                 raise source._ended(source_offset, nbytes)
             source_offset, offset, nbytes = source_offset + count, offset + count, nbytes - count
+
+    def start_writeback(self, offset: int, nbytes: int) -> None:
+        """Lets the disk begin with a range that is written, without waiting, so that the final sync is short."""
+        if _sync_file_range is not None and nbytes:
+            _sync_file_range(self._fd, ctypes.c_longlong(offset), ctypes.c_longlong(nbytes), _SYNC_FILE_RANGE_WRITE)
 
     def sync(self) -> None:
         os.fsync(self._fd)
