@@ -21,7 +21,7 @@ from streammerge.formats.base import Layout, LayoutFile, Literal
 from streammerge.formats.folder import side_files
 from streammerge.recipe import Recipe
 from streammerge.repickle import Edit, repickle, storage_ref
-from streammerge.statedict import speaks_of_training
+from streammerge.statedict import is_training_state
 from streammerge.storage import file_size
 from streammerge.tensors import TensorEntry, TensorSpec, contiguous_strides
 from streammerge.tree import Instance, OrderedTree, StorageRef, TensorRef, mapping_items, walk
@@ -313,7 +313,7 @@ def _drop_training_state(base: CheckpointIndex, edit: Edit) -> list[str]:
         for part in candidate.path:
             for key, value in mapping_items(node) or []:
                 fresh = (id(node), key) not in edit.dropped
-                if speaks_of_training(key) and key != part and value is not None and fresh:
+                if is_training_state(key, value) and key != part and value is not None and fresh:
                     edit.dropped.add((id(node), key))
                     gone.append(str(key))
             if isinstance(node, Instance) and isinstance(node.state, dict):

@@ -12,9 +12,10 @@ from pathlib import Path
 from streammerge import memory
 from streammerge.checksums import join
 from streammerge.engine import Engine, MergeTask, Piece, PieceDone, pieces
-from streammerge.errors import FormatError, VerifyError, printable
+from streammerge.errors import FormatError, RecipeError, VerifyError, listed, printable
 from streammerge.events import Event, RunFinished, RunStarted, Staged, Syncing, TaskDone
 from streammerge.executors.local import ThreadExecutor
+from streammerge.formats.folder import foreign_files
 from streammerge.formats.torch_zip import seal
 from streammerge.output import side_bytes
 from streammerge.plan import Plan
@@ -45,6 +46,7 @@ def execute(plan: Plan, overwrite: bool, listener: Callable[[Event], None]) -> R
         raise ValueError("a plan without an output cannot be run")
     out = Path(str(plan.out).rstrip("/"))
     refuse_input_as_output(out, plan)
+    refuse_to_lose_files(out, plan)
     if plan.torch_needed:
         prepare_torch()
     memory.reset_peak()
@@ -93,6 +95,17 @@ def refuse_input_as_output(out: Path, plan: Plan) -> None:
     inputs = [Path(path).resolve() for path in plan.identities]
     if out.is_dir() and any(out.resolve() in path.parents for path in inputs):
         raise FormatError(f"{printable(out)} holds one of the inputs; inputs are never written, choose another output")
+
+
+def refuse_to_lose_files(out: Path, plan: Plan) -> None:
+    """RecipeError when a folder that is to be replaced holds what is no part of a checkpoint."""
+    if out.is_dir():
+        if not plan.layout.as_folder:
+            raise RecipeError(f"{printable(out)} is a folder; remove it first, or choose another name")
+        written = {file.name for file in plan.layout.files} | {name for _, name in plan.layout.side_files}
+        foreign = foreign_files(out, written)
+        if foreign:
+            raise RecipeError(f"{printable(out)} also holds {listed(foreign)}, which replacing it would lose; move that away first")
 
 
 def _make(plan: Plan, staging: Staging, listener: Callable[[Event], None]) -> tuple[int, list[str]]:

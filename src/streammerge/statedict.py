@@ -28,15 +28,18 @@ _NOT_WEIGHTS = re.compile(
 )
 _EMA = re.compile(r"(.*[_.])?(ema|ema_.*|model_avg|avg_model|averaged|teacher|swa(_.*)?)([_.].*)?", re.IGNORECASE)
 _STALE = re.compile(
-    r"(.*_)?(optim(izer)?(s|_states?|_state_dict)?|last_optimizer_state|opt(_[gd])?|optim_[gd]|(lr_)?sched(uler)?s?(_state(_dict|s)?)?"
+    r"(.*_)?(optim(izer)?(s|_states?|_state_dict)?|last_optimizer_state|optim_[gd]|(lr_)?sched(uler)?s?(_state(_dict|s)?)?"
     r"|(grad_)?scaler(_state(_dict)?)?|amp_scaler|opt_param_scheduler|param_schedulers)",
     re.IGNORECASE,
 )
 
 
-def speaks_of_training(key: Any) -> bool:
-    """Whether a top-level key holds optimizer, scheduler or scaler state, which is stale once weights are merged."""
-    return isinstance(key, str) and _STALE.fullmatch(key) is not None
+def is_training_state(key: Any, value: Any) -> bool:
+    """Whether a key holds optimizer, scheduler or scaler state, which is stale once weights are merged.
+
+    ``opt`` is an optimizer's state in some trainers and the command line's options in others.
+    """
+    return isinstance(key, str) and (_STALE.fullmatch(key) is not None or _is_optimizer_state(value))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,7 +1,8 @@
 """The inert tree: what a pickle says, as plain values and records. Nothing in it was imported, called or executed.
 
 Plain values stand for themselves (None, bool, int, float, complex, str, bytes, list, tuple, dict). Everything else is
-one of the records below. Records hash by identity, so that they can be dictionary keys without running anything.
+one of the records below. Records hash by identity, so that they can be dictionary keys without running anything, and
+show nothing of what is in them as text, which in a hostile file can be endless.
 """
 
 from __future__ import annotations
@@ -29,8 +30,15 @@ class Global:
         return f"{_PYTHON2_MODULES.get(self.module, self.module)}.{self.name}"
 
 
-@dataclass(slots=True, eq=False)
-class Instance:
+class _Record:
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}>"
+
+
+@dataclass(slots=True, eq=False, repr=False)
+class Instance(_Record):
     """An object that was not made: what would have been called, with what, and what would have been put into it.
 
     ``kind`` is "call" (function(*args)), "new" (function.__new__(function, *args)) or "new_ex" (with ``kwargs``).
@@ -48,6 +56,9 @@ class Instance:
     def path(self) -> str:
         return self.function.path if isinstance(self.function, Global) else "?"
 
+    def __repr__(self) -> str:
+        return f"<{self.path}>"
+
 
 class OrderedTree(dict[Any, Any]):
     """A collections.OrderedDict, with the attributes a state dict carries (``_metadata``)."""
@@ -59,8 +70,8 @@ class OrderedTree(dict[Any, Any]):
         self.attributes: Any = MISSING
 
 
-@dataclass(slots=True, eq=False)
-class StorageRef:
+@dataclass(slots=True, eq=False, repr=False)
+class StorageRef(_Record):
     """A torch storage by its key. ``dtype`` is None for an untyped one, whose ``numel`` counts bytes.
 
     ``view_offset`` (elements) is that of an old-style storage view within the storage ``key``.
@@ -76,8 +87,8 @@ class StorageRef:
         return self.numel * (self.dtype.element_bytes if self.dtype else 1)
 
 
-@dataclass(slots=True, eq=False)
-class TensorRef:
+@dataclass(slots=True, eq=False, repr=False)
+class TensorRef(_Record):
     """A tensor over a storage: ``offset`` and ``strides`` in elements.
 
     ``wrapper`` keeps what stood around it: ("parameter",), ("parameter_with_state", state) or
@@ -95,8 +106,8 @@ class TensorRef:
     state: Any = MISSING
 
 
-@dataclass(slots=True, eq=False)
-class PersistentId:
+@dataclass(slots=True, eq=False, repr=False)
+class PersistentId(_Record):
     """A reference into something outside the pickle that is not a torch storage."""
 
     value: Any

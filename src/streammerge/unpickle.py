@@ -9,6 +9,7 @@ classes and functions become :class:`~streammerge.tree.Global`, what would be ma
 from __future__ import annotations
 
 import io
+import math
 import pickletools
 from collections.abc import Callable
 from typing import Any, BinaryIO
@@ -18,7 +19,15 @@ from streammerge.errors import FormatError, printable
 from streammerge.tree import Global, Instance, OrderedTree, PersistentId, StorageRef, TensorRef
 
 MAX_OPCODES = 20_000_000
-_KEY_DEPTH, _KEY_WIDTH = 3, 64
+MAX_PICKLE_BYTES = 1 << 30
+MAX_NAME = 1000
+"""Characters in the name of a class, a function or a storage."""
+
+FREE_BYTES, BYTES_PER_BYTE = 48 << 20, 64
+"""A tree may take this much memory, and this much for each byte of its pickle on the disk, by :data:`_COST`."""
+
+_MAX_INTEGER_BYTES = 1024
+_KEY_PARTS = 64
 _DAMAGE = (IndexError, KeyError, ValueError, TypeError, AttributeError, RecursionError, OverflowError, MemoryError, EOFError)
 
 _QUANTISED = {  # the integers behind quantised tensors, which themselves stay unread
@@ -52,7 +61,7 @@ class StorageTable:
         key, view_offset = text(key), 0
         if rest and rest[0] is not None:
             view_key, view_offset, _view_numel = rest[0]
-        return self.add(StorageRef(key, dtype, _count(numel), _count(view_offset)))
+        return self.add(StorageRef(key, dtype, natural(numel), natural(view_offset)))
 
     def add(self, ref: StorageRef) -> StorageRef:
         known = self.refs.setdefault((ref.key, ref.view_offset, ref.numel), ref)
@@ -76,37 +85,73 @@ def storage_dtype(kind: Any) -> Any:
 def text(value: Any) -> str:
     """A name; Python 2 byte strings, which pickletools reads as latin-1, are decoded as utf-8 where they are that."""
     if isinstance(value, bytes):
-        return value.decode("utf-8", errors="surrogateescape")
+        value = value[: MAX_NAME + 1].decode("utf-8", errors="surrogateescape")
     if not isinstance(value, str):
         raise Damaged("a name is not a string")
+    if len(value) > MAX_NAME:
+        raise Damaged(f"a name of more than {MAX_NAME} characters")
     return value
 
 
-def unpickle(source: bytes | BinaryIO, resolve: ResolveId = PersistentId, where: str = "pickle") -> Any:
-    """One pickle -> its inert tree. A stream is left right behind the STOP opcode. Raises FormatError."""
-    machine = _Machine(resolve)
+def unpickle(
+    source: bytes | BinaryIO, resolve: ResolveId = PersistentId, where: str = "pickle", disk_bytes: int | None = None
+) -> Any:
+    """One pickle -> its inert tree. A stream is left right behind the STOP opcode. Raises FormatError.
+
+    ``disk_bytes``: how long it is on the disk, for one that was compressed; its memory is limited by that.
+    """
+    stream = _Limited(io.BytesIO(source) if isinstance(source, bytes) else source)
+    machine = _Machine(resolve, stream, disk_bytes)
     try:
-        return machine.run(io.BytesIO(source) if isinstance(source, bytes) else source)
+        return machine.run()
     except Damaged as error:
         raise FormatError(f"{where}: damaged or hostile pickle ({error}); nothing was executed") from error
     except _DAMAGE as error:
         raise FormatError(f"{where}: damaged pickle ({type(error).__name__}: {printable(error)}); nothing was executed") from error
 
 
+class _Limited:
+    """What pickletools needs of a stream; no length it reads in a pickle is believed beyond the limit."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self.taken = stream, 0
+
+    def read(self, nbytes: int) -> bytes:
+        if nbytes > MAX_PICKLE_BYTES - self.taken:
+            raise Damaged(f"it claims {nbytes} bytes for one value")
+        return self._counted(self._stream.read(nbytes))
+
+    def readline(self) -> bytes:
+        return self._counted(self._stream.readline(MAX_PICKLE_BYTES - self.taken))
+
+    def _counted(self, data: bytes) -> bytes:
+        self.taken += len(data)
+        return data
+
+
 class _Machine:
-    def __init__(self, resolve: ResolveId) -> None:
+    def __init__(self, resolve: ResolveId, stream: _Limited, disk_bytes: int | None) -> None:
         self.resolve = resolve
+        self.stream, self.disk_bytes = stream, disk_bytes
+        self.cost = 0
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
 
-    def run(self, stream: Any) -> Any:
+    def charge(self, nbytes: int) -> None:
+        """Counts memory, since one byte of a pickle can make an object of hundreds."""
+        self.cost += nbytes
+        if self.cost > FREE_BYTES and self.cost > FREE_BYTES + BYTES_PER_BYTE * (self.disk_bytes or self.stream.taken):
+            raise Damaged("it would take far more memory than its size explains")
+
+    def run(self) -> Any:
         count = 0
-        for opcode, arg, _position in pickletools.genops(stream):
+        for opcode, arg, _position in pickletools.genops(self.stream):
             count += 1
             if count > MAX_OPCODES:
                 raise Damaged(f"more than {MAX_OPCODES} opcodes")
             name = opcode.name
+            self.charge(_COST.get(name, _COST_OF_OTHERS))
             if name in _PUSHED:
                 self.stack.append(_PUSHED[name](arg))
             elif name == "STOP":
@@ -161,9 +206,10 @@ class _Machine:
         self.stack.append(items)
 
     def dict_of(self, _: Any) -> None:
-        items = self.pop_mark()
         made: dict[Any, Any] = {}
-        _set_items(made, _pairs(items))
+        pairs = _pairs(self.pop_mark())
+        self.charge_members([value for _, value in pairs], _COST_OF_PAIR)
+        _set_items(made, pairs)
         self.stack.append(made)
 
     def set_of(self, path: str) -> None:
@@ -174,26 +220,28 @@ class _Machine:
         self.stack.append(Instance("call", Global("builtins", "set"), ([],)))
 
     def global_(self, arg: str) -> None:
-        module, _, name = arg.partition(" ")
-        self.stack.append(Global(module, name))
+        self.stack.append(_global(arg))
 
     def stack_global(self, _: Any) -> None:
         name, module = self.stack.pop(), self.stack.pop()
         self.stack.append(Global(text(module), text(name)))
 
     def inst(self, arg: str) -> None:
-        module, _, name = arg.partition(" ")
-        args = self.pop_mark()
-        self.stack.append(_call(Global(module, name), tuple(args)))
+        self.call(_global(arg), tuple(self.pop_mark()))
 
     def obj(self, _: Any) -> None:
         function, *args = self.pop_mark()
-        self.stack.append(_call(function, tuple(args)))
+        self.call(function, tuple(args))
 
     def reduce(self, _: Any) -> None:
         args, function = self.stack.pop(), self.stack.pop()
         if not isinstance(args, tuple):
             raise Damaged("a call without a tuple of arguments")
+        self.call(function, args)
+
+    def call(self, function: Any, args: tuple[Any, ...]) -> None:
+        """What the call would make; arguments are charged, as the same long one can be given again and again."""
+        self.charge(sum(len(a) * _COST_OF_PART.get(type(a), 0) for a in args if isinstance(a, str | tuple | list)))
         self.stack.append(_call(function, args))
 
     def newobj(self, _: Any) -> None:
@@ -222,19 +270,27 @@ class _Machine:
 
     def setitem(self, _: Any) -> None:
         value, key = self.stack.pop(), self.stack.pop()
+        self.charge_members([value], _COST_OF_PAIR)
         _set_items(self.stack[-1], [(key, value)])
 
     def setitems(self, _: Any) -> None:
-        items = self.pop_mark()
-        _set_items(self.stack[-1], _pairs(items))
+        pairs = _pairs(self.pop_mark())
+        self.charge_members([value for _, value in pairs], _COST_OF_PAIR)
+        _set_items(self.stack[-1], pairs)
 
     def append(self, _: Any) -> None:
         value = self.stack.pop()
+        self.charge_members([value], 0)
         _extend(self.stack[-1], [value])
 
     def appends(self, _: Any) -> None:
         items = self.pop_mark()
+        self.charge_members(items, 0)
         _extend(self.stack[-1], items)
+
+    def charge_members(self, values: list[Any], each: int) -> None:
+        """Every mention of a tensor becomes an entry of the checkpoint, also that of one mentioned before."""
+        self.charge(len(values) * each + sum(_COST_OF_ENTRY for v in values if isinstance(v, TensorRef)))
 
     def additems(self, _: Any) -> None:
         items = self.pop_mark()
@@ -255,7 +311,7 @@ def _pairs(items: list[Any]) -> list[tuple[Any, Any]]:
 
 def _set_items(target: Any, pairs: list[tuple[Any, Any]]) -> None:
     for key, _ in pairs:
-        _check_key(key, _KEY_DEPTH)
+        _check_key(key)
     if isinstance(target, dict):
         target.update(pairs)
     elif isinstance(target, Instance):
@@ -264,15 +320,18 @@ def _set_items(target: Any, pairs: list[tuple[Any, Any]]) -> None:
         raise Damaged(f"it sets items of a {type(target).__name__}")
 
 
-def _check_key(key: Any, depth: int) -> None:
-    """Hashing a nested tuple visits all of it, which a small hostile file can make endless."""
+def _check_key(key: Any, parts: int = _KEY_PARTS) -> int:
+    """Hashing a nested tuple visits all of it, which a small hostile file can make endless. Returns the parts left."""
     if isinstance(key, tuple):
-        if depth == 0 or len(key) > _KEY_WIDTH:
-            raise Damaged("a dictionary key is nested too deeply")
         for part in key:
-            _check_key(part, depth - 1)
+            parts = _check_key(part, parts - 1)
     elif isinstance(key, list | dict):
         raise Damaged(f"a {type(key).__name__} as a dictionary key")
+    elif isinstance(key, int) and key.bit_length() > 64:
+        raise Damaged("a huge number as a dictionary key")
+    if parts < 0:
+        raise Damaged("a dictionary key is nested too deeply")
+    return parts
 
 
 def _extend(target: Any, values: list[Any]) -> None:
@@ -284,7 +343,13 @@ def _extend(target: Any, values: list[Any]) -> None:
         raise Damaged(f"it appends to a {type(target).__name__}")
 
 
-def _count(value: Any) -> int:
+def _global(arg: str) -> Global:
+    module, _, name = arg.partition(" ")
+    return Global(text(module), text(name))
+
+
+def natural(value: Any) -> int:
+    """A size or an offset, checked to be one."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 62:
         raise Damaged("a size or offset is not a natural number")
     return value
@@ -295,7 +360,7 @@ def _counts(values: Any) -> tuple[int, ...]:
         values = values.args[0]
     if not isinstance(values, tuple | list) or len(values) > 64:
         raise Damaged("a shape is not a tuple")
-    return tuple(_count(v) for v in values)
+    return tuple(natural(v) for v in values)
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any = False, *rest: Any) -> TensorRef:
@@ -308,9 +373,11 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: An
         raise Damaged("a tensor's shape and strides differ in length")
     if storage.dtype is None:
         raise Damaged("a tensor over an untyped storage without a dtype")
+    if math.prod(n for n in shape if n) >= 1 << 60:
+        raise Damaged("a tensor's size overflows")
     metadata = rest[1] if len(rest) > 1 and isinstance(rest[1], dict) else {}
     lazy = "conjugated" if metadata.get("conj") else "negated" if metadata.get("neg") else ""
-    return TensorRef(storage, storage.dtype, _count(offset), shape, strides, requires_grad is True, lazy=lazy)
+    return TensorRef(storage, storage.dtype, natural(offset), shape, strides, requires_grad is True, lazy=lazy)
 
 
 def _tensor_v3(storage: Any, offset: Any, size: Any, stride: Any, rg: Any, hooks: Any, dtype: Any, *rest: Any) -> TensorRef:
@@ -341,7 +408,8 @@ def _parameter_with_state(data: Any, requires_grad: Any, hooks: Any, state: Any)
 
 
 def _from_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
-    inner = _call(function, args) if isinstance(args, tuple) else None
+    tensors_only = isinstance(function, Global) and function.module.startswith("torch.")
+    inner = _call(function, args) if tensors_only and isinstance(args, tuple) else None
     # A Parameter inside a subclass stays a Parameter: the subclass adds nothing that a checkpoint needs.
     return _wrap(inner, "type", function, kind, state) if isinstance(inner, TensorRef) and not inner.wrapper else inner
 
@@ -389,8 +457,29 @@ def _itself(arg: Any) -> Any:
     return arg
 
 
+def _integer(arg: int) -> int:
+    if arg.bit_length() > 8 * _MAX_INTEGER_BYTES:
+        raise Damaged(f"an integer of more than {_MAX_INTEGER_BYTES} bytes")
+    return arg
+
+
+# Bytes of memory that an opcode may take, as CPython 3.11 has it: the object, its place on the stack, in the memo.
+_COST_OF_OTHERS = 16
+_COST = {
+    "EMPTY_SET": 500,
+    **dict.fromkeys(["FROZENSET", "BYTEARRAY8"], 450),
+    **dict.fromkeys(["REDUCE", "OBJ", "INST", "NEWOBJ", "NEWOBJ_EX", "BINPERSID", "PERSID"], 300),
+    **dict.fromkeys(["MEMOIZE", "PUT", "LONG_BINPUT", "GLOBAL", "STACK_GLOBAL", "LIST", "EMPTY_LIST", "EMPTY_DICT"], 110),
+    **dict.fromkeys(["MARK", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE"], 70),
+    **dict.fromkeys(["BINFLOAT", "BININT", "BININT2", "SHORT_BINUNICODE", "BINUNICODE", "SHORT_BINBYTES"], 50),
+}
+_COST_OF_PAIR, _COST_OF_ENTRY = 100, 600
+_COST_OF_PART: dict[type, int] = {str: 1, list: 100, tuple: 100}
+
+
 _PUSHED: dict[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(["INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"], _itself),
+    **dict.fromkeys(["INT", "LONG", "LONG1", "LONG4"], _integer),
+    **dict.fromkeys(["BININT", "BININT1", "BININT2", "FLOAT", "BINFLOAT"], _itself),
     **dict.fromkeys(["UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"], _itself),
     **dict.fromkeys(["SHORT_BINBYTES", "BINBYTES", "BINBYTES8"], _itself),
     **dict.fromkeys(["STRING", "BINSTRING", "SHORT_BINSTRING"], _python2_text),

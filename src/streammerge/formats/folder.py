@@ -136,6 +136,15 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
+def foreign_files(folder: Path, written: set[str]) -> list[str]:
+    """Names in a folder that is to be replaced by a checkpoint which neither the new one has nor an old one is made of."""
+    return [
+        path.name
+        for path in sorted(folder.iterdir())
+        if path.name not in written and (path.is_dir() or not path.name.endswith((_INDEX_ENDING, ".safetensors", ".bin")))
+    ]
+
+
 def side_files(folder: Path) -> tuple[list[tuple[Path, str]], list[str]]:
     """What goes along into an output folder: (source, name) of configuration, tokenizer and other small files; and the
     names of those that stay behind."""

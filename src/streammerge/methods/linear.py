@@ -19,12 +19,16 @@ def linear(group: TensorGroup, *, weight: Sequence[float], normalize: bool = Tru
     when normalised. Summed in the compute dtype, float64 unless asked otherwise, and rounded once.
     """
     scale = sum(weight) if normalize else 1.0
-    factors = [w / scale for w in weight]
 
     def kernel(chunk: Chunk) -> torch.Tensor:
-        total = chunk.load(0, "total").mul_(factors[0])
-        for model, factor in enumerate(factors[1:], start=1):
-            total.add_(chunk.load(model), alpha=factor)
-        return total
+        total = _scaled(chunk.load(0, "total"), weight[0])
+        for model, w in enumerate(weight[1:], start=1):
+            # Not add_(alpha=w): torch fuses that on some machines only, and fused sums have other last bits.
+            total.add_(_scaled(chunk.load(model), w))
+        return total if scale == 1 else total.div_(scale)
 
     return kernel
+
+
+def _scaled(values: torch.Tensor, factor: float) -> torch.Tensor:
+    return values if factor == 1 else values.mul_(factor)

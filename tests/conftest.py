@@ -1,0 +1,113 @@
+"""Real files to test on, and an oracle that shares no code with what it judges."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+
+def octets(tensor: torch.Tensor) -> bytes:
+    """A tensor's bytes in C order, for comparisons that NaN and -0.0 cannot fool."""
+    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    return plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+
+
+def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Same names, shapes, dtypes and bits."""
+    assert set(actual) == set(expected)
+    for name, tensor in expected.items():
+        assert actual[name].shape == tensor.shape, name
+        assert actual[name].dtype == tensor.dtype, name
+        assert octets(actual[name]) == octets(tensor), name
+
+
+def load_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """What the safetensors library reads."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def mean(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """The float64 weighted mean, rounded once to the first tensor's dtype."""
+    wide = torch.complex128 if tensors[0].is_complex() else torch.float64
+    total = sum(w * t.to(wide) for t, w in zip(tensors, weights, strict=True)) / sum(weights)
+    return total.to(tensors[0].dtype)
+
+
+def trained(seed: int, dtype: torch.dtype = torch.float32) -> OrderedDict[str, torch.Tensor]:
+    """A state dict with what real ones have: 0-d, empty, odd sizes, counters, several grains."""
+    make = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=make).to(dtype)
+
+    made = OrderedDict(
+        {
+            "embed.weight": draw(301, 433),
+            "layer.weight": draw(17, 31),
+            "layer.bias": draw(31),
+            "scale": draw(),
+            "one": draw(1),
+            "empty": draw(0, 4),
+            "norm.num_batches_tracked": torch.tensor(100 + seed),
+            "position_ids": torch.arange(7),
+            "mask": torch.tensor([True, False, True]),
+        }
+    )
+    made._metadata = OrderedDict({"": {"version": 1}})  # type: ignore[attr-defined]
+    return made
+
+
+def voice(seed: int, step: int, epoch: int, loss: float) -> dict[str, Any]:
+    """A checkpoint as Coqui's trainer writes it."""
+    model = OrderedDict((f"xtts.{name}", value) for name, value in trained(seed).items())
+    model._metadata = OrderedDict({"": {"version": 1}})  # type: ignore[attr-defined]
+    parameter = torch.nn.Parameter(model["xtts.layer.weight"].clone())
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.sum().backward()
+    optimizer.step()
+    return {
+        "config": {"model": "xtts", "languages": ["en"], "audio": {"sample_rate": 22050}},
+        "model": model,
+        "optimizer": [optimizer.state_dict()],
+        "scheduler": [],
+        "scaler": {"scale": 1024.0},
+        "step": step,
+        "epoch": epoch,
+        "date": "November 22, 2026",
+        "model_loss": {"train_loss": loss, "eval_loss": None},
+    }
+
+
+@pytest.fixture
+def voices(tmp_path: Path) -> tuple[Path, Path]:
+    """Two voice checkpoints on the disk: steps 10 and 30, epochs 3 and 2, training losses 2.0 and 1.0."""
+    paths = tmp_path / "news.pth", tmp_path / "audiobook.pth"
+    torch.save(voice(1, 10, 3, 2.0), paths[0])
+    torch.save(voice(2, 30, 2, 1.0), paths[1])
+    return paths
+
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    """Runs the command line in a process of its own, in ``tmp_path``."""
+
+    def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "streammerge", *map(str, arguments)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert "Traceback" not in done.stderr
+        return done
+
+    return run

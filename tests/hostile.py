@@ -1,0 +1,179 @@
+"""Makers of hostile checkpoints: pickles assembled opcode by opcode, and the containers they travel in."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import struct
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+MAGIC = 0x1950A86A20F9469CFC6C
+FOUR_FLOATS = struct.pack("<4f", 1, 2, 3, 4)
+
+
+class Raw(bytes):
+    """Opcodes, which :func:`dump` takes as they are."""
+
+
+class Persistent(tuple[Any, ...]):
+    """A persistent id."""
+
+
+def dump(value: Any) -> Raw:
+    """The opcodes that make a value: no protocol header, no memo, no STOP."""
+    if isinstance(value, Raw):
+        return value
+    if isinstance(value, Persistent):
+        return Raw(dump(tuple(value)) + b"Q")
+    if isinstance(value, tuple):
+        return Raw(b"(" + b"".join(map(dump, value)) + b"t")
+    if isinstance(value, list):
+        return Raw(b"](" + b"".join(map(dump, value)) + b"e")
+    if isinstance(value, dict):
+        return Raw(b"}(" + b"".join(dump(k) + dump(v) for k, v in value.items()) + b"u")
+    if isinstance(value, str):
+        data = value.encode("utf-8", "surrogatepass")
+        return Raw(b"X" + struct.pack("<I", len(data)) + data)
+    return Raw(pickle.dumps(value, 2)[2:-1])
+
+
+def name(path: str) -> Raw:
+    module, _, attribute = path.rpartition(".")
+    return Raw(f"c{module}\n{attribute}\n".encode())
+
+
+def call(path: str, *args: Any) -> Raw:
+    return Raw(name(path) + dump(args) + b"R")
+
+
+def storage(key: Any = "0", numel: Any = 4, kind: str = "torch.FloatStorage", *view: Any) -> Persistent:
+    return Persistent(("storage", name(kind), key, "cpu", numel, *view))
+
+
+def tensor(shape: Any = (4,), strides: Any = (1,), offset: Any = 0, store: Any = None) -> Raw:
+    hooks = call("collections.OrderedDict")
+    return call("torch._utils._rebuild_tensor_v2", storage() if store is None else store, offset, shape, strides, False, hooks)
+
+
+def memoized(index: int, value: Any) -> Raw:
+    return Raw(dump(value) + b"r" + struct.pack("<I", index))
+
+
+def again(index: int) -> Raw:
+    return Raw(b"j" + struct.pack("<I", index))
+
+
+def stream(value: Any, protocol: int = 2) -> bytes:
+    return (b"\x80" + bytes([protocol]) if protocol >= 2 else b"") + dump(value) + b"."
+
+
+def shared(levels: int, width: int = 2, kind: str = "t") -> Raw:
+    """A tree of ``width ** levels`` leaves that is only ``levels`` objects."""
+    made = memoized(1000, (1,) if kind == "t" else [1])
+    for level in range(levels):
+        parts = (again(1000 + level) for _ in range(width))
+        opened = b"(" if kind == "t" else b"]("
+        made = Raw(made + b"0" + opened + b"".join(parts) + (b"t" if kind == "t" else b"e") + b"r" + struct.pack("<I", 1001 + level))
+    return made
+
+
+# ------------------------------------------------------------------------------------------------------- containers
+
+
+def zip_bytes(data: bytes, stored: dict[str, bytes] | None = None, compress: bool = False, root: str = "archive") -> bytes:
+    records = {f"{root}/data.pkl": data, f"{root}/byteorder": b"little"}
+    records |= {f"{root}/data/{key}": octets for key, octets in ({"0": FOUR_FLOATS} if stored is None else stored).items()}
+    return zip_of(records.items(), compress)
+
+
+def zip_of(records: Iterable[tuple[str, bytes]], compress: bool = False) -> bytes:
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED) as archive:
+        for path, octets in records:
+            archive.writestr(path, octets)
+    return target.getvalue()
+
+
+def legacy_bytes(data: bytes, keys: Any = ("0",), stored: bytes = struct.pack("<q", 4) + FOUR_FLOATS) -> bytes:
+    system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
+    return b"".join([*(pickle.dumps(v, 2) for v in (MAGIC, 1001, system)), data, pickle.dumps(list(keys), 2), stored])
+
+
+def tar_bytes(data: bytes, views: Any = (), geometry: tuple[int, ...] = (1, 4, 1, 0)) -> bytes:
+    """The format of torch 0.1: one storage of four floats, one tensor of the given rank, size, stride and offset."""
+    storages = [pickle.dumps(1, 2), stream(("0", "cpu", name("torch.FloatStorage"))), struct.pack("<q", 4), FOUR_FLOATS]
+    rank, *numbers = geometry
+    tensors = [pickle.dumps(1, 2), stream(("t", "0", name("torch.FloatTensor"))), struct.pack(f"<i4x{len(numbers)}q", rank, *numbers)]
+    members = {
+        "sys_info": pickle.dumps({"little_endian": True}, 2),
+        "pickle": data,
+        "tensors": b"".join(tensors),
+        "storages": b"".join([*storages, stream(list(views))]),
+    }
+    target = io.BytesIO()
+    with tarfile.open(fileobj=target, mode="w") as archive:
+        for path, octets in members.items():
+            member = tarfile.TarInfo(path)
+            member.size = len(octets)
+            archive.addfile(member, io.BytesIO(octets))
+    return target.getvalue()
+
+
+def safetensors_bytes(header: Any, data: bytes = b"\0" * 16, length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def f32(begin: int, end: int, shape: Any = None) -> dict[str, Any]:
+    return {"dtype": "F32", "shape": [(end - begin) // 4] if shape is None else shape, "data_offsets": [begin, end]}
+
+
+Container = Callable[[bytes], bytes]
+CONTAINERS: dict[str, tuple[Container, Raw]] = {
+    "zip": (zip_bytes, tensor()),
+    "legacy": (legacy_bytes, tensor()),
+    "tar": (tar_bytes, Raw(dump(Persistent(("t",)))[1:-2] + b"Q")),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------- pickles
+
+WAYS: dict[str, Callable[[str, tuple[Any, ...]], bytes]] = {
+    "reduce": lambda path, args: call(path, *args),
+    "stack_global": lambda path, args: dump(path.rpartition(".")[0]) + dump(path.rpartition(".")[2]) + b"\x93" + dump(args) + b"R",
+    "inst": lambda path, args: b"(" + b"".join(map(dump, args)) + b"i" + name(path)[1:],
+    "obj": lambda path, args: b"(" + name(path) + b"".join(map(dump, args)) + b"o",
+    "newobj": lambda path, args: name(path) + dump(args) + b"\x81",
+    "newobj_ex": lambda path, args: name(path) + dump(args) + b"}\x92",
+    "build_class": lambda path, args: name(path) + dump({"__setstate__": call(path, *args)}) + b"b",
+    "build_object": lambda path, args: call("collections.OrderedDict") + dump({"x": call(path, *args)}) + b"b",
+    "ext1": lambda path, args: b"\x82\x01" + dump(args) + b"R",
+    "memo": lambda path, args: memoized(7, name(path)) + b"0" + again(7) + dump(args) + b"R",
+    "dict_key": lambda path, args: b"}" + call(path, *args) + b"K\x01s",
+}
+
+
+def payloads(canary: Path) -> dict[str, tuple[str, tuple[Any, ...]]]:
+    """Calls that make the file ``canary`` when they are carried out."""
+    shell, code = f"touch '{canary}'", f"open({str(canary)!r}, 'w').close()"
+    nested = canary.with_name("nested.pth")
+    nested.write_bytes(zip_bytes(stream({"w": tensor(), "x": call("os.system", shell)})))
+    return {
+        "os.system": ("os.system", (shell,)),
+        "posix.system": ("posix.system", (shell,)),
+        "eval": ("builtins.eval", (code,)),
+        "exec": ("__builtin__.exec", (code,)),
+        "popen": ("subprocess.Popen", (["touch", str(canary)],)),
+        "runpy": ("runpy._run_code", (code, {})),
+        "open": ("io.open", (str(canary), "w")),
+        "getattr": ("builtins.map", (call("builtins.getattr", call("builtins.__import__", "os"), "system"), [shell])),
+        "torch.load": ("torch.serialization.load", (str(nested), None, name("pickle"), False)),
+        "spawnv": ("multiprocessing.util.spawnv_passfds", (b"/usr/bin/touch", [b"touch", str(canary).encode()], [])),
+        "import": ("hostile_module.anything", ()),
+        "dotted": ("torch._utils._rebuild_tensor_v2.__globals__", (code,)),
+    }

@@ -1,0 +1,169 @@
+"""Checkpoints that are folders: shards and their index, side files, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_same, load_safetensors, mean, octets, trained
+from safetensors.torch import save_file
+
+import streammerge as sm
+
+
+def shards(folder: Path, state: dict[str, torch.Tensor], pickled: bool = False) -> Path:
+    """A Hugging Face folder of two shards, with side files and with what must not be copied."""
+    folder.mkdir()
+    names = list(state)
+    ending = "bin" if pickled else "safetensors"
+    stem = "pytorch_model" if pickled else "model"
+    weight_map = {}
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        shard = f"{stem}-{number:05}-of-00002.{ending}"
+        tensors = {name: state[name] for name in part}
+        torch.save(tensors, folder / shard) if pickled else save_file(tensors, folder / shard)
+        weight_map |= dict.fromkeys(part, shard)
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / f"{stem}.{ending}.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "optimizer.pt").write_bytes(b"state")
+    (folder / "training_args.bin").write_bytes(b"arguments")
+    return folder
+
+
+def read_folder(folder: Path) -> dict[str, torch.Tensor]:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return load_safetensors(folder / "model.safetensors")
+    weight_map = json.loads(index.read_text())["weight_map"]
+    loaded = {shard: load_safetensors(folder / shard) for shard in set(weight_map.values())}
+    assert sum(map(len, loaded.values())) == len(weight_map)
+    return {name: loaded[shard][name] for name, shard in weight_map.items()}
+
+
+@pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])
+def test_folders_merge_into_folders(tmp_path: Path, pickled: bool) -> None:
+    a, b = shards(tmp_path / "a", trained(1), pickled), shards(tmp_path / "b", trained(2), pickled)
+    sm.merge([a, b], tmp_path / "merged", integers="first")
+    expected = {n: mean([t, trained(2)[n]], [1, 1]) if t.is_floating_point() else t for n, t in trained(1).items()}
+    assert_same(read_folder(tmp_path / "merged"), expected)
+    made = sorted(path.name for path in (tmp_path / "merged").iterdir())
+    assert made == [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+    ]
+    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in expected.values())
+
+
+def test_shard_size_decides(tmp_path: Path) -> None:
+    folder = shards(tmp_path / "a", trained(1))
+    sm.convert(folder, tmp_path / "small/", max_shard_size="100kB")
+    assert_same(read_folder(tmp_path / "small"), trained(1))
+    sizes = [sum(len(octets(t)) for t in load_safetensors(p).values()) for p in (tmp_path / "small").glob("model-*")]
+    assert len(sizes) == 3
+    assert sorted(sizes)[:-1] < [100_000, 100_000]  # the embedding alone is larger
+    sm.convert(folder, tmp_path / "one/", max_shard_size="5GB")
+    assert [p.name for p in (tmp_path / "one").glob("*model*")] == ["model.safetensors"]
+
+
+def test_a_folder_merges_into_a_file_and_a_file_into_a_folder(tmp_path: Path) -> None:
+    folder = shards(tmp_path / "a", trained(1), pickled=True)
+    sm.convert(folder, tmp_path / "flat.safetensors")
+    assert_same(load_safetensors(tmp_path / "flat.safetensors"), trained(1))
+    sm.convert(folder, tmp_path / "flat.bin")
+    assert_same(torch.load(tmp_path / "flat.bin", weights_only=True), trained(1))
+    sm.convert(tmp_path / "flat.bin", tmp_path / "again")
+    assert_same(read_folder(tmp_path / "again"), trained(1))
+
+
+def test_replacing_a_folder_leaves_no_stale_shard(tmp_path: Path) -> None:
+    folder = shards(tmp_path / "a", trained(1))
+    sm.convert(folder, tmp_path / "out", max_shard_size="20kB")
+    with pytest.raises(sm.RecipeError, match="--overwrite"):
+        sm.convert(folder, tmp_path / "out")
+    sm.convert(folder, tmp_path / "out", max_shard_size="1GB", overwrite=True)
+    assert not list((tmp_path / "out").glob("*-of-*"))
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+    (tmp_path / "out" / "my notes.txt").write_text("mine")
+    with pytest.raises(sm.RecipeError, match=r"my notes\.txt"):
+        sm.convert(folder, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "my notes.txt").read_text() == "mine"
+
+
+def test_one_checkpoint_among_side_files(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    torch.save(trained(1), folder / "pytorch_model.bin")
+    (folder / "config.json").write_text("{}")
+    assert len(sm.inspect(folder).entries) == len(trained(1))
+    save_file(trained(2), folder / "model.safetensors")
+    index = sm.inspect(folder)
+    assert index.format == "safetensors"
+    assert any("pytorch_model.bin" in note for note in index.notes)
+    os.rename(folder / "model.safetensors", folder / "x.safetensors")
+    os.rename(folder / "pytorch_model.bin", folder / "y.bin")
+    with pytest.raises(sm.FormatError, match=r"several checkpoints \(x\.safetensors, y\.bin\)"):
+        sm.inspect(folder)
+
+
+def test_the_hubs_cache_of_links_is_read(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshots" / "abc").mkdir(parents=True)
+    save_file(trained(1), tmp_path / "blobs" / "1234")
+    (tmp_path / "snapshots" / "abc" / "model.safetensors").symlink_to("../../blobs/1234")
+    assert len(sm.inspect(tmp_path / "snapshots" / "abc").entries) == len(trained(1))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda i: i["weight_map"].update({"scale": "../a/model-00001-of-00002.safetensors"}), "not the name of a file"),
+        (lambda i: i["weight_map"].update({"scale": "/etc/passwd"}), "not the name of a file"),
+        (lambda i: i["weight_map"].update({"scale": "absent.safetensors"}), "absent"),
+        (lambda i: i["weight_map"].update({"scale": "model-00001-of-00002.safetensors"}), "but it is in"),
+        (lambda i: i["weight_map"].update({"ghost": "model-00001-of-00002.safetensors"}), "do not have: ghost"),
+        (lambda i: i.update({"weight_map": []}), "no weight_map"),
+    ],
+)
+def test_an_index_that_lies(tmp_path: Path, change: object, said: str) -> None:
+    folder = shards(tmp_path / "a", trained(1))
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index)  # type: ignore[operator]
+    path.write_text(json.dumps(index))
+    with pytest.raises(sm.FormatError, match=said):
+        sm.inspect(folder)
+
+
+def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
+    folder = shards(tmp_path / "a", trained(1))
+    shard = folder / "model-00001-of-00002.safetensors"
+    os.rename(shard, tmp_path / "elsewhere")
+    shard.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(sm.FormatError, match="link out of the folder"):
+        sm.inspect(folder)
+
+
+def test_side_files_that_link_out_stay_behind(tmp_path: Path) -> None:
+    folder = shards(tmp_path / "a", trained(1))
+    (tmp_path / "secret").write_text("secret")
+    (folder / "vocab.txt").symlink_to(tmp_path / "secret")
+    result = sm.convert(folder, tmp_path / "out")
+    assert not (tmp_path / "out" / "vocab.txt").exists()
+    assert any("vocab.txt" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("name", [".metadata", "mp_rank_00_model_states.pt"])
+def test_distributed_checkpoints_are_answered_with_what_to_run(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    (tmp_path / "__0_0.distcp").touch()
+    with pytest.raises(sm.FormatError, match="dcp_to_torch" if name == ".metadata" else "zero_to_fp32"):
+        sm.inspect(tmp_path)
