@@ -1,7 +1,7 @@
 """Makes two checkpoints of XTTS's shape, several hundred megabytes each, and loads the merged one as XTTS does.
 
-    python scripts/demo_checkpoints.py make FOLDER
-    python scripts/demo_checkpoints.py load FOLDER
+python scripts/demo_checkpoints.py make FOLDER
+python scripts/demo_checkpoints.py load FOLDER
 """
 
 from __future__ import annotations

@@ -57,7 +57,9 @@ def storage(key: Any = "0", numel: Any = 4, kind: str = "torch.FloatStorage", *v
 
 def tensor(shape: Any = (4,), strides: Any = (1,), offset: Any = 0, store: Any = None) -> Raw:
     hooks = call("collections.OrderedDict")
-    return call("torch._utils._rebuild_tensor_v2", storage() if store is None else store, offset, shape, strides, False, hooks)
+    return call(
+        "torch._utils._rebuild_tensor_v2", storage() if store is None else store, offset, shape, strides, False, hooks
+    )
 
 
 def memoized(index: int, value: Any) -> Raw:
@@ -78,7 +80,15 @@ def shared(levels: int, width: int = 2, kind: str = "t") -> Raw:
     for level in range(levels):
         parts = (again(1000 + level) for _ in range(width))
         opened = b"(" if kind == "t" else b"]("
-        made = Raw(made + b"0" + opened + b"".join(parts) + (b"t" if kind == "t" else b"e") + b"r" + struct.pack("<I", 1001 + level))
+        made = Raw(
+            made
+            + b"0"
+            + opened
+            + b"".join(parts)
+            + (b"t" if kind == "t" else b"e")
+            + b"r"
+            + struct.pack("<I", 1001 + level)
+        )
     return made
 
 
@@ -108,7 +118,11 @@ def tar_bytes(data: bytes, views: Any = (), geometry: tuple[int, ...] = (1, 4, 1
     """The format of torch 0.1: one storage of four floats, one tensor of the given rank, size, stride and offset."""
     storages = [pickle.dumps(1, 2), stream(("0", "cpu", name("torch.FloatStorage"))), struct.pack("<q", 4), FOUR_FLOATS]
     rank, *numbers = geometry
-    tensors = [pickle.dumps(1, 2), stream(("t", "0", name("torch.FloatTensor"))), struct.pack(f"<i4x{len(numbers)}q", rank, *numbers)]
+    tensors = [
+        pickle.dumps(1, 2),
+        stream(("t", "0", name("torch.FloatTensor"))),
+        struct.pack(f"<i4x{len(numbers)}q", rank, *numbers),
+    ]
     members = {
         "sys_info": pickle.dumps({"little_endian": True}, 2),
         "pickle": data,
@@ -137,7 +151,7 @@ Container = Callable[[bytes], bytes]
 CONTAINERS: dict[str, tuple[Container, Raw]] = {
     "zip": (zip_bytes, tensor()),
     "legacy": (legacy_bytes, tensor()),
-    "tar": (tar_bytes, Raw(dump(Persistent(("t",)))[1:-2] + b"Q")),
+    "tar": (tar_bytes, Raw(dump("t") + b"Q")),
 }
 
 
@@ -145,7 +159,9 @@ CONTAINERS: dict[str, tuple[Container, Raw]] = {
 
 WAYS: dict[str, Callable[[str, tuple[Any, ...]], bytes]] = {
     "reduce": lambda path, args: call(path, *args),
-    "stack_global": lambda path, args: dump(path.rpartition(".")[0]) + dump(path.rpartition(".")[2]) + b"\x93" + dump(args) + b"R",
+    "stack_global": lambda path, args: (
+        dump(path.rpartition(".")[0]) + dump(path.rpartition(".")[2]) + b"\x93" + dump(args) + b"R"
+    ),
     "inst": lambda path, args: b"(" + b"".join(map(dump, args)) + b"i" + name(path)[1:],
     "obj": lambda path, args: b"(" + name(path) + b"".join(map(dump, args)) + b"o",
     "newobj": lambda path, args: name(path) + dump(args) + b"\x81",
@@ -156,6 +172,22 @@ WAYS: dict[str, Callable[[str, tuple[Any, ...]], bytes]] = {
     "memo": lambda path, args: memoized(7, name(path)) + b"0" + again(7) + dump(args) + b"R",
     "dict_key": lambda path, args: b"}" + call(path, *args) + b"K\x01s",
 }
+
+
+LABELS = (
+    "os.system",
+    "posix.system",
+    "eval",
+    "exec",
+    "popen",
+    "runpy",
+    "open",
+    "getattr",
+    "torch.load",
+    "spawnv",
+    "import",
+    "dotted",
+)
 
 
 def payloads(canary: Path) -> dict[str, tuple[str, tuple[Any, ...]]]:

@@ -91,7 +91,10 @@ def test_compressed_archives_are_unpacked(tmp_path: Path) -> None:
     content = {"model": trained(3), "tied": None}
     content["model"]["again"] = content["model"]["embed.weight"]
     torch.save(content, tmp_path / "plain.pth")
-    with zipfile.ZipFile(tmp_path / "plain.pth") as source, zipfile.ZipFile(tmp_path / "in.pth", "w", zipfile.ZIP_DEFLATED) as target:
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as source,
+        zipfile.ZipFile(tmp_path / "in.pth", "w", zipfile.ZIP_DEFLATED) as target,
+    ):
         for name in source.namelist():
             target.writestr(name, source.read(name))
     sm.convert(tmp_path / "in.pth", tmp_path / "out.safetensors")
@@ -134,9 +137,13 @@ def old_tar(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
     storages, table = dumped(len(tensors)), dumped(len(tensors))
     for number, tensor in enumerate(tensors.values()):
-        storages += dumped((100 + number, "cpu", torch.FloatStorage)) + struct.pack("<q", tensor.numel()) + tensor.numpy().tobytes()
+        storages += (
+            dumped((100 + number, "cpu", torch.FloatStorage)) + struct.pack("<q", tensor.numel()) + tensor.numpy().tobytes()
+        )
         sizes = [*tensor.shape, *tensor.stride(), 0]
-        table += dumped((200 + number, 100 + number, torch.FloatTensor)) + struct.pack(f"<i4x{len(sizes)}q", tensor.dim(), *sizes)
+        table += dumped((200 + number, 100 + number, torch.FloatTensor)) + struct.pack(
+            f"<i4x{len(sizes)}q", tensor.dim(), *sizes
+        )
     stream = BytesIO()
     Pickler(stream, 2).dump({name: Key(200 + number) for number, name in enumerate(tensors)})
     members = {"sys_info": dumped({"little_endian": True}), "pickle": stream.getvalue(), "tensors": table}
@@ -170,7 +177,12 @@ def test_torchscript_is_read_and_not_written(tmp_path: Path) -> None:
 def test_dtype_keep_drop_and_prefix(tmp_path: Path) -> None:
     content = {f"module.{name}": value for name, value in trained(1).items()}
     torch.save({"model": content, "step": 3}, tmp_path / "in.pth")
-    options: dict[str, Any] = {"dtype": "float16", "keep": ["module.layer.*", "*scale"], "drop": ["*.bias"], "strip_prefix": "module."}
+    options: dict[str, Any] = {
+        "dtype": "float16",
+        "keep": ["module.layer.*", "*scale"],
+        "drop": ["*.bias"],
+        "strip_prefix": "module.",
+    }
     expected = {"layer.weight": trained(1)["layer.weight"].half(), "scale": trained(1)["scale"].half()}
     sm.convert(tmp_path / "in.pth", tmp_path / "out.safetensors", **options)
     assert_same(load_safetensors(tmp_path / "out.safetensors"), expected)
@@ -196,7 +208,9 @@ def test_extras_are_kept_readable(tmp_path: Path, voices: tuple[Path, Path]) -> 
 
 
 def test_a_pth_keeps_ema_and_drops_the_optimizer(tmp_path: Path) -> None:
-    torch.save({"model": trained(1), "ema": trained(2), "optimizer": {"state": {}, "param_groups": []}}, tmp_path / "in.pth")
+    torch.save(
+        {"model": trained(1), "ema": trained(2), "optimizer": {"state": {}, "param_groups": []}}, tmp_path / "in.pth"
+    )
     sm.convert(tmp_path / "in.pth", tmp_path / "out.pth")
     made = torch.load(tmp_path / "out.pth")
     assert list(made) == ["model", "ema"]

@@ -208,7 +208,9 @@ class TestNames:
         assert load_safetensors(tmp_path / "out.safetensors")["b"].item() == 17.5
 
     def test_differing_shapes_are_reported_with_a_guess(self, tmp_path: Path) -> None:
-        paths = saved(tmp_path, {"text_embedding.weight": torch.ones(6153, 2)}, {"text_embedding.weight": torch.ones(6681, 2)})
+        paths = saved(
+            tmp_path, {"text_embedding.weight": torch.ones(6153, 2)}, {"text_embedding.weight": torch.ones(6681, 2)}
+        )
         with pytest.raises(sm.MismatchError, match="vocabulary 6153 against 6681"):
             sm.merge(paths, tmp_path / "out.safetensors")
 

@@ -62,7 +62,9 @@ def test_coquis_own_loader_takes_the_output(tmp_path: Path) -> None:
         optimizer = torch.optim.AdamW(model.parameters())
         model(torch.randn(4, 30)).sum().backward()
         optimizer.step()
-        io.save_checkpoint({"a": 1}, model, tmp_path, current_step=step, epoch=1, optimizer=[optimizer], model_loss={"train_loss": 1.5})
+        io.save_checkpoint(
+            {"a": 1}, model, tmp_path, current_step=step, epoch=1, optimizer=[optimizer], model_loss={"train_loss": 1.5}
+        )
         paths.append(tmp_path / f"checkpoint_{step}.pth")
     sm.merge(paths, tmp_path / "merged.pth", weights=[0.6, 0.4])
     loaded = io.load_fsspec(tmp_path / "merged.pth", map_location="cpu")
@@ -167,7 +169,9 @@ def test_ema_weights_are_named_and_not_left_stale(tmp_path: Path) -> None:
     sm.merge(paths, tmp_path / "ema.pt", ema="only")
     merged = torch.load(tmp_path / "ema.pt")
     assert list(merged) == ["ema", "epoch"]
-    assert octets(merged["ema"]["layer.bias"]) == octets(mean([trained(11)["layer.bias"], trained(12)["layer.bias"]], [1, 1]))
+    assert octets(merged["ema"]["layer.bias"]) == octets(
+        mean([trained(11)["layer.bias"], trained(12)["layer.bias"]], [1, 1])
+    )
     sm.merge(paths, tmp_path / "named.safetensors", state_dict="ema")
     assert octets(load_safetensors(tmp_path / "named.safetensors")["layer.bias"]) == octets(merged["ema"]["layer.bias"])
     with pytest.raises(sm.RecipeError, match=r"--state-dict nothing.*it has model, ema"):
@@ -176,7 +180,11 @@ def test_ema_weights_are_named_and_not_left_stale(tmp_path: Path) -> None:
 
 def test_several_state_dicts_are_merged_together(tmp_path: Path) -> None:
     for number in (1, 2):
-        content = {"model": trained(number), "generator": {"0.weight": torch.full((2,), float(number))}, "opt": argparse.Namespace(a=1)}
+        content = {
+            "model": trained(number),
+            "generator": {"0.weight": torch.full((2,), float(number))},
+            "opt": argparse.Namespace(a=1),
+        }
         torch.save(content, tmp_path / f"{number}.pt")
     paths = [tmp_path / "1.pt", tmp_path / "2.pt"]
     sm.merge(paths, tmp_path / "out.pt")
@@ -208,8 +216,16 @@ def test_a_flat_state_dict_comes_from_safetensors(tmp_path: Path, voices: tuple[
 
 
 def test_litema_weights_stand_in_when_asked(tmp_path: Path) -> None:
-    state = {"model.a.b": torch.zeros(2), "model.c": torch.zeros(2), "model_ema.ab": torch.ones(2), "model_ema.c": torch.ones(2)}
-    torch.save({"state_dict": state | {"model_ema.decay": torch.tensor(0.9), "first.w": torch.full((1,), 5.0)}}, tmp_path / "sd.ckpt")
+    state = {
+        "model.a.b": torch.zeros(2),
+        "model.c": torch.zeros(2),
+        "model_ema.ab": torch.ones(2),
+        "model_ema.c": torch.ones(2),
+    }
+    torch.save(
+        {"state_dict": state | {"model_ema.decay": torch.tensor(0.9), "first.w": torch.full((1,), 5.0)}},
+        tmp_path / "sd.ckpt",
+    )
     sm.merge([tmp_path / "sd.ckpt"], tmp_path / "out.ckpt", ema="prefer")
     expected = {"model.a.b": torch.ones(2), "model.c": torch.ones(2), "first.w": torch.full((1,), 5.0)}
     assert_same(torch.load(tmp_path / "out.ckpt")["state_dict"], expected)

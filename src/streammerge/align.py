@@ -61,7 +61,9 @@ def align(recipe: Recipe, indexes: list[CheckpointIndex]) -> Alignment:
     names = _names(recipe, base, others, matches, ties, alignment)
     taken = [name for name in names if recipe.takes(name)]
     if not taken:
-        raise RecipeError("--keep and --drop leave no tensor over" if names else f"{printable(base.path)} has no tensors to merge")
+        raise RecipeError(
+            "--keep and --drop leave no tensor over" if names else f"{printable(base.path)} has no tensors to merge"
+        )
     tied_to: dict[str, list[str]] = {}
     kept = set(taken)
     for name in taken:
@@ -128,7 +130,11 @@ def _shared_ties(
     ties, parted = {}, []
     for name, first in base.aliases.items():
         for other, matched in zip(others, matches, strict=True):
-            if name in matched and first in matched and other.entries[matched[name]].place != other.entries[matched[first]].place:
+            if (
+                name in matched
+                and first in matched
+                and other.entries[matched[name]].place != other.entries[matched[first]].place
+            ):
                 parted.append(name)
                 break
         else:
@@ -159,7 +165,10 @@ def _disagreement(name: str, sources: list[TensorEntry | None], indexes: list[Ch
         spec = source.spec
         where = f"{printable(name)}: "
         if spec.shape != first.shape:
-            return where + f"{list(first.shape)} in the first, {list(spec.shape)} in {printable(index.path)}{_guess(first, spec)}"
+            return (
+                where
+                + f"{list(first.shape)} in the first, {list(spec.shape)} in {printable(index.path)}{_guess(first, spec)}"
+            )
         if spec.dtype.kind != first.dtype.kind or (first.dtype.kind != "float" and spec.dtype != first.dtype):
             return where + f"{first.dtype.torch_name} in the first, {spec.dtype.torch_name} in {printable(index.path)}"
     return None
@@ -197,7 +206,9 @@ def _merged(recipe: Recipe, names: tuple[str, ...], sources: list[TensorEntry | 
             return Merged(names, spec, "copy", present, tied=tied)
         return Merged(names, spec, "integers", present, {"policy": policy}, tied=tied)
     if recipe.normalize and abs(sum(weights)) < 1e-12:
-        raise RecipeError(f"the weights of the inputs that have {printable(name)} sum to zero, so they cannot be normalised")
+        raise RecipeError(
+            f"the weights of the inputs that have {printable(name)} sum to zero, so they cannot be normalised"
+        )
     wide = any(s.spec.dtype in _WIDE for s in present)
     preferred = recipe.compute_dtype.torch_name if recipe.compute_dtype else METHODS[recipe.method].compute
     compute = "float64" if wide else preferred

@@ -21,8 +21,8 @@ PER_TENSOR_BYTES = 1500
 """One tensor of one input: its name, entries, and share of the plan."""
 PER_WORKER_BYTES = 2 << 20
 """A thread's stack and its malloc arena."""
-STAGING_BYTES = 16 << 20
-"""Buffers for tensors that must be copied out first."""
+STAGING_BYTES = 28 << 20
+"""For tensors that must be copied out first: a block of the copy, and the pages of the source that it touches."""
 BEST_CHUNK_ELEMS = 4 * GRAIN
 MOST_WINDOW_BYTES = 8 << 20
 """Mapped pages of one input that one worker lets stay behind its cursor: giving them back costs every CPU an interrupt,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from streammerge.errors import FormatError, RecipeError, StreammergeError, printable
 from streammerge.formats import sniff
-from streammerge.formats.base import Container
+from streammerge.formats.base import MOST_EXPANDED_BYTES, Container
 from streammerge.statedict import Selection, select
 from streammerge.storage import Identity, identity
 from streammerge.tensors import TensorEntry
@@ -58,7 +59,8 @@ class CheckpointIndex:
         if not isinstance(self.extras, dict):
             return None if isinstance(self.extras, TensorRef) else plain(self.extras)
         tops = {c.path[0] for c in self.selection.candidates if c.path}
-        return {str(k): plain(v) for k, v in self.extras.items() if k not in tops and not isinstance(v, TensorRef)}
+        rest = {k: v for k, v in self.extras.items() if k not in tops and not isinstance(v, TensorRef)}
+        return plain(rest)
 
     def value(self, key: str) -> float | int | None:
         """A number in the plain data by its path, such as ``model_loss.eval_loss``."""
@@ -66,6 +68,15 @@ class CheckpointIndex:
         for part in key.split("."):
             node = node.get(part) if isinstance(node, dict) else None
         return number(node)
+
+
+def _check_expansion(path: Path, container: Container, entries: list[TensorEntry]) -> None:
+    """Many small storages expanded, or one seen by many tensors, would fill a disk when they are written out."""
+    total, stored = sum(e.nbytes for e in entries), sum(s.nbytes for s in container.storages.values())
+    if total > MOST_EXPANDED_BYTES + 16 * stored:
+        raise FormatError(
+            f"{printable(path)}: its tensors claim {total} bytes over {stored} stored; they are expanded beyond reason"
+        )
 
 
 def _is_torch_type(node: Global) -> bool:
@@ -78,9 +89,12 @@ def open_checkpoint(path: str | Path, state_dict: str | None = None, ema: str = 
     Raises FormatError for what cannot be read and RecipeError when ``state_dict`` or ``ema`` ask for what is not there.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):  # noqa: PTH110 (Path.exists raises for a name that is too long)
         raise RecipeError(f"{printable(path)} does not exist")
-    container = sniff.read(path)
+    try:
+        container = sniff.read(path)
+    except OSError as error:
+        raise FormatError(f"{printable(path)} cannot be read ({printable(error.strerror or error)})") from error
     try:
         selection = select(container.tree, state_dict, ema)
     except StreammergeError as error:
@@ -95,6 +109,7 @@ def open_checkpoint(path: str | Path, state_dict: str | None = None, ema: str = 
         first = places.setdefault(entry.place, found.name) if entry.nbytes else found.name
         if first != found.name:
             aliases[found.name] = first
+    _check_expansion(path, container, [e for n, e in entries.items() if n not in aliases])
     extras = container.tree if container.pickled else None
     notes = [*container.notes, *(f"{printable(path)}: {note}" for note in selection.notes)]
     return CheckpointIndex(path, entries, aliases, extras, container.metadata, container.files, container, selection, notes)

@@ -133,7 +133,9 @@ class Engine:
         compute = getattr(torch, task.compute)
         reader = _Reader(self, task, workspace, dtypes)
         output, checksums, nonfinite = self.outputs[task.file], [], {}
-        for start, stop in ((piece.start + a, piece.start + b) for a, b in ranges(piece.stop - piece.start, self.budget.chunk_elems)):
+        for start, stop in (
+            (piece.start + a, piece.start + b) for a, b in ranges(piece.stop - piece.start, self.budget.chunk_elems)
+        ):
             result = kernel(Chunk(start, stop, dtypes, compute, workspace, reader.read))
             out = workspace.get("out", out_dtype.torch, stop - start).copy_(result)
             data = workspace.octets("out", (stop - start) * out_dtype.element_bytes)

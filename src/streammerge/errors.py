@@ -61,8 +61,9 @@ class TaskError(StreammergeError):
 
 def printable(text: object, limit: int = 200) -> str:
     """A name out of a file, safe to print: control and other unprintable characters escaped, over-long text cut."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-    return shown if len(shown) <= limit else f"{shown[: limit - 20]}...({len(shown)} characters)"
+    whole = str(text)
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in whole[: limit + 1])
+    return shown if len(shown) <= limit else f"{shown[: limit - 20]}...({len(whole)} characters)"
 
 
 def listed(names: list[str], most: int = 8) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from streammerge.errors import printable
+
 _PREFIXES = ("module.", "_orig_mod.", "model.", "xtts.", "ema_model.", "net.", "network.", "student.", "teacher.")
 _ANYWHERE = ("module.", "_orig_mod.")
 
@@ -48,9 +50,10 @@ def match_names(base: Iterable[str], other: Iterable[str]) -> dict[str, str]:
 def describe_match(matched: Mapping[str, str]) -> list[str]:
     """Sentences such as ``412 tensors match after 'module.' is removed``; none when all names were equal."""
     ways: Counter[tuple[str, str]] = Counter()
-    for ours, theirs in matched.items():
-        if ours != theirs:
-            ways[_difference(ours, theirs)] += 1
+    for one, two in matched.items():
+        if one != two:
+            ours, theirs = map(printable, _difference(one, two))
+            ways[ours, theirs] += 1
     return [
         f"{count} tensors match with '{theirs}' in its names for '{ours}' in the first"
         if ours and theirs

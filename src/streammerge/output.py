@@ -52,7 +52,7 @@ class Output:
 
 
 def container_of(out: str | Path) -> str:
-    """"safetensors", "pickle" or "folder", from the output's name. Raises RecipeError for a name that says neither."""
+    """ "safetensors", "pickle" or "folder", from the output's name. Raises RecipeError for a name that says neither."""
     path, text = Path(out), str(out)
     if text.endswith("/") or path.is_dir() or not path.suffix:
         return "folder"
@@ -183,7 +183,9 @@ def _pickle(name: str, recipe: Recipe, indexes: list[CheckpointIndex], merged: l
     builder = _Builder(edit)
     notes: list[str] = []
     if base.container.format.startswith("PyTorch ") and base.container.format != "PyTorch zip":
-        notes.append(f"{printable(base.path)} is in the {base.container.format} format; the output is in today's zip format")
+        notes.append(
+            f"{printable(base.path)} is in the {base.container.format} format; the output is in today's zip format"
+        )
     for m in merged:
         builder.place_merged(m)
     if holders is None:

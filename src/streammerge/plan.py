@@ -99,7 +99,9 @@ class Plan:
         for path, weight in zip(recipe.inputs, recipe.weight_of_each, strict=True):
             shown = "" if recipe.method == "copy" else f"  weight {weight / total:.6g}"
             lines.append(f"  {printable(path):<{width}}{shown}")
-        made = ", ".join(f"{count} {_METHOD_WORDS.get(method, f'merged by {method}')}" for method, count in self.counts().items())
+        made = ", ".join(
+            f"{count} {_METHOD_WORDS.get(method, f'merged by {method}')}" for method, count in self.counts().items()
+        )
         lines.append(f"tensors  {made}")
         files = self.layout.files
         named = printable(files[0].name) if len(files) == 1 else f"{len(files)} files"
@@ -108,7 +110,9 @@ class Plan:
         lines.append(f"read     {decimal_bytes(self.read_bytes)} from {len(self.identities)} files")
         if self.staged:
             size = sum(entry.nbytes for entry in self.staged)
-            lines.append(f"staged   {len(self.staged)} tensors that cannot be mapped, {decimal_bytes(size)} of temporary files")
+            lines.append(
+                f"staged   {len(self.staged)} tensors that cannot be mapped, {decimal_bytes(size)} of temporary files"
+            )
         budget = self.budget
         lines.append(
             f"memory   {binary_bytes(self.peak_bytes)} projected of {binary_bytes(self.memory_bytes)}, above start-up "

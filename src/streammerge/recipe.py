@@ -63,11 +63,15 @@ class Recipe:
 
     def _check_weights(self, weights: tuple[float, ...]) -> None:
         if len(weights) != len(self.inputs):
-            raise RecipeError(f"{len(weights)} weights for {len(self.inputs)} inputs; give one weight per input, like 0.6,0.4")
+            raise RecipeError(
+                f"{len(weights)} weights for {len(self.inputs)} inputs; give one weight per input, like 0.6,0.4"
+            )
         if not all(map(math.isfinite, weights)):
             raise RecipeError("weights must be finite numbers")
         if self.normalize and abs(sum(weights)) < 1e-12:
-            raise RecipeError("the weights sum to zero, so they cannot be normalised; pass --no-normalize to use them as given")
+            raise RecipeError(
+                "the weights sum to zero, so they cannot be normalised; pass --no-normalize to use them as given"
+            )
 
     @property
     def weight_of_each(self) -> tuple[float, ...]:

@@ -7,6 +7,7 @@ cycles. An :class:`Edit` says what differs from the tree, so that the tree itsel
 
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from streammerge.errors import FormatError
 from streammerge.tree import MISSING, Global, Instance, OrderedTree, PersistentId, StorageRef, TensorRef
 
 _BATCH = 1000
+_PLAIN_GLOBAL = re.compile(r"[A-Za-z0-9_.]+:[A-Za-z0-9_]+")
 _REBUILD_V2 = Global("torch._utils", "_rebuild_tensor_v2")
 _REBUILD_V3 = Global("torch._utils", "_rebuild_tensor_v3")
 _REBUILD_TYPE = Global("torch._tensor", "_rebuild_from_type_v2")
@@ -47,7 +49,9 @@ def repickle(root: Any, edit: Edit | None = None) -> bytes:
     try:
         writer.save(root)
     except RecursionError as error:
-        raise FormatError("the pickle is nested too deeply to be written again; write a .safetensors file instead") from error
+        raise FormatError(
+            "the pickle is nested too deeply to be written again; write a .safetensors file instead"
+        ) from error
     return b"\x80" + bytes([writer.protocol]) + b"".join(writer.out) + b"."
 
 
@@ -105,7 +109,7 @@ class _Writer:
         self.memoize(key, node)
 
     def global_(self, node: Global, key: Any) -> None:
-        if "." in node.name or not (node.module + node.name).isascii() or " " in node.module + node.name:
+        if not _PLAIN_GLOBAL.fullmatch(f"{node.module}:{node.name}"):  # a line break in one would end it
             self.protocol = 4
             self.save(node.module)
             self.save(node.name)

@@ -105,7 +105,9 @@ def refuse_to_lose_files(out: Path, plan: Plan) -> None:
         written = {file.name for file in plan.layout.files} | {name for _, name in plan.layout.side_files}
         foreign = foreign_files(out, written)
         if foreign:
-            raise RecipeError(f"{printable(out)} also holds {listed(foreign)}, which replacing it would lose; move that away first")
+            raise RecipeError(
+                f"{printable(out)} also holds {listed(foreign)}, which replacing it would lose; move that away first"
+            )
 
 
 def _make(plan: Plan, staging: Staging, listener: Callable[[Event], None]) -> tuple[int, list[str]]:
@@ -132,9 +134,7 @@ def _make(plan: Plan, staging: Staging, listener: Callable[[Event], None]) -> tu
     return plan.layout.size + side_bytes(plan.layout), warnings
 
 
-def _staged(
-    plan: Plan, staging: Staging, inputs: InputFiles, listener: Callable[[Event], None]
-) -> list[MergeTask]:
+def _staged(plan: Plan, staging: Staging, inputs: InputFiles, listener: Callable[[Event], None]) -> list[MergeTask]:
     """The tasks, with entries that can be mapped in place of those that could not."""
     _, size = staged_layout(plan.staged)
     target = staging.temporary("staged", size)
@@ -164,7 +164,8 @@ class _Record:
     def check_finite(self, allowed: bool) -> list[str]:
         """Warnings about NaN and infinity; VerifyError unless they are allowed."""
         rows = [
-            f"{printable(name)}: " + ", ".join(f"{count} in {printable(source)}" for source, count in sorted(counts.items()))
+            f"{printable(name)}: "
+            + ", ".join(f"{count} in {printable(source)}" for source, count in sorted(counts.items()))
             for name, counts in sorted(self.nonfinite.items())
         ]
         if rows and not allowed:

@@ -6,7 +6,7 @@ Each goes, in C order, into one temporary file beside the output; its entry then
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,8 @@ from streammerge.tensors import Deflated, TensorEntry, contiguous_strides
 if TYPE_CHECKING:
     import torch
 
-_BLOCK_BYTES = 4 << 20
+_BLOCK_BYTES = 8 << 20
+_TOUCHED_BYTES = 16 << 20
 _ALIGNMENT = 64
 
 
@@ -85,41 +86,64 @@ def _inflate(source: InputFile, record: Deflated, target: OutputFile, offset: in
     except zlib.error as error:
         raise FormatError(f"{printable(source.path)}: a compressed record cannot be unpacked ({error})") from error
     if written != record.nbytes:
-        raise FormatError(f"{printable(source.path)}: a compressed record has {written} bytes, not {record.nbytes}; it is damaged")
+        raise FormatError(
+            f"{printable(source.path)}: a compressed record has {written} bytes, not {record.nbytes}; it is damaged"
+        )
 
 
 def _gather(entry: TensorEntry, source: InputFile, target: OutputFile, offset: int) -> None:
-    """Copies a strided tensor in C order, in blocks along its first dimensions."""
+    """Copies a strided tensor in C order: block by block of the copy, bounded in the pages of the source it touches."""
     import torch
 
     spec, strides = entry.spec, entry.strides or contiguous_strides(entry.spec.shape)
     size = spec.dtype.element_bytes
-    reach = sum((n - 1) * stride for n, stride in zip(spec.shape, strides, strict=True)) + 1
-    flat = torch.frombuffer(source.view(entry.offset, reach * size), dtype=spec.dtype.torch)
+    # Moving needs the width only, and torch moves integers of every width; a lazy sign needs the numbers.
+    dtype = (
+        spec.dtype.torch
+        if entry.lazy
+        else {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(size, spec.dtype.torch)
+    )
+    flat = torch.frombuffer(source.view(entry.offset, _span(spec.shape, strides) * size), dtype=dtype)
     view = flat.as_strided(spec.shape, strides)
     if entry.lazy == "conjugated":
         view = view.conj()
     elif entry.lazy:
         view = torch._neg_view(view)
-    for block in _blocks(view, max(_BLOCK_BYTES // size, 1)):
-        data = block.clone(memory_format=torch.contiguous_format).resolve_conj().resolve_neg()
-        octets = data.reshape(-1).view(torch.uint8)
-        buffer = bytearray(octets.numel())
-        torch.frombuffer(buffer, dtype=torch.uint8).copy_(octets)
-        target.write_full(buffer, offset)
-        offset += len(buffer)
-        source.release(entry.offset, reach * size)
+    buffer = bytearray(min(spec.nbytes, _BLOCK_BYTES))
+    numbers = torch.frombuffer(buffer, dtype=dtype)
+
+    def copy(part: torch.Tensor, into: torch.Tensor) -> None:
+        reach = _span(part.shape, part.stride())
+        dim = max(range(part.dim()), key=lambda d: (part.shape[d] - 1) * part.stride(d), default=None)
+        if dim is None or reach * size <= _TOUCHED_BYTES or part.shape[dim] == 1:
+            into.copy_(part)
+            source.release(entry.offset + part.storage_offset() * size, reach * size)
+            return
+        rest = reach - (part.shape[dim] - 1) * part.stride(dim)
+        step = max((_TOUCHED_BYTES // size - rest) // part.stride(dim), 1)
+        for start in range(0, part.shape[dim], step):
+            length = min(step, part.shape[dim] - start)
+            copy(part.narrow(dim, start, length), into.narrow(dim, start, length))
+
+    for block in _blocks(view, _BLOCK_BYTES // size):
+        copy(block, numbers[: block.numel()].view(block.shape))
+        target.write_full(memoryview(buffer)[: block.numel() * size], offset)
+        offset += block.numel() * size
+
+
+def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements from the first to the last of a strided tensor."""
+    return sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 1
 
 
 def _blocks(view: torch.Tensor, most: int) -> Iterator[torch.Tensor]:
-    """Parts of at most about ``most`` elements, in C order."""
-    if view.numel() <= most or view.dim() == 0:
+    """Parts of at most ``most`` elements, in C order."""
+    if view.numel() <= most:
         yield view
-        return
-    rows = max(most // max(view[0].numel(), 1), 1)
-    if view[0].numel() > most:
+    elif view[0].numel() > most:
         for row in view:
             yield from _blocks(row, most)
-        return
-    for start in range(0, view.shape[0], rows):
-        yield view[start : start + rows]
+    else:
+        rows = most // view[0].numel()
+        for start in range(0, view.shape[0], rows):
+            yield view[start : start + rows]

@@ -12,6 +12,7 @@ buffers, under their dotted names). Of several:
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -19,6 +20,8 @@ from typing import Any
 from streammerge.errors import FormatError, RecipeError, listed, printable
 from streammerge.tree import Instance, TensorRef, mapping_items, walk
 
+_Place = tuple[tuple[Any, ...], Any, bool, Any]
+_MOST_NAME = 4000
 EMA_CHOICES = ("ignore", "prefer", "only")
 _NOT_WEIGHTS = re.compile(
     r"(.*_)?(optim(izer)?(s|_g|_d|_states?|_state_dict|_history)?|last_optimizer_state|opt(_[gd])?|(lr_)?sched(uler)?s?(_state(_dict|s)?)?"
@@ -70,7 +73,7 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        return ".".join(map(str, self.path)) or "(top level)"
+        return ".".join(printable(part) for part in self.path) or "(top level)"
 
     @property
     def nbytes(self) -> int:
@@ -118,7 +121,9 @@ def select(tree: Any, state_dict: str | None = None, ema: str = "ignore") -> Sel
         if not found:
             kinds = sorted({kind for _, kind in unread_tensors(tree)})
             raise FormatError(f"it holds no tensors{f' but {listed(kinds)} ones, which are not read' if kinds else ''}")
-        raise RecipeError(f"it holds tensors only at {listed([c.label for c in found])}; name one of them with --state-dict")
+        raise RecipeError(
+            f"it holds tensors only at {listed([c.label for c in found])}; name one of them with --state-dict"
+        )
     notes: list[str] = []
     twins: list[Candidate] = []
     chosen = _choose(usable, ema, notes, twins)
@@ -132,39 +137,49 @@ def candidates(tree: Any) -> list[Candidate]:
     """Every state dict in the tree, in its order; those below optimizer-like keys are marked ``barred``."""
     found: list[Candidate] = []
     seen: set[int] = set()
-    stack: list[tuple[tuple[Any, ...], Any, bool, Any]] = [((), tree, False, None)]
+    stack: list[Iterator[_Place]] = [iter([((), tree, False, None)])]
     while stack:
-        path, node, barred, holder = stack.pop()
-        if id(node) in seen or len(path) > 32:
+        place = next(stack[-1], None)
+        if place is None:
+            stack.pop()
+            continue
+        path, node, barred, holder = place
+        if id(node) in seen:
             continue
         seen.add(id(node))
         candidate = _as_state_dict(path, node)
         if candidate is not None:
             candidate.barred, candidate.holder, candidate.key = barred, holder, path[-1] if path else None
             found.append(candidate)
-            continue
-        holder, items = _inside(node)
-        inner = barred or _is_optimizer_state(node)
-        stack.extend(reversed([((*path, key), value, inner or _bars(key), holder) for key, value in items]))
+        elif len(path) < 32:
+            stack.append(_places(path, node, barred or _is_optimizer_state(node)))
     return found or _loose(tree)
 
 
-def _inside(node: Any) -> tuple[Any, list[tuple[Any, Any]]]:
+def _places(path: tuple[Any, ...], node: Any, barred: bool) -> Iterator[_Place]:
+    """What may hold tensors right below a node; made one by one, as a list of them would outgrow the tree."""
+    holder, items = _inside(node)
+    for key, value in items:
+        if isinstance(value, dict | list | tuple | Instance):
+            yield (*path, key), value, barred or _bars(key), holder
+
+
+def _inside(node: Any) -> tuple[Any, Iterable[tuple[Any, Any]]]:
     """The (key, value) pairs of a container, and the node in which they stand."""
     items = mapping_items(node)
     if items is not None:
         return node, items
     if isinstance(node, list | tuple):
-        return node, list(enumerate(node))
+        return node, enumerate(node)
     if isinstance(node, Instance) and isinstance(node.state, dict):
-        return node.state, list(node.state.items())
-    return None, []
+        return node.state, node.state.items()
+    return None, ()
 
 
 def _loose(tree: Any) -> list[Candidate]:
     """Tensors that stand about in no state dict: each under its path."""
     loose = [(path, node) for path, node in walk(tree) if isinstance(node, TensorRef)]
-    tensors = [Found(".".join(map(str, path)), node) for path, node in loose if not any(map(_bars, path))]
+    tensors = [Found(_name(path), node) for path, node in loose if not any(map(_bars, path))]
     return [Candidate((), "loose tensors", tensors)] if tensors else []
 
 
@@ -181,7 +196,9 @@ def _as_state_dict(path: tuple[Any, ...], node: Any) -> Candidate | None:
         return Candidate((), "list", [Found("tensor", node)])
     items = mapping_items(node)
     if items is not None:
-        tensors = [Found(str(k), v, node, k) for k, v in items if isinstance(v, TensorRef) and isinstance(k, str | int)]
+        tensors = [
+            Found(_name((k,)), v, node, k) for k, v in items if isinstance(v, TensorRef) and isinstance(k, str | int)
+        ]
         nested = any(mapping_items(v) or isinstance(v, list) for k, v in items if not _ignorable(k))
         enough = len(tensors) * 2 >= len(items) and (not nested or len(tensors) * 10 >= len(items) * 9)
         return Candidate(path, "state dict", tensors, len(items) - len(tensors)) if tensors and enough else None
@@ -210,19 +227,35 @@ def _module_tensors(root: Instance) -> list[Found]:
         state = node.state
         if isinstance(state.get("_modules"), dict):
             transient = state.get("_non_persistent_buffers_set")
-            skipped = set(map(str, transient.args[0])) if isinstance(transient, Instance) and transient.args else set()
+            skipped = _members(transient)
             for part in ("_parameters", "_buffers"):
-                for name, value in (state.get(part) or {}).items():
+                held = state.get(part)
+                for name, value in held.items() if isinstance(held, dict) else ():
                     if isinstance(value, TensorRef) and not (part == "_buffers" and name in skipped):
-                        found.append(Found(f"{prefix}{name}", value, state[part], name))
+                        found.append(Found(_name((prefix + str(name),)), value, held, name))
             inner = state["_modules"]
         elif node.path.startswith("__torch__."):
-            found += [Found(f"{prefix}{k}", v, state, k) for k, v in state.items() if isinstance(v, TensorRef)]
+            found += [Found(_name((prefix + str(k),)), v, state, k) for k, v in state.items() if isinstance(v, TensorRef)]
             inner = state
         else:
             continue
-        stack.extend(reversed([(f"{prefix}{k}.", v, depth + 1) for k, v in inner.items() if isinstance(v, Instance)]))
+        below = [(_name((f"{prefix}{k}.",)), v, depth + 1) for k, v in inner.items() if isinstance(v, Instance)]
+        stack.extend(reversed(below))
     return found
+
+
+def _members(node: Any) -> set[str]:
+    """The names in a pickled set; none in anything else."""
+    inside = node.args[0] if isinstance(node, Instance) and node.args else ()
+    return set(map(str, inside)) if isinstance(inside, list | tuple) else set()
+
+
+def _name(path: Iterable[Any]) -> str:
+    """Keys joined with dots. Many tensors below few long keys would have endless names, hence the limit."""
+    parts = list(map(str, path))
+    if sum(map(len, parts)) > _MOST_NAME:
+        raise FormatError(f"a tensor's name of {sum(map(len, parts))} characters is beyond the limit of {_MOST_NAME}")
+    return ".".join(parts)
 
 
 def _choose(usable: list[Candidate], ema: str, notes: list[str], passed_over: list[Candidate]) -> list[Candidate]:
@@ -243,7 +276,9 @@ def _choose(usable: list[Candidate], ema: str, notes: list[str], passed_over: li
             if other != best:
                 kind = "EMA weights" if groups[other][0].averaged else "weights"
                 passed_over += groups[other]
-                notes.append(f"'{_label(best)}' was taken; '{_label(other)}' holds {kind} of the same names (--state-dict, --ema choose)")
+                notes.append(
+                    f"'{_label(best)}' was taken; '{_label(other)}' holds {kind} of the same names (--state-dict, --ema choose)"
+                )
     return [c for group in chosen for c in group]
 
 
@@ -270,7 +305,7 @@ def _together(chosen: list[Candidate]) -> list[Found]:
     """Their tensors under one roof: own names for one state dict, names led by the path where there are several."""
     if len(chosen) == 1:
         return chosen[0].tensors
-    return [Found(".".join(map(str, (*c.path, f.name))), f.ref, f.holder, f.key) for c in chosen for f in c.tensors]
+    return [Found(_name((*c.path, f.name)), f.ref, f.holder, f.key) for c in chosen for f in c.tensors]
 
 
 def _named(tree: Any, found: list[Candidate], wanted: str) -> Selection:
@@ -308,7 +343,6 @@ def tensors_outside(tree: Any, selection: Selection) -> list[tuple[tuple[Any, ..
     return [(path, node) for path, node in walk(tree) if isinstance(node, TensorRef) and id(node) not in inside]
 
 
-
 _UNREAD = {
     "torch._utils._rebuild_qtensor": "quantised",
     "torch._utils._rebuild_sparse_tensor": "sparse",
@@ -321,7 +355,7 @@ _UNREAD = {
 def unread_tensors(tree: Any) -> list[tuple[str, str]]:
     """(path, kind) of tensors in forms that are not read, such as quantised and sparse ones."""
     return [
-        (".".join(map(str, path)), _UNREAD[node.path])
+        (".".join(map(printable, path)), _UNREAD[node.path])
         for path, node in walk(tree)
         if isinstance(node, Instance) and node.path in _UNREAD
     ]

@@ -143,7 +143,9 @@ class InputFiles:
         """ChangedError when any input is no longer the file that was planned."""
         for path, expected in self._expected.items():
             if identity(path) != expected:
-                raise ChangedError(f"{printable(path)} changed while it was read; nothing was written, run the command again")
+                raise ChangedError(
+                    f"{printable(path)} changed while it was read; nothing was written, run the command again"
+                )
 
 
 class OutputFile:
@@ -249,7 +251,9 @@ class Staging:
         except OSError as error:
             owner = os.pread(fd, 20, 0).decode(errors="replace").strip()
             os.close(fd)
-            raise LockedError(f"{printable(self.out)} is being written by process {owner or 'unknown'}; wait for it") from error
+            raise LockedError(
+                f"{printable(self.out)} is being written by process {owner or 'unknown'}; wait for it"
+            ) from error
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         return fd

@@ -8,7 +8,7 @@ show nothing of what is in them as text, which in a hostile file can be endless.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,28 +152,29 @@ def walk(root: Any, skip: set[tuple[int, Any]] | None = None) -> Iterator[tuple[
     ``skip`` names (id of a mapping, key) below which not to go.
     """
     seen: set[int] = set()
-    stack: list[tuple[tuple[Any, ...], Any]] = [((), root)]
+    stack: list[Iterator[tuple[tuple[Any, ...], Any]]] = [iter([((), root)])]
     while stack:
-        path, node = stack.pop()
-        if id(node) in seen or not isinstance(node, _WALKED):
-            continue
-        seen.add(id(node))
-        yield path, node
-        below = [
-            ((*path, key) if len(path) < 64 else path, child)
-            for key, child in children(node)
-            if not skip or isinstance(key, _WALKED) or (id(node), key) not in skip
-        ]
-        stack.extend(reversed([pair for pair in below if isinstance(pair[1], _WALKED)]))
-        stack.extend((path, key) for key in _record_keys(node))
+        path, node = next(stack[-1], ((), None))
+        if node is None:
+            stack.pop()
+        elif id(node) not in seen:
+            seen.add(id(node))
+            yield path, node
+            stack.append(_below(path, node, skip or set()))
 
 
 _WALKED = (dict, list, tuple, Instance, TensorRef, StorageRef, PersistentId, Global)
 
 
-def _record_keys(node: Any) -> list[Any]:
-    items = mapping_items(node)
-    return [key for key, _ in items if isinstance(key, _WALKED)] if items else []
+def _below(path: tuple[Any, ...], node: Any, skip: set[tuple[int, Any]]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """(path, node) of the containers and records right below a node, also of those that are keys; made one by one,
+    since a long list of them all would need more memory than the tree."""
+    for key, _ in mapping_items(node) or ():
+        if isinstance(key, _WALKED):
+            yield path, key
+    for key, child in children(node):
+        if isinstance(child, _WALKED) and (not skip or isinstance(key, _WALKED) or (id(node), key) not in skip):
+            yield (*path, key) if len(path) < 64 else path, child
 
 
 def number(node: Any) -> float | int | None:
@@ -185,7 +186,9 @@ def number(node: Any) -> float | int | None:
     if isinstance(node, Instance) and node.path.endswith("multiarray.scalar") and len(node.args) == 2:
         kind, data = node.args
         code = kind.args[0] if isinstance(kind, Instance) and kind.args else None
-        form = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i", "i2": "<h", "u8": "<Q", "u4": "<I"}.get(str(code))
+        form = {"f8": "<d", "f4": "<f", "f2": "<e", "i8": "<q", "i4": "<i", "i2": "<h", "u8": "<Q", "u4": "<I"}.get(
+            str(code)
+        )
         if form and isinstance(data, bytes) and len(data) == struct.calcsize(form):
             value: float | int = struct.unpack(form, data)[0]
             return value
@@ -197,28 +200,34 @@ def plain(node: Any) -> Any:
 
     What is nested or shared beyond all reason (a hostile file) is cut and shown as ``"..."``.
     """
-    return _Plain().render(node, 20)
+    return Plain().render(node)
 
 
-class _Plain:
-    """One rendering; ``left`` bounds the number of values, since a small tree can share its way to 2**60 of them."""
+class Plain:
+    """Renderings of one tree; ``left`` bounds the values and the text of them all, since a small tree can share its way
+    to 2**60 of them."""
 
     def __init__(self) -> None:
         self.left = 200_000
 
-    def render(self, node: Any, depth: int) -> Any:
+    def render(self, node: Any, depth: int = 20) -> Any:
         self.left -= 1
         if depth == 0 or self.left < 0:
             return "..."
-        if node is None or isinstance(node, bool | int | str):
+        if isinstance(node, str):
+            self.left -= len(node) // 64
+            return node if self.left >= 0 else "..."
+        if node is None or isinstance(node, bool | int):
+            self.left -= node.bit_length() // 256 if node else 0
             return node
         if (value := number(node)) is not None:
             return value if value - value == 0 else repr(value)
         if isinstance(node, dict):
-            return {_key(k): self.render(v, depth - 1) for k, v in node.items()}
+            return self._items(node.items(), depth)
         if isinstance(node, list | tuple):
-            return [self.render(v, depth - 1) for v in node]
+            return self._list(node, depth)
         if isinstance(node, TensorRef):
+            self.left -= len(node.shape) // 4
             return {"$tensor": {"dtype": node.dtype.torch_name, "shape": list(node.shape)}}
         if isinstance(node, StorageRef):
             return {"$storage": {"nbytes": node.nbytes}}
@@ -232,15 +241,29 @@ class _Plain:
             return {"$reference": self.render(node.value, depth - 1)}
         return repr(node)
 
+    def _list(self, values: Sequence[Any], depth: int) -> list[Any]:
+        shown = [self.render(v, depth - 1) for v in values[: max(self.left, 0)]]
+        return shown if len(shown) == len(values) else [*shown, "..."]
+
+    def _items(self, items: Iterable[tuple[Any, Any]], depth: int) -> dict[str, Any]:
+        shown: dict[str, Any] = {}
+        for key, value in items:
+            name = _key(key)
+            self.left -= len(name) // 64
+            if self.left < 0:
+                return {**shown, "...": "..."}
+            shown[name] = self.render(value, depth - 1)
+        return shown
+
     def _instance(self, node: Instance, depth: int) -> Any:
         if node.path in ("builtins.set", "builtins.frozenset", "collections.deque"):
             members = node.args[0] if node.args and isinstance(node.args[0], list | tuple) else ()
-            return [self.render(v, depth) for v in (*members, *node.elements)]
+            return self._list([*members, *node.elements], depth)
         shown: dict[str, Any] = {"$object": node.path}
         if node.args:
             shown["args"] = self.render(node.args, depth)
         if node.items:
-            shown["items"] = {_key(k): self.render(v, depth) for k, v in node.items}
+            shown["items"] = self._items(node.items, depth)
         if node.elements:
             shown["elements"] = self.render(node.elements, depth)
         if node.state is not MISSING:

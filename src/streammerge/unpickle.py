@@ -28,7 +28,17 @@ FREE_BYTES, BYTES_PER_BYTE = 48 << 20, 64
 
 _MAX_INTEGER_BYTES = 1024
 _KEY_PARTS = 64
-_DAMAGE = (IndexError, KeyError, ValueError, TypeError, AttributeError, RecursionError, OverflowError, MemoryError, EOFError)
+_DAMAGE = (
+    IndexError,
+    KeyError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    OverflowError,
+    MemoryError,
+    EOFError,
+)
 
 _QUANTISED = {  # the integers behind quantised tensors, which themselves stay unread
     "QInt8Storage": DType.I8,
@@ -100,37 +110,38 @@ def unpickle(
 
     ``disk_bytes``: how long it is on the disk, for one that was compressed; its memory is limited by that.
     """
-    stream = _Limited(io.BytesIO(source) if isinstance(source, bytes) else source)
+    stream = io.BytesIO(source) if isinstance(source, bytes) else _Limited(source)
     machine = _Machine(resolve, stream, disk_bytes)
     try:
         return machine.run()
     except Damaged as error:
         raise FormatError(f"{where}: damaged or hostile pickle ({error}); nothing was executed") from error
     except _DAMAGE as error:
-        raise FormatError(f"{where}: damaged pickle ({type(error).__name__}: {printable(error)}); nothing was executed") from error
+        raise FormatError(
+            f"{where}: damaged pickle ({type(error).__name__}: {printable(error)}); nothing was executed"
+        ) from error
 
 
 class _Limited:
     """What pickletools needs of a stream; no length it reads in a pickle is believed beyond the limit."""
 
     def __init__(self, stream: BinaryIO) -> None:
-        self._stream, self.taken = stream, 0
+        self._stream, self._start = stream, stream.tell()
+
+    def tell(self) -> int:
+        return self._stream.tell() - self._start
 
     def read(self, nbytes: int) -> bytes:
-        if nbytes > MAX_PICKLE_BYTES - self.taken:
+        if nbytes > MAX_PICKLE_BYTES - self.tell():
             raise Damaged(f"it claims {nbytes} bytes for one value")
-        return self._counted(self._stream.read(nbytes))
+        return self._stream.read(nbytes)
 
     def readline(self) -> bytes:
-        return self._counted(self._stream.readline(MAX_PICKLE_BYTES - self.taken))
-
-    def _counted(self, data: bytes) -> bytes:
-        self.taken += len(data)
-        return data
+        return self._stream.readline(max(MAX_PICKLE_BYTES - self.tell(), 0))
 
 
 class _Machine:
-    def __init__(self, resolve: ResolveId, stream: _Limited, disk_bytes: int | None) -> None:
+    def __init__(self, resolve: ResolveId, stream: io.BytesIO | _Limited, disk_bytes: int | None) -> None:
         self.resolve = resolve
         self.stream, self.disk_bytes = stream, disk_bytes
         self.cost = 0
@@ -141,12 +152,14 @@ class _Machine:
     def charge(self, nbytes: int) -> None:
         """Counts memory, since one byte of a pickle can make an object of hundreds."""
         self.cost += nbytes
-        if self.cost > FREE_BYTES and self.cost > FREE_BYTES + BYTES_PER_BYTE * (self.disk_bytes or self.stream.taken):
-            raise Damaged("it would take far more memory than its size explains")
+        if self.cost > FREE_BYTES:
+            explained = self.stream.tell() if self.disk_bytes is None else self.disk_bytes
+            if self.cost > FREE_BYTES + BYTES_PER_BYTE * explained:
+                raise Damaged("it would take far more memory than its size explains")
 
     def run(self) -> Any:
         count = 0
-        for opcode, arg, _position in pickletools.genops(self.stream):
+        for opcode, arg, _position in pickletools.genops(self.stream):  # type: ignore[arg-type]
             count += 1
             if count > MAX_OPCODES:
                 raise Damaged(f"more than {MAX_OPCODES} opcodes")

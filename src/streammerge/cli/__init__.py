@@ -29,20 +29,38 @@ def _options(*decorators: Callable[[Command], Command]) -> Callable[[Command], C
     return apply
 
 
-_output = click.option("--format", "form", type=click.Choice(["human", "json", "quiet"]), default="human", help="How to report.")
+_output = click.option(
+    "--format", "form", type=click.Choice(["human", "json", "quiet"]), default="human", help="How to report."
+)
 _debug = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 _selection = _options(
     click.option("--state-dict", metavar="KEY.PATH", help="Which state dict of a wrapped file; found by itself otherwise."),
-    click.option("--ema", type=click.Choice(EMA_CHOICES), default="ignore", show_default=True, help="Averaged weights beside plain ones."),
+    click.option(
+        "--ema",
+        type=click.Choice(EMA_CHOICES),
+        default="ignore",
+        show_default=True,
+        help="Averaged weights beside plain ones.",
+    ),
 )
 _resources = _options(
-    click.option("--memory", default=api.DEFAULT_MEMORY, show_default=True, help="Budget for data held at once, above start-up."),
+    click.option(
+        "--memory", default=api.DEFAULT_MEMORY, show_default=True, help="Budget for data held at once, above start-up."
+    ),
     click.option("--workers", type=click.IntRange(1), metavar="N", help="Worker threads.  [default: CPUs available]"),
-    click.option("--io", type=click.Choice(IO), default="mmap", show_default=True, help="How inputs are read; pread for network drives."),
+    click.option(
+        "--io",
+        type=click.Choice(IO),
+        default="mmap",
+        show_default=True,
+        help="How inputs are read; pread for network drives.",
+    ),
 )
 _writing = _options(
     click.option("--max-shard-size", metavar="SIZE", help="For folders.  [default: as the first input, else 5GB]"),
-    click.option("--keep-optimizer", is_flag=True, help="Keep the first input's optimizer, scheduler and scaler in a .pth."),
+    click.option(
+        "--keep-optimizer", is_flag=True, help="Keep the first input's optimizer, scheduler and scaler in a .pth."
+    ),
     click.option("--allow-nonfinite", is_flag=True, help="Write NaN and infinite values instead of stopping."),
 )
 _running = _options(
@@ -56,21 +74,41 @@ _merging = _options(
     click.option("--weights", metavar="W,W,...", help="One number per input, divided by their sum.  [default: equal]"),
     click.option("--no-normalize", is_flag=True, help="Use the weights as given."),
     click.option("--method", default="linear", show_default=True, help="The merge method."),
-    click.option("-p", "parameters", multiple=True, metavar="NAME=VALUE,...", help="A method parameter; several values: one per input."),
+    click.option(
+        "-p",
+        "parameters",
+        multiple=True,
+        metavar="NAME=VALUE,...",
+        help="A method parameter; several values: one per input.",
+    ),
     click.option("--dtype", help="Dtype of the output's floating-point tensors.  [default: the first input's]"),
     click.option("--out-dtype", help="The same; wins over --dtype."),
     click.option("--compute-dtype", help="float32 or float64.  [default: the method's]"),
     click.option("--last", type=click.IntRange(1), metavar="N", help="Only the numerically last N inputs."),
-    click.option("--on-missing", type=click.Choice(ON_MISSING), default="error", show_default=True, help="Tensors not in every input."),
-    click.option("--integers", type=click.Choice(INTEGERS), help="Integer tensors that differ.  [default: max for num_batches_tracked, else error]"),
-    click.option("--convert-first", type=click.Path(), metavar="DIR", help="Convert each input into DIR, keep it, merge from there."),
+    click.option(
+        "--on-missing",
+        type=click.Choice(ON_MISSING),
+        default="error",
+        show_default=True,
+        help="Tensors not in every input.",
+    ),
+    click.option(
+        "--integers",
+        type=click.Choice(INTEGERS),
+        help="Integer tensors that differ.  [default: max for num_batches_tracked, else error]",
+    ),
+    click.option(
+        "--convert-first", type=click.Path(), metavar="DIR", help="Convert each input into DIR, keep it, merge from there."
+    ),
     _selection,
     _resources,
     _writing,
 )
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120, "auto_envvar_prefix": "STREAMMERGE"})
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120, "auto_envvar_prefix": "STREAMMERGE"}
+)
 @click.version_option(__version__, prog_name="streammerge")
 def cli() -> None:
     """Merge model checkpoints larger than memory.
@@ -82,10 +120,21 @@ def cli() -> None:
 
 @cli.command()
 @_merging
-@click.option("-o", "--out", required=True, metavar="OUT", help="x.safetensors, x.pth (.pt, .ckpt, .bin, .th), or a folder.")
+@click.option(
+    "-o", "--out", required=True, metavar="OUT", help="x.safetensors, x.pth (.pt, .ckpt, .bin, .th), or a folder."
+)
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
 @_running
-def merge(inputs: tuple[str, ...], out: str, dry_run: bool, overwrite: bool, no_progress: bool, form: str, debug: bool, **wishes: Any) -> None:
+def merge(
+    inputs: tuple[str, ...],
+    out: str,
+    dry_run: bool,
+    overwrite: bool,
+    no_progress: bool,
+    form: str,
+    debug: bool,
+    **wishes: Any,
+) -> None:
     """Merge checkpoints into one.
 
     \b
@@ -113,9 +162,13 @@ def plan(inputs: tuple[str, ...], out: str | None, form: str, debug: bool, **wis
 
 @cli.command()
 @click.argument("path", metavar="INPUT")
-@click.option("-o", "--out", required=True, metavar="OUT", help="x.safetensors, x.pth (.pt, .ckpt, .bin, .th), or a folder.")
+@click.option(
+    "-o", "--out", required=True, metavar="OUT", help="x.safetensors, x.pth (.pt, .ckpt, .bin, .th), or a folder."
+)
 @click.option("--dtype", help="Recast floating-point tensors.")
-@click.option("--drop", multiple=True, metavar="PATTERN", help="Leave out tensors whose names match, like 'dvae.*'; repeatable.")
+@click.option(
+    "--drop", multiple=True, metavar="PATTERN", help="Leave out tensors whose names match, like 'dvae.*'; repeatable."
+)
 @click.option("--keep", multiple=True, metavar="PATTERN", help="Keep only tensors whose names match; repeatable.")
 @click.option("--strip-prefix", default="", metavar="PREFIX", help="Remove PREFIX from the names that begin with it.")
 @click.option("--extras", type=click.Path(), metavar="FILE.json", help="Write what is not a tensor there, readable.")

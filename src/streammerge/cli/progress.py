@@ -41,7 +41,9 @@ class Progress:
             from tqdm import tqdm
 
             self._startup, self._budget = resident_bytes(), binary_bytes(event.memory_bytes)
-            self._bar = tqdm(total=event.read_bytes, unit="B", unit_scale=True, leave=False, dynamic_ncols=True, smoothing=0.1)
+            self._bar = tqdm(
+                total=event.read_bytes, unit="B", unit_scale=True, leave=False, dynamic_ncols=True, smoothing=0.1
+            )
         elif self._bar is None:
             return
         elif isinstance(event, TaskDone):

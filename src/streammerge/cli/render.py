@@ -102,18 +102,31 @@ def index_text(index: CheckpointIndex, tensors: bool) -> str:
     count = f" in {len(index.files)} files" if len(index.files) > 1 else ""
     rows = [("format", f"{index.format}, {decimal_bytes(_total_bytes(index))}{count}")]
     rows.append(
-        ("state dict", f"{printable(selection.label)}: {len(index.entries)} tensors, {index.numel:,} parameters, {decimal_bytes(index.nbytes)}")
+        (
+            "state dict",
+            f"{printable(selection.label)}: {len(index.entries)} tensors, {index.numel:,} parameters, {decimal_bytes(index.nbytes)}",
+        )
     )
     rows.append(("dtypes", ", ".join(f"{name} {count}" for name, count in _dtypes(index).most_common())))
     for candidate in selection.candidates:
         if candidate not in selection.chosen and not candidate.barred:
-            rows.append(("also", f"{printable(candidate.label)}: {len(candidate.tensors)} tensors, {decimal_bytes(candidate.nbytes)}"))
+            rows.append(
+                (
+                    "also",
+                    f"{printable(candidate.label)}: {len(candidate.tensors)} tensors, {decimal_bytes(candidate.nbytes)}",
+                )
+            )
     barred = [c for c in selection.candidates if c.barred]
     if barred:
         tops = Counter({str(c.path[0]): 0 for c in barred})
         for candidate in barred:
             tops[str(candidate.path[0])] += candidate.nbytes
-        rows.append(("training", ", ".join(f"{printable(top)} {decimal_bytes(size)}" for top, size in tops.items()) + " (not weights)"))
+        rows.append(
+            (
+                "training",
+                ", ".join(f"{printable(top)} {decimal_bytes(size)}" for top, size in tops.items()) + " (not weights)",
+            )
+        )
     if index.aliases:
         shown = listed([f"{name} = {first}" for name, first in index.aliases.items()], 4)
         rows.append(("tied", f"{len(index.aliases)} names: {shown}"))

@@ -49,12 +49,14 @@ class Container:
         spec, size = TensorSpec(name, ref.dtype, ref.shape), ref.dtype.element_bytes
         start = (ref.storage.view_offset + ref.offset) * size
         reach = sum((n - 1) * stride for n, stride in zip(ref.shape, ref.strides, strict=True)) if spec.numel else -1
-        if start + (reach + 1) * size > store.nbytes:
+        if start < 0 or start + (reach + 1) * size > store.nbytes:
             raise FormatError(
                 f"{where} reaches to byte {start + (reach + 1) * size} of a storage of {store.nbytes} bytes; the file is damaged"
             )
         if spec.nbytes > max(store.nbytes, MOST_EXPANDED_BYTES):
-            raise FormatError(f"{where} claims {spec.nbytes} bytes over a storage of {store.nbytes}; it is expanded beyond reason")
+            raise FormatError(
+                f"{where} claims {spec.nbytes} bytes over a storage of {store.nbytes}; it is expanded beyond reason"
+            )
         strides = None if is_contiguous(ref.shape, ref.strides) else ref.strides
         return TensorEntry(spec, store.path, store.offset + start, strides, store.deflated, ref.lazy)
 

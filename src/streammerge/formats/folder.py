@@ -6,6 +6,7 @@ that two shards hold, is an error.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,14 @@ from streammerge.tree import StorageRef, TensorRef
 MAX_INDEX_BYTES = 256 << 20
 _MOST_SIDE_FILE_BYTES = 128 << 20
 _INDEX_ENDING = ".index.json"
-_PREFERRED = ("model.safetensors", "pytorch_model.bin", "model.pth", "model.pt", "adapter_model.safetensors", "adapter_model.bin")
+_PREFERRED = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "model.pth",
+    "model.pt",
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+)
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".th", ".tar")
 _TRAINING = ("training_args.bin", "optimizer", "scheduler", "scaler", "rng_state", "random_states", "trainer_state.json")
 _NOT_COPIED = (".gguf", ".onnx", ".msgpack", ".h5", ".ot", ".tflite", ".distcp", ".gitattributes", ".lock")
@@ -42,7 +50,9 @@ def read(folder: Path, read_file: ReadFile) -> Container:
         raise FormatError(f"{printable(folder)} holds {what}")
     container = read_file(_inside(folder, chosen[0]))
     if len(names) > 1:
-        container.notes.append(f"{printable(folder)}: {chosen[0]} was taken; the folder also holds {listed(sorted(set(names) - set(chosen)))}")
+        container.notes.append(
+            f"{printable(folder)}: {printable(chosen[0])} was taken; the folder also holds {listed(sorted(set(names) - set(chosen)))}"
+        )
     return container
 
 
@@ -53,7 +63,11 @@ def _refuse_distributed(folder: Path) -> None:
             f"{where} is a torch.distributed.checkpoint folder, which is not read yet; run "
             "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pth` and give the result"
         )
-    states = list(folder.glob("*_model_states.pt")) + list(folder.glob("*zero_pp_rank_*")) + list(folder.glob("global_step*/*_states.pt"))
+    states = (
+        list(folder.glob("*_model_states.pt"))
+        + list(folder.glob("*zero_pp_rank_*"))
+        + list(folder.glob("global_step*/*_states.pt"))
+    )
     if states:
         raise FormatError(
             f"{where} is a DeepSpeed checkpoint, which is not read yet; run the `zero_to_fp32.py` that DeepSpeed puts "
@@ -64,11 +78,19 @@ def _refuse_distributed(folder: Path) -> None:
 def _inside(folder: Path, name: Any) -> Path:
     """The path of a plain file name in the folder. The hub's cache links its files into ``blobs`` beside; nothing else may."""
     where = f"{printable(folder)}: {printable(name)}"
-    if not isinstance(name, str) or not name or name in (".", "..") or any(c in name for c in "/\\\0:") or name.startswith("~"):
+    if (
+        not isinstance(name, str)
+        or not name
+        or name in (".", "..")
+        or any(c in name for c in "/\\\0:")
+        or name.startswith("~")
+    ):
         raise FormatError(f"{where} is not the name of a file in this folder; such an index is refused")
     path = folder / name
+    if len(os.fsencode(printable(name, 1000))) > 255:
+        raise FormatError(f"{where} is longer than the name of a file can be")
     if path.is_symlink():
-        target, home = path.resolve(), folder.resolve()
+        target, home = (Path(os.path.realpath(p)) for p in (path, folder))  # Path.resolve raises for a link to itself
         hub_cache = home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
         if home not in target.parents and not hub_cache:
             raise FormatError(f"{where} is a link out of the folder; such a checkpoint is refused")
@@ -97,13 +119,16 @@ def read_sharded(index: Path, read_file: ReadFile) -> Container:
         for found in select(container.tree).tensors:
             name = found.name
             if name in holders:
-                raise FormatError(f"{where}: the tensor {printable(name)} stands in two shards, {holders[name]} and {shard}")
+                both = f"{printable(holders[name])} and {printable(shard)}"
+                raise FormatError(f"{where}: the tensor {printable(name)} stands in two shards, {both}")
             holders[name] = shard
             if name not in weight_map:
                 extra.append(name)
                 continue
             if weight_map[name] != shard:
-                raise FormatError(f"{where} puts {printable(name)} into {printable(weight_map[name])}, but it is in {printable(shard)}")
+                raise FormatError(
+                    f"{where} puts {printable(name)} into {printable(weight_map[name])}, but it is in {printable(shard)}"
+                )
             tree[name] = _renamed(found.ref, f"{number}/")
     absent = [name for name in weight_map if name not in holders]
     if absent:
@@ -131,7 +156,9 @@ def _weight_map(index: Path) -> dict[str, str]:
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{where} has no weight_map")
-    for shard in set(map(str, weight_map.values())):
+    if not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise FormatError(f"{where}: its weight_map has names of files that are not text")
+    for shard in set(weight_map.values()):
         _inside(index.parent, shard)
     return weight_map
 

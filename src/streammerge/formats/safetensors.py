@@ -123,7 +123,9 @@ def _check_spans(spans: list[tuple[int, int, str]], data_bytes: int, where: str)
     cursor = 0
     for begin, end, name in sorted(spans):
         if begin != cursor:
-            kind = "overlaps the tensor before it" if begin < cursor else f"leaves a hole of {begin - cursor} bytes before it"
+            kind = (
+                "overlaps the tensor before it" if begin < cursor else f"leaves a hole of {begin - cursor} bytes before it"
+            )
             raise FormatError(f"{where}: tensor {printable(name)} {kind}; the file is damaged")
         cursor = end
     if cursor > data_bytes:
@@ -152,6 +154,10 @@ def plan_layout(file_name: str, specs: Iterable[TensorSpec], metadata: dict[str,
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     starts, cursor = {}, 0
     for spec in specs:
+        if any("\ud800" <= c <= "\udfff" for c in spec.name):
+            raise MismatchError(
+                f"safetensors cannot hold the name {printable(spec.name)}, which is not valid text; write a .pth"
+            )
         if spec.name == "__metadata__" or spec.name in header:
             raise MismatchError(f"two tensors would be called {printable(spec.name)} in {printable(file_name)}")
         shape = list(spec.shape)
@@ -164,7 +170,9 @@ def plan_layout(file_name: str, specs: Iterable[TensorSpec], metadata: dict[str,
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
-        raise MismatchError(f"{printable(file_name)} would need a header of {len(text)} bytes; write a sharded folder instead")
+        raise MismatchError(
+            f"{printable(file_name)} would need a header of {len(text)} bytes; write a sharded folder instead"
+        )
     begin = 8 + len(text)
     offsets = {name: begin + start for name, start in starts.items()}
     return LayoutFile(file_name, begin + cursor, offsets, (Literal(0, struct.pack("<Q", len(text)) + text),))

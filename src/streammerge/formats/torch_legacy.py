@@ -33,10 +33,14 @@ def read(path: Path) -> Container:
         unpickle(stream, where=where)
         protocol = unpickle(stream, where=where)
         if protocol != _PROTOCOL:
-            raise FormatError(f"{where} has version {printable(protocol)} of torch's legacy format; only {_PROTOCOL} is known")
+            raise FormatError(
+                f"{where} has version {printable(protocol)} of torch's legacy format; only {_PROTOCOL} is known"
+            )
         system = unpickle(stream, where=where)
         if not isinstance(system, dict) or system.get("little_endian") is not True:
-            raise FormatError(f"{where} was saved on a big-endian machine, which is not supported; save it again on this one")
+            raise FormatError(
+                f"{where} was saved on a big-endian machine, which is not supported; save it again on this one"
+            )
         tree = unpickle(stream, table, where)
         keys = unpickle(stream, where=where)
         if not isinstance(keys, list) or not all(isinstance(k, str | bytes) for k in keys):
@@ -48,15 +52,21 @@ def read(path: Path) -> Container:
         cursor = stream.tell()
         for key in map(text, keys):
             if key not in item_bytes:
-                raise FormatError(f"{where}: storage {printable(key)} belongs to no tensor, so its length is unknown; it is damaged")
+                raise FormatError(
+                    f"{where}: storage {printable(key)} belongs to no tensor, so its length is unknown; it is damaged"
+                )
             stream.seek(cursor)
             header = stream.read(8)
             numel = struct.unpack("<q", header)[0] if len(header) == 8 else -1
             nbytes = numel * item_bytes[key][0]
             if numel != item_bytes[key][1]:
-                raise FormatError(f"{where}: storage {printable(key)} has {numel} elements, expected {item_bytes[key][1]}; it is damaged")
+                raise FormatError(
+                    f"{where}: storage {printable(key)} has {numel} elements, expected {item_bytes[key][1]}; it is damaged"
+                )
             if cursor + 8 + nbytes > size:
-                raise FormatError(f"{where} is truncated: storage {printable(key)} ends at byte {cursor + 8 + nbytes}, the file at {size}")
+                raise FormatError(
+                    f"{where} is truncated: storage {printable(key)} ends at byte {cursor + 8 + nbytes}, the file at {size}"
+                )
             storages[key] = StorageBytes(str(path), cursor + 8, nbytes)
             cursor += 8 + nbytes
     return Container(path, "PyTorch legacy", tree, storages, (path,))

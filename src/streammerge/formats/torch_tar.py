@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import struct
-import tarfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,7 +11,7 @@ from streammerge.errors import FormatError, printable
 from streammerge.formats.base import Container, StorageBytes
 from streammerge.storage import open_stream
 from streammerge.tree import PersistentId, StorageRef, TensorRef
-from streammerge.unpickle import Damaged, storage_dtype, text, unpickle
+from streammerge.unpickle import Damaged, natural, storage_dtype, text, unpickle
 
 _MEMBERS = ("pickle", "tensors", "storages")
 _MOST = 1_000_000
@@ -34,21 +34,49 @@ def read(path: Path) -> Container:
             refs, storages = _storages(stream, places["storages"], path, where)
             tensors = _tensors(stream, places["tensors"], refs, where)
             tree = unpickle(_at(stream, places["pickle"]), lambda pid: tensors.get(_key(pid), PersistentId(pid)), where)
-        except (Damaged, struct.error, KeyError, TypeError, ValueError) as error:
+        except (Damaged, struct.error, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise FormatError(f"{where}: damaged tar checkpoint ({type(error).__name__}: {printable(error)})") from error
     return Container(path, "PyTorch tar", tree, storages, (path,))
 
 
 def _places(stream: BinaryIO, where: str) -> dict[str, tuple[int, int]]:
-    try:
-        with tarfile.open(fileobj=stream, mode="r:") as archive:
-            members = {m.name.removeprefix("./"): m for m in archive if m.isreg()}
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        raise FormatError(f"{where}: its tar directory cannot be read ({printable(error)})") from error
+    """(offset, bytes) of each file. Python's tarfile would believe extended headers of any length, or loop over a
+    negative one; torch's archives have neither, so the plain headers are walked."""
+    members: dict[str, tuple[int, int]] = {}
+    cursor, end = 0, stream.seek(0, io.SEEK_END)
+    for _ in range(_MOST):
+        stream.seek(cursor)
+        header = stream.read(512)
+        if not header.strip(b"\0"):
+            break
+        nbytes = _member_bytes(header)
+        if nbytes < 0 or not matches(header, end):
+            raise FormatError(f"{where}: its tar directory is damaged at byte {cursor}")
+        if cursor + 512 + nbytes > end:
+            raise FormatError(f"{where} is truncated: a member of its tar archive reaches beyond its end")
+        if header[156:157] in (b"0", b"\0"):
+            name = header[:100].rstrip(b"\0").decode("utf-8", "replace").removeprefix("./")
+            if name in members:
+                raise FormatError(f"{where} holds the member {printable(name)} twice; such a file is refused")
+            members[name] = (cursor + 512, nbytes)
+        cursor += 512 + -(-nbytes // 512) * 512
     if not all(name in members for name in _MEMBERS):
-        kind = "a NeMo archive" if any(n.endswith(("model_config.yaml", "model_weights.ckpt")) for n in members) else "a tar archive"
+        kind = (
+            "a NeMo archive"
+            if any(n.endswith(("model_config.yaml", "model_weights.ckpt")) for n in members)
+            else "a tar archive"
+        )
         raise FormatError(f"{where} is {kind}, not a PyTorch checkpoint; unpack it and give the checkpoint inside")
-    return {name: (member.offset_data, member.size) for name, member in members.items()}
+    return members
+
+
+def _member_bytes(header: bytes) -> int:
+    if header[124:125] == b"\x80":  # a binary number, of files beyond 8 GB
+        return int.from_bytes(header[125:136], "big")
+    try:
+        return int(header[124:136].strip(b"\0 "), 8)
+    except ValueError:
+        return -1
 
 
 def _at(stream: BinaryIO, place: tuple[int, int]) -> BinaryIO:
@@ -57,7 +85,8 @@ def _at(stream: BinaryIO, place: tuple[int, int]) -> BinaryIO:
 
 
 def _key(value: Any) -> Any:
-    return text(value) if isinstance(value, str | bytes) else value
+    """A name or number; anything else may take for ever to hash."""
+    return value if isinstance(value, int) else text(value)
 
 
 def _number(stream: BinaryIO, where: str) -> int:
@@ -84,7 +113,7 @@ def _storages(
         stream.seek(start + ref.nbytes)
     for target, root, offset, numel in unpickle(stream, where=where):
         whole = refs[_key(root)]
-        refs[_key(target)] = StorageRef(whole.key, whole.dtype, numel, offset)
+        refs[_key(target)] = StorageRef(whole.key, whole.dtype, natural(numel), natural(offset))
     return refs, storages
 
 

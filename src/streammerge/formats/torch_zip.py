@@ -7,6 +7,7 @@ checksums, known last, are put into the headers by :func:`seal`.
 
 from __future__ import annotations
 
+import io
 import struct
 import zipfile
 import zlib
@@ -19,10 +20,9 @@ from streammerge.errors import FormatError, printable
 from streammerge.formats.base import Container, LayoutFile, Literal, StorageBytes
 from streammerge.storage import open_stream
 from streammerge.tensors import Deflated
-from streammerge.unpickle import StorageTable, unpickle
+from streammerge.unpickle import MAX_PICKLE_BYTES, StorageTable, unpickle
 
-MAX_PICKLE_BYTES = 1 << 30
-MAX_INFLATED_PICKLE_BYTES = 64 << 20
+MAX_INFLATED_PICKLE_BYTES = 32 << 20
 ALIGNMENT = 64
 _LOCAL, _CENTRAL, _END = b"PK\3\4", b"PK\1\2", b"PK\5\6"
 
@@ -43,9 +43,13 @@ def read(path: Path) -> Container:
         root = pickles[0][: -len("data.pkl")]
         order = _record(stream, members.get(root + "byteorder"), 16, where) or b"little"
         if order != b"little":
-            raise FormatError(f"{where} was saved on a big-endian machine, which is not supported; save it again on this one")
+            raise FormatError(
+                f"{where} was saved on a big-endian machine, which is not supported; save it again on this one"
+            )
         table = StorageTable()
-        tree = unpickle(_record(stream, members[pickles[0]], MAX_PICKLE_BYTES, where), table, where)
+        member = members[pickles[0]]
+        on_disk = member.deflated.compressed_bytes if member.deflated else member.nbytes
+        tree = unpickle(_record(stream, member, MAX_PICKLE_BYTES, where), table, where, on_disk)
         stream.seek(0)
         magic = stream.read(2)
     script = root + "constants.pkl" in members and any(name.startswith(root + "code/") for name in members)
@@ -65,8 +69,19 @@ class _Member:
 def _members(stream: BinaryIO, where: str) -> dict[str, _Member]:
     try:
         infos = zipfile.ZipFile(stream).infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as error:
-        raise FormatError(f"{where}: its zip directory cannot be read ({printable(error)}); it is truncated or damaged") from error
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        ValueError,
+        OverflowError,
+        MemoryError,
+        OSError,
+        struct.error,
+    ) as error:
+        raise FormatError(
+            f"{where}: its zip directory cannot be read ({printable(error)}); it is truncated or damaged"
+        ) from error
+    end = stream.seek(0, io.SEEK_END)
     members: dict[str, _Member] = {}
     for info in infos:
         name = printable(info.filename)
@@ -75,15 +90,17 @@ def _members(stream: BinaryIO, where: str) -> dict[str, _Member]:
         if info.flag_bits & 0x41:
             raise FormatError(f"{where}: record {name} is encrypted, which is not supported; save it again without")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise FormatError(f"{where}: record {name} is compressed by method {info.compress_type}; unpack and zip it again")
-        members[info.filename] = _place(stream, info, where)
+            raise FormatError(
+                f"{where}: record {name} is compressed by method {info.compress_type}; unpack and zip it again"
+            )
+        members[info.filename] = _place(stream, info, end, where)
     _check_overlap(members, where)
     return members
 
 
-def _place(stream: BinaryIO, info: zipfile.ZipInfo, where: str) -> _Member:
+def _place(stream: BinaryIO, info: zipfile.ZipInfo, end: int, where: str) -> _Member:
     """A record's data begins behind its local header, whose length the central directory does not tell."""
-    stream.seek(info.header_offset)
+    stream.seek(min(max(info.header_offset, 0), end))
     header = stream.read(30)
     magic_fits = header[:4] == _LOCAL or (info.header_offset == 0 and matches(header, 30))
     if len(header) < 30 or not magic_fits:
@@ -92,6 +109,8 @@ def _place(stream: BinaryIO, info: zipfile.ZipInfo, where: str) -> _Member:
     if stream.read(name_bytes) != info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437", "replace"):
         raise FormatError(f"{where}: record {printable(info.filename)} has another name in its own header; it is damaged")
     offset = info.header_offset + 30 + name_bytes + extra_bytes
+    if offset + info.compress_size > end:
+        raise FormatError(f"{where} is truncated: record {printable(info.filename)} reaches beyond its end")
     if info.compress_type == zipfile.ZIP_STORED:
         if info.compress_size != info.file_size:
             raise FormatError(f"{where}: record {printable(info.filename)} is stored, yet has two sizes; it is damaged")
@@ -107,7 +126,9 @@ def _check_overlap(members: dict[str, _Member], where: str) -> None:
     ]
     for offset, nbytes, name in sorted(spans):
         if nbytes and offset < cursor:
-            raise FormatError(f"{where}: the records {printable(before)} and {printable(name)} overlap; such a file is refused")
+            raise FormatError(
+                f"{where}: the records {printable(before)} and {printable(name)} overlap; such a file is refused"
+            )
         cursor, before = max(cursor, offset + nbytes), name
 
 
@@ -116,7 +137,9 @@ def _record(stream: BinaryIO, member: _Member | None, most: int, where: str) -> 
         return b""
     limit = min(most, MAX_INFLATED_PICKLE_BYTES) if member.deflated else most
     if member.nbytes > limit:
-        raise FormatError(f"{where}: record {printable(member.name)} of {member.nbytes} bytes is beyond the limit of {limit}")
+        raise FormatError(
+            f"{where}: record {printable(member.name)} of {member.nbytes} bytes is beyond the limit of {limit}"
+        )
     if member.deflated is None:
         stream.seek(member.offset)
         data = stream.read(member.nbytes)
@@ -127,11 +150,15 @@ def _record(stream: BinaryIO, member: _Member | None, most: int, where: str) -> 
         except zlib.error as error:
             raise FormatError(f"{where}: record {printable(member.name)} cannot be unpacked ({error})") from error
     if len(data) != member.nbytes:
-        raise FormatError(f"{where}: record {printable(member.name)} has {len(data)} bytes, not {member.nbytes}; it is damaged")
+        raise FormatError(
+            f"{where}: record {printable(member.name)} has {len(data)} bytes, not {member.nbytes}; it is damaged"
+        )
     return data
 
 
-def _find_storages(container: Container, table: StorageTable, members: Mapping[str, _Member], folder: str, where: str) -> None:
+def _find_storages(
+    container: Container, table: StorageTable, members: Mapping[str, _Member], folder: str, where: str
+) -> None:
     compressed = 0
     for ref in table.refs.values():
         member = members.get(folder + ref.key)
@@ -144,7 +171,9 @@ def _find_storages(container: Container, table: StorageTable, members: Mapping[s
         compressed += member.deflated is not None
         container.storages[ref.key] = StorageBytes(str(container.path), member.offset, member.nbytes, member.deflated)
     if compressed:
-        container.notes.append(f"{compressed} of its storages are compressed; they are unpacked into a temporary file first")
+        container.notes.append(
+            f"{compressed} of its storages are compressed; they are unpacked into a temporary file first"
+        )
 
 
 def _not_torch(where: str, names: list[str], pickles: list[str]) -> str:

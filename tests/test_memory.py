@@ -1,0 +1,99 @@
+"""Law 1: what is held above start-up stays under the budget, measured by the kernel in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+MERGE = """
+import json, re, sys, threading
+import streammerge as sm
+from streammerge.run import prepare_torch
+
+def anonymous():
+    with open("/proc/self/status") as file:
+        return int(re.search(r"RssAnon:\\s+(\\d+)", file.read())[1]) * 1024
+
+prepare_torch()
+inputs, out, options = json.loads(sys.argv[1])
+base, peak, stop = anonymous(), 0, threading.Event()
+
+def watch():
+    global peak
+    while not stop.wait(0.002):
+        peak = max(peak, anonymous())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+result = sm.merge(inputs, out, **options)
+stop.set()
+watcher.join()
+print(json.dumps({"anonymous": peak - base, "resident": result.peak_bytes, "planned": result.plan.peak_bytes}))
+"""
+
+
+def sparse(path: Path, numel: int, tensors: int = 1, dtype: str = "BF16") -> Path:
+    """A safetensors file of zeros that takes no room on the disk."""
+    size = {"BF16": 2, "F32": 4}[dtype]
+    header = {
+        f"w{i}": {"dtype": dtype, "shape": [numel], "data_offsets": [i * numel * size, (i + 1) * numel * size]}
+        for i in range(tensors)
+    }
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + tensors * numel * size)
+    return path
+
+
+def measured(inputs: list[Path], out: Path, **options: object) -> dict[str, int]:
+    argument = json.dumps([list(map(str, inputs)), str(out), options])
+    done = subprocess.run([sys.executable, "-c", MERGE, argument], capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    out.unlink()
+    return dict(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+def test_law_1_memory_is_bounded(tmp_path: Path, io: str) -> None:
+    """The same peak for two inputs and eight, for many tensors and one large one, and never above the plan."""
+    many = [sparse(tmp_path / f"many{i}.safetensors", 1 << 20, 64, "F32") for i in range(2)]
+    giant = [sparse(tmp_path / f"giant{i}.safetensors", 160 << 20) for i in range(2)]
+    for inputs, memory in ((many, "512MiB"), (many * 4, "512MiB"), (giant, "64MiB"), (many * 4, "64MiB")):
+        peak = measured(inputs, tmp_path / "out.safetensors", io=io, memory=memory)
+        budget = int(memory.removesuffix("MiB")) << 20
+        assert peak["planned"] <= budget
+        assert peak["anonymous"] <= min(peak["planned"], 48 << 20), peak
+        assert peak["resident"] <= budget, peak
+
+
+def test_staging_is_bounded_too(tmp_path: Path) -> None:
+    """A transposed tensor of 512 MiB."""
+    make = "import torch, sys; torch.save({'w': torch.zeros(1 << 13, 1 << 14).t()}, sys.argv[1])"
+    subprocess.run([sys.executable, "-c", make, str(tmp_path / "in.pth")], check=True)
+    peak = measured([tmp_path / "in.pth"], tmp_path / "out.safetensors", memory="64MiB")
+    assert peak["anonymous"] <= 40 << 20, peak
+
+
+@pytest.mark.slow
+def test_law_1_one_tensor_of_4_gib(tmp_path: Path) -> None:
+    giant = [sparse(tmp_path / f"{i}.safetensors", 1 << 31) for i in range(3)]
+    for io in ("mmap", "pread"):
+        peak = measured(giant, tmp_path / "out.safetensors", memory="64MiB", io=io)
+        assert peak["anonymous"] <= 48 << 20, peak
+        assert peak["resident"] <= 64 << 20, peak
+
+
+def test_inspect_and_plan_stay_small_and_without_torch(tmp_path: Path) -> None:
+    """40 MiB for a file of 2 GB."""
+    path = sparse(tmp_path / "in.safetensors", 1 << 20, 1000)
+    for call in (f"sm.inspect({str(path)!r})", f"sm.plan([{str(path)!r}] * 2)"):
+        code = f"import sys, streammerge as sm; {call}; print('torch' in sys.modules, open('/proc/self/status').read())"
+        shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert shown.startswith("False")
+        peak = int(shown.partition("VmHWM:")[2].split()[0])
+        assert peak < 40 << 10, f"{peak} kB"

@@ -1,0 +1,177 @@
+"""Files: whole or absent, inputs never written, counts always checked."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_same, load_safetensors, trained
+from safetensors.torch import save_file
+
+import streammerge as sm
+from streammerge.storage import InputFile, InputFiles, OutputFile, Staging, identity
+
+
+def test_nothing_appears_without_commit(tmp_path: Path) -> None:
+    staging = Staging(tmp_path / "out.bin")
+    file = staging.create("out.bin", 10)
+    file.write_full(b"0123456789", 0)
+    assert not (tmp_path / "out.bin").exists()
+    staging.abort()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writes_outside_the_file_are_refused(tmp_path: Path) -> None:
+    file = OutputFile(tmp_path / "x", 4)
+    for offset in (-1, 1, 5):
+        with pytest.raises(ValueError, match="lie outside"):
+            file.write_full(b"1234", offset)
+
+
+def test_short_reads_are_noticed(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"12345")
+    file = InputFile(str(tmp_path / "x"))
+    with pytest.raises(sm.ChangedError, match="ended before byte 8"):
+        file.read_into(memoryview(bytearray(6)), 2)
+    with pytest.raises(sm.ChangedError):
+        file.view(2, 6)
+
+
+def test_an_input_that_changed_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"12345")
+    planned = {str(path): identity(path)}
+    path.write_bytes(b"123456")
+    with pytest.raises(sm.ChangedError, match="changed since it was planned"):
+        InputFiles(planned).get(str(path))
+    with pytest.raises(sm.ChangedError):
+        InputFiles(planned).check_unchanged()
+
+
+def test_an_input_that_changes_during_the_run_leaves_no_output(tmp_path: Path) -> None:
+    for number in range(2):
+        save_file(trained(number), tmp_path / f"{number}.safetensors")
+    paths = [tmp_path / "0.safetensors", tmp_path / "1.safetensors"]
+
+    def meddle(event: object) -> None:
+        if type(event).__name__ == "Syncing" or type(event).__name__ == "TaskDone":
+            os.utime(paths[1], (1, 1))
+
+    with pytest.raises(sm.ChangedError, match=r"1\.safetensors changed"):
+        sm.merge(paths, tmp_path / "out.safetensors", listener=meddle)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_an_output_that_is_an_input_is_refused(tmp_path: Path, link: object) -> None:
+    save_file(trained(1), tmp_path / "in.safetensors")
+    before = (tmp_path / "in.safetensors").read_bytes()
+    link(tmp_path / "in.safetensors", tmp_path / "out.safetensors")  # type: ignore[operator]
+    with pytest.raises(sm.FormatError, match="one of the inputs"):
+        sm.merge([tmp_path / "in.safetensors"], tmp_path / "out.safetensors", overwrite=True)
+    assert (tmp_path / "in.safetensors").read_bytes() == before
+
+
+def test_a_folder_that_holds_an_input_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    save_file(trained(1), tmp_path / "a" / "model.safetensors")
+    with pytest.raises(sm.FormatError, match="holds one of the inputs"):
+        sm.merge([tmp_path / "a"], tmp_path / "a", overwrite=True)
+    assert_same(load_safetensors(tmp_path / "a" / "model.safetensors"), trained(1))
+
+
+def test_overwrite_replaces_a_file_whole(tmp_path: Path) -> None:
+    save_file(trained(1), tmp_path / "in.safetensors")
+    (tmp_path / "out.safetensors").write_bytes(b"old")
+    sm.merge([tmp_path / "in.safetensors"], tmp_path / "out.safetensors", overwrite=True)
+    assert_same(load_safetensors(tmp_path / "out.safetensors"), trained(1))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.safetensors", "out.safetensors"]
+
+
+def test_special_files_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.pth")
+    with pytest.raises(sm.FormatError, match="not a regular file"):
+        sm.inspect(tmp_path / "fifo.pth")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_is_found_before_the_first_byte(tmp_path: Path) -> None:
+    mount = tmp_path / "small"
+    mount.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", mount], capture_output=True, check=False
+    ).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        save_file({"w": torch.ones(1 << 20)}, tmp_path / "in.safetensors")
+        with pytest.raises(sm.SpaceError, match=r"4\.2 MB.*are missing"):
+            sm.merge([tmp_path / "in.safetensors"], mount / "out.safetensors")
+        assert list(mount.iterdir()) == []
+    finally:
+        subprocess.run(["umount", mount], check=True)
+
+
+STRACE = shutil.which("strace")
+
+
+@pytest.mark.skipif(STRACE is None, reason="strace is not installed")
+@pytest.mark.parametrize(
+    "call", ["pwrite64:error=ENOSPC:when=2", "fsync:error=EIO:when=1", "fallocate:error=ENOSPC:when=1"]
+)
+def test_injected_faults_leave_no_output(tmp_path: Path, call: str) -> None:
+    save_file(trained(1), tmp_path / "in.safetensors")
+    command = [str(STRACE), "-f", "-o", "/dev/null", "-e", f"inject={call}", sys.executable, "-m", "streammerge"]
+    command += ["merge", "in.safetensors", "-o", "out.safetensors", "--workers", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == (6 if "ENOSPC" in call else 1), done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.safetensors"]
+
+
+class TestSafetensorsWriter:
+    specs = (sm.TensorSpec("b", "bool", (3,)), sm.TensorSpec("a", "bfloat16", (2, 3)), sm.TensorSpec("e", "float32", (0,)))
+
+    def test_any_order_and_in_parts(self, tmp_path: Path) -> None:
+        value = torch.randn(2, 3).bfloat16()
+        with sm.SafetensorsWriter(tmp_path / "x.safetensors", self.specs, {"by": "me"}) as writer:
+            writer.write("a", value.reshape(-1)[4:], start=4)
+            writer.write("a", value.reshape(-1)[:4])
+            writer.write("b", torch.tensor([True, False, True]).numpy())
+            assert not (tmp_path / "x.safetensors").exists()
+            writer.commit()
+        expected = {"a": value, "b": torch.tensor([True, False, True]), "e": torch.empty(0)}
+        assert_same(load_safetensors(tmp_path / "x.safetensors"), expected)
+        header = (tmp_path / "x.safetensors").read_bytes()
+        assert b'"format":"pt"' in header
+        assert b'"by":"me"' in header
+
+    def test_leaving_without_commit_leaves_nothing(self, tmp_path: Path) -> None:
+        with sm.SafetensorsWriter(tmp_path / "x.safetensors", self.specs) as writer:
+            writer.write("b", bytes(3))
+        assert list(tmp_path.iterdir()) == []
+
+    def test_incomplete_files_are_not_published(self, tmp_path: Path) -> None:
+        with sm.SafetensorsWriter(tmp_path / "x.safetensors", self.specs) as writer:
+            writer.write("b", bytes(3))
+            with pytest.raises(sm.MismatchError, match="a"):
+                writer.commit()
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("name", "value", "error"),
+        [
+            ("c", torch.ones(1), sm.RecipeError),
+            ("a", torch.ones(2, 3), sm.MismatchError),
+            ("a", torch.ones(3, 2).bfloat16(), sm.MismatchError),
+            ("a", torch.ones(7).bfloat16(), sm.MismatchError),
+            ("b", bytes(4), sm.MismatchError),
+        ],
+    )
+    def test_what_does_not_fit_is_refused(self, tmp_path: Path, name: str, value: object, error: type[Exception]) -> None:
+        with sm.SafetensorsWriter(tmp_path / "x.safetensors", self.specs) as writer, pytest.raises(error):
+            writer.write(name, value)
