@@ -174,22 +174,6 @@ WAYS: dict[str, Callable[[str, tuple[Any, ...]], bytes]] = {
 }
 
 
-LABELS = (
-    "os.system",
-    "posix.system",
-    "eval",
-    "exec",
-    "popen",
-    "runpy",
-    "open",
-    "getattr",
-    "torch.load",
-    "spawnv",
-    "import",
-    "dotted",
-)
-
-
 def payloads(canary: Path) -> dict[str, tuple[str, tuple[Any, ...]]]:
     """Calls that make the file ``canary`` when they are carried out."""
     shell, code = f"touch '{canary}'", f"open({str(canary)!r}, 'w').close()"

@@ -185,8 +185,9 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path, cli: Cli,
 
 def test_help_names_every_option_of_the_interface(cli: Cli) -> None:
     shown = cli("merge", "--help").stdout
-    options = "--weights --no-normalize --method --memory --workers --io --dtype --out-dtype --compute-dtype --state-dict --ema --last"
-    options += " --max-shard-size --convert-first --overwrite --on-missing --integers --allow-nonfinite --format --debug --no-progress"
+    options = "--weights --no-normalize --method --memory --workers --io --dtype --out-dtype --compute-dtype --state-dict"
+    options += " --ema --last --max-shard-size --convert-first --overwrite --on-missing --integers --allow-nonfinite"
+    options += " --format --debug --no-progress --dry-run --keep-optimizer"
     assert [option for option in options.split() if option not in shown] == []
 
 

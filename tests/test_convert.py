@@ -167,7 +167,7 @@ def test_torchscript_is_read_and_not_written(tmp_path: Path) -> None:
     torch.jit.trace(module, torch.ones(2, 3)).save(tmp_path / "in.pt")
     assert sm.inspect(tmp_path / "in.pt").format == "TorchScript archive"
     sm.convert(tmp_path / "in.pt", tmp_path / "out.safetensors")
-    expected = {k: v for k, v in module.state_dict().items()}
+    expected = dict(module.state_dict())
     made = load_safetensors(tmp_path / "out.safetensors")
     assert_same({k: made[k] for k in expected}, expected)
     with pytest.raises(sm.RecipeError, match="TorchScript"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import os
 import subprocess
 import sys
@@ -150,7 +151,7 @@ class TestBudget:
         made = budget.slots(self.cost, 100)
         assert sum(size for _, size in made.values()) == 100 * self.cost.buffers
         ends = sorted((offset, offset + size) for offset, size in made.values())
-        assert all(a[1] <= b[0] for a, b in zip(ends, ends[1:], strict=False))
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(ends))
 
     def test_less_memory_means_smaller_chunks_then_fewer_workers_then_an_error(self) -> None:
         seen, memory = [], 1 << 28

@@ -115,8 +115,8 @@ def _names(
     optional = [n for n in partial if ignored_by_loader(n)]
     if optional:
         alignment.notes.append(
-            f"{len(optional)} tensors that the XTTS loader ignores ({optional[0].split('.')[0]}.*, ...) are not in every input; "
-            "they are kept as in the first"
+            f"{len(optional)} tensors that the XTTS loader ignores ({optional[0].split('.')[0]}.*, ...) are not in every "
+            "input; they are kept as in the first"
         )
     if recipe.on_missing == "drop":
         return [n for n in base.entries if n not in partial or ignored_by_loader(n)]
@@ -141,7 +141,8 @@ def _shared_ties(
             ties[name] = first
     if parted:
         alignment.warnings.append(
-            f"{listed(parted)}: tied in {printable(base.path)} but separate in another input, so merged separately and no longer tied"
+            f"{listed(parted)}: tied in {printable(base.path)} but separate in another input, "
+            "so merged separately and no longer tied"
         )
     return ties
 

@@ -98,7 +98,8 @@ class Engine:
         except Exception as error:
             task = piece.task
             raise TaskError(
-                f"{printable(task.out.name)} ({task.method}, elements {piece.start} to {piece.stop}) failed: {printable(error)}"
+                f"{printable(task.out.name)} ({task.method}, elements {piece.start} to {piece.stop}) failed: "
+                f"{printable(error)}"
             ) from error
 
     def _copy(self, piece: Piece) -> PieceDone:
@@ -132,7 +133,8 @@ class Engine:
         out_dtype = task.out.dtype.component
         compute = getattr(torch, task.compute)
         reader = _Reader(self, task, workspace, dtypes)
-        output, checksums, nonfinite = self.outputs[task.file], [], {}
+        output, checksums = self.outputs[task.file], []
+        nonfinite: dict[str, int] = {}
         for start, stop in (
             (piece.start + a, piece.start + b) for a, b in ranges(piece.stop - piece.start, self.budget.chunk_elems)
         ):

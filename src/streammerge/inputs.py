@@ -23,7 +23,7 @@ def expand(paths: list[str], last: int | None = None) -> list[str]:
         if Path(path).exists() or not glob.has_magic(path):
             found.append(path)
             continue
-        matches = sorted(glob.glob(path), key=numeric_order)
+        matches = sorted(glob.glob(path), key=numeric_order)  # noqa: PTH207 - a pattern may be absolute
         if not matches:
             raise RecipeError(f"nothing matches {printable(path)}")
         found += matches

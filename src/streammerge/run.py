@@ -171,7 +171,8 @@ class _Record:
         if rows and not allowed:
             more = f"\n  and {len(rows) - 10} more tensors" if len(rows) > 10 else ""
             raise VerifyError(
-                "the merge holds NaN or infinite values, so nothing was written; pass --allow-nonfinite to write it all the same:\n  "
+                "the merge holds NaN or infinite values, so nothing was written; "
+                "pass --allow-nonfinite to write it all the same:\n  "
                 + "\n  ".join(rows[:10])
                 + more
             )

@@ -52,7 +52,7 @@ def open_stream(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A regular file, buffered, for parsing headers."""
     identity(path)
     try:
-        stream = open(path, "rb")
+        stream = open(path, "rb")  # noqa: SIM115 - closed below; only opening it may fail like this
     except OSError as error:
         raise FormatError(f"{printable(path)}: {error.strerror or error}") from error
     with stream:

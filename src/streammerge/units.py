@@ -20,12 +20,10 @@ def parse_bytes(text: str | int) -> int:
 
 
 def _format(value: float, base: int, units: list[str]) -> str:
-    for unit in units[:-1]:
-        if abs(value) < base:
-            break
-        value /= base
-    else:
-        unit = units[-1]
+    power = 0
+    while abs(value) >= base and power < len(units) - 1:
+        value, power = value / base, power + 1
+    unit = units[power]
     return f"{value:.0f} {unit}" if unit == units[0] or value >= 100 else f"{value:.1f} {unit}"
 
 

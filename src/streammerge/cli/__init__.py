@@ -13,6 +13,7 @@ from streammerge import __version__, api
 from streammerge.cli import render
 from streammerge.cli.progress import Progress
 from streammerge.errors import RecipeError, StreammergeError, printable
+from streammerge.plan import Plan
 from streammerge.recipe import INTEGERS, IO, ON_MISSING
 from streammerge.run import Result
 from streammerge.statedict import EMA_CHOICES
@@ -234,7 +235,7 @@ def _boolean(option: str, text: str) -> bool:
     return text.lower() in ("true", "1", "yes")
 
 
-def _show_plan(plan: api.Plan, form: str) -> None:
+def _show_plan(plan: Plan, form: str) -> None:
     if form == "json":
         click.echo(json.dumps(plan.to_json(), indent=2, ensure_ascii=False))
     elif form == "human":

@@ -101,12 +101,8 @@ def index_text(index: CheckpointIndex, tensors: bool) -> str:
     selection = index.selection
     count = f" in {len(index.files)} files" if len(index.files) > 1 else ""
     rows = [("format", f"{index.format}, {decimal_bytes(_total_bytes(index))}{count}")]
-    rows.append(
-        (
-            "state dict",
-            f"{printable(selection.label)}: {len(index.entries)} tensors, {index.numel:,} parameters, {decimal_bytes(index.nbytes)}",
-        )
-    )
+    held = f"{len(index.entries)} tensors, {index.numel:,} parameters, {decimal_bytes(index.nbytes)}"
+    rows.append(("state dict", f"{printable(selection.label)}: {held}"))
     rows.append(("dtypes", ", ".join(f"{name} {count}" for name, count in _dtypes(index).most_common())))
     for candidate in selection.candidates:
         if candidate not in selection.chosen and not candidate.barred:

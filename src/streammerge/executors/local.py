@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -29,10 +30,9 @@ class ThreadExecutor(Generic[Task, Done]):
 
         def report(done: Done | None, error: BaseException | None) -> None:
             while not stop.is_set():
-                try:
-                    return results.put((done, error), timeout=_POLL_SECONDS)
-                except queue.Full:
-                    continue
+                with contextlib.suppress(queue.Full):
+                    results.put((done, error), timeout=_POLL_SECONDS)
+                    break
 
         def work() -> None:
             try:
