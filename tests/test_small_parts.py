@@ -28,7 +28,7 @@ SOURCE = Path(sm.__file__).parent
 
 LAYERS = {
     0: ["tensors", "dtypes", "units", "events", "errors", "tree", "checksums", "names"],
-    1: ["group", "budget", "storage", "memory", "unpickle", "repickle", "statedict"],
+    1: ["group", "budget", "storage", "memory", "unpickle", "rebuild", "repickle", "statedict"],
     2: ["formats", "methods", "recipe", "bookkeeping"],
     3: ["checkpoint", "engine", "staging", "writer"],
     4: ["align", "output", "plan", "executors", "inputs"],

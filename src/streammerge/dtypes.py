@@ -53,7 +53,7 @@ class DType(str, Enum):
     C32 = ("complex32", "complex32", 32, "complex")
 
     def __str__(self) -> str:
-        return self.value
+        return str(self.value)
 
     @property
     def in_safetensors(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import re
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def expand(paths: list[str], last: int | None = None) -> list[str]:
     """Paths, each glob replaced by what it matches; ``last`` keeps the numerically last ones. Raises RecipeError."""
     found: list[str] = []
     for path in paths:
-        if Path(path).exists() or not glob.has_magic(path):
+        if os.path.exists(path) or not glob.has_magic(path):  # noqa: PTH110 (Path.exists raises for a long name)
             found.append(path)
             continue
         matches = sorted(glob.glob(path), key=numeric_order)  # noqa: PTH207 - a pattern may be absolute

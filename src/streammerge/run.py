@@ -172,9 +172,7 @@ class _Record:
             more = f"\n  and {len(rows) - 10} more tensors" if len(rows) > 10 else ""
             raise VerifyError(
                 "the merge holds NaN or infinite values, so nothing was written; "
-                "pass --allow-nonfinite to write it all the same:\n  "
-                + "\n  ".join(rows[:10])
-                + more
+                "pass --allow-nonfinite to write it all the same:\n  " + "\n  ".join(rows[:10]) + more
             )
         return [f"NaN or infinite values: {row}" for row in rows]
 

@@ -117,7 +117,7 @@ def _gather(entry: TensorEntry, source: InputFile, target: OutputFile, offset: i
         dim = max(range(part.dim()), key=lambda d: (part.shape[d] - 1) * part.stride(d), default=None)
         if dim is None or reach * size <= _TOUCHED_BYTES or part.shape[dim] == 1:
             into.copy_(part)
-            source.release(entry.offset + part.storage_offset() * size, reach * size)
+            source.release(entry.offset + int(part.storage_offset()) * size, reach * size)
             return
         rest = reach - (part.shape[dim] - 1) * part.stride(dim)
         step = max((_TOUCHED_BYTES // size - rest) // part.stride(dim), 1)

@@ -277,7 +277,8 @@ def _choose(usable: list[Candidate], ema: str, notes: list[str], passed_over: li
                 kind = "EMA weights" if groups[other][0].averaged else "weights"
                 passed_over += groups[other]
                 notes.append(
-                    f"'{_label(best)}' was taken; '{_label(other)}' holds {kind} of the same names (--state-dict, --ema choose)"
+                    f"'{_label(best)}' was taken; '{_label(other)}' holds {kind} of the same names "
+                    "(--state-dict, --ema choose)"
                 )
     return [c for group in chosen for c in group]
 

@@ -332,7 +332,7 @@ def write_text(path: Path, text: str) -> None:
     """A small file, whole or not at all; RecipeError when it cannot be written."""
     partial = path.with_name(f".{path.name}.part")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)

@@ -160,9 +160,11 @@ def walk(root: Any, skip: set[tuple[int, Any]] | None = None) -> Iterator[tuple[
         elif id(node) not in seen:
             seen.add(id(node))
             yield path, node
-            stack.append(_below(path, node, skip or set()))
+            if len(stack) < _DEEPEST:
+                stack.append(_below(path, node, skip or set()))
 
 
+_DEEPEST = 2000  # deeper ones can neither be pickled nor written again
 _WALKED = (dict, list, tuple, Instance, TensorRef, StorageRef, PersistentId, Global)
 
 

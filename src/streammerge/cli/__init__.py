@@ -200,7 +200,7 @@ def inspect(paths: tuple[str, ...], tensors: bool, form: str, debug: bool, **wis
     indexes = [api.inspect(path, **wishes) for path in paths]
     if form == "json":
         shown = [render.index_json(index, tensors) for index in indexes]
-        click.echo(json.dumps(shown[0] if len(shown) == 1 else shown, indent=2, ensure_ascii=False))
+        click.echo(json.dumps(shown[0] if len(shown) == 1 else shown, indent=2))
     elif form == "human":
         click.echo("\n\n".join(render.index_text(index, tensors) for index in indexes))
 
@@ -237,14 +237,14 @@ def _boolean(option: str, text: str) -> bool:
 
 def _show_plan(plan: Plan, form: str) -> None:
     if form == "json":
-        click.echo(json.dumps(plan.to_json(), indent=2, ensure_ascii=False))
+        click.echo(json.dumps(plan.to_json(), indent=2))
     elif form == "human":
         click.echo(str(plan))
 
 
 def _report(result: Result, form: str) -> None:
     if form == "json":
-        click.echo(json.dumps(render.result_json(result), ensure_ascii=False))
+        click.echo(json.dumps(render.result_json(result)))
     elif form == "human":
         for note in result.notes:
             click.echo(f"note: {note}", err=True)

@@ -51,7 +51,8 @@ class Container:
         reach = sum((n - 1) * stride for n, stride in zip(ref.shape, ref.strides, strict=True)) if spec.numel else -1
         if start < 0 or start + (reach + 1) * size > store.nbytes:
             raise FormatError(
-                f"{where} reaches to byte {start + (reach + 1) * size} of a storage of {store.nbytes} bytes; the file is damaged"
+                f"{where} reaches to byte {start + (reach + 1) * size} of a storage of {store.nbytes} bytes; "
+                "the file is damaged"
             )
         if spec.nbytes > max(store.nbytes, MOST_EXPANDED_BYTES):
             raise FormatError(

@@ -51,7 +51,8 @@ def read(folder: Path, read_file: ReadFile) -> Container:
     container = read_file(_inside(folder, chosen[0]))
     if len(names) > 1:
         container.notes.append(
-            f"{printable(folder)}: {printable(chosen[0])} was taken; the folder also holds {listed(sorted(set(names) - set(chosen)))}"
+            f"{printable(folder)}: {printable(chosen[0])} was taken; "
+            f"the folder also holds {listed(sorted(set(names) - set(chosen)))}"
         )
     return container
 
@@ -76,7 +77,7 @@ def _refuse_distributed(folder: Path) -> None:
 
 
 def _inside(folder: Path, name: Any) -> Path:
-    """The path of a plain file name in the folder. The hub's cache links its files into ``blobs`` beside; nothing else may."""
+    """The path of a plain file name in the folder; only the hub's cache may link its files into ``blobs`` beside it."""
     where = f"{printable(folder)}: {printable(name)}"
     if (
         not isinstance(name, str)

@@ -156,7 +156,7 @@ def plan_layout(file_name: str, specs: Iterable[TensorSpec], metadata: dict[str,
     for spec in specs:
         if any("\ud800" <= c <= "\udfff" for c in spec.name):
             raise MismatchError(
-                f"safetensors cannot hold the name {printable(spec.name)}, which is not valid text; write a .pth"
+                f"{printable(file_name)} cannot hold the name {printable(spec.name)}, which is not valid text; write a .pth"
             )
         if spec.name == "__metadata__" or spec.name in header:
             raise MismatchError(f"two tensors would be called {printable(spec.name)} in {printable(file_name)}")

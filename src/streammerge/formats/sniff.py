@@ -40,7 +40,8 @@ def read_file(path: Path) -> Container:
         head = stream.read(_HEAD_BYTES)
     for reader in _READERS:
         if reader.matches(head, size):
-            return reader.read(path)
+            container: Container = reader.read(path)
+            return container
     raise FormatError(f"{printable(path)} {_what(head, size)}")
 
 

@@ -9,9 +9,10 @@ from typing import Any, BinaryIO
 
 from streammerge.errors import FormatError, printable
 from streammerge.formats.base import Container, StorageBytes
+from streammerge.rebuild import Damaged, natural, storage_dtype, text
 from streammerge.storage import open_stream
 from streammerge.tree import PersistentId, StorageRef, TensorRef
-from streammerge.unpickle import Damaged, natural, storage_dtype, text, unpickle
+from streammerge.unpickle import unpickle
 
 _MEMBERS = ("pickle", "tensors", "storages")
 _MOST = 1_000_000

@@ -18,9 +18,10 @@ from typing import BinaryIO
 
 from streammerge.errors import FormatError, printable
 from streammerge.formats.base import Container, LayoutFile, Literal, StorageBytes
+from streammerge.rebuild import StorageTable
 from streammerge.storage import open_stream
 from streammerge.tensors import Deflated
-from streammerge.unpickle import MAX_PICKLE_BYTES, StorageTable, unpickle
+from streammerge.unpickle import MAX_PICKLE_BYTES, unpickle
 
 MAX_INFLATED_PICKLE_BYTES = 32 << 20
 ALIGNMENT = 64
@@ -166,7 +167,8 @@ def _find_storages(
             raise FormatError(f"{where}: storage {printable(ref.key)} is missing from the archive; it is damaged")
         if member.nbytes != ref.nbytes:
             raise FormatError(
-                f"{where}: storage {printable(ref.key)} has {member.nbytes} bytes where its tensors expect {ref.nbytes}; it is damaged"
+                f"{where}: storage {printable(ref.key)} has {member.nbytes} bytes where its tensors expect {ref.nbytes}; "
+                "it is damaged"
             )
         compressed += member.deflated is not None
         container.storages[ref.key] = StorageBytes(str(container.path), member.offset, member.nbytes, member.deflated)
@@ -185,7 +187,7 @@ def _not_torch(where: str, names: list[str], pickles: list[str]) -> str:
         return f"{where} is a numpy .npz archive, not a PyTorch checkpoint"
     if any("model_weights_config.json" in name or name.endswith("/archive_format") for name in names):
         return f"{where} is a torch.export archive; load it with torch.export.load and save its state_dict()"
-    if any(name.endswith(".distcp") or name.endswith(".metadata") for name in names):
+    if any(name.endswith((".distcp", ".metadata")) for name in names):
         return f"{where} is a zipped distributed checkpoint; unpack it first"
     return f"{where} is a zip archive without data.pkl, so not a PyTorch checkpoint; unpack it if a checkpoint is inside"
 
