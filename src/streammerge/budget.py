@@ -17,7 +17,7 @@ from streammerge.units import binary_bytes
 
 RUN_BYTES = 8 << 20
 """Open files, maps, threads' shared state, progress."""
-PER_TENSOR_BYTES = 1500
+PER_TENSOR_BYTES = 800
 """One tensor of one input: its name, entries, and share of the plan."""
 PER_WORKER_BYTES = 2 << 20
 """A thread's stack and its malloc arena."""

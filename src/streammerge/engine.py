@@ -11,12 +11,12 @@ import threading
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from streammerge.budget import Budget, slots
 from streammerge.dtypes import DType
 from streammerge.errors import StreammergeError, TaskError, printable
-from streammerge.storage import COPY_BYTES, InputFiles, OutputFile
+from streammerge.storage import COPY_BYTES, InputFile, InputFiles, OutputFile
 from streammerge.tensors import GRAIN, TensorEntry, TensorSpec, ranges
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from streammerge.group import Kernel
 
 PIECE_ELEMS = 64 * GRAIN
+_WRITEBACK_BYTES = 8 << 20
+
+File = TypeVar("File")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,16 +148,16 @@ class Engine:
                 for name, count in _nonfinite(out, reader, start, stop).items():
                     nonfinite[name] = nonfinite.get(name, 0) + count
             del result, out
-            reader.release()
             offset = task.offset + start * out_dtype.element_bytes
             output.write_full(data, offset)
             if self.checksums:
                 checksums.append((task.file, offset, len(data), zlib.crc32(data)))
-        reader.release(0)
         elems = piece.stop - piece.start
-        output.start_writeback(task.offset + piece.start * out_dtype.element_bytes, elems * out_dtype.element_bytes)
+        begin, nbytes = task.offset + piece.start * out_dtype.element_bytes, elems * out_dtype.element_bytes
+        for file, start, stop in workspace.written.add(output, begin, begin + nbytes):
+            file.start_writeback(start, stop - start)
         read = elems * sum(dtype.element_bytes for dtype in dtypes)
-        return PieceDone(piece, read, elems * out_dtype.element_bytes, tuple(checksums), nonfinite)
+        return PieceDone(piece, read, nbytes, tuple(checksums), nonfinite)
 
     def _workspace(self) -> _Workspace:
         workspace = getattr(self._workspaces, "value", None)
@@ -166,10 +169,31 @@ class Engine:
         return workspace
 
 
+class _Spans(Generic[File]):
+    """Byte ranges by file, collected until they are worth a system call: one range for each file, gaps included."""
+
+    def __init__(self, enough_bytes: int) -> None:
+        self._enough, self._collected = enough_bytes, 0
+        self._spans: dict[File, tuple[int, int]] = {}
+
+    def add(self, file: File, begin: int, end: int) -> list[tuple[File, int, int]]:
+        """Takes a range in. Returns what came together before it, once that and this are enough, and starts over."""
+        ripe: list[tuple[File, int, int]] = []
+        if self._collected and self._collected + end - begin > self._enough:
+            ripe = [(known, *span) for known, span in self._spans.items()]
+            self._spans, self._collected = {}, 0
+        low, high = self._spans.get(file, (begin, end))
+        self._spans[file] = (min(low, begin), max(high, end))
+        self._collected += end - begin
+        return ripe
+
+
 class _Workspace:
     """A worker's buffers, cut from one anonymous map: allocated once, page-aligned, given back as a whole."""
 
     def __init__(self, budget: Budget) -> None:
+        self.mapped: _Spans[InputFile] = _Spans(budget.window_bytes * budget.cost.inputs)
+        self.written: _Spans[OutputFile] = _Spans(_WRITEBACK_BYTES)
         self._slots = slots(budget.cost, budget.chunk_elems)
         self._arena = mmap.mmap(-1, max(sum(size for _, size in self._slots.values()), 1))
         self._views: dict[tuple[str, Any], torch.Tensor] = {}
@@ -199,8 +223,6 @@ class _Reader:
     def __init__(self, engine: Engine, task: MergeTask, workspace: _Workspace, dtypes: list[DType]) -> None:
         self._sources = [(engine.inputs.get(s.path), s.offset) for s in task.sources]
         self._dtypes, self._workspace, self._mapped = dtypes, workspace, engine.mapped
-        self._window = engine.budget.window_bytes
-        self._held: dict[int, tuple[int, int]] = {}
         self._next_slot = 0
 
     @property
@@ -221,16 +243,9 @@ class _Reader:
             self._next_slot ^= 1
             file.read_into(self._workspace.octets(slot, nbytes), offset)
             return self._workspace.get(slot, dtype.torch, stop - start)
-        begin, end = self._held.get(model, (offset, offset))
-        self._held[model] = (min(begin, offset), max(end, offset + nbytes))
+        for seen, begin, end in self._workspace.mapped.add(file, offset, offset + nbytes):
+            seen.release(begin, end - begin)
         return torch.frombuffer(file.view(offset, nbytes), dtype=dtype.torch)
-
-    def release(self, window: int | None = None) -> None:
-        """Gives back the pages of each source of which more than a window was read."""
-        for model, (begin, end) in list(self._held.items()):
-            if end - begin >= (self._window if window is None else window):
-                self._sources[model][0].release(begin, end - begin)
-                del self._held[model]
 
 
 def _suspicious(out: torch.Tensor) -> bool:

@@ -62,6 +62,8 @@ class TaskError(StreammergeError):
 def printable(text: object, limit: int = 200) -> str:
     """A name out of a file, safe to print: control and other unprintable characters escaped, over-long text cut."""
     whole = str(text)
+    if whole.isprintable() and len(whole) <= limit:
+        return whole
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in whole[: limit + 1])
     return shown if len(shown) <= limit else f"{shown[: limit - 20]}...({len(whole)} characters)"
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from pathlib import Path
 
 import psutil
 
+_GAUGE_SECONDS = 0.1
 _STATUS = Path("/proc/self/status")
 
 
@@ -15,10 +17,16 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def anonymous_bytes() -> int:
-    """Memory that is not a page of a file, now."""
-    info = psutil.Process().memory_info()
-    return int(info.rss - getattr(info, "shared", 0))
+class Gauge:
+    """:func:`resident_bytes`, asked of the kernel at most ten times a second."""
+
+    def __init__(self) -> None:
+        self._asked, self._value = float("-inf"), 0
+
+    def now(self) -> int:
+        if time.monotonic() - self._asked > _GAUGE_SECONDS:
+            self._asked, self._value = time.monotonic(), resident_bytes()
+        return self._value
 
 
 def reset_peak() -> None:

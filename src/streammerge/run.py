@@ -121,10 +121,10 @@ def _make(plan: Plan, staging: Staging, listener: Callable[[Event], None]) -> tu
         for literal in file.literals:
             output.write_full(literal.data, literal.offset)
     engine = Engine(plan.budget, inputs, outputs, plan.io, sealed)
-    record = _Record()
+    record, held = _Record(), memory.Gauge()
     for done in ThreadExecutor[Piece, PieceDone](plan.budget.workers).run(pieces(tasks), engine.run):
         record.add(done)
-        listener(TaskDone(done.piece.task.out.name, done.read_bytes, done.written_bytes, memory.resident_bytes()))
+        listener(TaskDone(done.piece.task.out.name, done.read_bytes, done.written_bytes, held.now()))
     warnings = record.check_finite(plan.recipe.allow_nonfinite)
     if sealed:
         _seal(plan, tasks, outputs, record)
