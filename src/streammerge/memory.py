@@ -1,4 +1,4 @@
-"""How much memory this process holds. Imports nothing heavy, changes nothing."""
+"""How much memory this process holds."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import contextlib
 import time
 from pathlib import Path
 
-import psutil
-
 _GAUGE_SECONDS = 0.1
 _STATUS = Path("/proc/self/status")
 
 
 def resident_bytes() -> int:
     """Resident set now: anonymous memory and mapped file pages."""
+    import psutil  # here, since --help and inspect do without it
+
     return int(psutil.Process().memory_info().rss)
 
 
