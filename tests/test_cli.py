@@ -112,6 +112,20 @@ def test_bad_input_gets_one_sentence_and_its_exit_code(
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "x.pth").write_text("version https://git-lfs.github.com/spec/v1\n")
+    command = [sys.executable, "-m", "streammerge", "inspect", str(tmp_path / "x.pth"), "--debug"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 4
+    assert "Traceback" in done.stderr
+
+
+def test_plan_tells_what_would_stop_a_run(cli: Cli, voices: tuple[Path, Path]) -> None:
+    assert "exists already" in cli("plan", *voices, "-o", "news.pth").stdout
+    assert "does not exist" in cli("plan", *voices, "-o", "nowhere/voice.pth").stdout
+    assert re.search(r"disk +\d+ kB needed", cli("plan", *voices).stdout)
+
+
 def test_names_from_files_are_escaped(cli: Cli, tmp_path: Path) -> None:
     torch.save({"model": {"w\x1b[31m\nred": torch.ones(2)}, "note\x1b[2J": "\x1b]0;title\x07"}, tmp_path / "in.pth")
     torch.save({"model": {"v\x1b[31m": torch.ones(2)}}, tmp_path / "other.pth")

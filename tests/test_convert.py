@@ -126,7 +126,7 @@ def old_tar(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
     class Pickler(pickle._Pickler):
         def persistent_id(self, obj: Any) -> Any:
-            return obj.key if isinstance(obj, Key) else None
+            return str(obj.key) if isinstance(obj, Key) else None
 
     class Key:
         def __init__(self, key: int) -> None:
@@ -135,7 +135,7 @@ def old_tar(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     def dumped(*values: Any) -> bytes:
         return b"".join(pickle.dumps(value, 2) for value in values)
 
-    storages, table = dumped(len(tensors)), dumped(len(tensors))
+    storages, table = dumped(len(tensors)), dumped(len(tensors))  # torch pickles keys as text, and numbers them here
     for number, tensor in enumerate(tensors.values()):
         storages += (
             dumped((100 + number, "cpu", torch.FloatStorage)) + struct.pack("<q", tensor.numel()) + tensor.numpy().tobytes()
@@ -205,6 +205,34 @@ def test_extras_are_kept_readable(tmp_path: Path, voices: tuple[Path, Path]) -> 
     assert extras["data"]["config"] == {"model": "xtts", "languages": ["en"], "audio": {"sample_rate": 22050}}
     assert extras["data"]["step"] == 10
     assert any("left out: config" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("extras", ["in.pth", "out.safetensors", "there.json"])
+def test_extras_replace_nothing(tmp_path: Path, extras: str) -> None:
+    torch.save(trained(1), tmp_path / "in.pth")
+    (tmp_path / "there.json").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(sm.RecipeError):
+        sm.convert(tmp_path / "in.pth", tmp_path / "out.safetensors", extras=tmp_path / extras)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    if extras == "in.pth":
+        with pytest.raises(sm.RecipeError, match="is an input"):
+            sm.convert(tmp_path / "in.pth", tmp_path / "out.safetensors", extras=tmp_path / extras, overwrite=True)
+
+
+def test_empty_lazy_tensors(tmp_path: Path) -> None:
+    torch.save(
+        {"z": torch.empty(0, 3, dtype=torch.complex64).conj(), "t": torch.empty(3, 0).t(), "w": torch.ones(2)},
+        tmp_path / "in.pth",
+    )
+    sm.convert(tmp_path / "in.pth", tmp_path / "out.safetensors")
+    assert load_safetensors(tmp_path / "out.safetensors")["z"].shape == (0, 3)
+
+
+def test_patterns_that_meet_nothing_are_said(tmp_path: Path) -> None:
+    torch.save(trained(1), tmp_path / "in.pth")
+    result = sm.convert(tmp_path / "in.pth", tmp_path / "out.safetensors", drop=["nothing*"], strip_prefix="nope.")
+    assert any("--drop nothing*, --strip-prefix nope." in warning for warning in result.warnings)
 
 
 def test_a_pth_keeps_ema_and_drops_the_optimizer(tmp_path: Path) -> None:

@@ -92,10 +92,40 @@ def test_replacing_a_folder_leaves_no_stale_shard(tmp_path: Path) -> None:
     sm.convert(folder, tmp_path / "out", max_shard_size="1GB", overwrite=True)
     assert not list((tmp_path / "out").glob("*-of-*"))
     assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
-    (tmp_path / "out" / "my notes.txt").write_text("mine")
-    with pytest.raises(sm.RecipeError, match=r"my notes\.txt"):
-        sm.convert(folder, tmp_path / "out", overwrite=True)
-    assert (tmp_path / "out" / "my notes.txt").read_text() == "mine"
+    for name in ("my notes.txt", "my_lora.safetensors", "training_args.bin"):
+        (tmp_path / "out" / name).write_text("mine")
+        with pytest.raises(sm.RecipeError, match=name):
+            sm.convert(folder, tmp_path / "out", overwrite=True)
+        assert (tmp_path / "out" / name).read_text() == "mine"
+        (tmp_path / "out" / name).unlink()
+
+
+def test_a_run_killed_between_its_renames_loses_nothing(tmp_path: Path) -> None:
+    folder = shards(tmp_path / "a", trained(1))
+    sm.convert(folder, tmp_path / "out")
+    (tmp_path / ".out.streammerge").mkdir()
+    os.rename(tmp_path / "out", tmp_path / ".out.streammerge" / "replaced")
+    with pytest.raises(sm.RecipeError, match="exists already"):
+        sm.convert(folder, tmp_path / "out")
+    assert_same(read_folder(tmp_path / "out"), trained(1))
+
+
+def test_an_output_that_is_a_link_to_a_folder_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    sm.convert(shards(tmp_path / "a", trained(1)), tmp_path / "out")
+    assert (tmp_path / "out").is_symlink()
+    assert_same(read_folder(tmp_path / "disk"), trained(1))
+
+
+def test_the_form_that_transformers_takes_is_taken(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "pytorch_model.bin.index.json").write_text('{"weight_map": {"w": "absent.bin"}}')
+    (folder / "global_step5").mkdir()
+    (folder / "global_step5" / "mp_rank_00_model_states.pt").touch()
+    save_file(trained(1), folder / "model.safetensors")
+    assert sm.inspect(folder).format == "safetensors"
 
 
 def test_one_checkpoint_among_side_files(tmp_path: Path) -> None:

@@ -150,6 +150,16 @@ class TestIntegers:
         values = [torch.tensor(101), torch.tensor(103), torch.tensor(100)]
         assert self.merged(tmp_path, values, name="bn.num_batches_tracked").item() == 103
 
+    @pytest.mark.parametrize("io", ["mmap", "pread"])
+    @pytest.mark.parametrize("count", [2, 3, 4, 5])
+    def test_any_number_of_inputs_is_compared(self, tmp_path: Path, count: int, io: str) -> None:
+        for odd in range(count):
+            values = [torch.full((4,), 7 if number == odd else 1) for number in range(count)]
+            with pytest.raises(sm.MismatchError, match="values that differ"):
+                self.merged(tmp_path, values, io=io)
+            assert self.merged(tmp_path, values, io=io, integers="max").tolist() == [7] * 4
+            (tmp_path / "out.safetensors").unlink()
+
 
 class TestNonfinite:
     def inputs(self, tmp_path: Path) -> list[Path]:

@@ -248,6 +248,8 @@ def test_litema_weights_stand_in_when_asked(tmp_path: Path) -> None:
          "model.language_model.embedding + model.language_model.encoder"),
         ({"model": {"w": 1, "version": "x"}, "criterion": {"w": 1}, "last_optimizer_state": {"state": {"a": 1}}}, "model"),
         ({"model": {"w": 1}, "optimizer": [{"state": {"0": {"exp_avg": 1}}}]}, "model"),
+        ({"model": {"w": 1}, "rng": {"torch": 1, "cuda": [1]}, "losses": {"train": 1}, "hparams": {"w": 1}}, "model"),
+        ({"model": {"w": 1}, "ema": {"decay": 0.9, "shadow_params": [1, 1]}, "cuda_rng_state_all": [1]}, "model"),
         ([1, 1], "(top level)"),
     ],
 )  # fmt: skip
@@ -263,6 +265,27 @@ def test_the_state_dict_is_found_in_every_layout(tmp_path: Path, tree: Any, labe
     index = sm.inspect(tmp_path / "in.pt")
     assert index.selection.label == label
     assert select(index.extras).label == label
+
+
+def test_a_merged_tensor_is_merged_wherever_it_stands(tmp_path: Path) -> None:
+    for number in (1.0, 3.0):
+        weight = torch.full((3,), number)
+        torch.save({"model": {"w": weight}, "best": [weight, "x"]}, tmp_path / f"{number}.pt")
+    sm.merge([tmp_path / "1.0.pt", tmp_path / "3.0.pt"], tmp_path / "out.pt")
+    merged = torch.load(tmp_path / "out.pt")
+    assert merged["best"][0].tolist() == [2.0, 2.0, 2.0]
+    assert merged["best"][0].data_ptr() == merged["model"]["w"].data_ptr()
+
+
+def test_facts_a_loader_needs_are_compared(tmp_path: Path) -> None:
+    for rate in ("40k", "48k"):
+        torch.save(
+            {"weight": {"w": torch.ones(2)}, "config": [1], "info": "", "sr": rate, "f0": 1, "version": "v2"},
+            tmp_path / f"{rate}.pth",
+        )
+    result = sm.merge([tmp_path / "40k.pth", tmp_path / "48k.pth"], tmp_path / "out.pth")
+    assert [w for w in result.warnings if "'sr' differs" in w]
+    assert not [w for w in result.warnings if "'f0'" in w]
 
 
 @pytest.mark.slow

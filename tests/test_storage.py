@@ -162,6 +162,20 @@ class TestSafetensorsWriter:
                 writer.commit()
         assert list(tmp_path.iterdir()) == []
 
+    def test_a_closed_file_says_so(self, tmp_path: Path) -> None:
+        writer = sm.SafetensorsWriter(tmp_path / "x.safetensors", self.specs[2:])
+        writer.commit()
+        for call in (writer.commit, lambda: writer.write("e", b"")):
+            with pytest.raises(sm.RecipeError, match="closed"):
+                call()
+
+    def test_what_cannot_be_is_refused_at_once(self, tmp_path: Path) -> None:
+        with pytest.raises(sm.RecipeError, match="metadata"):
+            sm.SafetensorsWriter(tmp_path / "x.safetensors", self.specs, {"a": 1})  # type: ignore[dict-item]
+        with pytest.raises(sm.RecipeError, match="shape"):
+            sm.TensorSpec("x", "float32", (-1,))
+        assert list(tmp_path.iterdir()) == []
+
     @pytest.mark.parametrize(
         ("name", "value", "error"),
         [

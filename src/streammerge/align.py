@@ -6,6 +6,7 @@ Every disagreement is found here, before a byte is written, and reported in one 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from streammerge.checkpoint import CheckpointIndex
@@ -13,7 +14,7 @@ from streammerge.dtypes import DType
 from streammerge.errors import MismatchError, RecipeError, listed, printable
 from streammerge.methods.contracts import METHODS
 from streammerge.names import describe_match, ignored_by_loader, match_names
-from streammerge.recipe import Recipe
+from streammerge.recipe import Recipe, sums_to_something
 from streammerge.statedict import unread_tensors
 from streammerge.tensors import TensorEntry, TensorSpec
 
@@ -82,7 +83,17 @@ def align(recipe: Recipe, indexes: list[CheckpointIndex]) -> Alignment:
     if problems:
         raise MismatchError(_table("these tensors differ between the inputs", problems))
     _check_output_names(alignment.merged)
+    alignment.warnings += _idle_patterns(recipe, list(base.entries))
     return alignment
+
+
+def _idle_patterns(recipe: Recipe, names: list[str]) -> list[str]:
+    """Warnings about patterns that met no tensor."""
+    idle = [f"--keep {p}" for p in recipe.keep if not any(fnmatchcase(n, p) for n in names)]
+    idle += [f"--drop {p}" for p in recipe.drop if not any(fnmatchcase(n, p) for n in names)]
+    if recipe.strip_prefix and not any(n.startswith(recipe.strip_prefix) for n in names):
+        idle.append(f"--strip-prefix {recipe.strip_prefix}")
+    return [f"no tensor's name matches {listed(idle)}"] if idle else []
 
 
 def _names(
@@ -107,7 +118,8 @@ def _names(
         if missing:
             problems.append(f"{printable(other.path)} lacks {len(missing)}: {listed(missing)}")
         if extra:
-            problems.append(f"{printable(other.path)} has {len(extra)} that {printable(base.path)} lacks: {listed(extra)}")
+            whose = f"{printable(other.path)} has {len(extra)} that {printable(base.path)} lacks"
+            problems.append(f"{whose} (they stay out): {listed(extra)}")
     if problems and recipe.on_missing == "error":
         how = "--on-missing base (keep the first's), average-present (mean of those that have it) or drop settles it"
         raise MismatchError(_table("the inputs do not have the same tensors", problems) + f"\n{how}")
@@ -206,7 +218,7 @@ def _merged(recipe: Recipe, names: tuple[str, ...], sources: list[TensorEntry | 
         if len(present) == 1:
             return Merged(names, spec, "copy", present, tied=tied)
         return Merged(names, spec, "integers", present, {"policy": policy}, tied=tied)
-    if recipe.normalize and abs(sum(weights)) < 1e-12:
+    if recipe.normalize and not sums_to_something(weights):
         raise RecipeError(
             f"the weights of the inputs that have {printable(name)} sum to zero, so they cannot be normalised"
         )

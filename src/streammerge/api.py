@@ -12,11 +12,12 @@ from streammerge import inputs as chosen_inputs
 from streammerge.checkpoint import CheckpointIndex, open_checkpoint
 from streammerge.errors import RecipeError, StreammergeError, printable
 from streammerge.events import Event, Listener
+from streammerge.memory import resident_bytes
 from streammerge.plan import Plan, build_plan
 from streammerge.recipe import IO, Recipe, optional_bytes, optional_dtype
 from streammerge.run import Result, default_workers, execute
-from streammerge.storage import check_writable, write_text
-from streammerge.units import parse_bytes
+from streammerge.storage import check_writable, free_bytes, write_text
+from streammerge.units import decimal_bytes, parse_bytes
 
 DEFAULT_MEMORY = "512MiB"
 
@@ -99,7 +100,7 @@ def _plan(
     indexes = [open_checkpoint(path, recipe.state_dict, recipe.ema) for path in recipe.inputs]
     if convert_first is not None:
         indexes = [_from_converted(index, recipe, Path(convert_first)) for index in indexes]
-    return build_plan(
+    planned = build_plan(
         recipe,
         indexes,
         None if out is None else str(out),
@@ -107,6 +108,23 @@ def _plan(
         workers=workers or default_workers(),
         io=io,
     )
+    planned.warnings += _output_warnings(planned)
+    return planned
+
+
+def _output_warnings(planned: Plan) -> list[str]:
+    """What about the output's place would stop a run, as far as can be told now."""
+    if planned.out is None:
+        return []
+    free = free_bytes(planned.out.absolute().parent)
+    said = []
+    if planned.disk_bytes > free:
+        said.append(f"{decimal_bytes(planned.disk_bytes)} of disk are needed where {decimal_bytes(free)} are free")
+    try:
+        check_writable(planned.out, overwrite=False)
+    except RecipeError as error:
+        said.append(str(error))
+    return said
 
 
 def merge(
@@ -126,11 +144,12 @@ def merge(
     Raises RecipeError, FormatError, MismatchError, BudgetError, SpaceError, LockedError, ChangedError, VerifyError or
     TaskError; the output is then not there. Returns what was read, written and needed.
     """
-    check_writable(Path(str(out).rstrip("/")), overwrite)
+    check_writable(Path(out), overwrite)
+    before = resident_bytes()
     if convert_first is not None:
         _convert_all(_paths(inputs), Path(convert_first), options)
     planned = plan(inputs, out, convert_first=convert_first, **options)
-    return execute(planned, overwrite, listener or _quiet)
+    return execute(planned, overwrite, listener or _quiet, before)
 
 
 def convert(
@@ -158,7 +177,8 @@ def convert(
     ``dtype`` recasts floating-point tensors; ``keep`` and ``drop`` are glob patterns on tensor names; ``extras`` names
     a JSON file for what is not a tensor. The errors are those of :func:`merge`.
     """
-    check_writable(Path(str(out).rstrip("/")), overwrite)
+    check_writable(Path(out), overwrite)
+    before = resident_bytes()
     recipe = Recipe(
         (str(path),),
         method="copy",
@@ -173,12 +193,22 @@ def convert(
         strip_prefix=strip_prefix,
     )
     planned = _plan(recipe, out, memory, workers, io)
-    result = execute(planned, overwrite, listener or _quiet)
+    if extras is not None:
+        _check_extras(Path(extras), planned, overwrite)
+    result = execute(planned, overwrite, listener or _quiet, before)
     if extras is not None:
         index = open_checkpoint(path, state_dict, ema)
         content = {"format": index.format, "metadata": index.metadata, "data": index.plain_data()}
         write_text(Path(extras), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return result
+
+
+def _check_extras(extras: Path, planned: Plan, overwrite: bool) -> None:
+    """RecipeError when writing the extras would lose an input, the output or, without ``overwrite``, another file."""
+    check_writable(extras, overwrite)
+    taken = [Path(path).resolve() for path in planned.identities] + ([planned.out.resolve()] if planned.out else [])
+    if extras.resolve() in taken or extras.resolve().parent in taken:
+        raise RecipeError(f"--extras {printable(extras)} is an input or the output; choose another name")
 
 
 def _convert_all(paths: list[str], folder: Path, options: dict[str, Any]) -> None:

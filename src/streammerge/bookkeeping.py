@@ -6,13 +6,16 @@ where every input has that number; all else is the first input's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from streammerge.errors import printable
 from streammerge.repickle import Edit
 from streammerge.tree import number
 
 _COUNTERS = ("step", "epoch", "global_step", "iteration", "iter_num", "current_epoch", "batch_idx_train", "updates")
 _LOSSES = ("model_loss",)
+_FACTS = ("sr", "f0", "version", "arch", "sample_rate")
 
 
 def merge_bookkeeping(trees: list[Any], weights: list[float], edit: Edit) -> list[str]:
@@ -44,6 +47,17 @@ def _merge_loss(trees: list[Any], weights: list[float], key: str, edit: Edit) ->
                 mean = _mean([loss[name] for loss in losses], weights)
                 edit.values[id(losses[0]), name] = mean
                 said.append(f"{key}.{name} = {mean:.6g}")
+    return said
+
+
+def differing_facts(trees: list[Any], paths: Sequence[str]) -> list[str]:
+    """Warnings about what a loader needs to know and the inputs do not agree on, such as RVC's sample rate."""
+    said = []
+    for key in _FACTS:
+        values = {path: _get(tree, key) for tree, path in zip(trees, paths, strict=True) if _get(tree, key) is not None}
+        if all(isinstance(v, str | int | float) for v in values.values()) and len(set(values.values())) > 1:
+            shown = ", ".join(f"{printable(value)} in {printable(path)}" for path, value in values.items())
+            said.append(f"'{key}' differs: {shown}; the first is kept")
     return said
 
 

@@ -58,6 +58,10 @@ class Chunk:
     def raw(self, model: int) -> torch.Tensor:
         return self._read(model, self.start, self.stop)
 
+    def keep(self, values: torch.Tensor) -> torch.Tensor:
+        """A copy of raw numbers that stays valid for the whole chunk; there is room for one."""
+        return self._buffers.get("total", values.dtype, self.elems).copy_(values)
+
     def load(self, model: int, slot: str = "operand") -> torch.Tensor:
         """The model's numbers in the compute dtype, in a buffer that the next ``load`` into the same slot reuses."""
         raw = self.raw(model)

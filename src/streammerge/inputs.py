@@ -13,13 +13,15 @@ from streammerge.errors import RecipeError, printable
 
 def numeric_order(text: str) -> list[tuple[int, int, str]]:
     """A sort key by which checkpoint-200 comes before checkpoint-1000."""
-    return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in re.split(r"(\d+)", text)]
+    return [(1, int(p), "") if re.fullmatch("[0-9]+", p) else (0, 0, p) for p in re.split("([0-9]+)", text)]
 
 
 def expand(paths: list[str], last: int | None = None) -> list[str]:
     """Paths, each glob replaced by what it matches; ``last`` keeps the numerically last ones. Raises RecipeError."""
     found: list[str] = []
     for path in paths:
+        if path.endswith((".yaml", ".yml")):
+            raise RecipeError(f"{printable(path)}: recipe files are not read yet; give the checkpoints and --weights")
         if os.path.exists(path) or not glob.has_magic(path):  # noqa: PTH110 (Path.exists raises for a long name)
             found.append(path)
             continue

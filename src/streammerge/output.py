@@ -189,13 +189,14 @@ def _pickle(name: str, recipe: Recipe, indexes: list[CheckpointIndex], merged: l
     for m in merged:
         builder.place_merged(m)
     if holders is None:
-        _edit_first(base, recipe, merged, edit, builder, notes)
+        home = {name: m.spec.name for m in merged for name in m.base_names}
+        _edit_first(base, recipe, home, edit, builder, notes)
         if len(indexes) > 1:
             trees = [index.extras for index in indexes]
             said = merge_bookkeeping(trees, list(recipe.weight_of_each), edit)
             if said:
                 notes.append(f"bookkeeping: {', '.join(said)}")
-        builder.place_rest(tree, base)
+        builder.place_rest(tree, base, home)
     else:
         for key, m in holders.items():
             edit.replaced[id(tree[key])] = builder.refs[m.spec.name]
@@ -250,8 +251,12 @@ class _Builder:
         spec = TensorSpec(name, ref.dtype, ref.shape)
         return self._fresh(spec, ref.storage, node)
 
-    def place_rest(self, tree: Any, base: CheckpointIndex) -> None:
-        """Copies of the first input's for all tensors that are still reachable and were not merged."""
+    def place_rest(self, tree: Any, base: CheckpointIndex, home: dict[str, str]) -> None:
+        """Copies of the first input's for all tensors that are still reachable and were not merged.
+
+        One that is a merged tensor under another path is that. ``home``: base name -> merged name.
+        """
+        merged = {base.entries[name].place: made for name, made in home.items()}
         nodes = list(walk(tree, self.edit.dropped | set(self.edit.values)))
         for path, node in nodes:
             if id(node) in self.edit.replaced:
@@ -259,6 +264,9 @@ class _Builder:
             if isinstance(node, TensorRef):
                 name = ".".join(map(str, path))
                 entry = base.container.locate(name, node)
+                if entry.nbytes and entry.place in merged:
+                    self.edit.replaced[id(node)] = self.stand_in(merged[entry.place], node)
+                    continue
                 storage = self._copies.get(entry.place)
                 if storage is None:
                     storage = self._copies[entry.place] = self._storage(entry.spec, None, entry)
@@ -271,11 +279,10 @@ class _Builder:
 
 
 def _edit_first(
-    base: CheckpointIndex, recipe: Recipe, merged: list[Merged], edit: Edit, builder: _Builder, notes: list[str]
+    base: CheckpointIndex, recipe: Recipe, home: dict[str, str], edit: Edit, builder: _Builder, notes: list[str]
 ) -> None:
     """The first input's tree with merged tensors in place, and without what is stale or was not wanted."""
     selection = base.selection
-    home = {name: m.spec.name for m in merged for name in m.base_names}
     for found in selection.tensors:
         where = (id(found.holder), found.key)
         if found.name not in home:

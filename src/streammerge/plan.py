@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.align import Merged, align
+from streammerge.bookkeeping import differing_facts
 from streammerge.budget import Budget, ElementCost, fit
 from streammerge.checkpoint import CheckpointIndex
 from streammerge.dtypes import DType
@@ -107,6 +108,7 @@ class Plan:
         named = printable(files[0].name) if len(files) == 1 else f"{len(files)} files"
         beside = f" and {len(self.layout.side_files)} side files" if self.layout.side_files else ""
         lines.append(f"output   {named}, {decimal_bytes(self.write_bytes)}{beside}")
+        lines.append(f"disk     {decimal_bytes(self.disk_bytes)} needed, temporary files included")
         lines.append(f"read     {decimal_bytes(self.read_bytes)} from {len(self.identities)} files")
         if self.staged:
             size = sum(entry.nbytes for entry in self.staged)
@@ -153,6 +155,7 @@ def build_plan(
     if out is not None and not Path(out).name:
         raise RecipeError(f"{printable(out)} is not a name for an output")
     alignment = align(recipe, indexes)
+    alignment.warnings += differing_facts([index.extras for index in indexes], recipe.inputs)
     output = plan_output(out or _EXAMPLE_OUT, recipe, indexes, alignment.merged)
     tasks = [_task(placed) for placed in output.placed]
     # In the order in which the first input has them on the disk, its pages are read once and in sequence.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -68,7 +69,7 @@ class Recipe:
             )
         if not all(map(math.isfinite, weights)):
             raise RecipeError("weights must be finite numbers")
-        if self.normalize and abs(sum(weights)) < 1e-12:
+        if self.normalize and not sums_to_something(weights):
             raise RecipeError(
                 "the weights sum to zero, so they cannot be normalised; pass --no-normalize to use them as given"
             )
@@ -84,6 +85,12 @@ class Recipe:
 
     def output_name(self, name: str) -> str:
         return name[len(self.strip_prefix) :] if self.strip_prefix and name.startswith(self.strip_prefix) else name
+
+
+def sums_to_something(weights: Sequence[float]) -> bool:
+    """Whether weights can be divided by their sum: it is finite, and not just the rounding error of its terms."""
+    total = sum(weights)
+    return math.isfinite(total) and abs(total) > 1e-12 * max(map(abs, weights))
 
 
 def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:

@@ -40,17 +40,21 @@ class Result:
     warnings: tuple[str, ...]
 
 
-def execute(plan: Plan, overwrite: bool, listener: Callable[[Event], None]) -> Result:
-    """Runs a plan to its end. Raises what DESIGN names; then nothing was written under the output's name."""
+def execute(plan: Plan, overwrite: bool, listener: Callable[[Event], None], resident_before: int) -> Result:
+    """Runs a plan to its end. Raises what DESIGN names; then nothing was written under the output's name.
+
+    ``resident_before``: what was resident before the inputs' headers were read, which count as the run's memory.
+    """
     if plan.out is None:
         raise ValueError("a plan without an output cannot be run")
-    out = Path(str(plan.out).rstrip("/"))
+    out = plan.out.resolve() if plan.out.is_dir() else plan.out  # a link to a folder stays a link
     refuse_input_as_output(out, plan)
     refuse_to_lose_files(out, plan)
+    headers = max(memory.resident_bytes() - resident_before, 0)
     if plan.torch_needed:
         prepare_torch()
     memory.reset_peak()
-    startup, began = memory.resident_bytes(), time.perf_counter()
+    startup, began = memory.resident_bytes() - headers, time.perf_counter()
     listener(RunStarted(plan.read_bytes, plan.write_bytes, plan.memory_bytes, len(plan.tasks)))
     staging = Staging(out, overwrite)
     try:
@@ -82,6 +86,7 @@ def prepare_torch() -> None:
 
     import torch
 
+    torch.get_num_threads()  # settles the caller's own number before the workers, which have one each, ask for theirs
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.frombuffer(b"\0", dtype=torch.uint8)

@@ -24,15 +24,14 @@ _Place = tuple[tuple[Any, ...], Any, bool, Any]
 _MOST_NAME = 4000
 EMA_CHOICES = ("ignore", "prefer", "only")
 _NOT_WEIGHTS = re.compile(
-    r"(.*_)?(optim(izer)?(s|_g|_d|_states?|_state_dict|_history)?|last_optimizer_state|opt(_[gd])?|(lr_)?sched(uler)?s?(_state(_dict|s)?)?"
-    r"|(grad_)?scaler(_state(_dict)?)?|amp(_scaler)?|extra_state|(rng|random)_?states?|criterion|\w*_loss(es)?|loss|callbacks"
-    r"|loops|metrics?|logging|message_hub|param_schedulers|sampler|hyper_parameters|opt_param_scheduler)",
+    r"(.*_)?(optim(izer)?s?|opt|(lr_)?sched(uler)?s?|(grad_)?scalers?|amp)(_\w+)?"
+    r"|(.*_)?(rng|random)(_?states?)?(_\w+)?|extra_state|criterion|(.*_)?loss(es)?|callbacks|loops|(.*_)?metrics?|logging|message_hub"
+    r"|sampler|hyper_parameters|hparams|history|args|cfg|config|(.*_)?stats",
     re.IGNORECASE,
 )
 _EMA = re.compile(r"(.*[_.])?(ema|ema_.*|model_avg|avg_model|averaged|teacher|swa(_.*)?)([_.].*)?", re.IGNORECASE)
 _STALE = re.compile(
-    r"(.*_)?(optim(izer)?(s|_states?|_state_dict)?|last_optimizer_state|optim_[gd]|(lr_)?sched(uler)?s?(_state(_dict|s)?)?"
-    r"|(grad_)?scaler(_state(_dict)?)?|amp_scaler|opt_param_scheduler|param_schedulers)",
+    r"(.*_)?(optim(izer)?s?|(lr_)?sched(uler)?s?|(grad_)?scalers?)(_\w+)?",
     re.IGNORECASE,
 )
 
@@ -116,7 +115,7 @@ def select(tree: Any, state_dict: str | None = None, ema: str = "ignore") -> Sel
     found = candidates(tree)
     if state_dict is not None:
         return _named(tree, found, state_dict)
-    usable = [c for c in found if not c.barred]
+    usable = _worthy([c for c in found if not c.barred])
     if not usable:
         if not found:
             kinds = sorted({kind for _, kind in unread_tensors(tree)})
@@ -127,6 +126,8 @@ def select(tree: Any, state_dict: str | None = None, ema: str = "ignore") -> Sel
     notes: list[str] = []
     twins: list[Candidate] = []
     chosen = _choose(usable, ema, notes, twins)
+    if ema == "only":
+        chosen = [c for c in chosen if c.averaged] or chosen
     selection = Selection(_together(chosen), chosen, found, notes, twins=twins)
     if ema != "ignore" and not any(c.averaged for c in chosen) and not _use_litema(selection) and ema == "only":
         raise RecipeError("there are no averaged (EMA) weights in it; leave --ema only out")
@@ -256,6 +257,12 @@ def _name(path: Iterable[Any]) -> str:
     if sum(map(len, parts)) > _MOST_NAME:
         raise FormatError(f"a tensor's name of {sum(map(len, parts))} characters is beyond the limit of {_MOST_NAME}")
     return ".".join(parts)
+
+
+def _worthy(candidates: list[Candidate]) -> list[Candidate]:
+    """Without bare lists and sets of lone numbers, where there is something better beside them."""
+    better = [c for c in candidates if c.kind != "list" and any(f.ref.shape for f in c.tensors)]
+    return better or candidates
 
 
 def _choose(usable: list[Candidate], ema: str, notes: list[str], passed_over: list[Candidate]) -> list[Candidate]:

@@ -232,6 +232,10 @@ class Staging:
         check_writable(out, overwrite)
         self._lock_fd = self._lock()
         try:
+            replaced = self.folder / "replaced"
+            if replaced.exists() and not self.out.exists():  # a run was killed between its two renames
+                os.rename(replaced, self.out)
+                check_writable(out, overwrite)
             for left in self.folder.iterdir():
                 if left.name != "lock":
                     remove(left)
@@ -305,12 +309,20 @@ class Staging:
 
 def check_writable(out: Path, overwrite: bool) -> None:
     """RecipeError when the output exists and may not be replaced, or its folder is not there."""
+    out = out.absolute()
     if not out.parent.is_dir():
         raise RecipeError(f"the folder {printable(out.parent)} does not exist; make it first")
     if out.is_dir() and not any(out.iterdir()):
         return
     if (out.exists() or out.is_symlink()) and not overwrite:
         raise RecipeError(f"{printable(out)} exists already; pass --overwrite to replace it, or choose another name")
+
+
+def free_bytes(path: Path) -> int:
+    """Room on the file system of the nearest folder that exists."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return shutil.disk_usage(path).free
 
 
 def sync_folder(folder: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from streammerge.dtypes import DType, parse_dtype
+from streammerge.errors import RecipeError, printable
 
 GRAIN = 1 << 16
 """Elements on which reductions and random numbers are defined, so that no chunk size can change a result."""
@@ -25,6 +26,8 @@ class TensorSpec:
             object.__setattr__(self, "dtype", parse_dtype(self.dtype))
         if not isinstance(self.shape, tuple):
             object.__setattr__(self, "shape", tuple(self.shape))
+        if any(size < 0 for size in self.shape):
+            raise RecipeError(f"{printable(self.name)} cannot have the shape {list(self.shape)}")
 
     @property
     def numel(self) -> int:

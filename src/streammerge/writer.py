@@ -36,11 +36,14 @@ class SafetensorsWriter:
     ) -> None:
         out = Path(path)
         specs = list(specs)
+        if not all(isinstance(text, str) for pair in (metadata or {}).items() for text in pair):
+            raise RecipeError("safetensors metadata may hold strings only")
         layout = plan_layout(out.name, specs, {"format": "pt"} | (metadata or {}))
         check_writable(out, overwrite)
         self._specs = {spec.name: spec for spec in specs}
         self._offsets = layout.offsets
         self._written: dict[str, list[tuple[int, int]]] = {name: [] for name in self._specs}
+        self._open = True
         self._staging = Staging(out, overwrite)
         try:
             self._file = self._staging.create(out.name, layout.size)
@@ -59,6 +62,7 @@ class SafetensorsWriter:
         spec = self._specs.get(name)
         if spec is None:
             raise RecipeError(f"{printable(name)} is not among the tensors this file was planned with")
+        self._check_open()
         data = _octets(array, spec, whole=start == 0)
         begin = start * spec.dtype.element_bytes
         if start < 0 or begin + len(data) > spec.nbytes:
@@ -68,16 +72,27 @@ class SafetensorsWriter:
 
     def commit(self) -> None:
         """Publishes the file. Raises MismatchError, and publishes nothing, when bytes were not written."""
+        self._check_open()
         missing = [name for name, spans in self._written.items() if not _covers(spans, self._specs[name].nbytes)]
         if missing:
             raise MismatchError(f"not all of these tensors was written: {listed(missing)}")
         self._staging.commit(as_folder=False)
+        self._open = False
+
+    def close(self) -> None:
+        """Gives up what was not committed; leaving a ``with`` block does it."""
+        self._open = False
+        self._staging.abort()
+
+    def _check_open(self) -> None:
+        if not self._open:
+            raise RecipeError("the file is closed; make a new SafetensorsWriter")
 
     def __enter__(self) -> SafetensorsWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._staging.abort()
+        self.close()
 
 
 def _octets(array: Any, spec: TensorSpec, whole: bool) -> memoryview:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from streammerge import __version__, api
 from streammerge.cli import render
 from streammerge.cli.progress import Progress
 from streammerge.errors import RecipeError, StreammergeError, printable
+from streammerge.inputs import expand
 from streammerge.plan import Plan
 from streammerge.recipe import INTEGERS, IO, ON_MISSING
 from streammerge.run import Result
@@ -197,7 +199,7 @@ def convert(path: str, out: str, no_progress: bool, form: str, debug: bool, **wi
 @_debug
 def inspect(paths: tuple[str, ...], tensors: bool, form: str, debug: bool, **wishes: Any) -> None:
     """Show what a checkpoint is and holds; nothing in it is executed."""
-    indexes = [api.inspect(path, **wishes) for path in paths]
+    indexes = [api.inspect(path, **wishes) for path in expand(list(paths))]
     if form == "json":
         shown = [render.index_json(index, tensors) for index in indexes]
         click.echo(json.dumps(shown[0] if len(shown) == 1 else shown, indent=2))
@@ -267,14 +269,14 @@ def main() -> None:
         sys.exit(error.exit_code)
     except StreammergeError as error:
         if debug:
-            raise
+            traceback.print_exc()
         _fail(str(error), error.exit_code)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
     except (OSError, MemoryError) as error:
         if debug:
-            raise
+            traceback.print_exc()
         _fail(printable(error), 1)
 
 

@@ -59,6 +59,8 @@ class Container:
                 f"{where} claims {spec.nbytes} bytes over a storage of {store.nbytes}; it is expanded beyond reason"
             )
         strides = None if is_contiguous(ref.shape, ref.strides) else ref.strides
+        if not spec.numel:  # there is nothing to conjugate or to unpack
+            return TensorEntry(spec, store.path, store.offset + start)
         return TensorEntry(spec, store.path, store.offset + start, strides, store.deflated, ref.lazy)
 
 

@@ -7,6 +7,7 @@ that two shards hold, is an error.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ _MOST_SIDE_FILE_BYTES = 128 << 20
 _INDEX_ENDING = ".index.json"
 _PREFERRED = (
     "model.safetensors",
+    "model.safetensors.index.json",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
     "model.pth",
     "model.pt",
     "adapter_model.safetensors",
@@ -33,18 +36,25 @@ _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".th", ".tar")
 _TRAINING = ("training_args.bin", "optimizer", "scheduler", "scaler", "rng_state", "random_states", "trainer_state.json")
 _NOT_COPIED = (".gguf", ".onnx", ".msgpack", ".h5", ".ot", ".tflite", ".distcp", ".gitattributes", ".lock")
 
+_OWN_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+
 ReadFile = Callable[[Path], Container]
 
 
 def read(folder: Path, read_file: ReadFile) -> Container:
-    """The container of a checkpoint folder. Raises FormatError, with what to run for forms that are not read yet."""
-    _refuse_distributed(folder)
-    indexes = sorted(folder.glob("*" + _INDEX_ENDING))
-    if indexes:
-        preferred = [p for p in indexes if p.name == "model.safetensors.index.json"]
-        return read_sharded((preferred or indexes)[0], read_file)
-    names = [p.name for p in folder.iterdir() if p.name.endswith(_WEIGHTS) and not p.name.startswith((*_TRAINING, "."))]
-    chosen = [n for n in _PREFERRED if n in names][:1] or names
+    """The container of a checkpoint folder; of several forms, the one that transformers takes.
+
+    Raises FormatError, with what to run for forms that are not read yet.
+    """
+    present = {p.name for p in folder.iterdir()}
+    names = [n for n in present if n.endswith(_WEIGHTS) and not n.startswith((*_TRAINING, "."))]
+    indexes = sorted(n for n in present if n.endswith(_INDEX_ENDING))
+    chosen = [n for n in _PREFERRED if n in present][:1] or indexes[:1]
+    if chosen and chosen[0] in indexes:
+        return read_sharded(folder / chosen[0], read_file)
+    if not chosen:
+        _refuse_distributed(folder)
+        chosen = names
     if len(chosen) != 1:
         what = f"several checkpoints ({listed(sorted(chosen))}); give one of them" if chosen else "no checkpoint"
         raise FormatError(f"{printable(folder)} holds {what}")
@@ -169,7 +179,7 @@ def foreign_files(folder: Path, written: set[str]) -> list[str]:
     return [
         path.name
         for path in sorted(folder.iterdir())
-        if path.name not in written and (path.is_dir() or not path.name.endswith((_INDEX_ENDING, ".safetensors", ".bin")))
+        if path.name not in written and (path.is_dir() or not _OWN_WEIGHTS.fullmatch(path.name))
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -86,8 +87,9 @@ def _at(stream: BinaryIO, place: tuple[int, int]) -> BinaryIO:
 
 
 def _key(value: Any) -> Any:
-    """A name or number; anything else may take for ever to hash."""
-    return value if isinstance(value, int) else text(value)
+    """A name or number; numbers are written as such in one member and as text in another, as torch's reader knows."""
+    name = str(value) if isinstance(value, int) else text(value)
+    return int(name) if re.fullmatch("-?[0-9]{1,20}", name) else name
 
 
 def _number(stream: BinaryIO, where: str) -> int:

@@ -23,9 +23,8 @@ def integers(group: TensorGroup, *, policy: str) -> Kernel:
     def kernel(chunk: Chunk) -> torch.Tensor:
         if policy == "last":
             return chunk.raw(group.models - 1)
-        kept = chunk.raw(0)
+        kept = chunk.keep(chunk.raw(0))
         if policy == "max":
-            kept = kept.clone()
             for model in range(1, group.models):
                 kept = _larger(kept, chunk.raw(model))
         elif policy == "error":
