@@ -277,6 +277,20 @@ def test_a_merged_tensor_is_merged_wherever_it_stands(tmp_path: Path) -> None:
     assert merged["best"][0].data_ptr() == merged["model"]["w"].data_ptr()
 
 
+def test_only_training_state_is_left_out(tmp_path: Path) -> None:
+    optimizer = {"state": {}, "param_groups": [{"lr": 1.0}]}
+    stale = {"optimizer": [optimizer], "optimizer_d": optimizer, "last_optimizer_state": {"a": 1}, "opt": optimizer}
+    stale |= {"lr_schedulers": [{"last_epoch": 1}], "scheduler_disc": {"a": 1}, "scaler": {"scale": 2.0}, "grad_scaler": {}}
+    needed = {"optimizer_history": [{"best_loss": 1.0}], "data_scaler": {"means": [1.0]}, "noise_scheduler": {"steps": 10}}
+    needed |= {"hyper_parameters": {"lr": 1.0}, "epoch": 1}
+    torch.save({"model": {"w": torch.ones(2)}, **stale, **needed}, tmp_path / "in.pt")
+    sm.merge([tmp_path / "in.pt"], tmp_path / "out.pt")
+    assert set(torch.load(tmp_path / "out.pt")) == {"model", *needed}
+    torch.save({"model": {"w": torch.ones(2)}, "scaler": {"mean": 1.0}}, tmp_path / "in.pt")
+    sm.merge([tmp_path / "in.pt"], tmp_path / "out.pt", overwrite=True)
+    assert set(torch.load(tmp_path / "out.pt")) == {"model", "scaler"}
+
+
 def test_facts_a_loader_needs_are_compared(tmp_path: Path) -> None:
     for rate in ("40k", "48k"):
         torch.save(

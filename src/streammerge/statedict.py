@@ -31,17 +31,25 @@ _NOT_WEIGHTS = re.compile(
 )
 _EMA = re.compile(r"(.*[_.])?(ema|ema_.*|model_avg|avg_model|averaged|teacher|swa(_.*)?)([_.].*)?", re.IGNORECASE)
 _STALE = re.compile(
-    r"(.*_)?(optim(izer)?s?|(lr_)?sched(uler)?s?|(grad_)?scalers?)(_\w+)?",
+    r"(.*_)?optim(izer)?s?(?!_history)(_\w+)?|(lr_|opt_param_|param_)?sched(uler)?s?(_(states?|state_dict|g|d|disc|gen))?"
+    r"|(grad|amp)_scaler(_state(_dict)?)?",
     re.IGNORECASE,
 )
+_LOSS_SCALER_KEYS = {"scale", "growth_factor", "loss_scale", "loss_scaler0"}
 
 
 def is_training_state(key: Any, value: Any) -> bool:
     """Whether a key holds optimizer, scheduler or scaler state, which is stale once weights are merged.
 
-    ``opt`` is an optimizer's state in some trainers and the command line's options in others.
+    Some words mean something else elsewhere and are told by their content: ``opt`` is an optimizer's state or the command
+    line's options, a ``scaler`` that of mixed precision or of the data, which the model needs. fairseq cannot load a
+    file without its ``optimizer_history``.
     """
-    return isinstance(key, str) and (_STALE.fullmatch(key) is not None or _is_optimizer_state(value))
+    if not isinstance(key, str):
+        return False
+    if key.lower() in ("scaler", "scaler_state", "scaler_state_dict", "amp"):
+        return isinstance(value, dict) and (not value or not _LOSS_SCALER_KEYS.isdisjoint(value))
+    return _STALE.fullmatch(key) is not None or _is_optimizer_state(value)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
