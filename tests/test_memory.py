@@ -16,7 +16,7 @@ from streammerge.run import prepare_torch
 
 def anonymous():
     with open("/proc/self/status") as file:
-        return int(re.search(r"RssAnon:\\s+(\\d+)", file.read())[1]) * 1024
+        return sum(map(int, re.findall(r"Rss(?:Anon|Shmem):\\s+(\\d+)", file.read()))) * 1024
 
 prepare_torch()
 inputs, out, options = json.loads(sys.argv[1])

@@ -195,7 +195,8 @@ class _Workspace:
         self.mapped: _Spans[InputFile] = _Spans(budget.window_bytes * budget.cost.inputs)
         self.written: _Spans[OutputFile] = _Spans(_WRITEBACK_BYTES)
         self._slots = slots(budget.cost, budget.chunk_elems)
-        self._arena = mmap.mmap(-1, max(sum(size for _, size in self._slots.values()), 1))
+        total = max(sum(size for _, size in self._slots.values()), 1)
+        self._arena = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._views: dict[tuple[str, Any], torch.Tensor] = {}
 
     def octets(self, slot: str, nbytes: int) -> memoryview:
