@@ -491,6 +491,7 @@ NAMES: dict[str, bytes] = {
 
 @pytest.mark.parametrize("label", NAMES)
 def test_no_escape_sequence_reaches_the_terminal(label: str, asked: Any) -> None:
+    """``asked`` asserts it of all that is printed."""
     asked(NAMES[label], f"{label}{SHELL}")
 
 

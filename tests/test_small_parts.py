@@ -204,7 +204,7 @@ class TestExecutor:
         before = threading.active_count()
         results = ThreadExecutor[int, int](4).run(range(10_000), lambda n: n)
         next(results)
-        results.close()  # type: ignore[attr-defined]
+        results.close()
         assert threading.active_count() == before
 
 

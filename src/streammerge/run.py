@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -127,9 +127,12 @@ def _make(plan: Plan, staging: Staging, listener: Callable[[Event], None]) -> tu
             output.write_full(literal.data, literal.offset)
     engine = Engine(plan.budget, inputs, outputs, plan.io, sealed)
     record, held = _Record(), memory.Gauge()
-    for done in ThreadExecutor[Piece, PieceDone](plan.budget.workers).run(pieces(tasks), engine.run):
-        record.add(done)
-        listener(TaskDone(done.piece.task.out.name, done.read_bytes, done.written_bytes, held.now()))
+    executor = ThreadExecutor[Piece, PieceDone](plan.budget.workers)
+    # Closed, not left to the garbage collector: after Ctrl-C no worker may outlive the files it writes.
+    with closing(executor.run(pieces(tasks), engine.run)) as results:
+        for done in results:
+            record.add(done)
+            listener(TaskDone(done.piece.task.out.name, done.read_bytes, done.written_bytes, held.now()))
     warnings = record.check_finite(plan.recipe.allow_nonfinite)
     if sealed:
         _seal(plan, tasks, outputs, record)
@@ -197,7 +200,3 @@ def default_workers() -> int:
     import os
 
     return max(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 1)
-
-
-def rate(count: float, seconds: float) -> float:
-    return count / seconds if seconds > 0 else math.inf

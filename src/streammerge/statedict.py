@@ -353,12 +353,6 @@ def _use_litema(selection: Selection) -> bool:
     return True
 
 
-def tensors_outside(tree: Any, selection: Selection) -> list[tuple[tuple[Any, ...], TensorRef]]:
-    """(path, tensor) of the tensors of a tree that were not selected."""
-    inside = {id(f.ref) for f in selection.tensors}
-    return [(path, node) for path, node in walk(tree) if isinstance(node, TensorRef) and id(node) not in inside]
-
-
 _UNREAD = {
     "torch._utils._rebuild_qtensor": "quantised",
     "torch._utils._rebuild_sparse_tensor": "sparse",

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from streammerge.errors import ChangedError, FormatError, LockedError, RecipeError, SpaceError, StreammergeError, printable
+from streammerge.errors import ChangedError, FormatError, LockedError, RecipeError, SpaceError, printable
 from streammerge.units import decimal_bytes
 
 COPY_BYTES = 1 << 20
@@ -349,21 +349,3 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise RecipeError(f"cannot write {printable(path)}: {error.strerror}") from error
-
-
-__all__ = [
-    "COPY_BYTES",
-    "Identity",
-    "InputFile",
-    "InputFiles",
-    "OutputFile",
-    "Staging",
-    "StreammergeError",
-    "check_writable",
-    "file_size",
-    "identity",
-    "open_stream",
-    "read_full",
-    "space_checked",
-    "write_text",
-]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -260,10 +261,10 @@ def main() -> None:
     debug = "--debug" in sys.argv
     try:
         cli.main(prog_name="streammerge", standalone_mode=False)
-    except click.exceptions.Abort:
-        _fail("interrupted; nothing was written", 130)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", 130)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        click.echo("error: interrupted; nothing was written", err=True)
+        sys.stderr.flush()
+        os._exit(130)  # all is cleaned up; torch can abort when the interpreter is taken down under a starting thread
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -8,7 +8,7 @@ from typing import Any
 
 from streammerge.checkpoint import CheckpointIndex
 from streammerge.errors import listed, printable
-from streammerge.run import Result, rate
+from streammerge.run import Result
 from streammerge.statedict import unread_tensors
 from streammerge.storage import file_size
 from streammerge.units import binary_bytes, decimal_bytes
@@ -21,7 +21,7 @@ def result_text(result: Result) -> str:
     tensors = len(result.plan.tasks)
     files = len(result.plan.layout.files) + len(result.plan.layout.side_files)
     what = f"{tensors} tensors" + (f" in {files} files" if result.plan.layout.as_folder else "")
-    speed = rate(result.read_bytes + result.written_bytes, result.seconds)
+    speed = (result.read_bytes + result.written_bytes) / max(result.seconds, 1e-9)
     return "\n".join(
         [
             f"wrote {printable(result.out)} ({what}, {decimal_bytes(result.written_bytes)})",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import Generic, TypeVar
 
 Task = TypeVar("Task")
@@ -24,7 +24,7 @@ class ThreadExecutor(Generic[Task, Done]):
     def __init__(self, workers: int) -> None:
         self.workers = workers
 
-    def run(self, tasks: Iterable[Task], run_one: Callable[[Task], Done]) -> Iterator[Done]:
+    def run(self, tasks: Iterable[Task], run_one: Callable[[Task], Done]) -> Generator[Done, None, None]:
         source, lock, stop = iter(tasks), threading.Lock(), threading.Event()
         results: queue.Queue[tuple[Done | None, BaseException | None]] = queue.Queue(maxsize=64)
 
@@ -47,9 +47,9 @@ class ThreadExecutor(Generic[Task, Done]):
                 report(None, error)
 
         threads = [threading.Thread(target=work, name=f"streammerge-{i}", daemon=True) for i in range(self.workers)]
-        for thread in threads:
-            thread.start()
         try:
+            for thread in threads:
+                thread.start()
             running = len(threads)
             while running:
                 done, error = self._next(results)
@@ -62,7 +62,8 @@ class ThreadExecutor(Generic[Task, Done]):
         finally:
             stop.set()
             for thread in threads:
-                thread.join()
+                if thread.ident is not None:  # Ctrl-C may come before all were started
+                    thread.join()
 
     @staticmethod
     def _next(
