@@ -27,10 +27,10 @@ from streammerge.units import binary_bytes, decimal_bytes, parse_bytes
 SOURCE = Path(sm.__file__).parent
 
 LAYERS = {
-    0: ["tensors", "dtypes", "units", "events", "errors", "tree", "checksums", "names"],
-    1: ["group", "budget", "storage", "memory", "unpickle", "rebuild", "repickle", "statedict"],
+    0: ["tensors", "dtypes", "units", "events", "errors", "tree", "checksums", "names", "rng", "select"],
+    1: ["group", "passes", "budget", "storage", "memory", "unpickle", "rebuild", "repickle", "statedict"],
     2: ["formats", "methods", "recipe", "bookkeeping"],
-    3: ["checkpoint", "engine", "staging", "writer"],
+    3: ["checkpoint", "workspace", "engine", "staging", "writer"],
     4: ["align", "output", "plan", "executors", "inputs"],
     5: ["run"],
     6: ["api"],
@@ -144,18 +144,18 @@ def test_checksums_join(sizes: list[int]) -> None:
 
 
 class TestBudget:
-    cost = budget.ElementCost(compute=3, widen=5, out=7, read=11, inputs=13, mapped=0)
+    cost = budget.Cost(compute=3, buffers=5, out=7, read=11, tally_bytes=17)
 
     def test_the_peak_is_the_sum_of_its_terms(self) -> None:
         fitted = budget.fit(1 << 40, workers=3, tensors=5, cost=self.cost, staging=True)
-        buffers = 2 * 3 + 5 + 7 + 2 * 11
-        expected = budget.RUN_BYTES + 5 * budget.PER_TENSOR_BYTES + budget.STAGING_BYTES
-        expected += 3 * (budget.PER_WORKER_BYTES + budget.BEST_CHUNK_ELEMS * buffers)
+        buffers = 5 * 3 + 7 + 2 * 11
+        expected = budget.RUN_BYTES + 5 * budget.PER_TENSOR_BYTES + budget.STAGING_BYTES + 17
+        expected += 3 * (budget.PER_WORKER_BYTES + 2 * 17 + budget.BEST_CHUNK_ELEMS * buffers)
         assert (fitted.workers, fitted.chunk_elems, fitted.peak_bytes) == (3, budget.BEST_CHUNK_ELEMS, expected)
 
     def test_slots_are_what_was_counted(self) -> None:
-        made = budget.slots(self.cost, 100)
-        assert sum(size for _, size in made.values()) == 100 * self.cost.buffers
+        made = budget.slots(budget.Budget(1, 100, 1000, self.cost, 0))
+        assert sum(size for _, size in made.values()) == 100 * self.cost.element_bytes
         ends = sorted((offset, offset + size) for offset, size in made.values())
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(ends))
 
@@ -176,7 +176,7 @@ class TestBudget:
             budget.fit(least - (1 << 20), workers=4, tensors=5, cost=self.cost, staging=False)
 
     def test_mapped_windows_shrink_before_chunks(self) -> None:
-        cost = budget.ElementCost(compute=8, widen=0, out=2, read=0, inputs=8, mapped=2)
+        cost = budget.Cost(compute=8, buffers=2, out=2, read=0, inputs=8, mapped=2)
         wide, narrow = (budget.fit(m << 20, workers=2, tensors=10, cost=cost, staging=False) for m in (512, 64))
         assert wide.window_bytes == budget.MOST_WINDOW_BYTES > narrow.window_bytes
         assert wide.chunk_elems == narrow.chunk_elems

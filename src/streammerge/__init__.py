@@ -14,6 +14,7 @@ from streammerge.errors import (
     TaskError,
     VerifyError,
 )
+from streammerge.methods.contracts import merge_method
 from streammerge.plan import Plan
 from streammerge.run import Result
 from streammerge.tensors import TensorEntry, TensorSpec
@@ -41,5 +42,6 @@ __all__ = [
     "convert",
     "inspect",
     "merge",
+    "merge_method",
     "plan",
 ]

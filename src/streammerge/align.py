@@ -12,9 +12,10 @@ from typing import Any
 from streammerge.checkpoint import CheckpointIndex
 from streammerge.dtypes import DType
 from streammerge.errors import MismatchError, RecipeError, listed, printable
-from streammerge.methods.contracts import METHODS
+from streammerge.methods.contracts import MergeMethod
+from streammerge.methods.registry import COPY, INTEGERS
 from streammerge.names import describe_match, ignored_by_loader, match_names
-from streammerge.recipe import Recipe, sums_to_something
+from streammerge.recipe import Recipe
 from streammerge.statedict import unread_tensors
 from streammerge.tensors import TensorEntry, TensorSpec
 
@@ -30,10 +31,11 @@ class Merged:
 
     base_names: tuple[str, ...]
     spec: TensorSpec
-    method: str
+    method: MergeMethod
     sources: tuple[TensorEntry, ...]
     parameters: dict[str, Any] = field(default_factory=dict)
     compute: str = "float32"
+    based: bool = False
     tied: tuple[str, ...] = ()
 
 
@@ -202,30 +204,38 @@ def _merged(recipe: Recipe, names: tuple[str, ...], sources: list[TensorEntry | 
     name, tied = names[0], tuple(map(recipe.output_name, names[1:]))
     base = next(s for s in sources if s is not None).spec
     absent_here = any(s is None for s in sources) and (recipe.on_missing == "base" or ignored_by_loader(name))
-    pairs = [(s, w) for s, w in zip(sources, recipe.weight_of_each, strict=True) if s is not None]
-    pairs = pairs[:1] if absent_here else pairs
-    present, weights = tuple(s for s, _ in pairs), [w for _, w in pairs]
-    out_name, dtype = recipe.output_name(name), base.dtype
+    present = tuple(s for s in sources if s is not None)
+    dtype = base.dtype
     if recipe.out_dtype is not None and dtype.kind == "float":
         dtype = recipe.out_dtype
-    spec = replace(base, name=out_name, dtype=dtype)
-    if recipe.method == "copy" or absent_here:
-        return Merged(names, spec, "copy", present[:1], tied=tied)
+    spec = replace(base, name=recipe.output_name(name), dtype=dtype)
+    models = [number for number, s in enumerate(sources[recipe.based :]) if s is not None]
+    if recipe.method is COPY or absent_here or len(models) < recipe.method.models[0]:
+        return Merged(names, spec, COPY, present[:1], tied=tied)
     if base.dtype.kind not in ("float", "complex"):
         policy = recipe.integers or ("max" if name.endswith("num_batches_tracked") else "error")
         if policy == "max" and base.dtype.kind == "packed":
             raise MismatchError(f"{printable(name)} holds packed {base.dtype} values, of which there is no largest")
         if len(present) == 1:
-            return Merged(names, spec, "copy", present, tied=tied)
-        return Merged(names, spec, "integers", present, {"policy": policy}, tied=tied)
-    if recipe.normalize and not sums_to_something(weights):
-        raise RecipeError(
-            f"the weights of the inputs that have {printable(name)} sum to zero, so they cannot be normalised"
-        )
+            return Merged(names, spec, COPY, present, tied=tied)
+        return Merged(names, spec, INTEGERS, present, {"policy": policy}, tied=tied)
     wide = any(s.spec.dtype in _WIDE for s in present)
-    preferred = recipe.compute_dtype.torch_name if recipe.compute_dtype else METHODS[recipe.method].compute
+    preferred = recipe.compute_dtype.torch_name if recipe.compute_dtype else recipe.method.compute
     compute = "float64" if wide else preferred
-    return Merged(names, spec, recipe.method, present, {"weight": weights, "normalize": recipe.normalize}, compute, tied)
+    values = _values(recipe, name, models)
+    return Merged(names, spec, recipe.method, present, values, compute, recipe.based, tied)
+
+
+def _values(recipe: Recipe, name: str, models: list[int]) -> dict[str, Any]:
+    """The method's parameters for the models that have the tensor."""
+    if len(models) == len(recipe.models):
+        return recipe.values
+    per_model = {p.name for p in recipe.method.parameters.values() if p.per_model}
+    values = {n: [v[m] for m in models] if n in per_model and v is not None else v for n, v in recipe.values.items()}
+    try:
+        return recipe.method.resolve(values, len(models))
+    except RecipeError as error:
+        raise RecipeError(f"for the inputs that have {printable(name)}: {error}") from error
 
 
 def _check_output_names(merged: list[Merged]) -> None:

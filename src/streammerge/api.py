@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from streammerge import inputs as chosen_inputs
 from streammerge.checkpoint import CheckpointIndex, open_checkpoint
 from streammerge.errors import RecipeError, StreammergeError, printable
 from streammerge.events import Event, Listener
+from streammerge.group import Kernel
 from streammerge.memory import resident_bytes
+from streammerge.methods.registry import COPY, find_method
 from streammerge.plan import Plan, build_plan
 from streammerge.recipe import IO, Recipe, optional_bytes, optional_dtype
 from streammerge.run import Result, default_workers, execute
@@ -45,8 +47,10 @@ def plan(
     out: PathLike | None = None,
     *,
     weights: Sequence[float] | None = None,
-    method: str = "linear",
-    normalize: bool = True,
+    method: str | Callable[..., Kernel] = "linear",
+    base: PathLike | None = None,
+    normalize: bool | None = None,
+    seed: int = 0,
     memory: str | int = DEFAULT_MEMORY,
     workers: int | None = None,
     io: str = "mmap",
@@ -62,16 +66,24 @@ def plan(
     keep_optimizer: bool = False,
     max_shard_size: str | int | None = None,
     convert_first: PathLike | None = None,
+    **parameters: Any,
 ) -> Plan:
     """What :func:`merge` would do, from headers alone; nothing is written. The parameters are those of merge.
 
+    ``method``: a name, ``package.module:function`` or a function; ``parameters`` are its own, like ``t=0.3`` or
+    ``density=[0.5, 0.7]``. ``base``: the common ancestor, for the methods that need one.
+
     ``print(plan)`` shows it; ``plan.tasks``, ``plan.peak_bytes``, ``plan.read_bytes`` are its numbers.
     """
+    if normalize is not None:
+        parameters["normalize"] = normalize
     recipe = Recipe(
         tuple(chosen_inputs.expand(_paths(inputs), last)),
-        method=method,
+        method=find_method(method),
+        base=None if base is None else str(base),
         weights=None if weights is None else tuple(map(float, weights)),
-        normalize=normalize,
+        parameters=parameters,
+        seed=seed,
         out_dtype=optional_dtype(out_dtype if out_dtype is not None else dtype),
         compute_dtype=optional_dtype(compute_dtype),
         state_dict=state_dict,
@@ -97,7 +109,7 @@ def _plan(
         raise RecipeError(f"--io takes {' or '.join(IO)}, not {printable(io)}")
     if workers is not None and workers < 1:
         raise RecipeError("--workers takes a positive number")
-    indexes = [open_checkpoint(path, recipe.state_dict, recipe.ema) for path in recipe.inputs]
+    indexes = [open_checkpoint(path, recipe.state_dict, recipe.ema) for path in recipe.checkpoints]
     if convert_first is not None:
         indexes = [_from_converted(index, recipe, Path(convert_first)) for index in indexes]
     planned = build_plan(
@@ -138,8 +150,9 @@ def merge(
 ) -> Result:
     """Merges checkpoints into ``out``, one chunk at a time.
 
-    ``inputs``: paths or globs. ``weights``: one number per input, divided by their sum unless ``normalize`` is False.
-    ``memory``: the budget above the start-up footprint. Further options are those of :func:`plan`.
+    ``inputs``: paths or globs. ``weights``: one number per input; ``linear``, the default method, divides them by
+    their sum unless ``normalize`` is False. ``memory``: the budget above the start-up footprint. Further options, and
+    the parameters of the method, are those of :func:`plan`.
 
     Raises RecipeError, FormatError, MismatchError, BudgetError, SpaceError, LockedError, ChangedError, VerifyError or
     TaskError; the output is then not there. Returns what was read, written and needed.
@@ -147,7 +160,9 @@ def merge(
     check_writable(Path(out), overwrite)
     before = resident_bytes()
     if convert_first is not None:
-        _convert_all(_paths(inputs), Path(convert_first), options)
+        named = [] if options.get("base") is None else _paths(options["base"])
+        chosen = chosen_inputs.expand(_paths(inputs), options.get("last"))
+        _convert_all([*named, *chosen], Path(convert_first), options)
     planned = plan(inputs, out, convert_first=convert_first, **options)
     return execute(planned, overwrite, listener or _quiet, before)
 
@@ -181,7 +196,7 @@ def convert(
     before = resident_bytes()
     recipe = Recipe(
         (str(path),),
-        method="copy",
+        method=COPY,
         out_dtype=optional_dtype(dtype),
         state_dict=state_dict,
         ema=ema,
@@ -215,7 +230,7 @@ def _convert_all(paths: list[str], folder: Path, options: dict[str, Any]) -> Non
     """Each input as a safetensors file in ``folder``, made now unless it is there and still right."""
     folder.mkdir(parents=True, exist_ok=True)
     passed = {k: options[k] for k in ("state_dict", "ema", "memory", "workers", "io") if k in options}
-    for path in chosen_inputs.expand(paths, options.get("last")):
+    for path in paths:
         index = open_checkpoint(path, options.get("state_dict"), options.get("ema", "ignore"))
         target = chosen_inputs.converted_path(index, folder)
         if not _is_conversion(target, index):

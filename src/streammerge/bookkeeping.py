@@ -19,7 +19,10 @@ _FACTS = ("sr", "f0", "version", "arch", "sample_rate")
 
 
 def merge_bookkeeping(trees: list[Any], weights: list[float], edit: Edit) -> list[str]:
-    """Puts the merged numbers into the edit of the first tree; returns ``key = value`` for each that changed."""
+    """Puts the merged numbers into the edit of the first tree; returns ``key = value`` for each that changed.
+
+    A checkpoint of weight zero has no part in the means.
+    """
     first = trees[0]
     if not isinstance(first, dict) or len(trees) < 2:
         return []
@@ -35,17 +38,19 @@ def merge_bookkeeping(trees: list[Any], weights: list[float], edit: Edit) -> lis
 
 
 def _merge_loss(trees: list[Any], weights: list[float], key: str, edit: Edit) -> list[str]:
-    losses = [_get(tree, key) for tree in trees]
-    if all(number(loss) is not None for loss in losses):
+    counted = [(tree, w) for tree, w in zip(trees, weights, strict=True) if w]
+    losses, weights = [_get(tree, key) for tree, _ in counted], [w for _, w in counted]
+    if losses and _get(trees[0], key) is not None and all(number(loss) is not None for loss in losses):
         mean = _mean(losses, weights)
         edit.values[id(trees[0]), key] = mean
         return [f"{key} = {mean:.6g}"]
     said = []
-    if all(isinstance(loss, dict) for loss in losses):
-        for name in losses[0]:
-            if all(number(_get(loss, name)) is not None for loss in losses):
+    first = _get(trees[0], key)
+    if isinstance(first, dict) and all(isinstance(loss, dict) for loss in losses):
+        for name in first:
+            if losses and all(number(_get(loss, name)) is not None for loss in losses):
                 mean = _mean([loss[name] for loss in losses], weights)
-                edit.values[id(losses[0]), name] = mean
+                edit.values[id(first), name] = mean
                 said.append(f"{key}.{name} = {mean:.6g}")
     return said
 

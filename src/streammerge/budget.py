@@ -1,7 +1,8 @@
 """The memory model: what one chunk in flight costs, and how many fit a budget. Pure arithmetic.
 
-    peak = RUN + tensors * PER_TENSOR + staging
-           + workers * (PER_WORKER + chunk_elems * bytes_per_element + inputs * (window + chunk_elems * input_bytes))
+    peak = RUN + tensors * PER_TENSOR + staging + tally
+           + workers * (PER_WORKER + 2 * tally + chunk_elems * bytes_per_element
+                        + inputs * (window + chunk_elems * input_bytes))
 
 Every buffer the engine uses is a term here, and the engine takes its buffers from :func:`slots`, so the model cannot
 drift from what is allocated.
@@ -25,27 +26,32 @@ STAGING_BYTES = 28 << 20
 """For tensors that must be copied out first: a block of the copy, and the pages of the source that it touches."""
 BEST_CHUNK_ELEMS = 4 * GRAIN
 MOST_WINDOW_BYTES = 8 << 20
-"""Mapped pages of one input that one worker lets stay behind its cursor: giving them back costs every CPU an interrupt,
-so it is done rarely. They count as memory although the kernel could take them back at any time."""
+"""What one worker keeps of one input. Of mapped pages this much stays behind its cursor: giving them back costs every CPU
+an interrupt, so it is done rarely; they count as memory although the kernel could take them back at any time. Tensors
+that fit stay for all passes, also where they are read by pread."""
 
 
 @dataclass(frozen=True, slots=True)
-class ElementCost:
-    """Bytes that one element of a chunk in flight needs, by purpose; the widest tensor of the run decides each.
+class Cost:
+    """What a chunk in flight needs; the widest task of the run decides each.
 
-    ``mapped`` are those of an element in mapped pages, of each of ``inputs`` at once.
+    Bytes per element: ``compute`` of one buffer of numbers, of which there are ``buffers``; ``out`` of the rounded
+    result; ``read`` of a read buffer; ``mapped`` of one input in mapped pages. ``inputs``: how many are kept at once.
+    ``row``: elements that a chunk must hold together. ``tally_bytes``: the histograms of one pass.
     """
 
     compute: int
-    widen: int
+    buffers: int
     out: int
     read: int
     inputs: int = 0
     mapped: int = 0
+    row: int = 1
+    tally_bytes: int = 0
 
     @property
-    def buffers(self) -> int:
-        return 2 * self.compute + self.widen + self.out + 2 * self.read
+    def element_bytes(self) -> int:
+        return self.buffers * self.compute + self.out + 2 * self.read
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,47 +61,56 @@ class Budget:
     workers: int
     chunk_elems: int
     window_bytes: int
-    cost: ElementCost
+    cost: Cost
     peak_bytes: int
 
+    @property
+    def kept_bytes(self) -> int:
+        """What a worker may keep of all inputs together."""
+        return self.window_bytes * self.cost.inputs
 
-def slots(cost: ElementCost, chunk_elems: int) -> dict[str, tuple[int, int]]:
-    """(offset, bytes) of each buffer in a worker's arena. ``total`` and ``operand`` hold compute numbers, ``widen``
-    a half-way float32 copy, ``out`` the rounded result, ``read0`` and ``read1`` raw input."""
+
+def slots(budget: Budget) -> dict[str, tuple[int, int]]:
+    """(offset, bytes) of each region in a worker's arena: ``slots`` for the buffers that methods name, ``out`` the rounded
+    result, ``read0`` and ``read1`` raw input, ``kept`` inputs that are not mapped and stay for all passes."""
+    cost, elems = budget.cost, budget.chunk_elems
     sizes = {
-        "total": cost.compute,
-        "operand": cost.compute,
-        "widen": cost.widen,
-        "out": cost.out,
-        "read0": cost.read,
-        "read1": cost.read,
+        "slots": cost.compute * cost.buffers * elems,
+        "out": cost.out * elems,
+        "read0": cost.read * elems,
+        "read1": cost.read * elems,
+        "kept": 0 if cost.mapped else budget.kept_bytes,
     }
     made, cursor = {}, 0
     for name, size in sizes.items():
-        made[name] = (cursor, size * chunk_elems)
-        cursor += size * chunk_elems
+        made[name] = (cursor, size)
+        cursor += size
     return made
 
 
-def fit(memory_bytes: int, workers: int, tensors: int, cost: ElementCost, staging: bool) -> Budget:
+def fit(memory_bytes: int, workers: int, tensors: int, cost: Cost, staging: bool) -> Budget:
     """The most workers and the best chunk that ``memory_bytes`` allow. Raises BudgetError naming the least that would."""
-    fixed = RUN_BYTES + tensors * PER_TENSOR_BYTES + (STAGING_BYTES if staging else 0)
+    fixed = RUN_BYTES + tensors * PER_TENSOR_BYTES + (STAGING_BYTES if staging else 0) + cost.tally_bytes
 
     def peak(count: int, chunk: int, window: int) -> int:
-        mapped = cost.inputs * (window + chunk * cost.mapped) if cost.mapped else 0
-        return fixed + count * (PER_WORKER_BYTES + chunk * cost.buffers + mapped)
+        kept = cost.inputs * (window + chunk * cost.mapped)
+        return fixed + count * (PER_WORKER_BYTES + 2 * cost.tally_bytes + chunk * cost.element_bytes + kept)
 
+    least_chunk = max(GRAIN, cost.row)
     for count in range(workers, 0, -1):
-        chunk = BEST_CHUNK_ELEMS
-        while chunk >= GRAIN:
+        chunk = max(BEST_CHUNK_ELEMS, least_chunk)
+        while True:
             window = MOST_WINDOW_BYTES
             while window and peak(count, chunk, window) > memory_bytes:
                 window = window // 2 if window > MOST_WINDOW_BYTES // 64 else 0
             if peak(count, chunk, window) <= memory_bytes:
                 return Budget(count, chunk, window, cost, peak(count, chunk, window))
-            chunk //= 2
-    least = peak(1, GRAIN, 0)
+            if chunk == least_chunk:
+                break
+            chunk = max(chunk // 2, least_chunk)
+    least = peak(1, least_chunk, 0)
+    rows = f" with rows of {cost.row} elements, which are held whole" if cost.row > GRAIN else ""
     raise BudgetError(
-        f"{binary_bytes(memory_bytes)} of memory are too little for this merge, "
+        f"{binary_bytes(memory_bytes)} of memory are too little for this merge{rows}, "
         f"which needs at least {binary_bytes(least)}; pass --memory {-(-least // (1 << 20))}MiB or more"
     )

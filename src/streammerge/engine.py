@@ -1,69 +1,104 @@
 """One output tensor, from mapped inputs to written bytes.
 
 A :class:`MergeTask` is plain data. Long tensors are cut into pieces so that one giant tensor uses every worker; a
-piece is computed chunk by chunk in buffers that belong to the worker and are never allocated again.
+piece is computed chunk by chunk in buffers that belong to a worker and are never allocated again. A method that looks
+at its tensor in passes before it makes its kernel does so on one worker, or, where the tensor is long, on all of
+them.
 """
 
 from __future__ import annotations
 
-import mmap
 import threading
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from streammerge.budget import Budget, slots
-from streammerge.dtypes import DType
+from streammerge.budget import Budget
 from streammerge.errors import StreammergeError, TaskError, printable
-from streammerge.storage import COPY_BYTES, InputFile, InputFiles, OutputFile
+from streammerge.group import Chunk, Kernel, TensorGroup, whole_rows
+from streammerge.methods.contracts import MergeMethod
+from streammerge.storage import COPY_BYTES, InputFiles, OutputFile
 from streammerge.tensors import GRAIN, TensorEntry, TensorSpec, ranges
+from streammerge.workspace import Source, Workspace
 
 if TYPE_CHECKING:
     import torch
 
-    from streammerge.group import Kernel
-
 PIECE_ELEMS = 64 * GRAIN
-_WRITEBACK_BYTES = 8 << 20
+T = TypeVar("T")
 
-File = TypeVar("File")
+
+class Executor(Protocol):
+    """Runs ``run_one`` on each task, in any order; at most ``backlog`` results wait to be taken."""
+
+    workers: int
+
+    def run(
+        self, tasks: Iterable[Any], run_one: Callable[[Any], Any], backlog: int = ...
+    ) -> Generator[Any, None, None]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class MergeTask:
-    """The work of one output tensor: from the bytes of ``sources`` to those at ``offset`` of output file ``file``."""
+    """The work of one output tensor: from the bytes of ``sources`` to those at ``offset`` of output file ``file``.
+
+    ``based`` says that the first source is the base; ``parameters`` are those of the method, resolved for these models.
+    """
 
     out: TensorSpec
-    method: str
+    method: MergeMethod
     sources: tuple[TensorEntry, ...]
     file: int
     offset: int
     parameters: dict[str, Any] = field(default_factory=dict)
     compute: str = "float32"
+    based: bool = False
+    seed: int = 0
 
     @property
     def verbatim(self) -> bool:
         """Whether the output's bytes are the source's, so that no arithmetic is needed."""
-        return self.method == "copy" and self.sources[0].spec.dtype == self.out.dtype
+        return self.method.name == "copy" and self.sources[0].spec.dtype == self.out.dtype
 
     @property
     def read_bytes(self) -> int:
         return sum(source.nbytes for source in self.sources)
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape as arithmetic sees it: a complex number is two."""
+        shape, parts = self.out.shape, 2 if self.out.dtype.kind == "complex" else 1
+        return shape if parts == 1 else (*shape[:-1], shape[-1] * parts) if shape else (parts,)
+
+    @property
     def elems(self) -> int:
-        """Elements as arithmetic sees them: a complex number is two."""
         return self.out.nbytes // self.out.dtype.component.element_bytes
+
+    @property
+    def row(self) -> int:
+        """Elements that belong together and are held at once."""
+        return self.method.rows(self.shape, self.parameters)
+
+    @property
+    def piece_elems(self) -> int:
+        return whole_rows(PIECE_ELEMS, self.row)
+
+    @property
+    def spread(self) -> bool:
+        """Whether its passes are worth all workers."""
+        return self.method.passes and self.elems > self.piece_elems
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Elements ``start`` to ``stop`` of a task."""
+    """Elements ``start`` to ``stop`` of a task; ``kernel`` where it has been made already, by passes over the whole."""
 
     task: MergeTask
     start: int
     stop: int
+    kernel: Kernel | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,33 +112,37 @@ class PieceDone:
     nonfinite: dict[str, int] = field(default_factory=dict)
 
 
-def pieces(tasks: Iterable[MergeTask]) -> Iterator[Piece]:
-    """The tasks, long ones cut; an empty tensor has no piece."""
-    for task in tasks:
-        for start, stop in ranges(task.elems, PIECE_ELEMS):
-            yield Piece(task, start, stop)
+def pieces(task: MergeTask, kernel: Kernel | None = None) -> Iterator[Piece]:
+    """The task, cut where it is long; an empty tensor has no piece."""
+    for start, stop in ranges(task.elems, task.piece_elems):
+        yield Piece(task, start, stop, kernel)
 
 
 class Engine:
-    """Runs pieces: on any thread, in any order, with the same bytes."""
+    """Runs tasks: on any threads, in any order, with the same bytes."""
 
     def __init__(self, budget: Budget, inputs: InputFiles, outputs: list[OutputFile], io: str, checksums: bool) -> None:
         self.budget, self.inputs, self.outputs = budget, inputs, outputs
         self.mapped, self.checksums = io == "mmap", checksums
-        self._workspaces = threading.local()
+        self._free: list[Workspace] = []
+        self._thread = threading.local()
+
+    def run_all(self, tasks: list[MergeTask], executor: Executor) -> Generator[PieceDone, None, None]:
+        """Everything there is to do. First what is spread by tensors, then one by one what is spread within a tensor."""
+        independent = (piece for task in tasks if not task.spread for piece in pieces(task))
+        with closing(executor.run(independent, self.run)) as results:
+            yield from results
+        for task in tasks:
+            if task.spread:
+                with _failures(task, 0, task.elems):
+                    kernel = task.method.bind(self._group(task, self._sweep_on_all(task, executor)), task.parameters)
+                with closing(executor.run(pieces(task, kernel), self.run)) as results:
+                    yield from results
 
     def run(self, piece: Piece) -> PieceDone:
         """Computes and writes one piece. Errors that are not streammerge's own come out as TaskError."""
-        try:
+        with _failures(piece.task, piece.start, piece.stop):
             return self._copy(piece) if piece.task.verbatim else self._compute(piece)
-        except StreammergeError:
-            raise
-        except Exception as error:
-            task = piece.task
-            raise TaskError(
-                f"{printable(task.out.name)} ({task.method}, elements {piece.start} to {piece.stop}) failed: "
-                f"{printable(error)}"
-            ) from error
 
     def _copy(self, piece: Piece) -> PieceDone:
         task, size = piece.task, piece.task.out.dtype.component.element_bytes
@@ -124,129 +163,103 @@ class Engine:
         return PieceDone(piece, nbytes, nbytes, tuple(checksums))
 
     def _compute(self, piece: Piece) -> PieceDone:
-        import torch
-
-        from streammerge.group import Chunk, TensorGroup
-        from streammerge.methods.registry import bind
-
         task = piece.task
-        workspace = self._workspace()
-        kernel: Kernel = bind(task.method, TensorGroup(task.out.name, len(task.sources)), task.parameters)
-        dtypes = [source.spec.dtype.component for source in task.sources]
-        out_dtype = task.out.dtype.component
-        compute = getattr(torch, task.compute)
-        reader = _Reader(self, task, workspace, dtypes)
-        output, checksums = self.outputs[task.file], []
-        nonfinite: dict[str, int] = {}
-        for start, stop in (
-            (piece.start + a, piece.start + b) for a, b in ranges(piece.stop - piece.start, self.budget.chunk_elems)
-        ):
-            result = kernel(Chunk(start, stop, dtypes, compute, workspace, reader.read))
-            out = workspace.get("out", out_dtype.torch, stop - start).copy_(result)
-            data = workspace.octets("out", (stop - start) * out_dtype.element_bytes)
-            if out_dtype.kind == "float" and _suspicious(out):
-                for name, count in _nonfinite(out, reader, start, stop).items():
+        with self._workspace() as workspace:
+            source = self._source(task, workspace, keep=task.method.passes and piece.kernel is None)
+            kernel = piece.kernel
+            if kernel is None:
+
+                def sweep(work: Callable[[Iterable[Chunk]], T], start: int, stop: int) -> Iterator[T]:
+                    yield work(self._chunks(task, workspace, source, start, stop))
+
+                kernel = task.method.bind(self._group(task, sweep), task.parameters)
+            return self._write(piece, kernel, workspace, source)
+
+    def _write(self, piece: Piece, kernel: Kernel, workspace: Workspace, source: Source) -> PieceDone:
+        task, output, checksums = piece.task, self.outputs[piece.task.file], []
+        dtype = task.out.dtype.component
+        size, nonfinite = dtype.element_bytes, dict[str, int]()
+        for chunk in self._chunks(task, workspace, source, piece.start, piece.stop):
+            out = workspace.get("out", dtype.torch, chunk.elems).copy_(kernel(chunk))
+            if dtype.kind == "float" and _suspicious(out):
+                for name, count in _nonfinite(out, source, chunk.start, chunk.stop).items():
                     nonfinite[name] = nonfinite.get(name, 0) + count
-            del result, out
-            offset = task.offset + start * out_dtype.element_bytes
+            data, offset = workspace.octets("out", chunk.elems * size), task.offset + chunk.start * size
             output.write_full(data, offset)
             if self.checksums:
                 checksums.append((task.file, offset, len(data), zlib.crc32(data)))
-        elems = piece.stop - piece.start
-        begin, nbytes = task.offset + piece.start * out_dtype.element_bytes, elems * out_dtype.element_bytes
+        begin, nbytes = task.offset + piece.start * size, (piece.stop - piece.start) * size
         for file, start, stop in workspace.written.add(output, begin, begin + nbytes):
             file.start_writeback(start, stop - start)
-        read = elems * sum(dtype.element_bytes for dtype in dtypes)
+        read = (piece.stop - piece.start) * sum(s.spec.dtype.component.element_bytes for s in task.sources)
         return PieceDone(piece, read, nbytes, tuple(checksums), nonfinite)
 
-    def _workspace(self) -> _Workspace:
-        workspace = getattr(self._workspaces, "value", None)
-        if workspace is None:
+    def _chunks(self, task: MergeTask, workspace: Workspace, source: Source, start: int, stop: int) -> Iterator[Chunk]:
+        import torch
+
+        compute, models = getattr(torch, task.compute), len(task.sources) - task.based
+        for a, b in ranges(stop - start, whole_rows(self.budget.chunk_elems, task.row)):
+            workspace.clear()
+            yield Chunk(start + a, start + b, compute, workspace, source.read, task.based, models)
+
+    def _group(self, task: MergeTask, sweep: Any) -> TensorGroup:
+        import torch
+
+        models, compute = len(task.sources) - task.based, getattr(torch, task.compute)
+        return TensorGroup(task.out.name, task.shape, models, compute, sweep, task.based, task.row, task.seed)
+
+    def _source(self, task: MergeTask, workspace: Workspace, keep: bool) -> Source:
+        return Source(self.inputs, task.sources, workspace, self.mapped, self.budget.kept_bytes if keep else -1)
+
+    def _sweep_on_all(self, task: MergeTask, executor: Executor) -> Callable[..., Iterator[Any]]:
+        """A sweep over the pieces of a long tensor by all workers."""
+
+        def sweep(work: Callable[[Iterable[Chunk]], T], start: int, stop: int) -> Iterator[T]:
+            def run(numbered: tuple[int, tuple[int, int]]) -> tuple[int, T]:
+                number, (a, b) = numbered
+                with self._workspace() as workspace:
+                    source = self._source(task, workspace, keep=False)
+                    return number, work(self._chunks(task, workspace, source, start + a, start + b))
+
+            early: dict[int, T] = {}
+            turn = 0
+            spans = enumerate(ranges(stop - start, task.piece_elems))
+            with closing(executor.run(spans, run, backlog=executor.workers)) as results:
+                for number, result in results:
+                    early[number] = result
+                    while turn in early:
+                        yield early.pop(turn)
+                        turn += 1
+
+        return sweep
+
+    @contextmanager
+    def _workspace(self) -> Iterator[Workspace]:
+        """A workspace that no other worker has: one that is free, or a new one."""
+        if not hasattr(self._thread, "ready"):
             import torch
 
             torch.set_num_threads(1)  # of this worker; the workers are the parallelism
-            workspace = self._workspaces.value = _Workspace(self.budget)
-        return workspace
+            self._thread.ready = True
+        try:
+            workspace = self._free.pop()
+        except IndexError:
+            workspace = Workspace(self.budget)
+        yield workspace
+        self._free.append(workspace)
 
 
-class _Spans(Generic[File]):
-    """Byte ranges by file, collected until they are worth a system call: one range for each file, gaps included."""
-
-    def __init__(self, enough_bytes: int) -> None:
-        self._enough, self._collected = enough_bytes, 0
-        self._spans: dict[File, tuple[int, int]] = {}
-
-    def add(self, file: File, begin: int, end: int) -> list[tuple[File, int, int]]:
-        """Takes a range in. Returns what came together before it, once that and this are enough, and starts over."""
-        ripe: list[tuple[File, int, int]] = []
-        if self._collected and self._collected + end - begin > self._enough:
-            ripe = [(known, *span) for known, span in self._spans.items()]
-            self._spans, self._collected = {}, 0
-        low, high = self._spans.get(file, (begin, end))
-        self._spans[file] = (min(low, begin), max(high, end))
-        self._collected += end - begin
-        return ripe
-
-
-class _Workspace:
-    """A worker's buffers, cut from one anonymous map: allocated once, page-aligned, given back as a whole."""
-
-    def __init__(self, budget: Budget) -> None:
-        self.mapped: _Spans[InputFile] = _Spans(budget.window_bytes * budget.cost.inputs)
-        self.written: _Spans[OutputFile] = _Spans(_WRITEBACK_BYTES)
-        self._slots = slots(budget.cost, budget.chunk_elems)
-        total = max(sum(size for _, size in self._slots.values()), 1)
-        self._arena = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._views: dict[tuple[str, Any], torch.Tensor] = {}
-
-    def octets(self, slot: str, nbytes: int) -> memoryview:
-        offset, size = self._slots[slot]
-        if nbytes > size:
-            raise ValueError(f"buffer {slot} has {size} bytes, {nbytes} were asked for")
-        return memoryview(self._arena)[offset : offset + nbytes]
-
-    def get(self, slot: str, dtype: torch.dtype, elems: int) -> torch.Tensor:
-        import torch
-
-        view = self._views.get((slot, dtype))
-        if view is None:
-            offset, size = self._slots[slot]
-            view = torch.frombuffer(self._arena, dtype=dtype, count=size // dtype.itemsize, offset=offset)
-            self._views[slot, dtype] = view
-        if elems > len(view):
-            raise ValueError(f"buffer {slot} holds {len(view)} elements, {elems} were asked for")
-        return view[:elems]
-
-
-class _Reader:
-    """The raw numbers of a task's sources, by mapped pages or by reading into the worker's buffers."""
-
-    def __init__(self, engine: Engine, task: MergeTask, workspace: _Workspace, dtypes: list[DType]) -> None:
-        self._sources = [(engine.inputs.get(s.path), s.offset) for s in task.sources]
-        self._dtypes, self._workspace, self._mapped = dtypes, workspace, engine.mapped
-        self._next_slot = 0
-
-    @property
-    def models(self) -> int:
-        return len(self._sources)
-
-    def name(self, model: int) -> str:
-        return self._sources[model][0].path
-
-    def read(self, model: int, start: int, stop: int) -> torch.Tensor:
-        import torch
-
-        dtype = self._dtypes[model]
-        size, (file, base) = dtype.element_bytes, self._sources[model]
-        offset, nbytes = base + start * size, (stop - start) * size
-        if not self._mapped:
-            slot = f"read{self._next_slot}"
-            self._next_slot ^= 1
-            file.read_into(self._workspace.octets(slot, nbytes), offset)
-            return self._workspace.get(slot, dtype.torch, stop - start)
-        for seen, begin, end in self._workspace.mapped.add(file, offset, offset + nbytes):
-            seen.release(begin, end - begin)
-        return torch.frombuffer(file.view(offset, nbytes), dtype=dtype.torch)
+@contextmanager
+def _failures(task: MergeTask, start: int, stop: int) -> Iterator[None]:
+    """Errors that are not streammerge's own come out as TaskError."""
+    try:
+        yield
+    except StreammergeError:
+        raise
+    except Exception as error:
+        raise TaskError(
+            f"{printable(task.out.name)} ({task.method.name}, elements {start} to {stop}) failed: {printable(error)}"
+        ) from error
 
 
 def _suspicious(out: torch.Tensor) -> bool:
@@ -258,14 +271,14 @@ def _suspicious(out: torch.Tensor) -> bool:
     return not math.isfinite(out.sum().item())
 
 
-def _nonfinite(out: torch.Tensor, reader: _Reader, start: int, stop: int) -> dict[str, int]:
+def _nonfinite(out: torch.Tensor, source: Source, start: int, stop: int) -> dict[str, int]:
     """Non-finite numbers by the file they came from; those that no input had (an overflow) under "the result"."""
     if bool(out.float().isfinite().all() if out.element_size() == 1 else out.isfinite().all()):
         return {}
     counts = {}
-    for model in range(reader.models):
-        raw = reader.read(model, start, stop)
+    for model in range(len(source)):
+        raw = source.read(model, start, stop)
         count = int((~(raw.float() if raw.element_size() == 1 else raw).isfinite()).sum())
         if count:
-            counts[reader.name(model)] = count
+            counts[source.name(model)] = count
     return counts or {"the result (overflow)": int((~out.float().isfinite()).sum())}

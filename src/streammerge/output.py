@@ -19,6 +19,7 @@ from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import safetensors, torch_zip
 from streammerge.formats.base import Layout, LayoutFile, Literal
 from streammerge.formats.folder import side_files
+from streammerge.methods.registry import COPY
 from streammerge.recipe import Recipe
 from streammerge.repickle import Edit, repickle, storage_ref
 from streammerge.statedict import is_training_state
@@ -88,13 +89,14 @@ def _tied_specs(merged: Merged) -> list[TensorSpec]:
 def _metadata(recipe: Recipe, indexes: list[CheckpointIndex]) -> dict[str, str]:
     """The first input's own metadata, ``format: pt``, and for merges how the file was made, without any path."""
     kept = {k: v for k, v in indexes[0].metadata.items() if "hash" not in k.lower()}
-    if recipe.method == "copy":
+    if recipe.method is COPY:
         return kept | {"format": "pt"}
     record = {
-        "method": recipe.method,
-        "inputs": [index.path.name for index in indexes],
-        "weights": list(recipe.weight_of_each),
-        "normalize": recipe.normalize,
+        "method": recipe.method.name,
+        **({"base": Path(recipe.checkpoints[0]).name} if recipe.based else {}),
+        "inputs": [Path(path).name for path in recipe.models],
+        **recipe.values,
+        "seed": recipe.seed,
     }
     return kept | {"format": "pt", "streammerge": json.dumps(record, ensure_ascii=False)}
 
@@ -299,7 +301,7 @@ def _edit_first(
             edit.renamed[where] = recipe.output_name(str(found.key))
     for found in selection.left_out:
         _drop(found.name, found.holder, found.key, edit)
-    for twin in selection.twins if recipe.method != "copy" else ():
+    for twin in selection.twins if recipe.method is not COPY else ():
         _drop(twin.label, twin.holder, twin.key, edit)
         notes.append(f"left out of the output: '{printable(twin.label)}', which was not merged and would be stale")
     if not recipe.keep_optimizer:

@@ -9,14 +9,16 @@ from typing import Any
 
 from streammerge.align import Merged, align
 from streammerge.bookkeeping import differing_facts
-from streammerge.budget import Budget, ElementCost, fit
+from streammerge.budget import Budget, Cost, fit
 from streammerge.checkpoint import CheckpointIndex
 from streammerge.dtypes import DType
 from streammerge.engine import MergeTask
 from streammerge.errors import RecipeError, printable
 from streammerge.formats.base import Layout
+from streammerge.methods.registry import COPY, INTEGERS
 from streammerge.output import Placed, plan_output, side_bytes
 from streammerge.recipe import Recipe
+from streammerge.select import HISTOGRAM_BYTES
 from streammerge.storage import Identity
 from streammerge.tensors import TensorEntry
 from streammerge.units import binary_bytes, decimal_bytes
@@ -65,16 +67,17 @@ class Plan:
 
     def counts(self) -> dict[str, int]:
         """How many output tensors each method makes."""
-        return dict(Counter(task.method for task in self.tasks).most_common())
+        return dict(Counter(task.method.name for task in self.tasks).most_common())
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON-able data, without the places of the bytes."""
         return {
-            "inputs": list(self.recipe.inputs),
+            "inputs": list(self.recipe.models),
+            "base": self.recipe.base,
             "out": None if self.out is None else str(self.out),
-            "method": self.recipe.method,
-            "weights": list(self.recipe.weight_of_each),
-            "normalize": self.recipe.normalize,
+            "method": self.recipe.method.name,
+            "parameters": self.recipe.values,
+            "seed": self.recipe.seed,
             "tensors": self.counts(),
             "files": [{"name": file.name, "bytes": file.size} for file in self.layout.files],
             "side_files": [name for _, name in self.layout.side_files],
@@ -93,13 +96,16 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        recipe = self.recipe
-        lines = [f"{'convert' if recipe.method == 'copy' else recipe.method} -> {self.out or '(no output named)'}"]
-        total = sum(recipe.weight_of_each) if recipe.normalize else 1.0
-        width = max(len(printable(p)) for p in recipe.inputs)
-        for path, weight in zip(recipe.inputs, recipe.weight_of_each, strict=True):
-            shown = "" if recipe.method == "copy" else f"  weight {weight / total:.6g}"
-            lines.append(f"  {printable(path):<{width}}{shown}")
+        recipe, values = self.recipe, self.recipe.values
+        lines = [f"{'convert' if recipe.method is COPY else recipe.method.name} -> {self.out or '(no output named)'}"]
+        rows = [(path, _of_model(recipe, number)) for number, path in enumerate(recipe.models)]
+        if recipe.based:
+            rows.insert(0, (recipe.checkpoints[0], "base"))
+        width = max(len(printable(path)) for path, _ in rows)
+        lines += [f"  {printable(path):<{width}}  {said}".rstrip() for path, said in rows]
+        shared = {n: v for n, v in values.items() if not recipe.method.parameters[n].per_model}
+        if shared:
+            lines.append("with     " + ", ".join(f"{name} {_shown(value)}" for name, value in shared.items()))
         made = ", ".join(
             f"{count} {_METHOD_WORDS.get(method, f'merged by {method}')}" for method, count in self.counts().items()
         )
@@ -133,7 +139,7 @@ def _task_json(task: MergeTask) -> dict[str, Any]:
         "tensor": task.out.name,
         "dtype": task.out.dtype.value,
         "shape": list(task.out.shape),
-        "method": task.method,
+        "method": task.method.name,
         "inputs": len(task.sources),
         "bytes": task.out.nbytes,
     }
@@ -155,11 +161,11 @@ def build_plan(
     if out is not None and not Path(out).name:
         raise RecipeError(f"{printable(out)} is not a name for an output")
     alignment = align(recipe, indexes)
-    alignment.warnings += differing_facts([index.extras for index in indexes], recipe.inputs)
+    alignment.warnings += differing_facts([index.extras for index in indexes], recipe.checkpoints)
     output = plan_output(out or _EXAMPLE_OUT, recipe, indexes, alignment.merged)
-    tasks = [_task(placed) for placed in output.placed]
+    tasks = [_task(placed, recipe.seed) for placed in output.placed]
     # In the order in which the first input has them on the disk, its pages are read once and in sequence.
-    tasks.sort(key=lambda task: (task.method != "integers", task.sources[0].path, task.sources[0].offset))
+    tasks.sort(key=lambda task: (task.method is not INTEGERS, task.sources[0].path, task.sources[0].offset))
     staged = list({s.place: s for task in tasks for s in task.sources if not s.mappable}.values())
     tensors = sum(len(task.sources) + 1 for task in tasks)
     budget = fit(memory_bytes, workers, tensors, _cost(tasks, io), bool(staged))
@@ -180,40 +186,57 @@ def build_plan(
     )
 
 
+def _of_model(recipe: Recipe, number: int) -> str:
+    """One model's own parameters, its weight as the share that it has in a weighted mean."""
+    values = recipe.values
+    own = {name: values[name][number] for name, p in recipe.method.parameters.items() if p.per_model and values[name]}
+    if "weight" in own and values.get("normalize"):
+        own["weight"] /= sum(values["weight"]) or 1.0
+    return ", ".join(f"{name} {_shown(value)}" for name, value in own.items())
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else printable(str(value).lower())
+
+
 def _weight_notes(recipe: Recipe) -> list[str]:
-    if recipe.weights is None or recipe.method == "copy":
+    if recipe.method.name != "linear" or not recipe.values["normalize"]:
         return []
-    total = sum(recipe.weights)
-    if recipe.normalize and abs(total - 1) > 1e-9:
+    total = sum(recipe.values["weight"])
+    if recipe.weights is not None and abs(total - 1) > 1e-9:
         return [f"the weights sum to {total:.6g} and are divided by it (--no-normalize uses them as given)"]
     return []
 
 
-def _task(placed: Placed) -> MergeTask:
+def _task(placed: Placed, seed: int) -> MergeTask:
     m: Merged | None = placed.merged
     if m is None:
         if placed.source is None:
             raise ValueError(f"{placed.spec.name} has no source")
-        return MergeTask(placed.spec, "copy", (placed.source,), placed.file, placed.offset)
-    return MergeTask(placed.spec, m.method, m.sources, placed.file, placed.offset, m.parameters, m.compute)
+        return MergeTask(placed.spec, COPY, (placed.source,), placed.file, placed.offset)
+    return MergeTask(placed.spec, m.method, m.sources, placed.file, placed.offset, m.parameters, m.compute, m.based, seed)
 
 
-def _cost(tasks: list[MergeTask], io: str) -> ElementCost:
-    """Bytes per element in flight, for the widest of each kind; all zero where everything is copied verbatim."""
-    compute = widen = out = read = inputs = mapped = 0
+def _cost(tasks: list[MergeTask], io: str) -> Cost:
+    """What a chunk needs, of each kind the most that any task does; nothing where everything is copied verbatim."""
+    compute = buffers = out = read = inputs = mapped = tally = 0
+    row = 1
     for task in tasks:
         if task.verbatim:
             continue
-        dtypes = [s.spec.dtype.component for s in task.sources]
+        method, dtypes = task.method, [s.spec.dtype.component for s in task.sources]
         widest = max(d.element_bytes for d in dtypes)
         out = max(out, task.out.dtype.component.element_bytes)
         read = max(read, widest if io == "pread" else 0)
         mapped = max(mapped, widest if io == "mmap" else 0)
-        inputs = max(inputs, len(task.sources))
-        if task.method not in ("copy", "integers"):
-            compute = max(compute, 8 if task.compute == "float64" else 4)
-            if any(d not in (DType.BF16, DType.F32, DType.F64) for d in dtypes):
-                widen = 4
-        elif task.method == "integers":
-            compute = max(compute, 8)  # the largest of narrow unsigned integers is found in int64
-    return ElementCost(compute, widen, out, read, inputs, mapped)
+        if io == "mmap" or method.passes:
+            inputs = max(inputs, len(dtypes))
+        if method is COPY:
+            continue
+        wide = method.passes or task.compute == "float64" or method is INTEGERS
+        compute = max(compute, 8 if wide else 4)
+        narrow = any(d not in (DType.BF16, DType.F32, DType.F64) for d in dtypes)  # widened by way of float32
+        buffers = max(buffers, method.buffers + method.buffers_per_model * len(dtypes) + task.based + (wide and narrow))
+        tally = max(tally, method.histograms * len(dtypes) * HISTOGRAM_BYTES)
+        row = max(row, task.row)
+    return Cost(compute, buffers, out, read, inputs, mapped, row, tally)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from streammerge import memory
 from streammerge.checksums import join
-from streammerge.engine import Engine, MergeTask, Piece, PieceDone, pieces
+from streammerge.engine import Engine, MergeTask, Piece, PieceDone
 from streammerge.errors import FormatError, RecipeError, VerifyError, listed, printable
 from streammerge.events import Event, RunFinished, RunStarted, Staged, Syncing, TaskDone
 from streammerge.executors.local import ThreadExecutor
@@ -129,7 +129,7 @@ def _make(plan: Plan, staging: Staging, listener: Callable[[Event], None]) -> tu
     record, held = _Record(), memory.Gauge()
     executor = ThreadExecutor[Piece, PieceDone](plan.budget.workers)
     # Closed, not left to the garbage collector: after Ctrl-C no worker may outlive the files it writes.
-    with closing(executor.run(pieces(tasks), engine.run)) as results:
+    with closing(engine.run_all(tasks, executor)) as results:
         for done in results:
             record.add(done)
             listener(TaskDone(done.piece.task.out.name, done.read_bytes, done.written_bytes, held.now()))

@@ -16,6 +16,8 @@ from streammerge.cli import render
 from streammerge.cli.progress import Progress
 from streammerge.errors import RecipeError, StreammergeError, printable
 from streammerge.inputs import expand
+from streammerge.methods.registry import find_method
+from streammerge.methods.registry import methods as all_methods
 from streammerge.plan import Plan
 from streammerge.recipe import INTEGERS, IO, ON_MISSING
 from streammerge.run import Result
@@ -75,9 +77,14 @@ _running = _options(
 )
 _merging = _options(
     click.argument("inputs", nargs=-1, required=True, metavar="INPUT..."),
-    click.option("--weights", metavar="W,W,...", help="One number per input, divided by their sum.  [default: equal]"),
+    click.option(
+        "--weights", metavar="W,W,...", help="One number per input; linear divides them by their sum.  [default: equal]"
+    ),
     click.option("--no-normalize", is_flag=True, help="Use the weights as given."),
-    click.option("--method", default="linear", show_default=True, help="The merge method."),
+    click.option(
+        "--method", default="linear", show_default=True, help="One that `methods` lists, or package.module:function."
+    ),
+    click.option("--base", metavar="PATH", help="The models' common ancestor, for the methods that need one."),
     click.option(
         "-p",
         "parameters",
@@ -85,6 +92,7 @@ _merging = _options(
         metavar="NAME=VALUE,...",
         help="A method parameter; several values: one per input.",
     ),
+    click.option("--seed", type=int, default=0, show_default=True, help="For the methods that draw random numbers."),
     click.option("--dtype", help="Dtype of the output's floating-point tensors.  [default: the first input's]"),
     click.option("--out-dtype", help="The same; wins over --dtype."),
     click.option("--compute-dtype", help="float32 or float64.  [default: the method's]"),
@@ -208,20 +216,37 @@ def inspect(paths: tuple[str, ...], tensors: bool, form: str, debug: bool, **wis
         click.echo("\n\n".join(render.index_text(index, tensors) for index in indexes))
 
 
+@cli.command()
+@click.argument("name", required=False)
+@click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to report.")
+@_debug
+def methods(name: str | None, form: str, debug: bool) -> None:
+    """List the merge methods, or show one: parameters, formula, paper."""
+    chosen = list(all_methods().values()) if name is None else [find_method(name)]
+    if form == "json":
+        shown = [render.method_json(method) for method in chosen]
+        click.echo(json.dumps(shown if name is None else shown[0], indent=2))
+    else:
+        click.echo(render.methods_table(chosen) if name is None else render.method_page(chosen[0]))
+
+
 def _merge_options(wishes: dict[str, Any]) -> dict[str, Any]:
     options = {key: value for key, value in wishes.items() if key not in ("weights", "no_normalize", "parameters")}
     options["weights"] = None if wishes["weights"] is None else _numbers("--weights", wishes["weights"])
-    options["normalize"] = not wishes["no_normalize"]
+    if wishes["no_normalize"]:
+        options["normalize"] = False
     for parameter in wishes["parameters"]:
         name, equals, value = parameter.partition("=")
         if not equals:
             raise RecipeError(f"-p {printable(parameter)}: write it as NAME=VALUE")
         if name == "weight":
             options["weights"] = _numbers("-p weight", value)
-        elif name == "normalize":
-            options["normalize"] = _boolean(name, value)
+        elif name in options and name != "normalize":
+            raise RecipeError(
+                f"-p {printable(name)}: that is the option --{name.replace('_', '-')}, not a method parameter"
+            )
         else:
-            raise RecipeError(f"-p {printable(name)}: {wishes['method']} has the parameters weight and normalize only")
+            options[name] = value.split(",") if "," in value else value
     return options
 
 
@@ -230,12 +255,6 @@ def _numbers(option: str, text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise RecipeError(f"{option} takes numbers joined by commas, like 0.6,0.4, not {printable(text)}") from error
-
-
-def _boolean(option: str, text: str) -> bool:
-    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
-        raise RecipeError(f"-p {option} takes true or false, not {printable(text)}")
-    return text.lower() in ("true", "1", "yes")
 
 
 def _show_plan(plan: Plan, form: str) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from typing import Any
 
 from streammerge.checkpoint import CheckpointIndex
 from streammerge.errors import listed, printable
+from streammerge.methods.contracts import MergeMethod, Parameter
 from streammerge.run import Result
 from streammerge.statedict import unread_tensors
 from streammerge.storage import file_size
@@ -167,3 +169,81 @@ def _compact(value: Any) -> str:
 def _short(text: str) -> str:
     shown = printable(text, 100_000)
     return shown if len(shown) <= _WIDTH else shown[: _WIDTH - 3] + "..."
+
+
+def methods_table(methods: list[MergeMethod]) -> str:
+    """What ``methods`` prints: a line for each."""
+    rows = [(m.name, _models(m), _base(m), m.summary) for m in methods]
+    head = ("method", "models", "base", "")
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(3)]
+    lines = [
+        "  ".join([*(f"{cell:<{w}}" for cell, w in zip(row[:3], widths, strict=True)), row[3]]) for row in (head, *rows)
+    ]
+    lines += [
+        "",
+        "`streammerge methods NAME` shows parameters, formula and paper; --method package.module:function runs your own.",
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def method_page(method: MergeMethod) -> str:
+    """What ``methods NAME`` prints."""
+    head = f"{method.name}: {_models(method)} models, {_BASE_WORDS[method.base]}"
+    width = max((len(p.name) for p in method.parameters.values()), default=0)
+    rows = [f"  {p.name:<{width}}  {_parameter(p)}" for p in method.parameters.values()]
+    shown = ["parameters (-p NAME=VALUE):", *rows] if rows else ["no parameters"]
+    return "\n".join([head, "", *shown, "", _plain(method.doc)])
+
+
+_BASE_WORDS = {
+    "required": "--base required",
+    "optional": "--base optional",
+    "model": "a --base is one model more",
+    "unused": "no --base",
+}
+
+
+def _base(method: MergeMethod) -> str:
+    return {"model": "a model", "unused": "-"}.get(method.base, method.base)
+
+
+def _models(method: MergeMethod) -> str:
+    least, most = method.models
+    return f"{least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}"
+
+
+def _parameter(parameter: Parameter) -> str:
+    kind = "one number per input, or one for all" if parameter.per_model else _KINDS[parameter.kind]
+    if parameter.required:
+        return f"{kind}; required"
+    default = parameter.default[0] if isinstance(parameter.default, tuple) else parameter.default
+    return f"{kind}; default {str(default).lower()}"
+
+
+_KINDS = {"float": "number", "int": "whole number", "bool": "true or false", "any": "any"}
+
+
+def _plain(doc: str) -> str:
+    """A docstring without the markup that only documentation tools read."""
+    lines = [line.replace(".. math::", "        ") for line in doc.splitlines()]
+    return re.sub(r":math:`([^`]*)`", r"\1", "\n".join(lines)).replace("``", "'").replace("*", "")
+
+
+def method_json(method: MergeMethod) -> dict[str, Any]:
+    return {
+        "name": method.name,
+        "summary": method.summary,
+        "models": list(method.models),
+        "base": method.base,
+        "granularity": method.granularity,
+        "parameters": {
+            p.name: {
+                "kind": p.kind,
+                "per_model": p.per_model,
+                "required": p.required,
+                **({} if p.required else {"default": p.default[0] if isinstance(p.default, tuple) else p.default}),
+            }
+            for p in method.parameters.values()
+        },
+        "doc": method.doc,
+    }

@@ -24,9 +24,10 @@ class ThreadExecutor(Generic[Task, Done]):
     def __init__(self, workers: int) -> None:
         self.workers = workers
 
-    def run(self, tasks: Iterable[Task], run_one: Callable[[Task], Done]) -> Generator[Done, None, None]:
+    def run(self, tasks: Iterable[Task], run_one: Callable[[Task], Done], backlog: int = 64) -> Generator[Done, None, None]:
+        """At most ``backlog`` results wait to be taken."""
         source, lock, stop = iter(tasks), threading.Lock(), threading.Event()
-        results: queue.Queue[tuple[Done | None, BaseException | None]] = queue.Queue(maxsize=64)
+        results: queue.Queue[tuple[Done | None, BaseException | None]] = queue.Queue(maxsize=backlog)
 
         def report(done: Done | None, error: BaseException | None) -> None:
             while not stop.is_set():

@@ -1,48 +1,205 @@
-"""What each method asks for, without importing torch: plans are made from this."""
+"""What a merge method asks for, checked before any of them runs.
+
+The signature is the schema: a method's parameters, their kinds and defaults are its keyword-only arguments, its page is
+its docstring. Importing a method does not import torch, so that plans are made without it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
 
-from streammerge.errors import RecipeError
+from streammerge.errors import RecipeError, printable
+from streammerge.group import Kernel, TensorGroup
+
+PerModel = Sequence[float]
+"""The kind of a parameter that has one number for each model."""
+Values = dict[str, Any]
+Function = TypeVar("Function", bound=Callable[..., Kernel])
 
 
 @dataclass(frozen=True, slots=True)
-class MergeMethod:
-    """A method's contract. ``function`` is where its code is, as ``module:name`` below ``streammerge.methods``.
+class Parameter:
+    """One parameter. ``kind`` is float, int, bool or any; ``per_model`` says that each model has its own."""
 
-    ``compute`` is the dtype it computes in unless the recipe says otherwise; float64 inputs always raise it to float64.
+    name: str
+    kind: str
+    per_model: bool
+    default: Any
+
+    @property
+    def required(self) -> bool:
+        return self.default is inspect.Parameter.empty
+
+    def parse(self, value: Any, models: int) -> Any:
+        """The value as the method takes it; RecipeError for one that it cannot be."""
+        if not self.per_model:
+            return self._one(value)
+        if isinstance(value, str) or not isinstance(value, Iterable):
+            return [self._one(value)] * models
+        values = [self._one(v) for v in value]
+        if len(values) == 1:
+            return values * models
+        if len(values) != models:
+            raise RecipeError(
+                f"{len(values)} {self._plural} for {models} models; give one for each, or a single one for all"
+            )
+        return values
+
+    @property
+    def _plural(self) -> str:
+        return f"values of {self.name}"
+
+    def _one(self, value: Any) -> Any:
+        if self.kind == "any" or (value is None and self.default is None):
+            return value
+        if self.kind == "bool":
+            return _boolean(self.name, value)
+        try:
+            number = float(value)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"{self.name} takes a number, not {printable(value)}") from error
+        if not math.isfinite(number):
+            raise RecipeError(f"{self.name} takes a finite number, not {printable(value)}")
+        if self.kind == "int":
+            if number != int(number):
+                raise RecipeError(f"{self.name} takes a whole number, not {printable(value)}")
+            return int(number)
+        return number
+
+
+@dataclass(frozen=True)
+class MergeMethod:
+    """A method and its contract.
+
+    ``models``: the least and most it takes, base not counted. ``base``: "required", "optional", "model" when a base
+    is one model more, or "unused". ``row(shape, values)``: how many elements belong together. ``passes``: whether it
+    looks at the group before it makes its kernel. ``buffers``: chunk-long rows of numbers that it holds at once,
+    torch's temporaries included, and ``buffers_per_model`` more for each model; ``histograms``: ranks that it looks
+    for at once, per model. ``compute``: the dtype it computes in unless the recipe says otherwise. ``check(values)``
+    raises RecipeError.
     """
 
     name: str
-    function: str
-    summary: str
-    per_model: tuple[str, ...] = ()
-    least_models: int = 1
+    function: Callable[..., Kernel]
+    models: tuple[int, int | None] = (1, None)
+    base: str = "optional"
+    row: Callable[[tuple[int, ...], Values], int] | None = None
+    passes: bool = True
+    buffers: int = 8
+    buffers_per_model: int = 0
+    histograms: int = 0
     compute: str = "float32"
+    check: Callable[[Values], None] | None = None
+    listed: bool = field(default=True, repr=False)
+
+    @cached_property
+    def parameters(self) -> dict[str, Parameter]:
+        """By their names in recipes: ``lambda`` is ``lambda_`` in Python."""
+        return {parameter.name: parameter for parameter in _parameters(self.function)}
+
+    @property
+    def doc(self) -> str:
+        return inspect.getdoc(self.function) or ""
+
+    @property
+    def summary(self) -> str:
+        return self.doc.partition("\n")[0].rstrip(".")
+
+    @property
+    def granularity(self) -> str:
+        return "row" if self.row else "element"
+
+    def rows(self, shape: tuple[int, ...], values: Values) -> int:
+        return max(self.row(shape, values), 1) if self.row else 1
+
+    def resolve(self, given: Mapping[str, Any], models: int) -> Values:
+        """All parameters for so many models, defaults filled in. Raises RecipeError."""
+        self._check_models(models)
+        for name in given:
+            if name.rstrip("_") not in self.parameters:
+                raise RecipeError(f"{self.name} has no parameter {printable(name)}; {self._hint(name)}")
+        wished = {name.rstrip("_"): value for name, value in given.items()}
+        values = {}
+        for name, parameter in self.parameters.items():
+            if name not in wished and parameter.required:
+                raise RecipeError(f"{self.name} needs the parameter {name}; give it with -p {name}=VALUE")
+            values[name] = parameter.parse(wished.get(name, parameter.default), models)
+        if self.check:
+            self.check(values)
+        return values
+
+    def _check_models(self, models: int) -> None:
+        least, most = self.models
+        if models < least or (most is not None and models > most):
+            count = f"exactly {least}" if most == least else f"at least {least}" if most is None else f"{least} to {most}"
+            beside = " beside the base" if self.base == "required" else ""
+            raise RecipeError(
+                f"{self.name} merges {count} {'model' if count == 'exactly 1' else 'models'}{beside}, not {models}"
+            )
+
+    def _hint(self, name: str) -> str:
+        near = difflib.get_close_matches(name, self.parameters, n=1)
+        if near:
+            return f"did you mean {near[0]}?"
+        return f"it has {', '.join(self.parameters)}" if self.parameters else "it has none"
+
+    def bind(self, group: TensorGroup, values: Values) -> Kernel:
+        """The kernel for a group of tensors; this is where the passes run."""
+        return self.function(group, **{_IN_PYTHON.get(name, name): value for name, value in values.items()})
 
 
-METHODS = {
-    method.name: method
-    for method in (
-        MergeMethod(
-            "linear",
-            "linear:linear",
-            "weighted mean of the models",
-            per_model=("weight",),
-            # A running sum costs no more in float64, and is then the exact mean rounded once.
-            compute="float64",
-        ),
-    )
-}
+def merge_method(name: str, **contract: Any) -> Callable[[Function], Function]:
+    """Makes a function a merge method: from a :class:`TensorGroup` and keyword-only parameters to a kernel.
+
+    The keywords are the fields of :class:`MergeMethod`; without them a method takes any number of models and maybe a
+    base.
+
+    >>> @merge_method("midrange", models=(2, None), passes=False)
+    ... def midrange(group, *, pull: float = 0.5):
+    ...     def kernel(chunk):
+    ...         low, high = chunk.models[0], chunk.models[0]
+    ...         for values in chunk.models[1:]:
+    ...             low, high = low.minimum(values), high.maximum(values)
+    ...         return low + pull * (high - low)
+    ...     return kernel
+    """
+
+    def mark(function: Function) -> Function:
+        function.contract = MergeMethod(name, function, **contract)  # type: ignore[attr-defined]
+        return function
+
+    return mark
 
 
-def find_method(name: str) -> MergeMethod:
-    """The method of that name; RecipeError with the nearest one otherwise."""
-    if name in METHODS:
-        return METHODS[name]
-    import difflib
+_IN_PYTHON = {"lambda": "lambda_"}
 
-    near = difflib.get_close_matches(name, METHODS, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(sorted(METHODS))}"
-    raise RecipeError(f"unknown merge method {name!r}; {hint}")
+
+def _parameters(function: Callable[..., Kernel]) -> list[Parameter]:
+    made = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            continue
+        text = parameter.annotation if isinstance(parameter.annotation, str) else str(parameter.annotation)
+        kind = next((kind for kind in ("bool", "int", "float") if kind in text), "any")
+        per_model = any(word in text for word in ("PerModel", "Sequence", "list", "tuple"))
+        made.append(Parameter(parameter.name.rstrip("_"), "float" if per_model else kind, per_model, parameter.default))
+    return made
+
+
+def _boolean(name: str, value: Any) -> bool:
+    known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if str(value).lower() not in known:
+        raise RecipeError(f"{name} takes true or false, not {printable(value)}")
+    return known[str(value).lower()]
+
+
+def sums_to_something(numbers: Sequence[float]) -> bool:
+    """Whether numbers can be divided by their sum: it is finite, and not just the rounding error of its terms."""
+    total = sum(numbers)
+    return math.isfinite(total) and abs(total) > 1e-12 * max(map(abs, numbers), default=0.0)

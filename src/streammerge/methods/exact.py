@@ -1,19 +1,41 @@
-"""What is not averaged: copies, and tensors of integers, booleans and packed values."""
+"""What is not averaged: a model taken as it is, and tensors of integers, booleans and packed values."""
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
 from streammerge.errors import MismatchError, printable
 from streammerge.group import Chunk, Kernel, TensorGroup
+from streammerge.methods.contracts import PerModel, merge_method
+
+if TYPE_CHECKING:
+    import torch
 
 
+@merge_method("copy", models=(1, 1), base="unused", passes=False, buffers=0)
 def copy(group: TensorGroup) -> Kernel:
-    """The only model's numbers; recast on the way out where the output has another dtype."""
+    """The only model's numbers, as they are.
+
+    Any shape and dtype, integers and packed values too; recast on the way out where the output has another dtype, else
+    copied byte by byte without any arithmetic.
+    """
     return lambda chunk: chunk.raw(0)
 
 
-def integers(group: TensorGroup, *, policy: str) -> Kernel:
+@merge_method("passthrough", models=(1, 1), base="unused", passes=False, buffers=1, compute="float64")
+def passthrough(group: TensorGroup, *, scale: PerModel | None = None) -> Kernel:
+    r"""The only model's numbers, times ``scale`` where one is given.
+
+    .. math:: y = s\, x
+
+    mergekit's ``passthrough``, by which models are stacked from slices of others. Any shape.
+    """
+    factor = scale[0] if scale else None
+    return lambda chunk: chunk.load(0) if factor is None else chunk.load(0).mul_(factor)
+
+
+@merge_method("integers", base="unused", passes=False, buffers=4, listed=False)
+def integers(group: TensorGroup, *, policy: str = "error") -> Kernel:
     """Tensors that must not be averaged: equal everywhere, or settled by ``policy``.
 
     "error" raises MismatchError where models differ; "first" and "last" take that model's; "max" the elementwise
@@ -29,25 +51,25 @@ def integers(group: TensorGroup, *, policy: str) -> Kernel:
                 kept = _larger(kept, chunk.raw(model))
         elif policy == "error":
             for model in range(1, group.models):
-                if not torch.equal(_octets(kept), _octets(chunk.raw(model))):
+                if not _same(kept, chunk.raw(model)):
                     raise MismatchError(
-                        f"{printable(group.name)} holds {_name(kept.dtype)} values that differ between the inputs "
-                        "and must not be averaged; choose with --integers first, last or max"
+                        f"{printable(group.name)} holds {str(kept.dtype).removeprefix('torch.')} values that differ "
+                        "between the inputs and must not be averaged; choose with --integers first, last or max"
                     )
         return kept
 
     return kernel
 
 
-def _octets(values: torch.Tensor) -> torch.Tensor:
-    return values.contiguous().view(torch.uint8)
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    import torch
 
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return torch.equal(a.view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 def _larger(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    import torch
+
     if a.dtype == torch.uint64:  # torch compares no uint64; flipping the top bit makes the signed order the same
         flip = torch.iinfo(torch.int64).min
         return torch.maximum(a.view(torch.int64) ^ flip, b.view(torch.int64) ^ flip).bitwise_xor_(flip).view(torch.uint64)

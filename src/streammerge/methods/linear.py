@@ -3,32 +3,101 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-
+from streammerge.errors import RecipeError
 from streammerge.group import Chunk, Kernel, TensorGroup
+from streammerge.methods.contracts import PerModel, Values, merge_method, sums_to_something
+
+if TYPE_CHECKING:
+    import torch
 
 
-def linear(group: TensorGroup, *, weight: Sequence[float], normalize: bool = True) -> Kernel:
-    r"""Weighted mean of the models, in their order.
-
-    .. math:: y = \sum_i w_i x_i \; / \; \sum_i w_i \qquad (\text{without the division if not } normalize)
-
-    Wortsman et al., *Model soups*, 2022 (arXiv:2203.05482); Izmailov et al., *Averaging weights*, 2018
-    (arXiv:1803.05407). Any shape; ``weight`` has one number per model, negative ones too; their sum must not be zero
-    when normalised. Summed in the compute dtype, float64 unless asked otherwise, and rounded once.
-    """
-    scale = sum(weight) if normalize else 1.0
+def combination(weights: Sequence[float], of_base: float = 0.0, divisor: float = 1.0) -> Kernel:
+    r"""The kernel of :math:`(w_0 b + \sum_i w_i x_i) / d`, summed in the order of the models."""
 
     def kernel(chunk: Chunk) -> torch.Tensor:
-        total = _scaled(chunk.load(0, "total"), weight[0])
-        for model, w in enumerate(weight[1:], start=1):
+        total = _scaled(chunk.load(0, "total"), weights[0])
+        for model, w in enumerate(weights[1:], start=1):
             # Not add_(alpha=w): torch fuses that on some machines only, and fused sums have other last bits.
             total.add_(_scaled(chunk.load(model), w))
-        return total if scale == 1 else total.div_(scale)
+        if of_base:
+            total.add_(_scaled(chunk.base, of_base))
+        return total if divisor == 1 else total.div_(divisor)
 
     return kernel
 
 
 def _scaled(values: torch.Tensor, factor: float) -> torch.Tensor:
     return values if factor == 1 else values.mul_(factor)
+
+
+def check_normal(values: Values) -> None:
+    """RecipeError for weights that are to be divided by their sum, which is zero."""
+    if values["normalize"] and not sums_to_something(values["weight"]):
+        raise RecipeError("the weights sum to zero, so they cannot be normalised; pass --no-normalize to use them as given")
+
+
+# A running sum costs no more in float64, and is then the exact mean rounded once.
+@merge_method("linear", base="unused", passes=False, buffers=2, compute="float64", check=check_normal)
+def linear(group: TensorGroup, *, weight: PerModel = (1.0,), normalize: bool = True) -> Kernel:
+    r"""Weighted mean of the models.
+
+    .. math:: y = \sum_i w_i x_i \; / \; \sum_i w_i \qquad (\text{without the division if not } normalize)
+
+    Wortsman et al., *Model soups*, 2022 (arXiv:2203.05482); Izmailov et al., *Averaging weights leads to wider optima*,
+    2018 (arXiv:1803.05407).
+
+    Any shape, one model or more. ``weight``: one number per model, negative ones too.
+
+    Edge cases: weights that sum to zero are an error when normalised. Deviations from mergekit: the sum is in float64
+    and rounded once, where mergekit's is in float32; a zero sum is an error instead of infinity.
+    """
+    return combination(weight, divisor=sum(weight) if normalize else 1.0)
+
+
+@merge_method("n_average", base="unused", passes=False, buffers=2, compute="float64")
+def n_average(group: TensorGroup) -> Kernel:
+    r"""Plain mean of the models: linear with equal weights.
+
+    .. math:: y = \tfrac{1}{N} \sum_i x_i
+
+    Polyak and Juditsky, *Acceleration of stochastic approximation by averaging*, 1992. As sd-mecha's ``n_average``,
+    which keeps a running mean instead of a sum.
+
+    Any shape, one model or more.
+    """
+    return combination([1.0] * group.models, divisor=group.models)
+
+
+@merge_method("weighted_sum", models=(2, 2), base="unused", passes=False, buffers=2, compute="float64")
+def weighted_sum(group: TensorGroup, *, alpha: float = 0.5) -> Kernel:
+    r"""Straight line between two models.
+
+    .. math:: y = (1 - \alpha)\, x_0 + \alpha\, x_1
+
+    The "weighted sum" of the image-model mergers; as sd-mecha's ``weighted_sum``. Any shape. ``alpha`` may leave [0,
+    1], which extrapolates; 0 and 1 give that model's numbers.
+    """
+    return combination([1 - alpha, alpha])
+
+
+def _check_decay(values: Values) -> None:
+    if not 0 <= values["decay"] < 1:
+        raise RecipeError(f"ema takes a decay from 0 to below 1, not {values['decay']:g}")
+
+
+@merge_method("ema", base="unused", passes=False, buffers=2, compute="float64", check=_check_decay)
+def ema(group: TensorGroup, *, decay: float = 0.9) -> Kernel:
+    r"""Exponential moving average over the models in their order, the oldest first.
+
+    .. math:: m_0 = x_0, \quad m_i = d\, m_{i-1} + (1 - d)\, x_i, \quad y = m_{N-1}
+
+    which is the weighted sum with :math:`w_0 = d^{N-1}` and :math:`w_i = (1 - d)\, d^{N-1-i}`. Polyak averaging as
+    trainers do it, over saved checkpoints instead of steps; Morales-Brotons et al., *Exponential moving average of
+    weights in deep learning*, 2024 (arXiv:2411.18704).
+
+    Any shape, one model or more. ``decay`` in [0, 1); 0 gives the last model. The weights sum to 1.
+    """
+    last = group.models - 1
+    return combination([decay**last] + [(1 - decay) * decay ** (last - i) for i in range(1, group.models)])

@@ -1,0 +1,57 @@
+"""Arcee Fusion: takes from the other model only the changes that stand out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from streammerge.group import Chunk, Kernel, TensorGroup
+from streammerge.methods.contracts import merge_method
+
+if TYPE_CHECKING:
+    import torch
+
+
+@merge_method(
+    "arcee_fusion",
+    models=(1, 1),
+    base="required",
+    row=lambda shape, values: shape[-1] if shape else 1,
+    buffers=12,
+    histograms=3,
+)
+def arcee_fusion(group: TensorGroup) -> Kernel:
+    r"""Adds to the base the changes of which the importance is far above the median.
+
+    .. math:: y = b + (x - b) \odot \big[\,s \ge \operatorname{median}(s) + 1.5\,(Q_3 - Q_1)\,\big], \qquad
+              s = |x - b|\; \mathrm{KL}\big(\operatorname{softmax}(x) \,\|\, \operatorname{softmax}(b)\big)
+
+    with softmax (plus 1e-8) and KL along the last dimension, quartiles over the whole tensor, the element at
+    :math:`\lfloor q\,(n - 1) \rfloor` of the sorted ones. Arcee AI, *mergekit v0.1 release*, 2025. One model and the
+    base; one row is held at a time.
+
+    Edge cases: identical models give the base; a 0-d tensor is a row of one, whose divergence is 0, so that all its
+    importances equal the threshold and the model's number is taken. Deviation from mergekit: quartiles of tensors above
+    a million elements are exact, instead of those of a random sample.
+    """
+    n = group.elems
+    ranks = [n - int(q * (n - 1)) for q in (0.25, 0.5, 0.75)]
+    first, middle, third = (
+        cut.threshold for cut in group.kth_largest(lambda chunk: [_importance(chunk, group)], [ranks])[0]
+    )
+    threshold = middle + 1.5 * (third - first)
+
+    def kernel(chunk: Chunk) -> torch.Tensor:
+        import torch
+
+        importance = _importance(chunk, group)
+        keep = torch.ge(importance, threshold, out=importance)
+        return chunk.delta(0).mul_(keep).add_(chunk.base)
+
+    return kernel
+
+
+def _importance(chunk: Chunk, group: TensorGroup) -> torch.Tensor:
+    x, b = (values.view(-1, group.row) for values in (chunk.load(0, "x"), chunk.base))
+    p, q = (values.softmax(-1).add_(1e-8) for values in (x, b))
+    divergence = (p / q).log_().mul_(p).sum(-1, keepdim=True)
+    return x.sub_(b).abs_().mul_(divergence).view(-1)

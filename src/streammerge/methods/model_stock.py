@@ -1,0 +1,62 @@
+"""Model Stock: how far to go from the base to the models' mean, from the angles between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+from streammerge.group import Chunk, Kernel, TensorGroup
+from streammerge.methods.contracts import Values, merge_method
+from streammerge.methods.linear import combination
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _row(shape: tuple[int, ...], values: Values) -> int:
+    return shape[-1] if values["filter_wise"] and shape else 1
+
+
+@merge_method("model_stock", models=(2, None), base="required", row=_row, buffers=8, buffers_per_model=1, compute="float64")
+def model_stock(group: TensorGroup, *, filter_wise: bool = False) -> Kernel:
+    r"""Between the base and the mean of the models, at the point that the angles between the models suggest.
+
+    .. math:: y = t\, \bar x + (1 - t)\, b, \qquad t = \frac{N c}{1 + (N - 1)\, c}
+
+    with c the mean over all pairs of :math:`\cos\theta_{ij} = \langle \delta_i, \delta_j \rangle / \max(\|\delta_i\|
+    \|\delta_j\|, 10^{-6})`, clamped to [-1, 1], and :math:`\delta_i = x_i - b`. Jang et al., *Model Stock: all we
+    need is just a few fine-tuned models*, 2024 (arXiv:2403.19522).
+
+    At least two models beside the base. Each tensor is one vector, or, with ``filter_wise``, each row along the last
+    dimension, a 1-d tensor being one row.
+
+    Edge cases: t may leave [0, 1]; where the denominator is smaller than 1e-6, which opposite models can do, the base
+    comes out; models equal to the base have cosine 0 and give it back.
+    """
+    n = group.models
+    if not filter_wise:
+        t = float(_ratio(group.gram(deltas=True).unbind(), n))
+        return combination([t / n] * n, of_base=1 - t)
+
+    def kernel(chunk: Chunk) -> torch.Tensor:
+        deltas = [chunk.delta(i, f"delta {i}").view(-1, group.row) for i in range(n)]
+        t = _ratio([[(x * y).sum(-1) for y in deltas[: i + 1]] for i, x in enumerate(deltas)], n)
+        mixed = chunk.zeros("mixed").view(-1, group.row)
+        for delta in deltas:
+            mixed.add_(delta)
+        return mixed.mul_(t.div_(n).unsqueeze(-1)).view(-1).add_(chunk.base)
+
+    return kernel
+
+
+def _ratio(gram: Sequence[Sequence[torch.Tensor] | torch.Tensor], n: int) -> torch.Tensor:
+    """t, from the inner products ``gram[i][j]`` of the deltas, j up to i; for each row where these are of rows."""
+    import torch
+
+    norms = [gram[i][i].sqrt() for i in range(n)]
+    cosines = [(gram[j][i] / (norms[i] * norms[j]).clamp(min=1e-6)).clamp(-1, 1) for i, j in combinations(range(n), 2)]
+    c = torch.stack(cosines).mean(0)
+    denominator = 1 + (n - 1) * c
+    singular = denominator.abs() < 1e-6
+    return (n * c / denominator.masked_fill(singular, 1)).masked_fill(singular, 0)

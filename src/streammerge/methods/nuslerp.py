@@ -1,0 +1,78 @@
+"""Spherical interpolation by weights, of whole tensors, rows or columns, and of what two models differ from a base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from streammerge.group import Chunk, Kernel, TensorGroup
+from streammerge.methods.contracts import PerModel, Values, merge_method
+from streammerge.methods.linear import combination
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _row(shape: tuple[int, ...], values: Values) -> int:
+    if values["nuslerp_flatten"] or not shape:
+        return 1
+    # Vectors along the first dimension are columns: a row of the tensor is one element of each.
+    return math.prod(shape[1:]) if values["nuslerp_row_wise"] and len(shape) > 1 else shape[-1]
+
+
+@merge_method("nuslerp", models=(2, 2), base="optional", row=_row, buffers=8, compute="float64")
+def nuslerp(
+    group: TensorGroup, *, weight: PerModel = (1.0,), nuslerp_row_wise: bool = False, nuslerp_flatten: bool = True
+) -> Kernel:
+    r"""Spherical interpolation with :math:`t = w_1 / (w_0 + w_1)`, of the tensor as one vector or of its rows.
+
+    .. math:: y = \frac{\sin((1-t)\,\theta)}{\sin\theta}\, v_0 + \frac{\sin(t\,\theta)}{\sin\theta}\, v_1 \; (+\, b),
+              \qquad v_m = x_m \;(-\, b)
+
+    mergekit's NuSLERP; Shoemake, *Animating rotation with quaternion curves*, 1985. With a base, what the models differ
+    from it is interpolated. ``nuslerp_flatten`` (the default): each tensor is one vector; else its vectors lie along
+    the last dimension, or along the first with ``nuslerp_row_wise``.
+
+    Edge cases: t is 0.5 where the weights sum to less than 1e-6; a line instead of an arc where
+    :math:`1 - \cos^2\theta \le 10^{-16}`; norms below 1e-7 count as 1e-7.
+    """
+    total = sum(weight)
+    t = 0.5 if abs(total) < 1e-6 else weight[1] / total
+    if nuslerp_flatten or len(group.shape) == 0:
+        p, q = (float(c) for c in _coefficients(group.gram(deltas=group.based)[[0, 0, 1], [0, 1, 1]], t))
+        return combination([p, q], of_base=1 - p - q if group.based else 0.0)
+    along_first = nuslerp_row_wise and len(group.shape) > 1
+
+    def vectors(chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
+        load = chunk.delta if group.based else chunk.load
+        return load(0, "v0").view(-1, group.row), load(1, "v1").view(-1, group.row)
+
+    def products(chunk: Chunk) -> Iterator[torch.Tensor]:
+        import torch
+
+        v0, v1 = vectors(chunk)
+        for x, y in ((v0, v0), (v0, v1), (v1, v1)):
+            yield torch.mul(x, y, out=chunk.empty("product").view_as(x))
+
+    columns = _coefficients(group.reduce(products), t) if along_first else None
+
+    def kernel(chunk: Chunk) -> torch.Tensor:
+        v0, v1 = vectors(chunk)
+        p, q = columns or _coefficients([part.sum(1, keepdim=True) for part in products(chunk)], t)
+        mixed = v0.mul_(p).add_(v1.mul_(q)).view(-1)
+        return mixed.add_(chunk.base) if group.based else mixed
+
+    return kernel
+
+
+def _coefficients(products: list[torch.Tensor] | torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the two vectors, from the inner products (00, 01, 11) of each pair."""
+    import torch
+
+    n0, n1 = (products[i].sqrt().clamp(min=1e-7) for i in (0, 2))
+    cos = (products[1] / (n0 * n1)).clamp(-1, 1)
+    line = 1 - cos.square() <= 1e-16
+    theta = torch.acos(cos)
+    p, q = (torch.sin(part * theta) / torch.sin(theta) for part in (1 - t, t))
+    return p.masked_fill(line, 1 - t), q.masked_fill(line, t)

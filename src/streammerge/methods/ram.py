@@ -1,0 +1,90 @@
+"""Reinforced Agent Merging: what only one model changed is kept whole, what several changed is averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from streammerge.group import Chunk, Kernel, TensorGroup
+from streammerge.methods.contracts import merge_method
+
+if TYPE_CHECKING:
+    import torch
+
+
+@merge_method("ram", models=(0, None), base="required", passes=False, buffers=6)
+def ram(group: TensorGroup, *, epsilon: float = 1e-5) -> Kernel:
+    r"""Adds each change to the base: whole where one model made it, their mean where several did.
+
+    .. math:: y = b + \frac{\sum_m a_m \delta_m}{\max(\sum_m a_m, 1)}, \qquad a_m = [\,|\delta_m| > \epsilon\,]
+
+    *Reinforced agent merging*, 2026 (arXiv:2601.13572). Any shape, any number of models. Edge cases: where no model
+    moved by more than ``epsilon``, and without models, the base comes out.
+    """
+    return _merge(group, epsilon, [1.0] * group.models)
+
+
+@merge_method("ramplus_tl", models=(0, None), base="required", buffers=6)
+def ramplus_tl(group: TensorGroup, *, r: float = 0.1, alpha: float = 0.2, epsilon: float = 1e-5) -> Kernel:
+    r"""RAM, with each model's unique changes enlarged the more of its changes are shared.
+
+    .. math:: y = b + \sum_m a_m \delta_m \cdot \begin{cases} \lambda_m & \sum_k a_k = 1 \\ 1 / \sum_k a_k & \text{else}
+              \end{cases}, \qquad \lambda_m = 1 + r\, \operatorname{clip}(\rho_m, 0, \alpha)
+
+    with :math:`a_m` as in ``ram`` and :math:`\rho_m` the number of the model's shared changes over that of its unique
+    ones (over ``epsilon`` where it has none), counted in each tensor: "tensor-local". *Reinforced agent merging*,
+    2026 (arXiv:2601.13572). Any shape, any number of models. Deviation from mergekit: bfloat16 inputs do not give a
+    float32 output.
+    """
+
+    def counts(chunk: Chunk) -> Iterator[torch.Tensor]:
+        import torch
+
+        count = _count(chunk, group, epsilon)
+        one = torch.eq(count, 1, out=chunk.empty("one"))
+        for model in range(group.models):
+            active = _active(chunk.delta(model), epsilon, chunk.empty("active"))
+            yield active
+            yield active.mul_(one)
+
+    totals = list(map(float, group.reduce(counts))) if group.models else []
+    factors = []
+    for active, unique in zip(totals[::2], totals[1::2], strict=True):
+        rho = (active - unique) / max(unique, epsilon)
+        factors.append(1 + r * min(max(rho, 0.0), alpha))
+    return _merge(group, epsilon, factors)
+
+
+def _merge(group: TensorGroup, epsilon: float, factors: Sequence[float]) -> Kernel:
+    """The kernel; ``factors`` multiply each model's unique changes."""
+
+    def kernel(chunk: Chunk) -> torch.Tensor:
+        import torch
+
+        count, share = _count(chunk, group, epsilon), chunk.empty("share")
+        one, mixed = torch.eq(count, 1, out=chunk.empty("one")), chunk.zeros("mixed")
+        inverse = count.clamp_(min=1).reciprocal_()
+        for model, factor in enumerate(factors):
+            delta = chunk.delta(model)
+            delta.mul_(_active(delta, epsilon, chunk.empty("active")))
+            if factor != 1:  # the inverse of 1 where the change is unique, and there times the factor
+                delta.mul_(torch.mul(one, factor - 1, out=share).add_(1))
+            mixed.add_(delta.mul_(inverse))
+        return mixed.add_(chunk.base)
+
+    return kernel
+
+
+def _count(chunk: Chunk, group: TensorGroup, epsilon: float) -> torch.Tensor:
+    """How many models changed each element."""
+    count = chunk.zeros("count")
+    for model in range(group.models):
+        count.add_(_active(chunk.delta(model), epsilon, chunk.empty("active")))
+    return count
+
+
+def _active(delta: torch.Tensor, epsilon: float, out: torch.Tensor) -> torch.Tensor:
+    """1 where a change is larger than epsilon, 0 elsewhere."""
+    import torch
+
+    return torch.gt(torch.abs(delta, out=out), epsilon, out=out)

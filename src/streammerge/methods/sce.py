@@ -1,0 +1,111 @@
+"""SCE: select the elements that vary, calculate a weight for each model, erase the minority's signs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from streammerge.errors import RecipeError
+from streammerge.group import Chunk, Kernel, TensorGroup
+from streammerge.methods.contracts import Values, merge_method
+from streammerge.select import Cut
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _check_topk(values: Values) -> None:
+    if not 0 <= values["select_topk"] <= 1:
+        raise RecipeError(f"select_topk is the share of elements that is kept, from 0 to 1, not {values['select_topk']:g}")
+
+
+@merge_method("sce", models=(0, None), base="required", buffers=9, histograms=1, check=_check_topk)
+def sce(group: TensorGroup, *, int8_mask: bool = False, select_topk: float = 1.0, uniform_below: float = 0.0) -> Kernel:
+    r"""Select, calculate, erase: fuses deltas where they vary most, each model by the energy of its own.
+
+    .. math:: y = b + \frac{\sum_m c_m\, w_m\, \delta'_m}{\max(\sum_m c_m\, w_m,\, 10^{-6})}, \qquad
+              w_m \propto \operatorname{mean}(\delta_m'^2)
+
+    Select: :math:`\delta'` has the :math:`\lfloor topk \cdot \#\{v \ne 0\} \rfloor` elements with the largest
+    variance v over the models. Calculate: the weights sum to 1. Erase: :math:`c_m` is 1 where :math:`\delta'_m` has
+    the sign of :math:`\sum_k \delta'_k`, a zero sum counting as positive, else 0. Wan et al., *FuseChat: knowledge
+    fusion of chat models*, 2024 (arXiv:2408.07990).
+
+    Any shape, any number of models. ``int8_mask`` is taken and changes nothing. Edge cases: where nothing varies or
+    is selected, and without models, the base comes out. Deviations from mergekit: equal weights only where all
+    energies are zero, and not already where they sum to less than 1e-6, as those of ordinary fine-tunes do
+    (``uniform_below=1e-6`` is mergekit's rule); of equal variances those with the lowest index are selected.
+    """
+    if not group.models:
+        return lambda chunk: chunk.base
+    cut = _selection(group, select_topk) if select_topk < 1 else None
+    weights = _weights(group, cut, uniform_below)
+
+    def kernel(chunk: Chunk) -> torch.Tensor:
+        import torch
+
+        mask, spare = _mask(chunk, group, cut), chunk.empty("spare")
+        total = chunk.zeros("sum")
+        for model in range(group.models):
+            total.add_(_selected(chunk, model, mask))
+        sign = torch.ge(total, 0, out=total).mul_(2).sub_(1)
+        mixed, divisor = chunk.zeros("mixed"), chunk.zeros("divisor")
+        for model, weight in enumerate(weights):
+            delta = _selected(chunk, model, mask)
+            agrees = torch.gt(torch.mul(delta, sign, out=spare), 0, out=spare).mul_(weight)
+            divisor.add_(agrees)
+            mixed.add_(delta.mul_(agrees))
+        return mixed.div_(divisor.clamp_(min=1e-6)).add_(chunk.base)
+
+    return kernel
+
+
+def _selected(chunk: Chunk, model: int, mask: torch.Tensor | None) -> torch.Tensor:
+    delta = chunk.delta(model)
+    return delta if mask is None else delta.mul_(mask)
+
+
+def _selection(group: TensorGroup, share: float) -> Cut:
+    import torch
+
+    def varying(chunk: Chunk) -> Iterator[torch.Tensor]:
+        yield torch.ne(_variance(chunk, group), 0, out=chunk.empty("spare"))
+
+    count = int(float(group.reduce(varying)[0]) * share)
+    return group.kth_largest(lambda chunk: [_variance(chunk, group)], [[count]])[0][0]
+
+
+def _mask(chunk: Chunk, group: TensorGroup, cut: Cut | None) -> torch.Tensor | None:
+    """1 where an element is selected, 0 elsewhere."""
+    import torch
+
+    if cut is None:
+        return None
+    variance = cut.keep(_variance(chunk, group), chunk.start)
+    return torch.ne(variance, 0, out=variance)
+
+
+def _variance(chunk: Chunk, group: TensorGroup) -> torch.Tensor:
+    mean, variance = chunk.zeros("mean"), chunk.zeros("variance")
+    for model in range(group.models):
+        mean.add_(chunk.delta(model))
+    mean.div_(group.models)
+    for model in range(group.models):
+        variance.add_(chunk.delta(model).sub_(mean).square_())
+    return variance.div_(group.models)
+
+
+def _weights(group: TensorGroup, cut: Cut | None, uniform_below: float) -> list[float]:
+    def squares(chunk: Chunk) -> Iterator[torch.Tensor]:
+        import torch
+
+        mask = _mask(chunk, group, cut)
+        for model in range(group.models):
+            delta = _selected(chunk, model, mask)
+            yield torch.mul(delta, delta, out=delta)
+
+    energies = [float(sum_) / max(group.elems, 1) for sum_ in group.reduce(squares)]
+    total = sum(energies)
+    if total == 0 or total < uniform_below:
+        return [1 / group.models] * group.models
+    return [energy / total for energy in energies]

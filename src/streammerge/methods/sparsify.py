@@ -1,0 +1,138 @@
+"""Which elements of a delta survive: by magnitude (TIES), by magnitude without outliers (Breadcrumbs), at random (DARE),
+at random by rank (DELLA). A sparsifier changes one chunk of one model's delta in place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from streammerge.errors import RecipeError
+from streammerge.group import Chunk, TensorGroup
+from streammerge.methods.contracts import Values
+from streammerge.select import row_ranks
+
+if TYPE_CHECKING:
+    import torch
+
+Sparsify = Callable[[Chunk, int, "torch.Tensor"], "torch.Tensor"]
+"""(chunk, model, its delta) -> the delta with what does not survive set to zero; NaN stays NaN."""
+
+
+def check_density(values: Values) -> None:
+    """RecipeError unless every density is in (0, 1], and gamma and epsilon suit it."""
+    for density in values["density"]:
+        if not 0 < density <= 1:
+            raise RecipeError(f"density is the share of elements that is kept, above 0 and up to 1, not {density:g}")
+    for gamma in values.get("gamma", ()):
+        if not 0 <= gamma < 1:
+            raise RecipeError(f"gamma is the share of elements dropped as outliers, from 0 to below 1, not {gamma:g}")
+    for density, epsilon in zip(values["density"], values.get("epsilon", ()), strict=False):
+        if density < 1 and not (epsilon >= 0 and density - epsilon > 0 and density + epsilon < 1):
+            raise RecipeError(
+                f"density {density:g} with epsilon {epsilon:g}: density - epsilon and density + epsilon must lie between 0 "
+                "and 1; choose a smaller epsilon"
+            )
+
+
+def everything(chunk: Chunk, model: int, delta: torch.Tensor) -> torch.Tensor:
+    """The sparsifier that keeps all."""
+    return delta
+
+
+def magnitude(group: TensorGroup, density: Sequence[float]) -> Sparsify:
+    """Keeps the int(density * n) largest by magnitude, at least one; of equal ones those with the lowest index."""
+    n = group.elems
+    ranks = [[n if d >= 1 else max(int(d * n), 1)] for d in density]
+    cuts = group.kth_largest(_magnitudes(group), ranks)
+    return lambda chunk, model, delta: cuts[model][0].keep(delta, chunk.start)
+
+
+def magnitude_outliers(group: TensorGroup, density: Sequence[float], gamma: Sequence[float]) -> Sparsify:
+    """Drops the int(gamma * n) largest by magnitude, keeps the next int(density * n), drops the rest.
+
+    Where that many are not left, fewer outliers are dropped. A density of 1 keeps all.
+    """
+    n = group.elems
+    ranks = []
+    for d, g in zip(density, gamma, strict=True):
+        kept = int(d * n)
+        outliers = min(int(g * n), n - kept)
+        ranks.append([n, 0] if d >= 1 else [outliers + kept, outliers])
+    cuts = group.kth_largest(_magnitudes(group), ranks)
+
+    def apply(chunk: Chunk, model: int, delta: torch.Tensor) -> torch.Tensor:
+        upto, outliers = cuts[model]
+        dropped = outliers.keep(chunk.empty("outliers").copy_(delta), chunk.start)
+        return upto.keep(delta, chunk.start).sub_(dropped)  # x - x is 0, and x - 0 is x
+
+    return apply
+
+
+def bernoulli(group: TensorGroup, density: Sequence[float]) -> Sparsify:
+    """Keeps each element with probability ``density``."""
+
+    def apply(chunk: Chunk, model: int, delta: torch.Tensor) -> torch.Tensor:
+        if density[model] >= 1:
+            return delta
+        return _where(group.uniform(chunk, model), density[model], delta)
+
+    return apply
+
+
+def magprune(group: TensorGroup, density: Sequence[float], epsilon: Sequence[float]) -> Sparsify:
+    r"""Keeps each element with a probability that rises with its magnitude's rank r among the n of its row, from
+    density - epsilon to density + epsilon: :math:`p = d - \epsilon + 2 \epsilon\, r / (n - 1)`. An only element is
+    kept."""
+
+    def apply(chunk: Chunk, model: int, delta: torch.Tensor) -> torch.Tensor:
+        d, e = density[model], epsilon[model]
+        fibres = fibre_view(delta, group.shape)
+        n = fibres.shape[1]
+        if d >= 1 or n <= 1:
+            return delta
+        ranks = row_ranks(fibres.abs(), dim=1).reshape(-1)
+        chances = chunk.empty("chances").copy_(ranks).mul_(2 * e / (n - 1)).add_(d - e)
+        return _where(group.uniform(chunk, model), chances, delta)
+
+    return apply
+
+
+def fibre_view(values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Whole rows of a tensor as (rows, n, rest), ranked along n: the second dimension, or the only one."""
+    if len(shape) < 2:
+        return values.view(1, -1, 1)
+    return values.view(-1, shape[1], math.prod(shape[2:]))
+
+
+def fibre_row(shape: tuple[int, ...], values: Values) -> int:
+    """How many elements :func:`magprune` needs together."""
+    return math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
+
+
+def rescaled(group: TensorGroup, sparsify: Sparsify) -> Sparsify:
+    r"""The sparsifier, its result multiplied by :math:`\sum |\delta| / \sum |\delta'|` over the tensor, so that the
+    magnitudes sum to what they were; not where either sum is below 1e-7."""
+    import torch
+
+    def sums(chunk: Chunk) -> Iterator[torch.Tensor]:
+        for model in range(group.models):
+            delta = chunk.delta(model)
+            yield torch.abs(delta, out=chunk.empty("magnitude"))
+            yield sparsify(chunk, model, delta).abs_()
+
+    totals = list(map(float, group.reduce(sums))) if group.models else []
+    # Not >=: a NaN must not be lost
+    factors = [1.0 if a < 1e-7 or b < 1e-7 else a / b for a, b in zip(totals[::2], totals[1::2], strict=True)]
+    return lambda chunk, model, delta: sparsify(chunk, model, delta).mul_(factors[model])
+
+
+def _magnitudes(group: TensorGroup) -> Callable[[Chunk], Iterator[torch.Tensor]]:
+    return lambda chunk: (chunk.delta(model).abs_() for model in range(group.models))
+
+
+def _where(uniform: torch.Tensor, chance: float | torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return delta.mul_(torch.lt(uniform, chance, out=uniform))

@@ -1,0 +1,158 @@
+r"""Means on the sphere. All of these are linear combinations of the models, whose coefficients depend on the models'
+inner products only: one pass for the Gram matrix :math:`G_{ij} = \langle x_i, x_j \rangle`, then small-vector
+arithmetic in float64, iterations included, then one weighted sum.
+
+A vector :math:`v = \sum_i c_i x_i` is kept as its coefficients c; :math:`\langle v, w \rangle = c^T G\, d`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from streammerge.errors import RecipeError, TaskError, printable
+from streammerge.group import Kernel, TensorGroup
+from streammerge.methods.contracts import PerModel, Values, merge_method, sums_to_something
+from streammerge.methods.linear import combination
+
+if TYPE_CHECKING:
+    import torch
+
+_PARALLEL = 0.9995
+
+
+def arc(cos: float, t: float) -> tuple[float, float]:
+    r"""Coefficients of two vectors, ``t`` of the way along the arc between them, whose cosine is ``cos``:
+    :math:`\sin((1-t)\theta)/\sin\theta` and :math:`\sin(t\theta)/\sin\theta`."""
+    theta = math.acos(max(-1.0, min(cos, 1.0)))
+    return math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)
+
+
+@merge_method("slerp", models=(2, 2), base="model", buffers=4, compute="float64")
+def slerp(group: TensorGroup, *, t: float) -> Kernel:
+    r"""Spherical interpolation between two models.
+
+    .. math:: y = \frac{\sin((1-t)\,\theta)}{\sin\theta}\, a + \frac{\sin(t\,\theta)}{\sin\theta}\, b,
+              \qquad \cos\theta = \frac{\langle a, b \rangle}{\|a\| \|b\|}
+
+    Shoemake, *Animating rotation with quaternion curves*, 1985. Each tensor is one vector, whatever its shape. ``a`` is
+    the base where one is named, else the first model; ``t`` = 0 gives it back, 1 gives the other.
+
+    Edge cases: a line instead of an arc, :math:`(1-t)\, a + t\, b`, where :math:`|\cos\theta| > 0.9995`, which covers
+    opposite vectors; a tensor with a norm up to 1e-8 has cosine 0.
+    """
+    (aa, _), (ab, bb) = group.gram().tolist()
+    norms = [norm if norm > 1e-8 else 1.0 for norm in (math.sqrt(aa), math.sqrt(bb))]
+    cos = ab / (norms[0] * norms[1])
+    # Not <=: a NaN must reach the output
+    return combination((1 - t, t) if abs(cos) > _PARALLEL or math.isnan(cos) else arc(cos, t))
+
+
+def _check_multislerp(values: Values) -> None:
+    if values["normalize_weights"] and not sums_to_something(values["weight"]):
+        raise RecipeError("the weights of multislerp sum to zero; pass -p normalize_weights=false to use them as given")
+
+
+@merge_method("multislerp", base="optional", buffers=5, compute="float64", check=_check_multislerp)
+def multislerp(
+    group: TensorGroup, *, weight: PerModel = (1.0,), normalize_weights: bool = True, eps: float = 1e-8
+) -> Kernel:
+    r"""Weighted barycentre of any number of models on the sphere.
+
+    With :math:`s_i = x_i` (or :math:`x_i - b` with a base), :math:`u_i = s_i / (\|s_i\| + \epsilon)` and weights divided by
+    their sum: :math:`\mu = \sum_i w_i u_i`, :math:`\hat\mu = \mu / \|\mu\|`; the tangents at it,
+    :math:`T = \sum_i w_i (u_i - \langle u_i, \hat\mu \rangle \hat\mu)`, are followed by the exponential map:
+
+    .. math:: y = \Big(\hat\mu \cos\tau + T \tfrac{\sin\tau}{\tau}\Big) \sum_i w_i \|s_i\| \; (+\, b),
+              \qquad \tau = \|T\| + \epsilon
+
+    Goddard, *Multi-SLERP*, 2025 (goddard.blog). Each tensor is one vector. One model is given back as it is.
+
+    Edge cases: where :math:`\|\mu\| < \epsilon`, two models give the line :math:`\sum_i w_i s_i`, more are an error
+    that names the tensor. Deviation from mergekit: weights that sum to zero are an error.
+    """
+    import torch
+
+    count = group.models
+    if count == 1:
+        return combination([1.0])
+    total = sum(weight) if normalize_weights else 1.0
+    w = torch.tensor(weight, dtype=torch.float64) / total
+    gram = group.gram(deltas=group.based)
+    norms = gram.diagonal().sqrt()
+    mean = w / (norms + eps)
+    length = float((mean @ gram @ mean).clamp(min=0).sqrt())
+    if length < eps:
+        if count > 2:
+            raise TaskError(
+                f"the weighted directions of {printable(group.name)} cancel out, so multislerp has no mean for it; "
+                "use other weights"
+            )
+        return _from_base(w, group.based)
+    centre = mean / length
+    along = float(mean @ gram @ centre)
+    tangent = mean - along * centre
+    tau = float((tangent @ gram @ tangent).clamp(min=0).sqrt()) + eps
+    moved = centre * math.cos(tau) + tangent * (math.sin(tau) / tau)
+    return _from_base(moved * float(w @ norms), group.based)
+
+
+@merge_method("karcher", base="model", buffers=4, compute="float64")
+def karcher(group: TensorGroup, *, max_iter: int = 10, tol: float = 1e-5) -> Kernel:
+    r"""Karcher (Riemannian) mean of the models' directions, times their mean norm.
+
+    Equal weights :math:`\alpha = 1/N`. From the normalised mean u of the unit vectors :math:`\hat x_i`, at most
+    ``max_iter`` times, until :math:`\|T\| <` ``tol``:
+
+    .. math:: T = \sum_i \alpha\, \frac{\theta_i}{\sin\theta_i} (\hat x_i - \cos\theta_i\, u), \quad
+              u \leftarrow \cos\|T\|\, u + \sin\|T\|\, \frac{T}{\|T\|}, \qquad
+              y = u\, \tfrac{1}{N} \textstyle\sum_i \|x_i\|
+
+    Karcher, *Riemannian center of mass and mollifier smoothing*, 1977; for models arXiv:2603.04972. Each tensor is one
+    vector. A base, where one is named, is averaged in as one model more. One model is given back as it is.
+
+    Edge cases: models with a norm up to ``tol`` have no direction, but count in the mean norm; zeros where none has
+    one; where the directions cancel out, the first one's is the start; a model exactly opposite to u pulls nowhere,
+    where mergekit divides rounding errors.
+    """
+    import torch
+
+    count = group.models
+    if count == 1:
+        return combination([1.0])
+    gram = group.gram()
+    norms = gram.diagonal().sqrt()
+    if bool(norms.isnan().any()):
+        return combination([math.nan] * count)
+    valid = [i for i in range(count) if float(norms[i]) > tol]
+    if not valid:
+        return combination([0.0] * count)
+    units = torch.zeros(len(valid), count, dtype=torch.float64)  # row k: the k-th valid unit vector
+    for k, i in enumerate(valid):
+        units[k, i] = 1 / norms[i]
+
+    def length(v: torch.Tensor) -> float:
+        return float((v @ gram @ v).clamp(min=0).sqrt())
+
+    mean = units.mean(0)
+    u = units[0] if length(mean) < tol else mean / length(mean)
+    for _ in range(max_iter):
+        cosines = (units @ gram @ u).clamp(-1, 1)
+        tangent = torch.zeros_like(u)
+        for unit, cos in zip(units, cosines.tolist(), strict=True):
+            theta = math.acos(cos)
+            if tol <= theta <= math.pi - tol:
+                tangent += theta / math.sin(theta) / len(valid) * (unit - cos * u)
+        step = length(tangent)
+        if step < tol:
+            break
+        u = math.cos(step) * u + math.sin(step) * (tangent / step)
+        if length(u) > tol:
+            u = u / length(u)
+    return combination((u * norms.mean()).tolist())
+
+
+def _from_base(coefficients: torch.Tensor, based: bool) -> Kernel:
+    """The kernel of a combination of the models, or of the base and a combination of what they differ from it."""
+    weights = coefficients.tolist()
+    return combination(weights, of_base=1 - sum(weights) if based else 0.0)

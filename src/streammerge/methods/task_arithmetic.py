@@ -1,0 +1,312 @@
+r"""Task arithmetic, TIES, DARE, Breadcrumbs and DELLA: one formula, with two choices.
+
+.. math:: y = b + \lambda\, \frac{\sum_m c_m\, w_m\, \delta'_m}{\sum_m c_m\, w_m},
+          \qquad \delta_m = x_m - b, \quad \delta'_m = \mathrm{sparsify}(\delta_m)
+
+*sparsify* keeps a share of each delta (:mod:`streammerge.methods.sparsify`). The *consensus* :math:`c_m` is 1, or, by
+election of the sign, 1 where :math:`w_m \delta'_m` has the sign of :math:`\sum_m w_m \delta'_m` (a zero sum counts as
+positive) and 0 elsewhere, also where it is zero. The division is done only with ``normalize``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from streammerge.group import Chunk, Kernel, TensorGroup
+from streammerge.methods.contracts import PerModel, merge_method
+from streammerge.methods.sparsify import (
+    Sparsify,
+    bernoulli,
+    check_density,
+    everything,
+    fibre_row,
+    magnitude,
+    magnitude_outliers,
+    magprune,
+    rescaled,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _merge(
+    group: TensorGroup, sparsify: Sparsify, weight: Sequence[float], *, elect: bool, normalize: bool, scale: float
+) -> Kernel:
+    """The kernel of the formula above; ``elect``: with the election of the sign."""
+    if not group.models:
+        return lambda chunk: chunk.base
+    total = sum(weight)
+    divisor = total if normalize and abs(total) >= 1e-8 else 1.0
+
+    def plain(chunk: Chunk) -> torch.Tensor:
+        mixed = chunk.zeros("mixed")
+        for model, w in enumerate(weight):
+            mixed.add_(sparsify(chunk, model, chunk.delta(model)).mul_(w))
+        return _applied(chunk, mixed.div_(divisor) if divisor != 1 else mixed, scale)
+
+    def elected(chunk: Chunk) -> torch.Tensor:
+        votes = _Votes(chunk, weighing=normalize)
+        for model, w in enumerate(weight):
+            votes.cast(sparsify(chunk, model, chunk.delta(model)).mul_(w), w)
+        return _applied(chunk, votes.winners(), scale)
+
+    return elected if elect else plain
+
+
+def _applied(chunk: Chunk, mixed: torch.Tensor, scale: float) -> torch.Tensor:
+    return (mixed if scale == 1 else mixed.mul_(scale)).add_(chunk.base)
+
+
+class _Votes:
+    """The election of the sign in one sweep over the models: what votes for plus and what votes for minus is summed
+    apart, until the sum of all decides which counts."""
+
+    def __init__(self, chunk: Chunk, weighing: bool) -> None:
+        self._chunk, self._weighing = chunk, weighing
+        names = ("sum", "for", "against", *(("weight for", "weight against") if weighing else ()))
+        self._sum, self._for, self._against, *self._weights = (chunk.zeros(name) for name in names)
+
+    def cast(self, delta: torch.Tensor, weight: float) -> None:
+        """One model's weighted delta, which is overwritten."""
+        import torch
+
+        spare = self._chunk.empty("spare")
+        self._sum.add_(delta)
+        self._for.add_(torch.clamp(delta, min=0, out=spare))
+        if self._weighing:
+            self._weights[0].add_(torch.gt(delta, 0, out=spare).mul_(weight))
+            self._weights[1].add_(torch.lt(delta, 0, out=spare).mul_(weight))
+        self._against.add_(delta.clamp_(max=0))
+
+    def winners(self) -> torch.Tensor:
+        """The sum of the deltas on the winning side, divided by their weights where these are weighed and not zero."""
+        import torch
+
+        plus = torch.ge(self._sum, 0, out=self._sum)
+        mixed = _choose(plus, self._for, self._against)
+        if not self._weighing:
+            return mixed
+        divisor = _choose(plus, *self._weights)
+        return mixed.div_(divisor.add_(torch.eq(divisor, 0, out=self._sum)))
+
+
+def _choose(plus: torch.Tensor, yes: torch.Tensor, no: torch.Tensor) -> torch.Tensor:
+    """``yes`` where ``plus`` is 1, ``no`` where it is 0, in place of ``yes``; exactly, as one term is 0."""
+    yes.mul_(plus)
+    plus.neg_().add_(1)  # 1 - plus
+    yes.add_(no.mul_(plus))
+    plus.neg_().add_(1)
+    return yes
+
+
+def _prune(group: TensorGroup, sparsify: Sparsify, density: Sequence[float], rescale: bool) -> Sparsify:
+    """The sparsifier, rescaled where that is asked for and anything is dropped."""
+    return rescaled(group, sparsify) if rescale and any(d < 1 for d in density) else sparsify
+
+
+@merge_method("task_arithmetic", models=(0, None), base="required", passes=False, buffers=4)
+def task_arithmetic(
+    group: TensorGroup,
+    *,
+    weight: PerModel = (1.0,),
+    density: PerModel = (1.0,),
+    normalize: bool = False,
+    rescale: bool = False,
+    int8_mask: bool = False,
+    lambda_: float = 1.0,
+) -> Kernel:
+    r"""Adds the weighted deltas of the models to the base.
+
+    .. math:: y = b + \lambda \sum_m w_m (x_m - b) \quad (\text{divided by } \sum_m w_m \text{ when } normalize)
+
+    Ilharco et al., *Editing models with task arithmetic*, 2023 (arXiv:2212.04089). Any shape, any number of models.
+    ``weight`` per model, negative ones too. ``density``, ``rescale`` and ``int8_mask`` are taken, as mergekit takes
+    them, and change nothing.
+
+    Edge cases: weights that sum to less than 1e-8 are not divided by; without models the base comes out.
+    """
+    return _merge(group, everything, weight, elect=False, normalize=normalize, scale=lambda_)
+
+
+@merge_method("ties", models=(0, None), base="required", buffers=10, histograms=1, check=check_density)
+def ties(
+    group: TensorGroup,
+    *,
+    weight: PerModel = (1.0,),
+    density: PerModel = (1.0,),
+    normalize: bool = True,
+    rescale: bool = False,
+    int8_mask: bool = False,
+    lambda_: float = 1.0,
+) -> Kernel:
+    r"""Trim, elect sign, merge: keeps the largest elements of each delta, then those that agree with the elected sign.
+
+    .. math:: y = b + \lambda\, \frac{\sum_m c_m w_m \delta'_m}{\sum_m c_m w_m}, \qquad
+              c_m = \big[\operatorname{sign}(w_m \delta'_m) = \operatorname{sign}(\textstyle\sum_k w_k \delta'_k)\big]
+
+    where :math:`\delta'_m` has the :math:`\lfloor density \cdot n \rfloor` elements of the largest magnitude, at
+    least one. Yadav et al., *TIES-merging*, 2023 (arXiv:2306.01708). Any shape; ``weight`` and ``density`` per model;
+    without ``normalize`` nothing is divided; ``rescale`` restores the sum of magnitudes; ``int8_mask`` is taken and
+    changes nothing.
+
+    Edge cases: a zero sum elects plus; zeros never vote; where no element agrees, or their weights sum to zero,
+    nothing is divided. Deviations from mergekit: exactly so many are kept, of equal magnitudes those with the lowest
+    index.
+    """
+    sparsify = _prune(group, magnitude(group, density), density, rescale)
+    return _merge(group, sparsify, weight, elect=True, normalize=normalize, scale=lambda_)
+
+
+@merge_method("dare_linear", models=(0, None), base="required", buffers=8, check=check_density)
+def dare_linear(
+    group: TensorGroup,
+    *,
+    weight: PerModel = (1.0,),
+    density: PerModel = (1.0,),
+    normalize: bool = False,
+    rescale: bool = True,
+    int8_mask: bool = False,
+    lambda_: float = 1.0,
+) -> Kernel:
+    r"""Drop and rescale: keeps a random share of each delta, restores its size, and adds the deltas up.
+
+    .. math:: y = b + \lambda \sum_m w_m\, \frac{\sum |\delta_m|}{\sum |\delta'_m|}\, \delta'_m, \qquad
+              \delta'_m = \delta_m \odot \mathrm{Bernoulli}(density)
+
+    Yu et al., *Language models are super Mario*, 2023 (arXiv:2311.03099). Any shape. The factor matches the sums of
+    magnitudes, as mergekit's does, instead of dividing by the density.
+
+    Edge cases: a density of 1 draws nothing; sums below 1e-7 are not rescaled. Deviation from mergekit: the random
+    numbers depend on seed, tensor name, model and element only.
+    """
+    sparsify = _prune(group, bernoulli(group, density), density, rescale)
+    return _merge(group, sparsify, weight, elect=False, normalize=normalize, scale=lambda_)
+
+
+@merge_method("dare_ties", models=(0, None), base="required", buffers=12, check=check_density)
+def dare_ties(
+    group: TensorGroup,
+    *,
+    weight: PerModel = (1.0,),
+    density: PerModel = (1.0,),
+    normalize: bool = False,
+    rescale: bool = True,
+    int8_mask: bool = False,
+    lambda_: float = 1.0,
+) -> Kernel:
+    r"""DARE's random dropping with TIES' election of the sign.
+
+    .. math:: y = b + \lambda \sum_m c_m w_m \delta'_m, \qquad
+              c_m = \big[\operatorname{sign}(w_m \delta'_m) = \operatorname{sign}(\textstyle\sum_k w_k \delta'_k)\big]
+
+    Yu et al., 2023 (arXiv:2311.03099) and Yadav et al., 2023 (arXiv:2306.01708). As ``dare_linear`` but for the
+    election, whose edge cases are those of ``ties``; with ``normalize`` divided by :math:`\sum_m c_m w_m`.
+    """
+    sparsify = _prune(group, bernoulli(group, density), density, rescale)
+    return _merge(group, sparsify, weight, elect=True, normalize=normalize, scale=lambda_)
+
+
+@merge_method("breadcrumbs", models=(0, None), base="required", buffers=9, histograms=2, check=check_density)
+def breadcrumbs(
+    group: TensorGroup,
+    *,
+    weight: PerModel = (1.0,),
+    density: PerModel = (1.0,),
+    gamma: PerModel = (0.01,),
+    normalize: bool = False,
+    rescale: bool = False,
+    int8_mask: bool = False,
+    lambda_: float = 1.0,
+) -> Kernel:
+    r"""Drops the outliers and the small elements of each delta, and adds up what is between.
+
+    .. math:: y = b + \lambda \sum_m w_m \delta'_m
+
+    where :math:`\delta'_m` lacks the :math:`\lfloor \gamma n \rfloor` elements of the largest magnitude, and has the
+    :math:`\lfloor density \cdot n \rfloor` largest after them. Davari and Belilovsky, *Model breadcrumbs*, 2023
+    (arXiv:2312.06795). Any shape; ``gamma`` per model.
+
+    Edge cases: where density and gamma leave less than nothing to drop, fewer outliers are dropped; a density of 1
+    keeps all; a tensor with density * n below 1 keeps nothing. Deviation from mergekit: of equal magnitudes those
+    with the lowest index count as the larger.
+    """
+    sparsify = _prune(group, magnitude_outliers(group, density, gamma), density, rescale)
+    return _merge(group, sparsify, weight, elect=False, normalize=normalize, scale=lambda_)
+
+
+@merge_method("breadcrumbs_ties", models=(0, None), base="required", buffers=12, histograms=2, check=check_density)
+def breadcrumbs_ties(
+    group: TensorGroup,
+    *,
+    weight: PerModel = (1.0,),
+    density: PerModel = (1.0,),
+    gamma: PerModel = (0.01,),
+    normalize: bool = False,
+    rescale: bool = False,
+    int8_mask: bool = False,
+    lambda_: float = 1.0,
+) -> Kernel:
+    r"""Breadcrumbs' dropping of outliers and small elements with TIES' election of the sign.
+
+    .. math:: y = b + \lambda \sum_m c_m w_m \delta'_m, \qquad
+              c_m = \big[\operatorname{sign}(w_m \delta'_m) = \operatorname{sign}(\textstyle\sum_k w_k \delta'_k)\big]
+
+    Davari and Belilovsky, 2023 (arXiv:2312.06795) and Yadav et al., 2023 (arXiv:2306.01708). As ``breadcrumbs`` but
+    for the election, whose edge cases are those of ``ties``; with ``normalize`` divided by :math:`\sum_m c_m w_m`.
+    """
+    sparsify = _prune(group, magnitude_outliers(group, density, gamma), density, rescale)
+    return _merge(group, sparsify, weight, elect=True, normalize=normalize, scale=lambda_)
+
+
+@merge_method("della", models=(0, None), base="required", row=fibre_row, buffers=16, check=check_density)
+def della(
+    group: TensorGroup,
+    *,
+    weight: PerModel = (1.0,),
+    density: PerModel = (1.0,),
+    epsilon: PerModel = (0.15,),
+    normalize: bool = True,
+    rescale: bool = True,
+    int8_mask: bool = False,
+    lambda_: float = 1.0,
+) -> Kernel:
+    r"""Drops elements at random, small ones more often, then elects the sign.
+
+    .. math:: y = b + \lambda\, \frac{\sum_m c_m w_m \delta'_m}{\sum_m c_m w_m}, \qquad
+              P(\delta'_{m,i} \ne 0) = density - \epsilon + 2\,\epsilon\, \frac{r_i}{n - 1}
+
+    with :math:`r_i` the rank of the magnitude among the n along the second dimension (the only one of a vector). Deep
+    et al., *DELLA-merging*, 2024 (arXiv:2406.11617). ``epsilon`` per model, density - epsilon and density + epsilon
+    between 0 and 1. The sums of magnitudes are restored, unless ``rescale`` is false.
+
+    One row (all that shares its first index) is held at a time. Edge cases: a density of 1 draws nothing; an only
+    element, as of a 0-d tensor or rows of length one, is kept, where mergekit stops; the election as in ``ties``.
+    Deviations from mergekit: ranks are exact whatever the dtype; the random numbers are our own.
+    """
+    sparsify = _prune(group, magprune(group, density, epsilon), density, rescale)
+    return _merge(group, sparsify, weight, elect=True, normalize=normalize, scale=lambda_)
+
+
+@merge_method("della_linear", models=(0, None), base="required", row=fibre_row, buffers=14, check=check_density)
+def della_linear(
+    group: TensorGroup,
+    *,
+    weight: PerModel = (1.0,),
+    density: PerModel = (1.0,),
+    epsilon: PerModel = (0.15,),
+    normalize: bool = False,
+    rescale: bool = True,
+    int8_mask: bool = False,
+    lambda_: float = 1.0,
+) -> Kernel:
+    r"""DELLA's dropping by rank, without an election: adds the deltas up.
+
+    .. math:: y = b + \lambda \sum_m w_m \delta'_m, \qquad
+              P(\delta'_{m,i} \ne 0) = density - \epsilon + 2\,\epsilon\, \frac{r_i}{n - 1}
+
+    Deep et al., 2024 (arXiv:2406.11617). As ``della`` but for the election.
+    """
+    sparsify = _prune(group, magprune(group, density, epsilon), density, rescale)
+    return _merge(group, sparsify, weight, elect=False, normalize=normalize, scale=lambda_)
