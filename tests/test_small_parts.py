@@ -28,7 +28,7 @@ SOURCE = Path(sm.__file__).parent
 
 LAYERS = {
     0: ["tensors", "dtypes", "units", "events", "errors", "tree", "checksums", "names", "rng", "select"],
-    1: ["group", "passes", "budget", "storage", "memory", "unpickle", "rebuild", "repickle", "statedict"],
+    1: ["group", "sums", "order", "budget", "storage", "memory", "unpickle", "rebuild", "repickle", "statedict"],
     2: ["formats", "methods", "recipe", "bookkeeping"],
     3: ["checkpoint", "workspace", "engine", "staging", "writer"],
     4: ["align", "output", "plan", "executors", "inputs"],

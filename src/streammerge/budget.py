@@ -24,7 +24,7 @@ PER_WORKER_BYTES = 2 << 20
 """A thread's stack and its malloc arena."""
 STAGING_BYTES = 28 << 20
 """For tensors that must be copied out first: a block of the copy, and the pages of the source that it touches."""
-BEST_CHUNK_ELEMS = 4 * GRAIN
+BEST_CHUNK_ELEMS = 8 * GRAIN
 MOST_WINDOW_BYTES = 8 << 20
 """What one worker keeps of one input. Of mapped pages this much stays behind its cursor: giving them back costs every CPU
 an interrupt, so it is done rarely; they count as memory although the kernel could take them back at any time. Tensors

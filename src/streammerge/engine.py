@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from streammerge.budget import Budget
 from streammerge.errors import StreammergeError, TaskError, printable
-from streammerge.group import Chunk, Kernel, TensorGroup, whole_rows
+from streammerge.group import Chunk, Kernel, TensorGroup, chunk_spans, whole_rows
 from streammerge.methods.contracts import MergeMethod
 from streammerge.storage import COPY_BYTES, InputFiles, OutputFile
 from streammerge.tensors import GRAIN, TensorEntry, TensorSpec, ranges
@@ -169,8 +169,8 @@ class Engine:
             kernel = piece.kernel
             if kernel is None:
 
-                def sweep(work: Callable[[Iterable[Chunk]], T], start: int, stop: int) -> Iterator[T]:
-                    yield work(self._chunks(task, workspace, source, start, stop))
+                def sweep(work: Callable[[Iterable[Chunk]], T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
+                    yield work(self._chunks(task, workspace, source, start, stop, sparse))
 
                 kernel = task.method.bind(self._group(task, sweep), task.parameters)
             return self._write(piece, kernel, workspace, source)
@@ -194,13 +194,15 @@ class Engine:
         read = (piece.stop - piece.start) * sum(s.spec.dtype.component.element_bytes for s in task.sources)
         return PieceDone(piece, read, nbytes, tuple(checksums), nonfinite)
 
-    def _chunks(self, task: MergeTask, workspace: Workspace, source: Source, start: int, stop: int) -> Iterator[Chunk]:
+    def _chunks(
+        self, task: MergeTask, workspace: Workspace, source: Source, start: int, stop: int, sparse: int = 0
+    ) -> Iterator[Chunk]:
         import torch
 
         compute, models = getattr(torch, task.compute), len(task.sources) - task.based
-        for a, b in ranges(stop - start, whole_rows(self.budget.chunk_elems, task.row)):
+        for a, b in chunk_spans(start, stop, self.budget.chunk_elems, task.row, sparse):
             workspace.clear()
-            yield Chunk(start + a, start + b, compute, workspace, source.read, task.based, models)
+            yield Chunk(a, b, compute, workspace, source.read, task.based, models)
 
     def _group(self, task: MergeTask, sweep: Any) -> TensorGroup:
         import torch
@@ -214,12 +216,12 @@ class Engine:
     def _sweep_on_all(self, task: MergeTask, executor: Executor) -> Callable[..., Iterator[Any]]:
         """A sweep over the pieces of a long tensor by all workers."""
 
-        def sweep(work: Callable[[Iterable[Chunk]], T], start: int, stop: int) -> Iterator[T]:
+        def sweep(work: Callable[[Iterable[Chunk]], T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
             def run(numbered: tuple[int, tuple[int, int]]) -> tuple[int, T]:
                 number, (a, b) = numbered
                 with self._workspace() as workspace:
                     source = self._source(task, workspace, keep=False)
-                    return number, work(self._chunks(task, workspace, source, start + a, start + b))
+                    return number, work(self._chunks(task, workspace, source, start + a, start + b, sparse))
 
             early: dict[int, T] = {}
             turn = 0

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from streammerge import passes
+from streammerge import order, sums
 from streammerge.rng import uniform
 from streammerge.select import Cut, sort_keys
 from streammerge.tensors import GRAIN, ranges
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Kernel = Callable[["Chunk"], "torch.Tensor"]
 T = TypeVar("T")
+_SAMPLE_SPAN = 1 << 10
 
 
 class Buffers(Protocol):
@@ -32,9 +33,10 @@ class Buffers(Protocol):
 
 class Sweep(Protocol):
     """Runs ``work`` on the chunks of each piece of elements ``start`` to ``stop``, maybe on several workers at once,
-    and yields what it returns in the order of the pieces."""
+    and yields what it returns in the order of the pieces. ``sparse``: only
+    one of so many short spans of elements is given, for a sample."""
 
-    def __call__(self, work: Callable[[Iterable[Chunk]], T], start: int, stop: int) -> Iterator[T]: ...
+    def __call__(self, work: Callable[[Iterable[Chunk]], T], start: int, stop: int, sparse: int = 0) -> Iterator[T]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,24 +71,28 @@ class TensorGroup:
         A tensor of the chunk's length gives a number; one of (rows, columns) the sum of each column. A sum is made of
         the partial sums of the grains, added in their order, so that it does not depend on how it was run.
         """
-        return passes.reduce(self, terms)
+        return sums.reduce(self, terms)
 
     def gram(self, deltas: bool = False) -> torch.Tensor:
         """The (models, models) matrix of inner products in float64; ``deltas``: of the models less the base, which are
         formed before they are multiplied."""
-        return passes.gram(self, deltas)
+        return sums.gram(self, deltas)
 
     def kth_largest(
-        self, values: Callable[[Chunk], Iterable[torch.Tensor]], ranks: Sequence[Sequence[int]]
+        self,
+        values: Callable[[Chunk], Iterable[torch.Tensor]],
+        ranks: Sequence[Sequence[int]],
+        signed: bool = False,
     ) -> list[list[Cut]]:
         """Exact order statistics: for each tensor that ``values(chunk)`` yields, and each of its ranks, the cut that
         keeps so many of the largest; of equal numbers those with the lowest element indices.
 
-        ``values`` are in the compute dtype; magnitudes are asked for by yielding absolute values. A rank of 0 keeps
-        nothing, one of all elements or more everything. Ranks within each row are
+        ``values`` are in the compute dtype, and not below zero unless ``signed``: magnitudes, mostly. A rank of 0 keeps
+        nothing, one of all elements or more everything. With ``signed`` only the thresholds
+        are found. Ranks within each row are
         :func:`streammerge.select.row_ranks`, since a row is always held whole.
         """
-        return passes.kth_largest(self, values, ranks)
+        return order.kth_largest(self, values, ranks, signed)
 
     def uniform(self, chunk: Chunk, model: int) -> torch.Tensor:
         """Numbers in [0, 1), float32, one for each element of the chunk: a function of seed, tensor name, model and
@@ -114,13 +120,13 @@ class TensorGroup:
         wide = any(t.dtype == torch.float64 for t in sources)
         compute = compute or (torch.float64 if wide else torch.float32)
         flat = [tensor.detach().contiguous().reshape(-1) for tensor in sources]
-        step, buffers = whole_rows(chunk_elems, row), _Allocated()
+        step, buffers = chunk_elems, _Allocated()
 
-        def chunks(start: int, stop: int) -> Iterator[Chunk]:
-            for a, b in list(ranges(stop - start, step)) or [(0, 0)]:
+        def chunks(start: int, stop: int, sparse: int) -> Iterator[Chunk]:
+            for a, b in list(chunk_spans(start, stop, step, row, sparse)) or [(0, 0)]:
                 yield Chunk(
-                    start + a,
-                    start + b,
+                    a,
+                    b,
                     compute,
                     buffers,
                     lambda source, start, stop: flat[source][start:stop],
@@ -128,8 +134,8 @@ class TensorGroup:
                     len(models),
                 )
 
-        def sweep(work: Callable[[Iterable[Chunk]], T], start: int, stop: int) -> Iterator[T]:
-            yield work(chunks(start, stop))
+        def sweep(work: Callable[[Iterable[Chunk]], T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
+            yield work(chunks(start, stop, sparse))
 
         return cls(name, tuple(sources[0].shape), len(models), compute, sweep, base is not None, row, seed)
 
@@ -211,12 +217,13 @@ class Chunk:
     def zeros(self, slot: str) -> torch.Tensor:
         return self.empty(slot).zero_()
 
-    def sort_keys(self, values: torch.Tensor) -> torch.Tensor:
-        """Integers in the order of the values."""
+    def sort_keys(self, values: torch.Tensor, signed: bool) -> torch.Tensor:
+        """Integers in the order of the values; without a sign, the bits are."""
         import torch
 
         width = torch.int64 if values.dtype == torch.float64 else torch.int32
-        return sort_keys(values.reshape(-1), self.empty("keys", width))
+        flat = values.reshape(-1)
+        return sort_keys(flat, self.empty("keys", width)) if signed else flat.view(width)
 
     def _widened(self, model: int, slot: str, dtype: torch.dtype) -> torch.Tensor:
         import torch
@@ -246,3 +253,10 @@ class _Allocated:
 def whole_rows(elems: int, row: int) -> int:
     """The most elements, up to ``elems``, that are whole rows; one row at least."""
     return max(elems // max(row, 1), 1) * max(row, 1)
+
+
+def chunk_spans(start: int, stop: int, elems: int, row: int, sparse: int = 0) -> Iterator[tuple[int, int]]:
+    """Where the chunks of so many ``elems`` begin and end, rows whole; or one of so many ``sparse`` short ones."""
+    span = whole_rows(_SAMPLE_SPAN, row) if sparse else whole_rows(elems, row)
+    for a, b in ranges(stop - start, span * max(sparse, 1)):
+        yield start + a, start + min(a + span, b)

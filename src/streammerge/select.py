@@ -1,12 +1,14 @@
-"""The exact k-th largest of a stream of numbers, by histograms of their bits. Numerics only; no I/O.
+"""The exact k-th largest of a stream of numbers. Numerics only; no I/O.
 
-A float's bits, the sign taken into account, are an integer of the same order. Its 16 leading bits give the bin in which
-the k-th largest lies, the next 16 the bin within that, until the pattern is known whole: two rounds for float32, four
-for float64. Nothing is sorted, and nothing is held but 65536 counts.
+Two ways, one mostly enough and one that cannot fail. A small sample tells nearly where the k-th largest is, so that
+one look at all numbers settles it: it counts those above, and collects those near. Or: a float's bits, the sign taken
+into account, are an integer of the same order, its *key*. A histogram over all keys tells in which bin the k-th
+largest lies, another over that bin where within it, until the key is known whole.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,69 @@ if TYPE_CHECKING:
 _BIN_BITS = 16
 BINS = 1 << _BIN_BITS
 HISTOGRAM_BYTES = 8 * (BINS + 2)
+_SIGMAS = 4.0
+_FEW = 3
+_MOST_COLLECTED = 0.08
+_BLOCK = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """That the k-th largest lies from ``low`` to ``high``; ``candidates``: that it is one of these few, frequent ones."""
+
+    low: float
+    high: float
+    candidates: tuple[float, ...] = ()
+
+
+def guess(sample: torch.Tensor, rank: int, count: int) -> Guess | None:
+    """Where the ``rank``-th largest of ``count`` numbers lies, judging by a sample; None where that is no help."""
+    import torch
+
+    size, share = len(sample), rank / count
+    margin = _SIGMAS * math.sqrt(size * share * (1 - share)) + 2
+    first, last = int(size * share - margin), int(size * share + margin)
+    high = float(sample.kthvalue(size - first).values) if first > 0 else math.inf
+    low = float(sample.kthvalue(size - last).values) if last < size else -math.inf
+    if math.isnan(high) or math.isnan(low):
+        return None
+    near = sample[(sample >= low) & (sample <= high)]
+    if low > -math.inf and high < math.inf and len(frequent := torch.unique(near)) <= _FEW:
+        return Guess(low, high, tuple(frequent.tolist()))
+    return Guess(low, high) if len(near) <= max(size * _MOST_COLLECTED, 3 * margin) else None
+
+
+def count_above(values: torch.Tensor, limit: float, scratch: torch.Tensor) -> int:
+    """How many are larger than ``limit``; NaN is."""
+    import torch
+
+    exact = None if len(values) < 1 << 24 else torch.float64  # ones are counted in float32, up to 2^24
+    return len(values) - int(torch.le(values, limit, out=scratch).sum(dtype=exact))
+
+
+def inside(values: torch.Tensor, low: float, high: float, scratch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The numbers from ``low`` to ``high`` and their places; fast where they are few."""
+    import torch
+
+    # Picking numbers one by one is slow, so first by columns of a few: those that have one near enough, or a NaN.
+    columns = len(values) // _BLOCK
+    table = values[: _BLOCK * columns].view(_BLOCK, columns)
+    if not columns or low == -high == -math.inf:
+        far = torch.zeros(columns, dtype=torch.bool)
+    elif high == math.inf:
+        far = table.amax(0) < low
+    elif low == -math.inf:
+        far = table.amin(0) > high
+    else:
+        distance = torch.sub(table, (low + high) / 2, out=scratch[: table.numel()].view_as(table)).abs_()
+        far = distance.amin(0) > (high - low) * 0.51
+    column = far.logical_not_().nonzero()[:, 0]
+    picked = table.index_select(1, column)
+    row, at = ((picked >= low) & (picked <= high)).nonzero(as_tuple=True)
+    rest = values[table.numel() :]
+    more = ((rest >= low) & (rest <= high)).nonzero()[:, 0]
+    places = torch.cat([row * columns + column[at], more + table.numel()])
+    return torch.cat([picked[row, at], rest[more]]), places
 
 
 def sort_keys(values: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -28,10 +93,23 @@ def sort_keys(values: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     return out.bitwise_and_(torch.iinfo(bits.dtype).max).bitwise_xor_(bits)
 
 
+def histogram(keys: torch.Tensor, shift: int, low: int, scratch: torch.Tensor) -> torch.Tensor:
+    """How many keys lie in each of the 65536 bins from ``low``, seen by their bits from ``shift`` up."""
+    import torch
+
+    # Two bins more, for what lies below and above, cost less than picking out what lies inside.
+    places = torch.bitwise_right_shift(keys, shift, out=scratch) if shift else keys
+    # Subtracting first could wrap around; a clamp cannot.
+    least, most = max(low - 1, torch.iinfo(keys.dtype).min), min(low + BINS, torch.iinfo(keys.dtype).max)
+    places = torch.clamp(places, least, most, out=scratch).sub_(least)
+    first = low - least
+    return torch.bincount(places, minlength=BINS + 2)[first : first + BINS]
+
+
 @dataclass(slots=True)
 class Search:
-    """Where the ``rank``-th largest lies, as far as is known: among keys of which the leading bits are those of
-    ``low`` + one of 65536; ``above`` numbers are larger than all of these."""
+    """The search for the ``rank``-th largest by histograms: among keys of which the bits from ``shift`` up are those of
+    ``low`` + one of 65536; ``above`` numbers are larger than all of these. ``equal`` are in the bin found last."""
 
     rank: int
     bits: int
@@ -45,11 +123,11 @@ class Search:
         """A search for the ``rank``-th largest (1 is the largest) among floats of 32 or 64 bits."""
         return cls(rank, bits, bits - _BIN_BITS, -(BINS >> 1))
 
-    def narrow(self, histogram: torch.Tensor) -> None:
+    def narrow(self, counts: torch.Tensor) -> None:
         """Takes in the counts of this round's bins."""
-        from_top = histogram.flip(0).cumsum(0)
+        from_top = counts.flip(0).cumsum(0)
         at = int((from_top < self.rank - self.above).sum())
-        self.equal = int(histogram[BINS - 1 - at])
+        self.equal = int(counts[BINS - 1 - at])
         self.above += int(from_top[at]) - self.equal
         self.low += BINS - 1 - at
         self.shift -= _BIN_BITS
@@ -68,20 +146,6 @@ class Search:
         wide = self.bits == 64
         key = torch.tensor([self.low], dtype=torch.int64 if wide else torch.int32)
         return float(sort_keys(key, torch.empty_like(key)).view(torch.float64 if wide else torch.float32))
-
-
-def histogram(keys: torch.Tensor, shift: int, low: int, scratch: torch.Tensor) -> torch.Tensor:
-    """How many keys lie in each of the 65536 bins from ``low``, seen by their bits from ``shift`` up."""
-    import torch
-
-    # Two bins more, for what lies below and above, cost less than picking out what lies inside.
-    places = torch.bitwise_right_shift(keys, shift, out=scratch) if shift else scratch.copy_(keys)
-    # Subtracting first could wrap around; a clamp cannot.
-    least, most = max(low - 1, torch.iinfo(keys.dtype).min), min(low + BINS, torch.iinfo(keys.dtype).max)
-    places.clamp_(least, most).sub_(least)
-    counts = torch.bincount(places, minlength=BINS + 2)
-    first = low - least
-    return counts[first : first + BINS]
 
 
 @dataclass(frozen=True, slots=True)

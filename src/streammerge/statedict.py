@@ -4,7 +4,8 @@ A mapping whose values are mostly tensors is a state dict, and so is a pickled m
 buffers, under their dotted names). Of several:
 
 1. none below a key that speaks of the optimizer, scheduler, scaler, random state and the like;
-2. of a model and its running average (``model`` and ``ema``, ``student`` and ``teacher``: the same names) the plain one,
+2. of a model and its running average (``model`` and ``ema``, ``student`` and ``teacher``: the same names) the plain
+one,
    unless asked otherwise;
 3. all others belong together (``model`` and ``generator``, ``net.*``) and are all taken, each under its own path.
 """
@@ -41,9 +42,9 @@ _LOSS_SCALER_KEYS = {"scale", "growth_factor", "loss_scale", "loss_scaler0"}
 def is_training_state(key: Any, value: Any) -> bool:
     """Whether a key holds optimizer, scheduler or scaler state, which is stale once weights are merged.
 
-    Some words mean something else elsewhere and are told by their content: ``opt`` is an optimizer's state or the command
-    line's options, a ``scaler`` that of mixed precision or of the data, which the model needs. fairseq cannot load a
-    file without its ``optimizer_history``.
+    Some words mean something else elsewhere and are told by their content: ``opt`` is an optimizer's state or the
+    command line's options, a ``scaler`` that of mixed precision or of the data, which the model needs. fairseq cannot
+    load a file without its ``optimizer_history``.
     """
     if not isinstance(key, str):
         return False

@@ -36,7 +36,7 @@ def arcee_fusion(group: TensorGroup) -> Kernel:
     n = group.elems
     ranks = [n - int(q * (n - 1)) for q in (0.25, 0.5, 0.75)]
     first, middle, third = (
-        cut.threshold for cut in group.kth_largest(lambda chunk: [_importance(chunk, group)], [ranks])[0]
+        cut.threshold for cut in group.kth_largest(lambda chunk: [_importance(chunk, group)], [ranks], signed=True)[0]
     )
     threshold = middle + 1.5 * (third - first)
 

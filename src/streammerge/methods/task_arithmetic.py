@@ -44,61 +44,35 @@ def _merge(
         mixed = chunk.zeros("mixed")
         for model, w in enumerate(weight):
             mixed.add_(sparsify(chunk, model, chunk.delta(model)).mul_(w))
-        return _applied(chunk, mixed.div_(divisor) if divisor != 1 else mixed, scale)
+        return applied(chunk, mixed.div_(divisor) if divisor != 1 else mixed)
 
     def elected(chunk: Chunk) -> torch.Tensor:
-        votes = _Votes(chunk, weighing=normalize)
-        for model, w in enumerate(weight):
-            votes.cast(sparsify(chunk, model, chunk.delta(model)).mul_(w), w)
-        return _applied(chunk, votes.winners(), scale)
+        deltas = [sparsify(chunk, m, chunk.delta(m, f"delta {m}")).mul_(w) for m, w in enumerate(weight)]
+        return applied(chunk, _winners(chunk, deltas, weight, normalize))
+
+    def applied(chunk: Chunk, mixed: torch.Tensor) -> torch.Tensor:
+        return (mixed if scale == 1 else mixed.mul_(scale)).add_(chunk.base)
 
     return elected if elect else plain
 
 
-def _applied(chunk: Chunk, mixed: torch.Tensor, scale: float) -> torch.Tensor:
-    return (mixed if scale == 1 else mixed.mul_(scale)).add_(chunk.base)
+def _winners(chunk: Chunk, deltas: list[torch.Tensor], weight: Sequence[float], normalize: bool) -> torch.Tensor:
+    """The sum of the weighted deltas that have the elected sign, divided by their weights where these are not zero."""
+    import torch
 
-
-class _Votes:
-    """The election of the sign in one sweep over the models: what votes for plus and what votes for minus is summed
-    apart, until the sum of all decides which counts."""
-
-    def __init__(self, chunk: Chunk, weighing: bool) -> None:
-        self._chunk, self._weighing = chunk, weighing
-        names = ("sum", "for", "against", *(("weight for", "weight against") if weighing else ()))
-        self._sum, self._for, self._against, *self._weights = (chunk.zeros(name) for name in names)
-
-    def cast(self, delta: torch.Tensor, weight: float) -> None:
-        """One model's weighted delta, which is overwritten."""
-        import torch
-
-        spare = self._chunk.empty("spare")
-        self._sum.add_(delta)
-        self._for.add_(torch.clamp(delta, min=0, out=spare))
-        if self._weighing:
-            self._weights[0].add_(torch.gt(delta, 0, out=spare).mul_(weight))
-            self._weights[1].add_(torch.lt(delta, 0, out=spare).mul_(weight))
-        self._against.add_(delta.clamp_(max=0))
-
-    def winners(self) -> torch.Tensor:
-        """The sum of the deltas on the winning side, divided by their weights where these are weighed and not zero."""
-        import torch
-
-        plus = torch.ge(self._sum, 0, out=self._sum)
-        mixed = _choose(plus, self._for, self._against)
-        if not self._weighing:
-            return mixed
-        divisor = _choose(plus, *self._weights)
-        return mixed.div_(divisor.add_(torch.eq(divisor, 0, out=self._sum)))
-
-
-def _choose(plus: torch.Tensor, yes: torch.Tensor, no: torch.Tensor) -> torch.Tensor:
-    """``yes`` where ``plus`` is 1, ``no`` where it is 0, in place of ``yes``; exactly, as one term is 0."""
-    yes.mul_(plus)
-    plus.neg_().add_(1)  # 1 - plus
-    yes.add_(no.mul_(plus))
-    plus.neg_().add_(1)
-    return yes
+    sign, agrees, divisor = chunk.zeros("sign"), chunk.empty("agrees"), chunk.zeros("divisor")
+    for delta in deltas:
+        sign.add_(delta)
+    torch.ge(sign, 0, out=sign).mul_(2).sub_(1)
+    for delta, w in zip(deltas, weight, strict=True):
+        torch.gt(torch.mul(delta, sign, out=agrees), 0, out=agrees)
+        delta.mul_(agrees)
+        if normalize:
+            divisor.add_(agrees.mul_(w))
+    mixed = deltas[0]
+    for delta in deltas[1:]:
+        mixed.add_(delta)
+    return mixed.div_(divisor.add_(torch.eq(divisor, 0, out=agrees))) if normalize else mixed
 
 
 def _prune(group: TensorGroup, sparsify: Sparsify, density: Sequence[float], rescale: bool) -> Sparsify:
