@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+torch.set_num_threads(1)  # the tests run in parallel as they are
+
 
 def octets(tensor: torch.Tensor) -> bytes:
     """A tensor's bytes in C order, for comparisons that NaN and -0.0 cannot fool."""

@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
+
+from streammerge.methods.registry import methods
+from test_methods import CASES
 
 MERGE = """
 import json, re, sys, threading
@@ -27,12 +32,40 @@ def watch():
     while not stop.wait(0.002):
         peak = max(peak, anonymous())
 
-watcher = threading.Thread(target=watch)
+watcher = threading.Thread(target=watch, daemon=True)
 watcher.start()
 result = sm.merge(inputs, out, **options)
 stop.set()
 watcher.join()
 print(json.dumps({"anonymous": peak - base, "resident": result.peak_bytes, "planned": result.plan.peak_bytes}))
+"""
+
+
+METHODS = """
+import json, re, sys, threading
+import streammerge as sm
+from streammerge.run import prepare_torch
+
+def anonymous():
+    with open("/proc/self/status") as file:
+        return sum(map(int, re.findall(r"Rss(?:Anon|Shmem):\\s+(\\d+)", file.read()))) * 1024
+
+prepare_torch()
+paths, out, runs = json.loads(sys.argv[1])
+for count, options in runs:
+    start, peak, stop = anonymous(), 0, threading.Event()
+
+    def watch():
+        global peak
+        while not stop.wait(0.002):
+            peak = max(peak, anonymous())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    result = sm.merge(paths[1 : count + 1], out, overwrite=True, **options)
+    stop.set()
+    watcher.join()
+    print(json.dumps([options["method"], peak - start, result.peak_bytes, result.plan.peak_bytes]))
 """
 
 
@@ -97,3 +130,44 @@ def test_inspect_and_plan_stay_small_and_without_torch(tmp_path: Path) -> None:
         assert shown.startswith("False")
         peak = int(shown.partition("VmHWM:")[2].split()[0])
         assert peak < 40 << 10, f"{peak} kB"
+
+
+def peaks(tmp_path: Path, elems: int, memory: str, methods: Sequence[str]) -> list[tuple[str, int, int, int]]:
+    """(method, anonymous, resident, planned) for each, on one tensor of so many elements, filled a little."""
+    paths = [sparse(tmp_path / f"{i}.safetensors", elems) for i in range(6)]
+    for number, path in enumerate(paths):
+        noise = torch.randn(1 << 12, generator=torch.Generator().manual_seed(number)).bfloat16()
+        with open(path, "r+b") as file:
+            for place in range(0, elems - len(noise), elems // 16):
+                file.seek(path.stat().st_size - 2 * elems + 2 * place)
+                file.write(noise.view(torch.uint8).numpy())
+    runs = []
+    for case in CASES:
+        if case.method in methods and case.parameters.get("nuslerp_flatten") is not False:
+            base = {"base": str(paths[0])} if case.base else {}
+            runs.append((case.models, case.parameters | base | {"method": case.method, "memory": memory}))
+    argument = json.dumps([list(map(str, paths)), str(tmp_path / "out.safetensors"), runs])
+    done = subprocess.run(
+        [sys.executable, "-c", METHODS, argument], capture_output=True, text=True, check=False, timeout=3000
+    )
+    assert done.returncode == 0, done.stderr
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+
+
+def test_law_1_for_methods(tmp_path: Path) -> None:
+    """One long tensor, passes and all."""
+    held_by_rows = {"della", "della_linear", "arcee_fusion"}
+    for method, anonymous, resident, planned in peaks(
+        tmp_path, 12_000_001, "256MiB", sorted(set(methods()) - held_by_rows)
+    ):
+        assert anonymous <= planned <= 256 << 20, (method, anonymous, planned)
+        assert resident <= 256 << 20, (method, resident)
+
+
+@pytest.mark.slow
+def test_law_1_for_methods_on_a_billion_elements(tmp_path: Path) -> None:
+    for method, anonymous, resident, planned in peaks(
+        tmp_path, 10**9, "512MiB", ["ties", "slerp", "karcher", "sce", "dare_ties"]
+    ):
+        assert anonymous <= planned <= 512 << 20, (method, anonymous, planned)
+        assert resident <= 512 << 20, (method, resident)

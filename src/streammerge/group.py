@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Kernel = Callable[["Chunk"], "torch.Tensor"]
 T = TypeVar("T")
-_SAMPLE_SPAN = 1 << 10
+_SAMPLE_SPAN = 1 << 11
 
 
 class Buffers(Protocol):

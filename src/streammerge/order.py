@@ -24,7 +24,9 @@ Wanted = tuple[int, int]
 
 def kth_largest(group: TensorGroup, values: Values, ranks: Sequence[Sequence[int]], signed: bool) -> list[list[Cut]]:
     """See :meth:`TensorGroup.kth_largest`."""
-    wanted = [(number, rank) for number, of in enumerate(ranks) for rank in sorted(set(of)) if 0 < rank < group.elems]
+    wanted = [
+        (number, rank) for number, of in enumerate(ranks) for rank in sorted(set(of)) if 0 < rank < group.elems + signed
+    ]
     cuts = _at_once(group, values, wanted)
     missed = [which for which in wanted if which not in cuts]
     if missed:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _BIN_BITS = 16
 BINS = 1 << _BIN_BITS
 HISTOGRAM_BYTES = 8 * (BINS + 2)
-_SIGMAS = 4.0
+_SIGMAS = 3.5
 _FEW = 3
 _MOST_COLLECTED = 0.08
 _BLOCK = 8
@@ -165,8 +165,6 @@ class Cut:
 
         if self.everything:
             return values
-        if self.rank == 0:
-            return values.mul_(0)
         # hardshrink keeps what is strictly larger than its limit, so a limit just below the threshold keeps it too
         edge = min(max(self.stop - start, 0), len(values))
         for part, limit in ((values[:edge], _just_below(self.threshold, values.dtype)), (values[edge:], self.threshold)):

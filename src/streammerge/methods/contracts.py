@@ -186,6 +186,8 @@ def _parameters(function: Callable[..., Kernel]) -> list[Parameter]:
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
             continue
         text = parameter.annotation if isinstance(parameter.annotation, str) else str(parameter.annotation)
+        if parameter.annotation is parameter.empty:  # a user's own, without types: as its default is
+            text = type(parameter.default).__name__
         kind = next((kind for kind in ("bool", "int", "float") if kind in text), "any")
         per_model = any(word in text for word in ("PerModel", "Sequence", "list", "tuple"))
         made.append(Parameter(parameter.name.rstrip("_"), "float" if per_model else kind, per_model, parameter.default))

@@ -17,18 +17,19 @@ def combination(weights: Sequence[float], of_base: float = 0.0, divisor: float =
     r"""The kernel of :math:`(w_0 b + \sum_i w_i x_i) / d`, summed in the order of the models."""
 
     def kernel(chunk: Chunk) -> torch.Tensor:
-        total = _scaled(chunk.load(0, "total"), weights[0])
+        total = scaled(chunk.load(0, "total"), weights[0])
         for model, w in enumerate(weights[1:], start=1):
             # Not add_(alpha=w): torch fuses that on some machines only, and fused sums have other last bits.
-            total.add_(_scaled(chunk.load(model), w))
+            total.add_(scaled(chunk.load(model), w))
         if of_base:
-            total.add_(_scaled(chunk.base, of_base))
+            total.add_(scaled(chunk.base, of_base))
         return total if divisor == 1 else total.div_(divisor)
 
     return kernel
 
 
-def _scaled(values: torch.Tensor, factor: float) -> torch.Tensor:
+def scaled(values: torch.Tensor, factor: float) -> torch.Tensor:
+    """The values times the factor, in place; untouched for 1."""
     return values if factor == 1 else values.mul_(factor)
 
 

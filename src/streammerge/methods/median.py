@@ -50,18 +50,12 @@ def geometric_median(group: TensorGroup, *, eps: float = 1e-6, max_iter: int = 1
     # ||z - x_i||^2 of z = sum w_j x_j, as differences of the Gram matrix: of the squared distances between the models
     squared = gram.diagonal()[:, None] + gram.diagonal()[None, :] - 2 * gram
     weights = torch.full((n,), 1 / n, dtype=torch.float64)
-
-    def distances() -> torch.Tensor:
-        return (squared @ weights - weights @ squared @ weights / 2).clamp(min=0).sqrt()
-
-    best = float(distances().sum())
     for _ in range(max_iter):
-        pull = distances().clamp(min=eps).reciprocal()
-        weights = pull / pull.sum()
-        total = float(distances().sum())
-        if abs(best - total) <= tol * total:
+        distances = (squared @ weights - weights @ squared @ weights / 2).clamp(min=0).sqrt()
+        pull = distances.clamp(min=eps).reciprocal()
+        before, weights = weights, pull / pull.sum()
+        if float((weights - before).abs().max()) <= tol:
             break
-        best = total
     return combination(weights.tolist())
 
 

@@ -112,5 +112,5 @@ def _imported(place: str) -> Callable[..., Kernel]:
     except (ImportError, AttributeError, ValueError) as error:
         raise RecipeError(f"--method {printable(place)} cannot be imported: {printable(error)}") from error
     if not callable(function):
-        raise RecipeError(f"--method {printable(place)} is not a function")
+        raise RecipeError(f"--method {printable(place)} is no function")
     return function

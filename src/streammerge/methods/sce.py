@@ -19,7 +19,7 @@ def _check_topk(values: Values) -> None:
         raise RecipeError(f"select_topk is the share of elements that is kept, from 0 to 1, not {values['select_topk']:g}")
 
 
-@merge_method("sce", models=(0, None), base="required", buffers=9, histograms=1, check=_check_topk)
+@merge_method("sce", models=(0, None), base="required", buffers=11, histograms=1, check=_check_topk)
 def sce(group: TensorGroup, *, int8_mask: bool = False, select_topk: float = 1.0, uniform_below: float = 0.0) -> Kernel:
     r"""Select, calculate, erase: fuses deltas where they vary most, each model by the energy of its own.
 
@@ -86,12 +86,14 @@ def _mask(chunk: Chunk, group: TensorGroup, cut: Cut | None) -> torch.Tensor | N
 
 
 def _variance(chunk: Chunk, group: TensorGroup) -> torch.Tensor:
+    """Of the deltas over the models, in one sweep after Welford, so that it is exactly zero where all are equal."""
+    import torch
+
     mean, variance = chunk.zeros("mean"), chunk.zeros("variance")
-    for model in range(group.models):
-        mean.add_(chunk.delta(model))
-    mean.div_(group.models)
-    for model in range(group.models):
-        variance.add_(chunk.delta(model).sub_(mean).square_())
+    for number in range(group.models):
+        apart = torch.sub(chunk.delta(number), mean, out=chunk.empty("apart"))
+        mean.add_(torch.div(apart, number + 1, out=chunk.empty("share")))
+        variance.add_(apart.mul_(chunk.delta(number).sub_(mean)))
     return variance.div_(group.models)
 
 

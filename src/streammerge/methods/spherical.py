@@ -59,17 +59,18 @@ def multislerp(
 ) -> Kernel:
     r"""Weighted barycentre of any number of models on the sphere.
 
-    With :math:`s_i = x_i` (or :math:`x_i - b` with a base), :math:`u_i = s_i / (\|s_i\| + \epsilon)` and weights divided by
-    their sum: :math:`\mu = \sum_i w_i u_i`, :math:`\hat\mu = \mu / \|\mu\|`; the tangents at it,
-    :math:`T = \sum_i w_i (u_i - \langle u_i, \hat\mu \rangle \hat\mu)`, are followed by the exponential map:
+    With :math:`s_i = x_i` (or :math:`x_i - b` with a base), :math:`u_i = s_i / (\|s_i\| + \epsilon)` and weights
+    divided by their sum: :math:`\mu = \sum_i w_i u_i`, :math:`\hat\mu = \mu / \|\mu\|`; the tangents at it, :math:`T
+    = \sum_i w_i (u_i - \langle u_i, \hat\mu \rangle \hat\mu)`, are followed by the exponential map:
 
     .. math:: y = \Big(\hat\mu \cos\tau + T \tfrac{\sin\tau}{\tau}\Big) \sum_i w_i \|s_i\| \; (+\, b),
               \qquad \tau = \|T\| + \epsilon
 
     Goddard, *Multi-SLERP*, 2025 (goddard.blog). Each tensor is one vector. One model is given back as it is.
 
-    Edge cases: where :math:`\|\mu\| < \epsilon`, two models give the line :math:`\sum_i w_i s_i`, more are an error
-    that names the tensor. Deviation from mergekit: weights that sum to zero are an error.
+    Edge cases: where :math:`\|\mu\| < \epsilon`, two models give the line :math:`\sum_i w_i s_i`, and so do any
+    number that are all zero or all equal to the base; else it is an error that names the tensor. Deviation from
+    mergekit: weights that sum to zero are an error.
     """
     import torch
 
@@ -83,7 +84,7 @@ def multislerp(
     mean = w / (norms + eps)
     length = float((mean @ gram @ mean).clamp(min=0).sqrt())
     if length < eps:
-        if count > 2:
+        if count > 2 and bool(norms.any()):
             raise TaskError(
                 f"the weighted directions of {printable(group.name)} cancel out, so multislerp has no mean for it; "
                 "use other weights"

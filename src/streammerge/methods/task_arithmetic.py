@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from streammerge.group import Chunk, Kernel, TensorGroup
 from streammerge.methods.contracts import PerModel, merge_method
+from streammerge.methods.linear import scaled
 from streammerge.methods.sparsify import (
     Sparsify,
     bernoulli,
@@ -41,17 +42,20 @@ def _merge(
     divisor = total if normalize and abs(total) >= 1e-8 else 1.0
 
     def plain(chunk: Chunk) -> torch.Tensor:
-        mixed = chunk.zeros("mixed")
-        for model, w in enumerate(weight):
-            mixed.add_(sparsify(chunk, model, chunk.delta(model)).mul_(w))
+        mixed = weighted(chunk, 0, "mixed")
+        for model in range(1, group.models):
+            mixed.add_(weighted(chunk, model, "operand"))
         return applied(chunk, mixed.div_(divisor) if divisor != 1 else mixed)
 
     def elected(chunk: Chunk) -> torch.Tensor:
-        deltas = [sparsify(chunk, m, chunk.delta(m, f"delta {m}")).mul_(w) for m, w in enumerate(weight)]
+        deltas = [weighted(chunk, model, f"delta {model}") for model in range(group.models)]
         return applied(chunk, _winners(chunk, deltas, weight, normalize))
 
+    def weighted(chunk: Chunk, model: int, slot: str) -> torch.Tensor:
+        return scaled(sparsify(chunk, model, chunk.delta(model, slot)), weight[model])
+
     def applied(chunk: Chunk, mixed: torch.Tensor) -> torch.Tensor:
-        return (mixed if scale == 1 else mixed.mul_(scale)).add_(chunk.base)
+        return scaled(mixed, scale).add_(chunk.base)
 
     return elected if elect else plain
 
@@ -60,19 +64,21 @@ def _winners(chunk: Chunk, deltas: list[torch.Tensor], weight: Sequence[float], 
     """The sum of the weighted deltas that have the elected sign, divided by their weights where these are not zero."""
     import torch
 
-    sign, agrees, divisor = chunk.zeros("sign"), chunk.empty("agrees"), chunk.zeros("divisor")
-    for delta in deltas:
+    sign, agrees, divisor = (chunk.empty(slot) for slot in ("sign", "agrees", "divisor"))
+    torch.add(deltas[0], deltas[1] if len(deltas) > 1 else 0, out=sign)
+    for delta in deltas[2:]:
         sign.add_(delta)
     torch.ge(sign, 0, out=sign).mul_(2).sub_(1)
-    for delta, w in zip(deltas, weight, strict=True):
+    for number, (delta, w) in enumerate(zip(deltas, weight, strict=True)):
         torch.gt(torch.mul(delta, sign, out=agrees), 0, out=agrees)
         delta.mul_(agrees)
-        if normalize:
-            divisor.add_(agrees.mul_(w))
-    mixed = deltas[0]
-    for delta in deltas[1:]:
-        mixed.add_(delta)
-    return mixed.div_(divisor.add_(torch.eq(divisor, 0, out=agrees))) if normalize else mixed
+        if number:
+            deltas[0].add_(delta)
+        if normalize and number:
+            divisor.add_(scaled(agrees, w))
+        elif normalize:
+            torch.mul(agrees, w, out=divisor)
+    return deltas[0].div_(divisor.add_(torch.eq(divisor, 0, out=agrees))) if normalize else deltas[0]
 
 
 def _prune(group: TensorGroup, sparsify: Sparsify, density: Sequence[float], rescale: bool) -> Sparsify:
