@@ -143,7 +143,8 @@ def peaks(tmp_path: Path, elems: int, memory: str, methods: Sequence[str]) -> li
                 file.write(noise.view(torch.uint8).numpy())
     runs = []
     for case in CASES:
-        if case.method in methods and case.parameters.get("nuslerp_flatten") is not False:
+        by_rows = case.parameters.get("nuslerp_flatten") is False or case.parameters.get("filter_wise")
+        if case.method in methods and not by_rows:
             base = {"base": str(paths[0])} if case.base else {}
             runs.append((case.models, case.parameters | base | {"method": case.method, "memory": memory}))
     argument = json.dumps([list(map(str, paths)), str(tmp_path / "out.safetensors"), runs])

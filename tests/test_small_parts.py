@@ -144,13 +144,13 @@ def test_checksums_join(sizes: list[int]) -> None:
 
 
 class TestBudget:
-    cost = budget.Cost(compute=3, buffers=5, out=7, read=11, tally_bytes=17)
+    cost = budget.Cost(compute=3, buffers=5, out=7, read=11, passes_bytes=17, spread_bytes=19)
 
     def test_the_peak_is_the_sum_of_its_terms(self) -> None:
         fitted = budget.fit(1 << 40, workers=3, tensors=5, cost=self.cost, staging=True)
         buffers = 5 * 3 + 7 + 2 * 11
-        expected = budget.RUN_BYTES + 5 * budget.PER_TENSOR_BYTES + budget.STAGING_BYTES + 17
-        expected += 3 * (budget.PER_WORKER_BYTES + 2 * 17 + budget.BEST_CHUNK_ELEMS * buffers)
+        expected = budget.RUN_BYTES + 5 * budget.PER_TENSOR_BYTES + budget.STAGING_BYTES + 19
+        expected += 3 * (budget.PER_WORKER_BYTES + 17 + budget.BEST_CHUNK_ELEMS * buffers)
         assert (fitted.workers, fitted.chunk_elems, fitted.peak_bytes) == (3, budget.BEST_CHUNK_ELEMS, expected)
 
     def test_slots_are_what_was_counted(self) -> None:

@@ -1,7 +1,7 @@
 """The memory model: what one chunk in flight costs, and how many fit a budget. Pure arithmetic.
 
-    peak = RUN + tensors * PER_TENSOR + staging + tally
-           + workers * (PER_WORKER + 2 * tally + chunk_elems * bytes_per_element
+    peak = RUN + tensors * PER_TENSOR + staging + spread
+           + workers * (PER_WORKER + passes + chunk_elems * bytes_per_element
                         + inputs * (window + chunk_elems * input_bytes))
 
 Every buffer the engine uses is a term here, and the engine takes its buffers from :func:`slots`, so the model cannot
@@ -37,7 +37,8 @@ class Cost:
 
     Bytes per element: ``compute`` of one buffer of numbers, of which there are ``buffers``; ``out`` of the rounded
     result; ``read`` of a read buffer; ``mapped`` of one input in mapped pages. ``inputs``: how many are kept at once.
-    ``row``: elements that a chunk must hold together. ``tally_bytes``: the histograms of one pass.
+    ``row``: elements that a chunk must hold together. ``passes_bytes``: what the passes of a tensor hold that is one
+    worker's; ``spread_bytes``: of one that all workers share.
     """
 
     compute: int
@@ -47,7 +48,8 @@ class Cost:
     inputs: int = 0
     mapped: int = 0
     row: int = 1
-    tally_bytes: int = 0
+    passes_bytes: int = 0
+    spread_bytes: int = 0
 
     @property
     def element_bytes(self) -> int:
@@ -90,11 +92,11 @@ def slots(budget: Budget) -> dict[str, tuple[int, int]]:
 
 def fit(memory_bytes: int, workers: int, tensors: int, cost: Cost, staging: bool) -> Budget:
     """The most workers and the best chunk that ``memory_bytes`` allow. Raises BudgetError naming the least that would."""
-    fixed = RUN_BYTES + tensors * PER_TENSOR_BYTES + (STAGING_BYTES if staging else 0) + cost.tally_bytes
+    fixed = RUN_BYTES + tensors * PER_TENSOR_BYTES + (STAGING_BYTES if staging else 0) + cost.spread_bytes
 
     def peak(count: int, chunk: int, window: int) -> int:
         kept = cost.inputs * (window + chunk * cost.mapped)
-        return fixed + count * (PER_WORKER_BYTES + 2 * cost.tally_bytes + chunk * cost.element_bytes + kept)
+        return fixed + count * (PER_WORKER_BYTES + cost.passes_bytes + chunk * cost.element_bytes + kept)
 
     least_chunk = max(GRAIN, cost.row)
     for count in range(workers, 0, -1):

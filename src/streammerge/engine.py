@@ -173,7 +173,9 @@ class Engine:
                     yield work(self._chunks(task, workspace, source, start, stop, sparse))
 
                 kernel = task.method.bind(self._group(task, sweep), task.parameters)
-            return self._write(piece, kernel, workspace, source)
+            done = self._write(piece, kernel, workspace, source)
+            source.done()
+            return done
 
     def _write(self, piece: Piece, kernel: Kernel, workspace: Workspace, source: Source) -> PieceDone:
         task, output, checksums = piece.task, self.outputs[piece.task.file], []

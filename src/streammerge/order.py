@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from streammerge.select import Cut, Guess, Search, count_above, guess, histogram, inside
+from streammerge.select import Cut, Guess, Search, affordable, count_above, guess, histogram, inside, sample_elems
 from streammerge.tensors import ranges
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     Values = Callable[[Chunk], Iterable[torch.Tensor]]
 
-SAMPLE_ELEMS = 1 << 16
+_FEW_ELEMS = 1 << 13
 Wanted = tuple[int, int]
 """Which tensor, and which of its ranks."""
 
@@ -88,7 +88,7 @@ def _guesses(group: TensorGroup, values: Values, wanted: Sequence[Wanted]) -> di
     import torch
 
     numbers = {number for number, _ in wanted}
-    if group.elems <= SAMPLE_ELEMS // 8:  # less than a sample would have: everything is collected
+    if group.elems <= _FEW_ELEMS:  # fewer than a sample would have: everything is collected
         return {which: Guess(-math.inf, math.inf) for which in wanted}
 
     def work(chunks: Iterable[Chunk]) -> dict[int, list[torch.Tensor]]:
@@ -100,12 +100,13 @@ def _guesses(group: TensorGroup, values: Values, wanted: Sequence[Wanted]) -> di
         return picked
 
     samples: dict[int, list[torch.Tensor]] = {number: [] for number in numbers}
-    for picked in group.sweep(work, 0, group.elems, sparse=-(-group.elems // SAMPLE_ELEMS)):
+    for picked in group.sweep(work, 0, group.elems, sparse=-(-group.elems // sample_elems(group.elems))):
         for number, parts in picked.items():
             samples[number] += parts
     joined = {number: torch.cat(parts) for number, parts in samples.items()}
     made = {which: guess(joined[which[0]], which[1], group.elems) for which in wanted}
-    return {which: one for which, one in made.items() if one}
+    found = {which: one for which, one in made.items() if one}
+    return found if affordable(list(found.values()), group.elems) else {}
 
 
 def _nothing(one: Guess) -> _Look:

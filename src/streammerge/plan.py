@@ -18,7 +18,7 @@ from streammerge.formats.base import Layout
 from streammerge.methods.registry import COPY, INTEGERS
 from streammerge.output import Placed, plan_output, side_bytes
 from streammerge.recipe import Recipe
-from streammerge.select import HISTOGRAM_BYTES
+from streammerge.select import held_bytes
 from streammerge.storage import Identity
 from streammerge.tensors import TensorEntry
 from streammerge.units import binary_bytes, decimal_bytes
@@ -219,7 +219,7 @@ def _task(placed: Placed, seed: int) -> MergeTask:
 
 def _cost(tasks: list[MergeTask], io: str) -> Cost:
     """What a chunk needs, of each kind the most that any task does; nothing where everything is copied verbatim."""
-    compute = buffers = out = read = inputs = mapped = tally = 0
+    compute = buffers = out = read = inputs = mapped = passes = spread = 0
     row = 1
     for task in tasks:
         if task.verbatim:
@@ -237,6 +237,8 @@ def _cost(tasks: list[MergeTask], io: str) -> Cost:
         compute = max(compute, 8 if wide else 4)
         narrow = any(d not in (DType.BF16, DType.F32, DType.F64) for d in dtypes)  # widened by way of float32
         buffers = max(buffers, method.buffers + method.buffers_per_model * len(dtypes) + task.based + (wide and narrow))
-        tally = max(tally, method.histograms * len(dtypes) * HISTOGRAM_BYTES)
+        searches = method.searches * len(dtypes)
+        passes = max(passes, held_bytes(min(task.elems, task.piece_elems), searches))
+        spread = max(spread, held_bytes(task.elems, searches) if task.spread else 0)
         row = max(row, task.row)
-    return Cost(compute, buffers, out, read, inputs, mapped, row, tally)
+    return Cost(compute, buffers, out, read, inputs, mapped, row, passes, spread)

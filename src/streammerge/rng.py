@@ -25,17 +25,20 @@ def uniform(seed: int, name: str, model: int, start: int, out: torch.Tensor, scr
     import torch
 
     work, shifted = scratch, out.view(torch.int32)
+    keys = []
     cursor = 0
     while cursor < len(out):
         grain, first = divmod(start + cursor, GRAIN)
         count = min(GRAIN - first, len(out) - cursor)
         digest = blake2b(f"{seed}/{model}/{grain}/{name}".encode(), digest_size=8).digest()
-        part, other = work[cursor : cursor + count], shifted[cursor : cursor + count]
+        part = work[cursor : cursor + count]
         torch.bitwise_xor(_counters()[first : first + count], _int32(digest[:4]), out=part)
-        _mix(part, other)
-        part.bitwise_xor_(_int32(digest[4:]))
-        _mix(part, other)
+        keys.append((part, _int32(digest[4:])))
         cursor += count
+    _mix(work, shifted)
+    for part, key in keys:
+        part.bitwise_xor_(key)
+    _mix(work, shifted)
     work.copy_(_shift(work, 32 - _BITS, shifted))  # ``shifted`` lies over ``out``, which is written now
     return out.copy_(work).mul_(2.0**-_BITS)
 

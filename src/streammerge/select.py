@@ -9,6 +9,7 @@ largest lies, another over that bin where within it, until the key is known whol
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,20 +18,42 @@ if TYPE_CHECKING:
 
 _BIN_BITS = 16
 BINS = 1 << _BIN_BITS
-HISTOGRAM_BYTES = 8 * (BINS + 2)
+_HISTOGRAM_BYTES = 8 * (BINS + 2)
+_COLLECTED_BYTES = 12
+"""Of a number that is collected, and its place."""
+_MOST_HELD_BYTES = 32 << 20
 _SIGMAS = 3.5
 _FEW = 3
-_MOST_COLLECTED = 0.08
+_MOST_COLLECTED = 0.04
 _BLOCK = 8
+
+
+def sample_elems(count: int) -> int:
+    """How large a sample of so many numbers should be."""
+    return min(max(count >> 8, 1 << 16), 1 << 20)
+
+
+def held_bytes(count: int, searches: int) -> int:
+    """The most that so many searches among ``count`` numbers hold: samples, histograms, what is collected."""
+    collected = min(2 * _COLLECTED_BYTES * max(int(count * _MOST_COLLECTED), 1 << 13) * searches, _MOST_HELD_BYTES)
+    return searches * (3 * _HISTOGRAM_BYTES + 4 * min(sample_elems(count), count)) + collected
 
 
 @dataclass(frozen=True, slots=True)
 class Guess:
-    """That the k-th largest lies from ``low`` to ``high``; ``candidates``: that it is one of these few, frequent ones."""
+    """That the k-th largest lies from ``low`` to ``high``, where ``share`` of all numbers are; ``candidates``: that it
+    is one of these few, frequent ones."""
 
     low: float
     high: float
+    share: float = 1.0
     candidates: tuple[float, ...] = ()
+
+
+def affordable(guesses: Sequence[Guess], count: int) -> bool:
+    """Whether what is to be collected among so many numbers may be held at once."""
+    collected = sum(guess.share for guess in guesses if not guess.candidates) * count
+    return 2 * _COLLECTED_BYTES * collected <= _MOST_HELD_BYTES
 
 
 def guess(sample: torch.Tensor, rank: int, count: int) -> Guess | None:
@@ -46,8 +69,8 @@ def guess(sample: torch.Tensor, rank: int, count: int) -> Guess | None:
         return None
     near = sample[(sample >= low) & (sample <= high)]
     if low > -math.inf and high < math.inf and len(frequent := torch.unique(near)) <= _FEW:
-        return Guess(low, high, tuple(frequent.tolist()))
-    return Guess(low, high) if len(near) <= max(size * _MOST_COLLECTED, 3 * margin) else None
+        return Guess(low, high, 1.0, tuple(frequent.tolist()))
+    return Guess(low, high, len(near) / size) if len(near) <= max(size * _MOST_COLLECTED, 3 * margin) else None
 
 
 def count_above(values: torch.Tensor, limit: float, scratch: torch.Tensor) -> int:

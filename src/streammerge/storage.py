@@ -102,11 +102,12 @@ class InputFile:
     def release(self, offset: int, nbytes: int) -> None:
         """Gives the mapped pages of that range back; touched again, they are read again.
 
-        A fault maps pages around the one it is for, also behind the cursor, so the range begins a little earlier.
+        A fault maps pages around the one it is for, so the range begins a little earlier and ends a little later.
         """
         if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
             start = max(offset - offset % mmap.PAGESIZE - _FAULT_AROUND_BYTES, 0)
-            self._map.madvise(mmap.MADV_DONTNEED, start, offset + nbytes - start)
+            stop = min(offset + nbytes + _FAULT_AROUND_BYTES, self.size)
+            self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fills the buffer from ``offset``; ChangedError when the file ends before."""

@@ -67,21 +67,27 @@ class Workspace:
 
 
 class Spans(Generic[File]):
-    """Byte ranges by file, collected until they are worth a system call: one range for each file, gaps included."""
+    """Byte ranges by file, collected until they are worth a system call: one range for each file, gaps included, since a
+    fault may map what lies between as well."""
 
     def __init__(self, enough_bytes: int) -> None:
-        self._enough, self._collected = enough_bytes, 0
+        self._enough = enough_bytes
         self._spans: dict[File, tuple[int, int]] = {}
 
     def add(self, file: File, begin: int, end: int) -> list[tuple[File, int, int]]:
         """Takes a range in. Returns what came together before it, once that and this are enough, and starts over."""
-        ripe: list[tuple[File, int, int]] = []
-        if self._collected and self._collected + end - begin > self._enough:
-            ripe = [(known, *span) for known, span in self._spans.items()]
-            self._spans, self._collected = {}, 0
-        low, high = self._spans.get(file, (begin, end))
+        low, high = self._spans.get(file, (begin, begin))
+        ripe = self.make_room(max(high, end) - min(low, begin) - (high - low))
+        low, high = self._spans.get(file, (begin, begin))
         self._spans[file] = (min(low, begin), max(high, end))
-        self._collected += end - begin
+        return ripe
+
+    def make_room(self, nbytes: int) -> list[tuple[File, int, int]]:
+        """Returns what came together, and starts over, where that and so many bytes more are enough."""
+        if sum(high - low for low, high in self._spans.values()) + nbytes <= self._enough:
+            return []
+        ripe = [(file, *span) for file, span in self._spans.items()]
+        self._spans = {}
         return ripe
 
 
@@ -129,16 +135,22 @@ class Source:
 
     def _keep_all(self) -> None:
         self._kept, cursor = [], 0
+        for seen, begin, end in self._workspace.mapped.make_room(sum(nbytes for _, _, nbytes, _ in self._sources)):
+            seen.release(begin, end - begin)
         for file, base, nbytes, _ in self._sources:
             self._kept.append(cursor)
-            if self._mapped:
-                self._release(file, base, nbytes)
-            else:
+            if not self._mapped:
                 file.read_into(self._workspace.octets("kept", nbytes, cursor), base)
             cursor += _rounded(nbytes)
 
+    def done(self) -> None:
+        """All passes are over: what was kept may be given back."""
+        if self._mapped and self._kept is not None:
+            for file, base, nbytes, _ in self._sources:
+                self._release(file, base, nbytes)
+
     def _release(self, file: InputFile, offset: int, nbytes: int) -> None:
-        """Notes that these pages are touched now, and gives back those touched before where they have become many."""
+        """Notes that these pages were touched, and gives back those touched before where they have become many."""
         for seen, begin, end in self._workspace.mapped.add(file, offset, offset + nbytes):
             seen.release(begin, end - begin)
 

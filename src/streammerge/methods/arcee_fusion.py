@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     base="required",
     row=lambda shape, values: shape[-1] if shape else 1,
     buffers=12,
-    histograms=3,
+    searches=3,
 )
 def arcee_fusion(group: TensorGroup) -> Kernel:
     r"""Adds to the base the changes of which the importance is far above the median.

@@ -93,7 +93,7 @@ class MergeMethod:
     passes: bool = True
     buffers: int = 8
     buffers_per_model: int = 0
-    histograms: int = 0
+    searches: int = 0
     compute: str = "float32"
     check: Callable[[Values], None] | None = None
     listed: bool = field(default=True, repr=False)

@@ -19,7 +19,7 @@ def _check_topk(values: Values) -> None:
         raise RecipeError(f"select_topk is the share of elements that is kept, from 0 to 1, not {values['select_topk']:g}")
 
 
-@merge_method("sce", models=(0, None), base="required", buffers=11, histograms=1, check=_check_topk)
+@merge_method("sce", models=(0, None), base="required", buffers=11, searches=1, check=_check_topk)
 def sce(group: TensorGroup, *, int8_mask: bool = False, select_topk: float = 1.0, uniform_below: float = 0.0) -> Kernel:
     r"""Select, calculate, erase: fuses deltas where they vary most, each model by the energy of its own.
 

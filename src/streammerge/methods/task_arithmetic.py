@@ -110,7 +110,7 @@ def task_arithmetic(
     return _merge(group, everything, weight, elect=False, normalize=normalize, scale=lambda_)
 
 
-@merge_method("ties", models=(0, None), base="required", buffers=10, histograms=1, check=check_density)
+@merge_method("ties", models=(0, None), base="required", buffers=10, searches=1, check=check_density)
 def ties(
     group: TensorGroup,
     *,
@@ -188,7 +188,7 @@ def dare_ties(
     return _merge(group, sparsify, weight, elect=True, normalize=normalize, scale=lambda_)
 
 
-@merge_method("breadcrumbs", models=(0, None), base="required", buffers=9, histograms=2, check=check_density)
+@merge_method("breadcrumbs", models=(0, None), base="required", buffers=9, searches=2, check=check_density)
 def breadcrumbs(
     group: TensorGroup,
     *,
@@ -216,7 +216,7 @@ def breadcrumbs(
     return _merge(group, sparsify, weight, elect=False, normalize=normalize, scale=lambda_)
 
 
-@merge_method("breadcrumbs_ties", models=(0, None), base="required", buffers=12, histograms=2, check=check_density)
+@merge_method("breadcrumbs_ties", models=(0, None), base="required", buffers=12, searches=2, check=check_density)
 def breadcrumbs_ties(
     group: TensorGroup,
     *,
