@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 import streammerge as sm
 from oracles import ORACLES
 from streammerge import engine
+from streammerge.cli.render import method_page
 from streammerge.group import Chunk, Kernel, TensorGroup
 from streammerge.methods.registry import find_method, merge_tensors, methods
 from streammerge.rng import uniform
@@ -608,9 +609,12 @@ class TestOwnMethod:
 def test_the_table_and_the_pages(cli: Callable[..., Any]) -> None:
     table = cli("methods").stdout
     for name, method in methods().items():
-        assert any(line.split()[0] == name and method.summary in line for line in table.splitlines() if line), name
+        summary = method.summary.replace("``", "")
+        assert any(line.split()[0] == name and summary in line for line in table.splitlines() if line), name
         page = cli("methods", name).stdout if name in ("ties", "slerp", "copy") else ""
         assert not page or all(parameter in page for parameter in method.parameters)
     assert "arXiv:2306.01708" in cli("methods", "ties").stdout
+    for method in methods().values():  # nothing of the markup is left
+        assert not set(method_page(method)) & set("\\{}`"), method_page(method)
     assert "did you mean slerp" in cli("methods", "slrp", code=2).stderr
     assert '"per_model": true' in cli("methods", "ties", "--format", "json").stdout

@@ -174,6 +174,7 @@ class Chunk:
         self._buffers, self._read, self._count = buffers, read, models
         self._first = int(based)
         self._base: torch.Tensor | None = None
+        self._models: list[torch.Tensor] | None = None
 
     @property
     def elems(self) -> int:
@@ -181,8 +182,10 @@ class Chunk:
 
     @property
     def models(self) -> list[torch.Tensor]:
-        """Every model's numbers."""
-        return [self.load(model, f"model {model}") for model in range(self._count)]
+        """Every model's numbers, loaded once."""
+        if self._models is None:
+            self._models = [self.load(model, f"model {model}") for model in range(self._count)]
+        return self._models
 
     @property
     def base(self) -> torch.Tensor:

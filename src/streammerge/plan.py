@@ -190,7 +190,7 @@ def _of_model(recipe: Recipe, number: int) -> str:
     """One model's own parameters, its weight as the share that it has in a weighted mean."""
     values = recipe.values
     own = {name: values[name][number] for name, p in recipe.method.parameters.items() if p.per_model and values[name]}
-    if "weight" in own and values.get("normalize"):
+    if recipe.method.name == "linear" and values["normalize"]:
         own["weight"] /= sum(values["weight"]) or 1.0
     return ", ".join(f"{name} {_shown(value)}" for name, value in own.items())
 

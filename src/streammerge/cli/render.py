@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections import Counter
 from typing import Any
 
 from streammerge.checkpoint import CheckpointIndex
+from streammerge.cli.formula import unicode_formula
 from streammerge.errors import listed, printable
 from streammerge.methods.contracts import MergeMethod, Parameter
 from streammerge.run import Result
@@ -173,7 +175,7 @@ def _short(text: str) -> str:
 
 def methods_table(methods: list[MergeMethod]) -> str:
     """What ``methods`` prints: a line for each."""
-    rows = [(m.name, _models(m), _base(m), m.summary) for m in methods]
+    rows = [(m.name, _models(m), _base(m), _plain(m.summary)) for m in methods]
     head = ("method", "models", "base", "")
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(3)]
     lines = [
@@ -188,7 +190,8 @@ def methods_table(methods: list[MergeMethod]) -> str:
 
 def method_page(method: MergeMethod) -> str:
     """What ``methods NAME`` prints."""
-    head = f"{method.name}: {_models(method)} models, {_BASE_WORDS[method.base]}"
+    count = _models(method).replace("any", "any number of") + (" model" if method.models[1] == 1 else " models")
+    head = f"{method.name}: {count}, {_BASE_WORDS[method.base]}"
     width = max((len(p.name) for p in method.parameters.values()), default=0)
     rows = [f"  {p.name:<{width}}  {_parameter(p)}" for p in method.parameters.values()]
     shown = ["parameters (-p NAME=VALUE):", *rows] if rows else ["no parameters"]
@@ -198,7 +201,7 @@ def method_page(method: MergeMethod) -> str:
 _BASE_WORDS = {
     "required": "--base required",
     "optional": "--base optional",
-    "model": "a --base is one model more",
+    "model": "one of which --base may name",
     "unused": "no --base",
 }
 
@@ -209,6 +212,8 @@ def _base(method: MergeMethod) -> str:
 
 def _models(method: MergeMethod) -> str:
     least, most = method.models
+    if least == 0:
+        return "any"
     return f"{least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}"
 
 
@@ -224,9 +229,18 @@ _KINDS = {"float": "number", "int": "whole number", "bool": "true or false", "an
 
 
 def _plain(doc: str) -> str:
-    """A docstring without the markup that only documentation tools read."""
-    lines = [line.replace(".. math::", "        ") for line in doc.splitlines()]
-    return re.sub(r":math:`([^`]*)`", r"\1", "\n".join(lines)).replace("``", "'").replace("*", "")
+    """A docstring without the markup that only documentation tools read; each paragraph wrapped anew."""
+    shown = []
+    for paragraph in doc.split("\n\n"):
+        if paragraph.startswith(".. math::"):
+            formula = " ".join(line.strip() for line in paragraph.removeprefix(".. math::").splitlines())
+            lines = [line.strip() for line in unicode_formula(formula).split("    ")]
+            shown.append("\n".join(f"    {line}" for line in lines if line))
+        else:
+            text = re.sub(r":math:`([^`]*)`", lambda m: unicode_formula(m[1]), " ".join(paragraph.split()))
+            text = re.sub(r"``([^`]*)``", r"\1", re.sub(r"(?<!\w)\*(\S[^*]*)\*", r"\1", text))
+            shown.append(textwrap.fill(text, _WIDTH, break_on_hyphens=False))
+    return "\n\n".join(shown)
 
 
 def method_json(method: MergeMethod) -> dict[str, Any]:

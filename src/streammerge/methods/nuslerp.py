@@ -25,10 +25,10 @@ def _row(shape: tuple[int, ...], values: Values) -> int:
 def nuslerp(
     group: TensorGroup, *, weight: PerModel = (1.0,), nuslerp_row_wise: bool = False, nuslerp_flatten: bool = True
 ) -> Kernel:
-    r"""Spherical interpolation with :math:`t = w_1 / (w_0 + w_1)`, of the tensor as one vector or of its rows.
+    r"""Spherical interpolation by weights, of each tensor as one vector, or of its rows or columns.
 
     .. math:: y = \frac{\sin((1-t)\,\theta)}{\sin\theta}\, v_0 + \frac{\sin(t\,\theta)}{\sin\theta}\, v_1 \; (+\, b),
-              \qquad v_m = x_m \;(-\, b)
+              \qquad v_m = x_m \;(-\, b), \quad t = \frac{w_1}{w_0 + w_1}
 
     mergekit's NuSLERP; Shoemake, *Animating rotation with quaternion curves*, 1985. With a base, what the models differ
     from it is interpolated. ``nuslerp_flatten`` (the default): each tensor is one vector; else its vectors lie along

@@ -28,8 +28,8 @@ def ram(group: TensorGroup, *, epsilon: float = 1e-5) -> Kernel:
 def ramplus_tl(group: TensorGroup, *, r: float = 0.1, alpha: float = 0.2, epsilon: float = 1e-5) -> Kernel:
     r"""RAM, with each model's unique changes enlarged the more of its changes are shared.
 
-    .. math:: y = b + \sum_m a_m \delta_m \cdot \begin{cases} \lambda_m & \sum_k a_k = 1 \\ 1 / \sum_k a_k & \text{else}
-              \end{cases}, \qquad \lambda_m = 1 + r\, \operatorname{clip}(\rho_m, 0, \alpha)
+    .. math:: y = b + \sum_m a_m \delta_m \Big(\lambda_m u + \frac{1 - u}{\sum_k a_k}\Big), \qquad
+              u = [\textstyle\sum_k a_k = 1], \qquad \lambda_m = 1 + r\, \operatorname{clip}(\rho_m, 0, \alpha)
 
     with :math:`a_m` as in ``ram`` and :math:`\rho_m` the number of the model's shared changes over that of its unique
     ones (over ``epsilon`` where it has none), counted in each tensor: "tensor-local". *Reinforced agent merging*,

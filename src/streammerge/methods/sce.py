@@ -26,7 +26,7 @@ def sce(group: TensorGroup, *, int8_mask: bool = False, select_topk: float = 1.0
     .. math:: y = b + \frac{\sum_m c_m\, w_m\, \delta'_m}{\max(\sum_m c_m\, w_m,\, 10^{-6})}, \qquad
               w_m \propto \operatorname{mean}(\delta_m'^2)
 
-    Select: :math:`\delta'` has the :math:`\lfloor topk \cdot \#\{v \ne 0\} \rfloor` elements with the largest
+    Select: :math:`\delta'` has the :math:`\lfloor topk \cdot n_{v \ne 0} \rfloor` elements with the largest
     variance v over the models. Calculate: the weights sum to 1. Erase: :math:`c_m` is 1 where :math:`\delta'_m` has
     the sign of :math:`\sum_k \delta'_k`, a zero sum counting as positive, else 0. Wan et al., *FuseChat: knowledge
     fusion of chat models*, 2024 (arXiv:2408.07990).
