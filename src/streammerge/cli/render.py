@@ -175,7 +175,7 @@ def _short(text: str) -> str:
 
 def methods_table(methods: list[MergeMethod]) -> str:
     """What ``methods`` prints: a line for each."""
-    rows = [(m.name, _models(m), _base(m), _plain(m.summary)) for m in methods]
+    rows = [(m.name, _models(m), _base(m), " ".join(_plain(m.summary).split())) for m in methods]
     head = ("method", "models", "base", "")
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(3)]
     lines = [

@@ -25,7 +25,7 @@ def add_difference(group: TensorGroup, *, alpha: float = 1.0) -> Kernel:
 
 @merge_method("train_difference", models=(2, 2), base="required", passes=False, buffers=6, compute="float64")
 def train_difference(group: TensorGroup, *, alpha: float = 1.0) -> Kernel:
-    r"""Adds to the first model what the second learned, less where the base is already far from the second.
+    r"""Adds to the first model what the second learned, most where the first lacks it.
 
     .. math:: y = x_0 + 1.8\,\alpha\, \frac{|x_1 - x_0|}{|x_1 - x_0| + |x_1 - b|}\, (x_1 - b)
 
@@ -48,11 +48,11 @@ def train_difference(group: TensorGroup, *, alpha: float = 1.0) -> Kernel:
 
 @merge_method("perpendicular_component", models=(2, 2), base="unused", buffers=4, compute="float64")
 def perpendicular_component(group: TensorGroup) -> Kernel:
-    r"""The part of the second model that is perpendicular to the first; each tensor is one vector.
+    r"""The part of the second model that is perpendicular to the first.
 
     .. math:: y = x_1 - \frac{\langle x_0, x_1 \rangle}{\|x_0\|^2}\, x_0
 
-    As sd-mecha's ``perpendicular_component``. Edge case: zeros where the first model's tensor is zero, as there.
+    Each tensor is one vector. As sd-mecha's ``perpendicular_component``. Edge case: zeros where the first model's tensor is zero, as there.
     """
     (aa, _), (ab, _) = group.gram().tolist()
     return combination([-ab / aa, 1.0] if aa != 0 else [0.0, 0.0])
@@ -60,7 +60,7 @@ def perpendicular_component(group: TensorGroup) -> Kernel:
 
 @merge_method("add_perpendicular", models=(2, 2), base="required", buffers=5, compute="float64")
 def add_perpendicular(group: TensorGroup, *, alpha: float = 1.0) -> Kernel:
-    r"""Adds to the first model what the second learned beside it: the part perpendicular to the first one's own change.
+    r"""Adds to the first model the part of the second's change perpendicular to its own.
 
     .. math:: y = x_0 + \alpha \Big(\delta_1 - \frac{\langle \delta_0, \delta_1 \rangle}{\|\delta_0\|^2}\, \delta_0\Big),
               \qquad \delta_i = x_i - b

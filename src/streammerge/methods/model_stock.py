@@ -20,7 +20,7 @@ def _row(shape: tuple[int, ...], values: Values) -> int:
 
 @merge_method("model_stock", models=(2, None), base="required", row=_row, buffers=8, buffers_per_model=1, compute="float64")
 def model_stock(group: TensorGroup, *, filter_wise: bool = False) -> Kernel:
-    r"""Between the base and the mean of the models, at the point that the angles between the models suggest.
+    r"""From the base towards the mean of the models, as far as their angles suggest.
 
     .. math:: y = t\, \bar x + (1 - t)\, b, \qquad t = \frac{N c}{1 + (N - 1)\, c}
 

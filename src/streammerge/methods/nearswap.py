@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @merge_method("nearswap", models=(1, 1), base="required", passes=False, buffers=5)
 def nearswap(group: TensorGroup, *, t: float) -> Kernel:
-    r"""Moves each element of the base towards the model's, all the way where they are within ``t``.
+    r"""Moves the base towards the model, all the way where they are within ``t``.
 
     .. math:: y = w\, x + (1 - w)\, b, \qquad w = \operatorname{clamp}\big(t / \max(|b - x|, 10^{-6}),\, 0,\, 1\big)
 

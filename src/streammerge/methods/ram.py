@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @merge_method("ram", models=(0, None), base="required", passes=False, buffers=6)
 def ram(group: TensorGroup, *, epsilon: float = 1e-5) -> Kernel:
-    r"""Adds each change to the base: whole where one model made it, their mean where several did.
+    r"""Adds changes to the base: whole where one model made them, else their mean.
 
     .. math:: y = b + \frac{\sum_m a_m \delta_m}{\max(\sum_m a_m, 1)}, \qquad a_m = [\,|\delta_m| > \epsilon\,]
 
@@ -26,7 +26,7 @@ def ram(group: TensorGroup, *, epsilon: float = 1e-5) -> Kernel:
 
 @merge_method("ramplus_tl", models=(0, None), base="required", buffers=6)
 def ramplus_tl(group: TensorGroup, *, r: float = 0.1, alpha: float = 0.2, epsilon: float = 1e-5) -> Kernel:
-    r"""RAM, with each model's unique changes enlarged the more of its changes are shared.
+    r"""RAM, a model's unique changes enlarged the more of its changes are shared.
 
     .. math:: y = b + \sum_m a_m \delta_m \Big(\lambda_m u + \frac{1 - u}{\sum_k a_k}\Big), \qquad
               u = [\textstyle\sum_k a_k = 1], \qquad \lambda_m = 1 + r\, \operatorname{clip}(\rho_m, 0, \alpha)

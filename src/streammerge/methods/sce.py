@@ -21,7 +21,7 @@ def _check_topk(values: Values) -> None:
 
 @merge_method("sce", models=(0, None), base="required", buffers=11, searches=1, check=_check_topk)
 def sce(group: TensorGroup, *, int8_mask: bool = False, select_topk: float = 1.0, uniform_below: float = 0.0) -> Kernel:
-    r"""Select, calculate, erase: fuses deltas where they vary most, each model by the energy of its own.
+    r"""Select, calculate, erase: fuses deltas where they vary, each by its energy.
 
     .. math:: y = b + \frac{\sum_m c_m\, w_m\, \delta'_m}{\max(\sum_m c_m\, w_m,\, 10^{-6})}, \qquad
               w_m \propto \operatorname{mean}(\delta_m'^2)

@@ -100,7 +100,7 @@ def multislerp(
 
 @merge_method("karcher", base="model", buffers=4, compute="float64")
 def karcher(group: TensorGroup, *, max_iter: int = 10, tol: float = 1e-5) -> Kernel:
-    r"""Karcher (Riemannian) mean of the models' directions, times their mean norm.
+    r"""Karcher mean of the models' directions, times their mean norm.
 
     Equal weights :math:`\alpha = 1/N`. From the normalised mean u of the unit vectors :math:`\hat x_i`, at most
     ``max_iter`` times, until :math:`\|T\| <` ``tol``:

@@ -121,7 +121,7 @@ def ties(
     int8_mask: bool = False,
     lambda_: float = 1.0,
 ) -> Kernel:
-    r"""Trim, elect sign, merge: keeps the largest elements of each delta, then those that agree with the elected sign.
+    r"""Trim, elect sign, merge: the largest elements of each delta that agree in sign.
 
     .. math:: y = b + \lambda\, \frac{\sum_m c_m w_m \delta'_m}{\sum_m c_m w_m}, \qquad
               c_m = \big[\operatorname{sign}(w_m \delta'_m) = \operatorname{sign}(\textstyle\sum_k w_k \delta'_k)\big]
@@ -150,7 +150,7 @@ def dare_linear(
     int8_mask: bool = False,
     lambda_: float = 1.0,
 ) -> Kernel:
-    r"""Drop and rescale: keeps a random share of each delta, restores its size, and adds the deltas up.
+    r"""Drop and rescale: a random share of each delta, restored in size and added up.
 
     .. math:: y = b + \lambda \sum_m w_m\, \frac{\sum |\delta_m|}{\sum |\delta'_m|}\, \delta'_m, \qquad
               \delta'_m = \delta_m \odot \mathrm{Bernoulli}(density)
@@ -200,7 +200,7 @@ def breadcrumbs(
     int8_mask: bool = False,
     lambda_: float = 1.0,
 ) -> Kernel:
-    r"""Drops the outliers and the small elements of each delta, and adds up what is between.
+    r"""Drops outliers and small elements of each delta, adds up what is between.
 
     .. math:: y = b + \lambda \sum_m w_m \delta'_m
 
