@@ -14,7 +14,7 @@ import torch
 from streammerge.methods.registry import methods
 from test_methods import CASES
 
-MERGE = """
+RUNS = """
 import json, re, sys, threading
 import streammerge as sm
 from streammerge.run import prepare_torch
@@ -24,35 +24,7 @@ def anonymous():
         return sum(map(int, re.findall(r"Rss(?:Anon|Shmem):\\s+(\\d+)", file.read()))) * 1024
 
 prepare_torch()
-inputs, out, options = json.loads(sys.argv[1])
-base, peak, stop = anonymous(), 0, threading.Event()
-
-def watch():
-    global peak
-    while not stop.wait(0.002):
-        peak = max(peak, anonymous())
-
-watcher = threading.Thread(target=watch, daemon=True)
-watcher.start()
-result = sm.merge(inputs, out, **options)
-stop.set()
-watcher.join()
-print(json.dumps({"anonymous": peak - base, "resident": result.peak_bytes, "planned": result.plan.peak_bytes}))
-"""
-
-
-METHODS = """
-import json, re, sys, threading
-import streammerge as sm
-from streammerge.run import prepare_torch
-
-def anonymous():
-    with open("/proc/self/status") as file:
-        return sum(map(int, re.findall(r"Rss(?:Anon|Shmem):\\s+(\\d+)", file.read()))) * 1024
-
-prepare_torch()
-paths, out, runs = json.loads(sys.argv[1])
-for count, options in runs:
+for inputs, out, options in json.loads(sys.argv[1]):
     start, peak, stop = anonymous(), 0, threading.Event()
 
     def watch():
@@ -62,11 +34,12 @@ for count, options in runs:
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    result = sm.merge(paths[1 : count + 1], out, overwrite=True, **options)
+    result = sm.merge(inputs, out, overwrite=True, **options)
     stop.set()
     watcher.join()
-    print(json.dumps([options["method"], peak - start, result.peak_bytes, result.plan.peak_bytes]))
+    print(json.dumps({"anonymous": peak - start, "resident": result.peak_bytes, "planned": result.plan.peak_bytes}))
 """
+Run = tuple[list[Path], Path, dict[str, object]]
 
 
 def sparse(path: Path, numel: int, tensors: int = 1, dtype: str = "BF16") -> Path:
@@ -83,12 +56,13 @@ def sparse(path: Path, numel: int, tensors: int = 1, dtype: str = "BF16") -> Pat
     return path
 
 
-def measured(inputs: list[Path], out: Path, **options: object) -> dict[str, int]:
-    argument = json.dumps([list(map(str, inputs)), str(out), options])
-    done = subprocess.run([sys.executable, "-c", MERGE, argument], capture_output=True, text=True, check=False, timeout=600)
+def measured(*runs: Run) -> list[dict[str, int]]:
+    """What each merge holds above start-up, in one process of their own."""
+    argument = json.dumps([(list(map(str, inputs)), str(out), options) for inputs, out, options in runs], default=str)
+    command = [sys.executable, "-c", RUNS, argument]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1500)
     assert done.returncode == 0, done.stderr
-    out.unlink()
-    return dict(json.loads(done.stdout))
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.parametrize("io", ["mmap", "pread"])
@@ -97,7 +71,7 @@ def test_law_1_memory_is_bounded(tmp_path: Path, io: str) -> None:
     many = [sparse(tmp_path / f"many{i}.safetensors", 1 << 20, 64, "F32") for i in range(2)]
     giant = [sparse(tmp_path / f"giant{i}.safetensors", 160 << 20) for i in range(2)]
     for inputs, memory in ((many, "512MiB"), (many * 4, "512MiB"), (giant, "64MiB"), (many * 4, "64MiB")):
-        peak = measured(inputs, tmp_path / "out.safetensors", io=io, memory=memory)
+        (peak,) = measured((inputs, tmp_path / "out.safetensors", {"io": io, "memory": memory}))
         budget = int(memory.removesuffix("MiB")) << 20
         assert peak["planned"] <= budget
         assert peak["anonymous"] <= min(peak["planned"], 48 << 20), peak
@@ -108,7 +82,7 @@ def test_staging_is_bounded_too(tmp_path: Path) -> None:
     """A transposed tensor of 512 MiB."""
     make = "import torch, sys; torch.save({'w': torch.zeros(1 << 13, 1 << 14).t()}, sys.argv[1])"
     subprocess.run([sys.executable, "-c", make, str(tmp_path / "in.pth")], check=True)
-    peak = measured([tmp_path / "in.pth"], tmp_path / "out.safetensors", memory="64MiB")
+    (peak,) = measured(([tmp_path / "in.pth"], tmp_path / "out.safetensors", {"memory": "64MiB"}))
     assert peak["anonymous"] <= 40 << 20, peak
 
 
@@ -116,7 +90,7 @@ def test_staging_is_bounded_too(tmp_path: Path) -> None:
 def test_law_1_one_tensor_of_4_gib(tmp_path: Path) -> None:
     giant = [sparse(tmp_path / f"{i}.safetensors", 1 << 31) for i in range(3)]
     for io in ("mmap", "pread"):
-        peak = measured(giant, tmp_path / "out.safetensors", memory="64MiB", io=io)
+        (peak,) = measured((giant, tmp_path / "out.safetensors", {"memory": "64MiB", "io": io}))
         assert peak["anonymous"] <= 48 << 20, peak
         assert peak["resident"] <= 64 << 20, peak
 
@@ -132,8 +106,8 @@ def test_inspect_and_plan_stay_small_and_without_torch(tmp_path: Path) -> None:
         assert peak < 40 << 10, f"{peak} kB"
 
 
-def peaks(tmp_path: Path, elems: int, memory: str, methods: Sequence[str]) -> list[tuple[str, int, int, int]]:
-    """(method, anonymous, resident, planned) for each, on one tensor of so many elements, filled a little."""
+def peaks(tmp_path: Path, elems: int, memory: str, chosen: Sequence[str]) -> list[tuple[str, dict[str, int]]]:
+    """Each case of these methods on one tensor of so many elements, filled a little."""
     paths = [sparse(tmp_path / f"{i}.safetensors", elems) for i in range(6)]
     for number, path in enumerate(paths):
         noise = torch.randn(1 << 12, generator=torch.Generator().manual_seed(number)).bfloat16()
@@ -141,34 +115,26 @@ def peaks(tmp_path: Path, elems: int, memory: str, methods: Sequence[str]) -> li
             for place in range(0, elems - len(noise), elems // 16):
                 file.seek(path.stat().st_size - 2 * elems + 2 * place)
                 file.write(noise.view(torch.uint8).numpy())
-    runs = []
-    for case in CASES:
-        by_rows = case.parameters.get("nuslerp_flatten") is False or case.parameters.get("filter_wise")
-        if case.method in methods and not by_rows:
-            base = {"base": str(paths[0])} if case.base else {}
-            runs.append((case.models, case.parameters | base | {"method": case.method, "memory": memory}))
-    argument = json.dumps([list(map(str, paths)), str(tmp_path / "out.safetensors"), runs])
-    done = subprocess.run(
-        [sys.executable, "-c", METHODS, argument], capture_output=True, text=True, check=False, timeout=3000
-    )
-    assert done.returncode == 0, done.stderr
-    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+    by_rows = [c for c in CASES if c.parameters.get("nuslerp_flatten") is False or c.parameters.get("filter_wise")]
+    cases = [c for c in CASES if c.method in chosen and c not in by_rows]
+    runs: list[Run] = []
+    for case in cases:
+        base = {"base": paths[0]} if case.base else {}
+        options = case.parameters | base | {"method": case.method, "memory": memory}
+        runs.append((paths[1 : case.models + 1], tmp_path / "out.safetensors", options))
+    return [(str(case), found) for case, found in zip(cases, measured(*runs), strict=True)]
 
 
 def test_law_1_for_methods(tmp_path: Path) -> None:
     """One long tensor, passes and all."""
     held_by_rows = {"della", "della_linear", "arcee_fusion"}
-    for method, anonymous, resident, planned in peaks(
-        tmp_path, 12_000_001, "256MiB", sorted(set(methods()) - held_by_rows)
-    ):
-        assert anonymous <= planned <= 256 << 20, (method, anonymous, planned)
-        assert resident <= 256 << 20, (method, resident)
+    for case, peak in peaks(tmp_path, 12_000_001, "256MiB", sorted(set(methods()) - held_by_rows)):
+        assert peak["anonymous"] <= peak["planned"] <= 256 << 20, (case, peak)
+        assert peak["resident"] <= 256 << 20, (case, peak)
 
 
 @pytest.mark.slow
 def test_law_1_for_methods_on_a_billion_elements(tmp_path: Path) -> None:
-    for method, anonymous, resident, planned in peaks(
-        tmp_path, 10**9, "512MiB", ["ties", "slerp", "karcher", "sce", "dare_ties"]
-    ):
-        assert anonymous <= planned <= 512 << 20, (method, anonymous, planned)
-        assert resident <= 512 << 20, (method, resident)
+    for case, peak in peaks(tmp_path, 10**9, "512MiB", ["ties", "slerp", "karcher", "sce", "dare_ties"]):
+        assert peak["anonymous"] <= peak["planned"] <= 512 << 20, (case, peak)
+        assert peak["resident"] <= 512 << 20, (case, peak)

@@ -21,6 +21,7 @@ from streammerge.cli.render import method_page
 from streammerge.group import Chunk, Kernel, TensorGroup
 from streammerge.methods.registry import find_method, merge_tensors, methods
 from streammerge.rng import uniform
+from streammerge.select import inside
 from streammerge.tensors import GRAIN
 
 Tensor = torch.Tensor
@@ -297,6 +298,7 @@ class TestSelection:
         "one block apart": lambda n, make: torch.cat(
             [torch.full((n // 2,), 100.0), torch.randn(n - n // 2, generator=make)]
         ),
+        "next to each other": lambda n, make: 1 + torch.randint(0, 300, (n,), generator=make) * 2.0**-23,
         "tiny": lambda n, make: torch.randn(n, generator=make) * 1e-42,
         "huge": lambda n, make: torch.randn(n, generator=make) * 1e38,
         "with infinity": lambda n, make: torch.where(
@@ -320,6 +322,17 @@ class TestSelection:
                 assert torch.equal(kept, wanted.nan_to_num(nan=0.0, posinf=torch.inf)), (n, rank)
             if n > 3:
                 assert cuts[1][0].threshold == values[order[n // 3 - 1]]
+
+    def test_what_lies_inside_is_found_to_the_last_bit(self) -> None:
+        """Limits a few units in the last place apart, where the middle between them is rounded."""
+        make = torch.Generator().manual_seed(0)
+        for _ in range(300):
+            scale = 2.0 ** int(torch.randint(-5, 5, (1,), generator=make))
+            values = (1 + torch.randint(0, 300, (4099,), generator=make) * 2.0**-23) * scale
+            first, count = int(torch.randint(0, 295, (1,), generator=make)), int(torch.randint(1, 6, (1,), generator=make))
+            low, high = (1 + first * 2.0**-23) * scale, (1 + (first + count) * 2.0**-23) * scale
+            _, places = inside(values, low, high, torch.empty(4099))
+            assert torch.equal(places.sort().values, ((values >= low) & (values <= high)).nonzero()[:, 0])
 
     def test_signed_numbers(self) -> None:
         values = torch.randn(300_001, generator=torch.Generator().manual_seed(1))

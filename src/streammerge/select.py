@@ -96,7 +96,9 @@ def inside(values: torch.Tensor, low: float, high: float, scratch: torch.Tensor)
         far = table.amin(0) > high
     else:
         distance = torch.sub(table, (low + high) / 2, out=scratch[: table.numel()].view_as(table)).abs_()
-        far = distance.amin(0) > (high - low) * 0.51
+        # The middle is rounded, by as much as numbers of that size are apart.
+        slack = torch.finfo(values.dtype).eps * max(abs(low), abs(high))
+        far = distance.amin(0) > (high - low) * 0.51 + slack
     column = far.logical_not_().nonzero()[:, 0]
     picked = table.index_select(1, column)
     row, at = ((picked >= low) & (picked <= high)).nonzero(as_tuple=True)

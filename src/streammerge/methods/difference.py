@@ -52,7 +52,8 @@ def perpendicular_component(group: TensorGroup) -> Kernel:
 
     .. math:: y = x_1 - \frac{\langle x_0, x_1 \rangle}{\|x_0\|^2}\, x_0
 
-    Each tensor is one vector. As sd-mecha's ``perpendicular_component``. Edge case: zeros where the first model's tensor is zero, as there.
+    Each tensor is one vector. As sd-mecha's ``perpendicular_component``. Edge case: zeros where the first model's
+    tensor is zero, as there.
     """
     (aa, _), (ab, _) = group.gram().tolist()
     return combination([-ab / aa, 1.0] if aa != 0 else [0.0, 0.0])
