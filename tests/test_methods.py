@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -97,7 +98,7 @@ CASES = [
     Case("perpendicular_component", 2),
     Case("add_perpendicular", 2, {"alpha": 0.8}),
 ]
-EDGES = [(), (0,), (0, 4), (1,), (1, 1), (3, 1), (1, 5), (7,), (2, 3, 5), (4, 3, 2, 2)]
+EDGES = [(), (0,), (0, 4), (5, 0), (3, 0, 2), (1,), (1, 1), (3, 1), (1, 5), (7,), (2, 3, 5), (4, 3, 2, 2)]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
@@ -282,6 +283,40 @@ class TestHoweverItIsRun:
             wanted = expected(case, load_safetensors(files[5])[name], models, name)
             close(tensor, wanted, 2**-8, case.undecided)  # half a unit in the last place of bfloat16
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("method", ["ties", "dare_ties", "breadcrumbs_ties", "della", "sce", "median", "karcher"])
+    def test_there_is_room_for_many_models(self, method: str, dtype: torch.dtype, tmp_path: Path) -> None:
+        paths = [tmp_path / f"{number}.safetensors" for number in range(15)]
+        for number, path in enumerate(paths):
+            values = torch.randn(7, 301, generator=torch.Generator().manual_seed(number))
+            save_file({"w": values.to(dtype)}, path)
+        needs_base = find_method(method).base == "required"
+        wishes = {"base": paths[0]} if needs_base else {}
+        wishes |= {"density": 0.5} if "density" in find_method(method).parameters else {}
+        wishes |= {"rescale": True, "normalize": True} if "rescale" in find_method(method).parameters else {}
+        for how in ({}, {"io": "pread"}, {"compute_dtype": "float64"}):
+            sm.merge(paths[needs_base:], tmp_path / "out.safetensors", method=method, overwrite=True, **wishes, **how)
+
+    @pytest.mark.parametrize("case", [c for c in CASES if find_method(c.method).row], ids=str)
+    def test_law_2_for_rows_that_no_grain_divides(self, case: Case, tmp_path: Path) -> None:
+        paths = []
+        for number in range(6):
+            make = torch.Generator().manual_seed(number)
+            paths.append(tmp_path / f"{number}.safetensors")
+            shapes = {"w": (300, 3000), "v": (90_001,), "u": (2, 70_003)}
+            save_file({n: torch.randn(s, generator=make, dtype=torch.float64) for n, s in shapes.items()}, paths[-1])
+        base = {"base": paths[5]} if case.base else {}
+        digests, chunks = set(), set()
+        for memory in ("512MiB", "64MiB", "48MiB"):
+            out = tmp_path / memory / "model.safetensors"
+            out.parent.mkdir()
+            options = case.parameters | base
+            done = sm.merge(paths[: case.models], out, method=case.method, workers=1, memory=memory, **options)
+            digests.add(hashlib.sha256(out.read_bytes()).hexdigest())
+            chunks.add(done.plan.budget.chunk_elems)
+        assert len(chunks) > 1
+        assert len(digests) == 1
+
 
 class TestSelection:
     """The exact k-th largest, whatever the numbers look like."""
@@ -350,6 +385,13 @@ class TestSelection:
         kept = cut.keep(values.clone(), 0)
         assert int((kept != 0).sum()) == 1000
         assert kept[[5, 70_000]].isnan().all()
+
+    def test_as_many_nan_as_are_kept(self) -> None:
+        values = torch.arange(1.0, 11.0)
+        values[[2, 5]] = math.nan
+        result = merge_tensors("ties", values, base=torch.zeros(10), density=0.1, normalize=False)
+        assert result.isnan().nonzero()[:, 0].tolist() == [2, 5]
+        assert float(result.nansum()) == 0
 
     def test_a_misleading_sample_is_found_out(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """What is sampled looks nothing like the rest."""
@@ -447,6 +489,11 @@ class TestContract:
             ("multislerp", 2, {"weight": [1, -1]}, "sum to zero"),
             ("ema", 2, {"decay": 1}, "from 0 to below 1"),
             ("karcher", 2, {"max_iter": 1.5}, "max_iter takes a whole number"),
+            ("karcher", 2, {"max_iter": -1}, "max_iter of 0 or more"),
+            ("geometric_median", 2, {"eps": 0}, "eps above 0"),
+            ("multislerp", 2, {"eps": 0}, "eps above 0"),
+            ("ramplus_tl", 2, {"epsilon": 0}, "epsilon above 0"),
+            ("ties", 2, {"lambda": 1, "lambda_": 2}, "given twice"),
         ],
     )
     def test_what_is_refused(self, method: str, models: int, parameters: dict[str, Any], said: str) -> None:
@@ -607,6 +654,29 @@ class TestOwnMethod:
             ("own:__name__", "is no function"),
         ):
             assert said in cli("merge", *paths, "--method", place, "-o", "x.safetensors", code=2).stderr
+
+    def test_what_is_no_method(self, tmp_path: Path, cli: Callable[..., Any]) -> None:
+        paths, stacked = self.models(tmp_path)
+        sm.merge(paths, tmp_path / "out.safetensors", method=functools.partial(self.midrange, pull=0.0))
+        assert torch.equal(load_safetensors(tmp_path / "out.safetensors")["w"], stacked.amin(0))
+        with pytest.raises(sm.RecipeError, match="a name or a function, not 3"):
+            sm.merge(paths, tmp_path / "x.safetensors", method=3)
+        with pytest.raises(sm.TaskError, match="made 1 numbers of a chunk of 65539"):
+            sm.merge(paths, tmp_path / "x.safetensors", method=lambda group: lambda chunk: chunk.models[0].sum())
+        (tmp_path / "broken.py").write_text("def f(:\n")
+        for place, said in (("broken:f", "cannot be imported"), ("builtins:dict", "cannot be a merge method")):
+            assert said in cli("merge", *paths, "--method", place, "-o", "x.safetensors", code=2).stderr
+        for wish in ("overwrite=1", "inputs=1", "out=1", "listener=1", "memory=1"):
+            assert "an option of the command" in cli("merge", *paths, "-p", wish, "-o", "x.safetensors", code=2).stderr
+        twice = ["-p", "weight=1,2,3", "--weights", "1,2,3"]
+        assert "given twice" in cli("merge", *paths, *twice, "-o", "x.safetensors", code=2).stderr
+        cli("merge", *paths, "-p", "weight=2", "-o", "x.safetensors")
+
+    def test_kinds_of_its_parameters(self) -> None:
+        def own(group: Any, *, t, mode: Literal["point", "x"] = "x", names: list[str] = (), k: int = 1) -> Any: ...  # type: ignore[no-untyped-def]
+
+        values = find_method(own).resolve({"t": "0.3", "mode": "point", "k": "2"}, 2)
+        assert values == {"t": 0.3, "mode": "point", "names": (), "k": 2}
 
     def test_what_it_raises_names_the_tensor(self, tmp_path: Path) -> None:
         paths, _ = self.models(tmp_path)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from streammerge.budget import Budget
 from streammerge.errors import StreammergeError, TaskError, printable
-from streammerge.group import Chunk, Kernel, TensorGroup, chunk_spans, whole_rows
+from streammerge.group import Chunk, Kernel, TensorGroup, chunk_spans, whole_grains
 from streammerge.methods.contracts import MergeMethod
 from streammerge.storage import COPY_BYTES, InputFiles, OutputFile
 from streammerge.tensors import GRAIN, TensorEntry, TensorSpec, ranges
@@ -83,7 +83,7 @@ class MergeTask:
 
     @property
     def piece_elems(self) -> int:
-        return whole_rows(PIECE_ELEMS, self.row)
+        return whole_grains(PIECE_ELEMS, self.row)
 
     @property
     def spread(self) -> bool:
@@ -182,7 +182,10 @@ class Engine:
         dtype = task.out.dtype.component
         size, nonfinite = dtype.element_bytes, dict[str, int]()
         for chunk in self._chunks(task, workspace, source, piece.start, piece.stop):
-            out = workspace.get("out", dtype.torch, chunk.elems).copy_(kernel(chunk))
+            result = kernel(chunk)
+            if result.numel() != chunk.elems:
+                raise ValueError(f"its kernel made {result.numel()} numbers of a chunk of {chunk.elems}")
+            out = workspace.get("out", dtype.torch, chunk.elems).copy_(result.reshape(-1))
             if dtype.kind == "float" and _suspicious(out):
                 for name, count in _nonfinite(out, source, chunk.start, chunk.stop).items():
                     nonfinite[name] = nonfinite.get(name, 0) + count

@@ -258,8 +258,13 @@ def whole_rows(elems: int, row: int) -> int:
     return max(elems // max(row, 1), 1) * max(row, 1)
 
 
+def whole_grains(elems: int, row: int) -> int:
+    """The most elements, up to ``elems``, that are whole grains; one grain at least."""
+    return whole_rows(elems, whole_rows(GRAIN, row))
+
+
 def chunk_spans(start: int, stop: int, elems: int, row: int, sparse: int = 0) -> Iterator[tuple[int, int]]:
-    """Where the chunks of so many ``elems`` begin and end, rows whole; or one of so many ``sparse`` short ones."""
-    span = whole_rows(_SAMPLE_SPAN, row) if sparse else whole_rows(elems, row)
+    """Where the chunks of so many ``elems`` begin and end, grains whole; or one of so many ``sparse`` short ones."""
+    span = whole_rows(_SAMPLE_SPAN, row) if sparse else whole_grains(elems, row)
     for a, b in ranges(stop - start, span * max(sparse, 1)):
         yield start + a, start + min(a + span, b)

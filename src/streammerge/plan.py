@@ -238,7 +238,8 @@ def _cost(tasks: list[MergeTask], io: str) -> Cost:
         narrow = any(d not in (DType.BF16, DType.F32, DType.F64) for d in dtypes)  # widened by way of float32
         buffers = max(buffers, method.buffers + method.buffers_per_model * len(dtypes) + task.based + (wide and narrow))
         searches = method.searches * len(dtypes)
-        passes = max(passes, held_bytes(min(task.elems, task.piece_elems), searches))
-        spread = max(spread, held_bytes(task.elems, searches) if task.spread else 0)
+        rows_bytes = 8 * task.row * method.row_buffers
+        passes = max(passes, rows_bytes + held_bytes(min(task.elems, task.piece_elems), searches))
+        spread = max(spread, rows_bytes + held_bytes(task.elems, searches) if task.spread else 0)
         row = max(row, task.row)
     return Cost(compute, buffers, out, read, inputs, mapped, row, passes, spread)

@@ -61,6 +61,8 @@ class Recipe:
             _one_of("--integers", self.integers, INTEGERS)
         if self.weights is not None:
             self._check_weights(self.weights)
+            if "weight" in self.parameters:
+                raise RecipeError("weights and the parameter weight are the same; give one of them")
         for name, dtype in (("--out-dtype", self.out_dtype), ("--compute-dtype", self.compute_dtype)):
             if dtype is not None and dtype.kind != "float":
                 raise RecipeError(f"{name} takes a floating-point dtype, not {dtype.torch_name}")

@@ -35,6 +35,8 @@ def sample_elems(count: int) -> int:
 
 def held_bytes(count: int, searches: int) -> int:
     """The most that so many searches among ``count`` numbers hold: samples, histograms, what is collected."""
+    if not searches:
+        return 0
     collected = min(2 * _COLLECTED_BYTES * max(int(count * _MOST_COLLECTED), 1 << 13) * searches, _MOST_HELD_BYTES)
     return searches * (3 * _HISTOGRAM_BYTES + 4 * min(sample_elems(count), count)) + collected
 
@@ -190,6 +192,8 @@ class Cut:
 
         if self.everything:
             return values
+        if math.isnan(self.threshold):  # there are as many NaN as are to be kept
+            return torch.hardshrink(values, math.inf, out=values)
         # hardshrink keeps what is strictly larger than its limit, so a limit just below the threshold keeps it too
         edge = min(max(self.stop - start, 0), len(values))
         for part, limit in ((values[:edge], _just_below(self.threshold, values.dtype)), (values[edge:], self.threshold)):

@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import click
@@ -230,21 +231,26 @@ def methods(name: str | None, form: str, debug: bool) -> None:
         click.echo(render.methods_table(chosen) if name is None else render.method_page(chosen[0]))
 
 
+_OWN_OPTIONS = ({*signature(api.plan).parameters} | {*signature(api.merge).parameters}) - {"normalize"}
+
+
 def _merge_options(wishes: dict[str, Any]) -> dict[str, Any]:
     options = {key: value for key, value in wishes.items() if key not in ("weights", "no_normalize", "parameters")}
     options["weights"] = None if wishes["weights"] is None else _numbers("--weights", wishes["weights"])
     if wishes["no_normalize"]:
         options["normalize"] = False
+    given: set[str] = set()
     for parameter in wishes["parameters"]:
         name, equals, value = parameter.partition("=")
         if not equals:
             raise RecipeError(f"-p {printable(parameter)}: write it as NAME=VALUE")
-        if name == "weight":
+        if name in given or (name == "weight" and options["weights"] is not None):
+            raise RecipeError(f"-p {printable(name)} is given twice")
+        given.add(name)
+        if name == "weight" and "," in value:
             options["weights"] = _numbers("-p weight", value)
-        elif name in options and name != "normalize":
-            raise RecipeError(
-                f"-p {printable(name)}: that is the option --{name.replace('_', '-')}, not a method parameter"
-            )
+        elif name in _OWN_OPTIONS:
+            raise RecipeError(f"-p {printable(name)}: that is an option of the command, not a parameter of a method")
         else:
             options[name] = value.split(",") if "," in value else value
     return options

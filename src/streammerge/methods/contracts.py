@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -56,8 +57,10 @@ class Parameter:
         return f"values of {self.name}"
 
     def _one(self, value: Any) -> Any:
-        if self.kind == "any" or (value is None and self.default is None):
+        if value is None and self.default is None:
             return value
+        if self.kind == "any":
+            return _number_if_it_is(value)
         if self.kind == "bool":
             return _boolean(self.name, value)
         try:
@@ -81,8 +84,8 @@ class MergeMethod:
     is one model more, or "unused". ``row(shape, values)``: how many elements belong together. ``passes``: whether it
     looks at the group before it makes its kernel. ``buffers``: chunk-long rows of numbers that it holds at once,
     torch's temporaries included, and ``buffers_per_model`` more for each model; ``histograms``: ranks that it looks
-    for at once, per model. ``compute``: the dtype it computes in unless the recipe says otherwise. ``check(values)``
-    raises RecipeError.
+    for at once, per model. ``row_buffers``: rows of float64 that its passes hold. ``compute``: the dtype it computes
+    in unless the recipe says otherwise. ``check(values)`` raises RecipeError.
     """
 
     name: str
@@ -94,6 +97,7 @@ class MergeMethod:
     buffers: int = 8
     buffers_per_model: int = 0
     searches: int = 0
+    row_buffers: int = 0
     compute: str = "float32"
     check: Callable[[Values], None] | None = None
     listed: bool = field(default=True, repr=False)
@@ -125,6 +129,8 @@ class MergeMethod:
             if name.rstrip("_") not in self.parameters:
                 raise RecipeError(f"{self.name} has no parameter {printable(name)}; {self._hint(name)}")
         wished = {name.rstrip("_"): value for name, value in given.items()}
+        if len(wished) < len(given):
+            raise RecipeError(f"a parameter of {self.name} is given twice: {', '.join(map(printable, given))}")
         values = {}
         for name, parameter in self.parameters.items():
             if name not in wished and parameter.required:
@@ -188,10 +194,19 @@ def _parameters(function: Callable[..., Kernel]) -> list[Parameter]:
         text = parameter.annotation if isinstance(parameter.annotation, str) else str(parameter.annotation)
         if parameter.annotation is parameter.empty:  # a user's own, without types: as its default is
             text = type(parameter.default).__name__
-        kind = next((kind for kind in ("bool", "int", "float") if kind in text), "any")
-        per_model = any(word in text for word in ("PerModel", "Sequence", "list", "tuple"))
-        made.append(Parameter(parameter.name.rstrip("_"), "float" if per_model else kind, per_model, parameter.default))
+        words = re.findall(r"\w+", re.sub(r"'[^']*'|\"[^\"]*\"", "", text))
+        per_model = not {"PerModel", "Sequence", "list", "tuple"}.isdisjoint(words) and "str" not in words
+        kind = "float" if per_model else next((kind for kind in ("bool", "int", "float") if kind in words), "any")
+        made.append(Parameter(parameter.name.rstrip("_"), kind, per_model, parameter.default))
     return made
+
+
+def _number_if_it_is(value: Any) -> Any:
+    """What the command line gives as text, as a number where it is one."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _boolean(name: str, value: Any) -> bool:

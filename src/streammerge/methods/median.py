@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from streammerge.errors import RecipeError
 from streammerge.group import Chunk, Kernel, TensorGroup
-from streammerge.methods.contracts import merge_method
+from streammerge.methods.contracts import Values, merge_method
 from streammerge.methods.linear import combination
 
 if TYPE_CHECKING:
@@ -31,7 +32,12 @@ def median(group: TensorGroup) -> Kernel:
     return kernel
 
 
-@merge_method("geometric_median", base="unused", buffers=4, compute="float64")
+def _check_eps(values: Values) -> None:
+    if values["eps"] <= 0:
+        raise RecipeError("geometric_median takes an eps above 0")
+
+
+@merge_method("geometric_median", base="unused", buffers=4, compute="float64", check=_check_eps)
 def geometric_median(group: TensorGroup, *, eps: float = 1e-6, max_iter: int = 100, tol: float = 1e-12) -> Kernel:
     r"""The point with the smallest sum of distances to the models; each tensor is one point.
 
@@ -40,8 +46,8 @@ def geometric_median(group: TensorGroup, *, eps: float = 1e-6, max_iter: int = 1
 
     Weiszfeld, *Sur le point pour lequel la somme des distances de n points donnés est minimum*, 1937. z is always a
     weighted mean of the models, so that one pass for their inner products is enough and the iterations work on the
-    weights. From the mean, at most ``max_iter`` times, until the sum of distances falls by less than its ``tol``-th
-    part. As sd-mecha's ``geometric_median``. One model or more.
+    weights. From the mean, at most ``max_iter`` times, until no weight moves by more than ``tol``. As sd-mecha's
+    ``geometric_median``. One model or more.
     """
     import torch
 

@@ -21,7 +21,7 @@ def _row(shape: tuple[int, ...], values: Values) -> int:
     return math.prod(shape[1:]) if values["nuslerp_row_wise"] and len(shape) > 1 else shape[-1]
 
 
-@merge_method("nuslerp", models=(2, 2), base="optional", row=_row, buffers=8, compute="float64")
+@merge_method("nuslerp", models=(2, 2), base="optional", row=_row, buffers=8, row_buffers=16, compute="float64")
 def nuslerp(
     group: TensorGroup, *, weight: PerModel = (1.0,), nuslerp_row_wise: bool = False, nuslerp_flatten: bool = True
 ) -> Kernel:

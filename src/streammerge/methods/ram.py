@@ -5,11 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from streammerge.errors import RecipeError
 from streammerge.group import Chunk, Kernel, TensorGroup
-from streammerge.methods.contracts import merge_method
+from streammerge.methods.contracts import Values, merge_method
 
 if TYPE_CHECKING:
     import torch
+
+
+def _check_epsilon(values: Values) -> None:
+    if values["epsilon"] <= 0:
+        raise RecipeError("ramplus_tl takes an epsilon above 0")
 
 
 @merge_method("ram", models=(0, None), base="required", passes=False, buffers=6)
@@ -24,7 +30,7 @@ def ram(group: TensorGroup, *, epsilon: float = 1e-5) -> Kernel:
     return _merge(group, epsilon, [1.0] * group.models)
 
 
-@merge_method("ramplus_tl", models=(0, None), base="required", buffers=6)
+@merge_method("ramplus_tl", models=(0, None), base="required", buffers=6, check=_check_epsilon)
 def ramplus_tl(group: TensorGroup, *, r: float = 0.1, alpha: float = 0.2, epsilon: float = 1e-5) -> Kernel:
     r"""RAM, a model's unique changes enlarged the more of its changes are shared.
 

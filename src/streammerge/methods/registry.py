@@ -55,7 +55,10 @@ def find_method(wanted: str | Callable[..., Kernel] | MergeMethod) -> MergeMetho
     if isinstance(wanted, MergeMethod):
         return wanted
     if callable(wanted):
-        return _own(wanted, f"{wanted.__module__}:{wanted.__qualname__}")
+        place = wanted if hasattr(wanted, "__qualname__") else type(wanted)  # a partial, or an object that can be called
+        return _own(wanted, f"{place.__module__}:{place.__qualname__}")
+    if not isinstance(wanted, str):
+        raise RecipeError(f"a merge method is a name or a function, not {printable(wanted)}")
     if ":" in wanted:
         return _own(_imported(wanted), wanted)
     if wanted in methods():
@@ -78,6 +81,8 @@ def merge_tensors(
 
     contract = find_method(method)
     values = contract.resolve(parameters, len(models))
+    if len({t.shape for t in (*models, *([] if base is None else [base]))}) > 1:
+        raise RecipeError("the tensors must have the same shape")
     if contract.base == "required" and base is None:
         raise RecipeError(f"{contract.name} needs a base")
     shape = tuple((models[0] if base is None else base).shape)
@@ -98,7 +103,12 @@ def _own(function: Callable[..., Kernel], name: str) -> MergeMethod:
     if isinstance(contract, MergeMethod):
         return contract
     # Nothing is known of it, so it is given room for a copy of each model and as much again.
-    return MergeMethod(name, function, buffers=8, buffers_per_model=2)
+    method = MergeMethod(name, function, buffers=8, buffers_per_model=2)
+    try:
+        _ = method.parameters
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{printable(name)} cannot be a merge method: {printable(error)}") from error
+    return method
 
 
 def _imported(place: str) -> Callable[..., Kernel]:
@@ -109,7 +119,7 @@ def _imported(place: str) -> Callable[..., Kernel]:
         function = import_module(module)
         for part in name.split("."):
             function = getattr(function, part)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever the user's own module raises
         raise RecipeError(f"--method {printable(place)} cannot be imported: {printable(error)}") from error
     if not callable(function):
         raise RecipeError(f"--method {printable(place)} is no function")

@@ -103,7 +103,8 @@ def fibre_view(values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """Whole rows of a tensor as (rows, n, rest), ranked along n: the second dimension, or the only one."""
     if len(shape) < 2:
         return values.view(1, -1, 1)
-    return values.view(-1, shape[1], math.prod(shape[2:]))
+    rest = math.prod(shape[2:])
+    return values.view(len(values) // (shape[1] * rest) if len(values) else 0, shape[1], rest)
 
 
 def fibre_row(shape: tuple[int, ...], values: Values) -> int:

@@ -49,6 +49,8 @@ def slerp(group: TensorGroup, *, t: float) -> Kernel:
 
 
 def _check_multislerp(values: Values) -> None:
+    if values["eps"] <= 0:
+        raise RecipeError("multislerp takes an eps above 0")
     if values["normalize_weights"] and not sums_to_something(values["weight"]):
         raise RecipeError("the weights of multislerp sum to zero; pass -p normalize_weights=false to use them as given")
 
@@ -98,7 +100,12 @@ def multislerp(
     return _from_base(moved * float(w @ norms), group.based)
 
 
-@merge_method("karcher", base="model", buffers=4, compute="float64")
+def _check_karcher(values: Values) -> None:
+    if values["max_iter"] < 0:
+        raise RecipeError("karcher takes a max_iter of 0 or more")
+
+
+@merge_method("karcher", base="model", buffers=4, compute="float64", check=_check_karcher)
 def karcher(group: TensorGroup, *, max_iter: int = 10, tol: float = 1e-5) -> Kernel:
     r"""Karcher mean of the models' directions, times their mean norm.
 

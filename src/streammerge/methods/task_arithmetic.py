@@ -70,15 +70,14 @@ def _winners(chunk: Chunk, deltas: list[torch.Tensor], weight: Sequence[float], 
         sign.add_(delta)
     torch.ge(sign, 0, out=sign).mul_(2).sub_(1)
     for number, (delta, w) in enumerate(zip(deltas, weight, strict=True)):
-        torch.gt(torch.mul(delta, sign, out=agrees), 0, out=agrees)
-        delta.mul_(agrees)
+        delta.mul_(sign).clamp_(min=0)  # what agrees is positive now, all else zero
         if number:
             deltas[0].add_(delta)
-        if normalize and number:
-            divisor.add_(scaled(agrees, w))
-        elif normalize:
-            torch.mul(agrees, w, out=divisor)
-    return deltas[0].div_(divisor.add_(torch.eq(divisor, 0, out=agrees))) if normalize else deltas[0]
+        if normalize:
+            torch.gt(delta, 0, out=agrees)
+            divisor = divisor.add_(scaled(agrees, w)) if number else torch.mul(agrees, w, out=divisor)
+    mixed = deltas[0].mul_(sign)
+    return mixed.div_(divisor.add_(torch.eq(divisor, 0, out=agrees))) if normalize else mixed
 
 
 def _prune(group: TensorGroup, sparsify: Sparsify, density: Sequence[float], rescale: bool) -> Sparsify:
@@ -110,7 +109,7 @@ def task_arithmetic(
     return _merge(group, everything, weight, elect=False, normalize=normalize, scale=lambda_)
 
 
-@merge_method("ties", models=(0, None), base="required", buffers=10, searches=1, check=check_density)
+@merge_method("ties", models=(0, None), base="required", buffers=10, buffers_per_model=1, searches=1, check=check_density)
 def ties(
     group: TensorGroup,
     *,
@@ -165,7 +164,7 @@ def dare_linear(
     return _merge(group, sparsify, weight, elect=False, normalize=normalize, scale=lambda_)
 
 
-@merge_method("dare_ties", models=(0, None), base="required", buffers=12, check=check_density)
+@merge_method("dare_ties", models=(0, None), base="required", buffers=12, buffers_per_model=1, check=check_density)
 def dare_ties(
     group: TensorGroup,
     *,
@@ -216,7 +215,9 @@ def breadcrumbs(
     return _merge(group, sparsify, weight, elect=False, normalize=normalize, scale=lambda_)
 
 
-@merge_method("breadcrumbs_ties", models=(0, None), base="required", buffers=12, searches=2, check=check_density)
+@merge_method(
+    "breadcrumbs_ties", models=(0, None), base="required", buffers=12, buffers_per_model=1, searches=2, check=check_density
+)
 def breadcrumbs_ties(
     group: TensorGroup,
     *,
@@ -240,7 +241,9 @@ def breadcrumbs_ties(
     return _merge(group, sparsify, weight, elect=True, normalize=normalize, scale=lambda_)
 
 
-@merge_method("della", models=(0, None), base="required", row=fibre_row, buffers=16, check=check_density)
+@merge_method(
+    "della", models=(0, None), base="required", row=fibre_row, buffers=16, buffers_per_model=1, check=check_density
+)
 def della(
     group: TensorGroup,
     *,
