@@ -294,3 +294,11 @@ def test_convert_first_keeps_and_reuses_its_files(tmp_path: Path, voices: tuple[
     sm.merge(voices, tmp_path / "new.pth", convert_first=tmp_path / "kept")
     expected = mean([trained(7)["layer.bias"], trained(2)["layer.bias"]], [1, 1])
     assert octets(torch.load(tmp_path / "new.pth")["model"]["xtts.layer.bias"]) == octets(expected)
+
+
+def test_replacing_is_not_warned_of(tmp_path: Path) -> None:
+    paths = saved(tmp_path, {"w": torch.randn(3)}, {"w": torch.randn(3)})
+    out = tmp_path / "out.safetensors"
+    sm.merge(paths, out)
+    assert any("--overwrite" in warning for warning in sm.plan(paths, out).warnings)
+    assert not sm.merge(paths, out, overwrite=True).warnings

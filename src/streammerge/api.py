@@ -164,6 +164,8 @@ def merge(
         chosen = chosen_inputs.expand(_paths(inputs), options.get("last"))
         _convert_all([*named, *chosen], Path(convert_first), options)
     planned = plan(inputs, out, convert_first=convert_first, **options)
+    foreseen = _output_warnings(planned)  # what would stop a run stops this one itself, or was allowed
+    planned.warnings = [warning for warning in planned.warnings if warning not in foreseen]
     return execute(planned, overwrite, listener or _quiet, before)
 
 
