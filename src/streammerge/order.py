@@ -155,21 +155,24 @@ def _stop(
     """The element index behind the last that is kept of those equal to a threshold; ``equal`` counts them by grain."""
     if kept == sum(count for _, count in equal):
         return group.elems
+    import torch
+
     grain = 0
     while kept > equal[grain][1]:
         kept -= equal[grain][1]
         grain += 1
     begin = equal[grain][0]
 
-    def work(chunks: Iterable[Chunk]) -> list[int]:
+    def work(chunks: Iterable[Chunk]) -> list[torch.Tensor]:
         found = []
         for chunk in chunks:
             tensor = next(tensor for n, tensor in enumerate(values(chunk)) if n == number)
-            found += [chunk.start + int(i) for i in (tensor.reshape(-1) == threshold).nonzero()]
+            found.append((tensor.reshape(-1) == threshold).nonzero()[:, 0] + chunk.start)
         return found
 
     stop = min(begin + group.grain, group.elems)
-    return [i for found in group.sweep(work, begin, stop) for i in found][kept - 1] + 1
+    places = torch.cat([places for found in group.sweep(work, begin, stop) for places in found])
+    return int(places[kept - 1]) + 1
 
 
 # --------------------------------------------------------------------------------------------------- by histograms
