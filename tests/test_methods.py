@@ -296,6 +296,7 @@ class TestHoweverItIsRun:
         wishes |= {"rescale": True, "normalize": True} if "rescale" in find_method(method).parameters else {}
         for how in ({}, {"io": "pread"}, {"compute_dtype": "float64"}):
             sm.merge(paths[needs_base:], tmp_path / "out.safetensors", method=method, overwrite=True, **wishes, **how)
+            assert load_safetensors(tmp_path / "out.safetensors")["w"].isfinite().all()
 
     @pytest.mark.parametrize("case", [c for c in CASES if find_method(c.method).row], ids=str)
     def test_law_2_for_rows_that_no_grain_divides(self, case: Case, tmp_path: Path) -> None:
