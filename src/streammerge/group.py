@@ -69,7 +69,7 @@ class TensorGroup:
         """The sum over all chunks of each tensor that ``terms(chunk)`` yields, in float64.
 
         A tensor of the chunk's length gives a number; one of (rows, columns) the sum of each column. A sum is made of
-        the partial sums of the grains, added in their order, so that it does not depend on how it was run.
+        the partial sums of the grains, added in their order, piece by piece, and so does not depend on how it was run.
         """
         return sums.reduce(self, terms)
 

@@ -48,13 +48,9 @@ class Parameter:
             return values * models
         if len(values) != models:
             raise RecipeError(
-                f"{len(values)} {self._plural} for {models} models; give one for each, or a single one for all"
+                f"{len(values)} values of {self.name} for {models} models; give one for each, or a single one for all"
             )
         return values
-
-    @property
-    def _plural(self) -> str:
-        return f"values of {self.name}"
 
     def _one(self, value: Any) -> Any:
         if value is None and self.default is None:
