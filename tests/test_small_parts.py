@@ -27,11 +27,11 @@ from streammerge.units import binary_bytes, decimal_bytes, parse_bytes
 SOURCE = Path(sm.__file__).parent
 
 LAYERS = {
-    0: ["tensors", "dtypes", "units", "events", "errors", "tree", "checksums", "names", "rng", "select"],
+    0: ["tensors", "dtypes", "units", "events", "errors", "tree", "checksums", "names", "rng", "select", "layers", "quantised"],
     1: ["group", "sums", "order", "budget", "storage", "memory", "unpickle", "rebuild", "repickle", "statedict"],
-    2: ["formats", "methods", "recipe", "bookkeeping"],
+    2: ["formats", "methods", "recipe", "bookkeeping", "huggingface"],
     3: ["checkpoint", "workspace", "engine", "staging", "writer"],
-    4: ["align", "output", "plan", "executors", "inputs"],
+    4: ["inputs", "choose", "parts", "values", "mismatch", "align", "output", "plan", "executors", "wish"],
     5: ["run"],
     6: ["api"],
     7: ["__init__", "cli", "__main__"],

@@ -5,21 +5,25 @@ Every disagreement is found here, before a byte is written, and reported in one 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from typing import Any
 
-from streammerge.checkpoint import CheckpointIndex
 from streammerge.dtypes import DType
 from streammerge.errors import MismatchError, RecipeError, listed, printable
 from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import COPY, INTEGERS
+from streammerge.mismatch import Differing, Mismatch
 from streammerge.names import describe_match, ignored_by_loader, match_names
-from streammerge.recipe import Recipe
+from streammerge.parts import Indexes, Part, Restacked, View, make_parts
+from streammerge.quantised import scheme
+from streammerge.recipe import Recipe, Rule
 from streammerge.statedict import unread_tensors
-from streammerge.tensors import TensorEntry, TensorSpec
+from streammerge.tensors import TensorEntry, TensorSpec, contiguous_strides
+from streammerge.values import ParameterValues, shares
 
 _WIDE = (DType.F64, DType.C128)
+_Sources = list[TensorEntry | None]
 
 
 @dataclass(slots=True)
@@ -27,6 +31,7 @@ class Merged:
     """One tensor of the output: what it is, from what it is made, and how.
 
     ``base_names`` are its names in the first checkpoint, more than one when tied; ``tied`` its further output names.
+    ``rest`` has the rows behind those that are merged, where one model has more of them.
     """
 
     base_names: tuple[str, ...]
@@ -37,205 +42,338 @@ class Merged:
     compute: str = "float32"
     based: bool = False
     tied: tuple[str, ...] = ()
+    rest: TensorEntry | None = None
 
 
 @dataclass(slots=True)
 class Alignment:
+    """``taken``: how many tensors each rule took. ``restacked`` and ``untied`` as :class:`parts.Parts` has them.
+
+    ``shares``: the tree of each checkpoint, and its weight in means of plain numbers.
+    """
+
     merged: list[Merged]
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    taken: list[int] = field(default_factory=list)
+    restacked: list[Restacked] = field(default_factory=list)
+    untied: bool = False
+    shares: list[tuple[Any, float]] = field(default_factory=list)
 
 
-def align(recipe: Recipe, indexes: list[CheckpointIndex]) -> Alignment:
+def align(recipe: Recipe, indexes: Indexes) -> Alignment:
     """The output's tensors, in the first checkpoint's order. Raises MismatchError and RecipeError."""
-    base, others = indexes[0], indexes[1:]
-    alignment = Alignment([])
-    for index in indexes:
+    first = indexes[recipe.checkpoints[0]]
+    for index in indexes.values():
         unread = unread_tensors(index.extras) if index.extras is not None else []
         if unread:
             raise MismatchError(
                 f"{printable(index.path)} holds {unread[0][1]} tensors ({listed([name for name, _ in unread])}), "
                 "which are not merged or converted; save it again with ordinary ones"
             )
-    matches = [match_names(base.entries, other.entries) for other in others]
-    for other, matched in zip(others, matches, strict=True):
-        alignment.notes += [f"{printable(other.path)}: {text}" for text in describe_match(matched)]
-    ties = _shared_ties(base, others, matches, alignment)
-    names = _names(recipe, base, others, matches, ties, alignment)
-    taken = [name for name in names if recipe.takes(name)]
-    if not taken:
+    parts = make_parts(recipe, indexes)
+    alignment = Alignment([], parts.notes, restacked=parts.restacked, untied=parts.untied)
+    alignment.shares = shares(parts.parts[0])
+    mismatch = Mismatch(str(first.path))
+    rules = _Rules(recipe)
+    for part in parts.parts:
+        _Aligner(recipe, indexes, part, rules, alignment, mismatch).run()
+    mismatch.refuse(recipe)
+    alignment.warnings += [f"--on-missing {recipe.on_missing}: {row}" for row in mismatch.rows()]
+    if not alignment.merged:
         raise RecipeError(
-            "--keep and --drop leave no tensor over" if names else f"{printable(base.path)} has no tensors to merge"
+            "the rules leave no tensor over" if first.entries else f"{printable(first.path)} has no tensors to merge"
         )
-    tied_to: dict[str, list[str]] = {}
-    kept = set(taken)
-    for name in taken:
-        if ties.get(name) in kept:
-            tied_to.setdefault(ties[name], []).append(name)
-    problems: list[str] = []
-    for name in taken:
-        if ties.get(name) in kept:
-            continue
-        sources = _sources(name, base, others, matches)
-        problem = _disagreement(name, sources, indexes)
-        if problem:
-            problems.append(problem)
-            continue
-        alignment.merged.append(_merged(recipe, (name, *tied_to.get(name, ())), sources))
-    if problems:
-        raise MismatchError(_table("these tensors differ between the inputs", problems))
+    if len(parts.parts) > 1 and not parts.restacked:
+        order = {name: number for number, name in enumerate(first.entries)}
+        alignment.merged.sort(key=lambda m: order.get(m.base_names[0], len(order)))
     _check_output_names(alignment.merged)
-    alignment.warnings += _idle_patterns(recipe, list(base.entries))
+    alignment.taken = [rules.taken[number] for number in range(len(recipe.rules))]
+    alignment.warnings += _idle(recipe, alignment.taken, first.entries)
     return alignment
 
 
-def _idle_patterns(recipe: Recipe, names: list[str]) -> list[str]:
+def _idle(recipe: Recipe, taken: list[int], names: Any) -> list[str]:
     """Warnings about patterns that met no tensor."""
-    idle = [f"--keep {p}" for p in recipe.keep if not any(fnmatchcase(n, p) for n in names)]
-    idle += [f"--drop {p}" for p in recipe.drop if not any(fnmatchcase(n, p) for n in names)]
-    if recipe.strip_prefix and not any(n.startswith(recipe.strip_prefix) for n in names):
-        idle.append(f"--strip-prefix {recipe.strip_prefix}")
-    return [f"no tensor's name matches {listed(idle)}"] if idle else []
+    said = []
+    for rule, count in zip(recipe.rules, taken, strict=True):
+        if not count:
+            met = any(pattern.matches(name) for name in names for pattern in rule.match)
+            why = "every tensor that it matches is taken by a rule before it" if met else "no tensor's name matches"
+            said.append(f"{recipe.at(rule.path)}the rule for {printable(rule)} took no tensor: {why}")
+    prefix = recipe.output.strip_prefix
+    if prefix and not any(n.startswith(prefix) for n in names):
+        said.append(f"no tensor's name matches --strip-prefix {printable(prefix)}")
+    return said
 
 
-def _names(
-    recipe: Recipe,
-    base: CheckpointIndex,
-    others: list[CheckpointIndex],
-    matches: list[dict[str, str]],
-    ties: dict[str, str],
-    alignment: Alignment,
-) -> list[str]:
-    """The first checkpoint's names that go into the output, after the policy for tensors that are not everywhere."""
-    partial: dict[str, list[str]] = {}
-    problems = []
-    for other, matched in zip(others, matches, strict=True):
-        taken = [n for n in base.entries if recipe.takes(n)]
-        missing = [n for n in taken if n not in matched and not (n in ties and ties[n] in matched)]
-        used = set(matched.values())
-        extra = [n for n in other.entries if n not in used and other.aliases.get(n) not in used and recipe.takes(n)]
-        for name in missing:
-            partial.setdefault(name, []).append(str(other.path))
-        missing, extra = ([n for n in names if not ignored_by_loader(n)] for names in (missing, extra))
-        if missing:
-            problems.append(f"{printable(other.path)} lacks {len(missing)}: {listed(missing)}")
-        if extra:
-            whose = f"{printable(other.path)} has {len(extra)} that {printable(base.path)} lacks"
-            problems.append(f"{whose} (they stay out): {listed(extra)}")
-    if problems and recipe.on_missing == "error":
-        how = "--on-missing base (keep the first's), average-present (mean of those that have it) or drop settles it"
-        raise MismatchError(_table("the inputs do not have the same tensors", problems) + f"\n{how}")
-    alignment.warnings += [f"--on-missing {recipe.on_missing}: {problem}" for problem in problems]
-    optional = [n for n in partial if ignored_by_loader(n)]
-    if optional:
-        alignment.notes.append(
-            f"{len(optional)} tensors that the XTTS loader ignores ({optional[0].split('.')[0]}.*, ...) are not in every "
-            "input; they are kept as in the first"
-        )
-    if recipe.on_missing == "drop":
-        return [n for n in base.entries if n not in partial or ignored_by_loader(n)]
-    return list(base.entries)
+class _Rules:
+    """The rule that takes a tensor, the first that matches; and how many each took."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.rules = recipe.rules
+        self.taken: Counter[int] = Counter()
+
+    def of(self, name: str) -> Rule | None:
+        number = self._number(name)
+        return None if number is None else self.rules[number]
+
+    def take(self, name: str) -> None:
+        number = self._number(name)
+        if number is not None:
+            self.taken[number] += 1
+
+    def _number(self, name: str) -> int | None:
+        for number, rule in enumerate(self.rules):
+            if any(pattern.matches(name) for pattern in rule.match):
+                return number
+        return None
 
 
-def _shared_ties(
-    base: CheckpointIndex, others: list[CheckpointIndex], matches: list[dict[str, str]], alignment: Alignment
-) -> dict[str, str]:
-    """Ties of the first checkpoint that hold in every one: name -> the name it is tied to."""
-    ties, parted = {}, []
-    for name, first in base.aliases.items():
-        for other, matched in zip(others, matches, strict=True):
-            if (
-                name in matched
-                and first in matched
-                and other.entries[matched[name]].place != other.entries[matched[first]].place
-            ):
-                parted.append(name)
-                break
-        else:
-            ties[name] = first
-    if parted:
-        alignment.warnings.append(
-            f"{listed(parted)}: tied in {printable(base.path)} but separate in another input, "
-            "so merged separately and no longer tied"
-        )
-    return ties
+class _Aligner:
+    """One part: its views' tensors brought together by name."""
 
+    def __init__(
+        self,
+        recipe: Recipe,
+        indexes: Indexes,
+        part: Part,
+        rules: _Rules,
+        alignment: Alignment,
+        mismatch: Mismatch,
+    ) -> None:
+        self.recipe, self.indexes, self.part, self.rules = recipe, indexes, part, rules
+        self.alignment, self.mismatch = alignment, mismatch
+        self.base, self.others = part.views[0], part.views[1:]
+        self.matches = [_matched(self.base, other) for other in self.others]
+        self.values = ParameterValues(recipe, part)
+        self.copies: dict[str, tuple[View, dict[str, str]]] = {}
 
-def _sources(
-    name: str, base: CheckpointIndex, others: list[CheckpointIndex], matches: list[dict[str, str]]
-) -> list[TensorEntry | None]:
-    """The tensor in each checkpoint; None where it is missing."""
-    found: list[TensorEntry | None] = [base.entries[name]]
-    for other, matched in zip(others, matches, strict=True):
-        theirs = matched.get(name) or matched.get(base.aliases.get(name, name))
-        found.append(other.entries[theirs] if theirs else None)
-    return found
+    def run(self) -> None:
+        for other, matched in zip(self.others, self.matches, strict=True):
+            self.alignment.notes += [f"{printable(other.index.path)}: {text}" for text in describe_match(matched)]
+        ties = self._shared_ties()
+        ruled = {name: self.rules.of(name) for name in self.base.entries}
+        for name in ruled:
+            self.rules.take(name)
+        names = [n for n in self._names(ties, ruled) if not _drops(ruled[n])]
+        kept, tied_to = set(names), dict[str, list[str]]()
+        for name in names:
+            if ties.get(name) in kept:
+                tied_to.setdefault(ties[name], []).append(name)
+        self._refuse_quantised(names, ruled)
+        for name in names:
+            if ties.get(name) in kept:
+                continue
+            merged = self._merged((name, *tied_to.get(name, ())), ruled[name])
+            if merged is not None:
+                self.alignment.merged.append(merged)
 
+    # -- names ------------------------------------------------------------------------------------------------------
 
-def _disagreement(name: str, sources: list[TensorEntry | None], indexes: list[CheckpointIndex]) -> str | None:
-    """What is wrong with these tensors being merged, if anything."""
-    present = [(s, i) for s, i in zip(sources, indexes, strict=True) if s is not None]
-    first = present[0][0].spec
-    for source, index in present[1:]:
-        spec = source.spec
-        where = f"{printable(name)}: "
-        if spec.shape != first.shape:
-            return (
-                where
-                + f"{list(first.shape)} in the first, {list(spec.shape)} in {printable(index.path)}{_guess(first, spec)}"
+    def _names(self, ties: dict[str, str], ruled: dict[str, Rule | None]) -> list[str]:
+        """The base's names that go into the output, after the policy for tensors that are not everywhere."""
+        partial: set[str] = set()
+        merged_here = [n for n, rule in ruled.items() if not _drops(rule) and not (rule and rule.copy)]
+        for other, matched in zip(self.others, self.matches, strict=True):
+            missing = [n for n in merged_here if n not in matched and not (n in ties and ties[n] in matched)]
+            used = set(matched.values())
+            extra = [n for n in other.entries if n not in used and other.aliases.get(n) not in used]
+            extra = [n for n in extra if not _drops(self.rules.of(n))]
+            partial.update(missing)
+            self._note_mismatch(other, *([n for n in names if not ignored_by_loader(n)] for names in (missing, extra)))
+        optional = [n for n in ruled if n in partial and ignored_by_loader(n)]
+        if optional:
+            self.alignment.notes.append(
+                f"{len(optional)} tensors that the XTTS loader ignores ({optional[0].split('.')[0]}.*, ...) are not in "
+                "every input; they are kept as in the first"
             )
-        if spec.dtype.kind != first.dtype.kind or (first.dtype.kind != "float" and spec.dtype != first.dtype):
-            return where + f"{first.dtype.torch_name} in the first, {spec.dtype.torch_name} in {printable(index.path)}"
-    return None
+        if self.recipe.on_missing == "drop":
+            return [n for n in ruled if n not in partial or ignored_by_loader(n)]
+        return list(ruled)
 
+    def _note_mismatch(self, other: View, missing: list[str], extra: list[str]) -> None:
+        path = str(other.index.path)
+        for table, names in ((self.mismatch.missing, missing), (self.mismatch.extra, extra)):
+            if names:
+                table.setdefault(path, []).extend(names)
+        if missing or extra:
+            self.mismatch.names.setdefault(path, list(other.entries))
+            self.mismatch.names.setdefault(self.mismatch.first, list(self.base.entries))
 
-def _guess(one: TensorSpec, two: TensorSpec) -> str:
-    text = one.name.lower()
-    if len(one.shape) == len(two.shape) and one.shape[1:] == two.shape[1:]:
-        if any(part in text for part in ("embed", "lm_head", "text_head", "wte", "vocab")):
-            return f" (vocabulary {one.shape[0]} against {two.shape[0]})"
-        return ""
-    if len(one.shape) == 4 and len(two.shape) == 4 and {one.shape[1], two.shape[1]} & {9}:
-        return " (an inpainting model against an ordinary one)"
-    return ""
+    def _shared_ties(self) -> dict[str, str]:
+        """Ties of the first checkpoint that hold in every one: name -> the name it is tied to."""
+        ties, parted = {}, []
+        for name, first in self.base.aliases.items():
+            for other, matched in zip(self.others, self.matches, strict=True):
+                if (
+                    name in matched
+                    and first in matched
+                    and other.entries[matched[name]].place != other.entries[matched[first]].place
+                ):
+                    parted.append(name)
+                    break
+            else:
+                ties[name] = first
+        if parted:
+            self.alignment.warnings.append(
+                f"{listed(parted)}: tied in {printable(self.base.index.path)} but separate in another input, "
+                "so merged separately and no longer tied"
+            )
+        return ties
 
+    def _sources(self, name: str) -> _Sources:
+        """The tensor in each view; None where it is missing."""
+        found: _Sources = [self.base.entries[name]]
+        for other, matched in zip(self.others, self.matches, strict=True):
+            theirs = matched.get(name) or matched.get(self.base.aliases.get(name, name))
+            found.append(other.entries[theirs] if theirs else None)
+        return found
 
-def _merged(recipe: Recipe, names: tuple[str, ...], sources: list[TensorEntry | None]) -> Merged:
-    name, tied = names[0], tuple(map(recipe.output_name, names[1:]))
-    base = next(s for s in sources if s is not None).spec
-    absent_here = any(s is None for s in sources) and (recipe.on_missing == "base" or ignored_by_loader(name))
-    present = tuple(s for s in sources if s is not None)
-    dtype = base.dtype
-    if recipe.out_dtype is not None and dtype.kind == "float":
-        dtype = recipe.out_dtype
-    spec = replace(base, name=recipe.output_name(name), dtype=dtype)
-    models = [number for number, s in enumerate(sources[recipe.based :]) if s is not None]
-    if recipe.method is COPY or absent_here or len(models) < recipe.method.models[0]:
-        return Merged(names, spec, COPY, present[:1], tied=tied)
-    if base.dtype.kind not in ("float", "complex"):
-        policy = recipe.integers or ("max" if name.endswith("num_batches_tracked") else "error")
-        if policy == "max" and base.dtype.kind == "packed":
-            raise MismatchError(f"{printable(name)} holds packed {base.dtype} values, of which there is no largest")
+    def _refuse_quantised(self, names: list[str], ruled: dict[str, Rule | None]) -> None:
+        """Quantised weights may be copied, bytes and all, but neither merged nor recast."""
+        recast = self.recipe.recast is not None
+        verbatim = [n for n in names if (rule := ruled[n]) is not None and rule.copy and rule.dtype is None]
+        if recast or self.part.method is not COPY:
+            used = set(names) - (set() if recast else set(verbatim))
+            for view in self.part.views:
+                found = scheme([n for n in view.entries if n in used or n not in self.base.entries])
+                if found and not _drops(self.rules.of(found[1])):
+                    raise MismatchError(
+                        f"{printable(view.index.path)} is quantised: {found[0]}, as {printable(found[1])} tells; "
+                        "dequantise it first, or take its tensors whole with rules"
+                    )
+
+    # -- tensors ----------------------------------------------------------------------------------------------------
+
+    def _merged(self, names: tuple[str, ...], rule: Rule | None) -> Merged | None:
+        name, recipe = names[0], self.recipe
+        tied = tuple(map(recipe.output_name, names[1:]))
+        sources = self._sources(name)
+        if rule and rule.copy:
+            entry = self._copied(name, rule)
+            return Merged(names, self._spec(name, entry.spec, rule), COPY, (entry,), tied=tied)
+        method = rule.merge_method if rule and rule.merge_method else self.part.method
+        based = self.part.based if method is self.part.method else self._based(method)
+        sources, rest, keep = self._in_shape(name, sources)
+        if keep is None:
+            return None
+        present = tuple(s for s in sources if s is not None)
+        whole = rest.spec.shape[0] + present[0].spec.shape[0] if rest else None
+        spec = self._spec(name, present[0].spec, rule)
+        if whole is not None:
+            spec = replace(spec, shape=(whole, *spec.shape[1:]))
+        absent_here = any(s is None for s in sources) and (recipe.on_missing == "base" or ignored_by_loader(name))
+        models = [number for number, s in enumerate(sources[based:]) if s is not None]
+        if keep or method is COPY or absent_here or len(models) < method.models[0]:
+            return Merged(names, spec, COPY, present[:1], tied=tied, rest=rest)
+        if present[0].spec.dtype.kind not in ("float", "complex"):
+            return self._integers(names, spec, present, tied, rest)
+        wide = any(s.spec.dtype in _WIDE for s in present)
+        preferred = recipe.compute_dtype.torch_name if recipe.compute_dtype else method.compute
+        values = self.values.of(method, based, name, sources, rule)
+        compute = "float64" if wide else preferred
+        return Merged(names, spec, method, present, values, compute, based, tied, rest)
+
+    def _based(self, method: MergeMethod) -> bool:
+        """Whether a rule's method takes the base apart."""
+        return self.recipe.base is not None and method.base in ("required", "optional")
+
+    def _spec(self, name: str, spec: TensorSpec, rule: Rule | None) -> TensorSpec:
+        """The output tensor: the base's dtype, unless another one is asked for."""
+        dtype = self.base.entries[name].spec.dtype
+        if dtype.kind != spec.dtype.kind:
+            dtype = spec.dtype
+        wished = (rule.dtype if rule else None) or self.recipe.recast
+        if wished is not None and dtype.kind == "float":
+            dtype = wished
+        return TensorSpec(self.recipe.output_name(name), dtype, spec.shape)
+
+    def _copied(self, name: str, rule: Rule) -> TensorEntry:
+        """The tensor in the model that the rule names."""
+        path = str(rule.copy)
+        if path not in self.copies:
+            wanted = self.recipe.copied(path)
+            index = next(index for reference, index in self.indexes.items() if reference.same(wanted))
+            own = next((view for view in self.part.views if view.index is index), None)
+            view = own or View(index, index.entries, index.aliases)
+            self.copies[path] = view, _matched(self.base, view)
+        view, matched = self.copies[path]
+        theirs = matched.get(name) or matched.get(self.base.aliases.get(name, name))
+        if theirs is None:
+            raise MismatchError(
+                f"{self.recipe.at(rule.path)}{printable(path)} has no tensor {printable(name)} to copy; "
+                "narrow the rule's pattern"
+            )
+        return view.entries[theirs]
+
+    def _in_shape(self, name: str, sources: _Sources) -> tuple[_Sources, TensorEntry | None, bool | None]:
+        """The sources, cut to their common rows where that is asked for; the rows that stay; and whether only the first
+        is kept. None for a tensor that differs and cannot be settled."""
+        present = [(s, v.index) for s, v in zip(sources, self.part.views, strict=True) if s is not None]
+        first = present[0][0].spec
+        other = next((p for p in present[1:] if _differ(first, p[0].spec)), None)
+        if other is None:
+            return sources, None, False
+        differing = Differing(name, first, other[0].spec, str(other[1].path))
+        policy = self.recipe.on_shape
+        if not differing.in_shape or policy == "error":
+            self.mismatch.differing.append(differing)
+            return sources, None, None
+        if policy == "base":
+            self.alignment.warnings.append(f"--on-shape base: {printable(name)} is kept as the first has it")
+            return sources, None, True
+        shapes = [s.spec.shape for s, _ in present]
+        if any(len(s) == 0 or s[1:] != first.shape[1:] for s in shapes) or first.dtype.kind == "packed":
+            self.mismatch.differing.append(differing)
+            return sources, None, None
+        least, most = min(s[0] for s in shapes), max(s[0] for s in shapes)
+        largest = next(s for s, _ in present if s.spec.shape[0] == most)
+        self.alignment.warnings.append(
+            f"--on-shape rows: {least} rows of {printable(name)} are merged, the other {most - least} are those of "
+            f"{printable(largest.path)}"
+        )
+        return [s and _rows(s, 0, least) for s in sources], _rows(largest, least, most), False
+
+    def _integers(
+        self,
+        names: tuple[str, ...],
+        spec: TensorSpec,
+        present: tuple[TensorEntry, ...],
+        tied: tuple[str, ...],
+        rest: TensorEntry | None,
+    ) -> Merged:
+        policy = self.recipe.integers or ("max" if names[0].endswith("num_batches_tracked") else "error")
+        if policy == "max" and present[0].spec.dtype.kind == "packed":
+            raise MismatchError(
+                f"{printable(names[0])} holds packed {present[0].spec.dtype} values, of which there is no largest"
+            )
         if len(present) == 1:
-            return Merged(names, spec, COPY, present, tied=tied)
-        return Merged(names, spec, INTEGERS, present, {"policy": policy}, tied=tied)
-    wide = any(s.spec.dtype in _WIDE for s in present)
-    preferred = recipe.compute_dtype.torch_name if recipe.compute_dtype else recipe.method.compute
-    compute = "float64" if wide else preferred
-    values = _values(recipe, name, models)
-    return Merged(names, spec, recipe.method, present, values, compute, recipe.based, tied)
+            return Merged(names, spec, COPY, present, tied=tied, rest=rest)
+        return Merged(names, spec, INTEGERS, present, {"policy": policy}, tied=tied, rest=rest)
 
 
-def _values(recipe: Recipe, name: str, models: list[int]) -> dict[str, Any]:
-    """The method's parameters for the models that have the tensor."""
-    if len(models) == len(recipe.models):
-        return recipe.values
-    per_model = {p.name for p in recipe.method.parameters.values() if p.per_model}
-    values = {n: [v[m] for m in models] if n in per_model and v is not None else v for n, v in recipe.values.items()}
-    try:
-        return recipe.method.resolve(values, len(models))
-    except RecipeError as error:
-        raise RecipeError(f"for the inputs that have {printable(name)}: {error}") from error
+def _drops(rule: Rule | None) -> bool:
+    return rule is not None and rule.drop
+
+
+def _matched(base: View, other: View) -> dict[str, str]:
+    """Base name -> the other's name."""
+    if base.entries.keys() == other.entries.keys():
+        return dict(zip(base.entries, base.entries, strict=True))
+    return match_names(base.entries, other.entries)
+
+
+def _differ(one: TensorSpec, two: TensorSpec) -> bool:
+    other_kind = one.dtype.kind != two.dtype.kind or (one.dtype.kind != "float" and one.dtype != two.dtype)
+    return one.shape != two.shape or other_kind
+
+
+def _rows(entry: TensorEntry, start: int, stop: int) -> TensorEntry:
+    """Rows of a tensor, where they lie."""
+    spec = replace(entry.spec, shape=(stop - start, *entry.spec.shape[1:]))
+    step = (entry.strides or contiguous_strides(entry.spec.shape))[0]
+    return replace(entry, spec=spec, offset=entry.offset + start * step * entry.spec.dtype.element_bytes)
 
 
 def _check_output_names(merged: list[Merged]) -> None:
@@ -244,8 +382,3 @@ def _check_output_names(merged: list[Merged]) -> None:
         if name in seen:
             raise RecipeError(f"two tensors would be called {printable(name)} in the output; change --strip-prefix")
         seen.add(name)
-
-
-def _table(title: str, rows: list[str]) -> str:
-    shown = rows[:20] + ([f"and {len(rows) - 20} more"] if len(rows) > 20 else [])
-    return title + ":\n" + "\n".join(f"  {row}" for row in shown)

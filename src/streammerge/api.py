@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from streammerge import inputs as chosen_inputs
 from streammerge.checkpoint import CheckpointIndex, open_checkpoint
-from streammerge.errors import RecipeError, StreammergeError, printable
+from streammerge.choose import choose, exponential_weights
+from streammerge.errors import RecipeError, StreammergeError, listed, printable
 from streammerge.events import Event, Listener
 from streammerge.group import Kernel
+from streammerge.inputs import converted_path, expand
 from streammerge.memory import resident_bytes
-from streammerge.methods.registry import COPY, find_method
 from streammerge.plan import Plan, build_plan
-from streammerge.recipe import IO, Recipe, optional_bytes, optional_dtype
+from streammerge.recipe import Recipe, read_recipe
 from streammerge.run import Result, default_workers, execute
 from streammerge.storage import check_writable, free_bytes, write_text
 from streammerge.units import decimal_bytes, parse_bytes
+from streammerge.wish import conversion, overridden, recipe_of
 
 DEFAULT_MEMORY = "512MiB"
+IO = ("mmap", "pread")
 
 PathLike = str | Path
 
@@ -34,67 +36,113 @@ def _paths(paths: PathLike | Sequence[PathLike]) -> list[str]:
     return [str(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
 
 
-def inspect(path: PathLike, *, state_dict: str | None = None, ema: str = "ignore") -> CheckpointIndex:
+def inspect(path: PathLike, *, state_dict: str | None = None, ema: str | None = None) -> CheckpointIndex:
     """What a checkpoint is and holds. Reads headers only; nothing in the file is executed or imported.
 
     Raises FormatError when it cannot be read.
     """
-    return open_checkpoint(path, state_dict, ema)
+    return open_checkpoint(path, state_dict, ema or "ignore")
 
 
 def plan(
-    inputs: PathLike | Sequence[PathLike],
+    inputs: PathLike | Sequence[PathLike] = (),
     out: PathLike | None = None,
     *,
+    recipe: PathLike | Mapping[str, Any] | None = None,
+    own_methods: bool = False,
     weights: Sequence[float] | None = None,
-    method: str | Callable[..., Kernel] = "linear",
+    method: str | Callable[..., Kernel] | None = None,
     base: PathLike | None = None,
     normalize: bool | None = None,
-    seed: int = 0,
+    last: int | None = None,
+    within: str | None = None,
+    best: int | None = None,
+    by: str | None = None,
+    highest: bool = False,
+    ema_decay: float | None = None,
     memory: str | int = DEFAULT_MEMORY,
     workers: int | None = None,
     io: str = "mmap",
+    convert_first: PathLike | None = None,
     dtype: object = None,
     out_dtype: object = None,
     compute_dtype: object = None,
     state_dict: str | None = None,
-    ema: str = "ignore",
-    last: int | None = None,
-    on_missing: str = "error",
+    ema: str | None = None,
+    on_missing: str | None = None,
+    on_shape: str | None = None,
     integers: str | None = None,
-    allow_nonfinite: bool = False,
-    keep_optimizer: bool = False,
+    allow_nonfinite: bool | None = None,
+    keep_optimizer: bool | None = None,
     max_shard_size: str | int | None = None,
-    convert_first: PathLike | None = None,
+    seed: int | None = None,
     **parameters: Any,
 ) -> Plan:
     """What :func:`merge` would do, from headers alone; nothing is written. The parameters are those of merge.
 
-    ``method``: a name, ``package.module:function`` or a function; ``parameters`` are its own, like ``t=0.3`` or
+    ``method`` (linear): a name, ``package.module:function`` or a function; ``parameters`` are its own, like ``t=0.3`` or
     ``density=[0.5, 0.7]``. ``base``: the common ancestor, for the methods that need one.
+
+    ``recipe``: a mergekit configuration as a YAML file or a dict, in place of inputs, method and parameters; other
+    options win over its keys. ``own_methods`` lets it name methods that are your own code.
+
+    ``last``, ``within="1000:5000"``, ``best`` with ``by`` (a number in the files, lowest first unless ``highest``) choose
+    among the inputs; ``ema_decay`` gives them exponential weights, the last one most.
 
     ``print(plan)`` shows it; ``plan.tasks``, ``plan.peak_bytes``, ``plan.read_bytes`` are its numbers.
     """
+    overrides = {
+        "dtype": dtype,
+        "out_dtype": out_dtype,
+        "compute_dtype": compute_dtype,
+        "state_dict": state_dict,
+        "ema": ema,
+        "on_missing": on_missing,
+        "on_shape": on_shape,
+        "integers": integers,
+        "allow_nonfinite": allow_nonfinite,
+        "keep_optimizer": keep_optimizer,
+        "max_shard_size": max_shard_size,
+        "seed": seed,
+    }
+    paths = _paths(inputs)
+    if recipe is None and len(paths) == 1 and paths[0].endswith((".yaml", ".yml")):
+        recipe, paths = paths[0], []
     if normalize is not None:
         parameters["normalize"] = normalize
-    recipe = Recipe(
-        tuple(chosen_inputs.expand(_paths(inputs), last)),
-        method=find_method(method),
-        base=None if base is None else str(base),
-        weights=None if weights is None else tuple(map(float, weights)),
-        parameters=parameters,
-        seed=seed,
-        out_dtype=optional_dtype(out_dtype if out_dtype is not None else dtype),
-        compute_dtype=optional_dtype(compute_dtype),
-        state_dict=state_dict,
-        ema=ema,
-        on_missing=on_missing,
-        integers=integers,
-        allow_nonfinite=allow_nonfinite,
-        keep_optimizer=keep_optimizer,
-        max_shard_bytes=optional_bytes(max_shard_size),
-    )
-    return _plan(recipe, out, memory, workers, io, convert_first)
+    if recipe is not None:
+        said: dict[str, Any] = {
+            "inputs": paths,
+            "weights": weights,
+            "method": method,
+            "base": base,
+            "last": last,
+            "within": within,
+        }
+        said |= {"best": best, "by": by, "ema_decay": ema_decay, **parameters}
+        _refuse_beside_recipe(said)
+        notes: list[str] = []
+        wished = overridden(read_recipe(recipe, own_methods), overrides)
+    else:
+        chosen, notes = choose(expand(paths), last=last, within=within, best=best, by=by, highest=highest)
+        if ema_decay is not None:
+            if weights is not None:
+                raise RecipeError("--ema-decay gives the weights; leave --weights out")
+            weights = exponential_weights(ema_decay, len(chosen))
+        named = None if base is None else str(base)
+        wished = recipe_of(chosen, "linear" if method is None else method, named, weights, parameters, overrides)
+    planned = _plan(wished, out, memory, workers, io, convert_first)
+    planned.notes[:0] = notes
+    return planned
+
+
+def _refuse_beside_recipe(said: Mapping[str, Any]) -> None:
+    """RecipeError for arguments that a recipe has keys for which they would not replace but contradict."""
+    given = [name for name, value in said.items() if value is not None and value != []]
+    if given:
+        raise RecipeError(
+            f"{listed(given)} beside a recipe: it names its models, method and parameters itself; change them there"
+        )
 
 
 def _plan(
@@ -109,9 +157,9 @@ def _plan(
         raise RecipeError(f"--io takes {' or '.join(IO)}, not {printable(io)}")
     if workers is not None and workers < 1:
         raise RecipeError("--workers takes a positive number")
-    indexes = [open_checkpoint(path, recipe.state_dict, recipe.ema) for path in recipe.checkpoints]
+    indexes = {each: open_checkpoint(each.path, each.state_dict, recipe.ema) for each in recipe.checkpoints}
     if convert_first is not None:
-        indexes = [_from_converted(index, recipe, Path(convert_first)) for index in indexes]
+        indexes = {each: _from_converted(index, Path(convert_first)) for each, index in indexes.items()}
     planned = build_plan(
         recipe,
         indexes,
@@ -140,8 +188,8 @@ def _output_warnings(planned: Plan) -> list[str]:
 
 
 def merge(
-    inputs: PathLike | Sequence[PathLike],
-    out: PathLike,
+    inputs: PathLike | Sequence[PathLike] = (),
+    out: PathLike | None = None,
     *,
     overwrite: bool = False,
     listener: Listener | None = None,
@@ -150,20 +198,20 @@ def merge(
 ) -> Result:
     """Merges checkpoints into ``out``, one chunk at a time.
 
-    ``inputs``: paths or globs. ``weights``: one number per input; ``linear``, the default method, divides them by
-    their sum unless ``normalize`` is False. ``memory``: the budget above the start-up footprint. Further options, and
-    the parameters of the method, are those of :func:`plan`.
+    ``inputs``: paths or globs; or ``recipe``: a mergekit configuration. ``weights``: one number per input; ``linear``,
+    the default method, divides them by their sum unless ``normalize`` is False. ``memory``: the budget above the
+    start-up footprint. Further options, and the parameters of the method, are those of :func:`plan`.
 
     Raises RecipeError, FormatError, MismatchError, BudgetError, SpaceError, LockedError, ChangedError, VerifyError or
     TaskError; the output is then not there. Returns what was read, written and needed.
     """
+    if out is None:
+        raise RecipeError("a merge needs a name for its output: out=, or -o")
     check_writable(Path(out), overwrite)
     before = resident_bytes()
-    if convert_first is not None:
-        named = [] if options.get("base") is None else _paths(options["base"])
-        chosen = chosen_inputs.expand(_paths(inputs), options.get("last"))
-        _convert_all([*named, *chosen], Path(convert_first), options)
     planned = plan(inputs, out, convert_first=convert_first, **options)
+    if convert_first is not None and _convert_all(planned.recipe, Path(convert_first), options):
+        planned = plan(inputs, out, convert_first=convert_first, **options)
     foreseen = _output_warnings(planned)  # what would stop a run stops this one itself, or was allowed
     planned.warnings = [warning for warning in planned.warnings if warning not in foreseen]
     return execute(planned, overwrite, listener or _quiet, before)
@@ -178,11 +226,11 @@ def convert(
     drop: Sequence[str] = (),
     keep: Sequence[str] = (),
     strip_prefix: str = "",
-    keep_optimizer: bool = False,
+    keep_optimizer: bool | None = None,
     state_dict: str | None = None,
-    ema: str = "ignore",
+    ema: str | None = None,
     extras: PathLike | None = None,
-    allow_nonfinite: bool = False,
+    allow_nonfinite: bool | None = None,
     memory: str | int = DEFAULT_MEMORY,
     workers: int | None = None,
     io: str = "mmap",
@@ -196,25 +244,22 @@ def convert(
     """
     check_writable(Path(out), overwrite)
     before = resident_bytes()
-    recipe = Recipe(
-        (str(path),),
-        method=COPY,
-        out_dtype=optional_dtype(dtype),
-        state_dict=state_dict,
-        ema=ema,
-        allow_nonfinite=allow_nonfinite,
-        keep_optimizer=keep_optimizer,
-        max_shard_bytes=optional_bytes(max_shard_size),
-        drop=tuple(drop),
-        keep=tuple(keep),
-        strip_prefix=strip_prefix,
-    )
+    overrides = {
+        "dtype": dtype,
+        "state_dict": state_dict,
+        "ema": ema,
+        "allow_nonfinite": allow_nonfinite,
+        "keep_optimizer": keep_optimizer,
+        "max_shard_size": max_shard_size,
+        "strip_prefix": strip_prefix,
+    }
+    recipe = conversion(str(path), drop, keep, overrides)
     planned = _plan(recipe, out, memory, workers, io)
     if extras is not None:
         _check_extras(Path(extras), planned, overwrite)
     result = execute(planned, overwrite, listener or _quiet, before)
     if extras is not None:
-        index = open_checkpoint(path, state_dict, ema)
+        index = open_checkpoint(path, state_dict, recipe.ema)
         content = {"format": index.format, "metadata": index.metadata, "data": index.plain_data()}
         write_text(Path(extras), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return result
@@ -228,15 +273,26 @@ def _check_extras(extras: Path, planned: Plan, overwrite: bool) -> None:
         raise RecipeError(f"--extras {printable(extras)} is an input or the output; choose another name")
 
 
-def _convert_all(paths: list[str], folder: Path, options: dict[str, Any]) -> None:
-    """Each input as a safetensors file in ``folder``, made now unless it is there and still right."""
+def _convert_all(recipe: Recipe, folder: Path, options: dict[str, Any]) -> bool:
+    """Each checkpoint as a safetensors file in ``folder``, made now unless it is there and still right; whether any was."""
     folder.mkdir(parents=True, exist_ok=True)
-    passed = {k: options[k] for k in ("state_dict", "ema", "memory", "workers", "io") if k in options}
-    for path in paths:
-        index = open_checkpoint(path, options.get("state_dict"), options.get("ema", "ignore"))
-        target = chosen_inputs.converted_path(index, folder)
+    passed = {k: options[k] for k in ("memory", "workers", "io") if k in options}
+    made = False
+    for each in recipe.checkpoints:
+        index = open_checkpoint(each.path, each.state_dict, recipe.ema)
+        target = converted_path(index, folder)
         if not _is_conversion(target, index):
-            convert(path, target, overwrite=True, allow_nonfinite=True, **passed)
+            convert(
+                each.path,
+                target,
+                overwrite=True,
+                state_dict=each.state_dict,
+                ema=recipe.ema,
+                allow_nonfinite=True,
+                **passed,
+            )
+            made = True
+    return made
 
 
 def _is_conversion(target: Path, index: CheckpointIndex) -> bool:
@@ -248,9 +304,9 @@ def _is_conversion(target: Path, index: CheckpointIndex) -> bool:
     return {name: entry.spec for name, entry in made.entries.items()} == wanted
 
 
-def _from_converted(index: CheckpointIndex, recipe: Recipe, folder: Path) -> CheckpointIndex:
+def _from_converted(index: CheckpointIndex, folder: Path) -> CheckpointIndex:
     """The index with its tensors' bytes taken from the converted file, where that is there."""
-    target = chosen_inputs.converted_path(index, folder)
+    target = converted_path(index, folder)
     if not _is_conversion(target, index):
         return index
     made = open_checkpoint(target)

@@ -1,4 +1,4 @@
-"""From what was typed to a list of checkpoints: globs in numeric order, the last few of them."""
+"""From what was typed to a list of checkpoints: globs in numeric order."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def numeric_order(text: str) -> list[tuple[int, int, str]]:
     return [(1, int(p), "") if re.fullmatch("[0-9]+", p) else (0, 0, p) for p in re.split("([0-9]+)", text)]
 
 
-def expand(paths: list[str], last: int | None = None) -> list[str]:
-    """Paths, each glob replaced by what it matches; ``last`` keeps the numerically last ones. Raises RecipeError."""
+def expand(paths: list[str]) -> list[str]:
+    """Paths, each glob replaced by what it matches, in numeric order. Raises RecipeError for one that matches nothing."""
     found: list[str] = []
     for path in paths:
         if path.endswith((".yaml", ".yml")):
-            raise RecipeError(f"{printable(path)}: recipe files are not read yet; give the checkpoints and --weights")
+            raise RecipeError(f"{printable(path)}: a recipe stands alone, its models are named in it")
         if os.path.exists(path) or not glob.has_magic(path):  # noqa: PTH110 (Path.exists raises for a long name)
             found.append(path)
             continue
@@ -29,12 +29,6 @@ def expand(paths: list[str], last: int | None = None) -> list[str]:
         if not matches:
             raise RecipeError(f"nothing matches {printable(path)}")
         found += matches
-    if last is not None:
-        if last < 1:
-            raise RecipeError("--last takes a positive number")
-        if last > len(found):
-            raise RecipeError(f"--last {last}, but there are only {len(found)} checkpoints")
-        found = sorted(found, key=numeric_order)[-last:]
     return found
 
 

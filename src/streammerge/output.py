@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from streammerge.align import Merged
+from streammerge.align import Alignment, Merged
 from streammerge.bookkeeping import merge_bookkeeping
 from streammerge.checkpoint import CheckpointIndex
 from streammerge.dtypes import DType
@@ -19,8 +19,11 @@ from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import safetensors, torch_zip
 from streammerge.formats.base import Layout, LayoutFile, Literal
 from streammerge.formats.folder import side_files
+from streammerge.huggingface import CONFIG, edited_config, is_embedding, read_config
 from streammerge.methods.registry import COPY
-from streammerge.recipe import Recipe
+from streammerge.parts import Indexes
+from streammerge.recipe import Recipe, portable, to_json, to_yaml
+from streammerge.recipe.locate import RECORD
 from streammerge.repickle import Edit, repickle, storage_ref
 from streammerge.statedict import is_training_state
 from streammerge.storage import file_size
@@ -67,15 +70,16 @@ def container_of(out: str | Path) -> str:
     )
 
 
-def plan_output(out: str | Path, recipe: Recipe, indexes: list[CheckpointIndex], merged: list[Merged]) -> Output:
+def plan_output(out: str | Path, recipe: Recipe, indexes: Indexes, alignment: Alignment) -> Output:
     """The output of these tensors under that name. Pure: nothing is written."""
     kind, name = container_of(out), Path(out).name
+    first, merged = indexes[recipe.checkpoints[0]], alignment.merged
     if kind == "pickle":
-        return _pickle(name, recipe, indexes, merged)
-    notes = _left_behind(indexes)
-    metadata = _metadata(recipe, indexes)
+        return _pickle(name, recipe, first, alignment)
+    notes = _left_behind(first)
+    metadata = _metadata(recipe, first)
     if kind == "folder":
-        return _folder(recipe, indexes[0], merged, metadata, notes)
+        return _folder(recipe, first, alignment, metadata, notes)
     specs = {spec.name: (spec, m) for m in merged for spec in (m.spec, *_tied_specs(m))}
     file = safetensors.plan_layout(name, [spec for spec, _ in specs.values()], metadata)
     placed = [Placed(spec, m, 0, file.offsets[n]) for n, (spec, m) in specs.items()]
@@ -86,26 +90,23 @@ def _tied_specs(merged: Merged) -> list[TensorSpec]:
     return [TensorSpec(name, merged.spec.dtype, merged.spec.shape) for name in merged.tied]
 
 
-def _metadata(recipe: Recipe, indexes: list[CheckpointIndex]) -> dict[str, str]:
-    """The first input's own metadata, ``format: pt``, and for merges how the file was made, without any path."""
-    kept = {k: v for k, v in indexes[0].metadata.items() if "hash" not in k.lower()}
-    if recipe.method is COPY:
-        return kept | {"format": "pt"}
-    record = {
-        "method": recipe.method.name,
-        **({"base": Path(recipe.checkpoints[0]).name} if recipe.based else {}),
-        "inputs": [Path(path).name for path in recipe.models],
-        **recipe.values,
-        "seed": recipe.seed,
-    }
-    return kept | {"format": "pt", "streammerge": json.dumps(record, ensure_ascii=False)}
+def _record(recipe: Recipe) -> dict[str, Any] | None:
+    """The recipe that made the output, without any path of this machine; none for a conversion."""
+    return None if recipe.merge_method is COPY else portable(recipe).to_dict()
 
 
-def _left_behind(indexes: list[CheckpointIndex]) -> list[str]:
-    extras = indexes[0].extras
-    if not isinstance(extras, dict) or not indexes[0].selection.chosen[0].path:
+def _metadata(recipe: Recipe, first: CheckpointIndex) -> dict[str, str]:
+    """The first checkpoint's own metadata, ``format: pt``, and for merges the recipe."""
+    kept = {k: v for k, v in first.metadata.items() if "hash" not in k.lower() and k != "streammerge"}
+    record = _record(recipe)
+    return kept | {"format": "pt"} | ({"streammerge": to_json(record)} if record else {})
+
+
+def _left_behind(first: CheckpointIndex) -> list[str]:
+    extras = first.extras
+    if not isinstance(extras, dict) or not first.selection.chosen[0].path:
         return []
-    chosen = {c.path[0] for c in indexes[0].selection.chosen}
+    chosen = {c.path[0] for c in first.selection.chosen}
     rest = [str(key) for key in extras if key not in chosen]
     return [f"not in a safetensors file, so left out: {listed(rest)}"] if rest else []
 
@@ -114,9 +115,10 @@ def _left_behind(indexes: list[CheckpointIndex]) -> list[str]:
 
 
 def _folder(
-    recipe: Recipe, base: CheckpointIndex, merged: list[Merged], metadata: dict[str, str], notes: list[str]
+    recipe: Recipe, base: CheckpointIndex, alignment: Alignment, metadata: dict[str, str], notes: list[str]
 ) -> Output:
-    shards = _shards(recipe, base, merged)
+    merged = alignment.merged
+    shards = _shards(recipe, base, alignment)
     files: list[LayoutFile] = []
     placed: list[Placed] = []
     for number, (name, members) in enumerate(shards.items()):
@@ -134,23 +136,55 @@ def _folder(
         copied, left = side_files(folder)
         if left:
             notes.append(f"not copied from {printable(folder)}: {listed(left)}")
+        files += _config(folder, recipe, base, alignment, notes)
+    record = _record(recipe)
+    if record:
+        files.append(_text_file(RECORD, to_yaml(record)))
     names = {file.name for file in files}
     return Output(Layout(tuple(files), True, tuple(c for c in copied if c[1] not in names)), placed, notes)
 
 
-def _shards(recipe: Recipe, base: CheckpointIndex, merged: list[Merged]) -> dict[str, list[Merged]]:
+def _config(
+    folder: Path, recipe: Recipe, base: CheckpointIndex, alignment: Alignment, notes: list[str]
+) -> list[LayoutFile]:
+    """The configuration, where the merge changed what it says: dtype, layers, a head of its own, the vocabulary."""
+    config = read_config(folder)
+    if config is None:
+        return []
+    dtype = recipe.recast.torch_name if recipe.recast else None
+    restacked = [(r.stack, r.before, r.layers) for r in alignment.restacked]
+    embeddings = [m for m in alignment.merged if is_embedding(m.base_names[0]) and m.base_names[0] in base.entries]
+    sizes = {(base.entries[m.base_names[0]].spec.shape[0], m.spec.shape[0]) for m in embeddings if m.spec.shape}
+    grown = next((pair for pair in sizes if pair[0] != pair[1]), None)
+    edited, unknown = edited_config(config, dtype=dtype, restacked=restacked, untied=alignment.untied, vocabulary=grown)
+    if unknown:
+        notes.append(f"{CONFIG} does not say how many layers {listed(unknown)} has; set it there by hand if it should")
+    if edited == config:
+        return []
+    changed = [key for key in edited if edited[key] != config.get(key)]
+    notes.append(f"{CONFIG}: {', '.join(f'{printable(k)} is now {printable(edited[k], 60)}' for k in changed)}")
+    return [_text_file(CONFIG, json.dumps(edited, indent=2, ensure_ascii=False) + "\n")]
+
+
+def _text_file(name: str, text: str) -> LayoutFile:
+    data = text.encode()
+    return LayoutFile(name, len(data), {}, (Literal(0, data),))
+
+
+def _shards(recipe: Recipe, base: CheckpointIndex, alignment: Alignment) -> dict[str, list[Merged]]:
     """File name -> tensors: as the first input has them, or filled in order up to the largest size."""
     grouped: list[list[Merged]] = [[]]
-    own = len({base.entries[m.base_names[0]].path for m in merged}) > 1 and recipe.max_shard_bytes is None
-    if own:
+    merged, largest = alignment.merged, recipe.output.max_shard_size
+    homes = [] if alignment.restacked else [base.entries[m.base_names[0]].path for m in merged]
+    if len(set(homes)) > 1 and largest is None:
         by_path: dict[str, list[Merged]] = {}
-        for m in merged:
-            by_path.setdefault(base.entries[m.base_names[0]].path, []).append(m)
+        for m, path in zip(merged, homes, strict=True):
+            by_path.setdefault(path, []).append(m)
         grouped = list(by_path.values())
         if all(path.endswith(".safetensors") for path in by_path):
             return {Path(path).name: members for path, members in by_path.items()}
     else:
-        most, filled = recipe.max_shard_bytes or DEFAULT_SHARD_BYTES, 0
+        most, filled = largest or DEFAULT_SHARD_BYTES, 0
         for m in merged:
             if grouped[-1] and filled + m.spec.nbytes > most:
                 grouped.append([])
@@ -166,21 +200,25 @@ def _index(shards: dict[str, list[Merged]]) -> LayoutFile:
     weight_map = {m.spec.name: name for name, members in shards.items() for m in members}
     total = sum(m.spec.nbytes for members in shards.values() for m in members)
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    data = (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
-    return LayoutFile("model.safetensors.index.json", len(data), {}, (Literal(0, data),))
+    return _text_file("model.safetensors.index.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------- pickles
 
 
-def _pickle(name: str, recipe: Recipe, indexes: list[CheckpointIndex], merged: list[Merged]) -> Output:
-    base = indexes[0]
+def _pickle(name: str, recipe: Recipe, base: CheckpointIndex, alignment: Alignment) -> Output:
+    merged = alignment.merged
     if base.format == "TorchScript archive":
         raise RecipeError(
             f"{printable(base.path)} is a TorchScript archive, which is code and cannot be written again; "
             "write a .safetensors file, or a .pth with a plain checkpoint as the first input"
         )
     tree, holders = _tree(base, merged)
+    if holders is None and (alignment.restacked or alignment.untied):
+        raise RecipeError(
+            f"a .pth has the container of its first input, {printable(base.path)}, in which no layers can be moved; "
+            "write a .safetensors file or a folder"
+        )
     edit = Edit()
     builder = _Builder(edit)
     notes: list[str] = []
@@ -193,9 +231,8 @@ def _pickle(name: str, recipe: Recipe, indexes: list[CheckpointIndex], merged: l
     if holders is None:
         home = {name: m.spec.name for m in merged for name in m.base_names}
         _edit_first(base, recipe, home, edit, builder, notes)
-        if len(indexes) > 1:
-            trees = [index.extras for index in indexes]
-            said = merge_bookkeeping(trees, list(recipe.weight_of_each), edit)
+        if len(alignment.shares) > 1:
+            said = merge_bookkeeping([tree for tree, _ in alignment.shares], [w for _, w in alignment.shares], edit)
             if said:
                 notes.append(f"bookkeeping: {', '.join(said)}")
         builder.place_rest(tree, base, home)
@@ -203,7 +240,9 @@ def _pickle(name: str, recipe: Recipe, indexes: list[CheckpointIndex], merged: l
         for key, m in holders.items():
             edit.replaced[id(tree[key])] = builder.refs[m.spec.name]
     pickle = repickle(tree, edit)
-    file = torch_zip.plan_layout(name, pickle, builder.storages, base.container.magic)
+    record = _record(recipe)
+    beside = {RECORD: to_yaml(record).encode()} if record else None
+    file = torch_zip.plan_layout(name, pickle, builder.storages, base.container.magic, beside)
     placed = [Placed(spec, m, 0, file.offsets[n], source) for n, (spec, m, source) in builder.tensors.items()]
     return Output(Layout((file,)), placed, notes)
 
@@ -301,10 +340,10 @@ def _edit_first(
             edit.renamed[where] = recipe.output_name(str(found.key))
     for found in selection.left_out:
         _drop(found.name, found.holder, found.key, edit)
-    for twin in selection.twins if recipe.method is not COPY else ():
+    for twin in selection.twins if recipe.merge_method is not COPY else ():
         _drop(twin.label, twin.holder, twin.key, edit)
         notes.append(f"left out of the output: '{printable(twin.label)}', which was not merged and would be stale")
-    if not recipe.keep_optimizer:
+    if not recipe.output.keep_optimizer:
         gone = _drop_training_state(base, edit)
         if gone:
             notes.append(f"left out of the output: {listed(gone)} (--keep-optimizer keeps the first input's)")

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from streammerge.align import Merged, align
+from streammerge.align import align
 from streammerge.bookkeeping import differing_facts
 from streammerge.budget import Budget, Cost, fit
-from streammerge.checkpoint import CheckpointIndex
 from streammerge.dtypes import DType
 from streammerge.engine import MergeTask
 from streammerge.errors import RecipeError, printable
 from streammerge.formats.base import Layout
 from streammerge.methods.registry import COPY, INTEGERS
 from streammerge.output import Placed, plan_output, side_bytes
+from streammerge.parts import Indexes
 from streammerge.recipe import Recipe
+from streammerge.recipe.words import recipe_lines, rule_lines, weight_notes
 from streammerge.select import held_bytes
 from streammerge.storage import Identity
 from streammerge.tensors import TensorEntry
@@ -30,7 +31,8 @@ _EXAMPLE_OUT = "merged.safetensors"
 class Plan:
     """All of a run: ``tasks`` in the order of reading, the ``layout`` of the output, and what it will cost.
 
-    ``peak_bytes`` is projected memory above the start-up footprint; ``disk_bytes`` includes temporary files.
+    ``peak_bytes`` is projected memory above the start-up footprint; ``disk_bytes`` includes temporary files. ``taken``:
+    how many tensors each rule of the recipe took.
     """
 
     recipe: Recipe
@@ -44,6 +46,7 @@ class Plan:
     identities: dict[str, Identity]
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    taken: list[int] = field(default_factory=list)
 
     @property
     def peak_bytes(self) -> int:
@@ -72,12 +75,15 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON-able data, without the places of the bytes."""
         return {
-            "inputs": list(self.recipe.models),
-            "base": self.recipe.base,
+            "inputs": list(self.recipe.inputs),
+            "base": self.recipe.base_model,
             "out": None if self.out is None else str(self.out),
-            "method": self.recipe.method.name,
-            "parameters": self.recipe.values,
-            "seed": self.recipe.seed,
+            "method": self.recipe.merge_method.name,
+            "recipe": self.recipe.to_dict(),
+            "rules": [
+                {"match": list(map(str, rule.match)), "action": rule.action, "tensors": count}
+                for rule, count in zip(self.recipe.rules, self.taken, strict=True)
+            ],
             "tensors": self.counts(),
             "files": [{"name": file.name, "bytes": file.size} for file in self.layout.files],
             "side_files": [name for _, name in self.layout.side_files],
@@ -96,16 +102,10 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        recipe, values = self.recipe, self.recipe.values
-        lines = [f"{'convert' if recipe.method is COPY else recipe.method.name} -> {self.out or '(no output named)'}"]
-        rows = [(path, _of_model(recipe, number)) for number, path in enumerate(recipe.models)]
-        if recipe.based:
-            rows.insert(0, (recipe.checkpoints[0], "base"))
-        width = max(len(printable(path)) for path, _ in rows)
-        lines += [f"  {printable(path):<{width}}  {said}".rstrip() for path, said in rows]
-        shared = {n: v for n, v in values.items() if not recipe.method.parameters[n].per_model}
-        if shared:
-            lines.append("with     " + ", ".join(f"{name} {_shown(value)}" for name, value in shared.items()))
+        recipe = self.recipe
+        what = "convert" if recipe.merge_method is COPY else recipe.merge_method.name
+        lines = [f"{what} -> {printable(self.out) if self.out else '(no output named)'}", *recipe_lines(recipe)]
+        lines += rule_lines(recipe, self.taken)
         made = ", ".join(
             f"{count} {_METHOD_WORDS.get(method, f'merged by {method}')}" for method, count in self.counts().items()
         )
@@ -147,7 +147,7 @@ def _task_json(task: MergeTask) -> dict[str, Any]:
 
 def build_plan(
     recipe: Recipe,
-    indexes: list[CheckpointIndex],
+    indexes: Indexes,
     out: str | None,
     *,
     memory_bytes: int,
@@ -156,21 +156,23 @@ def build_plan(
 ) -> Plan:
     """The plan of a merge or conversion. Nothing is written and no tensor is read.
 
-    Raises MismatchError when the inputs disagree, BudgetError when ``memory_bytes`` are too few, RecipeError.
+    ``indexes`` has each of the recipe's checkpoints, the first one first. Raises MismatchError when they disagree,
+    BudgetError when ``memory_bytes`` are too few, RecipeError.
     """
     if out is not None and not Path(out).name:
         raise RecipeError(f"{printable(out)} is not a name for an output")
     alignment = align(recipe, indexes)
-    alignment.warnings += differing_facts([index.extras for index in indexes], recipe.checkpoints)
-    output = plan_output(out or _EXAMPLE_OUT, recipe, indexes, alignment.merged)
-    tasks = [_task(placed, recipe.seed) for placed in output.placed]
+    opened = indexes.values()
+    alignment.warnings += differing_facts([i.extras for i in opened], [str(i.path) for i in opened])
+    output = plan_output(out or _EXAMPLE_OUT, recipe, indexes, alignment)
+    tasks = [task for placed in output.placed for task in _tasks(placed, recipe.seed)]
     # In the order in which the first input has them on the disk, its pages are read once and in sequence.
     tasks.sort(key=lambda task: (task.method is not INTEGERS, task.sources[0].path, task.sources[0].offset))
     staged = list({s.place: s for task in tasks for s in task.sources if not s.mappable}.values())
     tensors = sum(len(task.sources) + 1 for task in tasks)
     budget = fit(memory_bytes, workers, tensors, _cost(tasks, io), bool(staged))
-    identities = {path: known for index in indexes for path, known in index.identities().items()}
-    notes = [*(note for index in indexes for note in index.notes), *alignment.notes, *output.notes, *_weight_notes(recipe)]
+    identities = {path: known for index in opened for path, known in index.identities().items()}
+    notes = [*(note for index in opened for note in index.notes), *alignment.notes, *output.notes, *weight_notes(recipe)]
     return Plan(
         recipe,
         None if out is None else Path(out),
@@ -182,39 +184,24 @@ def build_plan(
         io,
         identities,
         list(dict.fromkeys(notes)),
-        alignment.warnings,
+        list(dict.fromkeys(alignment.warnings)),
+        alignment.taken,
     )
 
 
-def _of_model(recipe: Recipe, number: int) -> str:
-    """One model's own parameters, its weight as the share that it has in a weighted mean."""
-    values = recipe.values
-    own = {name: values[name][number] for name, p in recipe.method.parameters.items() if p.per_model and values[name]}
-    if recipe.method.name == "linear" and values["normalize"]:
-        own["weight"] /= sum(values["weight"]) or 1.0
-    return ", ".join(f"{name} {_shown(value)}" for name, value in own.items())
-
-
-def _shown(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else printable(str(value).lower())
-
-
-def _weight_notes(recipe: Recipe) -> list[str]:
-    if recipe.method.name != "linear" or not recipe.values["normalize"]:
-        return []
-    total = sum(recipe.values["weight"])
-    if recipe.weights is not None and abs(total - 1) > 1e-9:
-        return [f"the weights sum to {total:.6g} and are divided by it (--no-normalize uses them as given)"]
-    return []
-
-
-def _task(placed: Placed, seed: int) -> MergeTask:
-    m: Merged | None = placed.merged
+def _tasks(placed: Placed, seed: int) -> list[MergeTask]:
+    """The work of one output tensor: the merge, and where one model has more rows, the copy of those."""
+    m, spec = placed.merged, placed.spec
     if m is None:
         if placed.source is None:
-            raise ValueError(f"{placed.spec.name} has no source")
-        return MergeTask(placed.spec, COPY, (placed.source,), placed.file, placed.offset)
-    return MergeTask(placed.spec, m.method, m.sources, placed.file, placed.offset, m.parameters, m.compute, m.based, seed)
+            raise ValueError(f"{spec.name} has no source")
+        return [MergeTask(spec, COPY, (placed.source,), placed.file, placed.offset)]
+    made, tail = replace(spec, shape=m.sources[0].spec.shape), []
+    if m.rest is not None:
+        more = replace(spec, shape=m.rest.spec.shape)
+        tail = [MergeTask(more, COPY, (m.rest,), placed.file, placed.offset + made.nbytes)]
+    head = MergeTask(made, m.method, m.sources, placed.file, placed.offset, m.parameters, m.compute, m.based, seed)
+    return [head, *tail]
 
 
 def _cost(tasks: list[MergeTask], io: str) -> Cost:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import closing
@@ -158,16 +159,23 @@ class _Record:
     """What the pieces reported: checksums by tensor place, and numbers that are not finite."""
 
     def __init__(self) -> None:
-        self.checksums: dict[tuple[int, int], list[tuple[int, int, int]]] = defaultdict(list)
+        self.checksums: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
         self.nonfinite: dict[str, dict[str, int]] = {}
 
     def add(self, done: PieceDone) -> None:
         task = done.piece.task
-        for _file, offset, nbytes, crc in done.checksums:
-            self.checksums[task.file, task.offset].append((offset, nbytes, crc))
+        for file, offset, nbytes, crc in done.checksums:
+            self.checksums[file].append((offset, nbytes, crc))
         for source, count in done.nonfinite.items():
             counts = self.nonfinite.setdefault(task.out.name, {})
             counts[source] = counts.get(source, 0) + count
+
+    def checksums_of(self, file: int, starts: list[int]) -> dict[int, list[tuple[int, int, int]]]:
+        """The checksums of a file's chunks by the tensor they belong to: the last that starts before them."""
+        found: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+        for part in self.checksums[file]:
+            found[starts[bisect_right(starts, part[0]) - 1]].append(part)
+        return found
 
     def check_finite(self, allowed: bool) -> list[str]:
         """Warnings about NaN and infinity; VerifyError unless they are allowed."""
@@ -189,8 +197,8 @@ def _seal(plan: Plan, tasks: list[MergeTask], outputs: list[OutputFile], record:
     """Puts the checksums, known now, into the headers of zip archives."""
     for number, (file, output) in enumerate(zip(plan.layout.files, outputs, strict=True)):
         if file.sealed:
-            by_offset = {offset: join(parts) for (n, offset), parts in record.checksums.items() if n == number}
-            checksums = {name: by_offset.get(offset, 0) for name, offset in file.offsets.items()}
+            parts = record.checksums_of(number, sorted(file.offsets.values()))
+            checksums = {name: join(parts.get(offset, [])) for name, offset in file.offsets.items()}
             for literal in seal(file, checksums):
                 output.write_full(literal.data, literal.offset)
 

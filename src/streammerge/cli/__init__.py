@@ -20,7 +20,7 @@ from streammerge.inputs import expand
 from streammerge.methods.registry import find_method
 from streammerge.methods.registry import methods as all_methods
 from streammerge.plan import Plan
-from streammerge.recipe import INTEGERS, IO, ON_MISSING
+from streammerge.recipe import INTEGERS, ON_MISSING, ON_SHAPE, to_yaml
 from streammerge.run import Result
 from streammerge.statedict import EMA_CHOICES
 
@@ -42,13 +42,7 @@ _output = click.option(
 _debug = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 _selection = _options(
     click.option("--state-dict", metavar="KEY.PATH", help="Which state dict of a wrapped file; found by itself otherwise."),
-    click.option(
-        "--ema",
-        type=click.Choice(EMA_CHOICES),
-        default="ignore",
-        show_default=True,
-        help="Averaged weights beside plain ones.",
-    ),
+    click.option("--ema", type=click.Choice(EMA_CHOICES), help="Averaged weights beside plain ones.  [default: ignore]"),
 )
 _resources = _options(
     click.option(
@@ -57,7 +51,7 @@ _resources = _options(
     click.option("--workers", type=click.IntRange(1), metavar="N", help="Worker threads.  [default: CPUs available]"),
     click.option(
         "--io",
-        type=click.Choice(IO),
+        type=click.Choice(api.IO),
         default="mmap",
         show_default=True,
         help="How inputs are read; pread for network drives.",
@@ -66,9 +60,14 @@ _resources = _options(
 _writing = _options(
     click.option("--max-shard-size", metavar="SIZE", help="For folders.  [default: as the first input, else 5GB]"),
     click.option(
-        "--keep-optimizer", is_flag=True, help="Keep the first input's optimizer, scheduler and scaler in a .pth."
+        "--keep-optimizer",
+        is_flag=True,
+        default=None,
+        help="Keep the first input's optimizer, scheduler and scaler in a .pth.",
     ),
-    click.option("--allow-nonfinite", is_flag=True, help="Write NaN and infinite values instead of stopping."),
+    click.option(
+        "--allow-nonfinite", is_flag=True, default=None, help="Write NaN and infinite values instead of stopping."
+    ),
 )
 _running = _options(
     click.option("--overwrite", is_flag=True, help="Replace a finished output."),
@@ -82,9 +81,7 @@ _merging = _options(
         "--weights", metavar="W,W,...", help="One number per input; linear divides them by their sum.  [default: equal]"
     ),
     click.option("--no-normalize", is_flag=True, help="Use the weights as given."),
-    click.option(
-        "--method", default="linear", show_default=True, help="One that `methods` lists, or package.module:function."
-    ),
+    click.option("--method", help="One that `methods` lists, or package.module:function.  [default: linear]"),
     click.option("--base", metavar="PATH", help="The models' common ancestor, for the methods that need one."),
     click.option(
         "-p",
@@ -93,23 +90,28 @@ _merging = _options(
         metavar="NAME=VALUE,...",
         help="A method parameter; several values: one per input.",
     ),
-    click.option("--seed", type=int, default=0, show_default=True, help="For the methods that draw random numbers."),
+    click.option("--seed", type=int, help="For the methods that draw random numbers.  [default: 0]"),
     click.option("--dtype", help="Dtype of the output's floating-point tensors.  [default: the first input's]"),
     click.option("--out-dtype", help="The same; wins over --dtype."),
     click.option("--compute-dtype", help="float32 or float64.  [default: the method's]"),
     click.option("--last", type=click.IntRange(1), metavar="N", help="Only the numerically last N inputs."),
     click.option(
-        "--on-missing",
-        type=click.Choice(ON_MISSING),
-        default="error",
-        show_default=True,
-        help="Tensors not in every input.",
+        "--range", "within", metavar="FROM:TO", help="Only inputs with such a number in their name, both included."
     ),
+    click.option("--best", type=click.IntRange(1), metavar="N", help="Only the best N inputs, by --by."),
+    click.option("--by", metavar="KEY", help="A number in the files, like model_loss.eval_loss; lowest first."),
+    click.option("--highest", is_flag=True, help="With --best: highest first."),
+    click.option(
+        "--ema-decay", type=float, metavar="D", help="Exponential weights: each input counts D times the one after it."
+    ),
+    click.option("--on-missing", type=click.Choice(ON_MISSING), help="Tensors not in every input.  [default: error]"),
+    click.option("--on-shape", type=click.Choice(ON_SHAPE), help="Tensors whose shapes differ.  [default: error]"),
     click.option(
         "--integers",
         type=click.Choice(INTEGERS),
         help="Integer tensors that differ.  [default: max for num_batches_tracked, else error]",
     ),
+    click.option("--own-methods", is_flag=True, help="Let a recipe name methods that are your own code."),
     click.option(
         "--convert-first", type=click.Path(), metavar="DIR", help="Convert each input into DIR, keep it, merge from there."
     ),
@@ -127,7 +129,8 @@ def cli() -> None:
     """Merge model checkpoints larger than memory.
 
     An INPUT is a .safetensors, .pth, .pt, .bin or .ckpt file, a folder with one checkpoint or with shards and their
-    index, or a quoted glob. Nothing in an input is ever executed.
+    index, or a quoted glob. A recipe, which is a mergekit configuration, stands in place of all inputs. Nothing in an
+    input is ever executed.
     """
 
 
@@ -153,6 +156,7 @@ def merge(
     \b
     streammerge merge news.pth audiobook.pth --weights 0.6,0.4 -o voice.pth
     streammerge merge 'run/checkpoint-*.pt' --last 5 -o average.safetensors
+    streammerge merge recipe.yaml -o merged/
     """
     options = _merge_options(wishes)
     if dry_run:
@@ -166,7 +170,13 @@ def merge(
 @cli.command()
 @_merging
 @click.option("-o", "--out", metavar="OUT", help="The output, by whose name its container is planned.")
-@_output
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["human", "json", "yaml", "quiet"]),
+    default="human",
+    help="How to report; yaml: the recipe of this command.",
+)
 @_debug
 def plan(inputs: tuple[str, ...], out: str | None, form: str, debug: bool, **wishes: Any) -> None:
     """Show what merge would do; nothing is written."""
@@ -204,12 +214,16 @@ def convert(path: str, out: str, no_progress: bool, form: str, debug: bool, **wi
 @cli.command()
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.option("--tensors", is_flag=True, help="List names, dtypes, shapes and offsets.")
+@click.option("--recipe", is_flag=True, help="Print the recipe by which it was merged, as YAML.")
 @_selection
 @_output
 @_debug
-def inspect(paths: tuple[str, ...], tensors: bool, form: str, debug: bool, **wishes: Any) -> None:
+def inspect(paths: tuple[str, ...], tensors: bool, recipe: bool, form: str, debug: bool, **wishes: Any) -> None:
     """Show what a checkpoint is and holds; nothing in it is executed."""
     indexes = [api.inspect(path, **wishes) for path in expand(list(paths))]
+    if recipe:
+        click.echo("---\n".join(render.recipe_text(index) for index in indexes), nl=False)
+        return
     if form == "json":
         shown = [render.index_json(index, tensors) for index in indexes]
         click.echo(json.dumps(shown[0] if len(shown) == 1 else shown, indent=2))
@@ -236,6 +250,7 @@ _OWN_OPTIONS = ({*signature(api.plan).parameters} | {*signature(api.merge).param
 
 def _merge_options(wishes: dict[str, Any]) -> dict[str, Any]:
     options = {key: value for key, value in wishes.items() if key not in ("weights", "no_normalize", "parameters")}
+    options["own_methods"] = wishes["own_methods"]
     options["weights"] = None if wishes["weights"] is None else _numbers("--weights", wishes["weights"])
     if wishes["no_normalize"]:
         options["normalize"] = False
@@ -266,6 +281,8 @@ def _numbers(option: str, text: str) -> list[float]:
 def _show_plan(plan: Plan, form: str) -> None:
     if form == "json":
         click.echo(json.dumps(plan.to_json(), indent=2))
+    elif form == "yaml":
+        click.echo(to_yaml(plan.recipe.to_dict()), nl=False)
     elif form == "human":
         click.echo(str(plan))
 

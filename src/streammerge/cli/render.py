@@ -10,8 +10,10 @@ from typing import Any
 
 from streammerge.checkpoint import CheckpointIndex
 from streammerge.cli.formula import unicode_formula
-from streammerge.errors import listed, printable
+from streammerge.errors import RecipeError, listed, printable
 from streammerge.methods.contracts import MergeMethod, Parameter
+from streammerge.recipe import to_yaml
+from streammerge.recipe.document import parse
 from streammerge.run import Result
 from streammerge.statedict import unread_tensors
 from streammerge.storage import file_size
@@ -59,6 +61,15 @@ def _total_bytes(index: CheckpointIndex) -> int:
 
 def _dtypes(index: CheckpointIndex) -> Counter[str]:
     return Counter(entry.spec.dtype.torch_name for entry in index.entries.values())
+
+
+def recipe_text(index: CheckpointIndex) -> str:
+    """The recipe that a merged file or folder carries. Raises RecipeError where there is none."""
+    record = index.metadata.get("streammerge")
+    if record is None:
+        raise RecipeError(f"{printable(index.path)} carries no recipe; it was not merged by streammerge")
+    document = parse(record, str(index.path))
+    return to_yaml(document.data)
 
 
 def index_json(index: CheckpointIndex, tensors: bool) -> dict[str, Any]:

@@ -24,6 +24,9 @@ from streammerge.tensors import Deflated
 from streammerge.unpickle import MAX_PICKLE_BYTES, unpickle
 
 MAX_INFLATED_PICKLE_BYTES = 32 << 20
+MAX_RECORD_BYTES = 16 << 20
+RECORD = "streammerge.yaml"
+"""The record that holds the recipe of a merged file."""
 ALIGNMENT = 64
 _LOCAL, _CENTRAL, _END = b"PK\3\4", b"PK\1\2", b"PK\5\6"
 
@@ -51,10 +54,13 @@ def read(path: Path) -> Container:
         member = members[pickles[0]]
         on_disk = member.deflated.compressed_bytes if member.deflated else member.nbytes
         tree = unpickle(_record(stream, member, MAX_PICKLE_BYTES, where), table, where, on_disk)
+        record = _record(stream, members.get(root + RECORD), MAX_RECORD_BYTES, where)
         stream.seek(0)
         magic = stream.read(2)
     script = root + "constants.pkl" in members and any(name.startswith(root + "code/") for name in members)
     container = Container(path, "TorchScript archive" if script else "PyTorch zip", tree, {}, (path,), magic=magic)
+    if record:
+        container.metadata["streammerge"] = record.decode("utf-8", "replace")
     _find_storages(container, table, members, root + "data/", where)
     return container
 
@@ -236,8 +242,16 @@ class _Record:
         return struct.pack("<4sHHHHHHIIIHHHHHII", _CENTRAL, *fields) + name + extra
 
 
-def plan_layout(file_name: str, pickle: bytes, storages: Mapping[str, tuple[str, int]], magic: bytes = b"PK") -> LayoutFile:
+def plan_layout(
+    file_name: str,
+    pickle: bytes,
+    storages: Mapping[str, tuple[str, int]],
+    magic: bytes = b"PK",
+    beside: Mapping[str, bytes] | None = None,
+) -> LayoutFile:
     """Where each byte of a torch archive will be: ``storages`` maps a tensor's name to (storage key, bytes).
+
+    ``beside`` are further records by name, of which torch takes no notice.
 
     The root is "archive", the data 64-byte aligned, as torch.load(mmap=True) wants them. There is no
     ``.format_version`` record, which would make torch guess offsets from its own writer's habits.
@@ -245,6 +259,7 @@ def plan_layout(file_name: str, pickle: bytes, storages: Mapping[str, tuple[str,
     records = [_Record("archive/data.pkl", len(pickle), pickle), _Record("archive/byteorder", 6, b"little")]
     records += [_Record(f"archive/data/{key}", nbytes, None) for key, nbytes in storages.values()]
     records.append(_Record("archive/version", 2, b"3\n"))
+    records += [_Record(f"archive/{name}", len(data), data) for name, data in (beside or {}).items()]
     placed, cursor = [], 0
     for record in records:
         record = replace(record, header_offset=cursor, crc=zlib.crc32(record.data or b""))

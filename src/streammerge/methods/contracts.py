@@ -40,10 +40,10 @@ class Parameter:
     def parse(self, value: Any, models: int) -> Any:
         """The value as the method takes it; RecipeError for one that it cannot be."""
         if not self.per_model:
-            return self._one(value)
+            return self.parse_one(value)
         if isinstance(value, str) or not isinstance(value, Iterable):
-            return [self._one(value)] * models
-        values = [self._one(v) for v in value]
+            return [self.parse_one(value)] * models
+        values = [self.parse_one(v) for v in value]
         if len(values) == 1:
             return values * models
         if len(values) != models:
@@ -52,7 +52,7 @@ class Parameter:
             )
         return values
 
-    def _one(self, value: Any) -> Any:
+    def parse_one(self, value: Any) -> Any:
         if value is None and self.default is None:
             return value
         if self.kind == "any":
@@ -120,23 +120,24 @@ class MergeMethod:
 
     def resolve(self, given: Mapping[str, Any], models: int) -> Values:
         """All parameters for so many models, defaults filled in. Raises RecipeError."""
-        self._check_models(models)
+        self.check_models(models)
         for name in given:
             if name.rstrip("_") not in self.parameters:
-                raise RecipeError(f"{self.name} has no parameter {printable(name)}; {self._hint(name)}")
+                raise RecipeError(f"{self.name} has no parameter {printable(name)}; {self.hint(name)}")
         wished = {name.rstrip("_"): value for name, value in given.items()}
         if len(wished) < len(given):
             raise RecipeError(f"a parameter of {self.name} is given twice: {', '.join(map(printable, given))}")
         values = {}
         for name, parameter in self.parameters.items():
             if name not in wished and parameter.required:
-                raise RecipeError(f"{self.name} needs the parameter {name}; give it with -p {name}=VALUE")
+                raise RecipeError(self.lack(name))
             values[name] = parameter.parse(wished.get(name, parameter.default), models)
         if self.check:
             self.check(values)
         return values
 
-    def _check_models(self, models: int) -> None:
+    def check_models(self, models: int) -> None:
+        """RecipeError for a number of models, base not counted, that the method does not take."""
         least, most = self.models
         if models < least or (most is not None and models > most):
             count = f"exactly {least}" if most == least else f"at least {least}" if most is None else f"{least} to {most}"
@@ -145,7 +146,11 @@ class MergeMethod:
                 f"{self.name} merges {count} {'model' if count == 'exactly 1' else 'models'}{beside}, not {models}"
             )
 
-    def _hint(self, name: str) -> str:
+    def lack(self, name: str) -> str:
+        return f"{self.name} needs the parameter {name}; give it with -p {name}=VALUE, or under parameters in a recipe"
+
+    def hint(self, name: str) -> str:
+        """What may have been meant by a parameter that the method does not have."""
         near = difflib.get_close_matches(name, self.parameters, n=1)
         if near:
             return f"did you mean {near[0]}?"

@@ -1,0 +1,94 @@
+"""Recipes: from a file, from plain data or from arguments to one frozen :class:`Recipe`, and back to text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from streammerge.errors import RecipeError, printable
+from streammerge.recipe.checks import check, check_method_code, raise_all
+from streammerge.recipe.document import parse, to_json, to_yaml
+from streammerge.recipe.form import INTEGERS, ON_MISSING, ON_SHAPE, Model, Output, Recipe, Reference, Rule, Slice, Source
+from streammerge.recipe.kinds import FormOf, Problems
+from streammerge.recipe.locate import located, portable
+from streammerge.storage import file_size, read_full
+
+__all__ = [
+    "INTEGERS",
+    "ON_MISSING",
+    "ON_SHAPE",
+    "Model",
+    "Output",
+    "Recipe",
+    "Reference",
+    "Rule",
+    "Slice",
+    "Source",
+    "checked",
+    "json_schema",
+    "portable",
+    "read_recipe",
+    "to_json",
+    "to_yaml",
+]
+
+_MOST_BYTES = 16 << 20
+
+
+def checked(recipe: Recipe) -> Recipe:
+    """The recipe, if nothing is wrong with it; RecipeError with all that is."""
+    problems = Problems()
+    check(recipe, problems)
+    raise_all(problems, recipe.places)
+    return recipe
+
+
+def read_recipe(source: str | Path | Mapping[str, Any], own_methods: bool = False) -> Recipe:
+    """The recipe of a YAML file, or of the same keys as a dict; the paths in it are found.
+
+    ``own_methods``: whether it may name methods that are somebody's own code. Raises RecipeError with every mistake,
+    each with its line.
+    """
+    if isinstance(source, Mapping):
+        return _read(source, {}, [], "the recipe", None, own_methods)
+    path = Path(source)
+    name = printable(source)
+    try:
+        size = file_size(path)
+        if size > _MOST_BYTES:
+            raise RecipeError(f"{name} has {size} bytes, beyond the limit of {_MOST_BYTES} for a recipe")
+        text = read_full(path, 0, size).decode("utf-8-sig")
+    except OSError as error:
+        raise RecipeError(f"{name} cannot be read ({printable(error.strerror or error)})") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{name} is not text in UTF-8; a recipe is") from error
+    document = parse(text, str(source))
+    return _read(document.data, document.places, document.doubled, name, path, own_methods)
+
+
+def _read(data: Any, places: Any, doubled: Any, name: str, path: Path | None, own_methods: bool) -> Recipe:
+    problems = Problems()
+    for key in doubled:
+        problems.add(key, f"the key {printable(key[-1])} stands twice")
+    recipe = FormOf(Recipe).read(data, (), problems)
+    if recipe is not None:
+        recipe = located(replace(recipe, places=places), path, problems)
+        check(recipe, problems)
+        if not own_methods:
+            check_method_code(recipe, problems)
+    raise_all(problems, places, name)
+    return recipe  # type: ignore[no-any-return]
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe, for editors."""
+    forms: dict[str, Any] = {}
+    reference = FormOf(Recipe).schema(forms)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "streammerge recipe",
+        **reference,
+        "$defs": forms,
+    }

@@ -1,0 +1,158 @@
+"""What is wrong with a recipe, as far as it can be told without looking at a file: all of it, each with its key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from streammerge.errors import RecipeError, printable
+from streammerge.methods.contracts import MergeMethod
+from streammerge.recipe.form import Model, Recipe, Slice, Source
+from streammerge.recipe.kinds import Path, Places, Problems, place_of
+from streammerge.recipe.settings import Settings, check_setting
+
+
+def check(recipe: Recipe, problems: Problems) -> None:
+    """Adds every mistake of the recipe to the problems."""
+    ways = [name for name in ("models", "slices", "modules") if getattr(recipe, name)]
+    if len(ways) != 1:
+        said = " and ".join(ways) + " are given" if ways else "there is nothing to merge"
+        problems.add((ways[-1],) if ways else (), f"{said}; a recipe has one of models, slices and modules")
+    for path, entries, slices, _ in _parts(recipe):
+        if path and bool(entries) == bool(slices):
+            problems.add(path, "a module has models or slices, one of them")
+        if entries:
+            _count(recipe, entries, recipe.base_model, path, problems)
+        for each in slices:
+            _check_slice(recipe, each, problems)
+    _check_parameters(recipe, problems)
+    _check_rules(recipe, problems)
+
+
+def check_method_code(recipe: Recipe, problems: Problems) -> None:
+    """Methods that are code of somebody's own are not imported on a file's word."""
+    for path, method in [(("merge_method",), recipe.merge_method), *((r.path, r.merge_method) for r in recipe.rules)]:
+        if method is not None and ":" in method.name:
+            problems.add(path, f"{printable(method.name)} is code; --allow-own-methods lets a recipe name it")
+
+
+def raise_all(problems: Problems, places: Places, name: str = "the recipe") -> None:
+    """RecipeError with all problems, in the order of the file. Does nothing where there are none."""
+    found = [(place_of(path, places), message) for path, message in dict.fromkeys(problems)]
+    found.sort(key=lambda each: each[0][1:] if each[0] else (0, 0))
+    rows = [f"{place or ''}{message}" for place, message in found]
+    if len(rows) == 1:
+        raise RecipeError(rows[0])
+    if rows:
+        raise RecipeError(f"{name} has {len(rows)} mistakes:\n" + "\n".join(f"  {row}" for row in rows))
+
+
+_Part = tuple[Path, tuple[Model, ...], tuple[Slice, ...], Settings]
+
+
+def _parts(recipe: Recipe) -> Iterator[_Part]:
+    yield (), recipe.models, recipe.slices, {}
+    for name, module in recipe.modules.items():
+        yield module.path or ("modules", name), module.models, module.slices, module.parameters
+
+
+def _count(recipe: Recipe, entries: Sequence[Model | Source], base: str | None, path: Path, problems: Problems) -> None:
+    """How many models the method takes, and whether it has the base that it needs."""
+    method, own = recipe.merge_method, recipe.base if base == recipe.base_model else None
+    among = base is not None and any(recipe.of(e).same(own or recipe.reference(base)) for e in entries)
+    models = len(entries)
+    if method.base == "unused":
+        if base is not None and not among and isinstance(entries[0], Model):
+            hint = f"leave it out, or give {printable(base)} as a model too"
+            problems.add(("base_model",), f"{method.name} takes no base; {hint}")
+    elif base is None:
+        if method.base == "required":
+            problems.add(path, f"{method.name} needs the models' common ancestor; name it as the base")
+    elif method.base == "model":
+        models += not among
+    else:
+        models -= among
+    try:
+        method.check_models(models)
+    except RecipeError as error:
+        problems.add(path or ("models",), str(error))
+
+
+def _check_slice(recipe: Recipe, each: Slice, problems: Problems) -> None:
+    lengths = {source.layer_range[1] - source.layer_range[0] for source in each.sources}
+    if len(lengths) > 1:
+        ranges = ", ".join(f"{s.layer_range[1] - s.layer_range[0]} of {s.model}" for s in each.sources)
+        problems.add(each.path, f"all sources of a slice must have the same number of layers, not {ranges}")
+    if not each.sources:
+        problems.add(each.path, "a slice needs sources")
+        return
+    base = each.base_model or recipe.base_model
+    _count(recipe, each.sources, base, each.path, problems)
+    known = [recipe.of(source) for source in each.sources]
+    needs = recipe.merge_method.base in ("required", "optional", "model")
+    if base is not None and needs and not any(recipe.reference(base).path == k.path for k in known):
+        problems.add(each.path, f"the base {printable(base)} must be among the sources, since it says which of its layers")
+
+
+def _levels(recipe: Recipe) -> Iterator[tuple[Path, Settings, bool]]:
+    """Every place of parameters: path, settings, and whether it is one model's own."""
+    yield ("parameters",), recipe.parameters, False
+    for path, entries, slices, settings in _parts(recipe):
+        if settings:
+            yield (*path, "parameters"), settings, False
+        for entry in entries:
+            yield (*entry.path, "parameters"), entry.parameters, True
+        for each in slices:
+            yield (*each.path, "parameters"), each.parameters, False
+            for source in each.sources:
+                yield (*source.path, "parameters"), source.parameters, True
+
+
+def _check_parameters(recipe: Recipe, problems: Problems) -> None:
+    methods = [recipe.merge_method, *(rule.merge_method for rule in recipe.rules if rule.merge_method)]
+    given: set[str] = set()
+    for path, settings, own in _levels(recipe):
+        for name, setting in settings.items():
+            parameter = next((m.parameters[name] for m in methods if name in m.parameters), None)
+            if parameter is None:
+                problems.add((*path, name), _unknown(recipe.merge_method, name))
+            elif own and not parameter.per_model:
+                problems.add(
+                    (*path, name), f"{name} is not a model's own; put it under parameters of the recipe or a slice"
+                )
+            elif wrong := check_setting(setting, parameter):
+                problems.add((*path, name), wrong)
+            given.add(name)
+    for rule in recipe.rules:
+        given |= set(rule.parameters)
+    for name, parameter in recipe.merge_method.parameters.items():
+        if parameter.required and name not in given:
+            problems.add(("merge_method",), recipe.merge_method.lack(name))
+
+
+def _unknown(method: MergeMethod, name: Any) -> str:
+    return f"{method.name} has no parameter {printable(name)}; {method.hint(name)}"
+
+
+def _check_rules(recipe: Recipe, problems: Problems) -> None:
+    for rule in recipe.rules:
+        method = rule.merge_method or recipe.merge_method
+        actions = [name for name in ("copy", "drop", "merge_method") if getattr(rule, name)]
+        actions += ["parameters"] if rule.parameters and "merge_method" not in actions else []
+        if len(actions) > 1:
+            problems.add(rule.path, f"a rule does one thing, not {' and '.join(actions)}")
+        if rule.drop and rule.dtype:
+            problems.add(rule.path, "a tensor that is left out has no dtype")
+        for name, setting in rule.parameters.items():
+            path = (*rule.path, "parameters", name)
+            if name not in method.parameters:
+                problems.add(path, _unknown(method, name))
+            elif wrong := check_setting(setting, method.parameters[name]):
+                problems.add(path, wrong)
+        if rule.merge_method:
+            _check_rule_method(recipe, rule.merge_method, rule.path, problems)
+
+
+def _check_rule_method(recipe: Recipe, method: MergeMethod, path: Path, problems: Problems) -> None:
+    if recipe.base_model is None and method.base == "required":
+        problems.add(path, f"{method.name} needs the models' common ancestor; name it as base_model")

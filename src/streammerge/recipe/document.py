@@ -1,0 +1,124 @@
+"""The text of a recipe, and where each of its keys stands; and a recipe as text.
+
+YAML as mergekit reads it (1.1, so ``no`` is false and ``1e-1`` a text). Anchors are followed, but not without end.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from streammerge.errors import RecipeError, printable
+from streammerge.recipe.kinds import Path, Place
+
+_MOST_CHARACTERS = 16 << 20
+_MOST_NODES = 200_000
+_DEEPEST = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Plain data, and the place of every key by its path. ``doubled``: keys that stand twice."""
+
+    data: Any
+    places: dict[Path, Place]
+    doubled: list[Path]
+
+
+def parse(text: str, name: str) -> Document:
+    """The one document of a text. Raises RecipeError, with the line, for what is not YAML."""
+    if len(text) > _MOST_CHARACTERS:
+        raise RecipeError(f"{printable(name)} has {len(text)} characters, beyond the limit of {_MOST_CHARACTERS}")
+    try:
+        # The C parser recurses without a limit of its own; this one raises RecursionError.
+        nodes = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = Place(printable(name), mark.line + 1, mark.column + 1) if mark else f"{printable(name)}: "
+        raise RecipeError(f"{where}this is not YAML ({printable(error.problem or error.context)})") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(f"{printable(name)}: this is not YAML ({printable(error)})") from error
+    nodes = [node for node in nodes if node is not None]
+    if not nodes:
+        raise RecipeError(f"{printable(name)} is empty; a recipe needs at least merge_method and models")
+    if len(nodes) > 1:
+        second = Place(printable(name), nodes[1].start_mark.line + 1, 1)
+        raise RecipeError(
+            f"{second}configurations of several documents are not supported yet; "
+            "put each into a file of its own and run one after the other"
+        )
+    return _Reader(printable(name)).document(nodes[0])
+
+
+class _Reader:
+    def __init__(self, name: str) -> None:
+        self.name, self.left = name, _MOST_NODES
+        self.places: dict[Path, Place] = {}
+        self.doubled: list[Path] = []
+        self.scalars = yaml.SafeLoader("")
+
+    def document(self, node: yaml.Node) -> Document:
+        self._mark((), node)
+        return Document(self._data(node, ()), self.places, self.doubled)
+
+    def _mark(self, path: Path, node: yaml.Node) -> None:
+        self.places[path] = self._place(node)
+
+    def _place(self, node: yaml.Node) -> Place:
+        return Place(self.name, node.start_mark.line + 1, node.start_mark.column + 1)
+
+    def _data(self, node: yaml.Node, path: Path) -> Any:
+        self.left -= 1
+        if self.left < 0 or len(path) > _DEEPEST:
+            raise RecipeError(
+                f"{self.places[path[:1]]}: this is nested or repeated without end; a recipe is refused that is"
+            )
+        if isinstance(node, yaml.MappingNode):
+            self.scalars.flatten_mapping(node)
+            made: dict[Any, Any] = {}
+            for key_node, value_node in node.value:
+                key = self._scalar(key_node) if isinstance(key_node, yaml.ScalarNode) else "(a list or mapping)"
+                below = (*path, key)
+                if key in made:
+                    self.doubled.append(below)
+                self._mark(below, key_node)
+                made[key] = self._data(value_node, below)
+            return made
+        if isinstance(node, yaml.SequenceNode):
+            items = []
+            for number, item in enumerate(node.value):
+                self._mark((*path, number), item)
+                items.append(self._data(item, (*path, number)))
+            return items
+        return self._scalar(node)
+
+    def _scalar(self, node: yaml.Node) -> Any:
+        try:
+            return self.scalars.construct_object(node)
+        except (yaml.YAMLError, ValueError, OverflowError) as error:
+            raise RecipeError(
+                f"{self._place(node)}{printable(node.value, 40)} is not a value that a recipe can have"
+            ) from error
+
+
+class _Dumper(yaml.SafeDumper):
+    """Lists of numbers stand in one line, and nothing is shortened to an anchor."""
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
+        return True
+
+    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:  # noqa: ARG002
+        plain = all(not isinstance(item, dict | list) for item in sequence)
+        return super().represent_sequence(tag, sequence, flow_style=plain)
+
+
+def to_yaml(data: Any) -> str:
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def to_json(data: Any) -> str:
+    """One line, which is YAML too."""
+    return json.dumps(data, ensure_ascii=False)

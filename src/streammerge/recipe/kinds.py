@@ -1,0 +1,268 @@
+"""What a key of a recipe may hold: how it is read, written, and described to editors.
+
+Every mistake is noted with the path of the key it stands at and reading goes on, so that all of them are told at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, field, fields
+from typing import Any, NamedTuple
+
+from streammerge.errors import RecipeError, printable
+
+Path = tuple[str | int, ...]
+Schema = dict[str, Any]
+
+
+class Place(NamedTuple):
+    """Where in a file a key stands."""
+
+    file: str
+    line: int
+    column: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}: "
+
+
+Places = Mapping[Path, Place]
+
+
+def place_of(path: Path, places: Places) -> Place | None:
+    """The place of a key, or of the nearest one above it that is in the file; None for what was not read from one."""
+    while path and path not in places:
+        path = path[:-1]
+    return places.get(path)
+
+
+class Problems(list[tuple[Path, str]]):
+    """What is wrong with a recipe, and at which keys."""
+
+    def add(self, path: Path, message: str) -> None:
+        self.append((path, message))
+
+
+class Kind:
+    """What a value may be. ``read`` notes problems and returns what can be gone on with."""
+
+    def read(self, value: Any, path: Path, problems: Problems) -> Any:
+        raise NotImplementedError
+
+    def schema(self, forms: Schema) -> Schema:
+        """Its JSON Schema; forms that it mentions are put into ``forms``."""
+        raise NotImplementedError
+
+    def dump(self, value: Any) -> Any:
+        return value
+
+
+class Plain(Kind):
+    """A single value. ``parse`` raises RecipeError, or ValueError where ``words`` say what is expected."""
+
+    def __init__(
+        self,
+        words: str,
+        parse: Callable[[Any], Any],
+        schema: Schema | Callable[[], Schema],
+        dump: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.words, self.parse, self._schema, self._dump = words, parse, schema, dump
+
+    def read(self, value: Any, path: Path, problems: Problems) -> Any:
+        try:
+            return self.parse(value)
+        except RecipeError as error:
+            problems.add(path, str(error))
+        except (ValueError, TypeError):
+            problems.add(path, f"{_name(path)} takes {self.words}, not {shown(value)}")
+        return None
+
+    def schema(self, forms: Schema) -> Schema:  # noqa: ARG002 - it mentions no form
+        return dict(self._schema() if callable(self._schema) else self._schema)
+
+    def dump(self, value: Any) -> Any:
+        return self._dump(value) if self._dump else value
+
+
+class ListOf(Kind):
+    """A list, held as a tuple. With ``or_one`` a single value stands for a list of one."""
+
+    def __init__(self, item: Kind, or_one: bool = False) -> None:
+        self.item, self.or_one = item, or_one
+
+    def read(self, value: Any, path: Path, problems: Problems) -> Any:
+        if self.or_one and not isinstance(value, list | tuple):
+            value = [value]
+        if not isinstance(value, list | tuple):
+            problems.add(path, f"{_name(path)} takes a list, not {shown(value)}")
+            return ()
+        read = [self.item.read(item, (*path, number), problems) for number, item in enumerate(value)]
+        return tuple(item for item in read if item is not None)
+
+    def schema(self, forms: Schema) -> Schema:
+        item = self.item.schema(forms)
+        whole = {"type": "array", "items": item, "minItems": 1}
+        return {"anyOf": [item, whole]} if self.or_one else whole
+
+    def dump(self, value: Any) -> Any:
+        return [self.item.dump(item) for item in value]
+
+
+class MapOf(Kind):
+    """A mapping from names to values of one kind."""
+
+    def __init__(self, item: Kind) -> None:
+        self.item = item
+
+    def read(self, value: Any, path: Path, problems: Problems) -> Any:
+        if value is None:
+            return {}
+        if not isinstance(value, Mapping):
+            problems.add(path, f"{_name(path)} takes names with values below them, not {shown(value)}")
+            return {}
+        read = {str(name): self.item.read(item, (*path, name), problems) for name, item in value.items()}
+        return {name: item for name, item in read.items() if item is not None}
+
+    def schema(self, forms: Schema) -> Schema:
+        return {"type": ["object", "null"], "additionalProperties": self.item.schema(forms)}
+
+    def dump(self, value: Any) -> Any:
+        return {name: self.item.dump(item) for name, item in value.items()}
+
+
+class FormOf(Kind):
+    """A mapping with known keys: a dataclass whose fields were made by :func:`key`.
+
+    The class may say ``REFUSED`` (key -> why it is not taken) and ``MEANT`` (key of elsewhere -> the key here).
+    """
+
+    def __init__(self, form: type[Any]) -> None:
+        self.form = form
+
+    def read(self, value: Any, path: Path, problems: Problems) -> Any:
+        if not isinstance(value, Mapping):
+            problems.add(path, f"{_name(path)} takes {', '.join(_keys(self.form))} with their values, not {shown(value)}")
+            return None
+        keys = _keys(self.form)
+        for name in value:
+            if name not in keys:
+                problems.add((*path, name), self._unknown(name, path))
+        made: dict[str, Any] = {}
+        for name, (kind, required) in keys.items():
+            if value.get(name) is not None:
+                read = kind.read(value[name], (*path, name), problems)
+                if read is not None:
+                    made[name] = read
+                elif required:
+                    return None
+            elif required:
+                problems.add(path, f"{_name(path)} needs {name}")
+                return None
+        return self.form(**made, **({"path": path} if "path" in {f.name for f in fields(self.form)} else {}))
+
+    def _unknown(self, name: Any, path: Path) -> str:
+        refused = getattr(self.form, "REFUSED", {})
+        if name in refused:
+            return f"{name} is not supported yet: {refused[name]}"
+        near = getattr(self.form, "MEANT", {}).get(name) or next(
+            iter(difflib.get_close_matches(str(name), _keys(self.form), n=1)), None
+        )
+        hint = f"did you mean {near}?" if near else f"{_name(path)} knows {', '.join(_keys(self.form))}"
+        return f"unknown key {printable(name)}; {hint}"
+
+    def schema(self, forms: Schema) -> Schema:
+        title = self.form.__name__
+        if title not in forms:
+            forms[title] = {}
+            described, needed = {}, []
+            for name, (kind, required) in _keys(self.form).items():
+                described[name] = kind.schema(forms) | {"description": doc_of(self.form, name)}
+                needed += [name] if required else []
+            forms[title] = {
+                "type": "object",
+                "description": (self.form.__doc__ or "").partition("\n")[0],
+                "properties": described,
+                "additionalProperties": False,
+            } | ({"required": needed} if needed else {})
+        return {"$ref": f"#/$defs/{title}"}
+
+    def dump(self, value: Any) -> Any:
+        made = {}
+        for each in fields(value):
+            held = getattr(value, each.name)
+            if "kind" in each.metadata and held != _default(each):
+                made[each.name] = each.metadata["kind"].dump(held)
+        return made
+
+
+def key(kind: Kind, doc: str, **default: Any) -> Any:
+    """A field of a form: its kind, its description, and a ``default`` or ``default_factory`` unless it is required."""
+    return field(metadata={"kind": kind, "doc": doc}, **default)
+
+
+def doc_of(form: type[Any], name: str) -> str:
+    return str(next(f.metadata["doc"] for f in fields(form) if f.name == name))
+
+
+def _keys(form: type[Any]) -> dict[str, tuple[Kind, bool]]:
+    """The keys of a form: kind, and whether it must be given."""
+    return {
+        f.name: (f.metadata["kind"], f.default is MISSING and f.default_factory is MISSING)
+        for f in fields(form)
+        if "kind" in f.metadata
+    }
+
+
+def _default(each: Any) -> Any:
+    return each.default_factory() if each.default_factory is not MISSING else each.default
+
+
+def _name(path: Path) -> str:
+    """What to call the place in a sentence."""
+    named = [part for part in path if isinstance(part, str)]
+    if not named:
+        return "a recipe"
+    return printable(named[-1]) if path[-1] == named[-1] else f"an entry of {printable(named[-1])}"
+
+
+def shown(value: Any) -> str:
+    """A value of a recipe, in a sentence."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, Mapping):
+        return f"the keys {', '.join(map(printable, list(value)[:4]))}"
+    return printable(str(value).lower() if isinstance(value, bool) else value, 60)
+
+
+def text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError
+    return value
+
+
+def truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+TEXT = Plain("a text", text, {"type": "string"})
+WHOLE = Plain("a whole number", whole, {"type": "integer"})
+TRUTH = Plain("true or false", truth, {"type": "boolean"})
+
+
+def one_of(choices: tuple[str, ...]) -> Plain:
+    def parse(value: Any) -> str:
+        if value not in choices:
+            raise ValueError(value)
+        return str(value)
+
+    return Plain(f"one of {', '.join(choices)}", parse, {"enum": list(choices)})

@@ -1,0 +1,84 @@
+"""Where the models of a recipe are, and what to call them in one that travels."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from streammerge.errors import printable
+from streammerge.recipe.form import Recipe
+from streammerge.recipe.kinds import Path as Key
+from streammerge.recipe.kinds import Problems
+
+RECORD = "streammerge.yaml"
+"""The recipe in a folder that was made by one; its models are looked for beside that folder too."""
+
+
+def located(recipe: Recipe, file: Path | None, problems: Problems) -> Recipe:
+    """The recipe with the paths at which its models are found.
+
+    A path counts from the current folder, else from the recipe's own, else it is a repository's name in the local
+    cache of the Hugging Face hub. Nothing is downloaded.
+    """
+    folders = [Path()]
+    if file is not None:
+        folders += [file.parent] + ([file.parent.parent] if file.name == RECORD else [])
+    names = {}
+    for named in recipe.named_models:
+        found = _find(named, folders)
+        names[named] = found or named
+        if found is None:
+            problems.add(_place(recipe, named), _absent(named))
+    return recipe.renamed(names)
+
+
+def _find(named: str, folders: list[Path]) -> str | None:
+    for folder in folders:
+        path = os.path.join(folder, os.path.expanduser(named)) if folder != Path() else os.path.expanduser(named)  # noqa: PTH111, PTH118 - a trailing slash stays
+        if os.path.exists(path):  # noqa: PTH110 (Path.exists raises for a name that is too long)
+            return path
+    return _cached(named)
+
+
+def _cached(name: str) -> str | None:
+    """The snapshot of a repository in the hub's cache."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return None
+    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")  # noqa: PTH118
+    cache = Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")).expanduser()  # noqa: PTH118
+    repository = cache / f"models--{name.replace('/', '--')}"
+    try:
+        revision = (repository / "refs" / "main").read_text().strip()
+    except (OSError, ValueError):
+        return None
+    snapshot = repository / "snapshots" / revision
+    return str(snapshot) if re.fullmatch("[0-9a-f]{40}", revision) and snapshot.is_dir() else None
+
+
+def _absent(named: str) -> str:
+    shown = printable(named)
+    if "+" in named:
+        return f"{shown}: LoRA adapters are not supported yet; merge the adapter into its model and give that folder"
+    if "@" in named:
+        return f"{shown}: revisions are not supported yet; download that revision and give its folder"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", named):
+        return f"{shown} does not exist; if it is on the hub, `hf download {shown}` fetches it"
+    return f"{shown} does not exist"
+
+
+def _place(recipe: Recipe, named: str) -> Key:
+    """The first key that names the model."""
+    if recipe.base_model == named:
+        return ("base_model",)
+    for entry in recipe.entries:
+        if entry.model == named:
+            return (*entry.path, "model")
+    return next(((*rule.path, "copy") for rule in recipe.rules if rule.copy == named), ())
+
+
+def portable(recipe: Recipe) -> Recipe:
+    """The recipe with its models' paths as seen from the folder that holds them all: nothing in it is of this machine."""
+    paths = {named: Path(os.path.abspath(named)) for named in recipe.named_models}  # noqa: PTH100 - links stay as they are
+    common = Path(os.path.commonpath([path.parent for path in paths.values()]))
+    return recipe.renamed({named: path.relative_to(common).as_posix() for named, path in paths.items()})

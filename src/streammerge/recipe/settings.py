@@ -1,0 +1,165 @@
+"""The value that a parameter has for one tensor: mergekit's filters and layer gradients, in its arithmetic.
+
+A setting is a scalar; a list, which is a gradient over the layers; or either with a filter, or a list of such, of which the
+first that matches holds. Where none matches, the next level down is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from streammerge.errors import RecipeError
+from streammerge.methods.contracts import Parameter
+from streammerge.recipe.kinds import Kind, Path, Problems, Schema, shown
+
+Scalar = bool | int | float | str
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A scalar, or a gradient (a tuple), for the tensors whose names contain ``filter``."""
+
+    value: Scalar | tuple[Scalar, ...]
+    filter: str | None = None
+
+    def holds(self, name: str) -> bool:
+        return self.filter in (None, "*") or (self.filter or "") in name
+
+
+Setting = tuple[Case, ...]
+Settings = Mapping[str, Setting]
+
+
+def constant(value: Scalar) -> Setting:
+    return (Case(value),)
+
+
+def evaluate(setting: Setting, name: str, t: float, parse: Callable[[Any], Any]) -> Any:
+    """The value for a tensor of that name at depth ``t`` (0 the first layer, 1 the last); None where no filter matches.
+
+    Numbers are interpolated linearly between the entries of a gradient; truth values and words are chosen from it.
+    """
+    case = next((case for case in setting if case.holds(name)), None)
+    if case is None or case.value == ():
+        return None
+    if not isinstance(case.value, tuple):
+        return parse(case.value)
+    points = [parse(point) for point in case.value]
+    scaled = t * (len(points) - 1)
+    before = int(scaled)
+    if not all(isinstance(point, int | float) and not isinstance(point, bool) for point in points):
+        return points[before]
+    after, way = min(before + 1, len(points) - 1), scaled - before
+    return parse((1 - way) * points[before] + way * points[after])
+
+
+def lookup(parameter: Parameter, levels: Iterable[Settings], name: str, t: float) -> Any:
+    """The value from the first level that has one for this tensor; None where none has."""
+    for level in levels:
+        setting = level.get(parameter.name)
+        if setting is not None:
+            value = evaluate(setting, name, t, parameter.parse_one)
+            if value is not None:
+                return value
+    return None
+
+
+class SettingKind(Kind):
+    """Reads and describes a setting; whether the method takes its values is checked where the method is known."""
+
+    def read(self, value: Any, path: Path, problems: Problems) -> Any:
+        if isinstance(value, Mapping):
+            return tuple(self._case(value, path, problems))
+        if isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+            cases: list[Case] = []
+            for number, item in enumerate(value):
+                if isinstance(item, Mapping):
+                    cases += self._case(item, (*path, number), problems)
+                else:
+                    problems.add((*path, number), f"{shown(item)} stands among filters; write it as value: {shown(item)}")
+            return tuple(cases)
+        read = self._value(value, path, problems)
+        return None if read is None else (Case(read),)
+
+    def _case(self, value: Mapping[Any, Any], path: Path, problems: Problems) -> list[Case]:
+        for name in value:
+            if name not in ("value", "filter"):
+                hint = "did you mean filter?" if name in ("pattern", "match", "filters") else "it knows value and filter"
+                problems.add((*path, name), f"unknown key {shown(name)}; {hint}")
+        wanted = value.get("filter")
+        if wanted is not None and not isinstance(wanted, str):
+            problems.add((*path, "filter"), f"filter takes part of a tensor's name, not {shown(wanted)}")
+            return []
+        if "value" not in value:
+            problems.add(path, "a filter needs a value")
+            return []
+        read = self._value(value["value"], (*path, "value"), problems)
+        return [] if read is None else [Case(read, wanted)]
+
+    def _value(self, value: Any, path: Path, problems: Problems) -> Any:
+        points = value if isinstance(value, list | tuple) else [value]
+        for point in points:
+            if not isinstance(point, bool | int | float | str):
+                problems.add(path, f"{shown(path[-1])} takes a number, a truth value or a word, not {shown(point)}")
+                return None
+        return tuple(points) if isinstance(value, list | tuple) else value
+
+    def schema(self, forms: Schema) -> Schema:
+        if "setting" not in forms:
+            scalar = {"type": ["number", "boolean", "string"]}
+            value = {"anyOf": [scalar, {"type": "array", "items": scalar}]}
+            case = {
+                "type": "object",
+                "properties": {"value": value, "filter": {"type": ["string", "null"]}},
+                "required": ["value"],
+                "additionalProperties": False,
+            }
+            forms["setting"] = {"anyOf": [*value["anyOf"], case, {"type": "array", "items": case}]}
+        return {"$ref": "#/$defs/setting"}
+
+    def dump(self, value: Any) -> Any:
+        cases = [({} if c.filter is None else {"filter": c.filter}) | {"value": _listed(c.value)} for c in value]
+        return cases[0]["value"] if len(value) == 1 and value[0].filter is None else cases
+
+
+class SettingsKind(Kind):
+    """Parameter names with their settings."""
+
+    def __init__(self, names: Callable[[], Mapping[str, str]]) -> None:
+        self.names = names
+
+    def read(self, value: Any, path: Path, problems: Problems) -> Any:
+        if value is None:
+            return {}
+        if not isinstance(value, Mapping):
+            problems.add(path, f"parameters takes names with values below them, not {shown(value)}")
+            return {}
+        read = {str(name): SettingKind().read(item, (*path, name), problems) for name, item in value.items()}
+        return {name.rstrip("_"): setting for name, setting in read.items() if setting is not None}
+
+    def schema(self, forms: Schema) -> Schema:
+        setting = SettingKind().schema(forms)
+        if "parameters" not in forms:
+            known = {name: {**setting, "description": doc} for name, doc in self.names().items()}
+            forms["parameters"] = {"type": ["object", "null"], "properties": known, "additionalProperties": setting}
+        return {"$ref": "#/$defs/parameters"}
+
+    def dump(self, value: Any) -> Any:
+        return {name: SettingKind().dump(setting) for name, setting in value.items()}
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def check_setting(setting: Setting, parameter: Parameter) -> str | None:
+    """What is wrong with the values of a setting for that parameter, if anything."""
+    try:
+        for case in setting:
+            for point in case.value if isinstance(case.value, tuple) else (case.value,):
+                parameter.parse_one(point)
+    except RecipeError as error:
+        return str(error)
+    return None
