@@ -586,9 +586,20 @@ class TestBase:
         sm.merge([a, b], tmp_path / "out.safetensors", base=base, method="dare_ties", density=0.5, seed=7)
         with safe_open(tmp_path / "out.safetensors", "pt") as file:
             record = json.loads(file.metadata()["streammerge"])
-        assert record["method"] == "dare_ties"
-        assert (record["base"], record["inputs"]) == ("base.safetensors", ["a.safetensors", "b.safetensors"])
-        assert (record["density"], record["weight"], record["seed"]) == ([0.5, 0.5], [1.0, 1.0], 7)
+        assert record == {
+            "merge_method": "dare_ties",
+            "models": [{"model": "a.safetensors"}, {"model": "b.safetensors"}],
+            "base_model": "base.safetensors",
+            "parameters": {
+                "density": 0.5,
+                "weight": 1.0,
+                "normalize": False,
+                "rescale": True,
+                "int8_mask": False,
+                "lambda": 1.0,
+            },
+            "seed": 7,
+        }
 
 
 OWN = """

@@ -27,7 +27,20 @@ from streammerge.units import binary_bytes, decimal_bytes, parse_bytes
 SOURCE = Path(sm.__file__).parent
 
 LAYERS = {
-    0: ["tensors", "dtypes", "units", "events", "errors", "tree", "checksums", "names", "rng", "select", "layers", "quantised"],
+    0: [
+        "tensors",
+        "dtypes",
+        "units",
+        "events",
+        "errors",
+        "tree",
+        "checksums",
+        "names",
+        "rng",
+        "select",
+        "layers",
+        "quantised",
+    ],
     1: ["group", "sums", "order", "budget", "storage", "memory", "unpickle", "rebuild", "repickle", "statedict"],
     2: ["formats", "methods", "recipe", "bookkeeping", "huggingface"],
     3: ["checkpoint", "workspace", "engine", "staging", "writer"],

@@ -88,7 +88,7 @@ def align(recipe: Recipe, indexes: Indexes) -> Alignment:
         order = {name: number for number, name in enumerate(first.entries)}
         alignment.merged.sort(key=lambda m: order.get(m.base_names[0], len(order)))
     _check_output_names(alignment.merged)
-    alignment.taken = [rules.taken[number] for number in range(len(recipe.rules))]
+    alignment.taken = [rules.taken[id(rule)] for rule in recipe.rules]
     alignment.warnings += _idle(recipe, alignment.taken, first.entries)
     return alignment
 
@@ -98,7 +98,7 @@ def _idle(recipe: Recipe, taken: list[int], names: Any) -> list[str]:
     said = []
     for rule, count in zip(recipe.rules, taken, strict=True):
         if not count:
-            met = any(pattern.matches(name) for name in names for pattern in rule.match)
+            met = any(map(rule.takes, names))
             why = "every tensor that it matches is taken by a rule before it" if met else "no tensor's name matches"
             said.append(f"{recipe.at(rule.path)}the rule for {printable(rule)} took no tensor: {why}")
     prefix = recipe.output.strip_prefix
@@ -115,18 +115,9 @@ class _Rules:
         self.taken: Counter[int] = Counter()
 
     def of(self, name: str) -> Rule | None:
-        number = self._number(name)
-        return None if number is None else self.rules[number]
-
-    def take(self, name: str) -> None:
-        number = self._number(name)
-        if number is not None:
-            self.taken[number] += 1
-
-    def _number(self, name: str) -> int | None:
-        for number, rule in enumerate(self.rules):
-            if any(pattern.matches(name) for pattern in rule.match):
-                return number
+        for rule in self.rules:
+            if rule.takes(name):
+                return rule
         return None
 
 
@@ -154,8 +145,7 @@ class _Aligner:
             self.alignment.notes += [f"{printable(other.index.path)}: {text}" for text in describe_match(matched)]
         ties = self._shared_ties()
         ruled = {name: self.rules.of(name) for name in self.base.entries}
-        for name in ruled:
-            self.rules.take(name)
+        self.rules.taken.update(id(rule) for rule in ruled.values() if rule)
         names = [n for n in self._names(ties, ruled) if not _drops(ruled[n])]
         kept, tied_to = set(names), dict[str, list[str]]()
         for name in names:

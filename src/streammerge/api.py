@@ -14,7 +14,7 @@ from streammerge.errors import RecipeError, StreammergeError, listed, printable
 from streammerge.events import Event, Listener
 from streammerge.group import Kernel
 from streammerge.inputs import converted_path, expand
-from streammerge.memory import resident_bytes
+from streammerge.memory import collector_paused, resident_bytes
 from streammerge.plan import Plan, build_plan
 from streammerge.recipe import Recipe, read_recipe
 from streammerge.run import Result, default_workers, execute
@@ -157,17 +157,18 @@ def _plan(
         raise RecipeError(f"--io takes {' or '.join(IO)}, not {printable(io)}")
     if workers is not None and workers < 1:
         raise RecipeError("--workers takes a positive number")
-    indexes = {each: open_checkpoint(each.path, each.state_dict, recipe.ema) for each in recipe.checkpoints}
-    if convert_first is not None:
-        indexes = {each: _from_converted(index, Path(convert_first)) for each, index in indexes.items()}
-    planned = build_plan(
-        recipe,
-        indexes,
-        None if out is None else str(out),
-        memory_bytes=parse_bytes(memory),
-        workers=workers or default_workers(),
-        io=io,
-    )
+    with collector_paused():
+        indexes = {each: open_checkpoint(each.path, each.state_dict, recipe.ema) for each in recipe.checkpoints}
+        if convert_first is not None:
+            indexes = {each: _from_converted(index, Path(convert_first)) for each, index in indexes.items()}
+        planned = build_plan(
+            recipe,
+            indexes,
+            None if out is None else str(out),
+            memory_bytes=parse_bytes(memory),
+            workers=workers or default_workers(),
+            io=io,
+        )
     planned.warnings += _output_warnings(planned)
     return planned
 

@@ -10,7 +10,7 @@ drift from what is allocated.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from streammerge.errors import BudgetError
 from streammerge.tensors import GRAIN
@@ -54,6 +54,10 @@ class Cost:
     @property
     def element_bytes(self) -> int:
         return self.buffers * self.compute + self.out + 2 * self.read
+
+    def most(self, other: Cost) -> Cost:
+        """Of each kind the greater."""
+        return Cost(*map(max, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True, slots=True)

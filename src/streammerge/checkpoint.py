@@ -106,10 +106,13 @@ def open_checkpoint(path: str | Path, state_dict: str | None = None, ema: str = 
         if found.name in entries:
             raise FormatError(f"{printable(path)}: the name {printable(found.name)} stands for two tensors")
         entry = entries[found.name] = container.locate(found.name, found.ref)
-        first = places.setdefault(entry.place, found.name) if entry.nbytes else found.name
+        shared = container.pickled and entry.nbytes  # tensors of a safetensors file have bytes of their own
+        first = places.setdefault(entry.place, found.name) if shared else found.name
         if first != found.name:
             aliases[found.name] = first
-    _check_expansion(path, container, [e for n, e in entries.items() if n not in aliases])
+    if container.pickled:
+        loose = [entries[found.name] for found in selection.tensors if found.ref.entry is None]
+        _check_expansion(path, container, [e for e in loose if e.spec.name not in aliases])
     extras = container.tree if container.pickled else None
     notes = [*container.notes, *(f"{printable(path)}: {note}" for note in selection.notes)]
     return CheckpointIndex(path, entries, aliases, extras, container.metadata, container.files, container, selection, notes)

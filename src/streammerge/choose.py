@@ -10,9 +10,8 @@ from typing import Any
 
 from streammerge.checkpoint import open_checkpoint
 from streammerge.errors import RecipeError, listed, printable
-from streammerge.formats.safetensors import load_json
+from streammerge.huggingface import read_side_json
 from streammerge.inputs import numeric_order
-from streammerge.storage import file_size, read_full
 from streammerge.tree import number
 
 TRAINER_STATE = "trainer_state.json"
@@ -116,12 +115,7 @@ def _value(path: str, key: str) -> float:
 
 def _trainer_state(path: Path) -> dict[str, Any]:
     """What the Hugging Face trainer wrote beside a checkpoint."""
-    place = (path if path.is_dir() else path.parent) / TRAINER_STATE
-    try:
-        content = load_json(read_full(place, 0, min(file_size(place), _MOST_STATE_BYTES)).decode("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return read_side_json((path if path.is_dir() else path.parent) / TRAINER_STATE, _MOST_STATE_BYTES) or {}
 
 
 def _logged(state: dict[str, Any]) -> list[dict[str, Any]]:

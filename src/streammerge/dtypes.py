@@ -16,9 +16,13 @@ if TYPE_CHECKING:
 
 
 class DType(str, Enum):
-    """One element type. ``bits`` per element; ``kind`` is float, int, bool, complex, or packed (no arithmetic)."""
+    """One element type. ``bits`` per element; ``kind`` is float, int, bool, complex, or packed (no arithmetic).
+
+    ``element_bytes``: bytes of what torch calls one element; a torch element of F4 holds two values.
+    """
 
     bits: int
+    element_bytes: int
     kind: str
     torch_name: str
     storage_class: str | None
@@ -27,6 +31,7 @@ class DType(str, Enum):
         member = str.__new__(cls, name)
         member._value_ = name
         member.torch_name, member.bits, member.kind, member.storage_class = torch_name, bits, kind, storage_class
+        member.element_bytes = max(bits // 8, 1)
         return member
 
     F64 = ("F64", "float64", 64, "float", "DoubleStorage")
@@ -59,11 +64,6 @@ class DType(str, Enum):
     def in_safetensors(self) -> bool:
         """Whether the safetensors format has a name for it."""
         return self not in (DType.C128, DType.C32)
-
-    @property
-    def element_bytes(self) -> int:
-        """Bytes of what torch calls one element; a torch element of F4 holds two values."""
-        return max(self.bits // 8, 1)
 
     @property
     def component(self) -> DType:

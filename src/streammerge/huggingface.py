@@ -30,10 +30,15 @@ class Seen(Protocol):
 
 def read_config(folder: Path) -> dict[str, Any] | None:
     """The folder's config.json; None where there is none that can be read."""
-    path = folder / CONFIG
+    return read_side_json(folder / CONFIG, _MOST_CONFIG_BYTES)
+
+
+def read_side_json(path: Path, most_bytes: int) -> dict[str, Any] | None:
+    """The mapping in a JSON file that may be beside a checkpoint; None where there is none that can be read."""
+    if not path.is_file() or file_size(path) > most_bytes:
+        return None
     try:
-        size = file_size(path)
-        content = load_json(read_full(path, 0, min(size, _MOST_CONFIG_BYTES)).decode("utf-8"))
+        content = load_json(read_full(path, 0, file_size(path)).decode("utf-8"))
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None

@@ -22,7 +22,7 @@ from streammerge.formats.folder import side_files
 from streammerge.huggingface import CONFIG, edited_config, is_embedding, read_config
 from streammerge.methods.registry import COPY
 from streammerge.parts import Indexes
-from streammerge.recipe import Recipe, portable, to_json, to_yaml
+from streammerge.recipe import Recipe, resolved, to_json, to_yaml
 from streammerge.recipe.locate import RECORD
 from streammerge.repickle import Edit, repickle, storage_ref
 from streammerge.statedict import is_training_state
@@ -92,7 +92,7 @@ def _tied_specs(merged: Merged) -> list[TensorSpec]:
 
 def _record(recipe: Recipe) -> dict[str, Any] | None:
     """The recipe that made the output, without any path of this machine; none for a conversion."""
-    return None if recipe.merge_method is COPY else portable(recipe).to_dict()
+    return None if recipe.merge_method is COPY else resolved(recipe).to_dict()
 
 
 def _metadata(recipe: Recipe, first: CheckpointIndex) -> dict[str, str]:

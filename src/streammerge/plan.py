@@ -206,27 +206,33 @@ def _tasks(placed: Placed, seed: int) -> list[MergeTask]:
 
 def _cost(tasks: list[MergeTask], io: str) -> Cost:
     """What a chunk needs, of each kind the most that any task does; nothing where everything is copied verbatim."""
-    compute = buffers = out = read = inputs = mapped = passes = spread = 0
-    row = 1
+    cost = Cost(0, 0, 0, 0)
+    seen: set[tuple[object, ...]] = set()
     for task in tasks:
         if task.verbatim:
             continue
-        method, dtypes = task.method, [s.spec.dtype.component for s in task.sources]
-        widest = max(d.element_bytes for d in dtypes)
-        out = max(out, task.out.dtype.component.element_bytes)
-        read = max(read, widest if io == "pread" else 0)
-        mapped = max(mapped, widest if io == "mmap" else 0)
-        if io == "mmap" or method.passes:
-            inputs = max(inputs, len(dtypes))
-        if method is COPY:
-            continue
-        wide = method.passes or task.compute == "float64" or method is INTEGERS
-        compute = max(compute, 8 if wide else 4)
-        narrow = any(d not in (DType.BF16, DType.F32, DType.F64) for d in dtypes)  # widened by way of float32
-        buffers = max(buffers, method.buffers + method.buffers_per_model * len(dtypes) + task.based + (wide and narrow))
-        searches = method.searches * len(dtypes)
-        rows_bytes = 8 * task.row * method.row_buffers
-        passes = max(passes, rows_bytes + held_bytes(min(task.elems, task.piece_elems), searches))
-        spread = max(spread, rows_bytes + held_bytes(task.elems, searches) if task.spread else 0)
-        row = max(row, task.row)
-    return Cost(compute, buffers, out, read, inputs, mapped, row, passes, spread)
+        # Tasks that are alike need the same, and there are tens of thousands of them.
+        method, dtypes = task.method, tuple(source.spec.dtype for source in task.sources)
+        sized = task.out.shape if method.passes or method.row else None
+        alike = (id(method), dtypes, task.out.dtype, task.compute, task.based, sized, id(task.parameters))
+        if alike not in seen:
+            seen.add(alike)
+            cost = cost.most(_task_cost(task, [dtype.component for dtype in dtypes], io))
+    return cost
+
+
+def _task_cost(task: MergeTask, dtypes: list[DType], io: str) -> Cost:
+    method, models = task.method, len(dtypes)
+    widest = max(d.element_bytes for d in dtypes)
+    out = task.out.dtype.component.element_bytes
+    read, mapped = (widest, 0) if io == "pread" else (0, widest)
+    inputs = models if io == "mmap" or method.passes else 0
+    if method is COPY:
+        return Cost(0, 0, out, read, inputs, mapped)
+    wide = method.passes or task.compute == "float64" or method is INTEGERS
+    narrow = any(d not in (DType.BF16, DType.F32, DType.F64) for d in dtypes)  # widened by way of float32
+    buffers = method.buffers + method.buffers_per_model * models + task.based + (wide and narrow)
+    searches, rows_bytes = method.searches * models, 8 * task.row * method.row_buffers
+    passes = rows_bytes + held_bytes(min(task.elems, task.piece_elems), searches)
+    spread = rows_bytes + held_bytes(task.elems, searches) if task.spread else 0
+    return Cost(8 if wide else 4, buffers, out, read, inputs, mapped, task.row, passes, spread)

@@ -7,7 +7,7 @@ None of them can be merged as it stands: integers in packs are no numbers, and s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 
 _SCHEMES = (
     ("bitsandbytes", re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+|SCB)$")),
@@ -20,16 +20,19 @@ _SCHEMES = (
 )
 
 
-def scheme(names: Iterable[str]) -> tuple[str, str] | None:
+_ANY = re.compile("absmax|quant_|SCB$|qweight$|qzeros$|g_idx$|weight_|scale|scaled_fp8|_blocks$")
+
+
+def scheme(names: Collection[str]) -> tuple[str, str] | None:
     """How these tensors are quantised, and one that tells; None for ordinary ones."""
-    for name in names:
+    for name in filter(_ANY.search, names):
         for label, companions in _SCHEMES:
             if companions.search(name) and not (label == "MXFP4" and not _paired(name, names)):
                 return label, name
     return None
 
 
-def _paired(name: str, names: Iterable[str]) -> bool:
+def _paired(name: str, names: Collection[str]) -> bool:
     """Whether both halves of an MXFP4 weight are there; either word alone may mean something else."""
     stem, _, word = name.rpartition("_")
     return f"{stem}_{'scales' if word == 'blocks' else 'blocks'}" in set(names)

@@ -22,11 +22,11 @@ class TensorSpec:
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.dtype, DType):
+        if self.dtype.__class__ is not DType:
             object.__setattr__(self, "dtype", parse_dtype(self.dtype))
-        if not isinstance(self.shape, tuple):
+        if self.shape.__class__ is not tuple:
             object.__setattr__(self, "shape", tuple(self.shape))
-        if any(size < 0 for size in self.shape):
+        if self.shape and min(self.shape) < 0:
             raise RecipeError(f"{printable(self.name)} cannot have the shape {list(self.shape)}")
 
     @property
@@ -89,10 +89,12 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether elements lie in C order without gaps; dimensions of size 1 may have any stride."""
-    if 0 in shape:
-        return True
-    expected = contiguous_strides(shape)
-    return all(size == 1 or have == want for size, have, want in zip(shape, strides, expected, strict=True))
+    step = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != step:
+            return 0 in shape
+        step *= size
+    return True
 
 
 def ranges(numel: int, step: int) -> Iterator[tuple[int, int]]:

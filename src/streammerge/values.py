@@ -10,10 +10,8 @@ from streammerge.errors import RecipeError, printable
 from streammerge.methods.contracts import MergeMethod, Parameter
 from streammerge.parts import Part
 from streammerge.recipe import Recipe, Rule
-from streammerge.recipe.settings import Setting, Settings, lookup
+from streammerge.recipe.settings import Chain, Setting, Settings
 from streammerge.tensors import TensorEntry
-
-_Models = list[tuple[Settings, TensorEntry | None]]
 
 
 class ParameterValues:
@@ -21,6 +19,7 @@ class ParameterValues:
 
     def __init__(self, recipe: Recipe, part: Part) -> None:
         self.recipe, self.part = recipe, part
+        self.chains: dict[tuple[str, bool, int | None], list[tuple[Parameter, list[Chain]]]] = {}
         self.resolved: dict[Any, dict[str, Any]] = {}
 
     def of(
@@ -31,62 +30,75 @@ class ParameterValues:
         Raises RecipeError for values that cannot be.
         """
         t = self.part.position(name)
-        owned = [view.own for view in self.part.views[based:]]
-        models = list(zip(owned, sources[based:], strict=True))
+        models = sources[based:]
         given: dict[str, Any] = {}
-        for parameter in method.parameters.values():
-            ruled = rule.parameters.get(parameter.name) if rule else None
+        for parameter, chains in self._chains(method, based, rule):
+            value: Any
             if parameter.per_model:
-                value = self._of_models(parameter, models, ruled, t, rule)
+                found = [c.at(s.spec.name, t) for c, s in zip(chains, models, strict=True) if s is not None]
+                value = _filled(parameter, found)
             else:
-                levels = self.part.levels if ruled is None else ({parameter.name: ruled}, *self.part.levels)
-                value = lookup(parameter, levels, name, t)
+                value = chains[0].at(name, t)
             if value is not None:
                 given[parameter.name] = value
-        count = sum(source is not None for _, source in models)
-        known = (method.name, count, *given.items())
+        known = (method.name, len(models) - models.count(None), *given.items())
         if known not in self.resolved:
-            self.resolved[known] = self._resolve(method, given, count, name, rule, count == len(models))
+            self.resolved[known] = self._resolve(method, given, models, name, rule)
         return self.resolved[known]
 
-    def _of_models(
-        self, parameter: Parameter, models: _Models, ruled: Setting | None, t: float, rule: Rule | None
-    ) -> tuple[Any, ...] | None:
-        """One value for each model that has the tensor; None where none is said anywhere."""
-        of_rule = self._of_rule(parameter, ruled, len(models), rule)
-        values = []
-        for number, (own, source) in enumerate(models):
-            if source is not None:
-                levels = (own, *self.part.levels)
-                if of_rule is not None:
-                    levels = ({parameter.name: of_rule[number]}, *levels)
-                values.append(lookup(parameter, levels, source.spec.name, t))
-        if all(value is None for value in values):
-            return None
-        default = parameter.default[0] if isinstance(parameter.default, tuple) else parameter.default
-        return tuple(default if value is None else value for value in values)
+    def _chains(self, method: MergeMethod, based: bool, rule: Rule | None) -> list[tuple[Parameter, list[Chain]]]:
+        """For each parameter what is asked: one chain for each model, or a single one."""
+        known = (method.name, based, id(rule) if rule and rule.parameters else None)
+        if known not in self.chains:
+            views = self.part.views[based:]
+            made = []
+            for parameter in method.parameters.values():
+                ruled = self._of_rule(parameter, rule, len(views))
+                owned = [view.own for view in views] if parameter.per_model else [{}]
+                levels = [(first, own, *self.part.levels) for first, own in zip(ruled, owned, strict=False)]
+                made.append((parameter, [Chain(parameter, each) for each in levels]))
+            self.chains[known] = made
+        return self.chains[known]
 
-    def _of_rule(self, parameter: Parameter, ruled: Setting | None, models: int, rule: Rule | None) -> list[Setting] | None:
+    def _of_rule(self, parameter: Parameter, rule: Rule | None, models: int) -> list[Settings]:
         """A rule's setting for each model: a list is not a gradient there, but one value for each."""
-        if ruled is None:
-            return None
+        ruled = rule.parameters.get(parameter.name) if rule else None
+        if rule is None or ruled is None:
+            return [{}] * max(models, 1)
+        each: list[Setting] = [ruled] * max(models, 1)
         values = ruled[0].value
-        if len(ruled) > 1 or ruled[0].filter is not None or not isinstance(values, tuple):
-            return [ruled] * models
-        if len(values) != models:
-            where = self.recipe.at((*rule.path, "parameters", parameter.name)) if rule else ""
-            raise RecipeError(f"{where}{len(values)} values of {parameter.name} for {models} models; give one for each")
-        return [(replace(ruled[0], value=value),) for value in values]
+        if parameter.per_model and len(ruled) == 1 and ruled[0].filter is None and isinstance(values, tuple):
+            if len(values) != models:
+                where = self.recipe.at((*rule.path, "parameters", parameter.name))
+                raise RecipeError(f"{where}{len(values)} values of {parameter.name} for {models} models; give one for each")
+            each = [(replace(ruled[0], value=value),) for value in values]
+        return [{parameter.name: setting} for setting in each]
 
     def _resolve(
-        self, method: MergeMethod, given: dict[str, Any], count: int, name: str, rule: Rule | None, whole: bool
+        self,
+        method: MergeMethod,
+        given: dict[str, Any],
+        models: Sequence[TensorEntry | None],
+        name: str,
+        rule: Rule | None,
     ) -> dict[str, Any]:
+        absent = models.count(None)
         try:
-            return method.resolve(given, count)
+            return method.resolve(given, len(models) - absent)
         except RecipeError as error:
-            where = "" if whole else f"for the inputs that have {printable(name)}: "
+            where = f"for the inputs that have {printable(name)}: " if absent else ""
             path = rule.path if rule else ("parameters",) if self.recipe.parameters else ("models",)
             raise RecipeError(f"{self.recipe.at(path)}{where}{error}") from error
+
+
+def _filled(parameter: Parameter, values: list[Any]) -> tuple[Any, ...] | None:
+    """The default where a model has no value; None where none has."""
+    if None not in values:
+        return tuple(values)
+    if values.count(None) == len(values):
+        return None
+    default = parameter.default[0] if isinstance(parameter.default, tuple) else parameter.default
+    return tuple(default if value is None else value for value in values)
 
 
 def shares(part: Part) -> list[tuple[Any, float]]:
@@ -94,6 +106,6 @@ def shares(part: Part) -> list[tuple[Any, float]]:
     weight = part.method.parameters.get("weight")
     found: list[tuple[Any, float]] = []
     for number, view in enumerate(part.views):
-        value = lookup(weight, (view.own, *part.levels), "", 0.0) if weight else None
+        value = Chain(weight, (view.own, *part.levels)).at("", 0.0) if weight else None
         found.append((view.index.extras, 0.0 if part.based and number == 0 else 1.0 if value is None else value))
     return found

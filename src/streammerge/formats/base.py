@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,34 +42,41 @@ class Container:
 
     def locate(self, name: str, ref: TensorRef) -> TensorEntry:
         """The entry of one tensor. Raises FormatError when it does not fit its storage."""
-        where = f"{printable(self.path)}: tensor {printable(name)}"
+        if ref.entry is not None:
+            return ref.entry if ref.entry.spec.name == name else replace(ref.entry, spec=replace(ref.entry.spec, name=name))
         store = self.storages.get(ref.storage.key)
         if store is None:
+            where = self._where(name)
             raise FormatError(f"{where} lies in storage {printable(ref.storage.key)}, which the file does not have")
         spec, size = TensorSpec(name, ref.dtype, ref.shape), ref.dtype.element_bytes
         start = (ref.storage.view_offset + ref.offset) * size
-        reach = sum((n - 1) * stride for n, stride in zip(ref.shape, ref.strides, strict=True)) if spec.numel else -1
+        contiguous, reach = is_contiguous(ref.shape, ref.strides), spec.numel - 1
+        if reach >= 0 and not contiguous:
+            reach = sum((n - 1) * stride for n, stride in zip(ref.shape, ref.strides, strict=True))
         if start < 0 or start + (reach + 1) * size > store.nbytes:
             raise FormatError(
-                f"{where} reaches to byte {start + (reach + 1) * size} of a storage of {store.nbytes} bytes; "
+                f"{self._where(name)} reaches to byte {start + (reach + 1) * size} of a storage of {store.nbytes} bytes; "
                 "the file is damaged"
             )
         if spec.nbytes > max(store.nbytes, MOST_EXPANDED_BYTES):
             raise FormatError(
-                f"{where} claims {spec.nbytes} bytes over a storage of {store.nbytes}; it is expanded beyond reason"
+                f"{self._where(name)} claims {spec.nbytes} bytes over a storage of {store.nbytes}; it is expanded beyond reason"
             )
-        strides = None if is_contiguous(ref.shape, ref.strides) else ref.strides
+        strides = None if contiguous else ref.strides
         if not spec.numel:  # there is nothing to conjugate or to unpack
             return TensorEntry(spec, store.path, store.offset + start)
         return TensorEntry(spec, store.path, store.offset + start, strides, store.deflated, ref.lazy)
 
+    def _where(self, name: str) -> str:
+        return f"{printable(self.path)}: tensor {printable(name)}"
 
-def flat_tensor(name: str, spec: TensorSpec) -> TensorRef:
-    """A tensor that has a storage of its own, for formats without storages."""
-    from streammerge.tensors import contiguous_strides
 
-    storage = StorageRef(name, None, spec.nbytes)
-    return TensorRef(storage, spec.dtype, 0, spec.shape, contiguous_strides(spec.shape))
+_NO_STORAGE = StorageRef("", None, 0)
+
+
+def flat_tensor(entry: TensorEntry) -> TensorRef:
+    """A tensor whose bytes are its own, for formats without storages."""
+    return TensorRef(_NO_STORAGE, entry.spec.dtype, 0, entry.spec.shape, (), entry=entry)
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,6 +151,9 @@ def read_sharded(index: Path, read_file: ReadFile) -> Container:
 
 
 def _renamed(ref: TensorRef, prefix: str) -> TensorRef:
+    """The tensor over its storage's name in the whole."""
+    if ref.entry is not None:
+        return ref
     old = ref.storage
     storage = StorageRef(prefix + old.key, old.dtype, old.numel, old.view_offset)
     return TensorRef(storage, ref.dtype, ref.offset, ref.shape, ref.strides, ref.requires_grad, ref.wrapper, ref.lazy)

@@ -15,12 +15,13 @@ from typing import Any
 
 from streammerge.dtypes import DType
 from streammerge.errors import FormatError, MismatchError, listed, printable
-from streammerge.formats.base import Container, LayoutFile, Literal, StorageBytes, flat_tensor
+from streammerge.formats.base import Container, LayoutFile, Literal, flat_tensor
 from streammerge.storage import file_size, open_stream
-from streammerge.tensors import TensorSpec
+from streammerge.tensors import TensorEntry, TensorSpec
 
 MAX_HEADER_BYTES = 100_000_000
 _MAX_INTEGER = 1 << 63
+_DTYPES = {name: dtype for name, dtype in DType.__members__.items() if dtype.in_safetensors}
 
 
 def matches(head: bytes, size: int) -> bool:
@@ -40,16 +41,15 @@ def read(path: Path) -> Container:
         header = _parse(stream.read(length), where)
     metadata = _metadata(header.pop("__metadata__", None), where)
     tree: dict[str, Any] = {}
-    storages: dict[str, StorageBytes] = {}
-    spans = []
+    spans: list[tuple[int, int, str]] = []
+    file = str(path)
     for name, fields in header.items():
-        spec, begin, end = _tensor(name, fields, where)
+        spec, begin, end = _tensor(name, fields, file)
         spans.append((begin, end, name))
-        tree[name] = flat_tensor(name, spec)
-        storages[name] = StorageBytes(str(path), 8 + length + begin, spec.nbytes)
+        tree[name] = flat_tensor(TensorEntry(spec, file, 8 + length + begin))
     _check_spans(spans, size - 8 - length, where)
-    ordered = {name: tree[name] for _, _, name in sorted(spans)}
-    return Container(path, "safetensors", ordered, storages, (path,), metadata)
+    ordered = {name: tree[name] for _, _, name in spans}
+    return Container(path, "safetensors", ordered, {}, (path,), metadata)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -91,37 +91,49 @@ def _metadata(value: Any, where: str) -> dict[str, str]:
     return value
 
 
-def _natural(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MAX_INTEGER
+def _naturals(value: Any) -> bool:
+    """Whether it is a list of whole numbers that are not negative and fit into 63 bits."""
+    if not isinstance(value, list):
+        return False
+    for number in value:  # a plain loop: this runs for every tensor of every file
+        if number.__class__ is not int or not 0 <= number < _MAX_INTEGER:
+            return False
+    return True
 
 
-def _tensor(name: str, fields: Any, where: str) -> tuple[TensorSpec, int, int]:
-    where = f"{where}: tensor {printable(name)}"
-    if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
-        raise FormatError(f"{where} must have exactly dtype, shape and data_offsets")
+def _tensor(name: str, fields: Any, path: str) -> tuple[TensorSpec, int, int]:
+    if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _malformed(path, name, "must have exactly dtype, shape and data_offsets")
     shape, offsets = fields["shape"], fields["data_offsets"]
-    if not isinstance(shape, list) or not all(map(_natural, shape)) or len(shape) > 64:
-        raise FormatError(f"{where} has a malformed shape")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_natural, offsets)):
-        raise FormatError(f"{where} has malformed data_offsets")
-    dtype = DType.__members__.get(fields["dtype"]) if isinstance(fields["dtype"], str) else None
-    if dtype is None or not dtype.in_safetensors:
-        raise FormatError(f"{where} has dtype {printable(fields['dtype'])}, which is not supported")
-    if math.prod(shape) >= _MAX_INTEGER or math.prod(n for n in shape if n) >= _MAX_INTEGER:
-        raise FormatError(f"{where} has a shape whose size overflows")
+    if not _naturals(shape) or len(shape) > 64:
+        raise _malformed(path, name, "has a malformed shape")
+    if not _naturals(offsets) or len(offsets) != 2:
+        raise _malformed(path, name, "has malformed data_offsets")
+    dtype = _DTYPES.get(fields["dtype"]) if isinstance(fields["dtype"], str) else None
+    if dtype is None:
+        raise _malformed(path, name, f"has dtype {printable(fields['dtype'])}, which is not supported")
+    if math.prod(filter(None, shape)) >= _MAX_INTEGER:
+        raise _malformed(path, name, "has a shape whose size overflows")
     if dtype is DType.F4:
         if not shape or shape[-1] % 2:
-            raise FormatError(f"{where}: F4 needs an even last dimension")
+            raise _malformed(path, name, "is F4, which needs an even last dimension")
         shape = [*shape[:-1], shape[-1] // 2]
     spec = TensorSpec(name, dtype, tuple(shape))
-    if offsets[1] - offsets[0] != spec.nbytes:
-        raise FormatError(f"{where} has {offsets[1] - offsets[0]} bytes where {dtype} {shape} needs {spec.nbytes}")
+    nbytes = spec.nbytes
+    if offsets[1] - offsets[0] != nbytes:
+        raise _malformed(path, name, f"has {offsets[1] - offsets[0]} bytes where {dtype} {shape} needs {nbytes}")
     return spec, offsets[0], offsets[1]
 
 
+def _malformed(path: str, name: str, what: str) -> FormatError:
+    return FormatError(f"{printable(path)}: tensor {printable(name)} {what}")
+
+
 def _check_spans(spans: list[tuple[int, int, str]], data_bytes: int, where: str) -> None:
+    """Sorts the spans; FormatError unless they cover the data without overlap or hole."""
     cursor = 0
-    for begin, end, name in sorted(spans):
+    spans.sort()
+    for begin, end, name in spans:
         if begin != cursor:
             kind = (
                 "overlaps the tensor before it" if begin < cursor else f"leaves a hole of {begin - cursor} bytes before it"
@@ -154,7 +166,7 @@ def plan_layout(file_name: str, specs: Iterable[TensorSpec], metadata: dict[str,
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     starts, cursor = {}, 0
     for spec in specs:
-        if any("\ud800" <= c <= "\udfff" for c in spec.name):
+        if not spec.name.isascii() and any("\ud800" <= c <= "\udfff" for c in spec.name):
             raise MismatchError(
                 f"{printable(file_name)} cannot hold the name {printable(spec.name)}, which is not valid text; write a .pth"
             )

@@ -12,7 +12,7 @@ from streammerge.recipe.checks import check, check_method_code, raise_all
 from streammerge.recipe.document import parse, to_json, to_yaml
 from streammerge.recipe.form import INTEGERS, ON_MISSING, ON_SHAPE, Model, Output, Recipe, Reference, Rule, Slice, Source
 from streammerge.recipe.kinds import FormOf, Problems
-from streammerge.recipe.locate import located, portable
+from streammerge.recipe.locate import located, resolved
 from streammerge.storage import file_size, read_full
 
 __all__ = [
@@ -28,8 +28,8 @@ __all__ = [
     "Source",
     "checked",
     "json_schema",
-    "portable",
     "read_recipe",
+    "resolved",
     "to_json",
     "to_yaml",
 ]

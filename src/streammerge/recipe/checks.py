@@ -63,8 +63,10 @@ def _count(recipe: Recipe, entries: Sequence[Model | Source], base: str | None, 
     models = len(entries)
     if method.base == "unused":
         if base is not None and not among and isinstance(entries[0], Model):
-            hint = f"leave it out, or give {printable(base)} as a model too"
-            problems.add(("base_model",), f"{method.name} takes no base; {hint}")
+            models += 1
+            if "weight" not in recipe.parameters:  # as in mergekit, the base is one model more where it has a weight
+                hint = f"leave it out, or give {printable(base)} as a model too"
+                problems.add(("base_model",), f"{method.name} takes no base; {hint}")
     elif base is None:
         if method.base == "required":
             problems.add(path, f"{method.name} needs the models' common ancestor; name it as the base")

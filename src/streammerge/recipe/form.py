@@ -173,6 +173,13 @@ class Rule:
     def __str__(self) -> str:
         return ", ".join(map(str, self.match))
 
+    def takes(self, name: str) -> bool:
+        """Whether one of its patterns matches the name."""
+        for pattern in self.match:  # a plain loop: this runs for every tensor and rule
+            if pattern.matches(name):
+                return True
+        return False
+
     @property
     def action(self) -> str:
         if self.drop:

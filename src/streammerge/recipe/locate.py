@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from streammerge.errors import printable
 from streammerge.recipe.form import Recipe
 from streammerge.recipe.kinds import Path as Key
 from streammerge.recipe.kinds import Problems
+from streammerge.recipe.settings import Case
 
 RECORD = "streammerge.yaml"
 """The recipe in a folder that was made by one; its models are looked for beside that folder too."""
@@ -77,8 +79,18 @@ def _place(recipe: Recipe, named: str) -> Key:
     return next(((*rule.path, "copy") for rule in recipe.rules if rule.copy == named), ())
 
 
-def portable(recipe: Recipe) -> Recipe:
-    """The recipe with its models' paths as seen from the folder that holds them all: nothing in it is of this machine."""
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe that travels with its output: every parameter is there, and nothing of this machine.
+
+    Models' paths are as seen from the folder that holds them all.
+    """
+    settings = dict(recipe.parameters)
+    for name, parameter in recipe.merge_method.parameters.items():
+        default = parameter.default[0] if isinstance(parameter.default, tuple) else parameter.default
+        if isinstance(default, bool | int | float | str) and not parameter.required:
+            known = settings.get(name, ())
+            settings[name] = known if any(case.filter in (None, "*") for case in known) else (*known, Case(default))
+    recipe = replace(recipe, parameters=settings)
     paths = {named: Path(os.path.abspath(named)) for named in recipe.named_models}  # noqa: PTH100 - links stay as they are
     common = Path(os.path.commonpath([path.parent for path in paths.values()]))
     return recipe.renamed({named: path.relative_to(common).as_posix() for named, path in paths.items()})

@@ -24,9 +24,6 @@ class Case:
     value: Scalar | tuple[Scalar, ...]
     filter: str | None = None
 
-    def holds(self, name: str) -> bool:
-        return self.filter in (None, "*") or (self.filter or "") in name
-
 
 Setting = tuple[Case, ...]
 Settings = Mapping[str, Setting]
@@ -41,11 +38,15 @@ def evaluate(setting: Setting, name: str, t: float, parse: Callable[[Any], Any])
 
     Numbers are interpolated linearly between the entries of a gradient; truth values and words are chosen from it.
     """
-    case = next((case for case in setting if case.holds(name)), None)
-    if case is None or case.value == ():
+    for case in setting:  # a plain loop: this runs for every tensor of every model
+        if case.filter is None or case.filter == "*" or case.filter in name:
+            break
+    else:
         return None
     if not isinstance(case.value, tuple):
         return parse(case.value)
+    if not case.value:
+        return None
     points = [parse(point) for point in case.value]
     scaled = t * (len(points) - 1)
     before = int(scaled)
@@ -55,15 +56,30 @@ def evaluate(setting: Setting, name: str, t: float, parse: Callable[[Any], Any])
     return parse((1 - way) * points[before] + way * points[after])
 
 
-def lookup(parameter: Parameter, levels: Iterable[Settings], name: str, t: float) -> Any:
-    """The value from the first level that has one for this tensor; None where none has."""
-    for level in levels:
-        setting = level.get(parameter.name)
-        if setting is not None:
-            value = evaluate(setting, name, t, parameter.parse_one)
+class Chain:
+    """A parameter's settings, from the level that is asked first to the last."""
+
+    def __init__(self, parameter: Parameter, levels: Iterable[Settings]) -> None:
+        found = (level.get(parameter.name) for level in levels)
+        self.settings = [setting for setting in found if setting]
+        self.parse = parameter.parse_one
+        self.fixed = not self.settings or is_same_for_all(self.settings[0])
+        self.value = evaluate(self.settings[0], "", 0.0, self.parse) if self.settings and self.fixed else None
+
+    def at(self, name: str, t: float) -> Any:
+        """The value of the first setting that has one for this tensor; None where none has."""
+        if self.fixed:
+            return self.value
+        for setting in self.settings:
+            value = evaluate(setting, name, t, self.parse)
             if value is not None:
                 return value
-    return None
+        return None
+
+
+def is_same_for_all(setting: Setting) -> bool:
+    """Whether it has one value, whatever the tensor."""
+    return bool(setting) and setting[0].filter in (None, "*") and not isinstance(setting[0].value, tuple)
 
 
 class SettingKind(Kind):
