@@ -32,7 +32,7 @@ class Plan:
     """All of a run: ``tasks`` in the order of reading, the ``layout`` of the output, and what it will cost.
 
     ``peak_bytes`` is projected memory above the start-up footprint; ``disk_bytes`` includes temporary files. ``taken``:
-    how many tensors each rule of the recipe took.
+    how many tensors each rule of the recipe took. ``owners``: file -> the checkpoint that it belongs to.
     """
 
     recipe: Recipe
@@ -47,6 +47,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     taken: list[int] = field(default_factory=list)
+    owners: dict[str, str] = field(default_factory=dict)
 
     @property
     def peak_bytes(self) -> int:
@@ -186,6 +187,7 @@ def build_plan(
         list(dict.fromkeys(notes)),
         list(dict.fromkeys(alignment.warnings)),
         alignment.taken,
+        {str(file): str(index.path) for index in opened for file in index.files},
     )
 
 

@@ -20,6 +20,7 @@ from streammerge.formats.folder import foreign_files
 from streammerge.formats.torch_zip import seal
 from streammerge.output import side_bytes
 from streammerge.plan import Plan
+from streammerge.relatives import strangers
 from streammerge.staging import stage, staged_layout
 from streammerge.storage import InputFiles, OutputFile, Staging, identity
 from streammerge.tensors import TensorEntry
@@ -121,6 +122,7 @@ def _make(plan: Plan, staging: Staging, listener: Callable[[Event], None]) -> tu
     tasks = plan.tasks
     if plan.staged:
         tasks = _staged(plan, staging, inputs, listener)
+    warnings = strangers(tasks, inputs, plan.owners) if len(plan.recipe.entries) > 1 else []
     outputs = [staging.create(file.name, file.size) for file in plan.layout.files]
     sealed = any(file.sealed for file in plan.layout.files)
     for file, output in zip(plan.layout.files, outputs, strict=True):
@@ -134,7 +136,7 @@ def _make(plan: Plan, staging: Staging, listener: Callable[[Event], None]) -> tu
         for done in results:
             record.add(done)
             listener(TaskDone(done.piece.task.out.name, done.read_bytes, done.written_bytes, held.now()))
-    warnings = record.check_finite(plan.recipe.allow_nonfinite)
+    warnings += record.check_finite(plan.recipe.allow_nonfinite)
     if sealed:
         _seal(plan, tasks, outputs, record)
     for source, name in plan.layout.side_files:

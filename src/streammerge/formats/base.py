@@ -60,7 +60,8 @@ class Container:
             )
         if spec.nbytes > max(store.nbytes, MOST_EXPANDED_BYTES):
             raise FormatError(
-                f"{self._where(name)} claims {spec.nbytes} bytes over a storage of {store.nbytes}; it is expanded beyond reason"
+                f"{self._where(name)} claims {spec.nbytes} bytes over a storage of {store.nbytes}; "
+                "it is expanded beyond reason"
             )
         strides = None if contiguous else ref.strides
         if not spec.numel:  # there is nothing to conjugate or to unpack
