@@ -15,7 +15,7 @@ from typing import NamedTuple
 _INDEX = re.compile(r"\.(\d+)\.")
 _BEFORE = re.compile(
     r"emb(?!ed_out)|wte\b|wpe\b|rotary|relative_pe|shared\b|patch|ln_pre|layernorm_pre|pre_layrnorm|\bconv\d|"
-    r"projector|mm_|merger"
+    r"modal_projector|mm_|merger"
 )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from streammerge.errors import RecipeError, printable
-from streammerge.recipe.checks import check, check_method_code, raise_all
+from streammerge.methods.registry import find_method
+from streammerge.recipe.checks import check, raise_all
 from streammerge.recipe.document import parse, to_json, to_yaml
 from streammerge.recipe.form import INTEGERS, ON_MISSING, ON_SHAPE, Model, Output, Recipe, Reference, Rule, Slice, Source
 from streammerge.recipe.kinds import FormOf, Problems
@@ -55,6 +57,8 @@ def read_recipe(source: str | Path | Mapping[str, Any], own_methods: bool = Fals
         return _read(source, {}, [], "the recipe", None, own_methods)
     path = Path(source)
     name = printable(source)
+    if not os.path.isfile(path):  # noqa: PTH113 (Path.is_file raises for a name that is too long)
+        raise RecipeError(f"{name} is no file; a recipe is a YAML file")
     try:
         size = file_size(path)
         if size > _MOST_BYTES:
@@ -72,14 +76,23 @@ def _read(data: Any, places: Any, doubled: Any, name: str, path: Path | None, ow
     problems = Problems()
     for key in doubled:
         problems.add(key, f"the key {printable(key[-1])} stands twice")
-    recipe = FormOf(Recipe).read(data, (), problems)
+    recipe = FormOf(Recipe).read(_with_own_methods(data) if own_methods else data, (), problems)
     if recipe is not None:
         recipe = located(replace(recipe, places=places), path, problems)
         check(recipe, problems)
-        if not own_methods:
-            check_method_code(recipe, problems)
     raise_all(problems, places, name)
     return recipe  # type: ignore[no-any-return]
+
+
+def _with_own_methods(data: Any) -> Any:
+    """The data with methods in place of names like package.module:function, which are imported here."""
+    if not isinstance(data, Mapping):
+        return data
+    made = {**data}
+    for each in (made, *(made["rules"] if isinstance(made.get("rules"), list) else ())):
+        if isinstance(each, dict) and ":" in str(each.get("merge_method")):
+            each["merge_method"] = find_method(str(each["merge_method"]))
+    return made
 
 
 def json_schema() -> dict[str, Any]:

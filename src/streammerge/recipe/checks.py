@@ -15,7 +15,8 @@ from streammerge.recipe.settings import Settings, check_setting
 def check(recipe: Recipe, problems: Problems) -> None:
     """Adds every mistake of the recipe to the problems."""
     ways = [name for name in ("models", "slices", "modules") if getattr(recipe, name)]
-    if len(ways) != 1:
+    unread = any(path[:1] in (("models",), ("slices",), ("modules",)) for path, _ in problems)
+    if len(ways) > 1 or not (ways or unread):
         said = " and ".join(ways) + " are given" if ways else "there is nothing to merge"
         problems.add((ways[-1],) if ways else (), f"{said}; a recipe has one of models, slices and modules")
     for path, entries, slices, _ in _parts(recipe):
@@ -27,13 +28,6 @@ def check(recipe: Recipe, problems: Problems) -> None:
             _check_slice(recipe, each, problems)
     _check_parameters(recipe, problems)
     _check_rules(recipe, problems)
-
-
-def check_method_code(recipe: Recipe, problems: Problems) -> None:
-    """Methods that are code of somebody's own are not imported on a file's word."""
-    for path, method in [(("merge_method",), recipe.merge_method), *((r.path, r.merge_method) for r in recipe.rules)]:
-        if method is not None and ":" in method.name:
-            problems.add(path, f"{printable(method.name)} is code; --allow-own-methods lets a recipe name it")
 
 
 def raise_all(problems: Problems, places: Places, name: str = "the recipe") -> None:

@@ -73,9 +73,7 @@ class _Reader:
     def _data(self, node: yaml.Node, path: Path) -> Any:
         self.left -= 1
         if self.left < 0 or len(path) > _DEEPEST:
-            raise RecipeError(
-                f"{self.places[path[:1]]}: this is nested or repeated without end; a recipe is refused that is"
-            )
+            raise RecipeError(f"{self.places[path[:1]]}this is nested or repeated without end, which is refused")
         if isinstance(node, yaml.MappingNode):
             self.scalars.flatten_mapping(node)
             made: dict[Any, Any] = {}

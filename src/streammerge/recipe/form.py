@@ -5,6 +5,7 @@ A recipe is made by the command line, the Python API or a file, and is the same 
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 from streammerge.dtypes import DType, parse_dtype
-from streammerge.errors import RecipeError
+from streammerge.errors import RecipeError, printable
 from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import find_method, methods
 from streammerge.recipe.kinds import TEXT, TRUTH, WHOLE, FormOf, ListOf, MapOf, Path, Places, Plain, key, one_of, place_of
@@ -83,6 +84,11 @@ def _torch_name(dtype: DType) -> str:
     return dtype.torch_name
 
 
+def _nearest_method(value: Any) -> MergeMethod | None:
+    near = difflib.get_close_matches(str(value), methods(), n=1)
+    return methods()[near[0]] if near else None
+
+
 MODEL = Plain("the path of a model", _model, {"type": "string"})
 LAYER_RANGE = Plain(
     "the first layer and the one behind the last, like [0, 24]",
@@ -93,11 +99,21 @@ LAYER_RANGE = Plain(
 SIZE = Plain("a size like 5GB", _size, {"type": ["string", "integer"]})
 DTYPE = Plain("a dtype like bfloat16", _float_dtype, {"type": "string"}, _torch_name)
 COMPUTE = Plain("float32 or float64", _compute_dtype, {"enum": ["float32", "float64"]}, _torch_name)
+
+
+def _listed_method(value: Any) -> MergeMethod:
+    """A method by its name. One that is somebody's own code is not imported on a file's word."""
+    if isinstance(value, str) and ":" in value:
+        raise RecipeError(f"{printable(value)} is code of somebody's own; --own-methods lets a recipe name it")
+    return find_method(value)
+
+
 METHOD = Plain(
     "a merge method",
-    find_method,
+    _listed_method,
     lambda: {"type": "string", "anyOf": [{"enum": sorted(methods())}, {"pattern": ":"}]},
     lambda method: method.name,
+    _nearest_method,
 )
 PATTERN = Plain("a glob or a /regular expression/", parse_pattern, {"type": "string"}, str)
 
@@ -206,7 +222,10 @@ _TOKENIZERS = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """A merge, or a conversion: all that its output depends on besides the inputs."""
+    """A merge, or a conversion: all that its output depends on besides the inputs.
+
+    ``places``: where the keys stand in the file they were read from; ``written``: what its models are called there.
+    """
 
     REFUSED: ClassVar = {
         "tokenizer_source": _TOKENIZERS,
@@ -236,6 +255,7 @@ class Recipe:
     output: Output = key(FormOf(Output), "How the output is written.", default_factory=Output)
     seed: int = key(WHOLE, "For the methods that draw random numbers.", default=0)
     places: Places = field(default_factory=dict, compare=False, repr=False)
+    written: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def at(self, path: Path) -> str:
         """``recipe.yaml:12:3: `` for a key that was read from a file, nothing otherwise."""

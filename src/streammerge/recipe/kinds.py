@@ -59,7 +59,10 @@ class Kind:
 
 
 class Plain(Kind):
-    """A single value. ``parse`` raises RecipeError, or ValueError where ``words`` say what is expected."""
+    """A single value. ``parse`` raises RecipeError, or ValueError where ``words`` say what is expected.
+
+    ``guess`` makes of a wrong value what the rest of the recipe can be read with.
+    """
 
     def __init__(
         self,
@@ -67,8 +70,9 @@ class Plain(Kind):
         parse: Callable[[Any], Any],
         schema: Schema | Callable[[], Schema],
         dump: Callable[[Any], Any] | None = None,
+        guess: Callable[[Any], Any] | None = None,
     ) -> None:
-        self.words, self.parse, self._schema, self._dump = words, parse, schema, dump
+        self.words, self.parse, self._schema, self._dump, self.guess = words, parse, schema, dump, guess
 
     def read(self, value: Any, path: Path, problems: Problems) -> Any:
         try:
@@ -77,7 +81,7 @@ class Plain(Kind):
             problems.add(path, str(error))
         except (ValueError, TypeError):
             problems.add(path, f"{_name(path)} takes {self.words}, not {shown(value)}")
-        return None
+        return self.guess(value) if self.guess else None
 
     def schema(self, forms: Schema) -> Schema:  # noqa: ARG002 - it mentions no form
         return dict(self._schema() if callable(self._schema) else self._schema)
@@ -142,34 +146,43 @@ class FormOf(Kind):
         self.form = form
 
     def read(self, value: Any, path: Path, problems: Problems) -> Any:
-        if not isinstance(value, Mapping):
-            problems.add(path, f"{_name(path)} takes {', '.join(_keys(self.form))} with their values, not {shown(value)}")
-            return None
         keys = _keys(self.form)
+        if not isinstance(value, Mapping):
+            first = ", ".join(list(keys)[:4])
+            problems.add(path, f"{_name(path)} takes keys like {first} with their values, not {shown(value)}")
+            return None
+        stands_for = {name: name for name in value if name in keys}
         for name in value:
             if name not in keys:
-                problems.add((*path, name), self._unknown(name, path))
+                meant = self._meant(name)
+                problems.add((*path, name), self._unknown(name, meant, path))
+                if meant is not None and meant not in stands_for:  # read on as if it had been written so
+                    stands_for[meant] = name
         made: dict[str, Any] = {}
         for name, (kind, required) in keys.items():
-            if value.get(name) is not None:
-                read = kind.read(value[name], (*path, name), problems)
+            written = stands_for.get(name)
+            if written is not None and value[written] is not None:
+                read = kind.read(value[written], (*path, written), problems)
                 if read is not None:
                     made[name] = read
-                elif required:
-                    return None
             elif required:
                 problems.add(path, f"{_name(path)} needs {name}")
-                return None
+        if any(required and name not in made for name, (_, required) in keys.items()):
+            return None
         return self.form(**made, **({"path": path} if "path" in {f.name for f in fields(self.form)} else {}))
 
-    def _unknown(self, name: Any, path: Path) -> str:
+    def _meant(self, name: Any) -> str | None:
+        """The key that an unknown one may stand for."""
+        if name in getattr(self.form, "REFUSED", {}):
+            return None
+        meant: dict[str, str] = getattr(self.form, "MEANT", {})
+        return meant.get(name) or next(iter(difflib.get_close_matches(str(name), _keys(self.form), n=1)), None)
+
+    def _unknown(self, name: Any, meant: str | None, path: Path) -> str:
         refused = getattr(self.form, "REFUSED", {})
         if name in refused:
             return f"{name} is not supported yet: {refused[name]}"
-        near = getattr(self.form, "MEANT", {}).get(name) or next(
-            iter(difflib.get_close_matches(str(name), _keys(self.form), n=1)), None
-        )
-        hint = f"did you mean {near}?" if near else f"{_name(path)} knows {', '.join(_keys(self.form))}"
+        hint = f"did you mean {meant}?" if meant else f"{_name(path)} knows {', '.join(_keys(self.form))}"
         return f"unknown key {printable(name)}; {hint}"
 
     def schema(self, forms: Schema) -> Schema:

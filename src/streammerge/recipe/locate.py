@@ -11,7 +11,7 @@ from streammerge.errors import printable
 from streammerge.recipe.form import Recipe
 from streammerge.recipe.kinds import Path as Key
 from streammerge.recipe.kinds import Problems
-from streammerge.recipe.settings import Case
+from streammerge.recipe.settings import Case, is_same_for_all
 
 RECORD = "streammerge.yaml"
 """The recipe in a folder that was made by one; its models are looked for beside that folder too."""
@@ -31,8 +31,8 @@ def located(recipe: Recipe, file: Path | None, problems: Problems) -> Recipe:
         found = _find(named, folders)
         names[named] = found or named
         if found is None:
-            problems.add(_place(recipe, named), _absent(named))
-    return recipe.renamed(names)
+            problems.add(_place(recipe, named), _absent(named, folders))
+    return replace(recipe.renamed(names), written={found: named for named, found in names.items()})
 
 
 def _find(named: str, folders: list[Path]) -> str | None:
@@ -58,7 +58,7 @@ def _cached(name: str) -> str | None:
     return str(snapshot) if re.fullmatch("[0-9a-f]{40}", revision) and snapshot.is_dir() else None
 
 
-def _absent(named: str) -> str:
+def _absent(named: str, folders: list[Path]) -> str:
     shown = printable(named)
     if "+" in named:
         return f"{shown}: LoRA adapters are not supported yet; merge the adapter into its model and give that folder"
@@ -66,6 +66,9 @@ def _absent(named: str) -> str:
         return f"{shown}: revisions are not supported yet; download that revision and give its folder"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", named):
         return f"{shown} does not exist; if it is on the hub, `hf download {shown}` fetches it"
+    if folders[1:] and not Path(named).is_absolute():
+        looked = " or ".join(dict.fromkeys(printable(folder) for folder in folders))
+        return f"{shown} does not exist in {looked}; run this from the folder that holds it"
     return f"{shown} does not exist"
 
 
@@ -82,15 +85,21 @@ def _place(recipe: Recipe, named: str) -> Key:
 def resolved(recipe: Recipe) -> Recipe:
     """The recipe that travels with its output: every parameter is there, and nothing of this machine.
 
-    Models' paths are as seen from the folder that holds them all.
+    Models are called as they were named; absolute paths are shortened to what is below the folder that holds them all.
     """
     settings = dict(recipe.parameters)
     for name, parameter in recipe.merge_method.parameters.items():
         default = parameter.default[0] if isinstance(parameter.default, tuple) else parameter.default
-        if isinstance(default, bool | int | float | str) and not parameter.required:
-            known = settings.get(name, ())
-            settings[name] = known if any(case.filter in (None, "*") for case in known) else (*known, Case(default))
-    recipe = replace(recipe, parameters=settings)
-    paths = {named: Path(os.path.abspath(named)) for named in recipe.named_models}  # noqa: PTH100 - links stay as they are
-    common = Path(os.path.commonpath([path.parent for path in paths.values()]))
-    return recipe.renamed({named: path.relative_to(common).as_posix() for named, path in paths.items()})
+        known = settings.get(name, ())
+        own = parameter.per_model and all(is_same_for_all(e.parameters.get(name, ())) for e in recipe.entries)
+        said = own or any(case.filter in (None, "*") for case in known)
+        if not said and not parameter.required and isinstance(default, bool | int | float | str):
+            settings[name] = (*known, Case(default))
+    written = {path: recipe.written.get(path, path) for path in recipe.named_models}
+    absolute = {path: Path(os.path.abspath(path)) for path, name in written.items() if Path(name).is_absolute()}  # noqa: PTH100
+    if absolute:
+        common = Path(os.path.commonpath([path.parent for path in absolute.values()]))
+        written |= {path: place.relative_to(common).as_posix() for path, place in absolute.items()}
+        if len(set(written.values())) < len(written):
+            return resolved(replace(recipe, written={path: os.path.abspath(path) for path in written}))  # noqa: PTH100
+    return replace(recipe, parameters=settings).renamed(written)

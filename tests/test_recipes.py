@@ -1,0 +1,404 @@
+"""Recipe files: what is read, what is refused and where, and that every command can be saved as one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import mergekit_cases
+import pytest
+import torch
+import yaml
+from conftest import Cli, assert_same, load_safetensors, octets, trained
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+import streammerge as sm
+from streammerge.recipe import json_schema, read_recipe, to_yaml
+from streammerge.recipe.document import parse
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """a, b, c and base as safetensors files in the current folder."""
+    for seed, name in enumerate(("base", "a", "b", "c")):
+        made = trained(seed)
+        made["norm.num_batches_tracked"] = torch.tensor(5)
+        save_file(made, tmp_path / f"{name}.safetensors")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(text: str) -> list[str]:
+    """The mistakes that reading a recipe reports, each as it is printed."""
+    Path("recipe.yaml").write_text(text)
+    with pytest.raises(sm.RecipeError) as caught:
+        read_recipe("recipe.yaml")
+    lines = str(caught.value).splitlines()
+    return [line.strip() for line in lines[1:]] if len(lines) > 1 else lines
+
+
+TEN = """\
+merge_metod: linear
+merge_method: tie
+base_model: base.safetensors
+models:
+  - model: a.safetensors
+    parameters: {weigth: 0.5, density: half}
+  - model: nowhere.safetensors
+  - model: org/name@main
+    parameters:
+      weight:
+        - {filtre: mlp, value: 0.5}
+tokenizer_source: union
+seed: many
+rules:
+  - match: "/(/"
+    drop: true
+  - match: "*.bias"
+    copy: a.safetensors
+    drop: true
+  - match: "*y"
+    merge_method: slerp
+    parameters: {tt: 0.3, t: 0.1}
+on_shape: stretch
+output: {max_shard_size: big}
+"""
+
+
+def test_every_mistake_is_told_at_once_each_with_its_place(models: Path) -> None:
+    told = refused(TEN)
+    expected = {
+        "1:1": "merge_metod; did you mean merge_method?",
+        "2:1": "tie; did you mean ties?",
+        "6:18": "weigth; did you mean weight?",
+        "6:31": "density takes a number, not half",
+        "7:5": "nowhere.safetensors does not exist",
+        "8:5": "revisions are not supported yet",
+        "11:12": "unknown key filtre",
+        "12:1": "tokenizer_source is not supported yet",
+        "13:1": "seed takes a whole number, not many",
+        "15:5": "not a regular expression",
+        "17:5": "a rule does one thing, not copy and drop",
+        "22:18": "slerp has no parameter tt; did you mean t?",
+        "23:1": "on_shape takes one of error, base, rows, not stretch",
+        "24:10": "'big' is not a size",
+    }
+    assert len(told) == len(expected)
+    for line, (place, words) in zip(told, expected.items(), strict=True):
+        assert line.startswith(f"recipe.yaml:{place}: "), line
+        assert words in line
+
+
+LINEAR = "merge_method: linear\nmodels: [{model: a.safetensors}, {model: b.safetensors}]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "words"),
+    [
+        ("models: [\n a: b\n", "3:1", "this is not YAML"),
+        ("a: b: c\n", "1:5", "this is not YAML"),
+        ("", "", "is empty"),
+        ("# nothing\n", "", "is empty"),
+        ("- a\n- b\n", "1:1", "takes keys like merge_method"),
+        ("just text\n", "1:1", "takes keys like merge_method"),
+        (LINEAR + "---\n" + LINEAR, "4:1", "several documents"),
+        (LINEAR + "seed: 1\nseed: 2\n", "4:1", "stands twice"),
+        ("merge_method: linear\nmodels: &a [*a]\n", "2:1", "without end"),
+        ("models: [{model: a.safetensors}]\n", "1:1", "needs merge_method"),
+        ("merge_method: linear\n", "1:1", "nothing to merge"),
+        ("merge_method: linear\nmodels: 3\n", "2:1", "takes a list, not 3"),
+        (LINEAR + "slices: [{sources: [{model: a.safetensors, layer_range: [0, 1]}]}]\n", "3:1", "one of models"),
+        (LINEAR.replace("{model: b.safetensors}", "3"), "2:34", "with their values, not 3"),
+        (LINEAR.replace("a.safetensors", "{model: {path: a.safetensors, revision: x}}"), "2:11", "a revision"),
+        (LINEAR.replace("a.safetensors", "a.safetensors+lora"), "2:11", "LoRA adapters are not supported"),
+        (LINEAR.replace("a.safetensors", "org/name"), "2:11", "hf download org/name"),
+        (LINEAR + "chat_template: chatml\n", "3:1", "chat_template is not supported yet"),
+        (LINEAR + "tokenizer: {source: base}\n", "3:1", "tokenizer is not supported yet"),
+        (LINEAR + "dtype: int8\n", "3:1", "floating-point dtype, not int8"),
+        (LINEAR + "compute_dtype: bfloat16\n", "3:1", "float32 or float64"),
+        (LINEAR + "parameters: {normalize: perhaps}\n", "3:14", "takes true or false"),
+        (LINEAR + "parameters: {densty: 1}\n", "3:14", "linear has no parameter densty"),
+        (LINEAR + "parameters: {weight: [1, [2]]}\n", "3:14", "a number, a truth value or a word"),
+        (LINEAR + "parameters: {weight: [{pattern: mlp, value: 1}]}\n", "3:24", "did you mean filter?"),
+        (LINEAR + "parameters: {weight: {filter: mlp}}\n", "3:14", "a filter needs a value"),
+        (LINEAR + "parameters: {weight: [{value: 1}, 2]}\n", "3:35", "stands among filters"),
+        (LINEAR + "parameters: {weight: {filter: 3, value: 1}}\n", "3:23", "part of a tensor's name"),
+        (LINEAR + "rules: [{drop: true}]\n", "3:9", "needs match"),
+        (LINEAR + "rules: [{match: x, drop: true, dtype: float32}]\n", "3:9", "has no dtype"),
+        (LINEAR + "rules: [{match: x, merge_method: ties}]\n", "3:9", "name it as base_model"),
+        (LINEAR.replace("linear", "slerp"), "1:1", "slerp needs the parameter t"),
+        (LINEAR.replace("linear", "ties"), "1:1", "needs the models' common ancestor"),
+        (LINEAR + "base_model: base.safetensors\n", "3:1", "linear takes no base"),
+        (LINEAR.replace("linear", "os:system"), "1:1", "--own-methods lets a recipe name it"),
+    ],
+)
+def test_mistakes(text: str, place: str, words: str, models: Path) -> None:
+    told = refused(text)
+    assert len(told) == 1, told
+    assert told[0].startswith(f"recipe.yaml:{place}: " if place else "recipe.yaml "), told
+    assert words in told[0]
+
+
+SLICES = "merge_method: {}\nslices:\n- sources:\n  - {{model: a.safetensors, layer_range: {}}}\n{}"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (SLICES.format("passthrough", "[2, 0]", ""), "layer_range takes the first layer"),
+        (SLICES.format("passthrough", "[-1, 2]", ""), "layer_range takes the first layer"),
+        (SLICES.format("passthrough", "[0]", ""), "layer_range takes the first layer"),
+        (SLICES.format("passthrough", "three", ""), "layer_range takes the first layer"),
+        (SLICES.format("linear", "[0, 2]", "  - {model: b.safetensors, layer_range: [0, 1]}\n"), "same number of layers"),
+        (SLICES.format("passthrough", "[0, 2]", "  - {model: b.safetensors, layer_range: [0, 2]}\n"), "exactly 1 model"),
+        (SLICES.format("ties", "[0, 2]", "base_model: base.safetensors\n"), "must be among the sources"),
+        ("merge_method: linear\nmodules: {m: {}}\n", "models or slices, one of them"),
+        ("merge_method: linear\nslices: [{sources: []}]\n", "a slice needs sources"),
+        (SLICES.format("passthrough", "[0, 2]", "  residual: 3\n"), "did you mean residual_weight?"),
+    ],
+)
+def test_mistakes_in_slices_and_modules(text: str, words: str, models: Path) -> None:
+    assert any(words in line for line in refused(text))
+
+
+def test_a_recipe_that_is_no_text_or_too_long(models: Path) -> None:
+    Path("recipe.yaml").write_bytes(b"merge_method: \xff\xfe\n")
+    with pytest.raises(sm.RecipeError, match="not text in UTF-8"):
+        read_recipe("recipe.yaml")
+    Path("recipe.yaml").write_text("#" * (17 << 20))
+    with pytest.raises(sm.RecipeError, match="beyond the limit"):
+        read_recipe("recipe.yaml")
+    with pytest.raises(sm.RecipeError, match="is no file"):
+        read_recipe("absent.yaml")
+    laughs = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
+        f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)
+    )
+    assert "without end" in refused(laughs)[0]
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(max_size=200) | st.binary(max_size=200).map(lambda b: b.decode("latin-1")))
+def test_any_text_is_a_recipe_or_one_error(text: str) -> None:
+    try:
+        document = parse(text, "recipe.yaml")
+        read_recipe({"merge_method": "linear", "models": document.data})
+    except sm.RecipeError:
+        pass
+
+
+_PLAIN = (
+    st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=5) | st.sampled_from(["linear", "a"])
+)
+_KEYS = st.sampled_from(
+    "merge_method models model slices sources layer_range modules base_model parameters weight value filter rules match "
+    "copy drop dtype output max_shard_size seed on_missing t".split()
+)
+_DATA = st.recursive(
+    _PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS | st.text(max_size=3), inner, max_size=4)
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(data=st.dictionaries(_KEYS, _DATA, max_size=6))
+def test_any_data_is_a_recipe_or_one_error(data: dict[str, Any]) -> None:
+    try:
+        read_recipe(data)
+    except sm.RecipeError:
+        pass
+
+
+# ------------------------------------------------------------------------------------------------- the schema
+
+
+def test_the_schema_in_the_repository_is_the_one_of_the_code() -> None:
+    assert json.loads((ROOT / "recipe.schema.json").read_text()) == json_schema(), "run scripts/schema"
+
+
+def test_the_schema_knows_what_the_reader_knows() -> None:
+    validator = jsonschema.Draft202012Validator(json_schema())
+    validator.check_schema(json_schema())
+    for text in mergekit_cases.CASES.values():
+        validator.validate(yaml.safe_load(text))
+    good = yaml.safe_load(EVERYTHING)
+    validator.validate(good)
+    for bad in (
+        {**good, "modles": []},
+        {**good, "merge_method": "tie"},
+        {**good, "on_missing": "whatever"},
+        {**good, "rules": [{"drop": True}]},
+        {**good, "models": []},
+        {**good, "models": [{"model": "a", "parameters": {"weight": {"filtre": "x", "value": 1}}}]},
+    ):
+        assert list(validator.iter_errors(bad)), bad
+
+
+# ------------------------------------------------------------------------------------------- the same recipe
+
+EVERYTHING = """\
+merge_method: ties
+models:
+- model: a.safetensors
+  parameters:
+    weight:
+    - filter: layer
+      value: [0.25, 0.75]
+    - value: 0.5
+    density: 0.5
+- model: b.safetensors
+  parameters:
+    weight: 2.0
+base_model: base.safetensors
+parameters:
+  normalize: true
+  density: 0.75
+rules:
+- match: ['*.bias', /^one$/]
+  parameters:
+    weight: [0.5, 0.25]
+- match: [scale]
+  merge_method: slerp
+  parameters:
+    t: 0.5
+- match: [embed.weight]
+  copy: b.safetensors
+- match: [empty]
+  dtype: float64
+- match: [mask]
+  drop: true
+out_dtype: float32
+compute_dtype: float64
+on_missing: base
+on_shape: rows
+integers: first
+allow_nonfinite: true
+output:
+  max_shard_size: 5000000
+seed: 3
+"""
+
+
+def test_a_recipe_goes_to_text_and_back(models: Path) -> None:
+    Path("recipe.yaml").write_text(EVERYTHING)
+    recipe = read_recipe("recipe.yaml")
+    assert to_yaml(recipe.to_dict()) == EVERYTHING
+    assert read_recipe(recipe.to_dict()) == recipe
+    with pytest.raises(sm.RecipeError, match="slerp merges exactly 2 models, not 3"):
+        sm.plan(recipe="recipe.yaml")
+
+
+def test_file_dict_and_arguments_give_the_same_bytes(models: Path) -> None:
+    Path("recipe.yaml").write_text(
+        "merge_method: ties\nbase_model: base.safetensors\nparameters: {density: 0.5}\nmodels:\n"
+        "- {model: a.safetensors, parameters: {weight: 0.7}}\n- {model: b.safetensors, parameters: {weight: 0.3}}\n"
+    )
+    sm.merge(recipe="recipe.yaml", out="one.safetensors")
+    sm.merge(recipe=yaml.safe_load(Path("recipe.yaml").read_text()), out="two.safetensors")
+    given = {"base": "base.safetensors", "method": "ties", "density": 0.5, "weights": [0.7, 0.3]}
+    sm.merge(["a.safetensors", "b.safetensors"], "three.safetensors", **given)
+    one, two, three = (Path(f"{n}.safetensors").read_bytes() for n in ("one", "two", "three"))
+    assert one == two == three
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["a.safetensors", "b.safetensors", "--weights", "0.6,0.4"],
+        ["a.safetensors", "b.safetensors", "--weights", "2,1", "--no-normalize", "--dtype", "bfloat16"],
+        ["a.safetensors", "b.safetensors", "--base", "base.safetensors", "--method", "dare_ties", "-p", "density=0.5,0.7"],
+        ["a.safetensors", "b.safetensors", "--method", "slerp", "-p", "t=0.3", "--integers", "first", "--seed", "4"],
+        ["?.safetensors", "--last", "2", "--ema-decay", "0.5"],
+        ["a.safetensors", "base.safetensors", "--base", "base.safetensors", "--method", "task_arithmetic"],
+    ],
+    ids=" ".join,
+)
+def test_any_command_can_be_saved_as_a_recipe(arguments: list[str], models: Path, cli: Cli) -> None:
+    Path("saved.yaml").write_text(cli("plan", *arguments, "--format", "yaml").stdout)
+    cli("merge", *arguments, "-o", "one.safetensors")
+    cli("merge", "saved.yaml", "-o", "two.safetensors")
+    assert Path("one.safetensors").read_bytes() == Path("two.safetensors").read_bytes()
+    Path("inside.yaml").write_text(cli("inspect", "one.safetensors", "--recipe").stdout)
+    cli("merge", "inside.yaml", "-o", "three.safetensors")
+    assert Path("one.safetensors").read_bytes() == Path("three.safetensors").read_bytes()
+
+
+def test_the_recipe_travels_in_a_pth_too(voices: tuple[Path, Path], tmp_path: Path, cli: Cli) -> None:
+    cli("merge", "news.pth", "audiobook.pth", "--weights", "0.6,0.4", "-o", "voice.pth")
+    saved = cli("inspect", "voice.pth", "--recipe").stdout
+    assert yaml.safe_load(saved)["models"] == [
+        {"model": "news.pth", "parameters": {"weight": 0.6}},
+        {"model": "audiobook.pth", "parameters": {"weight": 0.4}},
+    ]
+    (tmp_path / "saved.yaml").write_text(saved)
+    cli("merge", "saved.yaml", "-o", "again.pth")
+    assert (tmp_path / "again.pth").read_bytes() == (tmp_path / "voice.pth").read_bytes()
+    for mmap in (False, True):
+        assert torch.load(tmp_path / "voice.pth", weights_only=True, mmap=mmap)["step"] == 30
+    assert "carries no recipe" in cli("inspect", "news.pth", "--recipe", code=2).stderr
+
+
+def test_absolute_paths_stay_out_of_the_output(models: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / "a.safetensors").rename(tmp_path / name / "x.safetensors") if name == "one" else (
+            tmp_path / "b.safetensors"
+        ).rename(tmp_path / name / "x.safetensors")
+    sm.merge([tmp_path / "one" / "x.safetensors", tmp_path / "two" / "x.safetensors"], tmp_path / "out")
+    record = yaml.safe_load((tmp_path / "out" / "streammerge.yaml").read_text())
+    assert [m["model"] for m in record["models"]] == ["one/x.safetensors", "two/x.safetensors"]
+    made = sm.merge(recipe=tmp_path / "out" / "streammerge.yaml", out=tmp_path / "again")
+    assert_same(load_safetensors(made.out / "model.safetensors"), load_safetensors(tmp_path / "out" / "model.safetensors"))
+
+
+def test_options_win_over_a_recipe_and_models_do_not(models: Path, cli: Cli) -> None:
+    Path("recipe.yaml").write_text(LINEAR + "dtype: bfloat16\n")
+    cli("merge", "recipe.yaml", "-o", "out.safetensors", "--dtype", "float32", "--out-dtype", "float16")
+    assert load_safetensors(Path("out.safetensors"))["scale"].dtype == torch.float16
+    assert "weights beside a recipe" in cli("plan", "recipe.yaml", "--weights", "1,2", code=2).stderr
+    assert "stands alone" in cli("plan", "recipe.yaml", "a.safetensors", code=2).stderr
+
+
+def test_own_methods_are_not_imported_on_a_files_word(models: Path, cli: Cli) -> None:
+    Path("own.py").write_text("open('canary', 'w').close()\ndef first(group):\n    return lambda chunk: chunk.models[0]\n")
+    Path("recipe.yaml").write_text(LINEAR.replace("linear", "own:first"))
+    assert "is code" in cli("plan", "recipe.yaml", code=2).stderr
+    assert not Path("canary").exists()
+    cli("merge", "recipe.yaml", "-o", "out.safetensors", "--own-methods")
+    assert octets(load_safetensors(Path("out.safetensors"))["scale"]) == octets(trained(1)["scale"])
+
+
+def test_models_are_found_beside_the_recipe_and_in_the_hubs_cache(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "recipe.yaml").write_text(LINEAR)
+    monkeypatch.chdir(elsewhere)
+    assert sm.plan(recipe=tmp_path / "recipe.yaml").recipe.inputs == (
+        str(tmp_path / "a.safetensors"),
+        str(tmp_path / "b.safetensors"),
+    )
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--org--name"
+    (repository / "snapshots" / revision).mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    (repository / "snapshots" / revision / "model.safetensors").symlink_to(tmp_path / "b.safetensors")
+    (tmp_path / "recipe.yaml").write_text(LINEAR.replace("b.safetensors", "org/name"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    found = read_recipe(tmp_path / "recipe.yaml")
+    assert found.inputs[1] == str(repository / "snapshots" / revision)
+    assert found.written[found.inputs[1]] == "org/name"
+
+
+def test_reading_a_recipe_imports_no_torch(models: Path) -> None:
+    Path("recipe.yaml").write_text(LINEAR)
+    code = "import sys, streammerge as sm; sm.plan(recipe='recipe.yaml'); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
