@@ -110,8 +110,8 @@ class Mismatch:
             common = len(ours) - len(self.missing.get(path, []))
             prefixes = _prefixes(self.missing.get(path, []), self.extra.get(path, []))
             if prefixes:
-                one, two = map(printable, prefixes)
-                said.append(f"another prefix: '{one}' in {printable(self.first)}, '{two}' in {shown}")
+                one, two = (f"'{printable(prefix)}'" if prefix else "none" for prefix in prefixes)
+                said.append(f"another prefix: {one} in {printable(self.first)}, {two} in {shown}")
             elif common * 2 < len(ours):
                 said.append(f"another architecture: {common} of {len(ours)} names are in {shown}")
             elif deep := _depths(ours, theirs):
@@ -123,16 +123,16 @@ class Mismatch:
 
 
 def _prefixes(missing: Sequence[str], extra: Sequence[str]) -> tuple[str, str] | None:
-    """The first parts of the names, where the names are equal behind them."""
+    """What the names begin with, where they are equal behind that."""
     if not missing or not extra:
         return None
-    for one, two in ((missing[0].partition(".")[0], extra[0].partition(".")[0]), ("", extra[0].partition(".")[0])):
-        one, two = (f"{part}." if part else "" for part in (one, two))
-        ours, theirs = ({name.removeprefix(p) for name in names} for p, names in ((one, missing), (two, extra)))
-        if len(ours & theirs) * 10 >= 9 * max(len(ours), len(theirs)):
+    own = [f"{names[0].partition('.')[0]}." for names in (missing, extra)]
+    for one, two in ((own[0], own[1]), ("", own[1]), (own[0], "")):
+        ours = {name.removeprefix(one) for name in missing if name.startswith(one)}
+        theirs = {name.removeprefix(two) for name in extra if name.startswith(two)}
+        if len(ours & theirs) * 10 >= 9 * max(len(missing), len(extra)):
             return one, two
-    one = f"{missing[0].partition('.')[0]}."
-    return (one, "") if {name.removeprefix(one) for name in missing} == set(extra) else None
+    return None
 
 
 def _depths(ours: Sequence[str], theirs: Sequence[str]) -> str:

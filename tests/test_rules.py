@@ -1,0 +1,440 @@
+"""Rules per tensor, policies, what checkpoints disagree about, and strangers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Cli, assert_same, load_safetensors, mean, octets, trained
+from safetensors.torch import save_file
+
+import streammerge as sm
+
+Tensors = dict[str, torch.Tensor]
+
+
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def saved(folder: Path, **models: Tensors) -> None:
+    for name, tensors in models.items():
+        save_file(tensors, folder / f"{name}.safetensors", {"format": "pt"})
+
+
+def voice_like(seed: int) -> Tensors:
+    return {
+        "gpt.text_embedding.weight": draw(seed, 30, 8),
+        "gpt.encoder.layer.weight": draw(seed + 10, 16, 16),
+        "gpt.encoder.layer.bias": draw(seed + 20, 16),
+        "gpt.decoder.0.weight": draw(seed + 30, 16, 16),
+        "gpt.decoder.norm1.bias": draw(seed + 40, 16),
+        "dvae.codebook": draw(seed + 50, 4, 4),
+    }
+
+
+@pytest.fixture
+def voices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensors, Tensors]:
+    a = voice_like(1)
+    b = {name: tensor + 0.1 * draw(7, *tensor.shape) for name, tensor in a.items()}
+    saved(tmp_path, a=a, b=b)
+    monkeypatch.chdir(tmp_path)
+    return a, b
+
+
+def recipe(**keys: Any) -> dict[str, Any]:
+    models = [
+        {"model": "a.safetensors", "parameters": {"weight": 0.6}},
+        {"model": "b.safetensors", "parameters": {"weight": 0.4}},
+    ]
+    return {"merge_method": "linear", "models": models, **keys}
+
+
+class TestRules:
+    rules = (
+        {"match": "*encoder*", "copy": "a.safetensors"},
+        {"match": ["*.bias", "/norm\\d+/"], "parameters": {"weight": [0.25, 0.75]}},
+        {"match": "*decoder.*", "merge_method": "slerp", "parameters": {"t": 0.3}},
+        {"match": "dvae.*", "drop": True},
+        {"match": "*text_embedding*", "dtype": "bfloat16"},
+    )
+
+    def test_each_tensor_goes_the_way_of_the_first_rule_that_matches(self, voices: tuple[Tensors, Tensors]) -> None:
+        a, b = voices
+        result = sm.merge(recipe=recipe(rules=list(self.rules)), out="out.safetensors")
+        slerped = "gpt.decoder.0.weight"
+        u, v = (t[slerped].double().flatten() for t in (a, b))
+        theta = torch.acos(u.dot(v) / (u.norm() * v.norm()))
+        expected = {
+            "gpt.text_embedding.weight": mean(
+                [a["gpt.text_embedding.weight"], b["gpt.text_embedding.weight"]], [0.6, 0.4]
+            ).bfloat16(),
+            "gpt.encoder.layer.weight": a["gpt.encoder.layer.weight"],
+            "gpt.encoder.layer.bias": a["gpt.encoder.layer.bias"],
+            "gpt.decoder.norm1.bias": mean([a["gpt.decoder.norm1.bias"], b["gpt.decoder.norm1.bias"]], [0.25, 0.75]),
+        }
+        made = load_safetensors(Path("out.safetensors"))
+        torch.testing.assert_close(
+            made.pop(slerped).double().flatten(),
+            (torch.sin(0.7 * theta) * u + torch.sin(0.3 * theta) * v) / torch.sin(theta),
+            rtol=1e-5,
+            atol=1e-6,
+        )
+        assert octets(made["gpt.text_embedding.weight"]) == octets(expected["gpt.text_embedding.weight"])
+        assert_same(made, expected)
+        assert result.plan.taken == [2, 1, 1, 1, 1]
+        assert not result.warnings
+
+    def test_the_plan_shows_what_each_rule_took(self, voices: tuple[Tensors, Tensors], cli: Cli) -> None:
+        rules = [*self.rules, {"match": "*nothing*", "drop": True}, {"match": "*encoder.layer.bias", "drop": True}]
+        Path("recipe.yaml").write_text(json.dumps(recipe(rules=rules)))
+        shown = cli("plan", "recipe.yaml").stdout
+        for line in (
+            "rule     *encoder*                  2 copied from a.safetensors",
+            "rule     *.bias, /norm\\d+/          1 merged  with weight [0.25, 0.75]",
+            "rule     *decoder.*                 1 by slerp  with t 0.3",
+            "rule     dvae.*                     1 left out",
+            "rule     *text_embedding*           1 merged as bfloat16",
+            "rule     *nothing*                  0 left out",
+        ):
+            assert line.split() in [row.split() for row in shown.splitlines()], shown
+        assert "the rule for *nothing* took no tensor: no tensor's name matches" in shown
+        assert (
+            "the rule for *encoder.layer.bias took no tensor: every tensor that it matches is taken by a rule before it"
+            in shown
+        )
+        told = json.loads(cli("plan", "recipe.yaml", "--format", "json").stdout)["rules"]
+        assert [rule["tensors"] for rule in told] == [2, 1, 1, 1, 1, 0, 0]
+
+    def test_a_pth_keeps_its_shape_under_rules(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        a, b = voice_like(1), voice_like(2)
+        for name, tensors in (("a", a), ("b", b)):
+            torch.save({"config": {"x": 1}, "model": tensors, "step": 3}, f"{name}.pth")
+        rules = [{"match": "*encoder*", "copy": "b.pth"}, {"match": "dvae.*", "drop": True}]
+        sm.merge(
+            recipe={"merge_method": "linear", "models": [{"model": "a.pth"}, {"model": "b.pth"}], "rules": rules},
+            out="out.pth",
+        )
+        made = torch.load("out.pth", weights_only=True)
+        assert (made["config"], made["step"]) == ({"x": 1}, 3)
+        assert "dvae.codebook" not in made["model"]
+        assert octets(made["model"]["gpt.encoder.layer.weight"]) == octets(b["gpt.encoder.layer.weight"])
+        assert octets(made["model"]["gpt.decoder.0.weight"]) == octets(
+            mean([a["gpt.decoder.0.weight"], b["gpt.decoder.0.weight"]], [1, 1])
+        )
+
+    def test_a_copy_may_come_from_a_model_that_is_not_merged(self, voices: tuple[Tensors, Tensors], tmp_path: Path) -> None:
+        other = voice_like(9) | {"gpt.text_embedding.weight": draw(9, 50, 8), "more": draw(1, 3)}
+        saved(tmp_path, other=other)
+        made = sm.merge(
+            recipe=recipe(rules=[{"match": "*text_embedding*", "copy": "other.safetensors"}]), out="out.safetensors"
+        )
+        out = load_safetensors(Path("out.safetensors"))
+        assert octets(out["gpt.text_embedding.weight"]) == octets(other["gpt.text_embedding.weight"])
+        assert out.keys() == voices[0].keys()
+        assert not made.warnings
+
+    def test_what_a_rule_cannot_copy_or_weigh_is_told(self, voices: tuple[Tensors, Tensors], tmp_path: Path) -> None:
+        saved(tmp_path, small={"gpt.encoder.layer.bias": draw(1, 16)})
+        with pytest.raises(sm.MismatchError, match=r"small.safetensors has no tensor gpt.encoder.layer.weight to copy"):
+            sm.plan(recipe=recipe(rules=[{"match": "*encoder*", "copy": "small.safetensors"}]))
+        with pytest.raises(sm.RecipeError, match="3 values of weight for 2 models"):
+            sm.plan(recipe=recipe(rules=[{"match": "*", "parameters": {"weight": [1, 2, 3]}}]))
+        with pytest.raises(sm.RecipeError, match="the rules leave no tensor over"):
+            sm.plan(recipe=recipe(rules=[{"match": "*", "drop": True}]))
+
+    def test_a_rule_settles_what_differs(self, voices: tuple[Tensors, Tensors], tmp_path: Path) -> None:
+        changed = voices[1] | {"dvae.codebook": draw(1, 5, 4)}
+        del changed["gpt.encoder.layer.bias"]
+        saved(tmp_path, b=changed)
+        with pytest.raises(sm.MismatchError):
+            sm.plan(recipe=recipe())
+        rules = [{"match": "dvae.*", "drop": True}, {"match": "*encoder*", "copy": "a.safetensors"}]
+        assert not sm.plan(recipe=recipe(rules=rules)).warnings
+
+
+class TestShapes:
+    def test_everything_that_differs_stands_in_one_table(self, voices: tuple[Tensors, Tensors], tmp_path: Path) -> None:
+        changed = voices[1] | {"gpt.text_embedding.weight": draw(1, 40, 8), "gpt.new": draw(1, 2)}
+        del changed["dvae.codebook"], changed["gpt.decoder.norm1.bias"]
+        saved(tmp_path, b=changed)
+        with pytest.raises(sm.MismatchError) as caught:
+            sm.plan(["a.safetensors", "b.safetensors"])
+        said = str(caught.value)
+        for part in (
+            "b.safetensors lacks 1: gpt.decoder.norm1.bias",
+            "b.safetensors has 1 that a.safetensors lacks (they stay out): gpt.new",
+            "gpt.text_embedding.weight  [30, 8]  [40, 8] in b.safetensors  vocabulary 30 against 40",
+            "this looks like vocabulary 30 against 40",
+            "--on-missing base",
+            "--on-shape base (keep the first's) or rows",
+        ):
+            assert part in said, said
+
+    @pytest.mark.parametrize("first", ["small", "large"])
+    @pytest.mark.parametrize("container", ["safetensors", "pth"])
+    def test_rows(self, first: str, container: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        rows = {"small": draw(1, 30, 8), "large": draw(2, 41, 8)}
+        order = [first, *({"small", "large"} - {first})]
+        for name in order:
+            torch.save({"model": {"emb.weight": rows[name], "w": draw(3, 3)}}, f"{name}.pth")
+        result = sm.merge([f"{name}.pth" for name in order], f"out.{container}", on_shape="rows")
+        path = Path(f"out.{container}")
+        made = load_safetensors(path) if container == "safetensors" else torch.load(path, weights_only=True)["model"]
+        common = mean([rows["small"], rows["large"][:30]], [1, 1])
+        assert octets(made["emb.weight"]) == octets(torch.cat([common, rows["large"][30:]]))
+        assert "30 rows of emb.weight are merged, the other 11 are those of large.pth" in result.warnings[0]
+
+    def test_rows_of_a_transposed_tensor(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        large, small = draw(2, 8, 41).t(), draw(1, 30, 8)
+        torch.save({"emb.weight": large}, "large.pth")
+        torch.save({"emb.weight": small}, "small.pth")
+        sm.merge(["large.pth", "small.pth"], "out.safetensors", on_shape="rows")
+        expected = torch.cat([mean([large[:30], small], [1, 1]), large[30:]])
+        assert octets(load_safetensors(Path("out.safetensors"))["emb.weight"]) == octets(expected)
+
+    def test_base_and_what_rows_cannot_settle(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        saved(tmp_path, a={"w": draw(1, 3, 4), "v": draw(1, 2)}, b={"w": draw(2, 3, 5), "v": draw(2, 2)})
+        with pytest.raises(sm.MismatchError, match=r"\[3, 4\]"):
+            sm.plan(["a.safetensors", "b.safetensors"], on_shape="rows")
+        result = sm.merge(["a.safetensors", "b.safetensors"], "out.safetensors", on_shape="base")
+        assert octets(load_safetensors(Path("out.safetensors"))["w"]) == octets(draw(1, 3, 4))
+        assert any("w is kept as the first has it" in warning for warning in result.warnings)
+
+    @pytest.mark.parametrize(
+        ("one", "two", "guess"),
+        [
+            ({"student.a": 1, "student.b": 1}, {"teacher.a": 1, "teacher.b": 1}, "another prefix: 'student.' in"),
+            ({"x.a": 1, "x.b": 1}, {"a": 1, "b": 1}, "another prefix: 'x.' in a.safetensors, none in b"),
+            ({"a": 1, "b": 1, "c": 1}, {"d": 1, "e": 1, "f": 1}, "another architecture: 0 of 3 names"),
+            (
+                {f"l.{i}.w": 1 for i in range(6)},
+                {f"l.{i}.w": 1 for i in range(4)},
+                "another depth: l has 6 layers against 4",
+            ),
+            ({"enc_p.emb_phone.weight": (4, 256)}, {"enc_p.emb_phone.weight": (4, 768)}, "v1 against v2"),
+            (
+                {"in.weight": (8, 4, 3, 3)},
+                {"in.weight": (8, 9, 3, 3)},
+                "an inpainting model against an ordinary one",
+            ),
+            (
+                {f"w{i}": (4, 4) for i in range(4)},
+                {f"w{i}": (6, 6) for i in range(4)},
+                "another size of the same architecture",
+            ),
+        ],
+    )
+    def test_guesses(
+        self, one: dict[str, Any], two: dict[str, Any], guess: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        for name, shapes in (("a", one), ("b", two)):
+            save_file(
+                {n: torch.zeros(s if isinstance(s, tuple) else (s,)) for n, s in shapes.items()}, f"{name}.safetensors"
+            )
+        with pytest.raises(sm.MismatchError) as caught:
+            sm.plan(["a.safetensors", "b.safetensors"])
+        assert f"this looks like {guess}" in str(caught.value)
+
+
+class TestQuantised:
+    @pytest.mark.parametrize(
+        ("companions", "name"),
+        [
+            (["q_proj.qweight", "q_proj.qzeros", "q_proj.scales"], "GPTQ or AWQ"),
+            (["q.weight", "q.weight.absmax", "q.weight.quant_map"], "bitsandbytes"),
+            (["q.weight", "q.weight.SCB".replace("weight.", "")], "bitsandbytes"),
+            (["q.weight", "q.weight_scale_inv"], "weight_scale_inv"),
+            (["q.weight", "q.scale_weight", "scaled_fp8"], "ComfyUI"),
+            (["q.weight", "q.weight_scale", "q.input_scale"], "weight_scale"),
+            (["q.weight_packed", "q.weight_scale", "q.weight_shape"], "compressed-tensors"),
+            (["mlp.down_proj_blocks", "mlp.down_proj_scales"], "MXFP4"),
+        ],
+    )
+    def test_it_is_refused_by_name(
+        self, companions: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        tensors = {n: torch.ones(4, 4) for n in [*companions, "norm.weight"]}
+        saved(tmp_path, a=tensors, b=tensors)
+        with pytest.raises(sm.MismatchError, match=f"is quantised: .*{name}"):
+            sm.plan(["a.safetensors", "b.safetensors"])
+        with pytest.raises(sm.MismatchError, match="is quantised"):
+            sm.convert("a.safetensors", "c.safetensors", dtype="float16")
+        sm.convert("a.safetensors", "c.safetensors")
+        rules = [{"match": f"*{companions[0].partition('.')[0]}*", "copy": "a.safetensors"}]
+        rules += [{"match": "scaled_fp8", "copy": "a.safetensors"}]
+        assert sm.plan(recipe=recipe(rules=rules)).counts()["linear"] == 1
+
+    def test_only_in_the_second_checkpoint(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        saved(tmp_path, a={"q.weight": torch.ones(2)}, b={"q.weight": torch.ones(2), "q.weight_scale": torch.ones(1)})
+        with pytest.raises(sm.MismatchError, match="b.safetensors is quantised"):
+            sm.plan(["a.safetensors", "b.safetensors"], on_missing="base")
+
+    def test_gguf_and_scaleless_fp8(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "x.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(64))
+        with pytest.raises(sm.FormatError, match="GGUF file, whose weights are quantised"):
+            sm.inspect("x.gguf")
+        values = [draw(s, 40, 8).to(torch.float8_e4m3fn) for s in (1, 2)]
+        saved(tmp_path, a={"w": values[0]}, b={"w": values[1]})
+        sm.merge(["a.safetensors", "b.safetensors"], "out.safetensors")
+        expected = ((values[0].double() + values[1].double()) / 2).to(torch.float8_e4m3fn)
+        assert octets(load_safetensors(Path("out.safetensors"))["w"]) == octets(expected)
+
+
+class TestStrangers:
+    def test_two_trainings_are_told_from_fine_tunes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        made = {name: {f"l{i}.weight": draw(s + i, 64, 64) for i in range(3)} for name, s in (("a", 0), ("b", 50))}
+        tuned = {name: t + 0.1 * draw(99, 64, 64) for name, t in made["a"].items()}
+        for tensors in (*made.values(), tuned):
+            tensors["norm.weight"] = torch.ones(512)
+        saved(tmp_path, a=made["a"], b=made["b"], tuned=tuned)
+        related = sm.merge(["a.safetensors", "tuned.safetensors"], "one.safetensors")
+        assert related.warnings == ()
+        apart = sm.merge(["a.safetensors", "tuned.safetensors", "b.safetensors"], "two.safetensors")
+        assert len(apart.warnings) == 1
+        assert "b.safetensors has the names and shapes of a.safetensors but seems to come from another" in apart.warnings[0]
+        u, v = (torch.stack([made[n][f"l{i}.weight"].flatten() for i in range(3)]).double() for n in "ab")
+        median = torch.nn.functional.cosine_similarity(u, v).median().item()
+        assert f"median cosine of 3 sampled tensors is {median:.3f}" in apart.warnings[0]
+
+
+class TestFolders:
+    """What a Hugging Face folder says beside its tensors follows the merge."""
+
+    def make(self, folder: Path, name: str, head: bool, layers: int = 3, **config: Any) -> Tensors:
+        tensors = {"model.embed_tokens.weight": draw(len(name), 7, 4), "model.norm.weight": draw(2, 4)}
+        tensors |= {f"model.layers.{n}.mlp.weight": draw(n + 10 * len(name), 4, 4) for n in range(layers)}
+        if head:
+            tensors["lm_head.weight"] = draw(5, 7, 4)
+        (folder / name).mkdir()
+        save_file(tensors, folder / name / "model.safetensors", {"format": "pt"})
+        written = {"num_hidden_layers": layers, "vocab_size": 7, "torch_dtype": "float32", **config}
+        (folder / name / "config.json").write_text(json.dumps(written))
+        return tensors
+
+    def config(self, path: str) -> dict[str, Any]:
+        return json.loads(Path(path, "config.json").read_text())  # type: ignore[no-any-return]
+
+    def test_layers_dtype_and_lists_of_layers(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        kinds = ["full", "sliding", "chunked"]
+        a = self.make(tmp_path, "a", False, layer_types=kinds, mlp_only_layers=[], tie_word_embeddings=True)
+        slices = [{"sources": [{"model": "a", "layer_range": span}]} for span in ([0, 2], [1, 3])]
+        sm.merge(recipe={"merge_method": "passthrough", "slices": slices, "dtype": "bfloat16"}, out="out")
+        config = self.config("out")
+        assert (config["num_hidden_layers"], config["torch_dtype"]) == (4, "bfloat16")
+        assert config["layer_types"] == ["full", "sliding", "sliding", "chunked"]
+        assert (config["mlp_only_layers"], config["tie_word_embeddings"], config["vocab_size"]) == ([], True, 7)
+        out = load_safetensors(Path("out/model.safetensors"))
+        for place, layer in enumerate((0, 1, 1, 2)):
+            expected = a[f"model.layers.{layer}.mlp.weight"].bfloat16()
+            assert octets(out[f"model.layers.{place}.mlp.weight"]) == octets(expected)
+
+    @pytest.mark.parametrize("order", [["tied", "own"], ["own", "tied"]])
+    def test_one_head_is_tied_the_other_is_not(
+        self, order: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        tied = self.make(tmp_path, "tied", False, tie_word_embeddings=True)
+        own = self.make(tmp_path, "own", True, tie_word_embeddings=False)
+        sm.merge(order, "out/")
+        out = load_safetensors(Path("out/model.safetensors"))
+        expected = mean([tied["model.embed_tokens.weight"], own["lm_head.weight"]], [1, 1])
+        assert octets(out["lm_head.weight"]) == octets(expected)
+        assert self.config("out")["tie_word_embeddings"] is False
+
+    def test_all_heads_are_tied(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        self.make(tmp_path, "a", False, tie_word_embeddings=True)
+        self.make(tmp_path, "bb", False, tie_word_embeddings=True)
+        sm.merge(["a", "bb"], "out/")
+        assert "lm_head.weight" not in load_safetensors(Path("out/model.safetensors"))
+        assert Path("out/config.json").read_bytes() == Path("a/config.json").read_bytes()
+
+    def test_a_head_that_is_missing_and_not_tied_is_a_mismatch(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        self.make(tmp_path, "a", True, tie_word_embeddings=False)
+        self.make(tmp_path, "bb", False, tie_word_embeddings=False)
+        with pytest.raises(sm.MismatchError, match=r"lacks 1: lm_head\.weight"):
+            sm.plan(["a", "bb"], "out/")
+
+    def test_the_vocabulary_grows_with_the_rows(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        self.make(tmp_path, "a", False)
+        bigger = self.make(tmp_path, "bb", False)
+        bigger["model.embed_tokens.weight"] = draw(3, 9, 4)
+        save_file(bigger, tmp_path / "bb" / "model.safetensors", {"format": "pt"})
+        sm.merge(["a", "bb"], "out/", on_shape="rows")
+        assert self.config("out")["vocab_size"] == 9
+
+    def test_slices_beyond_the_layers_and_of_several_stacks(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        self.make(tmp_path, "a", False)
+        (tmp_path / "r.yaml").write_text(
+            "merge_method: passthrough\nslices:\n- sources:\n  - model: a\n    layer_range: [1, 4]\n"
+        )
+        with pytest.raises(sm.RecipeError, match=r"r.yaml:5:5: layer_range \[1, 4\] reaches beyond the 3 layers of a"):
+            sm.plan(recipe="r.yaml")
+        two = {f"{side}.layers.{n}.w": draw(n, 4) for n in range(3) for side in ("encoder", "decoder")}
+        saved(tmp_path, two=two, flat={"w": draw(1, 3)})
+        source = {"model": "two.safetensors", "layer_range": [0, 2]}
+        with pytest.raises(sm.RecipeError, match="several stacks of layers: .*encoder.layers"):
+            sm.plan(recipe={"merge_method": "passthrough", "slices": [{"sources": [source]}]})
+        with pytest.raises(sm.RecipeError, match="has no layers"):
+            flat = {"model": "flat.safetensors", "layer_range": [0, 2]}
+            sm.plan(recipe={"merge_method": "passthrough", "slices": [{"sources": [flat]}]})
+        modules = {"encoder": {"slices": [{"sources": [source]}]}, "decoder": {"models": [{"model": "two.safetensors"}]}}
+        sm.merge(recipe={"merge_method": "passthrough", "modules": modules}, out="out.safetensors")
+        made = load_safetensors(Path("out.safetensors"))
+        assert sorted(made) == sorted(set(two) - {"encoder.layers.2.w"})
+        with pytest.raises(sm.RecipeError, match="belongs to a module text"):
+            sm.plan(recipe={"merge_method": "passthrough", "modules": {"text": {"models": [{"model": "two.safetensors"}]}}})
+
+    def test_tensors_of_no_module_are_copied(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        a, b = ({"enc.w": draw(s, 3), "dec.w": draw(s + 1, 3)} for s in (1, 5))
+        saved(tmp_path, a=a, b=b)
+        modules = {"enc": {"models": [{"model": "a.safetensors"}, {"model": "b.safetensors"}]}}
+        result = sm.merge(recipe={"merge_method": "linear", "modules": modules}, out="out.safetensors")
+        made = load_safetensors(Path("out.safetensors"))
+        assert_same(made, {"enc.w": mean([a["enc.w"], b["enc.w"]], [1, 1]), "dec.w": a["dec.w"]})
+        assert any("belong to no module and are copied: dec.w" in note for note in result.notes)
+
+    def test_layers_cannot_be_moved_in_a_pth(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        torch.save({"model": {f"l.{n}.w": draw(n, 3) for n in range(3)}}, "a.pth")
+        slices = [{"sources": [{"model": "a.pth", "layer_range": [0, 2]}]}]
+        with pytest.raises(sm.RecipeError, match="no layers can be moved"):
+            sm.plan(recipe={"merge_method": "passthrough", "slices": slices}, out="out.pth")
+        sm.merge(recipe={"merge_method": "passthrough", "slices": slices}, out="out.safetensors")
+
+
+def test_one_file_with_two_state_dicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """icefall's average over an interval: a combination of the running means of two checkpoints."""
+    monkeypatch.chdir(tmp_path)
+    start, end = ({"w": draw(s, 40), "b": draw(s + 1, 3)} for s in (1, 3))
+    for name, averaged in (("start", start), ("end", end)):
+        torch.save({"model": trained(1), "model_avg": averaged, "batch_idx_train": 4000}, f"{name}.pt")
+    models = [
+        {"model": "end.pt", "state_dict": "model_avg", "parameters": {"weight": 4.0}},
+        {"model": "start.pt", "state_dict": "model_avg", "parameters": {"weight": -3.0}},
+    ]
+    sm.merge(recipe={"merge_method": "linear", "models": models}, out="out.safetensors")
+    made = load_safetensors(Path("out.safetensors"))
+    assert octets(made["w"]) == octets((4.0 * end["w"].double() - 3.0 * start["w"].double()).float())
+    both = [{"model": "end.pt", "state_dict": "model"}, {"model": "end.pt", "state_dict": "model"}]
+    assert len(sm.plan(recipe={"merge_method": "linear", "models": both}).recipe.checkpoints) == 1
