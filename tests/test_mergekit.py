@@ -57,7 +57,7 @@ def test_a_recipe_that_travelled_gives_the_same_bytes(
 
 
 def test_what_stands_before_the_layers_and_what_behind() -> None:
-    """Names from the architectures that can be sliced: embeddings come from the first slice, norm and head from the last."""
+    """Names of architectures that can be sliced: embeddings come from the first slice, norm and head from the last."""
     before = (
         "model.embed_tokens.weight transformer.wte.weight transformer.wpe.weight bert.embeddings.word_embeddings.weight "
         "bert.embeddings.LayerNorm.weight gpt_neox.embed_in.weight transformer.word_embeddings.weight "
@@ -66,8 +66,8 @@ def test_what_stands_before_the_layers_and_what_behind() -> None:
     )
     behind = (
         "model.norm.weight lm_head.weight embed_out.weight transformer.ln_f.bias gpt_neox.final_layer_norm.weight "
-        "bert.pooler.dense.weight classifier.weight cls.predictions.bias output.weight score.weight lm_head.layer_norm.bias "
-        "transformer.encoder.final_layernorm.weight transformer.output_layer.weight pre_classifier.bias vocab_projector.bias "
+        "vocab_projector.bias bert.pooler.dense.weight classifier.weight cls.predictions.bias output.weight score.weight "
+        "lm_head.layer_norm.bias transformer.encoder.final_layernorm.weight transformer.output_layer.weight pre_classifier.bias "
         "backbone.norm_f.weight cls.predictions.transform.LayerNorm.weight"
     )
     assert all(map(is_before, before.split()))
@@ -129,7 +129,8 @@ dtype: float32
 slices:
   - sources: [{model: a, layer_range: [0, 2], parameters: {weight: [0.2, 0.8]}},
               {model: b, layer_range: [1, 3], parameters: {weight: 0.3}}]
-  - sources: [{model: a, layer_range: [2, 3], parameters: {weight: 1}}, {model: b, layer_range: [0, 1], parameters: {weight: 1}}]
+  - sources: [{model: a, layer_range: [2, 3], parameters: {weight: 1}},
+              {model: b, layer_range: [0, 1], parameters: {weight: 1}}]
 merge_method: linear
 dtype: float32
 """,
