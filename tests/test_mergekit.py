@@ -67,7 +67,8 @@ def test_what_stands_before_the_layers_and_what_behind() -> None:
     behind = (
         "model.norm.weight lm_head.weight embed_out.weight transformer.ln_f.bias gpt_neox.final_layer_norm.weight "
         "vocab_projector.bias bert.pooler.dense.weight classifier.weight cls.predictions.bias output.weight score.weight "
-        "lm_head.layer_norm.bias transformer.encoder.final_layernorm.weight transformer.output_layer.weight pre_classifier.bias "
+        "lm_head.layer_norm.bias transformer.encoder.final_layernorm.weight transformer.output_layer.weight "
+        "pre_classifier.bias "
         "backbone.norm_f.weight cls.predictions.transform.LayerNorm.weight"
     )
     assert all(map(is_before, before.split()))
