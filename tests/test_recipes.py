@@ -421,3 +421,43 @@ def test_reading_a_recipe_imports_no_torch(models: Path) -> None:
     Path("recipe.yaml").write_text(LINEAR)
     code = "import sys, streammerge as sm; sm.plan(recipe='recipe.yaml'); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+# ------------------------------------------------------------------------------------------------ the examples
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_examples_do_what_they_say(example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = yaml.safe_load(example.read_text())
+    jsonschema.validate(data, json_schema())
+    named = [data.get("base_model"), *(m["model"] for m in data.get("models", []))]
+    named += [source["model"] for each in data.get("slices", []) for source in each["sources"]]
+    names = [f"model.layers.{n}.mlp.up_proj.weight" for n in range(32)] + [
+        "model.embed_tokens.weight",
+        "gpt.conditioning_encoder.init.weight",
+        "gpt.norm.bias",
+        "hifigan_decoder.conv.weight",
+        "dvae.codebook",
+    ]
+    for seed, name in enumerate(filter(None, dict.fromkeys(named))):
+        make = torch.Generator().manual_seed(seed)
+        tensors = {n: torch.randn(4, 4, generator=make) for n in names}
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        if name.endswith("/"):
+            path.mkdir()
+            save_file(tensors, path / "model.safetensors", {"format": "pt"})
+            (path / "config.json").write_text('{"num_hidden_layers": 32}')
+        else:
+            averaged = {n: tensor.clone() for n, tensor in tensors.items()}
+            torch.save({"model": tensors, "model_avg": averaged, "step": seed}, path)
+    out = example.read_text().partition(" -o ")[2].split()[0]
+    result = sm.merge(recipe=example, out=out)
+    assert all(result.plan.taken)
+    if example.stem == "icefall-average":
+        ends = [torch.load(tmp_path / f"exp/epoch-{n}.pt")["model_avg"]["gpt.norm.bias"].double() for n in (30, 10)]
+        expected = ((60000 * ends[0] - 20000 * ends[1]) / 40000).float()
+        assert octets(torch.load(tmp_path / out)["model_avg"]["gpt.norm.bias"]) == octets(expected)
+    if example.stem == "frankenmerge":
+        assert json.loads((tmp_path / out / "config.json").read_text())["num_hidden_layers"] == 48
