@@ -44,6 +44,11 @@ class Voice(torch.nn.Module):
         self.xtts.register_buffer("mel_stats", torch.ones(80))
         self.dvae = torch.nn.Linear(80, 512)
 
+    def speak_differently(self) -> None:
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.add_(0.005 * torch.randn_like(parameter))
+
     def train_once(self) -> torch.optim.Optimizer:
         """One step of AdamW, so that there is optimizer state to leave out."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=1e-4)
@@ -56,8 +61,10 @@ def make(folder: Path) -> None:
     for name, (seed, step, epoch, loss) in VOICES.items():
         if (folder / name).exists():
             continue
+        torch.manual_seed(0)
+        model = Voice()  # both come from one model, as fine-tunes do
         torch.manual_seed(seed)
-        model = Voice()
+        model.speak_differently()
         save_model(
             {"model": "xtts", "audio": {"sample_rate": 22050}, "languages": ["en", "de"]},
             model,

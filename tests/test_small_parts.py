@@ -74,7 +74,8 @@ def test_public_names_are_sorted_and_there() -> None:
 
 
 def test_torch_is_imported_only_where_values_are_computed() -> None:
-    code = "import sys, streammerge.cli; print([m for m in ('torch', 'numpy', 'safetensors') if m in sys.modules])"
+    heavy = ("torch", "numpy", "safetensors", "yaml")
+    code = f"import sys, streammerge.cli; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

@@ -253,7 +253,7 @@ class _Aligner:
         spec = self._spec(name, present[0].spec, rule)
         if whole is not None:
             spec = replace(spec, shape=(whole, *spec.shape[1:]))
-        absent_here = any(s is None for s in sources) and (recipe.on_missing == "base" or ignored_by_loader(name))
+        absent_here = None in sources and (recipe.on_missing == "base" or ignored_by_loader(name))
         models = [number for number, s in enumerate(sources[based:]) if s is not None]
         if keep or method is COPY or absent_here or len(models) < method.models[0]:
             return Merged(names, spec, COPY, present[:1], tied=tied, rest=rest)
@@ -300,8 +300,10 @@ class _Aligner:
     def _in_shape(self, name: str, sources: _Sources) -> tuple[_Sources, TensorEntry | None, bool | None]:
         """The sources, cut to their common rows where that is asked for; the rows that stay; and whether only the first
         is kept. None for a tensor that differs and cannot be settled."""
+        first = next(s.spec for s in sources if s is not None)
+        if all(s is None or (s.spec.shape == first.shape and s.spec.dtype is first.dtype) for s in sources):
+            return sources, None, False
         present = [(s, v.index) for s, v in zip(sources, self.part.views, strict=True) if s is not None]
-        first = present[0][0].spec
         other = next((p for p in present[1:] if _differ(first, p[0].spec)), None)
         if other is None:
             return sources, None, False

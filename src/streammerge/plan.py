@@ -198,9 +198,9 @@ def _tasks(placed: Placed, seed: int) -> list[MergeTask]:
         if placed.source is None:
             raise ValueError(f"{spec.name} has no source")
         return [MergeTask(spec, COPY, (placed.source,), placed.file, placed.offset)]
-    made, tail = replace(spec, shape=m.sources[0].spec.shape), []
+    made, tail = spec, []
     if m.rest is not None:
-        more = replace(spec, shape=m.rest.spec.shape)
+        made, more = replace(spec, shape=m.sources[0].spec.shape), replace(spec, shape=m.rest.spec.shape)
         tail = [MergeTask(more, COPY, (m.rest,), placed.file, placed.offset + made.nbytes)]
     head = MergeTask(made, m.method, m.sources, placed.file, placed.offset, m.parameters, m.compute, m.based, seed)
     return [head, *tail]

@@ -209,7 +209,8 @@ def _as_state_dict(path: tuple[Any, ...], node: Any) -> Candidate | None:
         tensors = [
             Found(_name((k,)), v, node, k) for k, v in items if isinstance(v, TensorRef) and isinstance(k, str | int)
         ]
-        nested = any(mapping_items(v) or isinstance(v, list) for k, v in items if not _ignorable(k))
+        others = [(k, v) for k, v in items if not isinstance(v, TensorRef)]
+        nested = any(mapping_items(v) or isinstance(v, list) for k, v in others if not _ignorable(k))
         enough = len(tensors) * 2 >= len(items) and (not nested or len(tensors) * 10 >= len(items) * 9)
         return Candidate(path, "state dict", tensors, len(items) - len(tensors)) if tensors and enough else None
     if isinstance(node, list | tuple) and node and all(isinstance(v, TensorRef) for v in node):
@@ -260,8 +261,10 @@ def _members(node: Any) -> set[str]:
     return set(map(str, inside)) if isinstance(inside, list | tuple) else set()
 
 
-def _name(path: Iterable[Any]) -> str:
+def _name(path: tuple[Any, ...]) -> str:
     """Keys joined with dots. Many tensors below few long keys would have endless names, hence the limit."""
+    if len(path) == 1 and isinstance(path[0], str) and len(path[0]) <= _MOST_NAME:
+        return path[0]
     parts = list(map(str, path))
     if sum(map(len, parts)) > _MOST_NAME:
         raise FormatError(f"a tensor's name of {sum(map(len, parts))} characters is beyond the limit of {_MOST_NAME}")

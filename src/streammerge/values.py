@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from streammerge.errors import RecipeError, printable
@@ -14,12 +14,24 @@ from streammerge.recipe.settings import Chain, Setting, Settings
 from streammerge.tensors import TensorEntry
 
 
+@dataclass(slots=True)
+class _Asked:
+    """For each parameter a chain for each model, or a single one; ``values`` of all tensors, where they are the same."""
+
+    chains: list[tuple[Parameter, list[Chain]]]
+    values: dict[str, Any] | None = None
+
+    @property
+    def fixed(self) -> bool:
+        return all(chain.fixed for _, chains in self.chains for chain in chains)
+
+
 class ParameterValues:
     """The values of one part's tensors, resolved once for each that is different."""
 
     def __init__(self, recipe: Recipe, part: Part) -> None:
         self.recipe, self.part = recipe, part
-        self.chains: dict[tuple[str, bool, int | None], list[tuple[Parameter, list[Chain]]]] = {}
+        self.asked: dict[tuple[str, bool, int | None], _Asked] = {}
         self.resolved: dict[Any, dict[str, Any]] = {}
 
     def of(
@@ -29,10 +41,13 @@ class ParameterValues:
 
         Raises RecipeError for values that cannot be.
         """
-        t = self.part.position(name)
         models = sources[based:]
+        asked, whole = self._asked(method, based, rule), None not in models
+        if whole and asked.values is not None:
+            return asked.values
+        t = self.part.position(name)
         given: dict[str, Any] = {}
-        for parameter, chains in self._chains(method, based, rule):
+        for parameter, chains in asked.chains:
             value: Any
             if parameter.per_model:
                 found = [c.at(s.spec.name, t) for c, s in zip(chains, models, strict=True) if s is not None]
@@ -44,12 +59,13 @@ class ParameterValues:
         known = (method.name, len(models) - models.count(None), *given.items())
         if known not in self.resolved:
             self.resolved[known] = self._resolve(method, given, models, name, rule)
+        if whole and asked.fixed:
+            asked.values = self.resolved[known]
         return self.resolved[known]
 
-    def _chains(self, method: MergeMethod, based: bool, rule: Rule | None) -> list[tuple[Parameter, list[Chain]]]:
-        """For each parameter what is asked: one chain for each model, or a single one."""
-        known = (method.name, based, id(rule) if rule and rule.parameters else None)
-        if known not in self.chains:
+    def _asked(self, method: MergeMethod, based: bool, rule: Rule | None) -> _Asked:
+        known = method.name, based, id(rule) if rule and rule.parameters else None
+        if known not in self.asked:
             views = self.part.views[based:]
             made = []
             for parameter in method.parameters.values():
@@ -57,8 +73,8 @@ class ParameterValues:
                 owned = [view.own for view in views] if parameter.per_model else [{}]
                 levels = [(first, own, *self.part.levels) for first, own in zip(ruled, owned, strict=False)]
                 made.append((parameter, [Chain(parameter, each) for each in levels]))
-            self.chains[known] = made
-        return self.chains[known]
+            self.asked[known] = _Asked(made)
+        return self.asked[known]
 
     def _of_rule(self, parameter: Parameter, rule: Rule | None, models: int) -> list[Settings]:
         """A rule's setting for each model: a list is not a gradient there, but one value for each."""

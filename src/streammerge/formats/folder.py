@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +127,7 @@ def read_sharded(index: Path, read_file: ReadFile) -> Container:
         notes += container.notes
         metadata = metadata or container.metadata
         storages |= {f"{number}/{key}": place for key, place in container.storages.items()}
-        for found in select(container.tree).tensors:
-            name = found.name
+        for name, ref in _tensors(container):
             if name in holders:
                 both = f"{printable(holders[name])} and {printable(shard)}"
                 raise FormatError(f"{where}: the tensor {printable(name)} stands in two shards, {both}")
@@ -140,7 +139,7 @@ def read_sharded(index: Path, read_file: ReadFile) -> Container:
                 raise FormatError(
                     f"{where} puts {printable(name)} into {printable(weight_map[name])}, but it is in {printable(shard)}"
                 )
-            tree[name] = _renamed(found.ref, f"{number}/")
+            tree[name] = _renamed(ref, f"{number}/")
     absent = [name for name in weight_map if name not in holders]
     if absent:
         raise FormatError(f"{where} names tensors that its shards do not have: {listed(absent)}")
@@ -148,6 +147,12 @@ def read_sharded(index: Path, read_file: ReadFile) -> Container:
         notes.append(f"{where} does not name {len(extra)} tensors of its shards, which are left out: {listed(extra)}")
     kind = "sharded PyTorch" if True in kinds else "sharded safetensors"
     return Container(folder, kind, tree, storages, tuple(files), metadata, notes)
+
+
+def _tensors(container: Container) -> Iterable[tuple[str, TensorRef]]:
+    if not container.pickled:
+        return container.tree.items()  # type: ignore[no-any-return]
+    return [(found.name, found.ref) for found in select(container.tree).tensors]
 
 
 def _renamed(ref: TensorRef, prefix: str) -> TensorRef:

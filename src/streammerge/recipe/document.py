@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
-
-import yaml
+from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import RecipeError, printable
 from streammerge.recipe.kinds import Path, Place
+
+if TYPE_CHECKING:
+    import yaml
 
 _MOST_CHARACTERS = 16 << 20
 _MOST_NODES = 200_000
@@ -30,6 +31,8 @@ class Document:
 
 def parse(text: str, name: str) -> Document:
     """The one document of a text. Raises RecipeError, with the line, for what is not YAML."""
+    import yaml  # here, since only recipes need it
+
     if len(text) > _MOST_CHARACTERS:
         raise RecipeError(f"{printable(name)} has {len(text)} characters, beyond the limit of {_MOST_CHARACTERS}")
     try:
@@ -55,6 +58,9 @@ def parse(text: str, name: str) -> Document:
 
 class _Reader:
     def __init__(self, name: str) -> None:
+        import yaml
+
+        self.yaml = yaml
         self.name, self.left = name, _MOST_NODES
         self.places: dict[Path, Place] = {}
         self.doubled: list[Path] = []
@@ -74,18 +80,18 @@ class _Reader:
         self.left -= 1
         if self.left < 0 or len(path) > _DEEPEST:
             raise RecipeError(f"{self.places[path[:1]]}this is nested or repeated without end, which is refused")
-        if isinstance(node, yaml.MappingNode):
+        if isinstance(node, self.yaml.MappingNode):
             self.scalars.flatten_mapping(node)
             made: dict[Any, Any] = {}
             for key_node, value_node in node.value:
-                key = self._scalar(key_node) if isinstance(key_node, yaml.ScalarNode) else "(a list or mapping)"
+                key = self._scalar(key_node) if isinstance(key_node, self.yaml.ScalarNode) else "(a list or mapping)"
                 below = (*path, key)
                 if key in made:
                     self.doubled.append(below)
                 self._mark(below, key_node)
                 made[key] = self._data(value_node, below)
             return made
-        if isinstance(node, yaml.SequenceNode):
+        if isinstance(node, self.yaml.SequenceNode):
             items = []
             for number, item in enumerate(node.value):
                 self._mark((*path, number), item)
@@ -96,25 +102,25 @@ class _Reader:
     def _scalar(self, node: yaml.Node) -> Any:
         try:
             return self.scalars.construct_object(node)
-        except (yaml.YAMLError, ValueError, OverflowError) as error:
+        except (self.yaml.YAMLError, ValueError, OverflowError) as error:
             raise RecipeError(
                 f"{self._place(node)}{printable(node.value, 40)} is not a value that a recipe can have"
             ) from error
 
 
-class _Dumper(yaml.SafeDumper):
-    """Lists of numbers stand in one line, and nothing is shortened to an anchor."""
-
-    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
-        return True
-
-    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:  # noqa: ARG002
-        plain = all(not isinstance(item, dict | list) for item in sequence)
-        return super().represent_sequence(tag, sequence, flow_style=plain)
-
-
 def to_yaml(data: Any) -> str:
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    """The data as YAML, lists of plain values in one line, and nothing shortened to an anchor."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
+            return True
+
+        def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:  # noqa: ARG002
+            plain = all(not isinstance(item, dict | list) for item in sequence)
+            return super().represent_sequence(tag, sequence, flow_style=plain)
+
+    return yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def to_json(data: Any) -> str:
