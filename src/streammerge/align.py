@@ -47,7 +47,7 @@ class Merged:
 
 @dataclass(slots=True)
 class Alignment:
-    """``taken``: how many tensors each rule took. ``restacked`` and ``untied`` as :class:`parts.Parts` has them.
+    """``taken``: how many tensors each rule took. ``restacked`` as :class:`parts.Parts` has it.
 
     ``shares``: the tree of each checkpoint, and its weight in means of plain numbers.
     """
@@ -57,7 +57,6 @@ class Alignment:
     warnings: list[str] = field(default_factory=list)
     taken: list[int] = field(default_factory=list)
     restacked: list[Restacked] = field(default_factory=list)
-    untied: bool = False
     shares: list[tuple[Any, float]] = field(default_factory=list)
 
 
@@ -72,7 +71,7 @@ def align(recipe: Recipe, indexes: Indexes) -> Alignment:
                 "which are not merged or converted; save it again with ordinary ones"
             )
     parts = make_parts(recipe, indexes)
-    alignment = Alignment([], parts.notes, restacked=parts.restacked, untied=parts.untied)
+    alignment = Alignment([], parts.notes, restacked=parts.restacked)
     alignment.shares = shares(parts.parts[0])
     mismatch = Mismatch(str(first.path))
     rules = _Rules(recipe)
@@ -143,8 +142,8 @@ class _Aligner:
     def run(self) -> None:
         for other, matched in zip(self.others, self.matches, strict=True):
             self.alignment.notes += [f"{printable(other.index.path)}: {text}" for text in describe_match(matched)]
-        ties = self._shared_ties()
         ruled = {name: self.rules.of(name) for name in self.base.entries}
+        ties = {name: first for name, first in self._shared_ties().items() if ruled[name] is ruled[first]}
         self.rules.taken.update(id(rule) for rule in ruled.values() if rule)
         names = [n for n in self._names(ties, ruled) if not _drops(ruled[n])]
         kept, tied_to = set(names), dict[str, list[str]]()
@@ -244,30 +243,30 @@ class _Aligner:
             entry = self._copied(name, rule)
             return Merged(names, self._spec(name, entry.spec, rule), COPY, (entry,), tied=tied)
         method = rule.merge_method if rule and rule.merge_method else self.part.method
-        based = self.part.based if method is self.part.method else self._based(method)
+        based = self.recipe.base is not None and method.base in ("required", "optional")
+        # The models are the recipe's, also where a rule's method has no use for the base that the recipe's takes apart.
+        first_model = int(based or self.part.based)
         sources, rest, keep = self._in_shape(name, sources)
         if keep is None:
             return None
-        present = tuple(s for s in sources if s is not None)
+        used = sources if based else sources[first_model:]
+        present = tuple(s for s in used if s is not None) or (self.base.entries[name],)
         whole = rest.spec.shape[0] + present[0].spec.shape[0] if rest else None
         spec = self._spec(name, present[0].spec, rule)
         if whole is not None:
             spec = replace(spec, shape=(whole, *spec.shape[1:]))
         absent_here = None in sources and (recipe.on_missing == "base" or ignored_by_loader(name))
-        models = [number for number, s in enumerate(sources[based:]) if s is not None]
-        if keep or method is COPY or absent_here or len(models) < method.models[0]:
-            return Merged(names, spec, COPY, present[:1], tied=tied, rest=rest)
+        models = sum(s is not None for s in sources[first_model:])
+        if keep or method is COPY or absent_here or models < method.models[0]:
+            first = next(s for s in sources if s is not None)
+            return Merged(names, spec, COPY, (first,), tied=tied, rest=rest)
         if present[0].spec.dtype.kind not in ("float", "complex"):
             return self._integers(names, spec, present, tied, rest)
         wide = any(s.spec.dtype in _WIDE for s in present)
         preferred = recipe.compute_dtype.torch_name if recipe.compute_dtype else method.compute
-        values = self.values.of(method, based, name, sources, rule)
+        values = self.values.of(method, first_model, name, sources, rule)
         compute = "float64" if wide else preferred
         return Merged(names, spec, method, present, values, compute, based, tied, rest)
-
-    def _based(self, method: MergeMethod) -> bool:
-        """Whether a rule's method takes the base apart."""
-        return self.recipe.base is not None and method.base in ("required", "optional")
 
     def _spec(self, name: str, spec: TensorSpec, rule: Rule | None) -> TensorSpec:
         """The output tensor: the base's dtype, unless another one is asked for."""

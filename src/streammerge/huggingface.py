@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from streammerge.tensors import TensorEntry
 
 CONFIG = "config.json"
 _MOST_CONFIG_BYTES = 16 << 20
-_HEADS = ("lm_head.weight", "embed_out.weight", "proj_out.weight")
+HEADS = ("lm_head.weight", "embed_out.weight", "proj_out.weight")
 _EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings)\.weight$")
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
 _DTYPES = ("dtype", "torch_dtype")
@@ -44,23 +44,19 @@ def read_side_json(path: Path, most_bytes: int) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def tie_head(views: Sequence[Seen], notes: list[str]) -> bool:
+def tie_head(views: Sequence[Seen], notes: list[str], wanted: Collection[str] = ()) -> None:
     """Where some models have an output head and others share it with the embeddings, gives those their embeddings as head.
 
-    Only in folders, whose configuration does not deny it. Returns whether the first one's head was made so.
+    Only in folders, whose configuration does not deny it. ``wanted``: names that the output should have in any case.
     """
-    untied = False
-    for head in _HEADS:
+    for head in HEADS:
         holders = [view for view in views if head in view.entries]
-        for view in views if 0 < len(holders) < len(views) else ():
+        for view in views if holders or head in wanted else ():
             embedding = None if head in view.entries else _tied(view)
-            shape = holders[0].entries[head].spec.shape
-            if embedding is not None and view.entries[embedding].spec.shape[1:] == shape[1:]:
-                view.entries = {**view.entries, head: view.entries[embedding]}
+            if embedding is not None:
+                view.entries = {**view.entries, head: view.index.entries[embedding]}
                 tied = f"it is tied to {printable(embedding)}, which stands in for it"
                 notes.append(f"{printable(view.index.path)} has no {head}: {tied}")
-                untied |= view is views[0]
-    return untied
 
 
 def _tied(view: Seen) -> str | None:
@@ -68,12 +64,12 @@ def _tied(view: Seen) -> str | None:
     config = read_config(view.index.path) if view.index.path.is_dir() else None
     if config is None or config.get("tie_word_embeddings", True) is False:
         return None
-    found = [name for name in view.entries if _EMBEDDINGS.search(name)]
+    found = [name for name in view.index.entries if _EMBEDDINGS.search(name)]
     return found[0] if len(found) == 1 else None
 
 
 def is_embedding(name: str) -> bool:
-    return _EMBEDDINGS.search(name) is not None or name.endswith(_HEADS)
+    return _EMBEDDINGS.search(name) is not None or name.endswith(HEADS)
 
 
 def edited_config(

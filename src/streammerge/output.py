@@ -19,7 +19,7 @@ from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import safetensors, torch_zip
 from streammerge.formats.base import Layout, LayoutFile, Literal
 from streammerge.formats.folder import side_files
-from streammerge.huggingface import CONFIG, edited_config, is_embedding, read_config
+from streammerge.huggingface import CONFIG, HEADS, edited_config, is_embedding, read_config
 from streammerge.methods.registry import COPY
 from streammerge.parts import Indexes
 from streammerge.recipe import Recipe, resolved, to_json, to_yaml
@@ -156,7 +156,9 @@ def _config(
     embeddings = [m for m in alignment.merged if is_embedding(m.base_names[0]) and m.base_names[0] in base.entries]
     sizes = {(base.entries[m.base_names[0]].spec.shape[0], m.spec.shape[0]) for m in embeddings if m.spec.shape}
     grown = next((pair for pair in sizes if pair[0] != pair[1]), None)
-    edited, unknown = edited_config(config, dtype=dtype, restacked=restacked, untied=alignment.untied, vocabulary=grown)
+    heads = [m for m in alignment.merged if m.spec.name in HEADS]
+    untied = bool(heads) and not any(head in base.entries for head in HEADS)
+    edited, unknown = edited_config(config, dtype=dtype, restacked=restacked, untied=untied, vocabulary=grown)
     if unknown:
         notes.append(f"{CONFIG} does not say how many layers {listed(unknown)} has; set it there by hand if it should")
     if edited == config:
@@ -214,7 +216,8 @@ def _pickle(name: str, recipe: Recipe, base: CheckpointIndex, alignment: Alignme
             "write a .safetensors file, or a .pth with a plain checkpoint as the first input"
         )
     tree, holders = _tree(base, merged)
-    if holders is None and (alignment.restacked or alignment.untied):
+    moved = alignment.restacked or any(m.base_names[0] not in base.entries for m in merged)
+    if holders is None and moved:
         raise RecipeError(
             f"a .pth has the container of its first input, {printable(base.path)}, in which no layers can be moved; "
             "write a .safetensors file or a folder"

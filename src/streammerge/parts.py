@@ -68,12 +68,11 @@ class Restacked:
 
 @dataclass(slots=True)
 class Parts:
-    """All parts; ``restacked`` where layers were moved, ``untied`` where a head is now stored that was tied."""
+    """All parts; ``restacked`` where layers were moved."""
 
     parts: list[Part] = field(default_factory=list)
     restacked: list[Restacked] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    untied: bool = False
 
 
 def make_parts(recipe: Recipe, indexes: Indexes) -> Parts:
@@ -117,7 +116,7 @@ def _whole(
     if recipe.base is not None:
         own = views.pop(place) if place is not None else _view(indexes[recipe.base], takes, _NONE, everything)
         views.insert(0, own)
-    made.untied |= tie_head(views, made.notes)
+    tie_head(views, made.notes)
     layers = {stack: (0, count) for stack, count in depths(views[0].entries).items()}
     return Part(views, recipe.merge_method, recipe.based, levels, layers)
 
@@ -144,18 +143,19 @@ def _stack(
     for number, each in enumerate(slices):
         base = each.base_model or recipe.base_model
         views: list[View] = []
+        place = None
         for source in each.sources:
             index = indexes[_known(recipe, indexes, source)]
             stack = _main_stack([n for n in index.entries if takes(n)], index)
             _check_range(recipe, source, index, stack)
             ends = (number == 0, number == len(slices) - 1)
             views.append(_renumbered(index, source, stack, offset, ends, takes))
-            is_base = base is not None and recipe.of(source).same(recipe.copied(base))
-            if is_base:
-                views.insert(0, views.pop())
+            if place is None and base is not None and recipe.of(source).same(recipe.copied(base)):
+                place = len(views) - 1
+        views.insert(0, views.pop(place or 0))
         count = each.sources[0].layer_range[1] - each.sources[0].layer_range[0]
         moved.layers += range(*each.sources[0].layer_range)
-        made.untied |= tie_head(views, made.notes)
+        tie_head(views, made.notes, wanted=first.entries if number == len(slices) - 1 else ())
         layers = depths(views[0].entries)
         placed = {stack: (offset if stack == _stack_of(views[0]) else 0, n) for stack, n in layers.items()}
         placed[_stack_of(views[0])] = (offset, count)

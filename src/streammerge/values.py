@@ -31,18 +31,20 @@ class ParameterValues:
 
     def __init__(self, recipe: Recipe, part: Part) -> None:
         self.recipe, self.part = recipe, part
-        self.asked: dict[tuple[str, bool, int | None], _Asked] = {}
+        self.asked: dict[tuple[str, int, int | None], _Asked] = {}
         self.resolved: dict[Any, dict[str, Any]] = {}
 
     def of(
-        self, method: MergeMethod, based: bool, name: str, sources: Sequence[TensorEntry | None], rule: Rule | None
+        self, method: MergeMethod, first_model: int, name: str, sources: Sequence[TensorEntry | None], rule: Rule | None
     ) -> dict[str, Any]:
-        """All parameters for the models that have the tensor. A model's own are looked up by the name it has there.
+        """All parameters for the models, from source ``first_model`` on, that have the tensor.
+
+        A model's own are looked up by the name that the tensor has there.
 
         Raises RecipeError for values that cannot be.
         """
-        models = sources[based:]
-        asked, whole = self._asked(method, based, rule), None not in models
+        models = sources[first_model:]
+        asked, whole = self._asked(method, first_model, rule), None not in models
         if whole and asked.values is not None:
             return asked.values
         t = self.part.position(name)
@@ -63,10 +65,10 @@ class ParameterValues:
             asked.values = self.resolved[known]
         return self.resolved[known]
 
-    def _asked(self, method: MergeMethod, based: bool, rule: Rule | None) -> _Asked:
-        known = method.name, based, id(rule) if rule and rule.parameters else None
+    def _asked(self, method: MergeMethod, first_model: int, rule: Rule | None) -> _Asked:
+        known = method.name, first_model, id(rule) if rule and rule.parameters else None
         if known not in self.asked:
-            views = self.part.views[based:]
+            views = self.part.views[first_model:]
             made = []
             for parameter in method.parameters.values():
                 ruled = self._of_rule(parameter, rule, len(views))
