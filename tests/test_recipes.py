@@ -88,6 +88,7 @@ def test_every_mistake_is_told_at_once_each_with_its_place(models: Path) -> None
         "13:1": "seed takes a whole number, not many",
         "15:5": "not a regular expression",
         "17:5": "a rule does one thing, not copy and drop",
+        "20:5": "slerp merges exactly 2 models, not 3",
         "22:18": "slerp has no parameter tt; did you mean t?",
         "23:1": "on_shape takes one of error, base, rows, not stretch",
         "24:10": "'big' is not a size",
@@ -162,7 +163,7 @@ SLICES = "merge_method: {}\nslices:\n- sources:\n  - {{model: a.safetensors, lay
         (SLICES.format("passthrough", "[0, 2]", "  - {model: b.safetensors, layer_range: [0, 2]}\n"), "exactly 1 model"),
         (SLICES.format("ties", "[0, 2]", "base_model: base.safetensors\n"), "must be among the sources"),
         ("merge_method: linear\nmodules: {m: {}}\n", "models or slices, one of them"),
-        ("merge_method: linear\nslices: [{sources: []}]\n", "a slice needs sources"),
+        ("merge_method: linear\nslices: [{sources: []}]\n", "sources takes a list, not nothing"),
         (SLICES.format("passthrough", "[0, 2]", "  residual: 3\n"), "did you mean residual_weight?"),
     ],
 )
@@ -309,8 +310,7 @@ def test_a_recipe_goes_to_text_and_back(models: Path) -> None:
     recipe = read_recipe("recipe.yaml")
     assert to_yaml(recipe.to_dict()) == EVERYTHING
     assert read_recipe(recipe.to_dict()) == recipe
-    with pytest.raises(sm.RecipeError, match="slerp merges exactly 2 models, not 3"):
-        sm.plan(recipe="recipe.yaml")
+    assert all(sm.plan(recipe="recipe.yaml").taken)
 
 
 def test_file_dict_and_arguments_give_the_same_bytes(models: Path) -> None:
@@ -458,6 +458,8 @@ def test_the_examples_do_what_they_say(example: Path, tmp_path: Path, monkeypatc
     if example.stem == "icefall-average":
         ends = [torch.load(tmp_path / f"exp/epoch-{n}.pt")["model_avg"]["gpt.norm.bias"].double() for n in (30, 10)]
         expected = ((60000 * ends[0] - 20000 * ends[1]) / 40000).float()
-        assert octets(torch.load(tmp_path / out)["model_avg"]["gpt.norm.bias"]) == octets(expected)
+        made = torch.load(tmp_path / out)
+        assert octets(made["model"]["gpt.norm.bias"]) == octets(expected), "what icefall reads"
+        assert octets(made["model_avg"]["gpt.norm.bias"]) == octets(expected)
     if example.stem == "frankenmerge":
         assert json.loads((tmp_path / out / "config.json").read_text())["num_hidden_layers"] == 48

@@ -245,40 +245,55 @@ class TestShapes:
         assert f"this looks like {guess}" in str(caught.value)
 
 
+FP8, U8, I32 = torch.float8_e4m3fn, torch.uint8, torch.int32
+
+
 class TestQuantised:
     @pytest.mark.parametrize(
-        ("companions", "name"),
+        ("tensors", "name"),
         [
-            (["q_proj.qweight", "q_proj.qzeros", "q_proj.scales"], "GPTQ or AWQ"),
-            (["q.weight", "q.weight.absmax", "q.weight.quant_map"], "bitsandbytes"),
-            (["q.weight", "q.weight.SCB".replace("weight.", "")], "bitsandbytes"),
-            (["q.weight", "q.weight_scale_inv"], "weight_scale_inv"),
-            (["q.weight", "q.scale_weight", "scaled_fp8"], "ComfyUI"),
-            (["q.weight", "q.weight_scale", "q.input_scale"], "weight_scale"),
-            (["q.weight_packed", "q.weight_scale", "q.weight_shape"], "compressed-tensors"),
-            (["mlp.down_proj_blocks", "mlp.down_proj_scales"], "MXFP4"),
+            ({"q.qweight": I32, "q.qzeros": I32, "q.scales": torch.float16}, "GPTQ or AWQ"),
+            ({"q.weight": U8, "q.weight.absmax": torch.float32, "q.weight.quant_map": torch.float32}, "bitsandbytes"),
+            ({"q.weight": torch.int8, "q.SCB": torch.float32}, "bitsandbytes"),
+            ({"q.weight": FP8, "q.weight_scale_inv": torch.float32}, "weight_scale_inv"),
+            ({"q.weight": FP8, "q.scale_weight": torch.float32, "scaled_fp8": FP8}, "ComfyUI"),
+            ({"q.weight": FP8, "q.weight_scale": torch.float32, "q.input_scale": torch.float32}, "weight_scale"),
+            ({"q.weight": FP8, "q.scale": torch.float32}, "weight_scale"),
+            ({"q.weight": FP8, "q.weight._scale": torch.float32}, "weight_scale"),
+            ({"q.weight_packed": I32, "q.weight_scale": torch.bfloat16, "q.weight_zero_point": I32}, "compressed-tensors"),
+            ({"mlp.down_proj_blocks": U8, "mlp.down_proj_scales": U8}, "MXFP4"),
+            ({"q.W_q": U8, "q.scale": torch.float16, "q.zero": torch.float16}, "HQQ"),
         ],
+        ids=str,
     )
     def test_it_is_refused_by_name(
-        self, companions: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, tensors: dict[str, torch.dtype], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.chdir(tmp_path)
-        tensors = {n: torch.ones(4, 4) for n in [*companions, "norm.weight"]}
-        saved(tmp_path, a=tensors, b=tensors)
+        made = {n: torch.ones(4, 4).to(dtype) for n, dtype in tensors.items()} | {"norm.weight": torch.ones(4, 4)}
+        saved(tmp_path, a=made, b=made, plain={n: torch.ones(4, 4) for n in made})
         with pytest.raises(sm.MismatchError, match=f"is quantised: .*{name}"):
             sm.plan(["a.safetensors", "b.safetensors"])
-        with pytest.raises(sm.MismatchError, match="is quantised"):
-            sm.convert("a.safetensors", "c.safetensors", dtype="float16")
+        if any(dtype.is_floating_point for dtype in tensors.values()):
+            with pytest.raises(sm.MismatchError, match="is quantised"):
+                sm.convert("a.safetensors", "c.safetensors", dtype="float64")
         sm.convert("a.safetensors", "c.safetensors")
-        rules = [{"match": f"*{companions[0].partition('.')[0]}*", "copy": "a.safetensors"}]
-        rules += [{"match": "scaled_fp8", "copy": "a.safetensors"}]
-        assert sm.plan(recipe=recipe(rules=rules)).counts()["linear"] == 1
+        everything = [{"match": n, "copy": "a.safetensors"} for n in tensors]
+        assert sm.plan(recipe=recipe(rules=everything)).counts()["linear"] == 1
+        with pytest.raises(sm.MismatchError, match="is quantised"):
+            sm.plan(recipe=recipe(rules=[*everything[:1], {"match": list(tensors)[1:], "drop": True}]))
+        assert sm.plan(["plain.safetensors"] * 2).counts() == {"linear": len(made)}, "names alone tell nothing"
 
-    def test_only_in_the_second_checkpoint(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_only_in_the_second_checkpoint_or_the_one_that_is_copied(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.chdir(tmp_path)
-        saved(tmp_path, a={"q.weight": torch.ones(2)}, b={"q.weight": torch.ones(2), "q.weight_scale": torch.ones(1)})
-        with pytest.raises(sm.MismatchError, match=r"b\.safetensors is quantised"):
-            sm.plan(["a.safetensors", "b.safetensors"], on_missing="base")
+        scaled = {"q.weight": torch.ones(2).to(FP8), "q.weight_scale": torch.ones(1)}
+        saved(tmp_path, a={"q.weight": torch.ones(2)}, b={"q.weight": torch.ones(2)}, x=scaled)
+        with pytest.raises(sm.MismatchError, match=r"x\.safetensors is quantised"):
+            sm.plan(["a.safetensors", "x.safetensors"], on_missing="base")
+        with pytest.raises(sm.MismatchError, match=r"x\.safetensors is quantised"):
+            sm.plan(recipe=recipe(rules=[{"match": "q.weight", "copy": "x.safetensors"}]))
 
     def test_gguf_and_scaleless_fp8(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)

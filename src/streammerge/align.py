@@ -16,7 +16,7 @@ from streammerge.methods.registry import COPY, INTEGERS
 from streammerge.mismatch import Differing, Mismatch
 from streammerge.names import describe_match, ignored_by_loader, match_names
 from streammerge.parts import Indexes, Part, Restacked, View, make_parts
-from streammerge.quantised import scheme
+from streammerge.quantised import belongs, companions
 from streammerge.recipe import Recipe, Rule
 from streammerge.statedict import unread_tensors
 from streammerge.tensors import TensorEntry, TensorSpec, contiguous_strides
@@ -78,6 +78,7 @@ def align(recipe: Recipe, indexes: Indexes) -> Alignment:
     for part in parts.parts:
         _Aligner(recipe, indexes, part, rules, alignment, mismatch).run()
     mismatch.refuse(recipe)
+    _refuse_quantised(indexes, alignment.merged)
     alignment.warnings += [f"--on-missing {recipe.on_missing}: {row}" for row in mismatch.rows()]
     if not alignment.merged:
         raise RecipeError(
@@ -150,7 +151,6 @@ class _Aligner:
         for name in names:
             if ties.get(name) in kept:
                 tied_to.setdefault(ties[name], []).append(name)
-        self._refuse_quantised(names, ruled)
         for name in names:
             if ties.get(name) in kept:
                 continue
@@ -219,20 +219,6 @@ class _Aligner:
             found.append(other.entries[theirs] if theirs else None)
         return found
 
-    def _refuse_quantised(self, names: list[str], ruled: dict[str, Rule | None]) -> None:
-        """Quantised weights may be copied, bytes and all, but neither merged nor recast."""
-        recast = self.recipe.recast is not None
-        verbatim = [n for n in names if (rule := ruled[n]) is not None and rule.copy and rule.dtype is None]
-        if recast or self.part.method is not COPY:
-            used = set(names) - (set() if recast else set(verbatim))
-            for view in self.part.views:
-                found = scheme([n for n in view.entries if n in used or n not in self.base.entries])
-                if found and not _drops(self.rules.of(found[1])):
-                    raise MismatchError(
-                        f"{printable(view.index.path)} is quantised: {found[0]}, as {printable(found[1])} tells; "
-                        "dequantise it first, or take its tensors whole with rules"
-                    )
-
     # -- tensors ----------------------------------------------------------------------------------------------------
 
     def _merged(self, names: tuple[str, ...], rule: Rule | None) -> Merged | None:
@@ -243,28 +229,31 @@ class _Aligner:
             entry = self._copied(name, rule)
             return Merged(names, self._spec(name, entry.spec, rule), COPY, (entry,), tied=tied)
         method = rule.merge_method if rule and rule.merge_method else self.part.method
-        based = self.recipe.base is not None and method.base in ("required", "optional")
-        # The models are the recipe's, also where a rule's method has no use for the base that the recipe's takes apart.
-        first_model = int(based or self.part.based)
+        if method.base == "required" and not self.part.based:
+            where = recipe.at(rule.path if rule else ())
+            raise RecipeError(
+                f"{where}{method.name} needs a base, and {printable(name)} has none here; name it as base_model"
+            )
         sources, rest, keep = self._in_shape(name, sources)
         if keep is None:
             return None
-        used = sources if based else sources[first_model:]
-        present = tuple(s for s in used if s is not None) or (self.base.entries[name],)
-        whole = rest.spec.shape[0] + present[0].spec.shape[0] if rest else None
-        spec = self._spec(name, present[0].spec, rule)
-        if whole is not None:
-            spec = replace(spec, shape=(whole, *spec.shape[1:]))
-        absent_here = None in sources and (recipe.on_missing == "base" or ignored_by_loader(name))
-        models = sum(s is not None for s in sources[first_model:])
-        if keep or method is COPY or absent_here or models < method.models[0]:
-            first = next(s for s in sources if s is not None)
+        first = next(s for s in sources if s is not None)
+        spec = self._spec(name, first.spec, rule)
+        if rest is not None:
+            spec = replace(spec, shape=(rest.spec.shape[0] + first.spec.shape[0], *spec.shape[1:]))
+        order, based = self.part.order(method), self.part.takes_base(method)
+        used = [sources[number] for number in order]
+        present = tuple(s for s in used if s is not None)
+        lacking = len(present) < len(used)
+        absent_here = lacking and (recipe.on_missing == "base" or ignored_by_loader(name))
+        too_few = lacking and sum(s is not None for s in used[based:]) < method.models[0]
+        if keep or method is COPY or absent_here or too_few:
             return Merged(names, spec, COPY, (first,), tied=tied, rest=rest)
-        if present[0].spec.dtype.kind not in ("float", "complex"):
+        if first.spec.dtype.kind not in ("float", "complex"):
             return self._integers(names, spec, present, tied, rest)
         wide = any(s.spec.dtype in _WIDE for s in present)
         preferred = recipe.compute_dtype.torch_name if recipe.compute_dtype else method.compute
-        values = self.values.of(method, first_model, name, sources, rule)
+        values = self.values.of(method, order[based:], name, sources, rule)
         compute = "float64" if wide else preferred
         return Merged(names, spec, method, present, values, compute, based, tied, rest)
 
@@ -342,6 +331,27 @@ class _Aligner:
         if len(present) == 1:
             return Merged(names, spec, COPY, present, tied=tied, rest=rest)
         return Merged(names, spec, INTEGERS, present, {"policy": policy}, tied=tied, rest=rest)
+
+
+def _refuse_quantised(indexes: Indexes, merged: list[Merged]) -> None:
+    """Quantised weights may be copied, byte for byte and with all that belongs to them, but neither merged nor recast."""
+    for index in indexes.values():
+        told = companions({name: entry.spec for name, entry in index.entries.items()})
+        if not told:
+            continue
+        files, copied, others = {str(path) for path in index.files}, set[str](), set[str]()
+        for m in merged:
+            for source in m.sources:
+                if source.path in files:
+                    verbatim = m.method is COPY and source.spec.dtype == m.spec.dtype
+                    (copied if verbatim else others).add(source.spec.name)
+        for name, (label, stem) in told.items():
+            parted = name not in copied and any(belongs(each, stem) for each in copied)
+            if name in others or parted or any(belongs(each, stem) for each in others):
+                raise MismatchError(
+                    f"{printable(index.path)} is quantised: {label}, as {printable(name)} tells; dequantise it first, or "
+                    "copy its tensors with all that belongs to them"
+                )
 
 
 def _drops(rule: Rule | None) -> bool:

@@ -68,22 +68,31 @@ def _enough(option: str, wanted: int, paths: list[str]) -> None:
 
 def _within(paths: list[str], within: str, notes: list[str]) -> list[str]:
     start, colon, stop = within.partition(":")
-    if not colon or not all(re.fullmatch("[0-9]*", part.strip()) for part in (start, stop)) or within.strip() == ":":
+    if not colon or not all(re.fullmatch("[0-9]{0,18}", part.strip()) for part in (start, stop)) or within.strip() == ":":
         raise RecipeError(f"--range takes FROM:TO, like 1000:5000, not {printable(within)}")
     low, high = int(start.strip() or 0), int(stop.strip()) if stop.strip() else math.inf
-    chosen = [path for path in paths if low <= _number_of(path) <= high]
+    numbers = {path: _number_of(path) for path in paths}
+    nameless = [path for path, number_in in numbers.items() if number_in is None]
+    if nameless:
+        raise RecipeError(f"--range needs a number in each name, and {printable(nameless[0])} has none")
+    chosen = [path for path, number_in in numbers.items() if number_in is not None and low <= number_in <= high]
     if not chosen:
         raise RecipeError(f"--range {printable(within)}: none of the {len(paths)} checkpoints has such a number")
     notes.append(f"chosen by --range {printable(within)}: {len(chosen)} of {len(paths)}, {listed(chosen, 20)}")
     return chosen
 
 
-def _number_of(path: str) -> int:
-    """The last number in the name."""
-    found = re.findall("[0-9]+", re.sub(r"(\.[A-Za-z]\w*)+$", "", Path(path).name))
-    if not found:
-        raise RecipeError(f"--range needs a number in each name, and {printable(path)} has none")
-    return int(found[-1][:18])
+_COUNTED = re.compile(r"(?:step|checkpoint|ckpt|iter|iteration|epoch|batch)s?[\s_=-]*(\d{1,18})", re.IGNORECASE)
+
+
+def _number_of(path: str) -> int | None:
+    """The number in a name: what stands behind a word like step, else the last; of model.safetensors its folder's."""
+    place = Path(path)
+    for name in (re.sub(r"(\.[A-Za-z]\w*)+$", "", place.name), place.parent.name):
+        found = _COUNTED.findall(name) or re.findall("[0-9]{1,18}", name)
+        if found:
+            return int(found[-1])
+    return None
 
 
 def _best(paths: list[str], best: int, by: str, highest: bool, notes: list[str]) -> list[str]:
@@ -104,7 +113,7 @@ def _value(path: str, key: str) -> float:
     value = index.value(key)
     state = _trainer_state(Path(path))
     if value is None:
-        value = _of_trainer(state, key)
+        value = _of_trainer(state, key, None if Path(path).is_dir() else _number_of(path))
     if value is None:
         known = sorted({*_numbers(index.plain_data()), *_trainer_keys(state)})
         raise RecipeError(f"{printable(path)} has no number {printable(key)}; it has {listed(known, 12) or 'none'}")
@@ -123,12 +132,15 @@ def _logged(state: dict[str, Any]) -> list[dict[str, Any]]:
     return [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
 
 
-def _of_trainer(state: dict[str, Any], key: str) -> float | int | None:
-    """The latest value of a metric at or before the state's own step."""
-    step = number(state.get("global_step"))
+def _of_trainer(state: dict[str, Any], key: str, step: float | None) -> float | int | None:
+    """The latest value of a metric up to the state's own step; for a file, whose state others share, that of its step."""
+    if step is not None:
+        entries = [entry for entry in _logged(state) if number(entry.get("step")) == step]
+        return next((number(entry[key]) for entry in entries if number(entry.get(key)) is not None), None)
+    last = number(state.get("global_step"))
     for entry in reversed(_logged(state)):
         at = number(entry.get("step"))
-        if number(entry.get(key)) is not None and (step is None or at is None or at <= step):
+        if number(entry.get(key)) is not None and (last is None or at is None or at <= last):
             return number(entry[key])
     return number(state.get(key))
 

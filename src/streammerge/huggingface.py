@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,7 +55,8 @@ def tie_head(views: Sequence[Seen], notes: list[str], wanted: Collection[str] = 
         for view in views if holders or head in wanted else ():
             embedding = None if head in view.entries else _tied(view)
             if embedding is not None:
-                view.entries = {**view.entries, head: view.index.entries[embedding]}
+                entry = view.index.entries[embedding]  # by the head's name, which filters look at
+                view.entries = {**view.entries, head: replace(entry, spec=replace(entry.spec, name=head))}
                 tied = f"it is tied to {printable(embedding)}, which stands in for it"
                 notes.append(f"{printable(view.index.path)} has no {head}: {tied}")
 
@@ -72,48 +74,64 @@ def is_embedding(name: str) -> bool:
     return _EMBEDDINGS.search(name) is not None or name.endswith(HEADS)
 
 
+Moved = tuple[str, int, Sequence[tuple[Mapping[str, Any] | None, int]]]
+"""A stack, its layers before, and for each of the output's the configuration it comes from and its number there."""
+
+
 def edited_config(
     config: Mapping[str, Any],
     *,
     dtype: str | None = None,
-    restacked: Sequence[tuple[str, int, list[int]]] = (),
+    restacked: Sequence[Moved] = (),
     untied: bool = False,
     vocabulary: tuple[int, int] | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """The configuration of a merged model; and the stacks whose number of layers stands nowhere in it.
 
-    ``restacked``: (stack, layers before, which of them the output has). Lists with an entry for each layer follow them.
+    Lists with an entry for each layer follow the layers.
     """
     edited = json.loads(json.dumps(config))
-    if dtype is not None:
-        present = [key for key in _DTYPES if key in edited] or ["torch_dtype"]
-        edited |= dict.fromkeys(present, dtype)
-    if untied:
-        edited["tie_word_embeddings"] = False
-    if vocabulary is not None:
-        for holder in (edited, edited.get("text_config")):
-            if isinstance(holder, dict) and holder.get("vocab_size") == vocabulary[0]:
-                holder["vocab_size"] = vocabulary[1]
-    return edited, [stack for stack, before, layers in restacked if not _set_depth(edited, stack, before, layers)]
+    holders = [edited, *(edited[key] for key in ("text_config",) if isinstance(edited.get(key), dict))]
+    for holder in holders:
+        if dtype is not None:
+            holder.update(dict.fromkeys([key for key in _DTYPES if key in holder], dtype))
+        if (
+            untied
+            and holder.get("tie_word_embeddings") is not False
+            and (holder is edited or "tie_word_embeddings" in holder)
+        ):
+            holder["tie_word_embeddings"] = False
+        if vocabulary is not None and holder.get("vocab_size") == vocabulary[0]:
+            holder["vocab_size"] = vocabulary[1]
+    if dtype is not None and not any(key in edited for key in _DTYPES):
+        edited["torch_dtype"] = dtype
+    return edited, [moved[0] for moved in restacked if not _set_depth(edited, moved)]
 
 
-def _set_depth(config: dict[str, Any], stack: str, before: int, layers: list[int]) -> bool:
+def _set_depth(config: dict[str, Any], moved: Moved) -> bool:
     """Puts the number of layers where the configuration has it, in the part that the stack's name speaks of."""
+    stack, before, layers = moved
     parts = set(re.split(r"[._]", stack))
     words = [word for word in ("encoder", "decoder") if word in parts]
     keys = [key for word in words for key in (f"{word}_layers", f"num_{word}_layers")]
     keys += [] if "decoder" in parts and any(key in config for key in keys) else list(_DEPTHS)
-    vision = bool({"visual", "vision", "tower"} & parts)
-    nested = [config.get("vision_config")] if vision else [config, config.get("text_config")]
+    where = ("vision_config",) if {"visual", "vision", "tower"} & parts else ("", "text_config")
     done = False
-    for holder in nested:
-        if not isinstance(holder, dict):
-            continue
-        for key in keys:
-            if holder.get(key) == before and not isinstance(holder[key], bool):
+    for place in where:
+        holder = _part(config, place)
+        for key, value in holder.items():
+            if key in keys and value == before and not isinstance(value, bool):
                 holder[key] = len(layers)
                 done = True
-        for key, value in holder.items():
-            if isinstance(value, list) and len(value) == before and "layer" in key:
-                holder[key] = [value[layer] for layer in layers]
+            elif isinstance(value, list) and len(value) == before and "layer" in key and "only" not in key:
+                holder[key] = [_at(_part(theirs, place).get(key, value), layer, value[-1]) for theirs, layer in layers]
     return done
+
+
+def _part(config: Mapping[str, Any] | None, place: str) -> dict[str, Any]:
+    found = config if not place else (config or {}).get(place)
+    return found if isinstance(found, dict) else {}
+
+
+def _at(values: Any, layer: int, otherwise: Any) -> Any:
+    return values[layer] if isinstance(values, list) and layer < len(values) else otherwise

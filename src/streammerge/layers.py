@@ -26,9 +26,6 @@ class Layer(NamedTuple):
     number: int
     rest: str
 
-    def name_at(self, number: int) -> str:
-        return f"{self.stack}.{number}.{self.rest}"
-
 
 @lru_cache(maxsize=1 << 18)
 def layer_of(name: str) -> Layer | None:
@@ -37,6 +34,11 @@ def layer_of(name: str) -> Layer | None:
     if found is None or len(found[1]) > 6:
         return None
     return Layer(name[: found.start()], int(found[1]), name[found.end() :])
+
+
+def renumbered(name: str, number: int) -> str:
+    """The name with another layer's number."""
+    return _INDEX.sub(f".{number}.", name, count=1)
 
 
 def is_before(name: str) -> bool:

@@ -152,12 +152,14 @@ def _config(
     if config is None:
         return []
     dtype = recipe.recast.torch_name if recipe.recast else None
-    restacked = [(r.stack, r.before, r.layers) for r in alignment.restacked]
+    configs = {path: read_config(path) for r in alignment.restacked for path, _ in r.layers if path.is_dir()}
+    restacked = [(r.stack, r.before, [(configs.get(path), n) for path, n in r.layers]) for r in alignment.restacked]
     embeddings = [m for m in alignment.merged if is_embedding(m.base_names[0]) and m.base_names[0] in base.entries]
     sizes = {(base.entries[m.base_names[0]].spec.shape[0], m.spec.shape[0]) for m in embeddings if m.spec.shape}
     grown = next((pair for pair in sizes if pair[0] != pair[1]), None)
-    heads = [m for m in alignment.merged if m.spec.name in HEADS]
-    untied = bool(heads) and not any(head in base.entries for head in HEADS)
+    parts = [holder for holder in (config, config.get("text_config")) if isinstance(holder, dict)]
+    headless = not any(head in base.entries for head in HEADS)
+    untied = _has_own_head(alignment.merged) and (headless or any(part.get("tie_word_embeddings") for part in parts))
     edited, unknown = edited_config(config, dtype=dtype, restacked=restacked, untied=untied, vocabulary=grown)
     if unknown:
         notes.append(f"{CONFIG} does not say how many layers {listed(unknown)} has; set it there by hand if it should")
@@ -166,6 +168,14 @@ def _config(
     changed = [key for key in edited if edited[key] != config.get(key)]
     notes.append(f"{CONFIG}: {', '.join(f'{printable(k)} is now {printable(edited[k], 60)}' for k in changed)}")
     return [_text_file(CONFIG, json.dumps(edited, indent=2, ensure_ascii=False) + "\n")]
+
+
+def _has_own_head(merged: list[Merged]) -> bool:
+    """Whether a head is written that is not made of the embeddings."""
+    embeddings = {
+        tuple(s.place for s in m.sources) for m in merged if m.spec.name not in HEADS and is_embedding(m.spec.name)
+    }
+    return any(m.spec.name in HEADS and tuple(s.place for s in m.sources) not in embeddings for m in merged)
 
 
 def _text_file(name: str, text: str) -> LayoutFile:
@@ -344,6 +354,12 @@ def _edit_first(
     for found in selection.left_out:
         _drop(found.name, found.holder, found.key, edit)
     for twin in selection.twins if recipe.merge_method is not COPY else ():
+        if selection.chosen[0].averaged and not twin.averaged and all(found.name in home for found in twin.tensors):
+            for found in twin.tensors:  # the loader reads the plain weights, which are now the averaged ones
+                node = found.node or found.ref
+                edit.replaced.setdefault(id(node), builder.stand_in(home[found.name], node))
+            notes.append(f"'{printable(twin.label)}' has the merged weights too")
+            continue
         _drop(twin.label, twin.holder, twin.key, edit)
         notes.append(f"left out of the output: '{printable(twin.label)}', which was not merged and would be stale")
     if not recipe.output.keep_optimizer:

@@ -9,15 +9,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from streammerge.checkpoint import CheckpointIndex
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.huggingface import tie_head
-from streammerge.layers import depths, is_before, layer_of, position, stacks
+from streammerge.layers import depths, is_before, layer_of, position, renumbered, stacks
 from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import COPY
 from streammerge.names import bare
 from streammerge.recipe import Model, Recipe, Reference, Slice, Source
+from streammerge.recipe.checks import raise_all
+from streammerge.recipe.kinds import Problems
 from streammerge.recipe.settings import Settings
 from streammerge.tensors import TensorEntry
 
@@ -39,14 +42,26 @@ class View:
 class Part:
     """Views that are merged by equal names, the base first where there is one.
 
-    ``levels``: the parameters of slice, module and recipe. ``layers``: stack -> its first layer here, and how many.
+    ``based``: whether the first view is a base. ``models``: the views that are models, in the order in which they were
+    written; a base is among them where the method has no use for one. ``levels``: the parameters of slice, module and
+    recipe. ``layers``: stack -> its first layer here, and how many.
     """
 
     views: list[View]
     method: MergeMethod
     based: bool
+    models: tuple[int, ...]
     levels: tuple[Settings, ...]
     layers: dict[str, tuple[int, int]]
+
+    def takes_base(self, method: MergeMethod) -> bool:
+        """Whether a method is given the base apart from the models."""
+        return self.based and method.base in ("required", "optional")
+
+    def order(self, method: MergeMethod) -> tuple[int, ...]:
+        """The views that a method is given, in its order: the base before the models, or as the first of them."""
+        first = self.takes_base(method) or (self.based and method.base == "model" and 0 in self.models)
+        return (0, *(number for number in self.models if number)) if first else self.models
 
     def position(self, name: str) -> float:
         """Where in a layer gradient a tensor is; what is outside the layers has the first value."""
@@ -59,11 +74,11 @@ class Part:
 
 @dataclass(slots=True)
 class Restacked:
-    """The layers of one stack of the output: for each, the layer it was in the first checkpoint's config."""
+    """The layers of one stack of the output: for each, the checkpoint that it comes from and its number there."""
 
     stack: str
     before: int
-    layers: list[int]
+    layers: list[tuple[Path, int]]
 
 
 @dataclass(slots=True)
@@ -113,12 +128,23 @@ def _whole(
     everything = bool(recipe.models)
     views = [_view(indexes[_known(recipe, indexes, m)], takes, m.parameters, everything) for m in models]
     place = next((n for n, m in enumerate(models) if recipe.base and recipe.of(m).same(recipe.base)), None)
-    if recipe.base is not None:
-        own = views.pop(place) if place is not None else _view(indexes[recipe.base], takes, _NONE, everything)
-        views.insert(0, own)
+    listed_too = place is not None
+    if recipe.base is not None and place is None:
+        views.append(_view(indexes[recipe.base], takes, _NONE, everything))
+        place = len(views) - 1
+    views, numbers = _base_first(views, place)
+    if recipe.base_apart(listed_too):
+        numbers = [number for number in numbers if number]
     tie_head(views, made.notes)
     layers = {stack: (0, count) for stack, count in depths(views[0].entries).items()}
-    return Part(views, recipe.merge_method, recipe.based, levels, layers)
+    return Part(views, recipe.merge_method, place is not None, tuple(numbers), levels, layers)
+
+
+def _base_first(views: list[View], place: int | None) -> tuple[list[View], list[int]]:
+    """The views with the base before all, and where each went."""
+    order = [number for number in range(len(views)) if number != place]
+    order = order if place is None else [place, *order]
+    return [views[number] for number in order], [order.index(number) for number in range(len(views))]
 
 
 def _known(recipe: Recipe, indexes: Indexes, entry: Model | Source) -> Reference:
@@ -139,37 +165,77 @@ def _stack(
     first: CheckpointIndex,
 ) -> None:
     """A part for each slice, its layers behind those of the slices before it."""
-    offset, moved = 0, Restacked("", 0, [])
+    offset, moved, problems = 0, Restacked("", 0, []), Problems()
+    stacked = _Stacks(takes)
+    for each in slices:
+        for source in each.sources:
+            index = indexes[_known(recipe, indexes, source)]
+            _check_range(source, stacked.depth(index), problems)
+    raise_all(problems, recipe.places)
     for number, each in enumerate(slices):
         base = each.base_model or recipe.base_model
         views: list[View] = []
         place = None
         for source in each.sources:
             index = indexes[_known(recipe, indexes, source)]
-            stack = _main_stack([n for n in index.entries if takes(n)], index)
-            _check_range(recipe, source, index, stack)
             ends = (number == 0, number == len(slices) - 1)
-            views.append(_renumbered(index, source, stack, offset, ends, takes))
+            views.append(stacked.view(index, source, offset, ends))
             if place is None and base is not None and recipe.of(source).same(recipe.copied(base)):
                 place = len(views) - 1
-        views.insert(0, views.pop(place or 0))
-        count = each.sources[0].layer_range[1] - each.sources[0].layer_range[0]
-        moved.layers += range(*each.sources[0].layer_range)
+        start, stop = each.sources[0].layer_range
+        moved.layers += [(views[0].index.path, layer) for layer in range(start, stop)]
+        views, numbers = _base_first(views, place)
+        if place is not None and recipe.merge_method.base in ("required", "optional"):
+            numbers = [n for n in numbers if n]
         tie_head(views, made.notes, wanted=first.entries if number == len(slices) - 1 else ())
-        layers = depths(views[0].entries)
-        placed = {stack: (offset if stack == _stack_of(views[0]) else 0, n) for stack, n in layers.items()}
-        placed[_stack_of(views[0])] = (offset, count)
-        based = base is not None and recipe.merge_method.base in ("required", "optional")
-        made.parts.append(Part(views, recipe.merge_method, based, (each.parameters, *levels), placed))
-        offset += count
-    own = [name for name in first.entries if takes(name)]
-    moved.stack = _main_stack(own, first)
-    moved.before = depths(own)[moved.stack]
+        stack = stacked.of(views[0].index)
+        layers = {name: (0, count) for name, count in depths(views[0].entries).items()}
+        layers[stack] = (offset, stop - start)
+        levels_here = (each.parameters, *levels)
+        made.parts.append(Part(views, recipe.merge_method, place is not None, tuple(numbers), levels_here, layers))
+        offset += stop - start
+    moved.stack, moved.before = stacked.of(first), stacked.depth(first)
     made.restacked.append(moved)
 
 
-def _stack_of(view: View) -> str:
-    return stacks(view.entries).most_common(1)[0][0]
+class _Stacks:
+    """The layers of checkpoints, looked up once for each: slices come back to the same ones."""
+
+    def __init__(self, takes: Belongs) -> None:
+        self.takes = takes
+        self.known: dict[int, tuple[str, dict[int, list[str]], list[str]]] = {}
+
+    def _of(self, index: CheckpointIndex) -> tuple[str, dict[int, list[str]], list[str]]:
+        """The stack that slices mean, its tensors by their layer, and those outside it."""
+        if id(index) not in self.known:
+            names = [name for name in index.entries if self.takes(name)]
+            stack, layers, outside = _main_stack(names, index), dict[int, list[str]](), list[str]()
+            for name in names:
+                layer = layer_of(name)
+                if layer is not None and layer.stack == stack:
+                    layers.setdefault(layer.number, []).append(name)
+                else:
+                    outside.append(name)
+            self.known[id(index)] = stack, layers, outside
+        return self.known[id(index)]
+
+    def of(self, index: CheckpointIndex) -> str:
+        return self._of(index)[0]
+
+    def depth(self, index: CheckpointIndex) -> int:
+        return max(self._of(index)[1]) + 1
+
+    def view(self, index: CheckpointIndex, source: Source, offset: int, ends: tuple[bool, bool]) -> View:
+        """The layers of the source, counted from ``offset``; ``ends``: with what stands before, and behind, all layers."""
+        _, layers, outside = self._of(index)
+        names = {name: name for name in outside if (ends[0] if is_before(name) else ends[1])} if any(ends) else {}
+        start, stop = source.layer_range
+        for number in range(start, stop):
+            for name in layers.get(number, ()):
+                names[name] = renumbered(name, number - start + offset)
+        entries = {new: index.entries[old] for old, new in names.items()}
+        aliases = {names[old]: names[first] for old, first in index.aliases.items() if old in names and first in names}
+        return View(index, entries, aliases, source.parameters)
 
 
 def _main_stack(names: list[str], index: CheckpointIndex) -> str:
@@ -183,33 +249,12 @@ def _main_stack(names: list[str], index: CheckpointIndex) -> str:
     return counted[0][0]
 
 
-def _check_range(recipe: Recipe, source: Source, index: CheckpointIndex, stack: str) -> None:
-    have = depths(index.entries)[stack]
+def _check_range(source: Source, have: int, problems: Problems) -> None:
     if source.layer_range[1] > have:
-        raise RecipeError(
-            f"{recipe.at((*source.path, 'layer_range'))}layer_range {list(source.layer_range)} reaches beyond the {have} "
-            f"layers of {printable(source.model)}"
+        problems.add(
+            (*source.path, "layer_range"),
+            f"layer_range {list(source.layer_range)} reaches beyond the {have} layers of {printable(source.model)}",
         )
-
-
-def _renumbered(
-    index: CheckpointIndex, source: Source, stack: str, offset: int, ends: tuple[bool, bool], takes: Belongs
-) -> View:
-    """The layers of the source, counted from ``offset``; ``ends``: with what stands before, and behind, all layers."""
-    start, stop = source.layer_range
-    names: dict[str, str] = {}
-    for name in index.entries:
-        layer = layer_of(name)
-        if not takes(name):
-            continue
-        if layer is None or layer.stack != stack:
-            if ends[0] if is_before(name) else ends[1]:
-                names[name] = name
-        elif start <= layer.number < stop:
-            names[name] = layer.name_at(layer.number - start + offset)
-    entries = {new: index.entries[old] for old, new in names.items()}
-    aliases = {names[old]: names[first] for old, first in index.aliases.items() if old in names and first in names}
-    return View(index, entries, aliases, source.parameters)
 
 
 # ---------------------------------------------------------------------------------------------------------- modules
@@ -277,4 +322,4 @@ def _rest(recipe: Recipe, first: CheckpointIndex, takes: Belongs, made: Parts) -
     view = _view(first, takes, _NONE, everything=False)
     if view.entries:
         made.notes.append(f"{len(view.entries)} tensors belong to no module and are copied: {listed(list(view.entries))}")
-        made.parts.append(Part([view], COPY, False, (), {}))
+        made.parts.append(Part([view], COPY, False, (0,), (), {}))

@@ -13,7 +13,7 @@ for _i, _letter in enumerate("kmgt", start=1):
 
 def parse_bytes(text: str | int) -> int:
     """Bytes of ``"512MiB"``, ``"5GB"``, ``"1.5g"`` or a number. Raises RecipeError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower())
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-z]*)\s*", str(text).lower())
     if not match or match[2] not in _UNITS:
         raise RecipeError(f"{text!r} is not a size; write it like 512MiB, 2GiB or 5GB")
     return int(float(match[1]) * _UNITS[match[2]])

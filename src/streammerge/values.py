@@ -31,31 +31,36 @@ class ParameterValues:
 
     def __init__(self, recipe: Recipe, part: Part) -> None:
         self.recipe, self.part = recipe, part
-        self.asked: dict[tuple[str, int, int | None], _Asked] = {}
+        self.asked: dict[tuple[str, tuple[int, ...], int | None], _Asked] = {}
         self.resolved: dict[Any, dict[str, Any]] = {}
 
     def of(
-        self, method: MergeMethod, first_model: int, name: str, sources: Sequence[TensorEntry | None], rule: Rule | None
+        self,
+        method: MergeMethod,
+        numbers: tuple[int, ...],
+        name: str,
+        sources: Sequence[TensorEntry | None],
+        rule: Rule | None,
     ) -> dict[str, Any]:
-        """All parameters for the models, from source ``first_model`` on, that have the tensor.
+        """All parameters for those of the models, views ``numbers`` in this order, that have the tensor.
 
-        A model's own are looked up by the name that the tensor has there.
-
-        Raises RecipeError for values that cannot be.
+        A model's own are looked up by the name that the tensor has there. Raises RecipeError for values that cannot be.
         """
-        models = sources[first_model:]
-        asked, whole = self._asked(method, first_model, rule), None not in models
+        models = [sources[number] for number in numbers]
+        asked, whole = self._asked(method, numbers, rule), None not in models
         if whole and asked.values is not None:
             return asked.values
         t = self.part.position(name)
         given: dict[str, Any] = {}
         for parameter, chains in asked.chains:
-            value: Any
-            if parameter.per_model:
-                found = [c.at(s.spec.name, t) for c, s in zip(chains, models, strict=True) if s is not None]
-                value = _filled(parameter, found)
-            else:
-                value = chains[0].at(name, t)
+            try:
+                if parameter.per_model:
+                    found = [c.at(s.spec.name, t) for c, s in zip(chains, models, strict=True) if s is not None]
+                    value: Any = _filled(parameter, found)
+                else:
+                    value = chains[0].at(name, t)
+            except RecipeError as error:  # a gradient between two numbers that can be, at one that cannot
+                raise RecipeError(f"{self.recipe.at(('parameters', parameter.name))}{printable(name)}: {error}") from error
             if value is not None:
                 given[parameter.name] = value
         known = (method.name, len(models) - models.count(None), *given.items())
@@ -65,10 +70,10 @@ class ParameterValues:
             asked.values = self.resolved[known]
         return self.resolved[known]
 
-    def _asked(self, method: MergeMethod, first_model: int, rule: Rule | None) -> _Asked:
-        known = method.name, first_model, id(rule) if rule and rule.parameters else None
+    def _asked(self, method: MergeMethod, numbers: tuple[int, ...], rule: Rule | None) -> _Asked:
+        known = method.name, numbers, id(rule) if rule and rule.parameters else None
         if known not in self.asked:
-            views = self.part.views[first_model:]
+            views = [self.part.views[number] for number in numbers]
             made = []
             for parameter in method.parameters.values():
                 ruled = self._of_rule(parameter, rule, len(views))
@@ -125,5 +130,5 @@ def shares(part: Part) -> list[tuple[Any, float]]:
     found: list[tuple[Any, float]] = []
     for number, view in enumerate(part.views):
         value = Chain(weight, (view.own, *part.levels)).at("", 0.0) if weight else None
-        found.append((view.index.extras, 0.0 if part.based and number == 0 else 1.0 if value is None else value))
+        found.append((view.index.extras, 0.0 if number not in part.models else 1.0 if value is None else value))
     return found

@@ -53,6 +53,8 @@ def recipe_of(
 def overridden(recipe: Recipe, overrides: Overrides) -> Recipe:
     """The recipe with what options say in place of its own keys; options that were not given are None."""
     given = {name: value for name, value in overrides.items() if value is not None}
+    if "dtype" in given:
+        recipe = replace(recipe, out_dtype=None)
     output = {name: given.pop(name) for name in list(given) if name in Output.__dataclass_fields__}
     written = replace(recipe.output, **_parsed(Output, output))
     return replace(recipe, output=written, **_parsed(Recipe, given))
@@ -74,6 +76,8 @@ def _parsed(form: type[Any], given: Overrides) -> dict[str, Any]:
 
 def conversion(path: str, drop: Sequence[str], keep: Sequence[str], overrides: Overrides) -> Recipe:
     """A merge of one input by ``copy``: what is dropped and what is kept are rules."""
+    if "" in (*drop, *keep):
+        raise RecipeError("--drop and --keep take a pattern, like 'dvae.*'")
     rules = [Rule((parse_pattern(pattern),), drop=True) for pattern in drop]
     if keep:
         rules += [Rule((parse_pattern(pattern),)) for pattern in keep]

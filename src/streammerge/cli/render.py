@@ -11,6 +11,7 @@ from typing import Any
 from streammerge.checkpoint import CheckpointIndex
 from streammerge.cli.formula import unicode_formula
 from streammerge.errors import RecipeError, listed, printable
+from streammerge.formats.safetensors import load_json
 from streammerge.methods.contracts import MergeMethod, Parameter
 from streammerge.recipe import to_yaml
 from streammerge.recipe.document import parse
@@ -68,8 +69,10 @@ def recipe_text(index: CheckpointIndex) -> str:
     record = index.metadata.get("streammerge")
     if record is None:
         raise RecipeError(f"{printable(index.path)} carries no recipe; it was not merged by streammerge")
-    document = parse(record, str(index.path))
-    return to_yaml(document.data)
+    try:
+        return to_yaml(load_json(record))
+    except ValueError:  # in a .pth or folder it is YAML
+        return to_yaml(parse(record, str(index.path)).data)
 
 
 def index_json(index: CheckpointIndex, tensors: bool) -> dict[str, Any]:

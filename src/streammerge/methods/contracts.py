@@ -61,7 +61,7 @@ class Parameter:
             return _boolean(self.name, value)
         try:
             number = float(value)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise RecipeError(f"{self.name} takes a number, not {printable(value)}") from error
         if not math.isfinite(number):
             raise RecipeError(f"{self.name} takes a finite number, not {printable(value)}")
@@ -210,11 +210,15 @@ def _number_if_it_is(value: Any) -> Any:
         return value
 
 
+_TRUE = ("true", "1", "1.0", "yes", "on", "t", "y")
+FALSE = ("false", "0", "0.0", "no", "off", "f", "n")
+
+
 def _boolean(name: str, value: Any) -> bool:
-    known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if str(value).lower() not in known:
+    word = str(value).lower()
+    if word not in _TRUE and word not in FALSE:
         raise RecipeError(f"{name} takes true or false, not {printable(value)}")
-    return known[str(value).lower()]
+    return word in _TRUE
 
 
 def sums_to_something(numbers: Sequence[float]) -> bool:

@@ -76,7 +76,7 @@ def _read(data: Any, places: Any, doubled: Any, name: str, path: Path | None, ow
     problems = Problems()
     for key in doubled:
         problems.add(key, f"the key {printable(key[-1])} stands twice")
-    recipe = FormOf(Recipe).read(_with_own_methods(data) if own_methods else data, (), problems)
+    recipe = FormOf(Recipe).read(_with_own_methods(data, problems) if own_methods else data, (), problems)
     if recipe is not None:
         recipe = located(replace(recipe, places=places), path, problems)
         check(recipe, problems)
@@ -84,14 +84,21 @@ def _read(data: Any, places: Any, doubled: Any, name: str, path: Path | None, ow
     return recipe  # type: ignore[no-any-return]
 
 
-def _with_own_methods(data: Any) -> Any:
+def _with_own_methods(data: Any, problems: Problems) -> Any:
     """The data with methods in place of names like package.module:function, which are imported here."""
     if not isinstance(data, Mapping):
         return data
     made = {**data}
-    for each in (made, *(made["rules"] if isinstance(made.get("rules"), list) else ())):
+    if isinstance(made.get("rules"), list):
+        made["rules"] = [{**rule} if isinstance(rule, Mapping) else rule for rule in made["rules"]]
+    holders = [((), made), *((("rules", n), rule) for n, rule in enumerate(made.get("rules") or ()))]
+    for path, each in holders:
         if isinstance(each, dict) and ":" in str(each.get("merge_method")):
-            each["merge_method"] = find_method(str(each["merge_method"]))
+            try:
+                each["merge_method"] = find_method(str(each["merge_method"]))
+            except RecipeError as error:
+                problems.add((*path, "merge_method"), str(error))
+                each["merge_method"] = find_method("linear")
     return made
 
 

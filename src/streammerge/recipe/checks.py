@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,13 +20,15 @@ def check(recipe: Recipe, problems: Problems) -> None:
     if len(ways) > 1 or not (ways or unread):
         said = " and ".join(ways) + " are given" if ways else "there is nothing to merge"
         problems.add((ways[-1],) if ways else (), f"{said}; a recipe has one of models, slices and modules")
+    found = len(problems)
     for path, entries, slices, _ in _parts(recipe):
-        if path and bool(entries) == bool(slices):
+        if path and bool(entries) == bool(slices) and not _is_broken(path, problems[:found]):
             problems.add(path, "a module has models or slices, one of them")
-        if entries:
+        if entries and not _is_broken((*path, "models"), problems[:found]):
             _count(recipe, entries, recipe.base_model, path, problems)
         for each in slices:
-            _check_slice(recipe, each, problems)
+            if not _is_broken(each.path, problems[:found]):
+                _check_slice(recipe, each, problems)
     _check_parameters(recipe, problems)
     _check_rules(recipe, problems)
 
@@ -39,6 +42,13 @@ def raise_all(problems: Problems, places: Places, name: str = "the recipe") -> N
         raise RecipeError(rows[0])
     if rows:
         raise RecipeError(f"{name} has {len(rows)} mistakes:\n" + "\n".join(f"  {row}" for row in rows))
+
+
+def _is_broken(path: Path, problems: list[tuple[Path, str]]) -> bool:
+    """Whether entries below a key could not be read, so that nothing can be said of their number."""
+    return any(at[: len(path)] == path and "parameters" not in at and at[-1:] != ("model",) for at, _ in problems) or any(
+        at[: len(path)] == path and message.startswith(f"{at[-1]} takes") and at[-1] == "model" for at, message in problems
+    )
 
 
 _Part = tuple[Path, tuple[Model, ...], tuple[Slice, ...], Settings]
@@ -58,7 +68,9 @@ def _count(recipe: Recipe, entries: Sequence[Model | Source], base: str | None, 
     if method.base == "unused":
         if base is not None and not among and isinstance(entries[0], Model):
             models += 1
-            if "weight" not in recipe.parameters:  # as in mergekit, the base is one model more where it has a weight
+            if "weight" not in recipe.parameters and not recipe.base_apart(
+                listed=False
+            ):  # as in mergekit, the base is one model more where it has a weight
                 hint = f"leave it out, or give {printable(base)} as a model too"
                 problems.add(("base_model",), f"{method.name} takes no base; {hint}")
     elif base is None:
@@ -86,7 +98,8 @@ def _check_slice(recipe: Recipe, each: Slice, problems: Problems) -> None:
     _count(recipe, each.sources, base, each.path, problems)
     known = [recipe.of(source) for source in each.sources]
     needs = recipe.merge_method.base in ("required", "optional", "model")
-    if base is not None and needs and not any(recipe.reference(base).path == k.path for k in known):
+    place = None if base is None else os.path.realpath(base)
+    if base is not None and needs and not any(place == os.path.realpath(k.path) for k in known):
         problems.add(each.path, f"the base {printable(base)} must be among the sources, since it says which of its layers")
 
 
@@ -120,7 +133,7 @@ def _check_parameters(recipe: Recipe, problems: Problems) -> None:
                 problems.add((*path, name), wrong)
             given.add(name)
     for rule in recipe.rules:
-        given |= set(rule.parameters)
+        given |= set(rule.parameters) if rule.merge_method is None else set()
     for name, parameter in recipe.merge_method.parameters.items():
         if parameter.required and name not in given:
             problems.add(("merge_method",), recipe.merge_method.lack(name))
@@ -150,5 +163,34 @@ def _check_rules(recipe: Recipe, problems: Problems) -> None:
 
 
 def _check_rule_method(recipe: Recipe, method: MergeMethod, path: Path, problems: Problems) -> None:
-    if recipe.base_model is None and method.base == "required":
+    """A rule's own method: whether there is a base for it, as many models as it takes, and what it needs."""
+    parts = list(_parts(recipe))
+    bases = [recipe.base_model, *(each.base_model for _, _, slices, _ in parts for each in slices)]
+    if method.base == "required" and not any(bases):
         problems.add(path, f"{method.name} needs the models' common ancestor; name it as base_model")
+        return
+    for where, entries, slices, _ in parts:
+        groups: list[tuple[Sequence[Model | Source], str | None]] = [(entries, recipe.base_model)]
+        groups += [(each.sources, each.base_model or recipe.base_model) for each in slices]
+        for found, base in groups if not _is_broken((*where, "models"), problems) else ():
+            wrong = _rule_count(recipe, method, found, base) if found else None
+            if wrong is not None:
+                problems.add(path, wrong)
+                return
+    known = {name for _, settings, _ in _levels(recipe) for name in settings}
+    rule = next(rule for rule in recipe.rules if rule.path == path and rule.merge_method is method)
+    for name, parameter in method.parameters.items():
+        if parameter.required and name not in known and name not in rule.parameters:
+            problems.add(path, method.lack(name))
+
+
+def _rule_count(recipe: Recipe, method: MergeMethod, found: Sequence[Model | Source], base: str | None) -> str | None:
+    """What is wrong with the number of models that a rule's method would be given, if anything."""
+    place = None if base is None else os.path.realpath(base)
+    listed = any(os.path.realpath(entry.model) == place for entry in found)
+    apart = base is not None and (method.base in ("required", "optional") or recipe.base_apart(listed))
+    try:
+        method.check_models(len(found) - (listed and apart) + (base is not None and not listed and not apart))
+    except RecipeError as error:
+        return str(error)
+    return None

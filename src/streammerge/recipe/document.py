@@ -81,15 +81,8 @@ class _Reader:
         if self.left < 0 or len(path) > _DEEPEST:
             raise RecipeError(f"{self.places[path[:1]]}this is nested or repeated without end, which is refused")
         if isinstance(node, self.yaml.MappingNode):
-            self.scalars.flatten_mapping(node)
             made: dict[Any, Any] = {}
-            for key_node, value_node in node.value:
-                key = self._scalar(key_node) if isinstance(key_node, self.yaml.ScalarNode) else "(a list or mapping)"
-                below = (*path, key)
-                if key in made:
-                    self.doubled.append(below)
-                self._mark(below, key_node)
-                made[key] = self._data(value_node, below)
+            self._take(node, path, made, own=True)
             return made
         if isinstance(node, self.yaml.SequenceNode):
             items = []
@@ -98,6 +91,29 @@ class _Reader:
                 items.append(self._data(item, (*path, number)))
             return items
         return self._scalar(node)
+
+    def _take(self, node: yaml.Node, path: Path, made: dict[Any, Any], own: bool) -> None:
+        """The pairs of a mapping, and those that ``<<`` merges into it, which its own come before."""
+        merged: list[yaml.Node] = []
+        for key_node, value_node in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                merged += value_node.value if isinstance(value_node, self.yaml.SequenceNode) else [value_node]
+                continue
+            key = self._scalar(key_node) if isinstance(key_node, self.yaml.ScalarNode) else "(a list or mapping)"
+            below = (*path, key)
+            if key not in made:
+                self._mark(below, key_node)
+                made[key] = self._data(value_node, below)
+            elif own:
+                self.doubled.append(below)
+                self._mark(below, key_node)
+        for each in merged:
+            self.left -= 1
+            if not isinstance(each, self.yaml.MappingNode):
+                raise RecipeError(f"{self._place(each)}<< takes a mapping, or a list of such")
+            if self.left < 0 or len(path) > _DEEPEST:
+                raise RecipeError(f"{self._place(each)}this is nested or repeated without end, which is refused")
+            self._take(each, path, made, own=False)
 
     def _scalar(self, node: yaml.Node) -> Any:
         try:

@@ -14,9 +14,23 @@ from typing import Any, ClassVar, NamedTuple
 
 from streammerge.dtypes import DType, parse_dtype
 from streammerge.errors import RecipeError, printable
-from streammerge.methods.contracts import MergeMethod
+from streammerge.methods.contracts import MergeMethod, Parameter
 from streammerge.methods.registry import find_method, methods
-from streammerge.recipe.kinds import TEXT, TRUTH, WHOLE, FormOf, ListOf, MapOf, Path, Places, Plain, key, one_of, place_of
+from streammerge.recipe.kinds import (
+    TEXT,
+    TRUTH,
+    WHOLE,
+    FormOf,
+    ListOf,
+    MapOf,
+    Path,
+    Places,
+    Plain,
+    key,
+    one_of,
+    place_of,
+    whole,
+)
 from streammerge.recipe.patterns import Pattern, parse_pattern
 from streammerge.recipe.settings import Settings, SettingsKind
 from streammerge.statedict import EMA_CHOICES
@@ -47,14 +61,15 @@ def _model(value: Any) -> str:
         if isinstance(inner, Mapping) and inner.get("revision") is not None:
             raise RecipeError("a revision is not supported yet; download it and give its folder")
         value = inner.get("path") if isinstance(inner, Mapping) else inner
-    if not isinstance(value, str) or not value:
+    value = str(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(value, str) or not value or "\0" in value:
         raise ValueError(value)
     return value
 
 
 def _layer_range(value: Any) -> tuple[int, int]:
-    start, stop = map(int, value)
-    if isinstance(value, str) or not 0 <= start < stop:
+    start, stop = map(whole, value)
+    if not isinstance(value, list | tuple) or not 0 <= start < stop:
         raise ValueError(value)
     return start, stop
 
@@ -84,17 +99,36 @@ def _torch_name(dtype: DType) -> str:
     return dtype.torch_name
 
 
-def _nearest_method(value: Any) -> MergeMethod | None:
+@dataclass(frozen=True)
+class _AnyMethod(MergeMethod):
+    """Stands for a method that cannot be told, so that the rest of its recipe is read; nothing is wrong with it."""
+
+    @property
+    def parameters(self) -> dict[str, Parameter]:
+        return {name: Parameter(name, "any", True, (None,)) for name in parameter_docs()}
+
+
+def _nearest_method(value: Any) -> MergeMethod:
     near = difflib.get_close_matches(str(value), methods(), n=1)
-    return methods()[near[0]] if near else None
+    return methods()[near[0]] if near else _AnyMethod("unknown", find_method("linear").function, (0, None))
 
 
-MODEL = Plain("the path of a model", _model, {"type": "string"})
+UNREAD = "\0"
+"""Stands for a model that is not named as it should be."""
+
+
+MODEL = Plain(
+    "the path of a model",
+    _model,
+    {"anyOf": [{"type": "string"}, {"type": "object", "required": ["model"]}]},
+    guess=lambda value: UNREAD,
+)
 LAYER_RANGE = Plain(
     "the first layer and the one behind the last, like [0, 24]",
     _layer_range,
     {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2},
     list,
+    lambda value: (0, 0),
 )
 SIZE = Plain("a size like 5GB", _size, {"type": ["string", "integer"]})
 DTYPE = Plain("a dtype like bfloat16", _float_dtype, {"type": "string"}, _torch_name)
@@ -108,11 +142,18 @@ def _listed_method(value: Any) -> MergeMethod:
     return find_method(value)
 
 
+def _method_name(method: MergeMethod) -> str:
+    """By which it is found again."""
+    if methods().get(method.name) is method:
+        return method.name
+    return f"{method.function.__module__}:{getattr(method.function, '__qualname__', method.name)}"
+
+
 METHOD = Plain(
     "a merge method",
     _listed_method,
     lambda: {"type": "string", "anyOf": [{"enum": sorted(methods())}, {"pattern": ":"}]},
-    lambda method: method.name,
+    _method_name,
     _nearest_method,
 )
 PATTERN = Plain("a glob or a /regular expression/", parse_pattern, {"type": "string"}, str)
@@ -192,7 +233,7 @@ class Rule:
     def takes(self, name: str) -> bool:
         """Whether one of its patterns matches the name."""
         for pattern in self.match:  # noqa: SIM110 - this runs for every tensor and rule, and any() takes twice as long
-            if pattern.matches(name):
+            if pattern.found.search(name):
                 return True
         return False
 
@@ -294,6 +335,14 @@ class Recipe:
     def based(self) -> bool:
         """Whether the method takes the base apart from the models."""
         return self.base_model is not None and self.merge_method.base in ("required", "optional")
+
+    def base_apart(self, listed: bool) -> bool:
+        """Whether the base is no model: the method takes it apart, or only a rule needs it. ``listed``: as a model too.
+
+        A base that is neither is one model more, as in mergekit.
+        """
+        ruled = any(rule.merge_method and rule.merge_method.base == "required" for rule in self.rules)
+        return self.based or (not listed and ruled and self.merge_method.base == "unused")
 
     @cached_property
     def checkpoints(self) -> tuple[Reference, ...]:

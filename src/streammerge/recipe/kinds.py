@@ -79,7 +79,7 @@ class Plain(Kind):
             return self.parse(value)
         except RecipeError as error:
             problems.add(path, str(error))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             problems.add(path, f"{_name(path)} takes {self.words}, not {shown(value)}")
         return self.guess(value) if self.guess else None
 
@@ -99,8 +99,8 @@ class ListOf(Kind):
     def read(self, value: Any, path: Path, problems: Problems) -> Any:
         if self.or_one and not isinstance(value, list | tuple):
             value = [value]
-        if not isinstance(value, list | tuple):
-            problems.add(path, f"{_name(path)} takes a list, not {shown(value)}")
+        if not isinstance(value, list | tuple) or not value:
+            problems.add(path, f"{_name(path)} takes a list, not {shown(value) if value else 'nothing'}")
             return ()
         read = [self.item.read(item, (*path, number), problems) for number, item in enumerate(value)]
         return tuple(item for item in read if item is not None)
@@ -153,7 +153,7 @@ class FormOf(Kind):
             return None
         stands_for = {name: name for name in value if name in keys}
         for name in value:
-            if name not in keys:
+            if name not in keys and not (value[name] is None and name in getattr(self.form, "REFUSED", {})):
                 meant = self._meant(name)
                 problems.add((*path, name), self._unknown(name, meant, path))
                 if meant is not None and meant not in stands_for:  # read on as if it had been written so
@@ -167,6 +167,9 @@ class FormOf(Kind):
                     made[name] = read
             elif required:
                 problems.add(path, f"{_name(path)} needs {name}")
+                stand_in = kind.guess(None) if isinstance(kind, Plain) and kind.guess else None
+                if stand_in is not None:
+                    made[name] = stand_in
         if any(required and name not in made for name, (_, required) in keys.items()):
             return None
         return self.form(**made, **({"path": path} if "path" in {f.name for f in fields(self.form)} else {}))

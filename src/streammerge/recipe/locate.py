@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from streammerge.errors import printable
-from streammerge.recipe.form import Recipe
+from streammerge.recipe.form import UNREAD, Recipe
 from streammerge.recipe.kinds import Path as Key
 from streammerge.recipe.kinds import Problems
 from streammerge.recipe.settings import Case, is_same_for_all
@@ -28,7 +28,7 @@ def located(recipe: Recipe, file: Path | None, problems: Problems) -> Recipe:
         folders += [file.parent] + ([file.parent.parent] if file.name == RECORD else [])
     names = {}
     for named in recipe.named_models:
-        found = _find(named, folders)
+        found = named if named == UNREAD else _find(named, folders)
         names[named] = found or named
         if found is None:
             problems.add(_place(recipe, named), _absent(named, folders))
@@ -85,21 +85,30 @@ def _place(recipe: Recipe, named: str) -> Key:
 def resolved(recipe: Recipe) -> Recipe:
     """The recipe that travels with its output: every parameter is there, and nothing of this machine.
 
-    Models are called as they were named; absolute paths are shortened to what is below the folder that holds them all.
+    A parameter that a rule's method has too is left to the defaults, which need not be the same.
     """
     settings = dict(recipe.parameters)
     for name, parameter in recipe.merge_method.parameters.items():
         default = parameter.default[0] if isinstance(parameter.default, tuple) else parameter.default
         known = settings.get(name, ())
         own = parameter.per_model and all(is_same_for_all(e.parameters.get(name, ())) for e in recipe.entries)
-        said = own or any(case.filter in (None, "*") for case in known)
+        others = any(name in rule.merge_method.parameters for rule in recipe.rules if rule.merge_method)
+        said = own or others or any(case.filter in (None, "*") for case in known)
         if not said and not parameter.required and isinstance(default, bool | int | float | str):
             settings[name] = (*known, Case(default))
+    return replace(recipe, parameters=settings).renamed(_travelling(recipe))
+
+
+def _travelling(recipe: Recipe) -> dict[str, str]:
+    """What to call each model: as it was named, but an absolute path by what is below the folder that holds all those."""
     written = {path: recipe.written.get(path, path) for path in recipe.named_models}
-    absolute = {path: Path(os.path.abspath(path)) for path, name in written.items() if Path(name).is_absolute()}  # noqa: PTH100
-    if absolute:
-        common = Path(os.path.commonpath([path.parent for path in absolute.values()]))
-        written |= {path: place.relative_to(common).as_posix() for path, place in absolute.items()}
-        if len(set(written.values())) < len(written):
-            return resolved(replace(recipe, written={path: os.path.abspath(path) for path in written}))  # noqa: PTH100
-    return replace(recipe, parameters=settings).renamed(written)
+    places = {path: Path(os.path.abspath(path)) for path in written}  # noqa: PTH100 - links stay as they are
+    apart = len(set(written.values())) == len(set(places.values()))
+    named = [path for path, name in written.items() if Path(name).is_absolute() or not apart]
+    if named:
+        common = Path(os.path.commonpath([places[path].parent for path in named]))
+        written |= {path: places[path].relative_to(common).as_posix() for path in named}
+    if len(set(written.values())) < len(set(places.values())):  # one that was named relatively is called like another
+        common = Path(os.path.commonpath([place.parent for place in places.values()]))
+        written = {path: place.relative_to(common).as_posix() for path, place in places.items()}
+    return written

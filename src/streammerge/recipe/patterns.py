@@ -15,9 +15,6 @@ class Pattern:
     text: str
     found: re.Pattern[str] = field(compare=False, repr=False)
 
-    def matches(self, name: str) -> bool:
-        return self.found.search(name) is not None
-
     def __str__(self) -> str:
         return self.text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from streammerge.errors import printable
+from streammerge.methods.contracts import FALSE
 from streammerge.recipe.form import Model, Recipe, Slice, Source
 from streammerge.recipe.settings import Setting, SettingKind, Settings
 
@@ -94,7 +95,7 @@ def _number(setting: Setting | None) -> float | None:
 
 def _normalizes(recipe: Recipe) -> bool:
     setting = recipe.parameters.get("normalize")
-    return setting is None or str(setting[0].value).lower() not in ("false", "no", "0")
+    return setting is None or str(setting[0].value).lower() not in FALSE
 
 
 def _after(settings: Settings) -> str:
