@@ -185,6 +185,25 @@ parameters:
     - {filter: mlp, value: [1, 0.5, 0.7, 0.3, 0]}
     - value: 0.5
 """,
+    "a base in one slice only": """
+slices:
+  - sources:
+    - {model: a, layer_range: [0, 2], parameters: {weight: 0.4}}
+    - {model: base, layer_range: [1, 3]}
+    base_model: base
+  - sources:
+    - {model: b, layer_range: [2, 4]}
+    - {model: c, layer_range: [2, 4], parameters: {weight: 0.3}}
+    base_model: b
+merge_method: task_arithmetic
+""",
+    "anchors and merge keys": """
+models:
+  - &one {model: a, parameters: &p {weight: 1}}
+  - {<<: *one, model: b}
+  - {model: c, parameters: {<<: *p, weight: 0.5}}
+merge_method: linear
+""",
     "modules": """
 modules:
   default:

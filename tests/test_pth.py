@@ -168,7 +168,8 @@ def test_ema_weights_are_named_and_not_left_stale(tmp_path: Path) -> None:
     assert any("left out of the output: 'ema'" in note for note in result.notes)
     sm.merge(paths, tmp_path / "ema.pt", ema="only")
     merged = torch.load(tmp_path / "ema.pt")
-    assert list(merged) == ["ema", "epoch"]
+    assert list(merged) == ["model", "ema", "epoch"], "what a loader reads is there, and is the average"
+    assert merged["model"]["layer.bias"].data_ptr() == merged["ema"]["layer.bias"].data_ptr()
     assert octets(merged["ema"]["layer.bias"]) == octets(
         mean([trained(11)["layer.bias"], trained(12)["layer.bias"]], [1, 1])
     )

@@ -6,6 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ import mergekit_cases
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 from conftest import Cli, assert_same, load_safetensors, octets, trained
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import streammerge as sm
+from streammerge.cli import cli as command_line
 from streammerge.recipe import json_schema, read_recipe, to_yaml
 from streammerge.recipe.document import parse
 
@@ -186,6 +189,54 @@ def test_a_recipe_that_is_no_text_or_too_long(models: Path) -> None:
     assert "without end" in refused(laughs)[0]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        LINEAR + "output: {<<: 3}\n",
+        LINEAR + f"output: {{max_shard_size: {'9' * 400}}}\n",
+        LINEAR + f"parameters: {{weight: {'9' * 400}}}\n",
+        LINEAR + f"seed: {'9' * 400}.5\n",
+        LINEAR.replace("b.safetensors", '"b\\0"'),
+        SLICES.format("passthrough", "[0, .inf]", ""),
+        SLICES.format("passthrough", "{0: 1, 1: 2}", ""),
+        LINEAR + "rules: [{match: []}]\n",
+        LINEAR + "? [a, b]\n: c\n",
+        LINEAR + "seed: !!python/object/apply:os.system [x]\n",
+    ],
+)
+def test_odd_values_are_one_sentence(text: str, models: Path) -> None:
+    assert all(line.startswith("recipe.yaml:") for line in refused(text))
+
+
+def test_merge_keys_are_no_bomb(models: Path) -> None:
+    nested = "&m0 {model: a.safetensors}"
+    for level in range(1, 40):
+        nested = f"&m{level} {{<<: [{nested}{f', *m{level - 1}' * 8}]}}"
+    began = time.process_time()
+    assert "without end" in refused(f"merge_method: linear\nmodels: [{nested}]\n")[0]
+    assert time.process_time() - began < 20
+
+
+def test_mistakes_beside_one_that_hides_the_method(models: Path) -> None:
+    told = refused(
+        "merge_method: xyzzyqq\nmodels:\n- {model: 3, parameters: {weight: [[1]]}}\n- {model: absent}\n"
+        "rules: [{match: x, drop: true, dtype: float32}]\n"
+    )
+    assert [line.split(": ")[0] for line in told] == [f"recipe.yaml:{p}" for p in ("1:1", "3:4", "3:27", "4:4", "5:9")]
+
+
+def test_a_method_of_ones_own_keeps_its_place(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("mine.py").write_text(
+        "import streammerge as sm\n@sm.merge_method('linear', passes=False)\n"
+        "def first(group):\n    return lambda chunk: chunk.models[0]\n"
+    )
+    monkeypatch.syspath_prepend(str(models))
+    saved = sm.plan(["a.safetensors", "b.safetensors"], method="mine:first").recipe.to_dict()
+    assert saved["merge_method"] == "mine:first"
+    assert read_recipe(saved, own_methods=True).to_dict() == saved
+    assert saved["merge_method"] == "mine:first", "the caller's data is left alone"
+
+
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(max_size=200) | st.binary(max_size=200).map(lambda b: b.decode("latin-1")))
 def test_any_text_is_a_recipe_or_one_error(text: str) -> None:
@@ -338,13 +389,18 @@ def test_file_dict_and_arguments_give_the_same_bytes(models: Path) -> None:
     ],
     ids=" ".join,
 )
-def test_any_command_can_be_saved_as_a_recipe(arguments: list[str], models: Path, cli: Cli) -> None:
-    Path("saved.yaml").write_text(cli("plan", *arguments, "--format", "yaml").stdout)
-    cli("merge", *arguments, "-o", "one.safetensors")
-    cli("merge", "saved.yaml", "-o", "two.safetensors")
+def test_any_command_can_be_saved_as_a_recipe(arguments: list[str], models: Path) -> None:
+    def run(*words: str) -> str:
+        done = CliRunner().invoke(command_line, words, catch_exceptions=False)  # in this process, where torch is imported
+        assert done.exit_code == 0
+        return done.stdout
+
+    Path("saved.yaml").write_text(run("plan", *arguments, "--format", "yaml"))
+    run("merge", *arguments, "-o", "one.safetensors")
+    run("merge", "saved.yaml", "-o", "two.safetensors")
     assert Path("one.safetensors").read_bytes() == Path("two.safetensors").read_bytes()
-    Path("inside.yaml").write_text(cli("inspect", "one.safetensors", "--recipe").stdout)
-    cli("merge", "inside.yaml", "-o", "three.safetensors")
+    Path("inside.yaml").write_text(run("inspect", "one.safetensors", "--recipe"))
+    run("merge", "inside.yaml", "-o", "three.safetensors")
     assert Path("one.safetensors").read_bytes() == Path("three.safetensors").read_bytes()
 
 

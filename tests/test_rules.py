@@ -157,6 +157,69 @@ class TestRules:
         assert not sm.plan(recipe=recipe(rules=rules)).warnings
 
 
+class TestRulesAndBases:
+    """A rule's method merges the recipe's models; the base is apart where either method takes it so."""
+
+    @pytest.fixture
+    def models(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensors]:
+        base = {"q.weight": draw(1, 16, 16), "v.weight": draw(2, 16, 16)}
+        made = {"base": base}
+        for seed, name in enumerate("abc", start=5):
+            made[name] = {n: t + 0.1 * draw(seed, 16, 16) for n, t in base.items()}
+        saved(tmp_path, **made)
+        monkeypatch.chdir(tmp_path)
+        return made
+
+    def merged(self, names: str, **keys: Any) -> Tensors:
+        listed = [{"model": f"{name}.safetensors"} for name in names.split()]
+        sm.merge(recipe={"models": listed, "base_model": "base.safetensors", **keys}, out="out.safetensors", overwrite=True)
+        return load_safetensors(Path("out.safetensors"))
+
+    def test_a_rule_without_a_use_for_the_base(self, models: dict[str, Tensors]) -> None:
+        rules = [{"match": "q.*", "merge_method": "linear"}]
+        made = self.merged("a b", merge_method="task_arithmetic", rules=rules)
+        assert octets(made["q.weight"]) == octets(mean([models["a"]["q.weight"], models["b"]["q.weight"]], [1, 1]))
+        deltas = models["a"]["v.weight"].double() + models["b"]["v.weight"] - models["base"]["v.weight"]
+        torch.testing.assert_close(made["v.weight"].double(), deltas, rtol=1e-5, atol=1e-6)
+
+    def test_a_rule_that_alone_needs_the_base(self, models: dict[str, Tensors]) -> None:
+        rules = [{"match": "q.*", "merge_method": "task_arithmetic"}]
+        made = self.merged("a b", merge_method="linear", rules=rules)
+        assert octets(made["v.weight"]) == octets(mean([models["a"]["v.weight"], models["b"]["v.weight"]], [1, 1]))
+        deltas = models["a"]["q.weight"].double() + models["b"]["q.weight"] - models["base"]["q.weight"]
+        torch.testing.assert_close(made["q.weight"].double(), deltas, rtol=1e-5, atol=1e-6)
+        again = sm.plan(recipe={"merge_method": "linear", "models": [{"model": "a.safetensors"}], "rules": []})
+        assert again.counts() == {"linear": 2}
+
+    def test_the_order_of_models_is_the_written_one(self, models: dict[str, Tensors]) -> None:
+        made = self.merged("a base", merge_method="ema", parameters={"decay": 0.9})
+        expected = 0.9 * models["a"]["q.weight"].double() + 0.1 * models["base"]["q.weight"].double()
+        torch.testing.assert_close(made["q.weight"].double(), expected, rtol=1e-6, atol=1e-7)
+        rules = [{"match": "*", "parameters": {"weight": [0.9, 0.1]}}]
+        made = self.merged("a base", merge_method="linear", rules=rules)
+        assert octets(made["q.weight"]) == octets(mean([models[n]["q.weight"] for n in ("a", "base")], [0.9, 0.1]))
+
+    def test_a_rules_method_is_checked_as_the_recipes(self, models: dict[str, Tensors]) -> None:
+        for method, words in (("slerp", "slerp merges exactly 2 models, not 3"), ("add_difference", "exactly 2 models")):
+            with pytest.raises(sm.RecipeError, match=words):
+                self.merged("a b c", merge_method="task_arithmetic", rules=[{"match": "q.*", "merge_method": method}])
+        with pytest.raises(sm.RecipeError, match="slerp needs the parameter t"):
+            self.merged("a b", merge_method="task_arithmetic", rules=[{"match": "q.*", "merge_method": "slerp"}])
+        sources = [{"model": f"{n}.safetensors", "layer_range": [0, 1]} for n in "ab"]
+        with pytest.raises(sm.RecipeError, match="needs the models' common ancestor"):
+            rules = [{"match": "q.*", "merge_method": "ties"}]
+            sm.plan(recipe={"merge_method": "linear", "slices": [{"sources": sources}], "rules": rules})
+
+    def test_defaults_that_travel_are_not_taken_for_a_rules(self, models: dict[str, Tensors]) -> None:
+        """linear normalises by default, task_arithmetic does not."""
+        rules = [{"match": "q.*", "merge_method": "task_arithmetic"}]
+        listed = [{"model": f"{n}.safetensors", "parameters": {"weight": 0.7}} for n in "ab"]
+        wish = {"merge_method": "linear", "models": listed, "base_model": "base.safetensors", "rules": rules}
+        sm.merge(recipe=wish, out="one/")
+        sm.merge(recipe="one/streammerge.yaml", out="two/")
+        assert Path("one/model.safetensors").read_bytes() == Path("two/model.safetensors").read_bytes()
+
+
 class TestShapes:
     def test_everything_that_differs_stands_in_one_table(self, voices: tuple[Tensors, Tensors], tmp_path: Path) -> None:
         changed = voices[1] | {"gpt.text_embedding.weight": draw(1, 40, 8), "gpt.new": draw(1, 2)}
@@ -369,6 +432,27 @@ class TestFolders:
         expected = mean([tied["model.embed_tokens.weight"], own["lm_head.weight"]], [1, 1])
         assert octets(out["lm_head.weight"]) == octets(expected)
         assert self.config("out")["tie_word_embeddings"] is False
+
+    def test_filters_see_the_head_that_stands_in(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        tied = self.make(tmp_path, "tied", False, tie_word_embeddings=True)
+        own = self.make(tmp_path, "own", True)
+        weight = [{"filter": "lm_head", "value": 3}, {"value": 1}]
+        models = [{"model": "tied", "parameters": {"weight": weight}}, {"model": "own", "parameters": {"weight": 1}}]
+        sm.merge(recipe={"merge_method": "linear", "models": models}, out="out/")
+        expected = mean([tied["model.embed_tokens.weight"], own["lm_head.weight"]], [3, 1])
+        assert octets(load_safetensors(Path("out/model.safetensors"))["lm_head.weight"]) == octets(expected)
+
+    def test_lists_of_layers_come_from_each_models_own_configuration(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        self.make(tmp_path, "a", True, layers=2, layer_types=["a0", "a1"], tie_word_embeddings=True)
+        self.make(tmp_path, "deep", True, layers=4, layer_types=["d0", "d1", "d2", "d3"])
+        slices = [{"sources": [{"model": n, "layer_range": span}]} for n, span in (("a", [0, 1]), ("deep", [2, 4]))]
+        sm.merge(recipe={"merge_method": "passthrough", "slices": slices}, out="out")
+        assert self.config("out")["layer_types"] == ["a0", "d2", "d3"]
+        assert self.config("out")["tie_word_embeddings"] is False, "the head is the second model's"
 
     def test_all_heads_are_tied(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)

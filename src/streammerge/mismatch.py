@@ -90,7 +90,8 @@ class Mismatch:
         lines += [f"this looks like {guess}" for guess in self._guesses()]
         if names:
             lines.append(
-                "--on-missing base (keep the first's), average-present (mean of those that have it) or drop settles names"
+                "--on-missing base (keep the first's), average-present (mean of those that have it) or drop settles names; "
+                "the first checkpoint's names are the output's"
             )
         shapes = [d for d in self.differing if d.in_shape]
         if shapes:

@@ -91,15 +91,15 @@ class Plain(Kind):
 
 
 class ListOf(Kind):
-    """A list, held as a tuple. With ``or_one`` a single value stands for a list of one."""
+    """A list of at least so many, held as a tuple. With ``or_one`` a single value stands for a list of one."""
 
-    def __init__(self, item: Kind, or_one: bool = False) -> None:
-        self.item, self.or_one = item, or_one
+    def __init__(self, item: Kind, or_one: bool = False, least: int = 1) -> None:
+        self.item, self.or_one, self.least = item, or_one, least
 
     def read(self, value: Any, path: Path, problems: Problems) -> Any:
         if self.or_one and not isinstance(value, list | tuple):
             value = [value]
-        if not isinstance(value, list | tuple) or not value:
+        if not isinstance(value, list | tuple) or len(value) < self.least:
             problems.add(path, f"{_name(path)} takes a list, not {shown(value) if value else 'nothing'}")
             return ()
         read = [self.item.read(item, (*path, number), problems) for number, item in enumerate(value)]
@@ -107,7 +107,7 @@ class ListOf(Kind):
 
     def schema(self, forms: Schema) -> Schema:
         item = self.item.schema(forms)
-        whole = {"type": "array", "items": item, "minItems": 1}
+        whole = {"type": "array", "items": item, "minItems": self.least}
         return {"anyOf": [item, whole]} if self.or_one else whole
 
     def dump(self, value: Any) -> Any:

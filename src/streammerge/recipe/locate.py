@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from streammerge.errors import printable
-from streammerge.recipe.form import UNREAD, Recipe
+from streammerge.recipe.form import Recipe
 from streammerge.recipe.kinds import Path as Key
 from streammerge.recipe.kinds import Problems
+from streammerge.recipe.plain import UNREAD
 from streammerge.recipe.settings import Case, is_same_for_all
 
 RECORD = "streammerge.yaml"
