@@ -302,3 +302,22 @@ def test_replacing_is_not_warned_of(tmp_path: Path) -> None:
     sm.merge(paths, out)
     assert any("--overwrite" in warning for warning in sm.plan(paths, out).warnings)
     assert not sm.merge(paths, out, overwrite=True).warnings
+
+
+def test_equal_headers_are_told_apart_by_their_files(tmp_path: Path) -> None:
+    """A header is parsed once for all files that have it; sizes and places are still each file's own."""
+    models = [trained(seed) for seed in (1, 2, 3)]
+    for model in models:
+        model["norm.num_batches_tracked"] = torch.tensor(5)
+    paths = saved(tmp_path, *models)
+    headers = {path.read_bytes()[:200] for path in paths}
+    assert len(headers) == 1, "the case needs equal headers"
+    sm.merge(paths, tmp_path / "out.safetensors", weights=[0.2, 0.3, 0.5])
+    expected = mean([m["embed.weight"] for m in models], [0.2, 0.3, 0.5])
+    assert octets(load_safetensors(tmp_path / "out.safetensors")["embed.weight"]) == octets(expected)
+    paths[2].write_bytes(paths[2].read_bytes()[:-1])
+    with pytest.raises(sm.FormatError, match=r"in2\.safetensors is truncated: 1 bytes"):
+        sm.plan(paths)
+    paths[2].write_bytes(paths[1].read_bytes() + b"x")
+    with pytest.raises(sm.FormatError, match=r"in2\.safetensors has 1 bytes behind"):
+        sm.plan(paths)

@@ -12,6 +12,7 @@ from streammerge.checkpoint import CheckpointIndex, open_checkpoint
 from streammerge.choose import choose, exponential_weights
 from streammerge.errors import RecipeError, StreammergeError, listed, printable
 from streammerge.events import Event, Listener
+from streammerge.formats.safetensors import shared_headers
 from streammerge.group import Kernel
 from streammerge.inputs import converted_path, expand
 from streammerge.memory import collector_paused, resident_bytes
@@ -157,7 +158,7 @@ def _plan(
         raise RecipeError(f"--io takes {' or '.join(IO)}, not {printable(io)}")
     if workers is not None and workers < 1:
         raise RecipeError("--workers takes a positive number")
-    with collector_paused():
+    with collector_paused(), shared_headers():
         indexes = {each: open_checkpoint(each.path, each.state_dict, recipe.ema) for each in recipe.checkpoints}
         if convert_first is not None:
             indexes = {each: _from_converted(index, Path(convert_first)) for each, index in indexes.items()}

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from streammerge.storage import file_size, open_stream
 from streammerge.tensors import TensorEntry, TensorSpec
 
 MAX_HEADER_BYTES = 100_000_000
+_MOST_KNOWN_BYTES = 32 << 20
 _MAX_INTEGER = 1 << 63
 _DTYPES = {name: dtype for name, dtype in DType.__members__.items() if dtype.in_safetensors}
 
@@ -38,18 +41,62 @@ def read(path: Path) -> Container:
             raise FormatError(f"{where}: its header claims {length} bytes; safetensors allows {MAX_HEADER_BYTES}")
         if 8 + length > size:
             raise FormatError(f"{where} is truncated: its header ends at byte {8 + length}, the file at {size}")
-        header = _parse(stream.read(length), where)
-    metadata = _metadata(header.pop("__metadata__", None), where)
-    tree: dict[str, Any] = {}
+        data = stream.read(length)
+    begin, data_bytes, file = 8 + length, size - 8 - length, str(path)
+    header = _known.get(data)
+    if header is None or header.data_bytes != data_bytes:
+        header = _header(data, data_bytes, file, where)
+        _known.keep(data, header)
+    tree = {spec.name: flat_tensor(TensorEntry(spec, file, begin + start)) for spec, start in header.placed}
+    return Container(path, "safetensors", tree, {}, (path,), dict(header.metadata))
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """What a header says: each tensor with where it begins in the data, in that order."""
+
+    metadata: dict[str, str]
+    placed: list[tuple[TensorSpec, int]]
+    data_bytes: int
+
+
+def _header(data: bytes, data_bytes: int, file: str, where: str) -> _Header:
+    """A header, checked against all rules. Raises FormatError."""
+    fields = _parse(data, where)
+    metadata = _metadata(fields.pop("__metadata__", None), where)
+    specs: dict[str, TensorSpec] = {}
     spans: list[tuple[int, int, str]] = []
-    file = str(path)
-    for name, fields in header.items():
-        spec, begin, end = _tensor(name, fields, file)
+    for name, given in fields.items():
+        spec, begin, end = _tensor(name, given, file)
         spans.append((begin, end, name))
-        tree[name] = flat_tensor(TensorEntry(spec, file, 8 + length + begin))
-    _check_spans(spans, size - 8 - length, where)
-    ordered = {name: tree[name] for _, _, name in spans}
-    return Container(path, "safetensors", ordered, {}, (path,), metadata)
+        specs[name] = spec
+    _check_spans(spans, data_bytes, where)
+    return _Header(metadata, [(specs[name], begin) for begin, _, name in spans], data_bytes)
+
+
+class _Known(dict[bytes, _Header]):
+    """Headers read so far, while :func:`shared_headers` lasts."""
+
+    room = 0
+
+    def keep(self, data: bytes, header: _Header) -> None:
+        if len(data) <= self.room:
+            self.room -= len(data)
+            self[data] = header
+
+
+_known = _Known()
+
+
+@contextmanager
+def shared_headers() -> Iterator[None]:
+    """Meanwhile a header is parsed once, in however many files it stands: fine-tunes of one model often have the same."""
+    _known.room = _MOST_KNOWN_BYTES
+    try:
+        yield
+    finally:
+        _known.room = 0
+        _known.clear()
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -136,9 +136,9 @@ def to_yaml(data: Any) -> str:
             plain = all(not isinstance(item, dict | list) for item in sequence)
             return super().represent_sequence(tag, sequence, flow_style=plain)
 
-    return yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(json.loads(to_json(data)), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def to_json(data: Any) -> str:
-    """One line, which is YAML too."""
-    return json.dumps(data, ensure_ascii=False)
+    """One line, which is YAML too. What a method of one's own was given that is no plain value stands as its text."""
+    return json.dumps(data, ensure_ascii=False, default=str)
