@@ -160,19 +160,41 @@ def test_a_terminal_shows_progress_and_leaves_a_clean_screen(tmp_path: Path, voi
     assert "peak memory" in text.splitlines()[-1]
 
 
-def test_ctrl_c_exits_130_and_leaves_nothing(tmp_path: Path) -> None:
-    for number in range(2):
-        save_file({f"w{i}": torch.randn(1 << 20) for i in range(40)}, tmp_path / f"{number}.safetensors")
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_ends_the_run_and_leaves_nothing(number: signal.Signals, code: int, word: str, tmp_path: Path) -> None:
+    for model in range(2):
+        save_file({f"w{i}": torch.randn(1 << 20) for i in range(40)}, tmp_path / f"{model}.safetensors")
     command = [sys.executable, "-m", "streammerge", "merge", "0.safetensors", "1.safetensors", "-o", "out.safetensors"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.glob(".out.safetensors.streammerge/output/*")):
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert errors.strip().endswith("interrupted; nothing was written")
+    assert process.returncode == code
+    assert errors.strip().endswith(f"{word}; nothing was written")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.safetensors", "1.safetensors"]
+
+
+def test_a_second_signal_ends_at_once() -> None:
+    code = """
+import os, signal, sys, time
+from streammerge.cli.signals import Stopped, stoppable
+with stoppable():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(20)
+    except Stopped as stopped:
+        assert stopped.exit_code == 143
+        os.kill(os.getpid(), signal.SIGINT)  # while it cleans up
+        time.sleep(20)
+"""
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (130, "")
+    assert time.monotonic() - began < 15
 
 
 def test_two_runs_on_one_output(tmp_path: Path, cli: Cli, voices: tuple[Path, Path]) -> None:

@@ -15,6 +15,7 @@ import click
 from streammerge import __version__, api
 from streammerge.cli import render
 from streammerge.cli.progress import Progress
+from streammerge.cli.signals import Stopped, stoppable
 from streammerge.errors import RecipeError, StreammergeError, printable
 from streammerge.inputs import expand
 from streammerge.methods.registry import find_method
@@ -302,11 +303,14 @@ def main() -> None:
     """Runs the command line; every error of streammerge's own is one sentence and its exit code."""
     debug = "--debug" in sys.argv
     try:
-        cli.main(prog_name="streammerge", standalone_mode=False)
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        click.echo("error: interrupted; nothing was written", err=True)
+        with stoppable():
+            cli.main(prog_name="streammerge", standalone_mode=False)
+    except Stopped as stopped:
+        after_echo = "\n" if sys.stderr.isatty() else ""  # the terminal has shown ^C
+        click.echo(f"{after_echo}error: {stopped.word}; nothing was written", err=True)
         sys.stderr.flush()
-        os._exit(130)  # all is cleaned up; torch can abort when the interpreter is taken down under a starting thread
+        # All is cleaned up; torch can abort when the interpreter is taken down under a starting thread.
+        os._exit(stopped.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -1,0 +1,42 @@
+"""Being stopped: the first signal unwinds the run, which then leaves nothing behind; a second one ends it at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+class Stopped(BaseException):
+    """A signal asked for the end. ``exit_code`` is that of a process which died of it.
+
+    It is no KeyboardInterrupt, of which click would make something of its own.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
+        self.word = "interrupted" if number == signal.SIGINT else "terminated"
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Meanwhile Ctrl-C, SIGTERM and SIGHUP raise Stopped in the main thread."""
+    asked: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if asked:
+            os._exit(128 + number)
+        asked.append(number)
+        raise Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
