@@ -44,7 +44,7 @@ LAYERS = {
     1: ["group", "sums", "order", "budget", "storage", "memory", "unpickle", "rebuild", "repickle", "statedict"],
     2: ["formats", "methods", "recipe", "bookkeeping", "huggingface"],
     3: ["checkpoint", "workspace", "engine", "staging", "writer"],
-    4: ["inputs", "choose", "parts", "values", "mismatch", "align", "output", "plan", "executors", "wish", "relatives"],
+    4: ["inputs", "choose", "parts", "values", "mismatch", "align", "output", "planning", "executors", "wish", "relatives"],
     5: ["run"],
     6: ["api"],
     7: ["__init__", "cli", "__main__"],

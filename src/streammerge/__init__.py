@@ -1,24 +1,28 @@
 """Merge model checkpoints larger than memory: streaming, exact, in a memory budget you set."""
 
-from streammerge.api import convert, inspect, merge, plan
-from streammerge.checkpoint import CheckpointIndex
-from streammerge.errors import (
-    BudgetError,
-    ChangedError,
-    FormatError,
-    LockedError,
-    MismatchError,
-    RecipeError,
-    SpaceError,
-    StreammergeError,
-    TaskError,
-    VerifyError,
-)
-from streammerge.methods.contracts import merge_method
-from streammerge.plan import Plan
-from streammerge.run import Result
-from streammerge.tensors import TensorEntry, TensorSpec
-from streammerge.writer import SafetensorsWriter
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from streammerge.api import convert, inspect, merge, plan
+    from streammerge.checkpoint import CheckpointIndex
+    from streammerge.errors import (
+        BudgetError,
+        ChangedError,
+        FormatError,
+        LockedError,
+        MismatchError,
+        RecipeError,
+        SpaceError,
+        StreammergeError,
+        TaskError,
+        VerifyError,
+    )
+    from streammerge.methods.contracts import merge_method
+    from streammerge.planning import Plan
+    from streammerge.run import Result
+    from streammerge.tensors import TensorEntry, TensorSpec
+    from streammerge.writer import SafetensorsWriter
 
 __version__ = "0.1.0"
 
@@ -45,3 +49,39 @@ __all__ = [
     "merge_method",
     "plan",
 ]
+
+_PLACES = {
+    "BudgetError": "errors",
+    "ChangedError": "errors",
+    "CheckpointIndex": "checkpoint",
+    "FormatError": "errors",
+    "LockedError": "errors",
+    "MismatchError": "errors",
+    "Plan": "planning",
+    "RecipeError": "errors",
+    "Result": "run",
+    "SafetensorsWriter": "writer",
+    "SpaceError": "errors",
+    "StreammergeError": "errors",
+    "TaskError": "errors",
+    "TensorEntry": "tensors",
+    "TensorSpec": "tensors",
+    "VerifyError": "errors",
+    "convert": "api",
+    "inspect": "api",
+    "merge": "api",
+    "merge_method": "methods.contracts",
+    "plan": "api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, each loaded when it is first asked for: the command line's --help needs none of them."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.checkpoint import CheckpointIndex, open_checkpoint
+from streammerge.choices import DEFAULT_MEMORY, IO
 from streammerge.choose import choose, exponential_weights
 from streammerge.errors import RecipeError, StreammergeError, listed, printable
 from streammerge.events import Event, Listener
@@ -16,15 +17,12 @@ from streammerge.formats.safetensors import shared_headers
 from streammerge.group import Kernel
 from streammerge.inputs import converted_path, expand
 from streammerge.memory import collector_paused, resident_bytes
-from streammerge.plan import Plan, build_plan
+from streammerge.planning import Plan, build_plan
 from streammerge.recipe import Recipe, read_recipe
 from streammerge.run import Result, default_workers, execute
 from streammerge.storage import check_writable, free_bytes, write_text
 from streammerge.units import decimal_bytes, parse_bytes
 from streammerge.wish import conversion, overridden, recipe_of
-
-DEFAULT_MEMORY = "512MiB"
-IO = ("mmap", "pread")
 
 PathLike = str | Path
 

@@ -19,7 +19,7 @@ from streammerge.executors.local import ThreadExecutor
 from streammerge.formats.folder import foreign_files
 from streammerge.formats.torch_zip import seal
 from streammerge.output import side_bytes
-from streammerge.plan import Plan
+from streammerge.planning import Plan
 from streammerge.relatives import strangers
 from streammerge.staging import stage, staged_layout
 from streammerge.storage import InputFiles, OutputFile, Staging, identity

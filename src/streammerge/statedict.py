@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
+from streammerge.choices import EMA_CHOICES
 from streammerge.errors import FormatError, RecipeError, listed, printable
 from streammerge.tree import Instance, TensorRef, mapping_items, walk
 
 _Place = tuple[tuple[Any, ...], Any, bool, Any]
 _MOST_NAME = 4000
-EMA_CHOICES = ("ignore", "prefer", "only")
 _NOT_WEIGHTS = re.compile(
     r"(.*_)?(optim(izer)?s?|opt|(lr_)?sched(uler)?s?|(grad_)?scalers?|amp)(_\w+)?"
     r"|(.*_)?(rng|random)(_?states?)?(_\w+)?|extra_state|criterion|(.*_)?loss(es)?|callbacks|loops|(.*_)?metrics?|logging|message_hub"

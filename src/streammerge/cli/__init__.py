@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import traceback
 from collections.abc import Callable
-from inspect import signature
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from streammerge import __version__, api
-from streammerge.cli import render
-from streammerge.cli.progress import Progress
+from streammerge import __version__
+from streammerge.choices import DEFAULT_MEMORY, EMA_CHOICES, INTEGERS, IO, ON_MISSING, ON_SHAPE
 from streammerge.cli.signals import Stopped, stoppable
 from streammerge.errors import RecipeError, StreammergeError, printable
-from streammerge.inputs import expand
-from streammerge.methods.registry import find_method
-from streammerge.methods.registry import methods as all_methods
-from streammerge.plan import Plan
-from streammerge.recipe import INTEGERS, ON_MISSING, ON_SHAPE, to_yaml
-from streammerge.run import Result
-from streammerge.statedict import EMA_CHOICES
 
+if TYPE_CHECKING:
+    from streammerge.planning import Plan
+    from streammerge.run import Result
+
+# What a command needs is imported in it, so that --help waits for nothing.
 Command = Callable[..., Any]
 
 
@@ -47,12 +41,12 @@ _selection = _options(
 )
 _resources = _options(
     click.option(
-        "--memory", default=api.DEFAULT_MEMORY, show_default=True, help="Budget for data held at once, above start-up."
+        "--memory", default=DEFAULT_MEMORY, show_default=True, help="Budget for data held at once, above start-up."
     ),
     click.option("--workers", type=click.IntRange(1), metavar="N", help="Worker threads.  [default: CPUs available]"),
     click.option(
         "--io",
-        type=click.Choice(api.IO),
+        type=click.Choice(IO),
         default="mmap",
         show_default=True,
         help="How inputs are read; pread for network drives.",
@@ -159,6 +153,9 @@ def merge(
     streammerge merge 'run/checkpoint-*.pt' --last 5 -o average.safetensors
     streammerge merge recipe.yaml -o merged/
     """
+    from streammerge import api
+    from streammerge.cli.progress import Progress
+
     options = _merge_options(wishes)
     if dry_run:
         _show_plan(api.plan(inputs, out, **options), form)
@@ -181,6 +178,8 @@ def merge(
 @_debug
 def plan(inputs: tuple[str, ...], out: str | None, form: str, debug: bool, **wishes: Any) -> None:
     """Show what merge would do; nothing is written."""
+    from streammerge import api
+
     _show_plan(api.plan(inputs, out, **_merge_options(wishes)), form)
 
 
@@ -207,6 +206,9 @@ def convert(path: str, out: str, no_progress: bool, form: str, debug: bool, **wi
     streammerge convert pytorch_model.bin -o model.safetensors
     streammerge convert best_model.pth -o small.pth --drop 'dvae.*'
     """
+    from streammerge import api
+    from streammerge.cli.progress import Progress
+
     with Progress(form, enabled=not no_progress) as progress:
         result = api.convert(path, out, listener=progress, **wishes)
     _report(result, form)
@@ -221,13 +223,18 @@ def convert(path: str, out: str, no_progress: bool, form: str, debug: bool, **wi
 @_debug
 def inspect(paths: tuple[str, ...], tensors: bool, recipe: bool, form: str, debug: bool, **wishes: Any) -> None:
     """Show what a checkpoint is and holds; nothing in it is executed."""
-    indexes = [api.inspect(path, **wishes) for path in expand(list(paths))]
+    from streammerge.checkpoint import open_checkpoint
+    from streammerge.cli import render
+    from streammerge.inputs import expand
+
+    state_dict, ema = wishes["state_dict"], wishes["ema"] or EMA_CHOICES[0]
+    indexes = [open_checkpoint(path, state_dict, ema) for path in expand(list(paths))]
     if recipe:
         click.echo("---\n".join(render.recipe_text(index) for index in indexes), nl=False)
         return
     if form == "json":
         shown = [render.index_json(index, tensors) for index in indexes]
-        click.echo(json.dumps(shown[0] if len(shown) == 1 else shown, indent=2))
+        click.echo(_json(shown[0] if len(shown) == 1 else shown, indent=2))
     elif form == "human":
         click.echo("\n\n".join(render.index_text(index, tensors) for index in indexes))
 
@@ -238,18 +245,24 @@ def inspect(paths: tuple[str, ...], tensors: bool, recipe: bool, form: str, debu
 @_debug
 def methods(name: str | None, form: str, debug: bool) -> None:
     """List the merge methods, or show one: parameters, formula, paper."""
+    from streammerge.cli import render
+    from streammerge.methods.registry import find_method
+    from streammerge.methods.registry import methods as all_methods
+
     chosen = list(all_methods().values()) if name is None else [find_method(name)]
     if form == "json":
         shown = [render.method_json(method) for method in chosen]
-        click.echo(json.dumps(shown if name is None else shown[0], indent=2))
+        click.echo(_json(shown if name is None else shown[0], indent=2))
     else:
         click.echo(render.methods_table(chosen) if name is None else render.method_page(chosen[0]))
 
 
-_OWN_OPTIONS = ({*signature(api.plan).parameters} | {*signature(api.merge).parameters}) - {"normalize"}
-
-
 def _merge_options(wishes: dict[str, Any]) -> dict[str, Any]:
+    from inspect import signature
+
+    from streammerge import api
+
+    own = ({*signature(api.plan).parameters} | {*signature(api.merge).parameters}) - {"normalize"}
     options = {key: value for key, value in wishes.items() if key not in ("weights", "no_normalize", "parameters")}
     options["own_methods"] = wishes["own_methods"]
     options["weights"] = None if wishes["weights"] is None else _numbers("--weights", wishes["weights"])
@@ -265,11 +278,17 @@ def _merge_options(wishes: dict[str, Any]) -> dict[str, Any]:
         given.add(name)
         if name == "weight" and "," in value:
             options["weights"] = _numbers("-p weight", value)
-        elif name in _OWN_OPTIONS:
+        elif name in own:
             raise RecipeError(f"-p {printable(name)}: that is an option of the command, not a parameter of a method")
         else:
             options[name] = value.split(",") if "," in value else value
     return options
+
+
+def _json(data: Any, **form: Any) -> str:
+    import json
+
+    return json.dumps(data, **form)
 
 
 def _numbers(option: str, text: str) -> list[float]:
@@ -281,16 +300,20 @@ def _numbers(option: str, text: str) -> list[float]:
 
 def _show_plan(plan: Plan, form: str) -> None:
     if form == "json":
-        click.echo(json.dumps(plan.to_json(), indent=2))
+        click.echo(_json(plan.to_json(), indent=2))
     elif form == "yaml":
+        from streammerge.recipe import to_yaml
+
         click.echo(to_yaml(plan.recipe.to_dict()), nl=False)
     elif form == "human":
         click.echo(str(plan))
 
 
 def _report(result: Result, form: str) -> None:
+    from streammerge.cli import render
+
     if form == "json":
-        click.echo(json.dumps(render.result_json(result)))
+        click.echo(_json(render.result_json(result)))
     elif form == "human":
         for note in result.notes:
             click.echo(f"note: {note}", err=True)
@@ -316,15 +339,21 @@ def main() -> None:
         sys.exit(error.exit_code)
     except StreammergeError as error:
         if debug:
-            traceback.print_exc()
+            _print_traceback()
         _fail(str(error), error.exit_code)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
     except (OSError, MemoryError) as error:
         if debug:
-            traceback.print_exc()
+            _print_traceback()
         _fail(printable(error), 1)
+
+
+def _print_traceback() -> None:
+    import traceback
+
+    traceback.print_exc()
 
 
 def _fail(message: str, code: int) -> None:

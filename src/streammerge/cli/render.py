@@ -6,19 +6,19 @@ import json
 import re
 import textwrap
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoint import CheckpointIndex
 from streammerge.cli.formula import unicode_formula
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats.safetensors import load_json
-from streammerge.methods.contracts import MergeMethod, Parameter
-from streammerge.recipe import to_yaml
-from streammerge.recipe.document import parse
-from streammerge.run import Result
 from streammerge.statedict import unread_tensors
 from streammerge.storage import file_size
 from streammerge.units import binary_bytes, decimal_bytes
+
+if TYPE_CHECKING:
+    from streammerge.methods.contracts import MergeMethod, Parameter
+    from streammerge.run import Result
 
 _WIDTH = 100
 
@@ -66,6 +66,8 @@ def _dtypes(index: CheckpointIndex) -> Counter[str]:
 
 def recipe_text(index: CheckpointIndex) -> str:
     """The recipe that a merged file or folder carries. Raises RecipeError where there is none."""
+    from streammerge.recipe.document import parse, to_yaml
+
     record = index.metadata.get("streammerge")
     if record is None:
         raise RecipeError(f"{printable(index.path)} carries no recipe; it was not merged by streammerge")

@@ -12,15 +12,12 @@ from streammerge.errors import RecipeError, printable
 from streammerge.methods.registry import find_method
 from streammerge.recipe.checks import check, raise_all
 from streammerge.recipe.document import parse, to_json, to_yaml
-from streammerge.recipe.form import INTEGERS, ON_MISSING, ON_SHAPE, Model, Output, Recipe, Reference, Rule, Slice, Source
+from streammerge.recipe.form import Model, Output, Recipe, Reference, Rule, Slice, Source
 from streammerge.recipe.kinds import FormOf, Problems
 from streammerge.recipe.locate import located, resolved
 from streammerge.storage import file_size, read_full
 
 __all__ = [
-    "INTEGERS",
-    "ON_MISSING",
-    "ON_SHAPE",
     "Model",
     "Output",
     "Recipe",

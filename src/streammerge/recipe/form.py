@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
+from streammerge.choices import EMA_CHOICES, INTEGERS, ON_MISSING, ON_SHAPE
 from streammerge.dtypes import DType
 from streammerge.methods.contracts import MergeMethod
 from streammerge.recipe.kinds import (
@@ -30,11 +31,6 @@ from streammerge.recipe.kinds import (
 from streammerge.recipe.patterns import Pattern
 from streammerge.recipe.plain import COMPUTE, DTYPE, LAYER_RANGE, METHOD, MODEL, PATTERN, SIZE, parameter_docs
 from streammerge.recipe.settings import Settings, SettingsKind
-from streammerge.statedict import EMA_CHOICES
-
-ON_MISSING = ("error", "base", "average-present", "drop")
-ON_SHAPE = ("error", "base", "rows")
-INTEGERS = ("first", "last", "max", "error")
 
 
 class Reference(NamedTuple):
