@@ -28,6 +28,7 @@ SOURCE = Path(sm.__file__).parent
 
 LAYERS = {
     0: [
+        "choices",
         "tensors",
         "dtypes",
         "units",
