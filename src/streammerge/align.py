@@ -228,7 +228,9 @@ class _Aligner:
         if rule and rule.copy:
             entry = self._copied(name, rule)
             return Merged(names, self._spec(name, entry.spec, rule), COPY, (entry,), tied=tied)
-        method = rule.merge_method if rule and rule.merge_method else self.part.method
+        method = self.part.method
+        if rule and rule.merge_method and method is not COPY:
+            method = rule.merge_method
         if method.base == "required" and not self.part.based:
             where = recipe.at(rule.path if rule else ())
             raise RecipeError(

@@ -20,14 +20,14 @@ def check(recipe: Recipe, problems: Problems) -> None:
     if len(ways) > 1 or not (ways or unread):
         said = " and ".join(ways) + " are given" if ways else "there is nothing to merge"
         problems.add((ways[-1],) if ways else (), f"{said}; a recipe has one of models, slices and modules")
-    found = len(problems)
+    unreadable = list(problems)
     for path, entries, slices, _ in _parts(recipe):
-        if path and bool(entries) == bool(slices) and not _is_broken(path, problems[:found]):
+        if path and bool(entries) == bool(slices) and not any(at[: len(path)] == path for at, _ in unreadable):
             problems.add(path, "a module has models or slices, one of them")
-        if entries and not _is_broken((*path, "models"), problems[:found]):
+        if entries and not _has_unread((*path, "models"), unreadable):
             _count(recipe, entries, recipe.base_model, path, problems)
         for each in slices:
-            if not _is_broken(each.path, problems[:found]):
+            if each.sources and not _has_unread((*each.path, "sources"), unreadable):
                 _check_slice(recipe, each, problems)
     _check_parameters(recipe, problems)
     _check_rules(recipe, problems)
@@ -44,11 +44,9 @@ def raise_all(problems: Problems, places: Places, name: str = "the recipe") -> N
         raise RecipeError(f"{name} has {len(rows)} mistakes:\n" + "\n".join(f"  {row}" for row in rows))
 
 
-def _is_broken(path: Path, problems: list[tuple[Path, str]]) -> bool:
-    """Whether entries below a key could not be read, so that nothing can be said of their number."""
-    return any(at[: len(path)] == path and "parameters" not in at and at[-1:] != ("model",) for at, _ in problems) or any(
-        at[: len(path)] == path and message.startswith(f"{at[-1]} takes") and at[-1] == "model" for at, message in problems
-    )
+def _has_unread(path: Path, problems: Sequence[tuple[Path, str]]) -> bool:
+    """Whether an entry of that list could not be read, so that nothing can be said of their number."""
+    return any(at[:-1] == path and isinstance(at[-1], int) for at, _ in problems)
 
 
 _Part = tuple[Path, tuple[Model, ...], tuple[Slice, ...], Settings]
@@ -68,9 +66,8 @@ def _count(recipe: Recipe, entries: Sequence[Model | Source], base: str | None, 
     if method.base == "unused":
         if base is not None and not among and isinstance(entries[0], Model):
             models += 1
-            if "weight" not in recipe.parameters and not recipe.base_apart(
-                listed=False
-            ):  # as in mergekit, the base is one model more where it has a weight
+            # As in mergekit, the base is one model more where it has a weight.
+            if "weight" not in recipe.parameters and not recipe.base_apart(listed=False):
                 hint = f"leave it out, or give {printable(base)} as a model too"
                 problems.add(("base_model",), f"{method.name} takes no base; {hint}")
     elif base is None:
@@ -87,13 +84,10 @@ def _count(recipe: Recipe, entries: Sequence[Model | Source], base: str | None, 
 
 
 def _check_slice(recipe: Recipe, each: Slice, problems: Problems) -> None:
-    lengths = {source.layer_range[1] - source.layer_range[0] for source in each.sources}
+    lengths = {source.layer_range[1] - source.layer_range[0] for source in each.sources if any(source.layer_range)}
     if len(lengths) > 1:
         ranges = ", ".join(f"{s.layer_range[1] - s.layer_range[0]} of {s.model}" for s in each.sources)
         problems.add(each.path, f"all sources of a slice must have the same number of layers, not {ranges}")
-    if not each.sources:
-        problems.add(each.path, "a slice needs sources")
-        return
     base = each.base_model or recipe.base_model
     _count(recipe, each.sources, base, each.path, problems)
     known = [recipe.of(source) for source in each.sources]
@@ -172,7 +166,7 @@ def _check_rule_method(recipe: Recipe, method: MergeMethod, path: Path, problems
     for where, entries, slices, _ in parts:
         groups: list[tuple[Sequence[Model | Source], str | None]] = [(entries, recipe.base_model)]
         groups += [(each.sources, each.base_model or recipe.base_model) for each in slices]
-        for found, base in groups if not _is_broken((*where, "models"), problems) else ():
+        for found, base in groups if not _has_unread((*where, "models"), problems) else ():
             wrong = _rule_count(recipe, method, found, base) if found else None
             if wrong is not None:
                 problems.add(path, wrong)

@@ -88,7 +88,7 @@ def _nearest_method(value: Any) -> MergeMethod:
     return methods()[near[0]] if near else _AnyMethod("unknown", find_method("linear").function, (0, None))
 
 
-UNREAD = "\0"
+UNREAD = "\n(unreadable)"
 """Stands for a model that is not named as it should be."""
 
 
