@@ -432,6 +432,15 @@ def test_absolute_paths_stay_out_of_the_output(models: Path, tmp_path: Path) -> 
     assert_same(load_safetensors(made.out / "model.safetensors"), load_safetensors(tmp_path / "out" / "model.safetensors"))
 
 
+def test_a_copy_with_parts_of_another_model_carries_its_recipe(models: Path) -> None:
+    rules = [{"match": "layer.*", "copy": "b.safetensors"}]
+    wish = {"merge_method": "copy", "models": [{"model": "a.safetensors"}], "rules": rules}
+    sm.merge(recipe=wish, out="one/")
+    assert octets(load_safetensors(Path("one/model.safetensors"))["layer.bias"]) == octets(trained(2)["layer.bias"])
+    sm.merge(recipe="one/streammerge.yaml", out="two/")
+    assert Path("one/model.safetensors").read_bytes() == Path("two/model.safetensors").read_bytes()
+
+
 def test_options_win_over_a_recipe_and_models_do_not(models: Path, cli: Cli) -> None:
     Path("recipe.yaml").write_text(LINEAR + "dtype: bfloat16\n")
     cli("merge", "recipe.yaml", "-o", "out.safetensors", "--dtype", "float32", "--out-dtype", "float16")

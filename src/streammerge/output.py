@@ -92,7 +92,8 @@ def _tied_specs(merged: Merged) -> list[TensorSpec]:
 
 def _record(recipe: Recipe) -> dict[str, Any] | None:
     """The recipe that made the output, without any path of this machine; none for a conversion."""
-    return None if recipe.merge_method is COPY else resolved(recipe).to_dict()
+    conversion = recipe.merge_method is COPY and len(recipe.checkpoints) == 1
+    return None if conversion else resolved(recipe).to_dict()
 
 
 def _metadata(recipe: Recipe, first: CheckpointIndex) -> dict[str, str]:
