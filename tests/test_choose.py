@@ -11,7 +11,7 @@ from conftest import Cli, load_safetensors
 from safetensors.torch import save_file
 
 import streammerge as sm
-from streammerge.choose import choose, exponential_weights
+from streammerge.choose import choose, exponential_weights, number_of
 
 LOSSES = {200: 3.0, 1000: 2.0, 90: 5.0, 400: 1.0}
 
@@ -125,3 +125,31 @@ def test_a_number_that_is_no_number(run: Path) -> None:
     torch.save({"w": torch.zeros(1)}, "nameless.pt")
     with pytest.raises(sm.RecipeError, match="needs a number in each name"):
         choose(["nameless.pt"], within="1:2")
+
+
+def test_a_state_that_several_files_share_is_asked_for_each_files_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    losses = {100: 3.0, 200: 1.0, 300: 2.0}
+    for step in losses:
+        save_file({"w": torch.tensor([float(step)])}, f"checkpoint-{step}.safetensors")
+    history = [{"step": step, "eval_loss": loss} for step, loss in losses.items()]
+    Path("trainer_state.json").write_text(json.dumps({"global_step": 300, "log_history": history}))
+    sm.merge("checkpoint-*.safetensors", "out.safetensors", best=1, by="eval_loss")
+    assert value() == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "number"),
+    [
+        ("run/checkpoint-500/model.safetensors", 500),
+        ("epoch=3-step=500.ckpt", 500),
+        ("step=100-v1.ckpt", 100),
+        ("G_12000.pth", 12000),
+        ("llama-7b-checkpoint-3.bin", 3),
+        ("last.pth", None),
+    ],
+)
+def test_the_number_of_a_checkpoint(path: str, number: int | None) -> None:
+    assert number_of(path) == number

@@ -71,7 +71,7 @@ def _within(paths: list[str], within: str, notes: list[str]) -> list[str]:
     if not colon or not all(re.fullmatch("[0-9]{0,18}", part.strip()) for part in (start, stop)) or within.strip() == ":":
         raise RecipeError(f"--range takes FROM:TO, like 1000:5000, not {printable(within)}")
     low, high = int(start.strip() or 0), int(stop.strip()) if stop.strip() else math.inf
-    numbers = {path: _number_of(path) for path in paths}
+    numbers = {path: number_of(path) for path in paths}
     nameless = [path for path, number_in in numbers.items() if number_in is None]
     if nameless:
         raise RecipeError(f"--range needs a number in each name, and {printable(nameless[0])} has none")
@@ -85,7 +85,7 @@ def _within(paths: list[str], within: str, notes: list[str]) -> list[str]:
 _COUNTED = re.compile(r"(?:step|checkpoint|ckpt|iter|iteration|epoch|batch)s?[\s_=-]*(\d{1,18})", re.IGNORECASE)
 
 
-def _number_of(path: str) -> int | None:
+def number_of(path: str) -> int | None:
     """The number in a name: what stands behind a word like step, else the last; of model.safetensors its folder's."""
     place = Path(path)
     for name in (re.sub(r"(\.[A-Za-z]\w*)+$", "", place.name), place.parent.name):
@@ -113,7 +113,7 @@ def _value(path: str, key: str) -> float:
     value = index.value(key)
     state = _trainer_state(Path(path))
     if value is None:
-        value = _of_trainer(state, key, None if Path(path).is_dir() else _number_of(path))
+        value = _of_trainer(state, key, None if Path(path).is_dir() else number_of(path))
     if value is None:
         known = sorted({*_numbers(index.plain_data()), *_trainer_keys(state)})
         raise RecipeError(f"{printable(path)} has no number {printable(key)}; it has {listed(known, 12) or 'none'}")
