@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import subprocess
 import sys
@@ -237,12 +236,25 @@ def test_a_method_of_ones_own_keeps_its_place(models: Path, monkeypatch: pytest.
     assert saved["merge_method"] == "mine:first", "the caller's data is left alone"
 
 
+def assert_a_recipe_or_one_error(data: dict[str, Any]) -> None:
+    """Anything but a recipe that reads the same again, or an error that says something, is a defect."""
+    try:
+        recipe = read_recipe(data)
+    except sm.RecipeError as error:
+        assert str(error).strip()
+    else:
+        assert read_recipe(recipe.to_dict()) == recipe
+
+
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(max_size=200) | st.binary(max_size=200).map(lambda b: b.decode("latin-1")))
 def test_any_text_is_a_recipe_or_one_error(text: str) -> None:
-    with contextlib.suppress(sm.RecipeError):
+    try:
         document = parse(text, "recipe.yaml")
-        read_recipe({"merge_method": "linear", "models": document.data})
+    except sm.RecipeError as error:
+        assert str(error).startswith("recipe.yaml")
+    else:
+        assert_a_recipe_or_one_error({"merge_method": "linear", "models": document.data})
 
 
 _PLAIN = (
@@ -282,8 +294,7 @@ _DATA = st.recursive(
 @settings(deadline=None, max_examples=300)
 @given(data=st.dictionaries(_KEYS, _DATA, max_size=6))
 def test_any_data_is_a_recipe_or_one_error(data: dict[str, Any]) -> None:
-    with contextlib.suppress(sm.RecipeError):
-        read_recipe(data)
+    assert_a_recipe_or_one_error(data)
 
 
 # ------------------------------------------------------------------------------------------------- the schema
@@ -446,6 +457,8 @@ def test_options_win_over_a_recipe_and_models_do_not(models: Path, cli: Cli) -> 
     cli("merge", "recipe.yaml", "-o", "out.safetensors", "--dtype", "float32", "--out-dtype", "float16")
     assert load_safetensors(Path("out.safetensors"))["scale"].dtype == torch.float16
     assert "weights beside a recipe" in cli("plan", "recipe.yaml", "--weights", "1,2", code=2).stderr
+    with pytest.raises(sm.RecipeError, match="base, highest, t beside a recipe"):
+        sm.plan(recipe="recipe.yaml", base="base.safetensors", highest=True, t=0.3)
     assert "stands alone" in cli("plan", "recipe.yaml", "a.safetensors", code=2).stderr
 
 

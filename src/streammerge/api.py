@@ -109,35 +109,32 @@ def plan(
         recipe, paths = paths[0], []
     if normalize is not None:
         parameters["normalize"] = normalize
-    if recipe is not None:
-        said: dict[str, Any] = {
-            "inputs": paths,
-            "weights": weights,
-            "method": method,
-            "base": base,
-            "last": last,
-            "within": within,
-        }
-        said |= {"best": best, "by": by, "ema_decay": ema_decay, **parameters}
-        _refuse_beside_recipe(said)
-        notes: list[str] = []
-        wished = overridden(read_recipe(recipe, own_methods), overrides)
-    else:
-        chosen, notes = choose(expand(paths), last=last, within=within, best=best, by=by, highest=highest)
-        if ema_decay is not None:
-            if weights is not None:
-                raise RecipeError("--ema-decay gives the weights; leave --weights out")
-            weights = exponential_weights(ema_decay, len(chosen))
+    choice: dict[str, Any] = {"last": last, "within": within, "best": best, "by": by, "highest": highest or None}
+    if recipe is None:
+        chosen, notes = choose(expand(paths), **choice)
+        weights = _weights(weights, ema_decay, len(chosen))
         named = None if base is None else str(base)
-        wished = recipe_of(chosen, "linear" if method is None else method, named, weights, parameters, overrides)
+        wished = recipe_of(chosen, method or "linear", named, weights, parameters, overrides)
+    else:
+        theirs = {"inputs": paths or None, "weights": weights, "method": method, "base": base, "ema_decay": ema_decay}
+        _refuse_beside_recipe({**theirs, **choice, **parameters})
+        wished, notes = overridden(read_recipe(recipe, own_methods), overrides), []
     planned = _plan(wished, out, memory, workers, io, convert_first)
     planned.notes[:0] = notes
     return planned
 
 
+def _weights(weights: Sequence[float] | None, ema_decay: float | None, inputs: int) -> Sequence[float] | None:
+    if ema_decay is None:
+        return weights
+    if weights is not None:
+        raise RecipeError("--ema-decay gives the weights; leave --weights out")
+    return exponential_weights(ema_decay, inputs)
+
+
 def _refuse_beside_recipe(said: Mapping[str, Any]) -> None:
-    """RecipeError for arguments that a recipe has keys for which they would not replace but contradict."""
-    given = [name for name, value in said.items() if value is not None and value != []]
+    """RecipeError for arguments that would contradict what a recipe says, instead of replacing it."""
+    given = [name for name, value in said.items() if value is not None]
     if given:
         raise RecipeError(
             f"{listed(given)} beside a recipe: it names its models, method and parameters itself; change them there"

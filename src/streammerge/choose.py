@@ -25,7 +25,7 @@ def choose(
     within: str | None = None,
     best: int | None = None,
     by: str | None = None,
-    highest: bool = False,
+    highest: bool | None = None,
 ) -> tuple[list[str], list[str]]:
     """The checkpoints that were asked for, in their order, and sentences that say why these.
 
@@ -44,7 +44,7 @@ def choose(
     if within is not None:
         paths = _within(paths, within, notes)
     if best is not None and by is not None:
-        paths = _best(paths, best, by, highest, notes)
+        paths = _best(paths, best, by, bool(highest), notes)
     if last is not None:
         _enough("--last", last, paths)
         paths = sorted(paths, key=numeric_order)[-last:]

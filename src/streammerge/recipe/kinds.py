@@ -6,6 +6,7 @@ Every mistake is noted with the path of the key it stands at and reading goes on
 from __future__ import annotations
 
 import difflib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, field, fields
 from typing import Any, NamedTuple
@@ -44,15 +45,16 @@ class Problems(list[tuple[Path, str]]):
         self.append((path, message))
 
 
-class Kind:
-    """What a value may be. ``read`` notes problems and returns what can be gone on with."""
+class Kind(ABC):
+    """What a value may be."""
 
+    @abstractmethod
     def read(self, value: Any, path: Path, problems: Problems) -> Any:
-        raise NotImplementedError
+        """What can be gone on with; what is wrong is noted."""
 
+    @abstractmethod
     def schema(self, forms: Schema) -> Schema:
         """Its JSON Schema; forms that it mentions are put into ``forms``."""
-        raise NotImplementedError
 
     def dump(self, value: Any) -> Any:
         return value

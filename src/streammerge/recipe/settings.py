@@ -12,7 +12,7 @@ from typing import Any
 
 from streammerge.errors import RecipeError
 from streammerge.methods.contracts import Parameter
-from streammerge.recipe.kinds import Kind, Path, Problems, Schema, shown
+from streammerge.recipe.kinds import Kind, MapOf, Path, Problems, Schema, shown
 
 Scalar = bool | int | float | str
 
@@ -140,30 +140,23 @@ class SettingKind(Kind):
         return cases[0]["value"] if len(value) == 1 and value[0].filter is None else cases
 
 
-class SettingsKind(Kind):
-    """Parameter names with their settings."""
+class SettingsKind(MapOf):
+    """Parameter names with their settings. ``names``: the parameters of all methods, described."""
 
     def __init__(self, names: Callable[[], Mapping[str, str]]) -> None:
+        super().__init__(SettingKind())
         self.names = names
 
     def read(self, value: Any, path: Path, problems: Problems) -> Any:
-        if value is None:
-            return {}
-        if not isinstance(value, Mapping):
-            problems.add(path, f"parameters takes names with values below them, not {shown(value)}")
-            return {}
-        read = {str(name): SettingKind().read(item, (*path, name), problems) for name, item in value.items()}
-        return {name.rstrip("_"): setting for name, setting in read.items() if setting is not None}
+        # lambda_, as in Python, is lambda
+        return {name.rstrip("_"): setting for name, setting in super().read(value, path, problems).items()}
 
     def schema(self, forms: Schema) -> Schema:
-        setting = SettingKind().schema(forms)
         if "parameters" not in forms:
+            setting = self.item.schema(forms)
             known = {name: {**setting, "description": doc} for name, doc in self.names().items()}
-            forms["parameters"] = {"type": ["object", "null"], "properties": known, "additionalProperties": setting}
+            forms["parameters"] = {**super().schema(forms), "properties": known}
         return {"$ref": "#/$defs/parameters"}
-
-    def dump(self, value: Any) -> Any:
-        return {name: SettingKind().dump(setting) for name, setting in value.items()}
 
 
 def _listed(value: Any) -> Any:
