@@ -98,4 +98,4 @@ def test_injured_files_are_read_or_refused(label: str, tmp_path: Path) -> None:
             render.index_text(index, True)
             json.dumps(render.index_json(index, True))
         except StreammergeError as error:
-            assert str(error).isprintable()  # noqa: PT017
+            assert str(error).isprintable()

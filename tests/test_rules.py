@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -251,6 +252,7 @@ class TestShapes:
         made = load_safetensors(path) if container == "safetensors" else torch.load(path, weights_only=True)["model"]
         common = mean([rows["small"], rows["large"][:30]], [1, 1])
         assert octets(made["emb.weight"]) == octets(torch.cat([common, rows["large"][30:]]))
+        assert container != "pth" or zipfile.ZipFile(path).testzip() is None, "a checksum covers both halves"
         assert "30 rows of emb.weight are merged, the other 11 are those of large.pth" in result.warnings[0]
 
     def test_rows_of_a_transposed_tensor(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
