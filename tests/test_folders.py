@@ -57,6 +57,7 @@ def test_folders_merge_into_folders(tmp_path: Path, pickled: bool) -> None:
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
         "model.safetensors.index.json",
+        "streammerge.json",
         "streammerge.yaml",
         "tokenizer.json",
     ]

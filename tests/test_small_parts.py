@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import threading
-import zlib
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ import torch
 
 import streammerge as sm
 from streammerge import budget
-from streammerge.checksums import combine, join
+from streammerge.checksums import CRC32, CRC32C, Checksum
 from streammerge.dtypes import DType, parse_dtype
 from streammerge.executors.local import ThreadExecutor
 from streammerge.inputs import numeric_order
@@ -41,12 +40,26 @@ LAYERS = {
         "select",
         "layers",
         "quantised",
+        "version",
     ],
     1: ["group", "sums", "order", "budget", "storage", "memory", "unpickle", "rebuild", "repickle", "statedict"],
     2: ["formats", "methods", "recipe", "bookkeeping", "huggingface"],
-    3: ["checkpoint", "workspace", "engine", "staging", "writer"],
-    4: ["inputs", "choose", "parts", "values", "mismatch", "align", "output", "planning", "executors", "wish", "relatives"],
-    5: ["run"],
+    3: ["checkpoint", "workspace", "engine", "staging", "writer", "receipt", "structure"],
+    4: [
+        "inputs",
+        "choose",
+        "parts",
+        "values",
+        "mismatch",
+        "align",
+        "output",
+        "planning",
+        "executors",
+        "wish",
+        "relatives",
+        "resume",
+    ],
+    5: ["production", "run", "verification"],
     6: ["api"],
     7: ["__init__", "cli", "__main__"],
 }
@@ -148,14 +161,19 @@ def test_ranges_cover() -> None:
     assert list(ranges(9, 4)) == [(0, 4), (4, 8), (8, 9)]
 
 
-@pytest.mark.parametrize("sizes", [[0], [1], [3, 0, 5], [65536, 65536, 1], [7] * 50])
-def test_checksums_join(sizes: list[int]) -> None:
+@pytest.mark.parametrize("kind", [CRC32, CRC32C])
+@pytest.mark.parametrize("sizes", [[0], [1], [5, 0, 3], [1 << 16, 1, 70_001], [3] * 50])
+def test_checksums_join(kind: Checksum, sizes: list[int]) -> None:
     data, parts, cursor = os.urandom(sum(sizes)), [], 0
     for size in sizes:
-        parts.append((cursor, size, zlib.crc32(data[cursor : cursor + size])))
+        parts.append((cursor, size, kind.update(data[cursor : cursor + size])))
         cursor += size
-    assert join(reversed(parts)) == zlib.crc32(data)
-    assert combine(zlib.crc32(b"ab"), zlib.crc32(b"c"), 1) == zlib.crc32(b"abc")
+    assert kind.join(reversed(parts)) == kind.update(data) == kind.update(data[3:], kind.update(data[:3]))
+    assert kind.combine(kind.update(b"ab"), kind.update(b"c"), 1) == kind.update(b"abc")
+
+
+def test_checksums_are_those_of_the_standards() -> None:
+    assert (CRC32.update(b"123456789"), CRC32C.update(b"123456789")) == (0xCBF43926, 0xE3069283)
 
 
 class TestBudget:

@@ -3,8 +3,10 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from streammerge.version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from streammerge.api import convert, inspect, merge, plan
+    from streammerge.api import convert, inspect, merge, plan, verify
     from streammerge.checkpoint import CheckpointIndex
     from streammerge.errors import (
         BudgetError,
@@ -22,9 +24,8 @@ if TYPE_CHECKING:
     from streammerge.planning import Plan
     from streammerge.run import Result
     from streammerge.tensors import TensorEntry, TensorSpec
+    from streammerge.verification import Verified
     from streammerge.writer import SafetensorsWriter
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BudgetError",
@@ -42,12 +43,14 @@ __all__ = [
     "TaskError",
     "TensorEntry",
     "TensorSpec",
+    "Verified",
     "VerifyError",
     "convert",
     "inspect",
     "merge",
     "merge_method",
     "plan",
+    "verify",
 ]
 
 _PLACES = {
@@ -66,12 +69,14 @@ _PLACES = {
     "TaskError": "errors",
     "TensorEntry": "tensors",
     "TensorSpec": "tensors",
+    "Verified": "verification",
     "VerifyError": "errors",
     "convert": "api",
     "inspect": "api",
     "merge": "api",
     "merge_method": "methods.contracts",
     "plan": "api",
+    "verify": "api",
 }
 
 

@@ -1,4 +1,4 @@
-"""merge(), plan(), convert(), inspect(): the only module that wires the layers together. Nothing here prints."""
+"""merge(), plan(), convert(), inspect(), verify(): the only module that wires the layers together. Nothing here prints."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from typing import Any
 from streammerge.checkpoint import CheckpointIndex, open_checkpoint
 from streammerge.choices import DEFAULT_MEMORY, IO
 from streammerge.choose import choose, exponential_weights
-from streammerge.errors import RecipeError, StreammergeError, listed, printable
+from streammerge.errors import RecipeError, StreammergeError, VerifyError, listed, printable
 from streammerge.events import Event, Listener
 from streammerge.formats.safetensors import shared_headers
 from streammerge.group import Kernel
 from streammerge.inputs import converted_path, expand
 from streammerge.memory import collector_paused, resident_bytes
 from streammerge.planning import Plan, build_plan
+from streammerge.receipt import Receipt
 from streammerge.recipe import Recipe, read_recipe
 from streammerge.run import Result, default_workers, execute
-from streammerge.storage import check_writable, free_bytes, write_text
-from streammerge.units import decimal_bytes, parse_bytes
+from streammerge.storage import check_writable, free_bytes, sweep, write_text
+from streammerge.units import decimal_bytes, parse_bytes, parse_share
+from streammerge.verification import Verified, check_files, check_inputs, receipt_of, recompute
 from streammerge.wish import conversion, overridden, recipe_of
 
 PathLike = str | Path
@@ -75,6 +77,7 @@ def plan(
     keep_optimizer: bool | None = None,
     max_shard_size: str | int | None = None,
     seed: int | None = None,
+    hash: bool = False,
     **parameters: Any,
 ) -> Plan:
     """What :func:`merge` would do, from headers alone; nothing is written. The parameters are those of merge.
@@ -87,6 +90,8 @@ def plan(
 
     ``last``, ``within="1000:5000"``, ``best`` with ``by`` (a number in the files, lowest first unless ``highest``) choose
     among the inputs; ``ema_decay`` gives them exponential weights, the last one most.
+
+    ``hash`` puts the SHA-256 of every input file into the output's receipt, which reads them once more.
 
     ``print(plan)`` shows it; ``plan.tasks``, ``plan.peak_bytes``, ``plan.read_bytes`` are its numbers.
     """
@@ -119,7 +124,7 @@ def plan(
         theirs = {"inputs": paths or None, "weights": weights, "method": method, "base": base, "ema_decay": ema_decay}
         _refuse_beside_recipe({**theirs, **choice, **parameters})
         wished, notes = overridden(read_recipe(recipe, own_methods), overrides), []
-    planned = _plan(wished, out, memory, workers, io, convert_first)
+    planned = _plan(wished, out, memory, workers, io, convert_first, hash)
     planned.notes[:0] = notes
     return planned
 
@@ -148,6 +153,7 @@ def _plan(
     workers: int | None,
     io: str,
     convert_first: PathLike | None = None,
+    hashed: bool = False,
 ) -> Plan:
     if io not in IO:
         raise RecipeError(f"--io takes {' or '.join(IO)}, not {printable(io)}")
@@ -164,6 +170,7 @@ def _plan(
             memory_bytes=parse_bytes(memory),
             workers=workers or default_workers(),
             io=io,
+            hashed=hashed,
         )
     planned.warnings += _output_warnings(planned)
     return planned
@@ -189,6 +196,7 @@ def merge(
     out: PathLike | None = None,
     *,
     overwrite: bool = False,
+    resume: bool = True,
     listener: Listener | None = None,
     convert_first: PathLike | None = None,
     **options: Any,
@@ -197,13 +205,15 @@ def merge(
 
     ``inputs``: paths or globs; or ``recipe``: a mergekit configuration. ``weights``: one number per input; ``linear``,
     the default method, divides them by their sum unless ``normalize`` is False. ``memory``: the budget above the
-    start-up footprint. Further options, and the parameters of the method, are those of :func:`plan`.
+    start-up footprint. ``resume``: go on where the same merge was interrupted. Further options, and the parameters of
+    the method, are those of :func:`plan`.
 
     Raises RecipeError, FormatError, MismatchError, BudgetError, SpaceError, LockedError, ChangedError, VerifyError or
     TaskError; the output is then not there. Returns what was read, written and needed.
     """
     if out is None:
         raise RecipeError("a merge needs a name for its output: out=, or -o")
+    sweep(Path(out))
     check_writable(Path(out), overwrite)
     before = resident_bytes()
     planned = plan(inputs, out, convert_first=convert_first, **options)
@@ -211,7 +221,7 @@ def merge(
         planned = plan(inputs, out, convert_first=convert_first, **options)
     foreseen = _output_warnings(planned)  # what would stop a run stops this one itself, or was allowed
     planned.warnings = [warning for warning in planned.warnings if warning not in foreseen]
-    return execute(planned, overwrite, listener or _quiet, before)
+    return execute(planned, overwrite, listener or _quiet, before, resume)
 
 
 def convert(
@@ -232,6 +242,8 @@ def convert(
     workers: int | None = None,
     io: str = "mmap",
     overwrite: bool = False,
+    resume: bool = True,
+    hash: bool = False,
     listener: Listener | None = None,
 ) -> Result:
     """Writes a checkpoint in another container: ``.pth`` to safetensors or back, one file or shards.
@@ -239,6 +251,7 @@ def convert(
     ``dtype`` recasts floating-point tensors; ``keep`` and ``drop`` are glob patterns on tensor names; ``extras`` names
     a JSON file for what is not a tensor. The errors are those of :func:`merge`.
     """
+    sweep(Path(out))
     check_writable(Path(out), overwrite)
     before = resident_bytes()
     overrides = {
@@ -251,15 +264,67 @@ def convert(
         "strip_prefix": strip_prefix,
     }
     recipe = conversion(str(path), drop, keep, overrides)
-    planned = _plan(recipe, out, memory, workers, io)
+    planned = _plan(recipe, out, memory, workers, io, hashed=hash)
     if extras is not None:
         _check_extras(Path(extras), planned, overwrite)
-    result = execute(planned, overwrite, listener or _quiet, before)
+    result = execute(planned, overwrite, listener or _quiet, before, resume)
     if extras is not None:
         index = open_checkpoint(path, state_dict, recipe.ema)
         content = {"format": index.format, "metadata": index.metadata, "data": index.plain_data()}
         write_text(Path(extras), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return result
+
+
+def verify(
+    out: PathLike,
+    *,
+    sample: str | float | None = None,
+    seed: int = 0,
+    inputs: PathLike | None = None,
+    own_methods: bool = False,
+    memory: str | int = DEFAULT_MEMORY,
+    workers: int | None = None,
+    io: str = "mmap",
+) -> Verified:
+    """Whether an output is what its receipt says: its structure, the checksum of every byte, and, where its inputs are
+    at hand, the values of a sample of its tensors, computed again in float64.
+
+    ``sample``: a share like ``"5%"`` (the default), ``"100%"`` for all, 0 for none; when it is given, that the inputs
+    are absent is an error. ``seed`` chooses the sample. ``inputs``: the folder in which the inputs are, if not here or
+    beside the output. ``own_methods``: see :func:`plan`.
+
+    Raises VerifyError when anything is wrong or cannot be verified.
+    """
+    path, share = Path(out), parse_share("5%" if sample is None else sample)
+    receipt = receipt_of(path)
+    verified = check_files(path, receipt, workers or default_workers())
+    if share:
+        try:
+            planned = _remade(path, receipt, inputs, own_methods, memory, workers, io)
+        except StreammergeError as error:
+            if sample is not None or inputs is not None:
+                raise VerifyError(f"the values of {printable(path)} cannot be computed again: {error}") from error
+            verified.notes.append(f"values were not computed again: {' '.join(str(error).split())}")
+            return verified
+        recompute(verified, planned, share, seed)
+    return verified
+
+
+def _remade(
+    out: Path,
+    receipt: Receipt,
+    inputs: PathLike | None,
+    own_methods: bool,
+    memory: str | int,
+    workers: int | None,
+    io: str,
+) -> Plan:
+    """The plan by which the output was made. Raises StreammergeError when its inputs are not at hand."""
+    beside = [Path(inputs)] if inputs is not None else [out.parent]
+    recipe = read_recipe(receipt.recipe, own_methods, beside)
+    planned = _plan(recipe, out, memory, workers, io)
+    check_inputs(planned, receipt)
+    return planned
 
 
 def _check_extras(extras: Path, planned: Plan, overwrite: bool) -> None:

@@ -9,13 +9,13 @@ them.
 from __future__ import annotations
 
 import threading
-import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from streammerge.budget import Budget
+from streammerge.checksums import Checksum
 from streammerge.errors import StreammergeError, TaskError, printable
 from streammerge.group import Chunk, Kernel, TensorGroup, chunk_spans, whole_grains
 from streammerge.methods.contracts import MergeMethod
@@ -31,9 +31,13 @@ T = TypeVar("T")
 
 
 class Executor(Protocol):
-    """Runs ``run_one`` on each task, in any order; at most ``backlog`` results wait to be taken."""
+    """Runs ``run_one`` on each task, in any order; at most ``backlog`` results wait to be taken.
+
+    ``stopping`` is set when what still runs is not wanted any more.
+    """
 
     workers: int
+    stopping: threading.Event
 
     def run(
         self, tasks: Iterable[Any], run_one: Callable[[Any], Any], backlog: int = ...
@@ -93,74 +97,109 @@ class MergeTask:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Elements ``start`` to ``stop`` of a task; ``kernel`` where it has been made already, by passes over the whole."""
+    """Elements ``start`` to ``stop`` of the task of that number; ``kernel`` where passes over the whole have made it."""
 
     task: MergeTask
+    number: int
     start: int
     stop: int
     kernel: Kernel | None = None
 
+    @property
+    def key(self) -> tuple[int, int]:
+        return (self.number, self.start)
+
+    @property
+    def offset(self) -> int:
+        """Where its bytes lie in the output file."""
+        return self.task.offset + self.start * self.task.out.dtype.component.element_bytes
+
+    @property
+    def nbytes(self) -> int:
+        return (self.stop - self.start) * self.task.out.dtype.component.element_bytes
+
+    @property
+    def read_bytes(self) -> int:
+        return sum((self.stop - self.start) * source.spec.dtype.component.element_bytes for source in self.task.sources)
+
 
 @dataclass(frozen=True, slots=True)
 class PieceDone:
-    """What came of a piece: CRC-32 values as (file, offset, bytes, crc), and non-finite numbers met, by source."""
+    """What came of a piece: the checksum of its bytes, and non-finite numbers met, by source."""
 
     piece: Piece
-    read_bytes: int
-    written_bytes: int
-    checksums: tuple[tuple[int, int, int, int], ...] = ()
+    checksum: int
     nonfinite: dict[str, int] = field(default_factory=dict)
 
 
-def pieces(task: MergeTask, kernel: Kernel | None = None) -> Iterator[Piece]:
+class Halted(BaseException):
+    """A worker gives up its piece, for nobody wants it any more."""
+
+
+def pieces(task: MergeTask, number: int, kernel: Kernel | None = None) -> Iterator[Piece]:
     """The task, cut where it is long; an empty tensor has no piece."""
     for start, stop in ranges(task.elems, task.piece_elems):
-        yield Piece(task, start, stop, kernel)
+        yield Piece(task, number, start, stop, kernel)
 
 
 class Engine:
     """Runs tasks: on any threads, in any order, with the same bytes."""
 
-    def __init__(self, budget: Budget, inputs: InputFiles, outputs: list[OutputFile], io: str, checksums: bool) -> None:
+    def __init__(
+        self, budget: Budget, inputs: InputFiles, outputs: list[OutputFile], io: str, checksum: Checksum, executor: Executor
+    ) -> None:
         self.budget, self.inputs, self.outputs = budget, inputs, outputs
-        self.mapped, self.checksums = io == "mmap", checksums
+        self.mapped, self.checksum, self.executor = io == "mmap", checksum, executor
         self._free: list[Workspace] = []
         self._thread = threading.local()
 
-    def run_all(self, tasks: list[MergeTask], executor: Executor) -> Generator[PieceDone, None, None]:
-        """Everything there is to do. First what is spread by tensors, then one by one what is spread within a tensor."""
-        independent = (piece for task in tasks if not task.spread for piece in pieces(task))
-        with closing(executor.run(independent, self.run)) as results:
+    def run_all(self, tasks: list[MergeTask], wanted: Callable[[Piece], bool]) -> Generator[PieceDone, None, None]:
+        """All pieces that are wanted. First what is spread by tensors, then one by one what is spread within a tensor."""
+        independent = (
+            piece for number, task in enumerate(tasks) if not task.spread for piece in pieces(task, number) if wanted(piece)
+        )
+        with closing(self.executor.run(independent, self.run)) as results:
             yield from results
-        for task in tasks:
-            if task.spread:
+        for number, task in enumerate(tasks):
+            if task.spread and any(map(wanted, pieces(task, number))):
                 with _failures(task, 0, task.elems):
-                    kernel = task.method.bind(self._group(task, self._sweep_on_all(task, executor)), task.parameters)
-                with closing(executor.run(pieces(task, kernel), self.run)) as results:
+                    kernel = task.method.bind(self._group(task, self._sweep_on_all(task)), task.parameters)
+                with closing(self.executor.run(filter(wanted, pieces(task, number, kernel)), self.run)) as results:
                     yield from results
 
     def run(self, piece: Piece) -> PieceDone:
         """Computes and writes one piece. Errors that are not streammerge's own come out as TaskError."""
         with _failures(piece.task, piece.start, piece.stop):
-            return self._copy(piece) if piece.task.verbatim else self._compute(piece)
+            done = self._copy(piece) if piece.task.verbatim else self._compute(piece)
+            self.inputs.check_whole()
+            return done
+
+    def written(self, piece: Piece) -> int:
+        """The checksum of a piece as it stands in the output file."""
+        output, value = self.outputs[piece.task.file], 0
+        buffer = memoryview(bytearray(min(piece.nbytes, COPY_BYTES)))
+        for start, stop in ranges(piece.nbytes, COPY_BYTES):
+            self._halt()
+            value = self.checksum.update(buffer[: output.read_into(buffer[: stop - start], piece.offset + start)], value)
+        return value
+
+    def _halt(self) -> None:
+        if self.executor.stopping.is_set():
+            raise Halted
 
     def _copy(self, piece: Piece) -> PieceDone:
-        task, size = piece.task, piece.task.out.dtype.component.element_bytes
-        source = self.inputs.get(task.sources[0].path)
-        begin, nbytes = piece.start * size, (piece.stop - piece.start) * size
-        output = self.outputs[task.file]
-        checksums = []
-        if not self.checksums:
-            output.copy_from(source, task.sources[0].offset + begin, task.offset + begin, nbytes)
-        else:
-            buffer = memoryview(bytearray(min(nbytes, COPY_BYTES)))
-            for start, stop in ranges(nbytes, COPY_BYTES):
-                part = buffer[: stop - start]
-                source.read_into(part, task.sources[0].offset + begin + start)
-                output.write_full(part, task.offset + begin + start)
-                checksums.append((task.file, task.offset + begin + start, stop - start, zlib.crc32(part)))
-        output.start_writeback(task.offset + begin, nbytes)
-        return PieceDone(piece, nbytes, nbytes, tuple(checksums))
+        task, value = piece.task, 0
+        begin = piece.offset - task.offset
+        source, output = self.inputs.get(task.sources[0].path), self.outputs[task.file]
+        buffer = memoryview(bytearray(min(piece.nbytes, COPY_BYTES)))
+        for start, stop in ranges(piece.nbytes, COPY_BYTES):
+            self._halt()
+            part = buffer[: stop - start]
+            source.read_into(part, task.sources[0].offset + begin + start)
+            output.write_full(part, piece.offset + start)
+            value = self.checksum.update(part, value)
+        output.start_writeback(piece.offset, piece.nbytes)
+        return PieceDone(piece, value)
 
     def _compute(self, piece: Piece) -> PieceDone:
         task = piece.task
@@ -178,7 +217,7 @@ class Engine:
             return done
 
     def _write(self, piece: Piece, kernel: Kernel, workspace: Workspace, source: Source) -> PieceDone:
-        task, output, checksums = piece.task, self.outputs[piece.task.file], []
+        task, output, value = piece.task, self.outputs[piece.task.file], 0
         dtype = task.out.dtype.component
         size, nonfinite = dtype.element_bytes, dict[str, int]()
         for chunk in self._chunks(task, workspace, source, piece.start, piece.stop):
@@ -191,13 +230,10 @@ class Engine:
                     nonfinite[name] = nonfinite.get(name, 0) + count
             data, offset = workspace.octets("out", chunk.elems * size), task.offset + chunk.start * size
             output.write_full(data, offset)
-            if self.checksums:
-                checksums.append((task.file, offset, len(data), zlib.crc32(data)))
-        begin, nbytes = task.offset + piece.start * size, (piece.stop - piece.start) * size
-        for file, start, stop in workspace.written.add(output, begin, begin + nbytes):
+            value = self.checksum.update(data, value)
+        for file, start, stop in workspace.written.add(output, piece.offset, piece.offset + piece.nbytes):
             file.start_writeback(start, stop - start)
-        read = (piece.stop - piece.start) * sum(s.spec.dtype.component.element_bytes for s in task.sources)
-        return PieceDone(piece, read, nbytes, tuple(checksums), nonfinite)
+        return PieceDone(piece, value, nonfinite)
 
     def _chunks(
         self, task: MergeTask, workspace: Workspace, source: Source, start: int, stop: int, sparse: int = 0
@@ -206,6 +242,7 @@ class Engine:
 
         compute, models = getattr(torch, task.compute), len(task.sources) - task.based
         for a, b in chunk_spans(start, stop, self.budget.chunk_elems, task.row, sparse):
+            self._halt()
             workspace.clear()
             yield Chunk(a, b, compute, workspace, source.read, task.based, models)
 
@@ -218,7 +255,7 @@ class Engine:
     def _source(self, task: MergeTask, workspace: Workspace, keep: bool) -> Source:
         return Source(self.inputs, task.sources, workspace, self.mapped, self.budget.kept_bytes if keep else -1)
 
-    def _sweep_on_all(self, task: MergeTask, executor: Executor) -> Callable[..., Iterator[Any]]:
+    def _sweep_on_all(self, task: MergeTask) -> Callable[..., Iterator[Any]]:
         """A sweep over the pieces of a long tensor by all workers."""
 
         def sweep(work: Callable[[Iterable[Chunk]], T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
@@ -231,7 +268,7 @@ class Engine:
             early: dict[int, T] = {}
             turn = 0
             spans = enumerate(ranges(stop - start, task.piece_elems))
-            with closing(executor.run(spans, run, backlog=executor.workers)) as results:
+            with closing(self.executor.run(spans, run, backlog=self.executor.workers)) as results:
                 for number, result in results:
                     early[number] = result
                     while turn in early:

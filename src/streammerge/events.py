@@ -17,6 +17,22 @@ class RunStarted:
 
 
 @dataclass(frozen=True, slots=True)
+class Resumed:
+    """So many bytes of the output are there already, from a run that did not come to its end; so many need not be read."""
+
+    kept_bytes: int
+    read_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hashed:
+    """An input was read for its hash."""
+
+    name: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Staged:
     """A tensor that could not be mapped as it stood was copied into a temporary file."""
 
@@ -40,13 +56,26 @@ class Syncing:
 
 
 @dataclass(frozen=True, slots=True)
+class Suspended:
+    """The run ends early; so many bytes of so many stay, and the same run goes on from there."""
+
+    kept_bytes: int
+    write_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """The output is there under its name."""
+
+
+@dataclass(frozen=True, slots=True)
 class RunFinished:
-    """The output is committed."""
+    """All is done."""
 
     seconds: float
 
 
-Event = RunStarted | Staged | TaskDone | Syncing | RunFinished
+Event = RunStarted | Resumed | Hashed | Staged | TaskDone | Syncing | Suspended | Published | RunFinished
 
 
 class Listener(Protocol):

@@ -7,23 +7,26 @@ or folder has the state dict's own names.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from streammerge.align import Alignment, Merged
 from streammerge.bookkeeping import merge_bookkeeping
 from streammerge.checkpoint import CheckpointIndex
+from streammerge.checksums import CRC32, CRC32C
 from streammerge.dtypes import DType
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import safetensors, torch_zip
 from streammerge.formats.base import Layout, LayoutFile, Literal
 from streammerge.formats.folder import side_files
+from streammerge.formats.torch_zip import RECEIPT
 from streammerge.huggingface import CONFIG, HEADS, edited_config, is_embedding, read_config
 from streammerge.methods.registry import COPY
 from streammerge.parts import Indexes
+from streammerge.receipt import ITSELF, KEY, InputSpans, Receipt, escaped, input_files, planned
 from streammerge.recipe import Recipe, resolved, to_json, to_yaml
-from streammerge.recipe.locate import RECORD
+from streammerge.recipe.locate import RECORD, travelling_names
 from streammerge.repickle import Edit, repickle, storage_ref
 from streammerge.statedict import is_training_state
 from streammerge.storage import file_size
@@ -48,11 +51,12 @@ class Placed:
 
 @dataclass(slots=True)
 class Output:
-    """Layout, tensors with their places, and what to tell about it."""
+    """Layout, tensors with their places, and what to tell about it. ``inputs``: see :class:`Plan`."""
 
     layout: Layout
     placed: list[Placed]
     notes: list[str] = field(default_factory=list)
+    inputs: dict[str, InputSpans] = field(default_factory=dict)
 
 
 def container_of(out: str | Path) -> str:
@@ -70,20 +74,47 @@ def container_of(out: str | Path) -> str:
     )
 
 
-def plan_output(out: str | Path, recipe: Recipe, indexes: Indexes, alignment: Alignment) -> Output:
-    """The output of these tensors under that name. Pure: nothing is written."""
+def plan_output(out: str | Path, recipe: Recipe, indexes: Indexes, alignment: Alignment, hashed: bool) -> Output:
+    """The output of these tensors under that name. Pure: nothing is written. ``hashed``: the receipt has whole hashes."""
     kind, name = container_of(out), Path(out).name
-    first, merged = indexes[recipe.checkpoints[0]], alignment.merged
+    first = indexes[recipe.checkpoints[0]]
+    names = travelling_names(recipe)
+    inputs = input_files({names[each.path]: index for each, index in indexes.items()})
+    receipt = planned(
+        json.loads(to_json(resolved(recipe).to_dict())),
+        inputs,
+        recipe.seed,
+        CRC32 if kind == "pickle" else CRC32C,
+        hashed,
+        computed=recipe.merge_method is not COPY or recipe.recast is not None,
+    )
+    made = _planned(kind, name, recipe, first, alignment, receipt)
+    made.inputs = inputs
+    return made
+
+
+def _planned(
+    kind: str, name: str, recipe: Recipe, first: CheckpointIndex, alignment: Alignment, receipt: Receipt
+) -> Output:
+    merged = alignment.merged
     if kind == "pickle":
-        return _pickle(name, recipe, first, alignment)
+        return _pickle(name, recipe, first, alignment, receipt)
     notes = _left_behind(first)
     metadata = _metadata(recipe, first)
     if kind == "folder":
-        return _folder(recipe, first, alignment, metadata, notes)
+        return _folder(recipe, first, alignment, metadata, notes, receipt)
     specs = {spec.name: (spec, m) for m in merged for spec in (m.spec, *_tied_specs(m))}
+    receipt = replace(receipt, checksums={ITSELF: _blank_sums([spec.nbytes for spec, _ in specs.values()])})
+    metadata[KEY] = receipt.text()
     file = safetensors.plan_layout(name, [spec for spec, _ in specs.values()], metadata)
+    file = replace(file, receipt=escaped(receipt.text()))
     placed = [Placed(spec, m, 0, file.offsets[n]) for n, (spec, m) in specs.items()]
-    return Output(Layout((file,)), placed, notes)
+    return Output(Layout((file,), receipt=receipt), placed, notes)
+
+
+def _blank_sums(sizes: list[int]) -> str:
+    """Room for the checksums of a file with tensors of these sizes, and of what is around them."""
+    return "0" * 8 * (sum(size > 0 for size in sizes) + 1)
 
 
 def _tied_specs(merged: Merged) -> list[TensorSpec]:
@@ -98,7 +129,7 @@ def _record(recipe: Recipe) -> dict[str, Any] | None:
 
 def _metadata(recipe: Recipe, first: CheckpointIndex) -> dict[str, str]:
     """The first checkpoint's own metadata, ``format: pt``, and for merges the recipe."""
-    kept = {k: v for k, v in first.metadata.items() if "hash" not in k.lower() and k != "streammerge"}
+    kept = {k: v for k, v in first.metadata.items() if "hash" not in k.lower() and k not in ("streammerge", KEY)}
     record = _record(recipe)
     return kept | {"format": "pt"} | ({"streammerge": to_json(record)} if record else {})
 
@@ -116,15 +147,22 @@ def _left_behind(first: CheckpointIndex) -> list[str]:
 
 
 def _folder(
-    recipe: Recipe, base: CheckpointIndex, alignment: Alignment, metadata: dict[str, str], notes: list[str]
+    recipe: Recipe,
+    base: CheckpointIndex,
+    alignment: Alignment,
+    metadata: dict[str, str],
+    notes: list[str],
+    receipt: Receipt,
 ) -> Output:
     merged = alignment.merged
     shards = _shards(recipe, base, alignment)
     files: list[LayoutFile] = []
     placed: list[Placed] = []
+    sums: dict[str, str] = {}
     for number, (name, members) in enumerate(shards.items()):
         file = safetensors.plan_layout(name, [m.spec for m in members], metadata)
         files.append(file)
+        sums[name] = _blank_sums([m.spec.nbytes for m in members])
         placed += [Placed(m.spec, m, number, file.offsets[m.spec.name]) for m in members]
     tied = [name for m in merged for name in m.tied]
     if tied:
@@ -142,7 +180,12 @@ def _folder(
     if record:
         files.append(_text_file(RECORD, to_yaml(record)))
     names = {file.name for file in files}
-    return Output(Layout(tuple(files), True, tuple(c for c in copied if c[1] not in names)), placed, notes)
+    beside = tuple(c for c in copied if c[1] not in names)
+    sums |= {name: _blank_sums([]) for name in (*names, *(name for _, name in beside)) if name not in sums}
+    receipt = replace(receipt, checksums=dict(sorted(sums.items())))
+    file = _text_file(RECEIPT, receipt.text(2))
+    files.append(replace(file, receipt=file.literals[0].data))
+    return Output(Layout(tuple(files), True, beside, receipt), placed, notes)
 
 
 def _config(
@@ -219,7 +262,7 @@ def _index(shards: dict[str, list[Merged]]) -> LayoutFile:
 # ---------------------------------------------------------------------------------------------------------- pickles
 
 
-def _pickle(name: str, recipe: Recipe, base: CheckpointIndex, alignment: Alignment) -> Output:
+def _pickle(name: str, recipe: Recipe, base: CheckpointIndex, alignment: Alignment, receipt: Receipt) -> Output:
     merged = alignment.merged
     if base.format == "TorchScript archive":
         raise RecipeError(
@@ -255,10 +298,12 @@ def _pickle(name: str, recipe: Recipe, base: CheckpointIndex, alignment: Alignme
             edit.replaced[id(tree[key])] = builder.refs[m.spec.name]
     pickle = repickle(tree, edit)
     record = _record(recipe)
-    beside = {RECORD: to_yaml(record).encode()} if record else None
+    receipt = replace(receipt, checksums={ITSELF: _blank_sums([nbytes for _, nbytes in builder.storages.values()])})
+    beside = {RECORD: to_yaml(record).encode()} if record else {}
+    beside[RECEIPT] = receipt.text().encode()
     file = torch_zip.plan_layout(name, pickle, builder.storages, base.container.magic, beside)
     placed = [Placed(spec, m, 0, file.offsets[n], source) for n, (spec, m, source) in builder.tensors.items()]
-    return Output(Layout((file,)), placed, notes)
+    return Output(Layout((file,), receipt=receipt), placed, notes)
 
 
 def _tree(base: CheckpointIndex, merged: list[Merged]) -> tuple[Any, dict[str, Merged] | None]:

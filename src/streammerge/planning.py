@@ -17,6 +17,7 @@ from streammerge.formats.base import Layout
 from streammerge.methods.registry import COPY, INTEGERS
 from streammerge.output import Placed, plan_output, side_bytes
 from streammerge.parts import Indexes
+from streammerge.receipt import InputSpans
 from streammerge.recipe import Recipe
 from streammerge.recipe.words import recipe_lines, rule_lines, weight_notes
 from streammerge.select import held_bytes
@@ -32,7 +33,8 @@ class Plan:
     """All of a run: ``tasks`` in the order of reading, the ``layout`` of the output, and what it will cost.
 
     ``peak_bytes`` is projected memory above the start-up footprint; ``disk_bytes`` includes temporary files. ``taken``:
-    how many tensors each rule of the recipe took. ``owners``: file -> the checkpoint that it belongs to.
+    how many tensors each rule of the recipe took. ``owners``: file -> the checkpoint that it belongs to. ``input_files``:
+    what the receipt calls an input file -> its path, and where its tensors lie.
     """
 
     recipe: Recipe
@@ -48,6 +50,7 @@ class Plan:
     warnings: list[str] = field(default_factory=list)
     taken: list[int] = field(default_factory=list)
     owners: dict[str, str] = field(default_factory=dict)
+    input_files: dict[str, InputSpans] = field(default_factory=dict)
 
     @property
     def peak_bytes(self) -> int:
@@ -154,6 +157,7 @@ def build_plan(
     memory_bytes: int,
     workers: int,
     io: str = "mmap",
+    hashed: bool = False,
 ) -> Plan:
     """The plan of a merge or conversion. Nothing is written and no tensor is read.
 
@@ -165,13 +169,12 @@ def build_plan(
     alignment = align(recipe, indexes)
     opened = indexes.values()
     alignment.warnings += differing_facts([i.extras for i in opened], [str(i.path) for i in opened])
-    output = plan_output(out or _EXAMPLE_OUT, recipe, indexes, alignment)
+    output = plan_output(out or _EXAMPLE_OUT, recipe, indexes, alignment, hashed)
     tasks = [task for placed in output.placed for task in _tasks(placed, recipe.seed)]
     # In the order in which the first input has them on the disk, its pages are read once and in sequence.
     tasks.sort(key=lambda task: (task.method is not INTEGERS, task.sources[0].path, task.sources[0].offset))
     staged = list({s.place: s for task in tasks for s in task.sources if not s.mappable}.values())
-    tensors = sum(len(task.sources) + 1 for task in tasks)
-    budget = fit(memory_bytes, workers, tensors, _cost(tasks, io), bool(staged))
+    budget = budget_of(tasks, memory_bytes, workers, io, bool(staged))
     identities = {path: known for index in opened for path, known in index.identities().items()}
     notes = [*(note for index in opened for note in index.notes), *alignment.notes, *output.notes, *weight_notes(recipe)]
     return Plan(
@@ -188,7 +191,14 @@ def build_plan(
         list(dict.fromkeys(alignment.warnings)),
         alignment.taken,
         {str(file): str(index.path) for index in opened for file in index.files},
+        output.inputs,
     )
+
+
+def budget_of(tasks: list[MergeTask], memory_bytes: int, workers: int, io: str, staged: bool) -> Budget:
+    """How these tasks are run within that memory. Raises BudgetError when it is too little."""
+    tensors = sum(len(task.sources) + 1 for task in tasks)
+    return fit(memory_bytes, workers, tensors, _cost(tasks, io), staged)
 
 
 def _tasks(placed: Placed, seed: int) -> list[MergeTask]:

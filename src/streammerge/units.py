@@ -19,6 +19,15 @@ def parse_bytes(text: str | int) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
+def parse_share(text: str | float) -> float:
+    """A share of a whole between 0 and 1, of ``"5%"`` or ``0.05``. Raises RecipeError for anything else."""
+    match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,18})?)\s*(%?)\s*", str(text))
+    share = float(match[1]) / (100 if match[2] else 1) if match else -1.0
+    if not 0 <= share <= 1:
+        raise RecipeError(f"{text!r} is not a share; write it like 5% or 100%")
+    return share
+
+
 def _format(value: float, base: int, units: list[str]) -> str:
     power = 0
     while abs(value) >= base and power < len(units) - 1:

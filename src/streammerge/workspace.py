@@ -17,6 +17,18 @@ _WRITEBACK_BYTES = 8 << 20
 File = TypeVar("File")
 
 
+def prepare_torch() -> None:
+    """Imports torch, and has it say here, once, that a read-only buffer is read-only."""
+    import warnings
+
+    import torch
+
+    torch.get_num_threads()  # settles the caller's own number before the workers, which have one each, ask for theirs
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.frombuffer(b"\0", dtype=torch.uint8)
+
+
 class Workspace:
     """A worker's buffers, cut from one anonymous map: allocated once, page-aligned, given back as a whole.
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streammerge import __version__
 from streammerge.choices import DEFAULT_MEMORY, EMA_CHOICES, INTEGERS, IO, ON_MISSING, ON_SHAPE
 from streammerge.cli.signals import Stopped, stoppable
 from streammerge.errors import RecipeError, StreammergeError, printable
+from streammerge.version import __version__
 
 if TYPE_CHECKING:
     from streammerge.planning import Plan
@@ -52,6 +52,7 @@ _resources = _options(
         help="How inputs are read; pread for network drives.",
     ),
 )
+_hash = click.option("--hash", is_flag=True, help="Put the SHA-256 of each input into the output's receipt.")
 _writing = _options(
     click.option("--max-shard-size", metavar="SIZE", help="For folders.  [default: as the first input, else 5GB]"),
     click.option(
@@ -66,6 +67,7 @@ _writing = _options(
 )
 _running = _options(
     click.option("--overwrite", is_flag=True, help="Replace a finished output."),
+    click.option("--no-resume", is_flag=True, help="Start over instead of continuing an interrupted run."),
     click.option("--no-progress", is_flag=True, help="Show no progress bar."),
     _output,
     _debug,
@@ -113,6 +115,7 @@ _merging = _options(
     _selection,
     _resources,
     _writing,
+    _hash,
 )
 
 
@@ -141,6 +144,7 @@ def merge(
     out: str,
     dry_run: bool,
     overwrite: bool,
+    no_resume: bool,
     no_progress: bool,
     form: str,
     debug: bool,
@@ -161,7 +165,7 @@ def merge(
         _show_plan(api.plan(inputs, out, **options), form)
         return
     with Progress(form, enabled=not no_progress) as progress:
-        result = api.merge(inputs, out, overwrite=overwrite, listener=progress, **options)
+        result = api.merge(inputs, out, overwrite=overwrite, resume=not no_resume, listener=progress, **options)
     _report(result, form)
 
 
@@ -198,8 +202,9 @@ def plan(inputs: tuple[str, ...], out: str | None, form: str, debug: bool, **wis
 @_selection
 @_resources
 @_writing
+@_hash
 @_running
-def convert(path: str, out: str, no_progress: bool, form: str, debug: bool, **wishes: Any) -> None:
+def convert(path: str, out: str, no_resume: bool, no_progress: bool, form: str, debug: bool, **wishes: Any) -> None:
     """Convert between .pth and safetensors, one file or sharded; recast; shrink.
 
     \b
@@ -210,8 +215,33 @@ def convert(path: str, out: str, no_progress: bool, form: str, debug: bool, **wi
     from streammerge.cli.progress import Progress
 
     with Progress(form, enabled=not no_progress) as progress:
-        result = api.convert(path, out, listener=progress, **wishes)
+        result = api.convert(path, out, resume=not no_resume, listener=progress, **wishes)
     _report(result, form)
+
+
+@cli.command()
+@click.argument("out", metavar="OUT")
+@click.option("--sample", metavar="SHARE", help="How much of the values is computed again; 100% for all.  [default: 5%]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Chooses the sample.")
+@click.option("--inputs", metavar="DIR", help="Where the inputs are.  [default: here, or beside OUT]")
+@click.option("--own-methods", is_flag=True, help="Let the recipe name methods that are your own code.")
+@_resources
+@_output
+@_debug
+def verify(out: str, form: str, debug: bool, **wishes: Any) -> None:
+    """Check that an output is what its recipe says.
+
+    Its structure; the checksum of every byte; and, where the inputs are at hand, a sample of its values, computed again
+    in float64.
+    """
+    from streammerge import api
+    from streammerge.cli import render
+
+    verified = api.verify(out, **wishes)
+    if form == "json":
+        click.echo(_json(render.verified_json(verified)))
+    elif form == "human":
+        click.echo(render.verified_text(verified))
 
 
 @cli.command()
@@ -330,7 +360,7 @@ def main() -> None:
             cli.main(prog_name="streammerge", standalone_mode=False)
     except Stopped as stopped:
         after_echo = "\n" if sys.stderr.isatty() else ""  # the terminal has shown ^C
-        click.echo(f"{after_echo}error: {stopped.word}; nothing was written", err=True)
+        click.echo(f"{after_echo}error: {stopped.word}; {stopped.outcome}", err=True)
         sys.stderr.flush()
         # All is cleaned up; torch can abort when the interpreter is taken down under a starting thread.
         os._exit(stopped.exit_code)

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
-from streammerge.events import Event, RunFinished, RunStarted, Staged, Syncing, TaskDone
+from streammerge.cli.signals import Stopped
+from streammerge.errors import printable
+from streammerge.events import (
+    Event,
+    Hashed,
+    Published,
+    Resumed,
+    RunFinished,
+    RunStarted,
+    Staged,
+    Suspended,
+    Syncing,
+    TaskDone,
+)
 from streammerge.memory import resident_bytes
-from streammerge.units import binary_bytes
+from streammerge.units import binary_bytes, decimal_bytes
 
 
 class Progress:
@@ -18,10 +32,12 @@ class Progress:
 
     def __init__(self, form: str, enabled: bool = True) -> None:
         self._json = form == "json" and enabled
+        self._said = form == "human"
         self._bar_wanted = form == "human" and enabled and sys.stderr.isatty()
         self._bar: Any = None
         self._startup = 0
         self._budget = ""
+        self._outcome: str | None = None
 
     def __enter__(self) -> Progress:
         return self
@@ -29,8 +45,17 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.close()
+        if self._outcome is not None and isinstance(error, Stopped):
+            error.outcome = self._outcome
+        elif self._outcome is not None and error is not None and self._said:
+            print(f"note: {self._outcome}", file=sys.stderr)
 
     def __call__(self, event: Event) -> None:
+        if isinstance(event, Suspended):
+            kept = f"{decimal_bytes(event.kept_bytes)} of {decimal_bytes(event.write_bytes)} are kept"
+            self._outcome = f"{kept}; the same command goes on from there:\n  {_command()}"
+        elif isinstance(event, Published):
+            self._outcome = "the output is there, whole"
         if self._json:
             print(json.dumps({"event": type(event).__name__, **asdict(event)}), file=sys.stderr, flush=True)
         if self._bar_wanted:
@@ -46,8 +71,13 @@ class Progress:
             )
         elif self._bar is None:
             return
+        elif isinstance(event, Resumed):
+            self._bar.update(event.read_bytes)
+        elif isinstance(event, Hashed):
+            self._bar.set_description_str(f"hashing {printable(event.name, 40)}")
         elif isinstance(event, TaskDone):
             held = binary_bytes(max(event.memory_bytes - self._startup, 0))
+            self._bar.set_description_str("", refresh=False)
             self._bar.set_postfix_str(f"memory {held} of {self._budget}", refresh=False)
             self._bar.update(event.read_bytes)
         elif isinstance(event, Staged):
@@ -57,3 +87,8 @@ class Progress:
             self._bar.set_description_str("syncing")
         elif isinstance(event, RunFinished):
             self._bar.close()
+
+
+def _command() -> str:
+    """This command, as one would type it."""
+    return shlex.join(["streammerge", *sys.argv[1:]])

@@ -6,6 +6,7 @@ import json
 import re
 import textwrap
 from collections import Counter
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoint import CheckpointIndex
@@ -19,6 +20,7 @@ from streammerge.units import binary_bytes, decimal_bytes
 if TYPE_CHECKING:
     from streammerge.methods.contracts import MergeMethod, Parameter
     from streammerge.run import Result
+    from streammerge.verification import Verified
 
 _WIDTH = 100
 
@@ -54,6 +56,27 @@ def result_json(result: Result) -> dict[str, Any]:
         "notes": list(result.notes),
         "warnings": list(result.warnings),
     }
+
+
+def verified_text(verified: Verified) -> str:
+    """What ``verify`` prints."""
+    files = f" in {verified.files} files" if verified.files > 1 else ""
+    lines = [
+        f"verified {printable(verified.out)}",
+        f"  structure  {verified.tensors} tensors{files}, as they were written",
+        f"  checksums  {decimal_bytes(verified.checked_bytes)}, every tensor and all that is around them",
+    ]
+    if verified.recomputed:
+        share = 100 * verified.equal_elems / verified.sampled_elems
+        of_these = f"{verified.sampled_elems:,} numbers of {verified.sampled_tensors} tensors computed again"
+        exact = f"{share:.4g} % are the float64 result to the bit, the rest within rounding"
+        lines.append(f"  values     {of_these}: " + ("all are the float64 result to the bit" if share == 100 else exact))
+    lines += [f"  note       {note}" for note in verified.notes]
+    return "\n".join([*lines, f"  digest     {verified.digest}"])
+
+
+def verified_json(verified: Verified) -> dict[str, Any]:
+    return {**asdict(verified), "out": str(verified.out), "recomputed": verified.recomputed}
 
 
 def _total_bytes(index: CheckpointIndex) -> int:
@@ -150,7 +173,10 @@ def index_text(index: CheckpointIndex, tensors: bool) -> str:
     if unread:
         rows.append(("not read", f"{len(unread)} tensors: {listed([f'{name} ({kind})' for name, kind in unread], 4)}"))
     if index.metadata:
-        rows += [("metadata", _short(f"{key}: {value}")) for key, value in list(index.metadata.items())[:12]]
+        shown_keys = [key for key in index.metadata if key != "streammerge_receipt"]
+        rows += [("metadata", _short(f"{key}: {index.metadata[key]}")) for key in shown_keys[:12]]
+        if len(shown_keys) < len(index.metadata):
+            rows.append(("receipt", "of streammerge, which `streammerge verify` checks"))
     data = index.plain_data()
     if isinstance(data, dict):
         rows += [("data", _short(f"{key}: {_compact(value)}")) for key, value in list(data.items())[:40]]

@@ -12,7 +12,7 @@ _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if
 
 
 class Stopped(BaseException):
-    """A signal asked for the end. ``exit_code`` is that of a process which died of it.
+    """A signal asked for the end. ``exit_code`` is that of a process which died of it; ``outcome``: what there is now.
 
     It is no KeyboardInterrupt, of which click would make something of its own.
     """
@@ -20,6 +20,7 @@ class Stopped(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.exit_code = 128 + number
+        self.outcome = "nothing was written"
         self.word = "interrupted" if number == signal.SIGINT else "terminated"
 
 

@@ -18,15 +18,16 @@ class ThreadExecutor(Generic[Task, Done]):
     """``workers`` threads that take tasks from one iterable; results come in the order in which they finish.
 
     The first error stops the rest and is raised; so does leaving the iteration, by Ctrl-C or otherwise. Either way no
-    thread is left when the iterator is closed.
+    thread is left when the iterator is closed, and ``stopping`` tells those still at work to hurry. One run at a time.
     """
 
     def __init__(self, workers: int) -> None:
-        self.workers = workers
+        self.workers, self.stopping = workers, threading.Event()
 
     def run(self, tasks: Iterable[Task], run_one: Callable[[Task], Done], backlog: int = 64) -> Generator[Done, None, None]:
         """At most ``backlog`` results wait to be taken."""
-        source, lock, stop = iter(tasks), threading.Lock(), threading.Event()
+        source, lock, stop = iter(tasks), threading.Lock(), self.stopping
+        stop.clear()
         results: queue.Queue[tuple[Done | None, BaseException | None]] = queue.Queue(maxsize=backlog)
 
         def report(done: Done | None, error: BaseException | None) -> None:

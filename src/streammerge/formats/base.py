@@ -40,6 +40,17 @@ class Container:
     def pickled(self) -> bool:
         return self.format not in ("safetensors", "sharded safetensors")
 
+    def tensor_spans(self) -> dict[str, list[tuple[int, int]]]:
+        """Where in its files the bytes of tensors lie, as (offset, bytes) in order; the rest is its headers."""
+        spans: dict[str, set[tuple[int, int]]] = {str(path): set() for path in self.files}
+        for store in self.storages.values():
+            lies = store.deflated
+            spans[store.path].add((lies.offset, lies.compressed_bytes) if lies else (store.offset, store.nbytes))
+        for ref in self.tree.values() if isinstance(self.tree, dict) else ():
+            if isinstance(ref, TensorRef) and ref.entry is not None:
+                spans[ref.entry.path].add((ref.entry.offset, ref.entry.nbytes))
+        return {path: sorted(span for span in found if span[1]) for path, found in spans.items()}
+
     def locate(self, name: str, ref: TensorRef) -> TensorEntry:
         """The entry of one tensor. Raises FormatError when it does not fit its storage."""
         if ref.entry is not None:
@@ -93,6 +104,7 @@ class LayoutFile:
     """One output file before it exists: its size, where each tensor goes, and all its other bytes.
 
     ``sealed``: the literals hold checksums of the tensors' bytes and are made by :func:`torch_zip.seal` at the end.
+    ``receipt``: the bytes among the literals that are the receipt, still blank, as they stand in this file.
     """
 
     name: str
@@ -100,6 +112,7 @@ class LayoutFile:
     offsets: dict[str, int]
     literals: tuple[Literal, ...] = ()
     sealed: Any = None
+    receipt: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +122,7 @@ class Layout:
     files: tuple[LayoutFile, ...]
     as_folder: bool = False
     side_files: tuple[tuple[Path, str], ...] = ()
+    receipt: Any = None
 
     @property
     def size(self) -> int:

@@ -25,8 +25,9 @@ from streammerge.unpickle import MAX_PICKLE_BYTES, unpickle
 
 MAX_INFLATED_PICKLE_BYTES = 32 << 20
 MAX_RECORD_BYTES = 16 << 20
-RECORD = "streammerge.yaml"
-"""The record that holds the recipe of a merged file."""
+RECIPE, RECEIPT = "streammerge.yaml", "streammerge.json"
+"""The records that hold the recipe and the receipt of a merged file."""
+_BESIDE = {"streammerge": RECIPE, "streammerge_receipt": RECEIPT}
 ALIGNMENT = 64
 _LOCAL, _CENTRAL, _END = b"PK\3\4", b"PK\1\2", b"PK\5\6"
 
@@ -54,13 +55,13 @@ def read(path: Path) -> Container:
         member = members[pickles[0]]
         on_disk = member.deflated.compressed_bytes if member.deflated else member.nbytes
         tree = unpickle(_record(stream, member, MAX_PICKLE_BYTES, where), table, where, on_disk)
-        record = _record(stream, members.get(root + RECORD), MAX_RECORD_BYTES, where)
+        beside = {key: members.get(root + name) for key, name in _BESIDE.items()}
+        texts = {key: _record(stream, member, MAX_RECORD_BYTES, where) for key, member in beside.items()}
         stream.seek(0)
         magic = stream.read(2)
     script = root + "constants.pkl" in members and any(name.startswith(root + "code/") for name in members)
     container = Container(path, "TorchScript archive" if script else "PyTorch zip", tree, {}, (path,), magic=magic)
-    if record:
-        container.metadata["streammerge"] = record.decode("utf-8", "replace")
+    container.metadata |= {key: text.decode("utf-8", "replace") for key, text in texts.items() if text}
     _find_storages(container, table, members, root + "data/", where)
     return container
 
@@ -71,6 +72,14 @@ class _Member:
     offset: int
     nbytes: int
     deflated: Deflated | None
+    crc: int
+
+
+def records(path: Path) -> list[tuple[str, int, int, int]]:
+    """Each record that is stored as it is: name, offset, bytes, and the CRC-32 that the directory gives it."""
+    with open_stream(path) as stream:
+        members = _members(stream, printable(path)).values()
+    return [(member.name, member.offset, member.nbytes, member.crc) for member in members if member.deflated is None]
 
 
 def _members(stream: BinaryIO, where: str) -> dict[str, _Member]:
@@ -121,8 +130,8 @@ def _place(stream: BinaryIO, info: zipfile.ZipInfo, end: int, where: str) -> _Me
     if info.compress_type == zipfile.ZIP_STORED:
         if info.compress_size != info.file_size:
             raise FormatError(f"{where}: record {printable(info.filename)} is stored, yet has two sizes; it is damaged")
-        return _Member(info.filename, offset, info.file_size, None)
-    return _Member(info.filename, 0, info.file_size, Deflated(offset, info.compress_size, info.file_size))
+        return _Member(info.filename, offset, info.file_size, None, info.CRC)
+    return _Member(info.filename, 0, info.file_size, Deflated(offset, info.compress_size, info.file_size), info.CRC)
 
 
 def _check_overlap(members: dict[str, _Member], where: str) -> None:
@@ -246,8 +255,8 @@ def plan_layout(
     file_name: str,
     pickle: bytes,
     storages: Mapping[str, tuple[str, int]],
-    magic: bytes = b"PK",
-    beside: Mapping[str, bytes] | None = None,
+    magic: bytes,
+    beside: Mapping[str, bytes],
 ) -> LayoutFile:
     """Where each byte of a torch archive will be: ``storages`` maps a tensor's name to (storage key, bytes).
 
@@ -259,7 +268,7 @@ def plan_layout(
     records = [_Record("archive/data.pkl", len(pickle), pickle), _Record("archive/byteorder", 6, b"little")]
     records += [_Record(f"archive/data/{key}", nbytes, None) for key, nbytes in storages.values()]
     records.append(_Record("archive/version", 2, b"3\n"))
-    records += [_Record(f"archive/{name}", len(data), data) for name, data in (beside or {}).items()]
+    records += [_Record(f"archive/{name}", len(data), data) for name, data in beside.items()]
     placed, cursor = [], 0
     for record in records:
         record = replace(record, header_offset=cursor, crc=zlib.crc32(record.data or b""))
@@ -268,14 +277,21 @@ def plan_layout(
     by_name = {record.name: record for record in placed}
     offsets = {name: by_name[f"archive/data/{key}"].data_offset for name, (key, _) in storages.items()}
     end = _directory(placed, cursor)
-    return LayoutFile(file_name, cursor + len(end), offsets, sealed=(tuple(placed), cursor, magic))
+    return LayoutFile(
+        file_name, cursor + len(end), offsets, sealed=(tuple(placed), cursor, magic), receipt=beside.get(RECEIPT, b"")
+    )
 
 
-def seal(file: LayoutFile, checksums: Mapping[str, int]) -> list[Literal]:
-    """All bytes of the archive but the storages, once the CRC-32 of each tensor's bytes is known."""
+def pickle_checksum(file: LayoutFile) -> int:
+    """The CRC-32 of a planned archive's pickle."""
+    return int(file.sealed[0][0].crc)
+
+
+def seal(file: LayoutFile, checksums: Mapping[int, int], receipt: bytes) -> list[Literal]:
+    """All bytes of the archive but the storages, from the CRC-32 of what lies at each offset and the final receipt."""
     placed, cursor, magic = file.sealed
-    by_offset = {file.offsets[name]: crc for name, crc in checksums.items()}
-    records = [r if r.data is not None else replace(r, crc=by_offset.get(r.data_offset, 0)) for r in placed]
+    records = [r if r.data is not None else replace(r, crc=checksums.get(r.data_offset, 0)) for r in placed]
+    records = [replace(r, data=receipt, crc=zlib.crc32(receipt)) if r.data == file.receipt else r for r in records]
     literals = [Literal(r.header_offset, r.local_header() + (r.data or b"")) for r in records]
     if magic != b"PK":
         literals[0] = Literal(0, magic + literals[0].data[2:])

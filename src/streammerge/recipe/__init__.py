@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from streammerge.recipe.checks import check, raise_all
 from streammerge.recipe.document import parse, to_json, to_yaml
 from streammerge.recipe.form import Model, Output, Recipe, Reference, Rule, Slice, Source
 from streammerge.recipe.kinds import FormOf, Problems
-from streammerge.recipe.locate import located, resolved
+from streammerge.recipe.locate import RECORD, located, resolved
 from streammerge.storage import file_size, read_full
 
 __all__ = [
@@ -44,14 +44,15 @@ def checked(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def read_recipe(source: str | Path | Mapping[str, Any], own_methods: bool = False) -> Recipe:
-    """The recipe of a YAML file, or of the same keys as a dict; the paths in it are found.
+def read_recipe(source: str | Path | Mapping[str, Any], own_methods: bool = False, beside: Sequence[Path] = ()) -> Recipe:
+    """The recipe of a YAML file, or of the same keys as a dict; the paths in it are found: from here, from the file's
+    folder, or from those ``beside``.
 
     ``own_methods``: whether it may name methods that are somebody's own code. Raises RecipeError with every mistake,
     each with its line.
     """
     if isinstance(source, Mapping):
-        return _read(source, {}, [], "the recipe", None, own_methods)
+        return _read(source, {}, [], "the recipe", list(beside), own_methods)
     path = Path(source)
     name = printable(source)
     if not os.path.isfile(path):  # noqa: PTH113 (Path.is_file raises for a name that is too long)
@@ -66,16 +67,17 @@ def read_recipe(source: str | Path | Mapping[str, Any], own_methods: bool = Fals
     except UnicodeDecodeError as error:
         raise RecipeError(f"{name} is not text in UTF-8; a recipe is") from error
     document = parse(text, str(source))
-    return _read(document.data, document.places, document.doubled, name, path, own_methods)
+    folders = [path.parent] + ([path.parent.parent] if path.name == RECORD else [])
+    return _read(document.data, document.places, document.doubled, name, folders, own_methods)
 
 
-def _read(data: Any, places: Any, doubled: Any, name: str, path: Path | None, own_methods: bool) -> Recipe:
+def _read(data: Any, places: Any, doubled: Any, name: str, beside: list[Path], own_methods: bool) -> Recipe:
     problems = Problems()
     for key in doubled:
         problems.add(key, f"the key {printable(key[-1])} stands twice")
     recipe = FormOf(Recipe).read(_with_own_methods(data, problems) if own_methods else data, (), problems)
     if recipe is not None:
-        recipe = located(replace(recipe, places=places), path, problems)
+        recipe = located(replace(recipe, places=places), beside, problems)
         check(recipe, problems)
     raise_all(problems, places, name)
     return recipe  # type: ignore[no-any-return]

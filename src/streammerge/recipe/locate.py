@@ -18,15 +18,13 @@ RECORD = "streammerge.yaml"
 """The recipe in a folder that was made by one; its models are looked for beside that folder too."""
 
 
-def located(recipe: Recipe, file: Path | None, problems: Problems) -> Recipe:
+def located(recipe: Recipe, beside: list[Path], problems: Problems) -> Recipe:
     """The recipe with the paths at which its models are found.
 
-    A path counts from the current folder, else from the recipe's own, else it is a repository's name in the local
-    cache of the Hugging Face hub. Nothing is downloaded.
+    A path counts from the current folder, else from those ``beside`` the recipe, else it is a repository's name in the
+    local cache of the Hugging Face hub. Nothing is downloaded.
     """
-    folders = [Path()]
-    if file is not None:
-        folders += [file.parent] + ([file.parent.parent] if file.name == RECORD else [])
+    folders = [Path(), *beside]
     names = {}
     for named in recipe.named_models:
         found = named if named == UNREAD else _find(named, folders)
@@ -97,10 +95,10 @@ def resolved(recipe: Recipe) -> Recipe:
         said = own or others or any(case.filter in (None, "*") for case in known)
         if not said and not parameter.required and isinstance(default, bool | int | float | str):
             settings[name] = (*known, Case(default))
-    return replace(recipe, parameters=settings).renamed(_travelling(recipe))
+    return replace(recipe, parameters=settings).renamed(travelling_names(recipe))
 
 
-def _travelling(recipe: Recipe) -> dict[str, str]:
+def travelling_names(recipe: Recipe) -> dict[str, str]:
     """What to call each model: as it was named, but an absolute path by what is below the folder that holds all those."""
     written = {path: recipe.written.get(path, path) for path in recipe.named_models}
     places = {path: Path(os.path.abspath(path)) for path in written}  # noqa: PTH100 - links stay as they are

@@ -1,7 +1,7 @@
-"""Every system call on checkpoint files: reading, mapping, preallocating, writing, syncing, committing.
+"""Files: read, mapped, preallocated, written, synced.
 
 Counts are always compared: a short read is a ChangedError, a short write is continued, a full disk a SpaceError found
-before the first byte. Leaving a :class:`Staging` without :meth:`Staging.commit` removes all that it made.
+before the first byte.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
+import functools
 import mmap
 import os
 import shutil
@@ -20,7 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from streammerge.errors import ChangedError, FormatError, LockedError, RecipeError, SpaceError, printable
+from streammerge.errors import ChangedError, FormatError, SpaceError, printable
+from streammerge.storage import faults
 from streammerge.units import decimal_bytes
 
 COPY_BYTES = 1 << 20
@@ -29,6 +30,7 @@ _FAULT_AROUND_BYTES = 2 << 20
 _SYNC_FILE_RANGE_WRITE = 2
 _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 Identity = tuple[int, int, int, int]
+Damage = tuple[str, int]
 Buffer = bytes | bytearray | memoryview | mmap.mmap
 
 
@@ -69,11 +71,41 @@ def read_full(path: str | os.PathLike[str], offset: int, nbytes: int) -> bytes:
     return data
 
 
-class InputFile:
-    """An input, opened for reading at offsets and, when asked, mapped."""
+def outside(path: str, spans: list[tuple[int, int]]) -> Iterator[bytes]:
+    """All bytes of a file but those of the given (offset, bytes), which are in order."""
+    cursor = 0
+    with open_stream(path) as stream:
+        for offset, nbytes in (*spans, (os.fstat(stream.fileno()).st_size, 0)):
+            stream.seek(cursor)
+            while cursor < offset:
+                data = stream.read(min(offset - cursor, COPY_BYTES))
+                if not data:
+                    return
+                yield data
+                cursor += len(data)
+            cursor = max(cursor, offset + nbytes)
 
-    def __init__(self, path: str, expected: Identity | None = None) -> None:
+
+def digest_outside(path: str, spans: list[tuple[int, int]]) -> str:
+    """SHA-256 of a file but for the given (offset, bytes)."""
+    import hashlib  # here, since it brings all of OpenSSL
+
+    digest = hashlib.sha256()
+    for data in outside(path, spans):
+        digest.update(data)
+    return digest.hexdigest()
+
+
+class InputFile:
+    """An input, opened for reading at offsets and, when asked, mapped.
+
+    Its path and size go into ``damaged`` when mapped pages were touched that are gone: it was truncated, or the disk
+    failed.
+    """
+
+    def __init__(self, path: str, expected: Identity | None = None, damaged: list[Damage] | None = None) -> None:
         self.path = path
+        self._damaged: list[Damage] = [] if damaged is None else damaged
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         status = os.fstat(self._fd)
         self.size = status.st_size
@@ -94,7 +126,11 @@ class InputFile:
         """The bytes as mapped pages: nothing is read until they are touched."""
         with self._lock:
             if self._map is None:
-                self._map = mmap.mmap(self._fd, self.size, access=mmap.ACCESS_READ)
+                try:
+                    self._map = mmap.mmap(self._fd, self.size, access=mmap.ACCESS_READ)
+                except ValueError as error:  # the file is shorter than it was
+                    raise self._ended(offset, nbytes) from error
+                faults.watch(self._map, functools.partial(self._damaged.append, (self.path, self.size)))
         if offset + nbytes > self.size:
             raise self._ended(offset, nbytes)
         return memoryview(self._map)[offset : offset + nbytes]
@@ -130,18 +166,27 @@ class InputFiles:
     def __init__(self, expected: dict[str, Identity]) -> None:
         self._expected = expected
         self._files: OrderedDict[str, InputFile] = OrderedDict()
+        self._damaged: list[Damage] = []
         self._lock = threading.Lock()
 
     def get(self, path: str) -> InputFile:
         with self._lock:
-            file = self._files.pop(path, None) or InputFile(path, self._expected.get(path))
+            file = self._files.pop(path, None) or InputFile(path, self._expected.get(path), self._damaged)
             self._files[path] = file
             if len(self._files) > _OPEN_FILES:
                 self._files.popitem(last=False)
             return file
 
+    def check_whole(self) -> None:
+        """ChangedError when mapped pages of an input turned out to be gone."""
+        for path, size in self._damaged:
+            if not os.path.exists(path) or os.stat(path).st_size < size:
+                raise ChangedError(f"{printable(path)} was truncated while it was read; nothing was written, start again")
+            raise OSError(errno.EIO, f"{printable(path)} could not be read: the disk or the network failed")
+
     def check_unchanged(self) -> None:
         """ChangedError when any input is no longer the file that was planned."""
+        self.check_whole()
         for path, expected in self._expected.items():
             if identity(path) != expected:
                 raise ChangedError(
@@ -150,11 +195,18 @@ class InputFiles:
 
 
 class OutputFile:
-    """A file of known size, preallocated; written at offsets, by any thread, in any order."""
+    """A file of known size, preallocated; written at offsets, by any thread, in any order.
 
-    def __init__(self, path: Path, size: int) -> None:
+    ``keep``: what an earlier run has written stays, where such a file of that size is there; ``kept`` says whether.
+    """
+
+    def __init__(self, path: Path, size: int, keep: bool = False) -> None:
         self.path, self.size = path, size
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self.kept = keep and path.is_file() and path.stat().st_size == size
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if self.kept else os.O_CREAT | os.O_EXCL)
+        if not self.kept:
+            path.unlink(missing_ok=True)
+        self._fd = os.open(path, flags, 0o666)
         try:
             with space_checked(path, size):
                 if size:
@@ -171,6 +223,16 @@ class OutputFile:
             while len(view):
                 count = os.pwrite(self._fd, view, offset)
                 view, offset = view[count:], offset + count
+
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        """Fills the buffer from ``offset``; how many bytes there were."""
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self._fd, [buffer[done:]], offset + done)
+            if count == 0:
+                break
+            done += count
+        return done
 
     def copy_from(self, source: InputFile, source_offset: int, offset: int, nbytes: int) -> None:
         """Copies inside the kernel where the file systems allow it."""
@@ -194,6 +256,8 @@ class OutputFile:
             _sync_file_range(self._fd, ctypes.c_longlong(offset), ctypes.c_longlong(nbytes), _SYNC_FILE_RANGE_WRITE)
 
     def sync(self) -> None:
+        """Waits until the disk has all that was written. After an error nothing of the file may be trusted: the kernel
+        forgets which pages it could not write, and a second try would succeed without them."""
         os.fsync(self._fd)
 
     def close(self) -> None:
@@ -216,137 +280,3 @@ def space_checked(path: Path, nbytes: int) -> Iterator[None]:
             f"no room for {printable(path.name)}: it needs {decimal_bytes(nbytes)}, "
             f"{decimal_bytes(free)} are free at {printable(path.parent.parent)} ({missing})"
         ) from error
-
-
-class Staging:
-    """The hidden folder beside the output in which everything is made until it is whole.
-
-    It has the output's file system, so that :meth:`commit` is a rename; one run at a time holds it (LockedError for
-    the second); what a killed run left in it is removed by the next.
-    """
-
-    def __init__(self, out: Path, overwrite: bool = False) -> None:
-        self.out, self._overwrite = out, overwrite
-        self.folder = out.parent / f".{out.name}.streammerge"
-        self.content = self.folder / "output"
-        self._files: list[OutputFile] = []
-        check_writable(out, overwrite)
-        self._lock_fd = self._lock()
-        try:
-            replaced = self.folder / "replaced"
-            if replaced.exists() and not self.out.exists():  # a run was killed between its two renames
-                os.rename(replaced, self.out)
-                check_writable(out, overwrite)
-            for left in self.folder.iterdir():
-                if left.name != "lock":
-                    remove(left)
-            self.content.mkdir()
-        except BaseException:
-            self.abort()
-            raise
-
-    def _lock(self) -> int:
-        try:
-            self.folder.mkdir(exist_ok=True)
-            fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise RecipeError(f"cannot write beside {printable(self.out)}: {error.strerror}") from error
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            owner = os.pread(fd, 20, 0).decode(errors="replace").strip()
-            os.close(fd)
-            raise LockedError(
-                f"{printable(self.out)} is being written by process {owner or 'unknown'}; wait for it"
-            ) from error
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-        return fd
-
-    def create(self, name: str, size: int) -> OutputFile:
-        """A file of the output, by its name within it."""
-        file = OutputFile(self.content / name, size)
-        self._files.append(file)
-        return file
-
-    def temporary(self, name: str, size: int) -> OutputFile:
-        """A file that lives as long as this folder."""
-        file = OutputFile(self.folder / name, size)
-        self._files.append(file)
-        return file
-
-    def copy_side_file(self, source: Path, name: str) -> None:
-        size = file_size(source)
-        file = self.create(name, size)
-        file.copy_from(InputFile(str(source)), 0, 0, size)
-
-    def commit(self, as_folder: bool) -> None:
-        """Makes the output visible under its name, durably: data, then names."""
-        for file in self._files:
-            if file.path.parent == self.content:
-                file.sync()
-            file.close()
-        if as_folder:
-            sync_folder(self.content)
-            made = self.content
-        else:
-            (made,) = self.content.iterdir()
-        if as_folder and self._overwrite and self.out.is_dir():
-            os.rename(self.out, self.folder / "replaced")
-        os.replace(made, self.out)
-        sync_folder(self.out.parent)
-        self.abort()
-
-    def abort(self) -> None:
-        """Removes all that was made; after a commit, what was temporary."""
-        for file in self._files:
-            file.close()
-        self._files.clear()
-        if self._lock_fd >= 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            os.close(self._lock_fd)
-            self._lock_fd = -1
-
-
-def check_writable(out: Path, overwrite: bool) -> None:
-    """RecipeError when the output exists and may not be replaced, or its folder is not there."""
-    out = out.absolute()
-    if not out.parent.is_dir():
-        raise RecipeError(f"the folder {printable(out.parent)} does not exist; make it first")
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if (out.exists() or out.is_symlink()) and not overwrite:
-        raise RecipeError(f"{printable(out)} exists already; pass --overwrite to replace it, or choose another name")
-
-
-def free_bytes(path: Path) -> int:
-    """Room on the file system of the nearest folder that exists."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return shutil.disk_usage(path).free
-
-
-def sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def write_text(path: Path, text: str) -> None:
-    """A small file, whole or not at all; RecipeError when it cannot be written."""
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise RecipeError(f"cannot write {printable(path)}: {error.strerror}") from error

@@ -1,0 +1,236 @@
+"""Making an output in its staging folder: what an earlier run has left, the pieces that are missing, all that is around
+them, and waiting until the disk has it. What the disk fails to store is made anew, once."""
+
+from __future__ import annotations
+
+import errno
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+from streammerge import memory
+from streammerge.engine import Engine, Piece, PieceDone, pieces
+from streammerge.errors import VerifyError, listed, printable
+from streammerge.events import Event, Hashed, Resumed, Staged, Syncing, TaskDone
+from streammerge.executors.local import ThreadExecutor
+from streammerge.formats.base import LayoutFile
+from streammerge.formats.torch_zip import pickle_checksum, seal
+from streammerge.planning import Plan
+from streammerge.receipt import ITSELF, written_like
+from streammerge.relatives import strangers
+from streammerge.resume import plan_digest
+from streammerge.staging import stage, staged_layout
+from streammerge.storage import InputFile, InputFiles, OutputFile, Staging, digest_outside
+from streammerge.storage.journal import NAME, Finished, Journal, Key, read
+from streammerge.structure import check_structure
+from streammerge.tensors import TensorEntry, ranges
+from streammerge.units import decimal_bytes
+
+
+class Production:
+    """One output in the making. ``journal`` knows what would stay of it if the run ended now."""
+
+    def __init__(self, plan: Plan, staging: Staging, listener: Callable[[Event], None], resume: bool) -> None:
+        self.plan, self.staging, self.listener, self.resume = plan, staging, listener, resume
+        self.read_bytes = 0
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
+        self._tasks = plan.tasks
+        self._done: dict[Key, Finished] = {}
+        self._sums: dict[str, list[int]] = {}
+        self._inputs = InputFiles(plan.identities)
+        self._outputs: list[OutputFile] = []
+        self._kind = plan.layout.receipt.kind
+        self._executor: ThreadExecutor[Any, Any] = ThreadExecutor(plan.budget.workers)
+        self._engine = Engine(plan.budget, self._inputs, self._outputs, plan.io, self._kind, self._executor)
+        self.journal = Journal(staging.folder / NAME, plan_digest(plan), lambda: staging.outputs)
+
+    def make(self) -> None:
+        """Everything, until it is on the disk. Raises what DESIGN names."""
+        self._take_up()
+        hashes = self._hashes()
+        self._stage()
+        if len(self.plan.recipe.entries) > 1:
+            whole = [task for task in self._tasks if all(source.mappable for source in task.sources)]
+            self.warnings += strangers(whole, self._inputs, self.plan.owners)
+        broken = self._attempt(hashes)
+        if broken:
+            self._forget(broken)
+            again = self._attempt(hashes)
+            if again:
+                raise OSError(errno.EIO, f"the disk failed to store {listed(sorted(again))}, twice; nothing was written")
+            self.warnings.append(f"the disk failed to store {listed(sorted(broken))} at first; it was written anew")
+        self.warnings += self._nonfinite()
+
+    def _attempt(self, hashes: dict[str, str]) -> set[str]:
+        """Makes what is missing, and waits for the disk; names of the files that it failed to store."""
+        self.journal.begin(self._done.values())
+        self._make_pieces()
+        self._refuse_nonfinite()
+        self._write_around(hashes)
+        self._inputs.check_unchanged()
+        check_structure(self.staging.content, self.plan.layout)
+        self.listener(Syncing())
+        return self.journal.finish()
+
+    def _forget(self, broken: set[str]) -> None:
+        """Begins files again which the disk failed to store: after that error nothing of them can be trusted."""
+        self._done = {key: piece for key, piece in self._done.items() if piece.file not in broken}
+        for number, file in enumerate(self.plan.layout.files):
+            if file.name in broken:
+                self._outputs[number] = self.staging.create(file.name, file.size)
+
+    # ------------------------------------------------------------------------------------------------- what is there
+
+    def _take_up(self) -> None:
+        """Opens the output's files, with what an earlier run of this plan has left in them, as far as that is whole."""
+        journal = self.staging.folder / NAME
+        vouched = read(journal, self.journal.plan) if self.resume else None
+        if vouched is None:
+            if journal.exists() and self.resume:
+                self.notes.append("an interrupted run was not continued: its recipe, inputs or version were others")
+            self.staging.clear()
+        self._outputs += [self.staging.create(f.name, f.size, vouched is not None) for f in self.plan.layout.files]
+        kept = {file.path.name for file in self._outputs if file.kept}
+        claimed = {each.key: each for each in vouched or () if each.file in kept}
+        if not claimed:
+            return
+        saved_bytes = 0
+        there = (piece for n, task in enumerate(self._tasks) for piece in pieces(task, n) if piece.key in claimed)
+        with closing(self._executor.run(there, self._is_whole(claimed))) as results:
+            for piece, whole in results:
+                if whole:
+                    self._done[piece.key] = claimed[piece.key]
+                    saved_bytes += piece.read_bytes
+        kept_bytes = sum(each.nbytes for each in self._done.values())
+        self.listener(Resumed(kept_bytes, saved_bytes))
+        there_of_all = f"{decimal_bytes(kept_bytes)} of {decimal_bytes(self.plan.layout.size)}"
+        self.notes.append(f"continued an interrupted run: {there_of_all} were there")
+
+    def _is_whole(self, claimed: dict[Key, Finished]) -> Callable[[Piece], tuple[Piece, bool]]:
+        def check(piece: Piece) -> tuple[Piece, bool]:
+            said = claimed[piece.key]
+            fits = (said.offset, said.nbytes) == (piece.offset, piece.nbytes)
+            return piece, fits and self._engine.written(piece) == said.checksum
+
+        return check
+
+    # ------------------------------------------------------------------------------------------------------- inputs
+
+    def _hashes(self) -> dict[str, str]:
+        """SHA-256 of each input file, where the receipt has room for it."""
+        wanted = {
+            name: self.plan.input_files[name][0] for name, i in self.plan.layout.receipt.inputs.items() if "sha256" in i
+        }
+
+        def hashed(name: str) -> tuple[str, str]:
+            return name, digest_outside(wanted[name], [])
+
+        made = {}
+        with closing(self._executor.run(wanted, hashed)) as results:
+            for name, digest in results:
+                made[name] = digest
+                self.listener(Hashed(name, self.plan.identities[wanted[name]][2]))
+        return made
+
+    def _stage(self) -> None:
+        """Copies what cannot be mapped and is still needed, and puts the copies into the tasks."""
+        missing = [task for number, task in enumerate(self._tasks) if any(map(self._wanted, pieces(task, number)))]
+        needed = list({s.place: s for task in missing for s in task.sources if not s.mappable}.values())
+        if not needed:
+            return
+        _, size = staged_layout(needed)
+        target = self.staging.temporary("staged", size)
+
+        def told(entry: TensorEntry) -> None:
+            self.read_bytes += entry.nbytes
+            self.listener(Staged(entry.spec.name, entry.nbytes))
+
+        made = stage(needed, self._inputs, target, told)
+        self._inputs.check_whole()
+        self._tasks = [replace(t, sources=tuple(made.get(s.place, s) for s in t.sources)) for t in self._tasks]
+
+    # ------------------------------------------------------------------------------------------------------- output
+
+    def _wanted(self, piece: Piece) -> bool:
+        return piece.key not in self._done
+
+    def _make_pieces(self) -> None:
+        held = memory.Gauge()
+        # Closed, not left to the garbage collector: after Ctrl-C no worker may outlive the files it writes.
+        with closing(self._engine.run_all(self._tasks, self._wanted)) as results:
+            for done in results:
+                piece = done.piece
+                finished = self._done[piece.key] = self._finished(done)
+                self.journal.add(finished)
+                self.read_bytes += piece.read_bytes
+                self.listener(TaskDone(piece.task.out.name, piece.read_bytes, piece.nbytes, held.now()))
+
+    def _finished(self, done: PieceDone) -> Finished:
+        piece, file = done.piece, self.plan.layout.files[done.piece.task.file].name
+        return Finished(*piece.key, file, piece.offset, piece.nbytes, done.checksum, done.nonfinite)
+
+    def _nonfinite(self) -> list[str]:
+        """Where NaN and infinity were met, by tensor and input."""
+        found: dict[str, dict[str, int]] = {}
+        for (task, _), piece in self._done.items():
+            for source, count in piece.nonfinite.items():
+                counts = found.setdefault(self._tasks[task].out.name, {})
+                counts[source] = counts.get(source, 0) + count
+        return [
+            f"NaN or infinite values: {printable(name)}: "
+            + ", ".join(f"{count} in {printable(source)}" for source, count in sorted(counts.items()))
+            for name, counts in sorted(found.items())
+        ]
+
+    def _refuse_nonfinite(self) -> None:
+        rows = [row.partition(": ")[2] for row in self._nonfinite()]
+        if rows and not self.plan.recipe.allow_nonfinite:
+            more = f"\n  and {len(rows) - 10} more tensors" if len(rows) > 10 else ""
+            raise VerifyError(
+                "the merge holds NaN or infinite values, so nothing was written; "
+                "pass --allow-nonfinite to write it all the same:\n  " + "\n  ".join(rows[:10]) + more
+            )
+
+    def _write_around(self, hashes: dict[str, str]) -> None:
+        """Headers, indexes, side files, and the receipt, which knows the checksums of all."""
+        layout = self.plan.layout
+        single = not layout.as_folder
+        by_file: dict[str, list[Finished]] = defaultdict(list)
+        for piece in self._done.values():
+            by_file[piece.file].append(piece)
+        starts = {file.name: self._tensor_sums(file, by_file[file.name]) for file in layout.files}
+        sums = {ITSELF if single else file.name: [*starts[file.name].values(), self._rest(file)] for file in layout.files}
+        sums |= {name: [self._copy_side_file(str(source), name)] for source, name in layout.side_files}
+        receipt = layout.receipt.filled(sums, hashes)
+        for file, output in zip(layout.files, self._outputs, strict=True):
+            final = written_like(receipt, file.receipt) if file.receipt else b""
+            literals = seal(file, starts[file.name], final) if file.sealed else file.literals
+            for literal in literals:
+                output.write_full(literal.data.replace(file.receipt, final) if final else literal.data, literal.offset)
+
+    def _tensor_sums(self, file: LayoutFile, done: list[Finished]) -> dict[int, int]:
+        """Offset of each tensor that is not empty -> its checksum, in their order."""
+        starts = sorted(set(file.offsets.values()))
+        parts: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+        for piece in done:
+            start = starts[bisect_right(starts, piece.offset) - 1]
+            parts[start].append((piece.offset, piece.nbytes, piece.checksum))
+        return {start: self._kind.join(parts[start]) for start in sorted(parts)}
+
+    def _rest(self, file: LayoutFile) -> int:
+        """The checksum of what is not a tensor in a file of the output."""
+        return pickle_checksum(file) if file.sealed else self._kind.update(b"".join(part.data for part in file.literals))
+
+    def _copy_side_file(self, source: str, name: str) -> int:
+        value, file = 0, InputFile(source)
+        output = self.staging.create(name, file.size)
+        for start, stop in ranges(file.size, 1 << 20):
+            data = bytearray(stop - start)
+            file.read_into(memoryview(data), start)
+            output.write_full(data, start)
+            value = self._kind.update(data, value)
+        return value

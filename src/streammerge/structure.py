@@ -1,0 +1,45 @@
+"""Whether checkpoint files are what they should be, by our own readers and by the safetensors library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from streammerge.checkpoint import open_checkpoint
+from streammerge.errors import FormatError, VerifyError, printable
+from streammerge.formats import sniff
+from streammerge.formats.base import Layout, LayoutFile
+
+
+def check_structure(folder: Path, layout: Layout) -> None:
+    """VerifyError unless the files of an output that was just made, in ``folder``, hold what was planned."""
+    try:
+        open_checkpoint(folder if layout.as_folder else folder / layout.files[0].name)
+        for file in layout.files:
+            if file.offsets:
+                _check_file(folder / file.name, file)
+    except FormatError as error:
+        raise VerifyError(f"the output cannot be read back, so nothing was written: {error}") from error
+
+
+def _check_file(path: Path, file: LayoutFile) -> None:
+    container = sniff.read(path)
+    (spans,) = container.tensor_spans().values()
+    if not {offset for offset, _ in spans} <= set(file.offsets.values()):
+        raise VerifyError(f"{printable(file.name)} has tensors at other places than planned; nothing was written")
+    if not container.pickled:
+        check_by_library(path, set(file.offsets))
+
+
+def check_by_library(path: Path, names: set[str]) -> None:
+    """VerifyError unless the safetensors library reads the file's header and finds these tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            found = set(file.keys())
+    except SafetensorError as error:
+        if "unknown variant" in str(error):  # a dtype that this release of the library does not know yet
+            return
+        raise VerifyError(f"{printable(path.name)}: the safetensors library refuses it ({printable(error)})") from error
+    if found != names:
+        raise VerifyError(f"{printable(path.name)}: the safetensors library finds other tensors in it")

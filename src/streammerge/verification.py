@@ -1,0 +1,363 @@
+"""Whether an output is what its receipt says: its structure, its checksums, and its values, computed once more."""
+
+from __future__ import annotations
+
+import math
+import random
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streammerge.checkpoint import CheckpointIndex, open_checkpoint
+from streammerge.checksums import CRC32, Checksum
+from streammerge.dtypes import DType
+from streammerge.engine import Engine, MergeTask, Piece, pieces
+from streammerge.errors import FormatError, RecipeError, VerifyError, listed, printable
+from streammerge.executors.local import ThreadExecutor
+from streammerge.formats import sniff, torch_zip
+from streammerge.methods.registry import INTEGERS
+from streammerge.planning import Plan, budget_of
+from streammerge.receipt import ITSELF, KEY, Receipt, escaped, read_receipt
+from streammerge.staging import stage, staged_layout
+from streammerge.storage import (
+    COPY_BYTES,
+    InputFile,
+    InputFiles,
+    OutputFile,
+    digest_outside,
+    faults,
+    file_size,
+    outside,
+    read_full,
+)
+from streammerge.structure import check_by_library
+from streammerge.tensors import ranges
+from streammerge.workspace import prepare_torch
+
+if TYPE_CHECKING:
+    import torch
+
+_RANGE_BYTES = 64 << 20
+_MOST_RECEIPT_BYTES = 256 << 20
+_ROUNDING = 2.0**-20
+
+
+@dataclass(slots=True)
+class Verified:
+    """What was found right. ``sampled_tensors`` were computed again, ``sampled_elems`` numbers of them, of which
+    ``equal_elems`` are the float64 result rounded once, and ``repeated_elems`` lie in parts that are bit for bit what the
+    merge computes, where float64 decides otherwise (which of two near-equal numbers is the larger). ``notes``: what was
+    not verified, and why.
+    """
+
+    out: Path
+    tensors: int = 0
+    files: int = 0
+    checked_bytes: int = 0
+    digest: str = ""
+    sampled_tensors: int = 0
+    sampled_elems: int = 0
+    equal_elems: int = 0
+    repeated_elems: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def recomputed(self) -> bool:
+        return self.sampled_elems > 0
+
+
+# ------------------------------------------------------------------------------------------- structure and checksums
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Bytes of a file, and the checksum that they must have."""
+
+    what: str
+    path: Path
+    offset: int
+    nbytes: int
+    checksum: int
+
+
+def receipt_of(out: Path) -> Receipt:
+    """The receipt of an output. Raises VerifyError when it has none, or it is damaged."""
+    if not out.exists():
+        raise RecipeError(f"{printable(out)} does not exist")
+    if out.is_dir():
+        path = out / torch_zip.RECEIPT
+        if not path.is_file() or file_size(path) > _MOST_RECEIPT_BYTES:
+            raise _without(out)
+        text = read_full(path, 0, file_size(path)).decode("utf-8", "replace")
+    else:
+        container = _read(out)
+        if KEY not in container.metadata:
+            raise _without(out)
+        text = container.metadata[KEY]
+    return read_receipt(text, out)
+
+
+def _without(out: Path) -> VerifyError:
+    return VerifyError(
+        f"{printable(out)} has no receipt, so it cannot be verified; streammerge writes one into each output"
+    )
+
+
+def _read(path: Path) -> Any:
+    try:
+        return sniff.read(path)
+    except FormatError as error:
+        raise VerifyError(f"it cannot be read: {error}") from error
+
+
+def check_files(out: Path, receipt: Receipt, workers: int) -> Verified:
+    """Structure and checksums of every file. Raises VerifyError that names all that is wrong."""
+    parts: list[_Part] = []
+    wrong: list[str] = []
+    tensors = 0
+    for name in receipt.checksums:
+        path = out if name == ITSELF else out / name
+        if not path.is_file() or (path.is_symlink() and name != ITSELF):
+            wrong.append(f"{printable(name)} is absent")
+            continue
+        sums = receipt.sums(name)
+        if name == ITSELF or name.endswith(".safetensors"):
+            tensors += _tensor_file(path, sums, receipt, parts, wrong)
+        else:
+            parts.append(_Part(printable(name), path, 0, file_size(path), sums[0]))
+    if out.is_dir():
+        _read(out)  # the index and its shards fit each other
+        extra = {p.name for p in out.iterdir() if p.suffix == ".safetensors"} - set(receipt.checksums)
+        wrong += [f"{printable(name)} does not belong to it" for name in sorted(extra)]
+    wrong += _wrong_parts(parts, receipt.kind, workers)
+    if wrong:
+        raise VerifyError(f"{printable(out)} is not as it was written: {listed(wrong, 10)}")
+    checked = sum(part.nbytes for part in parts)
+    return Verified(out, tensors, len(receipt.checksums), checked, receipt.digest)
+
+
+def _tensor_file(path: Path, sums: list[int], receipt: Receipt, parts: list[_Part], wrong: list[str]) -> int:
+    """The parts of a file of tensors; how many tensors it has."""
+    container = _read(path)
+    (spans,) = container.tensor_spans().values()
+    if len(sums) != len(spans) + 1:
+        wrong.append(f"{printable(path.name)} has {len(spans)} tensors, {len(sums) - 1} were written")
+        return len(spans)
+    if receipt.kind is CRC32:
+        _archive(path, spans, sums, parts, wrong)
+    else:
+        names = {ref.entry.offset: name for name, ref in container.tree.items() if ref.entry.nbytes}
+        header = b"".join(outside(str(path), spans))
+        header = header.replace(escaped(receipt.text()), escaped(receipt.blank().text()), 1)
+        if receipt.kind.update(header) != sums[-1]:
+            wrong.append(f"the header of {printable(path.name)}")
+        check_by_library(path, set(container.tree))
+        parts += [_Part(f"tensor {printable(names[a])}", path, a, n, s) for (a, n), s in zip(spans, sums, strict=False)]
+    return len(spans) if container.pickled else len(container.tree)
+
+
+def _archive(path: Path, spans: list[tuple[int, int]], sums: list[int], parts: list[_Part], wrong: list[str]) -> None:
+    """All records of a zip archive by its own checksums, and those by the receipt's."""
+    recorded = {offset: value for (offset, _), value in zip(spans, sums, strict=False)}
+    for name, offset, nbytes, crc in torch_zip.records(path):
+        expected = sums[-1] if name.endswith("/data.pkl") else recorded.get(offset, crc) if nbytes else crc
+        if expected != crc:
+            wrong.append(f"record {printable(name)}")
+        parts.append(_Part(f"record {printable(name)}", path, offset, nbytes, expected))
+
+
+def _wrong_parts(parts: list[_Part], kind: Checksum, workers: int) -> list[str]:
+    """What of these does not have its checksum."""
+    cut = [(part, start, stop) for part in parts for start, stop in ranges(part.nbytes, _RANGE_BYTES)]
+    found: dict[_Part, list[tuple[int, int, int]]] = {part: [] for part in parts}
+    files = InputFiles({})
+
+    def summed(item: tuple[_Part, int, int]) -> tuple[_Part, tuple[int, int, int]]:
+        part, begin, end = item
+        file, value = files.get(str(part.path)), 0
+        buffer = memoryview(bytearray(min(end - begin, COPY_BYTES)))
+        for start, stop in ranges(end - begin, COPY_BYTES):
+            file.read_into(buffer[: stop - start], part.offset + begin + start)
+            value = kind.update(buffer[: stop - start], value)
+        return part, (begin, end - begin, value)
+
+    executor: ThreadExecutor[Any, Any] = ThreadExecutor(workers)
+    with closing(executor.run(cut, summed)) as results:
+        for part, piece in results:
+            found[part].append(piece)
+    return [part.what for part, each in found.items() if kind.join(each) != part.checksum]
+
+
+# ------------------------------------------------------------------------------------------------------------ values
+
+
+def check_inputs(plan: Plan, receipt: Receipt) -> None:
+    """VerifyError when an input is not the file that was merged, as far as the receipt can tell."""
+    if set(plan.input_files) != set(receipt.inputs):
+        raise VerifyError(f"the inputs are others: {listed(sorted(set(plan.input_files) ^ set(receipt.inputs)))}")
+    for name, (path, spans) in plan.input_files.items():
+        was = receipt.inputs[name]
+        same = file_size(path) == was["bytes"] and digest_outside(path, spans) == was["header_sha256"]
+        if not same or ("sha256" in was and digest_outside(path, []) != was["sha256"]):
+            raise VerifyError(f"{printable(path)} is not the file that was merged")
+
+
+def recompute(verified: Verified, plan: Plan, share: float, seed: int) -> None:
+    """Computes a sample of the output's pieces again, in float64. Raises VerifyError when they are others.
+
+    A number is right when it is the float64 result but for float32's rounding. A piece with others, which methods that
+    choose among numbers may have, must be bit for bit what the merge computes.
+    """
+    index = open_checkpoint(verified.out, plan.recipe.state_dict, plan.recipe.ema)
+    places = list(_places(plan, index))
+    every = [(n, piece.start) for n, (task, _, _) in enumerate(places) for piece in pieces(task, n)]
+    chosen = set(random.Random(seed).sample(every, math.ceil(len(every) * share)))
+    if not chosen:
+        return
+    numbers = {number for number, _ in chosen}
+    sampled = {number: places[number] for number in sorted(numbers)}
+    prepare_torch()
+    with tempfile.TemporaryDirectory(prefix="streammerge-") as folder, faults.survived():
+        check = _Recomputation(plan, sampled, chosen, Path(folder))
+        far = check.in_float64()
+        wrong = check.repeated(far)
+    verified.sampled_tensors = len(numbers)
+    verified.sampled_elems, verified.equal_elems = check.elems, check.equal
+    verified.repeated_elems = check.repeated_elems
+    if wrong:
+        raise VerifyError(
+            f"{printable(verified.out)} does not hold what its recipe makes of these inputs: {listed(wrong)}; "
+            "it was made of others, or is wrong"
+        )
+
+
+def _places(plan: Plan, index: CheckpointIndex) -> Iterator[tuple[MergeTask, str, int]]:
+    """Each task whose tensor the output has by its name, with where its bytes lie: file and offset."""
+    for task in plan.tasks:
+        entry = index.entries.get(task.out.name)
+        begin = plan.layout.files[task.file].offsets.get(task.out.name)
+        if entry is not None and begin is not None and 0 <= task.offset - begin <= entry.nbytes - task.out.nbytes:
+            yield task, entry.path, entry.offset + task.offset - begin
+
+
+class _Recomputation:
+    """Tasks run again by the engine, which is given comparisons where a merge gives it output files."""
+
+    def __init__(
+        self, plan: Plan, places: dict[int, tuple[MergeTask, str, int]], chosen: set[tuple[int, int]], folder: Path
+    ) -> None:
+        self.plan, self.places, self.folder = plan, places, folder
+        self.keys = {(at, start) for at, number in enumerate(places) for n, start in chosen if n == number}
+        self.elems = self.equal = self.repeated_elems = 0
+        self._inputs = InputFiles(plan.identities)
+        self._output = InputFiles({})
+        self._executor: ThreadExecutor[Any, Any] = ThreadExecutor(plan.budget.workers)
+        self._tasks = self._mappable([task for task, _, _ in places.values()])
+
+    def _mappable(self, tasks: list[MergeTask]) -> list[MergeTask]:
+        needed = list({s.place: s for task in tasks for s in task.sources if not s.mappable}.values())
+        if not needed:
+            return tasks
+        target = OutputFile(self.folder / "staged", staged_layout(needed)[1])
+        made = stage(needed, self._inputs, target, lambda entry: None)
+        return [replace(task, sources=tuple(made.get(s.place, s) for s in task.sources)) for task in tasks]
+
+    def in_float64(self) -> set[tuple[int, int]]:
+        """Compares with float64 results; the pieces that must be repeated exactly."""
+        wide, comparisons, exact = [], list[_Comparison](), set[tuple[int, int]]()
+        for at, (task, (_, path, offset)) in enumerate(zip(self._tasks, self.places.values(), strict=True)):
+            dtype = task.out.dtype.component
+            if task.verbatim or task.method is INTEGERS or dtype.kind != "float":
+                exact |= {key for key in self.keys if key[0] == at}
+            to = DType.C128 if task.out.dtype.kind == "complex" else DType.F64
+            out = replace(task.out, dtype=to)
+            wide.append(replace(task, out=out, compute="float64", file=at, offset=0))
+            comparisons.append(_Comparison(self._output.get(path), offset, dtype))
+        for piece in self._run(wide, comparisons, self.keys - exact):
+            if comparisons[piece.number].far:
+                exact |= {key for key in self.keys if key[0] == piece.number}
+        self.elems += sum(comparison.elems for comparison in comparisons)
+        self.equal += sum(comparison.equal for comparison in comparisons)
+        return exact
+
+    def repeated(self, keys: set[tuple[int, int]]) -> list[str]:
+        """Repeats these pieces as the merge made them; names of tensors that are not so to the bit."""
+        tasks, comparisons = [], []
+        for at, (task, (_, path, offset)) in enumerate(zip(self._tasks, self.places.values(), strict=True)):
+            tasks.append(replace(task, file=at, offset=0))
+            comparisons.append(_Repetition(self._output.get(path), offset))
+        for piece in self._run(tasks, comparisons, keys):
+            self.repeated_elems += piece.stop - piece.start
+            if piece.task.verbatim or piece.task.method is INTEGERS:
+                self.elems += piece.stop - piece.start
+                self.equal += piece.stop - piece.start
+        return [task.out.name for task, comparison in zip(self._tasks, comparisons, strict=True) if comparison.differs]
+
+    def _run(self, tasks: list[MergeTask], outputs: list[Any], keys: set[tuple[int, int]]) -> Iterable[Piece]:
+        if not keys:
+            return
+        plan = self.plan
+        budget = budget_of(tasks, plan.memory_bytes, plan.budget.workers, plan.io, staged=False)
+        engine = Engine(budget, self._inputs, outputs, plan.io, CRC32, self._executor)
+        with closing(engine.run_all(tasks, lambda piece: piece.key in keys)) as results:
+            for done in results:
+                yield done.piece
+
+
+class _Repetition:
+    """Takes the bytes of a tensor as an output file would, and compares them with those that are there."""
+
+    def __init__(self, file: InputFile, offset: int) -> None:
+        self._file, self._offset = file, offset
+        self.differs = False
+
+    def write_full(self, data: Any, offset: int) -> None:
+        there = bytearray(len(data))
+        self._file.read_into(memoryview(there), self._offset + offset)
+        if there != data:
+            self.differs = True
+
+    def start_writeback(self, offset: int, nbytes: int) -> None:
+        """There is nothing to write."""
+
+
+class _Comparison(_Repetition):
+    """Takes float64 numbers, and compares them with those of the output's dtype that are there."""
+
+    def __init__(self, file: InputFile, offset: int, dtype: DType) -> None:
+        super().__init__(file, offset)
+        self._dtype = dtype
+        self._lock = threading.Lock()
+        self.elems = self.equal = self.far = 0
+
+    def write_full(self, data: Any, offset: int) -> None:
+        import torch
+
+        size, elems = self._dtype.element_bytes, len(data) // 8
+        raw = bytearray(elems * size)
+        self._file.read_into(memoryview(raw), self._offset + offset // 8 * size)
+        there = torch.frombuffer(raw, dtype=self._dtype.torch)
+        exact = torch.frombuffer(data, dtype=torch.float64)
+        equal, far = _compared(there, exact)
+        with self._lock:
+            self.elems += elems
+            self.equal += equal
+            self.far += far
+
+
+def _compared(there: torch.Tensor, exact: torch.Tensor) -> tuple[int, int]:
+    """How many numbers are the exact ones, rounded once; and how many are further from them than rounding explains."""
+    import torch
+
+    rounded, wide = exact.to(there.dtype).double(), there.double()
+    equal = (rounded == wide) | (rounded.isnan() & wide.isnan())
+    if bool(equal.all()):
+        return len(there), 0
+    largest = float(exact[exact.isfinite()].abs().amax()) if bool(exact.isfinite().any()) else 0.0
+    step = torch.finfo(there.dtype).eps
+    near = (wide - exact).abs() <= step * exact.abs() + _ROUNDING * largest
+    return int(equal.sum()), int((~(equal | near)).sum())
