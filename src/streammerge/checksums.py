@@ -29,7 +29,7 @@ class Checksum:
 
     def combine(self, first: int, second: int, second_bytes: int) -> int:
         """The checksum of a + b, from those of a and of b and the length of b."""
-        return _times(_append_zeros(self.polynomial, second_bytes), first) ^ second
+        return _times(_append_zeros(self.polynomial, second_bytes), first) ^ second if first else second
 
     def join(self, parts: Iterable[tuple[int, int, int]]) -> int:
         """That of a range of bytes, from (offset, bytes, checksum) of parts that cover it, in any order."""

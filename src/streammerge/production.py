@@ -54,8 +54,7 @@ class Production:
         hashes = self._hashes()
         self._stage()
         if len(self.plan.recipe.entries) > 1:
-            whole = [task for task in self._tasks if all(source.mappable for source in task.sources)]
-            self.warnings += strangers(whole, self._inputs, self.plan.owners)
+            self.warnings += strangers(self.plan.tasks, self._inputs, self.plan.owners)
         broken = self._attempt(hashes)
         if broken:
             self._forget(broken)

@@ -14,7 +14,7 @@ from streammerge.events import Event, Published, RunFinished, RunStarted, Suspen
 from streammerge.formats.folder import foreign_files
 from streammerge.planning import Plan
 from streammerge.production import Production
-from streammerge.storage import Staging, faults, identity
+from streammerge.storage import Staging, faults, identity, space_checked
 from streammerge.workspace import prepare_torch
 
 
@@ -53,8 +53,9 @@ def execute(
     memory.reset_peak()
     startup, began = memory.resident_bytes() - headers, time.perf_counter()
     listener(RunStarted(plan.read_bytes, plan.write_bytes, plan.memory_bytes, len(plan.tasks)))
-    staging = Staging(out, overwrite)
-    made = _produce(plan, staging, listener, resume)
+    with space_checked(out, plan.disk_bytes):
+        staging = Staging(out, overwrite)
+        made = _produce(plan, staging, listener, resume)
     seconds = time.perf_counter() - began
     listener(RunFinished(seconds))
     return Result(

@@ -35,7 +35,8 @@ def stoppable() -> Iterator[None]:
         asked.append(number)
         raise Stopped(number)
 
-    before = {number: signal.signal(number, stop) for number in _SIGNALS}
+    wanted = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup wants none of them
+    before = {number: signal.signal(number, stop) for number in wanted}
     try:
         yield
     finally:

@@ -13,6 +13,7 @@ from streammerge.storage.files import (
     open_stream,
     outside,
     read_full,
+    space_checked,
 )
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "open_stream",
     "outside",
     "read_full",
+    "space_checked",
     "sweep",
     "sync_folder",
     "write_text",

@@ -20,6 +20,7 @@ from streammerge.storage.journal import NAME
 _AT_FDCWD = -100
 _NOREPLACE, _EXCHANGE = 1, 2
 _renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
@@ -57,6 +58,8 @@ class Staging:
 
     def _lock(self) -> int:
         while True:
+            if self.folder.is_symlink():
+                raise RecipeError(f"{printable(self.folder)} is a link, and what it leads to would be cleared; remove it")
             try:
                 self.folder.mkdir(exist_ok=True)
                 fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
@@ -65,6 +68,8 @@ class Staging:
                     continue  # the run before this one was just removing the folder
                 raise RecipeError(f"the folder {printable(self.out.parent)} does not exist; make it first") from None
             except OSError as error:
+                if error.errno not in _FORBIDDEN:
+                    raise
                 raise RecipeError(f"cannot write beside {printable(self.out)}: {error.strerror}") from error
             try:
                 if not _owns(fd, self.out):
@@ -137,7 +142,7 @@ class Staging:
 def sweep(out: Path) -> None:
     """Removes what a run left that was killed and cannot be continued: it had not begun to write, or was done."""
     folder = out.parent / f".{out.name}.streammerge"
-    if folder.is_dir() and not (folder / NAME).exists() and not (folder / "replaced").exists():
+    if folder.is_dir() and not folder.is_symlink() and not (folder / NAME).exists() and not (folder / "replaced").exists():
         with contextlib.suppress(OSError, LockedError):
             fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             try:

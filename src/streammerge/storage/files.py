@@ -278,5 +278,5 @@ def space_checked(path: Path, nbytes: int) -> Iterator[None]:
         missing = f"{decimal_bytes(nbytes - free)} are missing" if nbytes > free else error.strerror
         raise SpaceError(
             f"no room for {printable(path.name)}: it needs {decimal_bytes(nbytes)}, "
-            f"{decimal_bytes(free)} are free at {printable(path.parent.parent)} ({missing})"
+            f"{decimal_bytes(free)} are free on that disk ({missing})"
         ) from error
