@@ -49,7 +49,6 @@ CALLS = (
     "unlink",
     "rmdir",
 )
-LEAST_MOMENT, MOST_MOMENT = 0.002, 0.25
 
 
 class Scene:
@@ -63,7 +62,9 @@ class Scene:
         sm.plan(self.inputs, self.out)  # imports what every run needs
         self.before = {path: path.read_bytes() for path in self.inputs}
         self.old: dict[str, bytes] | None = None
+        began = time.monotonic()
         assert self.run() == 0
+        self.seconds = time.monotonic() - began
         self.whole = self.state()
         self.clear()
         if self.overwrite:
@@ -235,7 +236,7 @@ def kill_at_moments(scene: Scene, moments: int, seed: int) -> Iterator[str]:
     chance = random.Random(seed)
     for _ in range(moments):
         scene.clear()
-        seconds = chance.uniform(LEAST_MOMENT, MOST_MOMENT)
+        seconds = chance.uniform(0, 1.2 * scene.seconds)
         code = scene.run(alive_seconds=seconds)
         said = scene.judge() if code in (-9, 0, 64) else f"WRONG: it ended with {code}"
         yield f"killed after {seconds:.3f} s: {said}"

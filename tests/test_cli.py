@@ -6,7 +6,6 @@ import json
 import os
 import pty
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -15,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Cli, trained
-from safetensors.torch import save_file
 
 import streammerge as sm
 
@@ -158,24 +156,6 @@ def test_a_terminal_shows_progress_and_leaves_a_clean_screen(tmp_path: Path, voi
     assert "memory" in text
     assert "of 512 MiB" in text
     assert "peak memory" in text.splitlines()[-1]
-
-
-@pytest.mark.parametrize(
-    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
-)
-def test_a_signal_ends_the_run_and_leaves_nothing(number: signal.Signals, code: int, word: str, tmp_path: Path) -> None:
-    for model in range(2):
-        save_file({f"w{i}": torch.randn(1 << 20) for i in range(40)}, tmp_path / f"{model}.safetensors")
-    command = [sys.executable, "-m", "streammerge", "merge", "0.safetensors", "1.safetensors", "-o", "out.safetensors"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    while not list(tmp_path.glob(".out.safetensors.streammerge/output/*")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == code
-    assert errors.strip().endswith(f"{word}; nothing was written")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.safetensors", "1.safetensors"]
 
 
 def test_a_second_signal_ends_at_once() -> None:

@@ -121,14 +121,21 @@ STRACE = shutil.which("strace")
 
 @pytest.mark.skipif(STRACE is None, reason="strace is not installed")
 @pytest.mark.parametrize(
-    "call", ["pwrite64:error=ENOSPC:when=2", "fsync:error=EIO:when=1", "fallocate:error=ENOSPC:when=1"]
+    ("call", "code"),
+    [
+        ("pwrite64:error=ENOSPC:when=2", 6),
+        ("pwrite64:error=EIO:when=2", 1),
+        ("fallocate:error=ENOSPC:when=1", 6),
+        ("fsync:error=EIO", 1),
+        ("renameat2:error=EIO", 1),
+    ],
 )
-def test_injected_faults_leave_no_output(tmp_path: Path, call: str) -> None:
+def test_injected_faults_leave_no_output(tmp_path: Path, call: str, code: int) -> None:
     save_file(trained(1), tmp_path / "in.safetensors")
     command = [str(STRACE), "-f", "-o", "/dev/null", "-e", f"inject={call}", sys.executable, "-m", "streammerge"]
     command += ["merge", "in.safetensors", "-o", "out.safetensors", "--workers", "1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == (6 if "ENOSPC" in call else 1), done.stderr
+    assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.safetensors"]
 

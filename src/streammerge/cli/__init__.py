@@ -377,7 +377,7 @@ def main() -> None:
     except (OSError, MemoryError) as error:
         if debug:
             _print_traceback()
-        _fail(printable(error), 1)
+        _fail(printable(error if not isinstance(error, OSError) or error.filename else error.strerror or error, 1000), 1)
 
 
 def _print_traceback() -> None:

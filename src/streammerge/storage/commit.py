@@ -111,7 +111,14 @@ class Staging:
             (made,) = self.content.iterdir()
         self._rename(made)
         self.published = True
-        sync_folder(self.out.parent)
+        try:
+            sync_folder(self.out.parent)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{printable(self.out)} is there, whole, but its folder could not be synced ({error.strerror}); "
+                "a power failure may still undo it",
+            ) from error
         self.abort()
 
     def _rename(self, made: Path) -> None:

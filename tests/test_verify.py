@@ -1,0 +1,349 @@
+"""Receipts, and whether verify believes what it should and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Cli, trained, voice
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import streammerge as sm
+from streammerge.checksums import CRC32C
+
+OUTPUTS = {"safetensors": "out.safetensors", "pickle": "out.pth", "folder": "out"}
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> list[Path]:
+    (tmp_path / "in").mkdir()
+    paths = [tmp_path / "in" / "a.safetensors", tmp_path / "in" / "b.safetensors"]
+    for number, path in enumerate(paths):
+        save_file({n: t for n, t in trained(number).items() if n != "norm.num_batches_tracked"}, path)
+    return paths
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Inputs are named as one does, from the folder that holds them."""
+    monkeypatch.chdir(tmp_path / "in")
+    return tmp_path
+
+
+def receipt(out: Path) -> dict[str, Any]:
+    if out.is_dir():
+        return json.loads((out / "streammerge.json").read_text())  # type: ignore[no-any-return]
+    if out.suffix == ".pth":
+        with zipfile.ZipFile(out) as archive:
+            return json.loads(archive.read("archive/streammerge.json"))  # type: ignore[no-any-return]
+    with safe_open(out, "pt") as file:
+        return json.loads(file.metadata()["streammerge_receipt"])  # type: ignore[no-any-return]
+
+
+def crc32c(data: bytes) -> int:
+    """Bit by bit, from the polynomial."""
+    value = 0xFFFFFFFF
+    for octet in data:
+        value ^= octet
+        for _ in range(8):
+            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
+    return value ^ 0xFFFFFFFF
+
+
+@pytest.mark.parametrize("container", OUTPUTS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weights": [0.7, 0.3]},
+        {"dtype": "bfloat16"},
+        {"method": "karcher"},
+        {"method": "ties", "base": "a.safetensors", "density": 0.3},
+        {"method": "dare_ties", "base": "a.safetensors", "density": 0.5, "seed": 7},
+        {"method": "model_stock", "base": "a.safetensors"},
+        {"method": "sce", "base": "a.safetensors", "select_topk": 0.4},
+        {"dtype": "float16", "method": "slerp", "t": 0.4},
+    ],
+    ids=lambda options: " ".join(map(str, options.values())),
+)
+def test_what_was_merged_verifies(pair: list[Path], here: Path, container: str, options: dict[str, Any]) -> None:
+    out = here / OUTPUTS[container]
+    inputs = ["a.safetensors", "b.safetensors"]
+    models = 2 if options.get("method") == "model_stock" else len(inputs)
+    if options.get("method") == "model_stock":
+        save_file(
+            {n: t * 1.5 if t.is_floating_point() else t for n, t in load_file("b.safetensors").items()}, "c.safetensors"
+        )
+        inputs = ["b.safetensors", "c.safetensors"]
+    assert models == len(inputs)
+    sm.merge(inputs, out, **options)
+    verified = sm.verify(out, sample="100%")
+    assert verified.sampled_elems == sum(t.numel() for n, t in trained(0).items() if n != "norm.num_batches_tracked")
+    assert verified.sampled_elems * 0.5 < verified.equal_elems <= verified.sampled_elems
+    assert verified.digest == receipt(out)["digest"]
+    assert verified.notes == []
+
+
+def test_linear_means_are_the_float64_result_to_the_bit(pair: list[Path], here: Path) -> None:
+    sm.merge(["a.safetensors", "b.safetensors"], here / "out.safetensors", weights=[0.6, 0.4])
+    verified = sm.verify(here / "out.safetensors", sample="100%")
+    assert verified.equal_elems == verified.sampled_elems
+    assert verified.repeated_elems < 20  # integers and booleans, which are compared as they are
+
+
+@pytest.mark.parametrize("source", ["a.safetensors", "news.pth"])
+@pytest.mark.parametrize("container", OUTPUTS)
+@pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"drop": ["layer.*", "model.xtts.l*"]}], ids=str)
+def test_what_was_converted_verifies(
+    pair: list[Path], here: Path, source: str, container: str, options: dict[str, Any]
+) -> None:
+    torch.save(voice(1, 10, 3, 2.0), "news.pth")
+    sm.convert(source, here / OUTPUTS[container], **options)
+    assert sm.verify(here / OUTPUTS[container], sample="100%").recomputed
+
+
+def test_strided_and_compressed_inputs_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number in range(2):
+        torch.save({"w": torch.randn(40, 30).t(), "v": torch.randn(5)}, f"{number}.pth")
+    with zipfile.ZipFile("0.pth") as old, zipfile.ZipFile("packed.pth", "w", zipfile.ZIP_DEFLATED) as new:
+        for info in old.infolist():
+            new.writestr(info.filename, old.read(info))
+    sm.merge(["packed.pth", "1.pth"], "out.pth")
+    assert sm.verify("out.pth", sample="100%").sampled_tensors == 2
+
+
+# ------------------------------------------------------------------------------------------------------------- receipts
+
+
+def test_the_receipt_has_the_checksums_of_the_standard(pair: list[Path], here: Path) -> None:
+    out = here / "out.safetensors"
+    sm.merge(["a.safetensors", "b.safetensors"], out)
+    sums = receipt(out)["checksums"][""]
+    content = out.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    spans = sorted(tuple(entry["data_offsets"]) for name, entry in header.items() if name != "__metadata__")
+    expected = [crc32c(content[8 + length + a : 8 + length + b]) for a, b in spans if a < b and b - a < 5000]
+    found = [int(sums[8 * n : 8 * n + 8], 16) for n, (a, b) in enumerate(s for s in spans if s[0] < s[1]) if b - a < 5000]
+    assert len(expected) > 3
+    assert found == expected
+
+
+@pytest.mark.parametrize("container", OUTPUTS)
+def test_the_digest_seals_the_receipt(pair: list[Path], here: Path, container: str) -> None:
+    sm.merge(["a.safetensors", "b.safetensors"], here / OUTPUTS[container])
+    said = receipt(here / OUTPUTS[container])
+    text = json.dumps({**said, "digest": "0" * 64}, separators=(",", ":"))
+    assert hashlib.sha256(text.encode()).hexdigest() == said["digest"]
+
+
+@pytest.mark.parametrize("container", OUTPUTS)
+def test_nothing_of_the_machine_is_in_an_output(
+    pair: list[Path], here: Path, container: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bytes from another folder, by another user, at another time, under another name."""
+    name = OUTPUTS[container]
+    sm.merge(pair, here / name)
+    shutil.copytree(here / "in", here / "elsewhere")
+    monkeypatch.chdir(here / "elsewhere")
+    monkeypatch.setenv("USER", "somebody")
+    sm.merge(["a.safetensors", "b.safetensors"], here / f"other-{name}")
+
+    def content(out: Path) -> dict[str, bytes]:
+        return {p.name: p.read_bytes() for p in out.iterdir()} if out.is_dir() else {"": out.read_bytes()}
+
+    assert content(here / name) == content(here / f"other-{name}")
+    everything = b"".join(content(here / name).values())
+    assert str(here).encode() not in everything
+
+
+def test_inputs_are_named_with_size_and_hashes(pair: list[Path], here: Path) -> None:
+    out = here / "out.safetensors"
+    sm.merge(["a.safetensors", "b.safetensors"], out, hash=True)
+    for name, said in receipt(out)["inputs"].items():
+        content = (here / "in" / name).read_bytes()
+        header = content[: 8 + int.from_bytes(content[:8], "little")]
+        assert said == {
+            "bytes": len(content),
+            "header_sha256": hashlib.sha256(header).hexdigest(),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+    sm.verify(out, sample="100%")
+
+
+def test_the_header_of_an_archive_is_all_but_its_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"w": torch.full((100,), 7.0)}, "a.pth")
+    sm.convert("a.pth", "out.safetensors")
+    content = Path("a.pth").read_bytes()
+    values = torch.full((100,), 7.0).numpy().tobytes()
+    assert content.count(values) == 1
+    expected = hashlib.sha256(content.replace(values, b"")).hexdigest()
+    assert receipt(Path("out.safetensors"))["inputs"]["a.pth"]["header_sha256"] == expected
+
+
+# --------------------------------------------------------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("container", ["safetensors", "pickle"])
+def test_a_flipped_bit_is_found_wherever_it_is(pair: list[Path], here: Path, container: str) -> None:
+    """Every 13th byte of the headers, some thirty of the tensors. (An archive's padding is nobody's.)"""
+    small = {"a": torch.randn(33), "b": torch.arange(5), "e": torch.empty(0)}
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file(small, name)
+    out = here / OUTPUTS[container]
+    sm.merge(["a.safetensors", "b.safetensors"], out)
+    good = out.read_bytes()
+    if container == "safetensors":
+        places = [*range(0, len(good), 13)]
+    else:
+        with zipfile.ZipFile(out) as archive:
+            starts = [(i.header_offset + 30, i) for i in archive.infolist()]
+            spans = [(at + sum(good[at - 4 + k] << 8 * (k % 2) for k in range(4)), i.file_size) for at, i in starts]
+        places = [at for start, size in spans for at in range(start, start + size, 7)]
+    assert len(places) > 60
+    for at in places:
+        out.write_bytes(good[:at] + bytes([good[at] ^ 16]) + good[at + 1 :])
+        with pytest.raises(sm.VerifyError):
+            sm.verify(out, sample=0)
+    out.write_bytes(good[:-1])
+    with pytest.raises(sm.VerifyError):
+        sm.verify(out, sample=0)
+
+
+def test_damage_names_the_tensor(pair: list[Path], here: Path, cli: Cli) -> None:
+    out = here / "out.safetensors"
+    sm.merge(pair, out)
+    content = bytearray(out.read_bytes())
+    content[sm.inspect(out).entries["layer.bias"].offset] ^= 1
+    out.write_bytes(content)
+    said = cli("verify", "out.safetensors", code=3).stderr
+    assert said == "error: out.safetensors is not as it was written: tensor layer.bias\n"
+
+
+@pytest.fixture
+def folder(pair: list[Path], here: Path) -> Path:
+    """A merged folder with shards, an index and side files."""
+    for name, path in (("a", pair[0]), ("b", pair[1])):
+        (here / "in" / name).mkdir()
+        (here / "in" / name / "config.json").write_text("{}")
+        shutil.copy(path, here / "in" / name / "model.safetensors")
+    sm.merge(["a", "b"], here / "out", max_shard_size="300kB")
+    assert len(list((here / "out").glob("model-*"))) > 1
+    return here / "out"
+
+
+def test_every_file_of_a_folder_counts(folder: Path) -> None:
+    assert sm.verify(folder, sample="100%").files == len(list(folder.iterdir())) - 1
+    for path in sorted(folder.iterdir()):
+        good = path.read_bytes()
+        for at in (len(good) // 3, len(good) - 2):
+            path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+            with pytest.raises(sm.VerifyError):
+                sm.verify(folder, sample=0)
+        path.unlink()
+        with pytest.raises(sm.VerifyError):
+            sm.verify(folder, sample=0)
+        path.write_bytes(good)
+    (folder / "model-00009-of-00009.safetensors").write_bytes((folder.parent / "in" / "a.safetensors").read_bytes())
+    with pytest.raises(sm.VerifyError, match="does not belong"):
+        sm.verify(folder, sample=0)
+
+
+@pytest.mark.parametrize("out", ["a.safetensors", "plain.pth", "a"])
+def test_what_has_no_receipt_cannot_be_verified(folder: Path, cli: Cli, out: str) -> None:
+    torch.save({"w": torch.ones(2)}, "plain.pth")
+    said = cli("verify", f"in/{out}", code=3).stderr
+    assert "has no receipt" in said
+
+
+def test_what_is_not_there_is_a_mistake(tmp_path: Path, cli: Cli) -> None:
+    assert "does not exist" in cli("verify", "x.safetensors", code=2).stderr
+    (tmp_path / "x.safetensors").write_text("hello\n")
+    assert "cannot be read" in cli("verify", "x.safetensors", code=3).stderr
+
+
+def test_a_receipt_that_was_edited_is_none(pair: list[Path], here: Path) -> None:
+    sm.merge(["a.safetensors", "b.safetensors"], here / "out", weights=[0.5, 0.5])
+    path = here / "out" / "streammerge.json"
+    path.write_text(path.read_text().replace("0.5", "0.4", 1))
+    with pytest.raises(sm.VerifyError, match="receipt is damaged"):
+        sm.verify(here / "out")
+
+
+# --------------------------------------------------------------------------------------------------------------- values
+
+
+@pytest.mark.parametrize("method", ["linear", "karcher"])
+def test_values_that_the_recipe_does_not_give_are_found(pair: list[Path], here: Path, method: str) -> None:
+    """The inputs' headers are those that were merged, one number is not."""
+    out = here / "out.safetensors"
+    sm.merge(["a.safetensors", "b.safetensors"], out, method=method)
+    where = sm.inspect("b.safetensors").entries["layer.weight"].offset + 4 * 100
+    content = bytearray(pair[1].read_bytes())
+    content[where : where + 4] = torch.tensor([9.0]).numpy().tobytes()
+    pair[1].write_bytes(content)
+    with pytest.raises(sm.VerifyError, match=r"does not hold what its recipe makes of these inputs: layer\.weight"):
+        sm.verify(out, sample="100%")
+
+
+def test_a_whole_hash_tells_that_an_input_is_another(pair: list[Path], here: Path) -> None:
+    sm.merge(["a.safetensors", "b.safetensors"], here / "out.safetensors", hash=True)
+    content = bytearray(pair[1].read_bytes())
+    content[-1] ^= 1
+    pair[1].write_bytes(content)
+    with pytest.raises(sm.VerifyError, match=r"b\.safetensors is not the file that was merged"):
+        sm.verify(here / "out.safetensors", sample="5%")
+
+
+def test_absent_inputs_are_noted_or_an_error(pair: list[Path], here: Path, cli: Cli) -> None:
+    sm.merge(["a.safetensors", "b.safetensors"], here / "out.safetensors")
+    said = cli("verify", "out.safetensors").stdout
+    assert "values were not computed again" in said
+    assert "cannot be computed again" in cli("verify", "out.safetensors", "--sample", "5%", code=3).stderr
+    said = cli("verify", "out.safetensors", "--inputs", "in", "--sample", "100%").stdout
+    assert "all are the float64 result to the bit" in said
+    shown = json.loads(cli("verify", "out.safetensors", "--inputs", "in", "--format", "json").stdout)
+    assert shown["recomputed"] is True
+    assert shown["digest"] == receipt(here / "out.safetensors")["digest"]
+    assert cli("verify", "out.safetensors", "--format", "quiet").stdout == ""
+
+
+def test_the_sample_is_a_share_that_a_seed_chooses(pair: list[Path], here: Path) -> None:
+    out = here / "out.safetensors"
+    sm.merge(["a.safetensors", "b.safetensors"], out)
+    tensors = sum(1 for t in trained(0).values() if t.numel()) - 1
+    assert sm.verify(out).sampled_tensors == 1
+    assert sm.verify(out, sample="50%").sampled_tensors == (tensors + 1) // 2
+    assert sm.verify(out, sample=0.0).sampled_tensors == 0
+    assert len({sm.verify(out, sample="15%", seed=seed).sampled_elems for seed in range(8)}) > 1
+    for wrong in ("105%", "-1", "some", "", "1e3%"):
+        with pytest.raises(sm.RecipeError, match="is not a share"):
+            sm.verify(out, sample=wrong)
+
+
+def test_a_method_of_ones_own_needs_leave_here_too(pair: list[Path], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("mine.py").write_text("def least(group):\n    return lambda chunk: chunk.models[0].minimum(chunk.models[1])\n")
+    monkeypatch.syspath_prepend(".")
+    sm.merge(["a.safetensors", "b.safetensors"], here / "out.safetensors", method="mine:least")
+    assert not sm.verify(here / "out.safetensors").recomputed
+    assert sm.verify(here / "out.safetensors", own_methods=True, sample="100%").recomputed
+
+
+def test_checksums_are_the_same_in_one_piece_and_in_many(
+    pair: list[Path], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("streammerge.engine.PIECE_ELEMS", 1 << 16)
+    monkeypatch.setattr("streammerge.verification._RANGE_BYTES", 4099)
+    out = here / "out.safetensors"
+    sm.merge(["a.safetensors", "b.safetensors"], out, workers=3)
+    sm.verify(out, sample="100%")
+    content, entry = out.read_bytes(), sm.inspect(out).entries["embed.weight"]
+    assert f"{CRC32C.update(content[entry.offset : entry.offset + entry.nbytes]):08x}" in receipt(out)["checksums"][""]
