@@ -70,7 +70,7 @@ def traced(folder: Path, call: str, fault: str, number: int, out: str) -> tuple[
     trace = folder / "trace"
     command = [str(STRACE), "-f", "-qq", "-o", str(trace), *watched, "-e", f"trace={call}"]
     command += ["-e", f"inject={call}:{fault}:when={number}", sys.executable, "-m", "streammerge", "merge"]
-    command += ["0.pth", "1.pth", "-o", out, "--workers", "1", "--format", "quiet"]
+    command += ["0.pth", "1.pth", "-o", str(folder / out), "--workers", "1", "--format", "quiet"]  # as it is watched
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
     assert "Traceback" not in done.stderr
     return done.returncode, done.returncode == -9 or "INJECTED" in trace.read_text()
