@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Cli
 
 import hostile as h
 import test_bombs
 import test_hostile as t
-from streammerge import cli
+from streammerge import cli as command_line
 
 MOST_SECONDS, MOST_BYTES = 1, 64 << 20
 Make = Callable[[Path], dict[str, bool | None]]
@@ -162,7 +163,7 @@ def run(folder: str) -> None:
             before, began, code = memory("VmRSS"), time.process_time(), 0
             with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown):
                 try:
-                    cli.main()
+                    command_line.main()
                 except SystemExit as exit:
                     code = exit.code
             took = time.process_time() - began
@@ -219,3 +220,31 @@ def test_every_attack_through_every_command(make: Make, most_seconds: float, tmp
             assert (code in (0, None)) == made[name], said
             if made[name] and verb in ("convert", "merge"):
                 assert tensor == h.FOUR_FLOATS.hex(), said
+
+
+def test_a_folder_is_copied_as_data_and_without_what_leads_out_of_it(tmp_path: Path, cli: Cli) -> None:
+    folder_of(tmp_path / "in", {"w": "a"})
+    cli("merge", "in", "in", "-o", "out/")
+    assert (tmp_path / "out/config.json").read_bytes() == (tmp_path / "in/config.json").read_bytes()
+    assert not (tmp_path / "out/tokenizer.json").exists(), "a link to a file of this machine"
+    assert not list(tmp_path.rglob("canary*"))
+
+
+def test_an_output_that_is_an_input_does_not_destroy_it(tmp_path: Path, cli: Cli) -> None:
+    """The bytes stay as they were, or become those of the whole result; either way the tensor is there."""
+    folder_of(tmp_path / "in", {"w": "a"})
+    command = [sys.executable, "-m", "streammerge", "convert", "in", "-o", "in/a", "--overwrite"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "in/a").read_bytes().endswith(h.FOUR_FLOATS)
+    cli("inspect", "in")
+
+
+@pytest.mark.parametrize(
+    "label", ["legacy, magic number overridden", "zip, second pickle behind STOP", "safetensors of a script"]
+)
+def test_some_attacks_in_a_process_of_their_own(label: str, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "x.bin").write_bytes(MORE[label][0])
+    for words in COMMANDS:
+        cli(*("x.bin" if word == "IN" else word for word in words))
+    assert not list(tmp_path.rglob("canary*"))
