@@ -109,9 +109,15 @@ def zip_of(records: Iterable[tuple[str, bytes]], compress: bool = False) -> byte
     return target.getvalue()
 
 
-def legacy_bytes(data: bytes, keys: Any = ("0",), stored: bytes = struct.pack("<q", 4) + FOUR_FLOATS) -> bytes:
+def legacy_bytes(
+    data: bytes, keys: Any = ("0",), stored: bytes = struct.pack("<q", 4) + FOUR_FLOATS, before: bytes = b""
+) -> bytes:
+    """``before``: opcodes that each of the pickles around the data begins with; they leave nothing on the stack."""
     system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
-    return b"".join([*(pickle.dumps(v, 2) for v in (MAGIC, 1001, system)), data, pickle.dumps(list(keys), 2), stored])
+    first, *others, last = (b"\x80\2" + before + dump(v) + b"." for v in (MAGIC, 1001, system, list(keys)))
+    if len(first) > 64:  # no magic number is looked for so far behind
+        first = pickle.dumps(MAGIC, 2)
+    return b"".join([first, *others, data, last, stored])
 
 
 def tar_bytes(data: bytes, views: Any = (), geometry: tuple[int, ...] = (1, 4, 1, 0)) -> bytes:
@@ -168,7 +174,25 @@ WAYS: dict[str, Callable[[str, tuple[Any, ...]], bytes]] = {
     "newobj_ex": lambda path, args: name(path) + dump(args) + b"}\x92",
     "build_class": lambda path, args: name(path) + dump({"__setstate__": call(path, *args)}) + b"b",
     "build_object": lambda path, args: call("collections.OrderedDict") + dump({"x": call(path, *args)}) + b"b",
+    "newobj of a class": lambda path, args: (
+        name("builtins.bytes")
+        + dump((Raw(name("builtins.map") + dump((name(path), *([a] for a in args))) + b"\x81"),))
+        + b"\x81"
+    ),
     "ext1": lambda path, args: b"\x82\x01" + dump(args) + b"R",
+    "ext2": lambda path, args: b"\x83\x01\x01" + dump(args) + b"R",
+    "ext4": lambda path, args: b"\x84\x01\x01\x01\x01" + dump(args) + b"R",
+    "persistent id": lambda path, args: dump(Persistent((call(path, *args), 1))),
+    "ordered dictionary": lambda path, args: call("collections.OrderedDict", [("k", call(path, *args))]),
+    "argument of a tensor": lambda path, args: call("torch._utils._rebuild_parameter", 5, True, Raw(call(path, *args))),
+    "partial": lambda path, args: call("functools.partial", name(path), *args) + b")R",
+    "methodcaller": lambda path, args: call("operator.methodcaller", "__call__", *args) + dump((name(path),)) + b"R",
+    "replaced in the memo": lambda path, args: (
+        memoized(9, name("collections.OrderedDict")) + b"0" + memoized(9, name(path)) + b"0" + again(9) + dump(args) + b"R"
+    ),
+    "duplicated": lambda path, args: name(path) + b"2" + dump(args) + b"R0" + dump(args) + b"R",
+    "in a frame that lies": lambda path, args: b"\x95" + b"\xff" * 8 + call(path, *args),
+    "behind another protocol": lambda path, args: b"\x80\5" + call(path, *args) + b"\x80\0",
     "memo": lambda path, args: memoized(7, name(path)) + b"0" + again(7) + dump(args) + b"R",
     "dict_key": lambda path, args: b"}" + call(path, *args) + b"K\x01s",
 }
@@ -178,7 +202,10 @@ def payloads(canary: Path) -> dict[str, tuple[str, tuple[Any, ...]]]:
     """Calls that make the file ``canary`` when they are carried out."""
     shell, code = f"touch '{canary}'", f"open({str(canary)!r}, 'w').close()"
     nested = canary.with_name("nested.pth")
-    nested.write_bytes(zip_bytes(stream({"w": tensor(), "x": call("os.system", shell)})))
+    older = canary.with_name("older.pth")
+    data = stream({"x": call("os.system", shell), "w": tensor()})
+    nested.write_bytes(zip_bytes(data))
+    older.write_bytes(legacy_bytes(data))
     return {
         "os.system": ("os.system", (shell,)),
         "posix.system": ("posix.system", (shell,)),
@@ -187,9 +214,44 @@ def payloads(canary: Path) -> dict[str, tuple[str, tuple[Any, ...]]]:
         "popen": ("subprocess.Popen", (["touch", str(canary)],)),
         "runpy": ("runpy._run_code", (code, {})),
         "open": ("io.open", (str(canary), "w")),
-        "getattr": ("builtins.map", (call("builtins.getattr", call("builtins.__import__", "os"), "system"), [shell])),
-        "torch.load": ("torch.serialization.load", (str(nested), None, name("pickle"), False)),
+        "getattr": (
+            "builtins.list",
+            (call("builtins.map", call("builtins.getattr", call("builtins.__import__", "os"), "system"), [shell]),),
+        ),
+        "torch.load": (
+            "torch.serialization._legacy_load",
+            (call("io.open", str(older), "rb"), None, call("builtins.__import__", "pickle")),
+        ),
         "spawnv": ("multiprocessing.util.spawnv_passfds", (b"/usr/bin/touch", [b"touch", str(canary).encode()], [])),
+        "collect_env": ("torch.utils.collect_env.run", (shell,)),
+        "runstring": ("numpy.testing._private.utils.runstring", (code, {})),
+        "read_pickle": ("pandas.read_pickle", (str(nested),)),
+        "read_csv": ("pandas.read_csv", ("http://localhost:1/x",)),
+        "jit annotation, CVE-2022-45907": ("torch.jit.annotations.parse_type_line", (f"# type: ({code}) -> int", None, 0)),
+        "jit.load": ("torch.jit.load", (str(nested),)),
+        "weights only, CVE-2025-32434": ("torch.serialization.load", (str(nested), None, None, True)),
+        "rpc, CVE-2024-5480": (
+            "torch.distributed.rpc.internal._run_function",
+            (call("torch.distributed.rpc.internal.PythonUDF", name("os.system"), (shell,), {}),),
+        ),
+        "remote module, CVE-2024-48063": (
+            "torch.distributed.nn.api.remote_module._recursive_script_module_receiver",
+            (call("os.system", shell),),
+        ),
         "import": ("hostile_module.anything", ()),
         "dotted": ("torch._utils._rebuild_tensor_v2.__globals__", (code,)),
     }
+
+
+BLUNT_WAYS = ("newobj", "newobj_ex", "ext1", "ext2", "ext4", "in a frame that lies")
+"""What pickle itself refuses, of a function or at all; what is no code until something registers it."""
+BLUNT_PAYLOADS = {
+    "read_csv": "fetches, and makes no file",
+    "read_pickle": "needs pandas",
+    "jit annotation, CVE-2022-45907": "is mended in torch",
+    "jit.load": "is mended in torch",
+    "weights only, CVE-2025-32434": "is mended in torch",
+    "import": "imports, and makes no file",
+    "dotted": "is no function",
+}
+"""What makes no canary even where it is executed, and why."""

@@ -1,101 +1,210 @@
-"""Thousands of small random injuries to valid checkpoints: inspecting one gives a result or streammerge's own error."""
+"""Thousands of small injuries to valid files, and documents that are nearly valid: read, or refused in one error."""
 
 from __future__ import annotations
 
-import io
+import itertools
 import json
-import random
-import zipfile
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+import fuzz
 import hostile as h
-import streammerge
-from streammerge.cli import render
-from streammerge.errors import StreammergeError
+from streammerge.errors import FormatError
 
-MUTANTS = 500
-PICKLE = h.stream(
-    {"m": {"w": h.tensor(), "v": h.tensor((2, 2), (1, 2))}, "c": h.call("a.b", 1, "x"), "s": {"lr": 0.1, "l": [1, None]}}, 4
-)
-MODULE = (
-    h.name("a.Net")
-    + h.dump(())
-    + b"\x81"
-    + h.dump({"_modules": {}, "_parameters": {"w": h.tensor()}, "_buffers": {}})
-    + b"b"
-)
-SEEDS: dict[str, bytes] = {
-    "zip": h.zip_bytes(PICKLE),
-    "zip, compressed": h.zip_bytes(PICKLE, compress=True),
-    "zip of a module": h.zip_bytes(h.stream(h.Raw(MODULE))),
-    "legacy": h.legacy_bytes(PICKLE),
-    "tar": h.tar_bytes(h.stream({"w": h.CONTAINERS["tar"][1]}), [("1", "0", 0, 4)]),
-    "safetensors": h.safetensors_bytes({"__metadata__": {"a": "b"}, "w": h.f32(0, 8), "v": h.f32(8, 16, [1, 2])}),
-    "index": json.dumps({"metadata": {"total_size": 32}, "weight_map": {"w": "a", "v": "b"}}).encode(),
+MUTANTS = 500  # of each seed
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGALRM)
+    with fuzz.room():
+        yield
+    signal.signal(signal.SIGALRM, before)
+
+
+# Reading a recipe still lets other errors through, for tagged scalars like !!int '' and for names that are no text.
+UNFIXED = pytest.mark.xfail(raises=fuzz.Crash, strict=True)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=UNFIXED if n == "recipe" else ()) for n in fuzz.TARGETS])
+def test_injured_files_are_read_or_refused(name: str) -> None:
+    target = fuzz.TARGETS[name]
+    judge = fuzz.Judge(target)
+    for data in itertools.islice(fuzz.mutants(target, name), MUTANTS * len(target.seeds)):
+        judge.attempt(data)
+    assert 0.02 < judge.read / judge.cases < 0.9, "injuries that are all fatal, or all harmless, find nothing"
+
+
+def _refuse(data: bytes) -> None:
+    raise FormatError(data.decode("latin-1"))
+
+
+def _burn(data: bytes) -> None:
+    began = time.process_time()
+    while time.process_time() - began < 1.1:
+        pass
+
+
+CRASHES = {
+    "KeyError": lambda data: {}[data],
+    "SystemExit": lambda data: sys.exit(1),
+    "its error": _refuse,
+    "it prints": lambda data: fuzz.show("\x9b2J"),
+    "executed": lambda data: Path(fuzz.CANARY).touch(),
+    "seconds": _burn,
+    "MiB": lambda data: b"x" * (80 << 20),
 }
-PIECES = [bytes([code]) for code in b"RQbt(}]sueo02N)\x81\x85\x8f\x90\x91\x92\x93\x94"]
-PIECES += [
-    b"K\0",
-    b"h\0",
-    b"J\xff\xff\xff\xff",
-    b"\xff" * 8,
-    b"\0" * 8,
-    b"\xff\xff\xff\x7f",
-    b'"',
-    b"{",
-    b"-",
-    b"1e9",
-    b"null",
-]
 
 
-def injured(content: bytes, chance: random.Random) -> bytes:
-    made = bytearray(content)
-    for _ in range(chance.choice([1, 1, 2, 4, 10])):
-        at, piece = chance.randrange(len(made) + 1), chance.choice(PIECES)
-        kind = chance.randrange(7)
-        if kind == 0:
-            made[at : at + 1] = bytes([chance.randrange(256)])
-        elif kind == 1 and at < len(made):
-            made[at] ^= 1 << chance.randrange(8)
-        elif kind == 2:
-            made[at : at + len(piece)] = piece
-        elif kind == 3:
-            made[at:at] = piece
-        elif kind == 4:
-            del made[at : at + chance.randrange(1, 9)]
-        elif kind == 5:
-            start = chance.randrange(len(made) + 1)
-            made[at:at] = made[start : start + chance.randrange(1, 40)]
-        elif chance.random() < 0.2:
-            del made[at:]
-    return bytes(made)
+@pytest.mark.parametrize("said", CRASHES)
+def test_the_judge_sees_what_is_a_crash(said: str) -> None:
+    with pytest.raises(fuzz.Crash, match=said):
+        fuzz.Judge(fuzz.Target(CRASHES[said], fuzz.injured, ())).attempt(b"\x1b[31m")
+    fuzz.Judge(fuzz.Target(_refuse, fuzz.injured, ())).attempt(b"no")
 
 
-def injured_within(content: bytes, chance: random.Random) -> bytes:
-    """An archive that is whole, but for one of its records."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        records = {i.filename: archive.read(i) for i in archive.infolist()}
-    records["archive/data.pkl"] = injured(records["archive/data.pkl"], chance)
-    return h.zip_of(records.items())
+def test_the_program_runs_by_hand_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "good").write_bytes(fuzz.TARGETS["pickle"].seeds[0])
+    for words, told in ((["--input", "good"], "1 cases, 1 of them read"), (["--runs", "20"], "20 cases")):
+        command = [sys.executable, fuzz.__file__, "pickle", *words]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert told in done.stdout
 
 
-@pytest.mark.parametrize("label", SEEDS)
-def test_injured_files_are_read_or_refused(label: str, tmp_path: Path) -> None:
-    for shard, content in (("a", {"w": h.f32(0, 16)}), ("b", {"v": h.f32(0, 16)})):
-        (tmp_path / shard).write_bytes(h.safetensors_bytes(content))
-    path = tmp_path / ("x.index.json" if label == "index" else "x.pth")
-    path.write_bytes(SEEDS[label])
-    streammerge.inspect(path)
-    chance = random.Random(label)
-    for number in range(MUTANTS):
-        within = label.startswith("zip") and number % 4
-        path.write_bytes((injured_within if within else injured)(SEEDS[label], chance))
-        try:
-            index = streammerge.inspect(path)
-            render.index_text(index, True)
-            json.dumps(render.index_json(index, True))
-        except StreammergeError as error:
-            assert str(error).isprintable()
+# -------------------------------------------------------------------------------------- documents that are nearly valid
+
+
+def mostly(right: Any, *wrong: Any) -> st.SearchStrategy[Any]:
+    """What is right, and one time in ten what is not."""
+    return st.integers(0, 9).flatmap(lambda n: st.sampled_from([*wrong, *fuzz.ODD]) if n == 5 else right)
+
+
+_TEXT = st.text(st.characters(exclude_categories=()), max_size=8)
+_NAMES = st.sampled_from(["w", "v", "layer.0.w", "__metadata__"]) | _TEXT
+
+
+def _as_json(data: Any, draw: st.DrawFn) -> bytes:
+    return json.dumps(data, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
+
+
+@st.composite
+def headers(draw: st.DrawFn) -> bytes:
+    """Tensors back to back."""
+    made, cursor = {}, 0
+    for name in draw(st.lists(_NAMES, max_size=4, unique=True)):
+        dtype, size = draw(st.sampled_from([("F32", 4), ("BF16", 2), ("U8", 1), ("F8_E4M3", 1), ("I64", 8)]))
+        shape = draw(st.lists(st.integers(0, 3), max_size=3))
+        span = [cursor, cursor + size * math.prod(shape)]
+        cursor = span[1]
+        fields = {
+            "dtype": mostly(st.just(dtype), "F33", "F4"),
+            "shape": mostly(st.just(shape), [-1], [1 << 62, 4]),
+            "data_offsets": mostly(st.just(span), span[::-1], [span[0], span[1] + 4]),
+        }
+        made[name] = draw(mostly(st.fixed_dictionaries(fields)))
+    if draw(st.booleans()):
+        made["__metadata__"] = draw(mostly(st.dictionaries(_TEXT, mostly(_TEXT), max_size=2)))
+    return h.safetensors_bytes(_as_json(made, draw), bytes(cursor))
+
+
+@st.composite
+def indexes(draw: st.DrawFn) -> bytes:
+    """Tensors in the room's shards; the names that lead elsewhere are among ``fuzz.ODD``."""
+    where = draw(st.fixed_dictionaries({"w": mostly(st.just("a"), "b"), "v": mostly(st.just("b"), "a", "../outside")}))
+    where |= draw(st.just({}) | st.dictionaries(_TEXT, mostly(st.just("a")), max_size=1))
+    return _as_json(draw(mostly(st.just({"weight_map": where}), {"weight_map": []})), draw)
+
+
+_NUMBERS = st.floats(0, 2) | st.integers(-1, 3)
+_SETTINGS = mostly(
+    _NUMBERS
+    | st.lists(_NUMBERS, max_size=3)
+    | st.lists(st.fixed_dictionaries({"value": _NUMBERS}, optional={"filter": _TEXT}))
+)
+_PARAMETERS = mostly(
+    st.dictionaries(st.sampled_from(["weight", "density", "t", "normalize", "lambda"]), _SETTINGS, max_size=2)
+)
+_METHODS = mostly(
+    st.sampled_from(["linear", "ties", "slerp", "task_arithmetic", "dare_ties", "passthrough", "copy"]), "os:x"
+)
+_MODEL = st.sampled_from(["a", "b", "folder"])
+_MODELS = st.lists(
+    mostly(st.fixed_dictionaries({"model": mostly(_MODEL)}, optional={"parameters": _PARAMETERS})), min_size=1, max_size=3
+)
+_RANGE = mostly(st.lists(st.integers(0, 9), min_size=2, max_size=2).map(sorted))
+_SOURCES = st.lists(st.fixed_dictionaries({"model": mostly(_MODEL), "layer_range": _RANGE}), min_size=1, max_size=2)
+_WHAT = {
+    "models": mostly(_MODELS),
+    "slices": mostly(st.lists(st.fixed_dictionaries({"sources": mostly(_SOURCES)}), max_size=2)),
+}
+_RULE = st.fixed_dictionaries(
+    {"match": mostly(st.sampled_from(["*.bias", "/^one$/", ["a*", "b"]]), "/(/", "/(a+)+$/")},
+    optional={"drop": st.just(True), "copy": mostly(_MODEL), "merge_method": _METHODS, "dtype": st.just("float32")},
+)
+_OPTIONAL = {
+    "base_model": mostly(_MODEL),
+    "parameters": _PARAMETERS,
+    "rules": mostly(st.lists(_RULE, max_size=2)),
+    "out_dtype": mostly(st.sampled_from(["float32", "bfloat16"])),
+    "on_missing": mostly(st.sampled_from(["base", "drop", "error"])),
+    "output": mostly(st.just({"max_shard_size": "5MB"})),
+    "seed": mostly(st.integers(0, 9)),
+    "modules": mostly(st.dictionaries(_TEXT, st.fixed_dictionaries({}, optional=_WHAT), max_size=2)),
+}
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> bytes:
+    what = draw(st.sampled_from(["models", "models", "slices"]))
+    data = draw(st.fixed_dictionaries({"merge_method": _METHODS, what: _WHAT[what]}, optional=_OPTIONAL))
+    return _as_json(data, draw)  # which is YAML
+
+
+@pytest.mark.parametrize(("name", "strategy"), [("header", headers()), ("index", indexes()), ("recipe", recipes())])
+def test_documents_that_are_nearly_valid(name: str, strategy: st.SearchStrategy[bytes]) -> None:
+    judge = fuzz.Judge(fuzz.TARGETS[name])
+
+    @settings(deadline=None, max_examples=300, derandomize=True)
+    @given(data=strategy)
+    def attempt(data: bytes) -> None:
+        judge.attempt(data)
+
+    attempt()
+    assert 0.02 < judge.read / judge.cases < 0.9, "documents that are all wrong, or all right, find nothing"
+
+
+YAML = (
+    "!!int ''",
+    "!!bool x",
+    "!!timestamp x",
+    "!!float ''",
+    "!!binary x",
+    "!!set x",
+    "!!omap x",
+    "!!pairs [x]",
+    "2001-99-99",
+    "!x",
+    "!!python/object/apply:os.system [touch canary]",
+    '"\\ud800"',
+    '"\\0"',
+)
+
+
+@UNFIXED
+@pytest.mark.parametrize("text", ["seed: {}", "{}: 1", "base_model: {}", "models: [{{model: {}}}]"])
+def test_values_with_tags_are_one_sentence(text: str) -> None:
+    judge = fuzz.Judge(fuzz.TARGETS["recipe"])
+    rest = "merge_method: ties\nmodels: [{model: a}, {model: b}]\nbase_model: a\n".replace(text.split(":")[0], "x", 1)
+    for value in YAML:
+        judge.attempt((rest + text.format(value)).encode())

@@ -68,13 +68,38 @@ def asked(tmp_path: Path, monkeypatch: Any, capsys: Any) -> Callable[..., str | 
 # -------------------------------------------------------------------------------------------------- code in pickles
 
 
-def test_the_canary_sings_when_a_payload_is_executed(tmp_path: Path) -> None:
+EXECUTED = """
+import os, pickle, sys, torch
+from pathlib import Path
+
+class Unpickler(pickle.Unpickler):
+    persistent_load = staticmethod(lambda pid: pid)
+
+for path in sys.argv[2:]:
+    if not os.fork():  # in a process of its own, for some payloads end it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        with open(path, "rb") as file:
+            made = Unpickler(file).load()
+        os._exit(0)
+    os.wait()
+    print(os.path.basename(path), Path(sys.argv[1]).exists(), sep="\\t")
+    Path(sys.argv[1]).unlink(missing_ok=True)
+"""
+
+
+def test_pickle_itself_executes_the_payloads(tmp_path: Path) -> None:
+    """The proof that the corpus is not blunt: every payload and every way makes the canary, but for those that say why."""
     canary = tmp_path / "canary"
-    for label in ("os.system", "eval", "exec", "open"):
-        path, args = h.payloads(canary)[label]
-        pickle.loads(h.stream(h.call(path, *args)))
-        assert canary.exists(), label
-        canary.unlink()
+    payloads = h.payloads(canary)
+    sharp = {f"payload {label}": (h.WAYS["reduce"], *given) for label, given in payloads.items()}
+    sharp |= {f"way {label}": (way, *payloads["os.system"]) for label, way in h.WAYS.items()}
+    for label, (way, path, args) in sharp.items():
+        (tmp_path / label).write_bytes(h.stream(h.Raw(way(path, args))))
+    command = [sys.executable, "-c", EXECUTED, canary, *(tmp_path / label for label in sharp)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    sung = dict(line.split("\t") for line in done.stdout.splitlines())
+    blunt = {f"payload {label}" for label in h.BLUNT_PAYLOADS} | {f"way {label}" for label in h.BLUNT_WAYS}
+    assert {label for label in sharp if sung[label] == "False"} == blunt, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
@@ -84,7 +109,8 @@ def test_no_call_in_a_pickle_is_made(way: str, container: str, protocol: int, tm
     wrap, tensor = h.CONTAINERS[container]
     calls = [h.Raw(h.WAYS[way](path, args)) for path, args in h.payloads(tmp_path / "canary").values()]
     message = asked(wrap(h.stream({"w": tensor, "x": calls}, protocol)))
-    assert (message is None) == (way not in ("ext1", "build_class")), message
+    refused = way in ("ext1", "ext2", "ext4", "build_class") or (way, container) == ("persistent id", "tar")
+    assert (message is None) != refused, message
     assert not (tmp_path / "canary").exists()
 
 
