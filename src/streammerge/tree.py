@@ -247,8 +247,12 @@ class Plain:
         return repr(node)
 
     def _list(self, values: Sequence[Any], depth: int) -> list[Any]:
-        shown = [self.render(v, depth - 1) for v in values[: max(self.left, 0)]]
-        return shown if len(shown) == len(values) else [*shown, "..."]
+        shown: list[Any] = []
+        for value in values:
+            if self.left < 0:
+                return [*shown, "..."]
+            shown.append(self.render(value, depth - 1))
+        return shown
 
     def _items(self, items: Iterable[tuple[Any, Any]], depth: int) -> dict[str, Any]:
         shown: dict[str, Any] = {}

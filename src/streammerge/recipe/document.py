@@ -117,11 +117,17 @@ class _Reader:
 
     def _scalar(self, node: yaml.Node) -> Any:
         try:
-            return self.scalars.construct_object(node)
-        except (self.yaml.YAMLError, ValueError, OverflowError) as error:
+            return self._plain(self.scalars.construct_object(node))
+        except (self.yaml.YAMLError, ValueError, LookupError, AttributeError, OverflowError) as error:
             raise RecipeError(
                 f"{self._place(node)}{printable(node.value, 40)} is not a value that a recipe can have"
             ) from error
+
+    @staticmethod
+    def _plain(value: Any) -> Any:
+        if isinstance(value, dict | list | set):
+            raise ValueError("a tag makes a collection of a text")  # noqa: TRY004 - one kind for all that is no value
+        return value
 
 
 def to_yaml(data: Any) -> str:

@@ -28,10 +28,15 @@ def located(recipe: Recipe, beside: list[Path], problems: Problems) -> Recipe:
     names = {}
     for named in recipe.named_models:
         found = named if named == UNREAD else _find(named, folders)
-        names[named] = found or named
+        names[named] = found or (named if _is_path(named) else UNREAD)
         if found is None:
             problems.add(_place(recipe, named), _absent(named, folders))
     return replace(recipe.renamed(names), written={found: named for named, found in names.items()})
+
+
+def _is_path(named: str) -> bool:
+    """Whether the system could be asked for it."""
+    return "\0" not in named and not any("\ud800" <= c <= "\udfff" for c in named)
 
 
 def _find(named: str, folders: list[Path]) -> str | None:
