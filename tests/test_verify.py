@@ -31,7 +31,7 @@ def pair(tmp_path: Path) -> list[Path]:
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path: Path, pair: list[Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     """Inputs are named as one does, from the folder that holds them."""
     monkeypatch.chdir(tmp_path / "in")
     return tmp_path
@@ -347,3 +347,42 @@ def test_checksums_are_the_same_in_one_piece_and_in_many(
     sm.verify(out, sample="100%")
     content, entry = out.read_bytes(), sm.inspect(out).entries["embed.weight"]
     assert f"{CRC32C.update(content[entry.offset : entry.offset + entry.nbytes]):08x}" in receipt(out)["checksums"][""]
+
+
+# ---------------------------------------------------------------------------------------------------------- one digest
+
+
+@pytest.fixture
+def long(here: Path) -> Path:
+    """Inputs with a tensor of nine pieces and one that needs all workers for its passes."""
+    for number in range(2):
+        chance = torch.Generator().manual_seed(number)
+        tensors = {f"w{i}": torch.randn(3, 70_001, generator=chance) for i in range(9)}
+        save_file(tensors | {"long": torch.randn(9, 1 << 16, generator=chance)}, f"{number}.safetensors")
+    return here
+
+
+@pytest.mark.parametrize("method", ["linear", "dare_ties", "karcher"])
+def test_one_digest_however_it_was_run(long: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    monkeypatch.setattr("streammerge.engine.PIECE_ELEMS", 1 << 16)
+    options: dict[str, Any] = {"method": method}
+    if method == "dare_ties":
+        options |= {"base": "0.safetensors", "density": 0.4, "seed": 3}
+    made = set()
+    ways = [(workers, "512MiB", "mmap") for workers in range(1, 9)]
+    ways += [(workers, memory, io) for workers in (1, 3) for memory in ("64MiB", "4GiB") for io in ("mmap", "pread")]
+    for workers, memory, io in ways:
+        sm.merge(
+            ["0.safetensors", "1.safetensors"], "out", workers=workers, memory=memory, io=io, overwrite=True, **options
+        )
+        made.add(tuple(hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(Path("out").iterdir())))
+    assert len(made) == 1
+
+
+def test_one_digest_for_every_order_of_hashing(long: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = set()
+    for seed in "0123":
+        monkeypatch.setenv("PYTHONHASHSEED", seed)
+        cli("merge", "in/0.safetensors", "in/1.safetensors", "-o", "out", "--overwrite")
+        made.add(b"".join(path.read_bytes() for path in sorted((long / "out").iterdir())))
+    assert len(made) == 1
