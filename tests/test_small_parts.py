@@ -53,6 +53,8 @@ LAYERS = {
         "mismatch",
         "align",
         "output",
+        "placing",
+        "pickled",
         "planning",
         "executors",
         "wish",

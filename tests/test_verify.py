@@ -330,9 +330,11 @@ def test_the_sample_is_a_share_that_a_seed_chooses(pair: list[Path], here: Path)
 
 
 def test_a_method_of_ones_own_needs_leave_here_too(pair: list[Path], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Path("mine.py").write_text("def least(group):\n    return lambda chunk: chunk.models[0].minimum(chunk.models[1])\n")
+    Path("least_of_two.py").write_text(
+        "def least(group):\n    return lambda chunk: chunk.models[0].minimum(chunk.models[1])\n"
+    )
     monkeypatch.syspath_prepend(".")
-    sm.merge(["a.safetensors", "b.safetensors"], here / "out.safetensors", method="mine:least")
+    sm.merge(["a.safetensors", "b.safetensors"], here / "out.safetensors", method="least_of_two:least")
     assert not sm.verify(here / "out.safetensors").recomputed
     assert sm.verify(here / "out.safetensors", own_methods=True, sample="100%").recomputed
 

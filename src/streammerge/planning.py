@@ -15,8 +15,9 @@ from streammerge.engine import MergeTask
 from streammerge.errors import RecipeError, printable
 from streammerge.formats.base import Layout
 from streammerge.methods.registry import COPY, INTEGERS
-from streammerge.output import Placed, plan_output, side_bytes
+from streammerge.output import plan_output, side_bytes
 from streammerge.parts import Indexes
+from streammerge.placing import Placed
 from streammerge.receipt import InputSpans
 from streammerge.recipe import Recipe
 from streammerge.recipe.words import recipe_lines, rule_lines, weight_notes

@@ -24,7 +24,7 @@ from streammerge.relatives import strangers
 from streammerge.resume import plan_digest
 from streammerge.staging import stage, staged_layout
 from streammerge.storage import InputFile, InputFiles, OutputFile, Staging, digest_outside
-from streammerge.storage.journal import NAME, Finished, Journal, Key, read
+from streammerge.storage.journal import NAME, Finished, Journal, Key
 from streammerge.structure import check_structure
 from streammerge.tensors import TensorEntry, ranges
 from streammerge.units import decimal_bytes
@@ -40,7 +40,6 @@ class Production:
         self.warnings: list[str] = []
         self._tasks = plan.tasks
         self._done: dict[Key, Finished] = {}
-        self._sums: dict[str, list[int]] = {}
         self._inputs = InputFiles(plan.identities)
         self._outputs: list[OutputFile] = []
         self._kind = plan.layout.receipt.kind
@@ -87,7 +86,7 @@ class Production:
     def _take_up(self) -> None:
         """Opens the output's files, with what an earlier run of this plan has left in them, as far as that is whole."""
         journal = self.staging.folder / NAME
-        vouched = read(journal, self.journal.plan) if self.resume else None
+        vouched = self.journal.take_over() if self.resume else None
         if vouched is None:
             if journal.exists() and self.resume:
                 self.notes.append("an interrupted run was not continued: its recipe, inputs or version were others")

@@ -82,9 +82,10 @@ def _produce(plan: Plan, staging: Staging, listener: Callable[[Event], None], re
         staging.commit(plan.layout.as_folder)
         listener(Published())
     except BaseException as error:
+        keep = resume and not staging.published and _may_pass(error)
         if made is not None:
             made.journal.stop()
-            keep = resume and not staging.published and made.journal.kept_bytes > 0 and _may_pass(error)
+            keep = keep and made.journal.kept_bytes > 0
             if keep:
                 listener(Suspended(made.journal.kept_bytes, plan.layout.size))
         raise

@@ -140,7 +140,7 @@ class Staging:
             file.close()
         self._files.clear()
         if self._lock_fd >= 0:
-            if not keep:
+            if not keep or not (self.folder / NAME).exists():
                 shutil.rmtree(self.folder, ignore_errors=True)
             os.close(self._lock_fd)
             self._lock_fd = -1

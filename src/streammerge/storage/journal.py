@@ -91,6 +91,12 @@ class Journal:
         """Bytes of the pieces that would be kept if the run ended now."""
         return sum(done.nbytes for done in self._written)
 
+    def take_over(self) -> list[Finished] | None:
+        """The pieces that an earlier run of the plan has left, which count as kept; None where there was no such run."""
+        found = read(self._path, self.plan)
+        self._written = list(found or ())
+        return found
+
     def begin(self, kept: Iterable[Finished]) -> None:
         """Starts anew with these pieces, which are on the disk already, and goes on from there."""
         self._written, self._waiting, self._broken, self._asked = list(kept), [], set(), ""
