@@ -278,6 +278,48 @@ def test_a_receipt_that_was_edited_is_none(pair: list[Path], here: Path) -> None
         sm.verify(here / "out")
 
 
+HOSTILE: dict[str, dict[str, Any]] = {
+    "sums that are no text": {"checksums": {"": 5}},
+    "sums of odd length": {"checksums": {"": "abc"}},
+    "no sums": {"checksums": {}},
+    "sums of a folder": {"checksums": {"model.safetensors": "00000000"}},
+    "sums of a file elsewhere": {"checksums": {"../../../etc/passwd": "00000000"}},
+    "sums of a device": {"checksums": {"/dev/zero": "00000000"}},
+    "sums too many": {"checksums": {"": "00000000" * 100_000}},
+    "another checksum": {"checksum": "md5"},
+    "inputs that are a list": {"inputs": []},
+    "inputs that are numbers": {"inputs": {"a.safetensors": 3}},
+    "inputs without sizes": {"inputs": {"a.safetensors": {"header_sha256": "x"}}},
+    "a form of tomorrow": {"form": 2},
+    "a recipe that is a list": {"recipe": []},
+    "a recipe of numbers": {"recipe": {"merge_method": 3, "models": 5}},
+    "a recipe with models that are devices": {
+        "recipe": {"merge_method": "linear", "models": [{"model": "/dev/zero"}, {"model": "/proc/self/mem"}]}
+    },
+    "a recipe with one's own code": {"recipe": {"merge_method": "os:getcwd", "models": [{"model": "a.safetensors"}]}},
+    "a key too many": {"more": 1},
+    "a version that is a list": {"versions": [[]], "seed": {}},
+}
+
+
+@pytest.mark.parametrize("attack", HOSTILE)
+@pytest.mark.parametrize("container", ["safetensors", "folder"])
+def test_a_strangers_receipt_is_refused_in_a_sentence(pair: list[Path], here: Path, container: str, attack: str) -> None:
+    """Its digest is right: a stranger can compute that too."""
+    out = here / "in" / OUTPUTS[container]
+    sm.merge(["a.safetensors", "b.safetensors"], out)
+    made = {**receipt(out), **HOSTILE[attack], "digest": "0" * 64}
+    made["digest"] = hashlib.sha256(json.dumps(made, separators=(",", ":")).encode()).hexdigest()
+    if container == "folder":
+        (out / "streammerge.json").write_text(json.dumps(made, separators=(",", ":")))
+    else:
+        save_file(load_file(out), out, {"streammerge_receipt": json.dumps(made, separators=(",", ":"))})
+    with pytest.raises(sm.VerifyError) as refused:
+        sm.verify(out, sample="100%")
+    assert str(refused.value).replace("\n", "").isprintable()
+    assert len(str(refused.value)) < 2000
+
+
 # --------------------------------------------------------------------------------------------------------------- values
 
 

@@ -7,6 +7,7 @@ nothing of the machine, its users or the time, so that it is a function of recip
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ ITSELF = ""
 """What a receipt calls the file that it stands in."""
 _FORM = 1
 _BLANK_SHA256 = "0" * 64
+_SUMS = re.compile("([0-9a-f]{8})+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,12 +123,39 @@ def read_receipt(text: str, where: object) -> Receipt:
     """The receipt that a file holds. Raises VerifyError when it is none, or not as it was written."""
     try:
         made = Receipt(**load_json(text))
-        whole = made.form == _FORM and text in (made.text(), made.text(2)) and made.own_digest() == made.digest
-    except (ValueError, TypeError, AttributeError):
+        whole = _is_sound(made) and text in (made.text(), made.text(2)) and made.own_digest() == made.digest
+    except (ValueError, TypeError):
         whole = False
     if not whole:
         raise VerifyError(f"{printable(where)}: its receipt is damaged, or of another version of streammerge")
     return made
+
+
+def _is_sound(made: Receipt) -> bool:
+    """Whether everything in it is of its kind; a stranger may have written it, and its digest too."""
+    return (
+        made.form == _FORM
+        and isinstance(made.recipe, dict)
+        and isinstance(made.seed, int)
+        and isinstance(made.versions, dict)
+        and all(isinstance(version, str) for version in made.versions.values())
+        and made.checksum in (CRC32.name, CRC32C.name)
+        and isinstance(made.inputs, dict)
+        and all(_is_input(said) for said in made.inputs.values())
+        and isinstance(made.checksums, dict)
+        and (ITSELF not in made.checksums or len(made.checksums) == 1)
+        and all(_is_name(name) for name in made.checksums)
+        and all(isinstance(sums, str) and _SUMS.fullmatch(sums) for sums in made.checksums.values())
+    )
+
+
+def _is_input(said: Any) -> bool:
+    return isinstance(said, dict) and {"bytes", "header_sha256"} <= said.keys() <= {"bytes", "header_sha256", "sha256"}
+
+
+def _is_name(name: str) -> bool:
+    """Whether it is that of a file in the output's own folder."""
+    return name not in (".", "..") and not any(c in name for c in "/\\\0")
 
 
 def escaped(text: str) -> bytes:

@@ -119,6 +119,8 @@ def check_files(out: Path, receipt: Receipt, workers: int) -> Verified:
     parts: list[_Part] = []
     wrong: list[str] = []
     tensors = 0
+    if out.is_dir() == (ITSELF in receipt.checksums):
+        raise VerifyError(f"{printable(out)}: its receipt is that of another kind of output")
     for name in receipt.checksums:
         path = out if name == ITSELF else out / name
         if not path.is_file() or (path.is_symlink() and name != ITSELF):
