@@ -158,6 +158,28 @@ def test_a_terminal_shows_progress_and_leaves_a_clean_screen(tmp_path: Path, voi
     assert "peak memory" in text.splitlines()[-1]
 
 
+def test_a_signal_that_an_import_swallows_is_not_forgotten() -> None:
+    code = """
+import os, signal
+from streammerge.cli.progress import Progress
+from streammerge.cli.signals import Stopped, stoppable
+from streammerge.events import RunStarted, Suspended
+with stoppable():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except BaseException:
+        pass
+    with Progress("quiet") as progress:
+        try:
+            progress(RunStarted(1, 1, 1, 1))
+        except Stopped as stopped:
+            progress(Suspended(1, 2))  # what is told while cleaning up raises no more
+            print("stopped", stopped.exit_code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert (done.stdout, done.stderr) == ("stopped 143\n", "")
+
+
 def test_a_second_signal_ends_at_once() -> None:
     code = """
 import os, signal, sys, time

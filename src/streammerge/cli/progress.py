@@ -9,7 +9,7 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
-from streammerge.cli.signals import Stopped
+from streammerge.cli.signals import Stopped, stop_if_asked
 from streammerge.errors import printable
 from streammerge.events import (
     Event,
@@ -56,6 +56,8 @@ class Progress:
             self._outcome = f"{kept}; the same command goes on from there:\n  {_command()}"
         elif isinstance(event, Published):
             self._outcome = "the output is there, whole"
+        else:
+            stop_if_asked()
         if self._json:
             print(json.dumps({"event": type(event).__name__, **asdict(event)}), file=sys.stderr, flush=True)
         if self._bar_wanted:

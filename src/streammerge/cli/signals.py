@@ -24,21 +24,30 @@ class Stopped(BaseException):
         self.word = "interrupted" if number == signal.SIGINT else "terminated"
 
 
+_asked: list[Stopped] = []
+
+
+def stop_if_asked() -> None:
+    """Raises Stopped once more, for what was running when the signal came may have swallowed it: some imports do."""
+    if _asked:
+        raise _asked[0]
+
+
 @contextmanager
 def stoppable() -> Iterator[None]:
     """Meanwhile Ctrl-C, SIGTERM and SIGHUP raise Stopped in the main thread."""
-    asked: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if asked:
+        if _asked:
             os._exit(128 + number)
-        asked.append(number)
-        raise Stopped(number)
+        _asked.append(Stopped(number))
+        raise _asked[0]
 
     wanted = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup wants none of them
     before = {number: signal.signal(number, stop) for number in wanted}
     try:
         yield
     finally:
+        _asked.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
