@@ -115,7 +115,7 @@ def test_two_interruptions(pair: list[Path], tmp_path: Path) -> None:
     assert content(out) == content(whole)
 
 
-@pytest.mark.parametrize("where", ["plan_digest", "strangers", "stage", "digest_outside"])
+@pytest.mark.parametrize("where", ["plan_digest", "strangers", "stage", "outside"])
 def test_an_interruption_before_the_first_piece_loses_nothing(
     pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -158,21 +158,19 @@ def test_another_version_starts_over(pair: list[Path], tmp_path: Path, monkeypat
     assert resumed_events(lambda listener: sm.merge(pair, tmp_path / "out.safetensors", listener=listener)) == []
 
 
-def test_ones_own_method_is_the_same_only_with_the_same_code(pair: list[Path], tmp_path: Path) -> None:
-    def first(pull: float) -> Callable[..., Any]:
-        def method(group: Any) -> Any:
-            return lambda chunk: chunk.models[0] * pull
+def test_ones_own_method_is_never_continued(pair: list[Path], tmp_path: Path) -> None:
+    """It may use what changes without a trace."""
 
-        return method
+    def half(group: Any) -> Any:
+        return lambda chunk: chunk.models[0] * 0.5
 
-    out = tmp_path / "out.safetensors"
-    interrupt(pair, out, method=first(0.5))
-    assert len(resumed_events(lambda listener: sm.merge(pair, out, method=first(0.5), listener=listener))) == 1
-    out.unlink()
-    interrupt(pair, out, method=first(0.5))
-    assert resumed_events(lambda listener: sm.merge(pair, out, method=first(0.25), listener=listener)) == []
-    made = sm.inspect(out).entries["layer.0"]
-    assert made.spec.shape == (1, GRAIN + 77)
+    def listen(event: object) -> None:
+        if type(event).__name__ == "Syncing":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sm.merge(pair, tmp_path / "out.safetensors", method=half, listener=listen)
+    assert left_over(tmp_path / "out.safetensors") == []
 
 
 def test_without_resume_nothing_is_taken_up_and_nothing_stays(pair: list[Path], tmp_path: Path) -> None:
@@ -391,6 +389,194 @@ def test_a_folder_is_replaced_whole(pair: list[Path], tmp_path: Path, monkeypatc
     sm.merge(pair, out, overwrite=True)
     assert sorted(content(out)) == ["model.safetensors", "streammerge.json", "streammerge.yaml"]
     assert left_over(out) == []
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()], ids=["error", "interrupt"]
+)
+def test_without_exchange_the_old_folder_comes_back(
+    pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    out = tmp_path / "out"
+    sm.merge(pair, out)
+    old = content(out)
+
+    def fail(*paths: object) -> None:
+        raise error
+
+    monkeypatch.setattr(commit, "_renameat2", None)
+    with monkeypatch.context() as patched, pytest.raises(type(error)):
+        patched.setattr(commit.os, "replace", lambda a, b: os.rename(a, b) if "journal" in str(b) else fail())
+        sm.merge(pair, out, overwrite=True, weights=[1, 3])
+    assert content(out) == old
+
+
+def test_a_file_that_came_meanwhile_is_not_lost(pair: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    sm.merge(pair, out)
+
+    def listen(event: object) -> None:
+        if type(event).__name__ == "Syncing":
+            (out / "notes.txt").write_text("mine")
+
+    with pytest.raises(sm.RecipeError, match=r"also holds notes\.txt"):
+        sm.merge(pair, out, overwrite=True, listener=listen)
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_what_is_not_ours_stays_in_a_folder_of_our_name(pair: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / ".out.safetensors.streammerge"
+    (folder / "precious").mkdir(parents=True)
+    (folder / "precious" / "file").write_text("kept")
+    sm.merge(pair, tmp_path / "out.safetensors")
+    assert (folder / "precious" / "file").read_text() == "kept"
+    assert [path.name for path in folder.iterdir()] == ["precious"]
+
+
+def test_the_lock_goes_last(pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a finished run still removes what it made, no other may begin in its folder."""
+    out, refused = tmp_path / "out", []
+    good = commit.shutil.rmtree
+
+    def rmtree(path: Path, **options: Any) -> None:
+        with pytest.raises(sm.LockedError):
+            Staging(out, overwrite=True)
+        refused.append(path)
+        good(path, **options)
+
+    monkeypatch.setattr(commit.shutil, "rmtree", rmtree)
+    sm.merge(pair, out)
+    sm.merge(pair, out, overwrite=True)
+    assert refused
+    assert left_over(out) == []
+
+
+def test_many_processes_replace_one_output(pair: list[Path], tmp_path: Path) -> None:
+    """Each ends well or is told that another has it; the output is whole at the end."""
+    code = f"""
+import sys, streammerge as sm
+ends = set()
+for _ in range(12):
+    try:
+        sm.merge({[str(p) for p in pair]!r}, {str(tmp_path / "out")!r}, overwrite=True, weights=[1, int(sys.argv[1])])
+        ends.add(0)
+    except sm.LockedError:
+        ends.add(7)
+print(ends)
+"""
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code, str(n)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for n in (1, 2, 3)
+    ]
+    for run in runs:
+        said, errors = run.communicate(timeout=200)
+        assert run.returncode == 0, errors
+        assert set(said.strip("{}\n").split(", ")) <= {"0", "7"}
+    sm.verify(tmp_path / "out", sample=0)
+    assert left_over(tmp_path / "out") == []
+
+
+def test_an_unsynced_output_is_never_published(pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(file: OutputFile) -> None:
+        raise RuntimeError("anything at all")
+
+    monkeypatch.setattr(OutputFile, "sync", die)
+    monkeypatch.setattr("threading.excepthook", lambda arguments: None)
+    with pytest.raises(RuntimeError, match="were not synced"):
+        sm.merge(pair, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_journal_that_cannot_be_written_promises_nothing_more(
+    pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, calls = os.write, []
+
+    def write(fd: int, data: Any) -> int:
+        calls.append(fd)
+        if len(calls) == 3:  # the plan's line, one batch, and then half a batch on a full disk
+            good(fd, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return good(fd, data)
+
+    out, told = tmp_path / "out.safetensors", []
+
+    def listen(event: object) -> None:
+        if type(event).__name__ == "TaskDone":
+            time.sleep(0.01)
+        elif type(event).__name__ == "Syncing":
+            raise KeyboardInterrupt
+        elif type(event).__name__ == "Suspended":
+            told.append(event)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(journal.os, "write", write)
+        sm.merge(pair, out, listener=listen)
+    (event,) = resumed_events(lambda listener: sm.merge(pair, out, listener=listener))
+    assert event.kept_bytes == told[0].kept_bytes
+
+
+@pytest.mark.parametrize("when", ["_rename", "sync_folder"])
+def test_an_interruption_around_the_commit_tells_what_is(
+    pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Before the rename all can be continued; after it the output is there."""
+    out, told = tmp_path / "out.safetensors", []
+    holder = Staging if when == "_rename" else commit
+    good = getattr(holder, when)
+
+    def interrupted(*arguments: object) -> None:
+        if when == "sync_folder":
+            good(*arguments)
+        raise KeyboardInterrupt
+
+    def listen(event: object) -> None:
+        told.append(type(event).__name__)
+        if told[-1] == "TaskDone":
+            time.sleep(0.01)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(holder, when, interrupted)
+        sm.merge(pair, out, listener=listen)
+    if when == "sync_folder":
+        assert told[-1] == "Published"
+        sm.verify(out, sample=0)
+        assert left_over(out) == []
+    else:
+        assert told[-1] == "Suspended"
+        assert not out.exists()
+        assert len(resumed_events(lambda listener: sm.merge(pair, out, listener=listener))) == 1
+
+
+def test_an_interrupted_conversion_before_a_merge_leaves_nothing_without_resume(pair: list[Path], tmp_path: Path) -> None:
+    def listen(event: object) -> None:
+        if type(event).__name__ == "Syncing":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sm.merge(pair, tmp_path / "out.safetensors", convert_first=tmp_path / "cv", resume=False, listener=listen)
+    assert list((tmp_path / "cv").iterdir()) == []
+
+
+def test_hashing_stops_at_once(pair: list[Path], tmp_path: Path) -> None:
+    with open(tmp_path / "0.pth", "rb") as stream:
+        head = stream.read()
+    length = 6 << 30
+    with open(tmp_path / "long.safetensors", "wb") as stream:
+        text = b'{"w":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (length, length)
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + length)
+    assert head
+    command = [sys.executable, "-m", "streammerge", "convert", "long.safetensors", "-o", "out.safetensors", "--hash"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / ".out.safetensors.streammerge" / "output" / "out.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.3)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert (process.returncode, time.monotonic() - began < 2) == (143, True)
 
 
 def test_an_output_that_appears_meanwhile_is_not_replaced(pair: list[Path], tmp_path: Path) -> None:

@@ -539,3 +539,16 @@ def test_one_file_with_two_state_dicts(tmp_path: Path, monkeypatch: pytest.Monke
     assert octets(made["w"]) == octets((4.0 * end["w"].double() - 3.0 * start["w"].double()).float())
     both = [{"model": "end.pt", "state_dict": "model"}, {"model": "end.pt", "state_dict": "model"}]
     assert len(sm.plan(recipe={"merge_method": "linear", "models": both}).recipe.checkpoints) == 1
+
+
+def test_a_pattern_without_end_is_stopped(tmp_path: Path) -> None:
+    """The standard library's would go on until the sun has burned out."""
+    for number in range(2):
+        save_file({"a" * 60: torch.ones(2)}, tmp_path / f"{number}.safetensors")
+    recipe = {
+        "merge_method": "linear",
+        "models": [{"model": str(tmp_path / f"{number}.safetensors")} for number in range(2)],
+        "rules": [{"match": r"/^(\w|\w\w)+\d$/", "drop": True}],
+    }
+    with pytest.raises(sm.RecipeError, match="takes for ever"):
+        sm.plan(recipe=recipe)

@@ -14,7 +14,7 @@ from conftest import assert_same, load_safetensors, trained
 from safetensors.torch import save_file
 
 import streammerge as sm
-from streammerge.storage import InputFile, InputFiles, OutputFile, Staging, identity
+from streammerge.storage import InputFile, InputFiles, OutputFile, Staging, identity, write_text
 
 
 def test_nothing_appears_without_commit(tmp_path: Path) -> None:
@@ -83,6 +83,87 @@ def test_a_folder_that_holds_an_input_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(sm.FormatError, match="holds one of the inputs"):
         sm.merge([tmp_path / "a"], tmp_path / "a", overwrite=True)
     assert_same(load_safetensors(tmp_path / "a" / "model.safetensors"), trained(1))
+
+
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    for number, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        save_file(trained(number), tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text("{}")
+    return tmp_path / "a", tmp_path / "b"
+
+
+def test_an_output_in_the_folder_of_an_input_is_refused(tmp_path: Path) -> None:
+    a, b = folders(tmp_path)
+    with pytest.raises(sm.FormatError, match="lies in the folder of an input"):
+        sm.merge([a, b], a / "merged.safetensors", integers="first")
+    with pytest.raises(sm.FormatError, match="lies in the folder of an input"):
+        sm.merge([a, b], b / "merged" / "x.safetensors" if (b / "merged").mkdir() else b / "merged" / "x", integers="first")
+
+
+def test_a_folder_with_a_hard_link_of_an_input_is_not_replaced(tmp_path: Path) -> None:
+    a, b = folders(tmp_path)
+    (tmp_path / "out").mkdir()
+    os.link(a / "model.safetensors", tmp_path / "out" / "model.safetensors")
+    with pytest.raises(sm.FormatError, match="holds one of the inputs"):
+        sm.merge([a, b], tmp_path / "out", integers="first", overwrite=True)
+
+
+def test_a_file_in_the_place_of_a_folder_is_noticed_first(tmp_path: Path) -> None:
+    a, b = folders(tmp_path)
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(sm.RecipeError, match="is a file, and a folder is to be there"):
+        sm.merge([a, b], tmp_path / "out", integers="first", overwrite=True)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("how", ["own", "link"])
+def test_extras_over_an_inputs_configuration_are_refused(tmp_path: Path, how: str) -> None:
+    a, _ = folders(tmp_path)
+    extras = a / "config.json"
+    if how == "link":
+        extras = tmp_path / "linked.json"
+        os.link(a / "config.json", extras)
+    with pytest.raises(sm.RecipeError, match="an input or the output"):
+        sm.convert(a, tmp_path / "out", extras=extras, overwrite=True)
+    assert (a / "config.json").read_text() == "{}"
+
+
+def test_our_own_output_is_replaced_whatever_it_held(tmp_path: Path) -> None:
+    a, b = folders(tmp_path)
+    sm.merge([a, b], tmp_path / "out", integers="first")
+    sm.merge([a / "model.safetensors", b / "model.safetensors"], tmp_path / "out", integers="first", overwrite=True)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_side_file_that_changes_is_noticed(tmp_path: Path) -> None:
+    a, b = folders(tmp_path)
+    (tmp_path / "secret").write_text("secret")
+
+    def listen(event: object) -> None:
+        if type(event).__name__ == "RunStarted":
+            (a / "config.json").unlink()
+            (a / "config.json").symlink_to(tmp_path / "secret")
+
+    with pytest.raises(sm.ChangedError, match=r"config\.json"):
+        sm.merge([a, b], tmp_path / "out", integers="first", listener=listen)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_that_is_too_long_is_a_sentence(tmp_path: Path) -> None:
+    save_file(trained(1), tmp_path / "in.safetensors")
+    with pytest.raises(sm.RecipeError, match="File name too long"):
+        sm.merge([tmp_path / "in.safetensors"], tmp_path / ("x" * 238 + ".safetensors"))
+
+
+def test_a_small_file_replaces_nothing_of_a_like_name(tmp_path: Path) -> None:
+    (tmp_path / ".extras.json.part").write_text("somebody's")
+    write_text(tmp_path / "extras.json", "new")
+    assert (tmp_path / "extras.json").read_text() == "new"
+    assert (tmp_path / ".extras.json.part").read_text() == "somebody's"
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "extras.json").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_overwrite_replaces_a_file_whole(tmp_path: Path) -> None:

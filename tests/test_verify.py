@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -85,7 +87,7 @@ def test_what_was_merged_verifies(pair: list[Path], here: Path, container: str, 
     sm.merge(inputs, out, **options)
     verified = sm.verify(out, sample="100%")
     assert verified.sampled_elems == sum(t.numel() for n, t in trained(0).items() if n != "norm.num_batches_tracked")
-    assert verified.sampled_elems * 0.5 < verified.equal_elems <= verified.sampled_elems
+    assert verified.sampled_elems * 0.5 < verified.equal_elems + verified.repeated_elems <= verified.sampled_elems
     assert verified.digest == receipt(out)["digest"]
     assert verified.notes == []
 
@@ -194,28 +196,44 @@ def test_the_header_of_an_archive_is_all_but_its_tensors(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("container", ["safetensors", "pickle"])
 def test_a_flipped_bit_is_found_wherever_it_is(pair: list[Path], here: Path, container: str) -> None:
-    """Every 13th byte of the headers, some thirty of the tensors. (An archive's padding is nobody's.)"""
     small = {"a": torch.randn(33), "b": torch.arange(5), "e": torch.empty(0)}
     for name in ("a.safetensors", "b.safetensors"):
         save_file(small, name)
     out = here / OUTPUTS[container]
     sm.merge(["a.safetensors", "b.safetensors"], out)
     good = out.read_bytes()
-    if container == "safetensors":
-        places = [*range(0, len(good), 13)]
-    else:
-        with zipfile.ZipFile(out) as archive:
-            starts = [(i.header_offset + 30, i) for i in archive.infolist()]
-            spans = [(at + sum(good[at - 4 + k] << 8 * (k % 2) for k in range(4)), i.file_size) for at, i in starts]
-        places = [at for start, size in spans for at in range(start, start + size, 7)]
-    assert len(places) > 60
-    for at in places:
-        out.write_bytes(good[:at] + bytes([good[at] ^ 16]) + good[at + 1 :])
+    for at in range(0, len(good), 5):
+        out.write_bytes(good[:at] + bytes([good[at] ^ 1 << at % 8]) + good[at + 1 :])
         with pytest.raises(sm.VerifyError):
             sm.verify(out, sample=0)
-    out.write_bytes(good[:-1])
-    with pytest.raises(sm.VerifyError):
-        sm.verify(out, sample=0)
+    for other in (good[:-1], good + b"\0", b"", good[: len(good) // 2]):
+        out.write_bytes(other)
+        with pytest.raises(sm.VerifyError):
+            sm.verify(out, sample=0)
+    out.write_bytes(good)
+    sm.verify(out, sample="100%")
+
+
+def test_an_archive_that_was_packed_again_is_another(voices: tuple[Path, Path], tmp_path: Path) -> None:
+    """With every checksum of its own right: compressed, with a record more, with another recipe."""
+    sm.merge(voices, tmp_path / "out.pth", integers="first")
+    with zipfile.ZipFile(tmp_path / "out.pth") as archive:
+        records = {info.filename: archive.read(info) for info in archive.infolist()}
+    step = records["archive/data.pkl"].replace(b"step", b"stEp")
+    recipe = records["archive/streammerge.yaml"].replace(b"linear", b"median")
+    for changed, packing in (
+        ({"archive/data/0": bytes(len(records["archive/data/0"]))}, zipfile.ZIP_DEFLATED),
+        ({"archive/data.pkl": step}, zipfile.ZIP_DEFLATED),
+        ({"archive/data.pkl": step}, zipfile.ZIP_STORED),
+        ({"archive/streammerge.yaml": recipe}, zipfile.ZIP_STORED),
+        ({"archive/code/evil.py": b"1"}, zipfile.ZIP_STORED),
+        ({}, zipfile.ZIP_STORED),
+    ):
+        with zipfile.ZipFile(tmp_path / "other.pth", "w", packing) as archive:
+            for name, content in {**records, **changed}.items():
+                archive.writestr(name, content)
+        with pytest.raises(sm.VerifyError):
+            sm.verify(tmp_path / "other.pth", sample=0)
 
 
 def test_damage_names_the_tensor(pair: list[Path], here: Path, cli: Cli) -> None:
@@ -252,6 +270,13 @@ def test_every_file_of_a_folder_counts(folder: Path) -> None:
         with pytest.raises(sm.VerifyError):
             sm.verify(folder, sample=0)
         path.write_bytes(good)
+    for name in ("modeling_evil.py", "pytorch_model.bin"):
+        (folder / name).write_text("1")
+        with pytest.raises(sm.VerifyError, match=f"{name} does not belong"):
+            sm.verify(folder, sample=0)
+        (folder / name).unlink()
+    (folder / "README.md").write_text("mine")
+    assert any("README.md came later" in note for note in sm.verify(folder).notes)
     (folder / "model-00009-of-00009.safetensors").write_bytes((folder.parent / "in" / "a.safetensors").read_bytes())
     with pytest.raises(sm.VerifyError, match="does not belong"):
         sm.verify(folder, sample=0)
@@ -297,6 +322,9 @@ HOSTILE: dict[str, dict[str, Any]] = {
         "recipe": {"merge_method": "linear", "models": [{"model": "/dev/zero"}, {"model": "/proc/self/mem"}]}
     },
     "a recipe with one's own code": {"recipe": {"merge_method": "os:getcwd", "models": [{"model": "a.safetensors"}]}},
+    "a recipe that is a path": {"recipe": "/etc/passwd"},
+    "a recipe with a model in a home": {"recipe": {"merge_method": "linear", "models": [{"model": "~/x.safetensors"}]}},
+    "a name without end": {"checksums": {"x" * 5000: "00000000"}},
     "a key too many": {"more": 1},
     "a version that is a list": {"versions": [[]], "seed": {}},
 }
@@ -336,6 +364,88 @@ def test_values_that_the_recipe_does_not_give_are_found(pair: list[Path], here: 
         sm.verify(out, sample="100%")
 
 
+def test_one_large_number_excuses_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = torch.randn(1000)
+    values[7] = 1e6
+    for name in ("a", "b"):
+        save_file({"w": values}, f"{name}.safetensors")
+    sm.merge(["a.safetensors", "b.safetensors"], "out.safetensors")
+    save_file({"w": torch.where(values == 1e6, values, values + 0.9)}, "a.safetensors")
+    save_file({"w": torch.where(values == 1e6, values, values + 0.9)}, "b.safetensors")
+    with pytest.raises(sm.VerifyError, match="does not hold"):
+        sm.verify("out.safetensors", sample="100%")
+
+
+def test_infinity_is_not_near_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_file({"w": torch.tensor([60000.0, 1.0]), "v": torch.tensor([1.0])}, "a.safetensors")
+    sm.merge(["a.safetensors", "a.safetensors"], "out.safetensors", weights=[1, 1], normalize=False, dtype="bfloat16")
+    save_file({"w": torch.tensor([float("inf"), 1.0]), "v": torch.tensor([1.0])}, "a.safetensors")
+    with pytest.raises(sm.VerifyError, match="does not hold"):
+        sm.verify("out.safetensors", sample="100%")
+
+
+def test_what_only_float32_decides_is_told_apart(pair: list[Path], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("by_dtype.py").write_text(
+        "import torch\ndef other(group):\n    return lambda c: c.models[0] + 1000 * (c.models[0].dtype == torch.float32)\n"
+    )
+    monkeypatch.syspath_prepend(".")
+    sm.merge(["a.safetensors", "b.safetensors"], here / "out.safetensors", method="by_dtype:other")
+    verified = sm.verify(here / "out.safetensors", own_methods=True, sample="100%")
+    floats = sum(t.numel() for t in trained(0).values() if t.is_floating_point())
+    assert verified.repeated_elems == floats
+    assert verified.equal_elems == verified.sampled_elems - floats
+
+
+def test_everything_of_a_pth_is_computed_again(voices: tuple[Path, Path], tmp_path: Path) -> None:
+    """The optimizer's tensors too, and with the options that say which weights are meant."""
+    sm.merge(voices, tmp_path / "out.pth", integers="first", keep_optimizer=True, state_dict="model")
+    assert sm.verify(tmp_path / "out.pth", sample="100%").sampled_tensors > len(
+        [t for t in trained(1).values() if t.numel()]
+    )
+    for out in ("out.safetensors", "out"):
+        sm.merge(voices, tmp_path / out, integers="first", state_dict="model")
+        assert sm.verify(tmp_path / out, sample="100%").recomputed
+
+
+def test_inputs_are_those_beside_the_output_or_those_that_are_named(
+    pair: list[Path], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those of the same names in the current folder."""
+    sm.merge(["a.safetensors", "b.safetensors"], "out.safetensors")
+    shutil.copy("out.safetensors", here / "moved.safetensors")
+    (here / "other").mkdir()
+    for path in pair:
+        save_file(
+            {n: t * 2 if t.is_floating_point() else t for n, t in load_file(path).items()}, here / "other" / path.name
+        )
+    monkeypatch.chdir(here / "other")
+    assert sm.verify(here / "in" / "out.safetensors").recomputed
+    assert sm.verify(here / "moved.safetensors", inputs=here / "in").recomputed
+
+
+def test_memory_of_a_verification_is_bounded(tmp_path: Path) -> None:
+    for number in range(2):
+        save_file({f"w{i}": torch.randn(1 << 22) for i in range(6)}, tmp_path / f"{number}.safetensors")
+    code = """
+import os, sys, psutil, streammerge as sm
+from streammerge import memory
+from streammerge.workspace import prepare_torch
+os.chdir(sys.argv[1])
+sm.merge(["0.safetensors", "1.safetensors"], "out.safetensors", memory="64MiB")
+prepare_torch()
+memory.reset_peak()
+before = memory.resident_bytes()
+sm.verify("out.safetensors", sample="100%", memory="64MiB")
+print(memory.peak_resident_bytes() - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert int(done.stdout) < 64 << 20
+
+
 def test_a_whole_hash_tells_that_an_input_is_another(pair: list[Path], here: Path) -> None:
     sm.merge(["a.safetensors", "b.safetensors"], here / "out.safetensors", hash=True)
     content = bytearray(pair[1].read_bytes())
@@ -349,9 +459,9 @@ def test_absent_inputs_are_noted_or_an_error(pair: list[Path], here: Path, cli: 
     sm.merge(["a.safetensors", "b.safetensors"], here / "out.safetensors")
     said = cli("verify", "out.safetensors").stdout
     assert "values were not computed again" in said
-    assert "cannot be computed again" in cli("verify", "out.safetensors", "--sample", "5%", code=3).stderr
+    assert "values were not computed again" in cli("verify", "out.safetensors", "--sample", "5%", code=3).stderr
     said = cli("verify", "out.safetensors", "--inputs", "in", "--sample", "100%").stdout
-    assert "all are the float64 result to the bit" in said
+    assert "100 % are the float64 result to the bit" in said
     shown = json.loads(cli("verify", "out.safetensors", "--inputs", "in", "--format", "json").stdout)
     assert shown["recomputed"] is True
     assert shown["digest"] == receipt(here / "out.safetensors")["digest"]

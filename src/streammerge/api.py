@@ -11,7 +11,7 @@ from typing import Any
 from streammerge.checkpoint import CheckpointIndex, open_checkpoint
 from streammerge.choices import DEFAULT_MEMORY, IO
 from streammerge.choose import choose, exponential_weights
-from streammerge.errors import RecipeError, StreammergeError, VerifyError, listed, printable
+from streammerge.errors import ChangedError, FormatError, RecipeError, StreammergeError, VerifyError, listed, printable
 from streammerge.events import Event, Listener
 from streammerge.formats.safetensors import shared_headers
 from streammerge.group import Kernel
@@ -21,7 +21,7 @@ from streammerge.planning import Plan, build_plan
 from streammerge.receipt import Receipt
 from streammerge.recipe import Recipe, read_recipe
 from streammerge.run import Result, default_workers, execute
-from streammerge.storage import check_writable, free_bytes, sweep, write_text
+from streammerge.storage import check_writable, free_bytes, identity, sweep, write_text
 from streammerge.units import decimal_bytes, parse_bytes, parse_share
 from streammerge.verification import Verified, check_files, check_inputs, receipt_of, recompute
 from streammerge.wish import conversion, overridden, recipe_of
@@ -217,7 +217,7 @@ def merge(
     check_writable(Path(out), overwrite)
     before = resident_bytes()
     planned = plan(inputs, out, convert_first=convert_first, **options)
-    if convert_first is not None and _convert_all(planned.recipe, Path(convert_first), options):
+    if convert_first is not None and _convert_all(planned.recipe, Path(convert_first), options, resume, listener):
         planned = plan(inputs, out, convert_first=convert_first, **options)
     foreseen = _output_warnings(planned)  # what would stop a run stops this one itself, or was allowed
     planned.warnings = [warning for warning in planned.warnings if warning not in foreseen]
@@ -297,45 +297,67 @@ def verify(
     """
     path, share = Path(out), parse_share("5%" if sample is None else sample)
     receipt = receipt_of(path)
-    verified = check_files(path, receipt, workers or default_workers())
-    if share:
-        try:
-            planned = _remade(path, receipt, inputs, own_methods, memory, workers, io)
-        except StreammergeError as error:
-            if sample is not None or inputs is not None:
-                raise VerifyError(f"the values of {printable(path)} cannot be computed again: {error}") from error
-            verified.notes.append(f"values were not computed again: {' '.join(str(error).split())}")
-            return verified
+    try:
+        verified = check_files(path, receipt, workers or default_workers())
+    except (FormatError, OSError) as error:
+        raise VerifyError(f"{printable(path)} cannot be verified: {printable(error, 1000)}") from error
+    if not share:
+        return verified
+    foreseen = len(verified.notes)
+    folders = [path.parent, Path()] if inputs is None else [Path(inputs)]
+    try:
+        planned = _remade(path, receipt, folders, own_methods, memory, workers, io)
         recompute(verified, planned, share, seed)
+    except VerifyError:
+        raise
+    except (StreammergeError, OSError) as error:
+        said = f"values were not computed again: {'; '.join(map(str.strip, str(error).splitlines()))}"
+        if sample is not None or inputs is not None:
+            raise VerifyError(f"{printable(path)} is as it was written, but its {said}") from error
+        verified.notes.append(said)
+    if sample is not None and verified.notes[foreseen:]:
+        raise VerifyError(f"{printable(path)} cannot be verified wholly: {'; '.join(verified.notes[foreseen:])}")
     return verified
 
 
 def _remade(
     out: Path,
     receipt: Receipt,
-    inputs: PathLike | None,
+    folders: list[Path],
     own_methods: bool,
     memory: str | int,
     workers: int | None,
     io: str,
 ) -> Plan:
-    """The plan by which the output was made. Raises StreammergeError when its inputs are not at hand."""
-    beside = [Path(inputs)] if inputs is not None else [out.parent]
-    recipe = read_recipe(receipt.recipe, own_methods, beside)
-    planned = _plan(recipe, out, memory, workers, io)
-    check_inputs(planned, receipt)
-    return planned
+    """The plan by which the output was made, from inputs in the first of the folders that has them.
+
+    Raises StreammergeError when they are not at hand.
+    """
+    failures = []
+    for folder in folders:
+        try:
+            recipe = read_recipe(receipt.own_recipe(), own_methods, folder)
+            planned = _plan(recipe, out, memory, workers, io)
+            check_inputs(planned, receipt)
+        except StreammergeError as error:
+            failures.append(error)
+        else:
+            return planned
+    raise next((error for error in failures if isinstance(error, ChangedError)), failures[0])
 
 
 def _check_extras(extras: Path, planned: Plan, overwrite: bool) -> None:
     """RecipeError when writing the extras would lose an input, the output or, without ``overwrite``, another file."""
     check_writable(extras, overwrite)
-    taken = [Path(path).resolve() for path in planned.identities] + ([planned.out.resolve()] if planned.out else [])
-    if extras.resolve() in taken or extras.resolve().parent in taken:
-        raise RecipeError(f"--extras {printable(extras)} is an input or the output; choose another name")
+    taken = {Path(path).resolve() for path in planned.identities} | ({planned.out.resolve()} if planned.out else set())
+    taken |= {Path(owner).resolve() for owner in planned.owners.values() if Path(owner).is_dir()}
+    same = {known[:2] for known in planned.identities.values()}
+    linked = extras.exists() and identity(extras)[:2] in same
+    if linked or taken & {extras.resolve(), *extras.resolve().parents}:
+        raise RecipeError(f"--extras {printable(extras)} is, or lies in, an input or the output; choose another name")
 
 
-def _convert_all(recipe: Recipe, folder: Path, options: dict[str, Any]) -> bool:
+def _convert_all(recipe: Recipe, folder: Path, options: dict[str, Any], resume: bool, listener: Listener | None) -> bool:
     """Each checkpoint as a safetensors file in ``folder``, made now unless it is there and still right; whether any was."""
     folder.mkdir(parents=True, exist_ok=True)
     passed = {k: options[k] for k in ("memory", "workers", "io") if k in options}
@@ -348,6 +370,8 @@ def _convert_all(recipe: Recipe, folder: Path, options: dict[str, Any]) -> bool:
                 each.path,
                 target,
                 overwrite=True,
+                resume=resume,
+                listener=listener,
                 state_dict=each.state_dict,
                 ema=recipe.ema,
                 allow_nonfinite=True,

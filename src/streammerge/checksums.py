@@ -25,7 +25,7 @@ class Checksum:
             return zlib.crc32(data, before)
         import crc32c  # here, since plans and inspections do without
 
-        return crc32c.crc32c(data, before)
+        return int(crc32c.crc32c(data, before))
 
     def combine(self, first: int, second: int, second_bytes: int) -> int:
         """The checksum of a + b, from those of a and of b and the length of b."""

@@ -22,7 +22,7 @@ from streammerge.receipt import InputSpans
 from streammerge.recipe import Recipe
 from streammerge.recipe.words import recipe_lines, rule_lines, weight_notes
 from streammerge.select import held_bytes
-from streammerge.storage import Identity
+from streammerge.storage import Identity, identity
 from streammerge.tensors import TensorEntry
 from streammerge.units import binary_bytes, decimal_bytes
 
@@ -120,7 +120,7 @@ class Plan:
         beside = f" and {len(self.layout.side_files)} side files" if self.layout.side_files else ""
         lines.append(f"output   {named}, {decimal_bytes(self.write_bytes)}{beside}")
         lines.append(f"disk     {decimal_bytes(self.disk_bytes)} needed, temporary files included")
-        lines.append(f"read     {decimal_bytes(self.read_bytes)} from {len(self.identities)} files")
+        lines.append(f"read     {decimal_bytes(self.read_bytes)} from {len(self.owners)} files")
         if self.staged:
             size = sum(entry.nbytes for entry in self.staged)
             lines.append(
@@ -177,6 +177,7 @@ def build_plan(
     staged = list({s.place: s for task in tasks for s in task.sources if not s.mappable}.values())
     budget = budget_of(tasks, memory_bytes, workers, io, bool(staged))
     identities = {path: known for index in opened for path, known in index.identities().items()}
+    identities |= {str(source): identity(source) for source, _ in output.layout.side_files}
     notes = [*(note for index in opened for note in index.notes), *alignment.notes, *output.notes, *weight_notes(recipe)]
     return Plan(
         recipe,

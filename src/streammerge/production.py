@@ -4,6 +4,7 @@ them, and waiting until the disk has it. What the disk fails to store is made an
 from __future__ import annotations
 
 import errno
+import hashlib
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable
@@ -12,18 +13,19 @@ from dataclasses import replace
 from typing import Any
 
 from streammerge import memory
-from streammerge.engine import Engine, Piece, PieceDone, pieces
+from streammerge.checksums import Checksum
+from streammerge.engine import Engine, Halted, Piece, PieceDone, pieces
 from streammerge.errors import VerifyError, listed, printable
 from streammerge.events import Event, Hashed, Resumed, Staged, Syncing, TaskDone
 from streammerge.executors.local import ThreadExecutor
 from streammerge.formats.base import LayoutFile
-from streammerge.formats.torch_zip import pickle_checksum, seal
+from streammerge.formats.torch_zip import seal
 from streammerge.planning import Plan
 from streammerge.receipt import ITSELF, written_like
 from streammerge.relatives import strangers
 from streammerge.resume import plan_digest
 from streammerge.staging import stage, staged_layout
-from streammerge.storage import InputFile, InputFiles, OutputFile, Staging, digest_outside
+from streammerge.storage import COPY_BYTES, InputFiles, OutputFile, Staging, outside
 from streammerge.storage.journal import NAME, Finished, Journal, Key
 from streammerge.structure import check_structure
 from streammerge.tensors import TensorEntry, ranges
@@ -42,10 +44,10 @@ class Production:
         self._done: dict[Key, Finished] = {}
         self._inputs = InputFiles(plan.identities)
         self._outputs: list[OutputFile] = []
-        self._kind = plan.layout.receipt.kind
+        self._kind: Checksum = plan.layout.receipt.kind
         self._executor: ThreadExecutor[Any, Any] = ThreadExecutor(plan.budget.workers)
         self._engine = Engine(plan.budget, self._inputs, self._outputs, plan.io, self._kind, self._executor)
-        self.journal = Journal(staging.folder / NAME, plan_digest(plan), lambda: staging.outputs)
+        self.journal = Journal(staging.folder / NAME, plan_digest(plan), lambda: staging.outputs, resume)
 
     def make(self) -> None:
         """Everything, until it is on the disk. Raises what DESIGN names."""
@@ -61,7 +63,7 @@ class Production:
             if again:
                 raise OSError(errno.EIO, f"the disk failed to store {listed(sorted(again))}, twice; nothing was written")
             self.warnings.append(f"the disk failed to store {listed(sorted(broken))} at first; it was written anew")
-        self.warnings += self._nonfinite()
+        self.warnings += [f"NaN or infinite values: {row}" for row in self._nonfinite()]
 
     def _attempt(self, hashes: dict[str, str]) -> set[str]:
         """Makes what is missing, and waits for the disk; names of the files that it failed to store."""
@@ -125,7 +127,12 @@ class Production:
         }
 
         def hashed(name: str) -> tuple[str, str]:
-            return name, digest_outside(wanted[name], [])
+            digest = hashlib.sha256()
+            for data in outside(wanted[name], []):
+                if self._executor.stopping.is_set():
+                    raise Halted
+                digest.update(data)
+            return name, digest.hexdigest()
 
         made = {}
         with closing(self._executor.run(wanted, hashed)) as results:
@@ -172,20 +179,20 @@ class Production:
         return Finished(*piece.key, file, piece.offset, piece.nbytes, done.checksum, done.nonfinite)
 
     def _nonfinite(self) -> list[str]:
-        """Where NaN and infinity were met, by tensor and input."""
+        """Where NaN and infinity were met: a line for each tensor."""
         found: dict[str, dict[str, int]] = {}
         for (task, _), piece in self._done.items():
             for source, count in piece.nonfinite.items():
                 counts = found.setdefault(self._tasks[task].out.name, {})
                 counts[source] = counts.get(source, 0) + count
         return [
-            f"NaN or infinite values: {printable(name)}: "
+            f"{printable(name)}: "
             + ", ".join(f"{count} in {printable(source)}" for source, count in sorted(counts.items()))
             for name, counts in sorted(found.items())
         ]
 
     def _refuse_nonfinite(self) -> None:
-        rows = [row.partition(": ")[2] for row in self._nonfinite()]
+        rows = self._nonfinite()
         if rows and not self.plan.recipe.allow_nonfinite:
             more = f"\n  and {len(rows) - 10} more tensors" if len(rows) > 10 else ""
             raise VerifyError(
@@ -201,7 +208,10 @@ class Production:
         for piece in self._done.values():
             by_file[piece.file].append(piece)
         starts = {file.name: self._tensor_sums(file, by_file[file.name]) for file in layout.files}
-        sums = {ITSELF if single else file.name: [*starts[file.name].values(), self._rest(file)] for file in layout.files}
+        sums = {
+            ITSELF if single else file.name: [*starts[file.name].values(), self._rest(file, starts[file.name])]
+            for file in layout.files
+        }
         sums |= {name: [self._copy_side_file(str(source), name)] for source, name in layout.side_files}
         receipt = layout.receipt.filled(sums, hashes)
         for file, output in zip(layout.files, self._outputs, strict=True):
@@ -219,14 +229,16 @@ class Production:
             parts[start].append((piece.offset, piece.nbytes, piece.checksum))
         return {start: self._kind.join(parts[start]) for start in sorted(parts)}
 
-    def _rest(self, file: LayoutFile) -> int:
-        """The checksum of what is not a tensor in a file of the output."""
-        return pickle_checksum(file) if file.sealed else self._kind.update(b"".join(part.data for part in file.literals))
+    def _rest(self, file: LayoutFile, sums: dict[int, int]) -> int:
+        """The checksum of what is not a tensor in a file of the output, its receipt still blank."""
+        literals = seal(file, sums, file.receipt) if file.sealed else file.literals
+        return self._kind.update(b"".join(part.data for part in literals))
 
     def _copy_side_file(self, source: str, name: str) -> int:
-        value, file = 0, InputFile(source)
+        value: int = 0
+        file = self._inputs.get(source)
         output = self.staging.create(name, file.size)
-        for start, stop in ranges(file.size, 1 << 20):
+        for start, stop in ranges(file.size, COPY_BYTES):
             data = bytearray(stop - start)
             file.read_into(memoryview(data), start)
             output.write_full(data, start)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,13 @@ class Receipt:
         inputs = {n: {**i, "sha256": hashes[n]} if n in hashes else i for n, i in self.inputs.items()}
         made = replace(self, checksums=sums, inputs=inputs)
         return replace(made, digest=made.own_digest())
+
+    def own_recipe(self) -> dict[str, Any]:
+        """The recipe, from which the inputs are found. VerifyError when it names what no receipt of ours does."""
+        named = [str(name) for name in _models_in(self.recipe)]
+        if any(name.startswith(("/", "~")) for name in named):
+            raise VerifyError("its receipt names inputs by absolute paths, which none of streammerge's does")
+        return self.recipe
 
     def own_digest(self) -> str:
         """What ``digest`` must be."""
@@ -149,13 +156,26 @@ def _is_sound(made: Receipt) -> bool:
     )
 
 
+def _models_in(node: Any) -> Iterator[Any]:
+    """All that a recipe names as models, wherever it does."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key in ("model", "base_model", "copy"):
+                yield value
+            yield from _models_in(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from _models_in(value)
+
+
 def _is_input(said: Any) -> bool:
     return isinstance(said, dict) and {"bytes", "header_sha256"} <= said.keys() <= {"bytes", "header_sha256", "sha256"}
 
 
 def _is_name(name: str) -> bool:
     """Whether it is that of a file in the output's own folder."""
-    return name not in (".", "..") and not any(c in name for c in "/\\\0")
+    plain = name not in (".", "..") and not any(c in name for c in "/\\\0")
+    return plain and len(name.encode("utf-8", "replace")) < 256
 
 
 def escaped(text: str) -> bytes:

@@ -12,9 +12,12 @@ from streammerge import memory
 from streammerge.errors import FormatError, RecipeError, StreammergeError, listed, printable
 from streammerge.events import Event, Published, RunFinished, RunStarted, Suspended
 from streammerge.formats.folder import foreign_files
+from streammerge.formats.torch_zip import RECEIPT
 from streammerge.planning import Plan
 from streammerge.production import Production
+from streammerge.resume import can_be_resumed
 from streammerge.storage import Staging, faults, identity, space_checked
+from streammerge.verification import receipt_of
 from streammerge.workspace import prepare_torch
 
 
@@ -76,17 +79,20 @@ def _produce(plan: Plan, staging: Staging, listener: Callable[[Event], None], re
     """The output, made and committed; or an error, and of the output nothing, or what a next run goes on from."""
     made, keep = None, False
     try:
-        made = Production(plan, staging, listener, resume)
+        made = Production(plan, staging, listener, resume and can_be_resumed(plan))
         with faults.survived():
             made.make()
+        refuse_to_lose_files(staging.out, plan)  # once more: much time has passed
         staging.commit(plan.layout.as_folder)
         listener(Published())
     except BaseException as error:
-        keep = resume and not staging.published and _may_pass(error)
         if made is not None:
             made.journal.stop()
-            keep = keep and made.journal.kept_bytes > 0
-            if keep:
+        if staging.published:
+            listener(Published())
+        elif resume and _may_pass(error):
+            keep = staging.resumable and (made is None or made.journal.kept_bytes > 0)
+            if keep and made is not None:
                 listener(Suspended(made.journal.kept_bytes, plan.layout.size))
         raise
     finally:
@@ -100,26 +106,44 @@ def _may_pass(error: BaseException) -> bool:
 
 
 def refuse_input_as_output(out: Path, plan: Plan) -> None:
-    """FormatError when the output is one of the inputs, under any name, or a folder that holds one."""
+    """FormatError when the output is one of the inputs, under any name, holds one, or lies in the folder of one."""
     same = {known[:2] for known in plan.identities.values()}
-    if out.is_file() and identity(out)[:2] in same:
-        raise FormatError(f"{printable(out)} is one of the inputs; inputs are never written, choose another output")
+    written = [out] if out.is_file() else [path for path in out.iterdir() if path.is_file()] if out.is_dir() else []
     inputs = [Path(path).resolve() for path in plan.identities]
-    if out.is_dir() and any(out.resolve() in path.parents for path in inputs):
-        raise FormatError(f"{printable(out)} holds one of the inputs; inputs are never written, choose another output")
+    holds = out.is_dir() and any(out.resolve() in path.parents for path in inputs)
+    if holds or any(identity(path)[:2] in same for path in written):
+        what = "holds" if out.is_dir() else "is"
+        raise FormatError(f"{printable(out)} {what} one of the inputs; inputs are never written, choose another output")
+    folders = {Path(owner).resolve() for owner in plan.owners.values() if Path(owner).is_dir()}
+    if folders & {*out.resolve().parents}:
+        raise FormatError(
+            f"{printable(out)} lies in the folder of an input; inputs are never written, choose another output"
+        )
 
 
 def refuse_to_lose_files(out: Path, plan: Plan) -> None:
-    """RecipeError when a folder that is to be replaced holds what is no part of a checkpoint."""
+    """RecipeError when a folder that is to be replaced holds what is no part of a checkpoint, or is to be a file."""
     if out.is_dir():
         if not plan.layout.as_folder:
             raise RecipeError(f"{printable(out)} is a folder; remove it first, or choose another name")
         written = {file.name for file in plan.layout.files} | {name for _, name in plan.layout.side_files}
-        foreign = foreign_files(out, written)
+        foreign = foreign_files(out, written | _made_before(out))
         if foreign:
             raise RecipeError(
                 f"{printable(out)} also holds {listed(foreign)}, which replacing it would lose; move that away first"
             )
+    elif plan.layout.as_folder and out.exists():
+        raise RecipeError(
+            f"{printable(out)} is a file, and a folder is to be there; remove it first, or choose another name"
+        )
+
+
+def _made_before(out: Path) -> set[str]:
+    """The files of an earlier output in that folder, by its receipt."""
+    try:
+        return {RECEIPT, *receipt_of(out).checksums}
+    except StreammergeError:
+        return set()
 
 
 def default_workers() -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from streammerge.checkpoint import open_checkpoint
-from streammerge.errors import FormatError, VerifyError, printable
+from streammerge.errors import StreammergeError, VerifyError, printable
 from streammerge.formats import sniff
 from streammerge.formats.base import Layout, LayoutFile
+from streammerge.receipt import ITSELF
 
 
 def check_structure(folder: Path, layout: Layout) -> None:
@@ -16,15 +17,18 @@ def check_structure(folder: Path, layout: Layout) -> None:
         open_checkpoint(folder if layout.as_folder else folder / layout.files[0].name)
         for file in layout.files:
             if file.offsets:
-                _check_file(folder / file.name, file)
-    except FormatError as error:
+                _check_file(folder / file.name, file, layout)
+    except VerifyError:
+        raise
+    except StreammergeError as error:
         raise VerifyError(f"the output cannot be read back, so nothing was written: {error}") from error
 
 
-def _check_file(path: Path, file: LayoutFile) -> None:
+def _check_file(path: Path, file: LayoutFile, layout: Layout) -> None:
     container = sniff.read(path)
     (spans,) = container.tensor_spans().values()
-    if not {offset for offset, _ in spans} <= set(file.offsets.values()):
+    wanted = len(layout.receipt.checksums[file.name if layout.as_folder else ITSELF]) // 8 - 1
+    if len(spans) != wanted or not {offset for offset, _ in spans} <= set(file.offsets.values()):
         raise VerifyError(f"{printable(file.name)} has tensors at other places than planned; nothing was written")
     if not container.pickled:
         check_by_library(path, set(file.offsets))

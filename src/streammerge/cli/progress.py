@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import sys
 from dataclasses import asdict
@@ -57,6 +58,7 @@ class Progress:
         elif isinstance(event, Published):
             self._outcome = "the output is there, whole"
         else:
+            self._outcome = None if isinstance(event, RunStarted) else self._outcome  # a conversion may come before
             stop_if_asked()
         if self._json:
             print(json.dumps({"event": type(event).__name__, **asdict(event)}), file=sys.stderr, flush=True)
@@ -92,5 +94,12 @@ class Progress:
 
 
 def _command() -> str:
-    """This command, as one would type it."""
-    return shlex.join(["streammerge", *sys.argv[1:]])
+    """This command, as one would type it, with nothing in it that a terminal would obey."""
+    return " ".join(map(_quoted, ["streammerge", *sys.argv[1:]]))
+
+
+def _quoted(argument: str) -> str:
+    if argument.isprintable():
+        return shlex.quote(argument)
+    octets = os.fsencode(argument)
+    return "$'" + "".join(chr(o) if 32 <= o < 127 and o not in b"'\\" else f"\\x{o:02x}" for o in octets) + "'"

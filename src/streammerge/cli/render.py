@@ -67,10 +67,15 @@ def verified_text(verified: Verified) -> str:
         f"  checksums  {decimal_bytes(verified.checked_bytes)}, every tensor and all that is around them",
     ]
     if verified.recomputed:
-        share = 100 * verified.equal_elems / verified.sampled_elems
-        of_these = f"{verified.sampled_elems:,} numbers of {verified.sampled_tensors} tensors computed again"
-        exact = f"{share:.4g} % are the float64 result to the bit, the rest within rounding"
-        lines.append(f"  values     {of_these}: " + ("all are the float64 result to the bit" if share == 100 else exact))
+        elems = verified.sampled_elems
+        rounded = elems - verified.equal_elems - verified.repeated_elems
+        kinds = [
+            (verified.equal_elems, "are the float64 result to the bit"),
+            (rounded, "are it but for rounding"),
+            (verified.repeated_elems, "are to the bit what the merge computes"),
+        ]
+        said = ", ".join(f"{100 * count / elems:.4g} % {what}" for count, what in kinds if count)
+        lines.append(f"  values     {elems:,} numbers of {verified.sampled_tensors} tensors computed again: {said}")
     lines += [f"  note       {note}" for note in verified.notes]
     return "\n".join([*lines, f"  digest     {verified.digest}"])
 
@@ -95,9 +100,12 @@ def recipe_text(index: CheckpointIndex) -> str:
     if record is None:
         raise RecipeError(f"{printable(index.path)} carries no recipe; it was not merged by streammerge")
     try:
-        return to_yaml(load_json(record))
-    except ValueError:  # in a .pth or folder it is YAML
-        return to_yaml(parse(record, str(index.path)).data)
+        try:
+            return to_yaml(load_json(record))
+        except ValueError:  # in a .pth or folder it is YAML
+            return to_yaml(parse(record, str(index.path)).data)
+    except RecursionError as error:
+        raise RecipeError(f"the recipe in {printable(index.path)} is nested without end, which is refused") from error
 
 
 def index_json(index: CheckpointIndex, tensors: bool) -> dict[str, Any]:

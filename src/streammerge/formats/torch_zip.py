@@ -72,14 +72,6 @@ class _Member:
     offset: int
     nbytes: int
     deflated: Deflated | None
-    crc: int
-
-
-def records(path: Path) -> list[tuple[str, int, int, int]]:
-    """Each record that is stored as it is: name, offset, bytes, and the CRC-32 that the directory gives it."""
-    with open_stream(path) as stream:
-        members = _members(stream, printable(path)).values()
-    return [(member.name, member.offset, member.nbytes, member.crc) for member in members if member.deflated is None]
 
 
 def _members(stream: BinaryIO, where: str) -> dict[str, _Member]:
@@ -130,8 +122,8 @@ def _place(stream: BinaryIO, info: zipfile.ZipInfo, end: int, where: str) -> _Me
     if info.compress_type == zipfile.ZIP_STORED:
         if info.compress_size != info.file_size:
             raise FormatError(f"{where}: record {printable(info.filename)} is stored, yet has two sizes; it is damaged")
-        return _Member(info.filename, offset, info.file_size, None, info.CRC)
-    return _Member(info.filename, 0, info.file_size, Deflated(offset, info.compress_size, info.file_size), info.CRC)
+        return _Member(info.filename, offset, info.file_size, None)
+    return _Member(info.filename, 0, info.file_size, Deflated(offset, info.compress_size, info.file_size))
 
 
 def _check_overlap(members: dict[str, _Member], where: str) -> None:
@@ -282,11 +274,6 @@ def plan_layout(
     )
 
 
-def pickle_checksum(file: LayoutFile) -> int:
-    """The CRC-32 of a planned archive's pickle."""
-    return int(file.sealed[0][0].crc)
-
-
 def seal(file: LayoutFile, checksums: Mapping[int, int], receipt: bytes) -> list[Literal]:
     """All bytes of the archive but the storages, from the CRC-32 of what lies at each offset and the final receipt."""
     placed, cursor, magic = file.sealed
@@ -296,6 +283,19 @@ def seal(file: LayoutFile, checksums: Mapping[int, int], receipt: bytes) -> list
     if magic != b"PK":
         literals[0] = Literal(0, magic + literals[0].data[2:])
     return [*literals, Literal(cursor, _directory(records, cursor))]
+
+
+def with_blank_receipt(rest: bytes, final: bytes, blank: bytes) -> bytes:
+    """What is around the tensors of a finished archive, as it was before its receipt, the last record, was known."""
+    name, crc, was = f"archive/{RECEIPT}".encode(), *(struct.pack("<I", zlib.crc32(text)) for text in (blank, final))
+    at = rest.rfind(final)
+    local, central = rest.rfind(name, 0, at), rest.rfind(name)
+    if not 30 <= local < at < central or not rest[local - 16 : local - 12] == rest[central - 30 : central - 26] == was:
+        return b""
+    made = bytearray(rest)
+    made[local - 16 : local - 12] = made[central - 30 : central - 26] = crc
+    made[at : at + len(final)] = blank
+    return bytes(made)
 
 
 def _directory(records: list[_Record], start: int) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,15 +44,15 @@ def checked(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def read_recipe(source: str | Path | Mapping[str, Any], own_methods: bool = False, beside: Sequence[Path] = ()) -> Recipe:
-    """The recipe of a YAML file, or of the same keys as a dict; the paths in it are found: from here, from the file's
-    folder, or from those ``beside``.
+def read_recipe(source: str | Path | Mapping[str, Any], own_methods: bool = False, folder: Path | None = None) -> Recipe:
+    """The recipe of a YAML file, or of the same keys as a dict; the paths in it are found: from here or from the file's
+    folder, and those of a dict from ``folder``, if it is given.
 
     ``own_methods``: whether it may name methods that are somebody's own code. Raises RecipeError with every mistake,
     each with its line.
     """
     if isinstance(source, Mapping):
-        return _read(source, {}, [], "the recipe", list(beside), own_methods)
+        return _read(source, {}, [], "the recipe", [folder or Path()], own_methods)
     path = Path(source)
     name = printable(source)
     if not os.path.isfile(path):  # noqa: PTH113 (Path.is_file raises for a name that is too long)
@@ -67,17 +67,17 @@ def read_recipe(source: str | Path | Mapping[str, Any], own_methods: bool = Fals
     except UnicodeDecodeError as error:
         raise RecipeError(f"{name} is not text in UTF-8; a recipe is") from error
     document = parse(text, str(source))
-    folders = [path.parent] + ([path.parent.parent] if path.name == RECORD else [])
+    folders = [Path(), path.parent] + ([path.parent.parent] if path.name == RECORD else [])
     return _read(document.data, document.places, document.doubled, name, folders, own_methods)
 
 
-def _read(data: Any, places: Any, doubled: Any, name: str, beside: list[Path], own_methods: bool) -> Recipe:
+def _read(data: Any, places: Any, doubled: Any, name: str, folders: list[Path], own_methods: bool) -> Recipe:
     problems = Problems()
     for key in doubled:
         problems.add(key, f"the key {printable(key[-1])} stands twice")
     recipe = FormOf(Recipe).read(_with_own_methods(data, problems) if own_methods else data, (), problems)
     if recipe is not None:
-        recipe = located(replace(recipe, places=places), beside, problems)
+        recipe = located(replace(recipe, places=places), folders, problems)
         check(recipe, problems)
     raise_all(problems, places, name)
     return recipe  # type: ignore[no-any-return]

@@ -108,7 +108,7 @@ class Rule:
     def takes(self, name: str) -> bool:
         """Whether one of its patterns matches the name."""
         for pattern in self.match:  # noqa: SIM110 - this runs for every tensor and rule, and any() takes twice as long
-            if pattern.found.search(name):
+            if pattern.matches(name):
                 return True
         return False
 

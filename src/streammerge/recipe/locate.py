@@ -18,13 +18,12 @@ RECORD = "streammerge.yaml"
 """The recipe in a folder that was made by one; its models are looked for beside that folder too."""
 
 
-def located(recipe: Recipe, beside: list[Path], problems: Problems) -> Recipe:
+def located(recipe: Recipe, folders: list[Path], problems: Problems) -> Recipe:
     """The recipe with the paths at which its models are found.
 
-    A path counts from the current folder, else from those ``beside`` the recipe, else it is a repository's name in the
-    local cache of the Hugging Face hub. Nothing is downloaded.
+    A path counts from the first of these folders in which it is found, else it is a repository's name in the local cache
+    of the Hugging Face hub. Nothing is downloaded.
     """
-    folders = [Path(), *beside]
     names = {}
     for named in recipe.named_models:
         found = named if named == UNREAD else _find(named, folders)
@@ -70,7 +69,7 @@ def _absent(named: str, folders: list[Path]) -> str:
         return f"{shown}: revisions are not supported yet; download that revision and give its folder"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", named):
         return f"{shown} does not exist; if it is on the hub, `hf download {shown}` fetches it"
-    if folders[1:] and not Path(named).is_absolute():
+    if folders != [Path()] and not Path(named).is_absolute():
         looked = " or ".join(dict.fromkeys(printable(folder) for folder in folders))
         return f"{shown} does not exist in {looked}; run this from the folder that holds it"
     return f"{shown} does not exist"

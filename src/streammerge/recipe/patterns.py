@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from streammerge.errors import RecipeError, printable
 
+_MOST_SECONDS = 1.0
+
 
 @dataclass(frozen=True)
 class Pattern:
     text: str
-    found: re.Pattern[str] = field(compare=False, repr=False)
+    compiled: Any = field(compare=False, repr=False)
+
+    def matches(self, name: str) -> bool:
+        """Whether it takes a tensor of that name. RecipeError when that takes a second, as a stranger's pattern may."""
+        try:
+            return self.compiled.search(name, timeout=_MOST_SECONDS) is not None
+        except TimeoutError as error:
+            raise RecipeError(
+                f"the pattern {printable(self.text)} takes for ever on {printable(name)}; write it more simply"
+            ) from error
 
     def __str__(self) -> str:
         return self.text
@@ -21,11 +31,13 @@ class Pattern:
 
 def parse_pattern(text: Any) -> Pattern:
     """The pattern as it is written; RecipeError for a regular expression that is none."""
+    import regex  # which can be stopped, other than the standard library's; here, since few commands have a pattern
+
     if not isinstance(text, str) or not text:
         raise ValueError(text)
     if len(text) > 1 and text[0] == text[-1] == "/":
         try:
-            return Pattern(text, re.compile(text[1:-1]))
-        except (re.error, RecursionError, OverflowError) as error:
+            return Pattern(text, regex.compile(text[1:-1]))
+        except (regex.error, RecursionError, OverflowError, MemoryError) as error:
             raise RecipeError(f"{printable(text)} is not a regular expression ({printable(error)})") from error
-    return Pattern(text, re.compile(r"\A" + fnmatch.translate(text)))
+    return Pattern(text, regex.compile(r"\A" + fnmatch.translate(text)))

@@ -11,15 +11,17 @@ import errno
 import fcntl
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from streammerge.errors import LockedError, RecipeError, printable
 from streammerge.storage.files import OutputFile
-from streammerge.storage.journal import NAME
+from streammerge.storage.journal import NAME, NEW
 
 _AT_FDCWD = -100
 _NOREPLACE, _EXCHANGE = 1, 2
 _renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+_PUT_BY, _REPLACED = "journal.done", "replaced"
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 _UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOLCK)
 
@@ -28,21 +30,19 @@ class Staging:
     """The hidden folder beside the output in which everything is made until it is whole.
 
     It has the output's file system, so that :meth:`commit` is a rename; one run at a time holds it (LockedError for
-    the second). What a killed run left in it is there until :meth:`clear`. ``published``: whether the output is there.
+    the second). What a killed run left in it is there until :meth:`clear`.
     """
 
     def __init__(self, out: Path, overwrite: bool = False) -> None:
         self.out, self._overwrite = out, overwrite
-        self.folder = out.parent / f".{out.name}.streammerge"
+        self.folder = staging_folder(out)
         self.content = self.folder / "output"
-        self.published = False
+        self._made: tuple[int, int] | None = None
         self._files: dict[str, OutputFile] = {}
         check_writable(out, overwrite)
         self._lock_fd = self._lock()
         try:
-            replaced = self.folder / "replaced"
-            if replaced.exists() and not out.exists():  # killed between two renames, where there is no exchange
-                os.rename(replaced, out)
+            _recover(self.folder, out)
             check_writable(out, overwrite)
             self.content.mkdir(exist_ok=True)
         except BaseException:
@@ -51,22 +51,22 @@ class Staging:
 
     def clear(self) -> None:
         """Removes what an earlier run left."""
-        for left in self.folder.iterdir():
-            if left.name != "lock":
-                remove(left)
+        _remove_ours(self.folder)
         self.content.mkdir()
 
     def _lock(self) -> int:
         while True:
-            if self.folder.is_symlink():
+            if os.path.islink(self.folder):
                 raise RecipeError(f"{printable(self.folder)} is a link, and what it leads to would be cleared; remove it")
             try:
                 self.folder.mkdir(exist_ok=True)
                 fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-            except FileNotFoundError:
-                if self.out.parent.is_dir():
-                    continue  # the run before this one was just removing the folder
-                raise RecipeError(f"the folder {printable(self.out.parent)} does not exist; make it first") from None
+            except (FileNotFoundError, FileExistsError):
+                if not self.out.parent.is_dir():
+                    raise RecipeError(f"the folder {printable(self.out.parent)} does not exist; make it first") from None
+                if self.folder.exists() and not self.folder.is_dir():
+                    raise RecipeError(f"{printable(self.folder)} is in the way; remove it") from None
+                continue  # the run before this one was just removing the folder
             except OSError as error:
                 if error.errno not in _FORBIDDEN:
                     raise
@@ -96,21 +96,41 @@ class Staging:
 
     @property
     def outputs(self) -> dict[str, OutputFile]:
-        """The files of the output by name."""
-        return {name: file for name, file in self._files.items() if file.path.parent == self.content}
+        """The files of the output by name; of this moment, for other threads ask too."""
+        return {name: file for name, file in dict(self._files).items() if file.path.parent == self.content}
+
+    @property
+    def published(self) -> bool:
+        """Whether what was made here is what is under the output's name."""
+        try:
+            return self._made is not None and identity_of(self.out) == self._made
+        except OSError:
+            return False
+
+    @property
+    def resumable(self) -> bool:
+        """Whether a next run could go on from here."""
+        return (self.folder / NAME).exists()
 
     def commit(self, as_folder: bool) -> None:
         """Makes the output, whose files are synced, visible under its name, durably."""
         for file in self._files.values():
             file.close()
-        (self.folder / NAME).unlink(missing_ok=True)  # from here on there is nothing to continue
         made = self.content
         if as_folder:
             sync_folder(self.content)
         else:
             (made,) = self.content.iterdir()
-        self._rename(made)
-        self.published = True
+        journal, put_by = self.folder / NAME, self.folder / _PUT_BY
+        if journal.exists():
+            os.rename(journal, put_by)  # so that what is left after a crash can be told from what can be continued
+        self._made = identity_of(made)
+        try:
+            self._rename(made)
+        except BaseException:
+            if put_by.exists() and not self.published:
+                os.rename(put_by, journal)
+            raise
         try:
             sync_folder(self.out.parent)
         except OSError as error:
@@ -128,11 +148,23 @@ class Staging:
             if _rename2(made, self.out, _NOREPLACE):
                 return
             check_writable(self.out, overwrite=False)
+            os.replace(made, self.out)
         elif made.is_dir() and self.out.is_dir() and not empty_folder:
-            if _rename2(made, self.out, _EXCHANGE):
-                return
-            os.rename(self.out, self.folder / "replaced")
-        os.replace(made, self.out)
+            if not _rename2(made, self.out, _EXCHANGE):
+                self._rename_twice(made)
+        else:
+            os.replace(made, self.out)
+
+    def _rename_twice(self, made: Path) -> None:
+        """For file systems that cannot exchange; a crash in between is mended by the next run."""
+        replaced = self.folder / _REPLACED
+        os.rename(self.out, replaced)
+        try:
+            os.replace(made, self.out)
+        except BaseException:
+            if not self.out.exists():
+                os.rename(replaced, self.out)
+            raise
 
     def abort(self, keep: bool = False) -> None:
         """Removes all that was made, or leaves it to be continued; after a commit, what was temporary."""
@@ -140,21 +172,58 @@ class Staging:
             file.close()
         self._files.clear()
         if self._lock_fd >= 0:
-            if not keep or not (self.folder / NAME).exists():
-                shutil.rmtree(self.folder, ignore_errors=True)
+            if not (keep and self.resumable):
+                _remove_folder(self.folder, self.out)
             os.close(self._lock_fd)
             self._lock_fd = -1
 
 
+def staging_folder(out: Path) -> Path:
+    return out.parent / f".{out.name}.streammerge"
+
+
+def identity_of(path: Path) -> tuple[int, int]:
+    """(device, inode) of a file or folder."""
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _recover(folder: Path, out: Path) -> None:
+    """Puts things right after a crash within a commit: an old output between two renames, a journal put by."""
+    if (folder / _REPLACED).exists() and not os.path.lexists(out):
+        os.rename(folder / _REPLACED, out)
+    if (folder / _PUT_BY).exists() and (folder / "output").is_dir() and not (folder / NAME).exists():
+        os.rename(folder / _PUT_BY, folder / NAME)
+
+
+def _remove_ours(folder: Path) -> None:
+    """Removes what runs make in a staging folder, but for its lock; what somebody else put there stays."""
+    for name in ("output", "staged", NAME, NEW, _PUT_BY, _REPLACED):
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _remove_folder(folder: Path, out: Path) -> None:
+    """Ends a staging folder whose lock is held. The lock goes last: until then no other run may begin in it."""
+    with contextlib.suppress(OSError):
+        if os.path.lexists(out) or not (folder / _REPLACED).exists():
+            _remove_ours(folder)
+            (folder / "lock").unlink()
+            folder.rmdir()
+
+
 def sweep(out: Path) -> None:
     """Removes what a run left that was killed and cannot be continued: it had not begun to write, or was done."""
-    folder = out.parent / f".{out.name}.streammerge"
-    if folder.is_dir() and not folder.is_symlink() and not (folder / NAME).exists() and not (folder / "replaced").exists():
-        with contextlib.suppress(OSError, LockedError):
+    folder = staging_folder(out)
+    with contextlib.suppress(OSError, LockedError):
+        if not folder.is_symlink() and folder.is_dir() and not (folder / NAME).exists():
             fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             try:
-                if _owns(fd, out):
-                    shutil.rmtree(folder)
+                if _owns(fd, out) and os.path.lexists(out):
+                    _remove_folder(folder, out)
             finally:
                 os.close(fd)
 
@@ -230,19 +299,31 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
 def write_text(path: Path, text: str) -> None:
-    """A small file, whole or not at all; RecipeError when it cannot be written."""
-    partial = path.with_name(f".{path.name}.part")
+    """A small file, whole and durable, or not at all; RecipeError when it cannot be written."""
     try:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(partial, path)
+        fd, partial = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)
+        try:
+            with os.fdopen(fd, "w", encoding="utf-8", errors="backslashreplace") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fchmod(fd, 0o666 & ~_umask())
+                os.fsync(fd)
+            os.replace(partial, path)
+        except BaseException:
+            os.unlink(partial)
+            raise
+        sync_folder(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise RecipeError(f"cannot write {printable(path)}: {error.strerror}") from error
+
+
+def _umask() -> int:
+    """The file mode mask, which can only be asked for by setting it; Linux tells it without."""
+    with contextlib.suppress(OSError), open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

@@ -7,7 +7,6 @@ believed.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import threading
@@ -19,7 +18,7 @@ from typing import Any
 
 from streammerge.storage.files import OutputFile, space_checked
 
-NAME = "journal"
+NAME, NEW = "journal", "journal.new"
 INTERVAL_SECONDS = 2.0
 """How long pieces are collected between two syncs: what a crash can cost at most, beside the time of one sync."""
 _STOP_SECONDS = 1.0
@@ -74,16 +73,18 @@ def _checked(line: bytes) -> dict[str, Any] | None:
 class Journal:
     """Syncs and writes down finished pieces, every few seconds, on a thread of its own.
 
-    ``files``: the output's files by name, at this moment.
+    ``files``: the output's files by name, at this moment. ``keeps``: whether anything is to be written down; if not, it
+    syncs at the end only.
     """
 
-    def __init__(self, path: Path, plan: str, files: Callable[[], dict[str, OutputFile]]) -> None:
-        self._path, self.plan, self._files = path, plan, files
+    def __init__(self, path: Path, plan: str, files: Callable[[], dict[str, OutputFile]], keeps: bool) -> None:
+        self._path, self.plan, self._files, self._keeps = path, plan, files, keeps
         self._waiting: list[Finished] = []
         self._written: list[Finished] = []
         self._broken: set[str] = set()
         self._wake = threading.Condition()
         self._asked = ""
+        self._writes, self._synced = keeps, False
         self._thread: threading.Thread | None = None
 
     @property
@@ -100,7 +101,8 @@ class Journal:
     def begin(self, kept: Iterable[Finished]) -> None:
         """Starts anew with these pieces, which are on the disk already, and goes on from there."""
         self._written, self._waiting, self._broken, self._asked = list(kept), [], set(), ""
-        partial = self._path.with_name(f"{NAME}.new")
+        self._writes, self._synced = self._keeps, False
+        partial = self._path.with_name(NEW)
         with space_checked(partial, len(self._written) << 8):
             fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o666)
             try:
@@ -121,6 +123,8 @@ class Journal:
         self._end("finish")
         while self._thread is not None and self._thread.is_alive():
             self._thread.join(_POLL_SECONDS)  # in short waits, so that Ctrl-C is noticed
+        if not self._synced:
+            raise RuntimeError("the output's files were not synced")
         return self._broken
 
     def stop(self) -> None:
@@ -145,18 +149,23 @@ class Journal:
             if self._asked == "finish":
                 for name, file in self._files().items():
                     self._sync(name, file)
+                self._synced = True
         finally:
             os.close(fd)
 
     def _keep(self, fd: int, ready: list[Finished]) -> None:
+        if not self._writes:
+            return
         files = self._files()
         for name in {done.file for done in ready} - self._broken:
             self._sync(name, files[name])
         whole = [done for done in ready if done.file not in self._broken]
         if whole and not self._asked:
-            with contextlib.suppress(OSError):  # then less is kept; what follows a torn line does not count
+            try:
                 _append(fd, map(asdict, whole))
                 self._written += whole
+            except OSError:  # then less is kept: what follows a torn line does not count
+                self._writes = False
 
     def _sync(self, name: str, file: OutputFile) -> None:
         try:
