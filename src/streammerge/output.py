@@ -13,19 +13,19 @@ from pathlib import Path
 from streammerge.align import Alignment, Merged
 from streammerge.checkpoint import CheckpointIndex
 from streammerge.checksums import CRC32, CRC32C
+from streammerge.choices import RECEIPT_FILE, RECEIPT_KEY, RECIPE_FILE, RECIPE_KEY
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import safetensors
 from streammerge.formats.base import Layout, LayoutFile, Literal
 from streammerge.formats.folder import side_files
-from streammerge.formats.torch_zip import RECEIPT
 from streammerge.huggingface import CONFIG, HEADS, edited_config, is_embedding, read_config
 from streammerge.methods.registry import COPY
 from streammerge.parts import Indexes
 from streammerge.pickled import pickled_output
 from streammerge.placing import Output, Placed, blank_sums, recipe_record
-from streammerge.receipt import ITSELF, KEY, Receipt, escaped, input_files, planned
+from streammerge.receipt import ITSELF, Receipt, escaped, input_files, planned
 from streammerge.recipe import Recipe, resolved, to_json, to_yaml
-from streammerge.recipe.locate import RECORD, travelling_names
+from streammerge.recipe.locate import travelling_names
 from streammerge.storage import file_size
 from streammerge.tensors import TensorSpec
 from streammerge.units import parse_bytes
@@ -80,7 +80,7 @@ def _planned(
         return _folder(recipe, first, alignment, metadata, notes, receipt)
     specs = {spec.name: (spec, m) for m in merged for spec in (m.spec, *_tied_specs(m))}
     receipt = replace(receipt, checksums={ITSELF: blank_sums([spec.nbytes for spec, _ in specs.values()])})
-    metadata[KEY] = receipt.text()
+    metadata[RECEIPT_KEY] = receipt.text()
     file = safetensors.plan_layout(name, [spec for spec, _ in specs.values()], metadata)
     file = replace(file, receipt=escaped(receipt.text()))
     placed = [Placed(spec, m, 0, file.offsets[n]) for n, (spec, m) in specs.items()]
@@ -93,9 +93,9 @@ def _tied_specs(merged: Merged) -> list[TensorSpec]:
 
 def _metadata(recipe: Recipe, first: CheckpointIndex) -> dict[str, str]:
     """The first checkpoint's own metadata, ``format: pt``, and for merges the recipe."""
-    kept = {k: v for k, v in first.metadata.items() if "hash" not in k.lower() and k not in ("streammerge", KEY)}
+    kept = {k: v for k, v in first.metadata.items() if "hash" not in k.lower() and k not in (RECIPE_KEY, RECEIPT_KEY)}
     record = recipe_record(recipe)
-    return kept | {"format": "pt"} | ({"streammerge": to_json(record)} if record else {})
+    return kept | {"format": "pt"} | ({RECIPE_KEY: to_json(record)} if record else {})
 
 
 def _left_behind(first: CheckpointIndex) -> list[str]:
@@ -142,12 +142,12 @@ def _folder(
         files += _config(folder, recipe, base, alignment, notes)
     record = recipe_record(recipe)
     if record:
-        files.append(_text_file(RECORD, to_yaml(record)))
+        files.append(_text_file(RECIPE_FILE, to_yaml(record)))
     names = {file.name for file in files}
     beside = tuple(c for c in copied if c[1] not in names)
     sums |= {name: blank_sums([]) for name in (*names, *(name for _, name in beside)) if name not in sums}
     receipt = replace(receipt, checksums=dict(sorted(sums.items())))
-    file = _text_file(RECEIPT, receipt.text(2))
+    file = _text_file(RECEIPT_FILE, receipt.text(2))
     files.append(replace(file, receipt=file.literals[0].data))
     return Output(Layout(tuple(files), True, beside, receipt), placed, notes)
 

@@ -8,6 +8,7 @@ from typing import Any
 from streammerge.align import Alignment, Merged
 from streammerge.bookkeeping import merge_bookkeeping
 from streammerge.checkpoint import CheckpointIndex
+from streammerge.choices import RECEIPT_FILE, RECIPE_FILE
 from streammerge.dtypes import DType
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import torch_zip
@@ -59,8 +60,8 @@ def pickled_output(name: str, recipe: Recipe, base: CheckpointIndex, alignment: 
     pickle = repickle(tree, edit)
     record = recipe_record(recipe)
     receipt = replace(receipt, checksums={ITSELF: blank_sums([nbytes for _, nbytes in builder.storages.values()])})
-    beside = {torch_zip.RECIPE: to_yaml(record).encode()} if record else {}
-    beside[torch_zip.RECEIPT] = receipt.text().encode()
+    beside = {RECIPE_FILE: to_yaml(record).encode()} if record else {}
+    beside[RECEIPT_FILE] = receipt.text().encode()
     file = torch_zip.plan_layout(name, pickle, builder.storages, base.container.magic, beside)
     placed = [Placed(spec, m, 0, file.offsets[n], source) for n, (spec, m, source) in builder.tensors.items()]
     return Output(Layout((file,), receipt=receipt), placed, notes)

@@ -20,8 +20,6 @@ from streammerge.formats.safetensors import load_json
 from streammerge.storage import digest_outside, file_size
 from streammerge.version import __version__
 
-KEY = "streammerge_receipt"
-"""Its place in the metadata of a safetensors file."""
 ITSELF = ""
 """What a receipt calls the file that it stands in."""
 _FORM = 1

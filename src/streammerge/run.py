@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge import memory
+from streammerge.choices import RECEIPT_FILE
 from streammerge.errors import FormatError, RecipeError, StreammergeError, listed, printable
 from streammerge.events import Event, Published, RunFinished, RunStarted, Suspended
 from streammerge.formats.folder import foreign_files
-from streammerge.formats.torch_zip import RECEIPT
 from streammerge.planning import Plan
 from streammerge.production import Production
 from streammerge.resume import can_be_resumed
@@ -141,7 +141,7 @@ def refuse_to_lose_files(out: Path, plan: Plan) -> None:
 def _made_before(out: Path) -> set[str]:
     """The files of an earlier output in that folder, by its receipt."""
     try:
-        return {RECEIPT, *receipt_of(out).checksums}
+        return {RECEIPT_FILE, *receipt_of(out).checksums}
     except StreammergeError:
         return set()
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoint import open_checkpoint
 from streammerge.checksums import CRC32, Checksum
+from streammerge.choices import RECEIPT_FILE, RECEIPT_KEY
 from streammerge.dtypes import DType
 from streammerge.engine import Engine, MergeTask, Piece, pieces
 from streammerge.errors import ChangedError, FormatError, RecipeError, VerifyError, listed, printable
@@ -21,7 +22,7 @@ from streammerge.executors.local import ThreadExecutor
 from streammerge.formats import sniff, torch_zip
 from streammerge.methods.registry import INTEGERS
 from streammerge.planning import Plan, budget_of
-from streammerge.receipt import ITSELF, KEY, Receipt, escaped, read_receipt
+from streammerge.receipt import ITSELF, Receipt, escaped, read_receipt
 from streammerge.staging import stage, staged_layout
 from streammerge.storage import (
     COPY_BYTES,
@@ -94,15 +95,15 @@ def receipt_of(out: Path) -> Receipt:
     if not out.exists():
         raise RecipeError(f"{printable(out)} does not exist")
     if out.is_dir():
-        path = out / torch_zip.RECEIPT
+        path = out / RECEIPT_FILE
         if not path.is_file() or file_size(path) > _MOST_RECEIPT_BYTES:
             raise _without(out)
         text = read_full(path, 0, file_size(path)).decode("utf-8", "replace")
     else:
         container = _read(out)
-        if KEY not in container.metadata:
+        if RECEIPT_KEY not in container.metadata:
             raise _without(out)
-        text = container.metadata[KEY]
+        text = container.metadata[RECEIPT_KEY]
     return read_receipt(text, out)
 
 
@@ -137,7 +138,7 @@ def check_files(out: Path, receipt: Receipt, workers: int) -> Verified:
     notes = []
     if out.is_dir():
         _read(out)  # the index and its shards fit each other
-        extra = sorted({p.name for p in out.iterdir()} - {torch_zip.RECEIPT, *receipt.checksums})
+        extra = sorted({p.name for p in out.iterdir()} - {RECEIPT_FILE, *receipt.checksums})
         wrong += [f"{printable(name)} does not belong to it" for name in extra if name.endswith(_LOADED)]
         beside = [name for name in extra if not name.endswith(_LOADED)]
         notes += [f"{listed(beside)} came later, and nobody knows what is in it"] if beside else []

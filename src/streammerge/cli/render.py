@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoint import CheckpointIndex
+from streammerge.choices import RECEIPT_KEY, RECIPE_KEY
 from streammerge.cli.formula import unicode_formula
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats.safetensors import load_json
@@ -96,7 +97,7 @@ def recipe_text(index: CheckpointIndex) -> str:
     """The recipe that a merged file or folder carries. Raises RecipeError where there is none."""
     from streammerge.recipe.document import parse, to_yaml
 
-    record = index.metadata.get("streammerge")
+    record = index.metadata.get(RECIPE_KEY)
     if record is None:
         raise RecipeError(f"{printable(index.path)} carries no recipe; it was not merged by streammerge")
     try:
@@ -181,7 +182,7 @@ def index_text(index: CheckpointIndex, tensors: bool) -> str:
     if unread:
         rows.append(("not read", f"{len(unread)} tensors: {listed([f'{name} ({kind})' for name, kind in unread], 4)}"))
     if index.metadata:
-        shown_keys = [key for key in index.metadata if key != "streammerge_receipt"]
+        shown_keys = [key for key in index.metadata if key != RECEIPT_KEY]
         rows += [("metadata", _short(f"{key}: {index.metadata[key]}")) for key in shown_keys[:12]]
         if len(shown_keys) < len(index.metadata):
             rows.append(("receipt", "of streammerge, which `streammerge verify` checks"))

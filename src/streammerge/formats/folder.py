@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from streammerge.choices import RECEIPT_FILE, RECIPE_FILE
 from streammerge.errors import FormatError, listed, printable
 from streammerge.formats.base import Container, StorageBytes
 from streammerge.formats.safetensors import load_json
@@ -199,7 +200,7 @@ def side_files(folder: Path) -> tuple[list[tuple[Path, str]], list[str]]:
         name = path.name
         if name.startswith(".") or path.is_dir() or name.endswith((_INDEX_ENDING, *_NOT_COPIED)):
             continue
-        if name.endswith(_WEIGHTS) or name.startswith(_TRAINING) or name in ("streammerge.json", "streammerge.yaml"):
+        if name.endswith(_WEIGHTS) or name.startswith(_TRAINING) or name in (RECIPE_FILE, RECEIPT_FILE):
             continue
         try:
             source = _inside(folder, name)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
+from streammerge.choices import RECEIPT_FILE, RECEIPT_KEY, RECIPE_FILE, RECIPE_KEY
 from streammerge.errors import FormatError, printable
 from streammerge.formats.base import Container, LayoutFile, Literal, StorageBytes
 from streammerge.rebuild import StorageTable
@@ -25,9 +26,7 @@ from streammerge.unpickle import MAX_PICKLE_BYTES, unpickle
 
 MAX_INFLATED_PICKLE_BYTES = 32 << 20
 MAX_RECORD_BYTES = 16 << 20
-RECIPE, RECEIPT = "streammerge.yaml", "streammerge.json"
-"""The records that hold the recipe and the receipt of a merged file."""
-_BESIDE = {"streammerge": RECIPE, "streammerge_receipt": RECEIPT}
+_BESIDE = {RECIPE_KEY: RECIPE_FILE, RECEIPT_KEY: RECEIPT_FILE}
 ALIGNMENT = 64
 _LOCAL, _CENTRAL, _END = b"PK\3\4", b"PK\1\2", b"PK\5\6"
 
@@ -270,7 +269,7 @@ def plan_layout(
     offsets = {name: by_name[f"archive/data/{key}"].data_offset for name, (key, _) in storages.items()}
     end = _directory(placed, cursor)
     return LayoutFile(
-        file_name, cursor + len(end), offsets, sealed=(tuple(placed), cursor, magic), receipt=beside.get(RECEIPT, b"")
+        file_name, cursor + len(end), offsets, sealed=(tuple(placed), cursor, magic), receipt=beside.get(RECEIPT_FILE, b"")
     )
 
 
@@ -287,7 +286,7 @@ def seal(file: LayoutFile, checksums: Mapping[int, int], receipt: bytes) -> list
 
 def with_blank_receipt(rest: bytes, final: bytes, blank: bytes) -> bytes:
     """What is around the tensors of a finished archive, as it was before its receipt, the last record, was known."""
-    name, crc, was = f"archive/{RECEIPT}".encode(), *(struct.pack("<I", zlib.crc32(text)) for text in (blank, final))
+    name, crc, was = f"archive/{RECEIPT_FILE}".encode(), *(struct.pack("<I", zlib.crc32(text)) for text in (blank, final))
     at = rest.rfind(final)
     local, central = rest.rfind(name, 0, at), rest.rfind(name)
     if not 30 <= local < at < central or not rest[local - 16 : local - 12] == rest[central - 30 : central - 26] == was:

@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from streammerge.choices import RECIPE_FILE
 from streammerge.errors import RecipeError, printable
 from streammerge.methods.registry import find_method
 from streammerge.recipe.checks import check, raise_all
 from streammerge.recipe.document import parse, to_json, to_yaml
 from streammerge.recipe.form import Model, Output, Recipe, Reference, Rule, Slice, Source
 from streammerge.recipe.kinds import FormOf, Problems
-from streammerge.recipe.locate import RECORD, located, resolved
+from streammerge.recipe.locate import located, resolved
 from streammerge.storage import file_size, read_full
 
 __all__ = [
@@ -67,7 +68,7 @@ def read_recipe(source: str | Path | Mapping[str, Any], own_methods: bool = Fals
     except UnicodeDecodeError as error:
         raise RecipeError(f"{name} is not text in UTF-8; a recipe is") from error
     document = parse(text, str(source))
-    folders = [Path(), path.parent] + ([path.parent.parent] if path.name == RECORD else [])
+    folders = [Path(), path.parent] + ([path.parent.parent] if path.name == RECIPE_FILE else [])
     return _read(document.data, document.places, document.doubled, name, folders, own_methods)
 
 

@@ -14,9 +14,6 @@ from streammerge.recipe.kinds import Problems
 from streammerge.recipe.plain import UNREAD
 from streammerge.recipe.settings import Case, is_same_for_all
 
-RECORD = "streammerge.yaml"
-"""The recipe in a folder that was made by one; its models are looked for beside that folder too."""
-
 
 def located(recipe: Recipe, folders: list[Path], problems: Problems) -> Recipe:
     """The recipe with the paths at which its models are found.

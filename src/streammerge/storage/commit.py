@@ -75,8 +75,9 @@ class Staging:
                 if not _owns(fd, self.out):
                     os.close(fd)
                     continue
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+                with contextlib.suppress(OSError):  # who it is, for the one that comes second; a full disk says it later
+                    os.ftruncate(fd, 0)
+                    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
             except BaseException:
                 os.close(fd)
                 raise
