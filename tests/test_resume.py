@@ -254,6 +254,54 @@ def test_an_interrupted_replacement_keeps_the_old_output(pair: list[Path], tmp_p
     assert content(out) != old
 
 
+def test_pieces_are_written_down_after_their_files_are_synced(
+    pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[tuple[str, int]] = []
+    good_sync, good_append = OutputFile.sync, journal._append
+
+    def sync(file: OutputFile) -> None:
+        good_sync(file)
+        order.append(("sync", 0))
+
+    def append(fd: int, lines: Any) -> None:
+        lines = list(lines)
+        order.append(("append", len([line for line in lines if "task" in line])))
+        good_append(fd, lines)
+
+    monkeypatch.setattr(OutputFile, "sync", sync)
+    monkeypatch.setattr(journal, "_append", append)
+    interrupt(pair, tmp_path / "out.safetensors", at_least=8)
+    written = [number for number, (what, pieces) in enumerate(order) if what == "append" and pieces]
+    assert sum(order[number][1] for number in written) >= 8
+    assert all(order[number - 1][0] == "sync" for number in written)
+
+
+def test_a_long_piece_is_given_up_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "PIECE_ELEMS", 64 * GRAIN)
+    for number in range(2):
+        save_file({"long": torch.zeros(64 * GRAIN), "short": torch.zeros(3)}, tmp_path / f"{number}.safetensors")
+
+    def slow(group: Any) -> Any:
+        def kernel(chunk: Any) -> Any:
+            time.sleep(chunk.elems / GRAIN * 0.2)
+            return chunk.models[0]
+
+        return kernel
+
+    raised: list[float] = []
+
+    def listen(event: object) -> None:
+        if type(event).__name__ == "TaskDone":
+            raised.append(time.monotonic())
+            raise KeyboardInterrupt
+
+    inputs = [tmp_path / "0.safetensors", tmp_path / "1.safetensors"]
+    with pytest.raises(KeyboardInterrupt):
+        sm.merge(inputs, tmp_path / "out.safetensors", method=slow, workers=2, memory="64MiB", listener=listen)
+    assert time.monotonic() - raised[0] < 4  # the piece would take thirteen seconds
+
+
 # ------------------------------------------------------------------------------------------------------- the disk fails
 
 

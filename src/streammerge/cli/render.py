@@ -64,7 +64,7 @@ def verified_text(verified: Verified) -> str:
     files = f" in {verified.files} files" if verified.files > 1 else ""
     lines = [
         f"verified {printable(verified.out)}",
-        f"  structure  {verified.tensors} tensors{files}, as they were written",
+        f"  structure  {_counted(verified.tensors, 'tensor')}{files}, as they were written",
         f"  checksums  {decimal_bytes(verified.checked_bytes)}, every tensor and all that is around them",
     ]
     if verified.recomputed:
@@ -76,9 +76,15 @@ def verified_text(verified: Verified) -> str:
             (verified.repeated_elems, "are to the bit what the merge computes"),
         ]
         said = ", ".join(f"{100 * count / elems:.4g} % {what}" for count, what in kinds if count)
-        lines.append(f"  values     {elems:,} numbers of {verified.sampled_tensors} tensors computed again: {said}")
+        lines.append(
+            f"  values     {elems:,} numbers of {_counted(verified.sampled_tensors, 'tensor')} computed again: {said}"
+        )
     lines += [f"  note       {note}" for note in verified.notes]
     return "\n".join([*lines, f"  digest     {verified.digest}"])
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def verified_json(verified: Verified) -> dict[str, Any]:
