@@ -244,7 +244,7 @@ def _owns(fd: int, out: Path) -> bool:
                 f"{printable(out)} is being written by process {printable(owner) or 'unknown'}; wait for it"
             ) from error
     try:
-        return os.path.samestat(os.fstat(fd), os.stat(out.parent / f".{out.name}.streammerge" / "lock"))
+        return os.path.samestat(os.fstat(fd), os.stat(staging_folder(out) / "lock"))
     except FileNotFoundError:
         return False
 
