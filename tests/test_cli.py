@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Cli, trained
+from conftest import Cli, load_safetensors, trained
+from safetensors.torch import save_file
 
 import streammerge as sm
 
@@ -235,3 +236,12 @@ def test_listeners_hear_what_happens(tmp_path: Path, voices: tuple[Path, Path]) 
     done = [event for event in heard if type(event).__name__ == "TaskDone"]
     assert sum(event.written_bytes for event in done) == sum(t.out.nbytes for t in result.plan.tasks)  # type: ignore[attr-defined]
     assert {event.tensor for event in done} == {f"xtts.{n}" for n, t in trained(1).items() if t.numel()}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_harm(tmp_path: Path, closed: str) -> None:
+    """Nothing that is opened takes their numbers, and nothing that is printed goes into a model."""
+    save_file({"w": torch.ones(3)}, tmp_path / "a.safetensors")
+    command = f"{shlex.quote(sys.executable)} -m streammerge merge a.safetensors a.safetensors -o out.safetensors {closed}"
+    assert subprocess.run(["sh", "-c", command], cwd=tmp_path, timeout=60).returncode == 0
+    assert load_safetensors(tmp_path / "out.safetensors")["w"].tolist() == [1, 1, 1]

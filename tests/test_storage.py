@@ -156,9 +156,16 @@ def test_a_name_that_is_too_long_is_a_sentence(tmp_path: Path) -> None:
         sm.merge([tmp_path / "in.safetensors"], tmp_path / ("x" * 238 + ".safetensors"))
 
 
+def test_a_small_file_that_came_meanwhile_stays(tmp_path: Path) -> None:
+    (tmp_path / "extras.json").write_text("somebody's")
+    with pytest.raises(sm.RecipeError, match="exists already"):
+        write_text(tmp_path / "extras.json", "new", overwrite=False)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["somebody's"]
+
+
 def test_a_small_file_replaces_nothing_of_a_like_name(tmp_path: Path) -> None:
     (tmp_path / ".extras.json.part").write_text("somebody's")
-    write_text(tmp_path / "extras.json", "new")
+    write_text(tmp_path / "extras.json", "new", overwrite=False)
     assert (tmp_path / "extras.json").read_text() == "new"
     assert (tmp_path / ".extras.json.part").read_text() == "somebody's"
     umask = os.umask(0)
@@ -237,6 +244,27 @@ class TestSafetensorsWriter:
         header = (tmp_path / "x.safetensors").read_bytes()
         assert b'"format":"pt"' in header
         assert b'"by":"me"' in header
+
+    def test_what_was_committed_is_synced_first(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        synced: list[str] = []
+        good = os.fsync
+
+        def fsync(fd: int) -> None:
+            synced.append(os.readlink(f"/proc/self/fd/{fd}"))
+            good(fd)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        with sm.SafetensorsWriter(tmp_path / "x.safetensors", self.specs[2:]) as writer:
+            writer.commit()
+        assert [Path(path).name for path in synced] == ["x.safetensors", tmp_path.name]
+
+    def test_a_kept_merge_is_not_thrown_away(self, tmp_path: Path) -> None:
+        folder = tmp_path / ".x.safetensors.streammerge"
+        (folder / "output").mkdir(parents=True)
+        (folder / "journal").write_text("kept")
+        with pytest.raises(sm.RecipeError, match="an interrupted merge"):
+            sm.SafetensorsWriter(tmp_path / "x.safetensors", self.specs)
+        assert (folder / "journal").read_text() == "kept"
 
     def test_leaving_without_commit_leaves_nothing(self, tmp_path: Path) -> None:
         with sm.SafetensorsWriter(tmp_path / "x.safetensors", self.specs) as writer:

@@ -325,6 +325,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "a recipe that is a path": {"recipe": "/etc/passwd"},
     "a recipe with a model in a home": {"recipe": {"merge_method": "linear", "models": [{"model": "~/x.safetensors"}]}},
     "a name without end": {"checksums": {"x" * 5000: "00000000"}},
+    "a recipe without end": {"recipe": {"merge_method": json.loads("[" * 500 + "]" * 500)}},
     "a key too many": {"more": 1},
     "a version that is a list": {"versions": [[]], "seed": {}},
 }
@@ -423,6 +424,85 @@ def test_inputs_are_those_beside_the_output_or_those_that_are_named(
     monkeypatch.chdir(here / "other")
     assert sm.verify(here / "in" / "out.safetensors").recomputed
     assert sm.verify(here / "moved.safetensors", inputs=here / "in").recomputed
+
+
+def test_other_inputs_of_the_same_names_beside_the_output_do_not_mislead(pair: list[Path], here: Path) -> None:
+    Path("old").mkdir()
+    for path in pair:
+        save_file({n: t * 2 if t.is_floating_point() else t for n, t in load_file(path).items()}, Path("old") / path.name)
+    sm.merge(["a.safetensors", "b.safetensors"], "old/out.safetensors")
+    assert sm.verify("old/out.safetensors", sample="100%").recomputed
+
+
+@pytest.mark.parametrize("change", ["names exchanged", "a tensor more", "another shape"])
+def test_a_header_that_a_stranger_sealed_again_is_compared_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """Its checksums are right; what it says of the tensors is not what the recipe makes."""
+    monkeypatch.chdir(tmp_path)
+    for name in "xy":
+        save_file({"a": torch.randn(4, 5), "b": torch.randn(4, 5)}, f"{name}.safetensors")
+    sm.merge(["x.safetensors", "y.safetensors"], "out.safetensors")
+    content = Path("out.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    said = json.loads(header["__metadata__"]["streammerge_receipt"])
+    if change == "names exchanged":
+        header["a"], header["b"] = header["b"], header["a"]
+    elif change == "another shape":
+        header["a"]["shape"] = [5, 4]
+    else:
+        header["evil"] = {"dtype": "F32", "shape": [1], "data_offsets": [len(data), len(data) + 4]}
+        data += bytes(4)
+        said["checksums"][""] = said["checksums"][""][:-8] + f"{CRC32C.update(bytes(4)):08x}" + "0" * 8
+
+    def written(receipt: dict[str, Any]) -> bytes:
+        header["__metadata__"]["streammerge_receipt"] = json.dumps(receipt, separators=(",", ":"))
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    sums = said["checksums"][""]
+    rest = CRC32C.update(written({**said, "checksums": {"": "0" * len(sums)}, "digest": "0" * 64}))
+    said |= {"checksums": {"": sums[:-8] + f"{rest:08x}"}, "digest": "0" * 64}
+    said["digest"] = hashlib.sha256(json.dumps(said, separators=(",", ":")).encode()).hexdigest()
+    Path("out.safetensors").write_bytes(written(said) + data)
+    sm.verify("out.safetensors", sample=0)
+    with pytest.raises(sm.VerifyError):
+        sm.verify("out.safetensors", sample="100%")
+
+
+def test_a_folder_of_the_hubs_cache_verifies(folder: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--me--merged" / "snapshots" / ("0" * 40)
+    blobs = tmp_path / "models--me--merged" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(folder.iterdir())):
+        shutil.copy(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(blobs / str(number))
+    assert sm.verify(snapshot, sample=0).files > 4
+
+
+@pytest.mark.parametrize("name", ["out.bak", "out.safetensors.tmp", "out"])
+def test_a_renamed_output_verifies(pair: list[Path], here: Path, name: str) -> None:
+    sm.merge(["a.safetensors", "b.safetensors"], "out.safetensors")
+    Path("out.safetensors").rename(name)
+    assert sm.verify(name, sample="100%").recomputed
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        ("~a.safetensors", "b.safetensors"),
+        ("a.safetensors", "./a.safetensors"),
+        ("sub/../a.safetensors", "{}/b.safetensors"),
+    ],
+)
+def test_inputs_are_found_however_they_were_spelled(pair: list[Path], here: Path, inputs: tuple[str, str]) -> None:
+    Path("sub").mkdir()
+    shutil.copy("a.safetensors", "~a.safetensors")
+    sm.merge([each.format(here / "in") for each in inputs], "out.safetensors")
+    assert sm.verify("out.safetensors", sample="100%").recomputed
 
 
 def test_memory_of_a_verification_is_bounded(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.checkpoint import CheckpointIndex, open_checkpoint
+from streammerge.checksums import CRC32
 from streammerge.choices import DEFAULT_MEMORY, IO
 from streammerge.choose import choose, exponential_weights
 from streammerge.errors import ChangedError, FormatError, RecipeError, StreammergeError, VerifyError, listed, printable
@@ -271,7 +272,7 @@ def convert(
     if extras is not None:
         index = open_checkpoint(path, state_dict, recipe.ema)
         content = {"format": index.format, "metadata": index.metadata, "data": index.plain_data()}
-        write_text(Path(extras), json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_text(Path(extras), json.dumps(content, indent=2, ensure_ascii=False) + "\n", overwrite)
     return result
 
 
@@ -303,47 +304,42 @@ def verify(
         raise VerifyError(f"{printable(path)} cannot be verified: {printable(error, 1000)}") from error
     if not share:
         return verified
-    foreseen = len(verified.notes)
-    folders = [path.parent, Path()] if inputs is None else [Path(inputs)]
-    try:
-        planned = _remade(path, receipt, folders, own_methods, memory, workers, io)
-        recompute(verified, planned, share, seed)
-    except VerifyError:
-        raise
-    except (StreammergeError, OSError) as error:
-        said = f"values were not computed again: {'; '.join(map(str.strip, str(error).splitlines()))}"
-        if sample is not None or inputs is not None:
-            raise VerifyError(f"{printable(path)} is as it was written, but its {said}") from error
-        verified.notes.append(said)
-    if sample is not None and verified.notes[foreseen:]:
-        raise VerifyError(f"{printable(path)} cannot be verified wholly: {'; '.join(verified.notes[foreseen:])}")
+    failures: list[Exception] = []
+    for folder in [path.parent, Path()] if inputs is None else [Path(inputs)]:
+        attempt = replace(verified, notes=[*verified.notes])
+        try:
+            planned = _remade(path, receipt, folder, own_methods, memory, workers, io)
+            recompute(attempt, planned, receipt, share, seed)
+        except (StreammergeError, OSError) as error:
+            failures.append(error)
+        else:
+            left = attempt.notes[len(verified.notes) :]
+            if left and sample is not None:
+                raise VerifyError(f"{printable(path)} cannot be verified wholly: {'; '.join(left)}")
+            return attempt
+    ranked = [e for kind in (VerifyError, ChangedError, Exception) for e in failures if isinstance(e, kind)]
+    said = "; ".join(map(str.strip, str(ranked[0]).splitlines()))
+    if isinstance(ranked[0], VerifyError):
+        raise ranked[0]
+    if sample is not None or inputs is not None:
+        raise VerifyError(f"{printable(path)} is as it was written, but its values were not computed again: {said}")
+    verified.notes.append(f"values were not computed again: {said}")
     return verified
 
 
 def _remade(
-    out: Path,
-    receipt: Receipt,
-    folders: list[Path],
-    own_methods: bool,
-    memory: str | int,
-    workers: int | None,
-    io: str,
+    out: Path, receipt: Receipt, folder: Path, own_methods: bool, memory: str | int, workers: int | None, io: str
 ) -> Plan:
-    """The plan by which the output was made, from inputs in the first of the folders that has them.
+    """The plan by which the output was made, from inputs in that folder.
 
-    Raises StreammergeError when they are not at hand.
+    Raises StreammergeError when they are not there, or are others.
     """
-    failures = []
-    for folder in folders:
-        try:
-            recipe = read_recipe(receipt.own_recipe(), own_methods, folder)
-            planned = _plan(recipe, out, memory, workers, io)
-            check_inputs(planned, receipt)
-        except StreammergeError as error:
-            failures.append(error)
-        else:
-            return planned
-    raise next((error for error in failures if isinstance(error, ChangedError)), failures[0])
+    recipe = read_recipe(receipt.own_recipe(), own_methods, folder)
+    hashed = any("sha256" in said for said in receipt.inputs.values())
+    name = "output" if out.is_dir() else f"output.{'pth' if receipt.kind is CRC32 else 'safetensors'}"
+    planned = _plan(recipe, name, memory, workers, io, hashed=hashed)
+    check_inputs(planned, receipt)
+    return planned
 
 
 def _check_extras(extras: Path, planned: Plan, overwrite: bool) -> None:

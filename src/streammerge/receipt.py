@@ -129,7 +129,7 @@ def read_receipt(text: str, where: object) -> Receipt:
     try:
         made = Receipt(**load_json(text))
         whole = _is_sound(made) and text in (made.text(), made.text(2)) and made.own_digest() == made.digest
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         whole = False
     if not whole:
         raise VerifyError(f"{printable(where)}: its receipt is damaged, or of another version of streammerge")

@@ -20,6 +20,8 @@ from streammerge.engine import Engine, MergeTask, Piece, pieces
 from streammerge.errors import ChangedError, FormatError, RecipeError, VerifyError, listed, printable
 from streammerge.executors.local import ThreadExecutor
 from streammerge.formats import sniff, torch_zip
+from streammerge.formats.base import LayoutFile
+from streammerge.formats.folder import inside
 from streammerge.methods.registry import INTEGERS
 from streammerge.planning import Plan, budget_of
 from streammerge.receipt import ITSELF, Receipt, escaped, read_receipt
@@ -128,10 +130,12 @@ def check_files(out: Path, receipt: Receipt, workers: int) -> Verified:
     wrong: list[str] = []
     tensors = 0
     for name in receipt.checksums:
-        path = out if name == ITSELF else out / name
-        if not path.is_file() or (path.is_symlink() and name != ITSELF):
-            wrong.append(f"{printable(name)} is absent")
-        elif name == ITSELF or name.endswith(".safetensors"):
+        try:
+            path = out if name == ITSELF else inside(out, name)
+        except FormatError as error:
+            wrong.append(str(error))
+            continue
+        if name == ITSELF or name.endswith(".safetensors"):
             tensors += _tensor_file(path, receipt.sums(name), receipt, parts, wrong)
         else:
             parts.append(_Part(printable(name), path, 0, file_size(path), receipt.sums(name)[0]))
@@ -158,19 +162,24 @@ def _tensor_file(path: Path, sums: list[int], receipt: Receipt, parts: list[_Par
     if len(sums) != len(spans) + 1:
         wrong.append(f"{printable(path.name)} has {len(spans)} tensors, {len(sums) - 1} were written")
         return len(spans)
-    rest = b"".join(outside(str(path), spans))
-    final, blank = receipt.text(), receipt.blank().text()
     if container.pickled:
-        rest = torch_zip.with_blank_receipt(rest, final.encode(), blank.encode())
         named = {store.offset: f"storage {printable(key)}" for key, store in container.storages.items()}
     else:
-        rest = rest.replace(escaped(final), escaped(blank), 1)
         named = {r.entry.offset: f"tensor {printable(n)}" for n, r in container.tree.items() if r.entry.nbytes}
         check_by_library(path, set(container.tree))
+    rest = _rest(path, spans, receipt)
     if receipt.kind.update(rest) != sums[-1]:
         wrong.append(f"the header of {printable(path.name)}")
     parts += [_Part(named.get(a, f"byte {a}"), path, a, n, s) for (a, n), s in zip(spans, sums, strict=False)]
     return len(spans) if container.pickled else len(container.tree)
+
+
+def _rest(path: Path, spans: list[tuple[int, int]], receipt: Receipt) -> bytes:
+    """What is around a file's tensors, its receipt blank as it was when it was planned."""
+    rest, final, blank = b"".join(outside(str(path), spans)), receipt.text(), receipt.blank().text()
+    if receipt.kind is CRC32:
+        return torch_zip.with_blank_receipt(rest, final.encode(), blank.encode())
+    return rest.replace(escaped(final), escaped(blank), 1)
 
 
 def _wrong_parts(parts: list[_Part], kind: Checksum, workers: int) -> list[str]:
@@ -209,13 +218,13 @@ def check_inputs(plan: Plan, receipt: Receipt) -> None:
             raise ChangedError(f"{printable(path)} is not the file that was merged")
 
 
-def recompute(verified: Verified, plan: Plan, share: float, seed: int) -> None:
+def recompute(verified: Verified, plan: Plan, receipt: Receipt, share: float, seed: int) -> None:
     """Computes a sample of the output's pieces again, in float64. Raises VerifyError when they are others.
 
     A number is right when it is the float64 result but for rounding. A piece with others, which methods that choose
     among numbers may have, or sums that cancel, must be bit for bit what the merge computes.
     """
-    places, skipped = _places(plan, verified.out)
+    places, skipped = _places(plan, verified.out, receipt)
     every = [(n, piece.start) for n, (task, _, _) in enumerate(places) for piece in pieces(task, n)]
     chosen = set(random.Random(seed).sample(every, math.ceil(len(every) * share)))
     if skipped:
@@ -237,23 +246,35 @@ def recompute(verified: Verified, plan: Plan, share: float, seed: int) -> None:
         )
 
 
-def _places(plan: Plan, out: Path) -> tuple[list[tuple[MergeTask, str, int]], list[str]]:
+def _places(plan: Plan, out: Path, receipt: Receipt) -> tuple[list[tuple[MergeTask, str, int]], list[str]]:
     """Each task, with where its bytes lie: file and offset. And the names of those for which that is not known.
 
-    The plan lays the output out as it was, unless another version of streammerge made it; then names must do.
+    Where all that is around the tensors is what is planned now, so are their places. Another version of streammerge may
+    lay out otherwise; then names, dtypes and shapes must do.
     """
     paths = [out / file.name if out.is_dir() else out for file in plan.layout.files]
-    if all(path.is_file() and file_size(path) == f.size for path, f in zip(paths, plan.layout.files, strict=True)):
+    if all(map(_as_planned, paths, plan.layout.files, [receipt] * len(paths))):
         return [(task, str(paths[task.file]), task.offset) for task in plan.tasks], []
     index, found, skipped = open_checkpoint(out), list[tuple[MergeTask, str, int]](), list[str]()
     for task in plan.tasks:
         entry = index.entries.get(task.out.name)
-        begin = plan.layout.files[task.file].offsets.get(task.out.name)
-        if entry is not None and begin is not None and 0 <= task.offset - begin <= entry.nbytes - task.out.nbytes:
-            found.append((task, entry.path, entry.offset + task.offset - begin))
+        if entry is not None and entry.mappable and entry.spec == task.out:
+            found.append((task, entry.path, entry.offset))
         else:
             skipped.append(task.out.name)
-    return found, skipped
+    return found, skipped + [name for name in index.entries if name not in {task.out.name for task in plan.tasks}]
+
+
+def _as_planned(path: Path, file: LayoutFile, receipt: Receipt) -> bool:
+    if not path.is_file() or file_size(path) != file.size:
+        return False
+    if not file.offsets:
+        return True
+    (spans,) = _read(path).tensor_spans().values()
+    sums = receipt.sums(file.name if file.name in receipt.checksums else ITSELF)
+    sealed = dict(zip((offset for offset, _ in spans), sums, strict=False))
+    literals = torch_zip.seal(file, sealed, file.receipt) if file.sealed else file.literals
+    return _rest(path, spans, receipt) == b"".join(literal.data for literal in literals)
 
 
 class _Recomputation:

@@ -45,7 +45,11 @@ class SafetensorsWriter:
         self._written: dict[str, list[tuple[int, int]]] = {name: [] for name in self._specs}
         self._open = True
         self._staging = Staging(out, overwrite)
+        if self._staging.resumable:
+            self._staging.abort(keep=True)
+            raise RecipeError(f"an interrupted merge into {printable(out)} is kept beside it; finish it first")
         try:
+            self._staging.clear()
             self._file = self._staging.create(out.name, layout.size)
             for literal in layout.literals:
                 self._file.write_full(literal.data, literal.offset)

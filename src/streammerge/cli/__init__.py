@@ -354,6 +354,7 @@ def _report(result: Result, form: str) -> None:
 
 def main() -> None:
     """Runs the command line; every error of streammerge's own is one sentence and its exit code."""
+    _open_standard_streams()
     debug = "--debug" in sys.argv
     try:
         with stoppable():
@@ -378,6 +379,18 @@ def main() -> None:
         if debug:
             _print_traceback()
         _fail(printable(error if not isinstance(error, OSError) or error.filename else error.strerror or error, 1000), 1)
+
+
+def _open_standard_streams() -> None:
+    """Where they were closed, as some daemons do, the next file that is opened would take their number, and what a
+    library prints would go into a model."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(fd)
+    sys.stdin, sys.stdout, sys.stderr = (
+        stream if stream is not None else open(os.devnull, mode)  # noqa: SIM115 - as long as the process
+        for stream, mode in ((sys.stdin, "r"), (sys.stdout, "w"), (sys.stderr, "w"))
+    )
 
 
 def _print_traceback() -> None:

@@ -59,7 +59,7 @@ def read(folder: Path, read_file: ReadFile) -> Container:
     if len(chosen) != 1:
         what = f"several checkpoints ({listed(sorted(chosen))}); give one of them" if chosen else "no checkpoint"
         raise FormatError(f"{printable(folder)} holds {what}")
-    container = read_file(_inside(folder, chosen[0]))
+    container = read_file(inside(folder, chosen[0]))
     if len(names) > 1:
         container.notes.append(
             f"{printable(folder)}: {printable(chosen[0])} was taken; "
@@ -87,7 +87,7 @@ def _refuse_distributed(folder: Path) -> None:
         )
 
 
-def _inside(folder: Path, name: Any) -> Path:
+def inside(folder: Path, name: Any) -> Path:
     """The path of a plain file name in the folder; only the hub's cache may link its files into ``blobs`` beside it."""
     where = f"{printable(folder)}: {printable(name)}"
     if (
@@ -122,7 +122,7 @@ def read_sharded(index: Path, read_file: ReadFile) -> Container:
     holders: dict[str, str] = {}
     metadata: dict[str, str] = {}
     for number, shard in enumerate(shards):
-        container = read_file(_inside(folder, shard))
+        container = read_file(inside(folder, shard))
         kinds.add(container.pickled)
         files += container.files
         notes += container.notes
@@ -179,7 +179,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not all(isinstance(shard, str) for shard in weight_map.values()):
         raise FormatError(f"{where}: its weight_map has names of files that are not text")
     for shard in set(weight_map.values()):
-        _inside(index.parent, shard)
+        inside(index.parent, shard)
     return weight_map
 
 
@@ -203,7 +203,7 @@ def side_files(folder: Path) -> tuple[list[tuple[Path, str]], list[str]]:
         if name.endswith(_WEIGHTS) or name.startswith(_TRAINING) or name in (RECIPE_FILE, RECEIPT_FILE):
             continue
         try:
-            source = _inside(folder, name)
+            source = inside(folder, name)
             small = file_size(source) <= _MOST_SIDE_FILE_BYTES
         except FormatError:
             small = False

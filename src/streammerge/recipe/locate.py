@@ -100,15 +100,17 @@ def resolved(recipe: Recipe) -> Recipe:
 
 
 def travelling_names(recipe: Recipe) -> dict[str, str]:
-    """What to call each model: as it was named, but an absolute path by what is below the folder that holds all those."""
+    """What to call each model: as it was named, or, where one was named by an absolute path, all by what is below the
+    folder that holds them."""
     written = {path: recipe.written.get(path, path) for path in recipe.named_models}
     places = {path: Path(os.path.abspath(path)) for path in written}  # noqa: PTH100 - links stay as they are
+    spelled: dict[Path, str] = {}
+    for path, name in written.items():  # of one that was named twice, the first that is not absolute
+        if not Path(name).is_absolute():
+            spelled.setdefault(places[path], name)
+    written = {path: spelled.get(places[path], name) for path, name in written.items()}
     apart = len(set(written.values())) == len(set(places.values()))
-    named = [path for path, name in written.items() if Path(name).is_absolute() or not apart]
-    if named:
-        common = Path(os.path.commonpath([places[path].parent for path in named]))
-        written |= {path: places[path].relative_to(common).as_posix() for path in named}
-    if len(set(written.values())) < len(set(places.values())):  # one that was named relatively is called like another
+    if not apart or any(Path(name).is_absolute() for name in written.values()):
         common = Path(os.path.commonpath([place.parent for place in places.values()]))
         written = {path: place.relative_to(common).as_posix() for path, place in places.items()}
-    return written
+    return {path: f"./{name}" if name.startswith("~") else name for path, name in written.items()}

@@ -114,7 +114,10 @@ class Staging:
         return (self.folder / NAME).exists()
 
     def commit(self, as_folder: bool) -> None:
-        """Makes the output, whose files are synced, visible under its name, durably."""
+        """Makes the output visible under its name, durably: data, then names."""
+        for file in self.outputs.values():
+            if not file.synced:
+                file.sync()
         for file in self._files.values():
             file.close()
         made = self.content
@@ -123,10 +126,10 @@ class Staging:
         else:
             (made,) = self.content.iterdir()
         journal, put_by = self.folder / NAME, self.folder / _PUT_BY
-        if journal.exists():
-            os.rename(journal, put_by)  # so that what is left after a crash can be told from what can be continued
-        self._made = identity_of(made)
         try:
+            if journal.exists():
+                os.rename(journal, put_by)  # so that what is left after a crash can be told from what can be continued
+            self._made = identity_of(made)
             self._rename(made)
         except BaseException:
             if put_by.exists() and not self.published:
@@ -300,8 +303,8 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def write_text(path: Path, text: str) -> None:
-    """A small file, whole and durable, or not at all; RecipeError when it cannot be written."""
+def write_text(path: Path, text: str, overwrite: bool) -> None:
+    """A small file, whole and durable, or not at all; RecipeError when it cannot be written, or is there already."""
     try:
         fd, partial = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)
         try:
@@ -310,7 +313,9 @@ def write_text(path: Path, text: str) -> None:
                 stream.flush()
                 os.fchmod(fd, 0o666 & ~_umask())
                 os.fsync(fd)
-            os.replace(partial, path)
+            if overwrite or not _rename2(Path(partial), path, _NOREPLACE):
+                check_writable(path, overwrite)
+                os.replace(partial, path)
         except BaseException:
             os.unlink(partial)
             raise

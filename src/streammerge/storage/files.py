@@ -198,10 +198,12 @@ class OutputFile:
     """A file of known size, preallocated; written at offsets, by any thread, in any order.
 
     ``keep``: what an earlier run has written stays, where such a file of that size is there; ``kept`` says whether.
+    ``synced``: whether nothing was written since it was synced.
     """
 
     def __init__(self, path: Path, size: int, keep: bool = False) -> None:
         self.path, self.size = path, size
+        self.synced = True
         self.kept = keep and path.is_file() and path.stat().st_size == size
         flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if self.kept else os.O_CREAT | os.O_EXCL)
         if not self.kept:
@@ -219,6 +221,7 @@ class OutputFile:
         view = memoryview(data).cast("B")
         if offset < 0 or offset + len(view) > self.size:
             raise ValueError(f"bytes {offset} to {offset + len(view)} lie outside {self.path.name} of {self.size} bytes")
+        self.synced = False
         with space_checked(self.path, len(view)):
             while len(view):
                 count = os.pwrite(self._fd, view, offset)
@@ -236,6 +239,7 @@ class OutputFile:
 
     def copy_from(self, source: InputFile, source_offset: int, offset: int, nbytes: int) -> None:
         """Copies inside the kernel where the file systems allow it."""
+        self.synced = False
         while nbytes:
             try:
                 count = os.copy_file_range(source.fileno(), self._fd, nbytes, source_offset, offset)
@@ -258,7 +262,12 @@ class OutputFile:
     def sync(self) -> None:
         """Waits until the disk has all that was written. After an error nothing of the file may be trusted: the kernel
         forgets which pages it could not write, and a second try would succeed without them."""
-        os.fsync(self._fd)
+        self.synced = True  # before, for others may write meanwhile
+        try:
+            os.fsync(self._fd)
+        except BaseException:
+            self.synced = False
+            raise
 
     def close(self) -> None:
         if self._fd >= 0:
