@@ -101,8 +101,9 @@ def _produce(plan: Plan, staging: Staging, listener: Callable[[Event], None], re
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether the same run may succeed another time: it was interrupted, or the machine failed it."""
-    return not isinstance(error, StreammergeError) or isinstance(error.__cause__, OSError)
+    """Whether the same run may succeed another time: it was interrupted, the machine failed it, or the output's place
+    was taken while it ran."""
+    return not isinstance(error, StreammergeError) or isinstance(error, RecipeError) or isinstance(error.__cause__, OSError)
 
 
 def refuse_input_as_output(out: Path, plan: Plan) -> None:

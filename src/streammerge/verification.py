@@ -253,7 +253,7 @@ def _places(plan: Plan, out: Path, receipt: Receipt) -> tuple[list[tuple[MergeTa
     lay out otherwise; then names, dtypes and shapes must do.
     """
     paths = [out / file.name if out.is_dir() else out for file in plan.layout.files]
-    if all(map(_as_planned, paths, plan.layout.files, [receipt] * len(paths))):
+    if all(_as_planned(path, file, receipt) for path, file in zip(paths, plan.layout.files, strict=True)):
         return [(task, str(paths[task.file]), task.offset) for task in plan.tasks], []
     index, found, skipped = open_checkpoint(out), list[tuple[MergeTask, str, int]](), list[str]()
     for task in plan.tasks:
@@ -262,7 +262,8 @@ def _places(plan: Plan, out: Path, receipt: Receipt) -> tuple[list[tuple[MergeTa
             found.append((task, entry.path, entry.offset))
         else:
             skipped.append(task.out.name)
-    return found, skipped + [name for name in index.entries if name not in {task.out.name for task in plan.tasks}]
+    planned = {task.out.name for task in plan.tasks}
+    return found, skipped + [name for name in index.entries if name not in planned]
 
 
 def _as_planned(path: Path, file: LayoutFile, receipt: Receipt) -> bool:
