@@ -9,7 +9,6 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
 from typing import Any
 
 from streammerge import memory
@@ -24,7 +23,7 @@ from streammerge.planning import Plan
 from streammerge.receipt import ITSELF, written_like
 from streammerge.relatives import strangers
 from streammerge.resume import plan_digest
-from streammerge.staging import stage, staged_layout
+from streammerge.staging import staged_tasks
 from streammerge.storage import COPY_BYTES, InputFiles, OutputFile, Staging, outside
 from streammerge.storage.journal import NAME, Finished, Journal, Key
 from streammerge.structure import check_structure
@@ -144,19 +143,15 @@ class Production:
     def _stage(self) -> None:
         """Copies what cannot be mapped and is still needed, and puts the copies into the tasks."""
         missing = [task for number, task in enumerate(self._tasks) if any(map(self._wanted, pieces(task, number)))]
-        needed = list({s.place: s for task in missing for s in task.sources if not s.mappable}.values())
-        if not needed:
-            return
-        _, size = staged_layout(needed)
-        target = self.staging.temporary("staged", size)
 
         def told(entry: TensorEntry) -> None:
             self.read_bytes += entry.nbytes
             self.listener(Staged(entry.spec.name, entry.nbytes))
 
-        made = stage(needed, self._inputs, target, told)
-        self._inputs.check_whole()
-        self._tasks = [replace(t, sources=tuple(made.get(s.place, s) for s in t.sources)) for t in self._tasks]
+        def create(size: int) -> OutputFile:
+            return self.staging.temporary("staged", size)
+
+        self._tasks = staged_tasks(self._tasks, missing, self._inputs, create, told)
 
     # ------------------------------------------------------------------------------------------------------- output
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from streammerge.engine import MergeTask
 from streammerge.errors import FormatError, printable
 from streammerge.storage import COPY_BYTES, InputFile, InputFiles, OutputFile
 from streammerge.tensors import Deflated, TensorEntry, contiguous_strides
@@ -65,6 +66,22 @@ def stage(
         made[entry.place] = replace(entry, path=str(target.path), offset=offset, strides=None, deflated=None, lazy="")
         done(entry)
     return made
+
+
+def staged_tasks(
+    tasks: list[MergeTask],
+    needed: list[MergeTask],
+    inputs: InputFiles,
+    create: Callable[[int], OutputFile],
+    done: Callable[[TensorEntry], None],
+) -> list[MergeTask]:
+    """The tasks, with copies in place of what cannot be mapped and is ``needed``; ``create`` makes the file for them."""
+    entries = list({s.place: s for task in needed for s in task.sources if not s.mappable}.values())
+    if not entries:
+        return tasks
+    made = stage(entries, inputs, create(staged_layout(entries)[1]), done)
+    inputs.check_whole()
+    return [replace(task, sources=tuple(made.get(s.place, s) for s in task.sources)) for task in tasks]
 
 
 def _inflate(source: InputFile, record: Deflated, target: OutputFile, offset: int) -> None:

@@ -25,7 +25,7 @@ from streammerge.formats.folder import inside
 from streammerge.methods.registry import INTEGERS
 from streammerge.planning import Plan, budget_of
 from streammerge.receipt import ITSELF, Receipt, escaped, read_receipt
-from streammerge.staging import stage, staged_layout
+from streammerge.staging import staged_tasks
 from streammerge.storage import (
     COPY_BYTES,
     InputFile,
@@ -282,20 +282,15 @@ class _Recomputation:
     """Tasks run again by the engine, which is given comparisons where a merge gives it output files."""
 
     def __init__(self, plan: Plan, places: dict[int, tuple[MergeTask, str, int]], chosen: set[Key], folder: Path) -> None:
-        self.plan, self.places, self.folder = plan, list(places.values()), folder
+        self.plan, self.places = plan, list(places.values())
         self.keys = {(at, start) for at, number in enumerate(places) for n, start in chosen if n == number}
         self.elems = self.equal = self.repeated_elems = 0
         self._inputs, self._output = InputFiles(plan.identities), InputFiles({})
         self._executor: ThreadExecutor[Any, Any] = ThreadExecutor(plan.budget.workers)
-        self._tasks = self._mappable([task for task, _, _ in self.places])
-
-    def _mappable(self, tasks: list[MergeTask]) -> list[MergeTask]:
-        needed = list({s.place: s for task in tasks for s in task.sources if not s.mappable}.values())
-        if not needed:
-            return tasks
-        target = OutputFile(self.folder / "staged", staged_layout(needed)[1])
-        made = stage(needed, self._inputs, target, lambda entry: None)
-        return [replace(task, sources=tuple(made.get(s.place, s) for s in task.sources)) for task in tasks]
+        tasks = [task for task, _, _ in self.places]
+        self._tasks = staged_tasks(
+            tasks, tasks, self._inputs, lambda size: OutputFile(folder / "staged", size), lambda entry: None
+        )
 
     def in_float64(self) -> set[Key]:
         """Compares with float64 results; the pieces that must be repeated exactly."""

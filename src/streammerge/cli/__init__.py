@@ -11,6 +11,7 @@ import click
 
 from streammerge.choices import DEFAULT_MEMORY, EMA_CHOICES, INTEGERS, IO, ON_MISSING, ON_SHAPE
 from streammerge.cli.signals import Stopped, stoppable
+from streammerge.cli.streams import open_standard_streams
 from streammerge.errors import RecipeError, StreammergeError, printable
 from streammerge.version import __version__
 
@@ -354,7 +355,7 @@ def _report(result: Result, form: str) -> None:
 
 def main() -> None:
     """Runs the command line; every error of streammerge's own is one sentence and its exit code."""
-    _open_standard_streams()
+    open_standard_streams()
     debug = "--debug" in sys.argv
     try:
         with stoppable():
@@ -379,18 +380,6 @@ def main() -> None:
         if debug:
             _print_traceback()
         _fail(printable(error if not isinstance(error, OSError) or error.filename else error.strerror or error, 1000), 1)
-
-
-def _open_standard_streams() -> None:
-    """Where they were closed, as some daemons do, the next file that is opened would take their number, and what a
-    library prints would go into a model."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) < 3:
-        pass
-    os.close(fd)
-    sys.stdin, sys.stdout, sys.stderr = (
-        stream if stream is not None else open(os.devnull, mode)  # noqa: SIM115 - as long as the process
-        for stream, mode in ((sys.stdin, "r"), (sys.stdout, "w"), (sys.stderr, "w"))
-    )
 
 
 def _print_traceback() -> None:
