@@ -30,11 +30,11 @@ import torch
 from safetensors.torch import save_file
 
 import streammerge as sm
-from streammerge import engine
+from streammerge import tasks
 from streammerge.storage import commit, journal
 from streammerge.tensors import GRAIN
 
-engine.PIECE_ELEMS = GRAIN  # so that small tensors have pieces
+tasks.PIECE_ELEMS = GRAIN  # so that small tensors have pieces
 journal.INTERVAL_SECONDS = 0.002  # and small merges are written down
 CALLS = (
     "open",

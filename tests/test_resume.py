@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 import streammerge as sm
-from streammerge import engine
+from streammerge import tasks
 from streammerge.storage import OutputFile, Staging, commit, journal
 from streammerge.tensors import GRAIN
 
@@ -29,7 +29,7 @@ OUTPUTS = {"safetensors": "out.safetensors", "pickle": "out.pth", "folder": "out
 @pytest.fixture(autouse=True)
 def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of one grain, written down at once, so that small merges have something to keep."""
-    monkeypatch.setattr(engine, "PIECE_ELEMS", GRAIN)
+    monkeypatch.setattr(tasks, "PIECE_ELEMS", GRAIN)
     monkeypatch.setattr(journal, "INTERVAL_SECONDS", 0.001)
 
 
@@ -278,7 +278,7 @@ def test_pieces_are_written_down_after_their_files_are_synced(
 
 
 def test_a_long_piece_is_given_up_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "PIECE_ELEMS", 64 * GRAIN)
+    monkeypatch.setattr(tasks, "PIECE_ELEMS", 64 * GRAIN)
     for number in range(2):
         save_file({"long": torch.zeros(64 * GRAIN), "short": torch.zeros(3)}, tmp_path / f"{number}.safetensors")
 

@@ -21,7 +21,7 @@ from streammerge.executors.local import ThreadExecutor
 from streammerge.inputs import numeric_order
 from streammerge.names import bare, describe_match, match_names
 from streammerge.tensors import GRAIN, is_contiguous, ranges
-from streammerge.units import binary_bytes, decimal_bytes, parse_bytes
+from streammerge.units import PAGE_BYTES, binary_bytes, decimal_bytes, parse_bytes
 
 SOURCE = Path(sm.__file__).parent
 
@@ -44,7 +44,7 @@ LAYERS = {
     ],
     1: ["group", "sums", "order", "budget", "storage", "memory", "unpickle", "rebuild", "repickle", "statedict"],
     2: ["formats", "methods", "recipe", "bookkeeping", "huggingface"],
-    3: ["checkpoint", "workspace", "engine", "staging", "writer", "receipt", "structure"],
+    3: ["checkpoint", "workspace", "tasks", "engine", "staging", "writer", "receipt", "structure"],
     4: [
         "inputs",
         "choose",
@@ -183,14 +183,15 @@ class TestBudget:
 
     def test_the_peak_is_the_sum_of_its_terms(self) -> None:
         fitted = budget.fit(1 << 40, workers=3, tensors=5, cost=self.cost, staging=True)
-        buffers = 5 * 3 + 7 + 2 * 11
+        buffers = 5 * 3 + 2 * 11
         expected = budget.RUN_BYTES + 5 * budget.PER_TENSOR_BYTES + budget.STAGING_BYTES + 19
-        expected += 3 * (budget.PER_WORKER_BYTES + 17 + budget.BEST_CHUNK_ELEMS * buffers)
+        expected += 3 * (budget.PER_WORKER_BYTES + 17 + budget.BEST_OUT_BYTES + budget.BEST_CHUNK_ELEMS * buffers)
         assert (fitted.workers, fitted.chunk_elems, fitted.peak_bytes) == (3, budget.BEST_CHUNK_ELEMS, expected)
 
     def test_slots_are_what_was_counted(self) -> None:
-        made = budget.slots(budget.Budget(1, 100, 1000, self.cost, 0))
-        assert sum(size for _, size in made.values()) == 100 * self.cost.element_bytes
+        made = budget.slots(budget.Budget(1, 100, 5000, 1000, self.cost, 0))
+        assert sum(size for _, size in made.values()) == 100 * self.cost.element_bytes + 5000 + PAGE_BYTES
+        assert all(offset % PAGE_BYTES == 0 for offset, _ in made.values())
         ends = sorted((offset, offset + size) for offset, size in made.values())
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(ends))
 

@@ -574,7 +574,7 @@ def test_a_method_of_ones_own_needs_leave_here_too(pair: list[Path], here: Path,
 def test_checksums_are_the_same_in_one_piece_and_in_many(
     pair: list[Path], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streammerge.engine.PIECE_ELEMS", 1 << 16)
+    monkeypatch.setattr("streammerge.tasks.PIECE_ELEMS", 1 << 16)
     monkeypatch.setattr("streammerge.verification._RANGE_BYTES", 4099)
     out = here / "out.safetensors"
     sm.merge(["a.safetensors", "b.safetensors"], out, workers=3)
@@ -598,7 +598,7 @@ def long(here: Path) -> Path:
 
 @pytest.mark.parametrize("method", ["linear", "dare_ties", "karcher"])
 def test_one_digest_however_it_was_run(long: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    monkeypatch.setattr("streammerge.engine.PIECE_ELEMS", 1 << 16)
+    monkeypatch.setattr("streammerge.tasks.PIECE_ELEMS", 1 << 16)
     options: dict[str, Any] = {"method": method}
     if method == "dare_ties":
         options |= {"base": "0.safetensors", "density": 0.4, "seed": 3}

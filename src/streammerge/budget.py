@@ -1,7 +1,7 @@
 """The memory model: what one chunk in flight costs, and how many fit a budget. Pure arithmetic.
 
     peak = RUN + tensors * PER_TENSOR + staging + spread
-           + workers * (PER_WORKER + passes + chunk_elems * bytes_per_element
+           + workers * (PER_WORKER + passes + out + chunk_elems * bytes_per_element
                         + inputs * (window + chunk_elems * input_bytes))
 
 Every buffer the engine uses is a term here, and the engine takes its buffers from :func:`slots`, so the model cannot
@@ -14,29 +14,33 @@ from dataclasses import astuple, dataclass
 
 from streammerge.errors import BudgetError
 from streammerge.tensors import GRAIN
-from streammerge.units import binary_bytes
+from streammerge.units import PAGE_BYTES, binary_bytes
 
 RUN_BYTES = 8 << 20
 """Open files, maps, threads' shared state, progress."""
 PER_TENSOR_BYTES = 800
 """One tensor of one input: its name, entries, and share of the plan."""
 PER_WORKER_BYTES = 2 << 20
-"""A thread's stack and its malloc arena."""
+"""A thread's stack, its malloc arena, and the pages by which its buffers are aligned."""
 STAGING_BYTES = 28 << 20
 """For tensors that must be copied out first: a block of the copy, and the pages of the source that it touches."""
-BEST_CHUNK_ELEMS = 8 * GRAIN
-MOST_WINDOW_BYTES = 8 << 20
+BEST_CHUNK_ELEMS = 4 * GRAIN
+BEST_OUT_BYTES = 8 << 20
+"""What a worker collects before it writes: enough that the disk is not asked too often."""
+MOST_WINDOW_BYTES = 4 << 20
 """What one worker keeps of one input. Of mapped pages this much stays behind its cursor: giving them back costs every CPU
 an interrupt, so it is done rarely; they count as memory although the kernel could take them back at any time. Tensors
 that fit stay for all passes, also where they are read by pread."""
+_MOST_HALVINGS = 6
+"""Of the output buffer, and of the window, which is then left out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
     """What a chunk in flight needs; the widest task of the run decides each.
 
-    Bytes per element: ``compute`` of one buffer of numbers, of which there are ``buffers``; ``out`` of the rounded
-    result; ``read`` of a read buffer; ``mapped`` of one input in mapped pages. ``inputs``: how many are kept at once.
+    Bytes per element: ``compute`` of one buffer of numbers, of which there are ``buffers``; ``out`` of the result, which
+    is collected before it is written; ``read`` of a read buffer; ``mapped`` of one input in mapped pages. ``inputs``: how many are kept at once.
     ``row``: elements that a chunk must hold together. ``passes_bytes``: what the passes of a tensor hold that is one
     worker's; ``spread_bytes``: of one that all workers share.
     """
@@ -53,7 +57,7 @@ class Cost:
 
     @property
     def element_bytes(self) -> int:
-        return self.buffers * self.compute + self.out + 2 * self.read
+        return self.buffers * self.compute + 2 * self.read
 
     def most(self, other: Cost) -> Cost:
         """Of each kind the greater."""
@@ -62,10 +66,12 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How a run uses its memory: ``workers`` threads, each with chunks of ``chunk_elems`` elements."""
+    """How a run uses its memory: ``workers`` threads, each with chunks of ``chunk_elems`` elements, which writes up to
+    ``out_bytes`` at once and leaves ``window_bytes`` of each input mapped behind it."""
 
     workers: int
     chunk_elems: int
+    out_bytes: int
     window_bytes: int
     cost: Cost
     peak_bytes: int
@@ -77,12 +83,13 @@ class Budget:
 
 
 def slots(budget: Budget) -> dict[str, tuple[int, int]]:
-    """(offset, bytes) of each region in a worker's arena: ``slots`` for the buffers that methods name, ``out`` the rounded
-    result, ``read0`` and ``read1`` raw input, ``kept`` inputs that are not mapped and stay for all passes."""
+    """(offset, bytes) of each region in a worker's arena: ``slots`` for the buffers that methods name, ``out`` what is
+    to be written, from any byte of a page on, ``read0`` and ``read1`` raw input, ``kept`` inputs that are not mapped and
+    stay for all passes. Each begins with a page."""
     cost, elems = budget.cost, budget.chunk_elems
     sizes = {
         "slots": cost.compute * cost.buffers * elems,
-        "out": cost.out * elems,
+        "out": budget.out_bytes + PAGE_BYTES,
         "read0": cost.read * elems,
         "read1": cost.read * elems,
         "kept": 0 if cost.mapped else budget.kept_bytes,
@@ -90,7 +97,7 @@ def slots(budget: Budget) -> dict[str, tuple[int, int]]:
     made, cursor = {}, 0
     for name, size in sizes.items():
         made[name] = (cursor, size)
-        cursor += size
+        cursor += -(-size // PAGE_BYTES) * PAGE_BYTES
     return made
 
 
@@ -98,23 +105,23 @@ def fit(memory_bytes: int, workers: int, tensors: int, cost: Cost, staging: bool
     """The most workers and the best chunk that ``memory_bytes`` allow. Raises BudgetError naming the least that would."""
     fixed = RUN_BYTES + tensors * PER_TENSOR_BYTES + (STAGING_BYTES if staging else 0) + cost.spread_bytes
 
-    def peak(count: int, chunk: int, window: int) -> int:
+    def peak(count: int, chunk: int, out: int, window: int) -> int:
         kept = cost.inputs * (window + chunk * cost.mapped)
-        return fixed + count * (PER_WORKER_BYTES + cost.passes_bytes + chunk * cost.element_bytes + kept)
+        return fixed + count * (PER_WORKER_BYTES + cost.passes_bytes + out + chunk * cost.element_bytes + kept)
 
     least_chunk = max(GRAIN, cost.row)
     for count in range(workers, 0, -1):
         chunk = max(BEST_CHUNK_ELEMS, least_chunk)
         while True:
-            window = MOST_WINDOW_BYTES
-            while window and peak(count, chunk, window) > memory_bytes:
-                window = window // 2 if window > MOST_WINDOW_BYTES // 64 else 0
-            if peak(count, chunk, window) <= memory_bytes:
-                return Budget(count, chunk, window, cost, peak(count, chunk, window))
+            for halvings in range(_MOST_HALVINGS + 1):
+                window = MOST_WINDOW_BYTES >> halvings if halvings < _MOST_HALVINGS else 0
+                out = max(BEST_OUT_BYTES >> halvings, cost.out * chunk)
+                if peak(count, chunk, out, window) <= memory_bytes:
+                    return Budget(count, chunk, out, window, cost, peak(count, chunk, out, window))
             if chunk == least_chunk:
                 break
             chunk = max(chunk // 2, least_chunk)
-    least = peak(1, least_chunk, 0)
+    least = peak(1, least_chunk, max(BEST_OUT_BYTES >> _MOST_HALVINGS, cost.out * least_chunk), 0)
     rows = f" with rows of {cost.row} elements, which are held whole" if cost.row > GRAIN else ""
     raise BudgetError(
         f"{binary_bytes(memory_bytes)} of memory are too little for this merge{rows}, "

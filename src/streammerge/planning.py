@@ -11,7 +11,6 @@ from streammerge.align import align
 from streammerge.bookkeeping import differing_facts
 from streammerge.budget import Budget, Cost, fit
 from streammerge.dtypes import DType
-from streammerge.engine import MergeTask
 from streammerge.errors import RecipeError, printable
 from streammerge.formats.base import Layout
 from streammerge.methods.registry import COPY, INTEGERS
@@ -23,6 +22,7 @@ from streammerge.recipe import Recipe
 from streammerge.recipe.words import recipe_lines, rule_lines, weight_notes
 from streammerge.select import held_bytes
 from streammerge.storage import Identity, identity
+from streammerge.tasks import MergeTask
 from streammerge.tensors import TensorEntry
 from streammerge.units import binary_bytes, decimal_bytes
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from streammerge import memory
 from streammerge.checksums import Checksum
-from streammerge.engine import Engine, Halted, Piece, PieceDone, pieces
+from streammerge.engine import Engine, Halted
 from streammerge.errors import VerifyError, listed, printable
 from streammerge.events import Event, Hashed, Resumed, Staged, Syncing, TaskDone
 from streammerge.executors.local import ThreadExecutor
@@ -27,6 +27,7 @@ from streammerge.staging import staged_tasks
 from streammerge.storage import COPY_BYTES, InputFiles, OutputFile, Staging, outside
 from streammerge.storage.journal import NAME, Finished, Journal, Key
 from streammerge.structure import check_structure
+from streammerge.tasks import Piece, PieceDone, pieces
 from streammerge.tensors import TensorEntry, ranges
 from streammerge.units import decimal_bytes
 

@@ -10,10 +10,10 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
-from streammerge.engine import MergeTask
 from streammerge.errors import printable
 from streammerge.names import bare
 from streammerge.storage import InputFiles
+from streammerge.tasks import MergeTask
 from streammerge.tensors import TensorEntry
 
 _TENSORS = 16

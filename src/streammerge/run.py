@@ -80,7 +80,7 @@ def _produce(plan: Plan, staging: Staging, listener: Callable[[Event], None], re
     made, keep = None, False
     try:
         made = Production(plan, staging, listener, resume and can_be_resumed(plan))
-        with faults.survived():
+        with faults.survived(), memory.collector_spared():
             made.make()
         refuse_to_lose_files(staging.out, plan)  # once more: much time has passed
         staging.commit(plan.layout.as_folder)

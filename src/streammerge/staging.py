@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from streammerge.engine import MergeTask
 from streammerge.errors import FormatError, printable
 from streammerge.storage import COPY_BYTES, InputFile, InputFiles, OutputFile
+from streammerge.tasks import MergeTask
 from streammerge.tensors import Deflated, TensorEntry, contiguous_strides
 
 if TYPE_CHECKING:

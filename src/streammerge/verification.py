@@ -16,7 +16,7 @@ from streammerge.checkpoint import open_checkpoint
 from streammerge.checksums import CRC32, Checksum
 from streammerge.choices import RECEIPT_FILE, RECEIPT_KEY
 from streammerge.dtypes import DType
-from streammerge.engine import Engine, MergeTask, Piece, pieces
+from streammerge.engine import Engine
 from streammerge.errors import ChangedError, FormatError, RecipeError, VerifyError, listed, printable
 from streammerge.executors.local import ThreadExecutor
 from streammerge.formats import sniff, torch_zip
@@ -39,6 +39,7 @@ from streammerge.storage import (
 )
 from streammerge.storage.journal import Key
 from streammerge.structure import check_by_library
+from streammerge.tasks import MergeTask, Piece, pieces
 from streammerge.tensors import ranges
 from streammerge.workspace import prepare_torch
 
@@ -349,9 +350,6 @@ class _Repetition:
         if there != data:
             self.differs = True
 
-    def start_writeback(self, offset: int, nbytes: int) -> None:
-        """There is nothing to write."""
-
 
 class _Comparison:
     """Takes float64 numbers as an output file would take bytes, and compares them with those of the output's dtype.
@@ -376,9 +374,6 @@ class _Comparison:
             equal, far = _compared(torch.frombuffer(raw, dtype=self._dtype.torch), exact[start:stop])
             for number, more in enumerate((stop - start, equal, far)):
                 counts[number] += more
-
-    def start_writeback(self, offset: int, nbytes: int) -> None:
-        """There is nothing to write."""
 
 
 def _compared(there: torch.Tensor, exact: torch.Tensor) -> tuple[int, int]:

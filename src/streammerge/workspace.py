@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import mmap
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 
 from streammerge.budget import Budget, slots
 from streammerge.storage import InputFile, InputFiles, OutputFile
 from streammerge.tensors import TensorEntry
+from streammerge.units import PAGE_BYTES
 
 if TYPE_CHECKING:
     import torch
 
-_WRITEBACK_BYTES = 8 << 20
-
-File = TypeVar("File")
+_MOST_VIEWS = 64
 
 
 def prepare_torch() -> None:
@@ -36,22 +35,23 @@ class Workspace:
     """
 
     def __init__(self, budget: Budget) -> None:
-        self.mapped: Spans[InputFile] = Spans(budget.kept_bytes)
-        self.written: Spans[OutputFile] = Spans(_WRITEBACK_BYTES)
+        self.touched = Spans(budget.kept_bytes)
+        self.noted_elems = budget.window_bytes // 4 // max(budget.cost.mapped, 1)
         self._slots = slots(budget)
         self._slot_bytes = budget.chunk_elems * budget.cost.compute
         total = max(sum(size for _, size in self._slots.values()), 1)
         self._arena = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self._views: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
+        self._views: dict[tuple[int, torch.dtype, int], torch.Tensor] = {}
         self._taken: dict[str, int] = {}
 
     def clear(self) -> None:
         """Forgets the names of the slots, for the next chunk."""
         self._taken.clear()
 
-    def octets(self, region: str, nbytes: int, start: int = 0) -> memoryview:
-        """The first bytes of a fixed region, from ``start``."""
+    def octets(self, region: str, nbytes: int | None = None, start: int = 0) -> memoryview:
+        """So many bytes of a fixed region, from ``start``; all of it where none is said."""
         offset, size = self._slots[region]
+        nbytes = size if nbytes is None else nbytes
         if start + nbytes > size:
             raise ValueError(f"buffer {region} has {size} bytes, {start + nbytes} were asked for")
         return memoryview(self._arena)[offset + start : offset + start + nbytes]
@@ -67,26 +67,60 @@ class Workspace:
         return self._view(offset + place, self._slot_bytes, dtype, elems)
 
     def _view(self, offset: int, size: int, dtype: torch.dtype, elems: int) -> torch.Tensor:
-        import torch
-
-        view = self._views.get((offset, size, dtype))
+        view = self._views.get((offset, dtype, elems))
         if view is None:
-            view = torch.frombuffer(self._arena, dtype=dtype, count=size // dtype.itemsize, offset=offset)
-            self._views[offset, size, dtype] = view
-        if elems > len(view):
-            raise ValueError(f"a buffer holds {len(view)} elements, {elems} were asked for")
-        return view[:elems]
+            import torch
+
+            if elems * dtype.itemsize > size:
+                raise ValueError(f"a buffer holds {size // dtype.itemsize} elements, {elems} were asked for")
+            if len(self._views) >= _MOST_VIEWS:
+                self._views.clear()
+            view = torch.frombuffer(self._arena, dtype=dtype, count=elems, offset=offset)
+            self._views[offset, dtype, elems] = view
+        return view
 
 
-class Spans(Generic[File]):
+class Outgoing:
+    """What a worker writes: bytes of one file in their order, collected in its buffer, written when that is full.
+
+    Page for page they lie in the buffer as they will in the file, so that they can go to the disk without a copy.
+    """
+
+    def __init__(self, output: OutputFile, workspace: Workspace, offset: int) -> None:
+        self._output, self._buffer = output, workspace.octets("out")
+        self._start, self._held = offset, 0
+
+    def room(self, nbytes: int) -> memoryview:
+        """Where the next bytes are to be put, at most ``Budget.out_bytes`` of them."""
+        if self._held + nbytes > len(self._buffer) - PAGE_BYTES:
+            self.flush()
+        self._held += nbytes
+        return self.last(nbytes)
+
+    def last(self, nbytes: int) -> memoryview:
+        """The last bytes, not written yet."""
+        end = self._start % PAGE_BYTES + self._held
+        return self._buffer[end - nbytes : end]
+
+    def take_back(self, nbytes: int) -> None:
+        """Forgets the last bytes, not written yet."""
+        self._held -= nbytes
+
+    def flush(self) -> None:
+        if self._held:
+            self._output.write_full(self.last(self._held), self._start)
+            self._start, self._held = self._start + self._held, 0
+
+
+class Spans:
     """Byte ranges by file, collected until they are worth a system call: one range for each file, gaps included, since a
     fault may map what lies between as well."""
 
     def __init__(self, enough_bytes: int) -> None:
         self._enough = enough_bytes
-        self._spans: dict[File, tuple[int, int]] = {}
+        self._spans: dict[InputFile, tuple[int, int]] = {}
 
-    def add(self, file: File, begin: int, end: int) -> list[tuple[File, int, int]]:
+    def add(self, file: InputFile, begin: int, end: int) -> list[tuple[InputFile, int, int]]:
         """Takes a range in. Returns what came together before it, once that and this are enough, and starts over."""
         low, high = self._spans.get(file, (begin, begin))
         ripe = self.make_room(max(high, end) - min(low, begin) - (high - low))
@@ -94,7 +128,7 @@ class Spans(Generic[File]):
         self._spans[file] = (min(low, begin), max(high, end))
         return ripe
 
-    def make_room(self, nbytes: int) -> list[tuple[File, int, int]]:
+    def make_room(self, nbytes: int) -> list[tuple[InputFile, int, int]]:
         """Returns what came together, and starts over, where that and so many bytes more are enough."""
         if sum(high - low for low, high in self._spans.values()) + nbytes <= self._enough:
             return []
@@ -115,8 +149,10 @@ class Source:
     ) -> None:
         self._sources = [(inputs.get(s.path), s.offset, s.nbytes, s.spec.dtype.component) for s in sources]
         self._workspace, self._mapped = workspace, mapped
-        self._next_read = 0
+        self._wholes: list[torch.Tensor] | None = None
+        self._next_read = self._begin = self._end = 0
         self._kept: list[int] | None = None
+        """Where each source lies among what is kept."""
         if sum(_rounded(s.nbytes) for s in sources) <= keep_bytes:
             self._keep_all()
 
@@ -126,45 +162,53 @@ class Source:
     def name(self, source: int) -> str:
         return self._sources[source][0].path
 
+    def move_to(self, start: int, stop: int) -> None:
+        """Says which elements are read next; pages of those before are given back once they are many."""
+        if self._kept is None:
+            if start != self._end or stop - self._begin > self._workspace.noted_elems:
+                self._note()
+                self._begin = start
+            self._end = stop
+
     def read(self, source: int, start: int, stop: int) -> torch.Tensor:
         """Elements ``start`` to ``stop`` of a source, in its own dtype."""
         import torch
 
+        if self._mapped:
+            if self._wholes is None:
+                self._wholes = [torch.frombuffer(f.view(at, n), dtype=d.torch) for f, at, n, d in self._sources]
+            return self._wholes[source][start:stop]
         file, base, _, dtype = self._sources[source]
         size, elems = dtype.element_bytes, stop - start
-        offset, nbytes = base + start * size, elems * size
-        if self._mapped:
-            if self._kept is None:
-                self._release(file, offset, nbytes)
-            return torch.frombuffer(file.view(offset, nbytes), dtype=dtype.torch)
         if self._kept is not None:
-            part = self._workspace.octets("kept", nbytes, self._kept[source] + start * size)
+            part = self._workspace.octets("kept", elems * size, self._kept[source] + start * size)
             return torch.frombuffer(part, dtype=dtype.torch)
         region = f"read{self._next_read}"
         self._next_read ^= 1
-        file.read_into(self._workspace.octets(region, nbytes), offset)
+        file.read_into(self._workspace.octets(region, elems * size), base + start * size)
         return self._workspace.get(region, dtype.torch, elems)
+
+    def done(self) -> None:
+        """All is read: what was touched may be given back."""
+        self._note()
 
     def _keep_all(self) -> None:
         self._kept, cursor = [], 0
-        for seen, begin, end in self._workspace.mapped.make_room(sum(nbytes for _, _, nbytes, _ in self._sources)):
+        for seen, begin, end in self._workspace.touched.make_room(sum(nbytes for _, _, nbytes, _ in self._sources)):
             seen.release(begin, end - begin)
         for file, base, nbytes, _ in self._sources:
             self._kept.append(cursor)
             if not self._mapped:
                 file.read_into(self._workspace.octets("kept", nbytes, cursor), base)
             cursor += _rounded(nbytes)
+        self._end = max(nbytes // dtype.element_bytes for _, _, nbytes, dtype in self._sources)
 
-    def done(self) -> None:
-        """All passes are over: what was kept may be given back."""
-        if self._mapped and self._kept is not None:
-            for file, base, nbytes, _ in self._sources:
-                self._release(file, base, nbytes)
-
-    def _release(self, file: InputFile, offset: int, nbytes: int) -> None:
-        """Notes that these pages were touched, and gives back those touched before where they have become many."""
-        for seen, begin, end in self._workspace.mapped.add(file, offset, offset + nbytes):
-            seen.release(begin, end - begin)
+    def _note(self) -> None:
+        """Adds what was read since to what may be given back, and gives that back where it has become much."""
+        for file, base, _, dtype in self._sources:
+            size = dtype.element_bytes
+            for seen, low, high in self._workspace.touched.add(file, base + self._begin * size, base + self._end * size):
+                seen.release(low, high - low)
 
 
 def _rounded(nbytes: int) -> int:

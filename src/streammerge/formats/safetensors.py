@@ -20,6 +20,7 @@ from streammerge.errors import FormatError, MismatchError, listed, printable
 from streammerge.formats.base import Container, LayoutFile, Literal, flat_tensor
 from streammerge.storage import file_size, open_stream
 from streammerge.tensors import TensorEntry, TensorSpec
+from streammerge.units import PAGE_BYTES
 
 MAX_HEADER_BYTES = 100_000_000
 _MOST_KNOWN_BYTES = 32 << 20
@@ -227,7 +228,7 @@ def plan_layout(file_name: str, specs: Iterable[TensorSpec], metadata: dict[str,
         header[spec.name] = {"dtype": spec.dtype.value, "shape": shape, "data_offsets": [cursor, cursor + spec.nbytes]}
         starts[spec.name], cursor = cursor, cursor + spec.nbytes
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % PAGE_BYTES)  # the format asks for 8; pages are written without the page cache
     if len(text) > MAX_HEADER_BYTES:
         raise MismatchError(
             f"{printable(file_name)} would need a header of {len(text)} bytes; write a sharded folder instead"

@@ -78,7 +78,8 @@ class MergeMethod:
 
     ``models``: the least and most it takes, base not counted. ``base``: "required", "optional", "model" when a base
     is one model more, or "unused". ``row(shape, values)``: how many elements belong together. ``passes``: whether it
-    looks at the group before it makes its kernel. ``buffers``: chunk-long rows of numbers that it holds at once,
+    looks at the group before it makes its kernel. ``pointwise``: whether each number follows from the models' at its
+    place alone, not from the tensor's name, shape or other numbers, so that short tensors may be computed together. ``buffers``: chunk-long rows of numbers that it holds at once,
     torch's temporaries included, and ``buffers_per_model`` more for each model; ``histograms``: ranks that it looks
     for at once, per model. ``row_buffers``: rows of float64 that its passes hold. ``compute``: the dtype it computes
     in unless the recipe says otherwise. ``check(values)`` raises RecipeError.
@@ -90,6 +91,7 @@ class MergeMethod:
     base: str = "optional"
     row: Callable[[tuple[int, ...], Values], int] | None = None
     passes: bool = True
+    pointwise: bool = False
     buffers: int = 8
     buffers_per_model: int = 0
     searches: int = 0

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@merge_method("add_difference", models=(2, 2), base="required", passes=False, buffers=3, compute="float64")
+@merge_method("add_difference", models=(2, 2), base="required", passes=False, pointwise=True, buffers=3, compute="float64")
 def add_difference(group: TensorGroup, *, alpha: float = 1.0) -> Kernel:
     r"""Adds to the first model what the second learned from the base.
 
@@ -23,7 +23,9 @@ def add_difference(group: TensorGroup, *, alpha: float = 1.0) -> Kernel:
     return combination([1.0, alpha], of_base=-alpha)
 
 
-@merge_method("train_difference", models=(2, 2), base="required", passes=False, buffers=6, compute="float64")
+@merge_method(
+    "train_difference", models=(2, 2), base="required", passes=False, pointwise=True, buffers=6, compute="float64"
+)
 def train_difference(group: TensorGroup, *, alpha: float = 1.0) -> Kernel:
     r"""Adds to the first model what the second learned, most where the first lacks it.
 

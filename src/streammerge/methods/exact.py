@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@merge_method("copy", models=(1, 1), base="unused", passes=False, buffers=0)
+@merge_method("copy", models=(1, 1), base="unused", passes=False, pointwise=True, buffers=0)
 def copy(group: TensorGroup) -> Kernel:
     """The only model's numbers, as they are.
 
@@ -22,7 +22,7 @@ def copy(group: TensorGroup) -> Kernel:
     return lambda chunk: chunk.raw(0)
 
 
-@merge_method("passthrough", models=(1, 1), base="unused", passes=False, buffers=1, compute="float64")
+@merge_method("passthrough", models=(1, 1), base="unused", passes=False, pointwise=True, buffers=1, compute="float64")
 def passthrough(group: TensorGroup, *, scale: PerModel | None = None) -> Kernel:
     r"""The only model's numbers, times ``scale`` where one is given.
 

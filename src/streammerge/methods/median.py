@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@merge_method("median", base="unused", passes=False, buffers=6, buffers_per_model=5)
+@merge_method("median", base="unused", passes=False, pointwise=True, buffers=6, buffers_per_model=5)
 def median(group: TensorGroup) -> Kernel:
     r"""Elementwise median of the models; of an even number the mean of the middle two.
 
@@ -65,7 +65,7 @@ def geometric_median(group: TensorGroup, *, eps: float = 1e-6, max_iter: int = 1
     return combination(weights.tolist())
 
 
-@merge_method("clamp", models=(2, None), base="unused", passes=False, buffers=4)
+@merge_method("clamp", models=(2, None), base="unused", passes=False, pointwise=True, buffers=4)
 def clamp(group: TensorGroup) -> Kernel:
     r"""The first model, limited to the range that the others span.
 

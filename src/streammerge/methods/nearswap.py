@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@merge_method("nearswap", models=(1, 1), base="required", passes=False, buffers=5)
+@merge_method("nearswap", models=(1, 1), base="required", passes=False, pointwise=True, buffers=5)
 def nearswap(group: TensorGroup, *, t: float) -> Kernel:
     r"""Moves the base towards the model, all the way where they are within ``t``.
 

@@ -18,7 +18,7 @@ def _check_epsilon(values: Values) -> None:
         raise RecipeError("ramplus_tl takes an epsilon above 0")
 
 
-@merge_method("ram", models=(0, None), base="required", passes=False, buffers=6)
+@merge_method("ram", models=(0, None), base="required", passes=False, pointwise=True, buffers=6)
 def ram(group: TensorGroup, *, epsilon: float = 1e-5) -> Kernel:
     r"""Adds changes to the base: whole where one model made them, else their mean.
 

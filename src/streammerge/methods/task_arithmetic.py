@@ -85,7 +85,7 @@ def _prune(group: TensorGroup, sparsify: Sparsify, density: Sequence[float], res
     return rescaled(group, sparsify) if rescale and any(d < 1 for d in density) else sparsify
 
 
-@merge_method("task_arithmetic", models=(0, None), base="required", passes=False, buffers=4)
+@merge_method("task_arithmetic", models=(0, None), base="required", passes=False, pointwise=True, buffers=4)
 def task_arithmetic(
     group: TensorGroup,
     *,
