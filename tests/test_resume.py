@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from safetensors.torch import save_file
 
 import streammerge as sm
 from streammerge import tasks
-from streammerge.storage import OutputFile, Staging, commit, journal
+from streammerge.storage import commit, journal
+from streammerge.storage.commit import Staging
+from streammerge.storage.files import OutputFile
 from streammerge.tensors import GRAIN
 
 OUTPUTS = {"safetensors": "out.safetensors", "pickle": "out.pth", "folder": "out"}
@@ -484,7 +487,7 @@ def test_what_is_not_ours_stays_in_a_folder_of_our_name(pair: list[Path], tmp_pa
 def test_the_lock_goes_last(pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a finished run still removes what it made, no other may begin in its folder."""
     out, refused = tmp_path / "out", []
-    good = commit.shutil.rmtree
+    good = shutil.rmtree
 
     def rmtree(path: Path, **options: Any) -> None:
         with pytest.raises(sm.LockedError):
@@ -492,7 +495,7 @@ def test_the_lock_goes_last(pair: list[Path], tmp_path: Path, monkeypatch: pytes
         refused.append(path)
         good(path, **options)
 
-    monkeypatch.setattr(commit.shutil, "rmtree", rmtree)
+    monkeypatch.setattr("shutil.rmtree", rmtree)
     sm.merge(pair, out)
     sm.merge(pair, out, overwrite=True)
     assert refused

@@ -14,7 +14,8 @@ from conftest import assert_same, load_safetensors, trained
 from safetensors.torch import save_file
 
 import streammerge as sm
-from streammerge.storage import InputFile, InputFiles, OutputFile, Staging, identity, write_text
+from streammerge.storage.commit import Staging, write_text
+from streammerge.storage.files import InputFile, InputFiles, OutputFile, identity
 
 
 def test_nothing_appears_without_commit(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from streammerge.planning import Plan, build_plan
 from streammerge.receipt import Receipt
 from streammerge.recipe import Recipe, read_recipe
 from streammerge.run import Result, default_workers, execute
-from streammerge.storage import check_writable, free_bytes, identity, sweep, write_text
+from streammerge.storage.commit import check_writable, sweep, write_text
+from streammerge.storage.files import free_bytes, identity
 from streammerge.units import decimal_bytes, parse_bytes, parse_share
 from streammerge.verification import Verified, check_files, check_inputs, receipt_of, recompute
 from streammerge.wish import conversion, overridden, recipe_of

@@ -40,9 +40,9 @@ class Cost:
     """What a chunk in flight needs; the widest task of the run decides each.
 
     Bytes per element: ``compute`` of one buffer of numbers, of which there are ``buffers``; ``out`` of the result, which
-    is collected before it is written; ``read`` of a read buffer; ``mapped`` of one input in mapped pages. ``inputs``: how many are kept at once.
-    ``row``: elements that a chunk must hold together. ``passes_bytes``: what the passes of a tensor hold that is one
-    worker's; ``spread_bytes``: of one that all workers share.
+    is collected before it is written; ``read`` of a read buffer; ``mapped`` of one input in mapped pages. ``inputs``:
+    how many are kept at once. ``row``: elements that a chunk must hold together. ``passes_bytes``: what the passes of a
+    tensor hold that is one worker's; ``spread_bytes``: of one that all workers share.
     """
 
     compute: int

@@ -11,7 +11,7 @@ from streammerge.errors import FormatError, RecipeError, StreammergeError, print
 from streammerge.formats import sniff
 from streammerge.formats.base import MOST_EXPANDED_BYTES, Container
 from streammerge.statedict import Selection, select
-from streammerge.storage import Identity, identity
+from streammerge.storage.files import Identity, identity
 from streammerge.tensors import TensorEntry
 from streammerge.tree import Global, TensorRef, number, plain, walk
 

@@ -16,7 +16,7 @@ from streammerge.budget import Budget
 from streammerge.checksums import Checksum
 from streammerge.errors import StreammergeError, TaskError, printable
 from streammerge.group import Chunk, Kernel, TensorGroup, chunk_spans
-from streammerge.storage import COPY_BYTES, InputFiles, OutputFile
+from streammerge.storage.files import COPY_BYTES, InputFiles, OutputFile
 from streammerge.tasks import MergeTask, Piece, PieceDone, batches, joined, pieces, runs
 from streammerge.tensors import ranges
 from streammerge.workspace import Outgoing, Source, Workspace

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from streammerge.errors import printable
 from streammerge.formats.safetensors import load_json
-from streammerge.storage import file_size, read_full
+from streammerge.storage.files import file_size, read_full
 from streammerge.tensors import TensorEntry
 
 CONFIG = "config.json"

@@ -26,7 +26,7 @@ from streammerge.placing import Output, Placed, blank_sums, recipe_record
 from streammerge.receipt import ITSELF, Receipt, escaped, input_files, planned
 from streammerge.recipe import Recipe, resolved, to_json, to_yaml
 from streammerge.recipe.locate import travelling_names
-from streammerge.storage import file_size
+from streammerge.storage.files import file_size
 from streammerge.tensors import TensorSpec
 from streammerge.units import parse_bytes
 

@@ -21,7 +21,7 @@ from streammerge.receipt import InputSpans
 from streammerge.recipe import Recipe
 from streammerge.recipe.words import recipe_lines, rule_lines, weight_notes
 from streammerge.select import held_bytes
-from streammerge.storage import Identity, identity
+from streammerge.storage.files import Identity, identity
 from streammerge.tasks import MergeTask
 from streammerge.tensors import TensorEntry
 from streammerge.units import binary_bytes, decimal_bytes

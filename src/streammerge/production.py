@@ -24,7 +24,8 @@ from streammerge.receipt import ITSELF, written_like
 from streammerge.relatives import strangers
 from streammerge.resume import plan_digest
 from streammerge.staging import staged_tasks
-from streammerge.storage import COPY_BYTES, InputFiles, OutputFile, Staging, outside
+from streammerge.storage.commit import Staging
+from streammerge.storage.files import COPY_BYTES, InputFiles, OutputFile, outside
 from streammerge.storage.journal import NAME, Finished, Journal, Key
 from streammerge.structure import check_structure
 from streammerge.tasks import Piece, PieceDone, pieces

@@ -17,7 +17,7 @@ from streammerge.checkpoint import CheckpointIndex
 from streammerge.checksums import CRC32, CRC32C, Checksum
 from streammerge.errors import VerifyError, printable
 from streammerge.formats.safetensors import load_json
-from streammerge.storage import digest_outside, file_size
+from streammerge.storage.files import digest_outside, file_size
 from streammerge.version import __version__
 
 ITSELF = ""

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 
 from streammerge.errors import printable
 from streammerge.names import bare
-from streammerge.storage import InputFiles
+from streammerge.storage.files import InputFiles
 from streammerge.tasks import MergeTask
 from streammerge.tensors import TensorEntry
 

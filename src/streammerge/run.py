@@ -16,7 +16,9 @@ from streammerge.formats.folder import foreign_files
 from streammerge.planning import Plan
 from streammerge.production import Production
 from streammerge.resume import can_be_resumed
-from streammerge.storage import Staging, faults, identity, space_checked
+from streammerge.storage import faults
+from streammerge.storage.commit import Staging
+from streammerge.storage.files import identity, space_checked
 from streammerge.verification import receipt_of
 from streammerge.workspace import prepare_torch
 

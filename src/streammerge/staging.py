@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from streammerge.errors import FormatError, printable
-from streammerge.storage import COPY_BYTES, InputFile, InputFiles, OutputFile
+from streammerge.storage.files import COPY_BYTES, InputFile, InputFiles, OutputFile
 from streammerge.tasks import MergeTask
 from streammerge.tensors import Deflated, TensorEntry, contiguous_strides
 

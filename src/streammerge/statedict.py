@@ -24,17 +24,16 @@ from streammerge.tree import Instance, TensorRef, mapping_items, walk
 
 _Place = tuple[tuple[Any, ...], Any, bool, Any]
 _MOST_NAME = 4000
-_NOT_WEIGHTS = re.compile(
-    r"(.*_)?(optim(izer)?s?|opt|(lr_)?sched(uler)?s?|(grad_)?scalers?|amp)(_\w+)?"
+# Patterns as text: compiling them takes longer than looking at a file of safetensors, which needs none.
+_NOT_WEIGHTS = (
+    r"(?i)(.*_)?(optim(izer)?s?|opt|(lr_)?sched(uler)?s?|(grad_)?scalers?|amp)(_\w+)?"
     r"|(.*_)?(rng|random)(_?states?)?(_\w+)?|extra_state|criterion|(.*_)?loss(es)?|callbacks|loops|(.*_)?metrics?|logging|message_hub"
-    r"|sampler|hyper_parameters|hparams|history|args|cfg|config|(.*_)?stats",
-    re.IGNORECASE,
+    r"|sampler|hyper_parameters|hparams|history|args|cfg|config|(.*_)?stats"
 )
-_EMA = re.compile(r"(.*[_.])?(ema|ema_.*|model_avg|avg_model|averaged|teacher|swa(_.*)?)([_.].*)?", re.IGNORECASE)
-_STALE = re.compile(
-    r"(.*_)?optim(izer)?s?(?!_history)(_\w+)?|(lr_|opt_param_|param_)?sched(uler)?s?(_(states?|state_dict|g|d|disc|gen))?"
-    r"|(grad|amp)_scaler(_state(_dict)?)?",
-    re.IGNORECASE,
+_EMA = r"(?i)(.*[_.])?(ema|ema_.*|model_avg|avg_model|averaged|teacher|swa(_.*)?)([_.].*)?"
+_STALE = (
+    r"(?i)(.*_)?optim(izer)?s?(?!_history)(_\w+)?|(lr_|opt_param_|param_)?sched(uler)?s?(_(states?|state_dict|g|d|disc|gen))?"
+    r"|(grad|amp)_scaler(_state(_dict)?)?"
 )
 _LOSS_SCALER_KEYS = {"scale", "growth_factor", "loss_scale", "loss_scaler0"}
 
@@ -50,7 +49,7 @@ def is_training_state(key: Any, value: Any) -> bool:
         return False
     if key.lower() in ("scaler", "scaler_state", "scaler_state_dict", "amp"):
         return isinstance(value, dict) and (not value or not _LOSS_SCALER_KEYS.isdisjoint(value))
-    return _STALE.fullmatch(key) is not None or _is_optimizer_state(value)
+    return re.fullmatch(_STALE, key) is not None or _is_optimizer_state(value)
 
 
 @dataclass(slots=True, eq=False)  # not frozen, which would make it three times as slow to create
@@ -90,7 +89,7 @@ class Candidate:
     @property
     def averaged(self) -> bool:
         """Whether its path says that it is a running mean of the weights (EMA)."""
-        return any(isinstance(part, str) and _EMA.fullmatch(part) for part in self.path)
+        return any(isinstance(part, str) and re.fullmatch(_EMA, part) for part in self.path)
 
 
 @dataclass(slots=True)
@@ -194,7 +193,7 @@ def _loose(tree: Any) -> list[Candidate]:
 
 
 def _bars(key: Any) -> bool:
-    return isinstance(key, str) and _NOT_WEIGHTS.fullmatch(key) is not None
+    return isinstance(key, str) and re.fullmatch(_NOT_WEIGHTS, key) is not None
 
 
 def _is_optimizer_state(node: Any) -> bool:

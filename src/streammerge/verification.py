@@ -26,13 +26,13 @@ from streammerge.methods.registry import INTEGERS
 from streammerge.planning import Plan, budget_of
 from streammerge.receipt import ITSELF, Receipt, escaped, read_receipt
 from streammerge.staging import staged_tasks
-from streammerge.storage import (
+from streammerge.storage import faults
+from streammerge.storage.files import (
     COPY_BYTES,
     InputFile,
     InputFiles,
     OutputFile,
     digest_outside,
-    faults,
     file_size,
     outside,
     read_full,

@@ -6,7 +6,7 @@ import mmap
 from typing import TYPE_CHECKING
 
 from streammerge.budget import Budget, slots
-from streammerge.storage import InputFile, InputFiles, OutputFile
+from streammerge.storage.files import InputFile, InputFiles, OutputFile
 from streammerge.tensors import TensorEntry
 from streammerge.units import PAGE_BYTES
 

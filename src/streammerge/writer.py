@@ -10,7 +10,7 @@ from typing import Any
 from streammerge.dtypes import parse_dtype
 from streammerge.errors import MismatchError, RecipeError, listed, printable
 from streammerge.formats.safetensors import plan_layout
-from streammerge.storage import Staging, check_writable
+from streammerge.storage.commit import Staging, check_writable
 from streammerge.tensors import TensorSpec
 
 

@@ -382,6 +382,23 @@ def main() -> None:
         _fail(printable(error if not isinstance(error, OSError) or error.filename else error.strerror or error, 1000), 1)
 
 
+def run() -> None:
+    """The installed command: :func:`main`, and the end of its process: taking torch down would cost half a second."""
+    code: Any = None
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    if code is not None and not isinstance(code, int):
+        sys.exit(code)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        code = code or 1
+    os._exit(code or 0)
+
+
 def _print_traceback() -> None:
     import traceback
 

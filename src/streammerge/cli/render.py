@@ -15,7 +15,7 @@ from streammerge.cli.formula import unicode_formula
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats.safetensors import load_json
 from streammerge.statedict import unread_tensors
-from streammerge.storage import file_size
+from streammerge.storage.files import file_size
 from streammerge.units import binary_bytes, decimal_bytes
 
 if TYPE_CHECKING:

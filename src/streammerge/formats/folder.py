@@ -17,7 +17,7 @@ from streammerge.errors import FormatError, listed, printable
 from streammerge.formats.base import Container, StorageBytes
 from streammerge.formats.safetensors import load_json
 from streammerge.statedict import select
-from streammerge.storage import file_size, read_full
+from streammerge.storage.files import file_size, read_full
 from streammerge.tree import StorageRef, TensorRef
 
 MAX_INDEX_BYTES = 256 << 20

@@ -18,7 +18,7 @@ from typing import Any
 from streammerge.dtypes import DType
 from streammerge.errors import FormatError, MismatchError, listed, printable
 from streammerge.formats.base import Container, LayoutFile, Literal, flat_tensor
-from streammerge.storage import file_size, open_stream
+from streammerge.storage.files import file_size, open_stream
 from streammerge.tensors import TensorEntry, TensorSpec
 from streammerge.units import PAGE_BYTES
 

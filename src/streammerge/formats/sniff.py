@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
 
 from streammerge.errors import FormatError, printable
-from streammerge.formats import folder, safetensors, torch_legacy, torch_tar, torch_zip
 from streammerge.formats.base import Container
-from streammerge.storage import file_size, open_stream
+from streammerge.storage.files import file_size, open_stream
 
 _HEAD_BYTES = 512
-_READERS = (safetensors, torch_zip, torch_tar, torch_legacy)
+_READERS = ("safetensors", "torch_zip", "torch_tar", "torch_legacy")
 _OTHERS: tuple[tuple[bytes, str], ...] = (
     (b"GGUF", "a GGUF file, whose weights are quantised for llama.cpp; give the original safetensors"),
     (b"\x89HDF", "an HDF5 file (Keras); only PyTorch and safetensors checkpoints are read"),
@@ -26,11 +26,11 @@ _OTHERS: tuple[tuple[bytes, str], ...] = (
 
 def read(path: Path) -> Container:
     """The container of a file or folder. Raises FormatError that names what was found instead."""
-    if path.is_dir():
-        return folder.read(path, read_file)
-    if path.name.endswith(".index.json"):
-        return folder.read_sharded(path, read_file)
-    return read_file(path)
+    if not path.is_dir() and not path.name.endswith(".index.json"):
+        return read_file(path)
+    from streammerge.formats import folder
+
+    return folder.read(path, read_file) if path.is_dir() else folder.read_sharded(path, read_file)
 
 
 def read_file(path: Path) -> Container:
@@ -38,7 +38,8 @@ def read_file(path: Path) -> Container:
     size = file_size(path)
     with open_stream(path) as stream:
         head = stream.read(_HEAD_BYTES)
-    for reader in _READERS:
+    for name in _READERS:
+        reader = import_module(f"streammerge.formats.{name}")  # only those asked: to look at a file should take no time
         if reader.matches(head, size):
             container: Container = reader.read(path)
             return container

@@ -11,7 +11,7 @@ from pathlib import Path
 from streammerge.errors import FormatError, StreammergeError, printable
 from streammerge.formats.base import Container, StorageBytes
 from streammerge.rebuild import StorageTable, text
-from streammerge.storage import file_size, open_stream
+from streammerge.storage.files import file_size, open_stream
 from streammerge.unpickle import unpickle
 
 MAGIC = 0x1950A86A20F9469CFC6C

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 from streammerge.errors import FormatError, printable
 from streammerge.formats.base import Container, StorageBytes
 from streammerge.rebuild import Damaged, natural, storage_dtype, text
-from streammerge.storage import open_stream
+from streammerge.storage.files import open_stream
 from streammerge.tree import PersistentId, StorageRef, TensorRef
 from streammerge.unpickle import unpickle
 

@@ -20,7 +20,7 @@ from streammerge.choices import RECEIPT_FILE, RECEIPT_KEY, RECIPE_FILE, RECIPE_K
 from streammerge.errors import FormatError, printable
 from streammerge.formats.base import Container, LayoutFile, Literal, StorageBytes
 from streammerge.rebuild import StorageTable
-from streammerge.storage import open_stream
+from streammerge.storage.files import open_stream
 from streammerge.tensors import Deflated
 from streammerge.unpickle import MAX_PICKLE_BYTES, unpickle
 

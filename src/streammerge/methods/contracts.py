@@ -79,10 +79,11 @@ class MergeMethod:
     ``models``: the least and most it takes, base not counted. ``base``: "required", "optional", "model" when a base
     is one model more, or "unused". ``row(shape, values)``: how many elements belong together. ``passes``: whether it
     looks at the group before it makes its kernel. ``pointwise``: whether each number follows from the models' at its
-    place alone, not from the tensor's name, shape or other numbers, so that short tensors may be computed together. ``buffers``: chunk-long rows of numbers that it holds at once,
-    torch's temporaries included, and ``buffers_per_model`` more for each model; ``histograms``: ranks that it looks
-    for at once, per model. ``row_buffers``: rows of float64 that its passes hold. ``compute``: the dtype it computes
-    in unless the recipe says otherwise. ``check(values)`` raises RecipeError.
+    place alone, not from the tensor's name, shape or other numbers, so that short tensors may be computed together.
+    ``buffers``: chunk-long rows of numbers that it holds at once, torch's temporaries included, and
+    ``buffers_per_model`` more for each model; ``searches``: ranks that it looks for at once, per model.
+    ``row_buffers``: rows of float64 that its passes hold. ``compute``: the dtype it computes in unless the recipe says
+    otherwise. ``check(values)`` raises RecipeError.
     """
 
     name: str

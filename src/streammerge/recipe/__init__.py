@@ -16,7 +16,7 @@ from streammerge.recipe.document import parse, to_json, to_yaml
 from streammerge.recipe.form import Model, Output, Recipe, Reference, Rule, Slice, Source
 from streammerge.recipe.kinds import FormOf, Problems
 from streammerge.recipe.locate import located, resolved
-from streammerge.storage import file_size, read_full
+from streammerge.storage.files import file_size, read_full
 
 __all__ = [
     "Model",

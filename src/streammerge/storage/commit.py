@@ -10,8 +10,6 @@ import ctypes
 import errno
 import fcntl
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from streammerge.errors import LockedError, RecipeError, printable
@@ -205,6 +203,8 @@ def _remove_ours(folder: Path) -> None:
     for name in ("output", "staged", NAME, NEW, _PUT_BY, _REPLACED):
         path = folder / name
         if path.is_dir() and not path.is_symlink():
+            import shutil  # here, since looking at a file does without
+
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
@@ -288,13 +288,6 @@ def check_writable(out: Path, overwrite: bool) -> None:
         raise RecipeError(f"{printable(out)} exists already; pass --overwrite to replace it, or choose another name")
 
 
-def free_bytes(path: Path) -> int:
-    """Room on the file system of the nearest folder that exists."""
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return shutil.disk_usage(path).free
-
-
 def sync_folder(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -305,6 +298,8 @@ def sync_folder(folder: Path) -> None:
 
 def write_text(path: Path, text: str, overwrite: bool) -> None:
     """A small file, whole and durable, or not at all; RecipeError when it cannot be written, or is there already."""
+    import tempfile
+
     try:
         fd, partial = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)
         try:

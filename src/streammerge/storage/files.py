@@ -12,7 +12,6 @@ import errno
 import functools
 import mmap
 import os
-import shutil
 import stat
 import threading
 from collections import OrderedDict
@@ -309,6 +308,14 @@ def _open_direct(path: Path) -> int:
         return -1
 
 
+def free_bytes(path: Path) -> int:
+    """Room on the file system of the nearest folder that exists."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize
+
+
 @contextlib.contextmanager
 def space_checked(path: Path, nbytes: int) -> Iterator[None]:
     """Turns "no space left" into a SpaceError that says how much is missing."""
@@ -317,7 +324,7 @@ def space_checked(path: Path, nbytes: int) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        free = shutil.disk_usage(path.parent).free
+        free = free_bytes(path.parent)
         missing = f"{decimal_bytes(nbytes - free)} are missing" if nbytes > free else error.strerror
         raise SpaceError(
             f"no room for {printable(path.name)}: it needs {decimal_bytes(nbytes)}, "
