@@ -115,7 +115,8 @@ def test_no_call_in_a_pickle_is_made(way: str, container: str, protocol: int, tm
 
 
 WATCHED = """
-import sys, streammerge.api, streammerge.cli, streammerge.formats.sniff, pathlib, json
+import sys, streammerge.api, streammerge.cli, pathlib, json
+from streammerge.formats import folder, safetensors, torch_legacy, torch_tar, torch_zip
 from streammerge.cli import render
 
 def watch(event, args):

@@ -359,7 +359,7 @@ def test_what_the_disk_fails_to_store_twice_is_not_there(
 
 def hold(out: Path) -> subprocess.Popen[str]:
     """Another process that is writing ``out``."""
-    code = f"from streammerge.storage import Staging; from pathlib import Path; s = Staging(Path({str(out)!r})); "
+    code = f"from streammerge.storage.commit import Staging; from pathlib import Path; s = Staging(Path({str(out)!r})); "
     process = subprocess.Popen(
         [sys.executable, "-c", code + "print('held', flush=True); input()"],
         stdin=subprocess.PIPE,
