@@ -1,0 +1,87 @@
+"""What is measured: commands of streammerge, each with what a machine that only moved the bytes would do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.files import Model
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """``arguments`` of streammerge, in which {0}, {1} are the inputs and {out} the output.
+
+    ``reference``: "cat+cp" reads all inputs and writes one output, "cp" copies one, "pass" starts Python. ``bar``: the
+    ratio to it that is aimed at. ``cold``: the inputs are not in the page cache. ``peers``: methods that other tools
+    have too. ``quick``: part of a short run.
+    """
+
+    name: str
+    models: tuple[Model, ...]
+    arguments: tuple[str, ...]
+    out: str = "out.safetensors"
+    reference: str = "cat+cp"
+    bar: float | None = None
+    cold: bool = False
+    peers: str = ""
+    quick: bool = False
+
+    @property
+    def merges(self) -> bool:
+        return self.reference == "cat+cp"
+
+
+def _models(count: int, gigabytes: float = 2.0, **kind: str) -> tuple[Model, ...]:
+    return tuple(Model(gigabytes, number, **kind) for number in range(count))
+
+
+def _merge(models: tuple[Model, ...], *arguments: str, based: bool = False) -> tuple[str, ...]:
+    inputs = [f"{{{number}}}" for number in range(len(models))]
+    base = ("--base", inputs.pop(0)) if based else ()
+    return ("merge", *inputs, *base, "-o", "{out}", "--format", "json", "--no-progress", *arguments)
+
+
+def _linear(name: str, models: tuple[Model, ...], **more: object) -> Case:
+    weights = ("--weights", "0.5,0.3,0.2") if len(models) == 3 else ()
+    return Case(name, models, _merge(models, *weights), **more)  # type: ignore[arg-type]
+
+
+def _method(method: str, *parameters: str, count: int = 3, based: bool = False, peers: str = "") -> Case:
+    models = _models(count)
+    given = tuple(part for parameter in parameters for part in ("-p", parameter))
+    return Case(method, models, _merge(models, "--method", method, *given, based=based), peers=peers)
+
+
+def _convert(name: str, model: Model, out: str, bar: float) -> Case:
+    return Case(name, (model,), ("convert", "{0}", "-o", "{out}", "--format", "json", "--no-progress"), out, "cp", bar)
+
+
+_PTH, _LEGACY = Model(form="pth"), Model(form="legacy")
+
+CASES: tuple[Case, ...] = (
+    _linear("linear", _models(3), bar=1.8, peers="linear", quick=True),
+    # Tools that hold all of it would need more memory than a small machine has for the largest.
+    *(
+        _linear(f"linear of {size:g} GB", _models(2, size), peers="linear" if size < 8 else "")
+        for size in (1.0, 2.0, 4.0, 8.0)
+    ),
+    *(_linear(f"linear of {count} inputs", _models(count, 1.0)) for count in (4, 8, 16)),
+    _linear("linear in float32", _models(3, 2.0, dtype="float32")),
+    _linear("one giant tensor", _models(2, 4.0, shape="giant")),
+    _linear("46,000 small tensors", _models(3, 3.02, shape="small"), bar=2.0),
+    _linear("linear, cold cache", _models(3), cold=True),
+    _linear("linear of .pth", _models(2, 2.0, form="pth"), out="out.pth"),
+    _linear("linear of legacy .pth", _models(2, 2.0, form="legacy"), out="out.pth"),
+    _method("ties", "density=0.5", based=True, peers="ties"),
+    _method("slerp", "t=0.4", count=2, peers="slerp"),
+    _method("karcher", peers="karcher"),
+    _method("dare_linear", "density=0.5", based=True, peers="dare_linear"),
+    _method("model_stock", based=True, peers="model_stock"),
+    _method("sce", "select_topk=0.5", based=True, peers="sce"),
+    _convert(".pth to safetensors", _PTH, "out.safetensors", 1.15),
+    _convert("legacy .pth to safetensors", _LEGACY, "out.safetensors", 1.15),
+    _convert("safetensors to .pth", Model(), "out.pth", 1.3),
+    Case("--help", (), ("--help",), reference="pass", quick=True),
+    Case("inspect 2 GB", (Model(),), ("inspect", "{0}"), reference="pass", quick=True),
+    Case("plan three 2 GB", _models(3), ("plan", "{0}", "{1}", "{2}"), reference="pass", quick=True),
+)

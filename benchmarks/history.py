@@ -1,0 +1,106 @@
+"""Nights: one line of JSON for each run of the benchmarks, and what got worse from one to the next."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.runner import OURS, Result
+
+Night = dict[str, Any]
+_MEMORY_WORSE = 1.03
+_TIME_WORSE = 1.25
+_NIGHTS_KEPT = 3
+_NIGHTS_BEFORE = 10
+_MEMORY = ("anonymous_bytes", "resident_bytes")
+
+
+def fingerprint() -> dict[str, Any]:
+    """What a number depends on beside the code. Nothing that names a machine or a person."""
+    cpu = next((line for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+    memory = next((line for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), "0 0")
+    return {
+        "cpu": cpu.rpartition(":")[2].strip(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(int(memory.split()[1]) / (1 << 20)),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "safetensors")},
+    }
+
+
+def night(results: list[Result]) -> Night:
+    """The results with the time, commit, version and machine."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit.stdout.strip(),
+        "version": _version("streammerge"),
+        "machine": fingerprint(),
+        "results": results,
+    }
+
+
+def append(path: Path, new: Night) -> None:
+    """Adds a night to the history. Samples of memory stay with the page, for git is to hold this."""
+    results = [{key: value for key, value in each.items() if key != "samples"} for each in new["results"]]
+    with path.open("a") as file:
+        file.write(json.dumps(new | {"results": results}) + "\n")
+
+
+def read(path: Path) -> list[Night]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def regressions(nights: list[Night]) -> list[str]:
+    """What got worse in the last night, a sentence each.
+
+    Memory hardly varies: more than 3 % above the median of the nights before is worse. Time is compared by the ratio to
+    the reference, and is worse when three nights in a row were a quarter above the median of those before. Only
+    nights on machines that are alike are compared.
+    """
+    if not nights:
+        return []
+    alike = [each for each in nights if each["machine"] == nights[-1]["machine"]]
+    worse = [
+        f"{each['case']}: it failed with exit code {each['exit_code']}" for each in _ours(alike[-1]) if each["exit_code"]
+    ]
+    for name in (each["case"] for each in _ours(alike[-1])):
+        history = [each for one in alike for each in _ours(one) if each["case"] == name and not each["exit_code"]]
+        for kind in _MEMORY:
+            before = [each[kind] for each in history[:-1]][-_NIGHTS_BEFORE:]
+            if before and history[-1][kind] > _MEMORY_WORSE * statistics.median(before):
+                was, now = statistics.median(before) / 1e6, history[-1][kind] / 1e6
+                worse.append(f"{name}: {kind.partition('_')[0]} memory rose from {was:.1f} to {now:.1f} MB")
+        ratios = [each["ratio"] for each in history]
+        before = ratios[:-_NIGHTS_KEPT][-_NIGHTS_BEFORE:]
+        if before and min(ratios[-_NIGHTS_KEPT:]) > _TIME_WORSE * statistics.median(before):
+            was, now = statistics.median(before), statistics.median(ratios[-_NIGHTS_KEPT:])
+            worse.append(f"{name}: {now:.2f} times the reference for {_NIGHTS_KEPT} nights, {was:.2f} before")
+    return worse
+
+
+def _ours(one: Night) -> Iterable[Result]:
+    return (each for each in one["results"] if each["tool"] == OURS and "ratio" in each)
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,164 @@
+"""The benchmarks: what they measure is right, and what got worse is told."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks import history, page
+from benchmarks.cases import CASES, Case
+from benchmarks.files import Model
+from benchmarks.measure import measure
+from benchmarks.runner import OURS, REFERENCE, run_case
+from safetensors import safe_open
+
+MIB = 1 << 20
+NIGHT: dict[str, Any] = {
+    "time": "2026-01-01T00:00:00+00:00",
+    "commit": "abc1234",
+    "version": "1",
+    "machine": {"cpu": "some", "cores": 2},
+    "results": [
+        {
+            "case": "linear",
+            "tool": OURS,
+            "exit_code": 0,
+            "seconds": 2.0,
+            "cpu_seconds": 3.0,
+            "ratio": 1.0,
+            "ratio_low": 0.9,
+            "ratio_high": 1.1,
+            "anonymous_bytes": 100 * MIB,
+            "resident_bytes": 300 * MIB,
+            "cgroup_bytes": None,
+            "gb_per_second": 3.0,
+        }
+    ],
+}
+
+
+def night(**changes: Any) -> dict[str, Any]:
+    made = copy.deepcopy(NIGHT)
+    made["results"][0] |= changes
+    return made
+
+
+def test_a_process_is_measured_by_what_it_does(tmp_path: Path) -> None:
+    """200 MiB of its own for a while, one second of arithmetic, 8 MiB to the disk, and an exit code."""
+    code = f"""
+import os, sys, time
+held = b'x' * (200 << 20)
+end = time.process_time() + 1
+while time.process_time() < end: pass
+with open({str(tmp_path / "out")!r}, 'wb') as f: f.write(held[:8 << 20]); f.flush(); os.fsync(f.fileno())
+print('said'); sys.exit(3)
+"""
+    done = measure([sys.executable, "-c", code])
+    assert (done.exit_code, done.output) == (3, "said\n")
+    assert 200 * MIB <= done.anonymous <= 240 * MIB
+    assert done.anonymous <= done.resident <= 260 * MIB
+    assert 1 <= done.cpu_seconds <= done.seconds * 1.2
+    assert done.disk_written >= 8 * MIB or not done.disk_written  # file systems in memory have no disk
+    assert max(own for _, own, _ in done.samples) == done.anonymous
+
+
+def test_what_a_parent_holds_is_not_the_childs() -> None:
+    """As ru_maxrss has it."""
+    held = b"x" * (400 << 20)
+    assert measure([sys.executable, "-c", "pass"]).resident < 100 * MIB
+    assert len(held) == 400 << 20
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pth", "legacy"])
+@pytest.mark.parametrize("shape", ["layers", "giant", "small"])
+def test_files_are_what_they_are_called(tmp_path: Path, shape: str, form: str) -> None:
+    gigabytes = 0.3 if shape == "layers" else 0.01
+    path = Model(gigabytes, 1, "bfloat16", shape, form).made(tmp_path)
+    assert abs(path.stat().st_size - gigabytes * 1e9) < 0.4 * gigabytes * 1e9
+    shown = subprocess.run([sys.executable, "-m", "streammerge", "inspect", path, "--format", "json"], capture_output=True)
+    assert json.loads(shown.stdout)["tensors"] == len([*Model(gigabytes, 1, "bfloat16", shape, form).shapes()])
+    if form == "safetensors":
+        with safe_open(path, "pt") as opened:
+            values = opened.get_tensor(next(iter(opened.keys()))).float()
+        assert 0.015 < float(values.std()) < 0.025
+
+
+def test_a_case_is_run_beside_its_reference(tmp_path: Path) -> None:
+    models = (Model(0.01, 0, shape="small"), Model(0.01, 1, shape="small"))
+    arguments = ("merge", "{0}", "{1}", "-o", "{out}", "--format", "json", "--no-progress")
+    said: list[str] = []
+    results = run_case(Case("tiny", models, arguments), tmp_path / "files", tmp_path, 2, False, said.append)
+    reference, ours, _torch = results
+    assert (reference["tool"], ours["tool"], ours["exit_code"], ours["rounds"]) == (REFERENCE, OURS, 0, 2)
+    assert reference["ratio"] == reference["ratio_low"] == reference["ratio_high"] == 1
+    assert ours["ratio_low"] <= ours["ratio"] <= ours["ratio_high"]
+    assert ours["output_bytes"] < ours["input_bytes"] < 21e6
+    assert 0 < ours["own_seconds"] < ours["seconds"]
+    assert 100 * MIB < ours["resident_bytes"] < 500 * MIB
+    assert len(said) == 6
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failure_is_told(tmp_path: Path) -> None:
+    case = Case("fails", (Model(0.01, 0, shape="small"),), ("merge", "{0}", "-o", "{out}", "--method", "nothing"))
+    results = run_case(case, tmp_path, tmp_path, 1, False, lambda text: None)
+    assert results[1]["exit_code"] == 2
+    assert "nothing" in results[1]["output"]
+    assert history.regressions([history.night(results)]) == ["fails: it failed with exit code 2"]
+
+
+class TestRegressions:
+    def test_memory_beyond_three_percent(self) -> None:
+        assert history.regressions([night(), night(resident_bytes=308 * MIB)]) == []
+        (worse,) = history.regressions([night(), night(), night(resident_bytes=310 * MIB)])
+        assert worse == f"linear: resident memory rose from {300 * MIB / 1e6:.1f} to {310 * MIB / 1e6:.1f} MB"
+
+    def test_time_that_stays_worse_for_three_nights(self) -> None:
+        slow = night(ratio=1.3)
+        assert history.regressions([night(), night(), slow, slow]) == []
+        assert history.regressions([night(), slow, night(), slow, slow]) == []
+        (worse,) = history.regressions([night(), night(), slow, slow, slow])
+        assert worse == "linear: 1.30 times the reference for 3 nights, 1.00 before"
+
+    def test_only_machines_that_are_alike_are_compared(self) -> None:
+        other = night(resident_bytes=900 * MIB, ratio=9) | {"machine": {"cpu": "another"}}
+        assert history.regressions([night(), other]) == []
+
+    def test_none_without_nights(self) -> None:
+        assert history.regressions([]) == []
+
+
+def test_the_history_is_lines_that_git_can_hold(tmp_path: Path) -> None:
+    path = tmp_path / "history.jsonl"
+    assert history.read(path) == []
+    history.append(path, night(samples=[(0.0, 1, 2)]))
+    history.append(path, night())
+    assert history.read(path) == [night(), night()]
+    assert len(path.read_text().splitlines()) == 2
+
+
+def test_the_page_shows_nights_and_escapes_what_it_shows(tmp_path: Path) -> None:
+    sampled = night(
+        case="<linear>", samples=[(0.0, MIB, 2 * MIB), (1.0, 2 * MIB, 3 * MIB)], startup_bytes=MIB, memory_bytes=MIB
+    )
+    sizes = [night(case=f"linear of {size} GB")["results"][0] for size in (1, 2)]
+    sampled["results"] += sizes + [each | {"tool": "mergekit", "exit_code": -9, "limit_bytes": MIB} for each in sizes[:1]]
+    path = page.write(tmp_path / "site", [night(), night(resident_bytes=900 * MIB), sampled])
+    text = path.read_text()
+    assert "&lt;linear&gt;" in text
+    assert "<linear>" not in text
+    assert "killed by the kernel" in text
+    for name in ("memory-by-size", "memory-over-time", "nights"):
+        assert (tmp_path / "site" / f"{name}.svg").read_text().startswith("<?xml")
+        assert f'src="{name}.svg"' in text
+
+
+def test_cases_are_called_each_by_one_name() -> None:
+    names = [case.name for case in CASES]
+    assert len(set(names)) == len(names)
+    assert sum(case.quick for case in CASES) >= 3
