@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+import streammerge as sm
 from streammerge.methods.registry import methods
 from test_methods import CASES
 
@@ -104,6 +109,41 @@ def test_inspect_and_plan_stay_small_and_without_torch(tmp_path: Path) -> None:
         assert shown.startswith("False")
         peak = int(shown.partition("VmHWM:")[2].split()[0])
         assert peak < 40 << 10, f"{peak} kB"
+
+
+def cached_share(path: Path) -> float:
+    """How much of a file is in the page cache."""
+    size = path.stat().st_size
+    pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), size, mmap.MAP_PRIVATE) as mapped:
+        address = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(mapped)))
+        assert ctypes.CDLL(None).mincore(address, ctypes.c_size_t(size), pages) == 0
+        del address
+    return sum(page & 1 for page in pages) / len(pages)
+
+
+@pytest.mark.parametrize("command", ["linear", "ties", "convert"])
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+def test_polite_runs_give_the_page_cache_back(tmp_path: Path, io: str, command: str) -> None:
+    inputs = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    for number, path in enumerate(inputs):
+        save_file({f"w{i}": torch.full((6 << 20,), float(number)) for i in range(3)}, path)
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())  # what is not written yet cannot be given back
+    out = tmp_path / "out.safetensors"
+    for polite in (False, True):
+        for path in inputs:
+            path.read_bytes()
+        options = {"io": io, "overwrite": True, "polite": polite}
+        if command == "convert":
+            read = inputs[:1]
+            sm.convert(read[0], out, **options)
+        else:
+            read = inputs if command == "ties" else inputs[1:]
+            base = {"base": inputs[0]} if command == "ties" else {}
+            sm.merge(inputs[1:], out, method=command, **base, **options)
+        left = max(map(cached_share, read))
+        assert left < 0.3 if polite else left == 1
 
 
 def peaks(tmp_path: Path, elems: int, memory: str, chosen: Sequence[str]) -> list[tuple[str, dict[str, int]]]:

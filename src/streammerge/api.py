@@ -199,6 +199,7 @@ def merge(
     *,
     overwrite: bool = False,
     resume: bool = True,
+    polite: bool = False,
     listener: Listener | None = None,
     convert_first: PathLike | None = None,
     **options: Any,
@@ -207,7 +208,8 @@ def merge(
 
     ``inputs``: paths or globs; or ``recipe``: a mergekit configuration. ``weights``: one number per input; ``linear``,
     the default method, divides them by their sum unless ``normalize`` is False. ``memory``: the budget above the
-    start-up footprint. ``resume``: go on where the same merge was interrupted. Further options, and the parameters of
+    start-up footprint. ``resume``: go on where the same merge was interrupted. ``polite``: give the inputs' page
+    cache back behind the cursor, so that what other programs have there stays. Further options, and the parameters of
     the method, are those of :func:`plan`.
 
     Raises RecipeError, FormatError, MismatchError, BudgetError, SpaceError, LockedError, ChangedError, VerifyError or
@@ -223,7 +225,7 @@ def merge(
         planned = plan(inputs, out, convert_first=convert_first, **options)
     foreseen = _output_warnings(planned)  # what would stop a run stops this one itself, or was allowed
     planned.warnings = [warning for warning in planned.warnings if warning not in foreseen]
-    return execute(planned, overwrite, listener or _quiet, before, resume)
+    return execute(planned, overwrite, listener or _quiet, before, resume, polite)
 
 
 def convert(
@@ -245,6 +247,7 @@ def convert(
     io: str = "mmap",
     overwrite: bool = False,
     resume: bool = True,
+    polite: bool = False,
     hash: bool = False,
     listener: Listener | None = None,
 ) -> Result:
@@ -269,7 +272,7 @@ def convert(
     planned = _plan(recipe, out, memory, workers, io, hashed=hash)
     if extras is not None:
         _check_extras(Path(extras), planned, overwrite)
-    result = execute(planned, overwrite, listener or _quiet, before, resume)
+    result = execute(planned, overwrite, listener or _quiet, before, resume, polite)
     if extras is not None:
         index = open_checkpoint(path, state_dict, recipe.ema)
         content = {"format": index.format, "metadata": index.metadata, "data": index.plain_data()}

@@ -125,6 +125,7 @@ class Engine:
             part = outgoing.room(stop - start)
             source.read_into(part, begin + start)
             value = self.checksum.update(part, value)
+        source.release(begin, piece.nbytes)
         return PieceDone(piece, value)
 
     def _compute(self, piece: Piece, workspace: Workspace, outgoing: Outgoing) -> PieceDone:

@@ -36,14 +36,14 @@ from streammerge.units import decimal_bytes
 class Production:
     """One output in the making. ``journal`` knows what would stay of it if the run ended now."""
 
-    def __init__(self, plan: Plan, staging: Staging, listener: Callable[[Event], None], resume: bool) -> None:
+    def __init__(self, plan: Plan, staging: Staging, listener: Callable[[Event], None], resume: bool, polite: bool) -> None:
         self.plan, self.staging, self.listener, self.resume = plan, staging, listener, resume
         self.read_bytes = 0
         self.notes: list[str] = []
         self.warnings: list[str] = []
         self._tasks = plan.tasks
         self._done: dict[Key, Finished] = {}
-        self._inputs = InputFiles(plan.identities)
+        self._inputs = InputFiles(plan.identities, polite)
         self._outputs: list[OutputFile] = []
         self._kind: Checksum = plan.layout.receipt.kind
         self._executor: ThreadExecutor[Any, Any] = ThreadExecutor(plan.budget.workers)
@@ -73,6 +73,7 @@ class Production:
         self._refuse_nonfinite()
         self._write_around(hashes)
         self._inputs.check_unchanged()
+        self._inputs.release()
         check_structure(self.staging.content, self.plan.layout)
         self.listener(Syncing())
         return self.journal.finish()

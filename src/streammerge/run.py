@@ -40,12 +40,18 @@ class Result:
 
 
 def execute(
-    plan: Plan, overwrite: bool, listener: Callable[[Event], None], resident_before: int, resume: bool = True
+    plan: Plan,
+    overwrite: bool,
+    listener: Callable[[Event], None],
+    resident_before: int,
+    resume: bool = True,
+    polite: bool = False,
 ) -> Result:
     """Runs a plan to its end. Raises what DESIGN names; then nothing was written under the output's name.
 
     ``resident_before``: what was resident before the inputs' headers were read, which count as the run's memory.
     ``resume``: goes on where a run of the same plan was interrupted, and stays to be continued when it is interrupted.
+    ``polite``: gives the inputs' page cache back behind the cursor.
     """
     if plan.out is None:
         raise ValueError("a plan without an output cannot be run")
@@ -60,7 +66,7 @@ def execute(
     listener(RunStarted(plan.read_bytes, plan.write_bytes, plan.memory_bytes, len(plan.tasks)))
     with space_checked(out, plan.disk_bytes):
         staging = Staging(out, overwrite)
-        made = _produce(plan, staging, listener, resume)
+        made = _produce(plan, staging, listener, resume, polite)
     seconds = time.perf_counter() - began
     listener(RunFinished(seconds))
     return Result(
@@ -77,11 +83,11 @@ def execute(
     )
 
 
-def _produce(plan: Plan, staging: Staging, listener: Callable[[Event], None], resume: bool) -> Production:
+def _produce(plan: Plan, staging: Staging, listener: Callable[[Event], None], resume: bool, polite: bool) -> Production:
     """The output, made and committed; or an error, and of the output nothing, or what a next run goes on from."""
     made, keep = None, False
     try:
-        made = Production(plan, staging, listener, resume and can_be_resumed(plan))
+        made = Production(plan, staging, listener, resume and can_be_resumed(plan), polite)
         with faults.survived(), memory.collector_spared():
             made.make()
         refuse_to_lose_files(staging.out, plan)  # once more: much time has passed

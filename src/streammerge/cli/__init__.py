@@ -69,6 +69,7 @@ _writing = _options(
 _running = _options(
     click.option("--overwrite", is_flag=True, help="Replace a finished output."),
     click.option("--no-resume", is_flag=True, help="Start over instead of continuing an interrupted run."),
+    click.option("--polite", is_flag=True, help="Give the inputs' page cache back behind the cursor."),
     click.option("--no-progress", is_flag=True, help="Show no progress bar."),
     _output,
     _debug,
@@ -146,6 +147,7 @@ def merge(
     dry_run: bool,
     overwrite: bool,
     no_resume: bool,
+    polite: bool,
     no_progress: bool,
     form: str,
     debug: bool,
@@ -166,7 +168,9 @@ def merge(
         _show_plan(api.plan(inputs, out, **options), form)
         return
     with Progress(form, enabled=not no_progress) as progress:
-        result = api.merge(inputs, out, overwrite=overwrite, resume=not no_resume, listener=progress, **options)
+        result = api.merge(
+            inputs, out, overwrite=overwrite, resume=not no_resume, polite=polite, listener=progress, **options
+        )
     _report(result, form)
 
 

@@ -101,11 +101,13 @@ class InputFile:
     """An input, opened for reading at offsets and, when asked, mapped.
 
     Its path and size go into ``damaged`` when mapped pages were touched that are gone: it was truncated, or the disk
-    failed.
+    failed. ``polite``: what is released leaves the page cache too.
     """
 
-    def __init__(self, path: str, expected: Identity | None = None, damaged: list[Damage] | None = None) -> None:
-        self.path = path
+    def __init__(
+        self, path: str, expected: Identity | None = None, damaged: list[Damage] | None = None, polite: bool = False
+    ) -> None:
+        self.path, self._polite = path, polite
         self._damaged: list[Damage] = [] if damaged is None else damaged
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         status = os.fstat(self._fd)
@@ -137,14 +139,17 @@ class InputFile:
         return memoryview(self._map)[offset : offset + nbytes]
 
     def release(self, offset: int, nbytes: int) -> None:
-        """Gives the mapped pages of that range back; touched again, they are read again.
+        """Gives the pages of that range back that are mapped, and where one is polite, cached; touched again, they are
+        read again.
 
         A fault maps pages around the one it is for, so the range begins a little earlier and ends a little later.
         """
+        start = max(offset - offset % mmap.PAGESIZE - _FAULT_AROUND_BYTES, 0)
+        stop = min(offset + nbytes + _FAULT_AROUND_BYTES, self.size)
         if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
-            start = max(offset - offset % mmap.PAGESIZE - _FAULT_AROUND_BYTES, 0)
-            stop = min(offset + nbytes + _FAULT_AROUND_BYTES, self.size)
             self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
+        if self._polite and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, start, stop - start, os.POSIX_FADV_DONTNEED)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fills the buffer from ``offset``; ChangedError when the file ends before."""
@@ -164,19 +169,25 @@ class InputFile:
 class InputFiles:
     """The inputs of a run, opened as they are needed; the longest unused are closed beyond a few hundred."""
 
-    def __init__(self, expected: dict[str, Identity]) -> None:
-        self._expected = expected
+    def __init__(self, expected: dict[str, Identity], polite: bool = False) -> None:
+        self._expected, self._polite = expected, polite
         self._files: OrderedDict[str, InputFile] = OrderedDict()
         self._damaged: list[Damage] = []
         self._lock = threading.Lock()
 
     def get(self, path: str) -> InputFile:
         with self._lock:
-            file = self._files.pop(path, None) or InputFile(path, self._expected.get(path), self._damaged)
+            file = self._files.pop(path, None) or InputFile(path, self._expected.get(path), self._damaged, self._polite)
             self._files[path] = file
             if len(self._files) > _OPEN_FILES:
                 self._files.popitem(last=False)
             return file
+
+    def release(self) -> None:
+        """Gives back what is left of them; some pages cannot go while their neighbours are in use."""
+        with self._lock:
+            for file in self._files.values():
+                file.release(0, file.size)
 
     def check_whole(self) -> None:
         """ChangedError when mapped pages of an input turned out to be gone."""
