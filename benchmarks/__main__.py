@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks import history, page
 from benchmarks.cases import CASES, Case
-from benchmarks.runner import OURS, REFERENCE, TORCH, Result, run_capped, run_case
+from benchmarks.runner import OURS, REFERENCE, SYNCED, TORCH, Result, run_capped, run_case
 
 _HERE = Path(__file__).parent
 _LIMITED_BYTES = 300 << 20
@@ -84,7 +84,8 @@ def _say(text: str) -> None:
 def _line(result: Result) -> str:
     held = f"{result['anonymous_bytes'] >> 20} MiB of its own, {result['resident_bytes'] >> 20} resident"
     ratio = f"{result['ratio']:.2f} times the reference ({result['ratio_low']:.2f} to {result['ratio_high']:.2f})"
-    told = {REFERENCE: "", TORCH: ""}.get(result["tool"], f", {ratio}, {held}")
+    plain = result["tool"] in (REFERENCE, SYNCED, TORCH)
+    told = "" if plain else f", {ratio}, {held}"
     if result["tool"] == OURS and "own_ratio" in result:
         told += f"; the work itself {result['own_seconds']:.2f} s, {result['own_ratio']:.2f} times"
     failed = f"  FAILED with exit code {result['exit_code']}" if result["exit_code"] else ""

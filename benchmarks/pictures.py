@@ -11,7 +11,7 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 
 from benchmarks.history import Night
-from benchmarks.runner import OURS, REFERENCE, TORCH, Result
+from benchmarks.runner import OURS, REFERENCE, SYNCED, TORCH, Result
 
 mpl.use("svg")
 mpl.rcParams |= {
@@ -36,7 +36,7 @@ def memory_by_size(results: Iterable[Result], path: Path) -> bool:
     lines: dict[str, list[tuple[float, float]]] = {}
     for each in results:
         size = _SIZE.fullmatch(each["case"])
-        if size and each["tool"] not in (REFERENCE, TORCH) and not each["exit_code"]:
+        if size and each["tool"] not in (REFERENCE, SYNCED, TORCH) and not each["exit_code"]:
             lines.setdefault(each["tool"], []).append((float(size[1]), each["resident_bytes"] / GIB))
     if len(lines.get(OURS, ())) < 2:
         return False

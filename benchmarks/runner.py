@@ -17,7 +17,7 @@ from benchmarks.cases import Case
 from benchmarks.measure import Measured, measure
 from benchmarks.peers import PEERS
 
-OURS, REFERENCE, TORCH = "streammerge", "reference", "import torch"
+OURS, REFERENCE, SYNCED, TORCH = "streammerge", "reference", "reference, synced", "import torch"
 _STREAMMERGE = Path(sys.executable).with_name("streammerge")
 Result = dict[str, Any]
 
@@ -50,7 +50,7 @@ def run_capped(case: Case, files: Path, work: Path, limit_bytes: int) -> list[Re
     inputs = [model.made(files) for model in case.models]
     results = []
     for contestant in _contestants(case, inputs, peers=True):
-        if contestant.name not in (REFERENCE, TORCH):
+        if contestant.name not in (REFERENCE, SYNCED, TORCH):
             last = _run_once(contestant, inputs, work, case.cold, limit_bytes)[-1]
             results.append(
                 {
@@ -75,7 +75,12 @@ def _contestants(case: Case, inputs: Sequence[Path], peers: bool) -> list[Contes
         copy = ["cp", str(inputs[0]), str(folder / "copy")]
         return [["sh", "-c", 'cat "$@" >/dev/null', "cat", *map(str, inputs)], copy] if case.merges else [copy]
 
+    def synced(folder: Path) -> list[list[str]]:
+        return [*reference(folder), ["sync", str(folder / "copy")]]
+
     made = [Contestant(REFERENCE, reference), Contestant(OURS, ours)]
+    if case.reference != "pass":
+        made.append(Contestant(SYNCED, synced))
     if case.merges:
         made.append(Contestant(TORCH, lambda folder: [[sys.executable, "-c", "import torch"]]))
     for peer in PEERS if peers else ():

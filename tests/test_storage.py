@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import mmap
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -14,6 +17,7 @@ from conftest import assert_same, load_safetensors, trained
 from safetensors.torch import save_file
 
 import streammerge as sm
+from streammerge.storage import files
 from streammerge.storage.commit import Staging, write_text
 from streammerge.storage.files import InputFile, InputFiles, OutputFile, identity
 
@@ -32,6 +36,78 @@ def test_writes_outside_the_file_are_refused(tmp_path: Path) -> None:
     for offset in (-1, 1, 5):
         with pytest.raises(ValueError, match="lie outside"):
             file.write_full(b"1234", offset)
+
+
+class TestPastThePageCache:
+    """Long writes, wherever they begin and end, and whatever the file system says to them."""
+
+    MIB = 1 << 20
+
+    def written(self, path: Path, where: list[tuple[int, int, int]]) -> tuple[bytes, bytes]:
+        """What is there and what should be, after writes of (offset, bytes, first byte of a page in memory)."""
+        expected, made = bytearray(3 * self.MIB), OutputFile(path, 3 * self.MIB)
+        for number, (offset, nbytes, lead) in enumerate(where):
+            memory = mmap.mmap(-1, nbytes + 4096)
+            memory[lead : lead + nbytes] = random.Random(number).randbytes(nbytes)
+            made.write_full(memoryview(memory)[lead : lead + nbytes], offset)
+            expected[offset : offset + nbytes] = memory[lead : lead + nbytes]
+        made.sync()
+        made.close()
+        return path.read_bytes(), bytes(expected)
+
+    PLACES = (
+        (0, 3 * MIB, 0),
+        (4096, MIB, 0),
+        (1001, 2 * MIB, 1001),  # pages in memory as in the file, but for the ends
+        (1001, 2 * MIB + 5, 1002),  # not so: the file system refuses
+        (3 * MIB - 700_001, 700_001, (3 * MIB - 700_001) % 4096),
+        (77, 1, 0),
+        (5000, 300, 3),
+    )
+
+    def test_the_bytes_are_right(self, tmp_path: Path) -> None:
+        for number, place in enumerate(self.PLACES):
+            there, expected = self.written(tmp_path / str(number), [place])
+            assert there == expected, place
+        there, expected = self.written(tmp_path / "all", list(self.PLACES))
+        assert there == expected
+
+    def test_without_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(files, "_open_direct", lambda path: -1)
+        there, expected = self.written(tmp_path / "out", list(self.PLACES))
+        assert there == expected
+
+    @pytest.mark.parametrize("cut", [1, 4096, 100_000, 262_144])
+    def test_short_counts_are_continued(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: int) -> None:
+        good = os.pwrite
+        monkeypatch.setattr(
+            os, "pwrite", lambda fd, data, offset: good(fd, data[:cut] if len(data) > cut else data, offset)
+        )
+        places = [place for place in self.PLACES if place[1] < 2 * self.MIB] if cut == 1 else list(self.PLACES)
+        there, expected = self.written(tmp_path / "out", places[-3:] if cut == 1 else places)
+        assert there == expected
+
+    def test_it_is_what_a_merge_does(self, tmp_path: Path) -> None:
+        """Nearly nothing of the output is in the page cache, where the file system can do without."""
+        probe = OutputFile(tmp_path / "probe", 1)
+        if probe._direct_fd < 0:
+            pytest.skip("this file system knows no O_DIRECT")
+        seen: dict[int, int] = {}
+        good = os.pwrite
+
+        def pwrite(fd: int, data: memoryview, offset: int) -> int:
+            count = good(fd, data, offset)
+            direct = bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
+            seen[direct] = seen.get(direct, 0) + count
+            return count
+
+        for number in range(2):
+            save_file({"w": torch.randn(3_000_000), "b": torch.randn(1001)}, tmp_path / f"{number}.safetensors")
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(os, "pwrite", pwrite)
+            sm.merge([tmp_path / "0.safetensors", tmp_path / "1.safetensors"], tmp_path / "out.safetensors")
+        assert seen[True] > 11_500_000
+        assert seen[False] < 500_000
 
 
 def test_short_reads_are_noticed(tmp_path: Path) -> None:
