@@ -16,7 +16,7 @@ import streammerge as sm
 from streammerge.dtypes import DType
 from streammerge.engine import Engine
 from streammerge.methods.registry import find_method
-from streammerge.tasks import MergeTask, Piece, batches, joined, pieces, runs
+from streammerge.tasks import MergeTask, Piece, batches, joined, pieces, stretches
 from streammerge.tensors import TensorEntry, TensorSpec
 
 
@@ -37,25 +37,25 @@ def all_pieces(made: list[MergeTask]) -> list[Piece]:
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.sampled_from([0, 0, 0, 4])), max_size=20), st.integers(1, 100))
-def test_every_piece_is_in_one_batch_and_one_run(shape: list[tuple[int, int]], most: int) -> None:
+def test_every_piece_is_in_one_batch_and_one_stretch(shape: list[tuple[int, int]], most: int) -> None:
     wanted = all_pieces(tasks([size for size, _ in shape], [gap for _, gap in shape]))
     found = list(batches(wanted, most))
     assert [piece for batch in found for piece in batch] == wanted
     for batch in found:
         assert len(batch) == 1 or sum(piece.nbytes for piece in batch) <= most
-        assert [piece for run in runs(batch) for piece in run] == batch
-        for run in runs(batch):
-            whole = joined(run)
-            assert (whole.offset, whole.nbytes) == (run[0].offset, sum(piece.nbytes for piece in run))
-            for source, last in zip(whole.task.sources, run[-1].task.sources, strict=True):
+        assert [piece for stretch in stretches(batch) for piece in stretch] == batch
+        for stretch in stretches(batch):
+            whole = joined(stretch)
+            assert (whole.offset, whole.nbytes) == (stretch[0].offset, sum(piece.nbytes for piece in stretch))
+            for source, last in zip(whole.task.sources, stretch[-1].task.sources, strict=True):
                 assert source.offset + source.nbytes == last.offset + last.nbytes
 
 
-def test_what_ends_a_run() -> None:
+def test_what_ends_a_stretch() -> None:
     one, two = tasks([4, 4], [0, 0])
 
     def together(*made: MergeTask) -> bool:
-        return len([*runs(all_pieces(list(made)))]) == 1
+        return len([*stretches(all_pieces(list(made)))]) == 1
 
     assert together(one, two)
     for other in (

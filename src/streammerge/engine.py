@@ -17,7 +17,7 @@ from streammerge.checksums import Checksum
 from streammerge.errors import StreammergeError, TaskError, printable
 from streammerge.group import Chunk, Kernel, TensorGroup, chunk_spans
 from streammerge.storage.files import COPY_BYTES, InputFiles, OutputFile
-from streammerge.tasks import MergeTask, Piece, PieceDone, batches, joined, pieces, runs
+from streammerge.tasks import MergeTask, Piece, PieceDone, batches, joined, pieces, stretches
 from streammerge.tensors import ranges
 from streammerge.workspace import Outgoing, Source, Workspace
 
@@ -78,22 +78,22 @@ class Engine:
         made: list[PieceDone] = []
         with self._workspace() as workspace:
             outgoing = Outgoing(self.outputs[batch[0].task.file], workspace, batch[0].offset)
-            for run in runs(batch):
-                together = len(run) > 1 and self._together(run, workspace, outgoing)
-                made += together or [self._one(piece, workspace, outgoing) for piece in run]
+            for stretch in stretches(batch):
+                together = len(stretch) > 1 and self._together(stretch, workspace, outgoing)
+                made += together or [self._one(piece, workspace, outgoing) for piece in stretch]
             outgoing.flush()
         self.inputs.check_whole()
         return made
 
-    def _together(self, run: list[Piece], workspace: Workspace, outgoing: Outgoing) -> list[PieceDone] | None:
+    def _together(self, stretch: list[Piece], workspace: Workspace, outgoing: Outgoing) -> list[PieceDone] | None:
         """The pieces computed as one; None where that met what must be told tensor by tensor."""
-        whole = joined(run)
+        whole = joined(stretch)
         done = self._one(whole, workspace, outgoing)
         if done.nonfinite:
             outgoing.take_back(whole.nbytes)
             return None
         data, made, start = outgoing.last(whole.nbytes), [], 0
-        for piece in run:
+        for piece in stretch:
             made.append(PieceDone(piece, self.checksum.update(data[start : start + piece.nbytes])))
             start += piece.nbytes
         return made

@@ -126,28 +126,28 @@ def batches(wanted: Iterable[Piece], most_bytes: int) -> Iterator[list[Piece]]:
         yield batch
 
 
-def runs(batch: list[Piece]) -> Iterator[list[Piece]]:
+def stretches(batch: list[Piece]) -> Iterator[list[Piece]]:
     """The batch in stretches that can be computed as if they were one tensor."""
-    run = [batch[0]]
+    stretch = [batch[0]]
     for piece in batch[1:]:
-        if _continues(run[-1].task, piece.task):
-            run.append(piece)
+        if _continues(stretch[-1].task, piece.task):
+            stretch.append(piece)
         else:
-            yield run
-            run = [piece]
-    yield run
+            yield stretch
+            stretch = [piece]
+    yield stretch
 
 
-def joined(run: list[Piece]) -> Piece:
+def joined(stretch: list[Piece]) -> Piece:
     """One piece that does the work of all."""
-    first = run[0]
-    if len(run) == 1:
+    first = stretch[0]
+    if len(stretch) == 1:
         return first
-    elems = sum(piece.stop for piece in run)
+    elems = sum(piece.stop for piece in stretch)
     parts = 2 if first.task.out.dtype.kind == "complex" else 1
     shape = (elems // parts,)
     sources = tuple(replace(s, spec=replace(s.spec, shape=shape)) for s in first.task.sources)
-    last = run[-1].task.out.name
+    last = stretch[-1].task.out.name
     out = replace(first.task.out, name=f"{first.task.out.name} ... {last}", shape=shape)
     return Piece(replace(first.task, out=out, sources=sources), first.number, 0, elems)
 
