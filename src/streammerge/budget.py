@@ -25,6 +25,7 @@ PER_WORKER_BYTES = 2 << 20
 STAGING_BYTES = 28 << 20
 """For tensors that must be copied out first: a block of the copy, and the pages of the source that it touches."""
 BEST_CHUNK_ELEMS = 4 * GRAIN
+"""Twice that, and twice the window, for methods with passes, which do more with a chunk and look at tensors again."""
 BEST_OUT_BYTES = 8 << 20
 """What a worker collects before it writes: enough that the disk is not asked too often."""
 MOST_WINDOW_BYTES = 4 << 20
@@ -41,8 +42,9 @@ class Cost:
 
     Bytes per element: ``compute`` of one buffer of numbers, of which there are ``buffers``; ``out`` of the result, which
     is collected before it is written; ``read`` of a read buffer; ``mapped`` of one input in mapped pages. ``inputs``:
-    how many are kept at once. ``row``: elements that a chunk must hold together. ``passes_bytes``: what the passes of a
-    tensor hold that is one worker's; ``spread_bytes``: of one that all workers share.
+    how many are kept at once. ``row``: elements that a chunk must hold together. ``passes``: whether a tensor is
+    looked at again. ``passes_bytes``: what the passes of a tensor hold that is one worker's; ``spread_bytes``: of one
+    that all workers share.
     """
 
     compute: int
@@ -52,6 +54,7 @@ class Cost:
     inputs: int = 0
     mapped: int = 0
     row: int = 1
+    passes: bool = False
     passes_bytes: int = 0
     spread_bytes: int = 0
 
@@ -109,12 +112,12 @@ def fit(memory_bytes: int, workers: int, tensors: int, cost: Cost, staging: bool
         kept = cost.inputs * (window + chunk * cost.mapped)
         return fixed + count * (PER_WORKER_BYTES + cost.passes_bytes + out + chunk * cost.element_bytes + kept)
 
-    least_chunk = max(GRAIN, cost.row)
+    least_chunk, more = max(GRAIN, cost.row), 2 if cost.passes else 1
     for count in range(workers, 0, -1):
-        chunk = max(BEST_CHUNK_ELEMS, least_chunk)
+        chunk = max(BEST_CHUNK_ELEMS * more, least_chunk)
         while True:
             for halvings in range(_MOST_HALVINGS + 1):
-                window = MOST_WINDOW_BYTES >> halvings if halvings < _MOST_HALVINGS else 0
+                window = MOST_WINDOW_BYTES * more >> halvings if halvings < _MOST_HALVINGS else 0
                 out = max(BEST_OUT_BYTES >> halvings, cost.out * chunk)
                 if peak(count, chunk, out, window) <= memory_bytes:
                     return Budget(count, chunk, out, window, cost, peak(count, chunk, out, window))

@@ -19,7 +19,7 @@ from streammerge.group import Chunk, Kernel, TensorGroup, chunk_spans
 from streammerge.storage.files import COPY_BYTES, InputFiles, OutputFile
 from streammerge.tasks import MergeTask, Piece, PieceDone, batches, joined, pieces, stretches
 from streammerge.tensors import ranges
-from streammerge.workspace import Outgoing, Source, Workspace
+from streammerge.workspace import Outgoing, Source, Workspace, one_torch_thread
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +66,7 @@ class Engine:
                 yield from done
         for number, task in enumerate(tasks):
             if task.spread and any(map(wanted, pieces(task, number))):
-                with _failures(task, 0, task.elems):
+                with _failures(task, 0, task.elems), one_torch_thread():
                     kernel = task.method.bind(self._group(task, self._sweep_on_all(task)), task.parameters)
                 spread = ([piece] for piece in pieces(task, number, kernel) if wanted(piece))
                 with closing(self.executor.run(spread, self.run)) as results:

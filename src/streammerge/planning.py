@@ -249,4 +249,4 @@ def _task_cost(task: MergeTask, dtypes: list[DType], io: str) -> Cost:
     searches, rows_bytes = method.searches * models, 8 * task.row * method.row_buffers
     passes = rows_bytes + held_bytes(min(task.elems, task.piece_elems), searches)
     spread = rows_bytes + held_bytes(task.elems, searches) if task.spread else 0
-    return Cost(8 if wide else 4, buffers, out, read, inputs, mapped, task.row, passes, spread)
+    return Cost(8 if wide else 4, buffers, out, read, inputs, mapped, task.row, method.passes, passes, spread)
