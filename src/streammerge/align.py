@@ -239,13 +239,13 @@ class _Aligner:
         sources, rest, keep = self._in_shape(name, sources)
         if keep is None:
             return None
-        first = next(s for s in sources if s is not None)
+        first = sources[0] or self.base.entries[name]
         spec = self._spec(name, first.spec, rule)
         if rest is not None:
             spec = replace(spec, shape=(rest.spec.shape[0] + first.spec.shape[0], *spec.shape[1:]))
         order, based = self.part.order(method), self.part.takes_base(method)
         used = [sources[number] for number in order]
-        present = tuple(s for s in used if s is not None)
+        present = tuple(filter(None, used))
         lacking = len(present) < len(used)
         absent_here = lacking and (recipe.on_missing == "base" or ignored_by_loader(name))
         too_few = lacking and sum(s is not None for s in used[based:]) < method.models[0]
@@ -267,7 +267,8 @@ class _Aligner:
         wished = (rule.dtype if rule else None) or self.recipe.recast
         if wished is not None and dtype.kind == "float":
             dtype = wished
-        return TensorSpec(self.recipe.output_name(name), dtype, spec.shape)
+        named = self.recipe.output_name(name)
+        return spec if dtype is spec.dtype and named == spec.name else TensorSpec(named, dtype, spec.shape)
 
     def _copied(self, name: str, rule: Rule) -> TensorEntry:
         """The tensor in the model that the rule names."""
@@ -290,8 +291,11 @@ class _Aligner:
     def _in_shape(self, name: str, sources: _Sources) -> tuple[_Sources, TensorEntry | None, bool | None]:
         """The sources, cut to their common rows where that is asked for; the rows that stay; and whether only the first
         is kept. None for a tensor that differs and cannot be settled."""
-        first = next(s.spec for s in sources if s is not None)
-        if all(s is None or (s.spec.shape == first.shape and s.spec.dtype is first.dtype) for s in sources):
+        first = self.base.entries[name].spec
+        for s in sources:  # a plain loop: this runs for every tensor
+            if s is not None and s.spec is not first and (s.spec.shape != first.shape or s.spec.dtype is not first.dtype):
+                break
+        else:
             return sources, None, False
         present = [(s, v.index) for s, v in zip(sources, self.part.views, strict=True) if s is not None]
         other = next((p for p in present[1:] if _differ(first, p[0].spec)), None)

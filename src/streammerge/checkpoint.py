@@ -102,15 +102,17 @@ def open_checkpoint(path: str | Path, state_dict: str | None = None, ema: str = 
     entries: dict[str, TensorEntry] = {}
     aliases: dict[str, str] = {}
     places: dict[tuple[object, ...], str] = {}
+    pickled = container.pickled
     for found in selection.tensors:
-        if found.name in entries:
-            raise FormatError(f"{printable(path)}: the name {printable(found.name)} stands for two tensors")
-        entry = entries[found.name] = container.locate(found.name, found.ref)
-        shared = container.pickled and entry.nbytes  # tensors of a safetensors file have bytes of their own
-        first = places.setdefault(entry.place, found.name) if shared else found.name
-        if first != found.name:
-            aliases[found.name] = first
-    if container.pickled:
+        name = found.name
+        if name in entries:
+            raise FormatError(f"{printable(path)}: the name {printable(name)} stands for two tensors")
+        entry = entries[name] = container.locate(name, found.ref)
+        if pickled and entry.nbytes:  # tensors of a safetensors file have bytes of their own
+            first = places.setdefault(entry.place, name)
+            if first != name:
+                aliases[name] = first
+    if pickled:
         loose = [entries[found.name] for found in selection.tensors if found.ref.entry is None]
         _check_expansion(path, container, [e for e in loose if e.spec.name not in aliases])
     extras = container.tree if container.pickled else None

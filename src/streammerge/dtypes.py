@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class DType(str, Enum):
     """One element type. ``bits`` per element; ``kind`` is float, int, bool, complex, or packed (no arithmetic).
 
-    ``element_bytes``: bytes of what torch calls one element; a torch element of F4 holds two values.
+    ``element_bytes``: bytes of what torch calls one element; a torch element of F4 holds two values. ``component``: what
+    arithmetic sees, the real and imaginary parts of a complex number, else the dtype itself.
     """
 
     bits: int
@@ -26,12 +27,13 @@ class DType(str, Enum):
     kind: str
     torch_name: str
     storage_class: str | None
+    component: DType
 
     def __new__(cls, name: str, torch_name: str, bits: int, kind: str, storage_class: str | None = None) -> DType:
         member = str.__new__(cls, name)
         member._value_ = name
         member.torch_name, member.bits, member.kind, member.storage_class = torch_name, bits, kind, storage_class
-        member.element_bytes = max(bits // 8, 1)
+        member.element_bytes, member.component = max(bits // 8, 1), member
         return member
 
     F64 = ("F64", "float64", 64, "float", "DoubleStorage")
@@ -57,6 +59,8 @@ class DType(str, Enum):
     C128 = ("complex128", "complex128", 128, "complex", "ComplexDoubleStorage")
     C32 = ("complex32", "complex32", 32, "complex")
 
+    __hash__ = str.__hash__  # Enum's own is written in Python
+
     def __str__(self) -> str:
         return str(self.value)
 
@@ -64,11 +68,6 @@ class DType(str, Enum):
     def in_safetensors(self) -> bool:
         """Whether the safetensors format has a name for it."""
         return self not in (DType.C128, DType.C32)
-
-    @property
-    def component(self) -> DType:
-        """What arithmetic sees: the real and imaginary parts of a complex number, else the dtype itself."""
-        return {DType.C32: DType.F16, DType.C64: DType.F32, DType.C128: DType.F64}.get(self, self)
 
     @property
     def torch(self) -> torch.dtype:
@@ -79,6 +78,8 @@ class DType(str, Enum):
             raise RecipeError(f"this version of torch ({torch.__version__}) has no {self.torch_name}; install a newer one")
         return found
 
+
+DType.C32.component, DType.C64.component, DType.C128.component = DType.F16, DType.F32, DType.F64
 
 BY_TORCH_NAME = {d.torch_name: d for d in DType}
 BY_STORAGE_CLASS = {d.storage_class: d for d in DType if d.storage_class}

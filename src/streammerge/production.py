@@ -145,7 +145,8 @@ class Production:
 
     def _stage(self) -> None:
         """Copies what cannot be mapped and is still needed, and puts the copies into the tasks."""
-        missing = [task for number, task in enumerate(self._tasks) if any(map(self._wanted, pieces(task, number)))]
+        tasks = enumerate(self._tasks if self.plan.staged else ())
+        missing = [task for number, task in tasks if any(map(self._wanted, pieces(task, number)))]
 
         def told(entry: TensorEntry) -> None:
             self.read_bytes += entry.nbytes
@@ -166,11 +167,11 @@ class Production:
         # Closed, not left to the garbage collector: after Ctrl-C no worker may outlive the files it writes.
         with closing(self._engine.run_all(self._tasks, self._wanted)) as results:
             for done in results:
-                piece = done.piece
+                piece, read_bytes = done.piece, done.piece.read_bytes
                 finished = self._done[piece.key] = self._finished(done)
                 self.journal.add(finished)
-                self.read_bytes += piece.read_bytes
-                self.listener(TaskDone(piece.task.out.name, piece.read_bytes, piece.nbytes, held.now()))
+                self.read_bytes += read_bytes
+                self.listener(TaskDone(piece.task.out.name, read_bytes, finished.nbytes, held.now()))
 
     def _finished(self, done: PieceDone) -> Finished:
         piece, file = done.piece, self.plan.layout.files[done.piece.task.file].name

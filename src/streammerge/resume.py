@@ -6,9 +6,11 @@ import json
 from typing import Any
 
 from streammerge.planning import Plan
+from streammerge.tasks import MergeTask
 from streammerge.version import __version__
 
 _FORM = 1
+_AT_ONCE = 1000  # a call of json for each of many tasks would take most of the time
 
 
 def plan_digest(plan: Plan) -> str:
@@ -29,12 +31,16 @@ def plan_digest(plan: Plan) -> str:
         for literal in file.literals:
             digest.update(literal.data)
     add([name for _, name in plan.layout.side_files])
-    for task in plan.tasks:
-        spec = task.out
-        add(spec.name, spec.dtype, spec.shape, task.file, task.offset, task.compute, task.based, task.seed)
-        add(task.method.name, task.parameters)
-        add(*((s.path, s.offset, s.spec.dtype, s.spec.shape, s.strides, str(s.deflated), s.lazy) for s in task.sources))
+    for start in range(0, len(plan.tasks), _AT_ONCE):
+        add(*map(_said, plan.tasks[start : start + _AT_ONCE]))
     return digest.hexdigest()
+
+
+def _said(task: MergeTask) -> tuple[Any, ...]:
+    spec = task.out
+    sources = [(s.path, s.offset, s.spec.dtype, s.spec.shape, s.strides, s.deflated, s.lazy) for s in task.sources]
+    made = (spec.name, spec.dtype, spec.shape, task.file, task.offset, task.compute, task.based, task.seed)
+    return (*made, task.method.name, task.parameters, sources)
 
 
 def can_be_resumed(plan: Plan) -> bool:

@@ -87,8 +87,8 @@ def _produce(plan: Plan, staging: Staging, listener: Callable[[Event], None], re
     """The output, made and committed; or an error, and of the output nothing, or what a next run goes on from."""
     made, keep = None, False
     try:
-        made = Production(plan, staging, listener, resume and can_be_resumed(plan), polite)
         with faults.survived(), memory.collector_spared():
+            made = Production(plan, staging, listener, resume and can_be_resumed(plan), polite)
             made.make()
         refuse_to_lose_files(staging.out, plan)  # once more: much time has passed
         staging.commit(plan.layout.as_folder)

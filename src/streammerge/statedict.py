@@ -23,6 +23,7 @@ from streammerge.errors import FormatError, RecipeError, listed, printable
 from streammerge.tree import Instance, TensorRef, mapping_items, walk
 
 _Place = tuple[tuple[Any, ...], Any, bool, Any]
+_KEYS = (str, int)
 _MOST_NAME = 4000
 # Patterns as text: compiling them takes longer than looking at a file of safetensors, which needs none.
 _NOT_WEIGHTS = (
@@ -206,9 +207,11 @@ def _as_state_dict(path: tuple[Any, ...], node: Any) -> Candidate | None:
     items = mapping_items(node)
     if items is not None:
         tensors = [
-            Found(_name((k,)), v, node, k) for k, v in items if isinstance(v, TensorRef) and isinstance(k, str | int)
+            Found(k if isinstance(k, str) and len(k) <= _MOST_NAME else _name((k,)), v, node, k)
+            for k, v in items
+            if isinstance(v, TensorRef) and isinstance(k, _KEYS)
         ]
-        others = [(k, v) for k, v in items if not isinstance(v, TensorRef)]
+        others = [(k, v) for k, v in items if not isinstance(v, TensorRef)] if len(tensors) < len(items) else []
         nested = any(mapping_items(v) or isinstance(v, list) for k, v in others if not _ignorable(k))
         enough = len(tensors) * 2 >= len(items) and (not nested or len(tensors) * 10 >= len(items) * 9)
         return Candidate(path, "state dict", tensors, len(items) - len(tensors)) if tensors and enough else None

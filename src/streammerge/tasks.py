@@ -37,7 +37,7 @@ class MergeTask:
 
     @property
     def read_bytes(self) -> int:
-        return sum(source.nbytes for source in self.sources)
+        return sum([source.spec.nbytes for source in self.sources])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -56,7 +56,7 @@ class MergeTask:
 
     @property
     def piece_elems(self) -> int:
-        return whole_grains(PIECE_ELEMS, self.row)
+        return whole_grains(PIECE_ELEMS, self.row) if self.method.row else PIECE_ELEMS
 
     @property
     def spread(self) -> bool:
@@ -94,7 +94,7 @@ class Piece:
 
     @property
     def read_bytes(self) -> int:
-        return sum((self.stop - self.start) * source.spec.dtype.component.element_bytes for source in self.task.sources)
+        return (self.stop - self.start) * sum([s.spec.dtype.component.element_bytes for s in self.task.sources])
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +117,12 @@ def batches(wanted: Iterable[Piece], most_bytes: int) -> Iterator[list[Piece]]:
     batch: list[Piece] = []
     nbytes = 0
     for piece in wanted:
-        if batch and not (_follows(batch[-1], piece) and nbytes + piece.nbytes <= most_bytes):
+        more = piece.nbytes
+        if batch and not (nbytes + more <= most_bytes and _follows(batch[-1], piece)):
             yield batch
             batch, nbytes = [], 0
         batch.append(piece)
-        nbytes += piece.nbytes
+        nbytes += more
     if batch:
         yield batch
 
@@ -154,17 +155,13 @@ def joined(stretch: list[Piece]) -> Piece:
 
 def _follows(before: Piece, piece: Piece) -> bool:
     """Whether the bytes of two whole tensors lie one after the other in the output."""
-    return (
-        piece.whole
-        and before.whole
-        and piece.task.file == before.task.file
-        and piece.offset == before.offset + before.nbytes
-    )
+    task, other = piece.task, before.task
+    return task.file == other.file and task.offset == other.offset + other.out.nbytes and piece.whole and before.whole
 
 
 def _continues(before: MergeTask, task: MergeTask) -> bool:
     """Whether a task that follows another in the output also does in each input, and does the same."""
-    return (
+    if not (
         task.method is before.method
         and task.method.pointwise
         and task.out.dtype is before.out.dtype
@@ -172,8 +169,9 @@ def _continues(before: MergeTask, task: MergeTask) -> bool:
         and task.based == before.based
         and len(task.sources) == len(before.sources)
         and task.parameters == before.parameters
-        and all(
-            b.offset == a.offset + a.nbytes and b.path == a.path and b.spec.dtype is a.spec.dtype
-            for a, b in zip(before.sources, task.sources, strict=True)
-        )
-    )
+    ):
+        return False
+    for a, b in zip(before.sources, task.sources, strict=True):  # a plain loop: this runs for every tensor
+        if b.offset != a.offset + a.spec.nbytes or b.path != a.path or b.spec.dtype is not a.spec.dtype:
+            return False
+    return True

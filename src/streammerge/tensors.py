@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from streammerge.dtypes import DType, parse_dtype
 from streammerge.errors import RecipeError, printable
@@ -20,6 +20,8 @@ class TensorSpec:
     name: str
     dtype: DType
     shape: tuple[int, ...]
+    numel: int = field(init=False, repr=False, compare=False)
+    nbytes: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.dtype.__class__ is not DType:
@@ -28,14 +30,8 @@ class TensorSpec:
             object.__setattr__(self, "shape", tuple(self.shape))
         if self.shape and min(self.shape) < 0:
             raise RecipeError(f"{printable(self.name)} cannot have the shape {list(self.shape)}")
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.element_bytes
+        object.__setattr__(self, "numel", math.prod(self.shape))
+        object.__setattr__(self, "nbytes", self.numel * self.dtype.element_bytes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ class ParameterValues:
         A model's own are looked up by the name that the tensor has there. Raises RecipeError for values that cannot be.
         """
         models = [sources[number] for number in numbers]
-        asked, whole = self._asked(method, numbers, rule), None not in models
+        asked, whole = self._asked(method, numbers, rule), all(models)
         if whole and asked.values is not None:
             return asked.values
         t = self.part.position(name)

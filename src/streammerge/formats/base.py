@@ -42,14 +42,14 @@ class Container:
 
     def tensor_spans(self) -> dict[str, list[tuple[int, int]]]:
         """Where in its files the bytes of tensors lie, as (offset, bytes) in order; the rest is its headers."""
-        spans: dict[str, set[tuple[int, int]]] = {str(path): set() for path in self.files}
+        spans: dict[str, list[tuple[int, int]]] = {str(path): [] for path in self.files}
         for store in self.storages.values():
             lies = store.deflated
-            spans[store.path].add((lies.offset, lies.compressed_bytes) if lies else (store.offset, store.nbytes))
+            spans[store.path].append((lies.offset, lies.compressed_bytes) if lies else (store.offset, store.nbytes))
         for ref in self.tree.values() if isinstance(self.tree, dict) else ():
-            if isinstance(ref, TensorRef) and ref.entry is not None:
-                spans[ref.entry.path].add((ref.entry.offset, ref.entry.nbytes))
-        return {path: sorted(span for span in found if span[1]) for path, found in spans.items()}
+            if isinstance(ref, TensorRef) and (entry := ref.entry) is not None:
+                spans[entry.path].append((entry.offset, entry.spec.nbytes))
+        return {path: sorted(dict.fromkeys(span for span in found if span[1])) for path, found in spans.items()}
 
     def locate(self, name: str, ref: TensorRef) -> TensorEntry:
         """The entry of one tensor. Raises FormatError when it does not fit its storage."""
