@@ -23,12 +23,15 @@ def main() -> int:
         print("no such case; there are:", *(case.name for case in CASES), sep="\n  ", file=sys.stderr)
         return 2
     results: list[Result] = []
-    for number, case in enumerate(cases):
-        print(f"{case.name} ({number + 1} of {len(cases)})", flush=True)
-        made = run_case(case, arguments.files, arguments.files, arguments.rounds, arguments.peers, _say)
-        results += made
-        print("\n".join(map(_line, made)), flush=True)
-        _make_room(cases[number + 1 :], arguments)
+    try:
+        for number, case in enumerate(cases):
+            print(f"{case.name} ({number + 1} of {len(cases)})", flush=True)
+            made = run_case(case, arguments.files, arguments.files, arguments.rounds, arguments.peers, _say)
+            results += made
+            print("\n".join(map(_line, made)), flush=True)
+            _make_room(cases[number + 1 :], arguments)
+    except KeyboardInterrupt:
+        print("interrupted; the cases that are done count")
     if arguments.limited:
         results += run_capped(CASES[0], arguments.files, arguments.files, _LIMITED_BYTES)
         print(
@@ -50,7 +53,7 @@ def main() -> int:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("case", nargs="*", help="which cases, by a part of their names; all without")
+    parser.add_argument("case", nargs="*", help="which cases, by their names or a part of them; all without")
     parser.add_argument("--quick", action="store_true", help="only the few cases of a short run")
     parser.add_argument("--peers", action="store_true", help="other tools too, as far as scripts/peers has installed them")
     parser.add_argument("--limited", action="store_true", help="also under a limit of the kernel (a memory cgroup)")
@@ -65,7 +68,8 @@ def _arguments() -> argparse.Namespace:
 
 
 def _chosen(case: Case, arguments: argparse.Namespace) -> bool:
-    named = not arguments.case or any(part in case.name for part in arguments.case)
+    names = {each.name for each in CASES}
+    named = not arguments.case or any(part == case.name if part in names else part in case.name for part in arguments.case)
     return named and (case.quick or not arguments.quick)
 
 

@@ -220,6 +220,8 @@ class Source:
 
     def _note(self) -> None:
         """Adds what was read since to what may be given back, and gives that back where it has become much."""
+        if self._begin == self._end:
+            return
         for file, base, _, dtype in self._sources:
             size = dtype.element_bytes
             for seen, low, high in self._workspace.touched.add(file, base + self._begin * size, base + self._end * size):
