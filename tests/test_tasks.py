@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import streammerge as sm
+from streammerge import budget
 from streammerge.dtypes import DType
 from streammerge.engine import Engine
 from streammerge.methods.registry import find_method
+from streammerge.storage.files import OutputFile
 from streammerge.tasks import MergeTask, Piece, batches, joined, pieces, stretches
 from streammerge.tensors import TensorEntry, TensorSpec
+from streammerge.workspace import Outgoing, Workspace
 
 
 def tasks(sizes: list[int], gaps: list[int], method: str = "linear") -> list[MergeTask]:
@@ -108,6 +111,17 @@ def test_together_as_each_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         merged = load_safetensors(tmp_path / "together.safetensors")
         for name in ("000", "016", "018", "079", "x8"):
             assert octets(merged[name]) == octets(mean([m[name] for m in models], [1, 1, 1]))
+
+
+@pytest.mark.parametrize("elems", [100, 4099, 90_001])
+def test_every_byte_of_a_region_is_there(elems: int) -> None:
+    """The output's too, which is the last where inputs are mapped, and begins anywhere in a page."""
+    fitted = budget.Budget(1, elems, 8 * elems, 0, budget.Cost(8, 3, 8, 0), 0)
+    workspace = Workspace(fitted)
+    for region, (_, size) in budget.slots(fitted).items():
+        assert len(workspace.octets(region)) == size
+    for offset in (0, 1, 4095, 8191):
+        assert len(Outgoing(OutputFile.__new__(OutputFile), workspace, offset).room(8 * elems)) == 8 * elems
 
 
 def test_neighbours_are_computed_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

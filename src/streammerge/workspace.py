@@ -54,7 +54,7 @@ class Workspace:
         self.noted_elems = budget.window_bytes // 4 // max(budget.cost.mapped, 1)
         self._slots = slots(budget)
         self._slot_bytes = budget.chunk_elems * budget.cost.compute
-        total = max(sum(size for _, size in self._slots.values()), 1)
+        total = max(offset + size for offset, size in self._slots.values())
         self._arena = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._views: dict[tuple[int, torch.dtype, int], torch.Tensor] = {}
         self._taken: dict[str, int] = {}
