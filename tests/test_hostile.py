@@ -80,7 +80,11 @@ for path in sys.argv[2:]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         with open(path, "rb") as file:
             made = Unpickler(file).load()
-        os._exit(0)
+        try:
+            while os.wait():  # some payloads do not wait for what they start
+                pass
+        except ChildProcessError:
+            os._exit(0)
     os.wait()
     print(os.path.basename(path), Path(sys.argv[1]).exists(), sep="\\t")
     Path(sys.argv[1]).unlink(missing_ok=True)
