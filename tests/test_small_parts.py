@@ -42,7 +42,19 @@ LAYERS = {
         "quantised",
         "version",
     ],
-    1: ["group", "sums", "order", "budget", "storage", "memory", "unpickle", "rebuild", "repickle", "statedict"],
+    1: [
+        "group",
+        "sums",
+        "order",
+        "budget",
+        "storage",
+        "memory",
+        "executors",
+        "unpickle",
+        "rebuild",
+        "repickle",
+        "statedict",
+    ],
     2: ["formats", "methods", "recipe", "bookkeeping", "huggingface"],
     3: ["checkpoint", "workspace", "tasks", "engine", "staging", "writer", "receipt", "structure"],
     4: [
@@ -56,7 +68,6 @@ LAYERS = {
         "placing",
         "pickled",
         "planning",
-        "executors",
         "wish",
         "relatives",
         "resume",
@@ -221,7 +232,7 @@ class TestBudget:
 class TestExecutor:
     @pytest.mark.parametrize("workers", [1, 2, 8])
     def test_every_task_runs_once(self, workers: int) -> None:
-        assert sorted(ThreadExecutor[int, int](workers).run(range(500), lambda n: n * n)) == [n * n for n in range(500)]
+        assert sorted(ThreadExecutor(workers).run(range(500), lambda n: n * n)) == [n * n for n in range(500)]
 
     def test_the_first_error_stops_the_rest(self) -> None:
         ran: list[int] = []
@@ -233,12 +244,12 @@ class TestExecutor:
             return number
 
         with pytest.raises(KeyError):
-            list(ThreadExecutor[int, int](2).run(range(100_000), fail))
+            list(ThreadExecutor(2).run(range(100_000), fail))
         assert len(ran) < 1000
 
     def test_no_thread_is_left_when_the_listener_stops(self) -> None:
         before = threading.active_count()
-        results = ThreadExecutor[int, int](4).run(range(10_000), lambda n: n)
+        results = ThreadExecutor(4).run(range(10_000), lambda n: n)
         next(results)
         results.close()
         assert threading.active_count() == before

@@ -13,12 +13,15 @@ from streammerge.checksums import CRC32
 from streammerge.choices import DEFAULT_MEMORY, IO
 from streammerge.choose import choose, exponential_weights
 from streammerge.errors import ChangedError, FormatError, RecipeError, StreammergeError, VerifyError, listed, printable
-from streammerge.events import Event, Listener
+from streammerge.events import Listener, quiet
+from streammerge.executors import Executors
+from streammerge.executors.local import ThreadExecutor
 from streammerge.formats.safetensors import shared_headers
 from streammerge.group import Kernel
 from streammerge.inputs import converted_path, expand
 from streammerge.memory import collector_paused, resident_bytes
 from streammerge.planning import Plan, build_plan
+from streammerge.production import Wishes
 from streammerge.receipt import Receipt
 from streammerge.recipe import Recipe, read_recipe
 from streammerge.run import Result, default_workers, execute
@@ -29,10 +32,6 @@ from streammerge.verification import Verified, check_files, check_inputs, receip
 from streammerge.wish import conversion, overridden, recipe_of
 
 PathLike = str | Path
-
-
-def _quiet(event: Event) -> None:
-    """The listener of those who do not listen."""
 
 
 def _paths(paths: PathLike | Sequence[PathLike]) -> list[str]:
@@ -200,7 +199,8 @@ def merge(
     overwrite: bool = False,
     resume: bool = True,
     polite: bool = False,
-    listener: Listener | None = None,
+    listener: Listener = quiet,
+    executor: Executors = ThreadExecutor,
     convert_first: PathLike | None = None,
     **options: Any,
 ) -> Result:
@@ -209,8 +209,9 @@ def merge(
     ``inputs``: paths or globs; or ``recipe``: a mergekit configuration. ``weights``: one number per input; ``linear``,
     the default method, divides them by their sum unless ``normalize`` is False. ``memory``: the budget above the
     start-up footprint. ``resume``: go on where the same merge was interrupted. ``polite``: give the inputs' page
-    cache back behind the cursor, so that what other programs have there stays. Further options, and the parameters of
-    the method, are those of :func:`plan`.
+    cache back behind the cursor, so that what other programs have there stays. ``listener`` is called with each of
+    :mod:`streammerge.events`. ``executor`` makes what runs the tasks, from the number of workers; threads, if not given.
+    Further options, and the parameters of the method, are those of :func:`plan`.
 
     Raises RecipeError, FormatError, MismatchError, BudgetError, SpaceError, LockedError, ChangedError, VerifyError or
     TaskError; the output is then not there. Returns what was read, written and needed.
@@ -225,7 +226,7 @@ def merge(
         planned = plan(inputs, out, convert_first=convert_first, **options)
     foreseen = _output_warnings(planned)  # what would stop a run stops this one itself, or was allowed
     planned.warnings = [warning for warning in planned.warnings if warning not in foreseen]
-    return execute(planned, overwrite, listener or _quiet, before, resume, polite)
+    return execute(planned, Wishes(overwrite, resume, polite, listener, executor), before)
 
 
 def convert(
@@ -249,7 +250,8 @@ def convert(
     resume: bool = True,
     polite: bool = False,
     hash: bool = False,
-    listener: Listener | None = None,
+    listener: Listener = quiet,
+    executor: Executors = ThreadExecutor,
 ) -> Result:
     """Writes a checkpoint in another container: ``.pth`` to safetensors or back, one file or shards.
 
@@ -272,7 +274,7 @@ def convert(
     planned = _plan(recipe, out, memory, workers, io, hashed=hash)
     if extras is not None:
         _check_extras(Path(extras), planned, overwrite)
-    result = execute(planned, overwrite, listener or _quiet, before, resume, polite)
+    result = execute(planned, Wishes(overwrite, resume, polite, listener, executor), before)
     if extras is not None:
         index = open_checkpoint(path, state_dict, recipe.ema)
         content = {"format": index.format, "metadata": index.metadata, "data": index.plain_data()}
@@ -357,7 +359,7 @@ def _check_extras(extras: Path, planned: Plan, overwrite: bool) -> None:
         raise RecipeError(f"--extras {printable(extras)} is, or lies in, an input or the output; choose another name")
 
 
-def _convert_all(recipe: Recipe, folder: Path, options: dict[str, Any], resume: bool, listener: Listener | None) -> bool:
+def _convert_all(recipe: Recipe, folder: Path, options: dict[str, Any], resume: bool, listener: Listener) -> bool:
     """Each checkpoint as a safetensors file in ``folder``, made now unless it is there and still right; whether any was."""
     folder.mkdir(parents=True, exist_ok=True)
     passed = {k: options[k] for k in ("memory", "workers", "io") if k in options}

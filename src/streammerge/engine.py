@@ -10,11 +10,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from streammerge.budget import Budget
 from streammerge.checksums import Checksum
 from streammerge.errors import StreammergeError, TaskError, printable
+from streammerge.executors import Executor
 from streammerge.group import Chunk, Kernel, TensorGroup, chunk_spans
 from streammerge.storage.files import COPY_BYTES, InputFiles, OutputFile
 from streammerge.tasks import MergeTask, Piece, PieceDone, batches, joined, pieces, stretches
@@ -25,20 +27,6 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-
-
-class Executor(Protocol):
-    """Runs ``run_one`` on each task, in any order; at most ``backlog`` results wait to be taken.
-
-    ``stopping`` is set when what still runs is not wanted any more.
-    """
-
-    workers: int
-    stopping: threading.Event
-
-    def run(
-        self, tasks: Iterable[Any], run_one: Callable[[Any], Any], backlog: int = ...
-    ) -> Generator[Any, None, None]: ...
 
 
 class Halted(BaseException):
@@ -68,19 +56,20 @@ class Engine:
             if task.spread and any(map(wanted, pieces(task, number))):
                 with _failures(task, 0, task.elems), one_torch_thread():
                     kernel = task.method.bind(self._group(task, self._sweep_on_all(task)), task.parameters)
-                spread = ([piece] for piece in pieces(task, number, kernel) if wanted(piece))
-                with closing(self.executor.run(spread, self.run)) as results:
+                spread = ([piece] for piece in pieces(task, number) if wanted(piece))
+                with closing(self.executor.run(spread, partial(self.run, kernel=kernel))) as results:
                     for done in results:
                         yield from done
 
-    def run(self, batch: list[Piece]) -> list[PieceDone]:
-        """Computes and writes pieces that are neighbours. Errors that are not streammerge's own come out as TaskError."""
+    def run(self, batch: list[Piece], kernel: Kernel | None = None) -> list[PieceDone]:
+        """Computes and writes pieces that are neighbours; ``kernel``: that of a longer tensor, which all workers have made.
+        Errors that are not streammerge's own come out as TaskError."""
         made: list[PieceDone] = []
         with self._workspace() as workspace:
             outgoing = Outgoing(self.outputs[batch[0].task.file], workspace, batch[0].offset)
             for stretch in stretches(batch):
                 together = len(stretch) > 1 and self._together(stretch, workspace, outgoing)
-                made += together or [self._one(piece, workspace, outgoing) for piece in stretch]
+                made += together or [self._one(piece, workspace, outgoing, kernel) for piece in stretch]
             outgoing.flush()
         self.inputs.check_whole()
         return made
@@ -94,15 +83,15 @@ class Engine:
             return None
         data, made, start = outgoing.last(whole.nbytes), [], 0
         for piece in stretch:
-            made.append(PieceDone(piece, self.checksum.update(data[start : start + piece.nbytes])))
+            made.append(_done(piece, self.checksum.update(data[start : start + piece.nbytes])))
             start += piece.nbytes
         return made
 
-    def _one(self, piece: Piece, workspace: Workspace, outgoing: Outgoing) -> PieceDone:
+    def _one(self, piece: Piece, workspace: Workspace, outgoing: Outgoing, kernel: Kernel | None = None) -> PieceDone:
         with _failures(piece.task, piece.start, piece.stop):
             if piece.task.verbatim:
                 return self._copy(piece, outgoing)
-            return self._compute(piece, workspace, outgoing)
+            return self._compute(piece, workspace, outgoing, kernel)
 
     def written(self, piece: Piece) -> int:
         """The checksum of a piece as it stands in the output file."""
@@ -126,10 +115,10 @@ class Engine:
             source.read_into(part, begin + start)
             value = self.checksum.update(part, value)
         source.release(begin, piece.nbytes)
-        return PieceDone(piece, value)
+        return _done(piece, value)
 
-    def _compute(self, piece: Piece, workspace: Workspace, outgoing: Outgoing) -> PieceDone:
-        task, kernel = piece.task, piece.kernel
+    def _compute(self, piece: Piece, workspace: Workspace, outgoing: Outgoing, kernel: Kernel | None) -> PieceDone:
+        task = piece.task
         self._one_torch_thread()
         source = self._source(task, workspace, keep=task.method.passes and kernel is None)
         if kernel is None:
@@ -156,7 +145,7 @@ class Engine:
                 for name, count in _nonfinite(out, source, chunk.start, chunk.stop).items():
                     nonfinite[name] = nonfinite.get(name, 0) + count
             value = self.checksum.update(part, value)
-        return PieceDone(piece, value, nonfinite)
+        return _done(piece, value, nonfinite)
 
     def _chunks(
         self, task: MergeTask, workspace: Workspace, source: Source, start: int, stop: int, sparse: int = 0
@@ -221,6 +210,10 @@ class Engine:
             workspace = Workspace(self.budget)
         yield workspace
         self._free.append(workspace)
+
+
+def _done(piece: Piece, checksum: int, nonfinite: dict[str, int] | None = None) -> PieceDone:
+    return PieceDone(piece.number, piece.start, piece.stop, checksum, nonfinite or {})
 
 
 @contextmanager

@@ -80,3 +80,7 @@ Event = RunStarted | Resumed | Hashed | Staged | TaskDone | Syncing | Suspended 
 
 class Listener(Protocol):
     def __call__(self, event: Event, /) -> None: ...
+
+
+def quiet(event: Event) -> None:
+    """The listener of those who do not listen."""

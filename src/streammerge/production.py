@@ -9,20 +9,21 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import closing
-from typing import Any
+from dataclasses import dataclass
 
 from streammerge import memory
 from streammerge.checksums import Checksum
 from streammerge.engine import Engine, Halted
 from streammerge.errors import VerifyError, listed, printable
-from streammerge.events import Event, Hashed, Resumed, Staged, Syncing, TaskDone
+from streammerge.events import Hashed, Listener, Resumed, Staged, Syncing, TaskDone, quiet
+from streammerge.executors import Executors
 from streammerge.executors.local import ThreadExecutor
 from streammerge.formats.base import LayoutFile
 from streammerge.formats.torch_zip import seal
 from streammerge.planning import Plan
 from streammerge.receipt import ITSELF, written_like
 from streammerge.relatives import strangers
-from streammerge.resume import plan_digest
+from streammerge.resume import can_be_resumed, plan_digest
 from streammerge.staging import staged_tasks
 from streammerge.storage.commit import Staging
 from streammerge.storage.files import COPY_BYTES, InputFiles, OutputFile, outside
@@ -33,22 +34,39 @@ from streammerge.tensors import TensorEntry, ranges
 from streammerge.units import decimal_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """How a plan is to be run; of all this the output shows nothing.
+
+    ``overwrite``: replaces a finished output. ``resume``: goes on where a run of the same plan was interrupted, and
+    stays to be continued when it is interrupted. ``polite``: gives the inputs' page cache back behind the cursor.
+    ``executor`` makes what runs the tasks, of so many workers.
+    """
+
+    overwrite: bool = False
+    resume: bool = True
+    polite: bool = False
+    listener: Listener = quiet
+    executor: Executors = ThreadExecutor
+
+
 class Production:
     """One output in the making. ``journal`` knows what would stay of it if the run ended now."""
 
-    def __init__(self, plan: Plan, staging: Staging, listener: Callable[[Event], None], resume: bool, polite: bool) -> None:
-        self.plan, self.staging, self.listener, self.resume = plan, staging, listener, resume
+    def __init__(self, plan: Plan, staging: Staging, wishes: Wishes) -> None:
+        self.plan, self.staging, self.listener = plan, staging, wishes.listener
+        self.resume = wishes.resume and can_be_resumed(plan)
         self.read_bytes = 0
         self.notes: list[str] = []
         self.warnings: list[str] = []
         self._tasks = plan.tasks
         self._done: dict[Key, Finished] = {}
-        self._inputs = InputFiles(plan.identities, polite)
+        self._inputs = InputFiles(plan.identities, wishes.polite)
         self._outputs: list[OutputFile] = []
         self._kind: Checksum = plan.layout.receipt.kind
-        self._executor: ThreadExecutor[Any, Any] = ThreadExecutor(plan.budget.workers)
+        self._executor = wishes.executor(plan.budget.workers)
         self._engine = Engine(plan.budget, self._inputs, self._outputs, plan.io, self._kind, self._executor)
-        self.journal = Journal(staging.folder / NAME, plan_digest(plan), lambda: staging.outputs, resume)
+        self.journal = Journal(staging.folder / NAME, plan_digest(plan), lambda: staging.outputs, self.resume)
 
     def make(self) -> None:
         """Everything, until it is on the disk. Raises what DESIGN names."""
@@ -167,14 +185,15 @@ class Production:
         # Closed, not left to the garbage collector: after Ctrl-C no worker may outlive the files it writes.
         with closing(self._engine.run_all(self._tasks, self._wanted)) as results:
             for done in results:
-                piece, read_bytes = done.piece, done.piece.read_bytes
-                finished = self._done[piece.key] = self._finished(done)
+                piece = done.piece(self._tasks)
+                read_bytes, finished = piece.read_bytes, self._finished(piece, done)
+                self._done[piece.key] = finished
                 self.journal.add(finished)
                 self.read_bytes += read_bytes
                 self.listener(TaskDone(piece.task.out.name, read_bytes, finished.nbytes, held.now()))
 
-    def _finished(self, done: PieceDone) -> Finished:
-        piece, file = done.piece, self.plan.layout.files[done.piece.task.file].name
+    def _finished(self, piece: Piece, done: PieceDone) -> Finished:
+        file = self.plan.layout.files[piece.task.file].name
         return Finished(*piece.key, file, piece.offset, piece.nbytes, done.checksum, done.nonfinite)
 
     def _nonfinite(self) -> list[str]:

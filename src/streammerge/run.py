@@ -4,18 +4,16 @@ all."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge import memory
 from streammerge.choices import RECEIPT_FILE
 from streammerge.errors import FormatError, RecipeError, StreammergeError, listed, printable
-from streammerge.events import Event, Published, RunFinished, RunStarted, Suspended
+from streammerge.events import Published, RunFinished, RunStarted, Suspended
 from streammerge.formats.folder import foreign_files
 from streammerge.planning import Plan
-from streammerge.production import Production
-from streammerge.resume import can_be_resumed
+from streammerge.production import Production, Wishes
 from streammerge.storage import faults
 from streammerge.storage.commit import Staging
 from streammerge.storage.files import identity, space_checked
@@ -39,19 +37,10 @@ class Result:
     warnings: tuple[str, ...]
 
 
-def execute(
-    plan: Plan,
-    overwrite: bool,
-    listener: Callable[[Event], None],
-    resident_before: int,
-    resume: bool = True,
-    polite: bool = False,
-) -> Result:
+def execute(plan: Plan, wishes: Wishes, resident_before: int) -> Result:
     """Runs a plan to its end. Raises what DESIGN names; then nothing was written under the output's name.
 
     ``resident_before``: what was resident before the inputs' headers were read, which count as the run's memory.
-    ``resume``: goes on where a run of the same plan was interrupted, and stays to be continued when it is interrupted.
-    ``polite``: gives the inputs' page cache back behind the cursor.
     """
     if plan.out is None:
         raise ValueError("a plan without an output cannot be run")
@@ -64,12 +53,11 @@ def execute(
             prepare_torch()
     memory.reset_peak()
     startup, began = memory.resident_bytes() - headers, time.perf_counter()
-    listener(RunStarted(plan.read_bytes, plan.write_bytes, plan.memory_bytes, len(plan.tasks)))
+    wishes.listener(RunStarted(plan.read_bytes, plan.write_bytes, plan.memory_bytes, len(plan.tasks)))
     with space_checked(out, plan.disk_bytes):
-        staging = Staging(out, overwrite)
-        made = _produce(plan, staging, listener, resume, polite)
+        made = _produce(plan, Staging(out, wishes.overwrite), wishes)
     seconds = time.perf_counter() - began
-    listener(RunFinished(seconds))
+    wishes.listener(RunFinished(seconds))
     return Result(
         out,
         made.read_bytes,
@@ -84,25 +72,25 @@ def execute(
     )
 
 
-def _produce(plan: Plan, staging: Staging, listener: Callable[[Event], None], resume: bool, polite: bool) -> Production:
+def _produce(plan: Plan, staging: Staging, wishes: Wishes) -> Production:
     """The output, made and committed; or an error, and of the output nothing, or what a next run goes on from."""
     made, keep = None, False
     try:
         with faults.survived(), memory.collector_spared():
-            made = Production(plan, staging, listener, resume and can_be_resumed(plan), polite)
+            made = Production(plan, staging, wishes)
             made.make()
         refuse_to_lose_files(staging.out, plan)  # once more: much time has passed
         staging.commit(plan.layout.as_folder)
-        listener(Published())
+        wishes.listener(Published())
     except BaseException as error:
         if made is not None:
             made.journal.stop()
         if staging.published:
-            listener(Published())
-        elif resume and _may_pass(error):
+            wishes.listener(Published())
+        elif wishes.resume and _may_pass(error):
             keep = staging.resumable and (made is None or made.journal.kept_bytes > 0)
             if keep and made is not None:
-                listener(Suspended(made.journal.kept_bytes, plan.layout.size))
+                wishes.listener(Suspended(made.journal.kept_bytes, plan.layout.size))
         raise
     finally:
         staging.abort(keep)

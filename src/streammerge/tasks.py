@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from streammerge.group import Kernel, whole_grains
+from streammerge.group import whole_grains
 from streammerge.methods.contracts import MergeMethod
 from streammerge.tensors import GRAIN, TensorEntry, TensorSpec, ranges
 
@@ -66,13 +66,12 @@ class MergeTask:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Elements ``start`` to ``stop`` of the task of that number; ``kernel`` where passes over the whole have made it."""
+    """Elements ``start`` to ``stop`` of the task of that number."""
 
     task: MergeTask
     number: int
     start: int
     stop: int
-    kernel: Kernel | None = None
 
     @property
     def key(self) -> tuple[int, int]:
@@ -99,17 +98,23 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class PieceDone:
-    """What came of a piece: the checksum of its bytes, and non-finite numbers met, by source."""
+    """What came of elements ``start`` to ``stop`` of the task of that number: the checksum of their bytes, and non-finite
+    numbers met, by source. Small and plain, so that it can come from another process."""
 
-    piece: Piece
+    number: int
+    start: int
+    stop: int
     checksum: int
     nonfinite: dict[str, int] = field(default_factory=dict)
 
+    def piece(self, tasks: Sequence[MergeTask]) -> Piece:
+        return Piece(tasks[self.number], self.number, self.start, self.stop)
 
-def pieces(task: MergeTask, number: int, kernel: Kernel | None = None) -> Iterator[Piece]:
+
+def pieces(task: MergeTask, number: int) -> Iterator[Piece]:
     """The task, cut where it is long; an empty tensor has no piece."""
     for start, stop in ranges(task.elems, task.piece_elems):
-        yield Piece(task, number, start, stop, kernel)
+        yield Piece(task, number, start, stop)
 
 
 def batches(wanted: Iterable[Piece], most_bytes: int) -> Iterator[list[Piece]]:

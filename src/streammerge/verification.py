@@ -198,7 +198,7 @@ def _wrong_parts(parts: list[_Part], kind: Checksum, workers: int) -> list[str]:
             value = kind.update(buffer[: stop - start], value)
         return part, (begin, end - begin, value)
 
-    executor: ThreadExecutor[Any, Any] = ThreadExecutor(workers)
+    executor = ThreadExecutor(workers)
     with closing(executor.run(cut, summed)) as results:
         for part, piece in results:
             found[part].append(piece)
@@ -287,7 +287,7 @@ class _Recomputation:
         self.keys = {(at, start) for at, number in enumerate(places) for n, start in chosen if n == number}
         self.elems = self.equal = self.repeated_elems = 0
         self._inputs, self._output = InputFiles(plan.identities), InputFiles({})
-        self._executor: ThreadExecutor[Any, Any] = ThreadExecutor(plan.budget.workers)
+        self._executor = ThreadExecutor(plan.budget.workers)
         tasks = [task for task, _, _ in self.places]
         self._tasks = staged_tasks(
             tasks, tasks, self._inputs, lambda size: OutputFile(folder / "staged", size), lambda entry: None
@@ -334,7 +334,7 @@ class _Recomputation:
         engine = Engine(budget, self._inputs, outputs, plan.io, CRC32, self._executor)
         with closing(engine.run_all(tasks, lambda piece: piece.key in keys)) as results:
             for done in results:
-                yield done.piece
+                yield done.piece(tasks)
 
 
 class _Repetition:

@@ -6,15 +6,13 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable
-from typing import Generic, TypeVar
-
-Task = TypeVar("Task")
-Done = TypeVar("Done")
+from typing import Any
 
 _POLL_SECONDS = 0.2
+_Result = tuple[Any, BaseException | None]
 
 
-class ThreadExecutor(Generic[Task, Done]):
+class ThreadExecutor:
     """``workers`` threads that take tasks from one iterable; results come in the order in which they finish.
 
     The first error stops the rest and is raised; so does leaving the iteration, by Ctrl-C or otherwise. Either way no
@@ -24,13 +22,12 @@ class ThreadExecutor(Generic[Task, Done]):
     def __init__(self, workers: int) -> None:
         self.workers, self.stopping = workers, threading.Event()
 
-    def run(self, tasks: Iterable[Task], run_one: Callable[[Task], Done], backlog: int = 64) -> Generator[Done, None, None]:
-        """At most ``backlog`` results wait to be taken."""
+    def run(self, tasks: Iterable[Any], run_one: Callable[[Any], Any], backlog: int = 64) -> Generator[Any, None, None]:
         source, lock, stop = iter(tasks), threading.Lock(), self.stopping
         stop.clear()
-        results: queue.Queue[tuple[Done | None, BaseException | None]] = queue.Queue(maxsize=backlog)
+        results: queue.Queue[_Result] = queue.Queue(maxsize=backlog)
 
-        def report(done: Done | None, error: BaseException | None) -> None:
+        def report(done: Any, error: BaseException | None) -> None:
             while not stop.is_set():
                 with contextlib.suppress(queue.Full):
                     results.put((done, error), timeout=_POLL_SECONDS)
@@ -43,7 +40,7 @@ class ThreadExecutor(Generic[Task, Done]):
                         task = next(source, _NOTHING)
                     if task is _NOTHING:
                         break
-                    report(run_one(task), None)  # type: ignore[arg-type]
+                    report(run_one(task), None)
                 report(None, None)
             except BaseException as error:  # noqa: BLE001 - carried to the caller, whatever it is
                 report(None, error)
@@ -68,9 +65,7 @@ class ThreadExecutor(Generic[Task, Done]):
                     thread.join()
 
     @staticmethod
-    def _next(
-        results: queue.Queue[tuple[Done | None, BaseException | None]],
-    ) -> tuple[Done | None, BaseException | None]:
+    def _next(results: queue.Queue[_Result]) -> _Result:
         while True:  # a wait without a timeout would not notice Ctrl-C on every platform
             try:
                 return results.get(timeout=_POLL_SECONDS)
