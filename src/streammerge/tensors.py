@@ -56,6 +56,11 @@ class TensorEntry:
         return self.spec.nbytes
 
     @property
+    def span(self) -> tuple[int, int]:
+        """(offset, bytes) in the file; of a compressed record all that holds it."""
+        return self.deflated.span if self.deflated else (self.offset, self.spec.nbytes)
+
+    @property
     def mappable(self) -> bool:
         return self.strides is None and self.deflated is None and not self.lazy
 
@@ -72,6 +77,10 @@ class Deflated:
     offset: int
     compressed_bytes: int
     nbytes: int
+
+    @property
+    def span(self) -> tuple[int, int]:
+        return self.offset, self.compressed_bytes
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -25,7 +25,11 @@ class StorageBytes:
 
 @dataclass(slots=True)
 class Container:
-    """A checkpoint as it lies on the disk: the inert tree, and where its storages are. No tensor was read."""
+    """A checkpoint as it lies on the disk: the inert tree, and where its storages are. No tensor was read.
+
+    ``pickled``: whether the tree is that of a pickle, in which tensors share storages and have other data beside them;
+    if not, it is the tensors by their names (:func:`flat_tensor`).
+    """
 
     path: Path
     format: str
@@ -34,21 +38,17 @@ class Container:
     files: tuple[Path, ...]
     metadata: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    pickled: bool = False
     magic: bytes = b"PK"
-
-    @property
-    def pickled(self) -> bool:
-        return self.format not in ("safetensors", "sharded safetensors")
 
     def tensor_spans(self) -> dict[str, list[tuple[int, int]]]:
         """Where in its files the bytes of tensors lie, as (offset, bytes) in order; the rest is its headers."""
         spans: dict[str, list[tuple[int, int]]] = {str(path): [] for path in self.files}
         for store in self.storages.values():
-            lies = store.deflated
-            spans[store.path].append((lies.offset, lies.compressed_bytes) if lies else (store.offset, store.nbytes))
+            spans[store.path].append(store.deflated.span if store.deflated else (store.offset, store.nbytes))
         for ref in self.tree.values() if isinstance(self.tree, dict) else ():
             if isinstance(ref, TensorRef) and (entry := ref.entry) is not None:
-                spans[entry.path].append((entry.offset, entry.spec.nbytes))
+                spans[entry.path].append(entry.span)
         return {path: sorted(dict.fromkeys(span for span in found if span[1])) for path, found in spans.items()}
 
     def locate(self, name: str, ref: TensorRef) -> TensorEntry:

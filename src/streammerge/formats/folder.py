@@ -118,12 +118,12 @@ def read_sharded(index: Path, read_file: ReadFile) -> Container:
     shards = sorted(set(weight_map.values()))
     tree: dict[str, Any] = {}
     storages: dict[str, StorageBytes] = {}
-    files, notes, extra, kinds = [index], [], [], set()
+    files, notes, extra, pickled = [index], [], [], False
     holders: dict[str, str] = {}
     metadata: dict[str, str] = {}
     for number, shard in enumerate(shards):
         container = read_file(inside(folder, shard))
-        kinds.add(container.pickled)
+        pickled |= container.pickled
         files += container.files
         notes += container.notes
         metadata = metadata or container.metadata
@@ -146,8 +146,8 @@ def read_sharded(index: Path, read_file: ReadFile) -> Container:
         raise FormatError(f"{where} names tensors that its shards do not have: {listed(absent)}")
     if extra:
         notes.append(f"{where} does not name {len(extra)} tensors of its shards, which are left out: {listed(extra)}")
-    kind = "sharded PyTorch" if True in kinds else "sharded safetensors"
-    return Container(folder, kind, tree, storages, tuple(files), metadata, notes)
+    kind = "sharded PyTorch" if pickled else "sharded safetensors"
+    return Container(folder, kind, tree, storages, tuple(files), metadata, notes, pickled)
 
 
 def _tensors(container: Container) -> Iterable[tuple[str, TensorRef]]:

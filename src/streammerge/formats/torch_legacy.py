@@ -70,4 +70,4 @@ def read(path: Path) -> Container:
                 )
             storages[key] = StorageBytes(str(path), cursor + 8, nbytes)
             cursor += 8 + nbytes
-    return Container(path, "PyTorch legacy", tree, storages, (path,))
+    return Container(path, "PyTorch legacy", tree, storages, (path,), pickled=True)

@@ -7,24 +7,20 @@ checksums, known last, are put into the headers by :func:`seal`.
 
 from __future__ import annotations
 
-import io
 import struct
-import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO
 
 from streammerge.choices import RECEIPT_FILE, RECEIPT_KEY, RECIPE_FILE, RECIPE_KEY
 from streammerge.errors import FormatError, printable
+from streammerge.formats import archive
 from streammerge.formats.base import Container, LayoutFile, Literal, StorageBytes
 from streammerge.rebuild import StorageTable
 from streammerge.storage.files import open_stream
-from streammerge.tensors import Deflated
 from streammerge.unpickle import MAX_PICKLE_BYTES, unpickle
 
-MAX_INFLATED_PICKLE_BYTES = 32 << 20
 MAX_RECORD_BYTES = 16 << 20
 _BESIDE = {RECIPE_KEY: RECIPE_FILE, RECEIPT_KEY: RECEIPT_FILE}
 ALIGNMENT = 64
@@ -32,20 +28,19 @@ _LOCAL, _CENTRAL, _END = b"PK\3\4", b"PK\1\2", b"PK\5\6"
 
 
 def matches(head: bytes, size: int) -> bool:
-    """A zip archive, also one of GPT-SoVITS, which writes its version number over the first two bytes."""
-    return head[:4] == _LOCAL or (head[2:4] == b"\3\4" and head[:1] == b"0" and head[1:2].isdigit())
+    return archive.matches(head)
 
 
 def read(path: Path) -> Container:
     """The container of a torch zip archive. Raises FormatError; nothing in it is executed."""
     where = printable(path)
     with open_stream(path) as stream:
-        members = _members(stream, where)
+        members = archive.members(stream, where)
         pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise FormatError(_not_torch(where, list(members), pickles))
         root = pickles[0][: -len("data.pkl")]
-        order = _record(stream, members.get(root + "byteorder"), 16, where) or b"little"
+        order = archive.record(stream, members.get(root + "byteorder"), 16, where) or b"little"
         if order != b"little":
             raise FormatError(
                 f"{where} was saved on a big-endian machine, which is not supported; save it again on this one"
@@ -53,118 +48,21 @@ def read(path: Path) -> Container:
         table = StorageTable()
         member = members[pickles[0]]
         on_disk = member.deflated.compressed_bytes if member.deflated else member.nbytes
-        tree = unpickle(_record(stream, member, MAX_PICKLE_BYTES, where), table, where, on_disk)
+        tree = unpickle(archive.record(stream, member, MAX_PICKLE_BYTES, where), table, where, on_disk)
         beside = {key: members.get(root + name) for key, name in _BESIDE.items()}
-        texts = {key: _record(stream, member, MAX_RECORD_BYTES, where) for key, member in beside.items()}
+        texts = {key: archive.record(stream, member, MAX_RECORD_BYTES, where) for key, member in beside.items()}
         stream.seek(0)
         magic = stream.read(2)
     script = root + "constants.pkl" in members and any(name.startswith(root + "code/") for name in members)
-    container = Container(path, "TorchScript archive" if script else "PyTorch zip", tree, {}, (path,), magic=magic)
+    kind = "TorchScript archive" if script else "PyTorch zip"
+    container = Container(path, kind, tree, {}, (path,), pickled=True, magic=magic)
     container.metadata |= {key: text.decode("utf-8", "replace") for key, text in texts.items() if text}
     _find_storages(container, table, members, root + "data/", where)
     return container
 
 
-@dataclass(frozen=True, slots=True)
-class _Member:
-    name: str
-    offset: int
-    nbytes: int
-    deflated: Deflated | None
-
-
-def _members(stream: BinaryIO, where: str) -> dict[str, _Member]:
-    try:
-        infos = zipfile.ZipFile(stream).infolist()
-    except (
-        zipfile.BadZipFile,
-        NotImplementedError,
-        ValueError,
-        OverflowError,
-        MemoryError,
-        OSError,
-        struct.error,
-    ) as error:
-        raise FormatError(
-            f"{where}: its zip directory cannot be read ({printable(error)}); it is truncated or damaged"
-        ) from error
-    end = stream.seek(0, io.SEEK_END)
-    members: dict[str, _Member] = {}
-    for info in infos:
-        name = printable(info.filename)
-        if info.filename in members:
-            raise FormatError(f"{where} holds the record {name} twice; such a file is refused")
-        if info.flag_bits & 0x41:
-            raise FormatError(f"{where}: record {name} is encrypted, which is not supported; save it again without")
-        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise FormatError(
-                f"{where}: record {name} is compressed by method {info.compress_type}; unpack and zip it again"
-            )
-        members[info.filename] = _place(stream, info, end, where)
-    _check_overlap(members, where)
-    return members
-
-
-def _place(stream: BinaryIO, info: zipfile.ZipInfo, end: int, where: str) -> _Member:
-    """A record's data begins behind its local header, whose length the central directory does not tell."""
-    stream.seek(min(max(info.header_offset, 0), end))
-    header = stream.read(30)
-    magic_fits = header[:4] == _LOCAL or (info.header_offset == 0 and matches(header, 30))
-    if len(header) < 30 or not magic_fits:
-        raise FormatError(f"{where}: record {printable(info.filename)} is not where the zip directory says; it is damaged")
-    name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
-    if stream.read(name_bytes) != info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437", "replace"):
-        raise FormatError(f"{where}: record {printable(info.filename)} has another name in its own header; it is damaged")
-    offset = info.header_offset + 30 + name_bytes + extra_bytes
-    if offset + info.compress_size > end:
-        raise FormatError(f"{where} is truncated: record {printable(info.filename)} reaches beyond its end")
-    if info.compress_type == zipfile.ZIP_STORED:
-        if info.compress_size != info.file_size:
-            raise FormatError(f"{where}: record {printable(info.filename)} is stored, yet has two sizes; it is damaged")
-        return _Member(info.filename, offset, info.file_size, None)
-    return _Member(info.filename, 0, info.file_size, Deflated(offset, info.compress_size, info.file_size))
-
-
-def _check_overlap(members: dict[str, _Member], where: str) -> None:
-    cursor, before = 0, ""
-    spans = [
-        (m.deflated.offset, m.deflated.compressed_bytes, m.name) if m.deflated else (m.offset, m.nbytes, m.name)
-        for m in members.values()
-    ]
-    for offset, nbytes, name in sorted(spans):
-        if nbytes and offset < cursor:
-            raise FormatError(
-                f"{where}: the records {printable(before)} and {printable(name)} overlap; such a file is refused"
-            )
-        cursor, before = max(cursor, offset + nbytes), name
-
-
-def _record(stream: BinaryIO, member: _Member | None, most: int, where: str) -> bytes:
-    if member is None:
-        return b""
-    limit = min(most, MAX_INFLATED_PICKLE_BYTES) if member.deflated else most
-    if member.nbytes > limit:
-        raise FormatError(
-            f"{where}: record {printable(member.name)} of {member.nbytes} bytes is beyond the limit of {limit}"
-        )
-    if member.deflated is None:
-        stream.seek(member.offset)
-        data = stream.read(member.nbytes)
-    else:
-        stream.seek(member.deflated.offset)
-        try:
-            data = zlib.decompressobj(-15).decompress(stream.read(member.deflated.compressed_bytes), member.nbytes + 1)
-        except zlib.error as error:
-            raise FormatError(f"{where}: record {printable(member.name)} cannot be unpacked ({error})") from error
-    if len(data) != member.nbytes:
-        raise FormatError(
-            f"{where}: record {printable(member.name)} has {len(data)} bytes, not {member.nbytes}; it is damaged"
-        )
-    return data
-
-
 def _find_storages(
-    container: Container, table: StorageTable, members: Mapping[str, _Member], folder: str, where: str
+    container: Container, table: StorageTable, members: Mapping[str, archive.Member], folder: str, where: str
 ) -> None:
     compressed = 0
     for ref in table.refs.values():

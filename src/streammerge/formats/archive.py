@@ -1,0 +1,129 @@
+"""Zip archives as checkpoints are: where each record's bytes lie. No record is unpacked, but for small ones that are asked
+for."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+import zlib
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from streammerge.errors import FormatError, printable
+from streammerge.tensors import Deflated
+
+MOST_INFLATED_BYTES = 32 << 20
+_LOCAL = b"PK\3\4"
+
+
+def matches(head: bytes) -> bool:
+    """A zip archive, also one of GPT-SoVITS, which writes its version number over the first two bytes."""
+    return head[:4] == _LOCAL or (head[2:4] == b"\3\4" and head[:1] == b"0" and head[1:2].isdigit())
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A record: its bytes lie at ``offset``, or, where it is compressed, are unpacked from ``deflated``."""
+
+    name: str
+    offset: int
+    nbytes: int
+    deflated: Deflated | None
+
+    @property
+    def span(self) -> tuple[int, int]:
+        return self.deflated.span if self.deflated else (self.offset, self.nbytes)
+
+
+def members(stream: BinaryIO, where: str) -> dict[str, Member]:
+    """The records by name. Raises FormatError for a directory that is damaged, or lies."""
+    try:
+        infos = zipfile.ZipFile(stream).infolist()
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        ValueError,
+        OverflowError,
+        MemoryError,
+        OSError,
+        struct.error,
+    ) as error:
+        raise FormatError(
+            f"{where}: its zip directory cannot be read ({printable(error)}); it is truncated or damaged"
+        ) from error
+    end = stream.seek(0, io.SEEK_END)
+    found: dict[str, Member] = {}
+    for info in infos:
+        name = printable(info.filename)
+        if info.filename in found:
+            raise FormatError(f"{where} holds the record {name} twice; such a file is refused")
+        if info.flag_bits & 0x41:
+            raise FormatError(f"{where}: record {name} is encrypted, which is not supported; save it again without")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise FormatError(
+                f"{where}: record {name} is compressed by method {info.compress_type}; unpack and zip it again"
+            )
+        found[info.filename] = _place(stream, info, end, where)
+    _check_overlap(found, where)
+    return found
+
+
+def _place(stream: BinaryIO, info: zipfile.ZipInfo, end: int, where: str) -> Member:
+    """A record's data begins behind its local header, whose length the central directory does not tell."""
+    stream.seek(min(max(info.header_offset, 0), end))
+    header = stream.read(30)
+    magic_fits = header[:4] == _LOCAL or (info.header_offset == 0 and matches(header))
+    if len(header) < 30 or not magic_fits:
+        raise FormatError(f"{where}: record {printable(info.filename)} is not where the zip directory says; it is damaged")
+    name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
+    if stream.read(name_bytes) != info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437", "replace"):
+        raise FormatError(f"{where}: record {printable(info.filename)} has another name in its own header; it is damaged")
+    offset = info.header_offset + 30 + name_bytes + extra_bytes
+    if offset + info.compress_size > end:
+        raise FormatError(f"{where} is truncated: record {printable(info.filename)} reaches beyond its end")
+    if info.compress_type == zipfile.ZIP_STORED:
+        if info.compress_size != info.file_size:
+            raise FormatError(f"{where}: record {printable(info.filename)} is stored, yet has two sizes; it is damaged")
+        return Member(info.filename, offset, info.file_size, None)
+    return Member(info.filename, 0, info.file_size, Deflated(offset, info.compress_size, info.file_size))
+
+
+def _check_overlap(found: dict[str, Member], where: str) -> None:
+    cursor, before = 0, ""
+    for (offset, nbytes), name in sorted((member.span, name) for name, member in found.items()):
+        if nbytes and offset < cursor:
+            raise FormatError(
+                f"{where}: the records {printable(before)} and {printable(name)} overlap; such a file is refused"
+            )
+        cursor, before = max(cursor, offset + nbytes), name
+
+
+def record(stream: BinaryIO, member: Member | None, most: int, where: str) -> bytes:
+    """A whole record of at most so many bytes; nothing for one that is not there. Raises FormatError."""
+    if member is None:
+        return b""
+    limit = min(most, MOST_INFLATED_BYTES) if member.deflated else most
+    if member.nbytes > limit:
+        raise FormatError(
+            f"{where}: record {printable(member.name)} of {member.nbytes} bytes is beyond the limit of {limit}"
+        )
+    data = head(stream, member, member.nbytes + 1, where)
+    if len(data) != member.nbytes:
+        raise FormatError(
+            f"{where}: record {printable(member.name)} has {len(data)} bytes, not {member.nbytes}; it is damaged"
+        )
+    return data
+
+
+def head(stream: BinaryIO, member: Member, nbytes: int, where: str) -> bytes:
+    """The first bytes of a record, or all there are. Raises FormatError."""
+    start, stored = member.span
+    stream.seek(start)
+    if member.deflated is None:
+        return stream.read(min(nbytes, stored))
+    try:
+        enough = stream.read(min(stored, nbytes + nbytes // 8 + 1024))  # what does not shrink grows by little
+        return zlib.decompressobj(-15).decompress(enough, nbytes)
+    except zlib.error as error:
+        raise FormatError(f"{where}: record {printable(member.name)} cannot be unpacked ({error})") from error
