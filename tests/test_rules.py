@@ -192,6 +192,12 @@ class TestRulesAndBases:
         again = sm.plan(recipe={"merge_method": "linear", "models": [{"model": "a.safetensors"}], "rules": []})
         assert again.counts() == {"linear": 2}
 
+    def test_a_base_that_only_a_rule_needs_is_not_counted(self, models: dict[str, Tensors]) -> None:
+        """weighted_sum takes two models, and no base."""
+        rules = [{"match": "q.*", "merge_method": "task_arithmetic"}]
+        made = self.merged("a b", merge_method="weighted_sum", parameters={"alpha": 0.5}, rules=rules)
+        assert octets(made["v.weight"]) == octets(mean([models["a"]["v.weight"], models["b"]["v.weight"]], [1, 1]))
+
     def test_the_order_of_models_is_the_written_one(self, models: dict[str, Tensors]) -> None:
         made = self.merged("a base", merge_method="ema", parameters={"decay": 0.9})
         expected = 0.9 * models["a"]["q.weight"].double() + 0.1 * models["base"]["q.weight"].double()

@@ -56,7 +56,7 @@ class Part:
 
     def takes_base(self, method: MergeMethod) -> bool:
         """Whether a method is given the base apart from the models."""
-        return self.based and method.base in ("required", "optional")
+        return self.based and method.takes_base
 
     def order(self, method: MergeMethod) -> tuple[int, ...]:
         """The views that a method is given, in its order: the base before the models, or as the first of them."""
@@ -185,7 +185,7 @@ def _stack(
         start, stop = each.sources[0].layer_range
         moved.layers += [(views[0].index.path, layer) for layer in range(start, stop)]
         views, numbers = _base_first(views, place)
-        if place is not None and recipe.merge_method.base in ("required", "optional"):
+        if place is not None and recipe.merge_method.takes_base:
             numbers = [n for n in numbers if n]
         tie_head(views, made.notes, wanted=first.entries if number == len(slices) - 1 else ())
         stack = stacked.of(views[0].index)

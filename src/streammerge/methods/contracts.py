@@ -107,6 +107,11 @@ class MergeMethod:
         return {parameter.name: parameter for parameter in _parameters(self.function)}
 
     @property
+    def takes_base(self) -> bool:
+        """Whether it is given the base apart from the models."""
+        return self.base in ("required", "optional")
+
+    @property
     def doc(self) -> str:
         return inspect.getdoc(self.function) or ""
 

@@ -58,29 +58,42 @@ def _parts(recipe: Recipe) -> Iterator[_Part]:
         yield module.path or ("modules", name), module.models, module.slices, module.parameters
 
 
-def _count(recipe: Recipe, entries: Sequence[Model | Source], base: str | None, path: Path, problems: Problems) -> None:
+_Entries = Sequence[Model | Source]
+
+
+def _count(recipe: Recipe, entries: _Entries, base: str | None, path: Path, problems: Problems) -> None:
     """How many models the method takes, and whether it has the base that it needs."""
-    method, own = recipe.merge_method, recipe.base if base == recipe.base_model else None
-    among = base is not None and any(recipe.of(e).same(own or recipe.reference(base)) for e in entries)
-    models = len(entries)
-    if method.base == "unused":
-        if base is not None and not among and isinstance(entries[0], Model):
-            models += 1
-            # As in mergekit, the base is one model more where it has a weight.
-            if "weight" not in recipe.parameters and not recipe.base_apart(listed=False):
-                hint = f"leave it out, or give {printable(base)} as a model too"
-                problems.add(("base_model",), f"{method.name} takes no base; {hint}")
-    elif base is None:
-        if method.base == "required":
-            problems.add(path, f"{method.name} needs the models' common ancestor; name it as the base")
-    elif method.base == "model":
-        models += not among
-    else:
-        models -= among
+    method = recipe.merge_method
+    if base is None and method.base == "required":
+        problems.add(path, f"{method.name} needs the models' common ancestor; name it as the base")
+    # As in mergekit, a base that the method has no use for is one model more, where it has a weight.
+    joins = method.base == "unused" and _models(recipe, method, entries, base) > len(entries)
+    if joins and "weight" not in recipe.parameters:
+        hint = f"leave it out, or give {printable(base)} as a model too"
+        problems.add(("base_model",), f"{method.name} takes no base; {hint}")
+    if wrong := _wrong_count(recipe, method, entries, base):
+        problems.add(path or ("models",), wrong)
+
+
+def _models(recipe: Recipe, method: MergeMethod, entries: _Entries, base: str | None) -> int:
+    """How many models a method is given: these, less a base that it takes apart, or with one that is not among them."""
+    listed = _lists(entries, base)
+    if method.takes_base or recipe.base_apart(listed):
+        return len(entries) - listed
+    return len(entries) + (base is not None and not listed and isinstance(entries[0], Model))
+
+
+def _lists(entries: _Entries, base: str | None) -> bool:
+    place = None if base is None else os.path.realpath(base)
+    return any(os.path.realpath(entry.model) == place for entry in entries)
+
+
+def _wrong_count(recipe: Recipe, method: MergeMethod, entries: _Entries, base: str | None) -> str | None:
     try:
-        method.check_models(models)
+        method.check_models(_models(recipe, method, entries, base))
     except RecipeError as error:
-        problems.add(path or ("models",), str(error))
+        return str(error)
+    return None
 
 
 def _check_slice(recipe: Recipe, each: Slice, problems: Problems) -> None:
@@ -90,10 +103,7 @@ def _check_slice(recipe: Recipe, each: Slice, problems: Problems) -> None:
         problems.add(each.path, f"all sources of a slice must have the same number of layers, not {ranges}")
     base = each.base_model or recipe.base_model
     _count(recipe, each.sources, base, each.path, problems)
-    known = [recipe.of(source) for source in each.sources]
-    needs = recipe.merge_method.base in ("required", "optional", "model")
-    place = None if base is None else os.path.realpath(base)
-    if base is not None and needs and not any(place == os.path.realpath(k.path) for k in known):
+    if base is not None and recipe.merge_method.base != "unused" and not _lists(each.sources, base):
         problems.add(each.path, f"the base {printable(base)} must be among the sources, since it says which of its layers")
 
 
@@ -164,10 +174,10 @@ def _check_rule_method(recipe: Recipe, method: MergeMethod, path: Path, problems
         problems.add(path, f"{method.name} needs the models' common ancestor; name it as base_model")
         return
     for where, entries, slices, _ in parts:
-        groups: list[tuple[Sequence[Model | Source], str | None]] = [(entries, recipe.base_model)]
+        groups: list[tuple[_Entries, str | None]] = [(entries, recipe.base_model)]
         groups += [(each.sources, each.base_model or recipe.base_model) for each in slices]
         for found, base in groups if not _has_unread((*where, "models"), problems) else ():
-            wrong = _rule_count(recipe, method, found, base) if found else None
+            wrong = _wrong_count(recipe, method, found, base) if found else None
             if wrong is not None:
                 problems.add(path, wrong)
                 return
@@ -176,15 +186,3 @@ def _check_rule_method(recipe: Recipe, method: MergeMethod, path: Path, problems
     for name, parameter in method.parameters.items():
         if parameter.required and name not in known and name not in rule.parameters:
             problems.add(path, method.lack(name))
-
-
-def _rule_count(recipe: Recipe, method: MergeMethod, found: Sequence[Model | Source], base: str | None) -> str | None:
-    """What is wrong with the number of models that a rule's method would be given, if anything."""
-    place = None if base is None else os.path.realpath(base)
-    listed = any(os.path.realpath(entry.model) == place for entry in found)
-    apart = base is not None and (method.base in ("required", "optional") or recipe.base_apart(listed))
-    try:
-        method.check_models(len(found) - (listed and apart) + (base is not None and not listed and not apart))
-    except RecipeError as error:
-        return str(error)
-    return None

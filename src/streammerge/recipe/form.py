@@ -209,7 +209,7 @@ class Recipe:
     @property
     def based(self) -> bool:
         """Whether the method takes the base apart from the models."""
-        return self.base_model is not None and self.merge_method.base in ("required", "optional")
+        return self.base_model is not None and self.merge_method.takes_base
 
     def base_apart(self, listed: bool) -> bool:
         """Whether the base is no model: the method takes it apart, or only a rule needs it. ``listed``: as a model too.
