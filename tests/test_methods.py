@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import streammerge as sm
 from oracles import ORACLES
 from streammerge import tasks
-from streammerge.cli.render import method_page
+from streammerge.cli.pages import method_page
 from streammerge.group import Chunk, Kernel, TensorGroup
 from streammerge.methods.registry import find_method, merge_tensors, methods
 from streammerge.rng import uniform

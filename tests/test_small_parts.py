@@ -59,6 +59,7 @@ LAYERS = {
     3: ["checkpoint", "workspace", "tasks", "engine", "staging", "writer", "receipt", "structure"],
     4: [
         "inputs",
+        "conversions",
         "choose",
         "parts",
         "values",
@@ -72,7 +73,7 @@ LAYERS = {
         "relatives",
         "resume",
     ],
-    5: ["production", "run", "verification"],
+    5: ["production", "run", "verification", "recomputation"],
     6: ["api"],
     7: ["__init__", "cli", "__main__"],
 }

@@ -12,23 +12,25 @@ from streammerge.checkpoint import CheckpointIndex, open_checkpoint
 from streammerge.checksums import CRC32
 from streammerge.choices import DEFAULT_MEMORY, IO
 from streammerge.choose import choose, exponential_weights
+from streammerge.conversions import converted_path, from_conversion, is_conversion
 from streammerge.errors import ChangedError, FormatError, RecipeError, StreammergeError, VerifyError, listed, printable
 from streammerge.events import Listener, quiet
 from streammerge.executors import Executors
 from streammerge.executors.local import ThreadExecutor
 from streammerge.formats.safetensors import shared_headers
 from streammerge.group import Kernel
-from streammerge.inputs import converted_path, expand
+from streammerge.inputs import expand
 from streammerge.memory import collector_paused, resident_bytes
 from streammerge.planning import Plan, build_plan
 from streammerge.production import Wishes
 from streammerge.receipt import Receipt
 from streammerge.recipe import Recipe, read_recipe
+from streammerge.recomputation import check_inputs, recompute
 from streammerge.run import Result, default_workers, execute
 from streammerge.storage.commit import check_writable, sweep, write_text
 from streammerge.storage.files import free_bytes, identity
 from streammerge.units import decimal_bytes, parse_bytes, parse_share
-from streammerge.verification import Verified, check_files, check_inputs, receipt_of, recompute
+from streammerge.verification import Verified, check_files, receipt_of
 from streammerge.wish import conversion, overridden, recipe_of
 
 PathLike = str | Path
@@ -163,7 +165,7 @@ def _plan(
     with collector_paused(), shared_headers():
         indexes = {each: open_checkpoint(each.path, each.state_dict, recipe.ema) for each in recipe.checkpoints}
         if convert_first is not None:
-            indexes = {each: _from_converted(index, Path(convert_first)) for each, index in indexes.items()}
+            indexes = {each: from_conversion(index, Path(convert_first)) for each, index in indexes.items()}
         planned = build_plan(
             recipe,
             indexes,
@@ -367,7 +369,7 @@ def _convert_all(recipe: Recipe, folder: Path, options: dict[str, Any], resume: 
     for each in recipe.checkpoints:
         index = open_checkpoint(each.path, each.state_dict, recipe.ema)
         target = converted_path(index, folder)
-        if not _is_conversion(target, index):
+        if not is_conversion(target, index):
             convert(
                 each.path,
                 target,
@@ -381,23 +383,3 @@ def _convert_all(recipe: Recipe, folder: Path, options: dict[str, Any], resume: 
             )
             made = True
     return made
-
-
-def _is_conversion(target: Path, index: CheckpointIndex) -> bool:
-    try:
-        made = open_checkpoint(target)
-    except StreammergeError:
-        return False
-    wanted = {name: entry.spec for name, entry in index.entries.items()}
-    return {name: entry.spec for name, entry in made.entries.items()} == wanted
-
-
-def _from_converted(index: CheckpointIndex, folder: Path) -> CheckpointIndex:
-    """The index with its tensors' bytes taken from the converted file, where that is there."""
-    target = converted_path(index, folder)
-    if not _is_conversion(target, index):
-        return index
-    made = open_checkpoint(target)
-    aliased = {n: made.entries[index.aliases.get(n, n)] for n in index.entries}
-    entries = {n: replace(e, spec=index.entries[n].spec) for n, e in aliased.items()}
-    return replace(index, entries=entries, files=(*index.files, *made.files))

@@ -5,9 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from pathlib import Path
 
-from streammerge.checkpoint import CheckpointIndex
 from streammerge.errors import RecipeError, printable
 
 
@@ -30,12 +28,3 @@ def expand(paths: list[str]) -> list[str]:
             raise RecipeError(f"nothing matches {printable(path)}")
         found += matches
     return found
-
-
-def converted_path(index: CheckpointIndex, folder: Path) -> Path:
-    """Where ``--convert-first`` keeps an input: its name, and a digest of what the file is and what was taken from it."""
-    import hashlib  # here, since it brings all of OpenSSL
-
-    known = sorted((path.name, *known[2:]) for path, known in zip(index.files, index.identities().values(), strict=True))
-    digest = hashlib.sha256(repr((str(index.path.resolve()), known, index.selection.label)).encode()).hexdigest()[:12]
-    return folder / f"{index.path.stem}-{digest}.safetensors"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from streammerge.choices import DEFAULT_MEMORY, EMA_CHOICES, INTEGERS, IO, ON_MISSING, ON_SHAPE
+from streammerge.choices import EMA_CHOICES
+from streammerge.cli import options
 from streammerge.cli.signals import Stopped, stoppable
 from streammerge.cli.streams import open_standard_streams
 from streammerge.errors import RecipeError, StreammergeError, printable
@@ -20,105 +20,6 @@ if TYPE_CHECKING:
     from streammerge.run import Result
 
 # What a command needs is imported in it, so that --help waits for nothing.
-Command = Callable[..., Any]
-
-
-def _options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    def apply(command: Command) -> Command:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return apply
-
-
-_output = click.option(
-    "--format", "form", type=click.Choice(["human", "json", "quiet"]), default="human", help="How to report."
-)
-_debug = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-_selection = _options(
-    click.option("--state-dict", metavar="KEY.PATH", help="Which state dict of a wrapped file; found by itself otherwise."),
-    click.option("--ema", type=click.Choice(EMA_CHOICES), help="Averaged weights beside plain ones.  [default: ignore]"),
-)
-_resources = _options(
-    click.option(
-        "--memory", default=DEFAULT_MEMORY, show_default=True, help="Budget for data held at once, above start-up."
-    ),
-    click.option("--workers", type=click.IntRange(1), metavar="N", help="Worker threads.  [default: CPUs available]"),
-    click.option(
-        "--io",
-        type=click.Choice(IO),
-        default="mmap",
-        show_default=True,
-        help="How inputs are read; pread for network drives.",
-    ),
-)
-_hash = click.option("--hash", is_flag=True, help="Put the SHA-256 of each input into the output's receipt.")
-_writing = _options(
-    click.option("--max-shard-size", metavar="SIZE", help="For folders.  [default: as the first input, else 5GB]"),
-    click.option(
-        "--keep-optimizer",
-        is_flag=True,
-        default=None,
-        help="Keep the first input's optimizer, scheduler and scaler in a .pth.",
-    ),
-    click.option(
-        "--allow-nonfinite", is_flag=True, default=None, help="Write NaN and infinite values instead of stopping."
-    ),
-)
-_running = _options(
-    click.option("--overwrite", is_flag=True, help="Replace a finished output."),
-    click.option("--no-resume", is_flag=True, help="Start over instead of continuing an interrupted run."),
-    click.option("--polite", is_flag=True, help="Give the inputs' page cache back behind the cursor."),
-    click.option("--no-progress", is_flag=True, help="Show no progress bar."),
-    _output,
-    _debug,
-)
-_merging = _options(
-    click.argument("inputs", nargs=-1, required=True, metavar="INPUT..."),
-    click.option(
-        "--weights", metavar="W,W,...", help="One number per input; linear divides them by their sum.  [default: equal]"
-    ),
-    click.option("--no-normalize", is_flag=True, help="Use the weights as given."),
-    click.option("--method", help="One that `methods` lists, or package.module:function.  [default: linear]"),
-    click.option("--base", metavar="PATH", help="The models' common ancestor, for the methods that need one."),
-    click.option(
-        "-p",
-        "parameters",
-        multiple=True,
-        metavar="NAME=VALUE,...",
-        help="A method parameter; several values: one per input.",
-    ),
-    click.option("--seed", type=int, help="For the methods that draw random numbers.  [default: 0]"),
-    click.option("--dtype", help="Dtype of the output's floating-point tensors.  [default: the first input's]"),
-    click.option("--out-dtype", help="The same; wins over --dtype."),
-    click.option("--compute-dtype", help="float32 or float64.  [default: the method's]"),
-    click.option("--last", type=click.IntRange(1), metavar="N", help="Only the numerically last N inputs."),
-    click.option(
-        "--range", "within", metavar="FROM:TO", help="Only inputs with such a number in their name, both included."
-    ),
-    click.option("--best", type=click.IntRange(1), metavar="N", help="Only the best N inputs, by --by."),
-    click.option("--by", metavar="KEY", help="A number in the files, like model_loss.eval_loss; lowest first."),
-    click.option("--highest", is_flag=True, help="With --best: highest first."),
-    click.option(
-        "--ema-decay", type=float, metavar="D", help="Exponential weights: each input counts D times the one after it."
-    ),
-    click.option("--on-missing", type=click.Choice(ON_MISSING), help="Tensors not in every input.  [default: error]"),
-    click.option("--on-shape", type=click.Choice(ON_SHAPE), help="Tensors whose shapes differ.  [default: error]"),
-    click.option(
-        "--integers",
-        type=click.Choice(INTEGERS),
-        help="Integer tensors that differ.  [default: max for num_batches_tracked, else error]",
-    ),
-    click.option("--own-methods", is_flag=True, help="Let a recipe name methods that are your own code."),
-    click.option(
-        "--convert-first", type=click.Path(), metavar="DIR", help="Convert each input into DIR, keep it, merge from there."
-    ),
-    _selection,
-    _resources,
-    _writing,
-    _hash,
-)
 
 
 @click.group(
@@ -135,12 +36,10 @@ def cli() -> None:
 
 
 @cli.command()
-@_merging
-@click.option(
-    "-o", "--out", required=True, metavar="OUT", help="x.safetensors, x.pth (.pt, .ckpt, .bin, .th), or a folder."
-)
+@options.merging
+@options.out
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
-@_running
+@options.running
 def merge(
     inputs: tuple[str, ...],
     out: str,
@@ -163,19 +62,19 @@ def merge(
     from streammerge import api
     from streammerge.cli.progress import Progress
 
-    options = _merge_options(wishes)
+    arguments = _arguments(wishes)
     if dry_run:
-        _show_plan(api.plan(inputs, out, **options), form)
+        _show_plan(api.plan(inputs, out, **arguments), form)
         return
     with Progress(form, enabled=not no_progress) as progress:
         result = api.merge(
-            inputs, out, overwrite=overwrite, resume=not no_resume, polite=polite, listener=progress, **options
+            inputs, out, overwrite=overwrite, resume=not no_resume, polite=polite, listener=progress, **arguments
         )
     _report(result, form)
 
 
 @cli.command()
-@_merging
+@options.merging
 @click.option("-o", "--out", metavar="OUT", help="The output, by whose name its container is planned.")
 @click.option(
     "--format",
@@ -184,19 +83,17 @@ def merge(
     default="human",
     help="How to report; yaml: the recipe of this command.",
 )
-@_debug
+@options.debug
 def plan(inputs: tuple[str, ...], out: str | None, form: str, debug: bool, **wishes: Any) -> None:
     """Show what merge would do; nothing is written."""
     from streammerge import api
 
-    _show_plan(api.plan(inputs, out, **_merge_options(wishes)), form)
+    _show_plan(api.plan(inputs, out, **_arguments(wishes)), form)
 
 
 @cli.command()
 @click.argument("path", metavar="INPUT")
-@click.option(
-    "-o", "--out", required=True, metavar="OUT", help="x.safetensors, x.pth (.pt, .ckpt, .bin, .th), or a folder."
-)
+@options.out
 @click.option("--dtype", help="Recast floating-point tensors.")
 @click.option(
     "--drop", multiple=True, metavar="PATTERN", help="Leave out tensors whose names match, like 'dvae.*'; repeatable."
@@ -204,11 +101,11 @@ def plan(inputs: tuple[str, ...], out: str | None, form: str, debug: bool, **wis
 @click.option("--keep", multiple=True, metavar="PATTERN", help="Keep only tensors whose names match; repeatable.")
 @click.option("--strip-prefix", default="", metavar="PREFIX", help="Remove PREFIX from the names that begin with it.")
 @click.option("--extras", type=click.Path(), metavar="FILE.json", help="Write what is not a tensor there, readable.")
-@_selection
-@_resources
-@_writing
-@_hash
-@_running
+@options.selection
+@options.resources
+@options.writing
+@options.receipt_hash
+@options.running
 def convert(path: str, out: str, no_resume: bool, no_progress: bool, form: str, debug: bool, **wishes: Any) -> None:
     """Convert between .pth and safetensors, one file or sharded; recast; shrink.
 
@@ -230,9 +127,9 @@ def convert(path: str, out: str, no_resume: bool, no_progress: bool, form: str, 
 @click.option("--seed", type=int, default=0, show_default=True, help="Chooses the sample.")
 @click.option("--inputs", metavar="DIR", help="Where the inputs are.  [default: here, or beside OUT]")
 @click.option("--own-methods", is_flag=True, help="Let the recipe name methods that are your own code.")
-@_resources
-@_output
-@_debug
+@options.resources
+@options.output
+@options.debug
 def verify(out: str, form: str, debug: bool, **wishes: Any) -> None:
     """Check that an output is what its recipe says.
 
@@ -253,9 +150,9 @@ def verify(out: str, form: str, debug: bool, **wishes: Any) -> None:
 @click.argument("paths", nargs=-1, required=True, metavar="PATH...")
 @click.option("--tensors", is_flag=True, help="List names, dtypes, shapes and offsets.")
 @click.option("--recipe", is_flag=True, help="Print the recipe by which it was merged, as YAML.")
-@_selection
-@_output
-@_debug
+@options.selection
+@options.output
+@options.debug
 def inspect(paths: tuple[str, ...], tensors: bool, recipe: bool, form: str, debug: bool, **wishes: Any) -> None:
     """Show what a checkpoint is and holds; nothing in it is executed."""
     from streammerge.checkpoint import open_checkpoint
@@ -277,47 +174,47 @@ def inspect(paths: tuple[str, ...], tensors: bool, recipe: bool, form: str, debu
 @cli.command()
 @click.argument("name", required=False)
 @click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to report.")
-@_debug
+@options.debug
 def methods(name: str | None, form: str, debug: bool) -> None:
     """List the merge methods, or show one: parameters, formula, paper."""
-    from streammerge.cli import render
+    from streammerge.cli import pages
     from streammerge.methods.registry import find_method
     from streammerge.methods.registry import methods as all_methods
 
     chosen = list(all_methods().values()) if name is None else [find_method(name)]
     if form == "json":
-        shown = [render.method_json(method) for method in chosen]
+        shown = [pages.method_json(method) for method in chosen]
         click.echo(_json(shown if name is None else shown[0], indent=2))
     else:
-        click.echo(render.methods_table(chosen) if name is None else render.method_page(chosen[0]))
+        click.echo(pages.methods_table(chosen) if name is None else pages.method_page(chosen[0]))
 
 
-def _merge_options(wishes: dict[str, Any]) -> dict[str, Any]:
+def _arguments(wishes: dict[str, Any]) -> dict[str, Any]:
+    """What was typed, as the arguments of :func:`api.plan`; a method's parameters are arguments beside the others."""
     from inspect import signature
 
     from streammerge import api
 
-    own = ({*signature(api.plan).parameters} | {*signature(api.merge).parameters}) - {"normalize"}
-    options = {key: value for key, value in wishes.items() if key not in ("weights", "no_normalize", "parameters")}
-    options["own_methods"] = wishes["own_methods"]
-    options["weights"] = None if wishes["weights"] is None else _numbers("--weights", wishes["weights"])
+    taken = ({*signature(api.plan).parameters} | {*signature(api.merge).parameters}) - {"normalize"}
+    made = {key: value for key, value in wishes.items() if key not in ("weights", "no_normalize", "parameters")}
+    made["weights"] = None if wishes["weights"] is None else _numbers("--weights", wishes["weights"])
     if wishes["no_normalize"]:
-        options["normalize"] = False
+        made["normalize"] = False
     given: set[str] = set()
     for parameter in wishes["parameters"]:
         name, equals, value = parameter.partition("=")
         if not equals:
             raise RecipeError(f"-p {printable(parameter)}: write it as NAME=VALUE")
-        if name in given or (name == "weight" and options["weights"] is not None):
+        if name in given or (name == "weight" and made["weights"] is not None):
             raise RecipeError(f"-p {printable(name)} is given twice")
         given.add(name)
         if name == "weight" and "," in value:
-            options["weights"] = _numbers("-p weight", value)
-        elif name in own:
+            made["weights"] = _numbers("-p weight", value)
+        elif name in taken:
             raise RecipeError(f"-p {printable(name)}: that is an option of the command, not a parameter of a method")
         else:
-            options[name] = value.split(",") if "," in value else value
-    return options
+            made[name] = value.split(",") if "," in value else value
+    return made
 
 
 def _json(data: Any, **form: Any) -> str:

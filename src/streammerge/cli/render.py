@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
-import textwrap
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoint import CheckpointIndex
 from streammerge.choices import RECEIPT_KEY, RECIPE_KEY
-from streammerge.cli.formula import unicode_formula
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats.safetensors import load_json
 from streammerge.statedict import unread_tensors
@@ -19,7 +17,6 @@ from streammerge.storage.files import file_size
 from streammerge.units import binary_bytes, decimal_bytes
 
 if TYPE_CHECKING:
-    from streammerge.methods.contracts import MergeMethod, Parameter
     from streammerge.run import Result
     from streammerge.verification import Verified
 
@@ -156,55 +153,62 @@ def index_json(index: CheckpointIndex, tensors: bool) -> dict[str, Any]:
 
 def index_text(index: CheckpointIndex, tensors: bool) -> str:
     """What ``inspect`` prints for one checkpoint."""
-    selection = index.selection
-    count = f" in {len(index.files)} files" if len(index.files) > 1 else ""
-    rows = [("format", f"{index.format}, {decimal_bytes(_total_bytes(index))}{count}")]
-    held = f"{len(index.entries)} tensors, {index.numel:,} parameters, {decimal_bytes(index.nbytes)}"
-    rows.append(("state dict", f"{printable(selection.label)}: {held}"))
-    rows.append(("dtypes", ", ".join(f"{name} {count}" for name, count in _dtypes(index).most_common())))
-    for candidate in selection.candidates:
-        if candidate not in selection.chosen and not candidate.barred:
-            rows.append(
-                (
-                    "also",
-                    f"{printable(candidate.label)}: {len(candidate.tensors)} tensors, {decimal_bytes(candidate.nbytes)}",
-                )
-            )
-    barred = [c for c in selection.candidates if c.barred]
-    if barred:
-        tops = Counter({str(c.path[0]): 0 for c in barred})
-        for candidate in barred:
-            tops[str(candidate.path[0])] += candidate.nbytes
-        rows.append(
-            (
-                "training",
-                ", ".join(f"{printable(top)} {decimal_bytes(size)}" for top, size in tops.items()) + " (not weights)",
-            )
-        )
-    if index.aliases:
-        shown = listed([f"{name} = {first}" for name, first in index.aliases.items()], 4)
-        rows.append(("tied", f"{len(index.aliases)} names: {shown}"))
-    unread = unread_tensors(index.extras) if index.extras is not None else []
-    if unread:
-        rows.append(("not read", f"{len(unread)} tensors: {listed([f'{name} ({kind})' for name, kind in unread], 4)}"))
-    if index.metadata:
-        shown_keys = [key for key in index.metadata if key != RECEIPT_KEY]
-        rows += [("metadata", _short(f"{key}: {index.metadata[key]}")) for key in shown_keys[:12]]
-        if len(shown_keys) < len(index.metadata):
-            rows.append(("receipt", "of streammerge, which `streammerge verify` checks"))
-    data = index.plain_data()
-    if isinstance(data, dict):
-        rows += [("data", _short(f"{key}: {_compact(value)}")) for key, value in list(data.items())[:40]]
-    elif data is not None and not isinstance(data, list):
-        rows.append(("data", _short(_compact(data))))
-    classes = index.classes() if index.extras is not None else []
-    if classes:
-        rows.append(("classes", listed(classes, 12)))
-    rows += [("note", note) for note in index.notes]
-    if index.extras is not None:
-        rows.append(("safety", "nothing was executed or imported"))
+    rows = [*_held(index), *_beside(index), *_safety(index)]
     lines = [printable(index.path), *(f"  {label:<11}{text}" for label, text in rows)]
     return "\n".join(lines + (_tensor_lines(index) if tensors else []))
+
+
+_Rows = Iterator[tuple[str, str]]
+
+
+def _held(index: CheckpointIndex) -> _Rows:
+    """The tensors that were chosen, and those that were not."""
+    selection = index.selection
+    count = f" in {len(index.files)} files" if len(index.files) > 1 else ""
+    yield "format", f"{index.format}, {decimal_bytes(_total_bytes(index))}{count}"
+    held = f"{len(index.entries)} tensors, {index.numel:,} parameters, {decimal_bytes(index.nbytes)}"
+    yield "state dict", f"{printable(selection.label)}: {held}"
+    yield "dtypes", ", ".join(f"{name} {count}" for name, count in _dtypes(index).most_common())
+    training: Counter[str] = Counter()
+    for other in selection.candidates:
+        if other.barred:
+            training[str(other.path[0])] += other.nbytes
+        elif other not in selection.chosen:
+            yield "also", f"{printable(other.label)}: {len(other.tensors)} tensors, {decimal_bytes(other.nbytes)}"
+    if training:
+        sizes = ", ".join(f"{printable(top)} {decimal_bytes(size)}" for top, size in training.items())
+        yield "training", f"{sizes} (not weights)"
+    if index.aliases:
+        shown = listed([f"{name} = {first}" for name, first in index.aliases.items()], 4)
+        yield "tied", f"{len(index.aliases)} names: {shown}"
+    unread = unread_tensors(index.extras) if index.extras is not None else []
+    if unread:
+        yield "not read", f"{len(unread)} tensors: {listed([f'{name} ({kind})' for name, kind in unread], 4)}"
+
+
+def _beside(index: CheckpointIndex) -> _Rows:
+    """Metadata, and what stands beside the tensors."""
+    keys = [key for key in index.metadata if key != RECEIPT_KEY]
+    for key in keys[:12]:
+        yield "metadata", _short(f"{key}: {index.metadata[key]}")
+    if len(keys) < len(index.metadata):
+        yield "receipt", "of streammerge, which `streammerge verify` checks"
+    data = index.plain_data()
+    if isinstance(data, dict):
+        for key, value in list(data.items())[:40]:
+            yield "data", _short(f"{key}: {_compact(value)}")
+    elif data is not None and not isinstance(data, list):
+        yield "data", _short(_compact(data))
+
+
+def _safety(index: CheckpointIndex) -> _Rows:
+    classes = index.classes() if index.extras is not None else []
+    if classes:
+        yield "classes", listed(classes, 12)
+    for note in index.notes:
+        yield "note", note
+    if index.extras is not None:
+        yield "safety", "nothing was executed or imported"
 
 
 def _tensor_lines(index: CheckpointIndex) -> list[str]:
@@ -228,93 +232,3 @@ def _compact(value: Any) -> str:
 def _short(text: str) -> str:
     shown = printable(text, 100_000)
     return shown if len(shown) <= _WIDTH else shown[: _WIDTH - 3] + "..."
-
-
-def methods_table(methods: list[MergeMethod]) -> str:
-    """What ``methods`` prints: a line for each."""
-    rows = [(m.name, _models(m), _base(m), " ".join(_plain(m.summary).split())) for m in methods]
-    head = ("method", "models", "base", "")
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(3)]
-    lines = [
-        "  ".join([*(f"{cell:<{w}}" for cell, w in zip(row[:3], widths, strict=True)), row[3]]) for row in (head, *rows)
-    ]
-    lines += [
-        "",
-        "`streammerge methods NAME` shows parameters, formula and paper; --method package.module:function runs your own.",
-    ]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def method_page(method: MergeMethod) -> str:
-    """What ``methods NAME`` prints."""
-    count = _models(method).replace("any", "any number of") + (" model" if method.models[1] == 1 else " models")
-    head = f"{method.name}: {count}, {_BASE_WORDS[method.base]}"
-    width = max((len(p.name) for p in method.parameters.values()), default=0)
-    rows = [f"  {p.name:<{width}}  {_parameter(p)}" for p in method.parameters.values()]
-    shown = ["parameters (-p NAME=VALUE):", *rows] if rows else ["no parameters"]
-    return "\n".join([head, "", *shown, "", _plain(method.doc)])
-
-
-_BASE_WORDS = {
-    "required": "--base required",
-    "optional": "--base optional",
-    "model": "one of which --base may name",
-    "unused": "no --base",
-}
-
-
-def _base(method: MergeMethod) -> str:
-    return {"model": "a model", "unused": "-"}.get(method.base, method.base)
-
-
-def _models(method: MergeMethod) -> str:
-    least, most = method.models
-    if least == 0:
-        return "any"
-    return f"{least}" if least == most else f"{least} or more" if most is None else f"{least} to {most}"
-
-
-def _parameter(parameter: Parameter) -> str:
-    kind = "one number per input, or one for all" if parameter.per_model else _KINDS[parameter.kind]
-    if parameter.required:
-        return f"{kind}; required"
-    default = parameter.default[0] if isinstance(parameter.default, tuple) else parameter.default
-    return f"{kind}; default {str(default).lower()}"
-
-
-_KINDS = {"float": "number", "int": "whole number", "bool": "true or false", "any": "any"}
-
-
-def _plain(doc: str) -> str:
-    """A docstring without the markup that only documentation tools read; each paragraph wrapped anew."""
-    shown = []
-    for paragraph in doc.split("\n\n"):
-        if paragraph.startswith(".. math::"):
-            formula = " ".join(line.strip() for line in paragraph.removeprefix(".. math::").splitlines())
-            lines = [line.strip() for line in unicode_formula(formula).split("    ")]
-            shown.append("\n".join(f"    {line}" for line in lines if line))
-        else:
-            text = re.sub(r":math:`([^`]*)`", lambda m: unicode_formula(m[1]), " ".join(paragraph.split()))
-            text = re.sub(r"``([^`]*)``", r"\1", re.sub(r"(?<!\w)\*(\S[^*]*)\*", r"\1", text))
-            shown.append(textwrap.fill(text, _WIDTH, break_on_hyphens=False))
-    return "\n\n".join(shown)
-
-
-def method_json(method: MergeMethod) -> dict[str, Any]:
-    return {
-        "name": method.name,
-        "summary": method.summary,
-        "models": list(method.models),
-        "base": method.base,
-        "granularity": method.granularity,
-        "parameters": {
-            p.name: {
-                "kind": p.kind,
-                "per_model": p.per_model,
-                "required": p.required,
-                **({} if p.required else {"default": p.default[0] if isinstance(p.default, tuple) else p.default}),
-            }
-            for p in method.parameters.values()
-        },
-        "doc": method.doc,
-    }
