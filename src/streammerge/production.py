@@ -19,7 +19,6 @@ from streammerge.events import Hashed, Listener, Resumed, Staged, Syncing, TaskD
 from streammerge.executors import Executors
 from streammerge.executors.local import ThreadExecutor
 from streammerge.formats.base import LayoutFile
-from streammerge.formats.torch_zip import seal
 from streammerge.planning import Plan
 from streammerge.receipt import ITSELF, written_like
 from streammerge.relatives import strangers
@@ -234,9 +233,8 @@ class Production:
         receipt = layout.receipt.filled(sums, hashes)
         for file, output in zip(layout.files, self._outputs, strict=True):
             final = written_like(receipt, file.receipt) if file.receipt else b""
-            literals = seal(file, starts[file.name], final) if file.sealed else file.literals
-            for literal in literals:
-                output.write_full(literal.data.replace(file.receipt, final) if final else literal.data, literal.offset)
+            for literal in file.around(starts[file.name], final):
+                output.write_full(literal.data, literal.offset)
 
     def _tensor_sums(self, file: LayoutFile, done: list[Finished]) -> dict[int, int]:
         """Offset of each tensor that is not empty -> its checksum, in their order."""
@@ -249,8 +247,7 @@ class Production:
 
     def _rest(self, file: LayoutFile, sums: dict[int, int]) -> int:
         """The checksum of what is not a tensor in a file of the output, its receipt still blank."""
-        literals = seal(file, sums, file.receipt) if file.sealed else file.literals
-        return self._kind.update(b"".join(part.data for part in literals))
+        return self._kind.update(b"".join(part.data for part in file.around(sums, file.receipt)))
 
     def _copy_side_file(self, source: str, name: str) -> int:
         value: int = 0

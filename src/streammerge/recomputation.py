@@ -18,7 +18,6 @@ from streammerge.dtypes import DType
 from streammerge.engine import Engine
 from streammerge.errors import ChangedError, VerifyError, listed, printable
 from streammerge.executors.local import ThreadExecutor
-from streammerge.formats import torch_zip
 from streammerge.formats.base import LayoutFile
 from streammerge.methods.registry import INTEGERS
 from streammerge.planning import Plan, budget_of
@@ -106,9 +105,8 @@ def _as_planned(path: Path, file: LayoutFile, receipt: Receipt) -> bool:
         return True
     (spans,) = read_output(path).tensor_spans().values()
     sums = receipt.sums(file.name if file.name in receipt.checksums else ITSELF)
-    sealed = dict(zip((offset for offset, _ in spans), sums, strict=False))
-    literals = torch_zip.seal(file, sealed, file.receipt) if file.sealed else file.literals
-    return rest_of(path, spans, receipt) == b"".join(literal.data for literal in literals)
+    starts = dict(zip((offset for offset, _ in spans), sums, strict=False))
+    return rest_of(path, spans, receipt) == b"".join(part.data for part in file.around(starts, file.receipt))
 
 
 class _Recomputation:

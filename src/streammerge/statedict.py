@@ -5,8 +5,7 @@ buffers, under their dotted names). Of several:
 
 1. none below a key that speaks of the optimizer, scheduler, scaler, random state and the like;
 2. of a model and its running average (``model`` and ``ema``, ``student`` and ``teacher``: the same names) the plain
-one,
-   unless asked otherwise;
+   one, unless asked otherwise;
 3. all others belong together (``model`` and ``generator``, ``net.*``) and are all taken, each under its own path.
 """
 

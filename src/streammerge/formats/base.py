@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -103,16 +104,24 @@ class Literal:
 class LayoutFile:
     """One output file before it exists: its size, where each tensor goes, and all its other bytes.
 
-    ``sealed``: the literals hold checksums of the tensors' bytes and are made by :func:`torch_zip.seal` at the end.
-    ``receipt``: the bytes among the literals that are the receipt, still blank, as they stand in this file.
+    ``receipt``: the bytes among the literals that are the receipt, still blank, as they stand in this file. ``seal``
+    makes the literals instead where they hold the checksums of tensors, from these by offset and from the receipt.
     """
 
     name: str
     size: int
     offsets: dict[str, int]
     literals: tuple[Literal, ...] = ()
-    sealed: Any = None
     receipt: bytes = b""
+    seal: Callable[[Mapping[int, int], bytes], list[Literal]] | None = None
+
+    def around(self, checksums: Mapping[int, int], receipt: bytes) -> list[Literal]:
+        """All bytes but the tensors', from these checksums by offset, and with that receipt in place of the blank one."""
+        if self.seal is not None:
+            return self.seal(checksums, receipt)
+        if receipt == self.receipt:
+            return [*self.literals]
+        return [Literal(each.offset, each.data.replace(self.receipt, receipt)) for each in self.literals]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 Records are stored uncompressed at known offsets, so tensors are read where they lie. Compressed records are named as
 such and staged by the reader of entries. Writing is planned: every offset is known before a byte is read; the
-checksums, known last, are put into the headers by :func:`seal`.
+checksums, known last, are put into the headers when the archive is sealed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import struct
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from streammerge.choices import RECEIPT_FILE, RECEIPT_KEY, RECIPE_FILE, RECIPE_KEY
@@ -165,17 +166,16 @@ def plan_layout(
         cursor = record.data_offset + record.nbytes
     by_name = {record.name: record for record in placed}
     offsets = {name: by_name[f"archive/data/{key}"].data_offset for name, (key, _) in storages.items()}
-    end = _directory(placed, cursor)
-    return LayoutFile(
-        file_name, cursor + len(end), offsets, sealed=(tuple(placed), cursor, magic), receipt=beside.get(RECEIPT_FILE, b"")
-    )
+    size, blank = cursor + len(_directory(placed, cursor)), beside.get(RECEIPT_FILE, b"")
+    return LayoutFile(file_name, size, offsets, receipt=blank, seal=partial(_sealed, placed, cursor, magic, blank))
 
 
-def seal(file: LayoutFile, checksums: Mapping[int, int], receipt: bytes) -> list[Literal]:
+def _sealed(
+    placed: list[_Record], cursor: int, magic: bytes, blank: bytes, checksums: Mapping[int, int], receipt: bytes
+) -> list[Literal]:
     """All bytes of the archive but the storages, from the CRC-32 of what lies at each offset and the final receipt."""
-    placed, cursor, magic = file.sealed
     records = [r if r.data is not None else replace(r, crc=checksums.get(r.data_offset, 0)) for r in placed]
-    records = [replace(r, data=receipt, crc=zlib.crc32(receipt)) if r.data == file.receipt else r for r in records]
+    records = [replace(r, data=receipt, crc=zlib.crc32(receipt)) if r.data == blank else r for r in records]
     literals = [Literal(r.header_offset, r.local_header() + (r.data or b"")) for r in records]
     if magic != b"PK":
         literals[0] = Literal(0, magic + literals[0].data[2:])
