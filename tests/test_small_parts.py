@@ -56,7 +56,7 @@ LAYERS = {
         "statedict",
     ],
     2: ["formats", "methods", "recipe", "bookkeeping", "huggingface"],
-    3: ["checkpoint", "workspace", "tasks", "engine", "staging", "writer", "receipt", "structure"],
+    3: ["checkpoint", "workspace", "tasks", "engine", "staging", "writer", "receipt"],
     4: [
         "inputs",
         "conversions",
@@ -67,6 +67,7 @@ LAYERS = {
         "align",
         "output",
         "placing",
+        "structure",
         "pickled",
         "planning",
         "wish",

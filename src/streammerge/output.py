@@ -16,13 +16,13 @@ from streammerge.checksums import CRC32, CRC32C
 from streammerge.choices import RECEIPT_FILE, RECEIPT_KEY, RECIPE_FILE, RECIPE_KEY
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import safetensors
-from streammerge.formats.base import Layout, LayoutFile, Literal
+from streammerge.formats.base import LayoutFile, Literal
 from streammerge.formats.folder import side_files
 from streammerge.huggingface import CONFIG, HEADS, edited_config, is_embedding, read_config
 from streammerge.methods.registry import COPY
 from streammerge.parts import Indexes
 from streammerge.pickled import pickled_output
-from streammerge.placing import Output, Placed, blank_sums, recipe_record
+from streammerge.placing import Layout, Output, Placed, blank_sums, recipe_record
 from streammerge.receipt import ITSELF, Receipt, escaped, input_files, planned
 from streammerge.recipe import Recipe, resolved, to_json, to_yaml
 from streammerge.recipe.locate import travelling_names
@@ -84,7 +84,7 @@ def _planned(
     file = safetensors.plan_layout(name, [spec for spec, _ in specs.values()], metadata)
     file = replace(file, receipt=escaped(receipt.text()))
     placed = [Placed(spec, m, 0, file.offsets[n]) for n, (spec, m) in specs.items()]
-    return Output(Layout((file,), receipt=receipt), placed, notes)
+    return Output(Layout((file,), receipt), placed, notes)
 
 
 def _tied_specs(merged: Merged) -> list[TensorSpec]:
@@ -149,7 +149,7 @@ def _folder(
     receipt = replace(receipt, checksums=dict(sorted(sums.items())))
     file = _text_file(RECEIPT_FILE, receipt.text(2))
     files.append(replace(file, receipt=file.literals[0].data))
-    return Output(Layout(tuple(files), True, beside, receipt), placed, notes)
+    return Output(Layout(tuple(files), receipt, True, beside), placed, notes)
 
 
 def _config(

@@ -12,9 +12,8 @@ from streammerge.choices import RECEIPT_FILE, RECIPE_FILE
 from streammerge.dtypes import DType
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import torch_zip
-from streammerge.formats.base import Layout
 from streammerge.methods.registry import COPY
-from streammerge.placing import Output, Placed, blank_sums, recipe_record
+from streammerge.placing import Layout, Output, Placed, blank_sums, recipe_record
 from streammerge.receipt import ITSELF, Receipt
 from streammerge.recipe import Recipe, to_yaml
 from streammerge.repickle import Edit, repickle, storage_ref
@@ -64,7 +63,7 @@ def pickled_output(name: str, recipe: Recipe, base: CheckpointIndex, alignment: 
     beside[RECEIPT_FILE] = receipt.text().encode()
     file = torch_zip.plan_layout(name, pickle, builder.storages, base.container.magic, beside)
     placed = [Placed(spec, m, 0, file.offsets[n], source) for n, (spec, m, source) in builder.tensors.items()]
-    return Output(Layout((file,), receipt=receipt), placed, notes)
+    return Output(Layout((file,), receipt), placed, notes)
 
 
 def _tree(base: CheckpointIndex, merged: list[Merged]) -> tuple[Any, dict[str, Merged] | None]:

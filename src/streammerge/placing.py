@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from streammerge.align import Merged
-from streammerge.formats.base import Layout
+from streammerge.formats.base import LayoutFile
 from streammerge.methods.registry import COPY
-from streammerge.receipt import InputSpans
+from streammerge.receipt import InputSpans, Receipt
 from streammerge.recipe import Recipe, resolved
 from streammerge.tensors import TensorEntry, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The output before it exists. ``side_files`` are copied as they are: (source, name)."""
+
+    files: tuple[LayoutFile, ...]
+    receipt: Receipt
+    as_folder: bool = False
+    side_files: tuple[tuple[Path, str], ...] = ()
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
 
 
 @dataclass(slots=True)

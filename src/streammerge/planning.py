@@ -12,11 +12,10 @@ from streammerge.bookkeeping import differing_facts
 from streammerge.budget import Budget, Cost, fit
 from streammerge.dtypes import DType
 from streammerge.errors import RecipeError, printable
-from streammerge.formats.base import Layout
 from streammerge.methods.registry import COPY, INTEGERS
 from streammerge.output import plan_output, side_bytes
 from streammerge.parts import Indexes
-from streammerge.placing import Placed
+from streammerge.placing import Layout, Placed
 from streammerge.receipt import InputSpans
 from streammerge.recipe import Recipe
 from streammerge.recipe.words import recipe_lines, rule_lines, weight_notes

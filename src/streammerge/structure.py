@@ -6,8 +6,9 @@ from pathlib import Path
 
 from streammerge.checkpoint import open_checkpoint
 from streammerge.errors import StreammergeError, VerifyError, printable
-from streammerge.formats.base import Layout, LayoutFile
+from streammerge.formats.base import LayoutFile
 from streammerge.memory import collector_paused
+from streammerge.placing import Layout
 from streammerge.receipt import ITSELF
 
 

@@ -122,17 +122,3 @@ class LayoutFile:
         if receipt == self.receipt:
             return [*self.literals]
         return [Literal(each.offset, each.data.replace(self.receipt, receipt)) for each in self.literals]
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """The output before it exists. ``side_files`` are copied as they are: (source, name)."""
-
-    files: tuple[LayoutFile, ...]
-    as_folder: bool = False
-    side_files: tuple[tuple[Path, str], ...] = ()
-    receipt: Any = None
-
-    @property
-    def size(self) -> int:
-        return sum(file.size for file in self.files)
