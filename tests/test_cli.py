@@ -96,7 +96,9 @@ def test_inspect_tells_what_is_inside(cli: Cli, voices: tuple[Path, Path]) -> No
         (["merge", "news.pth", "broken.pth", "-o", "x.pth"], 4, "broken.pth is a Git LFS pointer"),
         (["merge", "news.pth", "other.pth", "-o", "x.pth"], 4, "do not have the same tensors"),
         (["inspect", "broken.pth"], 4, "git lfs pull"),
-        (["frobnicate"], 2, "No such command"),
+        (["frobnicate"], 2, "no such command 'frobnicate'; see `streammerge --help`"),
+        (["merge", "news.pth", "-o", "x.pth", "--wieghts", "1"], 2, "no such option '--wieghts'; did you mean --weights?"),
+        (["merge", "newz.pth", "-o", "x.pth"], 2, "newz.pth does not exist; did you mean news.pth?"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -157,7 +159,7 @@ def test_a_terminal_shows_progress_and_leaves_a_clean_screen(tmp_path: Path, voi
     text = shown.decode()
     assert "memory" in text
     assert "of 512 MiB" in text
-    assert "peak memory" in text.splitlines()[-1]
+    assert "peak memory" in text.splitlines()[-2], "the last sentence takes two lines of 80 columns"
 
 
 def test_a_signal_that_an_import_swallows_is_not_forgotten() -> None:

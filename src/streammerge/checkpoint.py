@@ -70,6 +70,18 @@ class CheckpointIndex:
         return number(node)
 
 
+def _did_you_mean(path: Path) -> str:
+    """What stands beside a file that is not there, and is called nearly the same."""
+    import difflib
+
+    try:
+        names = [beside.name for beside in path.parent.iterdir()]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.8)
+    return f"; did you mean {printable(path.with_name(near[0]))}?" if near else ""
+
+
 def _check_expansion(path: Path, container: Container, entries: list[TensorEntry]) -> None:
     """Many small storages expanded, or one seen by many tensors, would fill a disk when they are written out."""
     total, stored = sum(e.nbytes for e in entries), sum(s.nbytes for s in container.storages.values())
@@ -90,7 +102,7 @@ def open_checkpoint(path: str | Path, state_dict: str | None = None, ema: str = 
     """
     path = Path(path)
     if not os.path.exists(path):  # noqa: PTH110 (Path.exists raises for a name that is too long)
-        raise RecipeError(f"{printable(path)} does not exist")
+        raise RecipeError(f"{printable(path)} does not exist{_did_you_mean(path)}")
     try:
         container = sniff.read(path)
     except OSError as error:

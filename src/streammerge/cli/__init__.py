@@ -12,6 +12,7 @@ from streammerge.choices import EMA_CHOICES
 from streammerge.cli import options
 from streammerge.cli.signals import Stopped, stoppable
 from streammerge.cli.streams import open_standard_streams
+from streammerge.cli.terminal import say, width
 from streammerge.errors import RecipeError, StreammergeError, printable
 from streammerge.version import __version__
 
@@ -75,7 +76,7 @@ def merge(
 
 @cli.command()
 @options.merging
-@click.option("-o", "--out", metavar="OUT", help="The output, by whose name its container is planned.")
+@click.option("-o", "--out", type=click.Path(), metavar="OUT", help="The output, by whose name its container is planned.")
 @click.option(
     "--format",
     "form",
@@ -92,9 +93,9 @@ def plan(inputs: tuple[str, ...], out: str | None, form: str, debug: bool, **wis
 
 
 @cli.command()
-@click.argument("path", metavar="INPUT")
+@click.argument("path", type=click.Path(), metavar="INPUT")
 @options.out
-@click.option("--dtype", help="Recast floating-point tensors.")
+@click.option("--dtype", metavar="DTYPE", help="Recast floating-point tensors.")
 @click.option(
     "--drop", multiple=True, metavar="PATTERN", help="Leave out tensors whose names match, like 'dvae.*'; repeatable."
 )
@@ -107,7 +108,7 @@ def plan(inputs: tuple[str, ...], out: str | None, form: str, debug: bool, **wis
 @options.receipt_hash
 @options.running
 def convert(path: str, out: str, no_resume: bool, no_progress: bool, form: str, debug: bool, **wishes: Any) -> None:
-    """Convert between .pth and safetensors, one file or sharded; recast; shrink.
+    """Convert .pth to safetensors or back; recast, shrink, shard.
 
     \b
     streammerge convert pytorch_model.bin -o model.safetensors
@@ -122,10 +123,10 @@ def convert(path: str, out: str, no_resume: bool, no_progress: bool, form: str, 
 
 
 @cli.command()
-@click.argument("out", metavar="OUT")
+@click.argument("out", type=click.Path(), metavar="OUT")
 @click.option("--sample", metavar="SHARE", help="How much of the values is computed again; 100% for all.  [default: 5%]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Chooses the sample.")
-@click.option("--inputs", metavar="DIR", help="Where the inputs are.  [default: here, or beside OUT]")
+@click.option("--seed", type=int, metavar="N", default=0, show_default=True, help="Chooses the sample.")
+@click.option("--inputs", type=click.Path(), metavar="DIR", help="Where the inputs are.  [default: here, or beside OUT]")
 @click.option("--own-methods", is_flag=True, help="Let the recipe name methods that are your own code.")
 @options.resources
 @options.output
@@ -143,11 +144,11 @@ def verify(out: str, form: str, debug: bool, **wishes: Any) -> None:
     if form == "json":
         click.echo(_json(render.verified_json(verified)))
     elif form == "human":
-        click.echo(render.verified_text(verified))
+        say(render.verified_text(verified))
 
 
 @cli.command()
-@click.argument("paths", nargs=-1, required=True, metavar="PATH...")
+@click.argument("paths", nargs=-1, required=True, type=click.Path(), metavar="PATH...")
 @click.option("--tensors", is_flag=True, help="List names, dtypes, shapes and offsets.")
 @click.option("--recipe", is_flag=True, help="Print the recipe by which it was merged, as YAML.")
 @options.selection
@@ -168,11 +169,11 @@ def inspect(paths: tuple[str, ...], tensors: bool, recipe: bool, form: str, debu
         shown = [render.index_json(index, tensors) for index in indexes]
         click.echo(_json(shown[0] if len(shown) == 1 else shown, indent=2))
     elif form == "human":
-        click.echo("\n\n".join(render.index_text(index, tensors) for index in indexes))
+        say("\n\n".join(render.index_text(index, tensors) for index in indexes))
 
 
 @cli.command()
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=options.complete_method)
 @click.option("--format", "form", type=click.Choice(["human", "json"]), default="human", help="How to report.")
 @options.debug
 def methods(name: str | None, form: str, debug: bool) -> None:
@@ -186,7 +187,7 @@ def methods(name: str | None, form: str, debug: bool) -> None:
         shown = [pages.method_json(method) for method in chosen]
         click.echo(_json(shown if name is None else shown[0], indent=2))
     else:
-        click.echo(pages.methods_table(chosen) if name is None else pages.method_page(chosen[0]))
+        say(pages.methods_table(chosen) if name is None else pages.method_page(chosen[0], width()))
 
 
 def _arguments(wishes: dict[str, Any]) -> dict[str, Any]:
@@ -238,7 +239,7 @@ def _show_plan(plan: Plan, form: str) -> None:
 
         click.echo(to_yaml(plan.recipe.to_dict()), nl=False)
     elif form == "human":
-        click.echo(str(plan))
+        say(str(plan))
 
 
 def _report(result: Result, form: str) -> None:
@@ -248,10 +249,10 @@ def _report(result: Result, form: str) -> None:
         click.echo(_json(render.result_json(result)))
     elif form == "human":
         for note in result.notes:
-            click.echo(f"note: {note}", err=True)
+            say(f"note: {note}", err=True)
         for warning in result.warnings:
-            click.echo(f"warning: {warning}", err=True)
-        click.echo(render.result_text(result))
+            say(f"warning: {warning}", err=True)
+        say(render.result_text(result))
 
 
 def main() -> None:
@@ -262,14 +263,14 @@ def main() -> None:
         with stoppable():
             cli.main(prog_name="streammerge", standalone_mode=False)
     except Stopped as stopped:
-        after_echo = "\n" if sys.stderr.isatty() else ""  # the terminal has shown ^C
-        click.echo(f"{after_echo}error: {stopped.word}; {stopped.outcome}", err=True)
+        if sys.stderr.isatty():
+            click.echo(err=True)  # the terminal has shown ^C
+        say(f"error: {stopped.word}; {stopped.outcome}", err=True)
         sys.stderr.flush()
         # All is cleaned up; torch can abort when the interpreter is taken down under a starting thread.
         os._exit(stopped.exit_code)
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        _fail(_usage(error), error.exit_code)
     except StreammergeError as error:
         if debug:
             _print_traceback()
@@ -300,6 +301,19 @@ def run() -> None:
     os._exit(code or 0)
 
 
+def _usage(error: click.ClickException) -> str:
+    """What is wrong with a command, in one sentence."""
+    said, near = error.format_message().partition(" (Did you mean")[0].rstrip("."), ""
+    if isinstance(error, click.NoSuchOption) and error.possibilities:
+        from difflib import get_close_matches
+
+        best = get_close_matches(error.option_name, error.possibilities, n=1) or error.possibilities
+        near = f"; did you mean {best[0]}?"
+    elif isinstance(error, click.UsageError) and error.ctx:
+        near = f"; see `{error.ctx.command_path} --help`"
+    return said[:1].lower() + said[1:] + near
+
+
 def _print_traceback() -> None:
     import traceback
 
@@ -307,5 +321,5 @@ def _print_traceback() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    click.echo(f"error: {message}", err=True)
+    say(f"error: {message}", err=True)
     sys.exit(code)

@@ -21,8 +21,20 @@ def together(*decorators: Callable[[Command], Command]) -> Callable[[Command], C
     return apply
 
 
+def complete_method(context: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
+    """For the shell: the methods that begin so."""
+    from streammerge.methods.registry import methods
+
+    return [name for name in methods() if name.startswith(begun)]
+
+
 out = click.option(
-    "-o", "--out", required=True, metavar="OUT", help="x.safetensors, x.pth (.pt, .ckpt, .bin, .th), or a folder."
+    "-o",
+    "--out",
+    required=True,
+    type=click.Path(),
+    metavar="OUT",
+    help="x.safetensors, x.pth (.pt, .ckpt, .bin, .th), or a folder.",
 )
 output = click.option(
     "--format", "form", type=click.Choice(["human", "json", "quiet"]), default="human", help="How to report."
@@ -34,7 +46,11 @@ selection = together(
 )
 resources = together(
     click.option(
-        "--memory", default=DEFAULT_MEMORY, show_default=True, help="Budget for data held at once, above start-up."
+        "--memory",
+        default=DEFAULT_MEMORY,
+        show_default=True,
+        metavar="SIZE",
+        help="Budget for data held at once, above start-up.",
     ),
     click.option("--workers", type=click.IntRange(1), metavar="N", help="Worker threads.  [default: CPUs available]"),
     click.option(
@@ -67,13 +83,18 @@ running = together(
     debug,
 )
 merging = together(
-    click.argument("inputs", nargs=-1, required=True, metavar="INPUT..."),
+    click.argument("inputs", nargs=-1, required=True, type=click.Path(), metavar="INPUT..."),
     click.option(
         "--weights", metavar="W,W,...", help="One number per input; linear divides them by their sum.  [default: equal]"
     ),
     click.option("--no-normalize", is_flag=True, help="Use the weights as given."),
-    click.option("--method", help="One that `methods` lists, or package.module:function.  [default: linear]"),
-    click.option("--base", metavar="PATH", help="The models' common ancestor, for the methods that need one."),
+    click.option(
+        "--method",
+        metavar="METHOD",
+        shell_complete=complete_method,
+        help="One that `methods` lists, or package.module:function.  [default: linear]",
+    ),
+    click.option("--base", type=click.Path(), metavar="PATH", help="The common ancestor, for the methods that need one."),
     click.option(
         "-p",
         "parameters",
@@ -81,10 +102,10 @@ merging = together(
         metavar="NAME=VALUE,...",
         help="A method parameter; several values: one per input.",
     ),
-    click.option("--seed", type=int, help="For the methods that draw random numbers.  [default: 0]"),
-    click.option("--dtype", help="Dtype of the output's floating-point tensors.  [default: the first input's]"),
-    click.option("--out-dtype", help="The same; wins over --dtype."),
-    click.option("--compute-dtype", help="float32 or float64.  [default: the method's]"),
+    click.option("--seed", type=int, metavar="N", help="For the methods that draw random numbers.  [default: 0]"),
+    click.option("--dtype", metavar="DTYPE", help="Dtype of the output's float tensors.  [default: the first input's]"),
+    click.option("--out-dtype", metavar="DTYPE", help="The same; wins over --dtype."),
+    click.option("--compute-dtype", metavar="DTYPE", help="float32 or float64.  [default: the method's]"),
     click.option("--last", type=click.IntRange(1), metavar="N", help="Only the numerically last N inputs."),
     click.option(
         "--range", "within", metavar="FROM:TO", help="Only inputs with such a number in their name, both included."

@@ -7,16 +7,15 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 from streammerge.cli.formula import unicode_formula
+from streammerge.cli.terminal import WIDTH
 
 if TYPE_CHECKING:
     from streammerge.methods.contracts import MergeMethod, Parameter
 
-_WIDTH = 100
-
 
 def methods_table(methods: list[MergeMethod]) -> str:
     """What ``methods`` prints: a line for each."""
-    rows = [(m.name, _models(m), _base(m), " ".join(_plain(m.summary).split())) for m in methods]
+    rows = [(m.name, _models(m), _base(m), " ".join(_plain(m.summary, WIDTH).split())) for m in methods]
     head = ("method", "models", "base", "")
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(3)]
     lines = [
@@ -29,14 +28,14 @@ def methods_table(methods: list[MergeMethod]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def method_page(method: MergeMethod) -> str:
-    """What ``methods NAME`` prints."""
+def method_page(method: MergeMethod, width: int) -> str:
+    """What ``methods NAME`` prints, its text in so many columns."""
     count = _models(method).replace("any", "any number of") + (" model" if method.models[1] == 1 else " models")
     head = f"{method.name}: {count}, {_BASE_WORDS[method.base]}"
-    width = max((len(p.name) for p in method.parameters.values()), default=0)
-    rows = [f"  {p.name:<{width}}  {_parameter(p)}" for p in method.parameters.values()]
+    longest = max((len(p.name) for p in method.parameters.values()), default=0)
+    rows = [f"  {p.name:<{longest}}  {_parameter(p)}" for p in method.parameters.values()]
     shown = ["parameters (-p NAME=VALUE):", *rows] if rows else ["no parameters"]
-    return "\n".join([head, "", *shown, "", _plain(method.doc)])
+    return "\n".join([head, "", *shown, "", _plain(method.doc, width)])
 
 
 _BASE_WORDS = {
@@ -69,7 +68,7 @@ def _parameter(parameter: Parameter) -> str:
 _KINDS = {"float": "number", "int": "whole number", "bool": "true or false", "any": "any"}
 
 
-def _plain(doc: str) -> str:
+def _plain(doc: str, width: int) -> str:
     """A docstring without the markup that only documentation tools read; each paragraph wrapped anew."""
     shown = []
     for paragraph in doc.split("\n\n"):
@@ -80,7 +79,7 @@ def _plain(doc: str) -> str:
         else:
             text = re.sub(r":math:`([^`]*)`", lambda m: unicode_formula(m[1]), " ".join(paragraph.split()))
             text = re.sub(r"``([^`]*)``", r"\1", re.sub(r"(?<!\w)\*(\S[^*]*)\*", r"\1", text))
-            shown.append(textwrap.fill(text, _WIDTH, break_on_hyphens=False))
+            shown.append(textwrap.fill(text, width, break_on_hyphens=False))
     return "\n\n".join(shown)
 
 

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from streammerge.cli.signals import Stopped, stop_if_asked
+from streammerge.cli.terminal import say
 from streammerge.errors import printable
 from streammerge.events import (
     Event,
@@ -49,7 +50,7 @@ class Progress:
         if self._outcome is not None and isinstance(error, Stopped):
             error.outcome = self._outcome
         elif self._outcome is not None and error is not None and self._said:
-            print(f"note: {self._outcome}", file=sys.stderr)
+            say(f"note: {self._outcome}", err=True)
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Suspended):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoint import CheckpointIndex
 from streammerge.choices import RECEIPT_KEY, RECIPE_KEY
+from streammerge.cli.terminal import WIDTH
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats.safetensors import load_json
 from streammerge.statedict import unread_tensors
@@ -19,8 +20,6 @@ from streammerge.units import binary_bytes, decimal_bytes
 if TYPE_CHECKING:
     from streammerge.run import Result
     from streammerge.verification import Verified
-
-_WIDTH = 100
 
 
 def result_text(result: Result) -> str:
@@ -231,4 +230,4 @@ def _compact(value: Any) -> str:
 
 def _short(text: str) -> str:
     shown = printable(text, 100_000)
-    return shown if len(shown) <= _WIDTH else shown[: _WIDTH - 3] + "..."
+    return shown if len(shown) <= WIDTH else shown[: WIDTH - 3] + "..."

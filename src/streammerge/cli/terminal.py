@@ -1,0 +1,56 @@
+"""Text as the place it goes to can show it: wrapped and coloured on a terminal, plain everywhere else."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+
+import click
+
+WIDTH = 100
+"""Columns of running text where no terminal says otherwise, and at most."""
+_COLOURS = {"error": "red", "warning": "yellow", "note": "cyan", "wrote": "green", "verified": "green"}
+_LABEL = re.compile(rf"({'|'.join(_COLOURS)})\b")
+_COMMAND = re.compile(r"\s+streammerge ")
+
+
+def width() -> int:
+    """Columns that running text may fill."""
+    return min(_columns(), WIDTH) if sys.stdout.isatty() else WIDTH
+
+
+def say(text: str, err: bool = False) -> None:
+    """Prints lines on stdout, or on stderr."""
+    stream = sys.stderr if err else sys.stdout
+    if stream.isatty():
+        columns = _columns()
+        text = "\n".join(_coloured(_wrapped(line, columns)) for line in text.split("\n"))
+    click.echo(text, err=err)
+
+
+def _columns() -> int:
+    return max(shutil.get_terminal_size().columns, 20)
+
+
+def _wrapped(line: str, columns: int) -> str:
+    """The line broken between words, its rest below where its last column begins; a command stays whole, to be copied."""
+    if len(line) <= columns or _COMMAND.match(line):
+        return line
+    import textwrap
+
+    indent = " " * _indent(line, columns)
+    return textwrap.fill(line, columns, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def _indent(line: str, columns: int) -> int:
+    gaps = [gap.end() for gap in re.finditer(r"(?<=\S) {2,}", line) if gap.end() <= columns * 0.6]
+    label = re.match(r"\s*\w+: ", line)
+    return gaps[-1] if gaps else label.end() if label else len(line) - len(line.lstrip()) + 2
+
+
+def _coloured(text: str) -> str:
+    """Its first word, where that is one of ours."""
+    found = None if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" else _LABEL.match(text)
+    return click.style(found[0], fg=_COLOURS[found[0]], bold=True) + text[found.end() :] if found else text
