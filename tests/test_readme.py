@@ -1,0 +1,169 @@
+"""Every command in the README and every program in it runs, and prints what the README shows."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks.cases import CASES
+from safetensors.torch import save_file
+
+from streammerge.cli import cli as command_line
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = [(found[1], found[2]) for found in re.finditer(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)]
+COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines() if line.strip()]
+SESSIONS = [text for kind, text in BLOCKS if kind == "console"]
+
+
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def voice(seed: int, step: int, loss: float) -> dict[str, object]:
+    parts = ("gpt.text_head", "gpt.conditioning_encoder.init", "hifigan_decoder.conv", "dvae.codebook", "torch_mel_x.mel")
+    parts += tuple(f"gpt.layer.{number}" for number in range(30))
+    model = OrderedDict((f"xtts.{part}.weight", draw(seed + n, 9, 4 + n)) for n, part in enumerate(parts))
+    losses = {"train_loss": loss, "eval_loss": loss + 0.2}
+    optimizer = {"state": {0: {"exp_avg": draw(seed, 9, 4)}}, "param_groups": []}
+    return {
+        "config": {"model": "xtts"},
+        "model": model,
+        "optimizer": optimizer,
+        "step": step,
+        "epoch": step // 3000,
+        "model_loss": losses,
+    }
+
+
+def language_model(folder: Path, seed: int, shards: int = 1) -> None:
+    folder.mkdir()
+    tensors = {"model.embed_tokens.weight": draw(seed, 30, 8), "lm_head.weight": draw(seed + 1, 30, 8)}
+    tensors |= {f"model.layers.{n}.mlp.up_proj.weight": draw(seed + 2 + n, 16, 8) for n in range(4)}
+    (folder / "config.json").write_text(json.dumps({"num_hidden_layers": 4, "tie_word_embeddings": False}))
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return
+    names = {name: f"model-{n % shards + 1:05}-of-{shards:05}.safetensors" for n, name in enumerate(tensors)}
+    for shard in set(names.values()):
+        save_file({n: t for n, t in tensors.items() if names[n] == shard}, folder / shard, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that the README's commands name, small."""
+    folder = tmp_path_factory.mktemp("readme")
+    torch.save(voice(1, 12000, 2.31), folder / "news.pth")
+    torch.save(voice(20, 15500, 2.17), folder / "audiobook.pth")
+    torch.save(voice(40, 9000, 2.4), folder / "best_model.pth")
+    torch.save(voice(1, 1, 1.0)["model"], folder / "pytorch_model.bin")
+    save_file({"w": draw(5, 3, 4), "b": draw(6, 4)}, folder / "model.safetensors", {"format": "pt"})
+    for number, name in enumerate(("chat", "code", "base")):
+        language_model(folder / name, 100 * number)
+    language_model(folder / "big", 7, shards=2)
+    (folder / "run").mkdir()
+    for step in range(1000, 9000, 1000):
+        torch.save(voice(step, step, 3 - step / 5000), folder / "run" / f"checkpoint-{step}.pt")
+    for kind, text in BLOCKS:  # the files that the README shows
+        named = re.match(r"# (\S+\.(?:py|yaml))\n", text)
+        if kind in ("python", "yaml") and named:
+            (folder / named[1]).write_text(text)
+    (folder / "mergekit-config.yml").write_text(
+        "merge_method: tie\nbase_model: base/\nmodels:\n  - model: chat/\n    parameters: {weigth: 0.5}\n"
+        "  - model: code/\n    parameters: {weight: 0.5}\ntokenizer_source: union\n"
+    )
+    return folder
+
+
+def run(line: str, world: Path) -> subprocess.CompletedProcess[str]:
+    """A line of shell, in that folder; what an earlier line makes is there, and what this one makes is not yet."""
+    words = shlex.split(line, comments=True)
+    for name in {"voice.pth", "average.safetensors"} & {*words} if "-o" not in words else ():
+        run(next(each for each in COMMANDS if each.endswith(f"-o {name}")), world)
+    if "-o" in words:
+        made = world / words[words.index("-o") + 1]
+        shutil.rmtree(made, ignore_errors=True) if made.is_dir() else made.unlink(missing_ok=True)
+    (world / "extras.json").unlink(missing_ok=True)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", "-c", line]
+    return subprocess.run(command, cwd=world, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=120)
+
+
+def alike(text: str) -> str:
+    """The text without what differs from run to run and from model to model: numbers, their units, digests."""
+    text = re.sub(r"[0-9a-f]{64}", "#", text)
+    return re.sub(r"\d[\d.,]*\d|\d", "#", re.sub(r"(?<=\d) (bytes|[kMGT]i?B)", " B", text))
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if not line.startswith("scripts/")])
+def test_every_command_runs(line: str, world: Path) -> None:
+    done = run(line, world)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("session", SESSIONS, ids=lambda text: text.splitlines()[0])
+def test_every_session_is_as_shown(session: str, world: Path) -> None:
+    first, _, shown = session.partition("\n")
+    done = run(first.removeprefix("$ "), world)
+    if "^C" in session:  # nobody interrupts it here: tests/test_resume.py does
+        assert done.returncode == 0
+        return
+    for line, said in zip(shown.splitlines(), (done.stderr + done.stdout).splitlines(), strict=True):
+        begin = line.removesuffix("...").rstrip()
+        assert alike(said).startswith(alike(begin)) if line.endswith("...") else alike(said) == alike(line)
+
+
+def test_the_python_program_runs(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(world)
+    program = next(text for kind, text in BLOCKS if kind == "python" and "import streammerge as sm" in text)
+    for name in re.findall(r'"(\w+\.(?:pth|safetensors))"', program):
+        if name not in ("news.pth", "audiobook.pth"):
+            (world / name).unlink(missing_ok=True)
+    exec(program, {"make_rows": lambda start, stop: torch.zeros(stop - start, 4096)})
+    assert (world / "big.safetensors").stat().st_size > 4000 * 4096 * 4
+
+
+def test_every_script_is_there_and_takes_what_is_said() -> None:
+    scripts = [shlex.split(line, comments=True) for line in COMMANDS if line.startswith("scripts/")]
+    assert {words[0] for words in scripts} == {"scripts/demo", "scripts/test", "scripts/bench", "scripts/peers"}
+    assert all(os.access(ROOT / words[0], os.X_OK) for words in scripts)
+    for words in scripts:
+        for case in (word for word in words[1:] if words[0] == "scripts/bench" and not word.startswith("--")):
+            assert case == "site" or any(case in each.name for each in CASES), case
+    for row in re.findall(r"`(tests/\w+\.py) ([\w-]+)", README):
+        assert row[1] == "TARGET" or row[1] in (ROOT / row[0]).read_text()
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)|scripts/test (tests/\S+)`", README):
+        assert (ROOT / "".join(path)).exists(), path
+
+
+def test_every_option_that_is_named_exists() -> None:
+    known = {name for command in command_line.commands.values() for each in command.params for name in each.opts}
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    named = set(re.findall(r"`(--[\w-]+)", prose))
+    assert named > {"--memory", "--polite", "--on-missing"}
+    assert named <= known
+
+
+@pytest.mark.slow
+def test_the_demo_and_the_installation_run_in_a_clean_copy(tmp_path: Path) -> None:
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(tmp_path / "copy")], check=True)
+    environment = {key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"}
+    options = {"cwd": tmp_path / "copy", "env": environment, "capture_output": True, "text": True, "timeout": 1500}
+    done = subprocess.run(["scripts/demo"], **options)
+    assert done.returncode == 0, done.stderr
+    assert "equals the float64 mean rounded once: True" in done.stdout
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "own")], check=True)
+    pip = [str(tmp_path / "own/bin/pip"), "install", "--quiet", "-c", "constraints.txt", "."]
+    assert subprocess.run(pip, **options).returncode == 0
+    assert subprocess.run([str(tmp_path / "own/bin/streammerge"), "--version"], **options).returncode == 0
