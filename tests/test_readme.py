@@ -33,7 +33,9 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
 def voice(seed: int, step: int, loss: float) -> dict[str, object]:
     parts = ("gpt.text_head", "gpt.conditioning_encoder.init", "hifigan_decoder.conv", "dvae.codebook", "torch_mel_x.mel")
     parts += tuple(f"gpt.layer.{number}" for number in range(30))
-    model = OrderedDict((f"xtts.{part}.weight", draw(seed + n, 9, 4 + n)) for n, part in enumerate(parts))
+    model = OrderedDict(
+        (f"xtts.{part}.weight", draw(n, 9, 4 + n) + 0.1 * draw(seed + n, 9, 4 + n)) for n, part in enumerate(parts)
+    )
     losses = {"train_loss": loss, "eval_loss": loss + 0.2}
     optimizer = {"state": {0: {"exp_avg": draw(seed, 9, 4)}}, "param_groups": []}
     return {
