@@ -12,6 +12,7 @@ from conftest import assert_same, load_safetensors, mean, octets, trained
 from safetensors.torch import save_file
 
 import streammerge as sm
+from formats.suite import FormatSuite, Tensors
 
 
 def shards(folder: Path, state: dict[str, torch.Tensor], pickled: bool = False) -> Path:
@@ -199,3 +200,25 @@ def test_distributed_checkpoints_are_answered_with_what_to_run(tmp_path: Path, n
     (tmp_path / "__0_0.distcp").touch()
     with pytest.raises(sm.FormatError, match="dcp_to_torch" if name == ".metadata" else "zero_to_fp32"):
         sm.inspect(tmp_path)
+
+
+class TestShardedSafetensors(FormatSuite):
+    NAME = "folder"
+
+    def write(self, path: Path, tensors: Tensors) -> None:
+        path.mkdir()
+        names = {name: f"model-{number % 2 + 1:05}-of-00002.safetensors" for number, name in enumerate(tensors)}
+        for shard in set(names.values()):
+            save_file({name: tensor for name, tensor in tensors.items() if names[name] == shard}, path / shard)
+        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+class TestShardedTorch(FormatSuite):
+    NAME = "folder"
+
+    def write(self, path: Path, tensors: Tensors) -> None:
+        path.mkdir()
+        names = {name: f"pytorch_model-{number % 2 + 1:05}-of-00002.bin" for number, name in enumerate(tensors)}
+        for shard in set(names.values()):
+            torch.save({name: tensor for name, tensor in tensors.items() if names[name] == shard}, path / shard)
+        (path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))

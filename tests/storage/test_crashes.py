@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import streammerge as sm
 
-SWEEP = Path(__file__).parent / "crashes.py"
+SWEEP = Path(__file__).parents[1] / "crashes.py"
 STRACE = shutil.which("strace")
 
 

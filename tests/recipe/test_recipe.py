@@ -25,7 +25,7 @@ from streammerge.cli import cli as command_line
 from streammerge.recipe import json_schema, read_recipe, to_yaml
 from streammerge.recipe.document import parse
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_bombs
+import test_hostile as t
 from conftest import Cli
 
 import hostile as h
-import test_bombs
-import test_hostile as t
 from streammerge import cli as command_line
 
 MOST_SECONDS, MOST_BYTES = 4, 64 << 20  # one second of a quiet machine
@@ -203,7 +203,7 @@ def test_every_attack_through_every_command(make: Make, most_seconds: float, tmp
     (folder / "first").write_bytes(t.ZIP)
     (folder / "list.json").write_text(json.dumps(["first", *made]))
     command = [sys.executable, "-c", "import sys, test_corpus; test_corpus.run(sys.argv[1])", folder]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(h.__file__).parent), *sys.path])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]
     results = [json.loads(line) for line in done.stdout.splitlines()][len(COMMANDS) :]  # the first imports torch

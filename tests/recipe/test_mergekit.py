@@ -17,7 +17,7 @@ import pytest
 import streammerge as sm
 from streammerge.layers import is_before
 
-EXPECTED = json.loads((Path(__file__).parent / "data" / "mergekit.json").read_text())
+EXPECTED = json.loads((Path(__file__).parents[1] / "data" / "mergekit.json").read_text())
 
 
 @pytest.fixture(scope="module")
