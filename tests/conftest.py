@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+pytest.register_assert_rewrite("methods.suite")  # so that its assertions show the values too
 torch.set_num_threads(1)  # the tests run in parallel as they are
 
 
