@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+for room in ("methods", "formats", "executors"):  # so that their assertions show the values too
+    pytest.register_assert_rewrite(f"{room}.suite")
 torch.set_num_threads(1)  # the tests run in parallel as they are
 
 

@@ -8,7 +8,7 @@ import mmap
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Container
 from pathlib import Path
 
 import pytest
@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 import streammerge as sm
-from streammerge.methods.registry import methods
-from test_methods import CASES
+from methods.suite import Case, suites
+from streammerge.methods.registry import find_method, methods
 
 RUNS = """
 import json, re, sys, threading
@@ -146,8 +146,13 @@ def test_polite_runs_give_the_page_cache_back(tmp_path: Path, io: str, command: 
         assert left < 0.3 if polite else left == 1
 
 
-def peaks(tmp_path: Path, elems: int, memory: str, chosen: Sequence[str]) -> list[tuple[str, dict[str, int]]]:
-    """Each case of these methods on one tensor of so many elements, filled a little."""
+def held_as_a_row(case: Case, elems: int) -> bool:
+    contract = find_method(case.method)
+    return contract.rows((elems,), contract.resolve(case.parameters, case.models)) == elems
+
+
+def peaks(tmp_path: Path, elems: int, memory: str, chosen: Container[str]) -> list[tuple[str, dict[str, int]]]:
+    """Each case of these methods on one tensor of so many elements, filled a little, where it is not held whole."""
     paths = [sparse(tmp_path / f"{i}.safetensors", elems) for i in range(6)]
     for number, path in enumerate(paths):
         noise = torch.randn(1 << 12, generator=torch.Generator().manual_seed(number)).bfloat16()
@@ -155,8 +160,8 @@ def peaks(tmp_path: Path, elems: int, memory: str, chosen: Sequence[str]) -> lis
             for place in range(0, elems - len(noise), elems // 16):
                 file.seek(path.stat().st_size - 2 * elems + 2 * place)
                 file.write(noise.view(torch.uint8).numpy())
-    by_rows = [c for c in CASES if c.parameters.get("nuslerp_flatten") is False or c.parameters.get("filter_wise")]
-    cases = [c for c in CASES if c.method in chosen and c not in by_rows]
+    every = [case for suite in suites() for case in suite.CASES]
+    cases = [case for case in every if case.method in chosen and not held_as_a_row(case, elems)]
     runs: list[Run] = []
     for case in cases:
         base = {"base": paths[0]} if case.base else {}
@@ -167,8 +172,7 @@ def peaks(tmp_path: Path, elems: int, memory: str, chosen: Sequence[str]) -> lis
 
 def test_law_1_for_methods(tmp_path: Path) -> None:
     """One long tensor, passes and all."""
-    held_by_rows = {"della", "della_linear", "arcee_fusion"}
-    for case, peak in peaks(tmp_path, 12_000_001, "256MiB", sorted(set(methods()) - held_by_rows)):
+    for case, peak in peaks(tmp_path, 12_000_001, "256MiB", methods()):
         assert peak["anonymous"] <= peak["planned"] <= 256 << 20, (case, peak)
         assert peak["resident"] <= 256 << 20, (case, peak)
 

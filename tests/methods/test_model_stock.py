@@ -1,0 +1,35 @@
+"""Between the models' mean and their base, by the angle between them."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+
+from methods.suite import Case, MethodSuite
+
+Tensor = torch.Tensor
+
+
+def model_stock(x: list[Tensor], b: Tensor, draws: Any, filter_wise: bool = False) -> Tensor:
+    n = len(x)
+    if filter_wise and b.dim() > 1:
+        tables = [t.reshape(-1, b.shape[-1]) for t in (b, *x)]
+        rows = [model_stock(models, base, None) for base, *models in zip(*tables, strict=True)]
+        return torch.stack(rows).reshape(b.shape)
+    d = [t - b for t in x]
+    pairs = [
+        ((p * q).sum() / max((p.norm() * q.norm()).item(), 1e-6)).clamp(-1, 1) for p, q in itertools.combinations(d, 2)
+    ]
+    c = sum(pairs) / len(pairs)
+    t = 0 if abs(1 + (n - 1) * c) < 1e-6 else n * c / (1 + (n - 1) * c)
+    return t * sum(x) / n + (1 - t) * b
+
+
+class TestModelStock(MethodSuite):
+    ORACLES = {"model_stock": model_stock}
+    CASES = [
+        Case("model_stock", 3),
+        Case("model_stock", 2, {"filter_wise": True}),
+    ]
