@@ -119,7 +119,7 @@ def test_everything_else_in_the_pickle_survives(tmp_path: Path, protocol: int, l
     assert_same(merged.pop("model"), trained(1))
     assert merged["shared"][0] is merged["shared"][1]
     assert merged == odd_content()
-    assert "test_pth.Plain" in sm.inspect(tmp_path / "out.pth").classes()
+    assert "test_pickled.Plain" in sm.inspect(tmp_path / "out.pth").classes()
 
 
 def test_a_cycle_stays_a_cycle(tmp_path: Path) -> None:
