@@ -22,7 +22,7 @@ from streammerge.group import Kernel
 from streammerge.inputs import expand
 from streammerge.memory import collector_paused, resident_bytes
 from streammerge.planning import Plan, build_plan
-from streammerge.production import Wishes
+from streammerge.production import RunOptions
 from streammerge.receipt import Receipt
 from streammerge.recipe import Recipe, read_recipe
 from streammerge.recomputation import check_inputs, recompute
@@ -228,7 +228,7 @@ def merge(
         planned = plan(inputs, out, convert_first=convert_first, **options)
     foreseen = _output_warnings(planned)  # what would stop a run stops this one itself, or was allowed
     planned.warnings = [warning for warning in planned.warnings if warning not in foreseen]
-    return execute(planned, Wishes(overwrite, resume, polite, listener, executor), before)
+    return execute(planned, RunOptions(overwrite, resume, polite, listener, executor), before)
 
 
 def convert(
@@ -276,7 +276,7 @@ def convert(
     planned = _plan(recipe, out, memory, workers, io, hashed=hash)
     if extras is not None:
         _check_extras(Path(extras), planned, overwrite)
-    result = execute(planned, Wishes(overwrite, resume, polite, listener, executor), before)
+    result = execute(planned, RunOptions(overwrite, resume, polite, listener, executor), before)
     if extras is not None:
         index = open_checkpoint(path, state_dict, recipe.ema)
         content = {"format": index.format, "metadata": index.metadata, "data": index.plain_data()}

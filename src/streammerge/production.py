@@ -34,7 +34,7 @@ from streammerge.units import decimal_bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
+class RunOptions:
     """How a plan is to be run; of all this the output shows nothing.
 
     ``overwrite``: replaces a finished output. ``resume``: goes on where a run of the same plan was interrupted, and
@@ -52,18 +52,18 @@ class Wishes:
 class Production:
     """One output in the making. ``journal`` knows what would stay of it if the run ended now."""
 
-    def __init__(self, plan: Plan, staging: Staging, wishes: Wishes) -> None:
-        self.plan, self.staging, self.listener = plan, staging, wishes.listener
-        self.resume = wishes.resume and can_be_resumed(plan)
+    def __init__(self, plan: Plan, staging: Staging, options: RunOptions) -> None:
+        self.plan, self.staging, self.listener = plan, staging, options.listener
+        self.resume = options.resume and can_be_resumed(plan)
         self.read_bytes = 0
         self.notes: list[str] = []
         self.warnings: list[str] = []
         self._tasks = plan.tasks
         self._done: dict[Key, Finished] = {}
-        self._inputs = InputFiles(plan.identities, wishes.polite)
+        self._inputs = InputFiles(plan.identities, options.polite)
         self._outputs: list[OutputFile] = []
         self._kind: Checksum = plan.layout.receipt.kind
-        self._executor = wishes.executor(plan.budget.workers)
+        self._executor = options.executor(plan.budget.workers)
         self._engine = Engine(plan.budget, self._inputs, self._outputs, plan.io, self._kind, self._executor)
         self.journal = Journal(staging.folder / NAME, plan_digest(plan), lambda: staging.outputs, self.resume)
 

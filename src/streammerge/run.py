@@ -13,7 +13,7 @@ from streammerge.errors import FormatError, RecipeError, StreammergeError, liste
 from streammerge.events import Published, RunFinished, RunStarted, Suspended
 from streammerge.formats.folder import foreign_files
 from streammerge.planning import Plan
-from streammerge.production import Production, Wishes
+from streammerge.production import Production, RunOptions
 from streammerge.storage import faults
 from streammerge.storage.commit import Staging
 from streammerge.storage.files import identity, space_checked
@@ -37,7 +37,7 @@ class Result:
     warnings: tuple[str, ...]
 
 
-def execute(plan: Plan, wishes: Wishes, resident_before: int) -> Result:
+def execute(plan: Plan, options: RunOptions, resident_before: int) -> Result:
     """Runs a plan to its end. Raises what DESIGN names; then nothing was written under the output's name.
 
     ``resident_before``: what was resident before the inputs' headers were read, which count as the run's memory.
@@ -53,11 +53,11 @@ def execute(plan: Plan, wishes: Wishes, resident_before: int) -> Result:
             prepare_torch()
     memory.reset_peak()
     startup, began = memory.resident_bytes() - headers, time.perf_counter()
-    wishes.listener(RunStarted(plan.read_bytes, plan.write_bytes, plan.memory_bytes, len(plan.tasks)))
+    options.listener(RunStarted(plan.read_bytes, plan.write_bytes, plan.memory_bytes, len(plan.tasks)))
     with space_checked(out, plan.disk_bytes):
-        made = _produce(plan, Staging(out, wishes.overwrite), wishes)
+        made = _produce(plan, Staging(out, options.overwrite), options)
     seconds = time.perf_counter() - began
-    wishes.listener(RunFinished(seconds))
+    options.listener(RunFinished(seconds))
     return Result(
         out,
         made.read_bytes,
@@ -72,25 +72,25 @@ def execute(plan: Plan, wishes: Wishes, resident_before: int) -> Result:
     )
 
 
-def _produce(plan: Plan, staging: Staging, wishes: Wishes) -> Production:
+def _produce(plan: Plan, staging: Staging, options: RunOptions) -> Production:
     """The output, made and committed; or an error, and of the output nothing, or what a next run goes on from."""
     made, keep = None, False
     try:
         with faults.survived(), memory.collector_spared():
-            made = Production(plan, staging, wishes)
+            made = Production(plan, staging, options)
             made.make()
         refuse_to_lose_files(staging.out, plan)  # once more: much time has passed
         staging.commit(plan.layout.as_folder)
-        wishes.listener(Published())
+        options.listener(Published())
     except BaseException as error:
         if made is not None:
             made.journal.stop()
         if staging.published:
-            wishes.listener(Published())
-        elif wishes.resume and _may_pass(error):
+            options.listener(Published())
+        elif options.resume and _may_pass(error):
             keep = staging.resumable and (made is None or made.journal.kept_bytes > 0)
             if keep and made is not None:
-                wishes.listener(Suspended(made.journal.kept_bytes, plan.layout.size))
+                options.listener(Suspended(made.journal.kept_bytes, plan.layout.size))
         raise
     finally:
         staging.abort(keep)

@@ -1,0 +1,138 @@
+"""Faults put into the code on purpose, one at a time: which of them does no test notice?
+
+``python tests/mutants.py`` tries a sample of all that are listed in ``TESTS``, in a copy of the project; with a module's name
+only those in it, with ``--most N`` more or fewer, with ``--seed`` others. What survives is printed, with the line it stands in:
+either the line does nothing, or a test is missing. Not all need one: some mutants do the same in another way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TESTS = {
+    "budget": "test_budget.py test_tasks.py test_limits.py test_laws.py",
+    "planning": "test_merge.py recipe/test_rules.py cli/test_cli.py",
+    "tasks": "test_tasks.py test_merge.py",
+    "select": "test_select.py test_order.py",
+    "order": "test_order.py methods/test_task_arithmetic.py",
+    "unpickle": "formats/test_hostile.py test_pickled.py formats/test_bombs.py",
+    "storage/journal": "test_resume.py",
+    "storage/commit": "storage/test_commit.py test_run.py test_resume.py",
+    "storage/files": "storage/test_files.py test_run.py",
+}
+SECONDS = 240
+SWAPPED = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.FloorDiv: ast.Mult, ast.And: ast.Or, ast.Or: ast.And,
+}  # fmt: skip
+
+
+def sites(tree: ast.AST) -> Iterator[tuple[int, int]]:
+    """(number of the node, kind of change) for every change that :func:`changed` knows."""
+    for number, node in enumerate(ast.walk(tree)):
+        if isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPPED:
+            yield number, 0
+        elif isinstance(node, ast.BinOp | ast.BoolOp) and type(node.op) in SWAPPED:
+            yield number, 1
+        elif isinstance(node, ast.If | ast.While | ast.IfExp):
+            yield number, 2
+        elif isinstance(node, ast.Constant) and type(node.value) is int:
+            yield number, 3
+        elif (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)) or isinstance(node, ast.Raise | ast.AugAssign):
+            yield number, 4
+
+
+def changed(tree: ast.AST, number: int, kind: int) -> tuple[ast.AST, int]:
+    """A copy with one node changed, and its line."""
+    made = copy.deepcopy(tree)
+    node = list(ast.walk(made))[number]
+    if kind == 0:
+        node.ops[0] = SWAPPED[type(node.ops[0])]()  # type: ignore[attr-defined]
+    elif kind == 1:
+        node.op = SWAPPED[type(node.op)]()  # type: ignore[attr-defined]
+    elif kind == 2:
+        node.test = ast.UnaryOp(ast.Not(), node.test)  # type: ignore[attr-defined]
+    elif kind == 3:
+        node.value += 1  # type: ignore[attr-defined]
+    else:
+        for parent in ast.walk(made):
+            for field, value in ast.iter_fields(parent):
+                if isinstance(value, list) and any(each is node for each in value):
+                    setattr(
+                        parent, field, [ast.copy_location(ast.Pass(), node) if each is node else each for each in value]
+                    )
+    return ast.fix_missing_locations(made), node.lineno  # type: ignore[attr-defined]
+
+
+def survives(folder: Path, tests: str) -> bool:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "--no-header"]
+    environment = os.environ | {"PYTHONPATH": str(folder / "src")}
+    try:
+        done = subprocess.run(
+            [*command, *(f"tests/{each}" for each in tests.split())],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            timeout=SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("modules", nargs="*", default=list(TESTS))
+    parser.add_argument("--most", type=int, default=30, help="mutants of each module (30)")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    alive = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for each in ("src", "tests", "benchmarks", "examples"):
+            shutil.copytree(ROOT / each, folder / each, ignore=shutil.ignore_patterns("__pycache__", "files", "site"))
+        for name in ("pyproject.toml", "README.md", "CONTRIBUTING.md", "recipe.schema.json"):
+            shutil.copy(ROOT / name, folder)
+        for module in arguments.modules:
+            path = folder / "src/streammerge" / f"{module}.py"
+            text = path.read_text()
+            tree, lines = ast.parse(text), text.splitlines()
+            if not survives(folder, TESTS[module]):
+                sys.exit(f"{module}: its tests fail, or last longer than {SECONDS} s, without any mutant")
+            found = list(sites(tree))
+            chosen = random.Random(arguments.seed).sample(found, min(arguments.most, len(found)))
+            killed = 0
+            for number, kind in sorted(chosen):
+                made, line = changed(tree, number, kind)
+                path.write_text(ast.unparse(made))
+                if survives(folder, TESTS[module]):
+                    alive += 1
+                    was, now = (
+                        ast.unparse(list(ast.walk(tree))[number]),
+                        ast.unparse(list(ast.walk(made))[number]) if kind < 4 else "pass",
+                    )
+                    print(
+                        f"{module}.py:{line}: {lines[line - 1].strip()}\n    {was.splitlines()[0]} -> {now.splitlines()[0]}",
+                        flush=True,
+                    )
+                else:
+                    killed += 1
+            path.write_text(text)
+            print(f"{module}: {killed} of {len(chosen)} mutants killed", flush=True)
+    return int(alive > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
