@@ -105,10 +105,10 @@ def test_exponential_weights(run: Path, cli: Cli) -> None:
         ({"last": 9}, "only 4 checkpoints"),
         ({"last": 0}, "positive"),
         ({"best": 1, "by": "model_loss.note"}, "has no number model_loss.note; it has model_loss.eval_loss, step"),
-        ({"within": "5"}, "FROM:TO"),
-        ({"within": ":"}, "FROM:TO"),
-        ({"within": "a:b"}, "FROM:TO"),
-        ({"within": "5000:"}, "none of the 4 checkpoints"),
+        ({"range": "5"}, "FROM:TO"),
+        ({"range": ":"}, "FROM:TO"),
+        ({"range": "a:b"}, "FROM:TO"),
+        ({"range": "5000:"}, "none of the 4 checkpoints"),
         ({"ema_decay": 1.0}, "from 0 to below 1"),
         ({"ema_decay": 0.5, "weights": [1, 1, 1, 1]}, "leave --weights out"),
     ],
@@ -124,7 +124,7 @@ def test_a_number_that_is_no_number(run: Path) -> None:
         choose(["checkpoint-5.pt", "checkpoint-90.pt"], best=1, by="step")
     torch.save({"w": torch.zeros(1)}, "nameless.pt")
     with pytest.raises(sm.RecipeError, match="needs a number in each name"):
-        choose(["nameless.pt"], within="1:2")
+        choose(["nameless.pt"], range="1:2")
 
 
 def test_a_state_that_several_files_share_is_asked_for_each_files_step(

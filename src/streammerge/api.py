@@ -59,7 +59,7 @@ def plan(
     base: PathLike | None = None,
     normalize: bool | None = None,
     last: int | None = None,
-    within: str | None = None,
+    range: str | None = None,
     best: int | None = None,
     by: str | None = None,
     highest: bool = False,
@@ -91,7 +91,7 @@ def plan(
     ``recipe``: a mergekit configuration as a YAML file or a dict, in place of inputs, method and parameters; other
     options win over its keys. ``own_methods`` lets it name methods that are your own code.
 
-    ``last``, ``within="1000:5000"``, ``best`` with ``by`` (a number in the files, lowest first unless ``highest``) choose
+    ``last``, ``range="1000:5000"``, ``best`` with ``by`` (a number in the files, lowest first unless ``highest``) choose
     among the inputs; ``ema_decay`` gives them exponential weights, the last one most.
 
     ``hash`` puts the SHA-256 of every input file into the output's receipt, which reads them once more.
@@ -117,7 +117,7 @@ def plan(
         recipe, paths = paths[0], []
     if normalize is not None:
         parameters["normalize"] = normalize
-    choice: dict[str, Any] = {"last": last, "within": within, "best": best, "by": by, "highest": highest or None}
+    choice: dict[str, Any] = {"last": last, "range": range, "best": best, "by": by, "highest": highest or None}
     if recipe is None:
         chosen, notes = choose(expand(paths), **choice)
         weights = _weights(weights, ema_decay, len(chosen))

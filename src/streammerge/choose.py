@@ -22,14 +22,14 @@ def choose(
     paths: list[str],
     *,
     last: int | None = None,
-    within: str | None = None,
+    range: str | None = None,
     best: int | None = None,
     by: str | None = None,
     highest: bool | None = None,
 ) -> tuple[list[str], list[str]]:
     """The checkpoints that were asked for, in their order, and sentences that say why these.
 
-    ``within``: ``FROM:TO``, both included, on the last number in a name; ``best``: so many by the number at the key
+    ``range``: ``FROM:TO``, both included, on the last number in a name; ``best``: so many by the number at the key
     ``by``, lowest first unless ``highest``; ``last``: so many by their numeric order. Raises RecipeError.
     """
     notes: list[str] = []
@@ -41,8 +41,8 @@ def choose(
         )
     if highest and best is None:
         raise RecipeError("--highest turns the order of --best, which is not given")
-    if within is not None:
-        paths = _within(paths, within, notes)
+    if range is not None:
+        paths = _within(paths, range, notes)
     if best is not None and by is not None:
         paths = _best(paths, best, by, bool(highest), notes)
     if last is not None:
