@@ -50,7 +50,9 @@ def sites(tree: ast.AST) -> Iterator[tuple[int, int]]:
             yield number, 2
         elif isinstance(node, ast.Constant) and type(node.value) is int:
             yield number, 3
-        elif (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)) or isinstance(node, ast.Raise | ast.AugAssign):
+        elif (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)) or isinstance(
+            node, ast.Raise | ast.AugAssign
+        ):
             yield number, 4
 
 

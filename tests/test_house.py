@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
 
 import streammerge as sm
+from streammerge.cli import cli
 
 SOURCE = Path(sm.__file__).parent
 
@@ -93,3 +95,18 @@ def test_torch_is_imported_only_where_values_are_computed() -> None:
     heavy = ("torch", "numpy", "safetensors", "yaml")
     code = f"import sys, streammerge.cli; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_command_line_and_python_call_the_same_things_the_same() -> None:
+    """Every option is an argument of that name, described where the function is; and the other way round."""
+    for command, functions in (("merge", (sm.merge, sm.plan)), ("convert", (sm.convert,)), ("verify", (sm.verify,))):
+        arguments = {name for function in functions for name in inspect.signature(function).parameters}
+        typed = {
+            name[2:].replace("-", "_") for each in cli.commands[command].params for name in each.opts if name[:2] == "--"
+        }
+        how_shown = {"debug", "format", "no_progress", "no_resume", "no_normalize", "dry_run"}
+        assert typed - how_shown <= arguments
+        given_otherwise = {"inputs", "path", "out", "options", "parameters", "recipe"}
+        assert arguments - typed - given_otherwise <= {"executor", "listener", "normalize", "resume"}
+        described = " ".join(inspect.getdoc(function) or "" for function in (*functions, sm.plan, sm.merge))
+        assert not [name for name in arguments - {"options"} if f"``{name}" not in described]

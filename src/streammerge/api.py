@@ -85,11 +85,26 @@ def plan(
 ) -> Plan:
     """What :func:`merge` would do, from headers alone; nothing is written. The parameters are those of merge.
 
-    ``method`` (linear): a name, ``package.module:function`` or a function; ``parameters`` are its own, like ``t=0.3`` or
-    ``density=[0.5, 0.7]``. ``base``: the common ancestor, for the methods that need one.
+    ``inputs``: paths or globs. ``out``: by its name the container is planned. ``method`` (linear): a name,
+    ``package.module:function`` or a function; ``parameters`` are its own, like ``t=0.3`` or ``density=[0.5, 0.7]``.
+    ``weights``: one number per input; linear divides them by their sum unless ``normalize`` is False. ``base``: the common
+    ancestor, for the methods that need one. ``seed``: for those that draw random numbers.
 
     ``recipe``: a mergekit configuration as a YAML file or a dict, in place of inputs, method and parameters; other
     options win over its keys. ``own_methods`` lets it name methods that are your own code.
+
+    ``dtype`` or ``out_dtype`` (which wins): of the output's floating-point tensors, the first input's if not given;
+    ``compute_dtype``: float32 or float64, the method's if not given.
+
+    ``on_missing`` (error, base, average-present, drop), ``on_shape`` (error, base, rows) and ``integers`` (first, last, max,
+    error): what becomes of tensors that are not in every input, differ in shape, or are integers that differ.
+    ``allow_nonfinite`` writes NaN and infinity instead of stopping.
+
+    ``state_dict``: which one of wrapped files, by keys joined with dots; ``ema`` (ignore, prefer, only): averaged weights
+    beside plain ones. ``keep_optimizer`` keeps the first input's in a ``.pth``; ``max_shard_size``: bytes, or ``"5GB"``.
+
+    ``memory``: bytes, or ``"512MiB"``, above start-up; ``workers``: threads, as many as CPUs if not given; ``io``: mmap or
+    pread. ``convert_first``: a folder in which each input is converted to safetensors, kept, and merged from.
 
     ``last``, ``range="1000:5000"``, ``best`` with ``by`` (a number in the files, lowest first unless ``highest``) choose
     among the inputs; ``ema_decay`` gives them exponential weights, the last one most.
@@ -210,7 +225,7 @@ def merge(
 
     ``inputs``: paths or globs; or ``recipe``: a mergekit configuration. ``weights``: one number per input; ``linear``,
     the default method, divides them by their sum unless ``normalize`` is False. ``memory``: the budget above the
-    start-up footprint. ``resume``: go on where the same merge was interrupted. ``polite``: give the inputs' page
+    start-up footprint. ``overwrite``: replace a finished output. ``resume``: go on where the same merge was interrupted. ``polite``: give the inputs' page
     cache back behind the cursor, so that what other programs have there stays. ``listener`` is called with each of
     :mod:`streammerge.events`. ``executor`` makes what runs the tasks, from the number of workers; threads, if not given.
     Further options, and the parameters of the method, are those of :func:`plan`.

@@ -107,9 +107,7 @@ merging = together(
     click.option("--out-dtype", metavar="DTYPE", help="The same; wins over --dtype."),
     click.option("--compute-dtype", metavar="DTYPE", help="float32 or float64.  [default: the method's]"),
     click.option("--last", type=click.IntRange(1), metavar="N", help="Only the numerically last N inputs."),
-    click.option(
-        "--range", metavar="FROM:TO", help="Only inputs with such a number in their name, both included."
-    ),
+    click.option("--range", metavar="FROM:TO", help="Only inputs with such a number in their name, both included."),
     click.option("--best", type=click.IntRange(1), metavar="N", help="Only the best N inputs, by --by."),
     click.option("--by", metavar="KEY", help="A number in the files, like model_loss.eval_loss; lowest first."),
     click.option("--highest", is_flag=True, help="With --best: highest first."),
