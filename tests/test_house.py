@@ -101,9 +101,8 @@ def test_command_line_and_python_call_the_same_things_the_same() -> None:
     """Every option is an argument of that name, described where the function is; and the other way round."""
     for command, functions in (("merge", (sm.merge, sm.plan)), ("convert", (sm.convert,)), ("verify", (sm.verify,))):
         arguments = {name for function in functions for name in inspect.signature(function).parameters}
-        typed = {
-            name[2:].replace("-", "_") for each in cli.commands[command].params for name in each.opts if name[:2] == "--"
-        }
+        options = [name for each in cli.commands[command].params for name in each.opts]
+        typed = {name[2:].replace("-", "_") for name in options if name.startswith("--")}
         how_shown = {"debug", "format", "no_progress", "no_resume", "no_normalize", "dry_run"}
         assert typed - how_shown <= arguments
         given_otherwise = {"inputs", "path", "out", "options", "parameters", "recipe"}

@@ -96,8 +96,8 @@ def plan(
     ``dtype`` or ``out_dtype`` (which wins): of the output's floating-point tensors, the first input's if not given;
     ``compute_dtype``: float32 or float64, the method's if not given.
 
-    ``on_missing`` (error, base, average-present, drop), ``on_shape`` (error, base, rows) and ``integers`` (first, last, max,
-    error): what becomes of tensors that are not in every input, differ in shape, or are integers that differ.
+    ``on_missing`` (error, base, average-present, drop), ``on_shape`` (error, base, rows) and ``integers`` (first, last,
+    max, error): what becomes of tensors that are not in every input, differ in shape, or are integers that differ.
     ``allow_nonfinite`` writes NaN and infinity instead of stopping.
 
     ``state_dict``: which one of wrapped files, by keys joined with dots; ``ema`` (ignore, prefer, only): averaged weights
@@ -225,10 +225,12 @@ def merge(
 
     ``inputs``: paths or globs; or ``recipe``: a mergekit configuration. ``weights``: one number per input; ``linear``,
     the default method, divides them by their sum unless ``normalize`` is False. ``memory``: the budget above the
-    start-up footprint. ``overwrite``: replace a finished output. ``resume``: go on where the same merge was interrupted. ``polite``: give the inputs' page
-    cache back behind the cursor, so that what other programs have there stays. ``listener`` is called with each of
-    :mod:`streammerge.events`. ``executor`` makes what runs the tasks, from the number of workers; threads, if not given.
-    Further options, and the parameters of the method, are those of :func:`plan`.
+    start-up footprint. Further options, and the parameters of the method, are those of :func:`plan`.
+
+    ``overwrite``: replace a finished output. ``resume``: go on where the same merge was interrupted. ``polite``: give the
+    inputs' page cache back behind the cursor, so that what other programs have there stays. ``listener`` is called with
+    each of :mod:`streammerge.events`. ``executor`` makes what runs the tasks, from the number of workers; threads, if not
+    given.
 
     Raises RecipeError, FormatError, MismatchError, BudgetError, SpaceError, LockedError, ChangedError, VerifyError or
     TaskError; the output is then not there. Returns what was read, written and needed.
