@@ -274,8 +274,9 @@ def convert(
 ) -> Result:
     """Writes a checkpoint in another container: ``.pth`` to safetensors or back, one file or shards.
 
-    ``dtype`` recasts floating-point tensors; ``keep`` and ``drop`` are glob patterns on tensor names; ``extras`` names
-    a JSON file for what is not a tensor. The errors are those of :func:`merge`.
+    ``path``: a file or folder. ``dtype`` recasts floating-point tensors; ``keep`` and ``drop`` are glob patterns on tensor
+    names, ``strip_prefix`` is removed from those that begin with it; ``extras`` names a JSON file for what is not a tensor.
+    Further options are those of :func:`plan` and :func:`merge`, and so are the errors.
     """
     sweep(Path(out))
     check_writable(Path(out), overwrite)
