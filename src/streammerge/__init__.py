@@ -6,85 +6,51 @@ from typing import TYPE_CHECKING, Any
 from streammerge.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from streammerge.api import convert, inspect, merge, plan, verify
-    from streammerge.checkpoint import CheckpointIndex
-    from streammerge.errors import (
-        BudgetError,
-        ChangedError,
-        FormatError,
-        LockedError,
-        MismatchError,
-        RecipeError,
-        SpaceError,
-        StreammergeError,
-        TaskError,
-        VerifyError,
-    )
-    from streammerge.methods.contracts import merge_method
-    from streammerge.planning import Plan
-    from streammerge.run import Result
-    from streammerge.tensors import TensorEntry, TensorSpec
-    from streammerge.verification import Verified
-    from streammerge.writer import SafetensorsWriter
-
-__all__ = [
-    "BudgetError",
-    "ChangedError",
-    "CheckpointIndex",
-    "FormatError",
-    "LockedError",
-    "MismatchError",
-    "Plan",
-    "RecipeError",
-    "Result",
-    "SafetensorsWriter",
-    "SpaceError",
-    "StreammergeError",
-    "TaskError",
-    "TensorEntry",
-    "TensorSpec",
-    "Verified",
-    "VerifyError",
-    "convert",
-    "inspect",
-    "merge",
-    "merge_method",
-    "plan",
-    "verify",
-]
+    from streammerge.api import convert as convert
+    from streammerge.api import inspect as inspect
+    from streammerge.api import merge as merge
+    from streammerge.api import plan as plan
+    from streammerge.api import verify as verify
+    from streammerge.checkpoint import CheckpointIndex as CheckpointIndex
+    from streammerge.errors import BudgetError as BudgetError
+    from streammerge.errors import ChangedError as ChangedError
+    from streammerge.errors import FormatError as FormatError
+    from streammerge.errors import LockedError as LockedError
+    from streammerge.errors import MismatchError as MismatchError
+    from streammerge.errors import RecipeError as RecipeError
+    from streammerge.errors import SpaceError as SpaceError
+    from streammerge.errors import StreammergeError as StreammergeError
+    from streammerge.errors import TaskError as TaskError
+    from streammerge.errors import VerifyError as VerifyError
+    from streammerge.methods.contracts import merge_method as merge_method
+    from streammerge.planning import Plan as Plan
+    from streammerge.run import Result as Result
+    from streammerge.tensors import TensorEntry as TensorEntry
+    from streammerge.tensors import TensorSpec as TensorSpec
+    from streammerge.verification import Verified as Verified
+    from streammerge.writer import SafetensorsWriter as SafetensorsWriter
 
 _PLACES = {
-    "BudgetError": "errors",
-    "ChangedError": "errors",
-    "CheckpointIndex": "checkpoint",
-    "FormatError": "errors",
-    "LockedError": "errors",
-    "MismatchError": "errors",
-    "Plan": "planning",
-    "RecipeError": "errors",
-    "Result": "run",
-    "SafetensorsWriter": "writer",
-    "SpaceError": "errors",
-    "StreammergeError": "errors",
-    "TaskError": "errors",
-    "TensorEntry": "tensors",
-    "TensorSpec": "tensors",
-    "Verified": "verification",
-    "VerifyError": "errors",
-    "convert": "api",
-    "inspect": "api",
-    "merge": "api",
-    "merge_method": "methods.contracts",
-    "plan": "api",
-    "verify": "api",
+    "api": "convert inspect merge plan verify",
+    "checkpoint": "CheckpointIndex",
+    "errors": "BudgetError ChangedError FormatError LockedError MismatchError RecipeError SpaceError StreammergeError "
+    "TaskError VerifyError",
+    "methods.contracts": "merge_method",
+    "planning": "Plan",
+    "run": "Result",
+    "tensors": "TensorEntry TensorSpec",
+    "verification": "Verified",
+    "writer": "SafetensorsWriter",
 }
+_HOMES = {name: place for place, names in _PLACES.items() for name in names.split()}
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
     """The public names, each loaded when it is first asked for: the command line's --help needs none of them."""
-    if name not in _PLACES:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     return value
 
 
