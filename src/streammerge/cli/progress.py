@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, JSON lines for ``--format json``, silence otherwise."""
+"""Progress on stderr: a bar on a terminal, a line now and then in a log, JSON lines for ``--format json``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any
@@ -28,6 +29,32 @@ from streammerge.events import (
 from streammerge.memory import resident_bytes
 from streammerge.units import binary_bytes, decimal_bytes
 
+_LOG_SECONDS = 30.0
+
+
+class _Log:
+    """What a bar is on a terminal, for logs: how far it is, every half minute."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done, self._more = total, 0, ""
+        self._began = self._said = time.monotonic()
+
+    def update(self, nbytes: int) -> None:
+        self._done, now = self._done + nbytes, time.monotonic()
+        if now - self._said >= _LOG_SECONDS:
+            share, rate = self._done / max(self._total, 1), self._done / max(now - self._began, 1e-9)
+            say(f"{share:4.0%} of {decimal_bytes(self._total)} read, {decimal_bytes(rate)}/s{self._more}", err=True)
+            self._said = now
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:  # noqa: ARG002 - as tqdm's
+        self._more = f", {text}"
+
+    def set_description_str(self, text: str, refresh: bool = True) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
 
 class Progress:
     """A listener: bytes, rate, time left, and the memory held now against the budget."""
@@ -35,7 +62,7 @@ class Progress:
     def __init__(self, form: str, enabled: bool = True) -> None:
         self._json = form == "json" and enabled
         self._said = form == "human"
-        self._bar_wanted = form == "human" and enabled and sys.stderr.isatty()
+        self._bar_wanted = form == "human" and enabled
         self._bar: Any = None
         self._startup = 0
         self._budget = ""
@@ -68,12 +95,8 @@ class Progress:
 
     def _draw(self, event: Event) -> None:
         if isinstance(event, RunStarted):
-            from tqdm import tqdm
-
             self._startup, self._budget = resident_bytes(), binary_bytes(event.memory_bytes)
-            self._bar = tqdm(
-                total=event.read_bytes, unit="B", unit_scale=True, leave=False, dynamic_ncols=True, smoothing=0.1
-            )
+            self._bar = _bar(event.read_bytes) if sys.stderr.isatty() else _Log(event.read_bytes)
         elif self._bar is None:
             return
         elif isinstance(event, Resumed):
@@ -92,6 +115,12 @@ class Progress:
             self._bar.set_description_str("syncing")
         elif isinstance(event, RunFinished):
             self._bar.close()
+
+
+def _bar(total: int) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="B", unit_scale=True, leave=False, dynamic_ncols=True, smoothing=0.1)
 
 
 def _command() -> str:
