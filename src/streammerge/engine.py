@@ -179,6 +179,7 @@ class Engine:
                     source = self._source(task, workspace, keep=False)
                     answer = work(self._chunks(task, workspace, source, start + a, start + b, sparse))
                     source.done()
+                    self.inputs.check_whole()  # here, where a worker in another process knows of it
                     return number, answer
 
             early: dict[int, T] = {}

@@ -13,10 +13,10 @@ class Stopping(Protocol):
 class Executor(Protocol):
     """Runs ``run_one`` on each task, on so many workers, and yields what comes of them, in any order.
 
-    Tasks are taken as they are needed, for there may be many; at most ``backlog`` results wait to be taken. The first
-    error stops the rest and is raised, and so does leaving the iteration; either way no worker is left when the
-    iterator is closed. ``stopping`` is set when what still runs is not wanted any more. Tasks and ``run_one`` cannot be
-    pickled; results can, and what else a worker changes in memory nobody sees.
+    ``tasks`` may be many, and are made as they are asked for. About ``backlog`` results wait to be taken, not more. The
+    first error stops the rest and is raised; leaving the iteration stops them too. Either way no worker is left when the
+    iterator is closed, and ``stopping`` is set as soon as what still runs is not wanted any more. No result is None.
+    Tasks and ``run_one`` cannot be pickled; results can, and a merge relies on nothing else that a worker has in memory.
     """
 
     workers: int
