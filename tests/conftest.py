@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -101,17 +107,62 @@ def voices(tmp_path: Path) -> tuple[Path, Path]:
 
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+CLI_SECONDS = 120
 
 
 @pytest.fixture
 def cli(tmp_path: Path) -> Cli:
-    """Runs the command line in a process of its own, in ``tmp_path``."""
+    """Runs the command line in a process of its own, in ``tmp_path``: forked from this one, which has torch already, or,
+    if it is to be ``fresh``, started as a user would."""
 
-    def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "streammerge", *map(str, arguments)]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    def run(*arguments: object, code: int = 0, fresh: bool = False) -> subprocess.CompletedProcess[str]:
+        words = list(map(str, arguments))
+        if fresh:
+            command = [sys.executable, "-m", "streammerge", *words]
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=CLI_SECONDS)
+        else:
+            done = forked(words, tmp_path)
         assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
         return done
 
     return run
+
+
+def forked(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """What a command line prints and ends with, in a fork of this process."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = os.fork()
+        if not child:
+            run_command(words, folder, out.fileno(), err.fileno())
+        deadline = time.monotonic() + CLI_SECONDS
+        while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+            if time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+            time.sleep(0.005)
+        shown = [stream.seek(0) or stream.read().decode() for stream in (out, err)]
+    return subprocess.CompletedProcess(words, os.waitstatus_to_exitcode(ended[1]), *shown)
+
+
+def run_command(words: list[str], folder: Path, out: int, err: int) -> NoReturn:
+    """The end of a forked process: the command line, with its streams in those files."""
+    from streammerge import cli as command_line
+
+    status = 70
+    try:
+        os.chdir(folder)
+        for number, target in ((out, 1), (err, 2)):
+            os.dup2(number, target)
+        sys.stdin = open(os.devnull)  # noqa: SIM115 - as long as the process
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
+        sys.argv = ["streammerge", *words]
+        command_line.run()
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    except BaseException:  # noqa: BLE001 - shown to the one who asked
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
