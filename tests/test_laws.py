@@ -42,7 +42,7 @@ def test_law_1_memory_is_bounded(tmp_path: Path, cli: Cli) -> None:
         result = json.loads(done.stdout)
         assert result["peak_bytes"] <= result["memory_bytes"] == 96 << 20
         peaks.append(result["peak_bytes"])
-    assert peaks[1] < peaks[0] + (4 << 20)
+    assert peaks[1] < peaks[0] + (16 << 20), "of 300 MB more in the inputs"
 
 
 def test_law_2_the_output_is_a_function_of_recipe_and_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

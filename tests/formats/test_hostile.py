@@ -91,6 +91,7 @@ for path in sys.argv[2:]:
 """
 
 
+@pytest.mark.slow
 def test_pickle_itself_executes_the_payloads(tmp_path: Path) -> None:
     """The proof that the corpus is not blunt: every payload and every way makes the canary, but for those that say why."""
     canary = tmp_path / "canary"
