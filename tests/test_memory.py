@@ -83,6 +83,18 @@ def test_law_1_memory_is_bounded(tmp_path: Path, io: str) -> None:
         assert peak["resident"] <= budget, peak
 
 
+def test_law_1_holds_for_huge_pages_of_the_cache(tmp_path: Path) -> None:
+    """Files that were just written lie in the cache in pages of 2 MiB, each of which one touch maps whole; a sparse file
+    does not. Where mapped pages of all inputs have no room, they are read."""
+    inputs = [tmp_path / f"{number}.safetensors" for number in range(8)]
+    for number, path in enumerate(inputs):
+        save_file({"large": torch.full((64, 1 << 19), number + 0.5).bfloat16(), "small": torch.ones(7)}, path)
+    for count, memory in ((3, 48), (5, 48), (8, 32), (5, 64), (5, 512)):
+        runs = [(inputs[:count], tmp_path / "out.safetensors", {"memory": f"{memory}MiB", "workers": 2})]
+        (peak,) = measured(*runs)
+        assert peak["resident"] <= min(peak["planned"], memory << 20), (count, memory, peak)
+
+
 def test_staging_is_bounded_too(tmp_path: Path) -> None:
     """A transposed tensor of 512 MiB."""
     make = "import torch, sys; torch.save({'w': torch.zeros(1 << 13, 1 << 14).t()}, sys.argv[1])"

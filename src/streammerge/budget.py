@@ -2,7 +2,7 @@
 
     peak = RUN + tensors * PER_TENSOR + staging + spread
            + workers * (PER_WORKER + passes + out + chunk_elems * bytes_per_element
-                        + inputs * (window + chunk_elems * input_bytes))
+                        + inputs * huge_pages(window + chunk_elems * input_bytes))
 
 Every buffer the engine uses is a term here, and the engine takes its buffers from :func:`slots`, so the model cannot
 drift from what is allocated.
@@ -14,7 +14,7 @@ from dataclasses import astuple, dataclass
 
 from streammerge.errors import BudgetError
 from streammerge.tensors import GRAIN
-from streammerge.units import PAGE_BYTES, binary_bytes
+from streammerge.units import HUGE_PAGE_BYTES, PAGE_BYTES, binary_bytes
 
 RUN_BYTES = 8 << 20
 """Open files, maps, threads' shared state, progress."""
@@ -30,8 +30,8 @@ BEST_OUT_BYTES = 8 << 20
 """What a worker collects before it writes: enough that the disk is not asked too often."""
 MOST_WINDOW_BYTES = 4 << 20
 """What one worker keeps of one input. Of mapped pages this much stays behind its cursor: giving them back costs every CPU
-an interrupt, so it is done rarely; they count as memory although the kernel could take them back at any time. Tensors
-that fit stay for all passes, also where they are read by pread."""
+an interrupt, so it is done rarely; they count as memory although the kernel could take them back at any time, and so do
+the huge pages that a touch may map. Tensors that fit stay for all passes, also where they are read by pread."""
 _MOST_HALVINGS = 6
 """Of the output buffer, and of the window, which is then left out."""
 
@@ -104,12 +104,17 @@ def slots(budget: Budget) -> dict[str, tuple[int, int]]:
     return made
 
 
+def _huge_pages(nbytes: int) -> int:
+    """Bytes of all huge pages in which so many bytes, wherever they begin, can lie."""
+    return (-(-nbytes // HUGE_PAGE_BYTES) + 1) * HUGE_PAGE_BYTES
+
+
 def fit(memory_bytes: int, workers: int, tensors: int, cost: Cost, staging: bool) -> Budget:
     """The most workers and the best chunk that ``memory_bytes`` allow. Raises BudgetError naming the least that would."""
     fixed = RUN_BYTES + tensors * PER_TENSOR_BYTES + (STAGING_BYTES if staging else 0) + cost.spread_bytes
 
     def peak(count: int, chunk: int, out: int, window: int) -> int:
-        kept = cost.inputs * (window + chunk * cost.mapped)
+        kept = cost.inputs * (_huge_pages(window + chunk * cost.mapped) if cost.mapped else window)
         return fixed + count * (PER_WORKER_BYTES + cost.passes_bytes + out + chunk * cost.element_bytes + kept)
 
     least_chunk, more = max(GRAIN, cost.row), 2 if cost.passes else 1

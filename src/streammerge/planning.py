@@ -11,7 +11,7 @@ from streammerge.align import align
 from streammerge.bookkeeping import differing_facts
 from streammerge.budget import Budget, Cost, fit
 from streammerge.dtypes import DType
-from streammerge.errors import RecipeError, printable
+from streammerge.errors import BudgetError, RecipeError, printable
 from streammerge.methods.registry import COPY, INTEGERS
 from streammerge.output import plan_output, side_bytes
 from streammerge.parts import Indexes
@@ -174,7 +174,7 @@ def build_plan(
     # In the order in which the first input has them on the disk, its pages are read once and in sequence.
     tasks.sort(key=lambda task: (task.method is not INTEGERS, task.sources[0].path, task.sources[0].offset))
     staged = list({s.place: s for task in tasks for s in task.sources if not s.mappable}.values())
-    budget = budget_of(tasks, memory_bytes, workers, io, bool(staged))
+    budget, io = budget_of(tasks, memory_bytes, workers, io, bool(staged))
     identities = {path: known for index in opened for path, known in index.identities().items()}
     identities |= {str(source): identity(source) for source, _ in output.layout.side_files}
     notes = [*(note for index in opened for note in index.notes), *alignment.notes, *output.notes, *weight_notes(recipe)]
@@ -196,10 +196,16 @@ def build_plan(
     )
 
 
-def budget_of(tasks: list[MergeTask], memory_bytes: int, workers: int, io: str, staged: bool) -> Budget:
-    """How these tasks are run within that memory. Raises BudgetError when it is too little."""
+def budget_of(tasks: list[MergeTask], memory_bytes: int, workers: int, io: str, staged: bool) -> tuple[Budget, str]:
+    """How these tasks are run within that memory, and how they read: where there is no room for mapped pages of all
+    inputs, by pread. Raises BudgetError when it is too little."""
     tensors = sum(len(task.sources) + 1 for task in tasks)
-    return fit(memory_bytes, workers, tensors, _cost(tasks, io), staged)
+    try:
+        return fit(memory_bytes, workers, tensors, _cost(tasks, io), staged), io
+    except BudgetError:
+        if io != "mmap":
+            raise
+        return fit(memory_bytes, workers, tensors, _cost(tasks, "pread"), staged), "pread"
 
 
 def _tasks(placed: Placed, seed: int) -> list[MergeTask]:

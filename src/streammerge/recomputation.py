@@ -160,8 +160,8 @@ class _Recomputation:
         if not keys:
             return
         plan = self.plan
-        budget = budget_of(tasks, plan.memory_bytes, plan.budget.workers, plan.io, staged=False)
-        engine = Engine(budget, self._inputs, outputs, plan.io, CRC32, self._executor)
+        budget, io = budget_of(tasks, plan.memory_bytes, plan.budget.workers, plan.io, staged=False)
+        engine = Engine(budget, self._inputs, outputs, io, CRC32, self._executor)
         with closing(engine.run_all(tasks, lambda piece: piece.key in keys)) as results:
             for done in results:
                 yield done.piece(tasks)

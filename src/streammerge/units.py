@@ -8,6 +8,8 @@ from streammerge.errors import RecipeError
 
 PAGE_BYTES = 4096
 """Of memory; and what disks are written in that are written directly."""
+HUGE_PAGE_BYTES = 2 << 20
+"""What one touch of a mapped file may map at once: its cache is in pages of this size where the file system has them."""
 _UNITS = {"": 1, "b": 1}
 for _i, _letter in enumerate("kmgt", start=1):
     _UNITS |= {_letter: 1000**_i, f"{_letter}b": 1000**_i, f"{_letter}i": 1024**_i, f"{_letter}ib": 1024**_i}

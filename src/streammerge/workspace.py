@@ -50,8 +50,8 @@ class Workspace:
     """
 
     def __init__(self, budget: Budget) -> None:
-        self.touched = Spans(budget.kept_bytes)
-        self.noted_elems = budget.window_bytes // 4 // max(budget.cost.mapped, 1)
+        self.touched = Spans(budget.kept_bytes * 3 // 4)
+        self.noted_elems = budget.window_bytes // 4 // max(budget.cost.mapped, 1)  # what is not noted yet is the rest
         self._slots = slots(budget)
         self._slot_bytes = budget.chunk_elems * budget.cost.compute
         total = max(offset + size for offset, size in self._slots.values())
@@ -136,12 +136,10 @@ class Spans:
         self._spans: dict[InputFile, tuple[int, int]] = {}
 
     def add(self, file: InputFile, begin: int, end: int) -> list[tuple[InputFile, int, int]]:
-        """Takes a range in. Returns what came together before it, once that and this are enough, and starts over."""
-        low, high = self._spans.get(file, (begin, begin))
-        ripe = self.make_room(max(high, end) - min(low, begin) - (high - low))
+        """Takes a range in. Returns what came together, once that is enough, and starts over."""
         low, high = self._spans.get(file, (begin, begin))
         self._spans[file] = (min(low, begin), max(high, end))
-        return ripe
+        return self.make_room(0)
 
     def make_room(self, nbytes: int) -> list[tuple[InputFile, int, int]]:
         """Returns what came together, and starts over, where that and so many bytes more are enough."""

@@ -29,6 +29,9 @@ class ExecutorSuite:
     def test_nothing_to_do(self) -> None:
         assert list(self.executor(2).run([], lambda number: number)) == []
 
+    def test_nothing_may_come_of_a_task(self) -> None:
+        assert list(self.executor(2).run(range(10), lambda number: None)) == [None] * 10
+
     def test_one_run_after_another(self) -> None:
         executor = self.executor(2)
         assert [sorted(executor.run(range(count), lambda number: number)) for count in (5, 0, 9)] == [

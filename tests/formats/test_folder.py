@@ -222,3 +222,14 @@ class TestShardedTorch(FormatSuite):
         for shard in set(names.values()):
             torch.save({name: tensor for name, tensor in tensors.items() if names[name] == shard}, path / shard)
         (path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+def test_a_shard_without_tensors_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    torch.save({"w": torch.ones(3)}, folder / "pytorch_model-00001-of-00002.bin")
+    torch.save({"step": 3}, folder / "pytorch_model-00002-of-00002.bin")
+    names = {"w": "pytorch_model-00001-of-00002.bin", "v": "pytorch_model-00002-of-00002.bin"}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(sm.FormatError, match=r"pytorch_model-00002-of-00002\.bin: it holds no tensors"):
+        sm.inspect(folder)

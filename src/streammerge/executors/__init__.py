@@ -15,7 +15,7 @@ class Executor(Protocol):
 
     ``tasks`` may be many, and are made as they are asked for. About ``backlog`` results wait to be taken, not more. The
     first error stops the rest and is raised; leaving the iteration stops them too. Either way no worker is left when the
-    iterator is closed, and ``stopping`` is set as soon as what still runs is not wanted any more. No result is None.
+    iterator is closed, and ``stopping`` is set as soon as what still runs is not wanted any more.
     Tasks and ``run_one`` cannot be pickled; results can, and a merge relies on nothing else that a worker has in memory.
     """
 

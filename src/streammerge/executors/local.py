@@ -41,7 +41,7 @@ class ThreadExecutor:
                     if task is _NOTHING:
                         break
                     report(run_one(task), None)
-                report(None, None)
+                report(_NOTHING, None)
             except BaseException as error:  # noqa: BLE001 - carried to the caller, whatever it is
                 report(None, error)
 
@@ -54,7 +54,7 @@ class ThreadExecutor:
                 done, error = self._next(results)
                 if error is not None:
                     raise error
-                if done is None:
+                if done is _NOTHING:
                     running -= 1
                 else:
                     yield done

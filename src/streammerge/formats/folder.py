@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.choices import RECEIPT_FILE, RECIPE_FILE
-from streammerge.errors import FormatError, listed, printable
+from streammerge.errors import FormatError, StreammergeError, listed, printable
 from streammerge.formats.base import Container, StorageBytes
 from streammerge.formats.safetensors import load_json
 from streammerge.statedict import select
@@ -153,7 +153,10 @@ def read_sharded(index: Path, read_file: ReadFile) -> Container:
 def _tensors(container: Container) -> Iterable[tuple[str, TensorRef]]:
     if not container.pickled:
         return container.tree.items()  # type: ignore[no-any-return]
-    return [(found.name, found.ref) for found in select(container.tree).tensors]
+    try:
+        return [(found.name, found.ref) for found in select(container.tree).tensors]
+    except StreammergeError as error:
+        raise type(error)(f"{printable(container.path)}: {error}") from error
 
 
 def _renamed(ref: TensorRef, prefix: str) -> TensorRef:

@@ -21,13 +21,12 @@ from typing import BinaryIO
 
 from streammerge.errors import ChangedError, FormatError, SpaceError, printable
 from streammerge.storage import faults
-from streammerge.units import PAGE_BYTES, decimal_bytes
+from streammerge.units import HUGE_PAGE_BYTES, PAGE_BYTES, decimal_bytes
 
 COPY_BYTES = 1 << 20
 _LEAST_DIRECT_BYTES = 256 << 10
 _LEAST_WRITEBACK_BYTES = 1 << 20
 _OPEN_FILES = 256
-_FAULT_AROUND_BYTES = 2 << 20
 _SYNC_FILE_RANGE_WRITE = 2
 _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 Identity = tuple[int, int, int, int]
@@ -142,10 +141,10 @@ class InputFile:
         """Gives the pages of that range back that are mapped, and where one is polite, cached; touched again, they are
         read again.
 
-        A fault maps pages around the one it is for, so the range begins a little earlier and ends a little later.
+        A touch maps more than what is touched, so the range begins a little earlier and ends a little later.
         """
-        start = max(offset - offset % mmap.PAGESIZE - _FAULT_AROUND_BYTES, 0)
-        stop = min(offset + nbytes + _FAULT_AROUND_BYTES, self.size)
+        start = max(offset - offset % mmap.PAGESIZE - HUGE_PAGE_BYTES, 0)
+        stop = min(offset + nbytes + HUGE_PAGE_BYTES, self.size)
         if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED, start, stop - start)
         if self._polite and hasattr(os, "posix_fadvise"):
