@@ -50,3 +50,25 @@ class TestBudget:
         wide, narrow = (budget.fit(m << 20, workers=2, tensors=10, cost=cost, staging=False) for m in (512, 64))
         assert wide.window_bytes == budget.MOST_WINDOW_BYTES > narrow.window_bytes
         assert wide.chunk_elems == narrow.chunk_elems
+
+    @pytest.mark.parametrize(
+        ("input_bytes", "pages"),
+        [(1, 2), (budget.HUGE_PAGE_BYTES, 2), (budget.HUGE_PAGE_BYTES + 1, 3), (5 * budget.HUGE_PAGE_BYTES, 6)],
+    )
+    def test_mapped_pages_count_as_huge_ones(self, input_bytes: int, pages: int) -> None:
+        """Wherever in one they begin."""
+        assert budget._huge_pages(input_bytes) == pages * budget.HUGE_PAGE_BYTES
+
+    def test_what_is_mapped_and_what_is_kept_are_terms_of_the_peak(self) -> None:
+        mapped = budget.Cost(compute=0, buffers=0, out=0, read=0, inputs=3, mapped=2)
+        kept = budget.Cost(compute=0, buffers=0, out=0, read=0, inputs=3)
+        own = budget.RUN_BYTES + 2 * (budget.PER_WORKER_BYTES + budget.BEST_OUT_BYTES)
+        pages = budget._huge_pages(budget.MOST_WINDOW_BYTES + 2 * budget.BEST_CHUNK_ELEMS)
+        for cost, each in ((mapped, pages), (kept, budget.MOST_WINDOW_BYTES)):
+            fitted = budget.fit(1 << 40, workers=2, tensors=0, cost=cost, staging=False)
+            assert fitted.peak_bytes == own + 2 * 3 * each
+
+    def test_methods_with_passes_have_twice_the_chunk_and_the_window(self) -> None:
+        plain, passing = (budget.Cost(4, 2, 2, 0, 2, 2, passes=passes) for passes in (False, True))
+        one, two = (budget.fit(1 << 40, workers=1, tensors=0, cost=cost, staging=False) for cost in (plain, passing))
+        assert (two.chunk_elems, two.window_bytes) == (2 * one.chunk_elems, 2 * one.window_bytes)

@@ -331,15 +331,16 @@ def failing_sync(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, str
     return arm
 
 
+@pytest.mark.parametrize("resume", [True, False], ids=["at the first sync", "at the only one, the last"])
 @pytest.mark.parametrize("container", OUTPUTS)
 def test_what_the_disk_failed_to_store_is_written_anew(
-    pair: list[Path], tmp_path: Path, container: str, failing_sync: Callable[[int, str], list[str]]
+    pair: list[Path], tmp_path: Path, container: str, resume: bool, failing_sync: Callable[[int, str], list[str]]
 ) -> None:
     (tmp_path / "whole").mkdir()
     whole, out = tmp_path / "whole" / OUTPUTS[container], tmp_path / OUTPUTS[container]
     sm.merge(pair, whole)
     failing_sync(1, "model.safetensors" if container == "folder" else out.name)
-    result = sm.merge(pair, out)
+    result = sm.merge(pair, out, resume=resume)
     assert content(out) == content(whole)
     assert any("failed to store" in warning for warning in result.warnings)
 
