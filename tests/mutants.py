@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TESTS = {
     "budget": "test_budget.py test_tasks.py",
-    "planning": "cli/test_cli.py test_merge.py recipe/test_rules.py",
+    "planning": "test_planning.py cli/test_cli.py test_merge.py recipe/test_rules.py",
     "tasks": "test_tasks.py test_merge.py",
     "select": "test_select.py test_order.py methods/test_task_arithmetic.py",
     "order": "test_order.py methods/test_task_arithmetic.py",

@@ -1,0 +1,42 @@
+"""What a plan decides from headers and budget, and refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import streammerge as sm
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> list[Path]:
+    paths = [tmp_path / f"{number}.safetensors" for number in range(8)]
+    for number, path in enumerate(paths):
+        save_file({"w": torch.full((300, 1000), float(number))}, path)
+    return paths
+
+
+@pytest.mark.parametrize("out", ["/", ".", ""])
+def test_an_output_needs_a_name(inputs: list[Path], out: str) -> None:
+    with pytest.raises(sm.RecipeError, match="is not a name for an output"):
+        sm.plan(inputs, out)
+
+
+def test_where_mapped_pages_have_no_room_inputs_are_read(inputs: list[Path]) -> None:
+    wide, narrow = sm.plan(inputs, memory="512MiB"), sm.plan(inputs, memory="24MiB")
+    assert (wide.io, narrow.io) == ("mmap", "pread")
+    assert narrow.peak_bytes <= 24 << 20 < wide.peak_bytes
+    assert "pread)" in str(narrow)
+    with pytest.raises(sm.BudgetError, match="pass --memory"):
+        sm.plan(inputs, memory="4MiB")
+
+
+def test_a_plan_tells_what_must_be_copied_first(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(300, 1000).t()}, tmp_path / "in.pth")
+    plan = sm.plan([tmp_path / "in.pth"] * 2, tmp_path / "out.pth")
+    assert plan.torch_needed
+    assert "staged   1 tensors that cannot be mapped, 1.2 MB of temporary files" in str(plan)
+    assert plan.disk_bytes == plan.write_bytes + 1_200_000
