@@ -26,9 +26,9 @@ from streammerge.production import RunOptions
 from streammerge.receipt import Receipt
 from streammerge.recipe import Recipe, read_recipe
 from streammerge.recomputation import check_inputs, recompute
-from streammerge.run import Result, default_workers, execute
+from streammerge.run import Result, default_workers, execute, refuse_extras
 from streammerge.storage.commit import check_writable, sweep, write_text
-from streammerge.storage.files import free_bytes, identity
+from streammerge.storage.files import free_bytes
 from streammerge.units import decimal_bytes, parse_bytes, parse_share
 from streammerge.verification import Verified, check_files, receipt_of
 from streammerge.wish import conversion, overridden, recipe_of
@@ -293,7 +293,7 @@ def convert(
     recipe = conversion(str(path), drop, keep, overrides)
     planned = _plan(recipe, out, memory, workers, io, hashed=hash)
     if extras is not None:
-        _check_extras(Path(extras), planned, overwrite)
+        refuse_extras(Path(extras), planned, overwrite)
     result = execute(planned, RunOptions(overwrite, resume, polite, listener, executor), before)
     if extras is not None:
         index = open_checkpoint(path, state_dict, recipe.ema)
@@ -366,17 +366,6 @@ def _remade(
     planned = _plan(recipe, name, memory, workers, io, hashed=hashed)
     check_inputs(planned, receipt)
     return planned
-
-
-def _check_extras(extras: Path, planned: Plan, overwrite: bool) -> None:
-    """RecipeError when writing the extras would lose an input, the output or, without ``overwrite``, another file."""
-    check_writable(extras, overwrite)
-    taken = {Path(path).resolve() for path in planned.identities} | ({planned.out.resolve()} if planned.out else set())
-    taken |= {Path(owner).resolve() for owner in planned.owners.values() if Path(owner).is_dir()}
-    same = {known[:2] for known in planned.identities.values()}
-    linked = extras.exists() and identity(extras)[:2] in same
-    if linked or taken & {extras.resolve(), *extras.resolve().parents}:
-        raise RecipeError(f"--extras {printable(extras)} is, or lies in, an input or the output; choose another name")
 
 
 def _convert_all(recipe: Recipe, folder: Path, options: dict[str, Any], resume: bool, listener: Listener) -> bool:

@@ -15,7 +15,7 @@ from streammerge.formats.folder import foreign_files
 from streammerge.planning import Plan
 from streammerge.production import Production, RunOptions
 from streammerge.storage import faults
-from streammerge.storage.commit import Staging
+from streammerge.storage.commit import Staging, check_writable
 from streammerge.storage.files import identity, space_checked
 from streammerge.verification import receipt_of
 from streammerge.workspace import prepare_torch
@@ -134,6 +134,17 @@ def refuse_to_lose_files(out: Path, plan: Plan) -> None:
         raise RecipeError(
             f"{printable(out)} is a file, and a folder is to be there; remove it first, or choose another name"
         )
+
+
+def refuse_extras(extras: Path, plan: Plan, overwrite: bool) -> None:
+    """RecipeError when writing the extras would lose an input, the output or, without ``overwrite``, another file."""
+    check_writable(extras, overwrite)
+    taken = {Path(path).resolve() for path in plan.identities} | ({plan.out.resolve()} if plan.out else set())
+    taken |= {Path(owner).resolve() for owner in plan.owners.values() if Path(owner).is_dir()}
+    same = {known[:2] for known in plan.identities.values()}
+    linked = extras.exists() and identity(extras)[:2] in same
+    if linked or taken & {extras.resolve(), *extras.resolve().parents}:
+        raise RecipeError(f"--extras {printable(extras)} is, or lies in, an input or the output; choose another name")
 
 
 def _made_before(out: Path) -> set[str]:
