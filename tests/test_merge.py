@@ -296,6 +296,17 @@ def test_convert_first_keeps_and_reuses_its_files(tmp_path: Path, voices: tuple[
     assert octets(torch.load(tmp_path / "new.pth")["model"]["xtts.layer.bias"]) == octets(expected)
 
 
+def test_convert_first_believes_no_file_that_holds_something_else(tmp_path: Path, voices: tuple[Path, Path]) -> None:
+    sm.merge(voices, tmp_path / "out.pth", convert_first=tmp_path / "kept")
+    kept = sorted((tmp_path / "kept").iterdir())
+    for path, content in zip(kept, ({"other": torch.ones(3)}, None), strict=True):
+        before = path.read_bytes()
+        save_file(content, path) if content else path.write_bytes(b"damaged")
+        sm.merge(voices, tmp_path / "again.pth", convert_first=tmp_path / "kept", overwrite=True)
+        assert path.read_bytes() == before
+        assert (tmp_path / "again.pth").read_bytes() == (tmp_path / "out.pth").read_bytes()
+
+
 def test_replacing_is_not_warned_of(tmp_path: Path) -> None:
     paths = saved(tmp_path, {"w": torch.randn(3)}, {"w": torch.randn(3)})
     out = tmp_path / "out.safetensors"

@@ -198,6 +198,13 @@ class TestRulesAndBases:
         made = self.merged("a b", merge_method="weighted_sum", parameters={"alpha": 0.5}, rules=rules)
         assert octets(made["v.weight"]) == octets(mean([models["a"]["v.weight"], models["b"]["v.weight"]], [1, 1]))
 
+    def test_a_base_among_the_models_is_not_one_of_them(self, models: dict[str, Tensors]) -> None:
+        """nearswap takes one model beside its base; add_difference two."""
+        self.merged("base a", merge_method="nearswap", parameters={"t": 0.01})
+        self.merged("a base b", merge_method="add_difference")
+        with pytest.raises(sm.RecipeError, match="exactly 1 model beside the base, not 2"):
+            self.merged("base a b", merge_method="nearswap", parameters={"t": 0.01})
+
     def test_the_order_of_models_is_the_written_one(self, models: dict[str, Tensors]) -> None:
         made = self.merged("a base", merge_method="ema", parameters={"decay": 0.9})
         expected = 0.9 * models["a"]["q.weight"].double() + 0.1 * models["base"]["q.weight"].double()
