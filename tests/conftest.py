@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-for room in ("methods", "formats", "executors"):  # so that their assertions show the values too
+for room in ("methods", "formats", "running.executors"):  # so that their assertions show the values too
     pytest.register_assert_rewrite(f"{room}.suite")
 torch.set_num_threads(1)  # the tests run in parallel as they are
 
@@ -146,7 +146,7 @@ def forked(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 
 def run_command(words: list[str], folder: Path, out: int, err: int) -> NoReturn:
     """The end of a forked process: the command line, with its streams in those files."""
-    from streammerge import cli as command_line
+    from streammerge.cli import main as command_line
 
     status = 70
     try:

@@ -30,9 +30,9 @@ import torch
 from safetensors.torch import save_file
 
 import streammerge as sm
-from streammerge import tasks
-from streammerge.storage import commit, journal
-from streammerge.tensors import GRAIN
+from streammerge.planning import tasks
+from streammerge.stores import commit, journal
+from streammerge.tensors.spec import GRAIN
 
 tasks.PIECE_ELEMS = GRAIN  # so that small tensors have pieces
 journal.INTERVAL_SECONDS = 0.002  # and small merges are written down

@@ -41,7 +41,8 @@ import hostile as h
 import streammerge
 from streammerge.cli import render
 from streammerge.errors import StreammergeError
-from streammerge.recipe import read_recipe, to_yaml
+from streammerge.recipe.document import to_yaml
+from streammerge.recipe.reader import read_recipe
 
 MOST_SECONDS, MOST_BYTES, HANGS_SECONDS = 1, 64 << 20, 20
 CANARY = "canary"

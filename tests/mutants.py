@@ -21,15 +21,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TESTS = {
-    "budget": "test_budget.py test_tasks.py",
-    "planning": "test_planning.py cli/test_cli.py test_merge.py recipe/test_rules.py",
-    "tasks": "test_tasks.py test_merge.py",
-    "select": "test_select.py test_order.py methods/test_task_arithmetic.py",
-    "order": "test_order.py methods/test_task_arithmetic.py",
-    "unpickle": "formats/test_hostile.py test_pickled.py",
-    "storage/journal": "test_resume.py",
-    "storage/commit": "storage/test_commit.py test_run.py test_resume.py",
-    "storage/files": "storage/test_files.py test_run.py",
+    "planning/budget": "planning/test_budget.py planning/test_tasks.py",
+    "planning/plan": "planning/test_plan.py cli/test_cli.py test_merge.py recipe/test_rules.py",
+    "planning/tasks": "planning/test_tasks.py test_merge.py",
+    "kernels/ranking": "kernels/test_ranking.py kernels/test_kth_largest.py methods/test_task_arithmetic.py",
+    "kernels/kth_largest": "kernels/test_kth_largest.py methods/test_task_arithmetic.py",
+    "pickles/unpickle": "formats/test_hostile.py planning/outputs/test_pickled.py",
+    "stores/journal": "running/test_session.py",
+    "stores/commit": "stores/test_commit.py running/test_execution.py running/test_session.py",
+    "stores/local": "stores/test_local.py running/test_execution.py",
 }
 SECONDS = 240
 SWAPPED = {

@@ -16,7 +16,7 @@ TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 SECTIONS = {part.partition("\n")[0]: part for part in TEXT.split("\n## ")[1:]}
 EXAMPLES = {
     "A merge method": ["tests/methods/test_registry.py"],
-    "A format": ["tests/formats/test_sniff.py"],
+    "A format": ["tests/formats/test_detect.py"],
     "An executor": [],
 }
 

@@ -4,86 +4,77 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import streammerge as sm
-from streammerge.cli import cli
+from streammerge.cli.main import cli
 
 SOURCE = Path(sm.__file__).parent
 
 
-LAYERS = {
-    0: [
-        "choices",
-        "tensors",
-        "dtypes",
-        "units",
-        "events",
-        "errors",
-        "tree",
-        "checksums",
-        "names",
-        "rng",
-        "select",
-        "layers",
-        "quantised",
-        "version",
-    ],
-    1: [
-        "group",
-        "sums",
-        "order",
-        "budget",
-        "storage",
-        "memory",
-        "executors",
-        "unpickle",
-        "rebuild",
-        "repickle",
-        "statedict",
-    ],
-    2: ["formats", "methods", "recipe", "bookkeeping", "huggingface"],
-    3: ["checkpoint", "workspace", "tasks", "engine", "staging", "writer", "receipt"],
-    4: [
-        "inputs",
-        "conversions",
-        "choose",
-        "parts",
-        "values",
-        "mismatch",
-        "align",
-        "output",
-        "placing",
-        "structure",
-        "pickled",
-        "planning",
-        "wish",
-        "relatives",
-        "resume",
-    ],
-    5: ["production", "run", "verification", "recomputation"],
-    6: ["api"],
-    7: ["__init__", "cli", "__main__"],
-}
+ROOMS = (
+    "errors", "events", "units", "version", "strict_json", "options",  # words
+    "tensors", "kernels", "methods", "stores", "pickles", "formats", "recipe", "checkpoints", "planning", "running",
+    "verifying", "api", "cli", "__init__", "__main__",
+)  # fmt: skip
+"""From the ground up. A room imports from the rooms before it only."""
 
 
-def test_imports_go_downward_only() -> None:
-    layer = {name: number for number, names in LAYERS.items() for name in names}
-    order = [name for names in LAYERS.values() for name in names]
-    for path in SOURCE.rglob("*.py"):
-        room = path.relative_to(SOURCE).with_suffix("").parts[0]
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("streammerge"):
-                parts = (node.module or "").split(".")
-                used = [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
-                for other in used:
-                    other = "__init__" if other == "__version__" else other
-                    assert other in order, f"{path.name} imports {other}, which has no layer"
-                    assert layer[other] <= layer[room], f"{room} ({layer[room]}) imports {other} ({layer[other]})"
-                    if room != other and layer[other] == layer[room] and layer[room] == 2:
-                        assert {room, other} != {"formats", "methods"}
+def imports(path: Path) -> set[str]:
+    """Dotted names of the package's modules that a file imports, for type checkers too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "streammerge":
+            module = (node.module or "").removeprefix("streammerge").lstrip(".")
+            for alias in node.names:
+                inner = f"{module}.{alias.name}".lstrip(".")
+                file = SOURCE / inner.replace(".", "/")
+                found.add(inner if file.is_dir() or file.with_suffix(".py").exists() else module or "__init__")
+    return found
+
+
+def order_of(room: Path) -> list[str]:
+    """The modules of a room in the order in which its docstring lists them: each imports those above it."""
+    doc = ast.get_docstring(ast.parse((room / "__init__.py").read_text())) or ""
+    return re.findall(r"^    (\w+)", doc, re.MULTILINE)
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name -> file of every module."""
+    return {".".join(p.relative_to(SOURCE).with_suffix("").parts): p for p in SOURCE.rglob("*.py")}
+
+
+def test_rooms_import_from_the_rooms_below_them() -> None:
+    for name, path in modules().items():
+        room = name.partition(".")[0]
+        for other in imports(path):
+            below = other.partition(".")[0]
+            assert ROOMS.index(below) <= ROOMS.index(room), f"{name} imports {other}"
+            assert below != room or "." in name or name == other, f"{name} imports {other}, which lies beside it"
+
+
+def test_no_room_holds_a_circle() -> None:
+    """A module that its room's docstring does not list is a leaf: no module beside it imports it."""
+    for init in SOURCE.rglob("__init__.py"):
+        room = init.parent
+        if room == SOURCE:
+            continue
+        prefix, order = ".".join(room.relative_to(SOURCE).parts), order_of(room)
+        there = {p.stem for p in room.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()} - {"__init__"}
+        assert set(order) <= there, f"{prefix} lists {set(order) - there}, which it does not have"
+        for module in there:
+            files = [room / f"{module}.py"] if (room / f"{module}.py").exists() else (room / module).rglob("*.py")
+            for path in files:
+                for other in imports(path):
+                    beside = other.removeprefix(f"{prefix}.").partition(".")[0]
+                    if not other.startswith(f"{prefix}.") or beside == module:
+                        continue
+                    assert beside in order, f"{prefix}.{module} imports {beside}, which is a leaf"
+                    listed = order.index(module) if module in order else len(order)
+                    assert order.index(beside) < listed, f"{prefix}.{module} imports {beside}, which stands below it"
 
 
 def test_public_names_are_there_for_people_and_for_type_checkers() -> None:
@@ -94,7 +85,7 @@ def test_public_names_are_there_for_people_and_for_type_checkers() -> None:
 
 def test_torch_is_imported_only_where_values_are_computed() -> None:
     heavy = ("torch", "numpy", "safetensors", "yaml")
-    code = f"import sys, streammerge.cli; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, streammerge.cli.main; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 
 import hostile as h
 import streammerge as sm
-from streammerge import tasks
 from streammerge.events import Event, TaskDone
-from streammerge.storage import journal
-from streammerge.tensors import GRAIN
+from streammerge.planning import tasks
+from streammerge.stores import journal
+from streammerge.tensors.spec import GRAIN
 
 
 def large(folder: Path, megabytes: int) -> list[Path]:

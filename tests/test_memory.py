@@ -22,7 +22,7 @@ from streammerge.methods.registry import find_method, methods
 RUNS = """
 import json, re, sys, threading
 import streammerge as sm
-from streammerge.run import prepare_torch
+from streammerge.running.execution import prepare_torch
 
 def anonymous():
     with open("/proc/self/status") as file:

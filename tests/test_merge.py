@@ -11,7 +11,7 @@ from conftest import assert_same, load_safetensors, mean, octets, trained, voice
 from safetensors.torch import save_file
 
 import streammerge as sm
-from streammerge.tensors import GRAIN
+from streammerge.tensors.spec import GRAIN
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 FP8 = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]

@@ -17,7 +17,7 @@ import torch
 from benchmarks.cases import CASES
 from safetensors.torch import save_file
 
-from streammerge.cli import cli as command_line
+from streammerge.cli.main import cli as command_line
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

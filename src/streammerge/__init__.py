@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from streammerge.api import merge as merge
     from streammerge.api import plan as plan
     from streammerge.api import verify as verify
-    from streammerge.checkpoint import CheckpointIndex as CheckpointIndex
+    from streammerge.checkpoints.index import CheckpointIndex as CheckpointIndex
     from streammerge.errors import BudgetError as BudgetError
     from streammerge.errors import ChangedError as ChangedError
     from streammerge.errors import FormatError as FormatError
@@ -22,25 +22,25 @@ if TYPE_CHECKING:
     from streammerge.errors import StreammergeError as StreammergeError
     from streammerge.errors import TaskError as TaskError
     from streammerge.errors import VerifyError as VerifyError
+    from streammerge.formats.safetensors_writer import SafetensorsWriter as SafetensorsWriter
     from streammerge.methods.contracts import merge_method as merge_method
-    from streammerge.planning import Plan as Plan
-    from streammerge.run import Result as Result
-    from streammerge.tensors import TensorEntry as TensorEntry
-    from streammerge.tensors import TensorSpec as TensorSpec
-    from streammerge.verification import Verified as Verified
-    from streammerge.writer import SafetensorsWriter as SafetensorsWriter
+    from streammerge.planning.plan import Plan as Plan
+    from streammerge.running.execution import Result as Result
+    from streammerge.tensors.spec import TensorEntry as TensorEntry
+    from streammerge.tensors.spec import TensorSpec as TensorSpec
+    from streammerge.verifying.files import Verified as Verified
 
 _PLACES = {
     "api": "convert inspect merge plan verify",
-    "checkpoint": "CheckpointIndex",
+    "checkpoints.index": "CheckpointIndex",
     "errors": "BudgetError ChangedError FormatError LockedError MismatchError RecipeError SpaceError StreammergeError "
     "TaskError VerifyError",
     "methods.contracts": "merge_method",
-    "planning": "Plan",
-    "run": "Result",
-    "tensors": "TensorEntry TensorSpec",
-    "verification": "Verified",
-    "writer": "SafetensorsWriter",
+    "planning.plan": "Plan",
+    "running.execution": "Result",
+    "tensors.spec": "TensorEntry TensorSpec",
+    "verifying.files": "Verified",
+    "formats.safetensors_writer": "SafetensorsWriter",
 }
 _HOMES = {name: place for place, names in _PLACES.items() for name in names.split()}
 __all__ = sorted(_HOMES)

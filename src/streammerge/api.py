@@ -8,30 +8,32 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from streammerge.checkpoint import CheckpointIndex, open_checkpoint
-from streammerge.checksums import CRC32
-from streammerge.choices import DEFAULT_MEMORY, IO
-from streammerge.choose import choose, exponential_weights
-from streammerge.conversions import converted_path, from_conversion, is_conversion
+from streammerge.checkpoints.choosing import choose, exponential_weights
+from streammerge.checkpoints.conversions import converted_path, from_conversion, is_conversion
+from streammerge.checkpoints.globs import expand
+from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
 from streammerge.errors import ChangedError, FormatError, RecipeError, StreammergeError, VerifyError, listed, printable
 from streammerge.events import Listener, quiet
-from streammerge.executors import Executors
-from streammerge.executors.local import ThreadExecutor
 from streammerge.formats.safetensors import shared_headers
-from streammerge.group import Kernel
-from streammerge.inputs import expand
-from streammerge.memory import collector_paused, resident_bytes
-from streammerge.planning import Plan, build_plan
-from streammerge.production import RunOptions
-from streammerge.receipt import Receipt
-from streammerge.recipe import Recipe, read_recipe
-from streammerge.recomputation import check_inputs, recompute
-from streammerge.run import Result, default_workers, execute, refuse_extras
-from streammerge.storage.commit import check_writable, sweep, write_text
-from streammerge.storage.files import free_bytes
+from streammerge.kernels.chunk import Kernel
+from streammerge.options import DEFAULT_MEMORY, IO
+from streammerge.planning.plan import Plan, build_plan
+from streammerge.planning.receipt import Receipt
+from streammerge.recipe.arguments import conversion, overridden, recipe_of
+from streammerge.recipe.model import Recipe
+from streammerge.recipe.reader import read_recipe
+from streammerge.running.execution import Result, default_workers, execute, refuse_extras
+from streammerge.running.executors.base import Executors
+from streammerge.running.executors.threads import ThreadExecutor
+from streammerge.running.process import collector_paused, resident_bytes
+from streammerge.running.readback import receipt_of
+from streammerge.running.session import RunOptions
+from streammerge.stores.checksums import CRC32
+from streammerge.stores.commit import check_writable, sweep, write_text
+from streammerge.stores.local import free_bytes
 from streammerge.units import decimal_bytes, parse_bytes, parse_share
-from streammerge.verification import Verified, check_files, receipt_of
-from streammerge.wish import conversion, overridden, recipe_of
+from streammerge.verifying.files import Verified, check_files
+from streammerge.verifying.values import check_inputs, recompute
 
 PathLike = str | Path
 

@@ -204,7 +204,7 @@ with stoppable():
 
 
 def test_two_runs_on_one_output(tmp_path: Path, cli: Cli, voices: tuple[Path, Path]) -> None:
-    from streammerge.storage.commit import Staging
+    from streammerge.stores.commit import Staging
 
     with_lock = Staging(tmp_path / "voice.pth")
     try:

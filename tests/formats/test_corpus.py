@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_bombs
-import test_hostile as t
 from conftest import Cli
 
 import hostile as h
-from streammerge import cli as command_line
+from formats import test_bombs
+from formats import test_hostile as t
+from streammerge.cli import main as command_line
 
 MOST_SECONDS, MOST_BYTES = 4, 64 << 20  # one second of a quiet machine
 Make = Callable[[Path], dict[str, bool | None]]
@@ -202,7 +202,7 @@ def test_every_attack_through_every_command(make: Make, most_seconds: float, tmp
     made = make(folder)
     (folder / "first").write_bytes(t.ZIP)
     (folder / "list.json").write_text(json.dumps(["first", *made]))
-    command = [sys.executable, "-c", "import sys, test_corpus; test_corpus.run(sys.argv[1])", folder]
+    command = [sys.executable, "-c", "import sys; from formats import test_corpus; test_corpus.run(sys.argv[1])", folder]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(h.__file__).parent), *sys.path])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]

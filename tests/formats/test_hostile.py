@@ -20,7 +20,7 @@ import pytest
 
 import hostile as h
 import streammerge
-from streammerge import cli
+from streammerge.cli import main as cli
 from streammerge.errors import StreammergeError
 
 GOOD = h.stream({"w": h.tensor()})
@@ -120,7 +120,7 @@ def test_no_call_in_a_pickle_is_made(way: str, container: str, protocol: int, tm
 
 
 WATCHED = """
-import sys, streammerge.api, streammerge.cli, pathlib, json
+import sys, streammerge.api, streammerge.cli.main, pathlib, json
 from streammerge.formats import folder, safetensors, torch_legacy, torch_tar, torch_zip
 from streammerge.cli import render
 

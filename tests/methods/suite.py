@@ -18,12 +18,12 @@ from conftest import load_safetensors
 from safetensors.torch import save_file
 
 import streammerge as sm
-from streammerge import tasks
 from streammerge.cli.pages import method_page
-from streammerge.group import TensorGroup
+from streammerge.kernels.group import TensorGroup
+from streammerge.kernels.random import uniform
 from streammerge.methods.registry import MODULES, find_method, merge_tensors
-from streammerge.rng import uniform
-from streammerge.tensors import GRAIN
+from streammerge.planning import tasks
+from streammerge.tensors.spec import GRAIN
 
 Tensor = torch.Tensor
 

@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 
 import streammerge as sm
 from methods.suite import MethodSuite, suites
-from streammerge.group import Chunk, Kernel, TensorGroup
+from streammerge.kernels.chunk import Chunk, Kernel
+from streammerge.kernels.group import TensorGroup
 from streammerge.methods.registry import methods
-from streammerge.tensors import GRAIN
+from streammerge.tensors.spec import GRAIN
 
 Tensor = torch.Tensor
 

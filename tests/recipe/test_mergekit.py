@@ -15,7 +15,7 @@ import mergekit_cases as cases
 import pytest
 
 import streammerge as sm
-from streammerge.layers import is_before
+from streammerge.tensors.layers import is_before
 
 EXPECTED = json.loads((Path(__file__).parents[1] / "data" / "mergekit.json").read_text())
 

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import streammerge as sm
-from streammerge.cli import cli as command_line
-from streammerge.recipe import json_schema, read_recipe, to_yaml
-from streammerge.recipe.document import parse
+from streammerge.cli.main import cli as command_line
+from streammerge.recipe.document import parse, to_yaml
+from streammerge.recipe.reader import json_schema, read_recipe
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from streammerge.choices import DEFAULT_MEMORY, EMA_CHOICES, INTEGERS, IO, ON_MISSING, ON_SHAPE
+from streammerge.options import DEFAULT_MEMORY, EMA_CHOICES, INTEGERS, IO, ON_MISSING, ON_SHAPE
 
 Command = Callable[..., Any]
 

@@ -26,7 +26,7 @@ from streammerge.events import (
     Syncing,
     TaskDone,
 )
-from streammerge.memory import resident_bytes
+from streammerge.running.process import resident_bytes
 from streammerge.units import binary_bytes, decimal_bytes
 
 _LOG_SECONDS = 30.0

@@ -8,18 +8,18 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from streammerge.checkpoint import CheckpointIndex
-from streammerge.choices import RECEIPT_KEY, RECIPE_KEY
+from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.cli.terminal import WIDTH
 from streammerge.errors import RecipeError, listed, printable
-from streammerge.formats.safetensors import load_json
-from streammerge.statedict import unread_tensors
-from streammerge.storage.files import file_size
+from streammerge.options import RECEIPT_KEY, RECIPE_KEY
+from streammerge.pickles.state_dict import unread_tensors
+from streammerge.stores.local import file_size
+from streammerge.strict_json import load_json
 from streammerge.units import binary_bytes, decimal_bytes
 
 if TYPE_CHECKING:
-    from streammerge.run import Result
-    from streammerge.verification import Verified
+    from streammerge.running.execution import Result
+    from streammerge.verifying.files import Verified
 
 
 def result_text(result: Result) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from streammerge.errors import FormatError, printable
-from streammerge.tensors import Deflated
+from streammerge.tensors.spec import Deflated
 
 MOST_INFLATED_BYTES = 32 << 20
 _LOCAL = b"PK\3\4"

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.errors import FormatError, printable
-from streammerge.tensors import Deflated, TensorEntry, TensorSpec, is_contiguous
-from streammerge.tree import StorageRef, TensorRef
+from streammerge.pickles.tree import StorageRef, TensorRef
+from streammerge.tensors.spec import Deflated, TensorEntry, TensorSpec, is_contiguous
 
 MOST_EXPANDED_BYTES = 64 << 20
 

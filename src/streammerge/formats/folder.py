@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from streammerge.choices import RECEIPT_FILE, RECIPE_FILE
 from streammerge.errors import FormatError, StreammergeError, listed, printable
 from streammerge.formats.base import Container, StorageBytes
-from streammerge.formats.safetensors import load_json
-from streammerge.statedict import select
-from streammerge.storage.files import file_size, read_full
-from streammerge.tree import StorageRef, TensorRef
+from streammerge.options import RECEIPT_FILE, RECIPE_FILE
+from streammerge.pickles.state_dict import select
+from streammerge.pickles.tree import StorageRef, TensorRef
+from streammerge.stores.local import file_size, read_full
+from streammerge.strict_json import load_json
 
 MAX_INDEX_BYTES = 256 << 20
 _MOST_SIDE_FILE_BYTES = 128 << 20

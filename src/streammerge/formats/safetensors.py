@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from streammerge.dtypes import DType
 from streammerge.errors import FormatError, MismatchError, listed, printable
 from streammerge.formats.base import Container, LayoutFile, Literal, flat_tensor
-from streammerge.storage.files import file_size, open_stream
-from streammerge.tensors import TensorEntry, TensorSpec
+from streammerge.stores.local import file_size, open_stream
+from streammerge.strict_json import load_json
+from streammerge.tensors.dtypes import DType
+from streammerge.tensors.spec import TensorEntry, TensorSpec
 from streammerge.units import PAGE_BYTES
 
 MAX_HEADER_BYTES = 100_000_000
@@ -98,27 +99,6 @@ def shared_headers() -> Iterator[None]:
     finally:
         _known.room = 0
         _known.clear()
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {printable(twice)} stands twice")
-    return made
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-def load_json(data: bytes | str) -> Any:
-    """Strict JSON: duplicate keys, NaN and nesting without end are ValueErrors."""
-    try:
-        return json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
 
 
 def _parse(data: bytes, where: str) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from streammerge.errors import FormatError, StreammergeError, printable
 from streammerge.formats.base import Container, StorageBytes
-from streammerge.rebuild import StorageTable, text
-from streammerge.storage.files import file_size, open_stream
-from streammerge.unpickle import unpickle
+from streammerge.pickles.rebuild import StorageTable, text
+from streammerge.pickles.unpickle import unpickle
+from streammerge.stores.local import file_size, open_stream
 
 MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001

@@ -10,10 +10,10 @@ from typing import Any, BinaryIO
 
 from streammerge.errors import FormatError, printable
 from streammerge.formats.base import Container, StorageBytes
-from streammerge.rebuild import Damaged, natural, storage_dtype, text
-from streammerge.storage.files import open_stream
-from streammerge.tree import PersistentId, StorageRef, TensorRef
-from streammerge.unpickle import unpickle
+from streammerge.pickles.rebuild import Damaged, natural, storage_dtype, text
+from streammerge.pickles.tree import PersistentId, StorageRef, TensorRef
+from streammerge.pickles.unpickle import unpickle
+from streammerge.stores.local import open_stream
 
 _MEMBERS = ("pickle", "tensors", "storages")
 _MOST = 1_000_000

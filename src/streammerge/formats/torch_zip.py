@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from streammerge.choices import RECEIPT_FILE, RECEIPT_KEY, RECIPE_FILE, RECIPE_KEY
 from streammerge.errors import FormatError, printable
 from streammerge.formats import archive
 from streammerge.formats.base import Container, LayoutFile, Literal, StorageBytes
-from streammerge.rebuild import StorageTable
-from streammerge.storage.files import open_stream
-from streammerge.unpickle import MAX_PICKLE_BYTES, unpickle
+from streammerge.options import RECEIPT_FILE, RECEIPT_KEY, RECIPE_FILE, RECIPE_KEY
+from streammerge.pickles.rebuild import StorageTable
+from streammerge.pickles.unpickle import MAX_PICKLE_BYTES, unpickle
+from streammerge.stores.local import open_stream
 
 MAX_RECORD_BYTES = 16 << 20
 _BESIDE = {RECIPE_KEY: RECIPE_FILE, RECEIPT_KEY: RECEIPT_FILE}

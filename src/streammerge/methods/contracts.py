@@ -16,7 +16,8 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from streammerge.errors import RecipeError, printable
-from streammerge.group import Kernel, TensorGroup
+from streammerge.kernels.chunk import Kernel
+from streammerge.kernels.group import TensorGroup
 
 PerModel = Sequence[float]
 """The kind of a parameter that has one number for each model."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from streammerge.errors import MismatchError, printable
-from streammerge.group import Chunk, Kernel, TensorGroup
+from streammerge.kernels.chunk import Chunk, Kernel
+from streammerge.kernels.group import TensorGroup
 from streammerge.methods.contracts import PerModel, merge_method
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from streammerge.errors import RecipeError
-from streammerge.group import Chunk, Kernel, TensorGroup
+from streammerge.kernels.chunk import Chunk, Kernel
+from streammerge.kernels.group import TensorGroup
 from streammerge.methods.contracts import Values, merge_method
 from streammerge.methods.linear import combination
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-from streammerge.group import Chunk, Kernel, TensorGroup
+from streammerge.kernels.chunk import Chunk, Kernel
+from streammerge.kernels.group import TensorGroup
 from streammerge.methods.contracts import Values, merge_method
 from streammerge.methods.linear import combination
 

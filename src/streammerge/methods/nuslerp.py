@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from streammerge.group import Chunk, Kernel, TensorGroup
+from streammerge.kernels.chunk import Chunk, Kernel
+from streammerge.kernels.group import TensorGroup
 from streammerge.methods.contracts import PerModel, Values, merge_method
 from streammerge.methods.linear import combination
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from streammerge.errors import RecipeError
-from streammerge.group import Chunk, Kernel, TensorGroup
+from streammerge.kernels.chunk import Chunk, Kernel
+from streammerge.kernels.group import TensorGroup
 from streammerge.methods.contracts import Values, merge_method
 
 if TYPE_CHECKING:

@@ -10,10 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import RecipeError, printable
-from streammerge.group import Kernel, TensorGroup
+from streammerge.kernels.chunk import Kernel
+from streammerge.kernels.group import TensorGroup
 from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.exact import copy, integers
-from streammerge.tensors import GRAIN
+from streammerge.tensors.spec import GRAIN
 
 if TYPE_CHECKING:
     import torch

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from streammerge.errors import RecipeError
-from streammerge.group import Chunk, Kernel, TensorGroup
+from streammerge.kernels.chunk import Chunk, Kernel
+from streammerge.kernels.group import TensorGroup
+from streammerge.kernels.ranking import Cut
 from streammerge.methods.contracts import Values, merge_method
-from streammerge.select import Cut
 
 if TYPE_CHECKING:
     import torch

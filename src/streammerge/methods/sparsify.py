@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from streammerge.errors import RecipeError
-from streammerge.group import Chunk, TensorGroup
+from streammerge.kernels.chunk import Chunk
+from streammerge.kernels.group import TensorGroup
+from streammerge.kernels.ranking import row_ranks
 from streammerge.methods.contracts import Values
-from streammerge.select import row_ranks
 
 if TYPE_CHECKING:
     import torch

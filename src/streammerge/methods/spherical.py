@@ -11,7 +11,8 @@ import math
 from typing import TYPE_CHECKING
 
 from streammerge.errors import RecipeError, TaskError, printable
-from streammerge.group import Kernel, TensorGroup
+from streammerge.kernels.chunk import Kernel
+from streammerge.kernels.group import TensorGroup
 from streammerge.methods.contracts import PerModel, Values, merge_method, sums_to_something
 from streammerge.methods.linear import combination
 

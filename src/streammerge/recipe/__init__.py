@@ -1,114 +1,16 @@
-"""Recipes: from a file, from plain data or from arguments to one frozen :class:`Recipe`, and back to text."""
+"""What the user asked for, as frozen data.
 
-from __future__ import annotations
+Each module imports only modules above it::
 
-import os
-from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
-
-from streammerge.choices import RECIPE_FILE
-from streammerge.errors import RecipeError, printable
-from streammerge.methods.registry import find_method
-from streammerge.recipe.checks import check, raise_all
-from streammerge.recipe.document import parse, to_json, to_yaml
-from streammerge.recipe.form import Model, Output, Recipe, Reference, Rule, Slice, Source
-from streammerge.recipe.kinds import FormOf, Problems
-from streammerge.recipe.locate import located, resolved
-from streammerge.storage.files import file_size, read_full
-
-__all__ = [
-    "Model",
-    "Output",
-    "Recipe",
-    "Reference",
-    "Rule",
-    "Slice",
-    "Source",
-    "checked",
-    "json_schema",
-    "read_recipe",
-    "resolved",
-    "to_json",
-    "to_yaml",
-]
-
-_MOST_BYTES = 16 << 20
-
-
-def checked(recipe: Recipe) -> Recipe:
-    """The recipe, if nothing is wrong with it; RecipeError with all that is."""
-    problems = Problems()
-    check(recipe, problems)
-    raise_all(problems, recipe.places)
-    return recipe
-
-
-def read_recipe(source: str | Path | Mapping[str, Any], own_methods: bool = False, folder: Path | None = None) -> Recipe:
-    """The recipe of a YAML file, or of the same keys as a dict; the paths in it are found: from here or from the file's
-    folder, and those of a dict from ``folder``, if it is given.
-
-    ``own_methods``: whether it may name methods that are somebody's own code. Raises RecipeError with every mistake,
-    each with its line.
-    """
-    if isinstance(source, Mapping):
-        return _read(source, {}, [], "the recipe", [folder or Path()], own_methods)
-    path = Path(source)
-    name = printable(source)
-    if not os.path.isfile(path):  # noqa: PTH113 (Path.is_file raises for a name that is too long)
-        raise RecipeError(f"{name} is no file; a recipe is a YAML file")
-    try:
-        size = file_size(path)
-        if size > _MOST_BYTES:
-            raise RecipeError(f"{name} has {size} bytes, beyond the limit of {_MOST_BYTES} for a recipe")
-        text = read_full(path, 0, size).decode("utf-8-sig")
-    except OSError as error:
-        raise RecipeError(f"{name} cannot be read ({printable(error.strerror or error)})") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{name} is not text in UTF-8; a recipe is") from error
-    document = parse(text, str(source))
-    folders = [Path(), path.parent] + ([path.parent.parent] if path.name == RECIPE_FILE else [])
-    return _read(document.data, document.places, document.doubled, name, folders, own_methods)
-
-
-def _read(data: Any, places: Any, doubled: Any, name: str, folders: list[Path], own_methods: bool) -> Recipe:
-    problems = Problems()
-    for key in doubled:
-        problems.add(key, f"the key {printable(key[-1])} stands twice")
-    recipe = FormOf(Recipe).read(_with_own_methods(data, problems) if own_methods else data, (), problems)
-    if recipe is not None:
-        recipe = located(replace(recipe, places=places), folders, problems)
-        check(recipe, problems)
-    raise_all(problems, places, name)
-    return recipe  # type: ignore[no-any-return]
-
-
-def _with_own_methods(data: Any, problems: Problems) -> Any:
-    """The data with methods in place of names like package.module:function, which are imported here."""
-    if not isinstance(data, Mapping):
-        return data
-    made = {**data}
-    if isinstance(made.get("rules"), list):
-        made["rules"] = [{**rule} if isinstance(rule, Mapping) else rule for rule in made["rules"]]
-    holders = [((), made), *((("rules", n), rule) for n, rule in enumerate(made.get("rules") or ()))]
-    for path, each in holders:
-        if isinstance(each, dict) and ":" in str(each.get("merge_method")):
-            try:
-                each["merge_method"] = find_method(str(each["merge_method"]))
-            except RecipeError as error:
-                problems.add((*path, "merge_method"), str(error))
-                each["merge_method"] = find_method("linear")
-    return made
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema of a recipe, for editors."""
-    forms: dict[str, Any] = {}
-    reference = FormOf(Recipe).schema(forms)
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "streammerge recipe",
-        **reference,
-        "$defs": forms,
-    }
+    fields     what a key of a recipe may hold
+    patterns   globs and regular expressions on tensor names
+    settings   parameters with filters and gradients
+    scalars    single values: paths, sizes, dtypes, methods
+    model      the classes, whose fields are the keys
+    document   YAML text with the place of each key
+    checks     what is wrong with a recipe
+    locations  where its models are, and what to call them in one that travels
+    reader     from a file or plain data to a Recipe
+    arguments  from the arguments of merge() to a Recipe
+    summary    a recipe as a person reads it
+"""

@@ -8,8 +8,8 @@ from typing import Any
 
 from streammerge.errors import RecipeError, printable
 from streammerge.methods.contracts import MergeMethod
-from streammerge.recipe.form import Model, Recipe, Slice, Source
-from streammerge.recipe.kinds import Path, Places, Problems, place_of
+from streammerge.recipe.fields import Path, Places, Problems, place_of
+from streammerge.recipe.model import Model, Recipe, Slice, Source
 from streammerge.recipe.settings import Settings, check_setting
 
 

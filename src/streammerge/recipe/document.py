@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import RecipeError, printable
-from streammerge.recipe.kinds import Path, Place
+from streammerge.recipe.fields import Path, Place
 
 if TYPE_CHECKING:
     import yaml

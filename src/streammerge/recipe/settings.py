@@ -12,7 +12,7 @@ from typing import Any
 
 from streammerge.errors import RecipeError
 from streammerge.methods.contracts import Parameter
-from streammerge.recipe.kinds import Kind, MapOf, Path, Problems, Schema, shown
+from streammerge.recipe.fields import Kind, MapOf, Path, Problems, Schema, shown
 
 Scalar = bool | int | float | str
 

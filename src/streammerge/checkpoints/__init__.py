@@ -1,0 +1,10 @@
+"""One model, found and described from its headers.
+
+Each module imports only modules above it::
+
+    globs        paths and globs in numeric order
+    index        CheckpointIndex
+    huggingface  config.json and tied heads
+    choosing     the last, a range, the best
+    conversions  inputs converted to safetensors first
+"""

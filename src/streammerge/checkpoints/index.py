@@ -1,0 +1,132 @@
+"""A checkpoint without its data: which tensors it has, where their bytes are, and what else it says."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from streammerge.errors import FormatError, RecipeError, StreammergeError, printable
+from streammerge.formats import detect
+from streammerge.formats.base import MOST_EXPANDED_BYTES, Container
+from streammerge.pickles.state_dict import Selection, select
+from streammerge.pickles.tree import Global, TensorRef, number, plain, walk
+from streammerge.stores.local import Identity, identity
+from streammerge.tensors.spec import TensorEntry
+
+
+@dataclass(slots=True)
+class CheckpointIndex:
+    """``entries``: every tensor of the state dict by name, in its order. ``aliases``: tied name -> the first name of
+    the same tensor. ``extras``: the inert tree of a pickled file, None for safetensors. ``files``: all it is read from.
+    """
+
+    path: Path
+    entries: dict[str, TensorEntry]
+    aliases: dict[str, str]
+    extras: Any
+    metadata: dict[str, str]
+    files: tuple[Path, ...]
+    container: Container
+    selection: Selection
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def format(self) -> str:
+        return self.container.format
+
+    @property
+    def numel(self) -> int:
+        """Parameters, tied ones counted once."""
+        return sum(e.spec.numel for n, e in self.entries.items() if n not in self.aliases)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors, tied ones counted once."""
+        return sum(e.nbytes for n, e in self.entries.items() if n not in self.aliases)
+
+    def identities(self) -> dict[str, Identity]:
+        """What each file is on the disk, to notice when it changes."""
+        return {str(path): identity(path) for path in self.files}
+
+    def classes(self) -> list[str]:
+        """Names of the classes and functions that its pickle mentions, none of which was imported."""
+        return sorted({n.path for _, n in walk(self.extras) if isinstance(n, Global) and not _is_torch_type(n)})
+
+    def plain_data(self) -> Any:
+        """What stands beside the tensors (configuration, step, losses), as JSON-able data; None when there is nothing."""
+        if not isinstance(self.extras, dict):
+            return None if isinstance(self.extras, TensorRef) else plain(self.extras)
+        tops = {c.path[0] for c in self.selection.candidates if c.path}
+        rest = {k: v for k, v in self.extras.items() if k not in tops and not isinstance(v, TensorRef)}
+        return plain(rest)
+
+    def value(self, key: str) -> float | int | None:
+        """A number in the plain data by its path, such as ``model_loss.eval_loss``."""
+        node: Any = self.extras
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        return number(node)
+
+
+def _did_you_mean(path: Path) -> str:
+    """What stands beside a file that is not there, and is called nearly the same."""
+    import difflib
+
+    try:
+        names = [beside.name for beside in path.parent.iterdir()]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.8)
+    return f"; did you mean {printable(path.with_name(near[0]))}?" if near else ""
+
+
+def _check_expansion(path: Path, container: Container, entries: list[TensorEntry]) -> None:
+    """Many small storages expanded, or one seen by many tensors, would fill a disk when they are written out."""
+    total, stored = sum(e.nbytes for e in entries), sum(s.nbytes for s in container.storages.values())
+    if total > MOST_EXPANDED_BYTES + 16 * stored:
+        raise FormatError(
+            f"{printable(path)}: its tensors claim {total} bytes over {stored} stored; they are expanded beyond reason"
+        )
+
+
+def _is_torch_type(node: Global) -> bool:
+    return node.module == "torch" or node.module.startswith("torch.storage") or node.path == "collections.OrderedDict"
+
+
+def open_checkpoint(path: str | Path, state_dict: str | None = None, ema: str = "ignore") -> CheckpointIndex:
+    """The index of a file or folder; nothing in it is executed and no tensor is read.
+
+    Raises FormatError for what cannot be read and RecipeError when ``state_dict`` or ``ema`` ask for what is not there.
+    """
+    path = Path(path)
+    if not os.path.exists(path):  # noqa: PTH110 (Path.exists raises for a name that is too long)
+        raise RecipeError(f"{printable(path)} does not exist{_did_you_mean(path)}")
+    try:
+        container = detect.read(path)
+    except OSError as error:
+        raise FormatError(f"{printable(path)} cannot be read ({printable(error.strerror or error)})") from error
+    try:
+        selection = select(container.tree, state_dict, ema)
+    except StreammergeError as error:
+        raise type(error)(f"{printable(path)}: {error}") from error
+    entries: dict[str, TensorEntry] = {}
+    aliases: dict[str, str] = {}
+    places: dict[tuple[object, ...], str] = {}
+    pickled = container.pickled
+    for found in selection.tensors:
+        name = found.name
+        if name in entries:
+            raise FormatError(f"{printable(path)}: the name {printable(name)} stands for two tensors")
+        entry = entries[name] = container.locate(name, found.ref)
+        if pickled and entry.nbytes:  # tensors of a safetensors file have bytes of their own
+            first = places.setdefault(entry.place, name)
+            if first != name:
+                aliases[name] = first
+    if pickled:
+        loose = [entries[found.name] for found in selection.tensors if found.ref.entry is None]
+        _check_expansion(path, container, [e for e in loose if e.spec.name not in aliases])
+    extras = container.tree if container.pickled else None
+    notes = [*container.notes, *(f"{printable(path)}: {note}" for note in selection.notes)]
+    return CheckpointIndex(path, entries, aliases, extras, container.metadata, container.files, container, selection, notes)

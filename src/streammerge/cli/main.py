@@ -1,0 +1,103 @@
+"""The command line: the group of commands, its errors and its end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import click
+
+from streammerge.cli import convert, inspect, merge, methods, plan, verify
+from streammerge.cli.signals import Stopped, stoppable
+from streammerge.cli.streams import open_standard_streams
+from streammerge.cli.terminal import say
+from streammerge.errors import StreammergeError, printable
+from streammerge.version import __version__
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120, "auto_envvar_prefix": "STREAMMERGE"}
+)
+@click.version_option(__version__, prog_name="streammerge")
+def cli() -> None:
+    """Merge model checkpoints larger than memory.
+
+    An INPUT is a .safetensors, .pth, .pt, .bin or .ckpt file, a folder with one checkpoint or with shards and their
+    index, or a quoted glob. A recipe, which is a mergekit configuration, stands in place of all inputs. Nothing in an
+    input is ever executed.
+    """
+
+
+for command in (convert.convert, inspect.inspect, merge.merge, methods.methods, plan.plan, verify.verify):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Runs the command line; every error of streammerge's own is one sentence and its exit code."""
+    open_standard_streams()
+    debug = "--debug" in sys.argv
+    try:
+        with stoppable():
+            cli.main(prog_name="streammerge", standalone_mode=False)
+    except Stopped as stopped:
+        if sys.stderr.isatty():
+            click.echo(err=True)  # the terminal has shown ^C
+        say(f"error: {stopped.word}; {stopped.outcome}", err=True)
+        sys.stderr.flush()
+        # All is cleaned up; torch can abort when the interpreter is taken down under a starting thread.
+        os._exit(stopped.exit_code)
+    except click.ClickException as error:
+        _fail(_usage(error), error.exit_code)
+    except StreammergeError as error:
+        if debug:
+            _print_traceback()
+        _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    except (OSError, MemoryError) as error:
+        if debug:
+            _print_traceback()
+        _fail(printable(error if not isinstance(error, OSError) or error.filename else error.strerror or error, 1000), 1)
+
+
+def run() -> None:
+    """The installed command: :func:`main`, and the end of its process: taking torch down would cost half a second."""
+    code: Any = None
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    if code is not None and not isinstance(code, int):
+        sys.exit(code)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        code = code or 1
+    os._exit(code or 0)
+
+
+def _usage(error: click.ClickException) -> str:
+    """What is wrong with a command, in one sentence."""
+    said, near = error.format_message().partition(" (Did you mean")[0].rstrip("."), ""
+    if isinstance(error, click.NoSuchOption) and error.possibilities:
+        from difflib import get_close_matches
+
+        best = get_close_matches(error.option_name, error.possibilities, n=1) or error.possibilities
+        near = f"; did you mean {best[0]}?"
+    elif isinstance(error, click.UsageError) and error.ctx:
+        near = f"; see `{error.ctx.command_path} --help`"
+    return said[:1].lower() + said[1:] + near
+
+
+def _print_traceback() -> None:
+    import traceback
+
+    traceback.print_exc()
+
+
+def _fail(message: str, code: int) -> None:
+    say(f"error: {message}", err=True)
+    sys.exit(code)

@@ -1,0 +1,59 @@
+"""Sums over a :class:`~streammerge.kernels.group.TensorGroup`, in one pass."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from streammerge.tensors.spec import ranges
+
+if TYPE_CHECKING:
+    import torch
+
+    from streammerge.kernels.chunk import Chunk, Swept
+
+    Terms = Callable[[Chunk], Iterable[torch.Tensor]]
+
+
+def reduce(group: Swept, terms: Terms) -> list[torch.Tensor]:
+    """See :meth:`TensorGroup.reduce`."""
+    import torch
+
+    def work(chunks: Iterable[Chunk]) -> list[torch.Tensor]:
+        totals: list[torch.Tensor] = []
+        for chunk in chunks:
+            for number, values in enumerate(terms(chunk)):
+                step = group.grain // (group.row if values.dim() > 1 else 1)
+                for start, stop in list(ranges(len(values), step)) or [(0, 0)]:
+                    partial = values[start:stop].sum(0, dtype=torch.float64)
+                    if number == len(totals):
+                        totals.append(partial)
+                    else:
+                        totals[number].add_(partial)
+        return totals
+
+    def add(totals: list[torch.Tensor], more: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [total.add_(one) for total, one in zip(totals, more, strict=True)]
+
+    return functools.reduce(add, group.sweep(work, 0, group.elems))
+
+
+def gram(group: Swept, deltas: bool) -> torch.Tensor:
+    """See :meth:`TensorGroup.gram`."""
+    import torch
+
+    n = group.models
+
+    def products(chunk: Chunk) -> Iterator[torch.Tensor]:
+        load = chunk.delta if deltas else chunk.load
+        for i in range(n):
+            x = load(i, "gram x", torch.float64)
+            for j in range(i + 1):
+                y = x if i == j else load(j, "gram y", torch.float64)
+                yield torch.mul(x, y, out=chunk.empty("gram product", torch.float64))
+
+    rows, columns = torch.tril_indices(n, n)
+    matrix = torch.zeros(n, n, dtype=torch.float64)
+    matrix[rows, columns] = matrix[columns, rows] = torch.stack(reduce(group, products))
+    return matrix

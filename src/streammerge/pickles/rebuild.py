@@ -1,0 +1,201 @@
+"""What the calls in a pickle would make: torch's storages and tensors, ordered dictionaries, bytes.
+
+A closed table, computed here from the arguments alone; a call to anything else stays an inert
+:class:`~streammerge.pickles.tree.Instance`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from streammerge.errors import printable
+from streammerge.pickles.tree import Global, Instance, OrderedTree, PersistentId, StorageRef, TensorRef
+from streammerge.tensors.dtypes import BY_STORAGE_CLASS, BY_TORCH_NAME, DType
+
+MAX_NAME = 1000
+"""Characters in the name of a class, a function or a storage."""
+
+_KEY_PARTS = 64
+
+_QUANTISED = {  # the integers behind quantised tensors, which themselves stay unread
+    "QInt8Storage": DType.I8,
+    "QUInt8Storage": DType.U8,
+    "QInt32Storage": DType.I32,
+    "QUInt4x2Storage": DType.U8,
+    "QUInt2x4Storage": DType.U8,
+}
+
+
+class Damaged(ValueError):
+    """What the stream says is not possible; becomes a FormatError that names the file."""
+
+
+class StorageTable:
+    """Turns torch's persistent ids into one StorageRef per storage, and remembers them all."""
+
+    def __init__(self) -> None:
+        self.refs: dict[tuple[str, int, int], StorageRef] = {}
+
+    def __call__(self, pid: Any) -> Any:
+        if not isinstance(pid, tuple) or not pid or pid[0] not in ("storage", "module"):
+            return PersistentId(pid)
+        if pid[0] == "module":  # a class, with its source code, in files from before torch 1.6
+            return pid[1]
+        _, kind, key, _location, numel, *rest = pid
+        dtype = storage_dtype(kind)
+        key, view_offset = text(key), 0
+        if rest and rest[0] is not None:
+            _view_key, view_offset, _view_numel = rest[0]
+        return self.add(StorageRef(key, dtype, natural(numel), natural(view_offset)))
+
+    def add(self, ref: StorageRef) -> StorageRef:
+        known = self.refs.setdefault((ref.key, ref.view_offset, ref.numel), ref)
+        if known.dtype != ref.dtype:
+            raise Damaged(f"storage {ref.key} is named with two dtypes")
+        return known
+
+
+def storage_dtype(kind: Any) -> Any:
+    """The dtype of ``torch.FloatStorage`` and its like; None for an untyped storage."""
+    if not isinstance(kind, Global) or kind.module.partition(".")[0] != "torch":
+        raise Damaged("a storage of an unknown class")
+    if kind.name == "UntypedStorage":
+        return None
+    dtype = BY_STORAGE_CLASS.get(kind.name) or _QUANTISED.get(kind.name)
+    if dtype is None:
+        raise Damaged(f"a storage of class {printable(kind.path)}, which is not supported")
+    return dtype
+
+
+def text(value: Any) -> str:
+    """A name; Python 2 byte strings, which pickletools reads as latin-1, are decoded as utf-8 where they are that."""
+    if isinstance(value, bytes):
+        value = value[: MAX_NAME + 1].decode("utf-8", errors="surrogateescape")
+    if not isinstance(value, str):
+        raise Damaged("a name is not a string")
+    if len(value) > MAX_NAME:
+        raise Damaged(f"a name of more than {MAX_NAME} characters")
+    return value
+
+
+def set_items(target: Any, pairs: list[tuple[Any, Any]]) -> None:
+    for key, _ in pairs:
+        _check_key(key)
+    if isinstance(target, dict):
+        target.update(pairs)
+    elif isinstance(target, Instance):
+        target.items.extend(pairs)
+    else:
+        raise Damaged(f"it sets items of a {type(target).__name__}")
+
+
+def _check_key(key: Any, parts: int = _KEY_PARTS) -> int:
+    """Hashing a nested tuple visits all of it, which a small hostile file can make endless. Returns the parts left."""
+    if isinstance(key, tuple):
+        for part in key:
+            parts = _check_key(part, parts - 1)
+    elif isinstance(key, list | dict):
+        raise Damaged(f"a {type(key).__name__} as a dictionary key")
+    elif isinstance(key, int) and key.bit_length() > 64:
+        raise Damaged("a huge number as a dictionary key")
+    if parts < 0:
+        raise Damaged("a dictionary key is nested too deeply")
+    return parts
+
+
+def natural(value: Any) -> int:
+    """A size or an offset, checked to be one."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 62:
+        raise Damaged("a size or offset is not a natural number")
+    return value
+
+
+def _counts(values: Any) -> tuple[int, ...]:
+    if isinstance(values, Instance) and values.path == "torch.Size" and values.args:
+        values = values.args[0]
+    if not isinstance(values, tuple | list) or len(values) > 64:
+        raise Damaged("a shape is not a tuple")
+    return tuple(natural(v) for v in values)
+
+
+def _tensor(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any = False, *rest: Any) -> TensorRef:
+    if isinstance(storage, PersistentId) and isinstance(storage.value, str):
+        raise Damaged("its storages are named as text, which pickle protocol 0 does and torch itself cannot read back")
+    if not isinstance(storage, StorageRef):
+        raise Damaged("a tensor without a storage")
+    shape, strides = _counts(size), _counts(stride)
+    if len(shape) != len(strides):
+        raise Damaged("a tensor's shape and strides differ in length")
+    if storage.dtype is None:
+        raise Damaged("a tensor over an untyped storage without a dtype")
+    if math.prod(n for n in shape if n) >= 1 << 60:
+        raise Damaged("a tensor's size overflows")
+    metadata = rest[1] if len(rest) > 1 and isinstance(rest[1], dict) else {}
+    lazy = "conjugated" if metadata.get("conj") else "negated" if metadata.get("neg") else ""
+    return TensorRef(storage, storage.dtype, natural(offset), shape, strides, requires_grad is True, lazy=lazy)
+
+
+def _tensor_v3(storage: Any, offset: Any, size: Any, stride: Any, rg: Any, hooks: Any, dtype: Any, *rest: Any) -> TensorRef:
+    if not isinstance(dtype, Global) or dtype.module != "torch" or dtype.name not in BY_TORCH_NAME:
+        raise Damaged(f"a tensor of unknown dtype {printable(getattr(dtype, 'path', dtype))}")
+    if not isinstance(storage, StorageRef):
+        raise Damaged("a tensor without a storage")
+    typed = StorageRef(storage.key, BY_TORCH_NAME[dtype.name], storage.numel, storage.view_offset)
+    made = _tensor(typed, offset, size, stride, rg, hooks, *rest)
+    made.storage = storage
+    return made
+
+
+def _wrap(data: Any, *wrapper: Any, requires_grad: Any = None) -> Any:
+    """The tensor with what stood around it, as a record of its own, since the bare one may be used elsewhere too."""
+    if not isinstance(data, TensorRef):
+        return None
+    grad = data.requires_grad if requires_grad is None else requires_grad is True
+    return TensorRef(data.storage, data.dtype, data.offset, data.shape, data.strides, grad, wrapper, data.lazy)
+
+
+def _parameter(data: Any, requires_grad: Any, hooks: Any) -> Any:
+    return _wrap(data, "parameter", requires_grad=requires_grad)
+
+
+def _parameter_with_state(data: Any, requires_grad: Any, hooks: Any, state: Any) -> Any:
+    return _wrap(data, "parameter_with_state", state, requires_grad=requires_grad)
+
+
+def _from_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
+    tensors_only = isinstance(function, Global) and function.module.startswith("torch.")
+    inner = call(function, args) if tensors_only and isinstance(args, tuple) else None
+    # A Parameter inside a subclass stays a Parameter: the subclass adds nothing that a checkpoint needs.
+    return _wrap(inner, "type", function, kind, state) if isinstance(inner, TensorRef) and not inner.wrapper else inner
+
+
+def _ordered_dict(pairs: Any = ()) -> Any:
+    made = OrderedTree()
+    for pair in pairs:
+        key, value = pair
+        set_items(made, [(key, value)])
+    return made
+
+
+def _encode(string: Any, encoding: Any) -> Any:
+    return string.encode("latin-1") if isinstance(string, str) and encoding in ("latin1", "latin-1") else None
+
+
+_REBUILD: dict[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter_with_state,
+    "torch._tensor._rebuild_from_type_v2": _from_type,
+    "collections.OrderedDict": _ordered_dict,
+    "_codecs.encode": _encode,
+}
+
+
+def call(function: Any, args: tuple[Any, ...]) -> Any:
+    rebuild = _REBUILD.get(function.path) if isinstance(function, Global) else None
+    made = rebuild(*args) if rebuild else None
+    return Instance("call", function, args) if made is None else made

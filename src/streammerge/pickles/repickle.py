@@ -1,0 +1,265 @@
+"""The inverse of :mod:`streammerge.pickles.unpickle`: an inert tree -> a pickle stream that torch.load reads.
+
+Protocol 2, with the opcodes that Python's own pickler writes, so that ``torch.load(weights_only=True)`` accepts what it
+accepted before; protocol 4 only where a name or an object cannot be said in 2. Shared objects stay shared, cycles stay
+cycles. An :class:`Edit` says what differs from the tree, so that the tree itself is never changed.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from dataclasses import dataclass, field
+from typing import Any
+
+from streammerge.errors import FormatError
+from streammerge.pickles.tree import MISSING, Global, Instance, OrderedTree, PersistentId, StorageRef, TensorRef
+from streammerge.tensors.dtypes import DType
+
+_BATCH = 1000
+_PLAIN_GLOBAL = re.compile(r"[A-Za-z0-9_.]+:[A-Za-z0-9_]+")
+_REBUILD_V2 = Global("torch._utils", "_rebuild_tensor_v2")
+_REBUILD_V3 = Global("torch._utils", "_rebuild_tensor_v3")
+_REBUILD_TYPE = Global("torch._tensor", "_rebuild_from_type_v2")
+
+
+@dataclass(slots=True)
+class Edit:
+    """What to write differently; nodes are named by ``id``.
+
+    ``replaced``: a node -> what stands in its place. ``dropped``: (dictionary, key) left out. ``values``: (dictionary,
+    key) -> another value. ``renamed``: (dictionary, key) -> another key.
+    """
+
+    replaced: dict[int, Any] = field(default_factory=dict)
+    dropped: set[tuple[int, Any]] = field(default_factory=set)
+    values: dict[tuple[int, Any], Any] = field(default_factory=dict)
+    renamed: dict[tuple[int, Any], Any] = field(default_factory=dict)
+
+    def items(self, node: Any, items: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+        """The (key, value) pairs of a dictionary-like node after the edit."""
+        where = id(node)
+        kept = [(k, v) for k, v in items if (where, k) not in self.dropped]
+        return [(self.renamed.get((where, k), k), self.values.get((where, k), v)) for k, v in kept]
+
+
+def repickle(root: Any, edit: Edit | None = None) -> bytes:
+    """The pickle stream of a tree. Raises FormatError for a tree nested beyond what Python can walk."""
+    writer = _Writer(edit or Edit())
+    try:
+        writer.save(root)
+    except RecursionError as error:
+        raise FormatError(
+            "the pickle is nested too deeply to be written again; write a .safetensors file instead"
+        ) from error
+    return b"\x80" + bytes([writer.protocol]) + b"".join(writer.out) + b"."
+
+
+class _Writer:
+    def __init__(self, edit: Edit) -> None:
+        self.edit = edit
+        self.out: list[bytes] = []
+        self.memo: dict[Any, int] = {}
+        self.alive: list[Any] = []  # what the memo names by id must not be freed meanwhile
+        self.protocol = 2
+
+    def save(self, node: Any) -> None:
+        node = self.edit.replaced.get(id(node), node)
+        key = (type(node), node) if isinstance(node, str | bytes | Global) else id(node)
+        if key in self.memo:
+            index = self.memo[key]
+            self.out.append(b"h" + bytes([index]) if index < 256 else b"j" + struct.pack("<I", index))
+            return
+        save = _SAVERS.get(type(node))
+        if save is None:
+            raise FormatError(f"a {type(node).__name__} cannot be written into a .pth; write a .safetensors file instead")
+        save(self, node, key)
+
+    def memoize(self, key: Any, node: Any) -> None:
+        index = self.memo[key] = len(self.memo)
+        self.alive.append(node)
+        self.out.append(b"q" + bytes([index]) if index < 256 else b"r" + struct.pack("<I", index))
+
+    def constant(self, node: Any, key: Any) -> None:
+        self.out.append({None: b"N", True: b"\x88", False: b"\x89"}[node])
+
+    def integer(self, node: int, key: Any) -> None:
+        if 0 <= node < 256:
+            self.out.append(b"K" + bytes([node]))
+        elif 0 <= node < 65536:
+            self.out.append(b"M" + struct.pack("<H", node))
+        elif -(1 << 31) <= node < 1 << 31:
+            self.out.append(b"J" + struct.pack("<i", node))
+        else:
+            data = node.to_bytes(node.bit_length() // 8 + 1, "little", signed=True)
+            self.out.append(b"\x8a" + bytes([len(data)]) if len(data) < 256 else b"\x8b" + struct.pack("<i", len(data)))
+            self.out.append(data)
+
+    def real(self, node: float, key: Any) -> None:
+        self.out.append(b"G" + struct.pack(">d", node))
+
+    def string(self, node: str, key: Any) -> None:
+        data = node.encode("utf-8", "surrogatepass")
+        self.out.append(b"X" + struct.pack("<I", len(data)) + data)
+        self.memoize(key, node)
+
+    def octets(self, node: bytes, key: Any) -> None:
+        args = (node.decode("latin-1"), "latin1")
+        self.call(Global("_codecs", "encode"), args) if node else self.call(Global("__builtin__", "bytes"), ())
+        self.memoize(key, node)
+
+    def global_(self, node: Global, key: Any) -> None:
+        if not _PLAIN_GLOBAL.fullmatch(f"{node.module}:{node.name}"):  # a line break in one would end it
+            self.protocol = 4
+            self.save(node.module)
+            self.save(node.name)
+            self.out.append(b"\x93")
+        else:
+            self.out.append(b"c" + node.module.encode() + b"\n" + node.name.encode() + b"\n")
+        self.memoize(key, node)
+
+    def call(self, function: Any, args: tuple[Any, ...]) -> None:
+        self.save(function)
+        self.tuple_body(args)
+        self.out.append(b"R")
+
+    def tuple_body(self, items: tuple[Any, ...]) -> None:
+        if len(items) > 3:
+            self.out.append(b"(")
+        for item in items:
+            self.save(item)
+        self.out.append([b")", b"\x85", b"\x86", b"\x87"][len(items)] if len(items) <= 3 else b"t")
+
+    def tuple_(self, node: tuple[Any, ...], key: Any) -> None:
+        self.tuple_body(node)
+        if node:
+            self.memoize(key, node)
+
+    def list_(self, node: list[Any], key: Any) -> None:
+        self.out.append(b"]")
+        self.memoize(key, node)
+        self.elements(node, b"e")
+
+    def elements(self, items: list[Any], opcode: bytes) -> None:
+        for start in range(0, len(items), _BATCH):
+            self.out.append(b"(")
+            for item in items[start : start + _BATCH]:
+                self.save(item)
+            self.out.append(opcode)
+
+    def pairs(self, node: Any, items: list[tuple[Any, Any]]) -> None:
+        kept = self.edit.items(node, items)
+        for start in range(0, len(kept), _BATCH):
+            self.out.append(b"(")
+            for key, value in kept[start : start + _BATCH]:
+                self.save(key)
+                self.save(value)
+            self.out.append(b"u")
+
+    def dict_(self, node: dict[Any, Any], key: Any) -> None:
+        self.out.append(b"}")
+        self.memoize(key, node)
+        self.pairs(node, list(node.items()))
+
+    def ordered(self, node: OrderedTree, key: Any) -> None:
+        self.call(Global("collections", "OrderedDict"), ())
+        self.memoize(key, node)
+        self.pairs(node, list(node.items()))
+        self.state(node.attributes)
+
+    def state(self, state: Any) -> None:
+        if state is not MISSING:
+            self.save(state)
+            self.out.append(b"b")
+
+    def instance(self, node: Instance, key: Any) -> None:
+        if node.kind == "call":
+            self.call(node.function, node.args)
+        else:
+            self.save(node.function)
+            self.tuple_body(node.args)
+            if node.kind == "new_ex":
+                self.protocol = 4
+                self.save(node.kwargs)
+            self.out.append(b"\x92" if node.kind == "new_ex" else b"\x81")
+        self.memoize(key, node)
+        self.elements(node.elements, b"e")
+        self.pairs(node, node.items)
+        self.state(node.state)
+
+    def persistent(self, node: PersistentId, key: Any) -> None:
+        self.save(node.value)
+        self.out.append(b"Q")
+
+    def storage(self, node: StorageRef, key: Any) -> None:
+        if node.dtype is None:
+            kind = Global("torch.storage", "UntypedStorage")
+        else:
+            kind = Global("torch", node.dtype.storage_class or "")
+        self.out.append(b"(")
+        for part in ("storage", kind, node.key, "cpu", node.numel):
+            self.save(part)
+        self.out.append(b"tQ")
+
+    def tensor(self, node: TensorRef, key: Any) -> None:
+        wrapper = node.wrapper
+        if wrapper[:1] in (("parameter",), ("parameter_with_state",)):
+            self.save(Global("torch._utils", f"_rebuild_{wrapper[0]}"))
+            self.out.append(b"(")
+            self.bare_tensor(node, requires_grad=node.requires_grad)
+            self.save(node.requires_grad)
+            self.save(OrderedTree())
+            for part in wrapper[1:]:
+                self.save(part)
+            self.out.append(b"tR")
+        elif wrapper:
+            _, _function, kind, state = wrapper
+            self.save(_REBUILD_TYPE)
+            self.out.append(b"(")
+            self.save(_REBUILD_V3 if node.storage.dtype is None else _REBUILD_V2)
+            self.save(kind)
+            self.tensor_arguments(node, node.requires_grad)
+            self.save(state)
+            self.out.append(b"tR")
+        else:
+            self.bare_tensor(node, node.requires_grad)
+        self.memoize(key, node)
+        self.state(node.state)
+
+    def bare_tensor(self, node: TensorRef, requires_grad: bool) -> None:
+        self.save(_REBUILD_V3 if node.storage.dtype is None else _REBUILD_V2)
+        self.tensor_arguments(node, requires_grad)
+        self.out.append(b"R")
+
+    def tensor_arguments(self, node: TensorRef, requires_grad: bool) -> None:
+        parts: list[Any] = [node.storage, node.offset, node.shape, node.strides, requires_grad, OrderedTree()]
+        if node.storage.dtype is None:
+            parts.append(Global("torch", node.dtype.torch_name))
+        self.out.append(b"(")
+        for part in parts:
+            self.save(part)
+        self.out.append(b"t")
+
+
+_SAVERS: dict[type, Any] = {
+    type(None): _Writer.constant,
+    bool: _Writer.constant,
+    int: _Writer.integer,
+    float: _Writer.real,
+    str: _Writer.string,
+    bytes: _Writer.octets,
+    tuple: _Writer.tuple_,
+    list: _Writer.list_,
+    dict: _Writer.dict_,
+    OrderedTree: _Writer.ordered,
+    Global: _Writer.global_,
+    Instance: _Writer.instance,
+    PersistentId: _Writer.persistent,
+    StorageRef: _Writer.storage,
+    TensorRef: _Writer.tensor,
+}
+
+
+def storage_ref(key: str, dtype: DType, numel: int) -> StorageRef:
+    """A fresh storage of ``numel`` elements: typed where torch has a storage class, else of bytes."""
+    return StorageRef(key, dtype, numel) if dtype.storage_class else StorageRef(key, None, numel * dtype.element_bytes)

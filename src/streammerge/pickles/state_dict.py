@@ -1,0 +1,376 @@
+"""Finding the state dict in a checkpoint's tree.
+
+A mapping whose values are mostly tensors is a state dict, and so is a pickled module (its parameters and persistent
+buffers, under their dotted names). Of several:
+
+1. none below a key that speaks of the optimizer, scheduler, scaler, random state and the like;
+2. of a model and its running average (``model`` and ``ema``, ``student`` and ``teacher``: the same names) the plain
+   one, unless asked otherwise;
+3. all others belong together (``model`` and ``generator``, ``net.*``) and are all taken, each under its own path.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+from streammerge.errors import FormatError, RecipeError, listed, printable
+from streammerge.options import EMA_CHOICES
+from streammerge.pickles.tree import Instance, TensorRef, mapping_items, walk
+
+_Place = tuple[tuple[Any, ...], Any, bool, Any]
+_KEYS = (str, int)
+_MOST_NAME = 4000
+# Patterns as text: compiling them takes longer than looking at a file of safetensors, which needs none.
+_NOT_WEIGHTS = (
+    r"(?i)(.*_)?(optim(izer)?s?|opt|(lr_)?sched(uler)?s?|(grad_)?scalers?|amp)(_\w+)?"
+    r"|(.*_)?(rng|random)(_?states?)?(_\w+)?|extra_state|criterion|(.*_)?loss(es)?|callbacks|loops|(.*_)?metrics?|logging|message_hub"
+    r"|sampler|hyper_parameters|hparams|history|args|cfg|config|(.*_)?stats"
+)
+_EMA = r"(?i)(.*[_.])?(ema|ema_.*|model_avg|avg_model|averaged|teacher|swa(_.*)?)([_.].*)?"
+_STALE = (
+    r"(?i)(.*_)?optim(izer)?s?(?!_history)(_\w+)?|(lr_|opt_param_|param_)?sched(uler)?s?(_(states?|state_dict|g|d|disc|gen))?"
+    r"|(grad|amp)_scaler(_state(_dict)?)?"
+)
+_LOSS_SCALER_KEYS = {"scale", "growth_factor", "loss_scale", "loss_scaler0"}
+
+
+def is_training_state(key: Any, value: Any) -> bool:
+    """Whether a key holds optimizer, scheduler or scaler state, which is stale once weights are merged.
+
+    Some words mean something else elsewhere and are told by their content: ``opt`` is an optimizer's state or the
+    command line's options, a ``scaler`` that of mixed precision or of the data, which the model needs. fairseq cannot
+    load a file without its ``optimizer_history``.
+    """
+    if not isinstance(key, str):
+        return False
+    if key.lower() in ("scaler", "scaler_state", "scaler_state_dict", "amp"):
+        return isinstance(value, dict) and (not value or not _LOSS_SCALER_KEYS.isdisjoint(value))
+    return re.fullmatch(_STALE, key) is not None or _is_optimizer_state(value)
+
+
+@dataclass(slots=True, eq=False)  # not frozen, which would make it three times as slow to create
+class Found:
+    """One tensor of a state dict: its name, and the mapping and key at which it stands (None outside mappings).
+
+    ``ref`` is where its numbers are; ``node`` what stands in the tree, another tensor where EMA weights stand in.
+    """
+
+    name: str
+    ref: TensorRef
+    holder: Any = None
+    key: Any = None
+    node: TensorRef | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Candidate:
+    """A state dict, or what could be one. ``kind`` is "state dict", "module" or "list"."""
+
+    path: tuple[Any, ...]
+    kind: str
+    tensors: list[Found]
+    others: int = 0
+    barred: bool = False
+    holder: Any = None
+    key: Any = None
+
+    @property
+    def label(self) -> str:
+        return ".".join(printable(part) for part in self.path) or "(top level)"
+
+    @property
+    def nbytes(self) -> int:
+        return sum(prod(f.ref.shape) * f.ref.dtype.element_bytes for f in self.tensors)
+
+    @property
+    def averaged(self) -> bool:
+        """Whether its path says that it is a running mean of the weights (EMA)."""
+        return any(isinstance(part, str) and re.fullmatch(_EMA, part) for part in self.path)
+
+
+@dataclass(slots=True)
+class Selection:
+    """What will be merged: tensors by name, and the candidates they come from.
+
+    ``twins`` are candidates of the same names that were passed over, ``left_out`` tensors that others stand in for.
+    """
+
+    tensors: list[Found]
+    chosen: list[Candidate]
+    candidates: list[Candidate]
+    notes: list[str] = field(default_factory=list)
+    left_out: list[Found] = field(default_factory=list)
+    twins: list[Candidate] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        return " + ".join(c.label for c in self.chosen)
+
+
+def select(tree: Any, state_dict: str | None = None, ema: str = "ignore") -> Selection:
+    """The state dict of a tree, by the rules above.
+
+    ``state_dict`` names it instead, by keys joined with dots. ``ema``: "ignore" takes the plain weights of a pair,
+    "prefer" the averaged ones where there are any, "only" fails without. Raises FormatError when it holds no tensors,
+    RecipeError when what was asked for is not there.
+    """
+    if ema not in EMA_CHOICES:
+        raise RecipeError(f"--ema takes {', '.join(EMA_CHOICES)}, not {ema!r}")
+    found = candidates(tree)
+    if state_dict is not None:
+        return _named(tree, found, state_dict)
+    usable = _worthy([c for c in found if not c.barred])
+    if not usable:
+        if not found:
+            kinds = sorted({kind for _, kind in unread_tensors(tree)})
+            raise FormatError(f"it holds no tensors{f' but {listed(kinds)} ones, which are not read' if kinds else ''}")
+        raise RecipeError(
+            f"it holds tensors only at {listed([c.label for c in found])}; name one of them with --state-dict"
+        )
+    notes: list[str] = []
+    twins: list[Candidate] = []
+    chosen = _choose(usable, ema, notes, twins)
+    if ema == "only":
+        chosen = [c for c in chosen if c.averaged] or chosen
+    selection = Selection(_together(chosen), chosen, found, notes, twins=twins)
+    if ema != "ignore" and not any(c.averaged for c in chosen) and not _use_litema(selection) and ema == "only":
+        raise RecipeError("there are no averaged (EMA) weights in it; leave --ema only out")
+    return selection
+
+
+def candidates(tree: Any) -> list[Candidate]:
+    """Every state dict in the tree, in its order; those below optimizer-like keys are marked ``barred``."""
+    found: list[Candidate] = []
+    seen: set[int] = set()
+    stack: list[Iterator[_Place]] = [iter([((), tree, False, None)])]
+    while stack:
+        place = next(stack[-1], None)
+        if place is None:
+            stack.pop()
+            continue
+        path, node, barred, holder = place
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        candidate = _as_state_dict(path, node)
+        if candidate is not None:
+            candidate.barred, candidate.holder, candidate.key = barred, holder, path[-1] if path else None
+            found.append(candidate)
+        elif len(path) < 32:
+            stack.append(_places(path, node, barred or _is_optimizer_state(node)))
+    return found or _loose(tree)
+
+
+def _places(path: tuple[Any, ...], node: Any, barred: bool) -> Iterator[_Place]:
+    """What may hold tensors right below a node; made one by one, as a list of them would outgrow the tree."""
+    holder, items = _inside(node)
+    for key, value in items:
+        if isinstance(value, dict | list | tuple | Instance):
+            yield (*path, key), value, barred or _bars(key), holder
+
+
+def _inside(node: Any) -> tuple[Any, Iterable[tuple[Any, Any]]]:
+    """The (key, value) pairs of a container, and the node in which they stand."""
+    items = mapping_items(node)
+    if items is not None:
+        return node, items
+    if isinstance(node, list | tuple):
+        return node, enumerate(node)
+    if isinstance(node, Instance) and isinstance(node.state, dict):
+        return node.state, node.state.items()
+    return None, ()
+
+
+def _loose(tree: Any) -> list[Candidate]:
+    """Tensors that stand about in no state dict: each under its path."""
+    loose = [(path, node) for path, node in walk(tree) if isinstance(node, TensorRef)]
+    tensors = [Found(_name(path), node) for path, node in loose if not any(map(_bars, path))]
+    return [Candidate((), "loose tensors", tensors)] if tensors else []
+
+
+def _bars(key: Any) -> bool:
+    return isinstance(key, str) and re.fullmatch(_NOT_WEIGHTS, key) is not None
+
+
+def _is_optimizer_state(node: Any) -> bool:
+    return isinstance(node, dict) and "param_groups" in node
+
+
+def _as_state_dict(path: tuple[Any, ...], node: Any) -> Candidate | None:
+    if isinstance(node, TensorRef) and not path:
+        return Candidate((), "list", [Found("tensor", node)])
+    items = mapping_items(node)
+    if items is not None:
+        tensors = [
+            Found(k if isinstance(k, str) and len(k) <= _MOST_NAME else _name((k,)), v, node, k)
+            for k, v in items
+            if isinstance(v, TensorRef) and isinstance(k, _KEYS)
+        ]
+        others = [(k, v) for k, v in items if not isinstance(v, TensorRef)] if len(tensors) < len(items) else []
+        nested = any(mapping_items(v) or isinstance(v, list) for k, v in others if not _ignorable(k))
+        enough = len(tensors) * 2 >= len(items) and (not nested or len(tensors) * 10 >= len(items) * 9)
+        return Candidate(path, "state dict", tensors, len(items) - len(tensors)) if tensors and enough else None
+    if isinstance(node, list | tuple) and node and all(isinstance(v, TensorRef) for v in node):
+        return Candidate(path, "list", [Found(str(i), v) for i, v in enumerate(node)])
+    if isinstance(node, Instance) and isinstance(node.state, dict):
+        tensors = _module_tensors(node)
+        return Candidate(path, "module", tensors) if tensors else None
+    return None
+
+
+def _ignorable(key: Any) -> bool:
+    return isinstance(key, str) and key.rpartition(".")[2] in ("_extra_state", "_metadata")
+
+
+def _module_tensors(root: Instance) -> list[Found]:
+    """Parameters and persistent buffers of a pickled nn.Module, or of a TorchScript object, under their dotted names."""
+    found: list[Found] = []
+    stack: list[tuple[str, Any, int]] = [("", root, 0)]
+    seen: set[int] = set()
+    while stack:
+        prefix, node, depth = stack.pop()
+        if not isinstance(node, Instance) or not isinstance(node.state, dict) or id(node) in seen or depth > 64:
+            continue
+        seen.add(id(node))
+        state = node.state
+        if isinstance(state.get("_modules"), dict):
+            transient = state.get("_non_persistent_buffers_set")
+            skipped = _members(transient)
+            for part in ("_parameters", "_buffers"):
+                held = state.get(part)
+                for name, value in held.items() if isinstance(held, dict) else ():
+                    if isinstance(value, TensorRef) and not (part == "_buffers" and name in skipped):
+                        found.append(Found(_name((prefix + str(name),)), value, held, name))
+            inner = state["_modules"]
+        elif node.path.startswith("__torch__."):
+            found += [Found(_name((prefix + str(k),)), v, state, k) for k, v in state.items() if isinstance(v, TensorRef)]
+            inner = state
+        else:
+            continue
+        below = [(_name((f"{prefix}{k}.",)), v, depth + 1) for k, v in inner.items() if isinstance(v, Instance)]
+        stack.extend(reversed(below))
+    return found
+
+
+def _members(node: Any) -> set[str]:
+    """The names in a pickled set; none in anything else."""
+    inside = node.args[0] if isinstance(node, Instance) and node.args else ()
+    return set(map(str, inside)) if isinstance(inside, list | tuple) else set()
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """Keys joined with dots. Many tensors below few long keys would have endless names, hence the limit."""
+    if len(path) == 1 and isinstance(path[0], str) and len(path[0]) <= _MOST_NAME:
+        return path[0]
+    parts = list(map(str, path))
+    if sum(map(len, parts)) > _MOST_NAME:
+        raise FormatError(f"a tensor's name of {sum(map(len, parts))} characters is beyond the limit of {_MOST_NAME}")
+    return ".".join(parts)
+
+
+def _worthy(candidates: list[Candidate]) -> list[Candidate]:
+    """Without bare lists and sets of lone numbers, where there is something better beside them."""
+    better = [c for c in candidates if c.kind != "list" and any(f.ref.shape for f in c.tensors)]
+    return better or candidates
+
+
+def _choose(usable: list[Candidate], ema: str, notes: list[str], passed_over: list[Candidate]) -> list[Candidate]:
+    """One of each set of twins; all that have names of their own."""
+    groups: dict[Any, list[Candidate]] = {}
+    for candidate in usable:
+        groups.setdefault(candidate.path[:1], []).append(candidate)
+    chosen: list[list[Candidate]] = []
+    taken: set[Any] = set()
+    for key, group in groups.items():
+        if key in taken:
+            continue
+        twins = [k for k in groups if k not in taken and (k == key or _are_twins(group, groups[k]))]
+        best = sorted(twins, key=lambda k: groups[k][0].averaged == (ema == "ignore"))[0]
+        taken.update(twins)
+        chosen.append(groups[best])
+        for other in twins:
+            if other != best:
+                kind = "EMA weights" if groups[other][0].averaged else "weights"
+                passed_over += groups[other]
+                notes.append(
+                    f"'{_label(best)}' was taken; '{_label(other)}' holds {kind} of the same names "
+                    "(--state-dict, --ema choose)"
+                )
+    return [c for group in chosen for c in group]
+
+
+def _label(key: tuple[Any, ...]) -> str:
+    return printable(".".join(map(str, key)))
+
+
+def _are_twins(one: list[Candidate], two: list[Candidate]) -> bool:
+    """A model and its running average; two plain ones of the same names (speakers, an ensemble) belong together."""
+    return one[0].averaged != two[0].averaged and _same_names(one, two)
+
+
+def _same_names(one: list[Candidate], two: list[Candidate]) -> bool:
+    """Nearly the same names, wrapper prefixes apart: one set is a copy of the other."""
+    a, b = ({_bare(f.name) for c in group for f in c.tensors} for group in (one, two))
+    return len(a & b) >= 0.9 * min(len(a), len(b)) and len(a & b) >= 0.5 * max(len(a), len(b))
+
+
+def _bare(name: str) -> str:
+    return re.sub(r"(^|(?<=\.))(module|_orig_mod|ema_model|model|n_averaged)\.", "", name)
+
+
+def _together(chosen: list[Candidate]) -> list[Found]:
+    """Their tensors under one roof: own names for one state dict, names led by the path where there are several."""
+    if len(chosen) == 1:
+        return chosen[0].tensors
+    return [Found(_name((*c.path, f.name)), f.ref, f.holder, f.key) for c in chosen for f in c.tensors]
+
+
+def _named(tree: Any, found: list[Candidate], wanted: str) -> Selection:
+    inside = [c for c in found if c.label == wanted or c.label.startswith(wanted + ".")]
+    if not inside:
+        raise RecipeError(
+            f"--state-dict {printable(wanted)}: there is no such state dict in it; "
+            f"it has {listed([c.label for c in found]) or 'none'}"
+        )
+    chosen = [c for c in inside if c.label == wanted][:1] or inside
+    twins = [c for c in found if c not in chosen and not c.barred and _are_twins(chosen, [c])]
+    return Selection(_together(chosen), chosen, found, twins=twins)
+
+
+def _use_litema(selection: Selection) -> bool:
+    """Stable Diffusion's EMA: ``model_ema.`` and the name without its dots, beside the plain ``model.`` weights."""
+    by_name = {f.name: f for f in selection.tensors}
+    averaged = {
+        name: by_name[shadow]
+        for name in by_name
+        if name.startswith("model.") and (shadow := "model_ema." + name.removeprefix("model.").replace(".", "")) in by_name
+    }
+    if not averaged:
+        return False
+    kept = [f for f in selection.tensors if not f.name.startswith("model_ema.")]
+    selection.left_out = [f for f in selection.tensors if f.name.startswith("model_ema.")]
+    selection.tensors = [Found(f.name, averaged.get(f.name, f).ref, f.holder, f.key, f.ref) for f in kept]
+    selection.notes.append(f"{len(averaged)} EMA weights (model_ema.*) stand in for the plain ones")
+    return True
+
+
+_UNREAD = {
+    "torch._utils._rebuild_qtensor": "quantised",
+    "torch._utils._rebuild_sparse_tensor": "sparse",
+    "torch._utils._rebuild_nested_tensor": "nested",
+    "torch._utils._rebuild_meta_tensor_no_storage": "meta",
+    "torch.distributed.tensor._api.DTensor": "distributed",
+}
+
+
+def unread_tensors(tree: Any) -> list[tuple[str, str]]:
+    """(path, kind) of tensors in forms that are not read, such as quantised and sparse ones."""
+    return [
+        (".".join(map(printable, path)), _UNREAD[node.path])
+        for path, node in walk(tree)
+        if isinstance(node, Instance) and node.path in _UNREAD
+    ]

@@ -1,0 +1,353 @@
+"""The inert unpickler: a pickle stream (protocols 0 to 5) -> the inert tree. Nothing is imported, called or executed.
+
+A stack machine over :func:`pickletools.genops`, which checks every length against the bytes that are there. Names of
+classes and functions become :class:`~streammerge.pickles.tree.Global`, what would be made from them an
+:class:`~streammerge.pickles.tree.Instance`, except what the closed table of :mod:`streammerge.pickles.rebuild`
+computes. Anything the machine does not expect is one FormatError, "damaged pickle". Memory is charged per opcode, so that
+a small file cannot claim a large tree.
+"""
+
+from __future__ import annotations
+
+import io
+import pickletools
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+from streammerge.errors import FormatError, printable
+from streammerge.pickles.rebuild import Damaged, call, set_items, text
+from streammerge.pickles.tree import Global, Instance, OrderedTree, PersistentId, TensorRef
+
+MAX_OPCODES = 20_000_000
+MAX_PICKLE_BYTES = 1 << 30
+FREE_BYTES, BYTES_PER_BYTE = 48 << 20, 64
+"""A tree may take this much memory, and this much for each byte of its pickle on the disk, by :data:`_COST`."""
+
+_MAX_INTEGER_BYTES = 1024
+_DAMAGE = (
+    IndexError,
+    KeyError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    OverflowError,
+    MemoryError,
+    EOFError,
+)
+
+ResolveId = Callable[[Any], Any]
+
+
+def unpickle(
+    source: bytes | BinaryIO, resolve: ResolveId = PersistentId, where: str = "pickle", disk_bytes: int | None = None
+) -> Any:
+    """One pickle -> its inert tree. A stream is left right behind the STOP opcode. Raises FormatError.
+
+    ``disk_bytes``: how long it is on the disk, for one that was compressed; its memory is limited by that.
+    """
+    stream = io.BytesIO(source) if isinstance(source, bytes) else _Limited(source)
+    machine = _Machine(resolve, stream, disk_bytes)
+    try:
+        return machine.run()
+    except Damaged as error:
+        raise FormatError(f"{where}: damaged or hostile pickle ({error}); nothing was executed") from error
+    except _DAMAGE as error:
+        raise FormatError(
+            f"{where}: damaged pickle ({type(error).__name__}: {printable(error)}); nothing was executed"
+        ) from error
+
+
+class _Limited:
+    """What pickletools needs of a stream; no length it reads in a pickle is believed beyond the limit."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self._start = stream, stream.tell()
+
+    def tell(self) -> int:
+        return self._stream.tell() - self._start
+
+    def read(self, nbytes: int) -> bytes:
+        if nbytes > MAX_PICKLE_BYTES - self.tell():
+            raise Damaged(f"it claims {nbytes} bytes for one value")
+        return self._stream.read(nbytes)
+
+    def readline(self) -> bytes:
+        return self._stream.readline(max(MAX_PICKLE_BYTES - self.tell(), 0))
+
+
+class _Machine:
+    def __init__(self, resolve: ResolveId, stream: io.BytesIO | _Limited, disk_bytes: int | None) -> None:
+        self.resolve = resolve
+        self.stream, self.disk_bytes = stream, disk_bytes
+        self.cost = 0
+        self.stack: list[Any] = []
+        self.marks: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+
+    def charge(self, nbytes: int) -> None:
+        """Counts memory, since one byte of a pickle can make an object of hundreds."""
+        self.cost += nbytes
+        if self.cost > FREE_BYTES:
+            explained = self.stream.tell() if self.disk_bytes is None else self.disk_bytes
+            if self.cost > FREE_BYTES + BYTES_PER_BYTE * explained:
+                raise Damaged("it would take far more memory than its size explains")
+
+    def run(self) -> Any:
+        for count, (opcode, arg, _position) in enumerate(pickletools.genops(self.stream)):  # type: ignore[arg-type]
+            if count >= MAX_OPCODES:
+                raise Damaged(f"more than {MAX_OPCODES} opcodes")
+            name = opcode.name
+            self.charge(_COST.get(name, _COST_OF_OTHERS))
+            if name in _PUSHED:
+                self.stack.append(_PUSHED[name](arg))
+            elif name == "STOP":
+                return self.stack.pop()
+            elif (action := _ACTIONS.get(name)) is not None:
+                action(self, arg)
+            else:
+                raise Damaged(f"opcode {name} is refused")
+        raise Damaged("it ends before STOP")
+
+    def pop_mark(self) -> list[Any]:
+        items, self.stack = self.stack, self.marks.pop()
+        return items
+
+    def discard(self, _: Any) -> None:
+        self.pop_mark()
+
+    def mark(self, _: Any) -> None:
+        self.marks.append(self.stack)
+        self.stack = []
+
+    def memoize(self, _: Any) -> None:
+        self.memo[len(self.memo)] = self.stack[-1]
+
+    def put(self, index: Any) -> None:
+        self.memo[int(index)] = self.stack[-1]
+
+    def get(self, index: Any) -> None:
+        self.stack.append(self.memo[int(index)])
+
+    def pop(self, _: Any) -> None:
+        if self.stack:
+            self.stack.pop()
+        else:
+            self.pop_mark()
+
+    def dup(self, _: Any) -> None:
+        self.stack.append(self.stack[-1])
+
+    def tuple_of(self, size: int | None) -> None:
+        if size is None:
+            items = self.pop_mark()
+        else:
+            if len(self.stack) < size:
+                raise Damaged("the stack is too short")
+            items = self.stack[len(self.stack) - size :]
+            del self.stack[len(self.stack) - size :]
+        self.stack.append(tuple(items))
+
+    def list_of(self, _: Any) -> None:
+        items = self.pop_mark()
+        self.stack.append(items)
+
+    def dict_of(self, _: Any) -> None:
+        made: dict[Any, Any] = {}
+        pairs = _pairs(self.pop_mark())
+        self.charge_members([value for _, value in pairs], _COST_OF_PAIR)
+        set_items(made, pairs)
+        self.stack.append(made)
+
+    def set_of(self, path: str) -> None:
+        members = self.pop_mark()
+        self.stack.append(Instance("call", Global("builtins", path), (members,)))
+
+    def empty_set(self, _: Any) -> None:
+        self.stack.append(Instance("call", Global("builtins", "set"), ([],)))
+
+    def global_(self, arg: str) -> None:
+        self.stack.append(_global(arg))
+
+    def stack_global(self, _: Any) -> None:
+        name, module = self.stack.pop(), self.stack.pop()
+        self.stack.append(Global(text(module), text(name)))
+
+    def inst(self, arg: str) -> None:
+        self.call(_global(arg), tuple(self.pop_mark()))
+
+    def obj(self, _: Any) -> None:
+        function, *args = self.pop_mark()
+        self.call(function, tuple(args))
+
+    def reduce(self, _: Any) -> None:
+        args, function = self.stack.pop(), self.stack.pop()
+        if not isinstance(args, tuple):
+            raise Damaged("a call without a tuple of arguments")
+        self.call(function, args)
+
+    def call(self, function: Any, args: tuple[Any, ...]) -> None:
+        """What the call would make; arguments are charged, as the same long one can be given again and again."""
+        self.charge(sum(len(a) * _COST_OF_PART.get(type(a), 0) for a in args if isinstance(a, str | tuple | list)))
+        self.stack.append(call(function, args))
+
+    def newobj(self, _: Any) -> None:
+        args, function = self.stack.pop(), self.stack.pop()
+        if not isinstance(args, tuple):
+            raise Damaged("an object without a tuple of arguments")
+        made: Any = Instance("new", function, args)
+        if isinstance(function, Global) and function.path == "collections.OrderedDict" and not args:
+            made = OrderedTree()
+        self.stack.append(made)
+
+    def newobj_ex(self, _: Any) -> None:
+        kwargs, args, function = self.stack.pop(), self.stack.pop(), self.stack.pop()
+        if not isinstance(args, tuple) or not isinstance(kwargs, dict):
+            raise Damaged("an object with malformed arguments")
+        self.stack.append(Instance("new_ex", function, args, kwargs))
+
+    def build(self, _: Any) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if isinstance(target, OrderedTree):
+            target.attributes = state
+        elif isinstance(target, Instance | TensorRef):
+            target.state = state
+        else:
+            raise Damaged(f"it sets attributes of a {type(target).__name__}")
+
+    def setitem(self, _: Any) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.charge_members([value], _COST_OF_PAIR)
+        set_items(self.stack[-1], [(key, value)])
+
+    def setitems(self, _: Any) -> None:
+        pairs = _pairs(self.pop_mark())
+        self.charge_members([value for _, value in pairs], _COST_OF_PAIR)
+        set_items(self.stack[-1], pairs)
+
+    def append(self, _: Any) -> None:
+        value = self.stack.pop()
+        self.charge_members([value], 0)
+        _extend(self.stack[-1], [value])
+
+    def appends(self, _: Any) -> None:
+        items = self.pop_mark()
+        self.charge_members(items, 0)
+        _extend(self.stack[-1], items)
+
+    def charge_members(self, values: list[Any], each: int) -> None:
+        """Every mention of a tensor becomes an entry of the checkpoint, also that of one mentioned before."""
+        self.charge(len(values) * each + sum(_COST_OF_ENTRY for v in values if isinstance(v, TensorRef)))
+
+    def additems(self, _: Any) -> None:
+        items = self.pop_mark()
+        target = self.stack[-1]
+        if not isinstance(target, Instance):
+            raise Damaged("it adds members to something that is not a set")
+        _extend(target.args[0] if target.path == "builtins.set" and target.args else target, items)
+
+    def persistent(self, pid: Any) -> None:
+        self.stack.append(self.resolve(self.stack.pop() if pid is None else pid))
+
+
+def _pairs(items: list[Any]) -> list[tuple[Any, Any]]:
+    if len(items) % 2:
+        raise Damaged("a key without a value")
+    return list(zip(items[::2], items[1::2], strict=True))
+
+
+def _extend(target: Any, values: list[Any]) -> None:
+    if isinstance(target, list):
+        target.extend(values)
+    elif isinstance(target, Instance):
+        target.elements.extend(values)
+    else:
+        raise Damaged(f"it appends to a {type(target).__name__}")
+
+
+def _global(arg: str) -> Global:
+    module, _, name = arg.partition(" ")
+    return Global(text(module), text(name))
+
+
+def _python2_text(arg: Any) -> Any:
+    if isinstance(arg, bytes):
+        return arg.decode("utf-8", errors="surrogateescape")
+    try:
+        return arg.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return arg
+
+
+def _itself(arg: Any) -> Any:
+    return arg
+
+
+def _integer(arg: int) -> int:
+    if arg.bit_length() > 8 * _MAX_INTEGER_BYTES:
+        raise Damaged(f"an integer of more than {_MAX_INTEGER_BYTES} bytes")
+    return arg
+
+
+# Bytes of memory that an opcode may take, as CPython 3.11 has it: the object, its place on the stack, in the memo.
+_COST_OF_OTHERS = 16
+_COST = {
+    "EMPTY_SET": 500,
+    **dict.fromkeys(["FROZENSET", "BYTEARRAY8"], 450),
+    **dict.fromkeys(["REDUCE", "OBJ", "INST", "NEWOBJ", "NEWOBJ_EX", "BINPERSID", "PERSID"], 300),
+    **dict.fromkeys(["MEMOIZE", "PUT", "LONG_BINPUT", "GLOBAL", "STACK_GLOBAL", "LIST", "EMPTY_LIST", "EMPTY_DICT"], 110),
+    **dict.fromkeys(["MARK", "TUPLE1", "TUPLE2", "TUPLE3", "TUPLE"], 70),
+    **dict.fromkeys(["BINFLOAT", "BININT", "BININT2", "SHORT_BINUNICODE", "BINUNICODE", "SHORT_BINBYTES"], 50),
+}
+_COST_OF_PAIR, _COST_OF_ENTRY = 100, 600
+_COST_OF_PART: dict[type, int] = {str: 1, list: 100, tuple: 100}
+
+
+_PUSHED: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(["INT", "LONG", "LONG1", "LONG4"], _integer),
+    **dict.fromkeys(["BININT", "BININT1", "BININT2", "FLOAT", "BINFLOAT"], _itself),
+    **dict.fromkeys(["UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"], _itself),
+    **dict.fromkeys(["SHORT_BINBYTES", "BINBYTES", "BINBYTES8"], _itself),
+    **dict.fromkeys(["STRING", "BINSTRING", "SHORT_BINSTRING"], _python2_text),
+    "BYTEARRAY8": lambda arg: Instance("call", Global("builtins", "bytearray"), (bytes(arg),)),
+    "NONE": lambda arg: None,
+    "NEWTRUE": lambda arg: True,
+    "NEWFALSE": lambda arg: False,
+    "EMPTY_LIST": lambda arg: [],
+    "EMPTY_DICT": lambda arg: {},
+    "EMPTY_TUPLE": lambda arg: (),
+}
+
+_ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
+    "PROTO": lambda machine, arg: None,
+    "FRAME": lambda machine, arg: None,
+    "MARK": _Machine.mark,
+    "POP": _Machine.pop,
+    "POP_MARK": _Machine.discard,
+    "DUP": _Machine.dup,
+    "MEMOIZE": _Machine.memoize,
+    **dict.fromkeys(["PUT", "BINPUT", "LONG_BINPUT"], _Machine.put),
+    **dict.fromkeys(["GET", "BINGET", "LONG_BINGET"], _Machine.get),
+    "TUPLE": lambda machine, arg: machine.tuple_of(None),
+    "TUPLE1": lambda machine, arg: machine.tuple_of(1),
+    "TUPLE2": lambda machine, arg: machine.tuple_of(2),
+    "TUPLE3": lambda machine, arg: machine.tuple_of(3),
+    "LIST": _Machine.list_of,
+    "DICT": _Machine.dict_of,
+    "EMPTY_SET": _Machine.empty_set,
+    "FROZENSET": lambda machine, arg: machine.set_of("frozenset"),
+    "ADDITEMS": _Machine.additems,
+    "GLOBAL": _Machine.global_,
+    "STACK_GLOBAL": _Machine.stack_global,
+    "INST": _Machine.inst,
+    "OBJ": _Machine.obj,
+    "REDUCE": _Machine.reduce,
+    "NEWOBJ": _Machine.newobj,
+    "NEWOBJ_EX": _Machine.newobj_ex,
+    "BUILD": _Machine.build,
+    "SETITEM": _Machine.setitem,
+    "SETITEMS": _Machine.setitems,
+    "APPEND": _Machine.append,
+    "APPENDS": _Machine.appends,
+    **dict.fromkeys(["PERSID", "BINPERSID"], _Machine.persistent),
+}

@@ -1,0 +1,391 @@
+"""Which tensor of which checkpoint goes into which tensor of the output. Headers only; nothing is read.
+
+Every disagreement is found here, before a byte is written, and reported in one piece.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from streammerge.errors import MismatchError, RecipeError, listed, printable
+from streammerge.methods.contracts import MergeMethod
+from streammerge.methods.registry import COPY, INTEGERS
+from streammerge.pickles.state_dict import unread_tensors
+from streammerge.planning.mismatch import Differing, Mismatch
+from streammerge.planning.parameters import ParameterValues, shares
+from streammerge.planning.views import Indexes, Part, Restacked, View, make_parts
+from streammerge.recipe.model import Recipe, Rule
+from streammerge.tensors.dtypes import DType
+from streammerge.tensors.names import describe_match, ignored_by_loader, match_names
+from streammerge.tensors.quantised import belongs, companions
+from streammerge.tensors.spec import TensorEntry, TensorSpec, contiguous_strides
+
+_WIDE = (DType.F64, DType.C128)
+_Sources = list[TensorEntry | None]
+
+
+@dataclass(slots=True)
+class Merged:
+    """One tensor of the output: what it is, from what it is made, and how.
+
+    ``base_names`` are its names in the first checkpoint, more than one when tied; ``tied`` its further output names.
+    ``rest`` has the rows behind those that are merged, where one model has more of them.
+    """
+
+    base_names: tuple[str, ...]
+    spec: TensorSpec
+    method: MergeMethod
+    sources: tuple[TensorEntry, ...]
+    parameters: dict[str, Any] = field(default_factory=dict)
+    compute: str = "float32"
+    based: bool = False
+    tied: tuple[str, ...] = ()
+    rest: TensorEntry | None = None
+
+
+@dataclass(slots=True)
+class Alignment:
+    """``taken``: how many tensors each rule took. ``restacked`` as :class:`parts.Parts` has it.
+
+    ``shares``: the tree of each checkpoint, and its weight in means of plain numbers.
+    """
+
+    merged: list[Merged]
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    taken: list[int] = field(default_factory=list)
+    restacked: list[Restacked] = field(default_factory=list)
+    shares: list[tuple[Any, float]] = field(default_factory=list)
+
+
+def align(recipe: Recipe, indexes: Indexes) -> Alignment:
+    """The output's tensors, in the first checkpoint's order. Raises MismatchError and RecipeError."""
+    first = indexes[recipe.checkpoints[0]]
+    for index in indexes.values():
+        unread = unread_tensors(index.extras) if index.extras is not None else []
+        if unread:
+            raise MismatchError(
+                f"{printable(index.path)} holds {unread[0][1]} tensors ({listed([name for name, _ in unread])}), "
+                "which are not merged or converted; save it again with ordinary ones"
+            )
+    parts = make_parts(recipe, indexes)
+    alignment = Alignment([], parts.notes, restacked=parts.restacked)
+    alignment.shares = shares(parts.parts[0])
+    mismatch = Mismatch(str(first.path))
+    rules = _Rules(recipe)
+    for part in parts.parts:
+        _Aligner(recipe, indexes, part, rules, alignment, mismatch).run()
+    mismatch.refuse(recipe)
+    _refuse_quantised(indexes, alignment.merged)
+    alignment.warnings += [f"--on-missing {recipe.on_missing}: {row}" for row in mismatch.rows()]
+    if not alignment.merged:
+        raise RecipeError(
+            "the rules leave no tensor over" if first.entries else f"{printable(first.path)} has no tensors to merge"
+        )
+    if len(parts.parts) > 1 and not parts.restacked:
+        order = {name: number for number, name in enumerate(first.entries)}
+        alignment.merged.sort(key=lambda m: order.get(m.base_names[0], len(order)))
+    _check_output_names(alignment.merged)
+    alignment.taken = [rules.taken[id(rule)] for rule in recipe.rules]
+    alignment.warnings += _idle(recipe, alignment.taken, first.entries)
+    return alignment
+
+
+def _idle(recipe: Recipe, taken: list[int], names: Any) -> list[str]:
+    """Warnings about patterns that met no tensor."""
+    said = []
+    for rule, count in zip(recipe.rules, taken, strict=True):
+        if not count:
+            met = any(map(rule.takes, names))
+            why = "every tensor that it matches is taken by a rule before it" if met else "no tensor's name matches"
+            said.append(f"{recipe.at(rule.path)}the rule for {printable(rule)} took no tensor: {why}")
+    prefix = recipe.output.strip_prefix
+    if prefix and not any(n.startswith(prefix) for n in names):
+        said.append(f"no tensor's name matches --strip-prefix {printable(prefix)}")
+    return said
+
+
+class _Rules:
+    """The rule that takes a tensor, the first that matches; and how many each took."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.rules = recipe.rules
+        self.taken: Counter[int] = Counter()
+
+    def of(self, name: str) -> Rule | None:
+        for rule in self.rules:
+            if rule.takes(name):
+                return rule
+        return None
+
+
+class _Aligner:
+    """One part: its views' tensors brought together by name."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        indexes: Indexes,
+        part: Part,
+        rules: _Rules,
+        alignment: Alignment,
+        mismatch: Mismatch,
+    ) -> None:
+        self.recipe, self.indexes, self.part, self.rules = recipe, indexes, part, rules
+        self.alignment, self.mismatch = alignment, mismatch
+        self.base, self.others = part.views[0], part.views[1:]
+        self.matches = [_matched(self.base, other) for other in self.others]
+        self.values = ParameterValues(recipe, part)
+        self.copies: dict[str, tuple[View, dict[str, str]]] = {}
+
+    def run(self) -> None:
+        for other, matched in zip(self.others, self.matches, strict=True):
+            self.alignment.notes += [f"{printable(other.index.path)}: {text}" for text in describe_match(matched)]
+        ruled = {name: self.rules.of(name) for name in self.base.entries}
+        ties = {name: first for name, first in self._shared_ties().items() if ruled[name] is ruled[first]}
+        self.rules.taken.update(id(rule) for rule in ruled.values() if rule)
+        names = [n for n in self._names(ties, ruled) if not _drops(ruled[n])]
+        kept, tied_to = set(names), dict[str, list[str]]()
+        for name in names:
+            if ties.get(name) in kept:
+                tied_to.setdefault(ties[name], []).append(name)
+        for name in names:
+            if ties.get(name) in kept:
+                continue
+            merged = self._merged((name, *tied_to.get(name, ())), ruled[name])
+            if merged is not None:
+                self.alignment.merged.append(merged)
+
+    # -- names ------------------------------------------------------------------------------------------------------
+
+    def _names(self, ties: dict[str, str], ruled: dict[str, Rule | None]) -> list[str]:
+        """The base's names that go into the output, after the policy for tensors that are not everywhere."""
+        partial: set[str] = set()
+        merged_here = [n for n, rule in ruled.items() if not _drops(rule) and not (rule and rule.copy)]
+        for other, matched in zip(self.others, self.matches, strict=True):
+            missing = [n for n in merged_here if n not in matched and not (n in ties and ties[n] in matched)]
+            used = set(matched.values())
+            extra = [n for n in other.entries if n not in used and other.aliases.get(n) not in used]
+            extra = [n for n in extra if not _drops(self.rules.of(n))]
+            partial.update(missing)
+            self._note_mismatch(other, *([n for n in names if not ignored_by_loader(n)] for names in (missing, extra)))
+        optional = [n for n in ruled if n in partial and ignored_by_loader(n)]
+        if optional:
+            self.alignment.notes.append(
+                f"{len(optional)} tensors that the XTTS loader ignores ({optional[0].split('.')[0]}.*, ...) are not in "
+                "every input; they are kept as in the first"
+            )
+        if self.recipe.on_missing == "drop":
+            return [n for n in ruled if n not in partial or ignored_by_loader(n)]
+        return list(ruled)
+
+    def _note_mismatch(self, other: View, missing: list[str], extra: list[str]) -> None:
+        path = str(other.index.path)
+        for table, names in ((self.mismatch.missing, missing), (self.mismatch.extra, extra)):
+            if names:
+                table.setdefault(path, []).extend(names)
+        if missing or extra:
+            self.mismatch.names.setdefault(path, list(other.entries))
+            self.mismatch.names.setdefault(self.mismatch.first, list(self.base.entries))
+
+    def _shared_ties(self) -> dict[str, str]:
+        """Ties of the first checkpoint that hold in every one: name -> the name it is tied to."""
+        ties, parted = {}, []
+        for name, first in self.base.aliases.items():
+            for other, matched in zip(self.others, self.matches, strict=True):
+                if (
+                    name in matched
+                    and first in matched
+                    and other.entries[matched[name]].place != other.entries[matched[first]].place
+                ):
+                    parted.append(name)
+                    break
+            else:
+                ties[name] = first
+        if parted:
+            self.alignment.warnings.append(
+                f"{listed(parted)}: tied in {printable(self.base.index.path)} but separate in another input, "
+                "so merged separately and no longer tied"
+            )
+        return ties
+
+    def _sources(self, name: str) -> _Sources:
+        """The tensor in each view; None where it is missing."""
+        found: _Sources = [self.base.entries[name]]
+        for other, matched in zip(self.others, self.matches, strict=True):
+            theirs = matched.get(name) or matched.get(self.base.aliases.get(name, name))
+            found.append(other.entries[theirs] if theirs else None)
+        return found
+
+    # -- tensors ----------------------------------------------------------------------------------------------------
+
+    def _merged(self, names: tuple[str, ...], rule: Rule | None) -> Merged | None:
+        name, recipe = names[0], self.recipe
+        tied = tuple(map(recipe.output_name, names[1:]))
+        sources = self._sources(name)
+        if rule and rule.copy:
+            entry = self._copied(name, rule)
+            return Merged(names, self._spec(name, entry.spec, rule), COPY, (entry,), tied=tied)
+        method = self.part.method
+        if rule and rule.merge_method and method is not COPY:
+            method = rule.merge_method
+        if method.base == "required" and not self.part.based:
+            where = recipe.at(rule.path if rule else ())
+            raise RecipeError(
+                f"{where}{method.name} needs a base, and {printable(name)} has none here; name it as base_model"
+            )
+        sources, rest, keep = self._in_shape(name, sources)
+        if keep is None:
+            return None
+        first = sources[0] or self.base.entries[name]
+        spec = self._spec(name, first.spec, rule)
+        if rest is not None:
+            spec = replace(spec, shape=(rest.spec.shape[0] + first.spec.shape[0], *spec.shape[1:]))
+        order, based = self.part.order(method), self.part.takes_base(method)
+        used = [sources[number] for number in order]
+        present = tuple(filter(None, used))
+        lacking = len(present) < len(used)
+        absent_here = lacking and (recipe.on_missing == "base" or ignored_by_loader(name))
+        too_few = lacking and sum(s is not None for s in used[based:]) < method.models[0]
+        if keep or method is COPY or absent_here or too_few:
+            return Merged(names, spec, COPY, (first,), tied=tied, rest=rest)
+        if first.spec.dtype.kind not in ("float", "complex"):
+            return self._integers(names, spec, present, tied, rest)
+        wide = any(s.spec.dtype in _WIDE for s in present)
+        preferred = recipe.compute_dtype.torch_name if recipe.compute_dtype else method.compute
+        values = self.values.of(method, order[based:], name, sources, rule)
+        compute = "float64" if wide else preferred
+        return Merged(names, spec, method, present, values, compute, based, tied, rest)
+
+    def _spec(self, name: str, spec: TensorSpec, rule: Rule | None) -> TensorSpec:
+        """The output tensor: the base's dtype, unless another one is asked for."""
+        dtype = self.base.entries[name].spec.dtype
+        if dtype.kind != spec.dtype.kind:
+            dtype = spec.dtype
+        wished = (rule.dtype if rule else None) or self.recipe.recast
+        if wished is not None and dtype.kind == "float":
+            dtype = wished
+        named = self.recipe.output_name(name)
+        return spec if dtype is spec.dtype and named == spec.name else TensorSpec(named, dtype, spec.shape)
+
+    def _copied(self, name: str, rule: Rule) -> TensorEntry:
+        """The tensor in the model that the rule names."""
+        path = str(rule.copy)
+        if path not in self.copies:
+            wanted = self.recipe.copied(path)
+            index = next(index for reference, index in self.indexes.items() if reference.same(wanted))
+            own = next((view for view in self.part.views if view.index is index), None)
+            view = own or View(index, index.entries, index.aliases)
+            self.copies[path] = view, _matched(self.base, view)
+        view, matched = self.copies[path]
+        theirs = matched.get(name) or matched.get(self.base.aliases.get(name, name))
+        if theirs is None:
+            raise MismatchError(
+                f"{self.recipe.at(rule.path)}{printable(path)} has no tensor {printable(name)} to copy; "
+                "narrow the rule's pattern"
+            )
+        return view.entries[theirs]
+
+    def _in_shape(self, name: str, sources: _Sources) -> tuple[_Sources, TensorEntry | None, bool | None]:
+        """The sources, cut to their common rows where that is asked for; the rows that stay; and whether only the first
+        is kept. None for a tensor that differs and cannot be settled."""
+        first = self.base.entries[name].spec
+        for s in sources:  # a plain loop: this runs for every tensor
+            if s is not None and s.spec is not first and (s.spec.shape != first.shape or s.spec.dtype is not first.dtype):
+                break
+        else:
+            return sources, None, False
+        present = [(s, v.index) for s, v in zip(sources, self.part.views, strict=True) if s is not None]
+        other = next((p for p in present[1:] if _differ(first, p[0].spec)), None)
+        if other is None:
+            return sources, None, False
+        differing = Differing(name, first, other[0].spec, str(other[1].path))
+        policy = self.recipe.on_shape
+        if not differing.in_shape or policy == "error":
+            self.mismatch.differing.append(differing)
+            return sources, None, None
+        if policy == "base":
+            self.alignment.warnings.append(f"--on-shape base: {printable(name)} is kept as the first has it")
+            return sources, None, True
+        shapes = [s.spec.shape for s, _ in present]
+        if any(len(s) == 0 or s[1:] != first.shape[1:] for s in shapes) or first.dtype.kind == "packed":
+            self.mismatch.differing.append(differing)
+            return sources, None, None
+        least, most = min(s[0] for s in shapes), max(s[0] for s in shapes)
+        largest = next(s for s, _ in present if s.spec.shape[0] == most)
+        self.alignment.warnings.append(
+            f"--on-shape rows: {least} rows of {printable(name)} are merged, the other {most - least} are those of "
+            f"{printable(largest.path)}"
+        )
+        return [s and _rows(s, 0, least) for s in sources], _rows(largest, least, most), False
+
+    def _integers(
+        self,
+        names: tuple[str, ...],
+        spec: TensorSpec,
+        present: tuple[TensorEntry, ...],
+        tied: tuple[str, ...],
+        rest: TensorEntry | None,
+    ) -> Merged:
+        policy = self.recipe.integers or ("max" if names[0].endswith("num_batches_tracked") else "error")
+        if policy == "max" and present[0].spec.dtype.kind == "packed":
+            raise MismatchError(
+                f"{printable(names[0])} holds packed {present[0].spec.dtype} values, of which there is no largest"
+            )
+        if len(present) == 1:
+            return Merged(names, spec, COPY, present, tied=tied, rest=rest)
+        return Merged(names, spec, INTEGERS, present, {"policy": policy}, tied=tied, rest=rest)
+
+
+def _refuse_quantised(indexes: Indexes, merged: list[Merged]) -> None:
+    """Quantised weights may be copied, byte for byte and with all that belongs to them, but neither merged nor recast."""
+    for index in indexes.values():
+        told = companions({name: entry.spec for name, entry in index.entries.items()})
+        if not told:
+            continue
+        files, copied, others = {str(path) for path in index.files}, set[str](), set[str]()
+        for m in merged:
+            for source in m.sources:
+                if source.path in files:
+                    verbatim = m.method is COPY and source.spec.dtype == m.spec.dtype
+                    (copied if verbatim else others).add(source.spec.name)
+        for name, (label, stem) in told.items():
+            parted = name not in copied and any(belongs(each, stem) for each in copied)
+            if name in others or parted or any(belongs(each, stem) for each in others):
+                raise MismatchError(
+                    f"{printable(index.path)} is quantised: {label}, as {printable(name)} tells; dequantise it first, or "
+                    "copy its tensors with all that belongs to them"
+                )
+
+
+def _drops(rule: Rule | None) -> bool:
+    return rule is not None and rule.drop
+
+
+def _matched(base: View, other: View) -> dict[str, str]:
+    """Base name -> the other's name."""
+    if base.entries.keys() == other.entries.keys():
+        return dict(zip(base.entries, base.entries, strict=True))
+    return match_names(base.entries, other.entries)
+
+
+def _differ(one: TensorSpec, two: TensorSpec) -> bool:
+    other_kind = one.dtype.kind != two.dtype.kind or (one.dtype.kind != "float" and one.dtype != two.dtype)
+    return one.shape != two.shape or other_kind
+
+
+def _rows(entry: TensorEntry, start: int, stop: int) -> TensorEntry:
+    """Rows of a tensor, where they lie."""
+    spec = replace(entry.spec, shape=(stop - start, *entry.spec.shape[1:]))
+    step = (entry.strides or contiguous_strides(entry.spec.shape))[0]
+    return replace(entry, spec=spec, offset=entry.offset + start * step * entry.spec.dtype.element_bytes)
+
+
+def _check_output_names(merged: list[Merged]) -> None:
+    seen: set[str] = set()
+    for name in (n for m in merged for n in (m.spec.name, *m.tied)):
+        if name in seen:
+            raise RecipeError(f"two tensors would be called {printable(name)} in the output; change --strip-prefix")
+        seen.add(name)

@@ -1,0 +1,198 @@
+"""An output that is a ``.pth``: the tree of the first input, with its tensors replaced and without what is stale."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from streammerge.checkpoints.index import CheckpointIndex
+from streammerge.errors import RecipeError, listed, printable
+from streammerge.formats import torch_zip
+from streammerge.methods.registry import COPY
+from streammerge.options import RECEIPT_FILE, RECIPE_FILE
+from streammerge.pickles.repickle import Edit, repickle, storage_ref
+from streammerge.pickles.state_dict import is_training_state
+from streammerge.pickles.tree import Instance, OrderedTree, StorageRef, TensorRef, mapping_items, walk
+from streammerge.planning.alignment import Alignment, Merged
+from streammerge.planning.outputs.bookkeeping import merge_bookkeeping
+from streammerge.planning.outputs.layout import Layout, Output, Placed, blank_sums, recipe_record
+from streammerge.planning.receipt import ITSELF, Receipt
+from streammerge.recipe.document import to_yaml
+from streammerge.recipe.model import Recipe
+from streammerge.tensors.dtypes import DType
+from streammerge.tensors.spec import TensorEntry, TensorSpec, contiguous_strides
+
+
+def pickled_output(name: str, recipe: Recipe, base: CheckpointIndex, alignment: Alignment, receipt: Receipt) -> Output:
+    merged = alignment.merged
+    if base.format == "TorchScript archive":
+        raise RecipeError(
+            f"{printable(base.path)} is a TorchScript archive, which is code and cannot be written again; "
+            "write a .safetensors file, or a .pth with a plain checkpoint as the first input"
+        )
+    tree, holders = _tree(base, merged)
+    moved = alignment.restacked or any(m.base_names[0] not in base.entries for m in merged)
+    if holders is None and moved:
+        raise RecipeError(
+            f"a .pth has the container of its first input, {printable(base.path)}, in which no layers can be moved; "
+            "write a .safetensors file or a folder"
+        )
+    edit = Edit()
+    builder = _Builder(edit)
+    notes: list[str] = []
+    if base.container.format.startswith("PyTorch ") and base.container.format != "PyTorch zip":
+        notes.append(
+            f"{printable(base.path)} is in the {base.container.format} format; the output is in today's zip format"
+        )
+    for m in merged:
+        builder.place_merged(m)
+    if holders is None:
+        home = {name: m.spec.name for m in merged for name in m.base_names}
+        _edit_first(base, recipe, home, edit, builder, notes)
+        if len(alignment.shares) > 1:
+            said = merge_bookkeeping([tree for tree, _ in alignment.shares], [w for _, w in alignment.shares], edit)
+            if said:
+                notes.append(f"bookkeeping: {', '.join(said)}")
+        builder.place_rest(tree, base, home)
+    else:
+        for key, m in holders.items():
+            edit.replaced[id(tree[key])] = builder.refs[m.spec.name]
+    pickle = repickle(tree, edit)
+    record = recipe_record(recipe)
+    receipt = replace(receipt, checksums={ITSELF: blank_sums([nbytes for _, nbytes in builder.storages.values()])})
+    beside = {RECIPE_FILE: to_yaml(record).encode()} if record else {}
+    beside[RECEIPT_FILE] = receipt.text().encode()
+    file = torch_zip.plan_layout(name, pickle, builder.storages, base.container.magic, beside)
+    placed = [Placed(spec, m, 0, file.offsets[n], source) for n, (spec, m, source) in builder.tensors.items()]
+    return Output(Layout((file,), receipt), placed, notes)
+
+
+def _tree(base: CheckpointIndex, merged: list[Merged]) -> tuple[Any, dict[str, Merged] | None]:
+    """The first input's own tree, or a flat state dict where it has none that could be written."""
+    if base.extras is not None and base.format != "sharded PyTorch":
+        return base.extras, None
+    tree, holders = OrderedTree(), {}
+    for m in merged:
+        for name in (m.spec.name, *m.tied):
+            tree[name] = TensorRef(StorageRef("", m.spec.dtype, 0), m.spec.dtype, 0, (), ())
+            holders[name] = m
+    return tree, holders
+
+
+class _Builder:
+    """Gives every tensor that a pickle will mention a storage of its own."""
+
+    def __init__(self, edit: Edit) -> None:
+        self.edit = edit
+        self.refs: dict[str, TensorRef] = {}
+        self.storages: dict[str, tuple[str, int]] = {}
+        self.tensors: dict[str, tuple[TensorSpec, Merged | None, TensorEntry | None]] = {}
+        self._copies: dict[tuple[object, ...], StorageRef] = {}
+
+    def place_merged(self, merged: Merged) -> None:
+        self.refs[merged.spec.name] = self._fresh(merged.spec, self._storage(merged.spec, merged, None), None)
+
+    def _storage(self, spec: TensorSpec, merged: Merged | None, source: TensorEntry | None) -> StorageRef:
+        key, label = str(len(self.storages)), spec.name
+        while label in self.tensors:
+            label += "'"
+        self.storages[label] = (key, spec.nbytes)
+        self.tensors[label] = (spec, merged, source)
+        return storage_ref(key, spec.dtype, spec.numel)
+
+    def _fresh(self, spec: TensorSpec, storage: StorageRef, like: TensorRef | None) -> TensorRef:
+        made = TensorRef(storage, spec.dtype, 0, spec.shape, contiguous_strides(spec.shape))
+        if like is not None:
+            made.requires_grad, made.wrapper, made.state = like.requires_grad, like.wrapper, like.state
+        return made
+
+    def stand_in(self, name: str, node: TensorRef) -> TensorRef:
+        """A tensor over the merged storage of that name, wrapped as ``node`` is."""
+        ref = self.refs[name]
+        spec = TensorSpec(name, ref.dtype, ref.shape)
+        return self._fresh(spec, ref.storage, node)
+
+    def place_rest(self, tree: Any, base: CheckpointIndex, home: dict[str, str]) -> None:
+        """Copies of the first input's for all tensors that are still reachable and were not merged.
+
+        One that is a merged tensor under another path is that. ``home``: base name -> merged name.
+        """
+        merged = {base.entries[name].place: made for name, made in home.items()}
+        nodes = list(walk(tree, self.edit.dropped | set(self.edit.values)))
+        for path, node in nodes:
+            if id(node) in self.edit.replaced:
+                continue
+            if isinstance(node, TensorRef):
+                name = ".".join(map(str, path))
+                entry = base.container.locate(name, node)
+                if entry.nbytes and entry.place in merged:
+                    self.edit.replaced[id(node)] = self.stand_in(merged[entry.place], node)
+                    continue
+                storage = self._copies.get(entry.place)
+                if storage is None:
+                    storage = self._copies[entry.place] = self._storage(entry.spec, None, entry)
+                self.edit.replaced[id(node)] = self._fresh(entry.spec, storage, node)
+            elif isinstance(node, StorageRef):
+                octets = TensorRef(StorageRef(node.key, None, node.nbytes), DType.U8, 0, (node.nbytes,), (1,))
+                entry = base.container.locate(f"storage {node.key}", octets)
+                key = self._storage(entry.spec, None, entry).key
+                self.edit.replaced[id(node)] = StorageRef(key, node.dtype, node.numel)
+
+
+def _edit_first(
+    base: CheckpointIndex, recipe: Recipe, home: dict[str, str], edit: Edit, builder: _Builder, notes: list[str]
+) -> None:
+    """The first input's tree with merged tensors in place, and without what is stale or was not wanted."""
+    selection = base.selection
+    for found in selection.tensors:
+        where = (id(found.holder), found.key)
+        if found.name not in home:
+            _drop(found.name, found.holder, found.key, edit)
+            continue
+        node = found.node or found.ref
+        made = builder.stand_in(home[found.name], node)
+        already = edit.replaced.setdefault(id(node), made)
+        if already is not made and already.storage is not made.storage and found.holder is not None:
+            edit.values[where] = made
+        if recipe.output_name(found.name) != found.name:
+            if found.holder is None or selection.chosen[0].kind != "state dict":
+                raise RecipeError("--strip-prefix renames tensors of a state dict only; write a .safetensors file")
+            edit.renamed[where] = recipe.output_name(str(found.key))
+    for found in selection.left_out:
+        _drop(found.name, found.holder, found.key, edit)
+    for twin in selection.twins if recipe.merge_method is not COPY else ():
+        if selection.chosen[0].averaged and not twin.averaged and all(found.name in home for found in twin.tensors):
+            for found in twin.tensors:  # the loader reads the plain weights, which are now the averaged ones
+                node = found.node or found.ref
+                edit.replaced.setdefault(id(node), builder.stand_in(home[found.name], node))
+            notes.append(f"'{printable(twin.label)}' has the merged weights too")
+            continue
+        _drop(twin.label, twin.holder, twin.key, edit)
+        notes.append(f"left out of the output: '{printable(twin.label)}', which was not merged and would be stale")
+    if not recipe.output.keep_optimizer:
+        gone = _drop_training_state(base, edit)
+        if gone:
+            notes.append(f"left out of the output: {listed(gone)} (--keep-optimizer keeps the first input's)")
+
+
+def _drop(name: str, holder: Any, key: Any, edit: Edit) -> None:
+    if holder is None or mapping_items(holder) is None:
+        raise RecipeError(f"{printable(name)} cannot be left out of this file's container; write a .safetensors file")
+    edit.dropped.add((id(holder), key))
+
+
+def _drop_training_state(base: CheckpointIndex, edit: Edit) -> list[str]:
+    """Optimizer, scheduler and scaler beside the chosen state dicts, at every level down to them."""
+    gone: list[str] = []
+    for candidate in base.selection.chosen:
+        node: Any = base.extras
+        for part in candidate.path:
+            for key, value in mapping_items(node) or []:
+                fresh = (id(node), key) not in edit.dropped
+                if is_training_state(key, value) and key != part and value is not None and fresh:
+                    edit.dropped.add((id(node), key))
+                    gone.append(str(key))
+            if isinstance(node, Instance) and isinstance(node.state, dict):
+                node = node.state
+            node = node[part] if isinstance(node, dict | list | tuple) else dict(mapping_items(node) or []).get(part)
+    return gone

@@ -1,0 +1,134 @@
+"""The parameters of a method for each tensor: from rule, model, slice, module and recipe, the first that says something."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from streammerge.errors import RecipeError, printable
+from streammerge.methods.contracts import MergeMethod, Parameter
+from streammerge.planning.views import Part
+from streammerge.recipe.model import Recipe, Rule
+from streammerge.recipe.settings import Chain, Setting, Settings
+from streammerge.tensors.spec import TensorEntry
+
+
+@dataclass(slots=True)
+class _Asked:
+    """For each parameter a chain for each model, or a single one; ``values`` of all tensors, where they are the same."""
+
+    chains: list[tuple[Parameter, list[Chain]]]
+    values: dict[str, Any] | None = None
+
+    @property
+    def fixed(self) -> bool:
+        return all(chain.fixed for _, chains in self.chains for chain in chains)
+
+
+class ParameterValues:
+    """The values of one part's tensors, resolved once for each that is different."""
+
+    def __init__(self, recipe: Recipe, part: Part) -> None:
+        self.recipe, self.part = recipe, part
+        self.asked: dict[tuple[str, tuple[int, ...], int | None], _Asked] = {}
+        self.resolved: dict[Any, dict[str, Any]] = {}
+
+    def of(
+        self,
+        method: MergeMethod,
+        numbers: tuple[int, ...],
+        name: str,
+        sources: Sequence[TensorEntry | None],
+        rule: Rule | None,
+    ) -> dict[str, Any]:
+        """All parameters for those of the models, views ``numbers`` in this order, that have the tensor.
+
+        A model's own are looked up by the name that the tensor has there. Raises RecipeError for values that cannot be.
+        """
+        models = [sources[number] for number in numbers]
+        asked, whole = self._asked(method, numbers, rule), all(models)
+        if whole and asked.values is not None:
+            return asked.values
+        t = self.part.position(name)
+        given: dict[str, Any] = {}
+        for parameter, chains in asked.chains:
+            try:
+                if parameter.per_model:
+                    found = [c.at(s.spec.name, t) for c, s in zip(chains, models, strict=True) if s is not None]
+                    value: Any = _filled(parameter, found)
+                else:
+                    value = chains[0].at(name, t)
+            except RecipeError as error:  # a gradient between two numbers that can be, at one that cannot
+                raise RecipeError(f"{self.recipe.at(('parameters', parameter.name))}{printable(name)}: {error}") from error
+            if value is not None:
+                given[parameter.name] = value
+        known = (method.name, len(models) - models.count(None), *given.items())
+        if known not in self.resolved:
+            self.resolved[known] = self._resolve(method, given, models, name, rule)
+        if whole and asked.fixed:
+            asked.values = self.resolved[known]
+        return self.resolved[known]
+
+    def _asked(self, method: MergeMethod, numbers: tuple[int, ...], rule: Rule | None) -> _Asked:
+        known = method.name, numbers, id(rule) if rule and rule.parameters else None
+        if known not in self.asked:
+            views = [self.part.views[number] for number in numbers]
+            made = []
+            for parameter in method.parameters.values():
+                ruled = self._of_rule(parameter, rule, len(views))
+                owned = [view.own for view in views] if parameter.per_model else [{}]
+                levels = [(first, own, *self.part.levels) for first, own in zip(ruled, owned, strict=False)]
+                made.append((parameter, [Chain(parameter, each) for each in levels]))
+            self.asked[known] = _Asked(made)
+        return self.asked[known]
+
+    def _of_rule(self, parameter: Parameter, rule: Rule | None, models: int) -> list[Settings]:
+        """A rule's setting for each model: a list is not a gradient there, but one value for each."""
+        ruled = rule.parameters.get(parameter.name) if rule else None
+        if rule is None or ruled is None:
+            return [{}] * max(models, 1)
+        each: list[Setting] = [ruled] * max(models, 1)
+        values = ruled[0].value
+        if parameter.per_model and len(ruled) == 1 and ruled[0].filter is None and isinstance(values, tuple):
+            if len(values) != models:
+                where = self.recipe.at((*rule.path, "parameters", parameter.name))
+                raise RecipeError(f"{where}{len(values)} values of {parameter.name} for {models} models; give one for each")
+            each = [(replace(ruled[0], value=value),) for value in values]
+        return [{parameter.name: setting} for setting in each]
+
+    def _resolve(
+        self,
+        method: MergeMethod,
+        given: dict[str, Any],
+        models: Sequence[TensorEntry | None],
+        name: str,
+        rule: Rule | None,
+    ) -> dict[str, Any]:
+        absent = models.count(None)
+        try:
+            return method.resolve(given, len(models) - absent)
+        except RecipeError as error:
+            where = f"for the inputs that have {printable(name)}: " if absent else ""
+            path = rule.path if rule else ("parameters",) if self.recipe.parameters else ("models",)
+            raise RecipeError(f"{self.recipe.at(path)}{where}{error}") from error
+
+
+def _filled(parameter: Parameter, values: list[Any]) -> tuple[Any, ...] | None:
+    """The default where a model has no value; None where none has."""
+    if None not in values:
+        return tuple(values)
+    if values.count(None) == len(values):
+        return None
+    default = parameter.default[0] if isinstance(parameter.default, tuple) else parameter.default
+    return tuple(default if value is None else value for value in values)
+
+
+def shares(part: Part) -> list[tuple[Any, float]]:
+    """Each checkpoint's tree, and its weight where plain numbers are averaged; a base that is no model has none."""
+    weight = part.method.parameters.get("weight")
+    found: list[tuple[Any, float]] = []
+    for number, view in enumerate(part.views):
+        value = Chain(weight, (view.own, *part.levels)).at("", 0.0) if weight else None
+        found.append((view.index.extras, 0.0 if number not in part.models else 1.0 if value is None else value))
+    return found

@@ -1,0 +1,257 @@
+"""Plan, then execute: a pure function of recipe, headers and budget. It prints, serialises, and is what is run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from streammerge.errors import BudgetError, RecipeError, printable
+from streammerge.kernels.ranking import held_bytes
+from streammerge.methods.registry import COPY, INTEGERS
+from streammerge.planning.alignment import align
+from streammerge.planning.budget import Budget, Cost, fit
+from streammerge.planning.outputs.bookkeeping import differing_facts
+from streammerge.planning.outputs.container import plan_output, side_bytes
+from streammerge.planning.outputs.layout import Layout, Placed
+from streammerge.planning.receipt import InputSpans
+from streammerge.planning.tasks import MergeTask
+from streammerge.planning.views import Indexes
+from streammerge.recipe.model import Recipe
+from streammerge.recipe.summary import recipe_lines, rule_lines, weight_notes
+from streammerge.stores.local import Identity, identity
+from streammerge.tensors.dtypes import DType
+from streammerge.tensors.spec import TensorEntry
+from streammerge.units import binary_bytes, decimal_bytes
+
+_EXAMPLE_OUT = "merged.safetensors"
+
+
+@dataclass(slots=True)
+class Plan:
+    """All of a run: ``tasks`` in the order of reading, the ``layout`` of the output, and what it will cost.
+
+    ``peak_bytes`` is projected memory above the start-up footprint; ``disk_bytes`` includes temporary files. ``taken``:
+    how many tensors each rule of the recipe took. ``owners``: file -> the checkpoint that it belongs to. ``input_files``:
+    what the receipt calls an input file -> its path, and where its tensors lie.
+    """
+
+    recipe: Recipe
+    out: Path | None
+    tasks: list[MergeTask]
+    staged: list[TensorEntry]
+    layout: Layout
+    budget: Budget
+    memory_bytes: int
+    io: str
+    identities: dict[str, Identity]
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    taken: list[int] = field(default_factory=list)
+    owners: dict[str, str] = field(default_factory=dict)
+    input_files: dict[str, InputSpans] = field(default_factory=dict)
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.budget.peak_bytes
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(task.read_bytes for task in self.tasks) + sum(entry.nbytes for entry in self.staged)
+
+    @property
+    def write_bytes(self) -> int:
+        return self.layout.size + side_bytes(self.layout)
+
+    @property
+    def disk_bytes(self) -> int:
+        return self.write_bytes + sum(entry.nbytes for entry in self.staged)
+
+    @property
+    def torch_needed(self) -> bool:
+        return not all(task.verbatim for task in self.tasks) or any(e.strides is not None or e.lazy for e in self.staged)
+
+    def counts(self) -> dict[str, int]:
+        """How many output tensors each method makes."""
+        return dict(Counter(task.method.name for task in self.tasks).most_common())
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON-able data, without the places of the bytes."""
+        return {
+            "inputs": list(self.recipe.inputs),
+            "base": self.recipe.base_model,
+            "out": None if self.out is None else str(self.out),
+            "method": self.recipe.merge_method.name,
+            "recipe": self.recipe.to_dict(),
+            "rules": [
+                {"match": list(map(str, rule.match)), "action": rule.action, "tensors": count}
+                for rule, count in zip(self.recipe.rules, self.taken, strict=True)
+            ],
+            "tensors": self.counts(),
+            "files": [{"name": file.name, "bytes": file.size} for file in self.layout.files],
+            "side_files": [name for _, name in self.layout.side_files],
+            "read_bytes": self.read_bytes,
+            "write_bytes": self.write_bytes,
+            "disk_bytes": self.disk_bytes,
+            "memory_bytes": self.memory_bytes,
+            "peak_bytes": self.peak_bytes,
+            "workers": self.budget.workers,
+            "chunk_elems": self.budget.chunk_elems,
+            "io": self.io,
+            "staged_tensors": [entry.spec.name for entry in self.staged],
+            "notes": self.notes,
+            "warnings": self.warnings,
+            "tasks": [_task_json(task) for task in self.tasks],
+        }
+
+    def __str__(self) -> str:
+        recipe = self.recipe
+        what = "convert" if recipe.merge_method is COPY else recipe.merge_method.name
+        lines = [f"{what} -> {printable(self.out) if self.out else '(no output named)'}", *recipe_lines(recipe)]
+        lines += rule_lines(recipe, self.taken)
+        made = ", ".join(
+            f"{count} {_METHOD_WORDS.get(method, f'merged by {method}')}" for method, count in self.counts().items()
+        )
+        lines.append(f"tensors  {made}")
+        files = self.layout.files
+        named = printable(files[0].name) if len(files) == 1 else f"{len(files)} files"
+        beside = f" and {len(self.layout.side_files)} side files" if self.layout.side_files else ""
+        lines.append(f"output   {named}, {decimal_bytes(self.write_bytes)}{beside}")
+        lines.append(f"disk     {decimal_bytes(self.disk_bytes)} needed, temporary files included")
+        lines.append(f"read     {decimal_bytes(self.read_bytes)} from {len(self.owners)} files")
+        if self.staged:
+            size = sum(entry.nbytes for entry in self.staged)
+            lines.append(
+                f"staged   {len(self.staged)} tensors that cannot be mapped, {decimal_bytes(size)} of temporary files"
+            )
+        budget = self.budget
+        lines.append(
+            f"memory   {binary_bytes(self.peak_bytes)} projected of {binary_bytes(self.memory_bytes)}, above start-up "
+            f"({budget.workers} workers, chunks of {budget.chunk_elems} elements, {self.io})"
+        )
+        lines += [f"note     {note}" for note in self.notes]
+        lines += [f"warning  {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+
+_METHOD_WORDS = {"copy": "copied", "integers": "of integers (equal, or by policy)"}
+
+
+def _task_json(task: MergeTask) -> dict[str, Any]:
+    return {
+        "tensor": task.out.name,
+        "dtype": task.out.dtype.value,
+        "shape": list(task.out.shape),
+        "method": task.method.name,
+        "inputs": len(task.sources),
+        "bytes": task.out.nbytes,
+    }
+
+
+def build_plan(
+    recipe: Recipe,
+    indexes: Indexes,
+    out: str | None,
+    *,
+    memory_bytes: int,
+    workers: int,
+    io: str = "mmap",
+    hashed: bool = False,
+) -> Plan:
+    """The plan of a merge or conversion. Nothing is written and no tensor is read.
+
+    ``indexes`` has each of the recipe's checkpoints, the first one first. Raises MismatchError when they disagree,
+    BudgetError when ``memory_bytes`` are too few, RecipeError.
+    """
+    if out is not None and not Path(out).name:
+        raise RecipeError(f"{printable(out)} is not a name for an output")
+    alignment = align(recipe, indexes)
+    opened = indexes.values()
+    alignment.warnings += differing_facts([i.extras for i in opened], [str(i.path) for i in opened])
+    output = plan_output(out or _EXAMPLE_OUT, recipe, indexes, alignment, hashed)
+    tasks = [task for placed in output.placed for task in _tasks(placed, recipe.seed)]
+    # In the order in which the first input has them on the disk, its pages are read once and in sequence.
+    tasks.sort(key=lambda task: (task.method is not INTEGERS, task.sources[0].path, task.sources[0].offset))
+    staged = list({s.place: s for task in tasks for s in task.sources if not s.mappable}.values())
+    budget, io = budget_of(tasks, memory_bytes, workers, io, bool(staged))
+    identities = {path: known for index in opened for path, known in index.identities().items()}
+    identities |= {str(source): identity(source) for source, _ in output.layout.side_files}
+    notes = [*(note for index in opened for note in index.notes), *alignment.notes, *output.notes, *weight_notes(recipe)]
+    return Plan(
+        recipe,
+        None if out is None else Path(out),
+        tasks,
+        staged,
+        output.layout,
+        budget,
+        memory_bytes,
+        io,
+        identities,
+        list(dict.fromkeys(notes)),
+        list(dict.fromkeys(alignment.warnings)),
+        alignment.taken,
+        {str(file): str(index.path) for index in opened for file in index.files},
+        output.inputs,
+    )
+
+
+def budget_of(tasks: list[MergeTask], memory_bytes: int, workers: int, io: str, staged: bool) -> tuple[Budget, str]:
+    """How these tasks are run within that memory, and how they read: where there is no room for mapped pages of all
+    inputs, by pread. Raises BudgetError when it is too little."""
+    tensors = sum(len(task.sources) + 1 for task in tasks)
+    try:
+        return fit(memory_bytes, workers, tensors, _cost(tasks, io), staged), io
+    except BudgetError:
+        if io != "mmap":
+            raise
+        return fit(memory_bytes, workers, tensors, _cost(tasks, "pread"), staged), "pread"
+
+
+def _tasks(placed: Placed, seed: int) -> list[MergeTask]:
+    """The work of one output tensor: the merge, and where one model has more rows, the copy of those."""
+    m, spec = placed.merged, placed.spec
+    if m is None:
+        if placed.source is None:
+            raise ValueError(f"{spec.name} has no source")
+        return [MergeTask(spec, COPY, (placed.source,), placed.file, placed.offset)]
+    made, tail = spec, []
+    if m.rest is not None:
+        made, more = replace(spec, shape=m.sources[0].spec.shape), replace(spec, shape=m.rest.spec.shape)
+        tail = [MergeTask(more, COPY, (m.rest,), placed.file, placed.offset + made.nbytes)]
+    head = MergeTask(made, m.method, m.sources, placed.file, placed.offset, m.parameters, m.compute, m.based, seed)
+    return [head, *tail]
+
+
+def _cost(tasks: list[MergeTask], io: str) -> Cost:
+    """What a chunk needs, of each kind the most that any task does; nothing where everything is copied verbatim."""
+    cost = Cost(0, 0, 0, 0)
+    seen: set[tuple[object, ...]] = set()
+    for task in tasks:
+        if task.verbatim:
+            continue
+        # Tasks that are alike need the same, and there are tens of thousands of them.
+        method, dtypes = task.method, tuple(source.spec.dtype for source in task.sources)
+        sized = task.out.shape if method.passes or method.row else None
+        alike = (id(method), dtypes, task.out.dtype, task.compute, task.based, sized, id(task.parameters))
+        if alike not in seen:
+            seen.add(alike)
+            cost = cost.most(_task_cost(task, [dtype.component for dtype in dtypes], io))
+    return cost
+
+
+def _task_cost(task: MergeTask, dtypes: list[DType], io: str) -> Cost:
+    method, models = task.method, len(dtypes)
+    widest = max(d.element_bytes for d in dtypes)
+    out = task.out.dtype.component.element_bytes
+    read, mapped = (widest, 0) if io == "pread" else (0, widest)
+    inputs = models if io == "mmap" or method.passes else 0
+    if method is COPY:
+        return Cost(0, 0, out, read, inputs, mapped)
+    wide = method.passes or task.compute == "float64" or method is INTEGERS
+    narrow = any(d not in (DType.BF16, DType.F32, DType.F64) for d in dtypes)  # widened by way of float32
+    buffers = method.buffers + method.buffers_per_model * models + task.based + (wide and narrow)
+    searches, rows_bytes = method.searches * models, 8 * task.row * method.row_buffers
+    passes = rows_bytes + held_bytes(min(task.elems, task.piece_elems), searches)
+    spread = rows_bytes + held_bytes(task.elems, searches) if task.spread else 0
+    return Cost(8 if wide else 4, buffers, out, read, inputs, mapped, task.row, method.passes, passes, spread)

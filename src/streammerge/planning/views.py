@@ -1,0 +1,325 @@
+"""What a recipe's models, slices and modules mean for these checkpoints: views of them, tensors under their output names.
+
+A merge of whole models is one part. Each slice of stacked layers is a part, in which every source is seen with its layers
+renumbered; each module is one, or several. Within a part, equal names are merged.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from streammerge.checkpoints.huggingface import tie_head
+from streammerge.checkpoints.index import CheckpointIndex
+from streammerge.errors import RecipeError, listed, printable
+from streammerge.methods.contracts import MergeMethod
+from streammerge.methods.registry import COPY
+from streammerge.recipe.checks import raise_all
+from streammerge.recipe.fields import Problems
+from streammerge.recipe.model import Model, Recipe, Reference, Slice, Source
+from streammerge.recipe.settings import Settings
+from streammerge.tensors.layers import depths, is_before, layer_of, position, renumbered, stacks
+from streammerge.tensors.names import bare
+from streammerge.tensors.spec import TensorEntry
+
+Indexes = Mapping[Reference, CheckpointIndex]
+_NONE: Settings = {}
+
+
+@dataclass(slots=True)
+class View:
+    """A checkpoint's tensors by the names that they have in the output; ``own`` are the model's own parameters."""
+
+    index: CheckpointIndex
+    entries: dict[str, TensorEntry]
+    aliases: dict[str, str]
+    own: Settings = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Part:
+    """Views that are merged by equal names, the base first where there is one.
+
+    ``based``: whether the first view is a base. ``models``: the views that are models, in the order in which they were
+    written; a base is among them where the method has no use for one. ``levels``: the parameters of slice, module and
+    recipe. ``layers``: stack -> its first layer here, and how many.
+    """
+
+    views: list[View]
+    method: MergeMethod
+    based: bool
+    models: tuple[int, ...]
+    levels: tuple[Settings, ...]
+    layers: dict[str, tuple[int, int]]
+
+    def takes_base(self, method: MergeMethod) -> bool:
+        """Whether a method is given the base apart from the models."""
+        return self.based and method.takes_base
+
+    def order(self, method: MergeMethod) -> tuple[int, ...]:
+        """The views that a method is given, in its order: the base before the models, or as the first of them."""
+        first = self.takes_base(method) or (self.based and method.base == "model" and 0 in self.models)
+        return (0, *(number for number in self.models if number)) if first else self.models
+
+    def position(self, name: str) -> float:
+        """Where in a layer gradient a tensor is; what is outside the layers has the first value."""
+        layer = layer_of(name)
+        if layer is None or layer.stack not in self.layers:
+            return 0.0
+        first, count = self.layers[layer.stack]
+        return position(layer.number - first, count)
+
+
+@dataclass(slots=True)
+class Restacked:
+    """The layers of one stack of the output: for each, the checkpoint that it comes from and its number there."""
+
+    stack: str
+    before: int
+    layers: list[tuple[Path, int]]
+
+
+@dataclass(slots=True)
+class Parts:
+    """All parts; ``restacked`` where layers were moved."""
+
+    parts: list[Part] = field(default_factory=list)
+    restacked: list[Restacked] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def make_parts(recipe: Recipe, indexes: Indexes) -> Parts:
+    """The parts of a recipe. Raises RecipeError for layers or modules that the checkpoints do not have."""
+    made = Parts()
+    first = indexes[recipe.checkpoints[0]]
+    if recipe.models:
+        made.parts.append(_whole(recipe, indexes, recipe.models, (recipe.parameters,), made, lambda name: True))
+    elif recipe.slices:
+        _stack(recipe, indexes, recipe.slices, (recipe.parameters,), made, lambda name: True, first)
+    else:
+        belongs = _modules(recipe, first)
+        for name, module in recipe.modules.items():
+            levels, mine = (module.parameters, recipe.parameters), _belonging(belongs, name)
+            if module.models:
+                made.parts.append(_whole(recipe, indexes, module.models, levels, made, mine))
+            else:
+                _stack(recipe, indexes, module.slices, levels, made, mine, first)
+        _rest(recipe, first, _belonging(belongs, None), made)
+    return made
+
+
+Belongs = Callable[[str], bool]
+
+
+def _view(index: CheckpointIndex, takes: Belongs, own: Settings, everything: bool) -> View:
+    if everything:
+        return View(index, index.entries, index.aliases, own)
+    entries = {name: entry for name, entry in index.entries.items() if takes(name)}
+    aliases = {name: first for name, first in index.aliases.items() if name in entries and first in entries}
+    return View(index, entries, aliases, own)
+
+
+def _whole(
+    recipe: Recipe, indexes: Indexes, models: tuple[Model, ...], levels: tuple[Settings, ...], made: Parts, takes: Belongs
+) -> Part:
+    """All layers of each model."""
+    everything = bool(recipe.models)
+    views = [_view(indexes[_known(recipe, indexes, m)], takes, m.parameters, everything) for m in models]
+    place = next((n for n, m in enumerate(models) if recipe.base and recipe.of(m).same(recipe.base)), None)
+    listed_too = place is not None
+    if recipe.base is not None and place is None:
+        views.append(_view(indexes[recipe.base], takes, _NONE, everything))
+        place = len(views) - 1
+    views, numbers = _base_first(views, place)
+    if recipe.base_apart(listed_too):
+        numbers = [number for number in numbers if number]
+    tie_head(views, made.notes)
+    layers = {stack: (0, count) for stack, count in depths(views[0].entries).items()}
+    return Part(views, recipe.merge_method, place is not None, tuple(numbers), levels, layers)
+
+
+def _base_first(views: list[View], place: int | None) -> tuple[list[View], list[int]]:
+    """The views with the base before all, and where each went."""
+    order = [number for number in range(len(views)) if number != place]
+    order = order if place is None else [place, *order]
+    return [views[number] for number in order], [order.index(number) for number in range(len(views))]
+
+
+def _known(recipe: Recipe, indexes: Indexes, entry: Model | Source) -> Reference:
+    wanted = recipe.of(entry)
+    return next(known for known in indexes if known.same(wanted))
+
+
+# ----------------------------------------------------------------------------------------------------------- slices
+
+
+def _stack(
+    recipe: Recipe,
+    indexes: Indexes,
+    slices: tuple[Slice, ...],
+    levels: tuple[Settings, ...],
+    made: Parts,
+    takes: Belongs,
+    first: CheckpointIndex,
+) -> None:
+    """A part for each slice, its layers behind those of the slices before it."""
+    offset, moved, problems = 0, Restacked("", 0, []), Problems()
+    stacked = _Stacks(takes)
+    for each in slices:
+        for source in each.sources:
+            index = indexes[_known(recipe, indexes, source)]
+            _check_range(source, stacked.depth(index), problems)
+    raise_all(problems, recipe.places)
+    for number, each in enumerate(slices):
+        base = each.base_model or recipe.base_model
+        views: list[View] = []
+        place = None
+        for source in each.sources:
+            index = indexes[_known(recipe, indexes, source)]
+            ends = (number == 0, number == len(slices) - 1)
+            views.append(stacked.view(index, source, offset, ends))
+            if place is None and base is not None and recipe.of(source).same(recipe.copied(base)):
+                place = len(views) - 1
+        start, stop = each.sources[0].layer_range
+        moved.layers += [(views[0].index.path, layer) for layer in range(start, stop)]
+        views, numbers = _base_first(views, place)
+        if place is not None and recipe.merge_method.takes_base:
+            numbers = [n for n in numbers if n]
+        tie_head(views, made.notes, wanted=first.entries if number == len(slices) - 1 else ())
+        stack = stacked.of(views[0].index)
+        layers = {name: (0, count) for name, count in depths(views[0].entries).items()}
+        layers[stack] = (offset, stop - start)
+        levels_here = (each.parameters, *levels)
+        made.parts.append(Part(views, recipe.merge_method, place is not None, tuple(numbers), levels_here, layers))
+        offset += stop - start
+    moved.stack, moved.before = stacked.of(first), stacked.depth(first)
+    made.restacked.append(moved)
+
+
+class _Stacks:
+    """The layers of checkpoints, looked up once for each: slices come back to the same ones."""
+
+    def __init__(self, takes: Belongs) -> None:
+        self.takes = takes
+        self.known: dict[int, tuple[str, dict[int, list[str]], list[str]]] = {}
+
+    def _of(self, index: CheckpointIndex) -> tuple[str, dict[int, list[str]], list[str]]:
+        """The stack that slices mean, its tensors by their layer, and those outside it."""
+        if id(index) not in self.known:
+            names = [name for name in index.entries if self.takes(name)]
+            stack, layers, outside = _main_stack(names, index), dict[int, list[str]](), list[str]()
+            for name in names:
+                layer = layer_of(name)
+                if layer is not None and layer.stack == stack:
+                    layers.setdefault(layer.number, []).append(name)
+                else:
+                    outside.append(name)
+            self.known[id(index)] = stack, layers, outside
+        return self.known[id(index)]
+
+    def of(self, index: CheckpointIndex) -> str:
+        return self._of(index)[0]
+
+    def depth(self, index: CheckpointIndex) -> int:
+        return max(self._of(index)[1]) + 1
+
+    def view(self, index: CheckpointIndex, source: Source, offset: int, ends: tuple[bool, bool]) -> View:
+        """The layers of the source, counted from ``offset``; ``ends``: with what stands before, and behind, all layers."""
+        _, layers, outside = self._of(index)
+        names = {name: name for name in outside if (ends[0] if is_before(name) else ends[1])} if any(ends) else {}
+        start, stop = source.layer_range
+        for number in range(start, stop):
+            for name in layers.get(number, ()):
+                names[name] = renumbered(name, number - start + offset)
+        entries = {new: index.entries[old] for old, new in names.items()}
+        aliases = {names[old]: names[first] for old, first in index.aliases.items() if old in names and first in names}
+        return View(index, entries, aliases, source.parameters)
+
+
+def _main_stack(names: list[str], index: CheckpointIndex) -> str:
+    """The stack whose layers a slice means; RecipeError where there is none, or it could be another one."""
+    counted = stacks(names).most_common()
+    if not counted:
+        raise RecipeError(f"{printable(index.path)} has no layers (names like model.layers.0.mlp) that slices could take")
+    if len(counted) > 1 and counted[1][1] * 10 > counted[0][1]:
+        shown = ", ".join(f"{printable(stack)} ({count} tensors)" for stack, count in counted[:4])
+        raise RecipeError(f"{printable(index.path)} has several stacks of layers: {shown}; say which with modules")
+    return counted[0][0]
+
+
+def _check_range(source: Source, have: int, problems: Problems) -> None:
+    if source.layer_range[1] > have:
+        problems.add(
+            (*source.path, "layer_range"),
+            f"layer_range {list(source.layer_range)} reaches beyond the {have} layers of {printable(source.model)}",
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- modules
+
+_MERGEKIT_MODULES = {
+    "default": ("",),
+    "text_decoder": ("language_model", ""),
+    "vision_tower": ("visual", "vision_model"),
+    "vision_model": ("visual", "vision_tower"),
+    "multi_modal_projector": ("visual.merger", "visual.deepstack_merger_list", "projector"),
+}
+"""The names of modules in mergekit's definitions, and what their tensors' names begin with where not with that name."""
+
+
+def _modules(recipe: Recipe, first: CheckpointIndex) -> list[tuple[str, str]]:
+    """(prefix, module), the longest prefixes first."""
+    found: list[tuple[str, str]] = []
+    names = list(first.entries)
+    for name, module in recipe.modules.items():
+        prefixes = _prefixes(name, names) or next(
+            filter(None, (_prefixes(other, names) for other in _MERGEKIT_MODULES.get(name, ()))), []
+        )
+        if name == "multi_modal_projector" and not any(name in p for p in prefixes):
+            prefixes = [p for other in _MERGEKIT_MODULES[name] for p in _prefixes(other, names)]
+        if not prefixes:
+            tops = sorted({n.partition(".")[0] for n in names})
+            where = recipe.at(module.path)
+            raise RecipeError(
+                f"{where}no tensor of {printable(first.path)} belongs to a module {printable(name)}; names begin with "
+                f"{listed(tops)}"
+            )
+        found += [(prefix, name) for prefix in prefixes]
+    return sorted(found, key=lambda pair: -len(pair[0]))
+
+
+def _prefixes(name: str, names: list[str]) -> list[str]:
+    """What names begin with that belong to a module of this name: the name itself, or a path that ends in it."""
+    if not name:
+        return [""]
+    wanted = name.removesuffix(".")
+    if any(n.startswith(f"{wanted}.") or n == wanted for n in names):
+        return [wanted]
+    ended = re.compile(rf"^((?:[^.]+\.)*?{re.escape(wanted)})\.")
+    found = {match[1] for match in map(ended.match, names) if match}
+    if len(found) > 1:
+        raise RecipeError(f"a module {printable(name)} could be any of {listed(sorted(found))}; give the whole prefix")
+    return sorted(found)
+
+
+def _belonging(prefixes: list[tuple[str, str]], module: str | None) -> Belongs:
+    """Whether a tensor belongs to the module, to none for None."""
+
+    def belongs(name: str) -> bool:
+        for candidate in (name, bare(name)):
+            for prefix, owner in prefixes:
+                if not prefix or candidate == prefix or candidate.startswith(f"{prefix}."):
+                    return owner == module
+        return module is None
+
+    return belongs
+
+
+def _rest(recipe: Recipe, first: CheckpointIndex, takes: Belongs, made: Parts) -> None:
+    """Tensors of no module are kept as the first checkpoint has them."""
+    view = _view(first, takes, _NONE, everything=False)
+    if view.entries:
+        made.notes.append(f"{len(view.entries)} tensors belong to no module and are copied: {listed(list(view.entries))}")
+        made.parts.append(Part([view], COPY, False, (0,), (), {}))

@@ -1,0 +1,115 @@
+"""From the arguments of merge() and of the command line to a recipe: models with their own parameters, and the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from streammerge.errors import RecipeError, printable
+from streammerge.kernels.chunk import Kernel
+from streammerge.methods.contracts import MergeMethod, Parameter
+from streammerge.methods.registry import COPY, find_method
+from streammerge.recipe.model import Model, Output, Recipe, Reference, Rule
+from streammerge.recipe.patterns import parse_pattern
+from streammerge.recipe.reader import checked
+from streammerge.recipe.settings import Setting, constant
+
+Overrides = Mapping[str, Any]
+
+
+def recipe_of(
+    inputs: Sequence[str],
+    method: str | Callable[..., Kernel] | MergeMethod,
+    base: str | None,
+    weights: Sequence[float] | None,
+    parameters: Mapping[str, Any],
+    overrides: Overrides,
+) -> Recipe:
+    """The recipe of these arguments. Raises RecipeError with all that is wrong with them."""
+    found = find_method(method)
+    if weights is not None:
+        if "weight" in parameters:
+            raise RecipeError("weights and the parameter weight are the same; give one of them")
+        parameters = {**parameters, "weight": _weights(weights, len(inputs))}
+    own: list[dict[str, Setting]] = [{} for _ in inputs]
+    shared: dict[str, Setting] = {}
+    for name, value in parameters.items():
+        known = name.rstrip("_")
+        parameter = found.parameters.get(known)
+        if known in shared or any(known in each for each in own):
+            raise RecipeError(f"the parameter {known} is given twice")
+        if parameter is not None and parameter.per_model and _is_list(value):
+            for each, one in zip(own, _one_each(parameter, list(value), inputs, base), strict=True):
+                if one is not None:
+                    each[known] = constant(one)
+        elif value is not None:
+            shared[known] = constant(parameter.parse_one(value) if parameter else str(value))
+    models = tuple(Model(path, parameters=settings) for path, settings in zip(inputs, own, strict=True))
+    recipe = Recipe(found, models, base_model=base, parameters=shared)
+    return checked(overridden(recipe, overrides))
+
+
+def overridden(recipe: Recipe, overrides: Overrides) -> Recipe:
+    """The recipe with what options say in place of its own keys; options that were not given are None."""
+    given = {name: value for name, value in overrides.items() if value is not None}
+    if "dtype" in given:
+        recipe = replace(recipe, out_dtype=None)
+    output = {name: given.pop(name) for name in list(given) if name in Output.__dataclass_fields__}
+    written = replace(recipe.output, **_parsed(Output, output))
+    return replace(recipe, output=written, **_parsed(Recipe, given))
+
+
+def _parsed(form: type[Any], given: Overrides) -> dict[str, Any]:
+    """Options as the values of a form's keys."""
+    made = {}
+    for name, value in given.items():
+        kind, option = form.__dataclass_fields__[name].metadata["kind"], f"--{name.replace('_', '-')}"
+        try:
+            made[name] = kind.parse(value)
+        except RecipeError as error:
+            raise RecipeError(f"{option}: {error}") from error
+        except (ValueError, TypeError) as error:
+            raise RecipeError(f"{option} takes {kind.words}, not {printable(value)}") from error
+    return made
+
+
+def conversion(path: str, drop: Sequence[str], keep: Sequence[str], overrides: Overrides) -> Recipe:
+    """A merge of one input by ``copy``: what is dropped and what is kept are rules."""
+    if "" in (*drop, *keep):
+        raise RecipeError("--drop and --keep take a pattern, like 'dvae.*'")
+    rules = [Rule((parse_pattern(pattern),), drop=True) for pattern in drop]
+    if keep:
+        rules += [Rule((parse_pattern(pattern),)) for pattern in keep]
+        rules.append(Rule((parse_pattern("*"),), drop=True))
+    recipe = Recipe(COPY, (Model(path),), rules=tuple(rules), output=Output())
+    return checked(overridden(recipe, overrides))
+
+
+def _weights(weights: Sequence[float], inputs: int) -> list[float]:
+    if len(weights) != inputs:
+        raise RecipeError(f"{len(weights)} weights for {inputs} inputs; give one weight per input, like 0.6,0.4")
+    if not all(map(math.isfinite, weights)):
+        raise RecipeError("weights must be finite numbers")
+    return list(map(float, weights))
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _one_each(parameter: Parameter, values: list[Any], inputs: Sequence[str], base: str | None) -> list[Any]:
+    """A value for each input, from as many, from one for each but the base, or from a single one."""
+    parsed = [parameter.parse_one(value) for value in values]
+    is_base = [base is not None and Reference(path).same(Reference(base)) for path in inputs]
+    if len(parsed) == 1:
+        return parsed * len(inputs)
+    if len(parsed) == len(inputs):
+        return parsed
+    if any(is_base) and len(parsed) == len(inputs) - 1:
+        rest = iter(parsed)
+        return [None if base_too else next(rest) for base_too in is_base]
+    raise RecipeError(
+        f"{len(values)} values of {parameter.name} for {len(inputs)} models; give one for each, or a single one for all"
+    )

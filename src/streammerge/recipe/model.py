@@ -1,0 +1,288 @@
+"""What the user asked for. The classes are the recipe's keys: a mergekit configuration, and what streammerge adds.
+
+A recipe is made by the command line, the Python API or a file, and is the same however it was made.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
+
+from streammerge.methods.contracts import MergeMethod
+from streammerge.options import EMA_CHOICES, INTEGERS, ON_MISSING, ON_SHAPE
+from streammerge.recipe.fields import (
+    TEXT,
+    TRUTH,
+    WHOLE,
+    FormOf,
+    ListOf,
+    MapOf,
+    Path,
+    Places,
+    Plain,
+    key,
+    one_of,
+    place_of,
+)
+from streammerge.recipe.patterns import Pattern
+from streammerge.recipe.scalars import COMPUTE, DTYPE, LAYER_RANGE, METHOD, MODEL, PATTERN, SIZE, parameter_docs
+from streammerge.recipe.settings import Settings, SettingsKind
+from streammerge.tensors.dtypes import DType
+
+
+class Reference(NamedTuple):
+    """A checkpoint as it was named, and which of its state dicts, where that was said."""
+
+    path: str
+    state_dict: str | None = None
+
+    def same(self, other: Reference) -> bool:
+        return self.state_dict == other.state_dict and os.path.realpath(self.path) == os.path.realpath(other.path)
+
+
+SETTINGS = SettingsKind(parameter_docs)
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model of a merge, or the base among them."""
+
+    model: str = key(MODEL, "Path of a file or folder.")
+    parameters: Settings = key(SETTINGS, "This model's own parameters, such as weight.", default_factory=dict)
+    state_dict: str | None = key(TEXT, "Which state dict of a wrapped file; found when left out.", default=None)
+    path: Path = field(default=(), compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Some layers of a model, for a slice."""
+
+    model: str = key(MODEL, "Path of a file or folder.")
+    layer_range: tuple[int, int] = key(LAYER_RANGE, "Its first layer, and the one behind its last.")
+    parameters: Settings = key(SETTINGS, "This model's own parameters in the slice.", default_factory=dict)
+    state_dict: str | None = key(TEXT, "Which state dict of a wrapped file; found when left out.", default=None)
+    path: Path = field(default=(), compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Consecutive layers of the output."""
+
+    sources: tuple[Source, ...] = key(ListOf(FormOf(Source)), "The layers that are merged into these.")
+    base_model: str | None = key(MODEL, "The base in this slice.", default=None)
+    parameters: Settings = key(SETTINGS, "Parameters in this slice.", default_factory=dict)
+    residual_weight: Any = key(Plain("a number", float, {"type": "number"}), "Read nowhere, as in mergekit.", default=None)
+    path: Path = field(default=(), compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Module:
+    """A part of the model whose layers are counted on their own, named by how its tensors' names begin."""
+
+    models: tuple[Model, ...] = key(ListOf(FormOf(Model)), "The models, all layers of each.", default=())
+    slices: tuple[Slice, ...] = key(ListOf(FormOf(Slice)), "Layers of models, stacked.", default=())
+    parameters: Settings = key(SETTINGS, "Parameters in this module.", default_factory=dict)
+    path: Path = field(default=(), compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is done with the tensors that a pattern matches; of several rules the first that matches holds."""
+
+    MEANT: ClassVar = {"filter": "match", "pattern": "match", "method": "merge_method", "model": "copy"}
+
+    match: tuple[Pattern, ...] = key(ListOf(PATTERN, or_one=True), "Globs on tensor names, or /regular expressions/.")
+    copy: str | None = key(MODEL, "Take the tensor whole from this model.", default=None)
+    drop: bool = key(TRUTH, "Leave the tensor out.", default=False)
+    merge_method: MergeMethod | None = key(METHOD, "Merge with this method.", default=None)
+    parameters: Settings = key(SETTINGS, "Parameters here; a list is one per model.", default_factory=dict)
+    dtype: DType | None = key(DTYPE, "Dtype of the output.", default=None)
+    path: Path = field(default=(), compare=False, repr=False)
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.match))
+
+    def takes(self, name: str) -> bool:
+        """Whether one of its patterns matches the name."""
+        for pattern in self.match:  # noqa: SIM110 - this runs for every tensor and rule, and any() takes twice as long
+            if pattern.matches(name):
+                return True
+        return False
+
+    @property
+    def action(self) -> str:
+        if self.drop:
+            return "left out"
+        what = (
+            f"copied from {self.copy}" if self.copy else f"by {self.merge_method.name}" if self.merge_method else "merged"
+        )
+        return what + (f" as {self.dtype.torch_name}" if self.dtype else "")
+
+
+@dataclass(frozen=True)
+class Output:
+    """How the output is written."""
+
+    max_shard_size: int | None = key(SIZE, "Largest file of a folder; as the first input's when left out.", default=None)
+    keep_optimizer: bool = key(TRUTH, "Keep the first input's optimizer and scheduler in a .pth.", default=False)
+    strip_prefix: str = key(TEXT, "Removed from the names that begin with it.", default="")
+
+
+_TOKENIZERS = (
+    "the output takes the base's tokenizer (the first model's without one); leave it out, or merge the tokenizers first"
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A merge, or a conversion: all that its output depends on besides the inputs.
+
+    ``places``: where the keys stand in the file they were read from; ``written``: what its models are called there.
+    """
+
+    REFUSED: ClassVar = {
+        "tokenizer_source": _TOKENIZERS,
+        "tokenizer": _TOKENIZERS,
+        "chat_template": "set it in the output's tokenizer_config.json",
+        "name": "it belongs to configurations of several documents; run one document at a time",
+        "out_path": "name the output with -o",
+    }
+    MEANT: ClassVar = {"method": "merge_method", "base": "base_model", "weights": "models", "inputs": "models"}
+
+    merge_method: MergeMethod = key(METHOD, "What `streammerge methods` lists, or package.module:function.")
+    models: tuple[Model, ...] = key(ListOf(FormOf(Model)), "The models, all layers of each.", default=())
+    slices: tuple[Slice, ...] = key(ListOf(FormOf(Slice)), "Layers of models, stacked.", default=())
+    modules: Mapping[str, Module] = key(MapOf(FormOf(Module)), "Name prefix -> what is done there.", default_factory=dict)
+    base_model: str | None = key(MODEL, "The models' common ancestor.", default=None)
+    parameters: Settings = key(SETTINGS, "Parameters of the method.", default_factory=dict)
+    rules: tuple[Rule, ...] = key(ListOf(FormOf(Rule), least=0), "Other ways for some tensors.", default=())
+    dtype: DType | None = key(DTYPE, "Dtype of the output; the first checkpoint's when left out.", default=None)
+    out_dtype: DType | None = key(DTYPE, "The same; wins over dtype.", default=None)
+    compute_dtype: DType | None = key(COMPUTE, "What is computed in; the method's when left out.", default=None)
+    state_dict: str | None = key(TEXT, "Which state dict of wrapped files, for all models.", default=None)
+    ema: str = key(one_of(EMA_CHOICES), "Averaged weights beside plain ones.", default="ignore")
+    on_missing: str = key(one_of(ON_MISSING), "Tensors that are not in every model.", default="error")
+    on_shape: str = key(one_of(ON_SHAPE), "Tensors whose shapes differ.", default="error")
+    integers: str | None = key(one_of(INTEGERS), "Integer tensors that differ.", default=None)
+    allow_nonfinite: bool = key(TRUTH, "Write NaN and infinity instead of stopping.", default=False)
+    output: Output = key(FormOf(Output), "How the output is written.", default_factory=Output)
+    seed: int = key(WHOLE, "For the methods that draw random numbers.", default=0)
+    places: Places = field(default_factory=dict, compare=False, repr=False)
+    written: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def at(self, path: Path) -> str:
+        """``recipe.yaml:12:3: `` for a key that was read from a file, nothing otherwise."""
+        return str(place_of(path, self.places) or "")
+
+    @cached_property
+    def entries(self) -> tuple[Model | Source, ...]:
+        """Every model that is named, slices and modules included, in their order."""
+        found: list[Model | Source] = list(self.models)
+        found += [source for each in self.slices for source in each.sources]
+        for module in self.modules.values():
+            found += [*module.models, *(source for each in module.slices for source in each.sources)]
+        return tuple(found)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The paths of the models, as they were named."""
+        return tuple(entry.model for entry in self.entries)
+
+    def reference(self, model: str, state_dict: str | None = None) -> Reference:
+        return Reference(model, state_dict or self.state_dict)
+
+    def of(self, entry: Model | Source) -> Reference:
+        return self.reference(entry.model, entry.state_dict)
+
+    @cached_property
+    def base(self) -> Reference | None:
+        """The base; one that is a model too is read as that says."""
+        if self.base_model is None:
+            return None
+        named = self.reference(self.base_model)
+        paths = (self.of(e) for e in self.entries if os.path.realpath(e.model) == os.path.realpath(named.path))
+        return next(paths, named)
+
+    @property
+    def based(self) -> bool:
+        """Whether the method takes the base apart from the models."""
+        return self.base_model is not None and self.merge_method.takes_base
+
+    def base_apart(self, listed: bool) -> bool:
+        """Whether the base is no model: the method takes it apart, or only a rule needs it. ``listed``: as a model too.
+
+        A base that is neither is one model more, as in mergekit.
+        """
+        ruled = any(rule.merge_method and rule.merge_method.base == "required" for rule in self.rules)
+        return self.based or (not listed and ruled and self.merge_method.base == "unused")
+
+    @cached_property
+    def checkpoints(self) -> tuple[Reference, ...]:
+        """All that is read: the base first, where one is named, then the models, each once."""
+        wanted = [] if self.base is None else [self.base]
+        wanted += [self.of(entry) for entry in self.entries]
+        wanted += [self.reference(s.base_model) for s in self._all_slices if s.base_model]
+        wanted += [self.copied(rule.copy) for rule in self.rules if rule.copy]
+        found: list[Reference] = []
+        for each in wanted:
+            if not any(each.same(known) for known in found):
+                found.append(each)
+        return tuple(found)
+
+    @property
+    def _all_slices(self) -> list[Slice]:
+        return [*self.slices, *(each for module in self.modules.values() for each in module.slices)]
+
+    def copied(self, model: str) -> Reference:
+        """What a rule's ``copy`` names: a model as its entry reads it, or a checkpoint of its own."""
+        place = os.path.realpath(model)
+        paths = (self.of(entry) for entry in self.entries if os.path.realpath(entry.model) == place)
+        return next(paths, self.reference(model))
+
+    @property
+    def recast(self) -> DType | None:
+        """The dtype that was asked for."""
+        return self.out_dtype or self.dtype
+
+    def output_name(self, name: str) -> str:
+        prefix = self.output.strip_prefix
+        return name[len(prefix) :] if prefix and name.startswith(prefix) else name
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain data, without what is as it would be anyway."""
+        return FormOf(Recipe).dump(self)  # type: ignore[no-any-return]
+
+    def renamed(self, names: Mapping[str, str]) -> Recipe:
+        """The same recipe with other names for its models."""
+
+        def entry(each: Any) -> Any:
+            return replace(each, model=names[each.model])
+
+        def part(each: Slice) -> Slice:
+            base = names[each.base_model] if each.base_model else None
+            return replace(each, sources=tuple(map(entry, each.sources)), base_model=base)
+
+        modules = {
+            name: replace(m, models=tuple(map(entry, m.models)), slices=tuple(map(part, m.slices)))
+            for name, m in self.modules.items()
+        }
+        return replace(
+            self,
+            models=tuple(map(entry, self.models)),
+            slices=tuple(map(part, self.slices)),
+            modules=modules,
+            base_model=names[self.base_model] if self.base_model else None,
+            rules=tuple(replace(r, copy=names[r.copy]) if r.copy else r for r in self.rules),
+        )
+
+    @property
+    def named_models(self) -> list[str]:
+        """Every path that the recipe mentions, as it is written."""
+        named = [] if self.base_model is None else [self.base_model]
+        named += [entry.model for entry in self.entries]
+        named += [each.base_model for each in self._all_slices if each.base_model]
+        named += [rule.copy for rule in self.rules if rule.copy]
+        return list(dict.fromkeys(named))

@@ -1,0 +1,134 @@
+"""The single values of a recipe: paths of models, ranges of layers, sizes, dtypes, merge methods, patterns."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from streammerge.errors import RecipeError, printable
+from streammerge.methods.contracts import MergeMethod, Parameter
+from streammerge.methods.registry import find_method, methods
+from streammerge.recipe.fields import Plain, whole
+from streammerge.recipe.patterns import parse_pattern
+from streammerge.tensors.dtypes import DType, parse_dtype
+from streammerge.units import parse_bytes
+
+
+def parameter_docs() -> dict[str, str]:
+    """Every parameter of the methods, with the names of those that have it."""
+    owners: dict[str, list[str]] = {}
+    for method in methods().values():
+        for name in method.parameters:
+            owners.setdefault(name, []).append(method.name)
+    return {name: f"Of {', '.join(names)}." for name, names in sorted(owners.items())}
+
+
+def _model(value: Any) -> str:
+    """A model's path; the mapping that mergekit writes has it inside."""
+    if isinstance(value, Mapping):
+        for name in ("lora", "override_architecture"):
+            if value.get(name) is not None:
+                raise RecipeError(f"{name} is not supported yet; give a folder with the weights merged")
+        inner = value.get("model")
+        if isinstance(inner, Mapping) and inner.get("revision") is not None:
+            raise RecipeError("a revision is not supported yet; download it and give its folder")
+        value = inner.get("path") if isinstance(inner, Mapping) else inner
+    value = str(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(value, str) or not value or "\0" in value:
+        raise ValueError(value)
+    return value
+
+
+def _layer_range(value: Any) -> tuple[int, int]:
+    start, stop = (int(end) if isinstance(end, str) else whole(end) for end in value)
+    if not isinstance(value, list | tuple) or not 0 <= start < stop:
+        raise ValueError(value)
+    return start, stop
+
+
+def _size(value: Any) -> int:
+    size = parse_bytes(value)
+    if size < 1:
+        raise RecipeError("a size must be positive")
+    return size
+
+
+def _float_dtype(value: Any) -> DType:
+    dtype = parse_dtype(value)
+    if dtype.kind != "float":
+        raise RecipeError(f"takes a floating-point dtype, not {dtype.torch_name}")
+    return dtype
+
+
+def _compute_dtype(value: Any) -> DType:
+    dtype = parse_dtype(value)
+    if dtype not in (DType.F32, DType.F64):
+        raise RecipeError("computing is done in float32 or float64")
+    return dtype
+
+
+def _torch_name(dtype: DType) -> str:
+    return dtype.torch_name
+
+
+@dataclass(frozen=True)
+class _AnyMethod(MergeMethod):
+    """Stands for a method that cannot be told, so that the rest of its recipe is read; nothing is wrong with it."""
+
+    @property
+    def parameters(self) -> dict[str, Parameter]:
+        return {name: Parameter(name, "any", True, (None,)) for name in parameter_docs()}
+
+
+def _nearest_method(value: Any) -> MergeMethod:
+    near = difflib.get_close_matches(str(value), methods(), n=1)
+    return methods()[near[0]] if near else _AnyMethod("unknown", find_method("linear").function, (0, None))
+
+
+UNREAD = "\n(unreadable)"
+"""Stands for a model that is not named as it should be."""
+
+
+MODEL = Plain(
+    "the path of a model",
+    _model,
+    {"anyOf": [{"type": "string"}, {"type": "object", "required": ["model"]}]},
+    guess=lambda value: UNREAD,
+)
+LAYER_RANGE = Plain(
+    "the first layer and the one behind the last, like [0, 24]",
+    _layer_range,
+    {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2},
+    list,
+    lambda value: (0, 0),
+)
+SIZE = Plain("a size like 5GB", _size, {"type": ["string", "integer"]})
+DTYPE = Plain("a dtype like bfloat16", _float_dtype, {"type": "string"}, _torch_name)
+COMPUTE = Plain("float32 or float64", _compute_dtype, {"enum": ["float32", "float64"]}, _torch_name)
+
+
+def _listed_method(value: Any) -> MergeMethod:
+    """A method by its name. One that is somebody's own code is not imported on a file's word."""
+    if isinstance(value, str) and ":" in value:
+        raise RecipeError(f"{printable(value)} is code of somebody's own; --own-methods lets a recipe name it")
+    return find_method(value)
+
+
+def _method_name(method: MergeMethod) -> str:
+    """By which it is found again."""
+    if methods().get(method.name) is method:
+        return method.name
+    return f"{method.function.__module__}:{getattr(method.function, '__qualname__', method.name)}"
+
+
+METHOD = Plain(
+    "a merge method",
+    _listed_method,
+    lambda: {"type": "string", "anyOf": [{"enum": sorted(methods())}, {"pattern": ":"}]},
+    _method_name,
+    _nearest_method,
+)
+PATTERN = Plain("a glob or a /regular expression/", parse_pattern, {"type": "string"}, str)

@@ -1,0 +1,162 @@
+"""Executing a plan: what must not be lost is refused, the output is produced and committed. It appears whole, or not at
+all."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from streammerge.errors import FormatError, RecipeError, StreammergeError, listed, printable
+from streammerge.events import Published, RunFinished, RunStarted, Suspended
+from streammerge.formats.folder import foreign_files
+from streammerge.options import RECEIPT_FILE
+from streammerge.planning.plan import Plan
+from streammerge.running import process
+from streammerge.running.readback import receipt_of
+from streammerge.running.session import Production, RunOptions
+from streammerge.running.workspace import prepare_torch
+from streammerge.stores import faults
+from streammerge.stores.commit import Staging, check_writable
+from streammerge.stores.local import identity, space_checked
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a run did. Memory is resident bytes by the kernel's count: ``peak_bytes`` above ``startup_bytes``."""
+
+    out: Path
+    read_bytes: int
+    written_bytes: int
+    seconds: float
+    peak_bytes: int
+    startup_bytes: int
+    memory_bytes: int
+    plan: Plan
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def execute(plan: Plan, options: RunOptions, resident_before: int) -> Result:
+    """Runs a plan to its end. Raises what DESIGN names; then nothing was written under the output's name.
+
+    ``resident_before``: what was resident before the inputs' headers were read, which count as the run's memory.
+    """
+    if plan.out is None:
+        raise ValueError("a plan without an output cannot be run")
+    out = plan.out.resolve() if plan.out.is_dir() else plan.out  # a link to a folder stays a link
+    refuse_input_as_output(out, plan)
+    refuse_to_lose_files(out, plan)
+    headers = max(process.resident_bytes() - resident_before, 0)
+    if plan.torch_needed:
+        with process.collector_paused():  # of a hundred thousand objects that stay, a tenth of torch's import
+            prepare_torch()
+    process.reset_peak()
+    startup, began = process.resident_bytes() - headers, time.perf_counter()
+    options.listener(RunStarted(plan.read_bytes, plan.write_bytes, plan.memory_bytes, len(plan.tasks)))
+    with space_checked(out, plan.disk_bytes):
+        made = _produce(plan, Staging(out, options.overwrite), options)
+    seconds = time.perf_counter() - began
+    options.listener(RunFinished(seconds))
+    return Result(
+        out,
+        made.read_bytes,
+        plan.write_bytes,
+        seconds,
+        max(process.peak_resident_bytes() - startup, 0),
+        startup,
+        plan.memory_bytes,
+        plan,
+        (*plan.notes, *made.notes),
+        (*plan.warnings, *made.warnings),
+    )
+
+
+def _produce(plan: Plan, staging: Staging, options: RunOptions) -> Production:
+    """The output, made and committed; or an error, and of the output nothing, or what a next run goes on from."""
+    made, keep = None, False
+    try:
+        with faults.survived(), process.collector_spared():
+            made = Production(plan, staging, options)
+            made.make()
+        refuse_to_lose_files(staging.out, plan)  # once more: much time has passed
+        staging.commit(plan.layout.as_folder)
+        options.listener(Published())
+    except BaseException as error:
+        if made is not None:
+            made.journal.stop()
+        if staging.published:
+            options.listener(Published())
+        elif options.resume and _may_pass(error):
+            keep = staging.resumable and (made is None or made.journal.kept_bytes > 0)
+            if keep and made is not None:
+                options.listener(Suspended(made.journal.kept_bytes, plan.layout.size))
+        raise
+    finally:
+        staging.abort(keep)
+    return made
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether the same run may succeed another time: it was interrupted, the machine failed it, or the output's place
+    was taken while it ran."""
+    return not isinstance(error, StreammergeError) or isinstance(error, RecipeError) or isinstance(error.__cause__, OSError)
+
+
+def refuse_input_as_output(out: Path, plan: Plan) -> None:
+    """FormatError when the output is one of the inputs, under any name, holds one, or lies in the folder of one."""
+    same = {known[:2] for known in plan.identities.values()}
+    written = [out] if out.is_file() else [path for path in out.iterdir() if path.is_file()] if out.is_dir() else []
+    inputs = [Path(path).resolve() for path in plan.identities]
+    holds = out.is_dir() and any(out.resolve() in path.parents for path in inputs)
+    if holds or any(identity(path)[:2] in same for path in written):
+        what = "holds" if out.is_dir() else "is"
+        raise FormatError(f"{printable(out)} {what} one of the inputs; inputs are never written, choose another output")
+    folders = {Path(owner).resolve() for owner in plan.owners.values() if Path(owner).is_dir()}
+    if folders & {*out.resolve().parents}:
+        raise FormatError(
+            f"{printable(out)} lies in the folder of an input; inputs are never written, choose another output"
+        )
+
+
+def refuse_to_lose_files(out: Path, plan: Plan) -> None:
+    """RecipeError when a folder that is to be replaced holds what is no part of a checkpoint, or is to be a file."""
+    if out.is_dir():
+        if not plan.layout.as_folder:
+            raise RecipeError(f"{printable(out)} is a folder; remove it first, or choose another name")
+        written = {file.name for file in plan.layout.files} | {name for _, name in plan.layout.side_files}
+        foreign = foreign_files(out, written | _made_before(out))
+        if foreign:
+            raise RecipeError(
+                f"{printable(out)} also holds {listed(foreign)}, which replacing it would lose; move that away first"
+            )
+    elif plan.layout.as_folder and out.exists():
+        raise RecipeError(
+            f"{printable(out)} is a file, and a folder is to be there; remove it first, or choose another name"
+        )
+
+
+def refuse_extras(extras: Path, plan: Plan, overwrite: bool) -> None:
+    """RecipeError when writing the extras would lose an input, the output or, without ``overwrite``, another file."""
+    check_writable(extras, overwrite)
+    taken = {Path(path).resolve() for path in plan.identities} | ({plan.out.resolve()} if plan.out else set())
+    taken |= {Path(owner).resolve() for owner in plan.owners.values() if Path(owner).is_dir()}
+    same = {known[:2] for known in plan.identities.values()}
+    linked = extras.exists() and identity(extras)[:2] in same
+    if linked or taken & {extras.resolve(), *extras.resolve().parents}:
+        raise RecipeError(f"--extras {printable(extras)} is, or lies in, an input or the output; choose another name")
+
+
+def _made_before(out: Path) -> set[str]:
+    """The files of an earlier output in that folder, by its receipt."""
+    try:
+        return {RECEIPT_FILE, *receipt_of(out).checksums}
+    except StreammergeError:
+        return set()
+
+
+def default_workers() -> int:
+    """CPUs that this process may use."""
+    import os
+
+    return max(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 1)

@@ -1,0 +1,7 @@
+"""What runs tasks, and knows nothing about them.
+
+Each module imports only modules above it::
+
+    base     the protocol
+    threads
+"""

@@ -1,0 +1,87 @@
+"""Whether checkpoint files are what they should be, by our own readers and by the safetensors library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from streammerge.checkpoints.index import open_checkpoint
+from streammerge.errors import FormatError, RecipeError, StreammergeError, VerifyError, printable
+from streammerge.formats import detect
+from streammerge.formats.base import Container, LayoutFile
+from streammerge.options import RECEIPT_FILE, RECEIPT_KEY
+from streammerge.planning.outputs.layout import Layout
+from streammerge.planning.receipt import ITSELF, Receipt, read_receipt
+from streammerge.running.process import collector_paused
+from streammerge.stores.local import file_size, read_full
+
+_MOST_RECEIPT_BYTES = 256 << 20
+
+
+def check_structure(folder: Path, layout: Layout) -> None:
+    """VerifyError unless the files of an output that was just made, in ``folder``, hold what was planned."""
+    try:
+        with collector_paused():
+            container = open_checkpoint(folder if layout.as_folder else folder / layout.files[0].name).container
+            found = container.tensor_spans()
+        for file in layout.files:
+            if file.offsets:
+                path = folder / file.name
+                _check_places(found.get(str(path), []), file, layout)
+                if not container.pickled:
+                    check_by_library(path, set(file.offsets))
+    except VerifyError:
+        raise
+    except StreammergeError as error:
+        raise VerifyError(f"the output cannot be read back, so nothing was written: {error}") from error
+
+
+def _check_places(spans: list[tuple[int, int]], file: LayoutFile, layout: Layout) -> None:
+    wanted = len(layout.receipt.checksums[file.name if layout.as_folder else ITSELF]) // 8 - 1
+    if len(spans) != wanted or not {offset for offset, _ in spans} <= set(file.offsets.values()):
+        raise VerifyError(f"{printable(file.name)} has tensors at other places than planned; nothing was written")
+
+
+def check_by_library(path: Path, names: set[str]) -> None:
+    """VerifyError unless the safetensors library reads the file's header and finds these tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            found = set(file.keys())
+    except SafetensorError as error:
+        if "unknown variant" in str(error):  # a dtype that this release of the library does not know yet
+            return
+        raise VerifyError(f"{printable(path.name)}: the safetensors library refuses it ({printable(error)})") from error
+    if found != names:
+        raise VerifyError(f"{printable(path.name)}: the safetensors library finds other tensors in it")
+
+
+def receipt_of(out: Path) -> Receipt:
+    """The receipt of an output. Raises VerifyError when it has none, or it is damaged."""
+    if not out.exists():
+        raise RecipeError(f"{printable(out)} does not exist")
+    if out.is_dir():
+        path = out / RECEIPT_FILE
+        if not path.is_file() or file_size(path) > _MOST_RECEIPT_BYTES:
+            raise _without(out)
+        text = read_full(path, 0, file_size(path)).decode("utf-8", "replace")
+    else:
+        container = read_output(out)
+        if RECEIPT_KEY not in container.metadata:
+            raise _without(out)
+        text = container.metadata[RECEIPT_KEY]
+    return read_receipt(text, out)
+
+
+def _without(out: Path) -> VerifyError:
+    return VerifyError(
+        f"{printable(out)} has no receipt, so it cannot be verified; streammerge writes one into each output"
+    )
+
+
+def read_output(path: Path) -> Container:
+    """The container of an output. Raises VerifyError for what cannot be read."""
+    try:
+        return detect.read(path)
+    except FormatError as error:
+        raise VerifyError(f"it cannot be read: {error}") from error

@@ -1,0 +1,72 @@
+"""Whether checkpoints of the same names and shapes come from one training: the cosine of a few sampled tensors.
+
+Fine-tunes of one model point the same way (cosines near 1); two trainings from different random numbers are at right angles
+(near 0), and their mean is neither. Only matrices are looked at: norms and biases are alike in any two models.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+
+from streammerge.errors import printable
+from streammerge.planning.tasks import MergeTask
+from streammerge.stores.local import InputFiles
+from streammerge.tensors.names import bare
+from streammerge.tensors.spec import TensorEntry
+
+_TENSORS = 16
+_SAMPLE_ELEMS = 1 << 15
+_LEAST_ELEMS = 256
+_STRANGERS = 0.1
+
+
+def strangers(tasks: list[MergeTask], inputs: InputFiles, owners: Mapping[str, str]) -> list[str]:
+    """Warnings about checkpoints that are no relatives of the first; ``owners``: file -> the checkpoint it belongs to.
+
+    Reads at most 16 samples of 32,768 elements from each.
+    """
+    cosines: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for task in _sampled(tasks):
+        first = task.sources[0]
+        for other in task.sources[1:]:
+            pair = owners[first.path], owners[other.path]
+            if pair[0] != pair[1] and bare(first.spec.name) == bare(other.spec.name):
+                cosine = _cosine(first, other, inputs)
+                if cosine is not None:
+                    cosines[pair].append(cosine)
+    return [
+        f"{printable(other)} has the names and shapes of {printable(first)} but seems to come from another training: the "
+        f"median cosine of {len(found)} sampled tensors is {statistics.median(found):.3f} (fine-tunes of one model: near 1)"
+        for (first, other), found in cosines.items()
+        if abs(statistics.median(found)) < _STRANGERS
+    ]
+
+
+def _sampled(tasks: list[MergeTask]) -> Iterator[MergeTask]:
+    """Some of the tasks that merge matrices, from all over the checkpoint."""
+    fit = [task for task in tasks if len(task.sources) > 1 and all(map(_is_matrix, task.sources))]
+    yield from fit[:: max(len(fit) // _TENSORS, 1)][:_TENSORS]
+
+
+def _is_matrix(entry: TensorEntry) -> bool:
+    spec = entry.spec
+    return spec.dtype.kind == "float" and len(spec.shape) > 1 and spec.numel >= _LEAST_ELEMS and entry.mappable
+
+
+def _cosine(one: TensorEntry, two: TensorEntry, inputs: InputFiles) -> float | None:
+    """Of elements from the middle of both; None where one is all zeros."""
+    import torch
+
+    sampled = min(one.spec.numel, _SAMPLE_ELEMS)
+    start = (one.spec.numel - sampled) // 2
+    vectors = []
+    for entry in (one, two):
+        size = entry.spec.dtype.element_bytes
+        buffer = bytearray(sampled * size)
+        inputs.get(entry.path).read_into(memoryview(buffer), entry.offset + start * size)
+        vectors.append(torch.frombuffer(buffer, dtype=entry.spec.dtype.torch).double())
+    length = vectors[0].norm() * vectors[1].norm()
+    cosine = float(vectors[0].dot(vectors[1]) / length) if length > 0 else None
+    return cosine if cosine == cosine else None

@@ -1,0 +1,261 @@
+"""Making an output in its staging folder: what an earlier run has left, the pieces that are missing, all that is around
+them, and waiting until the disk has it. What the disk fails to store is made anew, once."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+
+from streammerge.errors import VerifyError, listed, printable
+from streammerge.events import Hashed, Listener, Resumed, Staged, Syncing, TaskDone, quiet
+from streammerge.formats.base import LayoutFile
+from streammerge.planning.digest import can_be_resumed, plan_digest
+from streammerge.planning.plan import Plan
+from streammerge.planning.receipt import ITSELF, written_like
+from streammerge.planning.tasks import Piece, PieceDone, pieces
+from streammerge.running import process
+from streammerge.running.engine import Engine, Halted
+from streammerge.running.executors.base import Executors
+from streammerge.running.executors.threads import ThreadExecutor
+from streammerge.running.readback import check_structure
+from streammerge.running.relatives import strangers
+from streammerge.running.spooling import staged_tasks
+from streammerge.stores.checksums import Checksum
+from streammerge.stores.commit import Staging
+from streammerge.stores.journal import NAME, Finished, Journal, Key
+from streammerge.stores.local import COPY_BYTES, InputFiles, OutputFile, outside
+from streammerge.tensors.spec import TensorEntry, ranges
+from streammerge.units import decimal_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How a plan is to be run; of all this the output shows nothing.
+
+    ``overwrite``: replaces a finished output. ``resume``: goes on where a run of the same plan was interrupted, and
+    stays to be continued when it is interrupted. ``polite``: gives the inputs' page cache back behind the cursor.
+    ``executor`` makes what runs the tasks, of so many workers.
+    """
+
+    overwrite: bool = False
+    resume: bool = True
+    polite: bool = False
+    listener: Listener = quiet
+    executor: Executors = ThreadExecutor
+
+
+class Production:
+    """One output in the making. ``journal`` knows what would stay of it if the run ended now."""
+
+    def __init__(self, plan: Plan, staging: Staging, options: RunOptions) -> None:
+        self.plan, self.staging, self.listener = plan, staging, options.listener
+        self.resume = options.resume and can_be_resumed(plan)
+        self.read_bytes = 0
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
+        self._tasks = plan.tasks
+        self._done: dict[Key, Finished] = {}
+        self._inputs = InputFiles(plan.identities, options.polite)
+        self._outputs: list[OutputFile] = []
+        self._kind: Checksum = plan.layout.receipt.kind
+        self._executor = options.executor(plan.budget.workers)
+        self._engine = Engine(plan.budget, self._inputs, self._outputs, plan.io, self._kind, self._executor)
+        self.journal = Journal(staging.folder / NAME, plan_digest(plan), lambda: staging.outputs, self.resume)
+
+    def make(self) -> None:
+        """Everything, until it is on the disk. Raises what DESIGN names."""
+        self._take_up()
+        hashes = self._hashes()
+        self._stage()
+        if len(self.plan.recipe.entries) > 1:
+            self.warnings += strangers(self.plan.tasks, self._inputs, self.plan.owners)
+        broken = self._attempt(hashes)
+        if broken:
+            self._forget(broken)
+            again = self._attempt(hashes)
+            if again:
+                raise OSError(errno.EIO, f"the disk failed to store {listed(sorted(again))}, twice; nothing was written")
+            self.warnings.append(f"the disk failed to store {listed(sorted(broken))} at first; it was written anew")
+        self.warnings += [f"NaN or infinite values: {row}" for row in self._nonfinite()]
+
+    def _attempt(self, hashes: dict[str, str]) -> set[str]:
+        """Makes what is missing, and waits for the disk; names of the files that it failed to store."""
+        self.journal.begin(self._done.values())
+        self._make_pieces()
+        self._refuse_nonfinite()
+        self._write_around(hashes)
+        self._inputs.check_unchanged()
+        self._inputs.release()
+        check_structure(self.staging.content, self.plan.layout)
+        self.listener(Syncing())
+        return self.journal.finish()
+
+    def _forget(self, broken: set[str]) -> None:
+        """Begins files again which the disk failed to store: after that error nothing of them can be trusted."""
+        self._done = {key: piece for key, piece in self._done.items() if piece.file not in broken}
+        for number, file in enumerate(self.plan.layout.files):
+            if file.name in broken:
+                self._outputs[number] = self.staging.create(file.name, file.size)
+
+    # ------------------------------------------------------------------------------------------------- what is there
+
+    def _take_up(self) -> None:
+        """Opens the output's files, with what an earlier run of this plan has left in them, as far as that is whole."""
+        journal = self.staging.folder / NAME
+        vouched = self.journal.take_over() if self.resume else None
+        if vouched is None:
+            if journal.exists() and self.resume:
+                self.notes.append("an interrupted run was not continued: its recipe, inputs or version were others")
+            self.staging.clear()
+        self._outputs += [self.staging.create(f.name, f.size, vouched is not None) for f in self.plan.layout.files]
+        kept = {file.path.name for file in self._outputs if file.kept}
+        claimed = {each.key: each for each in vouched or () if each.file in kept}
+        if not claimed:
+            return
+        saved_bytes = 0
+        there = (piece for n, task in enumerate(self._tasks) for piece in pieces(task, n) if piece.key in claimed)
+        with closing(self._executor.run(there, self._is_whole(claimed))) as results:
+            for piece, whole in results:
+                if whole:
+                    self._done[piece.key] = claimed[piece.key]
+                    saved_bytes += piece.read_bytes
+        kept_bytes = sum(each.nbytes for each in self._done.values())
+        self.listener(Resumed(kept_bytes, saved_bytes))
+        there_of_all = f"{decimal_bytes(kept_bytes)} of {decimal_bytes(self.plan.layout.size)}"
+        self.notes.append(f"continued an interrupted run: {there_of_all} were there")
+
+    def _is_whole(self, claimed: dict[Key, Finished]) -> Callable[[Piece], tuple[Piece, bool]]:
+        def check(piece: Piece) -> tuple[Piece, bool]:
+            said = claimed[piece.key]
+            fits = (said.offset, said.nbytes) == (piece.offset, piece.nbytes)
+            return piece, fits and self._engine.written(piece) == said.checksum
+
+        return check
+
+    # ------------------------------------------------------------------------------------------------------- inputs
+
+    def _hashes(self) -> dict[str, str]:
+        """SHA-256 of each input file, where the receipt has room for it."""
+        wanted = {
+            name: self.plan.input_files[name][0] for name, i in self.plan.layout.receipt.inputs.items() if "sha256" in i
+        }
+
+        def hashed(name: str) -> tuple[str, str]:
+            digest = hashlib.sha256()
+            for data in outside(wanted[name], []):
+                if self._executor.stopping.is_set():
+                    raise Halted
+                digest.update(data)
+            return name, digest.hexdigest()
+
+        made = {}
+        with closing(self._executor.run(wanted, hashed)) as results:
+            for name, digest in results:
+                made[name] = digest
+                self.listener(Hashed(name, self.plan.identities[wanted[name]][2]))
+        return made
+
+    def _stage(self) -> None:
+        """Copies what cannot be mapped and is still needed, and puts the copies into the tasks."""
+        tasks = enumerate(self._tasks if self.plan.staged else ())
+        missing = [task for number, task in tasks if any(map(self._wanted, pieces(task, number)))]
+
+        def told(entry: TensorEntry) -> None:
+            self.read_bytes += entry.nbytes
+            self.listener(Staged(entry.spec.name, entry.nbytes))
+
+        def create(size: int) -> OutputFile:
+            return self.staging.temporary("staged", size)
+
+        self._tasks = staged_tasks(self._tasks, missing, self._inputs, create, told)
+
+    # ------------------------------------------------------------------------------------------------------- output
+
+    def _wanted(self, piece: Piece) -> bool:
+        return piece.key not in self._done
+
+    def _make_pieces(self) -> None:
+        held = process.Gauge()
+        # Closed, not left to the garbage collector: after Ctrl-C no worker may outlive the files it writes.
+        with closing(self._engine.run_all(self._tasks, self._wanted)) as results:
+            for done in results:
+                piece = done.piece(self._tasks)
+                read_bytes, finished = piece.read_bytes, self._finished(piece, done)
+                self._done[piece.key] = finished
+                self.journal.add(finished)
+                self.read_bytes += read_bytes
+                self.listener(TaskDone(piece.task.out.name, read_bytes, finished.nbytes, held.now()))
+
+    def _finished(self, piece: Piece, done: PieceDone) -> Finished:
+        file = self.plan.layout.files[piece.task.file].name
+        return Finished(*piece.key, file, piece.offset, piece.nbytes, done.checksum, done.nonfinite)
+
+    def _nonfinite(self) -> list[str]:
+        """Where NaN and infinity were met: a line for each tensor."""
+        found: dict[str, dict[str, int]] = {}
+        for (task, _), piece in self._done.items():
+            for source, count in piece.nonfinite.items():
+                counts = found.setdefault(self._tasks[task].out.name, {})
+                counts[source] = counts.get(source, 0) + count
+        return [
+            f"{printable(name)}: "
+            + ", ".join(f"{count} in {printable(source)}" for source, count in sorted(counts.items()))
+            for name, counts in sorted(found.items())
+        ]
+
+    def _refuse_nonfinite(self) -> None:
+        rows = self._nonfinite()
+        if rows and not self.plan.recipe.allow_nonfinite:
+            more = f"\n  and {len(rows) - 10} more tensors" if len(rows) > 10 else ""
+            raise VerifyError(
+                "the merge holds NaN or infinite values, so nothing was written; "
+                "pass --allow-nonfinite to write it all the same:\n  " + "\n  ".join(rows[:10]) + more
+            )
+
+    def _write_around(self, hashes: dict[str, str]) -> None:
+        """Headers, indexes, side files, and the receipt, which knows the checksums of all."""
+        layout = self.plan.layout
+        single = not layout.as_folder
+        by_file: dict[str, list[Finished]] = defaultdict(list)
+        for piece in self._done.values():
+            by_file[piece.file].append(piece)
+        starts = {file.name: self._tensor_sums(file, by_file[file.name]) for file in layout.files}
+        sums = {
+            ITSELF if single else file.name: [*starts[file.name].values(), self._rest(file, starts[file.name])]
+            for file in layout.files
+        }
+        sums |= {name: [self._copy_side_file(str(source), name)] for source, name in layout.side_files}
+        receipt = layout.receipt.filled(sums, hashes)
+        for file, output in zip(layout.files, self._outputs, strict=True):
+            final = written_like(receipt, file.receipt) if file.receipt else b""
+            for literal in file.around(starts[file.name], final):
+                output.write_full(literal.data, literal.offset)
+
+    def _tensor_sums(self, file: LayoutFile, done: list[Finished]) -> dict[int, int]:
+        """Offset of each tensor that is not empty -> its checksum, in their order."""
+        starts = sorted(set(file.offsets.values()))
+        parts: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+        for piece in done:
+            start = starts[bisect_right(starts, piece.offset) - 1]
+            parts[start].append((piece.offset, piece.nbytes, piece.checksum))
+        return {start: self._kind.join(parts[start]) for start in sorted(parts)}
+
+    def _rest(self, file: LayoutFile, sums: dict[int, int]) -> int:
+        """The checksum of what is not a tensor in a file of the output, its receipt still blank."""
+        return self._kind.update(b"".join(part.data for part in file.around(sums, file.receipt)))
+
+    def _copy_side_file(self, source: str, name: str) -> int:
+        value: int = 0
+        file = self._inputs.get(source)
+        output = self.staging.create(name, file.size)
+        for start, stop in ranges(file.size, COPY_BYTES):
+            data = bytearray(stop - start)
+            file.read_into(memoryview(data), start)
+            output.write_full(data, start)
+            value = self._kind.update(data, value)
+        return value

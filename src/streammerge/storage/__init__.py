@@ -1,1 +1,0 @@
-"""Every system call on checkpoint files: reading and mapping, writing and syncing, what has been done, committing."""

@@ -1,0 +1,29 @@
+"""JSON read strictly: what two readers could take for two things is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from streammerge.errors import printable
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {printable(twice)} stands twice")
+    return made
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def load_json(data: bytes | str) -> Any:
+    """Strict JSON: duplicate keys, NaN and nesting without end are ValueErrors."""
+    try:
+        return json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error

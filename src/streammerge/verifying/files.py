@@ -1,0 +1,139 @@
+"""Whether an output is what its receipt says: its structure and its checksums. Its values: :mod:`recomputation`."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from streammerge.errors import FormatError, VerifyError, listed, printable
+from streammerge.formats import torch_zip
+from streammerge.formats.folder import inside
+from streammerge.options import RECEIPT_FILE
+from streammerge.planning.receipt import ITSELF, Receipt, escaped
+from streammerge.running.executors.threads import ThreadExecutor
+from streammerge.running.readback import check_by_library, read_output
+from streammerge.stores.checksums import CRC32, Checksum
+from streammerge.stores.local import COPY_BYTES, InputFiles, file_size, outside
+from streammerge.tensors.spec import ranges
+
+_RANGE_BYTES = 64 << 20
+_LOADED = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".index.json", ".py")
+"""Endings of what a loader might take for a part of the model."""
+
+
+@dataclass(slots=True)
+class Verified:
+    """What was found right. ``sampled_tensors`` were computed again, ``sampled_elems`` numbers of them: ``equal_elems`` are
+    the float64 result rounded once, ``repeated_elems`` lie in parts where float64 may decide otherwise (which of two
+    near-equal numbers is the larger), and which are bit for bit what the merge computes; the rest is the float64 result but
+    for rounding. ``notes``: what was not verified, and why.
+    """
+
+    out: Path
+    tensors: int = 0
+    files: int = 0
+    checked_bytes: int = 0
+    digest: str = ""
+    sampled_tensors: int = 0
+    sampled_elems: int = 0
+    equal_elems: int = 0
+    repeated_elems: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def recomputed(self) -> bool:
+        return self.sampled_elems > 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Bytes of a file, and the checksum that they must have."""
+
+    what: str
+    path: Path
+    offset: int
+    nbytes: int
+    checksum: int
+
+
+def check_files(out: Path, receipt: Receipt, workers: int) -> Verified:
+    """Structure and checksums of every file. Raises VerifyError that names all that is wrong."""
+    if out.is_dir() == (ITSELF in receipt.checksums):
+        raise VerifyError(f"{printable(out)}: its receipt is that of another kind of output")
+    parts: list[_Part] = []
+    wrong: list[str] = []
+    tensors = 0
+    for name in receipt.checksums:
+        try:
+            path = out if name == ITSELF else inside(out, name)
+        except FormatError as error:
+            wrong.append(str(error))
+            continue
+        if name == ITSELF or name.endswith(".safetensors"):
+            tensors += _tensor_file(path, receipt.sums(name), receipt, parts, wrong)
+        else:
+            parts.append(_Part(printable(name), path, 0, file_size(path), receipt.sums(name)[0]))
+    notes = []
+    if out.is_dir():
+        read_output(out)  # the index and its shards fit each other
+        extra = sorted({p.name for p in out.iterdir()} - {RECEIPT_FILE, *receipt.checksums})
+        wrong += [f"{printable(name)} does not belong to it" for name in extra if name.endswith(_LOADED)]
+        beside = [name for name in extra if not name.endswith(_LOADED)]
+        notes += [f"{listed(beside)} came later, and nobody knows what is in it"] if beside else []
+    wrong += _wrong_parts(parts, receipt.kind, workers)
+    if wrong:
+        raise VerifyError(f"{printable(out)} is not as it was written: {listed(wrong, 10)}")
+    checked = sum(part.nbytes for part in parts)
+    return Verified(out, tensors, len(receipt.checksums), checked, receipt.digest, notes=notes)
+
+
+def _tensor_file(path: Path, sums: list[int], receipt: Receipt, parts: list[_Part], wrong: list[str]) -> int:
+    """The parts of a file of tensors; how many tensors it has."""
+    container = read_output(path)
+    (spans,) = container.tensor_spans().values()
+    if (receipt.kind is CRC32) != container.pickled:
+        raise VerifyError(f"{printable(path.name)}: its receipt is that of another kind of file")
+    if len(sums) != len(spans) + 1:
+        wrong.append(f"{printable(path.name)} has {len(spans)} tensors, {len(sums) - 1} were written")
+        return len(spans)
+    if container.pickled:
+        named = {store.offset: f"storage {printable(key)}" for key, store in container.storages.items()}
+    else:
+        named = {r.entry.offset: f"tensor {printable(n)}" for n, r in container.tree.items() if r.entry.nbytes}
+        check_by_library(path, set(container.tree))
+    rest = rest_of(path, spans, receipt)
+    if receipt.kind.update(rest) != sums[-1]:
+        wrong.append(f"the header of {printable(path.name)}")
+    parts += [_Part(named.get(a, f"byte {a}"), path, a, n, s) for (a, n), s in zip(spans, sums, strict=False)]
+    return len(spans) if container.pickled else len(container.tree)
+
+
+def rest_of(path: Path, spans: list[tuple[int, int]], receipt: Receipt) -> bytes:
+    """What is around a file's tensors, its receipt blank as it was when it was planned."""
+    rest, final, blank = b"".join(outside(str(path), spans)), receipt.text(), receipt.blank().text()
+    if receipt.kind is CRC32:
+        return torch_zip.with_blank_receipt(rest, final.encode(), blank.encode())
+    return rest.replace(escaped(final), escaped(blank), 1)
+
+
+def _wrong_parts(parts: list[_Part], kind: Checksum, workers: int) -> list[str]:
+    """What of these does not have its checksum."""
+    cut = [(part, start, stop) for part in parts for start, stop in ranges(part.nbytes, _RANGE_BYTES)]
+    found: dict[_Part, list[tuple[int, int, int]]] = {part: [] for part in parts}
+    files = InputFiles({})
+
+    def summed(item: tuple[_Part, int, int]) -> tuple[_Part, tuple[int, int, int]]:
+        part, begin, end = item
+        file, value = files.get(str(part.path)), 0
+        buffer = memoryview(bytearray(min(end - begin, COPY_BYTES)))
+        for start, stop in ranges(end - begin, COPY_BYTES):
+            file.read_into(buffer[: stop - start], part.offset + begin + start)
+            value = kind.update(buffer[: stop - start], value)
+        return part, (begin, end - begin, value)
+
+    executor = ThreadExecutor(workers)
+    with closing(executor.run(cut, summed)) as results:
+        for part, piece in results:
+            found[part].append(piece)
+    return [part.what for part, each in found.items() if kind.join(each) != part.checksum]

@@ -1,0 +1,220 @@
+"""Whether the values of an output are what its recipe makes of its inputs: a sample of them, computed once more."""
+
+from __future__ import annotations
+
+import math
+import random
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streammerge.checkpoints.index import open_checkpoint
+from streammerge.errors import ChangedError, VerifyError, listed, printable
+from streammerge.formats.base import LayoutFile
+from streammerge.methods.registry import INTEGERS
+from streammerge.planning.plan import Plan, budget_of
+from streammerge.planning.receipt import ITSELF, Receipt
+from streammerge.planning.tasks import MergeTask, Piece, pieces
+from streammerge.running.engine import Engine
+from streammerge.running.executors.threads import ThreadExecutor
+from streammerge.running.readback import read_output
+from streammerge.running.spooling import staged_tasks
+from streammerge.running.workspace import prepare_torch
+from streammerge.stores import faults
+from streammerge.stores.checksums import CRC32
+from streammerge.stores.journal import Key
+from streammerge.stores.local import InputFile, InputFiles, OutputFile, digest_outside, file_size
+from streammerge.tensors.dtypes import DType
+from streammerge.tensors.spec import ranges
+from streammerge.verifying.files import Verified, rest_of
+
+if TYPE_CHECKING:
+    import torch
+
+_ROUNDING = 2.0**-21
+"""How far float32 may be from the exact number, as a share of it, after a few operations."""
+_COMPARED_ELEMS = 1 << 14
+
+
+def check_inputs(plan: Plan, receipt: Receipt) -> None:
+    """ChangedError when an input is not the file that was merged, as far as the receipt can tell."""
+    if set(plan.input_files) != set(receipt.inputs):
+        raise ChangedError(f"the inputs are others: {listed(sorted(set(plan.input_files) ^ set(receipt.inputs)))}")
+    for name, (path, spans) in plan.input_files.items():
+        was = receipt.inputs[name]
+        same = file_size(path) == was["bytes"] and digest_outside(path, spans) == was["header_sha256"]
+        if not same or ("sha256" in was and digest_outside(path, []) != was["sha256"]):
+            raise ChangedError(f"{printable(path)} is not the file that was merged")
+
+
+def recompute(verified: Verified, plan: Plan, receipt: Receipt, share: float, seed: int) -> None:
+    """Computes a sample of the output's pieces again, in float64. Raises VerifyError when they are others.
+
+    A number is right when it is the float64 result but for rounding. A piece with others, which methods that choose
+    among numbers may have, or sums that cancel, must be bit for bit what the merge computes.
+    """
+    places, skipped = _places(plan, verified.out, receipt)
+    every = [(n, piece.start) for n, (task, _, _) in enumerate(places) for piece in pieces(task, n)]
+    chosen = set(random.Random(seed).sample(every, math.ceil(len(every) * share)))
+    if skipped:
+        verified.notes.append(f"not computed again, for their places are not known: {listed(skipped)}")
+    if not chosen:
+        return
+    sampled = {number: places[number] for number in sorted({number for number, _ in chosen})}
+    prepare_torch()
+    with tempfile.TemporaryDirectory(prefix="streammerge-") as folder, faults.survived():
+        check = _Recomputation(plan, sampled, chosen, Path(folder))
+        wrong = check.repeated(check.in_float64())
+    verified.sampled_tensors = len(sampled)
+    verified.sampled_elems, verified.equal_elems = check.elems, check.equal
+    verified.repeated_elems = check.repeated_elems
+    if wrong:
+        raise VerifyError(
+            f"{printable(verified.out)} does not hold what its recipe makes of these inputs: {listed(wrong)}; "
+            "it was made of others, or is wrong"
+        )
+
+
+def _places(plan: Plan, out: Path, receipt: Receipt) -> tuple[list[tuple[MergeTask, str, int]], list[str]]:
+    """Each task, with where its bytes lie: file and offset. And the names of those for which that is not known.
+
+    Where all that is around the tensors is what is planned now, so are their places. Another version of streammerge may
+    lay out otherwise; then names, dtypes and shapes must do.
+    """
+    paths = [out / file.name if out.is_dir() else out for file in plan.layout.files]
+    if all(_as_planned(path, file, receipt) for path, file in zip(paths, plan.layout.files, strict=True)):
+        return [(task, str(paths[task.file]), task.offset) for task in plan.tasks], []
+    index, found, skipped = open_checkpoint(out), list[tuple[MergeTask, str, int]](), list[str]()
+    for task in plan.tasks:
+        entry = index.entries.get(task.out.name)
+        if entry is not None and entry.mappable and entry.spec == task.out:
+            found.append((task, entry.path, entry.offset))
+        else:
+            skipped.append(task.out.name)
+    planned = {task.out.name for task in plan.tasks}
+    return found, skipped + [name for name in index.entries if name not in planned]
+
+
+def _as_planned(path: Path, file: LayoutFile, receipt: Receipt) -> bool:
+    if not path.is_file() or file_size(path) != file.size:
+        return False
+    if not file.offsets:
+        return True
+    (spans,) = read_output(path).tensor_spans().values()
+    sums = receipt.sums(file.name if file.name in receipt.checksums else ITSELF)
+    starts = dict(zip((offset for offset, _ in spans), sums, strict=False))
+    return rest_of(path, spans, receipt) == b"".join(part.data for part in file.around(starts, file.receipt))
+
+
+class _Recomputation:
+    """Tasks run again by the engine, which is given comparisons where a merge gives it output files."""
+
+    def __init__(self, plan: Plan, places: dict[int, tuple[MergeTask, str, int]], chosen: set[Key], folder: Path) -> None:
+        self.plan, self.places = plan, list(places.values())
+        self.keys = {(at, start) for at, number in enumerate(places) for n, start in chosen if n == number}
+        self.elems = self.equal = self.repeated_elems = 0
+        self._inputs, self._output = InputFiles(plan.identities), InputFiles({})
+        self._executor = ThreadExecutor(plan.budget.workers)
+        tasks = [task for task, _, _ in self.places]
+        self._tasks = staged_tasks(
+            tasks, tasks, self._inputs, lambda size: OutputFile(folder / "staged", size), lambda entry: None
+        )
+
+    def in_float64(self) -> set[Key]:
+        """Compares with float64 results; the pieces that must be repeated exactly."""
+        wide, comparisons, exact = [], list[_Comparison](), set[Key]()
+        for at, (task, (_, path, offset)) in enumerate(zip(self._tasks, self.places, strict=True)):
+            dtype = task.out.dtype.component
+            if task.verbatim or task.method is INTEGERS or dtype.kind != "float":
+                exact |= {key for key in self.keys if key[0] == at}
+            out = replace(task.out, dtype=DType.C128 if task.out.dtype.kind == "complex" else DType.F64)
+            wide.append(replace(task, out=out, compute="float64", file=at, offset=0))
+            comparisons.append(_Comparison(self._output.get(path), offset, dtype, task.piece_elems))
+        for piece in self._run(wide, comparisons, self.keys - exact):
+            elems, equal, far = comparisons[piece.number].counts[piece.start]
+            if far:
+                exact.add(piece.key)
+            else:
+                self.elems += elems
+                self.equal += equal
+        return exact
+
+    def repeated(self, keys: set[Key]) -> list[str]:
+        """Repeats these pieces as the merge made them; names of tensors that are not so to the bit."""
+        tasks, repetitions = [], []
+        for at, (task, (_, path, offset)) in enumerate(zip(self._tasks, self.places, strict=True)):
+            tasks.append(replace(task, file=at, offset=0))
+            repetitions.append(_Repetition(self._output.get(path), offset))
+        for piece in self._run(tasks, repetitions, keys):
+            self.elems += piece.stop - piece.start
+            if piece.task.verbatim or piece.task.method is INTEGERS:
+                self.equal += piece.stop - piece.start
+            else:
+                self.repeated_elems += piece.stop - piece.start
+        return [task.out.name for task, each in zip(self._tasks, repetitions, strict=True) if each.differs]
+
+    def _run(self, tasks: list[MergeTask], outputs: list[Any], keys: set[Key]) -> Iterator[Piece]:
+        if not keys:
+            return
+        plan = self.plan
+        budget, io = budget_of(tasks, plan.memory_bytes, plan.budget.workers, plan.io, staged=False)
+        engine = Engine(budget, self._inputs, outputs, io, CRC32, self._executor)
+        with closing(engine.run_all(tasks, lambda piece: piece.key in keys)) as results:
+            for done in results:
+                yield done.piece(tasks)
+
+
+class _Repetition:
+    """Takes the bytes of a tensor as an output file would, and compares them with those that are there."""
+
+    def __init__(self, file: InputFile, offset: int) -> None:
+        self._file, self._offset = file, offset
+        self.differs = False
+
+    def write_full(self, data: Any, offset: int) -> None:
+        there = bytearray(len(data))
+        self._file.read_into(memoryview(there), self._offset + offset)
+        if there != data:
+            self.differs = True
+
+
+class _Comparison:
+    """Takes float64 numbers as an output file would take bytes, and compares them with those of the output's dtype.
+
+    ``counts``: first element of a piece -> how many numbers it has, how many of them are the float64 result rounded
+    once, and how many are further from it than rounding explains.
+    """
+
+    def __init__(self, file: InputFile, offset: int, dtype: DType, piece_elems: int) -> None:
+        self._file, self._offset, self._dtype, self._piece_elems = file, offset, dtype, piece_elems
+        self.counts: defaultdict[int, list[int]] = defaultdict(lambda: [0, 0, 0])
+
+    def write_full(self, data: Any, offset: int) -> None:
+        import torch
+
+        size, exact = self._dtype.element_bytes, torch.frombuffer(data, dtype=torch.float64)
+        first = offset // 8
+        counts = self.counts[first // self._piece_elems * self._piece_elems]  # a piece is one worker's
+        for start, stop in ranges(len(exact), _COMPARED_ELEMS):  # a few at a time, for the budget knows nothing of this
+            raw = bytearray((stop - start) * size)
+            self._file.read_into(memoryview(raw), self._offset + (first + start) * size)
+            equal, far = _compared(torch.frombuffer(raw, dtype=self._dtype.torch), exact[start:stop])
+            for number, more in enumerate((stop - start, equal, far)):
+                counts[number] += more
+
+
+def _compared(there: torch.Tensor, exact: torch.Tensor) -> tuple[int, int]:
+    """How many numbers are the exact ones, rounded once; and how many are further from them than rounding explains."""
+    import torch
+
+    rounded, wide = exact.to(there.dtype).double(), there.double()
+    equal = (rounded == wide) | (rounded.isnan() & wide.isnan())
+    if bool(equal.all()):
+        return len(there), 0
+    near = (wide - exact).abs() <= max(torch.finfo(there.dtype).eps, _ROUNDING) * exact.abs()
+    near &= exact.isfinite() & wide.isfinite()
+    return int(equal.sum()), int((~(equal | near)).sum())

@@ -1,0 +1,53 @@
+"""Numbers within limits, to the last bit; ranks along a dimension; the memory that a search is planned to hold."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from streammerge.kernels.ranking import Guess, affordable, count_above, held_bytes, inside, row_ranks, sample_elems
+
+
+def test_what_lies_inside_is_found_to_the_last_bit() -> None:
+    """Limits a few units in the last place apart, where the middle between them is rounded."""
+    make = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        scale = 2.0 ** int(torch.randint(-5, 5, (1,), generator=make))
+        values = (1 + torch.randint(0, 300, (4099,), generator=make) * 2.0**-23) * scale
+        first, count = int(torch.randint(0, 295, (1,), generator=make)), int(torch.randint(1, 6, (1,), generator=make))
+        low, high = (1 + first * 2.0**-23) * scale, (1 + (first + count) * 2.0**-23) * scale
+        _, places = inside(values, low, high, torch.empty(4099))
+        assert torch.equal(places.sort().values, ((values >= low) & (values <= high)).nonzero()[:, 0])
+
+
+@pytest.mark.parametrize("low", [-math.inf, -3.0, 0.0, 5.0])
+@pytest.mark.parametrize("high", [math.inf, 9.0, 5.0])
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 83])
+def test_limits_belong_to_what_lies_inside(low: float, high: float, size: int) -> None:
+    """Whole numbers, so that many are equal to a limit; a column of the table has one number or eight."""
+    values = torch.randint(-4, 10, (size,), generator=torch.Generator().manual_seed(size)).float()
+    picked, places = inside(values, low, high, torch.empty(size))
+    wanted = (values >= low) & (values <= high)
+    assert torch.equal(places.sort().values, wanted.nonzero()[:, 0])
+    assert torch.equal(picked, values[places])
+    assert count_above(values, high, torch.empty(size)) == int((values > high).sum())
+
+
+def test_ranks_of_rows_are_those_of_a_stable_sort() -> None:
+    values = torch.tensor([[3.0, 1.0, 3.0, 2.0], [0.0, 0.0, 0.0, -1.0]])
+    assert row_ranks(values, 1).tolist() == [[3, 0, 2, 1], [3, 2, 1, 0]]
+    assert torch.equal(row_ranks(values.t().contiguous(), 0), row_ranks(values, 1).t())
+
+
+def test_what_is_collected_stays_within_what_was_planned() -> None:
+    """The planned bytes hold a sample, three histograms, and all that a guess may collect, twice."""
+    for count in (1, 5000, 1 << 20, 1 << 28):
+        share = 0.04
+        collected = 24 * share * count
+        assert affordable([Guess(0.0, 1.0, share)], count) == (collected <= 32 << 20)
+        if affordable([Guess(0.0, 1.0, share)], count):
+            assert held_bytes(count, 1) >= 3 * 8 * (1 << 16) + 4 * min(sample_elems(count), count) + collected * 0.99
+    assert held_bytes(1 << 20, 0) == 0
+    assert affordable([Guess(0.0, 1.0, 1.0, (2.0,))], 1 << 40), "of few frequent numbers nothing is collected"

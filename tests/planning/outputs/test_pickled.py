@@ -1,0 +1,334 @@
+""".pth in, .pth out: the first input's container, its tensors replaced."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_same, load_safetensors, mean, octets, trained, voice
+
+import streammerge as sm
+from streammerge.pickles.state_dict import select
+
+
+def test_a_voice_keeps_its_container(tmp_path: Path, voices: tuple[Path, Path]) -> None:
+    result = sm.merge(voices, tmp_path / "voice.pth", weights=[0.6, 0.4])
+    merged = torch.load(tmp_path / "voice.pth", weights_only=True)
+    news, audiobook = (torch.load(path, weights_only=True) for path in voices)
+    assert list(merged) == ["config", "model", "step", "epoch", "date", "model_loss"]
+    assert merged["config"] == news["config"]
+    assert (merged["step"], merged["epoch"]) == (30, 3)
+    assert merged["model_loss"] == {"train_loss": pytest.approx(1.6), "eval_loss": None}
+    assert type(merged["model"]) is collections.OrderedDict
+    assert merged["model"]._metadata == {"": {"version": 1}}
+    assert list(merged["model"]) == list(news["model"])
+    name = "xtts.layer.weight"
+    assert octets(merged["model"][name]) == octets(mean([news["model"][name], audiobook["model"][name]], [0.6, 0.4]))
+    assert merged["model"]["xtts.norm.num_batches_tracked"].item() == 102
+    assert any("optimizer" in note and "--keep-optimizer" in note for note in result.notes)
+
+
+def test_the_archive_is_sound(tmp_path: Path, voices: tuple[Path, Path]) -> None:
+    sm.merge(voices, tmp_path / "voice.pth")
+    with zipfile.ZipFile(tmp_path / "voice.pth") as archive:
+        assert archive.testzip() is None
+        for info in archive.infolist():
+            archive.fp.seek(info.header_offset + 26)  # type: ignore[union-attr]
+            name, extra = (int.from_bytes(archive.fp.read(2), "little") for _ in range(2))  # type: ignore[union-attr]
+            assert (info.header_offset + 30 + name + extra) % 64 == 0
+    mapped = torch.load(tmp_path / "voice.pth", mmap=True)
+    assert_same(mapped["model"], torch.load(tmp_path / "voice.pth")["model"])
+
+
+def test_keep_optimizer_copies_the_firsts(tmp_path: Path, voices: tuple[Path, Path]) -> None:
+    sm.merge(voices, tmp_path / "voice.pth", keep_optimizer=True)
+    merged, news = torch.load(tmp_path / "voice.pth"), torch.load(voices[0])
+    assert merged["scaler"] == news["scaler"]
+    assert merged["optimizer"][0]["param_groups"] == news["optimizer"][0]["param_groups"]
+    ours, theirs = (c["optimizer"][0]["state"][0] for c in (merged, news))
+    assert_same(ours, theirs)
+
+
+def test_coquis_own_loader_takes_the_output(tmp_path: Path) -> None:
+    io = pytest.importorskip("trainer.io")
+    model = torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.BatchNorm1d(20))
+    paths = []
+    for step in (5, 7):
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.randn(4, 30)).sum().backward()
+        optimizer.step()
+        io.save_checkpoint(
+            {"a": 1}, model, tmp_path, current_step=step, epoch=1, optimizer=[optimizer], model_loss={"train_loss": 1.5}
+        )
+        paths.append(tmp_path / f"checkpoint_{step}.pth")
+    sm.merge(paths, tmp_path / "merged.pth", weights=[0.6, 0.4])
+    loaded = io.load_fsspec(tmp_path / "merged.pth", map_location="cpu")
+    model.load_state_dict(loaded["model"], strict=True)
+    first, second = (io.load_fsspec(path, map_location="cpu")["model"] for path in paths)
+    assert octets(loaded["model"]["0.weight"]) == octets(mean([first["0.weight"], second["0.weight"]], [0.6, 0.4]))
+    assert loaded["step"] == 7
+
+
+class Plain:
+    """A class that a checkpoint may mention and that its reader must not need."""
+
+    def __init__(self, **values: Any) -> None:
+        self.__dict__.update(values)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plain) and vars(self) == vars(other)
+
+
+class AttributeDict(dict):  # type: ignore[type-arg]
+    pass
+
+
+def odd_content() -> dict[str, Any]:
+    shared = [1, 2, {"three": (3, 3.5, -1, 1 << 80, "four", b"\xff\x00", True, None)}]
+    return {
+        "args": argparse.Namespace(lr=1e-3, path=Path("a/b"), names={"x"}, frozen=frozenset([1])),
+        "plain": Plain(a=1, nested=Plain(b=[])),
+        "attributes": AttributeDict(k=1),
+        "default": collections.defaultdict(list, {"a": [1]}),
+        "counter": collections.Counter("aab"),
+        "deque": collections.deque([1, 2], maxlen=3),
+        "complex": 1 + 2j,
+        "bytes": bytearray(b"abc"),
+        "shared": [shared, shared],
+        "class": Plain,
+        "dtype": torch.float16,
+        "size": torch.Size([1, 2]),
+        "device": torch.device("cpu"),
+        3: "an int key",
+        ("a", 1): "a tuple key",
+    }
+
+
+@pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_everything_else_in_the_pickle_survives(tmp_path: Path, protocol: int, legacy: bool) -> None:
+    content = odd_content() | {"model": trained(1)}
+    torch.save(content, tmp_path / "in.pth", pickle_protocol=protocol, _use_new_zipfile_serialization=not legacy)
+    sm.merge([tmp_path / "in.pth"], tmp_path / "out.pth")
+    merged = torch.load(tmp_path / "out.pth", weights_only=False)
+    assert_same(merged.pop("model"), trained(1))
+    assert merged["shared"][0] is merged["shared"][1]
+    assert merged == odd_content()
+    assert f"{Plain.__module__}.Plain" in sm.inspect(tmp_path / "out.pth").classes()
+
+
+def test_a_cycle_stays_a_cycle(tmp_path: Path) -> None:
+    loop: dict[str, Any] = {"model": {"w": torch.ones(2)}}
+    loop["self"] = loop
+    torch.save(loop, tmp_path / "in.pth")
+    sm.merge([tmp_path / "in.pth"], tmp_path / "out.pth")
+    merged = torch.load(tmp_path / "out.pth")
+    assert merged["self"] is merged
+
+
+def test_parameters_stay_parameters(tmp_path: Path) -> None:
+    values = {"p": torch.nn.Parameter(torch.ones(3)), "frozen": torch.nn.Parameter(torch.ones(2), requires_grad=False)}
+    values["leaf"] = torch.ones(2, requires_grad=True)
+    torch.save(values, tmp_path / "in.pth")
+    sm.merge([tmp_path / "in.pth"], tmp_path / "out.pth")
+    merged = torch.load(tmp_path / "out.pth", weights_only=True)
+    assert [type(v) for v in merged.values()] == [torch.nn.Parameter, torch.nn.Parameter, torch.Tensor]
+    assert [v.requires_grad for v in merged.values()] == [True, False, True]
+
+
+def test_whole_modules_are_merged_and_written_again(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.LSTM(4, 5))
+        module.register_buffer("transient", torch.zeros(1), persistent=False)
+        torch.save(module, tmp_path / f"{seed}.pt")
+    models = [torch.load(tmp_path / f"{seed}.pt", weights_only=False).state_dict() for seed in (1, 2)]
+    assert list(sm.inspect(tmp_path / "1.pt").entries) == list(models[0])
+    sm.merge([tmp_path / "1.pt", tmp_path / "2.pt"], tmp_path / "out.pt", weights=[0.3, 0.7])
+    merged = torch.load(tmp_path / "out.pt", weights_only=False)
+    assert_same(merged.state_dict(), {
+        name: mean([m[name] for m in models], [0.3, 0.7]) if models[0][name].is_floating_point() else models[0][name]
+        for name in models[0]
+    })  # fmt: skip
+    assert merged(torch.ones(2, 3))[0].shape == (2, 5)
+
+
+def test_ema_weights_are_named_and_not_left_stale(tmp_path: Path) -> None:
+    for number in (1, 2):
+        torch.save({"model": trained(number), "ema": trained(10 + number), "epoch": 1}, tmp_path / f"{number}.pt")
+    paths = [tmp_path / "1.pt", tmp_path / "2.pt"]
+    result = sm.merge(paths, tmp_path / "out.pt")
+    assert list(torch.load(tmp_path / "out.pt")) == ["model", "epoch"]
+    assert any("'ema' holds EMA weights" in note for note in result.notes)
+    assert any("left out of the output: 'ema'" in note for note in result.notes)
+    sm.merge(paths, tmp_path / "ema.pt", ema="only")
+    merged = torch.load(tmp_path / "ema.pt")
+    assert list(merged) == ["model", "ema", "epoch"], "what a loader reads is there, and is the average"
+    assert merged["model"]["layer.bias"].data_ptr() == merged["ema"]["layer.bias"].data_ptr()
+    assert octets(merged["ema"]["layer.bias"]) == octets(
+        mean([trained(11)["layer.bias"], trained(12)["layer.bias"]], [1, 1])
+    )
+    sm.merge(paths, tmp_path / "named.safetensors", state_dict="ema")
+    assert octets(load_safetensors(tmp_path / "named.safetensors")["layer.bias"]) == octets(merged["ema"]["layer.bias"])
+    with pytest.raises(sm.RecipeError, match=r"--state-dict nothing.*it has model, ema"):
+        sm.inspect(paths[0], state_dict="nothing")
+
+
+def test_several_state_dicts_are_merged_together(tmp_path: Path) -> None:
+    for number in (1, 2):
+        content = {
+            "model": trained(number),
+            "generator": {"0.weight": torch.full((2,), float(number))},
+            "opt": argparse.Namespace(a=1),
+        }
+        torch.save(content, tmp_path / f"{number}.pt")
+    paths = [tmp_path / "1.pt", tmp_path / "2.pt"]
+    sm.merge(paths, tmp_path / "out.pt")
+    merged = torch.load(tmp_path / "out.pt", weights_only=False)
+    assert merged["generator"]["0.weight"].tolist() == [1.5, 1.5]
+    assert merged["opt"] == argparse.Namespace(a=1)
+    sm.merge(paths, tmp_path / "out.safetensors")
+    assert {"model.layer.bias", "generator.0.weight"} <= set(load_safetensors(tmp_path / "out.safetensors"))
+
+
+def test_gpt_sovits_header_is_kept(tmp_path: Path) -> None:
+    torch.save({"weight": {"w": torch.ones(3).half()}, "config": {}, "info": "s2v2Pro"}, tmp_path / "in.pth")
+    data = bytearray((tmp_path / "in.pth").read_bytes())
+    data[:2] = b"05"
+    (tmp_path / "in.pth").write_bytes(data)
+    sm.merge([tmp_path / "in.pth"], tmp_path / "out.pth")
+    made = (tmp_path / "out.pth").read_bytes()
+    assert made[:2] == b"05"
+    (tmp_path / "fixed.pth").write_bytes(b"PK" + made[2:])
+    assert_same(torch.load(tmp_path / "fixed.pth")["weight"], {"w": torch.ones(3).half()})
+
+
+def test_a_flat_state_dict_comes_from_safetensors(tmp_path: Path, voices: tuple[Path, Path]) -> None:
+    sm.convert(voices[0], tmp_path / "a.safetensors")
+    sm.merge([tmp_path / "a.safetensors", voices[1]], tmp_path / "out.bin")
+    merged = torch.load(tmp_path / "out.bin", weights_only=True, mmap=True)
+    expected = mean([trained(1)["layer.bias"], trained(2)["layer.bias"]], [1, 1])
+    assert octets(merged["xtts.layer.bias"]) == octets(expected)
+
+
+def test_litema_weights_stand_in_when_asked(tmp_path: Path) -> None:
+    state = {
+        "model.a.b": torch.zeros(2),
+        "model.c": torch.zeros(2),
+        "model_ema.ab": torch.ones(2),
+        "model_ema.c": torch.ones(2),
+    }
+    torch.save(
+        {"state_dict": state | {"model_ema.decay": torch.tensor(0.9), "first.w": torch.full((1,), 5.0)}},
+        tmp_path / "sd.ckpt",
+    )
+    sm.merge([tmp_path / "sd.ckpt"], tmp_path / "out.ckpt", ema="prefer")
+    expected = {"model.a.b": torch.ones(2), "model.c": torch.ones(2), "first.w": torch.full((1,), 5.0)}
+    assert_same(torch.load(tmp_path / "out.ckpt")["state_dict"], expected)
+
+
+@pytest.mark.parametrize(
+    ("tree", "label"),
+    [
+        ({"a.w": 1, "b.w": 1}, "(top level)"),
+        ({"state_dict": {"w": 1}, "optimizer_states": [{"state": {0: {"exp_avg": 1}}}], "epoch": 3}, "state_dict"),
+        ({"network_weights": {"w": 1}, "optimizer_state": {"state": {0: {"m": 1}}, "param_groups": []}}, "network_weights"),
+        ({"dims": {}, "model_state_dict": {"w": 1}}, "model_state_dict"),
+        ({"weight": {"w": 1}, "config": ["x"], "info": "x", "sr": "40k", "f0": 0}, "weight"),
+        ({"best_state": {"w": 1}, "xp.cfg": "yaml"}, "best_state"),
+        ({"model": None, "ema": {"w": 1}}, "ema"),
+        ({"net": {"a": {"w": 1}, "b": {"module.w": 1}}, "optimizer": {"w": 1}}, "net.a + net.b"),
+        ({"student": {"module.w": 1, "module.v": 1}, "teacher": {"w": 1, "v": 1}, "dino_loss": {"center": 1}}, "student"),
+        ({"model": {"w": 1}, "model_avg": {"w": 1}, "sampler": {"x": 1}, "grad_scaler": {"s": 1}}, "model"),
+        ({"model": {"language_model": {"embedding": {"w": 1}, "encoder": {"v": 1}}}, "rng_state": [1]},
+         "model.language_model.embedding + model.language_model.encoder"),
+        ({"model": {"w": 1, "version": "x"}, "criterion": {"w": 1}, "last_optimizer_state": {"state": {"a": 1}}}, "model"),
+        ({"model": {"w": 1}, "optimizer": [{"state": {"0": {"exp_avg": 1}}}]}, "model"),
+        ({"model": {"w": 1}, "rng": {"torch": 1, "cuda": [1]}, "losses": {"train": 1}, "hparams": {"w": 1}}, "model"),
+        ({"model": {"w": 1}, "ema": {"decay": 0.9, "shadow_params": [1, 1]}, "cuda_rng_state_all": [1]}, "model"),
+        ([1, 1], "(top level)"),
+    ],
+)  # fmt: skip
+def test_the_state_dict_is_found_in_every_layout(tmp_path: Path, tree: Any, label: str) -> None:
+    def with_tensors(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {k: with_tensors(v) for k, v in node.items()}
+        if isinstance(node, list):
+            return [with_tensors(v) for v in node]
+        return torch.ones(2) if node == 1 and not isinstance(node, bool) else node
+
+    torch.save(with_tensors(tree), tmp_path / "in.pt")
+    index = sm.inspect(tmp_path / "in.pt")
+    assert index.selection.label == label
+    assert select(index.extras).label == label
+
+
+def test_a_merged_tensor_is_merged_wherever_it_stands(tmp_path: Path) -> None:
+    for number in (1.0, 3.0):
+        weight = torch.full((3,), number)
+        torch.save({"model": {"w": weight}, "best": [weight, "x"]}, tmp_path / f"{number}.pt")
+    sm.merge([tmp_path / "1.0.pt", tmp_path / "3.0.pt"], tmp_path / "out.pt")
+    merged = torch.load(tmp_path / "out.pt")
+    assert merged["best"][0].tolist() == [2.0, 2.0, 2.0]
+    assert merged["best"][0].data_ptr() == merged["model"]["w"].data_ptr()
+
+
+def test_only_training_state_is_left_out(tmp_path: Path) -> None:
+    optimizer = {"state": {}, "param_groups": [{"lr": 1.0}]}
+    stale = {"optimizer": [optimizer], "optimizer_d": optimizer, "last_optimizer_state": {"a": 1}, "opt": optimizer}
+    stale |= {"lr_schedulers": [{"last_epoch": 1}], "scheduler_disc": {"a": 1}, "scaler": {"scale": 2.0}, "grad_scaler": {}}
+    needed = {"optimizer_history": [{"best_loss": 1.0}], "data_scaler": {"means": [1.0]}, "noise_scheduler": {"steps": 10}}
+    needed |= {"hyper_parameters": {"lr": 1.0}, "epoch": 1}
+    torch.save({"model": {"w": torch.ones(2)}, **stale, **needed}, tmp_path / "in.pt")
+    sm.merge([tmp_path / "in.pt"], tmp_path / "out.pt")
+    assert set(torch.load(tmp_path / "out.pt")) == {"model", *needed}
+    torch.save({"model": {"w": torch.ones(2)}, "scaler": {"mean": 1.0}}, tmp_path / "in.pt")
+    sm.merge([tmp_path / "in.pt"], tmp_path / "out.pt", overwrite=True)
+    assert set(torch.load(tmp_path / "out.pt")) == {"model", "scaler"}
+
+
+def test_facts_a_loader_needs_are_compared(tmp_path: Path) -> None:
+    for rate in ("40k", "48k"):
+        torch.save(
+            {"weight": {"w": torch.ones(2)}, "config": [1], "info": "", "sr": rate, "f0": 1, "version": "v2"},
+            tmp_path / f"{rate}.pth",
+        )
+    result = sm.merge([tmp_path / "40k.pth", tmp_path / "48k.pth"], tmp_path / "out.pth")
+    assert [w for w in result.warnings if "'sr' differs" in w]
+    assert not [w for w in result.warnings if "'f0'" in w]
+
+
+@pytest.mark.slow
+def test_archives_beyond_4_gib(tmp_path: Path) -> None:
+    """Zip64 in every place: a storage beyond 4 GiB, and records that begin beyond it."""
+    numel = (1 << 31) + 12_345
+    with open(tmp_path / "in.safetensors", "wb") as file:
+        header = f'{{"big":{{"dtype":"F16","shape":[{numel}],"data_offsets":[0,{2 * numel}]}},'
+        header += f'"small":{{"dtype":"F16","shape":[3],"data_offsets":[{2 * numel},{2 * numel + 6}]}}}}'
+        file.write(len(header).to_bytes(8, "little") + header.encode())
+        file.truncate(8 + len(header) + 2 * numel + 6)
+    with open(tmp_path / "in.safetensors", "r+b") as file:
+        file.seek(-6 - 2, 2)
+        file.write(torch.tensor([7, 1, 2, 3], dtype=torch.float16).numpy().tobytes())
+    result = sm.convert(tmp_path / "in.safetensors", tmp_path / "out.pth")
+    assert result.peak_bytes < 64 << 20
+    loaded = torch.load(tmp_path / "out.pth", mmap=True, weights_only=True)
+    assert loaded["big"].shape == (numel,)
+    assert loaded["big"][-1].item() == 7
+    assert loaded["small"].tolist() == [1, 2, 3]
+    assert zipfile.ZipFile(tmp_path / "out.pth").testzip() is None
+    sm.merge([tmp_path / "out.pth"] * 2, tmp_path / "merged.safetensors", memory="64MiB")
+    with open(tmp_path / "merged.safetensors", "rb") as file:
+        file.seek(-8, 2)
+        assert torch.frombuffer(bytearray(file.read()), dtype=torch.float16).tolist() == [7, 1, 2, 3]
+
+
+def test_voice_helpers_are_what_the_trainer_writes() -> None:
+    trainer = pytest.importorskip("trainer.io")
+    assert set(voice(1, 1, 1, 1.0)) >= {"config", "model", "optimizer", "scheduler", "scaler", "step", "epoch", "date"}
+    assert callable(trainer.save_model)

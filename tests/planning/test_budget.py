@@ -1,0 +1,74 @@
+"""The memory model is arithmetic, and what is allocated is what was counted."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+import streammerge as sm
+from streammerge.planning import budget
+from streammerge.tensors.spec import GRAIN
+from streammerge.units import PAGE_BYTES
+
+
+class TestBudget:
+    cost = budget.Cost(compute=3, buffers=5, out=7, read=11, passes_bytes=17, spread_bytes=19)
+
+    def test_the_peak_is_the_sum_of_its_terms(self) -> None:
+        fitted = budget.fit(1 << 40, workers=3, tensors=5, cost=self.cost, staging=True)
+        buffers = 5 * 3 + 2 * 11
+        expected = budget.RUN_BYTES + 5 * budget.PER_TENSOR_BYTES + budget.STAGING_BYTES + 19
+        expected += 3 * (budget.PER_WORKER_BYTES + 17 + budget.BEST_OUT_BYTES + budget.BEST_CHUNK_ELEMS * buffers)
+        assert (fitted.workers, fitted.chunk_elems, fitted.peak_bytes) == (3, budget.BEST_CHUNK_ELEMS, expected)
+
+    def test_slots_are_what_was_counted(self) -> None:
+        made = budget.slots(budget.Budget(1, 100, 5000, 1000, self.cost, 0))
+        assert sum(size for _, size in made.values()) == 100 * self.cost.element_bytes + 5000 + PAGE_BYTES
+        assert all(offset % PAGE_BYTES == 0 for offset, _ in made.values())
+        ends = sorted((offset, offset + size) for offset, size in made.values())
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(ends))
+
+    def test_less_memory_means_smaller_chunks_then_fewer_workers_then_an_error(self) -> None:
+        seen, memory = [], 1 << 28
+        with pytest.raises(sm.BudgetError) as error:
+            while True:
+                fitted = budget.fit(memory, workers=4, tensors=5, cost=self.cost, staging=False)
+                assert fitted.peak_bytes <= memory
+                assert fitted.chunk_elems % GRAIN == 0
+                seen.append((fitted.workers, fitted.chunk_elems))
+                memory -= 1 << 20
+        assert seen == sorted(seen, reverse=True)
+        assert seen[-1] == (1, GRAIN)
+        least = int(str(error.value).rpartition("--memory ")[2].partition("MiB")[0]) << 20
+        budget.fit(least, workers=4, tensors=5, cost=self.cost, staging=False)
+        with pytest.raises(sm.BudgetError):
+            budget.fit(least - (1 << 20), workers=4, tensors=5, cost=self.cost, staging=False)
+
+    def test_mapped_windows_shrink_before_chunks(self) -> None:
+        cost = budget.Cost(compute=8, buffers=2, out=2, read=0, inputs=8, mapped=2)
+        wide, narrow = (budget.fit(m << 20, workers=2, tensors=10, cost=cost, staging=False) for m in (512, 64))
+        assert wide.window_bytes == budget.MOST_WINDOW_BYTES > narrow.window_bytes
+        assert wide.chunk_elems == narrow.chunk_elems
+
+    @pytest.mark.parametrize(
+        ("input_bytes", "pages"),
+        [(1, 2), (budget.HUGE_PAGE_BYTES, 2), (budget.HUGE_PAGE_BYTES + 1, 3), (5 * budget.HUGE_PAGE_BYTES, 6)],
+    )
+    def test_mapped_pages_count_as_huge_ones(self, input_bytes: int, pages: int) -> None:
+        """Wherever in one they begin."""
+        assert budget._huge_pages(input_bytes) == pages * budget.HUGE_PAGE_BYTES
+
+    def test_what_is_mapped_and_what_is_kept_are_terms_of_the_peak(self) -> None:
+        mapped = budget.Cost(compute=0, buffers=0, out=0, read=0, inputs=3, mapped=2)
+        kept = budget.Cost(compute=0, buffers=0, out=0, read=0, inputs=3)
+        own = budget.RUN_BYTES + 2 * (budget.PER_WORKER_BYTES + budget.BEST_OUT_BYTES)
+        pages = budget._huge_pages(budget.MOST_WINDOW_BYTES + 2 * budget.BEST_CHUNK_ELEMS)
+        for cost, each in ((mapped, pages), (kept, budget.MOST_WINDOW_BYTES)):
+            fitted = budget.fit(1 << 40, workers=2, tensors=0, cost=cost, staging=False)
+            assert fitted.peak_bytes == own + 2 * 3 * each
+
+    def test_methods_with_passes_have_twice_the_chunk_and_the_window(self) -> None:
+        plain, passing = (budget.Cost(4, 2, 2, 0, 2, 2, passes=passes) for passes in (False, True))
+        one, two = (budget.fit(1 << 40, workers=1, tensors=0, cost=cost, staging=False) for cost in (plain, passing))
+        assert (two.chunk_elems, two.window_bytes) == (2 * one.chunk_elems, 2 * one.window_bytes)

@@ -1,0 +1,741 @@
+"""Interrupted runs: what stays, what goes on from it, and who may not."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import streammerge as sm
+from streammerge.planning import tasks
+from streammerge.stores import commit, journal
+from streammerge.stores.commit import Staging
+from streammerge.stores.local import OutputFile
+from streammerge.tensors.spec import GRAIN
+
+OUTPUTS = {"safetensors": "out.safetensors", "pickle": "out.pth", "folder": "out"}
+
+
+@pytest.fixture(autouse=True)
+def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of one grain, written down at once, so that small merges have something to keep."""
+    monkeypatch.setattr(tasks, "PIECE_ELEMS", GRAIN)
+    monkeypatch.setattr(journal, "INTERVAL_SECONDS", 0.001)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> list[Path]:
+    """Two checkpoints whose tensors have up to seven pieces, an empty and a strided one among them."""
+    paths = []
+    for number in range(2):
+        chance = torch.Generator().manual_seed(number)
+        tensors = {f"layer.{i}": torch.randn(i + 1, GRAIN + 77, generator=chance) for i in range(6)}
+        tensors |= {"empty": torch.empty(0, 3), "turned": torch.randn(GRAIN, 3, generator=chance).t()}
+        paths.append(tmp_path / f"{number}.pth")
+        torch.save({"model": tensors, "step": number}, paths[-1])
+    return paths
+
+
+def journalled(out: Path) -> int:
+    """How many pieces the journal beside an output has."""
+    path = out.parent / f".{out.name}.streammerge" / "journal"
+    return path.read_bytes().count(b"\n") - 1 if path.exists() else 0
+
+
+def interrupt(inputs: list[Path], out: Path, at_least: int = 5, **options: Any) -> None:
+    """Runs the merge until the journal has some pieces, and interrupts it there."""
+
+    def listen(event: object) -> None:
+        if type(event).__name__ == "TaskDone":
+            time.sleep(0.01)
+            if journalled(out) >= at_least:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sm.merge(inputs, out, listener=listen, **options)
+
+
+def content(out: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in out.iterdir()} if out.is_dir() else {"": out.read_bytes()}
+
+
+def left_over(out: Path) -> list[str]:
+    return [path.name for path in out.parent.iterdir() if path.name.startswith(".")]
+
+
+def resumed_events(run: Callable[[Any], object]) -> list[Any]:
+    found: list[Any] = []
+    run(lambda event: found.append(event) if type(event).__name__ == "Resumed" else None)
+    return found
+
+
+@pytest.mark.parametrize("container", OUTPUTS)
+@pytest.mark.parametrize("method", ["linear", "karcher"])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    pair: list[Path], tmp_path: Path, container: str, method: str
+) -> None:
+    (tmp_path / "whole").mkdir()
+    whole, out = tmp_path / "whole" / OUTPUTS[container], tmp_path / OUTPUTS[container]
+    sm.merge(pair, whole, method=method)
+    interrupt(pair, out, method=method)
+    assert not out.exists()
+    run: dict[str, Any] = {"method": method, "workers": 3, "memory": "64MiB", "io": "pread"}
+    (event,) = resumed_events(lambda listener: sm.merge(pair, out, listener=listener, **run))
+    assert event.kept_bytes >= 5 * 4 * 77
+    assert content(out) == content(whole)
+    assert left_over(out) == []
+
+
+def test_what_was_kept_is_not_read_again_and_is_told(pair: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    all_bytes = sm.merge(pair, tmp_path / "other.safetensors").read_bytes
+    interrupt(pair, out, at_least=12)
+    result = sm.merge(pair, out)
+    assert result.read_bytes < all_bytes
+    assert any(re.match(r"continued an interrupted run: .* of .* were there", note) for note in result.notes)
+
+
+def test_two_interruptions(pair: list[Path], tmp_path: Path) -> None:
+    out, whole = tmp_path / "out.safetensors", tmp_path / "whole.safetensors"
+    sm.merge(pair, whole)
+    interrupt(pair, out, at_least=4)
+    interrupt(pair, out, at_least=14)
+    (event,) = resumed_events(lambda listener: sm.merge(pair, out, listener=listener))
+    assert event.kept_bytes > 10 * 4 * 77
+    assert content(out) == content(whole)
+
+
+@pytest.mark.parametrize("where", ["plan_digest", "strangers", "staged_tasks", "outside"])
+def test_an_interruption_before_the_first_piece_loses_nothing(
+    pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out.safetensors"
+    interrupt(pair, out, hash=True)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(f"streammerge.running.session.{where}", interrupted)
+        sm.merge(pair, out, hash=True)
+    (event,) = resumed_events(lambda listener: sm.merge(pair, out, hash=True, listener=listener))
+    assert event.kept_bytes >= 5 * 4 * 77
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pair: {"weights": [0.3, 0.7]},
+        lambda pair: {"method": "karcher"},
+        lambda pair: {"dtype": "bfloat16"},
+        lambda pair: os.utime(pair[1], (1, 1)) or {},
+        lambda pair: {"hash": True},
+    ],
+    ids=["weights", "method", "dtype", "input", "hash"],
+)
+def test_another_plan_starts_over(pair: list[Path], tmp_path: Path, change: Callable[[list[Path]], dict[str, Any]]) -> None:
+    out = tmp_path / "out.safetensors"
+    interrupt(pair, out)
+    options = change(pair)
+    result = sm.merge(pair, out, **options)
+    assert "an interrupted run was not continued: its recipe, inputs or version were others" in result.notes
+    sm.merge(pair, tmp_path / "whole.safetensors", **options)
+    assert content(out) == content(tmp_path / "whole.safetensors")
+
+
+def test_another_version_starts_over(pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt(pair, tmp_path / "out.safetensors")
+    monkeypatch.setattr("streammerge.planning.digest.__version__", "0.0.9")
+    assert resumed_events(lambda listener: sm.merge(pair, tmp_path / "out.safetensors", listener=listener)) == []
+
+
+def test_ones_own_method_is_never_continued(pair: list[Path], tmp_path: Path) -> None:
+    """It may use what changes without a trace."""
+
+    def half(group: Any) -> Any:
+        return lambda chunk: chunk.models[0] * 0.5
+
+    def listen(event: object) -> None:
+        if type(event).__name__ == "Syncing":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sm.merge(pair, tmp_path / "out.safetensors", method=half, listener=listen)
+    assert left_over(tmp_path / "out.safetensors") == []
+
+
+def test_without_resume_nothing_is_taken_up_and_nothing_stays(pair: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    interrupt(pair, out)
+    assert left_over(out) == [".out.safetensors.streammerge"]
+
+    def listen(event: object) -> None:
+        assert type(event).__name__ != "Resumed"
+        if type(event).__name__ == "Syncing":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sm.merge(pair, out, resume=False, listener=listen)
+    assert left_over(out) == []
+
+
+def test_a_run_that_has_kept_nothing_leaves_nothing(
+    pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "INTERVAL_SECONDS", 60)
+
+    def listen(event: object) -> None:
+        if type(event).__name__ == "TaskDone":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sm.merge(pair, tmp_path / "out.safetensors", listener=listen)
+    assert left_over(tmp_path / "out.safetensors") == []
+
+
+@pytest.mark.parametrize("where", range(4))
+def test_damage_to_what_was_kept_is_found_and_made_good(pair: list[Path], tmp_path: Path, where: int) -> None:
+    """One bit of the partial output, in a piece that the journal vouches for."""
+    out, whole = tmp_path / "out.safetensors", tmp_path / "whole.safetensors"
+    sm.merge(pair, whole)
+    interrupt(pair, out, at_least=8)
+    folder = tmp_path / ".out.safetensors.streammerge"
+    partial = folder / "output" / "out.safetensors"
+    lines = (folder / "journal").read_text().splitlines()[1:]
+    offset, nbytes = (int(re.search(rf'"{key}":(\d+)', lines[2 * where])[1]) for key in ("offset", "nbytes"))  # type: ignore[index]
+    data = bytearray(partial.read_bytes())
+    data[offset + nbytes // 2] ^= 4
+    partial.write_bytes(data)
+    sm.merge(pair, out)
+    assert content(out) == content(whole)
+
+
+def test_no_damage_to_the_journal_matters(pair: list[Path], tmp_path: Path) -> None:
+    """A flipped bit at every 37th byte, and a cut at every 89th: what cannot be believed is made again."""
+    out, whole = tmp_path / "out.safetensors", tmp_path / "whole.safetensors"
+    sm.merge(pair, whole)
+    interrupt(pair, out, at_least=8)
+    path = tmp_path / ".out.safetensors.streammerge" / "journal"
+    good = path.read_bytes()
+    plan = re.search(rb'"plan":"([0-9a-f]{64})"', good)[1].decode()  # type: ignore[index]
+    vouched = journal.read(path, plan)
+    assert vouched is not None
+    assert len(vouched) >= 8
+    damaged = [good[:at] + bytes([good[at] ^ 8]) + good[at + 1 :] for at in range(0, len(good), 37)]
+    damaged += [good[:at] for at in range(0, len(good), 89)]
+    for each in damaged:
+        path.write_bytes(each)
+        found = journal.read(path, plan)
+        assert found is None or found == vouched[: len(found)]
+        assert found is None or len(found) < len(vouched) or each.startswith(good[:-1])
+    path.write_bytes(damaged[len(good) // 74])
+    sm.merge(pair, out)
+    assert content(out) == content(whole)
+
+
+def test_an_interrupted_replacement_keeps_the_old_output(pair: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    sm.merge(pair, out, weights=[1, 0])
+    old = content(out)
+    interrupt(pair, out, overwrite=True)
+    assert content(out) == old
+    with pytest.raises(sm.RecipeError, match="exists already"):
+        sm.merge(pair, out)
+    assert len(resumed_events(lambda listener: sm.merge(pair, out, overwrite=True, listener=listener))) == 1
+    assert content(out) != old
+
+
+def test_pieces_are_written_down_after_their_files_are_synced(
+    pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[tuple[str, int]] = []
+    good_sync, good_append = OutputFile.sync, journal._append
+
+    def sync(file: OutputFile) -> None:
+        good_sync(file)
+        order.append(("sync", 0))
+
+    def append(fd: int, lines: Any) -> None:
+        lines = list(lines)
+        order.append(("append", len([line for line in lines if "task" in line])))
+        good_append(fd, lines)
+
+    monkeypatch.setattr(OutputFile, "sync", sync)
+    monkeypatch.setattr(journal, "_append", append)
+    interrupt(pair, tmp_path / "out.safetensors", at_least=8)
+    written = [number for number, (what, pieces) in enumerate(order) if what == "append" and pieces]
+    assert sum(order[number][1] for number in written) >= 8
+    assert all(order[number - 1][0] == "sync" for number in written)
+
+
+def test_a_long_piece_is_given_up_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "PIECE_ELEMS", 64 * GRAIN)
+    for number in range(2):
+        save_file({"long": torch.zeros(64 * GRAIN), "short": torch.zeros(3)}, tmp_path / f"{number}.safetensors")
+
+    def slow(group: Any) -> Any:
+        def kernel(chunk: Any) -> Any:
+            time.sleep(chunk.elems / GRAIN * 0.2)
+            return chunk.models[0]
+
+        return kernel
+
+    raised: list[float] = []
+
+    def listen(event: object) -> None:
+        if type(event).__name__ == "TaskDone":
+            raised.append(time.monotonic())
+            raise KeyboardInterrupt
+
+    inputs = [tmp_path / "0.safetensors", tmp_path / "1.safetensors"]
+    with pytest.raises(KeyboardInterrupt):
+        sm.merge(inputs, tmp_path / "out.safetensors", method=slow, workers=2, memory="64MiB", listener=listen)
+    assert time.monotonic() - raised[0] < 4  # the piece would take thirteen seconds
+
+
+# ------------------------------------------------------------------------------------------------------- the disk fails
+
+
+@pytest.fixture
+def failing_sync(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, str], list[str]]]:
+    """Has the first few syncs of files of that name fail; what was synced, in order."""
+    good = OutputFile.sync
+
+    def arm(failures: int, name: str) -> list[str]:
+        seen: list[str] = []
+
+        def sync(file: OutputFile) -> None:
+            seen.append(file.path.name)
+            if file.path.name == name and seen.count(name) <= failures:
+                with open(file.path, "r+b") as stream:  # the pages that the disk did not take are lost
+                    stream.truncate(0)
+                    stream.truncate(file.size)
+                raise OSError(errno.EIO, "Input/output error")
+            good(file)
+
+        monkeypatch.setattr(OutputFile, "sync", sync)
+        return seen
+
+    return arm
+
+
+@pytest.mark.parametrize("resume", [True, False], ids=["at the first sync", "at the only one, the last"])
+@pytest.mark.parametrize("container", OUTPUTS)
+def test_what_the_disk_failed_to_store_is_written_anew(
+    pair: list[Path], tmp_path: Path, container: str, resume: bool, failing_sync: Callable[[int, str], list[str]]
+) -> None:
+    (tmp_path / "whole").mkdir()
+    whole, out = tmp_path / "whole" / OUTPUTS[container], tmp_path / OUTPUTS[container]
+    sm.merge(pair, whole)
+    failing_sync(1, "model.safetensors" if container == "folder" else out.name)
+    result = sm.merge(pair, out, resume=resume)
+    assert content(out) == content(whole)
+    assert any("failed to store" in warning for warning in result.warnings)
+
+
+def test_what_the_disk_fails_to_store_twice_is_not_there(
+    pair: list[Path], tmp_path: Path, failing_sync: Callable[[int, str], list[str]]
+) -> None:
+    out = tmp_path / "out.safetensors"
+    failing_sync(99, "out.safetensors")
+    with pytest.raises(OSError, match="twice; nothing was written"):
+        sm.merge(pair, out)
+    assert not out.exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------- locks
+
+
+def hold(out: Path) -> subprocess.Popen[str]:
+    """Another process that is writing ``out``."""
+    code = f"from streammerge.stores.commit import Staging; from pathlib import Path; s = Staging(Path({str(out)!r})); "
+    process = subprocess.Popen(
+        [sys.executable, "-c", code + "print('held', flush=True); input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_the_second_of_two_runs_is_told_who_has_the_output(pair: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    other = hold(out)
+    try:
+        with pytest.raises(sm.LockedError, match=f"being written by process {other.pid}"):
+            sm.merge(pair, out)
+        assert not out.exists()
+    finally:
+        other.kill()
+        other.wait()
+    sm.merge(pair, out)  # the lock of a dead process is taken over
+    assert out.exists()
+    assert left_over(out) == []
+
+
+@pytest.mark.parametrize("owner", ["999999999", "nonsense", ""])
+def test_without_kernel_locks_the_owner_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: str) -> None:
+    def unsupported(fd: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(commit.fcntl, "flock", unsupported)
+    folder = tmp_path / ".out.safetensors.streammerge"
+    folder.mkdir()
+    (folder / "lock").write_text(str(os.getppid()))
+    with pytest.raises(sm.LockedError, match=f"process {os.getppid()}"):
+        Staging(tmp_path / "out.safetensors")
+    (folder / "lock").write_text(owner)
+    Staging(tmp_path / "out.safetensors").abort()
+
+
+def test_a_lock_file_that_was_removed_meanwhile_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run before removes its folder between our opening of the lock file and our locking it."""
+    good, calls = commit.fcntl.flock, []
+
+    def flock(fd: int, how: int) -> None:
+        good(fd, how)
+        if not calls:
+            (tmp_path / ".out.safetensors.streammerge" / "lock").unlink()
+        calls.append(fd)
+
+    monkeypatch.setattr(commit.fcntl, "flock", flock)
+    staging = Staging(tmp_path / "out.safetensors")
+    assert len(calls) == 2
+    assert (staging.folder / "lock").read_text() == f"{os.getpid()}\n"
+    staging.abort()
+
+
+def test_a_link_in_the_place_of_the_staging_folder_is_refused(pair: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("kept")
+    (tmp_path / ".out.safetensors.streammerge").symlink_to(tmp_path / "precious")
+    with pytest.raises(sm.RecipeError, match="is a link"):
+        sm.merge(pair, tmp_path / "out.safetensors")
+    assert (tmp_path / "precious" / "file").read_text() == "kept"
+
+
+# --------------------------------------------------------------------------------------------------------------- commit
+
+
+@pytest.mark.parametrize("kernel", ["exchange", "two renames"])
+def test_a_folder_is_replaced_whole(pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
+    if kernel == "two renames":
+        monkeypatch.setattr(commit, "_renameat2", None)
+    out = tmp_path / "out"
+    sm.merge(pair, out, max_shard_size="500kB")
+    assert len(content(out)) > 3
+    sm.merge(pair, out, overwrite=True)
+    assert sorted(content(out)) == ["model.safetensors", "streammerge.json", "streammerge.yaml"]
+    assert left_over(out) == []
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()], ids=["error", "interrupt"]
+)
+def test_without_exchange_the_old_folder_comes_back(
+    pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    out = tmp_path / "out"
+    sm.merge(pair, out)
+    old = content(out)
+
+    def fail(*paths: object) -> None:
+        raise error
+
+    monkeypatch.setattr(commit, "_renameat2", None)
+    with monkeypatch.context() as patched, pytest.raises(type(error)):
+        patched.setattr(commit.os, "replace", lambda a, b: os.rename(a, b) if "journal" in str(b) else fail())
+        sm.merge(pair, out, overwrite=True, weights=[1, 3])
+    assert content(out) == old
+
+
+def test_a_file_that_came_meanwhile_is_not_lost(pair: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    sm.merge(pair, out)
+
+    def listen(event: object) -> None:
+        if type(event).__name__ == "Syncing":
+            (out / "notes.txt").write_text("mine")
+
+    with pytest.raises(sm.RecipeError, match=r"also holds notes\.txt"):
+        sm.merge(pair, out, overwrite=True, listener=listen)
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_what_is_not_ours_stays_in_a_folder_of_our_name(pair: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / ".out.safetensors.streammerge"
+    (folder / "precious").mkdir(parents=True)
+    (folder / "precious" / "file").write_text("kept")
+    sm.merge(pair, tmp_path / "out.safetensors")
+    assert (folder / "precious" / "file").read_text() == "kept"
+    assert [path.name for path in folder.iterdir()] == ["precious"]
+
+
+def test_the_lock_goes_last(pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a finished run still removes what it made, no other may begin in its folder."""
+    out, refused = tmp_path / "out", []
+    good = shutil.rmtree
+
+    def rmtree(path: Path, **options: Any) -> None:
+        with pytest.raises(sm.LockedError):
+            Staging(out, overwrite=True)
+        refused.append(path)
+        good(path, **options)
+
+    monkeypatch.setattr("shutil.rmtree", rmtree)
+    sm.merge(pair, out)
+    sm.merge(pair, out, overwrite=True)
+    assert refused
+    assert left_over(out) == []
+
+
+def test_many_processes_replace_one_output(pair: list[Path], tmp_path: Path) -> None:
+    """Each ends well or is told that another has it; the output is whole at the end."""
+    code = f"""
+import sys, streammerge as sm
+ends = set()
+for _ in range(12):
+    try:
+        sm.merge({[str(p) for p in pair]!r}, {str(tmp_path / "out")!r}, overwrite=True, weights=[1, int(sys.argv[1])])
+        ends.add(0)
+    except sm.LockedError:
+        ends.add(7)
+print(ends)
+"""
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code, str(n)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for n in (1, 2, 3)
+    ]
+    for run in runs:
+        said, errors = run.communicate(timeout=200)
+        assert run.returncode == 0, errors
+        assert set(said.strip("{}\n").split(", ")) <= {"0", "7"}
+    sm.verify(tmp_path / "out", sample=0)
+    assert left_over(tmp_path / "out") == []
+
+
+def test_an_unsynced_output_is_never_published(pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(file: OutputFile) -> None:
+        raise RuntimeError("anything at all")
+
+    monkeypatch.setattr(OutputFile, "sync", die)
+    monkeypatch.setattr("threading.excepthook", lambda arguments: None)
+    with pytest.raises(RuntimeError, match="were not synced"):
+        sm.merge(pair, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_journal_that_cannot_be_written_promises_nothing_more(
+    pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, calls = os.write, []
+
+    def write(fd: int, data: Any) -> int:
+        calls.append(fd)
+        if len(calls) == 3:  # the plan's line, one batch, and then half a batch on a full disk
+            good(fd, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return good(fd, data)
+
+    out, told = tmp_path / "out.safetensors", []
+
+    def listen(event: object) -> None:
+        if type(event).__name__ == "TaskDone":
+            time.sleep(0.01)
+        elif type(event).__name__ == "Syncing":
+            raise KeyboardInterrupt
+        elif type(event).__name__ == "Suspended":
+            told.append(event)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(journal.os, "write", write)
+        sm.merge(pair, out, listener=listen)
+    (event,) = resumed_events(lambda listener: sm.merge(pair, out, listener=listener))
+    assert event.kept_bytes == told[0].kept_bytes
+
+
+@pytest.mark.parametrize("when", ["_rename", "sync_folder"])
+def test_an_interruption_around_the_commit_tells_what_is(
+    pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Before the rename all can be continued; after it the output is there."""
+    out, told = tmp_path / "out.safetensors", []
+    holder = Staging if when == "_rename" else commit
+    good = getattr(holder, when)
+
+    def interrupted(*arguments: object) -> None:
+        if when == "sync_folder":
+            good(*arguments)
+        raise KeyboardInterrupt
+
+    def listen(event: object) -> None:
+        told.append(type(event).__name__)
+        if told[-1] == "TaskDone":
+            time.sleep(0.01)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(holder, when, interrupted)
+        sm.merge(pair, out, listener=listen)
+    if when == "sync_folder":
+        assert told[-1] == "Published"
+        sm.verify(out, sample=0)
+        assert left_over(out) == []
+    else:
+        assert told[-1] == "Suspended"
+        assert not out.exists()
+        assert len(resumed_events(lambda listener: sm.merge(pair, out, listener=listener))) == 1
+
+
+def test_an_interrupted_conversion_before_a_merge_leaves_nothing_without_resume(pair: list[Path], tmp_path: Path) -> None:
+    def listen(event: object) -> None:
+        if type(event).__name__ == "Syncing":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sm.merge(pair, tmp_path / "out.safetensors", convert_first=tmp_path / "cv", resume=False, listener=listen)
+    assert list((tmp_path / "cv").iterdir()) == []
+
+
+def test_hashing_stops_at_once(pair: list[Path], tmp_path: Path) -> None:
+    with open(tmp_path / "0.pth", "rb") as stream:
+        head = stream.read()
+    length = 6 << 30
+    with open(tmp_path / "long.safetensors", "wb") as stream:
+        text = b'{"w":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (length, length)
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + length)
+    assert head
+    command = [sys.executable, "-m", "streammerge", "convert", "long.safetensors", "-o", "out.safetensors", "--hash"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / ".out.safetensors.streammerge" / "output" / "out.safetensors").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.3)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert (process.returncode, time.monotonic() - began < 2) == (143, True)
+
+
+def test_an_output_that_appears_meanwhile_is_not_replaced(pair: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+
+    def listen(event: object) -> None:
+        if type(event).__name__ == "Syncing":
+            out.write_text("somebody else's")
+
+    with pytest.raises(sm.RecipeError, match="exists already"):
+        sm.merge(pair, out, listener=listen)
+    assert out.read_text() == "somebody else's"
+    out.unlink()
+    sm.merge(pair, out)
+    assert left_over(out) == []
+
+
+def test_a_folder_that_cannot_be_synced_is_said(pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(folder: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(commit, "sync_folder", fail)
+    out = tmp_path / "out.safetensors"
+    with pytest.raises(OSError, match="is there, whole, but its folder could not be synced"):
+        sm.merge(pair, out)
+    sm.verify(out, sample=0)
+    assert left_over(out) == []
+
+
+def test_what_a_run_left_that_was_killed_after_its_commit_is_swept(pair: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    sm.merge(pair, out)
+    (tmp_path / ".out.safetensors.streammerge" / "output").mkdir(parents=True)
+    (tmp_path / ".out.safetensors.streammerge" / "lock").write_text("1")
+    with pytest.raises(sm.RecipeError, match="exists already"):
+        sm.merge(pair, out)
+    assert left_over(out) == []
+
+
+# -------------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two checkpoints that take some seconds to merge."""
+    folder = tmp_path_factory.mktemp("large")
+    for number in range(2):
+        tensors = {f"layer.{i}": torch.randn(1 << 20, generator=torch.Generator().manual_seed(i)) for i in range(20)}
+        save_file(tensors, folder / f"{number}.safetensors")
+    return folder
+
+
+SLOWLY = """
+import sys, time
+from streammerge.cli.main import main
+from streammerge.stores import journal
+from streammerge.cli.progress import Progress
+journal.INTERVAL_SECONDS = 0.01
+listen = Progress.__call__
+Progress.__call__ = lambda self, event: (time.sleep(0.05), listen(self, event))
+sys.argv[0] = "streammerge"
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "terminated")],
+)
+def test_a_signal_stops_in_time_and_says_how_to_go_on(
+    large: Path, tmp_path: Path, number: signal.Signals, code: int, word: str
+) -> None:
+    out = tmp_path / "out.safetensors"
+    command = ["merge", "0.safetensors", "1.safetensors", "-o", str(out), "--weights", "0.6,0.4"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOWLY, *command], cwd=large, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    while journalled(out) < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    began = time.monotonic()
+    process.send_signal(number)
+    _, said = process.communicate(timeout=20)
+    assert time.monotonic() - began < 2
+    assert process.returncode == code, said
+    assert re.search(rf"error: {word}; [^;]* are kept; the same command goes on from there", said)
+    assert not out.exists()
+    again = shlex.split(said.strip().splitlines()[-1])
+    assert again[0] == "streammerge"
+    done = subprocess.run(
+        [sys.executable, "-m", *again], cwd=large, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "continued an interrupted run" in done.stderr
+    assert left_over(out) == []
+
+
+def test_a_hangup_that_nohup_hides_does_not_stop(large: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    process = subprocess.Popen(
+        ["nohup", sys.executable, "-c", SLOWLY, "merge", "0.safetensors", "1.safetensors", "-o", str(out)],
+        cwd=large,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    while not journalled(out):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == 0
+    assert out.exists()

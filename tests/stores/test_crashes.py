@@ -1,0 +1,213 @@
+"""Crashes, failing disks, vanishing inputs and long lives, on processes of their own."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import trained
+from safetensors.torch import save_file
+
+import streammerge as sm
+
+SWEEP = Path(__file__).parents[1] / "crashes.py"
+STRACE = shutil.which("strace")
+
+
+def sweep(*arguments: object) -> tuple[int, int]:
+    """Runs a sweep; how many crashes were tried, and how many of those went on from kept pieces."""
+    done = subprocess.run([sys.executable, SWEEP, *map(str, arguments)], capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    tried, survived, resumed = map(int, re.findall(r"\d+", done.stdout.splitlines()[-1]))
+    assert tried == survived
+    return tried, resumed
+
+
+@pytest.mark.parametrize(
+    ("kind", "every"), [("file", 6), ("archive", 12), ("staged", 14), ("folder", 14), ("replaced folder", 14)]
+)
+def test_killed_at_any_call_nothing_is_lost(kind: str, every: int) -> None:
+    tried, _ = sweep("kill-at-calls", "--kind", kind, "--every", every)
+    assert tried > 5
+
+
+@pytest.mark.parametrize(("kind", "every"), [("file", 12), ("replaced folder", 24)])
+def test_a_disk_that_fails_at_any_call_loses_nothing(kind: str, every: int) -> None:
+    tried, _ = sweep("fail-at-calls", "--kind", kind, "--every", every)
+    assert tried > 12
+
+
+def test_killed_at_any_moment_nothing_is_lost() -> None:
+    tried, resumed = sweep("kill-at-moments", "--kind", "file", "--moments", 20)
+    assert tried == 20
+    assert resumed > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["kill-at-calls", "fail-at-calls", "kill-at-moments"])
+def test_all_crashes(which: str) -> None:
+    tried, resumed = sweep(which)
+    assert tried >= 500
+    assert resumed > 0
+
+
+# ------------------------------------------------------------------------------------------- by the kernel, from outside
+
+CALLS = ("pwrite64", "write", "fsync", "fallocate", "renameat2", "mkdir", "ftruncate", "unlink", "unlinkat")
+
+
+def traced(folder: Path, call: str, fault: str, number: int, out: str) -> tuple[int, bool]:
+    """A merge whose calls to paths beside the output are tampered with: exit code, and whether it came to that."""
+    watched = [arg for path in beside(folder, out) for arg in ("-P", str(path))]
+    trace = folder / "trace"
+    command = [str(STRACE), "-f", "-qq", "-o", str(trace), *watched, "-e", f"trace={call}"]
+    command += ["-e", f"inject={call}:{fault}:when={number}", sys.executable, "-m", "streammerge", "merge"]
+    command += ["0.pth", "1.pth", "-o", str(folder / out), "--workers", "1", "--format", "quiet"]  # as it is watched
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.returncode == -9 or "INJECTED" in trace.read_text()
+
+
+def beside(folder: Path, out: str) -> list[Path]:
+    staging = folder / f".{out}.streammerge"
+    name = out if "." in out else "model.safetensors"
+    inside = ["", "lock", "journal", "journal.new", "output", f"output/{name}", "output/streammerge.json"]
+    return [folder, folder / out, *(staging / part for part in inside)]
+
+
+def check_traced(folder: Path, out: str, call: str, fault: str, most: int) -> int:
+    """Tampers with the first call, the second, and so on; how many there were."""
+    for number in range(2):
+        torch.save({"model": trained(number), "step": number}, folder / f"{number}.pth")
+    (folder / "whole").mkdir()
+    sm.merge([folder / "0.pth", folder / "1.pth"], folder / "whole" / out)
+    whole = content(folder / "whole" / out)
+    for number in range(1, most + 1):
+        code, happened = traced(folder, call, fault, number, out)
+        if not happened:
+            return number - 1
+        there = content(folder / out)
+        assert there in (None, whole), (call, number)
+        if code == 0:
+            assert there == whole
+        if there is None:
+            sm.merge([folder / "0.pth", folder / "1.pth"], folder / out)
+            assert content(folder / out) == whole
+        shutil.rmtree(folder / out) if (folder / out).is_dir() else (folder / out).unlink()
+        with_rest = {path.name for path in folder.iterdir()}
+        assert with_rest - {f".{out}.streammerge"} == {"0.pth", "1.pth", "whole", "trace"}
+    return most
+
+
+def content(out: Path) -> dict[str, bytes] | None:
+    if out.is_dir():
+        return {path.name: path.read_bytes() for path in out.iterdir()}
+    return {"": out.read_bytes()} if out.exists() else None
+
+
+@pytest.mark.skipif(STRACE is None, reason="strace is not installed")
+@pytest.mark.parametrize("call", ["pwrite64", "fsync", "renameat2"])
+def test_killed_by_the_kernel_at_a_call(tmp_path: Path, call: str) -> None:
+    assert check_traced(tmp_path, "out.safetensors", call, "signal=SIGKILL", 1 if call == "renameat2" else 2) >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(STRACE is None, reason="strace is not installed")
+@pytest.mark.parametrize("fault", ["signal=SIGKILL", "error=ENOSPC", "error=EIO", "error=EINTR"])
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("out", ["out.safetensors", "out.pth", "out"])
+def test_every_call_of_every_container_by_the_kernel(tmp_path: Path, out: str, call: str, fault: str) -> None:
+    check_traced(tmp_path, out, call, fault, 40)
+
+
+# -------------------------------------------------------------------------------------------------------- vanishing inputs
+
+TRUNCATING = """
+import os, sys, torch, streammerge as sm
+path, out, io, cut, when, method = sys.argv[1:]
+seen = []
+def listen(event):
+    if type(event).__name__ == "TaskDone":
+        seen.append(event)
+        if len(seen) == int(when):
+            os.truncate(path, int(cut))
+try:
+    sm.merge([path.replace("1.", "0."), path], out, listener=listen, io=io, workers=2, method=method)
+except sm.StreammergeError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+@pytest.mark.parametrize("method", ["linear", "karcher"])
+@pytest.mark.parametrize(("share", "when"), [(0.0, 1), (0.3, 2), (0.95, 1), (0.6, 9)])
+def test_a_truncated_input_is_an_error_and_no_death(tmp_path: Path, io: str, method: str, share: float, when: int) -> None:
+    for number in range(2):
+        save_file(
+            {f"w{i}": torch.full((1 << 19,), float(number + i)) for i in range(12)}, tmp_path / f"{number}.safetensors"
+        )
+    path = tmp_path / "1.safetensors"
+    cut = int(path.stat().st_size * share)
+    command = [sys.executable, "-c", TRUNCATING, path, tmp_path / "out.safetensors", io, cut, when, method]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
+    assert re.match(r"ChangedError .*1\.safetensors", done.stdout)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0.safetensors", "1.safetensors"]
+
+
+def test_a_bus_error_that_is_not_ours_is_as_deadly_as_ever(tmp_path: Path) -> None:
+    code = """
+import mmap, os, sys
+from streammerge.stores import faults
+with open(sys.argv[1], "wb+") as file:
+    file.write(bytes(8192))
+    file.flush()
+    mapped = mmap.mmap(file.fileno(), 8192)
+    os.truncate(sys.argv[1], 0)
+    with faults.survived():
+        mapped[5000]
+print("alive")
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], capture_output=True, text=True, timeout=60)
+    assert done.returncode == -7
+    assert "alive" not in done.stdout
+
+
+# -------------------------------------------------------------------------------------------------------------- long lives
+
+
+def lives(merges: int, folder: Path) -> None:
+    for number in range(2):
+        torch.save({"model": trained(number), "step": number}, folder / f"{number}.pth")
+    process = psutil.Process()
+    counts = []
+    for number in range(merges):
+        out = folder / ["out.safetensors", "out.pth", "out"][number % 3]
+        options = {"weights": [0.3, 0.7]} if number % 2 else {"method": "karcher"}
+        sm.merge([folder / "0.pth", folder / "1.pth"], out, overwrite=True, **options)
+        sm.verify(out, inputs=folder, sample="20%")
+        if number % 10 == 0:
+            entries = len(list(folder.iterdir()))
+            counts.append((process.num_fds(), threading.active_count(), entries, process.memory_info().rss))
+    early, late = counts[len(counts) // 2], counts[-1]
+    assert late[:3] == early[:3]
+    assert late[3] - early[3] < 3 << 20, counts
+
+
+def test_many_merges_leave_no_files_threads_or_memory(tmp_path: Path) -> None:
+    lives(61, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_thousand_merges_leave_no_files_threads_or_memory(tmp_path: Path) -> None:
+    before = set(os.listdir("/tmp"))
+    lives(1001, tmp_path)
+    assert not {name for name in set(os.listdir("/tmp")) - before if name.startswith("streammerge")}
