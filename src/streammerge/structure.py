@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from streammerge.checkpoint import open_checkpoint
-from streammerge.errors import StreammergeError, VerifyError, printable
+from streammerge.errors import StreammergeError, UncheckedError, VerifyError, printable
 from streammerge.formats.base import LayoutFile
 from streammerge.memory import collector_paused
 from streammerge.placing import Layout
@@ -13,7 +14,11 @@ from streammerge.receipt import ITSELF
 
 
 def check_structure(folder: Path, layout: Layout) -> None:
-    """VerifyError unless the files of an output that was just made, in ``folder``, hold what was planned."""
+    """VerifyError unless the files of an output that was just made, in ``folder``, hold what was planned.
+
+    UncheckedError when the check itself fails, by an unforeseen error or by one of the machine. Such an error says nothing
+    about the output.
+    """
     try:
         with collector_paused():
             container = open_checkpoint(folder if layout.as_folder else folder / layout.files[0].name).container
@@ -27,7 +32,18 @@ def check_structure(folder: Path, layout: Layout) -> None:
     except VerifyError:
         raise
     except StreammergeError as error:
+        if _is_of_the_machine(error):
+            raise UncheckedError(str(error)) from error
         raise VerifyError(f"the output cannot be read back, so nothing was written: {error}") from error
+    except Exception as error:
+        raise UncheckedError(f"{type(error).__name__}: {printable(error)}") from error
+
+
+def _is_of_the_machine(error: BaseException | None) -> bool:
+    """Whether the system caused the error: no free descriptor, no memory, a failing disk."""
+    while error is not None and not isinstance(error, OSError | MemoryError):
+        error = error.__cause__
+    return error is not None
 
 
 def _check_places(spans: list[tuple[int, int]], file: LayoutFile, layout: Layout) -> None:
@@ -38,14 +54,29 @@ def _check_places(spans: list[tuple[int, int]], file: LayoutFile, layout: Layout
 
 def check_by_library(path: Path, names: set[str]) -> None:
     """VerifyError unless the safetensors library reads the file's header and finds these tensors."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(path, framework="numpy") as file:
-            found = set(file.keys())
+        found = _names_by_library(path)
     except SafetensorError as error:
         if "unknown variant" in str(error):  # a dtype that this release of the library does not know yet
             return
         raise VerifyError(f"{printable(path.name)}: the safetensors library refuses it ({printable(error)})") from error
     if found != names:
         raise VerifyError(f"{printable(path.name)}: the safetensors library finds other tensors in it")
+
+
+def _names_by_library(path: Path) -> set[str]:
+    """The names in a file. The library imports numpy or torch when it opens one; numpy is imported faster.
+
+    torch stands in where numpy cannot be imported.
+    """
+    from safetensors import safe_open
+
+    file: Any
+    try:
+        file = safe_open(path, framework="numpy")
+    except ImportError:
+        file = safe_open(path, framework="pt")
+    with file:
+        return set(file.keys())
