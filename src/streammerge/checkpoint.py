@@ -11,7 +11,7 @@ from streammerge.errors import FormatError, RecipeError, StreammergeError, print
 from streammerge.formats import sniff
 from streammerge.formats.base import MOST_EXPANDED_BYTES, Container
 from streammerge.statedict import Selection, select
-from streammerge.storage.files import Identity, identity
+from streammerge.storage.files import Identity, broken_link, identity
 from streammerge.tensors import TensorEntry
 from streammerge.tree import Global, TensorRef, number, plain, walk
 
@@ -102,7 +102,7 @@ def open_checkpoint(path: str | Path, state_dict: str | None = None, ema: str = 
     """
     path = Path(path)
     if not os.path.exists(path):  # noqa: PTH110 (Path.exists raises for a name that is too long)
-        raise RecipeError(f"{printable(path)} does not exist{_did_you_mean(path)}")
+        raise RecipeError(broken_link(path) or f"{printable(path)} does not exist{_did_you_mean(path)}")
     try:
         container = sniff.read(path)
     except OSError as error:

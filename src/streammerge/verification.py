@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,7 +66,7 @@ def receipt_of(out: Path) -> Receipt:
         raise RecipeError(f"{printable(out)} does not exist")
     if out.is_dir():
         path = out / RECEIPT_FILE
-        if not path.is_file() or file_size(path) > _MOST_RECEIPT_BYTES:
+        if not os.path.lexists(path) or file_size(path) > _MOST_RECEIPT_BYTES:
             raise _without(out)
         text = read_full(path, 0, file_size(path)).decode("utf-8", "replace")
     else:
