@@ -89,6 +89,23 @@ def test_torch_is_imported_only_where_values_are_computed() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
+def test_what_is_imported_is_declared() -> None:
+    """Every module of another project, wherever it is imported. No line imports numpy: safetensors does, when asked to."""
+    text = (SOURCE.parent.parent / "pyproject.toml").read_text()
+    block = text.partition("\ndependencies = [")[2].partition("\n]")[0]
+    declared = {name.lower().replace("-", "_") for name in re.findall(r'^    "([\w-]+)', block, re.MULTILINE)}
+    called = {"yaml": "pyyaml"}
+    found = set()
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            found |= {name.partition(".")[0] for name in names}
+    others = {called.get(name, name) for name in found - {*sys.stdlib_module_names, "streammerge"}}
+    assert others | {"numpy"} == declared
+    assert 'framework="numpy"' in (SOURCE / "running/readback.py").read_text()
+
+
 def test_command_line_and_python_call_the_same_things_the_same() -> None:
     """Every option is an argument of that name, described where the function is; and the other way round."""
     for command, functions in (("merge", (sm.merge, sm.plan)), ("convert", (sm.convert,)), ("verify", (sm.verify,))):

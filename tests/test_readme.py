@@ -1,4 +1,7 @@
-"""Every command in the README and every program in it runs, and prints what the README shows."""
+"""Every command in the README and every program in it runs, and prints what the README shows.
+
+The commands run in an environment that holds what `pip install .` brings, and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -88,18 +91,28 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(line: str, world: Path) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="session")
+def bare() -> Path:
+    """The environment with the declared dependencies only, made once for all the processes that run tests."""
+    command, environment = [ROOT / "scripts/bare-environment"], os.environ | {"PYTHON": sys.executable}
+    made = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert made.returncode == 0, made.stderr
+    return Path(made.stdout.strip())
+
+
+def run(line: str, world: Path, bare: Path) -> subprocess.CompletedProcess[str]:
     """A line of shell, in that folder; what an earlier line makes is there, and what this one makes is not yet."""
     words = shlex.split(line, comments=True)
     for name in {"voice.pth", "average.safetensors"} & {*words} if "-o" not in words else ():
-        run(next(each for each in COMMANDS if each.endswith(f"-o {name}")), world)
+        run(next(each for each in COMMANDS if each.endswith(f"-o {name}")), world, bare)
     if "-o" in words:
         made = world / words[words.index("-o") + 1]
         shutil.rmtree(made, ignore_errors=True) if made.is_dir() else made.unlink(missing_ok=True)
     (world / "extras.json").unlink(missing_ok=True)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    environment["PATH"] = f"{bare / 'bin'}{os.pathsep}{os.environ['PATH']}"
     command = ["bash", "-c", line]
-    return subprocess.run(command, cwd=world, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=world, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def alike(text: str) -> str:
@@ -109,15 +122,33 @@ def alike(text: str) -> str:
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if not line.startswith("scripts/")])
-def test_every_command_runs(line: str, world: Path) -> None:
-    done = run(line, world)
+def test_every_command_runs(line: str, world: Path, bare: Path) -> None:
+    done = run(line, world, bare)
     assert done.returncode == 0, done.stderr
 
 
+def test_they_run_with_nothing_but_the_declared_dependencies(world: Path, bare: Path) -> None:
+    code = (
+        "import importlib.metadata as m, json, streammerge as s, sys; "
+        "names = [each.name for each in m.distributions()]; "
+        "print(json.dumps([s.__file__, sys.prefix, names, m.requires('streammerge')]))"
+    )
+    where, prefix, names, required = json.loads(run(f'python -c "{code}"', world, bare).stdout)
+    assert Path(prefix) == bare
+    assert where.startswith(f"{bare}/lib/"), "installed, not read from the sources"
+    installed = {name.lower().replace("_", "-") for name in names}
+    asked = [(re.split("[^a-z0-9-]", each.lower(), maxsplit=1)[0], "extra ==" in each) for each in required]
+    declared = {name for name, extra in asked if not extra}
+    others = {name for name, extra in asked if extra} - declared
+    assert {"torch", "numpy", "safetensors"} <= declared <= installed
+    assert {"pytest", "coqui-tts-trainer"} <= others
+    assert not others & installed
+
+
 @pytest.mark.parametrize("session", SESSIONS, ids=lambda text: text.splitlines()[0])
-def test_every_session_is_as_shown(session: str, world: Path) -> None:
+def test_every_session_is_as_shown(session: str, world: Path, bare: Path) -> None:
     first, _, shown = session.partition("\n")
-    done = run(first.removeprefix("$ "), world)
+    done = run(first.removeprefix("$ "), world, bare)
     if "^C" in session:  # nobody interrupts it here: tests/test_resume.py does
         assert done.returncode == 0
         return

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from streammerge.errors import SpaceError as SpaceError
     from streammerge.errors import StreammergeError as StreammergeError
     from streammerge.errors import TaskError as TaskError
+    from streammerge.errors import UncheckedError as UncheckedError
     from streammerge.errors import VerifyError as VerifyError
     from streammerge.formats.safetensors_writer import SafetensorsWriter as SafetensorsWriter
     from streammerge.methods.contracts import merge_method as merge_method
@@ -34,7 +35,7 @@ _PLACES = {
     "api": "convert inspect merge plan verify",
     "checkpoints.index": "CheckpointIndex",
     "errors": "BudgetError ChangedError FormatError LockedError MismatchError RecipeError SpaceError StreammergeError "
-    "TaskError VerifyError",
+    "TaskError UncheckedError VerifyError",
     "methods.contracts": "merge_method",
     "planning.plan": "Plan",
     "running.execution": "Result",

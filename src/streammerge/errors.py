@@ -11,6 +11,7 @@
      |- LockedError    7  another run owns the output
      |- ChangedError   8  an input changed since it was planned
      |- VerifyError    3  the output could not be verified, or is wrong
+     |   `- UncheckedError  the last check itself failed: what was made is kept
      `- TaskError      1  a task failed: tensor, method, range; the cause chained
 
 The number is the exit code of the command line. A message is one sentence: what is wrong, where, what to do.
@@ -53,6 +54,10 @@ class ChangedError(StreammergeError):
 
 class VerifyError(StreammergeError):
     exit_code = 3
+
+
+class UncheckedError(VerifyError):
+    pass
 
 
 class TaskError(StreammergeError):

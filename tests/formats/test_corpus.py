@@ -89,7 +89,7 @@ CODE = "open('canary', 'w').close()\n"
 
 
 def folder_of(folder: Path, weight_map: dict[str, str]) -> None:
-    """A folder with an index, with code beside it, and with links that lead out of it."""
+    """A folder with an index, with code beside it, with links that lead out of it, and with what is no file."""
     folder.mkdir()
     (folder / "a").write_bytes(h.safetensors_bytes({"w": h.f32(0, 16)}, h.FOUR_FLOATS))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -222,11 +222,14 @@ def test_every_attack_through_every_command(make: Make, most_seconds: float, tmp
                 assert tensor == h.FOUR_FLOATS.hex(), said
 
 
-def test_a_folder_is_copied_as_data_and_without_what_leads_out_of_it(tmp_path: Path, cli: Cli) -> None:
+def test_a_folder_is_copied_as_data_with_what_its_links_lead_to(tmp_path: Path, cli: Cli) -> None:
+    """A link in a folder that is named is that of who named it; but neither a device nor a pipe is ever read."""
     folder_of(tmp_path / "in", {"w": "a"})
     cli("merge", "in", "in", "-o", "out/")
     assert (tmp_path / "out/config.json").read_bytes() == (tmp_path / "in/config.json").read_bytes()
-    assert not (tmp_path / "out/tokenizer.json").exists(), "a link to a file of this machine"
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == Path("/etc/passwd").read_bytes()
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+    assert not {"device", "pipe"} & {path.name for path in (tmp_path / "out").iterdir()}
     assert not list(tmp_path.rglob("canary*"))
 
 

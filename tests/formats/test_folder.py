@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -147,12 +150,169 @@ def test_one_checkpoint_among_side_files(tmp_path: Path) -> None:
         sm.inspect(folder)
 
 
-def test_the_hubs_cache_of_links_is_read(tmp_path: Path) -> None:
-    (tmp_path / "blobs").mkdir()
-    (tmp_path / "snapshots" / "abc").mkdir(parents=True)
-    save_file(trained(1), tmp_path / "blobs" / "1234")
-    (tmp_path / "snapshots" / "abc" / "model.safetensors").symlink_to("../../blobs/1234")
-    assert len(sm.inspect(tmp_path / "snapshots" / "abc").entries) == len(trained(1))
+def moved(folder: Path, name: str, target: Path, via: Path | None = None) -> None:
+    """Puts a file elsewhere, and a link in its place: to it, or to another link to it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(folder / name, target)
+    if via is not None:
+        via.parent.mkdir(parents=True, exist_ok=True)
+        via.symlink_to(os.path.relpath(target, via.parent))
+    (folder / name).symlink_to(os.path.relpath(via or target, folder))
+
+
+def as_shared_blobs(folder: Path, home: Path) -> Path:
+    """The hub's cache since huggingface_hub 2: blobs are links into a store that all repositories share."""
+    repository = home / "hub" / "models--me--model"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    folder.rename(snapshot)
+    for number, path in enumerate(sorted(snapshot.iterdir())):
+        via, store = repository / "blobs" / f"{number:064x}", home / "hub" / "blobs" / "00" / f"{number:064x}"
+        moved(snapshot, path.name, store, via)
+    return snapshot
+
+
+def as_blobs(folder: Path, home: Path) -> Path:
+    """The hub's cache before that."""
+    snapshot = home / "hub" / "models--me--model" / "snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    folder.rename(snapshot)
+    for number, path in enumerate(sorted(snapshot.iterdir())):
+        moved(snapshot, path.name, snapshot.parent.parent / "blobs" / f"{number:064x}")
+    return snapshot
+
+
+def as_subfolder(folder: Path, home: Path) -> Path:
+    """A part of a pipeline in the hub's cache: its blobs lie two folders above it and beside."""
+    snapshot = home / "hub" / "models--me--pipe" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    folder.rename(snapshot / "text_encoder")
+    for number, path in enumerate(sorted((snapshot / "text_encoder").iterdir())):
+        moved(snapshot / "text_encoder", path.name, snapshot.parent.parent / "blobs" / f"{number:064x}")
+    return snapshot / "text_encoder"
+
+
+def as_local_folder(folder: Path, home: Path) -> Path:
+    """`--local-dir` of older hubs: links from anywhere into the cache."""
+    for number, path in enumerate(sorted(folder.iterdir())):
+        moved(folder, path.name, home / "elsewhere" / "models--me--model" / "blobs" / f"{number:064x}")
+    return folder
+
+
+def as_another_disk(folder: Path, home: Path) -> Path:
+    """Shards, and nothing else, on a disk that has room; by an absolute path."""
+    disk = home / "disk"
+    disk.mkdir()
+    for path in sorted(folder.glob("*.safetensors")):
+        shutil.move(path, disk / path.name)
+        path.symlink_to(disk / path.name)
+    return folder
+
+
+def as_linked_folder(folder: Path, home: Path) -> Path:
+    (home / "name").symlink_to(folder)
+    return home / "name"
+
+
+LINKED = (as_shared_blobs, as_blobs, as_subfolder, as_local_folder, as_another_disk, as_linked_folder)
+
+
+@pytest.mark.parametrize("linked", LINKED)
+@pytest.mark.parametrize("tensors", ["one file", "shards"])
+def test_links_in_a_folder_are_followed(tmp_path: Path, linked: Callable[[Path, Path], Path], tensors: str) -> None:
+    folder = shards(tmp_path / "plain", trained(1))
+    if tensors == "one file":
+        for path in folder.glob("model*"):
+            path.unlink()
+        save_file(trained(1), folder / "model.safetensors")
+    (folder / "config.json").write_text('{"num_hidden_layers": 3, "torch_dtype": "float32"}')
+    expected = tmp_path / "expected"
+    sm.convert(folder, expected, dtype="bfloat16")  # the configuration is read and edited, the tokenizer is copied
+    given = linked(folder, tmp_path)
+    result = sm.convert(given, tmp_path / "out", dtype="bfloat16")
+    assert not [note for note in result.notes if "not copied" in note and "tokenizer" in note]
+    apart = {"streammerge.json", "streammerge.yaml", "model.safetensors"}  # they hold the names of the inputs
+    names = {path.name for path in expected.iterdir()}
+    assert names == {path.name for path in (tmp_path / "out").iterdir()} > {"config.json", "tokenizer.json"}
+    assert not [path for path in (tmp_path / "out").iterdir() if path.is_symlink()]
+    for name in names - apart - {path.name for path in expected.glob("model-*")}:
+        assert (tmp_path / "out" / name).read_bytes() == (expected / name).read_bytes(), name
+    assert_same(read_folder(tmp_path / "out"), read_folder(expected))
+    sm.verify(tmp_path / "out", sample="100%", inputs=given.parent)
+
+
+PARTS = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.json")
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("chain", [False, True])
+def test_a_link_to_nothing_is_named_with_what_it_points_to(tmp_path: Path, name: str, chain: bool) -> None:
+    folder = shards(tmp_path / "a", trained(1))
+    moved(folder, name, tmp_path / "gone", tmp_path / "via" if chain else None)
+    (tmp_path / "gone").unlink()
+    with pytest.raises(sm.FormatError) as caught:
+        sm.convert(folder, tmp_path / "out")
+    assert f"{folder / name} is a link to {tmp_path / 'gone'}, which is absent" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_link_that_leads_in_a_circle_is_named(tmp_path: Path, name: str) -> None:
+    folder = shards(tmp_path / "a", trained(1))
+    (folder / name).unlink()
+    (folder / name).symlink_to("other")
+    (folder / "other").symlink_to(name)
+    with pytest.raises(sm.FormatError, match=r"is a link to .*, which leads in a circle"):
+        sm.convert(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "socket"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path, name: str, kind: str, linked: bool) -> None:
+    folder = shards(tmp_path / "a", trained(1))
+    (folder / name).unlink()
+    place = tmp_path / "special" if linked or kind == "device" else folder / name
+    if kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "folder":
+        place.mkdir()
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as bound:  # a short path: the system takes no more than 108 bytes
+            fd = os.open(place.parent, os.O_PATH)
+            bound.bind(f"/proc/self/fd/{fd}/{place.name}")
+            os.close(fd)
+    else:
+        place = Path("/dev/zero")
+    if place != folder / name:
+        (folder / name).symlink_to(place)
+    if name == "tokenizer.json":  # it is not read, so it stays behind
+        result = sm.convert(folder, tmp_path / "out")
+        assert not os.path.lexists(tmp_path / "out" / name)
+        assert kind == "folder" or any("not copied" in note and name in note for note in result.notes)
+        return
+    with pytest.raises(sm.FormatError, match=rf"is not a regular file but a {kind}") as caught:
+        sm.convert(folder, tmp_path / "out")
+    assert str(folder / name) in str(caught.value)
+    assert (f"is a link to {place}" in str(caught.value)) == (place != folder / name)
+
+
+def test_a_file_of_the_kernel_is_not_read_beyond_its_size(tmp_path: Path) -> None:
+    """Some, like /proc/kmsg, have size 0 and never end."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "model.safetensors").symlink_to("/proc/self/mem")
+    with pytest.raises(sm.FormatError, match="is empty"):
+        sm.inspect(tmp_path / "a")
+
+
+def test_a_named_link_to_nothing_says_where_it_points(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").symlink_to("gone.safetensors")
+    said = rf"a\.safetensors is a link to {tmp_path}/gone\.safetensors, which is absent"
+    with pytest.raises(sm.RecipeError, match=said):
+        sm.inspect(tmp_path / "a.safetensors")
+    recipe = {"merge_method": "linear", "models": [{"model": str(tmp_path / "a.safetensors")}]}
+    with pytest.raises(sm.RecipeError, match=said):
+        sm.plan(recipe=recipe)
 
 
 @pytest.mark.parametrize(
@@ -174,24 +334,6 @@ def test_an_index_that_lies(tmp_path: Path, change: object, said: str) -> None:
     path.write_text(json.dumps(index))
     with pytest.raises(sm.FormatError, match=said):
         sm.inspect(folder)
-
-
-def test_links_out_of_the_folder_are_refused(tmp_path: Path) -> None:
-    folder = shards(tmp_path / "a", trained(1))
-    shard = folder / "model-00001-of-00002.safetensors"
-    os.rename(shard, tmp_path / "elsewhere")
-    shard.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(sm.FormatError, match="link out of the folder"):
-        sm.inspect(folder)
-
-
-def test_side_files_that_link_out_stay_behind(tmp_path: Path) -> None:
-    folder = shards(tmp_path / "a", trained(1))
-    (tmp_path / "secret").write_text("secret")
-    (folder / "vocab.txt").symlink_to(tmp_path / "secret")
-    result = sm.convert(folder, tmp_path / "out")
-    assert not (tmp_path / "out" / "vocab.txt").exists()
-    assert any("vocab.txt" in note for note in result.notes)
 
 
 @pytest.mark.parametrize("name", [".metadata", "mp_rank_00_model_states.pt"])

@@ -448,8 +448,13 @@ INDEXES: dict[str, tuple[Any, str | None]] = {
     "zero byte": ({"w": "a\0b"}, "not the name of a file"),
     "empty name": ({"w": ""}, "not the name of a file"),
     "dot": ({"w": ".."}, "not the name of a file"),
-    "link out of the folder": ({"w": "link"}, "link out of the folder"),
-    "link to itself": ({"w": "loop"}, "absent|out of the folder"),
+    "link out of the folder": ({"w": "link"}, None),
+    "through a link to a folder": ({"w": "away/outside"}, "not the name of a file"),
+    "link to itself": ({"w": "loop"}, "leads in a circle"),
+    "link to nothing": ({"w": "broken"}, "is a link to .*gone, which is absent"),
+    "link to a device": ({"w": "zero"}, "is a link to /dev/zero, which is not a regular file but a device"),
+    "link to a folder": ({"w": "away"}, "which is not a regular file but a folder"),
+    "link to a pipe": ({"w": "hose"}, "which is not a regular file but a pipe"),
     "pipe": ({"w": "pipe"}, "not a regular file"),
     "folder": ({"w": "folder"}, "not a regular file"),
     "index as its own shard": ({"w": "x.index.json"}, "JSON text"),
@@ -483,6 +488,10 @@ def test_indexes_stay_in_their_folder(label: str, tmp_path: Path, asked: Any) ->
         (folder / name).write_bytes(content)
     (folder / "link").symlink_to("../outside")
     (folder / "loop").symlink_to("loop")
+    (folder / "away").symlink_to("..")
+    (folder / "broken").symlink_to("../gone")
+    (folder / "zero").symlink_to("/dev/zero")
+    (folder / "hose").symlink_to("pipe")
     (folder / "folder").mkdir()
     os.mkfifo(folder / "pipe")
     index = folder / "x.index.json"
@@ -497,7 +506,7 @@ def test_a_pipe_or_a_name_without_end_is_no_checkpoint(tmp_path: Path, asked: An
     assert "not a regular file" in asked(tmp_path / "pipe.pth")
     assert "does not exist" in asked(tmp_path / ("n" * 5000))
     (tmp_path / "loop.pth").symlink_to("loop.pth")
-    assert "does not exist" in asked(tmp_path / "loop.pth")
+    assert "leads in a circle" in asked(tmp_path / "loop.pth")
 
 
 NAMES: dict[str, bytes] = {

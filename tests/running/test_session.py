@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 import streammerge as sm
 from streammerge.planning import tasks
+from streammerge.running import readback
 from streammerge.stores import commit, journal
 from streammerge.stores.commit import Staging
 from streammerge.stores.local import OutputFile
@@ -739,3 +740,122 @@ def test_a_hangup_that_nohup_hides_does_not_stop(large: Path, tmp_path: Path) ->
     process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=60) == 0
     assert out.exists()
+
+
+UNFORESEEN = {
+    "module": ModuleNotFoundError("No module named 'numpy.core'"),
+    "bug": TypeError("cannot unpack"),
+    "descriptors": OSError(errno.EMFILE, "Too many open files"),
+    "memory": MemoryError(),
+}
+
+
+@pytest.mark.parametrize("seconds", [0.001, 60], ids=["journalled", "nothing journalled"])
+@pytest.mark.parametrize("error", UNFORESEEN)
+@pytest.mark.parametrize("container", OUTPUTS)
+def test_an_error_of_the_last_check_keeps_the_finished_work(
+    pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, container: str, error: str, seconds: float
+) -> None:
+    (tmp_path / "whole").mkdir()
+    whole, out = tmp_path / "whole" / OUTPUTS[container], tmp_path / OUTPUTS[container]
+    needed = sm.merge(pair, whole).read_bytes
+    monkeypatch.setattr(journal, "INTERVAL_SECONDS", seconds)
+    told = []
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise UNFORESEEN[error]
+
+    with monkeypatch.context() as patched, pytest.raises(sm.UncheckedError) as caught:
+        patched.setattr(readback, "open_checkpoint", fail)
+        sm.merge(pair, out, listener=lambda event: told.append(type(event).__name__))
+    staging = tmp_path / f".{out.name}.streammerge"
+    assert not out.exists()
+    assert told[-1] == "Suspended"
+    assert f"is kept in {staging}, and the same command goes on from there" in str(caught.value)
+    assert type(UNFORESEEN[error]).__name__ in str(caught.value)
+    made = staging / "output" / ("" if container == "folder" else out.name)
+    assert content(made) == content(whole)
+    told.clear()
+    result = sm.merge(pair, out, listener=lambda event: told.append(type(event).__name__))
+    assert "Resumed" in told
+    assert "TaskDone" not in told
+    assert result.read_bytes < needed
+    assert content(out) == content(whole)
+    assert left_over(out) == []
+
+
+def test_an_error_of_the_machine_within_a_reader_is_none_of_the_output(
+    pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.safetensors"
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise sm.FormatError("it cannot be read") from OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patched, pytest.raises(sm.UncheckedError, match="it cannot be read"):
+        patched.setattr(readback, "open_checkpoint", fail)
+        sm.merge(pair, out)
+    assert len(resumed_events(lambda listener: sm.merge(pair, out, listener=listener))) == 1
+
+
+def test_what_the_last_check_finds_wrong_is_removed(
+    pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.safetensors"
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise sm.FormatError("its header is damaged")
+
+    monkeypatch.setattr(readback, "open_checkpoint", refuse)
+    with pytest.raises(sm.VerifyError, match="nothing was written: its header is damaged") as caught:
+        sm.merge(pair, out)
+    assert not isinstance(caught.value, sm.UncheckedError)
+    assert left_over(out) == []
+
+
+@pytest.mark.parametrize("container", OUTPUTS)
+@pytest.mark.parametrize("own", [False, True], ids=["no resume", "own method"])
+def test_an_error_of_the_last_check_keeps_what_cannot_be_continued(
+    pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, container: str, own: bool
+) -> None:
+    def half(group: Any) -> Any:
+        return lambda chunk: chunk.models[0] * 0.5
+
+    (tmp_path / "whole").mkdir()
+    whole, out = tmp_path / "whole" / OUTPUTS[container], tmp_path / OUTPUTS[container]
+    options: dict[str, Any] = {"method": half} if own else {"resume": False}
+    sm.merge(pair, whole, **options)
+    monkeypatch.setattr(readback, "open_checkpoint", lambda *arguments: [][0])
+    told = []
+    with pytest.raises(sm.UncheckedError, match="move it away") as caught:
+        sm.merge(pair, out, listener=lambda event: told.append(type(event).__name__), **options)
+    assert "Suspended" not in told
+    kept = Path(str(caught.value).partition("is kept as ")[2].partition(";")[0])
+    assert content(kept) == content(whole)
+
+
+def test_the_command_says_how_the_work_goes_on_after_the_last_check(pair: list[Path], tmp_path: Path) -> None:
+    """By a safetensors library that cannot be imported, as after an upgrade that went wrong."""
+    (tmp_path / "block").mkdir()
+    (tmp_path / "block" / "safetensors.py").write_text("raise ImportError('broken')")
+    command = [sys.executable, "-m", "streammerge", "merge", "0.pth", "1.pth", "-o", "out.safetensors"]
+    paths = os.pathsep.join([str(tmp_path / "block"), *sys.path])
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    assert done.returncode == 3
+    assert "Traceback" not in done.stderr
+    assert "error: the last check of out.safetensors could not be made (ImportError: broken)" in done.stderr
+    assert re.search(r"MB of .* MB are kept; the same command goes on from there:\n  streammerge merge", done.stderr)
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, check=False)
+    assert done.returncode == 0
+    sm.verify(tmp_path / "out.safetensors", sample=0)
+
+
+@pytest.mark.parametrize("command", ["merge", "convert"])
+def test_a_missing_numpy_costs_no_output(pair: list[Path], tmp_path: Path, command: str) -> None:
+    (tmp_path / "block").mkdir()
+    (tmp_path / "block" / "numpy.py").write_text("raise ModuleNotFoundError('No module named numpy', name='numpy')")
+    words = [sys.executable, "-m", "streammerge", command, "0.pth", "-o", "out.safetensors"]
+    paths = os.pathsep.join([str(tmp_path / "block"), *sys.path])
+    done = subprocess.run(words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    sm.verify(tmp_path / "out.safetensors", sample=0)

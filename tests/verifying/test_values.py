@@ -620,3 +620,11 @@ def test_one_digest_for_every_order_of_hashing(long: Path, cli: Cli, monkeypatch
         cli("merge", "in/0.safetensors", "in/1.safetensors", "-o", "out", "--overwrite", fresh=True)
         made.add(b"".join(path.read_bytes() for path in sorted((long / "out").iterdir())))
     assert len(made) == 1
+
+
+def test_a_receipt_that_is_a_link_to_nothing_is_named(folder: Path, tmp_path: Path) -> None:
+    receipt = folder / "streammerge.json"
+    receipt.unlink()
+    receipt.symlink_to(tmp_path / "gone")
+    with pytest.raises(sm.FormatError, match=f"is a link to {tmp_path}/gone, which is absent"):
+        sm.verify(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -35,8 +36,11 @@ def read_config(folder: Path) -> dict[str, Any] | None:
 
 
 def read_side_json(path: Path, most_bytes: int) -> dict[str, Any] | None:
-    """The mapping in a JSON file that may be beside a checkpoint; None where there is none that can be read."""
-    if not path.is_file() or file_size(path) > most_bytes:
+    """The mapping in a JSON file that may be beside a checkpoint; None where there is none, or it holds no mapping.
+
+    FormatError for a name that is there and is no regular file, nor a link to one.
+    """
+    if not os.path.lexists(path) or file_size(path) > most_bytes:
         return None
     try:
         content = load_json(read_full(path, 0, file_size(path)).decode("utf-8"))

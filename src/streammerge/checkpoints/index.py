@@ -12,7 +12,7 @@ from streammerge.formats import detect
 from streammerge.formats.base import MOST_EXPANDED_BYTES, Container
 from streammerge.pickles.state_dict import Selection, select
 from streammerge.pickles.tree import Global, TensorRef, number, plain, walk
-from streammerge.stores.local import Identity, identity
+from streammerge.stores.local import Identity, broken_link, identity
 from streammerge.tensors.spec import TensorEntry
 
 
@@ -102,7 +102,7 @@ def open_checkpoint(path: str | Path, state_dict: str | None = None, ema: str = 
     """
     path = Path(path)
     if not os.path.exists(path):  # noqa: PTH110 (Path.exists raises for a name that is too long)
-        raise RecipeError(f"{printable(path)} does not exist{_did_you_mean(path)}")
+        raise RecipeError(broken_link(path) or f"{printable(path)} does not exist{_did_you_mean(path)}")
     try:
         container = detect.read(path)
     except OSError as error:

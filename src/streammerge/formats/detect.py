@@ -37,7 +37,7 @@ def read_file(path: Path) -> Container:
     """The container of a single file."""
     size = file_size(path)
     with open_stream(path) as stream:
-        head = stream.read(_HEAD_BYTES)
+        head = stream.read(min(_HEAD_BYTES, size))  # files of the kernel have size 0, and some never end
     for name in _READERS:
         reader = import_module(f"streammerge.formats.{name}")  # only those asked: to look at a file should take no time
         if reader.matches(head, size):

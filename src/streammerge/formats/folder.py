@@ -1,7 +1,8 @@
 """Checkpoints that are folders: shards with an index, or one checkpoint among its side files.
 
-No name in an index leads out of the folder; a shard that is absent, a tensor that is not where the index puts it, or
-that two shards hold, is an error.
+A name in an index is a plain file name, so it stays in the folder. A link in the folder is the user's and is followed
+(:func:`streammerge.stores.local.identity`). It is an error when a shard is absent, when a tensor is not where the index puts it, and
+when two shards hold the same one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from streammerge.formats.base import Container, StorageBytes
 from streammerge.options import RECEIPT_FILE, RECIPE_FILE
 from streammerge.pickles.state_dict import select
 from streammerge.pickles.tree import StorageRef, TensorRef
-from streammerge.stores.local import file_size, read_full
+from streammerge.stores.local import broken_link, file_size, identity, read_full
 from streammerge.strict_json import load_json
 
 MAX_INDEX_BYTES = 256 << 20
@@ -88,7 +89,7 @@ def _refuse_distributed(folder: Path) -> None:
 
 
 def inside(folder: Path, name: Any) -> Path:
-    """The path of a plain file name in the folder; only the hub's cache may link its files into ``blobs`` beside it."""
+    """The path of a regular file in the folder, or of a link to one, by its plain name. FormatError for any other name."""
     where = f"{printable(folder)}: {printable(name)}"
     if (
         not isinstance(name, str)
@@ -101,13 +102,9 @@ def inside(folder: Path, name: Any) -> Path:
     path = folder / name
     if len(os.fsencode(printable(name, 1000))) > 255:
         raise FormatError(f"{where} is longer than the name of a file can be")
-    if path.is_symlink():
-        target, home = (Path(os.path.realpath(p)) for p in (path, folder))  # Path.resolve raises for a link to itself
-        hub_cache = home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
-        if home not in target.parents and not hub_cache:
-            raise FormatError(f"{where} is a link out of the folder; such a checkpoint is refused")
-    if not path.exists():
+    if not os.path.lexists(path):
         raise FormatError(f"{where} is absent; the download is not complete")
+    identity(path)
     return path
 
 
@@ -197,7 +194,7 @@ def foreign_files(folder: Path, written: set[str]) -> list[str]:
 
 def side_files(folder: Path) -> tuple[list[tuple[Path, str]], list[str]]:
     """What goes along into an output folder: (source, name) of configuration, tokenizer and other small files; and the
-    names of those that stay behind."""
+    names of those that stay behind, being large or no regular files. FormatError for a link that leads to nothing."""
     taken, left = [], []
     for path in sorted(folder.iterdir()):
         name = path.name
@@ -205,6 +202,8 @@ def side_files(folder: Path) -> tuple[list[tuple[Path, str]], list[str]]:
             continue
         if name.endswith(_WEIGHTS) or name.startswith(_TRAINING) or name in (RECIPE_FILE, RECEIPT_FILE):
             continue
+        if broken := broken_link(path):
+            raise FormatError(broken)
         try:
             source = inside(folder, name)
             small = file_size(source) <= _MOST_SIDE_FILE_BYTES

@@ -13,6 +13,7 @@ from streammerge.recipe.fields import Problems
 from streammerge.recipe.model import Recipe
 from streammerge.recipe.scalars import UNREAD
 from streammerge.recipe.settings import Case, is_same_for_all
+from streammerge.stores.local import broken_link
 
 
 def located(recipe: Recipe, folders: list[Path], problems: Problems) -> Recipe:
@@ -60,6 +61,9 @@ def _cached(name: str) -> str | None:
 
 def _absent(named: str, folders: list[Path]) -> str:
     shown = printable(named)
+    for folder in folders:
+        if broken := broken_link(os.path.join(folder, os.path.expanduser(named))):  # noqa: PTH111, PTH118
+            return broken
     if "+" in named:
         return f"{shown}: LoRA adapters are not supported yet; merge the adapter into its model and give that folder"
     if "@" in named:

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from streammerge.errors import FormatError, RecipeError, StreammergeError, listed, printable
+from streammerge.errors import FormatError, RecipeError, StreammergeError, UncheckedError, listed, printable
 from streammerge.events import Published, RunFinished, RunStarted, Suspended
 from streammerge.formats.folder import foreign_files
 from streammerge.options import RECEIPT_FILE
@@ -87,6 +87,10 @@ def _produce(plan: Plan, staging: Staging, options: RunOptions) -> Production:
             made.journal.stop()
         if staging.published:
             options.listener(Published())
+        elif isinstance(error, UncheckedError):
+            keep = True
+            if made is not None and made.resume:
+                options.listener(Suspended(made.journal.kept_bytes, plan.layout.size))
         elif options.resume and _may_pass(error):
             keep = staging.resumable and (made is None or made.journal.kept_bytes > 0)
             if keep and made is not None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 from streammerge.checkpoints.index import open_checkpoint
-from streammerge.errors import FormatError, RecipeError, StreammergeError, VerifyError, printable
+from streammerge.errors import FormatError, RecipeError, StreammergeError, UncheckedError, VerifyError, printable
 from streammerge.formats import detect
 from streammerge.formats.base import Container, LayoutFile
 from streammerge.options import RECEIPT_FILE, RECEIPT_KEY
@@ -18,7 +20,11 @@ _MOST_RECEIPT_BYTES = 256 << 20
 
 
 def check_structure(folder: Path, layout: Layout) -> None:
-    """VerifyError unless the files of an output that was just made, in ``folder``, hold what was planned."""
+    """VerifyError unless the files of an output that was just made, in ``folder``, hold what was planned.
+
+    UncheckedError when the check itself fails, by an unforeseen error or by one of the machine. Such an error says nothing
+    about the output.
+    """
     try:
         with collector_paused():
             container = open_checkpoint(folder if layout.as_folder else folder / layout.files[0].name).container
@@ -32,7 +38,18 @@ def check_structure(folder: Path, layout: Layout) -> None:
     except VerifyError:
         raise
     except StreammergeError as error:
+        if _is_of_the_machine(error):
+            raise UncheckedError(str(error)) from error
         raise VerifyError(f"the output cannot be read back, so nothing was written: {error}") from error
+    except Exception as error:
+        raise UncheckedError(f"{type(error).__name__}: {printable(error)}") from error
+
+
+def _is_of_the_machine(error: BaseException | None) -> bool:
+    """Whether the system caused the error: no free descriptor, no memory, a failing disk."""
+    while error is not None and not isinstance(error, OSError | MemoryError):
+        error = error.__cause__
+    return error is not None
 
 
 def _check_places(spans: list[tuple[int, int]], file: LayoutFile, layout: Layout) -> None:
@@ -43,11 +60,10 @@ def _check_places(spans: list[tuple[int, int]], file: LayoutFile, layout: Layout
 
 def check_by_library(path: Path, names: set[str]) -> None:
     """VerifyError unless the safetensors library reads the file's header and finds these tensors."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
     try:
-        with safe_open(path, framework="numpy") as file:
-            found = set(file.keys())
+        found = _names_by_library(path)
     except SafetensorError as error:
         if "unknown variant" in str(error):  # a dtype that this release of the library does not know yet
             return
@@ -56,13 +72,29 @@ def check_by_library(path: Path, names: set[str]) -> None:
         raise VerifyError(f"{printable(path.name)}: the safetensors library finds other tensors in it")
 
 
+def _names_by_library(path: Path) -> set[str]:
+    """The names in a file. The library imports numpy or torch when it opens one; numpy is imported faster.
+
+    torch stands in where numpy cannot be imported.
+    """
+    from safetensors import safe_open
+
+    file: Any
+    try:
+        file = safe_open(path, framework="numpy")
+    except ImportError:
+        file = safe_open(path, framework="pt")
+    with file:
+        return set(file.keys())
+
+
 def receipt_of(out: Path) -> Receipt:
     """The receipt of an output. Raises VerifyError when it has none, or it is damaged."""
     if not out.exists():
         raise RecipeError(f"{printable(out)} does not exist")
     if out.is_dir():
         path = out / RECEIPT_FILE
-        if not path.is_file() or file_size(path) > _MOST_RECEIPT_BYTES:
+        if not os.path.lexists(path) or file_size(path) > _MOST_RECEIPT_BYTES:
             raise _without(out)
         text = read_full(path, 0, file_size(path)).decode("utf-8", "replace")
     else:

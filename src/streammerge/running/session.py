@@ -3,6 +3,7 @@ them, and waiting until the disk has it. What the disk fails to store is made an
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 from bisect import bisect_right
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 
-from streammerge.errors import VerifyError, listed, printable
+from streammerge.errors import SpaceError, UncheckedError, VerifyError, listed, printable
 from streammerge.events import Hashed, Listener, Resumed, Staged, Syncing, TaskDone, quiet
 from streammerge.formats.base import LayoutFile
 from streammerge.planning.digest import can_be_resumed, plan_digest
@@ -81,6 +82,7 @@ class Production:
             if again:
                 raise OSError(errno.EIO, f"the disk failed to store {listed(sorted(again))}, twice; nothing was written")
             self.warnings.append(f"the disk failed to store {listed(sorted(broken))} at first; it was written anew")
+        self._check()
         self.warnings += [f"NaN or infinite values: {row}" for row in self._nonfinite()]
 
     def _attempt(self, hashes: dict[str, str]) -> set[str]:
@@ -91,9 +93,26 @@ class Production:
         self._write_around(hashes)
         self._inputs.check_unchanged()
         self._inputs.release()
-        check_structure(self.staging.content, self.plan.layout)
         self.listener(Syncing())
         return self.journal.finish()
+
+    def _check(self) -> None:
+        """The last check of an output that is on the disk already. Where the check itself fails, all of it is kept."""
+        try:
+            check_structure(self.staging.content, self.plan.layout)
+        except UncheckedError as error:
+            with contextlib.suppress(OSError, SpaceError):  # then the journal says less, and the files stay all the same
+                self.journal.begin(self._done.values())
+            raise UncheckedError(
+                f"the last check of {printable(self.staging.out)} could not be made ({error}); {self._where_it_is_kept()}"
+            ) from error
+
+    def _where_it_is_kept(self) -> str:
+        if self.resume:
+            return f"what was made is kept in {printable(self.staging.folder)}, and the same command goes on from there"
+        layout, made = self.plan.layout, self.staging.content
+        place = made if layout.as_folder else made / layout.files[0].name
+        return f"what was made is kept as {printable(place)}; move it away, since the next run makes it anew"
 
     def _forget(self, broken: set[str]) -> None:
         """Begins files again which the disk failed to store: after that error nothing of them can be trusted."""

@@ -27,6 +27,13 @@ COPY_BYTES = 1 << 20
 _LEAST_DIRECT_BYTES = 256 << 10
 _LEAST_WRITEBACK_BYTES = 1 << 20
 _OPEN_FILES = 256
+_KINDS = (
+    (stat.S_ISDIR, "folder"),
+    (stat.S_ISFIFO, "pipe"),
+    (stat.S_ISCHR, "device"),
+    (stat.S_ISBLK, "device"),
+    (stat.S_ISSOCK, "socket"),
+)
 _SYNC_FILE_RANGE_WRITE = 2
 _sync_file_range = getattr(ctypes.CDLL(None), "sync_file_range", None)
 Identity = tuple[int, int, int, int]
@@ -35,14 +42,35 @@ Buffer = bytes | bytearray | memoryview | mmap.mmap
 
 
 def identity(path: str | os.PathLike[str]) -> Identity:
-    """(device, inode, size, mtime in ns) of a regular file; FormatError for anything else."""
+    """(device, inode, size, mtime in ns) of a regular file; FormatError for anything else.
+
+    The rule for links, the same for every input file: a link is followed wherever it leads, for example into the cache of
+    the hub or to another disk, and must end at a regular file.
+    """
     try:
         status = os.stat(path)
     except OSError as error:
-        raise FormatError(f"{printable(path)}: {error.strerror or error}") from error
+        raise FormatError(broken_link(path) or f"{printable(path)}: {error.strerror or error}") from error
     if not stat.S_ISREG(status.st_mode):
-        raise FormatError(f"{printable(path)} is not a regular file")
+        kind = next((word for is_kind, word in _KINDS if is_kind(status.st_mode)), "special file")
+        target = f" is a link to {printable(os.path.realpath(path))}, which" if os.path.islink(path) else ""
+        raise FormatError(f"{printable(path)}{target} is not a regular file but a {kind}; put the file itself there")
     return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def broken_link(path: str | os.PathLike[str]) -> str:
+    """What is wrong with a link that leads to nothing, and where it points; "" for anything else."""
+    if not os.path.islink(path):
+        return ""
+    try:
+        os.stat(path)
+    except OSError as error:
+        link, remedy = f"{printable(path)} is a link to", "put the file there, or remove the link"
+        if error.errno == errno.ELOOP:
+            return f"{link} {printable(os.readlink(path))}, which leads in a circle; {remedy}"
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            return f"{link} {printable(os.path.realpath(path))}, which is absent; {remedy}"
+    return ""
 
 
 def file_size(path: str | os.PathLike[str]) -> int:
