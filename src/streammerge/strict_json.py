@@ -1,4 +1,4 @@
-"""JSON read strictly: what two readers could take for two things is refused."""
+"""A strict JSON parser: it refuses texts that two parsers could read differently."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _no_constant(name: str) -> Any:
 
 
 def load_json(data: bytes | str) -> Any:
-    """Strict JSON: duplicate keys, NaN and nesting without end are ValueErrors."""
+    """Parses JSON. Raises ValueError for duplicate keys, NaN, infinities and excessive nesting."""
     try:
         return json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
     except RecursionError as error:
