@@ -1,6 +1,6 @@
-"""What the user asked for. The classes are the recipe's keys: a mergekit configuration, and what streammerge adds.
+"""The classes of a recipe. Their fields are its keys: mergekit's configuration, and streammerge's additions.
 
-A recipe is made by the command line, the Python API or a file, and is the same however it was made.
+Recipes from the command line, the Python API and files are equal if they say the same.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from streammerge.tensors.dtypes import DType
 
 
 class Reference(NamedTuple):
-    """A checkpoint as it was named, and which of its state dicts, where that was said."""
+    """A checkpoint as the user named it, and optionally one of its state dicts."""
 
     path: str
     state_dict: str | None = None
@@ -80,7 +80,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Module:
-    """A part of the model whose layers are counted on their own, named by how its tensors' names begin."""
+    """A part of the model with its own count of layers, named by the prefix of its tensors' names."""
 
     models: tuple[Model, ...] = key(ListOf(FormOf(Model)), "The models, all layers of each.", default=())
     slices: tuple[Slice, ...] = key(ListOf(FormOf(Slice)), "Layers of models, stacked.", default=())
@@ -90,7 +90,7 @@ class Module:
 
 @dataclass(frozen=True)
 class Rule:
-    """What is done with the tensors that a pattern matches; of several rules the first that matches holds."""
+    """An action for the tensors that a pattern matches. The first rule that matches is used."""
 
     MEANT: ClassVar = {"filter": "match", "pattern": "match", "method": "merge_method", "model": "copy"}
 
@@ -138,9 +138,9 @@ _TOKENIZERS = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """A merge, or a conversion: all that its output depends on besides the inputs.
+    """A merge or a conversion: everything besides the inputs that its output depends on.
 
-    ``places``: where the keys stand in the file they were read from; ``written``: what its models are called there.
+    ``places``: the places of the keys in their file. ``written``: the names of the models in that file.
     """
 
     REFUSED: ClassVar = {
@@ -174,12 +174,12 @@ class Recipe:
     written: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def at(self, path: Path) -> str:
-        """``recipe.yaml:12:3: `` for a key that was read from a file, nothing otherwise."""
+        """Returns ``recipe.yaml:12:3: `` for a key that was read from a file; empty otherwise."""
         return str(place_of(path, self.places) or "")
 
     @cached_property
     def entries(self) -> tuple[Model | Source, ...]:
-        """Every model that is named, slices and modules included, in their order."""
+        """Every named model, slices and modules included, in their order."""
         found: list[Model | Source] = list(self.models)
         found += [source for each in self.slices for source in each.sources]
         for module in self.modules.values():
@@ -188,7 +188,7 @@ class Recipe:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The paths of the models, as they were named."""
+        """The paths of the models, as the user named them."""
         return tuple(entry.model for entry in self.entries)
 
     def reference(self, model: str, state_dict: str | None = None) -> Reference:
@@ -199,7 +199,7 @@ class Recipe:
 
     @cached_property
     def base(self) -> Reference | None:
-        """The base; one that is a model too is read as that says."""
+        """The base. If it is a model too, it is read as that entry says."""
         if self.base_model is None:
             return None
         named = self.reference(self.base_model)
@@ -208,20 +208,21 @@ class Recipe:
 
     @property
     def based(self) -> bool:
-        """Whether the method takes the base apart from the models."""
+        """Whether the method takes the base separately from the models."""
         return self.base_model is not None and self.merge_method.takes_base
 
     def base_apart(self, listed: bool) -> bool:
-        """Whether the base is no model: the method takes it apart, or only a rule needs it. ``listed``: as a model too.
+        """Whether the base is not a model: the method takes it separately, or only a rule needs it.
 
-        A base that is neither is one model more, as in mergekit.
+        ``listed``: whether the base is also listed as a model. A base that is in no other role is one more model, as in
+        mergekit.
         """
         ruled = any(rule.merge_method and rule.merge_method.base == "required" for rule in self.rules)
         return self.based or (not listed and ruled and self.merge_method.base == "unused")
 
     @cached_property
     def checkpoints(self) -> tuple[Reference, ...]:
-        """All that is read: the base first, where one is named, then the models, each once."""
+        """All checkpoints to read, each once: the base first, if one is named, then the models."""
         wanted = [] if self.base is None else [self.base]
         wanted += [self.of(entry) for entry in self.entries]
         wanted += [self.reference(s.base_model) for s in self._all_slices if s.base_model]
@@ -237,14 +238,14 @@ class Recipe:
         return [*self.slices, *(each for module in self.modules.values() for each in module.slices)]
 
     def copied(self, model: str) -> Reference:
-        """What a rule's ``copy`` names: a model as its entry reads it, or a checkpoint of its own."""
+        """Returns the checkpoint that a rule's ``copy`` names: a model as its entry reads it, or another checkpoint."""
         place = os.path.realpath(model)
         paths = (self.of(entry) for entry in self.entries if os.path.realpath(entry.model) == place)
         return next(paths, self.reference(model))
 
     @property
     def recast(self) -> DType | None:
-        """The dtype that was asked for."""
+        """The requested dtype."""
         return self.out_dtype or self.dtype
 
     def output_name(self, name: str) -> str:
@@ -252,11 +253,11 @@ class Recipe:
         return name[len(prefix) :] if prefix and name.startswith(prefix) else name
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain data, without what is as it would be anyway."""
+        """Returns the recipe as plain data, without keys that have their default."""
         return FormOf(Recipe).dump(self)  # type: ignore[no-any-return]
 
     def renamed(self, names: Mapping[str, str]) -> Recipe:
-        """The same recipe with other names for its models."""
+        """Returns the same recipe with other names for its models."""
 
         def entry(each: Any) -> Any:
             return replace(each, model=names[each.model])
@@ -280,7 +281,7 @@ class Recipe:
 
     @property
     def named_models(self) -> list[str]:
-        """Every path that the recipe mentions, as it is written."""
+        """Every path in the recipe, as written."""
         named = [] if self.base_model is None else [self.base_model]
         named += [entry.model for entry in self.entries]
         named += [each.base_model for each in self._all_slices if each.base_model]

@@ -1,4 +1,4 @@
-"""Recipes: from a file, from plain data or from arguments to one frozen :class:`Recipe`, and back to text."""
+"""Reading of recipes: a file, plain data or arguments -> one frozen :class:`Recipe`, and back to text."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _MOST_BYTES = 16 << 20
 
 
 def checked(recipe: Recipe) -> Recipe:
-    """The recipe, if nothing is wrong with it; RecipeError with all that is."""
+    """Returns the recipe if it has no mistakes. Raises RecipeError with all of them."""
     problems = Problems()
     check(recipe, problems)
     raise_all(problems, recipe.places)
@@ -46,11 +46,11 @@ def checked(recipe: Recipe) -> Recipe:
 
 
 def read_recipe(source: str | Path | Mapping[str, Any], own_methods: bool = False, folder: Path | None = None) -> Recipe:
-    """The recipe of a YAML file, or of the same keys as a dict; the paths in it are found: from here or from the file's
-    folder, and those of a dict from ``folder``, if it is given.
+    """Reads a recipe from a YAML file, or from a dict with the same keys, and finds its models.
 
-    ``own_methods``: whether it may name methods that are somebody's own code. Raises RecipeError with every mistake,
-    each with its line.
+    Paths in a file are relative to the current folder or the file's folder; those in a dict, to ``folder`` if it is
+    given. ``own_methods``: whether it may name methods that are the user's own code. Raises RecipeError with every
+    mistake and its line.
     """
     if isinstance(source, Mapping):
         return _read(source, {}, [], "the recipe", [folder or Path()], own_methods)
@@ -85,7 +85,7 @@ def _read(data: Any, places: Any, doubled: Any, name: str, folders: list[Path], 
 
 
 def _with_own_methods(data: Any, problems: Problems) -> Any:
-    """The data with methods in place of names like package.module:function, which are imported here."""
+    """Returns the data with methods in place of names like package.module:function. Imports the methods."""
     if not isinstance(data, Mapping):
         return data
     made = {**data}
@@ -103,7 +103,7 @@ def _with_own_methods(data: Any, problems: Problems) -> Any:
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema of a recipe, for editors."""
+    """Returns the JSON Schema of a recipe, for editors."""
     forms: dict[str, Any] = {}
     reference = FormOf(Recipe).schema(forms)
     return {
