@@ -13,7 +13,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {printable(twice)} stands twice")
+        raise ValueError(f"the key {printable(twice)} is given twice")
     return made
 
 

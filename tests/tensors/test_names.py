@@ -1,4 +1,4 @@
-"""Names that differ in their wrappers only are matched; none is guessed."""
+"""Names that differ only in wrapper prefixes match; nothing is guessed."""
 
 from __future__ import annotations
 

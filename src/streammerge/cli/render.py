@@ -108,7 +108,7 @@ def recipe_text(index: CheckpointIndex) -> str:
         except ValueError:  # a .pth or folder holds YAML
             return to_yaml(parse(record, str(index.path)).data)
     except RecursionError as error:
-        raise RecipeError(f"the recipe in {printable(index.path)} is nested without end, which is refused") from error
+        raise RecipeError(f"the recipe in {printable(index.path)} is nested too deeply") from error
 
 
 def index_json(index: CheckpointIndex, tensors: bool) -> dict[str, Any]:

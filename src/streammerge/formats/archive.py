@@ -58,7 +58,9 @@ def members(stream: BinaryIO, where: str) -> dict[str, Member]:
         if info.filename in found:
             raise FormatError(f"{where} holds the record {name} twice; such a file is refused")
         if info.flag_bits & 0x41:
-            raise FormatError(f"{where}: record {name} is encrypted, which is not supported; save it again without")
+            raise FormatError(
+                f"{where}: record {name} is encrypted, which is not supported; save it again without encryption"
+            )
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise FormatError(
                 f"{where}: record {name} is compressed by method {info.compress_type}; unpack and zip it again"

@@ -57,7 +57,7 @@ def _what(head: bytes, size: int) -> str:
     if re.match(rb"\s*<(!doctype|html|\?xml|head|error)", head, re.IGNORECASE):
         return "is an HTML or XML page, not a checkpoint: a download that failed; fetch it again"
     if not head.strip(b"\0"):
-        return "begins with nothing but zero bytes; the download or the save did not finish"
+        return "begins with zero bytes only; the download or the save did not finish"
     for magic, what in _OTHERS:
         if head.startswith(magic):
             return f"is {what}"

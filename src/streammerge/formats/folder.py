@@ -129,7 +129,7 @@ def read_sharded(index: Path, read_file: ReadFile) -> Container:
         for name, ref in _tensors(container):
             if name in holders:
                 both = f"{printable(holders[name])} and {printable(shard)}"
-                raise FormatError(f"{where}: the tensor {printable(name)} stands in two shards, {both}")
+                raise FormatError(f"{where}: the tensor {printable(name)} is in two shards, {both}")
             holders[name] = shard
             if name not in weight_map:
                 extra.append(name)

@@ -81,7 +81,7 @@ class SafetensorsWriter:
         self._check_open()
         missing = [name for name, spans in self._written.items() if not _covers(spans, self._specs[name].nbytes)]
         if missing:
-            raise MismatchError(f"not all of these tensors was written: {listed(missing)}")
+            raise MismatchError(f"write all tensors before commit; incomplete: {listed(missing)}")
         self._staging.commit(as_folder=False)
         self._open = False
 

@@ -124,5 +124,5 @@ def _imported(place: str) -> Callable[..., Kernel]:
     except Exception as error:  # the user's own module may raise anything
         raise RecipeError(f"--method {printable(place)} cannot be imported: {printable(error)}") from error
     if not callable(function):
-        raise RecipeError(f"--method {printable(place)} is no function")
+        raise RecipeError(f"--method {printable(place)} is not a function")
     return function

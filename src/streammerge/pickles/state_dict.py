@@ -128,7 +128,9 @@ def select(tree: Any, state_dict: str | None = None, ema: str = "ignore") -> Sel
     if not usable:
         if not found:
             kinds = sorted({kind for _, kind in unread_tensors(tree)})
-            raise FormatError(f"it holds no tensors{f' but {listed(kinds)} ones, which are not read' if kinds else ''}")
+            raise FormatError(
+                f"it holds no tensors{f' but {listed(kinds)} ones, which are not supported' if kinds else ''}"
+            )
         raise RecipeError(
             f"it holds tensors only at {listed([c.label for c in found])}; name one of them with --state-dict"
         )
@@ -139,7 +141,7 @@ def select(tree: Any, state_dict: str | None = None, ema: str = "ignore") -> Sel
         chosen = [c for c in chosen if c.averaged] or chosen
     selection = Selection(_together(chosen), chosen, found, notes, twins=twins)
     if ema != "ignore" and not any(c.averaged for c in chosen) and not _use_litema(selection) and ema == "only":
-        raise RecipeError("there are no averaged (EMA) weights in it; leave --ema only out")
+        raise RecipeError("there are no averaged (EMA) weights in it; remove --ema only")
     return selection
 
 
@@ -357,7 +359,7 @@ def _use_litema(selection: Selection) -> bool:
     kept = [f for f in selection.tensors if not f.name.startswith("model_ema.")]
     selection.left_out = [f for f in selection.tensors if f.name.startswith("model_ema.")]
     selection.tensors = [Found(f.name, averaged.get(f.name, f).ref, f.holder, f.key, f.ref) for f in kept]
-    selection.notes.append(f"{len(averaged)} EMA weights (model_ema.*) stand in for the plain ones")
+    selection.notes.append(f"{len(averaged)} EMA weights (model_ema.*) replace the plain ones")
     return True
 
 

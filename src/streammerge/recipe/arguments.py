@@ -31,7 +31,7 @@ def recipe_of(
     found = find_method(method)
     if weights is not None:
         if "weight" in parameters:
-            raise RecipeError("weights and the parameter weight are the same; give one of them")
+            raise RecipeError("weights and the parameter weight mean the same; give only one")
         parameters = {**parameters, "weight": _weights(weights, len(inputs))}
     own: list[dict[str, Setting]] = [{} for _ in inputs]
     shared: dict[str, Setting] = {}

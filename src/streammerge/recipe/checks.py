@@ -23,7 +23,7 @@ def check(recipe: Recipe, problems: Problems) -> None:
     unreadable = list(problems)
     for path, entries, slices, _ in _parts(recipe):
         if path and bool(entries) == bool(slices) and not any(at[: len(path)] == path for at, _ in unreadable):
-            problems.add(path, "a module has models or slices, one of them")
+            problems.add(path, "a module has either models or slices")
         if entries and not _has_unread((*path, "models"), unreadable):
             _count(recipe, entries, recipe.base_model, path, problems)
         for each in slices:
@@ -104,7 +104,7 @@ def _check_slice(recipe: Recipe, each: Slice, problems: Problems) -> None:
     base = each.base_model or recipe.base_model
     _count(recipe, each.sources, base, each.path, problems)
     if base is not None and recipe.merge_method.base != "unused" and not _lists(each.sources, base):
-        problems.add(each.path, f"the base {printable(base)} must be among the sources, since it says which of its layers")
+        problems.add(each.path, f"the base {printable(base)} must be among the sources, because they name its layers")
 
 
 def _levels(recipe: Recipe) -> Iterator[tuple[Path, Settings, bool]]:
@@ -131,7 +131,7 @@ def _check_parameters(recipe: Recipe, problems: Problems) -> None:
                 problems.add((*path, name), _unknown(recipe.merge_method, name))
             elif own and not parameter.per_model:
                 problems.add(
-                    (*path, name), f"{name} is not a model's own; put it under parameters of the recipe or a slice"
+                    (*path, name), f"{name} cannot differ between models; put it under parameters of the recipe or a slice"
                 )
             elif wrong := check_setting(setting, parameter):
                 problems.add((*path, name), wrong)
@@ -155,7 +155,7 @@ def _check_rules(recipe: Recipe, problems: Problems) -> None:
         if len(actions) > 1:
             problems.add(rule.path, f"a rule does one thing, not {' and '.join(actions)}")
         if rule.drop and rule.dtype:
-            problems.add(rule.path, "a tensor that is left out has no dtype")
+            problems.add(rule.path, "a dropped tensor has no dtype; give either drop or dtype")
         for name, setting in rule.parameters.items():
             path = (*rule.path, "parameters", name)
             if name not in method.parameters:

@@ -50,8 +50,8 @@ def parse(text: str, name: str) -> Document:
     if len(nodes) > 1:
         second = Place(printable(name), nodes[1].start_mark.line + 1, 1)
         raise RecipeError(
-            f"{second}configurations of several documents are not supported yet; "
-            "put each into a file of its own and run one after the other"
+            f"{second}several documents in one file are not supported yet; "
+            "put each into its own file and run them one by one"
         )
     return _Reader(printable(name)).document(nodes[0])
 
@@ -79,7 +79,7 @@ class _Reader:
     def _data(self, node: yaml.Node, path: Path) -> Any:
         self.left -= 1
         if self.left < 0 or len(path) > _DEEPEST:
-            raise RecipeError(f"{self.places[path[:1]]}this is nested or repeated without end, which is refused")
+            raise RecipeError(f"{self.places[path[:1]]}this is nested or repeated too much")
         if isinstance(node, self.yaml.MappingNode):
             made: dict[Any, Any] = {}
             self._take(node, path, made, own=True)
@@ -110,9 +110,9 @@ class _Reader:
         for each in merged:
             self.left -= 1
             if not isinstance(each, self.yaml.MappingNode):
-                raise RecipeError(f"{self._place(each)}<< takes a mapping, or a list of such")
+                raise RecipeError(f"{self._place(each)}<< takes a mapping, or a list of mappings")
             if self.left < 0 or len(path) > _DEEPEST:
-                raise RecipeError(f"{self._place(each)}this is nested or repeated without end, which is refused")
+                raise RecipeError(f"{self._place(each)}this is nested or repeated too much")
             self._take(each, path, made, own=False)
 
     def _scalar(self, node: yaml.Node) -> Any:

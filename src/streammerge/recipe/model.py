@@ -52,7 +52,7 @@ class Model:
 
     model: str = key(MODEL, "Path of a file or folder.")
     parameters: Settings = key(SETTINGS, "This model's own parameters, such as weight.", default_factory=dict)
-    state_dict: str | None = key(TEXT, "Which state dict of a wrapped file; found when left out.", default=None)
+    state_dict: str | None = key(TEXT, "State dict inside a wrapped file; by default found automatically.", default=None)
     path: Path = field(default=(), compare=False, repr=False)
 
 
@@ -61,9 +61,9 @@ class Source:
     """Some layers of a model, for a slice."""
 
     model: str = key(MODEL, "Path of a file or folder.")
-    layer_range: tuple[int, int] = key(LAYER_RANGE, "Its first layer, and the one behind its last.")
+    layer_range: tuple[int, int] = key(LAYER_RANGE, "First layer, and the layer after the last.")
     parameters: Settings = key(SETTINGS, "This model's own parameters in the slice.", default_factory=dict)
-    state_dict: str | None = key(TEXT, "Which state dict of a wrapped file; found when left out.", default=None)
+    state_dict: str | None = key(TEXT, "State dict inside a wrapped file; by default found automatically.", default=None)
     path: Path = field(default=(), compare=False, repr=False)
 
 
@@ -71,10 +71,12 @@ class Source:
 class Slice:
     """Consecutive layers of the output."""
 
-    sources: tuple[Source, ...] = key(ListOf(FormOf(Source)), "The layers that are merged into these.")
+    sources: tuple[Source, ...] = key(ListOf(FormOf(Source)), "The layers to merge.")
     base_model: str | None = key(MODEL, "The base in this slice.", default=None)
     parameters: Settings = key(SETTINGS, "Parameters in this slice.", default_factory=dict)
-    residual_weight: Any = key(Plain("a number", float, {"type": "number"}), "Read nowhere, as in mergekit.", default=None)
+    residual_weight: Any = key(
+        Plain("a number", float, {"type": "number"}), "Accepted and ignored, as in mergekit.", default=None
+    )
     path: Path = field(default=(), compare=False, repr=False)
 
 
@@ -82,8 +84,8 @@ class Slice:
 class Module:
     """A part of the model with its own count of layers, named by the prefix of its tensors' names."""
 
-    models: tuple[Model, ...] = key(ListOf(FormOf(Model)), "The models, all layers of each.", default=())
-    slices: tuple[Slice, ...] = key(ListOf(FormOf(Slice)), "Layers of models, stacked.", default=())
+    models: tuple[Model, ...] = key(ListOf(FormOf(Model)), "The models to merge, with all their layers.", default=())
+    slices: tuple[Slice, ...] = key(ListOf(FormOf(Slice)), "Stacked layers of models.", default=())
     parameters: Settings = key(SETTINGS, "Parameters in this module.", default_factory=dict)
     path: Path = field(default=(), compare=False, repr=False)
 
@@ -95,10 +97,12 @@ class Rule:
     MEANT: ClassVar = {"filter": "match", "pattern": "match", "method": "merge_method", "model": "copy"}
 
     match: tuple[Pattern, ...] = key(ListOf(PATTERN, or_one=True), "Globs on tensor names, or /regular expressions/.")
-    copy: str | None = key(MODEL, "Take the tensor whole from this model.", default=None)
+    copy: str | None = key(MODEL, "Copy the tensor from this model.", default=None)
     drop: bool = key(TRUTH, "Leave the tensor out.", default=False)
     merge_method: MergeMethod | None = key(METHOD, "Merge with this method.", default=None)
-    parameters: Settings = key(SETTINGS, "Parameters here; a list is one per model.", default_factory=dict)
+    parameters: Settings = key(
+        SETTINGS, "Parameters for these tensors; a list has one value per model.", default_factory=dict
+    )
     dtype: DType | None = key(DTYPE, "Dtype of the output.", default=None)
     path: Path = field(default=(), compare=False, repr=False)
 
@@ -126,9 +130,11 @@ class Rule:
 class Output:
     """How the output is written."""
 
-    max_shard_size: int | None = key(SIZE, "Largest file of a folder; as the first input's when left out.", default=None)
+    max_shard_size: int | None = key(
+        SIZE, "Maximum size of a file in a folder; by default as in the first input.", default=None
+    )
     keep_optimizer: bool = key(TRUTH, "Keep the first input's optimizer and scheduler in a .pth.", default=False)
-    strip_prefix: str = key(TEXT, "Removed from the names that begin with it.", default="")
+    strip_prefix: str = key(TEXT, "Prefix to remove from tensor names.", default="")
 
 
 _TOKENIZERS = (
@@ -152,24 +158,28 @@ class Recipe:
     }
     MEANT: ClassVar = {"method": "merge_method", "base": "base_model", "weights": "models", "inputs": "models"}
 
-    merge_method: MergeMethod = key(METHOD, "What `streammerge methods` lists, or package.module:function.")
-    models: tuple[Model, ...] = key(ListOf(FormOf(Model)), "The models, all layers of each.", default=())
-    slices: tuple[Slice, ...] = key(ListOf(FormOf(Slice)), "Layers of models, stacked.", default=())
-    modules: Mapping[str, Module] = key(MapOf(FormOf(Module)), "Name prefix -> what is done there.", default_factory=dict)
+    merge_method: MergeMethod = key(METHOD, "A name from `streammerge methods`, or package.module:function.")
+    models: tuple[Model, ...] = key(ListOf(FormOf(Model)), "The models to merge, with all their layers.", default=())
+    slices: tuple[Slice, ...] = key(ListOf(FormOf(Slice)), "Stacked layers of models.", default=())
+    modules: Mapping[str, Module] = key(
+        MapOf(FormOf(Module)), "Name prefix -> models or slices of that module.", default_factory=dict
+    )
     base_model: str | None = key(MODEL, "The models' common ancestor.", default=None)
     parameters: Settings = key(SETTINGS, "Parameters of the method.", default_factory=dict)
-    rules: tuple[Rule, ...] = key(ListOf(FormOf(Rule), least=0), "Other ways for some tensors.", default=())
-    dtype: DType | None = key(DTYPE, "Dtype of the output; the first checkpoint's when left out.", default=None)
-    out_dtype: DType | None = key(DTYPE, "The same; wins over dtype.", default=None)
-    compute_dtype: DType | None = key(COMPUTE, "What is computed in; the method's when left out.", default=None)
-    state_dict: str | None = key(TEXT, "Which state dict of wrapped files, for all models.", default=None)
-    ema: str = key(one_of(EMA_CHOICES), "Averaged weights beside plain ones.", default="ignore")
-    on_missing: str = key(one_of(ON_MISSING), "Tensors that are not in every model.", default="error")
-    on_shape: str = key(one_of(ON_SHAPE), "Tensors whose shapes differ.", default="error")
-    integers: str | None = key(one_of(INTEGERS), "Integer tensors that differ.", default=None)
+    rules: tuple[Rule, ...] = key(
+        ListOf(FormOf(Rule), least=0), "Other actions for some tensors; the first match is used.", default=()
+    )
+    dtype: DType | None = key(DTYPE, "Dtype of the output; by default that of the first checkpoint.", default=None)
+    out_dtype: DType | None = key(DTYPE, "Dtype of the output; takes precedence over dtype.", default=None)
+    compute_dtype: DType | None = key(COMPUTE, "Dtype of the arithmetic; by default the method's.", default=None)
+    state_dict: str | None = key(TEXT, "State dict inside wrapped files, for all models.", default=None)
+    ema: str = key(one_of(EMA_CHOICES), "Choice between plain and averaged (EMA) weights.", default="ignore")
+    on_missing: str = key(one_of(ON_MISSING), "Action for tensors that are not in every model.", default="error")
+    on_shape: str = key(one_of(ON_SHAPE), "Action for tensors whose shapes differ.", default="error")
+    integers: str | None = key(one_of(INTEGERS), "Action for integer tensors that differ.", default=None)
     allow_nonfinite: bool = key(TRUTH, "Write NaN and infinity instead of stopping.", default=False)
     output: Output = key(FormOf(Output), "How the output is written.", default_factory=Output)
-    seed: int = key(WHOLE, "For the methods that draw random numbers.", default=0)
+    seed: int = key(WHOLE, "Seed for methods that draw random numbers.", default=0)
     places: Places = field(default_factory=dict, compare=False, repr=False)
     written: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 

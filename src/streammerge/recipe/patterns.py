@@ -23,7 +23,7 @@ class Pattern:
             return self.compiled.search(name, timeout=_MOST_SECONDS) is not None
         except TimeoutError as error:
             raise RecipeError(
-                f"the pattern {printable(self.text)} takes for ever on {printable(name)}; write it more simply"
+                f"the pattern {printable(self.text)} takes too long on {printable(name)}; write it more simply"
             ) from error
 
     def __str__(self) -> str:

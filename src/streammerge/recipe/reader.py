@@ -57,7 +57,7 @@ def read_recipe(source: str | Path | Mapping[str, Any], own_methods: bool = Fals
     path = Path(source)
     name = printable(source)
     if not os.path.isfile(path):  # noqa: PTH113 (Path.is_file raises for a name that is too long)
-        raise RecipeError(f"{name} is no file; a recipe is a YAML file")
+        raise RecipeError(f"{name} is not a file; a recipe is a YAML file")
     try:
         size = file_size(path)
         if size > _MOST_BYTES:
@@ -66,7 +66,7 @@ def read_recipe(source: str | Path | Mapping[str, Any], own_methods: bool = Fals
     except OSError as error:
         raise RecipeError(f"{name} cannot be read ({printable(error.strerror or error)})") from error
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{name} is not text in UTF-8; a recipe is") from error
+        raise RecipeError(f"{name} is not UTF-8 text; save the recipe as UTF-8") from error
     document = parse(text, str(source))
     folders = [Path(), path.parent] + ([path.parent.parent] if path.name == RECIPE_FILE else [])
     return _read(document.data, document.places, document.doubled, name, folders, own_methods)
@@ -75,7 +75,7 @@ def read_recipe(source: str | Path | Mapping[str, Any], own_methods: bool = Fals
 def _read(data: Any, places: Any, doubled: Any, name: str, folders: list[Path], own_methods: bool) -> Recipe:
     problems = Problems()
     for key in doubled:
-        problems.add(key, f"the key {printable(key[-1])} stands twice")
+        problems.add(key, f"the key {printable(key[-1])} is given twice")
     recipe = FormOf(Recipe).read(_with_own_methods(data, problems) if own_methods else data, (), problems)
     if recipe is not None:
         recipe = located(replace(recipe, places=places), folders, problems)

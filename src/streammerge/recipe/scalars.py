@@ -23,7 +23,7 @@ def parameter_docs() -> dict[str, str]:
     for method in methods().values():
         for name in method.parameters:
             owners.setdefault(name, []).append(method.name)
-    return {name: f"Of {', '.join(names)}." for name, names in sorted(owners.items())}
+    return {name: f"Parameter of {', '.join(names)}." for name, names in sorted(owners.items())}
 
 
 def _model(value: Any) -> str:
@@ -66,7 +66,7 @@ def _float_dtype(value: Any) -> DType:
 def _compute_dtype(value: Any) -> DType:
     dtype = parse_dtype(value)
     if dtype not in (DType.F32, DType.F64):
-        raise RecipeError("computing is done in float32 or float64")
+        raise RecipeError("the compute dtype must be float32 or float64")
     return dtype
 
 
@@ -99,7 +99,7 @@ MODEL = Plain(
     guess=lambda value: UNREAD,
 )
 LAYER_RANGE = Plain(
-    "the first layer and the one behind the last, like [0, 24]",
+    "the first layer and the layer after the last, like [0, 24]",
     _layer_range,
     {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2},
     list,
@@ -113,7 +113,7 @@ COMPUTE = Plain("float32 or float64", _compute_dtype, {"enum": ["float32", "floa
 def _listed_method(value: Any) -> MergeMethod:
     """Returns a method by its name. User code is not imported because a file names it."""
     if isinstance(value, str) and ":" in value:
-        raise RecipeError(f"{printable(value)} is code of somebody's own; --own-methods lets a recipe name it")
+        raise RecipeError(f"{printable(value)} is not a built-in method; --own-methods lets a recipe import it")
     return find_method(value)
 
 

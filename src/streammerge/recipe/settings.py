@@ -96,7 +96,7 @@ class SettingKind(Kind):
                 if isinstance(item, Mapping):
                     cases += self._case(item, (*path, number), problems)
                 else:
-                    problems.add((*path, number), f"{shown(item)} stands among filters; write it as value: {shown(item)}")
+                    problems.add((*path, number), f"{shown(item)} is not a filter; write it as value: {shown(item)}")
             return tuple(cases)
         read = self._value(value, path, problems)
         return None if read is None else (Case(read),)
