@@ -65,7 +65,7 @@ def regressions(nights: list[Night]) -> list[str]:
 
     Memory hardly varies, so more than 3 % above the median of earlier nights is a regression. Time is compared by the
     ratio to the reference. It is a regression if three nights in a row are a quarter above the median of those before.
-    Only nights on similar machines are compared.
+    Only nights on machines with the same fingerprint are compared.
     """
     if not nights:
         return []

@@ -21,46 +21,66 @@ from __future__ import annotations
 
 
 class StreammergeError(Exception):
+    """Base class of every error that streammerge raises on purpose. ``exit_code``: that of the command line."""
+
     exit_code = 1
 
 
 class RecipeError(StreammergeError):
+    """The request is invalid, or the output exists."""
+
     exit_code = 2
 
 
 class FormatError(StreammergeError):
+    """A file is damaged, or in a form that is not supported."""
+
     exit_code = 4
 
 
 class MismatchError(StreammergeError):
+    """Checkpoints disagree in names, shapes or dtypes."""
+
     exit_code = 4
 
 
 class BudgetError(StreammergeError):
+    """The plan does not fit the memory budget."""
+
     exit_code = 5
 
 
 class SpaceError(StreammergeError):
+    """The disk has too little free space."""
+
     exit_code = 6
 
 
 class LockedError(StreammergeError):
+    """Another run owns the output."""
+
     exit_code = 7
 
 
 class ChangedError(StreammergeError):
+    """An input changed since it was planned."""
+
     exit_code = 8
 
 
 class VerifyError(StreammergeError):
+    """The output could not be verified, or is wrong."""
+
     exit_code = 3
 
 
 class UncheckedError(VerifyError):
-    pass
+    """The last check itself failed; the finished work is kept."""
 
 
 class TaskError(StreammergeError):
+    """A task of the run failed; the cause is chained."""
+
     exit_code = 1
 
 

@@ -120,8 +120,7 @@ class Chunk:
         return self.empty(slot).zero_()
 
     def sort_keys(self, values: torch.Tensor, signed: bool) -> torch.Tensor:
-        """Returns integers in the order of the values. If all values are non-negative (not ``signed``), their bits are
-        such."""
+        """Returns integers in the order of the values; for values that are not ``signed``, these are their bits."""
         import torch
 
         width = torch.int64 if values.dtype == torch.float64 else torch.int32

@@ -138,8 +138,8 @@ def histogram(keys: torch.Tensor, shift: int, low: int, scratch: torch.Tensor) -
 class Search:
     """The search for the ``rank``-th largest by histograms.
 
-    The keys still searched have the bits of ``low`` from ``shift`` up, plus one of 65536. ``above`` numbers are larger
-    than all of them. ``equal`` numbers are in the bin found last.
+    The keys still searched are those whose bits from ``shift`` up equal ``low`` + n, with n below 65536. ``above``
+    numbers are larger than all of them. ``equal`` numbers are in the bin found last.
     """
 
     rank: int

@@ -95,8 +95,8 @@ def ema(group: TensorGroup, *, decay: float = 0.9) -> Kernel:
 
     .. math:: m_0 = x_0, \quad m_i = d\, m_{i-1} + (1 - d)\, x_i, \quad y = m_{N-1}
 
-    This equals the weighted sum with :math:`w_0 = d^{N-1}` and :math:`w_i = (1 - d)\, d^{N-1-i}`. Trainers do the same
-    over steps; here it is over saved checkpoints. Morales-Brotons et al., *Exponential moving average of weights in
+    This equals the weighted sum with :math:`w_0 = d^{N-1}` and :math:`w_i = (1 - d)\, d^{N-1-i}`. Polyak averaging, as
+    trainers do over steps, but over saved checkpoints. Morales-Brotons et al., *Exponential moving average of weights in
     deep learning*, 2024 (arXiv:2411.18704).
 
     Any shape, one model or more. ``decay`` in [0, 1); 0 gives the last model. The weights sum to 1.

@@ -36,7 +36,7 @@ def match_names(base: Iterable[str], other: Iterable[str]) -> dict[str, str]:
     """Maps names of the base to the other checkpoint's names that differ only in wrapper prefixes.
 
     Equal names match themselves. The rest match by :func:`bare`, if the match is unique on both sides. Prefixes that
-    may have a meaning (``model.``, ``student.``) are tried only if less than a tenth of the names match without them.
+    may have a meaning (``model.``, ``student.``) are tried only if at most a tenth of the names match without them.
     One such prefix is then removed from all names of one side. ``student.`` therefore never matches ``teacher.``.
     """
     base, other = list(base), list(other)

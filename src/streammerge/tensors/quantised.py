@@ -57,7 +57,7 @@ def _about(name: str, stem: str, narrow: set[str]) -> bool:
 
 
 def _is_narrow(spec: TensorSpec) -> bool:
-    """Whether the values may be packed or scaled: 8-bit floats, packed values, and integers of up to 32 bits."""
+    """Whether the values may be packed or scaled: 8-bit floats, packed values, integers of up to 32 bits (not 0-d)."""
     kind, wide = spec.dtype.kind, spec.dtype in (DType.I64, DType.U64)
     return (
         kind == "packed"
