@@ -16,9 +16,9 @@ SOURCE = Path(sm.__file__).parent
 
 
 ROOMS = (
-    "errors", "events", "units", "version", "strict_json", "options",  # words
+    "errors", "events", "units", "version", "strict_json", "options", "plugins",  # words
     "tensors", "kernels", "methods", "stores", "pickles", "formats", "recipe", "checkpoints", "planning", "running",
-    "verifying", "api", "cli", "__init__", "__main__",
+    "verifying", "signatures", "api", "cli", "__init__", "__main__",
 )  # fmt: skip
 """From the ground up. A room imports from the rooms before it only."""
 

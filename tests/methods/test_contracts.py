@@ -29,7 +29,7 @@ Tensor = torch.Tensor
         ("ties", 2, {"density": "half"}, "density takes a number, not half"),
         ("ties", 2, {"weight": math.nan}, "weight takes a finite number"),
         ("ties", 2, {"normalize": "maybe"}, "normalize takes true or false, not maybe"),
-        ("slerp", 2, {}, "slerp needs the parameter t; give it with -p t=VALUE"),
+        ("slerp", 2, {}, "slerp needs the parameter t; pass `parameters={'t': ...}`"),
         ("slerp", 3, {"t": 0.5}, "slerp merges exactly 2 models, not 3"),
         ("nearswap", 2, {"t": 0.5}, "exactly 1 model beside the base, not 2"),
         ("model_stock", 1, {}, "at least 2 models beside the base, not 1"),
@@ -47,7 +47,7 @@ def test_it_is_checked_before_a_file_is_read(tmp_path: Path) -> None:
     with pytest.raises(sm.RecipeError, match="needs the models' common ancestor"):
         sm.plan(missing, method="ties")
     with pytest.raises(sm.RecipeError, match="did you mean density"):
-        sm.plan(missing, method="ties", base="c.pth", densty=1)
+        sm.plan(missing, method="ties", base="c.pth", parameters={"densty": 1})
     with pytest.raises(sm.RecipeError, match="takes no base"):
         sm.plan(missing, base="c.pth")
 
@@ -80,9 +80,9 @@ class TestBase:
 
     def test_a_base_among_the_inputs_is_no_model(self, files: dict[str, Path], tmp_path: Path) -> None:
         base, a, b = files.values()
-        beside = self.result(tmp_path, [a, b], base=base, method="ties", weights=[0.7, 0.3], density=[0.5, 0.2])
+        beside = self.result(tmp_path, [a, b], base=base, method="ties", weights=[0.7, 0.3], parameters={"density": [0.5, 0.2]})
         among = self.result(
-            tmp_path, [a, base, b], base=base, method="ties", weights=[0.7, 9, 0.3], density=[0.5, 0.9, 0.2]
+            tmp_path, [a, base, b], base=base, method="ties", weights=[0.7, 9, 0.3], parameters={"density": [0.5, 0.9, 0.2]}
         )
         assert torch.equal(beside, among)
 
@@ -121,7 +121,7 @@ class TestBase:
         from safetensors import safe_open
 
         base, a, b = files.values()
-        sm.merge([a, b], tmp_path / "out.safetensors", base=base, method="dare_ties", density=0.5, seed=7)
+        sm.merge([a, b], tmp_path / "out.safetensors", base=base, method="dare_ties", parameters={"density": 0.5}, seed=7)
         with safe_open(tmp_path / "out.safetensors", "pt") as file:
             record = json.loads(file.metadata()["streammerge"])
         assert record == {

@@ -65,20 +65,20 @@ def _parsed(form: type[Any], given: Overrides) -> dict[str, Any]:
     """Options as the values of a form's keys."""
     made = {}
     for name, value in given.items():
-        kind, option = form.__dataclass_fields__[name].metadata["kind"], f"--{name.replace('_', '-')}"
+        kind = form.__dataclass_fields__[name].metadata["kind"]
         try:
             made[name] = kind.parse(value)
         except RecipeError as error:
-            raise RecipeError(f"{option}: {error}") from error
+            raise RecipeError(f"`{name}`: {error}") from error
         except (ValueError, TypeError) as error:
-            raise RecipeError(f"{option} takes {kind.words}, not {printable(value)}") from error
+            raise RecipeError(f"`{name}` takes {kind.words}, not {printable(value)}") from error
     return made
 
 
 def conversion(path: str, drop: Sequence[str], keep: Sequence[str], overrides: Overrides) -> Recipe:
     """A merge of one input by ``copy``: what is dropped and what is kept are rules."""
     if "" in (*drop, *keep):
-        raise RecipeError("--drop and --keep take a pattern, like 'dvae.*'")
+        raise RecipeError("`drop` and `keep` take a pattern, like 'dvae.*'")
     rules = [Rule((parse_pattern(pattern),), drop=True) for pattern in drop]
     if keep:
         rules += [Rule((parse_pattern(pattern),)) for pattern in keep]

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 from streammerge.methods.contracts import MergeMethod
-from streammerge.options import EMA_CHOICES, INTEGERS, ON_MISSING, ON_SHAPE
+from streammerge.options import MERGE, Converting, options_of
 from streammerge.recipe.fields import (
     TEXT,
     TRUTH,
@@ -25,12 +25,20 @@ from streammerge.recipe.fields import (
     Plain,
     key,
     one_of,
+    option_key,
     place_of,
 )
 from streammerge.recipe.patterns import Pattern
 from streammerge.recipe.scalars import COMPUTE, DTYPE, LAYER_RANGE, METHOD, MODEL, PATTERN, SIZE, parameter_docs
 from streammerge.recipe.settings import Settings, SettingsKind
 from streammerge.tensors.dtypes import DType
+
+_OPTIONS = options_of(Converting, *MERGE)
+
+
+def _chosen(name: str) -> Any:
+    """A key that takes one of the choices of the option of that name."""
+    return option_key(one_of(_OPTIONS[name].choices), _OPTIONS[name])
 
 
 class Reference(NamedTuple):
@@ -126,9 +134,9 @@ class Rule:
 class Output:
     """How the output is written."""
 
-    max_shard_size: int | None = key(SIZE, "Largest file of a folder; as the first input's when left out.", default=None)
-    keep_optimizer: bool = key(TRUTH, "Keep the first input's optimizer and scheduler in a .pth.", default=False)
-    strip_prefix: str = key(TEXT, "Removed from the names that begin with it.", default="")
+    max_shard_size: int | None = option_key(SIZE, _OPTIONS["max_shard_size"])
+    keep_optimizer: bool = option_key(TRUTH, _OPTIONS["keep_optimizer"], default=False)
+    strip_prefix: str = option_key(TEXT, _OPTIONS["strip_prefix"], default="")
 
 
 _TOKENIZERS = (
@@ -148,7 +156,7 @@ class Recipe:
         "tokenizer": _TOKENIZERS,
         "chat_template": "set it in the output's tokenizer_config.json",
         "name": "it belongs to configurations of several documents; run one document at a time",
-        "out_path": "name the output with -o",
+        "out_path": "name the output with `out`",
     }
     MEANT: ClassVar = {"method": "merge_method", "base": "base_model", "weights": "models", "inputs": "models"}
 
@@ -159,17 +167,17 @@ class Recipe:
     base_model: str | None = key(MODEL, "The models' common ancestor.", default=None)
     parameters: Settings = key(SETTINGS, "Parameters of the method.", default_factory=dict)
     rules: tuple[Rule, ...] = key(ListOf(FormOf(Rule), least=0), "Other ways for some tensors.", default=())
-    dtype: DType | None = key(DTYPE, "Dtype of the output; the first checkpoint's when left out.", default=None)
-    out_dtype: DType | None = key(DTYPE, "The same; wins over dtype.", default=None)
-    compute_dtype: DType | None = key(COMPUTE, "What is computed in; the method's when left out.", default=None)
-    state_dict: str | None = key(TEXT, "Which state dict of wrapped files, for all models.", default=None)
-    ema: str = key(one_of(EMA_CHOICES), "Averaged weights beside plain ones.", default="ignore")
-    on_missing: str = key(one_of(ON_MISSING), "Tensors that are not in every model.", default="error")
-    on_shape: str = key(one_of(ON_SHAPE), "Tensors whose shapes differ.", default="error")
-    integers: str | None = key(one_of(INTEGERS), "Integer tensors that differ.", default=None)
-    allow_nonfinite: bool = key(TRUTH, "Write NaN and infinity instead of stopping.", default=False)
+    dtype: DType | None = option_key(DTYPE, _OPTIONS["dtype"])
+    out_dtype: DType | None = option_key(DTYPE, _OPTIONS["out_dtype"])
+    compute_dtype: DType | None = option_key(COMPUTE, _OPTIONS["compute_dtype"])
+    state_dict: str | None = option_key(TEXT, _OPTIONS["state_dict"])
+    ema: str = _chosen("ema")
+    on_missing: str = _chosen("on_missing")
+    on_shape: str = _chosen("on_shape")
+    integers: str | None = _chosen("integers")
+    allow_nonfinite: bool = option_key(TRUTH, _OPTIONS["allow_nonfinite"], default=False)
     output: Output = key(FormOf(Output), "How the output is written.", default_factory=Output)
-    seed: int = key(WHOLE, "For the methods that draw random numbers.", default=0)
+    seed: int = option_key(WHOLE, _OPTIONS["seed"], default=0)
     places: Places = field(default_factory=dict, compare=False, repr=False)
     written: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
