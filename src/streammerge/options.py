@@ -177,7 +177,7 @@ def text(value: Any) -> str:
 def path(value: Any) -> str:
     """A path, ``~`` expanded; a slash at its end stays. Raises TypeError and ValueError for what is none."""
     found = os.fspath(value)
-    if not isinstance(found, str) or not found:
+    if not isinstance(found, str):
         raise TypeError
     return os.path.expanduser(found)  # noqa: PTH111 - a trailing slash stays
 

@@ -56,9 +56,7 @@ class Registry(Generic[Thing]):
     @cached_property
     def plugins(self) -> dict[str, EntryPoint]:
         """The entry points of installed packages by name; of two with one name the first that is found."""
-        from importlib.metadata import (
-            entry_points,
-        )  # here, since it takes as long to import as a file takes to be looked at
+        from importlib.metadata import entry_points  # here: importing it takes as long as looking at a file
 
         found: dict[str, EntryPoint] = {}
         for point in entry_points(group=self.group):
@@ -83,27 +81,30 @@ class Registry(Generic[Thing]):
 
     def find(self, name: str) -> Thing | None:
         """What has that name; None where nothing has. Raises RecipeError for a clash, or a plug-in that does not load."""
-        if name in self._own and name not in self._replacing and (name in self.built_in or name in self.plugins):
+        own = self._own.get(name)
+        if own is not None and name in self._replacing:
+            return own
+        known = self.built_in.get(name) or self._plugin(name)
+        if own is not None and known is not None and known is not own:
             whose = "is built in" if name in self.built_in else f"is a plug-in of {_package(self.plugins[name])}"
             raise RecipeError(
                 f"the {self.kind} {printable(name)} {whose}, and this program registers another under that name; "
                 "rename it, register it with replace=True, or pass it itself instead of its name"
             )
-        for known in (self._own, self.built_in, self._loaded):
-            if name in known:
-                return known[name]
-        return self._load(name) if name in self.plugins else None
+        return known or own
 
     def is_known_as(self, name: str, thing: Thing) -> bool:
         """Whether the name stands for that thing in every process, and not only where a program registers it."""
-        return any(known.get(name) is thing for known in (self.built_in, self._loaded))
+        if name in self.built_in:
+            return self.built_in[name] is thing
+        return name in self.plugins and self._plugin(name) is thing
 
     def all(self) -> dict[str, Thing]:
         """Everything by name. A plug-in that does not load is left out."""
         found = dict(self.built_in)
         for name in self.plugins:
             try:
-                found.setdefault(name, self._loaded.get(name) or self._load(name))
+                found.setdefault(name, self._load(name))
             except RecipeError:
                 continue
         return found | {name: thing for name, thing in self._own.items() if name not in found or name in self._replacing}
@@ -113,9 +114,14 @@ class Registry(Generic[Thing]):
         yield from list(self._own.values())
         for name in self.plugins:
             if name not in self._own:
-                yield self._loaded.get(name) or self._load(name)
+                yield self._load(name)
+
+    def _plugin(self, name: str) -> Thing | None:
+        return self._load(name) if name in self.plugins else None
 
     def _load(self, name: str) -> Thing:
+        if name in self._loaded:
+            return self._loaded[name]
         point = self.plugins[name]
         try:
             loaded = point.load()

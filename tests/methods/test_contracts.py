@@ -80,7 +80,9 @@ class TestBase:
 
     def test_a_base_among_the_inputs_is_no_model(self, files: dict[str, Path], tmp_path: Path) -> None:
         base, a, b = files.values()
-        beside = self.result(tmp_path, [a, b], base=base, method="ties", weights=[0.7, 0.3], parameters={"density": [0.5, 0.2]})
+        beside = self.result(
+            tmp_path, [a, b], base=base, method="ties", weights=[0.7, 0.3], parameters={"density": [0.5, 0.2]}
+        )
         among = self.result(
             tmp_path, [a, base, b], base=base, method="ties", weights=[0.7, 9, 0.3], parameters={"density": [0.5, 0.9, 0.2]}
         )
@@ -88,10 +90,10 @@ class TestBase:
 
     def test_slerp_starts_at_the_base(self, files: dict[str, Path], tmp_path: Path) -> None:
         _, a, b = files.values()
-        forth = self.result(tmp_path, [a, b], method="slerp", t=0.2)
-        back = self.result(tmp_path, [a, b], method="slerp", t=0.8, base=b)
+        forth = self.result(tmp_path, [a, b], method="slerp", parameters={"t": 0.2})
+        back = self.result(tmp_path, [a, b], method="slerp", parameters={"t": 0.8}, base=b)
         torch.testing.assert_close(forth, back)
-        alone = self.result(tmp_path, [b], method="slerp", t=0.2, base=a)
+        alone = self.result(tmp_path, [b], method="slerp", parameters={"t": 0.2}, base=a)
         assert torch.equal(forth, alone)
 
     def test_a_base_that_linear_has_among_its_inputs_only_comes_first(self, files: dict[str, Path], tmp_path: Path) -> None:
