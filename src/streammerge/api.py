@@ -215,7 +215,7 @@ def convert(
 ) -> Result:
     """Writes a checkpoint in another container: ``.pth`` to safetensors or back, one file or shards.
 
-    ``path``: a file or folder. ``drop`` and ``keep`` take glob patterns on tensor names. ``listener`` and the errors are
+    ``path``: a file or folder. ``out``: its name decides the container. ``drop`` and ``keep`` take glob patterns on tensor names. ``listener`` and the errors are
     those of :func:`merge`.
     """
     given = locals()
@@ -249,8 +249,8 @@ def verify(
     workers: int | None = None,
     io: Io = "mmap",
 ) -> Verified:
-    """Whether an output is what its receipt says: its structure, the checksum of every byte, and, where its inputs are
-    at hand, the values of a sample of its tensors, computed again in float64.
+    """Whether the output ``out`` is what its receipt says: its structure, the checksum of every byte, and, where its inputs
+    are at hand, the values of a sample of its tensors, computed again in float64.
 
     ``sample``: a share like ``"5%"`` or ``0.05``, ``"100%"`` for all, 0 for none; when it is given, that the inputs are
     absent is an error. Raises VerifyError when anything is wrong or cannot be verified.

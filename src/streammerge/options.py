@@ -226,7 +226,7 @@ SIZE = Kind("a size like 512MiB", _size)
 PATTERNS = Kind("patterns like 'dvae.*'", _texts, many=True)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Merging(Options):
     """What is merged, and how."""
 
@@ -261,7 +261,7 @@ class Merging(Options):
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Choosing(Options):
     """Which of the inputs are merged."""
 
@@ -279,7 +279,7 @@ class Choosing(Options):
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Policies(Options):
     """What becomes of tensors that do not fit together."""
 
@@ -297,7 +297,7 @@ class Policies(Options):
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Selection(Options):
     """Which tensors of a file are the weights."""
 
@@ -317,7 +317,7 @@ class Selection(Options):
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Output(Options):
     """What is written."""
 
@@ -331,7 +331,7 @@ class Output(Options):
     hash: bool = option("Put the SHA-256 of each input into the output's receipt.", TRUTH, default=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Converting(Options):
     """What a conversion changes."""
 
@@ -346,7 +346,7 @@ class Converting(Options):
     extras: PathLike | None = option("Write what is not a tensor there, readable.", PATH, metavar="FILE.json")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Verifying(Options):
     """What is verified."""
 
@@ -363,7 +363,7 @@ class Verifying(Options):
     own_methods: bool = option("Let the recipe name methods that are your own code.", TRUTH, default=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Resources(Options):
     """What the work may take, and how it is done. The output's bytes depend on none of it."""
 
@@ -374,7 +374,7 @@ class Resources(Options):
     io: Io = option("How inputs are read; pread for network drives.", _one_of(IO), default="mmap", choices=IO)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Running(Options):
     """How the output is made. Its bytes depend on none of it."""
 

@@ -10,7 +10,7 @@ _OPTIONS = options_of(*MERGE, *CONVERT, *VERIFY)
 _NAMED = re.compile(
     r"""`(?P<name>[a-z_]+)(?:=(?P<value>\{[^`{}]*\}|"[^`"]*"|'[^`']*'|[^`"'{}\s]+))?`|`"(?P<word>[^`"]*)"`"""
 )
-_PARAMETER = re.compile(r"""['"](\w+)['"]: ([^,]+|\[[^\]]*\])""")
+_PARAMETER = re.compile(r"""['"](\w+)['"]: (\[[^\]]*\]|[^,}]+)""")
 
 
 def as_flags(text: str) -> str:

@@ -15,6 +15,7 @@ from streammerge.recipe.model import Model, Output, Recipe, Reference, Rule
 from streammerge.recipe.patterns import parse_pattern
 from streammerge.recipe.reader import checked
 from streammerge.recipe.settings import Setting, constant
+from streammerge.units import plain_number
 
 Overrides = Mapping[str, Any]
 
@@ -35,8 +36,8 @@ def recipe_of(
         parameters = {**parameters, "weight": _weights(weights, len(inputs))}
     own: list[dict[str, Setting]] = [{} for _ in inputs]
     shared: dict[str, Setting] = {}
-    for name, value in parameters.items():
-        known = name.rstrip("_")
+    for name, given in parameters.items():
+        known, value = name.rstrip("_"), plain_number(given)
         parameter = found.parameters.get(known)
         if known in shared or any(known in each for each in own):
             raise RecipeError(f"the parameter {known} is given twice")

@@ -87,8 +87,8 @@ _ALIASES = {"half": DType.F16, "float": DType.F32, "double": DType.F64, "bf16": 
 
 
 def parse_dtype(name: object) -> DType:
-    """The dtype of ``"bfloat16"``, ``"torch.bfloat16"``, ``"BF16"`` or a torch dtype. Raises RecipeError."""
-    text = str(name).removeprefix("torch.")
+    """The dtype of ``"bfloat16"``, ``"torch.bfloat16"``, ``"BF16"``, or a dtype of torch or numpy. Raises RecipeError."""
+    text = name.__name__ if isinstance(name, type) else str(name).removeprefix("torch.")  # numpy.float16 is a class
     found = BY_TORCH_NAME.get(text) or _ALIASES.get(text.lower()) or DType.__members__.get(text.upper())
     if found is None:
         import difflib
