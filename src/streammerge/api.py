@@ -215,8 +215,8 @@ def convert(
 ) -> Result:
     """Writes a checkpoint in another container: ``.pth`` to safetensors or back, one file or shards.
 
-    ``path``: a file or folder. ``out``: its name decides the container. ``drop`` and ``keep`` take glob patterns on tensor names. ``listener`` and the errors are
-    those of :func:`merge`.
+    ``path``: a file or folder. ``out``: its name decides the container. ``drop`` and ``keep`` take glob patterns on tensor
+    names. ``listener`` and the errors are those of :func:`merge`.
     """
     given = locals()
     asked, selection, output = picked(Converting, given), picked(Selection, given), picked(Output, given)

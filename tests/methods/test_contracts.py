@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
+import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +17,7 @@ from conftest import load_safetensors
 from safetensors.torch import save_file
 
 import streammerge as sm
-from streammerge.methods.registry import find_method, merge_tensors
+from streammerge.methods.registry import INTEGERS, find_method, merge_tensors
 
 Tensor = torch.Tensor
 
@@ -50,6 +54,33 @@ def test_it_is_checked_before_a_file_is_read(tmp_path: Path) -> None:
         sm.plan(missing, method="ties", base="c.pth", parameters={"densty": 1})
     with pytest.raises(sm.RecipeError, match="takes no base"):
         sm.plan(missing, base="c.pth")
+
+
+def test_every_method_is_pickled_as_its_place() -> None:
+    for method in [*sm.list_methods().values(), INTEGERS]:
+        data = pickle.dumps(method)
+        assert pickle.loads(data) is method
+        assert len(data) < 200
+        assert copy.deepcopy(method) is method
+
+
+def undecorated(group: Any, *, pull: float = 0.5) -> Any: ...
+
+
+def test_methods_of_ones_own_are_pickled_where_they_can_be_found_again() -> None:
+    for own in (undecorated, functools.partial(undecorated, pull=0.25)):
+        found = find_method(own)
+        again = pickle.loads(pickle.dumps(found))
+        assert (again.name, again.buffers, again.parameters) == (found.name, found.buffers, found.parameters)
+
+    @sm.merge_method("inner", row=lambda shape, values: 1)
+    def inner(group: Any) -> Any: ...
+
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        pickle.dumps(find_method(inner))
+    by_hand = replace(find_method("ties"), buffers=99)
+    with pytest.raises(pickle.PicklingError, match="ties cannot be sent to another process"):
+        pickle.dumps(by_hand)
 
 
 def test_kinds_of_parameters() -> None:

@@ -90,6 +90,33 @@ class TestOwnMethod:
         with pytest.raises(sm.RecipeError, match="did you mean scale"):
             sm.merge(paths, tmp_path / "x.safetensors", method=centred, parameters={"scalee": 1})
 
+    def test_one_that_is_called_copy_is_run(self, tmp_path: Path) -> None:
+        """Dtypes are equal, so that a copy would be byte by byte."""
+
+        @sm.merge_method("copy", models=(1, 1), base="unused", passes=False)
+        def doubled(group: TensorGroup) -> Kernel:
+            return lambda chunk: 2 * chunk.models[0]
+
+        paths, stacked = self.models(tmp_path)
+        sm.merge(paths[:1], tmp_path / "out.safetensors", method=doubled)
+        assert torch.equal(load_safetensors(tmp_path / "out.safetensors")["w"], 2 * stacked[0])
+
+    def test_two_of_one_name_have_their_own_parameters(self, tmp_path: Path) -> None:
+        def add(default: float) -> Callable[..., Kernel]:
+            @sm.merge_method("add", passes=False)
+            def add(group: TensorGroup, *, what: float = default) -> Kernel:
+                return lambda chunk: chunk.models[0] + what
+
+            return add
+
+        save_file({"a": torch.zeros(3), "b": torch.zeros(3)}, tmp_path / "in.safetensors")
+        rules = [{"match": "b", "merge_method": add(2.0)}]
+        models = [{"model": str(tmp_path / "in.safetensors")}]
+        recipe = {"merge_method": add(1.0), "models": models, "rules": rules}
+        sm.merge(recipe=recipe, out=tmp_path / "out.safetensors")
+        made = load_safetensors(tmp_path / "out.safetensors")
+        assert (made["a"].tolist(), made["b"].tolist()) == ([1.0] * 3, [2.0] * 3)
+
     def test_by_its_place_on_the_command_line(self, tmp_path: Path, cli: Callable[..., Any]) -> None:
         (tmp_path / "own.py").write_text(OWN)
         paths, stacked = self.models(tmp_path)
