@@ -11,7 +11,7 @@ import tempfile
 import time
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +19,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-for room in ("methods", "formats", "running.executors"):  # makes their assertions show values too
+from streammerge.formats.detect import FORMATS
+from streammerge.methods.contracts import METHODS
+from streammerge.running.executors.registry import EXECUTORS
+
+for room in ("methods", "formats", "running.executors"):  # so that their assertions show the values too
     pytest.register_assert_rewrite(f"{room}.suite")
 torch.set_num_threads(1)  # the tests already run in parallel
 
@@ -95,6 +99,15 @@ def voice(seed: int, step: int, epoch: int, loss: float) -> dict[str, Any]:
         "date": "November 22, 2026",
         "model_loss": {"train_loss": loss, "eval_loss": None},
     }
+
+
+@pytest.fixture(autouse=True)
+def no_names_of_other_tests() -> Iterator[None]:
+    """Methods, formats and executors that a test registers are forgotten after it."""
+    before = [(each, dict(each._own), set(each._replacing)) for each in (METHODS, FORMATS, EXECUTORS)]
+    yield
+    for each, own, replacing in before:
+        each._own, each._replacing = own, replacing
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def test_every_dtype_there_and_back(tmp_path: Path) -> None:
 def test_what_safetensors_cannot_hold_is_named(tmp_path: Path) -> None:
     content = {"w": torch.ones(2), "wide": torch.ones(2, dtype=torch.complex128)}
     torch.save(content, tmp_path / "in.pth")
-    with pytest.raises(sm.MismatchError, match=r"wide \(complex128\).*--drop"):
+    with pytest.raises(sm.MismatchError, match=r"wide \(complex128\).*`drop`"):
         sm.convert(tmp_path / "in.pth", tmp_path / "out.safetensors")
     sm.convert(tmp_path / "in.pth", tmp_path / "out.safetensors", drop=["wide"])
     sm.convert(tmp_path / "in.pth", tmp_path / "out.pth")
@@ -94,7 +94,7 @@ def test_patterns_that_meet_nothing_are_said(tmp_path: Path) -> None:
     torch.save(trained(1), tmp_path / "in.pth")
     result = sm.convert(tmp_path / "in.pth", tmp_path / "out.safetensors", drop=["nothing*"], strip_prefix="nope.")
     assert any("the rule for nothing* took no tensor" in warning for warning in result.warnings)
-    assert any("--strip-prefix nope." in warning for warning in result.warnings)
+    assert any("`strip_prefix` nope." in warning for warning in result.warnings)
 
 
 def test_a_pth_keeps_ema_and_drops_the_optimizer(tmp_path: Path) -> None:

@@ -247,8 +247,8 @@ class TestShapes:
             "b.safetensors has 1 that a.safetensors lacks (they stay out): gpt.new",
             "gpt.text_embedding.weight  [30, 8]  [40, 8] in b.safetensors  vocabulary 30 against 40",
             "this looks like vocabulary 30 against 40",
-            "--on-missing base",
-            "--on-shape base (keep the first's) or rows",
+            '`on_missing="base"`',
+            '`on_shape="base"` (keep the first\'s) or `"rows"`',
         ):
             assert part in said, said
 

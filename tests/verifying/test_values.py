@@ -66,11 +66,11 @@ def crc32c(data: bytes) -> int:
         {"weights": [0.7, 0.3]},
         {"dtype": "bfloat16"},
         {"method": "karcher"},
-        {"method": "ties", "base": "a.safetensors", "density": 0.3},
-        {"method": "dare_ties", "base": "a.safetensors", "density": 0.5, "seed": 7},
+        {"method": "ties", "base": "a.safetensors", "parameters": {"density": 0.3}},
+        {"method": "dare_ties", "base": "a.safetensors", "parameters": {"density": 0.5}, "seed": 7},
         {"method": "model_stock", "base": "a.safetensors"},
-        {"method": "sce", "base": "a.safetensors", "select_topk": 0.4},
-        {"dtype": "float16", "method": "slerp", "t": 0.4},
+        {"method": "sce", "base": "a.safetensors", "parameters": {"select_topk": 0.4}},
+        {"dtype": "float16", "method": "slerp", "parameters": {"t": 0.4}},
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )
@@ -601,7 +601,7 @@ def test_one_digest_however_it_was_run(long: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("streammerge.planning.tasks.PIECE_ELEMS", 1 << 16)
     options: dict[str, Any] = {"method": method}
     if method == "dare_ties":
-        options |= {"base": "0.safetensors", "density": 0.4, "seed": 3}
+        options |= {"base": "0.safetensors", "parameters": {"density": 0.4}, "seed": 3}
     made = set()
     ways = [(workers, "512MiB", "mmap") for workers in range(1, 9)]
     ways += [(workers, memory, io) for workers in (1, 3) for memory in ("64MiB", "4GiB") for io in ("mmap", "pread")]

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from streammerge.cli import convert, inspect, merge, methods, plan, verify
+from streammerge.cli.flags import as_flags
 from streammerge.cli.signals import Stopped, stoppable
 from streammerge.cli.streams import open_standard_streams
 from streammerge.cli.terminal import say
@@ -52,7 +53,7 @@ def main() -> None:
     except StreammergeError as error:
         if debug:
             _print_traceback()
-        _fail(str(error), error.exit_code)
+        _fail(as_flags(str(error)), error.exit_code)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)

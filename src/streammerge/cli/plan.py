@@ -7,23 +7,19 @@ from typing import Any
 import click
 
 from streammerge.cli import options
-from streammerge.cli.arguments import plan_arguments
+from streammerge.cli.arguments import as_arguments
 from streammerge.cli.reports import show_plan
+from streammerge.options import PLAN
 
 
 @click.command()
-@options.merging
-@click.option("-o", "--out", type=click.Path(), metavar="OUT", help="The output, by whose name its container is planned.")
-@click.option(
-    "--format",
-    "form",
-    type=click.Choice(["human", "json", "yaml", "quiet"]),
-    default="human",
-    help="How to report; yaml: the recipe of this command.",
-)
+@options.inputs
+@options.of(*PLAN)
+@options.out(required=False)
+@options.report("human", "json", "yaml", "quiet", note="; yaml: the recipe of this command")
 @options.debug
-def plan(inputs: tuple[str, ...], out: str | None, form: str, debug: bool, **wishes: Any) -> None:
+def plan(inputs: tuple[str, ...], out: str | None, form: str, debug: bool, **typed: Any) -> None:
     """Show what merge would do; nothing is written."""
     from streammerge import api
 
-    show_plan(api.plan(inputs, out, **plan_arguments(wishes)), form)
+    show_plan(api.plan(inputs, out, **as_arguments(typed)), form)

@@ -79,7 +79,7 @@ def align(recipe: Recipe, indexes: Indexes) -> Alignment:
         _Aligner(recipe, indexes, part, rules, alignment, mismatch).run()
     mismatch.refuse(recipe)
     _refuse_quantised(indexes, alignment.merged)
-    alignment.warnings += [f"--on-missing {recipe.on_missing}: {row}" for row in mismatch.rows()]
+    alignment.warnings += [f'`on_missing="{recipe.on_missing}"`: {row}' for row in mismatch.rows()]
     if not alignment.merged:
         raise RecipeError(
             "the rules leave no tensor over" if first.entries else f"{printable(first.path)} has no tensors to merge"
@@ -103,7 +103,7 @@ def _idle(recipe: Recipe, taken: list[int], names: Any) -> list[str]:
             said.append(f"{recipe.at(rule.path)}the rule for {printable(rule)} took no tensor: {why}")
     prefix = recipe.output.strip_prefix
     if prefix and not any(n.startswith(prefix) for n in names):
-        said.append(f"no tensor's name matches --strip-prefix {printable(prefix)}")
+        said.append(f"no tensor's name matches `strip_prefix` {printable(prefix)}")
     return said
 
 
@@ -307,7 +307,7 @@ class _Aligner:
             self.mismatch.differing.append(differing)
             return sources, None, None
         if policy == "base":
-            self.alignment.warnings.append(f"--on-shape base: {printable(name)} is kept as the first has it")
+            self.alignment.warnings.append(f'`on_shape="base"`: {printable(name)} is kept as the first has it')
             return sources, None, True
         shapes = [s.spec.shape for s, _ in present]
         if any(len(s) == 0 or s[1:] != first.shape[1:] for s in shapes) or first.dtype.kind == "packed":
@@ -316,7 +316,7 @@ class _Aligner:
         least, most = min(s[0] for s in shapes), max(s[0] for s in shapes)
         largest = next(s for s, _ in present if s.spec.shape[0] == most)
         self.alignment.warnings.append(
-            f"--on-shape rows: {least} rows of {printable(name)} are merged, the other {most - least} are those of "
+            f'`on_shape="rows"`: {least} rows of {printable(name)} are merged, the other {most - least} are those of '
             f"{printable(largest.path)}"
         )
         return [s and _rows(s, 0, least) for s in sources], _rows(largest, least, most), False
@@ -387,5 +387,5 @@ def _check_output_names(merged: list[Merged]) -> None:
     seen: set[str] = set()
     for name in (n for m in merged for n in (m.spec.name, *m.tied)):
         if name in seen:
-            raise RecipeError(f"two tensors would be called {printable(name)} in the output; change --strip-prefix")
+            raise RecipeError(f"two tensors would be called {printable(name)} in the output; change `strip_prefix`")
         seen.add(name)

@@ -23,12 +23,12 @@ from streammerge.recipe.summary import recipe_lines, rule_lines, weight_notes
 from streammerge.stores.local import Identity, identity
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorEntry
-from streammerge.units import binary_bytes, decimal_bytes
+from streammerge.units import binary_bytes, counted, decimal_bytes
 
 _EXAMPLE_OUT = "merged.safetensors"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Plan:
     """All of a run: ``tasks`` in the order of reading, the ``layout`` of the output, and what it will cost.
 
@@ -104,6 +104,13 @@ class Plan:
             "warnings": self.warnings,
             "tasks": [_task_json(task) for task in self.tasks],
         }
+
+    def __repr__(self) -> str:
+        return (
+            f"<Plan {self.recipe.merge_method.name} of {counted(len(self.recipe.inputs), 'model')} -> "
+            f"{printable(self.out) if self.out else '(no output named)'}: {counted(len(self.tasks), 'tensor')}, "
+            f"{decimal_bytes(self.write_bytes)}, peak memory {binary_bytes(self.peak_bytes)} projected>"
+        )
 
     def __str__(self) -> str:
         recipe = self.recipe

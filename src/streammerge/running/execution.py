@@ -19,9 +19,10 @@ from streammerge.running.workspace import prepare_torch
 from streammerge.stores import faults
 from streammerge.stores.commit import Staging, check_writable
 from streammerge.stores.local import identity, space_checked
+from streammerge.units import binary_bytes, counted, decimal_bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Result:
     """What a run did. Memory is resident bytes by the kernel's count: ``peak_bytes`` above ``startup_bytes``."""
 
@@ -35,6 +36,13 @@ class Result:
     plan: Plan
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return (
+            f"<Result {printable(self.out)}: {counted(len(self.plan.tasks), 'tensor')}, "
+            f"{decimal_bytes(self.written_bytes)} written in {self.seconds:.1f} s, "
+            f"peak memory {binary_bytes(self.peak_bytes)} of {binary_bytes(self.memory_bytes)}>"
+        )
 
 
 def execute(plan: Plan, options: RunOptions, resident_before: int) -> Result:
@@ -148,7 +156,7 @@ def refuse_extras(extras: Path, plan: Plan, overwrite: bool) -> None:
     same = {known[:2] for known in plan.identities.values()}
     linked = extras.exists() and identity(extras)[:2] in same
     if linked or taken & {extras.resolve(), *extras.resolve().parents}:
-        raise RecipeError(f"--extras {printable(extras)} is, or lies in, an input or the output; choose another name")
+        raise RecipeError(f"`extras` {printable(extras)} is, or lies in, an input or the output; choose another name")
 
 
 def _made_before(out: Path) -> set[str]:

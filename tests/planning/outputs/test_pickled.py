@@ -30,7 +30,7 @@ def test_a_voice_keeps_its_container(tmp_path: Path, voices: tuple[Path, Path]) 
     name = "xtts.layer.weight"
     assert octets(merged["model"][name]) == octets(mean([news["model"][name], audiobook["model"][name]], [0.6, 0.4]))
     assert merged["model"]["xtts.norm.num_batches_tracked"].item() == 102
-    assert any("optimizer" in note and "--keep-optimizer" in note for note in result.notes)
+    assert any("optimizer" in note and "`keep_optimizer=True`" in note for note in result.notes)
 
 
 def test_the_archive_is_sound(tmp_path: Path, voices: tuple[Path, Path]) -> None:
@@ -175,7 +175,7 @@ def test_ema_weights_are_named_and_not_left_stale(tmp_path: Path) -> None:
     )
     sm.merge(paths, tmp_path / "named.safetensors", state_dict="ema")
     assert octets(load_safetensors(tmp_path / "named.safetensors")["layer.bias"]) == octets(merged["ema"]["layer.bias"])
-    with pytest.raises(sm.RecipeError, match=r"--state-dict nothing.*it has model, ema"):
+    with pytest.raises(sm.RecipeError, match=r"`state_dict` nothing.*it has model, ema"):
         sm.inspect(paths[0], state_dict="nothing")
 
 
