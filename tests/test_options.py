@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy
 import pytest
 import torch
@@ -52,9 +53,11 @@ def test_a_signature_says_what_the_classes_say(name: str) -> None:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_command_line_has_the_same_options(name: str) -> None:
     options = options_of(*FUNCTIONS[name][1])
-    typed = {each.name: each for each in cli.commands[name].params if each.param_type_name == "option"}
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    typed = {each.name: each for each in command.params if each.param_type_name == "option"}
     wanted = {each.name if each.short or not each.negated else f"no_{each.name}": each for each in options.values()}
-    context = cli.commands[name].make_context(name, ["in", *(["-o", "out"] if "out" in typed else [])])
+    context = command.make_context(name, ["in", *(["-o", "out"] if "out" in typed else [])])
     assert typed.keys() - HOW_SHOWN - {"out"} == wanted.keys()
     for param, option in wanted.items():
         assert option.flag in typed[param].opts

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +91,30 @@ def test_a_wrong_call_is_one_of_our_errors(call: Callable[[], Any], said: str, w
     with pytest.raises(sm.RecipeError, match=re.escape(said)):
         call()
     assert sorted(path.name for path in world.iterdir()) == AB
+
+
+CHECKED = """
+import streammerge as sm
+
+sm.merge(["a", "b"], "out", weights=[0.6, 0.4], method="slerp", parameters={"t": 0.3}, on_missing="base")
+sm.merge({"a": 0.6}, "out").peak_bytes
+sm.inspect("a")["w"].spec.shape
+sm.merge(["a", "b"], "out", methd="ties")  # error
+sm.merge(["a", "b"], "out", on_missing="ignore")  # error
+sm.plan(["a", "b"], workers="two")  # error
+sm.convert("a", "out").peak  # error
+sm.verify("a", seed=None)  # error
+"""
+
+
+@pytest.mark.slow
+def test_a_type_checker_knows_the_options(tmp_path: Path) -> None:
+    (tmp_path / "user.py").write_text(CHECKED)
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), "user.py"]
+    environment = os.environ | {"MYPYPATH": str(Path(sm.__file__).parent.parent)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    told = {int(number) for number in re.findall(r"^user.py:(\d+): error", done.stdout, re.MULTILINE)}
+    assert told == {number for number, line in enumerate(CHECKED.splitlines(), 1) if "# error" in line}, done.stdout
 
 
 class Named:

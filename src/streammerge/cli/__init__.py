@@ -13,11 +13,6 @@ Each module imports only modules above it::
     options    the options of commands
     arguments  from what was typed to the arguments of the Python API
     reports    printing what a command found or did
-    merge
-    plan
-    convert
-    verify
-    inspect
-    methods
+    commands   a file per command
     main       the group of commands, errors, exit
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections.abc import Callable
 from types import ModuleType
@@ -18,7 +19,8 @@ def executor(name: str, *, replace: bool = False) -> Callable[[Made], Made]:
     """Registers a class, or a function, that makes an executor of so many workers: ``executor=name`` then finds it."""
 
     def mark(made: Made) -> Made:
-        made.executor_name = name  # type: ignore[attr-defined]
+        with contextlib.suppress(AttributeError):  # only modules of this room are looked through for it
+            made.executor_name = name  # type: ignore[attr-defined]
         EXECUTORS.register(name, made, getattr(made, "__module__", ""), replace)
         return made
 
