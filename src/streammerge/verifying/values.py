@@ -30,6 +30,7 @@ from streammerge.stores.journal import Key
 from streammerge.stores.local import InputFile, InputFiles, OutputFile, digest_outside, file_size
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import ranges
+from streammerge.tensors.threads import one_torch_thread
 from streammerge.verifying.files import Verified, rest_of
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def recompute(verified: Verified, plan: Plan, receipt: Receipt, share: float, se
         return
     sampled = {number: places[number] for number in sorted({number for number, _ in chosen})}
     prepare_torch()
-    with tempfile.TemporaryDirectory(prefix="streammerge-") as folder, faults.survived():
+    with tempfile.TemporaryDirectory(prefix="streammerge-") as folder, faults.survived(), one_torch_thread():
         check = _Recomputation(plan, sampled, chosen, Path(folder))
         wrong = check.repeated(check.in_float64())
     verified.sampled_tensors = len(sampled)
