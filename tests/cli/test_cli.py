@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Cli, load_safetensors, trained
+from conftest import Cli, hear_signals, load_safetensors, trained
 from safetensors.torch import save_file
 
 import streammerge as sm
@@ -184,7 +184,7 @@ with stoppable():
     assert (done.stdout, done.stderr) == ("stopped 143\n", "")
 
 
-def test_a_second_signal_ends_at_once() -> None:
+def test_a_second_signal_ends_at_once(job: str) -> None:
     code = """
 import os, signal, sys, time
 from streammerge.cli.signals import Stopped, stoppable
@@ -198,7 +198,8 @@ with stoppable():
         time.sleep(20)
 """
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, preexec_fn=hear_signals)
     assert (done.returncode, done.stderr) == (130, "")
     assert time.monotonic() - began < 15
 
