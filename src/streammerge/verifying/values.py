@@ -7,7 +7,7 @@ import random
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,8 +69,11 @@ def recompute(verified: Verified, plan: Plan, receipt: Receipt, share: float, se
     if not chosen:
         return
     sampled = {number: places[number] for number in sorted({number for number, _ in chosen})}
-    prepare_torch()
-    with tempfile.TemporaryDirectory(prefix="streammerge-") as folder, faults.survived(), one_torch_thread():
+    alone: AbstractContextManager[None] = nullcontext()
+    if plan.torch_needed:
+        prepare_torch()
+        alone = one_torch_thread()
+    with tempfile.TemporaryDirectory(prefix="streammerge-") as folder, faults.survived(), alone:
         check = _Recomputation(plan, sampled, chosen, Path(folder))
         wrong = check.repeated(check.in_float64())
     verified.sampled_tensors = len(sampled)
