@@ -101,3 +101,29 @@ def test_command_line_and_python_call_the_same_things_the_same() -> None:
         assert arguments - typed - given_otherwise <= {"executor", "listener", "normalize", "resume"}
         described = " ".join(inspect.getdoc(function) or "" for function in (*functions, sm.plan, sm.merge))
         assert not [name for name in arguments - {"options"} if f"``{name}" not in described]
+
+
+WITHOUT_TESTS = {
+    "api", "options",
+    "checkpoints.conversions", "checkpoints.huggingface", "checkpoints.index",
+    "cli.arguments", "cli.convert", "cli.inspect", "cli.main", "cli.merge", "cli.methods", "cli.options", "cli.plan",
+    "cli.render", "cli.reports", "cli.verify",
+    "formats.archive", "formats.base",
+    "planning.alignment", "planning.digest", "planning.mismatch", "planning.outputs.bookkeeping",
+    "planning.outputs.container", "planning.outputs.layout", "planning.parameters", "planning.receipt",
+    "planning.views",
+    "recipe.arguments", "recipe.checks", "recipe.fields", "recipe.locations", "recipe.model", "recipe.reader",
+    "recipe.scalars", "recipe.summary",
+    "running.engine", "running.executors.base", "running.process", "running.readback",
+    "stores.faults", "stores.journal",
+    "verifying.files",
+}  # fmt: skip
+"""Modules that have no test file of their own yet. None may be added."""
+
+
+def test_every_module_has_its_test_file() -> None:
+    """``streammerge/room/module.py`` is tested in ``tests/room/test_module.py``."""
+    tests = Path(__file__).parent
+    named = {name: path.relative_to(SOURCE) for name, path in modules().items() if not path.stem.startswith("__")}
+    missing = {name for name, path in named.items() if not (tests / path.parent / f"test_{path.name}").exists()}
+    assert missing == WITHOUT_TESTS
