@@ -149,6 +149,7 @@ def forked(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
         if not child:
+            hear_signals()
             run_command(words, folder, out.fileno(), err.fileno())
         deadline = time.monotonic() + CLI_SECONDS
         while not (ended := os.waitpid(child, os.WNOHANG))[0]:
@@ -157,6 +158,25 @@ def forked(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
             time.sleep(0.005)
         shown = [stream.seek(0) or stream.read().decode() for stream in (out, err)]
     return subprocess.CompletedProcess(words, os.waitstatus_to_exitcode(ended[1]), *shown)
+
+
+def hear_signals() -> None:
+    """Undoes, in a child, that SIGINT and SIGHUP are ignored. A suite that runs in the background or under nohup ignores
+    them, and so would all of its children. Given to subprocess as ``preexec_fn``."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+@pytest.fixture(params=["foreground", "background"])
+def job(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test twice: as the suite was started, and with SIGINT and SIGHUP ignored, as in the background."""
+    if request.param == "foreground":
+        yield request.param
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
+    yield request.param
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def run_command(words: list[str], folder: Path, out: int, err: int) -> NoReturn:

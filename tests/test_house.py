@@ -123,3 +123,57 @@ def test_what_is_imported_is_declared() -> None:
     others = {called.get(name, name) for name in found - {*sys.stdlib_module_names, "streammerge"}}
     assert others | {"numpy"} == declared
     assert 'framework="numpy"' in (SOURCE / "running/readback.py").read_text()
+
+
+WITHOUT_TESTS = {
+    "api",
+    "checkpoints.conversions",
+    "checkpoints.huggingface",
+    "checkpoints.index",
+    "cli.arguments",
+    "cli.commands.convert",
+    "cli.commands.inspect",
+    "cli.commands.merge",
+    "cli.commands.methods",
+    "cli.commands.plan",
+    "cli.commands.verify",
+    "cli.flags",
+    "cli.main",
+    "cli.options",
+    "cli.render",
+    "cli.reports",
+    "formats.archive",
+    "formats.base",
+    "planning.alignment",
+    "planning.digest",
+    "planning.mismatch",
+    "planning.outputs.bookkeeping",
+    "planning.outputs.container",
+    "planning.outputs.layout",
+    "planning.parameters",
+    "planning.views",
+    "recipe.arguments",
+    "recipe.checks",
+    "recipe.fields",
+    "recipe.locations",
+    "recipe.model",
+    "recipe.reader",
+    "recipe.scalars",
+    "recipe.summary",
+    "running.engine",
+    "running.executors.base",
+    "running.executors.registry",
+    "running.readback",
+    "stores.faults",
+    "stores.journal",
+    "verifying.files",
+}
+"""Modules that have no test file of their own yet. None may be added."""
+
+
+def test_every_module_has_its_test_file() -> None:
+    """``streammerge/room/module.py`` is tested in ``tests/room/test_module.py``."""
+    tests = Path(__file__).parent
+    named = {name: path.relative_to(SOURCE) for name, path in modules().items() if not path.stem.startswith("__")}
+    missing = {name for name, path in named.items() if not (tests / path.parent / f"test_{path.name}").exists()}
+    assert missing == WITHOUT_TESTS

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
+from streammerge.checkpoints.profiles import Profile, profile_of
 from streammerge.errors import MismatchError, RecipeError, listed, printable
 from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import COPY, INTEGERS
@@ -18,7 +20,7 @@ from streammerge.planning.parameters import ParameterValues, shares
 from streammerge.planning.views import Indexes, Part, Restacked, View, make_parts
 from streammerge.recipe.model import Recipe, Rule
 from streammerge.tensors.dtypes import DType
-from streammerge.tensors.names import describe_match, ignored_by_loader, match_names
+from streammerge.tensors.names import describe_match, match_names
 from streammerge.tensors.quantised import belongs, companions
 from streammerge.tensors.spec import TensorEntry, TensorSpec, contiguous_strides
 
@@ -170,16 +172,25 @@ class _Aligner:
             extra = [n for n in other.entries if n not in used and other.aliases.get(n) not in used]
             extra = [n for n in extra if not _drops(self.rules.of(n))]
             partial.update(missing)
-            self._note_mismatch(other, *([n for n in names if not ignored_by_loader(n)] for names in (missing, extra)))
-        optional = [n for n in ruled if n in partial and ignored_by_loader(n)]
-        if optional:
+            self._note_mismatch(other, *([n for n in names if not self._optional(n)] for names in (missing, extra)))
+        optional = [n for n in ruled if n in partial and self._optional(n)]
+        if optional and self.profile:
             self.alignment.notes.append(
-                f"{len(optional)} tensors that the XTTS loader ignores ({optional[0].split('.')[0]}.*, ...) are not in "
-                "every input; they are kept as in the first"
+                f"{len(optional)} tensors that the {self.profile.name} loader ignores ({optional[0].split('.')[0]}.*, ...) "
+                "are not in every input; they are kept as in the first"
             )
         if self.recipe.on_missing == "drop":
-            return [n for n in ruled if n not in partial or ignored_by_loader(n)]
+            return [n for n in ruled if n not in partial or self._optional(n)]
         return list(ruled)
+
+    def _optional(self, name: str) -> bool:
+        """Whether an input may lack the tensor, because the program that the first checkpoint belongs to ignores it."""
+        return self.profile is not None and self.profile.ignores(name)
+
+    @cached_property
+    def profile(self) -> Profile | None:
+        """The first checkpoint's. Looked for only where inputs lack tensors, since this reads every name."""
+        return profile_of(self.indexes[self.recipe.checkpoints[0]])
 
     def _note_mismatch(self, other: View, missing: list[str], extra: list[str]) -> None:
         path = str(other.index.path)
@@ -247,7 +258,7 @@ class _Aligner:
         used = [sources[number] for number in order]
         present = tuple(filter(None, used))
         lacking = len(present) < len(used)
-        absent_here = lacking and (recipe.on_missing == "base" or ignored_by_loader(name))
+        absent_here = lacking and (recipe.on_missing == "base" or self._optional(name))
         too_few = lacking and sum(s is not None for s in used[based:]) < method.models[0]
         if keep or method is COPY or absent_here or too_few:
             return Merged(names, spec, COPY, (first,), tied=tied, rest=rest)

@@ -203,16 +203,19 @@ def build_plan(
     )
 
 
-def budget_of(tasks: list[MergeTask], memory_bytes: int, workers: int, io: str, staged: bool) -> tuple[Budget, str]:
+def budget_of(
+    tasks: list[MergeTask], memory_bytes: int, workers: int, io: str, staged: bool, beside_bytes: int = 0
+) -> tuple[Budget, str]:
     """How these tasks are run within that memory, and how they read: where there is no room for mapped pages of all
-    inputs, by pread. Raises BudgetError when it is too little."""
+    inputs, by pread. ``beside_bytes``: what the caller makes each worker hold beside its buffers. Raises BudgetError
+    when the memory is too little."""
     tensors = sum(len(task.sources) + 1 for task in tasks)
     try:
-        return fit(memory_bytes, workers, tensors, _cost(tasks, io), staged), io
+        return fit(memory_bytes, workers, tensors, _cost(tasks, io), staged, beside_bytes), io
     except BudgetError:
         if io != "mmap":
             raise
-        return fit(memory_bytes, workers, tensors, _cost(tasks, "pread"), staged), "pread"
+        return fit(memory_bytes, workers, tensors, _cost(tasks, "pread"), staged, beside_bytes), "pread"
 
 
 def _tasks(placed: Placed, seed: int) -> list[MergeTask]:

@@ -4,6 +4,7 @@ all."""
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from streammerge.running.workspace import prepare_torch
 from streammerge.stores import faults
 from streammerge.stores.commit import Staging, check_writable
 from streammerge.stores.local import identity, space_checked
+from streammerge.tensors.threads import one_torch_thread
 from streammerge.units import binary_bytes, counted, decimal_bytes
 
 
@@ -84,7 +86,8 @@ def _produce(plan: Plan, staging: Staging, options: RunOptions) -> Production:
     """The output, made and committed; or an error, and of the output nothing, or what a next run goes on from."""
     made, keep = None, False
     try:
-        with faults.survived(), process.collector_spared():
+        alone = one_torch_thread() if plan.torch_needed else nullcontext()
+        with faults.survived(), process.collector_spared(), alone:
             made = Production(plan, staging, options)
             made.make()
         refuse_to_lose_files(staging.out, plan)  # once more: much time has passed
