@@ -34,9 +34,12 @@ def test_the_command_line_shows_them_as_they_are_typed(said: str, typed: str) ->
 def test_errors_notes_and_plans_of_the_command_line_show_flags(cli: Cli, voices: tuple[Path, Path], tmp_path: Path) -> None:
     assert "(--keep-optimizer keeps" in cli("merge", *voices, "-o", "out.pth").stderr
     assert "pass --overwrite to replace it" in cli("merge", *voices, "-o", "out.pth", code=2).stderr
-    assert "note     left out of the output: optimizer, scheduler, scaler (--keep-optimizer" in cli("plan", *voices).stdout
-    assert "`" not in cli("plan", *voices, "-o", "out.pth").stdout
-    shown = json.loads(cli("plan", *voices, "-o", "out.pth", "--format", "json").stdout)
-    assert any("--keep-optimizer" in note for note in shown["notes"])
-    assert any("--overwrite" in warning for warning in shown["warnings"])
-    assert any("`keep_optimizer=True`" in note for note in sm.plan(voices).notes), "the library speaks Python"
+    shown = cli("plan", *voices, "-o", "x.pth").stdout
+    assert "scaler (--keep-optimizer keeps the first input's)" in shown
+    assert "`" not in shown
+    told = json.loads(cli("plan", *voices, "-o", "out.pth", "--format", "json").stdout)
+    assert any("--keep-optimizer" in note for note in told["notes"])
+    assert any("--overwrite" in warning for warning in told["warnings"])
+    assert any("`keep_optimizer=True`" in note for note in sm.plan(voices, tmp_path / "x.pth").notes), (
+        "the library speaks Python"
+    )
