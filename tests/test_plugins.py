@@ -25,8 +25,6 @@ from streammerge.kernels.group import TensorGroup
 from streammerge.methods.contracts import METHODS
 from streammerge.methods.registry import LINEAR, find_method
 from streammerge.plugins import imported
-from streammerge.running.executors.registry import executors, find_executor
-from streammerge.running.executors.threads import ThreadExecutor
 
 HERE = Path(__file__).parent
 
@@ -174,24 +172,6 @@ def test_a_registered_format_is_asked_before_a_zip_archive_is_taken_for_torchs(t
 
 def test_formats_of_this_package_are_its_modules() -> None:
     assert set(FORMATS.built_in) >= {"safetensors", "torch_legacy", "torch_tar", "torch_zip"}
-
-
-def test_executors(tmp_path: Path) -> None:
-    assert executors()["threads"] is ThreadExecutor is find_executor("threads")
-    made: list[int] = []
-
-    @sm.executor("counted")
-    def counted(workers: int) -> ThreadExecutor:
-        made.append(workers)
-        return ThreadExecutor(workers)
-
-    save_file({"w": torch.ones(3)}, tmp_path / "a.safetensors")
-    sm.merge(tmp_path / "a.safetensors", tmp_path / "out.safetensors", executor="counted", workers=3)
-    assert made == [3]
-    with pytest.raises(sm.RecipeError, match=r"unknown executor thread; did you mean threads\?"):
-        find_executor("thread")
-    with pytest.raises(sm.RecipeError, match="`executor` takes a name"):
-        find_executor(3)  # type: ignore[arg-type]
 
 
 def test_importing_a_module_of_ones_own_leaves_the_path_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -385,7 +385,7 @@ def _weights(weights: Sequence[float] | None, ema_decay: float | None, inputs: i
 
 
 def _refuse_beside_recipe(said: Mapping[str, Any]) -> None:
-    """RecipeError for arguments that would contradict what a recipe says, instead of replacing it."""
+    """Raises RecipeError for arguments that contradict a recipe instead of replacing one of its keys."""
     given = [name for name, value in said.items() if value is not None]
     if given:
         raise RecipeError(
@@ -414,7 +414,7 @@ def _plan(
 
 
 def _output_warnings(planned: Plan) -> list[str]:
-    """What about the output's place would stop a run, as far as can be told now."""
+    """Warnings of what would stop a run at the output's place, as far as it is known now."""
     if planned.out is None:
         return []
     free = free_bytes(planned.out.absolute().parent)
