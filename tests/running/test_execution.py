@@ -130,7 +130,8 @@ torch.set_num_threads(4)
 ALL = ["0.safetensors", "1.safetensors", "2.safetensors"]
 
 def merged(method, out):
-    how = {"linear": {}, "slerp": {"parameters": {"t": 0.3}}, "ties": {"base": ALL[2], "parameters": {"density": 0.5}}}[method]
+    parameters = {"linear": {}, "slerp": {"t": 0.3}, "ties": {"density": 0.5}}[method]
+    how = {"parameters": parameters} | ({"base": ALL[2]} if method == "ties" else {})
     sm.merge(ALL[:2], out, method=method, workers=3, overwrite=True, **how)
 
 def forked(what, work):
