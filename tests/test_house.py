@@ -16,8 +16,8 @@ SOURCE = Path(sm.__file__).parent
 
 
 ROOMS = (
-    "errors", "events", "units", "version", "strict_json", "options",  # words
-    "tensors", "kernels", "methods", "stores", "pickles", "formats", "recipe", "checkpoints", "planning", "running",
+    "errors", "events", "units", "version", "strict_json", "options", "plugins",  # words
+    "stores", "tensors", "kernels", "methods", "pickles", "formats", "recipe", "checkpoints", "planning", "running",
     "verifying", "api", "cli", "__init__", "__main__",
 )  # fmt: skip
 """From the ground up. A room imports from the rooms before it only."""
@@ -75,6 +75,50 @@ def test_no_room_holds_a_circle() -> None:
                     assert beside in order, f"{prefix}.{module} imports {beside}, which is a leaf"
                     listed = order.index(module) if module in order else len(order)
                     assert order.index(beside) < listed, f"{prefix}.{module} imports {beside}, which stands below it"
+
+
+OPENS_FILES = {
+    "running.process": "memory of this process, which Linux tells in /proc",
+    "cli.streams": "the standard streams, where a daemon has closed them",
+}
+"""Modules outside ``stores`` that open something by a path, and what."""
+ASKS_THE_DISK = re.compile(
+    r"os\.(open|stat|lstat|listdir|scandir|access|readlink|unlink|remove|rename|replace|link|symlink|mkdir|makedirs|rmdir"
+    r"|removedirs|truncate|utime|chmod|walk|statvfs|getcwd|path\.(exists|lexists|isfile|isdir|islink|getsize|getmtime"
+    r"|realpath|abspath|samefile|expanduser))"
+)
+PATH_METHODS = (
+    "read_text read_bytes write_text write_bytes iterdir is_dir is_symlink rglob touch mkdir rmdir unlink stat lstat "
+    "samefile readlink symlink_to hardlink_to"
+).split()
+
+
+def disk_calls(path: Path) -> list[str]:
+    """What a module calls or imports that looks at a disk by a path."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            from_ = node.module if isinstance(node, ast.ImportFrom) else ""
+            names = [alias.name for alias in node.names]
+            found += [name for name in (from_, *names) if name in ("glob", "tempfile", "shutil.rmtree", "Path", "pathlib")]
+            found = [name for name in found if not (name == "pathlib" and names == ["PurePosixPath"])]
+            found = [name for name in found if not (name == "Path" and from_ == "streammerge.recipe.fields")]
+        elif isinstance(node, ast.Attribute) and ASKS_THE_DISK.fullmatch(ast.unparse(node)):
+            found.append(ast.unparse(node))
+        elif isinstance(node, ast.Call):
+            called = node.func
+            if isinstance(called, ast.Name) and called.id == "open":
+                found.append("open")
+            elif isinstance(called, ast.Attribute) and called.attr in PATH_METHODS:
+                found.append(ast.unparse(called))
+    return found
+
+
+def test_nothing_outside_stores_opens_a_path() -> None:
+    assert disk_calls(SOURCE / "stores" / "files.py")
+    for name, path in modules().items():
+        if name.partition(".")[0] != "stores":
+            assert bool(found := disk_calls(path)) == (name in OPENS_FILES), f"{name}: {found}"
 
 
 def test_public_names_are_there_for_people_and_for_type_checkers() -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from streammerge.checkpoints.choosing import choose, exponential_weights
@@ -28,18 +28,19 @@ from streammerge.running.executors.threads import ThreadExecutor
 from streammerge.running.process import collector_paused, resident_bytes
 from streammerge.running.readback import receipt_of
 from streammerge.running.session import RunOptions
+from streammerge.stores.base import Location
 from streammerge.stores.checksums import CRC32
-from streammerge.stores.commit import check_writable, sweep, write_text
-from streammerge.stores.local import free_bytes
+from streammerge.stores.locations import HERE, Place, parse
 from streammerge.units import decimal_bytes, parse_bytes, parse_share
 from streammerge.verifying.files import Verified, check_files
 from streammerge.verifying.values import check_inputs, recompute
 
-PathLike = str | Path
+PathLike = Place
 
 
 def _paths(paths: PathLike | Sequence[PathLike]) -> list[str]:
-    return [str(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    several = [paths] if isinstance(paths, str | os.PathLike | Location) else paths
+    return [path if isinstance(path, str) else str(parse(path)) for path in several]
 
 
 def inspect(path: PathLike, *, state_dict: str | None = None, ema: str | None = None) -> CheckpointIndex:
@@ -182,11 +183,11 @@ def _plan(
     with collector_paused(), shared_headers():
         indexes = {each: open_checkpoint(each.path, each.state_dict, recipe.ema) for each in recipe.checkpoints}
         if convert_first is not None:
-            indexes = {each: from_conversion(index, Path(convert_first)) for each, index in indexes.items()}
+            indexes = {each: from_conversion(index, parse(convert_first)) for each, index in indexes.items()}
         planned = build_plan(
             recipe,
             indexes,
-            None if out is None else str(out),
+            None if out is None else parse(out),
             memory_bytes=parse_bytes(memory),
             workers=workers or default_workers(),
             io=io,
@@ -200,12 +201,12 @@ def _output_warnings(planned: Plan) -> list[str]:
     """What about the output's place would stop a run, as far as can be told now."""
     if planned.out is None:
         return []
-    free = free_bytes(planned.out.absolute().parent)
+    free = planned.out.absolute().parent.free_bytes()
     said = []
-    if planned.disk_bytes > free:
+    if free is not None and planned.disk_bytes > free:
         said.append(f"{decimal_bytes(planned.disk_bytes)} of disk are needed where {decimal_bytes(free)} are free")
     try:
-        check_writable(planned.out, overwrite=False)
+        planned.out.check_writable(overwrite=False)
     except RecipeError as error:
         said.append(str(error))
     return said
@@ -239,11 +240,12 @@ def merge(
     """
     if out is None:
         raise RecipeError("a merge needs a name for its output: out=, or -o")
-    sweep(Path(out))
-    check_writable(Path(out), overwrite)
+    out = parse(out)
+    out.sweep()
+    out.check_writable(overwrite)
     before = resident_bytes()
     planned = plan(inputs, out, convert_first=convert_first, **options)
-    if convert_first is not None and _convert_all(planned.recipe, Path(convert_first), options, resume, listener):
+    if convert_first is not None and _convert_all(planned.recipe, parse(convert_first), options, resume, listener):
         planned = plan(inputs, out, convert_first=convert_first, **options)
     foreseen = _output_warnings(planned)  # what would stop a run stops this one itself, or was allowed
     planned.warnings = [warning for warning in planned.warnings if warning not in foreseen]
@@ -280,8 +282,9 @@ def convert(
     names, ``strip_prefix`` is removed from those that begin with it; ``extras`` names a JSON file for what is not a tensor.
     Further options are those of :func:`plan` and :func:`merge`, and so are the errors.
     """
-    sweep(Path(out))
-    check_writable(Path(out), overwrite)
+    out = parse(out)
+    out.sweep()
+    out.check_writable(overwrite)
     before = resident_bytes()
     overrides = {
         "dtype": dtype,
@@ -292,15 +295,16 @@ def convert(
         "max_shard_size": max_shard_size,
         "strip_prefix": strip_prefix,
     }
-    recipe = conversion(str(path), drop, keep, overrides)
+    recipe = conversion(_paths(path)[0], drop, keep, overrides)
     planned = _plan(recipe, out, memory, workers, io, hashed=hash)
     if extras is not None:
-        refuse_extras(Path(extras), planned, overwrite)
+        refuse_extras(parse(extras), planned, overwrite)
     result = execute(planned, RunOptions(overwrite, resume, polite, listener, executor), before)
     if extras is not None:
         index = open_checkpoint(path, state_dict, recipe.ema)
         content = {"format": index.format, "metadata": index.metadata, "data": index.plain_data()}
-        write_text(Path(extras), json.dumps(content, indent=2, ensure_ascii=False) + "\n", overwrite)
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        parse(extras).write_whole(text.encode("utf-8", "backslashreplace"), overwrite)
     return result
 
 
@@ -324,7 +328,7 @@ def verify(
 
     Raises VerifyError when anything is wrong or cannot be verified.
     """
-    path, share = Path(out), parse_share("5%" if sample is None else sample)
+    path, share = parse(out), parse_share("5%" if sample is None else sample)
     receipt = receipt_of(path)
     try:
         verified = check_files(path, receipt, workers or default_workers())
@@ -333,7 +337,7 @@ def verify(
     if not share:
         return verified
     failures: list[Exception] = []
-    for folder in [path.parent, Path()] if inputs is None else [Path(inputs)]:
+    for folder in [path.parent, HERE] if inputs is None else [parse(inputs)]:
         attempt = replace(verified, notes=[*verified.notes])
         try:
             planned = _remade(path, receipt, folder, own_methods, memory, workers, io)
@@ -356,7 +360,7 @@ def verify(
 
 
 def _remade(
-    out: Path, receipt: Receipt, folder: Path, own_methods: bool, memory: str | int, workers: int | None, io: str
+    out: Location, receipt: Receipt, folder: Location, own_methods: bool, memory: str | int, workers: int | None, io: str
 ) -> Plan:
     """The plan by which the output was made, from inputs in that folder.
 
@@ -364,15 +368,15 @@ def _remade(
     """
     recipe = read_recipe(receipt.own_recipe(), own_methods, folder)
     hashed = any("sha256" in said for said in receipt.inputs.values())
-    name = "output" if out.is_dir() else f"output.{'pth' if receipt.kind is CRC32 else 'safetensors'}"
+    name = "output" if out.is_folder() else f"output.{'pth' if receipt.kind is CRC32 else 'safetensors'}"
     planned = _plan(recipe, name, memory, workers, io, hashed=hashed)
     check_inputs(planned, receipt)
     return planned
 
 
-def _convert_all(recipe: Recipe, folder: Path, options: dict[str, Any], resume: bool, listener: Listener) -> bool:
+def _convert_all(recipe: Recipe, folder: Location, options: dict[str, Any], resume: bool, listener: Listener) -> bool:
     """Each checkpoint as a safetensors file in ``folder``, made now unless it is there and still right; whether any was."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.make_folder()
     passed = {k: options[k] for k in ("memory", "workers", "io") if k in options}
     made = False
     for each in recipe.checkpoints:

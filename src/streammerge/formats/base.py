@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from streammerge.errors import FormatError, printable
 from streammerge.pickles.tree import StorageRef, TensorRef
+from streammerge.stores.base import Location
 from streammerge.tensors.spec import Deflated, TensorEntry, TensorSpec, is_contiguous
 
 MOST_EXPANDED_BYTES = 64 << 20
@@ -18,7 +18,7 @@ MOST_EXPANDED_BYTES = 64 << 20
 class StorageBytes:
     """Where the bytes of one torch storage lie; for a compressed record, ``offset`` is 0 within ``deflated``."""
 
-    path: str
+    path: Location
     offset: int
     nbytes: int
     deflated: Deflated | None = None
@@ -32,19 +32,19 @@ class Container:
     if not, it is the tensors by their names (:func:`flat_tensor`).
     """
 
-    path: Path
+    path: Location
     format: str
     tree: Any
     storages: dict[str, StorageBytes]
-    files: tuple[Path, ...]
+    files: tuple[Location, ...]
     metadata: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     pickled: bool = False
     magic: bytes = b"PK"
 
-    def tensor_spans(self) -> dict[str, list[tuple[int, int]]]:
+    def tensor_spans(self) -> dict[Location, list[tuple[int, int]]]:
         """Where in its files the bytes of tensors lie, as (offset, bytes) in order; the rest is its headers."""
-        spans: dict[str, list[tuple[int, int]]] = {str(path): [] for path in self.files}
+        spans: dict[Location, list[tuple[int, int]]] = {path: [] for path in self.files}
         for store in self.storages.values():
             spans[store.path].append(store.deflated.span if store.deflated else (store.offset, store.nbytes))
         for ref in self.tree.values() if isinstance(self.tree, dict) else ():

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from importlib import import_module
-from pathlib import Path
 
 from streammerge.errors import FormatError, printable
 from streammerge.formats.base import Container
-from streammerge.stores.local import file_size, open_stream
+from streammerge.stores.base import Location
 
 _HEAD_BYTES = 512
 _READERS = ("safetensors", "torch_zip", "torch_tar", "torch_legacy")
@@ -24,19 +23,19 @@ _OTHERS: tuple[tuple[bytes, str], ...] = (
 )
 
 
-def read(path: Path) -> Container:
+def read(path: Location) -> Container:
     """The container of a file or folder. Raises FormatError that names what was found instead."""
-    if not path.is_dir() and not path.name.endswith(".index.json"):
+    if not path.is_folder() and not path.name.endswith(".index.json"):
         return read_file(path)
     from streammerge.formats import folder
 
-    return folder.read(path, read_file) if path.is_dir() else folder.read_sharded(path, read_file)
+    return folder.read(path, read_file) if path.is_folder() else folder.read_sharded(path, read_file)
 
 
-def read_file(path: Path) -> Container:
+def read_file(path: Location) -> Container:
     """The container of a single file."""
-    size = file_size(path)
-    with open_stream(path) as stream:
+    size = path.size
+    with path.stream() as stream:
         head = stream.read(min(_HEAD_BYTES, size))  # files of the kernel have size 0, and some never end
     for name in _READERS:
         reader = import_module(f"streammerge.formats.{name}")  # only those asked: to look at a file should take no time

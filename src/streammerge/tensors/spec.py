@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from streammerge.errors import RecipeError, printable
+from streammerge.stores.base import Location
 from streammerge.tensors.dtypes import DType, parse_dtype
 
 GRAIN = 1 << 16
@@ -36,7 +37,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where a tensor's bytes are: little-endian at ``offset`` of the file at ``path``, in C order.
+    """Where a tensor's bytes are: little-endian at ``offset`` of the file ``path``, in C order.
 
     Three forms cannot be mapped as they stand and are staged into a temporary file before they are read: ``strides``
     (in elements) of a tensor that is not contiguous, ``offset`` then being that of its first element; ``deflated``,
@@ -45,7 +46,7 @@ class TensorEntry:
     """
 
     spec: TensorSpec
-    path: str
+    path: Location
     offset: int
     strides: tuple[int, ...] | None = None
     deflated: Deflated | None = None

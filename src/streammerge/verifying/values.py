@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 import random
-import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoints.index import open_checkpoint
@@ -25,9 +23,11 @@ from streammerge.running.readback import read_output
 from streammerge.running.spooling import staged_tasks
 from streammerge.running.workspace import prepare_torch
 from streammerge.stores import faults
+from streammerge.stores.base import Input, Location, Output, digest_outside
 from streammerge.stores.checksums import CRC32
+from streammerge.stores.inputs import InputFiles
 from streammerge.stores.journal import Key
-from streammerge.stores.local import InputFile, InputFiles, OutputFile, digest_outside, file_size
+from streammerge.stores.scratch import scratch
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import ranges
 from streammerge.verifying.files import Verified, rest_of
@@ -46,7 +46,7 @@ def check_inputs(plan: Plan, receipt: Receipt) -> None:
         raise ChangedError(f"the inputs are others: {listed(sorted(set(plan.input_files) ^ set(receipt.inputs)))}")
     for name, (path, spans) in plan.input_files.items():
         was = receipt.inputs[name]
-        same = file_size(path) == was["bytes"] and digest_outside(path, spans) == was["header_sha256"]
+        same = path.size == was["bytes"] and digest_outside(path, spans) == was["header_sha256"]
         if not same or ("sha256" in was and digest_outside(path, []) != was["sha256"]):
             raise ChangedError(f"{printable(path)} is not the file that was merged")
 
@@ -66,8 +66,8 @@ def recompute(verified: Verified, plan: Plan, receipt: Receipt, share: float, se
         return
     sampled = {number: places[number] for number in sorted({number for number, _ in chosen})}
     prepare_torch()
-    with tempfile.TemporaryDirectory(prefix="streammerge-") as folder, faults.survived():
-        check = _Recomputation(plan, sampled, chosen, Path(folder))
+    with scratch() as create, faults.survived():
+        check = _Recomputation(plan, sampled, chosen, create)
         wrong = check.repeated(check.in_float64())
     verified.sampled_tensors = len(sampled)
     verified.sampled_elems, verified.equal_elems = check.elems, check.equal
@@ -79,16 +79,16 @@ def recompute(verified: Verified, plan: Plan, receipt: Receipt, share: float, se
         )
 
 
-def _places(plan: Plan, out: Path, receipt: Receipt) -> tuple[list[tuple[MergeTask, str, int]], list[str]]:
+def _places(plan: Plan, out: Location, receipt: Receipt) -> tuple[list[tuple[MergeTask, Location, int]], list[str]]:
     """Each task, with where its bytes lie: file and offset. And the names of those for which that is not known.
 
     Where all that is around the tensors is what is planned now, so are their places. Another version of streammerge may
     lay out otherwise; then names, dtypes and shapes must do.
     """
-    paths = [out / file.name if out.is_dir() else out for file in plan.layout.files]
+    paths = [out / file.name if out.is_folder() else out for file in plan.layout.files]
     if all(_as_planned(path, file, receipt) for path, file in zip(paths, plan.layout.files, strict=True)):
-        return [(task, str(paths[task.file]), task.offset) for task in plan.tasks], []
-    index, found, skipped = open_checkpoint(out), list[tuple[MergeTask, str, int]](), list[str]()
+        return [(task, paths[task.file], task.offset) for task in plan.tasks], []
+    index, found, skipped = open_checkpoint(out), list[tuple[MergeTask, Location, int]](), list[str]()
     for task in plan.tasks:
         entry = index.entries.get(task.out.name)
         if entry is not None and entry.mappable and entry.spec == task.out:
@@ -99,8 +99,8 @@ def _places(plan: Plan, out: Path, receipt: Receipt) -> tuple[list[tuple[MergeTa
     return found, skipped + [name for name in index.entries if name not in planned]
 
 
-def _as_planned(path: Path, file: LayoutFile, receipt: Receipt) -> bool:
-    if not path.is_file() or file_size(path) != file.size:
+def _as_planned(path: Location, file: LayoutFile, receipt: Receipt) -> bool:
+    if not path.is_file() or path.size != file.size:
         return False
     if not file.offsets:
         return True
@@ -113,16 +113,20 @@ def _as_planned(path: Path, file: LayoutFile, receipt: Receipt) -> bool:
 class _Recomputation:
     """Tasks run again by the engine, which is given comparisons where a merge gives it output files."""
 
-    def __init__(self, plan: Plan, places: dict[int, tuple[MergeTask, str, int]], chosen: set[Key], folder: Path) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        places: dict[int, tuple[MergeTask, Location, int]],
+        chosen: set[Key],
+        create: Callable[[int], Output],
+    ) -> None:
         self.plan, self.places = plan, list(places.values())
         self.keys = {(at, start) for at, number in enumerate(places) for n, start in chosen if n == number}
         self.elems = self.equal = self.repeated_elems = 0
         self._inputs, self._output = InputFiles(plan.identities), InputFiles({})
         self._executor = ThreadExecutor(plan.budget.workers)
         tasks = [task for task, _, _ in self.places]
-        self._tasks = staged_tasks(
-            tasks, tasks, self._inputs, lambda size: OutputFile(folder / "staged", size), lambda entry: None
-        )
+        self._tasks = staged_tasks(tasks, tasks, self._inputs, create, lambda entry: None)
 
     def in_float64(self) -> set[Key]:
         """Compares with float64 results; the pieces that must be repeated exactly."""
@@ -171,7 +175,7 @@ class _Recomputation:
 class _Repetition:
     """Takes the bytes of a tensor as an output file would, and compares them with those that are there."""
 
-    def __init__(self, file: InputFile, offset: int) -> None:
+    def __init__(self, file: Input, offset: int) -> None:
         self._file, self._offset = file, offset
         self.differs = False
 
@@ -189,7 +193,7 @@ class _Comparison:
     once, and how many are further from it than rounding explains.
     """
 
-    def __init__(self, file: InputFile, offset: int, dtype: DType, piece_elems: int) -> None:
+    def __init__(self, file: Input, offset: int, dtype: DType, piece_elems: int) -> None:
         self._file, self._offset, self._dtype, self._piece_elems = file, offset, dtype, piece_elems
         self.counts: defaultdict[int, list[int]] = defaultdict(lambda: [0, 0, 0])
 
