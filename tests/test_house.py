@@ -87,10 +87,10 @@ ASKS_THE_DISK = re.compile(
     r"|removedirs|truncate|utime|chmod|walk|statvfs|getcwd|path\.(exists|lexists|isfile|isdir|islink|getsize|getmtime"
     r"|realpath|abspath|samefile|expanduser))"
 )
-PATH_METHODS = (
-    "read_text read_bytes write_text write_bytes iterdir is_dir is_symlink rglob touch mkdir rmdir unlink stat lstat "
-    "samefile readlink symlink_to hardlink_to"
-).split()
+PATH_METHODS = {
+    *("read_text", "read_bytes", "write_text", "write_bytes", "iterdir", "is_dir", "is_symlink", "rglob", "touch", "mkdir"),
+    *("rmdir", "unlink", "stat", "lstat", "samefile", "readlink", "symlink_to", "hardlink_to"),
+}
 
 
 def disk_calls(path: Path) -> list[str]:

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from streammerge.methods.contracts import merge_method as merge_method
     from streammerge.planning.plan import Plan as Plan
     from streammerge.running.execution import Result as Result
+    from streammerge.stores.base import Location as Location
+    from streammerge.stores.base import Store as Store
+    from streammerge.stores.memory import memory_store as memory_store
+    from streammerge.stores.registry import register_store as register_store
     from streammerge.tensors.spec import TensorEntry as TensorEntry
     from streammerge.tensors.spec import TensorSpec as TensorSpec
     from streammerge.verifying.files import Verified as Verified
@@ -39,6 +43,9 @@ _PLACES = {
     "methods.contracts": "merge_method",
     "planning.plan": "Plan",
     "running.execution": "Result",
+    "stores.base": "Location Store",
+    "stores.memory": "memory_store",
+    "stores.registry": "register_store",
     "tensors.spec": "TensorEntry TensorSpec",
     "verifying.files": "Verified",
     "formats.safetensors_writer": "SafetensorsWriter",

@@ -17,17 +17,22 @@ from conftest import trained
 from safetensors.torch import save_file
 
 import streammerge as sm
+from stores.suite import StoreSuite
 from streammerge.stores import system
+from streammerge.stores.base import Location
 from streammerge.stores.files import InputFile, OutputFile
 from streammerge.stores.inputs import InputFiles
 from streammerge.stores.locations import parse
 
 
-def test_writes_outside_the_file_are_refused(tmp_path: Path) -> None:
-    file = OutputFile(parse(tmp_path / "x"), 4)
-    for offset in (-1, 1, 5):
-        with pytest.raises(ValueError, match="lie outside"):
-            file.write_full(b"1234", offset)
+class TestLocalStore(StoreSuite):
+    @pytest.fixture
+    def home(self, tmp_path: Path) -> Location:
+        (tmp_path / "home 1").mkdir()
+        return parse(tmp_path / "home 1")
+
+    def remove(self, location: Location) -> None:
+        os.unlink(location)
 
 
 class TestPastThePageCache:

@@ -2,9 +2,9 @@
 
     import streammerge as sm
 
-    sm.memory.put("a.safetensors", data)
+    sm.memory_store.put("a.safetensors", data)
     sm.merge(["memory://a.safetensors", "memory://b.safetensors"], "memory://out.safetensors")
-    data = sm.memory.get("out.safetensors")
+    data = sm.memory_store.get("out.safetensors")
 
 Folders exist where names have slashes. Bytes stay until they are removed, and count as the caller's own memory: the
 budget of a merge does not know of them. Other processes do not see them.
@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import os
 import posixpath
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -42,7 +43,7 @@ class MemoryStore(Store):
         """Keys of the outputs that a run is making now."""
 
     def __reduce__(self) -> str:
-        return "MEMORY"
+        return "memory_store"
 
     # ---------------------------------------------------------------------------------------------------- for the caller
 
@@ -71,7 +72,7 @@ class MemoryStore(Store):
 
     @staticmethod
     def _key(name: str) -> str:
-        return posixpath.normpath(name.removeprefix("memory://")).lstrip("/") or "."
+        return posixpath.normpath("/" + re.sub("^memory://", "", name, flags=re.IGNORECASE)).lstrip("/") or "."
 
     # ------------------------------------------------------------------------------------------------------------- inside
 
@@ -342,4 +343,4 @@ class MemoryStaging(Staging):
                 self._store.staged.discard(self.out.key)
 
 
-MEMORY = MemoryStore()
+memory_store = MemoryStore()

@@ -47,9 +47,9 @@ def store_of(scheme: str) -> Store:
     """The store with that scheme, loaded when it is first asked for. RecipeError for an unknown one."""
     if scheme not in _stores:
         if scheme == "memory":
-            from streammerge.stores.memory import MEMORY
+            from streammerge.stores.memory import memory_store
 
-            _stores[scheme] = MEMORY
+            _stores[scheme] = memory_store
         elif scheme in entry_points(GROUP):
             _stores[scheme] = _loaded(scheme)
         else:
