@@ -39,31 +39,24 @@ def content(location: Location) -> dict[str, bytes]:
     return {each.name if location.is_folder() else "": each.read(0, each.size) for each in files}
 
 
-class StoreSuite(ABC):
-    """``home``: an empty folder in the store, made by the fixture of that name."""
+class ReadingSuite(ABC):
+    """What a store that can be read must keep. ``home``: an empty folder in it, made by the fixture of that name."""
 
     @pytest.fixture
     @abstractmethod
     def home(self, tmp_path: Path) -> Location: ...
 
+    @abstractmethod
     def put(self, location: Location, data: bytes) -> Location:
-        """Puts bytes there from outside, in place of what is there."""
-        location.write_whole(data, overwrite=True)
-        return location
+        """Puts bytes there from outside, in place of what is there. Returns the location."""
 
+    @abstractmethod
+    def put_folder(self, location: Location) -> None:
+        """Makes an empty folder from outside, and those above it; does nothing when it is there."""
+
+    @abstractmethod
     def remove(self, location: Location) -> None:
-        raise NotImplementedError
-
-    def make(self, out: Location, files: dict[str, bytes], overwrite: bool = False) -> None:
-        """An output of these files; of one under "", a file."""
-        staging = out.stage(overwrite)
-        staging.clear()
-        for name, data in files.items():
-            staging.create(name or out.name, len(data)).write_full(data, 0)
-        staging.commit(as_folder="" not in files)
-
-    def left(self, home: Location) -> list[str]:
-        return [each.name for each in home.children()]
+        """Removes a file from outside."""
 
     # -------------------------------------------------------------------------------------------------------- locations
 
@@ -145,7 +138,7 @@ class StoreSuite(ABC):
         assert home.children() == []
         for name in ODD_NAMES:
             self.put(home / name, name.encode())
-        (home / "folder").make_folder()
+        self.put_folder(home / "folder")
         self.put(home / "folder" / "deep", b"")
         assert home.children() == sorted(home / name for name in (*ODD_NAMES, "folder"))
         assert (home / "folder").is_folder()
@@ -153,15 +146,15 @@ class StoreSuite(ABC):
         assert all(each.read(0, each.size) == each.name.encode() for each in home.children() if each.is_file())
 
     def test_a_folder_is_no_file(self, home: Location) -> None:
-        (home / "a" / "b").make_folder()
-        (home / "a" / "b").make_folder()
+        self.put_folder(home / "a" / "b")
+        self.put_folder(home / "a" / "b")
         assert (home / "a" / "b").is_folder()
         assert not (home / "a" / "b").is_file()
         with pytest.raises(sm.FormatError):
             (home / "a" / "b").status()
 
     def test_patterns_stay_within_a_folder(self, home: Location) -> None:
-        (home / "sub").make_folder()
+        self.put_folder(home / "sub")
         for name in ("a1.x", "a2.x", "a10.x", ".hidden.x", "b.y", "sub/a3.x"):
             self.put(home / name, b"")
         assert sorted(each.name for each in (home / "a*.x").glob()) == ["a1.x", "a10.x", "a2.x"]
@@ -273,6 +266,53 @@ class StoreSuite(ABC):
         self.put(there, b"67890")
         with pytest.raises(sm.ChangedError, match="changed while it was read"):
             inputs.check_unchanged()
+
+    # ----------------------------------------------------------------------------------------------------------- merging
+
+    def inputs(self, home: Location) -> list[Location]:
+        self.put_folder(home / "in")
+        tensors = [
+            {"w": torch.arange(30.0).view(5, 6) * n, "e": torch.zeros(0), "s": torch.tensor(float(n))} for n in (1, 2)
+        ]
+        return [self.put(home / "in" / f"{n}.safetensors", save(each)) for n, each in enumerate(tensors)]
+
+    def test_a_pattern_names_inputs(self, home: Location) -> None:
+        self.inputs(home)
+        assert list(sm.plan([home / "in" / "*.safetensors"]).recipe.inputs) == [
+            str(home / "in" / f"{n}.safetensors") for n in (0, 1)
+        ]
+
+    @pytest.mark.parametrize("io", ["mmap", "pread"])
+    def test_inputs_are_merged_onto_the_disk(self, home: Location, tmp_path: Path, io: str) -> None:
+        inputs, out = self.inputs(home), tmp_path / "merged.safetensors"
+        sm.merge(inputs, out, io=io)
+        merged = load(out.read_bytes())
+        assert torch.equal(merged["w"], torch.arange(30.0).view(5, 6) * 1.5)
+        assert (merged["s"].item(), merged["e"].shape) == (1.5, (0,))
+        out.unlink()
+        assert sm.inspect(home / "in" / "0.safetensors").numel == 31
+
+
+class StoreSuite(ReadingSuite):
+    """What a store that takes outputs must keep, too."""
+
+    def put(self, location: Location, data: bytes) -> Location:
+        location.write_whole(data, overwrite=True)
+        return location
+
+    def put_folder(self, location: Location) -> None:
+        location.make_folder()
+
+    def make(self, out: Location, files: dict[str, bytes], overwrite: bool = False) -> None:
+        """An output of these files; of one under "", a file."""
+        staging = out.stage(overwrite)
+        staging.clear()
+        for name, data in files.items():
+            staging.create(name or out.name, len(data)).write_full(data, 0)
+        staging.commit(as_folder="" not in files)
+
+    def left(self, home: Location) -> list[str]:
+        return [each.name for each in home.children()]
 
     # ------------------------------------------------------------------------------------------------------ small files
 
@@ -538,13 +578,6 @@ class StoreSuite(ABC):
 
     # ------------------------------------------------------------------------------------------------------------ merges
 
-    def inputs(self, home: Location) -> list[Location]:
-        (home / "in").make_folder()
-        tensors = [
-            {"w": torch.arange(30.0).view(5, 6) * n, "e": torch.zeros(0), "s": torch.tensor(float(n))} for n in (1, 2)
-        ]
-        return [self.put(home / "in" / f"{n}.safetensors", save(each)) for n, each in enumerate(tensors)]
-
     @pytest.mark.parametrize("io", ["mmap", "pread"])
     @pytest.mark.parametrize("out", ["out.safetensors", "out.pth", "out"])
     def test_checkpoints_are_merged_verified_and_converted(self, home: Location, out: str, io: str) -> None:
@@ -557,12 +590,6 @@ class StoreSuite(ABC):
         assert torch.equal(merged["w"], torch.arange(30.0).view(5, 6) * 1.5)
         assert (merged["s"].item(), merged["e"].shape) == (1.5, (0,))
         assert self.left(home) == sorted(["in", out, "flat.safetensors"])
-
-    def test_a_pattern_names_inputs(self, home: Location) -> None:
-        self.inputs(home)
-        assert list(sm.plan([home / "in" / "*.safetensors"]).recipe.inputs) == [
-            str(home / "in" / f"{n}.safetensors") for n in (0, 1)
-        ]
 
     def test_an_input_is_never_the_output(self, home: Location) -> None:
         inputs = self.inputs(home)

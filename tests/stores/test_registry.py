@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import streammerge as sm
 from streammerge.stores import registry
-from streammerge.stores.base import Damage, Input, Location, Status, Store
+from streammerge.stores.base import Input, Location, Status, Store
 from streammerge.stores.locations import HERE, parse
 
 DISK = '''
@@ -46,7 +46,7 @@ class Disk(sm.Store):
         return os.path.isdir(self._path(location))
     def list_names(self, location):
         return os.listdir(self._path(location))
-    def open(self, location, expected=None, polite=False, damaged=None):
+    def opened(self, location):
         self.status(location)
         return Opened(location, open(self._path(location), "rb").read())
 '''
@@ -125,9 +125,7 @@ class Empty(Store):
     def list_names(self, location: Location) -> list[str]:
         return []
 
-    def open(
-        self, location: Location, expected: Status | None = None, polite: bool = False, damaged: list[Damage] | None = None
-    ) -> Input:
+    def opened(self, location: Location) -> Input:
         raise sm.FormatError(f"{location} is absent")
 
 

@@ -1,8 +1,8 @@
 """What a store is: the protocol between the code that merges and the places where bytes live.
 
 A :class:`Location` names a file or a folder in a store. A :class:`Store` answers what the location asks. A store of one's
-own needs :meth:`Store.status`, :meth:`Store.is_folder`, :meth:`Store.list_names` and :meth:`Store.open` to hold inputs, and
-:meth:`Store.stage` to hold outputs too.
+own needs :meth:`Store.status`, :meth:`Store.is_folder`, :meth:`Store.list_names` and :meth:`Store.opened` to hold inputs.
+It needs :meth:`Store.stage` and the methods beside that to hold outputs too.
 """
 
 from __future__ import annotations
@@ -431,6 +431,9 @@ class Store(ABC):
         """Names directly in a folder, in any order. OSError when it cannot be listed."""
 
     @abstractmethod
+    def opened(self, location: Location) -> Input:
+        """The file, opened for reading. FormatError when it is absent or no regular file."""
+
     def open(
         self, location: Location, expected: Status | None = None, polite: bool = False, damaged: list[Damage] | None = None
     ) -> Input:
@@ -438,6 +441,19 @@ class Store(ABC):
 
         ``polite``: what is released leaves caches too. ``damaged``: takes up what turns out to be gone after it was mapped.
         """
+        self.check_expected(location, expected)
+        return self.opened(location)
+
+    def check_expected(self, location: Location, expected: Status | None) -> None:
+        """ChangedError when a file is no longer what was expected of it."""
+        if expected is None:
+            return
+        try:
+            same = self.status(location) == expected
+        except FormatError as error:
+            raise ChangedError(f"{printable(location)} is gone since it was planned; run the command again") from error
+        if not same:
+            raise ChangedError(f"{printable(location)} changed since it was planned; run the command again")
 
     def is_file(self, location: Location) -> bool:
         try:
@@ -458,15 +474,17 @@ class Store(ABC):
 
     def glob(self, location: Location) -> list[Location]:
         """What a pattern matches, part by part: ``*`` stays within a folder."""
-        found = [location._at(PurePosixPath(PurePosixPath(location.key).anchor))]
-        for part in PurePosixPath(location.key).relative_to(found[0].key).parts:
+        parts = PurePosixPath(location.key).parts
+        plain = next((n for n, part in enumerate(parts) if _MAGIC.search(part)), len(parts))
+        found = [location._at(PurePosixPath(*parts[:plain]))]
+        for part in parts[plain:]:
             if _MAGIC.search(part) is None:
-                found = [each / part for each in found if (each / part).exists()]
-            else:
-                inside = [child for each in found if each.is_folder() for child in each.children()]
-                hidden = part.startswith(".")
-                found = [c for c in inside if fnmatch.fnmatchcase(c.name, part) and (hidden or not c.name.startswith("."))]
-        return found
+                found = [each / part for each in found]
+                continue
+            inside = [child for each in found if each.is_folder() for child in each.children()]
+            hidden = part.startswith(".")
+            found = [c for c in inside if fnmatch.fnmatchcase(c.name, part) and (hidden or not c.name.startswith("."))]
+        return [each for each in found if each.exists()]
 
     # ------------------------------------------------------------------------------------------------------------ outputs
 

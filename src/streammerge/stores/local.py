@@ -77,6 +77,9 @@ class LocalStore(Store):
     def glob(self, location: Location) -> list[Location]:
         return [LocalLocation(self, found) for found in glob.glob(location.key)]
 
+    def opened(self, location: Location) -> Input:
+        return InputFile(location)
+
     def open(
         self, location: Location, expected: Status | None = None, polite: bool = False, damaged: list[Damage] | None = None
     ) -> Input:

@@ -20,8 +20,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from streammerge.errors import ChangedError, FormatError, LockedError, RecipeError, printable
-from streammerge.stores.base import Damage, Input, Location, Output, Record, Staging, Status, Store
+from streammerge.errors import FormatError, LockedError, RecipeError, printable
+from streammerge.stores.base import Input, Location, Output, Record, Staging, Status, Store
 
 _Data = bytes | bytearray
 _JOURNAL = "journal"
@@ -135,18 +135,8 @@ class MemoryStore(Store):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(location))
             return list(dict.fromkeys(self._below(location.key)))
 
-    def open(
-        self, location: Location, expected: Status | None = None, polite: bool = False, damaged: list[Damage] | None = None
-    ) -> Input:
-        try:
-            data, status = self.data(location)
-        except FormatError as error:
-            if expected is None:
-                raise
-            raise ChangedError(f"{printable(location)} is gone since it was planned; run the command again") from error
-        if expected not in (None, status):
-            raise ChangedError(f"{printable(location)} changed since it was planned; run the command again")
-        return MemoryInput(location, data)
+    def opened(self, location: Location) -> Input:
+        return MemoryInput(location, self.data(location)[0])
 
     # ------------------------------------------------------------------------------------------------------------ outputs
 
