@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 
 import streammerge as sm
 from streammerge.planning import tasks
-from streammerge.stores import commit, journal
+from streammerge.stores import journal, system
 from streammerge.tensors.spec import GRAIN
 
 tasks.PIECE_ELEMS = GRAIN  # so that small tensors have pieces
@@ -39,7 +39,7 @@ journal.INTERVAL_SECONDS = 0.002  # and small merges are written down
 CALLS = (
     "open",
     "mkdir",
-    "posix_fallocate",
+    "fallocate",
     "pwrite",
     "write",
     "ftruncate",
@@ -162,9 +162,12 @@ class Fault:
 
     def install(self) -> None:
         for name in self.only:
-            setattr(os, name, self._around(name, getattr(os, name)))
-        if {"rename", "replace"} & {*self.only} and commit._renameat2 is not None:
-            commit._renameat2 = self._around("renameat2", commit._renameat2)
+            if hasattr(os, name):
+                setattr(os, name, self._around(name, getattr(os, name)))
+        if {"rename", "replace"} & {*self.only} and system._renameat2 is not None:
+            system._renameat2 = self._around("renameat2", system._renameat2)
+        if "fallocate" in self.only and system._fallocate is not None:
+            system._fallocate = self._around("fallocate", system._fallocate)
 
     def _around(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def made(*args: Any, **options: Any) -> Any:
@@ -190,7 +193,7 @@ class Fault:
         if self.what == "short":
             return call(args[0], memoryview(args[1])[: max(len(args[1]) // 2, 1)], *args[2:], **options)
         number = getattr(errno, self.what)
-        if name == "renameat2":
+        if name in ("renameat2", "fallocate"):
             ctypes.set_errno(number)
             return -1
         raise OSError(number, os.strerror(number))

@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 from streammerge.checkpoints.choosing import choose, exponential_weights
@@ -57,9 +56,9 @@ from streammerge.running.process import collector_paused, resident_bytes
 from streammerge.running.readback import receipt_of
 from streammerge.running.session import RunOptions
 from streammerge.signatures import takes
+from streammerge.stores.base import Location
 from streammerge.stores.checksums import CRC32
-from streammerge.stores.commit import check_writable, sweep, write_text
-from streammerge.stores.local import free_bytes
+from streammerge.stores.locations import HERE, parse
 from streammerge.units import decimal_bytes, parse_bytes, parse_share
 from streammerge.verifying.files import Verified, check_files
 from streammerge.verifying.values import check_inputs, recompute
@@ -177,8 +176,8 @@ def merge(
     request, running = _Request.of(given), _run_options(picked(Running, given), listener)
     if request.out is None:
         raise RecipeError("a merge needs a name for its output; pass `out`")
-    sweep(Path(request.out))
-    check_writable(Path(request.out), running.overwrite)
+    request.out.sweep()
+    request.out.check_writable(running.overwrite)
     before = resident_bytes()
     planned = request.plan()
     if _convert_first(planned.recipe, request, running):
@@ -221,19 +220,20 @@ def convert(
     given = locals()
     asked, selection, output = picked(Converting, given), picked(Selection, given), picked(Output, given)
     resources, running = picked(Resources, given), _run_options(picked(Running, given), listener)
-    source, target = _path("path", path), _path("out", out)
-    sweep(Path(target))
-    check_writable(Path(target), running.overwrite)
+    source, target = _path("path", path), parse(_path("out", out))
+    target.sweep()
+    target.check_writable(running.overwrite)
     before = resident_bytes()
     recipe = conversion(source, asked.drop, asked.keep, asked.overrides | selection.overrides | output.overrides)
     planned = _plan(recipe, target, resources, hashed=output.hash)
     if asked.extras is not None:
-        refuse_extras(Path(asked.extras), planned, running.overwrite)
+        refuse_extras(parse(asked.extras), planned, running.overwrite)
     result = execute(planned, running, before)
     if asked.extras is not None:
         index = open_checkpoint(source, selection.state_dict, recipe.ema)
         content = {"format": index.format, "metadata": index.metadata, "data": index.plain_data()}
-        write_text(Path(asked.extras), json.dumps(content, indent=2, ensure_ascii=False) + "\n", running.overwrite)
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        parse(asked.extras).write_whole(text.encode("utf-8", "backslashreplace"), running.overwrite)
     return result
 
 
@@ -257,7 +257,7 @@ def verify(
     """
     given = locals()
     asked, resources = picked(Verifying, given), picked(Resources, given)
-    path, share = Path(_path("out", out)), parse_share("5%" if asked.sample is None else asked.sample)
+    path, share = parse(_path("out", out)), parse_share("5%" if asked.sample is None else asked.sample)
     receipt = receipt_of(path)
     try:
         verified = check_files(path, receipt, resources.workers or default_workers())
@@ -266,7 +266,7 @@ def verify(
     if not share:
         return verified
     failures: list[Exception] = []
-    for folder in [path.parent, Path()] if asked.inputs is None else [Path(asked.inputs)]:
+    for folder in [path.parent, HERE] if asked.inputs is None else [parse(asked.inputs)]:
         attempt = replace(verified, notes=[*verified.notes])
         try:
             planned = _remade(path, receipt, folder, asked.own_methods, resources)
@@ -293,7 +293,7 @@ class _Request:
     """All that a merge or a plan was asked for, read and checked."""
 
     inputs: list[str]
-    out: str | None
+    out: Location | None
     recipe: str | Mapping[str, Any] | None
     merging: Merging
     choosing: Choosing
@@ -316,7 +316,7 @@ class _Request:
             recipe, inputs = inputs[0], []
         return cls(
             inputs,
-            None if out is None else _path("out", out),
+            None if out is None else parse(_path("out", out)),
             recipe if recipe is None or isinstance(recipe, Mapping) else _path("recipe", recipe),
             merging,
             *(picked(group, given) for group in (Choosing, Policies, Selection, Resources, Output)),  # type: ignore[arg-type]
@@ -342,7 +342,7 @@ class _Request:
             theirs = {"inputs": self.inputs or None, "weights": asked.weights, "method": asked.method, "base": asked.base}
             _refuse_beside_recipe({**theirs, "ema_decay": decay, **choice, **parameters})
             recipe = overridden(read_recipe(self.recipe, asked.own_methods), overrides)
-        folder = None if asked.convert_first is None else Path(asked.convert_first)
+        folder = None if asked.convert_first is None else parse(asked.convert_first)
         planned = _plan(recipe, self.out, self.resources, folder, self.output.hash)
         planned.notes[:0] = notes
         return planned
@@ -365,7 +365,7 @@ def _inputs(given: Any) -> tuple[list[str], list[float] | None]:
                 f"a dict of inputs gives each path its weight, like {{'a.pth': 0.9}}; {printable(wrong)} has no number"
             )
         return [_path("inputs", each) for each in given], list(map(float, given.values()))
-    if isinstance(given, str | bytes | os.PathLike) or not isinstance(given, Iterable):
+    if isinstance(given, str | bytes | os.PathLike | Location) or not isinstance(given, Iterable):
         given = [given]
     return [_path("inputs", each) for each in given], None
 
@@ -394,7 +394,7 @@ def _refuse_beside_recipe(said: Mapping[str, Any]) -> None:
 
 
 def _plan(
-    recipe: Recipe, out: str | None, resources: Resources, convert_first: Path | None = None, hashed: bool = False
+    recipe: Recipe, out: Location | None, resources: Resources, convert_first: Location | None = None, hashed: bool = False
 ) -> Plan:
     with collector_paused(), shared_headers():
         indexes = {each: open_checkpoint(each.path, each.state_dict, recipe.ema) for each in recipe.checkpoints}
@@ -417,26 +417,26 @@ def _output_warnings(planned: Plan) -> list[str]:
     """Warnings of what would stop a run at the output's place, as far as it is known now."""
     if planned.out is None:
         return []
-    free = free_bytes(planned.out.absolute().parent)
+    free = planned.out.absolute().parent.free_bytes()
     said = []
-    if planned.disk_bytes > free:
+    if free is not None and planned.disk_bytes > free:
         said.append(f"{decimal_bytes(planned.disk_bytes)} of disk are needed where {decimal_bytes(free)} are free")
     try:
-        check_writable(planned.out, overwrite=False)
+        planned.out.check_writable(overwrite=False)
     except RecipeError as error:
         said.append(str(error))
     return said
 
 
-def _remade(out: Path, receipt: Receipt, folder: Path, own_methods: bool, resources: Resources) -> Plan:
+def _remade(out: Location, receipt: Receipt, folder: Location, own_methods: bool, resources: Resources) -> Plan:
     """The plan by which the output was made, from inputs in that folder.
 
     Raises StreammergeError when they are not there, or are others.
     """
     recipe = read_recipe(receipt.own_recipe(), own_methods, folder)
     hashed = any("sha256" in said for said in receipt.inputs.values())
-    name = "output" if out.is_dir() else f"output.{'pth' if receipt.kind is CRC32 else 'safetensors'}"
-    planned = _plan(recipe, name, resources, hashed=hashed)
+    name = "output" if out.is_folder() else f"output.{'pth' if receipt.kind is CRC32 else 'safetensors'}"
+    planned = _plan(recipe, parse(name), resources, hashed=hashed)
     check_inputs(planned, receipt)
     return planned
 
@@ -448,8 +448,8 @@ def _convert_first(recipe: Recipe, request: _Request, running: RunOptions) -> bo
     """
     if request.merging.convert_first is None:
         return False
-    folder, resources, made = Path(request.merging.convert_first), request.resources, False
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, resources, made = parse(request.merging.convert_first), request.resources, False
+    folder.make_folder()
     for each in recipe.checkpoints:
         index = open_checkpoint(each.path, each.state_dict, recipe.ema)
         target = converted_path(index, folder)

@@ -14,7 +14,6 @@ from streammerge.cli.terminal import WIDTH
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.options import RECEIPT_KEY, RECIPE_KEY
 from streammerge.pickles.state_dict import unread_tensors
-from streammerge.stores.local import file_size
 from streammerge.strict_json import load_json
 from streammerge.units import binary_bytes, decimal_bytes
 
@@ -61,7 +60,7 @@ def verified_json(verified: Verified) -> dict[str, Any]:
 
 
 def _total_bytes(index: CheckpointIndex) -> int:
-    return sum(file_size(path) for path in index.files)
+    return sum(path.size for path in index.files)
 
 
 def _dtypes(index: CheckpointIndex) -> Counter[str]:
@@ -113,7 +112,7 @@ def index_json(index: CheckpointIndex, tensors: bool) -> dict[str, Any]:
                 "dtype": entry.spec.dtype.value,
                 "shape": list(entry.spec.shape),
                 "bytes": entry.nbytes,
-                "file": entry.path,
+                "file": str(entry.path),
                 "offset": entry.offset,
                 **({"strides": list(entry.strides)} if entry.strides else {}),
                 **({"compressed": True} if entry.deflated else {}),

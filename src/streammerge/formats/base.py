@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Protocol
 from typing import Literal as OneOf
 
 from streammerge.errors import FormatError, printable
 from streammerge.pickles.tree import StorageRef, TensorRef
+from streammerge.stores.base import Location
 from streammerge.tensors.spec import Deflated, TensorEntry, TensorSpec, is_contiguous
 
 MOST_EXPANDED_BYTES = 64 << 20
@@ -21,7 +21,7 @@ Match = bool | OneOf["unless another"]
 class StorageBytes:
     """The place of one torch storage's bytes. For a compressed record, ``offset`` is 0 within ``deflated``."""
 
-    path: str
+    path: Location
     offset: int
     nbytes: int
     deflated: Deflated | None = None
@@ -35,19 +35,19 @@ class Container:
     maps names to tensors (:func:`flat_tensor`).
     """
 
-    path: Path
+    path: Location
     format: str
     tree: Any
     storages: dict[str, StorageBytes]
-    files: tuple[Path, ...]
+    files: tuple[Location, ...]
     metadata: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     pickled: bool = False
     magic: bytes = b"PK"
 
-    def tensor_spans(self) -> dict[str, list[tuple[int, int]]]:
+    def tensor_spans(self) -> dict[Location, list[tuple[int, int]]]:
         """Returns the spans of tensors' bytes in each file, as sorted (offset, bytes). All other bytes are headers."""
-        spans: dict[str, list[tuple[int, int]]] = {str(path): [] for path in self.files}
+        spans: dict[Location, list[tuple[int, int]]] = {path: [] for path in self.files}
         for store in self.storages.values():
             spans[store.path].append(store.deflated.span if store.deflated else (store.offset, store.nbytes))
         for ref in self.tree.values() if isinstance(self.tree, dict) else ():
@@ -96,7 +96,7 @@ class Format(Protocol):
 
     def matches(self, head: bytes, size: int) -> Match: ...
 
-    def read(self, path: Path) -> Container: ...
+    def read(self, path: Location) -> Container: ...
 
 
 _NO_STORAGE = StorageRef("", None, 0)

@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from streammerge.errors import FormatError, printable
 from streammerge.formats import archive
@@ -20,7 +19,7 @@ from streammerge.formats.base import Container, LayoutFile, Literal, Match, Stor
 from streammerge.options import RECEIPT_FILE, RECEIPT_KEY, RECIPE_FILE, RECIPE_KEY
 from streammerge.pickles.rebuild import StorageTable
 from streammerge.pickles.unpickle import MAX_PICKLE_BYTES, unpickle
-from streammerge.stores.local import open_stream
+from streammerge.stores.base import Location
 
 MAX_RECORD_BYTES = 16 << 20
 _BESIDE = {RECIPE_KEY: RECIPE_FILE, RECEIPT_KEY: RECEIPT_FILE}
@@ -35,10 +34,10 @@ def matches(head: bytes, size: int) -> Match:
     return archive.first_name(head).endswith(b"/data.pkl") or "unless another"
 
 
-def read(path: Path) -> Container:
+def read(path: Location) -> Container:
     """Returns the container of a torch zip archive. Raises FormatError; nothing in it is executed."""
     where = printable(path)
-    with open_stream(path) as stream:
+    with path.stream() as stream:
         members = archive.members(stream, where)
         pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
@@ -79,7 +78,7 @@ def _find_storages(
                 "it is damaged"
             )
         compressed += member.deflated is not None
-        container.storages[ref.key] = StorageBytes(str(container.path), member.offset, member.nbytes, member.deflated)
+        container.storages[ref.key] = StorageBytes(container.path, member.offset, member.nbytes, member.deflated)
     if compressed:
         container.notes.append(
             f"{compressed} of its storages are compressed; they are unpacked into a temporary file first"

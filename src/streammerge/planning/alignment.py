@@ -356,7 +356,7 @@ def _refuse_quantised(indexes: Indexes, merged: list[Merged]) -> None:
         told = companions({name: entry.spec for name, entry in index.entries.items()})
         if not told:
             continue
-        files, copied, others = {str(path) for path in index.files}, set[str](), set[str]()
+        files, copied, others = set(index.files), set[str](), set[str]()
         for m in merged:
             for source in m.sources:
                 if source.path in files:

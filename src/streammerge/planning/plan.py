@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from streammerge.errors import BudgetError, RecipeError, printable
@@ -13,14 +12,16 @@ from streammerge.methods.registry import COPY, INTEGERS
 from streammerge.planning.alignment import align
 from streammerge.planning.budget import Budget, Cost, fit
 from streammerge.planning.outputs.bookkeeping import differing_facts
-from streammerge.planning.outputs.container import plan_output, side_bytes
+from streammerge.planning.outputs.container import plan_output
 from streammerge.planning.outputs.layout import Layout, Placed
 from streammerge.planning.receipt import InputSpans
 from streammerge.planning.tasks import MergeTask
 from streammerge.planning.views import Indexes
 from streammerge.recipe.model import Recipe
 from streammerge.recipe.summary import recipe_lines, rule_lines, weight_notes
-from streammerge.stores.local import Identity, identity
+from streammerge.stores import descriptors
+from streammerge.stores.base import Location, Status
+from streammerge.stores.locations import parse
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorEntry
 from streammerge.units import binary_bytes, counted, decimal_bytes
@@ -34,22 +35,22 @@ class Plan:
 
     ``peak_bytes`` is projected memory above the start-up footprint; ``disk_bytes`` includes temporary files. ``taken``:
     how many tensors each rule of the recipe took. ``owners``: file -> the checkpoint that it belongs to. ``input_files``:
-    what the receipt calls an input file -> its path, and where its tensors lie.
+    what the receipt calls an input file -> where it is, and where its tensors lie.
     """
 
     recipe: Recipe
-    out: Path | None
+    out: Location | None
     tasks: list[MergeTask]
     staged: list[TensorEntry]
     layout: Layout
     budget: Budget
     memory_bytes: int
     io: str
-    identities: dict[str, Identity]
+    identities: dict[Location, Status]
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     taken: list[int] = field(default_factory=list)
-    owners: dict[str, str] = field(default_factory=dict)
+    owners: dict[Location, Location] = field(default_factory=dict)
     input_files: dict[str, InputSpans] = field(default_factory=dict)
 
     @property
@@ -62,7 +63,7 @@ class Plan:
 
     @property
     def write_bytes(self) -> int:
-        return self.layout.size + side_bytes(self.layout)
+        return self.layout.size + sum(self.identities[source].size for source, _ in self.layout.side_files)
 
     @property
     def disk_bytes(self) -> int:
@@ -159,7 +160,7 @@ def _task_json(task: MergeTask) -> dict[str, Any]:
 def build_plan(
     recipe: Recipe,
     indexes: Indexes,
-    out: str | None,
+    out: Location | None,
     *,
     memory_bytes: int,
     workers: int,
@@ -171,23 +172,23 @@ def build_plan(
     ``indexes`` has each of the recipe's checkpoints, the first one first. Raises MismatchError when they disagree,
     BudgetError when ``memory_bytes`` are too few, RecipeError.
     """
-    if out is not None and not Path(out).name:
+    if out is not None and not out.name:
         raise RecipeError(f"{printable(out)} is not a name for an output")
     alignment = align(recipe, indexes)
     opened = indexes.values()
     alignment.warnings += differing_facts([i.extras for i in opened], [str(i.path) for i in opened])
-    output = plan_output(out or _EXAMPLE_OUT, recipe, indexes, alignment, hashed)
+    output = plan_output(out or parse(_EXAMPLE_OUT), recipe, indexes, alignment, hashed)
     tasks = [task for placed in output.placed for task in _tasks(placed, recipe.seed)]
     # In the order in which the first input has them on the disk, its pages are read once and in sequence.
-    tasks.sort(key=lambda task: (task.method is not INTEGERS, task.sources[0].path, task.sources[0].offset))
+    tasks.sort(key=lambda task: (task.method is not INTEGERS, str(task.sources[0].path), task.sources[0].offset))
     staged = list({s.place: s for task in tasks for s in task.sources if not s.mappable}.values())
     budget, io = budget_of(tasks, memory_bytes, workers, io, bool(staged))
     identities = {path: known for index in opened for path, known in index.identities().items()}
-    identities |= {str(source): identity(source) for source, _ in output.layout.side_files}
+    identities |= {source: source.status() for source, _ in output.layout.side_files}
     notes = [*(note for index in opened for note in index.notes), *alignment.notes, *output.notes, *weight_notes(recipe)]
     return Plan(
         recipe,
-        None if out is None else Path(out),
+        out,
         tasks,
         staged,
         output.layout,
@@ -198,7 +199,7 @@ def build_plan(
         list(dict.fromkeys(notes)),
         list(dict.fromkeys(alignment.warnings)),
         alignment.taken,
-        {str(file): str(index.path) for index in opened for file in index.files},
+        {file: index.path for index in opened for file in index.files},
         output.inputs,
     )
 
@@ -206,9 +207,13 @@ def build_plan(
 def budget_of(
     tasks: list[MergeTask], memory_bytes: int, workers: int, io: str, staged: bool, beside_bytes: int = 0
 ) -> tuple[Budget, str]:
-    """How these tasks are run within that memory, and how they read: where there is no room for mapped pages of all
-    inputs, by pread. ``beside_bytes``: what the caller makes each worker hold beside its buffers. Raises BudgetError
-    when the memory is too little."""
+    """Returns how to run these tasks within that memory, and how to read the inputs.
+
+    Inputs are read by pread if they cannot be mapped, or if there is no room for mapped pages or for as many mapped files.
+    ``beside_bytes``: what each worker holds besides its buffers. Raises BudgetError if the memory is too little.
+    """
+    if io == "mmap" and not _can_map(tasks, workers):
+        io = "pread"
     tensors = sum(len(task.sources) + 1 for task in tasks)
     try:
         return fit(memory_bytes, workers, tensors, _cost(tasks, io), staged, beside_bytes), io
@@ -216,6 +221,15 @@ def budget_of(
         if io != "mmap":
             raise
         return fit(memory_bytes, workers, tensors, _cost(tasks, "pread"), staged, beside_bytes), "pread"
+
+
+def _can_map(tasks: list[MergeTask], workers: int) -> bool:
+    """Whether the stores can map, and as many files as the workers read from at one time."""
+    most = max((len(task.sources) for task in tasks), default=0)
+    if most * workers > descriptors.mapped_at_once(workers):
+        return False
+    stores = {id(source.path.store): source.path.store for task in tasks for source in task.sources}
+    return all(store.mappable for store in stores.values())
 
 
 def _tasks(placed: Placed, seed: int) -> list[MergeTask]:

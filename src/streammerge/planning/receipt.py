@@ -7,16 +7,18 @@ nothing of the machine, its users or the time, so that it is a function of recip
 from __future__ import annotations
 
 import json
+import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
-from streammerge.errors import RecipeError, VerifyError, printable
+from streammerge.errors import FormatError, RecipeError, VerifyError, printable
+from streammerge.stores.base import Location, digest_outside
 from streammerge.stores.checksums import CRC32, CRC32C, Checksum
-from streammerge.stores.local import digest_outside, file_size
+from streammerge.stores.locations import parse
 from streammerge.strict_json import load_json
 from streammerge.version import __version__
 
@@ -83,21 +85,27 @@ class Receipt:
         return [int(text[at : at + 8], 16) for at in range(0, len(text), 8)]
 
 
-InputSpans = tuple[str, list[tuple[int, int]]]
-"""The path of a file, and where its tensors lie."""
+InputSpans = tuple[Location, list[tuple[int, int]]]
+"""A file, and where its tensors lie."""
 
 
 def input_files(named: Mapping[str, CheckpointIndex]) -> dict[str, InputSpans]:
-    """Every file of the checkpoints by its name in a receipt: its path, and where its tensors lie.
+    """Every file of the checkpoints by its name in a receipt: where it is, and where its tensors lie.
 
     ``named``: what each checkpoint is called -> its index.
     """
     found = {}
     for name, index in named.items():
-        above = Path(name) if index.path.is_dir() else Path(name).parent
+        above = name if index.path.is_folder() else posixpath.dirname(name)
         for file, spans in index.container.tensor_spans().items():
-            found[(above / Path(file).name).as_posix()] = (file, spans)
+            found[_below(above, file.name)] = (file, spans)
     return found
+
+
+def _below(folder: str, name: str) -> str:
+    if "://" in folder:
+        return f"{folder.rstrip('/')}/{name}"
+    return (PurePosixPath(folder) / name).as_posix()
 
 
 def planned(
@@ -113,7 +121,7 @@ def planned(
     """
     inputs: dict[str, dict[str, Any]] = {}
     for name, (path, spans) in files.items():
-        inputs[name] = {"bytes": file_size(path), "header_sha256": digest_outside(path, spans)}
+        inputs[name] = {"bytes": path.size, "header_sha256": digest_outside(path, spans)}
         if hashed:
             inputs[name]["sha256"] = _BLANK_SHA256
     versions = {"streammerge": __version__}
@@ -133,9 +141,11 @@ def torch_version() -> str:
         found = find_spec("torch")
     if found is None or found.origin is None:
         raise RecipeError("torch is not installed, and this merge computes with it; install torch")
+    file = parse(found.origin).parent / "version.py"
     try:
-        stated = re.search(r"""^__version__ = ['"]([^'"]+)""", Path(found.origin).with_name("version.py").read_text(), re.M)
-    except (OSError, ValueError):
+        text = file.read(0, file.size).decode()
+        stated = re.search(r"""^__version__ = ['"]([^'"]+)""", text, re.MULTILINE)
+    except (OSError, ValueError, FormatError):
         stated = None
     return stated[1] if stated else "unknown"
 

@@ -20,8 +20,9 @@ from streammerge.planning.budget import Budget
 from streammerge.planning.tasks import MergeTask, Piece, PieceDone, batches, joined, pieces, stretches
 from streammerge.running.executors.base import Executor
 from streammerge.running.workspace import Outgoing, Source, Workspace
+from streammerge.stores.base import COPY_BYTES, Output
 from streammerge.stores.checksums import Checksum
-from streammerge.stores.local import COPY_BYTES, InputFiles, OutputFile
+from streammerge.stores.inputs import InputFiles
 from streammerge.tensors.spec import ranges
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ class Engine:
     """Runs tasks: on any threads, in any order, with the same bytes."""
 
     def __init__(
-        self, budget: Budget, inputs: InputFiles, outputs: list[OutputFile], io: str, checksum: Checksum, executor: Executor
+        self, budget: Budget, inputs: InputFiles, outputs: list[Output], io: str, checksum: Checksum, executor: Executor
     ) -> None:
         self.budget, self.inputs, self.outputs = budget, inputs, outputs
         self.mapped, self.checksum, self.executor = io == "mmap", checksum, executor

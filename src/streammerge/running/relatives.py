@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 
 from streammerge.errors import printable
 from streammerge.planning.tasks import MergeTask
-from streammerge.stores.local import InputFiles
+from streammerge.stores.base import Location
+from streammerge.stores.inputs import InputFiles
 from streammerge.tensors.names import bare
 from streammerge.tensors.spec import TensorEntry
 
@@ -22,12 +23,12 @@ _LEAST_ELEMS = 256
 _STRANGERS = 0.1
 
 
-def strangers(tasks: list[MergeTask], inputs: InputFiles, owners: Mapping[str, str]) -> list[str]:
+def strangers(tasks: list[MergeTask], inputs: InputFiles, owners: Mapping[Location, Location]) -> list[str]:
     """Warnings about checkpoints that are no relatives of the first; ``owners``: file -> the checkpoint it belongs to.
 
     Reads at most 16 samples of 32,768 elements from each.
     """
-    cosines: dict[tuple[str, str], list[float]] = defaultdict(list)
+    cosines: dict[tuple[Location, Location], list[float]] = defaultdict(list)
     for task in _sampled(tasks):
         first = task.sources[0]
         for other in task.sources[1:]:

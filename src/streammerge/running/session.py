@@ -12,10 +12,10 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 
-from streammerge.errors import SpaceError, UncheckedError, VerifyError, listed, printable
+from streammerge.errors import RecipeError, SpaceError, UncheckedError, VerifyError, listed, printable
 from streammerge.events import Hashed, Listener, Resumed, Staged, Syncing, TaskDone, quiet
 from streammerge.formats.base import LayoutFile
-from streammerge.planning.digest import can_be_resumed, plan_digest
+from streammerge.planning.digest import can_be_resumed, differences, plan_parts
 from streammerge.planning.plan import Plan
 from streammerge.planning.receipt import ITSELF, written_like
 from streammerge.planning.tasks import Piece, PieceDone, pieces
@@ -26,10 +26,10 @@ from streammerge.running.executors.threads import ThreadExecutor
 from streammerge.running.readback import check_structure
 from streammerge.running.relatives import strangers
 from streammerge.running.spooling import staged_tasks
+from streammerge.stores.base import COPY_BYTES, Location, Output, Staging, outside
 from streammerge.stores.checksums import Checksum
-from streammerge.stores.commit import Staging
-from streammerge.stores.journal import NAME, Finished, Journal, Key
-from streammerge.stores.local import COPY_BYTES, InputFiles, OutputFile, outside
+from streammerge.stores.inputs import InputFiles
+from streammerge.stores.journal import Finished, Journal, Key
 from streammerge.tensors.spec import TensorEntry, ranges
 from streammerge.units import decimal_bytes
 
@@ -51,22 +51,27 @@ class RunOptions:
 
 
 class Production:
-    """One output in the making. ``journal`` knows what would stay of it if the run ended now."""
+    """One output in the making. ``journal`` knows what would stay of it if the run ended now.
+
+    ``untouched``: whether what an earlier run has left is there as it was.
+    """
 
     def __init__(self, plan: Plan, staging: Staging, options: RunOptions) -> None:
         self.plan, self.staging, self.listener = plan, staging, options.listener
         self.resume = options.resume and can_be_resumed(plan)
+        self._discard = not options.resume
+        self.untouched = True
         self.read_bytes = 0
         self.notes: list[str] = []
         self.warnings: list[str] = []
         self._tasks = plan.tasks
         self._done: dict[Key, Finished] = {}
         self._inputs = InputFiles(plan.identities, options.polite)
-        self._outputs: list[OutputFile] = []
+        self._outputs: list[Output] = []
         self._kind: Checksum = plan.layout.receipt.kind
         self._executor = options.executor(plan.budget.workers)
         self._engine = Engine(plan.budget, self._inputs, self._outputs, plan.io, self._kind, self._executor)
-        self.journal = Journal(staging.folder / NAME, plan_digest(plan), lambda: staging.outputs, self.resume)
+        self.journal = Journal(staging.record, plan_parts(plan), lambda: staging.outputs, self.resume)
 
     def make(self) -> None:
         """Everything, until it is on the disk. Raises what DESIGN names."""
@@ -109,7 +114,7 @@ class Production:
 
     def _where_it_is_kept(self) -> str:
         if self.resume:
-            return f"what was made is kept in {printable(self.staging.folder)}, and the same command goes on from there"
+            return f"what was made is kept in {printable(self.staging.home)}, and the same command goes on from there"
         layout, made = self.plan.layout, self.staging.content
         place = made if layout.as_folder else made / layout.files[0].name
         return f"what was made is kept as {printable(place)}; move it away, since the next run makes it anew"
@@ -125,14 +130,14 @@ class Production:
 
     def _take_up(self) -> None:
         """Opens the output's files, with what an earlier run of this plan has left in them, as far as that is whole."""
-        journal = self.staging.folder / NAME
-        vouched = self.journal.take_over() if self.resume else None
+        vouched = self._earlier_pieces()
+        self.untouched = False
         if vouched is None:
-            if journal.exists() and self.resume:
-                self.notes.append("an interrupted run was not continued: its recipe, inputs or version were others")
             self.staging.clear()
+        else:
+            self.journal.take_over(vouched)
         self._outputs += [self.staging.create(f.name, f.size, vouched is not None) for f in self.plan.layout.files]
-        kept = {file.path.name for file in self._outputs if file.kept}
+        kept = {file.location.name for file in self._outputs if file.kept}
         claimed = {each.key: each for each in vouched or () if each.file in kept}
         if not claimed:
             return
@@ -147,6 +152,27 @@ class Production:
         self.listener(Resumed(kept_bytes, saved_bytes))
         there_of_all = f"{decimal_bytes(kept_bytes)} of {decimal_bytes(self.plan.layout.size)}"
         self.notes.append(f"continued an interrupted run: {there_of_all} were there")
+
+    def _earlier_pieces(self) -> list[Finished] | None:
+        """The pieces that a run of the same plan has left; None to start anew.
+
+        RecipeError when a run of another plan has left pieces, unless they are to be discarded.
+        """
+        if self._discard or (earlier := self.journal.earlier()) is None:
+            return None
+        if earlier.plan is None:
+            self.notes.append("an interrupted run was not continued: its journal is damaged")
+            return None
+        other = differences(earlier.plan, self.journal.plan)
+        if not other:
+            return earlier.pieces if self.resume else None
+        if not earlier.pieces:
+            return None
+        out = printable(self.staging.out)
+        raise RecipeError(
+            f"an interrupted run into {out} left {decimal_bytes(earlier.nbytes)}, and this run differs from it: {other}; "
+            "repeat that run to continue it, discard what it left (resume=False), or choose another output"
+        )
 
     def _is_whole(self, claimed: dict[Key, Finished]) -> Callable[[Piece], tuple[Piece, bool]]:
         def check(piece: Piece) -> tuple[Piece, bool]:
@@ -176,7 +202,7 @@ class Production:
         with closing(self._executor.run(wanted, hashed)) as results:
             for name, digest in results:
                 made[name] = digest
-                self.listener(Hashed(name, self.plan.identities[wanted[name]][2]))
+                self.listener(Hashed(name, self.plan.identities[wanted[name]].size))
         return made
 
     def _stage(self) -> None:
@@ -188,7 +214,7 @@ class Production:
             self.read_bytes += entry.nbytes
             self.listener(Staged(entry.spec.name, entry.nbytes))
 
-        def create(size: int) -> OutputFile:
+        def create(size: int) -> Output:
             return self.staging.temporary("staged", size)
 
         self._tasks = staged_tasks(self._tasks, missing, self._inputs, create, told)
@@ -248,7 +274,7 @@ class Production:
             ITSELF if single else file.name: [*starts[file.name].values(), self._rest(file, starts[file.name])]
             for file in layout.files
         }
-        sums |= {name: [self._copy_side_file(str(source), name)] for source, name in layout.side_files}
+        sums |= {name: [self._copy_side_file(source, name)] for source, name in layout.side_files}
         receipt = layout.receipt.filled(sums, hashes)
         for file, output in zip(layout.files, self._outputs, strict=True):
             final = written_like(receipt, file.receipt) if file.receipt else b""
@@ -268,7 +294,7 @@ class Production:
         """The checksum of what is not a tensor in a file of the output, its receipt still blank."""
         return self._kind.update(b"".join(part.data for part in file.around(sums, file.receipt)))
 
-    def _copy_side_file(self, source: str, name: str) -> int:
+    def _copy_side_file(self, source: Location, name: str) -> int:
         value: int = 0
         file = self._inputs.get(source)
         output = self.staging.create(name, file.size)

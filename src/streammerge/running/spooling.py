@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from streammerge.errors import FormatError, printable
 from streammerge.planning.tasks import MergeTask
-from streammerge.stores.local import COPY_BYTES, InputFile, InputFiles, OutputFile
+from streammerge.stores.base import COPY_BYTES, Input, Location, Output
+from streammerge.stores.inputs import InputFiles
 from streammerge.tensors.spec import Deflated, TensorEntry, contiguous_strides
 
 if TYPE_CHECKING:
@@ -34,12 +35,12 @@ def staged_layout(entries: list[TensorEntry]) -> tuple[list[int], int]:
     return offsets, cursor
 
 
-def _records(entries: list[TensorEntry]) -> list[tuple[str, Deflated]]:
+def _records(entries: list[TensorEntry]) -> list[tuple[Location, Deflated]]:
     return list(dict.fromkeys((e.path, e.deflated) for e in entries if e.deflated is not None))
 
 
 def stage(
-    entries: list[TensorEntry], inputs: InputFiles, target: OutputFile, done: Callable[[TensorEntry], None]
+    entries: list[TensorEntry], inputs: InputFiles, target: Output, done: Callable[[TensorEntry], None]
 ) -> dict[tuple[object, ...], TensorEntry]:
     """Writes each entry's numbers into ``target``; place of the entry -> its new, mappable entry.
 
@@ -47,7 +48,7 @@ def stage(
     """
     offsets, size = staged_layout(entries)
     cursor = size
-    inflated: dict[tuple[str, Deflated], int] = {}
+    inflated: dict[tuple[Location, Deflated], int] = {}
     for path, record in reversed(_records(entries)):
         cursor -= -(-record.nbytes // _ALIGNMENT) * _ALIGNMENT
         _inflate(inputs.get(path), record, target, cursor)
@@ -57,13 +58,13 @@ def stage(
         plain = entry
         if entry.deflated is not None:
             start = inflated[entry.path, entry.deflated] + entry.offset
-            plain = replace(entry, path=str(target.path), offset=start, deflated=None)
+            plain = replace(entry, path=target.location, offset=start, deflated=None)
         source = inputs.get(plain.path)
         if plain.mappable:
             target.copy_from(source, plain.offset, offset, plain.nbytes)
         else:
             _gather(plain, source, target, offset)
-        made[entry.place] = replace(entry, path=str(target.path), offset=offset, strides=None, deflated=None, lazy="")
+        made[entry.place] = replace(entry, path=target.location, offset=offset, strides=None, deflated=None, lazy="")
         done(entry)
     return made
 
@@ -72,7 +73,7 @@ def staged_tasks(
     tasks: list[MergeTask],
     needed: list[MergeTask],
     inputs: InputFiles,
-    create: Callable[[int], OutputFile],
+    create: Callable[[int], Output],
     done: Callable[[TensorEntry], None],
 ) -> list[MergeTask]:
     """The tasks, with copies in place of what cannot be mapped and is ``needed``; ``create`` makes the file for them."""
@@ -84,7 +85,7 @@ def staged_tasks(
     return [replace(task, sources=tuple(made.get(s.place, s) for s in task.sources)) for task in tasks]
 
 
-def _inflate(source: InputFile, record: Deflated, target: OutputFile, offset: int) -> None:
+def _inflate(source: Input, record: Deflated, target: Output, offset: int) -> None:
     machine = zlib.decompressobj(-15)
     taken = written = 0
     try:
@@ -101,14 +102,14 @@ def _inflate(source: InputFile, record: Deflated, target: OutputFile, offset: in
             target.write_full(data[: record.nbytes - written], offset + written)
             written += len(data)
     except zlib.error as error:
-        raise FormatError(f"{printable(source.path)}: a compressed record cannot be unpacked ({error})") from error
+        raise FormatError(f"{printable(source.location)}: a compressed record cannot be unpacked ({error})") from error
     if written != record.nbytes:
         raise FormatError(
-            f"{printable(source.path)}: a compressed record has {written} bytes, not {record.nbytes}; it is damaged"
+            f"{printable(source.location)}: a compressed record has {written} bytes, not {record.nbytes}; it is damaged"
         )
 
 
-def _gather(entry: TensorEntry, source: InputFile, target: OutputFile, offset: int) -> None:
+def _gather(entry: TensorEntry, source: Input, target: Output, offset: int) -> None:
     """Copies a strided tensor in C order: block by block of the copy, bounded in the pages of the source it touches."""
     import torch
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import mmap
+import weakref
 from typing import TYPE_CHECKING
 
 from streammerge.planning.budget import Budget, slots
-from streammerge.stores.local import InputFile, InputFiles, OutputFile
+from streammerge.stores.base import Input, Output
+from streammerge.stores.inputs import InputFiles
 from streammerge.tensors.spec import TensorEntry
 from streammerge.units import PAGE_BYTES
 
@@ -86,7 +88,7 @@ class Outgoing:
     Page for page they lie in the buffer as they will in the file, so that they can go to the disk without a copy.
     """
 
-    def __init__(self, output: OutputFile, workspace: Workspace, offset: int) -> None:
+    def __init__(self, output: Output, workspace: Workspace, offset: int) -> None:
         self._output, self._buffer = output, workspace.octets("out")
         self._start, self._held = offset, 0
 
@@ -114,23 +116,28 @@ class Outgoing:
 
 class Spans:
     """Byte ranges by file, collected until they are worth a system call: one range for each file, gaps included, since a
-    fault may map what lies between as well."""
+    fault may map what lies between as well.
+
+    A file that nobody else holds any more is forgotten: its map is gone, and its pages with it.
+    """
 
     def __init__(self, enough_bytes: int) -> None:
         self._enough = enough_bytes
-        self._spans: dict[InputFile, tuple[int, int]] = {}
+        self._spans: dict[int, tuple[weakref.ref[Input], int, int]] = {}
 
-    def add(self, file: InputFile, begin: int, end: int) -> list[tuple[InputFile, int, int]]:
+    def add(self, file: Input, begin: int, end: int) -> list[tuple[Input, int, int]]:
         """Takes a range in. Returns what came together, once that is enough, and starts over."""
-        low, high = self._spans.get(file, (begin, begin))
-        self._spans[file] = (min(low, begin), max(high, end))
+        known = self._spans.get(id(file))
+        if known is not None and known[0]() is file:
+            begin, end = min(known[1], begin), max(known[2], end)
+        self._spans[id(file)] = weakref.ref(file), begin, end
         return self.make_room(0)
 
-    def make_room(self, nbytes: int) -> list[tuple[InputFile, int, int]]:
+    def make_room(self, nbytes: int) -> list[tuple[Input, int, int]]:
         """Returns what came together, and starts over, where that and so many bytes more are enough."""
-        if sum(high - low for low, high in self._spans.values()) + nbytes <= self._enough:
+        if sum(high - low for _, low, high in self._spans.values()) + nbytes <= self._enough:
             return []
-        ripe = [(file, *span) for file, span in self._spans.items()]
+        ripe = [(file, low, high) for known, low, high in self._spans.values() if (file := known()) is not None]
         self._spans = {}
         return ripe
 
@@ -158,7 +165,7 @@ class Source:
         return len(self._sources)
 
     def name(self, source: int) -> str:
-        return self._sources[source][0].path
+        return str(self._sources[source][0].location)
 
     def move_to(self, start: int, stop: int) -> None:
         """Says which elements are read next; pages of those before are given back once they are many."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from streammerge.errors import RecipeError, printable
+from streammerge.stores.base import Location
 from streammerge.tensors.dtypes import DType, parse_dtype
 
 GRAIN = 1 << 16
@@ -46,7 +47,7 @@ class TensorEntry:
     """
 
     spec: TensorSpec
-    path: str
+    path: Location
     offset: int
     strides: tuple[int, ...] | None = None
     deflated: Deflated | None = None

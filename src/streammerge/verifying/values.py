@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 import random
-import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoints.index import open_checkpoint
@@ -25,9 +23,11 @@ from streammerge.running.readback import read_output
 from streammerge.running.spooling import staged_tasks
 from streammerge.running.workspace import prepare_torch
 from streammerge.stores import faults
+from streammerge.stores.base import Input, Location, Output, digest_outside
 from streammerge.stores.checksums import CRC32
+from streammerge.stores.inputs import InputFiles
 from streammerge.stores.journal import Key
-from streammerge.stores.local import InputFile, InputFiles, OutputFile, digest_outside, file_size
+from streammerge.stores.scratch import scratch
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import ranges
 from streammerge.tensors.threads import one_torch_thread
@@ -50,7 +50,7 @@ def check_inputs(plan: Plan, receipt: Receipt) -> None:
         raise ChangedError(f"the inputs are others: {listed(sorted(set(plan.input_files) ^ set(receipt.inputs)))}")
     for name, (path, spans) in plan.input_files.items():
         was = receipt.inputs[name]
-        same = file_size(path) == was["bytes"] and digest_outside(path, spans) == was["header_sha256"]
+        same = path.size == was["bytes"] and digest_outside(path, spans) == was["header_sha256"]
         if not same or ("sha256" in was and digest_outside(path, []) != was["sha256"]):
             raise ChangedError(f"{printable(path)} is not the file that was merged")
 
@@ -73,8 +73,8 @@ def recompute(verified: Verified, plan: Plan, receipt: Receipt, share: float, se
     if plan.torch_needed:
         prepare_torch()
         alone = one_torch_thread()
-    with tempfile.TemporaryDirectory(prefix="streammerge-") as folder, faults.survived(), alone:
-        check = _Recomputation(plan, sampled, chosen, Path(folder))
+    with scratch() as create, faults.survived(), alone:
+        check = _Recomputation(plan, sampled, chosen, create)
         wrong = check.repeated(check.in_float64())
     verified.sampled_tensors = len(sampled)
     verified.sampled_elems, verified.equal_elems = check.elems, check.equal
@@ -86,16 +86,16 @@ def recompute(verified: Verified, plan: Plan, receipt: Receipt, share: float, se
         )
 
 
-def _places(plan: Plan, out: Path, receipt: Receipt) -> tuple[list[tuple[MergeTask, str, int]], list[str]]:
+def _places(plan: Plan, out: Location, receipt: Receipt) -> tuple[list[tuple[MergeTask, Location, int]], list[str]]:
     """Each task, with where its bytes lie: file and offset. And the names of those for which that is not known.
 
     Where all that is around the tensors is what is planned now, so are their places. Another version of streammerge may
     lay out otherwise; then names, dtypes and shapes must do.
     """
-    paths = [out / file.name if out.is_dir() else out for file in plan.layout.files]
+    paths = [out / file.name if out.is_folder() else out for file in plan.layout.files]
     if all(_as_planned(path, file, receipt) for path, file in zip(paths, plan.layout.files, strict=True)):
-        return [(task, str(paths[task.file]), task.offset) for task in plan.tasks], []
-    index, found, skipped = open_checkpoint(out), list[tuple[MergeTask, str, int]](), list[str]()
+        return [(task, paths[task.file], task.offset) for task in plan.tasks], []
+    index, found, skipped = open_checkpoint(out), list[tuple[MergeTask, Location, int]](), list[str]()
     for task in plan.tasks:
         entry = index.entries.get(task.out.name)
         if entry is not None and entry.mappable and entry.spec == task.out:
@@ -106,8 +106,8 @@ def _places(plan: Plan, out: Path, receipt: Receipt) -> tuple[list[tuple[MergeTa
     return found, skipped + [name for name in index.entries if name not in planned]
 
 
-def _as_planned(path: Path, file: LayoutFile, receipt: Receipt) -> bool:
-    if not path.is_file() or file_size(path) != file.size:
+def _as_planned(path: Location, file: LayoutFile, receipt: Receipt) -> bool:
+    if not path.is_file() or path.size != file.size:
         return False
     if not file.offsets:
         return True
@@ -120,7 +120,13 @@ def _as_planned(path: Path, file: LayoutFile, receipt: Receipt) -> bool:
 class _Recomputation:
     """Tasks run again by the engine, which is given comparisons where a merge gives it output files."""
 
-    def __init__(self, plan: Plan, places: dict[int, tuple[MergeTask, str, int]], chosen: set[Key], folder: Path) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        places: dict[int, tuple[MergeTask, Location, int]],
+        chosen: set[Key],
+        create: Callable[[int], Output],
+    ) -> None:
         self.plan, self.places = plan, list(places.values())
         at_of = {number: at for at, number in enumerate(places)}
         self.keys = {(at_of[number], start) for number, start in chosen}
@@ -128,9 +134,7 @@ class _Recomputation:
         self._inputs, self._output = InputFiles(plan.identities), InputFiles({})
         self._executor = ThreadExecutor(plan.budget.workers)
         tasks = [task for task, _, _ in self.places]
-        self._tasks = staged_tasks(
-            tasks, tasks, self._inputs, lambda size: OutputFile(folder / "staged", size), lambda entry: None
-        )
+        self._tasks = staged_tasks(tasks, tasks, self._inputs, create, lambda entry: None)
 
     def in_float64(self) -> set[Key]:
         """Compares with float64 results. Returns the pieces that must be repeated exactly."""
@@ -182,7 +186,7 @@ class _Recomputation:
 class _Repetition:
     """Takes the bytes of a tensor as an output file would, and compares them, block by block, with those in the file."""
 
-    def __init__(self, file: InputFile, offset: int) -> None:
+    def __init__(self, file: Input, offset: int) -> None:
         self._file, self._offset = file, offset
         self.differs = False
 
@@ -204,7 +208,7 @@ class _Comparison:
     once, and how many are further from it than rounding explains.
     """
 
-    def __init__(self, file: InputFile, offset: int, dtype: DType, piece_elems: int) -> None:
+    def __init__(self, file: Input, offset: int, dtype: DType, piece_elems: int) -> None:
         self._file, self._offset, self._dtype, self._piece_elems = file, offset, dtype, piece_elems
         self.counts: defaultdict[int, list[int]] = defaultdict(lambda: [0, 0, 0])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from streammerge.formats.base import LayoutFile
@@ -12,6 +11,7 @@ from streammerge.planning.alignment import Merged
 from streammerge.planning.receipt import InputSpans, Receipt
 from streammerge.recipe.locations import resolved
 from streammerge.recipe.model import Recipe
+from streammerge.stores.base import Location
 from streammerge.tensors.spec import TensorEntry, TensorSpec
 
 
@@ -22,7 +22,7 @@ class Layout:
     files: tuple[LayoutFile, ...]
     receipt: Receipt
     as_folder: bool = False
-    side_files: tuple[tuple[Path, str], ...] = ()
+    side_files: tuple[tuple[Location, str], ...] = ()
 
     @property
     def size(self) -> int:
