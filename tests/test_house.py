@@ -17,8 +17,8 @@ SOURCE = Path(sm.__file__).parent
 
 ROOMS = (
     "errors", "events", "units", "version", "strict_json", "options",  # words
-    "tensors", "kernels", "methods", "stores", "pickles", "formats", "recipe", "checkpoints", "planning", "running",
-    "verifying", "api", "cli", "__init__", "__main__",
+    "tensors", "kernels", "methods", "stores", "sources", "pickles", "formats", "recipe", "checkpoints", "planning",
+    "running", "verifying", "api", "cli", "__init__", "__main__",
 )  # fmt: skip
 """From the ground up. A room imports from the rooms before it only."""
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from streammerge.methods.contracts import merge_method as merge_method
     from streammerge.planning.plan import Plan as Plan
     from streammerge.running.execution import Result as Result
-    from streammerge.tensors.spec import TensorEntry as TensorEntry
+    from streammerge.sources.base import Source as Source
     from streammerge.tensors.spec import TensorSpec as TensorSpec
     from streammerge.verifying.files import Verified as Verified
 
@@ -38,7 +38,8 @@ _PLACES = {
     "methods.contracts": "merge_method",
     "planning.plan": "Plan",
     "running.execution": "Result",
-    "tensors.spec": "TensorEntry TensorSpec",
+    "sources.base": "Source",
+    "tensors.spec": "TensorSpec",
     "verifying.files": "Verified",
     "formats.safetensors_writer": "SafetensorsWriter",
 }

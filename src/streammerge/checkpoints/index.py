@@ -12,8 +12,8 @@ from streammerge.formats import detect
 from streammerge.formats.base import MOST_EXPANDED_BYTES, Container
 from streammerge.pickles.state_dict import Selection, select
 from streammerge.pickles.tree import Global, TensorRef, number, plain, walk
+from streammerge.sources.base import Source
 from streammerge.stores.local import Identity, identity
-from streammerge.tensors.spec import TensorEntry
 
 
 @dataclass(slots=True)
@@ -23,7 +23,7 @@ class CheckpointIndex:
     """
 
     path: Path
-    entries: dict[str, TensorEntry]
+    entries: dict[str, Source]
     aliases: dict[str, str]
     extras: Any
     metadata: dict[str, str]
@@ -82,7 +82,7 @@ def _did_you_mean(path: Path) -> str:
     return f"; did you mean {printable(path.with_name(near[0]))}?" if near else ""
 
 
-def _check_expansion(path: Path, container: Container, entries: list[TensorEntry]) -> None:
+def _check_expansion(path: Path, container: Container, entries: list[Source]) -> None:
     """Many small storages expanded, or one seen by many tensors, would fill a disk when they are written out."""
     total, stored = sum(e.nbytes for e in entries), sum(s.nbytes for s in container.storages.values())
     if total > MOST_EXPANDED_BYTES + 16 * stored:
@@ -111,7 +111,7 @@ def open_checkpoint(path: str | Path, state_dict: str | None = None, ema: str = 
         selection = select(container.tree, state_dict, ema)
     except StreammergeError as error:
         raise type(error)(f"{printable(path)}: {error}") from error
-    entries: dict[str, TensorEntry] = {}
+    entries: dict[str, Source] = {}
     aliases: dict[str, str] = {}
     places: dict[tuple[object, ...], str] = {}
     pickled = container.pickled

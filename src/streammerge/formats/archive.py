@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from streammerge.errors import FormatError, printable
-from streammerge.tensors.spec import Deflated
+from streammerge.sources.deflated import Record
 
 MOST_INFLATED_BYTES = 32 << 20
 _LOCAL = b"PK\3\4"
@@ -24,16 +24,16 @@ def matches(head: bytes) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A record: its bytes lie at ``offset``, or, where it is compressed, are unpacked from ``deflated``."""
+    """A record: its bytes lie at ``offset``, or, where it is compressed, are inflated from ``record``."""
 
     name: str
     offset: int
     nbytes: int
-    deflated: Deflated | None
+    record: Record | None
 
     @property
     def span(self) -> tuple[int, int]:
-        return self.deflated.span if self.deflated else (self.offset, self.nbytes)
+        return self.record.span if self.record else (self.offset, self.nbytes)
 
 
 def members(stream: BinaryIO, where: str) -> dict[str, Member]:
@@ -86,7 +86,7 @@ def _place(stream: BinaryIO, info: zipfile.ZipInfo, end: int, where: str) -> Mem
         if info.compress_size != info.file_size:
             raise FormatError(f"{where}: record {printable(info.filename)} is stored, yet has two sizes; it is damaged")
         return Member(info.filename, offset, info.file_size, None)
-    return Member(info.filename, 0, info.file_size, Deflated(offset, info.compress_size, info.file_size))
+    return Member(info.filename, 0, info.file_size, Record(offset, info.compress_size, info.file_size))
 
 
 def _check_overlap(found: dict[str, Member], where: str) -> None:
@@ -103,7 +103,7 @@ def record(stream: BinaryIO, member: Member | None, most: int, where: str) -> by
     """A whole record of at most so many bytes; nothing for one that is not there. Raises FormatError."""
     if member is None:
         return b""
-    limit = min(most, MOST_INFLATED_BYTES) if member.deflated else most
+    limit = min(most, MOST_INFLATED_BYTES) if member.record else most
     if member.nbytes > limit:
         raise FormatError(
             f"{where}: record {printable(member.name)} of {member.nbytes} bytes is beyond the limit of {limit}"
@@ -120,7 +120,7 @@ def head(stream: BinaryIO, member: Member, nbytes: int, where: str) -> bytes:
     """The first bytes of a record, or all there are. Raises FormatError."""
     start, stored = member.span
     stream.seek(start)
-    if member.deflated is None:
+    if member.record is None:
         return stream.read(min(nbytes, stored))
     try:
         enough = stream.read(min(stored, nbytes + nbytes // 8 + 1024))  # what does not shrink grows by little

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from streammerge.errors import FormatError, printable
 from streammerge.pickles.tree import StorageRef, TensorRef
-from streammerge.tensors.spec import Deflated, TensorEntry, TensorSpec, is_contiguous
+from streammerge.sources.base import Source
+from streammerge.sources.deflated import Record, of_bytes
+from streammerge.tensors.spec import TensorSpec, is_contiguous
 
 MOST_EXPANDED_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class StorageBytes:
-    """Where the bytes of one torch storage lie; for a compressed record, ``offset`` is 0 within ``deflated``."""
+    """Where the bytes of one torch storage lie: at ``offset`` of the file, or of the inflated bytes of ``record``."""
 
     path: str
     offset: int
     nbytes: int
-    deflated: Deflated | None = None
+    record: Record | None = None
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """(offset, bytes) in the file."""
+        return self.record.span if self.record else (self.offset, self.nbytes)
 
 
 @dataclass(slots=True)
@@ -29,7 +36,7 @@ class Container:
     """A checkpoint as it lies on the disk: the inert tree, and where its storages are. No tensor was read.
 
     ``pickled``: whether the tree is that of a pickle, in which tensors share storages and have other data beside them;
-    if not, it is the tensors by their names (:func:`flat_tensor`).
+    if not, it is the tensors by their names (:func:`flat_tensor`). ``held_bytes``: of pickles, whose data is in the tree.
     """
 
     path: Path
@@ -41,21 +48,23 @@ class Container:
     notes: list[str] = field(default_factory=list)
     pickled: bool = False
     magic: bytes = b"PK"
+    held_bytes: int = 0
 
     def tensor_spans(self) -> dict[str, list[tuple[int, int]]]:
         """Where in its files the bytes of tensors lie, as (offset, bytes) in order; the rest is its headers."""
         spans: dict[str, list[tuple[int, int]]] = {str(path): [] for path in self.files}
         for store in self.storages.values():
-            spans[store.path].append(store.deflated.span if store.deflated else (store.offset, store.nbytes))
+            spans[store.path].append(store.span)
         for ref in self.tree.values() if isinstance(self.tree, dict) else ():
-            if isinstance(ref, TensorRef) and (entry := ref.entry) is not None:
-                spans[entry.path].append(entry.span)
+            if isinstance(ref, TensorRef) and ref.entry is not None:
+                for path, offset, nbytes in ref.entry.blobs:
+                    spans[path].append((offset, nbytes))
         return {path: sorted(dict.fromkeys(span for span in found if span[1])) for path, found in spans.items()}
 
-    def locate(self, name: str, ref: TensorRef) -> TensorEntry:
-        """The entry of one tensor. Raises FormatError when it does not fit its storage."""
+    def locate(self, name: str, ref: TensorRef) -> Source:
+        """The source of one tensor. Raises FormatError when it does not fit its storage."""
         if ref.entry is not None:
-            return ref.entry if ref.entry.spec.name == name else replace(ref.entry, spec=replace(ref.entry.spec, name=name))
+            return ref.entry.named(name)
         store = self.storages.get(ref.storage.key)
         if store is None:
             where = self._where(name)
@@ -76,9 +85,7 @@ class Container:
                 "it is expanded beyond reason"
             )
         strides = None if contiguous else ref.strides
-        if not spec.numel:  # there is nothing to conjugate or to unpack
-            return TensorEntry(spec, store.path, store.offset + start)
-        return TensorEntry(spec, store.path, store.offset + start, strides, store.deflated, ref.lazy)
+        return of_bytes(spec, store.path, store.offset + start, strides, store.record, ref.lazy)
 
     def _where(self, name: str) -> str:
         return f"{printable(self.path)}: tensor {printable(name)}"
@@ -87,7 +94,7 @@ class Container:
 _NO_STORAGE = StorageRef("", None, 0)
 
 
-def flat_tensor(entry: TensorEntry) -> TensorRef:
+def flat_tensor(entry: Source) -> TensorRef:
     """A tensor whose bytes are its own, for formats without storages."""
     return TensorRef(_NO_STORAGE, entry.spec.dtype, 0, entry.spec.shape, (), entry=entry)
 

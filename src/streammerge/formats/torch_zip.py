@@ -1,7 +1,7 @@
 """The zip container of torch.save (1.6 and later) and of TorchScript: viewed in place, and written.
 
 Records are stored uncompressed at known offsets, so tensors are read where they lie. Compressed records are named as
-such and staged by the reader of entries. Writing is planned: every offset is known before a byte is read; the
+such, and are inflated before they are read. Writing is planned: every offset is known before a byte is read; the
 checksums, known last, are put into the headers when the archive is sealed.
 """
 
@@ -48,7 +48,7 @@ def read(path: Path) -> Container:
             )
         table = StorageTable()
         member = members[pickles[0]]
-        on_disk = member.deflated.compressed_bytes if member.deflated else member.nbytes
+        on_disk = member.record.compressed_bytes if member.record else member.nbytes
         tree = unpickle(archive.record(stream, member, MAX_PICKLE_BYTES, where), table, where, on_disk)
         beside = {key: members.get(root + name) for key, name in _BESIDE.items()}
         texts = {key: archive.record(stream, member, MAX_RECORD_BYTES, where) for key, member in beside.items()}
@@ -56,7 +56,7 @@ def read(path: Path) -> Container:
         magic = stream.read(2)
     script = root + "constants.pkl" in members and any(name.startswith(root + "code/") for name in members)
     kind = "TorchScript archive" if script else "PyTorch zip"
-    container = Container(path, kind, tree, {}, (path,), pickled=True, magic=magic)
+    container = Container(path, kind, tree, {}, (path,), pickled=True, magic=magic, held_bytes=member.nbytes)
     container.metadata |= {key: text.decode("utf-8", "replace") for key, text in texts.items() if text}
     _find_storages(container, table, members, root + "data/", where)
     return container
@@ -75,8 +75,8 @@ def _find_storages(
                 f"{where}: storage {printable(ref.key)} has {member.nbytes} bytes where its tensors expect {ref.nbytes}; "
                 "it is damaged"
             )
-        compressed += member.deflated is not None
-        container.storages[ref.key] = StorageBytes(str(container.path), member.offset, member.nbytes, member.deflated)
+        compressed += member.record is not None
+        container.storages[ref.key] = StorageBytes(str(container.path), member.offset, member.nbytes, member.record)
     if compressed:
         container.notes.append(
             f"{compressed} of its storages are compressed; they are unpacked into a temporary file first"

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from streammerge.sources.base import Source
 from streammerge.tensors.dtypes import DType
-from streammerge.tensors.spec import TensorEntry
 
 MISSING: Any = type("Missing", (), {"__repr__": lambda self: "<missing>"})()
 _PYTHON2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg", "exceptions": "builtins"}
@@ -93,8 +93,8 @@ class TensorRef(_Record):
     """A tensor over a storage: ``offset`` and ``strides`` in elements.
 
     ``wrapper`` keeps what stood around it: ("parameter",), ("parameter_with_state", state) or
-    ("type", function, class, state). ``lazy`` names a pending conjugation or negation. ``entry`` is where its bytes are,
-    for formats that have no storages.
+    ("type", function, class, state). ``lazy`` names a pending conjugation or negation. ``entry`` is its source, for
+    formats that have no storages.
     """
 
     storage: StorageRef
@@ -106,7 +106,7 @@ class TensorRef(_Record):
     wrapper: tuple[Any, ...] = ()
     lazy: str = ""
     state: Any = MISSING
-    entry: TensorEntry | None = None
+    entry: Source | None = None
 
 
 @dataclass(slots=True, eq=False, repr=False)

@@ -1,4 +1,4 @@
-"""What a tensor is, where its bytes are, and how a long one is walked."""
+"""What a tensor is, and how a long one is walked."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from streammerge.tensors.dtypes import DType, parse_dtype
 
 GRAIN = 1 << 16
 """Elements on which reductions and random numbers are defined, so that no chunk size can change a result."""
+PIECE_ELEMS = 64 * GRAIN
+"""Elements of the pieces into which a long tensor is cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,54 +35,21 @@ class TensorSpec:
         object.__setattr__(self, "numel", math.prod(self.shape))
         object.__setattr__(self, "nbytes", self.numel * self.dtype.element_bytes)
 
-
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """Where a tensor's bytes are: little-endian at ``offset`` of the file at ``path``, in C order.
-
-    Three forms cannot be mapped as they stand and are staged into a temporary file before they are read: ``strides``
-    (in elements) of a tensor that is not contiguous, ``offset`` then being that of its first element; ``deflated``,
-    the compressed record that holds it, ``offset`` then counting within the uncompressed bytes; and ``lazy``, a
-    conjugation or negation that torch had not carried out yet.
-    """
-
-    spec: TensorSpec
-    path: str
-    offset: int
-    strides: tuple[int, ...] | None = None
-    deflated: Deflated | None = None
-    lazy: str = ""
+    @property
+    def component_shape(self) -> tuple[int, ...]:
+        """The shape as arithmetic sees it: a complex number is two."""
+        if self.dtype.kind != "complex":
+            return self.shape
+        return (*self.shape[:-1], self.shape[-1] * 2) if self.shape else (2,)
 
     @property
-    def nbytes(self) -> int:
-        return self.spec.nbytes
+    def component_elems(self) -> int:
+        """How many numbers arithmetic sees: a complex number is two."""
+        return self.nbytes // self.dtype.component.element_bytes
 
-    @property
-    def span(self) -> tuple[int, int]:
-        """(offset, bytes) in the file; of a compressed record all that holds it."""
-        return self.deflated.span if self.deflated else (self.offset, self.spec.nbytes)
-
-    @property
-    def mappable(self) -> bool:
-        return self.strides is None and self.deflated is None and not self.lazy
-
-    @property
-    def place(self) -> tuple[object, ...]:
-        """Equal for two names exactly when they are one tensor: same bytes, dtype, shape and strides."""
-        return (self.path, self.deflated, self.offset, self.spec.dtype, self.spec.shape, self.strides, self.lazy)
-
-
-@dataclass(frozen=True, slots=True)
-class Deflated:
-    """A compressed record: where its deflate stream lies, and how long it is before and after."""
-
-    offset: int
-    compressed_bytes: int
-    nbytes: int
-
-    @property
-    def span(self) -> tuple[int, int]:
-        return self.offset, self.compressed_bytes
+    def named(self, name: str) -> TensorSpec:
+        """The same by another name."""
+        return self if name == self.name else TensorSpec(name, self.dtype, self.shape)
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

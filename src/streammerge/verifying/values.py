@@ -22,8 +22,9 @@ from streammerge.planning.tasks import MergeTask, Piece, pieces
 from streammerge.running.engine import Engine
 from streammerge.running.executors.threads import ThreadExecutor
 from streammerge.running.readback import read_output
-from streammerge.running.spooling import staged_tasks
+from streammerge.running.spooling import spooled_tasks
 from streammerge.running.workspace import prepare_torch
+from streammerge.sources.stored import Stored
 from streammerge.stores import faults
 from streammerge.stores.checksums import CRC32
 from streammerge.stores.journal import Key
@@ -91,8 +92,8 @@ def _places(plan: Plan, out: Path, receipt: Receipt) -> tuple[list[tuple[MergeTa
     index, found, skipped = open_checkpoint(out), list[tuple[MergeTask, str, int]](), list[str]()
     for task in plan.tasks:
         entry = index.entries.get(task.out.name)
-        if entry is not None and entry.mappable and entry.spec == task.out:
-            found.append((task, entry.path, entry.offset))
+        if isinstance(entry, Stored) and entry.spec == task.out:
+            found.append((task, str(entry.path), entry.offset))
         else:
             skipped.append(task.out.name)
     planned = {task.out.name for task in plan.tasks}
@@ -120,8 +121,8 @@ class _Recomputation:
         self._inputs, self._output = InputFiles(plan.identities), InputFiles({})
         self._executor = ThreadExecutor(plan.budget.workers)
         tasks = [task for task, _, _ in self.places]
-        self._tasks = staged_tasks(
-            tasks, tasks, self._inputs, lambda size: OutputFile(folder / "staged", size), lambda entry: None
+        self._tasks = spooled_tasks(
+            tasks, tasks, self._inputs, lambda size: OutputFile(folder / "spooled", size), lambda tensor, record: None
         )
 
     def in_float64(self) -> set[Key]:
@@ -161,7 +162,7 @@ class _Recomputation:
         if not keys:
             return
         plan = self.plan
-        budget, io = budget_of(tasks, plan.memory_bytes, plan.budget.workers, plan.io, staged=False)
+        budget, io = budget_of(tasks, plan.memory_bytes, plan.budget.workers, plan.io)
         engine = Engine(budget, self._inputs, outputs, io, CRC32, self._executor)
         with closing(engine.run_all(tasks, lambda piece: piece.key in keys)) as results:
             for done in results:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from streammerge.checkpoints.huggingface import CONFIG, HEADS, edited_config, is_embedding, read_config
 from streammerge.checkpoints.index import CheckpointIndex
@@ -196,14 +197,14 @@ def _shards(recipe: Recipe, base: CheckpointIndex, alignment: Alignment) -> dict
     """File name -> tensors: as the first input has them, or filled in order up to the largest size."""
     grouped: list[list[Merged]] = [[]]
     merged, largest = alignment.merged, recipe.output.max_shard_size
-    homes = [] if alignment.restacked else [base.entries.get(m.base_names[0], m.sources[0]).path for m in merged]
+    homes = [] if alignment.restacked else [base.entries.get(m.base_names[0], m.sources[0]).begin[0] for m in merged]
     if len(set(homes)) > 1 and largest is None:
-        by_path: dict[str, list[Merged]] = {}
+        by_path: dict[Any, list[Merged]] = {}
         for m, path in zip(merged, homes, strict=True):
             by_path.setdefault(path, []).append(m)
         grouped = list(by_path.values())
-        if all(path.endswith(".safetensors") for path in by_path):
-            return {Path(path).name: members for path, members in by_path.items()}
+        if all(str(path).endswith(".safetensors") for path in by_path):
+            return {Path(str(path)).name: members for path, members in by_path.items()}
     else:
         most, filled = largest or DEFAULT_SHARD_BYTES, 0
         for m in merged:
