@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,15 +20,15 @@ import pytest
 import torch
 from safetensors import safe_open
 
-for room in ("methods", "formats", "running.executors"):  # so that their assertions show the values too
+for room in ("methods", "formats", "running.executors", "sources"):  # so that their assertions show the values too
     pytest.register_assert_rewrite(f"{room}.suite")
 torch.set_num_threads(1)  # the tests run in parallel as they are
 
 
 def octets(tensor: torch.Tensor) -> bytes:
     """A tensor's bytes in C order, for comparisons that NaN and -0.0 cannot fool."""
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    return plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+    plain = tensor.detach().resolve_conj().resolve_neg().reshape(-1).clone(memory_format=torch.contiguous_format)
+    return plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
 
 
 def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -37,6 +38,14 @@ def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         assert actual[name].shape == tensor.shape, name
         assert actual[name].dtype == tensor.dtype, name
         assert octets(actual[name]) == octets(tensor), name
+
+
+def deflate(path: Path, target: Path) -> Path:
+    """The same archive with compressed records."""
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    return target
 
 
 def load_safetensors(path: Path) -> dict[str, torch.Tensor]:

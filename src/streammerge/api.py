@@ -11,6 +11,7 @@ from typing import Any
 from streammerge.checkpoints.choosing import choose, exponential_weights
 from streammerge.checkpoints.conversions import converted_path, from_conversion, is_conversion
 from streammerge.checkpoints.globs import expand
+from streammerge.checkpoints.in_memory import hold, index_state_dict
 from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
 from streammerge.errors import ChangedError, FormatError, RecipeError, StreammergeError, VerifyError, listed, printable
 from streammerge.events import Listener, quiet
@@ -36,29 +37,40 @@ from streammerge.verifying.files import Verified, check_files
 from streammerge.verifying.values import check_inputs, recompute
 
 PathLike = str | Path
+Checkpoint = str | Path | Mapping[str, Any]
+"""A file or folder, or a state dict in memory: torch tensors or numpy arrays by name, or a mapping that holds one."""
+Held = dict[str, Mapping[str, Any]]
+"""The state dicts in memory, by the names that the recipe has for them."""
 
 
-def _paths(paths: PathLike | Sequence[PathLike]) -> list[str]:
-    return [str(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+def _paths(inputs: Checkpoint | Sequence[Checkpoint], held: Held) -> list[str]:
+    return [hold(each, held) for each in ([inputs] if isinstance(inputs, str | Path | Mapping) else inputs)]
 
 
-def inspect(path: PathLike, *, state_dict: str | None = None, ema: str | None = None) -> CheckpointIndex:
+def inspect(path: Checkpoint, *, state_dict: str | None = None, ema: str | None = None) -> CheckpointIndex:
     """What a checkpoint is and holds. Reads headers only; nothing in the file is executed or imported.
 
-    Raises FormatError when it cannot be read.
+    ``path``: a file or folder, or a state dict in memory. Raises FormatError when it cannot be read.
     """
-    return open_checkpoint(path, state_dict, ema or "ignore")
+    held: Held = {}
+    return _opened(hold(path, held), state_dict, ema or "ignore", held)
+
+
+def _opened(path: str, state_dict: str | None, ema: str, held: Held) -> CheckpointIndex:
+    if path in held:
+        return index_state_dict(held[path], path, state_dict, ema)
+    return open_checkpoint(path, state_dict, ema)
 
 
 def plan(
-    inputs: PathLike | Sequence[PathLike] = (),
+    inputs: Checkpoint | Sequence[Checkpoint] = (),
     out: PathLike | None = None,
     *,
     recipe: PathLike | Mapping[str, Any] | None = None,
     own_methods: bool = False,
     weights: Sequence[float] | None = None,
     method: str | Callable[..., Kernel] | None = None,
-    base: PathLike | None = None,
+    base: Checkpoint | None = None,
     normalize: bool | None = None,
     last: int | None = None,
     range: str | None = None,
@@ -87,8 +99,9 @@ def plan(
 ) -> Plan:
     """What :func:`merge` would do, from headers alone; nothing is written. The parameters are those of merge.
 
-    ``inputs``: paths or globs. ``out``: by its name the container is planned. ``method`` (linear): a name,
-    ``package.module:function`` or a function; ``parameters`` are its own, like ``t=0.3`` or ``density=[0.5, 0.7]``.
+    ``inputs``: paths, globs, or state dicts in memory, which are read where they lie. ``out``: by its name the container is
+    planned. ``method`` (linear): a name, ``package.module:function`` or a function; ``parameters`` are its own, like
+    ``t=0.3`` or ``density=[0.5, 0.7]``.
     ``weights``: one number per input; linear divides them by their sum unless ``normalize`` is False. ``base``: the common
     ancestor, for the methods that need one. ``seed``: for those that draw random numbers.
 
@@ -129,7 +142,8 @@ def plan(
         "max_shard_size": max_shard_size,
         "seed": seed,
     }
-    paths = _paths(inputs)
+    held: Held = {}
+    paths = _paths(inputs, held)
     if recipe is None and len(paths) == 1 and paths[0].endswith((".yaml", ".yml")):
         recipe, paths = paths[0], []
     if normalize is not None:
@@ -138,13 +152,13 @@ def plan(
     if recipe is None:
         chosen, notes = choose(expand(paths), **choice)
         weights = _weights(weights, ema_decay, len(chosen))
-        named = None if base is None else str(base)
+        named = None if base is None else hold(base, held)
         wished = recipe_of(chosen, method or "linear", named, weights, parameters, overrides)
     else:
         theirs = {"inputs": paths or None, "weights": weights, "method": method, "base": base, "ema_decay": ema_decay}
         _refuse_beside_recipe({**theirs, **choice, **parameters})
         wished, notes = overridden(read_recipe(recipe, own_methods), overrides), []
-    planned = _plan(wished, out, memory, workers, io, convert_first, hash)
+    planned = _plan(wished, out, memory, workers, io, convert_first, hash, held)
     planned.notes[:0] = notes
     return planned
 
@@ -174,13 +188,16 @@ def _plan(
     io: str,
     convert_first: PathLike | None = None,
     hashed: bool = False,
+    held: Held | None = None,
 ) -> Plan:
     if io not in IO:
         raise RecipeError(f"--io takes {' or '.join(IO)}, not {printable(io)}")
     if workers is not None and workers < 1:
         raise RecipeError("--workers takes a positive number")
+    if held and convert_first is not None:
+        raise RecipeError("convert_first converts files, and some inputs are in memory; leave it out")
     with collector_paused(), shared_headers():
-        indexes = {each: open_checkpoint(each.path, each.state_dict, recipe.ema) for each in recipe.checkpoints}
+        indexes = {each: _opened(each.path, each.state_dict, recipe.ema, held or {}) for each in recipe.checkpoints}
         if convert_first is not None:
             indexes = {each: from_conversion(index, Path(convert_first)) for each, index in indexes.items()}
         planned = build_plan(
@@ -212,7 +229,7 @@ def _output_warnings(planned: Plan) -> list[str]:
 
 
 def merge(
-    inputs: PathLike | Sequence[PathLike] = (),
+    inputs: Checkpoint | Sequence[Checkpoint] = (),
     out: PathLike | None = None,
     *,
     overwrite: bool = False,
@@ -225,9 +242,9 @@ def merge(
 ) -> Result:
     """Merges checkpoints into ``out``, one chunk at a time.
 
-    ``inputs``: paths or globs; or ``recipe``: a mergekit configuration. ``weights``: one number per input; ``linear``,
-    the default method, divides them by their sum unless ``normalize`` is False. ``memory``: the budget above the
-    start-up footprint. Further options, and the parameters of the method, are those of :func:`plan`.
+    ``inputs``: paths, globs, or state dicts in memory; or ``recipe``: a mergekit configuration. ``weights``: one number per
+    input; ``linear``, the default method, divides them by their sum unless ``normalize`` is False. ``memory``: the budget
+    above the start-up footprint. Further options, and the parameters of the method, are those of :func:`plan`.
 
     ``overwrite``: replace a finished output. ``resume``: go on where the same merge was interrupted. ``polite``: give the
     inputs' page cache back behind the cursor, so that what other programs have there stays. ``listener`` is called with
@@ -251,7 +268,7 @@ def merge(
 
 
 def convert(
-    path: PathLike,
+    path: Checkpoint,
     out: PathLike,
     *,
     dtype: object = None,
@@ -276,8 +293,9 @@ def convert(
 ) -> Result:
     """Writes a checkpoint in another container: ``.pth`` to safetensors or back, one file or shards.
 
-    ``path``: a file or folder. ``dtype`` recasts floating-point tensors; ``keep`` and ``drop`` are glob patterns on tensor
-    names, ``strip_prefix`` is removed from those that begin with it; ``extras`` names a JSON file for what is not a tensor.
+    ``path``: a file or folder, or a state dict in memory. ``dtype`` recasts floating-point tensors; ``keep`` and ``drop``
+    are glob patterns on tensor names, ``strip_prefix`` is removed from those that begin with it; ``extras`` names a JSON
+    file for what is not a tensor.
     Further options are those of :func:`plan` and :func:`merge`, and so are the errors.
     """
     sweep(Path(out))
@@ -292,13 +310,15 @@ def convert(
         "max_shard_size": max_shard_size,
         "strip_prefix": strip_prefix,
     }
-    recipe = conversion(str(path), drop, keep, overrides)
-    planned = _plan(recipe, out, memory, workers, io, hashed=hash)
+    held: Held = {}
+    named = hold(path, held)
+    recipe = conversion(named, drop, keep, overrides)
+    planned = _plan(recipe, out, memory, workers, io, hashed=hash, held=held)
     if extras is not None:
         refuse_extras(Path(extras), planned, overwrite)
     result = execute(planned, RunOptions(overwrite, resume, polite, listener, executor), before)
     if extras is not None:
-        index = open_checkpoint(path, state_dict, recipe.ema)
+        index = _opened(named, state_dict, recipe.ema, held)
         content = {"format": index.format, "metadata": index.metadata, "data": index.plain_data()}
         write_text(Path(extras), json.dumps(content, indent=2, ensure_ascii=False) + "\n", overwrite)
     return result
@@ -331,6 +351,12 @@ def verify(
     except (FormatError, OSError) as error:
         raise VerifyError(f"{printable(path)} cannot be verified: {printable(error, 1000)}") from error
     if not share:
+        return verified
+    if receipt.held:
+        said = f"{listed(receipt.held)} of its inputs was in memory when it was merged, so it cannot be read again"
+        if sample is not None or inputs is not None:
+            raise VerifyError(f"{printable(path)} is as it was written, but its values cannot be computed again: {said}")
+        verified.notes.append(f"values were not computed again: {said}")
         return verified
     failures: list[Exception] = []
     for folder in [path.parent, Path()] if inputs is None else [Path(inputs)]:

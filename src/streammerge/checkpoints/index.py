@@ -33,6 +33,11 @@ class CheckpointIndex:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def in_memory(self) -> bool:
+        """Whether the caller holds it, so that it is in no file."""
+        return not self.files
+
+    @property
     def format(self) -> str:
         return self.container.format
 
@@ -107,6 +112,11 @@ def open_checkpoint(path: str | Path, state_dict: str | None = None, ema: str = 
         container = detect.read(path)
     except OSError as error:
         raise FormatError(f"{printable(path)} cannot be read ({printable(error.strerror or error)})") from error
+    return index_of(container, path, state_dict, ema)
+
+
+def index_of(container: Container, path: Path, state_dict: str | None = None, ema: str = "ignore") -> CheckpointIndex:
+    """The index of a container that was read already. ``path``: what messages call it. Raises as for a file."""
     try:
         selection = select(container.tree, state_dict, ema)
     except StreammergeError as error:

@@ -101,7 +101,7 @@ class Budget:
 def slots(budget: Budget) -> dict[str, tuple[int, int]]:
     """(offset, bytes) of each region in a worker's arena: ``slots`` for the buffers that methods name, ``out`` what is
     to be written, from any byte of a page on, ``read0`` and ``read1`` raw input, ``kept`` inputs that are not mapped and
-    stay for all passes; ``scratch``, ``tiles`` and ``shared`` what readers of nested sources use. Each begins with a
+    stay for all passes; ``reader ...`` what readers of nested sources use. Each begins with a
     page."""
     cost, elems = budget.cost, budget.chunk_elems
     sizes = {
@@ -110,9 +110,9 @@ def slots(budget: Budget) -> dict[str, tuple[int, int]]:
         "read0": cost.read * elems,
         "read1": cost.read * elems,
         "kept": budget.kept_bytes if cost.keeps else 0,
-        "scratch": cost.scratch,
-        "tiles": cost.tiles * budget.tile_bytes,
-        "shared": cost.shared,
+        "reader scratch": cost.scratch,
+        "reader tiles": cost.tiles * budget.tile_bytes,
+        "reader shared": cost.shared,
     }
     made, cursor = {}, 0
     for name, size in sizes.items():

@@ -102,7 +102,10 @@ def resolved(recipe: Recipe) -> Recipe:
 def travelling_names(recipe: Recipe) -> dict[str, str]:
     """What to call each model: as it was named, or, where one was named by an absolute path, all by what is below the
     folder that holds them."""
-    written = {path: recipe.written.get(path, path) for path in recipe.named_models}
+    held = {path: path for path in recipe.named_models if is_held(path)}
+    written = {path: recipe.written.get(path, path) for path in recipe.named_models if path not in held}
+    if not written:
+        return held
     places = {path: Path(os.path.abspath(path)) for path in written}  # noqa: PTH100 - links stay as they are
     spelled: dict[Path, str] = {}
     for path, name in written.items():  # of one that was named twice, the first that is not absolute
@@ -113,4 +116,14 @@ def travelling_names(recipe: Recipe) -> dict[str, str]:
     if not apart or any(Path(name).is_absolute() for name in written.values()):
         common = Path(os.path.commonpath([place.parent for place in places.values()]))
         written = {path: place.relative_to(common).as_posix() for path, place in places.items()}
-    return {path: f"./{name}" if name.startswith("~") else name for path, name in written.items()}
+    return held | {path: f"./{name}" if name.startswith("~") else name for path, name in written.items()}
+
+
+def held_name(number: int) -> str:
+    """What a recipe calls the so-manieth checkpoint that the caller holds in memory."""
+    return f"<in memory {number}>"
+
+
+def is_held(named: str) -> bool:
+    """Whether a recipe means a checkpoint in the caller's memory by it."""
+    return re.fullmatch(r"<in memory \d+>", named) is not None

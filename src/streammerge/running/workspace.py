@@ -301,17 +301,17 @@ class WorkerRoom:
             file.release(low, high - low)
 
     def take(self, nbytes: int) -> memoryview:
-        part = self._workspace.octets("scratch", nbytes, self._taken)
+        part = self._workspace.octets("reader scratch", nbytes, self._taken)
         self._taken += region_bytes(nbytes)
         return part
 
     def tile(self) -> memoryview:
         nbytes = self._workspace.tile_bytes
         self._tiles += 1
-        return self._workspace.octets("tiles", nbytes, (self._tiles - 1) * nbytes)
+        return self._workspace.octets("reader tiles", nbytes, (self._tiles - 1) * nbytes)
 
     def shared(self, nbytes: int) -> memoryview:
-        return self._workspace.octets("shared", nbytes)
+        return self._workspace.octets("reader shared", nbytes)
 
     def once(self, source: Source, make: Callable[[], T]) -> T:
         if id(source) not in self._kernels:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import FormatError, printable
-from streammerge.sources.base import BlobPath, Needs, Reader, Room, Source, boxes
-from streammerge.tensors.dtypes import BY_TORCH_NAME, DType
+from streammerge.sources.base import Allocated, BlobPath, Needs, Reader, Room, Source, boxes, read_whole
+from streammerge.tensors.dtypes import BY_TORCH_NAME
 from streammerge.tensors.spec import TensorSpec
 
 if TYPE_CHECKING:
     import torch
-
-_NUMPY_NAMES = {"float8_e8m0fnu": DType.F8_E8M0}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,6 +34,10 @@ class Memory(Source):
     def open(self, room: Room) -> Reader:
         return _Torch(self) if is_tensor(self.values) else _Numpy(self)
 
+    def __reduce__(self) -> Any:
+        """Pickles the numbers of the view in C order: plain pickle writes whole storages, and fails for some dtypes."""
+        return _restored, (self.spec, bytes(read_whole(self, Allocated())), self.label)
+
     @property
     def held(self) -> bool:
         return True
@@ -50,6 +53,13 @@ class Memory(Source):
     @property
     def place(self) -> tuple[object, ...]:
         return ("Memory", *_where(self.values), self.spec.dtype, self.spec.shape)
+
+
+def _restored(spec: TensorSpec, data: bytes, label: str) -> Memory:
+    import torch
+
+    numbers = torch.frombuffer(bytearray(data), dtype=spec.dtype.torch) if data else torch.empty(0, dtype=spec.dtype.torch)
+    return Memory(spec, numbers.view(spec.shape), label)
 
 
 def is_tensor(value: object) -> bool:
@@ -81,8 +91,8 @@ def in_memory(name: str, values: Any, label: str = "memory") -> Memory:
     else:
         if values.dtype.byteorder == ">":
             raise FormatError(f"{what} has big-endian numbers; give .astype(array.dtype.newbyteorder('<'))")
-        name_of = str(values.dtype.name)
-        dtype, shape = BY_TORCH_NAME.get(name_of) or _NUMPY_NAMES.get(name_of), tuple(map(int, values.shape))
+        values = sys.modules["numpy"].asarray(values)
+        dtype, shape = BY_TORCH_NAME.get(str(values.dtype.name)), tuple(map(int, values.shape))
     if dtype is None:
         raise FormatError(f"{what} has the dtype {printable(values.dtype)}, which no checkpoint can hold")
     return Memory(TensorSpec(name, dtype, shape), values, label)
@@ -98,20 +108,19 @@ def _where(values: Any) -> tuple[object, ...]:
     """Equal for two arrays over the same numbers."""
     if is_tensor(values):
         lazy = (values.is_conj(), values.is_neg())
-        return (str(values.device), values.data_ptr(), values.storage_offset(), tuple(values.stride()), lazy)
-    pointer = values.__array_interface__["data"][0] if values.ndim or hasattr(values, "base") else id(values)
-    return ("cpu", pointer, 0, tuple(values.strides), id(values) if not values.ndim and values.base is None else 0)
+        return (str(values.device), values.data_ptr(), tuple(values.stride()), lazy)
+    return ("cpu", values.__array_interface__["data"][0], tuple(values.strides))
 
 
 class _Torch(Reader):
     def __init__(self, source: Memory) -> None:
-        import torch
-
         self._tensor: torch.Tensor = source.values
         self._shape, self._size = source.spec.shape, source.spec.dtype.element_bytes
         tensor = self._tensor
         in_place = tensor.is_contiguous() and tensor.device.type == "cpu" and not tensor.is_conj() and not tensor.is_neg()
-        self._octets = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if in_place else None
+        self._octets: memoryview | None = None
+        if in_place and tensor.numel():  # by its address, since torch shows memory to numpy only
+            self._octets = memoryview((ctypes.c_ubyte * source.nbytes).from_address(tensor.data_ptr())).cast("B")
 
     def read(self, start: int, stop: int, out: memoryview) -> memoryview:
         import torch

@@ -64,6 +64,7 @@ def plan_output(out: str | Path, recipe: Recipe, indexes: Indexes, alignment: Al
         CRC32 if kind == "pickle" else CRC32C,
         hashed,
         computed=recipe.merge_method is not COPY or recipe.recast is not None,
+        held={names[each.path]: index.nbytes for each, index in indexes.items() if index.in_memory},
     )
     made = _planned(kind, name, recipe, first, alignment, receipt)
     made.inputs = inputs
