@@ -5,6 +5,7 @@ A test of a new source inherits :class:`SourceSuite` and says in ``cases`` what 
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import random
@@ -63,16 +64,18 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=make).to(dtype)
 
 
+_NUMBERS = itertools.count()
+
+
 class Disk:
     """Puts tensors into files, and gives sources over them."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.count = folder, 0
+        self.folder = folder
 
     def write(self, data: bytes, before: int = 5) -> tuple[str, int]:
         """Path and offset of these bytes, which lie unaligned."""
-        self.count += 1
-        path = self.folder / f"{self.count}.bin"
+        path = self.folder / f"{next(_NUMBERS)}.bin"
         path.write_bytes(b"x" * before + data + b"yz")
         return str(path), before
 
@@ -218,8 +221,7 @@ class SourceSuite:
                 assert octets(made[f"t{number}"]) == octets(case.expected), (str(case), way)
             seen.add((tmp_path / "out.safetensors").read_bytes())
         assert len(seen) == 1
-        (tmp_path / "whole").mkdir()
-        whole_on = Disk(tmp_path / "whole")
+        whole_on = Disk(tmp_path)
         whole = {f"t{n}": whole_on.stored(case.expected, f"t{n}") for n, case in enumerate(cases)}
         for method in ("linear", "slerp"):
             parameters = {"t": 0.3} if method == "slerp" else {}
