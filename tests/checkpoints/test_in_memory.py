@@ -61,7 +61,9 @@ def test_views_numpy_and_tied_tensors(tmp_path: Path) -> None:
     assert index.aliases == {"embedding": "head"}
     assert "number" not in index.entries  # a number, like the step of a training
     assert index.format == "in memory"
-    wanted = {n: torch.as_tensor(numpy.ascontiguousarray(t)) if isinstance(t, numpy.ndarray) else t for n, t in state.items()}
+    wanted = {
+        n: torch.as_tensor(numpy.ascontiguousarray(t)) if isinstance(t, numpy.ndarray) else t for n, t in state.items()
+    }
     del wanted["number"]
     sm.convert(state, tmp_path / "out.safetensors")
     assert_same(load_safetensors(tmp_path / "out.safetensors"), {n: t.detach() for n, t in wanted.items()})

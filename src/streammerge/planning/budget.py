@@ -34,6 +34,7 @@ MOST_WINDOW_BYTES = 4 << 20
 """What one worker keeps of one input. Of mapped pages this much stays behind its cursor: giving them back costs every CPU
 an interrupt, so it is done rarely; they count as memory although the kernel could take them back at any time, and so do
 the huge pages that a touch may map. Tensors that fit stay for all passes, also where they are read by pread."""
+_LEAST_TILE_BYTES = 1 << 20
 _MOST_HALVINGS = 6
 """How often the output buffer, the window and the tile may be halved before window and tile are dropped."""
 
@@ -145,7 +146,7 @@ def fit(memory_bytes: int, workers: int, tensors: int, cost: Cost, spooling: boo
             for halvings in range(_MOST_HALVINGS + 1):
                 last = halvings == _MOST_HALVINGS
                 window = 0 if last else MOST_WINDOW_BYTES * more >> halvings
-                tile = 0 if last or not cost.tiles else BEST_TILE_BYTES >> halvings
+                tile = 0 if last or not cost.tiles else max(BEST_TILE_BYTES >> halvings, _LEAST_TILE_BYTES)
                 out = max(BEST_OUT_BYTES >> halvings, cost.out * chunk)
                 needed = peak(count, chunk, out, window, tile)
                 if needed <= memory_bytes:

@@ -187,7 +187,9 @@ def build_plan(
     for source in expressions:
         for record in records(source):
             spooled.setdefault(record, source.spec.name)
-    pickle_bytes = sum(index.container.held_bytes for index in opened) + output.layout.pickle_bytes
+    held = [index.container.held_bytes for index in opened]
+    # Reading a pickle takes two copies of it beside its tree; they are gone when the output's pickle is written.
+    pickle_bytes = sum(held) + max(2 * max(held), output.layout.pickle_bytes)
     budget, io = budget_of(tasks, memory_bytes, workers, io, bool(spooled), pickle_bytes)
     identities = {path: known for index in opened for path, known in index.identities().items()}
     identities |= {str(source): identity(source) for source, _ in output.layout.side_files}

@@ -104,16 +104,17 @@ class _Reader(Reader):
         return out
 
     def _fill(self, at: int) -> bool:
-        """Gathers the tile from ``at`` to the next multiple of its length. Samples, which jump, get no tile."""
-        numel = self._source.spec.numel
-        if numel <= self._tile_elems:
-            at = 0
-        elif at != self._last:
+        """Gathers a tile with ``at`` in it: from there to the next multiple of the tile's length where reading goes on in
+        order, the whole multiple where it stays near. Samples, which jump far, get no tile."""
+        numel, elems = self._source.spec.numel, self._tile_elems
+        near = self._last >= 0 and abs(at - self._last) <= elems
+        if numel > elems and not near:
             return False
-        end = min(numel, (at // self._tile_elems + 1) * self._tile_elems)
+        begin = at if at == self._last and numel > elems else at // elems * elems
+        end = min(numel, (at // elems + 1) * elems)
         self._begin = self._end = 0
-        self._gather(at, end, self._tile[: (end - at) * self._size])
-        self._begin, self._end = at, end
+        self._gather(begin, end, self._tile[: (end - begin) * self._size])
+        self._begin, self._end = begin, end
         return True
 
     def _gather(self, start: int, stop: int, out: memoryview) -> None:
