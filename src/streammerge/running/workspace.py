@@ -180,8 +180,9 @@ class Inputs:
         self._sources, self._workspace, self._mapped = sources, workspace, mapped
         self._dtypes = [s.spec.dtype.component for s in sources]
         self._stored = [(files.get(s.path), s.offset) if s.__class__ is Stored else None for s in sources]
-        self._readers: list[Reader | None] = [None] * len(sources)
+        self._readers: list[Reader | None] | None = None
         if None in self._stored:
+            self._readers = [None] * len(sources)
             room = WorkerRoom(files, workspace, sources, halt)
             for number, stored in enumerate(self._stored):
                 if stored is None and sources[number].spec.numel:
@@ -242,13 +243,15 @@ class Inputs:
         self._note()
 
     def _read_bytes(self, source: int, start: int, stop: int, out: memoryview) -> memoryview:
-        stored, reader = self._stored[source], self._readers[source]
+        stored = self._stored[source]
         if stored is not None:
             stored[0].read_into(out, stored[1] + start * self._dtypes[source].element_bytes)
-        elif reader is not None:
-            parts = 2 if self._sources[source].spec.dtype.kind == "complex" else 1
-            return reader.read(start // parts, stop // parts, out)
-        return out
+            return out
+        reader = self._readers[source] if self._readers else None
+        if reader is None:
+            return out
+        parts = 2 if self._sources[source].spec.dtype.kind == "complex" else 1
+        return reader.read(start // parts, stop // parts, out)
 
     def _mapped_wholes(self) -> list[torch.Tensor | None]:
         import torch
@@ -260,15 +263,18 @@ class Inputs:
 
     def _keep_all(self) -> None:
         self._kept, cursor = [], 0
+        self._end = max([s.spec.component_elems for s in self._sources])
         for seen, begin, end in self._workspace.touched.make_room(sum(s.spec.nbytes for s in self._sources)):
             seen.release(begin, end - begin)
-        for number, (stored, source) in enumerate(zip(self._stored, self._sources, strict=True)):
+        if self._mapped and self._readers is None:
+            return
+        for number, source in enumerate(self._sources):
             self._kept.append(cursor)
-            elems, nbytes = source.spec.component_elems, source.spec.nbytes
-            if nbytes and not (self._mapped and stored is not None):
-                self.read_into(number, 0, elems, self._workspace.octets("kept", nbytes, cursor))
+            nbytes = source.spec.nbytes
+            if nbytes and not (self._mapped and self._stored[number] is not None):
+                part = self._workspace.octets("kept", nbytes, cursor)
+                self.read_into(number, 0, source.spec.component_elems, part)
             cursor += _rounded(nbytes)
-            self._end = max(self._end, elems)
 
     def _note(self) -> None:
         """Adds what was read since to what may be given back, and gives that back where it has become much."""
