@@ -36,7 +36,6 @@ from streammerge.options import (
     OnMissing,
     OnShape,
     Output,
-    PathLike,
     Policies,
     Resources,
     Running,
@@ -59,6 +58,7 @@ from streammerge.signatures import takes
 from streammerge.stores.base import Location
 from streammerge.stores.checksums import CRC32
 from streammerge.stores.locations import HERE, parse
+from streammerge.stores.locations import Place as PathLike
 from streammerge.units import decimal_bytes, parse_bytes, parse_share
 from streammerge.verifying.files import Verified, check_files
 from streammerge.verifying.values import check_inputs, recompute
