@@ -37,7 +37,6 @@ from streammerge.options import (
     OnMissing,
     OnShape,
     Output,
-    PathLike,
     Policies,
     Resources,
     Running,
@@ -61,6 +60,7 @@ from streammerge.sources.memory import is_array, is_tensor
 from streammerge.stores.base import Location
 from streammerge.stores.checksums import CRC32
 from streammerge.stores.locations import HERE, parse
+from streammerge.stores.locations import Place as PathLike
 from streammerge.units import decimal_bytes, parse_bytes, parse_share
 from streammerge.verifying.files import Verified, check_files
 from streammerge.verifying.values import check_inputs, recompute
