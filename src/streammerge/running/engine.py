@@ -18,7 +18,7 @@ from streammerge.kernels.chunk import Chunk, Kernel, chunk_spans
 from streammerge.kernels.group import TensorGroup
 from streammerge.planning.budget import Budget
 from streammerge.planning.tasks import MergeTask, Piece, PieceDone, batches, joined, pieces, stretches
-from streammerge.running.executors.base import Executor
+from streammerge.running.executors.base import Calls, Executor, Host
 from streammerge.running.workspace import Outgoing, Source, Workspace, one_torch_thread
 from streammerge.stores.checksums import Checksum
 from streammerge.stores.local import COPY_BYTES, InputFiles, OutputFile
@@ -28,10 +28,6 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-
-
-class Halted(BaseException):
-    """A worker gives up its piece, for nobody wants it any more."""
 
 
 class Engine:
@@ -44,13 +40,14 @@ class Engine:
         self.mapped, self.checksum, self.executor = io == "mmap", checksum, executor
         self._free: list[Workspace] = []
         self._thread = threading.local()
+        self._host: Host | None = None
 
     def run_all(self, tasks: list[MergeTask], wanted: Callable[[Piece], bool]) -> Generator[PieceDone, None, None]:
         """All pieces that are wanted. First what is spread by tensors, then one by one what is spread within a tensor."""
         independent = (
             piece for number, task in enumerate(tasks) if not task.spread for piece in pieces(task, number) if wanted(piece)
         )
-        with closing(self.executor.run(batches(independent, self.budget.out_bytes), self.run)) as results:
+        with closing(self.executor.run(Calls(self._call), batches(independent, self.budget.out_bytes))) as results:
             for done in results:
                 yield from done
         for number, task in enumerate(tasks):
@@ -58,9 +55,13 @@ class Engine:
                 with _failures(task, 0, task.elems), one_torch_thread():
                     kernel = task.method.bind(self._group(task, self._sweep_on_all(task)), task.parameters)
                 spread = ([piece] for piece in pieces(task, number) if wanted(piece))
-                with closing(self.executor.run(spread, partial(self.run, kernel=kernel))) as results:
+                with closing(self.executor.run(Calls(partial(self._call, kernel=kernel)), spread)) as results:
                     for done in results:
                         yield from done
+
+    def _call(self, host: Host, batch: list[Piece], kernel: Kernel | None = None) -> list[PieceDone]:
+        self._host = host
+        return self.run(batch, kernel)
 
     def run(self, batch: list[Piece], kernel: Kernel | None = None) -> list[PieceDone]:
         """Computes and writes pieces that are neighbours; ``kernel``: that of a longer tensor, which all workers have made.
@@ -104,8 +105,8 @@ class Engine:
         return value
 
     def _halt(self) -> None:
-        if self.executor.stopping.is_set():
-            raise Halted
+        if self._host is not None:
+            self._host.check()
 
     def _copy(self, piece: Piece, outgoing: Outgoing) -> PieceDone:
         value, begin = 0, piece.task.sources[0].offset + piece.offset - piece.task.offset
@@ -173,7 +174,8 @@ class Engine:
         """A sweep over the pieces of a long tensor by all workers."""
 
         def sweep(work: Callable[[Iterable[Chunk]], T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
-            def run(numbered: tuple[int, tuple[int, int]]) -> tuple[int, T]:
+            def run(host: Host, numbered: tuple[int, tuple[int, int]]) -> tuple[int, T]:
+                self._host = host
                 number, (a, b) = numbered
                 self._one_torch_thread()
                 with self._workspace() as workspace:
@@ -186,7 +188,7 @@ class Engine:
             early: dict[int, T] = {}
             turn = 0
             spans = enumerate(ranges(stop - start, task.piece_elems))
-            with closing(self.executor.run(spans, run, backlog=self.executor.workers)) as results:
+            with closing(self.executor.run(Calls(run), spans, backlog=self.executor.workers)) as results:
                 for number, result in results:
                     early[number] = result
                     while turn in early:

@@ -20,8 +20,8 @@ from streammerge.planning.plan import Plan
 from streammerge.planning.receipt import ITSELF, written_like
 from streammerge.planning.tasks import Piece, PieceDone, pieces
 from streammerge.running import process
-from streammerge.running.engine import Engine, Halted
-from streammerge.running.executors.base import Executors
+from streammerge.running.engine import Engine
+from streammerge.running.executors.base import Calls, Executors, Host
 from streammerge.running.executors.threads import ThreadExecutor
 from streammerge.running.readback import check_structure
 from streammerge.running.relatives import strangers
@@ -138,7 +138,7 @@ class Production:
             return
         saved_bytes = 0
         there = (piece for n, task in enumerate(self._tasks) for piece in pieces(task, n) if piece.key in claimed)
-        with closing(self._executor.run(there, self._is_whole(claimed))) as results:
+        with closing(self._executor.run(Calls(self._is_whole(claimed)), there)) as results:
             for piece, whole in results:
                 if whole:
                     self._done[piece.key] = claimed[piece.key]
@@ -148,8 +148,8 @@ class Production:
         there_of_all = f"{decimal_bytes(kept_bytes)} of {decimal_bytes(self.plan.layout.size)}"
         self.notes.append(f"continued an interrupted run: {there_of_all} were there")
 
-    def _is_whole(self, claimed: dict[Key, Finished]) -> Callable[[Piece], tuple[Piece, bool]]:
-        def check(piece: Piece) -> tuple[Piece, bool]:
+    def _is_whole(self, claimed: dict[Key, Finished]) -> Callable[[Host, Piece], tuple[Piece, bool]]:
+        def check(host: Host, piece: Piece) -> tuple[Piece, bool]:
             said = claimed[piece.key]
             fits = (said.offset, said.nbytes) == (piece.offset, piece.nbytes)
             return piece, fits and self._engine.written(piece) == said.checksum
@@ -164,16 +164,15 @@ class Production:
             name: self.plan.input_files[name][0] for name, i in self.plan.layout.receipt.inputs.items() if "sha256" in i
         }
 
-        def hashed(name: str) -> tuple[str, str]:
+        def hashed(host: Host, name: str) -> tuple[str, str]:
             digest = hashlib.sha256()
             for data in outside(wanted[name], []):
-                if self._executor.stopping.is_set():
-                    raise Halted
+                host.check()
                 digest.update(data)
             return name, digest.hexdigest()
 
         made = {}
-        with closing(self._executor.run(wanted, hashed)) as results:
+        with closing(self._executor.run(Calls(hashed), wanted)) as results:
             for name, digest in results:
                 made[name] = digest
                 self.listener(Hashed(name, self.plan.identities[wanted[name]][2]))

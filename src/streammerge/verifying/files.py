@@ -11,6 +11,7 @@ from streammerge.formats import torch_zip
 from streammerge.formats.folder import inside
 from streammerge.options import RECEIPT_FILE
 from streammerge.planning.receipt import ITSELF, Receipt, escaped
+from streammerge.running.executors.base import Calls, Host
 from streammerge.running.executors.threads import ThreadExecutor
 from streammerge.running.readback import check_by_library, read_output
 from streammerge.stores.checksums import CRC32, Checksum
@@ -123,7 +124,7 @@ def _wrong_parts(parts: list[_Part], kind: Checksum, workers: int) -> list[str]:
     found: dict[_Part, list[tuple[int, int, int]]] = {part: [] for part in parts}
     files = InputFiles({})
 
-    def summed(item: tuple[_Part, int, int]) -> tuple[_Part, tuple[int, int, int]]:
+    def summed(host: Host, item: tuple[_Part, int, int]) -> tuple[_Part, tuple[int, int, int]]:
         part, begin, end = item
         file, value = files.get(str(part.path)), 0
         buffer = memoryview(bytearray(min(end - begin, COPY_BYTES)))
@@ -133,7 +134,7 @@ def _wrong_parts(parts: list[_Part], kind: Checksum, workers: int) -> list[str]:
         return part, (begin, end - begin, value)
 
     executor = ThreadExecutor(workers)
-    with closing(executor.run(cut, summed)) as results:
+    with closing(executor.run(Calls(summed), cut)) as results:
         for part, piece in results:
             found[part].append(piece)
     return [part.what for part, each in found.items() if kind.join(each) != part.checksum]

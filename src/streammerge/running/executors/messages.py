@@ -1,0 +1,104 @@
+"""How a process and its workers talk: pickles with their length in front, over a socket.
+
+The messages of the process that coordinates are WORK, UNIT, END (of the work) and QUIT; a worker answers with RESULT,
+ERROR, CLOSED (the work) and GONE.
+"""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import socket
+import struct
+import traceback
+from typing import Any
+
+WORK, UNIT, END, QUIT, RESULT, ERROR, CLOSED, GONE = range(8)
+_HEAD = struct.Struct("<BQ")
+_RECEIVED_BYTES = 1 << 20
+Message = tuple[int, bytes]
+
+
+def framed(kind: int, data: bytes = b"") -> bytes:
+    """A message as bytes."""
+    return _HEAD.pack(kind, len(data)) + data
+
+
+def pickled(value: Any) -> bytes:
+    return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+
+
+class Received:
+    """Bytes that came in, cut into messages."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def take(self, data: bytes) -> list[Message]:
+        """Adds bytes. Returns the messages that are whole now."""
+        self._bytes += data
+        found, at = [], 0
+        while len(self._bytes) >= at + _HEAD.size:
+            kind, nbytes = _HEAD.unpack_from(self._bytes, at)
+            stop = at + _HEAD.size + nbytes
+            if len(self._bytes) < stop:
+                break
+            found.append((kind, bytes(memoryview(self._bytes)[at + _HEAD.size : stop])))
+            at = stop
+        del self._bytes[:at]
+        return found
+
+
+class Line:
+    """A socket on which this process waits for the other side."""
+
+    def __init__(self, link: socket.socket) -> None:
+        self._link, self._received = link, Received()
+        self._messages: list[Message] = []
+
+    def receive(self) -> Message:
+        """The next message. Raises EOFError when the other side is gone."""
+        while not self._messages:
+            data = self._link.recv(_RECEIVED_BYTES)
+            if not data:
+                raise EOFError
+            self._messages += self._received.take(data)
+        return self._messages.pop(0)
+
+    def send(self, kind: int, data: bytes = b"") -> None:
+        self._link.sendall(framed(kind, data))
+
+
+class RemoteTraceback(Exception):
+    """Where in a worker process an error was raised. It stands at the end of the error's causes, for ``--debug``."""
+
+    def __str__(self) -> str:
+        return f"\n{self.args[0]}"
+
+
+def pickled_error(error: BaseException) -> bytes:
+    """An error with all its causes, each as itself where it can be pickled."""
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    chain: list[bytes] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        chain.append(_pickled_one(cause))
+        cause = cause.__cause__
+    return pickled((chain, text))
+
+
+def _pickled_one(error: BaseException) -> bytes:
+    try:
+        data = pickled(error)
+        pickle.loads(data)
+    except Exception:  # noqa: BLE001 - an error class of somebody's own may fail in any way
+        return pickled(RuntimeError(f"{type(error).__name__}: {error}"))
+    return data
+
+
+def unpickled_error(data: bytes) -> BaseException:
+    chain, text = pickle.loads(data)
+    errors: list[BaseException] = [*map(pickle.loads, chain), RemoteTraceback(text)]
+    for error, cause in itertools.pairwise(errors):
+        error.__cause__ = cause
+    return errors[0]
