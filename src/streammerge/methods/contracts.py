@@ -9,10 +9,12 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from typing import Any, TypeVar
 
 from streammerge.errors import RecipeError, printable
@@ -86,6 +88,8 @@ class MergeMethod:
     ``buffers_per_model``: how many more for each model. ``searches``: how many ranks it searches at once, per model.
     ``row_buffers``: how many float64 rows its passes hold. ``compute``: the dtype of the arithmetic, unless the recipe
     gives one. ``check(values)`` raises RecipeError.
+
+    It is pickled as the place of its function, and is found there again.
     """
 
     name: str
@@ -107,6 +111,25 @@ class MergeMethod:
     def parameters(self) -> dict[str, Parameter]:
         """Parameters by their names in recipes; ``lambda`` is ``lambda_`` in Python."""
         return {parameter.name: parameter for parameter in _parameters(self.function)}
+
+    @property
+    def place(self) -> str:
+        """Where its function is: ``package.module:function``."""
+        function = self.function if hasattr(self.function, "__qualname__") else type(self.function)
+        return f"{function.__module__}:{function.__qualname__}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        try:
+            if contract_of(_function_at(self.place), self.name) == self:
+                return _restored, (self.place, self.name)
+        except (ImportError, AttributeError, TypeError):
+            pass  # a function inside another, or an object that can be called
+        if contract_of(self.function, self.name) == self:
+            return contract_of, (self.function, self.name)
+        raise pickle.PicklingError(
+            f"the merge method {printable(self.name)} cannot be sent to another process: {printable(self.place)} does not "
+            "name its function; define it at the top of a module"
+        )
 
     @property
     def takes_base(self) -> bool:
@@ -193,6 +216,25 @@ def merge_method(name: str, **contract: Any) -> Callable[[Function], Function]:
         return function
 
     return mark
+
+
+def contract_of(function: Callable[..., Kernel], name: str) -> MergeMethod:
+    """The contract of a function; one that allows much room where it has none."""
+    contract = getattr(function, "contract", None)
+    # Nothing is known of it, so it gets room for a copy of each model and as much again.
+    return contract if isinstance(contract, MergeMethod) else MergeMethod(name, function, buffers=8, buffers_per_model=2)
+
+
+def _function_at(place: str) -> Any:
+    module, _, name = place.partition(":")
+    found: Any = import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _restored(place: str, name: str) -> MergeMethod:
+    return contract_of(_function_at(place), name)
 
 
 _IN_PYTHON = {"lambda": "lambda_"}

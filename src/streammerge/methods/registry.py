@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from streammerge.errors import RecipeError, printable
 from streammerge.kernels.chunk import Kernel
 from streammerge.kernels.group import TensorGroup
-from streammerge.methods.contracts import MergeMethod
+from streammerge.methods.contracts import MergeMethod, contract_of
 from streammerge.methods.exact import copy, integers
 from streammerge.tensors.spec import GRAIN
 
@@ -101,11 +101,7 @@ def merge_tensors(
 
 
 def _own(function: Callable[..., Kernel], name: str) -> MergeMethod:
-    contract = getattr(function, "contract", None)
-    if isinstance(contract, MergeMethod):
-        return contract
-    # Its needs are unknown, so it gets room for a copy of each model and as much again.
-    method = MergeMethod(name, function, buffers=8, buffers_per_model=2)
+    method = contract_of(function, name)
     try:
         _ = method.parameters
     except (TypeError, ValueError) as error:

@@ -1,255 +1,60 @@
-"""Output tensors, from mapped inputs to written bytes.
-
-A batch of pieces is computed chunk by chunk in buffers that belong to a worker and are never allocated again. A method
-that looks at its tensor in passes before it makes its kernel does so on one worker, or, where the tensor is long, on
-all of them.
-"""
+"""All tensors of a run, given to workers: those that one worker makes alone, and long ones that all workers share."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from typing import Any, TypeVar
 
-from streammerge.errors import StreammergeError, TaskError, printable
-from streammerge.kernels.chunk import Chunk, Kernel, chunk_spans
-from streammerge.kernels.group import TensorGroup
-from streammerge.planning.budget import Budget
-from streammerge.planning.tasks import MergeTask, Piece, PieceDone, batches, joined, pieces, stretches
-from streammerge.running.executors.base import Calls, Executor, Host
-from streammerge.running.workspace import Outgoing, Source, Workspace, one_torch_thread
-from streammerge.stores.checksums import Checksum
-from streammerge.stores.local import COPY_BYTES, InputFiles, OutputFile
+from streammerge.kernels.chunk import Look, Step
+from streammerge.kernels.record import Record
+from streammerge.planning.tasks import MergeTask, Piece, PieceDone, batches, pieces
+from streammerge.running.executors.base import Executor
+from streammerge.running.worker import Job, MergeWork, SweepWork, bind, failures
+from streammerge.running.workspace import one_torch_thread
 from streammerge.tensors.spec import ranges
-
-if TYPE_CHECKING:
-    import torch
 
 T = TypeVar("T")
 
 
-class Engine:
-    """Runs tasks: on any threads, in any order, with the same bytes."""
+def run_all(
+    job: Job, executor: Executor, tasks: list[MergeTask], wanted: Callable[[Piece], bool]
+) -> Generator[PieceDone, None, None]:
+    """Makes all pieces that are wanted, with the same bytes on any executor.
 
-    def __init__(
-        self, budget: Budget, inputs: InputFiles, outputs: list[OutputFile], io: str, checksum: Checksum, executor: Executor
-    ) -> None:
-        self.budget, self.inputs, self.outputs = budget, inputs, outputs
-        self.mapped, self.checksum, self.executor = io == "mmap", checksum, executor
-        self._free: list[Workspace] = []
-        self._thread = threading.local()
-        self._host: Host | None = None
-
-    def run_all(self, tasks: list[MergeTask], wanted: Callable[[Piece], bool]) -> Generator[PieceDone, None, None]:
-        """All pieces that are wanted. First what is spread by tensors, then one by one what is spread within a tensor."""
-        independent = (
-            piece for number, task in enumerate(tasks) if not task.spread for piece in pieces(task, number) if wanted(piece)
-        )
-        with closing(self.executor.run(Calls(self._call), batches(independent, self.budget.out_bytes))) as results:
-            for done in results:
-                yield from done
-        for number, task in enumerate(tasks):
-            if task.spread and any(map(wanted, pieces(task, number))):
-                with _failures(task, 0, task.elems), one_torch_thread():
-                    kernel = task.method.bind(self._group(task, self._sweep_on_all(task)), task.parameters)
-                spread = ([piece] for piece in pieces(task, number) if wanted(piece))
-                with closing(self.executor.run(Calls(partial(self._call, kernel=kernel)), spread)) as results:
-                    for done in results:
-                        yield from done
-
-    def _call(self, host: Host, batch: list[Piece], kernel: Kernel | None = None) -> list[PieceDone]:
-        self._host = host
-        return self.run(batch, kernel)
-
-    def run(self, batch: list[Piece], kernel: Kernel | None = None) -> list[PieceDone]:
-        """Computes and writes pieces that are neighbours; ``kernel``: that of a longer tensor, which all workers have made.
-        Errors that are not streammerge's own come out as TaskError."""
-        made: list[PieceDone] = []
-        with self._workspace() as workspace:
-            outgoing = Outgoing(self.outputs[batch[0].task.file], workspace, batch[0].offset)
-            for stretch in stretches(batch):
-                together = len(stretch) > 1 and self._together(stretch, workspace, outgoing)
-                made += together or [self._one(piece, workspace, outgoing, kernel) for piece in stretch]
-            outgoing.flush()
-        self.inputs.check_whole()
-        return made
-
-    def _together(self, stretch: list[Piece], workspace: Workspace, outgoing: Outgoing) -> list[PieceDone] | None:
-        """The pieces computed as one; None where that met what must be told tensor by tensor."""
-        whole = joined(stretch)
-        done = self._one(whole, workspace, outgoing)
-        if done.nonfinite:
-            outgoing.take_back(whole.nbytes)
-            return None
-        data, made, start = outgoing.last(whole.nbytes), [], 0
-        for piece in stretch:
-            made.append(_done(piece, self.checksum.update(data[start : start + piece.nbytes])))
-            start += piece.nbytes
-        return made
-
-    def _one(self, piece: Piece, workspace: Workspace, outgoing: Outgoing, kernel: Kernel | None = None) -> PieceDone:
-        with _failures(piece.task, piece.start, piece.stop):
-            if piece.task.verbatim:
-                return self._copy(piece, outgoing)
-            return self._compute(piece, workspace, outgoing, kernel)
-
-    def written(self, piece: Piece) -> int:
-        """The checksum of a piece as it stands in the output file."""
-        output, value = self.outputs[piece.task.file], 0
-        buffer = memoryview(bytearray(min(piece.nbytes, COPY_BYTES)))
-        for start, stop in ranges(piece.nbytes, COPY_BYTES):
-            self._halt()
-            value = self.checksum.update(buffer[: output.read_into(buffer[: stop - start], piece.offset + start)], value)
-        return value
-
-    def _halt(self) -> None:
-        if self._host is not None:
-            self._host.check()
-
-    def _copy(self, piece: Piece, outgoing: Outgoing) -> PieceDone:
-        value, begin = 0, piece.task.sources[0].offset + piece.offset - piece.task.offset
-        source = self.inputs.get(piece.task.sources[0].path)
-        for start, stop in ranges(piece.nbytes, min(COPY_BYTES, self.budget.out_bytes)):
-            self._halt()
-            part = outgoing.room(stop - start)
-            source.read_into(part, begin + start)
-            value = self.checksum.update(part, value)
-        source.release(begin, piece.nbytes)
-        return _done(piece, value)
-
-    def _compute(self, piece: Piece, workspace: Workspace, outgoing: Outgoing, kernel: Kernel | None) -> PieceDone:
-        task = piece.task
-        self._one_torch_thread()
-        source = self._source(task, workspace, keep=task.method.passes and kernel is None)
-        if kernel is None:
-
-            def sweep(work: Callable[[Iterable[Chunk]], T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
-                yield work(self._chunks(task, workspace, source, start, stop, sparse))
-
-            kernel = task.method.bind(self._group(task, sweep), task.parameters)
-        done = self._apply(kernel, piece, workspace, source, outgoing)
-        source.done()
-        return done
-
-    def _apply(self, kernel: Kernel, piece: Piece, workspace: Workspace, source: Source, outgoing: Outgoing) -> PieceDone:
-        import torch
-
-        value, dtype, nonfinite = 0, piece.task.out.dtype.component, dict[str, int]()
-        for chunk in self._chunks(piece.task, workspace, source, piece.start, piece.stop):
-            result = kernel(chunk)
-            if result.numel() != chunk.elems:
-                raise ValueError(f"its kernel made {result.numel()} numbers of a chunk of {chunk.elems}")
-            part = outgoing.room(chunk.elems * dtype.element_bytes)
-            out = torch.frombuffer(part, dtype=dtype.torch).copy_(result.reshape(-1))
-            if dtype.kind == "float" and _suspicious(out):
-                for name, count in _nonfinite(out, source, chunk.start, chunk.stop).items():
-                    nonfinite[name] = nonfinite.get(name, 0) + count
-            value = self.checksum.update(part, value)
-        return _done(piece, value, nonfinite)
-
-    def _chunks(
-        self, task: MergeTask, workspace: Workspace, source: Source, start: int, stop: int, sparse: int = 0
-    ) -> Iterator[Chunk]:
-        import torch
-
-        compute, models = getattr(torch, task.compute), len(task.sources) - task.based
-        for a, b in chunk_spans(start, stop, self.budget.chunk_elems, task.row, sparse):
-            self._halt()
-            workspace.clear()
-            source.move_to(a, b)
-            yield Chunk(a, b, compute, workspace, source.read, task.based, models)
-
-    def _group(self, task: MergeTask, sweep: Any) -> TensorGroup:
-        import torch
-
-        models, compute = len(task.sources) - task.based, getattr(torch, task.compute)
-        return TensorGroup(task.out.name, task.shape, models, compute, sweep, task.based, task.row, task.seed)
-
-    def _source(self, task: MergeTask, workspace: Workspace, keep: bool) -> Source:
-        return Source(self.inputs, task.sources, workspace, self.mapped, self.budget.kept_bytes if keep else -1)
-
-    def _sweep_on_all(self, task: MergeTask) -> Callable[..., Iterator[Any]]:
-        """A sweep over the pieces of a long tensor by all workers."""
-
-        def sweep(work: Callable[[Iterable[Chunk]], T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
-            def run(host: Host, numbered: tuple[int, tuple[int, int]]) -> tuple[int, T]:
-                self._host = host
-                number, (a, b) = numbered
-                self._one_torch_thread()
-                with self._workspace() as workspace:
-                    source = self._source(task, workspace, keep=False)
-                    answer = work(self._chunks(task, workspace, source, start + a, start + b, sparse))
-                    source.done()
-                    self.inputs.check_whole()  # here, where a worker in another process knows of it
-                    return number, answer
-
-            early: dict[int, T] = {}
-            turn = 0
-            spans = enumerate(ranges(stop - start, task.piece_elems))
-            with closing(self.executor.run(Calls(run), spans, backlog=self.executor.workers)) as results:
-                for number, result in results:
-                    early[number] = result
-                    while turn in early:
-                        yield early.pop(turn)
-                        turn += 1
-
-        return sweep
-
-    def _one_torch_thread(self) -> None:
-        """Of this worker; the workers are the parallelism."""
-        if not hasattr(self._thread, "ready"):
-            import torch
-
-            torch.set_num_threads(1)
-            self._thread.ready = True
-
-    @contextmanager
-    def _workspace(self) -> Iterator[Workspace]:
-        """A workspace that no other worker has: one that is free, or a new one."""
-        try:
-            workspace = self._free.pop()
-        except IndexError:
-            workspace = Workspace(self.budget)
-        yield workspace
-        self._free.append(workspace)
+    First what is spread by tensors, then one by one what is spread within a tensor: its method is bound here, with passes
+    that all workers run, and each worker then makes the same kernel of their results.
+    """
+    independent = (
+        piece for number, task in enumerate(tasks) if not task.spread for piece in pieces(task, number) if wanted(piece)
+    )
+    with closing(executor.run(MergeWork(job), batches(independent, job.budget.out_bytes))) as results:
+        for done in results:
+            yield from done
+    for number, task in enumerate(tasks):
+        if task.spread and any(map(wanted, pieces(task, number))):
+            record = Record()
+            with failures(task, 0, task.elems), one_torch_thread():
+                bind(task, _sweep_on_all(job, executor, task, record), record)
+            spread = ([piece] for piece in pieces(task, number) if wanted(piece))
+            with closing(executor.run(MergeWork(job, tuple(record.results)), spread)) as results:
+                for done in results:
+                    yield from done
 
 
-def _done(piece: Piece, checksum: int, nonfinite: dict[str, int] | None = None) -> PieceDone:
-    return PieceDone(piece.number, piece.start, piece.stop, checksum, nonfinite or {})
+def _sweep_on_all(job: Job, executor: Executor, task: MergeTask, record: Record) -> Callable[..., Iterator[Any]]:
+    """A sweep over the pieces of a long tensor by all workers. ``record``: has the passes that were made before."""
 
+    def sweep(look: Look, step: Step[T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
+        work = SweepWork(job, task, tuple(record.results), step, sparse)
+        spans = ((number, start + a, start + b) for number, (a, b) in enumerate(ranges(stop - start, task.piece_elems)))
+        early: dict[int, T] = {}
+        turn = 0
+        with closing(executor.run(work, spans, backlog=executor.workers)) as results:
+            for number, result in results:
+                early[number] = result
+                while turn in early:
+                    yield early.pop(turn)
+                    turn += 1
 
-@contextmanager
-def _failures(task: MergeTask, start: int, stop: int) -> Iterator[None]:
-    """Errors that are not streammerge's own come out as TaskError."""
-    try:
-        yield
-    except StreammergeError:
-        raise
-    except Exception as error:
-        raise TaskError(
-            f"{printable(task.out.name)} ({task.method.name}, elements {start} to {stop}) failed: {printable(error)}"
-        ) from error
-
-
-def _suspicious(out: torch.Tensor) -> bool:
-    """A sum is finite only if all its terms are; it may overflow without them, hence only suspicious."""
-    import math
-
-    if out.element_size() == 1:
-        out = out.float()
-    return not math.isfinite(out.sum().item())
-
-
-def _nonfinite(out: torch.Tensor, source: Source, start: int, stop: int) -> dict[str, int]:
-    """Non-finite numbers by the file they came from; those that no input had (an overflow) under "the result"."""
-    if bool(out.float().isfinite().all() if out.element_size() == 1 else out.isfinite().all()):
-        return {}
-    counts = {}
-    for model in range(len(source)):
-        raw = source.read(model, start, stop)
-        count = int((~(raw.float() if raw.element_size() == 1 else raw).isfinite()).sum())
-        if count:
-            counts[source.name(model)] = count
-    return counts or {"the result (overflow)": int((~out.float().isfinite()).sum())}
+    return sweep

@@ -23,7 +23,8 @@ from streammerge.stores.local import identity, space_checked
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run did. Memory is resident bytes by the kernel's count: ``peak_bytes`` above ``startup_bytes``."""
+    """What a run did. Memory is resident bytes by the kernel's count, those of worker processes included: ``peak_bytes``
+    above ``startup_bytes``."""
 
     out: Path
     read_bytes: int
@@ -63,8 +64,8 @@ def execute(plan: Plan, options: RunOptions, resident_before: int) -> Result:
         made.read_bytes,
         plan.write_bytes,
         seconds,
-        max(process.peak_resident_bytes() - startup, 0),
-        startup,
+        max(process.peak_resident_bytes() - startup, 0) + made.peak_bytes,
+        startup + made.startup_bytes,
         plan.memory_bytes,
         plan,
         (*plan.notes, *made.notes),

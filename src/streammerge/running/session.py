@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -20,27 +18,29 @@ from streammerge.planning.plan import Plan
 from streammerge.planning.receipt import ITSELF, written_like
 from streammerge.planning.tasks import Piece, PieceDone, pieces
 from streammerge.running import process
-from streammerge.running.engine import Engine
-from streammerge.running.executors.base import Calls, Executors, Host
+from streammerge.running.engine import run_all
+from streammerge.running.executors.base import Executor, Executors
 from streammerge.running.executors.threads import ThreadExecutor
 from streammerge.running.readback import check_structure
+from streammerge.running.reading import ChecksumWork, HashWork
 from streammerge.running.relatives import strangers
 from streammerge.running.spooling import staged_tasks
+from streammerge.running.worker import Job, OutputPlace, modules_of
 from streammerge.stores.checksums import Checksum
 from streammerge.stores.commit import Staging
 from streammerge.stores.journal import NAME, Finished, Journal, Key
-from streammerge.stores.local import COPY_BYTES, InputFiles, OutputFile, outside
+from streammerge.stores.local import COPY_BYTES, InputFiles, OutputFile
 from streammerge.tensors.spec import TensorEntry, ranges
 from streammerge.units import decimal_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """How a plan is to be run; of all this the output shows nothing.
+    """How a plan is run. None of these options changes a byte of the output.
 
     ``overwrite``: replaces a finished output. ``resume``: goes on where a run of the same plan was interrupted, and
     stays to be continued when it is interrupted. ``polite``: gives the inputs' page cache back behind the cursor.
-    ``executor`` makes what runs the tasks, of so many workers.
+    ``executor`` makes the executor that runs the works, of so many workers.
     """
 
     overwrite: bool = False
@@ -64,12 +64,35 @@ class Production:
         self._inputs = InputFiles(plan.identities, options.polite)
         self._outputs: list[OutputFile] = []
         self._kind: Checksum = plan.layout.receipt.kind
-        self._executor = options.executor(plan.budget.workers)
-        self._engine = Engine(plan.budget, self._inputs, self._outputs, plan.io, self._kind, self._executor)
+        self._polite, self._executors = options.polite, options.executor
+        self._modules = modules_of(plan.tasks, self._kind, plan.torch_needed)
+        self._used: Executor | None = None
+        self.startup_bytes = self.peak_bytes = 0
         self.journal = Journal(staging.folder / NAME, plan_digest(plan), lambda: staging.outputs, self.resume)
 
     def make(self) -> None:
         """Everything, until it is on the disk. Raises what DESIGN names."""
+        try:
+            self._make()
+        finally:
+            self._end_workers()
+
+    @property
+    def _executor(self) -> Executor:
+        if self._used is None:
+            self._used = self._executors(self.plan.budget.workers)
+        return self._used
+
+    def _end_workers(self) -> None:
+        """Ends the workers, whose mapped files and buffers are not needed now. ``peak_bytes``: what those in other
+        processes held beyond ``startup_bytes``."""
+        used, self._used = self._used, None
+        if used is not None:
+            used.close()
+            self.startup_bytes = max(self.startup_bytes, used.startup_bytes)
+            self.peak_bytes = max(self.peak_bytes, used.peak_bytes)
+
+    def _make(self) -> None:
         self._take_up()
         hashes = self._hashes()
         self._stage()
@@ -89,6 +112,7 @@ class Production:
         """Makes what is missing, and waits for the disk; names of the files that it failed to store."""
         self.journal.begin(self._done.values())
         self._make_pieces()
+        self._end_workers()
         self._refuse_nonfinite()
         self._write_around(hashes)
         self._inputs.check_unchanged()
@@ -137,24 +161,22 @@ class Production:
         if not claimed:
             return
         saved_bytes = 0
-        there = (piece for n, task in enumerate(self._tasks) for piece in pieces(task, n) if piece.key in claimed)
-        with closing(self._executor.run(Calls(self._is_whole(claimed)), there)) as results:
-            for piece, whole in results:
-                if whole:
+        parts = (
+            ((number, piece.start, piece.stop), str(self._outputs[task.file].path), piece.offset, piece.nbytes)
+            for number, task in enumerate(self._tasks)
+            for piece in pieces(task, number)
+            if piece.key in claimed and (piece.offset, piece.nbytes) == claimed[piece.key].place
+        )
+        with closing(self._executor.run(ChecksumWork(self._kind, self._modules), parts)) as results:
+            for (number, start, stop), value in results:
+                piece = Piece(self._tasks[number], number, start, stop)
+                if value == claimed[piece.key].checksum:
                     self._done[piece.key] = claimed[piece.key]
                     saved_bytes += piece.read_bytes
         kept_bytes = sum(each.nbytes for each in self._done.values())
         self.listener(Resumed(kept_bytes, saved_bytes))
         there_of_all = f"{decimal_bytes(kept_bytes)} of {decimal_bytes(self.plan.layout.size)}"
         self.notes.append(f"continued an interrupted run: {there_of_all} were there")
-
-    def _is_whole(self, claimed: dict[Key, Finished]) -> Callable[[Host, Piece], tuple[Piece, bool]]:
-        def check(host: Host, piece: Piece) -> tuple[Piece, bool]:
-            said = claimed[piece.key]
-            fits = (said.offset, said.nbytes) == (piece.offset, piece.nbytes)
-            return piece, fits and self._engine.written(piece) == said.checksum
-
-        return check
 
     # ------------------------------------------------------------------------------------------------------- inputs
 
@@ -163,16 +185,8 @@ class Production:
         wanted = {
             name: self.plan.input_files[name][0] for name, i in self.plan.layout.receipt.inputs.items() if "sha256" in i
         }
-
-        def hashed(host: Host, name: str) -> tuple[str, str]:
-            digest = hashlib.sha256()
-            for data in outside(wanted[name], []):
-                host.check()
-                digest.update(data)
-            return name, digest.hexdigest()
-
-        made = {}
-        with closing(self._executor.run(Calls(hashed), wanted)) as results:
+        made: dict[str, str] = {}
+        with closing(self._executor.run(HashWork(self._modules), wanted.items())) as results:
             for name, digest in results:
                 made[name] = digest
                 self.listener(Hashed(name, self.plan.identities[wanted[name]][2]))
@@ -200,14 +214,21 @@ class Production:
     def _make_pieces(self) -> None:
         held = process.Gauge()
         # Closed, not left to the garbage collector: after Ctrl-C no worker may outlive the files it writes.
-        with closing(self._engine.run_all(self._tasks, self._wanted)) as results:
+        with closing(run_all(self._job(), self._executor, self._tasks, self._wanted)) as results:
             for done in results:
                 piece = done.piece(self._tasks)
+                self._outputs[piece.task.file].synced = False  # a worker wrote to it, by a descriptor of its own
                 read_bytes, finished = piece.read_bytes, self._finished(piece, done)
                 self._done[piece.key] = finished
                 self.journal.add(finished)
                 self.read_bytes += read_bytes
                 self.listener(TaskDone(piece.task.out.name, read_bytes, finished.nbytes, held.now()))
+
+    def _job(self) -> Job:
+        plan = self.plan
+        places = tuple(OutputPlace(str(file.path), file.size) for file in self._outputs)
+        key = str(self.staging.folder)
+        return Job(key, plan.budget, plan.identities, self._polite, plan.io == "mmap", self._kind, places, self._modules)
 
     def _finished(self, piece: Piece, done: PieceDone) -> Finished:
         file = self.plan.layout.files[piece.task.file].name

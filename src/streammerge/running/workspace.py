@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from streammerge.planning.budget import Budget, slots
-from streammerge.stores.local import InputFile, InputFiles, OutputFile
+from streammerge.stores.local import InputFile, InputFiles
 from streammerge.tensors.spec import TensorEntry
 from streammerge.units import PAGE_BYTES
 
@@ -101,8 +101,8 @@ class Outgoing:
     Page for page they lie in the buffer as they will in the file, so that they can go to the disk without a copy.
     """
 
-    def __init__(self, output: OutputFile, workspace: Workspace, offset: int) -> None:
-        self._output, self._buffer = output, workspace.octets("out")
+    def __init__(self, write: Callable[[memoryview, int], object], workspace: Workspace, offset: int) -> None:
+        self._write, self._buffer = write, workspace.octets("out")
         self._start, self._held = offset, 0
 
     def room(self, nbytes: int) -> memoryview:
@@ -123,7 +123,7 @@ class Outgoing:
 
     def flush(self) -> None:
         if self._held:
-            self._output.write_full(self.last(self._held), self._start)
+            self._write(self.last(self._held), self._start)
             self._start, self._held = self._start + self._held, 0
 
 

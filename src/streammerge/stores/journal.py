@@ -42,6 +42,11 @@ class Finished:
     def key(self) -> Key:
         return (self.task, self.start)
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """(offset, bytes) in its file."""
+        return (self.offset, self.nbytes)
+
 
 def read(path: Path, plan: str) -> list[Finished] | None:
     """The pieces that a journal of that plan vouches for; None where there is no such journal."""

@@ -210,6 +210,12 @@ class InputFiles:
                 self._files.popitem(last=False)
             return file
 
+    def close(self) -> None:
+        """Gives back all that is mapped, and closes what nobody else uses any more."""
+        self.release()
+        with self._lock:
+            self._files.clear()
+
     def release(self) -> None:
         """Gives back what is left of them; some pages cannot go while their neighbours are in use."""
         with self._lock:
@@ -247,18 +253,29 @@ class OutputFile:
         self.path, self.size = path, size
         self.synced = True
         self.kept = keep and path.is_file() and path.stat().st_size == size
-        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if self.kept else os.O_CREAT | os.O_EXCL)
         if not self.kept:
             path.unlink(missing_ok=True)
-        self._fd = os.open(path, flags, 0o666)
+        self._open(0 if self.kept else os.O_CREAT | os.O_EXCL)
         try:
             with space_checked(path, size):
                 if size:
                     os.posix_fallocate(self._fd, 0, size)
         except BaseException:
-            os.close(self._fd)
+            self.close()
             raise
-        self._direct_fd = _open_direct(path)
+
+    @classmethod
+    def existing(cls, path: str, size: int) -> OutputFile:
+        """A file that was made already, opened once more: a worker in another process writes to it."""
+        file = cls.__new__(cls)
+        file.path, file.size = Path(path), size
+        file.synced, file.kept = True, True
+        file._open(0)
+        return file
+
+    def _open(self, flags: int) -> None:
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | flags, 0o666)
+        self._direct_fd = _open_direct(self.path)
 
     def write_full(self, data: Buffer, offset: int) -> None:
         """Writes all of it. What is to go past the page cache lies in memory as it will in the file, page for page."""

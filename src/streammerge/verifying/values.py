@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import random
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +18,11 @@ from streammerge.methods.registry import INTEGERS
 from streammerge.planning.plan import Plan, budget_of
 from streammerge.planning.receipt import ITSELF, Receipt
 from streammerge.planning.tasks import MergeTask, Piece, pieces
-from streammerge.running.engine import Engine
+from streammerge.running.engine import run_all
 from streammerge.running.executors.threads import ThreadExecutor
 from streammerge.running.readback import read_output
 from streammerge.running.spooling import staged_tasks
+from streammerge.running.worker import Bench, Destination, Job, modules_of
 from streammerge.running.workspace import prepare_torch
 from streammerge.stores import faults
 from streammerge.stores.checksums import CRC32
@@ -117,8 +117,7 @@ class _Recomputation:
         self.plan, self.places = plan, list(places.values())
         self.keys = {(at, start) for at, number in enumerate(places) for n, start in chosen if n == number}
         self.elems = self.equal = self.repeated_elems = 0
-        self._inputs, self._output = InputFiles(plan.identities), InputFiles({})
-        self._executor = ThreadExecutor(plan.budget.workers)
+        self._inputs = InputFiles(plan.identities)
         tasks = [task for task, _, _ in self.places]
         self._tasks = staged_tasks(
             tasks, tasks, self._inputs, lambda size: OutputFile(folder / "staged", size), lambda entry: None
@@ -126,16 +125,15 @@ class _Recomputation:
 
     def in_float64(self) -> set[Key]:
         """Compares with float64 results; the pieces that must be repeated exactly."""
-        wide, comparisons, exact = [], list[_Comparison](), set[Key]()
+        wide, comparisons, exact = [], list[Destination](), set[Key]()
         for at, (task, (_, path, offset)) in enumerate(zip(self._tasks, self.places, strict=True)):
             dtype = task.out.dtype.component
             if task.verbatim or task.method is INTEGERS or dtype.kind != "float":
                 exact |= {key for key in self.keys if key[0] == at}
             out = replace(task.out, dtype=DType.C128 if task.out.dtype.kind == "complex" else DType.F64)
             wide.append(replace(task, out=out, compute="float64", file=at, offset=0))
-            comparisons.append(_Comparison(self._output.get(path), offset, dtype, task.piece_elems))
-        for piece in self._run(wide, comparisons, self.keys - exact):
-            elems, equal, far = comparisons[piece.number].counts[piece.start]
+            comparisons.append(_Comparison(path, offset, dtype))
+        for piece, (elems, equal, far) in self._run(wide, comparisons, self.keys - exact):
             if far:
                 exact.add(piece.key)
             else:
@@ -145,66 +143,101 @@ class _Recomputation:
 
     def repeated(self, keys: set[Key]) -> list[str]:
         """Repeats these pieces as the merge made them; names of tensors that are not so to the bit."""
-        tasks, repetitions = [], []
+        tasks, repetitions, differ = [], list[Destination](), set[int]()
         for at, (task, (_, path, offset)) in enumerate(zip(self._tasks, self.places, strict=True)):
             tasks.append(replace(task, file=at, offset=0))
-            repetitions.append(_Repetition(self._output.get(path), offset))
-        for piece in self._run(tasks, repetitions, keys):
+            repetitions.append(_Repetition(path, offset))
+        for piece, differs in self._run(tasks, repetitions, keys):
+            if differs:
+                differ.add(piece.number)
             self.elems += piece.stop - piece.start
             if piece.task.verbatim or piece.task.method is INTEGERS:
                 self.equal += piece.stop - piece.start
             else:
                 self.repeated_elems += piece.stop - piece.start
-        return [task.out.name for task, each in zip(self._tasks, repetitions, strict=True) if each.differs]
+        return [task.out.name for number, task in enumerate(self._tasks) if number in differ]
 
-    def _run(self, tasks: list[MergeTask], outputs: list[Any], keys: set[Key]) -> Iterator[Piece]:
+    def _run(self, tasks: list[MergeTask], destinations: list[Destination], keys: set[Key]) -> Iterator[tuple[Piece, Any]]:
+        """Makes these pieces again. Yields each with what its destination found."""
         if not keys:
             return
         plan = self.plan
         budget, io = budget_of(tasks, plan.memory_bytes, plan.budget.workers, plan.io, staged=False)
-        engine = Engine(budget, self._inputs, outputs, io, CRC32, self._executor)
-        with closing(engine.run_all(tasks, lambda piece: piece.key in keys)) as results:
+        modules = modules_of(tasks, CRC32, torch_needed=True)
+        job = Job("recomputation", budget, plan.identities, False, io == "mmap", CRC32, tuple(destinations), modules)
+        with (
+            closing(ThreadExecutor(budget.workers)) as executor,
+            closing(run_all(job, executor, tasks, lambda piece: piece.key in keys)) as results,
+        ):
             for done in results:
-                yield done.piece(tasks)
+                yield done.piece(tasks), done.found
 
 
+@dataclass(frozen=True, slots=True)
 class _Repetition:
-    """Takes the bytes of a tensor as an output file would, and compares them with those that are there."""
+    """Where the bytes of a tensor are: those that are made again are compared with them."""
 
-    def __init__(self, file: InputFile, offset: int) -> None:
-        self._file, self._offset = file, offset
-        self.differs = False
+    path: str
+    offset: int
+
+    def open(self, bench: Bench) -> _Repeated:
+        return _Repeated(self, bench.inputs.get(self.path))
+
+
+class _Repeated:
+    """Compares bytes with those that are there, and finds whether any differ."""
+
+    def __init__(self, place: _Repetition, file: InputFile) -> None:
+        self._file, self._offset = file, place.offset
+        self._differs = False
 
     def write_full(self, data: Any, offset: int) -> None:
         there = bytearray(len(data))
         self._file.read_into(memoryview(there), self._offset + offset)
         if there != data:
-            self.differs = True
+            self._differs = True
+
+    def found(self) -> bool:
+        return self._differs
 
 
+@dataclass(frozen=True, slots=True)
 class _Comparison:
-    """Takes float64 numbers as an output file would take bytes, and compares them with those of the output's dtype.
+    """Where the numbers of a tensor are, and their dtype: float64 results are compared with them."""
 
-    ``counts``: first element of a piece -> how many numbers it has, how many of them are the float64 result rounded
-    once, and how many are further from it than rounding explains.
+    path: str
+    offset: int
+    dtype: DType
+
+    def open(self, bench: Bench) -> _Compared:
+        return _Compared(self, bench.inputs.get(self.path))
+
+
+class _Compared:
+    """Compares float64 numbers with those that are there.
+
+    It finds how many numbers there were, how many of them are the float64 result rounded once, and how many are further
+    from it than rounding explains.
     """
 
-    def __init__(self, file: InputFile, offset: int, dtype: DType, piece_elems: int) -> None:
-        self._file, self._offset, self._dtype, self._piece_elems = file, offset, dtype, piece_elems
-        self.counts: defaultdict[int, list[int]] = defaultdict(lambda: [0, 0, 0])
+    def __init__(self, place: _Comparison, file: InputFile) -> None:
+        self._file, self._offset, self._dtype = file, place.offset, place.dtype
+        self._counts = [0, 0, 0]
+
+    def found(self) -> tuple[int, ...]:
+        return tuple(self._counts)
 
     def write_full(self, data: Any, offset: int) -> None:
         import torch
 
         size, exact = self._dtype.element_bytes, torch.frombuffer(data, dtype=torch.float64)
         first = offset // 8
-        counts = self.counts[first // self._piece_elems * self._piece_elems]  # a piece is one worker's
         for start, stop in ranges(len(exact), _COMPARED_ELEMS):  # a few at a time, for the budget knows nothing of this
             raw = bytearray((stop - start) * size)
             self._file.read_into(memoryview(raw), self._offset + (first + start) * size)
             equal, far = _compared(torch.frombuffer(raw, dtype=self._dtype.torch), exact[start:stop])
             for number, more in enumerate((stop - start, equal, far)):
-                counts[number] += more
+                self._counts[number] += more
 
 
 def _compared(there: torch.Tensor, exact: torch.Tensor) -> tuple[int, int]:

@@ -125,24 +125,5 @@ class Executor(ABC):
         return 0
 
 
-class Calls:
-    """The work of a function of host and unit, which an executor in this process can run."""
-
-    modules = ()
-
-    def __init__(self, function: Callable[[Host, Any], Any]) -> None:
-        self._function = function
-
-    def open(self, host: Host) -> Calls:
-        self._host = host
-        return self
-
-    def run(self, unit: Any) -> Any:
-        return self._function(self._host, unit)
-
-    def close(self) -> None:
-        pass
-
-
 Executors = Callable[[int], Executor]
 """Makes an executor of so many workers."""
