@@ -22,9 +22,9 @@ from streammerge.planning.receipt import Receipt
 from streammerge.recipe.arguments import conversion, overridden, recipe_of
 from streammerge.recipe.model import Recipe
 from streammerge.recipe.reader import read_recipe
+from streammerge.running.choosing import choose_executor, executor_of
 from streammerge.running.execution import Result, default_workers, execute, refuse_extras
 from streammerge.running.executors.base import Executors
-from streammerge.running.executors.threads import ThreadExecutor
 from streammerge.running.process import collector_paused, resident_bytes
 from streammerge.running.readback import receipt_of
 from streammerge.running.session import RunOptions
@@ -69,6 +69,7 @@ def plan(
     memory: str | int = DEFAULT_MEMORY,
     workers: int | None = None,
     io: str = "mmap",
+    executor: str | Executors = "auto",
     convert_first: PathLike | None = None,
     dtype: object = None,
     out_dtype: object = None,
@@ -105,7 +106,8 @@ def plan(
     ``state_dict``: which one of wrapped files, by keys joined with dots; ``ema`` (ignore, prefer, only): averaged weights
     beside plain ones. ``keep_optimizer`` keeps the first input's in a ``.pth``; ``max_shard_size``: bytes, or ``"5GB"``.
 
-    ``memory``: bytes, or ``"512MiB"``, above start-up; ``workers``: threads, as many as CPUs if not given; ``io``: mmap or
+    ``memory``: bytes, or ``"512MiB"``, above start-up; ``workers``: how many, as many as CPUs if not given; ``executor``:
+    what they are, ``"threads"``, ``"processes"``, or ``"auto"``, which takes processes for many workers; ``io``: mmap or
     pread. ``convert_first``: a folder in which each input is converted to safetensors, kept, and merged from.
 
     ``last``, ``range="1000:5000"``, ``best`` with ``by`` (a number in the files, lowest first unless ``highest``) choose
@@ -144,7 +146,7 @@ def plan(
         theirs = {"inputs": paths or None, "weights": weights, "method": method, "base": base, "ema_decay": ema_decay}
         _refuse_beside_recipe({**theirs, **choice, **parameters})
         wished, notes = overridden(read_recipe(recipe, own_methods), overrides), []
-    planned = _plan(wished, out, memory, workers, io, convert_first, hash)
+    planned = _plan(wished, out, memory, workers, io, executor, convert_first, hash)
     planned.notes[:0] = notes
     return planned
 
@@ -172,6 +174,7 @@ def _plan(
     memory: str | int,
     workers: int | None,
     io: str,
+    executor: str | Executors,
     convert_first: PathLike | None = None,
     hashed: bool = False,
 ) -> Plan:
@@ -192,6 +195,7 @@ def _plan(
             io=io,
             hashed=hashed,
         )
+    choose_executor(planned, executor)
     planned.warnings += _output_warnings(planned)
     return planned
 
@@ -219,7 +223,7 @@ def merge(
     resume: bool = True,
     polite: bool = False,
     listener: Listener = quiet,
-    executor: Executors = ThreadExecutor,
+    executor: str | Executors = "auto",
     convert_first: PathLike | None = None,
     **options: Any,
 ) -> Result:
@@ -231,8 +235,8 @@ def merge(
 
     ``overwrite``: replace a finished output. ``resume``: go on where the same merge was interrupted. ``polite``: give the
     inputs' page cache back behind the cursor, so that what other programs have there stays. ``listener`` is called with
-    each of :mod:`streammerge.events`. ``executor`` makes what runs the tasks, from the number of workers; threads, if not
-    given.
+    each of :mod:`streammerge.events`. ``executor`` is a name, or what makes an
+    :class:`~streammerge.running.executors.base.Executor` of so many workers.
 
     Raises RecipeError, FormatError, MismatchError, BudgetError, SpaceError, LockedError, ChangedError, VerifyError or
     TaskError; the output is then not there. Returns what was read, written and needed.
@@ -242,12 +246,12 @@ def merge(
     sweep(Path(out))
     check_writable(Path(out), overwrite)
     before = resident_bytes()
-    planned = plan(inputs, out, convert_first=convert_first, **options)
+    planned = plan(inputs, out, convert_first=convert_first, executor=executor, **options)
     if convert_first is not None and _convert_all(planned.recipe, Path(convert_first), options, resume, listener):
-        planned = plan(inputs, out, convert_first=convert_first, **options)
+        planned = plan(inputs, out, convert_first=convert_first, executor=executor, **options)
     foreseen = _output_warnings(planned)  # what would stop a run stops this one itself, or was allowed
     planned.warnings = [warning for warning in planned.warnings if warning not in foreseen]
-    return execute(planned, RunOptions(overwrite, resume, polite, listener, executor), before)
+    return execute(planned, RunOptions(overwrite, resume, polite, listener, executor_of(planned, executor)), before)
 
 
 def convert(
@@ -272,7 +276,7 @@ def convert(
     polite: bool = False,
     hash: bool = False,
     listener: Listener = quiet,
-    executor: Executors = ThreadExecutor,
+    executor: str | Executors = "auto",
 ) -> Result:
     """Writes a checkpoint in another container: ``.pth`` to safetensors or back, one file or shards.
 
@@ -293,10 +297,10 @@ def convert(
         "strip_prefix": strip_prefix,
     }
     recipe = conversion(str(path), drop, keep, overrides)
-    planned = _plan(recipe, out, memory, workers, io, hashed=hash)
+    planned = _plan(recipe, out, memory, workers, io, executor, hashed=hash)
     if extras is not None:
         refuse_extras(Path(extras), planned, overwrite)
-    result = execute(planned, RunOptions(overwrite, resume, polite, listener, executor), before)
+    result = execute(planned, RunOptions(overwrite, resume, polite, listener, executor_of(planned, executor)), before)
     if extras is not None:
         index = open_checkpoint(path, state_dict, recipe.ema)
         content = {"format": index.format, "metadata": index.metadata, "data": index.plain_data()}
@@ -365,7 +369,7 @@ def _remade(
     recipe = read_recipe(receipt.own_recipe(), own_methods, folder)
     hashed = any("sha256" in said for said in receipt.inputs.values())
     name = "output" if out.is_dir() else f"output.{'pth' if receipt.kind is CRC32 else 'safetensors'}"
-    planned = _plan(recipe, name, memory, workers, io, hashed=hashed)
+    planned = _plan(recipe, name, memory, workers, io, "threads", hashed=hashed)
     check_inputs(planned, receipt)
     return planned
 

@@ -22,6 +22,7 @@ from streammerge.cli.reports import report
 @click.option("--extras", type=click.Path(), metavar="FILE.json", help="Write what is not a tensor there, readable.")
 @options.selection
 @options.resources
+@options.executor
 @options.writing
 @options.receipt_hash
 @options.running

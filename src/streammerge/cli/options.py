@@ -52,7 +52,7 @@ resources = together(
         metavar="SIZE",
         help="Budget for data held at once, above start-up.",
     ),
-    click.option("--workers", type=click.IntRange(1), metavar="N", help="Worker threads.  [default: CPUs available]"),
+    click.option("--workers", type=click.IntRange(1), metavar="N", help="Workers.  [default: CPUs available]"),
     click.option(
         "--io",
         type=click.Choice(IO),
@@ -60,6 +60,13 @@ resources = together(
         show_default=True,
         help="How inputs are read; pread for network drives.",
     ),
+)
+executor = click.option(
+    "--executor",
+    type=click.Choice(["auto", "threads", "processes"]),
+    default="auto",
+    show_default=True,
+    help="What the workers are; auto: processes for more than four workers and much to read.",
 )
 receipt_hash = click.option("--hash", is_flag=True, help="Put the SHA-256 of each input into the output's receipt.")
 writing = together(
@@ -127,6 +134,7 @@ merging = together(
     ),
     selection,
     resources,
+    executor,
     writing,
     receipt_hash,
 )

@@ -11,7 +11,7 @@ from streammerge.errors import BudgetError, RecipeError, printable
 from streammerge.kernels.ranking import held_bytes
 from streammerge.methods.registry import COPY, INTEGERS
 from streammerge.planning.alignment import align
-from streammerge.planning.budget import Budget, Cost, fit
+from streammerge.planning.budget import PER_PROCESS_BYTES, Budget, Cost, fit
 from streammerge.planning.outputs.bookkeeping import differing_facts
 from streammerge.planning.outputs.container import plan_output, side_bytes
 from streammerge.planning.outputs.layout import Layout, Placed
@@ -51,6 +51,7 @@ class Plan:
     taken: list[int] = field(default_factory=list)
     owners: dict[str, str] = field(default_factory=dict)
     input_files: dict[str, InputSpans] = field(default_factory=dict)
+    executor: str = "threads"
 
     @property
     def peak_bytes(self) -> int:
@@ -97,6 +98,7 @@ class Plan:
             "memory_bytes": self.memory_bytes,
             "peak_bytes": self.peak_bytes,
             "workers": self.budget.workers,
+            "executor": self.executor,
             "chunk_elems": self.budget.chunk_elems,
             "io": self.io,
             "staged_tensors": [entry.spec.name for entry in self.staged],
@@ -125,10 +127,10 @@ class Plan:
             lines.append(
                 f"staged   {len(self.staged)} tensors that cannot be mapped, {decimal_bytes(size)} of temporary files"
             )
-        budget = self.budget
+        budget, processes = self.budget, " in processes" if self.executor == "processes" else ""
         lines.append(
             f"memory   {binary_bytes(self.peak_bytes)} projected of {binary_bytes(self.memory_bytes)}, above start-up "
-            f"({budget.workers} workers, chunks of {budget.chunk_elems} elements, {self.io})"
+            f"({budget.workers} workers{processes}, chunks of {budget.chunk_elems} elements, {self.io})"
         )
         lines += [f"note     {note}" for note in self.notes]
         lines += [f"warning  {warning}" for warning in self.warnings]
@@ -196,16 +198,18 @@ def build_plan(
     )
 
 
-def budget_of(tasks: list[MergeTask], memory_bytes: int, workers: int, io: str, staged: bool) -> tuple[Budget, str]:
+def budget_of(
+    tasks: list[MergeTask], memory_bytes: int, workers: int, io: str, staged: bool, processes: bool = False
+) -> tuple[Budget, str]:
     """How these tasks are run within that memory, and how they read: where there is no room for mapped pages of all
     inputs, by pread. Raises BudgetError when it is too little."""
     tensors = sum(len(task.sources) + 1 for task in tasks)
     try:
-        return fit(memory_bytes, workers, tensors, _cost(tasks, io), staged), io
+        return fit(memory_bytes, workers, tensors, _cost(tasks, io, processes), staged), io
     except BudgetError:
         if io != "mmap":
             raise
-        return fit(memory_bytes, workers, tensors, _cost(tasks, "pread"), staged), "pread"
+        return fit(memory_bytes, workers, tensors, _cost(tasks, "pread", processes), staged), "pread"
 
 
 def _tasks(placed: Placed, seed: int) -> list[MergeTask]:
@@ -223,9 +227,9 @@ def _tasks(placed: Placed, seed: int) -> list[MergeTask]:
     return [head, *tail]
 
 
-def _cost(tasks: list[MergeTask], io: str) -> Cost:
+def _cost(tasks: list[MergeTask], io: str, processes: bool) -> Cost:
     """What a chunk needs, of each kind the most that any task does; nothing where everything is copied verbatim."""
-    cost = Cost(0, 0, 0, 0)
+    cost = Cost(0, 0, 0, 0, worker_bytes=PER_PROCESS_BYTES if processes else 0)
     seen: set[tuple[object, ...]] = set()
     for task in tasks:
         if task.verbatim:

@@ -10,6 +10,7 @@ Each module imports only modules above it::
     reading    files that workers read through
     spooling   inputs that cannot be mapped are copied out first
     relatives  whether inputs come from one training
+    choosing   which executor runs a plan
     readback   whether an output can be read back
     session    one output in the making
     execution  a plan, run to its end

@@ -25,7 +25,7 @@ from streammerge.running.readback import check_structure
 from streammerge.running.reading import ChecksumWork, HashWork
 from streammerge.running.relatives import strangers
 from streammerge.running.spooling import staged_tasks
-from streammerge.running.worker import Job, OutputPlace, modules_of
+from streammerge.running.worker import Job, OutputPlace, modules_of, new_key
 from streammerge.stores.checksums import Checksum
 from streammerge.stores.commit import Staging
 from streammerge.stores.journal import NAME, Finished, Journal, Key
@@ -227,8 +227,9 @@ class Production:
     def _job(self) -> Job:
         plan = self.plan
         places = tuple(OutputPlace(str(file.path), file.size) for file in self._outputs)
-        key = str(self.staging.folder)
-        return Job(key, plan.budget, plan.identities, self._polite, plan.io == "mmap", self._kind, places, self._modules)
+        return Job(
+            new_key(), plan.budget, plan.identities, self._polite, plan.io == "mmap", self._kind, places, self._modules
+        )
 
     def _finished(self, piece: Piece, done: PieceDone) -> Finished:
         file = self.plan.layout.files[piece.task.file].name

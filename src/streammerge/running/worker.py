@@ -6,6 +6,8 @@ a span of a long tensor that a method looks at before it makes its kernel.
 
 from __future__ import annotations
 
+import itertools
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -74,8 +76,8 @@ class _Written:
 class Job:
     """What the works of one run have in common, as plain data that can be pickled.
 
-    ``key`` names the run among those of one executor. ``inputs``: what each input file must be; ``polite``: see
-    :class:`InputFiles`. ``mapped``: whether inputs are mapped or read. ``modules``: see :class:`Work`.
+    ``key`` names the run among those of one executor: see :func:`new_key`. ``inputs``: what each input file must be;
+    ``polite``: see :class:`InputFiles`. ``mapped``: whether inputs are mapped or read. ``modules``: see :class:`Work`.
     """
 
     key: str
@@ -86,6 +88,14 @@ class Job:
     checksum: Checksum
     destinations: tuple[Destination, ...]
     modules: tuple[str, ...] = ()
+
+
+_runs = itertools.count()
+
+
+def new_key() -> str:
+    """A key that no other run has, of this process or of another."""
+    return f"{os.getpid()}.{next(_runs)}"
 
 
 class Bench:

@@ -22,7 +22,7 @@ from streammerge.running.engine import run_all
 from streammerge.running.executors.threads import ThreadExecutor
 from streammerge.running.readback import read_output
 from streammerge.running.spooling import staged_tasks
-from streammerge.running.worker import Bench, Destination, Job, modules_of
+from streammerge.running.worker import Bench, Destination, Job, modules_of, new_key
 from streammerge.running.workspace import prepare_torch
 from streammerge.stores import faults
 from streammerge.stores.checksums import CRC32
@@ -164,7 +164,7 @@ class _Recomputation:
         plan = self.plan
         budget, io = budget_of(tasks, plan.memory_bytes, plan.budget.workers, plan.io, staged=False)
         modules = modules_of(tasks, CRC32, torch_needed=True)
-        job = Job("recomputation", budget, plan.identities, False, io == "mmap", CRC32, tuple(destinations), modules)
+        job = Job(new_key(), budget, plan.identities, False, io == "mmap", CRC32, tuple(destinations), modules)
         with (
             closing(ThreadExecutor(budget.workers)) as executor,
             closing(run_all(job, executor, tasks, lambda piece: piece.key in keys)) as results,
