@@ -11,7 +11,7 @@ import tempfile
 import time
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +19,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
-for room in ("methods", "formats", "running.executors"):  # makes their assertions show values too
+from streammerge.formats.detect import FORMATS
+from streammerge.methods.contracts import METHODS
+from streammerge.running.executors.registry import EXECUTORS
+
+for room in ("methods", "formats", "running.executors"):  # so that their assertions show the values too
     pytest.register_assert_rewrite(f"{room}.suite")
 torch.set_num_threads(1)  # the tests already run in parallel
 
@@ -97,6 +101,15 @@ def voice(seed: int, step: int, epoch: int, loss: float) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(autouse=True)
+def no_names_of_other_tests() -> Iterator[None]:
+    """Methods, formats and executors that a test registers are forgotten after it."""
+    before = [(each, dict(each._own), set(each._replacing)) for each in (METHODS, FORMATS, EXECUTORS)]
+    yield
+    for each, own, replacing in before:
+        each._own, each._replacing = own, replacing
+
+
 @pytest.fixture
 def voices(tmp_path: Path) -> tuple[Path, Path]:
     """Writes two voice checkpoints: steps 10 and 30, epochs 3 and 2, training losses 2.0 and 1.0."""
@@ -136,6 +149,7 @@ def forked(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
         if not child:
+            hear_signals()
             run_command(words, folder, out.fileno(), err.fileno())
         deadline = time.monotonic() + CLI_SECONDS
         while not (ended := os.waitpid(child, os.WNOHANG))[0]:
@@ -144,6 +158,25 @@ def forked(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
             time.sleep(0.005)
         shown = [stream.seek(0) or stream.read().decode() for stream in (out, err)]
     return subprocess.CompletedProcess(words, os.waitstatus_to_exitcode(ended[1]), *shown)
+
+
+def hear_signals() -> None:
+    """Undoes, in a child, that SIGINT and SIGHUP are ignored. A suite that runs in the background or under nohup ignores
+    them, and so would all of its children. Given to subprocess as ``preexec_fn``."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+@pytest.fixture(params=["foreground", "background"])
+def job(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test twice: as the suite was started, and with SIGINT and SIGHUP ignored, as in the background."""
+    if request.param == "foreground":
+        yield request.param
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
+    yield request.param
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def run_command(words: list[str], folder: Path, out: int, err: int) -> NoReturn:

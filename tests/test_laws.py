@@ -54,7 +54,7 @@ def test_law_2_the_output_is_a_function_of_recipe_and_inputs(tmp_path: Path, mon
     for seed in (1, 2, 3):
         inputs.append(tmp_path / f"{seed}.pth")
         torch.save(voice(seed, seed, seed, 1.0), inputs[-1])
-    way: dict[str, Any] = {"method": "dare_ties", "base": inputs.pop(), "density": 0.5, "integers": "max"}
+    way: dict[str, Any] = {"method": "dare_ties", "base": inputs.pop(), "parameters": {"density": 0.5}, "integers": "max"}
     sm.merge(inputs, tmp_path / "out.pth", **way)
     expected = (tmp_path / "out.pth").read_bytes()
     for number, how in enumerate(({"workers": 1}, {"workers": 5}, {"memory": "32MiB"}, {"io": "pread"}, {"polite": True})):

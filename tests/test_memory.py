@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import streammerge as sm
 from methods.suite import Case, suites
-from streammerge.methods.registry import find_method, methods
+from streammerge.methods.registry import find_method, list_methods
 
 RUNS = """
 import json, re, sys, threading
@@ -186,7 +186,7 @@ def peaks(tmp_path: Path, elems: int, memory: str, chosen: Container[str]) -> li
 
 def test_law_1_for_methods(tmp_path: Path) -> None:
     """One long tensor, passes included."""
-    for case, peak in peaks(tmp_path, 12_000_001, "256MiB", methods()):
+    for case, peak in peaks(tmp_path, 12_000_001, "256MiB", list_methods()):
         assert peak["anonymous"] <= peak["planned"] <= 256 << 20, (case, peak)
         assert peak["resident"] <= 256 << 20, (case, peak)
 

@@ -143,7 +143,7 @@ class TestIntegers:
         assert self.merged(tmp_path, [torch.arange(5)] * 3).tolist() == [0, 1, 2, 3, 4]
 
     def test_different_ones_are_an_error_that_writes_nothing(self, tmp_path: Path) -> None:
-        with pytest.raises(sm.MismatchError, match=r"n holds int64 values that differ.*--integers"):
+        with pytest.raises(sm.MismatchError, match=r"n holds int64 values that differ.*`integers="):
             self.merged(tmp_path, [torch.arange(5), torch.zeros(5, dtype=torch.int64)])
         assert not (tmp_path / "out.safetensors").exists()
 
@@ -201,7 +201,7 @@ class TestNames:
             sm.merge(paths, tmp_path / "out.safetensors")
         assert "lacks 1: b" in str(error.value)
         assert "has 1 that" in str(error.value)
-        assert "--on-missing" in str(error.value)
+        assert "`on_missing=" in str(error.value)
 
     @pytest.mark.parametrize(
         ("policy", "expected"),
@@ -312,7 +312,7 @@ def test_replacing_is_not_warned_of(tmp_path: Path) -> None:
     paths = saved(tmp_path, {"w": torch.randn(3)}, {"w": torch.randn(3)})
     out = tmp_path / "out.safetensors"
     sm.merge(paths, out)
-    assert any("--overwrite" in warning for warning in sm.plan(paths, out).warnings)
+    assert any("`overwrite=True`" in warning for warning in sm.plan(paths, out).warnings)
     assert not sm.merge(paths, out, overwrite=True).warnings
 
 

@@ -15,6 +15,7 @@ import sys
 from collections import OrderedDict
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from benchmarks.cases import CASES
@@ -181,7 +182,9 @@ def test_every_script_is_there_and_takes_what_is_said() -> None:
 
 
 def test_every_option_that_is_named_exists() -> None:
-    known = {name for command in command_line.commands.values() for each in command.params for name in each.opts}
+    context = click.Context(command_line)
+    commands = [command_line.get_command(context, name) for name in command_line.list_commands(context)]
+    known = {name for command in commands if command for each in command.params for name in each.opts}
     prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     named = set(re.findall(r"`(--[\w-]+)", prose))
     assert named > {"--memory", "--polite", "--on-missing"}

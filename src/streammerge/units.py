@@ -4,6 +4,7 @@ bare number is bytes."""
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from streammerge.errors import RecipeError
 
@@ -14,6 +15,11 @@ HUGE_PAGE_BYTES = 2 << 20
 _UNITS = {"": 1, "b": 1}
 for _i, _letter in enumerate("kmgt", start=1):
     _UNITS |= {_letter: 1000**_i, f"{_letter}b": 1000**_i, f"{_letter}i": 1024**_i, f"{_letter}ib": 1024**_i}
+
+
+def plain_number(value: Any) -> Any:
+    """A number of numpy or torch as Python's own, an array of them as a list; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def parse_bytes(text: str | int) -> int:
@@ -44,6 +50,11 @@ def _format(value: float, base: int, units: list[str]) -> str:
 def decimal_bytes(count: float) -> str:
     """Formats the size of a file or disk: ``1.9 GB``."""
     return _format(count, 1000, ["bytes", "kB", "MB", "GB", "TB"])
+
+
+def counted(number: int, what: str) -> str:
+    """``1 tensor``, ``1,024 tensors``."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def binary_bytes(count: float) -> str:

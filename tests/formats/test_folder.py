@@ -93,7 +93,7 @@ def test_a_folder_merges_into_a_file_and_a_file_into_a_folder(tmp_path: Path) ->
 def test_replacing_a_folder_leaves_no_stale_shard(tmp_path: Path) -> None:
     folder = shards(tmp_path / "a", trained(1))
     sm.convert(folder, tmp_path / "out", max_shard_size="20kB")
-    with pytest.raises(sm.RecipeError, match="--overwrite"):
+    with pytest.raises(sm.RecipeError, match="`overwrite=True`"):
         sm.convert(folder, tmp_path / "out")
     sm.convert(folder, tmp_path / "out", max_shard_size="1GB", overwrite=True)
     assert not list((tmp_path / "out").glob("*-of-*"))

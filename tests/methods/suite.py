@@ -21,8 +21,9 @@ import streammerge as sm
 from streammerge.cli.pages import method_page
 from streammerge.kernels.group import TensorGroup
 from streammerge.kernels.random import uniform
-from streammerge.methods.registry import MODULES, find_method, merge_tensors
+from streammerge.methods.registry import find_method, merge_tensors
 from streammerge.planning import tasks
+from streammerge.plugins import module_names
 from streammerge.tensors.spec import GRAIN
 
 Tensor = torch.Tensor
@@ -207,7 +208,7 @@ class MethodSuite:
         self, case: Case, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """The bytes depend only on recipe and inputs, not on how the merge is run."""
-        options = case.parameters
+        options = {"parameters": case.parameters}
         base = {"base": files[5]} if case.base else {}
         digests = set()
         for number, how in enumerate(
@@ -244,7 +245,7 @@ class MethodSuite:
         for memory in ("512MiB", "64MiB", "48MiB", "32MiB", "20MiB"):
             out = tmp_path / memory / "model.safetensors"
             out.parent.mkdir()
-            options = case.parameters | base
+            options = {"parameters": case.parameters} | base
             try:
                 done = sm.merge(paths[: case.models], out, method=case.method, workers=1, memory=memory, **options)
             except sm.BudgetError:
@@ -265,9 +266,9 @@ class MethodSuite:
             save_file({"w": values.to(dtype)}, path)
         greedy = {"density": 0.5, "rescale": True, "normalize": True}
         wishes = case.of(count).parameters | {name: v for name, v in greedy.items() if name in contract.parameters}
-        wishes |= {"base": paths[-1]} if case.base else {}
+        options = {"parameters": wishes} | ({"base": paths[-1]} if case.base else {})
         for how in ({}, {"io": "pread"}, {"compute_dtype": "float64"}):
-            sm.merge(paths[:count], tmp_path / "out.safetensors", method=case.method, overwrite=True, **wishes, **how)
+            sm.merge(paths[:count], tmp_path / "out.safetensors", method=case.method, overwrite=True, **options, **how)
             assert load_safetensors(tmp_path / "out.safetensors")["w"].isfinite().all()
 
 
@@ -296,5 +297,6 @@ def close(actual: Tensor, wanted: Tensor, tolerance: float, undecided: float = 0
 
 def suites() -> list[type[MethodSuite]]:
     """Returns the suites of all families. Each module of methods has a test file."""
-    found = [value for family in MODULES for value in vars(import_module(f"methods.test_{family}")).values()]
+    families = [name for name in module_names("methods") if name.startswith("test_")]
+    found = [value for family in families for value in vars(import_module(f"methods.{family}")).values()]
     return [v for v in found if isinstance(v, type) and issubclass(v, MethodSuite) and v is not MethodSuite]

@@ -141,7 +141,7 @@ LINEAR = "merge_method: linear\nmodels: [{model: a.safetensors}, {model: b.safet
         (LINEAR.replace("linear", "slerp"), "1:1", "slerp needs the parameter t"),
         (LINEAR.replace("linear", "ties"), "1:1", "needs the models' common ancestor"),
         (LINEAR + "base_model: base.safetensors\n", "3:1", "linear takes no base"),
-        (LINEAR.replace("linear", "os:system"), "1:1", "--own-methods lets a recipe import it"),
+        (LINEAR.replace("linear", "os:system"), "1:1", "`own_methods=True` lets a recipe import it"),
     ],
 )
 def test_mistakes(text: str, place: str, words: str, models: Path) -> None:
@@ -382,7 +382,7 @@ def test_file_dict_and_arguments_give_the_same_bytes(models: Path) -> None:
     )
     sm.merge(recipe="recipe.yaml", out="one.safetensors")
     sm.merge(recipe=yaml.safe_load(Path("recipe.yaml").read_text()), out="two.safetensors")
-    given = {"base": "base.safetensors", "method": "ties", "density": 0.5, "weights": [0.7, 0.3]}
+    given = {"base": "base.safetensors", "method": "ties", "parameters": {"density": 0.5}, "weights": [0.7, 0.3]}
     sm.merge(["a.safetensors", "b.safetensors"], "three.safetensors", **given)
     one, two, three = (Path(f"{n}.safetensors").read_bytes() for n in ("one", "two", "three"))
     assert one == two == three
@@ -459,7 +459,7 @@ def test_options_win_over_a_recipe_and_models_do_not(models: Path, cli: Cli) -> 
     assert load_safetensors(Path("out.safetensors"))["scale"].dtype == torch.float16
     assert "weights beside a recipe" in cli("plan", "recipe.yaml", "--weights", "1,2", code=2).stderr
     with pytest.raises(sm.RecipeError, match="base, highest, t beside a recipe"):
-        sm.plan(recipe="recipe.yaml", base="base.safetensors", highest=True, t=0.3)
+        sm.plan(recipe="recipe.yaml", base="base.safetensors", highest=True, parameters={"t": 0.3})
     assert "stands alone" in cli("plan", "recipe.yaml", "a.safetensors", code=2).stderr
 
 

@@ -112,7 +112,7 @@ def test_where_there_is_no_fork(pair: list[Path], monkeypatch: pytest.MonkeyPatc
 
 
 def test_unknown_names_and_what_makes_an_executor(pair: list[Path]) -> None:
-    with pytest.raises(sm.RecipeError, match=r"unknown executor processses; there are auto, threads, processes"):
+    with pytest.raises(sm.RecipeError, match=r"unknown executor processses; did you mean processes"):
         sm.plan(pair, executor="processses")
     assert sm.plan(pair, executor=ThreadExecutor).executor == "ThreadExecutor"
 

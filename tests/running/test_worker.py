@@ -23,7 +23,7 @@ import streammerge as sm
 from methods.suite import Case, suites
 from running.executors.test_processes import descendants, wait_until
 from running.own_methods import failing, fickle
-from streammerge.methods.registry import find_method, methods
+from streammerge.methods.registry import find_method, list_methods
 from streammerge.planning import tasks
 from streammerge.running.executors.processes import ProcessExecutor
 from streammerge.running.executors.threads import ThreadExecutor
@@ -73,17 +73,18 @@ def test_spread_tensors_have_the_same_bytes_in_processes(
     case: Case, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: Lasting
 ) -> None:
     """Their passes are made by all workers, which bind the method themselves."""
-    options = case.parameters | ({"base": files[5]} if case.base else {})
-    sm.merge(files[: case.models], tmp_path / "alone.safetensors", method=case.method, workers=1, **options)
+    options: dict[str, Any] = {"method": case.method, "parameters": case.parameters}
+    options |= {"base": files[5]} if case.base else {}
+    sm.merge(files[: case.models], tmp_path / "alone.safetensors", workers=1, **options)
     monkeypatch.setattr(tasks, "PIECE_ELEMS", GRAIN)
     for executor in (ThreadExecutor, lambda workers: processes):
         out = tmp_path / "spread.safetensors"
-        sm.merge(files[: case.models], out, method=case.method, workers=2, executor=executor, overwrite=True, **options)
+        sm.merge(files[: case.models], out, workers=2, executor=executor, overwrite=True, **options)
         assert out.read_bytes() == (tmp_path / "alone.safetensors").read_bytes(), executor
 
 
 def test_every_method_can_be_sent() -> None:
-    for method in methods().values():
+    for method in list_methods().values():
         assert pickle.loads(pickle.dumps(method)) is method
 
 
@@ -148,7 +149,7 @@ def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, _nothing_is_left: None
     return paths
 
 
-WAYS: list[dict[str, Any]] = [{}, {"method": "slerp", "t": 0.3}]
+WAYS: list[dict[str, Any]] = [{}, {"method": "slerp", "parameters": {"t": 0.3}}]
 
 
 def workers() -> list[psutil.Process]:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoints.index import CheckpointIndex
+from streammerge.cli.flags import as_flags
 from streammerge.cli.terminal import WIDTH
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.options import RECEIPT_KEY, RECIPE_KEY
@@ -53,34 +54,6 @@ def result_json(result: Result) -> dict[str, Any]:
         "notes": list(result.notes),
         "warnings": list(result.warnings),
     }
-
-
-def verified_text(verified: Verified) -> str:
-    """Returns the text that ``verify`` prints."""
-    files = f" in {verified.files} files" if verified.files > 1 else ""
-    lines = [
-        f"verified {printable(verified.out)}",
-        f"  structure  {_counted(verified.tensors, 'tensor')}{files}, as they were written",
-        f"  checksums  {decimal_bytes(verified.checked_bytes)}, every tensor and all that is around them",
-    ]
-    if verified.recomputed:
-        elems = verified.sampled_elems
-        rounded = elems - verified.equal_elems - verified.repeated_elems
-        kinds = [
-            (verified.equal_elems, "are the float64 result to the bit"),
-            (rounded, "are it but for rounding"),
-            (verified.repeated_elems, "are to the bit what the merge computes"),
-        ]
-        said = ", ".join(f"{100 * count / elems:.4g} % {what}" for count, what in kinds if count)
-        lines.append(
-            f"  values     {elems:,} numbers of {_counted(verified.sampled_tensors, 'tensor')} computed again: {said}"
-        )
-    lines += [f"  note       {note}" for note in verified.notes]
-    return "\n".join([*lines, f"  digest     {verified.digest}"])
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def verified_json(verified: Verified) -> dict[str, Any]:
@@ -205,7 +178,7 @@ def _safety(index: CheckpointIndex) -> _Rows:
     if classes:
         yield "classes", listed(classes, 12)
     for note in index.notes:
-        yield "note", note
+        yield "note", as_flags(note)
     if index.extras is not None:
         yield "safety", "nothing was executed or imported"
 

@@ -21,6 +21,11 @@ def matches(head: bytes) -> bool:
     return head[:4] == _LOCAL or (head[2:4] == b"\3\4" and head[:1] == b"0" and head[1:2].isdigit())
 
 
+def first_name(head: bytes) -> bytes:
+    """The name of the first record of a zip archive, as far as it lies in its first bytes."""
+    return head[30 : 30 + int.from_bytes(head[26:28], "little")]
+
+
 @dataclass(frozen=True, slots=True)
 class Member:
     """A record. Its bytes are at ``offset``; a compressed record is unpacked from ``deflated``."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+from typing import Literal as OneOf
 
 from streammerge.errors import FormatError, printable
 from streammerge.pickles.tree import StorageRef, TensorRef
 from streammerge.tensors.spec import Deflated, TensorEntry, TensorSpec, is_contiguous
 
 MOST_EXPANDED_BYTES = 64 << 20
+Match = bool | OneOf["unless another"]
+"""Whether a file is of a format. "unless another": it may be, and every other format is asked first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,18 @@ class Container:
 
     def _where(self, name: str) -> str:
         return f"{printable(self.path)}: tensor {printable(name)}"
+
+
+class Format(Protocol):
+    """What reads one container: a module of this room, or an object that a plug-in brings.
+
+    ``matches`` judges by the first 512 bytes and the size. ``read`` finds out where the bytes of the tensors lie and reads
+    none of them; it raises FormatError. Nothing in the file is executed.
+    """
+
+    def matches(self, head: bytes, size: int) -> Match: ...
+
+    def read(self, path: Path) -> Container: ...
 
 
 _NO_STORAGE = StorageRef("", None, 0)

@@ -190,7 +190,7 @@ def plan_layout(file_name: str, specs: Iterable[TensorSpec], metadata: dict[str,
     specs = aligned(specs)
     foreign = [f"{s.name} ({s.dtype})" for s in specs if not s.dtype.in_safetensors]
     if foreign:
-        raise MismatchError(f"safetensors cannot hold {listed(foreign)}; leave them out with --drop, or write a .pth")
+        raise MismatchError(f"safetensors cannot hold {listed(foreign)}; leave them out with `drop`, or write a .pth")
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     starts, cursor = {}, 0
     for spec in specs:

@@ -12,6 +12,7 @@ from streammerge.formats.safetensors import plan_layout
 from streammerge.stores.commit import Staging, check_writable
 from streammerge.tensors.dtypes import parse_dtype
 from streammerge.tensors.spec import TensorSpec
+from streammerge.tensors.threads import one_torch_thread
 
 
 class SafetensorsWriter:
@@ -106,12 +107,13 @@ def _octets(array: Any, spec: TensorSpec, whole: bool) -> memoryview:
     if hasattr(array, "detach"):
         import torch
 
-        tensor = array.detach().cpu().contiguous()
-        _check(spec, tensor.dtype, tuple(tensor.shape), whole)
-        flat = tensor.reshape(-1).view(torch.uint8)
-        buffer = bytearray(flat.numel())
-        if buffer:
-            torch.frombuffer(buffer, dtype=torch.uint8).copy_(flat)
+        with one_torch_thread():
+            tensor = array.detach().cpu().contiguous()
+            _check(spec, tensor.dtype, tuple(tensor.shape), whole)
+            flat = tensor.reshape(-1).view(torch.uint8)
+            buffer = bytearray(flat.numel())
+            if buffer:
+                torch.frombuffer(buffer, dtype=torch.uint8).copy_(flat)
         return memoryview(buffer)
     if hasattr(array, "__array_interface__"):
         _check(spec, array.dtype, tuple(array.shape), whole)

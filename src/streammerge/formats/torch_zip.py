@@ -16,7 +16,7 @@ from pathlib import Path
 
 from streammerge.errors import FormatError, printable
 from streammerge.formats import archive
-from streammerge.formats.base import Container, LayoutFile, Literal, StorageBytes
+from streammerge.formats.base import Container, LayoutFile, Literal, Match, StorageBytes
 from streammerge.options import RECEIPT_FILE, RECEIPT_KEY, RECIPE_FILE, RECIPE_KEY
 from streammerge.pickles.rebuild import StorageTable
 from streammerge.pickles.unpickle import MAX_PICKLE_BYTES, unpickle
@@ -28,8 +28,11 @@ ALIGNMENT = 64
 _LOCAL, _CENTRAL, _END = b"PK\3\4", b"PK\1\2", b"PK\5\6"
 
 
-def matches(head: bytes, size: int) -> bool:
-    return archive.matches(head)
+def matches(head: bytes, size: int) -> Match:
+    """torch writes its pickle first; any other zip archive may be of another format."""
+    if not archive.matches(head):
+        return False
+    return archive.first_name(head).endswith(b"/data.pkl") or "unless another"
 
 
 def read(path: Path) -> Container:

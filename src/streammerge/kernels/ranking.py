@@ -59,8 +59,7 @@ def affordable(guesses: Sequence[Guess], count: int) -> bool:
 
 
 def guess(sample: torch.Tensor, rank: int, count: int) -> Guess | None:
-    """Estimates the bracket of the ``rank``-th largest of ``count`` numbers from a sample; None if the bracket is too
-    wide."""
+    """Estimates a narrow bracket of the ``rank``-th largest of ``count`` numbers from a sample; None if there is none."""
     import torch
 
     size, share = len(sample), rank / count

@@ -6,17 +6,21 @@ from typing import TYPE_CHECKING
 
 from streammerge.kernels.chunk import Chunk, Kernel
 from streammerge.kernels.group import TensorGroup
-from streammerge.methods.contracts import merge_method
+from streammerge.methods.contracts import Values, merge_method
 
 if TYPE_CHECKING:
     import torch
+
+
+def _row(shape: tuple[int, ...], values: Values) -> int:
+    return shape[-1] if shape else 1
 
 
 @merge_method(
     "arcee_fusion",
     models=(1, 1),
     base="required",
-    row=lambda shape, values: shape[-1] if shape else 1,
+    row=_row,
     buffers=12,
     searches=3,
 )

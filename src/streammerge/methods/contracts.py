@@ -14,12 +14,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import import_module
+from types import ModuleType
 from typing import Any, TypeVar
 
 from streammerge.errors import RecipeError, printable
 from streammerge.kernels.chunk import Kernel
 from streammerge.kernels.group import TensorGroup
+from streammerge.plugins import Registry, imported
+from streammerge.units import plain_number
 
 PerModel = Sequence[float]
 """The kind of a parameter that has one number for each model."""
@@ -45,6 +47,7 @@ class Parameter:
         valid."""
         if not self.per_model:
             return self.parse_one(value)
+        value = plain_number(value)
         if isinstance(value, str) or not isinstance(value, Iterable):
             return [self.parse_one(value)] * models
         values = [self.parse_one(v) for v in value]
@@ -59,6 +62,7 @@ class Parameter:
     def parse_one(self, value: Any) -> Any:
         if value is None and self.default is None:
             return value
+        value = plain_number(value)
         if self.kind == "any":
             return _number_if_it_is(value)
         if self.kind == "bool":
@@ -89,7 +93,7 @@ class MergeMethod:
     ``row_buffers``: how many float64 rows its passes hold. ``compute``: the dtype of the arithmetic, unless the recipe
     gives one. ``check(values)`` raises RecipeError.
 
-    It is pickled as the place of its function, and is found there again.
+    A method is pickled as the place of its function, and is found there again.
     """
 
     name: str
@@ -120,9 +124,9 @@ class MergeMethod:
 
     def __reduce__(self) -> tuple[Any, ...]:
         try:
-            if contract_of(_function_at(self.place), self.name) == self:
+            if contract_of(imported(self.place), self.name) == self:
                 return _restored, (self.place, self.name)
-        except (ImportError, AttributeError, TypeError):
+        except (ImportError, AttributeError, TypeError, RecipeError):
             pass  # a function inside another, or an object that can be called
         if contract_of(self.function, self.name) == self:
             return contract_of, (self.function, self.name)
@@ -180,7 +184,7 @@ class MergeMethod:
             )
 
     def lack(self, name: str) -> str:
-        return f"{self.name} needs the parameter {name}; give it with -p {name}=VALUE, or under parameters in a recipe"
+        return f"{self.name} needs the parameter {name}; pass `parameters={{'{name}': ...}}`, or write it in the recipe"
 
     def hint(self, name: str) -> str:
         """Suggests a parameter in place of one that the method does not have."""
@@ -194,12 +198,12 @@ class MergeMethod:
         return self.function(group, **{_IN_PYTHON.get(name, name): value for name, value in values.items()})
 
 
-def merge_method(name: str, **contract: Any) -> Callable[[Function], Function]:
-    """Makes a function a merge method. It takes a :class:`TensorGroup` and keyword-only parameters, and returns a
-    kernel.
+def merge_method(name: str, *, replace: bool = False, **contract: Any) -> Callable[[Function], Function]:
+    """Makes a function a merge method: from a :class:`TensorGroup` and keyword-only parameters to a kernel.
 
-    The keywords are the fields of :class:`MergeMethod`. Without them a method takes any number of models, and
-    optionally a base.
+    The keywords are the fields of :class:`MergeMethod`; without them a method takes any number of models and maybe a
+    base. From now on ``method=name`` finds it in this process. A name that is built in is refused when it is asked for,
+    unless ``replace``.
 
     >>> @merge_method("midrange", models=(2, None), passes=False)
     ... def midrange(group, *, pull: float = 0.5):
@@ -212,29 +216,40 @@ def merge_method(name: str, **contract: Any) -> Callable[[Function], Function]:
     """
 
     def mark(function: Function) -> Function:
-        function.contract = MergeMethod(name, function, **contract)  # type: ignore[attr-defined]
+        made = MergeMethod(name, function, **contract)
+        function.contract = made  # type: ignore[attr-defined]
+        METHODS.register(name, made, getattr(function, "__module__", ""), replace)
         return function
 
     return mark
 
 
-def contract_of(function: Callable[..., Kernel], name: str) -> MergeMethod:
-    """The contract of a function; one that allows much room where it has none."""
+def contract_of(function: Any, name: str) -> MergeMethod:
+    """The contract of a function, made for one that has none. Raises RecipeError for what cannot be a merge method."""
     contract = getattr(function, "contract", None)
-    # Nothing is known of it, so it gets room for a copy of each model and as much again.
-    return contract if isinstance(contract, MergeMethod) else MergeMethod(name, function, buffers=8, buffers_per_model=2)
-
-
-def _function_at(place: str) -> Any:
-    module, _, name = place.partition(":")
-    found: Any = import_module(module)
-    for part in name.split("."):
-        found = getattr(found, part)
-    return found
+    if isinstance(contract, MergeMethod):
+        return contract
+    if not callable(function):
+        raise RecipeError(f"the merge method {printable(name)} is no function")
+    # Nothing is known of the function. It gets room for a copy of each model and as much again.
+    method = MergeMethod(name, function, buffers=8, buffers_per_model=2)
+    try:
+        _ = method.parameters
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{printable(name)} cannot be a merge method: {printable(error)}") from error
+    return method
 
 
 def _restored(place: str, name: str) -> MergeMethod:
-    return contract_of(_function_at(place), name)
+    return contract_of(imported(place), name)
+
+
+def _of_module(module: ModuleType) -> dict[str, MergeMethod]:
+    contracts = (getattr(value, "contract", None) for value in vars(module).values())
+    return {each.name: each for each in contracts if isinstance(each, MergeMethod) and each.listed}
+
+
+METHODS = Registry("merge method", "streammerge.methods", _of_module, lambda name, found: contract_of(found, name))
 
 
 _IN_PYTHON = {"lambda": "lambda_"}

@@ -55,7 +55,7 @@ def integers(group: TensorGroup, *, policy: str = "error") -> Kernel:
                 if not _same(kept, chunk.raw(model)):
                     raise MismatchError(
                         f"{printable(group.name)} holds {str(kept.dtype).removeprefix('torch.')} values that differ "
-                        "between the inputs and must not be averaged; choose with --integers first, last or max"
+                        'between the inputs and must not be averaged; choose with `integers="first"`, `"last"` or `"max"`'
                     )
         return kept
 

@@ -37,7 +37,9 @@ def scaled(values: torch.Tensor, factor: float) -> torch.Tensor:
 def check_normal(values: Values) -> None:
     """Raises RecipeError for weights that are to be normalised but sum to zero."""
     if values["normalize"] and not sums_to_something(values["weight"]):
-        raise RecipeError("the weights sum to zero, so they cannot be normalised; pass --no-normalize to use them as given")
+        raise RecipeError(
+            "the weights sum to zero, so they cannot be normalised; pass `normalize=False` to use them as given"
+        )
 
 
 # A running sum costs no more in float64, and its result is then the exact mean rounded once.

@@ -3,52 +3,31 @@
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Callable
-from functools import lru_cache
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import RecipeError, printable
 from streammerge.kernels.chunk import Kernel
 from streammerge.kernels.group import TensorGroup
-from streammerge.methods.contracts import MergeMethod, contract_of
+from streammerge.methods.contracts import METHODS, MergeMethod, contract_of
 from streammerge.methods.exact import copy, integers
+from streammerge.methods.linear import linear
+from streammerge.plugins import imported
 from streammerge.tensors.spec import GRAIN
 
 if TYPE_CHECKING:
     import torch
 
-MODULES = (
-    "linear",
-    "exact",
-    "spherical",
-    "nuslerp",
-    "task_arithmetic",
-    "model_stock",
-    "sce",
-    "ram",
-    "nearswap",
-    "arcee_fusion",
-    "difference",
-    "median",
-)
-
-
 COPY: MergeMethod = copy.contract  # type: ignore[attr-defined]
 INTEGERS: MergeMethod = integers.contract  # type: ignore[attr-defined]
 
 
-@lru_cache(maxsize=1)
-def methods() -> dict[str, MergeMethod]:
+LINEAR: MergeMethod = linear.contract  # type: ignore[attr-defined]
+
+
+def list_methods() -> dict[str, MergeMethod]:
     """Returns the built-in methods by name."""
-    found: dict[str, MergeMethod] = {}
-    for module in MODULES:
-        for value in vars(import_module(f"streammerge.methods.{module}")).values():
-            contract = getattr(value, "contract", None)
-            if isinstance(contract, MergeMethod) and contract.listed:
-                found[contract.name] = contract
-    return found
+    return METHODS.all()
 
 
 def find_method(wanted: str | Callable[..., Kernel] | MergeMethod) -> MergeMethod:
@@ -56,16 +35,16 @@ def find_method(wanted: str | Callable[..., Kernel] | MergeMethod) -> MergeMetho
     if isinstance(wanted, MergeMethod):
         return wanted
     if callable(wanted):
-        # a partial, or a callable object, has no name of its own
-        place = wanted if hasattr(wanted, "__qualname__") else type(wanted)
-        return _own(wanted, f"{place.__module__}:{place.__qualname__}")
+        place = wanted if hasattr(wanted, "__qualname__") else type(wanted)  # a partial, or an object that can be called
+        return contract_of(wanted, f"{place.__module__}:{place.__qualname__}")
     if not isinstance(wanted, str):
         raise RecipeError(f"a merge method is a name or a function, not {printable(wanted)}")
     if ":" in wanted:
-        return _own(_imported(wanted), wanted)
-    if wanted in methods():
-        return methods()[wanted]
-    near = difflib.get_close_matches(wanted, methods(), n=1)
+        return contract_of(_function_at(wanted), wanted)
+    found = METHODS.find(wanted)
+    if found is not None:
+        return found
+    near = difflib.get_close_matches(wanted, list_methods(), n=1)
     hint = f"did you mean {near[0]}?" if near else "`streammerge methods` lists them"
     raise RecipeError(f"unknown merge method {printable(wanted)}; {hint}")
 
@@ -100,25 +79,11 @@ def merge_tensors(
     return group.merged(contract.bind(group, values))
 
 
-def _own(function: Callable[..., Kernel], name: str) -> MergeMethod:
-    method = contract_of(function, name)
+def _function_at(place: str) -> Callable[..., Kernel]:
     try:
-        _ = method.parameters
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"{printable(name)} cannot be a merge method: {printable(error)}") from error
-    return method
-
-
-def _imported(place: str) -> Callable[..., Kernel]:
-    module, _, name = place.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # allow a module beside the recipe, as `python -m` does
-    try:
-        function = import_module(module)
-        for part in name.split("."):
-            function = getattr(function, part)
-    except Exception as error:  # the user's own module may raise anything
-        raise RecipeError(f"--method {printable(place)} cannot be imported: {printable(error)}") from error
+        function = imported(place)
+    except Exception as error:  # whatever the user's own module raises
+        raise RecipeError(f"the merge method {printable(place)} cannot be imported: {printable(error)}") from error
     if not callable(function):
-        raise RecipeError(f"--method {printable(place)} is not a function")
-    return function
+        raise RecipeError(f"the merge method {printable(place)} is not a function")
+    return function  # type: ignore[no-any-return]

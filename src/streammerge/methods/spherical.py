@@ -56,7 +56,9 @@ def _check_multislerp(values: Values) -> None:
     if values["eps"] <= 0:
         raise RecipeError("multislerp takes an eps above 0")
     if values["normalize_weights"] and not sums_to_something(values["weight"]):
-        raise RecipeError("the weights of multislerp sum to zero; pass -p normalize_weights=false to use them as given")
+        raise RecipeError(
+            "the weights of multislerp sum to zero; pass `parameters={'normalize_weights': False}` to use them as given"
+        )
 
 
 @merge_method("multislerp", base="optional", buffers=5, compute="float64", check=_check_multislerp)

@@ -120,7 +120,7 @@ def select(tree: Any, state_dict: str | None = None, ema: str = "ignore") -> Sel
     tensors, RecipeError if the requested weights are absent.
     """
     if ema not in EMA_CHOICES:
-        raise RecipeError(f"--ema takes {', '.join(EMA_CHOICES)}, not {ema!r}")
+        raise RecipeError(f"`ema` takes {', '.join(EMA_CHOICES)}, not {ema!r}")
     found = candidates(tree)
     if state_dict is not None:
         return _named(tree, found, state_dict)
@@ -132,7 +132,7 @@ def select(tree: Any, state_dict: str | None = None, ema: str = "ignore") -> Sel
                 f"it holds no tensors{f' but {listed(kinds)} ones, which are not supported' if kinds else ''}"
             )
         raise RecipeError(
-            f"it holds tensors only at {listed([c.label for c in found])}; name one of them with --state-dict"
+            f"it holds tensors only at {listed([c.label for c in found])}; name one of them with `state_dict`"
         )
     notes: list[str] = []
     twins: list[Candidate] = []
@@ -141,7 +141,7 @@ def select(tree: Any, state_dict: str | None = None, ema: str = "ignore") -> Sel
         chosen = [c for c in chosen if c.averaged] or chosen
     selection = Selection(_together(chosen), chosen, found, notes, twins=twins)
     if ema != "ignore" and not any(c.averaged for c in chosen) and not _use_litema(selection) and ema == "only":
-        raise RecipeError("there are no averaged (EMA) weights in it; remove --ema only")
+        raise RecipeError('there are no averaged (EMA) weights in it; leave `ema="only"` out')
     return selection
 
 
@@ -301,7 +301,7 @@ def _choose(usable: list[Candidate], ema: str, notes: list[str], passed_over: li
                 passed_over += groups[other]
                 notes.append(
                     f"'{_label(best)}' was taken; '{_label(other)}' holds {kind} of the same names "
-                    "(--state-dict, --ema choose)"
+                    "(`state_dict`, `ema` choose)"
                 )
     return [c for group in chosen for c in group]
 
@@ -337,7 +337,7 @@ def _named(tree: Any, found: list[Candidate], wanted: str) -> Selection:
     inside = [c for c in found if c.label == wanted or c.label.startswith(wanted + ".")]
     if not inside:
         raise RecipeError(
-            f"--state-dict {printable(wanted)}: there is no such state dict in it; "
+            f"`state_dict` {printable(wanted)}: there is no such state dict in it; "
             f"it has {listed([c.label for c in found]) or 'none'}"
         )
     chosen = [c for c in inside if c.label == wanted][:1] or inside

@@ -1,7 +1,7 @@
 """The memory model: what one chunk in flight costs, and how many fit a budget. Pure arithmetic.
 
     peak = RUN + tensors * PER_TENSOR + staging + spread
-           + workers * (PER_WORKER + worker + passes + out + chunk_elems * bytes_per_element
+           + workers * (PER_WORKER + beside + passes + out + chunk_elems * bytes_per_element
                         + inputs * huge_pages(window + chunk_elems * input_bytes))
 
 Every buffer the engine uses is a term here, and the engine takes its buffers from :func:`slots`, so the model cannot
@@ -23,7 +23,7 @@ PER_TENSOR_BYTES = 800
 PER_WORKER_BYTES = 2 << 20
 """A thread's stack, its malloc arena, and the pages by which its buffers are aligned."""
 PER_PROCESS_BYTES = 8 << 20
-"""What a worker that is a process holds beside: pages of the interpreter that it comes to write to, and messages."""
+"""What a worker holds beside because it is a process: pages of the interpreter that it writes to, and messages."""
 STAGING_BYTES = 28 << 20
 """For tensors that must be copied out first: a block of the copy, and the pages of the source that it touches."""
 BEST_CHUNK_ELEMS = 4 * GRAIN
@@ -46,7 +46,7 @@ class Cost:
     is collected before it is written; ``read`` of a read buffer; ``mapped`` of one input in mapped pages. ``inputs``:
     how many are kept at once. ``row``: elements that a chunk must hold together. ``passes``: whether a tensor is
     looked at again. ``passes_bytes``: what the passes of a tensor hold that is one worker's; ``spread_bytes``: of one
-    that all workers share. ``worker_bytes``: what each worker holds because it is a process.
+    that all workers share.
     """
 
     compute: int
@@ -59,7 +59,6 @@ class Cost:
     passes: bool = False
     passes_bytes: int = 0
     spread_bytes: int = 0
-    worker_bytes: int = 0
 
     @property
     def element_bytes(self) -> int:
@@ -112,14 +111,19 @@ def _huge_pages(nbytes: int) -> int:
     return (-(-nbytes // HUGE_PAGE_BYTES) + 1) * HUGE_PAGE_BYTES
 
 
-def fit(memory_bytes: int, workers: int, tensors: int, cost: Cost, staging: bool) -> Budget:
-    """The most workers and the best chunk that ``memory_bytes`` allow. Raises BudgetError naming the least that would."""
+def fit(memory_bytes: int, workers: int, tensors: int, cost: Cost, staging: bool, beside_bytes: int = 0) -> Budget:
+    """The most workers and the best chunk that ``memory_bytes`` allow. Raises BudgetError naming the least that would.
+
+    ``beside_bytes``: what each worker holds beside its buffers, such as the blocks that a verification compares, or
+    :data:`PER_PROCESS_BYTES`.
+    """
     fixed = RUN_BYTES + tensors * PER_TENSOR_BYTES + (STAGING_BYTES if staging else 0) + cost.spread_bytes
 
     def peak(count: int, chunk: int, out: int, window: int) -> int:
         kept = cost.inputs * (_huge_pages(window + chunk * cost.mapped) if cost.mapped else window)
-        each = PER_WORKER_BYTES + cost.worker_bytes + cost.passes_bytes
-        return fixed + count * (each + out + chunk * cost.element_bytes + kept)
+        return fixed + count * (
+            PER_WORKER_BYTES + beside_bytes + cost.passes_bytes + out + chunk * cost.element_bytes + kept
+        )
 
     least_chunk, more = max(GRAIN, cost.row), 2 if cost.passes else 1
     for count in range(workers, 0, -1):
@@ -137,5 +141,5 @@ def fit(memory_bytes: int, workers: int, tensors: int, cost: Cost, staging: bool
     rows = f" with rows of {cost.row} elements, which are held whole" if cost.row > GRAIN else ""
     raise BudgetError(
         f"{binary_bytes(memory_bytes)} of memory are too little for this merge{rows}, "
-        f"which needs at least {binary_bytes(least)}; pass --memory {-(-least // (1 << 20))}MiB or more"
+        f'which needs at least {binary_bytes(least)}; pass `memory="{-(-least // (1 << 20))}MiB"` or more'
     )

@@ -11,7 +11,7 @@ from streammerge.errors import BudgetError, RecipeError, printable
 from streammerge.kernels.ranking import held_bytes
 from streammerge.methods.registry import COPY, INTEGERS
 from streammerge.planning.alignment import align
-from streammerge.planning.budget import PER_PROCESS_BYTES, Budget, Cost, fit
+from streammerge.planning.budget import Budget, Cost, fit
 from streammerge.planning.outputs.bookkeeping import differing_facts
 from streammerge.planning.outputs.container import plan_output, side_bytes
 from streammerge.planning.outputs.layout import Layout, Placed
@@ -23,12 +23,12 @@ from streammerge.recipe.summary import recipe_lines, rule_lines, weight_notes
 from streammerge.stores.local import Identity, identity
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorEntry
-from streammerge.units import binary_bytes, decimal_bytes
+from streammerge.units import binary_bytes, counted, decimal_bytes
 
 _EXAMPLE_OUT = "merged.safetensors"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Plan:
     """All of a run: ``tasks`` in the order of reading, the ``layout`` of the output, and what it will cost.
 
@@ -106,6 +106,13 @@ class Plan:
             "warnings": self.warnings,
             "tasks": [_task_json(task) for task in self.tasks],
         }
+
+    def __repr__(self) -> str:
+        return (
+            f"<Plan {self.recipe.merge_method.name} of {counted(len(self.recipe.inputs), 'model')} -> "
+            f"{printable(self.out) if self.out else '(no output named)'}: {counted(len(self.tasks), 'tensor')}, "
+            f"{decimal_bytes(self.write_bytes)}, peak memory {binary_bytes(self.peak_bytes)} projected>"
+        )
 
     def __str__(self) -> str:
         recipe = self.recipe
@@ -199,17 +206,18 @@ def build_plan(
 
 
 def budget_of(
-    tasks: list[MergeTask], memory_bytes: int, workers: int, io: str, staged: bool, processes: bool = False
+    tasks: list[MergeTask], memory_bytes: int, workers: int, io: str, staged: bool, beside_bytes: int = 0
 ) -> tuple[Budget, str]:
     """How these tasks are run within that memory, and how they read: where there is no room for mapped pages of all
-    inputs, by pread. Raises BudgetError when it is too little."""
+    inputs, by pread. ``beside_bytes``: what the caller makes each worker hold beside its buffers. Raises BudgetError
+    when the memory is too little."""
     tensors = sum(len(task.sources) + 1 for task in tasks)
     try:
-        return fit(memory_bytes, workers, tensors, _cost(tasks, io, processes), staged), io
+        return fit(memory_bytes, workers, tensors, _cost(tasks, io), staged, beside_bytes), io
     except BudgetError:
         if io != "mmap":
             raise
-        return fit(memory_bytes, workers, tensors, _cost(tasks, "pread", processes), staged), "pread"
+        return fit(memory_bytes, workers, tensors, _cost(tasks, "pread"), staged, beside_bytes), "pread"
 
 
 def _tasks(placed: Placed, seed: int) -> list[MergeTask]:
@@ -227,9 +235,9 @@ def _tasks(placed: Placed, seed: int) -> list[MergeTask]:
     return [head, *tail]
 
 
-def _cost(tasks: list[MergeTask], io: str, processes: bool) -> Cost:
+def _cost(tasks: list[MergeTask], io: str) -> Cost:
     """What a chunk needs, of each kind the most that any task does; nothing where everything is copied verbatim."""
-    cost = Cost(0, 0, 0, 0, worker_bytes=PER_PROCESS_BYTES if processes else 0)
+    cost = Cost(0, 0, 0, 0)
     seen: set[tuple[object, ...]] = set()
     for task in tasks:
         if task.verbatim:

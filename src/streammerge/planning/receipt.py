@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
-from streammerge.errors import VerifyError, printable
+from streammerge.errors import RecipeError, VerifyError, printable
 from streammerge.stores.checksums import CRC32, CRC32C, Checksum
 from streammerge.stores.local import digest_outside, file_size
 from streammerge.strict_json import load_json
@@ -118,10 +118,26 @@ def planned(
             inputs[name]["sha256"] = _BLANK_SHA256
     versions = {"streammerge": __version__}
     if computed:
-        from importlib.metadata import version
-
-        versions["torch"] = version("torch")
+        versions["torch"] = torch_version()
     return Receipt(recipe, inputs, versions, seed, kind.name, {})
+
+
+def torch_version() -> str:
+    """The version of torch that is installed, which is not imported. Raises RecipeError where there is none."""
+    from importlib.metadata import PackageNotFoundError, version
+    from importlib.util import find_spec
+
+    try:
+        return version("torch")
+    except PackageNotFoundError:  # built from source, or put into an image without its metadata
+        found = find_spec("torch")
+    if found is None or found.origin is None:
+        raise RecipeError("torch is not installed, and this merge computes with it; install torch")
+    try:
+        stated = re.search(r"""^__version__ = ['"]([^'"]+)""", Path(found.origin).with_name("version.py").read_text(), re.M)
+    except (OSError, ValueError):
+        stated = None
+    return stated[1] if stated else "unknown"
 
 
 def read_receipt(text: str, where: object) -> Receipt:

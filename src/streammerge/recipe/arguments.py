@@ -15,6 +15,7 @@ from streammerge.recipe.model import Model, Output, Recipe, Reference, Rule
 from streammerge.recipe.patterns import parse_pattern
 from streammerge.recipe.reader import checked
 from streammerge.recipe.settings import Setting, constant
+from streammerge.units import plain_number
 
 Overrides = Mapping[str, Any]
 
@@ -35,8 +36,8 @@ def recipe_of(
         parameters = {**parameters, "weight": _weights(weights, len(inputs))}
     own: list[dict[str, Setting]] = [{} for _ in inputs]
     shared: dict[str, Setting] = {}
-    for name, value in parameters.items():
-        known = name.rstrip("_")
+    for name, given in parameters.items():
+        known, value = name.rstrip("_"), plain_number(given)
         parameter = found.parameters.get(known)
         if known in shared or any(known in each for each in own):
             raise RecipeError(f"the parameter {known} is given twice")
@@ -65,20 +66,20 @@ def _parsed(form: type[Any], given: Overrides) -> dict[str, Any]:
     """Converts options to the values of a form's keys. Raises RecipeError."""
     made = {}
     for name, value in given.items():
-        kind, option = form.__dataclass_fields__[name].metadata["kind"], f"--{name.replace('_', '-')}"
+        kind = form.__dataclass_fields__[name].metadata["kind"]
         try:
             made[name] = kind.parse(value)
         except RecipeError as error:
-            raise RecipeError(f"{option}: {error}") from error
+            raise RecipeError(f"`{name}`: {error}") from error
         except (ValueError, TypeError) as error:
-            raise RecipeError(f"{option} takes {kind.words}, not {printable(value)}") from error
+            raise RecipeError(f"`{name}` takes {kind.words}, not {printable(value)}") from error
     return made
 
 
 def conversion(path: str, drop: Sequence[str], keep: Sequence[str], overrides: Overrides) -> Recipe:
     """Returns a recipe that copies one input. Patterns to drop and to keep become rules. Raises RecipeError."""
     if "" in (*drop, *keep):
-        raise RecipeError("--drop and --keep take a pattern, like 'dvae.*'")
+        raise RecipeError("`drop` and `keep` take a pattern, like 'dvae.*'")
     rules = [Rule((parse_pattern(pattern),), drop=True) for pattern in drop]
     if keep:
         rules += [Rule((parse_pattern(pattern),)) for pattern in keep]

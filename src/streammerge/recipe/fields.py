@@ -12,6 +12,7 @@ from dataclasses import MISSING, field, fields
 from typing import Any, NamedTuple
 
 from streammerge.errors import RecipeError, printable
+from streammerge.options import Option, text, truth, whole
 
 Path = tuple[str | int, ...]
 Schema = dict[str, Any]
@@ -221,6 +222,12 @@ def key(kind: Kind, doc: str, **default: Any) -> Any:
     return field(metadata={"kind": kind, "doc": doc}, **default)
 
 
+def option_key(kind: Kind, option: Option, default: Any = None) -> Any:
+    """A field of a form that an option replaces: it is described as the option is, and has the option's own default."""
+    stated = option.otherwise if option.otherwise in option.choices else default
+    return key(kind, option.doc, default=stated)
+
+
 def doc_of(form: type[Any], name: str) -> str:
     return str(next(f.metadata["doc"] for f in fields(form) if f.name == name))
 
@@ -253,24 +260,6 @@ def shown(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"the keys {', '.join(map(printable, list(value)[:4]))}"
     return printable(str(value).lower() if isinstance(value, bool) else value, 60)
-
-
-def text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError
-    return value
-
-
-def whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError
-    return value
-
-
-def truth(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError
-    return value
 
 
 TEXT = Plain("a text", text, {"type": "string"})

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 from streammerge.methods.contracts import MergeMethod
-from streammerge.options import EMA_CHOICES, INTEGERS, ON_MISSING, ON_SHAPE
+from streammerge.options import MERGE, Converting, options_of
 from streammerge.recipe.fields import (
     TEXT,
     TRUTH,
@@ -25,12 +25,20 @@ from streammerge.recipe.fields import (
     Plain,
     key,
     one_of,
+    option_key,
     place_of,
 )
 from streammerge.recipe.patterns import Pattern
 from streammerge.recipe.scalars import COMPUTE, DTYPE, LAYER_RANGE, METHOD, MODEL, PATTERN, SIZE, parameter_docs
 from streammerge.recipe.settings import Settings, SettingsKind
 from streammerge.tensors.dtypes import DType
+
+_OPTIONS = options_of(Converting, *MERGE)
+
+
+def _chosen(name: str) -> Any:
+    """A key that takes one of the choices of the option of that name."""
+    return option_key(one_of(_OPTIONS[name].choices), _OPTIONS[name])
 
 
 class Reference(NamedTuple):
@@ -130,11 +138,9 @@ class Rule:
 class Output:
     """How the output is written."""
 
-    max_shard_size: int | None = key(
-        SIZE, "Maximum size of a file in a folder; by default as in the first input.", default=None
-    )
-    keep_optimizer: bool = key(TRUTH, "Keep the first input's optimizer and scheduler in a .pth.", default=False)
-    strip_prefix: str = key(TEXT, "Prefix to remove from tensor names.", default="")
+    max_shard_size: int | None = option_key(SIZE, _OPTIONS["max_shard_size"])
+    keep_optimizer: bool = option_key(TRUTH, _OPTIONS["keep_optimizer"], default=False)
+    strip_prefix: str = option_key(TEXT, _OPTIONS["strip_prefix"], default="")
 
 
 _TOKENIZERS = (
@@ -154,7 +160,7 @@ class Recipe:
         "tokenizer": _TOKENIZERS,
         "chat_template": "set it in the output's tokenizer_config.json",
         "name": "it belongs to configurations of several documents; run one document at a time",
-        "out_path": "name the output with -o",
+        "out_path": "name the output with `out`",
     }
     MEANT: ClassVar = {"method": "merge_method", "base": "base_model", "weights": "models", "inputs": "models"}
 
@@ -166,20 +172,18 @@ class Recipe:
     )
     base_model: str | None = key(MODEL, "The models' common ancestor.", default=None)
     parameters: Settings = key(SETTINGS, "Parameters of the method.", default_factory=dict)
-    rules: tuple[Rule, ...] = key(
-        ListOf(FormOf(Rule), least=0), "Other actions for some tensors; the first match is used.", default=()
-    )
-    dtype: DType | None = key(DTYPE, "Dtype of the output; by default that of the first checkpoint.", default=None)
-    out_dtype: DType | None = key(DTYPE, "Dtype of the output; takes precedence over dtype.", default=None)
-    compute_dtype: DType | None = key(COMPUTE, "Dtype of the arithmetic; by default the method's.", default=None)
-    state_dict: str | None = key(TEXT, "State dict inside wrapped files, for all models.", default=None)
-    ema: str = key(one_of(EMA_CHOICES), "Choice between plain and averaged (EMA) weights.", default="ignore")
-    on_missing: str = key(one_of(ON_MISSING), "Action for tensors that are not in every model.", default="error")
-    on_shape: str = key(one_of(ON_SHAPE), "Action for tensors whose shapes differ.", default="error")
-    integers: str | None = key(one_of(INTEGERS), "Action for integer tensors that differ.", default=None)
-    allow_nonfinite: bool = key(TRUTH, "Write NaN and infinity instead of stopping.", default=False)
+    rules: tuple[Rule, ...] = key(ListOf(FormOf(Rule), least=0), "Other ways for some tensors.", default=())
+    dtype: DType | None = option_key(DTYPE, _OPTIONS["dtype"])
+    out_dtype: DType | None = option_key(DTYPE, _OPTIONS["out_dtype"])
+    compute_dtype: DType | None = option_key(COMPUTE, _OPTIONS["compute_dtype"])
+    state_dict: str | None = option_key(TEXT, _OPTIONS["state_dict"])
+    ema: str = _chosen("ema")
+    on_missing: str = _chosen("on_missing")
+    on_shape: str = _chosen("on_shape")
+    integers: str | None = _chosen("integers")
+    allow_nonfinite: bool = option_key(TRUTH, _OPTIONS["allow_nonfinite"], default=False)
     output: Output = key(FormOf(Output), "How the output is written.", default_factory=Output)
-    seed: int = key(WHOLE, "Seed for methods that draw random numbers.", default=0)
+    seed: int = option_key(WHOLE, _OPTIONS["seed"], default=0)
     places: Places = field(default_factory=dict, compare=False, repr=False)
     written: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from streammerge.errors import RecipeError, printable
-from streammerge.methods.registry import find_method
+from streammerge.methods.registry import LINEAR, find_method
 from streammerge.options import RECIPE_FILE
 from streammerge.recipe.checks import check, raise_all
 from streammerge.recipe.document import parse, to_json, to_yaml
@@ -98,7 +98,7 @@ def _with_own_methods(data: Any, problems: Problems) -> Any:
                 each["merge_method"] = find_method(str(each["merge_method"]))
             except RecipeError as error:
                 problems.add((*path, "merge_method"), str(error))
-                each["merge_method"] = find_method("linear")
+                each["merge_method"] = LINEAR
     return made
 
 

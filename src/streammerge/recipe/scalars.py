@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from streammerge.errors import RecipeError, printable
-from streammerge.methods.contracts import MergeMethod, Parameter
-from streammerge.methods.registry import find_method, methods
-from streammerge.recipe.fields import Plain, whole
+from streammerge.methods.contracts import METHODS, MergeMethod, Parameter
+from streammerge.methods.registry import LINEAR, find_method
+from streammerge.options import whole
+from streammerge.recipe.fields import Plain
 from streammerge.recipe.patterns import parse_pattern
 from streammerge.tensors.dtypes import DType, parse_dtype
 from streammerge.units import parse_bytes
@@ -20,7 +21,7 @@ from streammerge.units import parse_bytes
 def parameter_docs() -> dict[str, str]:
     """Returns a description of every parameter: the names of the methods that have it."""
     owners: dict[str, list[str]] = {}
-    for method in methods().values():
+    for method in METHODS.built_in.values():
         for name in method.parameters:
             owners.setdefault(name, []).append(method.name)
     return {name: f"Parameter of {', '.join(names)}." for name, names in sorted(owners.items())}
@@ -84,8 +85,8 @@ class _AnyMethod(MergeMethod):
 
 
 def _nearest_method(value: Any) -> MergeMethod:
-    near = difflib.get_close_matches(str(value), methods(), n=1)
-    return methods()[near[0]] if near else _AnyMethod("unknown", find_method("linear").function, (0, None))
+    near = difflib.get_close_matches(str(value), METHODS.built_in, n=1)
+    return METHODS.built_in[near[0]] if near else _AnyMethod("unknown", LINEAR.function, (0, None))
 
 
 UNREAD = "\n(unreadable)"
@@ -113,21 +114,19 @@ COMPUTE = Plain("float32 or float64", _compute_dtype, {"enum": ["float32", "floa
 def _listed_method(value: Any) -> MergeMethod:
     """Returns a method by its name. User code is not imported because a file names it."""
     if isinstance(value, str) and ":" in value:
-        raise RecipeError(f"{printable(value)} is not a built-in method; --own-methods lets a recipe import it")
+        raise RecipeError(f"{printable(value)} is not a built-in method; `own_methods=True` lets a recipe import it")
     return find_method(value)
 
 
 def _method_name(method: MergeMethod) -> str:
     """Returns the name under which the method is found again."""
-    if methods().get(method.name) is method:
-        return method.name
-    return f"{method.function.__module__}:{getattr(method.function, '__qualname__', method.name)}"
+    return method.name if METHODS.is_known_as(method.name, method) else method.place
 
 
 METHOD = Plain(
     "a merge method",
     _listed_method,
-    lambda: {"type": "string", "anyOf": [{"enum": sorted(methods())}, {"pattern": ":"}]},
+    lambda: {"type": "string", "anyOf": [{"enum": sorted(METHODS.built_in)}, {"pattern": ":"}]},
     _method_name,
     _nearest_method,
 )

@@ -13,6 +13,7 @@ from typing import Any
 from streammerge.errors import RecipeError
 from streammerge.methods.contracts import Parameter
 from streammerge.recipe.fields import Kind, MapOf, Path, Problems, Schema, shown
+from streammerge.units import plain_number
 
 Scalar = bool | int | float | str
 
@@ -117,12 +118,14 @@ class SettingKind(Kind):
         return [] if read is None else [Case(read, wanted)]
 
     def _value(self, value: Any, path: Path, problems: Problems) -> Any:
-        points = value if isinstance(value, list | tuple) else [value]
+        value = plain_number(value)
+        value = [*map(plain_number, value)] if isinstance(value, list | tuple) else value
+        points = value if isinstance(value, list) else [value]
         for point in points:
             if not isinstance(point, bool | int | float | str):
                 problems.add(path, f"{shown(path[-1])} takes a number, a truth value or a word, not {shown(point)}")
                 return None
-        return tuple(points) if isinstance(value, list | tuple) else value
+        return tuple(points) if isinstance(value, list) else value
 
     def schema(self, forms: Schema) -> Schema:
         if "setting" not in forms:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from streammerge.errors import printable
 from streammerge.methods.contracts import FALSE
+from streammerge.methods.registry import LINEAR
 from streammerge.recipe.model import Model, Recipe, Slice, Source
 from streammerge.recipe.settings import Setting, SettingKind, Settings
 
@@ -29,11 +30,11 @@ def rule_lines(recipe: Recipe, taken: list[int]) -> list[str]:
 
 def weight_notes(recipe: Recipe) -> list[str]:
     """Returns a note that weights are divided by their sum, if they were given and the division changes them."""
-    if recipe.merge_method.name != "linear" or not _normalizes(recipe):
+    if recipe.merge_method is not LINEAR or not _normalizes(recipe):
         return []
     weights = _weights(recipe)
     if weights and abs(sum(weights) - 1) > 1e-9:
-        return [f"the weights sum to {sum(weights):.6g} and are divided by it (--no-normalize uses them as given)"]
+        return [f"the weights sum to {sum(weights):.6g} and are divided by it (`normalize=False` uses them as given)"]
     return []
 
 
@@ -68,7 +69,7 @@ def _own(recipe: Recipe, entry: Model | Source) -> str:
     """Formats a model's own parameters; its weight is the share in a weighted mean."""
     own = {name: _shown(setting) for name, setting in entry.parameters.items()}
     weights = _weights(recipe)
-    if isinstance(entry, Model) and recipe.merge_method.name == "linear" and recipe.models:
+    if isinstance(entry, Model) and recipe.merge_method is LINEAR and recipe.models:
         equal = [1.0] * len(recipe.models) if "weight" not in recipe.parameters else []
         shares = weights or (equal if not any("weight" in m.parameters for m in recipe.models) else [])
         place = next(n for n, model in enumerate(recipe.models) if model is entry)

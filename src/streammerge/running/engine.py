@@ -11,7 +11,6 @@ from streammerge.kernels.record import Record
 from streammerge.planning.tasks import MergeTask, Piece, PieceDone, batches, pieces
 from streammerge.running.executors.base import Executor
 from streammerge.running.worker import Job, MergeWork, SweepWork, bind, failures
-from streammerge.running.workspace import one_torch_thread
 from streammerge.tensors.spec import ranges
 
 T = TypeVar("T")
@@ -34,7 +33,7 @@ def run_all(
     for number, task in enumerate(tasks):
         if task.spread and any(map(wanted, pieces(task, number))):
             record = Record()
-            with failures(task, 0, task.elems), one_torch_thread():
+            with failures(task, 0, task.elems):
                 bind(task, _sweep_on_all(job, executor, task, record), record)
             spread = ([piece] for piece in pieces(task, number) if wanted(piece))
             with closing(executor.run(MergeWork(job, tuple(record.results)), spread)) as results:

@@ -18,9 +18,9 @@ from streammerge.planning.plan import Plan
 from streammerge.planning.receipt import ITSELF, written_like
 from streammerge.planning.tasks import Piece, PieceDone, pieces
 from streammerge.running import process
+from streammerge.running.choosing import executor_of
 from streammerge.running.engine import run_all
 from streammerge.running.executors.base import Executor, Executors
-from streammerge.running.executors.threads import ThreadExecutor
 from streammerge.running.readback import check_structure
 from streammerge.running.reading import ChecksumWork, HashWork
 from streammerge.running.relatives import strangers
@@ -40,14 +40,14 @@ class RunOptions:
 
     ``overwrite``: replaces a finished output. ``resume``: goes on where a run of the same plan was interrupted, and
     stays to be continued when it is interrupted. ``polite``: gives the inputs' page cache back behind the cursor.
-    ``executor`` makes the executor that runs the works, of so many workers.
+    ``executor``: what :func:`choose_executor` was given for the plan.
     """
 
     overwrite: bool = False
     resume: bool = True
     polite: bool = False
     listener: Listener = quiet
-    executor: Executors = ThreadExecutor
+    executor: str | Executors = "auto"
 
 
 class Production:
@@ -64,7 +64,7 @@ class Production:
         self._inputs = InputFiles(plan.identities, options.polite)
         self._outputs: list[OutputFile] = []
         self._kind: Checksum = plan.layout.receipt.kind
-        self._polite, self._executors = options.polite, options.executor
+        self._polite, self._executors = options.polite, executor_of(plan, options.executor)
         self._modules = modules_of(plan.tasks, self._kind, plan.torch_needed)
         self._used: Executor | None = None
         self.startup_bytes = self.peak_bytes = 0
@@ -186,6 +186,8 @@ class Production:
             name: self.plan.input_files[name][0] for name, i in self.plan.layout.receipt.inputs.items() if "sha256" in i
         }
         made: dict[str, str] = {}
+        if not wanted:
+            return made
         with closing(self._executor.run(HashWork(self._modules), wanted.items())) as results:
             for name, digest in results:
                 made[name] = digest
@@ -254,7 +256,7 @@ class Production:
             more = f"\n  and {len(rows) - 10} more tensors" if len(rows) > 10 else ""
             raise VerifyError(
                 "the merge holds NaN or infinite values, so nothing was written; "
-                "pass --allow-nonfinite to write it all the same:\n  " + "\n  ".join(rows[:10]) + more
+                "pass `allow_nonfinite=True` to write it all the same:\n  " + "\n  ".join(rows[:10]) + more
             )
 
     def _write_around(self, hashes: dict[str, str]) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from streammerge.planning.budget import Budget, slots
@@ -28,19 +27,6 @@ def prepare_torch() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.frombuffer(b"\0", dtype=torch.uint8)
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Meanwhile the calling thread computes alone: its helpers would wait, busily, on the CPUs of the workers."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Workspace:

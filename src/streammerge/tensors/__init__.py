@@ -7,4 +7,5 @@ Each module imports only modules above it::
     names      wrapper prefixes
     layers     a tensor's layer, and its place outside the layers
     quantised  tensors that indicate a quantisation
+    threads    torch without helper threads on the caller's thread
 """

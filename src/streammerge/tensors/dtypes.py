@@ -89,7 +89,7 @@ _ALIASES = {"half": DType.F16, "float": DType.F32, "double": DType.F64, "bf16": 
 def parse_dtype(name: object) -> DType:
     """Returns the dtype named ``"bfloat16"``, ``"torch.bfloat16"`` or ``"BF16"``, or of a torch dtype. Raises
     RecipeError."""
-    text = str(name).removeprefix("torch.")
+    text = name.__name__ if isinstance(name, type) else str(name).removeprefix("torch.")  # numpy.float16 is a class
     found = BY_TORCH_NAME.get(text) or _ALIASES.get(text.lower()) or DType.__members__.get(text.upper())
     if found is None:
         import difflib

@@ -15,9 +15,6 @@ _NEUTRAL = ("module.", "_orig_mod.", "xtts.")
 _ANYWHERE = ("module.", "_orig_mod.")
 _MEANINGFUL = ("model.", "net.", "network.", "ema_model.", "student.", "teacher.")
 
-LOADER_IGNORES: tuple[str, ...] = ("dvae.", "torch_mel_spectrogram_style_encoder.", "torch_mel_spectrogram_dvae.")
-"""Prefixes of tensors in Coqui's XTTS trainer that its loader drops; a checkpoint may omit them."""
-
 
 def bare(name: str) -> str:
     """Returns the name without wrapper prefixes."""
@@ -85,8 +82,3 @@ def _difference(ours: str, theirs: str) -> tuple[str, str]:
     while common < min(len(ours), len(theirs)) and ours[-1 - common] == theirs[-1 - common]:
         common += 1
     return ours[: len(ours) - common], theirs[: len(theirs) - common]
-
-
-def ignored_by_loader(name: str) -> bool:
-    """Whether the checkpoint's own loader drops this tensor."""
-    return bare(name).startswith(LOADER_IGNORES)

@@ -6,7 +6,7 @@ import math
 import random
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from streammerge.stores.journal import Key
 from streammerge.stores.local import InputFile, InputFiles, OutputFile, digest_outside, file_size
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import ranges
+from streammerge.tensors.threads import one_torch_thread
 from streammerge.verifying.files import Verified, rest_of
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 _ROUNDING = 2.0**-21
 """How far float32 may be from the exact number, as a share of it, after a few operations."""
 _COMPARED_ELEMS = 1 << 14
+_REPEATED_BYTES = 256 << 10
+_BESIDE_BYTES = 1 << 20
+"""What a worker holds of one block that it compares: 64 bytes for each of ``_COMPARED_ELEMS``, or ``_REPEATED_BYTES``."""
 
 
 def check_inputs(plan: Plan, receipt: Receipt) -> None:
@@ -65,8 +69,11 @@ def recompute(verified: Verified, plan: Plan, receipt: Receipt, share: float, se
     if not chosen:
         return
     sampled = {number: places[number] for number in sorted({number for number, _ in chosen})}
-    prepare_torch()
-    with tempfile.TemporaryDirectory(prefix="streammerge-") as folder, faults.survived():
+    alone: AbstractContextManager[None] = nullcontext()
+    if plan.torch_needed:
+        prepare_torch()
+        alone = one_torch_thread()
+    with tempfile.TemporaryDirectory(prefix="streammerge-") as folder, faults.survived(), alone:
         check = _Recomputation(plan, sampled, chosen, Path(folder))
         wrong = check.repeated(check.in_float64())
     verified.sampled_tensors = len(sampled)
@@ -115,7 +122,8 @@ class _Recomputation:
 
     def __init__(self, plan: Plan, places: dict[int, tuple[MergeTask, str, int]], chosen: set[Key], folder: Path) -> None:
         self.plan, self.places = plan, list(places.values())
-        self.keys = {(at, start) for at, number in enumerate(places) for n, start in chosen if n == number}
+        at_of = {number: at for at, number in enumerate(places)}
+        self.keys = {(at_of[number], start) for number, start in chosen}
         self.elems = self.equal = self.repeated_elems = 0
         self._inputs = InputFiles(plan.identities)
         tasks = [task for task, _, _ in self.places]
@@ -124,15 +132,16 @@ class _Recomputation:
         )
 
     def in_float64(self) -> set[Key]:
-        """Compares with float64 results; the pieces that must be repeated exactly."""
-        wide, comparisons, exact = [], list[Destination](), set[Key]()
+        """Compares with float64 results. Returns the pieces that must be repeated exactly."""
+        wide, comparisons, copied = [], list[Destination](), set[int]()
         for at, (task, (_, path, offset)) in enumerate(zip(self._tasks, self.places, strict=True)):
             dtype = task.out.dtype.component
             if task.verbatim or task.method is INTEGERS or dtype.kind != "float":
-                exact |= {key for key in self.keys if key[0] == at}
+                copied.add(at)
             out = replace(task.out, dtype=DType.C128 if task.out.dtype.kind == "complex" else DType.F64)
             wide.append(replace(task, out=out, compute="float64", file=at, offset=0))
             comparisons.append(_Comparison(path, offset, dtype))
+        exact = {key for key in self.keys if key[0] in copied}
         for piece, (elems, equal, far) in self._run(wide, comparisons, self.keys - exact):
             if far:
                 exact.add(piece.key)
@@ -162,7 +171,9 @@ class _Recomputation:
         if not keys:
             return
         plan = self.plan
-        budget, io = budget_of(tasks, plan.memory_bytes, plan.budget.workers, plan.io, staged=False)
+        budget, io = budget_of(
+            tasks, plan.memory_bytes, plan.budget.workers, plan.io, staged=False, beside_bytes=_BESIDE_BYTES
+        )
         modules = modules_of(tasks, CRC32, torch_needed=True)
         job = Job(new_key(), budget, plan.identities, False, io == "mmap", CRC32, tuple(destinations), modules)
         with (
@@ -175,7 +186,7 @@ class _Recomputation:
 
 @dataclass(frozen=True, slots=True)
 class _Repetition:
-    """Where the bytes of a tensor are: those that are made again are compared with them."""
+    """Where the bytes of a tensor are. Those that are made again are compared with them."""
 
     path: str
     offset: int
@@ -192,10 +203,14 @@ class _Repeated:
         self._differs = False
 
     def write_full(self, data: Any, offset: int) -> None:
-        there = bytearray(len(data))
-        self._file.read_into(memoryview(there), self._offset + offset)
-        if there != data:
-            self._differs = True
+        there = bytearray(min(len(data), _REPEATED_BYTES))
+        for start, stop in ranges(len(data), _REPEATED_BYTES):
+            if stop - start < len(there):  # the last block
+                there = bytearray(stop - start)
+            self._file.read_into(memoryview(there), self._offset + offset + start)
+            if there != data[start:stop]:
+                self._differs = True
+                return
 
     def found(self) -> bool:
         return self._differs
@@ -232,7 +247,7 @@ class _Compared:
 
         size, exact = self._dtype.element_bytes, torch.frombuffer(data, dtype=torch.float64)
         first = offset // 8
-        for start, stop in ranges(len(exact), _COMPARED_ELEMS):  # a few at a time, for the budget knows nothing of this
+        for start, stop in ranges(len(exact), _COMPARED_ELEMS):  # so that _BESIDE_BYTES are enough
             raw = bytearray((stop - start) * size)
             self._file.read_into(memoryview(raw), self._offset + (first + start) * size)
             equal, far = _compared(torch.frombuffer(raw, dtype=self._dtype.torch), exact[start:stop])

@@ -15,6 +15,8 @@ import streammerge as sm
 from running.executors.toys import SLOW_SECONDS, Fails, Keeps, Measures, Square, Waits, Zeros
 from streammerge.running.executors.base import Executor, Executors
 
+WAIT_SECONDS = 2.0
+
 
 class ExecutorSuite:
     """Workers may be other processes, so these tests see of them what they return and the files that they write."""
@@ -101,8 +103,9 @@ class ExecutorSuite:
     def test_who_leaves_early_ends_what_runs(self, two: Executor, tmp_path: Path) -> None:
         results = two.run(Waits(str(tmp_path)), range(100))
         assert next(results) == 0
-        while not list(tmp_path.glob("begun [1-9]*")):
-            time.sleep(SLOW_SECONDS / 10)
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not list(tmp_path.glob("begun [1-9]*")) and time.monotonic() < deadline:
+            time.sleep(SLOW_SECONDS / 10)  # an executor on the calling thread begins none
         results.close()
         said = {kind: {path.name.split()[1] for path in tmp_path.glob(f"{kind} *")} for kind in ("begun", "ended")}
         assert said["begun"] - {"0"} == said["ended"], "units had ended when the generator was closed"
@@ -123,7 +126,10 @@ class ExecutorSuite:
     def test_an_executor_that_was_never_used_can_be_closed(self) -> None:
         self.executor(3).close()
 
-    @pytest.mark.parametrize("way", [{}, {"method": "ties", "density": 0.5}, {"method": "dare_linear", "density": 0.5}])
+    @pytest.mark.parametrize(
+        "way",
+        [{}, {"method": "ties", "parameters": {"density": 0.5}}, {"method": "dare_linear", "parameters": {"density": 0.5}}],
+    )
     def test_a_merge_has_the_bytes_it_has_with_threads(self, way: dict[str, object], tmp_path: Path) -> None:
         """Also of a tensor that is spread, whose passes all workers share."""
         for seed in (1, 2, 3):

@@ -18,6 +18,7 @@ import pytest
 import streammerge as sm
 from running.executors.suite import ExecutorSuite
 from running.executors.toys import SLOW_SECONDS, Allocates, Dies, Square, Tells, Waits
+from streammerge.planning.budget import PER_PROCESS_BYTES
 from streammerge.running.executors.processes import ProcessExecutor
 
 WAIT_SECONDS = 20.0
@@ -25,6 +26,7 @@ SCRIPT = """
 import sys, threading
 from contextlib import closing
 from running.executors.toys import Square, Waits
+from streammerge.planning.budget import PER_PROCESS_BYTES
 from streammerge.running.executors.processes import ProcessExecutor
 
 print("begun", flush=True)
@@ -64,29 +66,6 @@ class TestProcessExecutor(ExecutorSuite):
 
 @pytest.mark.usefixtures("_nothing_is_left")
 class TestProcesses:
-    def test_workers_are_forks_of_one_clean_process(self) -> None:
-        with closing(ProcessExecutor(3)) as executor:
-            told = list(executor.run(Tells(), range(60)))
-            assert len({each["pid"] for each in told}) == 3
-            assert len({each["parent"] for each in told}) == 1
-            assert told[0]["parent"] != os.getpid()
-            assert psutil.Process(told[0]["parent"]).ppid() == os.getpid()
-            assert all(each["interrupt"] and each["torch"] is None and each["main"] is None for each in told)
-            assert all(each["group"] != os.getpgrp() for each in told), "Ctrl-C of a terminal does not reach them"
-            assert {each["pid"] for each in executor.run(Tells(), range(60))} == {each["pid"] for each in told}
-
-    def test_modules_are_imported_before_the_fork(self) -> None:
-        with closing(ProcessExecutor(2)) as executor:
-            first = {each["pid"] for each in executor.run(Tells(), range(30))}
-            told = list(executor.run(Tells(("torch",)), range(30)))
-            assert {each["torch"] for each in told} == {1}, "with one thread for each worker"
-            assert first.isdisjoint(each["pid"] for each in told), "forked again, since a module was wanted"
-            assert {each["pid"] for each in executor.run(Tells(), range(30))} == {each["pid"] for each in told}
-
-    def test_a_module_that_cannot_be_imported(self) -> None:
-        with closing(ProcessExecutor(2)) as executor, pytest.raises(ModuleNotFoundError, match="no_such_module"):
-            list(executor.run(Tells(("no_such_module",)), range(3)))
-
     @pytest.mark.parametrize(
         ("by", "said"),
         [
@@ -124,13 +103,13 @@ class TestProcesses:
     def test_memory_of_the_workers_is_counted(self) -> None:
         with closing(ProcessExecutor(2)) as executor:
             list(executor.run(Allocates(50 << 20), range(8)))
-        assert 100 << 20 <= executor.peak_bytes < 110 << 20
+        assert 100 << 20 <= executor.peak_bytes < (100 << 20) + 2 * PER_PROCESS_BYTES
         assert 5 << 20 < executor.startup_bytes < 100 << 20
 
     def test_small_works_hardly_grow_a_worker(self) -> None:
         with closing(ProcessExecutor(4)) as executor:
             list(executor.run(Square(), range(1000)))
-        assert executor.peak_bytes < 4 * (2 << 20)
+        assert 0 < executor.peak_bytes < 4 * PER_PROCESS_BYTES
 
     def test_it_can_be_used_from_a_thread(self) -> None:
         made: list[int] = []

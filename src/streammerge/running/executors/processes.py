@@ -33,6 +33,7 @@ from streammerge.running.executors.messages import (
     pickled,
     unpickled_error,
 )
+from streammerge.running.executors.registry import executor
 from streammerge.running.executors.server import CODE, ENVIRONMENT
 
 _UNITS_AHEAD = 2
@@ -52,6 +53,7 @@ def supported() -> bool:
     return hasattr(os, "fork") and sys.platform != "darwin" and bool(sys.executable)
 
 
+@executor("processes")
 class ProcessExecutor(Executor):
     """``workers`` processes, started when the first work comes and kept until :meth:`close`."""
 

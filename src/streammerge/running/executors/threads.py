@@ -9,12 +9,14 @@ from collections.abc import Generator, Iterable
 from typing import Any
 
 from streammerge.running.executors.base import Executor, Host, Result, Unit, Work
+from streammerge.running.executors.registry import executor
 
 _POLL_SECONDS = 0.2
 _Outcome = tuple[Any, BaseException | None]
 _NOTHING = object()
 
 
+@executor("threads")
 class ThreadExecutor(Executor):
     """``workers`` threads, started for each work, that take units from one iterable."""
 
