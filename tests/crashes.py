@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,7 +32,7 @@ from safetensors.torch import save_file
 
 import streammerge as sm
 from streammerge.planning import tasks
-from streammerge.stores import commit, journal
+from streammerge.stores import journal, system
 from streammerge.tensors.spec import GRAIN
 
 tasks.PIECE_ELEMS = GRAIN  # so that small tensors have pieces
@@ -39,7 +40,7 @@ journal.INTERVAL_SECONDS = 0.002  # and small merges are written down
 CALLS = (
     "open",
     "mkdir",
-    "posix_fallocate",
+    "fallocate",
     "pwrite",
     "write",
     "ftruncate",
@@ -56,7 +57,7 @@ class Scene:
 
     def __init__(self, folder: Path, kind: str) -> None:
         self.folder, self.kind = folder, kind
-        self.out = folder / {"file": "out.safetensors", "archive": "out.pth", "staged": "out.pth"}.get(kind, "out")
+        self.out = folder / {"file": "out.safetensors", "archive": "out.pth", "spooled": "out.pth"}.get(kind, "out")
         self.overwrite = kind == "replaced folder"
         self.inputs = [self._input(number) for number in range(2)]
         sm.plan(self.inputs, self.out)  # imports what every run needs
@@ -76,9 +77,13 @@ class Scene:
         if self.kind in ("file", "folder", "replaced folder"):
             save_file(tensors, self.folder / f"{number}.safetensors")
             return self.folder / f"{number}.safetensors"
-        if self.kind == "staged":
-            tensors = {name: tensor.t() for name, tensor in tensors.items()}
         torch.save({"model": tensors, "step": number}, self.folder / f"{number}.pth")
+        if self.kind == "spooled":
+            with zipfile.ZipFile(self.folder / f"{number}.pth") as stored:
+                records = {name: stored.read(name) for name in stored.namelist()}
+            with zipfile.ZipFile(self.folder / f"{number}.pth", "w", zipfile.ZIP_DEFLATED) as packed:
+                for name, data in records.items():
+                    packed.writestr(name, data)
         return self.folder / f"{number}.pth"
 
     def clear(self) -> None:
@@ -162,9 +167,12 @@ class Fault:
 
     def install(self) -> None:
         for name in self.only:
-            setattr(os, name, self._around(name, getattr(os, name)))
-        if {"rename", "replace"} & {*self.only} and commit._renameat2 is not None:
-            commit._renameat2 = self._around("renameat2", commit._renameat2)
+            if hasattr(os, name):
+                setattr(os, name, self._around(name, getattr(os, name)))
+        if {"rename", "replace"} & {*self.only} and system._renameat2 is not None:
+            system._renameat2 = self._around("renameat2", system._renameat2)
+        if "fallocate" in self.only and system._fallocate is not None:
+            system._fallocate = self._around("fallocate", system._fallocate)
 
     def _around(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def made(*args: Any, **options: Any) -> Any:
@@ -190,7 +198,7 @@ class Fault:
         if self.what == "short":
             return call(args[0], memoryview(args[1])[: max(len(args[1]) // 2, 1)], *args[2:], **options)
         number = getattr(errno, self.what)
-        if name == "renameat2":
+        if name in ("renameat2", "fallocate"):
             ctypes.set_errno(number)
             return -1
         raise OSError(number, os.strerror(number))
@@ -242,7 +250,7 @@ def kill_at_moments(scene: Scene, moments: int, seed: int) -> Iterator[str]:
         yield f"killed after {seconds:.3f} s: {said}"
 
 
-KINDS = ("file", "archive", "staged", "folder", "replaced folder")
+KINDS = ("file", "archive", "spooled", "folder", "replaced folder")
 
 
 def main() -> int:

@@ -17,6 +17,8 @@ SECTIONS = {part.partition("\n")[0]: part for part in TEXT.split("\n## ")[1:]}
 EXAMPLES = {
     "A merge method": ["tests/methods/test_registry.py"],
     "A format": ["tests/formats/test_detect.py"],
+    "A store": ["tests/stores/test_registry.py"],
+    "A source": [],
     "An executor": [],
 }
 

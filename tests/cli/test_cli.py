@@ -160,9 +160,9 @@ def test_a_terminal_shows_progress_and_leaves_a_clean_screen(tmp_path: Path, voi
 
 
 def test_two_runs_on_one_output(tmp_path: Path, cli: Cli, voices: tuple[Path, Path]) -> None:
-    from streammerge.stores.commit import Staging
+    from streammerge.stores.locations import parse
 
-    with_lock = Staging(tmp_path / "voice.pth")
+    with_lock = parse(tmp_path / "voice.pth").stage()
     try:
         done = cli("merge", *voices, "-o", "voice.pth", code=7)
         assert f"process {os.getpid()}" in done.stderr

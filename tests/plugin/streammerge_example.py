@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable
 from contextlib import closing
-from pathlib import Path
 
 import streammerge as sm
 from streammerge.errors import FormatError, printable
 from streammerge.formats.base import Container, Match, flat_tensor
 from streammerge.running.executors.base import Executor, Host, Result, Unit, Work
+from streammerge.sources.stored import Stored
 from streammerge.tensors.dtypes import DType
 
 _MAGIC = b"NUMBERS\n"
@@ -27,11 +27,11 @@ class Numbers:
     def matches(self, head: bytes, size: int) -> Match:
         return head.startswith(_MAGIC)
 
-    def read(self, path: Path) -> Container:
-        count, rest = divmod(path.stat().st_size - len(_MAGIC), 4)
+    def read(self, path: sm.Location) -> Container:
+        count, rest = divmod(path.size - len(_MAGIC), 4)
         if rest:
             raise FormatError(f"{printable(path)} ends within a number; it is truncated")
-        entry = sm.TensorEntry(sm.TensorSpec("w", DType.F32, (count,)), str(path), len(_MAGIC))
+        entry = Stored(sm.TensorSpec("w", DType.F32, (count,)), path, len(_MAGIC))
         return Container(path, "numbers", {"w": flat_tensor(entry)}, {}, (path,))
 
 

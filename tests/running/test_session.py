@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shlex
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,10 @@ from safetensors.torch import save_file
 import streammerge as sm
 from streammerge.planning import tasks
 from streammerge.running import readback
-from streammerge.stores import commit, journal
-from streammerge.stores.commit import Staging
-from streammerge.stores.local import OutputFile
+from streammerge.stores import commit, journal, lock, system
+from streammerge.stores.commit import LocalRecord, LocalStaging
+from streammerge.stores.files import OutputFile
+from streammerge.stores.locations import parse
 from streammerge.tensors.spec import GRAIN
 
 OUTPUTS = {"safetensors": "out.safetensors", "pickle": "out.pth", "folder": "out"}
@@ -120,7 +123,7 @@ def test_two_interruptions(pair: list[Path], tmp_path: Path) -> None:
     assert content(out) == content(whole)
 
 
-@pytest.mark.parametrize("where", ["session.plan_digest", "session.strangers", "session.staged_tasks", "reading.outside"])
+@pytest.mark.parametrize("where", ["session.plan_parts", "session.strangers", "session.spooled_tasks", "reading.outside"])
 def test_an_interruption_before_the_first_piece_loses_nothing(
     pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -147,20 +150,70 @@ def test_an_interruption_before_the_first_piece_loses_nothing(
     ],
     ids=["weights", "method", "dtype", "input", "hash"],
 )
-def test_another_plan_starts_over(pair: list[Path], tmp_path: Path, change: Callable[[list[Path]], dict[str, Any]]) -> None:
+def test_another_plan_is_refused_until_what_is_kept_may_go(
+    pair: list[Path], tmp_path: Path, change: Callable[[list[Path]], dict[str, Any]], request: pytest.FixtureRequest
+) -> None:
+    """The refusal says in what the runs differ, and nothing that was kept is lost by it."""
+    said = {
+        "weights": "the recipe's keys models, parameters changed",
+        "method": "the recipe's keys merge_method, parameters changed",
+        "dtype": "the recipe's key dtype changed",
+        "input": r"the input \S*1\.pth changed",
+        "hash": "the hashes of the inputs are wanted in one of them only",
+    }[request.node.callspec.id]
     out = tmp_path / "out.safetensors"
     interrupt(pair, out)
+    pieces, times = journalled(out), os.stat(pair[1])
     options = change(pair)
-    result = sm.merge(pair, out, **options)
-    assert "an interrupted run was not continued: its recipe, inputs or version were others" in result.notes
+    with pytest.raises(sm.RecipeError, match=f"left .*B, and this run differs from it: {said}; repeat"):
+        sm.merge(pair, out, **options)
+    assert journalled(out) == pieces
     sm.merge(pair, tmp_path / "whole.safetensors", **options)
+    os.utime(pair[1], ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert len(resumed_events(lambda listener: sm.merge(pair, out, listener=listener))) == 1
+    out.unlink()
+    interrupt(pair, out)
+    sm.merge(pair, out, resume=False, **change(pair))
     assert content(out) == content(tmp_path / "whole.safetensors")
 
 
-def test_another_version_starts_over(pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupt(pair, tmp_path / "out.safetensors")
-    monkeypatch.setattr("streammerge.planning.digest.__version__", "0.0.9")
-    assert resumed_events(lambda listener: sm.merge(pair, tmp_path / "out.safetensors", listener=listener)) == []
+def test_another_version_is_refused(pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out.safetensors"
+    interrupt(pair, out)
+    pieces = journalled(out)
+    with monkeypatch.context() as patched, pytest.raises(sm.RecipeError, match=r"streammerge was .* and is 0\.0\.9"):
+        patched.setattr("streammerge.planning.digest.__version__", "0.0.9")
+        sm.merge(pair, out)
+    path = tmp_path / ".out.safetensors.streammerge" / "journal"
+    good = path.read_bytes()
+    text = b'{"plan":"' + b"0" * 64 + b'"}'  # as versions before this one began it
+    path.write_bytes(b"%08x %s" % (zlib.crc32(text), text) + good[good.index(b"\n") :])
+    with pytest.raises(sm.RecipeError, match="another version of streammerge made it"):
+        sm.merge(pair, out)
+    path.write_bytes(good)
+    assert journalled(out) == pieces
+    assert len(resumed_events(lambda listener: sm.merge(pair, out, listener=listener))) == 1
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OSError(errno.EIO, "Input/output error"), OSError(errno.EMFILE, "Too many open files")]
+)
+def test_a_journal_that_cannot_be_read_is_still_there(
+    pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """Only a journal that is absent is none: an error, or Ctrl-C, while it is read loses nothing."""
+    out = tmp_path / "out.safetensors"
+    interrupt(pair, out)
+    pieces = journalled(out)
+
+    def fail(record: LocalRecord) -> bytes:
+        raise error
+
+    with monkeypatch.context() as patched, pytest.raises(type(error)):
+        patched.setattr(LocalRecord, "read", fail)
+        sm.merge(pair, out)
+    assert journalled(out) == pieces
+    assert len(resumed_events(lambda listener: sm.merge(pair, out, listener=listener))) == 1
 
 
 def test_ones_own_method_is_never_continued(pair: list[Path], tmp_path: Path) -> None:
@@ -231,17 +284,21 @@ def test_no_damage_to_the_journal_matters(pair: list[Path], tmp_path: Path) -> N
     interrupt(pair, out, at_least=8)
     path = tmp_path / ".out.safetensors.streammerge" / "journal"
     good = path.read_bytes()
-    plan = re.search(rb'"plan":"([0-9a-f]{64})"', good)[1].decode()  # type: ignore[index]
-    vouched = journal.read(path, plan)
-    assert vouched is not None
+    record = LocalRecord(parse(path))
+    first = journal.read(record)
+    assert first is not None
+    plan, vouched = first.plan, first.pieces
     assert len(vouched) >= 8
     damaged = [good[:at] + bytes([good[at] ^ 8]) + good[at + 1 :] for at in range(0, len(good), 37)]
     damaged += [good[:at] for at in range(0, len(good), 89)]
     for each in damaged:
         path.write_bytes(each)
-        found = journal.read(path, plan)
-        assert found is None or found == vouched[: len(found)]
-        assert found is None or len(found) < len(vouched) or each.startswith(good[:-1])
+        read = journal.read(record)
+        assert read is not None
+        assert read.plan in (plan, None)
+        found = read.pieces
+        assert found == vouched[: len(found)]
+        assert read.plan is None or len(found) < len(vouched) or each.startswith(good[:-1])
     path.write_bytes(damaged[len(good) // 74])
     sm.merge(pair, out)
     assert content(out) == content(whole)
@@ -263,19 +320,18 @@ def test_pieces_are_written_down_after_their_files_are_synced(
     pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[tuple[str, int]] = []
-    good_sync, good_append = OutputFile.sync, journal._append
+    good_sync, good_append = OutputFile.sync, LocalRecord.append
 
     def sync(file: OutputFile) -> None:
         good_sync(file)
         order.append(("sync", 0))
 
-    def append(fd: int, lines: Any) -> None:
-        lines = list(lines)
-        order.append(("append", len([line for line in lines if "task" in line])))
-        good_append(fd, lines)
+    def append(record: LocalRecord, data: bytes) -> None:
+        order.append(("append", data.count(b"\n")))
+        good_append(record, data)
 
     monkeypatch.setattr(OutputFile, "sync", sync)
-    monkeypatch.setattr(journal, "_append", append)
+    monkeypatch.setattr(LocalRecord, "append", append)
     interrupt(pair, tmp_path / "out.safetensors", at_least=8)
     written = [number for number, (what, pieces) in enumerate(order) if what == "append" and pieces]
     assert sum(order[number][1] for number in written) >= 8
@@ -319,9 +375,9 @@ def failing_sync(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, str
         seen: list[str] = []
 
         def sync(file: OutputFile) -> None:
-            seen.append(file.path.name)
-            if file.path.name == name and seen.count(name) <= failures:
-                with open(file.path, "r+b") as stream:  # the pages that the disk did not take are lost
+            seen.append(file.location.name)
+            if file.location.name == name and seen.count(name) <= failures:
+                with open(file.location, "r+b") as stream:  # the pages that the disk did not take are lost
                     stream.truncate(0)
                     stream.truncate(file.size)
                 raise OSError(errno.EIO, "Input/output error")
@@ -362,7 +418,7 @@ def test_what_the_disk_fails_to_store_twice_is_not_there(
 
 def hold(out: Path) -> subprocess.Popen[str]:
     """Another process that is writing ``out``."""
-    code = f"from streammerge.stores.commit import Staging; from pathlib import Path; s = Staging(Path({str(out)!r})); "
+    code = f"from streammerge.stores.locations import parse; s = parse({str(out)!r}).stage(); "
     process = subprocess.Popen(
         [sys.executable, "-c", code + "print('held', flush=True); input()"],
         stdin=subprocess.PIPE,
@@ -389,24 +445,27 @@ def test_the_second_of_two_runs_is_told_who_has_the_output(pair: list[Path], tmp
     assert left_over(out) == []
 
 
-@pytest.mark.parametrize("owner", ["999999999", "nonsense", ""])
+@pytest.mark.parametrize("owner", ["999999999", ""])
 def test_without_kernel_locks_the_owner_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: str) -> None:
     def unsupported(fd: int, how: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(commit.fcntl, "flock", unsupported)
+    monkeypatch.setattr(lock.fcntl, "flock", unsupported)
     folder = tmp_path / ".out.safetensors.streammerge"
     folder.mkdir()
     (folder / "lock").write_text(str(os.getppid()))
     with pytest.raises(sm.LockedError, match=f"process {os.getppid()}"):
-        Staging(tmp_path / "out.safetensors")
+        parse(tmp_path / "out.safetensors").stage()
+    (folder / "lock").write_text("nonsense")
+    with pytest.raises(sm.LockedError, match="a process that did not give its name, as far as can be told from here"):
+        parse(tmp_path / "out.safetensors").stage()
     (folder / "lock").write_text(owner)
-    Staging(tmp_path / "out.safetensors").abort()
+    parse(tmp_path / "out.safetensors").stage().abort()
 
 
 def test_a_lock_file_that_was_removed_meanwhile_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run before removes its folder between our opening of the lock file and our locking it."""
-    good, calls = commit.fcntl.flock, []
+    good, calls = lock.fcntl.flock, []
 
     def flock(fd: int, how: int) -> None:
         good(fd, how)
@@ -414,10 +473,10 @@ def test_a_lock_file_that_was_removed_meanwhile_is_no_lock(tmp_path: Path, monke
             (tmp_path / ".out.safetensors.streammerge" / "lock").unlink()
         calls.append(fd)
 
-    monkeypatch.setattr(commit.fcntl, "flock", flock)
-    staging = Staging(tmp_path / "out.safetensors")
+    monkeypatch.setattr(lock.fcntl, "flock", flock)
+    staging = parse(tmp_path / "out.safetensors").stage()
     assert len(calls) == 2
-    assert (staging.folder / "lock").read_text() == f"{os.getpid()}\n"
+    assert json.loads((tmp_path / ".out.safetensors.streammerge" / "lock").read_text())["pid"] == os.getpid()
     staging.abort()
 
 
@@ -436,7 +495,7 @@ def test_a_link_in_the_place_of_the_staging_folder_is_refused(pair: list[Path], 
 @pytest.mark.parametrize("kernel", ["exchange", "two renames"])
 def test_a_folder_is_replaced_whole(pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     if kernel == "two renames":
-        monkeypatch.setattr(commit, "_renameat2", None)
+        monkeypatch.setattr(system, "_renameat2", None)
     out = tmp_path / "out"
     sm.merge(pair, out, max_shard_size="500kB")
     assert len(content(out)) > 3
@@ -458,7 +517,7 @@ def test_without_exchange_the_old_folder_comes_back(
     def fail(*paths: object) -> None:
         raise error
 
-    monkeypatch.setattr(commit, "_renameat2", None)
+    monkeypatch.setattr(system, "_renameat2", None)
     with monkeypatch.context() as patched, pytest.raises(type(error)):
         patched.setattr(commit.os, "replace", lambda a, b: os.rename(a, b) if "journal" in str(b) else fail())
         sm.merge(pair, out, overwrite=True, weights=[1, 3])
@@ -494,7 +553,7 @@ def test_the_lock_goes_last(pair: list[Path], tmp_path: Path, monkeypatch: pytes
 
     def rmtree(path: Path, **options: Any) -> None:
         with pytest.raises(sm.LockedError):
-            Staging(out, overwrite=True)
+            parse(out).stage(overwrite=True)
         refused.append(path)
         good(path, **options)
 
@@ -564,23 +623,23 @@ def test_a_journal_that_cannot_be_written_promises_nothing_more(
             told.append(event)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(journal.os, "write", write)
+        patched.setattr(commit.os, "write", write)
         sm.merge(pair, out, listener=listen)
     (event,) = resumed_events(lambda listener: sm.merge(pair, out, listener=listener))
     assert event.kept_bytes == told[0].kept_bytes
 
 
-@pytest.mark.parametrize("when", ["_rename", "sync_folder"])
+@pytest.mark.parametrize("when", ["_rename", "_sync_folder"])
 def test_an_interruption_around_the_commit_tells_what_is(
     pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     """Before the rename all can be continued; after it the output is there."""
     out, told = tmp_path / "out.safetensors", []
-    holder = Staging if when == "_rename" else commit
+    holder = LocalStaging
     good = getattr(holder, when)
 
     def interrupted(*arguments: object) -> None:
-        if when == "sync_folder":
+        if when == "_sync_folder":
             good(*arguments)
         raise KeyboardInterrupt
 
@@ -592,7 +651,7 @@ def test_an_interruption_around_the_commit_tells_what_is(
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(holder, when, interrupted)
         sm.merge(pair, out, listener=listen)
-    if when == "sync_folder":
+    if when == "_sync_folder":
         assert told[-1] == "Published"
         sm.verify(out, sample=0)
         assert left_over(out) == []
@@ -652,7 +711,7 @@ def test_a_folder_that_cannot_be_synced_is_said(pair: list[Path], tmp_path: Path
     def fail(folder: Path) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(commit, "sync_folder", fail)
+    monkeypatch.setattr(system, "sync_folder", fail)
     out = tmp_path / "out.safetensors"
     with pytest.raises(OSError, match="is there, whole, but its folder could not be synced"):
         sm.merge(pair, out)

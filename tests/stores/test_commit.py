@@ -10,11 +10,11 @@ from conftest import assert_same, load_safetensors, trained
 from safetensors.torch import save_file
 
 import streammerge as sm
-from streammerge.stores.commit import Staging, write_text
+from streammerge.stores.locations import parse
 
 
 def test_nothing_appears_without_commit(tmp_path: Path) -> None:
-    staging = Staging(tmp_path / "out.bin")
+    staging = parse(tmp_path / "out.bin").stage()
     file = staging.create("out.bin", 10)
     file.write_full(b"0123456789", 0)
     assert not (tmp_path / "out.bin").exists()
@@ -31,13 +31,13 @@ def test_a_name_that_is_too_long_is_a_sentence(tmp_path: Path) -> None:
 def test_a_small_file_that_came_meanwhile_stays(tmp_path: Path) -> None:
     (tmp_path / "extras.json").write_text("somebody's")
     with pytest.raises(sm.RecipeError, match="exists already"):
-        write_text(tmp_path / "extras.json", "new", overwrite=False)
+        parse(tmp_path / "extras.json").write_whole(b"new", overwrite=False)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["somebody's"]
 
 
 def test_a_small_file_replaces_nothing_of_a_like_name(tmp_path: Path) -> None:
     (tmp_path / ".extras.json.part").write_text("somebody's")
-    write_text(tmp_path / "extras.json", "new", overwrite=False)
+    parse(tmp_path / "extras.json").write_whole(b"new", overwrite=False)
     assert (tmp_path / "extras.json").read_text() == "new"
     assert (tmp_path / ".extras.json.part").read_text() == "somebody's"
     umask = os.umask(0)

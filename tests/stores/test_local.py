@@ -17,15 +17,22 @@ from conftest import trained
 from safetensors.torch import save_file
 
 import streammerge as sm
-from streammerge.stores import local as files
-from streammerge.stores.local import InputFile, InputFiles, OutputFile, identity
+from stores.suite import StoreSuite
+from streammerge.stores import system
+from streammerge.stores.base import Location
+from streammerge.stores.files import InputFile, OutputFile
+from streammerge.stores.inputs import InputFiles
+from streammerge.stores.locations import parse
 
 
-def test_writes_outside_the_file_are_refused(tmp_path: Path) -> None:
-    file = OutputFile(tmp_path / "x", 4)
-    for offset in (-1, 1, 5):
-        with pytest.raises(ValueError, match="lie outside"):
-            file.write_full(b"1234", offset)
+class TestLocalStore(StoreSuite):
+    @pytest.fixture
+    def home(self, tmp_path: Path) -> Location:
+        (tmp_path / "home 1").mkdir()
+        return parse(tmp_path / "home 1")
+
+    def remove(self, location: Location) -> None:
+        os.unlink(location)
 
 
 class TestPastThePageCache:
@@ -35,7 +42,7 @@ class TestPastThePageCache:
 
     def written(self, path: Path, where: list[tuple[int, int, int]]) -> tuple[bytes, bytes]:
         """What is there and what should be, after writes of (offset, bytes, first byte of a page in memory)."""
-        expected, made = bytearray(3 * self.MIB), OutputFile(path, 3 * self.MIB)
+        expected, made = bytearray(3 * self.MIB), OutputFile(parse(path), 3 * self.MIB)
         for number, (offset, nbytes, lead) in enumerate(where):
             memory = mmap.mmap(-1, nbytes + 4096)
             memory[lead : lead + nbytes] = random.Random(number).randbytes(nbytes)
@@ -63,7 +70,7 @@ class TestPastThePageCache:
         assert there == expected
 
     def test_without_it(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(files, "_open_direct", lambda path: -1)
+        monkeypatch.setattr(system, "open_direct", lambda path: -1)
         there, expected = self.written(tmp_path / "out", list(self.PLACES))
         assert there == expected
 
@@ -79,9 +86,11 @@ class TestPastThePageCache:
 
     def test_it_is_what_a_merge_does(self, tmp_path: Path) -> None:
         """Nearly nothing of the output is in the page cache, where the file system can do without."""
-        probe = OutputFile(tmp_path / "probe", 1)
-        if probe._direct_fd < 0:
+        (tmp_path / "probe").touch()
+        probe = system.open_direct(str(tmp_path / "probe"))
+        if probe < 0:
             pytest.skip("this file system knows no O_DIRECT")
+        os.close(probe)
         seen: dict[int, int] = {}
         good = os.pwrite
 
@@ -102,7 +111,7 @@ class TestPastThePageCache:
 
 def test_short_reads_are_noticed(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"12345")
-    file = InputFile(str(tmp_path / "x"))
+    file = InputFile(parse(tmp_path / "x"))
     with pytest.raises(sm.ChangedError, match="ended before byte 8"):
         file.read_into(memoryview(bytearray(6)), 2)
     with pytest.raises(sm.ChangedError):
@@ -112,10 +121,11 @@ def test_short_reads_are_noticed(tmp_path: Path) -> None:
 def test_an_input_that_changed_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(b"12345")
-    planned = {str(path): identity(path)}
+    location = parse(path)
+    planned = {location: location.status()}
     path.write_bytes(b"123456")
     with pytest.raises(sm.ChangedError, match="changed since it was planned"):
-        InputFiles(planned).get(str(path))
+        InputFiles(planned).get(location)
     with pytest.raises(sm.ChangedError):
         InputFiles(planned).check_unchanged()
 

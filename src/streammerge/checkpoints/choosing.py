@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from streammerge.checkpoints.globs import numeric_order
@@ -13,6 +12,8 @@ from streammerge.checkpoints.huggingface import read_side_json
 from streammerge.checkpoints.index import open_checkpoint
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.pickles.tree import number
+from streammerge.stores.base import Location
+from streammerge.stores.locations import parse
 
 TRAINER_STATE = "trainer_state.json"
 _MOST_STATE_BYTES = 256 << 20
@@ -87,7 +88,7 @@ _COUNTED = re.compile(r"(?:step|checkpoint|ckpt|iter|iteration|epoch|batch)s?[\s
 
 def number_of(path: str) -> int | None:
     """The number in a name: what stands behind a word like step, else the last; of model.safetensors its folder's."""
-    place = Path(path)
+    place = parse(path)
     for name in (re.sub(r"(\.[A-Za-z]\w*)+$", "", place.name), place.parent.name):
         found = _COUNTED.findall(name) or re.findall("[0-9]{1,18}", name)
         if found:
@@ -111,9 +112,9 @@ def _value(path: str, key: str) -> float:
     """The number at a key: of the file's own data, or of the trainer's state beside it."""
     index = open_checkpoint(path)
     value = index.value(key)
-    state = _trainer_state(Path(path))
+    state = _trainer_state(index.path)
     if value is None:
-        value = _of_trainer(state, key, None if Path(path).is_dir() else number_of(path))
+        value = _of_trainer(state, key, None if index.path.is_folder() else number_of(path))
     if value is None:
         known = sorted({*_numbers(index.plain_data()), *_trainer_keys(state)})
         raise RecipeError(f"{printable(path)} has no number {printable(key)}; it has {listed(known, 12) or 'none'}")
@@ -122,9 +123,9 @@ def _value(path: str, key: str) -> float:
     return float(value)
 
 
-def _trainer_state(path: Path) -> dict[str, Any]:
+def _trainer_state(path: Location) -> dict[str, Any]:
     """What the Hugging Face trainer wrote beside a checkpoint."""
-    return read_side_json((path if path.is_dir() else path.parent) / TRAINER_STATE, _MOST_STATE_BYTES) or {}
+    return read_side_json((path if path.is_folder() else path.parent) / TRAINER_STATE, _MOST_STATE_BYTES) or {}
 
 
 def _logged(state: dict[str, Any]) -> list[dict[str, Any]]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import glob
-import os
 import re
 
 from streammerge.errors import RecipeError, printable
+from streammerge.stores.locations import parse
 
 
 def numeric_order(text: str) -> list[tuple[int, int, str]]:
@@ -20,10 +19,11 @@ def expand(paths: list[str]) -> list[str]:
     for path in paths:
         if path.endswith((".yaml", ".yml")):
             raise RecipeError(f"{printable(path)}: a recipe stands alone, its models are named in it")
-        if os.path.exists(path) or not glob.has_magic(path):  # noqa: PTH110 (Path.exists raises for a long name)
+        place = parse(path)
+        if place.exists() or not place.has_magic:
             found.append(path)
             continue
-        matches = sorted(glob.glob(path), key=numeric_order)  # noqa: PTH207 - a pattern may be absolute
+        matches = sorted(map(str, place.glob()), key=numeric_order)
         if not matches:
             raise RecipeError(f"nothing matches {printable(path)}")
         found += matches

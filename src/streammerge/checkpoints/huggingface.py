@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, Protocol
 
 from streammerge.errors import printable
-from streammerge.stores.local import file_size, read_full
+from streammerge.sources.base import Source
+from streammerge.stores.base import Location
 from streammerge.strict_json import load_json
-from streammerge.tensors.spec import TensorEntry
 
 CONFIG = "config.json"
 _MOST_CONFIG_BYTES = 16 << 20
@@ -27,23 +24,23 @@ class Seen(Protocol):
     """A view of a checkpoint (parts.View)."""
 
     index: Any
-    entries: dict[str, TensorEntry]
+    entries: dict[str, Source]
 
 
-def read_config(folder: Path) -> dict[str, Any] | None:
+def read_config(folder: Location) -> dict[str, Any] | None:
     """The folder's config.json; None where there is none that can be read."""
     return read_side_json(folder / CONFIG, _MOST_CONFIG_BYTES)
 
 
-def read_side_json(path: Path, most_bytes: int) -> dict[str, Any] | None:
+def read_side_json(path: Location, most_bytes: int) -> dict[str, Any] | None:
     """The mapping in a JSON file that may be beside a checkpoint; None where there is none, or it holds no mapping.
 
     FormatError for a name that is there and is no regular file, nor a link to one.
     """
-    if not os.path.lexists(path) or file_size(path) > most_bytes:
+    if not path.lexists() or (size := path.size) > most_bytes:
         return None
     try:
-        content = load_json(read_full(path, 0, file_size(path)).decode("utf-8"))
+        content = load_json(path.read(0, size).decode("utf-8"))
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
@@ -60,14 +57,14 @@ def tie_head(views: Sequence[Seen], notes: list[str], wanted: Collection[str] = 
             embedding = None if head in view.entries else _tied(view)
             if embedding is not None:
                 entry = view.index.entries[embedding]  # by the head's name, which filters look at
-                view.entries = {**view.entries, head: replace(entry, spec=replace(entry.spec, name=head))}
+                view.entries = {**view.entries, head: entry.named(head)}
                 tied = f"it is tied to {printable(embedding)}, which stands in for it"
                 notes.append(f"{printable(view.index.path)} has no {head}: {tied}")
 
 
 def _tied(view: Seen) -> str | None:
     """The embeddings that a model without a head uses as its head."""
-    config = read_config(view.index.path) if view.index.path.is_dir() else None
+    config = read_config(view.index.path) if view.index.path.is_folder() else None
     if config is None or config.get("tie_word_embeddings", True) is False:
         return None
     found = [name for name in view.index.entries if _EMBEDDINGS.search(name)]

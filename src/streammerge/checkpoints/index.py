@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import ItemsView, Iterator, KeysView, ValuesView
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from streammerge.errors import FormatError, RecipeError, StreammergeError, printable
@@ -13,8 +11,9 @@ from streammerge.formats import detect
 from streammerge.formats.base import MOST_EXPANDED_BYTES, Container
 from streammerge.pickles.state_dict import Selection, select
 from streammerge.pickles.tree import Global, TensorRef, number, plain, walk
-from streammerge.stores.local import Identity, broken_link, identity
-from streammerge.tensors.spec import TensorEntry
+from streammerge.sources.base import Source
+from streammerge.stores.base import Location, Status
+from streammerge.stores.locations import Place, parse
 from streammerge.units import counted, decimal_bytes
 
 
@@ -26,12 +25,12 @@ class CheckpointIndex:
     the same tensor. ``extras``: the inert tree of a pickled file, None for safetensors. ``files``: all it is read from.
     """
 
-    path: Path
-    entries: dict[str, TensorEntry]
+    path: Location
+    entries: dict[str, Source]
     aliases: dict[str, str]
     extras: Any
     metadata: dict[str, str]
-    files: tuple[Path, ...]
+    files: tuple[Location, ...]
     container: Container
     selection: Selection
     notes: list[str] = field(default_factory=list)
@@ -45,21 +44,26 @@ class CheckpointIndex:
     def __contains__(self, name: object) -> bool:
         return name in self.entries
 
-    def __getitem__(self, name: str) -> TensorEntry:
+    def __getitem__(self, name: str) -> Source:
         return self.entries[name]
 
     def keys(self) -> KeysView[str]:
         return self.entries.keys()
 
-    def values(self) -> ValuesView[TensorEntry]:
+    def values(self) -> ValuesView[Source]:
         return self.entries.values()
 
-    def items(self) -> ItemsView[str, TensorEntry]:
+    def items(self) -> ItemsView[str, Source]:
         return self.entries.items()
 
     def __repr__(self) -> str:
         held = f"{counted(len(self.entries), 'tensor')}, {decimal_bytes(self.nbytes)}"
         return f"<CheckpointIndex {printable(self.path)}: {self.format}, {held}>"
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the caller holds it, so that it is in no file."""
+        return not self.files
 
     @property
     def format(self) -> str:
@@ -75,9 +79,9 @@ class CheckpointIndex:
         """Bytes of the tensors, tied ones counted once."""
         return sum(e.nbytes for n, e in self.entries.items() if n not in self.aliases)
 
-    def identities(self) -> dict[str, Identity]:
-        """What each file is on the disk, to notice when it changes."""
-        return {str(path): identity(path) for path in self.files}
+    def identities(self) -> dict[Location, Status]:
+        """What each file is now, to notice when it changes."""
+        return {path: path.status() for path in self.files}
 
     def classes(self) -> list[str]:
         """Names of the classes and functions that its pickle mentions, none of which was imported."""
@@ -99,19 +103,19 @@ class CheckpointIndex:
         return number(node)
 
 
-def _did_you_mean(path: Path) -> str:
+def _did_you_mean(path: Location) -> str:
     """What stands beside a file that is not there, and is called nearly the same."""
     import difflib
 
     try:
-        names = [beside.name for beside in path.parent.iterdir()]
+        names = [beside.name for beside in path.parent.children()]
     except OSError:
         return ""
     near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.8)
     return f"; did you mean {printable(path.with_name(near[0]))}?" if near else ""
 
 
-def _check_expansion(path: Path, container: Container, entries: list[TensorEntry]) -> None:
+def _check_expansion(path: Location, container: Container, entries: list[Source]) -> None:
     """Many small storages expanded, or one seen by many tensors, would fill a disk when they are written out."""
     total, stored = sum(e.nbytes for e in entries), sum(s.nbytes for s in container.storages.values())
     if total > MOST_EXPANDED_BYTES + 16 * stored:
@@ -124,23 +128,28 @@ def _is_torch_type(node: Global) -> bool:
     return node.module == "torch" or node.module.startswith("torch.storage") or node.path == "collections.OrderedDict"
 
 
-def open_checkpoint(path: str | Path, state_dict: str | None = None, ema: str = "ignore") -> CheckpointIndex:
+def open_checkpoint(place: Place, state_dict: str | None = None, ema: str = "ignore") -> CheckpointIndex:
     """The index of a file or folder; nothing in it is executed and no tensor is read.
 
     Raises FormatError for what cannot be read and RecipeError when ``state_dict`` or ``ema`` ask for what is not there.
     """
-    path = Path(path)
-    if not os.path.exists(path):  # noqa: PTH110 (Path.exists raises for a name that is too long)
-        raise RecipeError(broken_link(path) or f"{printable(path)} does not exist{_did_you_mean(path)}")
+    path = parse(place)
+    if not path.exists():
+        raise RecipeError(path.broken_link() or f"{printable(path)} does not exist{_did_you_mean(path)}")
     try:
         container = detect.read(path)
     except OSError as error:
         raise FormatError(f"{printable(path)} cannot be read ({printable(error.strerror or error)})") from error
+    return index_of(container, path, state_dict, ema)
+
+
+def index_of(container: Container, path: Location, state_dict: str | None = None, ema: str = "ignore") -> CheckpointIndex:
+    """The index of a container that was read already. ``path``: what messages call it. Raises as for a file."""
     try:
         selection = select(container.tree, state_dict, ema)
     except StreammergeError as error:
         raise type(error)(f"{printable(path)}: {error}") from error
-    entries: dict[str, TensorEntry] = {}
+    entries: dict[str, Source] = {}
     aliases: dict[str, str] = {}
     places: dict[tuple[object, ...], str] = {}
     pickled = container.pickled

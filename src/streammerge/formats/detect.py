@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
 from streammerge.errors import FormatError, RecipeError, printable
 from streammerge.formats.base import Container, Format
 from streammerge.plugins import Registry, module_names
-from streammerge.stores.local import file_size, open_stream
+from streammerge.stores.base import Location
 
 _HEAD_BYTES = 512
 _ROOM = "streammerge.formats"
@@ -30,19 +29,19 @@ _OTHERS: tuple[tuple[bytes, str], ...] = (
 )
 
 
-def read(path: Path) -> Container:
+def read(path: Location) -> Container:
     """Returns the container of a file or folder. Raises FormatError that names what was found instead."""
-    if not path.is_dir() and not path.name.endswith(".index.json"):
+    if not path.is_folder() and not path.name.endswith(".index.json"):
         return read_file(path)
     from streammerge.formats import folder
 
-    return folder.read(path, read_file) if path.is_dir() else folder.read_sharded(path, read_file)
+    return folder.read(path, read_file) if path.is_folder() else folder.read_sharded(path, read_file)
 
 
-def read_file(path: Path) -> Container:
+def read_file(path: Location) -> Container:
     """Returns the container of a single file. Raises FormatError."""
-    size = file_size(path)
-    with open_stream(path) as stream:
+    size = path.size
+    with path.stream() as stream:
         head = stream.read(min(_HEAD_BYTES, size))  # files of the kernel have size 0, and some never end
     likely = None
     for format in _formats():

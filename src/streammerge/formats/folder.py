@@ -1,7 +1,7 @@
 """Checkpoints that are folders: shards with an index, or one checkpoint among its side files.
 
 A name in an index is a plain file name, so it stays in the folder. A link in the folder belongs to the user and is
-followed (:func:`streammerge.stores.local.identity`). It is an error if a shard is absent, if a tensor is not in the
+followed (:func:`streammerge.stores.files.file_status`). It is an error if a shard is absent, if a tensor is not in the
 shard that the index names, or if two shards hold the same tensor.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 from streammerge.errors import FormatError, StreammergeError, listed, printable
@@ -18,7 +17,7 @@ from streammerge.formats.base import Container, StorageBytes
 from streammerge.options import RECEIPT_FILE, RECIPE_FILE
 from streammerge.pickles.state_dict import select
 from streammerge.pickles.tree import StorageRef, TensorRef
-from streammerge.stores.local import broken_link, file_size, identity, read_full
+from streammerge.stores.base import Location
 from streammerge.strict_json import load_json
 
 MAX_INDEX_BYTES = 256 << 20
@@ -40,15 +39,15 @@ _NOT_COPIED = (".gguf", ".onnx", ".msgpack", ".h5", ".ot", ".tflite", ".distcp",
 
 _OWN_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 
-ReadFile = Callable[[Path], Container]
+ReadFile = Callable[[Location], Container]
 
 
-def read(folder: Path, read_file: ReadFile) -> Container:
+def read(folder: Location, read_file: ReadFile) -> Container:
     """Returns the container of a checkpoint folder. If it has several forms, takes the one that transformers takes.
 
     Raises FormatError; for forms that are not read yet, it names the command to run.
     """
-    present = {p.name for p in folder.iterdir()}
+    present = {p.name for p in folder.children()}
     names = [n for n in present if n.endswith(_WEIGHTS) and not n.startswith((*_TRAINING, "."))]
     indexes = sorted(n for n in present if n.endswith(_INDEX_ENDING))
     chosen = [n for n in _PREFERRED if n in present][:1] or indexes[:1]
@@ -69,26 +68,25 @@ def read(folder: Path, read_file: ReadFile) -> Container:
     return container
 
 
-def _refuse_distributed(folder: Path) -> None:
+def _refuse_distributed(folder: Location) -> None:
     where = printable(folder)
-    if (folder / ".metadata").exists() and any(folder.glob("*.distcp")):
+    names = [path.name for path in folder.children()]
+    if ".metadata" in names and any(name.endswith(".distcp") for name in names):
         raise FormatError(
             f"{where} is a torch.distributed.checkpoint folder, which is not read yet; run "
             "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pth` and give the result"
         )
-    states = (
-        list(folder.glob("*_model_states.pt"))
-        + list(folder.glob("*zero_pp_rank_*"))
-        + list(folder.glob("global_step*/*_states.pt"))
-    )
-    if states:
+    steps = [path for path in folder.children() if path.name.startswith("global_step") and path.is_folder()]
+    of_steps = [path.name for step in steps for path in step.children()]
+    here = any(name.endswith("_model_states.pt") or "zero_pp_rank_" in name for name in names)
+    if here or any(name.endswith("_states.pt") for name in of_steps):
         raise FormatError(
             f"{where} is a DeepSpeed checkpoint, which is not read yet; run the `zero_to_fp32.py` that DeepSpeed puts "
             "into it (`python zero_to_fp32.py . OUTPUT`) and give the result"
         )
 
 
-def inside(folder: Path, name: Any) -> Path:
+def inside(folder: Location, name: Any) -> Location:
     """Returns the path of a regular file in the folder, or of a link to one, by its plain name. Raises FormatError
     otherwise."""
     where = f"{printable(folder)}: {printable(name)}"
@@ -103,13 +101,13 @@ def inside(folder: Path, name: Any) -> Path:
     path = folder / name
     if len(os.fsencode(printable(name, 1000))) > 255:
         raise FormatError(f"{where} is longer than the name of a file can be")
-    if not os.path.lexists(path):
+    if not path.lexists():
         raise FormatError(f"{where} is absent; the download is not complete")
-    identity(path)
+    path.status()
     return path
 
 
-def read_sharded(index: Path, read_file: ReadFile) -> Container:
+def read_sharded(index: Location, read_file: ReadFile) -> Container:
     """Returns the shards that an index names, as one container. Raises FormatError."""
     where, folder = printable(index), index.parent
     weight_map = _weight_map(index)
@@ -119,9 +117,11 @@ def read_sharded(index: Path, read_file: ReadFile) -> Container:
     files, notes, extra, pickled = [index], [], [], False
     holders: dict[str, str] = {}
     metadata: dict[str, str] = {}
+    held_bytes = 0
     for number, shard in enumerate(shards):
         container = read_file(inside(folder, shard))
         pickled |= container.pickled
+        held_bytes += container.held_bytes
         files += container.files
         notes += container.notes
         metadata = metadata or container.metadata
@@ -145,7 +145,7 @@ def read_sharded(index: Path, read_file: ReadFile) -> Container:
     if extra:
         notes.append(f"{where} does not name {len(extra)} tensors of its shards, which are left out: {listed(extra)}")
     kind = "sharded PyTorch" if pickled else "sharded safetensors"
-    return Container(folder, kind, tree, storages, tuple(files), metadata, notes, pickled)
+    return Container(folder, kind, tree, storages, tuple(files), metadata, notes, pickled, held_bytes=held_bytes)
 
 
 def _tensors(container: Container) -> Iterable[tuple[str, TensorRef]]:
@@ -166,12 +166,12 @@ def _renamed(ref: TensorRef, prefix: str) -> TensorRef:
     return TensorRef(storage, ref.dtype, ref.offset, ref.shape, ref.strides, ref.requires_grad, ref.wrapper, ref.lazy)
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    where, size = printable(index), file_size(index)
+def _weight_map(index: Location) -> dict[str, str]:
+    where, size = printable(index), index.size
     if size > MAX_INDEX_BYTES:
         raise FormatError(f"{where} has {size} bytes, beyond the limit of {MAX_INDEX_BYTES}")
     try:
-        content = load_json(read_full(index, 0, size).decode("utf-8"))
+        content = load_json(index.read(0, size).decode("utf-8"))
     except ValueError as error:
         raise FormatError(f"{where} cannot be read as JSON ({printable(error)})") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
@@ -184,33 +184,33 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def foreign_files(folder: Path, written: set[str]) -> list[str]:
+def foreign_files(folder: Location, written: set[str]) -> list[str]:
     """Returns names in an output folder that are neither in the new checkpoint nor part of an old one."""
     return [
         path.name
-        for path in sorted(folder.iterdir())
-        if path.name not in written and (path.is_dir() or not _OWN_WEIGHTS.fullmatch(path.name))
+        for path in folder.children()
+        if path.name not in written and (path.is_folder() or not _OWN_WEIGHTS.fullmatch(path.name))
     ]
 
 
-def side_files(folder: Path) -> tuple[list[tuple[Path, str]], list[str]]:
+def side_files(folder: Location) -> tuple[list[tuple[Location, str]], list[str]]:
     """Returns the files to copy into an output folder, and the names of those that are not copied.
 
     The first are (source, name) of configuration, tokenizer and other small files. The second are large, or not regular
     files. Raises FormatError for a broken link.
     """
     taken, left = [], []
-    for path in sorted(folder.iterdir()):
+    for path in folder.children():
         name = path.name
-        if name.startswith(".") or path.is_dir() or name.endswith((_INDEX_ENDING, *_NOT_COPIED)):
+        if name.startswith(".") or path.is_folder() or name.endswith((_INDEX_ENDING, *_NOT_COPIED)):
             continue
         if name.endswith(_WEIGHTS) or name.startswith(_TRAINING) or name in (RECIPE_FILE, RECEIPT_FILE):
             continue
-        if broken := broken_link(path):
+        if broken := path.broken_link():
             raise FormatError(broken)
         try:
             source = inside(folder, name)
-            small = file_size(source) <= _MOST_SIDE_FILE_BYTES
+            small = source.size <= _MOST_SIDE_FILE_BYTES
         except FormatError:
             small = False
         if small:

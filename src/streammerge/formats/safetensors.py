@@ -12,15 +12,15 @@ import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from streammerge.errors import FormatError, MismatchError, listed, printable
 from streammerge.formats.base import Container, LayoutFile, Literal, flat_tensor
-from streammerge.stores.local import file_size, open_stream
+from streammerge.sources.stored import Stored
+from streammerge.stores.base import Location
 from streammerge.strict_json import load_json
 from streammerge.tensors.dtypes import DType
-from streammerge.tensors.spec import TensorEntry, TensorSpec
+from streammerge.tensors.spec import TensorSpec
 from streammerge.units import PAGE_BYTES
 
 MAX_HEADER_BYTES = 100_000_000
@@ -33,23 +33,23 @@ def matches(head: bytes, size: int) -> bool:
     return size >= 8 and head[8:9] == b"{" and struct.unpack("<Q", head[:8])[0] <= max(size, MAX_HEADER_BYTES)
 
 
-def read(path: Path) -> Container:
+def read(path: Location) -> Container:
     """Returns the container of a .safetensors file. Raises FormatError if any rule of the format is broken."""
     where = printable(path)
-    size = file_size(path)
-    with open_stream(path) as stream:
+    size = path.size
+    with path.stream() as stream:
         (length,) = struct.unpack("<Q", stream.read(8).ljust(8, b"\0"))
         if length > MAX_HEADER_BYTES:
             raise FormatError(f"{where}: its header claims {length} bytes; safetensors allows {MAX_HEADER_BYTES}")
         if 8 + length > size:
             raise FormatError(f"{where} is truncated: its header ends at byte {8 + length}, the file at {size}")
         data = stream.read(length)
-    begin, data_bytes, file = 8 + length, size - 8 - length, str(path)
+    begin, data_bytes = 8 + length, size - 8 - length
     header = _known.get(data)
     if header is None or header.data_bytes != data_bytes:
-        header = _header(data, data_bytes, file, where)
+        header = _header(data, data_bytes, where)
         _known.keep(data, header)
-    tree = {spec.name: flat_tensor(TensorEntry(spec, file, begin + start)) for spec, start in header.placed}
+    tree = {spec.name: flat_tensor(Stored(spec, path, begin + start)) for spec, start in header.placed}
     return Container(path, "safetensors", tree, {}, (path,), dict(header.metadata))
 
 
@@ -62,14 +62,14 @@ class _Header:
     data_bytes: int
 
 
-def _header(data: bytes, data_bytes: int, file: str, where: str) -> _Header:
+def _header(data: bytes, data_bytes: int, where: str) -> _Header:
     """Parses a header and checks all rules. Raises FormatError."""
     fields = _parse(data, where)
     metadata = _metadata(fields.pop("__metadata__", None), where)
     specs: dict[str, TensorSpec] = {}
     spans: list[tuple[int, int, str]] = []
     for name, given in fields.items():
-        spec, begin, end = _tensor(name, given, file)
+        spec, begin, end = _tensor(name, given, where)
         spans.append((begin, end, name))
         specs[name] = spec
     _check_spans(spans, data_bytes, where)
@@ -129,32 +129,32 @@ def _naturals(value: Any) -> bool:
     return True
 
 
-def _tensor(name: str, fields: Any, path: str) -> tuple[TensorSpec, int, int]:
+def _tensor(name: str, fields: Any, where: str) -> tuple[TensorSpec, int, int]:
     if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _malformed(path, name, "must have exactly dtype, shape and data_offsets")
+        raise _malformed(where, name, "must have exactly dtype, shape and data_offsets")
     shape, offsets = fields["shape"], fields["data_offsets"]
     if not _naturals(shape) or len(shape) > 64:
-        raise _malformed(path, name, "has a malformed shape")
+        raise _malformed(where, name, "has a malformed shape")
     if not _naturals(offsets) or len(offsets) != 2:
-        raise _malformed(path, name, "has malformed data_offsets")
+        raise _malformed(where, name, "has malformed data_offsets")
     dtype = _DTYPES.get(fields["dtype"]) if isinstance(fields["dtype"], str) else None
     if dtype is None:
-        raise _malformed(path, name, f"has dtype {printable(fields['dtype'])}, which is not supported")
+        raise _malformed(where, name, f"has dtype {printable(fields['dtype'])}, which is not supported")
     if math.prod(filter(None, shape)) >= _MAX_INTEGER:
-        raise _malformed(path, name, "has a shape whose size overflows")
+        raise _malformed(where, name, "has a shape whose size overflows")
     if dtype is DType.F4:
         if not shape or shape[-1] % 2:
-            raise _malformed(path, name, "is F4, which needs an even last dimension")
+            raise _malformed(where, name, "is F4, which needs an even last dimension")
         shape = [*shape[:-1], shape[-1] // 2]
     spec = TensorSpec(name, dtype, tuple(shape))
     nbytes = spec.nbytes
     if offsets[1] - offsets[0] != nbytes:
-        raise _malformed(path, name, f"has {offsets[1] - offsets[0]} bytes where {dtype} {shape} needs {nbytes}")
+        raise _malformed(where, name, f"has {offsets[1] - offsets[0]} bytes where {dtype} {shape} needs {nbytes}")
     return spec, offsets[0], offsets[1]
 
 
-def _malformed(path: str, name: str, what: str) -> FormatError:
-    return FormatError(f"{printable(path)}: tensor {printable(name)} {what}")
+def _malformed(where: str, name: str, what: str) -> FormatError:
+    return FormatError(f"{where}: tensor {printable(name)} {what}")
 
 
 def _check_spans(spans: list[tuple[int, int, str]], data_bytes: int, where: str) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from streammerge.errors import MismatchError, RecipeError, listed, printable
 from streammerge.formats.safetensors import plan_layout
-from streammerge.stores.commit import Staging, check_writable
+from streammerge.stores.locations import Place, parse
 from streammerge.tensors.dtypes import parse_dtype
 from streammerge.tensors.spec import TensorSpec
 from streammerge.tensors.threads import one_torch_thread
@@ -31,23 +30,23 @@ class SafetensorsWriter:
 
     def __init__(
         self,
-        path: str | Path,
+        path: Place,
         specs: Iterable[TensorSpec],
         metadata: dict[str, str] | None = None,
         *,
         overwrite: bool = False,
     ) -> None:
-        out = Path(path)
+        out = parse(path)
         specs = list(specs)
         if not all(isinstance(text, str) for pair in (metadata or {}).items() for text in pair):
             raise RecipeError("safetensors metadata may hold strings only")
         layout = plan_layout(out.name, specs, {"format": "pt"} | (metadata or {}))
-        check_writable(out, overwrite)
+        out.check_writable(overwrite)
         self._specs = {spec.name: spec for spec in specs}
         self._offsets = layout.offsets
         self._written: dict[str, list[tuple[int, int]]] = {name: [] for name in self._specs}
         self._open = True
-        self._staging = Staging(out, overwrite)
+        self._staging = out.stage(overwrite)
         if self._staging.resumable:
             self._staging.abort(keep=True)
             raise RecipeError(f"an interrupted merge into {printable(out)} is kept beside it; finish it first")

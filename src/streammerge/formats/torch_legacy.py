@@ -6,13 +6,12 @@ The lengths are walked, so every storage is read in place. Storages may be unali
 from __future__ import annotations
 
 import struct
-from pathlib import Path
 
 from streammerge.errors import FormatError, StreammergeError, printable
 from streammerge.formats.base import Container, StorageBytes
 from streammerge.pickles.rebuild import StorageTable, text
 from streammerge.pickles.unpickle import unpickle
-from streammerge.stores.local import file_size, open_stream
+from streammerge.stores.base import Location
 
 MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
@@ -26,11 +25,11 @@ def matches(head: bytes, size: int) -> bool:
         return False
 
 
-def read(path: Path) -> Container:
+def read(path: Location) -> Container:
     """Returns the container of a legacy checkpoint. Raises FormatError; nothing in it is executed."""
-    where, size = printable(path), file_size(path)
+    where, size = printable(path), path.size
     table = StorageTable()
-    with open_stream(path) as stream:
+    with path.stream() as stream:
         unpickle(stream, where=where)
         protocol = unpickle(stream, where=where)
         if protocol != _PROTOCOL:
@@ -42,7 +41,9 @@ def read(path: Path) -> Container:
             raise FormatError(
                 f"{where} was saved on a big-endian machine, which is not supported; save it again on this one"
             )
+        begin = stream.tell()
         tree = unpickle(stream, table, where)
+        pickle_bytes = stream.tell() - begin
         keys = unpickle(stream, where=where)
         if not isinstance(keys, list) or not all(isinstance(k, str | bytes) for k in keys):
             raise FormatError(f"{where}: its list of storages is damaged")
@@ -68,6 +69,6 @@ def read(path: Path) -> Container:
                 raise FormatError(
                     f"{where} is truncated: storage {printable(key)} ends at byte {cursor + 8 + nbytes}, the file at {size}"
                 )
-            storages[key] = StorageBytes(str(path), cursor + 8, nbytes)
+            storages[key] = StorageBytes(path, cursor + 8, nbytes)
             cursor += 8 + nbytes
-    return Container(path, "PyTorch legacy", tree, storages, (path,), pickled=True)
+    return Container(path, "PyTorch legacy", tree, storages, (path,), pickled=True, held_bytes=pickle_bytes)

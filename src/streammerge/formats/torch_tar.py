@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 import struct
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from streammerge.errors import FormatError, printable
@@ -13,7 +12,7 @@ from streammerge.formats.base import Container, StorageBytes
 from streammerge.pickles.rebuild import Damaged, natural, storage_dtype, text
 from streammerge.pickles.tree import PersistentId, StorageRef, TensorRef
 from streammerge.pickles.unpickle import unpickle
-from streammerge.stores.local import open_stream
+from streammerge.stores.base import Location
 
 _MEMBERS = ("pickle", "tensors", "storages")
 _MOST = 1_000_000
@@ -23,10 +22,10 @@ def matches(head: bytes, size: int) -> bool:
     return head[257:262] == b"ustar"
 
 
-def read(path: Path) -> Container:
+def read(path: Location) -> Container:
     """Returns the container of a tar checkpoint. Raises FormatError; nothing in it is executed."""
     where = printable(path)
-    with open_stream(path) as stream:
+    with path.stream() as stream:
         places = _places(stream, where)
         try:
             if "sys_info" in places:
@@ -38,7 +37,7 @@ def read(path: Path) -> Container:
             tree = unpickle(_at(stream, places["pickle"]), lambda pid: tensors.get(_key(pid), PersistentId(pid)), where)
         except (Damaged, struct.error, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise FormatError(f"{where}: damaged tar checkpoint ({type(error).__name__}: {printable(error)})") from error
-    return Container(path, "PyTorch tar", tree, storages, (path,), pickled=True)
+    return Container(path, "PyTorch tar", tree, storages, (path,), pickled=True, held_bytes=places["pickle"][1])
 
 
 def _places(stream: BinaryIO, where: str) -> dict[str, tuple[int, int]]:
@@ -103,7 +102,7 @@ def _number(stream: BinaryIO, where: str) -> int:
 
 
 def _storages(
-    stream: BinaryIO, place: tuple[int, int], path: Path, where: str
+    stream: BinaryIO, place: tuple[int, int], path: Location, where: str
 ) -> tuple[dict[Any, StorageRef], dict[str, StorageBytes]]:
     refs: dict[Any, StorageRef] = {}
     storages: dict[str, StorageBytes] = {}
@@ -115,7 +114,7 @@ def _storages(
         start = stream.tell()
         if numel < 0 or start + ref.nbytes > sum(place):
             raise FormatError(f"{where} is truncated: storage {printable(ref.key)} reaches beyond its end")
-        refs[_key(key)], storages[ref.key] = ref, StorageBytes(str(path), start, ref.nbytes)
+        refs[_key(key)], storages[ref.key] = ref, StorageBytes(path, start, ref.nbytes)
         stream.seek(start + ref.nbytes)
     for target, root, offset, numel in unpickle(stream, where=where):
         whole = refs[_key(root)]

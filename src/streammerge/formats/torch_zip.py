@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from streammerge.errors import FormatError, printable
 from streammerge.formats import archive
@@ -20,7 +19,7 @@ from streammerge.formats.base import Container, LayoutFile, Literal, Match, Stor
 from streammerge.options import RECEIPT_FILE, RECEIPT_KEY, RECIPE_FILE, RECIPE_KEY
 from streammerge.pickles.rebuild import StorageTable
 from streammerge.pickles.unpickle import MAX_PICKLE_BYTES, unpickle
-from streammerge.stores.local import open_stream
+from streammerge.stores.base import Location
 
 MAX_RECORD_BYTES = 16 << 20
 _BESIDE = {RECIPE_KEY: RECIPE_FILE, RECEIPT_KEY: RECEIPT_FILE}
@@ -35,10 +34,10 @@ def matches(head: bytes, size: int) -> Match:
     return archive.first_name(head).endswith(b"/data.pkl") or "unless another"
 
 
-def read(path: Path) -> Container:
+def read(path: Location) -> Container:
     """Returns the container of a torch zip archive. Raises FormatError; nothing in it is executed."""
     where = printable(path)
-    with open_stream(path) as stream:
+    with path.stream() as stream:
         members = archive.members(stream, where)
         pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
@@ -51,7 +50,7 @@ def read(path: Path) -> Container:
             )
         table = StorageTable()
         member = members[pickles[0]]
-        on_disk = member.deflated.compressed_bytes if member.deflated else member.nbytes
+        on_disk = member.record.compressed_bytes if member.record else member.nbytes
         tree = unpickle(archive.record(stream, member, MAX_PICKLE_BYTES, where), table, where, on_disk)
         beside = {key: members.get(root + name) for key, name in _BESIDE.items()}
         texts = {key: archive.record(stream, member, MAX_RECORD_BYTES, where) for key, member in beside.items()}
@@ -59,7 +58,7 @@ def read(path: Path) -> Container:
         magic = stream.read(2)
     script = root + "constants.pkl" in members and any(name.startswith(root + "code/") for name in members)
     kind = "TorchScript archive" if script else "PyTorch zip"
-    container = Container(path, kind, tree, {}, (path,), pickled=True, magic=magic)
+    container = Container(path, kind, tree, {}, (path,), pickled=True, magic=magic, held_bytes=member.nbytes)
     container.metadata |= {key: text.decode("utf-8", "replace") for key, text in texts.items() if text}
     _find_storages(container, table, members, root + "data/", where)
     return container
@@ -78,8 +77,8 @@ def _find_storages(
                 f"{where}: storage {printable(ref.key)} has {member.nbytes} bytes where its tensors expect {ref.nbytes}; "
                 "it is damaged"
             )
-        compressed += member.deflated is not None
-        container.storages[ref.key] = StorageBytes(str(container.path), member.offset, member.nbytes, member.deflated)
+        compressed += member.record is not None
+        container.storages[ref.key] = StorageBytes(container.path, member.offset, member.nbytes, member.record)
     if compressed:
         container.notes.append(
             f"{compressed} of its storages are compressed; they are unpacked into a temporary file first"

@@ -7,16 +7,18 @@ nothing of the machine, its users or the time, so that it is a function of recip
 from __future__ import annotations
 
 import json
+import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
-from streammerge.errors import RecipeError, VerifyError, printable
+from streammerge.errors import FormatError, RecipeError, VerifyError, printable
+from streammerge.stores.base import Location, digest_outside
 from streammerge.stores.checksums import CRC32, CRC32C, Checksum
-from streammerge.stores.local import digest_outside, file_size
+from streammerge.stores.locations import parse
 from streammerge.strict_json import load_json
 from streammerge.version import __version__
 
@@ -30,9 +32,9 @@ _SUMS = re.compile("([0-9a-f]{8})+")
 @dataclass(frozen=True, slots=True)
 class Receipt:
     """``recipe``: as it travels, a conversion's too. ``inputs``: name -> bytes and SHA-256 of all but its tensors, and
-    of the whole where that was asked for. ``checksums``: output file -> those of its tensors in the order in which they
-    lie, empty ones left out, and of all its other bytes but for the receipt, each 8 hexadecimal digits. ``digest``:
-    SHA-256 of all this.
+    of the whole where that was asked for; for a checkpoint in memory its bytes, and that it was there. ``checksums``:
+    output file -> those of its tensors in the order in which they lie, empty ones left out, and of all its other bytes but
+    for the receipt, each 8 hexadecimal digits. ``digest``: SHA-256 of all this.
     """
 
     recipe: dict[str, Any]
@@ -43,6 +45,11 @@ class Receipt:
     checksums: dict[str, str]
     digest: str = _BLANK_SHA256
     form: int = field(default=_FORM)
+
+    @property
+    def held(self) -> list[str]:
+        """Names of the inputs that were in the caller's memory, which nobody can read again."""
+        return [name for name, said in self.inputs.items() if said.get("in_memory")]
 
     @property
     def kind(self) -> Checksum:
@@ -83,21 +90,27 @@ class Receipt:
         return [int(text[at : at + 8], 16) for at in range(0, len(text), 8)]
 
 
-InputSpans = tuple[str, list[tuple[int, int]]]
-"""The path of a file, and where its tensors lie."""
+InputSpans = tuple[Location, list[tuple[int, int]]]
+"""A file, and where its tensors lie."""
 
 
 def input_files(named: Mapping[str, CheckpointIndex]) -> dict[str, InputSpans]:
-    """Every file of the checkpoints by its name in a receipt: its path, and where its tensors lie.
+    """Every file of the checkpoints by its name in a receipt: where it is, and where its tensors lie.
 
     ``named``: what each checkpoint is called -> its index.
     """
     found = {}
     for name, index in named.items():
-        above = Path(name) if index.path.is_dir() else Path(name).parent
+        above = name if index.path.is_folder() else posixpath.dirname(name)
         for file, spans in index.container.tensor_spans().items():
-            found[(above / Path(file).name).as_posix()] = (file, spans)
+            found[_below(above, file.name)] = (file, spans)
     return found
+
+
+def _below(folder: str, name: str) -> str:
+    if "://" in folder:
+        return f"{folder.rstrip('/')}/{name}"
+    return (PurePosixPath(folder) / name).as_posix()
 
 
 def planned(
@@ -107,13 +120,16 @@ def planned(
     kind: Checksum,
     hashed: bool,
     computed: bool,
+    held: Mapping[str, int] | None = None,
 ) -> Receipt:
     """The receipt of an output whose files are not known yet. ``files``: those of :func:`input_files`. ``computed``:
-    whether torch has a part in it.
+    whether torch has a part in it. ``held``: name -> bytes of the checkpoints in memory.
     """
-    inputs: dict[str, dict[str, Any]] = {}
+    inputs: dict[str, dict[str, Any]] = {
+        name: {"bytes": nbytes, "in_memory": True} for name, nbytes in (held or {}).items()
+    }
     for name, (path, spans) in files.items():
-        inputs[name] = {"bytes": file_size(path), "header_sha256": digest_outside(path, spans)}
+        inputs[name] = {"bytes": path.size, "header_sha256": digest_outside(path, spans)}
         if hashed:
             inputs[name]["sha256"] = _BLANK_SHA256
     versions = {"streammerge": __version__}
@@ -133,9 +149,11 @@ def torch_version() -> str:
         found = find_spec("torch")
     if found is None or found.origin is None:
         raise RecipeError("torch is not installed, and this merge computes with it; install torch")
+    file = parse(found.origin).parent / "version.py"
     try:
-        stated = re.search(r"""^__version__ = ['"]([^'"]+)""", Path(found.origin).with_name("version.py").read_text(), re.M)
-    except (OSError, ValueError):
+        text = file.read(0, file.size).decode()
+        stated = re.search(r"""^__version__ = ['"]([^'"]+)""", text, re.MULTILINE)
+    except (OSError, ValueError, FormatError):
         stated = None
     return stated[1] if stated else "unknown"
 
@@ -183,6 +201,8 @@ def _models_in(node: Any) -> Iterator[Any]:
 
 
 def _is_input(said: Any) -> bool:
+    if isinstance(said, dict) and said.keys() == {"bytes", "in_memory"}:
+        return said["in_memory"] is True
     return isinstance(said, dict) and {"bytes", "header_sha256"} <= said.keys() <= {"bytes", "header_sha256", "sha256"}
 
 

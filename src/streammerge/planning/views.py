@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from streammerge.checkpoints.huggingface import tie_head
 from streammerge.checkpoints.index import CheckpointIndex
@@ -20,9 +19,10 @@ from streammerge.recipe.checks import raise_all
 from streammerge.recipe.fields import Problems
 from streammerge.recipe.model import Model, Recipe, Reference, Slice, Source
 from streammerge.recipe.settings import Settings
+from streammerge.sources.base import Source as Tensor
+from streammerge.stores.base import Location
 from streammerge.tensors.layers import depths, is_before, layer_of, position, renumbered, stacks
 from streammerge.tensors.names import bare
-from streammerge.tensors.spec import TensorEntry
 
 Indexes = Mapping[Reference, CheckpointIndex]
 _NONE: Settings = {}
@@ -33,7 +33,7 @@ class View:
     """A checkpoint's tensors by the names that they have in the output; ``own`` are the model's own parameters."""
 
     index: CheckpointIndex
-    entries: dict[str, TensorEntry]
+    entries: dict[str, Tensor]
     aliases: dict[str, str]
     own: Settings = field(default_factory=dict)
 
@@ -78,7 +78,7 @@ class Restacked:
 
     stack: str
     before: int
-    layers: list[tuple[Path, int]]
+    layers: list[tuple[Location, int]]
 
 
 @dataclass(slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from streammerge.methods.contracts import MergeMethod
 from streammerge.recipe.fields import Path, Places, Problems, place_of
 from streammerge.recipe.model import Model, Recipe, Slice, Source
 from streammerge.recipe.settings import Settings, check_setting
+from streammerge.stores.locations import resolved
 
 
 def check(recipe: Recipe, problems: Problems) -> None:
@@ -84,8 +84,8 @@ def _models(recipe: Recipe, method: MergeMethod, entries: _Entries, base: str | 
 
 
 def _lists(entries: _Entries, base: str | None) -> bool:
-    place = None if base is None else os.path.realpath(base)
-    return any(os.path.realpath(entry.model) == place for entry in entries)
+    place = None if base is None else resolved(base)
+    return any(resolved(entry.model) == place for entry in entries)
 
 
 def _wrong_count(recipe: Recipe, method: MergeMethod, entries: _Entries, base: str | None) -> str | None:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 from dataclasses import replace
-from pathlib import Path
 
-from streammerge.errors import printable
+from streammerge.errors import FormatError, RecipeError, printable
 from streammerge.recipe.fields import Path as Key
 from streammerge.recipe.fields import Problems
 from streammerge.recipe.model import Recipe
 from streammerge.recipe.scalars import UNREAD
 from streammerge.recipe.settings import Case, is_same_for_all
-from streammerge.stores.local import broken_link
+from streammerge.stores.base import Location
+from streammerge.stores.locations import HERE, parse
+
+_MOST_REVISION_BYTES = 100
 
 
-def located(recipe: Recipe, folders: list[Path], problems: Problems) -> Recipe:
+def located(recipe: Recipe, folders: list[Location], problems: Problems) -> Recipe:
     """Returns the recipe with the paths at which its models are found. Adds absent models to the problems.
 
     A path is relative to the first of these folders that contains it. Otherwise it is the name of a repository in the
@@ -36,11 +39,14 @@ def _is_path(named: str) -> bool:
     return "\0" not in named and not any("\ud800" <= c <= "\udfff" for c in named)
 
 
-def _find(named: str, folders: list[Path]) -> str | None:
+def _find(named: str, folders: list[Location]) -> str | None:
     for folder in folders:
-        path = os.path.join(folder, os.path.expanduser(named)) if folder != Path() else os.path.expanduser(named)  # noqa: PTH111, PTH118 - keeps a trailing slash
-        if os.path.exists(path):  # noqa: PTH110 (Path.exists raises for a name that is too long)
-            return path
+        try:
+            place = parse(named, folder)
+        except RecipeError:  # a scheme that no store has
+            return None
+        if place.exists():
+            return str(place)
     return _cached(named)
 
 
@@ -48,21 +54,26 @@ def _cached(name: str) -> str | None:
     """Returns the snapshot of a repository in the hub's cache, if there is one."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return None
-    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")  # noqa: PTH118
-    cache = Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")).expanduser()  # noqa: PTH118
+    home = os.environ.get("HF_HOME") or posixpath.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
+    cache = parse(os.environ.get("HF_HUB_CACHE") or posixpath.join(home, "hub"))
     repository = cache / f"models--{name.replace('/', '--')}"
+    reference = repository / "refs" / "main"
     try:
-        revision = (repository / "refs" / "main").read_text().strip()
-    except (OSError, ValueError):
+        revision = reference.read(0, min(reference.size, _MOST_REVISION_BYTES)).decode().strip()
+    except (OSError, ValueError, FormatError):
         return None
     snapshot = repository / "snapshots" / revision
-    return str(snapshot) if re.fullmatch("[0-9a-f]{40}", revision) and snapshot.is_dir() else None
+    return str(snapshot) if re.fullmatch("[0-9a-f]{40}", revision) and snapshot.is_folder() else None
 
 
-def _absent(named: str, folders: list[Path]) -> str:
+def _absent(named: str, folders: list[Location]) -> str:
     shown = printable(named)
-    for folder in folders:
-        if broken := broken_link(os.path.join(folder, os.path.expanduser(named))):  # noqa: PTH111, PTH118
+    try:
+        places = [parse(named, folder) for folder in folders]
+    except RecipeError as error:
+        return str(error)
+    for place in places:
+        if broken := place.broken_link():
             return broken
     if "+" in named:
         return f"{shown}: LoRA adapters are not supported yet; merge the adapter into its model and give that folder"
@@ -70,7 +81,7 @@ def _absent(named: str, folders: list[Path]) -> str:
         return f"{shown}: revisions are not supported yet; download that revision and give its folder"
     if re.fullmatch(r"[\w.-]+/[\w.-]+", named):
         return f"{shown} does not exist; if it is on the hub, `hf download {shown}` fetches it"
-    if folders != [Path()] and not Path(named).is_absolute():
+    if folders != [HERE] and not parse(named).is_absolute:
         looked = " or ".join(dict.fromkeys(printable(folder) for folder in folders))
         return f"{shown} does not exist in {looked}; run this from the folder that holds it"
     return f"{shown} does not exist"
@@ -106,15 +117,33 @@ def resolved(recipe: Recipe) -> Recipe:
 def travelling_names(recipe: Recipe) -> dict[str, str]:
     """Returns a name for each model. Each keeps its name unless one has an absolute path; then all names are relative
     to their common folder."""
-    written = {path: recipe.written.get(path, path) for path in recipe.named_models}
-    places = {path: Path(os.path.abspath(path)) for path in written}  # noqa: PTH100 - does not resolve links
-    spelled: dict[Path, str] = {}
-    for path, name in written.items():  # a model with several names gets the first that is not absolute
-        if not Path(name).is_absolute():
+    held = {path: path for path in recipe.named_models if is_held(path)}
+    written = {path: recipe.written.get(path, path) for path in recipe.named_models if path not in held}
+    places = {path: parse(path).absolute() for path in written}
+    far = {path: path for path, place in places.items() if place.local_path is None}  # means the same everywhere
+    places = {path: place for path, place in places.items() if path not in far}
+    local = {path: name for path, name in written.items() if path in places}
+    spelled: dict[Location, str] = {}
+    for path, name in local.items():  # of one that was named twice, the first that is not absolute
+        if not _is_absolute(name):
             spelled.setdefault(places[path], name)
-    written = {path: spelled.get(places[path], name) for path, name in written.items()}
-    apart = len(set(written.values())) == len(set(places.values()))
-    if not apart or any(Path(name).is_absolute() for name in written.values()):
-        common = Path(os.path.commonpath([place.parent for place in places.values()]))
-        written = {path: place.relative_to(common).as_posix() for path, place in places.items()}
-    return {path: f"./{name}" if name.startswith("~") else name for path, name in written.items()}
+    local = {path: spelled.get(places[path], name) for path, name in local.items()}
+    apart = len(set(local.values())) == len(set(places.values()))
+    if local and (not apart or any(map(_is_absolute, local.values()))):
+        common = posixpath.commonpath([place.parent.key for place in places.values()])
+        local = {path: posixpath.relpath(place.key, common) for path, place in places.items()}
+    return held | far | {path: f"./{name}" if name.startswith("~") else name for path, name in local.items()}
+
+
+def _is_absolute(name: str) -> bool:
+    return name.startswith(("/", "file:"))
+
+
+def held_name(number: int) -> str:
+    """What a recipe calls the so-manieth checkpoint that the caller holds in memory."""
+    return f"<in memory {number}>"
+
+
+def is_held(named: str) -> bool:
+    """Whether a recipe means a checkpoint in the caller's memory by it."""
+    return re.fullmatch(r"<in memory \d+>", named) is not None

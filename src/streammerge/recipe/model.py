@@ -5,7 +5,6 @@ Recipes from the command line, the Python API and files are equal if they say th
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -31,6 +30,7 @@ from streammerge.recipe.fields import (
 from streammerge.recipe.patterns import Pattern
 from streammerge.recipe.scalars import COMPUTE, DTYPE, LAYER_RANGE, METHOD, MODEL, PATTERN, SIZE, parameter_docs
 from streammerge.recipe.settings import Settings, SettingsKind
+from streammerge.stores.locations import resolved
 from streammerge.tensors.dtypes import DType
 
 _OPTIONS = options_of(Converting, *MERGE)
@@ -48,7 +48,7 @@ class Reference(NamedTuple):
     state_dict: str | None = None
 
     def same(self, other: Reference) -> bool:
-        return self.state_dict == other.state_dict and os.path.realpath(self.path) == os.path.realpath(other.path)
+        return self.state_dict == other.state_dict and resolved(self.path) == resolved(other.path)
 
 
 SETTINGS = SettingsKind(parameter_docs)
@@ -217,7 +217,7 @@ class Recipe:
         if self.base_model is None:
             return None
         named = self.reference(self.base_model)
-        paths = (self.of(e) for e in self.entries if os.path.realpath(e.model) == os.path.realpath(named.path))
+        paths = (self.of(e) for e in self.entries if resolved(e.model) == resolved(named.path))
         return next(paths, named)
 
     @property
@@ -253,8 +253,8 @@ class Recipe:
 
     def copied(self, model: str) -> Reference:
         """Returns the checkpoint that a rule's ``copy`` names: a model as its entry reads it, or another checkpoint."""
-        place = os.path.realpath(model)
-        paths = (self.of(entry) for entry in self.entries if os.path.realpath(entry.model) == place)
+        place = resolved(model)
+        paths = (self.of(entry) for entry in self.entries if resolved(entry.model) == place)
         return next(paths, self.reference(model))
 
     @property

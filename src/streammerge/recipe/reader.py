@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from streammerge.errors import RecipeError, printable
 from streammerge.methods.registry import LINEAR, find_method
 from streammerge.options import RECIPE_FILE
 from streammerge.recipe.checks import check, raise_all
-from streammerge.recipe.document import parse, to_json, to_yaml
+from streammerge.recipe.document import parse as parse_document
+from streammerge.recipe.document import to_json, to_yaml
 from streammerge.recipe.fields import FormOf, Problems
 from streammerge.recipe.locations import located, resolved
 from streammerge.recipe.model import Model, Output, Recipe, Reference, Rule, Slice, Source
-from streammerge.stores.local import file_size, read_full
+from streammerge.stores.base import Location
+from streammerge.stores.locations import HERE, Place, parse
 
 __all__ = [
     "Model",
@@ -45,7 +45,7 @@ def checked(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def read_recipe(source: str | Path | Mapping[str, Any], own_methods: bool = False, folder: Path | None = None) -> Recipe:
+def read_recipe(source: Place | Mapping[str, Any], own_methods: bool = False, folder: Location | None = None) -> Recipe:
     """Reads a recipe from a YAML file, or from a dict with the same keys, and finds its models.
 
     Paths in a file are relative to the current folder or the file's folder; those in a dict, to ``folder`` if it is
@@ -53,26 +53,26 @@ def read_recipe(source: str | Path | Mapping[str, Any], own_methods: bool = Fals
     mistake and its line.
     """
     if isinstance(source, Mapping):
-        return _read(source, {}, [], "the recipe", [folder or Path()], own_methods)
-    path = Path(source)
+        return _read(source, {}, [], "the recipe", [folder or HERE], own_methods)
+    path = parse(source)
     name = printable(source)
-    if not os.path.isfile(path):  # noqa: PTH113 (Path.is_file raises for a name that is too long)
+    if not path.is_file():
         raise RecipeError(f"{name} is not a file; a recipe is a YAML file")
     try:
-        size = file_size(path)
+        size = path.size
         if size > _MOST_BYTES:
             raise RecipeError(f"{name} has {size} bytes, beyond the limit of {_MOST_BYTES} for a recipe")
-        text = read_full(path, 0, size).decode("utf-8-sig")
+        text = path.read(0, size).decode("utf-8-sig")
     except OSError as error:
         raise RecipeError(f"{name} cannot be read ({printable(error.strerror or error)})") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{name} is not UTF-8 text; save the recipe as UTF-8") from error
-    document = parse(text, str(source))
-    folders = [Path(), path.parent] + ([path.parent.parent] if path.name == RECIPE_FILE else [])
+    document = parse_document(text, str(source))
+    folders = [HERE, path.parent] + ([path.parent.parent] if path.name == RECIPE_FILE else [])
     return _read(document.data, document.places, document.doubled, name, folders, own_methods)
 
 
-def _read(data: Any, places: Any, doubled: Any, name: str, folders: list[Path], own_methods: bool) -> Recipe:
+def _read(data: Any, places: Any, doubled: Any, name: str, folders: list[Location], own_methods: bool) -> Recipe:
     problems = Problems()
     for key in doubled:
         problems.add(key, f"the key {printable(key[-1])} is given twice")

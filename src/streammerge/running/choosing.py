@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable
 
 from streammerge.errors import BudgetError, RecipeError, printable
 from streammerge.methods.contracts import MergeMethod
@@ -12,6 +11,7 @@ from streammerge.planning.plan import Plan, budget_of
 from streammerge.running.executors.base import Executors
 from streammerge.running.executors.processes import supported
 from streammerge.running.executors.registry import find_executor
+from streammerge.sources.merged import methods_in
 
 MOST_THREADS = 4
 """Up to so many workers are threads. A worker holds Python's lock for 6 to 18 % of its time. At 18 %, four threads lose a
@@ -27,24 +27,24 @@ def choose_executor(plan: Plan, wanted: str | Executors) -> None:
     cannot be sent to processes, BudgetError when processes have too little memory.
     """
     if wanted == "auto":
-        if plan.budget.workers > MOST_THREADS and plan.read_bytes >= LEAST_BYTES and supported():
+        if plan.budget.workers > MOST_THREADS and plan.read_bytes >= LEAST_BYTES and not _why_threads(plan):
             _use_processes_if_they_help(plan)
         return
     found = find_executor(wanted)
     if not isinstance(wanted, str):
         plan.executor = getattr(found, "__name__", type(found).__name__)
-    elif wanted == "processes" and not supported():
-        plan.notes.append("worker processes need a system with fork, such as Linux: the workers are threads")
-    elif wanted == "processes":
-        stuck = _stuck(task.method for task in plan.tasks)
+    elif wanted != "processes":
+        plan.executor = wanted
+    elif why := _why_threads(plan):
+        plan.notes.append(f"{why}; the workers are threads")
+    else:
+        stuck = _stuck(plan)
         if stuck is not None:
             raise RecipeError(
                 f"the merge method {printable(stuck.name)} cannot be sent to worker processes; put its function into a "
-                'module that can be imported, or use executor="threads"'
+                'module that can be imported, or use `executor="threads"`'
             )
         plan.budget, plan.io = _budget_of_processes(plan)
-        plan.executor = wanted
-    else:
         plan.executor = wanted
 
 
@@ -53,9 +53,20 @@ def executor_of(plan: Plan, wanted: str | Executors) -> Executors:
     return find_executor(plan.executor if isinstance(wanted, str) else wanted)
 
 
+def _why_threads(plan: Plan) -> str:
+    """Why no other process can do this work; "" if one can."""
+    if not supported():
+        return "worker processes need a system with fork, such as Linux"
+    if any(source.held for source in plan.expressions):
+        return "tensors in the memory of this process cannot be read by others"
+    places = [plan.out, *plan.identities] if plan.out else [*plan.identities]
+    alone = next((place for place in places if place.store.one_process), None)
+    return "" if alone is None else f"the store {alone.store.scheme}:// belongs to this process"
+
+
 def _use_processes_if_they_help(plan: Plan) -> None:
-    """Leaves the plan with threads where processes have too little memory for more workers, or a method is stuck here."""
-    if _stuck(task.method for task in plan.tasks) is not None:
+    """Leaves the plan with threads if a method cannot be sent, or if the memory does not allow more processes."""
+    if _stuck(plan) is not None:
         return
     try:
         budget, io = _budget_of_processes(plan)
@@ -66,13 +77,15 @@ def _use_processes_if_they_help(plan: Plan) -> None:
 
 
 def _budget_of_processes(plan: Plan) -> tuple[Budget, str]:
-    workers, staged = plan.budget.workers, bool(plan.staged)
-    return budget_of(plan.tasks, plan.memory_bytes, workers, plan.io, staged, beside_bytes=PER_PROCESS_BYTES)
+    more = (plan.io, bool(plan.spooled), plan.pickle_bytes, PER_PROCESS_BYTES)
+    return budget_of(plan.tasks, plan.memory_bytes, plan.budget.workers, *more)
 
 
-def _stuck(methods: Iterable[MergeMethod]) -> MergeMethod | None:
+def _stuck(plan: Plan) -> MergeMethod | None:
     """A method that another process cannot find: a lambda, a function in another, or in the script that runs."""
-    for method in {id(method): method for method in methods}.values():
+    methods = {id(task.method): task.method for task in plan.tasks}
+    methods |= {id(method): method for source in plan.expressions for method in methods_in(source)}
+    for method in methods.values():
         try:
             if b"__main__" in pickle.dumps(method):
                 return method

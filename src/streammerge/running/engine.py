@@ -34,24 +34,26 @@ def run_all(
         if task.spread and any(map(wanted, pieces(task, number))):
             record = Record()
             with failures(task, 0, task.elems):
-                bind(task, _sweep_on_all(job, executor, task, record), record)
+                bind(task, _sweep_on_all(job, executor, number, task, record), record)
             spread = ([piece] for piece in pieces(task, number) if wanted(piece))
             with closing(executor.run(MergeWork(job, tuple(record.results)), spread)) as results:
                 for done in results:
                     yield from done
 
 
-def _sweep_on_all(job: Job, executor: Executor, task: MergeTask, record: Record) -> Callable[..., Iterator[Any]]:
+def _sweep_on_all(
+    job: Job, executor: Executor, number: int, task: MergeTask, record: Record
+) -> Callable[..., Iterator[Any]]:
     """A sweep over the pieces of a long tensor by all workers. ``record``: has the passes that were made before."""
 
     def sweep(look: Look, step: Step[T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
-        work = SweepWork(job, task, tuple(record.results), step, sparse)
-        spans = ((number, start + a, start + b) for number, (a, b) in enumerate(ranges(stop - start, task.piece_elems)))
+        work = SweepWork(job, number, task, tuple(record.results), step, sparse)
+        spans = ((turn, start + a, start + b) for turn, (a, b) in enumerate(ranges(stop - start, task.piece_elems)))
         early: dict[int, T] = {}
         turn = 0
         with closing(executor.run(work, spans, backlog=executor.workers)) as results:
-            for number, result in results:
-                early[number] = result
+            for at, result in results:
+                early[at] = result
                 while turn in early:
                     yield early.pop(turn)
                     turn += 1

@@ -6,7 +6,6 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 from streammerge.errors import FormatError, RecipeError, StreammergeError, UncheckedError, listed, printable
 from streammerge.events import Published, RunFinished, RunStarted, Suspended
@@ -17,9 +16,8 @@ from streammerge.running import process
 from streammerge.running.readback import receipt_of
 from streammerge.running.session import Production, RunOptions
 from streammerge.running.workspace import prepare_torch
-from streammerge.stores import faults
-from streammerge.stores.commit import Staging, check_writable
-from streammerge.stores.local import identity, space_checked
+from streammerge.stores import descriptors, faults
+from streammerge.stores.base import Location, Staging, space_checked
 from streammerge.tensors.threads import one_torch_thread
 from streammerge.units import binary_bytes, counted, decimal_bytes
 
@@ -29,7 +27,7 @@ class Result:
     """What a run did. Memory is resident bytes by the kernel's count, those of worker processes included: ``peak_bytes``
     above ``startup_bytes``."""
 
-    out: Path
+    out: Location
     read_bytes: int
     written_bytes: int
     seconds: float
@@ -55,7 +53,7 @@ def execute(plan: Plan, options: RunOptions, resident_before: int) -> Result:
     """
     if plan.out is None:
         raise ValueError("a plan without an output cannot be run")
-    out = plan.out.resolve() if plan.out.is_dir() else plan.out  # a link to a folder stays a link
+    out = plan.out.resolve() if plan.out.is_folder() else plan.out  # a link to a folder stays a link
     refuse_input_as_output(out, plan)
     refuse_to_lose_files(out, plan)
     headers = max(process.resident_bytes() - resident_before, 0)
@@ -65,8 +63,9 @@ def execute(plan: Plan, options: RunOptions, resident_before: int) -> Result:
     process.reset_peak()
     startup, began = process.resident_bytes() - headers, time.perf_counter()
     options.listener(RunStarted(plan.read_bytes, plan.write_bytes, plan.memory_bytes, len(plan.tasks)))
-    with space_checked(out, plan.disk_bytes):
-        made = _produce(plan, Staging(out, options.overwrite), options)
+    files = len(plan.identities) + len(plan.layout.files) + len(plan.layout.side_files)
+    with space_checked(out, plan.disk_bytes), descriptors.room_for(files, plan.budget.workers):
+        made = _produce(plan, out.stage(options.overwrite), options)
     seconds = time.perf_counter() - began
     options.listener(RunFinished(seconds))
     return Result(
@@ -78,7 +77,7 @@ def execute(plan: Plan, options: RunOptions, resident_before: int) -> Result:
         startup + made.startup_bytes,
         plan.memory_bytes,
         plan,
-        (*plan.notes, *made.notes),
+        (*plan.notes, *made.notes, *made.staging.notes),
         (*plan.warnings, *made.warnings),
     )
 
@@ -99,13 +98,15 @@ def _produce(plan: Plan, staging: Staging, options: RunOptions) -> Production:
             made.journal.stop()
         if staging.published:
             options.listener(Published())
+        elif made is None or made.untouched:
+            keep = True  # what an earlier run has left
         elif isinstance(error, UncheckedError):
             keep = True
-            if made is not None and made.resume:
+            if made.resume:
                 options.listener(Suspended(made.journal.kept_bytes, plan.layout.size))
         elif options.resume and _may_pass(error):
-            keep = staging.resumable and (made is None or made.journal.kept_bytes > 0)
-            if keep and made is not None:
+            keep = staging.resumable and made.journal.kept_bytes > 0
+            if keep:
                 options.listener(Suspended(made.journal.kept_bytes, plan.layout.size))
         raise
     finally:
@@ -119,25 +120,25 @@ def _may_pass(error: BaseException) -> bool:
     return not isinstance(error, StreammergeError) or isinstance(error, RecipeError) or isinstance(error.__cause__, OSError)
 
 
-def refuse_input_as_output(out: Path, plan: Plan) -> None:
+def refuse_input_as_output(out: Location, plan: Plan) -> None:
     """FormatError when the output is one of the inputs, under any name, holds one, or lies in the folder of one."""
-    same = {known[:2] for known in plan.identities.values()}
-    written = [out] if out.is_file() else [path for path in out.iterdir() if path.is_file()] if out.is_dir() else []
-    inputs = [Path(path).resolve() for path in plan.identities]
-    holds = out.is_dir() and any(out.resolve() in path.parents for path in inputs)
-    if holds or any(identity(path)[:2] in same for path in written):
-        what = "holds" if out.is_dir() else "is"
+    same = {known.place for known in plan.identities.values()}
+    written = [out] if out.is_file() else [path for path in out.children() if path.is_file()] if out.is_folder() else []
+    inputs = [path.resolve() for path in plan.identities]
+    holds = out.is_folder() and any(out.resolve() in path.parents for path in inputs)
+    if holds or any(path.status().place in same for path in written):
+        what = "holds" if out.is_folder() else "is"
         raise FormatError(f"{printable(out)} {what} one of the inputs; inputs are never written, choose another output")
-    folders = {Path(owner).resolve() for owner in plan.owners.values() if Path(owner).is_dir()}
+    folders = {owner.resolve() for owner in dict.fromkeys(plan.owners.values()) if owner.is_folder()}
     if folders & {*out.resolve().parents}:
         raise FormatError(
             f"{printable(out)} lies in the folder of an input; inputs are never written, choose another output"
         )
 
 
-def refuse_to_lose_files(out: Path, plan: Plan) -> None:
+def refuse_to_lose_files(out: Location, plan: Plan) -> None:
     """RecipeError when a folder that is to be replaced holds what is no part of a checkpoint, or is to be a file."""
-    if out.is_dir():
+    if out.is_folder():
         if not plan.layout.as_folder:
             raise RecipeError(f"{printable(out)} is a folder; remove it first, or choose another name")
         written = {file.name for file in plan.layout.files} | {name for _, name in plan.layout.side_files}
@@ -152,18 +153,18 @@ def refuse_to_lose_files(out: Path, plan: Plan) -> None:
         )
 
 
-def refuse_extras(extras: Path, plan: Plan, overwrite: bool) -> None:
+def refuse_extras(extras: Location, plan: Plan, overwrite: bool) -> None:
     """RecipeError when writing the extras would lose an input, the output or, without ``overwrite``, another file."""
-    check_writable(extras, overwrite)
-    taken = {Path(path).resolve() for path in plan.identities} | ({plan.out.resolve()} if plan.out else set())
-    taken |= {Path(owner).resolve() for owner in plan.owners.values() if Path(owner).is_dir()}
-    same = {known[:2] for known in plan.identities.values()}
-    linked = extras.exists() and identity(extras)[:2] in same
+    extras.check_writable(overwrite)
+    taken = {path.resolve() for path in plan.identities} | ({plan.out.resolve()} if plan.out else set())
+    taken |= {owner.resolve() for owner in dict.fromkeys(plan.owners.values()) if owner.is_folder()}
+    same = {known.place for known in plan.identities.values()}
+    linked = extras.exists() and extras.status().place in same
     if linked or taken & {extras.resolve(), *extras.resolve().parents}:
         raise RecipeError(f"`extras` {printable(extras)} is, or lies in, an input or the output; choose another name")
 
 
-def _made_before(out: Path) -> set[str]:
+def _made_before(out: Location) -> set[str]:
     """The files of an earlier output in that folder, by its receipt."""
     try:
         return {RECEIPT_FILE, *receipt_of(out).checksums}

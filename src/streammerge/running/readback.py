@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 from streammerge.checkpoints.index import open_checkpoint
@@ -14,12 +12,12 @@ from streammerge.options import RECEIPT_FILE, RECEIPT_KEY
 from streammerge.planning.outputs.layout import Layout
 from streammerge.planning.receipt import ITSELF, Receipt, read_receipt
 from streammerge.running.process import collector_paused
-from streammerge.stores.local import file_size, read_full
+from streammerge.stores.base import Location
 
 _MOST_RECEIPT_BYTES = 256 << 20
 
 
-def check_structure(folder: Path, layout: Layout) -> None:
+def check_structure(folder: Location, layout: Layout) -> None:
     """VerifyError unless the files of an output that was just made, in ``folder``, hold what was planned.
 
     UncheckedError when the check itself fails, by an unforeseen error or by one of the machine. Such an error says nothing
@@ -32,7 +30,7 @@ def check_structure(folder: Path, layout: Layout) -> None:
         for file in layout.files:
             if file.offsets:
                 path = folder / file.name
-                _check_places(found.get(str(path), []), file, layout)
+                _check_places(found.get(path, []), file, layout)
                 if not container.pickled:
                     check_by_library(path, set(file.offsets))
     except VerifyError:
@@ -58,12 +56,15 @@ def _check_places(spans: list[tuple[int, int]], file: LayoutFile, layout: Layout
         raise VerifyError(f"{printable(file.name)} has tensors at other places than planned; nothing was written")
 
 
-def check_by_library(path: Path, names: set[str]) -> None:
+def check_by_library(path: Location, names: set[str]) -> None:
     """VerifyError unless the safetensors library reads the file's header and finds these tensors."""
     from safetensors import SafetensorError
 
+    file = path.local_path
+    if file is None:  # the library opens files only
+        return
     try:
-        found = _names_by_library(path)
+        found = _names_by_library(file)
     except SafetensorError as error:
         if "unknown variant" in str(error):  # a dtype that this release of the library does not know yet
             return
@@ -72,7 +73,7 @@ def check_by_library(path: Path, names: set[str]) -> None:
         raise VerifyError(f"{printable(path.name)}: the safetensors library finds other tensors in it")
 
 
-def _names_by_library(path: Path) -> set[str]:
+def _names_by_library(path: str) -> set[str]:
     """The names in a file. The library imports numpy or torch when it opens one; numpy is imported faster.
 
     torch stands in where numpy cannot be imported.
@@ -88,15 +89,15 @@ def _names_by_library(path: Path) -> set[str]:
         return set(file.keys())
 
 
-def receipt_of(out: Path) -> Receipt:
+def receipt_of(out: Location) -> Receipt:
     """The receipt of an output. Raises VerifyError when it has none, or it is damaged."""
     if not out.exists():
         raise RecipeError(f"{printable(out)} does not exist")
-    if out.is_dir():
+    if out.is_folder():
         path = out / RECEIPT_FILE
-        if not os.path.lexists(path) or file_size(path) > _MOST_RECEIPT_BYTES:
+        if not path.lexists() or path.size > _MOST_RECEIPT_BYTES:
             raise _without(out)
-        text = read_full(path, 0, file_size(path)).decode("utf-8", "replace")
+        text = path.read(0, path.size).decode("utf-8", "replace")
     else:
         container = read_output(out)
         if RECEIPT_KEY not in container.metadata:
@@ -105,13 +106,13 @@ def receipt_of(out: Path) -> Receipt:
     return read_receipt(text, out)
 
 
-def _without(out: Path) -> VerifyError:
+def _without(out: Location) -> VerifyError:
     return VerifyError(
         f"{printable(out)} has no receipt, so it cannot be verified; streammerge writes one into each output"
     )
 
 
-def read_output(path: Path) -> Container:
+def read_output(path: Location) -> Container:
     """The container of an output. Raises VerifyError for what cannot be read."""
     try:
         return detect.read(path)

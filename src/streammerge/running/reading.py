@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from streammerge.running.executors.base import Host
+from streammerge.stores.base import COPY_BYTES, Location, outside
 from streammerge.stores.checksums import Checksum
-from streammerge.stores.local import COPY_BYTES, InputFiles, outside
+from streammerge.stores.inputs import InputFiles
 from streammerge.tensors.spec import ranges
 
-Part = tuple[Any, str, int, int]
-"""What is given back with the checksum; path, offset and bytes."""
+Part = tuple[Any, Location, int, int]
+"""What is given back with the checksum; file, offset and bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class _ChecksumWorker:
 
 @dataclass(frozen=True, slots=True)
 class HashWork:
-    """SHA-256 of files. A unit is what is given back with the hash, and a path."""
+    """SHA-256 of files. A unit is what is given back with the hash, and a file."""
 
     modules: tuple[str, ...] = ()
 
@@ -59,7 +60,7 @@ class _HashWorker:
     def __init__(self, host: Host) -> None:
         self._host = host
 
-    def run(self, unit: tuple[Any, str]) -> tuple[Any, str]:
+    def run(self, unit: tuple[Any, Location]) -> tuple[Any, str]:
         which, path = unit
         digest = hashlib.sha256()
         for data in outside(path, []):

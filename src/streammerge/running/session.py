@@ -10,10 +10,10 @@ from collections import defaultdict
 from contextlib import closing
 from dataclasses import dataclass
 
-from streammerge.errors import SpaceError, UncheckedError, VerifyError, listed, printable
-from streammerge.events import Hashed, Listener, Resumed, Staged, Syncing, TaskDone, quiet
+from streammerge.errors import RecipeError, SpaceError, UncheckedError, VerifyError, listed, printable
+from streammerge.events import Hashed, Listener, Resumed, Spooled, Syncing, TaskDone, quiet
 from streammerge.formats.base import LayoutFile
-from streammerge.planning.digest import can_be_resumed, plan_digest
+from streammerge.planning.digest import can_be_resumed, differences, plan_parts
 from streammerge.planning.plan import Plan
 from streammerge.planning.receipt import ITSELF, written_like
 from streammerge.planning.tasks import Piece, PieceDone, pieces
@@ -24,13 +24,14 @@ from streammerge.running.executors.base import Executor, Executors
 from streammerge.running.readback import check_structure
 from streammerge.running.reading import ChecksumWork, HashWork
 from streammerge.running.relatives import strangers
-from streammerge.running.spooling import staged_tasks
-from streammerge.running.worker import Job, OutputPlace, modules_of, new_key
+from streammerge.running.spooling import spooled_tasks
+from streammerge.running.worker import Job, OutputPlace, lent, modules_of, new_key
+from streammerge.sources.deflated import Record
+from streammerge.stores.base import COPY_BYTES, Location, Output, Staging
 from streammerge.stores.checksums import Checksum
-from streammerge.stores.commit import Staging
-from streammerge.stores.journal import NAME, Finished, Journal, Key
-from streammerge.stores.local import COPY_BYTES, InputFiles, OutputFile
-from streammerge.tensors.spec import TensorEntry, ranges
+from streammerge.stores.inputs import InputFiles
+from streammerge.stores.journal import Finished, Journal, Key
+from streammerge.tensors.spec import ranges
 from streammerge.units import decimal_bytes
 
 
@@ -51,24 +52,29 @@ class RunOptions:
 
 
 class Production:
-    """One output in the making. ``journal`` knows what would stay of it if the run ended now."""
+    """One output in the making. ``journal`` knows what would stay of it if the run ended now.
+
+    ``untouched``: whether what an earlier run has left is there as it was.
+    """
 
     def __init__(self, plan: Plan, staging: Staging, options: RunOptions) -> None:
         self.plan, self.staging, self.listener = plan, staging, options.listener
         self.resume = options.resume and can_be_resumed(plan)
+        self._discard = not options.resume
+        self.untouched = True
         self.read_bytes = 0
         self.notes: list[str] = []
         self.warnings: list[str] = []
         self._tasks = plan.tasks
         self._done: dict[Key, Finished] = {}
         self._inputs = InputFiles(plan.identities, options.polite)
-        self._outputs: list[OutputFile] = []
+        self._outputs: list[Output] = []
         self._kind: Checksum = plan.layout.receipt.kind
         self._polite, self._executors = options.polite, executor_of(plan, options.executor)
         self._modules = modules_of(plan.tasks, self._kind, plan.torch_needed)
         self._used: Executor | None = None
         self.startup_bytes = self.peak_bytes = 0
-        self.journal = Journal(staging.folder / NAME, plan_digest(plan), lambda: staging.outputs, self.resume)
+        self.journal = Journal(staging.record, plan_parts(plan), lambda: staging.outputs, self.resume)
 
     def make(self) -> None:
         """Everything, until it is on the disk. Raises what DESIGN names."""
@@ -95,7 +101,7 @@ class Production:
     def _make(self) -> None:
         self._take_up()
         hashes = self._hashes()
-        self._stage()
+        self._spool()
         if len(self.plan.recipe.entries) > 1:
             self.warnings += strangers(self.plan.tasks, self._inputs, self.plan.owners)
         broken = self._attempt(hashes)
@@ -133,7 +139,7 @@ class Production:
 
     def _where_it_is_kept(self) -> str:
         if self.resume:
-            return f"what was made is kept in {printable(self.staging.folder)}, and the same command goes on from there"
+            return f"what was made is kept in {printable(self.staging.home)}, and the same command goes on from there"
         layout, made = self.plan.layout, self.staging.content
         place = made if layout.as_folder else made / layout.files[0].name
         return f"what was made is kept as {printable(place)}; move it away, since the next run makes it anew"
@@ -149,20 +155,20 @@ class Production:
 
     def _take_up(self) -> None:
         """Opens the output's files, with what an earlier run of this plan has left in them, as far as that is whole."""
-        journal = self.staging.folder / NAME
-        vouched = self.journal.take_over() if self.resume else None
+        vouched = self._earlier_pieces()
+        self.untouched = False
         if vouched is None:
-            if journal.exists() and self.resume:
-                self.notes.append("an interrupted run was not continued: its recipe, inputs or version were others")
             self.staging.clear()
+        else:
+            self.journal.take_over(vouched)
         self._outputs += [self.staging.create(f.name, f.size, vouched is not None) for f in self.plan.layout.files]
-        kept = {file.path.name for file in self._outputs if file.kept}
+        kept = {file.location.name for file in self._outputs if file.kept}
         claimed = {each.key: each for each in vouched or () if each.file in kept}
         if not claimed:
             return
         saved_bytes = 0
         parts = (
-            ((number, piece.start, piece.stop), str(self._outputs[task.file].path), piece.offset, piece.nbytes)
+            ((number, piece.start, piece.stop), self._outputs[task.file].location, piece.offset, piece.nbytes)
             for number, task in enumerate(self._tasks)
             for piece in pieces(task, number)
             if piece.key in claimed and (piece.offset, piece.nbytes) == claimed[piece.key].place
@@ -178,6 +184,27 @@ class Production:
         there_of_all = f"{decimal_bytes(kept_bytes)} of {decimal_bytes(self.plan.layout.size)}"
         self.notes.append(f"continued an interrupted run: {there_of_all} were there")
 
+    def _earlier_pieces(self) -> list[Finished] | None:
+        """The pieces that a run of the same plan has left; None to start anew.
+
+        RecipeError when a run of another plan has left pieces, unless they are to be discarded.
+        """
+        if self._discard or (earlier := self.journal.earlier()) is None:
+            return None
+        if earlier.plan is None:
+            self.notes.append("an interrupted run was not continued: its journal is damaged")
+            return None
+        other = differences(earlier.plan, self.journal.plan)
+        if not other:
+            return earlier.pieces if self.resume else None
+        if not earlier.pieces:
+            return None
+        out = printable(self.staging.out)
+        raise RecipeError(
+            f"an interrupted run into {out} left {decimal_bytes(earlier.nbytes)}, and this run differs from it: {other}; "
+            "repeat that run to continue it, discard what it left (resume=False), or choose another output"
+        )
+
     # ------------------------------------------------------------------------------------------------------- inputs
 
     def _hashes(self) -> dict[str, str]:
@@ -191,22 +218,22 @@ class Production:
         with closing(self._executor.run(HashWork(self._modules), wanted.items())) as results:
             for name, digest in results:
                 made[name] = digest
-                self.listener(Hashed(name, self.plan.identities[wanted[name]][2]))
+                self.listener(Hashed(name, self.plan.identities[wanted[name]].size))
         return made
 
-    def _stage(self) -> None:
-        """Copies what cannot be mapped and is still needed, and puts the copies into the tasks."""
-        tasks = enumerate(self._tasks if self.plan.staged else ())
+    def _spool(self) -> None:
+        """Inflates the compressed records that are still needed, and has the tasks read them there."""
+        tasks = enumerate(self._tasks if self.plan.spooled else ())
         missing = [task for number, task in tasks if any(map(self._wanted, pieces(task, number)))]
 
-        def told(entry: TensorEntry) -> None:
-            self.read_bytes += entry.nbytes
-            self.listener(Staged(entry.spec.name, entry.nbytes))
+        def told(tensor: str, record: Record) -> None:
+            self.read_bytes += record.nbytes
+            self.listener(Spooled(tensor, record.nbytes))
 
-        def create(size: int) -> OutputFile:
-            return self.staging.temporary("staged", size)
+        def create(size: int) -> Output:
+            return self.staging.temporary("spooled", size)
 
-        self._tasks = staged_tasks(self._tasks, missing, self._inputs, create, told)
+        self._tasks = spooled_tasks(self._tasks, missing, self._inputs, create, told)
 
     # ------------------------------------------------------------------------------------------------------- output
 
@@ -216,10 +243,14 @@ class Production:
     def _make_pieces(self) -> None:
         held = process.Gauge()
         # Closed, not left to the garbage collector: after Ctrl-C no worker may outlive the files it writes.
-        with closing(run_all(self._job(), self._executor, self._tasks, self._wanted)) as results:
+        job = self._job()
+        with (
+            lent(job, self._inputs, self._outputs),
+            closing(run_all(job, self._executor, self._tasks, self._wanted)) as results,
+        ):
             for done in results:
                 piece = done.piece(self._tasks)
-                self._outputs[piece.task.file].synced = False  # a worker wrote to it, by a descriptor of its own
+                self._outputs[piece.task.file].synced = False  # another process may have written to it
                 read_bytes, finished = piece.read_bytes, self._finished(piece, done)
                 self._done[piece.key] = finished
                 self.journal.add(finished)
@@ -228,10 +259,9 @@ class Production:
 
     def _job(self) -> Job:
         plan = self.plan
-        places = tuple(OutputPlace(str(file.path), file.size) for file in self._outputs)
-        return Job(
-            new_key(), plan.budget, plan.identities, self._polite, plan.io == "mmap", self._kind, places, self._modules
-        )
+        places = tuple(OutputPlace(file.location, file.size) for file in self._outputs)
+        mapped = plan.io == "mmap"
+        return Job(new_key(), plan.budget, plan.identities, self._polite, mapped, self._kind, places, self._modules)
 
     def _finished(self, piece: Piece, done: PieceDone) -> Finished:
         file = self.plan.layout.files[piece.task.file].name
@@ -271,7 +301,7 @@ class Production:
             ITSELF if single else file.name: [*starts[file.name].values(), self._rest(file, starts[file.name])]
             for file in layout.files
         }
-        sums |= {name: [self._copy_side_file(str(source), name)] for source, name in layout.side_files}
+        sums |= {name: [self._copy_side_file(source, name)] for source, name in layout.side_files}
         receipt = layout.receipt.filled(sums, hashes)
         for file, output in zip(layout.files, self._outputs, strict=True):
             final = written_like(receipt, file.receipt) if file.receipt else b""
@@ -291,7 +321,7 @@ class Production:
         """The checksum of what is not a tensor in a file of the output, its receipt still blank."""
         return self._kind.update(b"".join(part.data for part in file.around(sums, file.receipt)))
 
-    def _copy_side_file(self, source: str, name: str) -> int:
+    def _copy_side_file(self, source: Location, name: str) -> int:
         value: int = 0
         file = self._inputs.get(source)
         output = self.staging.create(name, file.size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -21,10 +21,12 @@ from streammerge.kernels.record import Record
 from streammerge.planning.budget import Budget
 from streammerge.planning.tasks import MergeTask, Piece, PieceDone, joined, stretches
 from streammerge.running.executors.base import Host
-from streammerge.running.workspace import Outgoing, Source, Workspace, prepare_torch
+from streammerge.running.workspace import Inputs, Outgoing, Workspace, prepare_torch
+from streammerge.sources.stored import Stored
 from streammerge.stores import faults
+from streammerge.stores.base import COPY_BYTES, Location, Output, Status
 from streammerge.stores.checksums import Checksum
-from streammerge.stores.local import COPY_BYTES, Identity, InputFiles, OutputFile
+from streammerge.stores.inputs import InputFiles
 from streammerge.tensors.spec import ranges
 
 if TYPE_CHECKING:
@@ -55,21 +57,24 @@ class Destination(Protocol):
 class OutputPlace:
     """A file of the output, which was made already."""
 
-    path: str
+    location: Location
     size: int
 
     def open(self, bench: Bench) -> _Written:
-        return _Written(bench.output(self))
+        return _Written(*bench.output(self))
 
 
 class _Written:
-    __slots__ = ("write_full",)
+    """Writes to a file of the output; ``own``: one that this process has opened for itself."""
 
-    def __init__(self, file: OutputFile) -> None:
-        self.write_full = file.write_full
+    __slots__ = ("_file", "_own", "write_full")
+
+    def __init__(self, file: Output, own: bool) -> None:
+        self._file, self._own, self.write_full = file, own, file.write_full
 
     def found(self) -> None:
-        return None
+        if self._own:
+            self._file.check()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +87,7 @@ class Job:
 
     key: str
     budget: Budget
-    inputs: dict[str, Identity]
+    inputs: dict[Location, Status]
     polite: bool
     mapped: bool
     checksum: Checksum
@@ -98,12 +103,30 @@ def new_key() -> str:
     return f"{os.getpid()}.{next(_runs)}"
 
 
+_lent: dict[str, tuple[InputFiles, Sequence[Output]]] = {}
+
+
+@contextmanager
+def lent(job: Job, inputs: InputFiles, outputs: Sequence[Output] = ()) -> Iterator[None]:
+    """Meanwhile workers in this process use these files for the job. Those in other processes open them once more."""
+    _lent[job.key] = inputs, outputs
+    try:
+        yield
+    finally:
+        del _lent[job.key]
+
+
 class Bench:
     """What the workers of one process use for a job: open files, and buffers that are free."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.inputs = job, InputFiles(job.inputs, job.polite)
-        self._outputs: dict[OutputPlace, OutputFile] = {}
+        self.job = job
+        inputs, outputs = _lent.get(job.key, (None, ()))
+        self._own_inputs = InputFiles(job.inputs, job.polite) if inputs is None else None
+        self.inputs: InputFiles = inputs or self._own_inputs  # type: ignore[assignment]
+        self._outputs = {file.location: file for file in outputs}
+        self._own_outputs: dict[Location, Output] = {}
+        self._last: tuple[int, MergeTask] | None = None
         self._free: list[Workspace] = []
         self._lock = threading.Lock()
         self._open = ExitStack()
@@ -111,13 +134,24 @@ class Bench:
         if "torch" in job.modules:
             prepare_torch()
 
-    def output(self, place: OutputPlace) -> OutputFile:
-        """The open file of the output."""
+    def output(self, place: OutputPlace) -> tuple[Output, bool]:
+        """The open file of the output, and whether it was opened here."""
+        file = self._outputs.get(place.location)
+        if file is not None:
+            return file, False
         with self._lock:
-            file = self._outputs.get(place)
+            file = self._own_outputs.get(place.location)
             if file is None:
-                file = self._outputs[place] = OutputFile.existing(place.path, place.size)
-            return file
+                file = self._own_outputs[place.location] = place.location.reopen(place.size)
+            return file, True
+
+    def same(self, number: int, task: MergeTask) -> MergeTask:
+        """The task of that number as it came first. What its sources have computed is known for that object."""
+        last = self._last
+        if last is not None and last[0] == number and last[1].out == task.out:
+            return last[1]
+        self._last = number, task
+        return task
 
     def take(self) -> Workspace:
         """A workspace that no other worker has: one that is free, or a new one."""
@@ -130,10 +164,10 @@ class Bench:
 
     def close(self) -> None:
         self._free.clear()
-        for file in self._outputs.values():
+        for file in self._own_outputs.values():
             file.close()
-        self._outputs.clear()
-        self.inputs.close()
+        if self._own_inputs is not None:
+            self._own_inputs.close()
         self._open.close()
 
 
@@ -165,6 +199,7 @@ class SweepWork:
     """
 
     job: Job
+    number: int
     task: MergeTask
     passes: tuple[bytes, ...]
     step: Step[Any]
@@ -210,11 +245,11 @@ class _Worker:
             torch.set_num_threads(1)
             self._prepared = True
 
-    def source(self, task: MergeTask, keep: bool) -> Source:
+    def source(self, task: MergeTask, keep: bool) -> Inputs:
         kept_bytes = self.job.budget.kept_bytes if keep else -1
-        return Source(self.bench.inputs, task.sources, self.workspace, self.job.mapped, kept_bytes)
+        return Inputs(self.bench.inputs, task.sources, self.workspace, self.job.mapped, kept_bytes, self.host.check)
 
-    def chunks(self, task: MergeTask, source: Source, start: int, stop: int, sparse: int = 0) -> Iterator[Chunk]:
+    def chunks(self, task: MergeTask, source: Inputs, start: int, stop: int, sparse: int = 0) -> Iterator[Chunk]:
         import torch
 
         compute, models = getattr(torch, task.compute), len(task.sources) - task.based
@@ -233,6 +268,9 @@ class MergeWorker(_Worker):
 
     def run(self, batch: list[Piece]) -> list[PieceDone]:
         """Computes and writes pieces. Errors that are not streammerge's own come out as TaskError."""
+        first = batch[0]
+        if not first.whole:
+            batch = [replace(first, task=self.bench.same(first.number, first.task))]
         target = self.job.destinations[batch[0].task.file].open(self.bench)
         outgoing = Outgoing(target.write_full, self.workspace, batch[0].offset)
         made: list[PieceDone] = []
@@ -264,14 +302,31 @@ class MergeWorker(_Worker):
             return self._copy(piece, outgoing) if piece.task.verbatim else self._compute(piece, outgoing)
 
     def _copy(self, piece: Piece, outgoing: Outgoing) -> PieceDone:
-        value, begin = 0, piece.task.sources[0].offset + piece.offset - piece.task.offset
-        source = self.bench.inputs.get(piece.task.sources[0].path)
+        whole = piece.task.sources[0]
+        if whole.__class__ is not Stored:
+            return self._copy_read(piece, outgoing)
+        value, begin = 0, whole.offset + piece.offset - piece.task.offset
+        source = self.bench.inputs.get(whole.path)
         for start, stop in ranges(piece.nbytes, min(COPY_BYTES, self.job.budget.out_bytes)):
             self.host.check()
             part = outgoing.room(stop - start)
             source.read_into(part, begin + start)
             value = self.job.checksum.update(part, value)
         source.release(begin, piece.nbytes)
+        return _done(piece, value)
+
+    def _copy_read(self, piece: Piece, outgoing: Outgoing) -> PieceDone:
+        """Copies a tensor that is no plain byte range, as its reader gives it."""
+        value, dtype = 0, piece.task.out.dtype
+        self.one_torch_thread()
+        source = self.source(piece.task, keep=False)
+        size, whole = dtype.component.element_bytes, dtype.element_bytes
+        step = max(min(COPY_BYTES, self.job.budget.out_bytes) // whole, 1) * (whole // size)  # no complex number is cut
+        for start, stop in ranges(piece.stop - piece.start, step):
+            self.host.check()
+            part = outgoing.room((stop - start) * size)
+            source.read_into(0, piece.start + start, piece.start + stop, part)
+            value = self.job.checksum.update(part, value)
         return _done(piece, value)
 
     def _compute(self, piece: Piece, outgoing: Outgoing) -> PieceDone:
@@ -281,7 +336,7 @@ class MergeWorker(_Worker):
         source.done()
         return done
 
-    def _kernel_of(self, task: MergeTask, source: Source) -> Kernel:
+    def _kernel_of(self, task: MergeTask, source: Inputs) -> Kernel:
         """The kernel of a tensor, whose passes are run here, or were run by all workers before."""
         if self._kernel is not None:
             return self._kernel
@@ -294,7 +349,7 @@ class MergeWorker(_Worker):
 
         return bind(task, sweep)
 
-    def _apply(self, kernel: Kernel, piece: Piece, source: Source, outgoing: Outgoing) -> PieceDone:
+    def _apply(self, kernel: Kernel, piece: Piece, source: Inputs, outgoing: Outgoing) -> PieceDone:
         import torch
 
         value, dtype, nonfinite = 0, piece.task.out.dtype.component, dict[str, int]()
@@ -314,7 +369,7 @@ class MergeWorker(_Worker):
 class SweepWorker(_Worker):
     def __init__(self, work: SweepWork, host: Host) -> None:
         super().__init__(work.job, host)
-        self._work = work
+        self._task, self._work = self.bench.same(work.number, work.task), work
         self.one_torch_thread()
         with failures(work.task, 0, work.task.elems):
             try:
@@ -327,7 +382,7 @@ class SweepWorker(_Worker):
     def run(self, span: Span) -> tuple[int, Any]:
         """The number of the span, and what the step answers."""
         number, start, stop = span
-        task, step = self._work.task, self._work.step
+        task, step = self._task, self._work.step
         with failures(task, start, stop):
             source = self.source(task, keep=False)
             answer = step(self._look, self.chunks(task, source, start, stop, self._work.sparse))
@@ -391,14 +446,14 @@ def _suspicious(out: torch.Tensor) -> bool:
     return not math.isfinite(out.sum().item())
 
 
-def _nonfinite(out: torch.Tensor, source: Source, start: int, stop: int) -> dict[str, int]:
+def _nonfinite(out: torch.Tensor, source: Inputs, start: int, stop: int) -> dict[str, int]:
     """Non-finite numbers by the file they came from; those that no input had (an overflow) under "the result"."""
     if bool(out.float().isfinite().all() if out.element_size() == 1 else out.isfinite().all()):
         return {}
-    counts = {}
+    counts: dict[str, int] = {}
     for model in range(len(source)):
         raw = source.read(model, start, stop)
         count = int((~(raw.float() if raw.element_size() == 1 else raw).isfinite()).sum())
         if count:
-            counts[source.name(model)] = count
+            counts[source.origin(model)] = counts.get(source.origin(model), 0) + count
     return counts or {"the result (overflow)": int((~out.float().isfinite()).sum())}

@@ -1,10 +1,20 @@
-"""Where bytes live, and how an output appears. All system calls on checkpoint files.
+"""Where bytes live, and how an output appears. All that opens, lists or writes a file.
 
 Each module imports only modules above it::
 
-    checksums  CRC-32 and CRC-32C, and joining those of parts
-    faults     mapped files that shrink
-    local      files: read, mapped, preallocated, written, synced
-    journal    which pieces of an output are on the disk
-    commit     the staging folder, the lock, the rename
+    checksums    CRC-32 and CRC-32C, and joining those of parts
+    faults       mapped files that shrink
+    base         the protocol: Location, Store, Input, Output, Staging
+    descriptors  open files, bounded
+    system       calls that a file system or platform may lack
+    files        local files: read, mapped, preallocated, written, synced
+    lock         who makes an output
+    journal      which pieces of an output are on the disk
+    commit       the hidden folder of a local output, the rename
+    local        the files of this machine
+    memory       the store memory://
+    registry     stores by scheme
+    locations    from text to a Location
+    inputs       the inputs of a run
+    scratch      files for a while
 """

@@ -1,56 +1,96 @@
-"""Making an output visible: made in a hidden folder beside its place, synced, renamed in one step.
+"""Making an output of local files visible: made in a hidden folder beside its place, synced, renamed in one step.
 
-Leaving a :class:`Staging` without :meth:`Staging.commit` removes all that it made, unless it is to be continued.
+Leaving a :class:`LocalStaging` without :meth:`LocalStaging.commit` removes all that it made, unless it is to be continued.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import fcntl
 import os
 from pathlib import Path
 
 from streammerge.errors import LockedError, RecipeError, printable
-from streammerge.stores.journal import NAME, NEW
-from streammerge.stores.local import OutputFile
+from streammerge.stores import lock, system
+from streammerge.stores.base import Location, Output, Record, Staging, space_checked
+from streammerge.stores.files import OutputFile
 
-_AT_FDCWD = -100
-_NOREPLACE, _EXCHANGE = 1, 2
-_renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+JOURNAL, NEW = "journal", "journal.new"
 _PUT_BY, _REPLACED = "journal.done", "replaced"
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
-_UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
-class Staging:
+class LocalRecord(Record):
+    """A journal as a local file."""
+
+    def __init__(self, location: Location) -> None:
+        self.location, self._fd = location, -1
+
+    def read(self) -> bytes | None:
+        try:
+            return Path(self.location.key).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def begin(self, data: bytes) -> None:
+        partial = self.location.with_name(NEW)
+        with space_checked(partial, len(data)):
+            fd = os.open(partial.key, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            try:
+                _append(fd, data)
+                os.replace(partial.key, self.location.key)
+            except BaseException:
+                os.close(fd)
+                raise
+        self.end()
+        self._fd = fd
+
+    def append(self, data: bytes) -> None:
+        _append(self._fd, data)
+
+    def end(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+
+def _append(fd: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(fd, rest) :]
+    system.full_sync(fd)
+
+
+class LocalStaging(Staging):
     """The hidden folder beside the output in which everything is made until it is whole.
 
     It has the output's file system, so that :meth:`commit` is a rename; one run at a time holds it (LockedError for
     the second). What a killed run left in it is there until :meth:`clear`.
     """
 
-    def __init__(self, out: Path, overwrite: bool = False) -> None:
+    def __init__(self, out: Location, overwrite: bool = False) -> None:
         self.out, self._overwrite = out, overwrite
-        self.folder = staging_folder(out)
-        self.content = self.folder / "output"
+        self._place = Path(out.key)
+        self.folder = staging_folder(self._place)
+        home = out.parent / self.folder.name
+        self.content, self.record = home / "output", LocalRecord(home / JOURNAL)
+        self.notes: list[str] = []
+        self.home, self._content = home, self.folder / "output"
         self._made: tuple[int, int] | None = None
         self._files: dict[str, OutputFile] = {}
-        check_writable(out, overwrite)
+        check_writable(self._place, overwrite)
         self._lock_fd = self._lock()
         try:
-            _recover(self.folder, out)
-            check_writable(out, overwrite)
-            self.content.mkdir(exist_ok=True)
+            _recover(self.folder, self._place)
+            check_writable(self._place, overwrite)
+            self._content.mkdir(exist_ok=True)
         except BaseException:
             self.abort(keep=True)
             raise
 
     def clear(self) -> None:
-        """Removes what an earlier run left."""
         _remove_ours(self.folder)
-        self.content.mkdir()
+        self._content.mkdir()
 
     def _lock(self) -> int:
         while True:
@@ -58,10 +98,10 @@ class Staging:
                 raise RecipeError(f"{printable(self.folder)} is a link, and what it leads to would be cleared; remove it")
             try:
                 self.folder.mkdir(exist_ok=True)
-                fd = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+                fd = lock.opened(str(self.folder / "lock"))
             except (FileNotFoundError, FileExistsError):
-                if not self.out.parent.is_dir():
-                    raise RecipeError(f"the folder {printable(self.out.parent)} does not exist; make it first") from None
+                if not self._place.parent.is_dir():
+                    raise RecipeError(f"the folder {printable(self._place.parent)} does not exist; make it first") from None
                 if self.folder.exists() and not self.folder.is_dir():
                     raise RecipeError(f"{printable(self.folder)} is in the way; remove it") from None
                 continue  # the run before this one was just removing the folder
@@ -70,71 +110,71 @@ class Staging:
                     raise
                 raise RecipeError(f"cannot write beside {printable(self.out)}: {error.strerror}") from error
             try:
-                if not _owns(fd, self.out):
-                    os.close(fd)
-                    continue
-                with contextlib.suppress(OSError):  # who it is, for the one that comes second; a full disk says it later
-                    os.ftruncate(fd, 0)
-                    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+                lock.take(fd, str(self.folder), self.out)
             except BaseException:
                 os.close(fd)
                 raise
-            return fd
+            if _is_lock_of(fd, self.folder):
+                lock.sign(fd)
+                return fd
+            lock.drop(fd)
 
-    def create(self, name: str, size: int, keep: bool = False) -> OutputFile:
-        """A file of the output, by its name within it; ``keep``: as an earlier run left it, if it did."""
+    def create(self, name: str, size: int, keep: bool = False) -> Output:
+        return self._add(name, self.content / name, size, keep)
+
+    def temporary(self, name: str, size: int) -> Output:
+        return self._add(f"../{name}", self.home / name, size)
+
+    def _add(self, name: str, location: Location, size: int, keep: bool = False) -> Output:
         if name in self._files:
             self._files.pop(name).close()
-        file = self._files[name] = OutputFile(self.content / name, size, keep)
-        return file
-
-    def temporary(self, name: str, size: int) -> OutputFile:
-        """A file that lives as long as this folder."""
-        file = self._files[f"../{name}"] = OutputFile(self.folder / name, size)
+        file = self._files[name] = OutputFile(location, size, keep)
+        if not file.reserved and not self.notes:
+            self.notes.append(
+                f"the file system of {printable(self.out)} does not reserve room; a disk that fills up is noticed late"
+            )
         return file
 
     @property
-    def outputs(self) -> dict[str, OutputFile]:
-        """The files of the output by name; of this moment, for other threads ask too."""
-        return {name: file for name, file in dict(self._files).items() if file.path.parent == self.content}
+    def outputs(self) -> dict[str, Output]:
+        # A copy first, for other threads ask while files are added.
+        return {name: file for name, file in dict(self._files).items() if not name.startswith("../")}
 
     @property
     def published(self) -> bool:
-        """Whether what was made here is what is under the output's name."""
         try:
-            return self._made is not None and identity_of(self.out) == self._made
+            return self._made is not None and _identity_of(self._place) == self._made
         except OSError:
             return False
 
     @property
     def resumable(self) -> bool:
-        """Whether a next run could go on from here."""
-        return (self.folder / NAME).exists()
+        return (self.folder / JOURNAL).exists()
 
     def commit(self, as_folder: bool) -> None:
         """Makes the output visible under its name, durably: data, then names."""
         for file in self.outputs.values():
             if not file.synced:
                 file.sync()
-        for file in self._files.values():
-            file.close()
-        made = self.content
+        for each in self._files.values():
+            each.close()
+        made = self._content
         if as_folder:
-            sync_folder(self.content)
+            self._sync_folder(self._content)
         else:
-            (made,) = self.content.iterdir()
-        journal, put_by = self.folder / NAME, self.folder / _PUT_BY
+            (made,) = self._content.iterdir()
+        journal, put_by = self.folder / JOURNAL, self.folder / _PUT_BY
         try:
             if journal.exists():
                 os.rename(journal, put_by)  # so that what is left after a crash can be told from what can be continued
-            self._made = identity_of(made)
+            self._made = _identity_of(made)
             self._rename(made)
         except BaseException:
             if put_by.exists() and not self.published:
                 os.rename(put_by, journal)
             raise
         try:
-            sync_folder(self.out.parent)
+            self._sync_folder(self._place.parent)
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -143,29 +183,33 @@ class Staging:
             ) from error
         self.abort()
 
+    def _sync_folder(self, folder: Path) -> None:
+        if not system.sync_folder(folder):
+            note = f"the file system of {printable(self.out)} does not sync folders; a power failure may undo its name"
+            self.notes += [note] if note not in self.notes else []
+
     def _rename(self, made: Path) -> None:
         """One step, in which the name is either nothing or the old output before, and the new one after."""
-        empty_folder = self.out.is_dir() and not any(self.out.iterdir())
+        empty_folder = self._place.is_dir() and not any(self._place.iterdir())
         if not self._overwrite and not empty_folder:
-            if _rename2(made, self.out, _NOREPLACE):
-                return
-            check_writable(self.out, overwrite=False)
-            os.replace(made, self.out)
-        elif made.is_dir() and self.out.is_dir() and not empty_folder:
-            if not _rename2(made, self.out, _EXCHANGE):
+            if not _renamed_to_nothing(made, self._place):
+                check_writable(self._place, overwrite=False)
+                os.replace(made, self._place)
+        elif made.is_dir() and self._place.is_dir() and not empty_folder:
+            if not system.rename2(made, self._place, system.EXCHANGE):
                 self._rename_twice(made)
         else:
-            os.replace(made, self.out)
+            os.replace(made, self._place)
 
     def _rename_twice(self, made: Path) -> None:
         """For file systems that cannot exchange; a crash in between is mended by the next run."""
         replaced = self.folder / _REPLACED
-        os.rename(self.out, replaced)
+        os.rename(self._place, replaced)
         try:
-            os.replace(made, self.out)
+            os.replace(made, self._place)
         except BaseException:
-            if not self.out.exists():
-                os.rename(replaced, self.out)
+            if not self._place.exists():
+                os.rename(replaced, self._place)
             raise
 
     def abort(self, keep: bool = False) -> None:
@@ -173,10 +217,11 @@ class Staging:
         for file in self._files.values():
             file.close()
         self._files.clear()
+        self.record.end()
         if self._lock_fd >= 0:
             if not (keep and self.resumable):
-                _remove_folder(self.folder, self.out)
-            os.close(self._lock_fd)
+                _remove_folder(self.folder, self._place)
+            lock.release(self._lock_fd)
             self._lock_fd = -1
 
 
@@ -184,7 +229,7 @@ def staging_folder(out: Path) -> Path:
     return out.parent / f".{out.name}.streammerge"
 
 
-def identity_of(path: Path) -> tuple[int, int]:
+def _identity_of(path: Path) -> tuple[int, int]:
     """(device, inode) of a file or folder."""
     status = os.stat(path)
     return status.st_dev, status.st_ino
@@ -194,13 +239,13 @@ def _recover(folder: Path, out: Path) -> None:
     """Puts things right after a crash within a commit: an old output between two renames, a journal put by."""
     if (folder / _REPLACED).exists() and not os.path.lexists(out):
         os.rename(folder / _REPLACED, out)
-    if (folder / _PUT_BY).exists() and (folder / "output").is_dir() and not (folder / NAME).exists():
-        os.rename(folder / _PUT_BY, folder / NAME)
+    if (folder / _PUT_BY).exists() and (folder / "output").is_dir() and not (folder / JOURNAL).exists():
+        os.rename(folder / _PUT_BY, folder / JOURNAL)
 
 
 def _remove_ours(folder: Path) -> None:
     """Removes what runs make in a staging folder, but for its lock; what somebody else put there stays."""
-    for name in ("output", "staged", NAME, NEW, _PUT_BY, _REPLACED):
+    for name in ("output", "spooled", JOURNAL, NEW, _PUT_BY, _REPLACED):
         path = folder / name
         if path.is_dir() and not path.is_symlink():
             import shutil  # here, since looking at a file does without
@@ -223,58 +268,35 @@ def sweep(out: Path) -> None:
     """Removes what a run left that was killed and cannot be continued: it had not begun to write, or was done."""
     folder = staging_folder(out)
     with contextlib.suppress(OSError, LockedError):
-        if not folder.is_symlink() and folder.is_dir() and not (folder / NAME).exists():
-            fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        if not folder.is_symlink() and folder.is_dir() and not (folder / JOURNAL).exists():
+            fd = lock.opened(str(folder / "lock"))
             try:
-                if _owns(fd, out) and os.path.lexists(out):
+                lock.take(fd, str(folder), out)
+            except BaseException:
+                os.close(fd)
+                raise
+            try:
+                if _is_lock_of(fd, folder) and os.path.lexists(out):
                     _remove_folder(folder, out)
             finally:
-                os.close(fd)
+                lock.release(fd)
 
 
-def _owns(fd: int, out: Path) -> bool:
-    """Takes the lock; False when its file was removed meanwhile. LockedError when another run has it.
-
-    The lock is the kernel's, so it ends with its process, however that ends.
-    """
+def _is_lock_of(fd: int, folder: Path) -> bool:
+    """Whether that is the folder's lock file; False when it was removed meanwhile."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        owner = os.pread(fd, 20, 0).decode(errors="replace").strip()
-        locked = error.errno not in _UNSUPPORTED or _runs(owner)
-        if locked:
-            raise LockedError(
-                f"{printable(out)} is being written by process {printable(owner) or 'unknown'}; wait for it"
-            ) from error
-    try:
-        return os.path.samestat(os.fstat(fd), os.stat(staging_folder(out) / "lock"))
+        return os.path.samestat(os.fstat(fd), os.stat(folder / "lock"))
     except FileNotFoundError:
         return False
 
 
-def _runs(owner: str) -> bool:
-    """Whether that process is alive, for file systems that know no locks."""
+def _renamed_to_nothing(source: Path, target: Path) -> bool:
+    """Renames to a name that is free; False where the system cannot make sure of that. RecipeError when it is taken."""
     try:
-        os.kill(int(owner), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        pass
-    return int(owner) != os.getpid()
-
-
-def _rename2(source: Path, target: Path, flag: int) -> bool:
-    """renameat2; False where the kernel or the file system has none."""
-    if _renameat2 is None:
-        return False
-    if _renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flag) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in _UNSUPPORTED:
-        return False
-    if number == errno.EEXIST:
+        return system.rename2(source, target, system.NOREPLACE)
+    except FileExistsError:
         check_writable(target, overwrite=False)
-    raise OSError(number, os.strerror(number), str(target))
+        raise
 
 
 def check_writable(out: Path, overwrite: bool) -> None:
@@ -288,43 +310,25 @@ def check_writable(out: Path, overwrite: bool) -> None:
         raise RecipeError(f"{printable(out)} exists already; pass `overwrite=True` to replace it, or choose another name")
 
 
-def sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def write_text(path: Path, text: str, overwrite: bool) -> None:
+def write_whole(path: Path, data: bytes, overwrite: bool) -> None:
     """A small file, whole and durable, or not at all; RecipeError when it cannot be written, or is there already."""
     import tempfile
 
     try:
         fd, partial = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)
         try:
-            with os.fdopen(fd, "w", encoding="utf-8", errors="backslashreplace") as stream:
-                stream.write(text)
+            with os.fdopen(fd, "wb") as stream:
+                stream.write(data)
                 stream.flush()
-                os.fchmod(fd, 0o666 & ~_umask())
-                os.fsync(fd)
-            if overwrite or not _rename2(Path(partial), path, _NOREPLACE):
+                with contextlib.suppress(PermissionError):  # some file systems have no modes
+                    os.fchmod(fd, 0o666 & ~system.umask())
+                system.full_sync(fd)
+            if overwrite or not _renamed_to_nothing(Path(partial), path):
                 check_writable(path, overwrite)
                 os.replace(partial, path)
         except BaseException:
             os.unlink(partial)
             raise
-        sync_folder(path.parent)
+        system.sync_folder(path.parent)
     except OSError as error:
         raise RecipeError(f"cannot write {printable(path)}: {error.strerror}") from error
-
-
-def _umask() -> int:
-    """The file mode mask, which can only be asked for by setting it; Linux tells it without."""
-    with contextlib.suppress(OSError), open("/proc/self/status") as status:
-        for line in status:
-            if line.startswith("Umask:"):
-                return int(line.split()[1], 8)
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask

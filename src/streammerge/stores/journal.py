@@ -8,17 +8,14 @@ believed.
 from __future__ import annotations
 
 import json
-import os
 import threading
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from streammerge.stores.local import OutputFile, space_checked
+from streammerge.stores.base import Output, Record
 
-NAME, NEW = "journal", "journal.new"
 INTERVAL_SECONDS = 2.0
 """How long pieces are collected between two syncs: what a crash can cost at most, beside the time of one sync."""
 _STOP_SECONDS = 1.0
@@ -48,16 +45,34 @@ class Finished:
         return (self.offset, self.nbytes)
 
 
-def read(path: Path, plan: str) -> list[Finished] | None:
-    """The pieces that a journal of that plan vouches for; None where there is no such journal."""
-    try:
-        lines = [_checked(line) for line in path.read_bytes().split(b"\n")]
-    except OSError:
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """What an earlier run has left. ``plan``: what it was a run of, None when that line is damaged."""
+
+    plan: dict[str, Any] | None
+    pieces: list[Finished]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces)
+
+
+def read(record: Record) -> Earlier | None:
+    """What a journal says. None only when there is no journal; an OSError when it cannot be read."""
+    data = record.read()
+    if data is None:
         return None
-    if lines[0] != {"plan": plan}:
-        return None
+    first, *rest = [_checked(line) for line in data.split(b"\n")]
+    plan = first.get("plan") if first else None
+    if not isinstance(plan, dict):
+        return Earlier({} if plan else None, _pieces(rest))
+    return Earlier(plan, _pieces(rest))
+
+
+def _pieces(lines: Iterable[dict[str, Any] | None]) -> list[Finished]:
+    """The pieces up to the first line that is damaged."""
     found = []
-    for line in lines[1:]:
+    for line in lines:
         if line is None:
             break
         found.append(Finished(**line))
@@ -87,12 +102,15 @@ def _checked(line: bytes) -> dict[str, Any] | None:
 class Journal:
     """Syncs and writes down finished pieces, every few seconds, on a thread of its own.
 
+    ``plan``: what the run is a run of, as plain data with texts as keys; a run of an equal plan can go on from its pieces.
     ``files``: the output's files by name, at this moment. ``keeps``: whether anything is to be written down; if not, it
     syncs at the end only.
     """
 
-    def __init__(self, path: Path, plan: str, files: Callable[[], dict[str, OutputFile]], keeps: bool) -> None:
-        self._path, self.plan, self._files, self._keeps = path, plan, files, keeps
+    def __init__(
+        self, record: Record, plan: Mapping[str, Any], files: Callable[[], dict[str, Output]], keeps: bool
+    ) -> None:
+        self._record, self.plan, self._files, self._keeps = record, dict(plan), files, keeps
         self._waiting: list[Finished] = []
         self._written: list[Finished] = []
         self._broken: set[str] = set()
@@ -106,26 +124,21 @@ class Journal:
         """Bytes of the pieces that would be kept if the run ended now."""
         return sum(done.nbytes for done in self._written)
 
-    def take_over(self) -> list[Finished] | None:
-        """The pieces that an earlier run of the plan has left, which count as kept; None where there was no such run."""
-        found = read(self._path, self.plan)
-        self._written = list(found or ())
-        return found
+    def earlier(self) -> Earlier | None:
+        """What an earlier run has left, of whichever plan; None when there was none."""
+        return read(self._record)
+
+    def take_over(self, pieces: list[Finished]) -> None:
+        """Counts the pieces of an earlier run as kept."""
+        self._written = list(pieces)
 
     def begin(self, kept: Iterable[Finished]) -> None:
         """Starts anew with these pieces, which are on the disk already, and goes on from there."""
-        self._written, self._waiting, self._broken, self._asked = list(kept), [], set(), ""
+        kept = list(kept)
+        self._record.begin(_lines([json.dumps({"plan": self.plan}, separators=(",", ":")), *map(_json, kept)]))
+        self._written, self._waiting, self._broken, self._asked = kept, [], set(), ""
         self._writes, self._synced = self._keeps, False
-        partial = self._path.with_name(NEW)
-        with space_checked(partial, len(self._written) << 8):
-            fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o666)
-            try:
-                _append(fd, [json.dumps({"plan": self.plan}, separators=(",", ":")), *map(_json, self._written)])
-                os.replace(partial, self._path)
-            except BaseException:
-                os.close(fd)
-                raise
-        self._thread = threading.Thread(target=self._work, args=(fd,), name="streammerge-journal", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="streammerge-journal", daemon=True)
         self._thread.start()
 
     def add(self, done: Finished) -> None:
@@ -152,22 +165,22 @@ class Journal:
             self._asked = how
             self._wake.notify()
 
-    def _work(self, fd: int) -> None:
+    def _work(self) -> None:
         try:
             while not self._asked:
                 with self._wake:
                     self._wake.wait_for(lambda: self._asked, INTERVAL_SECONDS)
                     ready, self._waiting = self._waiting, []
                 if not self._asked:
-                    self._keep(fd, ready)
+                    self._keep(ready)
             if self._asked == "finish":
                 for name, file in self._files().items():
                     self._sync(name, file)
                 self._synced = True
         finally:
-            os.close(fd)
+            self._record.end()
 
-    def _keep(self, fd: int, ready: list[Finished]) -> None:
+    def _keep(self, ready: list[Finished]) -> None:
         if not self._writes:
             return
         files = self._files()
@@ -176,20 +189,17 @@ class Journal:
         whole = [done for done in ready if done.file not in self._broken]
         if whole and not self._asked:
             try:
-                _append(fd, map(_json, whole))
+                self._record.append(_lines(map(_json, whole)))
                 self._written += whole
             except OSError:  # then less is kept: what follows a torn line does not count
                 self._writes = False
 
-    def _sync(self, name: str, file: OutputFile) -> None:
+    def _sync(self, name: str, file: Output) -> None:
         try:
             file.sync()
         except OSError:
             self._broken.add(name)
 
 
-def _append(fd: int, lines: Iterable[str]) -> None:
-    data = memoryview(b"".join(map(_line, lines)))
-    while data:
-        data = data[os.write(fd, data) :]
-    os.fsync(fd)
+def _lines(texts: Iterable[str]) -> bytes:
+    return b"".join(map(_line, texts))

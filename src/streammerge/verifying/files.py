@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from streammerge.errors import FormatError, VerifyError, listed, printable
 from streammerge.formats import torch_zip
@@ -14,8 +13,8 @@ from streammerge.planning.receipt import ITSELF, Receipt, escaped
 from streammerge.running.executors.threads import ThreadExecutor
 from streammerge.running.readback import check_by_library, read_output
 from streammerge.running.reading import ChecksumWork
+from streammerge.stores.base import Location, outside
 from streammerge.stores.checksums import CRC32, Checksum
-from streammerge.stores.local import file_size, outside
 from streammerge.tensors.spec import ranges
 from streammerge.units import counted, decimal_bytes
 
@@ -32,7 +31,7 @@ class Verified:
     for rounding. ``notes``: what was not verified, and why.
     """
 
-    out: Path
+    out: Location
     tensors: int = 0
     files: int = 0
     checked_bytes: int = 0
@@ -79,15 +78,15 @@ class _Part:
     """Bytes of a file, and the checksum that they must have."""
 
     what: str
-    path: Path
+    path: Location
     offset: int
     nbytes: int
     checksum: int
 
 
-def check_files(out: Path, receipt: Receipt, workers: int) -> Verified:
+def check_files(out: Location, receipt: Receipt, workers: int) -> Verified:
     """Structure and checksums of every file. Raises VerifyError that names all that is wrong."""
-    if out.is_dir() == (ITSELF in receipt.checksums):
+    if out.is_folder() == (ITSELF in receipt.checksums):
         raise VerifyError(f"{printable(out)}: its receipt is that of another kind of output")
     parts: list[_Part] = []
     wrong: list[str] = []
@@ -101,11 +100,11 @@ def check_files(out: Path, receipt: Receipt, workers: int) -> Verified:
         if name == ITSELF or name.endswith(".safetensors"):
             tensors += _tensor_file(path, receipt.sums(name), receipt, parts, wrong)
         else:
-            parts.append(_Part(printable(name), path, 0, file_size(path), receipt.sums(name)[0]))
+            parts.append(_Part(printable(name), path, 0, path.size, receipt.sums(name)[0]))
     notes = []
-    if out.is_dir():
+    if out.is_folder():
         read_output(out)  # the index and its shards fit each other
-        extra = sorted({p.name for p in out.iterdir()} - {RECEIPT_FILE, *receipt.checksums})
+        extra = sorted({p.name for p in out.children()} - {RECEIPT_FILE, *receipt.checksums})
         wrong += [f"{printable(name)} does not belong to it" for name in extra if name.endswith(_LOADED)]
         beside = [name for name in extra if not name.endswith(_LOADED)]
         notes += [f"{listed(beside)} came later, and nobody knows what is in it"] if beside else []
@@ -116,7 +115,7 @@ def check_files(out: Path, receipt: Receipt, workers: int) -> Verified:
     return Verified(out, tensors, len(receipt.checksums), checked, receipt.digest, notes=notes)
 
 
-def _tensor_file(path: Path, sums: list[int], receipt: Receipt, parts: list[_Part], wrong: list[str]) -> int:
+def _tensor_file(path: Location, sums: list[int], receipt: Receipt, parts: list[_Part], wrong: list[str]) -> int:
     """The parts of a file of tensors; how many tensors it has."""
     container = read_output(path)
     (spans,) = container.tensor_spans().values()
@@ -137,9 +136,9 @@ def _tensor_file(path: Path, sums: list[int], receipt: Receipt, parts: list[_Par
     return len(spans) if container.pickled else len(container.tree)
 
 
-def rest_of(path: Path, spans: list[tuple[int, int]], receipt: Receipt) -> bytes:
+def rest_of(path: Location, spans: list[tuple[int, int]], receipt: Receipt) -> bytes:
     """What is around a file's tensors, its receipt blank as it was when it was planned."""
-    rest, final, blank = b"".join(outside(str(path), spans)), receipt.text(), receipt.blank().text()
+    rest, final, blank = b"".join(outside(path, spans)), receipt.text(), receipt.blank().text()
     if receipt.kind is CRC32:
         return torch_zip.with_blank_receipt(rest, final.encode(), blank.encode())
     return rest.replace(escaped(final), escaped(blank), 1)
@@ -149,7 +148,7 @@ def _wrong_parts(parts: list[_Part], kind: Checksum, workers: int) -> list[str]:
     """What of these does not have its checksum."""
     cut = [(part, start, stop) for part in parts for start, stop in ranges(part.nbytes, _RANGE_BYTES)]
     found: dict[_Part, list[tuple[int, int, int]]] = {part: [] for part in parts}
-    units = ((number, str(part.path), part.offset + start, stop - start) for number, (part, start, stop) in enumerate(cut))
+    units = ((number, part.path, part.offset + start, stop - start) for number, (part, start, stop) in enumerate(cut))
     with (
         closing(ThreadExecutor(workers)) as executor,
         closing(executor.run(ChecksumWork(kind), units)) as results,

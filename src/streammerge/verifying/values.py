@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoints.index import open_checkpoint
@@ -21,13 +19,16 @@ from streammerge.planning.tasks import MergeTask, Piece, pieces
 from streammerge.running.engine import run_all
 from streammerge.running.executors.threads import ThreadExecutor
 from streammerge.running.readback import read_output
-from streammerge.running.spooling import staged_tasks
-from streammerge.running.worker import Bench, Destination, Job, modules_of, new_key
+from streammerge.running.spooling import spooled_tasks
+from streammerge.running.worker import Bench, Destination, Job, lent, modules_of, new_key
 from streammerge.running.workspace import prepare_torch
+from streammerge.sources.stored import Stored
 from streammerge.stores import faults
+from streammerge.stores.base import Input, Location, Output, digest_outside
 from streammerge.stores.checksums import CRC32
+from streammerge.stores.inputs import InputFiles
 from streammerge.stores.journal import Key
-from streammerge.stores.local import InputFile, InputFiles, OutputFile, digest_outside, file_size
+from streammerge.stores.scratch import scratch
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import ranges
 from streammerge.tensors.threads import one_torch_thread
@@ -50,7 +51,7 @@ def check_inputs(plan: Plan, receipt: Receipt) -> None:
         raise ChangedError(f"the inputs are others: {listed(sorted(set(plan.input_files) ^ set(receipt.inputs)))}")
     for name, (path, spans) in plan.input_files.items():
         was = receipt.inputs[name]
-        same = file_size(path) == was["bytes"] and digest_outside(path, spans) == was["header_sha256"]
+        same = path.size == was["bytes"] and digest_outside(path, spans) == was["header_sha256"]
         if not same or ("sha256" in was and digest_outside(path, []) != was["sha256"]):
             raise ChangedError(f"{printable(path)} is not the file that was merged")
 
@@ -73,8 +74,8 @@ def recompute(verified: Verified, plan: Plan, receipt: Receipt, share: float, se
     if plan.torch_needed:
         prepare_torch()
         alone = one_torch_thread()
-    with tempfile.TemporaryDirectory(prefix="streammerge-") as folder, faults.survived(), alone:
-        check = _Recomputation(plan, sampled, chosen, Path(folder))
+    with scratch() as create, faults.survived(), alone:
+        check = _Recomputation(plan, sampled, chosen, create)
         wrong = check.repeated(check.in_float64())
     verified.sampled_tensors = len(sampled)
     verified.sampled_elems, verified.equal_elems = check.elems, check.equal
@@ -86,19 +87,19 @@ def recompute(verified: Verified, plan: Plan, receipt: Receipt, share: float, se
         )
 
 
-def _places(plan: Plan, out: Path, receipt: Receipt) -> tuple[list[tuple[MergeTask, str, int]], list[str]]:
+def _places(plan: Plan, out: Location, receipt: Receipt) -> tuple[list[tuple[MergeTask, Location, int]], list[str]]:
     """Each task, with where its bytes lie: file and offset. And the names of those for which that is not known.
 
     Where all that is around the tensors is what is planned now, so are their places. Another version of streammerge may
     lay out otherwise; then names, dtypes and shapes must do.
     """
-    paths = [out / file.name if out.is_dir() else out for file in plan.layout.files]
+    paths = [out / file.name if out.is_folder() else out for file in plan.layout.files]
     if all(_as_planned(path, file, receipt) for path, file in zip(paths, plan.layout.files, strict=True)):
-        return [(task, str(paths[task.file]), task.offset) for task in plan.tasks], []
-    index, found, skipped = open_checkpoint(out), list[tuple[MergeTask, str, int]](), list[str]()
+        return [(task, paths[task.file], task.offset) for task in plan.tasks], []
+    index, found, skipped = open_checkpoint(out), list[tuple[MergeTask, Location, int]](), list[str]()
     for task in plan.tasks:
         entry = index.entries.get(task.out.name)
-        if entry is not None and entry.mappable and entry.spec == task.out:
+        if isinstance(entry, Stored) and entry.spec == task.out:
             found.append((task, entry.path, entry.offset))
         else:
             skipped.append(task.out.name)
@@ -106,8 +107,8 @@ def _places(plan: Plan, out: Path, receipt: Receipt) -> tuple[list[tuple[MergeTa
     return found, skipped + [name for name in index.entries if name not in planned]
 
 
-def _as_planned(path: Path, file: LayoutFile, receipt: Receipt) -> bool:
-    if not path.is_file() or file_size(path) != file.size:
+def _as_planned(path: Location, file: LayoutFile, receipt: Receipt) -> bool:
+    if not path.is_file() or path.size != file.size:
         return False
     if not file.offsets:
         return True
@@ -120,16 +121,20 @@ def _as_planned(path: Path, file: LayoutFile, receipt: Receipt) -> bool:
 class _Recomputation:
     """Tasks run again by the engine, which is given comparisons where a merge gives it output files."""
 
-    def __init__(self, plan: Plan, places: dict[int, tuple[MergeTask, str, int]], chosen: set[Key], folder: Path) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        places: dict[int, tuple[MergeTask, Location, int]],
+        chosen: set[Key],
+        create: Callable[[int], Output],
+    ) -> None:
         self.plan, self.places = plan, list(places.values())
         at_of = {number: at for at, number in enumerate(places)}
         self.keys = {(at_of[number], start) for number, start in chosen}
         self.elems = self.equal = self.repeated_elems = 0
         self._inputs = InputFiles(plan.identities)
         tasks = [task for task, _, _ in self.places]
-        self._tasks = staged_tasks(
-            tasks, tasks, self._inputs, lambda size: OutputFile(folder / "staged", size), lambda entry: None
-        )
+        self._tasks = spooled_tasks(tasks, tasks, self._inputs, create, lambda tensor, record: None)
 
     def in_float64(self) -> set[Key]:
         """Compares with float64 results. Returns the pieces that must be repeated exactly."""
@@ -171,13 +176,12 @@ class _Recomputation:
         if not keys:
             return
         plan = self.plan
-        budget, io = budget_of(
-            tasks, plan.memory_bytes, plan.budget.workers, plan.io, staged=False, beside_bytes=_BESIDE_BYTES
-        )
-        modules = modules_of(tasks, CRC32, torch_needed=True)
+        budget, io = budget_of(tasks, plan.memory_bytes, plan.budget.workers, plan.io, beside_bytes=_BESIDE_BYTES)
+        modules = modules_of(tasks, CRC32, plan.torch_needed)
         job = Job(new_key(), budget, plan.identities, False, io == "mmap", CRC32, tuple(destinations), modules)
         with (
             closing(ThreadExecutor(budget.workers)) as executor,
+            lent(job, self._inputs),
             closing(run_all(job, executor, tasks, lambda piece: piece.key in keys)) as results,
         ):
             for done in results:
@@ -188,19 +192,22 @@ class _Recomputation:
 class _Repetition:
     """Where the bytes of a tensor are. Those that are made again are compared with them."""
 
-    path: str
+    location: Location
     offset: int
 
     def open(self, bench: Bench) -> _Repeated:
-        return _Repeated(self, bench.inputs.get(self.path))
+        return _Repeated(bench.inputs.get(self.location), self.offset)
 
 
 class _Repeated:
-    """Compares bytes with those that are there, and finds whether any differ."""
+    """Compares bytes, block by block, with those in the file, and finds whether any differ."""
 
-    def __init__(self, place: _Repetition, file: InputFile) -> None:
-        self._file, self._offset = file, place.offset
+    def __init__(self, file: Input, offset: int) -> None:
+        self._file, self._offset = file, offset
         self._differs = False
+
+    def found(self) -> bool:
+        return self._differs
 
     def write_full(self, data: Any, offset: int) -> None:
         there = bytearray(min(len(data), _REPEATED_BYTES))
@@ -212,30 +219,27 @@ class _Repeated:
                 self._differs = True
                 return
 
-    def found(self) -> bool:
-        return self._differs
-
 
 @dataclass(frozen=True, slots=True)
 class _Comparison:
-    """Where the numbers of a tensor are, and their dtype: float64 results are compared with them."""
+    """Where the numbers of a tensor are, and their dtype. Float64 results are compared with them."""
 
-    path: str
+    location: Location
     offset: int
     dtype: DType
 
     def open(self, bench: Bench) -> _Compared:
-        return _Compared(self, bench.inputs.get(self.path))
+        return _Compared(bench.inputs.get(self.location), self)
 
 
 class _Compared:
-    """Compares float64 numbers with those that are there.
+    """Compares float64 numbers with those in the file.
 
     It finds how many numbers there were, how many of them are the float64 result rounded once, and how many are further
     from it than rounding explains.
     """
 
-    def __init__(self, place: _Comparison, file: InputFile) -> None:
+    def __init__(self, file: Input, place: _Comparison) -> None:
         self._file, self._offset, self._dtype = file, place.offset, place.dtype
         self._counts = [0, 0, 0]
 

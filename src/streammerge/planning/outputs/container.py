@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 from streammerge.checkpoints.huggingface import CONFIG, HEADS, edited_config, is_embedding, read_config
 from streammerge.checkpoints.index import CheckpointIndex
@@ -26,8 +25,8 @@ from streammerge.planning.views import Indexes
 from streammerge.recipe.document import to_json, to_yaml
 from streammerge.recipe.locations import resolved, travelling_names
 from streammerge.recipe.model import Recipe
+from streammerge.stores.base import Location
 from streammerge.stores.checksums import CRC32, CRC32C
-from streammerge.stores.local import file_size
 from streammerge.tensors.spec import TensorSpec
 from streammerge.units import parse_bytes
 
@@ -35,24 +34,23 @@ PICKLED_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".th", ".tar")
 DEFAULT_SHARD_BYTES = parse_bytes("5GB")
 
 
-def container_of(out: str | Path) -> str:
+def container_of(out: Location) -> str:
     """ "safetensors", "pickle" or "folder", from the output's name. Raises RecipeError for a name that says neither."""
-    path, text = Path(out), str(out)
-    if text.endswith("/") or path.is_dir() or not path.suffix:
+    if out.ends_in_slash or out.is_folder() or not out.suffix:
         return "folder"
-    if path.suffix == ".safetensors":
+    if out.suffix == ".safetensors":
         return "safetensors"
-    if path.suffix in PICKLED_ENDINGS:
+    if out.suffix in PICKLED_ENDINGS:
         return "pickle"
     raise RecipeError(
-        f"{printable(path.name)} does not say what to write; end it in .safetensors, in .pth (.pt, .ckpt, .bin, .th) "
+        f"{printable(out.name)} does not say what to write; end it in .safetensors, in .pth (.pt, .ckpt, .bin, .th) "
         "or in / for a folder"
     )
 
 
-def plan_output(out: str | Path, recipe: Recipe, indexes: Indexes, alignment: Alignment, hashed: bool) -> Output:
+def plan_output(out: Location, recipe: Recipe, indexes: Indexes, alignment: Alignment, hashed: bool) -> Output:
     """The output of these tensors under that name. Pure: nothing is written. ``hashed``: the receipt has whole hashes."""
-    kind, name = container_of(out), Path(out).name
+    kind, name = container_of(out), out.name
     first = indexes[recipe.checkpoints[0]]
     names = travelling_names(recipe)
     inputs = input_files({names[each.path]: index for each, index in indexes.items()})
@@ -63,6 +61,7 @@ def plan_output(out: str | Path, recipe: Recipe, indexes: Indexes, alignment: Al
         CRC32 if kind == "pickle" else CRC32C,
         hashed,
         computed=recipe.merge_method is not COPY or recipe.recast is not None,
+        held={names[each.path]: index.nbytes for each, index in indexes.items() if index.in_memory},
     )
     made = _planned(kind, name, recipe, first, alignment, receipt)
     made.inputs = inputs
@@ -134,8 +133,8 @@ def _folder(
         notes.append(f"tied tensors are stored once, as Hugging Face folders have it: without {listed(tied)}")
     if len(shards) > 1:
         files.append(_index(shards))
-    copied: list[tuple[Path, str]] = []
-    folder = base.path if base.path.is_dir() else base.path.parent if base.path.name.endswith(".index.json") else None
+    copied: list[tuple[Location, str]] = []
+    folder = base.path if base.path.is_folder() else base.path.parent if base.path.name.endswith(".index.json") else None
     if folder is not None:
         copied, left = side_files(folder)
         if left:
@@ -154,14 +153,14 @@ def _folder(
 
 
 def _config(
-    folder: Path, recipe: Recipe, base: CheckpointIndex, alignment: Alignment, notes: list[str]
+    folder: Location, recipe: Recipe, base: CheckpointIndex, alignment: Alignment, notes: list[str]
 ) -> list[LayoutFile]:
     """The configuration, where the merge changed what it says: dtype, layers, a head of its own, the vocabulary."""
     config = read_config(folder)
     if config is None:
         return []
     dtype = recipe.recast.torch_name if recipe.recast else None
-    configs = {path: read_config(path) for r in alignment.restacked for path, _ in r.layers if path.is_dir()}
+    configs = {path: read_config(path) for r in alignment.restacked for path, _ in r.layers if path.is_folder()}
     restacked = [(r.stack, r.before, [(configs.get(path), n) for path, n in r.layers]) for r in alignment.restacked]
     embeddings = [m for m in alignment.merged if is_embedding(m.base_names[0]) and m.base_names[0] in base.entries]
     sizes = {(base.entries[m.base_names[0]].spec.shape[0], m.spec.shape[0]) for m in embeddings if m.spec.shape}
@@ -196,14 +195,14 @@ def _shards(recipe: Recipe, base: CheckpointIndex, alignment: Alignment) -> dict
     """File name -> tensors: as the first input has them, or filled in order up to the largest size."""
     grouped: list[list[Merged]] = [[]]
     merged, largest = alignment.merged, recipe.output.max_shard_size
-    homes = [] if alignment.restacked else [base.entries.get(m.base_names[0], m.sources[0]).path for m in merged]
+    homes = [] if alignment.restacked else [base.entries.get(m.base_names[0], m.sources[0]).begin[0] for m in merged]
     if len(set(homes)) > 1 and largest is None:
-        by_path: dict[str, list[Merged]] = {}
+        by_path: dict[Location, list[Merged]] = {}
         for m, path in zip(merged, homes, strict=True):
             by_path.setdefault(path, []).append(m)
         grouped = list(by_path.values())
-        if all(path.endswith(".safetensors") for path in by_path):
-            return {Path(path).name: members for path, members in by_path.items()}
+        if all(path.suffix == ".safetensors" for path in by_path):
+            return {path.name: members for path, members in by_path.items()}
     else:
         most, filled = largest or DEFAULT_SHARD_BYTES, 0
         for m in merged:
@@ -222,7 +221,3 @@ def _index(shards: dict[str, list[Merged]]) -> LayoutFile:
     total = sum(m.spec.nbytes for members in shards.values() for m in members)
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     return _text_file("model.safetensors.index.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def side_bytes(layout: Layout) -> int:
-    return sum(file_size(source) for source, _ in layout.side_files)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from streammerge.formats.base import LayoutFile
@@ -12,7 +11,9 @@ from streammerge.planning.alignment import Merged
 from streammerge.planning.receipt import InputSpans, Receipt
 from streammerge.recipe.locations import resolved
 from streammerge.recipe.model import Recipe
-from streammerge.tensors.spec import TensorEntry, TensorSpec
+from streammerge.sources.base import Source
+from streammerge.stores.base import Location
+from streammerge.tensors.spec import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,10 @@ class Layout:
     files: tuple[LayoutFile, ...]
     receipt: Receipt
     as_folder: bool = False
-    side_files: tuple[tuple[Path, str], ...] = ()
+    side_files: tuple[tuple[Location, str], ...] = ()
+
+    pickle_bytes: int = 0
+    """Data of pickles that is held while it is written: the pickle, and copies of it with its checksums."""
 
     @property
     def size(self) -> int:
@@ -37,7 +41,7 @@ class Placed:
     merged: Merged | None
     file: int
     offset: int
-    source: TensorEntry | None = None
+    source: Source | None = None
 
 
 @dataclass(slots=True)

@@ -1,7 +1,8 @@
 """How a process and its workers talk: pickles with their length in front, over a socket.
 
-The messages of the process that coordinates are WORK, UNIT, END (of the work) and QUIT; a worker answers with RESULT,
-ERROR, CLOSED (the work) and GONE.
+The process that coordinates sends WORK, with its number, UNIT, END (of the work) and QUIT to a worker, which answers with
+RESULT, ERROR, CLOSED (the work) and GONE. It sends STOP, with the number of the work that is not wanted any more, to the
+server.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-WORK, UNIT, END, QUIT, RESULT, ERROR, CLOSED, GONE = range(8)
+WORK, UNIT, END, QUIT, RESULT, ERROR, CLOSED, GONE, STOP = range(9)
 _HEAD = struct.Struct("<BQ")
 _RECEIVED_BYTES = 1 << 20
 Message = tuple[int, bytes]

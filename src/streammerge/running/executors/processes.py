@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import pickle
 import selectors
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
@@ -24,6 +22,7 @@ from streammerge.running.executors.messages import (
     ERROR,
     GONE,
     QUIT,
+    STOP,
     UNIT,
     WORK,
     Line,
@@ -34,7 +33,7 @@ from streammerge.running.executors.messages import (
     unpickled_error,
 )
 from streammerge.running.executors.registry import executor
-from streammerge.running.executors.server import CODE, ENVIRONMENT
+from streammerge.running.executors.server import CODE, ENVIRONMENT, numbered
 
 _UNITS_AHEAD = 2
 """Units that a worker has at once: one that it does, and one that waits, so that it never waits itself."""
@@ -136,25 +135,23 @@ class _Team:
     def __init__(self, workers: int, modules: tuple[str, ...]) -> None:
         self.modules = {*modules}
         self.broken = False
-        with tempfile.TemporaryFile(prefix="streammerge-") as file:
-            file.truncate(mmap.PAGESIZE)
-            self._stopping = mmap.mmap(file.fileno(), mmap.PAGESIZE)
-            control, theirs = socket.socketpair()
-            pairs = [socket.socketpair() for _ in range(workers)]
-            descriptors = [theirs.fileno(), file.fileno(), *(end.fileno() for _, end in pairs)]
-            path = [each for each in sys.path if isinstance(each, str)]
-            try:
-                self._server = subprocess.Popen(
-                    [sys.executable, "-c", CODE, ",".join(map(str, descriptors)), *path],
-                    stdin=subprocess.DEVNULL,
-                    stdout=2,  # what a method prints is not mixed into the caller's output
-                    env=os.environ | ENVIRONMENT,
-                    pass_fds=descriptors,
-                    start_new_session=True,  # so that Ctrl-C reaches the caller alone
-                )
-            finally:
-                for end in (theirs, *(end for _, end in pairs)):
-                    end.close()
+        self._number = 0
+        control, theirs = socket.socketpair()
+        pairs = [socket.socketpair() for _ in range(workers)]
+        descriptors = [theirs.fileno(), *(end.fileno() for _, end in pairs)]
+        path = [each for each in sys.path if isinstance(each, str)]
+        try:
+            self._server = subprocess.Popen(
+                [sys.executable, "-c", CODE, ",".join(map(str, descriptors)), *path],
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # what a method prints is not mixed into the caller's output
+                env=os.environ | ENVIRONMENT,
+                pass_fds=descriptors,
+                start_new_session=True,  # so that Ctrl-C reaches the caller alone
+            )
+        finally:
+            for end in (theirs, *(end for _, end in pairs)):
+                end.close()
         self._control, self._line = control, Line(control)
         self._links = [_Link(end) for end, _ in pairs]
         self._selector = selectors.DefaultSelector()
@@ -172,11 +169,11 @@ class _Team:
 
     def run(self, work: bytes, units: Iterable[Any], backlog: int) -> Iterator[Any]:
         """See :meth:`Executor.run`."""
-        self._stopping[0] = 0
+        self._number += 1
         source, more, most = iter(units), True, max(backlog, len(self._links))
         try:
             for link in self._links:
-                link.put(WORK, work)
+                link.put(WORK, numbered(self._number, work))
             while True:
                 while more and (idle := self._idlest(most)) is not None:
                     unit = next(source, _NOTHING)
@@ -194,9 +191,13 @@ class _Team:
             self._settle(wanted=True)
         except BaseException:
             if not self.broken:
-                self._stopping[0] = 1
+                self._stop()
                 self._settle(wanted=False)
             raise
+
+    def _stop(self) -> None:
+        with contextlib.suppress(OSError):  # the server is gone, and its workers with it
+            self._line.send(STOP, numbered(self._number))
 
     def _idlest(self, most: int) -> _Link | None:
         """The worker that has the fewest units; None where all have enough."""
@@ -292,11 +293,10 @@ class _Team:
             except subprocess.TimeoutExpired:
                 self._server.kill()
                 self._server.wait()
-            self._stopping.close()
         return grown
 
     def _quit(self) -> int:
-        self._stopping[0] = 1
+        self._stop()
         left, grown, deadline = {*self._links}, 0, time.monotonic() + _END_SECONDS
         for link in self._links:
             link.put(QUIT)

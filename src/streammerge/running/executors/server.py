@@ -16,6 +16,7 @@ import pickle
 import select
 import signal
 import socket
+import struct
 import sys
 from importlib import import_module
 from typing import Any, NoReturn
@@ -45,15 +46,21 @@ serve([*map(int, fds.split(","))])
 """Run by ``python -c``, with descriptors and the caller's ``sys.path`` as arguments."""
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 """Libraries then start no thread of their own in this process, which a fork would lose."""
+_NUMBER = struct.Struct("<Q")
 _PR_SET_PDEATHSIG = 1
 
 
+def numbered(number: int, work: bytes = b"") -> bytes:
+    """A work with its number, from 1 on; or the number alone, for those that are to stop it."""
+    return _NUMBER.pack(number) + work
+
+
 def serve(descriptors: list[int]) -> NoReturn:
-    """Forks a worker for each link; ``descriptors`` are the caller's line, the news of stopping, and the links."""
-    control, stop, *links = descriptors
+    """Forks a worker for each link; ``descriptors`` are the caller's line, and the links."""
+    control, *links = descriptors
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller decides what Ctrl-C means
     line = Line(socket.socket(fileno=control))
-    stopping = mmap.mmap(stop, mmap.PAGESIZE)
+    stopped = mmap.mmap(-1, _NUMBER.size)  # shared with the workers
     try:
         for module in pickle.loads(line.receive()[1]):
             import_module(module)
@@ -75,13 +82,13 @@ def serve(descriptors: list[int]) -> NoReturn:
         if not pid:
             for fd in (control, woken.fileno(), wake.fileno(), *(other for other in links if other != link)):
                 os.close(fd)
-            _work(socket.socket(fileno=link), stopping, server)
+            _work(socket.socket(fileno=link), stopped, server)
         workers[pid] = number
     for link in links:
         os.close(link)
     with contextlib.suppress(OSError):
         line.send(RESULT, pickled(([*workers], resident_bytes())))
-        _watch(control, woken, line, workers)
+        _watch(control, woken, line, workers, stopped)
     for pid in workers:
         os.kill(pid, signal.SIGKILL)
     for pid in workers:
@@ -89,8 +96,8 @@ def serve(descriptors: list[int]) -> NoReturn:
     os._exit(0)
 
 
-def _watch(control: int, woken: socket.socket, line: Line, workers: dict[int, int]) -> None:
-    """Tells the caller of each worker that ends, until the caller is gone."""
+def _watch(control: int, woken: socket.socket, line: Line, workers: dict[int, int], stopped: mmap.mmap) -> None:
+    """Tells the caller of each worker that ends, and the workers of a work that stops, until the caller is gone."""
     while True:
         ready, _, _ = select.select([control, woken.fileno()], [], [])
         if woken.fileno() in ready:
@@ -101,10 +108,13 @@ def _watch(control: int, woken: socket.socket, line: Line, workers: dict[int, in
                     break
                 line.send(GONE, pickled((workers.pop(pid), os.waitstatus_to_exitcode(status))))
         if control in ready:
-            return  # the caller sends nothing, so it has closed its end
+            try:
+                stopped[:] = line.receive()[1]
+            except EOFError:
+                return
 
 
-def _work(link: socket.socket, stopping: mmap.mmap, server: int) -> NoReturn:
+def _work(link: socket.socket, stopped: mmap.mmap, server: int) -> NoReturn:
     """The life of a worker process."""
     try:
         signal.set_wakeup_fd(-1)
@@ -115,7 +125,7 @@ def _work(link: socket.socket, stopping: mmap.mmap, server: int) -> NoReturn:
         if os.getppid() == server:
             if "torch" in sys.modules:
                 sys.modules["torch"].set_num_threads(1)
-            _serve_units(Line(link), Host(lambda: stopping[0] != 0))
+            _serve_units(Line(link), stopped)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the caller is gone
     except BaseException:  # noqa: BLE001 - nobody is left to take it
@@ -127,15 +137,17 @@ def _work(link: socket.socket, stopping: mmap.mmap, server: int) -> NoReturn:
         os._exit(0)
 
 
-def _serve_units(line: Line, host: Host) -> None:
-    growth = Growth()
+def _serve_units(line: Line, stopped: mmap.mmap) -> None:
+    growth, number = Growth(), 0
+    host = Host(lambda: _NUMBER.unpack(stopped)[0] >= number)
     worker: Any = None
     while True:
         kind, data = line.receive()
         answer: tuple[int, bytes] | None = None
         try:
             if kind == WORK:
-                worker = pickle.loads(data).open(host)
+                (number,) = _NUMBER.unpack_from(data)
+                worker = pickle.loads(memoryview(data)[_NUMBER.size :]).open(host)
             elif kind == UNIT and worker is not None and not host.stopping():
                 answer = RESULT, pickled(worker.run(pickle.loads(data)))
             elif kind == END:

@@ -1,0 +1,601 @@
+"""What a store is: the protocol between the code that merges and the places where bytes live.
+
+A :class:`Location` names a file or a folder in a store. A :class:`Store` answers what the location asks. A store of one's
+own needs :meth:`Store.status`, :meth:`Store.is_folder`, :meth:`Store.list_names` and :meth:`Store.opened` to hold inputs.
+It needs :meth:`Store.stage` and the methods beside that to hold outputs too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fnmatch
+import io
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO, ClassVar, NamedTuple
+
+from streammerge.errors import ChangedError, FormatError, RecipeError, SpaceError, printable
+from streammerge.units import decimal_bytes
+
+COPY_BYTES = 1 << 20
+"""Bytes that are copied or compared at once."""
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_MAGIC = re.compile(r"[*?[]")
+
+
+class Status(NamedTuple):
+    """A file at one moment. Equal statuses mean: the same bytes.
+
+    ``place``: which file it is; two names with the same place are one file. ``size``: bytes. ``version``: changes when
+    the content changes, such as a modification time or an entity tag.
+    """
+
+    place: tuple[object, ...]
+    size: int
+    version: object
+
+
+class Location:
+    """A file or folder in a store, by its name. Immutable, hashable, ordered, picklable.
+
+    ``key``: the name within the store, without a trailing slash. ``str()`` gives back what the user typed. Two locations
+    are equal when they have the same store and key; :meth:`resolve` makes two spellings of one place equal.
+    """
+
+    __slots__ = ("_hash", "_text", "key", "store")
+
+    def __init__(self, store: Store, key: str, text: str | None = None) -> None:
+        self.store = store
+        self.key = str(PurePosixPath(key))
+        self._text = store.spelled(self.key) if text is None else text
+        self._hash = hash((store.scheme, self.key))
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._text!r})"
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, Location) and self.key == other.key and self.store == other.store
+
+    def __lt__(self, other: Location) -> bool:
+        return (self.store.scheme, self.key) < (other.store.scheme, other.key)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.store, self.key, self._text)
+
+    # ------------------------------------------------------------------------------------- names; the store is not asked
+
+    @property
+    def name(self) -> str:
+        """The last part; "" for the root."""
+        return PurePosixPath(self.key).name
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.key).suffix
+
+    @property
+    def stem(self) -> str:
+        return PurePosixPath(self.key).stem
+
+    @property
+    def parent(self) -> Location:
+        return self._at(PurePosixPath(self.key).parent)
+
+    @property
+    def parents(self) -> tuple[Location, ...]:
+        return tuple(map(self._at, PurePosixPath(self.key).parents))
+
+    @property
+    def is_absolute(self) -> bool:
+        """Whether the name means the same wherever the process runs."""
+        return self.store.always_absolute or PurePosixPath(self.key).is_absolute()
+
+    @property
+    def ends_in_slash(self) -> bool:
+        """Whether the user typed it as a folder."""
+        return self._text.endswith("/")
+
+    @property
+    def has_magic(self) -> bool:
+        """Whether it reads as a pattern."""
+        return _MAGIC.search(self.key) is not None
+
+    def __truediv__(self, name: str) -> Location:
+        return self._at(PurePosixPath(self.key) / name)
+
+    def with_name(self, name: str) -> Location:
+        return self._at(PurePosixPath(self.key).with_name(name))
+
+    def relative_to(self, folder: Location) -> str:
+        """The part of the name below a folder. ValueError when it does not lie there."""
+        return PurePosixPath(self.key).relative_to(folder.key).as_posix()
+
+    def _at(self, key: PurePosixPath) -> Location:
+        return type(self)(self.store, str(key))
+
+    # ---------------------------------------------------------------------------------------------- what the store knows
+
+    def absolute(self) -> Location:
+        """The same, counted from the store's root; links stay."""
+        return self.store.absolute(self)
+
+    def resolve(self) -> Location:
+        """The same without links and relative parts: equal for two names of one place."""
+        return self.store.resolve(self)
+
+    def status(self) -> Status:
+        """The file now. FormatError when it is absent or no regular file."""
+        return self.store.status(self)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file. FormatError when it is absent or no regular file."""
+        return self.store.status(self).size
+
+    def exists(self) -> bool:
+        """Whether a file or folder is there, links followed."""
+        return self.store.exists(self)
+
+    def lexists(self) -> bool:
+        """Whether the name is there, even as a link that leads to nothing."""
+        return self.store.lexists(self)
+
+    def is_file(self) -> bool:
+        return self.store.is_file(self)
+
+    def is_folder(self) -> bool:
+        return self.store.is_folder(self)
+
+    def children(self) -> list[Location]:
+        """The files and folders directly in a folder, sorted by name. OSError when it cannot be listed."""
+        return [self / name for name in sorted(self.store.list_names(self))]
+
+    def glob(self) -> list[Location]:
+        """What the name, read as a pattern, matches."""
+        return self.store.glob(self)
+
+    def open(self, expected: Status | None = None, polite: bool = False, damaged: list[Damage] | None = None) -> Input:
+        """The file, opened for reading at offsets. ChangedError when it is no longer what was ``expected``."""
+        return self.store.open(self, expected, polite, damaged)
+
+    def stream(self) -> BinaryIO:
+        """The file, buffered, for parsing headers; to be closed. FormatError when it cannot be opened."""
+        return self.store.stream(self)
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Exactly ``nbytes`` at ``offset``. FormatError when the file ends before."""
+        with self.stream() as stream:
+            stream.seek(offset)
+            data = stream.read(nbytes)
+        if len(data) != nbytes:
+            raise FormatError(f"{printable(self)} ends at byte {offset + len(data)}, {nbytes - len(data)} bytes too early")
+        return data
+
+    def broken_link(self) -> str:
+        """What is wrong with a link that leads to nothing; "" for anything else."""
+        return self.store.broken_link(self)
+
+    @property
+    def local_path(self) -> str | None:
+        """The path by which other libraries can open it; None where it is no file of this machine."""
+        return self.store.local_path(self)
+
+    # ------------------------------------------------------------------------------------------------------------ outputs
+
+    def check_writable(self, overwrite: bool) -> None:
+        """RecipeError when the output exists and may not be replaced, or its folder is absent."""
+        self.store.check_writable(self, overwrite)
+
+    def stage(self, overwrite: bool = False) -> Staging:
+        """Begins an output under this name. LockedError when another run makes it, RecipeError when it may not be made."""
+        return self.store.stage(self, overwrite)
+
+    def reopen(self, size: int) -> Output:
+        """A file of an output in the making, opened once more: a worker process writes to it. OSError when absent."""
+        return self.store.reopen(self, size)
+
+    def sweep(self) -> None:
+        """Removes what a killed run left here, when it cannot be continued: it had not begun to write, or was done."""
+        self.store.sweep(self)
+
+    def write_whole(self, data: bytes, overwrite: bool) -> None:
+        """Writes a small file, whole and durable, or not at all. RecipeError when that cannot be done."""
+        self.store.write_whole(self, data, overwrite)
+
+    def make_folder(self) -> None:
+        """Makes the folder, and those above it, where they are absent."""
+        self.store.make_folder(self)
+
+    def free_bytes(self) -> int | None:
+        """Bytes that can still be written here; None when the store cannot tell."""
+        return self.store.free_bytes(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """Bytes of an input turned out to be gone while they were mapped. ``size``: bytes it had when it was opened."""
+
+    location: Location
+    size: int
+
+
+class Input(ABC):
+    """A file opened for reading. Any number of threads may read at once."""
+
+    location: Location
+    size: int
+
+    @abstractmethod
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fills the buffer from ``offset``. ChangedError when the file ends before."""
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        """The bytes without a copy where :attr:`Store.mappable` says so, else read into memory.
+
+        ChangedError when the file ends before.
+        """
+        buffer = memoryview(bytearray(nbytes))
+        self.read_into(buffer, offset)
+        return buffer
+
+    def release(self, offset: int, nbytes: int) -> None:
+        """The range is not needed soon: memory that it takes may be given back."""
+        return
+
+    def close(self) -> None:
+        """Gives the file back. Views of it stay valid."""
+        return
+
+    def ended(self, offset: int, nbytes: int) -> ChangedError:
+        """The error of a file that is shorter than it was."""
+        return ChangedError(
+            f"{printable(self.location)} ended before byte {offset + nbytes}: it was changed while it was read; start again"
+        )
+
+
+class Output(ABC):
+    """A file of known size in the making. Any number of threads may write at once, at offsets, in any order.
+
+    ``kept``: whether the bytes of an earlier run are in it. ``synced``: whether nothing was written since the last
+    :meth:`sync`.
+    """
+
+    location: Location
+    size: int
+    kept: bool = False
+    synced: bool = True
+
+    @abstractmethod
+    def write_full(self, data: Any, offset: int) -> None:
+        """Writes all bytes of a buffer at ``offset``. ValueError when they do not fit into the file."""
+
+    @abstractmethod
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        """Fills the buffer from ``offset``. Returns how many bytes there were."""
+
+    def check(self) -> None:
+        """Raises the OSError of a write that failed after it had seemed to succeed, as far as that is known."""
+        return
+
+    def copy_from(self, source: Input, source_offset: int, offset: int, nbytes: int) -> None:
+        """Copies bytes of an input. ChangedError when it ends before."""
+        for start in range(0, nbytes, COPY_BYTES):
+            piece = memoryview(bytearray(min(COPY_BYTES, nbytes - start)))
+            source.read_into(piece, source_offset + start)
+            self.write_full(piece, offset + start)
+
+    def sync(self) -> None:
+        """Waits until all that was written is durable. After an OSError nothing of the file may be trusted."""
+        self.synced = True
+
+    def close(self) -> None:
+        """Ends writing."""
+        return
+
+    def check_range(self, offset: int, nbytes: int) -> None:
+        """ValueError when the bytes do not fit into the file."""
+        if offset < 0 or offset + nbytes > self.size:
+            name = self.location.name
+            raise ValueError(f"bytes {offset} to {offset + nbytes} lie outside {name} of {self.size} bytes")
+
+
+class Record(ABC):
+    """A small file beside an output in the making, to which the journal appends."""
+
+    @abstractmethod
+    def read(self) -> bytes | None:
+        """All of it. None only when it is absent; an OSError means that it may be there."""
+
+    @abstractmethod
+    def begin(self, data: bytes) -> None:
+        """Puts these bytes in place of all it had, in one step, durably, and takes more from then on."""
+
+    @abstractmethod
+    def append(self, data: bytes) -> None:
+        """Adds bytes, durably."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """Takes no more."""
+
+
+class Staging(ABC):
+    """An output in the making, which appears under its name whole, at :meth:`commit`, or not at all.
+
+    One run at a time has it. ``home``: the hidden folder that holds all of it. ``content``: the folder in which its files
+    can be read back before they are published.
+    ``notes``: sentences about promises that this place cannot keep. ``record``: where the journal is kept.
+    """
+
+    out: Location
+    home: Location
+    content: Location
+    record: Record
+    notes: list[str]
+
+    @abstractmethod
+    def create(self, name: str, size: int, keep: bool = False) -> Output:
+        """A file of the output. ``keep``: with the bytes of an earlier run, when they are there in this size."""
+
+    @abstractmethod
+    def temporary(self, name: str, size: int) -> Output:
+        """A file that can be read back by its location and goes when the staging ends."""
+
+    @property
+    @abstractmethod
+    def outputs(self) -> dict[str, Output]:
+        """The files of the output by name, at this moment."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Removes what an earlier run left."""
+
+    @abstractmethod
+    def commit(self, as_folder: bool) -> None:
+        """Publishes: in one step, readers see the new output instead of nothing or of the old one."""
+
+    @abstractmethod
+    def abort(self, keep: bool = False) -> None:
+        """Removes all that was made, or leaves it for a next run to continue. Does nothing after a commit."""
+
+    @property
+    @abstractmethod
+    def published(self) -> bool:
+        """Whether what was made here is under the output's name."""
+
+    @property
+    @abstractmethod
+    def resumable(self) -> bool:
+        """Whether a next run can continue from here."""
+
+
+class Store(ABC):
+    """A place where bytes live, named by the ``scheme`` in ``scheme://name``.
+
+    ``mappable``: whether :meth:`Input.view` needs no memory of its own. ``one_process``: whether other processes see
+    other bytes, so that workers have to be threads. ``always_absolute``: whether names never depend on where a process
+    runs. A store pickles by its class, so its constructor takes no arguments.
+    """
+
+    scheme: ClassVar[str]
+    mappable: ClassVar[bool] = False
+    one_process: ClassVar[bool] = False
+    always_absolute: ClassVar[bool] = True
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        return type(self), ()
+
+    # -------------------------------------------------------------------------------------------------------------- names
+
+    def parse(self, text: str) -> Location:
+        """The location that a user means by ``scheme://name``. RecipeError for what is no name."""
+        return Location(self, text.removeprefix(f"{self.scheme}://"), text)
+
+    def spelled(self, key: str) -> str:
+        """What a user types for a key."""
+        return f"{self.scheme}://{key}"
+
+    def absolute(self, location: Location) -> Location:
+        return location
+
+    def resolve(self, location: Location) -> Location:
+        return location
+
+    def local_path(self, location: Location) -> str | None:
+        return None
+
+    def broken_link(self, location: Location) -> str:
+        return ""
+
+    # ------------------------------------------------------------------------------------------------------------- inputs
+
+    @abstractmethod
+    def status(self, location: Location) -> Status:
+        """See :meth:`Location.status`."""
+
+    @abstractmethod
+    def is_folder(self, location: Location) -> bool: ...
+
+    @abstractmethod
+    def list_names(self, location: Location) -> list[str]:
+        """Names directly in a folder, in any order. OSError when it cannot be listed."""
+
+    @abstractmethod
+    def opened(self, location: Location) -> Input:
+        """The file, opened for reading. FormatError when it is absent or no regular file."""
+
+    def open(
+        self, location: Location, expected: Status | None = None, polite: bool = False, damaged: list[Damage] | None = None
+    ) -> Input:
+        """See :meth:`Location.open`.
+
+        ``polite``: what is released leaves caches too. ``damaged``: takes up what turns out to be gone after it was mapped.
+        """
+        self.check_expected(location, expected)
+        return self.opened(location)
+
+    def check_expected(self, location: Location, expected: Status | None) -> None:
+        """ChangedError when a file is no longer what was expected of it."""
+        if expected is None:
+            return
+        try:
+            same = self.status(location) == expected
+        except FormatError as error:
+            raise ChangedError(f"{printable(location)} is gone since it was planned; run the command again") from error
+        if not same:
+            raise ChangedError(f"{printable(location)} changed since it was planned; run the command again")
+
+    def is_file(self, location: Location) -> bool:
+        try:
+            self.status(location)
+        except FormatError:
+            return False
+        return True
+
+    def exists(self, location: Location) -> bool:
+        return self.is_folder(location) or self.is_file(location)
+
+    def lexists(self, location: Location) -> bool:
+        return self.exists(location)
+
+    def stream(self, location: Location) -> BinaryIO:
+        self.status(location)
+        return io.BufferedReader(_Stream(self.open(location)))
+
+    def glob(self, location: Location) -> list[Location]:
+        """What a pattern matches, part by part: ``*`` stays within a folder."""
+        parts = PurePosixPath(location.key).parts
+        plain = next((n for n, part in enumerate(parts) if _MAGIC.search(part)), len(parts))
+        found = [location._at(PurePosixPath(*parts[:plain]))]
+        for part in parts[plain:]:
+            if _MAGIC.search(part) is None:
+                found = [each / part for each in found]
+                continue
+            inside = [child for each in found if each.is_folder() for child in each.children()]
+            hidden = part.startswith(".")
+            found = [c for c in inside if fnmatch.fnmatchcase(c.name, part) and (hidden or not c.name.startswith("."))]
+        return [each for each in found if each.exists()]
+
+    # ------------------------------------------------------------------------------------------------------------ outputs
+
+    def check_writable(self, location: Location, overwrite: bool) -> None:
+        raise self._read_only(location)
+
+    def stage(self, location: Location, overwrite: bool = False) -> Staging:
+        raise self._read_only(location)
+
+    def reopen(self, location: Location, size: int) -> Output:
+        raise self._read_only(location)
+
+    def write_whole(self, location: Location, data: bytes, overwrite: bool) -> None:
+        raise self._read_only(location)
+
+    def make_folder(self, location: Location) -> None:
+        raise self._read_only(location)
+
+    def sweep(self, location: Location) -> None:
+        return
+
+    def free_bytes(self, location: Location) -> int | None:
+        return None
+
+    def _read_only(self, location: Location) -> RecipeError:
+        return RecipeError(f"{printable(location)}: the store {self.scheme}:// can be read only; write to another place")
+
+
+class _Stream(io.RawIOBase):
+    """An input as an unbuffered stream."""
+
+    def __init__(self, source: Input) -> None:
+        self.source, self.position = source, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.source.size}[whence]
+        if self.position < 0:
+            raise ValueError(f"negative seek position {self.position}")
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        count = max(min(len(view), self.source.size - self.position), 0)
+        if count:
+            self.source.read_into(view[:count], self.position)
+        self.position += count
+        return count
+
+    def close(self) -> None:
+        if not self.closed:
+            self.source.close()
+        super().close()
+
+
+def outside(location: Location, spans: list[tuple[int, int]]) -> Iterator[bytes]:
+    """All bytes of a file but those of the given (offset, bytes), which are in order."""
+    cursor = 0
+    with location.stream() as stream:
+        for offset, nbytes in (*spans, (stream.seek(0, io.SEEK_END), 0)):
+            stream.seek(cursor)
+            while cursor < offset:
+                data = stream.read(min(offset - cursor, COPY_BYTES))
+                if not data:
+                    return
+                yield data
+                cursor += len(data)
+            cursor = max(cursor, offset + nbytes)
+
+
+def digest_outside(location: Location, spans: list[tuple[int, int]]) -> str:
+    """SHA-256 of a file but for the given (offset, bytes)."""
+    import hashlib  # here, since it brings all of OpenSSL
+
+    digest = hashlib.sha256()
+    for data in outside(location, spans):
+        digest.update(data)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def space_checked(location: Location, nbytes: int) -> Iterator[None]:
+    """Turns "no space left" into a SpaceError that says how much is missing."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        raise no_room(location, nbytes, error.strerror or "") from error
+
+
+def no_room(location: Location, nbytes: int, why: str = "") -> SpaceError:
+    """The error of a file of ``nbytes`` that does not fit."""
+    free, needed = location.parent.free_bytes(), f"no room for {printable(location.name)}: it needs {decimal_bytes(nbytes)}"
+    if free is None:
+        return SpaceError(f"{needed} ({why})")
+    missing = f"{decimal_bytes(nbytes - free)} are missing" if nbytes > free else why
+    return SpaceError(f"{needed}, {decimal_bytes(free)} are free on that disk ({missing})")

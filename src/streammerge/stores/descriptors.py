@@ -1,0 +1,205 @@
+"""Open files of this process, bounded: the longest unused is closed when there are many, one in use never is.
+
+A :class:`Descriptor` opens its file when it is used and may lose it between two uses. So 2,000 shards are written, and
+600 are read, under a limit of a few dozen open files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+from streammerge.errors import BudgetError
+
+try:
+    import resource
+except ImportError:  # pragma: no cover - a platform without limits of this kind
+    resource = None  # type: ignore[assignment]
+
+SPARE = 12
+"""Open files that are not counted one by one: the lock, the journal, a folder that is synced, a library that
+reads a header."""
+_MOST_OPEN = 512
+_LEAST_OPEN = 4
+_MOST_LIMIT = 16_384
+_UNKNOWN_OPEN = 32
+MAPS_HOLD_FILES = sys.version_info < (3, 13)
+"""Whether each mapped file keeps a descriptor of its own, which Python duplicates."""
+
+_lock = threading.RLock()  # reentrant, since the garbage collector may end a Descriptor anywhere
+_open: set[Descriptor] = set()
+_clock = itertools.count()
+_users = 0
+_most = 0
+_raised: tuple[int, int] | None = None
+
+
+class Descriptor:
+    """A file that is open while it is used::
+
+        with descriptor as fd:
+            os.pread(fd, 100, 0)
+
+    ``opened`` opens it and is called again after it was closed between two uses. ``before_closing`` is called then.
+    """
+
+    __slots__ = ("_before_closing", "_ended", "_fd", "_users", "last_used", "opened")
+
+    def __init__(self, opened: Callable[[], int], before_closing: Callable[[], object] | None = None) -> None:
+        self.opened, self._before_closing = opened, before_closing
+        self._fd, self._users, self._ended, self.last_used = -1, 0, False, 0
+
+    def __enter__(self) -> int:
+        with _lock:
+            if self._fd < 0:
+                if self._ended:
+                    raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+                _make_room(limit() - 1)
+                self._fd = _opened(self.opened)
+                _open.add(self)
+            self._users += 1
+            self.last_used = next(_clock)
+            return self._fd
+
+    def __exit__(self, *error: object) -> None:
+        with _lock:
+            self._users -= 1
+            if self._ended:
+                self._close()
+
+    @property
+    def idle(self) -> bool:
+        return not self._users
+
+    def close(self) -> None:
+        """Closes it for good, after those that use it now."""
+        with _lock:
+            self._ended = True
+            self._close()
+
+    def retire(self) -> None:
+        """Closes it until it is used again."""
+        if self._before_closing is not None:
+            self._before_closing()
+        self._close()
+
+    def _close(self) -> None:
+        if self._fd >= 0 and not self._users:
+            fd, self._fd = self._fd, -1
+            _open.discard(self)
+            os.close(fd)
+
+
+def _make_room(most: int) -> None:
+    """Closes what is longest unused until at most so many are open; fewer close when more are in use."""
+    if len(_open) > most:
+        idle = sorted((each for each in _open if each.idle), key=lambda each: each.last_used)
+        for each in idle[: len(_open) - most]:
+            each.retire()
+
+
+def _opened(open_: Callable[[], int]) -> int:
+    """Opens, and once more without idle files when the limit on open files is reached."""
+    try:
+        return open_()
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        _make_room(0)
+        return open_()
+
+
+def limit() -> int:
+    """How many descriptors are kept open at most, unless more are in use."""
+    global _most
+    if not _most:
+        _most = max(min(_room() // 3, _MOST_OPEN), _LEAST_OPEN)
+    return _most
+
+
+def mapped_at_once(workers: int) -> int:
+    """How many files may be mapped at one time, beside so many workers that read and write."""
+    if not MAPS_HOLD_FILES or resource is None:
+        return _MOST_LIMIT
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_LIMIT if hard == resource.RLIM_INFINITY else min(hard, _MOST_LIMIT)
+    return max(most - _others() - SPARE - 2 * workers, 0) // 2
+
+
+def _others() -> int:
+    """Open files of this process that are not in our hands."""
+    with contextlib.suppress(OSError):
+        return len(os.listdir("/proc/self/fd" if sys.platform == "linux" else "/dev/fd")) - len(_open)
+    return _UNKNOWN_OPEN
+
+
+def _room() -> int:
+    """Files that may be opened, counting those in our hands."""
+    if resource is None:
+        return 3 * _MOST_OPEN
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (_MOST_LIMIT if soft == resource.RLIM_INFINITY else soft) - _others() - SPARE
+
+
+@contextlib.contextmanager
+def room_for(files: int, workers: int) -> Iterator[None]:
+    """Meanwhile so many files may be open at once, or as many as the system allows.
+
+    Raises the soft limit towards the hard one when it is too low, and puts it back afterwards. BudgetError when not even
+    the workers could each have the files that they use at one time.
+    """
+    global _users, _most
+    with _lock:
+        _users += 1
+        _raise_limit(2 * files + 2 * workers)
+        _most = 0
+    try:
+        least, room = 2 * workers + 2, _room()
+        if room < least:
+            raise BudgetError(
+                f"the limit on open files leaves room for {max(room, 0)}, and {workers} workers need {least}; "
+                "allow more (ulimit -n), or take fewer workers"
+            )
+        yield
+    finally:
+        with _lock:
+            _users -= 1
+            if not _users:
+                _restore_limit()
+            _most = 0
+
+
+def _raise_limit(wanted: int) -> None:
+    global _raised
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_LIMIT if hard == resource.RLIM_INFINITY else hard
+    needed = min(wanted + _others() + SPARE, _MOST_LIMIT, most)
+    if soft != resource.RLIM_INFINITY and needed > soft:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+            _raised = (_raised[0] if _raised else soft, needed)
+
+
+def _restore_limit() -> None:
+    """Puts the soft limit back, unless somebody else has changed it meanwhile."""
+    global _raised
+    if _raised is not None and resource is not None:
+        before, ours = _raised
+        _raised = None
+        _make_room(max(min(before // 3, _MOST_OPEN), _LEAST_OPEN))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft == ours:
+            with contextlib.suppress(OSError, ValueError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (before, hard))
+
+
+if hasattr(os, "register_at_fork"):
+    # A child must not inherit the lock from a thread that it does not have.
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)

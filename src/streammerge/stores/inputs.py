@@ -1,0 +1,69 @@
+"""The inputs of a run, opened as they are needed."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+
+from streammerge.errors import ChangedError, FormatError, printable
+from streammerge.stores import descriptors
+from streammerge.stores.base import Damage, Input, Location, Status
+
+
+class InputFiles:
+    """Opens each input once; the longest unused are let go when there are many. One that is held stays open.
+
+    ``expected``: what the files were when they were planned. ``polite``: what is released leaves caches too.
+    """
+
+    def __init__(self, expected: Mapping[Location, Status], polite: bool = False) -> None:
+        self._expected, self._polite = expected, polite
+        self._files: OrderedDict[Location, Input] = OrderedDict()
+        self._damaged: list[Damage] = []
+        self._lock = threading.Lock()
+
+    def get(self, location: Location) -> Input:
+        with self._lock:
+            file = self._files.pop(location, None)
+            if file is None:
+                if len(self._files) >= descriptors.limit():
+                    self._files.popitem(last=False)
+                file = location.open(self._expected.get(location), self._polite, self._damaged)
+            self._files[location] = file
+            return file
+
+    def close(self) -> None:
+        """Gives back all that is mapped, and lets go of the files."""
+        self.release()
+        with self._lock:
+            self._files.clear()
+
+    def release(self) -> None:
+        """Gives back what is left of them; some pages cannot go while their neighbours are in use."""
+        with self._lock:
+            for file in self._files.values():
+                file.release(0, file.size)
+
+    def check_whole(self) -> None:
+        """ChangedError when mapped pages of an input turned out to be gone."""
+        for damage in self._damaged:
+            try:
+                truncated = damage.location.status().size < damage.size
+            except FormatError:
+                truncated = True
+            if truncated:
+                raise ChangedError(
+                    f"{printable(damage.location)} was truncated while it was read; nothing was written, start again"
+                )
+            raise OSError(errno.EIO, f"{printable(damage.location)} could not be read: the disk or the network failed")
+
+    def check_unchanged(self) -> None:
+        """ChangedError when any input is no longer the file that was planned."""
+        self.check_whole()
+        for location, expected in self._expected.items():
+            if location.status() != expected:
+                raise ChangedError(
+                    f"{printable(location)} changed while it was read; nothing was written, run the command again"
+                )

@@ -1,0 +1,51 @@
+"""From what a user typed to a :class:`Location`: the one border where text becomes a place."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from streammerge.errors import RecipeError
+from streammerge.stores.base import Location
+from streammerge.stores.local import LOCAL
+from streammerge.stores.registry import store_of
+
+Place = str | os.PathLike[str] | Location
+"""What a user may give as the place of a checkpoint: ``scheme://name``, or a path."""
+_SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://")
+
+
+def parse(place: Place, within: Location | None = None) -> Location:
+    """The location that is meant. A relative path counts from ``within``; a path object is always a path.
+
+    ``~`` and ``~user`` at the beginning are the home folder. Raises RecipeError for a scheme of no known store.
+    """
+    if isinstance(place, Location):
+        return place
+    if not isinstance(place, str):
+        try:
+            return LOCAL.parse(os.fsdecode(os.fspath(place)))
+        except TypeError:
+            raise RecipeError(
+                f"{place!r} is not a path, but a {type(place).__name__}; give text or a path object"
+            ) from None
+    if found := _SCHEME.match(place):
+        return store_of(found[1].lower()).parse(place)
+    path = LOCAL.parse(place)
+    if within is None or path.is_absolute or within == HERE:
+        return path
+    return within.store.parse(f"{str(within).rstrip('/')}/{place}")
+
+
+def resolved(place: Place) -> Location:
+    """The location without links and relative parts: equal for two names of one place."""
+    return parse(place).resolve()
+
+
+def has_scheme(text: str) -> bool:
+    """Whether a text names its store, and so means the same everywhere."""
+    return _SCHEME.match(text) is not None
+
+
+HERE = LOCAL.parse(".")
+"""The folder in which the process runs."""

@@ -1,0 +1,28 @@
+"""Files for a while: for what a check has to copy out, beside no output."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from streammerge.stores.base import Output
+from streammerge.stores.files import OutputFile
+from streammerge.stores.local import LOCAL
+
+
+@contextmanager
+def scratch() -> Iterator[Callable[[int], Output]]:
+    """Makes files of a size, in a temporary folder that goes with the block."""
+    with tempfile.TemporaryDirectory(prefix="streammerge-") as folder:
+        home, made = LOCAL.parse(folder), list[OutputFile]()
+
+        def create(size: int) -> Output:
+            made.append(OutputFile(home / str(len(made)), size))
+            return made[-1]
+
+        try:
+            yield create
+        finally:
+            for file in made:
+                file.close()

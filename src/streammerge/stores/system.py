@@ -1,0 +1,139 @@
+"""Calls that a file system or platform may lack. Each says what it could do; nothing here fails for being absent."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import sys
+
+AT_FDCWD = -100
+NOREPLACE, EXCHANGE = 1, 2
+UNSUPPORTED = frozenset(
+    getattr(errno, name)
+    for name in ("ENOSYS", "EINVAL", "EOPNOTSUPP", "ENOTSUP", "ENOTTY", "ENOLCK")
+    if hasattr(errno, name)
+)
+_SYNC_FILE_RANGE_WRITE = 2
+_libc = ctypes.CDLL(None, use_errno=True)
+_fallocate = getattr(_libc, "fallocate", None) if sys.maxsize > 1 << 32 else None
+_renameat2 = getattr(_libc, "renameat2", None)
+_sync_file_range = getattr(_libc, "sync_file_range", None)
+
+
+def reserve(fd: int, nbytes: int) -> bool:
+    """Makes the file that long, with room reserved on the disk. False when the file system reserves nothing.
+
+    The C library's ``posix_fallocate`` would write a byte into each block where the system has no such call.
+    """
+    number = errno.ENOSYS
+    if _fallocate is not None and nbytes:
+        while _fallocate(fd, 0, ctypes.c_longlong(0), ctypes.c_longlong(nbytes)) != 0:
+            number = ctypes.get_errno()
+            if number == errno.EINTR:
+                continue
+            if number not in UNSUPPORTED and number != errno.EPERM:
+                raise OSError(number, os.strerror(number))
+            break
+        else:
+            return True
+    os.ftruncate(fd, nbytes)
+    return not nbytes
+
+
+def full_sync(fd: int) -> None:
+    """Waits until the disk has all that was written to the file; on macOS, past the cache of the drive itself."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        try:
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+        else:
+            return
+    os.fsync(fd)
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> bool:
+    """Makes the names in a folder durable. False when the file system cannot sync a folder."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED and error.errno != errno.EBADF:
+            raise
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def rename2(source: str | os.PathLike[str], target: str | os.PathLike[str], flag: int) -> bool:
+    """``renameat2``; False when the kernel or the file system has none. FileExistsError when the target is there."""
+    if _renameat2 is None:
+        return False
+    if _renameat2(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), flag) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in UNSUPPORTED:
+        return False
+    raise OSError(number, os.strerror(number), os.fspath(target))
+
+
+def start_writing(fd: int, offset: int, nbytes: int) -> None:
+    """Lets the disk begin with a range, without waiting, so that the final sync is short."""
+    if _sync_file_range is not None:
+        _sync_file_range(fd, ctypes.c_longlong(offset), ctypes.c_longlong(nbytes), _SYNC_FILE_RANGE_WRITE)
+
+
+def open_direct(path: str) -> int:
+    """The file opened for writing past the page cache; -1 when that cannot be."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECT)
+    except AttributeError:
+        return -1
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
+        return -1
+
+
+def pread_into(fd: int, buffer: memoryview, offset: int) -> int:
+    """Reads into a buffer; how many bytes came, which may be fewer."""
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [buffer], offset)
+    data = os.pread(fd, len(buffer), offset)
+    buffer[: len(data)] = data
+    return len(data)
+
+
+def copy_range(source_fd: int, source_offset: int, fd: int, offset: int, nbytes: int) -> int:
+    """Copies inside the kernel; how many bytes, 0 when the file systems cannot, or the source has ended."""
+    try:
+        return os.copy_file_range(source_fd, fd, nbytes, source_offset, offset)
+    except AttributeError:
+        return 0
+    except OSError as error:
+        if error.errno not in UNSUPPORTED and error.errno not in (errno.EXDEV, errno.EPERM, errno.ETXTBSY):
+            raise
+        return 0
+
+
+def drop_cached(fd: int, offset: int, nbytes: int) -> None:
+    """Gives the page cache of a range back, as far as the system takes advice."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):
+            os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+
+def umask() -> int:
+    """The file mode mask, which can only be asked for by setting it; Linux tells it without."""
+    with contextlib.suppress(OSError), open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
