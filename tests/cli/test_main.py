@@ -2,74 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pty
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Cli, trained
-
-import streammerge as sm
-
-
-def test_merge_reports_in_the_promised_order(cli: Cli, tmp_path: Path, voices: tuple[Path, Path]) -> None:
-    done = cli("merge", "news.pth", "audiobook.pth", "--weights", "0.6,0.4", "-o", "voice.pth")
-    wrote, speed, memory = done.stdout.splitlines()
-    assert wrote.startswith("wrote voice.pth (9 tensors, ")
-    assert re.fullmatch(r"read [\d.]+ [kM]B, wrote [\d.]+ kB in [\d.]+ s \([\d.]+ [kM]B/s\)", speed)
-    assert re.fullmatch(
-        r"peak memory [\d.]+ (bytes|[KM]iB) of 512 MiB \(above the \d+ MiB start-up footprint; \d+ MiB resident in all\)",
-        memory,
-    )
-    assert "note: left out of the output: optimizer, scheduler, scaler" in done.stderr
-
-
-def test_json_is_one_object_on_stdout_and_events_on_stderr(cli: Cli, voices: tuple[Path, Path]) -> None:
-    done = cli("merge", *voices, "-o", "voice.pth", "--format", "json")
-    result = json.loads(done.stdout)
-    assert {"out", "read_bytes", "written_bytes", "seconds", "peak_bytes", "startup_bytes", "notes", "warnings"} <= set(
-        result
-    )
-    events = [json.loads(line)["event"] for line in done.stderr.splitlines()]
-    assert events[0] == "RunStarted"
-    assert events[-1] == "RunFinished"
-    assert "TaskDone" in events
-
-
-def test_quiet_says_nothing(cli: Cli, voices: tuple[Path, Path]) -> None:
-    done = cli("merge", *voices, "-o", "voice.pth", "--format", "quiet")
-    assert (done.stdout, done.stderr) == ("", "")
-
-
-def test_plan_and_dry_run_write_nothing(cli: Cli, tmp_path: Path, voices: tuple[Path, Path]) -> None:
-    before = sorted(tmp_path.iterdir())
-    shown = cli("plan", *voices, "--weights", "3,1").stdout
-    assert "weight 0.75" in shown
-    assert "the weights sum to 4" in shown
-    assert "merged by linear" in shown
-    assert cli("merge", *voices, "-o", "voice.pth", "--dry-run").stdout.startswith("linear -> voice.pth")
-    planned = json.loads(cli("plan", *voices, "--memory", "2GiB", "--format", "json").stdout)
-    assert planned["memory_bytes"] == 2 << 30
-    assert planned["peak_bytes"] < 2 << 30
-    assert len(planned["tasks"]) == 9
-    assert sorted(tmp_path.iterdir()) == before
-
-
-def test_inspect_tells_what_is_inside(cli: Cli, voices: tuple[Path, Path]) -> None:
-    shown = cli("inspect", "news.pth").stdout
-    for text in ("PyTorch zip", "model: 9 tensors", "training   optimizer", "step: 10", "epoch: 3", "nothing was executed"):
-        assert text in shown
-    table = cli("inspect", "news.pth", "--tensors").stdout
-    assert re.search(r"^xtts\.embed\.weight +float32 +301x433 +@\d+", table, re.MULTILINE)
-    data = json.loads(cli("inspect", "news.pth", "--format", "json", "--tensors").stdout)
-    assert data["executed"] is False
-    assert data["data"]["model_loss"] == {"train_loss": 2.0, "eval_loss": None}
-    assert data["entries"]["xtts.layer.bias"]["shape"] == [31]
+from conftest import Cli
 
 
 @pytest.mark.parametrize(
@@ -119,29 +60,6 @@ def test_debug_shows_the_traceback_and_keeps_the_exit_code(tmp_path: Path) -> No
     assert "Traceback" in done.stderr
 
 
-def test_plan_tells_what_would_stop_a_run(cli: Cli, voices: tuple[Path, Path]) -> None:
-    assert "exists already" in cli("plan", *voices, "-o", "news.pth").stdout
-    assert "does not exist" in cli("plan", *voices, "-o", "nowhere/voice.pth").stdout
-    assert re.search(r"disk +\d+ kB needed", cli("plan", *voices).stdout)
-
-
-def test_names_from_files_are_escaped(cli: Cli, tmp_path: Path) -> None:
-    torch.save({"model": {"w\x1b[31m\nred": torch.ones(2)}, "note\x1b[2J": "\x1b]0;title\x07"}, tmp_path / "in.pth")
-    torch.save({"model": {"v\x1b[31m": torch.ones(2)}}, tmp_path / "other.pth")
-    for done in (
-        cli("inspect", "in.pth", "--tensors"),
-        cli("plan", "in.pth", "-o", "x.safetensors"),
-        cli("merge", "in.pth", "other.pth", "-o", "x.pth", code=4),
-    ):
-        assert "\x1b" not in done.stdout + done.stderr
-
-
-def test_options_come_from_the_environment_too(tmp_path: Path, voices: tuple[Path, Path]) -> None:
-    environment = os.environ | {"STREAMMERGE_PLAN_MEMORY": "64MiB"}
-    command = [sys.executable, "-m", "streammerge", "plan", *map(str, voices)]
-    assert "of 64.0 MiB" in subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-
-
 def test_a_terminal_shows_progress_and_leaves_a_clean_screen(tmp_path: Path, voices: tuple[Path, Path]) -> None:
     master, slave = pty.openpty()
     command = [sys.executable, "-m", "streammerge", "merge", *map(str, voices), "-o", str(tmp_path / "voice.pth")]
@@ -157,41 +75,3 @@ def test_a_terminal_shows_progress_and_leaves_a_clean_screen(tmp_path: Path, voi
     assert "memory" in text
     assert "of 512 MiB" in text
     assert "peak memory" in text.splitlines()[-2], "the last sentence takes two lines of 80 columns"
-
-
-def test_two_runs_on_one_output(tmp_path: Path, cli: Cli, voices: tuple[Path, Path]) -> None:
-    from streammerge.stores.locations import parse
-
-    with_lock = parse(tmp_path / "voice.pth").stage()
-    try:
-        done = cli("merge", *voices, "-o", "voice.pth", code=7)
-        assert f"process {os.getpid()}" in done.stderr
-    finally:
-        with_lock.abort()
-    cli("merge", *voices, "-o", "voice.pth")
-
-
-def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path, cli: Cli, voices: tuple[Path, Path]) -> None:
-    left = tmp_path / ".voice.pth.streammerge"
-    (left / "output").mkdir(parents=True)
-    (left / "output" / "voice.pth").write_bytes(b"half")
-    (left / "lock").write_text("4194305\n")
-    cli("merge", *voices, "-o", "voice.pth")
-    assert not left.exists()
-    assert torch.load(tmp_path / "voice.pth")["step"] == 30
-
-
-def test_help_names_every_option_of_the_interface(cli: Cli) -> None:
-    shown = cli("merge", "--help").stdout
-    options = "--weights --no-normalize --method --memory --workers --io --dtype --out-dtype --compute-dtype --state-dict"
-    options += " --ema --last --max-shard-size --convert-first --overwrite --on-missing --integers --allow-nonfinite"
-    options += " --format --debug --no-progress --dry-run --keep-optimizer"
-    assert [option for option in options.split() if option not in shown] == []
-
-
-def test_listeners_hear_what_happens(tmp_path: Path, voices: tuple[Path, Path]) -> None:
-    heard: list[object] = []
-    result = sm.merge(voices, tmp_path / "voice.pth", listener=heard.append)
-    done = [event for event in heard if type(event).__name__ == "TaskDone"]
-    assert sum(event.written_bytes for event in done) == sum(t.out.nbytes for t in result.plan.tasks)  # type: ignore[attr-defined]
-    assert {event.tensor for event in done} == {f"xtts.{n}" for n, t in trained(1).items() if t.numel()}  # type: ignore[attr-defined]
