@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import assert_same, load_safetensors, trained
+from safetensors.torch import save_file
 
 import streammerge as sm
 
@@ -37,7 +41,7 @@ def test_every_dtype_there_and_back(tmp_path: Path) -> None:
 def test_what_safetensors_cannot_hold_is_named(tmp_path: Path) -> None:
     content = {"w": torch.ones(2), "wide": torch.ones(2, dtype=torch.complex128)}
     torch.save(content, tmp_path / "in.pth")
-    with pytest.raises(sm.MismatchError, match=r"wide \(complex128\).*--drop"):
+    with pytest.raises(sm.MismatchError, match=r"wide \(complex128\).*`drop`"):
         sm.convert(tmp_path / "in.pth", tmp_path / "out.safetensors")
     sm.convert(tmp_path / "in.pth", tmp_path / "out.safetensors", drop=["wide"])
     sm.convert(tmp_path / "in.pth", tmp_path / "out.pth")
@@ -94,7 +98,7 @@ def test_patterns_that_meet_nothing_are_said(tmp_path: Path) -> None:
     torch.save(trained(1), tmp_path / "in.pth")
     result = sm.convert(tmp_path / "in.pth", tmp_path / "out.safetensors", drop=["nothing*"], strip_prefix="nope.")
     assert any("the rule for nothing* took no tensor" in warning for warning in result.warnings)
-    assert any("--strip-prefix nope." in warning for warning in result.warnings)
+    assert any("`strip_prefix` nope." in warning for warning in result.warnings)
 
 
 def test_a_pth_keeps_ema_and_drops_the_optimizer(tmp_path: Path) -> None:
@@ -116,3 +120,42 @@ def test_metadata_says_pt_and_the_mode_follows_the_umask(tmp_path: Path) -> None
         assert file.metadata()["format"] == "pt"
     (tmp_path / "touched").touch()
     assert (tmp_path / "out.safetensors").stat().st_mode == (tmp_path / "touched").stat().st_mode
+
+
+@pytest.mark.parametrize("container", ["safetensors", "pth", "bin"])
+def test_what_only_moves_bytes_does_without_torch(tmp_path: Path, container: str) -> None:
+    """inspect, plan, convert, and verify of what was converted, where torch cannot be imported."""
+    (tmp_path / "absent" / "torch").mkdir(parents=True)
+    (tmp_path / "absent" / "torch" / "__init__.py").write_text("raise ImportError('torch is not here')\n")
+    values = {n: t for n, t in trained(1).items() if t.dim()}
+    if container == "safetensors":
+        save_file(values, tmp_path / "in.safetensors")
+    else:
+        torch.save(
+            {"model": values, "step": 7}, tmp_path / f"in.{container}", _use_new_zipfile_serialization=container == "pth"
+        )
+    code = f"""
+import streammerge as sm
+try:
+    import torch
+except ImportError as error:
+    assert str(error) == "torch is not here"
+path = "in.{container}"
+assert len(sm.inspect(path).entries) == {len(values)}
+for method in ("linear", "karcher"):
+    assert len(sm.plan([path, path], method=method).tasks) == {len(values)}
+assert "linear" in str(sm.plan([path, path]))
+for out in ("out.safetensors", "out.pth", "out"):
+    sm.convert(path, out, drop=["one"])
+    assert sm.verify(out, sample="100%").recomputed
+"""
+    search = os.pathsep.join([str(tmp_path / "absent"), str(Path(sm.__file__).parent.parent)])
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": search}, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    expected = {name: value for name, value in values.items() if name != "one"}
+    assert_same(load_safetensors(tmp_path / "out.safetensors"), expected)
+    made = torch.load(tmp_path / "out.pth")
+    assert_same(made if container == "safetensors" else made["model"], expected)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from streammerge.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    # Every public name stands here for type checkers, and once more in _PLACES for people.
     from streammerge.api import convert as convert
     from streammerge.api import inspect as inspect
     from streammerge.api import merge as merge
@@ -23,10 +24,19 @@ if TYPE_CHECKING:
     from streammerge.errors import TaskError as TaskError
     from streammerge.errors import UncheckedError as UncheckedError
     from streammerge.errors import VerifyError as VerifyError
+    from streammerge.formats.detect import file_format as file_format
     from streammerge.formats.safetensors_writer import SafetensorsWriter as SafetensorsWriter
+    from streammerge.kernels.chunk import Chunk as Chunk
+    from streammerge.kernels.chunk import Kernel as Kernel
+    from streammerge.kernels.group import TensorGroup as TensorGroup
+    from streammerge.methods.contracts import MergeMethod as MergeMethod
     from streammerge.methods.contracts import merge_method as merge_method
+    from streammerge.methods.registry import list_methods as list_methods
     from streammerge.planning.plan import Plan as Plan
+    from streammerge.recipe.model import Recipe as Recipe
     from streammerge.running.execution import Result as Result
+    from streammerge.running.executors.base import Executor as Executor
+    from streammerge.running.executors.registry import executor as executor
     from streammerge.stores.base import Location as Location
     from streammerge.stores.base import Store as Store
     from streammerge.stores.memory import memory_store as memory_store
@@ -40,9 +50,16 @@ _PLACES = {
     "checkpoints.index": "CheckpointIndex",
     "errors": "BudgetError ChangedError FormatError LockedError MismatchError RecipeError SpaceError StreammergeError "
     "TaskError UncheckedError VerifyError",
-    "methods.contracts": "merge_method",
+    "formats.detect": "file_format",
+    "kernels.chunk": "Chunk Kernel",
+    "kernels.group": "TensorGroup",
+    "methods.contracts": "MergeMethod merge_method",
+    "methods.registry": "list_methods",
     "planning.plan": "Plan",
+    "recipe.model": "Recipe",
     "running.execution": "Result",
+    "running.executors.base": "Executor",
+    "running.executors.registry": "executor",
     "stores.base": "Location Store",
     "stores.memory": "memory_store",
     "stores.registry": "register_store",
@@ -50,6 +67,7 @@ _PLACES = {
     "verifying.files": "Verified",
     "formats.safetensors_writer": "SafetensorsWriter",
 }
+"""Module -> the public names that it has."""
 _HOMES = {name: place for place, names in _PLACES.items() for name in names.split()}
 __all__ = sorted(_HOMES)
 

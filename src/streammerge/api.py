@@ -1,11 +1,16 @@
-"""merge(), plan(), convert(), inspect(), verify(): the only module that wires the layers together. Nothing here prints."""
+"""merge(), plan(), convert(), inspect(), verify(): the only module that wires the rooms together. Nothing here prints.
+
+Each function has its options as keyword arguments, which editors complete; what they mean stands in ``options``. A function
+gathers them by ``locals()``, once, as the first thing that it does.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 from streammerge.checkpoints.choosing import choose, exponential_weights
@@ -15,151 +20,374 @@ from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
 from streammerge.errors import ChangedError, FormatError, RecipeError, StreammergeError, VerifyError, listed, printable
 from streammerge.events import Listener, quiet
 from streammerge.formats.safetensors import shared_headers
-from streammerge.kernels.chunk import Kernel
-from streammerge.options import DEFAULT_MEMORY, IO
+from streammerge.methods.registry import LINEAR
+from streammerge.options import (
+    CONVERT,
+    DEFAULT_MEMORY,
+    MERGE,
+    PLAN,
+    VERIFY,
+    Choosing,
+    Converting,
+    Ema,
+    Integers,
+    Io,
+    Merging,
+    OnMissing,
+    OnShape,
+    Output,
+    PathLike,
+    Policies,
+    Resources,
+    Running,
+    Selection,
+    Verifying,
+    path,
+    picked,
+)
 from streammerge.planning.plan import Plan, build_plan
 from streammerge.planning.receipt import Receipt
 from streammerge.recipe.arguments import conversion, overridden, recipe_of
 from streammerge.recipe.model import Recipe
 from streammerge.recipe.reader import read_recipe
 from streammerge.running.execution import Result, default_workers, execute, refuse_extras
-from streammerge.running.executors.base import Executors
-from streammerge.running.executors.threads import ThreadExecutor
+from streammerge.running.executors.registry import find_executor
 from streammerge.running.process import collector_paused, resident_bytes
 from streammerge.running.readback import receipt_of
 from streammerge.running.session import RunOptions
+from streammerge.signatures import takes
 from streammerge.stores.base import Location
 from streammerge.stores.checksums import CRC32
-from streammerge.stores.locations import HERE, Place, parse
+from streammerge.stores.locations import HERE, parse
 from streammerge.units import decimal_bytes, parse_bytes, parse_share
 from streammerge.verifying.files import Verified, check_files
 from streammerge.verifying.values import check_inputs, recompute
 
-PathLike = Place
+Inputs = PathLike | Iterable[PathLike] | Mapping[str, float]
 
 
-def _paths(paths: PathLike | Sequence[PathLike]) -> list[str]:
-    several = [paths] if isinstance(paths, str | os.PathLike | Location) else paths
-    return [path if isinstance(path, str) else str(parse(path)) for path in several]
-
-
-def inspect(path: PathLike, *, state_dict: str | None = None, ema: str | None = None) -> CheckpointIndex:
+@takes(Selection)
+def inspect(path: PathLike, *, state_dict: str | None = None, ema: Ema | None = None) -> CheckpointIndex:
     """What a checkpoint is and holds. Reads headers only; nothing in the file is executed or imported.
 
-    Raises FormatError when it cannot be read.
+    The index is a mapping from the tensors' names to :class:`TensorEntry`: ``len(index)``, ``index[name]``, iteration.
+    Raises FormatError when the checkpoint cannot be read.
     """
-    return open_checkpoint(path, state_dict, ema or "ignore")
+    asked = picked(Selection, locals())
+    return open_checkpoint(_path("path", path), asked.state_dict, asked.ema or "ignore")
 
 
+@takes(*PLAN)
 def plan(
-    inputs: PathLike | Sequence[PathLike] = (),
+    inputs: Inputs = (),
     out: PathLike | None = None,
     *,
     recipe: PathLike | Mapping[str, Any] | None = None,
-    own_methods: bool = False,
     weights: Sequence[float] | None = None,
-    method: str | Callable[..., Kernel] | None = None,
-    base: PathLike | None = None,
     normalize: bool | None = None,
+    method: str | Callable[..., Any] | None = None,
+    base: PathLike | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+    dtype: object = None,
+    out_dtype: object = None,
+    compute_dtype: object = None,
+    own_methods: bool = False,
+    convert_first: PathLike | None = None,
     last: int | None = None,
     range: str | None = None,
     best: int | None = None,
     by: str | None = None,
     highest: bool = False,
     ema_decay: float | None = None,
+    on_missing: OnMissing | None = None,
+    on_shape: OnShape | None = None,
+    integers: Integers | None = None,
+    state_dict: str | None = None,
+    ema: Ema | None = None,
     memory: str | int = DEFAULT_MEMORY,
     workers: int | None = None,
-    io: str = "mmap",
-    convert_first: PathLike | None = None,
+    io: Io = "mmap",
+    max_shard_size: str | int | None = None,
+    keep_optimizer: bool | None = None,
+    allow_nonfinite: bool | None = None,
+    hash: bool = False,
+) -> Plan:
+    """What :func:`merge` would do, from headers alone; nothing is written. The options are those of merge.
+
+    ``inputs``: paths or globs, or a dict that gives each path its weight. ``out``: its name decides the container.
+    ``recipe``: a mergekit configuration as a YAML file or a dict, in place of inputs, method and parameters; the other
+    options win over its keys. ``print(plan)`` shows it; ``plan.tasks``, ``plan.peak_bytes``, ``plan.read_bytes`` are its
+    numbers.
+    """
+    return _Request.of(locals()).plan()
+
+
+@takes(*MERGE)
+def merge(
+    inputs: Inputs = (),
+    out: PathLike | None = None,
+    *,
+    recipe: PathLike | Mapping[str, Any] | None = None,
+    weights: Sequence[float] | None = None,
+    normalize: bool | None = None,
+    method: str | Callable[..., Any] | None = None,
+    base: PathLike | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    seed: int | None = None,
     dtype: object = None,
     out_dtype: object = None,
     compute_dtype: object = None,
+    own_methods: bool = False,
+    convert_first: PathLike | None = None,
+    last: int | None = None,
+    range: str | None = None,
+    best: int | None = None,
+    by: str | None = None,
+    highest: bool = False,
+    ema_decay: float | None = None,
+    on_missing: OnMissing | None = None,
+    on_shape: OnShape | None = None,
+    integers: Integers | None = None,
     state_dict: str | None = None,
-    ema: str | None = None,
-    on_missing: str | None = None,
-    on_shape: str | None = None,
-    integers: str | None = None,
-    allow_nonfinite: bool | None = None,
-    keep_optimizer: bool | None = None,
+    ema: Ema | None = None,
+    memory: str | int = DEFAULT_MEMORY,
+    workers: int | None = None,
+    io: Io = "mmap",
     max_shard_size: str | int | None = None,
-    seed: int | None = None,
+    keep_optimizer: bool | None = None,
+    allow_nonfinite: bool | None = None,
     hash: bool = False,
-    **parameters: Any,
-) -> Plan:
-    """What :func:`merge` would do, from headers alone; nothing is written. The parameters are those of merge.
+    overwrite: bool = False,
+    resume: bool = True,
+    polite: bool = False,
+    executor: str | Callable[[int], Any] = "threads",
+    listener: Listener = quiet,
+) -> Result:
+    """Merges checkpoints into ``out``, one chunk at a time.
 
-    ``inputs``: paths or globs. ``out``: by its name the container is planned. ``method`` (linear): a name,
-    ``package.module:function`` or a function; ``parameters`` are its own, like ``t=0.3`` or ``density=[0.5, 0.7]``.
-    ``weights``: one number per input; linear divides them by their sum unless ``normalize`` is False. ``base``: the common
-    ancestor, for the methods that need one. ``seed``: for those that draw random numbers.
+    ``inputs``: paths or globs, or a dict that gives each path its weight; or ``recipe``: a mergekit configuration as a YAML
+    file or a dict. ``listener`` is called with each of :mod:`streammerge.events`.
 
-    ``recipe``: a mergekit configuration as a YAML file or a dict, in place of inputs, method and parameters; other
-    options win over its keys. ``own_methods`` lets it name methods that are your own code.
-
-    ``dtype`` or ``out_dtype`` (which wins): of the output's floating-point tensors, the first input's if not given;
-    ``compute_dtype``: float32 or float64, the method's if not given.
-
-    ``on_missing`` (error, base, average-present, drop), ``on_shape`` (error, base, rows) and ``integers`` (first, last,
-    max, error): what becomes of tensors that are not in every input, differ in shape, or are integers that differ.
-    ``allow_nonfinite`` writes NaN and infinity instead of stopping.
-
-    ``state_dict``: which one of wrapped files, by keys joined with dots; ``ema`` (ignore, prefer, only): averaged weights
-    beside plain ones. ``keep_optimizer`` keeps the first input's in a ``.pth``; ``max_shard_size``: bytes, or ``"5GB"``.
-
-    ``memory``: bytes, or ``"512MiB"``, above start-up; ``workers``: threads, as many as CPUs if not given; ``io``: mmap or
-    pread. ``convert_first``: a folder in which each input is converted to safetensors, kept, and merged from.
-
-    ``last``, ``range="1000:5000"``, ``best`` with ``by`` (a number in the files, lowest first unless ``highest``) choose
-    among the inputs; ``ema_decay`` gives them exponential weights, the last one most.
-
-    ``hash`` puts the SHA-256 of every input file into the output's receipt, which reads them once more.
-
-    ``print(plan)`` shows it; ``plan.tasks``, ``plan.peak_bytes``, ``plan.read_bytes`` are its numbers.
+    Raises RecipeError, FormatError, MismatchError, BudgetError, SpaceError, LockedError, ChangedError, VerifyError or
+    TaskError; the output is then not there. Returns what was read, written and needed.
     """
-    overrides = {
-        "dtype": dtype,
-        "out_dtype": out_dtype,
-        "compute_dtype": compute_dtype,
-        "state_dict": state_dict,
-        "ema": ema,
-        "on_missing": on_missing,
-        "on_shape": on_shape,
-        "integers": integers,
-        "allow_nonfinite": allow_nonfinite,
-        "keep_optimizer": keep_optimizer,
-        "max_shard_size": max_shard_size,
-        "seed": seed,
-    }
-    paths = _paths(inputs)
-    if recipe is None and len(paths) == 1 and paths[0].endswith((".yaml", ".yml")):
-        recipe, paths = paths[0], []
-    if normalize is not None:
-        parameters["normalize"] = normalize
-    choice: dict[str, Any] = {"last": last, "range": range, "best": best, "by": by, "highest": highest or None}
-    if recipe is None:
-        chosen, notes = choose(expand(paths), **choice)
-        weights = _weights(weights, ema_decay, len(chosen))
-        named = None if base is None else str(base)
-        wished = recipe_of(chosen, method or "linear", named, weights, parameters, overrides)
-    else:
-        theirs = {"inputs": paths or None, "weights": weights, "method": method, "base": base, "ema_decay": ema_decay}
-        _refuse_beside_recipe({**theirs, **choice, **parameters})
-        wished, notes = overridden(read_recipe(recipe, own_methods), overrides), []
-    planned = _plan(wished, out, memory, workers, io, convert_first, hash)
-    planned.notes[:0] = notes
-    return planned
+    given = locals()
+    request, running = _Request.of(given), _run_options(picked(Running, given), listener)
+    if request.out is None:
+        raise RecipeError("a merge needs a name for its output; pass `out`")
+    out_place = parse(request.out)
+    out_place.sweep()
+    out_place.check_writable(running.overwrite)
+    before = resident_bytes()
+    planned = request.plan()
+    if _convert_first(planned.recipe, request, running):
+        planned = request.plan()
+    foreseen = _output_warnings(planned)  # what would stop a run stops this one itself, or was allowed
+    planned.warnings = [warning for warning in planned.warnings if warning not in foreseen]
+    return execute(planned, running, before)
+
+
+@takes(*CONVERT)
+def convert(
+    path: PathLike,
+    out: PathLike,
+    *,
+    dtype: object = None,
+    drop: str | Sequence[str] = (),
+    keep: str | Sequence[str] = (),
+    strip_prefix: str = "",
+    extras: PathLike | None = None,
+    state_dict: str | None = None,
+    ema: Ema | None = None,
+    memory: str | int = DEFAULT_MEMORY,
+    workers: int | None = None,
+    io: Io = "mmap",
+    max_shard_size: str | int | None = None,
+    keep_optimizer: bool | None = None,
+    allow_nonfinite: bool | None = None,
+    hash: bool = False,
+    overwrite: bool = False,
+    resume: bool = True,
+    polite: bool = False,
+    executor: str | Callable[[int], Any] = "threads",
+    listener: Listener = quiet,
+) -> Result:
+    """Writes a checkpoint in another container: ``.pth`` to safetensors or back, one file or shards.
+
+    ``path``: a file or folder. ``out``: its name decides the container. ``drop`` and ``keep`` take glob patterns on tensor
+    names. ``listener`` and the errors are those of :func:`merge`.
+    """
+    given = locals()
+    asked, selection, output = picked(Converting, given), picked(Selection, given), picked(Output, given)
+    resources, running = picked(Resources, given), _run_options(picked(Running, given), listener)
+    source, target = _path("path", path), _path("out", out)
+    target_place = parse(target)
+    target_place.sweep()
+    target_place.check_writable(running.overwrite)
+    before = resident_bytes()
+    recipe = conversion(source, asked.drop, asked.keep, asked.overrides | selection.overrides | output.overrides)
+    planned = _plan(recipe, target, resources, hashed=output.hash)
+    if asked.extras is not None:
+        refuse_extras(parse(_path("extras", asked.extras)), planned, running.overwrite)
+    result = execute(planned, running, before)
+    if asked.extras is not None:
+        index = open_checkpoint(source, selection.state_dict, recipe.ema)
+        content = {"format": index.format, "metadata": index.metadata, "data": index.plain_data()}
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        parse(_path("extras", asked.extras)).write_whole(text.encode("utf-8", "backslashreplace"), running.overwrite)
+    return result
+
+
+@takes(*VERIFY)
+def verify(
+    out: PathLike,
+    *,
+    sample: str | float | None = None,
+    seed: int = 0,
+    inputs: PathLike | None = None,
+    own_methods: bool = False,
+    memory: str | int = DEFAULT_MEMORY,
+    workers: int | None = None,
+    io: Io = "mmap",
+) -> Verified:
+    """Whether the output ``out`` is what its receipt says: its structure, the checksum of every byte, and, where its inputs
+    are at hand, the values of a sample of its tensors, computed again in float64.
+
+    ``sample``: a share like ``"5%"`` or ``0.05``, ``"100%"`` for all, 0 for none; when it is given, that the inputs are
+    absent is an error. Raises VerifyError when anything is wrong or cannot be verified.
+    """
+    given = locals()
+    asked, resources = picked(Verifying, given), picked(Resources, given)
+    path, share = parse(_path("out", out)), parse_share("5%" if asked.sample is None else asked.sample)
+    receipt = receipt_of(path)
+    try:
+        verified = check_files(path, receipt, resources.workers or default_workers())
+    except (FormatError, OSError) as error:
+        raise VerifyError(f"{printable(path)} cannot be verified: {printable(error, 1000)}") from error
+    if not share:
+        return verified
+    failures: list[Exception] = []
+    for folder in [path.parent, HERE] if asked.inputs is None else [parse(_path("inputs", asked.inputs))]:
+        attempt = replace(verified, notes=[*verified.notes])
+        try:
+            planned = _remade(path, receipt, folder, asked.own_methods, resources)
+            recompute(attempt, planned, receipt, share, asked.seed)
+        except (StreammergeError, OSError) as error:
+            failures.append(error)
+        else:
+            left = attempt.notes[len(verified.notes) :]
+            if left and asked.sample is not None:
+                raise VerifyError(f"{printable(path)} cannot be verified wholly: {'; '.join(left)}")
+            return attempt
+    ranked = [e for kind in (VerifyError, ChangedError, Exception) for e in failures if isinstance(e, kind)]
+    said = "; ".join(map(str.strip, str(ranked[0]).splitlines()))
+    if isinstance(ranked[0], VerifyError):
+        raise ranked[0]
+    if asked.sample is not None or asked.inputs is not None:
+        raise VerifyError(f"{printable(path)} is as it was written, but its values were not computed again: {said}")
+    verified.notes.append(f"values were not computed again: {said}")
+    return verified
+
+
+@dataclass(frozen=True)
+class _Request:
+    """All that a merge or a plan was asked for, read and checked."""
+
+    inputs: list[str]
+    out: str | None
+    recipe: str | Mapping[str, Any] | None
+    merging: Merging
+    choosing: Choosing
+    policies: Policies
+    selection: Selection
+    resources: Resources
+    output: Output
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> _Request:
+        """From the arguments of :func:`plan` or :func:`merge`. Raises RecipeError for a value that is none of theirs."""
+        inputs, own_weights = _inputs(given["inputs"])
+        out, recipe = given["out"], given["recipe"]
+        merging = picked(Merging, given)
+        if own_weights is not None:
+            if merging.weights is not None:
+                raise RecipeError("the inputs come with their weights; leave `weights` out")
+            merging = replace(merging, weights=own_weights)
+        if recipe is None and len(inputs) == 1 and inputs[0].endswith((".yaml", ".yml")):
+            recipe, inputs = inputs[0], []
+        return cls(
+            inputs,
+            None if out is None else _path("out", out),
+            recipe if recipe is None or isinstance(recipe, Mapping) else _path("recipe", recipe),
+            merging,
+            *(picked(group, given) for group in (Choosing, Policies, Selection, Resources, Output)),  # type: ignore[arg-type]
+        )
+
+    def plan(self) -> Plan:
+        asked = self.merging
+        notes: list[str] = []
+        overrides = asked.overrides | self.policies.overrides | self.selection.overrides | self.output.overrides
+        choice = {name: getattr(self.choosing, name) or None for name in ("last", "range", "best", "by", "highest")}
+        parameters = dict(asked.parameters or {})
+        if asked.normalize is not None:
+            if "normalize" in parameters:
+                raise RecipeError("`normalize` and the parameter normalize are the same; give one of them")
+            parameters["normalize"] = asked.normalize
+        decay = self.choosing.ema_decay
+        if self.recipe is None:
+            chosen, notes = choose(expand(self.inputs), **choice)
+            weights = _weights(asked.weights, decay, len(chosen))
+            base = None if asked.base is None else str(asked.base)
+            recipe = recipe_of(chosen, asked.method or LINEAR, base, weights, parameters, overrides)
+        else:
+            theirs = {"inputs": self.inputs or None, "weights": asked.weights, "method": asked.method, "base": asked.base}
+            _refuse_beside_recipe({**theirs, "ema_decay": decay, **choice, **parameters})
+            recipe = overridden(read_recipe(self.recipe, asked.own_methods), overrides)
+        folder = None if asked.convert_first is None else parse(_path("convert_first", asked.convert_first))
+        planned = _plan(recipe, self.out, self.resources, folder, self.output.hash)
+        planned.notes[:0] = notes
+        return planned
+
+
+def _path(name: str, value: Any) -> str:
+    """A path that was given as ``name``. Raises RecipeError for what is none."""
+    try:
+        return path(value)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"`{name}` takes a path, not {printable(value, 60)}") from error
+
+
+def _inputs(given: Any) -> tuple[list[str], list[float] | None]:
+    """The paths, and their weights where a dict gives them. Raises RecipeError."""
+    if isinstance(given, Mapping):
+        wrong = next((name for name, weight in given.items() if not isinstance(weight, Real)), None)
+        if wrong is not None:
+            raise RecipeError(
+                f"a dict of inputs gives each path its weight, like {{'a.pth': 0.9}}; {printable(wrong)} has no number"
+            )
+        return [_path("inputs", each) for each in given], list(map(float, given.values()))
+    if isinstance(given, str | bytes | os.PathLike | Location) or not isinstance(given, Iterable):
+        given = [given]
+    return [_path("inputs", each) for each in given], None
+
+
+def _run_options(asked: Running, listener: Listener) -> RunOptions:
+    if not callable(listener):
+        raise RecipeError(f"`listener` takes a function of one event, not {printable(listener, 60)}")
+    return RunOptions(asked.overwrite, asked.resume, asked.polite, listener, find_executor(asked.executor))
 
 
 def _weights(weights: Sequence[float] | None, ema_decay: float | None, inputs: int) -> Sequence[float] | None:
     if ema_decay is None:
         return weights
     if weights is not None:
-        raise RecipeError("--ema-decay gives the weights; leave --weights out")
+        raise RecipeError("`ema_decay` gives the weights; leave `weights` out")
     return exponential_weights(ema_decay, inputs)
 
 
 def _refuse_beside_recipe(said: Mapping[str, Any]) -> None:
-    """RecipeError for arguments that would contradict what a recipe says, instead of replacing it."""
+    """Raises RecipeError for arguments that contradict a recipe instead of replacing one of its keys."""
     given = [name for name, value in said.items() if value is not None]
     if given:
         raise RecipeError(
@@ -168,29 +396,19 @@ def _refuse_beside_recipe(said: Mapping[str, Any]) -> None:
 
 
 def _plan(
-    recipe: Recipe,
-    out: PathLike | None,
-    memory: str | int,
-    workers: int | None,
-    io: str,
-    convert_first: PathLike | None = None,
-    hashed: bool = False,
+    recipe: Recipe, out: str | None, resources: Resources, convert_first: Location | None = None, hashed: bool = False
 ) -> Plan:
-    if io not in IO:
-        raise RecipeError(f"--io takes {' or '.join(IO)}, not {printable(io)}")
-    if workers is not None and workers < 1:
-        raise RecipeError("--workers takes a positive number")
     with collector_paused(), shared_headers():
         indexes = {each: open_checkpoint(each.path, each.state_dict, recipe.ema) for each in recipe.checkpoints}
         if convert_first is not None:
-            indexes = {each: from_conversion(index, parse(convert_first)) for each, index in indexes.items()}
+            indexes = {each: from_conversion(index, convert_first) for each, index in indexes.items()}
         planned = build_plan(
             recipe,
             indexes,
             None if out is None else parse(out),
-            memory_bytes=parse_bytes(memory),
-            workers=workers or default_workers(),
-            io=io,
+            memory_bytes=parse_bytes(resources.memory),
+            workers=resources.workers or default_workers(),
+            io=resources.io,
             hashed=hashed,
         )
     planned.warnings += _output_warnings(planned)
@@ -198,7 +416,7 @@ def _plan(
 
 
 def _output_warnings(planned: Plan) -> list[str]:
-    """What about the output's place would stop a run, as far as can be told now."""
+    """Warnings of what would stop a run at the output's place, as far as it is known now."""
     if planned.out is None:
         return []
     free = planned.out.absolute().parent.free_bytes()
@@ -212,156 +430,7 @@ def _output_warnings(planned: Plan) -> list[str]:
     return said
 
 
-def merge(
-    inputs: PathLike | Sequence[PathLike] = (),
-    out: PathLike | None = None,
-    *,
-    overwrite: bool = False,
-    resume: bool = True,
-    polite: bool = False,
-    listener: Listener = quiet,
-    executor: Executors = ThreadExecutor,
-    convert_first: PathLike | None = None,
-    **options: Any,
-) -> Result:
-    """Merges checkpoints into ``out``, one chunk at a time.
-
-    ``inputs``: paths or globs; or ``recipe``: a mergekit configuration. ``weights``: one number per input; ``linear``,
-    the default method, divides them by their sum unless ``normalize`` is False. ``memory``: the budget above the
-    start-up footprint. Further options, and the parameters of the method, are those of :func:`plan`.
-
-    ``overwrite``: replace a finished output. ``resume``: go on where the same merge was interrupted. ``polite``: give the
-    inputs' page cache back behind the cursor, so that what other programs have there stays. ``listener`` is called with
-    each of :mod:`streammerge.events`. ``executor`` makes what runs the tasks, from the number of workers; threads, if not
-    given.
-
-    Raises RecipeError, FormatError, MismatchError, BudgetError, SpaceError, LockedError, ChangedError, VerifyError or
-    TaskError; the output is then not there. Returns what was read, written and needed.
-    """
-    if out is None:
-        raise RecipeError("a merge needs a name for its output: out=, or -o")
-    out = parse(out)
-    out.sweep()
-    out.check_writable(overwrite)
-    before = resident_bytes()
-    planned = plan(inputs, out, convert_first=convert_first, **options)
-    if convert_first is not None and _convert_all(planned.recipe, parse(convert_first), options, resume, listener):
-        planned = plan(inputs, out, convert_first=convert_first, **options)
-    foreseen = _output_warnings(planned)  # what would stop a run stops this one itself, or was allowed
-    planned.warnings = [warning for warning in planned.warnings if warning not in foreseen]
-    return execute(planned, RunOptions(overwrite, resume, polite, listener, executor), before)
-
-
-def convert(
-    path: PathLike,
-    out: PathLike,
-    *,
-    dtype: object = None,
-    max_shard_size: str | int | None = None,
-    drop: Sequence[str] = (),
-    keep: Sequence[str] = (),
-    strip_prefix: str = "",
-    keep_optimizer: bool | None = None,
-    state_dict: str | None = None,
-    ema: str | None = None,
-    extras: PathLike | None = None,
-    allow_nonfinite: bool | None = None,
-    memory: str | int = DEFAULT_MEMORY,
-    workers: int | None = None,
-    io: str = "mmap",
-    overwrite: bool = False,
-    resume: bool = True,
-    polite: bool = False,
-    hash: bool = False,
-    listener: Listener = quiet,
-    executor: Executors = ThreadExecutor,
-) -> Result:
-    """Writes a checkpoint in another container: ``.pth`` to safetensors or back, one file or shards.
-
-    ``path``: a file or folder. ``dtype`` recasts floating-point tensors; ``keep`` and ``drop`` are glob patterns on tensor
-    names, ``strip_prefix`` is removed from those that begin with it; ``extras`` names a JSON file for what is not a tensor.
-    Further options are those of :func:`plan` and :func:`merge`, and so are the errors.
-    """
-    out = parse(out)
-    out.sweep()
-    out.check_writable(overwrite)
-    before = resident_bytes()
-    overrides = {
-        "dtype": dtype,
-        "state_dict": state_dict,
-        "ema": ema,
-        "allow_nonfinite": allow_nonfinite,
-        "keep_optimizer": keep_optimizer,
-        "max_shard_size": max_shard_size,
-        "strip_prefix": strip_prefix,
-    }
-    recipe = conversion(_paths(path)[0], drop, keep, overrides)
-    planned = _plan(recipe, out, memory, workers, io, hashed=hash)
-    if extras is not None:
-        refuse_extras(parse(extras), planned, overwrite)
-    result = execute(planned, RunOptions(overwrite, resume, polite, listener, executor), before)
-    if extras is not None:
-        index = open_checkpoint(path, state_dict, recipe.ema)
-        content = {"format": index.format, "metadata": index.metadata, "data": index.plain_data()}
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        parse(extras).write_whole(text.encode("utf-8", "backslashreplace"), overwrite)
-    return result
-
-
-def verify(
-    out: PathLike,
-    *,
-    sample: str | float | None = None,
-    seed: int = 0,
-    inputs: PathLike | None = None,
-    own_methods: bool = False,
-    memory: str | int = DEFAULT_MEMORY,
-    workers: int | None = None,
-    io: str = "mmap",
-) -> Verified:
-    """Whether an output is what its receipt says: its structure, the checksum of every byte, and, where its inputs are
-    at hand, the values of a sample of its tensors, computed again in float64.
-
-    ``sample``: a share like ``"5%"`` (the default), ``"100%"`` for all, 0 for none; when it is given, that the inputs
-    are absent is an error. ``seed`` chooses the sample. ``inputs``: the folder in which the inputs are, if not here or
-    beside the output. ``own_methods``: see :func:`plan`.
-
-    Raises VerifyError when anything is wrong or cannot be verified.
-    """
-    path, share = parse(out), parse_share("5%" if sample is None else sample)
-    receipt = receipt_of(path)
-    try:
-        verified = check_files(path, receipt, workers or default_workers())
-    except (FormatError, OSError) as error:
-        raise VerifyError(f"{printable(path)} cannot be verified: {printable(error, 1000)}") from error
-    if not share:
-        return verified
-    failures: list[Exception] = []
-    for folder in [path.parent, HERE] if inputs is None else [parse(inputs)]:
-        attempt = replace(verified, notes=[*verified.notes])
-        try:
-            planned = _remade(path, receipt, folder, own_methods, memory, workers, io)
-            recompute(attempt, planned, receipt, share, seed)
-        except (StreammergeError, OSError) as error:
-            failures.append(error)
-        else:
-            left = attempt.notes[len(verified.notes) :]
-            if left and sample is not None:
-                raise VerifyError(f"{printable(path)} cannot be verified wholly: {'; '.join(left)}")
-            return attempt
-    ranked = [e for kind in (VerifyError, ChangedError, Exception) for e in failures if isinstance(e, kind)]
-    said = "; ".join(map(str.strip, str(ranked[0]).splitlines()))
-    if isinstance(ranked[0], VerifyError):
-        raise ranked[0]
-    if sample is not None or inputs is not None:
-        raise VerifyError(f"{printable(path)} is as it was written, but its values were not computed again: {said}")
-    verified.notes.append(f"values were not computed again: {said}")
-    return verified
-
-
-def _remade(
-    out: Location, receipt: Receipt, folder: Location, own_methods: bool, memory: str | int, workers: int | None, io: str
-) -> Plan:
+def _remade(out: Location, receipt: Receipt, folder: Location, own_methods: bool, resources: Resources) -> Plan:
     """The plan by which the output was made, from inputs in that folder.
 
     Raises StreammergeError when they are not there, or are others.
@@ -369,30 +438,38 @@ def _remade(
     recipe = read_recipe(receipt.own_recipe(), own_methods, folder)
     hashed = any("sha256" in said for said in receipt.inputs.values())
     name = "output" if out.is_folder() else f"output.{'pth' if receipt.kind is CRC32 else 'safetensors'}"
-    planned = _plan(recipe, name, memory, workers, io, hashed=hashed)
+    planned = _plan(recipe, name, resources, hashed=hashed)
     check_inputs(planned, receipt)
     return planned
 
 
-def _convert_all(recipe: Recipe, folder: Location, options: dict[str, Any], resume: bool, listener: Listener) -> bool:
-    """Each checkpoint as a safetensors file in ``folder``, made now unless it is there and still right; whether any was."""
+def _convert_first(recipe: Recipe, request: _Request, running: RunOptions) -> bool:
+    """Makes each checkpoint a safetensors file in the folder that was asked for, unless it is there and still right.
+
+    Returns whether any was made.
+    """
+    if request.merging.convert_first is None:
+        return False
+    folder, resources, made = parse(_path("convert_first", request.merging.convert_first)), request.resources, False
     folder.make_folder()
-    passed = {k: options[k] for k in ("memory", "workers", "io") if k in options}
-    made = False
     for each in recipe.checkpoints:
         index = open_checkpoint(each.path, each.state_dict, recipe.ema)
         target = converted_path(index, folder)
         if not is_conversion(target, index):
             convert(
                 each.path,
-                target,
+                str(target),
                 overwrite=True,
-                resume=resume,
-                listener=listener,
+                resume=running.resume,
+                polite=running.polite,
+                executor=running.executor,
+                listener=running.listener,
                 state_dict=each.state_dict,
-                ema=recipe.ema,
+                ema=recipe.ema,  # type: ignore[arg-type]
                 allow_nonfinite=True,
-                **passed,
+                memory=resources.memory,
+                workers=resources.workers,
+                io=resources.io,
             )
             made = True
     return made

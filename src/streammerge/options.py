@@ -1,15 +1,402 @@
-"""Words that options and recipe keys take, and what an output calls its recipe. They stand apart, so that --help waits for
-nothing else."""
+"""The options of a merge and of its relatives, each described once: name, type, default, choices, description.
+
+The command line makes its options from these classes, the Python functions their documentation and their checks, the recipe
+those keys that an option overrides. The functions repeat names, types and defaults in their signatures, which editors read;
+a test holds the two together.
+
+A description names another option in backquotes, as Python writes it: ```on_missing="base"```. The command line shows it as
+``--on-missing base``.
+"""
 
 from __future__ import annotations
 
-EMA_CHOICES = ("ignore", "prefer", "only")
-ON_MISSING = ("error", "base", "average-present", "drop")
-ON_SHAPE = ("error", "base", "rows")
-INTEGERS = ("first", "last", "max", "error")
-IO = ("mmap", "pread")
+import math
+import operator
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Protocol, TypeVar, get_args
+
+from streammerge.errors import RecipeError, printable
+from streammerge.units import parse_bytes, parse_share, plain_number
+
+
+class Typed(Protocol):
+    """A place that knows how a user types it: a :class:`streammerge.Location`."""
+
+    @property
+    def as_typed(self) -> str: ...
+
+
+PathLike = str | os.PathLike[str] | Typed
+Ema = Literal["ignore", "prefer", "only"]
+OnMissing = Literal["error", "base", "average-present", "drop"]
+OnShape = Literal["error", "base", "rows"]
+Integers = Literal["first", "last", "max", "error"]
+Io = Literal["mmap", "pread"]
+EMA_CHOICES: tuple[str, ...] = get_args(Ema)
+IO: tuple[str, ...] = get_args(Io)
 DEFAULT_MEMORY = "512MiB"
 
 RECIPE_FILE, RECEIPT_FILE = "streammerge.yaml", "streammerge.json"
 RECIPE_KEY, RECEIPT_KEY = "streammerge", "streammerge_receipt"
 """What the recipe and the receipt of an output are called, as files, as records of an archive, and in metadata."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What an option takes: ``words`` for a sentence; ``parse`` raises TypeError or ValueError for anything else.
+
+    ``flag``: true or false. ``many``: the command line takes it several times. ``least``: the smallest whole number.
+    """
+
+    words: str
+    parse: Callable[[Any], Any]
+    flag: bool = False
+    many: bool = False
+    least: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option. ``kind`` is None where the recipe's key of that name reads the value.
+
+    ``otherwise``: what holds where the option is not given. ``negated``: the command line has ``--no-NAME`` instead.
+    """
+
+    name: str
+    annotation: str
+    default: Any
+    doc: str
+    kind: Kind | None
+    metavar: str
+    choices: tuple[str, ...]
+    otherwise: str
+    negated: bool
+    short: str
+    overrides: bool
+
+    @property
+    def flag(self) -> str:
+        """The option of the command line, like ``--no-resume``; ``-p`` for the parameters of a method."""
+        return self.short or f"--{'no-' * self.negated}{self.name.replace('_', '-')}"
+
+    def read(self, value: Any) -> Any:
+        """The value as the code below takes it. Raises RecipeError for one that the option does not take."""
+        if self.kind is None or (value is None and self.default is None):
+            return value
+        try:
+            return self.kind.parse(value)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise RecipeError(f"`{self.name}` takes {self.kind.words}, not {printable(value, 60)}") from error
+
+
+def option(
+    doc: str,
+    kind: Kind | None = None,
+    *,
+    default: Any = None,
+    metavar: str = "",
+    choices: tuple[str, ...] = (),
+    otherwise: str = "",
+    negated: bool = False,
+    short: str = "",
+    overrides: bool = False,
+) -> Any:
+    """A field of an options class. ``overrides``: it replaces the key of that name in a recipe."""
+    made = {"doc": doc, "kind": kind, "metavar": metavar, "choices": choices, "otherwise": otherwise}
+    return field(default=default, metadata=made | {"negated": negated, "short": short, "overrides": overrides})
+
+
+class Options:
+    """A group of options. Making one reads every value, and raises RecipeError for a value that an option does not take."""
+
+    def __post_init__(self) -> None:
+        for name, each in options_of(type(self)).items():
+            object.__setattr__(self, name, each.read(getattr(self, name)))
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """What stands in place of a recipe's keys."""
+        return {name: getattr(self, name) for name, each in options_of(type(self)).items() if each.overrides}
+
+
+Group = TypeVar("Group", bound=Options)
+
+
+def options_of(*groups: type[Options]) -> dict[str, Option]:
+    """The options of these classes by name."""
+    found = (each for group in groups for each in fields(group))  # type: ignore[arg-type]
+    return {each.name: Option(each.name, str(each.type), each.default, **each.metadata) for each in found}
+
+
+def picked(group: type[Group], given: Mapping[str, Any]) -> Group:
+    """The options of one class, out of all arguments of a function."""
+    return group(**{name: given[name] for name in options_of(group) if name in given})
+
+
+def _number(value: Any) -> float:
+    number = float(plain_number(value))
+    if isinstance(value, str | bool) or not math.isfinite(number):
+        raise ValueError(value)
+    return number
+
+
+def _numbers(value: Any) -> list[float]:
+    value = plain_number(value)
+    if isinstance(value, str | bytes | Mapping):
+        raise TypeError
+    return [float(plain_number(each)) for each in value]
+
+
+def whole(value: Any) -> int:
+    """A whole number, numpy's and torch's too. Raises TypeError for anything else."""
+    value = plain_number(value)
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
+
+
+def _at_least(least: int) -> Callable[[Any], int]:
+    def parse(value: Any) -> int:
+        number = whole(value)
+        if number < least:
+            raise ValueError(value)
+        return number
+
+    return parse
+
+
+def truth(value: Any) -> bool:
+    """True or False, numpy's too. Raises TypeError for anything else."""
+    value = plain_number(value)
+    if not isinstance(value, bool):
+        raise TypeError
+    return value
+
+
+def text(value: Any) -> str:
+    """A text. Raises TypeError for anything else."""
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def path(value: Any) -> str:
+    """A path, or ``scheme://name``, as the user typed it. Raises TypeError and ValueError for what is none."""
+    found = getattr(value, "as_typed", None) or os.fspath(value)
+    if not isinstance(found, str):
+        raise TypeError
+    return found
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    return tuple(map(text, [value] if isinstance(value, str) else value))
+
+
+def _parameters(value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError
+    return {text(name): each for name, each in value.items()}
+
+
+def _size(value: Any) -> str | int:
+    value = plain_number(value)
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise TypeError
+    parse_bytes(value)  # its own error says how a size is written
+    return value
+
+
+def _share(value: Any) -> str | float:
+    value = plain_number(value)
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise TypeError
+    parse_share(value)
+    return value
+
+
+def _one_of(choices: tuple[str, ...]) -> Kind:
+    def parse(value: Any) -> str:
+        if value not in choices:
+            raise ValueError(value)
+        return str(value)
+
+    return Kind(" or ".join(choices), parse)
+
+
+TRUTH = Kind("True or False", truth, flag=True)
+TEXT = Kind("a text", text)
+PATH = Kind("a path", path)
+COUNT = Kind("a positive whole number", _at_least(1), least=1)
+WHOLE = Kind("a whole number", whole)
+SIZE = Kind("a size like 512MiB", _size)
+PATTERNS = Kind("patterns like 'dvae.*'", _texts, many=True)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Merging(Options):
+    """What is merged, and how."""
+
+    weights: Sequence[float] | None = option(
+        "One number per input; linear divides them by their sum.",
+        Kind("one number per input, like [0.6, 0.4]", _numbers),
+        metavar="W,W,...",
+        otherwise="equal",
+    )
+    normalize: bool | None = option("False: use the weights as given.", TRUTH, negated=True)
+    method: str | Callable[..., Any] | None = option(
+        "A merge method's name, or package.module:function; a function in Python.", metavar="METHOD", otherwise="linear"
+    )
+    base: PathLike | None = option("The common ancestor, for the methods that need one.", PATH, metavar="PATH")
+    parameters: Mapping[str, Any] | None = option(
+        "Parameters of the method by name; a list of values has one per input.",
+        Kind("a dict of names and values, like {'t': 0.3}", _parameters, many=True),
+        metavar="NAME=VALUE,...",
+        short="-p",
+    )
+    seed: int | None = option("For the methods that draw random numbers.", metavar="N", otherwise="0", overrides=True)
+    dtype: object = option(
+        "Dtype of the output's floating-point tensors.", metavar="DTYPE", otherwise="the first input's", overrides=True
+    )
+    out_dtype: object = option("The same; wins over `dtype`.", metavar="DTYPE", overrides=True)
+    compute_dtype: object = option(
+        "Dtype of the arithmetic: float32 or float64.", metavar="DTYPE", otherwise="the method's", overrides=True
+    )
+    own_methods: bool = option("Let a recipe name methods that are your own code.", TRUTH, default=False)
+    convert_first: PathLike | None = option(
+        "Convert each input into this folder, keep it, and merge from there.", PATH, metavar="DIR"
+    )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Choosing(Options):
+    """Which of the inputs are merged."""
+
+    last: int | None = option("Only the numerically last N inputs.", COUNT, metavar="N")
+    range: str | None = option(
+        "Only inputs with a number from FROM to TO in their name, both included.", TEXT, metavar="FROM:TO"
+    )
+    best: int | None = option("Only the best N inputs, by `by`.", COUNT, metavar="N")
+    by: str | None = option("A number in the files, like model_loss.eval_loss; lowest first.", TEXT, metavar="KEY")
+    highest: bool = option("With `best`: highest first.", TRUTH, default=False)
+    ema_decay: float | None = option(
+        "Exponential weights: each input counts D times the one after it.",
+        Kind("a number from 0 to below 1", _number),
+        metavar="D",
+    )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Policies(Options):
+    """What becomes of tensors that do not fit together."""
+
+    on_missing: OnMissing | None = option(
+        "Tensors that are not in every input.", choices=get_args(OnMissing), otherwise="error", overrides=True
+    )
+    on_shape: OnShape | None = option(
+        "Tensors whose shapes differ.", choices=get_args(OnShape), otherwise="error", overrides=True
+    )
+    integers: Integers | None = option(
+        "Integer tensors that differ.",
+        choices=get_args(Integers),
+        otherwise="max for num_batches_tracked, else error",
+        overrides=True,
+    )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Selection(Options):
+    """Which tensors of a file are the weights."""
+
+    state_dict: str | None = option(
+        "Which state dict of a wrapped file, its keys joined with dots.",
+        TEXT,
+        metavar="KEY.PATH",
+        otherwise="found by itself",
+        overrides=True,
+    )
+    ema: Ema | None = option(
+        "Averaged weights beside plain ones.",
+        _one_of(EMA_CHOICES),
+        choices=EMA_CHOICES,
+        otherwise="ignore",
+        overrides=True,
+    )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Output(Options):
+    """What is written."""
+
+    max_shard_size: str | int | None = option(
+        "Largest file of a folder.", metavar="SIZE", otherwise="as the first input, else 5GB", overrides=True
+    )
+    keep_optimizer: bool | None = option(
+        "Keep the first input's optimizer, scheduler and scaler in a .pth.", TRUTH, overrides=True
+    )
+    allow_nonfinite: bool | None = option("Write NaN and infinite values instead of stopping.", TRUTH, overrides=True)
+    hash: bool = option("Put the SHA-256 of each input into the output's receipt.", TRUTH, default=False)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Converting(Options):
+    """What a conversion changes."""
+
+    dtype: object = option("Recast floating-point tensors.", metavar="DTYPE", overrides=True)
+    drop: str | Sequence[str] = option(
+        "Leave out tensors whose names match, like 'dvae.*'.", PATTERNS, default=(), metavar="PATTERN"
+    )
+    keep: str | Sequence[str] = option("Keep only tensors whose names match.", PATTERNS, default=(), metavar="PATTERN")
+    strip_prefix: str = option(
+        "Removed from the names that begin with it.", TEXT, default="", metavar="PREFIX", overrides=True
+    )
+    extras: PathLike | None = option("Write what is not a tensor there, readable.", PATH, metavar="FILE.json")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Verifying(Options):
+    """What is verified."""
+
+    sample: str | float | None = option(
+        "How much of the values is computed again; 100% for all.",
+        Kind("a share like 5%", _share),
+        metavar="SHARE",
+        otherwise="5%, where the inputs are at hand",
+    )
+    seed: int = option("Chooses the sample.", WHOLE, default=0, metavar="N")
+    inputs: PathLike | None = option(
+        "The folder that holds the inputs.", PATH, metavar="DIR", otherwise="here, or beside the output"
+    )
+    own_methods: bool = option("Let the recipe name methods that are your own code.", TRUTH, default=False)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Resources(Options):
+    """What the work may take, and how it is done. The output's bytes depend on none of it."""
+
+    memory: str | int = option(
+        "Budget for data held at once, above start-up.", SIZE, default=DEFAULT_MEMORY, metavar="SIZE"
+    )
+    workers: int | None = option("How many workers.", COUNT, metavar="N", otherwise="CPUs available")
+    io: Io = option("How inputs are read; pread for network drives.", _one_of(IO), default="mmap", choices=IO)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Running(Options):
+    """How the output is made. Its bytes depend on none of it."""
+
+    overwrite: bool = option("Replace a finished output.", TRUTH, default=False)
+    resume: bool = option("False: start over instead of continuing an interrupted run.", TRUTH, default=True, negated=True)
+    polite: bool = option("Give the inputs' page cache back behind the cursor.", TRUTH, default=False)
+    executor: str | Callable[[int], Any] = option(
+        "What runs the work: the name of an executor; in Python also what makes one of so many workers.",
+        default="threads",
+        metavar="NAME",
+    )
+
+
+MERGE = (Merging, Choosing, Policies, Selection, Resources, Output, Running)
+PLAN = (Merging, Choosing, Policies, Selection, Resources, Output)
+CONVERT = (Converting, Selection, Resources, Output, Running)
+VERIFY = (Verifying, Resources)

@@ -1,21 +1,165 @@
-"""What other installed packages bring: entry points of the package metadata."""
+"""What is found by name: modules of this package, what the running program registers, plug-ins of installed packages.
+
+A plug-in is an entry point in the metadata of an installed package. It is imported when it is asked for by name, or when
+all are listed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from typing import Any
+import pkgutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from streammerge.errors import RecipeError, printable
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+Thing = TypeVar("Thing")
 
 
-@cache
-def entry_points(group: str) -> dict[str, Callable[[], Any]]:
-    """Name -> loader of each entry point in the group. A loader imports the package that brings it; nothing else does.
+class Registry(Generic[Thing]):
+    """Things of one kind by name. ``room``: the package whose modules bring the built-in ones.
 
-    Of two packages that bring the same name, the first found counts, as in :mod:`importlib.metadata`.
+    ``kind`` names one of them in a sentence. ``of_module`` gives those that a module of the room brings; ``of_plugin``
+    makes one of what an entry point names, and raises RecipeError for what is none. ``group``: the entry points'
+    group, which has the room's name if it is left out.
     """
-    from importlib import metadata  # here: reading a checkpoint needs no package metadata
 
-    found: dict[str, Callable[[], Any]] = {}
-    for point in metadata.entry_points(group=group):
-        found.setdefault(point.name, point.load)
+    def __init__(
+        self,
+        kind: str,
+        room: str,
+        of_module: Callable[[ModuleType], Mapping[str, Thing]],
+        of_plugin: Callable[[str, Any], Thing],
+        group: str = "",
+    ) -> None:
+        self.kind, self.room, self.group = kind, room, group or room
+        self._of_module, self._of_plugin = of_module, of_plugin
+        self._own: dict[str, Thing] = {}
+        self._replacing: set[str] = set()
+        self._loaded: dict[str, Thing] = {}
+
+    @cached_property
+    def built_in(self) -> dict[str, Thing]:
+        """What this package brings. Imports every module of the room, none of which imports torch."""
+        found: dict[str, Thing] = {}
+        for name in module_names(self.room):
+            found |= self._of_module(import_module(f"{self.room}.{name}"))
+        return found
+
+    @cached_property
+    def plugins(self) -> dict[str, EntryPoint]:
+        """The entry points of installed packages by name; of two with one name the first that is found."""
+        from importlib.metadata import entry_points  # here: importing it takes as long as looking at a file
+
+        found: dict[str, EntryPoint] = {}
+        for point in entry_points(group=self.group):
+            found.setdefault(point.name, point)
+        return found
+
+    def register(self, name: str, thing: Thing, module: str, replace: bool = False) -> None:
+        """Lets ``name`` stand for ``thing`` in this process; the last one that is registered under a name holds.
+
+        What a module of the room brings is found there, and is not registered. A name that is built in or a plug-in's is
+        refused when it is asked for, unless ``replace``.
+        """
+        if module.startswith(f"{self.room}."):
+            return
+        self._own[name] = thing
+        (self._replacing.add if replace else self._replacing.discard)(name)
+
+    def unregister(self, name: str) -> None:
+        """Forgets what the running program registered under that name."""
+        self._own.pop(name, None)
+        self._replacing.discard(name)
+
+    def find(self, name: str) -> Thing | None:
+        """What has that name; None where nothing has. Raises RecipeError for a clash, or a plug-in that does not load."""
+        own = self._own.get(name)
+        if own is not None and name in self._replacing:
+            return own
+        known = self.built_in.get(name) or self._plugin(name)
+        if own is not None and known is not None and known is not own:
+            whose = "is built in" if name in self.built_in else f"is a plug-in of {_package(self.plugins[name])}"
+            raise RecipeError(
+                f"the {self.kind} {printable(name)} {whose}, and this program registers another under that name; "
+                "rename it, register it with replace=True, or pass it itself instead of its name"
+            )
+        return known or own
+
+    def is_known_as(self, name: str, thing: Thing) -> bool:
+        """Whether the name stands for that thing in every process, and not only where a program registers it."""
+        if name in self.built_in:
+            return self.built_in[name] is thing
+        return name in self.plugins and self._plugin(name) is thing
+
+    def all(self) -> dict[str, Thing]:
+        """Everything by name. A plug-in that does not load is left out."""
+        found = dict(self.built_in)
+        for name in self.plugins:
+            try:
+                found.setdefault(name, self._load(name))
+            except RecipeError:
+                continue
+        return found | {name: thing for name, thing in self._own.items() if name not in found or name in self._replacing}
+
+    def beside_built_in(self) -> Iterator[Thing]:
+        """Those of the running program, then the plug-ins. Raises RecipeError for a plug-in that does not load."""
+        yield from list(self._own.values())
+        for name in self.plugins:
+            if name not in self._own:
+                yield self._load(name)
+
+    def _plugin(self, name: str) -> Thing | None:
+        return self._load(name) if name in self.plugins else None
+
+    def _load(self, name: str) -> Thing:
+        if name in self._loaded:
+            return self._loaded[name]
+        point = self.plugins[name]
+        try:
+            loaded = point.load()
+        except Exception as error:  # whatever the plug-in raises while it is imported
+            whose = f"the {self.kind} {printable(name)} of {_package(point)}"
+            raise RecipeError(f"{whose} cannot be loaded: {printable(error)}") from error
+        made = self._loaded[name] = self._of_plugin(name, loaded)
+        return made
+
+
+def _package(point: EntryPoint) -> str:
+    return printable(point.dist.name if point.dist else point.value)
+
+
+def module_names(package: str) -> list[str]:
+    """The modules of a package by name, sorted; none of them is imported."""
+    return sorted(found.name for found in pkgutil.iter_modules(import_module(package).__path__))
+
+
+def imported(place: str) -> Any:
+    """What ``package.module:name`` names, also of a module in the working directory. Raises whatever the import raises."""
+    module, _, name = place.partition(":")
+    with _working_directory_importable():
+        found: Any = import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
     return found
+
+
+@contextmanager
+def _working_directory_importable() -> Iterator[None]:
+    """Lets modules beside the recipe be imported, as ``python -m`` does; afterwards ``sys.path`` is as it was."""
+    if "" in sys.path:
+        yield
+        return
+    sys.path.insert(0, "")
+    try:
+        yield
+    finally:
+        if "" in sys.path:
+            sys.path.remove("")

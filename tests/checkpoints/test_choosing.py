@@ -89,7 +89,7 @@ def test_exponential_weights(run: Path, cli: Cli) -> None:
     for step in (200, 400, 1000):
         average = 0.5 * average + 0.5 * step
     assert value() == pytest.approx(average)
-    sm.merge("checkpoint-*.pt", "ema.safetensors", method="ema", decay=0.5)
+    sm.merge("checkpoint-*.pt", "ema.safetensors", method="ema", parameters={"decay": 0.5})
     assert value("ema.safetensors") == pytest.approx(average)
     assert "weight 0.125" in cli("plan", "checkpoint-*.pt", "--ema-decay", "0.5").stdout
 
@@ -97,9 +97,9 @@ def test_exponential_weights(run: Path, cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("wish", "words"),
     [
-        ({"best": 1}, "--best needs --by KEY"),
-        ({"by": "step"}, "--by needs --best N"),
-        ({"highest": True}, "--best, which is not given"),
+        ({"best": 1}, "`best` needs `by`"),
+        ({"by": "step"}, "`by` needs `best`"),
+        ({"highest": True}, "`best`, which is not given"),
         ({"best": 1, "by": "step", "last": 1}, "both choose"),
         ({"best": 9, "by": "step"}, "only 4 checkpoints"),
         ({"last": 9}, "only 4 checkpoints"),
@@ -110,7 +110,7 @@ def test_exponential_weights(run: Path, cli: Cli) -> None:
         ({"range": "a:b"}, "FROM:TO"),
         ({"range": "5000:"}, "none of the 4 checkpoints"),
         ({"ema_decay": 1.0}, "from 0 to below 1"),
-        ({"ema_decay": 0.5, "weights": [1, 1, 1, 1]}, "leave --weights out"),
+        ({"ema_decay": 0.5, "weights": [1, 1, 1, 1]}, "leave `weights` out"),
     ],
 )
 def test_what_cannot_be_chosen(run: Path, wish: dict[str, object], words: str) -> None:

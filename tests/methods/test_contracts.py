@@ -1,9 +1,13 @@
-"""What a method asks for: parameters, the number of models, a base."""
+"""Contracts of methods: parameters, the number of models, the base."""
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
+import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +17,7 @@ from conftest import load_safetensors
 from safetensors.torch import save_file
 
 import streammerge as sm
-from streammerge.methods.registry import find_method, merge_tensors
+from streammerge.methods.registry import INTEGERS, find_method, merge_tensors
 
 Tensor = torch.Tensor
 
@@ -29,7 +33,7 @@ Tensor = torch.Tensor
         ("ties", 2, {"density": "half"}, "density takes a number, not half"),
         ("ties", 2, {"weight": math.nan}, "weight takes a finite number"),
         ("ties", 2, {"normalize": "maybe"}, "normalize takes true or false, not maybe"),
-        ("slerp", 2, {}, "slerp needs the parameter t; give it with -p t=VALUE"),
+        ("slerp", 2, {}, "slerp needs the parameter t; pass `parameters={'t': ...}`"),
         ("slerp", 3, {"t": 0.5}, "slerp merges exactly 2 models, not 3"),
         ("nearswap", 2, {"t": 0.5}, "exactly 1 model beside the base, not 2"),
         ("model_stock", 1, {}, "at least 2 models beside the base, not 1"),
@@ -47,9 +51,36 @@ def test_it_is_checked_before_a_file_is_read(tmp_path: Path) -> None:
     with pytest.raises(sm.RecipeError, match="needs the models' common ancestor"):
         sm.plan(missing, method="ties")
     with pytest.raises(sm.RecipeError, match="did you mean density"):
-        sm.plan(missing, method="ties", base="c.pth", densty=1)
+        sm.plan(missing, method="ties", base="c.pth", parameters={"densty": 1})
     with pytest.raises(sm.RecipeError, match="takes no base"):
         sm.plan(missing, base="c.pth")
+
+
+def test_every_method_is_pickled_as_its_place() -> None:
+    for method in [*sm.list_methods().values(), INTEGERS]:
+        data = pickle.dumps(method)
+        assert pickle.loads(data) is method
+        assert len(data) < 200
+        assert copy.deepcopy(method) is method
+
+
+def undecorated(group: Any, *, pull: float = 0.5) -> Any: ...
+
+
+def test_methods_of_ones_own_are_pickled_where_they_can_be_found_again() -> None:
+    for own in (undecorated, functools.partial(undecorated, pull=0.25)):
+        found = find_method(own)
+        again = pickle.loads(pickle.dumps(found))
+        assert (again.name, again.buffers, again.parameters) == (found.name, found.buffers, found.parameters)
+
+    @sm.merge_method("inner", row=lambda shape, values: 1)
+    def inner(group: Any) -> Any: ...
+
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        pickle.dumps(find_method(inner))
+    by_hand = replace(find_method("ties"), buffers=99)
+    with pytest.raises(pickle.PicklingError, match="ties cannot be sent to another process"):
+        pickle.dumps(by_hand)
 
 
 def test_kinds_of_parameters() -> None:
@@ -80,18 +111,20 @@ class TestBase:
 
     def test_a_base_among_the_inputs_is_no_model(self, files: dict[str, Path], tmp_path: Path) -> None:
         base, a, b = files.values()
-        beside = self.result(tmp_path, [a, b], base=base, method="ties", weights=[0.7, 0.3], density=[0.5, 0.2])
+        beside = self.result(
+            tmp_path, [a, b], base=base, method="ties", weights=[0.7, 0.3], parameters={"density": [0.5, 0.2]}
+        )
         among = self.result(
-            tmp_path, [a, base, b], base=base, method="ties", weights=[0.7, 9, 0.3], density=[0.5, 0.9, 0.2]
+            tmp_path, [a, base, b], base=base, method="ties", weights=[0.7, 9, 0.3], parameters={"density": [0.5, 0.9, 0.2]}
         )
         assert torch.equal(beside, among)
 
     def test_slerp_starts_at_the_base(self, files: dict[str, Path], tmp_path: Path) -> None:
         _, a, b = files.values()
-        forth = self.result(tmp_path, [a, b], method="slerp", t=0.2)
-        back = self.result(tmp_path, [a, b], method="slerp", t=0.8, base=b)
+        forth = self.result(tmp_path, [a, b], method="slerp", parameters={"t": 0.2})
+        back = self.result(tmp_path, [a, b], method="slerp", parameters={"t": 0.8}, base=b)
         torch.testing.assert_close(forth, back)
-        alone = self.result(tmp_path, [b], method="slerp", t=0.2, base=a)
+        alone = self.result(tmp_path, [b], method="slerp", parameters={"t": 0.2}, base=a)
         assert torch.equal(forth, alone)
 
     def test_a_base_that_linear_has_among_its_inputs_only_comes_first(self, files: dict[str, Path], tmp_path: Path) -> None:
@@ -121,7 +154,7 @@ class TestBase:
         from safetensors import safe_open
 
         base, a, b = files.values()
-        sm.merge([a, b], tmp_path / "out.safetensors", base=base, method="dare_ties", density=0.5, seed=7)
+        sm.merge([a, b], tmp_path / "out.safetensors", base=base, method="dare_ties", parameters={"density": 0.5}, seed=7)
         with safe_open(tmp_path / "out.safetensors", "pt") as file:
             record = json.loads(file.metadata()["streammerge"])
         assert record == {

@@ -1,4 +1,4 @@
-"""From a name to a method; methods of one's own; all have tests."""
+"""Lookup of methods by name, users' own methods, and a test for every method."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import streammerge as sm
 from methods.suite import MethodSuite, suites
 from streammerge.kernels.chunk import Chunk, Kernel
 from streammerge.kernels.group import TensorGroup
-from streammerge.methods.registry import methods
+from streammerge.methods.registry import list_methods
 from streammerge.tensors.spec import GRAIN
 
 Tensor = torch.Tensor
 
 
 def test_every_method_has_cases_and_an_oracle_in_its_familys_file() -> None:
-    every = {f"{method.function.__module__.rpartition('.')[2]}: {name}" for name, method in methods().items()}
+    every = {f"{method.function.__module__.rpartition('.')[2]}: {name}" for name, method in list_methods().items()}
 
     def family(suite: type[MethodSuite]) -> str:
         return suite.__module__.removeprefix("methods.test_")
@@ -35,7 +35,7 @@ def test_every_method_has_cases_and_an_oracle_in_its_familys_file() -> None:
 def test_all_of_mergekits_are_there() -> None:
     names = "linear passthrough slerp nuslerp multislerp karcher task_arithmetic ties dare_linear dare_ties breadcrumbs"
     names += " breadcrumbs_ties della della_linear model_stock sce ram ramplus_tl nearswap arcee_fusion"
-    assert set(names.split()) <= set(methods())
+    assert set(names.split()) <= set(list_methods())
 
 
 OWN = """
@@ -75,20 +75,47 @@ class TestOwnMethod:
     def test_a_decorated_function_with_passes(self, tmp_path: Path) -> None:
         @sm.merge_method("centred", models=(2, 3), base="unused")
         def centred(group: TensorGroup, *, scale: float = 1.0) -> Kernel:
-            """The mean of the models, less its own mean."""
+            """Returns the mean of the models, minus its own mean."""
             total = float(group.reduce(lambda chunk: [sum(chunk.models)])[0])
             shift = total / group.models / group.elems
             return lambda chunk: scale * (sum(chunk.models) / group.models - shift)
 
         paths, stacked = self.models(tmp_path)
-        sm.merge(paths, tmp_path / "out.safetensors", method=centred, scale=2.0)
+        sm.merge(paths, tmp_path / "out.safetensors", method=centred, parameters={"scale": 2.0})
         mean = stacked.double().mean(0)
         result = load_safetensors(tmp_path / "out.safetensors")["w"]
         torch.testing.assert_close(result.double(), 2 * (mean - mean.mean()), rtol=1e-5, atol=1e-6)
         with pytest.raises(sm.RecipeError, match="centred merges 2 to 3 models, not 1"):
             sm.merge(paths[:1], tmp_path / "x.safetensors", method=centred)
         with pytest.raises(sm.RecipeError, match="did you mean scale"):
-            sm.merge(paths, tmp_path / "x.safetensors", method=centred, scalee=1)
+            sm.merge(paths, tmp_path / "x.safetensors", method=centred, parameters={"scalee": 1})
+
+    def test_one_that_is_called_copy_is_run(self, tmp_path: Path) -> None:
+        """Dtypes are equal, so that a copy would be byte by byte."""
+
+        @sm.merge_method("copy", models=(1, 1), base="unused", passes=False)
+        def doubled(group: TensorGroup) -> Kernel:
+            return lambda chunk: 2 * chunk.models[0]
+
+        paths, stacked = self.models(tmp_path)
+        sm.merge(paths[:1], tmp_path / "out.safetensors", method=doubled)
+        assert torch.equal(load_safetensors(tmp_path / "out.safetensors")["w"], 2 * stacked[0])
+
+    def test_two_of_one_name_have_their_own_parameters(self, tmp_path: Path) -> None:
+        def add(default: float) -> Callable[..., Kernel]:
+            @sm.merge_method("add", passes=False)
+            def add(group: TensorGroup, *, what: float = default) -> Kernel:
+                return lambda chunk: chunk.models[0] + what
+
+            return add
+
+        save_file({"a": torch.zeros(3), "b": torch.zeros(3)}, tmp_path / "in.safetensors")
+        rules = [{"match": "b", "merge_method": add(2.0)}]
+        models = [{"model": str(tmp_path / "in.safetensors")}]
+        recipe = {"merge_method": add(1.0), "models": models, "rules": rules}
+        sm.merge(recipe=recipe, out=tmp_path / "out.safetensors")
+        made = load_safetensors(tmp_path / "out.safetensors")
+        assert (made["a"].tolist(), made["b"].tolist()) == ([1.0] * 3, [2.0] * 3)
 
     def test_by_its_place_on_the_command_line(self, tmp_path: Path, cli: Callable[..., Any]) -> None:
         (tmp_path / "own.py").write_text(OWN)
@@ -99,7 +126,7 @@ class TestOwnMethod:
         for place, said in (
             ("own:nothing", "cannot be imported"),
             ("nowhere:f", "cannot be imported"),
-            ("own:__name__", "is no function"),
+            ("own:__name__", "is not a function"),
         ):
             assert said in cli("merge", *paths, "--method", place, "-o", "x.safetensors", code=2).stderr
 
@@ -115,7 +142,7 @@ class TestOwnMethod:
         for place, said in (("broken:f", "cannot be imported"), ("builtins:dict", "cannot be a merge method")):
             assert said in cli("merge", *paths, "--method", place, "-o", "x.safetensors", code=2).stderr
         for wish in ("overwrite=1", "inputs=1", "out=1", "listener=1", "memory=1"):
-            assert "an option of the command" in cli("merge", *paths, "-p", wish, "-o", "x.safetensors", code=2).stderr
+            assert "linear has no parameter" in cli("merge", *paths, "-p", wish, "-o", "x.safetensors", code=2).stderr
         twice = ["-p", "weight=1,2,3", "--weights", "1,2,3"]
         assert "given twice" in cli("merge", *paths, *twice, "-o", "x.safetensors", code=2).stderr
         cli("merge", *paths, "-p", "weight=2", "-o", "x.safetensors")
@@ -133,7 +160,7 @@ class TestOwnMethod:
 
 def test_the_table_and_the_pages(cli: Callable[..., Any]) -> None:
     table = cli("methods").stdout
-    for name, method in methods().items():
+    for name, method in list_methods().items():
         summary = method.summary.replace("``", "")
         assert any(line.split()[0] == name and summary in line for line in table.splitlines() if line), name
         page = cli("methods", name).stdout if name in ("ties", "slerp", "copy") else ""

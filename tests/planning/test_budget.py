@@ -40,7 +40,7 @@ class TestBudget:
                 memory -= 1 << 20
         assert seen == sorted(seen, reverse=True)
         assert seen[-1] == (1, GRAIN)
-        least = int(str(error.value).rpartition("--memory ")[2].partition("MiB")[0]) << 20
+        least = int(str(error.value).rpartition('memory="')[2].partition("MiB")[0]) << 20
         budget.fit(least, workers=4, tensors=5, cost=self.cost, staging=False)
         with pytest.raises(sm.BudgetError):
             budget.fit(least - (1 << 20), workers=4, tensors=5, cost=self.cost, staging=False)

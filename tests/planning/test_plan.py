@@ -30,7 +30,7 @@ def test_where_mapped_pages_have_no_room_inputs_are_read(inputs: list[Path]) -> 
     assert (wide.io, narrow.io) == ("mmap", "pread")
     assert narrow.peak_bytes <= 24 << 20 < wide.peak_bytes
     assert "pread)" in str(narrow)
-    with pytest.raises(sm.BudgetError, match="pass --memory"):
+    with pytest.raises(sm.BudgetError, match='pass `memory="12MiB"` or more'):
         sm.plan(inputs, memory="4MiB")
 
 

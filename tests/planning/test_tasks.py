@@ -97,7 +97,7 @@ def test_together_as_each_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     paths = [tmp_path / f"{number}.safetensors" for number in range(3)]
     for path, tensors in zip(paths, models, strict=True):
         save_file(tensors, path)
-    base = {"base": paths[0], "density": 0.5} if method == "dare_linear" else {}
+    base = {"base": paths[0], "parameters": {"density": 0.5}} if method == "dare_linear" else {}
     inputs = paths[1:] if base else paths
     seen = []
     for way in ("together", "alone"):

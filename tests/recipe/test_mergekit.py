@@ -1,7 +1,7 @@
-"""mergekit configurations mean what they mean to mergekit 0.1.5.
+"""mergekit configurations have the same meaning as in mergekit 0.1.5.
 
-Its own results on models of known numbers are in ``data/mergekit.json`` (see ``mergekit_cases.py``). Where an interpreter
-with mergekit is named by ``MERGEKIT_PYTHON``, real small architectures are merged by both, too.
+``data/mergekit.json`` holds mergekit's own results on models of known numbers (see ``mergekit_cases.py``). If
+``MERGEKIT_PYTHON`` names an interpreter with mergekit, both tools also merge real small architectures.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import mergekit_cases as cases
 import pytest
 
 import streammerge as sm
-from streammerge.tensors.layers import is_before
 
 EXPECTED = json.loads((Path(__file__).parents[1] / "data" / "mergekit.json").read_text())
 
@@ -54,25 +53,6 @@ def test_a_recipe_that_travelled_gives_the_same_bytes(
     one, two = ({f.name: f.read_bytes() for f in (tmp_path / n).iterdir()} for n in ("one", "two"))
     assert one == two
     assert str(tmp_path).encode() not in b"".join(one.values())
-
-
-def test_what_stands_before_the_layers_and_what_behind() -> None:
-    """Names of architectures that can be sliced: embeddings come from the first slice, norm and head from the last."""
-    before = (
-        "model.embed_tokens.weight transformer.wte.weight transformer.wpe.weight bert.embeddings.word_embeddings.weight "
-        "bert.embeddings.LayerNorm.weight gpt_neox.embed_in.weight transformer.word_embeddings.weight "
-        "transformer.rotary_pos_emb.inv_freq transformer.relative_pe.slopes model.tok_embeddings.weight "
-        "backbone.embeddings.weight transformer.embedding.word_embeddings.weight model.embedding_norm.weight"
-    )
-    behind = (
-        "model.norm.weight lm_head.weight embed_out.weight transformer.ln_f.bias gpt_neox.final_layer_norm.weight "
-        "vocab_projector.bias bert.pooler.dense.weight classifier.weight cls.predictions.bias output.weight score.weight "
-        "lm_head.layer_norm.bias transformer.encoder.final_layernorm.weight transformer.output_layer.weight "
-        "pre_classifier.bias "
-        "backbone.norm_f.weight cls.predictions.transform.LayerNorm.weight"
-    )
-    assert all(map(is_before, before.split()))
-    assert not any(map(is_before, behind.split()))
 
 
 _ARCHITECTURES = """

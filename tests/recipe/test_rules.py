@@ -1,4 +1,4 @@
-"""Rules per tensor, policies, what checkpoints disagree about, and strangers."""
+"""Rules per tensor, policies for disagreements, folders, and other people's checkpoints."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class TestRules:
 
 
 class TestRulesAndBases:
-    """A rule's method merges the recipe's models; the base is apart where either method takes it so."""
+    """A rule's method merges the recipe's models. The base is separate if either method takes it separately."""
 
     @pytest.fixture
     def models(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensors]:
@@ -193,13 +193,13 @@ class TestRulesAndBases:
         assert again.counts() == {"linear": 2}
 
     def test_a_base_that_only_a_rule_needs_is_not_counted(self, models: dict[str, Tensors]) -> None:
-        """weighted_sum takes two models, and no base."""
+        """weighted_sum takes two models and no base."""
         rules = [{"match": "q.*", "merge_method": "task_arithmetic"}]
         made = self.merged("a b", merge_method="weighted_sum", parameters={"alpha": 0.5}, rules=rules)
         assert octets(made["v.weight"]) == octets(mean([models["a"]["v.weight"], models["b"]["v.weight"]], [1, 1]))
 
     def test_a_base_among_the_models_is_not_one_of_them(self, models: dict[str, Tensors]) -> None:
-        """nearswap takes one model beside its base; add_difference two."""
+        """nearswap takes one model beside its base; add_difference takes two."""
         self.merged("base a", merge_method="nearswap", parameters={"t": 0.01})
         self.merged("a base b", merge_method="add_difference")
         with pytest.raises(sm.RecipeError, match="exactly 1 model beside the base, not 2"):
@@ -236,9 +236,10 @@ class TestRulesAndBases:
 
 class TestShapes:
     def test_everything_that_differs_stands_in_one_table(self, voices: tuple[Tensors, Tensors], tmp_path: Path) -> None:
-        changed = voices[1] | {"gpt.text_embedding.weight": draw(1, 40, 8), "gpt.new": draw(1, 2)}
+        decoder = {"hifigan_decoder.conv.bias": draw(1, 3)}  # tells, with the names of gpt, that this is XTTS
+        changed = voices[1] | decoder | {"gpt.text_embedding.weight": draw(1, 40, 8), "gpt.new": draw(1, 2)}
         del changed["dvae.codebook"], changed["gpt.decoder.norm1.bias"]
-        saved(tmp_path, b=changed)
+        saved(tmp_path, a=voices[0] | decoder, b=changed)
         with pytest.raises(sm.MismatchError) as caught:
             sm.plan(["a.safetensors", "b.safetensors"])
         said = str(caught.value)
@@ -247,8 +248,8 @@ class TestShapes:
             "b.safetensors has 1 that a.safetensors lacks (they stay out): gpt.new",
             "gpt.text_embedding.weight  [30, 8]  [40, 8] in b.safetensors  vocabulary 30 against 40",
             "this looks like vocabulary 30 against 40",
-            "--on-missing base",
-            "--on-shape base (keep the first's) or rows",
+            '`on_missing="base"`',
+            '`on_shape="base"` (keep the first\'s) or `"rows"`',
         ):
             assert part in said, said
 
@@ -385,26 +386,8 @@ class TestQuantised:
         assert octets(load_safetensors(Path("out.safetensors"))["w"]) == octets(expected)
 
 
-class TestStrangers:
-    def test_two_trainings_are_told_from_fine_tunes(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.chdir(tmp_path)
-        made = {name: {f"l{i}.weight": draw(s + i, 64, 64) for i in range(3)} for name, s in (("a", 0), ("b", 50))}
-        tuned = {name: t + 0.1 * draw(99, 64, 64) for name, t in made["a"].items()}
-        for tensors in (*made.values(), tuned):
-            tensors["norm.weight"] = torch.ones(512)
-        saved(tmp_path, a=made["a"], b=made["b"], tuned=tuned)
-        related = sm.merge(["a.safetensors", "tuned.safetensors"], "one.safetensors")
-        assert related.warnings == ()
-        apart = sm.merge(["a.safetensors", "tuned.safetensors", "b.safetensors"], "two.safetensors")
-        assert len(apart.warnings) == 1
-        assert "b.safetensors has the names and shapes of a.safetensors but seems to come from another" in apart.warnings[0]
-        u, v = (torch.stack([made[n][f"l{i}.weight"].flatten() for i in range(3)]).double() for n in "ab")
-        median = torch.nn.functional.cosine_similarity(u, v).median().item()
-        assert f"median cosine of 3 sampled tensors is {median:.3f}" in apart.warnings[0]
-
-
 class TestFolders:
-    """What a Hugging Face folder says beside its tensors follows the merge."""
+    """The side files of a Hugging Face folder agree with the merge."""
 
     def make(self, folder: Path, name: str, head: bool, layers: int = 3, **config: Any) -> Tensors:
         tensors = {"model.embed_tokens.weight": draw(len(name), 7, 4), "model.norm.weight": draw(2, 4)}
@@ -552,16 +535,3 @@ def test_one_file_with_two_state_dicts(tmp_path: Path, monkeypatch: pytest.Monke
     assert octets(made["w"]) == octets((4.0 * end["w"].double() - 3.0 * start["w"].double()).float())
     both = [{"model": "end.pt", "state_dict": "model"}, {"model": "end.pt", "state_dict": "model"}]
     assert len(sm.plan(recipe={"merge_method": "linear", "models": both}).recipe.checkpoints) == 1
-
-
-def test_a_pattern_without_end_is_stopped(tmp_path: Path) -> None:
-    """The standard library's would go on until the sun has burned out."""
-    for number in range(2):
-        save_file({"a" * 60: torch.ones(2)}, tmp_path / f"{number}.safetensors")
-    recipe = {
-        "merge_method": "linear",
-        "models": [{"model": str(tmp_path / f"{number}.safetensors")} for number in range(2)],
-        "rules": [{"match": r"/^(\w|\w\w)+\d$/", "drop": True}],
-    }
-    with pytest.raises(sm.RecipeError, match="takes for ever"):
-        sm.plan(recipe=recipe)

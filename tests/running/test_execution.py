@@ -1,8 +1,11 @@
-"""What a run must not lose: inputs, their folders, other files; and inputs that change meanwhile."""
+"""What a run must not lose: inputs, their folders, other files; and inputs that change meanwhile; children
+that are forked after a run."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,3 +110,88 @@ def test_a_side_file_that_changes_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(sm.ChangedError, match=r"config\.json"):
         sm.merge([a, b], tmp_path / "out", integers="first", listener=listen)
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------- fork after a merge
+
+FORKS = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)  # making the inputs starts no thread
+import streammerge as sm
+from safetensors.torch import save_file
+chance = torch.Generator().manual_seed(0)
+for number in range(3):
+    tensors = {f"l{i}.w": torch.randn(300, 301, generator=chance) for i in range(4)}
+    save_file(tensors | {"long": torch.randn((1 << 22) + 7, generator=chance)}, f"{number}.safetensors")
+torch.save({"w": torch.randn(2000, 1001, generator=chance).t()}, "strided.pth")
+numbers = torch.ones(1 << 20, dtype=torch.float64)
+torch.set_num_threads(4)
+ALL = ["0.safetensors", "1.safetensors", "2.safetensors"]
+
+def merged(method, out):
+    parameters = {"linear": {}, "slerp": {"t": 0.3}, "ties": {"density": 0.5}}[method]
+    how = {"parameters": parameters} | ({"base": ALL[2]} if method == "ties" else {})
+    sm.merge(ALL[:2], out, method=method, workers=3, overwrite=True, **how)
+
+def forked(what, work):
+    child = os.fork()
+    if not child:
+        signal.alarm(40)  # ends a child that hangs
+        work()
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status:
+        sys.exit(f"a child forked after {what} ended with {status}")
+
+def use_helpers():
+    assert torch.get_num_threads() == 4
+    assert numbers.dot(numbers) == numbers.numel()
+"""
+"""Programs that fork: inputs, one of them long enough that all workers share its passes; and what children do."""
+
+
+def run_forks(folder: Path, code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", FORKS + code], cwd=folder, capture_output=True, text=True, timeout=150)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_nothing_leaves_torch_threads_behind_in_the_caller(tmp_path: Path) -> None:
+    """A child that is forked afterwards lacks them. It would hang as soon as torch asks for their help."""
+    code = """
+def converted():
+    sm.convert("strided.pth", "strided.safetensors", dtype="float16")
+
+def verified():
+    for workers in (1, 3):
+        sm.verify("ties", sample="100%", workers=workers)
+    sm.verify("strided.safetensors", sample="100%")
+
+def written():
+    with sm.SafetensorsWriter("written.safetensors", [sm.TensorSpec("w", "float64", (1024, 1024))]) as writer:
+        writer.write("w", numbers.view(1024, 1024).t())
+        writer.commit()
+
+for method in ("linear", "slerp", "ties"):
+    merged(method, method)
+    forked(method, use_helpers)
+for work in (converted, verified, written):
+    work()
+    forked(work.__name__, use_helpers)
+use_helpers()
+"""
+    run_forks(tmp_path, code)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_children_merge_after_their_parent_has_merged_and_computed(tmp_path: Path) -> None:
+    """Even where the program itself has started torch's threads."""
+    code = """
+use_helpers()
+for method in ("linear", "slerp", "ties"):
+    merged(method, f"{method}.safetensors")
+    forked(method, lambda: merged(method, f"child-{method}.safetensors"))
+    assert open(f"{method}.safetensors", "rb").read() == open(f"child-{method}.safetensors", "rb").read()
+"""
+    run_forks(tmp_path, code)

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import hear_signals
 from safetensors.torch import save_file
 
 import streammerge as sm
@@ -764,7 +765,12 @@ def test_a_signal_stops_in_time_and_says_how_to_go_on(
     out = tmp_path / "out.safetensors"
     command = ["merge", "0.safetensors", "1.safetensors", "-o", str(out), "--weights", "0.6,0.4"]
     process = subprocess.Popen(
-        [sys.executable, "-c", SLOWLY, *command], cwd=large, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", SLOWLY, *command],
+        cwd=large,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_signals,
     )
     while journalled(out) < 3:
         assert process.poll() is None

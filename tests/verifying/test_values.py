@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import shutil
 import subprocess
 import sys
+import tracemalloc
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -18,7 +22,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import streammerge as sm
+from streammerge.planning.budget import Budget
+from streammerge.planning.plan import budget_of
+from streammerge.planning.tasks import MergeTask
 from streammerge.stores.checksums import CRC32C
+from streammerge.stores.local import InputFiles
+from streammerge.verifying import values
 
 OUTPUTS = {"safetensors": "out.safetensors", "pickle": "out.pth", "folder": "out"}
 
@@ -66,11 +75,11 @@ def crc32c(data: bytes) -> int:
         {"weights": [0.7, 0.3]},
         {"dtype": "bfloat16"},
         {"method": "karcher"},
-        {"method": "ties", "base": "a.safetensors", "density": 0.3},
-        {"method": "dare_ties", "base": "a.safetensors", "density": 0.5, "seed": 7},
+        {"method": "ties", "base": "a.safetensors", "parameters": {"density": 0.3}},
+        {"method": "dare_ties", "base": "a.safetensors", "parameters": {"density": 0.5}, "seed": 7},
         {"method": "model_stock", "base": "a.safetensors"},
-        {"method": "sce", "base": "a.safetensors", "select_topk": 0.4},
-        {"dtype": "float16", "method": "slerp", "t": 0.4},
+        {"method": "sce", "base": "a.safetensors", "parameters": {"select_topk": 0.4}},
+        {"dtype": "float16", "method": "slerp", "parameters": {"t": 0.4}},
     ],
     ids=lambda options: " ".join(map(str, options.values())),
 )
@@ -583,6 +592,79 @@ def test_checksums_are_the_same_in_one_piece_and_in_many(
     assert f"{CRC32C.update(content[entry.offset : entry.offset + entry.nbytes]):08x}" in receipt(out)["checksums"][""]
 
 
+# ------------------------------------------------------------------------------------------- what verification costs
+
+
+def lines_run(function: Callable[[], object]) -> int:
+    """How many lines of values.py the calling thread runs, each round of a loop counted."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal count
+        if frame.f_code.co_filename != values.__file__:
+            return None
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        function()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_verifying_everything_is_linear_in_tensors(tmp_path: Path) -> None:
+    """Integers go the way of repetition, floats the way of comparison."""
+    lines = []
+    for tensors in (1500, 3000):
+        path, out = tmp_path / f"{tensors}.safetensors", tmp_path / f"out{tensors}.safetensors"
+        content = {f"f{i}": torch.full((1,), float(i)) for i in range(tensors // 2)}
+        content |= {f"i{i}": torch.tensor([i]) for i in range(tensors // 2)}
+        save_file(content, path)
+        sm.merge([path, path], out)
+        found: list[sm.Verified] = []
+        lines.append(lines_run(lambda: found.append(sm.verify(out, sample="100%", workers=1))))
+        assert (found[0].sampled_tensors, found[0].equal_elems) == (tensors, tensors)
+    assert tensors < lines[1] < 2.2 * lines[0], lines
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 7, (256 << 10) - 1, 256 << 10, (256 << 10) + 1, 20_000_003])
+def test_repetition_compares_in_bounded_memory(tmp_path: Path, nbytes: int) -> None:
+    path, content = tmp_path / "output", random.Random(nbytes).randbytes(5 + nbytes)
+    path.write_bytes(content)
+    data = memoryview(bytearray(content[5:]))
+    repetition = values._Repetition(InputFiles({}).get(str(path)), 3)
+    tracemalloc.start()
+    try:
+        repetition.write_full(data, 2)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert not repetition.differs
+    if nbytes:
+        data[-1] ^= 1
+        repetition.write_full(data, 2)
+        assert repetition.differs
+
+
+def test_what_a_comparison_holds_is_counted(pair: list[Path], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The budget of a verification has room, for each worker, for the blocks that it compares."""
+    more = []
+
+    def recorded(tasks: list[MergeTask], *how: Any, **beside: Any) -> tuple[Budget, str]:
+        budget, io = budget_of(tasks, *how, **beside)
+        plain, _ = budget_of(tasks, *how, staged=False)
+        more.append((budget.peak_bytes - plain.peak_bytes) // budget.workers)
+        return budget, io
+
+    monkeypatch.setattr(values, "budget_of", recorded)
+    sm.merge(["a.safetensors", "b.safetensors"], here / "out.safetensors")
+    sm.verify(here / "out.safetensors", sample="100%", workers=3)
+    assert more == [1 << 20] * 2
+
+
 # ---------------------------------------------------------------------------------------------------------- one digest
 
 
@@ -601,7 +683,7 @@ def test_one_digest_however_it_was_run(long: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("streammerge.planning.tasks.PIECE_ELEMS", 1 << 16)
     options: dict[str, Any] = {"method": method}
     if method == "dare_ties":
-        options |= {"base": "0.safetensors", "density": 0.4, "seed": 3}
+        options |= {"base": "0.safetensors", "parameters": {"density": 0.4}, "seed": 3}
     made = set()
     ways = [(workers, "512MiB", "mmap") for workers in range(1, 9)]
     ways += [(workers, memory, io) for workers in (1, 3) for memory in ("64MiB", "4GiB") for io in ("mmap", "pread")]

@@ -35,19 +35,19 @@ def choose(
     """
     notes: list[str] = []
     if last is not None and best is not None:
-        raise RecipeError("--last and --best both choose; give one of them")
+        raise RecipeError("`last` and `best` both choose; give one of them")
     if (best is None) != (by is None):
         raise RecipeError(
-            "--best needs --by KEY, and --by needs --best N: a number in the files, like model_loss.eval_loss"
+            '`best` needs `by`, and `by` needs `best`: a number in the files, like `by="model_loss.eval_loss"`'
         )
     if highest and best is None:
-        raise RecipeError("--highest turns the order of --best, which is not given")
+        raise RecipeError("`highest` turns the order of `best`, which is not given")
     if range is not None:
         paths = _within(paths, range, notes)
     if best is not None and by is not None:
         paths = _best(paths, best, by, bool(highest), notes)
     if last is not None:
-        _enough("--last", last, paths)
+        _enough("last", last, paths)
         paths = sorted(paths, key=numeric_order)[-last:]
         notes.append(f"chosen as the last {last}: {listed(paths, 20)}")
     return paths, notes
@@ -56,30 +56,30 @@ def choose(
 def exponential_weights(decay: float, count: int) -> list[float]:
     """The weights of an exponential moving average over so many checkpoints, the oldest first; they sum to 1."""
     if not 0 <= decay < 1:
-        raise RecipeError(f"--ema-decay takes a number from 0 to below 1, not {decay:g}")
+        raise RecipeError(f"`ema_decay` takes a number from 0 to below 1, not {decay:g}")
     return [decay ** (count - 1)] + [(1 - decay) * decay ** (count - 1 - place) for place in range(1, count)]
 
 
 def _enough(option: str, wanted: int, paths: list[str]) -> None:
     if wanted < 1:
-        raise RecipeError(f"{option} takes a positive number")
+        raise RecipeError(f"`{option}` takes a positive number")
     if wanted > len(paths):
-        raise RecipeError(f"{option} {wanted}, but there are only {len(paths)} checkpoints")
+        raise RecipeError(f"`{option}={wanted}`, but there are only {len(paths)} checkpoints")
 
 
 def _within(paths: list[str], within: str, notes: list[str]) -> list[str]:
     start, colon, stop = within.partition(":")
     if not colon or not all(re.fullmatch("[0-9]{0,18}", part.strip()) for part in (start, stop)) or within.strip() == ":":
-        raise RecipeError(f"--range takes FROM:TO, like 1000:5000, not {printable(within)}")
+        raise RecipeError(f"`range` takes FROM:TO, like 1000:5000, not {printable(within)}")
     low, high = int(start.strip() or 0), int(stop.strip()) if stop.strip() else math.inf
     numbers = {path: number_of(path) for path in paths}
     nameless = [path for path, number_in in numbers.items() if number_in is None]
     if nameless:
-        raise RecipeError(f"--range needs a number in each name, and {printable(nameless[0])} has none")
+        raise RecipeError(f"`range` needs a number in each name, and {printable(nameless[0])} has none")
     chosen = [path for path, number_in in numbers.items() if number_in is not None and low <= number_in <= high]
     if not chosen:
-        raise RecipeError(f"--range {printable(within)}: none of the {len(paths)} checkpoints has such a number")
-    notes.append(f"chosen by --range {printable(within)}: {len(chosen)} of {len(paths)}, {listed(chosen, 20)}")
+        raise RecipeError(f"`range` {printable(within)}: none of the {len(paths)} checkpoints has such a number")
+    notes.append(f"chosen by `range` {printable(within)}: {len(chosen)} of {len(paths)}, {listed(chosen, 20)}")
     return chosen
 
 
@@ -97,7 +97,7 @@ def number_of(path: str) -> int | None:
 
 
 def _best(paths: list[str], best: int, by: str, highest: bool, notes: list[str]) -> list[str]:
-    _enough("--best", best, paths)
+    _enough("best", best, paths)
     values = {path: _value(path, by) for path in paths}
     ranked = sorted(values, key=lambda path: (-values[path] if highest else values[path], numeric_order(path)))
     order = "highest" if highest else "lowest"

@@ -1,4 +1,4 @@
-"""Inputs converted to safetensors first, and kept (``--convert-first``): their names, and whether they are right."""
+"""Inputs converted to safetensors first, and kept (``convert_first``): their names, and whether they are right."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from streammerge.stores.base import Location
 
 
 def converted_path(index: CheckpointIndex, folder: Location) -> Location:
-    """Where ``--convert-first`` keeps an input: its name, and a digest of what the file is and what was taken from it."""
+    """Where ``convert_first`` keeps an input: its name, and a digest of what the file is and what was taken from it."""
     import hashlib  # here, since it brings all of OpenSSL
 
     known = sorted(

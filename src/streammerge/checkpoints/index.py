@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import ItemsView, Iterator, KeysView, ValuesView
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +14,14 @@ from streammerge.pickles.tree import Global, TensorRef, number, plain, walk
 from streammerge.stores.base import Location, Status
 from streammerge.stores.locations import Place, parse
 from streammerge.tensors.spec import TensorEntry
+from streammerge.units import counted, decimal_bytes
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class CheckpointIndex:
-    """``entries``: every tensor of the state dict by name, in its order. ``aliases``: tied name -> the first name of
+    """A mapping from the names of tensors to their entries: ``len(index)``, ``index[name]``, iteration over the names.
+
+    ``entries``: every tensor of the state dict by name, in its order. ``aliases``: tied name -> the first name of
     the same tensor. ``extras``: the inert tree of a pickled file, None for safetensors. ``files``: all it is read from.
     """
 
@@ -30,6 +34,31 @@ class CheckpointIndex:
     container: Container
     selection: Selection
     notes: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def __getitem__(self, name: str) -> TensorEntry:
+        return self.entries[name]
+
+    def keys(self) -> KeysView[str]:
+        return self.entries.keys()
+
+    def values(self) -> ValuesView[TensorEntry]:
+        return self.entries.values()
+
+    def items(self) -> ItemsView[str, TensorEntry]:
+        return self.entries.items()
+
+    def __repr__(self) -> str:
+        held = f"{counted(len(self.entries), 'tensor')}, {decimal_bytes(self.nbytes)}"
+        return f"<CheckpointIndex {printable(self.path)}: {self.format}, {held}>"
 
     @property
     def format(self) -> str:

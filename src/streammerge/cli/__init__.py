@@ -5,18 +5,14 @@ Each module imports only modules above it::
     terminal   text as the terminal can show it
     streams    the standard streams
     signals    being stopped
+    flags      an option as it is typed
     formula    TeX as Unicode
     pages      the pages of merge methods
     render     what results look like
     progress   the bar, the log, the JSON lines
-    options    options that several commands have
+    options    the options of commands
     arguments  from what was typed to the arguments of the Python API
-    reports    printing a plan and a result
-    merge
-    plan
-    convert
-    verify
-    inspect
-    methods
+    reports    printing what a command found or did
+    commands   a file per command
     main       the group of commands, errors, exit
 """

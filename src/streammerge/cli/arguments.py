@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from streammerge.errors import RecipeError, printable
+from streammerge.options import CONVERT, MERGE, VERIFY, options_of
+
+_NEGATED = {f"no_{name}": name for name, each in options_of(*MERGE, *CONVERT, *VERIFY).items() if each.negated}
 
 
-def plan_arguments(wishes: dict[str, Any]) -> dict[str, Any]:
-    """What was typed, as the arguments of :func:`api.plan`; a method's parameters are arguments beside the others."""
-    from inspect import signature
+def as_arguments(typed: Mapping[str, Any]) -> dict[str, Any]:
+    """What was typed, as the arguments of the function of the command's name."""
+    made = dict(typed)
+    for flag, name in _NEGATED.items():
+        if made.pop(flag, False):
+            made[name] = False
+    if made.get("weights") is not None:
+        made["weights"] = _numbers("`weights`", made["weights"])
+    if "parameters" in made:
+        made["parameters"] = _parameters(made["parameters"], made["weights"] is not None)
+        weight = made["parameters"].get("weight")
+        if isinstance(weight, list):
+            made["weights"] = _numbers("-p weight", ",".join(made["parameters"].pop("weight")))
+    return made
 
-    from streammerge import api
 
-    taken = ({*signature(api.plan).parameters} | {*signature(api.merge).parameters}) - {"normalize"}
-    made = {key: value for key, value in wishes.items() if key not in ("weights", "no_normalize", "parameters")}
-    made["weights"] = None if wishes["weights"] is None else _numbers("--weights", wishes["weights"])
-    if wishes["no_normalize"]:
-        made["normalize"] = False
-    given: set[str] = set()
-    for parameter in wishes["parameters"]:
-        name, equals, value = parameter.partition("=")
+def _parameters(typed: Iterable[str], weighted: bool) -> dict[str, Any]:
+    """``NAME=VALUE`` by name; ``VALUE,VALUE`` is a list."""
+    made: dict[str, Any] = {}
+    for each in typed:
+        name, equals, value = each.partition("=")
         if not equals:
-            raise RecipeError(f"-p {printable(parameter)}: write it as NAME=VALUE")
-        if name in given or (name == "weight" and made["weights"] is not None):
+            raise RecipeError(f"-p {printable(each)}: write it as NAME=VALUE")
+        if name in made or (name == "weight" and weighted):
             raise RecipeError(f"-p {printable(name)} is given twice")
-        given.add(name)
-        if name == "weight" and "," in value:
-            made["weights"] = _numbers("-p weight", value)
-        elif name in taken:
-            raise RecipeError(f"-p {printable(name)}: that is an option of the command, not a parameter of a method")
-        else:
-            made[name] = value.split(",") if "," in value else value
+        made[name] = value.split(",") if "," in value else value
     return made
 
 

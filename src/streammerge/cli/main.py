@@ -4,20 +4,38 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 from typing import Any
 
 import click
 
-from streammerge.cli import convert, inspect, merge, methods, plan, verify
+from streammerge.cli.flags import as_flags
 from streammerge.cli.signals import Stopped, stoppable
 from streammerge.cli.streams import open_standard_streams
 from streammerge.cli.terminal import say
 from streammerge.errors import StreammergeError, printable
+from streammerge.plugins import module_names
 from streammerge.version import __version__
+
+_ROOM = "streammerge.cli.commands"
+
+
+class Commands(click.Group):
+    """The modules of ``cli/commands``, each imported when its command is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - as click calls it
+        return module_names(_ROOM)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in module_names(_ROOM):
+            return None
+        found: click.Command = getattr(import_module(f"{_ROOM}.{cmd_name}"), cmd_name)
+        return found
 
 
 @click.group(
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120, "auto_envvar_prefix": "STREAMMERGE"}
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120, "auto_envvar_prefix": "STREAMMERGE"},
 )
 @click.version_option(__version__, prog_name="streammerge")
 def cli() -> None:
@@ -27,10 +45,6 @@ def cli() -> None:
     index, or a quoted glob. A recipe, which is a mergekit configuration, stands in place of all inputs. Nothing in an
     input is ever executed.
     """
-
-
-for command in (convert.convert, inspect.inspect, merge.merge, methods.methods, plan.plan, verify.verify):
-    cli.add_command(command)
 
 
 def main() -> None:
@@ -52,7 +66,7 @@ def main() -> None:
     except StreammergeError as error:
         if debug:
             _print_traceback()
-        _fail(str(error), error.exit_code)
+        _fail(as_flags(str(error)), error.exit_code)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""What results look like, as text and as JSON."""
+"""Results as text and as JSON."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoints.index import CheckpointIndex
+from streammerge.cli.flags import as_flags
 from streammerge.cli.terminal import WIDTH
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.options import RECEIPT_KEY, RECIPE_KEY
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def result_text(result: Result) -> str:
-    """The last lines of a run: what was written, how fast, in how much memory."""
+    """Returns the last lines of a run: the output, the speed, the memory."""
     tensors = len(result.plan.tasks)
     files = len(result.plan.layout.files) + len(result.plan.layout.side_files)
     what = f"{tensors} tensors" + (f" in {files} files" if result.plan.layout.as_folder else "")
@@ -54,34 +55,6 @@ def result_json(result: Result) -> dict[str, Any]:
     }
 
 
-def verified_text(verified: Verified) -> str:
-    """What ``verify`` prints."""
-    files = f" in {verified.files} files" if verified.files > 1 else ""
-    lines = [
-        f"verified {printable(verified.out)}",
-        f"  structure  {_counted(verified.tensors, 'tensor')}{files}, as they were written",
-        f"  checksums  {decimal_bytes(verified.checked_bytes)}, every tensor and all that is around them",
-    ]
-    if verified.recomputed:
-        elems = verified.sampled_elems
-        rounded = elems - verified.equal_elems - verified.repeated_elems
-        kinds = [
-            (verified.equal_elems, "are the float64 result to the bit"),
-            (rounded, "are it but for rounding"),
-            (verified.repeated_elems, "are to the bit what the merge computes"),
-        ]
-        said = ", ".join(f"{100 * count / elems:.4g} % {what}" for count, what in kinds if count)
-        lines.append(
-            f"  values     {elems:,} numbers of {_counted(verified.sampled_tensors, 'tensor')} computed again: {said}"
-        )
-    lines += [f"  note       {note}" for note in verified.notes]
-    return "\n".join([*lines, f"  digest     {verified.digest}"])
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
-
-
 def verified_json(verified: Verified) -> dict[str, Any]:
     return {**asdict(verified), "out": str(verified.out), "recomputed": verified.recomputed}
 
@@ -95,7 +68,7 @@ def _dtypes(index: CheckpointIndex) -> Counter[str]:
 
 
 def recipe_text(index: CheckpointIndex) -> str:
-    """The recipe that a merged file or folder carries. Raises RecipeError where there is none."""
+    """Returns the recipe inside a merged file or folder. Raises RecipeError if there is none."""
     from streammerge.recipe.document import parse, to_yaml
 
     record = index.metadata.get(RECIPE_KEY)
@@ -104,14 +77,14 @@ def recipe_text(index: CheckpointIndex) -> str:
     try:
         try:
             return to_yaml(load_json(record))
-        except ValueError:  # in a .pth or folder it is YAML
+        except ValueError:  # a .pth or folder holds YAML
             return to_yaml(parse(record, str(index.path)).data)
     except RecursionError as error:
-        raise RecipeError(f"the recipe in {printable(index.path)} is nested without end, which is refused") from error
+        raise RecipeError(f"the recipe in {printable(index.path)} is nested too deeply") from error
 
 
 def index_json(index: CheckpointIndex, tensors: bool) -> dict[str, Any]:
-    """What ``inspect --format json`` prints for one checkpoint."""
+    """Returns the data that ``inspect --format json`` prints for one checkpoint."""
     shown: dict[str, Any] = {
         "path": str(index.path),
         "format": index.format,
@@ -150,7 +123,7 @@ def index_json(index: CheckpointIndex, tensors: bool) -> dict[str, Any]:
 
 
 def index_text(index: CheckpointIndex, tensors: bool) -> str:
-    """What ``inspect`` prints for one checkpoint."""
+    """Returns the text that ``inspect`` prints for one checkpoint."""
     rows = [*_held(index), *_beside(index), *_safety(index)]
     lines = [printable(index.path), *(f"  {label:<11}{text}" for label, text in rows)]
     return "\n".join(lines + (_tensor_lines(index) if tensors else []))
@@ -160,7 +133,7 @@ _Rows = Iterator[tuple[str, str]]
 
 
 def _held(index: CheckpointIndex) -> _Rows:
-    """The tensors that were chosen, and those that were not."""
+    """Yields rows about the chosen tensors, and about those that were not chosen."""
     selection = index.selection
     count = f" in {len(index.files)} files" if len(index.files) > 1 else ""
     yield "format", f"{index.format}, {decimal_bytes(_total_bytes(index))}{count}"
@@ -185,7 +158,7 @@ def _held(index: CheckpointIndex) -> _Rows:
 
 
 def _beside(index: CheckpointIndex) -> _Rows:
-    """Metadata, and what stands beside the tensors."""
+    """Yields rows about the metadata, and about data beside the tensors."""
     keys = [key for key in index.metadata if key != RECEIPT_KEY]
     for key in keys[:12]:
         yield "metadata", _short(f"{key}: {index.metadata[key]}")
@@ -204,7 +177,7 @@ def _safety(index: CheckpointIndex) -> _Rows:
     if classes:
         yield "classes", listed(classes, 12)
     for note in index.notes:
-        yield "note", note
+        yield "note", as_flags(note)
     if index.extras is not None:
         yield "safety", "nothing was executed or imported"
 

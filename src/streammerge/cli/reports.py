@@ -1,4 +1,4 @@
-"""How a command reports: a plan, a result, as text or as JSON."""
+"""How a command reports: as text or as JSON, options named as they are typed."""
 
 from __future__ import annotations
 
@@ -6,17 +6,28 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streammerge.cli.terminal import say
+from streammerge.cli.flags import as_flags
+from streammerge.cli.terminal import say, width
 
 if TYPE_CHECKING:
+    from streammerge.checkpoints.index import CheckpointIndex
+    from streammerge.methods.contracts import MergeMethod
     from streammerge.planning.plan import Plan
     from streammerge.running.execution import Result
+    from streammerge.verifying.files import Verified
 
 
 def as_json(data: Any, **form: Any) -> str:
     import json
 
-    return json.dumps(data, **form)
+    return json.dumps(_with_flags(data), **form)
+
+
+def _with_flags(data: Any) -> Any:
+    """Notes and warnings name options as they are typed."""
+    if not isinstance(data, dict):
+        return data
+    return {key: [*map(as_flags, value)] if key in ("notes", "warnings") else value for key, value in data.items()}
 
 
 def show_plan(plan: Plan, form: str) -> None:
@@ -27,7 +38,7 @@ def show_plan(plan: Plan, form: str) -> None:
 
         click.echo(to_yaml(plan.recipe.to_dict()), nl=False)
     elif form == "human":
-        say(str(plan))
+        say(as_flags(str(plan)))
 
 
 def report(result: Result, form: str) -> None:
@@ -37,7 +48,47 @@ def report(result: Result, form: str) -> None:
         click.echo(as_json(render.result_json(result)))
     elif form == "human":
         for note in result.notes:
-            say(f"note: {note}", err=True)
+            say(f"note: {as_flags(note)}", err=True)
         for warning in result.warnings:
-            say(f"warning: {warning}", err=True)
+            say(f"warning: {as_flags(warning)}", err=True)
         say(render.result_text(result))
+
+
+def show_verified(verified: Verified, form: str) -> None:
+    from streammerge.cli import render
+
+    if form == "json":
+        click.echo(as_json(render.verified_json(verified)))
+    elif form == "human":
+        say(as_flags(str(verified)))
+
+
+def show_indexes(indexes: list[CheckpointIndex], form: str, tensors: bool, recipe: bool) -> None:
+    """What checkpoints hold, with their ``tensors``; or only the ``recipe`` that each carries."""
+    from streammerge.cli import render
+
+    if recipe:
+        click.echo("---\n".join(render.recipe_text(index) for index in indexes), nl=False)
+    elif form == "json":
+        shown = [_with_flags(render.index_json(index, tensors)) for index in indexes]
+        click.echo(as_json(shown[0] if len(shown) == 1 else shown, indent=2))
+    elif form == "human":
+        say("\n\n".join(render.index_text(index, tensors) for index in indexes))
+
+
+def show_methods(methods: list[MergeMethod], form: str) -> None:
+    from streammerge.cli import pages
+
+    if form == "json":
+        click.echo(as_json([pages.method_json(method) for method in methods], indent=2))
+    else:
+        say(pages.methods_table(methods))
+
+
+def show_method(method: MergeMethod, form: str) -> None:
+    from streammerge.cli import pages
+
+    if form == "json":
+        click.echo(as_json(pages.method_json(method), indent=2))
+    else:
+        say(pages.method_page(method, width()))

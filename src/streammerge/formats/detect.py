@@ -1,16 +1,22 @@
-"""What a file is, by its content; its name says nothing."""
+"""Detection of a file's format by its content; its name is ignored."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
 from importlib import import_module
+from types import ModuleType
+from typing import Any, TypeVar
 
-from streammerge.errors import FormatError, printable
-from streammerge.formats.base import Container
+from streammerge.errors import FormatError, RecipeError, printable
+from streammerge.formats.base import Container, Format
+from streammerge.plugins import Registry, module_names
 from streammerge.stores.base import Location
 
 _HEAD_BYTES = 512
-_READERS = ("safetensors", "torch_zip", "torch_tar", "torch_legacy")
+_ROOM = "streammerge.formats"
+_HELPERS = ("archive", "base", "detect", "folder", "safetensors_writer")
+"""The modules beside this one that are no format, so that looking at a file imports only the formats that are asked."""
 _OTHERS: tuple[tuple[bytes, str], ...] = (
     (b"GGUF", "a GGUF file, whose weights are quantised for llama.cpp; give the original safetensors"),
     (b"\x89HDF", "an HDF5 file (Keras); only PyTorch and safetensors checkpoints are read"),
@@ -24,7 +30,7 @@ _OTHERS: tuple[tuple[bytes, str], ...] = (
 
 
 def read(path: Location) -> Container:
-    """The container of a file or folder. Raises FormatError that names what was found instead."""
+    """Returns the container of a file or folder. Raises FormatError that names what was found instead."""
     if not path.is_folder() and not path.name.endswith(".index.json"):
         return read_file(path)
     from streammerge.formats import folder
@@ -33,16 +39,59 @@ def read(path: Location) -> Container:
 
 
 def read_file(path: Location) -> Container:
-    """The container of a single file."""
+    """Returns the container of a single file. Raises FormatError."""
     size = path.size
     with path.stream() as stream:
         head = stream.read(min(_HEAD_BYTES, size))  # files of the kernel have size 0, and some never end
-    for name in _READERS:
-        reader = import_module(f"streammerge.formats.{name}")  # only those asked: to look at a file should take no time
-        if reader.matches(head, size):
-            container: Container = reader.read(path)
-            return container
+    likely = None
+    for format in _formats():
+        matches = format.matches(head, size)
+        if matches is True:
+            return format.read(path)
+        likely = format if matches and likely is None else likely
+    if likely is not None:
+        return likely.read(path)
     raise FormatError(f"{printable(path)} {_what(head, size)}")
+
+
+def _formats() -> Iterator[Format]:
+    """Every format in the order in which they are asked: this package's by name, then this program's, then plug-ins.
+
+    Each is imported when its turn comes. Most files are recognised before plug-ins are searched for.
+    """
+    for name in module_names(_ROOM):
+        if name not in _HELPERS:
+            yield import_module(f"{_ROOM}.{name}")
+    yield from FORMATS.beside_built_in()
+
+
+def _of_plugin(name: str, found: Any) -> Format:
+    made = found() if isinstance(found, type) else found
+    if not callable(getattr(made, "matches", None)) or not callable(getattr(made, "read", None)):
+        raise RecipeError(f"the format {printable(name)} has no matches(head, size) or no read(path)")
+    return made  # type: ignore[no-any-return]
+
+
+def _of_module(module: ModuleType) -> dict[str, Format]:
+    name = module.__name__.rpartition(".")[2]
+    return {} if name in _HELPERS else {name: module}
+
+
+FORMATS: Registry[Format] = Registry("format", _ROOM, _of_module, _of_plugin)
+Reader = TypeVar("Reader")
+
+
+def file_format(name: str, *, replace: bool = False) -> Callable[[Reader], Reader]:
+    """Registers a format in this process: a class or an object with the methods of ``Format``.
+
+    It reads the files that it matches, where no format of this package recognises them for certain.
+    """
+
+    def mark(reader: Reader) -> Reader:
+        FORMATS.register(name, _of_plugin(name, reader), getattr(reader, "__module__", ""), replace)
+        return reader
+
+    return mark
 
 
 def _what(head: bytes, size: int) -> str:
@@ -55,7 +104,7 @@ def _what(head: bytes, size: int) -> str:
     if re.match(rb"\s*<(!doctype|html|\?xml|head|error)", head, re.IGNORECASE):
         return "is an HTML or XML page, not a checkpoint: a download that failed; fetch it again"
     if not head.strip(b"\0"):
-        return "begins with nothing but zero bytes; the download or the save did not finish"
+        return "begins with zero bytes only; the download or the save did not finish"
     for magic, what in _OTHERS:
         if head.startswith(magic):
             return f"is {what}"

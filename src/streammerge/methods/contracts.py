@@ -1,7 +1,7 @@
-"""What a merge method asks for, checked before any of them runs.
+"""Contracts of merge methods, checked before any method runs.
 
-The signature is the schema: a method's parameters, their kinds and defaults are its keyword-only arguments, its page is
-its docstring. Importing a method does not import torch, so that plans are made without it.
+The signature is the schema: the keyword-only arguments of a method are its parameters, with their kinds and defaults.
+Its docstring is its page. Importing a method does not import torch, so plans are made without torch.
 """
 
 from __future__ import annotations
@@ -9,15 +9,19 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import ModuleType
 from typing import Any, TypeVar
 
 from streammerge.errors import RecipeError, printable
 from streammerge.kernels.chunk import Kernel
 from streammerge.kernels.group import TensorGroup
+from streammerge.plugins import Registry, imported
+from streammerge.units import plain_number
 
 PerModel = Sequence[float]
 """The kind of a parameter that has one number for each model."""
@@ -27,7 +31,7 @@ Function = TypeVar("Function", bound=Callable[..., Kernel])
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One parameter. ``kind`` is float, int, bool or any; ``per_model`` says that each model has its own."""
+    """One parameter. ``kind`` is float, int, bool or any; ``per_model``: each model has its own value."""
 
     name: str
     kind: str
@@ -39,9 +43,11 @@ class Parameter:
         return self.default is inspect.Parameter.empty
 
     def parse(self, value: Any, models: int) -> Any:
-        """The value as the method takes it; RecipeError for one that it cannot be."""
+        """Converts a value to the parameter's kind, one per model if ``per_model``. Raises RecipeError if it is not
+        valid."""
         if not self.per_model:
             return self.parse_one(value)
+        value = plain_number(value)
         if isinstance(value, str) or not isinstance(value, Iterable):
             return [self.parse_one(value)] * models
         values = [self.parse_one(v) for v in value]
@@ -56,6 +62,7 @@ class Parameter:
     def parse_one(self, value: Any) -> Any:
         if value is None and self.default is None:
             return value
+        value = plain_number(value)
         if self.kind == "any":
             return _number_if_it_is(value)
         if self.kind == "bool":
@@ -77,14 +84,16 @@ class Parameter:
 class MergeMethod:
     """A method and its contract.
 
-    ``models``: the least and most it takes, base not counted. ``base``: "required", "optional", "model" when a base
-    is one model more, or "unused". ``row(shape, values)``: how many elements belong together. ``passes``: whether it
-    looks at the group before it makes its kernel. ``pointwise``: whether each number follows from the models' at its
-    place alone, not from the tensor's name, shape or other numbers, so that short tensors may be computed together.
-    ``buffers``: chunk-long rows of numbers that it holds at once, torch's temporaries included, and
-    ``buffers_per_model`` more for each model; ``searches``: ranks that it looks for at once, per model.
-    ``row_buffers``: rows of float64 that its passes hold. ``compute``: the dtype it computes in unless the recipe says
-    otherwise. ``check(values)`` raises RecipeError.
+    ``models``: the least and the most models, without the base. ``base``: "required", "optional", "model" (a base is
+    one more model), or "unused". ``row(shape, values)``: how many elements belong together. ``passes``: whether the
+    method reads the group before it makes its kernel. ``pointwise``: whether each number depends only on the models'
+    numbers at the same place, not on the name, the shape or other numbers; short tensors may then be computed together.
+    ``buffers``: how many chunk-long buffers the method holds at once, torch's temporaries included;
+    ``buffers_per_model``: how many more for each model. ``searches``: how many ranks it searches at once, per model.
+    ``row_buffers``: how many float64 rows its passes hold. ``compute``: the dtype of the arithmetic, unless the recipe
+    gives one. ``check(values)`` raises RecipeError.
+
+    A method is pickled as the place of its function, and is found there again.
     """
 
     name: str
@@ -104,12 +113,31 @@ class MergeMethod:
 
     @cached_property
     def parameters(self) -> dict[str, Parameter]:
-        """By their names in recipes: ``lambda`` is ``lambda_`` in Python."""
+        """Parameters by their names in recipes; ``lambda`` is ``lambda_`` in Python."""
         return {parameter.name: parameter for parameter in _parameters(self.function)}
 
     @property
+    def place(self) -> str:
+        """Where its function is: ``package.module:function``."""
+        function = self.function if hasattr(self.function, "__qualname__") else type(self.function)
+        return f"{function.__module__}:{function.__qualname__}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        try:
+            if contract_of(imported(self.place), self.name) == self:
+                return _restored, (self.place, self.name)
+        except (ImportError, AttributeError, TypeError, RecipeError):
+            pass  # a function inside another, or an object that can be called
+        if contract_of(self.function, self.name) == self:
+            return contract_of, (self.function, self.name)
+        raise pickle.PicklingError(
+            f"the merge method {printable(self.name)} cannot be sent to another process: {printable(self.place)} does not "
+            "name its function; define it at the top of a module"
+        )
+
+    @property
     def takes_base(self) -> bool:
-        """Whether it is given the base apart from the models."""
+        """Whether the method gets the base separately from the models."""
         return self.base in ("required", "optional")
 
     @property
@@ -128,7 +156,7 @@ class MergeMethod:
         return max(self.row(shape, values), 1) if self.row else 1
 
     def resolve(self, given: Mapping[str, Any], models: int) -> Values:
-        """All parameters for so many models, defaults filled in. Raises RecipeError."""
+        """Returns all parameters for this many models, with defaults filled in. Raises RecipeError."""
         self.check_models(models)
         for name in given:
             if name.rstrip("_") not in self.parameters:
@@ -146,7 +174,7 @@ class MergeMethod:
         return values
 
     def check_models(self, models: int) -> None:
-        """RecipeError for a number of models, base not counted, that the method does not take."""
+        """Raises RecipeError if the method does not take this many models, without the base."""
         least, most = self.models
         if models < least or (most is not None and models > most):
             count = f"exactly {least}" if most == least else f"at least {least}" if most is None else f"{least} to {most}"
@@ -156,25 +184,26 @@ class MergeMethod:
             )
 
     def lack(self, name: str) -> str:
-        return f"{self.name} needs the parameter {name}; give it with -p {name}=VALUE, or under parameters in a recipe"
+        return f"{self.name} needs the parameter {name}; pass `parameters={{'{name}': ...}}`, or write it in the recipe"
 
     def hint(self, name: str) -> str:
-        """What may have been meant by a parameter that the method does not have."""
+        """Suggests a parameter in place of one that the method does not have."""
         near = difflib.get_close_matches(name, self.parameters, n=1)
         if near:
             return f"did you mean {near[0]}?"
         return f"it has {', '.join(self.parameters)}" if self.parameters else "it has none"
 
     def bind(self, group: TensorGroup, values: Values) -> Kernel:
-        """The kernel for a group of tensors; this is where the passes run."""
+        """Makes the kernel for a group of tensors. The passes run here."""
         return self.function(group, **{_IN_PYTHON.get(name, name): value for name, value in values.items()})
 
 
-def merge_method(name: str, **contract: Any) -> Callable[[Function], Function]:
+def merge_method(name: str, *, replace: bool = False, **contract: Any) -> Callable[[Function], Function]:
     """Makes a function a merge method: from a :class:`TensorGroup` and keyword-only parameters to a kernel.
 
     The keywords are the fields of :class:`MergeMethod`; without them a method takes any number of models and maybe a
-    base.
+    base. From now on ``method=name`` finds it in this process. A name that is built in is refused when it is asked for,
+    unless ``replace``.
 
     >>> @merge_method("midrange", models=(2, None), passes=False)
     ... def midrange(group, *, pull: float = 0.5):
@@ -187,10 +216,40 @@ def merge_method(name: str, **contract: Any) -> Callable[[Function], Function]:
     """
 
     def mark(function: Function) -> Function:
-        function.contract = MergeMethod(name, function, **contract)  # type: ignore[attr-defined]
+        made = MergeMethod(name, function, **contract)
+        function.contract = made  # type: ignore[attr-defined]
+        METHODS.register(name, made, getattr(function, "__module__", ""), replace)
         return function
 
     return mark
+
+
+def contract_of(function: Any, name: str) -> MergeMethod:
+    """The contract of a function, made for one that has none. Raises RecipeError for what cannot be a merge method."""
+    contract = getattr(function, "contract", None)
+    if isinstance(contract, MergeMethod):
+        return contract
+    if not callable(function):
+        raise RecipeError(f"the merge method {printable(name)} is no function")
+    # Nothing is known of the function. It gets room for a copy of each model and as much again.
+    method = MergeMethod(name, function, buffers=8, buffers_per_model=2)
+    try:
+        _ = method.parameters
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{printable(name)} cannot be a merge method: {printable(error)}") from error
+    return method
+
+
+def _restored(place: str, name: str) -> MergeMethod:
+    return contract_of(imported(place), name)
+
+
+def _of_module(module: ModuleType) -> dict[str, MergeMethod]:
+    contracts = (getattr(value, "contract", None) for value in vars(module).values())
+    return {each.name: each for each in contracts if isinstance(each, MergeMethod) and each.listed}
+
+
+METHODS = Registry("merge method", "streammerge.methods", _of_module, lambda name, found: contract_of(found, name))
 
 
 _IN_PYTHON = {"lambda": "lambda_"}
@@ -202,7 +261,7 @@ def _parameters(function: Callable[..., Kernel]) -> list[Parameter]:
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
             continue
         text = parameter.annotation if isinstance(parameter.annotation, str) else str(parameter.annotation)
-        if parameter.annotation is parameter.empty:  # a user's own, without types: as its default is
+        if parameter.annotation is parameter.empty:  # a user's function without types: the kind of the default
             text = type(parameter.default).__name__
         words = re.findall(r"\w+", re.sub(r"'[^']*'|\"[^\"]*\"", "", text))
         per_model = not {"PerModel", "Sequence", "list", "tuple"}.isdisjoint(words) and "str" not in words
@@ -212,7 +271,7 @@ def _parameters(function: Callable[..., Kernel]) -> list[Parameter]:
 
 
 def _number_if_it_is(value: Any) -> Any:
-    """What the command line gives as text, as a number where it is one."""
+    """Converts text from the command line to a number where possible."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -231,6 +290,6 @@ def _boolean(name: str, value: Any) -> bool:
 
 
 def sums_to_something(numbers: Sequence[float]) -> bool:
-    """Whether numbers can be divided by their sum: it is finite, and not just the rounding error of its terms."""
+    """Whether numbers can be divided by their sum: it is finite, and larger than the rounding error of its terms."""
     total = sum(numbers)
     return math.isfinite(total) and abs(total) > 1e-12 * max(map(abs, numbers), default=0.0)

@@ -1,70 +1,50 @@
-"""From a name, or a user's own function, to a merge method."""
+"""Lookup of merge methods by name, and of users' own functions."""
 
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Callable
-from functools import lru_cache
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import RecipeError, printable
 from streammerge.kernels.chunk import Kernel
 from streammerge.kernels.group import TensorGroup
-from streammerge.methods.contracts import MergeMethod
+from streammerge.methods.contracts import METHODS, MergeMethod, contract_of
 from streammerge.methods.exact import copy, integers
+from streammerge.methods.linear import linear
+from streammerge.plugins import imported
 from streammerge.tensors.spec import GRAIN
 
 if TYPE_CHECKING:
     import torch
 
-MODULES = (
-    "linear",
-    "exact",
-    "spherical",
-    "nuslerp",
-    "task_arithmetic",
-    "model_stock",
-    "sce",
-    "ram",
-    "nearswap",
-    "arcee_fusion",
-    "difference",
-    "median",
-)
-
-
 COPY: MergeMethod = copy.contract  # type: ignore[attr-defined]
 INTEGERS: MergeMethod = integers.contract  # type: ignore[attr-defined]
 
 
-@lru_cache(maxsize=1)
-def methods() -> dict[str, MergeMethod]:
-    """Every method that comes with the package, by name."""
-    found: dict[str, MergeMethod] = {}
-    for module in MODULES:
-        for value in vars(import_module(f"streammerge.methods.{module}")).values():
-            contract = getattr(value, "contract", None)
-            if isinstance(contract, MergeMethod) and contract.listed:
-                found[contract.name] = contract
-    return found
+LINEAR: MergeMethod = linear.contract  # type: ignore[attr-defined]
+
+
+def list_methods() -> dict[str, MergeMethod]:
+    """Returns the built-in methods by name."""
+    return METHODS.all()
 
 
 def find_method(wanted: str | Callable[..., Kernel] | MergeMethod) -> MergeMethod:
-    """The method of that name, of ``package.module:function``, or that is a function itself. Raises RecipeError."""
+    """Returns the method of a name, of ``package.module:function``, or of a function. Raises RecipeError."""
     if isinstance(wanted, MergeMethod):
         return wanted
     if callable(wanted):
         place = wanted if hasattr(wanted, "__qualname__") else type(wanted)  # a partial, or an object that can be called
-        return _own(wanted, f"{place.__module__}:{place.__qualname__}")
+        return contract_of(wanted, f"{place.__module__}:{place.__qualname__}")
     if not isinstance(wanted, str):
         raise RecipeError(f"a merge method is a name or a function, not {printable(wanted)}")
     if ":" in wanted:
-        return _own(_imported(wanted), wanted)
-    if wanted in methods():
-        return methods()[wanted]
-    near = difflib.get_close_matches(wanted, methods(), n=1)
+        return contract_of(_function_at(wanted), wanted)
+    found = METHODS.find(wanted)
+    if found is not None:
+        return found
+    near = difflib.get_close_matches(wanted, list_methods(), n=1)
     hint = f"did you mean {near[0]}?" if near else "`streammerge methods` lists them"
     raise RecipeError(f"unknown merge method {printable(wanted)}; {hint}")
 
@@ -77,7 +57,7 @@ def merge_tensors(
     chunk_elems: int = GRAIN,
     **parameters: Any,
 ) -> torch.Tensor:
-    """Merges tensors in memory, to try a method: checked and computed as for files. Returns the compute dtype."""
+    """Merges tensors in memory, to try a method. Checks and computes as for files; returns the compute dtype."""
     import torch
 
     contract = find_method(method)
@@ -99,29 +79,11 @@ def merge_tensors(
     return group.merged(contract.bind(group, values))
 
 
-def _own(function: Callable[..., Kernel], name: str) -> MergeMethod:
-    contract = getattr(function, "contract", None)
-    if isinstance(contract, MergeMethod):
-        return contract
-    # Nothing is known of it, so it is given room for a copy of each model and as much again.
-    method = MergeMethod(name, function, buffers=8, buffers_per_model=2)
+def _function_at(place: str) -> Callable[..., Kernel]:
     try:
-        _ = method.parameters
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"{printable(name)} cannot be a merge method: {printable(error)}") from error
-    return method
-
-
-def _imported(place: str) -> Callable[..., Kernel]:
-    module, _, name = place.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # a module beside the recipe, as for `python -m`
-    try:
-        function = import_module(module)
-        for part in name.split("."):
-            function = getattr(function, part)
+        function = imported(place)
     except Exception as error:  # whatever the user's own module raises
-        raise RecipeError(f"--method {printable(place)} cannot be imported: {printable(error)}") from error
+        raise RecipeError(f"the merge method {printable(place)} cannot be imported: {printable(error)}") from error
     if not callable(function):
-        raise RecipeError(f"--method {printable(place)} is no function")
-    return function
+        raise RecipeError(f"the merge method {printable(place)} is not a function")
+    return function  # type: ignore[no-any-return]

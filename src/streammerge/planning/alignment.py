@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
+from streammerge.checkpoints.profiles import Profile, profile_of
 from streammerge.errors import MismatchError, RecipeError, listed, printable
 from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import COPY, INTEGERS
@@ -18,7 +20,7 @@ from streammerge.planning.parameters import ParameterValues, shares
 from streammerge.planning.views import Indexes, Part, Restacked, View, make_parts
 from streammerge.recipe.model import Recipe, Rule
 from streammerge.tensors.dtypes import DType
-from streammerge.tensors.names import describe_match, ignored_by_loader, match_names
+from streammerge.tensors.names import describe_match, match_names
 from streammerge.tensors.quantised import belongs, companions
 from streammerge.tensors.spec import TensorEntry, TensorSpec, contiguous_strides
 
@@ -79,7 +81,7 @@ def align(recipe: Recipe, indexes: Indexes) -> Alignment:
         _Aligner(recipe, indexes, part, rules, alignment, mismatch).run()
     mismatch.refuse(recipe)
     _refuse_quantised(indexes, alignment.merged)
-    alignment.warnings += [f"--on-missing {recipe.on_missing}: {row}" for row in mismatch.rows()]
+    alignment.warnings += [f'`on_missing="{recipe.on_missing}"`: {row}' for row in mismatch.rows()]
     if not alignment.merged:
         raise RecipeError(
             "the rules leave no tensor over" if first.entries else f"{printable(first.path)} has no tensors to merge"
@@ -103,7 +105,7 @@ def _idle(recipe: Recipe, taken: list[int], names: Any) -> list[str]:
             said.append(f"{recipe.at(rule.path)}the rule for {printable(rule)} took no tensor: {why}")
     prefix = recipe.output.strip_prefix
     if prefix and not any(n.startswith(prefix) for n in names):
-        said.append(f"no tensor's name matches --strip-prefix {printable(prefix)}")
+        said.append(f"no tensor's name matches `strip_prefix` {printable(prefix)}")
     return said
 
 
@@ -170,16 +172,25 @@ class _Aligner:
             extra = [n for n in other.entries if n not in used and other.aliases.get(n) not in used]
             extra = [n for n in extra if not _drops(self.rules.of(n))]
             partial.update(missing)
-            self._note_mismatch(other, *([n for n in names if not ignored_by_loader(n)] for names in (missing, extra)))
-        optional = [n for n in ruled if n in partial and ignored_by_loader(n)]
-        if optional:
+            self._note_mismatch(other, *([n for n in names if not self._optional(n)] for names in (missing, extra)))
+        optional = [n for n in ruled if n in partial and self._optional(n)]
+        if optional and self.profile:
             self.alignment.notes.append(
-                f"{len(optional)} tensors that the XTTS loader ignores ({optional[0].split('.')[0]}.*, ...) are not in "
-                "every input; they are kept as in the first"
+                f"{len(optional)} tensors that the {self.profile.name} loader ignores ({optional[0].split('.')[0]}.*, ...) "
+                "are not in every input; they are kept as in the first"
             )
         if self.recipe.on_missing == "drop":
-            return [n for n in ruled if n not in partial or ignored_by_loader(n)]
+            return [n for n in ruled if n not in partial or self._optional(n)]
         return list(ruled)
+
+    def _optional(self, name: str) -> bool:
+        """Whether an input may lack the tensor, because the program that the first checkpoint belongs to ignores it."""
+        return self.profile is not None and self.profile.ignores(name)
+
+    @cached_property
+    def profile(self) -> Profile | None:
+        """The first checkpoint's. Looked for only where inputs lack tensors, since this reads every name."""
+        return profile_of(self.indexes[self.recipe.checkpoints[0]])
 
     def _note_mismatch(self, other: View, missing: list[str], extra: list[str]) -> None:
         path = str(other.index.path)
@@ -247,7 +258,7 @@ class _Aligner:
         used = [sources[number] for number in order]
         present = tuple(filter(None, used))
         lacking = len(present) < len(used)
-        absent_here = lacking and (recipe.on_missing == "base" or ignored_by_loader(name))
+        absent_here = lacking and (recipe.on_missing == "base" or self._optional(name))
         too_few = lacking and sum(s is not None for s in used[based:]) < method.models[0]
         if keep or method is COPY or absent_here or too_few:
             return Merged(names, spec, COPY, (first,), tied=tied, rest=rest)
@@ -307,7 +318,7 @@ class _Aligner:
             self.mismatch.differing.append(differing)
             return sources, None, None
         if policy == "base":
-            self.alignment.warnings.append(f"--on-shape base: {printable(name)} is kept as the first has it")
+            self.alignment.warnings.append(f'`on_shape="base"`: {printable(name)} is kept as the first has it')
             return sources, None, True
         shapes = [s.spec.shape for s, _ in present]
         if any(len(s) == 0 or s[1:] != first.shape[1:] for s in shapes) or first.dtype.kind == "packed":
@@ -316,7 +327,7 @@ class _Aligner:
         least, most = min(s[0] for s in shapes), max(s[0] for s in shapes)
         largest = next(s for s, _ in present if s.spec.shape[0] == most)
         self.alignment.warnings.append(
-            f"--on-shape rows: {least} rows of {printable(name)} are merged, the other {most - least} are those of "
+            f'`on_shape="rows"`: {least} rows of {printable(name)} are merged, the other {most - least} are those of '
             f"{printable(largest.path)}"
         )
         return [s and _rows(s, 0, least) for s in sources], _rows(largest, least, most), False
@@ -387,5 +398,5 @@ def _check_output_names(merged: list[Merged]) -> None:
     seen: set[str] = set()
     for name in (n for m in merged for n in (m.spec.name, *m.tied)):
         if name in seen:
-            raise RecipeError(f"two tensors would be called {printable(name)} in the output; change --strip-prefix")
+            raise RecipeError(f"two tensors would be called {printable(name)} in the output; change `strip_prefix`")
         seen.add(name)

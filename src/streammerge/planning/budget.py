@@ -1,7 +1,7 @@
 """The memory model: what one chunk in flight costs, and how many fit a budget. Pure arithmetic.
 
     peak = RUN + tensors * PER_TENSOR + staging + spread
-           + workers * (PER_WORKER + passes + out + chunk_elems * bytes_per_element
+           + workers * (PER_WORKER + beside + passes + out + chunk_elems * bytes_per_element
                         + inputs * huge_pages(window + chunk_elems * input_bytes))
 
 Every buffer the engine uses is a term here, and the engine takes its buffers from :func:`slots`, so the model cannot
@@ -109,13 +109,18 @@ def _huge_pages(nbytes: int) -> int:
     return (-(-nbytes // HUGE_PAGE_BYTES) + 1) * HUGE_PAGE_BYTES
 
 
-def fit(memory_bytes: int, workers: int, tensors: int, cost: Cost, staging: bool) -> Budget:
-    """The most workers and the best chunk that ``memory_bytes`` allow. Raises BudgetError naming the least that would."""
+def fit(memory_bytes: int, workers: int, tensors: int, cost: Cost, staging: bool, beside_bytes: int = 0) -> Budget:
+    """The most workers and the best chunk that ``memory_bytes`` allow. Raises BudgetError naming the least that would.
+
+    ``beside_bytes``: what each worker holds beside its buffers, such as the blocks that a verification compares.
+    """
     fixed = RUN_BYTES + tensors * PER_TENSOR_BYTES + (STAGING_BYTES if staging else 0) + cost.spread_bytes
 
     def peak(count: int, chunk: int, out: int, window: int) -> int:
         kept = cost.inputs * (_huge_pages(window + chunk * cost.mapped) if cost.mapped else window)
-        return fixed + count * (PER_WORKER_BYTES + cost.passes_bytes + out + chunk * cost.element_bytes + kept)
+        return fixed + count * (
+            PER_WORKER_BYTES + beside_bytes + cost.passes_bytes + out + chunk * cost.element_bytes + kept
+        )
 
     least_chunk, more = max(GRAIN, cost.row), 2 if cost.passes else 1
     for count in range(workers, 0, -1):
@@ -133,5 +138,5 @@ def fit(memory_bytes: int, workers: int, tensors: int, cost: Cost, staging: bool
     rows = f" with rows of {cost.row} elements, which are held whole" if cost.row > GRAIN else ""
     raise BudgetError(
         f"{binary_bytes(memory_bytes)} of memory are too little for this merge{rows}, "
-        f"which needs at least {binary_bytes(least)}; pass --memory {-(-least // (1 << 20))}MiB or more"
+        f'which needs at least {binary_bytes(least)}; pass `memory="{-(-least // (1 << 20))}MiB"` or more'
     )

@@ -90,14 +90,14 @@ class Mismatch:
         lines += [f"this looks like {guess}" for guess in self._guesses()]
         if names:
             lines.append(
-                "--on-missing base (keep the first's), average-present (mean of those that have it) or drop settles names; "
-                "the first checkpoint's names are the output's"
+                '`on_missing="base"` (keep the first\'s), `"average-present"` (mean of those that have it) or `"drop"` '
+                "settles names; the first checkpoint's names are the output's"
             )
         shapes = [d for d in self.differing if d.in_shape]
         if shapes:
-            rows = " or rows (merge the common leading rows, keep the rest of the larger)"
+            rows = ' or `"rows"` (merge the common leading rows, keep the rest of the larger)'
             lines.append(
-                f"--on-shape base (keep the first's){rows if all(d.by_rows for d in shapes) else ''} settles shapes; "
+                f'`on_shape="base"` (keep the first\'s){rows if all(d.by_rows for d in shapes) else ""} settles shapes; '
                 "a rule can copy a tensor from one model, or drop it"
             )
         raise MismatchError("\n".join(lines))

@@ -27,11 +27,14 @@ class _Asked:
 
 
 class ParameterValues:
-    """The values of one part's tensors, resolved once for each that is different."""
+    """The values of one part's tensors, resolved once for each that is different.
+
+    Methods are told apart by identity: two methods of one's own may have the same name.
+    """
 
     def __init__(self, recipe: Recipe, part: Part) -> None:
         self.recipe, self.part = recipe, part
-        self.asked: dict[tuple[str, tuple[int, ...], int | None], _Asked] = {}
+        self.asked: dict[tuple[int, tuple[int, ...], int | None], _Asked] = {}
         self.resolved: dict[Any, dict[str, Any]] = {}
 
     def of(
@@ -63,7 +66,7 @@ class ParameterValues:
                 raise RecipeError(f"{self.recipe.at(('parameters', parameter.name))}{printable(name)}: {error}") from error
             if value is not None:
                 given[parameter.name] = value
-        known = (method.name, len(models) - models.count(None), *given.items())
+        known = (id(method), len(models) - models.count(None), *given.items())
         if known not in self.resolved:
             self.resolved[known] = self._resolve(method, given, models, name, rule)
         if whole and asked.fixed:
@@ -71,7 +74,7 @@ class ParameterValues:
         return self.resolved[known]
 
     def _asked(self, method: MergeMethod, numbers: tuple[int, ...], rule: Rule | None) -> _Asked:
-        known = method.name, numbers, id(rule) if rule and rule.parameters else None
+        known = id(method), numbers, id(rule) if rule and rule.parameters else None
         if known not in self.asked:
             views = [self.part.views[number] for number in numbers]
             made = []

@@ -24,12 +24,12 @@ from streammerge.stores.base import Location, Status
 from streammerge.stores.locations import parse
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorEntry
-from streammerge.units import binary_bytes, decimal_bytes
+from streammerge.units import binary_bytes, counted, decimal_bytes
 
 _EXAMPLE_OUT = "merged.safetensors"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Plan:
     """All of a run: ``tasks`` in the order of reading, the ``layout`` of the output, and what it will cost.
 
@@ -105,6 +105,13 @@ class Plan:
             "warnings": self.warnings,
             "tasks": [_task_json(task) for task in self.tasks],
         }
+
+    def __repr__(self) -> str:
+        return (
+            f"<Plan {self.recipe.merge_method.name} of {counted(len(self.recipe.inputs), 'model')} -> "
+            f"{printable(self.out) if self.out else '(no output named)'}: {counted(len(self.tasks), 'tensor')}, "
+            f"{decimal_bytes(self.write_bytes)}, peak memory {binary_bytes(self.peak_bytes)} projected>"
+        )
 
     def __str__(self) -> str:
         recipe = self.recipe
@@ -197,18 +204,21 @@ def build_plan(
     )
 
 
-def budget_of(tasks: list[MergeTask], memory_bytes: int, workers: int, io: str, staged: bool) -> tuple[Budget, str]:
+def budget_of(
+    tasks: list[MergeTask], memory_bytes: int, workers: int, io: str, staged: bool, beside_bytes: int = 0
+) -> tuple[Budget, str]:
     """How these tasks are run within that memory, and how they read: by pread where inputs cannot be mapped, or there is no
-    room for mapped pages, or for as many mapped files. Raises BudgetError when it is too little."""
+    room for mapped pages, or for as many mapped files. ``beside_bytes``: what the caller makes each worker hold beside its
+    buffers. Raises BudgetError when the memory is too little."""
     if io == "mmap" and not _can_map(tasks, workers):
         io = "pread"
     tensors = sum(len(task.sources) + 1 for task in tasks)
     try:
-        return fit(memory_bytes, workers, tensors, _cost(tasks, io), staged), io
+        return fit(memory_bytes, workers, tensors, _cost(tasks, io), staged, beside_bytes), io
     except BudgetError:
         if io != "mmap":
             raise
-        return fit(memory_bytes, workers, tensors, _cost(tasks, "pread"), staged), "pread"
+        return fit(memory_bytes, workers, tensors, _cost(tasks, "pread"), staged, beside_bytes), "pread"
 
 
 def _can_map(tasks: list[MergeTask], workers: int) -> bool:

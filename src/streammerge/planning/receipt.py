@@ -15,9 +15,10 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
-from streammerge.errors import VerifyError, printable
+from streammerge.errors import FormatError, RecipeError, VerifyError, printable
 from streammerge.stores.base import Location, digest_outside
 from streammerge.stores.checksums import CRC32, CRC32C, Checksum
+from streammerge.stores.locations import parse
 from streammerge.strict_json import load_json
 from streammerge.version import __version__
 
@@ -125,10 +126,26 @@ def planned(
             inputs[name]["sha256"] = _BLANK_SHA256
     versions = {"streammerge": __version__}
     if computed:
-        from importlib.metadata import version
-
-        versions["torch"] = version("torch")
+        versions["torch"] = torch_version()
     return Receipt(recipe, inputs, versions, seed, kind.name, {})
+
+
+def torch_version() -> str:
+    """The version of torch that is installed, which is not imported. Raises RecipeError where there is none."""
+    from importlib.metadata import PackageNotFoundError, version
+    from importlib.util import find_spec
+
+    try:
+        return version("torch")
+    except PackageNotFoundError:  # built from source, or put into an image without its metadata
+        found = find_spec("torch")
+    if found is None or found.origin is None:
+        raise RecipeError("torch is not installed, and this merge computes with it; install torch")
+    try:
+        stated = re.search(r"""^__version__ = ['"]([^'"]+)""", parse(found.origin).with_name("version.py").text(), re.M)
+    except (FormatError, ValueError):
+        stated = None
+    return stated[1] if stated else "unknown"
 
 
 def read_receipt(text: str, where: object) -> Receipt:

@@ -8,6 +8,7 @@ from typing import Any
 
 from streammerge.kernels.chunk import whole_grains
 from streammerge.methods.contracts import MergeMethod
+from streammerge.methods.registry import COPY
 from streammerge.tensors.spec import GRAIN, TensorEntry, TensorSpec, ranges
 
 PIECE_ELEMS = 64 * GRAIN
@@ -33,7 +34,7 @@ class MergeTask:
     @property
     def verbatim(self) -> bool:
         """Whether the output's bytes are the source's, so that no arithmetic is needed."""
-        return self.method.name == "copy" and self.sources[0].spec.dtype == self.out.dtype
+        return self.method is COPY and self.sources[0].spec.dtype == self.out.dtype
 
     @property
     def read_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""From the arguments of merge() and of the command line to a recipe: models with their own parameters, and the rest."""
+"""Recipes from the arguments of merge() and of the command line."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from streammerge.recipe.model import Model, Output, Recipe, Reference, Rule
 from streammerge.recipe.patterns import parse_pattern
 from streammerge.recipe.reader import checked
 from streammerge.recipe.settings import Setting, constant
+from streammerge.units import plain_number
 
 Overrides = Mapping[str, Any]
 
@@ -27,16 +28,16 @@ def recipe_of(
     parameters: Mapping[str, Any],
     overrides: Overrides,
 ) -> Recipe:
-    """The recipe of these arguments. Raises RecipeError with all that is wrong with them."""
+    """Returns the recipe of these arguments. Raises RecipeError with all mistakes."""
     found = find_method(method)
     if weights is not None:
         if "weight" in parameters:
-            raise RecipeError("weights and the parameter weight are the same; give one of them")
+            raise RecipeError("weights and the parameter weight mean the same; give only one")
         parameters = {**parameters, "weight": _weights(weights, len(inputs))}
     own: list[dict[str, Setting]] = [{} for _ in inputs]
     shared: dict[str, Setting] = {}
-    for name, value in parameters.items():
-        known = name.rstrip("_")
+    for name, given in parameters.items():
+        known, value = name.rstrip("_"), plain_number(given)
         parameter = found.parameters.get(known)
         if known in shared or any(known in each for each in own):
             raise RecipeError(f"the parameter {known} is given twice")
@@ -52,7 +53,7 @@ def recipe_of(
 
 
 def overridden(recipe: Recipe, overrides: Overrides) -> Recipe:
-    """The recipe with what options say in place of its own keys; options that were not given are None."""
+    """Returns the recipe with the given options in place of its keys. An option that was not given is None."""
     given = {name: value for name, value in overrides.items() if value is not None}
     if "dtype" in given:
         recipe = replace(recipe, out_dtype=None)
@@ -62,23 +63,23 @@ def overridden(recipe: Recipe, overrides: Overrides) -> Recipe:
 
 
 def _parsed(form: type[Any], given: Overrides) -> dict[str, Any]:
-    """Options as the values of a form's keys."""
+    """Converts options to the values of a form's keys. Raises RecipeError."""
     made = {}
     for name, value in given.items():
-        kind, option = form.__dataclass_fields__[name].metadata["kind"], f"--{name.replace('_', '-')}"
+        kind = form.__dataclass_fields__[name].metadata["kind"]
         try:
             made[name] = kind.parse(value)
         except RecipeError as error:
-            raise RecipeError(f"{option}: {error}") from error
+            raise RecipeError(f"`{name}`: {error}") from error
         except (ValueError, TypeError) as error:
-            raise RecipeError(f"{option} takes {kind.words}, not {printable(value)}") from error
+            raise RecipeError(f"`{name}` takes {kind.words}, not {printable(value)}") from error
     return made
 
 
 def conversion(path: str, drop: Sequence[str], keep: Sequence[str], overrides: Overrides) -> Recipe:
-    """A merge of one input by ``copy``: what is dropped and what is kept are rules."""
+    """Returns a recipe that copies one input. Patterns to drop and to keep become rules. Raises RecipeError."""
     if "" in (*drop, *keep):
-        raise RecipeError("--drop and --keep take a pattern, like 'dvae.*'")
+        raise RecipeError("`drop` and `keep` take a pattern, like 'dvae.*'")
     rules = [Rule((parse_pattern(pattern),), drop=True) for pattern in drop]
     if keep:
         rules += [Rule((parse_pattern(pattern),)) for pattern in keep]
@@ -100,7 +101,8 @@ def _is_list(value: Any) -> bool:
 
 
 def _one_each(parameter: Parameter, values: list[Any], inputs: Sequence[str], base: str | None) -> list[Any]:
-    """A value for each input, from as many, from one for each but the base, or from a single one."""
+    """Returns one value per input. The values are as many as the inputs, one fewer (none for the base), or a single
+    one."""
     parsed = [parameter.parse_one(value) for value in values]
     is_base = [base is not None and Reference(path).same(Reference(base)) for path in inputs]
     if len(parsed) == 1:

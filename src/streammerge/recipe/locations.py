@@ -1,4 +1,4 @@
-"""Where the models of a recipe are, and what to call them in one that travels."""
+"""Locations of a recipe's models, and their names in a recipe that travels with an output."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _MOST_REVISION_BYTES = 100
 
 
 def located(recipe: Recipe, folders: list[Location], problems: Problems) -> Recipe:
-    """The recipe with the paths at which its models are found.
+    """Returns the recipe with the paths at which its models are found. Adds absent models to the problems.
 
-    A path counts from the first of these folders in which it is found, else it is a repository's name in the local cache
-    of the Hugging Face hub. Nothing is downloaded.
+    A path is relative to the first of these folders that contains it. Otherwise it is the name of a repository in the
+    local cache of the Hugging Face hub. Nothing is downloaded.
     """
     names = {}
     for named in recipe.named_models:
@@ -35,7 +35,7 @@ def located(recipe: Recipe, folders: list[Location], problems: Problems) -> Reci
 
 
 def _is_path(named: str) -> bool:
-    """Whether the system could be asked for it."""
+    """Whether the system accepts the text as a path."""
     return "\0" not in named and not any("\ud800" <= c <= "\udfff" for c in named)
 
 
@@ -51,7 +51,7 @@ def _find(named: str, folders: list[Location]) -> str | None:
 
 
 def _cached(name: str) -> str | None:
-    """The snapshot of a repository in the hub's cache."""
+    """Returns the snapshot of a repository in the hub's cache, if there is one."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return None
     home = os.environ.get("HF_HOME") or posixpath.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
@@ -88,7 +88,7 @@ def _absent(named: str, folders: list[Location]) -> str:
 
 
 def _place(recipe: Recipe, named: str) -> Key:
-    """The first key that names the model."""
+    """Returns the path of the first key that names the model."""
     if recipe.base_model == named:
         return ("base_model",)
     for entry in recipe.entries:
@@ -98,9 +98,9 @@ def _place(recipe: Recipe, named: str) -> Key:
 
 
 def resolved(recipe: Recipe) -> Recipe:
-    """The recipe that travels with its output: every parameter is there, and nothing of this machine.
+    """Returns the recipe that travels with its output: with every parameter, and without paths of this machine.
 
-    A parameter that a rule's method has too is left to the defaults, which need not be the same.
+    A parameter that a rule's method also has is left out, because the defaults of the two methods may differ.
     """
     settings = dict(recipe.parameters)
     for name, parameter in recipe.merge_method.parameters.items():
@@ -115,15 +115,15 @@ def resolved(recipe: Recipe) -> Recipe:
 
 
 def travelling_names(recipe: Recipe) -> dict[str, str]:
-    """What to call each model: as it was named, or, where one was named by an absolute path, all by what is below the
-    folder that holds them. A name in another store than the disk is the same everywhere and stays."""
+    """Returns a name for each model. Each keeps its name unless one has an absolute path; then all names are relative
+    to their common folder. A name in another store than the disk is the same everywhere and stays."""
     written = {path: recipe.written.get(path, path) for path in recipe.named_models}
     places = {path: parse(path).absolute() for path in written}
     far = {path: path for path, place in places.items() if place.local_path is None}  # means the same everywhere
     places = {path: place for path, place in places.items() if path not in far}
     local = {path: name for path, name in written.items() if path in places}
     spelled: dict[Location, str] = {}
-    for path, name in local.items():  # of one that was named twice, the first that is not absolute
+    for path, name in local.items():  # a model with several names gets the first that is not absolute
         if not _is_absolute(name):
             spelled.setdefault(places[path], name)
     local = {path: spelled.get(places[path], name) for path, name in local.items()}
@@ -135,4 +135,4 @@ def travelling_names(recipe: Recipe) -> dict[str, str]:
 
 
 def _is_absolute(name: str) -> bool:
-    return name.startswith(("/", "file:"))
+    return name.startswith(("/", "~", "file:"))

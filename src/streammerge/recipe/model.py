@@ -1,6 +1,6 @@
-"""What the user asked for. The classes are the recipe's keys: a mergekit configuration, and what streammerge adds.
+"""The classes of a recipe. Their fields are its keys: mergekit's configuration, and streammerge's additions.
 
-A recipe is made by the command line, the Python API or a file, and is the same however it was made.
+Recipes from the command line, the Python API and files are equal if they say the same.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 from streammerge.methods.contracts import MergeMethod
-from streammerge.options import EMA_CHOICES, INTEGERS, ON_MISSING, ON_SHAPE
+from streammerge.options import MERGE, Converting, options_of
 from streammerge.recipe.fields import (
     TEXT,
     TRUTH,
@@ -24,6 +24,7 @@ from streammerge.recipe.fields import (
     Plain,
     key,
     one_of,
+    option_key,
     place_of,
 )
 from streammerge.recipe.patterns import Pattern
@@ -32,9 +33,16 @@ from streammerge.recipe.settings import Settings, SettingsKind
 from streammerge.stores.locations import resolved
 from streammerge.tensors.dtypes import DType
 
+_OPTIONS = options_of(Converting, *MERGE)
+
+
+def _chosen(name: str) -> Any:
+    """A key that takes one of the choices of the option of that name."""
+    return option_key(one_of(_OPTIONS[name].choices), _OPTIONS[name])
+
 
 class Reference(NamedTuple):
-    """A checkpoint as it was named, and which of its state dicts, where that was said."""
+    """A checkpoint as the user named it, and optionally one of its state dicts."""
 
     path: str
     state_dict: str | None = None
@@ -52,7 +60,7 @@ class Model:
 
     model: str = key(MODEL, "Path of a file or folder.")
     parameters: Settings = key(SETTINGS, "This model's own parameters, such as weight.", default_factory=dict)
-    state_dict: str | None = key(TEXT, "Which state dict of a wrapped file; found when left out.", default=None)
+    state_dict: str | None = key(TEXT, "State dict inside a wrapped file; by default found automatically.", default=None)
     path: Path = field(default=(), compare=False, repr=False)
 
 
@@ -61,9 +69,9 @@ class Source:
     """Some layers of a model, for a slice."""
 
     model: str = key(MODEL, "Path of a file or folder.")
-    layer_range: tuple[int, int] = key(LAYER_RANGE, "Its first layer, and the one behind its last.")
+    layer_range: tuple[int, int] = key(LAYER_RANGE, "First layer, and the layer after the last.")
     parameters: Settings = key(SETTINGS, "This model's own parameters in the slice.", default_factory=dict)
-    state_dict: str | None = key(TEXT, "Which state dict of a wrapped file; found when left out.", default=None)
+    state_dict: str | None = key(TEXT, "State dict inside a wrapped file; by default found automatically.", default=None)
     path: Path = field(default=(), compare=False, repr=False)
 
 
@@ -71,34 +79,38 @@ class Source:
 class Slice:
     """Consecutive layers of the output."""
 
-    sources: tuple[Source, ...] = key(ListOf(FormOf(Source)), "The layers that are merged into these.")
+    sources: tuple[Source, ...] = key(ListOf(FormOf(Source)), "The layers to merge.")
     base_model: str | None = key(MODEL, "The base in this slice.", default=None)
     parameters: Settings = key(SETTINGS, "Parameters in this slice.", default_factory=dict)
-    residual_weight: Any = key(Plain("a number", float, {"type": "number"}), "Read nowhere, as in mergekit.", default=None)
+    residual_weight: Any = key(
+        Plain("a number", float, {"type": "number"}), "Accepted and ignored, as in mergekit.", default=None
+    )
     path: Path = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class Module:
-    """A part of the model whose layers are counted on their own, named by how its tensors' names begin."""
+    """A part of the model with its own count of layers, named by the prefix of its tensors' names."""
 
-    models: tuple[Model, ...] = key(ListOf(FormOf(Model)), "The models, all layers of each.", default=())
-    slices: tuple[Slice, ...] = key(ListOf(FormOf(Slice)), "Layers of models, stacked.", default=())
+    models: tuple[Model, ...] = key(ListOf(FormOf(Model)), "The models to merge, with all their layers.", default=())
+    slices: tuple[Slice, ...] = key(ListOf(FormOf(Slice)), "Stacked layers of models.", default=())
     parameters: Settings = key(SETTINGS, "Parameters in this module.", default_factory=dict)
     path: Path = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What is done with the tensors that a pattern matches; of several rules the first that matches holds."""
+    """An action for the tensors that a pattern matches. The first rule that matches is used."""
 
     MEANT: ClassVar = {"filter": "match", "pattern": "match", "method": "merge_method", "model": "copy"}
 
     match: tuple[Pattern, ...] = key(ListOf(PATTERN, or_one=True), "Globs on tensor names, or /regular expressions/.")
-    copy: str | None = key(MODEL, "Take the tensor whole from this model.", default=None)
+    copy: str | None = key(MODEL, "Copy the tensor from this model.", default=None)
     drop: bool = key(TRUTH, "Leave the tensor out.", default=False)
     merge_method: MergeMethod | None = key(METHOD, "Merge with this method.", default=None)
-    parameters: Settings = key(SETTINGS, "Parameters here; a list is one per model.", default_factory=dict)
+    parameters: Settings = key(
+        SETTINGS, "Parameters for these tensors; a list has one value per model.", default_factory=dict
+    )
     dtype: DType | None = key(DTYPE, "Dtype of the output.", default=None)
     path: Path = field(default=(), compare=False, repr=False)
 
@@ -126,9 +138,9 @@ class Rule:
 class Output:
     """How the output is written."""
 
-    max_shard_size: int | None = key(SIZE, "Largest file of a folder; as the first input's when left out.", default=None)
-    keep_optimizer: bool = key(TRUTH, "Keep the first input's optimizer and scheduler in a .pth.", default=False)
-    strip_prefix: str = key(TEXT, "Removed from the names that begin with it.", default="")
+    max_shard_size: int | None = option_key(SIZE, _OPTIONS["max_shard_size"])
+    keep_optimizer: bool = option_key(TRUTH, _OPTIONS["keep_optimizer"], default=False)
+    strip_prefix: str = option_key(TEXT, _OPTIONS["strip_prefix"], default="")
 
 
 _TOKENIZERS = (
@@ -138,9 +150,9 @@ _TOKENIZERS = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """A merge, or a conversion: all that its output depends on besides the inputs.
+    """A merge or a conversion: everything besides the inputs that its output depends on.
 
-    ``places``: where the keys stand in the file they were read from; ``written``: what its models are called there.
+    ``places``: the places of the keys in their file. ``written``: the names of the models in that file.
     """
 
     REFUSED: ClassVar = {
@@ -148,38 +160,40 @@ class Recipe:
         "tokenizer": _TOKENIZERS,
         "chat_template": "set it in the output's tokenizer_config.json",
         "name": "it belongs to configurations of several documents; run one document at a time",
-        "out_path": "name the output with -o",
+        "out_path": "name the output with `out`",
     }
     MEANT: ClassVar = {"method": "merge_method", "base": "base_model", "weights": "models", "inputs": "models"}
 
-    merge_method: MergeMethod = key(METHOD, "What `streammerge methods` lists, or package.module:function.")
-    models: tuple[Model, ...] = key(ListOf(FormOf(Model)), "The models, all layers of each.", default=())
-    slices: tuple[Slice, ...] = key(ListOf(FormOf(Slice)), "Layers of models, stacked.", default=())
-    modules: Mapping[str, Module] = key(MapOf(FormOf(Module)), "Name prefix -> what is done there.", default_factory=dict)
+    merge_method: MergeMethod = key(METHOD, "A name from `streammerge methods`, or package.module:function.")
+    models: tuple[Model, ...] = key(ListOf(FormOf(Model)), "The models to merge, with all their layers.", default=())
+    slices: tuple[Slice, ...] = key(ListOf(FormOf(Slice)), "Stacked layers of models.", default=())
+    modules: Mapping[str, Module] = key(
+        MapOf(FormOf(Module)), "Name prefix -> models or slices of that module.", default_factory=dict
+    )
     base_model: str | None = key(MODEL, "The models' common ancestor.", default=None)
     parameters: Settings = key(SETTINGS, "Parameters of the method.", default_factory=dict)
     rules: tuple[Rule, ...] = key(ListOf(FormOf(Rule), least=0), "Other ways for some tensors.", default=())
-    dtype: DType | None = key(DTYPE, "Dtype of the output; the first checkpoint's when left out.", default=None)
-    out_dtype: DType | None = key(DTYPE, "The same; wins over dtype.", default=None)
-    compute_dtype: DType | None = key(COMPUTE, "What is computed in; the method's when left out.", default=None)
-    state_dict: str | None = key(TEXT, "Which state dict of wrapped files, for all models.", default=None)
-    ema: str = key(one_of(EMA_CHOICES), "Averaged weights beside plain ones.", default="ignore")
-    on_missing: str = key(one_of(ON_MISSING), "Tensors that are not in every model.", default="error")
-    on_shape: str = key(one_of(ON_SHAPE), "Tensors whose shapes differ.", default="error")
-    integers: str | None = key(one_of(INTEGERS), "Integer tensors that differ.", default=None)
-    allow_nonfinite: bool = key(TRUTH, "Write NaN and infinity instead of stopping.", default=False)
+    dtype: DType | None = option_key(DTYPE, _OPTIONS["dtype"])
+    out_dtype: DType | None = option_key(DTYPE, _OPTIONS["out_dtype"])
+    compute_dtype: DType | None = option_key(COMPUTE, _OPTIONS["compute_dtype"])
+    state_dict: str | None = option_key(TEXT, _OPTIONS["state_dict"])
+    ema: str = _chosen("ema")
+    on_missing: str = _chosen("on_missing")
+    on_shape: str = _chosen("on_shape")
+    integers: str | None = _chosen("integers")
+    allow_nonfinite: bool = option_key(TRUTH, _OPTIONS["allow_nonfinite"], default=False)
     output: Output = key(FormOf(Output), "How the output is written.", default_factory=Output)
-    seed: int = key(WHOLE, "For the methods that draw random numbers.", default=0)
+    seed: int = option_key(WHOLE, _OPTIONS["seed"], default=0)
     places: Places = field(default_factory=dict, compare=False, repr=False)
     written: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def at(self, path: Path) -> str:
-        """``recipe.yaml:12:3: `` for a key that was read from a file, nothing otherwise."""
+        """Returns ``recipe.yaml:12:3: `` for a key that was read from a file; empty otherwise."""
         return str(place_of(path, self.places) or "")
 
     @cached_property
     def entries(self) -> tuple[Model | Source, ...]:
-        """Every model that is named, slices and modules included, in their order."""
+        """Every named model, slices and modules included, in their order."""
         found: list[Model | Source] = list(self.models)
         found += [source for each in self.slices for source in each.sources]
         for module in self.modules.values():
@@ -188,7 +202,7 @@ class Recipe:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The paths of the models, as they were named."""
+        """The paths of the models, as the user named them."""
         return tuple(entry.model for entry in self.entries)
 
     def reference(self, model: str, state_dict: str | None = None) -> Reference:
@@ -199,7 +213,7 @@ class Recipe:
 
     @cached_property
     def base(self) -> Reference | None:
-        """The base; one that is a model too is read as that says."""
+        """The base. If it is a model too, it is read as that entry says."""
         if self.base_model is None:
             return None
         named = self.reference(self.base_model)
@@ -208,20 +222,21 @@ class Recipe:
 
     @property
     def based(self) -> bool:
-        """Whether the method takes the base apart from the models."""
+        """Whether the method takes the base separately from the models."""
         return self.base_model is not None and self.merge_method.takes_base
 
     def base_apart(self, listed: bool) -> bool:
-        """Whether the base is no model: the method takes it apart, or only a rule needs it. ``listed``: as a model too.
+        """Whether the base is not a model: the method takes it separately, or only a rule needs it.
 
-        A base that is neither is one model more, as in mergekit.
+        ``listed``: whether the base is also listed as a model. A base that is in no other role is one more model, as in
+        mergekit.
         """
         ruled = any(rule.merge_method and rule.merge_method.base == "required" for rule in self.rules)
         return self.based or (not listed and ruled and self.merge_method.base == "unused")
 
     @cached_property
     def checkpoints(self) -> tuple[Reference, ...]:
-        """All that is read: the base first, where one is named, then the models, each once."""
+        """All checkpoints to read, each once: the base first, if one is named, then the models."""
         wanted = [] if self.base is None else [self.base]
         wanted += [self.of(entry) for entry in self.entries]
         wanted += [self.reference(s.base_model) for s in self._all_slices if s.base_model]
@@ -237,14 +252,14 @@ class Recipe:
         return [*self.slices, *(each for module in self.modules.values() for each in module.slices)]
 
     def copied(self, model: str) -> Reference:
-        """What a rule's ``copy`` names: a model as its entry reads it, or a checkpoint of its own."""
+        """Returns the checkpoint that a rule's ``copy`` names: a model as its entry reads it, or another checkpoint."""
         place = resolved(model)
         paths = (self.of(entry) for entry in self.entries if resolved(entry.model) == place)
         return next(paths, self.reference(model))
 
     @property
     def recast(self) -> DType | None:
-        """The dtype that was asked for."""
+        """The requested dtype."""
         return self.out_dtype or self.dtype
 
     def output_name(self, name: str) -> str:
@@ -252,11 +267,11 @@ class Recipe:
         return name[len(prefix) :] if prefix and name.startswith(prefix) else name
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain data, without what is as it would be anyway."""
+        """Returns the recipe as plain data, without keys that have their default."""
         return FormOf(Recipe).dump(self)  # type: ignore[no-any-return]
 
     def renamed(self, names: Mapping[str, str]) -> Recipe:
-        """The same recipe with other names for its models."""
+        """Returns the same recipe with other names for its models."""
 
         def entry(each: Any) -> Any:
             return replace(each, model=names[each.model])
@@ -280,7 +295,7 @@ class Recipe:
 
     @property
     def named_models(self) -> list[str]:
-        """Every path that the recipe mentions, as it is written."""
+        """Every path in the recipe, as written."""
         named = [] if self.base_model is None else [self.base_model]
         named += [entry.model for entry in self.entries]
         named += [each.base_model for each in self._all_slices if each.base_model]

@@ -1,4 +1,4 @@
-"""The single values of a recipe: paths of models, ranges of layers, sizes, dtypes, merge methods, patterns."""
+"""Single values of a recipe: paths of models, ranges of layers, sizes, dtypes, merge methods, patterns."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from streammerge.errors import RecipeError, printable
-from streammerge.methods.contracts import MergeMethod, Parameter
-from streammerge.methods.registry import find_method, methods
-from streammerge.recipe.fields import Plain, whole
+from streammerge.methods.contracts import METHODS, MergeMethod, Parameter
+from streammerge.methods.registry import LINEAR, find_method
+from streammerge.options import whole
+from streammerge.recipe.fields import Plain
 from streammerge.recipe.patterns import parse_pattern
 from streammerge.tensors.dtypes import DType, parse_dtype
 from streammerge.units import parse_bytes
 
 
 def parameter_docs() -> dict[str, str]:
-    """Every parameter of the methods, with the names of those that have it."""
+    """Returns a description of every parameter: the names of the methods that have it."""
     owners: dict[str, list[str]] = {}
-    for method in methods().values():
+    for method in METHODS.built_in.values():
         for name in method.parameters:
             owners.setdefault(name, []).append(method.name)
-    return {name: f"Of {', '.join(names)}." for name, names in sorted(owners.items())}
+    return {name: f"Parameter of {', '.join(names)}." for name, names in sorted(owners.items())}
 
 
 def _model(value: Any) -> str:
-    """A model's path; the mapping that mergekit writes has it inside."""
+    """Returns a model's path. mergekit may write a mapping that contains it."""
     if isinstance(value, Mapping):
         for name in ("lora", "override_architecture"):
             if value.get(name) is not None:
@@ -36,7 +37,7 @@ def _model(value: Any) -> str:
         if isinstance(inner, Mapping) and inner.get("revision") is not None:
             raise RecipeError("a revision is not supported yet; download it and give its folder")
         value = inner.get("path") if isinstance(inner, Mapping) else inner
-    value = str(value) if isinstance(value, os.PathLike) else value
+    value = str(value) if isinstance(value, os.PathLike) or hasattr(value, "as_typed") else value
     if not isinstance(value, str) or not value or "\0" in value:
         raise ValueError(value)
     return value
@@ -66,7 +67,7 @@ def _float_dtype(value: Any) -> DType:
 def _compute_dtype(value: Any) -> DType:
     dtype = parse_dtype(value)
     if dtype not in (DType.F32, DType.F64):
-        raise RecipeError("computing is done in float32 or float64")
+        raise RecipeError("the compute dtype must be float32 or float64")
     return dtype
 
 
@@ -76,7 +77,7 @@ def _torch_name(dtype: DType) -> str:
 
 @dataclass(frozen=True)
 class _AnyMethod(MergeMethod):
-    """Stands for a method that cannot be told, so that the rest of its recipe is read; nothing is wrong with it."""
+    """Replaces an unknown method, so that the rest of its recipe is checked. It accepts everything."""
 
     @property
     def parameters(self) -> dict[str, Parameter]:
@@ -84,12 +85,12 @@ class _AnyMethod(MergeMethod):
 
 
 def _nearest_method(value: Any) -> MergeMethod:
-    near = difflib.get_close_matches(str(value), methods(), n=1)
-    return methods()[near[0]] if near else _AnyMethod("unknown", find_method("linear").function, (0, None))
+    near = difflib.get_close_matches(str(value), METHODS.built_in, n=1)
+    return METHODS.built_in[near[0]] if near else _AnyMethod("unknown", LINEAR.function, (0, None))
 
 
 UNREAD = "\n(unreadable)"
-"""Stands for a model that is not named as it should be."""
+"""Replaces a model whose name is invalid."""
 
 
 MODEL = Plain(
@@ -99,7 +100,7 @@ MODEL = Plain(
     guess=lambda value: UNREAD,
 )
 LAYER_RANGE = Plain(
-    "the first layer and the one behind the last, like [0, 24]",
+    "the first layer and the layer after the last, like [0, 24]",
     _layer_range,
     {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2},
     list,
@@ -111,23 +112,21 @@ COMPUTE = Plain("float32 or float64", _compute_dtype, {"enum": ["float32", "floa
 
 
 def _listed_method(value: Any) -> MergeMethod:
-    """A method by its name. One that is somebody's own code is not imported on a file's word."""
+    """Returns a method by its name. User code is not imported because a file names it."""
     if isinstance(value, str) and ":" in value:
-        raise RecipeError(f"{printable(value)} is code of somebody's own; --own-methods lets a recipe name it")
+        raise RecipeError(f"{printable(value)} is not a built-in method; `own_methods=True` lets a recipe import it")
     return find_method(value)
 
 
 def _method_name(method: MergeMethod) -> str:
-    """By which it is found again."""
-    if methods().get(method.name) is method:
-        return method.name
-    return f"{method.function.__module__}:{getattr(method.function, '__qualname__', method.name)}"
+    """Returns the name under which the method is found again."""
+    return method.name if METHODS.is_known_as(method.name, method) else method.place
 
 
 METHOD = Plain(
     "a merge method",
     _listed_method,
-    lambda: {"type": "string", "anyOf": [{"enum": sorted(methods())}, {"pattern": ":"}]},
+    lambda: {"type": "string", "anyOf": [{"enum": sorted(METHODS.built_in)}, {"pattern": ":"}]},
     _method_name,
     _nearest_method,
 )

@@ -19,7 +19,7 @@ from streammerge.kernels.group import TensorGroup
 from streammerge.planning.budget import Budget
 from streammerge.planning.tasks import MergeTask, Piece, PieceDone, batches, joined, pieces, stretches
 from streammerge.running.executors.base import Executor
-from streammerge.running.workspace import Outgoing, Source, Workspace, one_torch_thread
+from streammerge.running.workspace import Outgoing, Source, Workspace
 from streammerge.stores.base import COPY_BYTES, Output
 from streammerge.stores.checksums import Checksum
 from streammerge.stores.inputs import InputFiles
@@ -56,7 +56,7 @@ class Engine:
                 yield from done
         for number, task in enumerate(tasks):
             if task.spread and any(map(wanted, pieces(task, number))):
-                with _failures(task, 0, task.elems), one_torch_thread():
+                with _failures(task, 0, task.elems):
                     kernel = task.method.bind(self._group(task, self._sweep_on_all(task)), task.parameters)
                 spread = ([piece] for piece in pieces(task, number) if wanted(piece))
                 with closing(self.executor.run(spread, partial(self.run, kernel=kernel))) as results:

@@ -4,6 +4,7 @@ all."""
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from streammerge.errors import FormatError, RecipeError, StreammergeError, UncheckedError, listed, printable
@@ -17,9 +18,11 @@ from streammerge.running.session import Production, RunOptions
 from streammerge.running.workspace import prepare_torch
 from streammerge.stores import descriptors, faults
 from streammerge.stores.base import Location, Staging, space_checked
+from streammerge.tensors.threads import one_torch_thread
+from streammerge.units import binary_bytes, counted, decimal_bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Result:
     """What a run did. Memory is resident bytes by the kernel's count: ``peak_bytes`` above ``startup_bytes``."""
 
@@ -33,6 +36,13 @@ class Result:
     plan: Plan
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return (
+            f"<Result {printable(self.out)}: {counted(len(self.plan.tasks), 'tensor')}, "
+            f"{decimal_bytes(self.written_bytes)} written in {self.seconds:.1f} s, "
+            f"peak memory {binary_bytes(self.peak_bytes)} of {binary_bytes(self.memory_bytes)}>"
+        )
 
 
 def execute(plan: Plan, options: RunOptions, resident_before: int) -> Result:
@@ -75,7 +85,8 @@ def _produce(plan: Plan, staging: Staging, options: RunOptions) -> Production:
     """The output, made and committed; or an error, and of the output nothing, or what a next run goes on from."""
     made, keep = None, False
     try:
-        with faults.survived(), process.collector_spared():
+        alone = one_torch_thread() if plan.torch_needed else nullcontext()
+        with faults.survived(), process.collector_spared(), alone:
             made = Production(plan, staging, options)
             made.make()
         refuse_to_lose_files(staging.out, plan)  # once more: much time has passed
@@ -149,7 +160,7 @@ def refuse_extras(extras: Location, plan: Plan, overwrite: bool) -> None:
     same = {known.place for known in plan.identities.values()}
     linked = extras.exists() and extras.status().place in same
     if linked or taken & {extras.resolve(), *extras.resolve().parents}:
-        raise RecipeError(f"--extras {printable(extras)} is, or lies in, an input or the output; choose another name")
+        raise RecipeError(f"`extras` {printable(extras)} is, or lies in, an input or the output; choose another name")
 
 
 def _made_before(out: Location) -> set[str]:

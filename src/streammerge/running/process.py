@@ -36,7 +36,13 @@ def collector_paused() -> Iterator[None]:
 
 @contextlib.contextmanager
 def collector_spared() -> Iterator[None]:
-    """What is there already is left out of the searches meanwhile: of torch alone, some hundred thousand objects."""
+    """What is there already is left out of the searches meanwhile: of torch alone, some hundred thousand objects.
+
+    Does nothing in a program that has frozen objects of its own: thawing knows only all of them.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
     gc.freeze()
     try:
         yield

@@ -259,7 +259,7 @@ class Production:
             more = f"\n  and {len(rows) - 10} more tensors" if len(rows) > 10 else ""
             raise VerifyError(
                 "the merge holds NaN or infinite values, so nothing was written; "
-                "pass --allow-nonfinite to write it all the same:\n  " + "\n  ".join(rows[:10]) + more
+                "pass `allow_nonfinite=True` to write it all the same:\n  " + "\n  ".join(rows[:10]) + more
             )
 
     def _write_around(self, hashes: dict[str, str]) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import mmap
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from streammerge.planning.budget import Budget, slots
@@ -30,19 +28,6 @@ def prepare_torch() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.frombuffer(b"\0", dtype=torch.uint8)
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Meanwhile the calling thread computes alone: its helpers would wait, busily, on the CPUs of the workers."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class Workspace:

@@ -307,7 +307,7 @@ def check_writable(out: Path, overwrite: bool) -> None:
     if out.is_dir() and not any(out.iterdir()):
         return
     if (out.exists() or out.is_symlink()) and not overwrite:
-        raise RecipeError(f"{printable(out)} exists already; pass --overwrite to replace it, or choose another name")
+        raise RecipeError(f"{printable(out)} exists already; pass `overwrite=True` to replace it, or choose another name")
 
 
 def write_whole(path: Path, data: bytes, overwrite: bool) -> None:

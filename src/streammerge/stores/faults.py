@@ -2,7 +2,7 @@
 
 While :func:`survived` lasts, such a fault is answered with zeros in place of the lost pages, and the file is marked; the
 run then ends with an error, and its output never appears. Linux on 64-bit x86 and ARM; elsewhere SIGBUS stays deadly
-and ``--io pread`` is the way.
+and ``io="pread"`` is the way.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a tensor is, and what its name tells.
+"""Facts about tensors: dtypes, shapes, places of bytes, and meanings of names.
 
 Each module imports only modules above it::
 
@@ -6,5 +6,6 @@ Each module imports only modules above it::
     spec       TensorSpec, shapes, ranges of elements
     names      wrapper prefixes
     layers     a tensor's layer, and its place outside the layers
-    quantised  which tensors tell of a quantisation
+    quantised  tensors that indicate a quantisation
+    threads    torch without helper threads on the caller's thread
 """

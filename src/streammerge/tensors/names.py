@@ -1,7 +1,7 @@
-"""Making the tensor names of several checkpoints agree.
+"""Matching of tensor names between checkpoints.
 
-Trainers wrap models, and the wrapper's name leads each tensor's: ``module.`` (DataParallel), ``_orig_mod.``
-(torch.compile), ``xtts.`` (Coqui's trainer) and so on. Names that differ only in such parts are the same tensor.
+Trainers wrap models, and put the wrapper's name before each tensor's: ``module.`` (DataParallel), ``_orig_mod.``
+(torch.compile), ``xtts.`` (Coqui's trainer) and others. Names that differ only in such prefixes mean the same tensor.
 """
 
 from __future__ import annotations
@@ -15,12 +15,9 @@ _NEUTRAL = ("module.", "_orig_mod.", "xtts.")
 _ANYWHERE = ("module.", "_orig_mod.")
 _MEANINGFUL = ("model.", "net.", "network.", "ema_model.", "student.", "teacher.")
 
-LOADER_IGNORES: tuple[str, ...] = ("dvae.", "torch_mel_spectrogram_style_encoder.", "torch_mel_spectrogram_dvae.")
-"""Tensors of Coqui's XTTS trainer that its loader drops; a checkpoint may have them or not."""
-
 
 def bare(name: str) -> str:
-    """The name without the wrapper parts that say nothing about what the tensor is."""
+    """Returns the name without wrapper prefixes."""
     for part in _ANYWHERE:
         name = name.replace("." + part, ".")
     stripped = True
@@ -33,11 +30,11 @@ def bare(name: str) -> str:
 
 
 def match_names(base: Iterable[str], other: Iterable[str]) -> dict[str, str]:
-    """Base name -> the other checkpoint's name for it, where they differ only in wrapper parts.
+    """Maps names of the base to the other checkpoint's names that differ only in wrapper prefixes.
 
-    Equal names match themselves. The rest match by :func:`bare`, where that is unambiguous on both sides. Prefixes that
-    may mean something (``model.``, ``student.``) are considered only where next to nothing matches without them, one
-    for the whole file and on one side: a ``student.`` is never taken for a ``teacher.``.
+    Equal names match themselves. The rest match by :func:`bare`, if the match is unique on both sides. Prefixes that
+    may have a meaning (``model.``, ``student.``) are tried only if at most a tenth of the names match without them.
+    One such prefix is then removed from all names of one side. ``student.`` therefore never matches ``teacher.``.
     """
     base, other = list(base), list(other)
     theirs = set(other)
@@ -56,14 +53,14 @@ def _without(prefix: str) -> Callable[[str], str]:
 
 
 def _by(ours: Callable[[str], str], theirs: Callable[[str], str], base: list[str], other: list[str]) -> dict[str, str]:
-    """Base name -> other name, where both have the same key and no other name on either side has it."""
+    """Maps base names to other names with the same key; a key must occur exactly once on each side."""
     left = {theirs(name): name for name in other}
     counts = Counter(map(theirs, other)) + Counter(map(ours, base))
     return {name: left[key] for name in base if counts[key := ours(name)] == 2 and key in left}
 
 
 def describe_match(matched: Mapping[str, str]) -> list[str]:
-    """Sentences such as ``412 tensors match after 'module.' is removed``; none when all names were equal."""
+    """Returns sentences like ``412 tensors match after 'module.' is removed``; none if all names are equal."""
     ways: Counter[tuple[str, str]] = Counter()
     for one, two in matched.items():
         if one != two:
@@ -80,13 +77,8 @@ def describe_match(matched: Mapping[str, str]) -> list[str]:
 
 
 def _difference(ours: str, theirs: str) -> tuple[str, str]:
-    """What stands before the part that both names end in."""
+    """Returns the prefixes of both names before their common suffix."""
     common = 0
     while common < min(len(ours), len(theirs)) and ours[-1 - common] == theirs[-1 - common]:
         common += 1
     return ours[: len(ours) - common], theirs[: len(theirs) - common]
-
-
-def ignored_by_loader(name: str) -> bool:
-    """Whether the checkpoint's own loader drops this tensor."""
-    return bare(name).startswith(LOADER_IGNORES)

@@ -16,13 +16,14 @@ from streammerge.stores.base import COPY_BYTES, Location, outside
 from streammerge.stores.checksums import CRC32, Checksum
 from streammerge.stores.inputs import InputFiles
 from streammerge.tensors.spec import ranges
+from streammerge.units import counted, decimal_bytes
 
 _RANGE_BYTES = 64 << 20
 _LOADED = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".index.json", ".py")
 """Endings of what a loader might take for a part of the model."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Verified:
     """What was found right. ``sampled_tensors`` were computed again, ``sampled_elems`` numbers of them: ``equal_elems`` are
     the float64 result rounded once, ``repeated_elems`` lie in parts where float64 may decide otherwise (which of two
@@ -44,6 +45,32 @@ class Verified:
     @property
     def recomputed(self) -> bool:
         return self.sampled_elems > 0
+
+    def __repr__(self) -> str:
+        again = f", {self.sampled_elems:,} numbers computed again" if self.recomputed else ""
+        return f"<Verified {printable(self.out)}: {counted(self.tensors, 'tensor')} as they were written{again}>"
+
+    def __str__(self) -> str:
+        files = f" in {self.files} files" if self.files > 1 else ""
+        lines = [
+            f"verified {printable(self.out)}",
+            f"  structure  {counted(self.tensors, 'tensor')}{files}, as they were written",
+            f"  checksums  {decimal_bytes(self.checked_bytes)}, every tensor and all that is around them",
+        ]
+        if self.recomputed:
+            elems = self.sampled_elems
+            rounded = elems - self.equal_elems - self.repeated_elems
+            kinds = [
+                (self.equal_elems, "are the float64 result to the bit"),
+                (rounded, "are it but for rounding"),
+                (self.repeated_elems, "are to the bit what the merge computes"),
+            ]
+            said = ", ".join(f"{100 * count / elems:.4g} % {what}" for count, what in kinds if count)
+            lines.append(
+                f"  values     {elems:,} numbers of {counted(self.sampled_tensors, 'tensor')} computed again: {said}"
+            )
+        lines += [f"  note       {note}" for note in self.notes]
+        return "\n".join([*lines, f"  digest     {self.digest}"])
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from streammerge.stores.journal import Key
 from streammerge.stores.scratch import scratch
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import ranges
+from streammerge.tensors.threads import one_torch_thread
 from streammerge.verifying.files import Verified, rest_of
 
 if TYPE_CHECKING:
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 _ROUNDING = 2.0**-21
 """How far float32 may be from the exact number, as a share of it, after a few operations."""
 _COMPARED_ELEMS = 1 << 14
+_REPEATED_BYTES = 256 << 10
+_BESIDE_BYTES = 1 << 20
+"""What a worker holds of one block that it compares: 64 bytes for each of ``_COMPARED_ELEMS``, or ``_REPEATED_BYTES``."""
 
 
 def check_inputs(plan: Plan, receipt: Receipt) -> None:
@@ -65,8 +69,11 @@ def recompute(verified: Verified, plan: Plan, receipt: Receipt, share: float, se
     if not chosen:
         return
     sampled = {number: places[number] for number in sorted({number for number, _ in chosen})}
-    prepare_torch()
-    with scratch() as create, faults.survived():
+    alone: AbstractContextManager[None] = nullcontext()
+    if plan.torch_needed:
+        prepare_torch()
+        alone = one_torch_thread()
+    with scratch() as create, faults.survived(), alone:
         check = _Recomputation(plan, sampled, chosen, create)
         wrong = check.repeated(check.in_float64())
     verified.sampled_tensors = len(sampled)
@@ -121,7 +128,8 @@ class _Recomputation:
         create: Callable[[int], Output],
     ) -> None:
         self.plan, self.places = plan, list(places.values())
-        self.keys = {(at, start) for at, number in enumerate(places) for n, start in chosen if n == number}
+        at_of = {number: at for at, number in enumerate(places)}
+        self.keys = {(at_of[number], start) for number, start in chosen}
         self.elems = self.equal = self.repeated_elems = 0
         self._inputs, self._output = InputFiles(plan.identities), InputFiles({})
         self._executor = ThreadExecutor(plan.budget.workers)
@@ -129,15 +137,16 @@ class _Recomputation:
         self._tasks = staged_tasks(tasks, tasks, self._inputs, create, lambda entry: None)
 
     def in_float64(self) -> set[Key]:
-        """Compares with float64 results; the pieces that must be repeated exactly."""
-        wide, comparisons, exact = [], list[_Comparison](), set[Key]()
+        """Compares with float64 results. Returns the pieces that must be repeated exactly."""
+        wide, comparisons, copied = [], list[_Comparison](), set[int]()
         for at, (task, (_, path, offset)) in enumerate(zip(self._tasks, self.places, strict=True)):
             dtype = task.out.dtype.component
             if task.verbatim or task.method is INTEGERS or dtype.kind != "float":
-                exact |= {key for key in self.keys if key[0] == at}
+                copied.add(at)
             out = replace(task.out, dtype=DType.C128 if task.out.dtype.kind == "complex" else DType.F64)
             wide.append(replace(task, out=out, compute="float64", file=at, offset=0))
             comparisons.append(_Comparison(self._output.get(path), offset, dtype, task.piece_elems))
+        exact = {key for key in self.keys if key[0] in copied}
         for piece in self._run(wide, comparisons, self.keys - exact):
             elems, equal, far = comparisons[piece.number].counts[piece.start]
             if far:
@@ -165,7 +174,9 @@ class _Recomputation:
         if not keys:
             return
         plan = self.plan
-        budget, io = budget_of(tasks, plan.memory_bytes, plan.budget.workers, plan.io, staged=False)
+        budget, io = budget_of(
+            tasks, plan.memory_bytes, plan.budget.workers, plan.io, staged=False, beside_bytes=_BESIDE_BYTES
+        )
         engine = Engine(budget, self._inputs, outputs, io, CRC32, self._executor)
         with closing(engine.run_all(tasks, lambda piece: piece.key in keys)) as results:
             for done in results:
@@ -173,17 +184,21 @@ class _Recomputation:
 
 
 class _Repetition:
-    """Takes the bytes of a tensor as an output file would, and compares them with those that are there."""
+    """Takes the bytes of a tensor as an output file would, and compares them, block by block, with those in the file."""
 
     def __init__(self, file: Input, offset: int) -> None:
         self._file, self._offset = file, offset
         self.differs = False
 
     def write_full(self, data: Any, offset: int) -> None:
-        there = bytearray(len(data))
-        self._file.read_into(memoryview(there), self._offset + offset)
-        if there != data:
-            self.differs = True
+        there = bytearray(min(len(data), _REPEATED_BYTES))
+        for start, stop in ranges(len(data), _REPEATED_BYTES):
+            if stop - start < len(there):  # the last block
+                there = bytearray(stop - start)
+            self._file.read_into(memoryview(there), self._offset + offset + start)
+            if there != data[start:stop]:
+                self.differs = True
+                return
 
 
 class _Comparison:
@@ -203,7 +218,7 @@ class _Comparison:
         size, exact = self._dtype.element_bytes, torch.frombuffer(data, dtype=torch.float64)
         first = offset // 8
         counts = self.counts[first // self._piece_elems * self._piece_elems]  # a piece is one worker's
-        for start, stop in ranges(len(exact), _COMPARED_ELEMS):  # a few at a time, for the budget knows nothing of this
+        for start, stop in ranges(len(exact), _COMPARED_ELEMS):  # so that _BESIDE_BYTES are enough
             raw = bytearray((stop - start) * size)
             self._file.read_into(memoryview(raw), self._offset + (first + start) * size)
             equal, far = _compared(torch.frombuffer(raw, dtype=self._dtype.torch), exact[start:stop])

@@ -13,7 +13,6 @@ import torch
 from conftest import assert_same, load_safetensors, mean, octets, trained, voice
 
 import streammerge as sm
-from streammerge.pickles.state_dict import select
 
 
 def test_a_voice_keeps_its_container(tmp_path: Path, voices: tuple[Path, Path]) -> None:
@@ -30,7 +29,7 @@ def test_a_voice_keeps_its_container(tmp_path: Path, voices: tuple[Path, Path]) 
     name = "xtts.layer.weight"
     assert octets(merged["model"][name]) == octets(mean([news["model"][name], audiobook["model"][name]], [0.6, 0.4]))
     assert merged["model"]["xtts.norm.num_batches_tracked"].item() == 102
-    assert any("optimizer" in note and "--keep-optimizer" in note for note in result.notes)
+    assert any("optimizer" in note and "`keep_optimizer=True`" in note for note in result.notes)
 
 
 def test_the_archive_is_sound(tmp_path: Path, voices: tuple[Path, Path]) -> None:
@@ -175,7 +174,7 @@ def test_ema_weights_are_named_and_not_left_stale(tmp_path: Path) -> None:
     )
     sm.merge(paths, tmp_path / "named.safetensors", state_dict="ema")
     assert octets(load_safetensors(tmp_path / "named.safetensors")["layer.bias"]) == octets(merged["ema"]["layer.bias"])
-    with pytest.raises(sm.RecipeError, match=r"--state-dict nothing.*it has model, ema"):
+    with pytest.raises(sm.RecipeError, match=r"`state_dict` nothing.*it has model, ema"):
         sm.inspect(paths[0], state_dict="nothing")
 
 
@@ -230,42 +229,6 @@ def test_litema_weights_stand_in_when_asked(tmp_path: Path) -> None:
     sm.merge([tmp_path / "sd.ckpt"], tmp_path / "out.ckpt", ema="prefer")
     expected = {"model.a.b": torch.ones(2), "model.c": torch.ones(2), "first.w": torch.full((1,), 5.0)}
     assert_same(torch.load(tmp_path / "out.ckpt")["state_dict"], expected)
-
-
-@pytest.mark.parametrize(
-    ("tree", "label"),
-    [
-        ({"a.w": 1, "b.w": 1}, "(top level)"),
-        ({"state_dict": {"w": 1}, "optimizer_states": [{"state": {0: {"exp_avg": 1}}}], "epoch": 3}, "state_dict"),
-        ({"network_weights": {"w": 1}, "optimizer_state": {"state": {0: {"m": 1}}, "param_groups": []}}, "network_weights"),
-        ({"dims": {}, "model_state_dict": {"w": 1}}, "model_state_dict"),
-        ({"weight": {"w": 1}, "config": ["x"], "info": "x", "sr": "40k", "f0": 0}, "weight"),
-        ({"best_state": {"w": 1}, "xp.cfg": "yaml"}, "best_state"),
-        ({"model": None, "ema": {"w": 1}}, "ema"),
-        ({"net": {"a": {"w": 1}, "b": {"module.w": 1}}, "optimizer": {"w": 1}}, "net.a + net.b"),
-        ({"student": {"module.w": 1, "module.v": 1}, "teacher": {"w": 1, "v": 1}, "dino_loss": {"center": 1}}, "student"),
-        ({"model": {"w": 1}, "model_avg": {"w": 1}, "sampler": {"x": 1}, "grad_scaler": {"s": 1}}, "model"),
-        ({"model": {"language_model": {"embedding": {"w": 1}, "encoder": {"v": 1}}}, "rng_state": [1]},
-         "model.language_model.embedding + model.language_model.encoder"),
-        ({"model": {"w": 1, "version": "x"}, "criterion": {"w": 1}, "last_optimizer_state": {"state": {"a": 1}}}, "model"),
-        ({"model": {"w": 1}, "optimizer": [{"state": {"0": {"exp_avg": 1}}}]}, "model"),
-        ({"model": {"w": 1}, "rng": {"torch": 1, "cuda": [1]}, "losses": {"train": 1}, "hparams": {"w": 1}}, "model"),
-        ({"model": {"w": 1}, "ema": {"decay": 0.9, "shadow_params": [1, 1]}, "cuda_rng_state_all": [1]}, "model"),
-        ([1, 1], "(top level)"),
-    ],
-)  # fmt: skip
-def test_the_state_dict_is_found_in_every_layout(tmp_path: Path, tree: Any, label: str) -> None:
-    def with_tensors(node: Any) -> Any:
-        if isinstance(node, dict):
-            return {k: with_tensors(v) for k, v in node.items()}
-        if isinstance(node, list):
-            return [with_tensors(v) for v in node]
-        return torch.ones(2) if node == 1 and not isinstance(node, bool) else node
-
-    torch.save(with_tensors(tree), tmp_path / "in.pt")
-    index = sm.inspect(tmp_path / "in.pt")
-    assert index.selection.label == label
-    assert select(index.extras).label == label
 
 
 def test_a_merged_tensor_is_merged_wherever_it_stands(tmp_path: Path) -> None:

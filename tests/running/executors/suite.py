@@ -68,7 +68,10 @@ class ExecutorSuite:
         results.close()
         assert executor.stopping.is_set()
 
-    @pytest.mark.parametrize("way", [{}, {"method": "ties", "density": 0.5}, {"method": "dare_linear", "density": 0.5}])
+    @pytest.mark.parametrize(
+        "way",
+        [{}, {"method": "ties", "parameters": {"density": 0.5}}, {"method": "dare_linear", "parameters": {"density": 0.5}}],
+    )
     def test_a_merge_has_the_bytes_it_has_with_threads(self, way: dict[str, object], tmp_path: Path) -> None:
         """Also of a tensor that is spread, whose passes all workers share."""
         for seed in (1, 2, 3):

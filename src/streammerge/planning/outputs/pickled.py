@@ -156,7 +156,7 @@ def _edit_first(
             edit.values[where] = made
         if recipe.output_name(found.name) != found.name:
             if found.holder is None or selection.chosen[0].kind != "state dict":
-                raise RecipeError("--strip-prefix renames tensors of a state dict only; write a .safetensors file")
+                raise RecipeError("`strip_prefix` renames tensors of a state dict only; write a .safetensors file")
             edit.renamed[where] = recipe.output_name(str(found.key))
     for found in selection.left_out:
         _drop(found.name, found.holder, found.key, edit)
@@ -172,7 +172,7 @@ def _edit_first(
     if not recipe.output.keep_optimizer:
         gone = _drop_training_state(base, edit)
         if gone:
-            notes.append(f"left out of the output: {listed(gone)} (--keep-optimizer keeps the first input's)")
+            notes.append(f"left out of the output: {listed(gone)} (`keep_optimizer=True` keeps the first input's)")
 
 
 def _drop(name: str, holder: Any, key: Any, edit: Edit) -> None:

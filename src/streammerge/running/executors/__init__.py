@@ -2,6 +2,7 @@
 
 Each module imports only modules above it::
 
-    base     the protocol
+    base      the protocol
+    registry  from a name to an executor
     threads
 """

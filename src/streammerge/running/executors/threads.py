@@ -8,10 +8,13 @@ import threading
 from collections.abc import Callable, Generator, Iterable
 from typing import Any
 
+from streammerge.running.executors.registry import executor
+
 _POLL_SECONDS = 0.2
 _Result = tuple[Any, BaseException | None]
 
 
+@executor("threads")
 class ThreadExecutor:
     """``workers`` threads that take tasks from one iterable; results come in the order in which they finish.
 

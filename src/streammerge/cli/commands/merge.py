@@ -7,28 +7,21 @@ from typing import Any
 import click
 
 from streammerge.cli import options
-from streammerge.cli.arguments import plan_arguments
+from streammerge.cli.arguments import as_arguments
 from streammerge.cli.reports import report, show_plan
-
-# What the command needs is imported in it, so that --help waits for nothing.
+from streammerge.options import MERGE, Running, options_of
 
 
 @click.command()
-@options.merging
-@options.out
+@options.inputs
+@options.of(*MERGE)
+@options.out()
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
-@options.running
+@options.no_progress
+@options.report("human", "json", "quiet")
+@options.debug
 def merge(
-    inputs: tuple[str, ...],
-    out: str,
-    dry_run: bool,
-    overwrite: bool,
-    no_resume: bool,
-    polite: bool,
-    no_progress: bool,
-    form: str,
-    debug: bool,
-    **wishes: Any,
+    inputs: tuple[str, ...], out: str, dry_run: bool, no_progress: bool, form: str, debug: bool, **typed: Any
 ) -> None:
     """Merge checkpoints into one.
 
@@ -40,12 +33,10 @@ def merge(
     from streammerge import api
     from streammerge.cli.progress import Progress
 
-    arguments = plan_arguments(wishes)
+    asked = as_arguments(typed)
     if dry_run:
-        show_plan(api.plan(inputs, out, **arguments), form)
+        show_plan(api.plan(inputs, out, **{name: asked[name] for name in asked.keys() - options_of(Running)}), form)
         return
     with Progress(form, enabled=not no_progress) as progress:
-        result = api.merge(
-            inputs, out, overwrite=overwrite, resume=not no_resume, polite=polite, listener=progress, **arguments
-        )
+        result = api.merge(inputs, out, listener=progress, **asked)
     report(result, form)

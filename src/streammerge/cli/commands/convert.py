@@ -1,0 +1,34 @@
+"""``streammerge convert``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from streammerge.cli import options
+from streammerge.cli.arguments import as_arguments
+from streammerge.cli.reports import report
+from streammerge.options import CONVERT
+
+
+@click.command()
+@click.argument("path", type=click.Path(), metavar="INPUT")
+@options.of(*CONVERT)
+@options.out()
+@options.no_progress
+@options.report("human", "json", "quiet")
+@options.debug
+def convert(path: str, out: str, no_progress: bool, form: str, debug: bool, **typed: Any) -> None:
+    """Convert .pth to safetensors or back; recast, shrink, shard.
+
+    \b
+    streammerge convert pytorch_model.bin -o model.safetensors
+    streammerge convert best_model.pth -o small.pth --drop 'dvae.*'
+    """
+    from streammerge import api
+    from streammerge.cli.progress import Progress
+
+    with Progress(form, enabled=not no_progress) as progress:
+        result = api.convert(path, out, listener=progress, **as_arguments(typed))
+    report(result, form)

@@ -1,0 +1,28 @@
+"""``streammerge inspect``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from streammerge.cli import options
+from streammerge.cli.reports import show_indexes
+from streammerge.options import Selection
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True, type=click.Path(), metavar="PATH...")
+@click.option("--tensors", is_flag=True, help="List names, dtypes, shapes and offsets.")
+@click.option("--recipe", is_flag=True, help="Print the recipe by which it was merged, as YAML.")
+@options.of(Selection)
+@options.report("human", "json", "quiet")
+@options.debug
+def inspect(paths: tuple[str, ...], tensors: bool, recipe: bool, form: str, debug: bool, **typed: Any) -> None:
+    """Show what a checkpoint is and holds; nothing in it is executed."""
+    from streammerge.checkpoints.globs import expand
+    from streammerge.checkpoints.index import open_checkpoint  # api.inspect, without what merges
+
+    asked = Selection(**typed)
+    indexes = [open_checkpoint(path, asked.state_dict, asked.ema or "ignore") for path in expand(list(paths))]
+    show_indexes(indexes, form, tensors, recipe)

@@ -1,0 +1,25 @@
+"""``streammerge plan``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from streammerge.cli import options
+from streammerge.cli.arguments import as_arguments
+from streammerge.cli.reports import show_plan
+from streammerge.options import PLAN
+
+
+@click.command()
+@options.inputs
+@options.of(*PLAN)
+@options.out(required=False)
+@options.report("human", "json", "yaml", "quiet", note="; yaml: the recipe of this command")
+@options.debug
+def plan(inputs: tuple[str, ...], out: str | None, form: str, debug: bool, **typed: Any) -> None:
+    """Show what merge would do; nothing is written."""
+    from streammerge import api
+
+    show_plan(api.plan(inputs, out, **as_arguments(typed)), form)

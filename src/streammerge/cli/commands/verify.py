@@ -1,0 +1,28 @@
+"""``streammerge verify``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from streammerge.cli import options
+from streammerge.cli.arguments import as_arguments
+from streammerge.cli.reports import show_verified
+from streammerge.options import VERIFY
+
+
+@click.command()
+@click.argument("out", type=click.Path(), metavar="OUT")
+@options.of(*VERIFY)
+@options.report("human", "json", "quiet")
+@options.debug
+def verify(out: str, form: str, debug: bool, **typed: Any) -> None:
+    """Check that an output is what its recipe says.
+
+    Its structure; the checksum of every byte; and, where the inputs are at hand, a sample of its values, computed again
+    in float64.
+    """
+    from streammerge import api
+
+    show_verified(api.verify(out, **as_arguments(typed)), form)

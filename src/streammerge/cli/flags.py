@@ -1,0 +1,44 @@
+"""From an option as the library names it, in backquotes and as Python writes it, to what is typed on the command line."""
+
+from __future__ import annotations
+
+import re
+
+from streammerge.options import CONVERT, MERGE, VERIFY, options_of
+
+_OPTIONS = options_of(*MERGE, *CONVERT, *VERIFY)
+_NAMED = re.compile(
+    r"""`(?P<name>[a-z_]+)(?:=(?P<value>\{[^`{}]*\}|"[^`"]*"|'[^`']*'|[^`"'{}\s]+))?`|`"(?P<word>[^`"]*)"`"""
+)
+_PARAMETER = re.compile(r"""['"](\w+)['"]: (\[[^\]]*\]|[^,}]+)""")
+
+
+def as_flags(text: str) -> str:
+    """The text with each option as it is typed: ```on_missing="base"``` becomes ``--on-missing base``.
+
+    Backquotes around anything else stay.
+    """
+    return _NAMED.sub(_typed, text)
+
+
+def _typed(found: re.Match[str]) -> str:
+    if found["word"] is not None:
+        return found["word"]
+    name, value = found["name"], found["value"]
+    if name == "out":
+        return "-o"
+    if name not in _OPTIONS:
+        return found[0]
+    flag = _OPTIONS[name].flag
+    if value is None or value in ("True", "False"):
+        return flag
+    if name == "parameters":
+        return " ".join(f"{flag} {key}={_plain(each)}" for key, each in _PARAMETER.findall(value))
+    return f"{flag} {_plain(value)}"
+
+
+def _plain(value: str) -> str:
+    """A Python value as one types it; ``...`` is whatever the user has in mind."""
+    if value == "...":
+        return "VALUE"
+    return re.sub(r"""["'\[\]]""", "", value).replace(", ", ",")

@@ -1,0 +1,62 @@
+"""From a name, or what makes an executor, to what makes one."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, TypeVar
+
+from streammerge.errors import RecipeError, printable
+from streammerge.plugins import Registry
+from streammerge.running.executors.base import Executors
+
+Made = TypeVar("Made", bound=Executors)
+
+
+def executor(name: str, *, replace: bool = False) -> Callable[[Made], Made]:
+    """Registers a class, or a function, that makes an executor of so many workers: ``executor=name`` then finds it."""
+
+    def mark(made: Made) -> Made:
+        with contextlib.suppress(AttributeError):  # only modules of this room are looked through for it
+            made.executor_name = name  # type: ignore[attr-defined]
+        EXECUTORS.register(name, made, getattr(made, "__module__", ""), replace)
+        return made
+
+    return mark
+
+
+def executors() -> dict[str, Executors]:
+    """Every executor by name: those of this package, of installed plug-ins, and of the running program."""
+    return EXECUTORS.all()
+
+
+def find_executor(wanted: str | Executors) -> Executors:
+    """What makes the executor of that name, or itself. Raises RecipeError."""
+    if not isinstance(wanted, str):
+        if callable(wanted):
+            return wanted
+        raise RecipeError(f"`executor` takes a name, or what makes an executor of so many workers, not {printable(wanted)}")
+    found = EXECUTORS.find(wanted)
+    if found is not None:
+        return found
+    near = difflib.get_close_matches(wanted, executors(), n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(executors())}"
+    raise RecipeError(f"unknown executor {printable(wanted)}; {hint}")
+
+
+def _of_module(module: ModuleType) -> dict[str, Executors]:
+    made = [value for value in vars(module).values() if isinstance(getattr(value, "executor_name", None), str)]
+    return {each.executor_name: each for each in made}
+
+
+def _of_plugin(name: str, found: Any) -> Executors:
+    if not callable(found):
+        raise RecipeError(f"the executor {printable(name)} cannot be called with a number of workers")
+    return found  # type: ignore[no-any-return]
+
+
+EXECUTORS: Registry[Executors] = Registry(
+    "executor", "streammerge.running.executors", _of_module, _of_plugin, group="streammerge.executors"
+)

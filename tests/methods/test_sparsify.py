@@ -1,0 +1,128 @@
+"""Which elements survive. Whole methods: test_task_arithmetic.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import streammerge as sm
+from streammerge.kernels.chunk import Chunk
+from streammerge.kernels.group import TensorGroup
+from streammerge.methods import sparsify
+from streammerge.tensors.spec import GRAIN
+
+Tensor = torch.Tensor
+
+
+def applied(group: TensorGroup, chosen: sparsify.Sparsify, model: int = 0) -> Tensor:
+    return group.merged(lambda chunk: chosen(chunk, model, chunk.delta(model)))
+
+
+def drawn(elems: int, seed: int = 0) -> Tensor:
+    return torch.randn(elems, generator=torch.Generator().manual_seed(seed))
+
+
+def group_of(*deltas: Tensor) -> TensorGroup:
+    return TensorGroup.of(*deltas, base=torch.zeros_like(deltas[0]))
+
+
+@pytest.mark.parametrize("elems", [1, 2, 7, 1001, GRAIN + 1])
+@pytest.mark.parametrize("density", [1e-9, 0.3, 0.999, 1.0])
+def test_magnitude_keeps_the_largest(elems: int, density: float) -> None:
+    delta = drawn(elems)
+    group = group_of(delta)
+    count = elems if density == 1 else max(int(density * elems), 1)
+    order = delta.abs().argsort(descending=True, stable=True)
+    wanted = torch.zeros(elems).index_copy(0, order[:count], delta[order[:count]])
+    assert torch.equal(applied(group, sparsify.magnitude(group, [density])), wanted)
+
+
+@pytest.mark.parametrize("elems", [1, 2, 10, 1001])
+@pytest.mark.parametrize(("density", "gamma"), [(0.5, 0.0), (0.5, 0.1), (0.9, 0.5), (1.0, 0.3)])
+def test_outliers_are_dropped_first(elems: int, density: float, gamma: float) -> None:
+    delta = drawn(elems)
+    group = group_of(delta)
+    kept = elems if density == 1 else int(density * elems)
+    dropped = 0 if density == 1 else min(int(gamma * elems), elems - kept)
+    chosen = delta.abs().argsort(descending=True, stable=True)[dropped : dropped + kept]
+    wanted = torch.zeros(elems).index_copy(0, chosen, delta[chosen])
+    assert torch.equal(applied(group, sparsify.magnitude_outliers(group, [density], [gamma])), wanted)
+
+
+@pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
+def test_bernoulli_keeps_its_share(density: float) -> None:
+    group = group_of(drawn(100_000, 1), drawn(100_000, 2))
+    for model, each in enumerate((drawn(100_000, 1), drawn(100_000, 2))):
+        kept = applied(group, sparsify.bernoulli(group, [density] * 2), model)
+        assert ((kept == 0) | (kept == each)).all()
+        assert float((kept != 0).float().mean()) == pytest.approx(density, abs=0.01)
+
+
+def test_larger_ones_survive_more_often() -> None:
+    delta = drawn(200_000)
+    group = group_of(delta)
+    kept = applied(group, sparsify.magprune(group, [0.5], [0.4])) != 0
+    order = delta.abs().argsort()
+    shares = [float(kept[part].float().mean()) for part in order.chunk(4)]
+    assert shares == pytest.approx([0.2, 0.4, 0.6, 0.8], abs=0.02)
+    only = group_of(torch.tensor([3.0]))
+    assert applied(only, sparsify.magprune(only, [0.01], [0.0])).tolist() == [3.0]
+
+
+def test_rescaling_keeps_the_sum_of_magnitudes_and_nan() -> None:
+    delta = drawn(3001)
+    group = group_of(delta)
+    kept = applied(group, sparsify.rescaled(group, sparsify.magnitude(group, [0.2])))
+    assert int((kept != 0).sum()) == 600
+    assert float(kept.abs().sum()) == pytest.approx(float(delta.abs().sum()), rel=1e-5)
+    tiny = group_of(torch.full((5,), 1e-9))
+    assert applied(tiny, sparsify.rescaled(tiny, sparsify.magnitude(tiny, [0.2]))).tolist() == pytest.approx(
+        [1e-9, 0, 0, 0, 0]
+    )
+    lost = group_of(torch.tensor([1.0, torch.nan]))
+    assert applied(lost, sparsify.rescaled(lost, sparsify.everything)).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "fibres", "row"),
+    [
+        ((), (1, 1, 1), 1),
+        ((5,), (1, 5, 1), 5),
+        ((3, 4), (3, 4, 1), 4),
+        ((2, 3, 4, 5), (2, 3, 20), 60),
+        ((0, 4), (0, 4, 1), 4),
+    ],
+)
+def test_rows_as_they_are_ranked(shape: tuple[int, ...], fibres: tuple[int, ...], row: int) -> None:
+    values = torch.zeros(shape).reshape(-1)
+    assert tuple(sparsify.fibre_view(values, shape).shape) == fibres
+    assert sparsify.fibre_row(shape, {}) == row
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"density": (0.5, 0.0)}, "density"),
+        ({"density": (1.1,)}, "density"),
+        ({"density": (float("nan"),)}, "density"),
+        ({"density": (0.5,), "gamma": (1.0,)}, "gamma"),
+        ({"density": (0.5,), "gamma": (-0.1,)}, "gamma"),
+        ({"density": (0.1,), "epsilon": (0.1,)}, "epsilon"),
+        ({"density": (0.9,), "epsilon": (0.1,)}, "epsilon"),
+        ({"density": (0.5,), "epsilon": (-0.1,)}, "epsilon"),
+    ],
+)
+def test_densities_that_are_none(values: sparsify.Values, words: str) -> None:
+    with pytest.raises(sm.RecipeError, match=words):
+        sparsify.check_density(values)
+
+
+def test_densities_at_their_limits() -> None:
+    sparsify.check_density({"density": (1.0, 1e-9), "gamma": (0.0, 0.99)})
+    sparsify.check_density({"density": (1.0, 0.5), "epsilon": (7.0, 0.49)})
+
+
+def test_everything_is_everything() -> None:
+    group = group_of(drawn(7))
+    assert torch.equal(applied(group, sparsify.everything), drawn(7))
+    assert isinstance(next(iter(group.sweep(list, 0, 7)))[0], Chunk)

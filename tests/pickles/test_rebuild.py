@@ -1,0 +1,91 @@
+"""Tensors and storages as torch makes them, computed from the arguments alone."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from streammerge.pickles.rebuild import Damaged, StorageTable, storage_dtype, text
+from streammerge.pickles.tree import Global, PersistentId, StorageRef, TensorRef
+from streammerge.pickles.unpickle import unpickle
+
+BASE = torch.arange(60, dtype=torch.float32)
+TENSORS = {
+    "whole": BASE,
+    "0-d": BASE[7],
+    "empty": torch.empty(0, 3),
+    "view": BASE[10:40].view(5, 6),
+    "transposed": BASE.view(6, 10).t(),
+    "stepped": BASE[3::7],
+    "expanded": BASE[:3].unsqueeze(1).expand(3, 4),
+    "half": torch.ones(3).half(),
+    "bool": torch.tensor([True, False]),
+    "complex": torch.ones(2, dtype=torch.complex64),
+    "float8": torch.ones(2).to(torch.float8_e4m3fn),
+    "uint16": torch.ones(2, dtype=torch.uint16),
+    "parameter": torch.nn.Parameter(torch.ones(2, 2)),
+    "grad": torch.ones(2, requires_grad=True),
+    "conj": torch.ones(2, dtype=torch.complex64).conj(),
+}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[dict[str, TensorRef], StorageTable]:
+    torch.save(TENSORS, tmp_path / "in.pth")
+    table = StorageTable()
+    with zipfile.ZipFile(tmp_path / "in.pth") as archive:
+        return unpickle(archive.read("in/data.pkl"), table), table
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_tensors_are_described_as_torch_describes_them(name: str, saved: tuple[dict[str, TensorRef], StorageTable]) -> None:
+    ref, tensor = saved[0][name], TENSORS[name]
+    assert isinstance(ref, TensorRef)
+    assert (ref.shape, ref.strides, ref.offset) == (tuple(tensor.shape), tensor.stride(), tensor.storage_offset())
+    assert ref.dtype.torch == tensor.dtype
+    assert ref.storage.nbytes == tensor.untyped_storage().nbytes()
+    assert ref.requires_grad == tensor.requires_grad
+    assert ref.lazy == ("conjugated" if name == "conj" else "")
+    assert bool(ref.wrapper) == (name == "parameter")
+
+
+def test_views_share_their_storage(saved: tuple[dict[str, TensorRef], StorageTable]) -> None:
+    tree, table = saved
+    assert tree["view"].storage is tree["whole"].storage is tree["stepped"].storage
+    assert tree["half"].storage is not tree["whole"].storage
+    assert len(table.refs) == len({id(ref.storage) for ref in tree.values()})
+
+
+def test_a_storage_has_one_dtype() -> None:
+    table = StorageTable()
+    first = table.add(StorageRef("0", storage_dtype(Global("torch", "FloatStorage")), 4))
+    assert table.add(StorageRef("0", storage_dtype(Global("torch", "FloatStorage")), 4)) is first
+    with pytest.raises(Damaged, match="two dtypes"):
+        table.add(StorageRef("0", storage_dtype(Global("torch", "HalfStorage")), 4))
+
+
+@pytest.mark.parametrize("kind", [Global("evil", "FloatStorage"), Global("torch", "NoStorage"), "FloatStorage", None])
+def test_storages_of_other_classes_are_refused(kind: object) -> None:
+    with pytest.raises(Damaged, match="class"):
+        storage_dtype(kind)
+
+
+def test_ids_that_are_not_torchs_stay_inert() -> None:
+    table = StorageTable()
+    assert isinstance(table("x"), PersistentId)
+    assert isinstance(table(("other", 1)), PersistentId)
+    assert table(("module", Global("m", "C"), "source", "code")) == Global("m", "C")
+    for numel in (-1, "4", None, 2**70):
+        with pytest.raises((Damaged, TypeError, ValueError)):
+            table(("storage", Global("torch", "FloatStorage"), "0", "cpu", numel))
+
+
+def test_names_are_text_and_not_endless() -> None:
+    assert text("x" * 1000) == "x" * 1000
+    assert text("ü".encode()) == "ü"
+    for value in ("x" * 1001, b"x" * 1001, 3, None):
+        with pytest.raises(Damaged):
+            text(value)

@@ -1,0 +1,49 @@
+"""What an installed package may bring: a merge method, a format, an executor."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterable
+from pathlib import Path
+from typing import Any
+
+import streammerge as sm
+from streammerge.errors import FormatError, printable
+from streammerge.formats.base import Container, Match, flat_tensor
+from streammerge.tensors.dtypes import DType
+
+_MAGIC = b"NUMBERS\n"
+
+
+@sm.merge_method("midpoint", models=(2, 2), base="unused", passes=False, pointwise=True, buffers=2)
+def midpoint(group: sm.TensorGroup, *, pull: float = 0.5) -> sm.Kernel:
+    """The point between two models, ``pull`` of the way to the second."""
+    return lambda chunk: chunk.models[0] + pull * (chunk.models[1] - chunk.models[0])
+
+
+class Numbers:
+    """One tensor named ``w`` of float32 numbers behind eight bytes."""
+
+    def matches(self, head: bytes, size: int) -> Match:
+        return head.startswith(_MAGIC)
+
+    def read(self, path: Path) -> Container:
+        count, rest = divmod(path.stat().st_size - len(_MAGIC), 4)
+        if rest:
+            raise FormatError(f"{printable(path)} ends within a number; it is truncated")
+        entry = sm.TensorEntry(sm.TensorSpec("w", DType.F32, (count,)), str(path), len(_MAGIC))
+        return Container(path, "numbers", {"w": flat_tensor(entry)}, {}, (path,))
+
+
+class OneByOne:
+    """Runs the tasks on the calling thread, whatever the number of workers."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers, self.stopping = 1, threading.Event()
+
+    def run(self, tasks: Iterable[Any], run_one: Callable[[Any], Any], backlog: int = 64) -> Generator[Any, None, None]:
+        self.stopping.clear()
+        try:
+            yield from map(run_one, tasks)
+        finally:
+            self.stopping.set()

@@ -1,0 +1,128 @@
+"""Options: what they take, and that signatures, classes and the command line agree."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy
+import pytest
+import torch
+
+import streammerge as sm
+from streammerge.cli.flags import as_flags
+from streammerge.cli.main import cli
+from streammerge.options import CONVERT, MERGE, PLAN, VERIFY, Merging, Options, Resources, Running, Selection, options_of
+from streammerge.recipe.model import Output, Recipe
+
+SOURCE = Path(sm.__file__).parent
+FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[type[Options], ...]]] = {
+    "merge": (sm.merge, MERGE),
+    "plan": (sm.plan, PLAN),
+    "convert": (sm.convert, CONVERT),
+    "verify": (sm.verify, VERIFY),
+    "inspect": (sm.inspect, (Selection,)),
+}
+GIVEN_OTHERWISE = {"inputs", "out", "path", "paths", "recipe", "listener"}
+"""Arguments that are no options: what is merged, where to, and who is told."""
+HOW_SHOWN = {"form", "debug", "no_progress", "dry_run", "tensors", "recipe"}
+"""Options of the command line that are about what it shows."""
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_signature_says_what_the_classes_say(name: str) -> None:
+    function, groups = FUNCTIONS[name]
+    options = options_of(*groups)
+    signature = inspect.signature(function).parameters
+    assert not [each for each in signature.values() if each.kind in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
+    own = GIVEN_OTHERWISE - options.keys()
+    keywords = [each for each in signature.values() if each.name not in own]
+    assert [(each.name, each.annotation, each.default) for each in keywords] == [
+        (each.name, each.annotation, each.default) for each in options.values()
+    ]
+    described = inspect.getdoc(function) or ""
+    assert all(f"``{each.name}``" in described and each.doc in described for each in options.values())
+    assert all(f"``{each}``" in described for each in own & signature.keys() if each != "path" or name == "convert")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_command_line_has_the_same_options(name: str) -> None:
+    options = options_of(*FUNCTIONS[name][1])
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    typed = {each.name: each for each in command.params if each.param_type_name == "option"}
+    wanted = {each.name if each.short or not each.negated else f"no_{each.name}": each for each in options.values()}
+    context = command.make_context(name, ["in", *(["-o", "out"] if "out" in typed else [])])
+    assert typed.keys() - HOW_SHOWN - {"out"} == wanted.keys()
+    for param, option in wanted.items():
+        assert option.flag in typed[param].opts
+        assert as_flags(option.doc).removeprefix("False: ")[1:] in typed[param].help  # type: ignore[operator]
+        assert not option.choices or typed[param].type.choices == option.choices  # type: ignore[attr-defined]
+        flag = option.kind is not None and option.kind.flag
+        assert flag == typed[param].is_flag  # type: ignore[attr-defined]
+        assert flag or context.params[param] in (option.default, None, ())
+
+
+def test_what_overrides_a_recipe_is_described_in_it_alike() -> None:
+    for option in options_of(*MERGE).values():
+        if option.overrides:
+            form = Output if option.name in Output.__dataclass_fields__ else Recipe
+            assert form.__dataclass_fields__[option.name].metadata["doc"] == option.doc
+
+
+def test_sentences_of_the_library_name_options_that_exist() -> None:
+    """In backquotes, as Python writes them: `name` or `name=value`; no sentence of the library names a flag."""
+    known = {*options_of(*MERGE, *CONVERT, *VERIFY), "out", "listener", "inputs", "path"}
+    found = set()
+    for path in SOURCE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        docs = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+                named = re.findall(r"(?<!`)`([a-z_]+)(?:=[^`]*)?`(?!`)", node.value)
+                assert set(named) <= known, f"{path}:{node.lineno}: {node.value}"
+                found |= set(named)
+                assert "cli" in path.parts or not re.search(r"(?<![\w-])(--[a-z]|-[po] )", node.value), (
+                    f"{path}: {node.value}"
+                )
+    assert {"overwrite", "on_missing", "keep_optimizer"} <= found
+
+
+def test_numbers_of_numpy_and_torch() -> None:
+    asked = Merging(weights=numpy.array([0.5, 0.25]), normalize=numpy.True_, convert_first=Path("a"))  # type: ignore[arg-type]
+    assert (asked.weights, asked.normalize, asked.convert_first) == ([0.5, 0.25], True, "a")
+    assert Merging(weights=(torch.tensor(0.5), numpy.float32(0.25))).weights == [0.5, 0.25]  # type: ignore[arg-type]
+    assert Resources(workers=numpy.int64(3), memory=numpy.int64(1 << 30)).workers == 3  # type: ignore[arg-type]
+    assert type(Resources(workers=torch.tensor(3)).workers) is int  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("group", "given", "said"),
+    [
+        (Merging, {"weights": "0.6,0.4"}, "`weights` takes one number per input"),
+        (Merging, {"weights": 0.5}, "`weights` takes one number per input"),
+        (Merging, {"weights": {"a": 1}}, "`weights` takes"),
+        (Merging, {"weights": [None]}, "`weights` takes"),
+        (Merging, {"normalize": "no"}, "`normalize` takes True or False"),
+        (Merging, {"parameters": ["t=0.3"]}, "`parameters` takes a dict"),
+        (Merging, {"base": 3}, "`base` takes a path, not 3"),
+        (Resources, {"workers": 0}, "`workers` takes a positive whole number, not 0"),
+        (Resources, {"workers": 2.5}, "`workers` takes a positive whole number, not 2.5"),
+        (Resources, {"workers": True}, "`workers` takes a positive whole number"),
+        (Resources, {"memory": None}, "`memory` takes a size"),
+        (Resources, {"memory": "lots"}, "is not a size"),
+        (Resources, {"io": "mmapped"}, "`io` takes mmap or pread, not mmapped"),
+        (Running, {"overwrite": 1}, "`overwrite` takes True or False, not 1"),
+        (Running, {"resume": None}, "`resume` takes True or False, not None"),
+        (Selection, {"state_dict": 3}, "`state_dict` takes a text, not 3"),
+        (Selection, {"ema": "always"}, "`ema` takes ignore or prefer or only, not always"),
+    ],
+)
+def test_what_an_option_does_not_take(group: type[Options], given: dict[str, Any], said: str) -> None:
+    with pytest.raises(sm.RecipeError, match=re.escape(said)):
+        group(**given)
