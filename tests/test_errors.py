@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from streammerge import errors
@@ -32,6 +32,7 @@ def test_exit_codes_are_those_that_are_promised() -> None:
     assert {name: int(code) for name, code in shown} == INTERFACE
 
 
+@settings(deadline=None)
 @given(some.text(), some.integers(40, 300))
 def test_printable_text_is_printable_and_short(text: str, limit: int) -> None:
     shown = printable(text, limit)

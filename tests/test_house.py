@@ -15,9 +15,9 @@ SOURCE = Path(sm.__file__).parent
 
 
 ROOMS = (
-    "errors", "events", "units", "version", "strict_json", "options", "plugins",  # words
-    "stores", "tensors", "kernels", "methods", "pickles", "formats", "recipe", "checkpoints", "planning", "running",
-    "verifying", "signatures", "api", "cli", "__init__", "__main__",
+    "errors", "events", "units", "version", "strict_json", "plugins",  # words
+    "stores", "options", "tensors", "kernels", "methods", "pickles", "formats", "recipe", "checkpoints", "planning",
+    "running", "verifying", "signatures", "api", "cli", "__init__", "__main__",
 )  # fmt: skip
 """Rooms from the bottom up. A room imports only from rooms before it."""
 
@@ -76,6 +76,26 @@ def test_no_room_holds_a_circle() -> None:
                     assert order.index(beside) < listed, f"{prefix}.{module} imports {beside}, which stands below it"
 
 
+PUBLIC = """
+    convert inspect list_methods merge plan verify
+    Chunk Kernel MergeMethod TensorGroup merge_method
+    CheckpointIndex Plan Recipe Result TensorEntry TensorSpec Verified
+    SafetensorsWriter
+    Executor Location Store executor file_format memory_store register_store
+    BudgetError ChangedError FormatError LockedError MismatchError RecipeError SpaceError StreammergeError
+    TaskError UncheckedError VerifyError
+"""
+"""Every public name: what is called, what a method sees, what is given back, a writer, what a plug-in brings, errors."""
+
+
+def test_these_names_are_public_and_each_is_described() -> None:
+    assert sorted(PUBLIC.split()) == sm.__all__
+    assert set(sm.__all__) <= set(dir(sm))
+    for name in sm.__all__:
+        value = getattr(sm, name)
+        assert name == "Kernel" or len(inspect.getdoc(value) or "") > 30 or issubclass(value, sm.StreammergeError), name
+
+
 OPENS_FILES = {
     "running.process": "memory of this process, which Linux tells in /proc",
     "cli.streams": "the standard streams, where a daemon has closed them",
@@ -118,27 +138,6 @@ def test_nothing_outside_stores_opens_a_path() -> None:
     for name, path in modules().items():
         if name.partition(".")[0] != "stores":
             assert bool(found := disk_calls(path)) == (name in OPENS_FILES), f"{name}: {found}"
-
-
-PUBLIC = """
-    convert inspect list_methods merge plan verify
-    Chunk Kernel MergeMethod TensorGroup merge_method
-    CheckpointIndex Plan Recipe Result TensorEntry TensorSpec Verified
-    SafetensorsWriter
-    Executor executor file_format
-    Location Store memory_store register_store
-    BudgetError ChangedError FormatError LockedError MismatchError RecipeError SpaceError StreammergeError
-    TaskError UncheckedError VerifyError
-"""
-"""Every public name: what is called, what a method sees, what is given back, a writer, what a plug-in brings, errors."""
-
-
-def test_these_names_are_public_and_each_is_described() -> None:
-    assert sorted(PUBLIC.split()) == sm.__all__
-    assert set(sm.__all__) <= set(dir(sm))
-    for name in sm.__all__:
-        value = getattr(sm, name)
-        assert name == "Kernel" or len(inspect.getdoc(value) or "") > 30 or issubclass(value, sm.StreammergeError), name
 
 
 def test_public_names_are_there_for_people_and_for_type_checkers() -> None:

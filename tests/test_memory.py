@@ -179,7 +179,7 @@ def peaks(tmp_path: Path, elems: int, memory: str, chosen: Container[str]) -> li
     runs: list[Run] = []
     for case in cases:
         base = {"base": paths[0]} if case.base else {}
-        options = case.parameters | base | {"method": case.method, "memory": memory}
+        options = {"parameters": case.parameters, "method": case.method, "memory": memory} | base
         runs.append((paths[1 : case.models + 1], tmp_path / "out.safetensors", options))
     return [(str(case), found) for case, found in zip(cases, measured(*runs), strict=True)]
 

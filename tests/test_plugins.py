@@ -149,9 +149,9 @@ def test_a_registered_format_is_asked_before_a_zip_archive_is_taken_for_torchs(t
             asked.append(head[:2])
             return head.startswith(b"MINE")
 
-        def read(self, path: Path) -> Container:
-            inner = path.with_suffix(".safetensors")
-            inner.write_bytes(path.read_bytes()[4:])
+        def read(self, path: sm.Location) -> Container:
+            inner = path.with_name("inner.safetensors")
+            inner.write_whole(path.read(4, path.size - 4), overwrite=True)
             return read_safetensors(inner)
 
     save_file({"w": torch.ones(3)}, tmp_path / "a.safetensors")

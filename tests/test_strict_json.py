@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from streammerge.strict_json import load_json
@@ -17,6 +17,7 @@ VALUES = some.recursive(
 )
 
 
+@settings(deadline=None)
 @given(VALUES)
 def test_everything_else_is_what_json_says(value: Any) -> None:
     for text in (json.dumps(value), json.dumps(value).encode(), json.dumps(value, ensure_ascii=False, indent=1)):

@@ -176,9 +176,8 @@ def merge(
     request, running = _Request.of(given), _run_options(picked(Running, given), listener)
     if request.out is None:
         raise RecipeError("a merge needs a name for its output; pass `out`")
-    out_place = parse(request.out)
-    out_place.sweep()
-    out_place.check_writable(running.overwrite)
+    request.out.sweep()
+    request.out.check_writable(running.overwrite)
     before = resident_bytes()
     planned = request.plan()
     if _convert_first(planned.recipe, request, running):
@@ -221,21 +220,20 @@ def convert(
     given = locals()
     asked, selection, output = picked(Converting, given), picked(Selection, given), picked(Output, given)
     resources, running = picked(Resources, given), _run_options(picked(Running, given), listener)
-    source, target = _path("path", path), _path("out", out)
-    target_place = parse(target)
-    target_place.sweep()
-    target_place.check_writable(running.overwrite)
+    source, target = _path("path", path), parse(_path("out", out))
+    target.sweep()
+    target.check_writable(running.overwrite)
     before = resident_bytes()
     recipe = conversion(source, asked.drop, asked.keep, asked.overrides | selection.overrides | output.overrides)
     planned = _plan(recipe, target, resources, hashed=output.hash)
     if asked.extras is not None:
-        refuse_extras(parse(_path("extras", asked.extras)), planned, running.overwrite)
+        refuse_extras(parse(asked.extras), planned, running.overwrite)
     result = execute(planned, running, before)
     if asked.extras is not None:
         index = open_checkpoint(source, selection.state_dict, recipe.ema)
         content = {"format": index.format, "metadata": index.metadata, "data": index.plain_data()}
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        parse(_path("extras", asked.extras)).write_whole(text.encode("utf-8", "backslashreplace"), running.overwrite)
+        parse(asked.extras).write_whole(text.encode("utf-8", "backslashreplace"), running.overwrite)
     return result
 
 
@@ -268,7 +266,7 @@ def verify(
     if not share:
         return verified
     failures: list[Exception] = []
-    for folder in [path.parent, HERE] if asked.inputs is None else [parse(_path("inputs", asked.inputs))]:
+    for folder in [path.parent, HERE] if asked.inputs is None else [parse(asked.inputs)]:
         attempt = replace(verified, notes=[*verified.notes])
         try:
             planned = _remade(path, receipt, folder, asked.own_methods, resources)
@@ -295,7 +293,7 @@ class _Request:
     """All that a merge or a plan was asked for, read and checked."""
 
     inputs: list[str]
-    out: str | None
+    out: Location | None
     recipe: str | Mapping[str, Any] | None
     merging: Merging
     choosing: Choosing
@@ -318,7 +316,7 @@ class _Request:
             recipe, inputs = inputs[0], []
         return cls(
             inputs,
-            None if out is None else _path("out", out),
+            None if out is None else parse(_path("out", out)),
             recipe if recipe is None or isinstance(recipe, Mapping) else _path("recipe", recipe),
             merging,
             *(picked(group, given) for group in (Choosing, Policies, Selection, Resources, Output)),  # type: ignore[arg-type]
@@ -344,7 +342,7 @@ class _Request:
             theirs = {"inputs": self.inputs or None, "weights": asked.weights, "method": asked.method, "base": asked.base}
             _refuse_beside_recipe({**theirs, "ema_decay": decay, **choice, **parameters})
             recipe = overridden(read_recipe(self.recipe, asked.own_methods), overrides)
-        folder = None if asked.convert_first is None else parse(_path("convert_first", asked.convert_first))
+        folder = None if asked.convert_first is None else parse(asked.convert_first)
         planned = _plan(recipe, self.out, self.resources, folder, self.output.hash)
         planned.notes[:0] = notes
         return planned
@@ -396,7 +394,7 @@ def _refuse_beside_recipe(said: Mapping[str, Any]) -> None:
 
 
 def _plan(
-    recipe: Recipe, out: str | None, resources: Resources, convert_first: Location | None = None, hashed: bool = False
+    recipe: Recipe, out: Location | None, resources: Resources, convert_first: Location | None = None, hashed: bool = False
 ) -> Plan:
     with collector_paused(), shared_headers():
         indexes = {each: open_checkpoint(each.path, each.state_dict, recipe.ema) for each in recipe.checkpoints}
@@ -405,7 +403,7 @@ def _plan(
         planned = build_plan(
             recipe,
             indexes,
-            None if out is None else parse(out),
+            out,
             memory_bytes=parse_bytes(resources.memory),
             workers=resources.workers or default_workers(),
             io=resources.io,
@@ -438,7 +436,7 @@ def _remade(out: Location, receipt: Receipt, folder: Location, own_methods: bool
     recipe = read_recipe(receipt.own_recipe(), own_methods, folder)
     hashed = any("sha256" in said for said in receipt.inputs.values())
     name = "output" if out.is_folder() else f"output.{'pth' if receipt.kind is CRC32 else 'safetensors'}"
-    planned = _plan(recipe, name, resources, hashed=hashed)
+    planned = _plan(recipe, parse(name), resources, hashed=hashed)
     check_inputs(planned, receipt)
     return planned
 
@@ -450,7 +448,7 @@ def _convert_first(recipe: Recipe, request: _Request, running: RunOptions) -> bo
     """
     if request.merging.convert_first is None:
         return False
-    folder, resources, made = parse(_path("convert_first", request.merging.convert_first)), request.resources, False
+    folder, resources, made = parse(request.merging.convert_first), request.resources, False
     folder.make_folder()
     for each in recipe.checkpoints:
         index = open_checkpoint(each.path, each.state_dict, recipe.ema)
@@ -458,7 +456,7 @@ def _convert_first(recipe: Recipe, request: _Request, running: RunOptions) -> bo
         if not is_conversion(target, index):
             convert(
                 each.path,
-                str(target),
+                target,
                 overwrite=True,
                 resume=running.resume,
                 polite=running.polite,

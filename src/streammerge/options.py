@@ -12,23 +12,15 @@ from __future__ import annotations
 
 import math
 import operator
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Protocol, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from streammerge.errors import RecipeError, printable
+from streammerge.stores.locations import Place, parse
 from streammerge.units import parse_bytes, parse_share, plain_number
 
-
-class Typed(Protocol):
-    """A place that knows how a user types it: a :class:`streammerge.Location`."""
-
-    @property
-    def as_typed(self) -> str: ...
-
-
-PathLike = str | os.PathLike[str] | Typed
+PathLike = Place
 Ema = Literal["ignore", "prefer", "only"]
 OnMissing = Literal["error", "base", "average-present", "drop"]
 OnShape = Literal["error", "base", "rows"]
@@ -183,11 +175,10 @@ def text(value: Any) -> str:
 
 
 def path(value: Any) -> str:
-    """A path, or ``scheme://name``, as the user typed it. Raises TypeError and ValueError for what is none."""
-    found = getattr(value, "as_typed", None) or os.fspath(value)
-    if not isinstance(found, str):
+    """The text of a path or location; a slash at its end stays. Raises TypeError and ValueError for what is none."""
+    if isinstance(value, bytes):
         raise TypeError
-    return found
+    return str(parse(value))
 
 
 def _texts(value: Any) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as some
 
 import streammerge as sm
@@ -18,6 +18,7 @@ from streammerge.pickles.unpickle import unpickle
 from .test_unpickle import VALUES
 
 
+@settings(deadline=None)
 @given(VALUES)
 def test_plain_values_come_back(value: Any) -> None:
     data = repickle(value)
@@ -25,6 +26,7 @@ def test_plain_values_come_back(value: Any) -> None:
     assert unpickle(data) == value
 
 
+@settings(deadline=None)
 @given(VALUES, some.sampled_from(range(6)))
 def test_writing_is_the_inverse_of_reading(value: Any, protocol: int) -> None:
     once = repickle(unpickle(pickle.dumps([value, value], protocol)))

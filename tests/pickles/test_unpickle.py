@@ -9,7 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as some
 
 import streammerge as sm
@@ -26,6 +26,7 @@ VALUES = some.recursive(
 )
 
 
+@settings(deadline=None)
 @given(VALUES, some.sampled_from(PROTOCOLS))
 def test_plain_values_are_what_pickle_reads(value: Any, protocol: int) -> None:
     data = pickle.dumps(value, protocol)

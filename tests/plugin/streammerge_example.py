@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterable
-from pathlib import Path
 from typing import Any
 
 import streammerge as sm
@@ -27,11 +26,11 @@ class Numbers:
     def matches(self, head: bytes, size: int) -> Match:
         return head.startswith(_MAGIC)
 
-    def read(self, path: Path) -> Container:
-        count, rest = divmod(path.stat().st_size - len(_MAGIC), 4)
+    def read(self, path: sm.Location) -> Container:
+        count, rest = divmod(path.size - len(_MAGIC), 4)
         if rest:
             raise FormatError(f"{printable(path)} ends within a number; it is truncated")
-        entry = sm.TensorEntry(sm.TensorSpec("w", DType.F32, (count,)), str(path), len(_MAGIC))
+        entry = sm.TensorEntry(sm.TensorSpec("w", DType.F32, (count,)), path, len(_MAGIC))
         return Container(path, "numbers", {"w": flat_tensor(entry)}, {}, (path,))
 
 

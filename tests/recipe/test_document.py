@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as some
 
 import streammerge as sm
@@ -47,6 +47,7 @@ PLAIN = some.recursive(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(some.dictionaries(some.text("klmnop", min_size=1), PLAIN, min_size=1, max_size=5))
 def test_data_goes_to_yaml_and_to_json_and_back(data: dict[str, Any]) -> None:
     assert yaml.safe_load(to_yaml(data)) == data

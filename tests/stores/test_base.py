@@ -71,7 +71,6 @@ def test_a_stream_and_a_view_follow_from_reading() -> None:
     assert at("a").open().view(10, 3) == bytes((10, 11, 12))
     with pytest.raises(sm.ChangedError):
         at("a").open().view(99, 2)
-    assert at("folder/c.x").text() == "c"
 
 
 def test_patterns_follow_from_listing() -> None:

@@ -207,9 +207,11 @@ def build_plan(
 def budget_of(
     tasks: list[MergeTask], memory_bytes: int, workers: int, io: str, staged: bool, beside_bytes: int = 0
 ) -> tuple[Budget, str]:
-    """How these tasks are run within that memory, and how they read: by pread where inputs cannot be mapped, or there is no
-    room for mapped pages, or for as many mapped files. ``beside_bytes``: what the caller makes each worker hold beside its
-    buffers. Raises BudgetError when the memory is too little."""
+    """Returns how to run these tasks within that memory, and how to read the inputs.
+
+    Inputs are read by pread if they cannot be mapped, or if there is no room for mapped pages or for as many mapped files.
+    ``beside_bytes``: what each worker holds besides its buffers. Raises BudgetError if the memory is too little.
+    """
     if io == "mmap" and not _can_map(tasks, workers):
         io = "pread"
     tensors = sum(len(task.sources) + 1 for task in tasks)

@@ -141,9 +141,11 @@ def torch_version() -> str:
         found = find_spec("torch")
     if found is None or found.origin is None:
         raise RecipeError("torch is not installed, and this merge computes with it; install torch")
+    file = parse(found.origin).parent / "version.py"
     try:
-        stated = re.search(r"""^__version__ = ['"]([^'"]+)""", parse(found.origin).with_name("version.py").text(), re.M)
-    except (FormatError, ValueError):
+        text = file.read(0, file.size).decode()
+        stated = re.search(r"""^__version__ = ['"]([^'"]+)""", text, re.MULTILINE)
+    except (OSError, ValueError, FormatError):
         stated = None
     return stated[1] if stated else "unknown"
 

@@ -116,14 +116,14 @@ def resolved(recipe: Recipe) -> Recipe:
 
 def travelling_names(recipe: Recipe) -> dict[str, str]:
     """Returns a name for each model. Each keeps its name unless one has an absolute path; then all names are relative
-    to their common folder. A name in another store than the disk is the same everywhere and stays."""
+    to their common folder."""
     written = {path: recipe.written.get(path, path) for path in recipe.named_models}
     places = {path: parse(path).absolute() for path in written}
     far = {path: path for path, place in places.items() if place.local_path is None}  # means the same everywhere
     places = {path: place for path, place in places.items() if path not in far}
     local = {path: name for path, name in written.items() if path in places}
     spelled: dict[Location, str] = {}
-    for path, name in local.items():  # a model with several names gets the first that is not absolute
+    for path, name in local.items():  # of one that was named twice, the first that is not absolute
         if not _is_absolute(name):
             spelled.setdefault(places[path], name)
     local = {path: spelled.get(places[path], name) for path, name in local.items()}

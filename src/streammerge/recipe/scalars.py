@@ -37,7 +37,7 @@ def _model(value: Any) -> str:
         if isinstance(inner, Mapping) and inner.get("revision") is not None:
             raise RecipeError("a revision is not supported yet; download it and give its folder")
         value = inner.get("path") if isinstance(inner, Mapping) else inner
-    value = str(value) if isinstance(value, os.PathLike) or hasattr(value, "as_typed") else value
+    value = str(value) if isinstance(value, os.PathLike) else value
     if not isinstance(value, str) or not value or "\0" in value:
         raise ValueError(value)
     return value

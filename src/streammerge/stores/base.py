@@ -77,11 +77,6 @@ class Location:
     # ------------------------------------------------------------------------------------- names; the store is not asked
 
     @property
-    def as_typed(self) -> str:
-        """What the user typed."""
-        return self._text
-
-    @property
     def name(self) -> str:
         """The last part; "" for the root."""
         return PurePosixPath(self.key).name
@@ -187,11 +182,6 @@ class Location:
         if len(data) != nbytes:
             raise FormatError(f"{printable(self)} ends at byte {offset + len(data)}, {nbytes - len(data)} bytes too early")
         return data
-
-    def text(self) -> str:
-        """All of a small file, as UTF-8. FormatError when it cannot be opened, ValueError when it is no text."""
-        with self.stream() as stream:
-            return stream.read().decode("utf-8")
 
     def broken_link(self) -> str:
         """What is wrong with a link that leads to nothing; "" for anything else."""
