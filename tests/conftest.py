@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,15 +24,15 @@ from streammerge.formats.detect import FORMATS
 from streammerge.methods.contracts import METHODS
 from streammerge.running.executors.registry import EXECUTORS
 
-for room in ("methods", "formats", "running.executors"):  # so that their assertions show the values too
+for room in ("methods", "formats", "running.executors", "sources"):  # so that their assertions show the values too
     pytest.register_assert_rewrite(f"{room}.suite")
 torch.set_num_threads(1)  # the tests already run in parallel
 
 
 def octets(tensor: torch.Tensor) -> bytes:
     """Returns a tensor's bytes in C order, so that comparisons distinguish NaN and -0.0."""
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    return plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+    plain = tensor.detach().resolve_conj().resolve_neg().reshape(-1).clone(memory_format=torch.contiguous_format)
+    return plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
 
 
 def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -41,6 +42,14 @@ def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         assert actual[name].shape == tensor.shape, name
         assert actual[name].dtype == tensor.dtype, name
         assert octets(actual[name]) == octets(tensor), name
+
+
+def deflate(path: Path, target: Path) -> Path:
+    """The same archive with compressed records."""
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    return target
 
 
 def load_safetensors(path: Path) -> dict[str, torch.Tensor]:

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,7 +57,7 @@ class Scene:
 
     def __init__(self, folder: Path, kind: str) -> None:
         self.folder, self.kind = folder, kind
-        self.out = folder / {"file": "out.safetensors", "archive": "out.pth", "staged": "out.pth"}.get(kind, "out")
+        self.out = folder / {"file": "out.safetensors", "archive": "out.pth", "spooled": "out.pth"}.get(kind, "out")
         self.overwrite = kind == "replaced folder"
         self.inputs = [self._input(number) for number in range(2)]
         sm.plan(self.inputs, self.out)  # imports what every run needs
@@ -76,9 +77,13 @@ class Scene:
         if self.kind in ("file", "folder", "replaced folder"):
             save_file(tensors, self.folder / f"{number}.safetensors")
             return self.folder / f"{number}.safetensors"
-        if self.kind == "staged":
-            tensors = {name: tensor.t() for name, tensor in tensors.items()}
         torch.save({"model": tensors, "step": number}, self.folder / f"{number}.pth")
+        if self.kind == "spooled":
+            with zipfile.ZipFile(self.folder / f"{number}.pth") as stored:
+                records = {name: stored.read(name) for name in stored.namelist()}
+            with zipfile.ZipFile(self.folder / f"{number}.pth", "w", zipfile.ZIP_DEFLATED) as packed:
+                for name, data in records.items():
+                    packed.writestr(name, data)
         return self.folder / f"{number}.pth"
 
     def clear(self) -> None:
@@ -245,7 +250,7 @@ def kill_at_moments(scene: Scene, moments: int, seed: int) -> Iterator[str]:
         yield f"killed after {seconds:.3f} s: {said}"
 
 
-KINDS = ("file", "archive", "staged", "folder", "replaced folder")
+KINDS = ("file", "archive", "spooled", "folder", "replaced folder")
 
 
 def main() -> int:

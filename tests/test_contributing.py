@@ -18,6 +18,7 @@ EXAMPLES = {
     "A merge method": ["tests/methods/test_registry.py"],
     "A format": ["tests/formats/test_detect.py"],
     "A store": ["tests/stores/test_registry.py"],
+    "A source": [],
     "An executor": [],
 }
 

@@ -97,12 +97,88 @@ def test_law_1_holds_for_huge_pages_of_the_cache(tmp_path: Path) -> None:
         assert peak["resident"] <= min(peak["planned"], memory << 20), (count, memory, peak)
 
 
-def test_staging_is_bounded_too(tmp_path: Path) -> None:
-    """A transposed tensor of 512 MiB."""
-    make = "import torch, sys; torch.save({'w': torch.zeros(1 << 13, 1 << 14).t()}, sys.argv[1])"
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+def test_law_1_for_strided_tensors(tmp_path: Path, io: str) -> None:
+    """A transposed tensor of 64 MiB: read where it lies, copied and merged, without a temporary file."""
+    make = "import torch, sys; torch.save({'w': torch.zeros(1 << 12, 1 << 12).t()}, sys.argv[1])"
     subprocess.run([sys.executable, "-c", make, str(tmp_path / "in.pth")], check=True)
-    (peak,) = measured(([tmp_path / "in.pth"], tmp_path / "out.safetensors", {"memory": "64MiB"}))
-    assert peak["anonymous"] <= 40 << 20, peak
+    for inputs, memory, method in ((1, 48, "linear"), (1, 24, "linear"), (2, 96, "ties")):
+        options = {"memory": f"{memory}MiB", "io": io, "method": method}
+        options |= {"base": tmp_path / "in.pth"} if method == "ties" else {}
+        (peak,) = measured(([tmp_path / "in.pth"] * inputs, tmp_path / "out.safetensors", options))
+        assert peak["anonymous"] <= peak["planned"] <= memory << 20, peak
+        assert peak["resident"] <= memory << 20, peak
+
+
+NESTED = """
+import json, re, sys, threading
+from pathlib import Path
+from sources.suite import COPY, Disk, draw, find_method, index_of, planned
+import torch
+from streammerge.checkpoints.index import open_checkpoint
+from streammerge.recipe.arguments import recipe_of
+from streammerge.running.execution import execute, prepare_torch
+from streammerge.running.process import resident_bytes
+from streammerge.running.session import RunOptions
+from streammerge.sources.joined import joined
+from streammerge.sources.merged import merged
+from streammerge.sources.rows import gathered
+from streammerge.sources.strided import Strided
+from streammerge.tensors.spec import TensorSpec
+
+folder, memory, io = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+wholes = [open_checkpoint(folder / f"{n}.safetensors").entries["w0"] for n in range(2)]
+turned = [Strided(TensorSpec("w", w.spec.dtype, (2048, 4096)), w.path, w.offset, (1, 2048)) for w in wholes]
+pieces = joined("w", [turned[0], turned[1]], 1)
+chosen = gathered(pieces, [*range(2047, 1000, -1), *range(1001)])
+source = merged("w", find_method("ties"), [chosen, pieces, chosen], {"density": 0.4}, based=True)
+indexes = [index_of(folder, {"w": each}, f"in{n}") for n, each in enumerate((source, pieces))]
+recipe = recipe_of([str(i.path) for i in indexes], "slerp", None, None, {"t": 0.3}, {})
+
+def anonymous():
+    with open("/proc/self/status") as file:
+        return sum(map(int, re.findall(r"Rss(?:Anon|Shmem):\\s+(\\d+)", file.read()))) * 1024
+
+prepare_torch()
+start, peak, stop = anonymous(), 0, threading.Event()
+
+def watch():
+    global peak
+    while not stop.wait(0.002):
+        peak = max(peak, anonymous())
+
+threading.Thread(target=watch, daemon=True).start()
+plan = planned(recipe, indexes, folder / "out.safetensors", memory_bytes=memory << 20, io=io)
+result = execute(plan, RunOptions(overwrite=True), resident_bytes())
+stop.set()
+print(json.dumps({"anonymous": peak - start, "resident": result.peak_bytes, "planned": plan.peak_bytes}))
+"""
+
+
+@pytest.mark.parametrize(("memory", "io"), [(256, "mmap"), (96, "pread")])
+def test_law_1_for_nested_sources(tmp_path: Path, memory: int, io: str) -> None:
+    """A merge by slerp of a merge by ties of gathered rows of joined, transposed tensors; 32 MiB each."""
+    for number in range(2):
+        save_file({"w0": torch.full((2048 * 4096,), number + 0.5).bfloat16()}, tmp_path / f"{number}.safetensors")
+    command = [sys.executable, "-c", NESTED.replace("\\\\", "\\"), str(tmp_path), str(memory), io]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr
+    peak = json.loads(done.stdout)
+    assert peak["anonymous"] <= peak["planned"] <= memory << 20, peak
+    assert peak["resident"] <= memory << 20, peak
+
+
+@pytest.mark.parametrize("out", ["out.safetensors", "out.pth"])
+def test_law_1_counts_data_that_lies_in_pickles(tmp_path: Path, out: str) -> None:
+    """40 MiB of bytes beside the tensors, in each of two files."""
+    for number in range(2):
+        torch.save({"w": torch.ones(1000), "blob": bytes(40 << 20)}, tmp_path / f"{number}.pth")
+    inputs = [tmp_path / f"{number}.pth" for number in range(2)]
+    with pytest.raises(sm.BudgetError):
+        sm.plan(inputs, out, memory="96MiB")
+    (peak,) = measured((inputs, tmp_path / out, {"memory": "2GiB"}))
+    assert peak["anonymous"] <= peak["planned"], peak
 
 
 @pytest.mark.slow

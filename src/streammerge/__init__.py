@@ -37,11 +37,11 @@ if TYPE_CHECKING:
     from streammerge.running.execution import Result as Result
     from streammerge.running.executors.base import Executor as Executor
     from streammerge.running.executors.registry import executor as executor
+    from streammerge.sources.base import Source as Source
     from streammerge.stores.base import Location as Location
     from streammerge.stores.base import Store as Store
     from streammerge.stores.memory import memory_store as memory_store
     from streammerge.stores.registry import register_store as register_store
-    from streammerge.tensors.spec import TensorEntry as TensorEntry
     from streammerge.tensors.spec import TensorSpec as TensorSpec
     from streammerge.verifying.files import Verified as Verified
 
@@ -63,7 +63,8 @@ _PLACES = {
     "stores.base": "Location Store",
     "stores.memory": "memory_store",
     "stores.registry": "register_store",
-    "tensors.spec": "TensorEntry TensorSpec",
+    "sources.base": "Source",
+    "tensors.spec": "TensorSpec",
     "verifying.files": "Verified",
     "formats.safetensors_writer": "SafetensorsWriter",
 }

@@ -16,6 +16,7 @@ from typing import Any
 from streammerge.checkpoints.choosing import choose, exponential_weights
 from streammerge.checkpoints.conversions import converted_path, from_conversion, is_conversion
 from streammerge.checkpoints.globs import expand
+from streammerge.checkpoints.in_memory import hold, index_state_dict
 from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
 from streammerge.errors import ChangedError, FormatError, RecipeError, StreammergeError, VerifyError, listed, printable
 from streammerge.events import Listener, quiet
@@ -36,7 +37,6 @@ from streammerge.options import (
     OnMissing,
     OnShape,
     Output,
-    PathLike,
     Policies,
     Resources,
     Running,
@@ -56,25 +56,31 @@ from streammerge.running.process import collector_paused, resident_bytes
 from streammerge.running.readback import receipt_of
 from streammerge.running.session import RunOptions
 from streammerge.signatures import takes
+from streammerge.sources.memory import is_array, is_tensor
 from streammerge.stores.base import Location
 from streammerge.stores.checksums import CRC32
 from streammerge.stores.locations import HERE, parse
+from streammerge.stores.locations import Place as PathLike
 from streammerge.units import decimal_bytes, parse_bytes, parse_share
 from streammerge.verifying.files import Verified, check_files
 from streammerge.verifying.values import check_inputs, recompute
 
-Inputs = PathLike | Iterable[PathLike] | Mapping[str, float]
+Checkpoint = PathLike | Mapping[str, Any]
+"""A file or folder, or a state dict in memory: torch tensors or numpy arrays by name, or a mapping that holds one."""
+Inputs = Checkpoint | Iterable[Checkpoint] | Mapping[str, float]
+Held = dict[str, Mapping[str, Any]]
+"""The state dicts in memory, by the names that the recipe has for them."""
 
 
 @takes(Selection)
-def inspect(path: PathLike, *, state_dict: str | None = None, ema: Ema | None = None) -> CheckpointIndex:
+def inspect(path: Checkpoint, *, state_dict: str | None = None, ema: Ema | None = None) -> CheckpointIndex:
     """What a checkpoint is and holds. Reads headers only; nothing in the file is executed or imported.
 
     The index is a mapping from the tensors' names to :class:`TensorEntry`: ``len(index)``, ``index[name]``, iteration.
-    Raises FormatError when the checkpoint cannot be read.
+    ``path``: a file or folder, or a state dict in memory. Raises FormatError when the checkpoint cannot be read.
     """
-    asked = picked(Selection, locals())
-    return open_checkpoint(_path("path", path), asked.state_dict, asked.ema or "ignore")
+    asked, held = picked(Selection, locals()), Held()
+    return _opened(_named("path", path, held), asked.state_dict, asked.ema or "ignore", held)
 
 
 @takes(*PLAN)
@@ -86,7 +92,7 @@ def plan(
     weights: Sequence[float] | None = None,
     normalize: bool | None = None,
     method: str | Callable[..., Any] | None = None,
-    base: PathLike | None = None,
+    base: Checkpoint | None = None,
     parameters: Mapping[str, Any] | None = None,
     seed: int | None = None,
     dtype: object = None,
@@ -115,7 +121,8 @@ def plan(
 ) -> Plan:
     """What :func:`merge` would do, from headers alone; nothing is written. The options are those of merge.
 
-    ``inputs``: paths or globs, or a dict that gives each path its weight. ``out``: its name decides the container.
+    ``inputs``: paths, globs or state dicts in memory, or a dict that gives each path its weight. ``out``: its
+    name decides the container.
     ``recipe``: a mergekit configuration as a YAML file or a dict, in place of inputs, method and parameters; the other
     options win over its keys. ``print(plan)`` shows it; ``plan.tasks``, ``plan.peak_bytes``, ``plan.read_bytes`` are its
     numbers.
@@ -132,7 +139,7 @@ def merge(
     weights: Sequence[float] | None = None,
     normalize: bool | None = None,
     method: str | Callable[..., Any] | None = None,
-    base: PathLike | None = None,
+    base: Checkpoint | None = None,
     parameters: Mapping[str, Any] | None = None,
     seed: int | None = None,
     dtype: object = None,
@@ -166,8 +173,8 @@ def merge(
 ) -> Result:
     """Merges checkpoints into ``out``, one chunk at a time.
 
-    ``inputs``: paths or globs, or a dict that gives each path its weight; or ``recipe``: a mergekit configuration as a YAML
-    file or a dict. ``listener`` is called with each of :mod:`streammerge.events`.
+    ``inputs``: paths, globs or state dicts in memory, or a dict that gives each path its weight; or ``recipe``: a mergekit
+    configuration as a YAML file or a dict. ``listener`` is called with each of :mod:`streammerge.events`.
 
     Raises RecipeError, FormatError, MismatchError, BudgetError, SpaceError, LockedError, ChangedError, VerifyError or
     TaskError; the output is then not there. Returns what was read, written and needed.
@@ -189,7 +196,7 @@ def merge(
 
 @takes(*CONVERT)
 def convert(
-    path: PathLike,
+    path: Checkpoint,
     out: PathLike,
     *,
     dtype: object = None,
@@ -214,23 +221,24 @@ def convert(
 ) -> Result:
     """Writes a checkpoint in another container: ``.pth`` to safetensors or back, one file or shards.
 
-    ``path``: a file or folder. ``out``: its name decides the container. ``drop`` and ``keep`` take glob patterns on tensor
-    names. ``listener`` and the errors are those of :func:`merge`.
+    ``path``: a file or folder, or a state dict in memory. ``out``: its name decides the container. ``drop`` and
+    ``keep`` take glob patterns on tensor names. ``listener`` and the errors are those of :func:`merge`.
     """
     given = locals()
     asked, selection, output = picked(Converting, given), picked(Selection, given), picked(Output, given)
     resources, running = picked(Resources, given), _run_options(picked(Running, given), listener)
-    source, target = _path("path", path), parse(_path("out", out))
+    held = Held()
+    source, target = _named("path", path, held), parse(_path("out", out))
     target.sweep()
     target.check_writable(running.overwrite)
     before = resident_bytes()
     recipe = conversion(source, asked.drop, asked.keep, asked.overrides | selection.overrides | output.overrides)
-    planned = _plan(recipe, target, resources, hashed=output.hash)
+    planned = _plan(recipe, target, resources, hashed=output.hash, held=held)
     if asked.extras is not None:
         refuse_extras(parse(asked.extras), planned, running.overwrite)
     result = execute(planned, running, before)
     if asked.extras is not None:
-        index = open_checkpoint(source, selection.state_dict, recipe.ema)
+        index = _opened(source, selection.state_dict, recipe.ema, held)
         content = {"format": index.format, "metadata": index.metadata, "data": index.plain_data()}
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         parse(asked.extras).write_whole(text.encode("utf-8", "backslashreplace"), running.overwrite)
@@ -265,6 +273,12 @@ def verify(
         raise VerifyError(f"{printable(path)} cannot be verified: {printable(error, 1000)}") from error
     if not share:
         return verified
+    if receipt.held:
+        said = f"{listed(receipt.held)} of its inputs was in memory when it was merged, so it cannot be read again"
+        if asked.sample is not None or asked.inputs is not None:
+            raise VerifyError(f"{printable(path)} is as it was written, but its values cannot be computed again: {said}")
+        verified.notes.append(f"values were not computed again: {said}")
+        return verified
     failures: list[Exception] = []
     for folder in [path.parent, HERE] if asked.inputs is None else [parse(asked.inputs)]:
         attempt = replace(verified, notes=[*verified.notes])
@@ -293,6 +307,7 @@ class _Request:
     """All that a merge or a plan was asked for, read and checked."""
 
     inputs: list[str]
+    held: Held
     out: Location | None
     recipe: str | Mapping[str, Any] | None
     merging: Merging
@@ -305,8 +320,11 @@ class _Request:
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> _Request:
         """From the arguments of :func:`plan` or :func:`merge`. Raises RecipeError for a value that is none of theirs."""
-        inputs, own_weights = _inputs(given["inputs"])
+        held = Held()
+        inputs, own_weights = _inputs(given["inputs"], held)
         out, recipe = given["out"], given["recipe"]
+        if isinstance(given["base"], Mapping):
+            given = {**given, "base": hold(given["base"], held)}
         merging = picked(Merging, given)
         if own_weights is not None:
             if merging.weights is not None:
@@ -316,6 +334,7 @@ class _Request:
             recipe, inputs = inputs[0], []
         return cls(
             inputs,
+            held,
             None if out is None else parse(_path("out", out)),
             recipe if recipe is None or isinstance(recipe, Mapping) else _path("recipe", recipe),
             merging,
@@ -343,7 +362,7 @@ class _Request:
             _refuse_beside_recipe({**theirs, "ema_decay": decay, **choice, **parameters})
             recipe = overridden(read_recipe(self.recipe, asked.own_methods), overrides)
         folder = None if asked.convert_first is None else parse(asked.convert_first)
-        planned = _plan(recipe, self.out, self.resources, folder, self.output.hash)
+        planned = _plan(recipe, self.out, self.resources, folder, self.output.hash, self.held)
         planned.notes[:0] = notes
         return planned
 
@@ -356,18 +375,33 @@ def _path(name: str, value: Any) -> str:
         raise RecipeError(f"`{name}` takes a path, not {printable(value, 60)}") from error
 
 
-def _inputs(given: Any) -> tuple[list[str], list[float] | None]:
-    """The paths, and their weights where a dict gives them. Raises RecipeError."""
-    if isinstance(given, Mapping):
+def _named(name: str, given: Any, held: Held) -> str:
+    """What a recipe calls a checkpoint that was given as ``name``: its path, or its name in ``held``."""
+    return hold(given, held) if isinstance(given, Mapping) else _path(name, given)
+
+
+def _opened(path: str, state_dict: str | None, ema: str, held: Held) -> CheckpointIndex:
+    if path in held:
+        return index_state_dict(held[path], path, state_dict, ema)
+    return open_checkpoint(path, state_dict, ema)
+
+
+def _inputs(given: Any, held: Held) -> tuple[list[str], list[float] | None]:
+    """The names of the inputs, and their weights where a dict gives each path its weight. Raises RecipeError."""
+    if isinstance(given, Mapping) and not any(map(_may_hold_tensors, given.values())):
         wrong = next((name for name, weight in given.items() if not isinstance(weight, Real)), None)
         if wrong is not None:
             raise RecipeError(
                 f"a dict of inputs gives each path its weight, like {{'a.pth': 0.9}}; {printable(wrong)} has no number"
             )
         return [_path("inputs", each) for each in given], list(map(float, given.values()))
-    if isinstance(given, str | bytes | os.PathLike | Location) or not isinstance(given, Iterable):
+    if isinstance(given, str | bytes | os.PathLike | Location | Mapping) or not isinstance(given, Iterable):
         given = [given]
-    return [_path("inputs", each) for each in given], None
+    return [_named("inputs", each, held) for each in given], None
+
+
+def _may_hold_tensors(value: Any) -> bool:
+    return is_array(value) or is_tensor(value) or isinstance(value, Mapping | list | tuple)
 
 
 def _run_options(asked: Running, listener: Listener) -> RunOptions:
@@ -394,10 +428,17 @@ def _refuse_beside_recipe(said: Mapping[str, Any]) -> None:
 
 
 def _plan(
-    recipe: Recipe, out: Location | None, resources: Resources, convert_first: Location | None = None, hashed: bool = False
+    recipe: Recipe,
+    out: Location | None,
+    resources: Resources,
+    convert_first: Location | None = None,
+    hashed: bool = False,
+    held: Held | None = None,
 ) -> Plan:
+    if held and convert_first is not None:
+        raise RecipeError("`convert_first` converts files; give state dicts in memory without it")
     with collector_paused(), shared_headers():
-        indexes = {each: open_checkpoint(each.path, each.state_dict, recipe.ema) for each in recipe.checkpoints}
+        indexes = {each: _opened(each.path, each.state_dict, recipe.ema, held or {}) for each in recipe.checkpoints}
         if convert_first is not None:
             indexes = {each: from_conversion(index, convert_first) for each, index in indexes.items()}
         planned = build_plan(

@@ -33,8 +33,8 @@ class Hashed:
 
 
 @dataclass(frozen=True, slots=True)
-class Staged:
-    """A tensor that could not be mapped was copied into a temporary file."""
+class Spooled:
+    """A compressed record was inflated into a temporary file. ``tensor``: one that lies in it."""
 
     tensor: str
     nbytes: int
@@ -75,7 +75,7 @@ class RunFinished:
     seconds: float
 
 
-Event = RunStarted | Resumed | Hashed | Staged | TaskDone | Syncing | Suspended | Published | RunFinished
+Event = RunStarted | Resumed | Hashed | Spooled | TaskDone | Syncing | Suspended | Published | RunFinished
 
 
 class Listener(Protocol):

@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from streammerge.errors import RecipeError, printable
-from streammerge.stores.locations import Place, parse
 from streammerge.units import parse_bytes, parse_share, plain_number
 
-PathLike = Place
+if TYPE_CHECKING:
+    from streammerge.stores.locations import Place as PathLike
+
 Ema = Literal["ignore", "prefer", "only"]
 OnMissing = Literal["error", "base", "average-present", "drop"]
 OnShape = Literal["error", "base", "rows"]
@@ -175,10 +177,18 @@ def text(value: Any) -> str:
 
 
 def path(value: Any) -> str:
-    """The text of a path or location; a slash at its end stays. Raises TypeError and ValueError for what is none."""
-    if isinstance(value, bytes):
+    """The text of a path or location, ``~`` expanded; a slash at its end stays. Raises TypeError for what is none."""
+    if not isinstance(value, str):
+        from streammerge.stores.base import Location  # here, since --help waits for no store
+
+        value = str(value) if isinstance(value, Location) else os.fspath(value)
+    if not isinstance(value, str):
         raise TypeError
-    return str(parse(value))
+    if value.startswith("~"):
+        from streammerge.stores.locations import parse
+
+        return parse(value).key + "/" * value.endswith("/")
+    return value
 
 
 def _texts(value: Any) -> tuple[str, ...]:

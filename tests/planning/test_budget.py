@@ -16,9 +16,9 @@ class TestBudget:
     cost = budget.Cost(compute=3, buffers=5, out=7, read=11, passes_bytes=17, spread_bytes=19)
 
     def test_the_peak_is_the_sum_of_its_terms(self) -> None:
-        fitted = budget.fit(1 << 40, workers=3, tensors=5, cost=self.cost, staging=True)
+        fitted = budget.fit(1 << 40, workers=3, tensors=5, cost=self.cost, spooling=True)
         buffers = 5 * 3 + 2 * 11
-        expected = budget.RUN_BYTES + 5 * budget.PER_TENSOR_BYTES + budget.STAGING_BYTES + 19
+        expected = budget.RUN_BYTES + 5 * budget.PER_TENSOR_BYTES + budget.SPOOLING_BYTES + 19
         expected += 3 * (budget.PER_WORKER_BYTES + 17 + budget.BEST_OUT_BYTES + budget.BEST_CHUNK_ELEMS * buffers)
         assert (fitted.workers, fitted.chunk_elems, fitted.peak_bytes) == (3, budget.BEST_CHUNK_ELEMS, expected)
 
@@ -33,7 +33,7 @@ class TestBudget:
         seen, memory = [], 1 << 28
         with pytest.raises(sm.BudgetError) as error:
             while True:
-                fitted = budget.fit(memory, workers=4, tensors=5, cost=self.cost, staging=False)
+                fitted = budget.fit(memory, workers=4, tensors=5, cost=self.cost, spooling=False)
                 assert fitted.peak_bytes <= memory
                 assert fitted.chunk_elems % GRAIN == 0
                 seen.append((fitted.workers, fitted.chunk_elems))
@@ -41,13 +41,13 @@ class TestBudget:
         assert seen == sorted(seen, reverse=True)
         assert seen[-1] == (1, GRAIN)
         least = int(str(error.value).rpartition('memory="')[2].partition("MiB")[0]) << 20
-        budget.fit(least, workers=4, tensors=5, cost=self.cost, staging=False)
+        budget.fit(least, workers=4, tensors=5, cost=self.cost, spooling=False)
         with pytest.raises(sm.BudgetError):
-            budget.fit(least - (1 << 20), workers=4, tensors=5, cost=self.cost, staging=False)
+            budget.fit(least - (1 << 20), workers=4, tensors=5, cost=self.cost, spooling=False)
 
     def test_mapped_windows_shrink_before_chunks(self) -> None:
         cost = budget.Cost(compute=8, buffers=2, out=2, read=0, inputs=8, mapped=2)
-        wide, narrow = (budget.fit(m << 20, workers=2, tensors=10, cost=cost, staging=False) for m in (512, 64))
+        wide, narrow = (budget.fit(m << 20, workers=2, tensors=10, cost=cost, spooling=False) for m in (512, 64))
         assert wide.window_bytes == budget.MOST_WINDOW_BYTES > narrow.window_bytes
         assert wide.chunk_elems == narrow.chunk_elems
 
@@ -65,10 +65,10 @@ class TestBudget:
         own = budget.RUN_BYTES + 2 * (budget.PER_WORKER_BYTES + budget.BEST_OUT_BYTES)
         pages = budget._huge_pages(budget.MOST_WINDOW_BYTES + 2 * budget.BEST_CHUNK_ELEMS)
         for cost, each in ((mapped, pages), (kept, budget.MOST_WINDOW_BYTES)):
-            fitted = budget.fit(1 << 40, workers=2, tensors=0, cost=cost, staging=False)
+            fitted = budget.fit(1 << 40, workers=2, tensors=0, cost=cost, spooling=False)
             assert fitted.peak_bytes == own + 2 * 3 * each
 
     def test_methods_with_passes_have_twice_the_chunk_and_the_window(self) -> None:
         plain, passing = (budget.Cost(4, 2, 2, 0, 2, 2, passes=passes) for passes in (False, True))
-        one, two = (budget.fit(1 << 40, workers=1, tensors=0, cost=cost, staging=False) for cost in (plain, passing))
+        one, two = (budget.fit(1 << 40, workers=1, tensors=0, cost=cost, spooling=False) for cost in (plain, passing))
         assert (two.chunk_elems, two.window_bytes) == (2 * one.chunk_elems, 2 * one.window_bytes)

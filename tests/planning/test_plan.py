@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import deflate
 from safetensors.torch import save_file
 
 import streammerge as sm
@@ -34,9 +35,21 @@ def test_where_mapped_pages_have_no_room_inputs_are_read(inputs: list[Path]) -> 
         sm.plan(inputs, memory="4MiB")
 
 
-def test_a_plan_tells_what_must_be_copied_first(tmp_path: Path) -> None:
+def test_a_plan_tells_what_must_be_inflated_first(tmp_path: Path) -> None:
+    """Two tensors over one compressed storage."""
+    storage = torch.ones(300_000)
+    torch.save({"w": storage.view(300, 1000).t(), "v": storage[:7]}, tmp_path / "stored.pth")
+    deflate(tmp_path / "stored.pth", tmp_path / "in.pth")
+    plan = sm.plan([tmp_path / "in.pth"] * 2, tmp_path / "out.pth")
+    assert plan.torch_needed
+    assert "spooled  1 compressed records, inflated into 1.2 MB of temporary files" in str(plan)
+    assert plan.to_json()["spooled_tensors"] == ["w", "v"]
+    assert plan.disk_bytes == plan.write_bytes + 1_200_000
+
+
+def test_a_strided_tensor_is_read_where_it_lies(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(300, 1000).t()}, tmp_path / "in.pth")
     plan = sm.plan([tmp_path / "in.pth"] * 2, tmp_path / "out.pth")
     assert plan.torch_needed
-    assert "staged   1 tensors that cannot be mapped, 1.2 MB of temporary files" in str(plan)
-    assert plan.disk_bytes == plan.write_bytes + 1_200_000
+    assert "spooled" not in str(plan)
+    assert plan.disk_bytes == plan.write_bytes

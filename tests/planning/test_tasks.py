@@ -18,10 +18,11 @@ from streammerge.planning import budget
 from streammerge.planning.tasks import MergeTask, Piece, batches, joined, pieces, stretches
 from streammerge.running.engine import Engine
 from streammerge.running.workspace import Outgoing, Workspace
+from streammerge.sources.stored import Stored
 from streammerge.stores.files import OutputFile
 from streammerge.stores.locations import parse
 from streammerge.tensors.dtypes import DType
-from streammerge.tensors.spec import TensorEntry, TensorSpec
+from streammerge.tensors.spec import TensorSpec
 
 
 def tasks(sizes: list[int], gaps: list[int], method: str = "linear") -> list[MergeTask]:
@@ -30,7 +31,7 @@ def tasks(sizes: list[int], gaps: list[int], method: str = "linear") -> list[Mer
     for number, (size, gap) in enumerate(zip(sizes, gaps, strict=True)):
         spec = TensorSpec(f"t{number}", DType.F32, (size,))
         other += gap
-        sources = (TensorEntry(spec, parse("a"), offset), TensorEntry(spec, parse("b"), other))
+        sources = (Stored(spec, parse("a"), offset), Stored(spec, parse("b"), other))
         made.append(MergeTask(spec, find_method(method), sources, 0, offset, {"weight": [0.5, 0.5]}))
         offset, other = offset + 4 * size, other + 4 * size
     return made

@@ -9,6 +9,7 @@ from typing import Any
 import streammerge as sm
 from streammerge.errors import FormatError, printable
 from streammerge.formats.base import Container, Match, flat_tensor
+from streammerge.sources.stored import Stored
 from streammerge.tensors.dtypes import DType
 
 _MAGIC = b"NUMBERS\n"
@@ -30,7 +31,7 @@ class Numbers:
         count, rest = divmod(path.size - len(_MAGIC), 4)
         if rest:
             raise FormatError(f"{printable(path)} ends within a number; it is truncated")
-        entry = sm.TensorEntry(sm.TensorSpec("w", DType.F32, (count,)), path, len(_MAGIC))
+        entry = Stored(sm.TensorSpec("w", DType.F32, (count,)), path, len(_MAGIC))
         return Container(path, "numbers", {"w": flat_tensor(entry)}, {}, (path,))
 
 

@@ -123,7 +123,7 @@ def test_two_interruptions(pair: list[Path], tmp_path: Path) -> None:
     assert content(out) == content(whole)
 
 
-@pytest.mark.parametrize("where", ["plan_parts", "strangers", "staged_tasks", "outside"])
+@pytest.mark.parametrize("where", ["plan_parts", "strangers", "spooled_tasks", "outside"])
 def test_an_interruption_before_the_first_piece_loses_nothing(
     pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:

@@ -32,7 +32,7 @@ def sweep(*arguments: object) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "every"), [("file", 6), ("archive", 12), ("staged", 14), ("folder", 14), ("replaced folder", 14)]
+    ("kind", "every"), [("file", 6), ("archive", 12), ("spooled", 14), ("folder", 14), ("replaced folder", 14)]
 )
 def test_killed_at_any_call_nothing_is_lost(kind: str, every: int) -> None:
     tried, _ = sweep("kill-at-calls", "--kind", kind, "--every", every)

@@ -26,7 +26,7 @@ from streammerge.planning.budget import Budget
 from streammerge.planning.plan import budget_of
 from streammerge.planning.tasks import MergeTask
 from streammerge.stores.checksums import CRC32C
-from streammerge.stores.local import InputFiles
+from streammerge.stores.inputs import InputFiles
 from streammerge.verifying import values
 
 OUTPUTS = {"safetensors": "out.safetensors", "pickle": "out.pth", "folder": "out"}

@@ -37,5 +37,5 @@ def from_conversion(index: CheckpointIndex, folder: Location) -> CheckpointIndex
         return index
     made = open_checkpoint(target)
     aliased = {n: made.entries[index.aliases.get(n, n)] for n in index.entries}
-    entries = {n: replace(e, spec=index.entries[n].spec) for n, e in aliased.items()}
+    entries = {n: e.named(n) for n, e in aliased.items()}
     return replace(index, entries=entries, files=(*index.files, *made.files))

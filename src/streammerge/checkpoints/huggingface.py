@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Protocol
 
 from streammerge.errors import printable
+from streammerge.sources.base import Source
 from streammerge.stores.base import Location
 from streammerge.strict_json import load_json
-from streammerge.tensors.spec import TensorEntry
 
 CONFIG = "config.json"
 _MOST_CONFIG_BYTES = 16 << 20
@@ -25,7 +24,7 @@ class Seen(Protocol):
     """A view of a checkpoint (parts.View)."""
 
     index: Any
-    entries: dict[str, TensorEntry]
+    entries: dict[str, Source]
 
 
 def read_config(folder: Location) -> dict[str, Any] | None:
@@ -58,7 +57,7 @@ def tie_head(views: Sequence[Seen], notes: list[str], wanted: Collection[str] = 
             embedding = None if head in view.entries else _tied(view)
             if embedding is not None:
                 entry = view.index.entries[embedding]  # by the head's name, which filters look at
-                view.entries = {**view.entries, head: replace(entry, spec=replace(entry.spec, name=head))}
+                view.entries = {**view.entries, head: entry.named(head)}
                 tied = f"it is tied to {printable(embedding)}, which stands in for it"
                 notes.append(f"{printable(view.index.path)} has no {head}: {tied}")
 

@@ -11,9 +11,9 @@ from streammerge.formats import detect
 from streammerge.formats.base import MOST_EXPANDED_BYTES, Container
 from streammerge.pickles.state_dict import Selection, select
 from streammerge.pickles.tree import Global, TensorRef, number, plain, walk
+from streammerge.sources.base import Source
 from streammerge.stores.base import Location, Status
 from streammerge.stores.locations import Place, parse
-from streammerge.tensors.spec import TensorEntry
 from streammerge.units import counted, decimal_bytes
 
 
@@ -26,7 +26,7 @@ class CheckpointIndex:
     """
 
     path: Location
-    entries: dict[str, TensorEntry]
+    entries: dict[str, Source]
     aliases: dict[str, str]
     extras: Any
     metadata: dict[str, str]
@@ -44,21 +44,26 @@ class CheckpointIndex:
     def __contains__(self, name: object) -> bool:
         return name in self.entries
 
-    def __getitem__(self, name: str) -> TensorEntry:
+    def __getitem__(self, name: str) -> Source:
         return self.entries[name]
 
     def keys(self) -> KeysView[str]:
         return self.entries.keys()
 
-    def values(self) -> ValuesView[TensorEntry]:
+    def values(self) -> ValuesView[Source]:
         return self.entries.values()
 
-    def items(self) -> ItemsView[str, TensorEntry]:
+    def items(self) -> ItemsView[str, Source]:
         return self.entries.items()
 
     def __repr__(self) -> str:
         held = f"{counted(len(self.entries), 'tensor')}, {decimal_bytes(self.nbytes)}"
         return f"<CheckpointIndex {printable(self.path)}: {self.format}, {held}>"
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the caller holds it, so that it is in no file."""
+        return not self.files
 
     @property
     def format(self) -> str:
@@ -110,7 +115,7 @@ def _did_you_mean(path: Location) -> str:
     return f"; did you mean {printable(path.with_name(near[0]))}?" if near else ""
 
 
-def _check_expansion(path: Location, container: Container, entries: list[TensorEntry]) -> None:
+def _check_expansion(path: Location, container: Container, entries: list[Source]) -> None:
     """Many small storages expanded, or one seen by many tensors, would fill a disk when they are written out."""
     total, stored = sum(e.nbytes for e in entries), sum(s.nbytes for s in container.storages.values())
     if total > MOST_EXPANDED_BYTES + 16 * stored:
@@ -135,11 +140,16 @@ def open_checkpoint(place: Place, state_dict: str | None = None, ema: str = "ign
         container = detect.read(path)
     except OSError as error:
         raise FormatError(f"{printable(path)} cannot be read ({printable(error.strerror or error)})") from error
+    return index_of(container, path, state_dict, ema)
+
+
+def index_of(container: Container, path: Location, state_dict: str | None = None, ema: str = "ignore") -> CheckpointIndex:
+    """The index of a container that was read already. ``path``: what messages call it. Raises as for a file."""
     try:
         selection = select(container.tree, state_dict, ema)
     except StreammergeError as error:
         raise type(error)(f"{printable(path)}: {error}") from error
-    entries: dict[str, TensorEntry] = {}
+    entries: dict[str, Source] = {}
     aliases: dict[str, str] = {}
     places: dict[tuple[object, ...], str] = {}
     pickled = container.pickled

@@ -21,7 +21,7 @@ from streammerge.events import (
     Resumed,
     RunFinished,
     RunStarted,
-    Staged,
+    Spooled,
     Suspended,
     Syncing,
     TaskDone,
@@ -109,8 +109,8 @@ class Progress:
             self._bar.set_description_str("", refresh=False)
             self._bar.set_postfix_str(f"memory {held} of {self._budget}", refresh=False)
             self._bar.update(event.read_bytes)
-        elif isinstance(event, Staged):
-            self._bar.set_description_str("staging", refresh=False)
+        elif isinstance(event, Spooled):
+            self._bar.set_description_str("spooling", refresh=False)
             self._bar.update(event.nbytes)
         elif isinstance(event, Syncing):
             self._bar.set_description_str("syncing")

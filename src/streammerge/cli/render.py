@@ -14,6 +14,9 @@ from streammerge.cli.terminal import WIDTH
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.options import RECEIPT_KEY, RECIPE_KEY
 from streammerge.pickles.state_dict import unread_tensors
+from streammerge.sources.base import Source
+from streammerge.sources.deflated import Deflated
+from streammerge.sources.strided import Strided
 from streammerge.strict_json import load_json
 from streammerge.units import binary_bytes, decimal_bytes
 
@@ -112,10 +115,9 @@ def index_json(index: CheckpointIndex, tensors: bool) -> dict[str, Any]:
                 "dtype": entry.spec.dtype.value,
                 "shape": list(entry.spec.shape),
                 "bytes": entry.nbytes,
-                "file": str(entry.path),
-                "offset": entry.offset,
-                **({"strides": list(entry.strides)} if entry.strides else {}),
-                **({"compressed": True} if entry.deflated else {}),
+                "file": entry.origin,
+                "offset": _offset(entry),
+                **_form(entry),
             }
             for name, entry in index.entries.items()
         }
@@ -183,17 +185,30 @@ def _safety(index: CheckpointIndex) -> _Rows:
 
 
 def _tensor_lines(index: CheckpointIndex) -> list[str]:
-    several = len({entry.path for entry in index.entries.values()}) > 1
+    several = len({entry.origin for entry in index.entries.values()}) > 1
     rows = []
     for name, entry in index.entries.items():
         marks = [f"tied to {printable(index.aliases[name])}"] if name in index.aliases else []
-        marks += [f"strides {list(entry.strides)}"] if entry.strides else []
-        marks += ["compressed"] if entry.deflated else []
-        marks += [printable(entry.path)] if several else []
+        form = _form(entry)
+        marks += [f"strides {form['strides']}"] if "strides" in form else []
+        marks += ["compressed"] if "compressed" in form else []
+        marks += [printable(entry.origin)] if several else []
         shape = "x".join(map(str, entry.spec.shape)) or "scalar"
-        rows.append((printable(name), entry.spec.dtype.torch_name, shape, f"@{entry.offset}", " ".join(marks)))
+        rows.append((printable(name), entry.spec.dtype.torch_name, shape, f"@{_offset(entry)}", " ".join(marks)))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return ["", *("  ".join(f"{cell:<{w}}" for cell, w in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows)]
+
+
+def _offset(entry: Source) -> int:
+    """Where it begins: in the file, or in the inflated bytes of its record."""
+    return (entry.within if isinstance(entry, Deflated) else entry).begin[1]
+
+
+def _form(entry: Source) -> dict[str, Any]:
+    """What is said of a tensor whose bytes do not lie in C order in a file."""
+    inner = entry.within if isinstance(entry, Deflated) else entry
+    strides = {"strides": list(inner.strides)} if isinstance(inner, Strided) else {}
+    return {**strides, **({"compressed": True} if isinstance(entry, Deflated) else {})}
 
 
 def _compact(value: Any) -> str:

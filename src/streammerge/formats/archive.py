@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from streammerge.errors import FormatError, printable
-from streammerge.tensors.spec import Deflated
+from streammerge.sources.deflated import Record
 
 MOST_INFLATED_BYTES = 32 << 20
 _LOCAL = b"PK\3\4"
@@ -33,11 +33,11 @@ class Member:
     name: str
     offset: int
     nbytes: int
-    deflated: Deflated | None
+    record: Record | None
 
     @property
     def span(self) -> tuple[int, int]:
-        return self.deflated.span if self.deflated else (self.offset, self.nbytes)
+        return self.record.span if self.record else (self.offset, self.nbytes)
 
 
 def members(stream: BinaryIO, where: str) -> dict[str, Member]:
@@ -92,7 +92,7 @@ def _place(stream: BinaryIO, info: zipfile.ZipInfo, end: int, where: str) -> Mem
         if info.compress_size != info.file_size:
             raise FormatError(f"{where}: record {printable(info.filename)} is stored, yet has two sizes; it is damaged")
         return Member(info.filename, offset, info.file_size, None)
-    return Member(info.filename, 0, info.file_size, Deflated(offset, info.compress_size, info.file_size))
+    return Member(info.filename, 0, info.file_size, Record(offset, info.compress_size, info.file_size))
 
 
 def _check_overlap(found: dict[str, Member], where: str) -> None:
@@ -109,7 +109,7 @@ def record(stream: BinaryIO, member: Member | None, most: int, where: str) -> by
     """Returns a whole record of at most ``most`` bytes; empty for None. Raises FormatError."""
     if member is None:
         return b""
-    limit = min(most, MOST_INFLATED_BYTES) if member.deflated else most
+    limit = min(most, MOST_INFLATED_BYTES) if member.record else most
     if member.nbytes > limit:
         raise FormatError(
             f"{where}: record {printable(member.name)} of {member.nbytes} bytes is beyond the limit of {limit}"
@@ -126,7 +126,7 @@ def head(stream: BinaryIO, member: Member, nbytes: int, where: str) -> bytes:
     """Returns the first ``nbytes`` bytes of a record, or all if there are fewer. Raises FormatError."""
     start, stored = member.span
     stream.seek(start)
-    if member.deflated is None:
+    if member.record is None:
         return stream.read(min(nbytes, stored))
     try:
         # deflate makes incompressible data only slightly longer

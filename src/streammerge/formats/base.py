@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 from typing import Literal as OneOf
 
 from streammerge.errors import FormatError, printable
 from streammerge.pickles.tree import StorageRef, TensorRef
+from streammerge.sources.base import Source
+from streammerge.sources.deflated import Record, of_bytes
 from streammerge.stores.base import Location
-from streammerge.tensors.spec import Deflated, TensorEntry, TensorSpec, is_contiguous
+from streammerge.tensors.spec import TensorSpec, is_contiguous
 
 MOST_EXPANDED_BYTES = 64 << 20
 Match = bool | OneOf["unless another"]
@@ -24,7 +26,12 @@ class StorageBytes:
     path: Location
     offset: int
     nbytes: int
-    deflated: Deflated | None = None
+    record: Record | None = None
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """(offset, bytes) in the file."""
+        return self.record.span if self.record else (self.offset, self.nbytes)
 
 
 @dataclass(slots=True)
@@ -32,7 +39,7 @@ class Container:
     """A checkpoint on the disk: the inert tree, and the places of its storages. No tensor was read.
 
     ``pickled``: the tree comes from a pickle; tensors may share storages and be beside other data. Otherwise the tree
-    maps names to tensors (:func:`flat_tensor`).
+    maps names to tensors (:func:`flat_tensor`). ``held_bytes``: bytes of pickles, whose data is in the tree.
     """
 
     path: Location
@@ -44,21 +51,23 @@ class Container:
     notes: list[str] = field(default_factory=list)
     pickled: bool = False
     magic: bytes = b"PK"
+    held_bytes: int = 0
 
     def tensor_spans(self) -> dict[Location, list[tuple[int, int]]]:
         """Returns the spans of tensors' bytes in each file, as sorted (offset, bytes). All other bytes are headers."""
         spans: dict[Location, list[tuple[int, int]]] = {path: [] for path in self.files}
         for store in self.storages.values():
-            spans[store.path].append(store.deflated.span if store.deflated else (store.offset, store.nbytes))
+            spans[store.path].append(store.span)
         for ref in self.tree.values() if isinstance(self.tree, dict) else ():
-            if isinstance(ref, TensorRef) and (entry := ref.entry) is not None:
-                spans[entry.path].append(entry.span)
+            if isinstance(ref, TensorRef) and ref.entry is not None:
+                for path, offset, nbytes in ref.entry.blobs:
+                    spans[path].append((offset, nbytes))
         return {path: sorted(dict.fromkeys(span for span in found if span[1])) for path, found in spans.items()}
 
-    def locate(self, name: str, ref: TensorRef) -> TensorEntry:
+    def locate(self, name: str, ref: TensorRef) -> Source:
         """Returns the entry of one tensor. Raises FormatError if the tensor does not fit its storage."""
         if ref.entry is not None:
-            return ref.entry if ref.entry.spec.name == name else replace(ref.entry, spec=replace(ref.entry.spec, name=name))
+            return ref.entry.named(name)
         store = self.storages.get(ref.storage.key)
         if store is None:
             where = self._where(name)
@@ -79,9 +88,7 @@ class Container:
                 "it is expanded beyond reason"
             )
         strides = None if contiguous else ref.strides
-        if not spec.numel:  # an empty tensor needs no conjugation and no unpacking
-            return TensorEntry(spec, store.path, store.offset + start)
-        return TensorEntry(spec, store.path, store.offset + start, strides, store.deflated, ref.lazy)
+        return of_bytes(spec, store.path, store.offset + start, strides, store.record, ref.lazy)
 
     def _where(self, name: str) -> str:
         return f"{printable(self.path)}: tensor {printable(name)}"
@@ -102,7 +109,7 @@ class Format(Protocol):
 _NO_STORAGE = StorageRef("", None, 0)
 
 
-def flat_tensor(entry: TensorEntry) -> TensorRef:
+def flat_tensor(entry: Source) -> TensorRef:
     """Makes a tensor with its own bytes, for formats without storages."""
     return TensorRef(_NO_STORAGE, entry.spec.dtype, 0, entry.spec.shape, (), entry=entry)
 

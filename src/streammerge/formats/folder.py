@@ -117,9 +117,11 @@ def read_sharded(index: Location, read_file: ReadFile) -> Container:
     files, notes, extra, pickled = [index], [], [], False
     holders: dict[str, str] = {}
     metadata: dict[str, str] = {}
+    held_bytes = 0
     for number, shard in enumerate(shards):
         container = read_file(inside(folder, shard))
         pickled |= container.pickled
+        held_bytes += container.held_bytes
         files += container.files
         notes += container.notes
         metadata = metadata or container.metadata
@@ -143,7 +145,7 @@ def read_sharded(index: Location, read_file: ReadFile) -> Container:
     if extra:
         notes.append(f"{where} does not name {len(extra)} tensors of its shards, which are left out: {listed(extra)}")
     kind = "sharded PyTorch" if pickled else "sharded safetensors"
-    return Container(folder, kind, tree, storages, tuple(files), metadata, notes, pickled)
+    return Container(folder, kind, tree, storages, tuple(files), metadata, notes, pickled, held_bytes=held_bytes)
 
 
 def _tensors(container: Container) -> Iterable[tuple[str, TensorRef]]:

@@ -16,10 +16,11 @@ from typing import Any
 
 from streammerge.errors import FormatError, MismatchError, listed, printable
 from streammerge.formats.base import Container, LayoutFile, Literal, flat_tensor
+from streammerge.sources.stored import Stored
 from streammerge.stores.base import Location
 from streammerge.strict_json import load_json
 from streammerge.tensors.dtypes import DType
-from streammerge.tensors.spec import TensorEntry, TensorSpec
+from streammerge.tensors.spec import TensorSpec
 from streammerge.units import PAGE_BYTES
 
 MAX_HEADER_BYTES = 100_000_000
@@ -48,7 +49,7 @@ def read(path: Location) -> Container:
     if header is None or header.data_bytes != data_bytes:
         header = _header(data, data_bytes, where)
         _known.keep(data, header)
-    tree = {spec.name: flat_tensor(TensorEntry(spec, path, begin + start)) for spec, start in header.placed}
+    tree = {spec.name: flat_tensor(Stored(spec, path, begin + start)) for spec, start in header.placed}
     return Container(path, "safetensors", tree, {}, (path,), dict(header.metadata))
 
 

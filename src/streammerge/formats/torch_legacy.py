@@ -41,7 +41,9 @@ def read(path: Location) -> Container:
             raise FormatError(
                 f"{where} was saved on a big-endian machine, which is not supported; save it again on this one"
             )
+        begin = stream.tell()
         tree = unpickle(stream, table, where)
+        pickle_bytes = stream.tell() - begin
         keys = unpickle(stream, where=where)
         if not isinstance(keys, list) or not all(isinstance(k, str | bytes) for k in keys):
             raise FormatError(f"{where}: its list of storages is damaged")
@@ -69,4 +71,4 @@ def read(path: Location) -> Container:
                 )
             storages[key] = StorageBytes(path, cursor + 8, nbytes)
             cursor += 8 + nbytes
-    return Container(path, "PyTorch legacy", tree, storages, (path,), pickled=True)
+    return Container(path, "PyTorch legacy", tree, storages, (path,), pickled=True, held_bytes=pickle_bytes)

@@ -37,7 +37,7 @@ def read(path: Location) -> Container:
             tree = unpickle(_at(stream, places["pickle"]), lambda pid: tensors.get(_key(pid), PersistentId(pid)), where)
         except (Damaged, struct.error, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise FormatError(f"{where}: damaged tar checkpoint ({type(error).__name__}: {printable(error)})") from error
-    return Container(path, "PyTorch tar", tree, storages, (path,), pickled=True)
+    return Container(path, "PyTorch tar", tree, storages, (path,), pickled=True, held_bytes=places["pickle"][1])
 
 
 def _places(stream: BinaryIO, where: str) -> dict[str, tuple[int, int]]:

@@ -50,7 +50,7 @@ def read(path: Location) -> Container:
             )
         table = StorageTable()
         member = members[pickles[0]]
-        on_disk = member.deflated.compressed_bytes if member.deflated else member.nbytes
+        on_disk = member.record.compressed_bytes if member.record else member.nbytes
         tree = unpickle(archive.record(stream, member, MAX_PICKLE_BYTES, where), table, where, on_disk)
         beside = {key: members.get(root + name) for key, name in _BESIDE.items()}
         texts = {key: archive.record(stream, member, MAX_RECORD_BYTES, where) for key, member in beside.items()}
@@ -58,7 +58,7 @@ def read(path: Location) -> Container:
         magic = stream.read(2)
     script = root + "constants.pkl" in members and any(name.startswith(root + "code/") for name in members)
     kind = "TorchScript archive" if script else "PyTorch zip"
-    container = Container(path, kind, tree, {}, (path,), pickled=True, magic=magic)
+    container = Container(path, kind, tree, {}, (path,), pickled=True, magic=magic, held_bytes=member.nbytes)
     container.metadata |= {key: text.decode("utf-8", "replace") for key, text in texts.items() if text}
     _find_storages(container, table, members, root + "data/", where)
     return container
@@ -77,8 +77,8 @@ def _find_storages(
                 f"{where}: storage {printable(ref.key)} has {member.nbytes} bytes where its tensors expect {ref.nbytes}; "
                 "it is damaged"
             )
-        compressed += member.deflated is not None
-        container.storages[ref.key] = StorageBytes(container.path, member.offset, member.nbytes, member.deflated)
+        compressed += member.record is not None
+        container.storages[ref.key] = StorageBytes(container.path, member.offset, member.nbytes, member.record)
     if compressed:
         container.notes.append(
             f"{compressed} of its storages are compressed; they are unpacked into a temporary file first"

@@ -21,6 +21,7 @@ from streammerge.errors import RecipeError, printable
 from streammerge.kernels.chunk import Kernel
 from streammerge.kernels.group import TensorGroup
 from streammerge.plugins import Registry, imported
+from streammerge.tensors.dtypes import DType
 from streammerge.units import plain_number
 
 PerModel = Sequence[float]
@@ -154,6 +155,13 @@ class MergeMethod:
 
     def rows(self, shape: tuple[int, ...], values: Values) -> int:
         return max(self.row(shape, values), 1) if self.row else 1
+
+    def buffers_for(self, dtypes: Sequence[DType], compute: str, based: bool) -> tuple[int, int]:
+        """(bytes of an element, how many) of the buffers that it needs for inputs of these dtypes, a base included."""
+        wide = self.passes or compute == "float64" or any(d.kind not in ("float", "complex") for d in dtypes)
+        narrow = any(d not in (DType.BF16, DType.F32, DType.F64) for d in dtypes)  # widened by way of float32
+        count = self.buffers + self.buffers_per_model * len(dtypes) + based + (wide and narrow)
+        return 8 if wide else 4, count
 
     def resolve(self, given: Mapping[str, Any], models: int) -> Values:
         """Returns all parameters for this many models, with defaults filled in. Raises RecipeError."""

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from streammerge.sources.base import Source
 from streammerge.tensors.dtypes import DType
-from streammerge.tensors.spec import TensorEntry
 
 MISSING: Any = type("Missing", (), {"__repr__": lambda self: "<missing>"})()
 _PYTHON2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg", "exceptions": "builtins"}
@@ -93,7 +93,7 @@ class TensorRef(_Record):
     """A tensor over a storage; ``offset`` and ``strides`` are in elements.
 
     ``wrapper`` keeps its wrapper: ("parameter",), ("parameter_with_state", state) or ("type", function, class, state).
-    ``lazy`` names a pending conjugation or negation. ``entry`` is the place of its bytes, in formats without storages.
+    ``lazy`` names a pending conjugation or negation. ``entry`` is its source, in formats without storages.
     """
 
     storage: StorageRef
@@ -105,7 +105,7 @@ class TensorRef(_Record):
     wrapper: tuple[Any, ...] = ()
     lazy: str = ""
     state: Any = MISSING
-    entry: TensorEntry | None = None
+    entry: Source | None = None
 
 
 @dataclass(slots=True, eq=False, repr=False)

@@ -19,13 +19,15 @@ from streammerge.planning.mismatch import Differing, Mismatch
 from streammerge.planning.parameters import ParameterValues, shares
 from streammerge.planning.views import Indexes, Part, Restacked, View, make_parts
 from streammerge.recipe.model import Recipe, Rule
+from streammerge.sources.base import Source
+from streammerge.sources.rows import rows_of
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.names import describe_match, match_names
 from streammerge.tensors.quantised import belongs, companions
-from streammerge.tensors.spec import TensorEntry, TensorSpec, contiguous_strides
+from streammerge.tensors.spec import TensorSpec
 
 _WIDE = (DType.F64, DType.C128)
-_Sources = list[TensorEntry | None]
+_Sources = list[Source | None]
 
 
 @dataclass(slots=True)
@@ -39,12 +41,12 @@ class Merged:
     base_names: tuple[str, ...]
     spec: TensorSpec
     method: MergeMethod
-    sources: tuple[TensorEntry, ...]
+    sources: tuple[Source, ...]
     parameters: dict[str, Any] = field(default_factory=dict)
     compute: str = "float32"
     based: bool = False
     tied: tuple[str, ...] = ()
-    rest: TensorEntry | None = None
+    rest: Source | None = None
 
 
 @dataclass(slots=True)
@@ -281,7 +283,7 @@ class _Aligner:
         named = self.recipe.output_name(name)
         return spec if dtype is spec.dtype and named == spec.name else TensorSpec(named, dtype, spec.shape)
 
-    def _copied(self, name: str, rule: Rule) -> TensorEntry:
+    def _copied(self, name: str, rule: Rule) -> Source:
         """The tensor in the model that the rule names."""
         path = str(rule.copy)
         if path not in self.copies:
@@ -299,7 +301,7 @@ class _Aligner:
             )
         return view.entries[theirs]
 
-    def _in_shape(self, name: str, sources: _Sources) -> tuple[_Sources, TensorEntry | None, bool | None]:
+    def _in_shape(self, name: str, sources: _Sources) -> tuple[_Sources, Source | None, bool | None]:
         """The sources, cut to their common rows where that is asked for; the rows that stay; and whether only the first
         is kept. None for a tensor that differs and cannot be settled."""
         first = self.base.entries[name].spec
@@ -328,17 +330,17 @@ class _Aligner:
         largest = next(s for s, _ in present if s.spec.shape[0] == most)
         self.alignment.warnings.append(
             f'`on_shape="rows"`: {least} rows of {printable(name)} are merged, the other {most - least} are those of '
-            f"{printable(largest.path)}"
+            f"{printable(largest.origin)}"
         )
-        return [s and _rows(s, 0, least) for s in sources], _rows(largest, least, most), False
+        return [s and rows_of(s, 0, least) for s in sources], rows_of(largest, least, most), False
 
     def _integers(
         self,
         names: tuple[str, ...],
         spec: TensorSpec,
-        present: tuple[TensorEntry, ...],
+        present: tuple[Source, ...],
         tied: tuple[str, ...],
-        rest: TensorEntry | None,
+        rest: Source | None,
     ) -> Merged:
         policy = self.recipe.integers or ("max" if names[0].endswith("num_batches_tracked") else "error")
         if policy == "max" and present[0].spec.dtype.kind == "packed":
@@ -359,7 +361,7 @@ def _refuse_quantised(indexes: Indexes, merged: list[Merged]) -> None:
         files, copied, others = set(index.files), set[str](), set[str]()
         for m in merged:
             for source in m.sources:
-                if source.path in files:
+                if not files.isdisjoint(map(str, source.paths)):
                     verbatim = m.method is COPY and source.spec.dtype == m.spec.dtype
                     (copied if verbatim else others).add(source.spec.name)
         for name, (label, stem) in told.items():
@@ -385,13 +387,6 @@ def _matched(base: View, other: View) -> dict[str, str]:
 def _differ(one: TensorSpec, two: TensorSpec) -> bool:
     other_kind = one.dtype.kind != two.dtype.kind or (one.dtype.kind != "float" and one.dtype != two.dtype)
     return one.shape != two.shape or other_kind
-
-
-def _rows(entry: TensorEntry, start: int, stop: int) -> TensorEntry:
-    """Rows of a tensor, where they lie."""
-    spec = replace(entry.spec, shape=(stop - start, *entry.spec.shape[1:]))
-    step = (entry.strides or contiguous_strides(entry.spec.shape))[0]
-    return replace(entry, spec=spec, offset=entry.offset + start * step * entry.spec.dtype.element_bytes)
 
 
 def _check_output_names(merged: list[Merged]) -> None:

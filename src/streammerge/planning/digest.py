@@ -9,6 +9,7 @@ from typing import Any
 from streammerge.errors import listed
 from streammerge.planning.plan import Plan
 from streammerge.planning.tasks import MergeTask
+from streammerge.sources.merged import methods_in
 from streammerge.version import __version__
 
 _FORM = 2
@@ -81,12 +82,18 @@ def _changed(one: str, several: str, earlier: Mapping[str, str], now: Mapping[st
 
 def _said(task: MergeTask) -> tuple[Any, ...]:
     spec = task.out
-    sources = [(s.path, s.offset, s.spec.dtype, s.spec.shape, s.strides, s.deflated, s.lazy) for s in task.sources]
+    sources = [source.place for source in task.sources]
     made = (spec.name, spec.dtype, spec.shape, task.file, task.offset, task.compute, task.based, task.seed)
     return (*made, task.method.name, task.parameters, sources)
 
 
 def can_be_resumed(plan: Plan) -> bool:
-    """Not with a method of one's own: it may use what changes without a trace, like a file or another module."""
-    methods = {id(task.method): task.method for task in plan.tasks}.values()
-    return all(getattr(method.function, "__module__", "").startswith("streammerge.") for method in methods)
+    """Whether a later run can go on from the pieces of this one.
+
+    Not with a method of one's own, which may use what changes without a trace, like a file or another module. Not with
+    tensors in memory: they end with the process, and to recognise them again, all of them would have to be hashed first.
+    """
+    methods = {id(task.method): task.method for task in plan.tasks}
+    methods |= {id(method): method for source in plan.expressions for method in methods_in(source)}
+    known = all(getattr(method.function, "__module__", "").startswith("streammerge.") for method in methods.values())
+    return known and not any(source.held for source in plan.expressions)

@@ -11,7 +11,7 @@ from streammerge.methods.contracts import MergeMethod, Parameter
 from streammerge.planning.views import Part
 from streammerge.recipe.model import Recipe, Rule
 from streammerge.recipe.settings import Chain, Setting, Settings
-from streammerge.tensors.spec import TensorEntry
+from streammerge.sources.base import Source
 
 
 @dataclass(slots=True)
@@ -42,7 +42,7 @@ class ParameterValues:
         method: MergeMethod,
         numbers: tuple[int, ...],
         name: str,
-        sources: Sequence[TensorEntry | None],
+        sources: Sequence[Source | None],
         rule: Rule | None,
     ) -> dict[str, Any]:
         """All parameters for those of the models, views ``numbers`` in this order, that have the tensor.
@@ -104,7 +104,7 @@ class ParameterValues:
         self,
         method: MergeMethod,
         given: dict[str, Any],
-        models: Sequence[TensorEntry | None],
+        models: Sequence[Source | None],
         name: str,
         rule: Rule | None,
     ) -> dict[str, Any]:

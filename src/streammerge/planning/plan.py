@@ -19,11 +19,13 @@ from streammerge.planning.tasks import MergeTask
 from streammerge.planning.views import Indexes
 from streammerge.recipe.model import Recipe
 from streammerge.recipe.summary import recipe_lines, rule_lines, weight_notes
+from streammerge.sources.base import BlobPath, Needs, Source
+from streammerge.sources.deflated import RecordKey, records
+from streammerge.sources.stored import Stored
 from streammerge.stores import descriptors
 from streammerge.stores.base import Location, Status
 from streammerge.stores.locations import parse
 from streammerge.tensors.dtypes import DType
-from streammerge.tensors.spec import TensorEntry
 from streammerge.units import binary_bytes, counted, decimal_bytes
 
 _EXAMPLE_OUT = "merged.safetensors"
@@ -33,15 +35,18 @@ _EXAMPLE_OUT = "merged.safetensors"
 class Plan:
     """All of a run: ``tasks`` in the order of reading, the ``layout`` of the output, and what it will cost.
 
-    ``peak_bytes`` is projected memory above the start-up footprint; ``disk_bytes`` includes temporary files. ``taken``:
-    how many tensors each rule of the recipe took. ``owners``: file -> the checkpoint that it belongs to. ``input_files``:
-    what the receipt calls an input file -> where it is, and where its tensors lie.
+    ``expressions``: the sources that are no plain byte ranges, each once. ``spooled``: the compressed records that are
+    inflated first, with the name of a tensor in each. ``peak_bytes`` is projected memory above the start-up footprint;
+    ``disk_bytes`` includes temporary files. ``taken``: how many tensors each rule of the recipe took. ``owners``: file ->
+    the checkpoint that it belongs to. ``input_files``: what the receipt calls an input file -> where it is, and where its
+    tensors lie.
     """
 
     recipe: Recipe
     out: Location | None
     tasks: list[MergeTask]
-    staged: list[TensorEntry]
+    expressions: list[Source]
+    spooled: dict[RecordKey, str]
     layout: Layout
     budget: Budget
     memory_bytes: int
@@ -59,7 +64,7 @@ class Plan:
 
     @property
     def read_bytes(self) -> int:
-        return sum(task.read_bytes for task in self.tasks) + sum(entry.nbytes for entry in self.staged)
+        return sum(task.read_bytes for task in self.tasks) + self.spooled_bytes
 
     @property
     def write_bytes(self) -> int:
@@ -67,11 +72,16 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        return self.write_bytes + sum(entry.nbytes for entry in self.staged)
+        return self.write_bytes + self.spooled_bytes
+
+    @property
+    def spooled_bytes(self) -> int:
+        """Of the temporary file."""
+        return sum(record.nbytes for _, record in self.spooled)
 
     @property
     def torch_needed(self) -> bool:
-        return not all(task.verbatim for task in self.tasks) or any(e.strides is not None or e.lazy for e in self.staged)
+        return not all(task.verbatim for task in self.tasks) or any(source.needs().computes for source in self.expressions)
 
     def counts(self) -> dict[str, int]:
         """How many output tensors each method makes."""
@@ -100,7 +110,7 @@ class Plan:
             "workers": self.budget.workers,
             "chunk_elems": self.budget.chunk_elems,
             "io": self.io,
-            "staged_tensors": [entry.spec.name for entry in self.staged],
+            "spooled_tensors": [each.spec.name for each in self.expressions if any(records(each))],
             "notes": self.notes,
             "warnings": self.warnings,
             "tasks": [_task_json(task) for task in self.tasks],
@@ -128,11 +138,9 @@ class Plan:
         lines.append(f"output   {named}, {decimal_bytes(self.write_bytes)}{beside}")
         lines.append(f"disk     {decimal_bytes(self.disk_bytes)} needed, temporary files included")
         lines.append(f"read     {decimal_bytes(self.read_bytes)} from {len(self.owners)} files")
-        if self.staged:
-            size = sum(entry.nbytes for entry in self.staged)
-            lines.append(
-                f"staged   {len(self.staged)} tensors that cannot be mapped, {decimal_bytes(size)} of temporary files"
-            )
+        if self.spooled:
+            size = decimal_bytes(self.spooled_bytes)
+            lines.append(f"spooled  {len(self.spooled)} compressed records, inflated into {size} of temporary files")
         budget = self.budget
         lines.append(
             f"memory   {binary_bytes(self.peak_bytes)} projected of {binary_bytes(self.memory_bytes)}, above start-up "
@@ -180,9 +188,17 @@ def build_plan(
     output = plan_output(out or parse(_EXAMPLE_OUT), recipe, indexes, alignment, hashed)
     tasks = [task for placed in output.placed for task in _tasks(placed, recipe.seed)]
     # In the order in which the first input has them on the disk, its pages are read once and in sequence.
-    tasks.sort(key=lambda task: (task.method is not INTEGERS, str(task.sources[0].path), task.sources[0].offset))
-    staged = list({s.place: s for task in tasks for s in task.sources if not s.mappable}.values())
-    budget, io = budget_of(tasks, memory_bytes, workers, io, bool(staged))
+    ranks: dict[BlobPath, int] = {}
+    tasks.sort(key=lambda task: (task.method is not INTEGERS, *_begin(task.sources[0], ranks)))
+    expressions = list({s.place: s for task in tasks for s in task.sources if s.__class__ is not Stored}.values())
+    spooled: dict[RecordKey, str] = {}
+    for source in expressions:
+        for record in records(source):
+            spooled.setdefault(record, source.spec.name)
+    held = [index.container.held_bytes for index in opened]
+    # Reading a pickle takes two copies of it beside its tree; they are gone when the output's pickle is written.
+    pickle_bytes = sum(held) + max(2 * max(held), output.layout.pickle_bytes)
+    budget, io = budget_of(tasks, memory_bytes, workers, io, bool(spooled), pickle_bytes)
     identities = {path: known for index in opened for path, known in index.identities().items()}
     identities |= {source: source.status() for source, _ in output.layout.side_files}
     notes = [*(note for index in opened for note in index.notes), *alignment.notes, *output.notes, *weight_notes(recipe)]
@@ -190,7 +206,8 @@ def build_plan(
         recipe,
         out,
         tasks,
-        staged,
+        expressions,
+        spooled,
         output.layout,
         budget,
         memory_bytes,
@@ -204,8 +221,24 @@ def build_plan(
     )
 
 
+def _is_stored(source: Source) -> bool:
+    return source.__class__ is Stored
+
+
+def _begin(source: Source, ranks: dict[BlobPath, int]) -> tuple[int, int]:
+    """Where a source begins, as something that can be sorted: the number of its path, and the offset."""
+    path, offset = source.begin
+    return ranks.setdefault(path, len(ranks)), offset
+
+
 def budget_of(
-    tasks: list[MergeTask], memory_bytes: int, workers: int, io: str, staged: bool, beside_bytes: int = 0
+    tasks: list[MergeTask],
+    memory_bytes: int,
+    workers: int,
+    io: str,
+    spooled: bool = False,
+    pickle_bytes: int = 0,
+    beside_bytes: int = 0,
 ) -> tuple[Budget, str]:
     """Returns how to run these tasks within that memory, and how to read the inputs.
 
@@ -215,20 +248,28 @@ def budget_of(
     if io == "mmap" and not _can_map(tasks, workers):
         io = "pread"
     tensors = sum(len(task.sources) + 1 for task in tasks)
+    more = (spooled, pickle_bytes, beside_bytes)
     try:
-        return fit(memory_bytes, workers, tensors, _cost(tasks, io), staged, beside_bytes), io
+        return fit(memory_bytes, workers, tensors, _cost(tasks, io), *more), io
     except BudgetError:
         if io != "mmap":
             raise
-        return fit(memory_bytes, workers, tensors, _cost(tasks, "pread"), staged, beside_bytes), "pread"
+        return fit(memory_bytes, workers, tensors, _cost(tasks, "pread"), *more), "pread"
 
 
 def _can_map(tasks: list[MergeTask], workers: int) -> bool:
     """Whether the stores can map, and as many files as the workers read from at one time."""
-    most = max((len(task.sources) for task in tasks), default=0)
+    most, stores = 0, dict[int, Any]()
+    for task in tasks:
+        files = 0
+        for source in task.sources:
+            paths = (source.path,) if isinstance(source, Stored) else {blob.path for blob in source.blobs}
+            files += len(paths)
+            for path in paths:
+                stores[id(path.store)] = path.store
+        most = max(most, files)
     if most * workers > descriptors.mapped_at_once(workers):
         return False
-    stores = {id(source.path.store): source.path.store for task in tasks for source in task.sources}
     return all(store.mappable for store in stores.values())
 
 
@@ -252,6 +293,9 @@ def _cost(tasks: list[MergeTask], io: str) -> Cost:
     cost = Cost(0, 0, 0, 0)
     seen: set[tuple[object, ...]] = set()
     for task in tasks:
+        if not all(map(_is_stored, task.sources)):
+            cost = cost.most(_nested_cost(task, io))
+            continue
         if task.verbatim:
             continue
         # Tasks that are alike need the same, and there are tens of thousands of them.
@@ -272,10 +316,24 @@ def _task_cost(task: MergeTask, dtypes: list[DType], io: str) -> Cost:
     inputs = models if io == "mmap" or method.passes else 0
     if method is COPY:
         return Cost(0, 0, out, read, inputs, mapped)
-    wide = method.passes or task.compute == "float64" or method is INTEGERS
-    narrow = any(d not in (DType.BF16, DType.F32, DType.F64) for d in dtypes)  # widened by way of float32
-    buffers = method.buffers + method.buffers_per_model * models + task.based + (wide and narrow)
+    compute, buffers = method.buffers_for(dtypes, task.compute, task.based)
     searches, rows_bytes = method.searches * models, 8 * task.row * method.row_buffers
     passes = rows_bytes + held_bytes(min(task.elems, task.piece_elems), searches)
     spread = rows_bytes + held_bytes(task.elems, searches) if task.spread else 0
-    return Cost(8 if wide else 4, buffers, out, read, inputs, mapped, task.row, method.passes, passes, spread)
+    return Cost(compute, buffers, out, read, inputs, mapped, task.row, method.passes, passes, spread)
+
+
+def _nested_cost(task: MergeTask, io: str) -> Cost:
+    """What a chunk needs where some sources are no plain byte ranges: those are read, the others may be mapped."""
+    needed = Needs()
+    for source in task.sources:
+        if not _is_stored(source):
+            needed += source.needs()
+    nested = Cost(0, 0, 0, 0, scratch=needed.scratch_bytes, shared=needed.shared_bytes, tiles=needed.tiles)
+    nested = replace(nested, held=needed.held_bytes)
+    if task.verbatim:
+        return nested
+    dtypes = [source.spec.dtype.component for source in task.sources]
+    read, mapped = (_task_cost(task, dtypes, way) for way in ("pread", io))
+    plain = any(map(_is_stored, task.sources))
+    return read.most(nested) if not plain or io == "pread" else read.most(mapped).most(nested)

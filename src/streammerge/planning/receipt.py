@@ -32,9 +32,9 @@ _SUMS = re.compile("([0-9a-f]{8})+")
 @dataclass(frozen=True, slots=True)
 class Receipt:
     """``recipe``: as it travels, a conversion's too. ``inputs``: name -> bytes and SHA-256 of all but its tensors, and
-    of the whole where that was asked for. ``checksums``: output file -> those of its tensors in the order in which they
-    lie, empty ones left out, and of all its other bytes but for the receipt, each 8 hexadecimal digits. ``digest``:
-    SHA-256 of all this.
+    of the whole where that was asked for; for a checkpoint in memory its bytes, and that it was there. ``checksums``:
+    output file -> those of its tensors in the order in which they lie, empty ones left out, and of all its other bytes but
+    for the receipt, each 8 hexadecimal digits. ``digest``: SHA-256 of all this.
     """
 
     recipe: dict[str, Any]
@@ -45,6 +45,11 @@ class Receipt:
     checksums: dict[str, str]
     digest: str = _BLANK_SHA256
     form: int = field(default=_FORM)
+
+    @property
+    def held(self) -> list[str]:
+        """Names of the inputs that were in the caller's memory, which nobody can read again."""
+        return [name for name, said in self.inputs.items() if said.get("in_memory")]
 
     @property
     def kind(self) -> Checksum:
@@ -115,11 +120,14 @@ def planned(
     kind: Checksum,
     hashed: bool,
     computed: bool,
+    held: Mapping[str, int] | None = None,
 ) -> Receipt:
     """The receipt of an output whose files are not known yet. ``files``: those of :func:`input_files`. ``computed``:
-    whether torch has a part in it.
+    whether torch has a part in it. ``held``: name -> bytes of the checkpoints in memory.
     """
-    inputs: dict[str, dict[str, Any]] = {}
+    inputs: dict[str, dict[str, Any]] = {
+        name: {"bytes": nbytes, "in_memory": True} for name, nbytes in (held or {}).items()
+    }
     for name, (path, spans) in files.items():
         inputs[name] = {"bytes": path.size, "header_sha256": digest_outside(path, spans)}
         if hashed:
@@ -193,6 +201,8 @@ def _models_in(node: Any) -> Iterator[Any]:
 
 
 def _is_input(said: Any) -> bool:
+    if isinstance(said, dict) and said.keys() == {"bytes", "in_memory"}:
+        return said["in_memory"] is True
     return isinstance(said, dict) and {"bytes", "header_sha256"} <= said.keys() <= {"bytes", "header_sha256", "sha256"}
 
 

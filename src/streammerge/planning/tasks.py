@@ -9,21 +9,21 @@ from typing import Any
 from streammerge.kernels.chunk import whole_grains
 from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import COPY
-from streammerge.tensors.spec import GRAIN, TensorEntry, TensorSpec, ranges
-
-PIECE_ELEMS = 64 * GRAIN
+from streammerge.sources.base import Source
+from streammerge.sources.stored import Stored
+from streammerge.tensors.spec import PIECE_ELEMS, TensorSpec, ranges
 
 
 @dataclass(frozen=True, slots=True)
 class MergeTask:
-    """The work of one output tensor: from the bytes of ``sources`` to those at ``offset`` of output file ``file``.
+    """The work of one output tensor: from the numbers of ``sources`` to the bytes at ``offset`` of output file ``file``.
 
     ``based`` says that the first source is the base; ``parameters`` are those of the method, resolved for these models.
     """
 
     out: TensorSpec
     method: MergeMethod
-    sources: tuple[TensorEntry, ...]
+    sources: tuple[Source, ...]
     file: int
     offset: int
     parameters: dict[str, Any] = field(default_factory=dict)
@@ -43,8 +43,7 @@ class MergeTask:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape as arithmetic sees it: a complex number is two."""
-        shape, parts = self.out.shape, 2 if self.out.dtype.kind == "complex" else 1
-        return shape if parts == 1 else (*shape[:-1], shape[-1] * parts) if shape else (parts,)
+        return self.out.component_shape
 
     @property
     def elems(self) -> int:
@@ -153,7 +152,7 @@ def joined(stretch: list[Piece]) -> Piece:
     elems = sum(piece.stop for piece in stretch)
     parts = 2 if first.task.out.dtype.kind == "complex" else 1
     shape = (elems // parts,)
-    sources = tuple(replace(s, spec=replace(s.spec, shape=shape)) for s in first.task.sources)
+    sources = tuple(Stored(TensorSpec(s.spec.name, s.spec.dtype, shape), *s.begin) for s in first.task.sources)
     last = stretch[-1].task.out.name
     out = replace(first.task.out, name=f"{first.task.out.name} ... {last}", shape=shape)
     return Piece(replace(first.task, out=out, sources=sources), first.number, 0, elems)
@@ -166,7 +165,8 @@ def _follows(before: Piece, piece: Piece) -> bool:
 
 
 def _continues(before: MergeTask, task: MergeTask) -> bool:
-    """Whether a task that follows another in the output also does in each input, and does the same."""
+    """Whether a task that follows another in the output also does so in each input, whose bytes are stored, and is
+    computed in the same way."""
     if not (
         task.method is before.method
         and task.method.pointwise
@@ -178,6 +178,12 @@ def _continues(before: MergeTask, task: MergeTask) -> bool:
     ):
         return False
     for a, b in zip(before.sources, task.sources, strict=True):  # a plain loop: this runs for every tensor
-        if b.offset != a.offset + a.spec.nbytes or b.path != a.path or b.spec.dtype is not a.spec.dtype:
+        if (
+            a.__class__ is not Stored
+            or b.__class__ is not Stored
+            or b.offset != a.offset + a.spec.nbytes
+            or b.path != a.path
+            or b.spec.dtype is not a.spec.dtype
+        ):
             return False
     return True

@@ -19,10 +19,10 @@ from streammerge.recipe.checks import raise_all
 from streammerge.recipe.fields import Problems
 from streammerge.recipe.model import Model, Recipe, Reference, Slice, Source
 from streammerge.recipe.settings import Settings
+from streammerge.sources.base import Source as Tensor
 from streammerge.stores.base import Location
 from streammerge.tensors.layers import depths, is_before, layer_of, position, renumbered, stacks
 from streammerge.tensors.names import bare
-from streammerge.tensors.spec import TensorEntry
 
 Indexes = Mapping[Reference, CheckpointIndex]
 _NONE: Settings = {}
@@ -33,7 +33,7 @@ class View:
     """A checkpoint's tensors by the names that they have in the output; ``own`` are the model's own parameters."""
 
     index: CheckpointIndex
-    entries: dict[str, TensorEntry]
+    entries: dict[str, Tensor]
     aliases: dict[str, str]
     own: Settings = field(default_factory=dict)
 

@@ -117,7 +117,8 @@ def resolved(recipe: Recipe) -> Recipe:
 def travelling_names(recipe: Recipe) -> dict[str, str]:
     """Returns a name for each model. Each keeps its name unless one has an absolute path; then all names are relative
     to their common folder."""
-    written = {path: recipe.written.get(path, path) for path in recipe.named_models}
+    held = {path: path for path in recipe.named_models if is_held(path)}
+    written = {path: recipe.written.get(path, path) for path in recipe.named_models if path not in held}
     places = {path: parse(path).absolute() for path in written}
     far = {path: path for path, place in places.items() if place.local_path is None}  # means the same everywhere
     places = {path: place for path, place in places.items() if path not in far}
@@ -131,8 +132,18 @@ def travelling_names(recipe: Recipe) -> dict[str, str]:
     if local and (not apart or any(map(_is_absolute, local.values()))):
         common = posixpath.commonpath([place.parent.key for place in places.values()])
         local = {path: posixpath.relpath(place.key, common) for path, place in places.items()}
-    return far | {path: f"./{name}" if name.startswith("~") else name for path, name in local.items()}
+    return held | far | {path: f"./{name}" if name.startswith("~") else name for path, name in local.items()}
 
 
 def _is_absolute(name: str) -> bool:
     return name.startswith(("/", "~", "file:"))
+
+
+def held_name(number: int) -> str:
+    """What a recipe calls the so-manieth checkpoint that the caller holds in memory."""
+    return f"<in memory {number}>"
+
+
+def is_held(named: str) -> bool:
+    """Whether a recipe means a checkpoint in the caller's memory by it."""
+    return re.fullmatch(r"<in memory \d+>", named) is not None

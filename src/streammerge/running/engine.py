@@ -19,7 +19,8 @@ from streammerge.kernels.group import TensorGroup
 from streammerge.planning.budget import Budget
 from streammerge.planning.tasks import MergeTask, Piece, PieceDone, batches, joined, pieces, stretches
 from streammerge.running.executors.base import Executor
-from streammerge.running.workspace import Outgoing, Source, Workspace
+from streammerge.running.workspace import Inputs, Outgoing, Workspace
+from streammerge.sources.stored import Stored
 from streammerge.stores.base import COPY_BYTES, Output
 from streammerge.stores.checksums import Checksum
 from streammerge.stores.inputs import InputFiles
@@ -92,7 +93,7 @@ class Engine:
     def _one(self, piece: Piece, workspace: Workspace, outgoing: Outgoing, kernel: Kernel | None = None) -> PieceDone:
         with _failures(piece.task, piece.start, piece.stop):
             if piece.task.verbatim:
-                return self._copy(piece, outgoing)
+                return self._copy(piece, workspace, outgoing)
             return self._compute(piece, workspace, outgoing, kernel)
 
     def written(self, piece: Piece) -> int:
@@ -108,15 +109,32 @@ class Engine:
         if self.executor.stopping.is_set():
             raise Halted
 
-    def _copy(self, piece: Piece, outgoing: Outgoing) -> PieceDone:
-        value, begin = 0, piece.task.sources[0].offset + piece.offset - piece.task.offset
-        source = self.inputs.get(piece.task.sources[0].path)
+    def _copy(self, piece: Piece, workspace: Workspace, outgoing: Outgoing) -> PieceDone:
+        whole = piece.task.sources[0]
+        if whole.__class__ is not Stored:
+            return self._copy_read(piece, workspace, outgoing)
+        value, begin = 0, whole.offset + piece.offset - piece.task.offset
+        source = self.inputs.get(whole.path)
         for start, stop in ranges(piece.nbytes, min(COPY_BYTES, self.budget.out_bytes)):
             self._halt()
             part = outgoing.room(stop - start)
             source.read_into(part, begin + start)
             value = self.checksum.update(part, value)
         source.release(begin, piece.nbytes)
+        return _done(piece, value)
+
+    def _copy_read(self, piece: Piece, workspace: Workspace, outgoing: Outgoing) -> PieceDone:
+        """Copies a tensor that is no plain byte range, as its reader gives it."""
+        value, dtype = 0, piece.task.out.dtype
+        self._one_torch_thread()
+        source = self._source(piece.task, workspace, keep=False)
+        size, whole = dtype.component.element_bytes, dtype.element_bytes
+        step = max(min(COPY_BYTES, self.budget.out_bytes) // whole, 1) * (whole // size)  # no complex number is cut
+        for start, stop in ranges(piece.stop - piece.start, step):
+            self._halt()
+            part = outgoing.room((stop - start) * size)
+            source.read_into(0, piece.start + start, piece.start + stop, part)
+            value = self.checksum.update(part, value)
         return _done(piece, value)
 
     def _compute(self, piece: Piece, workspace: Workspace, outgoing: Outgoing, kernel: Kernel | None) -> PieceDone:
@@ -133,7 +151,7 @@ class Engine:
         source.done()
         return done
 
-    def _apply(self, kernel: Kernel, piece: Piece, workspace: Workspace, source: Source, outgoing: Outgoing) -> PieceDone:
+    def _apply(self, kernel: Kernel, piece: Piece, workspace: Workspace, source: Inputs, outgoing: Outgoing) -> PieceDone:
         import torch
 
         value, dtype, nonfinite = 0, piece.task.out.dtype.component, dict[str, int]()
@@ -150,7 +168,7 @@ class Engine:
         return _done(piece, value, nonfinite)
 
     def _chunks(
-        self, task: MergeTask, workspace: Workspace, source: Source, start: int, stop: int, sparse: int = 0
+        self, task: MergeTask, workspace: Workspace, source: Inputs, start: int, stop: int, sparse: int = 0
     ) -> Iterator[Chunk]:
         import torch
 
@@ -167,8 +185,9 @@ class Engine:
         models, compute = len(task.sources) - task.based, getattr(torch, task.compute)
         return TensorGroup(task.out.name, task.shape, models, compute, sweep, task.based, task.row, task.seed)
 
-    def _source(self, task: MergeTask, workspace: Workspace, keep: bool) -> Source:
-        return Source(self.inputs, task.sources, workspace, self.mapped, self.budget.kept_bytes if keep else -1)
+    def _source(self, task: MergeTask, workspace: Workspace, keep: bool) -> Inputs:
+        keep_bytes = self.budget.kept_bytes if keep else -1
+        return Inputs(self.inputs, task.sources, workspace, self.mapped, keep_bytes, self._halt)
 
     def _sweep_on_all(self, task: MergeTask) -> Callable[..., Iterator[Any]]:
         """A sweep over the pieces of a long tensor by all workers."""
@@ -241,14 +260,14 @@ def _suspicious(out: torch.Tensor) -> bool:
     return not math.isfinite(out.sum().item())
 
 
-def _nonfinite(out: torch.Tensor, source: Source, start: int, stop: int) -> dict[str, int]:
+def _nonfinite(out: torch.Tensor, source: Inputs, start: int, stop: int) -> dict[str, int]:
     """Non-finite numbers by the file they came from; those that no input had (an overflow) under "the result"."""
     if bool(out.float().isfinite().all() if out.element_size() == 1 else out.isfinite().all()):
         return {}
-    counts = {}
+    counts: dict[str, int] = {}
     for model in range(len(source)):
         raw = source.read(model, start, stop)
         count = int((~(raw.float() if raw.element_size() == 1 else raw).isfinite()).sum())
         if count:
-            counts[source.name(model)] = count
+            counts[source.origin(model)] = counts.get(source.origin(model), 0) + count
     return counts or {"the result (overflow)": int((~out.float().isfinite()).sum())}

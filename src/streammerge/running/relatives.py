@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping
 
 from streammerge.errors import printable
 from streammerge.planning.tasks import MergeTask
+from streammerge.sources.base import Source
+from streammerge.sources.stored import Stored
 from streammerge.stores.base import Location
 from streammerge.stores.inputs import InputFiles
 from streammerge.tensors.names import bare
-from streammerge.tensors.spec import TensorEntry
 
 _TENSORS = 16
 _SAMPLE_ELEMS = 1 << 15
@@ -32,7 +33,7 @@ def strangers(tasks: list[MergeTask], inputs: InputFiles, owners: Mapping[Locati
     for task in _sampled(tasks):
         first = task.sources[0]
         for other in task.sources[1:]:
-            pair = owners[first.path], owners[other.path]
+            pair = owners[first.begin[0]], owners[other.begin[0]]
             if pair[0] != pair[1] and bare(first.spec.name) == bare(other.spec.name):
                 cosine = _cosine(first, other, inputs)
                 if cosine is not None:
@@ -51,12 +52,12 @@ def _sampled(tasks: list[MergeTask]) -> Iterator[MergeTask]:
     yield from fit[:: max(len(fit) // _TENSORS, 1)][:_TENSORS]
 
 
-def _is_matrix(entry: TensorEntry) -> bool:
+def _is_matrix(entry: Source) -> bool:
     spec = entry.spec
-    return spec.dtype.kind == "float" and len(spec.shape) > 1 and spec.numel >= _LEAST_ELEMS and entry.mappable
+    return spec.dtype.kind == "float" and len(spec.shape) > 1 and spec.numel >= _LEAST_ELEMS and entry.__class__ is Stored
 
 
-def _cosine(one: TensorEntry, two: TensorEntry, inputs: InputFiles) -> float | None:
+def _cosine(one: Source, two: Source, inputs: InputFiles) -> float | None:
     """Of elements from the middle of both; None where one is all zeros."""
     import torch
 
@@ -66,7 +67,8 @@ def _cosine(one: TensorEntry, two: TensorEntry, inputs: InputFiles) -> float | N
     for entry in (one, two):
         size = entry.spec.dtype.element_bytes
         buffer = bytearray(sampled * size)
-        inputs.get(entry.path).read_into(memoryview(buffer), entry.offset + start * size)
+        path, offset = entry.begin
+        inputs.get(path).read_into(memoryview(buffer), offset + start * size)
         vectors.append(torch.frombuffer(buffer, dtype=entry.spec.dtype.torch).double())
     length = vectors[0].norm() * vectors[1].norm()
     cosine = float(vectors[0].dot(vectors[1]) / length) if length > 0 else None

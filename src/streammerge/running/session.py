@@ -13,7 +13,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from streammerge.errors import RecipeError, SpaceError, UncheckedError, VerifyError, listed, printable
-from streammerge.events import Hashed, Listener, Resumed, Staged, Syncing, TaskDone, quiet
+from streammerge.events import Hashed, Listener, Resumed, Spooled, Syncing, TaskDone, quiet
 from streammerge.formats.base import LayoutFile
 from streammerge.planning.digest import can_be_resumed, differences, plan_parts
 from streammerge.planning.plan import Plan
@@ -25,12 +25,13 @@ from streammerge.running.executors.base import Executors
 from streammerge.running.executors.threads import ThreadExecutor
 from streammerge.running.readback import check_structure
 from streammerge.running.relatives import strangers
-from streammerge.running.spooling import staged_tasks
+from streammerge.running.spooling import spooled_tasks
+from streammerge.sources.deflated import Record
 from streammerge.stores.base import COPY_BYTES, Location, Output, Staging, outside
 from streammerge.stores.checksums import Checksum
 from streammerge.stores.inputs import InputFiles
 from streammerge.stores.journal import Finished, Journal, Key
-from streammerge.tensors.spec import TensorEntry, ranges
+from streammerge.tensors.spec import ranges
 from streammerge.units import decimal_bytes
 
 
@@ -77,7 +78,7 @@ class Production:
         """Everything, until it is on the disk. Raises what DESIGN names."""
         self._take_up()
         hashes = self._hashes()
-        self._stage()
+        self._spool()
         if len(self.plan.recipe.entries) > 1:
             self.warnings += strangers(self.plan.tasks, self._inputs, self.plan.owners)
         broken = self._attempt(hashes)
@@ -144,10 +145,10 @@ class Production:
         saved_bytes = 0
         there = (piece for n, task in enumerate(self._tasks) for piece in pieces(task, n) if piece.key in claimed)
         with closing(self._executor.run(there, self._is_whole(claimed))) as results:
-            for piece, whole in results:
-                if whole:
-                    self._done[piece.key] = claimed[piece.key]
-                    saved_bytes += piece.read_bytes
+            for key, read_bytes in results:
+                if read_bytes is not None:
+                    self._done[key] = claimed[key]
+                    saved_bytes += read_bytes
         kept_bytes = sum(each.nbytes for each in self._done.values())
         self.listener(Resumed(kept_bytes, saved_bytes))
         there_of_all = f"{decimal_bytes(kept_bytes)} of {decimal_bytes(self.plan.layout.size)}"
@@ -174,11 +175,14 @@ class Production:
             "repeat that run to continue it, discard what it left (resume=False), or choose another output"
         )
 
-    def _is_whole(self, claimed: dict[Key, Finished]) -> Callable[[Piece], tuple[Piece, bool]]:
-        def check(piece: Piece) -> tuple[Piece, bool]:
+    def _is_whole(self, claimed: dict[Key, Finished]) -> Callable[[Piece], tuple[Key, int | None]]:
+        """Returns a check of one piece: its key, and the bytes that need not be read again; None if it is damaged."""
+
+        def check(piece: Piece) -> tuple[Key, int | None]:
             said = claimed[piece.key]
             fits = (said.offset, said.nbytes) == (piece.offset, piece.nbytes)
-            return piece, fits and self._engine.written(piece) == said.checksum
+            whole = fits and self._engine.written(piece) == said.checksum
+            return piece.key, piece.read_bytes if whole else None
 
         return check
 
@@ -205,19 +209,19 @@ class Production:
                 self.listener(Hashed(name, self.plan.identities[wanted[name]].size))
         return made
 
-    def _stage(self) -> None:
-        """Copies what cannot be mapped and is still needed, and puts the copies into the tasks."""
-        tasks = enumerate(self._tasks if self.plan.staged else ())
+    def _spool(self) -> None:
+        """Inflates the compressed records that are still needed, and has the tasks read them there."""
+        tasks = enumerate(self._tasks if self.plan.spooled else ())
         missing = [task for number, task in tasks if any(map(self._wanted, pieces(task, number)))]
 
-        def told(entry: TensorEntry) -> None:
-            self.read_bytes += entry.nbytes
-            self.listener(Staged(entry.spec.name, entry.nbytes))
+        def told(tensor: str, record: Record) -> None:
+            self.read_bytes += record.nbytes
+            self.listener(Spooled(tensor, record.nbytes))
 
         def create(size: int) -> Output:
-            return self.staging.temporary("staged", size)
+            return self.staging.temporary("spooled", size)
 
-        self._tasks = staged_tasks(self._tasks, missing, self._inputs, create, told)
+        self._tasks = spooled_tasks(self._tasks, missing, self._inputs, create, told)
 
     # ------------------------------------------------------------------------------------------------------- output
 

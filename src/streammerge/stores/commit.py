@@ -245,7 +245,7 @@ def _recover(folder: Path, out: Path) -> None:
 
 def _remove_ours(folder: Path) -> None:
     """Removes what runs make in a staging folder, but for its lock; what somebody else put there stays."""
-    for name in ("output", "staged", JOURNAL, NEW, _PUT_BY, _REPLACED):
+    for name in ("output", "spooled", JOURNAL, NEW, _PUT_BY, _REPLACED):
         path = folder / name
         if path.is_dir() and not path.is_symlink():
             import shutil  # here, since looking at a file does without

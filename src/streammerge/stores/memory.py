@@ -151,7 +151,7 @@ class MemoryStore(Store):
             filled = key in self._files or any(self._below(key))
             if filled and not overwrite:
                 raise RecipeError(
-                    f"{printable(location)} exists already; pass --overwrite to replace it, or choose another name"
+                    f"{printable(location)} exists already; pass `overwrite=True` to replace it, or choose another name"
                 )
 
     def stage(self, location: Location, overwrite: bool = False) -> Staging:

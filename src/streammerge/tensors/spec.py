@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from streammerge.errors import RecipeError, printable
-from streammerge.stores.base import Location
 from streammerge.tensors.dtypes import DType, parse_dtype
 
 GRAIN = 1 << 16
 """Number of elements per unit of reductions and random numbers. It is fixed, so chunk sizes cannot change a result."""
+PIECE_ELEMS = 64 * GRAIN
+"""Number of elements of the pieces into which a long tensor is cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,54 +36,21 @@ class TensorSpec:
         object.__setattr__(self, "numel", math.prod(self.shape))
         object.__setattr__(self, "nbytes", self.numel * self.dtype.element_bytes)
 
-
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """The place of a tensor's bytes: little-endian at ``offset`` of the file at ``path``, in C order.
-
-    Three forms cannot be mapped directly and are copied into a temporary file first. ``strides`` (in elements): the
-    tensor is not contiguous, and ``offset`` is that of its first element. ``deflated``: the compressed record that
-    holds the tensor; ``offset`` counts within the uncompressed bytes. ``lazy``: a conjugation or negation that torch
-    had not carried out yet.
-    """
-
-    spec: TensorSpec
-    path: Location
-    offset: int
-    strides: tuple[int, ...] | None = None
-    deflated: Deflated | None = None
-    lazy: str = ""
+    @property
+    def component_shape(self) -> tuple[int, ...]:
+        """The shape as arithmetic sees it: a complex number is two."""
+        if self.dtype.kind != "complex":
+            return self.shape
+        return (*self.shape[:-1], self.shape[-1] * 2) if self.shape else (2,)
 
     @property
-    def nbytes(self) -> int:
-        return self.spec.nbytes
+    def component_elems(self) -> int:
+        """How many numbers arithmetic sees: a complex number is two."""
+        return self.nbytes // self.dtype.component.element_bytes
 
-    @property
-    def span(self) -> tuple[int, int]:
-        """(offset, bytes) in the file; for a compressed record, the span of the whole record."""
-        return self.deflated.span if self.deflated else (self.offset, self.spec.nbytes)
-
-    @property
-    def mappable(self) -> bool:
-        return self.strides is None and self.deflated is None and not self.lazy
-
-    @property
-    def place(self) -> tuple[object, ...]:
-        """A key that is equal for two names exactly if they are one tensor: same bytes, dtype, shape and strides."""
-        return (self.path, self.deflated, self.offset, self.spec.dtype, self.spec.shape, self.strides, self.lazy)
-
-
-@dataclass(frozen=True, slots=True)
-class Deflated:
-    """A compressed record: the place of its deflate stream, and its size in bytes before and after compression."""
-
-    offset: int
-    compressed_bytes: int
-    nbytes: int
-
-    @property
-    def span(self) -> tuple[int, int]:
-        return self.offset, self.compressed_bytes
+    def named(self, name: str) -> TensorSpec:
+        """The same by another name."""
+        return self if name == self.name else TensorSpec(name, self.dtype, self.shape)
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -20,8 +20,9 @@ from streammerge.planning.tasks import MergeTask, Piece, pieces
 from streammerge.running.engine import Engine
 from streammerge.running.executors.threads import ThreadExecutor
 from streammerge.running.readback import read_output
-from streammerge.running.spooling import staged_tasks
+from streammerge.running.spooling import spooled_tasks
 from streammerge.running.workspace import prepare_torch
+from streammerge.sources.stored import Stored
 from streammerge.stores import faults
 from streammerge.stores.base import Input, Location, Output, digest_outside
 from streammerge.stores.checksums import CRC32
@@ -98,7 +99,7 @@ def _places(plan: Plan, out: Location, receipt: Receipt) -> tuple[list[tuple[Mer
     index, found, skipped = open_checkpoint(out), list[tuple[MergeTask, Location, int]](), list[str]()
     for task in plan.tasks:
         entry = index.entries.get(task.out.name)
-        if entry is not None and entry.mappable and entry.spec == task.out:
+        if isinstance(entry, Stored) and entry.spec == task.out:
             found.append((task, entry.path, entry.offset))
         else:
             skipped.append(task.out.name)
@@ -134,7 +135,7 @@ class _Recomputation:
         self._inputs, self._output = InputFiles(plan.identities), InputFiles({})
         self._executor = ThreadExecutor(plan.budget.workers)
         tasks = [task for task, _, _ in self.places]
-        self._tasks = staged_tasks(tasks, tasks, self._inputs, create, lambda entry: None)
+        self._tasks = spooled_tasks(tasks, tasks, self._inputs, create, lambda tensor, record: None)
 
     def in_float64(self) -> set[Key]:
         """Compares with float64 results. Returns the pieces that must be repeated exactly."""
@@ -174,9 +175,7 @@ class _Recomputation:
         if not keys:
             return
         plan = self.plan
-        budget, io = budget_of(
-            tasks, plan.memory_bytes, plan.budget.workers, plan.io, staged=False, beside_bytes=_BESIDE_BYTES
-        )
+        budget, io = budget_of(tasks, plan.memory_bytes, plan.budget.workers, plan.io, beside_bytes=_BESIDE_BYTES)
         engine = Engine(budget, self._inputs, outputs, io, CRC32, self._executor)
         with closing(engine.run_all(tasks, lambda piece: piece.key in keys)) as results:
             for done in results:

@@ -61,6 +61,7 @@ def plan_output(out: Location, recipe: Recipe, indexes: Indexes, alignment: Alig
         CRC32 if kind == "pickle" else CRC32C,
         hashed,
         computed=recipe.merge_method is not COPY or recipe.recast is not None,
+        held={names[each.path]: index.nbytes for each, index in indexes.items() if index.in_memory},
     )
     made = _planned(kind, name, recipe, first, alignment, receipt)
     made.inputs = inputs
@@ -194,7 +195,7 @@ def _shards(recipe: Recipe, base: CheckpointIndex, alignment: Alignment) -> dict
     """File name -> tensors: as the first input has them, or filled in order up to the largest size."""
     grouped: list[list[Merged]] = [[]]
     merged, largest = alignment.merged, recipe.output.max_shard_size
-    homes = [] if alignment.restacked else [base.entries.get(m.base_names[0], m.sources[0]).path for m in merged]
+    homes = [] if alignment.restacked else [base.entries.get(m.base_names[0], m.sources[0]).begin[0] for m in merged]
     if len(set(homes)) > 1 and largest is None:
         by_path: dict[Location, list[Merged]] = {}
         for m, path in zip(merged, homes, strict=True):

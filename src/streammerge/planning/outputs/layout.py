@@ -11,8 +11,9 @@ from streammerge.planning.alignment import Merged
 from streammerge.planning.receipt import InputSpans, Receipt
 from streammerge.recipe.locations import resolved
 from streammerge.recipe.model import Recipe
+from streammerge.sources.base import Source
 from streammerge.stores.base import Location
-from streammerge.tensors.spec import TensorEntry, TensorSpec
+from streammerge.tensors.spec import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,9 @@ class Layout:
     receipt: Receipt
     as_folder: bool = False
     side_files: tuple[tuple[Location, str], ...] = ()
+
+    pickle_bytes: int = 0
+    """Data of pickles that is held while it is written: the pickle, and copies of it with its checksums."""
 
     @property
     def size(self) -> int:
@@ -37,7 +41,7 @@ class Placed:
     merged: Merged | None
     file: int
     offset: int
-    source: TensorEntry | None = None
+    source: Source | None = None
 
 
 @dataclass(slots=True)

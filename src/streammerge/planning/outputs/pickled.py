@@ -19,8 +19,12 @@ from streammerge.planning.outputs.layout import Layout, Output, Placed, blank_su
 from streammerge.planning.receipt import ITSELF, Receipt
 from streammerge.recipe.document import to_yaml
 from streammerge.recipe.model import Recipe
+from streammerge.sources.base import Source
 from streammerge.tensors.dtypes import DType
-from streammerge.tensors.spec import TensorEntry, TensorSpec, contiguous_strides
+from streammerge.tensors.spec import TensorSpec, contiguous_strides
+
+_COPIES = 4
+"""How often the bytes of a pickle are held at once while they are written: in the layout, sealed, joined, checksummed."""
 
 
 def pickled_output(name: str, recipe: Recipe, base: CheckpointIndex, alignment: Alignment, receipt: Receipt) -> Output:
@@ -64,7 +68,7 @@ def pickled_output(name: str, recipe: Recipe, base: CheckpointIndex, alignment: 
     beside[RECEIPT_FILE] = receipt.text().encode()
     file = torch_zip.plan_layout(name, pickle, builder.storages, base.container.magic, beside)
     placed = [Placed(spec, m, 0, file.offsets[n], source) for n, (spec, m, source) in builder.tensors.items()]
-    return Output(Layout((file,), receipt), placed, notes)
+    return Output(Layout((file,), receipt, pickle_bytes=_COPIES * len(pickle)), placed, notes)
 
 
 def _tree(base: CheckpointIndex, merged: list[Merged]) -> tuple[Any, dict[str, Merged] | None]:
@@ -86,13 +90,13 @@ class _Builder:
         self.edit = edit
         self.refs: dict[str, TensorRef] = {}
         self.storages: dict[str, tuple[str, int]] = {}
-        self.tensors: dict[str, tuple[TensorSpec, Merged | None, TensorEntry | None]] = {}
+        self.tensors: dict[str, tuple[TensorSpec, Merged | None, Source | None]] = {}
         self._copies: dict[tuple[object, ...], StorageRef] = {}
 
     def place_merged(self, merged: Merged) -> None:
         self.refs[merged.spec.name] = self._fresh(merged.spec, self._storage(merged.spec, merged, None), None)
 
-    def _storage(self, spec: TensorSpec, merged: Merged | None, source: TensorEntry | None) -> StorageRef:
+    def _storage(self, spec: TensorSpec, merged: Merged | None, source: Source | None) -> StorageRef:
         key, label = str(len(self.storages)), spec.name
         while label in self.tensors:
             label += "'"

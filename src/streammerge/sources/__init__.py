@@ -1,0 +1,15 @@
+"""Sources: a tensor as a small expression, and the readers that give its numbers.
+
+A source is frozen plain data. Opened by a worker it becomes a reader. Sources nest. A new kind of source is one file here.
+Each module imports only modules above it::
+
+    base      the protocol: Source, Reader, Blob, Needs, Room
+    stored    a byte range in C order
+    strided   a view of a storage, gathered where it lies
+    deflated  a compressed record, which is inflated into a temporary file first
+    rows      some rows of a source
+    joined    pieces along one axis
+    constant  one number everywhere
+    memory    a tensor that the caller holds
+    merged    a merge of other sources, computed chunk by chunk
+"""

@@ -1,0 +1,290 @@
+"""The protocol of sources: what a tensor is, where its bytes are, what reading it needs, and how it is read."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from streammerge.tensors.spec import TensorSpec
+
+T = TypeVar("T")
+BlobPath = Any
+"""What a store calls a blob. Opaque here: it can be hashed and compared, shown as text, and given back to the store."""
+COPY_BYTES = 1 << 20
+"""Size of the block through which readers copy."""
+_ALIGNMENT = 64
+
+
+class Blob(NamedTuple):
+    """Bytes that a source reads: ``nbytes`` from ``offset`` of what the store calls ``path``."""
+
+    path: BlobPath
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Memory that a reader needs beside the caller's buffer, for one worker. The budget adds these.
+
+    ``scratch_bytes``: its own region of the worker's buffers; readers get it from :meth:`Room.take`. ``shared_bytes``: a
+    region that all readers of the worker share, valid within one call of ``read``. ``tiles``: how many tiles it wants (a
+    tile holds elements read ahead; the budget sets its size, which may be 0). ``held_bytes``: what it holds outside the
+    worker's buffers. ``computes``: whether torch takes part.
+    """
+
+    scratch_bytes: int = 0
+    shared_bytes: int = 0
+    tiles: int = 0
+    held_bytes: int = 0
+    computes: bool = False
+
+    def __add__(self, other: Needs) -> Needs:
+        return Needs(
+            self.scratch_bytes + other.scratch_bytes,
+            max(self.shared_bytes, other.shared_bytes),
+            self.tiles + other.tiles,
+            self.held_bytes + other.held_bytes,
+            self.computes or other.computes,
+        )
+
+
+def region_bytes(nbytes: int) -> int:
+    """Bytes that :meth:`Room.take` uses up to give ``nbytes``: the next region begins aligned for every dtype."""
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+class File(Protocol):
+    """An open blob: ``read_into`` fills the buffer from ``offset`` of the blob."""
+
+    def read_into(self, buffer: memoryview, offset: int) -> None: ...
+
+
+class Room(Protocol):
+    """What a worker offers to the readers that it opens: files, memory, and a place to keep what is computed once."""
+
+    def file(self, path: BlobPath) -> File:
+        """The open file of a blob's ``path``."""
+        ...
+
+    def touched(self, path: BlobPath, offset: int, nbytes: int) -> None:
+        """Says that these bytes were read, so that a polite run gives their page cache back."""
+        ...
+
+    def take(self, nbytes: int) -> memoryview:
+        """A region of its own for this reader. :attr:`Needs.scratch_bytes` counts ``region_bytes(nbytes)`` for it."""
+        ...
+
+    def tile(self) -> memoryview:
+        """A tile of its own for this reader. :attr:`Needs.tiles` counts it."""
+        ...
+
+    def shared(self, nbytes: int) -> memoryview:
+        """A region that other readers use too, valid within one call of ``read``."""
+        ...
+
+    def once(self, source: Source, make: Callable[[], T]) -> T:
+        """What ``make`` returns. It is called once for each source of a tensor, also when the tensor is opened again."""
+        ...
+
+    def halt(self) -> None:
+        """Raises when the run is stopping. Readers that work for long call it from time to time."""
+        ...
+
+
+class Reader(ABC):
+    """An open source, used by one worker."""
+
+    @abstractmethod
+    def read(self, start: int, stop: int, out: memoryview) -> memoryview:
+        """Elements ``start`` to ``stop`` in C order, as bytes of the source's dtype.
+
+        Counts elements as the source's shape does: a complex number is one. Fills ``out``, which has room for exactly
+        these elements, and returns it; or returns other memory that holds them and stays valid.
+        """
+
+
+class Source(ABC):
+    """A tensor as an expression: frozen plain data that pickles, without open files.
+
+    Subclasses are frozen dataclasses with slots. Inner sources stand in fields of type ``Source`` or
+    ``tuple[Source, ...]``; what is defined here then follows from the fields.
+    """
+
+    __slots__ = ()
+    spec: TensorSpec
+    """Name, dtype and shape of the tensor."""
+
+    @abstractmethod
+    def needs(self) -> Needs:
+        """Memory that its reader needs, inner readers included."""
+
+    @abstractmethod
+    def open(self, room: Room) -> Reader:
+        """A reader, which takes its memory from ``room``. Inner sources are opened with the same room."""
+
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        """The inner sources, in the order of the fields."""
+        return tuple(_sources_in(self))
+
+    def with_parts(self, parts: tuple[Source, ...]) -> Source:
+        """The same expression over other inner sources, given in the order of :attr:`parts`."""
+        rest, changed = iter(parts), dict[str, Any]()
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, Source):
+                changed[field.name] = next(rest)
+            elif _is_sources(value):
+                changed[field.name] = tuple(next(rest) for _ in value)
+        return replace(self, **changed) if changed else self  # type: ignore[type-var]
+
+    @property
+    def blobs(self) -> tuple[Blob, ...]:
+        """All bytes that it reads from stores."""
+        return tuple(blob for part in self.parts for blob in part.blobs)
+
+    @property
+    def held(self) -> bool:
+        """Whether some of its numbers are held by the caller in memory, so that no later run can read them again."""
+        return any(part.held for part in self.parts)
+
+    @property
+    def nbytes(self) -> int:
+        return self.spec.nbytes
+
+    @property
+    def begin(self) -> tuple[BlobPath, int]:
+        """Path and offset of the first blob; (None, 0) for a source that reads none."""
+        blobs = self.blobs
+        return blobs[0][:2] if blobs else (None, 0)
+
+    @property
+    def paths(self) -> tuple[BlobPath, ...]:
+        """The path of each blob, once."""
+        return tuple(dict.fromkeys(blob.path for blob in self.blobs))
+
+    @property
+    def origin(self) -> str:
+        """Where its numbers come from, as messages say it: its paths."""
+        shown = list(map(str, self.paths))
+        more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
+        return ", ".join(shown[:4]) + more or "a constant"
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """Equal for two sources exactly when they are one tensor, whatever its name. Plain values: the digest of a plan
+        is made of it."""
+        return (type(self).__name__, *(_plain(getattr(self, field.name)) for field in fields(self)))  # type: ignore[arg-type]
+
+    def named(self, name: str) -> Source:
+        """The same tensor by another name."""
+        return self if name == self.spec.name else replace(self, spec=self.spec.named(name))  # type: ignore[type-var]
+
+    def rows(self, start: int, stop: int) -> Source | None:
+        """Rows ``start`` to ``stop`` as a source that is cheaper than a gather of rows; None if there is none."""
+        return None
+
+
+def _is_sources(value: object) -> bool:
+    return isinstance(value, tuple) and bool(value) and all(isinstance(each, Source) for each in value)
+
+
+def _sources_in(source: Source) -> Iterator[Source]:
+    for field in fields(source):  # type: ignore[arg-type]
+        value = getattr(source, field.name)
+        if isinstance(value, Source):
+            yield value
+        elif _is_sources(value):
+            yield from value
+
+
+def _plain(value: Any) -> Any:
+    """A field as a value that can be hashed."""
+    if isinstance(value, TensorSpec):
+        return (value.dtype, value.shape)
+    if isinstance(value, Source):
+        return value.place
+    if isinstance(value, tuple):
+        return tuple(map(_plain, value))
+    return value
+
+
+class Allocated:
+    """A room that allocates what is asked for: to read a source outside a run, in tests and notebooks.
+
+    ``files`` opens a blob's path. ``tile_bytes``: the size of a tile.
+    """
+
+    def __init__(self, files: Callable[[Any], File] | None = None, tile_bytes: int = 1 << 20) -> None:
+        self._files, self._tile_bytes = files, tile_bytes
+        self._made: dict[int, tuple[Source, Any]] = {}
+        self._lock = threading.Lock()
+
+    def file(self, path: BlobPath) -> File:
+        if self._files is None:
+            raise ValueError(f"a room without files cannot open {path}")
+        return self._files(path)
+
+    def touched(self, path: BlobPath, offset: int, nbytes: int) -> None:
+        """Nothing: outside a run there is no page cache to give back."""
+
+    def take(self, nbytes: int) -> memoryview:
+        return memoryview(bytearray(nbytes))
+
+    def tile(self) -> memoryview:
+        return memoryview(bytearray(self._tile_bytes))
+
+    def shared(self, nbytes: int) -> memoryview:
+        return memoryview(bytearray(nbytes))
+
+    def once(self, source: Source, make: Callable[[], T]) -> T:
+        with self._lock:
+            if id(source) not in self._made:
+                self._made[id(source)] = source, make()
+        return self._made[id(source)][1]  # type: ignore[no-any-return]
+
+    def halt(self) -> None:
+        """Nothing: outside a run nothing stops."""
+
+
+def read_whole(source: Source, room: Room) -> bytearray:
+    """All bytes of a source. In memory: for tests and for small tensors."""
+    out = bytearray(source.nbytes)
+    if source.spec.numel:
+        view = memoryview(out)
+        made = source.open(room).read(0, source.spec.numel, view)
+        if made is not view:
+            view[:] = made
+    return out
+
+
+def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, int], ...]]:
+    """Blocks that together are elements ``start`` to ``stop`` of a C-order tensor: for each, its range in every dimension.
+
+    The blocks come in C order and each is whole in all dimensions behind its first longer one.
+    """
+    if start >= stop:
+        return
+    if not shape:
+        yield ()
+        return
+    inner, rest = 1, shape[1:]
+    for size in rest:
+        inner *= size
+    (first, begin), (last, end) = divmod(start, inner), divmod(stop, inner)
+    if first == last:
+        for box in boxes(rest, begin, end):
+            yield ((first, first + 1), *box)
+        return
+    if begin:
+        for box in boxes(rest, begin, inner):
+            yield ((first, first + 1), *box)
+        first += 1
+    if first < last:
+        yield ((first, last), *((0, size) for size in rest))
+    for box in boxes(rest, 0, end):
+        yield ((last, last + 1), *box)

@@ -1,0 +1,221 @@
+"""A merge of other sources as a source: another merge's input, computed chunk by chunk and never stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from streammerge.errors import RecipeError, printable
+from streammerge.kernels.chunk import Chunk, Kernel, T, chunk_spans, whole_grains
+from streammerge.kernels.group import TensorGroup
+from streammerge.kernels.ranking import held_bytes
+from streammerge.methods.contracts import MergeMethod, Values
+from streammerge.sources.base import Needs, Reader, Room, Source, region_bytes
+from streammerge.tensors.dtypes import DType
+from streammerge.tensors.spec import GRAIN, PIECE_ELEMS, TensorSpec, ranges
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Merged(Source):
+    """The merge of ``sources``, rounded to the dtype of ``spec``: the compute dtype keeps all that was computed.
+
+    ``based``: whether the first source is the base. ``parameters``: those of the method, resolved for these models.
+    ``drawn_as``: the tensor name that random numbers depend on. :func:`merged` makes it. Each number is the one that a
+    merge of the sources into a file would have.
+    """
+
+    spec: TensorSpec
+    method: MergeMethod
+    sources: tuple[Source, ...]
+    parameters: Values = field(default_factory=dict)
+    compute: str = "float32"
+    based: bool = False
+    seed: int = 0
+    drawn_as: str = ""
+
+    def needs(self) -> Needs:
+        models = [source.spec.dtype.component for source in self.sources]
+        compute_bytes, buffers = self.method.buffers_for(models, self.compute, self.based)
+        scratch = region_bytes(compute_bytes * self.span) * buffers
+        scratch += 2 * region_bytes(max(dtype.element_bytes for dtype in models) * self.span)
+        scratch += region_bytes(self.spec.dtype.component.element_bytes * self.span)
+        held = 8 * self.row * self.method.row_buffers
+        held += held_bytes(self.spec.component_elems, self.method.searches * len(models))
+        needed = Needs(scratch_bytes=scratch, held_bytes=held, computes=True)
+        for source in self.sources:
+            needed += source.needs()
+        return needed
+
+    def open(self, room: Room) -> Reader:
+        return _Reader(self, room)
+
+    @property
+    def row(self) -> int:
+        """Elements that the method holds together."""
+        return self.method.rows(self.spec.component_shape, self.parameters)
+
+    @property
+    def span(self) -> int:
+        """Elements that are computed at once: a grain, in whole rows."""
+        return whole_grains(GRAIN, self.row)
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        method = (self.method.name, repr(sorted(self.parameters.items())), self.compute, self.based)
+        drawn = (self.seed, self.drawn_as or self.spec.name)
+        return ("Merged", self.spec.dtype, self.spec.shape, *method, *drawn, *(source.place for source in self.sources))
+
+
+def merged(
+    name: str,
+    method: MergeMethod,
+    sources: Sequence[Source],
+    parameters: dict[str, Any] | None = None,
+    *,
+    based: bool = False,
+    dtype: DType | None = None,
+    compute: str | None = None,
+    seed: int = 0,
+) -> Merged:
+    """The merge of sources of one shape under that name. ``parameters``: as in a recipe, checked here.
+
+    ``dtype``: of the result, the first source's if not given. ``compute``: float32 or float64, the method's if not given,
+    and float64 where a source is float64, as in a merge. Raises RecipeError for what does not fit.
+    """
+    first = sources[0].spec
+    for source in sources:
+        if source.spec.shape != first.shape or source.spec.dtype.kind != first.dtype.kind:
+            raise RecipeError(
+                f"{printable(name)}: {source.spec.dtype} {list(source.spec.shape)} cannot be merged with {first.dtype} "
+                f"{list(first.shape)}"
+            )
+    if method.base == "required" and not based:
+        raise RecipeError(f"{printable(name)}: {method.name} needs a base")
+    values = method.resolve(parameters or {}, len(sources) - based)
+    wide = any(source.spec.dtype in (DType.F64, DType.C128) for source in sources)
+    compute = "float64" if wide else compute or method.compute
+    spec = TensorSpec(name, dtype or first.dtype, first.shape)
+    return Merged(spec, method, tuple(sources), values, compute, based, seed, name)
+
+
+def methods_in(source: Source) -> Iterator[MergeMethod]:
+    """The merge methods that a source computes with, wherever in the expression."""
+    if isinstance(source, Merged):
+        yield source.method
+    for part in source.parts:
+        yield from methods_in(part)
+
+
+class _Slots:
+    """Named buffers for one chunk, each of ``slot_bytes``, taken one after the other."""
+
+    def __init__(self, regions: list[memoryview]) -> None:
+        self._regions, self._taken = regions, dict[str, int]()
+
+    def clear(self) -> None:
+        self._taken.clear()
+
+    def get(self, slot: str, dtype: torch.dtype, elems: int) -> torch.Tensor:
+        import torch
+
+        number = self._taken.setdefault(slot, len(self._taken))
+        if number >= len(self._regions):
+            raise ValueError(f"there is no room for the buffer {slot!r} beside {', '.join(self._taken)}")
+        return torch.frombuffer(self._regions[number], dtype=dtype, count=elems)
+
+
+class _Reader(Reader):
+    """Computes spans of the result, each once while reading goes on in order.
+
+    The kernel is made once for each tensor: its passes read the inner sources from begin to end, grain by grain, so that
+    the result does not depend on who asks for which elements.
+    """
+
+    def __init__(self, source: Merged, room: Room) -> None:
+        import torch
+
+        self._source, self._room = source, room
+        self._readers = [each.open(room) for each in source.sources]
+        self._dtypes = [each.spec.dtype.component for each in source.sources]
+        self._torch = [dtype.torch for dtype in self._dtypes]
+        self._compute = getattr(torch, source.compute)
+        self._row, self._span = source.row, source.span
+        compute_bytes, buffers = source.method.buffers_for(self._dtypes, source.compute, source.based)
+        self._slots = _Slots([room.take(compute_bytes * self._span) for _ in range(buffers)])
+        widest = max(dtype.element_bytes for dtype in self._dtypes)
+        self._raw = [room.take(widest * self._span) for _ in range(2)]
+        self._out = source.spec.dtype.component
+        self._held = room.take(self._out.element_bytes * self._span)
+        self._begin = self._end = self._next = 0
+        self._parts = 2 if source.spec.dtype.kind == "complex" else 1
+        self._elems = source.spec.component_elems
+
+    def read(self, start: int, stop: int, out: memoryview) -> memoryview:
+        kernel = self._room.once(self._source, self._bind)
+        start, stop, size = start * self._parts, stop * self._parts, self._out.element_bytes
+        at = start
+        while at < stop:
+            if not self._begin <= at < self._end:
+                begin = at // self._span * self._span
+                end = min(begin + self._span, self._elems)
+                if begin == at and end <= stop:
+                    self._compute_span(kernel, begin, end, out[(at - start) * size : (end - start) * size])
+                    at = end
+                    continue
+                self._begin = self._end = 0
+                self._compute_span(kernel, begin, end, self._held[: (end - begin) * size])
+                self._begin, self._end = begin, end
+            end = min(stop, self._end)
+            out[(at - start) * size : (end - start) * size] = self._held[
+                (at - self._begin) * size : (end - self._begin) * size
+            ]
+            at = end
+        return out
+
+    def _bind(self) -> Kernel:
+        source = self._source
+        models = len(source.sources) - source.based
+        name, shape = source.drawn_as or source.spec.name, source.spec.component_shape
+        group = TensorGroup(name, shape, models, self._compute, self._sweep, source.based, self._row, source.seed)
+        return source.method.bind(group, source.parameters)
+
+    def _sweep(self, work: Callable[[Iterable[Chunk]], T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
+        """Piece by piece where a merge into a file would go so, since sums are joined in that order."""
+        piece = whole_grains(PIECE_ELEMS, self._row) if self._source.method.row else PIECE_ELEMS
+        if self._elems <= piece:
+            yield work(self._chunks(start, stop, sparse))
+            return
+        for begin, end in ranges(stop - start, piece):
+            yield work(self._chunks(start + begin, start + end, sparse))
+
+    def _chunks(self, start: int, stop: int, sparse: int = 0) -> Iterator[Chunk]:
+        models = len(self._source.sources) - self._source.based
+        for begin, end in chunk_spans(start, stop, self._span, self._row, sparse):
+            self._room.halt()
+            self._slots.clear()
+            yield Chunk(begin, end, self._compute, self._slots, self._number, self._source.based, models)
+
+    def _number(self, source: int, start: int, stop: int) -> torch.Tensor:
+        """Raw numbers of an inner source; valid until the next but one call."""
+        import torch
+
+        part = self._raw[self._next][: (stop - start) * self._dtypes[source].element_bytes]
+        self._next ^= 1
+        made = self._readers[source].read(start // self._parts, stop // self._parts, part)
+        return torch.frombuffer(made, dtype=self._torch[source])
+
+    def _compute_span(self, kernel: Kernel, start: int, stop: int, out: memoryview) -> None:
+        import torch
+
+        done = 0
+        for chunk in self._chunks(start, stop):
+            result = kernel(chunk)
+            if result.numel() != chunk.elems:
+                raise ValueError(f"the kernel made {result.numel()} numbers of a chunk of {chunk.elems}")
+            part = out[done : done + chunk.elems * self._out.element_bytes]
+            torch.frombuffer(part, dtype=self._out.torch).copy_(result.reshape(-1))
+            done += len(part)

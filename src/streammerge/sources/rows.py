@@ -1,0 +1,146 @@
+"""Rows of a source along its first axis: a range, or a gather by a list of indices."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate
+
+from streammerge.errors import RecipeError, printable
+from streammerge.sources.base import COPY_BYTES, Needs, Reader, Room, Source, region_bytes
+from streammerge.tensors.spec import TensorSpec
+
+_SHORT_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Rows(Source):
+    """The rows of ``source`` in ``runs``, one behind the other: each run is its first row and its number of rows.
+
+    :func:`rows_of` and :func:`gathered` make it.
+    """
+
+    spec: TensorSpec
+    source: Source
+    runs: tuple[tuple[int, int], ...]
+
+    def needs(self) -> Needs:
+        needed = self.source.needs()
+        if self._short:
+            needed += Needs(scratch_bytes=region_bytes(COPY_BYTES), computes=True)
+        return needed
+
+    def open(self, room: Room) -> Reader:
+        return _Reader(self, room, self._short)
+
+    @property
+    def row_elems(self) -> int:
+        elems = 1
+        for size in self.spec.shape[1:]:
+            elems *= size
+        return elems
+
+    @property
+    def _short(self) -> bool:
+        """Whether rows are so short that single reads would take most of the time."""
+        row_bytes = self.row_elems * self.spec.dtype.element_bytes
+        return len(self.runs) > 1 and self.spec.nbytes < len(self.runs) * _SHORT_BYTES and 0 < row_bytes <= _SHORT_BYTES
+
+
+def rows_of(source: Source, start: int, stop: int) -> Source:
+    """Rows ``start`` to ``stop`` of a source, where they lie if that is possible."""
+    shape = source.spec.shape
+    if not shape or not 0 <= start <= stop <= shape[0]:
+        raise RecipeError(f"{printable(source.spec.name)} of shape {list(shape)} has no rows {start} to {stop}")
+    if (start, stop) == (0, shape[0]):
+        return source
+    return source.rows(start, stop) or _made(source, ((start, stop - start),))
+
+
+def gathered(source: Source, indices: Iterable[int]) -> Source:
+    """The rows of a source at these indices, in their order; an index may come more than once.
+
+    Neighbours are read together. Raises RecipeError for an index that the source does not have.
+    """
+    shape, runs = source.spec.shape, list[tuple[int, int]]()
+    for index in map(int, indices):
+        if not shape or not 0 <= index < shape[0]:
+            raise RecipeError(f"{printable(source.spec.name)} of shape {list(shape)} has no row {index}")
+        if runs and runs[-1][0] + runs[-1][1] == index:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((index, 1))
+    if len(runs) == 1:
+        return rows_of(source, runs[0][0], sum(runs[0]))
+    return _made(source, tuple(runs))
+
+
+def _made(source: Source, runs: tuple[tuple[int, int], ...]) -> Rows:
+    spec = source.spec
+    count = sum(number for _, number in runs)
+    return Rows(TensorSpec(spec.name, spec.dtype, (count, *spec.shape[1:])), source, runs)
+
+
+class _Reader(Reader):
+    def __init__(self, source: Rows, room: Room, short: bool) -> None:
+        self._reader, self._room = source.source.open(room), room
+        self._row, self._size = source.row_elems, source.spec.dtype.element_bytes
+        self._starts = [first * self._row for first, _ in source.runs]
+        self._ends = [rows * self._row for rows in accumulate(number for _, number in source.runs)]
+        self._scratch = room.take(COPY_BYTES) if short else None
+
+    def read(self, start: int, stop: int, out: memoryview) -> memoryview:
+        at, run = start, bisect_right(self._ends, start)
+        while at < stop:
+            if self._scratch is not None:
+                taken = self._together(at, stop, run, out[(at - start) * self._size :], self._scratch)
+                if taken > at:
+                    at, run = taken, bisect_right(self._ends, taken)
+                    continue
+            end = min(stop, self._ends[run])
+            if end > at:
+                self._run(run, at, end, out[(at - start) * self._size : (end - start) * self._size])
+            at, run = end, run + 1
+        return out
+
+    def _inner(self, run: int, at: int) -> int:
+        """The element of the inner source that is element ``at`` here."""
+        return self._starts[run] + at - (self._ends[run - 1] if run else 0)
+
+    def _run(self, run: int, at: int, end: int, part: memoryview) -> None:
+        begin = self._inner(run, at)
+        made = self._reader.read(begin, begin + end - at, part)
+        if made is not part:
+            part[:] = made
+
+    def _together(self, at: int, stop: int, run: int, out: memoryview, scratch: memoryview) -> int:
+        """Reads the block of the inner source that holds many short runs, and puts them in order. Returns where it ended:
+        at ``at`` when the runs lie too far apart."""
+        import torch
+
+        most, row, size = len(scratch) // self._size, self._row, self._size
+        if at % row or stop - at < 2 * row:
+            return at
+        low = high = self._inner(run, at)
+        picked: list[int] = []
+        end, each = at, run
+        while end + row <= stop and each < len(self._ends):
+            until = min(stop - (stop - end) % row, self._ends[each])
+            begin = self._inner(each, end)
+            new_low, new_high = min(low, begin), max(high, begin + until - end)
+            if new_high - new_low > most:
+                break
+            low, high = new_low, new_high
+            picked.extend(range(begin // row, (begin + until - end) // row))
+            end, each = until, each + 1
+        if each - run < 2 or (high - low) * size > max((end - at) * size, (each - run) * _SHORT_BYTES):
+            return at
+        self._room.halt()
+        part = scratch[: (high - low) * size]
+        made = self._reader.read(low, high, part)
+        table = torch.frombuffer(made, dtype=torch.uint8).view(-1, row * size)
+        chosen = torch.tensor(picked) - low // row
+        into = torch.frombuffer(out[: (end - at) * size], dtype=torch.uint8).view(-1, row * size)
+        torch.index_select(table, 0, chosen, out=into)
+        return end
