@@ -203,8 +203,6 @@ WITHOUT_TESTS = {
     "recipe.reader",
     "recipe.scalars",
     "recipe.summary",
-    "running.engine",
-    "running.executors.base",
     "running.readback",
     "sources.base",
     "stores.faults",

@@ -31,6 +31,7 @@ from streammerge.options import (
     Choosing,
     Converting,
     Ema,
+    Executing,
     Integers,
     Io,
     Merging,
@@ -50,8 +51,9 @@ from streammerge.planning.receipt import Receipt
 from streammerge.recipe.arguments import conversion, overridden, recipe_of
 from streammerge.recipe.model import Recipe
 from streammerge.recipe.reader import read_recipe
+from streammerge.running.choosing import choose_executor
 from streammerge.running.execution import Result, default_workers, execute, refuse_extras
-from streammerge.running.executors.registry import find_executor
+from streammerge.running.executors.base import Executors
 from streammerge.running.process import collector_paused, resident_bytes
 from streammerge.running.readback import receipt_of
 from streammerge.running.session import RunOptions
@@ -114,6 +116,7 @@ def plan(
     memory: str | int = DEFAULT_MEMORY,
     workers: int | None = None,
     io: Io = "mmap",
+    executor: str | Callable[[int], Any] = "auto",
     max_shard_size: str | int | None = None,
     keep_optimizer: bool | None = None,
     allow_nonfinite: bool | None = None,
@@ -161,6 +164,7 @@ def merge(
     memory: str | int = DEFAULT_MEMORY,
     workers: int | None = None,
     io: Io = "mmap",
+    executor: str | Callable[[int], Any] = "auto",
     max_shard_size: str | int | None = None,
     keep_optimizer: bool | None = None,
     allow_nonfinite: bool | None = None,
@@ -168,7 +172,6 @@ def merge(
     overwrite: bool = False,
     resume: bool = True,
     polite: bool = False,
-    executor: str | Callable[[int], Any] = "threads",
     listener: Listener = quiet,
 ) -> Result:
     """Merges checkpoints into ``out``, one chunk at a time.
@@ -180,7 +183,7 @@ def merge(
     TaskError; the output is then not there. Returns what was read, written and needed.
     """
     given = locals()
-    request, running = _Request.of(given), _run_options(picked(Running, given), listener)
+    request, running = _Request.of(given), _run_options(given)
     if request.out is None:
         raise RecipeError("a merge needs a name for its output; pass `out`")
     request.out.sweep()
@@ -209,6 +212,7 @@ def convert(
     memory: str | int = DEFAULT_MEMORY,
     workers: int | None = None,
     io: Io = "mmap",
+    executor: str | Callable[[int], Any] = "auto",
     max_shard_size: str | int | None = None,
     keep_optimizer: bool | None = None,
     allow_nonfinite: bool | None = None,
@@ -216,7 +220,6 @@ def convert(
     overwrite: bool = False,
     resume: bool = True,
     polite: bool = False,
-    executor: str | Callable[[int], Any] = "threads",
     listener: Listener = quiet,
 ) -> Result:
     """Writes a checkpoint in another container: ``.pth`` to safetensors or back, one file or shards.
@@ -226,14 +229,14 @@ def convert(
     """
     given = locals()
     asked, selection, output = picked(Converting, given), picked(Selection, given), picked(Output, given)
-    resources, running = picked(Resources, given), _run_options(picked(Running, given), listener)
+    resources, running = picked(Resources, given), _run_options(given)
     held = Held()
     source, target = _named("path", path, held), parse(_path("out", out))
     target.sweep()
     target.check_writable(running.overwrite)
     before = resident_bytes()
     recipe = conversion(source, asked.drop, asked.keep, asked.overrides | selection.overrides | output.overrides)
-    planned = _plan(recipe, target, resources, hashed=output.hash, held=held)
+    planned = _plan(recipe, target, resources, running.executor, hashed=output.hash, held=held)
     if asked.extras is not None:
         refuse_extras(parse(asked.extras), planned, running.overwrite)
     result = execute(planned, running, before)
@@ -315,6 +318,7 @@ class _Request:
     policies: Policies
     selection: Selection
     resources: Resources
+    executing: Executing
     output: Output
 
     @classmethod
@@ -338,7 +342,7 @@ class _Request:
             None if out is None else parse(_path("out", out)),
             recipe if recipe is None or isinstance(recipe, Mapping) else _path("recipe", recipe),
             merging,
-            *(picked(group, given) for group in (Choosing, Policies, Selection, Resources, Output)),  # type: ignore[arg-type]
+            *(picked(group, given) for group in (Choosing, Policies, Selection, Resources, Executing, Output)),  # type: ignore[arg-type]
         )
 
     def plan(self) -> Plan:
@@ -362,7 +366,7 @@ class _Request:
             _refuse_beside_recipe({**theirs, "ema_decay": decay, **choice, **parameters})
             recipe = overridden(read_recipe(self.recipe, asked.own_methods), overrides)
         folder = None if asked.convert_first is None else parse(asked.convert_first)
-        planned = _plan(recipe, self.out, self.resources, folder, self.output.hash, self.held)
+        planned = _plan(recipe, self.out, self.resources, self.executing.executor, folder, self.output.hash, self.held)
         planned.notes[:0] = notes
         return planned
 
@@ -404,10 +408,11 @@ def _may_hold_tensors(value: Any) -> bool:
     return is_array(value) or is_tensor(value) or isinstance(value, Mapping | list | tuple)
 
 
-def _run_options(asked: Running, listener: Listener) -> RunOptions:
+def _run_options(given: Mapping[str, Any]) -> RunOptions:
+    asked, executing, listener = picked(Running, given), picked(Executing, given), given["listener"]
     if not callable(listener):
         raise RecipeError(f"`listener` takes a function of one event, not {printable(listener, 60)}")
-    return RunOptions(asked.overwrite, asked.resume, asked.polite, listener, find_executor(asked.executor))
+    return RunOptions(asked.overwrite, asked.resume, asked.polite, listener, executing.executor)
 
 
 def _weights(weights: Sequence[float] | None, ema_decay: float | None, inputs: int) -> Sequence[float] | None:
@@ -431,6 +436,7 @@ def _plan(
     recipe: Recipe,
     out: Location | None,
     resources: Resources,
+    executor: str | Executors,
     convert_first: Location | None = None,
     hashed: bool = False,
     held: Held | None = None,
@@ -450,6 +456,7 @@ def _plan(
             io=resources.io,
             hashed=hashed,
         )
+    choose_executor(planned, executor)
     planned.warnings += _output_warnings(planned)
     return planned
 
@@ -477,7 +484,7 @@ def _remade(out: Location, receipt: Receipt, folder: Location, own_methods: bool
     recipe = read_recipe(receipt.own_recipe(), own_methods, folder)
     hashed = any("sha256" in said for said in receipt.inputs.values())
     name = "output" if out.is_folder() else f"output.{'pth' if receipt.kind is CRC32 else 'safetensors'}"
-    planned = _plan(recipe, parse(name), resources, hashed=hashed)
+    planned = _plan(recipe, parse(name), resources, "threads", hashed=hashed)
     check_inputs(planned, receipt)
     return planned
 

@@ -384,20 +384,27 @@ class Resources(Options):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class Executing(Options):
+    """What the workers are. The output's bytes do not depend on it."""
+
+    executor: str | Callable[[int], Any] = option(
+        "What the workers are: threads, processes, or the name of another executor; auto takes processes for more than "
+        "four workers and much to read. In Python also what makes an executor of so many workers.",
+        default="auto",
+        metavar="NAME",
+    )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Running(Options):
     """How the output is made. Its bytes depend on none of it."""
 
     overwrite: bool = option("Replace a finished output.", TRUTH, default=False)
     resume: bool = option("False: start over instead of continuing an interrupted run.", TRUTH, default=True, negated=True)
     polite: bool = option("Give the inputs' page cache back behind the cursor.", TRUTH, default=False)
-    executor: str | Callable[[int], Any] = option(
-        "What runs the work: the name of an executor; in Python also what makes one of so many workers.",
-        default="threads",
-        metavar="NAME",
-    )
 
 
-MERGE = (Merging, Choosing, Policies, Selection, Resources, Output, Running)
-PLAN = (Merging, Choosing, Policies, Selection, Resources, Output)
-CONVERT = (Converting, Selection, Resources, Output, Running)
+MERGE = (Merging, Choosing, Policies, Selection, Resources, Executing, Output, Running)
+PLAN = (Merging, Choosing, Policies, Selection, Resources, Executing, Output)
+CONVERT = (Converting, Selection, Resources, Executing, Output, Running)
 VERIFY = (Verifying, Resources)

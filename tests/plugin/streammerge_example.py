@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Generator, Iterable
-from typing import Any
+from collections.abc import Generator, Iterable
+from contextlib import closing
 
 import streammerge as sm
 from streammerge.errors import FormatError, printable
 from streammerge.formats.base import Container, Match, flat_tensor
+from streammerge.running.executors.base import Executor, Host, Result, Unit, Work
 from streammerge.sources.stored import Stored
 from streammerge.tensors.dtypes import DType
 
@@ -35,15 +35,17 @@ class Numbers:
         return Container(path, "numbers", {"w": flat_tensor(entry)}, {}, (path,))
 
 
-class OneByOne:
-    """Runs the tasks on the calling thread, whatever the number of workers."""
+class OneByOne(Executor):
+    """Does the units on the calling thread, whatever the number of workers."""
 
     def __init__(self, workers: int) -> None:
-        self.workers, self.stopping = 1, threading.Event()
+        super().__init__(workers)
+        self.stopping = False
 
-    def run(self, tasks: Iterable[Any], run_one: Callable[[Any], Any], backlog: int = 64) -> Generator[Any, None, None]:
-        self.stopping.clear()
+    def run(self, work: Work[Unit, Result], units: Iterable[Unit], backlog: int = 64) -> Generator[Result, None, None]:
+        self.stopping = False
         try:
-            yield from map(run_one, tasks)
+            with closing(work.open(Host(lambda: self.stopping))) as worker:
+                yield from map(worker.run, units)
         finally:
-            self.stopping.set()
+            self.stopping = True

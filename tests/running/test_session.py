@@ -123,7 +123,7 @@ def test_two_interruptions(pair: list[Path], tmp_path: Path) -> None:
     assert content(out) == content(whole)
 
 
-@pytest.mark.parametrize("where", ["plan_parts", "strangers", "spooled_tasks", "outside"])
+@pytest.mark.parametrize("where", ["session.plan_parts", "session.strangers", "session.spooled_tasks", "reading.outside"])
 def test_an_interruption_before_the_first_piece_loses_nothing(
     pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -133,7 +133,7 @@ def test_an_interruption_before_the_first_piece_loses_nothing(
     out = tmp_path / "out.safetensors"
     interrupt(pair, out, hash=True)
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(f"streammerge.running.session.{where}", interrupted)
+        patched.setattr(f"streammerge.running.{where}", interrupted)
         sm.merge(pair, out, hash=True)
     (event,) = resumed_events(lambda listener: sm.merge(pair, out, hash=True, listener=listener))
     assert event.kept_bytes >= 5 * 4 * 77

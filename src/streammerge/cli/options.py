@@ -35,7 +35,7 @@ def complete_executor(context: click.Context, parameter: click.Parameter, begun:
     """For the shell: the executors that begin so."""
     from streammerge.running.executors.registry import executors
 
-    return [name for name in executors() if name.startswith(begun)]
+    return [name for name in ("auto", *executors()) if name.startswith(begun)]
 
 
 _COMPLETIONS = {"method": complete_method, "executor": complete_executor}

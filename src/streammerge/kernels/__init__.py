@@ -7,5 +7,6 @@ Each module imports only modules above it::
     chunk        the numbers of every model at some elements
     reductions   sums over a group, in one pass
     kth_largest  exact order statistics of a group, in a few passes
+    record       results of passes, for a second binding elsewhere
     group        the same-named tensors of all models
 """

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 Kernel = Callable[["Chunk"], "torch.Tensor"]
 """Makes one chunk of the output from a chunk of the inputs."""
 T = TypeVar("T")
+Answer_co = TypeVar("Answer_co", covariant=True)
+Look = Callable[["Chunk"], Iterable["torch.Tensor"]]
+"""What a method wants to know of a chunk, such as the magnitudes of its numbers. It is made where the method is bound."""
 _SAMPLE_SPAN = 1 << 11
 
 
@@ -23,13 +26,24 @@ class Buffers(Protocol):
     def get(self, slot: str, dtype: torch.dtype, elems: int) -> torch.Tensor: ...
 
 
-class Sweep(Protocol):
-    """Runs ``work`` on the chunks of each piece of elements ``start`` to ``stop``, possibly on several workers.
+class Step(Protocol[Answer_co]):
+    """Makes one answer of what ``look`` finds in the chunks of a piece.
 
-    Yields the results in the order of the pieces. ``sparse``: passes only one of ``sparse`` short spans, as a sample.
+    A step is plain data that can be pickled: a worker in another process binds the method itself, which gives it the look,
+    and is sent the step.
     """
 
-    def __call__(self, work: Callable[[Iterable[Chunk]], T], start: int, stop: int, sparse: int = 0) -> Iterator[T]: ...
+    def __call__(self, look: Look, chunks: Iterable[Chunk], /) -> Answer_co: ...
+
+
+class Sweep(Protocol):
+    """Takes a step over each piece of elements ``start`` to ``stop``, maybe on several workers at once.
+
+    Yields the answers in the order of the pieces. ``sparse``: the chunks are a sample, short spans of elements of which
+    one is taken from so many.
+    """
+
+    def __call__(self, look: Look, step: Step[T], start: int, stop: int, sparse: int = 0) -> Iterator[T]: ...
 
 
 class Swept(Protocol):

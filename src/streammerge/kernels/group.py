@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from streammerge.kernels import kth_largest, reductions
-from streammerge.kernels.chunk import Chunk, Kernel, Sweep, T, chunk_spans, whole_rows
+from streammerge.kernels.chunk import Chunk, Kernel, Look, Step, Sweep, T, chunk_spans, whole_rows
 from streammerge.kernels.random import uniform
 from streammerge.kernels.ranking import Cut
+from streammerge.kernels.record import Record
 from streammerge.tensors.spec import GRAIN
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ class TensorGroup:
 
     ``models`` is their number, without the base; ``based`` says whether there is a base. ``shape`` is the shape of
     each. ``row`` elements belong together and are never split between chunks. ``compute`` is the dtype of the
-    arithmetic.
+    arithmetic. ``record`` holds results of passes, which are taken from it instead of being computed.
     """
 
     name: str
@@ -39,6 +41,7 @@ class TensorGroup:
     based: bool = False
     row: int = 1
     seed: int = 0
+    record: Record | None = None
 
     @property
     def elems(self) -> int:
@@ -55,12 +58,12 @@ class TensorGroup:
         A tensor of the chunk's length gives a number; one of shape (rows, columns) gives the sum of each column.
         Partial sums of grains are added in their order, so a sum does not depend on how the run was divided.
         """
-        return reductions.reduce(self, terms)
+        return self._pass(partial(reductions.reduce, self, terms))
 
     def gram(self, deltas: bool = False) -> torch.Tensor:
         """Returns the (models, models) matrix of inner products in float64. ``deltas``: subtracts the base from the
         models before they are multiplied."""
-        return reductions.gram(self, deltas)
+        return self._pass(partial(reductions.gram, self, deltas))
 
     def kth_largest(
         self,
@@ -75,7 +78,10 @@ class TensorGroup:
         of all elements or more keeps everything. With ``signed`` only the thresholds are valid. For ranks within a row,
         which is always held whole, use :func:`streammerge.kernels.ranking.row_ranks`.
         """
-        return kth_largest.kth_largest(self, values, ranks, signed)
+        return self._pass(partial(kth_largest.kth_largest, self, values, ranks, signed))
+
+    def _pass(self, run: Callable[[], T]) -> T:
+        return run() if self.record is None else self.record.next(run)
 
     def uniform(self, chunk: Chunk, model: int) -> torch.Tensor:
         """Returns float32 random numbers in [0, 1), one per element of the chunk. They depend on seed, tensor name,
@@ -117,8 +123,8 @@ class TensorGroup:
                     len(models),
                 )
 
-        def sweep(work: Callable[[Iterable[Chunk]], T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
-            yield work(chunks(start, stop, sparse))
+        def sweep(look: Look, step: Step[T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
+            yield step(look, chunks(start, stop, sparse))
 
         return cls(name, tuple(sources[0].shape), len(models), compute, sweep, base is not None, row, seed)
 
@@ -126,11 +132,15 @@ class TensorGroup:
         """Returns the whole tensor that a kernel makes, in the compute dtype. It is held in memory, to try a method."""
         import torch
 
-        def work(chunks: Iterable[Chunk]) -> list[torch.Tensor]:
-            return [kernel(chunk).reshape(-1).clone() for chunk in chunks]
+        def look(chunk: Chunk) -> list[torch.Tensor]:
+            return [kernel(chunk).reshape(-1).clone()]
 
-        made = [chunk for piece in self.sweep(work, 0, self.elems) for chunk in piece]
+        made = [chunk for piece in self.sweep(look, _everything, 0, self.elems) for chunk in piece]
         return torch.cat(made).reshape(self.shape) if made else torch.empty(self.shape, dtype=self.compute)
+
+
+def _everything(look: Look, chunks: Iterable[Chunk]) -> list[torch.Tensor]:
+    return [tensor for chunk in chunks for tensor in look(chunk)]
 
 
 class _Allocated:

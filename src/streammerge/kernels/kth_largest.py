@@ -4,7 +4,7 @@ passes."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,16 +14,14 @@ from streammerge.tensors.spec import ranges
 if TYPE_CHECKING:
     import torch
 
-    from streammerge.kernels.chunk import Chunk, Swept
-
-    Values = Callable[[Chunk], Iterable[torch.Tensor]]
+    from streammerge.kernels.chunk import Chunk, Look, Swept
 
 _FEW_ELEMS = 1 << 13
 Wanted = tuple[int, int]
 """(number of the tensor, rank)."""
 
 
-def kth_largest(group: Swept, values: Values, ranks: Sequence[Sequence[int]], signed: bool) -> list[list[Cut]]:
+def kth_largest(group: Swept, values: Look, ranks: Sequence[Sequence[int]], signed: bool) -> list[list[Cut]]:
     """See :meth:`TensorGroup.kth_largest`."""
     wanted = [
         (number, rank) for number, of in enumerate(ranks) for rank in sorted(set(of)) if 0 < rank < group.elems + signed
@@ -40,7 +38,7 @@ def kth_largest(group: Swept, values: Values, ranks: Sequence[Sequence[int]], si
 
 
 @dataclass(slots=True)
-class _Look:
+class _Found:
     """The result of one look at all numbers.
 
     ``above``: how many numbers are above the guess; ``values`` and ``places``: those inside it. If the guess has
@@ -52,32 +50,49 @@ class _Look:
     places: list[torch.Tensor] = field(default_factory=list)
     equal: list[list[tuple[int, int]]] = field(default_factory=list)
 
-    def add(self, other: _Look) -> None:
+    def add(self, other: _Found) -> None:
         self.above = [a + b for a, b in zip(self.above, other.above, strict=True)]
         self.values += other.values
         self.places += other.places
         for mine, more in zip(self.equal, other.equal, strict=True):
             mine += more
 
+    def join(self) -> None:
+        """Joins the collected tensors: one tensor is sent faster than many."""
+        import torch
 
-def _at_once(group: Swept, values: Values, wanted: Sequence[Wanted]) -> dict[Wanted, Cut]:
+        if len(self.values) > 1:
+            self.values, self.places = [torch.cat(self.values)], [torch.cat(self.places)]
+
+
+@dataclass(frozen=True, slots=True)
+class _LookAround:
+    """Counts and collects numbers around each guess. ``grain``: see :class:`TensorGroup`."""
+
+    guesses: dict[Wanted, Guess]
+    grain: int
+
+    def __call__(self, look: Look, chunks: Iterable[Chunk]) -> dict[Wanted, _Found]:
+        found = {which: _nothing(guess) for which, guess in self.guesses.items()}
+        for chunk in chunks:
+            for which, tensor in _those_of(self.guesses, look(chunk)):
+                found[which].add(_around(chunk, tensor.reshape(-1), self.guesses[which], self.grain))
+        for one in found.values():
+            one.join()
+        return found
+
+
+def _at_once(group: Swept, values: Look, wanted: Sequence[Wanted]) -> dict[Wanted, Cut]:
     """Returns the cuts that one pass can find. The sample decides which cuts are found, but never their values."""
     guesses = _guesses(group, values, wanted)
     if not guesses:
         return {}
 
-    def work(chunks: Iterable[Chunk]) -> dict[Wanted, _Look]:
-        found = {which: _nothing(guesses[which]) for which in guesses}
-        for chunk in chunks:
-            for which, tensor in _those_of(guesses, values(chunk)):
-                found[which].add(_look(group, chunk, tensor.reshape(-1), guesses[which]))
-        return found
-
-    looks = {which: _nothing(guesses[which]) for which in guesses}
-    for found in group.sweep(work, 0, group.elems):
-        for which, look in found.items():
-            looks[which].add(look)
-    cuts = {which: _settle(group, values, which, guesses[which], look) for which, look in looks.items()}
+    totals = {which: _nothing(guess) for which, guess in guesses.items()}
+    for found in group.sweep(values, _LookAround(guesses, group.grain), 0, group.elems):
+        for which, one in found.items():
+            totals[which].add(one)
+    cuts = {which: _settle(group, values, which, guesses[which], total) for which, total in totals.items()}
     return {which: cut for which, cut in cuts.items() if cut}
 
 
@@ -89,54 +104,63 @@ def _those_of(wanted: Iterable[Wanted], tensors: Iterable[torch.Tensor]) -> Iter
                 yield which, tensor
 
 
-def _guesses(group: Swept, values: Values, wanted: Sequence[Wanted]) -> dict[Wanted, Guess]:
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """Collects the numbers of the wanted tensors."""
+
+    wanted: frozenset[int]
+
+    def __call__(self, look: Look, chunks: Iterable[Chunk]) -> dict[int, torch.Tensor]:
+        import torch
+
+        picked: dict[int, list[torch.Tensor]] = {number: [] for number in self.wanted}
+        for chunk in chunks:
+            for number, tensor in enumerate(look(chunk)):
+                if number in self.wanted:
+                    picked[number].append(tensor.reshape(-1).clone())
+        return {number: torch.cat(parts) for number, parts in picked.items() if parts}
+
+
+def _guesses(group: Swept, values: Look, wanted: Sequence[Wanted]) -> dict[Wanted, Guess]:
     import torch
 
-    numbers = {number for number, _ in wanted}
+    numbers = frozenset(number for number, _ in wanted)
     if group.elems <= _FEW_ELEMS:  # smaller than a sample: collect everything
         return {which: Guess(-math.inf, math.inf) for which in wanted}
 
-    def work(chunks: Iterable[Chunk]) -> dict[int, list[torch.Tensor]]:
-        picked: dict[int, list[torch.Tensor]] = {number: [] for number in numbers}
-        for chunk in chunks:
-            for number, tensor in enumerate(values(chunk)):
-                if number in numbers:
-                    picked[number].append(tensor.reshape(-1).clone())
-        return picked
-
     samples: dict[int, list[torch.Tensor]] = {number: [] for number in numbers}
-    for picked in group.sweep(work, 0, group.elems, sparse=-(-group.elems // sample_elems(group.elems))):
-        for number, parts in picked.items():
-            samples[number] += parts
-    joined = {number: torch.cat(parts) for number, parts in samples.items()}
+    sparse = -(-group.elems // sample_elems(group.elems))
+    for picked in group.sweep(values, _Sample(numbers), 0, group.elems, sparse):
+        for number, part in picked.items():
+            samples[number].append(part)
+    joined = {number: parts[0] if len(parts) == 1 else torch.cat(parts) for number, parts in samples.items()}
     made = {which: guess(joined[which[0]], which[1], group.elems) for which in wanted}
     found = {which: one for which, one in made.items() if one}
     return found if affordable(list(found.values()), group.elems) else {}
 
 
-def _nothing(one: Guess) -> _Look:
+def _nothing(one: Guess) -> _Found:
     count = max(len(one.candidates), 1)
-    return _Look([0] * count, equal=[[] for _ in one.candidates])
+    return _Found([0] * count, equal=[[] for _ in one.candidates])
 
 
-def _look(group: Swept, chunk: Chunk, tensor: torch.Tensor, one: Guess) -> _Look:
+def _around(chunk: Chunk, tensor: torch.Tensor, one: Guess, grain: int) -> _Found:
     import torch
 
     scratch = chunk.empty("scratch")
     if not one.candidates:
         picked, places = inside(tensor, one.low, one.high, scratch)
-        return _Look([count_above(tensor, one.high, scratch)], [picked], [places + chunk.start])
+        return _Found([count_above(tensor, one.high, scratch)], [picked], [places + chunk.start])
     above, equal = [], []
     for candidate in one.candidates:
         above.append(count_above(tensor, candidate, scratch))
         same = torch.eq(tensor, candidate, out=scratch)
-        equal.append([(chunk.start + a, int(same[a:b].sum())) for a, b in ranges(len(same), group.grain)])
-    return _Look(above, equal=equal)
+        equal.append([(chunk.start + a, int(same[a:b].sum())) for a, b in ranges(len(same), grain)])
+    return _Found(above, equal=equal)
 
 
-def _settle(group: Swept, values: Values, which: Wanted, one: Guess, look: _Look) -> Cut | None:
+def _settle(group: Swept, values: Look, which: Wanted, one: Guess, look: _Found) -> Cut | None:
     """Returns the cut, or None if the guess was wrong."""
-    import torch
 
     number, rank = which
     if one.candidates:
@@ -145,7 +169,8 @@ def _settle(group: Swept, values: Values, which: Wanted, one: Guess, look: _Look
                 return Cut(rank, candidate, _stop(group, values, number, candidate, rank - above, equal))
         return None
     kept = rank - look.above[0]
-    picked, places = torch.cat(look.values), torch.cat(look.places)
+    look.join()
+    picked, places = look.values[0], look.places[0]
     if not 0 < kept <= len(picked):
         return None
     threshold = float(picked.kthvalue(len(picked) - kept + 1).values)
@@ -154,7 +179,24 @@ def _settle(group: Swept, values: Values, which: Wanted, one: Guess, look: _Look
     return Cut(rank, threshold, group.elems if kept == len(same) else int(same[kept - 1]) + 1)
 
 
-def _stop(group: Swept, values: Values, number: int, threshold: float, kept: int, equal: Sequence[tuple[int, int]]) -> int:
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Finds the element indices of the numbers of one tensor that equal a threshold."""
+
+    number: int
+    threshold: float
+
+    def __call__(self, look: Look, chunks: Iterable[Chunk]) -> torch.Tensor:
+        import torch
+
+        found = []
+        for chunk in chunks:
+            tensor = next(tensor for number, tensor in enumerate(look(chunk)) if number == self.number)
+            found.append((tensor.reshape(-1) == self.threshold).nonzero()[:, 0] + chunk.start)
+        return torch.cat(found)
+
+
+def _stop(group: Swept, values: Look, number: int, threshold: float, kept: int, equal: Sequence[tuple[int, int]]) -> int:
     """Returns the element index after the last of the ``kept`` numbers equal to the threshold. ``equal`` counts such
     numbers per grain."""
     if kept == sum(count for _, count in equal):
@@ -166,23 +208,15 @@ def _stop(group: Swept, values: Values, number: int, threshold: float, kept: int
         kept -= equal[grain][1]
         grain += 1
     begin = equal[grain][0]
-
-    def work(chunks: Iterable[Chunk]) -> list[torch.Tensor]:
-        found = []
-        for chunk in chunks:
-            tensor = next(tensor for n, tensor in enumerate(values(chunk)) if n == number)
-            found.append((tensor.reshape(-1) == threshold).nonzero()[:, 0] + chunk.start)
-        return found
-
     stop = min(begin + group.grain, group.elems)
-    places = torch.cat([places for found in group.sweep(work, begin, stop) for places in found])
+    places = torch.cat([*group.sweep(values, _Places(number, threshold), begin, stop)])
     return int(places[kept - 1]) + 1
 
 
 # --------------------------------------------------------------------------------------------------- by histograms
 
 
-def _by_histograms(group: Swept, values: Values, wanted: Sequence[Wanted], signed: bool) -> dict[Wanted, Cut]:
+def _by_histograms(group: Swept, values: Look, wanted: Sequence[Wanted], signed: bool) -> dict[Wanted, Cut]:
     searches = {which: Search.of(which[1], 8 * group.compute.itemsize) for which in wanted}
     while not all(search.done for search in searches.values()):
         _narrow(group, values, searches, signed)
@@ -195,24 +229,31 @@ def _by_histograms(group: Swept, values: Values, wanted: Sequence[Wanted], signe
     return cuts
 
 
-def _narrow(group: Swept, values: Values, searches: dict[Wanted, Search], signed: bool) -> None:
-    """Runs one round: one histogram for each tensor and each bin that one of its searches has reached."""
-    places = {(number, s.shift, s.low) for (number, _), s in searches.items() if not s.done}
+@dataclass(frozen=True, slots=True)
+class _Histograms:
+    """Counts keys in bins. ``places``: (number of the tensor, shift, low) of each histogram."""
 
-    def work(chunks: Iterable[Chunk]) -> dict[tuple[int, int, int], torch.Tensor]:
+    places: frozenset[tuple[int, int, int]]
+    signed: bool
+
+    def __call__(self, look: Look, chunks: Iterable[Chunk]) -> dict[tuple[int, int, int], torch.Tensor]:
         counts: dict[tuple[int, int, int], torch.Tensor] = {}
         for chunk in chunks:
-            for number, tensor in enumerate(values(chunk)):
-                here = [place for place in places if place[0] == number]
+            for number, tensor in enumerate(look(chunk)):
+                here = [place for place in self.places if place[0] == number]
                 if here:
-                    keys = chunk.sort_keys(tensor, signed)
+                    keys = chunk.sort_keys(tensor, self.signed)
                 for place in here:
                     found = histogram(keys, *place[1:], chunk.empty("places", keys.dtype))
                     counts[place] = counts[place].add_(found) if place in counts else found
         return counts
 
+
+def _narrow(group: Swept, values: Look, searches: dict[Wanted, Search], signed: bool) -> None:
+    """Runs one round: one histogram for each tensor and each bin that one of its searches has reached."""
+    places = frozenset((number, s.shift, s.low) for (number, _), s in searches.items() if not s.done)
     totals: dict[tuple[int, int, int], torch.Tensor] = {}
-    for counts in group.sweep(work, 0, group.elems):
+    for counts in group.sweep(values, _Histograms(places, signed), 0, group.elems):
         for place, found in counts.items():
             totals[place] = totals[place].add_(found) if place in totals else found
     for (number, _), search in searches.items():
@@ -220,20 +261,28 @@ def _narrow(group: Swept, values: Values, searches: dict[Wanted, Search], signed
             search.narrow(totals[number, search.shift, search.low])
 
 
-def _equal(group: Swept, values: Values, thresholds: dict[Wanted, float]) -> dict[Wanted, list[tuple[int, int]]]:
+@dataclass(frozen=True, slots=True)
+class _Equal:
     """Counts the numbers equal to each threshold, per grain, as (first element of the grain, count)."""
-    import torch
 
-    def work(chunks: Iterable[Chunk]) -> dict[Wanted, list[tuple[int, int]]]:
-        counts: dict[Wanted, list[tuple[int, int]]] = {which: [] for which in thresholds}
+    thresholds: dict[Wanted, float]
+    grain: int
+
+    def __call__(self, look: Look, chunks: Iterable[Chunk]) -> dict[Wanted, list[tuple[int, int]]]:
+        import torch
+
+        counts: dict[Wanted, list[tuple[int, int]]] = {which: [] for which in self.thresholds}
         for chunk in chunks:
-            for which, tensor in _those_of(thresholds, values(chunk)):
-                same = torch.eq(tensor.reshape(-1), thresholds[which], out=chunk.empty("scratch"))
-                counts[which] += [(chunk.start + a, int(same[a:b].sum())) for a, b in ranges(len(same), group.grain)]
+            for which, tensor in _those_of(self.thresholds, look(chunk)):
+                same = torch.eq(tensor.reshape(-1), self.thresholds[which], out=chunk.empty("scratch"))
+                counts[which] += [(chunk.start + a, int(same[a:b].sum())) for a, b in ranges(len(same), self.grain)]
         return counts
 
+
+def _equal(group: Swept, values: Look, thresholds: dict[Wanted, float]) -> dict[Wanted, list[tuple[int, int]]]:
+    """Runs :class:`_Equal` over the whole tensor."""
     totals: dict[Wanted, list[tuple[int, int]]] = {which: [] for which in thresholds}
-    for counts in group.sweep(work, 0, group.elems) if thresholds else ():
+    for counts in group.sweep(values, _Equal(thresholds, group.grain), 0, group.elems) if thresholds else ():
         for which, found in counts.items():
             totals[which] += found
     return totals

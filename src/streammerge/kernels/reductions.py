@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streammerge.tensors.spec import ranges
@@ -11,20 +12,23 @@ from streammerge.tensors.spec import ranges
 if TYPE_CHECKING:
     import torch
 
-    from streammerge.kernels.chunk import Chunk, Swept
-
-    Terms = Callable[[Chunk], Iterable[torch.Tensor]]
+    from streammerge.kernels.chunk import Chunk, Look, Swept
 
 
-def reduce(group: Swept, terms: Terms) -> list[torch.Tensor]:
-    """See :meth:`TensorGroup.reduce`."""
-    import torch
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """Sums the terms of a piece, grain by grain; ``row``: see :class:`TensorGroup`."""
 
-    def work(chunks: Iterable[Chunk]) -> list[torch.Tensor]:
+    grain: int
+    row: int
+
+    def __call__(self, look: Look, chunks: Iterable[Chunk]) -> list[torch.Tensor]:
+        import torch
+
         totals: list[torch.Tensor] = []
         for chunk in chunks:
-            for number, values in enumerate(terms(chunk)):
-                step = group.grain // (group.row if values.dim() > 1 else 1)
+            for number, values in enumerate(look(chunk)):
+                step = self.grain // (self.row if values.dim() > 1 else 1)
                 for start, stop in list(ranges(len(values), step)) or [(0, 0)]:
                     partial = values[start:stop].sum(0, dtype=torch.float64)
                     if number == len(totals):
@@ -33,10 +37,14 @@ def reduce(group: Swept, terms: Terms) -> list[torch.Tensor]:
                         totals[number].add_(partial)
         return totals
 
+
+def reduce(group: Swept, terms: Look) -> list[torch.Tensor]:
+    """See :meth:`TensorGroup.reduce`."""
+
     def add(totals: list[torch.Tensor], more: list[torch.Tensor]) -> list[torch.Tensor]:
         return [total.add_(one) for total, one in zip(totals, more, strict=True)]
 
-    return functools.reduce(add, group.sweep(work, 0, group.elems))
+    return functools.reduce(add, group.sweep(terms, _Sums(group.grain, group.row), 0, group.elems))
 
 
 def gram(group: Swept, deltas: bool) -> torch.Tensor:

@@ -26,6 +26,8 @@ SPOOLING_BYTES = 8 << 20
 """Blocks of a compressed record before and after it is inflated."""
 BEST_TILE_BYTES = 8 << 20
 """What a reader of scattered elements reads ahead. Larger tiles read more of the file at each place that they visit."""
+PER_PROCESS_BYTES = 8 << 20
+"""What a worker holds beside because it is a process: pages of the interpreter that it writes to, and messages."""
 BEST_CHUNK_ELEMS = 4 * GRAIN
 """Twice that, and twice the window, for methods with passes, which do more with a chunk and look at tensors again."""
 BEST_OUT_BYTES = 8 << 20

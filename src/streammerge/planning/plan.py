@@ -39,7 +39,7 @@ class Plan:
     inflated first, with the name of a tensor in each. ``peak_bytes`` is projected memory above the start-up footprint;
     ``disk_bytes`` includes temporary files. ``taken``: how many tensors each rule of the recipe took. ``owners``: file ->
     the checkpoint that it belongs to. ``input_files``: what the receipt calls an input file -> where it is, and where its
-    tensors lie.
+    tensors lie. ``pickle_bytes``: what pickles hold while they are read and written. ``executor``: what the workers are.
     """
 
     recipe: Recipe
@@ -57,6 +57,8 @@ class Plan:
     taken: list[int] = field(default_factory=list)
     owners: dict[Location, Location] = field(default_factory=dict)
     input_files: dict[str, InputSpans] = field(default_factory=dict)
+    pickle_bytes: int = 0
+    executor: str = "threads"
 
     @property
     def peak_bytes(self) -> int:
@@ -108,6 +110,7 @@ class Plan:
             "memory_bytes": self.memory_bytes,
             "peak_bytes": self.peak_bytes,
             "workers": self.budget.workers,
+            "executor": self.executor,
             "chunk_elems": self.budget.chunk_elems,
             "io": self.io,
             "spooled_tensors": [each.spec.name for each in self.expressions if any(records(each))],
@@ -141,10 +144,10 @@ class Plan:
         if self.spooled:
             size = decimal_bytes(self.spooled_bytes)
             lines.append(f"spooled  {len(self.spooled)} compressed records, inflated into {size} of temporary files")
-        budget = self.budget
+        budget, processes = self.budget, " in processes" if self.executor == "processes" else ""
         lines.append(
             f"memory   {binary_bytes(self.peak_bytes)} projected of {binary_bytes(self.memory_bytes)}, above start-up "
-            f"({budget.workers} workers, chunks of {budget.chunk_elems} elements, {self.io})"
+            f"({budget.workers} workers{processes}, chunks of {budget.chunk_elems} elements, {self.io})"
         )
         lines += [f"note     {note}" for note in self.notes]
         lines += [f"warning  {warning}" for warning in self.warnings]
@@ -218,6 +221,7 @@ def build_plan(
         alignment.taken,
         {file: index.path for index in opened for file in index.files},
         output.inputs,
+        pickle_bytes,
     )
 
 

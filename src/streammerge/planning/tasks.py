@@ -98,14 +98,16 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class PieceDone:
-    """What came of elements ``start`` to ``stop`` of the task of that number: the checksum of their bytes, and non-finite
-    numbers met, by source. Small and plain, so that it can come from another process."""
+    """What came of elements ``start`` to ``stop`` of the task of that number: the checksum of their bytes, non-finite
+    numbers met, by source, and what their destination found in them. Small and plain, so that it can come from another
+    process."""
 
     number: int
     start: int
     stop: int
     checksum: int
     nonfinite: dict[str, int] = field(default_factory=dict)
+    found: Any = None
 
     def piece(self, tasks: Sequence[MergeTask]) -> Piece:
         return Piece(tasks[self.number], self.number, self.start, self.stop)

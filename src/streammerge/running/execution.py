@@ -24,7 +24,8 @@ from streammerge.units import binary_bytes, counted, decimal_bytes
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Result:
-    """What a run did. Memory is resident bytes by the kernel's count: ``peak_bytes`` above ``startup_bytes``."""
+    """What a run did. Memory is resident bytes by the kernel's count, those of worker processes included: ``peak_bytes``
+    above ``startup_bytes``."""
 
     out: Location
     read_bytes: int
@@ -72,8 +73,8 @@ def execute(plan: Plan, options: RunOptions, resident_before: int) -> Result:
         made.read_bytes,
         plan.write_bytes,
         seconds,
-        max(process.peak_resident_bytes() - startup, 0),
-        startup,
+        max(process.peak_resident_bytes() - startup, 0) + made.peak_bytes,
+        startup + made.startup_bytes,
         plan.memory_bytes,
         plan,
         (*plan.notes, *made.notes, *made.staging.notes),

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -20,14 +18,16 @@ from streammerge.planning.plan import Plan
 from streammerge.planning.receipt import ITSELF, written_like
 from streammerge.planning.tasks import Piece, PieceDone, pieces
 from streammerge.running import process
-from streammerge.running.engine import Engine, Halted
-from streammerge.running.executors.base import Executors
-from streammerge.running.executors.threads import ThreadExecutor
+from streammerge.running.choosing import executor_of
+from streammerge.running.engine import run_all
+from streammerge.running.executors.base import Executor, Executors
 from streammerge.running.readback import check_structure
+from streammerge.running.reading import ChecksumWork, HashWork
 from streammerge.running.relatives import strangers
 from streammerge.running.spooling import spooled_tasks
+from streammerge.running.worker import Job, OutputPlace, lent, modules_of, new_key
 from streammerge.sources.deflated import Record
-from streammerge.stores.base import COPY_BYTES, Location, Output, Staging, outside
+from streammerge.stores.base import COPY_BYTES, Location, Output, Staging
 from streammerge.stores.checksums import Checksum
 from streammerge.stores.inputs import InputFiles
 from streammerge.stores.journal import Finished, Journal, Key
@@ -37,18 +37,18 @@ from streammerge.units import decimal_bytes
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """How a plan is to be run; of all this the output shows nothing.
+    """How a plan is run. None of these options changes a byte of the output.
 
     ``overwrite``: replaces a finished output. ``resume``: goes on where a run of the same plan was interrupted, and
     stays to be continued when it is interrupted. ``polite``: gives the inputs' page cache back behind the cursor.
-    ``executor`` makes what runs the tasks, of so many workers.
+    ``executor``: what :func:`choose_executor` was given for the plan.
     """
 
     overwrite: bool = False
     resume: bool = True
     polite: bool = False
     listener: Listener = quiet
-    executor: Executors = ThreadExecutor
+    executor: str | Executors = "auto"
 
 
 class Production:
@@ -70,12 +70,35 @@ class Production:
         self._inputs = InputFiles(plan.identities, options.polite)
         self._outputs: list[Output] = []
         self._kind: Checksum = plan.layout.receipt.kind
-        self._executor = options.executor(plan.budget.workers)
-        self._engine = Engine(plan.budget, self._inputs, self._outputs, plan.io, self._kind, self._executor)
+        self._polite, self._executors = options.polite, executor_of(plan, options.executor)
+        self._modules = modules_of(plan.tasks, self._kind, plan.torch_needed)
+        self._used: Executor | None = None
+        self.startup_bytes = self.peak_bytes = 0
         self.journal = Journal(staging.record, plan_parts(plan), lambda: staging.outputs, self.resume)
 
     def make(self) -> None:
         """Everything, until it is on the disk. Raises what DESIGN names."""
+        try:
+            self._make()
+        finally:
+            self._end_workers()
+
+    @property
+    def _executor(self) -> Executor:
+        if self._used is None:
+            self._used = self._executors(self.plan.budget.workers)
+        return self._used
+
+    def _end_workers(self) -> None:
+        """Ends the workers, whose mapped files and buffers are not needed now. ``peak_bytes``: what those in other
+        processes held beyond ``startup_bytes``."""
+        used, self._used = self._used, None
+        if used is not None:
+            used.close()
+            self.startup_bytes = max(self.startup_bytes, used.startup_bytes)
+            self.peak_bytes = max(self.peak_bytes, used.peak_bytes)
+
+    def _make(self) -> None:
         self._take_up()
         hashes = self._hashes()
         self._spool()
@@ -95,6 +118,7 @@ class Production:
         """Makes what is missing, and waits for the disk; names of the files that it failed to store."""
         self.journal.begin(self._done.values())
         self._make_pieces()
+        self._end_workers()
         self._refuse_nonfinite()
         self._write_around(hashes)
         self._inputs.check_unchanged()
@@ -143,12 +167,18 @@ class Production:
         if not claimed:
             return
         saved_bytes = 0
-        there = (piece for n, task in enumerate(self._tasks) for piece in pieces(task, n) if piece.key in claimed)
-        with closing(self._executor.run(there, self._is_whole(claimed))) as results:
-            for key, read_bytes in results:
-                if read_bytes is not None:
-                    self._done[key] = claimed[key]
-                    saved_bytes += read_bytes
+        parts = (
+            ((number, piece.start, piece.stop), self._outputs[task.file].location, piece.offset, piece.nbytes)
+            for number, task in enumerate(self._tasks)
+            for piece in pieces(task, number)
+            if piece.key in claimed and (piece.offset, piece.nbytes) == claimed[piece.key].place
+        )
+        with closing(self._executor.run(ChecksumWork(self._kind, self._modules), parts)) as results:
+            for (number, start, stop), value in results:
+                piece = Piece(self._tasks[number], number, start, stop)
+                if value == claimed[piece.key].checksum:
+                    self._done[piece.key] = claimed[piece.key]
+                    saved_bytes += piece.read_bytes
         kept_bytes = sum(each.nbytes for each in self._done.values())
         self.listener(Resumed(kept_bytes, saved_bytes))
         there_of_all = f"{decimal_bytes(kept_bytes)} of {decimal_bytes(self.plan.layout.size)}"
@@ -175,17 +205,6 @@ class Production:
             "repeat that run to continue it, discard what it left (resume=False), or choose another output"
         )
 
-    def _is_whole(self, claimed: dict[Key, Finished]) -> Callable[[Piece], tuple[Key, int | None]]:
-        """Returns a check of one piece: its key, and the bytes that need not be read again; None if it is damaged."""
-
-        def check(piece: Piece) -> tuple[Key, int | None]:
-            said = claimed[piece.key]
-            fits = (said.offset, said.nbytes) == (piece.offset, piece.nbytes)
-            whole = fits and self._engine.written(piece) == said.checksum
-            return piece.key, piece.read_bytes if whole else None
-
-        return check
-
     # ------------------------------------------------------------------------------------------------------- inputs
 
     def _hashes(self) -> dict[str, str]:
@@ -193,17 +212,10 @@ class Production:
         wanted = {
             name: self.plan.input_files[name][0] for name, i in self.plan.layout.receipt.inputs.items() if "sha256" in i
         }
-
-        def hashed(name: str) -> tuple[str, str]:
-            digest = hashlib.sha256()
-            for data in outside(wanted[name], []):
-                if self._executor.stopping.is_set():
-                    raise Halted
-                digest.update(data)
-            return name, digest.hexdigest()
-
-        made = {}
-        with closing(self._executor.run(wanted, hashed)) as results:
+        made: dict[str, str] = {}
+        if not wanted:
+            return made
+        with closing(self._executor.run(HashWork(self._modules), wanted.items())) as results:
             for name, digest in results:
                 made[name] = digest
                 self.listener(Hashed(name, self.plan.identities[wanted[name]].size))
@@ -231,14 +243,25 @@ class Production:
     def _make_pieces(self) -> None:
         held = process.Gauge()
         # Closed, not left to the garbage collector: after Ctrl-C no worker may outlive the files it writes.
-        with closing(self._engine.run_all(self._tasks, self._wanted)) as results:
+        job = self._job()
+        with (
+            lent(job, self._inputs, self._outputs),
+            closing(run_all(job, self._executor, self._tasks, self._wanted)) as results,
+        ):
             for done in results:
                 piece = done.piece(self._tasks)
+                self._outputs[piece.task.file].synced = False  # another process may have written to it
                 read_bytes, finished = piece.read_bytes, self._finished(piece, done)
                 self._done[piece.key] = finished
                 self.journal.add(finished)
                 self.read_bytes += read_bytes
                 self.listener(TaskDone(piece.task.out.name, read_bytes, finished.nbytes, held.now()))
+
+    def _job(self) -> Job:
+        plan = self.plan
+        places = tuple(OutputPlace(file.location, file.size) for file in self._outputs)
+        mapped = plan.io == "mmap"
+        return Job(new_key(), plan.budget, plan.identities, self._polite, mapped, self._kind, places, self._modules)
 
     def _finished(self, piece: Piece, done: PieceDone) -> Finished:
         file = self.plan.layout.files[piece.task.file].name

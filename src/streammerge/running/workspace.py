@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from streammerge.planning.budget import Budget, slots
 from streammerge.sources.base import BlobPath, Reader, Source, region_bytes
 from streammerge.sources.stored import Stored
-from streammerge.stores.base import Input, Output
+from streammerge.stores.base import Input
 from streammerge.stores.inputs import InputFiles
 from streammerge.units import PAGE_BYTES
 
@@ -100,8 +100,8 @@ class Outgoing:
     Page for page they lie in the buffer as they will in the file, so that they can go to the disk without a copy.
     """
 
-    def __init__(self, output: Output, workspace: Workspace, offset: int) -> None:
-        self._output, self._buffer = output, workspace.octets("out")
+    def __init__(self, write: Callable[[memoryview, int], object], workspace: Workspace, offset: int) -> None:
+        self._write, self._buffer = write, workspace.octets("out")
         self._start, self._held = offset, 0
 
     def room(self, nbytes: int) -> memoryview:
@@ -122,7 +122,7 @@ class Outgoing:
 
     def flush(self) -> None:
         if self._held:
-            self._output.write_full(self.last(self._held), self._start)
+            self._write(self.last(self._held), self._start)
             self._start, self._held = self._start + self._held, 0
 
 

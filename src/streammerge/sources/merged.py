@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import RecipeError, printable
-from streammerge.kernels.chunk import Chunk, Kernel, T, chunk_spans, whole_grains
+from streammerge.kernels.chunk import Chunk, Kernel, Look, Step, T, chunk_spans, whole_grains
 from streammerge.kernels.group import TensorGroup
 from streammerge.kernels.ranking import held_bytes
 from streammerge.methods.contracts import MergeMethod, Values
@@ -183,14 +183,14 @@ class _Reader(Reader):
         group = TensorGroup(name, shape, models, self._compute, self._sweep, source.based, self._row, source.seed)
         return source.method.bind(group, source.parameters)
 
-    def _sweep(self, work: Callable[[Iterable[Chunk]], T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
+    def _sweep(self, look: Look, step: Step[T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
         """Piece by piece where a merge into a file would go so, since sums are joined in that order."""
         piece = whole_grains(PIECE_ELEMS, self._row) if self._source.method.row else PIECE_ELEMS
         if self._elems <= piece:
-            yield work(self._chunks(start, stop, sparse))
+            yield step(look, self._chunks(start, stop, sparse))
             return
         for begin, end in ranges(stop - start, piece):
-            yield work(self._chunks(start + begin, start + end, sparse))
+            yield step(look, self._chunks(start + begin, start + end, sparse))
 
     def _chunks(self, start: int, stop: int, sparse: int = 0) -> Iterator[Chunk]:
         models = len(self._source.sources) - self._source.based

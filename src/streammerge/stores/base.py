@@ -202,6 +202,10 @@ class Location:
         """Begins an output under this name. LockedError when another run makes it, RecipeError when it may not be made."""
         return self.store.stage(self, overwrite)
 
+    def reopen(self, size: int) -> Output:
+        """A file of an output in the making, opened once more: a worker process writes to it. OSError when absent."""
+        return self.store.reopen(self, size)
+
     def sweep(self) -> None:
         """Removes what a killed run left here, when it cannot be continued: it had not begun to write, or was done."""
         self.store.sweep(self)
@@ -280,6 +284,10 @@ class Output(ABC):
     @abstractmethod
     def read_into(self, buffer: memoryview, offset: int) -> int:
         """Fills the buffer from ``offset``. Returns how many bytes there were."""
+
+    def check(self) -> None:
+        """Raises the OSError of a write that failed after it had seemed to succeed, as far as that is known."""
+        return
 
     def copy_from(self, source: Input, source_offset: int, offset: int, nbytes: int) -> None:
         """Copies bytes of an input. ChangedError when it ends before."""
@@ -492,6 +500,9 @@ class Store(ABC):
         raise self._read_only(location)
 
     def stage(self, location: Location, overwrite: bool = False) -> Staging:
+        raise self._read_only(location)
+
+    def reopen(self, location: Location, size: int) -> Output:
         raise self._read_only(location)
 
     def write_whole(self, location: Location, data: bytes, overwrite: bool) -> None:

@@ -23,6 +23,7 @@ from streammerge.stores.descriptors import Descriptor
 from streammerge.units import HUGE_PAGE_BYTES, PAGE_BYTES
 
 _LEAST_DIRECT_BYTES = 256 << 10
+_OUTPUT_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 _LEAST_WRITEBACK_BYTES = 1 << 20
 _KINDS = (
     (stat.S_ISDIR, "folder"),
@@ -170,28 +171,41 @@ class OutputFile(Output):
     """
 
     def __init__(self, location: Location, size: int, keep: bool = False) -> None:
-        self.location, self.size = location, size
-        self.synced = True
         path = location.key
-        self.kept = keep and _has_size(path, size)
-        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-        if not self.kept:
+        kept = keep and _has_size(path, size)
+        if not kept:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-        self._failed: OSError | None = None
-        self._direct = True
-        create = 0 if self.kept else os.O_CREAT | os.O_EXCL
-        self._descriptor = Descriptor(functools.partial(_open_output, path, flags | create), self._before_closing)
-        self._direct_descriptor = Descriptor(functools.partial(_open_direct, path))
+        self._begin(location, size, kept, 0 if kept else os.O_CREAT | os.O_EXCL)
         try:
             with space_checked(location, size), self._descriptor as fd:
-                self._descriptor.opened = functools.partial(_open_output, path, flags)
+                self._descriptor.opened = functools.partial(_open_output, path, _OUTPUT_FLAGS)
                 self.reserved = system.reserve(fd, size)
             if not (self.reserved or self.kept):
                 _check_room(location, size)
         except BaseException:
             self.close()
             raise
+
+    @classmethod
+    def existing(cls, location: Location, size: int) -> OutputFile:
+        """A file that is there in this size already."""
+        file = cls.__new__(cls)
+        file._begin(location, size, True, 0)
+        file.reserved = True
+        return file
+
+    def _begin(self, location: Location, size: int, kept: bool, create: int) -> None:
+        self.location, self.size, self.kept, self.synced = location, size, kept, True
+        self._failed: OSError | None = None
+        self._direct = True
+        opened = functools.partial(_open_output, location.key, _OUTPUT_FLAGS | create)
+        self._descriptor = Descriptor(opened, self._before_closing)
+        self._direct_descriptor = Descriptor(functools.partial(_open_direct, location.key))
+
+    def check(self) -> None:
+        if self._failed is not None:
+            raise self._failed
 
     def write_full(self, data: Any, offset: int) -> None:
         """Writes all of it. What is to go past the page cache lies in memory as it will in the file, page for page."""
@@ -254,8 +268,7 @@ class OutputFile(Output):
     def sync(self) -> None:
         """Waits until the disk has all that was written. After an error nothing of the file may be trusted: the kernel
         forgets which pages it could not write, and a second try would succeed without them."""
-        if self._failed is not None:
-            raise self._failed
+        self.check()
         self.synced = True  # before, for others may write meanwhile
         try:
             with self._descriptor as fd:

@@ -36,6 +36,12 @@ class InputFiles:
                 self._files.move_to_end(location)
             return file
 
+    def close(self) -> None:
+        """Gives back all that is mapped, and lets go of the files."""
+        self.release()
+        with self._lock:
+            self._files.clear()
+
     def release(self) -> None:
         """Gives back what is left of them; some pages cannot go while their neighbours are in use."""
         with self._lock:

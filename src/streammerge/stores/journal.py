@@ -39,6 +39,11 @@ class Finished:
     def key(self) -> Key:
         return (self.task, self.start)
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """(offset, bytes) in its file."""
+        return (self.offset, self.nbytes)
+
 
 @dataclass(frozen=True, slots=True)
 class Earlier:

@@ -10,9 +10,9 @@ from typing import BinaryIO
 
 from streammerge.errors import FormatError, RecipeError, printable
 from streammerge.stores import commit
-from streammerge.stores.base import Damage, Input, Location, Staging, Status, Store
+from streammerge.stores.base import Damage, Input, Location, Output, Staging, Status, Store
 from streammerge.stores.commit import LocalStaging
-from streammerge.stores.files import InputFile, broken_link, file_status
+from streammerge.stores.files import InputFile, OutputFile, broken_link, file_status
 
 
 class LocalLocation(Location):
@@ -99,6 +99,9 @@ class LocalStore(Store):
 
     def stage(self, location: Location, overwrite: bool = False) -> Staging:
         return LocalStaging(location, overwrite)
+
+    def reopen(self, location: Location, size: int) -> Output:
+        return OutputFile.existing(location, size)
 
     def sweep(self, location: Location) -> None:
         commit.sweep(Path(location.key))

@@ -12,9 +12,9 @@ from streammerge.options import RECEIPT_FILE
 from streammerge.planning.receipt import ITSELF, Receipt, escaped
 from streammerge.running.executors.threads import ThreadExecutor
 from streammerge.running.readback import check_by_library, read_output
-from streammerge.stores.base import COPY_BYTES, Location, outside
+from streammerge.running.reading import ChecksumWork
+from streammerge.stores.base import Location, outside
 from streammerge.stores.checksums import CRC32, Checksum
-from streammerge.stores.inputs import InputFiles
 from streammerge.tensors.spec import ranges
 from streammerge.units import counted, decimal_bytes
 
@@ -148,19 +148,12 @@ def _wrong_parts(parts: list[_Part], kind: Checksum, workers: int) -> list[str]:
     """What of these does not have its checksum."""
     cut = [(part, start, stop) for part in parts for start, stop in ranges(part.nbytes, _RANGE_BYTES)]
     found: dict[_Part, list[tuple[int, int, int]]] = {part: [] for part in parts}
-    files = InputFiles({})
-
-    def summed(item: tuple[_Part, int, int]) -> tuple[_Part, tuple[int, int, int]]:
-        part, begin, end = item
-        file, value = files.get(part.path), 0
-        buffer = memoryview(bytearray(min(end - begin, COPY_BYTES)))
-        for start, stop in ranges(end - begin, COPY_BYTES):
-            file.read_into(buffer[: stop - start], part.offset + begin + start)
-            value = kind.update(buffer[: stop - start], value)
-        return part, (begin, end - begin, value)
-
-    executor = ThreadExecutor(workers)
-    with closing(executor.run(cut, summed)) as results:
-        for part, piece in results:
-            found[part].append(piece)
+    units = ((number, part.path, part.offset + start, stop - start) for number, (part, start, stop) in enumerate(cut))
+    with (
+        closing(ThreadExecutor(workers)) as executor,
+        closing(executor.run(ChecksumWork(kind), units)) as results,
+    ):
+        for number, value in results:
+            part, start, stop = cut[number]
+            found[part].append((start, stop - start, value))
     return [part.what for part, each in found.items() if kind.join(each) != part.checksum]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoints.index import open_checkpoint
@@ -17,10 +16,11 @@ from streammerge.methods.registry import INTEGERS
 from streammerge.planning.plan import Plan, budget_of
 from streammerge.planning.receipt import ITSELF, Receipt
 from streammerge.planning.tasks import MergeTask, Piece, pieces
-from streammerge.running.engine import Engine
+from streammerge.running.engine import run_all
 from streammerge.running.executors.threads import ThreadExecutor
 from streammerge.running.readback import read_output
 from streammerge.running.spooling import spooled_tasks
+from streammerge.running.worker import Bench, Destination, Job, lent, modules_of, new_key
 from streammerge.running.workspace import prepare_torch
 from streammerge.sources.stored import Stored
 from streammerge.stores import faults
@@ -132,24 +132,22 @@ class _Recomputation:
         at_of = {number: at for at, number in enumerate(places)}
         self.keys = {(at_of[number], start) for number, start in chosen}
         self.elems = self.equal = self.repeated_elems = 0
-        self._inputs, self._output = InputFiles(plan.identities), InputFiles({})
-        self._executor = ThreadExecutor(plan.budget.workers)
+        self._inputs = InputFiles(plan.identities)
         tasks = [task for task, _, _ in self.places]
         self._tasks = spooled_tasks(tasks, tasks, self._inputs, create, lambda tensor, record: None)
 
     def in_float64(self) -> set[Key]:
         """Compares with float64 results. Returns the pieces that must be repeated exactly."""
-        wide, comparisons, copied = [], list[_Comparison](), set[int]()
+        wide, comparisons, copied = [], list[Destination](), set[int]()
         for at, (task, (_, path, offset)) in enumerate(zip(self._tasks, self.places, strict=True)):
             dtype = task.out.dtype.component
             if task.verbatim or task.method is INTEGERS or dtype.kind != "float":
                 copied.add(at)
             out = replace(task.out, dtype=DType.C128 if task.out.dtype.kind == "complex" else DType.F64)
             wide.append(replace(task, out=out, compute="float64", file=at, offset=0))
-            comparisons.append(_Comparison(self._output.get(path), offset, dtype, task.piece_elems))
+            comparisons.append(_Comparison(path, offset, dtype))
         exact = {key for key in self.keys if key[0] in copied}
-        for piece in self._run(wide, comparisons, self.keys - exact):
-            elems, equal, far = comparisons[piece.number].counts[piece.start]
+        for piece, (elems, equal, far) in self._run(wide, comparisons, self.keys - exact):
             if far:
                 exact.add(piece.key)
             else:
@@ -159,35 +157,57 @@ class _Recomputation:
 
     def repeated(self, keys: set[Key]) -> list[str]:
         """Repeats these pieces as the merge made them; names of tensors that are not so to the bit."""
-        tasks, repetitions = [], []
+        tasks, repetitions, differ = [], list[Destination](), set[int]()
         for at, (task, (_, path, offset)) in enumerate(zip(self._tasks, self.places, strict=True)):
             tasks.append(replace(task, file=at, offset=0))
-            repetitions.append(_Repetition(self._output.get(path), offset))
-        for piece in self._run(tasks, repetitions, keys):
+            repetitions.append(_Repetition(path, offset))
+        for piece, differs in self._run(tasks, repetitions, keys):
+            if differs:
+                differ.add(piece.number)
             self.elems += piece.stop - piece.start
             if piece.task.verbatim or piece.task.method is INTEGERS:
                 self.equal += piece.stop - piece.start
             else:
                 self.repeated_elems += piece.stop - piece.start
-        return [task.out.name for task, each in zip(self._tasks, repetitions, strict=True) if each.differs]
+        return [task.out.name for number, task in enumerate(self._tasks) if number in differ]
 
-    def _run(self, tasks: list[MergeTask], outputs: list[Any], keys: set[Key]) -> Iterator[Piece]:
+    def _run(self, tasks: list[MergeTask], destinations: list[Destination], keys: set[Key]) -> Iterator[tuple[Piece, Any]]:
+        """Makes these pieces again. Yields each with what its destination found."""
         if not keys:
             return
         plan = self.plan
         budget, io = budget_of(tasks, plan.memory_bytes, plan.budget.workers, plan.io, beside_bytes=_BESIDE_BYTES)
-        engine = Engine(budget, self._inputs, outputs, io, CRC32, self._executor)
-        with closing(engine.run_all(tasks, lambda piece: piece.key in keys)) as results:
+        modules = modules_of(tasks, CRC32, plan.torch_needed)
+        job = Job(new_key(), budget, plan.identities, False, io == "mmap", CRC32, tuple(destinations), modules)
+        with (
+            closing(ThreadExecutor(budget.workers)) as executor,
+            lent(job, self._inputs),
+            closing(run_all(job, executor, tasks, lambda piece: piece.key in keys)) as results,
+        ):
             for done in results:
-                yield done.piece(tasks)
+                yield done.piece(tasks), done.found
 
 
+@dataclass(frozen=True, slots=True)
 class _Repetition:
-    """Takes the bytes of a tensor as an output file would, and compares them, block by block, with those in the file."""
+    """Where the bytes of a tensor are. Those that are made again are compared with them."""
+
+    location: Location
+    offset: int
+
+    def open(self, bench: Bench) -> _Repeated:
+        return _Repeated(bench.inputs.get(self.location), self.offset)
+
+
+class _Repeated:
+    """Compares bytes, block by block, with those in the file, and finds whether any differ."""
 
     def __init__(self, file: Input, offset: int) -> None:
         self._file, self._offset = file, offset
-        self.differs = False
+        self._differs = False
+
+    def found(self) -> bool:
+        return self._differs
 
     def write_full(self, data: Any, offset: int) -> None:
         there = bytearray(min(len(data), _REPEATED_BYTES))
@@ -196,33 +216,47 @@ class _Repetition:
                 there = bytearray(stop - start)
             self._file.read_into(memoryview(there), self._offset + offset + start)
             if there != data[start:stop]:
-                self.differs = True
+                self._differs = True
                 return
 
 
+@dataclass(frozen=True, slots=True)
 class _Comparison:
-    """Takes float64 numbers as an output file would take bytes, and compares them with those of the output's dtype.
+    """Where the numbers of a tensor are, and their dtype. Float64 results are compared with them."""
 
-    ``counts``: first element of a piece -> how many numbers it has, how many of them are the float64 result rounded
-    once, and how many are further from it than rounding explains.
+    location: Location
+    offset: int
+    dtype: DType
+
+    def open(self, bench: Bench) -> _Compared:
+        return _Compared(bench.inputs.get(self.location), self)
+
+
+class _Compared:
+    """Compares float64 numbers with those in the file.
+
+    It finds how many numbers there were, how many of them are the float64 result rounded once, and how many are further
+    from it than rounding explains.
     """
 
-    def __init__(self, file: Input, offset: int, dtype: DType, piece_elems: int) -> None:
-        self._file, self._offset, self._dtype, self._piece_elems = file, offset, dtype, piece_elems
-        self.counts: defaultdict[int, list[int]] = defaultdict(lambda: [0, 0, 0])
+    def __init__(self, file: Input, place: _Comparison) -> None:
+        self._file, self._offset, self._dtype = file, place.offset, place.dtype
+        self._counts = [0, 0, 0]
+
+    def found(self) -> tuple[int, ...]:
+        return tuple(self._counts)
 
     def write_full(self, data: Any, offset: int) -> None:
         import torch
 
         size, exact = self._dtype.element_bytes, torch.frombuffer(data, dtype=torch.float64)
         first = offset // 8
-        counts = self.counts[first // self._piece_elems * self._piece_elems]  # a piece is one worker's
         for start, stop in ranges(len(exact), _COMPARED_ELEMS):  # so that _BESIDE_BYTES are enough
             raw = bytearray((stop - start) * size)
             self._file.read_into(memoryview(raw), self._offset + (first + start) * size)
             equal, far = _compared(torch.frombuffer(raw, dtype=self._dtype.torch), exact[start:stop])
             for number, more in enumerate((stop - start, equal, far)):
-                counts[number] += more
+                self._counts[number] += more
 
 
 def _compared(there: torch.Tensor, exact: torch.Tensor) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,62 +12,119 @@ from conftest import trained
 from safetensors.torch import save_file
 
 import streammerge as sm
-from streammerge.running.executors.base import Executors
+from running.executors.toys import SLOW_SECONDS, Fails, Keeps, Measures, Square, Waits, Zeros
+from streammerge.running.executors.base import Executor, Executors
 
-SLOW_SECONDS = 0.05
+WAIT_SECONDS = 2.0
 
 
 class ExecutorSuite:
-    """Tasks may run in other processes, so that these tests see of them only what they return."""
+    """Workers may be other processes, so these tests see of them what they return and the files that they write."""
 
     executor: Executors
 
+    @pytest.fixture
+    def two(self) -> Iterator[Executor]:
+        with closing(self.executor(2)) as executor:
+            yield executor
+
     @pytest.mark.parametrize("workers", [1, 2, 8])
-    def test_every_task_runs_once(self, workers: int) -> None:
-        done = self.executor(workers).run(range(500), lambda number: number * number)
-        assert sorted(done) == [number * number for number in range(500)]
+    def test_every_unit_is_done_once(self, workers: int) -> None:
+        with closing(self.executor(workers)) as executor:
+            assert sorted(executor.run(Square(), range(500))) == [number * number for number in range(500)]
 
-    def test_nothing_to_do(self) -> None:
-        assert list(self.executor(2).run([], lambda number: number)) == []
+    def test_nothing_to_do(self, two: Executor) -> None:
+        assert list(two.run(Square(), [])) == []
 
-    def test_nothing_may_come_of_a_task(self) -> None:
-        assert list(self.executor(2).run(range(10), lambda number: None)) == [None] * 10
+    def test_a_unit_may_have_no_result(self, two: Executor) -> None:
+        assert list(two.run(Square(nothing=True), range(10))) == [None] * 10
 
-    def test_one_run_after_another(self) -> None:
-        executor = self.executor(2)
-        assert [sorted(executor.run(range(count), lambda number: number)) for count in (5, 0, 9)] == [
-            list(range(count)) for count in (5, 0, 9)
-        ]
+    def test_one_work_after_another(self, two: Executor) -> None:
+        for count in (5, 0, 9, 1):
+            assert sorted(two.run(Square(), range(count))) == [number * number for number in range(count)]
+
+    def test_units_come_from_any_iterable_and_only_when_they_are_needed(self, two: Executor) -> None:
+        taken = []
+
+        def units() -> Iterator[int]:
+            for number in range(100_000):
+                taken.append(number)
+                yield number
+
+        with closing(two.run(Square(), units(), backlog=4)) as results:
+            for _ in range(20):
+                next(results)
+        assert 20 <= len(taken) < 200
 
     def test_results_that_wait_are_all_taken(self) -> None:
-        results = self.executor(4).run(range(40), lambda number: bytes(100_000), backlog=2)
-        time.sleep(SLOW_SECONDS)
-        assert sum(len(each) for each in results) == 40 * 100_000
+        with closing(self.executor(4)) as executor:
+            results = executor.run(Zeros(1_000_000), range(40), backlog=2)
+            first = next(results)
+            time.sleep(SLOW_SECONDS)
+            assert len(first) + sum(len(each) for each in results) == 40 * 1_000_000
 
-    def test_the_first_error_stops_the_rest(self) -> None:
-        def fail(number: int) -> int:
-            if number == 20:
-                raise sm.TaskError("twenty")
-            time.sleep(SLOW_SECONDS / 10)
-            return number
+    def test_units_may_be_large_while_results_are(self, two: Executor) -> None:
+        assert sorted(two.run(Measures(), (bytes(n * 100_000) for n in range(20)))) == [n * 100_000 for n in range(20)]
+        assert sum(len(each) for each in two.run(Zeros(3_000_000), (bytes(3_000_000) for _ in range(8)))) == 24_000_000
 
+    def test_the_first_error_stops_the_rest(self, two: Executor) -> None:
         began = time.monotonic()
         with pytest.raises(sm.TaskError, match="twenty"):
-            list(self.executor(2).run(range(100_000), fail))
+            list(two.run(Fails(20, seconds=SLOW_SECONDS / 10), range(100_000)))
         assert time.monotonic() - began < 100_000 * SLOW_SECONDS / 10 / 4
+        assert sorted(two.run(Square(), range(3))) == [0, 1, 4], "it can be used again"
 
-    def test_who_leaves_early_waits_for_nobody(self) -> None:
-        executor = self.executor(2)
+    def test_an_error_keeps_its_cause(self, two: Executor) -> None:
+        with pytest.raises(sm.TaskError, match="twenty") as caught:
+            list(two.run(Fails(20, "cause"), range(100)))
+        cause = caught.value.__cause__
+        assert isinstance(cause, OSError)
+        assert (cause.errno, cause.strerror, cause.filename) == (5, "the disk", "a file")
 
-        def work(number: int) -> int:
-            while number and not executor.stopping.is_set():
-                time.sleep(SLOW_SECONDS)
-            return number
+    def test_an_error_that_cannot_be_pickled_says_the_same(self, two: Executor) -> None:
+        with pytest.raises(Exception, match="one and two"):
+            list(two.run(Fails(20, "odd"), range(100)))
 
-        results = executor.run(range(100), work)
+    @pytest.mark.parametrize("when", ["open", "close"])
+    def test_an_error_before_or_after_the_units(self, two: Executor, when: str) -> None:
+        with pytest.raises(sm.TaskError, match=f"it cannot be {when}"):
+            list(two.run(Fails(-1, when), range(10)))
+        assert sorted(two.run(Square(), range(3))) == [0, 1, 4]
+
+    def test_an_error_of_the_units_themselves(self, two: Executor) -> None:
+        def units() -> Iterator[int]:
+            yield 1
+            raise KeyError("no more")
+
+        with pytest.raises(KeyError, match="no more"):
+            list(two.run(Square(), units()))
+        assert sorted(two.run(Square(), range(3))) == [0, 1, 4]
+
+    def test_who_leaves_early_ends_what_runs(self, two: Executor, tmp_path: Path) -> None:
+        results = two.run(Waits(str(tmp_path)), range(100))
         assert next(results) == 0
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not list(tmp_path.glob("begun [1-9]*")) and time.monotonic() < deadline:
+            time.sleep(SLOW_SECONDS / 10)  # an executor on the calling thread begins none
         results.close()
-        assert executor.stopping.is_set()
+        said = {kind: {path.name.split()[1] for path in tmp_path.glob(f"{kind} *")} for kind in ("begun", "ended")}
+        assert said["begun"] - {"0"} == said["ended"], "units had ended when the generator was closed"
+        assert sorted(two.run(Square(), range(3))) == [0, 1, 4], "it can be used again"
+
+    def test_what_is_kept_lasts_while_the_key_does(self, tmp_path: Path) -> None:
+        with closing(self.executor(2)) as executor:
+            seen = [set(executor.run(Keeps(str(tmp_path), key), range(40))) for key in "aab"]
+            assert {key for _, _, key in seen[0] | seen[1]} == {"a"}
+            first = {pid: kept for pid, kept, _ in seen[0]}
+            assert all(kept == first[pid] for pid, kept, _ in seen[1] if pid in first), "one object for both works"
+            made = list(tmp_path.glob("made a *"))
+            assert len(made) == len({path.name.split()[2] for path in made}), "made once in each process"
+        for key in "ab":
+            assert len(list(tmp_path.glob(f"made {key} *"))) == len(list(tmp_path.glob(f"closed {key} *"))) > 0
+        assert len(list(tmp_path.glob("*"))) == 2 * len(list(tmp_path.glob("made *")))
+
+    def test_an_executor_that_was_never_used_can_be_closed(self) -> None:
+        self.executor(3).close()
 
     @pytest.mark.parametrize(
         "way",
@@ -89,11 +147,3 @@ class ExecutorSuite:
         with pytest.raises(sm.VerifyError, match="NaN"):
             sm.merge([tmp_path / "in.safetensors"] * 2, tmp_path / "out.safetensors", executor=self.executor)
         assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
-
-    def test_tasks_are_numbered_by_nobody(self) -> None:
-        """They come from any iterable, once."""
-
-        def tasks() -> Iterator[str]:
-            yield from "abc"
-
-        assert sorted(self.executor(2).run(tasks(), str.upper)) == ["A", "B", "C"]

@@ -1,32 +1,128 @@
-"""What runs tasks, and knows nothing about them. ``local`` has threads; a merge takes any other by ``executor=``."""
+"""Work as plain data, workers that do it, and executors that give units of it to workers.
+
+A merge describes what is to be done as a :class:`Work`, which can be pickled, and cuts it into small *units*. An executor
+opens the work once for each of its workers and gives the units to them::
+
+    worker = work.open(host)
+    results = [worker.run(unit) for unit in units]
+    worker.close()
+
+Threads, processes, or the machines of a cluster are different ways to call the same functions.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
-from typing import Any, Protocol
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Hashable, Iterable
+from typing import Any, Protocol, TypeVar
+
+Unit_contra = TypeVar("Unit_contra", contravariant=True)
+Result_co = TypeVar("Result_co", covariant=True)
+Unit = TypeVar("Unit")
+Result = TypeVar("Result")
+Kept = TypeVar("Kept", bound="Closable")
 
 
-class Stopping(Protocol):
-    def is_set(self) -> bool: ...
+class Halted(BaseException):
+    """Raised inside a worker to abandon its unit because the run is stopping."""
 
 
-class Executor(Protocol):
-    """Runs ``run_one`` on each task, on so many workers, and yields what comes of them, in any order.
+class Closable(Protocol):
+    def close(self) -> None: ...
 
-    ``tasks`` may be many, and are made as they are asked for. About ``backlog`` results wait to be taken, not more. The
-    first error stops the rest and is raised; leaving the iteration stops them too. Either way no worker is left when the
-    iterator is closed, and ``stopping`` is set as soon as what still runs is not wanted any more.
-    Tasks and ``run_one`` cannot be pickled; results can, and a merge relies on nothing else that a worker has in memory.
+
+class Host:
+    """What the workers of one process share: the news that the run is stopping, and what they keep between works."""
+
+    def __init__(self, stopping: Callable[[], bool]) -> None:
+        self.stopping = stopping
+        self._lock = threading.Lock()
+        self._key: Hashable = None
+        self._kept: Any = None
+
+    def check(self) -> None:
+        """Raises Halted when the run is stopping. A unit that takes long calls this often."""
+        if self.stopping():
+            raise Halted
+
+    def kept(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
+        """What ``make`` made under this key, such as open files and buffers; made now if it is not there yet.
+
+        One thing is kept at a time: another key closes it, and so does the end of the executor.
+        """
+        with self._lock:
+            if self._kept is None or self._key != key:
+                self._drop()
+                self._key, self._kept = key, make()
+            made: Kept = self._kept
+            return made
+
+    def close(self) -> None:
+        """Closes what is kept."""
+        with self._lock:
+            self._drop()
+
+    def _drop(self) -> None:
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            kept.close()
+
+
+class Worker(Protocol[Unit_contra, Result_co]):
+    """Does units of one work, one after the other, on one thread."""
+
+    def run(self, unit: Unit_contra, /) -> Result_co:
+        """Does a unit. The result is plain data that can be pickled, and small."""
+        ...
+
+    def close(self) -> None:
+        """Called once, after the last unit, also after an error."""
+        ...
+
+
+class Work(Protocol[Unit_contra, Result_co]):
+    """What is to be done, as frozen plain data that can be pickled.
+
+    ``modules``: names of modules that the work needs. An executor with processes imports them once, before the processes
+    part, so that they are in memory once.
     """
 
-    workers: int
+    @property
+    def modules(self) -> tuple[str, ...]: ...
+
+    def open(self, host: Host, /) -> Worker[Unit_contra, Result_co]:
+        """A worker for this work. It runs on the thread that opened it."""
+        ...
+
+
+class Executor(ABC):
+    """Runs works on ``workers`` workers, one work at a time."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+
+    @abstractmethod
+    def run(self, work: Work[Unit, Result], units: Iterable[Unit], backlog: int = 64) -> Generator[Result, None, None]:
+        """Yields the result of each unit, in the order in which they finish.
+
+        ``units`` may be many; they are taken from the iterable when a worker can have them, on any thread. At most about
+        ``backlog`` results wait to be taken. The first error stops the rest and is raised. Closing the generator stops
+        them too. ``Host.stopping`` is true from then on, and no unit is running any more when the generator is closed.
+        """
+
+    def close(self) -> None:  # noqa: B027 - executors whose workers keep nothing need none
+        """Ends the workers and closes what they keep. The executor is not used afterwards."""
 
     @property
-    def stopping(self) -> Stopping: ...
+    def startup_bytes(self) -> int:
+        """Memory of other processes that was resident before the first unit. Complete after :meth:`close`."""
+        return 0
 
-    def run(
-        self, tasks: Iterable[Any], run_one: Callable[[Any], Any], backlog: int = ...
-    ) -> Generator[Any, None, None]: ...
+    @property
+    def peak_bytes(self) -> int:
+        """The most that was resident in other processes, above ``startup_bytes``. Complete after :meth:`close`."""
+        return 0
 
 
 Executors = Callable[[int], Executor]

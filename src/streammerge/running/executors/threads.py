@@ -1,60 +1,61 @@
-"""Runs tasks on threads of this process. It knows nothing about the work."""
+"""Workers that are threads of this process."""
 
 from __future__ import annotations
 
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from typing import Any
 
+from streammerge.running.executors.base import Executor, Host, Result, Unit, Work
 from streammerge.running.executors.registry import executor
 
 _POLL_SECONDS = 0.2
-_Result = tuple[Any, BaseException | None]
+_Outcome = tuple[Any, BaseException | None]
+_NOTHING = object()
 
 
 @executor("threads")
-class ThreadExecutor:
-    """``workers`` threads that take tasks from one iterable; results come in the order in which they finish.
-
-    The first error stops the rest and is raised; so does leaving the iteration, by Ctrl-C or otherwise. Either way no
-    thread is left when the iterator is closed, and ``stopping`` tells those still at work to hurry. One run at a time.
-    """
+class ThreadExecutor(Executor):
+    """``workers`` threads, started for each work, that take units from one iterable."""
 
     def __init__(self, workers: int) -> None:
-        self.workers, self.stopping = workers, threading.Event()
+        super().__init__(workers)
+        self._stop = threading.Event()
+        self._host = Host(self._stop.is_set)
 
-    def run(self, tasks: Iterable[Any], run_one: Callable[[Any], Any], backlog: int = 64) -> Generator[Any, None, None]:
-        source, lock, stop = iter(tasks), threading.Lock(), self.stopping
+    def run(self, work: Work[Unit, Result], units: Iterable[Unit], backlog: int = 64) -> Generator[Result, None, None]:
+        source, lock, stop = iter(units), threading.Lock(), self._stop
         stop.clear()
-        results: queue.Queue[_Result] = queue.Queue(maxsize=backlog)
+        outcomes: queue.Queue[_Outcome] = queue.Queue(maxsize=backlog)
 
         def report(done: Any, error: BaseException | None) -> None:
             while not stop.is_set():
                 with contextlib.suppress(queue.Full):
-                    results.put((done, error), timeout=_POLL_SECONDS)
+                    outcomes.put((done, error), timeout=_POLL_SECONDS)
                     break
 
-        def work() -> None:
+        def work_on() -> None:
             try:
-                while not stop.is_set():
-                    with lock:
-                        task = next(source, _NOTHING)
-                    if task is _NOTHING:
-                        break
-                    report(run_one(task), None)
+                with contextlib.closing(work.open(self._host)) as worker:
+                    while not stop.is_set():
+                        with lock:
+                            unit: Any = next(source, _NOTHING)
+                        if unit is _NOTHING:
+                            break
+                        report(worker.run(unit), None)
                 report(_NOTHING, None)
             except BaseException as error:  # noqa: BLE001 - carried to the caller, whatever it is
                 report(None, error)
 
-        threads = [threading.Thread(target=work, name=f"streammerge-{i}", daemon=True) for i in range(self.workers)]
+        threads = [threading.Thread(target=work_on, name=f"streammerge-{i}", daemon=True) for i in range(self.workers)]
         try:
             for thread in threads:
                 thread.start()
             running = len(threads)
             while running:
-                done, error = self._next(results)
+                done, error = self._next(outcomes)
                 if error is not None:
                     raise error
                 if done is _NOTHING:
@@ -67,13 +68,13 @@ class ThreadExecutor:
                 if thread.ident is not None:  # Ctrl-C may come before all were started
                     thread.join()
 
+    def close(self) -> None:
+        self._host.close()
+
     @staticmethod
-    def _next(results: queue.Queue[_Result]) -> _Result:
-        while True:  # a wait without a timeout would not notice Ctrl-C on every platform
+    def _next(outcomes: queue.Queue[_Outcome]) -> _Outcome:
+        while True:  # a wait without a timeout does not notice Ctrl-C on every platform
             try:
-                return results.get(timeout=_POLL_SECONDS)
+                return outcomes.get(timeout=_POLL_SECONDS)
             except queue.Empty:
                 continue
-
-
-_NOTHING = object()

@@ -1,0 +1,328 @@
+"""Workers that are processes, forked from a clean one. Python's lock holds up none of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import selectors
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any
+
+from streammerge.errors import TaskError
+from streammerge.running.executors.base import Executor, Result, Unit, Work
+from streammerge.running.executors.messages import (
+    CLOSED,
+    END,
+    ERROR,
+    GONE,
+    QUIT,
+    STOP,
+    UNIT,
+    WORK,
+    Line,
+    Message,
+    Received,
+    framed,
+    pickled,
+    unpickled_error,
+)
+from streammerge.running.executors.registry import executor
+from streammerge.running.executors.server import CODE, ENVIRONMENT, numbered
+
+_UNITS_AHEAD = 2
+"""Units that a worker has at once: one that it does, and one that waits, so that it never waits itself."""
+_STOP_SECONDS = 30.0
+"""How long a worker may take to notice that the run is stopping, before it is killed."""
+_END_SECONDS = 5.0
+_RECEIVED_BYTES = 1 << 20
+_NOTHING = object()
+
+
+def supported() -> bool:
+    """Whether processes can be workers here: Linux and other systems with fork.
+
+    On macOS a process that has loaded system frameworks may not fork, and Windows has no fork.
+    """
+    return hasattr(os, "fork") and sys.platform != "darwin" and bool(sys.executable)
+
+
+@executor("processes")
+class ProcessExecutor(Executor):
+    """``workers`` processes, started when the first work comes and kept until :meth:`close`."""
+
+    def __init__(self, workers: int) -> None:
+        super().__init__(workers)
+        self._team: _Team | None = None
+        self._startup_bytes = self._peak_bytes = 0
+
+    @property
+    def startup_bytes(self) -> int:
+        return self._startup_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        return self._peak_bytes
+
+    def run(self, work: Work[Unit, Result], units: Iterable[Unit], backlog: int = 64) -> Generator[Result, None, None]:
+        data = pickled(work)
+        if self._team is not None and not self._team.modules >= {*work.modules}:
+            self.close()
+        if self._team is None:
+            self._team = _Team(self.workers, work.modules)
+        try:
+            yield from self._team.run(data, units, backlog)
+        finally:
+            if self._team.broken:
+                self.close()
+
+    def close(self) -> None:
+        team, self._team = self._team, None
+        if team is not None:
+            self._peak_bytes = max(self._peak_bytes, team.close())
+            self._startup_bytes = max(self._startup_bytes, team.startup_bytes)
+
+
+class _Link:
+    """One worker process, seen from here."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self.socket = end
+        self.socket.setblocking(False)
+        self.pid = 0
+        self.units = 0
+        self.open = True
+        self.watched = 0
+        self._received = Received()
+        self._outgoing: deque[memoryview] = deque()
+
+    @property
+    def events(self) -> int:
+        return selectors.EVENT_READ | (selectors.EVENT_WRITE if self._outgoing else 0)
+
+    def put(self, kind: int, data: bytes = b"") -> None:
+        """Sends a message, as far as the other side takes it now; the rest goes with :meth:`flush`."""
+        self._outgoing.append(memoryview(framed(kind, data)))
+        self.flush()
+
+    def flush(self) -> None:
+        with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):  # reading tells its end
+            while self._outgoing:
+                sent = self.socket.send(self._outgoing[0])
+                self._outgoing[0] = self._outgoing[0][sent:]
+                if not self._outgoing[0]:
+                    self._outgoing.popleft()
+
+    def take(self) -> list[Message] | None:
+        """The messages that came; None when the process is gone."""
+        try:
+            data = self.socket.recv(_RECEIVED_BYTES)
+        except BlockingIOError:
+            return []
+        except ConnectionResetError:
+            data = b""
+        return self._received.take(data) if data else None
+
+
+class _Team:
+    """The server, and the workers that it has forked. ``broken``: no work can be given to them any more."""
+
+    def __init__(self, workers: int, modules: tuple[str, ...]) -> None:
+        self.modules = {*modules}
+        self.broken = False
+        self._number = 0
+        control, theirs = socket.socketpair()
+        pairs = [socket.socketpair() for _ in range(workers)]
+        descriptors = [theirs.fileno(), *(end.fileno() for _, end in pairs)]
+        path = [each for each in sys.path if isinstance(each, str)]
+        try:
+            self._server = subprocess.Popen(
+                [sys.executable, "-c", CODE, ",".join(map(str, descriptors)), *path],
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # what a method prints is not mixed into the caller's output
+                env=os.environ | ENVIRONMENT,
+                pass_fds=descriptors,
+                start_new_session=True,  # so that Ctrl-C reaches the caller alone
+            )
+        finally:
+            for end in (theirs, *(end for _, end in pairs)):
+                end.close()
+        self._control, self._line = control, Line(control)
+        self._links = [_Link(end) for end, _ in pairs]
+        self._selector = selectors.DefaultSelector()
+        try:
+            self._line.send(WORK, pickled(modules))
+            pids, self.startup_bytes = _answer(*self._line.receive())
+        except BaseException as error:
+            self.close(kill=True)
+            if isinstance(error, OSError | EOFError):
+                raise self._server_ended() from error
+            raise
+        for link, pid in zip(self._links, pids, strict=True):
+            link.pid, link.watched = pid, link.events
+            self._selector.register(link.socket, link.events, link)
+
+    def run(self, work: bytes, units: Iterable[Any], backlog: int) -> Iterator[Any]:
+        """See :meth:`Executor.run`."""
+        self._number += 1
+        source, more, most = iter(units), True, max(backlog, len(self._links))
+        try:
+            for link in self._links:
+                link.put(WORK, numbered(self._number, work))
+            while True:
+                while more and (idle := self._idlest(most)) is not None:
+                    unit = next(source, _NOTHING)
+                    if unit is _NOTHING:
+                        more = False
+                    else:
+                        idle.units += 1
+                        idle.put(UNIT, pickled(unit))
+                if not more and not any(link.units for link in self._links):
+                    break
+                for link, kind, data in self._received():
+                    answer = _answer(kind, data)
+                    link.units -= 1
+                    yield answer
+            self._settle(wanted=True)
+        except BaseException:
+            if not self.broken:
+                self._stop()
+                self._settle(wanted=False)
+            raise
+
+    def _stop(self) -> None:
+        with contextlib.suppress(OSError):  # the server is gone, and its workers with it
+            self._line.send(STOP, numbered(self._number))
+
+    def _idlest(self, most: int) -> _Link | None:
+        """The worker that has the fewest units; None where all have enough."""
+        link = min(self._links, key=lambda each: each.units)
+        full = sum(each.units for each in self._links) >= most
+        return None if full or link.units >= _UNITS_AHEAD else link
+
+    def _received(self, seconds: float | None = None) -> Iterator[tuple[_Link, int, bytes]]:
+        """What comes next from any of the workers. Raises TaskError when one of them is gone."""
+        for link in self._links:
+            if link.open and link.watched != link.events:
+                link.watched = link.events
+                self._selector.modify(link.socket, link.events, link)
+        for key, events in self._selector.select(seconds):
+            link = key.data
+            if events & selectors.EVENT_WRITE:
+                link.flush()
+            if events & selectors.EVENT_READ:
+                messages = link.take()
+                if messages is None:
+                    self._lose(link)
+                    raise self._worker_ended(link)
+                for kind, data in messages:
+                    yield link, kind, data
+
+    def _settle(self, wanted: bool) -> None:
+        """Has each worker close its work, and waits for that; ``wanted``: an error of closing it is raised.
+
+        A worker that does not notice that the run is stopping is killed with all others.
+        """
+        self.broken = True
+        deadline = None if wanted else time.monotonic() + _STOP_SECONDS
+        left = {*self._links}
+        error: BaseException | None = None
+        for link in self._links:
+            link.units = 0
+            link.put(END)
+        while left:
+            seconds = None if deadline is None else deadline - time.monotonic()
+            if seconds is not None and seconds <= 0:
+                return
+            try:
+                for link, kind, data in self._received(seconds):
+                    if kind == CLOSED:
+                        left.discard(link)
+                    elif kind == ERROR:
+                        error = error or unpickled_error(data)
+            except TaskError:
+                if wanted:
+                    raise
+                return
+        self.broken = False
+        if wanted and error is not None:
+            raise error
+
+    def _lose(self, link: _Link) -> None:
+        self.broken = True
+        link.open = False
+        self._selector.unregister(link.socket)
+
+    def _worker_ended(self, link: _Link) -> TaskError:
+        """What the server says of a worker that is gone."""
+        self._control.settimeout(_END_SECONDS)
+        try:
+            while True:
+                number, code = pickle.loads(self._line.receive()[1])
+                if self._links[number] is link:
+                    break
+        except TimeoutError:
+            return _ended(f"worker process {link.pid}", None)
+        except (OSError, EOFError):
+            return self._server_ended()
+        return _ended(f"worker process {link.pid}", code)
+
+    def _server_ended(self) -> TaskError:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._server.wait(_END_SECONDS)
+        return _ended(f"process {self._server.pid}, which starts the workers,", self._server.returncode)
+
+    def close(self, kill: bool = False) -> int:
+        """Ends all processes and waits for their end. Returns by how much they had grown together at most."""
+        grown = 0
+        try:
+            if not kill and not self.broken:
+                grown = self._quit()
+        finally:
+            self._selector.close()
+            for link in self._links:
+                link.socket.close()
+            self._control.close()  # the server kills what is left
+            try:
+                self._server.wait(_END_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._server.kill()
+                self._server.wait()
+        return grown
+
+    def _quit(self) -> int:
+        self._stop()
+        left, grown, deadline = {*self._links}, 0, time.monotonic() + _END_SECONDS
+        for link in self._links:
+            link.put(QUIT)
+        with contextlib.suppress(TaskError):
+            while left and (seconds := deadline - time.monotonic()) > 0:
+                for link, kind, data in self._received(seconds):
+                    if kind == GONE:
+                        grown += pickle.loads(data)
+                        left.discard(link)
+                        self._lose(link)
+        return grown
+
+
+def _answer(kind: int, data: bytes) -> Any:
+    """What a message brings; an error is raised."""
+    if kind == ERROR:
+        raise unpickled_error(data)
+    return pickle.loads(data)
+
+
+def _ended(who: str, code: int | None) -> TaskError:
+    """The error for a process that ended by itself. Its cause is an OSError: the machine failed, not the merge."""
+    if code is not None and code < 0:
+        how = f"was killed by signal {-code}" + (", perhaps because memory ran out" if code == -9 else "")
+    else:
+        how = "ended unexpectedly" + ("" if code is None else f" with exit code {code}")
+    error = TaskError(f"{who} {how}; run the same again, with less memory or fewer workers if it happens twice")
+    error.__cause__ = ChildProcessError(how)
+    return error

@@ -1,0 +1,127 @@
+"""Which executor runs a plan: by name, by the number of workers, and by what can be sent to another process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Cli
+from safetensors.torch import save_file
+
+import streammerge as sm
+from running.own_methods import centred
+from streammerge.kernels.chunk import Kernel
+from streammerge.kernels.group import TensorGroup
+from streammerge.running import choosing
+from streammerge.running.executors.threads import ThreadExecutor
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> list[Path]:
+    paths = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    for number, path in enumerate(paths):
+        save_file({"w": torch.full((300, 70), number + 0.5), "v": torch.ones(7)}, path)
+    return paths
+
+
+@pytest.fixture
+def _little_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choosing, "LEAST_BYTES", 1)
+
+
+def test_few_workers_or_little_to_read_are_threads(pair: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sm.plan(pair, workers=64, memory=8 * GIB).executor == "threads", "there is little to read"
+    monkeypatch.setattr(choosing, "LEAST_BYTES", 1)
+    assert [sm.plan(pair, workers=n, memory=8 * GIB).executor for n in (1, 4, 5, 64)] == [
+        "threads",
+        "threads",
+        "processes",
+        "processes",
+    ]
+    monkeypatch.setattr(choosing, "supported", lambda: False)
+    assert sm.plan(pair, workers=5, memory=8 * GIB).executor == "threads"
+
+
+@pytest.mark.usefixtures("_little_is_enough")
+def test_processes_count_in_the_budget(pair: list[Path]) -> None:
+    threads, processes = (sm.plan(pair, workers=8, executor=name, memory="4GiB") for name in ("threads", "processes"))
+    assert processes.peak_bytes == threads.peak_bytes + 8 * (8 << 20)
+    assert "8 workers in processes" in str(processes)
+    assert "8 workers," in str(threads)
+    assert (processes.to_json()["executor"], threads.to_json()["executor"]) == ("processes", "threads")
+
+
+@pytest.mark.usefixtures("_little_is_enough")
+def test_auto_takes_threads_where_memory_has_no_room_for_more_processes(pair: list[Path]) -> None:
+    chosen = {mib: sm.plan(pair, workers=8, memory=mib << 20) for mib in (30, 60, 100, 1000)}
+    assert {plan.executor for plan in chosen.values()} == {"threads", "processes"}
+    for mib, plan in chosen.items():
+        assert plan.peak_bytes <= mib << 20
+        assert plan.executor == "threads" or plan.budget.workers > choosing.MOST_THREADS
+
+
+def methods_that_are_stuck() -> list[Callable[..., Kernel]]:
+    def inner(group: TensorGroup) -> Kernel:
+        return lambda chunk: chunk.models[0]
+
+    return [inner, lambda group: lambda chunk: chunk.models[0]]
+
+
+@pytest.mark.usefixtures("_little_is_enough")
+@pytest.mark.parametrize("method", methods_that_are_stuck())
+def test_a_method_that_cannot_be_sent(pair: list[Path], tmp_path: Path, method: Callable[..., Kernel]) -> None:
+    with pytest.raises(sm.RecipeError, match=r"cannot be sent to worker processes; put its function into a module"):
+        sm.plan(pair, method=method, executor="processes")
+    assert sm.plan(pair, method=method, workers=8, memory=8 * GIB).executor == "threads"
+    sm.merge(pair, tmp_path / "out.safetensors", method=method, workers=8)
+
+
+def test_a_method_of_the_script_that_runs(pair: list[Path], tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, streammerge as sm\n"
+        "def mine(group): return lambda chunk: chunk.models[0]\n"
+        f"sm.merge({list(map(str, pair))}, sys.argv[1], method=mine, executor=sys.argv[2])\n"
+    )
+    runs = [
+        subprocess.run([sys.executable, script, tmp_path / "out.safetensors", name], capture_output=True, text=True)
+        for name in ("processes", "auto")
+    ]
+    assert "cannot be sent to worker processes" in runs[0].stderr
+    assert runs[1].returncode == 0, runs[1].stderr
+
+
+def test_a_method_of_an_imported_module_can_be_sent(pair: list[Path], tmp_path: Path) -> None:
+    for name in ("threads", "processes"):
+        sm.merge(pair, tmp_path / f"{name}.safetensors", method=centred, executor=name, workers=2)
+    assert (tmp_path / "threads.safetensors").read_bytes() == (tmp_path / "processes.safetensors").read_bytes()
+
+
+def test_where_there_is_no_fork(pair: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choosing, "supported", lambda: False)
+    plan = sm.plan(pair, executor="processes")
+    assert plan.executor == "threads"
+    assert any("need a system with fork" in note for note in plan.notes)
+
+
+def test_unknown_names_and_what_makes_an_executor(pair: list[Path]) -> None:
+    with pytest.raises(sm.RecipeError, match=r"unknown executor processses; did you mean processes"):
+        sm.plan(pair, executor="processses")
+    assert sm.plan(pair, executor=ThreadExecutor).executor == "ThreadExecutor"
+
+
+def test_on_the_command_line(cli: Cli, pair: list[Path], tmp_path: Path) -> None:
+    arguments = ["merge", *pair, "--workers", 2]
+    for name in ("auto", "threads", "processes"):
+        cli(*arguments, "-o", f"{name}.safetensors", "--executor", name, fresh=name == "processes")
+    assert len({(tmp_path / f"{name}.safetensors").read_bytes() for name in ("auto", "threads", "processes")}) == 1
+    done = cli("plan", *pair, "--executor", "processes")
+    assert f"{len(os.sched_getaffinity(0))} workers in processes" in done.stdout
+    cli("convert", pair[0], "-o", "out.pth", "--executor", "processes", "--workers", 2)

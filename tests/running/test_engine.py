@@ -1,0 +1,62 @@
+"""All tensors of a run, given to workers: what becomes of what, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import streammerge as sm
+from streammerge.planning import tasks
+from streammerge.running.executors.base import Executor, Host
+from streammerge.running.worker import MergeWork, SweepWork
+from streammerge.tensors.spec import GRAIN
+
+SEEN: list[tuple[type, list[Any]]] = []
+
+
+class Watched(Executor):
+    """Runs on the calling thread, gives results in the wrong order, and notes works with their units."""
+
+    def run(self, work: Any, units: Iterable[Any], backlog: int = 64) -> Generator[Any, None, None]:
+        given = list(units)
+        SEEN.append((type(work), given))
+        with closing(work.open(Host(lambda: False))) as worker:
+            yield from map(worker.run, reversed(given))
+
+
+@pytest.fixture
+def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    monkeypatch.setattr(tasks, "PIECE_ELEMS", GRAIN)
+    SEEN.clear()
+    paths = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    for number, path in enumerate(paths):
+        make = torch.Generator().manual_seed(number)
+        sizes = {"long": 3 * GRAIN + 5, "short": 7, "empty": 0, "other": GRAIN}
+        save_file({name: torch.randn(size, generator=make) for name, size in sizes.items()}, path)
+    return paths
+
+
+def test_long_tensors_are_swept_in_pieces_and_then_made(pair: list[Path], tmp_path: Path) -> None:
+    how = {"method": "slerp", "parameters": {"t": 0.3}}
+    sm.merge(pair, tmp_path / "wanted.safetensors", workers=1, **how)  # type: ignore[arg-type]
+    sm.merge(pair, tmp_path / "out.safetensors", executor=Watched, **how)  # type: ignore[arg-type]
+    assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "wanted.safetensors").read_bytes()
+    assert [kind for kind, _ in SEEN] == [MergeWork, SweepWork, MergeWork]
+    alone, sweep, spread = (units for _, units in SEEN)
+    assert {piece.task.out.name for batch in alone for piece in batch} == {"short", "other"}
+    ends = [(0, GRAIN), (GRAIN, 2 * GRAIN), (2 * GRAIN, 3 * GRAIN), (3 * GRAIN, 3 * GRAIN + 5)]
+    assert sweep == [(number, *span) for number, span in enumerate(ends)]
+    assert [(piece.start, piece.stop) for (piece,) in spread] == ends
+
+
+def test_without_passes_all_pieces_are_one_work(pair: list[Path], tmp_path: Path) -> None:
+    sm.merge(pair, tmp_path / "out.safetensors", executor=Watched)
+    ((kind, units),) = SEEN
+    assert kind is MergeWork
+    assert sum(len(batch) for batch in units) == 4 + 1 + 1

@@ -1,0 +1,71 @@
+"""Works that read files through: checksums of parts, and hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import zlib
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+import streammerge as sm
+from streammerge.running.executors.base import Executors, Halted, Host
+from streammerge.running.executors.processes import ProcessExecutor
+from streammerge.running.executors.threads import ThreadExecutor
+from streammerge.running.reading import ChecksumWork, HashWork
+from streammerge.stores.base import COPY_BYTES
+from streammerge.stores.checksums import CRC32
+from streammerge.stores.locations import parse
+
+BOTH = pytest.mark.parametrize("executor", [ThreadExecutor, ProcessExecutor])
+SIZES = [0, 1, 4097, COPY_BYTES, 2 * COPY_BYTES + 5]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, bytes]:
+    made = {}
+    for number, size in enumerate(SIZES):
+        content = hashlib.shake_128(bytes([number])).digest(size)
+        (tmp_path / str(number)).write_bytes(content)
+        made[str(tmp_path / str(number))] = content
+    return made
+
+
+@BOTH
+def test_checksums_of_parts(files: dict[str, bytes], executor: Executors) -> None:
+    parts = [
+        ((path, start), parse(path), start, len(content) - start - cut)
+        for path, content in files.items()
+        for start, cut in ((0, 0), (3, 1), (len(content), 0))
+        if start + cut <= len(content)
+    ]
+    with closing(executor(2)) as running:
+        found = dict(running.run(ChecksumWork(CRC32), parts))
+    assert found == {
+        which: zlib.crc32(files[path][start : start + nbytes]) for which, _, start, nbytes in parts for path in which[:1]
+    }
+
+
+@BOTH
+def test_a_file_that_ends_early_is_told(files: dict[str, bytes], executor: Executors) -> None:
+    path = list(files)[2]
+    with closing(executor(2)) as running, pytest.raises(sm.ChangedError, match="ended before byte 4098"):
+        list(running.run(ChecksumWork(CRC32), [(0, parse(path), 0, 4098)]))
+
+
+@BOTH
+def test_hashes(files: dict[str, bytes], executor: Executors) -> None:
+    with closing(executor(2)) as running:
+        found = dict(running.run(HashWork(), [(path, parse(path)) for path in files]))
+    assert found == {path: hashlib.sha256(content).hexdigest() for path, content in files.items()}
+
+
+def test_they_are_small_and_stop_in_the_middle_of_a_file(files: dict[str, bytes]) -> None:
+    stopping = Host(lambda: True)
+    path = parse(list(files)[-1])
+    for work, unit in ((ChecksumWork(CRC32), (0, path, 0, SIZES[-1])), (HashWork(), (0, path))):
+        assert len(pickle.dumps(work)) < 300
+        with pytest.raises(Halted):
+            work.open(stopping).run(unit)  # type: ignore[attr-defined]

@@ -1,0 +1,265 @@
+"""Works of a merge in other processes: the same bytes with every method, errors, deaths, and what is kept."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from conftest import Cli
+from safetensors.torch import save_file
+
+import streammerge as sm
+from methods.suite import Case, suites
+from running.executors.test_processes import descendants, wait_until
+from running.own_methods import failing, fickle
+from streammerge.methods.registry import find_method, list_methods
+from streammerge.planning import tasks
+from streammerge.running.executors.processes import ProcessExecutor
+from streammerge.running.executors.threads import ThreadExecutor
+from streammerge.running.session import Production
+from streammerge.stores import journal
+from streammerge.tensors.spec import GRAIN
+
+CASES = [case for suite in suites() for case in suite.CASES if find_method(case.method).passes]
+
+
+@pytest.fixture
+def _nothing_is_left() -> Iterator[None]:
+    before = {process.pid for process in descendants()}
+    yield
+    assert {process.pid for process in descendants()} <= before
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("models")
+    shapes = {"long": (5 * GRAIN + 77,), "rows": (701, 487), "wide": (3, 80_001), "small": (3,), "scalar": (), "no": (0, 2)}
+    paths = [folder / f"{number}.safetensors" for number in range(6)]
+    for number, path in enumerate(paths):
+        make = torch.Generator().manual_seed(99)
+        base = {name: torch.randn(shape, generator=make) for name, shape in shapes.items()}
+        make.manual_seed(number)
+        save_file({n: (t + 0.1 * torch.randn(t.shape, generator=make)).bfloat16() for n, t in base.items()}, path)
+    return paths
+
+
+class Lasting(ProcessExecutor):
+    """Serves many merges, one after the other, so that torch is imported once for all of them."""
+
+    def close(self) -> None:
+        """Nothing is closed."""
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Lasting]:
+    executor = Lasting(2)
+    yield executor
+    ProcessExecutor.close(executor)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_spread_tensors_have_the_same_bytes_in_processes(
+    case: Case, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: Lasting
+) -> None:
+    """Their passes are made by all workers, which bind the method themselves."""
+    options: dict[str, Any] = {"method": case.method, "parameters": case.parameters}
+    options |= {"base": files[5]} if case.base else {}
+    sm.merge(files[: case.models], tmp_path / "alone.safetensors", workers=1, **options)
+    monkeypatch.setattr(tasks, "PIECE_ELEMS", GRAIN)
+    for executor in (ThreadExecutor, lambda workers: processes):
+        out = tmp_path / "spread.safetensors"
+        sm.merge(files[: case.models], out, workers=2, executor=executor, overwrite=True, **options)
+        assert out.read_bytes() == (tmp_path / "alone.safetensors").read_bytes(), executor
+
+
+def test_every_method_can_be_sent() -> None:
+    for method in list_methods().values():
+        assert pickle.loads(pickle.dumps(method)) is method
+
+
+def test_results_are_small(files: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sizes = []
+    finished = Production._finished
+
+    def seen(self: Production, piece: Any, done: Any) -> Any:
+        sizes.append(len(pickle.dumps(done)))
+        return finished(self, piece, done)
+
+    monkeypatch.setattr(Production, "_finished", seen)
+    sm.merge(files[:2], tmp_path / "out.safetensors", executor="processes")
+    assert 0 < max(sizes) < 1000
+
+
+@pytest.mark.parametrize("executor", ["threads", "processes"])
+def test_an_error_of_a_method_names_tensor_and_elements(files: list[Path], tmp_path: Path, executor: str) -> None:
+    with pytest.raises(sm.TaskError, match=r"failing, elements 0 to \d+\) failed: of its own") as caught:
+        sm.merge(files[:2], tmp_path / "out.safetensors", method=failing, executor=executor, workers=2)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_method_that_is_not_a_function_of_its_group_is_told(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "PIECE_ELEMS", GRAIN)
+    monkeypatch.setenv("COORDINATOR", str(os.getpid()))
+    with pytest.raises(sm.TaskError, match=r"long.*other passes when it is bound a second time"):
+        sm.merge(files[:2], tmp_path / "out.safetensors", method=fickle, executor="processes", workers=2)
+
+
+def test_an_input_that_shrinks_is_told(files: list[Path], tmp_path: Path) -> None:
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for number, path in enumerate(paths):
+        save_file({f"w{i}": torch.full((3000, 1000), i + number + 0.5) for i in range(8)}, path)
+
+    def shrink(event: object) -> None:
+        if type(event).__name__ == "TaskDone":
+            os.truncate(paths[1], 100_000)
+
+    with pytest.raises(sm.ChangedError, match=r"b\.safetensors (was truncated|ended|changed)"):
+        sm.merge(paths, tmp_path / "out.safetensors", executor="processes", workers=2, listener=shrink)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- deaths
+
+
+@pytest.fixture
+def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, _nothing_is_left: None) -> list[Path]:
+    """Two checkpoints of many pieces, which are written down at once."""
+    monkeypatch.setattr(tasks, "PIECE_ELEMS", GRAIN)
+    monkeypatch.setattr(journal, "INTERVAL_SECONDS", 0.001)
+    paths = []
+    for number in range(2):
+        chance = torch.Generator().manual_seed(number)
+        tensors = {f"layer.{i}": torch.randn(2, GRAIN + 77, generator=chance) for i in range(30)}
+        paths.append(tmp_path / f"{number}.safetensors")
+        save_file(tensors, paths[-1])
+    return paths
+
+
+WAYS: list[dict[str, Any]] = [{}, {"method": "slerp", "parameters": {"t": 0.3}}]
+
+
+def workers() -> list[psutil.Process]:
+    """Those of the run that began last."""
+    return max(psutil.Process().children(), key=lambda server: server.create_time()).children()
+
+
+def kept(out: Path) -> int:
+    path = out.parent / f".{out.name}.streammerge" / "journal"
+    return path.read_bytes().count(b"\n") - 1 if path.exists() else 0
+
+
+@pytest.mark.parametrize("way", WAYS, ids=["linear", "slerp"])
+@pytest.mark.parametrize("victim", ["worker", "server"])
+def test_a_killed_process_ends_the_run_and_the_next_one_goes_on(
+    pair: list[Path], tmp_path: Path, way: dict[str, Any], victim: str
+) -> None:
+    sm.merge(pair, tmp_path / "whole.safetensors", workers=2, **way)
+    out, events, killed = tmp_path / "out.safetensors", list[object](), list[int]()
+
+    def kill(event: object) -> None:
+        events.append(event)
+        if type(event).__name__ == "TaskDone" and kept(out) >= 5 and not killed:
+            worker = workers()[0]
+            killed.append(worker.pid if victim == "worker" else worker.ppid())
+            os.kill(killed[0], signal.SIGKILL)
+
+    with pytest.raises(sm.TaskError) as caught:
+        sm.merge(pair, out, executor="processes", workers=2, listener=kill, **way)
+    said = "worker process {}" if victim == "worker" else "process {}, which starts the workers,"
+    assert str(caught.value).startswith(f"{said.format(killed[0])} was killed by signal 9, perhaps because memory ran out")
+    assert type(events[-1]).__name__ == "Suspended"
+    assert not out.exists()
+    assert kept(out) >= 5
+    result = sm.merge(pair, out, executor="processes", workers=2, **way)
+    assert any(note.startswith("continued an interrupted run") for note in result.notes)
+    assert out.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "0.safetensors",
+        "1.safetensors",
+        "out.safetensors",
+        "whole.safetensors",
+    ]
+
+
+def test_without_resuming_nothing_is_kept(pair: list[Path], tmp_path: Path) -> None:
+    def kill(event: object) -> None:
+        if type(event).__name__ == "TaskDone" and (left := workers()):
+            left[0].kill()
+
+    with pytest.raises(sm.TaskError, match="was killed by signal 9"):
+        sm.merge(pair, tmp_path / "out.safetensors", executor="processes", workers=2, listener=kill, resume=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.safetensors", "1.safetensors"]
+
+
+def test_a_run_of_processes_goes_on_in_threads_and_the_other_way(pair: list[Path], tmp_path: Path) -> None:
+    sm.merge(pair, tmp_path / "whole.safetensors", workers=2)
+    out = tmp_path / "out.safetensors"
+
+    def interrupted_at(wanted: int, executor: str) -> None:
+        def interrupt(event: object) -> None:
+            if type(event).__name__ == "TaskDone" and kept(out) >= wanted:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            sm.merge(pair, out, executor=executor, workers=2, listener=interrupt)
+
+    interrupted_at(5, "processes")
+    interrupted_at(15, "threads")
+    result = sm.merge(pair, out, executor="processes", workers=2)
+    assert any(note.startswith("continued an interrupted run") for note in result.notes)
+    assert out.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+SLOW = """
+import sys
+from streammerge.planning import tasks
+from streammerge.stores import journal
+tasks.PIECE_ELEMS, journal.INTERVAL_SECONDS = 1 << 16, 0.001
+from streammerge.running import session
+import time
+finished = session.Production._finished
+def slowly(self, piece, done):
+    time.sleep(0.01)
+    return finished(self, piece, done)
+session.Production._finished = slowly
+from streammerge.cli.main import run
+sys.argv[0] = "streammerge"
+run()
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_command_leaves_no_process(pair: list[Path], tmp_path: Path, how: int, cli: Cli) -> None:
+    sm.merge(pair, tmp_path / "whole.safetensors", workers=2)
+    out = tmp_path / "out.safetensors"
+    arguments = ["merge", *map(str, pair), "-o", str(out), "--executor", "processes", "--workers", "2"]
+    with subprocess.Popen([sys.executable, "-c", SLOW, *arguments], stderr=subprocess.PIPE, text=True) as command:
+        wait_until(lambda: kept(out) >= 5 or command.poll() is not None)
+        processes = psutil.Process(command.pid).children(recursive=True)
+        assert len(processes) == 3
+        began = time.monotonic()
+        command.send_signal(how)
+        _, said = command.communicate(timeout=30)
+        assert time.monotonic() - began < 10
+        wait_until(lambda: not any(each.is_running() and each.status() != "zombie" for each in processes))
+    if how != signal.SIGKILL:
+        assert command.returncode == 128 + how
+        assert re.search(r"are kept; the same command goes on from there", said)
+    assert not out.exists()
+    assert kept(out) >= 5
+    sm.merge(pair, out, executor="processes", workers=2)
+    assert out.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
