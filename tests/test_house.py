@@ -173,13 +173,6 @@ WITHOUT_TESTS = {
     "checkpoints.huggingface",
     "planning.alignment",
     "planning.outputs.bookkeeping",
-    "stores.base",
-    "stores.faults",
-    "stores.files",
-    "stores.inputs",
-    "stores.journal",
-    "stores.locations",
-    "stores.scratch",
 }
 """The only modules that have no test file of their own. None may be added."""
 

@@ -626,7 +626,7 @@ def test_a_journal_that_cannot_be_written_promises_nothing_more(
         patched.setattr(commit.os, "write", write)
         sm.merge(pair, out, listener=listen)
     (event,) = resumed_events(lambda listener: sm.merge(pair, out, listener=listener))
-    assert event.kept_bytes == told[0].kept_bytes
+    assert event.kept_bytes >= told[0].kept_bytes > 0  # whole lines of the half batch count, too
 
 
 @pytest.mark.parametrize("when", ["_rename", "_sync_folder"])

@@ -63,7 +63,7 @@ def draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
         return torch.randint(0, 100, shape, generator=make).to(dtype)
     if dtype.is_complex:
         return torch.complex(*(torch.randn(shape, generator=make, dtype=torch.float64) for _ in range(2))).to(dtype)
-    return torch.randn(shape, generator=make).to(dtype)
+    return torch.randn(shape, generator=make, dtype=torch.float64 if dtype == torch.float64 else None).to(dtype)
 
 
 _NUMBERS = itertools.count()

@@ -1,88 +1,63 @@
-"""What all sources inherit: inner sources, blobs, places; and the arithmetic of regions, needs and blocks."""
+"""What follows from a source's fields, and the blocks of a range."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 
-import numpy as np
+import numpy
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from streammerge.sources.base import Allocated, Blob, Needs, Reader, Room, Source, boxes, read_whole, region_bytes
+from streammerge.sources.base import Allocated, Needs, boxes, read_whole, region_bytes
+from streammerge.sources.constant import Constant
+from streammerge.sources.joined import joined
+from streammerge.sources.rows import gathered
+from streammerge.sources.stored import Stored
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Leaf(Source):
-    spec: TensorSpec
-    path: str
-    offset: int = 0
-
-    def needs(self) -> Needs:
-        return Needs(scratch_bytes=10, shared_bytes=self.offset)
-
-    def open(self, room: Room) -> Reader:
-        raise ValueError(self.path)
-
-    @property
-    def blobs(self) -> tuple[Blob, ...]:
-        return (Blob(self.path, self.offset, self.nbytes),)
+@given(st.lists(st.integers(1, 5), max_size=4), st.data())
+def test_blocks_are_the_range_in_order(shape: list[int], data: st.DataObject) -> None:
+    numel = math.prod(shape)
+    start = data.draw(st.integers(0, numel))
+    stop = data.draw(st.integers(start, numel))
+    places = numpy.arange(numel).reshape(shape)
+    found = [places[tuple(slice(a, b) for a, b in box)].reshape(-1) for box in boxes(tuple(shape), start, stop)]
+    assert [int(n) for part in found for n in part] == list(range(start, stop))
+    assert len(found) <= max(2 * len(shape) - 1, 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Both(Source):
-    spec: TensorSpec
-    first: Source
-    rest: tuple[Source, ...]
-    factor: float = 1.0
-
-    needs = Leaf.needs
-    open = Leaf.open
-
-
-def spec(name: str, *shape: int) -> TensorSpec:
-    return TensorSpec(name, DType.F32, shape)
-
-
-LEAVES = tuple(Leaf(spec(name, 3), f"{name}.bin", at) for at, name in enumerate("abc"))
-BOTH = Both(spec("w", 9), LEAVES[0], LEAVES[1:])
+def test_inner_sources_are_found_in_the_fields_and_can_be_replaced() -> None:
+    one, two = (Stored(TensorSpec("w", DType.F32, (4, 2)), path, 8) for path in ("a", "b"))
+    both = gathered(joined("w", [one, two]), [7, 0])
+    (inner,) = both.parts
+    assert inner.parts == (one, two)
+    assert both.blobs == (("a", 8, 32), ("b", 8, 32))
+    assert (both.begin, both.paths, both.origin) == (("a", 8), ("a", "b"), "a, b")
+    other = both.with_parts((inner.with_parts((two, one)),))
+    assert other.paths == ("b", "a")
+    assert other.place != both.place
+    assert both.named("v").place == both.place
+    nothing = Constant(TensorSpec("c", DType.F32, (3,)))
+    assert (nothing.begin, nothing.blobs, nothing.origin) == ((None, 0), (), "a constant")
 
 
-def test_inner_sources_are_found_and_replaced_in_their_order() -> None:
-    assert BOTH.parts == LEAVES
-    turned = BOTH.with_parts(LEAVES[::-1])
-    assert (turned.parts, turned.spec, type(turned)) == (LEAVES[::-1], BOTH.spec, Both)
-    assert LEAVES[0].with_parts(()) is LEAVES[0]
+def test_needs_add_up_and_what_is_shared_does_not() -> None:
+    one, two = Needs(1, 20, 3, 4), Needs(10, 2, 30, 40, True)
+    assert one + two == Needs(11, 20, 33, 44, True)
 
 
-def test_blobs_are_those_of_the_parts_and_a_path_is_named_once() -> None:
-    assert BOTH.blobs == (Blob("a.bin", 0, 12), Blob("b.bin", 1, 12), Blob("c.bin", 2, 12))
-    assert BOTH.begin == ("a.bin", 0)
-    again = Both(BOTH.spec, LEAVES[0], (LEAVES[0], LEAVES[1]))
-    assert again.paths == ("a.bin", "b.bin")
-    nothing = Both(BOTH.spec, Both(BOTH.spec, LEAVES[0], ()), ()).with_parts((Both(BOTH.spec, BOTH, ()),))
-    assert nothing.origin == "a.bin, b.bin, c.bin"
-    many = Both(BOTH.spec, LEAVES[0], tuple(Leaf(spec("w"), f"{n}") for n in range(5)))
-    assert many.origin == "a.bin, 0, 1, 2 and 2 more"
-
-
-def test_a_place_tells_tensors_apart_but_not_their_names() -> None:
-    assert BOTH.named("other").place == BOTH.place
-    assert BOTH.named("other").spec.name == "other"
-    assert BOTH.named("w") is BOTH
-    others = [
-        Both(spec("w", 3, 3), LEAVES[0], LEAVES[1:]),
-        Both(BOTH.spec, LEAVES[0], LEAVES[1:], 2.0),
-        BOTH.with_parts(LEAVES[::-1]),
-    ]
-    assert len({each.place for each in [BOTH, *others]}) == 4
-
-
-def test_needs_add_up_except_for_the_shared_region() -> None:
-    one, two = Needs(1, 20, 3, 4, False), Needs(10, 7, 30, 40, True)
-    assert one + two == two + one == Needs(11, 20, 33, 44, True)
-    assert one + Needs() == one
+def test_a_place_tells_tensors_apart() -> None:
+    one = Stored(TensorSpec("w", DType.F32, (4, 2)), "a", 8)
+    spec = one.spec
+    others = [replace(one, path="b"), replace(one, offset=9), replace(one, spec=TensorSpec("w", DType.F32, (2, 4)))]
+    others += [replace(one, spec=TensorSpec("w", DType.I32, (4, 2)))]
+    assert len({each.place for each in [one, *others]}) == 5
+    assert len({hash(each.place) for each in (one, one.named("v"))}) == 1
+    assert (one.named("w") is one, one.named("v").spec) == (True, TensorSpec("v", spec.dtype, spec.shape))
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 63, 64, 65, 1000, 1 << 20])
@@ -91,22 +66,12 @@ def test_a_region_ends_aligned_and_wastes_less_than_a_line(nbytes: int) -> None:
     assert nbytes <= region_bytes(nbytes) < nbytes + 64
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (0, 3), (7,), (5, 3), (3, 1, 4), (2, 3, 2, 2)])
-def test_boxes_together_are_the_range_in_c_order(shape: tuple[int, ...]) -> None:
-    numel = math.prod(shape)
-    grid = np.arange(numel).reshape(shape)
-    for start in range(numel + 1):
-        for stop in range(start, numel + 1):
-            found = [grid[tuple(slice(a, b) for a, b in box)].ravel() for box in boxes(shape, start, stop)]
-            assert [n for part in found for n in part] == list(range(start, stop))
-            assert len(found) <= 2 * len(shape) + 1
-
-
 def test_a_room_keeps_what_is_made_once_and_opens_no_file_that_it_does_not_have() -> None:
+    one, two = (Stored(TensorSpec("w", DType.F32, (0,)), path, 0) for path in "ab")
     room, made = Allocated(), list[int]()
-    assert [room.once(BOTH, lambda: made.append(1) or len(made)) for _ in range(3)] == [1, 1, 1]
-    assert room.once(LEAVES[0], lambda: 7) == 7
+    assert [room.once(one, lambda: made.append(1) or len(made)) for _ in range(3)] == [1, 1, 1]
+    assert room.once(two, lambda: 7) == 7
     assert (len(room.take(0)), len(room.take(5)), len(Allocated(tile_bytes=9).tile())) == (0, 5, 9)
     with pytest.raises(ValueError, match="without files cannot open"):
         room.file("x")
-    assert read_whole(Leaf(spec("e", 0), "x"), room) == b"", "an empty tensor is not opened"
+    assert read_whole(one, room) == b"", "an empty tensor is not opened"

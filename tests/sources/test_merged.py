@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same, octets
+from conftest import assert_same, load_safetensors, octets
 from safetensors.torch import save_file
 
 import streammerge as sm
@@ -112,6 +112,28 @@ def test_a_long_tensor_as_by_way_of_a_file(tmp_path: Path, use: Use) -> None:
     inputs = [{"tensor": source_of(use, sources)}, {"tensor": sources[0]}]
     for way in WAYS[1:] if use.method != "arcee_fusion" else WAYS[1:3]:  # which holds the tensor whole
         assert_same(merge_of(tmp_path, inputs, "slerp", parameters={"t": 0.4}, **way), expected)
+
+
+@merge_method("inner_product", models=(2, 2), buffers=5, compute="float64")
+def inner_product(group: Any) -> Any:
+    """The inner product of the models everywhere: all bits of a sum over the tensor."""
+    value = float(group.gram()[0, 1])
+    return lambda chunk: chunk.load(0).mul_(0).add_(value)
+
+
+def test_sums_are_made_in_the_order_of_a_merge_into_a_file(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    for number, path in enumerate(paths):
+        save_file({"tensor": draw((PIECE_ELEMS + 40 * GRAIN + 77,), torch.float64, number)}, path)
+    sm.merge(paths, tmp_path / "out.safetensors", method=inner_product)
+    sources = [sm.inspect(path).entries["tensor"] for path in paths]
+    made = merged("tensor", find_method(inner_product), sources).open(room())
+    first = bytes(made.read(0, 1, memoryview(bytearray(8))))
+    assert first == octets(first_number(tmp_path / "out.safetensors"))
+
+
+def first_number(path: Path) -> torch.Tensor:
+    return load_safetensors(path)["tensor"][:1]
 
 
 def deep(disk: Disk) -> tuple[Source, torch.Tensor]:
