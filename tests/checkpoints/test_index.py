@@ -28,9 +28,7 @@ def test_it_is_a_mapping_of_every_tensor_in_order(tmp_path: Path) -> None:
 
 def test_tied_tensors_count_once(tmp_path: Path) -> None:
     shared = torch.ones(5, 3)
-    torch.save(
-        {"a": shared, "b": shared, "turned": shared.t(), "e": torch.empty(0), "f": torch.empty(0)}, tmp_path / "x.pth"
-    )
+    torch.save({"a": shared, "b": shared, "turned": shared.t(), "e": shared[5:], "f": shared[5:]}, tmp_path / "x.pth")
     index = open_checkpoint(tmp_path / "x.pth")
     assert index.aliases == {"b": "a"}
     assert (index.numel, index.nbytes) == (30, 120)
