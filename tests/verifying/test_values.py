@@ -27,6 +27,7 @@ from streammerge.planning.plan import budget_of
 from streammerge.planning.tasks import MergeTask
 from streammerge.stores.checksums import CRC32C
 from streammerge.stores.inputs import InputFiles
+from streammerge.stores.locations import parse
 from streammerge.verifying import values
 
 OUTPUTS = {"safetensors": "out.safetensors", "pickle": "out.pth", "folder": "out"}
@@ -635,18 +636,18 @@ def test_repetition_compares_in_bounded_memory(tmp_path: Path, nbytes: int) -> N
     path, content = tmp_path / "output", random.Random(nbytes).randbytes(5 + nbytes)
     path.write_bytes(content)
     data = memoryview(bytearray(content[5:]))
-    repetition = values._Repetition(InputFiles({}).get(str(path)), 3)
+    repetition = values._Repeated(InputFiles({}).get(parse(str(path))), 3)
     tracemalloc.start()
     try:
         repetition.write_full(data, 2)
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
-    assert not repetition.differs
+    assert not repetition.found()
     if nbytes:
         data[-1] ^= 1
         repetition.write_full(data, 2)
-        assert repetition.differs
+        assert repetition.found()
 
 
 def test_what_a_comparison_holds_is_counted(pair: list[Path], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -655,7 +656,7 @@ def test_what_a_comparison_holds_is_counted(pair: list[Path], here: Path, monkey
 
     def recorded(tasks: list[MergeTask], *how: Any, **beside: Any) -> tuple[Budget, str]:
         budget, io = budget_of(tasks, *how, **beside)
-        plain, _ = budget_of(tasks, *how, staged=False)
+        plain, _ = budget_of(tasks, *how)
         more.append((budget.peak_bytes - plain.peak_bytes) // budget.workers)
         return budget, io
 
