@@ -22,16 +22,18 @@ class InputFiles:
         self._expected, self._polite = expected, polite
         self._files: OrderedDict[Location, Input] = OrderedDict()
         self._damaged: list[Damage] = []
+        self._most = descriptors.limit()
         self._lock = threading.Lock()
 
     def get(self, location: Location) -> Input:
         with self._lock:
-            file = self._files.pop(location, None)
+            file = self._files.get(location)
             if file is None:
-                if len(self._files) >= descriptors.limit():
+                if len(self._files) >= self._most:
                     self._files.popitem(last=False)
-                file = location.open(self._expected.get(location), self._polite, self._damaged)
-            self._files[location] = file
+                file = self._files[location] = location.open(self._expected.get(location), self._polite, self._damaged)
+            elif len(self._files) == self._most:  # only then does their order matter, and this runs for every tensor
+                self._files.move_to_end(location)
             return file
 
     def close(self) -> None:

@@ -1,0 +1,122 @@
+"""What the protocol gives to stores that bring the least."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+import streammerge as sm
+from streammerge.stores.base import Input, Location, Status, digest_outside, no_room, outside, space_checked
+
+
+class Few(sm.Store):
+    """A store with the four methods that must be there."""
+
+    scheme = "few"
+    FILES = {"a": bytes(range(100)), "folder/b": b"", "folder/c.x": b"c", "folder/.d.x": b"d"}
+
+    def status(self, location: Location) -> Status:
+        if location.key not in self.FILES:
+            raise sm.FormatError(f"{location} is absent")
+        return Status((location.key,), len(self.FILES[location.key]), 1)
+
+    def is_folder(self, location: Location) -> bool:
+        return location.key in (".", "folder")
+
+    def list_names(self, location: Location) -> list[str]:
+        start = "" if location.key == "." else f"{location.key}/"
+        return list({name[len(start) :].partition("/")[0] for name in self.FILES if name.startswith(start)})
+
+    def opened(self, location: Location) -> Input:
+        self.status(location)
+        return FewInput(location, self.FILES[location.key])
+
+
+class FewInput(Input):
+    def __init__(self, location: Location, data: bytes) -> None:
+        self.location, self.size, self._data = location, len(data), data
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        if offset + len(buffer) > self.size:
+            raise self.ended(offset, len(buffer))
+        buffer[:] = self._data[offset : offset + len(buffer)]
+
+
+STORE = Few()
+
+
+def at(key: str) -> Location:
+    return STORE.parse(f"few://{key}")
+
+
+def test_what_is_there_follows_from_status_and_folders() -> None:
+    assert at("a").is_file()
+    assert at("folder").exists()
+    assert not at("folder").is_file()
+    assert not at("b").exists()
+    assert not at("b").lexists()
+    assert at("a").broken_link() == ""
+    assert at("a").local_path is None
+    assert at("a").free_bytes() is None
+    assert [str(each) for each in at("folder").children()] == ["few://folder/.d.x", "few://folder/b", "few://folder/c.x"]
+
+
+def test_a_stream_and_a_view_follow_from_reading() -> None:
+    with at("a").stream() as stream:
+        assert stream.seek(-3, io.SEEK_END) == 97
+        assert stream.read(100) == bytes((97, 98, 99))
+        with pytest.raises(ValueError, match="negative"):
+            stream.seek(-1)
+    assert at("a").open().view(10, 3) == bytes((10, 11, 12))
+    with pytest.raises(sm.ChangedError):
+        at("a").open().view(99, 2)
+
+
+def test_patterns_follow_from_listing() -> None:
+    assert [each.key for each in at("folder/*.x").glob()] == ["folder/c.x"]
+    assert [each.key for each in at("folder/.*.x").glob()] == ["folder/.d.x"]
+    assert [each.key for each in at("*/b").glob()] == ["folder/b"]
+    assert [each.key for each in at("a").glob()] == ["a"]
+    assert at("b").glob() == at("b*/x").glob() == []
+
+
+def test_a_change_is_noticed_by_the_status() -> None:
+    now = at("a").status()
+    assert at("a").open(now).size == 100
+    with pytest.raises(sm.ChangedError, match="changed since"):
+        at("a").open(now._replace(version=2))
+    with pytest.raises(sm.ChangedError, match="is gone since"):
+        at("absent").open(now)
+
+
+@pytest.mark.parametrize("spans", [[], [(0, 100)], [(0, 0)], [(10, 5), (15, 5), (90, 10)], [(0, 1), (99, 1)]])
+def test_all_but_some_bytes(spans: list[tuple[int, int]]) -> None:
+    data = bytes(range(100))
+    kept = bytes(byte for place, byte in enumerate(data) if not any(o <= place < o + n for o, n in spans))
+    assert b"".join(outside(at("a"), spans)) == kept
+    import hashlib
+
+    assert digest_outside(at("a"), spans) == hashlib.sha256(kept).hexdigest()
+
+
+def test_it_can_be_read_only() -> None:
+    for ask in (
+        lambda: at("x").stage(),
+        lambda: at("x").check_writable(overwrite=True),
+        lambda: at("x").write_whole(b"", overwrite=True),
+        lambda: at("x").make_folder(),
+    ):
+        with pytest.raises(sm.RecipeError, match="few://x: the store few:// can be read only"):
+            ask()
+    at("x").sweep()
+
+
+def test_a_full_store_says_what_it_knows() -> None:
+    with pytest.raises(sm.SpaceError, match=r"no room for x: it needs 5.0 kB \(No space left on device\)"):  # noqa: SIM117
+        with space_checked(at("x"), 5000):
+            raise OSError(28, "No space left on device")
+    with pytest.raises(OSError, match="Input/output error"):  # noqa: SIM117
+        with space_checked(at("x"), 5000):
+            raise OSError(5, "Input/output error")
+    assert isinstance(no_room(at("x"), 1), sm.SpaceError)

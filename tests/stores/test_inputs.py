@@ -1,0 +1,55 @@
+"""The inputs of a run: opened once, let go when there are many, noticed when they change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import streammerge as sm
+from streammerge.stores import descriptors
+from streammerge.stores.base import Damage
+from streammerge.stores.inputs import InputFiles
+from streammerge.stores.locations import parse
+
+
+def test_an_input_that_changed_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"12345")
+    location = parse(path)
+    planned = {location: location.status()}
+    path.write_bytes(b"123456")
+    with pytest.raises(sm.ChangedError, match="changed since it was planned"):
+        InputFiles(planned).get(location)
+    with pytest.raises(sm.ChangedError):
+        InputFiles(planned).check_unchanged()
+
+
+def test_the_longest_unused_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(descriptors, "limit", lambda: 3)
+    places = [parse(tmp_path / str(number)) for number in range(4)]
+    for place in places:
+        place.write_whole(b"12345", overwrite=False)
+    inputs = InputFiles({})
+    first, second, _ = (inputs.get(place) for place in places[:3])
+    assert inputs.get(places[0]) is first
+    inputs.get(places[3])
+    assert inputs.get(places[0]) is first
+    assert inputs.get(places[1]) is not second
+    second.read_into(memoryview(bytearray(5)), 0)  # whoever holds it still reads
+
+
+def test_damage_is_told_by_its_cause(tmp_path: Path) -> None:
+    place = parse(tmp_path / "x")
+    place.write_whole(b"12345", overwrite=False)
+    inputs = InputFiles({})
+    inputs.check_whole()
+    inputs._damaged.append(Damage(place, 5))
+    with pytest.raises(OSError, match="the disk or the network failed"):
+        inputs.check_whole()
+    inputs._damaged[:] = [Damage(place, 6)]
+    with pytest.raises(sm.ChangedError, match="was truncated while it was read"):
+        inputs.check_whole()
+    (tmp_path / "x").unlink()
+    with pytest.raises(sm.ChangedError, match="was truncated while it was read"):
+        inputs.check_whole()

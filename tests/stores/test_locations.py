@@ -1,0 +1,29 @@
+"""The border where text becomes a place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import streammerge as sm
+from streammerge.stores.locations import HERE, parse
+
+
+def test_what_has_no_scheme_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse("a/b").local_path == "a/b"
+    assert parse(Path("memory:") / "a").local_path == "memory:/a"
+    assert parse(tmp_path / "x").local_path == str(tmp_path / "x")
+    assert parse("~/x").local_path == str(tmp_path / "x")
+    assert str(parse("~/x")) == "~/x"
+    assert parse("file:///a/b").local_path == "/a/b"
+    assert parse("c:/a").local_path == "c:/a"
+    assert parse("x", HERE) == parse("x")
+    assert parse("x", parse("/a/b")) == parse("/a/b/x")
+    assert parse("/x", parse("/a/b")) == parse("/x")
+    assert parse("x", parse("memory://a")) == parse("memory://a/x")
+    assert parse("memory://x", parse("/a")) == parse("memory://x")
+    for wrong in (3, None, ["x"]):
+        with pytest.raises(sm.RecipeError, match="is not a path, but a"):
+            parse(wrong)  # type: ignore[arg-type]
