@@ -172,6 +172,7 @@ def test_a_killed_process_ends_the_run_and_the_next_one_goes_on(
 
     def kill(event: object) -> None:
         events.append(event)
+        time.sleep(0.002)  # a little time for the journal
         if type(event).__name__ == "TaskDone" and kept(out) >= 5 and not killed:
             worker = workers()[0]
             killed.append(worker.pid if victim == "worker" else worker.ppid())
@@ -211,6 +212,7 @@ def test_a_run_of_processes_goes_on_in_threads_and_the_other_way(pair: list[Path
 
     def interrupted_at(wanted: int, executor: str) -> None:
         def interrupt(event: object) -> None:
+            time.sleep(0.002)  # a little time for the journal
             if type(event).__name__ == "TaskDone" and kept(out) >= wanted:
                 raise KeyboardInterrupt
 
