@@ -285,7 +285,7 @@ def test_every_file_of_a_folder_counts(folder: Path) -> None:
             sm.verify(folder, sample=0)
         (folder / name).unlink()
     (folder / "README.md").write_text("mine")
-    assert any("README.md came later" in note for note in sm.verify(folder).notes)
+    assert any("README.md came later and was not verified" in note for note in sm.verify(folder).notes)
     (folder / "model-00009-of-00009.safetensors").write_bytes((folder.parent / "in" / "a.safetensors").read_bytes())
     with pytest.raises(sm.VerifyError, match="does not belong"):
         sm.verify(folder, sample=0)
@@ -370,7 +370,7 @@ def test_values_that_the_recipe_does_not_give_are_found(pair: list[Path], here: 
     content = bytearray(pair[1].read_bytes())
     content[where : where + 4] = torch.tensor([9.0]).numpy().tobytes()
     pair[1].write_bytes(content)
-    with pytest.raises(sm.VerifyError, match=r"does not hold what its recipe makes of these inputs: layer\.weight"):
+    with pytest.raises(sm.VerifyError, match=r"differs from the result of its recipe and these inputs in layer\.weight"):
         sm.verify(out, sample="100%")
 
 

@@ -328,7 +328,7 @@ def _task_cost(task: MergeTask, dtypes: list[DType], io: str) -> Cost:
 
 
 def _nested_cost(task: MergeTask, io: str) -> Cost:
-    """Returns the memory of one chunk of a task with sources that are not plain byte ranges. Such sources are not mapped."""
+    """Returns the memory of one chunk if some sources are not plain byte ranges. Such sources cannot be mapped."""
     needed = Needs()
     for source in task.sources:
         if not _is_stored(source):

@@ -164,7 +164,7 @@ def torch_version() -> str:
 
 
 def read_receipt(text: str, where: object) -> Receipt:
-    """Reads a receipt from its text. Raises VerifyError, which names ``where``, for a text that is damaged or no receipt."""
+    """Reads a receipt from its text. Raises VerifyError when it is damaged or not a receipt. ``where``: for the message."""
     try:
         made = Receipt(**load_json(text))
         whole = _is_sound(made) and text in (made.text(), made.text(2)) and made.own_digest() == made.digest
