@@ -293,7 +293,7 @@ class Choosing(Options):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Policies(Options):
-    """What becomes of tensors that do not fit together."""
+    """The handling of tensors that do not fit together."""
 
     on_missing: OnMissing | None = option(
         "Tensors that are not in every input.", choices=get_args(OnMissing), otherwise="error", overrides=True
@@ -366,7 +366,7 @@ class Verifying(Options):
         "How much of the values is computed again; 100% for all.",
         Kind("a share like 5%", _share),
         metavar="SHARE",
-        otherwise="5%, where the inputs are at hand",
+        otherwise="5% if the inputs are available",
     )
     seed: int = option("Chooses the sample.", WHOLE, default=0, metavar="N")
     inputs: PathLike | None = option(
@@ -377,7 +377,7 @@ class Verifying(Options):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Resources(Options):
-    """What the work may take, and how it is done. The output's bytes depend on none of it."""
+    """Memory, workers and the way of reading. None of these options changes a byte of the output."""
 
     memory: str | int = option(
         "Budget for data held at once, above start-up.", SIZE, default=DEFAULT_MEMORY, metavar="SIZE"
@@ -388,11 +388,11 @@ class Resources(Options):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Executing(Options):
-    """What the workers are. The output's bytes do not depend on it."""
+    """The kind of workers. It does not change a byte of the output."""
 
     executor: str | Callable[[int], Any] = option(
-        "What the workers are: threads, processes, or the name of another executor; auto takes processes for more than "
-        "four workers and much to read. In Python also what makes an executor of so many workers.",
+        "The kind of workers: threads, processes, or the name of another executor; auto takes processes for more than "
+        "four workers and much to read. In Python also a function from the number of workers to an executor.",
         default="auto",
         metavar="NAME",
     )
@@ -400,7 +400,7 @@ class Executing(Options):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Running(Options):
-    """How the output is made. Its bytes depend on none of it."""
+    """How the output is made. None of these options changes a byte of it."""
 
     overwrite: bool = option("Replace a finished output.", TRUTH, default=False)
     resume: bool = option("False: start over instead of continuing an interrupted run.", TRUTH, default=True, negated=True)
