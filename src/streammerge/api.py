@@ -405,6 +405,8 @@ def _inputs(given: Any, held: Held) -> tuple[list[str], list[float] | None]:
 
 
 def _may_hold_tensors(value: Any) -> bool:
+    if isinstance(value, Real):  # numpy's numbers are arrays too
+        return False
     return is_array(value) or is_tensor(value) or isinstance(value, Mapping | list | tuple)
 
 

@@ -1,4 +1,4 @@
-"""Progress without a terminal. test_cli.py shows the bar on a terminal."""
+"""Progress without a terminal. test_main.py shows the bar on a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The text of a recipe, and where its keys stand. Hostile texts: test_recipe.py."""
+"""The text of a recipe, and where its keys stand. Hostile texts: test_reader.py."""
 
 from __future__ import annotations
 

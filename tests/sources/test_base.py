@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streammerge.sources.base import Needs, boxes
+from streammerge.sources.base import Allocated, Needs, boxes, read_whole, region_bytes
 from streammerge.sources.constant import Constant
 from streammerge.sources.joined import joined
 from streammerge.sources.rows import gathered
@@ -46,3 +48,30 @@ def test_inner_sources_are_found_in_the_fields_and_can_be_replaced() -> None:
 def test_needs_add_up_and_what_is_shared_does_not() -> None:
     one, two = Needs(1, 20, 3, 4), Needs(10, 2, 30, 40, True)
     assert one + two == Needs(11, 20, 33, 44, True)
+
+
+def test_a_place_tells_tensors_apart() -> None:
+    one = Stored(TensorSpec("w", DType.F32, (4, 2)), "a", 8)
+    spec = one.spec
+    others = [replace(one, path="b"), replace(one, offset=9), replace(one, spec=TensorSpec("w", DType.F32, (2, 4)))]
+    others += [replace(one, spec=TensorSpec("w", DType.I32, (4, 2)))]
+    assert len({each.place for each in [one, *others]}) == 5
+    assert len({hash(each.place) for each in (one, one.named("v"))}) == 1
+    assert (one.named("w") is one, one.named("v").spec) == (True, TensorSpec("v", spec.dtype, spec.shape))
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 63, 64, 65, 1000, 1 << 20])
+def test_a_region_ends_aligned_and_wastes_less_than_a_line(nbytes: int) -> None:
+    assert region_bytes(nbytes) % 64 == 0
+    assert nbytes <= region_bytes(nbytes) < nbytes + 64
+
+
+def test_a_room_keeps_what_is_made_once_and_opens_no_file_that_it_does_not_have() -> None:
+    one, two = (Stored(TensorSpec("w", DType.F32, (0,)), path, 0) for path in "ab")
+    room, made = Allocated(), list[int]()
+    assert [room.once(one, lambda: made.append(1) or len(made)) for _ in range(3)] == [1, 1, 1]
+    assert room.once(two, lambda: 7) == 7
+    assert (len(room.take(0)), len(room.take(5)), len(Allocated(tile_bytes=9).tile())) == (0, 5, 9)
+    with pytest.raises(ValueError, match="without files cannot open"):
+        room.file("x")
+    assert read_whole(one, room) == b"", "an empty tensor is not opened"

@@ -14,7 +14,6 @@ import psutil
 import pytest
 import torch
 from conftest import trained
-from safetensors.torch import save_file
 
 import streammerge as sm
 
@@ -126,59 +125,6 @@ def test_killed_by_the_kernel_at_a_call(tmp_path: Path, call: str) -> None:
 @pytest.mark.parametrize("out", ["out.safetensors", "out.pth", "out"])
 def test_every_call_of_every_container_by_the_kernel(tmp_path: Path, out: str, call: str, fault: str) -> None:
     check_traced(tmp_path, out, call, fault, 40)
-
-
-# -------------------------------------------------------------------------------------------------------- vanishing inputs
-
-TRUNCATING = """
-import os, sys, torch, streammerge as sm
-path, out, io, cut, when, method = sys.argv[1:]
-seen = []
-def listen(event):
-    if type(event).__name__ == "TaskDone":
-        seen.append(event)
-        if len(seen) == int(when):
-            os.truncate(path, int(cut))
-try:
-    sm.merge([path.replace("1.", "0."), path], out, listener=listen, io=io, workers=2, method=method)
-except sm.StreammergeError as error:
-    print(type(error).__name__, error)
-"""
-
-
-@pytest.mark.parametrize("io", ["mmap", "pread"])
-@pytest.mark.parametrize("method", ["linear", "karcher"])
-@pytest.mark.parametrize(("share", "when"), [(0.0, 1), (0.3, 2), (0.95, 1), (0.6, 9)])
-def test_a_truncated_input_is_an_error_and_no_death(tmp_path: Path, io: str, method: str, share: float, when: int) -> None:
-    for number in range(2):
-        save_file(
-            {f"w{i}": torch.full((1 << 19,), float(number + i)) for i in range(12)}, tmp_path / f"{number}.safetensors"
-        )
-    path = tmp_path / "1.safetensors"
-    cut = int(path.stat().st_size * share)
-    command = [sys.executable, "-c", TRUNCATING, path, tmp_path / "out.safetensors", io, cut, when, method]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
-    assert re.match(r"ChangedError .*1\.safetensors", done.stdout)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["0.safetensors", "1.safetensors"]
-
-
-def test_a_bus_error_that_is_not_ours_is_as_deadly_as_ever(tmp_path: Path) -> None:
-    code = """
-import mmap, os, sys
-from streammerge.stores import faults
-with open(sys.argv[1], "wb+") as file:
-    file.write(bytes(8192))
-    file.flush()
-    mapped = mmap.mmap(file.fileno(), 8192)
-    os.truncate(sys.argv[1], 0)
-    with faults.survived():
-        mapped[5000]
-print("alive")
-"""
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")], capture_output=True, text=True, timeout=60)
-    assert done.returncode == -7
-    assert "alive" not in done.stdout
 
 
 # -------------------------------------------------------------------------------------------------------------- long lives

@@ -14,29 +14,16 @@ import mergekit_cases
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner
-from conftest import Cli, assert_same, load_safetensors, octets, trained
+from conftest import Cli, load_safetensors, octets, trained
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import streammerge as sm
-from streammerge.cli.main import cli as command_line
 from streammerge.recipe.document import parse, to_yaml
 from streammerge.recipe.reader import json_schema, read_recipe
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Writes a, b, c and base as safetensors files into the current folder."""
-    for seed, name in enumerate(("base", "a", "b", "c")):
-        made = trained(seed)
-        made["norm.num_batches_tracked"] = torch.tensor(5)
-        save_file(made, tmp_path / f"{name}.safetensors")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def refused(text: str) -> list[str]:
@@ -375,47 +362,6 @@ def test_a_recipe_goes_to_text_and_back(models: Path) -> None:
     assert all(sm.plan(recipe="recipe.yaml").taken)
 
 
-def test_file_dict_and_arguments_give_the_same_bytes(models: Path) -> None:
-    Path("recipe.yaml").write_text(
-        "merge_method: ties\nbase_model: base.safetensors\nparameters: {density: 0.5}\nmodels:\n"
-        "- {model: a.safetensors, parameters: {weight: 0.7}}\n- {model: b.safetensors, parameters: {weight: 0.3}}\n"
-    )
-    sm.merge(recipe="recipe.yaml", out="one.safetensors")
-    sm.merge(recipe=yaml.safe_load(Path("recipe.yaml").read_text()), out="two.safetensors")
-    given = {"base": "base.safetensors", "method": "ties", "parameters": {"density": 0.5}, "weights": [0.7, 0.3]}
-    sm.merge(["a.safetensors", "b.safetensors"], "three.safetensors", **given)
-    one, two, three = (Path(f"{n}.safetensors").read_bytes() for n in ("one", "two", "three"))
-    assert one == two == three
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["a.safetensors", "b.safetensors", "--weights", "0.6,0.4"],
-        ["a.safetensors", "b.safetensors", "--weights", "2,1", "--no-normalize", "--dtype", "bfloat16"],
-        ["a.safetensors", "b.safetensors", "--base", "base.safetensors", "--method", "dare_ties", "-p", "density=0.5,0.7"],
-        ["a.safetensors", "b.safetensors", "--method", "slerp", "-p", "t=0.3", "--integers", "first", "--seed", "4"],
-        ["?.safetensors", "--last", "2", "--ema-decay", "0.5"],
-        ["a.safetensors", "base.safetensors", "--base", "base.safetensors", "--method", "task_arithmetic"],
-    ],
-    ids=" ".join,
-)
-def test_any_command_can_be_saved_as_a_recipe(arguments: list[str], models: Path) -> None:
-    def run(*words: str) -> str:
-        # in this process, where torch is already imported
-        done = CliRunner().invoke(command_line, words, catch_exceptions=False)
-        assert done.exit_code == 0
-        return done.stdout
-
-    Path("saved.yaml").write_text(run("plan", *arguments, "--format", "yaml"))
-    run("merge", *arguments, "-o", "one.safetensors")
-    run("merge", "saved.yaml", "-o", "two.safetensors")
-    assert Path("one.safetensors").read_bytes() == Path("two.safetensors").read_bytes()
-    Path("inside.yaml").write_text(run("inspect", "one.safetensors", "--recipe"))
-    run("merge", "inside.yaml", "-o", "three.safetensors")
-    assert Path("one.safetensors").read_bytes() == Path("three.safetensors").read_bytes()
-
-
 def test_the_recipe_travels_in_a_pth_too(voices: tuple[Path, Path], tmp_path: Path, cli: Cli) -> None:
     cli("merge", "news.pth", "audiobook.pth", "--weights", "0.6,0.4", "-o", "voice.pth")
     saved = cli("inspect", "voice.pth", "--recipe").stdout
@@ -431,19 +377,6 @@ def test_the_recipe_travels_in_a_pth_too(voices: tuple[Path, Path], tmp_path: Pa
     assert "carries no recipe" in cli("inspect", "news.pth", "--recipe", code=2).stderr
 
 
-def test_absolute_paths_stay_out_of_the_output(models: Path, tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        (tmp_path / "a.safetensors").rename(tmp_path / name / "x.safetensors") if name == "one" else (
-            tmp_path / "b.safetensors"
-        ).rename(tmp_path / name / "x.safetensors")
-    sm.merge([tmp_path / "one" / "x.safetensors", tmp_path / "two" / "x.safetensors"], tmp_path / "out")
-    record = yaml.safe_load((tmp_path / "out" / "streammerge.yaml").read_text())
-    assert [m["model"] for m in record["models"]] == ["one/x.safetensors", "two/x.safetensors"]
-    made = sm.merge(recipe=tmp_path / "out" / "streammerge.yaml", out=tmp_path / "again")
-    assert_same(load_safetensors(made.out / "model.safetensors"), load_safetensors(tmp_path / "out" / "model.safetensors"))
-
-
 def test_a_copy_with_parts_of_another_model_carries_its_recipe(models: Path) -> None:
     rules = [{"match": "layer.*", "copy": "b.safetensors"}]
     wish = {"merge_method": "copy", "models": [{"model": "a.safetensors"}], "rules": rules}
@@ -453,16 +386,6 @@ def test_a_copy_with_parts_of_another_model_carries_its_recipe(models: Path) -> 
     assert Path("one/model.safetensors").read_bytes() == Path("two/model.safetensors").read_bytes()
 
 
-def test_options_win_over_a_recipe_and_models_do_not(models: Path, cli: Cli) -> None:
-    Path("recipe.yaml").write_text(LINEAR + "dtype: bfloat16\n")
-    cli("merge", "recipe.yaml", "-o", "out.safetensors", "--dtype", "float32", "--out-dtype", "float16")
-    assert load_safetensors(Path("out.safetensors"))["scale"].dtype == torch.float16
-    assert "weights beside a recipe" in cli("plan", "recipe.yaml", "--weights", "1,2", code=2).stderr
-    with pytest.raises(sm.RecipeError, match="base, highest, t beside a recipe"):
-        sm.plan(recipe="recipe.yaml", base="base.safetensors", highest=True, parameters={"t": 0.3})
-    assert "stands alone" in cli("plan", "recipe.yaml", "a.safetensors", code=2).stderr
-
-
 def test_own_methods_are_not_imported_on_a_files_word(models: Path, cli: Cli) -> None:
     Path("own.py").write_text("open('canary', 'w').close()\ndef first(group):\n    return lambda chunk: chunk.models[0]\n")
     Path("recipe.yaml").write_text(LINEAR.replace("linear", "own:first"))
@@ -470,30 +393,6 @@ def test_own_methods_are_not_imported_on_a_files_word(models: Path, cli: Cli) ->
     assert not Path("canary").exists()
     cli("merge", "recipe.yaml", "-o", "out.safetensors", "--own-methods")
     assert octets(load_safetensors(Path("out.safetensors"))["scale"]) == octets(trained(1)["scale"])
-
-
-def test_models_are_found_beside_the_recipe_and_in_the_hubs_cache(
-    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    (tmp_path / "recipe.yaml").write_text(LINEAR)
-    monkeypatch.chdir(elsewhere)
-    assert sm.plan(recipe=tmp_path / "recipe.yaml").recipe.inputs == (
-        str(tmp_path / "a.safetensors"),
-        str(tmp_path / "b.safetensors"),
-    )
-    revision = "0123456789abcdef0123456789abcdef01234567"
-    repository = tmp_path / "hub" / "models--org--name"
-    (repository / "snapshots" / revision).mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(revision)
-    (repository / "snapshots" / revision / "model.safetensors").symlink_to(tmp_path / "b.safetensors")
-    (tmp_path / "recipe.yaml").write_text(LINEAR.replace("b.safetensors", "org/name"))
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    found = read_recipe(tmp_path / "recipe.yaml")
-    assert found.inputs[1] == str(repository / "snapshots" / revision)
-    assert found.written[found.inputs[1]] == "org/name"
 
 
 def test_reading_a_recipe_imports_no_torch(models: Path) -> None:

@@ -1,0 +1,52 @@
+"""From what was typed to the arguments of the Python API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import streammerge as sm
+from streammerge.cli.arguments import as_arguments
+
+
+@pytest.mark.parametrize(
+    ("typed", "arguments"),
+    [
+        ({}, {}),
+        ({"weights": None, "parameters": ()}, {"weights": None, "parameters": {}}),
+        ({"weights": "0.6,0.4"}, {"weights": [0.6, 0.4]}),
+        ({"weights": "1"}, {"weights": [1.0]}),
+        ({"no_normalize": True}, {"normalize": False}),
+        ({"no_normalize": False, "no_resume": False}, {}),
+        ({"no_resume": True}, {"resume": False}),
+        ({"weights": None, "parameters": ("t=0.3",)}, {"weights": None, "parameters": {"t": "0.3"}}),
+        (
+            {"weights": None, "parameters": ("d=1,2", "x=a=b")},
+            {"weights": None, "parameters": {"d": ["1", "2"], "x": "a=b"}},
+        ),
+        ({"weights": None, "parameters": ("weight=1,2",)}, {"weights": [1.0, 2.0], "parameters": {}}),
+        ({"weights": None, "parameters": ("weight=1",)}, {"weights": None, "parameters": {"weight": "1"}}),
+        ({"memory": "1GiB", "drop": ("a", "b")}, {"memory": "1GiB", "drop": ("a", "b")}),
+    ],
+)
+def test_what_is_typed_becomes_arguments(typed: dict[str, Any], arguments: dict[str, Any]) -> None:
+    before = dict(typed)
+    assert as_arguments(typed) == arguments
+    assert typed == before
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ({"weights": "a,b"}, "takes numbers joined by commas, like 0.6,0.4, not a,b"),
+        ({"weights": ""}, "takes numbers joined by commas"),
+        ({"weights": None, "parameters": ("t",)}, "-p t: write it as NAME=VALUE"),
+        ({"weights": None, "parameters": ("t=1", "t=2")}, "-p t is given twice"),
+        ({"weights": "1", "parameters": ("weight=2",)}, "-p weight is given twice"),
+        ({"weights": None, "parameters": ("weight=1,x",)}, "-p weight takes numbers"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_sentence(typed: dict[str, Any], words: str) -> None:
+    with pytest.raises(sm.RecipeError, match=words):
+        as_arguments(typed)

@@ -1,0 +1,102 @@
+"""What checkpoints disagree about, what it looks like, and what would settle it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import streammerge as sm
+from streammerge.planning.mismatch import Differing, Mismatch
+from streammerge.recipe.arguments import recipe_of
+from streammerge.tensors.spec import TensorSpec
+
+
+def test_everything_that_differs_stands_in_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shapes = {"gpt.text_embedding.weight": (30, 8), "gpt.norm.bias": (16,), "dvae.codebook": (4, 4)}
+    first = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    decoder = {"hifigan_decoder.conv.bias": torch.zeros(3)}  # tells, with the names of gpt, that this is XTTS
+    changed = first | decoder | {"gpt.text_embedding.weight": torch.zeros(40, 8), "gpt.new": torch.zeros(2)}
+    del changed["dvae.codebook"], changed["gpt.norm.bias"]
+    save_file(first | decoder, "a.safetensors")
+    save_file(changed, "b.safetensors")
+    with pytest.raises(sm.MismatchError) as caught:
+        sm.plan(["a.safetensors", "b.safetensors"])
+    said = str(caught.value)
+    for part in (
+        "b.safetensors lacks 1: gpt.norm.bias",
+        "b.safetensors has 1 that a.safetensors lacks (they stay out): gpt.new",
+        "gpt.text_embedding.weight  [30, 8]  [40, 8] in b.safetensors  vocabulary 30 against 40",
+        "this looks like vocabulary 30 against 40",
+        '`on_missing="base"`',
+        '`on_shape="base"` (keep the first\'s) or `"rows"`',
+    ):
+        assert part in said, said
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "guess"),
+    [
+        ({"student.a": 1, "student.b": 1}, {"teacher.a": 1, "teacher.b": 1}, "another prefix: 'student.' in"),
+        ({"x.a": 1, "x.b": 1}, {"a": 1, "b": 1}, "another prefix: 'x.' in a.safetensors, none in b"),
+        ({"a": 1, "b": 1, "c": 1}, {"d": 1, "e": 1, "f": 1}, "another architecture: 0 of 3 names"),
+        (
+            {f"l.{i}.w": 1 for i in range(6)},
+            {f"l.{i}.w": 1 for i in range(4)},
+            "another depth: l has 6 layers against 4",
+        ),
+        ({"enc_p.emb_phone.weight": (4, 256)}, {"enc_p.emb_phone.weight": (4, 768)}, "v1 against v2"),
+        (
+            {"in.weight": (8, 4, 3, 3)},
+            {"in.weight": (8, 9, 3, 3)},
+            "an inpainting model against an ordinary one",
+        ),
+        (
+            {f"w{i}": (4, 4) for i in range(4)},
+            {f"w{i}": (6, 6) for i in range(4)},
+            "another size of the same architecture",
+        ),
+    ],
+)
+def test_guesses(
+    one: dict[str, Any], two: dict[str, Any], guess: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, shapes in (("a", one), ("b", two)):
+        save_file({n: torch.zeros(s if isinstance(s, tuple) else (s,)) for n, s in shapes.items()}, f"{name}.safetensors")
+    with pytest.raises(sm.MismatchError) as caught:
+        sm.plan(["a.safetensors", "b.safetensors"])
+    assert f"this looks like {guess}" in str(caught.value)
+
+
+def test_a_policy_settles_names_but_no_shapes() -> None:
+    def recipe(**options: Any) -> Any:
+        return recipe_of(["a", "b"], "linear", None, None, {}, options)
+
+    names = Mismatch("a", missing={"b": ["w"]}, names={"a": ["w", "v"], "b": ["v"]})
+    with pytest.raises(sm.MismatchError, match="b lacks 1: w"):
+        names.refuse(recipe())
+    names.refuse(recipe(on_missing="base"))
+    Mismatch("a").refuse(recipe())
+    shapes = Mismatch("a", differing=[Differing("w", TensorSpec("w", "F32", ()), TensorSpec("w", "F32", (1,)), "b")])  # type: ignore[arg-type]
+    with pytest.raises(sm.MismatchError, match=r"w  \[\]  \[1\] in b"):
+        shapes.refuse(recipe(on_missing="base"))
+
+
+def test_only_the_first_rows_of_a_long_table_are_shown() -> None:
+    def differing(count: int) -> Mismatch:
+        one, two = (TensorSpec("w", dtype, (2,)) for dtype in ("F32", "I64"))  # type: ignore[arg-type]
+        return Mismatch("a", differing=[Differing(f"w{n}", one, two, "b") for n in range(count)])
+
+    recipe = recipe_of(["a", "b"], "linear", None, None, {}, {})
+    for count, more in ((20, ""), (21, "and 1 more"), (45, "and 25 more")):
+        with pytest.raises(sm.MismatchError) as caught:
+            differing(count).refuse(recipe)
+        lines = str(caught.value).splitlines()
+        assert sum("int64 in b" in line for line in lines) == min(count, 20)
+        assert (lines[-1].strip() == more) == bool(more)
+        assert "on_shape" not in str(caught.value), "no policy settles dtypes"

@@ -1,0 +1,110 @@
+"""Where the models of a recipe are found, and what they are called in an output."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import assert_same, load_safetensors
+
+import streammerge as sm
+from streammerge.methods.registry import find_method
+from streammerge.recipe.fields import Problems
+from streammerge.recipe.locations import held_name, is_held, located, resolved, travelling_names
+from streammerge.recipe.model import Model, Recipe, Rule
+from streammerge.recipe.patterns import parse_pattern
+from streammerge.recipe.reader import read_recipe
+from streammerge.recipe.settings import constant
+from streammerge.stores.locations import HERE, parse
+
+LINEAR = "merge_method: linear\nmodels: [{model: a.safetensors}, {model: b.safetensors}]\n"
+
+
+def test_absolute_paths_stay_out_of_the_output(models: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / "a.safetensors").rename(tmp_path / name / "x.safetensors") if name == "one" else (
+            tmp_path / "b.safetensors"
+        ).rename(tmp_path / name / "x.safetensors")
+    sm.merge([tmp_path / "one" / "x.safetensors", tmp_path / "two" / "x.safetensors"], tmp_path / "out")
+    record = yaml.safe_load((tmp_path / "out" / "streammerge.yaml").read_text())
+    assert [m["model"] for m in record["models"]] == ["one/x.safetensors", "two/x.safetensors"]
+    made = sm.merge(recipe=tmp_path / "out" / "streammerge.yaml", out=tmp_path / "again")
+    assert_same(load_safetensors(made.out / "model.safetensors"), load_safetensors(tmp_path / "out" / "model.safetensors"))
+
+
+def test_models_are_found_beside_the_recipe_and_in_the_hubs_cache(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "recipe.yaml").write_text(LINEAR)
+    monkeypatch.chdir(elsewhere)
+    assert sm.plan(recipe=tmp_path / "recipe.yaml").recipe.inputs == (
+        str(tmp_path / "a.safetensors"),
+        str(tmp_path / "b.safetensors"),
+    )
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--org--name"
+    (repository / "snapshots" / revision).mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    (repository / "snapshots" / revision / "model.safetensors").symlink_to(tmp_path / "b.safetensors")
+    (tmp_path / "recipe.yaml").write_text(LINEAR.replace("b.safetensors", "org/name"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    found = read_recipe(tmp_path / "recipe.yaml")
+    assert found.inputs[1] == str(repository / "snapshots" / revision)
+    assert found.written[found.inputs[1]] == "org/name"
+
+
+def names(*models: str, **keys: Any) -> dict[str, str]:
+    return travelling_names(Recipe(find_method("linear"), tuple(map(Model, models)), **keys))
+
+
+def test_names_travel_as_they_are_unless_one_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert names("a.pth", "in/b.pth") == {"a.pth": "a.pth", "in/b.pth": "in/b.pth"}
+    assert names("in/a.pth", f"{tmp_path}/in/b.pth") == {"in/a.pth": "a.pth", f"{tmp_path}/in/b.pth": "b.pth"}
+    assert names(f"{tmp_path}/x/a.pth", f"{tmp_path}/y/a.pth") == {
+        f"{tmp_path}/x/a.pth": "x/a.pth",
+        f"{tmp_path}/y/a.pth": "y/a.pth",
+    }
+    assert names("<in memory 1>", f"{tmp_path}/a.pth") == {"<in memory 1>": "<in memory 1>", f"{tmp_path}/a.pth": "a.pth"}
+    assert names("/found/a.pth", written={"/found/a.pth": "a.pth"}) == {"/found/a.pth": "a.pth"}
+    assert [is_held(name) for name in (held_name(1), held_name(12), "<in memory x>", "a.pth")] == [True, True, False, False]
+
+
+def test_the_recipe_that_travels_says_every_default() -> None:
+    recipe = Recipe(find_method("linear"), (Model("a.pth"), Model("b.pth", {"weight": constant(3)})))
+    assert resolved(recipe).to_dict()["parameters"] == {"weight": 1.0, "normalize": True}
+    said = replace(recipe, parameters={"normalize": constant(False)})
+    assert resolved(said).to_dict()["parameters"]["normalize"] is False
+    ruled = replace(recipe, rules=(Rule((parse_pattern("q"),), merge_method=find_method("task_arithmetic")),))
+    assert resolved(ruled).to_dict().get("parameters", {}) == {}, "the rule's method has other defaults"
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("absent.pth", "absent.pth does not exist in . or inner; run this from the folder that holds it"),
+        ("a+b", "LoRA adapters are not supported yet"),
+        ("a@b", "revisions are not supported yet"),
+        ("org/name", "hf download org/name"),
+        ("/absent.pth", "/absent.pth does not exist"),
+        ("nostore://x", "nostore"),
+    ],
+)
+def test_an_absent_model_is_reported_at_its_key(
+    model: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    problems = Problems()
+    recipe = Recipe(find_method("linear"), (Model(model, path=("models", 0)),))
+    located(recipe, [HERE, parse("inner")], problems)
+    ((path, said),) = problems
+    assert path == ("models", 0, "model")
+    assert words in said
