@@ -10,7 +10,6 @@ from typing import Any
 
 from streammerge.checkpoints.choosing import choose, exponential_weights
 from streammerge.checkpoints.conversions import converted_path, from_conversion, is_conversion
-from streammerge.checkpoints.globs import expand
 from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
 from streammerge.errors import ChangedError, FormatError, RecipeError, StreammergeError, VerifyError, listed, printable
 from streammerge.events import Listener, quiet
@@ -136,7 +135,7 @@ def plan(
         parameters["normalize"] = normalize
     choice: dict[str, Any] = {"last": last, "range": range, "best": best, "by": by, "highest": highest or None}
     if recipe is None:
-        chosen, notes = choose(expand(paths), **choice)
+        chosen, notes = choose(paths, **choice)
         weights = _weights(weights, ema_decay, len(chosen))
         named = None if base is None else str(base)
         wished = recipe_of(chosen, method or "linear", named, weights, parameters, overrides)

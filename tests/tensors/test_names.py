@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streammerge.checkpoints.globs import numeric_order
+from streammerge.checkpoints.numbers import numeric_order
 from streammerge.tensors.names import bare, describe_match, match_names
 
 
