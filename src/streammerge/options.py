@@ -4,7 +4,7 @@ nothing else."""
 from __future__ import annotations
 
 EMA_CHOICES = ("ignore", "prefer", "only")
-ON_MISSING = ("error", "base", "average-present", "drop")
+ON_MISSING = ("error", "base", "average-present", "drop", "union")
 ON_SHAPE = ("error", "base", "rows")
 INTEGERS = ("first", "last", "max", "error")
 IO = ("mmap", "pread")

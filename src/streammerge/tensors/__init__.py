@@ -2,9 +2,11 @@
 
 Each module imports only modules above it::
 
-    dtypes     element types and their names in safetensors and torch
-    spec       TensorSpec, shapes, ranges of elements
-    names      wrapper prefixes
-    layers     a tensor's layer, and its place outside the layers
-    quantised  which tensors tell of a quantisation
+    dtypes       element types and their names in safetensors and torch
+    spec         TensorSpec, shapes, ranges of elements
+    conventions  what programs agree on about names: data
+    names        one name for each tensor; buffers that loaders ignore; counters
+    matching     which tensor of one checkpoint is which of another
+    layers       a tensor's layer, and its place outside the layers
+    quantised    which tensors tell of a quantisation
 """
