@@ -74,6 +74,7 @@ def plan(
     compute_dtype: object = None,
     state_dict: str | None = None,
     ema: str | None = None,
+    rename: str | Sequence[str] | Mapping[str, str] | None = None,
     on_missing: str | None = None,
     on_shape: str | None = None,
     integers: str | None = None,
@@ -97,8 +98,11 @@ def plan(
     ``dtype`` or ``out_dtype`` (which wins): of the output's floating-point tensors, the first input's if not given;
     ``compute_dtype``: float32 or float64, the method's if not given.
 
-    ``on_missing`` (error, base, average-present, drop), ``on_shape`` (error, base, rows) and ``integers`` (first, last,
-    max, error): what becomes of tensors that are not in every input, differ in shape, or are integers that differ.
+    ``rename``: other names for the tensors of all inputs, as ``"old.*=new.*"``, a list of such texts or a dict; ``/regex/``
+    with groups ``\\1`` too.
+
+    ``on_missing`` (error, base, average-present, drop, union), ``on_shape`` (error, base, rows) and ``integers`` (first,
+    last, max, error): what becomes of tensors that are not in every input, differ in shape, or are integers that differ.
     ``allow_nonfinite`` writes NaN and infinity instead of stopping.
 
     ``state_dict``: which one of wrapped files, by keys joined with dots; ``ema`` (ignore, prefer, only): averaged weights
@@ -120,6 +124,7 @@ def plan(
         "compute_dtype": compute_dtype,
         "state_dict": state_dict,
         "ema": ema,
+        "rename": rename,
         "on_missing": on_missing,
         "on_shape": on_shape,
         "integers": integers,
@@ -182,6 +187,7 @@ def _plan(
         indexes = {each: open_checkpoint(each.path, each.state_dict, recipe.ema) for each in recipe.checkpoints}
         if convert_first is not None:
             indexes = {each: from_conversion(index, Path(convert_first)) for each, index in indexes.items()}
+        indexes = {each: index.with_names(each.rename) for each, index in indexes.items()}
         planned = build_plan(
             recipe,
             indexes,
@@ -258,6 +264,7 @@ def convert(
     drop: Sequence[str] = (),
     keep: Sequence[str] = (),
     strip_prefix: str = "",
+    rename: str | Sequence[str] | Mapping[str, str] | None = None,
     keep_optimizer: bool | None = None,
     state_dict: str | None = None,
     ema: str | None = None,
@@ -276,8 +283,8 @@ def convert(
     """Writes a checkpoint in another container: ``.pth`` to safetensors or back, one file or shards.
 
     ``path``: a file or folder. ``dtype`` recasts floating-point tensors; ``keep`` and ``drop`` are glob patterns on tensor
-    names, ``strip_prefix`` is removed from those that begin with it; ``extras`` names a JSON file for what is not a tensor.
-    Further options are those of :func:`plan` and :func:`merge`, and so are the errors.
+    names, ``strip_prefix`` is removed from those that begin with it, ``rename`` is that of :func:`plan`; ``extras`` names a
+    JSON file for what is not a tensor. Further options are those of :func:`plan` and :func:`merge`, and so are the errors.
     """
     sweep(Path(out))
     check_writable(Path(out), overwrite)
@@ -290,6 +297,7 @@ def convert(
         "keep_optimizer": keep_optimizer,
         "max_shard_size": max_shard_size,
         "strip_prefix": strip_prefix,
+        "rename": rename,
     }
     recipe = conversion(str(path), drop, keep, overrides)
     planned = _plan(recipe, out, memory, workers, io, hashed=hash)

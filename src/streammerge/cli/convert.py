@@ -19,6 +19,7 @@ from streammerge.cli.reports import report
 )
 @click.option("--keep", multiple=True, metavar="PATTERN", help="Keep only tensors whose names match; repeatable.")
 @click.option("--strip-prefix", default="", metavar="PREFIX", help="Remove PREFIX from the names that begin with it.")
+@options.rename
 @click.option("--extras", type=click.Path(), metavar="FILE.json", help="Write what is not a tensor there, readable.")
 @options.selection
 @options.resources

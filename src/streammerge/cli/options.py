@@ -61,6 +61,12 @@ resources = together(
         help="How inputs are read; pread for network drives.",
     ),
 )
+rename = click.option(
+    "--rename",
+    multiple=True,
+    metavar="FROM=TO",
+    help="Other names for tensors, like 'old.*=new.*' or '/^(.*)_g$/=\\1'; repeatable.",
+)
 receipt_hash = click.option("--hash", is_flag=True, help="Put the SHA-256 of each input into the output's receipt.")
 writing = together(
     click.option("--max-shard-size", metavar="SIZE", help="For folders.  [default: as the first input, else 5GB]"),
@@ -114,6 +120,7 @@ merging = together(
     click.option(
         "--ema-decay", type=float, metavar="D", help="Exponential weights: each input counts D times the one after it."
     ),
+    rename,
     click.option("--on-missing", type=click.Choice(ON_MISSING), help="Tensors not in every input.  [default: error]"),
     click.option("--on-shape", type=click.Choice(ON_SHAPE), help="Tensors whose shapes differ.  [default: error]"),
     click.option(

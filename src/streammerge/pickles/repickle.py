@@ -28,19 +28,22 @@ class Edit:
     """What to write differently; nodes are named by ``id``.
 
     ``replaced``: a node -> what stands in its place. ``dropped``: (dictionary, key) left out. ``values``: (dictionary,
-    key) -> another value. ``renamed``: (dictionary, key) -> another key.
+    key) -> another value. ``renamed``: (dictionary, key) -> another key. ``added``: a dictionary -> (key, value) behind
+    its own.
     """
 
     replaced: dict[int, Any] = field(default_factory=dict)
     dropped: set[tuple[int, Any]] = field(default_factory=set)
     values: dict[tuple[int, Any], Any] = field(default_factory=dict)
     renamed: dict[tuple[int, Any], Any] = field(default_factory=dict)
+    added: dict[int, list[tuple[Any, Any]]] = field(default_factory=dict)
 
     def items(self, node: Any, items: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
         """The (key, value) pairs of a dictionary-like node after the edit."""
         where = id(node)
         kept = [(k, v) for k, v in items if (where, k) not in self.dropped]
-        return [(self.renamed.get((where, k), k), self.values.get((where, k), v)) for k, v in kept]
+        made = [(self.renamed.get((where, k), k), self.values.get((where, k), v)) for k, v in kept]
+        return made + self.added.get(where, [])
 
 
 def repickle(root: Any, edit: Edit | None = None) -> bytes:

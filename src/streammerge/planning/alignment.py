@@ -17,7 +17,7 @@ from streammerge.pickles.state_dict import unread_tensors
 from streammerge.planning.mismatch import Differing, Mismatch
 from streammerge.planning.parameters import ParameterValues, shares
 from streammerge.planning.views import Indexes, Part, Restacked, View, make_parts
-from streammerge.recipe.model import Recipe, Rule
+from streammerge.recipe.model import Recipe, Reference, Rule
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.matching import Matching, describe, match
 from streammerge.tensors.names import is_counter, spelled, why_ignored
@@ -33,7 +33,8 @@ class Merged:
     """One tensor of the output: what it is, from what it is made, and how.
 
     ``base_names`` are its names in the first checkpoint, more than one when tied; ``tied`` its further output names.
-    ``rest`` has the rows behind those that are merged, where one model has more of them.
+    ``rest`` has the rows behind those that are merged, where one model has more of them. ``added``: the first checkpoint
+    lacks it.
     """
 
     base_names: tuple[str, ...]
@@ -45,6 +46,7 @@ class Merged:
     based: bool = False
     tied: tuple[str, ...] = ()
     rest: TensorEntry | None = None
+    added: bool = False
 
 
 @dataclass(slots=True)
@@ -92,6 +94,8 @@ def align(recipe: Recipe, indexes: Indexes) -> Alignment:
     _check_output_names(alignment.merged)
     alignment.taken = [rules.taken[id(rule)] for rule in recipe.rules]
     alignment.warnings += _idle(recipe, alignment.taken, first.entries)
+    if recipe.rename and not any(index.renamed for index in indexes.values()):
+        alignment.warnings.append(f"no tensor's name matches `rename` {', '.join(printable(r) for r in recipe.rename)}")
     return alignment
 
 
@@ -144,7 +148,7 @@ class _Aligner:
             if each.doubtful:
                 self.mismatch.doubtful.setdefault(str(other.index.path), []).extend(each.doubtful)
         self.values = ParameterValues(recipe, part)
-        self.copies: dict[str, tuple[View, dict[str, str]]] = {}
+        self.copies: dict[Reference, tuple[View, dict[str, str]]] = {}
         self.added: dict[str, tuple[str, View]] = {}
         self.remade = _Ignored()
 
@@ -288,7 +292,9 @@ class _Aligner:
             self.rules.taken[id(rule)] += 1
         wished = (rule.dtype if rule else None) or self.recipe.recast
         dtype = wished if wished is not None and entry.spec.dtype.kind == "float" else entry.spec.dtype
-        return Merged((name,), TensorSpec(self.recipe.output_name(name), dtype, entry.spec.shape), COPY, (entry,))
+        return Merged(
+            (name,), TensorSpec(self.recipe.output_name(name), dtype, entry.spec.shape), COPY, (entry,), added=True
+        )
 
     def _spec(self, name: str, spec: TensorSpec, rule: Rule | None) -> TensorSpec:
         """The output tensor: the base's dtype, unless another one is asked for."""
@@ -304,13 +310,13 @@ class _Aligner:
     def _copied(self, name: str, rule: Rule) -> TensorEntry:
         """The tensor in the model that the rule names."""
         path = str(rule.copy)
-        if path not in self.copies:
-            wanted = self.recipe.copied(path)
+        wanted = self.recipe.copied(path, rule.rename)
+        if wanted not in self.copies:
             index = next(index for reference, index in self.indexes.items() if reference.same(wanted))
             own = next((view for view in self.part.views if view.index is index), None)
             view = own or View(index, index.entries, index.aliases)
-            self.copies[path] = view, _matched(self.base, view).names
-        view, matched = self.copies[path]
+            self.copies[wanted] = view, _matched(self.base, view).names
+        view, matched = self.copies[wanted]
         theirs = matched.get(name) or matched.get(self.base.aliases.get(name, name))
         if theirs is None:
             raise MismatchError(

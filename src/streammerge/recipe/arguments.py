@@ -53,7 +53,7 @@ def recipe_of(
 
 def overridden(recipe: Recipe, overrides: Overrides) -> Recipe:
     """The recipe with what options say in place of its own keys; options that were not given are None."""
-    given = {name: value for name, value in overrides.items() if value is not None}
+    given = {name: value for name, value in overrides.items() if value is not None and value != ()}
     if "dtype" in given:
         recipe = replace(recipe, out_dtype=None)
     output = {name: given.pop(name) for name in list(given) if name in Output.__dataclass_fields__}

@@ -27,20 +27,22 @@ from streammerge.recipe.fields import (
     one_of,
     place_of,
 )
-from streammerge.recipe.patterns import Pattern
-from streammerge.recipe.scalars import COMPUTE, DTYPE, LAYER_RANGE, METHOD, MODEL, PATTERN, SIZE, parameter_docs
+from streammerge.recipe.patterns import Pattern, Rename
+from streammerge.recipe.scalars import COMPUTE, DTYPE, LAYER_RANGE, METHOD, MODEL, PATTERN, RENAME, SIZE, parameter_docs
 from streammerge.recipe.settings import Settings, SettingsKind
 from streammerge.tensors.dtypes import DType
 
 
 class Reference(NamedTuple):
-    """A checkpoint as it was named, and which of its state dicts, where that was said."""
+    """A checkpoint as it was named, which of its state dicts, where that was said, and other names for its tensors."""
 
     path: str
     state_dict: str | None = None
+    rename: tuple[Rename, ...] = ()
 
     def same(self, other: Reference) -> bool:
-        return self.state_dict == other.state_dict and os.path.realpath(self.path) == os.path.realpath(other.path)
+        alike = self.state_dict == other.state_dict and self.rename == other.rename
+        return alike and os.path.realpath(self.path) == os.path.realpath(other.path)
 
 
 SETTINGS = SettingsKind(parameter_docs)
@@ -53,6 +55,7 @@ class Model:
     model: str = key(MODEL, "Path of a file or folder.")
     parameters: Settings = key(SETTINGS, "This model's own parameters, such as weight.", default_factory=dict)
     state_dict: str | None = key(TEXT, "Which state dict of a wrapped file; found when left out.", default=None)
+    rename: tuple[Rename, ...] = key(RENAME, "Other names for this model's tensors, before all else.", default=())
     path: Path = field(default=(), compare=False, repr=False)
 
 
@@ -64,6 +67,7 @@ class Source:
     layer_range: tuple[int, int] = key(LAYER_RANGE, "Its first layer, and the one behind its last.")
     parameters: Settings = key(SETTINGS, "This model's own parameters in the slice.", default_factory=dict)
     state_dict: str | None = key(TEXT, "Which state dict of a wrapped file; found when left out.", default=None)
+    rename: tuple[Rename, ...] = key(RENAME, "Other names for this model's tensors, before all else.", default=())
     path: Path = field(default=(), compare=False, repr=False)
 
 
@@ -96,6 +100,7 @@ class Rule:
 
     match: tuple[Pattern, ...] = key(ListOf(PATTERN, or_one=True), "Globs on tensor names, or /regular expressions/.")
     copy: str | None = key(MODEL, "Take the tensor whole from this model.", default=None)
+    rename: tuple[Rename, ...] = key(RENAME, "Other names for the tensors of the model that is copied from.", default=())
     drop: bool = key(TRUTH, "Leave the tensor out.", default=False)
     merge_method: MergeMethod | None = key(METHOD, "Merge with this method.", default=None)
     parameters: Settings = key(SETTINGS, "Parameters here; a list is one per model.", default_factory=dict)
@@ -164,6 +169,7 @@ class Recipe:
     compute_dtype: DType | None = key(COMPUTE, "What is computed in; the method's when left out.", default=None)
     state_dict: str | None = key(TEXT, "Which state dict of wrapped files, for all models.", default=None)
     ema: str = key(one_of(EMA_CHOICES), "Averaged weights beside plain ones.", default="ignore")
+    rename: tuple[Rename, ...] = key(RENAME, "Other names for the tensors of all models; own ones go first.", default=())
     on_missing: str = key(one_of(ON_MISSING), "Tensors that are not in every model.", default="error")
     on_shape: str = key(one_of(ON_SHAPE), "Tensors whose shapes differ.", default="error")
     integers: str | None = key(one_of(INTEGERS), "Integer tensors that differ.", default=None)
@@ -191,11 +197,11 @@ class Recipe:
         """The paths of the models, as they were named."""
         return tuple(entry.model for entry in self.entries)
 
-    def reference(self, model: str, state_dict: str | None = None) -> Reference:
-        return Reference(model, state_dict or self.state_dict)
+    def reference(self, model: str, state_dict: str | None = None, rename: tuple[Rename, ...] = ()) -> Reference:
+        return Reference(model, state_dict or self.state_dict, (*rename, *self.rename))
 
     def of(self, entry: Model | Source) -> Reference:
-        return self.reference(entry.model, entry.state_dict)
+        return self.reference(entry.model, entry.state_dict, entry.rename)
 
     @cached_property
     def base(self) -> Reference | None:
@@ -225,7 +231,7 @@ class Recipe:
         wanted = [] if self.base is None else [self.base]
         wanted += [self.of(entry) for entry in self.entries]
         wanted += [self.reference(s.base_model) for s in self._all_slices if s.base_model]
-        wanted += [self.copied(rule.copy) for rule in self.rules if rule.copy]
+        wanted += [self.copied(rule.copy, rule.rename) for rule in self.rules if rule.copy]
         found: list[Reference] = []
         for each in wanted:
             if not any(each.same(known) for known in found):
@@ -236,8 +242,10 @@ class Recipe:
     def _all_slices(self) -> list[Slice]:
         return [*self.slices, *(each for module in self.modules.values() for each in module.slices)]
 
-    def copied(self, model: str) -> Reference:
+    def copied(self, model: str, rename: tuple[Rename, ...] = ()) -> Reference:
         """What a rule's ``copy`` names: a model as its entry reads it, or a checkpoint of its own."""
+        if rename:
+            return self.reference(model, rename=rename)
         place = os.path.realpath(model)
         paths = (self.of(entry) for entry in self.entries if os.path.realpath(entry.model) == place)
         return next(paths, self.reference(model))

@@ -1,7 +1,8 @@
 """One name for each tensor, whatever wrapped the model and however its parts are spelled.
 
 Trainers wrap models, and the wrapper's name stands in each tensor's: ``module.`` (DataParallel), ``_orig_mod.``
-(torch.compile) and so on. Some parts of a model have an old and a new spelling. :mod:`streammerge.tensors.conventions` lists both.
+(torch.compile) and so on. Some parts of a model have an old and a new spelling. Both are listed in
+:mod:`streammerge.tensors.conventions`.
 """
 
 from __future__ import annotations

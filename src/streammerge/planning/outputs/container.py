@@ -196,7 +196,9 @@ def _shards(recipe: Recipe, base: CheckpointIndex, alignment: Alignment) -> dict
     """File name -> tensors: as the first input has them, or filled in order up to the largest size."""
     grouped: list[list[Merged]] = [[]]
     merged, largest = alignment.merged, recipe.output.max_shard_size
-    homes = [] if alignment.restacked else [base.entries.get(m.base_names[0], m.sources[0]).path for m in merged]
+    homes: list[str] = []
+    for m in merged if not alignment.restacked else ():  # an added tensor goes along with the one before it
+        homes.append(homes[-1] if m.added and homes else base.entries.get(m.base_names[0], m.sources[0]).path)
     if len(set(homes)) > 1 and largest is None:
         by_path: dict[str, list[Merged]] = {}
         for m, path in zip(merged, homes, strict=True):
