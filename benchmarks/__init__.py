@@ -1,1 +1,1 @@
-"""What streammerge costs, in time and memory, beside the disk itself and beside other tools. See README.md here."""
+"""Benchmarks of streammerge's time and memory, against the disk itself and against other tools. See README.md here."""

@@ -1,4 +1,4 @@
-"""python -m benchmarks: runs cases, says what came of them, keeps the history, writes the page."""
+"""python -m benchmarks: runs cases, prints their results, keeps the history, writes the page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from benchmarks.runner import OURS, REFERENCE, SYNCED, TORCH, Result, run_capped
 
 _HERE = Path(__file__).parent
 _LIMITED_BYTES = 300 << 20
-"""Python and torch, and the least budget that is of use."""
+"""Bytes for Python and torch, plus the smallest useful budget."""
 
 
 def main() -> int:

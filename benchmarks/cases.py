@@ -1,4 +1,4 @@
-"""What is measured: commands of streammerge, each with what a machine that only moved the bytes would do."""
+"""The benchmark cases: commands of streammerge, each with a reference that only moves the bytes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from benchmarks.files import Model
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """``arguments`` of streammerge, in which {0}, {1} are the inputs and {out} the output.
+    """``arguments`` of streammerge; {0}, {1} are the inputs and {out} is the output.
 
     ``reference``: "cat+cp" reads all inputs and writes one output, "cp" copies one, "pass" starts Python. ``bar``: the
-    ratio to it that is aimed at. ``cold``: the inputs are not in the page cache. ``peers``: methods that other tools
-    have too. ``quick``: part of a short run.
+    target ratio to the reference. ``cold``: the inputs are not in the page cache. ``peers``: the method, if other tools
+    have it too. ``quick``: part of a short run.
     """
 
     name: str
@@ -60,7 +60,7 @@ _PTH, _LEGACY = Model(form="pth"), Model(form="legacy")
 
 CASES: tuple[Case, ...] = (
     _linear("linear", _models(3), bar=1.8, peers="linear", quick=True),
-    # Tools that hold all of it would need more memory than a small machine has for the largest.
+    # Tools that load whole checkpoints need more memory for the largest than a small machine has.
     *(
         _linear(f"linear of {size:g} GB", _models(2, size), peers="linear" if size < 8 else "")
         for size in (1.0, 2.0, 4.0, 8.0)

@@ -1,4 +1,4 @@
-"""A memory cgroup of one's own, of version 1 or 2: what the kernel counts, and a limit at which it kills."""
+"""A private memory cgroup, version 1 or 2: the kernel's count of memory, and a limit beyond which it kills."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ _numbers = itertools.count()
 
 
 class MemoryGroup:
-    """A new group, removed by :meth:`close`. With ``limit_bytes``, page cache included, and without swap, the kernel
-    takes back what it can and then kills. Raises OSError where groups cannot be made; :func:`why_not` says why.
+    """A new group, removed by :meth:`close`. Raises OSError if groups cannot be made; :func:`why_not` says why.
+
+    ``limit_bytes`` includes the page cache; there is no swap. The kernel reclaims memory at the limit, and kills if
+    that is not enough.
     """
 
     def __init__(self, limit_bytes: int | None = None) -> None:
@@ -35,24 +37,24 @@ class MemoryGroup:
             (self.path / "memory.swap.max").write_text("0")
 
     def join(self) -> None:
-        """Moves the calling process in; for a child before it begins."""
+        """Moves the calling process into the group; called in a child before its program starts."""
         (self.path / "cgroup.procs").write_text(str(os.getpid()))
 
     @property
     def peak_bytes(self) -> int | None:
-        """The most that was charged, page cache included; None where the kernel does not tell."""
+        """The most bytes that were charged, page cache included; None if the kernel does not report it."""
         name = "memory.max_usage_in_bytes" if self.version == 1 else "memory.peak"
         with contextlib.suppress(OSError):
             return int((self.path / name).read_text())
         return None
 
     def close(self) -> None:
-        """Removes the group, whose processes have ended."""
+        """Removes the group. Its processes must have ended."""
         self.path.rmdir()
 
 
 def why_not() -> str | None:
-    """Why no group with a limit can be made here; None where it can."""
+    """Returns why no group with a limit can be made here; None if it can."""
     try:
         MemoryGroup(1 << 30).close()
     except OSError as error:
@@ -61,7 +63,7 @@ def why_not() -> str | None:
 
 
 def _parent() -> tuple[int, Path]:
-    """The version, and the folder in which groups are made: that of this process, or the topmost."""
+    """Returns the version, and the folder for new groups: the group of this process, or the topmost one."""
     own = {}
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
@@ -72,7 +74,7 @@ def _parent() -> tuple[int, Path]:
             here = Path(mount, next((path for names, path in own.items() if "memory" in names.split(",")), ""))
             return 1, here if here.is_dir() else Path(mount)
         if kind == "cgroup2" and "memory" in Path(mount, "cgroup.controllers").read_text().split():
-            # Groups with processes of their own cannot have groups below them, but for the topmost.
+            # A group that contains processes cannot have groups below it, except the topmost.
             Path(mount, "cgroup.subtree_control").write_text("+memory")
             return 2, Path(mount)
     raise FileNotFoundError("the memory controller is not mounted")

@@ -1,4 +1,4 @@
-"""The checkpoints that are merged: made when they are first needed, the same for every run."""
+"""The checkpoints that benchmarks merge: made on first use, equal in every run."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ HIDDEN = 2048
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One of several fine-tunes of one model: ``number`` 0 is the base.
+    """One of several fine-tunes of one model; ``number`` 0 is the base.
 
-    ``shape``: "layers" as a language model has them, "giant" for a single tensor, "small" for many of 64 KiB.
-    ``form``: safetensors, pth, or legacy, the form of torch before 1.6.
+    ``shape``: "layers" as in a language model, "giant" for a single tensor, "small" for many of 64 KiB. ``form``:
+    safetensors, pth, or legacy (torch before 1.6).
     """
 
     gigabytes: float = 2.0
@@ -40,7 +40,7 @@ class Model:
         return _NAMES[self.dtype][1]
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Names and shapes of its tensors."""
+        """Yields names and shapes of its tensors."""
         elems = int(self.gigabytes * 1e9) // self.element_bytes
         if self.shape == "giant":
             yield "giant.weight", (elems,)
@@ -56,7 +56,7 @@ class Model:
                 yield f"model.layers.{layer}.norm.weight", (HIDDEN,)
 
     def made(self, folder: Path) -> Path:
-        """The file, in this folder."""
+        """Returns the file in this folder; makes it first if it is absent."""
         path = folder / self.file_name
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ class Model:
         torch.save(whole, path, _use_new_zipfile_serialization=self.form != "legacy")
 
     def _block(self) -> torch.Tensor:
-        """Numbers that its tensors are filled with: the base's, and small changes."""
+        """Returns the numbers that fill its tensors: those of the base plus small changes."""
         return _numbers(self.number).to(getattr(torch, self.dtype))
 
 

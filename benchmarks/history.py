@@ -1,4 +1,4 @@
-"""Nights: one line of JSON for each run of the benchmarks, and what got worse from one to the next."""
+"""The history of nights: one line of JSON per run of the benchmarks, and regressions between nights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MEMORY = ("anonymous_bytes", "resident_bytes")
 
 
 def fingerprint() -> dict[str, Any]:
-    """What a number depends on beside the code. Nothing that names a machine or a person."""
+    """Returns the properties besides the code that a number depends on. None identifies a machine or a person."""
     cpu = next((line for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
     memory = next((line for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), "0 0")
     return {
@@ -38,7 +38,7 @@ def fingerprint() -> dict[str, Any]:
 
 
 def night(results: list[Result]) -> Night:
-    """The results with the time, commit, version and machine."""
+    """Returns the results with time, commit, version and machine."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -50,7 +50,7 @@ def night(results: list[Result]) -> Night:
 
 
 def append(path: Path, new: Night) -> None:
-    """Adds a night to the history. Samples of memory stay with the page, for git is to hold this."""
+    """Adds a night to the history. Memory samples are left out to keep the file small in git."""
     results = [{key: value for key, value in each.items() if key != "samples"} for each in new["results"]]
     with path.open("a") as file:
         file.write(json.dumps(new | {"results": results}) + "\n")
@@ -61,11 +61,11 @@ def read(path: Path) -> list[Night]:
 
 
 def regressions(nights: list[Night]) -> list[str]:
-    """What got worse in the last night, a sentence each.
+    """Returns one sentence for each regression in the last night.
 
-    Memory hardly varies: more than 3 % above the median of the nights before is worse. Time is compared by the ratio to
-    the reference, and is worse when three nights in a row were a quarter above the median of those before. Only
-    nights on machines that are alike are compared.
+    Memory hardly varies, so more than 3 % above the median of earlier nights is a regression. Time is compared by the
+    ratio to the reference. It is a regression if three nights in a row are a quarter above the median of those before.
+    Only nights on machines with the same fingerprint are compared.
     """
     if not nights:
         return []

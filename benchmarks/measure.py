@@ -1,4 +1,4 @@
-"""One command in a process of its own: how long it took, and what the kernel says it held and moved."""
+"""Measurement of one command in its own process: time, and the kernel's counts of memory and disk traffic."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.cgroup import MemoryGroup
 
 _LEAST_SECONDS, _MOST_SECONDS = 0.0005, 0.01
-"""Between two looks at a process: short at first, so that one that ends soon is not measured by them."""
+"""Seconds between two samples of a process. They are short at first, so that a short process is sampled too."""
 _KEPT_SAMPLES = 400
 _FIELD = re.compile(r"^(RssAnon|RssShmem|VmRSS|VmHWM):\s+(\d+)", re.MULTILINE)
 _COUNT = re.compile(r"^(read_bytes|write_bytes): (\d+)", re.MULTILINE)
@@ -23,10 +23,11 @@ _COUNT = re.compile(r"^(read_bytes|write_bytes): (\d+)", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """``anonymous``: the most memory of its own, sampled; ``resident``: the largest resident set by the kernel's count
-    (VmHWM), with what is mapped and shared; ``cgroup``: the most that was charged to its group, with page cache.
-    ``disk_read`` and ``disk_written`` are what went to and came from the disk. ``samples``: (seconds, anonymous,
-    resident). All bytes. ``exit_code`` is negative for a signal.
+    """Results in bytes and seconds; ``exit_code`` is negative for a signal.
+
+    ``anonymous``: the most anonymous memory, sampled. ``resident``: the largest resident set by the kernel's count
+    (VmHWM), with mapped and shared memory. ``cgroup``: the most charged to its group, with page cache. ``disk_read``
+    and ``disk_written``: traffic to and from the disk. ``samples``: (seconds, anonymous, resident).
     """
 
     seconds: float
@@ -42,10 +43,10 @@ class Measured:
 
 
 def measure(command: Sequence[str | Path], limit_bytes: int | None = None) -> Measured:
-    """Runs the command. ``limit_bytes``: of the memory cgroup it runs in, where there are any.
+    """Runs the command. ``limit_bytes``: limit of its memory cgroup. Raises OSError if a limit cannot be set.
 
-    The largest resident set is not taken from the usage of ended children: that counts what the parent held when it
-    forked, and stays at the largest child of all.
+    The largest resident set is not taken from the usage of ended children: that includes the parent's memory at the
+    fork, and keeps the maximum over all children.
     """
     group = None
     with contextlib.suppress(OSError):
@@ -91,7 +92,7 @@ def measure(command: Sequence[str | Path], limit_bytes: int | None = None) -> Me
 
 
 class _Watch:
-    """What /proc tells of a process while it runs."""
+    """Samples /proc while a process runs."""
 
     def __init__(self, pid: int, began: float) -> None:
         self._folder, self._began = Path(f"/proc/{pid}"), began
@@ -105,7 +106,7 @@ class _Watch:
         except OSError:
             return
         held = {name: int(kib) << 10 for name, kib in _FIELD.findall(status)}
-        if "VmHWM" not in held:  # it has ended
+        if "VmHWM" not in held:  # the process has ended
             return
         own = held["RssAnon"] + held["RssShmem"]
         self.anonymous, self.resident = max(self.anonymous, own), max(self.resident, held["VmHWM"])
@@ -113,6 +114,6 @@ class _Watch:
         self._samples.append((time.perf_counter() - self._began, own, held["VmRSS"]))
 
     def thinned(self) -> list[tuple[float, int, int]]:
-        """A few hundred of the samples."""
+        """Returns a few hundred of the samples."""
         step = max(len(self._samples) // _KEPT_SAMPLES, 1)
         return [(round(seconds, 3), own, resident) for seconds, own, resident in self._samples[::step]]

@@ -1,4 +1,4 @@
-"""A static page of the nights: pictures, the last night's table, what got worse. No script, no service."""
+"""A static page of the nights: pictures, the table of the last night, regressions. No script, no service."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _COLUMNS = ("case", "tool", "seconds", "CPU s", "of the reference", "GB/s", "own
 
 
 def write(folder: Path, history: list[Night]) -> Path:
-    """The page of these nights, the last of which has samples of memory; returns its path."""
+    """Writes the page of these nights and returns its path. The last night must have memory samples."""
     folder.mkdir(parents=True, exist_ok=True)
     last = history[-1]
     shown = [
@@ -59,7 +59,7 @@ def write(folder: Path, history: list[Night]) -> Path:
 
 
 def _newest(history: list[Night]) -> Iterable[Result]:
-    """Of each case and tool the newest result, since other tools are not run every night."""
+    """Returns the newest result of each case and tool, because other tools are not run every night."""
     found = {(each["case"], each["tool"]): each for one in history for each in one["results"]}
     return found.values()
 
@@ -89,7 +89,7 @@ def _table(results: Iterable[Result]) -> str:
 
 
 def _limited(results: Iterable[Result]) -> list[str]:
-    """How each tool ended under a limit of the kernel."""
+    """Lists how each tool ended under a memory limit of the kernel."""
     found = [each for each in results if "limit_bytes" in each]
     if not found:
         return []

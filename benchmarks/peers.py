@@ -1,4 +1,4 @@
-"""Other tools at the same work, each at its default and at its lowest-memory settings. scripts/peers installs them."""
+"""Other tools with the same task, each at its default and at its lowest-memory settings. scripts/peers installs them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BASED = ("ties", "dare_linear", "model_stock", "sce")
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """``command(case, inputs, folder)`` makes a case's output in an empty folder; ``methods``: what it is asked for."""
+    """``command(case, inputs, folder)`` makes a case's output in an empty folder; ``methods``: the methods to measure."""
 
     name: str
     installed: Path

@@ -1,4 +1,4 @@
-"""The pictures of the page and of the README, as SVG."""
+"""Pictures of the page and of the README, as SVG."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.runner import OURS, REFERENCE, SYNCED, TORCH, Result
 
 mpl.use("svg")
 mpl.rcParams |= {
-    "svg.hashsalt": "streammerge",  # the same picture has the same bytes
+    "svg.hashsalt": "streammerge",  # makes the bytes of a picture reproducible
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "axes.spines.top": False,
@@ -32,7 +32,7 @@ GIB = 1 << 30
 
 
 def memory_by_size(results: Iterable[Result], path: Path) -> bool:
-    """Peak resident memory against the size of the checkpoints, a line for each tool; whether there was one to draw."""
+    """Draws peak resident memory against the size of the checkpoints, one line per tool. Returns whether it drew."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for each in results:
         size = _SIZE.fullmatch(each["case"])
@@ -55,7 +55,7 @@ def memory_by_size(results: Iterable[Result], path: Path) -> bool:
 
 
 def nights(history: list[Night], path: Path) -> bool:
-    """Throughput and memory of the cases over the nights."""
+    """Draws the time ratio and memory of the cases over the nights. Returns whether it drew."""
     series: dict[str, list[tuple[int, Result]]] = {}
     for number, one in enumerate(history):
         for each in one["results"]:
@@ -80,7 +80,7 @@ def nights(history: list[Night], path: Path) -> bool:
 
 
 def memory_over_time(result: dict[str, Any], path: Path) -> bool:
-    """Memory within one merge, against its budget."""
+    """Draws memory within one merge, against its budget. Returns whether it drew."""
     if not result.get("samples"):
         return False
     seconds, own, resident = zip(*result["samples"], strict=True)

@@ -1,4 +1,4 @@
-"""Runs cases, each side by side with its reference and with other tools, in the same state of the page cache."""
+"""Runs of cases, each beside its reference and other tools, in the same state of the page cache."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Contestant:
-    """``commands(folder)``: what to run, one after the other, for an output in an empty folder."""
+    """``commands(folder)``: the commands to run in order, for an output in an empty folder."""
 
     name: str
     commands: Callable[[Path], list[list[str]]]
 
 
 def run_case(case: Case, files: Path, work: Path, rounds: int, peers: bool, say: Callable[[str], None]) -> list[Result]:
-    """Results of all contestants, ours and the reference first. ``work``: a folder on the disk that is measured."""
+    """Returns the results of all contestants, ours and the reference first. ``work``: a folder on the measured disk."""
     inputs = [model.made(files) for model in case.models]
     runs: dict[str, list[list[Measured]]] = defaultdict(list)
     contestants = _contestants(case, inputs, peers)
@@ -46,7 +46,7 @@ def run_case(case: Case, files: Path, work: Path, rounds: int, peers: bool, say:
 
 
 def run_capped(case: Case, files: Path, work: Path, limit_bytes: int) -> list[Result]:
-    """How each tool ends in a memory cgroup of that limit, without swap."""
+    """Reports how each tool ends in a memory cgroup of this limit, without swap."""
     inputs = [model.made(files) for model in case.models]
     results = []
     for contestant in _contestants(case, inputs, peers=True):
@@ -101,7 +101,7 @@ def _run_once(
     folder.mkdir(parents=True)
     for path in inputs:
         _drop_from_cache(path) if cold else _read_into_cache(path)
-    os.sync()  # what the run before left to be written is not this one's
+    os.sync()  # do not count writes that the previous run left to the kernel
     try:
         return [measure(command, limit_bytes) for command in contestant.commands(folder)]
     finally:
@@ -123,7 +123,7 @@ def _drop_from_cache(path: Path) -> None:
 def _result(
     case: Case, tool: str, runs: list[list[Measured]], reference: list[float], in_bytes: int, out_bytes: int
 ) -> Result:
-    """Medians over the rounds; the ratio to the reference is that of each round."""
+    """Returns medians over the rounds. The ratio to the reference is taken within each round."""
     seconds = [sum(m.seconds for m in commands) for commands in runs]
     ratios = [own / other for own, other in zip(seconds, reference, strict=True)]
     last = runs[-1][-1]
@@ -161,6 +161,6 @@ def _result(
 
 
 def _told(output: str) -> dict[str, Any]:
-    """What --format json says at the end; warnings may stand before it."""
+    """Parses the last line of --format json output. Warnings may come before it."""
     told: dict[str, Any] = json.loads(output.strip().splitlines()[-1])
     return told

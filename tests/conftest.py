@@ -1,4 +1,4 @@
-"""Real files to test on, and an oracle that shares no code with what it judges."""
+"""Real files for the tests, and an oracle that shares no code with the package."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ import pytest
 import torch
 from safetensors import safe_open
 
-for room in ("methods", "formats", "running.executors"):  # so that their assertions show the values too
+for room in ("methods", "formats", "running.executors"):  # makes their assertions show values too
     pytest.register_assert_rewrite(f"{room}.suite")
-torch.set_num_threads(1)  # the tests run in parallel as they are
+torch.set_num_threads(1)  # the tests already run in parallel
 
 
 def octets(tensor: torch.Tensor) -> bytes:
-    """A tensor's bytes in C order, for comparisons that NaN and -0.0 cannot fool."""
+    """Returns a tensor's bytes in C order, so that comparisons distinguish NaN and -0.0."""
     plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
     return plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
 
 
 def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Same names, shapes, dtypes and bits."""
+    """Asserts the same names, shapes, dtypes and bits."""
     assert set(actual) == set(expected)
     for name, tensor in expected.items():
         assert actual[name].shape == tensor.shape, name
@@ -40,20 +40,20 @@ def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 
 def load_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """What the safetensors library reads."""
+    """Reads a file with the safetensors library."""
     with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def mean(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """The float64 weighted mean, rounded once to the first tensor's dtype."""
+    """Returns the float64 weighted mean, rounded once to the first tensor's dtype."""
     wide = torch.complex128 if tensors[0].is_complex() else torch.float64
     total = sum(w * t.to(wide) for t, w in zip(tensors, weights, strict=True)) / sum(weights)
     return total.to(tensors[0].dtype)
 
 
 def trained(seed: int, dtype: torch.dtype = torch.float32) -> OrderedDict[str, torch.Tensor]:
-    """A state dict with what real ones have: 0-d, empty, odd sizes, counters, several grains."""
+    """Returns a state dict like real ones: 0-d, empty and odd sizes, counters, several grains."""
     make = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -77,7 +77,7 @@ def trained(seed: int, dtype: torch.dtype = torch.float32) -> OrderedDict[str, t
 
 
 def voice(seed: int, step: int, epoch: int, loss: float) -> dict[str, Any]:
-    """A checkpoint as Coqui's trainer writes it."""
+    """Returns a checkpoint in the form of Coqui's trainer."""
     model = OrderedDict((f"xtts.{name}", value) for name, value in trained(seed).items())
     model._metadata = OrderedDict({"": {"version": 1}})  # type: ignore[attr-defined]
     parameter = torch.nn.Parameter(model["xtts.layer.weight"].clone())
@@ -99,7 +99,7 @@ def voice(seed: int, step: int, epoch: int, loss: float) -> dict[str, Any]:
 
 @pytest.fixture
 def voices(tmp_path: Path) -> tuple[Path, Path]:
-    """Two voice checkpoints on the disk: steps 10 and 30, epochs 3 and 2, training losses 2.0 and 1.0."""
+    """Writes two voice checkpoints: steps 10 and 30, epochs 3 and 2, training losses 2.0 and 1.0."""
     paths = tmp_path / "news.pth", tmp_path / "audiobook.pth"
     torch.save(voice(1, 10, 3, 2.0), paths[0])
     torch.save(voice(2, 30, 2, 1.0), paths[1])
@@ -112,8 +112,10 @@ CLI_SECONDS = 120
 
 @pytest.fixture
 def cli(tmp_path: Path) -> Cli:
-    """Runs the command line in a process of its own, in ``tmp_path``: forked from this one, which has torch already, or,
-    if it is to be ``fresh``, started as a user would."""
+    """Runs the command line in its own process, in ``tmp_path``.
+
+    The process is a fork of this one, where torch is already imported. With ``fresh`` it is started as by a user.
+    """
 
     def run(*arguments: object, code: int = 0, fresh: bool = False) -> subprocess.CompletedProcess[str]:
         words = list(map(str, arguments))
@@ -130,7 +132,7 @@ def cli(tmp_path: Path) -> Cli:
 
 
 def forked(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """What a command line prints and ends with, in a fork of this process."""
+    """Runs a command line in a fork of this process; returns its output and exit code."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
         if not child:
@@ -145,7 +147,7 @@ def forked(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def run_command(words: list[str], folder: Path, out: int, err: int) -> NoReturn:
-    """The end of a forked process: the command line, with its streams in those files."""
+    """Runs the command line in a forked process, with its streams in these files, and exits."""
     from streammerge.cli import main as command_line
 
     status = 70
@@ -153,13 +155,13 @@ def run_command(words: list[str], folder: Path, out: int, err: int) -> NoReturn:
         os.chdir(folder)
         for number, target in ((out, 1), (err, 2)):
             os.dup2(number, target)
-        sys.stdin = open(os.devnull)  # noqa: SIM115 - as long as the process
+        sys.stdin = open(os.devnull)  # noqa: SIM115 - open until the process ends
         sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
         sys.argv = ["streammerge", *words]
         command_line.run()
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
-    except BaseException:  # noqa: BLE001 - shown to the one who asked
+    except BaseException:  # noqa: BLE001 - printed for the caller
         traceback.print_exc()
     finally:
         with contextlib.suppress(Exception):

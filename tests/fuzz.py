@@ -1,11 +1,11 @@
-"""Fuzzing of all that reads a stranger's bytes: a program, and what test_fuzz.py runs for some seconds.
+"""Fuzzing of every parser of foreign bytes: a program; test_fuzz.py also runs it for some seconds.
 
     python tests/fuzz.py pickle --runs 200000             injuries to valid seeds that know the format's structure
     python tests/fuzz.py pickle --atheris --seconds 300   the same seeds, guided by coverage (pip install atheris)
     python tests/fuzz.py pickle --input crash-pickle-...  one case again
 
-A target reads bytes, and may refuse them by a StreammergeError. All else is a crash: another exception, a file called
-canary, a text that a terminal would obey, a second of work, 64 MiB of memory. No target imports torch.
+A target reads bytes, and may refuse them with a StreammergeError. Everything else is a crash: another exception, a file
+called canary, text that a terminal would execute, a second of work, 64 MiB of memory. No target imports torch.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ INSTRUMENTED = ("streammerge", "json", "pickletools", "yaml", "zipfile")
 
 @contextlib.contextmanager
 def room() -> Iterator[Path]:
-    """A folder in memory, and the current one, in which the targets find the files that theirs may name."""
+    """Makes a folder in memory the current one. It holds the files that the targets' inputs may name."""
     home = Path.cwd()
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as name:
         folder = Path(name) / "room"
@@ -72,7 +72,7 @@ def room() -> Iterator[Path]:
 
 
 class Crash(BaseException):
-    """What no input may bring about; no Exception, so that nothing which is tested catches it."""
+    """A result that no input may cause. It is not an Exception, so the tested code cannot catch it."""
 
 
 def show(text: str) -> None:
@@ -85,18 +85,18 @@ def read_checkpoint(name: str, data: bytes) -> None:
     index = streammerge.inspect(name)
     show(render.index_text(index, True))
     json.dumps(render.index_json(index, True))
-    if zlib.crc32(data) % 4 == 0:  # planning takes longer than all of the above
+    if zlib.crc32(data) % 4 == 0:  # planning takes longer than everything above
         streammerge.plan(name)
 
 
 def read_pickle(data: bytes) -> None:
-    """The first byte says which container, whole but for its pickle."""
+    """The first bytes choose the container; the container is valid except for its pickle."""
     wrap, _ = list(h.CONTAINERS.values())[sum(data[:1]) % len(h.CONTAINERS)]
     read_checkpoint("x.pth", wrap(data[1:]))
 
 
 def read_text(data: bytes) -> None:
-    """A recipe that is read can be written, and is then read again as the same."""
+    """A recipe that was read can be written, and reads back equal."""
     Path("x.yaml").write_bytes(data)
     recipe = read_recipe("x.yaml")
     text = to_yaml(recipe.to_dict())
@@ -153,7 +153,7 @@ def injured(content: bytes, chance: random.Random, pieces: list[bytes] = PIECES)
 
 
 def _somewhere(data: Any, chance: random.Random) -> tuple[Any, Any]:
-    """A list or dictionary in the data, and one of its keys."""
+    """Returns a list or dictionary in the data, and one of its keys."""
     holder, key = [data], 0
     while isinstance(holder[key], list | dict) and holder[key] and (holder[key] is data or chance.random() < 0.8):
         holder = holder[key]
@@ -162,7 +162,7 @@ def _somewhere(data: Any, chance: random.Random) -> tuple[Any, Any]:
 
 
 def injured_data(data: Any, chance: random.Random) -> Any:
-    """Plain data with some of its parts replaced, renamed, repeated, moved or removed."""
+    """Returns plain data with some parts replaced, renamed, repeated, moved or removed."""
     made = copy.deepcopy(data)
     for _ in range(chance.choice([1, 1, 2, 3])):
         if not isinstance(made, list | dict) or not made:
@@ -197,7 +197,7 @@ def injured_json(content: bytes, chance: random.Random) -> bytes:
 
 
 def injured_header(content: bytes, chance: random.Random) -> bytes:
-    """A file whose header is damaged; three times in four its length is right."""
+    """Returns a file with a damaged header. Its length is right in three cases of four."""
     (length,) = struct.unpack("<Q", content[:8])
     if chance.random() < 0.25:
         return injured(content, chance)
@@ -205,7 +205,7 @@ def injured_header(content: bytes, chance: random.Random) -> bytes:
 
 
 def injured_text(content: bytes, chance: random.Random) -> bytes:
-    """A recipe with lines moved or words of YAML put in; or its data injured, written as JSON, which is YAML too."""
+    """Returns a recipe with lines moved or words of YAML inserted, or with damaged data written as JSON (also YAML)."""
     if chance.random() < 0.4:
         return _json_bytes(injured_data(_loaded(content), chance), chance)
     lines = content.splitlines(keepends=True)
@@ -228,7 +228,7 @@ def _opcodes(content: bytes) -> list[bytes]:
 
 
 def injured_pickle(content: bytes, chance: random.Random) -> bytes:
-    """A pickle whose opcodes are exchanged whole, or whose bytes are damaged."""
+    """Returns a pickle with opcodes exchanged, or with damaged bytes."""
     if chance.random() < 0.4:
         return content[:1] + injured(content[1:], chance)
     made = list(_opcodes(content[1:]))
@@ -255,14 +255,14 @@ def _records(content: bytes) -> dict[str, bytes]:
 
 
 def injured_within(content: bytes, chance: random.Random) -> bytes:
-    """An archive that is whole, but for one of its records."""
+    """Returns a valid archive with one damaged record."""
     records = dict(_records(content))
     records["archive/data.pkl"] = injured(records["archive/data.pkl"], chance)
     return h.zip_of(records.items(), compress=chance.random() < 0.3)
 
 
 def injured_archive(content: bytes, chance: random.Random) -> bytes:
-    """A .pth file with bytes, fields of its zip headers or its pickle damaged."""
+    """Returns a .pth file with damaged bytes, zip header fields or pickle."""
     kind = chance.randrange(4) if content[:2] == b"PK" else 0
     if kind == 0:
         return injured(content, chance)
@@ -322,7 +322,7 @@ MODULES = b"merge_method: linear\nmodules:\n  one: {models: [{model: a}, {model:
 
 @dataclass(frozen=True)
 class Target:
-    """``read`` raises StreammergeError for what it refuses; it is run in a :func:`room`."""
+    """``read`` raises StreammergeError for bytes that it refuses; it runs in a :func:`room`."""
 
     read: Callable[[bytes], None]
     injure: Callable[[bytes, random.Random], bytes]
@@ -372,7 +372,7 @@ TARGETS = {
 
 
 def mutants(target: Target, seed: object) -> Iterator[bytes]:
-    """Injured seeds without end, in turn; the same for the same seed of chance."""
+    """Yields damaged seeds endlessly, in turn. The same random seed gives the same ones."""
     chance = random.Random(str(seed))
     for content in itertools.cycle(target.seeds):
         yield target.injure(content, chance)
@@ -382,14 +382,14 @@ def mutants(target: Target, seed: object) -> Iterator[bytes]:
 
 
 class Judge:
-    """Runs one target, case by case, and keeps count of what it took."""
+    """Runs one target, case by case, and records its cost."""
 
     def __init__(self, target: Target) -> None:
         self.target, self.cases, self.read, self.slowest = target, 0, 0, 0.0
         self._status = open("/proc/self/status", "rb", buffering=0)  # noqa: SIM115 - open as long as the judge
-        for content in target.seeds:  # what is imported late is no growth
+        for content in target.seeds:  # imports everything, so that late imports do not count as growth
             target.read(content)
-        with contextlib.suppress(OSError):  # else the peak of what ran before in this process hides some of this
+        with contextlib.suppress(OSError):  # otherwise the peak of earlier code in this process hides growth
             Path("/proc/self/clear_refs").write_text("5")
         self._before = self._peak()
         signal.signal(signal.SIGALRM, self._hangs)
@@ -407,7 +407,7 @@ class Judge:
         raise Crash(f"it hangs for {HANGS_SECONDS} seconds")
 
     def attempt(self, data: bytes) -> None:
-        """One case. Raises Crash."""
+        """Runs one case. Raises Crash."""
         self.cases += 1
         began, said = time.process_time(), ""
         signal.setitimer(signal.ITIMER_REAL, HANGS_SECONDS)
@@ -448,7 +448,7 @@ def main() -> None:
     found: set[str] = set()
 
     def attempt(data: bytes) -> None:
-        """One case; the first crash of each kind is kept and told."""
+        """Runs one case; keeps and prints the first crash of each kind."""
         try:
             judge.attempt(data)
         except Crash as crash:
@@ -483,12 +483,12 @@ def report(name: str, judge: Judge, seconds: float) -> None:
 
 
 def guided(target: Target, attempt: Callable[[bytes], None], seconds: int) -> None:
-    """libFuzzer, in a child, since it ends its process; half its mutants are of its own making."""
+    """Runs libFuzzer in a child, because it ends its process. It makes half of its mutants itself."""
     import atheris
 
     def mutated(data: bytes, most: int, seed: int) -> bytes:
         chance = random.Random(seed)
-        with contextlib.suppress(Exception):  # what the mutators expect of a seed, a mutant need not have
+        with contextlib.suppress(Exception):  # a mutant may lack the structure that the mutators expect
             if chance.random() < 0.5:
                 return target.injure(bytes(data), chance)[:most]
         return bytes(atheris.Mutate(data, most))

@@ -1,4 +1,4 @@
-"""Makers of hostile checkpoints: pickles assembled opcode by opcode, and the containers they travel in."""
+"""Makers of hostile checkpoints: pickles assembled opcode by opcode, and their containers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FOUR_FLOATS = struct.pack("<4f", 1, 2, 3, 4)
 
 
 class Raw(bytes):
-    """Opcodes, which :func:`dump` takes as they are."""
+    """Opcodes that :func:`dump` takes unchanged."""
 
 
 class Persistent(tuple[Any, ...]):
@@ -25,7 +25,7 @@ class Persistent(tuple[Any, ...]):
 
 
 def dump(value: Any) -> Raw:
-    """The opcodes that make a value: no protocol header, no memo, no STOP."""
+    """Returns the opcodes that make a value, without protocol header, memo and STOP."""
     if isinstance(value, Raw):
         return value
     if isinstance(value, Persistent):
@@ -75,7 +75,7 @@ def stream(value: Any, protocol: int = 2) -> bytes:
 
 
 def shared(levels: int, width: int = 2, kind: str = "t") -> Raw:
-    """A tree of ``width ** levels`` leaves that is only ``levels`` objects."""
+    """Returns a tree of ``width ** levels`` leaves that consists of only ``levels`` objects."""
     made = memoized(1000, (1,) if kind == "t" else [1])
     for level in range(levels):
         parts = (again(1000 + level) for _ in range(width))
@@ -112,16 +112,16 @@ def zip_of(records: Iterable[tuple[str, bytes]], compress: bool = False) -> byte
 def legacy_bytes(
     data: bytes, keys: Any = ("0",), stored: bytes = struct.pack("<q", 4) + FOUR_FLOATS, before: bytes = b""
 ) -> bytes:
-    """``before``: opcodes that each of the pickles around the data begins with; they leave nothing on the stack."""
+    """``before``: opcodes at the start of each pickle around the data; they leave nothing on the stack."""
     system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}
     first, *others, last = (b"\x80\2" + before + dump(v) + b"." for v in (MAGIC, 1001, system, list(keys)))
-    if len(first) > 64:  # no magic number is looked for so far behind
+    if len(first) > 64:  # the magic number must be within the first 64 bytes
         first = pickle.dumps(MAGIC, 2)
     return b"".join([first, *others, data, last, stored])
 
 
 def tar_bytes(data: bytes, views: Any = (), geometry: tuple[int, ...] = (1, 4, 1, 0)) -> bytes:
-    """The format of torch 0.1: one storage of four floats, one tensor of the given rank, size, stride and offset."""
+    """Returns the format of torch 0.1: one storage of four floats, one tensor of this rank, size, stride and offset."""
     storages = [pickle.dumps(1, 2), stream(("0", "cpu", name("torch.FloatStorage"))), struct.pack("<q", 4), FOUR_FLOATS]
     rank, *numbers = geometry
     tensors = [
@@ -199,7 +199,7 @@ WAYS: dict[str, Callable[[str, tuple[Any, ...]], bytes]] = {
 
 
 def payloads(canary: Path) -> dict[str, tuple[str, tuple[Any, ...]]]:
-    """Calls that make the file ``canary`` when they are carried out."""
+    """Returns calls that make the file ``canary`` when they are executed."""
     shell, code = f"touch '{canary}'", f"open({str(canary)!r}, 'w').close()"
     nested = canary.with_name("nested.pth")
     older = canary.with_name("older.pth")
@@ -244,7 +244,7 @@ def payloads(canary: Path) -> dict[str, tuple[str, tuple[Any, ...]]]:
 
 
 BLUNT_WAYS = ("newobj", "newobj_ex", "ext1", "ext2", "ext4", "in a frame that lies")
-"""What pickle itself refuses, of a function or at all; what is no code until something registers it."""
+"""Ways that pickle itself refuses, for a function or always; extension codes run nothing until one is registered."""
 BLUNT_PAYLOADS = {
     "read_csv": "fetches, and makes no file",
     "read_pickle": "needs pandas",
@@ -252,6 +252,6 @@ BLUNT_PAYLOADS = {
     "jit.load": "is mended in torch",
     "weights only, CVE-2025-32434": "is mended in torch",
     "import": "imports, and makes no file",
-    "dotted": "is no function",
+    "dotted": "is not a function",
 }
-"""What makes no canary even where it is executed, and why."""
+"""Payloads that make no canary even when executed, and the reason."""

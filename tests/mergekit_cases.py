@@ -1,8 +1,8 @@
-"""Configurations that mergekit 0.1.5 has run, and the models they were run on.
+"""Configurations that mergekit 0.1.5 has run, and the models that it ran them on.
 
-``python tests/mergekit_cases.py`` with mergekit 0.1.5 and transformers installed writes what came out of it to
-``tests/data/mergekit.json``. Every tensor of these models holds one number, which tells model, layer and kind, so a
-single number of the output tells which tensors were merged with which weights.
+``python tests/mergekit_cases.py``, with mergekit 0.1.5 and transformers installed, writes mergekit's results to
+``tests/data/mergekit.json``. Every tensor of these models holds one number, which encodes model, layer and kind. A
+single number of the output therefore shows which tensors were merged with which weights.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ parameters: {weight: 3, normalize: false}
 
 
 def numbers(value: float) -> dict[str, tuple[float, tuple[int, ...]]]:
-    """Name -> the number that fills the tensor, and its shape."""
+    """Returns name -> the number that fills the tensor, and its shape."""
     made = {name: (value + 0.01 * place, shape) for place, (name, shape) in enumerate(LOOSE.items())}
     for layer in range(LAYERS):
         for place, (name, shape) in enumerate(KINDS.items()):
@@ -237,7 +237,7 @@ def write_models(folder: Path) -> None:
 
 
 def read(folder: Path) -> dict[str, float]:
-    """Name -> the one number in each tensor."""
+    """Returns name -> the one number in each tensor."""
     from safetensors.torch import load_file
 
     tensors = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}

@@ -1,8 +1,8 @@
-"""Faults put into the code on purpose, one at a time: which of them does no test notice?
+"""Mutation testing: deliberate faults in the code, one at a time, to find those that no test notices.
 
-``python tests/mutants.py`` tries a sample in the modules that are listed in ``TESTS``, in a copy of the project; with names
-only in those, with ``--most N`` more or fewer, with ``--seed`` others. What survives is printed, with the line it stands
-in: either the line does nothing, or a test is missing. Not all need one: some mutants do the same in another way.
+``python tests/mutants.py`` tries a sample in the modules listed in ``TESTS``, in a copy of the project. Names limit it
+to those modules, ``--most N`` sets the number, ``--seed`` chooses others. It prints the survivors with their lines:
+either the line does nothing, or a test is missing. Some mutants are equivalent and need no test.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SWAPPED = {
 
 
 def sites(tree: ast.AST) -> Iterator[tuple[int, int]]:
-    """(number of the node, kind of change) for every change that :func:`changed` knows."""
+    """Yields (number of the node, kind of change) for every change that :func:`changed` knows."""
     for number, node in enumerate(ast.walk(tree)):
         if isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPPED:
             yield number, 0
@@ -59,7 +59,7 @@ def _is_bare_call(node: ast.AST) -> bool:
 
 
 def changed(tree: ast.AST, number: int, kind: int) -> tuple[ast.AST, int]:
-    """A copy with one node changed, and its line."""
+    """Returns a copy with one node changed, and its line."""
     made = copy.deepcopy(tree)
     node = list(ast.walk(made))[number]
     if kind == 0:

@@ -1,4 +1,4 @@
-"""The benchmarks: what they measure is right, and what got worse is told."""
+"""The benchmarks measure correctly and report regressions."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def night(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_process_is_measured_by_what_it_does(tmp_path: Path) -> None:
-    """200 MiB of its own for a while, one second of arithmetic, 8 MiB to the disk, and an exit code."""
+    """A process with 200 MiB of its own, one second of arithmetic, 8 MiB to the disk, and an exit code."""
     code = f"""
 import os, sys, time
 held = b'x' * (200 << 20)
@@ -68,7 +68,7 @@ print('said'); sys.exit(3)
 
 
 def test_what_a_parent_holds_is_not_the_childs() -> None:
-    """As ru_maxrss has it."""
+    """The child does not inherit the parent's memory, as it does in ru_maxrss."""
     held = b"x" * (400 << 20)
     assert measure([sys.executable, "-c", "pass"]).resident < 100 * MIB
     assert len(held) == 400 << 20

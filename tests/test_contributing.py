@@ -1,4 +1,4 @@
-"""What CONTRIBUTING shows fits: its examples, in a copy of the project, pass the suites, and are as long as it says."""
+"""The examples of CONTRIBUTING work: applied to a copy of the project they pass the suites, and have the stated length."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ EXAMPLES = {
 
 
 def blocks(section: str, kind: str) -> dict[str, str]:
-    """Path -> text of the files, or the changes, that a section shows."""
+    """Returns path -> text of the files, or of the changes, that a section shows."""
     found = re.findall(rf"^```{kind}\n# (\S+)\n(.*?)^```", SECTIONS[section], re.MULTILINE | re.DOTALL)
     return dict(found)
 
 
 def applied(text: str, change: str) -> str:
-    """The text with the lines of a diff put in; what stands before is there once."""
+    """Applies the lines of a diff to a text. The removed lines must occur exactly once."""
     rows = change.splitlines()
     before = "\n".join(row[1:] for row in rows if row[0] in " -")
     after = "\n".join(row[1:] for row in rows if row[0] in " +")

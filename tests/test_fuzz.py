@@ -1,4 +1,4 @@
-"""Thousands of small injuries to valid files, and documents that are nearly valid: read, or refused in one error."""
+"""Thousands of small injuries to valid files, and nearly valid documents: each is read, or refused with one error."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import fuzz
 import hostile as h
 from streammerge.errors import FormatError
 
-MUTANTS = 500  # of each seed
+MUTANTS = 500  # per seed
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,11 +78,11 @@ def test_the_program_runs_by_hand_without_torch(tmp_path: Path) -> None:
         assert told in done.stdout
 
 
-# -------------------------------------------------------------------------------------- documents that are nearly valid
+# --------------------------------------------------------------------------------------------- nearly valid documents
 
 
 def mostly(right: Any, *wrong: Any) -> st.SearchStrategy[Any]:
-    """What is right, and one time in ten what is not."""
+    """Generates a right value, and a wrong one in one case of ten."""
     return st.integers(0, 9).flatmap(lambda n: st.sampled_from([*wrong, *fuzz.ODD]) if n == 5 else right)
 
 
@@ -96,7 +96,7 @@ def _as_json(data: Any, draw: st.DrawFn) -> bytes:
 
 @st.composite
 def headers(draw: st.DrawFn) -> bytes:
-    """Tensors back to back."""
+    """Generates headers with tensors back to back."""
     made, cursor = {}, 0
     for name in draw(st.lists(_NAMES, max_size=4, unique=True)):
         dtype, size = draw(st.sampled_from([("F32", 4), ("BF16", 2), ("U8", 1), ("F8_E4M3", 1), ("I64", 8)]))
@@ -116,7 +116,7 @@ def headers(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def indexes(draw: st.DrawFn) -> bytes:
-    """Tensors in the room's shards; the names that lead elsewhere are among ``fuzz.ODD``."""
+    """Generates indexes of tensors in the room's shards. Names that lead elsewhere are in ``fuzz.ODD``."""
     where = draw(st.fixed_dictionaries({"w": mostly(st.just("a"), "b"), "v": mostly(st.just("b"), "a", "../outside")}))
     where |= draw(st.just({}) | st.dictionaries(_TEXT, mostly(st.just("a")), max_size=1))
     return _as_json(draw(mostly(st.just({"weight_map": where}), {"weight_map": []})), draw)
@@ -164,7 +164,7 @@ _OPTIONAL = {
 def recipes(draw: st.DrawFn) -> bytes:
     what = draw(st.sampled_from(["models", "models", "slices"]))
     data = draw(st.fixed_dictionaries({"merge_method": _METHODS, what: _WHAT[what]}, optional=_OPTIONAL))
-    return _as_json(data, draw)  # which is YAML
+    return _as_json(data, draw)  # JSON is also YAML
 
 
 @pytest.mark.parametrize(("name", "strategy"), [("header", headers()), ("index", indexes()), ("recipe", recipes())])

@@ -1,4 +1,4 @@
-"""The package itself: who imports whom, what is public, what a command line does not wait for."""
+"""The package's structure: imports between modules, public names, and imports that a command line avoids."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ ROOMS = (
     "tensors", "kernels", "methods", "stores", "pickles", "formats", "recipe", "checkpoints", "planning", "running",
     "verifying", "api", "cli", "__init__", "__main__",
 )  # fmt: skip
-"""From the ground up. A room imports from the rooms before it only."""
+"""Rooms from the bottom up. A room imports only from rooms before it."""
 
 
 def imports(path: Path) -> set[str]:
-    """Dotted names of the package's modules that a file imports, for type checkers too."""
+    """Returns dotted names of the package's modules that a file imports, for type checkers too."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "streammerge":
@@ -37,13 +37,13 @@ def imports(path: Path) -> set[str]:
 
 
 def order_of(room: Path) -> list[str]:
-    """The modules of a room in the order in which its docstring lists them: each imports those above it."""
+    """Returns the modules of a room in the order of its docstring; each imports only modules above it."""
     doc = ast.get_docstring(ast.parse((room / "__init__.py").read_text())) or ""
     return re.findall(r"^    (\w+)", doc, re.MULTILINE)
 
 
 def modules() -> dict[str, Path]:
-    """Dotted name -> file of every module."""
+    """Returns dotted name -> file of every module."""
     return {".".join(p.relative_to(SOURCE).with_suffix("").parts): p for p in SOURCE.rglob("*.py")}
 
 
@@ -90,7 +90,7 @@ def test_torch_is_imported_only_where_values_are_computed() -> None:
 
 
 def test_what_is_imported_is_declared() -> None:
-    """Every module of another project, wherever it is imported. No line imports numpy: safetensors does, when asked to."""
+    """Checks every import of another project. No line imports numpy; safetensors imports it on request."""
     text = (SOURCE.parent.parent / "pyproject.toml").read_text()
     block = text.partition("\ndependencies = [")[2].partition("\n]")[0]
     declared = {name.lower().replace("-", "_") for name in re.findall(r'^    "([\w-]+)', block, re.MULTILINE)}
@@ -107,7 +107,7 @@ def test_what_is_imported_is_declared() -> None:
 
 
 def test_command_line_and_python_call_the_same_things_the_same() -> None:
-    """Every option is an argument of that name, described where the function is; and the other way round."""
+    """Every option is an argument of the same name, described in the function's docstring, and vice versa."""
     for command, functions in (("merge", (sm.merge, sm.plan)), ("convert", (sm.convert,)), ("verify", (sm.verify,))):
         arguments = {name for function in functions for name in inspect.signature(function).parameters}
         options = [name for each in cli.commands[command].params for name in each.opts]

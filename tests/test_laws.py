@@ -1,4 +1,4 @@
-"""The six laws of DESIGN.md, each shown once on real files; where each is tried at length, its docstring says."""
+"""The six laws of DESIGN.md, each shown once on real files. Each docstring names the thorough tests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from streammerge.tensors.spec import GRAIN
 
 
 def large(folder: Path, megabytes: int) -> list[Path]:
-    """Two checkpoints of that size: one tensor of most of it, and some small ones."""
+    """Writes two checkpoints of this size: one large tensor, and some small ones."""
     paths = [folder / f"{megabytes}-{number}.safetensors" for number in range(2)]
     for number, path in enumerate(paths):
         tensors = {f"w{i}": torch.full((1000,), float(number + i)) for i in range(20)}
@@ -34,7 +34,7 @@ def large(folder: Path, megabytes: int) -> list[Path]:
 
 
 def test_law_1_memory_is_bounded(tmp_path: Path, cli: Cli) -> None:
-    """Four times larger files, the same peak. At length: test_memory.py, and by the kernel test_limits.py."""
+    """Four times larger files, the same peak. Thorough: test_memory.py, and by the kernel test_limits.py."""
     peaks = []
     for megabytes in (50, 200):
         files = (*large(tmp_path, megabytes), "-o", f"{megabytes}.out.safetensors")
@@ -46,7 +46,8 @@ def test_law_1_memory_is_bounded(tmp_path: Path, cli: Cli) -> None:
 
 
 def test_law_2_the_output_is_a_function_of_recipe_and_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Budget, workers, reading, an interruption: the same bytes. At length: test_merge.py, test_resume.py, methods/."""
+    """Budget, workers, reading and interruption do not change the bytes. Thorough: test_merge.py,
+    running/test_session.py, methods/."""
     monkeypatch.setattr(tasks, "PIECE_ELEMS", GRAIN)
     monkeypatch.setattr(journal, "INTERVAL_SECONDS", 0.001)
     inputs = []
@@ -74,7 +75,7 @@ def test_law_2_the_output_is_a_function_of_recipe_and_inputs(tmp_path: Path, mon
 
 
 def test_law_3_nothing_in_an_input_is_executed(tmp_path: Path, cli: Cli) -> None:
-    """A pickle that would make a file. At length: formats/test_hostile.py, formats/test_corpus.py, test_fuzz.py."""
+    """A pickle that would make a file. Thorough: formats/test_hostile.py, formats/test_corpus.py, test_fuzz.py."""
     canary = tmp_path / "canary"
     path, arguments = h.payloads(canary)["os.system"]
     data = h.stream(h.Raw(h.WAYS["reduce"](path, arguments)))
@@ -94,7 +95,7 @@ def test_law_3_nothing_in_an_input_is_executed(tmp_path: Path, cli: Cli) -> None
 
 
 def test_law_4_the_output_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
-    """Killed at some moments. At length: storage/test_crashes.py, and crashes.py at every call."""
+    """Killed at some moments. Thorough: stores/test_crashes.py, and crashes.py at every call."""
     inputs = large(tmp_path, 100)
     before = [path.read_bytes() for path in inputs]
     out = tmp_path / "out.safetensors"
@@ -117,7 +118,7 @@ def test_law_4_the_output_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def read_so_far() -> int:
-    """Bytes that this process has read from files, or mapped pages of it that the disk has read."""
+    """Returns bytes that this process has read from files, and mapped pages that it has read from the disk."""
     said = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return int(said["rchar"])
 
@@ -137,14 +138,14 @@ def read_so_far() -> int:
 def test_law_5_what_headers_can_tell_is_told_first(
     tmp_path: Path, changed: dict[str, torch.Tensor], how: dict[str, Any], error: type[Exception]
 ) -> None:
-    """Before a byte of a tensor is read or written. At length: recipe/test_rules.py, test_limits.py."""
+    """Errors come before a byte of a tensor is read or written. Thorough: recipe/test_rules.py, test_limits.py."""
     floats = {name: tensor for name, tensor in trained(1).items() if tensor.is_floating_point()} | {
         "large": torch.ones(1 << 22)
     }
     inputs = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
     save_file(floats, inputs[0])
     save_file(floats | changed, inputs[1])
-    with pytest.raises(error):  # once before, so that what is imported is
+    with pytest.raises(error):  # a first run imports all modules
         sm.merge(inputs, tmp_path / "out.safetensors", io="pread", **how)
     before = read_so_far()
     with pytest.raises(error):
@@ -154,7 +155,8 @@ def test_law_5_what_headers_can_tell_is_told_first(
 
 
 def test_law_6_the_result_loads_wherever_the_inputs_loaded(tmp_path: Path, voices: tuple[Path, Path]) -> None:
-    """Same container, names, dtypes, side files. At length: test_pickled.py, test_convert.py, formats/test_folder.py."""
+    """Same container, names, dtypes, side files. Thorough: planning/outputs/test_pickled.py, test_convert.py,
+    formats/test_folder.py."""
     sm.merge(voices, tmp_path / "voice.pth", weights=[0.6, 0.4], integers="max")
     one, two = (torch.load(path, weights_only=True) for path in voices)
     for options in ({}, {"mmap": True}):

@@ -1,4 +1,4 @@
-"""Law 1, by the kernel: merges in a memory cgroup, where what holds more than it may is killed."""
+"""Law 1 enforced by the kernel: merges run in a memory cgroup, which kills a process above its limit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ELEMS = 48 << 20
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three files of 100 MB, one tensor of which is nearly all."""
+    """Writes three files of 100 MB; one tensor is nearly the whole file."""
     folder = tmp_path_factory.mktemp("inputs")
     block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
     for number in range(3):
@@ -59,7 +59,7 @@ def test_law_1_holds_where_the_kernel_kills(inputs: list[Path], tmp_path: Path, 
 
 
 def test_the_limit_kills(tmp_path: Path) -> None:
-    """What the merge above is saved from: the same limit, and a whole model in memory."""
+    """The same limit kills a process that holds a whole model, so the limit works."""
     hungry = measure([sys.executable, "-c", "b = b'x' * (256 << 20)"], 64 << 20)
     assert hungry.exit_code == -9
 

@@ -1,4 +1,4 @@
-"""Law 1: what is held above start-up stays under the budget, measured by the kernel in a process of its own."""
+"""Law 1: memory above start-up stays under the budget, measured by the kernel in a separate process."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ Run = tuple[list[Path], Path, dict[str, object]]
 
 
 def sparse(path: Path, numel: int, tensors: int = 1, dtype: str = "BF16") -> Path:
-    """A safetensors file of zeros that takes no room on the disk."""
+    """Makes a safetensors file of zeros that takes no space on the disk."""
     size = {"BF16": 2, "F32": 4}[dtype]
     header = {
         f"w{i}": {"dtype": dtype, "shape": [numel], "data_offsets": [i * numel * size, (i + 1) * numel * size]}
@@ -62,7 +62,7 @@ def sparse(path: Path, numel: int, tensors: int = 1, dtype: str = "BF16") -> Pat
 
 
 def measured(*runs: Run) -> list[dict[str, int]]:
-    """What each merge holds above start-up, in one process of their own."""
+    """Returns the memory of each merge above start-up, all in one separate process."""
     argument = json.dumps([(list(map(str, inputs)), str(out), options) for inputs, out, options in runs], default=str)
     command = [sys.executable, "-c", RUNS, argument]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1500)
@@ -84,8 +84,10 @@ def test_law_1_memory_is_bounded(tmp_path: Path, io: str) -> None:
 
 
 def test_law_1_holds_for_huge_pages_of_the_cache(tmp_path: Path) -> None:
-    """Files that were just written lie in the cache in pages of 2 MiB, each of which one touch maps whole; a sparse file
-    does not. Where mapped pages of all inputs have no room, they are read."""
+    """New files are cached in pages of 2 MiB, and one access maps a whole page; sparse files are not.
+
+    If mapped pages of all inputs do not fit the budget, the files are read instead.
+    """
     inputs = [tmp_path / f"{number}.safetensors" for number in range(8)]
     for number, path in enumerate(inputs):
         save_file({"large": torch.full((64, 1 << 19), number + 0.5).bfloat16(), "small": torch.ones(7)}, path)
@@ -124,7 +126,7 @@ def test_inspect_and_plan_stay_small_and_without_torch(tmp_path: Path) -> None:
 
 
 def cached_share(path: Path) -> float:
-    """How much of a file is in the page cache."""
+    """Returns the share of a file that is in the page cache."""
     size = path.stat().st_size
     pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
     with open(path, "rb") as file, mmap.mmap(file.fileno(), size, mmap.MAP_PRIVATE) as mapped:
@@ -141,7 +143,7 @@ def test_polite_runs_give_the_page_cache_back(tmp_path: Path, io: str, command: 
     for number, path in enumerate(inputs):
         save_file({f"w{i}": torch.full((6 << 20,), float(number)) for i in range(3)}, path)
         with open(path, "rb") as file:
-            os.fsync(file.fileno())  # what is not written yet cannot be given back
+            os.fsync(file.fileno())  # dirty pages cannot be dropped
     out = tmp_path / "out.safetensors"
     for polite in (False, True):
         for path in inputs:
@@ -164,7 +166,7 @@ def held_as_a_row(case: Case, elems: int) -> bool:
 
 
 def peaks(tmp_path: Path, elems: int, memory: str, chosen: Container[str]) -> list[tuple[str, dict[str, int]]]:
-    """Each case of these methods on one tensor of so many elements, filled a little, where it is not held whole."""
+    """Runs each case of these methods on one tensor of this many elements, partly filled unless it is held whole."""
     paths = [sparse(tmp_path / f"{i}.safetensors", elems) for i in range(6)]
     for number, path in enumerate(paths):
         noise = torch.randn(1 << 12, generator=torch.Generator().manual_seed(number)).bfloat16()
@@ -183,7 +185,7 @@ def peaks(tmp_path: Path, elems: int, memory: str, chosen: Container[str]) -> li
 
 
 def test_law_1_for_methods(tmp_path: Path) -> None:
-    """One long tensor, passes and all."""
+    """One long tensor, passes included."""
     for case, peak in peaks(tmp_path, 12_000_001, "256MiB", methods()):
         assert peak["anonymous"] <= peak["planned"] <= 256 << 20, (case, peak)
         assert peak["resident"] <= 256 << 20, (case, peak)

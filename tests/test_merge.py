@@ -1,4 +1,4 @@
-"""Merging: the float64 mean rounded once, whatever the dtype, the shape, the container and the way it was run."""
+"""Merging gives the float64 mean rounded once, for every dtype, shape, container and way of running."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def test_linear_is_the_float64_mean_rounded_once(tmp_path: Path, dtype: torch.dt
 
 
 def test_ties_between_two_roundings_go_to_even(tmp_path: Path) -> None:
-    """0.6 a + 0.4 b lies exactly between two bfloat16 numbers in one of a few hundred pairs; float32 sums lose those."""
+    """0.6 a + 0.4 b lies exactly between two bfloat16 numbers for one of a few hundred pairs; float32 sums get those
+    wrong."""
     make = torch.Generator().manual_seed(5)
     a, b = (torch.randn(200_003, generator=make).bfloat16() for _ in range(2))
     sm.merge(saved(tmp_path, {"w": a}, {"w": b}), tmp_path / "out.safetensors", weights=[0.6, 0.4])
@@ -316,7 +317,7 @@ def test_replacing_is_not_warned_of(tmp_path: Path) -> None:
 
 
 def test_equal_headers_are_told_apart_by_their_files(tmp_path: Path) -> None:
-    """A header is parsed once for all files that have it; sizes and places are still each file's own."""
+    """A header is parsed once for all files that contain it; sizes and places stay those of each file."""
     models = [trained(seed) for seed in (1, 2, 3)]
     for model in models:
         model["norm.num_batches_tracked"] = torch.tensor(5)

@@ -1,6 +1,6 @@
-"""Every command in the README and every program in it runs, and prints what the README shows.
+"""Every command and program in the README runs and prints the text that the README shows.
 
-The commands run in an environment that holds what `pip install .` brings, and nothing else.
+The commands run in an environment that contains only the packages that `pip install .` installs.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def language_model(folder: Path, seed: int, shards: int = 1) -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with all that the README's commands name, small."""
+    """Makes a folder with small versions of all files that the README's commands name."""
     folder = tmp_path_factory.mktemp("readme")
     torch.save(voice(1, 12000, 2.31), folder / "news.pth")
     torch.save(voice(20, 15500, 2.17), folder / "audiobook.pth")
@@ -93,7 +93,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def bare() -> Path:
-    """The environment with the declared dependencies only, made once for all the processes that run tests."""
+    """Makes the environment with the declared dependencies only, once for all test processes."""
     command, environment = [ROOT / "scripts/bare-environment"], os.environ | {"PYTHON": sys.executable}
     made = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert made.returncode == 0, made.stderr
@@ -101,7 +101,7 @@ def bare() -> Path:
 
 
 def run(line: str, world: Path, bare: Path) -> subprocess.CompletedProcess[str]:
-    """A line of shell, in that folder; what an earlier line makes is there, and what this one makes is not yet."""
+    """Runs a line of shell in this folder. Results of earlier lines exist; the result of this line does not yet."""
     words = shlex.split(line, comments=True)
     for name in {"voice.pth", "average.safetensors"} & {*words} if "-o" not in words else ():
         run(next(each for each in COMMANDS if each.endswith(f"-o {name}")), world, bare)
@@ -116,7 +116,7 @@ def run(line: str, world: Path, bare: Path) -> subprocess.CompletedProcess[str]:
 
 
 def alike(text: str) -> str:
-    """The text without what differs from run to run and from model to model: numbers, their units, digests."""
+    """Removes text that differs between runs and models: numbers, their units, digests."""
     text = re.sub(r"[0-9a-f]{64}", "#", text)
     return re.sub(r"\d[\d.,]*\d|\d", "#", re.sub(r"(?<=\d) (bytes|[kMGT]i?B)", " B", text))
 
@@ -149,7 +149,7 @@ def test_they_run_with_nothing_but_the_declared_dependencies(world: Path, bare: 
 def test_every_session_is_as_shown(session: str, world: Path, bare: Path) -> None:
     first, _, shown = session.partition("\n")
     done = run(first.removeprefix("$ "), world, bare)
-    if "^C" in session:  # nobody interrupts it here: tests/test_resume.py does
+    if "^C" in session:  # not interrupted here; running/test_session.py tests that
         assert done.returncode == 0
         return
     for line, said in zip(shown.splitlines(), (done.stderr + done.stdout).splitlines(), strict=True):

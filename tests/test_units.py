@@ -1,4 +1,4 @@
-"""Sizes as they are typed, and as people read them."""
+"""Sizes as users type them and as messages print them."""
 
 from __future__ import annotations
 

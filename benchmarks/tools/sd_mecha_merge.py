@@ -1,4 +1,4 @@
-"""The same weighted mean by sd-mecha, which mixes two models at a time. Arguments: output, buffer in bytes, then inputs."""
+"""Computes the same weighted mean with sd-mecha, two models at a time. Arguments: output, buffer in bytes, inputs."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What most scripts do: load every checkpoint whole, average, save. Arguments: output, then inputs."""
+"""Loads every checkpoint whole, averages, saves, as most scripts do. Arguments: output, inputs."""
 
 import sys
 

@@ -1,18 +1,18 @@
-"""Everything that streammerge raises on purpose.
+"""Exceptions that streammerge raises, and helpers that print names safely.
 
 ::
 
     StreammergeError
-     |- RecipeError    2  the wish is malformed: unknown method, parameter, dtype; the output exists
-     |- FormatError    4  a file is not what it claims, or a form we do not read
+     |- RecipeError    2  the request is invalid: unknown method, parameter or dtype; the output exists
+     |- FormatError    4  a file is damaged, or in a form that is not supported
      |- MismatchError  4  checkpoints disagree: names, shapes, dtypes
-     |- BudgetError    5  the plan cannot fit the budget: says the least that would
-     |- SpaceError     6  no room on the disk: says how much is missing
+     |- BudgetError    5  the plan does not fit the memory budget; names the smallest budget that would
+     |- SpaceError     6  the disk is too full; names the missing bytes
      |- LockedError    7  another run owns the output
      |- ChangedError   8  an input changed since it was planned
      |- VerifyError    3  the output could not be verified, or is wrong
-     |   `- UncheckedError  the last check itself failed: what was made is kept
-     `- TaskError      1  a task failed: tensor, method, range; the cause chained
+     |   `- UncheckedError  the last check itself failed; the finished work is kept
+     `- TaskError      1  a task failed; names tensor, method and range, and chains the cause
 
 The number is the exit code of the command line. A message is one sentence: what is wrong, where, what to do.
 """
@@ -21,51 +21,71 @@ from __future__ import annotations
 
 
 class StreammergeError(Exception):
+    """Base class of every error that streammerge raises on purpose. ``exit_code``: that of the command line."""
+
     exit_code = 1
 
 
 class RecipeError(StreammergeError):
+    """The request is invalid, or the output exists."""
+
     exit_code = 2
 
 
 class FormatError(StreammergeError):
+    """A file is damaged, or in a form that is not supported."""
+
     exit_code = 4
 
 
 class MismatchError(StreammergeError):
+    """Checkpoints disagree in names, shapes or dtypes."""
+
     exit_code = 4
 
 
 class BudgetError(StreammergeError):
+    """The plan does not fit the memory budget."""
+
     exit_code = 5
 
 
 class SpaceError(StreammergeError):
+    """The disk has too little free space."""
+
     exit_code = 6
 
 
 class LockedError(StreammergeError):
+    """Another run owns the output."""
+
     exit_code = 7
 
 
 class ChangedError(StreammergeError):
+    """An input changed since it was planned."""
+
     exit_code = 8
 
 
 class VerifyError(StreammergeError):
+    """The output could not be verified, or is wrong."""
+
     exit_code = 3
 
 
 class UncheckedError(VerifyError):
-    pass
+    """The last check itself failed; the finished work is kept."""
 
 
 class TaskError(StreammergeError):
+    """A task of the run failed; the cause is chained."""
+
     exit_code = 1
 
 
 def printable(text: object, limit: int = 200) -> str:
-    """A name out of a file, safe to print: control and other unprintable characters escaped, over-long text cut."""
+    """Escapes control and other unprintable characters of a name from a file, and cuts it to ``limit`` characters."""
     whole = str(text)
     if whole.isprintable() and len(whole) <= limit:
         return whole
@@ -74,6 +94,6 @@ def printable(text: object, limit: int = 200) -> str:
 
 
 def listed(names: list[str], most: int = 8) -> str:
-    """``a, b, c and 5 more``, escaped."""
+    """Returns ``a, b, c and 5 more``, with each name escaped."""
     shown = ", ".join(printable(n, 120) for n in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -1,4 +1,4 @@
-"""What a run tells while it goes. A listener is any callable of one event; nothing here prints."""
+"""Events that a run reports. A listener is a callable that takes one event; nothing in this module prints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class RunStarted:
-    """The plan stands and reading begins: bytes to read and write in all, the budget."""
+    """The plan is made and reading begins. Holds the total bytes to read and to write, and the budget in bytes."""
 
     read_bytes: int
     write_bytes: int
@@ -18,7 +18,7 @@ class RunStarted:
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """So many bytes of the output are there already, from a run that did not come to its end; so many need not be read."""
+    """An interrupted run continues: ``kept_bytes`` of the output exist, so ``read_bytes`` need not be read again."""
 
     kept_bytes: int
     read_bytes: int
@@ -26,7 +26,7 @@ class Resumed:
 
 @dataclass(frozen=True, slots=True)
 class Hashed:
-    """An input was read for its hash."""
+    """An input was read to compute its hash."""
 
     name: str
     nbytes: int
@@ -34,7 +34,7 @@ class Hashed:
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """A tensor that could not be mapped as it stood was copied into a temporary file."""
+    """A tensor that could not be mapped was copied into a temporary file."""
 
     tensor: str
     nbytes: int
@@ -42,7 +42,7 @@ class Staged:
 
 @dataclass(frozen=True, slots=True)
 class TaskDone:
-    """A tensor, or a range of one, is written."""
+    """A tensor, or a range of one, was written."""
 
     tensor: str
     read_bytes: int
@@ -52,12 +52,12 @@ class TaskDone:
 
 @dataclass(frozen=True, slots=True)
 class Syncing:
-    """All bytes are written and are being made durable."""
+    """All bytes are written and are now being synced to the disk."""
 
 
 @dataclass(frozen=True, slots=True)
 class Suspended:
-    """The run ends early; so many bytes of so many stay, and the same run goes on from there."""
+    """The run ends early: ``kept_bytes`` of ``write_bytes`` are kept, and the same run continues from there."""
 
     kept_bytes: int
     write_bytes: int
@@ -65,12 +65,12 @@ class Suspended:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """The output is there under its name."""
+    """The output exists under its final name."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunFinished:
-    """All is done."""
+    """The run is complete."""
 
     seconds: float
 
@@ -83,4 +83,4 @@ class Listener(Protocol):
 
 
 def quiet(event: Event) -> None:
-    """The listener of those who do not listen."""
+    """Ignores every event."""

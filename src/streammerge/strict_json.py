@@ -1,4 +1,4 @@
-"""JSON read strictly: what two readers could take for two things is refused."""
+"""A strict JSON parser: it refuses texts that two parsers could read differently."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {printable(twice)} stands twice")
+        raise ValueError(f"the key {printable(twice)} is given twice")
     return made
 
 
@@ -22,7 +22,7 @@ def _no_constant(name: str) -> Any:
 
 
 def load_json(data: bytes | str) -> Any:
-    """Strict JSON: duplicate keys, NaN and nesting without end are ValueErrors."""
+    """Parses JSON. Raises ValueError for duplicate keys, NaN, infinities and excessive nesting."""
     try:
         return json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
     except RecursionError as error:

@@ -1,4 +1,5 @@
-"""``"8GiB"`` <-> bytes. KB, MB, GB are powers of 1000; KiB, MiB, GiB powers of 1024; a bare number is bytes."""
+"""Sizes in bytes and shares, parsed and printed. KB, MB, GB are powers of 1000; KiB, MiB, GiB are powers of 1024; a
+bare number is bytes."""
 
 from __future__ import annotations
 
@@ -7,16 +8,16 @@ import re
 from streammerge.errors import RecipeError
 
 PAGE_BYTES = 4096
-"""Of memory; and what disks are written in that are written directly."""
+"""Size of a page of memory, and alignment in bytes of direct writes to a disk."""
 HUGE_PAGE_BYTES = 2 << 20
-"""What one touch of a mapped file may map at once: its cache is in pages of this size where the file system has them."""
+"""The most bytes that one access to a mapped file may map: file systems with huge pages cache files in them."""
 _UNITS = {"": 1, "b": 1}
 for _i, _letter in enumerate("kmgt", start=1):
     _UNITS |= {_letter: 1000**_i, f"{_letter}b": 1000**_i, f"{_letter}i": 1024**_i, f"{_letter}ib": 1024**_i}
 
 
 def parse_bytes(text: str | int) -> int:
-    """Bytes of ``"512MiB"``, ``"5GB"``, ``"1.5g"`` or a number. Raises RecipeError for anything else."""
+    """Returns the bytes of ``"512MiB"``, ``"5GB"``, ``"1.5g"`` or a number. Raises RecipeError for anything else."""
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([a-z]*)\s*", str(text).lower())
     if not match or match[2] not in _UNITS:
         raise RecipeError(f"{text!r} is not a size; write it like 512MiB, 2GiB or 5GB")
@@ -24,7 +25,7 @@ def parse_bytes(text: str | int) -> int:
 
 
 def parse_share(text: str | float) -> float:
-    """A share of a whole between 0 and 1, of ``"5%"`` or ``0.05``. Raises RecipeError for anything else."""
+    """Returns a share between 0 and 1 from ``"5%"`` or ``0.05``. Raises RecipeError for anything else."""
     match = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,18})?)\s*(%?)\s*", str(text))
     share = float(match[1]) / (100 if match[2] else 1) if match else -1.0
     if not 0 <= share <= 1:
@@ -41,10 +42,10 @@ def _format(value: float, base: int, units: list[str]) -> str:
 
 
 def decimal_bytes(count: float) -> str:
-    """File and disk sizes: ``1.9 GB``."""
+    """Formats the size of a file or disk: ``1.9 GB``."""
     return _format(count, 1000, ["bytes", "kB", "MB", "GB", "TB"])
 
 
 def binary_bytes(count: float) -> str:
-    """Memory: ``221 MiB``."""
+    """Formats an amount of memory: ``221 MiB``."""
     return _format(count, 1024, ["bytes", "KiB", "MiB", "GiB", "TiB"])

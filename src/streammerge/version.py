@@ -1,3 +1,3 @@
-"""The version, for those who may not import the package whole."""
+"""The version, importable without the rest of the package."""
 
 __version__ = "0.1.0"

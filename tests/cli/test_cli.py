@@ -1,4 +1,4 @@
-"""The command line as a person meets it: what it prints, where, and with which exit code."""
+"""The command line as a user sees it: its output, its streams, and its exit codes."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ def test_listeners_hear_what_happens(tmp_path: Path, voices: tuple[Path, Path]) 
 
 @pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_are_no_harm(tmp_path: Path, closed: str) -> None:
-    """Nothing that is opened takes their numbers, and nothing that is printed goes into a model."""
+    """No opened file gets a standard stream's number, and no printed text goes into a model."""
     save_file({"w": torch.ones(3)}, tmp_path / "a.safetensors")
     command = f"{shlex.quote(sys.executable)} -m streammerge merge a.safetensors a.safetensors -o out.safetensors {closed}"
     assert subprocess.run(["sh", "-c", command], cwd=tmp_path, timeout=60).returncode == 0

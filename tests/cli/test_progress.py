@@ -1,4 +1,4 @@
-"""Progress where there is no terminal; the bar on one is seen in test_cli.py."""
+"""Progress without a terminal. test_cli.py shows the bar on a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is printed is wrapped and coloured on a terminal of any width, and plain everywhere else."""
+"""Output is wrapped and coloured on a terminal of any width, and plain everywhere else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ESCAPE = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def shown(folder: Path, columns: int, *arguments: object, **environment: str) -> list[str]:
-    """The lines that a command prints on a terminal of so many columns."""
+    """Returns the lines that a command prints on a terminal of this width."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     command = [sys.executable, "-m", "streammerge", *map(str, arguments)]

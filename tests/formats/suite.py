@@ -1,4 +1,4 @@
-"""What every format must keep. A subclass, its name beginning with Test, says how such a file is written, by ``write``."""
+"""The checks that every format must pass. A subclass, whose name begins with Test, writes its files by ``write``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FLIPS = 150
 
 
 class FormatSuite:
-    """``DTYPES``: those that the format can hold; ``NAME``: what such a file or folder is called in the tests."""
+    """``DTYPES``: the dtypes that the format can hold; ``NAME``: the name of its file or folder in the tests."""
 
     DTYPES: ClassVar[tuple[torch.dtype, ...]] = (
         torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
@@ -33,7 +33,7 @@ class FormatSuite:
         raise NotImplementedError
 
     def tensors(self, seed: int) -> Tensors:
-        """Every dtype in every shape that is easy to get wrong, and one of several grains."""
+        """Returns every dtype in every difficult shape, and one tensor of several grains."""
         make = torch.Generator().manual_seed(seed)
         made = {"layers.0.large": torch.randn(3, 70_001, generator=make)}
         for dtype in self.DTYPES:
@@ -90,7 +90,7 @@ class FormatSuite:
         }
 
     def test_a_file_that_was_cut_is_named(self, tmp_path: Path) -> None:
-        """Only what ends in padding may lose some of it."""
+        """Only a file that ends in padding may lose some of it."""
         tensors = {"w": torch.ones(5, 7), "b": torch.ones(3)}
         path = self.saved(tmp_path, tensors)
         whole = max(self.files(path), key=lambda each: each.stat().st_size)
@@ -107,7 +107,7 @@ class FormatSuite:
         assert not (tmp_path / "never.safetensors").exists()
 
     def test_an_injured_file_is_read_or_refused(self, tmp_path: Path) -> None:
-        """A byte that is another: what is there, or one of our own errors; never another one."""
+        """A changed byte gives the tensors or one of our own errors, never another exception."""
         path = self.saved(tmp_path, {"w": torch.ones(3), "b": torch.ones(2)})
         whole = max(self.files(path), key=lambda each: each.stat().st_size)
         data, dice = whole.read_bytes(), random.Random(7)

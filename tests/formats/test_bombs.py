@@ -1,4 +1,4 @@
-"""Small files that would take much memory or time if they were believed: each is answered in little of both."""
+"""Small files that claim much memory or time: each is answered with little of both."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ print(peak() - before, said)
 
 
 def bomb(opcodes: bytes) -> bytes:
-    """A checkpoint with a tensor, and beside it what the opcodes leave on the stack."""
+    """Returns a checkpoint with a tensor, and beside it the object that the opcodes leave on the stack."""
     return h.zip_bytes(b"\x80\x04}X\1\0\0\0w" + h.tensor() + b"sX\1\0\0\0x" + opcodes + b"s.", compress=True)
 
 

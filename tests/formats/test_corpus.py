@@ -1,4 +1,4 @@
-"""Every hostile file through every command: no code, no traceback, a second and 64 MiB at most."""
+"""Every hostile file through every command: no code runs, no traceback, at most a second and 64 MiB."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from formats import test_bombs
 from formats import test_hostile as t
 from streammerge.cli import main as command_line
 
-MOST_SECONDS, MOST_BYTES = 4, 64 << 20  # one second of a quiet machine
+MOST_SECONDS, MOST_BYTES = 4, 64 << 20  # one second on a quiet machine
 Make = Callable[[Path], dict[str, bool | None]]
 
 # ------------------------------------------------------------------------------------------------------ more attacks
@@ -38,7 +38,7 @@ DEFLATED = h.zip_bytes(t.GOOD, {"0": b"\0" * (200 << 20)}, compress=True)
 RECORDS = [("a/data.pkl", t.GOOD), ("a/data/0", h.FOUR_FLOATS)]
 SECOND = t.GOOD + h.stream({"w": h.call("posix.system", "touch canary")})
 LIES = {"__metadata__": {"format": "pt", "code": "__import__('os').system('touch canary')"}, "w": h.f32(0, 16)}
-MORE: dict[str, tuple[bytes, bool]] = {  # whether it is read; then as 1, 2, 3, 4
+MORE: dict[str, tuple[bytes, bool]] = {  # label -> content, and whether it is read (as 1, 2, 3, 4)
     "zip with a data descriptor": (t.edited(t.ZIP, (t.CENTRAL, 8, b"\x08\0"), (t.LOCAL, 6, b"\x08\0")), True),
     "zip, only the local header says encrypted": (t.edited(t.ZIP, (t.LOCAL, 6, b"\1\0")), True),
     "zip, only the local header says compressed": (t.edited(t.ZIP, (t.LOCAL, 8, b"\x08\0")), True),
@@ -74,7 +74,7 @@ MORE: dict[str, tuple[bytes, bool]] = {  # whether it is read; then as 1, 2, 3, 
     "duplicated without end": (h.zip_bytes(h.stream({"w": h.tensor(), "x": h.Raw(b"]" + b"2a" * 100_000)})), True),
 }
 
-BESIDE = {  # in a folder of one good shard: its index, and whether that is read
+BESIDE = {  # files in a folder beside one good shard: the index, and whether it is read
     "a device": ({"w": "device"}, False),
     "memory": ({"w": "memory"}, False),
     "another case": ({"w": "a", "v": "A"}, False),
@@ -89,7 +89,7 @@ CODE = "open('canary', 'w').close()\n"
 
 
 def folder_of(folder: Path, weight_map: dict[str, str]) -> None:
-    """A folder with an index, with code beside it, with links that lead out of it, and with what is no file."""
+    """Makes a folder with an index, code, links that lead out of it, and special files."""
     folder.mkdir()
     (folder / "a").write_bytes(h.safetensors_bytes({"w": h.f32(0, 16)}, h.FOUR_FLOATS))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
@@ -102,7 +102,7 @@ def folder_of(folder: Path, weight_map: dict[str, str]) -> None:
 
 
 def corpus(folder: Path) -> dict[str, bool | None]:
-    """All attacks as files in a folder, by their names; whether each is read, None where other tests say it."""
+    """Writes all attacks into a folder. Returns whether each is read, by name; None if other tests check it."""
     made: dict[str, bool | None] = {}
 
     def put(label: str, content: bytes, read: bool | None = None, ending: str = "bin") -> None:
@@ -128,7 +128,7 @@ def corpus(folder: Path) -> dict[str, bool | None]:
     for label, content in t.NAMES.items():
         put(f"name, {label}", content)
     for label, (content, read) in MORE.items():
-        put(label, content, read, "pth" if label.startswith("safetensors") else "safetensors")  # the wrong one
+        put(label, content, read, "pth" if label.startswith("safetensors") else "safetensors")  # a wrong ending on purpose
     for number, (label, (weight_map, read)) in enumerate([*BESIDE.items(), *_indexes()]):
         folder_of(folder / f"folder {number} {label}", weight_map)
         made[f"folder {number} {label}"] = read
@@ -150,7 +150,7 @@ COMMANDS = (
 
 
 def run(folder: str) -> None:
-    """In a fresh process: every file through every command. One line of JSON for each: what it took, what it said."""
+    """Runs every file through every command, in a fresh process. Prints one JSON line each: cost and output."""
     os.chdir(folder)
     peaks = Path("/proc/self/clear_refs")
     for name in json.loads(Path("list.json").read_text()):
@@ -176,7 +176,7 @@ def memory(field: str) -> int:
 
 
 def written() -> str | None:
-    """The bytes of the tensor w in the output."""
+    """Returns the bytes of the tensor w in the output."""
     path = Path("out/model.safetensors") if Path("out").is_dir() else Path("out.safetensors")
     if not path.exists():
         return None
@@ -194,7 +194,7 @@ def bombs(folder: Path) -> dict[str, bool | None]:
 
 @pytest.mark.parametrize(
     ("make", "most_seconds"),
-    [(corpus, MOST_SECONDS), pytest.param(bombs, 20, marks=pytest.mark.slow)],  # millions of opcodes take their time
+    [(corpus, MOST_SECONDS), pytest.param(bombs, 20, marks=pytest.mark.slow)],  # millions of opcodes are slow
 )
 def test_every_attack_through_every_command(make: Make, most_seconds: float, tmp_path: Path) -> None:
     folder = tmp_path / "corpus"
@@ -206,7 +206,7 @@ def test_every_attack_through_every_command(make: Make, most_seconds: float, tmp
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(h.__file__).parent), *sys.path])}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=580)
     assert done.returncode == 0, done.stderr[-3000:]
-    results = [json.loads(line) for line in done.stdout.splitlines()][len(COMMANDS) :]  # the first imports torch
+    results = [json.loads(line) for line in done.stdout.splitlines()][len(COMMANDS) :]  # the first command imports torch
     assert len(results) == len(made) * len(COMMANDS)
     assert not list(tmp_path.rglob("canary*"))
     for name, verb, code, seconds, grown, shown, tensor in results:
@@ -223,7 +223,7 @@ def test_every_attack_through_every_command(make: Make, most_seconds: float, tmp
 
 
 def test_a_folder_is_copied_as_data_with_what_its_links_lead_to(tmp_path: Path, cli: Cli) -> None:
-    """A link in a folder that is named is that of who named it; but neither a device nor a pipe is ever read."""
+    """A link in the folder belongs to the user and is followed. A device or a pipe is never read."""
     folder_of(tmp_path / "in", {"w": "a"})
     cli("merge", "in", "in", "-o", "out/")
     assert (tmp_path / "out/config.json").read_bytes() == (tmp_path / "in/config.json").read_bytes()
@@ -234,7 +234,7 @@ def test_a_folder_is_copied_as_data_with_what_its_links_lead_to(tmp_path: Path, 
 
 
 def test_an_output_that_is_an_input_does_not_destroy_it(tmp_path: Path, cli: Cli) -> None:
-    """The bytes stay as they were, or become those of the whole result; either way the tensor is there."""
+    """The bytes stay unchanged, or become the whole result. In both cases the tensor is there."""
     folder_of(tmp_path / "in", {"w": "a"})
     command = [sys.executable, "-m", "streammerge", "convert", "in", "-o", "in/a", "--overwrite"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)

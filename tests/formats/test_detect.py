@@ -1,4 +1,4 @@
-"""What a file is, by its content, and what is said of what is none."""
+"""Detection of a file by its content, and the message for files of no known format."""
 
 from __future__ import annotations
 

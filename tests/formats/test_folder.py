@@ -1,4 +1,4 @@
-"""Checkpoints that are folders: shards and their index, side files, and what is refused."""
+"""Checkpoints that are folders: shards and their index, side files, and refused folders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from formats.suite import FormatSuite, Tensors
 
 
 def shards(folder: Path, state: dict[str, torch.Tensor], pickled: bool = False) -> Path:
-    """A Hugging Face folder of two shards, with side files and with what must not be copied."""
+    """Makes a Hugging Face folder of two shards, with side files and with files that must not be copied."""
     folder.mkdir()
     names = list(state)
     ending = "bin" if pickled else "safetensors"
@@ -151,7 +151,7 @@ def test_one_checkpoint_among_side_files(tmp_path: Path) -> None:
 
 
 def moved(folder: Path, name: str, target: Path, via: Path | None = None) -> None:
-    """Puts a file elsewhere, and a link in its place: to it, or to another link to it."""
+    """Moves a file, and puts a link in its place: to the file, or to another link."""
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.move(folder / name, target)
     if via is not None:
@@ -173,7 +173,7 @@ def as_shared_blobs(folder: Path, home: Path) -> Path:
 
 
 def as_blobs(folder: Path, home: Path) -> Path:
-    """The hub's cache before that."""
+    """The hub's cache before huggingface_hub 2."""
     snapshot = home / "hub" / "models--me--model" / "snapshots" / ("0" * 40)
     snapshot.parent.mkdir(parents=True)
     folder.rename(snapshot)
@@ -183,7 +183,7 @@ def as_blobs(folder: Path, home: Path) -> Path:
 
 
 def as_subfolder(folder: Path, home: Path) -> Path:
-    """A part of a pipeline in the hub's cache: its blobs lie two folders above it and beside."""
+    """A part of a pipeline in the hub's cache: its blobs are two folders above it."""
     snapshot = home / "hub" / "models--me--pipe" / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
     folder.rename(snapshot / "text_encoder")
@@ -193,14 +193,14 @@ def as_subfolder(folder: Path, home: Path) -> Path:
 
 
 def as_local_folder(folder: Path, home: Path) -> Path:
-    """`--local-dir` of older hubs: links from anywhere into the cache."""
+    """`--local-dir` of older hubs: links from another folder into the cache."""
     for number, path in enumerate(sorted(folder.iterdir())):
         moved(folder, path.name, home / "elsewhere" / "models--me--model" / "blobs" / f"{number:064x}")
     return folder
 
 
 def as_another_disk(folder: Path, home: Path) -> Path:
-    """Shards, and nothing else, on a disk that has room; by an absolute path."""
+    """Shards on another disk that has room, linked by absolute paths."""
     disk = home / "disk"
     disk.mkdir()
     for path in sorted(folder.glob("*.safetensors")):
@@ -227,11 +227,11 @@ def test_links_in_a_folder_are_followed(tmp_path: Path, linked: Callable[[Path, 
         save_file(trained(1), folder / "model.safetensors")
     (folder / "config.json").write_text('{"num_hidden_layers": 3, "torch_dtype": "float32"}')
     expected = tmp_path / "expected"
-    sm.convert(folder, expected, dtype="bfloat16")  # the configuration is read and edited, the tokenizer is copied
+    sm.convert(folder, expected, dtype="bfloat16")  # edits the configuration and copies the tokenizer
     given = linked(folder, tmp_path)
     result = sm.convert(given, tmp_path / "out", dtype="bfloat16")
     assert not [note for note in result.notes if "not copied" in note and "tokenizer" in note]
-    apart = {"streammerge.json", "streammerge.yaml", "model.safetensors"}  # they hold the names of the inputs
+    apart = {"streammerge.json", "streammerge.yaml", "model.safetensors"}  # these hold the names of the inputs
     names = {path.name for path in expected.iterdir()}
     assert names == {path.name for path in (tmp_path / "out").iterdir()} > {"config.json", "tokenizer.json"}
     assert not [path for path in (tmp_path / "out").iterdir() if path.is_symlink()]
@@ -278,7 +278,7 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path, n
     elif kind == "folder":
         place.mkdir()
     elif kind == "socket":
-        with socket.socket(socket.AF_UNIX) as bound:  # a short path: the system takes no more than 108 bytes
+        with socket.socket(socket.AF_UNIX) as bound:  # bound by a short path: the system allows 108 bytes
             fd = os.open(place.parent, os.O_PATH)
             bound.bind(f"/proc/self/fd/{fd}/{place.name}")
             os.close(fd)
@@ -286,7 +286,7 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path, n
         place = Path("/dev/zero")
     if place != folder / name:
         (folder / name).symlink_to(place)
-    if name == "tokenizer.json":  # it is not read, so it stays behind
+    if name == "tokenizer.json":  # a special side file is not read and not copied
         result = sm.convert(folder, tmp_path / "out")
         assert not os.path.lexists(tmp_path / "out" / name)
         assert kind == "folder" or any("not copied" in note and name in note for note in result.notes)
@@ -298,7 +298,7 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path, n
 
 
 def test_a_file_of_the_kernel_is_not_read_beyond_its_size(tmp_path: Path) -> None:
-    """Some, like /proc/kmsg, have size 0 and never end."""
+    """Some files of the kernel, like /proc/kmsg, have size 0 and never end."""
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "model.safetensors").symlink_to("/proc/self/mem")
     with pytest.raises(sm.FormatError, match="is empty"):

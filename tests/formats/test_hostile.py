@@ -1,4 +1,4 @@
-"""Hostile checkpoints: whatever is in a file, nothing of it is executed, and the answer is a result or one sentence."""
+"""Hostile checkpoints: nothing in a file is executed, and the answer is a result or one sentence."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHELL = "a\x1b[31m\n\x9b2J\u202e"
 
 
 def ask(path: Path, out: Path, monkeypatch: Any, capsys: Any) -> str | None:
-    """The error of inspecting a file, None where it succeeds; all that must hold for every file is asserted here."""
+    """Returns the error of inspecting a file, None on success. Asserts everything that must hold for every file."""
     error: StreammergeError | None = None
     try:
         streammerge.inspect(path)
@@ -93,7 +93,8 @@ for path in sys.argv[2:]:
 
 @pytest.mark.slow
 def test_pickle_itself_executes_the_payloads(tmp_path: Path) -> None:
-    """The proof that the corpus is not blunt: every payload and every way makes the canary, but for those that say why."""
+    """Shows that the corpus is effective: pickle itself makes the canary for every payload and way, except the listed
+    ones."""
     canary = tmp_path / "canary"
     payloads = h.payloads(canary)
     sharp = {f"payload {label}": (h.WAYS["reduce"], *given) for label, given in payloads.items()}
@@ -166,7 +167,7 @@ def test_an_audit_hook_sees_no_execution_import_or_write(tmp_path: Path) -> None
 # ---------------------------------------------------------------------------------------------- damage, by container
 
 HUGE = 1 << 61
-PICKLES: dict[str, tuple[Any, str | None]] = {  # the value beside or in place of the tensor -> what must be said of it
+PICKLES: dict[str, tuple[Any, str | None]] = {  # the value beside or in place of the tensor -> the expected message
     "reach beyond the storage": ({"w": h.tensor((5,))}, "reaches to byte"),
     "offset beyond the storage": ({"w": h.tensor(offset=1)}, "reaches to byte"),
     "negative size": ({"w": h.tensor((-1,))}, "natural number"),
@@ -255,12 +256,12 @@ SAFETENSORS: dict[str, tuple[bytes, str | None]] = {
     "empty header": (h.safetensors_bytes(b"", b"{" + b" " * 15, 0), "cannot be read"),
     "truncated data": (h.safetensors_bytes(header(), b"\0" * 15), "truncated: 1 bytes"),
     "trailing byte": (h.safetensors_bytes(header(), b"\0" * 17), "1 bytes behind"),
-    "duplicate tensor": (h.safetensors_bytes(twice(f'"w":{W}')), "stands twice"),
+    "duplicate tensor": (h.safetensors_bytes(twice(f'"w":{W}')), "is given twice"),
     "duplicate field": (
         h.safetensors_bytes(W.replace('"dtype"', '"dtype":"U8","dtype"').join(['{"w":', "}"]).encode()),
-        "stands twice",
+        "is given twice",
     ),
-    "duplicate by escape": (h.safetensors_bytes(f'{{"w":{W},"\\u0077":{W}}}'.encode()), "stands twice"),
+    "duplicate by escape": (h.safetensors_bytes(f'{{"w":{W},"\\u0077":{W}}}'.encode()), "is given twice"),
     "overlap": (h.safetensors_bytes({"a": h.f32(0, 12), "b": h.f32(8, 16)}), "overlaps"),
     "same bytes": (h.safetensors_bytes({"a": h.f32(0, 16), "b": h.f32(0, 16)}), "overlaps"),
     "hole": (h.safetensors_bytes({"a": h.f32(0, 4), "b": h.f32(8, 16)}), "hole of 4"),
@@ -322,7 +323,7 @@ def test_rules_of_safetensors(label: str, asked: Any) -> None:
 
 
 def edited(content: bytes, *changes: tuple[bytes, int, bytes]) -> bytes:
-    """The bytes with those at an offset from the first (b"PK..") or last ("-") mention of a signature replaced."""
+    """Replaces bytes at an offset from the first (b"PK..") or last ("-") mention of a signature."""
     made = bytearray(content)
     for mark, offset, octets in changes:
         at = (content.rfind(mark[1:]) if mark[:1] == b"-" else content.find(mark)) + offset
@@ -331,7 +332,7 @@ def edited(content: bytes, *changes: tuple[bytes, int, bytes]) -> bytes:
 
 
 def doubled(content: bytes, name: str) -> bytes:
-    """The archive with a second record of the same name."""
+    """Returns the archive with a second record of the same name."""
     other = name[:-1] + "~"
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         records = [(i.filename, archive.read(i)) for i in archive.infolist()]
@@ -470,7 +471,7 @@ INDEXES: dict[str, tuple[Any, str | None]] = {
     "shard is null": ({"w": None}, "not text"),
     "empty map": ({}, "no weight_map"),
     "map is a list": ([], "no weight_map"),
-    "key twice": (b'{"weight_map":{"w":"a","w":"b"}}', "stands twice"),
+    "key twice": (b'{"weight_map":{"w":"a","w":"b"}}', "is given twice"),
     "not JSON": (b"{", "as JSON"),
     "a list": (b"[]", "no weight_map"),
     "deep": (b"[" * 200_000, "nested too deeply"),
@@ -532,7 +533,7 @@ NAMES: dict[str, bytes] = {
 
 @pytest.mark.parametrize("label", NAMES)
 def test_no_escape_sequence_reaches_the_terminal(label: str, asked: Any) -> None:
-    """``asked`` asserts it of all that is printed."""
+    """``asked`` checks all printed text."""
     asked(NAMES[label], f"{label}{SHELL}")
 
 

@@ -1,4 +1,4 @@
-"""SafetensorsWriter: larger than memory, in any order, whole or absent."""
+"""SafetensorsWriter: files larger than memory, tensors in any order, output whole or absent."""
 
 from __future__ import annotations
 

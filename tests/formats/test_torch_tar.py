@@ -16,7 +16,7 @@ from formats.suite import FormatSuite, Tensors
 
 
 def old_tar(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """The tar layout of torch 0.1, written by hand after its reader."""
+    """Writes the tar layout of torch 0.1, reconstructed from its reader."""
     import pickle
 
     class Pickler(pickle._Pickler):
@@ -30,7 +30,8 @@ def old_tar(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     def dumped(*values: Any) -> bytes:
         return b"".join(pickle.dumps(value, 2) for value in values)
 
-    storages, table = dumped(len(tensors)), dumped(len(tensors))  # torch pickles keys as text, and numbers them here
+    # the pickle names these keys as text; here they are numbers
+    storages, table = dumped(len(tensors)), dumped(len(tensors))
     for number, tensor in enumerate(tensors.values()):
         storages += (
             dumped((100 + number, "cpu", torch.FloatStorage)) + struct.pack("<q", tensor.numel()) + tensor.numpy().tobytes()
@@ -58,7 +59,7 @@ def test_the_old_tar_layout(tmp_path: Path) -> None:
 
 
 class TestTorchTar(FormatSuite):
-    DTYPES = (torch.float32,)  # what its writer here can
+    DTYPES = (torch.float32,)  # the dtype that the writer of this test supports
 
     def write(self, path: Path, tensors: Tensors) -> None:
         old_tar(path, tensors)

@@ -1,4 +1,4 @@
-"""The zip archive of torch.save: viewed in place, repacked, compressed, TorchScript, damaged."""
+"""The zip archive of torch.save: read in place, repacked, compressed, TorchScript, damaged."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_compressed_archives_are_unpacked(tmp_path: Path) -> None:
 
 
 def test_repacked_archives_are_read_where_the_bytes_are(tmp_path: Path) -> None:
-    """Stored again by another tool, without torch's padding: predicted offsets would be wrong."""
+    """Another tool stores the records again without torch's padding, so predicted offsets would be wrong."""
     torch.save(trained(3), tmp_path / "plain.pth")
     with zipfile.ZipFile(tmp_path / "plain.pth") as source, zipfile.ZipFile(tmp_path / "renamed.bin", "w") as target:
         for name in reversed(source.namelist()):

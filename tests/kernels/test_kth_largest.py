@@ -1,4 +1,4 @@
-"""The exact k-th largest, whatever the numbers look like."""
+"""The exact k-th largest, for all kinds of numbers."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_nan_is_the_largest_and_is_kept() -> None:
 
 
 def test_a_misleading_sample_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is sampled looks nothing like the rest."""
+    """The sampled numbers do not represent the rest."""
     values = torch.rand(1 << 20)
     # The sample takes spans of 1024 in every 16384.
     for start in range(0, 1 << 20, 1 << 14):

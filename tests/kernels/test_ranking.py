@@ -1,4 +1,4 @@
-"""Numbers within limits, to the last bit; ranks along a dimension; the memory that a search is planned to hold."""
+"""Numbers within limits, to the last bit; ranks along a dimension; the planned memory of a search."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_what_lies_inside_is_found_to_the_last_bit() -> None:
 @pytest.mark.parametrize("high", [math.inf, 9.0, 5.0])
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 83])
 def test_limits_belong_to_what_lies_inside(low: float, high: float, size: int) -> None:
-    """Whole numbers, so that many are equal to a limit; a column of the table has one number or eight."""
+    """Integers, so many equal a limit. A column of the table has one such number or eight."""
     values = torch.randint(-4, 10, (size,), generator=torch.Generator().manual_seed(size)).float()
     picked, places = inside(values, low, high, torch.empty(size))
     wanted = (values >= low) & (values <= high)
@@ -42,7 +42,7 @@ def test_ranks_of_rows_are_those_of_a_stable_sort() -> None:
 
 
 def test_what_is_collected_stays_within_what_was_planned() -> None:
-    """The planned bytes hold a sample, three histograms, and all that a guess may collect, twice."""
+    """The planned bytes hold a sample, three histograms, and twice the numbers that a guess may collect."""
     for count in (1, 5000, 1 << 20, 1 << 28):
         share = 0.04
         collected = 24 * share * count

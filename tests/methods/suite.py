@@ -1,4 +1,4 @@
-"""What every merge method must pass: its oracle, at every size that is easy to get wrong, however it is run."""
+"""The checks that every merge method must pass: its oracle, at all difficult sizes, however it is run."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from streammerge.tensors.spec import GRAIN
 
 Tensor = torch.Tensor
 
-# Of few bits, so that what cancels out does so in float32 and in float64.
+# Numbers of few bits, so that they cancel out exactly in float32 and in float64.
 W2, W3 = {"weight": [0.75, 0.5]}, {"weight": [0.75, 0.5, -0.25]}
 EDGES = [(), (0,), (0, 4), (5, 0), (3, 0, 2), (1,), (1, 1), (3, 1), (1, 5), (7,), (2, 3, 5), (4, 3, 2, 2)]
 
 
 @dataclass
 class Case:
-    """One way to call a method; ``weight`` and the like have one number per model."""
+    """One way to call a method; ``weight`` and similar parameters have one number per model."""
 
     method: str
     models: int
     parameters: dict[str, Any] = field(default_factory=dict)
     base: bool | None = None
     tolerance: float = 1e-13
-    """In float64; more where the formula itself divides by the sine of a tiny angle."""
+    """Tolerance in float64; larger if the formula divides by the sine of a tiny angle."""
     undecided: float = 0.0
-    """In float32, where a threshold is computed with many roundings."""
+    """Share of elements that may differ in float32, where a threshold is computed with many roundings."""
     keeps_equals: bool = True
-    """Models that all equal the base give the base."""
+    """Whether models that all equal the base give the base."""
 
     def __post_init__(self) -> None:
         if self.base is None:
@@ -56,17 +56,17 @@ class Case:
         return f"{self.method}-{self.models}{'-based' if self.base else ''}-{said}".replace(" ", "")
 
     def of(self, models: int) -> Case:
-        """The same for another number of models."""
+        """Returns the same case for another number of models."""
         repeated = {k: [v[i % len(v)] for i in range(models)] for k, v in self.parameters.items() if isinstance(v, list)}
         return replace(self, models=models, parameters=self.parameters | repeated)
 
 
 class MethodSuite:
-    """The checks of one family of methods. A subclass, its name beginning with Test, says which cases it has.
+    """The checks of one family of methods. A subclass, whose name begins with Test, lists its cases.
 
-    ``ORACLES[name](models, base, draws, **parameters)`` is the method again, from its paper: whole tensors, float64,
-    sorts and norms, no code of the package; ``draws`` are the uniform numbers of each model, for random ones.
-    ``REFUSED`` are a method, a number of models, parameters that it does not take, and what it says of them.
+    ``ORACLES[name](models, base, draws, **parameters)`` is the method again, written from its paper: whole tensors,
+    float64, sorts and norms, no code of the package. ``draws`` are the uniform numbers of each model, for random
+    methods. ``REFUSED`` lists a method, a number of models, invalid parameters, and the expected message.
     """
 
     CASES: list[Case]
@@ -75,7 +75,7 @@ class MethodSuite:
 
     @classmethod
     def arguments(cls) -> dict[str, list[Any]]:
-        """What the tests are run with, by the names of their arguments."""
+        """Returns the arguments of the tests, by name."""
         return {
             "case": cls.CASES,
             "row_case": [case for case in cls.CASES if find_method(case.method).row],
@@ -84,7 +84,7 @@ class MethodSuite:
         }
 
     def __init_subclass__(cls) -> None:
-        """Leaves out the tests that the family has no argument for."""
+        """Removes the tests for which the family has no argument."""
         lacking = {name for name, values in cls.arguments().items() if not values}
         for name, test in vars(MethodSuite).items():
             if name.startswith("test") and not lacking.isdisjoint(inspect.signature(test).parameters):
@@ -105,7 +105,7 @@ class MethodSuite:
 
     @pytest.mark.parametrize("chunk_elems", [GRAIN, 3 * GRAIN])
     def test_oracle(self, case: Case, chunk_elems: int) -> None:
-        """Sizes that no chunk divides, in float64 to the last few bits, in float32 to a millionth."""
+        """Sizes that no chunk divides: float64 agrees to the last few bits, float32 to a millionth."""
         for shape in ((3, 70_001), (523, 401), (210_003,)):
             base, models = tensors(shape, case.models, 3, torch.float64)
             close(merged(case, base, models, chunk_elems=chunk_elems), self.expected(case, base, models), case.tolerance)
@@ -124,7 +124,7 @@ class MethodSuite:
                 close(result, self.expected(case, base, models), tolerance)
 
     def test_many_numbers_are_equal(self, case: Case) -> None:
-        """bfloat16 models close to their base: a delta takes a few values only, zero most often."""
+        """bfloat16 models close to their base: a delta has few distinct values, and most are zero."""
         make = torch.Generator().manual_seed(6)
         base = torch.randn(301, 433, generator=make).bfloat16()
         models = [base + (0.01 * torch.randn(301, 433, generator=make)).bfloat16() for _ in range(case.models)]
@@ -206,7 +206,7 @@ class MethodSuite:
     def test_law_2_for_methods(
         self, case: Case, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The bytes depend on recipe and inputs only, however they are made."""
+        """The bytes depend only on recipe and inputs, not on how the merge is run."""
         options = case.parameters
         base = {"base": files[5]} if case.base else {}
         digests = set()
@@ -220,7 +220,7 @@ class MethodSuite:
                 {"spread": 1, "io": "pread"},
             ]
         ):
-            # Tensors of more than a few grains are spread over the workers, as those of millions of elements are.
+            # Spread tensors of more than a few grains over the workers, as happens with millions of elements.
             monkeypatch.setattr(tasks, "PIECE_ELEMS", how.pop("spread", 64) * GRAIN)
             out = tmp_path / f"out{number}" / "model.safetensors"
             out.parent.mkdir()
@@ -256,7 +256,7 @@ class MethodSuite:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
     def test_there_is_room_for_many_models(self, case: Case, dtype: torch.dtype, tmp_path: Path) -> None:
-        """The buffers are as many as the contract says, with every option that wants one."""
+        """The number of buffers is that of the contract, with every option that needs one."""
         contract = find_method(case.method)
         count = contract.models[1] or 15
         paths = [tmp_path / f"{number}.safetensors" for number in range(count + 1)]
@@ -272,7 +272,7 @@ class MethodSuite:
 
 
 def tensors(shape: tuple[int, ...], count: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """A base, and models that differ from it by a tenth."""
+    """Returns a base, and models that differ from it by a tenth."""
     make = torch.Generator().manual_seed(seed)
     base = torch.randn(shape, generator=make, dtype=torch.float64)
     models = [base + 0.1 * torch.randn(shape, generator=make, dtype=torch.float64) for _ in range(count)]
@@ -284,7 +284,7 @@ def merged(case: Case, base: Tensor, models: list[Tensor], **options: Any) -> Te
 
 
 def close(actual: Tensor, wanted: Tensor, tolerance: float, undecided: float = 0.0) -> None:
-    """``undecided``: the share of elements that may differ, as they lie just where float32 rounds to either side."""
+    """Compares tensors. ``undecided``: the share of elements that may differ because float32 may round either way."""
     assert actual.shape == wanted.shape
     scale = max(float(wanted.abs().max()), 0.1) if wanted.numel() else 0.0
     if undecided:
@@ -295,6 +295,6 @@ def close(actual: Tensor, wanted: Tensor, tolerance: float, undecided: float = 0
 
 
 def suites() -> list[type[MethodSuite]]:
-    """Those of all families: each module of methods has a file of tests."""
+    """Returns the suites of all families. Each module of methods has a test file."""
     found = [value for family in MODULES for value in vars(import_module(f"methods.test_{family}")).values()]
     return [v for v in found if isinstance(v, type) and issubclass(v, MethodSuite) and v is not MethodSuite]

@@ -1,4 +1,4 @@
-"""What is important of one model, by divergence and difference."""
+"""arcee_fusion against its oracle: important changes of one model, by divergence and difference."""
 
 from __future__ import annotations
 

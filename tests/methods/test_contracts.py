@@ -1,4 +1,4 @@
-"""What a method asks for: parameters, the number of models, a base."""
+"""Contracts of methods: parameters, the number of models, the base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one model learned, added to another."""
+"""Differences of one model added to another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One model as it is, or scaled."""
+"""One model unchanged, or scaled."""
 
 from __future__ import annotations
 

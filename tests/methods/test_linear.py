@@ -1,4 +1,4 @@
-"""Weighted means, running ones among them."""
+"""Weighted means, running ones included."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Medians, of each number and of whole tensors; the first model within the range of the others."""
+"""Medians of numbers and of whole tensors, and the clamp to the range of the other models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Between the models' mean and their base, by the angle between them."""
+"""model_stock against its oracle: a point between base and mean, by the angle between the models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The other model's numbers where both are near."""
+"""nearswap against its oracle: the other model's numbers where both are near."""
 
 from __future__ import annotations
 

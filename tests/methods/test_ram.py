@@ -1,4 +1,4 @@
-"""What is shared is averaged, what is one model's own is kept, or amplified."""
+"""ram against its oracle: shared changes are averaged, unique changes are kept or amplified."""
 
 from __future__ import annotations
 

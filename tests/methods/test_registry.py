@@ -1,4 +1,4 @@
-"""From a name to a method; methods of one's own; all have tests."""
+"""Lookup of methods by name, users' own methods, and a test for every method."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class TestOwnMethod:
     def test_a_decorated_function_with_passes(self, tmp_path: Path) -> None:
         @sm.merge_method("centred", models=(2, 3), base="unused")
         def centred(group: TensorGroup, *, scale: float = 1.0) -> Kernel:
-            """The mean of the models, less its own mean."""
+            """Returns the mean of the models, minus its own mean."""
             total = float(group.reduce(lambda chunk: [sum(chunk.models)])[0])
             shift = total / group.models / group.elems
             return lambda chunk: scale * (sum(chunk.models) / group.models - shift)
@@ -99,7 +99,7 @@ class TestOwnMethod:
         for place, said in (
             ("own:nothing", "cannot be imported"),
             ("nowhere:f", "cannot be imported"),
-            ("own:__name__", "is no function"),
+            ("own:__name__", "is not a function"),
         ):
             assert said in cli("merge", *paths, "--method", place, "-o", "x.safetensors", code=2).stderr
 

@@ -1,4 +1,4 @@
-"""Select, calculate, erase: by variance, energy and sign."""
+"""sce against its oracle: select by variance, weigh by energy, erase by sign."""
 
 from __future__ import annotations
 

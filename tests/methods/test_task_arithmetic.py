@@ -1,4 +1,4 @@
-"""Sums of deltas, each pruned in one way or another, with or without an election of signs."""
+"""Sums of deltas with each way of pruning, with and without election of signs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def rescale_to(sparse: Tensor, delta: Tensor) -> Tensor:
 
 
 def arithmetic(prune: Callable[..., Tensor] | None, elect: bool, normalize: bool, rescale: bool) -> Callable[..., Tensor]:
-    """Task arithmetic with that pruning, with or without the election of signs, and these defaults."""
+    """Returns task arithmetic with this pruning, with or without election of signs, and with these defaults."""
     defaults = {"normalize": normalize, "rescale": rescale}
 
     def merged(x: list[Tensor], b: Tensor, draws: list[Tensor], weight: list[float], **given: Any) -> Tensor:
@@ -135,7 +135,7 @@ def test_as_many_nan_as_are_kept() -> None:
 
 @pytest.mark.parametrize("method", ["dare_linear", "della_linear"])
 def test_kept_share_mean_and_factor(method: str) -> None:
-    """Of many draws: the share that is kept, an unbiased mean, the factor that restores the sum of magnitudes."""
+    """Over many draws: the kept share, the unbiased mean, and the factor that restores the sum of magnitudes."""
     base, delta = torch.zeros(64, 512), torch.randn(64, 512, generator=torch.Generator().manual_seed(2))
     density, total, shares = 0.4, torch.zeros(64, 512), []
     for seed in range(200):
@@ -148,7 +148,7 @@ def test_kept_share_mean_and_factor(method: str) -> None:
     assert abs(sum(shares) / len(shares) - density) < 5 * spread
     if method == "dare_linear":
         assert float((total / 200 - density).abs().max()) < 5 * math.sqrt(0.24 / 200)
-    else:  # the larger of a row are kept more often, from 0.25 to 0.55
+    else:  # larger elements of a row are kept more often, from 0.25 to 0.55
         order = delta.abs().argsort(dim=1)
         often = (total / 200).gather(1, order).mean(0)
         assert abs(float(often[:50].mean()) - 0.265) < 0.02

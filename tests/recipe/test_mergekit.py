@@ -1,7 +1,7 @@
-"""mergekit configurations mean what they mean to mergekit 0.1.5.
+"""mergekit configurations have the same meaning as in mergekit 0.1.5.
 
-Its own results on models of known numbers are in ``data/mergekit.json`` (see ``mergekit_cases.py``). Where an interpreter
-with mergekit is named by ``MERGEKIT_PYTHON``, real small architectures are merged by both, too.
+``data/mergekit.json`` holds mergekit's own results on models of known numbers (see ``mergekit_cases.py``). If
+``MERGEKIT_PYTHON`` names an interpreter with mergekit, both tools also merge real small architectures.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def test_a_recipe_that_travelled_gives_the_same_bytes(
 
 
 def test_what_stands_before_the_layers_and_what_behind() -> None:
-    """Names of architectures that can be sliced: embeddings come from the first slice, norm and head from the last."""
+    """Checks names of architectures that can be sliced: embeddings are before the layers, norm and head behind them."""
     before = (
         "model.embed_tokens.weight transformer.wte.weight transformer.wpe.weight bert.embeddings.word_embeddings.weight "
         "bert.embeddings.LayerNorm.weight gpt_neox.embed_in.weight transformer.word_embeddings.weight "

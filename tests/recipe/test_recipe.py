@@ -1,4 +1,4 @@
-"""Recipe files: what is read, what is refused and where, and that every command can be saved as one."""
+"""Recipe files: what they accept, what they refuse and where, and that every command can be saved as a recipe."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """a, b, c and base as safetensors files in the current folder."""
+    """Writes a, b, c and base as safetensors files into the current folder."""
     for seed, name in enumerate(("base", "a", "b", "c")):
         made = trained(seed)
         made["norm.num_batches_tracked"] = torch.tensor(5)
@@ -40,7 +40,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def refused(text: str) -> list[str]:
-    """The mistakes that reading a recipe reports, each as it is printed."""
+    """Returns the mistakes that reading a recipe reports, each as printed."""
     Path("recipe.yaml").write_text(text)
     with pytest.raises(sm.RecipeError) as caught:
         read_recipe("recipe.yaml")
@@ -114,8 +114,8 @@ LINEAR = "merge_method: linear\nmodels: [{model: a.safetensors}, {model: b.safet
         ("- a\n- b\n", "1:1", "takes keys like merge_method"),
         ("just text\n", "1:1", "takes keys like merge_method"),
         (LINEAR + "---\n" + LINEAR, "4:1", "several documents"),
-        (LINEAR + "seed: 1\nseed: 2\n", "4:1", "stands twice"),
-        ("merge_method: linear\nmodels: &a [*a]\n", "2:1", "without end"),
+        (LINEAR + "seed: 1\nseed: 2\n", "4:1", "is given twice"),
+        ("merge_method: linear\nmodels: &a [*a]\n", "2:1", "nested or repeated too much"),
         ("models: [{model: a.safetensors}]\n", "1:1", "needs merge_method"),
         ("merge_method: linear\n", "1:1", "nothing to merge"),
         ("merge_method: linear\nmodels: 3\n", "2:1", "takes a list, not 3"),
@@ -133,7 +133,7 @@ LINEAR = "merge_method: linear\nmodels: [{model: a.safetensors}, {model: b.safet
         (LINEAR + "parameters: {weight: [1, [2]]}\n", "3:14", "a number, a truth value or a word"),
         (LINEAR + "parameters: {weight: [{pattern: mlp, value: 1}]}\n", "3:24", "did you mean filter?"),
         (LINEAR + "parameters: {weight: {filter: mlp}}\n", "3:14", "a filter needs a value"),
-        (LINEAR + "parameters: {weight: [{value: 1}, 2]}\n", "3:35", "stands among filters"),
+        (LINEAR + "parameters: {weight: [{value: 1}, 2]}\n", "3:35", "is not a filter"),
         (LINEAR + "parameters: {weight: {filter: 3, value: 1}}\n", "3:23", "part of a tensor's name"),
         (LINEAR + "rules: [{drop: true}]\n", "3:9", "needs match"),
         (LINEAR + "rules: [{match: x, drop: true, dtype: float32}]\n", "3:9", "has no dtype"),
@@ -141,7 +141,7 @@ LINEAR = "merge_method: linear\nmodels: [{model: a.safetensors}, {model: b.safet
         (LINEAR.replace("linear", "slerp"), "1:1", "slerp needs the parameter t"),
         (LINEAR.replace("linear", "ties"), "1:1", "needs the models' common ancestor"),
         (LINEAR + "base_model: base.safetensors\n", "3:1", "linear takes no base"),
-        (LINEAR.replace("linear", "os:system"), "1:1", "--own-methods lets a recipe name it"),
+        (LINEAR.replace("linear", "os:system"), "1:1", "--own-methods lets a recipe import it"),
     ],
 )
 def test_mistakes(text: str, place: str, words: str, models: Path) -> None:
@@ -164,7 +164,7 @@ SLICES = "merge_method: {}\nslices:\n- sources:\n  - {{model: a.safetensors, lay
         (SLICES.format("linear", "[0, 2]", "  - {model: b.safetensors, layer_range: [0, 1]}\n"), "same number of layers"),
         (SLICES.format("passthrough", "[0, 2]", "  - {model: b.safetensors, layer_range: [0, 2]}\n"), "exactly 1 model"),
         (SLICES.format("ties", "[0, 2]", "base_model: base.safetensors\n"), "must be among the sources"),
-        ("merge_method: linear\nmodules: {m: {}}\n", "models or slices, one of them"),
+        ("merge_method: linear\nmodules: {m: {}}\n", "either models or slices"),
         ("merge_method: linear\nslices: [{sources: []}]\n", "sources takes a list, not nothing"),
         (SLICES.format("passthrough", "[0, 2]", "  residual: 3\n"), "did you mean residual_weight?"),
     ],
@@ -175,17 +175,17 @@ def test_mistakes_in_slices_and_modules(text: str, words: str, models: Path) -> 
 
 def test_a_recipe_that_is_no_text_or_too_long(models: Path) -> None:
     Path("recipe.yaml").write_bytes(b"merge_method: \xff\xfe\n")
-    with pytest.raises(sm.RecipeError, match="not text in UTF-8"):
+    with pytest.raises(sm.RecipeError, match="is not UTF-8 text"):
         read_recipe("recipe.yaml")
     Path("recipe.yaml").write_text("#" * (17 << 20))
     with pytest.raises(sm.RecipeError, match="beyond the limit"):
         read_recipe("recipe.yaml")
-    with pytest.raises(sm.RecipeError, match="is no file"):
+    with pytest.raises(sm.RecipeError, match="is not a file"):
         read_recipe("absent.yaml")
     laughs = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
         f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)
     )
-    assert "without end" in refused(laughs)[0]
+    assert "nested or repeated too much" in refused(laughs)[0]
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_merge_keys_are_no_bomb(models: Path) -> None:
     for level in range(1, 40):
         nested = f"&m{level} {{<<: [{nested}{f', *m{level - 1}' * 8}]}}"
     began = time.process_time()
-    assert "without end" in refused(f"merge_method: linear\nmodels: [{nested}]\n")[0]
+    assert "nested or repeated too much" in refused(f"merge_method: linear\nmodels: [{nested}]\n")[0]
     assert time.process_time() - began < 20
 
 
@@ -237,7 +237,7 @@ def test_a_method_of_ones_own_keeps_its_place(models: Path, monkeypatch: pytest.
 
 
 def assert_a_recipe_or_one_error(data: dict[str, Any]) -> None:
-    """Anything but a recipe that reads the same again, or an error that says something, is a defect."""
+    """Accepts only a recipe that reads back equal, or an error with a message."""
     try:
         recipe = read_recipe(data)
     except sm.RecipeError as error:
@@ -402,7 +402,8 @@ def test_file_dict_and_arguments_give_the_same_bytes(models: Path) -> None:
 )
 def test_any_command_can_be_saved_as_a_recipe(arguments: list[str], models: Path) -> None:
     def run(*words: str) -> str:
-        done = CliRunner().invoke(command_line, words, catch_exceptions=False)  # in this process, where torch is imported
+        # in this process, where torch is already imported
+        done = CliRunner().invoke(command_line, words, catch_exceptions=False)
         assert done.exit_code == 0
         return done.stdout
 
@@ -465,7 +466,7 @@ def test_options_win_over_a_recipe_and_models_do_not(models: Path, cli: Cli) -> 
 def test_own_methods_are_not_imported_on_a_files_word(models: Path, cli: Cli) -> None:
     Path("own.py").write_text("open('canary', 'w').close()\ndef first(group):\n    return lambda chunk: chunk.models[0]\n")
     Path("recipe.yaml").write_text(LINEAR.replace("linear", "own:first"))
-    assert "is code" in cli("plan", "recipe.yaml", code=2).stderr
+    assert "is not a built-in method" in cli("plan", "recipe.yaml", code=2).stderr
     assert not Path("canary").exists()
     cli("merge", "recipe.yaml", "-o", "out.safetensors", "--own-methods")
     assert octets(load_safetensors(Path("out.safetensors"))["scale"]) == octets(trained(1)["scale"])

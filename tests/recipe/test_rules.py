@@ -1,4 +1,4 @@
-"""Rules per tensor, policies, what checkpoints disagree about, and strangers."""
+"""Rules per tensor, policies for disagreements, folders, and other people's checkpoints."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class TestRules:
 
 
 class TestRulesAndBases:
-    """A rule's method merges the recipe's models; the base is apart where either method takes it so."""
+    """A rule's method merges the recipe's models. The base is separate if either method takes it separately."""
 
     @pytest.fixture
     def models(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensors]:
@@ -193,13 +193,13 @@ class TestRulesAndBases:
         assert again.counts() == {"linear": 2}
 
     def test_a_base_that_only_a_rule_needs_is_not_counted(self, models: dict[str, Tensors]) -> None:
-        """weighted_sum takes two models, and no base."""
+        """weighted_sum takes two models and no base."""
         rules = [{"match": "q.*", "merge_method": "task_arithmetic"}]
         made = self.merged("a b", merge_method="weighted_sum", parameters={"alpha": 0.5}, rules=rules)
         assert octets(made["v.weight"]) == octets(mean([models["a"]["v.weight"], models["b"]["v.weight"]], [1, 1]))
 
     def test_a_base_among_the_models_is_not_one_of_them(self, models: dict[str, Tensors]) -> None:
-        """nearswap takes one model beside its base; add_difference two."""
+        """nearswap takes one model beside its base; add_difference takes two."""
         self.merged("base a", merge_method="nearswap", parameters={"t": 0.01})
         self.merged("a base b", merge_method="add_difference")
         with pytest.raises(sm.RecipeError, match="exactly 1 model beside the base, not 2"):
@@ -404,7 +404,7 @@ class TestStrangers:
 
 
 class TestFolders:
-    """What a Hugging Face folder says beside its tensors follows the merge."""
+    """The side files of a Hugging Face folder agree with the merge."""
 
     def make(self, folder: Path, name: str, head: bool, layers: int = 3, **config: Any) -> Tensors:
         tensors = {"model.embed_tokens.weight": draw(len(name), 7, 4), "model.norm.weight": draw(2, 4)}
@@ -555,7 +555,7 @@ def test_one_file_with_two_state_dicts(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_pattern_without_end_is_stopped(tmp_path: Path) -> None:
-    """The standard library's would go on until the sun has burned out."""
+    """Python's own ``re`` would take practically for ever on it."""
     for number in range(2):
         save_file({"a" * 60: torch.ones(2)}, tmp_path / f"{number}.safetensors")
     recipe = {
@@ -563,5 +563,5 @@ def test_a_pattern_without_end_is_stopped(tmp_path: Path) -> None:
         "models": [{"model": str(tmp_path / f"{number}.safetensors")} for number in range(2)],
         "rules": [{"match": r"/^(\w|\w\w)+\d$/", "drop": True}],
     }
-    with pytest.raises(sm.RecipeError, match="takes for ever"):
+    with pytest.raises(sm.RecipeError, match="takes too long"):
         sm.plan(recipe=recipe)

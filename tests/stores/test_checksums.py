@@ -1,4 +1,4 @@
-"""Checksums of parts, in any order, join to those of the whole."""
+"""Checksums of parts, in any order, combine to the checksum of the whole."""
 
 from __future__ import annotations
 

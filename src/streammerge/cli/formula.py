@@ -1,4 +1,4 @@
-"""TeX formulas of the docstrings as a terminal can show them: Unicode on one line, not typesetting."""
+"""TeX formulas of docstrings as Unicode text on one line, for a terminal."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _GROUP = r"\{([^{}]*)\}"
 
 
 def unicode_formula(tex: str) -> str:
-    """``\\frac{a + b}{2} \\lambda`` as ``(a + b)/2 λ``."""
+    r"""Converts ``\\frac{a + b}{2} \\lambda`` to ``(a + b)/2 λ``."""
     text = tex.replace(r"\|", "‖")
     text = re.sub(r"\\(?:textstyle|Big|big|left|right|!)(?![a-z])", "", text)
     text = re.sub(r"\\[,;: ]", " ", text).replace("~", " ").replace(r"\{", "{").replace(r"\#", "#")

@@ -1,4 +1,4 @@
-"""The pages of merge methods, from their contracts and docstrings."""
+"""Pages of merge methods, made from their contracts and docstrings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def methods_table(methods: list[MergeMethod]) -> str:
-    """What ``methods`` prints: a line for each."""
+    """Returns the table that ``methods`` prints: one line per method."""
     rows = [(m.name, _models(m), _base(m), " ".join(_plain(m.summary, WIDTH).split())) for m in methods]
     head = ("method", "models", "base", "")
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(3)]
@@ -29,7 +29,7 @@ def methods_table(methods: list[MergeMethod]) -> str:
 
 
 def method_page(method: MergeMethod, width: int) -> str:
-    """What ``methods NAME`` prints, its text in so many columns."""
+    """Returns the page that ``methods NAME`` prints, in ``width`` columns."""
     count = _models(method).replace("any", "any number of") + (" model" if method.models[1] == 1 else " models")
     head = f"{method.name}: {count}, {_BASE_WORDS[method.base]}"
     longest = max((len(p.name) for p in method.parameters.values()), default=0)
@@ -69,7 +69,7 @@ _KINDS = {"float": "number", "int": "whole number", "bool": "true or false", "an
 
 
 def _plain(doc: str, width: int) -> str:
-    """A docstring without the markup that only documentation tools read; each paragraph wrapped anew."""
+    """Returns a docstring without its markup, with each paragraph wrapped to ``width`` columns."""
     shown = []
     for paragraph in doc.split("\n\n"):
         if paragraph.startswith(".. math::"):

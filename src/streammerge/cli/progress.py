@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, a line now and then in a log, JSON lines for ``--format json``."""
+"""Progress on stderr: a bar on a terminal, a line every half minute in a log, JSON lines with ``--format json``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _LOG_SECONDS = 30.0
 
 
 class _Log:
-    """What a bar is on a terminal, for logs: how far it is, every half minute."""
+    """Replaces the bar in logs: prints the progress every half minute."""
 
     def __init__(self, total: int) -> None:
         self._total, self._done, self._more = total, 0, ""
@@ -46,7 +46,7 @@ class _Log:
             say(f"{share:4.0%} of {decimal_bytes(self._total)} read, {decimal_bytes(rate)}/s{self._more}", err=True)
             self._said = now
 
-    def set_postfix_str(self, text: str, refresh: bool = True) -> None:  # noqa: ARG002 - as tqdm's
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:  # noqa: ARG002 - same signature as tqdm's
         self._more = f", {text}"
 
     def set_description_str(self, text: str, refresh: bool = True) -> None:
@@ -57,7 +57,7 @@ class _Log:
 
 
 class Progress:
-    """A listener: bytes, rate, time left, and the memory held now against the budget."""
+    """A listener that shows bytes, rate, remaining time, and current memory against the budget."""
 
     def __init__(self, form: str, enabled: bool = True) -> None:
         self._json = form == "json" and enabled
@@ -86,7 +86,8 @@ class Progress:
         elif isinstance(event, Published):
             self._outcome = "the output is there, whole"
         else:
-            self._outcome = None if isinstance(event, RunStarted) else self._outcome  # a conversion may come before
+            # a conversion may run before the merge
+            self._outcome = None if isinstance(event, RunStarted) else self._outcome
             stop_if_asked()
         if self._json:
             print(json.dumps({"event": type(event).__name__, **asdict(event)}), file=sys.stderr, flush=True)
@@ -124,7 +125,7 @@ def _bar(total: int) -> Any:
 
 
 def _command() -> str:
-    """This command, as one would type it, with nothing in it that a terminal would obey."""
+    """Returns this command as typed in a shell, without characters that a terminal would execute."""
     return " ".join(map(_quoted, ["streammerge", *sys.argv[1:]]))
 
 

@@ -1,4 +1,4 @@
-"""What results look like, as text and as JSON."""
+"""Results as text and as JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def result_text(result: Result) -> str:
-    """The last lines of a run: what was written, how fast, in how much memory."""
+    """Returns the last lines of a run: the output, the speed, the memory."""
     tensors = len(result.plan.tasks)
     files = len(result.plan.layout.files) + len(result.plan.layout.side_files)
     what = f"{tensors} tensors" + (f" in {files} files" if result.plan.layout.as_folder else "")
@@ -56,7 +56,7 @@ def result_json(result: Result) -> dict[str, Any]:
 
 
 def verified_text(verified: Verified) -> str:
-    """What ``verify`` prints."""
+    """Returns the text that ``verify`` prints."""
     files = f" in {verified.files} files" if verified.files > 1 else ""
     lines = [
         f"verified {printable(verified.out)}",
@@ -96,7 +96,7 @@ def _dtypes(index: CheckpointIndex) -> Counter[str]:
 
 
 def recipe_text(index: CheckpointIndex) -> str:
-    """The recipe that a merged file or folder carries. Raises RecipeError where there is none."""
+    """Returns the recipe inside a merged file or folder. Raises RecipeError if there is none."""
     from streammerge.recipe.document import parse, to_yaml
 
     record = index.metadata.get(RECIPE_KEY)
@@ -105,14 +105,14 @@ def recipe_text(index: CheckpointIndex) -> str:
     try:
         try:
             return to_yaml(load_json(record))
-        except ValueError:  # in a .pth or folder it is YAML
+        except ValueError:  # a .pth or folder holds YAML
             return to_yaml(parse(record, str(index.path)).data)
     except RecursionError as error:
-        raise RecipeError(f"the recipe in {printable(index.path)} is nested without end, which is refused") from error
+        raise RecipeError(f"the recipe in {printable(index.path)} is nested too deeply") from error
 
 
 def index_json(index: CheckpointIndex, tensors: bool) -> dict[str, Any]:
-    """What ``inspect --format json`` prints for one checkpoint."""
+    """Returns the data that ``inspect --format json`` prints for one checkpoint."""
     shown: dict[str, Any] = {
         "path": str(index.path),
         "format": index.format,
@@ -151,7 +151,7 @@ def index_json(index: CheckpointIndex, tensors: bool) -> dict[str, Any]:
 
 
 def index_text(index: CheckpointIndex, tensors: bool) -> str:
-    """What ``inspect`` prints for one checkpoint."""
+    """Returns the text that ``inspect`` prints for one checkpoint."""
     rows = [*_held(index), *_beside(index), *_safety(index)]
     lines = [printable(index.path), *(f"  {label:<11}{text}" for label, text in rows)]
     return "\n".join(lines + (_tensor_lines(index) if tensors else []))
@@ -161,7 +161,7 @@ _Rows = Iterator[tuple[str, str]]
 
 
 def _held(index: CheckpointIndex) -> _Rows:
-    """The tensors that were chosen, and those that were not."""
+    """Yields rows about the chosen tensors, and about those that were not chosen."""
     selection = index.selection
     count = f" in {len(index.files)} files" if len(index.files) > 1 else ""
     yield "format", f"{index.format}, {decimal_bytes(_total_bytes(index))}{count}"
@@ -186,7 +186,7 @@ def _held(index: CheckpointIndex) -> _Rows:
 
 
 def _beside(index: CheckpointIndex) -> _Rows:
-    """Metadata, and what stands beside the tensors."""
+    """Yields rows about the metadata, and about data beside the tensors."""
     keys = [key for key in index.metadata if key != RECEIPT_KEY]
     for key in keys[:12]:
         yield "metadata", _short(f"{key}: {index.metadata[key]}")

@@ -1,4 +1,4 @@
-"""Being stopped: the first signal unwinds the run, which then leaves nothing behind; a second one ends it at once."""
+"""Stopping by signals: the first one unwinds the run, which cleans up; a second one ends the process at once."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ _SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if
 
 
 class Stopped(BaseException):
-    """A signal asked for the end. ``exit_code`` is that of a process which died of it; ``outcome``: what there is now.
+    """A signal stopped the command. ``exit_code``: that of a process killed by this signal; ``outcome``: the resulting
+    state.
 
-    It is no KeyboardInterrupt, of which click would make something of its own.
+    It is not a KeyboardInterrupt, because click handles those itself.
     """
 
     def __init__(self, number: int) -> None:
@@ -28,14 +29,14 @@ _asked: list[Stopped] = []
 
 
 def stop_if_asked() -> None:
-    """Raises Stopped once more, for what was running when the signal came may have swallowed it: some imports do."""
+    """Raises Stopped again if a signal came, because the running code may have swallowed it; some imports do."""
     if _asked:
         raise _asked[0]
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Meanwhile Ctrl-C, SIGTERM and SIGHUP raise Stopped in the main thread."""
+    """Makes Ctrl-C, SIGTERM and SIGHUP raise Stopped in the main thread, inside the block."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         if _asked:
@@ -43,7 +44,8 @@ def stoppable() -> Iterator[None]:
         _asked.append(Stopped(number))
         raise _asked[0]
 
-    wanted = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup wants none of them
+    # nohup ignores SIGHUP; ignored signals stay ignored
+    wanted = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in wanted}
     try:
         yield

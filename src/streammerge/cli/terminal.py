@@ -1,4 +1,4 @@
-"""Text as the place it goes to can show it: wrapped and coloured on a terminal, plain everywhere else."""
+"""Text output: wrapped and coloured on a terminal, plain everywhere else."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import sys
 import click
 
 WIDTH = 100
-"""Columns of running text where no terminal says otherwise, and at most."""
+"""Maximum columns of running text, and the default without a terminal."""
 _COLOURS = {"error": "red", "warning": "yellow", "note": "cyan", "wrote": "green", "verified": "green"}
 _LABEL = re.compile(rf"({'|'.join(_COLOURS)})\b")
 _COMMAND = re.compile(r"\s+streammerge ")
 
 
 def width() -> int:
-    """Columns that running text may fill."""
+    """Returns the columns that running text may fill."""
     return min(_columns(), WIDTH) if sys.stdout.isatty() else WIDTH
 
 
@@ -35,7 +35,7 @@ def _columns() -> int:
 
 
 def _wrapped(line: str, columns: int) -> str:
-    """The line broken between words, its rest below where its last column begins; a command stays whole, to be copied."""
+    """Breaks a line between words and indents its rest to the last column. Commands stay whole, so they can be copied."""
     if len(line) <= columns or _COMMAND.match(line):
         return line
     import textwrap
@@ -51,6 +51,6 @@ def _indent(line: str, columns: int) -> int:
 
 
 def _coloured(text: str) -> str:
-    """Its first word, where that is one of ours."""
+    """Colours the first word if it is a known label."""
     found = None if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" else _LABEL.match(text)
     return click.style(found[0], fg=_COLOURS[found[0]], bold=True) + text[found.end() :] if found else text

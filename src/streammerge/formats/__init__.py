@@ -1,4 +1,4 @@
-"""One file per container: which files are such, and where the bytes of their tensors lie.
+"""Containers, one module each: recognition of their files, and the places of tensors' bytes.
 
 Each module imports only modules above it::
 
@@ -9,6 +9,6 @@ Each module imports only modules above it::
     torch_legacy
     torch_tar
     folder              shards with an index, or one checkpoint among side files
-    detect              what a file is, by its content
+    detect              the format of a file, by its content
     safetensors_writer  a safetensors file larger than memory, written in any order
 """

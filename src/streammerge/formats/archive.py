@@ -1,5 +1,4 @@
-"""Zip archives as checkpoints are: where each record's bytes lie. No record is unpacked, but for small ones that are asked
-for."""
+"""Zip archives of checkpoints: the places of records' bytes. Only small requested records are unpacked."""
 
 from __future__ import annotations
 
@@ -18,13 +17,13 @@ _LOCAL = b"PK\3\4"
 
 
 def matches(head: bytes) -> bool:
-    """A zip archive, also one of GPT-SoVITS, which writes its version number over the first two bytes."""
+    """Whether it is a zip archive. GPT-SoVITS writes its version number over the first two bytes."""
     return head[:4] == _LOCAL or (head[2:4] == b"\3\4" and head[:1] == b"0" and head[1:2].isdigit())
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A record: its bytes lie at ``offset``, or, where it is compressed, are unpacked from ``deflated``."""
+    """A record. Its bytes are at ``offset``; a compressed record is unpacked from ``deflated``."""
 
     name: str
     offset: int
@@ -37,7 +36,7 @@ class Member:
 
 
 def members(stream: BinaryIO, where: str) -> dict[str, Member]:
-    """The records by name. Raises FormatError for a directory that is damaged, or lies."""
+    """Returns the records by name. Raises FormatError if the directory is damaged or false."""
     try:
         infos = zipfile.ZipFile(stream).infolist()
     except (
@@ -59,7 +58,9 @@ def members(stream: BinaryIO, where: str) -> dict[str, Member]:
         if info.filename in found:
             raise FormatError(f"{where} holds the record {name} twice; such a file is refused")
         if info.flag_bits & 0x41:
-            raise FormatError(f"{where}: record {name} is encrypted, which is not supported; save it again without")
+            raise FormatError(
+                f"{where}: record {name} is encrypted, which is not supported; save it again without encryption"
+            )
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise FormatError(
                 f"{where}: record {name} is compressed by method {info.compress_type}; unpack and zip it again"
@@ -70,7 +71,7 @@ def members(stream: BinaryIO, where: str) -> dict[str, Member]:
 
 
 def _place(stream: BinaryIO, info: zipfile.ZipInfo, end: int, where: str) -> Member:
-    """A record's data begins behind its local header, whose length the central directory does not tell."""
+    """Finds a record's data behind its local header. The central directory does not give the length of that header."""
     stream.seek(min(max(info.header_offset, 0), end))
     header = stream.read(30)
     magic_fits = header[:4] == _LOCAL or (info.header_offset == 0 and matches(header))
@@ -100,7 +101,7 @@ def _check_overlap(found: dict[str, Member], where: str) -> None:
 
 
 def record(stream: BinaryIO, member: Member | None, most: int, where: str) -> bytes:
-    """A whole record of at most so many bytes; nothing for one that is not there. Raises FormatError."""
+    """Returns a whole record of at most ``most`` bytes; empty for None. Raises FormatError."""
     if member is None:
         return b""
     limit = min(most, MOST_INFLATED_BYTES) if member.deflated else most
@@ -117,13 +118,14 @@ def record(stream: BinaryIO, member: Member | None, most: int, where: str) -> by
 
 
 def head(stream: BinaryIO, member: Member, nbytes: int, where: str) -> bytes:
-    """The first bytes of a record, or all there are. Raises FormatError."""
+    """Returns the first ``nbytes`` bytes of a record, or all if there are fewer. Raises FormatError."""
     start, stored = member.span
     stream.seek(start)
     if member.deflated is None:
         return stream.read(min(nbytes, stored))
     try:
-        enough = stream.read(min(stored, nbytes + nbytes // 8 + 1024))  # what does not shrink grows by little
+        # deflate makes incompressible data only slightly longer
+        enough = stream.read(min(stored, nbytes + nbytes // 8 + 1024))
         return zlib.decompressobj(-15).decompress(enough, nbytes)
     except zlib.error as error:
         raise FormatError(f"{where}: record {printable(member.name)} cannot be unpacked ({error})") from error

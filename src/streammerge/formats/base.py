@@ -1,4 +1,4 @@
-"""What every format reader returns, and the one place where a tensor of a tree is turned into bytes at an offset."""
+"""The container that every format reader returns, and the layout of an output file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_EXPANDED_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class StorageBytes:
-    """Where the bytes of one torch storage lie; for a compressed record, ``offset`` is 0 within ``deflated``."""
+    """The place of one torch storage's bytes. For a compressed record, ``offset`` is 0 within ``deflated``."""
 
     path: str
     offset: int
@@ -26,10 +26,10 @@ class StorageBytes:
 
 @dataclass(slots=True)
 class Container:
-    """A checkpoint as it lies on the disk: the inert tree, and where its storages are. No tensor was read.
+    """A checkpoint on the disk: the inert tree, and the places of its storages. No tensor was read.
 
-    ``pickled``: whether the tree is that of a pickle, in which tensors share storages and have other data beside them;
-    if not, it is the tensors by their names (:func:`flat_tensor`).
+    ``pickled``: the tree comes from a pickle; tensors may share storages and be beside other data. Otherwise the tree
+    maps names to tensors (:func:`flat_tensor`).
     """
 
     path: Path
@@ -43,7 +43,7 @@ class Container:
     magic: bytes = b"PK"
 
     def tensor_spans(self) -> dict[str, list[tuple[int, int]]]:
-        """Where in its files the bytes of tensors lie, as (offset, bytes) in order; the rest is its headers."""
+        """Returns the spans of tensors' bytes in each file, as sorted (offset, bytes). All other bytes are headers."""
         spans: dict[str, list[tuple[int, int]]] = {str(path): [] for path in self.files}
         for store in self.storages.values():
             spans[store.path].append(store.deflated.span if store.deflated else (store.offset, store.nbytes))
@@ -53,7 +53,7 @@ class Container:
         return {path: sorted(dict.fromkeys(span for span in found if span[1])) for path, found in spans.items()}
 
     def locate(self, name: str, ref: TensorRef) -> TensorEntry:
-        """The entry of one tensor. Raises FormatError when it does not fit its storage."""
+        """Returns the entry of one tensor. Raises FormatError if the tensor does not fit its storage."""
         if ref.entry is not None:
             return ref.entry if ref.entry.spec.name == name else replace(ref.entry, spec=replace(ref.entry.spec, name=name))
         store = self.storages.get(ref.storage.key)
@@ -76,7 +76,7 @@ class Container:
                 "it is expanded beyond reason"
             )
         strides = None if contiguous else ref.strides
-        if not spec.numel:  # there is nothing to conjugate or to unpack
+        if not spec.numel:  # an empty tensor needs no conjugation and no unpacking
             return TensorEntry(spec, store.path, store.offset + start)
         return TensorEntry(spec, store.path, store.offset + start, strides, store.deflated, ref.lazy)
 
@@ -88,13 +88,13 @@ _NO_STORAGE = StorageRef("", None, 0)
 
 
 def flat_tensor(entry: TensorEntry) -> TensorRef:
-    """A tensor whose bytes are its own, for formats without storages."""
+    """Makes a tensor with its own bytes, for formats without storages."""
     return TensorRef(_NO_STORAGE, entry.spec.dtype, 0, entry.spec.shape, (), entry=entry)
 
 
 @dataclass(frozen=True, slots=True)
 class Literal:
-    """Bytes of an output file that are not a tensor's."""
+    """Bytes of an output file that belong to no tensor."""
 
     offset: int
     data: bytes
@@ -102,10 +102,10 @@ class Literal:
 
 @dataclass(frozen=True, slots=True)
 class LayoutFile:
-    """One output file before it exists: its size, where each tensor goes, and all its other bytes.
+    """The plan of one output file: its size, the offset of each tensor, and all its other bytes.
 
-    ``receipt``: the bytes among the literals that are the receipt, still blank, as they stand in this file. ``seal``
-    makes the literals instead where they hold the checksums of tensors, from these by offset and from the receipt.
+    ``receipt``: the blank receipt among the literals, as written in this file. ``seal``: makes the literals from the
+    tensors' checksums (by offset) and the receipt, in formats whose headers contain checksums.
     """
 
     name: str
@@ -116,7 +116,8 @@ class LayoutFile:
     seal: Callable[[Mapping[int, int], bytes], list[Literal]] | None = None
 
     def around(self, checksums: Mapping[int, int], receipt: bytes) -> list[Literal]:
-        """All bytes but the tensors', from these checksums by offset, and with that receipt in place of the blank one."""
+        """Returns all bytes outside tensors, with these checksums (by offset) and this receipt instead of the blank
+        one."""
         if self.seal is not None:
             return self.seal(checksums, receipt)
         if receipt == self.receipt:

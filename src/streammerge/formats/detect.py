@@ -1,4 +1,4 @@
-"""What a file is, by its content; its name says nothing."""
+"""Detection of a file's format by its content; its name is ignored."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OTHERS: tuple[tuple[bytes, str], ...] = (
 
 
 def read(path: Path) -> Container:
-    """The container of a file or folder. Raises FormatError that names what was found instead."""
+    """Returns the container of a file or folder. Raises FormatError that names what was found instead."""
     if not path.is_dir() and not path.name.endswith(".index.json"):
         return read_file(path)
     from streammerge.formats import folder
@@ -34,12 +34,13 @@ def read(path: Path) -> Container:
 
 
 def read_file(path: Path) -> Container:
-    """The container of a single file."""
+    """Returns the container of a single file. Raises FormatError."""
     size = file_size(path)
     with open_stream(path) as stream:
         head = stream.read(min(_HEAD_BYTES, size))  # files of the kernel have size 0, and some never end
     for name in _READERS:
-        reader = import_module(f"streammerge.formats.{name}")  # only those asked: to look at a file should take no time
+        # imports only the readers that are tried, so that inspecting a file is fast
+        reader = import_module(f"streammerge.formats.{name}")
         if reader.matches(head, size):
             container: Container = reader.read(path)
             return container
@@ -56,7 +57,7 @@ def _what(head: bytes, size: int) -> str:
     if re.match(rb"\s*<(!doctype|html|\?xml|head|error)", head, re.IGNORECASE):
         return "is an HTML or XML page, not a checkpoint: a download that failed; fetch it again"
     if not head.strip(b"\0"):
-        return "begins with nothing but zero bytes; the download or the save did not finish"
+        return "begins with zero bytes only; the download or the save did not finish"
     for magic, what in _OTHERS:
         if head.startswith(magic):
             return f"is {what}"

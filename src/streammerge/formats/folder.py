@@ -1,8 +1,8 @@
 """Checkpoints that are folders: shards with an index, or one checkpoint among its side files.
 
-A name in an index is a plain file name, so it stays in the folder. A link in the folder is the user's and is followed
-(:func:`streammerge.stores.local.identity`). It is an error when a shard is absent, when a tensor is not where the index puts it, and
-when two shards hold the same one.
+A name in an index is a plain file name, so it stays in the folder. A link in the folder belongs to the user and is
+followed (:func:`streammerge.stores.local.identity`). It is an error if a shard is absent, if a tensor is not in the
+shard that the index names, or if two shards hold the same tensor.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ ReadFile = Callable[[Path], Container]
 
 
 def read(folder: Path, read_file: ReadFile) -> Container:
-    """The container of a checkpoint folder; of several forms, the one that transformers takes.
+    """Returns the container of a checkpoint folder. If it has several forms, takes the one that transformers takes.
 
-    Raises FormatError, with what to run for forms that are not read yet.
+    Raises FormatError; for forms that are not read yet, it names the command to run.
     """
     present = {p.name for p in folder.iterdir()}
     names = [n for n in present if n.endswith(_WEIGHTS) and not n.startswith((*_TRAINING, "."))]
@@ -89,7 +89,8 @@ def _refuse_distributed(folder: Path) -> None:
 
 
 def inside(folder: Path, name: Any) -> Path:
-    """The path of a regular file in the folder, or of a link to one, by its plain name. FormatError for any other name."""
+    """Returns the path of a regular file in the folder, or of a link to one, by its plain name. Raises FormatError
+    otherwise."""
     where = f"{printable(folder)}: {printable(name)}"
     if (
         not isinstance(name, str)
@@ -109,7 +110,7 @@ def inside(folder: Path, name: Any) -> Path:
 
 
 def read_sharded(index: Path, read_file: ReadFile) -> Container:
-    """The shards that an index names, as one container."""
+    """Returns the shards that an index names, as one container. Raises FormatError."""
     where, folder = printable(index), index.parent
     weight_map = _weight_map(index)
     shards = sorted(set(weight_map.values()))
@@ -128,7 +129,7 @@ def read_sharded(index: Path, read_file: ReadFile) -> Container:
         for name, ref in _tensors(container):
             if name in holders:
                 both = f"{printable(holders[name])} and {printable(shard)}"
-                raise FormatError(f"{where}: the tensor {printable(name)} stands in two shards, {both}")
+                raise FormatError(f"{where}: the tensor {printable(name)} is in two shards, {both}")
             holders[name] = shard
             if name not in weight_map:
                 extra.append(name)
@@ -157,7 +158,7 @@ def _tensors(container: Container) -> Iterable[tuple[str, TensorRef]]:
 
 
 def _renamed(ref: TensorRef, prefix: str) -> TensorRef:
-    """The tensor over its storage's name in the whole."""
+    """Returns the tensor with its storage's name prefixed."""
     if ref.entry is not None:
         return ref
     old = ref.storage
@@ -184,7 +185,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def foreign_files(folder: Path, written: set[str]) -> list[str]:
-    """Names in a folder that is to be replaced by a checkpoint which neither the new one has nor an old one is made of."""
+    """Returns names in an output folder that are neither in the new checkpoint nor part of an old one."""
     return [
         path.name
         for path in sorted(folder.iterdir())
@@ -193,8 +194,11 @@ def foreign_files(folder: Path, written: set[str]) -> list[str]:
 
 
 def side_files(folder: Path) -> tuple[list[tuple[Path, str]], list[str]]:
-    """What goes along into an output folder: (source, name) of configuration, tokenizer and other small files; and the
-    names of those that stay behind, being large or no regular files. FormatError for a link that leads to nothing."""
+    """Returns the files to copy into an output folder, and the names of those that are not copied.
+
+    The first are (source, name) of configuration, tokenizer and other small files. The second are large, or not regular
+    files. Raises FormatError for a broken link.
+    """
     taken, left = [], []
     for path in sorted(folder.iterdir()):
         name = path.name

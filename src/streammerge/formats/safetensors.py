@@ -1,7 +1,7 @@
 """The safetensors format: u64 header length, JSON header, tensors back to back.
 
-Reading checks all that the specification demands (no overlap, hole, trailing byte, duplicate key, header beyond 100 MB)
-and the arithmetic of every size. Writing is planned: the header is complete before the first tensor is read.
+Reading checks all rules of the specification (no overlap, hole, trailing byte, duplicate key, header beyond 100 MB) and
+the arithmetic of every size. Writing is planned: the header is complete before the first tensor is read.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def matches(head: bytes, size: int) -> bool:
 
 
 def read(path: Path) -> Container:
-    """The container of a .safetensors file. Raises FormatError when any rule of the format is broken."""
+    """Returns the container of a .safetensors file. Raises FormatError if any rule of the format is broken."""
     where = printable(path)
     size = file_size(path)
     with open_stream(path) as stream:
@@ -55,7 +55,7 @@ def read(path: Path) -> Container:
 
 @dataclass(frozen=True, slots=True)
 class _Header:
-    """What a header says: each tensor with where it begins in the data, in that order."""
+    """A parsed header: each tensor with its offset in the data, in the order of offsets."""
 
     metadata: dict[str, str]
     placed: list[tuple[TensorSpec, int]]
@@ -63,7 +63,7 @@ class _Header:
 
 
 def _header(data: bytes, data_bytes: int, file: str, where: str) -> _Header:
-    """A header, checked against all rules. Raises FormatError."""
+    """Parses a header and checks all rules. Raises FormatError."""
     fields = _parse(data, where)
     metadata = _metadata(fields.pop("__metadata__", None), where)
     specs: dict[str, TensorSpec] = {}
@@ -77,7 +77,7 @@ def _header(data: bytes, data_bytes: int, file: str, where: str) -> _Header:
 
 
 class _Known(dict[bytes, _Header]):
-    """Headers read so far, while :func:`shared_headers` lasts."""
+    """Headers read so far, within :func:`shared_headers`."""
 
     room = 0
 
@@ -92,7 +92,7 @@ _known = _Known()
 
 @contextmanager
 def shared_headers() -> Iterator[None]:
-    """Meanwhile a header is parsed once, in however many files it stands: fine-tunes of one model often have the same."""
+    """Parses equal headers only once inside the block. Fine-tunes of one model often have equal headers."""
     _known.room = _MOST_KNOWN_BYTES
     try:
         yield
@@ -120,7 +120,7 @@ def _metadata(value: Any, where: str) -> dict[str, str]:
 
 
 def _naturals(value: Any) -> bool:
-    """Whether it is a list of whole numbers that are not negative and fit into 63 bits."""
+    """Whether it is a list of non-negative integers that fit into 63 bits."""
     if not isinstance(value, list):
         return False
     for number in value:  # noqa: SIM110 - this runs for every tensor of every file, and all() takes twice as long
@@ -158,7 +158,7 @@ def _malformed(path: str, name: str, what: str) -> FormatError:
 
 
 def _check_spans(spans: list[tuple[int, int, str]], data_bytes: int, where: str) -> None:
-    """Sorts the spans; FormatError unless they cover the data without overlap or hole."""
+    """Sorts the spans. Raises FormatError unless they cover the data without overlap or hole."""
     cursor = 0
     spans.sort()
     for begin, end, name in spans:
@@ -175,7 +175,7 @@ def _check_spans(spans: list[tuple[int, int, str]], data_bytes: int, where: str)
 
 
 def aligned(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
-    """The tensors in their order where every one then lies at a multiple of its element size, else wide ones first."""
+    """Keeps the order of tensors if each then starts at a multiple of its element size; else sorts wide dtypes first."""
     specs = list(specs)
     cursor = 0
     for spec in specs:
@@ -186,7 +186,7 @@ def aligned(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
 
 
 def plan_layout(file_name: str, specs: Iterable[TensorSpec], metadata: dict[str, str]) -> LayoutFile:
-    """Where each byte of a safetensors file will be. Raises MismatchError for a dtype that the format does not know."""
+    """Plans the place of each byte of a safetensors file. Raises MismatchError if the format cannot hold a tensor."""
     specs = aligned(specs)
     foreign = [f"{s.name} ({s.dtype})" for s in specs if not s.dtype.in_safetensors]
     if foreign:
@@ -208,7 +208,8 @@ def plan_layout(file_name: str, specs: Iterable[TensorSpec], metadata: dict[str,
         header[spec.name] = {"dtype": spec.dtype.value, "shape": shape, "data_offsets": [cursor, cursor + spec.nbytes]}
         starts[spec.name], cursor = cursor, cursor + spec.nbytes
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-    text += b" " * (-(8 + len(text)) % PAGE_BYTES)  # the format asks for 8; pages are written without the page cache
+    # the format requires multiples of 8 bytes; whole pages can be written past the page cache
+    text += b" " * (-(8 + len(text)) % PAGE_BYTES)
     if len(text) > MAX_HEADER_BYTES:
         raise MismatchError(
             f"{printable(file_name)} would need a header of {len(text)} bytes; write a sharded folder instead"

@@ -1,4 +1,4 @@
-"""Writing a safetensors file larger than memory, tensor by tensor, in any order."""
+"""A writer of safetensors files larger than memory, tensor by tensor, in any order."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from streammerge.tensors.spec import TensorSpec
 
 
 class SafetensorsWriter:
-    """A safetensors file whose tensors are known beforehand and written one by one::
+    """Writes a safetensors file whose tensors are known beforehand, one tensor at a time::
 
         specs = [TensorSpec("embedding.weight", "float32", (50_000, 1024)), ...]
         with SafetensorsWriter("big.safetensors", specs) as writer:
             writer.write("embedding.weight", array)
             writer.commit()
 
-    The file appears under its name when :meth:`commit` returns, complete and synced; leaving the block without it
-    leaves nothing behind. ``metadata`` are strings; ``format: pt`` is added, which loaders look for.
+    The file appears under its name, complete and synced, when :meth:`commit` returns. Leaving the block without a
+    commit leaves no file. ``metadata`` maps strings to strings; ``format: pt`` is added, because loaders look for it.
+    Raises RecipeError if the output exists or metadata are not strings, MismatchError for tensors that the format
+    cannot hold.
     """
 
     def __init__(
@@ -75,16 +77,16 @@ class SafetensorsWriter:
         self._written[name].append((begin, begin + len(data)))
 
     def commit(self) -> None:
-        """Publishes the file. Raises MismatchError, and publishes nothing, when bytes were not written."""
+        """Publishes the file. Raises MismatchError, and publishes nothing, if bytes are missing."""
         self._check_open()
         missing = [name for name, spans in self._written.items() if not _covers(spans, self._specs[name].nbytes)]
         if missing:
-            raise MismatchError(f"not all of these tensors was written: {listed(missing)}")
+            raise MismatchError(f"write all tensors before commit; incomplete: {listed(missing)}")
         self._staging.commit(as_folder=False)
         self._open = False
 
     def close(self) -> None:
-        """Gives up what was not committed; leaving a ``with`` block does it."""
+        """Discards the file unless it was committed. Leaving a ``with`` block calls it."""
         self._open = False
         self._staging.abort()
 
@@ -100,7 +102,7 @@ class SafetensorsWriter:
 
 
 def _octets(array: Any, spec: TensorSpec, whole: bool) -> memoryview:
-    """The bytes of an array of the right dtype, in C order."""
+    """Returns the bytes of an array of the right dtype, in C order."""
     if hasattr(array, "detach"):
         import torch
 

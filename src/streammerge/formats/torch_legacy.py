@@ -1,6 +1,6 @@
 """The format of torch.save before 1.6: five pickles back to back, then each storage's length and bytes.
 
-The lengths are walked, so every storage is read where it lies (unaligned, which reading does not mind).
+The lengths are walked, so every storage is read in place. Storages may be unaligned; reading does not need alignment.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _PROTOCOL = 1001
 
 
 def matches(head: bytes, size: int) -> bool:
-    """The first pickle of the file, whatever its protocol, is the magic number."""
+    """Whether the first pickle of the file, in any protocol, is the magic number."""
     try:
         return bool(unpickle(head[:64]) == MAGIC)
     except StreammergeError:
@@ -27,7 +27,7 @@ def matches(head: bytes, size: int) -> bool:
 
 
 def read(path: Path) -> Container:
-    """The container of a legacy checkpoint. Raises FormatError; nothing in it is executed."""
+    """Returns the container of a legacy checkpoint. Raises FormatError; nothing in it is executed."""
     where, size = printable(path), file_size(path)
     table = StorageTable()
     with open_stream(path) as stream:

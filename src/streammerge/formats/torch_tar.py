@@ -24,7 +24,7 @@ def matches(head: bytes, size: int) -> bool:
 
 
 def read(path: Path) -> Container:
-    """The container of a tar checkpoint. Raises FormatError; nothing in it is executed."""
+    """Returns the container of a tar checkpoint. Raises FormatError; nothing in it is executed."""
     where = printable(path)
     with open_stream(path) as stream:
         places = _places(stream, where)
@@ -42,8 +42,11 @@ def read(path: Path) -> Container:
 
 
 def _places(stream: BinaryIO, where: str) -> dict[str, tuple[int, int]]:
-    """(offset, bytes) of each file. Python's tarfile would believe extended headers of any length, or loop over a
-    negative one; torch's archives have neither, so the plain headers are walked."""
+    """Returns (offset, bytes) of each member. Raises FormatError.
+
+    Walks the plain headers, because torch's archives have no extended ones. Python's tarfile would trust extended
+    headers of any length, and loop on a negative length.
+    """
     members: dict[str, tuple[int, int]] = {}
     cursor, end = 0, stream.seek(0, io.SEEK_END)
     for _ in range(_MOST):
@@ -73,7 +76,7 @@ def _places(stream: BinaryIO, where: str) -> dict[str, tuple[int, int]]:
 
 
 def _member_bytes(header: bytes) -> int:
-    if header[124:125] == b"\x80":  # a binary number, of files beyond 8 GB
+    if header[124:125] == b"\x80":  # a binary number, in files beyond 8 GB
         return int.from_bytes(header[125:136], "big")
     try:
         return int(header[124:136].strip(b"\0 "), 8)
@@ -87,7 +90,7 @@ def _at(stream: BinaryIO, place: tuple[int, int]) -> BinaryIO:
 
 
 def _key(value: Any) -> Any:
-    """A name or number; numbers are written as such in one member and as text in another, as torch's reader knows."""
+    """Returns a name or a number. Some members write numbers as text, as torch's reader expects."""
     name = str(value) if isinstance(value, int) else text(value)
     return int(name) if re.fullmatch("-?[0-9]{1,20}", name) else name
 

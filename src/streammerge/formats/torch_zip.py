@@ -1,8 +1,8 @@
-"""The zip container of torch.save (1.6 and later) and of TorchScript: viewed in place, and written.
+"""The zip container of torch.save (1.6 and later) and of TorchScript: its reader and its writer.
 
-Records are stored uncompressed at known offsets, so tensors are read where they lie. Compressed records are named as
-such and staged by the reader of entries. Writing is planned: every offset is known before a byte is read; the
-checksums, known last, are put into the headers when the archive is sealed.
+Records are stored uncompressed at known offsets, so tensors are read in place. Compressed records are marked, and
+copied into a temporary file before they are read. Writing is planned: every offset is known before a byte is read.
+Checksums are known last; they are put into the headers when the archive is sealed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def matches(head: bytes, size: int) -> bool:
 
 
 def read(path: Path) -> Container:
-    """The container of a torch zip archive. Raises FormatError; nothing in it is executed."""
+    """Returns the container of a torch zip archive. Raises FormatError; nothing in it is executed."""
     where = printable(path)
     with open_stream(path) as stream:
         members = archive.members(stream, where)
@@ -102,7 +102,7 @@ def _not_torch(where: str, names: list[str], pickles: list[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """One record of an archive that is being laid out; ``data`` is None for a storage, whose bytes come later."""
+    """One record of a planned archive. ``data`` is None for a storage, whose bytes come later."""
 
     name: str
     nbytes: int
@@ -148,12 +148,12 @@ def plan_layout(
     magic: bytes,
     beside: Mapping[str, bytes],
 ) -> LayoutFile:
-    """Where each byte of a torch archive will be: ``storages`` maps a tensor's name to (storage key, bytes).
+    """Plans the place of each byte of a torch archive. ``storages`` maps tensor names to (storage key, bytes).
 
-    ``beside`` are further records by name, of which torch takes no notice.
+    ``beside``: further records by name; torch ignores them.
 
-    The root is "archive", the data 64-byte aligned, as torch.load(mmap=True) wants them. There is no
-    ``.format_version`` record, which would make torch guess offsets from its own writer's habits.
+    The root is "archive", and data are 64-byte aligned, as torch.load(mmap=True) needs. There is no ``.format_version``
+    record: with one, torch would guess offsets from the habits of its own writer.
     """
     records = [_Record("archive/data.pkl", len(pickle), pickle), _Record("archive/byteorder", 6, b"little")]
     records += [_Record(f"archive/data/{key}", nbytes, None) for key, nbytes in storages.values()]
@@ -173,7 +173,8 @@ def plan_layout(
 def _sealed(
     placed: list[_Record], cursor: int, magic: bytes, blank: bytes, checksums: Mapping[int, int], receipt: bytes
 ) -> list[Literal]:
-    """All bytes of the archive but the storages, from the CRC-32 of what lies at each offset and the final receipt."""
+    """Returns all bytes of the archive outside storages, from the CRC-32 of each storage (by offset) and the final
+    receipt."""
     records = [r if r.data is not None else replace(r, crc=checksums.get(r.data_offset, 0)) for r in placed]
     records = [replace(r, data=receipt, crc=zlib.crc32(receipt)) if r.data == blank else r for r in records]
     literals = [Literal(r.header_offset, r.local_header() + (r.data or b"")) for r in records]
@@ -183,7 +184,8 @@ def _sealed(
 
 
 def with_blank_receipt(rest: bytes, final: bytes, blank: bytes) -> bytes:
-    """What is around the tensors of a finished archive, as it was before its receipt, the last record, was known."""
+    """Returns the bytes around the tensors of a finished archive with the receipt, its last record, blank again.
+    Returns b"" if the final receipt is not found."""
     name, crc, was = f"archive/{RECEIPT_FILE}".encode(), *(struct.pack("<I", zlib.crc32(text)) for text in (blank, final))
     at = rest.rfind(final)
     local, central = rest.rfind(name, 0, at), rest.rfind(name)

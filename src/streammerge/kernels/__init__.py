@@ -1,8 +1,8 @@
-"""What a merge method sees, and the numerics behind it. No file, no offset, no budget.
+"""The view of tensors that a merge method gets, and its numerics. Independent of files, offsets and budgets.
 
 Each module imports only modules above it::
 
-    random       random numbers by counter
+    random       counter-based random numbers
     ranking      cuts, sort keys, ranks in rows: arithmetic on tensors in memory
     chunk        the numbers of every model at some elements
     reductions   sums over a group, in one pass

@@ -1,4 +1,4 @@
-"""One chunk of a group: the numbers of every model at some elements, and where chunks begin and end."""
+"""One chunk of a group: the numbers of every model in a range of elements, and the bounds of chunks."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ _SAMPLE_SPAN = 1 << 11
 
 
 class Buffers(Protocol):
-    """Memory that a chunk may use: ``get`` returns ``elems`` numbers of a dtype in the named slot."""
+    """Memory for a chunk: ``get`` returns ``elems`` numbers of a dtype in the named slot."""
 
     def get(self, slot: str, dtype: torch.dtype, elems: int) -> torch.Tensor: ...
 
 
 class Sweep(Protocol):
-    """Runs ``work`` on the chunks of each piece of elements ``start`` to ``stop``, maybe on several workers at once,
-    and yields what it returns in the order of the pieces. ``sparse``: only
-    one of so many short spans of elements is given, for a sample."""
+    """Runs ``work`` on the chunks of each piece of elements ``start`` to ``stop``, possibly on several workers.
+
+    Yields the results in the order of the pieces. ``sparse``: passes only one of ``sparse`` short spans, as a sample.
+    """
 
     def __call__(self, work: Callable[[Iterable[Chunk]], T], start: int, stop: int, sparse: int = 0) -> Iterator[T]: ...
 
 
 class Swept(Protocol):
-    """What a pass needs to know of a group: the fields of :class:`~streammerge.kernels.group.TensorGroup`."""
+    """The fields of :class:`~streammerge.kernels.group.TensorGroup` that a pass needs."""
 
     @property
     def elems(self) -> int: ...
@@ -51,10 +52,10 @@ class Swept(Protocol):
 class Chunk:
     """Elements ``start`` to ``stop`` of every model's tensor, in C order.
 
-    ``models[i]`` and ``base`` are the numbers in the compute dtype, each in memory of its own. The methods that come
-    with the package use named buffers instead, which are used again and again: ``load(i, slot)`` and ``delta(i,
-    slot)`` are valid until the same slot is asked for again, and may be changed; ``raw(i)`` are the numbers in their
-    own dtype, valid until the next but one call.
+    ``models[i]`` and ``base`` are 1-d tensors in the compute dtype, each in its own memory. The built-in methods use
+    named buffers instead, which are reused: ``load(i, slot)`` and ``delta(i, slot)`` may be changed, and are valid
+    until the same slot is requested again. ``raw(i)`` has the model's own dtype and is valid until the next but one
+    call.
     """
 
     def __init__(
@@ -80,14 +81,14 @@ class Chunk:
 
     @property
     def models(self) -> list[torch.Tensor]:
-        """Every model's numbers, loaded once."""
+        """The numbers of every model, loaded once."""
         if self._models is None:
             self._models = [self.load(model, f"model {model}") for model in range(self._count)]
         return self._models
 
     @property
     def base(self) -> torch.Tensor:
-        """The base's numbers, not to be changed."""
+        """The numbers of the base; read-only."""
         return self.base_as(self.compute)
 
     def base_as(self, dtype: torch.dtype) -> torch.Tensor:
@@ -96,11 +97,11 @@ class Chunk:
         return self._base
 
     def load(self, model: int, slot: str = "operand", dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The model's numbers, in the compute dtype unless another is named."""
+        """Returns the model's numbers, in the compute dtype unless ``dtype`` is given."""
         return self._widened(model, slot, dtype or self.compute)
 
     def delta(self, model: int, slot: str = "operand", dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The model's numbers less the base's."""
+        """Returns the model's numbers minus the base's."""
         dtype = dtype or self.compute
         return self._widened(model, slot, dtype).sub_(self.base_as(dtype))
 
@@ -108,18 +109,18 @@ class Chunk:
         return self._read(model + self._first, self.start, self.stop)
 
     def keep(self, values: torch.Tensor) -> torch.Tensor:
-        """A copy of raw numbers that stays valid for the whole chunk; there is room for one."""
+        """Copies raw numbers so that they stay valid for the whole chunk. There is room for one copy."""
         return self.empty("first", values.dtype).copy_(values)
 
     def empty(self, slot: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A buffer for one number per element, holding anything."""
+        """Returns an uninitialised buffer with one number per element."""
         return self._buffers.get(slot, dtype or self.compute, self.elems)
 
     def zeros(self, slot: str) -> torch.Tensor:
         return self.empty(slot).zero_()
 
     def sort_keys(self, values: torch.Tensor, signed: bool) -> torch.Tensor:
-        """Integers in the order of the values; without a sign, the bits are."""
+        """Returns integers in the order of the values; for values that are not ``signed``, these are their bits."""
         import torch
 
         width = torch.int64 if values.dtype == torch.float64 else torch.int32
@@ -131,23 +132,24 @@ class Chunk:
 
         raw = self.raw(model)
         if dtype == torch.float64 and raw.dtype not in (torch.bfloat16, torch.float32, torch.float64):
-            # torch converts half and fp8 to double element by element; by way of float32 it is exact and faster.
+            # torch converts half and fp8 to double one element at a time. The way over float32 is exact and faster.
             raw = self.empty("widen", torch.float32).copy_(raw)
         return self.empty(slot, dtype).copy_(raw)
 
 
 def whole_rows(elems: int, row: int) -> int:
-    """The most elements, up to ``elems``, that are whole rows; one row at least."""
+    """Returns the largest number of elements, up to ``elems``, that is whole rows; at least one row."""
     return max(elems // max(row, 1), 1) * max(row, 1)
 
 
 def whole_grains(elems: int, row: int) -> int:
-    """The most elements, up to ``elems``, that are whole grains; one grain at least."""
+    """Returns the largest number of elements, up to ``elems``, that is whole grains; at least one grain."""
     return whole_rows(elems, whole_rows(GRAIN, row))
 
 
 def chunk_spans(start: int, stop: int, elems: int, row: int, sparse: int = 0) -> Iterator[tuple[int, int]]:
-    """Where the chunks of so many ``elems`` begin and end, grains whole; or one of so many ``sparse`` short ones."""
+    """Yields the bounds of chunks of at most ``elems`` elements in whole grains; with ``sparse``, of one short span in
+    ``sparse``."""
     span = whole_rows(_SAMPLE_SPAN, row) if sparse else whole_grains(elems, row)
     for a, b in ranges(stop - start, span * max(sparse, 1)):
         yield start + a, start + min(a + span, b)

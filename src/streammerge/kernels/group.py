@@ -1,8 +1,8 @@
-"""What a merge method sees: the same tensor of every model, as chunks of numbers. No file, offset or budget.
+"""The group of same-named tensors of all models, as a merge method sees it: chunks of numbers.
 
-A method is a function from a :class:`TensorGroup` to a kernel; a kernel makes one chunk of the output from a
-:class:`Chunk` of the inputs. Before it returns its kernel a method may look at the whole group in *passes*, each of
-which streams all chunks and answers with something small: sums, a Gram matrix, an exact k-th largest number.
+A method is a function from a :class:`TensorGroup` to a kernel. A kernel makes one chunk of the output from a
+:class:`Chunk` of the inputs. Before a method returns its kernel, it may run *passes* over the whole group. A pass
+streams all chunks and returns a small result: sums, a Gram matrix, or an exact k-th largest number.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 class TensorGroup:
     """The same-named tensors of all models.
 
-    ``models`` counts them, without the base that ``based`` says is there; ``shape`` is theirs. ``row`` elements belong
-    together and are never parted between chunks. ``compute`` is the dtype of the arithmetic.
+    ``models`` is their number, without the base; ``based`` says whether there is a base. ``shape`` is the shape of
+    each. ``row`` elements belong together and are never split between chunks. ``compute`` is the dtype of the
+    arithmetic.
     """
 
     name: str
@@ -45,20 +46,20 @@ class TensorGroup:
 
     @property
     def grain(self) -> int:
-        """Elements whose sum is taken at once: 2^16, or as many whole rows."""
+        """Number of elements that are summed at once: 2^16, rounded to whole rows."""
         return whole_rows(GRAIN, self.row)
 
     def reduce(self, terms: Callable[[Chunk], Iterable[torch.Tensor]]) -> list[torch.Tensor]:
-        """The sum over all chunks of each tensor that ``terms(chunk)`` yields, in float64.
+        """Returns the sum over all chunks of each tensor that ``terms(chunk)`` yields, in float64.
 
-        A tensor of the chunk's length gives a number; one of (rows, columns) the sum of each column. A sum is made of
-        the partial sums of the grains, added in their order, piece by piece, and so does not depend on how it was run.
+        A tensor of the chunk's length gives a number; one of shape (rows, columns) gives the sum of each column.
+        Partial sums of grains are added in their order, so a sum does not depend on how the run was divided.
         """
         return reductions.reduce(self, terms)
 
     def gram(self, deltas: bool = False) -> torch.Tensor:
-        """The (models, models) matrix of inner products in float64; ``deltas``: of the models less the base, which are
-        formed before they are multiplied."""
+        """Returns the (models, models) matrix of inner products in float64. ``deltas``: subtracts the base from the
+        models before they are multiplied."""
         return reductions.gram(self, deltas)
 
     def kth_largest(
@@ -67,19 +68,18 @@ class TensorGroup:
         ranks: Sequence[Sequence[int]],
         signed: bool = False,
     ) -> list[list[Cut]]:
-        """Exact order statistics: for each tensor that ``values(chunk)`` yields, and each of its ranks, the cut that
-        keeps so many of the largest; of equal numbers those with the lowest element indices.
+        """Returns exact order statistics: one cut for each tensor that ``values(chunk)`` yields and each of its ranks.
 
-        ``values`` are in the compute dtype, and not below zero unless ``signed``: magnitudes, mostly. A rank of 0 keeps
-        nothing, one of all elements or more everything. With ``signed`` only the thresholds
-        are found. Ranks within each row are
-        :func:`streammerge.kernels.ranking.row_ranks`, since a row is always held whole.
+        A cut keeps the ``rank`` largest numbers; among equal numbers, those with the lowest element indices. ``values``
+        are in the compute dtype, and non-negative unless ``signed`` (mostly magnitudes). Rank 0 keeps nothing; a rank
+        of all elements or more keeps everything. With ``signed`` only the thresholds are valid. For ranks within a row,
+        which is always held whole, use :func:`streammerge.kernels.ranking.row_ranks`.
         """
         return kth_largest.kth_largest(self, values, ranks, signed)
 
     def uniform(self, chunk: Chunk, model: int) -> torch.Tensor:
-        """Numbers in [0, 1), float32, one for each element of the chunk: a function of seed, tensor name, model and
-        element index."""
+        """Returns float32 random numbers in [0, 1), one per element of the chunk. They depend on seed, tensor name,
+        model and element index only."""
         import torch
 
         out = chunk.empty("uniform", torch.float32)
@@ -96,7 +96,7 @@ class TensorGroup:
         compute: torch.dtype | None = None,
         chunk_elems: int = GRAIN,
     ) -> TensorGroup:
-        """A group of tensors in memory, to try a method without files: ``group.merged(slerp(group, t=0.3))``."""
+        """Makes a group of tensors in memory, to try a method without files: ``group.merged(slerp(group, t=0.3))``."""
         import torch
 
         sources = ([] if base is None else [base]) + list(models)
@@ -123,7 +123,7 @@ class TensorGroup:
         return cls(name, tuple(sources[0].shape), len(models), compute, sweep, base is not None, row, seed)
 
     def merged(self, kernel: Kernel) -> torch.Tensor:
-        """The whole tensor that a kernel makes, in the compute dtype. In memory: for trying a method."""
+        """Returns the whole tensor that a kernel makes, in the compute dtype. It is held in memory, to try a method."""
         import torch
 
         def work(chunks: Iterable[Chunk]) -> list[torch.Tensor]:

@@ -1,4 +1,5 @@
-"""Order statistics of a :class:`~streammerge.kernels.group.TensorGroup`: in one pass behind a sample, else in a few."""
+"""Exact order statistics of a :class:`~streammerge.kernels.group.TensorGroup`: a sample and one pass, else a few
+passes."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 _FEW_ELEMS = 1 << 13
 Wanted = tuple[int, int]
-"""Which tensor, and which of its ranks."""
+"""(number of the tensor, rank)."""
 
 
 def kth_largest(group: Swept, values: Values, ranks: Sequence[Sequence[int]], signed: bool) -> list[list[Cut]]:
@@ -34,13 +35,17 @@ def kth_largest(group: Swept, values: Values, ranks: Sequence[Sequence[int]], si
     return [[cuts.get((number, rank)) or Cut(rank, everything=rank > 0) for rank in of] for number, of in enumerate(ranks)]
 
 
-# ------------------------------------------------------------------------------------------------- behind a sample
+# ----------------------------------------------------------------------------------------------- one pass after a
+# sample
 
 
 @dataclass(slots=True)
 class _Look:
-    """What one look finds: how many numbers are above the guess, and which are inside; or how many are above each
-    candidate, and how many equal it in each grain."""
+    """The result of one look at all numbers.
+
+    ``above``: how many numbers are above the guess; ``values`` and ``places``: those inside it. If the guess has
+    candidates, ``above`` has one count per candidate, and ``equal`` counts the numbers equal to it in each grain.
+    """
 
     above: list[int]
     values: list[torch.Tensor] = field(default_factory=list)
@@ -56,7 +61,7 @@ class _Look:
 
 
 def _at_once(group: Swept, values: Values, wanted: Sequence[Wanted]) -> dict[Wanted, Cut]:
-    """The cuts that one pass can tell. Which they are depends on the sample; what they are does not."""
+    """Returns the cuts that one pass can find. The sample decides which cuts are found, but never their values."""
     guesses = _guesses(group, values, wanted)
     if not guesses:
         return {}
@@ -77,7 +82,7 @@ def _at_once(group: Swept, values: Values, wanted: Sequence[Wanted]) -> dict[Wan
 
 
 def _those_of(wanted: Iterable[Wanted], tensors: Iterable[torch.Tensor]) -> Iterator[tuple[Wanted, torch.Tensor]]:
-    """Each tensor with each rank that is wanted of it."""
+    """Yields each tensor with each rank that is wanted of it."""
     for number, tensor in enumerate(tensors):
         for which in wanted:
             if which[0] == number:
@@ -88,7 +93,7 @@ def _guesses(group: Swept, values: Values, wanted: Sequence[Wanted]) -> dict[Wan
     import torch
 
     numbers = {number for number, _ in wanted}
-    if group.elems <= _FEW_ELEMS:  # fewer than a sample would have: everything is collected
+    if group.elems <= _FEW_ELEMS:  # smaller than a sample: collect everything
         return {which: Guess(-math.inf, math.inf) for which in wanted}
 
     def work(chunks: Iterable[Chunk]) -> dict[int, list[torch.Tensor]]:
@@ -130,7 +135,7 @@ def _look(group: Swept, chunk: Chunk, tensor: torch.Tensor, one: Guess) -> _Look
 
 
 def _settle(group: Swept, values: Values, which: Wanted, one: Guess, look: _Look) -> Cut | None:
-    """The cut, where the guess was right."""
+    """Returns the cut, or None if the guess was wrong."""
     import torch
 
     number, rank = which
@@ -150,7 +155,8 @@ def _settle(group: Swept, values: Values, which: Wanted, one: Guess, look: _Look
 
 
 def _stop(group: Swept, values: Values, number: int, threshold: float, kept: int, equal: Sequence[tuple[int, int]]) -> int:
-    """The element index behind the last that is kept of those equal to a threshold; ``equal`` counts them by grain."""
+    """Returns the element index after the last of the ``kept`` numbers equal to the threshold. ``equal`` counts such
+    numbers per grain."""
     if kept == sum(count for _, count in equal):
         return group.elems
     import torch
@@ -190,7 +196,7 @@ def _by_histograms(group: Swept, values: Values, wanted: Sequence[Wanted], signe
 
 
 def _narrow(group: Swept, values: Values, searches: dict[Wanted, Search], signed: bool) -> None:
-    """One round: a histogram for each tensor and each place where one of its searches has arrived."""
+    """Runs one round: one histogram for each tensor and each bin that one of its searches has reached."""
     places = {(number, s.shift, s.low) for (number, _), s in searches.items() if not s.done}
 
     def work(chunks: Iterable[Chunk]) -> dict[tuple[int, int, int], torch.Tensor]:
@@ -215,7 +221,7 @@ def _narrow(group: Swept, values: Values, searches: dict[Wanted, Search], signed
 
 
 def _equal(group: Swept, values: Values, thresholds: dict[Wanted, float]) -> dict[Wanted, list[tuple[int, int]]]:
-    """How many numbers of each grain equal a threshold, with where the grain begins."""
+    """Counts the numbers equal to each threshold, per grain, as (first element of the grain, count)."""
     import torch
 
     def work(chunks: Iterable[Chunk]) -> dict[Wanted, list[tuple[int, int]]]:

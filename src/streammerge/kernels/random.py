@@ -1,9 +1,9 @@
 """Uniform random numbers that depend on (seed, tensor name, model, element index) only.
 
-Counter-based, so that no chunk, worker or order can change them: an element's number is a keyed hash of its index.
-Each grain has a key of its own, a BLAKE2b digest; within it the counter goes through two rounds of MurmurHash3's
-32-bit finalizer, each after a part of the key. This is of the same kind as the generators of Salmon et al., *Parallel
-random numbers: as easy as 1, 2, 3*, 2011, in the few vectorised integer operations that torch has.
+The generator is counter-based: each number is a keyed hash of its element index, so chunks, workers and order cannot
+change it. Each grain has its own key, a BLAKE2b digest. Within a grain, the counter passes twice through MurmurHash3's
+32-bit finalizer, each time after a xor with half of the key. Generators of this kind are described by Salmon et al.,
+*Parallel random numbers: as easy as 1, 2, 3*, 2011; this one uses the few vectorised integer operations of torch.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from streammerge.tensors.spec import GRAIN
 if TYPE_CHECKING:
     import torch
 
-_BITS = 24  # what a float32 in [0, 1) can hold evenly
+_BITS = 24  # float32 holds 24 bits of [0, 1) evenly
 
 
 def uniform(seed: int, name: str, model: int, start: int, out: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
-    """Fills float32 ``out`` with the numbers in [0, 1) of elements ``start`` and on; ``scratch`` is int32 of its size."""
+    """Fills float32 ``out`` with numbers in [0, 1) for the elements from ``start``. ``scratch`` is int32 of the same
+    size."""
     import torch
 
     work, shifted = scratch, out.view(torch.int32)
@@ -39,7 +40,7 @@ def uniform(seed: int, name: str, model: int, start: int, out: torch.Tensor, scr
     for part, key in keys:
         part.bitwise_xor_(key)
     _mix(work, shifted)
-    work.copy_(_shift(work, 32 - _BITS, shifted))  # ``shifted`` lies over ``out``, which is written now
+    work.copy_(_shift(work, 32 - _BITS, shifted))  # ``shifted`` shares the memory of ``out``, which is overwritten next
     return out.copy_(work).mul_(2.0**-_BITS)
 
 
@@ -55,14 +56,14 @@ def _int32(octets: bytes) -> int:
 
 
 def _shift(values: torch.Tensor, bits: int, out: torch.Tensor) -> torch.Tensor:
-    """Logical shift to the right; torch's own keeps the sign."""
+    """Shifts to the right and fills with zeros; torch's own shift keeps the sign."""
     import torch
 
     return torch.bitwise_right_shift(values, bits, out=out).bitwise_and_((1 << (32 - bits)) - 1)
 
 
 def _mix(values: torch.Tensor, scratch: torch.Tensor) -> None:
-    """MurmurHash3's finalizer, in place."""
+    """Applies MurmurHash3's finalizer in place."""
     values.bitwise_xor_(_shift(values, 16, scratch)).mul_(_signed(0x85EBCA6B))
     values.bitwise_xor_(_shift(values, 13, scratch)).mul_(_signed(0xC2B2AE35))
     values.bitwise_xor_(_shift(values, 16, scratch))

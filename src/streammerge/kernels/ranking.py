@@ -1,9 +1,9 @@
-"""The exact k-th largest of a stream of numbers. Numerics only; no I/O.
+"""The exact k-th largest number of a stream. Numerics only; no I/O.
 
-Two ways, one mostly enough and one that cannot fail. A small sample tells nearly where the k-th largest is, so that
-one look at all numbers settles it: it counts those above, and collects those near. Or: a float's bits, the sign taken
-into account, are an integer of the same order, its *key*. A histogram over all keys tells in which bin the k-th
-largest lies, another over that bin where within it, until the key is known whole.
+Two searches. The first is usually enough: a small sample gives a narrow bracket for the k-th largest. One pass then
+counts the numbers above the bracket and collects those inside it. The second always works: the bits of a float,
+adjusted for the sign, are an integer of the same order, its *key*. A histogram over all keys finds the bin of the k-th
+largest, a second one over that bin finds the place inside it, and so on until all bits of the key are known.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _BIN_BITS = 16
 BINS = 1 << _BIN_BITS
 _HISTOGRAM_BYTES = 8 * (BINS + 2)
 _COLLECTED_BYTES = 12
-"""Of a number that is collected, and its place."""
+"""Bytes per collected number, with its place."""
 _MOST_HELD_BYTES = 32 << 20
 _SIGMAS = 3.5
 _FEW = 3
@@ -29,12 +29,12 @@ _BLOCK = 8
 
 
 def sample_elems(count: int) -> int:
-    """How large a sample of so many numbers should be."""
+    """Returns the size of a sample of ``count`` numbers."""
     return min(max(count >> 8, 1 << 16), 1 << 20)
 
 
 def held_bytes(count: int, searches: int) -> int:
-    """The most that so many searches among ``count`` numbers hold: samples, histograms, what is collected."""
+    """Returns the most bytes that ``searches`` among ``count`` numbers hold: samples, histograms, collected numbers."""
     if not searches:
         return 0
     collected = min(2 * _COLLECTED_BYTES * max(int(count * _MOST_COLLECTED), 1 << 13) * searches, _MOST_HELD_BYTES)
@@ -43,8 +43,8 @@ def held_bytes(count: int, searches: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Guess:
-    """That the k-th largest lies from ``low`` to ``high``, where ``share`` of all numbers are; ``candidates``: that it
-    is one of these few, frequent ones."""
+    """Bracket for the k-th largest: it lies in [low, high], which holds this share of all numbers. ``candidates``: the
+    few frequent numbers that it is one of."""
 
     low: float
     high: float
@@ -53,13 +53,14 @@ class Guess:
 
 
 def affordable(guesses: Sequence[Guess], count: int) -> bool:
-    """Whether what is to be collected among so many numbers may be held at once."""
+    """Whether the numbers to collect, out of ``count``, fit in memory at once."""
     collected = sum(guess.share for guess in guesses if not guess.candidates) * count
     return 2 * _COLLECTED_BYTES * collected <= _MOST_HELD_BYTES
 
 
 def guess(sample: torch.Tensor, rank: int, count: int) -> Guess | None:
-    """Where the ``rank``-th largest of ``count`` numbers lies, judging by a sample; None where that is no help."""
+    """Estimates the bracket of the ``rank``-th largest of ``count`` numbers from a sample; None if the bracket is too
+    wide."""
     import torch
 
     size, share = len(sample), rank / count
@@ -76,18 +77,18 @@ def guess(sample: torch.Tensor, rank: int, count: int) -> Guess | None:
 
 
 def count_above(values: torch.Tensor, limit: float, scratch: torch.Tensor) -> int:
-    """How many are larger than ``limit``; NaN is."""
+    """Counts the numbers larger than ``limit``. NaN counts as larger."""
     import torch
 
-    exact = None if len(values) < 1 << 24 else torch.float64  # ones are counted in float32, up to 2^24
+    exact = None if len(values) < 1 << 24 else torch.float64  # float32 sums of ones are exact up to 2^24
     return len(values) - int(torch.le(values, limit, out=scratch).sum(dtype=exact))
 
 
 def inside(values: torch.Tensor, low: float, high: float, scratch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The numbers from ``low`` to ``high`` and their places; fast where they are few."""
+    """Returns the numbers in [low, high] and their places. Fast if they are few."""
     import torch
 
-    # Picking numbers one by one is slow, so first by columns of a few: those that have one near enough, or a NaN.
+    # Selecting single numbers is slow. First select columns of a few numbers that have one near the bracket, or a NaN.
     columns = len(values) // _BLOCK
     table = values[: _BLOCK * columns].view(_BLOCK, columns)
     if not columns or low == -high == -math.inf:
@@ -98,7 +99,7 @@ def inside(values: torch.Tensor, low: float, high: float, scratch: torch.Tensor)
         far = table.amin(0) > high
     else:
         distance = torch.sub(table, (low + high) / 2, out=scratch[: table.numel()].view_as(table)).abs_()
-        # The middle is rounded, by as much as numbers of that size are apart.
+        # The middle is rounded by up to the distance of neighbouring floats.
         slack = torch.finfo(values.dtype).eps * max(abs(low), abs(high))
         far = distance.amin(0) > (high - low) * 0.51 + slack
     column = far.logical_not_().nonzero()[:, 0]
@@ -111,8 +112,8 @@ def inside(values: torch.Tensor, low: float, high: float, scratch: torch.Tensor)
 
 
 def sort_keys(values: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Integers in the order of ``values``, float32 or float64; NaN without a sign is the largest. ``out`` is an
-    integer tensor of their width."""
+    """Returns integers in the order of ``values`` (float32 or float64); NaN without a sign is the largest. ``out`` is
+    an integer tensor of the same width."""
     import torch
 
     bits = values.view(out.dtype)
@@ -121,12 +122,12 @@ def sort_keys(values: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 
 
 def histogram(keys: torch.Tensor, shift: int, low: int, scratch: torch.Tensor) -> torch.Tensor:
-    """How many keys lie in each of the 65536 bins from ``low``, seen by their bits from ``shift`` up."""
+    """Counts the keys in each of the 65536 bins from ``low``; the bin of a key is given by its bits from ``shift`` up."""
     import torch
 
-    # Two bins more, for what lies below and above, cost less than picking out what lies inside.
+    # Two more bins, for keys below and above, cost less than selecting the keys inside.
     places = torch.bitwise_right_shift(keys, shift, out=scratch) if shift else keys
-    # Subtracting first could wrap around; a clamp cannot.
+    # Clamp first: a subtraction could wrap around.
     least, most = max(low - 1, torch.iinfo(keys.dtype).min), min(low + BINS, torch.iinfo(keys.dtype).max)
     places = torch.clamp(places, least, most, out=scratch).sub_(least)
     first = low - least
@@ -135,8 +136,11 @@ def histogram(keys: torch.Tensor, shift: int, low: int, scratch: torch.Tensor) -
 
 @dataclass(slots=True)
 class Search:
-    """The search for the ``rank``-th largest by histograms: among keys of which the bits from ``shift`` up are those of
-    ``low`` + one of 65536; ``above`` numbers are larger than all of these. ``equal`` are in the bin found last."""
+    """The search for the ``rank``-th largest by histograms.
+
+    The keys still searched are those whose bits from ``shift`` up equal ``low`` + n, with n below 65536. ``above``
+    numbers are larger than all of them. ``equal`` numbers are in the bin found last.
+    """
 
     rank: int
     bits: int
@@ -147,11 +151,11 @@ class Search:
 
     @classmethod
     def of(cls, rank: int, bits: int) -> Search:
-        """A search for the ``rank``-th largest (1 is the largest) among floats of 32 or 64 bits."""
+        """Starts a search for the ``rank``-th largest (1 is the largest) among floats of 32 or 64 bits."""
         return cls(rank, bits, bits - _BIN_BITS, -(BINS >> 1))
 
     def narrow(self, counts: torch.Tensor) -> None:
-        """Takes in the counts of this round's bins."""
+        """Narrows the search by the counts of this round's bins."""
         from_top = counts.flip(0).cumsum(0)
         at = int((from_top < self.rank - self.above).sum())
         self.equal = int(counts[BINS - 1 - at])
@@ -167,7 +171,7 @@ class Search:
 
     @property
     def threshold(self) -> float:
-        """The number searched for, once done."""
+        """The number that was searched for; valid once ``done``."""
         import torch
 
         wide = self.bits == 64
@@ -178,7 +182,7 @@ class Search:
 @dataclass(frozen=True, slots=True)
 class Cut:
     """The ``rank`` largest of a tensor's numbers: those above ``threshold``, and those equal to it with an element
-    index below ``stop``. ``everything`` and nothing (a rank of 0) are cuts too."""
+    index below ``stop``. A cut may also keep ``everything``, or nothing (rank 0)."""
 
     rank: int
     threshold: float = float("inf")
@@ -186,15 +190,15 @@ class Cut:
     everything: bool = False
 
     def keep(self, values: torch.Tensor, start: int) -> torch.Tensor:
-        """``values`` of elements ``start`` and on, in place: zero where the magnitude is outside the cut, which must
-        be one of magnitudes. NaN stays NaN."""
+        """Sets numbers outside the cut to zero, in place; ``values`` are the elements from ``start``. The cut must be
+        one of magnitudes. NaN stays NaN."""
         import torch
 
         if self.everything:
             return values
-        if math.isnan(self.threshold):  # there are as many NaN as are to be kept
+        if math.isnan(self.threshold):  # there are at least as many NaN as the cut keeps
             return torch.hardshrink(values, math.inf, out=values)
-        # hardshrink keeps what is strictly larger than its limit, so a limit just below the threshold keeps it too
+        # hardshrink keeps numbers strictly above its limit; a limit just below the threshold also keeps the threshold
         edge = min(max(self.stop - start, 0), len(values))
         for part, limit in ((values[:edge], _just_below(self.threshold, values.dtype)), (values[edge:], self.threshold)):
             if len(part) and limit >= 0:
@@ -209,7 +213,7 @@ def _just_below(value: float, dtype: torch.dtype) -> float:
 
 
 def row_ranks(values: torch.Tensor, dim: int) -> torch.Tensor:
-    """The place, from 0 for the smallest, of each number along ``dim``; of equal ones the first counts as the larger."""
+    """Returns the rank of each number along ``dim``, 0 for the smallest. Among equal numbers the first ranks higher."""
     import torch
 
     order = values.argsort(dim=dim, descending=True, stable=True)

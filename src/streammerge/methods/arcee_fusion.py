@@ -1,4 +1,4 @@
-"""Arcee Fusion: takes from the other model only the changes that stand out."""
+"""Arcee Fusion: takes only the changes of the other model that stand out."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     searches=3,
 )
 def arcee_fusion(group: TensorGroup) -> Kernel:
-    r"""Adds to the base the changes of which the importance is far above the median.
+    r"""Adds to the base the changes whose importance is far above the median.
 
     .. math:: y = b + (x - b) \odot \big[\,s \ge \operatorname{median}(s) + 1.5\,(Q_3 - Q_1)\,\big], \qquad
               s = |x - b|\; \mathrm{KL}\big(\operatorname{softmax}(x) \,\|\, \operatorname{softmax}(b)\big)
 
-    with softmax (plus 1e-8) and KL along the last dimension, quartiles over the whole tensor, the element at
+    Softmax (plus 1e-8) and KL run along the last dimension. Quartiles are over the whole tensor; each is the element at
     :math:`\lfloor q\,(n - 1) \rfloor` of the sorted ones. Arcee AI, *mergekit v0.1 release*, 2025. One model and the
     base; one row is held at a time.
 
-    Edge cases: identical models give the base; a 0-d tensor is a row of one, whose divergence is 0, so that all its
-    importances equal the threshold and the model's number is taken. Deviation from mergekit: quartiles of tensors above
-    a million elements are exact, instead of those of a random sample.
+    Edge cases: identical models give the base. A 0-d tensor is a row of one element, with divergence 0: its importance
+    equals the threshold, so the model's number is taken. Deviation from mergekit: quartiles of tensors above a million
+    elements are exact; mergekit takes those of a random sample.
     """
     n = group.elems
     ranks = [n - int(q * (n - 1)) for q in (0.25, 0.5, 0.75)]

@@ -1,7 +1,7 @@
-"""What a merge method asks for, checked before any of them runs.
+"""Contracts of merge methods, checked before any method runs.
 
-The signature is the schema: a method's parameters, their kinds and defaults are its keyword-only arguments, its page is
-its docstring. Importing a method does not import torch, so that plans are made without it.
+The signature is the schema: the keyword-only arguments of a method are its parameters, with their kinds and defaults.
+Its docstring is its page. Importing a method does not import torch, so plans are made without torch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Function = TypeVar("Function", bound=Callable[..., Kernel])
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """One parameter. ``kind`` is float, int, bool or any; ``per_model`` says that each model has its own."""
+    """One parameter. ``kind`` is float, int, bool or any; ``per_model``: each model has its own value."""
 
     name: str
     kind: str
@@ -39,7 +39,8 @@ class Parameter:
         return self.default is inspect.Parameter.empty
 
     def parse(self, value: Any, models: int) -> Any:
-        """The value as the method takes it; RecipeError for one that it cannot be."""
+        """Converts a value to the parameter's kind, one per model if ``per_model``. Raises RecipeError if it is not
+        valid."""
         if not self.per_model:
             return self.parse_one(value)
         if isinstance(value, str) or not isinstance(value, Iterable):
@@ -77,14 +78,14 @@ class Parameter:
 class MergeMethod:
     """A method and its contract.
 
-    ``models``: the least and most it takes, base not counted. ``base``: "required", "optional", "model" when a base
-    is one model more, or "unused". ``row(shape, values)``: how many elements belong together. ``passes``: whether it
-    looks at the group before it makes its kernel. ``pointwise``: whether each number follows from the models' at its
-    place alone, not from the tensor's name, shape or other numbers, so that short tensors may be computed together.
-    ``buffers``: chunk-long rows of numbers that it holds at once, torch's temporaries included, and
-    ``buffers_per_model`` more for each model; ``searches``: ranks that it looks for at once, per model.
-    ``row_buffers``: rows of float64 that its passes hold. ``compute``: the dtype it computes in unless the recipe says
-    otherwise. ``check(values)`` raises RecipeError.
+    ``models``: the least and the most models, without the base. ``base``: "required", "optional", "model" (a base is
+    one more model), or "unused". ``row(shape, values)``: how many elements belong together. ``passes``: whether the
+    method reads the group before it makes its kernel. ``pointwise``: whether each number depends only on the models'
+    numbers at the same place, not on the name, the shape or other numbers; short tensors may then be computed together.
+    ``buffers``: how many chunk-long buffers the method holds at once, torch's temporaries included;
+    ``buffers_per_model``: how many more for each model. ``searches``: how many ranks it searches at once, per model.
+    ``row_buffers``: how many float64 rows its passes hold. ``compute``: the dtype of the arithmetic, unless the recipe
+    gives one. ``check(values)`` raises RecipeError.
     """
 
     name: str
@@ -104,12 +105,12 @@ class MergeMethod:
 
     @cached_property
     def parameters(self) -> dict[str, Parameter]:
-        """By their names in recipes: ``lambda`` is ``lambda_`` in Python."""
+        """Parameters by their names in recipes; ``lambda`` is ``lambda_`` in Python."""
         return {parameter.name: parameter for parameter in _parameters(self.function)}
 
     @property
     def takes_base(self) -> bool:
-        """Whether it is given the base apart from the models."""
+        """Whether the method gets the base separately from the models."""
         return self.base in ("required", "optional")
 
     @property
@@ -128,7 +129,7 @@ class MergeMethod:
         return max(self.row(shape, values), 1) if self.row else 1
 
     def resolve(self, given: Mapping[str, Any], models: int) -> Values:
-        """All parameters for so many models, defaults filled in. Raises RecipeError."""
+        """Returns all parameters for this many models, with defaults filled in. Raises RecipeError."""
         self.check_models(models)
         for name in given:
             if name.rstrip("_") not in self.parameters:
@@ -146,7 +147,7 @@ class MergeMethod:
         return values
 
     def check_models(self, models: int) -> None:
-        """RecipeError for a number of models, base not counted, that the method does not take."""
+        """Raises RecipeError if the method does not take this many models, without the base."""
         least, most = self.models
         if models < least or (most is not None and models > most):
             count = f"exactly {least}" if most == least else f"at least {least}" if most is None else f"{least} to {most}"
@@ -159,22 +160,23 @@ class MergeMethod:
         return f"{self.name} needs the parameter {name}; give it with -p {name}=VALUE, or under parameters in a recipe"
 
     def hint(self, name: str) -> str:
-        """What may have been meant by a parameter that the method does not have."""
+        """Suggests a parameter in place of one that the method does not have."""
         near = difflib.get_close_matches(name, self.parameters, n=1)
         if near:
             return f"did you mean {near[0]}?"
         return f"it has {', '.join(self.parameters)}" if self.parameters else "it has none"
 
     def bind(self, group: TensorGroup, values: Values) -> Kernel:
-        """The kernel for a group of tensors; this is where the passes run."""
+        """Makes the kernel for a group of tensors. The passes run here."""
         return self.function(group, **{_IN_PYTHON.get(name, name): value for name, value in values.items()})
 
 
 def merge_method(name: str, **contract: Any) -> Callable[[Function], Function]:
-    """Makes a function a merge method: from a :class:`TensorGroup` and keyword-only parameters to a kernel.
+    """Makes a function a merge method. It takes a :class:`TensorGroup` and keyword-only parameters, and returns a
+    kernel.
 
-    The keywords are the fields of :class:`MergeMethod`; without them a method takes any number of models and maybe a
-    base.
+    The keywords are the fields of :class:`MergeMethod`. Without them a method takes any number of models, and
+    optionally a base.
 
     >>> @merge_method("midrange", models=(2, None), passes=False)
     ... def midrange(group, *, pull: float = 0.5):
@@ -202,7 +204,7 @@ def _parameters(function: Callable[..., Kernel]) -> list[Parameter]:
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
             continue
         text = parameter.annotation if isinstance(parameter.annotation, str) else str(parameter.annotation)
-        if parameter.annotation is parameter.empty:  # a user's own, without types: as its default is
+        if parameter.annotation is parameter.empty:  # a user's function without types: the kind of the default
             text = type(parameter.default).__name__
         words = re.findall(r"\w+", re.sub(r"'[^']*'|\"[^\"]*\"", "", text))
         per_model = not {"PerModel", "Sequence", "list", "tuple"}.isdisjoint(words) and "str" not in words
@@ -212,7 +214,7 @@ def _parameters(function: Callable[..., Kernel]) -> list[Parameter]:
 
 
 def _number_if_it_is(value: Any) -> Any:
-    """What the command line gives as text, as a number where it is one."""
+    """Converts text from the command line to a number where possible."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -231,6 +233,6 @@ def _boolean(name: str, value: Any) -> bool:
 
 
 def sums_to_something(numbers: Sequence[float]) -> bool:
-    """Whether numbers can be divided by their sum: it is finite, and not just the rounding error of its terms."""
+    """Whether numbers can be divided by their sum: it is finite, and larger than the rounding error of its terms."""
     total = sum(numbers)
     return math.isfinite(total) and abs(total) > 1e-12 * max(map(abs, numbers), default=0.0)

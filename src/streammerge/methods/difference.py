@@ -1,4 +1,4 @@
-"""Differences: what one model learned, or only what another did not, added to a model."""
+"""Methods that add to a model the difference between other models."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def train_difference(group: TensorGroup, *, alpha: float = 1.0) -> Kernel:
 
     .. math:: y = x_0 + 1.8\,\alpha\, \frac{|x_1 - x_0|}{|x_1 - x_0| + |x_1 - b|}\, (x_1 - b)
 
-    SuperMerger's "train difference", with sd-mecha's ``train_difference_mask``: the share is largest where the first
-    model lacks what the second has. Any shape. Edge case: 0 / 0, where all three are equal, adds nothing.
+    SuperMerger's "train difference", with sd-mecha's ``train_difference_mask``: the share is largest where the second
+    model differs most from the first. Any shape. Edge case: where all three are equal (0 / 0), nothing is added.
     """
 
     def kernel(chunk: Chunk) -> torch.Tensor:
@@ -51,12 +51,12 @@ def train_difference(group: TensorGroup, *, alpha: float = 1.0) -> Kernel:
 
 @merge_method("perpendicular_component", models=(2, 2), base="unused", buffers=4, compute="float64")
 def perpendicular_component(group: TensorGroup) -> Kernel:
-    r"""The part of the second model that is perpendicular to the first.
+    r"""Returns the part of the second model that is perpendicular to the first.
 
     .. math:: y = x_1 - \frac{\langle x_0, x_1 \rangle}{\|x_0\|^2}\, x_0
 
     Each tensor is one vector. As sd-mecha's ``perpendicular_component``. Edge case: zeros where the first model's
-    tensor is zero, as there.
+    tensor is zero, as in sd-mecha.
     """
     (aa, _), (ab, _) = group.gram().tolist()
     return combination([-ab / aa, 1.0] if aa != 0 else [0.0, 0.0])
@@ -66,11 +66,12 @@ def perpendicular_component(group: TensorGroup) -> Kernel:
 def add_perpendicular(group: TensorGroup, *, alpha: float = 1.0) -> Kernel:
     r"""Adds to the first model the part of the second's change perpendicular to its own.
 
-    .. math:: y = x_0 + \alpha \Big(\delta_1 - \frac{\langle \delta_0, \delta_1 \rangle}{\|\delta_0\|^2}\, \delta_0\Big),
+    .. math:: y = x_0 + \alpha \Big(\delta_1 - \frac{\langle \delta_0, \delta_1 \rangle}{\|\delta_0\|^2}\,
+    \delta_0\Big),
               \qquad \delta_i = x_i - b
 
-    As sd-mecha's ``add_perpendicular``. Each tensor is one vector. Edge case: where the first model equals the base
-    nothing is added, as there.
+    As sd-mecha's ``add_perpendicular``. Each tensor is one vector. Edge case: where the first model equals the base,
+    nothing is added, as in sd-mecha.
     """
     (aa, _), (ab, _) = group.gram(deltas=True).tolist()
     if aa == 0:

@@ -1,4 +1,4 @@
-"""What is not averaged: a model taken as it is, and tensors of integers, booleans and packed values."""
+"""Methods without averaging: a model taken unchanged, and tensors of integers, booleans and packed values."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 
 @merge_method("copy", models=(1, 1), base="unused", passes=False, pointwise=True, buffers=0)
 def copy(group: TensorGroup) -> Kernel:
-    """The only model's numbers, as they are.
+    """Returns the only model's numbers, unchanged.
 
-    Any shape and dtype, integers and packed values too; recast on the way out where the output has another dtype, else
-    copied byte by byte without any arithmetic.
+    Any shape and dtype, integers and packed values too. The numbers are recast if the output has another dtype;
+    otherwise the bytes are copied without any arithmetic.
     """
     return lambda chunk: chunk.raw(0)
 
 
 @merge_method("passthrough", models=(1, 1), base="unused", passes=False, pointwise=True, buffers=1, compute="float64")
 def passthrough(group: TensorGroup, *, scale: PerModel | None = None) -> Kernel:
-    r"""The only model's numbers, times ``scale`` where one is given.
+    r"""Returns the only model's numbers, times ``scale`` if one is given.
 
     .. math:: y = s\, x
 
-    mergekit's ``passthrough``, by which models are stacked from slices of others. Any shape.
+    mergekit's ``passthrough``, which stacks a model from slices of others. Any shape.
     """
     factor = scale[0] if scale else None
     return lambda chunk: chunk.load(0) if factor is None else chunk.load(0).mul_(factor)
@@ -37,10 +37,10 @@ def passthrough(group: TensorGroup, *, scale: PerModel | None = None) -> Kernel:
 
 @merge_method("integers", base="unused", passes=False, buffers=4, listed=False)
 def integers(group: TensorGroup, *, policy: str = "error") -> Kernel:
-    """Tensors that must not be averaged: equal everywhere, or settled by ``policy``.
+    """Settles tensors that must not be averaged by ``policy``; equal ones stay as they are.
 
-    "error" raises MismatchError where models differ; "first" and "last" take that model's; "max" the elementwise
-    largest, which suits counters such as ``num_batches_tracked``. The dtype is kept.
+    "error" raises MismatchError where models differ. "first" and "last" take that model's values. "max" takes the
+    elementwise largest, which suits counters such as ``num_batches_tracked``. The dtype is kept.
     """
 
     def kernel(chunk: Chunk) -> torch.Tensor:
@@ -71,7 +71,7 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 def _larger(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     import torch
 
-    if a.dtype == torch.uint64:  # torch compares no uint64; flipping the top bit makes the signed order the same
+    if a.dtype == torch.uint64:  # torch cannot compare uint64; flipping the top bit makes the signed order the same
         flip = torch.iinfo(torch.int64).min
         return torch.maximum(a.view(torch.int64) ^ flip, b.view(torch.int64) ^ flip).bitwise_xor_(flip).view(torch.uint64)
     if a.dtype in (torch.uint16, torch.uint32):

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def combination(weights: Sequence[float], of_base: float = 0.0, divisor: float = 1.0) -> Kernel:
-    r"""The kernel of :math:`(w_0 b + \sum_i w_i x_i) / d`, summed in the order of the models."""
+    r"""Returns the kernel of :math:`(w_0 b + \sum_i w_i x_i) / d`, summed in the order of the models."""
 
     def kernel(chunk: Chunk) -> torch.Tensor:
         total = scaled(chunk.load(0, "total"), weights[0])
         for model, w in enumerate(weights[1:], start=1):
-            # Not add_(alpha=w): torch fuses that on some machines only, and fused sums have other last bits.
+            # Not add_(alpha=w): torch fuses it on some machines only, and fused sums differ in their last bits.
             total.add_(scaled(chunk.load(model), w))
         if of_base:
             total.add_(scaled(chunk.base, of_base))
@@ -30,17 +30,17 @@ def combination(weights: Sequence[float], of_base: float = 0.0, divisor: float =
 
 
 def scaled(values: torch.Tensor, factor: float) -> torch.Tensor:
-    """The values times the factor, in place; untouched for 1."""
+    """Multiplies the values by the factor, in place. A factor of 1 leaves them untouched."""
     return values if factor == 1 else values.mul_(factor)
 
 
 def check_normal(values: Values) -> None:
-    """RecipeError for weights that are to be divided by their sum, which is zero."""
+    """Raises RecipeError for weights that are to be normalised but sum to zero."""
     if values["normalize"] and not sums_to_something(values["weight"]):
         raise RecipeError("the weights sum to zero, so they cannot be normalised; pass --no-normalize to use them as given")
 
 
-# A running sum costs no more in float64, and is then the exact mean rounded once.
+# A running sum costs no more in float64, and its result is then the exact mean rounded once.
 @merge_method("linear", base="unused", passes=False, pointwise=True, buffers=2, compute="float64", check=check_normal)
 def linear(group: TensorGroup, *, weight: PerModel = (1.0,), normalize: bool = True) -> Kernel:
     r"""Weighted mean of the models.
@@ -78,8 +78,8 @@ def weighted_sum(group: TensorGroup, *, alpha: float = 0.5) -> Kernel:
 
     .. math:: y = (1 - \alpha)\, x_0 + \alpha\, x_1
 
-    The "weighted sum" of the image-model mergers; as sd-mecha's ``weighted_sum``. Any shape. ``alpha`` may leave [0,
-    1], which extrapolates; 0 and 1 give that model's numbers.
+    The "weighted sum" of the image-model mergers; as sd-mecha's ``weighted_sum``. Any shape. ``alpha`` outside [0, 1]
+    extrapolates; 0 gives the first model's numbers, 1 the second's.
     """
     return combination([1 - alpha, alpha])
 
@@ -95,9 +95,9 @@ def ema(group: TensorGroup, *, decay: float = 0.9) -> Kernel:
 
     .. math:: m_0 = x_0, \quad m_i = d\, m_{i-1} + (1 - d)\, x_i, \quad y = m_{N-1}
 
-    which is the weighted sum with :math:`w_0 = d^{N-1}` and :math:`w_i = (1 - d)\, d^{N-1-i}`. Polyak averaging as
-    trainers do it, over saved checkpoints instead of steps; Morales-Brotons et al., *Exponential moving average of
-    weights in deep learning*, 2024 (arXiv:2411.18704).
+    This equals the weighted sum with :math:`w_0 = d^{N-1}` and :math:`w_i = (1 - d)\, d^{N-1-i}`. Polyak averaging, as
+    trainers do over steps, but over saved checkpoints. Morales-Brotons et al., *Exponential moving average of weights in
+    deep learning*, 2024 (arXiv:2411.18704).
 
     Any shape, one model or more. ``decay`` in [0, 1); 0 gives the last model. The weights sum to 1.
     """

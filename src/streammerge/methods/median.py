@@ -1,4 +1,4 @@
-"""Means that no single model can spoil, and a limit to what the others span."""
+"""Medians, which a single bad model cannot spoil, and a clamp to the range of the other models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @merge_method("median", base="unused", passes=False, pointwise=True, buffers=6, buffers_per_model=5)
 def median(group: TensorGroup) -> Kernel:
-    r"""Elementwise median of the models; of an even number the mean of the middle two.
+    r"""Elementwise median of the models; for an even number, the mean of the middle two.
 
     .. math:: y_i = \operatorname{median}(x_{0,i}, \ldots, x_{N-1,i})
 
@@ -26,7 +26,7 @@ def median(group: TensorGroup) -> Kernel:
     def kernel(chunk: Chunk) -> torch.Tensor:
         import torch
 
-        ordered = torch.stack(chunk.models).sort(dim=0).values  # NaN comes last
+        ordered = torch.stack(chunk.models).sort(dim=0).values  # sort puts NaN last
         low, high = ordered[(group.models - 1) // 2], ordered[group.models // 2]
         return low.add(high).div_(2).masked_fill_(ordered[-1].isnan(), torch.nan)
 
@@ -40,21 +40,21 @@ def _check_eps(values: Values) -> None:
 
 @merge_method("geometric_median", base="unused", buffers=4, compute="float64", check=_check_eps)
 def geometric_median(group: TensorGroup, *, eps: float = 1e-6, max_iter: int = 100, tol: float = 1e-12) -> Kernel:
-    r"""The point with the smallest sum of distances to the models; each tensor is one point.
+    r"""Point with the smallest sum of distances to the models; each tensor is one point.
 
     .. math:: y = \arg\min_z \sum_i \|z - x_i\|, \qquad
               z \leftarrow \frac{\sum_i x_i / \max(\|z - x_i\|, \epsilon)}{\sum_i 1 / \max(\|z - x_i\|, \epsilon)}
 
     Weiszfeld, *Sur le point pour lequel la somme des distances de n points donnés est minimum*, 1937. z is always a
-    weighted mean of the models, so that one pass for their inner products is enough and the iterations work on the
-    weights. From the mean, at most ``max_iter`` times, until no weight moves by more than ``tol``. As sd-mecha's
-    ``geometric_median``. One model or more.
+    weighted mean of the models, so one pass for their inner products is enough, and the iterations work on the weights.
+    They start at the mean and stop after ``max_iter`` steps, or when no weight moves by more than ``tol``. As
+    sd-mecha's ``geometric_median``. One model or more.
     """
     import torch
 
     n = group.models
     gram = group.gram()
-    # ||z - x_i||^2 of z = sum w_j x_j, as differences of the Gram matrix: of the squared distances between the models
+    # ||z - x_i||^2 for z = sum w_j x_j, from the squared distances between the models (which the Gram matrix gives)
     squared = gram.diagonal()[:, None] + gram.diagonal()[None, :] - 2 * gram
     weights = torch.full((n,), 1 / n, dtype=torch.float64)
     for _ in range(max_iter):
@@ -68,7 +68,7 @@ def geometric_median(group: TensorGroup, *, eps: float = 1e-6, max_iter: int = 1
 
 @merge_method("clamp", models=(2, None), base="unused", passes=False, pointwise=True, buffers=4)
 def clamp(group: TensorGroup) -> Kernel:
-    r"""The first model, limited to the range that the others span.
+    r"""Limits the first model to the range that the others span.
 
     .. math:: y = \min\big(\max(x_0,\, \min_{i > 0} x_i),\, \max_{i > 0} x_i\big)
 

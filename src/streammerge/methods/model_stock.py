@@ -1,4 +1,4 @@
-"""Model Stock: how far to go from the base to the models' mean, from the angles between them."""
+"""Model Stock: a point between the base and the models' mean, chosen by the angles between the models."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def _row(shape: tuple[int, ...], values: Values) -> int:
 
 @merge_method("model_stock", models=(2, None), base="required", row=_row, buffers=8, buffers_per_model=1, compute="float64")
 def model_stock(group: TensorGroup, *, filter_wise: bool = False) -> Kernel:
-    r"""From the base towards the mean of the models, as far as their angles suggest.
+    r"""Moves from the base towards the mean of the models, as far as their angles suggest.
 
     .. math:: y = t\, \bar x + (1 - t)\, b, \qquad t = \frac{N c}{1 + (N - 1)\, c}
 
-    with c the mean over all pairs of :math:`\cos\theta_{ij} = \langle \delta_i, \delta_j \rangle / \max(\|\delta_i\|
-    \|\delta_j\|, 10^{-6})`, clamped to [-1, 1], and :math:`\delta_i = x_i - b`. Jang et al., *Model Stock: all we
-    need is just a few fine-tuned models*, 2024 (arXiv:2403.19522).
+    Here c is the mean over all pairs of :math:`\cos\theta_{ij} = \langle \delta_i, \delta_j \rangle / \max(\|\delta_i\|
+    \|\delta_j\|, 10^{-6})`, clamped to [-1, 1], and :math:`\delta_i = x_i - b`. Jang et al., *Model Stock: all we need
+    is just a few fine-tuned models*, 2024 (arXiv:2403.19522).
 
-    At least two models beside the base. Each tensor is one vector, or, with ``filter_wise``, each row along the last
-    dimension, a 1-d tensor being one row.
+    At least two models beside the base. Each tensor is one vector. With ``filter_wise``, each row along the last
+    dimension is one vector; a 1-d tensor is one row.
 
-    Edge cases: t may leave [0, 1]; where the denominator is smaller than 1e-6, which opposite models can do, the base
-    comes out; models equal to the base have cosine 0 and give it back.
+    Edge cases: t may leave [0, 1]. Where the denominator is smaller than 1e-6, as with opposite models, the result is
+    the base. Models equal to the base have cosine 0 and give the base.
     """
     n = group.models
     if not filter_wise:
@@ -52,7 +52,8 @@ def model_stock(group: TensorGroup, *, filter_wise: bool = False) -> Kernel:
 
 
 def _ratio(gram: Sequence[Sequence[torch.Tensor] | torch.Tensor], n: int) -> torch.Tensor:
-    """t, from the inner products ``gram[i][j]`` of the deltas, j up to i; for each row where these are of rows."""
+    """Returns t from the inner products ``gram[i][j]`` of the deltas, j <= i; one t per row if they are vectors over
+    rows."""
     import torch
 
     norms = [gram[i][i].sqrt() for i in range(n)]

@@ -1,4 +1,4 @@
-"""NearSwap: takes on what the other model has where it is near."""
+"""NearSwap: moves the base to the other model's numbers where the two are near."""
 
 from __future__ import annotations
 

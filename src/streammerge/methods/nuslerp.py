@@ -1,4 +1,4 @@
-"""Spherical interpolation by weights, of whole tensors, rows or columns, and of what two models differ from a base."""
+"""Spherical interpolation by weights: of whole tensors, rows or columns, optionally of differences from a base."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def _row(shape: tuple[int, ...], values: Values) -> int:
     if values["nuslerp_flatten"] or not shape:
         return 1
-    # Vectors along the first dimension are columns: a row of the tensor is one element of each.
+    # Vectors along the first dimension are columns: a row of the tensor has one element of each.
     return math.prod(shape[1:]) if values["nuslerp_row_wise"] and len(shape) > 1 else shape[-1]
 
 
@@ -31,12 +31,12 @@ def nuslerp(
     .. math:: y = \frac{\sin((1-t)\,\theta)}{\sin\theta}\, v_0 + \frac{\sin(t\,\theta)}{\sin\theta}\, v_1 \; (+\, b),
               \qquad v_m = x_m \;(-\, b), \quad t = \frac{w_1}{w_0 + w_1}
 
-    mergekit's NuSLERP; Shoemake, *Animating rotation with quaternion curves*, 1985. With a base, what the models differ
-    from it is interpolated. ``nuslerp_flatten`` (the default): each tensor is one vector; else its vectors lie along
-    the last dimension, or along the first with ``nuslerp_row_wise``.
+    mergekit's NuSLERP; Shoemake, *Animating rotation with quaternion curves*, 1985. With a base, the models'
+    differences from it are interpolated. ``nuslerp_flatten`` (the default): each tensor is one vector. Without it,
+    vectors lie along the last dimension, or along the first with ``nuslerp_row_wise``.
 
-    Edge cases: t is 0.5 where the weights sum to less than 1e-6; a line instead of an arc where
-    :math:`1 - \cos^2\theta \le 10^{-16}`; norms below 1e-7 count as 1e-7.
+    Edge cases: t is 0.5 where the weights sum to less than 1e-6. The interpolation is a straight line where :math:`1 -
+    \cos^2\theta \le 10^{-16}`. Norms below 1e-7 count as 1e-7.
     """
     total = sum(weight)
     t = 0.5 if abs(total) < 1e-6 else weight[1] / total
@@ -68,7 +68,7 @@ def nuslerp(
 
 
 def _coefficients(products: list[torch.Tensor] | torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the two vectors, from the inner products (00, 01, 11) of each pair."""
+    """Returns the coefficients of the two vectors, from the inner products (00, 01, 11) of each pair."""
     import torch
 
     n0, n1 = (products[i].sqrt().clamp(min=1e-7) for i in (0, 2))

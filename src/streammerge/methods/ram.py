@@ -1,4 +1,4 @@
-"""Reinforced Agent Merging: what only one model changed is kept whole, what several changed is averaged."""
+"""Reinforced Agent Merging: keeps changes of a single model whole, and averages changes of several."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ def ram(group: TensorGroup, *, epsilon: float = 1e-5) -> Kernel:
 
     .. math:: y = b + \frac{\sum_m a_m \delta_m}{\max(\sum_m a_m, 1)}, \qquad a_m = [\,|\delta_m| > \epsilon\,]
 
-    *Reinforced agent merging*, 2026 (arXiv:2601.13572). Any shape, any number of models. Edge cases: where no model
-    moved by more than ``epsilon``, and without models, the base comes out.
+    *Reinforced agent merging*, 2026 (arXiv:2601.13572). Any shape, any number of models. Edge cases: the result is the
+    base without models, and where no model moved by more than ``epsilon``.
     """
     return _merge(group, epsilon, [1.0] * group.models)
 
 
 @merge_method("ramplus_tl", models=(0, None), base="required", buffers=6, check=_check_epsilon)
 def ramplus_tl(group: TensorGroup, *, r: float = 0.1, alpha: float = 0.2, epsilon: float = 1e-5) -> Kernel:
-    r"""RAM, a model's unique changes enlarged the more of its changes are shared.
+    r"""RAM that enlarges a model's unique changes, more if more of its changes are shared.
 
     .. math:: y = b + \sum_m a_m \delta_m \Big(\lambda_m u + \frac{1 - u}{\sum_k a_k}\Big), \qquad
               u = [\textstyle\sum_k a_k = 1], \qquad \lambda_m = 1 + r\, \operatorname{clip}(\rho_m, 0, \alpha)
 
-    with :math:`a_m` as in ``ram`` and :math:`\rho_m` the number of the model's shared changes over that of its unique
-    ones (over ``epsilon`` where it has none), counted in each tensor: "tensor-local". *Reinforced agent merging*,
+    :math:`a_m` is as in ``ram``. :math:`\rho_m` is the number of the model's shared changes divided by that of its
+    unique ones (by ``epsilon`` where it has none), counted in each tensor: "tensor-local". *Reinforced agent merging*,
     2026 (arXiv:2601.13572). Any shape, any number of models. Deviation from mergekit: bfloat16 inputs do not give a
     float32 output.
     """
@@ -63,7 +63,7 @@ def ramplus_tl(group: TensorGroup, *, r: float = 0.1, alpha: float = 0.2, epsilo
 
 
 def _merge(group: TensorGroup, epsilon: float, factors: Sequence[float]) -> Kernel:
-    """The kernel; ``factors`` multiply each model's unique changes."""
+    """Returns the kernel; ``factors`` multiply each model's unique changes."""
 
     def kernel(chunk: Chunk) -> torch.Tensor:
         import torch
@@ -74,7 +74,7 @@ def _merge(group: TensorGroup, epsilon: float, factors: Sequence[float]) -> Kern
         for model, factor in enumerate(factors):
             delta = chunk.delta(model)
             delta.mul_(_active(delta, epsilon, chunk.empty("active")))
-            if factor != 1:  # the inverse of 1 where the change is unique, and there times the factor
+            if factor != 1:  # the inverse is 1 where the change is unique, and gets the factor there
                 delta.mul_(torch.mul(one, factor - 1, out=share).add_(1))
             mixed.add_(delta.mul_(inverse))
         return mixed.add_(chunk.base)
@@ -83,7 +83,7 @@ def _merge(group: TensorGroup, epsilon: float, factors: Sequence[float]) -> Kern
 
 
 def _count(chunk: Chunk, group: TensorGroup, epsilon: float) -> torch.Tensor:
-    """How many models changed each element."""
+    """Counts the models that changed each element."""
     count = chunk.zeros("count")
     for model in range(group.models):
         count.add_(_active(chunk.delta(model), epsilon, chunk.empty("active")))
@@ -91,7 +91,7 @@ def _count(chunk: Chunk, group: TensorGroup, epsilon: float) -> torch.Tensor:
 
 
 def _active(delta: torch.Tensor, epsilon: float, out: torch.Tensor) -> torch.Tensor:
-    """1 where a change is larger than epsilon, 0 elsewhere."""
+    """Returns 1 where a change is larger than epsilon, 0 elsewhere."""
     import torch
 
     return torch.gt(torch.abs(delta, out=out), epsilon, out=out)

@@ -1,4 +1,4 @@
-"""From a name, or a user's own function, to a merge method."""
+"""Lookup of merge methods by name, and of users' own functions."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ INTEGERS: MergeMethod = integers.contract  # type: ignore[attr-defined]
 
 @lru_cache(maxsize=1)
 def methods() -> dict[str, MergeMethod]:
-    """Every method that comes with the package, by name."""
+    """Returns the built-in methods by name."""
     found: dict[str, MergeMethod] = {}
     for module in MODULES:
         for value in vars(import_module(f"streammerge.methods.{module}")).values():
@@ -52,11 +52,12 @@ def methods() -> dict[str, MergeMethod]:
 
 
 def find_method(wanted: str | Callable[..., Kernel] | MergeMethod) -> MergeMethod:
-    """The method of that name, of ``package.module:function``, or that is a function itself. Raises RecipeError."""
+    """Returns the method of a name, of ``package.module:function``, or of a function. Raises RecipeError."""
     if isinstance(wanted, MergeMethod):
         return wanted
     if callable(wanted):
-        place = wanted if hasattr(wanted, "__qualname__") else type(wanted)  # a partial, or an object that can be called
+        # a partial, or a callable object, has no name of its own
+        place = wanted if hasattr(wanted, "__qualname__") else type(wanted)
         return _own(wanted, f"{place.__module__}:{place.__qualname__}")
     if not isinstance(wanted, str):
         raise RecipeError(f"a merge method is a name or a function, not {printable(wanted)}")
@@ -77,7 +78,7 @@ def merge_tensors(
     chunk_elems: int = GRAIN,
     **parameters: Any,
 ) -> torch.Tensor:
-    """Merges tensors in memory, to try a method: checked and computed as for files. Returns the compute dtype."""
+    """Merges tensors in memory, to try a method. Checks and computes as for files; returns the compute dtype."""
     import torch
 
     contract = find_method(method)
@@ -103,7 +104,7 @@ def _own(function: Callable[..., Kernel], name: str) -> MergeMethod:
     contract = getattr(function, "contract", None)
     if isinstance(contract, MergeMethod):
         return contract
-    # Nothing is known of it, so it is given room for a copy of each model and as much again.
+    # Its needs are unknown, so it gets room for a copy of each model and as much again.
     method = MergeMethod(name, function, buffers=8, buffers_per_model=2)
     try:
         _ = method.parameters
@@ -115,13 +116,13 @@ def _own(function: Callable[..., Kernel], name: str) -> MergeMethod:
 def _imported(place: str) -> Callable[..., Kernel]:
     module, _, name = place.partition(":")
     if "" not in sys.path:
-        sys.path.insert(0, "")  # a module beside the recipe, as for `python -m`
+        sys.path.insert(0, "")  # allow a module beside the recipe, as `python -m` does
     try:
         function = import_module(module)
         for part in name.split("."):
             function = getattr(function, part)
-    except Exception as error:  # whatever the user's own module raises
+    except Exception as error:  # the user's own module may raise anything
         raise RecipeError(f"--method {printable(place)} cannot be imported: {printable(error)}") from error
     if not callable(function):
-        raise RecipeError(f"--method {printable(place)} is no function")
+        raise RecipeError(f"--method {printable(place)} is not a function")
     return function

@@ -1,4 +1,4 @@
-"""SCE: select the elements that vary, calculate a weight for each model, erase the minority's signs."""
+"""SCE: selects elements that vary, calculates a weight for each model, erases the minority's signs."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def sce(group: TensorGroup, *, int8_mask: bool = False, select_topk: float = 1.0
     .. math:: y = b + \frac{\sum_m c_m\, w_m\, \delta'_m}{\max(\sum_m c_m\, w_m,\, 10^{-6})}, \qquad
               w_m \propto \operatorname{mean}(\delta_m'^2)
 
-    Select: :math:`\delta'` has the :math:`\lfloor topk \cdot n_{v \ne 0} \rfloor` elements with the largest
-    variance v over the models. Calculate: the weights sum to 1. Erase: :math:`c_m` is 1 where :math:`\delta'_m` has
-    the sign of :math:`\sum_k \delta'_k`, a zero sum counting as positive, else 0. Wan et al., *FuseChat: knowledge
-    fusion of chat models*, 2024 (arXiv:2408.07990).
+    Select: :math:`\delta'` has the :math:`\lfloor topk \cdot n_{v \ne 0} \rfloor` elements with the largest variance v
+    over the models. Calculate: the weights sum to 1. Erase: :math:`c_m` is 1 where :math:`\delta'_m` has the sign of
+    :math:`\sum_k \delta'_k`, else 0; a zero sum counts as positive. Wan et al., *FuseChat: knowledge fusion of chat
+    models*, 2024 (arXiv:2408.07990).
 
-    Any shape, any number of models. ``int8_mask`` is taken and changes nothing. Edge cases: where nothing varies or
-    is selected, and without models, the base comes out. Deviations from mergekit: equal weights only where all
-    energies are zero, and not already where they sum to less than 1e-6, as those of ordinary fine-tunes do
-    (``uniform_below=1e-6`` is mergekit's rule); of equal variances those with the lowest index are selected.
+    Any shape, any number of models. ``int8_mask`` is accepted and changes nothing. Edge cases: the result is the base
+    without models, and where nothing varies or is selected. Deviations from mergekit: weights are equal only if all
+    energies are zero. mergekit makes them equal if they sum to less than 1e-6, as the energies of ordinary fine-tunes
+    do; ``uniform_below=1e-6`` is its rule. Among equal variances, those with the lowest index are selected.
     """
     if not group.models:
         return lambda chunk: chunk.base
@@ -77,7 +77,7 @@ def _selection(group: TensorGroup, share: float) -> Cut:
 
 
 def _mask(chunk: Chunk, group: TensorGroup, cut: Cut | None) -> torch.Tensor | None:
-    """1 where an element is selected, 0 elsewhere."""
+    """Returns 1 where an element is selected, 0 elsewhere."""
     import torch
 
     if cut is None:
@@ -87,7 +87,7 @@ def _mask(chunk: Chunk, group: TensorGroup, cut: Cut | None) -> torch.Tensor | N
 
 
 def _variance(chunk: Chunk, group: TensorGroup) -> torch.Tensor:
-    """Of the deltas over the models, in one sweep after Welford, so that it is exactly zero where all are equal."""
+    """Returns the variance of the deltas over the models, by Welford's method; exactly zero where all deltas are equal."""
     import torch
 
     mean, variance = chunk.zeros("mean"), chunk.zeros("variance")

@@ -1,5 +1,6 @@
-"""Which elements of a delta survive: by magnitude (TIES), by magnitude without outliers (Breadcrumbs), at random (DARE),
-at random by rank (DELLA). A sparsifier changes one chunk of one model's delta in place.
+"""Sparsifiers, which keep a share of the elements of a delta. They change one chunk of one model's delta in place.
+
+By magnitude (TIES), by magnitude without outliers (Breadcrumbs), at random (DARE), at random by rank (DELLA).
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ if TYPE_CHECKING:
     import torch
 
 Sparsify = Callable[[Chunk, int, "torch.Tensor"], "torch.Tensor"]
-"""(chunk, model, its delta) -> the delta with what does not survive set to zero; NaN stays NaN."""
+"""(chunk, model, its delta) -> the delta with dropped elements set to zero. NaN stays NaN."""
 
 
 def check_density(values: Values) -> None:
-    """RecipeError unless every density is in (0, 1], and gamma and epsilon suit it."""
+    """Raises RecipeError unless every density is in (0, 1] and gamma and epsilon fit it."""
     for density in values["density"]:
         if not 0 < density <= 1:
             raise RecipeError(f"density is the share of elements that is kept, above 0 and up to 1, not {density:g}")
@@ -38,12 +39,13 @@ def check_density(values: Values) -> None:
 
 
 def everything(chunk: Chunk, model: int, delta: torch.Tensor) -> torch.Tensor:
-    """The sparsifier that keeps all."""
+    """Keeps all elements."""
     return delta
 
 
 def magnitude(group: TensorGroup, density: Sequence[float]) -> Sparsify:
-    """Keeps the int(density * n) largest by magnitude, at least one; of equal ones those with the lowest index."""
+    """Keeps the int(density * n) largest by magnitude, at least one. Among equal ones, keeps those with the lowest
+    index."""
     n = group.elems
     ranks = [[n if d >= 1 else max(int(d * n), 1)] for d in density]
     cuts = group.kth_largest(_magnitudes(group), ranks)
@@ -53,7 +55,7 @@ def magnitude(group: TensorGroup, density: Sequence[float]) -> Sparsify:
 def magnitude_outliers(group: TensorGroup, density: Sequence[float], gamma: Sequence[float]) -> Sparsify:
     """Drops the int(gamma * n) largest by magnitude, keeps the next int(density * n), drops the rest.
 
-    Where that many are not left, fewer outliers are dropped. A density of 1 keeps all.
+    If fewer are left, fewer outliers are dropped. A density of 1 keeps all.
     """
     n = group.elems
     ranks = []
@@ -83,9 +85,11 @@ def bernoulli(group: TensorGroup, density: Sequence[float]) -> Sparsify:
 
 
 def magprune(group: TensorGroup, density: Sequence[float], epsilon: Sequence[float]) -> Sparsify:
-    r"""Keeps each element with a probability that rises with its magnitude's rank r among the n of its row, from
-    density - epsilon to density + epsilon: :math:`p = d - \epsilon + 2 \epsilon\, r / (n - 1)`. An only element is
-    kept."""
+    r"""Keeps each element with a probability p that rises with the rank r of its magnitude among the n of its row.
+
+    :math:`p = d - \epsilon + 2 \epsilon\, r / (n - 1)`, from density - epsilon to density + epsilon. A single element
+    is kept.
+    """
 
     def apply(chunk: Chunk, model: int, delta: torch.Tensor) -> torch.Tensor:
         d, e = density[model], epsilon[model]
@@ -101,7 +105,7 @@ def magprune(group: TensorGroup, density: Sequence[float], epsilon: Sequence[flo
 
 
 def fibre_view(values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Whole rows of a tensor as (rows, n, rest), ranked along n: the second dimension, or the only one."""
+    """Views whole rows of a tensor as (rows, n, rest). Ranks run along n: the second dimension, or the only one."""
     if len(shape) < 2:
         return values.view(1, -1, 1)
     rest = math.prod(shape[2:])
@@ -109,13 +113,15 @@ def fibre_view(values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def fibre_row(shape: tuple[int, ...], values: Values) -> int:
-    """How many elements :func:`magprune` needs together."""
+    """Number of elements that :func:`magprune` needs together."""
     return math.prod(shape[1:]) if len(shape) > 1 else math.prod(shape)
 
 
 def rescaled(group: TensorGroup, sparsify: Sparsify) -> Sparsify:
-    r"""The sparsifier, its result multiplied by :math:`\sum |\delta| / \sum |\delta'|` over the tensor, so that the
-    magnitudes sum to what they were; not where either sum is below 1e-7."""
+    r"""Multiplies the sparsifier's result by :math:`\sum |\delta| / \sum |\delta'|` over the tensor.
+
+    This restores the sum of magnitudes. There is no factor if either sum is below 1e-7.
+    """
     import torch
 
     def sums(chunk: Chunk) -> Iterator[torch.Tensor]:
@@ -125,7 +131,7 @@ def rescaled(group: TensorGroup, sparsify: Sparsify) -> Sparsify:
             yield sparsify(chunk, model, delta).abs_()
 
     totals = list(map(float, group.reduce(sums))) if group.models else []
-    # Not >=: a NaN must not be lost
+    # Not >=: NaN must stay
     factors = [1.0 if a < 1e-7 or b < 1e-7 else a / b for a, b in zip(totals[::2], totals[1::2], strict=True)]
     return lambda chunk, model, delta: sparsify(chunk, model, delta).mul_(factors[model])
 

@@ -1,6 +1,7 @@
-r"""Means on the sphere. All of these are linear combinations of the models, whose coefficients depend on the models'
-inner products only: one pass for the Gram matrix :math:`G_{ij} = \langle x_i, x_j \rangle`, then small-vector
-arithmetic in float64, iterations included, then one weighted sum.
+r"""Means on the sphere: linear combinations of the models, with coefficients from their inner products.
+
+One pass computes the Gram matrix :math:`G_{ij} = \langle x_i, x_j \rangle`. The coefficients are then small-vector
+arithmetic in float64, iterations included. One weighted sum follows.
 
 A vector :math:`v = \sum_i c_i x_i` is kept as its coefficients c; :math:`\langle v, w \rangle = c^T G\, d`.
 """
@@ -23,8 +24,10 @@ _PARALLEL = 0.9995
 
 
 def arc(cos: float, t: float) -> tuple[float, float]:
-    r"""Coefficients of two vectors, ``t`` of the way along the arc between them, whose cosine is ``cos``:
-    :math:`\sin((1-t)\theta)/\sin\theta` and :math:`\sin(t\theta)/\sin\theta`."""
+    r"""Returns the coefficients of two vectors for the point ``t`` of the way along the arc between them.
+
+    They are :math:`\sin((1-t)\theta)/\sin\theta` and :math:`\sin(t\theta)/\sin\theta`; ``cos`` is the vectors' cosine.
+    """
     theta = math.acos(max(-1.0, min(cos, 1.0)))
     return math.sin((1 - t) * theta) / math.sin(theta), math.sin(t * theta) / math.sin(theta)
 
@@ -37,15 +40,15 @@ def slerp(group: TensorGroup, *, t: float) -> Kernel:
               \qquad \cos\theta = \frac{\langle a, b \rangle}{\|a\| \|b\|}
 
     Shoemake, *Animating rotation with quaternion curves*, 1985. Each tensor is one vector, whatever its shape. ``a`` is
-    the base where one is named, else the first model; ``t`` = 0 gives it back, 1 gives the other.
+    the base if one is named, else the first model. ``t`` = 0 gives ``a``, 1 gives the other.
 
-    Edge cases: a line instead of an arc, :math:`(1-t)\, a + t\, b`, where :math:`|\cos\theta| > 0.9995`, which covers
-    opposite vectors; a tensor with a norm up to 1e-8 has cosine 0.
+    Edge cases: where :math:`|\cos\theta| > 0.9995`, the result is on the straight line :math:`(1-t)\, a + t\, b`; this
+    covers opposite vectors. A tensor with a norm up to 1e-8 has cosine 0.
     """
     (aa, _), (ab, bb) = group.gram().tolist()
     norms = [norm if norm > 1e-8 else 1.0 for norm in (math.sqrt(aa), math.sqrt(bb))]
     cos = ab / (norms[0] * norms[1])
-    # Not <=: a NaN must reach the output
+    # Not <=: NaN must reach the output
     return combination((1 - t, t) if abs(cos) > _PARALLEL or math.isnan(cos) else arc(cos, t))
 
 
@@ -62,17 +65,17 @@ def multislerp(
 ) -> Kernel:
     r"""Weighted barycentre of any number of models on the sphere.
 
-    With :math:`s_i = x_i` (or :math:`x_i - b` with a base), :math:`u_i = s_i / (\|s_i\| + \epsilon)` and weights
-    divided by their sum: :math:`\mu = \sum_i w_i u_i`, :math:`\hat\mu = \mu / \|\mu\|`; the tangents at it, :math:`T
-    = \sum_i w_i (u_i - \langle u_i, \hat\mu \rangle \hat\mu)`, are followed by the exponential map:
+    Let :math:`s_i = x_i` (or :math:`x_i - b` with a base), :math:`u_i = s_i / (\|s_i\| + \epsilon)`, and the weights be
+    divided by their sum. The mean is :math:`\mu = \sum_i w_i u_i`, its direction :math:`\hat\mu = \mu / \|\mu\|`. The
+    exponential map follows the mean tangent :math:`T = \sum_i w_i (u_i - \langle u_i, \hat\mu \rangle \hat\mu)`:
 
     .. math:: y = \Big(\hat\mu \cos\tau + T \tfrac{\sin\tau}{\tau}\Big) \sum_i w_i \|s_i\| \; (+\, b),
               \qquad \tau = \|T\| + \epsilon
 
-    Goddard, *Multi-SLERP*, 2025 (goddard.blog). Each tensor is one vector. One model is given back as it is.
+    Goddard, *Multi-SLERP*, 2025 (goddard.blog). Each tensor is one vector. A single model is returned unchanged.
 
-    Edge cases: where :math:`\|\mu\| < \epsilon`, two models give the line :math:`\sum_i w_i s_i`, and so do any
-    number that are all zero or all equal to the base; else it is an error that names the tensor. Deviation from
+    Edge cases: where :math:`\|\mu\| < \epsilon`, two models give the line :math:`\sum_i w_i s_i`. So do any number of
+    models that are all zero or all equal to the base. Other models raise an error that names the tensor. Deviation from
     mergekit: weights that sum to zero are an error.
     """
     import torch
@@ -110,19 +113,19 @@ def _check_karcher(values: Values) -> None:
 def karcher(group: TensorGroup, *, max_iter: int = 10, tol: float = 1e-5) -> Kernel:
     r"""Karcher mean of the models' directions, times their mean norm.
 
-    Equal weights :math:`\alpha = 1/N`. From the normalised mean u of the unit vectors :math:`\hat x_i`, at most
-    ``max_iter`` times, until :math:`\|T\| <` ``tol``:
+    The weights are equal: :math:`\alpha = 1/N`. The iteration starts at the normalised mean u of the unit vectors
+    :math:`\hat x_i`. It stops after ``max_iter`` steps, or when :math:`\|T\| <` ``tol``:
 
     .. math:: T = \sum_i \alpha\, \frac{\theta_i}{\sin\theta_i} (\hat x_i - \cos\theta_i\, u), \quad
               u \leftarrow \cos\|T\|\, u + \sin\|T\|\, \frac{T}{\|T\|}, \qquad
               y = u\, \tfrac{1}{N} \textstyle\sum_i \|x_i\|
 
     Karcher, *Riemannian center of mass and mollifier smoothing*, 1977; for models arXiv:2603.04972. Each tensor is one
-    vector. A base, where one is named, is averaged in as one model more. One model is given back as it is.
+    vector. A base, if named, is averaged as one more model. A single model is returned unchanged.
 
-    Edge cases: models with a norm up to ``tol`` have no direction, but count in the mean norm; zeros where none has
-    one; where the directions cancel out, the first one's is the start; a model exactly opposite to u pulls nowhere,
-    where mergekit divides rounding errors.
+    Edge cases: models with a norm up to ``tol`` have no direction, but count in the mean norm. If no model has a
+    direction, the result is zero. If the directions cancel out, the iteration starts at the first one. A model exactly
+    opposite to u has no pull; mergekit divides rounding errors there.
     """
     import torch
 
@@ -162,6 +165,7 @@ def karcher(group: TensorGroup, *, max_iter: int = 10, tol: float = 1e-5) -> Ker
 
 
 def _from_base(coefficients: torch.Tensor, based: bool) -> Kernel:
-    """The kernel of a combination of the models, or of the base and a combination of what they differ from it."""
+    """Returns the kernel of a combination of the models, or of the base plus a combination of their differences from
+    it."""
     weights = coefficients.tolist()
     return combination(weights, of_base=1 - sum(weights) if based else 0.0)

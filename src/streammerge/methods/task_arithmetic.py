@@ -1,11 +1,12 @@
-r"""Task arithmetic, TIES, DARE, Breadcrumbs and DELLA: one formula, with two choices.
+r"""Task arithmetic, TIES, DARE, Breadcrumbs and DELLA: one formula with two choices.
 
 .. math:: y = b + \lambda\, \frac{\sum_m c_m\, w_m\, \delta'_m}{\sum_m c_m\, w_m},
           \qquad \delta_m = x_m - b, \quad \delta'_m = \mathrm{sparsify}(\delta_m)
 
-*sparsify* keeps a share of each delta (:mod:`streammerge.methods.sparsify`). The *consensus* :math:`c_m` is 1, or, by
-election of the sign, 1 where :math:`w_m \delta'_m` has the sign of :math:`\sum_m w_m \delta'_m` (a zero sum counts as
-positive) and 0 elsewhere, also where it is zero. The division is done only with ``normalize``.
+*sparsify* keeps a share of each delta (:mod:`streammerge.methods.sparsify`). The *consensus* :math:`c_m` is 1 without
+election of the sign. With election, it is 1 where :math:`w_m \delta'_m` has the sign of :math:`\sum_m w_m \delta'_m`,
+and 0 elsewhere, also where :math:`w_m \delta'_m` is zero; a zero sum counts as positive. The division is done only with
+``normalize``.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 def _merge(
     group: TensorGroup, sparsify: Sparsify, weight: Sequence[float], *, elect: bool, normalize: bool, scale: float
 ) -> Kernel:
-    """The kernel of the formula above; ``elect``: with the election of the sign."""
+    """Returns the kernel of the formula above; ``elect``: with election of the sign."""
     if not group.models:
         return lambda chunk: chunk.base
     total = sum(weight)
@@ -62,7 +63,8 @@ def _merge(
 
 
 def _winners(chunk: Chunk, deltas: list[torch.Tensor], weight: Sequence[float], normalize: bool) -> torch.Tensor:
-    """The sum of the weighted deltas that have the elected sign, divided by their weights where these are not zero."""
+    """Returns the sum of the weighted deltas that have the elected sign, divided by the sum of their weights (if not
+    zero)."""
     import torch
 
     sign, agrees, divisor = (chunk.empty(slot) for slot in ("sign", "agrees", "divisor"))
@@ -71,7 +73,7 @@ def _winners(chunk: Chunk, deltas: list[torch.Tensor], weight: Sequence[float], 
         sign.add_(delta)
     torch.ge(sign, 0, out=sign).mul_(2).sub_(1)
     for number, (delta, w) in enumerate(zip(deltas, weight, strict=True)):
-        delta.mul_(sign).clamp_(min=0)  # what agrees is positive now, all else zero
+        delta.mul_(sign).clamp_(min=0)  # agreeing elements are positive now, all others zero
         if number:
             deltas[0].add_(delta)
         if normalize:
@@ -82,7 +84,7 @@ def _winners(chunk: Chunk, deltas: list[torch.Tensor], weight: Sequence[float], 
 
 
 def _prune(group: TensorGroup, sparsify: Sparsify, density: Sequence[float], rescale: bool) -> Sparsify:
-    """The sparsifier, rescaled where that is asked for and anything is dropped."""
+    """Adds rescaling to the sparsifier if it is requested and anything is dropped."""
     return rescaled(group, sparsify) if rescale and any(d < 1 for d in density) else sparsify
 
 
@@ -102,10 +104,10 @@ def task_arithmetic(
     .. math:: y = b + \lambda \sum_m w_m (x_m - b) \quad (\text{divided by } \sum_m w_m \text{ when } normalize)
 
     Ilharco et al., *Editing models with task arithmetic*, 2023 (arXiv:2212.04089). Any shape, any number of models.
-    ``weight`` per model, negative ones too. ``density``, ``rescale`` and ``int8_mask`` are taken, as mergekit takes
-    them, and change nothing.
+    ``weight`` per model, negative ones too. ``density``, ``rescale`` and ``int8_mask`` are accepted, as in mergekit,
+    and change nothing.
 
-    Edge cases: weights that sum to less than 1e-8 are not divided by; without models the base comes out.
+    Edge cases: there is no division if the weights sum to less than 1e-8; without models the result is the base.
     """
     return _merge(group, everything, weight, elect=False, normalize=normalize, scale=lambda_)
 
@@ -126,14 +128,14 @@ def ties(
     .. math:: y = b + \lambda\, \frac{\sum_m c_m w_m \delta'_m}{\sum_m c_m w_m}, \qquad
               c_m = \big[\operatorname{sign}(w_m \delta'_m) = \operatorname{sign}(\textstyle\sum_k w_k \delta'_k)\big]
 
-    where :math:`\delta'_m` has the :math:`\lfloor density \cdot n \rfloor` elements of the largest magnitude, at
-    least one. Yadav et al., *TIES-merging*, 2023 (arXiv:2306.01708). Any shape; ``weight`` and ``density`` per model;
-    without ``normalize`` nothing is divided; ``rescale`` restores the sum of magnitudes; ``int8_mask`` is taken and
-    changes nothing.
+    :math:`\delta'_m` has the :math:`\lfloor density \cdot n \rfloor` elements of the largest magnitude, at least one.
+    Yadav et al., *TIES-merging*, 2023 (arXiv:2306.01708). Any shape; ``weight`` and ``density`` per model. There is no
+    division without ``normalize``. ``rescale`` restores the sum of magnitudes. ``int8_mask`` is accepted and changes
+    nothing.
 
-    Edge cases: a zero sum elects plus; zeros never vote; where no element agrees, or their weights sum to zero,
-    nothing is divided. Deviations from mergekit: exactly so many are kept, of equal magnitudes those with the lowest
-    index.
+    Edge cases: a zero sum elects plus. Zeros never vote. There is no division where no element agrees, or where the
+    weights sum to zero. Deviations from mergekit: exactly this many elements are kept; among equal magnitudes, those
+    with the lowest index.
     """
     sparsify = _prune(group, magnitude(group, density), density, rescale)
     return _merge(group, sparsify, weight, elect=True, normalize=normalize, scale=lambda_)
@@ -155,11 +157,11 @@ def dare_linear(
     .. math:: y = b + \lambda \sum_m w_m\, \frac{\sum |\delta_m|}{\sum |\delta'_m|}\, \delta'_m, \qquad
               \delta'_m = \delta_m \odot \mathrm{Bernoulli}(density)
 
-    Yu et al., *Language models are super Mario*, 2023 (arXiv:2311.03099). Any shape. The factor matches the sums of
-    magnitudes, as mergekit's does, instead of dividing by the density.
+    Yu et al., *Language models are super Mario*, 2023 (arXiv:2311.03099). Any shape. The factor restores the sum of
+    magnitudes, as in mergekit, instead of dividing by the density.
 
-    Edge cases: a density of 1 draws nothing; sums below 1e-7 are not rescaled. Deviation from mergekit: the random
-    numbers depend on seed, tensor name, model and element only.
+    Edge cases: a density of 1 drops nothing and needs no random numbers; sums below 1e-7 are not rescaled. Deviation
+    from mergekit: the random numbers depend only on seed, tensor name, model and element.
     """
     sparsify = _prune(group, bernoulli(group, density), density, rescale)
     return _merge(group, sparsify, weight, elect=False, normalize=normalize, scale=lambda_)
@@ -181,8 +183,8 @@ def dare_ties(
     .. math:: y = b + \lambda \sum_m c_m w_m \delta'_m, \qquad
               c_m = \big[\operatorname{sign}(w_m \delta'_m) = \operatorname{sign}(\textstyle\sum_k w_k \delta'_k)\big]
 
-    Yu et al., 2023 (arXiv:2311.03099) and Yadav et al., 2023 (arXiv:2306.01708). As ``dare_linear`` but for the
-    election, whose edge cases are those of ``ties``; with ``normalize`` divided by :math:`\sum_m c_m w_m`.
+    Yu et al., 2023 (arXiv:2311.03099) and Yadav et al., 2023 (arXiv:2306.01708). Drops as ``dare_linear``; elects as
+    ``ties``, with the same edge cases. With ``normalize``, the sum is divided by :math:`\sum_m c_m w_m`.
     """
     sparsify = _prune(group, bernoulli(group, density), density, rescale)
     return _merge(group, sparsify, weight, elect=True, normalize=normalize, scale=lambda_)
@@ -200,17 +202,17 @@ def breadcrumbs(
     int8_mask: bool = False,
     lambda_: float = 1.0,
 ) -> Kernel:
-    r"""Drops outliers and small elements of each delta, adds up what is between.
+    r"""Drops outliers and small elements of each delta, adds up the rest.
 
     .. math:: y = b + \lambda \sum_m w_m \delta'_m
 
-    where :math:`\delta'_m` lacks the :math:`\lfloor \gamma n \rfloor` elements of the largest magnitude, and has the
+    :math:`\delta'_m` lacks the :math:`\lfloor \gamma n \rfloor` elements of the largest magnitude, and has the
     :math:`\lfloor density \cdot n \rfloor` largest after them. Davari and Belilovsky, *Model breadcrumbs*, 2023
     (arXiv:2312.06795). Any shape; ``gamma`` per model.
 
-    Edge cases: where density and gamma leave less than nothing to drop, fewer outliers are dropped; a density of 1
-    keeps all; a tensor with density * n below 1 keeps nothing. Deviation from mergekit: of equal magnitudes those
-    with the lowest index count as the larger.
+    Edge cases: if density and gamma sum to more than all elements, fewer outliers are dropped. A density of 1 keeps
+    all. A tensor with density * n below 1 keeps nothing. Deviation from mergekit: among equal magnitudes, those with
+    the lowest index count as the larger.
     """
     sparsify = _prune(group, magnitude_outliers(group, density, gamma), density, rescale)
     return _merge(group, sparsify, weight, elect=False, normalize=normalize, scale=lambda_)
@@ -235,8 +237,8 @@ def breadcrumbs_ties(
     .. math:: y = b + \lambda \sum_m c_m w_m \delta'_m, \qquad
               c_m = \big[\operatorname{sign}(w_m \delta'_m) = \operatorname{sign}(\textstyle\sum_k w_k \delta'_k)\big]
 
-    Davari and Belilovsky, 2023 (arXiv:2312.06795) and Yadav et al., 2023 (arXiv:2306.01708). As ``breadcrumbs`` but
-    for the election, whose edge cases are those of ``ties``; with ``normalize`` divided by :math:`\sum_m c_m w_m`.
+    Davari and Belilovsky, 2023 (arXiv:2312.06795) and Yadav et al., 2023 (arXiv:2306.01708). Drops as ``breadcrumbs``;
+    elects as ``ties``, with the same edge cases. With ``normalize``, the sum is divided by :math:`\sum_m c_m w_m`.
     """
     sparsify = _prune(group, magnitude_outliers(group, density, gamma), density, rescale)
     return _merge(group, sparsify, weight, elect=True, normalize=normalize, scale=lambda_)
@@ -261,13 +263,14 @@ def della(
     .. math:: y = b + \lambda\, \frac{\sum_m c_m w_m \delta'_m}{\sum_m c_m w_m}, \qquad
               P(\delta'_{m,i} \ne 0) = density - \epsilon + 2\,\epsilon\, \frac{r_i}{n - 1}
 
-    with :math:`r_i` the rank of the magnitude among the n along the second dimension (the only one of a vector). Deep
-    et al., *DELLA-merging*, 2024 (arXiv:2406.11617). ``epsilon`` per model, density - epsilon and density + epsilon
+    :math:`r_i` is the rank of the magnitude among the n along the second dimension (the only one of a vector). Deep et
+    al., *DELLA-merging*, 2024 (arXiv:2406.11617). ``epsilon`` per model; density - epsilon and density + epsilon lie
     between 0 and 1. The sums of magnitudes are restored, unless ``rescale`` is false.
 
-    One row (all that shares its first index) is held at a time. Edge cases: a density of 1 draws nothing; an only
-    element, as of a 0-d tensor or rows of length one, is kept, where mergekit stops; the election as in ``ties``.
-    Deviations from mergekit: ranks are exact whatever the dtype; the random numbers are our own.
+    One row (all elements with the same first index) is held at a time. Edge cases: a density of 1 drops nothing and
+    needs no random numbers. A single element, as in a 0-d tensor or a row of length one, is kept; mergekit fails there.
+    The election is as in ``ties``. Deviations from mergekit: ranks are exact for every dtype; the random numbers
+    differ.
     """
     sparsify = _prune(group, magprune(group, density, epsilon), density, rescale)
     return _merge(group, sparsify, weight, elect=True, normalize=normalize, scale=lambda_)
@@ -290,7 +293,7 @@ def della_linear(
     .. math:: y = b + \lambda \sum_m w_m \delta'_m, \qquad
               P(\delta'_{m,i} \ne 0) = density - \epsilon + 2\,\epsilon\, \frac{r_i}{n - 1}
 
-    Deep et al., 2024 (arXiv:2406.11617). As ``della`` but for the election.
+    Deep et al., 2024 (arXiv:2406.11617). As ``della``, without the election.
     """
     sparsify = _prune(group, magprune(group, density, epsilon), density, rescale)
     return _merge(group, sparsify, weight, elect=False, normalize=normalize, scale=lambda_)

@@ -1,4 +1,4 @@
-"""Inert trees: what a pickle says, as plain data. Nothing in it is imported or executed.
+"""Inert trees: the content of a pickle as plain data. Nothing in a pickle is imported or executed.
 
 Each module imports only modules above it::
 
@@ -6,5 +6,5 @@ Each module imports only modules above it::
     rebuild     torch's calls in a pickle -> tensors and storages
     unpickle    bytes of a pickle -> tree
     repickle    tree -> bytes of a pickle
-    state_dict  which tensors of a tree are the weights
+    state_dict  selection of the weights in a tree
 """

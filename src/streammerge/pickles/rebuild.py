@@ -1,6 +1,6 @@
-"""What the calls in a pickle would make: torch's storages and tensors, ordered dictionaries, bytes.
+"""Results of the known calls in a pickle: torch's storages and tensors, ordered dictionaries, bytes.
 
-A closed table, computed here from the arguments alone; a call to anything else stays an inert
+The table of calls is closed, and results are computed from the arguments alone. A call to anything else stays an inert
 :class:`~streammerge.pickles.tree.Instance`.
 """
 
@@ -15,11 +15,11 @@ from streammerge.pickles.tree import Global, Instance, OrderedTree, PersistentId
 from streammerge.tensors.dtypes import BY_STORAGE_CLASS, BY_TORCH_NAME, DType
 
 MAX_NAME = 1000
-"""Characters in the name of a class, a function or a storage."""
+"""Maximum number of characters in the name of a class, a function or a storage."""
 
 _KEY_PARTS = 64
 
-_QUANTISED = {  # the integers behind quantised tensors, which themselves stay unread
+_QUANTISED = {  # storages of quantised tensors hold these integers; the quantised tensors themselves are not read
     "QInt8Storage": DType.I8,
     "QUInt8Storage": DType.U8,
     "QInt32Storage": DType.I32,
@@ -29,11 +29,11 @@ _QUANTISED = {  # the integers behind quantised tensors, which themselves stay u
 
 
 class Damaged(ValueError):
-    """What the stream says is not possible; becomes a FormatError that names the file."""
+    """The stream is impossible. Callers turn it into a FormatError that names the file."""
 
 
 class StorageTable:
-    """Turns torch's persistent ids into one StorageRef per storage, and remembers them all."""
+    """Turns torch's persistent ids into one StorageRef per storage, and remembers all of them."""
 
     def __init__(self) -> None:
         self.refs: dict[tuple[str, int, int], StorageRef] = {}
@@ -41,7 +41,7 @@ class StorageTable:
     def __call__(self, pid: Any) -> Any:
         if not isinstance(pid, tuple) or not pid or pid[0] not in ("storage", "module"):
             return PersistentId(pid)
-        if pid[0] == "module":  # a class, with its source code, in files from before torch 1.6
+        if pid[0] == "module":  # in files from before torch 1.6: a class with its source code
             return pid[1]
         _, kind, key, _location, numel, *rest = pid
         dtype = storage_dtype(kind)
@@ -58,7 +58,7 @@ class StorageTable:
 
 
 def storage_dtype(kind: Any) -> Any:
-    """The dtype of ``torch.FloatStorage`` and its like; None for an untyped storage."""
+    """Returns the dtype of ``torch.FloatStorage`` and similar classes; None for an untyped storage. Raises Damaged."""
     if not isinstance(kind, Global) or kind.module.partition(".")[0] != "torch":
         raise Damaged("a storage of an unknown class")
     if kind.name == "UntypedStorage":
@@ -70,7 +70,8 @@ def storage_dtype(kind: Any) -> Any:
 
 
 def text(value: Any) -> str:
-    """A name; Python 2 byte strings, which pickletools reads as latin-1, are decoded as utf-8 where they are that."""
+    """Checks a name and returns it as text. Python 2 byte strings, which pickletools reads as latin-1, are decoded as
+    utf-8 if possible."""
     if isinstance(value, bytes):
         value = value[: MAX_NAME + 1].decode("utf-8", errors="surrogateescape")
     if not isinstance(value, str):
@@ -92,7 +93,10 @@ def set_items(target: Any, pairs: list[tuple[Any, Any]]) -> None:
 
 
 def _check_key(key: Any, parts: int = _KEY_PARTS) -> int:
-    """Hashing a nested tuple visits all of it, which a small hostile file can make endless. Returns the parts left."""
+    """Checks a dictionary key; returns how many parts it may still have.
+
+    Hashing a nested tuple visits all of it, so a small hostile file could make it endless.
+    """
     if isinstance(key, tuple):
         for part in key:
             parts = _check_key(part, parts - 1)
@@ -106,7 +110,7 @@ def _check_key(key: Any, parts: int = _KEY_PARTS) -> int:
 
 
 def natural(value: Any) -> int:
-    """A size or an offset, checked to be one."""
+    """Returns a size or an offset; raises Damaged if it is not one."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 62:
         raise Damaged("a size or offset is not a natural number")
     return value
@@ -149,7 +153,7 @@ def _tensor_v3(storage: Any, offset: Any, size: Any, stride: Any, rg: Any, hooks
 
 
 def _wrap(data: Any, *wrapper: Any, requires_grad: Any = None) -> Any:
-    """The tensor with what stood around it, as a record of its own, since the bare one may be used elsewhere too."""
+    """Returns a copy of the tensor with its wrapper. It is a copy because the bare tensor may be used elsewhere too."""
     if not isinstance(data, TensorRef):
         return None
     grad = data.requires_grad if requires_grad is None else requires_grad is True
@@ -167,7 +171,7 @@ def _parameter_with_state(data: Any, requires_grad: Any, hooks: Any, state: Any)
 def _from_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
     tensors_only = isinstance(function, Global) and function.module.startswith("torch.")
     inner = call(function, args) if tensors_only and isinstance(args, tuple) else None
-    # A Parameter inside a subclass stays a Parameter: the subclass adds nothing that a checkpoint needs.
+    # A Parameter inside a subclass stays a Parameter: a checkpoint does not need the subclass.
     return _wrap(inner, "type", function, kind, state) if isinstance(inner, TensorRef) and not inner.wrapper else inner
 
 

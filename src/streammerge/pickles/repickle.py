@@ -1,8 +1,8 @@
 """The inverse of :mod:`streammerge.pickles.unpickle`: an inert tree -> a pickle stream that torch.load reads.
 
-Protocol 2, with the opcodes that Python's own pickler writes, so that ``torch.load(weights_only=True)`` accepts what it
-accepted before; protocol 4 only where a name or an object cannot be said in 2. Shared objects stay shared, cycles stay
-cycles. An :class:`Edit` says what differs from the tree, so that the tree itself is never changed.
+The stream uses protocol 2 and the opcodes of Python's own pickler, so ``torch.load(weights_only=True)`` still accepts
+it. Protocol 4 is used only for names and objects that protocol 2 cannot express. Shared objects stay shared, and cycles
+stay cycles. An :class:`Edit` describes differences from the tree; the tree itself is never changed.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ _REBUILD_TYPE = Global("torch._tensor", "_rebuild_from_type_v2")
 
 @dataclass(slots=True)
 class Edit:
-    """What to write differently; nodes are named by ``id``.
+    """Differences to write; nodes are identified by ``id``.
 
-    ``replaced``: a node -> what stands in its place. ``dropped``: (dictionary, key) left out. ``values``: (dictionary,
-    key) -> another value. ``renamed``: (dictionary, key) -> another key. ``added``: a dictionary -> (key, value) behind
-    its own.
+    ``replaced``: node -> its replacement. ``dropped``: (dictionary, key) to omit. ``values``: (dictionary, key) -> new
+    value. ``renamed``: (dictionary, key) -> new key. ``added``: dictionary -> (key, value) pairs to append.
     """
 
     replaced: dict[int, Any] = field(default_factory=dict)
@@ -39,7 +38,7 @@ class Edit:
     added: dict[int, list[tuple[Any, Any]]] = field(default_factory=dict)
 
     def items(self, node: Any, items: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
-        """The (key, value) pairs of a dictionary-like node after the edit."""
+        """Returns the (key, value) pairs of a dictionary-like node after the edit."""
         where = id(node)
         kept = [(k, v) for k, v in items if (where, k) not in self.dropped]
         made = [(self.renamed.get((where, k), k), self.values.get((where, k), v)) for k, v in kept]
@@ -47,7 +46,7 @@ class Edit:
 
 
 def repickle(root: Any, edit: Edit | None = None) -> bytes:
-    """The pickle stream of a tree. Raises FormatError for a tree nested beyond what Python can walk."""
+    """Returns the pickle stream of a tree. Raises FormatError if the tree is nested deeper than Python can walk."""
     writer = _Writer(edit or Edit())
     try:
         writer.save(root)
@@ -63,7 +62,7 @@ class _Writer:
         self.edit = edit
         self.out: list[bytes] = []
         self.memo: dict[Any, int] = {}
-        self.alive: list[Any] = []  # what the memo names by id must not be freed meanwhile
+        self.alive: list[Any] = []  # keeps memoised nodes alive, because the memo identifies them by id
         self.protocol = 2
 
     def save(self, node: Any) -> None:
@@ -112,7 +111,7 @@ class _Writer:
         self.memoize(key, node)
 
     def global_(self, node: Global, key: Any) -> None:
-        if not _PLAIN_GLOBAL.fullmatch(f"{node.module}:{node.name}"):  # a line break in one would end it
+        if not _PLAIN_GLOBAL.fullmatch(f"{node.module}:{node.name}"):  # a line break in a name would end it
             self.protocol = 4
             self.save(node.module)
             self.save(node.name)
@@ -264,5 +263,5 @@ _SAVERS: dict[type, Any] = {
 
 
 def storage_ref(key: str, dtype: DType, numel: int) -> StorageRef:
-    """A fresh storage of ``numel`` elements: typed where torch has a storage class, else of bytes."""
+    """Makes a new storage of ``numel`` elements: typed if torch has a storage class for the dtype, else of bytes."""
     return StorageRef(key, dtype, numel) if dtype.storage_class else StorageRef(key, None, numel * dtype.element_bytes)

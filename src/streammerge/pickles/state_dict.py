@@ -1,12 +1,12 @@
-"""Finding the state dict in a checkpoint's tree.
+"""Selection of the state dict in a checkpoint's tree.
 
-A mapping whose values are mostly tensors is a state dict, and so is a pickled module (its parameters and persistent
-buffers, under their dotted names). Of several:
+A mapping whose values are mostly tensors is a state dict. So is a pickled module: its parameters and persistent
+buffers, under their dotted names. If there are several:
 
-1. none below a key that speaks of the optimizer, scheduler, scaler, random state and the like;
-2. of a model and its running average (``model`` and ``ema``, ``student`` and ``teacher``: the same names) the plain
-   one, unless asked otherwise;
-3. all others belong together (``model`` and ``generator``, ``net.*``) and are all taken, each under its own path.
+1. Skip those below a key of the optimizer, scheduler, scaler, random state and the like.
+2. If a model and its running average have the same names (``model`` and ``ema``, ``student`` and ``teacher``), take the
+plain one, unless the user asks for the average.
+3. Take all others together (``model`` and ``generator``, ``net.*``), each under its own path.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from streammerge.tensors.conventions import AVERAGED
 _Place = tuple[tuple[Any, ...], Any, bool, Any]
 _KEYS = (str, int)
 _MOST_NAME = 4000
-# Patterns as text: compiling them takes longer than looking at a file of safetensors, which needs none.
+# Patterns are text: compiling them takes longer than reading a safetensors file, which needs none.
 _NOT_WEIGHTS = (
     r"(?i)(.*_)?(optim(izer)?s?|opt|(lr_)?sched(uler)?s?|(grad_)?scalers?|amp)(_\w+)?"
     r"|(.*_)?(rng|random)(_?states?)?(_\w+)?|extra_state|criterion|(.*_)?loss(es)?|callbacks|loops|(.*_)?metrics?|logging|message_hub"
@@ -39,11 +39,11 @@ _LOSS_SCALER_KEYS = {"scale", "growth_factor", "loss_scale", "loss_scaler0"}
 
 
 def is_training_state(key: Any, value: Any) -> bool:
-    """Whether a key holds optimizer, scheduler or scaler state, which is stale once weights are merged.
+    """Whether a key holds optimizer, scheduler or scaler state, which is stale after weights are merged.
 
-    Some words mean something else elsewhere and are told by their content: ``opt`` is an optimizer's state or the
-    command line's options, a ``scaler`` that of mixed precision or of the data, which the model needs. fairseq cannot
-    load a file without its ``optimizer_history``.
+    Some words are ambiguous, so their content decides. ``opt`` may be an optimizer's state or the options of a command
+    line. ``scaler`` may belong to mixed precision, or to the data, which the model needs. fairseq cannot load a file
+    without its ``optimizer_history``.
     """
     if not isinstance(key, str):
         return False
@@ -52,11 +52,12 @@ def is_training_state(key: Any, value: Any) -> bool:
     return re.fullmatch(_STALE, key) is not None or _is_optimizer_state(value)
 
 
-@dataclass(slots=True, eq=False)  # not frozen, which would make it three times as slow to create
+@dataclass(slots=True, eq=False)  # not frozen: creating a frozen one takes three times as long
 class Found:
-    """One tensor of a state dict: its name, and the mapping and key at which it stands (None outside mappings).
+    """One tensor of a state dict: its name, and the mapping and key that hold it (None outside mappings).
 
-    ``ref`` is where its numbers are; ``node`` what stands in the tree, another tensor where EMA weights stand in.
+    ``ref`` is the tensor that is read; ``node`` is the tensor in the tree. They differ if EMA weights replace plain
+    ones.
     """
 
     name: str
@@ -68,7 +69,7 @@ class Found:
 
 @dataclass(slots=True, eq=False)
 class Candidate:
-    """A state dict, or what could be one. ``kind`` is "state dict", "module" or "list"."""
+    """A state dict, or a possible one. ``kind`` is "state dict", "module", "list" or "loose tensors"."""
 
     path: tuple[Any, ...]
     kind: str
@@ -94,9 +95,9 @@ class Candidate:
 
 @dataclass(slots=True)
 class Selection:
-    """What will be merged: tensors by name, and the candidates they come from.
+    """The tensors to merge, by name, and the candidates that hold them.
 
-    ``twins`` are candidates of the same names that were passed over, ``left_out`` tensors that others stand in for.
+    ``twins``: candidates with the same names that were not chosen. ``left_out``: tensors that others replace.
     """
 
     tensors: list[Found]
@@ -112,11 +113,11 @@ class Selection:
 
 
 def select(tree: Any, state_dict: str | None = None, ema: str = "ignore") -> Selection:
-    """The state dict of a tree, by the rules above.
+    """Selects the state dict of a tree, by the rules of this module.
 
     ``state_dict`` names it instead, by keys joined with dots. ``ema``: "ignore" takes the plain weights of a pair,
-    "prefer" the averaged ones where there are any, "only" fails without. Raises FormatError when it holds no tensors,
-    RecipeError when what was asked for is not there.
+    "prefer" takes averaged ones if there are any, "only" requires them. Raises FormatError if the tree holds no
+    tensors, RecipeError if the requested weights are absent.
     """
     if ema not in EMA_CHOICES:
         raise RecipeError(f"--ema takes {', '.join(EMA_CHOICES)}, not {ema!r}")
@@ -127,7 +128,9 @@ def select(tree: Any, state_dict: str | None = None, ema: str = "ignore") -> Sel
     if not usable:
         if not found:
             kinds = sorted({kind for _, kind in unread_tensors(tree)})
-            raise FormatError(f"it holds no tensors{f' but {listed(kinds)} ones, which are not read' if kinds else ''}")
+            raise FormatError(
+                f"it holds no tensors{f' but {listed(kinds)} ones, which are not supported' if kinds else ''}"
+            )
         raise RecipeError(
             f"it holds tensors only at {listed([c.label for c in found])}; name one of them with --state-dict"
         )
@@ -138,12 +141,12 @@ def select(tree: Any, state_dict: str | None = None, ema: str = "ignore") -> Sel
         chosen = [c for c in chosen if c.averaged] or chosen
     selection = Selection(_together(chosen), chosen, found, notes, twins=twins)
     if ema != "ignore" and not any(c.averaged for c in chosen) and not _use_litema(selection) and ema == "only":
-        raise RecipeError("there are no averaged (EMA) weights in it; leave --ema only out")
+        raise RecipeError("there are no averaged (EMA) weights in it; remove --ema only")
     return selection
 
 
 def candidates(tree: Any) -> list[Candidate]:
-    """Every state dict in the tree, in its order; those below optimizer-like keys are marked ``barred``."""
+    """Returns every state dict in the tree, in its order. Those below optimizer-like keys are marked ``barred``."""
     found: list[Candidate] = []
     seen: set[int] = set()
     stack: list[Iterator[_Place]] = [iter([((), tree, False, None)])]
@@ -166,7 +169,7 @@ def candidates(tree: Any) -> list[Candidate]:
 
 
 def _places(path: tuple[Any, ...], node: Any, barred: bool) -> Iterator[_Place]:
-    """What may hold tensors right below a node; made one by one, as a list of them would outgrow the tree."""
+    """Yields the children of a node that may hold tensors. A list of all of them could be larger than the tree."""
     holder, items = _inside(node)
     for key, value in items:
         if isinstance(value, dict | list | tuple | Instance):
@@ -174,7 +177,7 @@ def _places(path: tuple[Any, ...], node: Any, barred: bool) -> Iterator[_Place]:
 
 
 def _inside(node: Any) -> tuple[Any, Iterable[tuple[Any, Any]]]:
-    """The (key, value) pairs of a container, and the node in which they stand."""
+    """Returns the node that holds the (key, value) pairs of a container, and these pairs."""
     items = mapping_items(node)
     if items is not None:
         return node, items
@@ -186,7 +189,7 @@ def _inside(node: Any) -> tuple[Any, Iterable[tuple[Any, Any]]]:
 
 
 def _loose(tree: Any) -> list[Candidate]:
-    """Tensors that stand about in no state dict: each under its path."""
+    """Collects tensors outside any state dict, each under its path."""
     loose = [(path, node) for path, node in walk(tree) if isinstance(node, TensorRef)]
     tensors = [Found(_name(path), node) for path, node in loose if not any(map(_bars, path))]
     return [Candidate((), "loose tensors", tensors)] if tensors else []
@@ -227,7 +230,7 @@ def _ignorable(key: Any) -> bool:
 
 
 def _module_tensors(root: Instance) -> list[Found]:
-    """Parameters and persistent buffers of a pickled nn.Module, or of a TorchScript object, under their dotted names."""
+    """Returns parameters and persistent buffers of a pickled nn.Module, or of a TorchScript object, under dotted names."""
     found: list[Found] = []
     stack: list[tuple[str, Any, int]] = [("", root, 0)]
     seen: set[int] = set()
@@ -257,13 +260,13 @@ def _module_tensors(root: Instance) -> list[Found]:
 
 
 def _members(node: Any) -> set[str]:
-    """The names in a pickled set; none in anything else."""
+    """Returns the names in a pickled set; none for anything else."""
     inside = node.args[0] if isinstance(node, Instance) and node.args else ()
     return set(map(str, inside)) if isinstance(inside, list | tuple) else set()
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    """Keys joined with dots. Many tensors below few long keys would have endless names, hence the limit."""
+    """Joins keys with dots. The length is limited, because long keys above many tensors would use unbounded memory."""
     if len(path) == 1 and isinstance(path[0], str) and len(path[0]) <= _MOST_NAME:
         return path[0]
     parts = list(map(str, path))
@@ -273,13 +276,13 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def _worthy(candidates: list[Candidate]) -> list[Candidate]:
-    """Without bare lists and sets of lone numbers, where there is something better beside them."""
+    """Drops bare lists and single numbers if there are better candidates."""
     better = [c for c in candidates if c.kind != "list" and any(f.ref.shape for f in c.tensors)]
     return better or candidates
 
 
 def _choose(usable: list[Candidate], ema: str, notes: list[str], passed_over: list[Candidate]) -> list[Candidate]:
-    """One of each set of twins; all that have names of their own."""
+    """Chooses one of each set of twins, and all candidates with names of their own."""
     groups: dict[Any, list[Candidate]] = {}
     for candidate in usable:
         groups.setdefault(candidate.path[:1], []).append(candidate)
@@ -308,12 +311,13 @@ def _label(key: tuple[Any, ...]) -> str:
 
 
 def _are_twins(one: list[Candidate], two: list[Candidate]) -> bool:
-    """A model and its running average; two plain ones of the same names (speakers, an ensemble) belong together."""
+    """Whether they are a model and its running average. Two plain ones of the same names (speakers, an ensemble) are
+    not."""
     return one[0].averaged != two[0].averaged and _same_names(one, two)
 
 
 def _same_names(one: list[Candidate], two: list[Candidate]) -> bool:
-    """Nearly the same names, wrapper prefixes apart: one set is a copy of the other."""
+    """Whether the names are nearly the same without wrapper prefixes, so one set is a copy of the other."""
     a, b = ({_bare(f.name) for c in group for f in c.tensors} for group in (one, two))
     return len(a & b) >= 0.9 * min(len(a), len(b)) and len(a & b) >= 0.5 * max(len(a), len(b))
 
@@ -323,7 +327,7 @@ def _bare(name: str) -> str:
 
 
 def _together(chosen: list[Candidate]) -> list[Found]:
-    """Their tensors under one roof: own names for one state dict, names led by the path where there are several."""
+    """Returns the tensors of all candidates. With several candidates, the path of each is put before its names."""
     if len(chosen) == 1:
         return chosen[0].tensors
     return [Found(_name((*c.path, f.name)), f.ref, f.holder, f.key) for c in chosen for f in c.tensors]
@@ -342,7 +346,8 @@ def _named(tree: Any, found: list[Candidate], wanted: str) -> Selection:
 
 
 def _use_litema(selection: Selection) -> bool:
-    """Stable Diffusion's EMA: ``model_ema.`` and the name without its dots, beside the plain ``model.`` weights."""
+    """Uses Stable Diffusion's EMA weights: ``model_ema.`` and the name without dots, beside the plain ``model.``
+    weights."""
     by_name = {f.name: f for f in selection.tensors}
     averaged = {
         name: by_name[shadow]
@@ -354,7 +359,7 @@ def _use_litema(selection: Selection) -> bool:
     kept = [f for f in selection.tensors if not f.name.startswith("model_ema.")]
     selection.left_out = [f for f in selection.tensors if f.name.startswith("model_ema.")]
     selection.tensors = [Found(f.name, averaged.get(f.name, f).ref, f.holder, f.key, f.ref) for f in kept]
-    selection.notes.append(f"{len(averaged)} EMA weights (model_ema.*) stand in for the plain ones")
+    selection.notes.append(f"{len(averaged)} EMA weights (model_ema.*) replace the plain ones")
     return True
 
 
@@ -368,7 +373,7 @@ _UNREAD = {
 
 
 def unread_tensors(tree: Any) -> list[tuple[str, str]]:
-    """(path, kind) of tensors in forms that are not read, such as quantised and sparse ones."""
+    """Returns (path, kind) of tensors in forms that are not read, like quantised and sparse ones."""
     return [
         (".".join(map(printable, path)), _UNREAD[node.path])
         for path, node in walk(tree)

@@ -1,8 +1,8 @@
-"""The inert tree: what a pickle says, as plain values and records. Nothing in it was imported, called or executed.
+"""The inert tree: a pickle as plain values and records. Nothing in it was imported, called or executed.
 
-Plain values stand for themselves (None, bool, int, float, complex, str, bytes, list, tuple, dict). Everything else is
-one of the records below. Records hash by identity, so that they can be dictionary keys without running anything, and
-show nothing of what is in them as text, which in a hostile file can be endless.
+Plain values are themselves (None, bool, int, float, complex, str, bytes, list, tuple, dict). Everything else is one of
+the records below. Records hash by identity, so dictionary keys can be hashed without running anything. Their text omits
+their content, which can be endless in a hostile file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PYTHON2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg", "exception
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """A class or function by name, as the pickle wrote it."""
+    """A class or function by name, as in the pickle."""
 
     module: str
     name: str
@@ -40,7 +40,7 @@ class _Record:
 
 @dataclass(slots=True, eq=False, repr=False)
 class Instance(_Record):
-    """An object that was not made: what would have been called, with what, and what would have been put into it.
+    """An object that was not created: the call that would create it, its arguments, and its later content.
 
     ``kind`` is "call" (function(*args)), "new" (function.__new__(function, *args)) or "new_ex" (with ``kwargs``).
     """
@@ -62,7 +62,7 @@ class Instance(_Record):
 
 
 class OrderedTree(dict[Any, Any]):
-    """A collections.OrderedDict, with the attributes a state dict carries (``_metadata``)."""
+    """A collections.OrderedDict, with the attributes of a state dict (``_metadata``)."""
 
     __slots__ = ("attributes",)
 
@@ -73,7 +73,7 @@ class OrderedTree(dict[Any, Any]):
 
 @dataclass(slots=True, eq=False, repr=False)
 class StorageRef(_Record):
-    """A torch storage by its key. ``dtype`` is None for an untyped one, whose ``numel`` counts bytes.
+    """A torch storage by its key. ``dtype`` is None for an untyped storage; its ``numel`` counts bytes.
 
     ``view_offset`` (elements) is that of an old-style storage view within the storage ``key``.
     """
@@ -90,11 +90,10 @@ class StorageRef(_Record):
 
 @dataclass(slots=True, eq=False, repr=False)
 class TensorRef(_Record):
-    """A tensor over a storage: ``offset`` and ``strides`` in elements.
+    """A tensor over a storage; ``offset`` and ``strides`` are in elements.
 
-    ``wrapper`` keeps what stood around it: ("parameter",), ("parameter_with_state", state) or
-    ("type", function, class, state). ``lazy`` names a pending conjugation or negation. ``entry`` is where its bytes are,
-    for formats that have no storages.
+    ``wrapper`` keeps its wrapper: ("parameter",), ("parameter_with_state", state) or ("type", function, class, state).
+    ``lazy`` names a pending conjugation or negation. ``entry`` is the place of its bytes, in formats without storages.
     """
 
     storage: StorageRef
@@ -111,13 +110,13 @@ class TensorRef(_Record):
 
 @dataclass(slots=True, eq=False, repr=False)
 class PersistentId(_Record):
-    """A reference into something outside the pickle that is not a torch storage."""
+    """A reference to something outside the pickle that is not a torch storage."""
 
     value: Any
 
 
 def mapping_items(node: Any) -> list[tuple[Any, Any]] | None:
-    """(key, value) pairs of a dict or of an instance of a dict subclass; None for anything else."""
+    """Returns the (key, value) pairs of a dict or of an instance of a dict subclass; None for anything else."""
     if isinstance(node, dict):
         return list(node.items())
     if isinstance(node, Instance) and node.items:
@@ -126,7 +125,7 @@ def mapping_items(node: Any) -> list[tuple[Any, Any]] | None:
 
 
 def children(node: Any) -> Iterator[tuple[Any, Any]]:
-    """(key, child) of a node; keys are dictionary keys, positions, or names of an instance's parts."""
+    """Yields (key, child) of a node. Keys are dictionary keys, positions, or names of an instance's parts."""
     if isinstance(node, dict):
         yield from node.items()
         if isinstance(node, OrderedTree) and node.attributes is not MISSING:
@@ -150,9 +149,9 @@ def children(node: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def walk(root: Any, skip: set[tuple[int, Any]] | None = None) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """(path, node) for every container and record once, parents first; cycles and depth do no harm.
+    """Yields (path, node) once for every container and record, parents first. Cycles and depth are harmless.
 
-    ``skip`` names (id of a mapping, key) below which not to go.
+    ``skip`` holds (id of a mapping, key) pairs that are not entered.
     """
     seen: set[int] = set()
     stack: list[Iterator[tuple[tuple[Any, ...], Any]]] = [iter([((), root)])]
@@ -167,13 +166,15 @@ def walk(root: Any, skip: set[tuple[int, Any]] | None = None) -> Iterator[tuple[
                 stack.append(_below(path, node, skip or set()))
 
 
-_DEEPEST = 2000  # deeper ones can neither be pickled nor written again
+_DEEPEST = 2000  # deeper trees cannot be pickled or written again
 _WALKED = (dict, list, tuple, Instance, TensorRef, StorageRef, PersistentId, Global)
 
 
 def _below(path: tuple[Any, ...], node: Any, skip: set[tuple[int, Any]]) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """(path, node) of the containers and records right below a node, also of those that are keys; made one by one,
-    since a long list of them all would need more memory than the tree."""
+    """Yields (path, node) of the containers and records directly below a node, keys included.
+
+    A list of all of them could need more memory than the tree.
+    """
     for key, _ in mapping_items(node) or ():
         if isinstance(key, _WALKED):
             yield path, key
@@ -183,7 +184,7 @@ def _below(path: tuple[Any, ...], node: Any, skip: set[tuple[int, Any]]) -> Iter
 
 
 def number(node: Any) -> float | int | None:
-    """A Python or numpy number, else None; booleans are not numbers here."""
+    """Returns a Python or numpy number, else None. Booleans are not numbers here."""
     if isinstance(node, bool):
         return None
     if isinstance(node, int | float):
@@ -201,16 +202,16 @@ def number(node: Any) -> float | int | None:
 
 
 def plain(node: Any) -> Any:
-    """The node as JSON-able data; records become small dictionaries such as ``{"$object": "module.Class", ...}``.
+    """Returns the node as JSON-able data. Records become small dictionaries like ``{"$object": "module.Class", ...}``.
 
-    What is nested or shared beyond all reason (a hostile file) is cut and shown as ``"..."``.
+    Excessive nesting or sharing, as in a hostile file, is cut and shown as ``"..."``.
     """
     return Plain().render(node)
 
 
 class Plain:
-    """Renderings of one tree; ``left`` bounds the values and the text of them all, since a small tree can share its way
-    to 2**60 of them."""
+    """Renders one tree. ``left`` limits the number of values and their text, because sharing lets a small tree render
+    as 2**60 values."""
 
     def __init__(self) -> None:
         self.left = 200_000

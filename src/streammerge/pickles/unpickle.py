@@ -1,10 +1,10 @@
 """The inert unpickler: a pickle stream (protocols 0 to 5) -> the inert tree. Nothing is imported, called or executed.
 
-A stack machine over :func:`pickletools.genops`, which checks every length against the bytes that are there. Names of
-classes and functions become :class:`~streammerge.pickles.tree.Global`, what would be made from them an
-:class:`~streammerge.pickles.tree.Instance`, except what the closed table of :mod:`streammerge.pickles.rebuild`
-computes. Anything the machine does not expect is one FormatError, "damaged pickle". Memory is charged per opcode, so that
-a small file cannot claim a large tree.
+It is a stack machine over :func:`pickletools.genops`, which checks every length against the available bytes. Names of
+classes and functions become :class:`~streammerge.pickles.tree.Global`. Calls become
+:class:`~streammerge.pickles.tree.Instance`, except those in the closed table of :mod:`streammerge.pickles.rebuild`.
+Anything unexpected is a FormatError, "damaged pickle". Each opcode is charged for its memory, so a small file cannot
+claim a large tree.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from streammerge.pickles.tree import Global, Instance, OrderedTree, PersistentId
 MAX_OPCODES = 20_000_000
 MAX_PICKLE_BYTES = 1 << 30
 FREE_BYTES, BYTES_PER_BYTE = 48 << 20, 64
-"""A tree may take this much memory, and this much for each byte of its pickle on the disk, by :data:`_COST`."""
+"""Memory in bytes that a tree may take by :data:`_COST`: a fixed part, plus this many per byte of its pickle on the
+disk."""
 
 _MAX_INTEGER_BYTES = 1024
 _DAMAGE = (
@@ -42,9 +43,9 @@ ResolveId = Callable[[Any], Any]
 def unpickle(
     source: bytes | BinaryIO, resolve: ResolveId = PersistentId, where: str = "pickle", disk_bytes: int | None = None
 ) -> Any:
-    """One pickle -> its inert tree. A stream is left right behind the STOP opcode. Raises FormatError.
+    """Turns one pickle into its inert tree. Leaves a stream directly behind the STOP opcode. Raises FormatError.
 
-    ``disk_bytes``: how long it is on the disk, for one that was compressed; its memory is limited by that.
+    ``disk_bytes``: the compressed size on the disk, if it was compressed; it limits the memory.
     """
     stream = io.BytesIO(source) if isinstance(source, bytes) else _Limited(source)
     machine = _Machine(resolve, stream, disk_bytes)
@@ -59,7 +60,7 @@ def unpickle(
 
 
 class _Limited:
-    """What pickletools needs of a stream; no length it reads in a pickle is believed beyond the limit."""
+    """The methods of a stream that pickletools needs. Rejects any length in a pickle beyond the limit."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self._start = stream, stream.tell()
@@ -86,7 +87,7 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def charge(self, nbytes: int) -> None:
-        """Counts memory, since one byte of a pickle can make an object of hundreds."""
+        """Charges memory, because one byte of a pickle can make an object of hundreds of bytes."""
         self.cost += nbytes
         if self.cost > FREE_BYTES:
             explained = self.stream.tell() if self.disk_bytes is None else self.disk_bytes
@@ -187,7 +188,7 @@ class _Machine:
         self.call(function, args)
 
     def call(self, function: Any, args: tuple[Any, ...]) -> None:
-        """What the call would make; arguments are charged, as the same long one can be given again and again."""
+        """Pushes the result of a call. Charges its arguments, because the same long argument can be passed many times."""
         self.charge(sum(len(a) * _COST_OF_PART.get(type(a), 0) for a in args if isinstance(a, str | tuple | list)))
         self.stack.append(call(function, args))
 
@@ -236,7 +237,7 @@ class _Machine:
         _extend(self.stack[-1], items)
 
     def charge_members(self, values: list[Any], each: int) -> None:
-        """Every mention of a tensor becomes an entry of the checkpoint, also that of one mentioned before."""
+        """Charges members. Every mention of a tensor becomes an entry of the checkpoint, repeated mentions too."""
         self.charge(len(values) * each + sum(_COST_OF_ENTRY for v in values if isinstance(v, TensorRef)))
 
     def additems(self, _: Any) -> None:
@@ -289,7 +290,7 @@ def _integer(arg: int) -> int:
     return arg
 
 
-# Bytes of memory that an opcode may take, as CPython 3.11 has it: the object, its place on the stack, in the memo.
+# Bytes of memory per opcode in CPython 3.11: the object, its place on the stack and in the memo.
 _COST_OF_OTHERS = 16
 _COST = {
     "EMPTY_SET": 500,

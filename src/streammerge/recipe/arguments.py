@@ -1,4 +1,4 @@
-"""From the arguments of merge() and of the command line to a recipe: models with their own parameters, and the rest."""
+"""Recipes from the arguments of merge() and of the command line."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def recipe_of(
     parameters: Mapping[str, Any],
     overrides: Overrides,
 ) -> Recipe:
-    """The recipe of these arguments. Raises RecipeError with all that is wrong with them."""
+    """Returns the recipe of these arguments. Raises RecipeError with all mistakes."""
     found = find_method(method)
     if weights is not None:
         if "weight" in parameters:
-            raise RecipeError("weights and the parameter weight are the same; give one of them")
+            raise RecipeError("weights and the parameter weight mean the same; give only one")
         parameters = {**parameters, "weight": _weights(weights, len(inputs))}
     own: list[dict[str, Setting]] = [{} for _ in inputs]
     shared: dict[str, Setting] = {}
@@ -52,7 +52,7 @@ def recipe_of(
 
 
 def overridden(recipe: Recipe, overrides: Overrides) -> Recipe:
-    """The recipe with what options say in place of its own keys; options that were not given are None."""
+    """Returns the recipe with the given options in place of its keys. An option that was not given is None."""
     given = {name: value for name, value in overrides.items() if value is not None and value != ()}
     if "dtype" in given:
         recipe = replace(recipe, out_dtype=None)
@@ -62,7 +62,7 @@ def overridden(recipe: Recipe, overrides: Overrides) -> Recipe:
 
 
 def _parsed(form: type[Any], given: Overrides) -> dict[str, Any]:
-    """Options as the values of a form's keys."""
+    """Converts options to the values of a form's keys. Raises RecipeError."""
     made = {}
     for name, value in given.items():
         kind, option = form.__dataclass_fields__[name].metadata["kind"], f"--{name.replace('_', '-')}"
@@ -76,7 +76,7 @@ def _parsed(form: type[Any], given: Overrides) -> dict[str, Any]:
 
 
 def conversion(path: str, drop: Sequence[str], keep: Sequence[str], overrides: Overrides) -> Recipe:
-    """A merge of one input by ``copy``: what is dropped and what is kept are rules."""
+    """Returns a recipe that copies one input. Patterns to drop and to keep become rules. Raises RecipeError."""
     if "" in (*drop, *keep):
         raise RecipeError("--drop and --keep take a pattern, like 'dvae.*'")
     rules = [Rule((parse_pattern(pattern),), drop=True) for pattern in drop]
@@ -100,7 +100,8 @@ def _is_list(value: Any) -> bool:
 
 
 def _one_each(parameter: Parameter, values: list[Any], inputs: Sequence[str], base: str | None) -> list[Any]:
-    """A value for each input, from as many, from one for each but the base, or from a single one."""
+    """Returns one value per input. The values are as many as the inputs, one fewer (none for the base), or a single
+    one."""
     parsed = [parameter.parse_one(value) for value in values]
     is_base = [base is not None and Reference(path).same(Reference(base)) for path in inputs]
     if len(parsed) == 1:

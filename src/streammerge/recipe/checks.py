@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, as far as it can be told without looking at a file: all of it, each with its key."""
+"""Checks of a recipe that need no file. They report all mistakes, each with its key."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check(recipe: Recipe, problems: Problems) -> None:
     unreadable = list(problems)
     for path, entries, slices, _ in _parts(recipe):
         if path and bool(entries) == bool(slices) and not any(at[: len(path)] == path for at, _ in unreadable):
-            problems.add(path, "a module has models or slices, one of them")
+            problems.add(path, "a module has either models or slices")
         if entries and not _has_unread((*path, "models"), unreadable):
             _count(recipe, entries, recipe.base_model, path, problems)
         for each in slices:
@@ -34,7 +34,7 @@ def check(recipe: Recipe, problems: Problems) -> None:
 
 
 def raise_all(problems: Problems, places: Places, name: str = "the recipe") -> None:
-    """RecipeError with all problems, in the order of the file. Does nothing where there are none."""
+    """Raises RecipeError with all problems, in the order of the file. Returns if there are none."""
     found = [(place_of(path, places), message) for path, message in dict.fromkeys(problems)]
     found.sort(key=lambda each: each[0][1:] if each[0] else (0, 0))
     rows = [f"{place or ''}{message}" for place, message in found]
@@ -45,7 +45,7 @@ def raise_all(problems: Problems, places: Places, name: str = "the recipe") -> N
 
 
 def _has_unread(path: Path, problems: Sequence[tuple[Path, str]]) -> bool:
-    """Whether an entry of that list could not be read, so that nothing can be said of their number."""
+    """Whether an entry of this list could not be read, so the number of entries is unknown."""
     return any(at[:-1] == path and isinstance(at[-1], int) for at, _ in problems)
 
 
@@ -62,11 +62,11 @@ _Entries = Sequence[Model | Source]
 
 
 def _count(recipe: Recipe, entries: _Entries, base: str | None, path: Path, problems: Problems) -> None:
-    """How many models the method takes, and whether it has the base that it needs."""
+    """Checks the number of models, and the base, against the method."""
     method = recipe.merge_method
     if base is None and method.base == "required":
         problems.add(path, f"{method.name} needs the models' common ancestor; name it as the base")
-    # As in mergekit, a base that the method has no use for is one model more, where it has a weight.
+    # As in mergekit, a base that the method does not use counts as one more model if it has a weight.
     joins = method.base == "unused" and _models(recipe, method, entries, base) > len(entries)
     if joins and "weight" not in recipe.parameters:
         hint = f"leave it out, or give {printable(base)} as a model too"
@@ -76,7 +76,7 @@ def _count(recipe: Recipe, entries: _Entries, base: str | None, path: Path, prob
 
 
 def _models(recipe: Recipe, method: MergeMethod, entries: _Entries, base: str | None) -> int:
-    """How many models a method is given: these, less a base that it takes apart, or with one that is not among them."""
+    """Returns the number of models for the method: without a separate base, or with a base that is not listed."""
     listed = _lists(entries, base)
     if method.takes_base or recipe.base_apart(listed):
         return len(entries) - listed
@@ -104,11 +104,11 @@ def _check_slice(recipe: Recipe, each: Slice, problems: Problems) -> None:
     base = each.base_model or recipe.base_model
     _count(recipe, each.sources, base, each.path, problems)
     if base is not None and recipe.merge_method.base != "unused" and not _lists(each.sources, base):
-        problems.add(each.path, f"the base {printable(base)} must be among the sources, since it says which of its layers")
+        problems.add(each.path, f"the base {printable(base)} must be among the sources, because they name its layers")
 
 
 def _levels(recipe: Recipe) -> Iterator[tuple[Path, Settings, bool]]:
-    """Every place of parameters: path, settings, and whether it is one model's own."""
+    """Yields every place of parameters: path, settings, and whether they belong to one model."""
     yield ("parameters",), recipe.parameters, False
     for path, entries, slices, settings in _parts(recipe):
         if settings:
@@ -131,7 +131,7 @@ def _check_parameters(recipe: Recipe, problems: Problems) -> None:
                 problems.add((*path, name), _unknown(recipe.merge_method, name))
             elif own and not parameter.per_model:
                 problems.add(
-                    (*path, name), f"{name} is not a model's own; put it under parameters of the recipe or a slice"
+                    (*path, name), f"{name} cannot differ between models; put it under parameters of the recipe or a slice"
                 )
             elif wrong := check_setting(setting, parameter):
                 problems.add((*path, name), wrong)
@@ -157,7 +157,7 @@ def _check_rules(recipe: Recipe, problems: Problems) -> None:
         if rule.rename and not rule.copy:
             problems.add(rule.path, "rename in a rule is about the model that the rule copies from; add copy")
         if rule.drop and rule.dtype:
-            problems.add(rule.path, "a tensor that is left out has no dtype")
+            problems.add(rule.path, "a dropped tensor has no dtype; give either drop or dtype")
         for name, setting in rule.parameters.items():
             path = (*rule.path, "parameters", name)
             if name not in method.parameters:
@@ -169,7 +169,7 @@ def _check_rules(recipe: Recipe, problems: Problems) -> None:
 
 
 def _check_rule_method(recipe: Recipe, method: MergeMethod, path: Path, problems: Problems) -> None:
-    """A rule's own method: whether there is a base for it, as many models as it takes, and what it needs."""
+    """Checks a rule's own method: its base, its number of models, and its required parameters."""
     parts = list(_parts(recipe))
     bases = [recipe.base_model, *(each.base_model for _, _, slices, _ in parts for each in slices)]
     if method.base == "required" and not any(bases):

@@ -1,6 +1,6 @@
-"""The text of a recipe, and where each of its keys stands; and a recipe as text.
+"""The YAML text of a recipe, with the place of each key; and a recipe written as text.
 
-YAML as mergekit reads it (1.1, so ``no`` is false and ``1e-1`` a text). Anchors are followed, but not without end.
+YAML is read as in mergekit (1.1: ``no`` is false, ``1e-1`` is a text). Anchors are followed up to a limit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _DEEPEST = 40
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Plain data, and the place of every key by its path. ``doubled``: keys that stand twice."""
+    """Plain data, and the place of every key by its path. ``doubled``: keys that occur twice."""
 
     data: Any
     places: dict[Path, Place]
@@ -30,13 +30,13 @@ class Document:
 
 
 def parse(text: str, name: str) -> Document:
-    """The one document of a text. Raises RecipeError, with the line, for what is not YAML."""
+    """Parses a text with one document. Raises RecipeError, with the line, if it is not YAML."""
     import yaml  # here, since only recipes need it
 
     if len(text) > _MOST_CHARACTERS:
         raise RecipeError(f"{printable(name)} has {len(text)} characters, beyond the limit of {_MOST_CHARACTERS}")
     try:
-        # The C parser recurses without a limit of its own; this one raises RecursionError.
+        # Not the C parser, which recurses without a limit. This one raises RecursionError.
         nodes = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -50,8 +50,8 @@ def parse(text: str, name: str) -> Document:
     if len(nodes) > 1:
         second = Place(printable(name), nodes[1].start_mark.line + 1, 1)
         raise RecipeError(
-            f"{second}configurations of several documents are not supported yet; "
-            "put each into a file of its own and run one after the other"
+            f"{second}several documents in one file are not supported yet; "
+            "put each into its own file and run them one by one"
         )
     return _Reader(printable(name)).document(nodes[0])
 
@@ -79,7 +79,7 @@ class _Reader:
     def _data(self, node: yaml.Node, path: Path) -> Any:
         self.left -= 1
         if self.left < 0 or len(path) > _DEEPEST:
-            raise RecipeError(f"{self.places[path[:1]]}this is nested or repeated without end, which is refused")
+            raise RecipeError(f"{self.places[path[:1]]}this is nested or repeated too much")
         if isinstance(node, self.yaml.MappingNode):
             made: dict[Any, Any] = {}
             self._take(node, path, made, own=True)
@@ -93,7 +93,7 @@ class _Reader:
         return self._scalar(node)
 
     def _take(self, node: yaml.Node, path: Path, made: dict[Any, Any], own: bool) -> None:
-        """The pairs of a mapping, and those that ``<<`` merges into it, which its own come before."""
+        """Takes the pairs of a mapping, then those that ``<<`` merges into it. The mapping's own pairs win."""
         merged: list[yaml.Node] = []
         for key_node, value_node in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
@@ -110,9 +110,9 @@ class _Reader:
         for each in merged:
             self.left -= 1
             if not isinstance(each, self.yaml.MappingNode):
-                raise RecipeError(f"{self._place(each)}<< takes a mapping, or a list of such")
+                raise RecipeError(f"{self._place(each)}<< takes a mapping, or a list of mappings")
             if self.left < 0 or len(path) > _DEEPEST:
-                raise RecipeError(f"{self._place(each)}this is nested or repeated without end, which is refused")
+                raise RecipeError(f"{self._place(each)}this is nested or repeated too much")
             self._take(each, path, made, own=False)
 
     def _scalar(self, node: yaml.Node) -> Any:
@@ -126,12 +126,12 @@ class _Reader:
     @staticmethod
     def _plain(value: Any) -> Any:
         if isinstance(value, dict | list | set):
-            raise ValueError("a tag makes a collection of a text")  # noqa: TRY004 - one kind for all that is no value
+            raise ValueError("a tag makes a collection of a text")  # noqa: TRY004 - one class for every invalid value
         return value
 
 
 def to_yaml(data: Any) -> str:
-    """The data as YAML, lists of plain values in one line, and nothing shortened to an anchor."""
+    """Returns the data as YAML, with lists of plain values in one line and without anchors."""
     import yaml
 
     class Dumper(yaml.SafeDumper):
@@ -146,5 +146,5 @@ def to_yaml(data: Any) -> str:
 
 
 def to_json(data: Any) -> str:
-    """One line, which is YAML too. What a method of one's own was given that is no plain value stands as its text."""
+    """Returns the data as one line of JSON, which is also YAML. Values that JSON cannot hold are written as text."""
     return json.dumps(data, ensure_ascii=False, default=str)

@@ -1,6 +1,6 @@
-"""What a key of a recipe may hold: how it is read, written, and described to editors.
+"""Kinds of values that a key of a recipe may hold: their reading, writing, and description for editors.
 
-Every mistake is noted with the path of the key it stands at and reading goes on, so that all of them are told at once.
+Each mistake is recorded with the path of its key, and reading continues, so all mistakes are reported together.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Schema = dict[str, Any]
 
 
 class Place(NamedTuple):
-    """Where in a file a key stands."""
+    """The place of a key in a file."""
 
     file: str
     line: int
@@ -32,38 +32,38 @@ Places = Mapping[Path, Place]
 
 
 def place_of(path: Path, places: Places) -> Place | None:
-    """The place of a key, or of the nearest one above it that is in the file; None for what was not read from one."""
+    """Returns the place of a key, or of its nearest parent in the file; None if it was not read from a file."""
     while path and path not in places:
         path = path[:-1]
     return places.get(path)
 
 
 class Problems(list[tuple[Path, str]]):
-    """What is wrong with a recipe, and at which keys."""
+    """Mistakes in a recipe, each with the path of its key."""
 
     def add(self, path: Path, message: str) -> None:
         self.append((path, message))
 
 
 class Kind(ABC):
-    """What a value may be."""
+    """A kind of value."""
 
     @abstractmethod
     def read(self, value: Any, path: Path, problems: Problems) -> Any:
-        """What can be gone on with; what is wrong is noted."""
+        """Returns the value, or a usable substitute; adds mistakes to ``problems``."""
 
     @abstractmethod
     def schema(self, forms: Schema) -> Schema:
-        """Its JSON Schema; forms that it mentions are put into ``forms``."""
+        """Returns the kind's JSON Schema. Adds the forms that it refers to to ``forms``."""
 
     def dump(self, value: Any) -> Any:
         return value
 
 
 class Plain(Kind):
-    """A single value. ``parse`` raises RecipeError, or ValueError where ``words`` say what is expected.
+    """A single value. ``parse`` raises RecipeError, or ValueError if ``words`` describe the expected value.
 
-    ``guess`` makes of a wrong value what the rest of the recipe can be read with.
+    ``guess`` turns a wrong value into a substitute, so that the rest of the recipe can be checked.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Plain(Kind):
             problems.add(path, f"{_name(path)} takes {self.words}, not {shown(value)}")
         return self.guess(value) if self.guess else None
 
-    def schema(self, forms: Schema) -> Schema:  # noqa: ARG002 - it mentions no form
+    def schema(self, forms: Schema) -> Schema:  # noqa: ARG002 - it refers to no form
         return dict(self._schema() if callable(self._schema) else self._schema)
 
     def dump(self, value: Any) -> Any:
@@ -93,7 +93,7 @@ class Plain(Kind):
 
 
 class ListOf(Kind):
-    """A list of at least so many, held as a tuple. With ``or_one`` a single value stands for a list of one."""
+    """A list of at least ``least`` values, held as a tuple. With ``or_one`` a single value means a list of one."""
 
     def __init__(self, item: Kind, or_one: bool = False, least: int = 1) -> None:
         self.item, self.or_one, self.least = item, or_one, least
@@ -141,7 +141,7 @@ class MapOf(Kind):
 class FormOf(Kind):
     """A mapping with known keys: a dataclass whose fields were made by :func:`key`.
 
-    The class may say ``REFUSED`` (key -> why it is not taken) and ``MEANT`` (key of elsewhere -> the key here).
+    The class may define ``REFUSED`` (key -> why it is refused) and ``MEANT`` (key of another tool -> the key here).
     """
 
     def __init__(self, form: type[Any]) -> None:
@@ -158,7 +158,7 @@ class FormOf(Kind):
             if name not in keys and not (value[name] is None and name in getattr(self.form, "REFUSED", {})):
                 meant = self._meant(name)
                 problems.add((*path, name), self._unknown(name, meant, path))
-                if meant is not None and meant not in stands_for:  # read on as if it had been written so
+                if meant is not None and meant not in stands_for:  # continue as if the meant key had been written
                     stands_for[meant] = name
         made: dict[str, Any] = {}
         for name, (kind, required) in keys.items():
@@ -177,7 +177,7 @@ class FormOf(Kind):
         return self.form(**made, **({"path": path} if "path" in {f.name for f in fields(self.form)} else {}))
 
     def _meant(self, name: Any) -> str | None:
-        """The key that an unknown one may stand for."""
+        """Returns the key that an unknown one may mean."""
         if name in getattr(self.form, "REFUSED", {}):
             return None
         meant: dict[str, str] = getattr(self.form, "MEANT", {})
@@ -216,7 +216,8 @@ class FormOf(Kind):
 
 
 def key(kind: Kind, doc: str, **default: Any) -> Any:
-    """A field of a form: its kind, its description, and a ``default`` or ``default_factory`` unless it is required."""
+    """Makes a field of a form: its kind, its description, and a ``default`` or ``default_factory`` unless it is
+    required."""
     return field(metadata={"kind": kind, "doc": doc}, **default)
 
 
@@ -225,7 +226,7 @@ def doc_of(form: type[Any], name: str) -> str:
 
 
 def _keys(form: type[Any]) -> dict[str, tuple[Kind, bool]]:
-    """The keys of a form: kind, and whether it must be given."""
+    """Returns the keys of a form: kind, and whether it is required."""
     return {
         f.name: (f.metadata["kind"], f.default is MISSING and f.default_factory is MISSING)
         for f in fields(form)
@@ -238,7 +239,7 @@ def _default(each: Any) -> Any:
 
 
 def _name(path: Path) -> str:
-    """What to call the place in a sentence."""
+    """Names a place in a sentence."""
     named = [part for part in path if isinstance(part, str)]
     if not named:
         return "a recipe"
@@ -246,7 +247,7 @@ def _name(path: Path) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value of a recipe, in a sentence."""
+    """Formats a value of a recipe for a sentence."""
     if value is None:
         return "nothing"
     if isinstance(value, Mapping):

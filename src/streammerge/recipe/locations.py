@@ -1,4 +1,4 @@
-"""Where the models of a recipe are, and what to call them in one that travels."""
+"""Locations of a recipe's models, and their names in a recipe that travels with an output."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from streammerge.stores.local import broken_link
 
 
 def located(recipe: Recipe, folders: list[Path], problems: Problems) -> Recipe:
-    """The recipe with the paths at which its models are found.
+    """Returns the recipe with the paths at which its models are found. Adds absent models to the problems.
 
-    A path counts from the first of these folders in which it is found, else it is a repository's name in the local cache
-    of the Hugging Face hub. Nothing is downloaded.
+    A path is relative to the first of these folders that contains it. Otherwise it is the name of a repository in the
+    local cache of the Hugging Face hub. Nothing is downloaded.
     """
     names = {}
     for named in recipe.named_models:
@@ -32,20 +32,20 @@ def located(recipe: Recipe, folders: list[Path], problems: Problems) -> Recipe:
 
 
 def _is_path(named: str) -> bool:
-    """Whether the system could be asked for it."""
+    """Whether the system accepts the text as a path."""
     return "\0" not in named and not any("\ud800" <= c <= "\udfff" for c in named)
 
 
 def _find(named: str, folders: list[Path]) -> str | None:
     for folder in folders:
-        path = os.path.join(folder, os.path.expanduser(named)) if folder != Path() else os.path.expanduser(named)  # noqa: PTH111, PTH118 - a trailing slash stays
+        path = os.path.join(folder, os.path.expanduser(named)) if folder != Path() else os.path.expanduser(named)  # noqa: PTH111, PTH118 - keeps a trailing slash
         if os.path.exists(path):  # noqa: PTH110 (Path.exists raises for a name that is too long)
             return path
     return _cached(named)
 
 
 def _cached(name: str) -> str | None:
-    """The snapshot of a repository in the hub's cache."""
+    """Returns the snapshot of a repository in the hub's cache, if there is one."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         return None
     home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")  # noqa: PTH118
@@ -77,7 +77,7 @@ def _absent(named: str, folders: list[Path]) -> str:
 
 
 def _place(recipe: Recipe, named: str) -> Key:
-    """The first key that names the model."""
+    """Returns the path of the first key that names the model."""
     if recipe.base_model == named:
         return ("base_model",)
     for entry in recipe.entries:
@@ -87,9 +87,9 @@ def _place(recipe: Recipe, named: str) -> Key:
 
 
 def resolved(recipe: Recipe) -> Recipe:
-    """The recipe that travels with its output: every parameter is there, and nothing of this machine.
+    """Returns the recipe that travels with its output: with every parameter, and without paths of this machine.
 
-    A parameter that a rule's method has too is left to the defaults, which need not be the same.
+    A parameter that a rule's method also has is left out, because the defaults of the two methods may differ.
     """
     settings = dict(recipe.parameters)
     for name, parameter in recipe.merge_method.parameters.items():
@@ -104,12 +104,12 @@ def resolved(recipe: Recipe) -> Recipe:
 
 
 def travelling_names(recipe: Recipe) -> dict[str, str]:
-    """What to call each model: as it was named, or, where one was named by an absolute path, all by what is below the
-    folder that holds them."""
+    """Returns a name for each model. Each keeps its name unless one has an absolute path; then all names are relative
+    to their common folder."""
     written = {path: recipe.written.get(path, path) for path in recipe.named_models}
-    places = {path: Path(os.path.abspath(path)) for path in written}  # noqa: PTH100 - links stay as they are
+    places = {path: Path(os.path.abspath(path)) for path in written}  # noqa: PTH100 - does not resolve links
     spelled: dict[Path, str] = {}
-    for path, name in written.items():  # of one that was named twice, the first that is not absolute
+    for path, name in written.items():  # a model with several names gets the first that is not absolute
         if not Path(name).is_absolute():
             spelled.setdefault(places[path], name)
     written = {path: spelled.get(places[path], name) for path, name in written.items()}

@@ -1,6 +1,6 @@
-"""What the user asked for. The classes are the recipe's keys: a mergekit configuration, and what streammerge adds.
+"""The classes of a recipe. Their fields are its keys: mergekit's configuration, and streammerge's additions.
 
-A recipe is made by the command line, the Python API or a file, and is the same however it was made.
+Recipes from the command line, the Python API and files are equal if they say the same.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from streammerge.tensors.dtypes import DType
 
 
 class Reference(NamedTuple):
-    """A checkpoint as it was named, which of its state dicts, where that was said, and other names for its tensors."""
+    """A checkpoint as the user named it; optionally one of its state dicts, and other names for its tensors."""
 
     path: str
     state_dict: str | None = None
@@ -54,8 +54,8 @@ class Model:
 
     model: str = key(MODEL, "Path of a file or folder.")
     parameters: Settings = key(SETTINGS, "This model's own parameters, such as weight.", default_factory=dict)
-    state_dict: str | None = key(TEXT, "Which state dict of a wrapped file; found when left out.", default=None)
-    rename: tuple[Rename, ...] = key(RENAME, "Other names for this model's tensors, before all else.", default=())
+    state_dict: str | None = key(TEXT, "State dict inside a wrapped file; by default found automatically.", default=None)
+    rename: tuple[Rename, ...] = key(RENAME, "Other names for this model's tensors; applied first.", default=())
     path: Path = field(default=(), compare=False, repr=False)
 
 
@@ -64,10 +64,10 @@ class Source:
     """Some layers of a model, for a slice."""
 
     model: str = key(MODEL, "Path of a file or folder.")
-    layer_range: tuple[int, int] = key(LAYER_RANGE, "Its first layer, and the one behind its last.")
+    layer_range: tuple[int, int] = key(LAYER_RANGE, "First layer, and the layer after the last.")
     parameters: Settings = key(SETTINGS, "This model's own parameters in the slice.", default_factory=dict)
-    state_dict: str | None = key(TEXT, "Which state dict of a wrapped file; found when left out.", default=None)
-    rename: tuple[Rename, ...] = key(RENAME, "Other names for this model's tensors, before all else.", default=())
+    state_dict: str | None = key(TEXT, "State dict inside a wrapped file; by default found automatically.", default=None)
+    rename: tuple[Rename, ...] = key(RENAME, "Other names for this model's tensors; applied first.", default=())
     path: Path = field(default=(), compare=False, repr=False)
 
 
@@ -75,35 +75,39 @@ class Source:
 class Slice:
     """Consecutive layers of the output."""
 
-    sources: tuple[Source, ...] = key(ListOf(FormOf(Source)), "The layers that are merged into these.")
+    sources: tuple[Source, ...] = key(ListOf(FormOf(Source)), "The layers to merge.")
     base_model: str | None = key(MODEL, "The base in this slice.", default=None)
     parameters: Settings = key(SETTINGS, "Parameters in this slice.", default_factory=dict)
-    residual_weight: Any = key(Plain("a number", float, {"type": "number"}), "Read nowhere, as in mergekit.", default=None)
+    residual_weight: Any = key(
+        Plain("a number", float, {"type": "number"}), "Accepted and ignored, as in mergekit.", default=None
+    )
     path: Path = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class Module:
-    """A part of the model whose layers are counted on their own, named by how its tensors' names begin."""
+    """A part of the model with its own count of layers, named by the prefix of its tensors' names."""
 
-    models: tuple[Model, ...] = key(ListOf(FormOf(Model)), "The models, all layers of each.", default=())
-    slices: tuple[Slice, ...] = key(ListOf(FormOf(Slice)), "Layers of models, stacked.", default=())
+    models: tuple[Model, ...] = key(ListOf(FormOf(Model)), "The models to merge, with all their layers.", default=())
+    slices: tuple[Slice, ...] = key(ListOf(FormOf(Slice)), "Stacked layers of models.", default=())
     parameters: Settings = key(SETTINGS, "Parameters in this module.", default_factory=dict)
     path: Path = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What is done with the tensors that a pattern matches; of several rules the first that matches holds."""
+    """An action for the tensors that a pattern matches. The first rule that matches is used."""
 
     MEANT: ClassVar = {"filter": "match", "pattern": "match", "method": "merge_method", "model": "copy"}
 
     match: tuple[Pattern, ...] = key(ListOf(PATTERN, or_one=True), "Globs on tensor names, or /regular expressions/.")
-    copy: str | None = key(MODEL, "Take the tensor whole from this model.", default=None)
-    rename: tuple[Rename, ...] = key(RENAME, "Other names for the tensors of the model that is copied from.", default=())
+    copy: str | None = key(MODEL, "Copy the tensor from this model.", default=None)
+    rename: tuple[Rename, ...] = key(RENAME, "Other names for the tensors of the model to copy from.", default=())
     drop: bool = key(TRUTH, "Leave the tensor out.", default=False)
     merge_method: MergeMethod | None = key(METHOD, "Merge with this method.", default=None)
-    parameters: Settings = key(SETTINGS, "Parameters here; a list is one per model.", default_factory=dict)
+    parameters: Settings = key(
+        SETTINGS, "Parameters for these tensors; a list has one value per model.", default_factory=dict
+    )
     dtype: DType | None = key(DTYPE, "Dtype of the output.", default=None)
     path: Path = field(default=(), compare=False, repr=False)
 
@@ -131,9 +135,11 @@ class Rule:
 class Output:
     """How the output is written."""
 
-    max_shard_size: int | None = key(SIZE, "Largest file of a folder; as the first input's when left out.", default=None)
+    max_shard_size: int | None = key(
+        SIZE, "Maximum size of a file in a folder; by default as in the first input.", default=None
+    )
     keep_optimizer: bool = key(TRUTH, "Keep the first input's optimizer and scheduler in a .pth.", default=False)
-    strip_prefix: str = key(TEXT, "Removed from the names that begin with it.", default="")
+    strip_prefix: str = key(TEXT, "Prefix to remove from tensor names.", default="")
 
 
 _TOKENIZERS = (
@@ -143,9 +149,9 @@ _TOKENIZERS = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """A merge, or a conversion: all that its output depends on besides the inputs.
+    """A merge or a conversion: everything besides the inputs that its output depends on.
 
-    ``places``: where the keys stand in the file they were read from; ``written``: what its models are called there.
+    ``places``: the places of the keys in their file. ``written``: the names of the models in that file.
     """
 
     REFUSED: ClassVar = {
@@ -157,35 +163,41 @@ class Recipe:
     }
     MEANT: ClassVar = {"method": "merge_method", "base": "base_model", "weights": "models", "inputs": "models"}
 
-    merge_method: MergeMethod = key(METHOD, "What `streammerge methods` lists, or package.module:function.")
-    models: tuple[Model, ...] = key(ListOf(FormOf(Model)), "The models, all layers of each.", default=())
-    slices: tuple[Slice, ...] = key(ListOf(FormOf(Slice)), "Layers of models, stacked.", default=())
-    modules: Mapping[str, Module] = key(MapOf(FormOf(Module)), "Name prefix -> what is done there.", default_factory=dict)
+    merge_method: MergeMethod = key(METHOD, "A name from `streammerge methods`, or package.module:function.")
+    models: tuple[Model, ...] = key(ListOf(FormOf(Model)), "The models to merge, with all their layers.", default=())
+    slices: tuple[Slice, ...] = key(ListOf(FormOf(Slice)), "Stacked layers of models.", default=())
+    modules: Mapping[str, Module] = key(
+        MapOf(FormOf(Module)), "Name prefix -> models or slices of that module.", default_factory=dict
+    )
     base_model: str | None = key(MODEL, "The models' common ancestor.", default=None)
     parameters: Settings = key(SETTINGS, "Parameters of the method.", default_factory=dict)
-    rules: tuple[Rule, ...] = key(ListOf(FormOf(Rule), least=0), "Other ways for some tensors.", default=())
-    dtype: DType | None = key(DTYPE, "Dtype of the output; the first checkpoint's when left out.", default=None)
-    out_dtype: DType | None = key(DTYPE, "The same; wins over dtype.", default=None)
-    compute_dtype: DType | None = key(COMPUTE, "What is computed in; the method's when left out.", default=None)
-    state_dict: str | None = key(TEXT, "Which state dict of wrapped files, for all models.", default=None)
-    ema: str = key(one_of(EMA_CHOICES), "Averaged weights beside plain ones.", default="ignore")
-    rename: tuple[Rename, ...] = key(RENAME, "Other names for the tensors of all models; own ones go first.", default=())
-    on_missing: str = key(one_of(ON_MISSING), "Tensors that are not in every model.", default="error")
-    on_shape: str = key(one_of(ON_SHAPE), "Tensors whose shapes differ.", default="error")
-    integers: str | None = key(one_of(INTEGERS), "Integer tensors that differ.", default=None)
+    rules: tuple[Rule, ...] = key(
+        ListOf(FormOf(Rule), least=0), "Other actions for some tensors; the first match is used.", default=()
+    )
+    dtype: DType | None = key(DTYPE, "Dtype of the output; by default that of the first checkpoint.", default=None)
+    out_dtype: DType | None = key(DTYPE, "Dtype of the output; takes precedence over dtype.", default=None)
+    compute_dtype: DType | None = key(COMPUTE, "Dtype of the arithmetic; by default the method's.", default=None)
+    state_dict: str | None = key(TEXT, "State dict inside wrapped files, for all models.", default=None)
+    ema: str = key(one_of(EMA_CHOICES), "Choice between plain and averaged (EMA) weights.", default="ignore")
+    rename: tuple[Rename, ...] = key(
+        RENAME, "Other names for the tensors of all models, for names that no rename of a model matches.", default=()
+    )
+    on_missing: str = key(one_of(ON_MISSING), "Action for tensors that are not in every model.", default="error")
+    on_shape: str = key(one_of(ON_SHAPE), "Action for tensors whose shapes differ.", default="error")
+    integers: str | None = key(one_of(INTEGERS), "Action for integer tensors that differ.", default=None)
     allow_nonfinite: bool = key(TRUTH, "Write NaN and infinity instead of stopping.", default=False)
     output: Output = key(FormOf(Output), "How the output is written.", default_factory=Output)
-    seed: int = key(WHOLE, "For the methods that draw random numbers.", default=0)
+    seed: int = key(WHOLE, "Seed for methods that draw random numbers.", default=0)
     places: Places = field(default_factory=dict, compare=False, repr=False)
     written: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def at(self, path: Path) -> str:
-        """``recipe.yaml:12:3: `` for a key that was read from a file, nothing otherwise."""
+        """Returns ``recipe.yaml:12:3: `` for a key that was read from a file; empty otherwise."""
         return str(place_of(path, self.places) or "")
 
     @cached_property
     def entries(self) -> tuple[Model | Source, ...]:
-        """Every model that is named, slices and modules included, in their order."""
+        """Every named model, slices and modules included, in their order."""
         found: list[Model | Source] = list(self.models)
         found += [source for each in self.slices for source in each.sources]
         for module in self.modules.values():
@@ -194,7 +206,7 @@ class Recipe:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The paths of the models, as they were named."""
+        """The paths of the models, as the user named them."""
         return tuple(entry.model for entry in self.entries)
 
     def reference(self, model: str, state_dict: str | None = None, rename: tuple[Rename, ...] = ()) -> Reference:
@@ -205,7 +217,7 @@ class Recipe:
 
     @cached_property
     def base(self) -> Reference | None:
-        """The base; one that is a model too is read as that says."""
+        """The base. If it is a model too, it is read as that entry says."""
         if self.base_model is None:
             return None
         named = self.reference(self.base_model)
@@ -214,20 +226,21 @@ class Recipe:
 
     @property
     def based(self) -> bool:
-        """Whether the method takes the base apart from the models."""
+        """Whether the method takes the base separately from the models."""
         return self.base_model is not None and self.merge_method.takes_base
 
     def base_apart(self, listed: bool) -> bool:
-        """Whether the base is no model: the method takes it apart, or only a rule needs it. ``listed``: as a model too.
+        """Whether the base is not a model: the method takes it separately, or only a rule needs it.
 
-        A base that is neither is one model more, as in mergekit.
+        ``listed``: whether the base is also listed as a model. A base that is in no other role is one more model, as in
+        mergekit.
         """
         ruled = any(rule.merge_method and rule.merge_method.base == "required" for rule in self.rules)
         return self.based or (not listed and ruled and self.merge_method.base == "unused")
 
     @cached_property
     def checkpoints(self) -> tuple[Reference, ...]:
-        """All that is read: the base first, where one is named, then the models, each once."""
+        """All checkpoints to read, each once: the base first, if one is named, then the models."""
         wanted = [] if self.base is None else [self.base]
         wanted += [self.of(entry) for entry in self.entries]
         wanted += [self.reference(s.base_model) for s in self._all_slices if s.base_model]
@@ -243,7 +256,7 @@ class Recipe:
         return [*self.slices, *(each for module in self.modules.values() for each in module.slices)]
 
     def copied(self, model: str, rename: tuple[Rename, ...] = ()) -> Reference:
-        """What a rule's ``copy`` names: a model as its entry reads it, or a checkpoint of its own."""
+        """Returns the checkpoint that a rule's ``copy`` names: a model as its entry reads it, or another checkpoint."""
         if rename:
             return self.reference(model, rename=rename)
         place = os.path.realpath(model)
@@ -252,7 +265,7 @@ class Recipe:
 
     @property
     def recast(self) -> DType | None:
-        """The dtype that was asked for."""
+        """The requested dtype."""
         return self.out_dtype or self.dtype
 
     def output_name(self, name: str) -> str:
@@ -260,11 +273,11 @@ class Recipe:
         return name[len(prefix) :] if prefix and name.startswith(prefix) else name
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain data, without what is as it would be anyway."""
+        """Returns the recipe as plain data, without keys that have their default."""
         return FormOf(Recipe).dump(self)  # type: ignore[no-any-return]
 
     def renamed(self, names: Mapping[str, str]) -> Recipe:
-        """The same recipe with other names for its models."""
+        """Returns the same recipe with other names for its models."""
 
         def entry(each: Any) -> Any:
             return replace(each, model=names[each.model])
@@ -288,7 +301,7 @@ class Recipe:
 
     @property
     def named_models(self) -> list[str]:
-        """Every path that the recipe mentions, as it is written."""
+        """Every path in the recipe, as written."""
         named = [] if self.base_model is None else [self.base_model]
         named += [entry.model for entry in self.entries]
         named += [each.base_model for each in self._all_slices if each.base_model]

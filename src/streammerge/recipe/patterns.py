@@ -1,6 +1,6 @@
-"""Which tensors a rule takes: a glob on the name, or a regular expression between slashes that is found in it.
+"""Patterns of rules: a glob on a tensor's name, or a regular expression between slashes that is searched in it.
 
-And other names for tensors, by the same two kinds of patterns.
+Renamings use the same two kinds of patterns.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ class Pattern:
     compiled: Any = field(compare=False, repr=False)
 
     def matches(self, name: str) -> bool:
-        """Whether it takes a tensor of that name. RecipeError when that takes a second, as a stranger's pattern may."""
+        """Whether the pattern matches a name. Raises RecipeError after a second, because a foreign pattern may take
+        forever."""
         try:
             return self.compiled.search(name, timeout=_MOST_SECONDS) is not None
         except TimeoutError as error:
             raise RecipeError(
-                f"the pattern {printable(self.text)} takes for ever on {printable(name)}; write it more simply"
+                f"the pattern {printable(self.text)} takes too long on {printable(name)}; write it more simply"
             ) from error
 
     def __str__(self) -> str:
@@ -35,7 +36,7 @@ class Pattern:
 
 
 def parse_pattern(text: Any) -> Pattern:
-    """The pattern as it is written; RecipeError for a regular expression that is none."""
+    """Parses a pattern. Raises RecipeError for an invalid regular expression, ValueError for no text."""
     import regex  # which can be stopped, other than the standard library's; here, since few commands have a pattern
 
     if not isinstance(text, str) or not text:

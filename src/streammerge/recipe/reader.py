@@ -1,4 +1,4 @@
-"""Recipes: from a file, from plain data or from arguments to one frozen :class:`Recipe`, and back to text."""
+"""Reading of recipes: a file, plain data or arguments -> one frozen :class:`Recipe`, and back to text."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _MOST_BYTES = 16 << 20
 
 
 def checked(recipe: Recipe) -> Recipe:
-    """The recipe, if nothing is wrong with it; RecipeError with all that is."""
+    """Returns the recipe if it has no mistakes. Raises RecipeError with all of them."""
     problems = Problems()
     check(recipe, problems)
     raise_all(problems, recipe.places)
@@ -46,18 +46,18 @@ def checked(recipe: Recipe) -> Recipe:
 
 
 def read_recipe(source: str | Path | Mapping[str, Any], own_methods: bool = False, folder: Path | None = None) -> Recipe:
-    """The recipe of a YAML file, or of the same keys as a dict; the paths in it are found: from here or from the file's
-    folder, and those of a dict from ``folder``, if it is given.
+    """Reads a recipe from a YAML file, or from a dict with the same keys, and finds its models.
 
-    ``own_methods``: whether it may name methods that are somebody's own code. Raises RecipeError with every mistake,
-    each with its line.
+    Paths in a file are relative to the current folder or the file's folder; those in a dict, to ``folder`` if it is
+    given. ``own_methods``: whether it may name methods that are the user's own code. Raises RecipeError with every
+    mistake and its line.
     """
     if isinstance(source, Mapping):
         return _read(source, {}, [], "the recipe", [folder or Path()], own_methods)
     path = Path(source)
     name = printable(source)
     if not os.path.isfile(path):  # noqa: PTH113 (Path.is_file raises for a name that is too long)
-        raise RecipeError(f"{name} is no file; a recipe is a YAML file")
+        raise RecipeError(f"{name} is not a file; a recipe is a YAML file")
     try:
         size = file_size(path)
         if size > _MOST_BYTES:
@@ -66,7 +66,7 @@ def read_recipe(source: str | Path | Mapping[str, Any], own_methods: bool = Fals
     except OSError as error:
         raise RecipeError(f"{name} cannot be read ({printable(error.strerror or error)})") from error
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{name} is not text in UTF-8; a recipe is") from error
+        raise RecipeError(f"{name} is not UTF-8 text; save the recipe as UTF-8") from error
     document = parse(text, str(source))
     folders = [Path(), path.parent] + ([path.parent.parent] if path.name == RECIPE_FILE else [])
     return _read(document.data, document.places, document.doubled, name, folders, own_methods)
@@ -75,7 +75,7 @@ def read_recipe(source: str | Path | Mapping[str, Any], own_methods: bool = Fals
 def _read(data: Any, places: Any, doubled: Any, name: str, folders: list[Path], own_methods: bool) -> Recipe:
     problems = Problems()
     for key in doubled:
-        problems.add(key, f"the key {printable(key[-1])} stands twice")
+        problems.add(key, f"the key {printable(key[-1])} is given twice")
     recipe = FormOf(Recipe).read(_with_own_methods(data, problems) if own_methods else data, (), problems)
     if recipe is not None:
         recipe = located(replace(recipe, places=places), folders, problems)
@@ -85,7 +85,7 @@ def _read(data: Any, places: Any, doubled: Any, name: str, folders: list[Path], 
 
 
 def _with_own_methods(data: Any, problems: Problems) -> Any:
-    """The data with methods in place of names like package.module:function, which are imported here."""
+    """Returns the data with methods in place of names like package.module:function. Imports the methods."""
     if not isinstance(data, Mapping):
         return data
     made = {**data}
@@ -103,7 +103,7 @@ def _with_own_methods(data: Any, problems: Problems) -> Any:
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema of a recipe, for editors."""
+    """Returns the JSON Schema of a recipe, for editors."""
     forms: dict[str, Any] = {}
     reference = FormOf(Recipe).schema(forms)
     return {

@@ -1,4 +1,4 @@
-"""The single values of a recipe: paths of models, ranges of layers, sizes, dtypes, merge methods, patterns."""
+"""Single values of a recipe: paths of models, ranges of layers, sizes, dtypes, merge methods, patterns."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from streammerge.units import parse_bytes
 
 
 def parameter_docs() -> dict[str, str]:
-    """Every parameter of the methods, with the names of those that have it."""
+    """Returns a description of every parameter: the names of the methods that have it."""
     owners: dict[str, list[str]] = {}
     for method in methods().values():
         for name in method.parameters:
             owners.setdefault(name, []).append(method.name)
-    return {name: f"Of {', '.join(names)}." for name, names in sorted(owners.items())}
+    return {name: f"Parameter of {', '.join(names)}." for name, names in sorted(owners.items())}
 
 
 def _model(value: Any) -> str:
-    """A model's path; the mapping that mergekit writes has it inside."""
+    """Returns a model's path. mergekit may write a mapping that contains it."""
     if isinstance(value, Mapping):
         for name in ("lora", "override_architecture"):
             if value.get(name) is not None:
@@ -66,7 +66,7 @@ def _float_dtype(value: Any) -> DType:
 def _compute_dtype(value: Any) -> DType:
     dtype = parse_dtype(value)
     if dtype not in (DType.F32, DType.F64):
-        raise RecipeError("computing is done in float32 or float64")
+        raise RecipeError("the compute dtype must be float32 or float64")
     return dtype
 
 
@@ -76,7 +76,7 @@ def _torch_name(dtype: DType) -> str:
 
 @dataclass(frozen=True)
 class _AnyMethod(MergeMethod):
-    """Stands for a method that cannot be told, so that the rest of its recipe is read; nothing is wrong with it."""
+    """Replaces an unknown method, so that the rest of its recipe is checked. It accepts everything."""
 
     @property
     def parameters(self) -> dict[str, Parameter]:
@@ -89,7 +89,7 @@ def _nearest_method(value: Any) -> MergeMethod:
 
 
 UNREAD = "\n(unreadable)"
-"""Stands for a model that is not named as it should be."""
+"""Replaces a model whose name is invalid."""
 
 
 MODEL = Plain(
@@ -99,7 +99,7 @@ MODEL = Plain(
     guess=lambda value: UNREAD,
 )
 LAYER_RANGE = Plain(
-    "the first layer and the one behind the last, like [0, 24]",
+    "the first layer and the layer after the last, like [0, 24]",
     _layer_range,
     {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2},
     list,
@@ -111,14 +111,14 @@ COMPUTE = Plain("float32 or float64", _compute_dtype, {"enum": ["float32", "floa
 
 
 def _listed_method(value: Any) -> MergeMethod:
-    """A method by its name. One that is somebody's own code is not imported on a file's word."""
+    """Returns a method by its name. User code is not imported because a file names it."""
     if isinstance(value, str) and ":" in value:
-        raise RecipeError(f"{printable(value)} is code of somebody's own; --own-methods lets a recipe name it")
+        raise RecipeError(f"{printable(value)} is not a built-in method; --own-methods lets a recipe import it")
     return find_method(value)
 
 
 def _method_name(method: MergeMethod) -> str:
-    """By which it is found again."""
+    """Returns the name under which the method is found again."""
     if methods().get(method.name) is method:
         return method.name
     return f"{method.function.__module__}:{getattr(method.function, '__qualname__', method.name)}"

@@ -1,7 +1,7 @@
-"""The value that a parameter has for one tensor: mergekit's filters and layer gradients, in its arithmetic.
+"""The value of a parameter for one tensor: mergekit's filters and layer gradients, in its arithmetic.
 
-A setting is a scalar; a list, which is a gradient over the layers; or either with a filter, or a list of such, of which the
-first that matches holds. Where none matches, the next level down is asked.
+A setting is a scalar, or a list, which is a gradient over the layers. Either may have a filter. A list of settings with
+filters uses the first filter that matches. If none matches, the next level is used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Scalar = bool | int | float | str
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A scalar, or a gradient (a tuple), for the tensors whose names contain ``filter``."""
+    """A scalar, or a gradient (a tuple), for tensors whose names contain ``filter``."""
 
     value: Scalar | tuple[Scalar, ...]
     filter: str | None = None
@@ -34,11 +34,13 @@ def constant(value: Scalar) -> Setting:
 
 
 def evaluate(setting: Setting, name: str, t: float, parse: Callable[[Any], Any]) -> Any:
-    """The value for a tensor of that name at depth ``t`` (0 the first layer, 1 the last); None where no filter matches.
+    """Returns the value for a tensor of this name at depth ``t`` (0 the first layer, 1 the last); None if no filter
+    matches.
 
-    Numbers are interpolated linearly between the entries of a gradient; truth values and words are chosen from it.
+    Numbers are interpolated linearly between the entries of a gradient. For truth values and words, one entry is
+    chosen.
     """
-    for case in setting:  # a plain loop: this runs for every tensor of every model
+    for case in setting:  # a plain loop, because it runs for every tensor of every model
         if case.filter is None or case.filter == "*" or case.filter in name:
             break
     else:
@@ -57,7 +59,7 @@ def evaluate(setting: Setting, name: str, t: float, parse: Callable[[Any], Any])
 
 
 class Chain:
-    """A parameter's settings, from the level that is asked first to the last."""
+    """The settings of a parameter, from the first level to the last."""
 
     def __init__(self, parameter: Parameter, levels: Iterable[Settings]) -> None:
         found = (level.get(parameter.name) for level in levels)
@@ -67,7 +69,7 @@ class Chain:
         self.value = evaluate(self.settings[0], "", 0.0, self.parse) if self.settings and self.fixed else None
 
     def at(self, name: str, t: float) -> Any:
-        """The value of the first setting that has one for this tensor; None where none has."""
+        """Returns the value of the first setting that has one for this tensor; None if no setting has one."""
         if self.fixed:
             return self.value
         for setting in self.settings:
@@ -78,12 +80,12 @@ class Chain:
 
 
 def is_same_for_all(setting: Setting) -> bool:
-    """Whether it has one value, whatever the tensor."""
+    """Whether the setting has the same value for all tensors."""
     return bool(setting) and setting[0].filter in (None, "*") and not isinstance(setting[0].value, tuple)
 
 
 class SettingKind(Kind):
-    """Reads and describes a setting; whether the method takes its values is checked where the method is known."""
+    """Reads and describes a setting. :func:`check_setting` checks its values once the method is known."""
 
     def read(self, value: Any, path: Path, problems: Problems) -> Any:
         if isinstance(value, Mapping):
@@ -94,7 +96,7 @@ class SettingKind(Kind):
                 if isinstance(item, Mapping):
                     cases += self._case(item, (*path, number), problems)
                 else:
-                    problems.add((*path, number), f"{shown(item)} stands among filters; write it as value: {shown(item)}")
+                    problems.add((*path, number), f"{shown(item)} is not a filter; write it as value: {shown(item)}")
             return tuple(cases)
         read = self._value(value, path, problems)
         return None if read is None else (Case(read),)
@@ -141,14 +143,14 @@ class SettingKind(Kind):
 
 
 class SettingsKind(MapOf):
-    """Parameter names with their settings. ``names``: the parameters of all methods, described."""
+    """Parameter names with their settings. ``names``: the parameters of all methods, with descriptions."""
 
     def __init__(self, names: Callable[[], Mapping[str, str]]) -> None:
         super().__init__(SettingKind())
         self.names = names
 
     def read(self, value: Any, path: Path, problems: Problems) -> Any:
-        # lambda_, as in Python, is lambda
+        # lambda_, as in Python, means lambda
         return {name.rstrip("_"): setting for name, setting in super().read(value, path, problems).items()}
 
     def schema(self, forms: Schema) -> Schema:
@@ -164,7 +166,7 @@ def _listed(value: Any) -> Any:
 
 
 def check_setting(setting: Setting, parameter: Parameter) -> str | None:
-    """What is wrong with the values of a setting for that parameter, if anything."""
+    """Returns the mistake in a setting's values for this parameter, or None."""
     try:
         for case in setting:
             for point in case.value if isinstance(case.value, tuple) else (case.value,):

@@ -1,4 +1,4 @@
-"""A recipe as a person reads it, in the plan."""
+"""A recipe as readable text, for the plan."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from streammerge.recipe.settings import Setting, SettingKind, Settings
 
 
 def recipe_lines(recipe: Recipe) -> list[str]:
-    """The models with their own parameters, then what all share."""
+    """Returns the models with their own parameters, then the shared parameters."""
     lines = _models(recipe, recipe.models)
     lines += _slices(recipe, recipe.slices)
     for name, module in recipe.modules.items():
@@ -23,14 +23,14 @@ def recipe_lines(recipe: Recipe) -> list[str]:
 
 
 def rule_lines(recipe: Recipe, taken: list[int]) -> list[str]:
-    """Each rule, and how many tensors it took."""
+    """Returns one line per rule, with the number of tensors that it took."""
     rules = [(printable(rule), printable(rule.action) + _after(rule.parameters)) for rule in recipe.rules]
     width = max((len(what) for what, _ in rules), default=0)
     return [f"rule     {what:<{width}}  {count:>5} {how}" for (what, how), count in zip(rules, taken, strict=True)]
 
 
 def weight_notes(recipe: Recipe) -> list[str]:
-    """That the weights are divided by their sum, where they were given and that changes them."""
+    """Returns a note that weights are divided by their sum, if they were given and the division changes them."""
     if recipe.merge_method.name != "linear" or not _normalizes(recipe):
         return []
     weights = _weights(recipe)
@@ -67,7 +67,7 @@ def _slices(recipe: Recipe, slices: tuple[Slice, ...]) -> list[str]:
 
 
 def _own(recipe: Recipe, entry: Model | Source) -> str:
-    """A model's own parameters; its weight as the share that it has in a weighted mean."""
+    """Formats a model's own parameters; its weight is the share in a weighted mean."""
     own = {name: _shown(setting) for name, setting in entry.parameters.items()}
     weights = _weights(recipe)
     if isinstance(entry, Model) and recipe.merge_method.name == "linear" and recipe.models:
@@ -82,7 +82,7 @@ def _own(recipe: Recipe, entry: Model | Source) -> str:
 
 
 def _weights(recipe: Recipe) -> list[float]:
-    """The weight of each model where all have a plain number, none otherwise."""
+    """Returns the weight of each model if all are plain numbers, else an empty list."""
     found = [_number(model.parameters.get("weight")) for model in recipe.models]
     return [w for w in found if w is not None] if None not in found else []
 

@@ -1,6 +1,6 @@
-"""Checksums of bytes that stream by, and joining those of parts: the whole's follows, in whatever order they were made.
+"""Checksums of streamed bytes, and their combination: checksums of parts, made in any order, give that of the whole.
 
-CRC-32 is what zip archives have in them; CRC-32C, which processors have an instruction for, is ours.
+Zip archives contain CRC-32. Our own checksum is CRC-32C, for which processors have an instruction.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ class Checksum:
     polynomial: int
 
     def update(self, data: Any, before: int = 0) -> int:
-        """The checksum of all bytes so far, from that of those before and a buffer of more."""
+        """Returns the checksum of all bytes so far, from the checksum ``before`` and a buffer of more bytes."""
         if self.name == "crc32":
             return zlib.crc32(data, before)
-        import crc32c  # here, since plans and inspections do without
+        import crc32c  # imported here, because plans and inspections do not need it
 
         return int(crc32c.crc32c(data, before))
 
     def combine(self, first: int, second: int, second_bytes: int) -> int:
-        """The checksum of a + b, from those of a and of b and the length of b."""
+        """Returns the checksum of a + b, from the checksums of a and b and the bytes of b."""
         return _times(_append_zeros(self.polynomial, second_bytes), first) ^ second if first else second
 
     def join(self, parts: Iterable[tuple[int, int, int]]) -> int:
-        """That of a range of bytes, from (offset, bytes, checksum) of parts that cover it, in any order."""
+        """Returns the checksum of a byte range, from (offset, bytes, checksum) of parts that cover it, in any order."""
         total = 0
         for _offset, nbytes, checksum in sorted(parts):
             total = self.combine(total, checksum, nbytes)
@@ -56,8 +56,8 @@ def _times(matrix: tuple[int, ...], vector: int) -> int:
 
 @lru_cache(maxsize=256)
 def _append_zeros(polynomial: int, nbytes: int) -> tuple[int, ...]:
-    """The linear map, over bits, that appending ``nbytes`` zero bytes is to a register."""
-    power = (polynomial, *(1 << bit for bit in range(31)))  # one zero bit
+    """Returns the linear map over bits by which ``nbytes`` appended zero bytes change a register."""
+    power = (polynomial, *(1 << bit for bit in range(31)))  # appends one zero bit
     result: tuple[int, ...] = tuple(1 << bit for bit in range(32))
     bits = 8 * nbytes
     while bits:

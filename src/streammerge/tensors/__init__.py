@@ -8,5 +8,5 @@ Each module imports only modules above it::
     names        one name for each tensor; buffers that loaders ignore; counters
     matching     which tensor of one checkpoint is which of another
     layers       a tensor's layer, and its place outside the layers
-    quantised    which tensors tell of a quantisation
+    quantised    tensors that indicate a quantisation
 """

@@ -1,7 +1,7 @@
-"""The one dtype table: names in safetensors and torch, width, and how a ``.pth`` pickles each.
+"""The table of dtypes: names in safetensors and torch, width in bits, and storage class in a ``.pth``.
 
-A :class:`DType` is a string, its safetensors name, so it prints, compares and serialises as one. The few torch dtypes
-that safetensors cannot hold carry a lower-case name of torch's own.
+A :class:`DType` is a string, its safetensors name. It therefore prints, compares and serialises as that name. The few
+torch dtypes that safetensors cannot hold use torch's lower-case name.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class DType(str, Enum):
     """One element type. ``bits`` per element; ``kind`` is float, int, bool, complex, or packed (no arithmetic).
 
-    ``element_bytes``: bytes of what torch calls one element; a torch element of F4 holds two values. ``component``: what
-    arithmetic sees, the real and imaginary parts of a complex number, else the dtype itself.
+    ``element_bytes``: bytes of one torch element; a torch element of F4 holds two values. ``component``: the dtype of
+    the real and imaginary parts of a complex number; for other dtypes, the dtype itself.
     """
 
     bits: int
@@ -59,14 +59,14 @@ class DType(str, Enum):
     C128 = ("complex128", "complex128", 128, "complex", "ComplexDoubleStorage")
     C32 = ("complex32", "complex32", 32, "complex")
 
-    __hash__ = str.__hash__  # Enum's own is written in Python
+    __hash__ = str.__hash__  # Enum's own __hash__ is written in Python and slower
 
     def __str__(self) -> str:
         return str(self.value)
 
     @property
     def in_safetensors(self) -> bool:
-        """Whether the safetensors format has a name for it."""
+        """Whether safetensors has a name for this dtype."""
         return self not in (DType.C128, DType.C32)
 
     @property
@@ -87,7 +87,8 @@ _ALIASES = {"half": DType.F16, "float": DType.F32, "double": DType.F64, "bf16": 
 
 
 def parse_dtype(name: object) -> DType:
-    """The dtype of ``"bfloat16"``, ``"torch.bfloat16"``, ``"BF16"`` or a torch dtype. Raises RecipeError."""
+    """Returns the dtype named ``"bfloat16"``, ``"torch.bfloat16"`` or ``"BF16"``, or of a torch dtype. Raises
+    RecipeError."""
     text = str(name).removeprefix("torch.")
     found = BY_TORCH_NAME.get(text) or _ALIASES.get(text.lower()) or DType.__members__.get(text.upper())
     if found is None:

@@ -1,7 +1,8 @@
-"""Layers, by the names of tensors: what stands before the first ``.N.`` is the stack, N the layer.
+"""Layers of a model, read from tensor names: the text before the first ``.N.`` names the stack, N is the layer.
 
-No list of architectures is needed. Tensors outside the layers belong before them (embeddings) or behind them (final norm,
-head); where layers are restacked, the former come from the first slice and the latter from the last.
+No list of architectures is needed. Tensors outside the layers belong either before them (embeddings) or behind them
+(final norm, head). When layers are restacked, the tensors before them come from the first slice, and those behind them
+from the last.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _BEFORE = re.compile(
 
 
 class Layer(NamedTuple):
-    """Where in a stack a tensor stands: ``stack.number.rest`` is its name."""
+    """The place of a tensor in a stack; its name is ``stack.number.rest``."""
 
     stack: str
     number: int
@@ -29,7 +30,7 @@ class Layer(NamedTuple):
 
 @lru_cache(maxsize=1 << 18)
 def layer_of(name: str) -> Layer | None:
-    """The layer of a tensor; None for one outside the layers."""
+    """Returns the layer of a tensor, or None for a tensor outside the layers."""
     found = _INDEX.search(name)
     if found is None or len(found[1]) > 6:
         return None
@@ -37,7 +38,7 @@ def layer_of(name: str) -> Layer | None:
 
 
 def renumbered(name: str, number: int) -> str:
-    """The name with another layer's number."""
+    """Returns the name with the layer number replaced."""
     return _INDEX.sub(f".{number}.", name, count=1)
 
 
@@ -47,7 +48,7 @@ def is_before(name: str) -> bool:
 
 
 def depths(names: Iterable[str]) -> dict[str, int]:
-    """Stack -> number of its layers."""
+    """Returns the number of layers of each stack."""
     found: dict[str, int] = {}
     for layer in filter(None, map(layer_of, names)):
         found[layer.stack] = max(found.get(layer.stack, 0), layer.number + 1)
@@ -55,10 +56,11 @@ def depths(names: Iterable[str]) -> dict[str, int]:
 
 
 def stacks(names: Iterable[str]) -> Counter[str]:
-    """Stack -> number of its tensors."""
+    """Returns the number of tensors of each stack."""
     return Counter(layer.stack for layer in map(layer_of, names) if layer)
 
 
 def position(index: int, layers: int) -> float:
-    """Where in a gradient a layer is: 0 for the first, 1 for the last, and 1 where there is one only, as in mergekit."""
+    """Returns the position of a layer in a gradient: 0 for the first, 1 for the last, 1 for a single one, as in
+    mergekit."""
     return index / (layers - 1) if layers > 1 else 1.0

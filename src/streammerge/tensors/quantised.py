@@ -1,7 +1,7 @@
-"""Quantised weights, recognised by the tensors that stand beside them: packed integers, or numbers that need a scale.
+"""Recognition of quantised weights by their companion tensors: packed integers, or numbers that need a scale.
 
-None of them can be merged as it stands: integers in packs are no numbers, and scaled ones mean nothing without their scale.
-8-bit floats without a scale are ordinary numbers.
+Quantised weights cannot be merged directly: packed integers are not numbers, and scaled numbers need their scale. 8-bit
+floats without a scale are ordinary numbers.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _ANY = re.compile(r"absmax|quant_|SCB$|qweight$|qzeros$|g_idx$|W_q$|codebooks$|w
 
 
 def companions(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[str, str]]:
-    """The tensors that tell of a quantisation: name -> scheme, and what the names begin with that it is about.
+    """Finds tensors that indicate a quantisation. Maps each to its scheme and to the name prefix of its weights.
 
-    A name alone tells nothing: there must be packed or 8-bit values beside it. The scheme that is surest comes first.
+    A name alone is no proof: packed or 8-bit values must be beside it. The most reliable scheme is tried first.
     """
     suspects, found = list(filter(_ANY.search, specs)), dict[str, tuple[str, str]]()
     for label, pattern in _SCHEMES:
@@ -44,7 +44,7 @@ def companions(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[str, str]]:
 
 
 def belongs(name: str, stem: str) -> bool:
-    """Whether a tensor is one of those that a companion with this stem is about."""
+    """Whether a tensor belongs to the weights that a companion with this stem describes."""
     return name == stem or name.startswith((f"{stem}.", f"{stem}_"))
 
 
@@ -57,7 +57,7 @@ def _about(name: str, stem: str, narrow: set[str]) -> bool:
 
 
 def _is_narrow(spec: TensorSpec) -> bool:
-    """Whether the values may be packed or scaled: 8-bit floats and integers, packs of smaller ones."""
+    """Whether the values may be packed or scaled: 8-bit floats, packed values, integers of up to 32 bits (not 0-d)."""
     kind, wide = spec.dtype.kind, spec.dtype in (DType.I64, DType.U64)
     return (
         kind == "packed"

@@ -1,4 +1,4 @@
-"""What a tensor is, where its bytes are, and how a long one is walked."""
+"""Descriptions of tensors: dtype, shape, place of the bytes, and ranges of elements."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from streammerge.errors import RecipeError, printable
 from streammerge.tensors.dtypes import DType, parse_dtype
 
 GRAIN = 1 << 16
-"""Elements on which reductions and random numbers are defined, so that no chunk size can change a result."""
+"""Number of elements per unit of reductions and random numbers. It is fixed, so chunk sizes cannot change a result."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What a tensor is. ``dtype`` may be given under its torch or its safetensors name; ``shape`` counts torch elements."""
+    """Name, dtype and shape of a tensor. ``dtype`` accepts torch and safetensors names; ``shape`` counts torch
+    elements."""
 
     name: str
     dtype: DType
@@ -36,12 +37,12 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where a tensor's bytes are: little-endian at ``offset`` of the file at ``path``, in C order.
+    """The place of a tensor's bytes: little-endian at ``offset`` of the file at ``path``, in C order.
 
-    Three forms cannot be mapped as they stand and are staged into a temporary file before they are read: ``strides``
-    (in elements) of a tensor that is not contiguous, ``offset`` then being that of its first element; ``deflated``,
-    the compressed record that holds it, ``offset`` then counting within the uncompressed bytes; and ``lazy``, a
-    conjugation or negation that torch had not carried out yet.
+    Three forms cannot be mapped directly and are copied into a temporary file first. ``strides`` (in elements): the
+    tensor is not contiguous, and ``offset`` is that of its first element. ``deflated``: the compressed record that
+    holds the tensor; ``offset`` counts within the uncompressed bytes. ``lazy``: a conjugation or negation that torch
+    had not carried out yet.
     """
 
     spec: TensorSpec
@@ -57,7 +58,7 @@ class TensorEntry:
 
     @property
     def span(self) -> tuple[int, int]:
-        """(offset, bytes) in the file; of a compressed record all that holds it."""
+        """(offset, bytes) in the file; for a compressed record, the span of the whole record."""
         return self.deflated.span if self.deflated else (self.offset, self.spec.nbytes)
 
     @property
@@ -66,13 +67,13 @@ class TensorEntry:
 
     @property
     def place(self) -> tuple[object, ...]:
-        """Equal for two names exactly when they are one tensor: same bytes, dtype, shape and strides."""
+        """A key that is equal for two names exactly if they are one tensor: same bytes, dtype, shape and strides."""
         return (self.path, self.deflated, self.offset, self.spec.dtype, self.spec.shape, self.strides, self.lazy)
 
 
 @dataclass(frozen=True, slots=True)
 class Deflated:
-    """A compressed record: where its deflate stream lies, and how long it is before and after."""
+    """A compressed record: the place of its deflate stream, and its size in bytes before and after compression."""
 
     offset: int
     compressed_bytes: int
@@ -84,7 +85,7 @@ class Deflated:
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides in elements of a C-order tensor of that shape."""
+    """Returns the strides, in elements, of a C-order tensor of this shape."""
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
@@ -93,7 +94,7 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether elements lie in C order without gaps; dimensions of size 1 may have any stride."""
+    """Whether elements lie in C order without gaps. Dimensions of size 1 may have any stride."""
     step = 1
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
         if size != 1 and stride != step:
@@ -103,6 +104,6 @@ def is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 
 
 def ranges(numel: int, step: int) -> Iterator[tuple[int, int]]:
-    """Half-open ranges of at most ``step`` elements that cover ``numel``; an empty tensor has none."""
+    """Yields half-open ranges of at most ``step`` elements that cover ``numel``; none for an empty tensor."""
     for start in range(0, numel, step):
         yield start, min(start + step, numel)
