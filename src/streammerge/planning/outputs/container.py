@@ -10,7 +10,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from streammerge.checkpoints.huggingface import CONFIG, HEADS, edited_config, is_embedding, read_config
+from streammerge.checkpoints.huggingface import CONFIG, edited_config, is_embedding, is_head, read_config
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import safetensors
@@ -167,7 +167,7 @@ def _config(
     sizes = {(base.entries[m.base_names[0]].spec.shape[0], m.spec.shape[0]) for m in embeddings if m.spec.shape}
     grown = next((pair for pair in sizes if pair[0] != pair[1]), None)
     parts = [holder for holder in (config, config.get("text_config")) if isinstance(holder, dict)]
-    headless = not any(head in base.entries for head in HEADS)
+    headless = not any(map(is_head, base.entries))
     untied = _has_own_head(alignment.merged) and (headless or any(part.get("tie_word_embeddings") for part in parts))
     edited, unknown = edited_config(config, dtype=dtype, restacked=restacked, untied=untied, vocabulary=grown)
     if unknown:
@@ -182,9 +182,11 @@ def _config(
 def _has_own_head(merged: list[Merged]) -> bool:
     """Whether a head is written that is not made of the embeddings."""
     embeddings = {
-        tuple(s.place for s in m.sources) for m in merged if m.spec.name not in HEADS and is_embedding(m.spec.name)
+        tuple(s.place for s in m.sources) for m in merged if not is_head(m.spec.name) and is_embedding(m.spec.name)
     }
-    return any(m.spec.name in HEADS and tuple(s.place for s in m.sources) not in embeddings for m in merged)
+    return bool(embeddings) and any(
+        is_head(m.spec.name) and tuple(s.place for s in m.sources) not in embeddings for m in merged
+    )
 
 
 def _text_file(name: str, text: str) -> LayoutFile:
