@@ -20,6 +20,7 @@ from streammerge.pickles.state_dict import select
 from streammerge.pickles.tree import StorageRef, TensorRef
 from streammerge.stores.local import broken_link, file_size, identity, read_full
 from streammerge.strict_json import load_json
+from streammerge.tensors.conventions import CHECKSUM_FILES
 
 MAX_INDEX_BYTES = 256 << 20
 _MOST_SIDE_FILE_BYTES = 128 << 20
@@ -196,8 +197,8 @@ def foreign_files(folder: Path, written: set[str]) -> list[str]:
 def side_files(folder: Path) -> tuple[list[tuple[Path, str]], list[str]]:
     """Returns the files to copy into an output folder, and the names of those that are not copied.
 
-    The first are (source, name) of configuration, tokenizer and other small files. The second are large, or not regular
-    files. Raises FormatError for a broken link.
+    The first are (source, name) of configuration, tokenizer and other small files. The second are large, not regular
+    files, or checksums of the input's files. Raises FormatError for a broken link.
     """
     taken, left = [], []
     for path in sorted(folder.iterdir()):
@@ -210,7 +211,7 @@ def side_files(folder: Path) -> tuple[list[tuple[Path, str]], list[str]]:
             raise FormatError(broken)
         try:
             source = inside(folder, name)
-            small = file_size(source) <= _MOST_SIDE_FILE_BYTES
+            small = file_size(source) <= _MOST_SIDE_FILE_BYTES and not name.lower().endswith(CHECKSUM_FILES)
         except FormatError:
             small = False
         if small:

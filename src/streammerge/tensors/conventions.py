@@ -63,3 +63,6 @@ COUNTERS: frozenset[str] = frozenset(
 
 FACTS: frozenset[str] = frozenset(("hash", "id", "sha256", "md5", "uuid"))
 """What is true of one file only, so that a merge must not have the first input's."""
+
+CHECKSUM_FILES: tuple[str, ...] = ("checklist.chk", ".md5", ".sha256", ".sha512", "md5sums", "sha256sums")
+"""Endings, in lower case, of files that hold checksums of the files beside them."""

@@ -14,7 +14,7 @@ from streammerge.pickles.repickle import Edit, repickle, storage_ref
 from streammerge.pickles.state_dict import Found, is_training_state
 from streammerge.pickles.tree import Instance, OrderedTree, StorageRef, TensorRef, mapping_items, walk
 from streammerge.planning.alignment import Alignment, Merged
-from streammerge.planning.outputs.bookkeeping import merge_bookkeeping
+from streammerge.planning.outputs.bookkeeping import drop_facts, merge_bookkeeping
 from streammerge.planning.outputs.layout import Layout, Output, Placed, blank_sums, recipe_record
 from streammerge.planning.receipt import ITSELF, Receipt
 from streammerge.recipe.document import to_yaml
@@ -54,6 +54,7 @@ def pickled_output(name: str, recipe: Recipe, base: CheckpointIndex, alignment: 
             said = merge_bookkeeping([tree for tree, _ in alignment.shares], [w for _, w in alignment.shares], edit)
             if said:
                 notes.append(f"bookkeeping: {', '.join(said)}")
+            notes += drop_facts([tree for tree, _ in alignment.shares], edit)
         builder.place_rest(tree, base, home)
     else:
         for key, m in holders.items():
