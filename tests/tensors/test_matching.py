@@ -61,6 +61,35 @@ def test_any_leading_prefix_on_either_side(prefix: str, turned: bool) -> None:
     assert match(ours | extra, theirs).names == pairs, "a head that one of them has"
 
 
+def bert(prefix: str, layers: int = 2) -> Shapes:
+    """Literal names of transformers; all matrices of a layer have one shape here."""
+    made: Shapes = {f"{prefix}embeddings.{p}_embeddings.weight": (9, 4) for p in ("word", "position", "token_type")}
+    norms = [f"{prefix}embeddings.LayerNorm"]
+    for n in range(layers):
+        layer = f"{prefix}encoder.layer.{n}."
+        dense = [*(f"attention.self.{p}" for p in ("query", "key", "value")), "attention.output.dense"]
+        made |= {f"{layer}{m}.weight": (4, 4) for m in (*dense, "intermediate.dense", "output.dense")}
+        made |= {f"{layer}{m}.bias": (4,) for m in (*dense, "intermediate.dense", "output.dense")}
+        norms += [f"{layer}attention.output.LayerNorm", f"{layer}output.LayerNorm"]
+    made |= {f"{norm}.{p}": (4,) for norm in norms for p in ("weight", "bias")}
+    return made | {f"{prefix}pooler.dense.weight": (4, 4), f"{prefix}pooler.dense.bias": (4,)}
+
+
+@pytest.mark.parametrize("layers", [1, 2, 12])
+@pytest.mark.parametrize("prefix", ["bert.", "model.bert.", "attention."])
+@pytest.mark.parametrize("turned", [False, True])
+def test_modules_that_resemble_each_other_are_not_crossed(layers: int, prefix: str, turned: bool) -> None:
+    """``output.dense`` and ``attention.output.dense`` have one ending and one shape."""
+    sides = bert("", layers), bert(prefix, layers)
+    ours, theirs = sides[::-1] if turned else sides
+    assert match(ours, theirs).names == dict(zip(ours, theirs, strict=True))
+    old = {
+        n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): s
+        for n, s in ours.items()
+    }
+    assert match(old, theirs).names == dict(zip(old, theirs, strict=True))
+
+
 def test_names_of_two_releases() -> None:
     """transformers 4.51 and 4.52 (Qwen2-VL), 4.51 and 4.52 (LLaVA): literal names."""
     old = decoder("model.") | renamed(decoder(""), "", "visual.") | {"lm_head.weight": (32, 8)}

@@ -152,8 +152,9 @@ class _Guess:
 
     def names(self) -> dict[str, str]:
         """The pairs of all renamings that are sure."""
-        pairs = _forced(pair for way in self.ways.values() for pair in way.equal if not _speaks_of_average(way.moved))
-        ways = [(way, [p for p in way.equal if pairs.get(p[0]) == p[1]]) for way in self.ways.values()]
+        likely = _without_parts([way for way in self.ways.values() if way.equal and not _speaks_of_average(way.moved)])
+        pairs = _forced(pair for way in likely for pair in way.equal)
+        ways = [(way, [p for p in way.equal if pairs.get(p[0]) == p[1]]) for way in likely]
         ways = sorted(((way, found) for way, found in ways if found), key=lambda each: -each[0].tensors)[:_MOST_WAYS]
         sure = [(way, found) for way, found in ways if self._is_sure(way, found, pairs)]
         moved = {part for way, found in sure if self._is_large(found) for part in way.moved}
@@ -202,6 +203,23 @@ class _Guess:
 
     def _tensors(self, pair: tuple[str, str]) -> Iterator[tuple[str, str, bool]]:
         return self.ours[pair[0]].pairs(self.theirs[pair[1]])
+
+
+def _without_parts(ways: list[_Way]) -> list[_Way]:
+    """The ways without those that others explain: each of their names, on both sides, is in a way of twice their tensors.
+
+    ``bert.*`` against ``*`` explains why ``output.*`` could be ``bert.attention.output.*``.
+    """
+    most: tuple[dict[str, int], dict[str, int]] = ({}, {})
+    for way in ways:
+        for pair in way.equal:
+            for name, known in zip(pair, most, strict=True):
+                known[name] = max(known.get(name, 0), way.tensors)
+    return [
+        way
+        for way in ways
+        if any(known[name] < 2 * way.tensors for pair in way.equal for name, known in zip(pair, most, strict=True))
+    ]
 
 
 def _forms(shapes: Shapes) -> dict[str, _Form]:
