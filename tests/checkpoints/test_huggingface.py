@@ -83,6 +83,19 @@ def test_only_a_head_beside_a_model_with_both() -> None:
     assert torch.equal(made[head], mean(draw(4, 9, 4), draw(2, 9, 4)))
 
 
+@pytest.mark.parametrize("bin_first", [True, False])
+def test_one_tensor_under_four_names(bin_first: bool) -> None:
+    """T5: pytorch_model.bin has the tied tensor under all its names, safetensors has it once."""
+    names = ["shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"]
+    folder("st", {"shared.weight": draw(2, 9, 4)})
+    folder("bin", {})
+    Path("bin/model.safetensors").unlink()
+    torch.save({**dict.fromkeys(names, draw(3, 9, 4)), "h.0.w": draw(1, 4)}, "bin/pytorch_model.bin")
+    sm.merge(["bin", "st"] if bin_first else ["st", "bin"], "out/")
+    made = load_safetensors(Path("out/model.safetensors"))
+    assert torch.equal(made["shared.weight"], mean(draw(2, 9, 4), draw(3, 9, 4)))
+
+
 @pytest.mark.parametrize("config", [{"tie_word_embeddings": False}, {"text_config": {"tie_word_embeddings": False}}])
 def test_a_configuration_that_denies_the_tie(config: dict[str, Any]) -> None:
     embedding, head = NAMES[0]

@@ -77,16 +77,16 @@ def _name_alike(views: Sequence[Seen], heads: Mapping[int, list[str]], notes: li
     Where no model stores both, the tensor has the name that the first model gives it. Elsewhere the head stands in for the
     embeddings.
     """
-    embedded = {id(view): _embedding(view, []) for view in views}
-    headed = [view for view in views if heads[id(view)] and embedded[id(view)] is None and _ties(view)]
-    names = [name for name in embedded.values() if name is not None]
+    embedded = {id(view): _embeddings(view) for view in views}
+    headed = [view for view in views if heads[id(view)] and not embedded[id(view)] and _ties(view)]
+    names = [found[0] for found in embedded.values() if len(found) == 1]
     if not headed or not names:
         return
-    apart = all(bool(heads[id(view)]) != (embedded[id(view)] is not None) for view in views)
+    apart = all(len(heads[id(view)]) + len(embedded[id(view)]) == 1 for view in views)
     if apart and all(map(_ties, views)):
         first = (heads[id(views[0])] or [names[0]])[0]
         for view in views:
-            own = (heads[id(view)] or [str(embedded[id(view)])])[0]
+            own = (heads[id(view)] or embedded[id(view)])[0]
             if own != first:
                 view.entries = {first if name == own else name: entry for name, entry in view.entries.items()}
                 heads_here = heads[id(view)]
@@ -131,17 +131,22 @@ def _tied(view: Seen, shapes: Sequence[tuple[int, ...]]) -> str | None:
 
 def _embedding(view: Seen, shapes: Sequence[tuple[int, ...]]) -> str | None:
     """The embeddings of words: by their name, else the only embeddings that have the shape of a head."""
-    entries: Mapping[str, TensorEntry] = view.index.entries
-    known = [name for name in entries if "emb" in name or "wte" in name or "shared" in name]  # quicker than a pattern
-    found = [name for name in known if _EMBEDDINGS.search(name)]
+    found = _embeddings(view)
     if len(found) == 1:
         return found[0]
+    entries: Mapping[str, TensorEntry] = view.index.entries
     alike = [
         name
-        for name in found or filter(_ANY_EMBEDDINGS.search, known)
+        for name in found or filter(_ANY_EMBEDDINGS.search, entries)
         if entries[name].spec.shape in shapes and not is_head(name)
     ]
     return alike[0] if len(alike) == 1 else None
+
+
+def _embeddings(view: Seen) -> list[str]:
+    """All that are called embeddings of words."""
+    names = (name for name in view.index.entries if "emb" in name or "wte" in name or "shared" in name)  # quicker
+    return [name for name in names if _EMBEDDINGS.search(name)]
 
 
 def _heads(names: Iterable[str]) -> list[str]:
