@@ -23,6 +23,8 @@ from streammerge.units import parse_bytes, parse_share, plain_number
 if TYPE_CHECKING:
     from streammerge.stores.locations import Place as PathLike
 
+    Checkpoint = PathLike | Mapping[str, Any]
+
 Ema = Literal["ignore", "prefer", "only"]
 OnMissing = Literal["error", "base", "average-present", "drop", "union"]
 OnShape = Literal["error", "base", "rows"]
@@ -257,7 +259,7 @@ class Merging(Options):
     method: str | Callable[..., Any] | None = option(
         "A merge method's name, or package.module:function; a function in Python.", metavar="METHOD", otherwise="linear"
     )
-    base: PathLike | None = option("The common ancestor, for the methods that need one.", PATH, metavar="PATH")
+    base: Checkpoint | None = option("The common ancestor, for the methods that need one.", PATH, metavar="PATH")
     parameters: Mapping[str, Any] | None = option(
         "Parameters of the method by name; a list of values has one per input.",
         Kind("a dict of names and values, like {'t': 0.3}", _parameters, many=True),

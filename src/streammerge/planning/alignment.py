@@ -431,7 +431,7 @@ def _refuse_quantised(indexes: Indexes, merged: list[Merged]) -> None:
         files, copied, others = set(index.files), set[str](), set[str]()
         for m in merged:
             for source in m.sources:
-                if not files.isdisjoint(map(str, source.paths)):
+                if not files.isdisjoint(source.paths):
                     verbatim = m.method is COPY and source.spec.dtype == m.spec.dtype
                     (copied if verbatim else others).add(source.spec.name)
         for name, (label, stem) in told.items():
