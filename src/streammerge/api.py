@@ -1,7 +1,7 @@
 """merge(), plan(), convert(), inspect(), verify(): the only module that wires the rooms together. Nothing here prints.
 
-Each function has its options as keyword arguments, which editors complete; what they mean stands in ``options``. A function
-gathers them by ``locals()``, once, as the first thing that it does.
+Each function has its options as keyword arguments, which editors complete. ``options`` describes them. Each function first
+collects them by one call of ``locals()``.
 """
 
 from __future__ import annotations
@@ -71,12 +71,12 @@ Checkpoint = PathLike | Mapping[str, Any]
 """A file or folder, or a state dict in memory: torch tensors or numpy arrays by name, or a mapping that holds one."""
 Inputs = Checkpoint | Iterable[Checkpoint] | Mapping[str, float]
 Held = dict[str, Mapping[str, Any]]
-"""The state dicts in memory, by the names that the recipe has for them."""
+"""The state dicts in memory, by their names in the recipe."""
 
 
 @takes(Selection)
 def inspect(path: Checkpoint, *, state_dict: str | None = None, ema: Ema | None = None) -> CheckpointIndex:
-    """What a checkpoint is and holds. Reads headers only; nothing in the file is executed or imported.
+    """Returns the index of a checkpoint. Reads headers only. Nothing in the file is executed or imported.
 
     The index is a mapping from the tensors' names to :class:`TensorEntry`: ``len(index)``, ``index[name]``, iteration.
     ``path``: a file or folder, or a state dict in memory. Raises FormatError when the checkpoint cannot be read.
@@ -123,13 +123,12 @@ def plan(
     allow_nonfinite: bool | None = None,
     hash: bool = False,
 ) -> Plan:
-    """What :func:`merge` would do, from headers alone; nothing is written. The options are those of merge.
+    """Returns the plan of :func:`merge`, from headers alone. Nothing is written. The options are those of merge.
 
-    ``inputs``: paths, globs or state dicts in memory, or a dict that gives each path its weight. ``out``: its
-    name decides the container.
-    ``recipe``: a mergekit configuration as a YAML file or a dict, in place of inputs, method and parameters; the other
-    options win over its keys. ``print(plan)`` shows it; ``plan.tasks``, ``plan.peak_bytes``, ``plan.read_bytes`` are its
-    numbers.
+    ``inputs``: paths, globs or state dicts in memory, or a dict that gives each path its weight. ``out``: its name decides
+    the container. ``recipe``: a mergekit configuration as a YAML file or a dict, in place of inputs, method and parameters.
+    The other options override its keys. ``print(plan)`` shows the plan. ``plan.tasks``, ``plan.peak_bytes`` and
+    ``plan.read_bytes`` are its numbers.
     """
     return _Request.of(locals()).plan()
 
@@ -182,7 +181,7 @@ def merge(
     configuration as a YAML file or a dict. ``listener`` is called with each of :mod:`streammerge.events`.
 
     Raises RecipeError, FormatError, MismatchError, BudgetError, SpaceError, LockedError, ChangedError, VerifyError or
-    TaskError; the output is then not there. Returns what was read, written and needed.
+    TaskError. The output does not exist after an error. Returns the bytes read and written, the time and the memory.
     """
     given = locals()
     request, running = _Request.of(given), _run_options(given)
@@ -194,7 +193,7 @@ def merge(
     planned = request.plan()
     if _convert_first(planned.recipe, request, running):
         planned = request.plan()
-    foreseen = _output_warnings(planned)  # what would stop a run stops this one itself, or was allowed
+    foreseen = _output_warnings(planned)  # the run itself raises these as errors, unless they are allowed
     planned.warnings = [warning for warning in planned.warnings if warning not in foreseen]
     return execute(planned, running, before)
 
@@ -265,11 +264,11 @@ def verify(
     workers: int | None = None,
     io: Io = "mmap",
 ) -> Verified:
-    """Whether the output ``out`` is what its receipt says: its structure, the checksum of every byte, and, where its inputs
-    are at hand, the values of a sample of its tensors, computed again in float64.
+    """Verifies the output ``out`` against its receipt: its structure, the checksum of every byte and, if its inputs are
+    available, the values of a sample of its tensors, computed again in float64.
 
-    ``sample``: a share like ``"5%"`` or ``0.05``, ``"100%"`` for all, 0 for none; when it is given, that the inputs are
-    absent is an error. Raises VerifyError when anything is wrong or cannot be verified.
+    ``sample``: a share like ``"5%"`` or ``0.05``, ``"100%"`` for all, 0 for none. If it is given, missing inputs are an
+    error. Raises VerifyError when anything is wrong or cannot be verified.
     """
     given = locals()
     asked, resources = picked(Verifying, given), picked(Resources, given)
@@ -312,7 +311,7 @@ def verify(
 
 @dataclass(frozen=True)
 class _Request:
-    """All that a merge or a plan was asked for, read and checked."""
+    """The arguments of a merge or a plan, read and checked."""
 
     inputs: list[str]
     held: Held
@@ -329,7 +328,7 @@ class _Request:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> _Request:
-        """From the arguments of :func:`plan` or :func:`merge`. Raises RecipeError for a value that is none of theirs."""
+        """Reads the arguments of :func:`plan` or :func:`merge`. Raises RecipeError for an invalid value."""
         held = Held()
         inputs, own_weights = _inputs(given["inputs"], held)
         out, recipe = given["out"], given["recipe"]
@@ -379,7 +378,7 @@ class _Request:
 
 
 def _path(name: str, value: Any) -> str:
-    """A path that was given as ``name``. Raises RecipeError for what is none."""
+    """Returns the path given as argument ``name``. Raises RecipeError for anything but a path."""
     try:
         return path(value)
     except (TypeError, ValueError) as error:
@@ -387,7 +386,7 @@ def _path(name: str, value: Any) -> str:
 
 
 def _named(name: str, given: Any, held: Held) -> str:
-    """What a recipe calls a checkpoint that was given as ``name``: its path, or its name in ``held``."""
+    """Returns the name in a recipe of the checkpoint given as argument ``name``: its path, or its name in ``held``."""
     return hold(given, held) if isinstance(given, Mapping) else _path(name, given)
 
 
@@ -398,7 +397,8 @@ def _opened(path: str, state_dict: str | None, ema: str, held: Held) -> Checkpoi
 
 
 def _inputs(given: Any, held: Held) -> tuple[list[str], list[float] | None]:
-    """The names of the inputs, and their weights where a dict gives each path its weight. Raises RecipeError."""
+    """Returns the names of the inputs, and their weights if a dict gives each path its weight. Raises RecipeError for
+    anything but inputs."""
     if isinstance(given, Mapping) and not any(map(_may_hold_tensors, given.values())):
         wrong = next((name for name, weight in given.items() if not isinstance(weight, Real)), None)
         if wrong is not None:
@@ -470,7 +470,7 @@ def _plan(
 
 
 def _output_warnings(planned: Plan) -> list[str]:
-    """Warnings of what would stop a run at the output's place, as far as it is known now."""
+    """Returns warnings about known obstacles at the output's place that would stop a run."""
     if planned.out is None:
         return []
     free = planned.out.absolute().parent.free_bytes()
@@ -485,9 +485,9 @@ def _output_warnings(planned: Plan) -> list[str]:
 
 
 def _remade(out: Location, receipt: Receipt, folder: Location, own_methods: bool, resources: Resources) -> Plan:
-    """The plan by which the output was made, from inputs in that folder.
+    """Returns the plan that made the output, with inputs from ``folder``.
 
-    Raises StreammergeError when they are not there, or are others.
+    Raises StreammergeError when the inputs are missing, or are other files.
     """
     recipe = read_recipe(receipt.own_recipe(), own_methods, folder)
     hashed = any("sha256" in said for said in receipt.inputs.values())
@@ -498,9 +498,9 @@ def _remade(out: Location, receipt: Receipt, folder: Location, own_methods: bool
 
 
 def _convert_first(recipe: Recipe, request: _Request, running: RunOptions) -> bool:
-    """Makes each checkpoint a safetensors file in the folder that was asked for, unless it is there and still right.
+    """Converts each checkpoint to a safetensors file in the requested folder, unless a correct one is there.
 
-    Returns whether any was made.
+    Returns whether any file was made.
     """
     if request.merging.convert_first is None:
         return False

@@ -1,4 +1,4 @@
-"""The memory model is arithmetic, and what is allocated is what was counted."""
+"""The memory model: its arithmetic, and that allocations equal its counts."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class TestBudget:
         [(1, 2), (budget.HUGE_PAGE_BYTES, 2), (budget.HUGE_PAGE_BYTES + 1, 3), (5 * budget.HUGE_PAGE_BYTES, 6)],
     )
     def test_mapped_pages_count_as_huge_ones(self, input_bytes: int, pages: int) -> None:
-        """Wherever in one they begin."""
+        """The pages may begin anywhere in a huge page."""
         assert budget._huge_pages(input_bytes) == pages * budget.HUGE_PAGE_BYTES
 
     def test_what_is_mapped_and_what_is_kept_are_terms_of_the_peak(self) -> None:
@@ -67,6 +67,27 @@ class TestBudget:
         for cost, each in ((mapped, pages), (kept, budget.MOST_WINDOW_BYTES)):
             fitted = budget.fit(1 << 40, workers=2, tensors=0, cost=cost, spooling=False)
             assert fitted.peak_bytes == own + 2 * 3 * each
+
+    def test_what_readers_of_nested_sources_need_is_a_term_and_tiles_shrink(self) -> None:
+        cost = budget.Cost(compute=4, buffers=2, out=4, read=4, scratch=1 << 20, shared=1 << 16, tiles=3, held=1 << 18)
+        wide = budget.fit(1 << 40, workers=2, tensors=0, cost=cost)
+        bare = budget.fit(1 << 40, workers=2, tensors=0, cost=budget.Cost(4, 2, 4, 4))
+        each = (1 << 20) + (1 << 16) + (1 << 18) + 3 * budget.BEST_TILE_BYTES
+        assert wide.peak_bytes == bare.peak_bytes + 2 * each
+        made = budget.slots(wide)
+        sizes = [made[f"reader {region}"][1] for region in ("scratch", "shared", "tiles")]
+        assert sizes == [1 << 20, 1 << 16, 3 * budget.BEST_TILE_BYTES]
+        narrow = budget.fit(56 << 20, workers=2, tensors=0, cost=cost)
+        assert narrow.tile_bytes < wide.tile_bytes
+        assert budget.fit(14 << 20, workers=1, tensors=0, cost=cost).tile_bytes == 0
+
+    def test_inputs_that_are_read_are_kept_beside_mapped_ones(self) -> None:
+        mixed = budget.fit(1 << 40, workers=1, tensors=0, cost=budget.Cost(4, 2, 4, 4, inputs=2, mapped=4, passes=True))
+        assert budget.slots(mixed)["kept"][1] == mixed.kept_bytes == 2 * mixed.window_bytes
+
+    def test_data_of_pickles_is_a_term(self) -> None:
+        with_data, without = (budget.fit(1 << 40, 1, 0, self.cost, pickle_bytes=n) for n in (12345, 0))
+        assert with_data.peak_bytes == without.peak_bytes + 12345
 
     def test_methods_with_passes_have_twice_the_chunk_and_the_window(self) -> None:
         plain, passing = (budget.Cost(4, 2, 2, 0, 2, 2, passes=passes) for passes in (False, True))

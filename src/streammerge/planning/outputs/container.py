@@ -1,7 +1,7 @@
-"""The output before it exists: which container it is, which files it has, where each tensor goes.
+"""Plans the output: its container, its files, and the place of each tensor.
 
-The name decides the container. A ``.pth`` keeps the tree of the first input, its tensors replaced; a safetensors file
-or folder has the state dict's own names.
+The name decides the container. A ``.pth`` keeps the tree of the first input, with its tensors replaced. A safetensors file
+or folder uses the names of the state dict.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DEFAULT_SHARD_BYTES = parse_bytes("5GB")
 
 
 def container_of(out: Location) -> str:
-    """ "safetensors", "pickle" or "folder", from the output's name. Raises RecipeError for a name that says neither."""
+    """Returns "safetensors", "pickle" or "folder" for an output's name. Raises RecipeError for any other name."""
     if out.ends_in_slash or out.is_folder() or not out.suffix:
         return "folder"
     if out.suffix == ".safetensors":
@@ -49,7 +49,10 @@ def container_of(out: Location) -> str:
 
 
 def plan_output(out: Location, recipe: Recipe, indexes: Indexes, alignment: Alignment, hashed: bool) -> Output:
-    """The output of these tensors under that name. Pure: nothing is written. ``hashed``: the receipt has whole hashes."""
+    """Plans the output of these tensors under the name ``out``. Pure: nothing is written.
+
+    ``hashed``: the receipt holds the SHA-256 of whole input files.
+    """
     kind, name = container_of(out), out.name
     first = indexes[recipe.checkpoints[0]]
     names = travelling_names(recipe)
@@ -92,7 +95,7 @@ def _tied_specs(merged: Merged) -> list[TensorSpec]:
 
 
 def _metadata(recipe: Recipe, first: CheckpointIndex) -> dict[str, str]:
-    """The first checkpoint's own metadata, ``format: pt``, and for merges the recipe."""
+    """Returns the first checkpoint's own metadata, ``format: pt`` and, for a merge, the recipe."""
     kept = {k: v for k, v in first.metadata.items() if "hash" not in k.lower() and k not in (RECIPE_KEY, RECEIPT_KEY)}
     record = recipe_record(recipe)
     return kept | {"format": "pt"} | ({RECIPE_KEY: to_json(record)} if record else {})
@@ -155,7 +158,7 @@ def _folder(
 def _config(
     folder: Location, recipe: Recipe, base: CheckpointIndex, alignment: Alignment, notes: list[str]
 ) -> list[LayoutFile]:
-    """The configuration, where the merge changed what it says: dtype, layers, a head of its own, the vocabulary."""
+    """Returns the edited configuration when the merge changed what it states: dtype, layers, tied head, vocabulary."""
     config = read_config(folder)
     if config is None:
         return []
@@ -179,7 +182,7 @@ def _config(
 
 
 def _has_own_head(merged: list[Merged]) -> bool:
-    """Whether a head is written that is not made of the embeddings."""
+    """Whether the output has a head that differs from the embeddings."""
     embeddings = {
         tuple(s.place for s in m.sources) for m in merged if not is_head(m.spec.name) and is_embedding(m.spec.name)
     }
@@ -194,7 +197,7 @@ def _text_file(name: str, text: str) -> LayoutFile:
 
 
 def _shards(recipe: Recipe, base: CheckpointIndex, alignment: Alignment) -> dict[str, list[Merged]]:
-    """File name -> tensors: as the first input has them, or filled in order up to the largest size."""
+    """Returns file name -> tensors: the shards of the first input, or shards filled in order up to the largest size."""
     grouped: list[list[Merged]] = [[]]
     merged, largest = alignment.merged, recipe.output.max_shard_size
     homes: list[Location] = []

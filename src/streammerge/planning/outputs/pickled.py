@@ -1,4 +1,4 @@
-"""An output that is a ``.pth``: the tree of the first input, with its tensors replaced and without what is stale."""
+"""Plans a ``.pth`` output: the tree of the first input with its tensors replaced and stale parts removed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorSpec, contiguous_strides
 
 _COPIES = 4
-"""How often the bytes of a pickle are held at once while they are written: in the layout, sealed, joined, checksummed."""
+"""Copies of a pickle in memory at once while it is written: in the layout, sealed, joined, checksummed."""
 
 
 def pickled_output(name: str, recipe: Recipe, base: CheckpointIndex, alignment: Alignment, receipt: Receipt) -> Output:
@@ -74,7 +74,10 @@ def pickled_output(name: str, recipe: Recipe, base: CheckpointIndex, alignment: 
 
 
 def _tree(base: CheckpointIndex, merged: list[Merged]) -> tuple[Any, dict[str, Merged] | None]:
-    """The first input's own tree, or a flat state dict where it has none that could be written."""
+    """Returns the first input's own tree, or a flat state dict if the first input has no tree that can be written.
+
+    For a flat state dict, also returns its key -> the merged tensor; else None.
+    """
     if base.extras is not None and base.format != "sharded PyTorch":
         return base.extras, None
     tree, holders = OrderedTree(), {}
@@ -86,7 +89,7 @@ def _tree(base: CheckpointIndex, merged: list[Merged]) -> tuple[Any, dict[str, M
 
 
 class _Builder:
-    """Gives every tensor that a pickle will mention a storage of its own."""
+    """Gives every tensor of a pickle its own storage."""
 
     def __init__(self, edit: Edit) -> None:
         self.edit = edit
@@ -113,15 +116,15 @@ class _Builder:
         return made
 
     def stand_in(self, name: str, node: TensorRef) -> TensorRef:
-        """A tensor over the merged storage of that name, wrapped as ``node`` is."""
+        """Returns a tensor over the storage of the merged tensor ``name``, with the wrapper of ``node``."""
         ref = self.refs[name]
         spec = TensorSpec(name, ref.dtype, ref.shape)
         return self._fresh(spec, ref.storage, node)
 
     def place_rest(self, tree: Any, base: CheckpointIndex, home: dict[str, str]) -> None:
-        """Copies of the first input's for all tensors that are still reachable and were not merged.
+        """Copies from the first input all tensors that are still reachable and were not merged.
 
-        One that is a merged tensor under another path is that. ``home``: base name -> merged name.
+        A tensor that is a merged tensor under another path becomes that one. ``home``: base name -> merged name.
         """
         merged = {base.entries[name].place: made for name, made in home.items()}
         nodes = list(walk(tree, self.edit.dropped | set(self.edit.values)))
@@ -148,7 +151,7 @@ class _Builder:
 def _edit_first(
     base: CheckpointIndex, recipe: Recipe, home: dict[str, str], edit: Edit, builder: _Builder, notes: list[str]
 ) -> None:
-    """The first input's tree with merged tensors in place, and without what is stale or was not wanted."""
+    """Edits the first input's tree: puts the merged tensors in, and drops stale and unwanted parts."""
     selection = base.selection
     for found in selection.tensors:
         where = (id(found.holder), found.key)
@@ -169,7 +172,7 @@ def _edit_first(
         _drop(found.name, found.holder, found.key, edit)
     for twin in selection.twins if recipe.merge_method is not COPY else ():
         if selection.chosen[0].averaged and not twin.averaged and all(found.name in home for found in twin.tensors):
-            for found in twin.tensors:  # the loader reads the plain weights, which are now the averaged ones
+            for found in twin.tensors:  # the loader reads the plain weights, so they become the merged averaged weights
                 node = found.node or found.ref
                 edit.replaced.setdefault(id(node), builder.stand_in(home[found.name], node))
             notes.append(f"'{printable(twin.label)}' has the merged weights too")
@@ -223,7 +226,7 @@ def _drop(name: str, holder: Any, key: Any, edit: Edit) -> None:
 
 
 def _drop_training_state(base: CheckpointIndex, edit: Edit) -> list[str]:
-    """Optimizer, scheduler and scaler beside the chosen state dicts, at every level down to them."""
+    """Drops optimizer, scheduler and scaler at every level above the chosen state dicts. Returns their keys."""
     gone: list[str] = []
     for candidate in base.selection.chosen:
         node: Any = base.extras
