@@ -201,7 +201,6 @@ WITHOUT_TESTS = {
     "recipe.scalars",
     "recipe.summary",
     "running.readback",
-    "sources.base",
     "stores.faults",
     "stores.journal",
     "verifying.files",
