@@ -15,7 +15,6 @@ from typing import Any
 
 from streammerge.checkpoints.choosing import choose, exponential_weights
 from streammerge.checkpoints.conversions import converted_path, from_conversion, is_conversion
-from streammerge.checkpoints.globs import expand
 from streammerge.checkpoints.in_memory import hold, index_state_dict
 from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
 from streammerge.errors import ChangedError, FormatError, RecipeError, StreammergeError, VerifyError, listed, printable
@@ -35,6 +34,7 @@ from streammerge.options import (
     Integers,
     Io,
     Merging,
+    Naming,
     OnMissing,
     OnShape,
     Output,
@@ -108,6 +108,7 @@ def plan(
     by: str | None = None,
     highest: bool = False,
     ema_decay: float | None = None,
+    rename: str | Sequence[str] | Mapping[str, str] | None = None,
     on_missing: OnMissing | None = None,
     on_shape: OnShape | None = None,
     integers: Integers | None = None,
@@ -155,6 +156,7 @@ def merge(
     by: str | None = None,
     highest: bool = False,
     ema_decay: float | None = None,
+    rename: str | Sequence[str] | Mapping[str, str] | None = None,
     on_missing: OnMissing | None = None,
     on_shape: OnShape | None = None,
     integers: Integers | None = None,
@@ -206,6 +208,7 @@ def convert(
     keep: str | Sequence[str] = (),
     strip_prefix: str = "",
     extras: PathLike | None = None,
+    rename: str | Sequence[str] | Mapping[str, str] | None = None,
     state_dict: str | None = None,
     ema: Ema | None = None,
     memory: str | int = DEFAULT_MEMORY,
@@ -227,14 +230,16 @@ def convert(
     ``keep`` take glob patterns on tensor names. ``listener`` and the errors are those of :func:`merge`.
     """
     given = locals()
-    asked, selection, output = picked(Converting, given), picked(Selection, given), picked(Output, given)
+    asked, naming = picked(Converting, given), picked(Naming, given)
+    selection, output = picked(Selection, given), picked(Output, given)
     resources, running = picked(Resources, given), _run_options(given)
     held = Held()
     source, target = _named("path", path, held), parse(_path("out", out))
     target.sweep()
     target.check_writable(running.overwrite)
     before = resident_bytes()
-    recipe = conversion(source, asked.drop, asked.keep, asked.overrides | selection.overrides | output.overrides)
+    overrides = asked.overrides | naming.overrides | selection.overrides | output.overrides
+    recipe = conversion(source, asked.drop, asked.keep, overrides)
     planned = _plan(recipe, target, resources, running.executor, hashed=output.hash, held=held)
     if asked.extras is not None:
         refuse_extras(parse(asked.extras), planned, running.overwrite)
@@ -314,6 +319,7 @@ class _Request:
     recipe: str | Mapping[str, Any] | None
     merging: Merging
     choosing: Choosing
+    naming: Naming
     policies: Policies
     selection: Selection
     resources: Resources
@@ -341,13 +347,14 @@ class _Request:
             None if out is None else parse(_path("out", out)),
             recipe if recipe is None or isinstance(recipe, Mapping) else _path("recipe", recipe),
             merging,
-            *(picked(group, given) for group in (Choosing, Policies, Selection, Resources, Executing, Output)),  # type: ignore[arg-type]
+            *(picked(group, given) for group in (Choosing, Naming, Policies, Selection, Resources, Executing, Output)),  # type: ignore[arg-type]
         )
 
     def plan(self) -> Plan:
         asked = self.merging
         notes: list[str] = []
-        overrides = asked.overrides | self.policies.overrides | self.selection.overrides | self.output.overrides
+        overrides = asked.overrides | self.naming.overrides | self.policies.overrides
+        overrides |= self.selection.overrides | self.output.overrides
         choice = {name: getattr(self.choosing, name) or None for name in ("last", "range", "best", "by", "highest")}
         parameters = dict(asked.parameters or {})
         if asked.normalize is not None:
@@ -356,7 +363,7 @@ class _Request:
             parameters["normalize"] = asked.normalize
         decay = self.choosing.ema_decay
         if self.recipe is None:
-            chosen, notes = choose(expand(self.inputs), **choice)
+            chosen, notes = choose(self.inputs, **choice)
             weights = _weights(asked.weights, decay, len(chosen))
             base = None if asked.base is None else str(asked.base)
             recipe = recipe_of(chosen, asked.method or LINEAR, base, weights, parameters, overrides)
@@ -449,6 +456,7 @@ def _plan(
         indexes = {each: _opened(each.path, each.state_dict, recipe.ema, held or {}) for each in recipe.checkpoints}
         if convert_first is not None:
             indexes = {each: from_conversion(index, convert_first) for each, index in indexes.items()}
+        indexes = {each: index.with_names(each.rename) for each, index in indexes.items()}
         planned = build_plan(
             recipe,
             indexes,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     Checkpoint = PathLike | Mapping[str, Any]
 
 Ema = Literal["ignore", "prefer", "only"]
-OnMissing = Literal["error", "base", "average-present", "drop"]
+OnMissing = Literal["error", "base", "average-present", "drop", "union"]
 OnShape = Literal["error", "base", "rows"]
 Integers = Literal["first", "last", "max", "error"]
 Io = Literal["mmap", "pread"]
@@ -200,6 +200,13 @@ def _texts(value: Any) -> tuple[str, ...]:
     return tuple(map(text, [value] if isinstance(value, str) else value))
 
 
+def _renames(value: Any) -> dict[str, str] | tuple[str, ...] | None:
+    """Texts ``FROM=TO``, or new names by pattern; None for none."""
+    if isinstance(value, Mapping):
+        return {text(pattern): text(name) for pattern, name in value.items()} or None
+    return _texts(value) or None
+
+
 def _parameters(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise TypeError
@@ -237,6 +244,7 @@ PATH = Kind("a path", path)
 COUNT = Kind("a positive whole number", _at_least(1), least=1)
 WHOLE = Kind("a whole number", whole)
 SIZE = Kind("a size like 512MiB", _size)
+RENAMES = Kind("patterns and new names, like {'old.*': 'new.*'}", _renames, many=True)
 PATTERNS = Kind("patterns like 'dvae.*'", _texts, many=True)
 
 
@@ -290,6 +298,18 @@ class Choosing(Options):
         "Exponential weights: each input counts D times the one after it.",
         Kind("a number from 0 to below 1", _number),
         metavar="D",
+    )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Naming(Options):
+    """What the tensors are called."""
+
+    rename: str | Sequence[str] | Mapping[str, str] | None = option(
+        "Other names for the tensors of all inputs, like 'old.*=new.*' or '/^(.*)_g$/=\\1'.",
+        RENAMES,
+        metavar="FROM=TO",
+        overrides=True,
     )
 
 
@@ -409,7 +429,7 @@ class Running(Options):
     polite: bool = option("Give the inputs' page cache back behind the cursor.", TRUTH, default=False)
 
 
-MERGE = (Merging, Choosing, Policies, Selection, Resources, Executing, Output, Running)
-PLAN = (Merging, Choosing, Policies, Selection, Resources, Executing, Output)
-CONVERT = (Converting, Selection, Resources, Executing, Output, Running)
+MERGE = (Merging, Choosing, Naming, Policies, Selection, Resources, Executing, Output, Running)
+PLAN = (Merging, Choosing, Naming, Policies, Selection, Resources, Executing, Output)
+CONVERT = (Converting, Naming, Selection, Resources, Executing, Output, Running)
 VERIFY = (Verifying, Resources)

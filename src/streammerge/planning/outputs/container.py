@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from streammerge.checkpoints.huggingface import CONFIG, HEADS, edited_config, is_embedding, read_config
+from streammerge.checkpoints.huggingface import CONFIG, edited_config, is_embedding, is_head, read_config
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import safetensors
@@ -169,7 +169,7 @@ def _config(
     sizes = {(base.entries[m.base_names[0]].spec.shape[0], m.spec.shape[0]) for m in embeddings if m.spec.shape}
     grown = next((pair for pair in sizes if pair[0] != pair[1]), None)
     parts = [holder for holder in (config, config.get("text_config")) if isinstance(holder, dict)]
-    headless = not any(head in base.entries for head in HEADS)
+    headless = not any(map(is_head, base.entries))
     untied = _has_own_head(alignment.merged) and (headless or any(part.get("tie_word_embeddings") for part in parts))
     edited, unknown = edited_config(config, dtype=dtype, restacked=restacked, untied=untied, vocabulary=grown)
     if unknown:
@@ -184,9 +184,11 @@ def _config(
 def _has_own_head(merged: list[Merged]) -> bool:
     """Whether the output has a head that differs from the embeddings."""
     embeddings = {
-        tuple(s.place for s in m.sources) for m in merged if m.spec.name not in HEADS and is_embedding(m.spec.name)
+        tuple(s.place for s in m.sources) for m in merged if not is_head(m.spec.name) and is_embedding(m.spec.name)
     }
-    return any(m.spec.name in HEADS and tuple(s.place for s in m.sources) not in embeddings for m in merged)
+    return bool(embeddings) and any(
+        is_head(m.spec.name) and tuple(s.place for s in m.sources) not in embeddings for m in merged
+    )
 
 
 def _text_file(name: str, text: str) -> LayoutFile:
@@ -198,7 +200,9 @@ def _shards(recipe: Recipe, base: CheckpointIndex, alignment: Alignment) -> dict
     """Returns file name -> tensors: the shards of the first input, or shards filled in order up to the largest size."""
     grouped: list[list[Merged]] = [[]]
     merged, largest = alignment.merged, recipe.output.max_shard_size
-    homes = [] if alignment.restacked else [base.entries.get(m.base_names[0], m.sources[0]).begin[0] for m in merged]
+    homes: list[Location] = []
+    for m in merged if not alignment.restacked else ():  # an added tensor goes along with the one before it
+        homes.append(homes[-1] if m.added and homes else base.entries.get(m.base_names[0], m.sources[0]).begin[0])
     if len(set(homes)) > 1 and largest is None:
         by_path: dict[Location, list[Merged]] = {}
         for m, path in zip(merged, homes, strict=True):

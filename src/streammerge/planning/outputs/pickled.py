@@ -11,10 +11,10 @@ from streammerge.formats import torch_zip
 from streammerge.methods.registry import COPY
 from streammerge.options import RECEIPT_FILE, RECIPE_FILE
 from streammerge.pickles.repickle import Edit, repickle, storage_ref
-from streammerge.pickles.state_dict import is_training_state
+from streammerge.pickles.state_dict import Found, is_training_state
 from streammerge.pickles.tree import Instance, OrderedTree, StorageRef, TensorRef, mapping_items, walk
 from streammerge.planning.alignment import Alignment, Merged
-from streammerge.planning.outputs.bookkeeping import merge_bookkeeping
+from streammerge.planning.outputs.bookkeeping import drop_facts, merge_bookkeeping
 from streammerge.planning.outputs.layout import Layout, Output, Placed, blank_sums, recipe_record
 from streammerge.planning.receipt import ITSELF, Receipt
 from streammerge.recipe.document import to_yaml
@@ -35,7 +35,7 @@ def pickled_output(name: str, recipe: Recipe, base: CheckpointIndex, alignment: 
             "write a .safetensors file, or a .pth with a plain checkpoint as the first input"
         )
     tree, holders = _tree(base, merged)
-    moved = alignment.restacked or any(m.base_names[0] not in base.entries for m in merged)
+    moved = alignment.restacked or any(m.base_names[0] not in base.entries for m in merged if not m.added)
     if holders is None and moved:
         raise RecipeError(
             f"a .pth has the container of its first input, {printable(base.path)}, in which no layers can be moved; "
@@ -51,12 +51,14 @@ def pickled_output(name: str, recipe: Recipe, base: CheckpointIndex, alignment: 
     for m in merged:
         builder.place_merged(m)
     if holders is None:
-        home = {name: m.spec.name for m in merged for name in m.base_names}
+        home = {name: m.spec.name for m in merged for name in m.base_names if not m.added}
+        _add(base, [m for m in merged if m.added], edit, builder)
         _edit_first(base, recipe, home, edit, builder, notes)
         if len(alignment.shares) > 1:
             said = merge_bookkeeping([tree for tree, _ in alignment.shares], [w for _, w in alignment.shares], edit)
             if said:
                 notes.append(f"bookkeeping: {', '.join(said)}")
+            notes += drop_facts([tree for tree, _ in alignment.shares], edit)
         builder.place_rest(tree, base, home)
     else:
         for key, m in holders.items():
@@ -161,10 +163,11 @@ def _edit_first(
         already = edit.replaced.setdefault(id(node), made)
         if already is not made and already.storage is not made.storage and found.holder is not None:
             edit.values[where] = made
-        if recipe.output_name(found.name) != found.name:
+        written = recipe.output_name(found.name)
+        if written != base.renamed.get(found.name, found.name):
             if found.holder is None or selection.chosen[0].kind != "state dict":
-                raise RecipeError("`strip_prefix` renames tensors of a state dict only; write a .safetensors file")
-            edit.renamed[where] = recipe.output_name(str(found.key))
+                raise RecipeError("tensors of a state dict only can be renamed in a .pth; write a .safetensors file")
+            edit.renamed[where] = _key(base, found, written)
     for found in selection.left_out:
         _drop(found.name, found.holder, found.key, edit)
     for twin in selection.twins if recipe.merge_method is not COPY else ():
@@ -180,6 +183,40 @@ def _edit_first(
         gone = _drop_training_state(base, edit)
         if gone:
             notes.append(f"left out of the output: {listed(gone)} (`keep_optimizer=True` keeps the first input's)")
+
+
+def _key(base: CheckpointIndex, found: Found, written: str) -> str:
+    """The key in its own state dict of a tensor that is called ``written`` in the output."""
+    chosen = base.selection.chosen
+    if len(chosen) == 1:
+        return written
+    own = next(each for each in chosen if any(one.holder is found.holder for one in each.tensors[:1]))
+    prefix = "".join(f"{part}." for part in own.path)
+    if not written.startswith(prefix) or written == prefix:
+        raise RecipeError(
+            f"{printable(found.name)} cannot be called {printable(written)} in a .pth, which has it in "
+            f"{printable(own.label)}; write a .safetensors file"
+        )
+    return written.removeprefix(prefix)
+
+
+def _add(base: CheckpointIndex, added: list[Merged], edit: Edit, builder: _Builder) -> None:
+    """Puts tensors that the first checkpoint lacks behind those of its state dict."""
+    if not added:
+        return
+    holders = {id(found.holder): found.holder for found in base.selection.tensors}
+    holder = next(iter(holders.values()))
+    taken = {key for key, _ in mapping_items(holder) or []} & {m.spec.name for m in added}
+    if taken:
+        raise RecipeError(
+            f"{listed(sorted(taken))}: the first input has something else of that name; write a .safetensors file"
+        )
+    if len(holders) > 1 or holder is None or mapping_items(holder) is None or base.selection.chosen[0].kind != "state dict":
+        raise RecipeError(
+            f"{printable(added[0].spec.name)} cannot be added to {printable(base.path)}, which holds no single state dict; "
+            "write a .safetensors file"
+        )
+    edit.added[id(holder)] = [(m.spec.name, builder.refs[m.spec.name]) for m in added]
 
 
 def _drop(name: str, holder: Any, key: Any, edit: Edit) -> None:
