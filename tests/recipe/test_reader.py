@@ -165,7 +165,7 @@ def test_a_recipe_that_is_no_text_or_too_long(models: Path) -> None:
     with pytest.raises(sm.RecipeError, match="is not UTF-8 text"):
         read_recipe("recipe.yaml")
     Path("recipe.yaml").write_text("#" * (17 << 20))
-    with pytest.raises(sm.RecipeError, match="beyond the limit"):
+    with pytest.raises(sm.RecipeError, match="bytes, beyond the limit"):
         read_recipe("recipe.yaml")
     with pytest.raises(sm.RecipeError, match="is not a file"):
         read_recipe("absent.yaml")
