@@ -1,10 +1,10 @@
-"""Merges that are killed, or failed by the disk, at every call that could lose something; and what is there afterwards.
+"""Kills merges, or makes their disk fail, at every call that could lose data. Then checks the files.
 
 python tests/crashes.py kill-at-calls | fail-at-calls | kill-at-moments [--every N] [--moments N] [--seed N]
 
-Each run is a process of its own, forked before torch has started a thread. After each: inputs are as they were, the output
-is absent, what it was before, or whole; the same merge then ends in the same bytes and leaves nothing beside them. The last
-line says how many were tried, how many of them survived, and how many went on from kept pieces.
+Each run is its own process, forked before torch has started a thread. After each run the inputs must be unchanged, and the
+output must be absent, unchanged, or whole. The same merge must then give the same bytes and leave no other file. The last
+line reports how many runs were tried, how many survived, and how many continued from kept pieces.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from streammerge.stores import journal, system
 from streammerge.tensors.spec import GRAIN
 
 tasks.PIECE_ELEMS = GRAIN  # so that small tensors have pieces
-journal.INTERVAL_SECONDS = 0.002  # and small merges are written down
+journal.INTERVAL_SECONDS = 0.002  # so that the journal records small merges
 CALLS = (
     "open",
     "mkdir",
@@ -53,7 +53,7 @@ CALLS = (
 
 
 class Scene:
-    """A merge of two checkpoints into one container, with an older output in its place or none."""
+    """A merge of two checkpoints into one container, with or without an older output in its place."""
 
     def __init__(self, folder: Path, kind: str) -> None:
         self.folder, self.kind = folder, kind
@@ -87,7 +87,7 @@ class Scene:
         return self.folder / f"{number}.pth"
 
     def clear(self) -> None:
-        """The scene as it was before any run."""
+        """Restores the scene to its state before any run."""
         for path in self.folder.iterdir():
             if path not in self.inputs:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -96,13 +96,13 @@ class Scene:
             (self.out / name).write_bytes(content)
 
     def state(self) -> dict[str, bytes] | None:
-        """What is there under the output's name."""
+        """Returns the files under the output's name, None if there are none."""
         if self.out.is_dir():
             return {path.name: path.read_bytes() for path in self.out.iterdir()}
         return {"": self.out.read_bytes()} if self.out.exists() else None
 
     def run(self, prepare: Callable[[], None] = lambda: None, alive_seconds: float | None = None) -> int:
-        """The merge in a process of its own, killed after a while; its exit code, -9 when it was killed."""
+        """Runs the merge in its own process, killed after ``alive_seconds``. Returns its exit code, -9 if it was killed."""
         pid = os.fork()
         if pid == 0:
             os._exit(self._merge(prepare))
@@ -129,13 +129,14 @@ class Scene:
             return error.exit_code
         except OSError:
             return 1
-        except BaseException as error:  # noqa: BLE001 - told by its exit code
+        except BaseException as error:  # noqa: BLE001 - the exit code reports it
             print(repr(error), file=sys.stderr)
             return 99
         return 64 if resumed else 0
 
     def judge(self) -> str:
-        """After a fault: what is wrong, or how the next run came to its end: "complete", "resumed" or "restarted"."""
+        """Checks the files after a fault. Returns the error, or how the next run ended: "complete", "resumed" or
+        "restarted"."""
         if any(path.read_bytes() != content for path, content in self.before.items()):
             return "WRONG: an input was changed"
         there = self.state()
@@ -154,7 +155,7 @@ class Scene:
 
 
 class Fault:
-    """Something happens at the call of that number, or at every call from there on; ``fired`` is seen by the parent."""
+    """Does something at the call with this number, or at every call from it on. The parent can see ``fired``."""
 
     def __init__(self, number: int, what: str, for_ever: bool = False, only: tuple[str, ...] = CALLS) -> None:
         self.number, self.what, self.for_ever, self.only = number, what, for_ever, only
@@ -205,7 +206,7 @@ class Fault:
 
 
 def kill_at_calls(scene: Scene, every: int) -> Iterator[str]:
-    """Killed before and after each call, until none is left."""
+    """Kills the merge before and after each call, until no call is left."""
     for what in ("killed before", "killed after"):
         for number in itertools.count(1, every):
             scene.clear()
@@ -221,7 +222,7 @@ CODES = {"ENOSPC": 6, "EDQUOT": 6, "EIO": 1, "short": 0}
 
 
 def fail_at_calls(scene: Scene, every: int) -> Iterator[str]:
-    """Each call fails once, and each from there on; what can be written in parts is written in parts."""
+    """Makes each call fail, once and for ever. Writes that may be short are also made short."""
     faults = [("short", False, ("pwrite", "write")), ("short", True, ("pwrite", "write"))]
     faults += [(what, for_ever, CALLS) for what in ("ENOSPC", "EDQUOT", "EIO") for for_ever in (False, True)]
     for what, for_ever, only in faults:
@@ -233,7 +234,7 @@ def fail_at_calls(scene: Scene, every: int) -> Iterator[str]:
                 break
             if code == 0 and scene.state() != scene.whole:
                 said = "WRONG: it said that all was well"
-            elif code in (0, CODES[what]):  # a journal that cannot be written, a rest that stays, stop no run
+            elif code in (0, CODES[what]):  # a failing journal or a failing removal stops no run
                 said = scene.judge()
             else:
                 said = f"WRONG: it ended with {code}"

@@ -169,14 +169,6 @@ def test_what_is_imported_is_declared() -> None:
     assert 'framework="numpy"' in (SOURCE / "running/readback.py").read_text()
 
 
-WITHOUT_TESTS = {
-    "checkpoints.huggingface",
-    "planning.alignment",
-    "planning.outputs.bookkeeping",
-}
-"""The only modules that have no test file of their own. None may be added."""
-
-
 def test_every_module_has_its_test_file() -> None:
     """``streammerge/room/module.py`` is tested in ``tests/room/test_module.py``, which holds at least one test."""
     tests = Path(__file__).parent
@@ -187,4 +179,4 @@ def test_every_module_has_its_test_file() -> None:
         file = tests / path.relative_to(SOURCE).parent / f"test_{path.name}"
         if not file.exists() or not re.search(r"^ *def test_|\w+Suite\)", file.read_text(), re.MULTILINE):
             without.add(name)
-    assert without == WITHOUT_TESTS
+    assert not without

@@ -1,7 +1,7 @@
 """merge(), plan(), convert(), inspect(), verify(): the only module that wires the rooms together. Nothing here prints.
 
-Each function has its options as keyword arguments, which editors complete; what they mean stands in ``options``. A function
-gathers them by ``locals()``, once, as the first thing that it does.
+Each function has its options as keyword arguments, which editors complete. ``options`` describes them. Each function first
+collects them by one call of ``locals()``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 from streammerge.checkpoints.choosing import choose, exponential_weights
 from streammerge.checkpoints.conversions import converted_path, from_conversion, is_conversion
-from streammerge.checkpoints.globs import expand
 from streammerge.checkpoints.in_memory import hold, index_state_dict
 from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
 from streammerge.errors import ChangedError, FormatError, RecipeError, StreammergeError, VerifyError, listed, printable
@@ -35,6 +34,7 @@ from streammerge.options import (
     Integers,
     Io,
     Merging,
+    Naming,
     OnMissing,
     OnShape,
     Output,
@@ -71,12 +71,12 @@ Checkpoint = PathLike | Mapping[str, Any]
 """A file or folder, or a state dict in memory: torch tensors or numpy arrays by name, or a mapping that holds one."""
 Inputs = Checkpoint | Iterable[Checkpoint] | Mapping[str, float]
 Held = dict[str, Mapping[str, Any]]
-"""The state dicts in memory, by the names that the recipe has for them."""
+"""The state dicts in memory, by their names in the recipe."""
 
 
 @takes(Selection)
 def inspect(path: Checkpoint, *, state_dict: str | None = None, ema: Ema | None = None) -> CheckpointIndex:
-    """What a checkpoint is and holds. Reads headers only; nothing in the file is executed or imported.
+    """Returns the index of a checkpoint. Reads headers only. Nothing in the file is executed or imported.
 
     The index is a mapping from the tensors' names to :class:`TensorEntry`: ``len(index)``, ``index[name]``, iteration.
     ``path``: a file or folder, or a state dict in memory. Raises FormatError when the checkpoint cannot be read.
@@ -108,6 +108,7 @@ def plan(
     by: str | None = None,
     highest: bool = False,
     ema_decay: float | None = None,
+    rename: str | Sequence[str] | Mapping[str, str] | None = None,
     on_missing: OnMissing | None = None,
     on_shape: OnShape | None = None,
     integers: Integers | None = None,
@@ -122,13 +123,12 @@ def plan(
     allow_nonfinite: bool | None = None,
     hash: bool = False,
 ) -> Plan:
-    """What :func:`merge` would do, from headers alone; nothing is written. The options are those of merge.
+    """Returns the plan of :func:`merge`, from headers alone. Nothing is written. The options are those of merge.
 
-    ``inputs``: paths, globs or state dicts in memory, or a dict that gives each path its weight. ``out``: its
-    name decides the container.
-    ``recipe``: a mergekit configuration as a YAML file or a dict, in place of inputs, method and parameters; the other
-    options win over its keys. ``print(plan)`` shows it; ``plan.tasks``, ``plan.peak_bytes``, ``plan.read_bytes`` are its
-    numbers.
+    ``inputs``: paths, globs or state dicts in memory, or a dict that gives each path its weight. ``out``: its name decides
+    the container. ``recipe``: a mergekit configuration as a YAML file or a dict, in place of inputs, method and parameters.
+    The other options override its keys. ``print(plan)`` shows the plan. ``plan.tasks``, ``plan.peak_bytes`` and
+    ``plan.read_bytes`` are its numbers.
     """
     return _Request.of(locals()).plan()
 
@@ -156,6 +156,7 @@ def merge(
     by: str | None = None,
     highest: bool = False,
     ema_decay: float | None = None,
+    rename: str | Sequence[str] | Mapping[str, str] | None = None,
     on_missing: OnMissing | None = None,
     on_shape: OnShape | None = None,
     integers: Integers | None = None,
@@ -180,7 +181,7 @@ def merge(
     configuration as a YAML file or a dict. ``listener`` is called with each of :mod:`streammerge.events`.
 
     Raises RecipeError, FormatError, MismatchError, BudgetError, SpaceError, LockedError, ChangedError, VerifyError or
-    TaskError; the output is then not there. Returns what was read, written and needed.
+    TaskError. The output does not exist after an error. Returns the bytes read and written, the time and the memory.
     """
     given = locals()
     request, running = _Request.of(given), _run_options(given)
@@ -192,7 +193,7 @@ def merge(
     planned = request.plan()
     if _convert_first(planned.recipe, request, running):
         planned = request.plan()
-    foreseen = _output_warnings(planned)  # what would stop a run stops this one itself, or was allowed
+    foreseen = _output_warnings(planned)  # the run itself raises these as errors, unless they are allowed
     planned.warnings = [warning for warning in planned.warnings if warning not in foreseen]
     return execute(planned, running, before)
 
@@ -207,6 +208,7 @@ def convert(
     keep: str | Sequence[str] = (),
     strip_prefix: str = "",
     extras: PathLike | None = None,
+    rename: str | Sequence[str] | Mapping[str, str] | None = None,
     state_dict: str | None = None,
     ema: Ema | None = None,
     memory: str | int = DEFAULT_MEMORY,
@@ -228,14 +230,16 @@ def convert(
     ``keep`` take glob patterns on tensor names. ``listener`` and the errors are those of :func:`merge`.
     """
     given = locals()
-    asked, selection, output = picked(Converting, given), picked(Selection, given), picked(Output, given)
+    asked, naming = picked(Converting, given), picked(Naming, given)
+    selection, output = picked(Selection, given), picked(Output, given)
     resources, running = picked(Resources, given), _run_options(given)
     held = Held()
     source, target = _named("path", path, held), parse(_path("out", out))
     target.sweep()
     target.check_writable(running.overwrite)
     before = resident_bytes()
-    recipe = conversion(source, asked.drop, asked.keep, asked.overrides | selection.overrides | output.overrides)
+    overrides = asked.overrides | naming.overrides | selection.overrides | output.overrides
+    recipe = conversion(source, asked.drop, asked.keep, overrides)
     planned = _plan(recipe, target, resources, running.executor, hashed=output.hash, held=held)
     if asked.extras is not None:
         refuse_extras(parse(asked.extras), planned, running.overwrite)
@@ -260,11 +264,11 @@ def verify(
     workers: int | None = None,
     io: Io = "mmap",
 ) -> Verified:
-    """Whether the output ``out`` is what its receipt says: its structure, the checksum of every byte, and, where its inputs
-    are at hand, the values of a sample of its tensors, computed again in float64.
+    """Verifies the output ``out`` against its receipt: its structure, the checksum of every byte and, if its inputs are
+    available, the values of a sample of its tensors, computed again in float64.
 
-    ``sample``: a share like ``"5%"`` or ``0.05``, ``"100%"`` for all, 0 for none; when it is given, that the inputs are
-    absent is an error. Raises VerifyError when anything is wrong or cannot be verified.
+    ``sample``: a share like ``"5%"`` or ``0.05``, ``"100%"`` for all, 0 for none. If it is given, missing inputs are an
+    error. Raises VerifyError when anything is wrong or cannot be verified.
     """
     given = locals()
     asked, resources = picked(Verifying, given), picked(Resources, given)
@@ -307,7 +311,7 @@ def verify(
 
 @dataclass(frozen=True)
 class _Request:
-    """All that a merge or a plan was asked for, read and checked."""
+    """The arguments of a merge or a plan, read and checked."""
 
     inputs: list[str]
     held: Held
@@ -315,6 +319,7 @@ class _Request:
     recipe: str | Mapping[str, Any] | None
     merging: Merging
     choosing: Choosing
+    naming: Naming
     policies: Policies
     selection: Selection
     resources: Resources
@@ -323,7 +328,7 @@ class _Request:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> _Request:
-        """From the arguments of :func:`plan` or :func:`merge`. Raises RecipeError for a value that is none of theirs."""
+        """Reads the arguments of :func:`plan` or :func:`merge`. Raises RecipeError for an invalid value."""
         held = Held()
         inputs, own_weights = _inputs(given["inputs"], held)
         out, recipe = given["out"], given["recipe"]
@@ -342,13 +347,14 @@ class _Request:
             None if out is None else parse(_path("out", out)),
             recipe if recipe is None or isinstance(recipe, Mapping) else _path("recipe", recipe),
             merging,
-            *(picked(group, given) for group in (Choosing, Policies, Selection, Resources, Executing, Output)),  # type: ignore[arg-type]
+            *(picked(group, given) for group in (Choosing, Naming, Policies, Selection, Resources, Executing, Output)),  # type: ignore[arg-type]
         )
 
     def plan(self) -> Plan:
         asked = self.merging
         notes: list[str] = []
-        overrides = asked.overrides | self.policies.overrides | self.selection.overrides | self.output.overrides
+        overrides = asked.overrides | self.naming.overrides | self.policies.overrides
+        overrides |= self.selection.overrides | self.output.overrides
         choice = {name: getattr(self.choosing, name) or None for name in ("last", "range", "best", "by", "highest")}
         parameters = dict(asked.parameters or {})
         if asked.normalize is not None:
@@ -357,7 +363,7 @@ class _Request:
             parameters["normalize"] = asked.normalize
         decay = self.choosing.ema_decay
         if self.recipe is None:
-            chosen, notes = choose(expand(self.inputs), **choice)
+            chosen, notes = choose(self.inputs, **choice)
             weights = _weights(asked.weights, decay, len(chosen))
             base = None if asked.base is None else str(asked.base)
             recipe = recipe_of(chosen, asked.method or LINEAR, base, weights, parameters, overrides)
@@ -372,7 +378,7 @@ class _Request:
 
 
 def _path(name: str, value: Any) -> str:
-    """A path that was given as ``name``. Raises RecipeError for what is none."""
+    """Returns the path given as argument ``name``. Raises RecipeError for anything but a path."""
     try:
         return path(value)
     except (TypeError, ValueError) as error:
@@ -380,7 +386,7 @@ def _path(name: str, value: Any) -> str:
 
 
 def _named(name: str, given: Any, held: Held) -> str:
-    """What a recipe calls a checkpoint that was given as ``name``: its path, or its name in ``held``."""
+    """Returns the name in a recipe of the checkpoint given as argument ``name``: its path, or its name in ``held``."""
     return hold(given, held) if isinstance(given, Mapping) else _path(name, given)
 
 
@@ -391,7 +397,8 @@ def _opened(path: str, state_dict: str | None, ema: str, held: Held) -> Checkpoi
 
 
 def _inputs(given: Any, held: Held) -> tuple[list[str], list[float] | None]:
-    """The names of the inputs, and their weights where a dict gives each path its weight. Raises RecipeError."""
+    """Returns the names of the inputs, and their weights if a dict gives each path its weight. Raises RecipeError for
+    anything but inputs."""
     if isinstance(given, Mapping) and not any(map(_may_hold_tensors, given.values())):
         wrong = next((name for name, weight in given.items() if not isinstance(weight, Real)), None)
         if wrong is not None:
@@ -405,6 +412,8 @@ def _inputs(given: Any, held: Held) -> tuple[list[str], list[float] | None]:
 
 
 def _may_hold_tensors(value: Any) -> bool:
+    if isinstance(value, Real):  # numpy's numbers are arrays too
+        return False
     return is_array(value) or is_tensor(value) or isinstance(value, Mapping | list | tuple)
 
 
@@ -447,6 +456,7 @@ def _plan(
         indexes = {each: _opened(each.path, each.state_dict, recipe.ema, held or {}) for each in recipe.checkpoints}
         if convert_first is not None:
             indexes = {each: from_conversion(index, convert_first) for each, index in indexes.items()}
+        indexes = {each: index.with_names(each.rename) for each, index in indexes.items()}
         planned = build_plan(
             recipe,
             indexes,
@@ -462,7 +472,7 @@ def _plan(
 
 
 def _output_warnings(planned: Plan) -> list[str]:
-    """Warnings of what would stop a run at the output's place, as far as it is known now."""
+    """Returns warnings about known obstacles at the output's place that would stop a run."""
     if planned.out is None:
         return []
     free = planned.out.absolute().parent.free_bytes()
@@ -477,9 +487,9 @@ def _output_warnings(planned: Plan) -> list[str]:
 
 
 def _remade(out: Location, receipt: Receipt, folder: Location, own_methods: bool, resources: Resources) -> Plan:
-    """The plan by which the output was made, from inputs in that folder.
+    """Returns the plan that made the output, with inputs from ``folder``.
 
-    Raises StreammergeError when they are not there, or are others.
+    Raises StreammergeError when the inputs are missing, or are other files.
     """
     recipe = read_recipe(receipt.own_recipe(), own_methods, folder)
     hashed = any("sha256" in said for said in receipt.inputs.values())
@@ -490,9 +500,9 @@ def _remade(out: Location, receipt: Receipt, folder: Location, own_methods: bool
 
 
 def _convert_first(recipe: Recipe, request: _Request, running: RunOptions) -> bool:
-    """Makes each checkpoint a safetensors file in the folder that was asked for, unless it is there and still right.
+    """Converts each checkpoint to a safetensors file in the requested folder, unless a correct one is there.
 
-    Returns whether any was made.
+    Returns whether any file was made.
     """
     if request.merging.convert_first is None:
         return False

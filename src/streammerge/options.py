@@ -1,11 +1,11 @@
-"""The options of a merge and of its relatives, each described once: name, type, default, choices, description.
+"""The options of all functions and commands, each described once: name, type, default, choices, description.
 
-The command line makes its options from these classes, the Python functions their documentation and their checks, the recipe
-those keys that an option overrides. The functions repeat names, types and defaults in their signatures, which editors read;
-a test holds the two together.
+The command line makes its options from these classes. The Python functions make their documentation and checks from them,
+and the recipe the keys that an option overrides. The functions repeat names, types and defaults in their signatures, which
+editors read. A test checks that both agree.
 
-A description names another option in backquotes, as Python writes it: ```on_missing="base"```. The command line shows it as
-``--on-missing base``.
+A description names another option in backquotes and in Python's syntax: ```on_missing="base"```. The command line shows it
+as ``--on-missing base``.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from streammerge.units import parse_bytes, parse_share, plain_number
 if TYPE_CHECKING:
     from streammerge.stores.locations import Place as PathLike
 
+    Checkpoint = PathLike | Mapping[str, Any]
+
 Ema = Literal["ignore", "prefer", "only"]
-OnMissing = Literal["error", "base", "average-present", "drop"]
+OnMissing = Literal["error", "base", "average-present", "drop", "union"]
 OnShape = Literal["error", "base", "rows"]
 Integers = Literal["first", "last", "max", "error"]
 Io = Literal["mmap", "pread"]
@@ -34,14 +36,16 @@ DEFAULT_MEMORY = "512MiB"
 
 RECIPE_FILE, RECEIPT_FILE = "streammerge.yaml", "streammerge.json"
 RECIPE_KEY, RECEIPT_KEY = "streammerge", "streammerge_receipt"
-"""What the recipe and the receipt of an output are called, as files, as records of an archive, and in metadata."""
+"""The names of an output's recipe and receipt, as keys of metadata, as files, and as records of an archive."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What an option takes: ``words`` for a sentence; ``parse`` raises TypeError or ValueError for anything else.
+    """The kind of value that an option takes.
 
-    ``flag``: true or false. ``many``: the command line takes it several times. ``least``: the smallest whole number.
+    ``words``: its description for messages. ``parse`` reads a value, and raises TypeError or ValueError for an invalid one.
+    ``flag``: whether the value is true or false. ``many``: whether the command line accepts the option several times.
+    ``least``: the smallest whole number.
     """
 
     words: str
@@ -53,9 +57,10 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option. ``kind`` is None where the recipe's key of that name reads the value.
+    """One option. ``kind`` is None if the recipe's key of that name reads the value.
 
-    ``otherwise``: what holds where the option is not given. ``negated``: the command line has ``--no-NAME`` instead.
+    ``otherwise``: describes the behaviour when the option is not given. ``negated``: the command line has ``--no-NAME``
+    instead.
     """
 
     name: str
@@ -76,7 +81,7 @@ class Option:
         return self.short or f"--{'no-' * self.negated}{self.name.replace('_', '-')}"
 
     def read(self, value: Any) -> Any:
-        """The value as the code below takes it. Raises RecipeError for one that the option does not take."""
+        """Returns the parsed value. Raises RecipeError for a value that the option does not take."""
         if self.kind is None or (value is None and self.default is None):
             return value
         try:
@@ -97,7 +102,7 @@ def option(
     short: str = "",
     overrides: bool = False,
 ) -> Any:
-    """A field of an options class. ``overrides``: it replaces the key of that name in a recipe."""
+    """Makes a field of an options class. ``overrides``: whether it replaces the key of that name in a recipe."""
     made = {"doc": doc, "kind": kind, "metavar": metavar, "choices": choices, "otherwise": otherwise}
     return field(default=default, metadata=made | {"negated": negated, "short": short, "overrides": overrides})
 
@@ -111,7 +116,7 @@ class Options:
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """What stands in place of a recipe's keys."""
+        """Returns the given options that replace keys of a recipe."""
         return {name: getattr(self, name) for name, each in options_of(type(self)).items() if each.overrides}
 
 
@@ -119,13 +124,13 @@ Group = TypeVar("Group", bound=Options)
 
 
 def options_of(*groups: type[Options]) -> dict[str, Option]:
-    """The options of these classes by name."""
+    """Returns the options of these classes by name."""
     found = (each for group in groups for each in fields(group))  # type: ignore[arg-type]
     return {each.name: Option(each.name, str(each.type), each.default, **each.metadata) for each in found}
 
 
 def picked(group: type[Group], given: Mapping[str, Any]) -> Group:
-    """The options of one class, out of all arguments of a function."""
+    """Makes the options of one class from all arguments of a function."""
     return group(**{name: given[name] for name in options_of(group) if name in given})
 
 
@@ -144,7 +149,7 @@ def _numbers(value: Any) -> list[float]:
 
 
 def whole(value: Any) -> int:
-    """A whole number, numpy's and torch's too. Raises TypeError for anything else."""
+    """Reads a whole number, also numpy's and torch's. Raises TypeError for anything else."""
     value = plain_number(value)
     if isinstance(value, bool):
         raise TypeError
@@ -162,7 +167,7 @@ def _at_least(least: int) -> Callable[[Any], int]:
 
 
 def truth(value: Any) -> bool:
-    """True or False, numpy's too. Raises TypeError for anything else."""
+    """Reads True or False, also numpy's. Raises TypeError for anything else."""
     value = plain_number(value)
     if not isinstance(value, bool):
         raise TypeError
@@ -170,16 +175,16 @@ def truth(value: Any) -> bool:
 
 
 def text(value: Any) -> str:
-    """A text. Raises TypeError for anything else."""
+    """Reads a text. Raises TypeError for anything else."""
     if not isinstance(value, str):
         raise TypeError
     return value
 
 
 def path(value: Any) -> str:
-    """The text of a path or location, ``~`` expanded; a slash at its end stays. Raises TypeError for what is none."""
+    """Reads a path or location as text. Expands ``~`` and keeps a final slash. Raises TypeError for anything else."""
     if not isinstance(value, str):
-        from streammerge.stores.base import Location  # here, since --help waits for no store
+        from streammerge.stores.base import Location  # here, so that --help imports no store
 
         value = str(value) if isinstance(value, Location) else os.fspath(value)
     if not isinstance(value, str):
@@ -193,6 +198,13 @@ def path(value: Any) -> str:
 
 def _texts(value: Any) -> tuple[str, ...]:
     return tuple(map(text, [value] if isinstance(value, str) else value))
+
+
+def _renames(value: Any) -> dict[str, str] | tuple[str, ...] | None:
+    """Texts ``FROM=TO``, or new names by pattern; None for none."""
+    if isinstance(value, Mapping):
+        return {text(pattern): text(name) for pattern, name in value.items()} or None
+    return _texts(value) or None
 
 
 def _parameters(value: Any) -> dict[str, Any]:
@@ -232,6 +244,7 @@ PATH = Kind("a path", path)
 COUNT = Kind("a positive whole number", _at_least(1), least=1)
 WHOLE = Kind("a whole number", whole)
 SIZE = Kind("a size like 512MiB", _size)
+RENAMES = Kind("patterns and new names, like {'old.*': 'new.*'}", _renames, many=True)
 PATTERNS = Kind("patterns like 'dvae.*'", _texts, many=True)
 
 
@@ -249,7 +262,7 @@ class Merging(Options):
     method: str | Callable[..., Any] | None = option(
         "A merge method's name, or package.module:function; a function in Python.", metavar="METHOD", otherwise="linear"
     )
-    base: PathLike | None = option("The common ancestor, for the methods that need one.", PATH, metavar="PATH")
+    base: Checkpoint | None = option("The common ancestor, for the methods that need one.", PATH, metavar="PATH")
     parameters: Mapping[str, Any] | None = option(
         "Parameters of the method by name; a list of values has one per input.",
         Kind("a dict of names and values, like {'t': 0.3}", _parameters, many=True),
@@ -289,8 +302,20 @@ class Choosing(Options):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class Naming(Options):
+    """What the tensors are called."""
+
+    rename: str | Sequence[str] | Mapping[str, str] | None = option(
+        "Other names for the tensors of all inputs, like 'old.*=new.*' or '/^(.*)_g$/=\\1'.",
+        RENAMES,
+        metavar="FROM=TO",
+        overrides=True,
+    )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Policies(Options):
-    """What becomes of tensors that do not fit together."""
+    """The handling of tensors that do not fit together."""
 
     on_missing: OnMissing | None = option(
         "Tensors that are not in every input.", choices=get_args(OnMissing), otherwise="error", overrides=True
@@ -363,7 +388,7 @@ class Verifying(Options):
         "How much of the values is computed again; 100% for all.",
         Kind("a share like 5%", _share),
         metavar="SHARE",
-        otherwise="5%, where the inputs are at hand",
+        otherwise="5% if the inputs are available",
     )
     seed: int = option("Chooses the sample.", WHOLE, default=0, metavar="N")
     inputs: PathLike | None = option(
@@ -374,7 +399,7 @@ class Verifying(Options):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Resources(Options):
-    """What the work may take, and how it is done. The output's bytes depend on none of it."""
+    """Memory, workers and the way of reading. None of these options changes a byte of the output."""
 
     memory: str | int = option(
         "Budget for data held at once, above start-up.", SIZE, default=DEFAULT_MEMORY, metavar="SIZE"
@@ -385,11 +410,11 @@ class Resources(Options):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Executing(Options):
-    """What the workers are. The output's bytes do not depend on it."""
+    """The kind of workers. It does not change a byte of the output."""
 
     executor: str | Callable[[int], Any] = option(
-        "What the workers are: threads, processes, or the name of another executor; auto takes processes for more than "
-        "four workers and much to read. In Python also what makes an executor of so many workers.",
+        "The kind of workers: threads, processes, or the name of another executor; auto takes processes for more than "
+        "four workers and much to read. In Python also a function from the number of workers to an executor.",
         default="auto",
         metavar="NAME",
     )
@@ -397,14 +422,14 @@ class Executing(Options):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Running(Options):
-    """How the output is made. Its bytes depend on none of it."""
+    """How the output is made. None of these options changes a byte of it."""
 
     overwrite: bool = option("Replace a finished output.", TRUTH, default=False)
     resume: bool = option("False: start over instead of continuing an interrupted run.", TRUTH, default=True, negated=True)
     polite: bool = option("Give the inputs' page cache back behind the cursor.", TRUTH, default=False)
 
 
-MERGE = (Merging, Choosing, Policies, Selection, Resources, Executing, Output, Running)
-PLAN = (Merging, Choosing, Policies, Selection, Resources, Executing, Output)
-CONVERT = (Converting, Selection, Resources, Executing, Output, Running)
+MERGE = (Merging, Choosing, Naming, Policies, Selection, Resources, Executing, Output, Running)
+PLAN = (Merging, Choosing, Naming, Policies, Selection, Resources, Executing, Output)
+CONVERT = (Converting, Naming, Selection, Resources, Executing, Output, Running)
 VERIFY = (Verifying, Resources)

@@ -1,7 +1,7 @@
-"""What is found by name: modules of this package, what the running program registers, plug-ins of installed packages.
+"""Finds things by name: in modules of this package, among those that the running program registers, and in plug-ins.
 
-A plug-in is an entry point in the metadata of an installed package. It is imported when it is asked for by name, or when
-all are listed.
+A plug-in is an entry point in the metadata of an installed package. It is imported when its name is asked for, or when all
+names are listed.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ Thing = TypeVar("Thing")
 
 
 class Registry(Generic[Thing]):
-    """Things of one kind by name. ``room``: the package whose modules bring the built-in ones.
+    """Things of one kind by name. ``room``: the package whose modules define the built-in things.
 
-    ``kind`` names one of them in a sentence. ``of_module`` gives those that a module of the room brings; ``of_plugin``
-    makes one of what an entry point names, and raises RecipeError for what is none. ``group``: the entry points'
-    group, which has the room's name if it is left out.
+    ``kind``: the word for one thing in messages. ``of_module`` returns the things that a module of the room defines.
+    ``of_plugin`` makes a thing from the object that an entry point names, and raises RecipeError for an unsuitable object.
+    ``group``: the group of the entry points, by default the room's name.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Registry(Generic[Thing]):
 
     @cached_property
     def built_in(self) -> dict[str, Thing]:
-        """What this package brings. Imports every module of the room, none of which imports torch."""
+        """Returns the things of this package. Imports every module of the room, none of which imports torch."""
         found: dict[str, Thing] = {}
         for name in module_names(self.room):
             found |= self._of_module(import_module(f"{self.room}.{name}"))
@@ -55,8 +55,8 @@ class Registry(Generic[Thing]):
 
     @cached_property
     def plugins(self) -> dict[str, EntryPoint]:
-        """The entry points of installed packages by name; of two with one name the first that is found."""
-        from importlib.metadata import entry_points  # here: importing it takes as long as looking at a file
+        """Returns the entry points of installed packages by name. Of two with the same name, the first found."""
+        from importlib.metadata import entry_points  # here, because the import takes as long as inspecting a file
 
         found: dict[str, EntryPoint] = {}
         for point in entry_points(group=self.group):
@@ -64,10 +64,10 @@ class Registry(Generic[Thing]):
         return found
 
     def register(self, name: str, thing: Thing, module: str, replace: bool = False) -> None:
-        """Lets ``name`` stand for ``thing`` in this process; the last one that is registered under a name holds.
+        """Registers ``thing`` under ``name`` in this process. The last registration of a name counts.
 
-        What a module of the room brings is found there, and is not registered. A name that is built in or a plug-in's is
-        refused when it is asked for, unless ``replace``.
+        Ignores the things of the room's own modules, which are found there. If a built-in thing or a plug-in has the same
+        name, finding the name raises RecipeError, unless ``replace``.
         """
         if module.startswith(f"{self.room}."):
             return
@@ -75,12 +75,12 @@ class Registry(Generic[Thing]):
         (self._replacing.add if replace else self._replacing.discard)(name)
 
     def unregister(self, name: str) -> None:
-        """Forgets what the running program registered under that name."""
+        """Removes the thing that the running program registered under that name."""
         self._own.pop(name, None)
         self._replacing.discard(name)
 
     def find(self, name: str) -> Thing | None:
-        """What has that name; None where nothing has. Raises RecipeError for a clash, or a plug-in that does not load."""
+        """Returns the thing with that name, or None. Raises RecipeError for a clash, or a plug-in that does not load."""
         own = self._own.get(name)
         if own is not None and name in self._replacing:
             return own
@@ -94,13 +94,13 @@ class Registry(Generic[Thing]):
         return known or own
 
     def is_known_as(self, name: str, thing: Thing) -> bool:
-        """Whether the name stands for that thing in every process, and not only where a program registers it."""
+        """Whether every process finds that thing by the name, and not only a program that registers it."""
         if name in self.built_in:
             return self.built_in[name] is thing
         return name in self.plugins and self._plugin(name) is thing
 
     def all(self) -> dict[str, Thing]:
-        """Everything by name. A plug-in that does not load is left out."""
+        """Returns everything by name. Leaves out plug-ins that do not load."""
         found = dict(self.built_in)
         for name in self.plugins:
             try:
@@ -110,7 +110,7 @@ class Registry(Generic[Thing]):
         return found | {name: thing for name, thing in self._own.items() if name not in found or name in self._replacing}
 
     def beside_built_in(self) -> Iterator[Thing]:
-        """Those of the running program, then the plug-ins. Raises RecipeError for a plug-in that does not load."""
+        """Yields the things of the running program, then the plug-ins. Raises RecipeError if a plug-in does not load."""
         yield from list(self._own.values())
         for name in self.plugins:
             if name not in self._own:
@@ -125,7 +125,7 @@ class Registry(Generic[Thing]):
         point = self.plugins[name]
         try:
             loaded = point.load()
-        except Exception as error:  # whatever the plug-in raises while it is imported
+        except Exception as error:  # a plug-in may raise anything while it is imported
             whose = f"the {self.kind} {printable(name)} of {_package(point)}"
             raise RecipeError(f"{whose} cannot be loaded: {printable(error)}") from error
         made = self._loaded[name] = self._of_plugin(name, loaded)
@@ -137,12 +137,12 @@ def _package(point: EntryPoint) -> str:
 
 
 def module_names(package: str) -> list[str]:
-    """The modules of a package by name, sorted; none of them is imported."""
+    """Returns the names of a package's modules, sorted. Imports none of them."""
     return sorted(found.name for found in pkgutil.iter_modules(import_module(package).__path__))
 
 
 def imported(place: str) -> Any:
-    """What ``package.module:name`` names, also of a module in the working directory. Raises whatever the import raises."""
+    """Imports ``package.module:name``, also from a module in the working directory. Raises whatever the import raises."""
     module, _, name = place.partition(":")
     with _working_directory_importable():
         found: Any = import_module(module)
@@ -153,7 +153,7 @@ def imported(place: str) -> Any:
 
 @contextmanager
 def _working_directory_importable() -> Iterator[None]:
-    """Lets modules beside the recipe be imported, as ``python -m`` does; afterwards ``sys.path`` is as it was."""
+    """Makes modules in the working directory importable, as ``python -m`` does. Restores ``sys.path`` afterwards."""
     if "" in sys.path:
         yield
         return

@@ -1,4 +1,4 @@
-"""What the public functions have in common: they describe every option, and a wrong keyword is one of our errors."""
+"""The common behaviour of the public functions: they document every option, and raise RecipeError for wrong keywords."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ R = TypeVar("R")
 
 
 def takes(*groups: type[Options]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """For a function with the options of these classes: describes them in its documentation, and checks how it is called.
+    """Decorates a function with the options of these classes: adds them to its documentation, and checks its calls.
 
     A keyword that the function does not have raises RecipeError, which names the option or the parameter that was meant.
     """
@@ -51,7 +51,7 @@ def _described(option: Option) -> str:
 
 
 def _unknown(function: str, keyword: str, known: list[str], given: Mapping[str, Any]) -> str:
-    """What may have been meant by a keyword that a function does not have."""
+    """Returns the message for an unknown keyword, with the keyword or parameter that was probably meant."""
     value = given[keyword]
     said = f"{function} has no option {printable(keyword)}"
     shown = repr(value) if isinstance(value, bool | int | float | str | list) and len(repr(value)) < 40 else "..."
@@ -67,7 +67,7 @@ def _unknown(function: str, keyword: str, known: list[str], given: Mapping[str, 
 
 
 def _parameters(method: Any) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Parameter -> the methods that have it: of the method that was asked for, and of all."""
+    """Returns parameter -> names of the methods that have it, for the requested method and for all methods."""
     try:
         found = find_method(method or LINEAR)
     except StreammergeError:

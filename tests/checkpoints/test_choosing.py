@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from conftest import Cli, load_safetensors
 from safetensors.torch import save_file
 
 import streammerge as sm
-from streammerge.checkpoints.choosing import choose, exponential_weights, number_of
+from streammerge.checkpoints.choosing import choose, exponential_weights
 
 LOSSES = {200: 3.0, 1000: 2.0, 90: 5.0, 400: 1.0}
 
@@ -65,21 +64,6 @@ def test_ranges_and_the_last(run: Path, cli: Cli) -> None:
     )
 
 
-def test_the_trainers_state_beside_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    history = [{"step": step, "eval_loss": loss} for step, loss in ((100, 0.9), (200, 0.5), (300, 0.7))]
-    for step in (100, 200, 300):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        save_file({"w": torch.tensor([float(step)])}, folder / "model.safetensors")
-        logged = [entry for entry in history if entry["step"] <= step] + [{"step": step, "loss": 3.0}]
-        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": logged}))
-    sm.merge(["checkpoint-*"], "out.safetensors", best=2, by="eval_loss")
-    assert value() == 250
-    with pytest.raises(sm.RecipeError, match=r"has no number f1; it has eval_loss, loss, step"):
-        sm.plan(["checkpoint-*"], best=1, by="f1")
-
-
 def test_exponential_weights(run: Path, cli: Cli) -> None:
     assert exponential_weights(0.5, 3) == [0.25, 0.25, 0.5]
     assert exponential_weights(0.0, 2) == [0.0, 1.0]
@@ -127,29 +111,21 @@ def test_a_number_that_is_no_number(run: Path) -> None:
         choose(["nameless.pt"], range="1:2")
 
 
-def test_a_state_that_several_files_share_is_asked_for_each_files_step(
+def test_last_range_and_the_exponential_weights_count_by_the_same_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    losses = {100: 3.0, 200: 1.0, 300: 2.0}
-    for step in losses:
-        save_file({"w": torch.tensor([float(step)])}, f"checkpoint-{step}.safetensors")
-    history = [{"step": step, "eval_loss": loss} for step, loss in losses.items()]
-    Path("trainer_state.json").write_text(json.dumps({"global_step": 300, "log_history": history}))
-    sm.merge("checkpoint-*.safetensors", "out.safetensors", best=1, by="eval_loss")
-    assert value() == 200
-
-
-@pytest.mark.parametrize(
-    ("path", "number"),
-    [
-        ("run/checkpoint-500/model.safetensors", 500),
-        ("epoch=3-step=500.ckpt", 500),
-        ("step=100-v1.ckpt", 100),
-        ("G_12000.pth", 12000),
-        ("llama-7b-checkpoint-3.bin", 3),
-        ("last.pth", None),
-    ],
-)
-def test_the_number_of_a_checkpoint(path: str, number: int | None) -> None:
-    assert number_of(path) == number
+    for epoch, error in {9: 0.3, 10: 0.05, 97: 0.0899, 98: 0.2}.items():
+        save_file({"w": torch.tensor([float(epoch)])}, f"val_wer={error:.4f}-epoch={epoch}.safetensors")
+    everything = "val_wer=*.safetensors"
+    sm.merge(everything, "last.safetensors", last=2)
+    assert value("last.safetensors") == 97.5
+    sm.merge(everything, "range.safetensors", range="97:98")
+    assert value("range.safetensors") == 97.5
+    sm.merge(everything, "best.safetensors", best=1, by="val_wer")
+    assert value("best.safetensors") == 10, "the metric stands in the name"
+    sm.merge(everything, "ema.safetensors", ema_decay=0.5)
+    average = 9.0
+    for epoch in (10, 97, 98):
+        average = 0.5 * average + 0.5 * epoch
+    assert value("ema.safetensors") == pytest.approx(average)

@@ -42,7 +42,7 @@ def test_rows_and_grains_are_never_none() -> None:
 def group(*models: torch.Tensor, base: torch.Tensor | None = None) -> tuple[TensorGroup, Chunk]:
     """A group of one chunk, and that chunk."""
     made = TensorGroup.of(*models, base=base)
-    (chunks,) = made.sweep(list, 0, made.elems)
+    (chunks,) = made.sweep(lambda chunk: (), lambda look, chunks: list(chunks), 0, made.elems)
     (chunk,) = chunks
     return made, chunk
 

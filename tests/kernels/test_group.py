@@ -51,7 +51,7 @@ def test_rows_stay_together(row: int) -> None:
     group = TensorGroup.of(torch.zeros(9 * row), row=row, chunk_elems=2 * GRAIN)
     assert group.grain % row == 0
     assert group.grain == max(GRAIN // row, 1) * row
-    (spans,) = group.sweep(lambda chunks: [(c.start, c.stop) for c in chunks], 0, group.elems)
+    (spans,) = group.sweep(lambda chunk: (), lambda look, chunks: [(c.start, c.stop) for c in chunks], 0, group.elems)
     assert all(a % row == 0 and b % row == 0 for a, b in spans)
 
 

@@ -125,4 +125,4 @@ def test_densities_at_their_limits() -> None:
 def test_everything_is_everything() -> None:
     group = group_of(drawn(7))
     assert torch.equal(applied(group, sparsify.everything), drawn(7))
-    assert isinstance(next(iter(group.sweep(list, 0, 7)))[0], Chunk)
+    assert isinstance(next(iter(group.sweep(lambda chunk: (), lambda look, chunks: list(chunks), 0, 7)))[0], Chunk)

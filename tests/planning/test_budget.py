@@ -1,4 +1,4 @@
-"""The memory model is arithmetic, and what is allocated is what was counted."""
+"""The memory model: its arithmetic, and that allocations equal its counts."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class TestBudget:
         [(1, 2), (budget.HUGE_PAGE_BYTES, 2), (budget.HUGE_PAGE_BYTES + 1, 3), (5 * budget.HUGE_PAGE_BYTES, 6)],
     )
     def test_mapped_pages_count_as_huge_ones(self, input_bytes: int, pages: int) -> None:
-        """Wherever in one they begin."""
+        """The pages may begin anywhere in a huge page."""
         assert budget._huge_pages(input_bytes) == pages * budget.HUGE_PAGE_BYTES
 
     def test_what_is_mapped_and_what_is_kept_are_terms_of_the_peak(self) -> None:

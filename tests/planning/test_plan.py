@@ -1,4 +1,4 @@
-"""What a plan decides from headers and budget, and refuses."""
+"""Plans: their decisions from headers and budget, and their refusals."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_where_mapped_pages_have_no_room_inputs_are_read(inputs: list[Path]) -> 
 
 
 def test_a_plan_tells_what_must_be_inflated_first(tmp_path: Path) -> None:
-    """Two tensors over one compressed storage."""
+    """Plans two tensors over one compressed storage."""
     storage = torch.ones(300_000)
     torch.save({"w": storage.view(300, 1000).t(), "v": storage[:7]}, tmp_path / "stored.pth")
     deflate(tmp_path / "stored.pth", tmp_path / "in.pth")

@@ -1,4 +1,4 @@
-"""What a receipt says of the versions that made an output."""
+"""The versions in a receipt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from streammerge.planning.receipt import torch_version
 
 @pytest.fixture
 def without_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch as a build from source leaves it: importable, and unknown to the package metadata."""
+    """Hides torch's package metadata, as in a build from source. torch can still be imported."""
 
     def absent(name: str) -> NoReturn:
         raise importlib.metadata.PackageNotFoundError(name)

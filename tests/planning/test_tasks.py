@@ -1,4 +1,4 @@
-"""Batches: short tensors are computed and written together, and come out as each by itself."""
+"""Batches: short tensors are computed and written together, with the same result as one by one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from streammerge.tensors.spec import TensorSpec
 
 
 def tasks(sizes: list[int], gaps: list[int], method: str = "linear") -> list[MergeTask]:
-    """Tensors of these sizes, one after the other in the output; before each a gap in the second input."""
+    """Makes tasks of these sizes, one after the other in the output, with a gap before each in the second input."""
     made, offset, other = [], 0, 0
     for number, (size, gap) in enumerate(zip(sizes, gaps, strict=True)):
         spec = TensorSpec(f"t{number}", DType.F32, (size,))
@@ -85,7 +85,7 @@ def test_a_part_of_a_long_tensor_is_alone(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("method", ["linear", "karcher", "dare_linear"])
 def test_together_as_each_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
-    """Odd sizes, empty ones, dtypes and integers between, a NaN in one of many: the same bytes, the same words."""
+    """Mixes odd and empty sizes, dtypes, integers and one NaN. Bytes and messages are the same as one by one."""
     make = torch.Generator().manual_seed(0)
     models = []
     for _ in range(3):
@@ -116,7 +116,7 @@ def test_together_as_each_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("elems", [100, 4099, 90_001])
 def test_every_byte_of_a_region_is_there(elems: int) -> None:
-    """The output's too, which is the last where inputs are mapped, and begins anywhere in a page."""
+    """Checks the output's region too. It is the last region if inputs are mapped, and may begin anywhere in a page."""
     fitted = budget.Budget(1, elems, 8 * elems, 0, budget.Cost(8, 3, 8, 0), 0)
     workspace = Workspace(fitted)
     for region, (_, size) in budget.slots(fitted).items():

@@ -1,4 +1,4 @@
-"""Methods of one's own for the tests, in a module that worker processes can import."""
+"""A user's own methods for the tests, in a module that worker processes can import."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from streammerge.kernels.group import TensorGroup
 
 
 def centred(group: TensorGroup) -> Kernel:
-    """The first model less the mean of all its numbers."""
+    """Subtracts the mean of all its numbers from the first model."""
     (total,) = group.reduce(lambda chunk: [chunk.models[0]])
     mean = float(total) / group.elems
     return lambda chunk: chunk.models[0] - mean
 
 
 def fickle(group: TensorGroup) -> Kernel:
-    """Makes more passes in a worker process than in the one that coordinates."""
+    """Makes more passes in a worker process than in the coordinating process."""
     for _ in range(2 if os.environ.get("COORDINATOR") == str(os.getpid()) else 3):
         group.reduce(lambda chunk: [chunk.models[0]])
     return lambda chunk: chunk.models[0]

@@ -1,4 +1,4 @@
-"""Which executor runs a plan: by name, by the number of workers, and by what can be sent to another process."""
+"""The choice of the executor: by name, by the number of workers, and by whether methods can be sent to processes."""
 
 from __future__ import annotations
 

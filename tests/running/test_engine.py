@@ -1,4 +1,4 @@
-"""All tensors of a run, given to workers: what becomes of what, and in which order."""
+"""The engine: which tensors go to which works, and in which order."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SEEN: list[tuple[type, list[Any]]] = []
 
 
 class Watched(Executor):
-    """Runs on the calling thread, gives results in the wrong order, and notes works with their units."""
+    """Runs on the calling thread, gives results in the wrong order, and records works and units."""
 
     def run(self, work: Any, units: Iterable[Any], backlog: int = 64) -> Generator[Any, None, None]:
         given = list(units)

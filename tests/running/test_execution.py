@@ -1,5 +1,4 @@
-"""What a run must not lose: inputs, their folders, other files; and inputs that change meanwhile; children
-that are forked after a run."""
+"""Runs must not lose inputs, their folders or other files. Inputs that change during a run, and forks after a run."""
 
 from __future__ import annotations
 
@@ -148,7 +147,7 @@ def use_helpers():
     assert torch.get_num_threads() == 4
     assert numbers.dot(numbers) == numbers.numel()
 """
-"""Programs that fork: inputs, one of them long enough that all workers share its passes; and what children do."""
+"""The common part of programs that fork. One tensor is so long that all workers share its passes."""
 
 
 def run_forks(folder: Path, code: str) -> None:
@@ -158,7 +157,7 @@ def run_forks(folder: Path, code: str) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_nothing_leaves_torch_threads_behind_in_the_caller(tmp_path: Path) -> None:
-    """A child that is forked afterwards lacks them. It would hang as soon as torch asks for their help."""
+    """A child that is forked afterwards has no such threads. It would hang as soon as torch waits for them."""
     code = """
 def converted():
     sm.convert("strided.pth", "strided.safetensors", dtype="float16")
@@ -186,7 +185,7 @@ use_helpers()
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_children_merge_after_their_parent_has_merged_and_computed(tmp_path: Path) -> None:
-    """Even where the program itself has started torch's threads."""
+    """The program itself has started torch's threads."""
     code = """
 use_helpers()
 for method in ("linear", "slerp", "ties"):

@@ -1,4 +1,4 @@
-"""How a process counts its memory, and what it leaves alone of the program that it runs in."""
+"""The memory of a process, and that the garbage collector of the calling program stays as it was."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Works that read files through: checksums of parts, and hashes."""
+"""Works that read files: checksums of parts, and hashes of whole files."""
 
 from __future__ import annotations
 

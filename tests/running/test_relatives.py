@@ -1,4 +1,4 @@
-"""Checkpoints of one training are told from strangers."""
+"""Checkpoints of one training are distinguished from unrelated ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Interrupted runs: what stays, what goes on from it, and who may not."""
+"""Interrupted runs: what is kept, which runs continue from it, and which must not."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ OUTPUTS = {"safetensors": "out.safetensors", "pickle": "out.pth", "folder": "out
 
 @pytest.fixture(autouse=True)
 def _small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces of one grain, written down at once, so that small merges have something to keep."""
+    """Makes pieces of one grain, which the journal records at once, so that small merges have pieces to keep."""
     monkeypatch.setattr(tasks, "PIECE_ELEMS", GRAIN)
     monkeypatch.setattr(journal, "INTERVAL_SECONDS", 0.001)
 
 
 @pytest.fixture
 def pair(tmp_path: Path) -> list[Path]:
-    """Two checkpoints whose tensors have up to seven pieces, an empty and a strided one among them."""
+    """Makes two checkpoints whose tensors have up to seven pieces. One tensor is empty, one strided."""
     paths = []
     for number in range(2):
         chance = torch.Generator().manual_seed(number)
@@ -55,7 +55,7 @@ def pair(tmp_path: Path) -> list[Path]:
 
 
 def journalled(out: Path) -> int:
-    """How many pieces the journal beside an output has."""
+    """Returns the number of pieces in the journal beside an output."""
     path = out.parent / f".{out.name}.streammerge" / "journal"
     return path.read_bytes().count(b"\n") - 1 if path.exists() else 0
 
@@ -153,7 +153,7 @@ def test_an_interruption_before_the_first_piece_loses_nothing(
 def test_another_plan_is_refused_until_what_is_kept_may_go(
     pair: list[Path], tmp_path: Path, change: Callable[[list[Path]], dict[str, Any]], request: pytest.FixtureRequest
 ) -> None:
-    """The refusal says in what the runs differ, and nothing that was kept is lost by it."""
+    """The refusal names the differences of the runs, and loses no kept piece."""
     said = {
         "weights": "the recipe's keys models, parameters changed",
         "method": "the recipe's keys merge_method, parameters changed",
@@ -186,7 +186,7 @@ def test_another_version_is_refused(pair: list[Path], tmp_path: Path, monkeypatc
         sm.merge(pair, out)
     path = tmp_path / ".out.safetensors.streammerge" / "journal"
     good = path.read_bytes()
-    text = b'{"plan":"' + b"0" * 64 + b'"}'  # as versions before this one began it
+    text = b'{"plan":"' + b"0" * 64 + b'"}'  # the first line of earlier versions
     path.write_bytes(b"%08x %s" % (zlib.crc32(text), text) + good[good.index(b"\n") :])
     with pytest.raises(sm.RecipeError, match="another version of streammerge made it"):
         sm.merge(pair, out)
@@ -201,7 +201,7 @@ def test_another_version_is_refused(pair: list[Path], tmp_path: Path, monkeypatc
 def test_a_journal_that_cannot_be_read_is_still_there(
     pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    """Only a journal that is absent is none: an error, or Ctrl-C, while it is read loses nothing."""
+    """An error or Ctrl-C while the journal is read loses nothing. Only an absent journal counts as none."""
     out = tmp_path / "out.safetensors"
     interrupt(pair, out)
     pieces = journalled(out)
@@ -217,7 +217,7 @@ def test_a_journal_that_cannot_be_read_is_still_there(
 
 
 def test_ones_own_method_is_never_continued(pair: list[Path], tmp_path: Path) -> None:
-    """It may use what changes without a trace."""
+    """The method may depend on things that change unnoticed."""
 
     def half(group: Any) -> Any:
         return lambda chunk: chunk.models[0] * 0.5
@@ -262,7 +262,7 @@ def test_a_run_that_has_kept_nothing_leaves_nothing(
 
 @pytest.mark.parametrize("where", range(4))
 def test_damage_to_what_was_kept_is_found_and_made_good(pair: list[Path], tmp_path: Path, where: int) -> None:
-    """One bit of the partial output, in a piece that the journal vouches for."""
+    """Flips one bit of the partial output, in a piece that the journal lists."""
     out, whole = tmp_path / "out.safetensors", tmp_path / "whole.safetensors"
     sm.merge(pair, whole)
     interrupt(pair, out, at_least=8)
@@ -278,7 +278,7 @@ def test_damage_to_what_was_kept_is_found_and_made_good(pair: list[Path], tmp_pa
 
 
 def test_no_damage_to_the_journal_matters(pair: list[Path], tmp_path: Path) -> None:
-    """A flipped bit at every 37th byte, and a cut at every 89th: what cannot be believed is made again."""
+    """Flips a bit at every 37th byte, and cuts at every 89th byte. Pieces of damaged lines are made again."""
     out, whole = tmp_path / "out.safetensors", tmp_path / "whole.safetensors"
     sm.merge(pair, whole)
     interrupt(pair, out, at_least=8)
@@ -368,7 +368,7 @@ def test_a_long_piece_is_given_up_at_once(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.fixture
 def failing_sync(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, str], list[str]]]:
-    """Has the first few syncs of files of that name fail; what was synced, in order."""
+    """Makes the first few syncs of files of one name fail. Returns the names of synced files, in order."""
     good = OutputFile.sync
 
     def arm(failures: int, name: str) -> list[str]:
@@ -377,7 +377,7 @@ def failing_sync(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, str
         def sync(file: OutputFile) -> None:
             seen.append(file.location.name)
             if file.location.name == name and seen.count(name) <= failures:
-                with open(file.location, "r+b") as stream:  # the pages that the disk did not take are lost
+                with open(file.location, "r+b") as stream:  # the pages whose sync failed are lost
                     stream.truncate(0)
                     stream.truncate(file.size)
                 raise OSError(errno.EIO, "Input/output error")
@@ -417,7 +417,7 @@ def test_what_the_disk_fails_to_store_twice_is_not_there(
 
 
 def hold(out: Path) -> subprocess.Popen[str]:
-    """Another process that is writing ``out``."""
+    """Starts another process that is writing ``out``."""
     code = f"from streammerge.stores.locations import parse; s = parse({str(out)!r}).stage(); "
     process = subprocess.Popen(
         [sys.executable, "-c", code + "print('held', flush=True); input()"],
@@ -464,7 +464,7 @@ def test_without_kernel_locks_the_owner_is_asked_for(tmp_path: Path, monkeypatch
 
 
 def test_a_lock_file_that_was_removed_meanwhile_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run before removes its folder between our opening of the lock file and our locking it."""
+    """The previous run removes its folder after we open the lock file and before we lock it."""
     good, calls = lock.fcntl.flock, []
 
     def flock(fd: int, how: int) -> None:
@@ -547,7 +547,7 @@ def test_what_is_not_ours_stays_in_a_folder_of_our_name(pair: list[Path], tmp_pa
 
 
 def test_the_lock_goes_last(pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While a finished run still removes what it made, no other may begin in its folder."""
+    """While a finished run still removes its files, no other run may begin in its folder."""
     out, refused = tmp_path / "out", []
     good = shutil.rmtree
 
@@ -565,7 +565,7 @@ def test_the_lock_goes_last(pair: list[Path], tmp_path: Path, monkeypatch: pytes
 
 
 def test_many_processes_replace_one_output(pair: list[Path], tmp_path: Path) -> None:
-    """Each ends well or is told that another has it; the output is whole at the end."""
+    """Each process ends well or reports that another one has the output. The output is whole at the end."""
     code = f"""
 import sys, streammerge as sm
 ends = set()
@@ -633,7 +633,7 @@ def test_a_journal_that_cannot_be_written_promises_nothing_more(
 def test_an_interruption_around_the_commit_tells_what_is(
     pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    """Before the rename all can be continued; after it the output is there."""
+    """Before the rename the run can be continued. After the rename the output is there."""
     out, told = tmp_path / "out.safetensors", []
     holder = LocalStaging
     good = getattr(holder, when)
@@ -734,7 +734,7 @@ def test_what_a_run_left_that_was_killed_after_its_commit_is_swept(pair: list[Pa
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two checkpoints that take some seconds to merge."""
+    """Makes a folder with two checkpoints that take some seconds to merge."""
     folder = tmp_path_factory.mktemp("large")
     for number in range(2):
         tensors = {f"layer.{i}": torch.randn(1 << 20, generator=torch.Generator().manual_seed(i)) for i in range(20)}
@@ -900,7 +900,7 @@ def test_an_error_of_the_last_check_keeps_what_cannot_be_continued(
 
 
 def test_the_command_says_how_the_work_goes_on_after_the_last_check(pair: list[Path], tmp_path: Path) -> None:
-    """By a safetensors library that cannot be imported, as after an upgrade that went wrong."""
+    """The safetensors library cannot be imported, as after a failed upgrade."""
     (tmp_path / "block").mkdir()
     (tmp_path / "block" / "safetensors.py").write_text("raise ImportError('broken')")
     command = [sys.executable, "-m", "streammerge", "merge", "0.pth", "1.pth", "-o", "out.safetensors"]

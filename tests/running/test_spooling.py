@@ -1,4 +1,4 @@
-"""Tensors that cannot be mapped where they lie are copied first."""
+"""Tensors in compressed records are inflated into a temporary file first."""
 
 from __future__ import annotations
 

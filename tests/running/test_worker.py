@@ -1,4 +1,4 @@
-"""Works of a merge in other processes: the same bytes with every method, errors, deaths, and what is kept."""
+"""Merges in other processes: the same bytes with every method, errors, deaths of workers, and kept pieces."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 class Lasting(ProcessExecutor):
-    """Serves many merges, one after the other, so that torch is imported once for all of them."""
+    """Serves many merges, one after the other, so that torch is imported only once."""
 
     def close(self) -> None:
-        """Nothing is closed."""
+        """Does nothing, so that the next merge uses the same workers."""
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def processes() -> Iterator[Lasting]:
 def test_spread_tensors_have_the_same_bytes_in_processes(
     case: Case, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: Lasting
 ) -> None:
-    """Their passes are made by all workers, which bind the method themselves."""
+    """All workers run the passes, and bind the method themselves."""
     options: dict[str, Any] = {"method": case.method, "parameters": case.parameters}
     options |= {"base": files[5]} if case.base else {}
     sm.merge(files[: case.models], tmp_path / "alone.safetensors", workers=1, **options)
@@ -137,7 +137,7 @@ def test_an_input_that_shrinks_is_told(files: list[Path], tmp_path: Path) -> Non
 
 @pytest.fixture
 def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, _nothing_is_left: None) -> list[Path]:
-    """Two checkpoints of many pieces, which are written down at once."""
+    """Makes two checkpoints of many pieces, which the journal records at once."""
     monkeypatch.setattr(tasks, "PIECE_ELEMS", GRAIN)
     monkeypatch.setattr(journal, "INTERVAL_SECONDS", 0.001)
     paths = []
@@ -153,7 +153,7 @@ WAYS: list[dict[str, Any]] = [{}, {"method": "slerp", "parameters": {"t": 0.3}}]
 
 
 def workers() -> list[psutil.Process]:
-    """Those of the run that began last."""
+    """Returns the worker processes of the run that began last."""
     return max(psutil.Process().children(), key=lambda server: server.create_time()).children()
 
 
@@ -172,6 +172,7 @@ def test_a_killed_process_ends_the_run_and_the_next_one_goes_on(
 
     def kill(event: object) -> None:
         events.append(event)
+        time.sleep(0.002)  # a little time for the journal
         if type(event).__name__ == "TaskDone" and kept(out) >= 5 and not killed:
             worker = workers()[0]
             killed.append(worker.pid if victim == "worker" else worker.ppid())
@@ -211,6 +212,7 @@ def test_a_run_of_processes_goes_on_in_threads_and_the_other_way(pair: list[Path
 
     def interrupted_at(wanted: int, executor: str) -> None:
         def interrupt(event: object) -> None:
+            time.sleep(0.002)  # a little time for the journal
             if type(event).__name__ == "TaskDone" and kept(out) >= wanted:
                 raise KeyboardInterrupt
 

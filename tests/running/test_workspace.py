@@ -1,4 +1,4 @@
-"""What a run leaves of torch's settings."""
+"""A run leaves torch's settings as they were."""
 
 from __future__ import annotations
 

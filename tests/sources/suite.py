@@ -1,6 +1,6 @@
-"""What every source must keep: its numbers are those of the same done on whole tensors, however they are read.
+"""The rules for every source: its numbers equal the same operation on whole tensors, in any order of reading.
 
-A test of a new source inherits :class:`SourceSuite` and says in ``cases`` what it makes and what must come out.
+A test of a new source inherits :class:`SourceSuite`. Its ``cases`` yields sources and their expected tensors.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ INPUT = "cases"
 
 @dataclass(frozen=True)
 class Case:
-    """A source, and the tensor that it must be."""
+    """A source and its expected tensor."""
 
     source: Source
     expected: Tensor
@@ -55,7 +55,7 @@ class Case:
 
 
 def draw(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Any numbers of that dtype, NaN and infinity left out."""
+    """Draws any numbers of that dtype except NaN and infinity."""
     make = torch.Generator().manual_seed(seed)
     if dtype == torch.bool:
         return torch.randint(0, 2, shape, generator=make).bool()
@@ -70,13 +70,13 @@ _NUMBERS = itertools.count()
 
 
 class Disk:
-    """Puts tensors into files, and gives sources over them."""
+    """Writes tensors into files, and makes sources over them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def write(self, data: bytes, before: int = 5) -> tuple[Location, int]:
-        """Place and offset of these bytes, which lie unaligned."""
+        """Writes these bytes unaligned. Returns their file and offset."""
         path = self.folder / f"{next(_NUMBERS)}.bin"
         path.write_bytes(b"x" * before + data + b"yz")
         return parse(path), before
@@ -86,7 +86,7 @@ class Disk:
         return Stored(spec, *self.write(octets(tensor)))
 
     def strided(self, view: Tensor, name: str = "w") -> Source:
-        """The view over all bytes of its storage."""
+        """Returns the source of a view over its whole storage."""
         whole = torch.empty(0, dtype=view.dtype).set_(view.untyped_storage())
         path, offset = self.write(octets(whole))
         spec = TensorSpec(name, BY_TORCH_NAME[str(view.dtype).removeprefix("torch.")], tuple(view.shape))
@@ -99,7 +99,7 @@ def room(tile_bytes: int = 1 << 20) -> Allocated:
 
 
 def index_of(folder: Path, entries: dict[str, Source], label: str = INPUT) -> CheckpointIndex:
-    """A checkpoint whose tensors are these sources."""
+    """Returns the index of a checkpoint whose tensors are these sources."""
     path = folder / f"{label}.safetensors"
     if not path.exists():
         save_file({"none": torch.zeros(1)}, path)
@@ -115,7 +115,7 @@ def planned(recipe: Recipe, indexes: list[CheckpointIndex], out: Path, **ways: A
 
 
 def run(plan: Plan) -> dict[str, Tensor]:
-    """What a plan makes, from its output."""
+    """Runs a plan. Returns the tensors of its output."""
     execute(plan, RunOptions(overwrite=True), 0)
     assert plan.out is not None
     return load_safetensors(Path(str(plan.out)))
@@ -129,7 +129,7 @@ def merge_of(
     based: bool = False,
     **ways: Any,
 ) -> dict[str, Tensor]:
-    """A real merge of checkpoints whose tensors are sources; the first is the base if ``based``."""
+    """Merges checkpoints whose tensors are sources. The first one is the base if ``based``."""
     indexes = [index_of(folder, entries, f"in{number}") for number, entries in enumerate(inputs)]
     paths = [str(index.path) for index in indexes]
     parameters = ways.pop("parameters", {})
@@ -147,7 +147,7 @@ WAYS: tuple[dict[str, Any], ...] = (
 
 
 class SourceSuite:
-    """The checks. ``cases`` yields small ones of every dtype and shape that the source has, and long ones."""
+    """The checks. ``cases`` yields small cases of every dtype and shape that the source supports, and long cases."""
 
     def cases(self, disk: Disk) -> Iterator[Case]:
         raise NotImplementedError
@@ -183,7 +183,7 @@ class SourceSuite:
                 assert bytes(made) == data[start * size : stop * size], (str(case), start, stop)
 
     def test_it_is_plain_data(self, tmp_path: Path) -> None:
-        """Frozen, and the same after a journey; what it reads is told."""
+        """The source is frozen, equal after pickling, and names the blobs that it reads."""
         for case in self.made(tmp_path):
             again = pickle.loads(pickle.dumps(case.source))
             assert bytes(read_whole(again, room())) == octets(case.expected)
@@ -200,7 +200,7 @@ class SourceSuite:
             assert bytes(read_whole(rebuilt, room())) == octets(case.expected)
 
     def test_its_needs_are_all_that_it_takes(self, tmp_path: Path) -> None:
-        """A room that gives no byte more than was asked for."""
+        """Reads in a room that gives no byte more than the source's needs."""
         for case in self.made(tmp_path):
             if case.expected.numel():
                 needs = case.source.needs()
@@ -211,7 +211,7 @@ class SourceSuite:
                 assert strict.tiles == needs.tiles, str(case)
 
     def test_a_merge_takes_it_like_any_tensor(self, tmp_path: Path) -> None:
-        """Copied, and averaged, for any workers, memory and way of reading: one digest."""
+        """Copies and averages the source. Any workers, memory and way of reading give the same bytes."""
         cases = [c for c in self.made(tmp_path / "data") if BY_TORCH_NAME[str(c.expected.dtype)[6:]].in_safetensors]
         entries = {f"t{n}": case.source.named(f"t{n}") for n, case in enumerate(cases)}
         recipe = Recipe(COPY, (Model(str(tmp_path / f"{INPUT}.safetensors")),))
@@ -234,7 +234,7 @@ class SourceSuite:
 
 
 class Strict(Allocated):
-    """Counts what is taken."""
+    """Counts the memory that readers take."""
 
     def __init__(self, needs: Any) -> None:
         super().__init__(InputFiles({}).get, 1 << 14)

@@ -1,4 +1,4 @@
-"""Compressed records: inflated first, then read like all others."""
+"""Compressed records: inflated first, then read like any other bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from streammerge.tensors.spec import TensorSpec
 
 
 def packed(disk: Disk, view: torch.Tensor, name: str = "w") -> Deflated:
-    """A view of a compressed storage."""
+    """Returns the source of a view over a compressed storage."""
     whole = torch.empty(0, dtype=view.dtype).set_(view.untyped_storage())
     data = octets(whole)
     machine = zlib.compressobj(wbits=-15)

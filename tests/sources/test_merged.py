@@ -1,4 +1,4 @@
-"""A merge as the input of another: to the bit what merging into a file first would give, passes and all."""
+"""A merge as the input of another merge: equal bit for bit to a merge into a file first, with passes too."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ USES = [
     Use("sce", 2, {"select_topk": 0.5}),
     Use("arcee_fusion", 1),
 ]
-"""A few that are unlike each other; every method has its turn below."""
+"""A few different methods. Another test below uses every method."""
 
 
 def source_of(use: Use, tensors: list[Source], dtype: DType | None = None) -> Source:
@@ -78,7 +78,7 @@ EVERY = [case for suite in suites() for case in suite.CASES]
 
 @pytest.mark.parametrize("use", EVERY, ids=str)
 def test_every_method_within_and_around(tmp_path: Path, use: Use) -> None:
-    """Each method merges what it merged itself, with nested sources for the rest."""
+    """Each method merges its own result with other nested sources."""
     shape, disk = (301, 433), Disk(tmp_path)
     tensors = [draw(shape, torch.float32, seed) for seed in range(use.models + 1)]
     plain: list[Source] = [disk.stored(tensor, "tensor") for tensor in tensors]
@@ -98,7 +98,7 @@ def test_every_method_within_and_around(tmp_path: Path, use: Use) -> None:
 
 @pytest.mark.parametrize("use", USES, ids=str)
 def test_a_long_tensor_as_by_way_of_a_file(tmp_path: Path, use: Use) -> None:
-    """More than one piece, so that the passes of a real merge are spread over workers."""
+    """The tensor has several pieces, so that workers share the passes of a real merge."""
     shape = (PIECE_ELEMS + 2 * GRAIN + 77,) if use.method != "sce" else (70, PIECE_ELEMS // 64 + 77)
     paths = [tmp_path / f"{number}.safetensors" for number in range(use.models + 1)]
     for number, path in enumerate(paths):
@@ -110,7 +110,7 @@ def test_a_long_tensor_as_by_way_of_a_file(tmp_path: Path, use: Use) -> None:
     assert bytes(read_whole(source_of(use, sources), room())) == bytes(read_whole(staged, room()))
     expected = merge_of(tmp_path, [{"tensor": staged}, {"tensor": sources[0]}], "slerp", parameters={"t": 0.4})
     inputs = [{"tensor": source_of(use, sources)}, {"tensor": sources[0]}]
-    for way in WAYS[1:] if use.method != "arcee_fusion" else WAYS[1:3]:  # which holds the tensor whole
+    for way in WAYS[1:] if use.method != "arcee_fusion" else WAYS[1:3]:  # arcee_fusion holds the whole tensor
         assert_same(merge_of(tmp_path, inputs, "slerp", parameters={"t": 0.4}, **way), expected)
 
 
@@ -137,7 +137,7 @@ def first_number(path: Path) -> torch.Tensor:
 
 
 def deep(disk: Disk) -> tuple[Source, torch.Tensor]:
-    """Rows of a merge of rows of pieces of transposed tensors, and a constant."""
+    """Makes a deeply nested source: rows of a merge of a constant and of rows of pieces of transposed tensors."""
     parts = [draw((433, 200), torch.float32, seed) for seed in range(3)]
     pieces = joined("p", [disk.strided(part.t()) for part in parts], 0)
     held = in_memory("m", draw((433, 600), torch.float32, 7).t())
@@ -192,7 +192,7 @@ class Counted(Source):
 
 
 def test_passes_are_made_once_for_a_tensor_and_a_worker(tmp_path: Path) -> None:
-    """A tensor of three pieces: slerp reads it once in its pass, and once for the result."""
+    """The tensor has three pieces. slerp reads it once in its pass, and once for the result."""
     tensor = draw((2 * PIECE_ELEMS + 5,), torch.bfloat16)
     whole = Disk(tmp_path).stored(tensor)
     Counted.reads = 0
@@ -233,7 +233,7 @@ def first_of_mine(group: Any) -> Any:
 
 
 def test_what_can_be_continued(tmp_path: Path) -> None:
-    """Inner methods count, and so do inner tensors in memory."""
+    """Looks at inner methods, and at inner tensors in memory."""
     whole = Disk(tmp_path).stored(draw((3, 4), torch.float32), "w")
     own = merged("w", find_method(first_of_mine), [whole])
     for source, wanted in (

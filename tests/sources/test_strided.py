@@ -1,4 +1,4 @@
-"""Views of storages, gathered where they lie."""
+"""Views of storages, gathered from the file."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_reading_in_order_asks_the_disk_seldom_and_for_little_more(
 
 
 def test_beyond_2_gib(tmp_path: Path) -> None:
-    """A sparse file of 5 GiB with a few numbers: a transposed view, and one with a far offset."""
+    """Reads a sparse file of 5 GiB with a few numbers, by a transposed view and by a view with a large offset."""
     path, rows, columns = tmp_path / "sparse", 1 << 15, 40_000
     with open(path, "wb") as file:
         file.truncate(4 * rows * columns)

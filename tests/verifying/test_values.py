@@ -1,4 +1,4 @@
-"""Receipts, and whether verify believes what it should and nothing else."""
+"""Receipts, and what verify accepts and refuses."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def receipt(out: Path) -> dict[str, Any]:
 
 
 def crc32c(data: bytes) -> int:
-    """Bit by bit, from the polynomial."""
+    """Computes CRC-32C bit by bit from the polynomial."""
     value = 0xFFFFFFFF
     for octet in data:
         value ^= octet
@@ -90,7 +90,7 @@ def test_linear_means_are_the_float64_result_to_the_bit(pair: list[Path], here: 
     sm.merge(["a.safetensors", "b.safetensors"], here / "out.safetensors", weights=[0.6, 0.4])
     verified = sm.verify(here / "out.safetensors", sample="100%")
     assert verified.equal_elems == verified.sampled_elems
-    assert verified.repeated_elems < 20  # integers and booleans, which are compared as they are
+    assert verified.repeated_elems < 20  # integers and booleans, which are compared bit for bit
 
 
 @pytest.mark.parametrize("source", ["a.safetensors", "news.pth"])
@@ -144,7 +144,7 @@ def test_the_digest_seals_the_receipt(pair: list[Path], here: Path, container: s
 def test_nothing_of_the_machine_is_in_an_output(
     pair: list[Path], here: Path, container: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same bytes from another folder, by another user, at another time, under another name."""
+    """Another folder, user, time and output name give the same bytes."""
     name = OUTPUTS[container]
     sm.merge(pair, here / name)
     shutil.copytree(here / "in", here / "elsewhere")
@@ -240,7 +240,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("attack", HOSTILE)
 @pytest.mark.parametrize("container", ["safetensors", "folder"])
 def test_a_strangers_receipt_is_refused_in_a_sentence(pair: list[Path], here: Path, container: str, attack: str) -> None:
-    """Its digest is right: a stranger can compute that too."""
+    """The digest of the receipt is right, because a stranger can compute it too."""
     out = here / "in" / OUTPUTS[container]
     sm.merge(["a.safetensors", "b.safetensors"], out)
     made = {**receipt(out), **HOSTILE[attack], "digest": "0" * 64}
@@ -260,14 +260,14 @@ def test_a_strangers_receipt_is_refused_in_a_sentence(pair: list[Path], here: Pa
 
 @pytest.mark.parametrize("method", ["linear", "karcher"])
 def test_values_that_the_recipe_does_not_give_are_found(pair: list[Path], here: Path, method: str) -> None:
-    """The inputs' headers are those that were merged, one number is not."""
+    """The inputs' headers are unchanged, but one number differs."""
     out = here / "out.safetensors"
     sm.merge(["a.safetensors", "b.safetensors"], out, method=method)
     where = sm.inspect("b.safetensors").entries["layer.weight"].offset + 4 * 100
     content = bytearray(pair[1].read_bytes())
     content[where : where + 4] = torch.tensor([9.0]).numpy().tobytes()
     pair[1].write_bytes(content)
-    with pytest.raises(sm.VerifyError, match=r"does not hold what its recipe makes of these inputs: layer\.weight"):
+    with pytest.raises(sm.VerifyError, match=r"differs from the result of its recipe and these inputs in layer\.weight"):
         sm.verify(out, sample="100%")
 
 
@@ -280,7 +280,7 @@ def test_one_large_number_excuses_no_other(tmp_path: Path, monkeypatch: pytest.M
     sm.merge(["a.safetensors", "b.safetensors"], "out.safetensors")
     save_file({"w": torch.where(values == 1e6, values, values + 0.9)}, "a.safetensors")
     save_file({"w": torch.where(values == 1e6, values, values + 0.9)}, "b.safetensors")
-    with pytest.raises(sm.VerifyError, match="does not hold"):
+    with pytest.raises(sm.VerifyError, match="differs from the result"):
         sm.verify("out.safetensors", sample="100%")
 
 
@@ -289,7 +289,7 @@ def test_infinity_is_not_near_a_number(tmp_path: Path, monkeypatch: pytest.Monke
     save_file({"w": torch.tensor([60000.0, 1.0]), "v": torch.tensor([1.0])}, "a.safetensors")
     sm.merge(["a.safetensors", "a.safetensors"], "out.safetensors", weights=[1, 1], normalize=False, dtype="bfloat16")
     save_file({"w": torch.tensor([float("inf"), 1.0]), "v": torch.tensor([1.0])}, "a.safetensors")
-    with pytest.raises(sm.VerifyError, match="does not hold"):
+    with pytest.raises(sm.VerifyError, match="differs from the result"):
         sm.verify("out.safetensors", sample="100%")
 
 
@@ -306,7 +306,7 @@ def test_what_only_float32_decides_is_told_apart(pair: list[Path], here: Path, m
 
 
 def test_everything_of_a_pth_is_computed_again(voices: tuple[Path, Path], tmp_path: Path) -> None:
-    """The optimizer's tensors too, and with the options that say which weights are meant."""
+    """Includes the optimizer's tensors, and uses the options that choose the weights."""
     sm.merge(voices, tmp_path / "out.pth", integers="first", keep_optimizer=True, state_dict="model")
     assert sm.verify(tmp_path / "out.pth", sample="100%").sampled_tensors > len(
         [t for t in trained(1).values() if t.numel()]
@@ -319,7 +319,7 @@ def test_everything_of_a_pth_is_computed_again(voices: tuple[Path, Path], tmp_pa
 def test_inputs_are_those_beside_the_output_or_those_that_are_named(
     pair: list[Path], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not those of the same names in the current folder."""
+    """Files of the same names in the current folder are not used."""
     sm.merge(["a.safetensors", "b.safetensors"], "out.safetensors")
     shutil.copy("out.safetensors", here / "moved.safetensors")
     (here / "other").mkdir()
@@ -344,7 +344,7 @@ def test_other_inputs_of_the_same_names_beside_the_output_do_not_mislead(pair: l
 def test_a_header_that_a_stranger_sealed_again_is_compared_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    """Its checksums are right; what it says of the tensors is not what the recipe makes."""
+    """The checksums are right, but the tensors differ from the result of the recipe."""
     monkeypatch.chdir(tmp_path)
     for name in "xy":
         save_file({"a": torch.randn(4, 5), "b": torch.randn(4, 5)}, f"{name}.safetensors")
@@ -482,7 +482,7 @@ def test_checksums_are_the_same_in_one_piece_and_in_many(
 
 
 def lines_run(function: Callable[[], object]) -> int:
-    """How many lines of values.py the calling thread runs, each round of a loop counted."""
+    """Returns the number of lines of values.py that the calling thread runs, counting each round of a loop."""
     count = 0
 
     def trace(frame: FrameType, event: str, argument: object) -> Any:
@@ -502,7 +502,7 @@ def lines_run(function: Callable[[], object]) -> int:
 
 
 def test_verifying_everything_is_linear_in_tensors(tmp_path: Path) -> None:
-    """Integers go the way of repetition, floats the way of comparison."""
+    """Integers are verified by repetition, floats by comparison."""
     lines = []
     for tensors in (1500, 3000):
         path, out = tmp_path / f"{tensors}.safetensors", tmp_path / f"out{tensors}.safetensors"
@@ -536,7 +536,7 @@ def test_repetition_compares_in_bounded_memory(tmp_path: Path, nbytes: int) -> N
 
 
 def test_what_a_comparison_holds_is_counted(pair: list[Path], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The budget of a verification has room, for each worker, for the blocks that it compares."""
+    """The budget of a verification counts the blocks that each worker compares."""
     more = []
 
     def recorded(tasks: list[MergeTask], *how: Any, **beside: Any) -> tuple[Budget, str]:
@@ -556,7 +556,7 @@ def test_what_a_comparison_holds_is_counted(pair: list[Path], here: Path, monkey
 
 @pytest.fixture
 def long(here: Path) -> Path:
-    """Inputs with a tensor of nine pieces and one that needs all workers for its passes."""
+    """Makes inputs with a tensor of nine pieces, and with one whose passes all workers share."""
     for number in range(2):
         chance = torch.Generator().manual_seed(number)
         tensors = {f"w{i}": torch.randn(3, 70_001, generator=chance) for i in range(9)}

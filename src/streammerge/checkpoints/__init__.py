@@ -2,7 +2,10 @@
 
 Each module imports only modules above it::
 
-    globs        paths and globs in numeric order
+    numbers      what a name says: step, epoch, metrics
+    globs        paths and globs, in the order of their numbers
+    duplicates   paths that are one checkpoint
+    metrics      numbers beside a checkpoint
     index        CheckpointIndex
     profiles     programs whose loaders ignore some tensors
     in_memory    state dicts that the caller holds

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
-from typing import Any
 
-from streammerge.checkpoints.globs import numeric_order
-from streammerge.checkpoints.huggingface import read_side_json
+from streammerge.checkpoints.duplicates import distinct, twice_told
+from streammerge.checkpoints.globs import expand
 from streammerge.checkpoints.index import open_checkpoint
+from streammerge.checkpoints.metrics import Beside, keys_of
+from streammerge.checkpoints.numbers import in_order, numbers_of
 from streammerge.errors import RecipeError, listed, printable
-from streammerge.pickles.tree import number
-from streammerge.stores.base import Location
-from streammerge.stores.locations import parse
-
-TRAINER_STATE = "trainer_state.json"
-_MOST_STATE_BYTES = 256 << 20
 
 
 def choose(
@@ -30,10 +24,13 @@ def choose(
 ) -> tuple[list[str], list[str]]:
     """The checkpoints that were asked for, in their order, and sentences that say why these.
 
-    ``range``: ``FROM:TO``, both included, on the last number in a name; ``best``: so many by the number at the key
-    ``by``, lowest first unless ``highest``; ``last``: so many by their numeric order. Raises RecipeError.
+    ``paths``: paths and globs. ``range``: ``FROM:TO``, both included, on the number of a checkpoint
+    (:mod:`streammerge.checkpoints.numbers`); ``best``: so many by the number at the key ``by``, lowest first unless
+    ``highest``; ``last``: so many by their number. Among several a checkpoint counts once, whatever links to it and copies
+    of it there are; checkpoints that were named one by one count as often as they were named. Raises RecipeError.
     """
-    notes: list[str] = []
+    typed, notes = set(paths), list[str]()
+    paths = expand(paths)
     if last is not None and best is not None:
         raise RecipeError("`last` and `best` both choose; give one of them")
     if (best is None) != (by is None):
@@ -42,13 +39,17 @@ def choose(
         )
     if highest and best is None:
         raise RecipeError("`highest` turns the order of `best`, which is not given")
+    if any(choice is not None for choice in (last, range, best)) or not typed.issuperset(paths):
+        paths = distinct(paths, notes)
+    else:
+        notes += twice_told(paths)
     if range is not None:
         paths = _within(paths, range, notes)
     if best is not None and by is not None:
         paths = _best(paths, best, by, bool(highest), notes)
     if last is not None:
         _enough("last", last, paths)
-        paths = sorted(paths, key=numeric_order)[-last:]
+        paths = in_order(paths)[-last:]
         notes.append(f"chosen as the last {last}: {listed(paths, 20)}")
     return paths, notes
 
@@ -72,7 +73,7 @@ def _within(paths: list[str], within: str, notes: list[str]) -> list[str]:
     if not colon or not all(re.fullmatch("[0-9]{0,18}", part.strip()) for part in (start, stop)) or within.strip() == ":":
         raise RecipeError(f"`range` takes FROM:TO, like 1000:5000, not {printable(within)}")
     low, high = int(start.strip() or 0), int(stop.strip()) if stop.strip() else math.inf
-    numbers = {path: number_of(path) for path in paths}
+    numbers = numbers_of(paths)
     nameless = [path for path, number_in in numbers.items() if number_in is None]
     if nameless:
         raise RecipeError(f"`range` needs a number in each name, and {printable(nameless[0])} has none")
@@ -83,23 +84,10 @@ def _within(paths: list[str], within: str, notes: list[str]) -> list[str]:
     return chosen
 
 
-_COUNTED = re.compile(r"(?:step|checkpoint|ckpt|iter|iteration|epoch|batch)s?[\s_=-]*(\d{1,18})", re.IGNORECASE)
-
-
-def number_of(path: str) -> int | None:
-    """The number in a name: what stands behind a word like step, else the last; of model.safetensors its folder's."""
-    place = parse(path)
-    for name in (re.sub(r"(\.[A-Za-z]\w*)+$", "", place.name), place.parent.name):
-        found = _COUNTED.findall(name) or re.findall("[0-9]{1,18}", name)
-        if found:
-            return int(found[-1])
-    return None
-
-
 def _best(paths: list[str], best: int, by: str, highest: bool, notes: list[str]) -> list[str]:
     _enough("best", best, paths)
-    values = {path: _value(path, by) for path in paths}
-    ranked = sorted(values, key=lambda path: (-values[path] if highest else values[path], numeric_order(path)))
+    values = {path: _value(path, by) for path in in_order(paths)}
+    ranked = sorted(values, key=lambda path: -values[path] if highest else values[path])
     order = "highest" if highest else "lowest"
     shown = [f"{path} ({values[path]:.6g})" for path in ranked]
     notes.append(f"chosen by {printable(by)}, {order} first: {listed(shown[:best], 20)}")
@@ -109,50 +97,14 @@ def _best(paths: list[str], best: int, by: str, highest: bool, notes: list[str])
 
 
 def _value(path: str, key: str) -> float:
-    """The number at a key: of the file's own data, or of the trainer's state beside it."""
-    index = open_checkpoint(path)
+    """The number at a key: of the file's own data, of what stands beside the file, or of its name."""
+    index, beside = open_checkpoint(path), Beside(path)
     value = index.value(key)
-    state = _trainer_state(index.path)
     if value is None:
-        value = _of_trainer(state, key, None if index.path.is_folder() else number_of(path))
+        value = beside.value(key)
     if value is None:
-        known = sorted({*_numbers(index.plain_data()), *_trainer_keys(state)})
+        known = sorted({*keys_of(index.plain_data()), *beside.keys()})
         raise RecipeError(f"{printable(path)} has no number {printable(key)}; it has {listed(known, 12) or 'none'}")
     if not math.isfinite(value):
         raise RecipeError(f"{printable(key)} of {printable(path)} is {value}, by which nothing can be chosen")
     return float(value)
-
-
-def _trainer_state(path: Location) -> dict[str, Any]:
-    """What the Hugging Face trainer wrote beside a checkpoint."""
-    return read_side_json((path if path.is_folder() else path.parent) / TRAINER_STATE, _MOST_STATE_BYTES) or {}
-
-
-def _logged(state: dict[str, Any]) -> list[dict[str, Any]]:
-    history = state.get("log_history")
-    return [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
-
-
-def _of_trainer(state: dict[str, Any], key: str, step: float | None) -> float | int | None:
-    """The latest value of a metric up to the state's own step; for a file, whose state others share, that of its step."""
-    if step is not None:
-        entries = [entry for entry in _logged(state) if number(entry.get("step")) == step]
-        return next((number(entry[key]) for entry in entries if number(entry.get(key)) is not None), None)
-    last = number(state.get("global_step"))
-    for entry in reversed(_logged(state)):
-        at = number(entry.get("step"))
-        if number(entry.get(key)) is not None and (last is None or at is None or at <= last):
-            return number(entry[key])
-    return number(state.get(key))
-
-
-def _trainer_keys(state: dict[str, Any]) -> set[str]:
-    return {key for entry in _logged(state) for key, value in entry.items() if number(value) is not None}
-
-
-def _numbers(data: Any, prefix: str = "", depth: int = 0) -> Iterator[str]:
-    """Keys of the numbers in plain data."""
-    for key, value in data.items() if isinstance(data, dict) and depth < 4 else ():
-        if number(value) is not None and not isinstance(value, bool):
-            yield f"{prefix}{key}"
-        yield from _numbers(value, f"{prefix}{key}.", depth + 1)

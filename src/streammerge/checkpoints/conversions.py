@@ -1,4 +1,4 @@
-"""Inputs converted to safetensors first, and kept (``convert_first``): their names, and whether they are right."""
+"""Inputs that ``convert_first`` converts to safetensors and keeps: their names, and the check that they are right."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from streammerge.stores.base import Location
 
 
 def converted_path(index: CheckpointIndex, folder: Location) -> Location:
-    """Where ``convert_first`` keeps an input: its name, and a digest of what the file is and what was taken from it."""
-    import hashlib  # here, since it brings all of OpenSSL
+    """Returns the location where ``convert_first`` keeps an input. Its name ends in a digest of the file's identity and of
+    the tensors taken from it."""
+    import hashlib  # here, because it loads all of OpenSSL
 
     known = sorted(
         (path.name, known.size, known.version) for path, known in zip(index.files, index.identities().values(), strict=True)
@@ -21,7 +22,7 @@ def converted_path(index: CheckpointIndex, folder: Location) -> Location:
 
 
 def is_conversion(target: Location, index: CheckpointIndex) -> bool:
-    """Whether that file is there and has the tensors of the input."""
+    """Whether the converted file exists and has the tensors of the input."""
     try:
         made = open_checkpoint(target)
     except StreammergeError:
@@ -31,7 +32,7 @@ def is_conversion(target: Location, index: CheckpointIndex) -> bool:
 
 
 def from_conversion(index: CheckpointIndex, folder: Location) -> CheckpointIndex:
-    """The index with its tensors' bytes taken from the converted file, where that is there."""
+    """Returns the index with its tensors read from the converted file, if that file exists."""
     target = converted_path(index, folder)
     if not is_conversion(target, index):
         return index

@@ -1,20 +1,17 @@
-"""From what was typed to a list of checkpoints: globs in numeric order."""
+"""From what was typed to a list of checkpoints: globs in the order of the checkpoints' numbers."""
 
 from __future__ import annotations
 
-import re
-
+from streammerge.checkpoints.numbers import in_order
 from streammerge.errors import RecipeError, printable
 from streammerge.stores.locations import parse
 
 
-def numeric_order(text: str) -> list[tuple[int, int, str]]:
-    """A sort key by which checkpoint-200 comes before checkpoint-1000."""
-    return [(1, int(p), "") if re.fullmatch("[0-9]+", p) else (0, 0, p) for p in re.split("([0-9]+)", text)]
-
-
 def expand(paths: list[str]) -> list[str]:
-    """Paths, each glob replaced by what it matches, in numeric order. Raises RecipeError for one that matches nothing."""
+    """Paths, each glob replaced by what it matches, in the order of their numbers.
+
+    Raises RecipeError for a glob that matches nothing.
+    """
     found: list[str] = []
     for path in paths:
         if path.endswith((".yaml", ".yml")):
@@ -23,7 +20,7 @@ def expand(paths: list[str]) -> list[str]:
         if place.exists() or not place.has_magic:
             found.append(path)
             continue
-        matches = sorted(map(str, place.glob()), key=numeric_order)
+        matches = in_order([str(each) for each in place.glob()])
         if not matches:
             raise RecipeError(f"nothing matches {printable(path)}")
         found += matches

@@ -22,8 +22,8 @@ _PLAIN: tuple[Any, ...] = (type(None), bool, int, float, complex, str, bytes)
 
 
 def hold(given: Any, held: dict[str, Mapping[str, Any]]) -> str:
-    """What a recipe calls an input: its path, or a name for a state dict, which is put into ``held``. The same object gets
-    the same name."""
+    """Returns the name of an input in a recipe: its path, or a new name for a state dict, which is added to ``held``. The
+    same object gets the same name."""
     if not isinstance(given, Mapping):
         return str(given)
     for name, known in held.items():
@@ -37,10 +37,10 @@ def hold(given: Any, held: dict[str, Mapping[str, Any]]) -> str:
 def index_state_dict(
     state: Mapping[str, Any], name: str, state_dict: str | None = None, ema: str = "ignore"
 ) -> CheckpointIndex:
-    """The index of a state dict in memory, or of a mapping that holds one. No tensor is copied.
+    """Returns the index of a state dict in memory, or of a mapping that holds one. Copies no tensor.
 
-    Values that are neither tensors nor plain data are kept as inert records, like those of a pickle. Raises FormatError for
-    tensors that cannot be read, RecipeError as for files.
+    Values that are neither tensors nor plain data become inert records, as in a pickle. Raises FormatError for tensors that
+    cannot be read, and RecipeError as for files.
     """
     builder = _Builder(name)
     container = Container(parse(name), "in memory", builder.tree(state), {}, (), pickled=True)
@@ -96,7 +96,8 @@ class _Builder:
         return made
 
     def _tensor(self, node: Any, path: tuple[str, ...]) -> TensorRef:
-        """The same tensor gives the same node; one over the same numbers has an equal place, by which it is tied."""
+        """Returns the node of a tensor. The same tensor object gives the same node. Another tensor over the same numbers
+        gets an equal place, so that the two count as tied."""
         known = self._refs.get(id(node))
         if known is None:
             known = self._refs[id(node)] = flat_tensor(in_memory(".".join(path), node, self.name))
@@ -107,7 +108,7 @@ class _Builder:
 
 
 def _plain(node: Any) -> Any:
-    """A value of a built-in type, also for values of subclasses."""
+    """Returns the value as its built-in type, also for values of subclasses."""
     if type(node) in _PLAIN:
         return node
     return next(kind(node) for kind in _PLAIN if isinstance(node, kind))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterator, KeysView, ValuesView
-from dataclasses import dataclass, field
+from collections.abc import ItemsView, Iterator, KeysView, Sequence, ValuesView
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from streammerge.errors import FormatError, RecipeError, StreammergeError, printable
@@ -11,6 +11,7 @@ from streammerge.formats import detect
 from streammerge.formats.base import MOST_EXPANDED_BYTES, Container
 from streammerge.pickles.state_dict import Selection, select
 from streammerge.pickles.tree import Global, TensorRef, number, plain, walk
+from streammerge.recipe.patterns import Rename, renamed
 from streammerge.sources.base import Source
 from streammerge.stores.base import Location, Status
 from streammerge.stores.locations import Place, parse
@@ -23,6 +24,7 @@ class CheckpointIndex:
 
     ``entries``: every tensor of the state dict by name, in its order. ``aliases``: tied name -> the first name of
     the same tensor. ``extras``: the inert tree of a pickled file, None for safetensors. ``files``: all it is read from.
+    ``renamed``: name -> its name in the file, where a recipe calls it otherwise.
     """
 
     path: Location
@@ -34,6 +36,28 @@ class CheckpointIndex:
     container: Container
     selection: Selection
     notes: list[str] = field(default_factory=list)
+    renamed: dict[str, str] = field(default_factory=dict)
+
+    def with_names(self, renames: Sequence[Rename]) -> CheckpointIndex:
+        """The same checkpoint under other names. Raises RecipeError where two tensors would have one name."""
+        if not renames:
+            return self
+        try:
+            names = renamed(self.entries, renames)
+        except RecipeError as error:
+            raise RecipeError(f"{printable(self.path)}: {error}") from error
+        changed = {new: old for old, new in names.items() if new != old}
+        entries = {names[old]: entry.named(names[old]) for old, entry in self.entries.items()}
+        found = [replace(each, name=names.get(each.name, each.name)) for each in self.selection.tensors]
+        told = [f"{printable(self.path)}: {len(changed)} tensors have other names by `rename`"] if changed else []
+        return replace(
+            self,
+            entries=entries,
+            aliases={names[name]: names[first] for name, first in self.aliases.items()},
+            selection=replace(self.selection, tensors=found),
+            notes=[*self.notes, *told],
+            renamed=changed,
+        )
 
     def __len__(self) -> int:
         return len(self.entries)

@@ -1,7 +1,7 @@
 """Profiles of programs whose loaders ignore some tensors of their checkpoints.
 
-A profile applies to checkpoints that are recognised, by what their trainer wrote beside the tensors or by names that only
-that model has. It applies to no other checkpoint, even where that has tensors of such names.
+A profile applies only to checkpoints that it recognises, by data that the trainer wrote beside the tensors or by names that
+only that model has. It does not apply to other checkpoints that have some tensors of the same names.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from streammerge.tensors.names import bare
 class Profile:
     """A program and its checkpoints.
 
-    ``config_model``: what ``config["model"]`` says in a file of its trainer. ``names``: alternatives; in each, prefixes of
-    tensor names that one checkpoint must all have. ``ignored``: prefixes of the tensors that its loader drops, without
-    wrapper parts such as ``module.``.
+    ``config_model``: the value of ``config["model"]`` in a file of its trainer. ``names``: alternative sets of prefixes; a
+    checkpoint matches a set if it has tensor names with each of its prefixes. ``ignored``: prefixes of the tensors that the
+    loader drops, without wrapper parts such as ``module.``.
     """
 
     name: str
@@ -36,14 +36,14 @@ PROFILES = (
     Profile(
         "XTTS",
         config_model="xtts",
-        names=(("xtts.gpt.",), ("gpt.", "hifigan_decoder.")),  # as Coqui's trainer wraps it; as it is released
+        names=(("xtts.gpt.",), ("gpt.", "hifigan_decoder.")),  # written by Coqui's trainer; as released
         ignored=("dvae.", "torch_mel_spectrogram_style_encoder.", "torch_mel_spectrogram_dvae."),
     ),
 )
 
 
 def profile_of(index: CheckpointIndex) -> Profile | None:
-    """The profile that a checkpoint is recognised as."""
+    """Returns the profile that recognises a checkpoint, None if there is none."""
     config = index.extras.get("config") if isinstance(index.extras, dict) else None
     model = config.get("model") if isinstance(config, dict) else None
     for profile in PROFILES:
@@ -53,6 +53,6 @@ def profile_of(index: CheckpointIndex) -> Profile | None:
 
 
 def _has(names: Iterable[str], prefixes: tuple[str, ...]) -> bool:
-    """Whether each prefix begins a name, as it stands or without its wrapper parts."""
+    """Whether each prefix begins at least one name, with or without the name's wrapper parts."""
     found = {prefix for name in names for prefix in prefixes if name.startswith(prefix) or bare(name).startswith(prefix)}
     return len(found) == len(prefixes)

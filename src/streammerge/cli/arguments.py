@@ -1,4 +1,4 @@
-"""From what was typed to the arguments of the Python API."""
+"""Turns the typed options into arguments of the Python API."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NEGATED = {f"no_{name}": name for name, each in options_of(*MERGE, *CONVERT, *V
 
 
 def as_arguments(typed: Mapping[str, Any]) -> dict[str, Any]:
-    """What was typed, as the arguments of the function of the command's name."""
+    """Returns the typed options as arguments of the Python function with the command's name."""
     made = dict(typed)
     for flag, name in _NEGATED.items():
         if made.pop(flag, False):
@@ -28,7 +28,7 @@ def as_arguments(typed: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parameters(typed: Iterable[str], weighted: bool) -> dict[str, Any]:
-    """``NAME=VALUE`` by name; ``VALUE,VALUE`` is a list."""
+    """Returns ``NAME=VALUE`` pairs as a dict. ``VALUE,VALUE`` becomes a list."""
     made: dict[str, Any] = {}
     for each in typed:
         name, equals, value = each.partition("=")

@@ -1,4 +1,4 @@
-"""From an option as the library names it, in backquotes and as Python writes it, to what is typed on the command line."""
+"""Translates options in messages from Python, where they stand in backquotes, to the command line."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _PARAMETER = re.compile(r"""['"](\w+)['"]: (\[[^\]]*\]|[^,}]+)""")
 
 
 def as_flags(text: str) -> str:
-    """The text with each option as it is typed: ```on_missing="base"``` becomes ``--on-missing base``.
+    """Returns the text with each option as it is typed: ```on_missing="base"``` becomes ``--on-missing base``.
 
-    Backquotes around anything else stay.
+    Keeps backquotes around anything else.
     """
     return _NAMED.sub(_typed, text)
 
@@ -38,7 +38,7 @@ def _typed(found: re.Match[str]) -> str:
 
 
 def _plain(value: str) -> str:
-    """A Python value as one types it; ``...`` is whatever the user has in mind."""
+    """Returns a Python value as it is typed. ``...`` stands for any value."""
     if value == "...":
         return "VALUE"
     return re.sub(r"""["'\[\]]""", "", value).replace(", ", ",")

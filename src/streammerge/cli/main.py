@@ -21,7 +21,7 @@ _ROOM = "streammerge.cli.commands"
 
 
 class Commands(click.Group):
-    """The modules of ``cli/commands``, each imported when its command is asked for."""
+    """The modules of ``cli/commands``. Each is imported when its command is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - as click calls it
         return module_names(_ROOM)
@@ -48,7 +48,7 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Runs the command line; every error of streammerge's own is one sentence and its exit code."""
+    """Runs the command line. Shows each of streammerge's own errors as one sentence, and ends with its exit code."""
     open_standard_streams()
     debug = "--debug" in sys.argv
     try:
@@ -59,7 +59,7 @@ def main() -> None:
             click.echo(err=True)  # the terminal has shown ^C
         say(f"error: {stopped.word}; {stopped.outcome}", err=True)
         sys.stderr.flush()
-        # All is cleaned up; torch can abort when the interpreter is taken down under a starting thread.
+        # Everything is cleaned up. Ends at once, because torch can abort if the interpreter ends while a thread starts.
         os._exit(stopped.exit_code)
     except click.ClickException as error:
         _fail(_usage(error), error.exit_code)
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def run() -> None:
-    """The installed command: :func:`main`, and the end of its process: taking torch down would cost half a second."""
+    """The installed command: runs :func:`main` and ends the process at once, which saves half a second of torch's end."""
     code: Any = None
     try:
         main()
@@ -94,7 +94,7 @@ def run() -> None:
 
 
 def _usage(error: click.ClickException) -> str:
-    """What is wrong with a command, in one sentence."""
+    """Returns the error of a command in one sentence."""
     said, near = error.format_message().partition(" (Did you mean")[0].rstrip("."), ""
     if isinstance(error, click.NoSuchOption) and error.possibilities:
         from difflib import get_close_matches

@@ -1,4 +1,4 @@
-"""The options of the command line, made from the classes of ``streammerge.options``, and those that no function has."""
+"""The options of the command line: made from the classes of ``streammerge.options``, and options of the commands alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Command = Callable[..., Any]
 
 
 def of(*groups: type[Options]) -> Callable[[Command], Command]:
-    """The options of these classes, in their order."""
+    """Decorates a command with the options of these classes, in their order."""
 
     def apply(command: Command) -> Command:
         for each in reversed(options_of(*groups).values()):
@@ -25,14 +25,14 @@ def of(*groups: type[Options]) -> Callable[[Command], Command]:
 
 
 def complete_method(context: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
-    """For the shell: the methods that begin so."""
+    """Returns the methods whose names begin with ``begun``, for shell completion."""
     from streammerge.methods.registry import list_methods
 
     return [name for name in list_methods() if name.startswith(begun)]
 
 
 def complete_executor(context: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
-    """For the shell: the executors that begin so."""
+    """Returns the executors whose names begin with ``begun``, for shell completion."""
     from streammerge.running.executors.registry import executors
 
     return [name for name in ("auto", *executors()) if name.startswith(begun)]
@@ -65,7 +65,7 @@ _TYPES = {"int": int, "int | None": int, "float | None": float}
 
 def _help(each: Option) -> str:
     text = as_flags(each.doc)
-    if each.negated:  # "False: start over" is "Start over", said of --no-resume
+    if each.negated:  # "False: start over" describes --no-resume as "Start over"
         text = text.removeprefix("False: ")
         text = text[:1].upper() + text[1:]
     if each.kind is not None and each.kind.many:
@@ -89,7 +89,7 @@ def out(required: bool = True) -> Callable[[Command], Command]:
 
 
 def report(*forms: str, note: str = "") -> Callable[[Command], Command]:
-    """How a command reports."""
+    """Decorates a command with the option for the form of its report."""
     return click.option("--format", "form", type=click.Choice(forms), default="human", help=f"How to report{note}.")
 
 

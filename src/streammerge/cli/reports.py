@@ -1,4 +1,4 @@
-"""How a command reports: as text or as JSON, options named as they are typed."""
+"""Reports of the commands, as text or as JSON. Options in them are named as they are typed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def as_json(data: Any, **form: Any) -> str:
 
 
 def _with_flags(data: Any) -> Any:
-    """Notes and warnings name options as they are typed."""
+    """Returns the data with options in notes and warnings named as they are typed."""
     if not isinstance(data, dict):
         return data
     return {key: [*map(as_flags, value)] if key in ("notes", "warnings") else value for key, value in data.items()}
@@ -64,7 +64,7 @@ def show_verified(verified: Verified, form: str) -> None:
 
 
 def show_indexes(indexes: list[CheckpointIndex], form: str, tensors: bool, recipe: bool) -> None:
-    """What checkpoints hold, with their ``tensors``; or only the ``recipe`` that each carries."""
+    """Shows the contents of checkpoints, with their ``tensors``, or only the ``recipe`` that each holds."""
     from streammerge.cli import render
 
     if recipe:

@@ -19,6 +19,7 @@ from streammerge.pickles.state_dict import select
 from streammerge.pickles.tree import StorageRef, TensorRef
 from streammerge.stores.base import Location
 from streammerge.strict_json import load_json
+from streammerge.tensors.conventions import CHECKSUM_FILES
 
 MAX_INDEX_BYTES = 256 << 20
 _MOST_SIDE_FILE_BYTES = 128 << 20
@@ -196,8 +197,8 @@ def foreign_files(folder: Location, written: set[str]) -> list[str]:
 def side_files(folder: Location) -> tuple[list[tuple[Location, str]], list[str]]:
     """Returns the files to copy into an output folder, and the names of those that are not copied.
 
-    The first are (source, name) of configuration, tokenizer and other small files. The second are large, or not regular
-    files. Raises FormatError for a broken link.
+    The first are (source, name) of configuration, tokenizer and other small files. The second are large, not regular
+    files, or checksums of the input's files. Raises FormatError for a broken link.
     """
     taken, left = [], []
     for path in folder.children():
@@ -210,7 +211,7 @@ def side_files(folder: Location) -> tuple[list[tuple[Location, str]], list[str]]
             raise FormatError(broken)
         try:
             source = inside(folder, name)
-            small = source.size <= _MOST_SIDE_FILE_BYTES
+            small = source.size <= _MOST_SIDE_FILE_BYTES and not name.lower().endswith(CHECKSUM_FILES)
         except FormatError:
             small = False
         if small:

@@ -28,19 +28,21 @@ class Edit:
     """Differences to write; nodes are identified by ``id``.
 
     ``replaced``: node -> its replacement. ``dropped``: (dictionary, key) to omit. ``values``: (dictionary, key) -> new
-    value. ``renamed``: (dictionary, key) -> new key.
+    value. ``renamed``: (dictionary, key) -> new key. ``added``: dictionary -> (key, value) pairs to append.
     """
 
     replaced: dict[int, Any] = field(default_factory=dict)
     dropped: set[tuple[int, Any]] = field(default_factory=set)
     values: dict[tuple[int, Any], Any] = field(default_factory=dict)
     renamed: dict[tuple[int, Any], Any] = field(default_factory=dict)
+    added: dict[int, list[tuple[Any, Any]]] = field(default_factory=dict)
 
     def items(self, node: Any, items: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
         """Returns the (key, value) pairs of a dictionary-like node after the edit."""
         where = id(node)
         kept = [(k, v) for k, v in items if (where, k) not in self.dropped]
-        return [(self.renamed.get((where, k), k), self.values.get((where, k), v)) for k, v in kept]
+        made = [(self.renamed.get((where, k), k), self.values.get((where, k), v)) for k, v in kept]
+        return made + self.added.get(where, [])
 
 
 def repickle(root: Any, edit: Edit | None = None) -> bytes:

@@ -20,6 +20,7 @@ from typing import Any
 from streammerge.errors import FormatError, RecipeError, listed, printable
 from streammerge.options import EMA_CHOICES
 from streammerge.pickles.tree import Instance, TensorRef, mapping_items, walk
+from streammerge.tensors.conventions import AVERAGED
 
 _Place = tuple[tuple[Any, ...], Any, bool, Any]
 _KEYS = (str, int)
@@ -30,7 +31,6 @@ _NOT_WEIGHTS = (
     r"|(.*_)?(rng|random)(_?states?)?(_\w+)?|extra_state|criterion|(.*_)?loss(es)?|callbacks|loops|(.*_)?metrics?|logging|message_hub"
     r"|sampler|hyper_parameters|hparams|history|args|cfg|config|(.*_)?stats"
 )
-_EMA = r"(?i)(.*[_.])?(ema|ema_.*|model_avg|avg_model|averaged|teacher|swa(_.*)?)([_.].*)?"
 _STALE = (
     r"(?i)(.*_)?optim(izer)?s?(?!_history)(_\w+)?|(lr_|opt_param_|param_)?sched(uler)?s?(_(states?|state_dict|g|d|disc|gen))?"
     r"|(grad|amp)_scaler(_state(_dict)?)?"
@@ -90,7 +90,7 @@ class Candidate:
     @property
     def averaged(self) -> bool:
         """Whether its path says that it is a running mean of the weights (EMA)."""
-        return any(isinstance(part, str) and re.fullmatch(_EMA, part) for part in self.path)
+        return any(isinstance(part, str) and re.fullmatch(AVERAGED, part) for part in self.path)
 
 
 @dataclass(slots=True)

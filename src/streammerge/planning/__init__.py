@@ -1,15 +1,15 @@
-"""What a merge will do, from headers alone. Pure: no tensor is read.
+"""Plans a merge from headers alone. Pure: no tensor is read.
 
 Each module imports only modules above it::
 
     budget      the memory model
     tasks       tasks, pieces, batches
-    receipt     what an output says of how it was made
+    receipt     the record in an output of how it was made
     views       models, slices and modules as views of checkpoints
     parameters  a method's parameters for each tensor
-    mismatch    what checkpoints disagree about
+    mismatch    differences between checkpoints
     alignment   which tensors go into which tensor of the output
-    outputs     the output before it exists
+    outputs     the files of the output, and the place of each tensor
     plan        Plan, build_plan
     digest      whether two plans are the same
 """

@@ -6,6 +6,7 @@ Every disagreement is found here, before a byte is written, and reported in one 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -18,11 +19,12 @@ from streammerge.pickles.state_dict import unread_tensors
 from streammerge.planning.mismatch import Differing, Mismatch
 from streammerge.planning.parameters import ParameterValues, shares
 from streammerge.planning.views import Indexes, Part, Restacked, View, make_parts
-from streammerge.recipe.model import Recipe, Rule
+from streammerge.recipe.model import Recipe, Reference, Rule
 from streammerge.sources.base import Source
 from streammerge.sources.rows import rows_of
 from streammerge.tensors.dtypes import DType
-from streammerge.tensors.names import describe_match, match_names
+from streammerge.tensors.matching import Matching, describe, match
+from streammerge.tensors.names import is_counter, spelled, why_ignored
 from streammerge.tensors.quantised import belongs, companions
 from streammerge.tensors.spec import TensorSpec
 
@@ -35,7 +37,8 @@ class Merged:
     """One tensor of the output: what it is, from what it is made, and how.
 
     ``base_names`` are its names in the first checkpoint, more than one when tied; ``tied`` its further output names.
-    ``rest`` has the rows behind those that are merged, where one model has more of them.
+    ``rest`` has the rows behind those that are merged, where one model has more of them. ``added``: the first checkpoint
+    lacks it.
     """
 
     base_names: tuple[str, ...]
@@ -47,6 +50,7 @@ class Merged:
     based: bool = False
     tied: tuple[str, ...] = ()
     rest: Source | None = None
+    added: bool = False
 
 
 @dataclass(slots=True)
@@ -83,7 +87,7 @@ def align(recipe: Recipe, indexes: Indexes) -> Alignment:
         _Aligner(recipe, indexes, part, rules, alignment, mismatch).run()
     mismatch.refuse(recipe)
     _refuse_quantised(indexes, alignment.merged)
-    alignment.warnings += [f'`on_missing="{recipe.on_missing}"`: {row}' for row in mismatch.rows()]
+    alignment.warnings += [f'`on_missing="{recipe.on_missing}"`: {row}' for row in mismatch.rows(recipe.on_missing)]
     if not alignment.merged:
         raise RecipeError(
             "the rules leave no tensor over" if first.entries else f"{printable(first.path)} has no tensors to merge"
@@ -94,6 +98,8 @@ def align(recipe: Recipe, indexes: Indexes) -> Alignment:
     _check_output_names(alignment.merged)
     alignment.taken = [rules.taken[id(rule)] for rule in recipe.rules]
     alignment.warnings += _idle(recipe, alignment.taken, first.entries)
+    if recipe.rename and not any(index.renamed for index in indexes.values()):
+        alignment.warnings.append(f"no tensor's name matches `rename` {', '.join(printable(r) for r in recipe.rename)}")
     return alignment
 
 
@@ -140,13 +146,19 @@ class _Aligner:
         self.recipe, self.indexes, self.part, self.rules = recipe, indexes, part, rules
         self.alignment, self.mismatch = alignment, mismatch
         self.base, self.others = part.views[0], part.views[1:]
-        self.matches = [_matched(self.base, other) for other in self.others]
+        found = [_matched(self.base, other) for other in self.others]
+        self.matches = [each.names for each in found]
+        for other, each in zip(self.others, found, strict=True):
+            if each.doubtful:
+                self.mismatch.doubtful.setdefault(str(other.index.path), []).extend(each.doubtful)
         self.values = ParameterValues(recipe, part)
-        self.copies: dict[str, tuple[View, dict[str, str]]] = {}
+        self.copies: dict[Reference, tuple[View, dict[str, str]]] = {}
+        self.added: dict[str, tuple[str, View]] = {}
+        self.remade = _Ignored()
 
     def run(self) -> None:
         for other, matched in zip(self.others, self.matches, strict=True):
-            self.alignment.notes += [f"{printable(other.index.path)}: {text}" for text in describe_match(matched)]
+            self.alignment.notes += [f"{printable(other.index.path)}: {text}" for text in describe(matched)]
         ruled = {name: self.rules.of(name) for name in self.base.entries}
         ties = {name: first for name, first in self._shared_ties().items() if ruled[name] is ruled[first]}
         self.rules.taken.update(id(rule) for rule in ruled.values() if rule)
@@ -161,6 +173,8 @@ class _Aligner:
             merged = self._merged((name, *tied_to.get(name, ())), ruled[name])
             if merged is not None:
                 self.alignment.merged.append(merged)
+        self.alignment.merged += [self._addition(name, view) for name, view in self.added.values()]
+        self.alignment.notes += self.remade.notes("are kept as the first has them", "differ in shape or dtype")
 
     # -- names ------------------------------------------------------------------------------------------------------
 
@@ -168,13 +182,22 @@ class _Aligner:
         """The base's names that go into the output, after the policy for tensors that are not everywhere."""
         partial: set[str] = set()
         merged_here = [n for n, rule in ruled.items() if not _drops(rule) and not (rule and rule.copy)]
+        absent, foreign = _Ignored(), _Ignored()
         for other, matched in zip(self.others, self.matches, strict=True):
             missing = [n for n in merged_here if n not in matched and not (n in ties and ties[n] in matched)]
             used = set(matched.values())
             extra = [n for n in other.entries if n not in used and other.aliases.get(n) not in used]
             extra = [n for n in extra if not _drops(self.rules.of(n))]
             partial.update(missing)
-            self._note_mismatch(other, *([n for n in names if not self._optional(n)] for names in (missing, extra)))
+            self._compare(other, matched, merged_here)
+            missing = [n for n in missing if not self._optional(n) and not absent.takes(n, self.base.entries[n])]
+            extra = [n for n in extra if not self._optional(n) and not foreign.takes(n, other.entries[n])]
+            self._note_mismatch(other, missing, extra)
+            if self.recipe.on_missing == "union":
+                for name in extra:
+                    self.added.setdefault(spelled(name), (name, other))
+        self.alignment.notes += absent.notes("are kept as the first has them")
+        self.alignment.notes += foreign.notes("stay out, as the first lacks them")
         optional = [n for n in ruled if n in partial and self._optional(n)]
         if optional and self.profile:
             self.alignment.notes.append(
@@ -182,7 +205,7 @@ class _Aligner:
                 "are not in every input; they are kept as in the first"
             )
         if self.recipe.on_missing == "drop":
-            return [n for n in ruled if n not in partial or self._optional(n)]
+            return [n for n in ruled if n not in partial or n in absent.names or self._optional(n)]
         return list(ruled)
 
     def _optional(self, name: str) -> bool:
@@ -193,6 +216,12 @@ class _Aligner:
     def profile(self) -> Profile | None:
         """The first checkpoint's. Looked for only where inputs lack tensors, since this reads every name."""
         return profile_of(self.indexes[self.recipe.checkpoints[0]])
+
+    def _compare(self, other: View, matched: Mapping[str, str], merged_here: Sequence[str]) -> None:
+        """Counts the names that the two have in common, over all parts of the merge."""
+        if merged_here and other.entries:
+            common = sum(name in matched for name in merged_here)
+            self.mismatch.count(str(other.index.path), common, len(merged_here), len(other.entries))
 
     def _note_mismatch(self, other: View, missing: list[str], extra: list[str]) -> None:
         path = str(other.index.path)
@@ -260,17 +289,33 @@ class _Aligner:
         used = [sources[number] for number in order]
         present = tuple(filter(None, used))
         lacking = len(present) < len(used)
-        absent_here = lacking and (recipe.on_missing == "base" or self._optional(name))
+        absent_here = lacking and (
+            recipe.on_missing in ("base", "union") or self._optional(name) or why_ignored(name, first.spec.shape)
+        )
         too_few = lacking and sum(s is not None for s in used[based:]) < method.models[0]
         if keep or method is COPY or absent_here or too_few:
             return Merged(names, spec, COPY, (first,), tied=tied, rest=rest)
         if first.spec.dtype.kind not in ("float", "complex"):
             return self._integers(names, spec, present, tied, rest)
+        if first.spec.numel == 1 and is_counter(name):
+            counted = replace(spec, dtype=first.spec.dtype)
+            return Merged(names, counted, INTEGERS, present, {"policy": "max"}, tied=tied, rest=rest)
         wide = any(s.spec.dtype in _WIDE for s in present)
         preferred = recipe.compute_dtype.torch_name if recipe.compute_dtype else method.compute
         values = self.values.of(method, order[based:], name, sources, rule)
         compute = "float64" if wide else preferred
         return Merged(names, spec, method, present, values, compute, based, tied, rest)
+
+    def _addition(self, name: str, view: View) -> Merged:
+        """A tensor that the first checkpoint lacks, as the first model that has it holds it."""
+        entry, rule = view.entries[name], self.rules.of(name)
+        if rule is not None:
+            self.rules.taken[id(rule)] += 1
+        wished = (rule.dtype if rule else None) or self.recipe.recast
+        dtype = wished if wished is not None and entry.spec.dtype.kind == "float" else entry.spec.dtype
+        return Merged(
+            (name,), TensorSpec(self.recipe.output_name(name), dtype, entry.spec.shape), COPY, (entry,), added=True
+        )
 
     def _spec(self, name: str, spec: TensorSpec, rule: Rule | None) -> TensorSpec:
         """The output tensor: the base's dtype, unless another one is asked for."""
@@ -286,13 +331,13 @@ class _Aligner:
     def _copied(self, name: str, rule: Rule) -> Source:
         """The tensor in the model that the rule names."""
         path = str(rule.copy)
-        if path not in self.copies:
-            wanted = self.recipe.copied(path)
+        wanted = self.recipe.copied(path, rule.rename)
+        if wanted not in self.copies:
             index = next(index for reference, index in self.indexes.items() if reference.same(wanted))
             own = next((view for view in self.part.views if view.index is index), None)
             view = own or View(index, index.entries, index.aliases)
-            self.copies[path] = view, _matched(self.base, view)
-        view, matched = self.copies[path]
+            self.copies[wanted] = view, _matched(self.base, view).names
+        view, matched = self.copies[wanted]
         theirs = matched.get(name) or matched.get(self.base.aliases.get(name, name))
         if theirs is None:
             raise MismatchError(
@@ -314,6 +359,8 @@ class _Aligner:
         other = next((p for p in present[1:] if _differ(first, p[0].spec)), None)
         if other is None:
             return sources, None, False
+        if self.remade.takes(name, self.base.entries[name]):
+            return sources, None, True
         differing = Differing(name, first, other[0].spec, str(other[1].path))
         policy = self.recipe.on_shape
         if not differing.in_shape or policy == "error":
@@ -342,7 +389,7 @@ class _Aligner:
         tied: tuple[str, ...],
         rest: Source | None,
     ) -> Merged:
-        policy = self.recipe.integers or ("max" if names[0].endswith("num_batches_tracked") else "error")
+        policy = self.recipe.integers or ("max" if is_counter(names[0]) else "error")
         if policy == "max" and present[0].spec.dtype.kind == "packed":
             raise MismatchError(
                 f"{printable(names[0])} holds packed {present[0].spec.dtype} values, of which there is no largest"
@@ -350,6 +397,29 @@ class _Aligner:
         if len(present) == 1:
             return Merged(names, spec, COPY, present, tied=tied, rest=rest)
         return Merged(names, spec, INTEGERS, present, {"policy": policy}, tied=tied, rest=rest)
+
+
+class _Ignored:
+    """Tensors that loaders drop or compute anew, by the reason."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, list[str]] = {}
+        self.names: set[str] = set()
+
+    def takes(self, name: str, entry: Source) -> bool:
+        """Whether a tensor is such a one; it is then remembered."""
+        reason = why_ignored(name, entry.spec.shape)
+        if reason and name not in self.names:
+            self.names.add(name)
+            self.reasons.setdefault(reason, []).append(name)
+        return bool(reason)
+
+    def notes(self, fate: str, what: str = "are not in every input") -> list[str]:
+        """A sentence for each reason."""
+        return [
+            f"{len(names)} tensors ({listed(names, 2)}) {what}; they {fate}, since they are {reason}"
+            for reason, names in self.reasons.items()
+        ]
 
 
 def _refuse_quantised(indexes: Indexes, merged: list[Merged]) -> None:
@@ -377,11 +447,12 @@ def _drops(rule: Rule | None) -> bool:
     return rule is not None and rule.drop
 
 
-def _matched(base: View, other: View) -> dict[str, str]:
+def _matched(base: View, other: View) -> Matching:
     """Base name -> the other's name."""
     if base.entries.keys() == other.entries.keys():
-        return dict(zip(base.entries, base.entries, strict=True))
-    return match_names(base.entries, other.entries)
+        return Matching(dict(zip(base.entries, base.entries, strict=True)))
+    ours, theirs = ({name: entry.spec.shape for name, entry in view.entries.items()} for view in (base, other))
+    return match(ours, theirs)
 
 
 def _differ(one: TensorSpec, two: TensorSpec) -> bool:

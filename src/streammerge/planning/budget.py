@@ -1,4 +1,4 @@
-"""The memory model: what one chunk in flight costs, and how many fit a budget. Pure arithmetic.
+"""The memory model: the cost of one chunk in flight, and the number of chunks that fit a budget. Pure arithmetic.
 
     peak = RUN + tensors * PER_TENSOR + pickles + spooling + spread
            + workers * (PER_WORKER + beside + passes + out + chunk_elems * bytes_per_element + scratch + tiles * tile
@@ -17,25 +17,26 @@ from streammerge.tensors.spec import GRAIN
 from streammerge.units import HUGE_PAGE_BYTES, PAGE_BYTES, binary_bytes
 
 RUN_BYTES = 8 << 20
-"""Open files, maps, threads' shared state, progress."""
+"""Open files, maps, shared state of the threads, progress."""
 PER_TENSOR_BYTES = 800
 """One tensor of one input: its name, entries, and share of the plan."""
 PER_WORKER_BYTES = 2 << 20
-"""A thread's stack, its malloc arena, and the pages by which its buffers are aligned."""
+"""A thread's stack, its malloc arena, and the padding that aligns its buffers to pages."""
 SPOOLING_BYTES = 8 << 20
 """Blocks of a compressed record before and after it is inflated."""
 BEST_TILE_BYTES = 8 << 20
-"""What a reader of scattered elements reads ahead. Larger tiles read more of the file at each place that they visit."""
+"""Bytes that a reader of scattered elements reads ahead. A larger tile reads more at each place of the file it visits."""
 PER_PROCESS_BYTES = 8 << 20
-"""What a worker holds beside because it is a process: pages of the interpreter that it writes to, and messages."""
+"""Additional memory of a worker that is a process: interpreter pages that it writes to, and messages."""
 BEST_CHUNK_ELEMS = 4 * GRAIN
-"""Twice that, and twice the window, for methods with passes, which do more with a chunk and look at tensors again."""
+"""Preferred chunk. Methods with passes get twice this chunk and twice the window: they do more work per chunk and read
+tensors again."""
 BEST_OUT_BYTES = 8 << 20
-"""What a worker collects before it writes: enough that the disk is not asked too often."""
+"""Bytes that a worker collects before it writes, so that writes are few and large."""
 MOST_WINDOW_BYTES = 4 << 20
-"""What one worker keeps of one input. Of mapped pages this much stays behind its cursor: giving them back costs every CPU
-an interrupt, so it is done rarely; they count as memory although the kernel could take them back at any time, and so do
-the huge pages that a touch may map. Tensors that fit stay for all passes, also where they are read by pread."""
+"""Bytes of one input that one worker keeps. Mapped pages stay behind the cursor up to this size, because giving pages back
+interrupts every CPU. They count as memory although the kernel could reclaim them at any time. The huge pages that one
+access may map count too. Tensors that fit stay for all passes, also when they are read by pread."""
 _LEAST_TILE_BYTES = 1 << 20
 _MOST_HALVINGS = 6
 """How often the output buffer, the window and the tile may be halved before window and tile are dropped."""
@@ -43,14 +44,15 @@ _MOST_HALVINGS = 6
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a chunk in flight needs; the widest task of the run decides each.
+    """The memory of one chunk in flight. Each field is the maximum over all tasks of the run.
 
-    Bytes per element: ``compute`` of one buffer of numbers, of which there are ``buffers``; ``out`` of the result, which
-    is collected before it is written; ``read`` of a read buffer; ``mapped`` of one input in mapped pages. ``inputs``:
-    how many are kept at once. ``row``: elements that a chunk must hold together. ``passes``: whether a tensor is
-    looked at again. ``passes_bytes``: what the passes of a tensor hold that is one worker's; ``spread_bytes``: of one
-    that all workers share. ``scratch``: bytes of the regions that readers of nested sources have for themselves,
-    ``shared``: of the one that they share; ``tiles``: how many tiles they want; ``held``: bytes that they hold elsewhere.
+    Bytes per element: ``compute`` of one compute buffer, ``out`` of the result, which is collected before it is written,
+    ``read`` of one read buffer, ``mapped`` of one input in mapped pages. ``buffers``: the number of compute buffers.
+    ``inputs``: the number of inputs that are kept at once. ``row``: elements that a chunk must hold together. ``passes``:
+    whether tensors are read more than once. ``passes_bytes``: memory for the passes of a tensor that one worker makes
+    alone. ``spread_bytes``: memory for the passes of a tensor that all workers share. Readers of nested sources need:
+    ``scratch`` bytes of their own regions, ``shared`` bytes of the region that they share, ``tiles`` tiles, and ``held``
+    bytes outside the worker's buffers.
     """
 
     compute: int
@@ -74,18 +76,19 @@ class Cost:
 
     @property
     def keeps(self) -> bool:
-        """Whether a worker has memory of its own for inputs that stay for all passes: some are not mapped."""
+        """Whether a worker needs its own memory for inputs that stay for all passes, because some are not mapped."""
         return self.read > 0 or not self.mapped
 
     def most(self, other: Cost) -> Cost:
-        """Of each kind the greater."""
+        """Returns the maximum of each field."""
         return Cost(*map(max, astuple(self), astuple(other)))
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How a run uses its memory: ``workers`` threads, each with chunks of ``chunk_elems`` elements, which writes up to
-    ``out_bytes`` at once, leaves ``window_bytes`` of each input mapped behind it, and gives each tile ``tile_bytes``."""
+    """How a run uses its memory. Each of the ``workers`` computes chunks of ``chunk_elems`` elements, writes up to
+    ``out_bytes`` at once, keeps ``window_bytes`` of each input mapped behind its cursor, and uses tiles of ``tile_bytes``.
+    """
 
     workers: int
     chunk_elems: int
@@ -97,15 +100,17 @@ class Budget:
 
     @property
     def kept_bytes(self) -> int:
-        """What a worker may keep of all inputs together."""
+        """Bytes of all inputs together that a worker may keep."""
         return self.window_bytes * self.cost.inputs
 
 
 def slots(budget: Budget) -> dict[str, tuple[int, int]]:
-    """(offset, bytes) of each region in a worker's arena: ``slots`` for the buffers that methods name, ``out`` what is
-    to be written, from any byte of a page on, ``read0`` and ``read1`` raw input, ``kept`` inputs that are not mapped and
-    stay for all passes; ``reader ...`` what readers of nested sources use. Each begins with a
-    page."""
+    """Returns (offset, bytes) of each region in a worker's arena. Each region begins with a page.
+
+    ``slots``: the buffers that methods name. ``out``: bytes to be written, which may begin anywhere in a page. ``read0``
+    and ``read1``: raw input. ``kept``: inputs that are not mapped and stay for all passes. ``reader ...``: regions for the
+    readers of nested sources.
+    """
     cost, elems = budget.cost, budget.chunk_elems
     sizes = {
         "slots": cost.compute * cost.buffers * elems,
@@ -125,7 +130,7 @@ def slots(budget: Budget) -> dict[str, tuple[int, int]]:
 
 
 def _huge_pages(nbytes: int) -> int:
-    """Bytes of all huge pages in which so many bytes, wherever they begin, can lie."""
+    """Returns the bytes of all huge pages that ``nbytes`` bytes can touch, wherever they begin."""
     return (-(-nbytes // HUGE_PAGE_BYTES) + 1) * HUGE_PAGE_BYTES
 
 
@@ -138,9 +143,10 @@ def fit(
     pickle_bytes: int = 0,
     beside_bytes: int = 0,
 ) -> Budget:
-    """The most workers and the best chunk that ``memory_bytes`` allow. Raises BudgetError naming the least that would.
+    """Returns the most workers and the best chunk that ``memory_bytes`` allows.
 
-    ``beside_bytes``: what each worker holds beside its buffers, such as the blocks that a verification compares.
+    ``beside_bytes``: what each worker holds beside its buffers, such as the blocks that a verification compares. Raises
+    BudgetError, which names the least memory that is enough.
     """
     fixed = RUN_BYTES + tensors * PER_TENSOR_BYTES + (SPOOLING_BYTES if spooling else 0) + pickle_bytes + cost.spread_bytes
 

@@ -1,4 +1,5 @@
-"""Whether what an interrupted run has left is of the same plan: then its pieces are the same bytes, however it ran."""
+"""Compares the plan of an interrupted run with the plan of now. Pieces of an equal plan are the same bytes, with any
+workers and memory."""
 
 from __future__ import annotations
 
@@ -13,15 +14,15 @@ from streammerge.sources.merged import methods_in
 from streammerge.version import __version__
 
 _FORM = 2
-_AT_ONCE = 1000  # a call of json for each of many tasks would take most of the time
-_MOST_SAID = 200  # inputs and recipe keys that a journal tells apart
+_AT_ONCE = 1000  # tasks per call of json; one call per task would take most of the time
+_MOST_SAID = 200  # the most inputs, and the most recipe keys, that a journal lists one by one
 
 
 def plan_parts(plan: Plan) -> dict[str, Any]:
-    """What a plan is, by its parts; equal for two plans only if every piece of one is that of the other.
+    """Returns the identity of a plan, by its parts. It is equal for two plans only if all their pieces are equal.
 
-    Versions as text, each input's name with a digest of what it is now, each key of the recipe with one of its value, and
-    one digest of all: tasks, layout, inputs, versions. Budget, workers and ways of reading have no part in it.
+    Holds the versions as text, a digest of each input's current state, a digest of each value of the recipe, and one digest
+    of everything: tasks, layout, inputs, versions. Budget, workers and the way of reading are not in it.
     """
     import hashlib
 
@@ -59,7 +60,7 @@ def _short(value: Any) -> str:
 
 
 def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """In what two plans differ, in words; "" when they are the same. ``earlier`` may come from another version."""
+    """Returns the differences of two plans in words, "" when they are equal. ``earlier`` may come from another version."""
     if earlier == now:
         return ""
     if earlier.get("form") != now["form"]:
@@ -88,10 +89,10 @@ def _said(task: MergeTask) -> tuple[Any, ...]:
 
 
 def can_be_resumed(plan: Plan) -> bool:
-    """Whether a later run can go on from the pieces of this one.
+    """Whether a later run can continue from the pieces of this one.
 
-    Not with a method of one's own, which may use what changes without a trace, like a file or another module. Not with
-    tensors in memory: they end with the process, and to recognise them again, all of them would have to be hashed first.
+    False with a user's own method, because it may depend on things that change unnoticed, such as a file or another module.
+    False with tensors in memory: they end with the process, and recognising them again would mean hashing all of them.
     """
     methods = {id(task.method): task.method for task in plan.tasks}
     methods |= {id(method): method for source in plan.expressions for method in methods_in(source)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,9 +10,11 @@ from dataclasses import dataclass, field
 from streammerge.errors import MismatchError, listed, printable
 from streammerge.recipe.model import Recipe
 from streammerge.tensors.layers import depths
+from streammerge.tensors.matching import Renaming, replacements
 from streammerge.tensors.spec import TensorSpec
 
 _MOST_ROWS = 20
+_MOST_PREFIXES = 3
 _VOCABULARY = ("emb", "lm_head", "text_head", "wte", "vocab", "embed_out")
 
 
@@ -65,21 +68,30 @@ class Mismatch:
     extra: dict[str, list[str]] = field(default_factory=dict)
     differing: list[Differing] = field(default_factory=list)
     names: dict[str, list[str]] = field(default_factory=dict)
+    doubtful: dict[str, list[Renaming]] = field(default_factory=dict)
+    shared: dict[str, list[int]] = field(default_factory=dict)
 
-    def rows(self) -> list[str]:
+    def count(self, path: str, common: int, ours: int, theirs: int) -> None:
+        """Adds what a part of the merge has in common with a checkpoint: names of the first, of the other, of both."""
+        known = self.shared.get(path, [0, 0, 0])
+        self.shared[path] = [known[0] + common, known[1] + ours, known[2] + theirs]
+
+    def rows(self, policy: str = "error") -> list[str]:
         """Sentences about names, one for each checkpoint and kind."""
+        fate = "they are added" if policy == "union" else "they stay out"
         said = []
         for path in dict.fromkeys([*self.missing, *self.extra]):
             if self.missing.get(path):
                 said.append(f"{printable(path)} lacks {len(self.missing[path])}: {listed(self.missing[path])}")
             if self.extra.get(path):
                 whose = f"{printable(path)} has {len(self.extra[path])} that {printable(self.first)} lacks"
-                said.append(f"{whose} (they stay out): {listed(self.extra[path])}")
+                said.append(f"{whose} ({fate}): {listed(self.extra[path])}")
         return said
 
     def refuse(self, recipe: Recipe) -> None:
         """MismatchError with everything that the recipe's policies do not settle."""
-        names = self.rows() if recipe.on_missing == "error" else []
+        strangers = [path for path, known in self.shared.items() if known[0] * 20 < min(known[1:])]
+        names = self.rows() if recipe.on_missing == "error" or strangers else []
         if not names and not self.differing:
             return
         lines = []
@@ -88,10 +100,15 @@ class Mismatch:
         if self.differing:
             lines += ["these tensors differ between the inputs:", *_aligned([d.row for d in self.differing])]
         lines += [f"this looks like {guess}" for guess in self._guesses()]
-        if names:
+        if strangers:
             lines.append(
-                '`on_missing="base"` (keep the first\'s), `"average-present"` (mean of those that have it) or `"drop"` '
-                "settles names; the first checkpoint's names are the output's"
+                f"nothing can be merged with {listed(strangers)}: next to no name is common, whatever `on_missing` says"
+            )
+        elif names:
+            lines.append(
+                '`on_missing="base"` (keep the first\'s), `"average-present"` (mean of those that have it), `"drop"`, or '
+                "`\"union\"` (keep the first's, and add what only another has) settles names; the first checkpoint's names "
+                "are the output's"
             )
         shapes = [d for d in self.differing if d.in_shape]
         if shapes:
@@ -100,6 +117,8 @@ class Mismatch:
                 f'`on_shape="base"` (keep the first\'s){rows if all(d.by_rows for d in shapes) else ""} settles shapes; '
                 "a rule can copy a tensor from one model, or drop it"
             )
+        elif self.differing:
+            lines.append("a rule of a recipe settles these: it copies a tensor from one model, or drops it")
         raise MismatchError("\n".join(lines))
 
     def _guesses(self) -> list[str]:
@@ -108,11 +127,15 @@ class Mismatch:
         ours = self.names.get(self.first, [])
         for path in dict.fromkeys([*self.missing, *self.extra]):
             theirs, shown = self.names.get(path, []), printable(path)
-            common = len(ours) - len(self.missing.get(path, []))
-            prefixes = _prefixes(self.missing.get(path, []), self.extra.get(path, []))
-            if prefixes:
-                one, two = (f"'{printable(prefix)}'" if prefix else "none" for prefix in prefixes)
-                said.append(f"another prefix: {one} in {printable(self.first)}, {two} in {shown}")
+            missing, extra = self.missing.get(path, []), self.extra.get(path, [])
+            common = len(ours) - len(missing)
+            if adapter := next((each for each in (self.first, path) if _is_adapter(self.names.get(each, []))), None):
+                said.append(f"an adapter (LoRA) in {printable(adapter)}: {_ADAPTER}")
+            elif fused := _fused(missing, extra):
+                fused_in, apart_in = (self.first, path) if fused[0] else (path, self.first)
+                said.append(_experts(fused_in, apart_in, *fused[1:]))
+            elif renamings := self._renamings(path, missing, extra):
+                said += [self._prefix(path, renaming) for renaming in renamings]
             elif common * 2 < len(ours):
                 said.append(f"another architecture: {common} of {len(ours)} names are in {shown}")
             elif deep := _depths(ours, theirs):
@@ -122,18 +145,48 @@ class Mismatch:
             said.append("another size of the same architecture: most tensors differ in shape")
         return said
 
+    def _renamings(self, path: str, missing: Sequence[str], extra: Sequence[str]) -> list[Renaming]:
+        """Prefixes that would make most names equal, and were not matched by themselves."""
+        known = self.doubtful.get(path, [])[:_MOST_PREFIXES]
+        return known or replacements(missing, extra)
 
-def _prefixes(missing: Sequence[str], extra: Sequence[str]) -> tuple[str, str] | None:
-    """What the names begin with, where they are equal behind that."""
-    if not missing or not extra:
-        return None
-    own = [f"{names[0].partition('.')[0]}." for names in (missing, extra)]
-    for one, two in ((own[0], own[1]), ("", own[1]), (own[0], "")):
-        ours = {name.removeprefix(one) for name in missing if name.startswith(one)}
-        theirs = {name.removeprefix(two) for name in extra if name.startswith(two)}
-        if len(ours & theirs) * 10 >= 9 * max(len(missing), len(extra)):
-            return one, two
+    def _prefix(self, path: str, renaming: Renaming) -> str:
+        one, two = (f"'{printable(prefix)}'" if prefix else "none" for prefix in (renaming.ours, renaming.theirs))
+        said = f"another prefix: {one} in {printable(self.first)}, {two} in {printable(path)}"
+        if "*" in renaming.ours + renaming.theirs:
+            return said
+        return (
+            f'{said}; if the two are the same, `rename="{printable(renaming.theirs)}*={printable(renaming.ours)}*"` says so'
+        )
+
+
+_ADAPTER = "merge it into its model first, or merge adapters of one shape by themselves"
+_FACTORS = re.compile(r"(^|[._])lora_(A|B|down|up|embedding_[AB]|magnitude_vector)\b|\.hada_w[12]_[ab]$|\.lokr_w")
+_EXPERT = re.compile(r"^(.*experts)\.(\d+)\.([^.]+)\.weight$")
+_FUSED = re.compile(r"^(.*experts)\.(gate_up_proj|down_proj|gate_proj|up_proj|w[123]|w13)(\.weight)?$")
+
+
+def _is_adapter(names: Sequence[str]) -> bool:
+    return bool(names) and 2 * sum(_FACTORS.search(name) is not None for name in names) > len(names)
+
+
+def _fused(missing: Sequence[str], extra: Sequence[str]) -> tuple[bool, str, str] | None:
+    """(whether the first checkpoint has the fused experts, a fused name, a separate one); None for no experts."""
+    for first_fused, fused, apart in ((True, missing, extra), (False, extra, missing)):
+        one = next((name for name in fused if _FUSED.match(name)), None)
+        each = next((name for name in apart if _EXPERT.match(name)), None)
+        if one and each:
+            return first_fused, one, each
     return None
+
+
+def _experts(fused: str, apart: str, one: str, each: str) -> str:
+    return (
+        f"fused experts in {printable(fused)} ({printable(one)} holds all experts of a layer) and separate ones in "
+        f"{printable(apart)} ({printable(each)}); write {printable(fused)} anew with separate experts, in Python: "
+        f"AutoModelForCausalLM.from_pretrained({printable(fused)!r}, dtype='auto')"
+        f".save_pretrained({printable(fused.rstrip('/') + '-separate')!r}, save_original_format=True)"
+    )
 
 
 def _depths(ours: Sequence[str], theirs: Sequence[str]) -> str:

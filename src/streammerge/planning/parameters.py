@@ -1,4 +1,5 @@
-"""The parameters of a method for each tensor: from rule, model, slice, module and recipe, the first that says something."""
+"""Finds the parameters of a method for each tensor. Rule, model, slice, module and recipe are asked in this order, and the
+first that sets a parameter decides."""
 
 from __future__ import annotations
 
@@ -16,7 +17,11 @@ from streammerge.sources.base import Source
 
 @dataclass(slots=True)
 class _Asked:
-    """For each parameter a chain for each model, or a single one; ``values`` of all tensors, where they are the same."""
+    """The settings to look a method's parameters up in.
+
+    ``chains``: each parameter with one chain per model, or with a single chain. ``values``: the resolved parameters when
+    they are the same for all tensors.
+    """
 
     chains: list[tuple[Parameter, list[Chain]]]
     values: dict[str, Any] | None = None
@@ -27,9 +32,9 @@ class _Asked:
 
 
 class ParameterValues:
-    """The values of one part's tensors, resolved once for each that is different.
+    """The parameter values of one part's tensors. Equal values are resolved only once.
 
-    Methods are told apart by identity: two methods of one's own may have the same name.
+    Methods are told apart by identity, because two methods of a user may have the same name.
     """
 
     def __init__(self, recipe: Recipe, part: Part) -> None:
@@ -45,9 +50,10 @@ class ParameterValues:
         sources: Sequence[Source | None],
         rule: Rule | None,
     ) -> dict[str, Any]:
-        """All parameters for those of the models, views ``numbers`` in this order, that have the tensor.
+        """Returns all parameters of a method for one tensor.
 
-        A model's own are looked up by the name that the tensor has there. Raises RecipeError for values that cannot be.
+        ``numbers``: the views of the models, in the order of the method. Only the models that have the tensor get values.
+        A model's own settings are looked up by the tensor's name in that model. Raises RecipeError for invalid values.
         """
         models = [sources[number] for number in numbers]
         asked, whole = self._asked(method, numbers, rule), all(models)
@@ -62,7 +68,7 @@ class ParameterValues:
                     value: Any = _filled(parameter, found)
                 else:
                     value = chains[0].at(name, t)
-            except RecipeError as error:  # a gradient between two numbers that can be, at one that cannot
+            except RecipeError as error:  # both ends of a gradient are valid, but the value between them is not
                 raise RecipeError(f"{self.recipe.at(('parameters', parameter.name))}{printable(name)}: {error}") from error
             if value is not None:
                 given[parameter.name] = value
@@ -87,7 +93,7 @@ class ParameterValues:
         return self.asked[known]
 
     def _of_rule(self, parameter: Parameter, rule: Rule | None, models: int) -> list[Settings]:
-        """A rule's setting for each model: a list is not a gradient there, but one value for each."""
+        """Returns a rule's setting for each model. A list in a rule is one value per model, not a gradient."""
         ruled = rule.parameters.get(parameter.name) if rule else None
         if rule is None or ruled is None:
             return [{}] * max(models, 1)
@@ -118,7 +124,7 @@ class ParameterValues:
 
 
 def _filled(parameter: Parameter, values: list[Any]) -> tuple[Any, ...] | None:
-    """The default where a model has no value; None where none has."""
+    """Returns the values, with the default for each model that has none. Returns None if no model has a value."""
     if None not in values:
         return tuple(values)
     if values.count(None) == len(values):
@@ -128,7 +134,7 @@ def _filled(parameter: Parameter, values: list[Any]) -> tuple[Any, ...] | None:
 
 
 def shares(part: Part) -> list[tuple[Any, float]]:
-    """Each checkpoint's tree, and its weight where plain numbers are averaged; a base that is no model has none."""
+    """Returns each checkpoint's tree and its weight in averages of plain numbers. A base that is not a model weighs 0."""
     weight = part.method.parameters.get("weight")
     found: list[tuple[Any, float]] = []
     for number, view in enumerate(part.views):

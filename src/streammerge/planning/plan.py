@@ -1,4 +1,4 @@
-"""Plan, then execute: a pure function of recipe, headers and budget. It prints, serialises, and is what is run."""
+"""The plan of a run: a pure function of recipe, headers and budget. It can be printed, serialised and executed."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _EXAMPLE_OUT = "merged.safetensors"
 
 @dataclass(slots=True, repr=False)
 class Plan:
-    """All of a run: ``tasks`` in the order of reading, the ``layout`` of the output, and what it will cost.
+    """The whole run: ``tasks`` in the order of reading, the ``layout`` of the output, and the costs.
 
-    ``expressions``: the sources that are no plain byte ranges, each once. ``spooled``: the compressed records that are
-    inflated first, with the name of a tensor in each. ``peak_bytes`` is projected memory above the start-up footprint;
-    ``disk_bytes`` includes temporary files. ``taken``: how many tensors each rule of the recipe took. ``owners``: file ->
-    the checkpoint that it belongs to. ``input_files``: what the receipt calls an input file -> where it is, and where its
-    tensors lie. ``pickle_bytes``: what pickles hold while they are read and written. ``executor``: what the workers are.
+    ``expressions``: the sources that are not plain byte ranges, each once. ``spooled``: the compressed records that are
+    inflated first, with the name of a tensor in each. ``peak_bytes``: projected memory above the start-up footprint.
+    ``disk_bytes``: includes temporary files. ``taken``: the number of tensors of each rule of the recipe. ``owners``: file
+    -> its checkpoint. ``input_files``: name of an input file in the receipt -> its location, and the ranges of its tensors.
+    ``pickle_bytes``: memory for pickles while they are read and written. ``executor``: the kind of workers.
     """
 
     recipe: Recipe
@@ -78,7 +78,7 @@ class Plan:
 
     @property
     def spooled_bytes(self) -> int:
-        """Of the temporary file."""
+        """Size of the temporary file."""
         return sum(record.nbytes for _, record in self.spooled)
 
     @property
@@ -86,11 +86,11 @@ class Plan:
         return not all(task.verbatim for task in self.tasks) or any(source.needs().computes for source in self.expressions)
 
     def counts(self) -> dict[str, int]:
-        """How many output tensors each method makes."""
+        """Returns the number of output tensors that each method makes."""
         return dict(Counter(task.method.name for task in self.tasks).most_common())
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as JSON-able data, without the places of the bytes."""
+        """Returns the plan as data for JSON, without the places of the bytes."""
         return {
             "inputs": list(self.recipe.inputs),
             "base": self.recipe.base_model,
@@ -178,10 +178,10 @@ def build_plan(
     io: str = "mmap",
     hashed: bool = False,
 ) -> Plan:
-    """The plan of a merge or conversion. Nothing is written and no tensor is read.
+    """Returns the plan of a merge or conversion. Nothing is written and no tensor is read.
 
-    ``indexes`` has each of the recipe's checkpoints, the first one first. Raises MismatchError when they disagree,
-    BudgetError when ``memory_bytes`` are too few, RecipeError.
+    ``indexes``: the indexes of the recipe's checkpoints, the first one first. Raises MismatchError when the checkpoints do
+    not fit each other, BudgetError when ``memory_bytes`` is too small, RecipeError for an invalid recipe.
     """
     if out is not None and not out.name:
         raise RecipeError(f"{printable(out)} is not a name for an output")
@@ -190,7 +190,7 @@ def build_plan(
     alignment.warnings += differing_facts([i.extras for i in opened], [str(i.path) for i in opened])
     output = plan_output(out or parse(_EXAMPLE_OUT), recipe, indexes, alignment, hashed)
     tasks = [task for placed in output.placed for task in _tasks(placed, recipe.seed)]
-    # In the order in which the first input has them on the disk, its pages are read once and in sequence.
+    # Sorts by the place in the first input, so that its pages are read once and in sequence.
     ranks: dict[BlobPath, int] = {}
     tasks.sort(key=lambda task: (task.method is not INTEGERS, *_begin(task.sources[0], ranks)))
     expressions = list({s.place: s for task in tasks for s in task.sources if s.__class__ is not Stored}.values())
@@ -199,7 +199,7 @@ def build_plan(
         for record in records(source):
             spooled.setdefault(record, source.spec.name)
     held = [index.container.held_bytes for index in opened]
-    # Reading a pickle takes two copies of it beside its tree; they are gone when the output's pickle is written.
+    # Reading a pickle takes two copies of it beside its tree. They are freed before the output's pickle is written.
     pickle_bytes = sum(held) + max(2 * max(held), output.layout.pickle_bytes)
     budget, io = budget_of(tasks, memory_bytes, workers, io, bool(spooled), pickle_bytes)
     identities = {path: known for index in opened for path, known in index.identities().items()}
@@ -230,7 +230,7 @@ def _is_stored(source: Source) -> bool:
 
 
 def _begin(source: Source, ranks: dict[BlobPath, int]) -> tuple[int, int]:
-    """Where a source begins, as something that can be sorted: the number of its path, and the offset."""
+    """Returns the begin of a source as a sort key: the number of its path, and the offset."""
     path, offset = source.begin
     return ranks.setdefault(path, len(ranks)), offset
 
@@ -244,9 +244,9 @@ def budget_of(
     pickle_bytes: int = 0,
     beside_bytes: int = 0,
 ) -> tuple[Budget, str]:
-    """Returns how to run these tasks within that memory, and how to read the inputs.
+    """Returns the budget of these tasks within ``memory_bytes``, and the way to read the inputs.
 
-    Inputs are read by pread if they cannot be mapped, or if there is no room for mapped pages or for as many mapped files.
+    Inputs are read by pread if they cannot be mapped, or if the memory or the file limit has no room for the mapped files.
     ``beside_bytes``: what each worker holds besides its buffers. Raises BudgetError if the memory is too little.
     """
     if io == "mmap" and not _can_map(tasks, workers):
@@ -262,7 +262,7 @@ def budget_of(
 
 
 def _can_map(tasks: list[MergeTask], workers: int) -> bool:
-    """Whether the stores can map, and as many files as the workers read from at one time."""
+    """Whether the stores can map files, and as many files as the workers read at one time."""
     most, stores = 0, dict[int, Any]()
     for task in tasks:
         files = 0
@@ -278,7 +278,7 @@ def _can_map(tasks: list[MergeTask], workers: int) -> bool:
 
 
 def _tasks(placed: Placed, seed: int) -> list[MergeTask]:
-    """The work of one output tensor: the merge, and where one model has more rows, the copy of those."""
+    """Returns the work of one output tensor: the merge and, if one model has more rows, the copy of these rows."""
     m, spec = placed.merged, placed.spec
     if m is None:
         if placed.source is None:
@@ -293,7 +293,7 @@ def _tasks(placed: Placed, seed: int) -> list[MergeTask]:
 
 
 def _cost(tasks: list[MergeTask], io: str) -> Cost:
-    """What a chunk needs, of each kind the most that any task does; nothing where everything is copied verbatim."""
+    """Returns the memory of one chunk: for each kind, the most that any task needs. Zero if all tasks copy verbatim."""
     cost = Cost(0, 0, 0, 0)
     seen: set[tuple[object, ...]] = set()
     for task in tasks:
@@ -302,7 +302,7 @@ def _cost(tasks: list[MergeTask], io: str) -> Cost:
             continue
         if task.verbatim:
             continue
-        # Tasks that are alike need the same, and there are tens of thousands of them.
+        # Tens of thousands of tasks are alike and cost the same, so each kind is computed once.
         method, dtypes = task.method, tuple(source.spec.dtype for source in task.sources)
         sized = task.out.shape if method.passes or method.row else None
         alike = (id(method), dtypes, task.out.dtype, task.compute, task.based, sized, id(task.parameters))
@@ -328,7 +328,7 @@ def _task_cost(task: MergeTask, dtypes: list[DType], io: str) -> Cost:
 
 
 def _nested_cost(task: MergeTask, io: str) -> Cost:
-    """What a chunk needs where some sources are no plain byte ranges: those are read, the others may be mapped."""
+    """Returns the memory of one chunk if some sources are not plain byte ranges. Such sources cannot be mapped."""
     needed = Needs()
     for source in task.sources:
         if not _is_stored(source):

@@ -1,7 +1,7 @@
-"""What a finished output says of how it was made, so that it can be verified later.
+"""The receipt: the record in a finished output of how it was made, so that it can be verified later.
 
-A receipt is as long as it will be when it is planned; checksums and hashes, known last, take the place of zeros. It says
-nothing of the machine, its users or the time, so that it is a function of recipe and inputs like all else.
+A planned receipt already has its final length. Zeros stand for the checksums and hashes, which are known last. It holds
+nothing about the machine, its users or the time: it is a function of recipe and inputs, like the rest of the output.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from streammerge.strict_json import load_json
 from streammerge.version import __version__
 
 ITSELF = ""
-"""What a receipt calls the file that it stands in."""
+"""The name in a receipt of the file that holds the receipt."""
 _FORM = 1
 _BLANK_SHA256 = "0" * 64
 _SUMS = re.compile("([0-9a-f]{8})+")
@@ -31,10 +31,13 @@ _SUMS = re.compile("([0-9a-f]{8})+")
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """``recipe``: as it travels, a conversion's too. ``inputs``: name -> bytes and SHA-256 of all but its tensors, and
-    of the whole where that was asked for; for a checkpoint in memory its bytes, and that it was there. ``checksums``:
-    output file -> those of its tensors in the order in which they lie, empty ones left out, and of all its other bytes but
-    for the receipt, each 8 hexadecimal digits. ``digest``: SHA-256 of all this.
+    """The record of how an output was made.
+
+    ``recipe``: the recipe without paths of this machine, also of a conversion. ``inputs``: the name of each input file ->
+    its size in bytes, the SHA-256 of its bytes outside the tensors and, if requested, of the whole file; for a checkpoint
+    in memory, its size and ``in_memory``. ``checksums``: the name of each output file -> the checksums of its tensors in
+    file order, without empty tensors, then one of its other bytes (with a blank receipt), 8 hexadecimal digits each.
+    ``digest``: the SHA-256 of the receipt.
     """
 
     recipe: dict[str, Any]
@@ -48,7 +51,7 @@ class Receipt:
 
     @property
     def held(self) -> list[str]:
-        """Names of the inputs that were in the caller's memory, which nobody can read again."""
+        """Names of the inputs that were in the caller's memory. They cannot be read again."""
         return [name for name, said in self.inputs.items() if said.get("in_memory")]
 
     @property
@@ -59,45 +62,45 @@ class Receipt:
         return json.dumps(asdict(self), indent=indent, separators=(",", ": " if indent else ":"))
 
     def blank(self) -> Receipt:
-        """As it was planned: zeros for what is known last."""
+        """Returns the receipt as it was planned: zeros in place of checksums and hashes."""
         inputs = {n: {**i, "sha256": _BLANK_SHA256} if "sha256" in i else i for n, i in self.inputs.items()}
         checksums = {name: "0" * len(sums) for name, sums in self.checksums.items()}
         return replace(self, inputs=inputs, checksums=checksums, digest=_BLANK_SHA256)
 
     def filled(self, checksums: Mapping[str, Sequence[int]], hashes: Mapping[str, str]) -> Receipt:
-        """With the checksums of each output file and, where they were asked for, the hashes of the inputs."""
+        """Returns the receipt with the checksums of each output file and, if requested, the hashes of the inputs."""
         sums = {name: "".join(f"{value:08x}" for value in checksums[name]) for name in self.checksums}
         inputs = {n: {**i, "sha256": hashes[n]} if n in hashes else i for n, i in self.inputs.items()}
         made = replace(self, checksums=sums, inputs=inputs)
         return replace(made, digest=made.own_digest())
 
     def own_recipe(self) -> dict[str, Any]:
-        """The recipe, from which the inputs are found. VerifyError when it names what no receipt of ours does."""
+        """Returns the recipe, which names the inputs. Raises VerifyError for absolute paths, which we never write."""
         named = [str(name) for name in _models_in(self.recipe)]
         if any(name.startswith(("/", "~")) for name in named):
             raise VerifyError("its receipt names inputs by absolute paths, which none of streammerge's does")
         return self.recipe
 
     def own_digest(self) -> str:
-        """What ``digest`` must be."""
+        """Returns the correct value of ``digest``."""
         import hashlib
 
         return hashlib.sha256(replace(self, digest=_BLANK_SHA256).text().encode()).hexdigest()
 
     def sums(self, name: str) -> list[int]:
-        """The checksums of one output file."""
+        """Returns the checksums of one output file."""
         text = self.checksums[name]
         return [int(text[at : at + 8], 16) for at in range(0, len(text), 8)]
 
 
 InputSpans = tuple[Location, list[tuple[int, int]]]
-"""A file, and where its tensors lie."""
+"""A file, and the (begin, end) byte ranges of its tensors."""
 
 
 def input_files(named: Mapping[str, CheckpointIndex]) -> dict[str, InputSpans]:
-    """Every file of the checkpoints by its name in a receipt: where it is, and where its tensors lie.
+    """Returns every file of the checkpoints by its name in a receipt: its location, and the ranges of its tensors.
 
-    ``named``: what each checkpoint is called -> its index.
+    ``named``: name of each checkpoint -> its index.
     """
     found = {}
     for name, index in named.items():
@@ -122,8 +125,10 @@ def planned(
     computed: bool,
     held: Mapping[str, int] | None = None,
 ) -> Receipt:
-    """The receipt of an output whose files are not known yet. ``files``: those of :func:`input_files`. ``computed``:
-    whether torch has a part in it. ``held``: name -> bytes of the checkpoints in memory.
+    """Returns the receipt of an output whose files are not known yet.
+
+    ``files``: the result of :func:`input_files`. ``hashed``: leaves room for the SHA-256 of whole inputs. ``computed``:
+    whether torch computes any value. ``held``: name of each checkpoint in memory -> its bytes.
     """
     inputs: dict[str, dict[str, Any]] = {
         name: {"bytes": nbytes, "in_memory": True} for name, nbytes in (held or {}).items()
@@ -139,13 +144,13 @@ def planned(
 
 
 def torch_version() -> str:
-    """The version of torch that is installed, which is not imported. Raises RecipeError where there is none."""
+    """Returns the version of the installed torch without importing it. Raises RecipeError if torch is not installed."""
     from importlib.metadata import PackageNotFoundError, version
     from importlib.util import find_spec
 
     try:
         return version("torch")
-    except PackageNotFoundError:  # built from source, or put into an image without its metadata
+    except PackageNotFoundError:  # torch was built from source, or copied into an image without its metadata
         found = find_spec("torch")
     if found is None or found.origin is None:
         raise RecipeError("torch is not installed, and this merge computes with it; install torch")
@@ -159,7 +164,7 @@ def torch_version() -> str:
 
 
 def read_receipt(text: str, where: object) -> Receipt:
-    """The receipt that a file holds. Raises VerifyError when it is none, or not as it was written."""
+    """Reads a receipt from its text. Raises VerifyError when it is damaged or not a receipt. ``where``: for the message."""
     try:
         made = Receipt(**load_json(text))
         whole = _is_sound(made) and text in (made.text(), made.text(2)) and made.own_digest() == made.digest
@@ -171,7 +176,7 @@ def read_receipt(text: str, where: object) -> Receipt:
 
 
 def _is_sound(made: Receipt) -> bool:
-    """Whether everything in it is of its kind; a stranger may have written it, and its digest too."""
+    """Whether every field has the right type. A stranger may have written the receipt, with a correct digest."""
     return (
         made.form == _FORM
         and isinstance(made.recipe, dict)
@@ -189,7 +194,7 @@ def _is_sound(made: Receipt) -> bool:
 
 
 def _models_in(node: Any) -> Iterator[Any]:
-    """All that a recipe names as models, wherever it does."""
+    """Yields every value of a recipe that names a model, at any depth."""
     if isinstance(node, dict):
         for key, value in node.items():
             if key in ("model", "base_model", "copy"):
@@ -207,13 +212,13 @@ def _is_input(said: Any) -> bool:
 
 
 def _is_name(name: str) -> bool:
-    """Whether it is that of a file in the output's own folder."""
+    """Whether it is a plain file name, so that the file lies in the output's own folder."""
     plain = name not in (".", "..") and not any(c in name for c in "/\\\0")
     return plain and len(name.encode("utf-8", "replace")) < 256
 
 
 def escaped(text: str) -> bytes:
-    """A text as it stands within a JSON document."""
+    """Returns the bytes of a text inside a JSON string."""
     return json.dumps(text, ensure_ascii=False)[1:-1].encode()
 
 
@@ -221,5 +226,5 @@ _WRITINGS = (lambda r: r.text().encode(), lambda r: r.text(2).encode(), lambda r
 
 
 def written_like(final: Receipt, blank: bytes) -> bytes:
-    """The bytes of a receipt, written as these are of its blank."""
+    """Returns the bytes of the final receipt, in the same notation as the bytes ``blank`` of its blank form."""
     return next(writing(final) for writing in _WRITINGS if writing(final.blank()) == blank)

@@ -1,4 +1,4 @@
-"""What there is to do: tasks, the pieces that long ones are cut into, and the batches that short ones are joined to."""
+"""The work of a run: tasks, pieces of long tasks, and batches of short ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from streammerge.tensors.spec import PIECE_ELEMS, TensorSpec, ranges
 class MergeTask:
     """The work of one output tensor: from the numbers of ``sources`` to the bytes at ``offset`` of output file ``file``.
 
-    ``based`` says that the first source is the base; ``parameters`` are those of the method, resolved for these models.
+    ``based``: whether the first source is the base. ``parameters``: the method's parameters, resolved for these models.
     """
 
     out: TensorSpec
@@ -33,7 +33,7 @@ class MergeTask:
 
     @property
     def verbatim(self) -> bool:
-        """Whether the output's bytes are the source's, so that no arithmetic is needed."""
+        """Whether the output's bytes equal the source's bytes, so that no arithmetic is needed."""
         return self.method is COPY and self.sources[0].spec.dtype == self.out.dtype
 
     @property
@@ -42,7 +42,7 @@ class MergeTask:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape as arithmetic sees it: a complex number is two."""
+        """The shape in real numbers: a complex number counts as two."""
         return self.out.component_shape
 
     @property
@@ -51,7 +51,7 @@ class MergeTask:
 
     @property
     def row(self) -> int:
-        """Elements that belong together and are held at once."""
+        """Number of elements that must be in memory together."""
         return self.method.rows(self.shape, self.parameters)
 
     @property
@@ -60,13 +60,13 @@ class MergeTask:
 
     @property
     def spread(self) -> bool:
-        """Whether its passes are worth all workers."""
+        """Whether the tensor is long enough to share its passes among all workers."""
         return self.method.passes and self.elems > self.piece_elems
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Elements ``start`` to ``stop`` of the task of that number."""
+    """Elements ``start`` to ``stop`` of the task with this number."""
 
     task: MergeTask
     number: int
@@ -79,12 +79,12 @@ class Piece:
 
     @property
     def whole(self) -> bool:
-        """Whether it is all of its tensor."""
+        """Whether the piece is the whole tensor."""
         return self.stop - self.start == self.task.elems
 
     @property
     def offset(self) -> int:
-        """Where its bytes lie in the output file."""
+        """Offset of its bytes in the output file."""
         return self.task.offset + self.start * self.task.out.dtype.component.element_bytes
 
     @property
@@ -98,9 +98,9 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class PieceDone:
-    """What came of elements ``start`` to ``stop`` of the task of that number: the checksum of their bytes, non-finite
-    numbers met, by source, and what their destination found in them. Small and plain, so that it can come from another
-    process."""
+    """The result of elements ``start`` to ``stop`` of the task with this number. Small, plain data that another process can
+    send. ``checksum``: of their bytes. ``nonfinite``: the number of NaN and infinite values by source. ``found``: the
+    finding of their destination."""
 
     number: int
     start: int
@@ -114,13 +114,14 @@ class PieceDone:
 
 
 def pieces(task: MergeTask, number: int) -> Iterator[Piece]:
-    """The task, cut where it is long; an empty tensor has no piece."""
+    """Yields the pieces of a task. A long task has several, an empty tensor none."""
     for start, stop in ranges(task.elems, task.piece_elems):
         yield Piece(task, number, start, stop)
 
 
 def batches(wanted: Iterable[Piece], most_bytes: int) -> Iterator[list[Piece]]:
-    """Whole tensors that are neighbours in the output together, as far as one write reaches; a part of one alone."""
+    """Yields batches: whole tensors that are neighbours in the output, up to ``most_bytes``. A part of a tensor is a batch
+    of its own."""
     batch: list[Piece] = []
     nbytes = 0
     for piece in wanted:
@@ -135,7 +136,7 @@ def batches(wanted: Iterable[Piece], most_bytes: int) -> Iterator[list[Piece]]:
 
 
 def stretches(batch: list[Piece]) -> Iterator[list[Piece]]:
-    """The batch in stretches that can be computed as if they were one tensor."""
+    """Yields the stretches of a batch. Each stretch can be computed as one tensor."""
     stretch = [batch[0]]
     for piece in batch[1:]:
         if _continues(stretch[-1].task, piece.task):
@@ -147,7 +148,7 @@ def stretches(batch: list[Piece]) -> Iterator[list[Piece]]:
 
 
 def joined(stretch: list[Piece]) -> Piece:
-    """One piece that does the work of all."""
+    """Returns one piece that does the work of the whole stretch."""
     first = stretch[0]
     if len(stretch) == 1:
         return first
@@ -161,14 +162,13 @@ def joined(stretch: list[Piece]) -> Piece:
 
 
 def _follows(before: Piece, piece: Piece) -> bool:
-    """Whether the bytes of two whole tensors lie one after the other in the output."""
+    """Whether two whole tensors are neighbours in the output."""
     task, other = piece.task, before.task
     return task.file == other.file and task.offset == other.offset + other.out.nbytes and piece.whole and before.whole
 
 
 def _continues(before: MergeTask, task: MergeTask) -> bool:
-    """Whether a task that follows another in the output also does so in each input, whose bytes are stored, and is
-    computed in the same way."""
+    """Whether a task follows another one in every input too, over stored bytes, and is computed in the same way."""
     if not (
         task.method is before.method
         and task.method.pointwise

@@ -1,7 +1,7 @@
-"""What a recipe's models, slices and modules mean for these checkpoints: views of them, tensors under their output names.
+"""Turns the models, slices and modules of a recipe into views of the checkpoints: tensors under their output names.
 
-A merge of whole models is one part. Each slice of stacked layers is a part, in which every source is seen with its layers
-renumbered; each module is one, or several. Within a part, equal names are merged.
+A merge of whole models is one part. Each slice of stacked layers is a part whose views have renumbered layers. Each module
+is one part or several. Within a part, tensors of equal names are merged.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _NONE: Settings = {}
 
 @dataclass(slots=True)
 class View:
-    """A checkpoint's tensors by the names that they have in the output; ``own`` are the model's own parameters."""
+    """A checkpoint's tensors by their names in the output. ``own``: the model's own parameters."""
 
     index: CheckpointIndex
     entries: dict[str, Tensor]
@@ -40,11 +40,11 @@ class View:
 
 @dataclass(slots=True)
 class Part:
-    """Views that are merged by equal names, the base first where there is one.
+    """Views that are merged by equal names. A base is the first view.
 
-    ``based``: whether the first view is a base. ``models``: the views that are models, in the order in which they were
-    written; a base is among them where the method has no use for one. ``levels``: the parameters of slice, module and
-    recipe. ``layers``: stack -> its first layer here, and how many.
+    ``based``: whether the first view is a base. ``models``: the numbers of the views that are models, in the order of the
+    recipe; the base is one of them if the method does not use a base. ``levels``: the parameters of slice, module and
+    recipe. ``layers``: stack -> its first layer in this part, and its number of layers.
     """
 
     views: list[View]
@@ -55,16 +55,16 @@ class Part:
     layers: dict[str, tuple[int, int]]
 
     def takes_base(self, method: MergeMethod) -> bool:
-        """Whether a method is given the base apart from the models."""
+        """Whether the method gets the base separately from the models."""
         return self.based and method.takes_base
 
     def order(self, method: MergeMethod) -> tuple[int, ...]:
-        """The views that a method is given, in its order: the base before the models, or as the first of them."""
+        """Returns the views for a method, in its order: the base before the models, or as the first model."""
         first = self.takes_base(method) or (self.based and method.base == "model" and 0 in self.models)
         return (0, *(number for number in self.models if number)) if first else self.models
 
     def position(self, name: str) -> float:
-        """Where in a layer gradient a tensor is; what is outside the layers has the first value."""
+        """Returns the position of a tensor in a layer gradient, from 0 to 1. A tensor outside the layers is at 0."""
         layer = layer_of(name)
         if layer is None or layer.stack not in self.layers:
             return 0.0
@@ -74,7 +74,8 @@ class Part:
 
 @dataclass(slots=True)
 class Restacked:
-    """The layers of one stack of the output: for each, the checkpoint that it comes from and its number there."""
+    """The layers of one stack of the output. ``layers``: the checkpoint of each layer, and its number in that checkpoint.
+    ``before``: the number of layers of the first checkpoint."""
 
     stack: str
     before: int
@@ -83,7 +84,7 @@ class Restacked:
 
 @dataclass(slots=True)
 class Parts:
-    """All parts; ``restacked`` where layers were moved."""
+    """All parts. ``restacked``: the stacks whose layers were moved."""
 
     parts: list[Part] = field(default_factory=list)
     restacked: list[Restacked] = field(default_factory=list)
@@ -91,7 +92,7 @@ class Parts:
 
 
 def make_parts(recipe: Recipe, indexes: Indexes) -> Parts:
-    """The parts of a recipe. Raises RecipeError for layers or modules that the checkpoints do not have."""
+    """Returns the parts of a recipe. Raises RecipeError for layers or modules that the checkpoints do not have."""
     made = Parts()
     first = indexes[recipe.checkpoints[0]]
     if recipe.models:
@@ -124,7 +125,7 @@ def _view(index: CheckpointIndex, takes: Belongs, own: Settings, everything: boo
 def _whole(
     recipe: Recipe, indexes: Indexes, models: tuple[Model, ...], levels: tuple[Settings, ...], made: Parts, takes: Belongs
 ) -> Part:
-    """All layers of each model."""
+    """Makes one part of whole models."""
     everything = bool(recipe.models)
     views = [_view(indexes[_known(recipe, indexes, m)], takes, m.parameters, everything) for m in models]
     place = next((n for n, m in enumerate(models) if recipe.base and recipe.of(m).same(recipe.base)), None)
@@ -141,7 +142,7 @@ def _whole(
 
 
 def _base_first(views: list[View], place: int | None) -> tuple[list[View], list[int]]:
-    """The views with the base before all, and where each went."""
+    """Returns the views with the base first, and the new number of each view."""
     order = [number for number in range(len(views)) if number != place]
     order = order if place is None else [place, *order]
     return [views[number] for number in order], [order.index(number) for number in range(len(views))]
@@ -164,7 +165,7 @@ def _stack(
     takes: Belongs,
     first: CheckpointIndex,
 ) -> None:
-    """A part for each slice, its layers behind those of the slices before it."""
+    """Makes a part for each slice. Its layers follow the layers of the previous slices."""
     offset, moved, problems = 0, Restacked("", 0, []), Problems()
     stacked = _Stacks(takes)
     for each in slices:
@@ -199,14 +200,14 @@ def _stack(
 
 
 class _Stacks:
-    """The layers of checkpoints, looked up once for each: slices come back to the same ones."""
+    """The layers of checkpoints. Each checkpoint is looked through once, because several slices use the same one."""
 
     def __init__(self, takes: Belongs) -> None:
         self.takes = takes
         self.known: dict[int, tuple[str, dict[int, list[str]], list[str]]] = {}
 
     def _of(self, index: CheckpointIndex) -> tuple[str, dict[int, list[str]], list[str]]:
-        """The stack that slices mean, its tensors by their layer, and those outside it."""
+        """Returns the stack that slices refer to, its tensor names by layer, and the names outside it."""
         if id(index) not in self.known:
             names = [name for name in index.entries if self.takes(name)]
             stack, layers, outside = _main_stack(names, index), dict[int, list[str]](), list[str]()
@@ -226,7 +227,10 @@ class _Stacks:
         return max(self._of(index)[1]) + 1
 
     def view(self, index: CheckpointIndex, source: Source, offset: int, ends: tuple[bool, bool]) -> View:
-        """The layers of the source, counted from ``offset``; ``ends``: with what stands before, and behind, all layers."""
+        """Returns the layers of the source, renumbered from ``offset``.
+
+        ``ends``: whether to add the tensors before all layers, and those behind all layers.
+        """
         _, layers, outside = self._of(index)
         names = {name: name for name in outside if (ends[0] if is_before(name) else ends[1])} if any(ends) else {}
         start, stop = source.layer_range
@@ -239,7 +243,7 @@ class _Stacks:
 
 
 def _main_stack(names: list[str], index: CheckpointIndex) -> str:
-    """The stack whose layers a slice means; RecipeError where there is none, or it could be another one."""
+    """Returns the stack that slices refer to. Raises RecipeError if there is none, or if several are possible."""
     counted = stacks(names).most_common()
     if not counted:
         raise RecipeError(f"{printable(index.path)} has no layers (names like model.layers.0.mlp) that slices could take")
@@ -266,11 +270,11 @@ _MERGEKIT_MODULES = {
     "vision_model": ("visual", "vision_tower"),
     "multi_modal_projector": ("visual.merger", "visual.deepstack_merger_list", "projector"),
 }
-"""The names of modules in mergekit's definitions, and what their tensors' names begin with where not with that name."""
+"""Module names in mergekit's definitions -> other prefixes that their tensor names may have."""
 
 
 def _modules(recipe: Recipe, first: CheckpointIndex) -> list[tuple[str, str]]:
-    """(prefix, module), the longest prefixes first."""
+    """Returns pairs (prefix, module), the longest prefix first."""
     found: list[tuple[str, str]] = []
     names = list(first.entries)
     for name, module in recipe.modules.items():
@@ -291,7 +295,7 @@ def _modules(recipe: Recipe, first: CheckpointIndex) -> list[tuple[str, str]]:
 
 
 def _prefixes(name: str, names: list[str]) -> list[str]:
-    """What names begin with that belong to a module of this name: the name itself, or a path that ends in it."""
+    """Returns the prefixes of a module's tensor names: the module's name, or paths that end in it."""
     if not name:
         return [""]
     wanted = name.removesuffix(".")
@@ -305,7 +309,7 @@ def _prefixes(name: str, names: list[str]) -> list[str]:
 
 
 def _belonging(prefixes: list[tuple[str, str]], module: str | None) -> Belongs:
-    """Whether a tensor belongs to the module, to none for None."""
+    """Returns a test whether a tensor belongs to ``module``. None stands for the tensors of no module."""
 
     def belongs(name: str) -> bool:
         for candidate in (name, bare(name)):
@@ -318,7 +322,7 @@ def _belonging(prefixes: list[tuple[str, str]], module: str | None) -> Belongs:
 
 
 def _rest(recipe: Recipe, first: CheckpointIndex, takes: Belongs, made: Parts) -> None:
-    """Tensors of no module are kept as the first checkpoint has them."""
+    """Makes a part that copies the tensors of no module from the first checkpoint."""
     view = _view(first, takes, _NONE, everything=False)
     if view.entries:
         made.notes.append(f"{len(view.entries)} tensors belong to no module and are copied: {listed(list(view.entries))}")

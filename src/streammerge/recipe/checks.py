@@ -154,6 +154,8 @@ def _check_rules(recipe: Recipe, problems: Problems) -> None:
         actions += ["parameters"] if rule.parameters and "merge_method" not in actions else []
         if len(actions) > 1:
             problems.add(rule.path, f"a rule does one thing, not {' and '.join(actions)}")
+        if rule.rename and not rule.copy:
+            problems.add(rule.path, "rename in a rule is about the model that the rule copies from; add copy")
         if rule.drop and rule.dtype:
             problems.add(rule.path, "a dropped tensor has no dtype; give either drop or dtype")
         for name, setting in rule.parameters.items():

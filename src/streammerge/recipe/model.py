@@ -27,8 +27,8 @@ from streammerge.recipe.fields import (
     option_key,
     place_of,
 )
-from streammerge.recipe.patterns import Pattern
-from streammerge.recipe.scalars import COMPUTE, DTYPE, LAYER_RANGE, METHOD, MODEL, PATTERN, SIZE, parameter_docs
+from streammerge.recipe.patterns import Pattern, Rename
+from streammerge.recipe.scalars import COMPUTE, DTYPE, LAYER_RANGE, METHOD, MODEL, PATTERN, RENAME, SIZE, parameter_docs
 from streammerge.recipe.settings import Settings, SettingsKind
 from streammerge.stores.locations import resolved
 from streammerge.tensors.dtypes import DType
@@ -42,13 +42,15 @@ def _chosen(name: str) -> Any:
 
 
 class Reference(NamedTuple):
-    """A checkpoint as the user named it, and optionally one of its state dicts."""
+    """A checkpoint as the user named it; optionally one of its state dicts, and other names for its tensors."""
 
     path: str
     state_dict: str | None = None
+    rename: tuple[Rename, ...] = ()
 
     def same(self, other: Reference) -> bool:
-        return self.state_dict == other.state_dict and resolved(self.path) == resolved(other.path)
+        alike = self.state_dict == other.state_dict and self.rename == other.rename
+        return alike and resolved(self.path) == resolved(other.path)
 
 
 SETTINGS = SettingsKind(parameter_docs)
@@ -61,6 +63,7 @@ class Model:
     model: str = key(MODEL, "Path of a file or folder.")
     parameters: Settings = key(SETTINGS, "This model's own parameters, such as weight.", default_factory=dict)
     state_dict: str | None = key(TEXT, "State dict inside a wrapped file; by default found automatically.", default=None)
+    rename: tuple[Rename, ...] = key(RENAME, "Other names for this model's tensors; applied first.", default=())
     path: Path = field(default=(), compare=False, repr=False)
 
 
@@ -72,6 +75,7 @@ class Source:
     layer_range: tuple[int, int] = key(LAYER_RANGE, "First layer, and the layer after the last.")
     parameters: Settings = key(SETTINGS, "This model's own parameters in the slice.", default_factory=dict)
     state_dict: str | None = key(TEXT, "State dict inside a wrapped file; by default found automatically.", default=None)
+    rename: tuple[Rename, ...] = key(RENAME, "Other names for this model's tensors; applied first.", default=())
     path: Path = field(default=(), compare=False, repr=False)
 
 
@@ -106,6 +110,7 @@ class Rule:
 
     match: tuple[Pattern, ...] = key(ListOf(PATTERN, or_one=True), "Globs on tensor names, or /regular expressions/.")
     copy: str | None = key(MODEL, "Copy the tensor from this model.", default=None)
+    rename: tuple[Rename, ...] = key(RENAME, "Other names for the tensors of the model to copy from.", default=())
     drop: bool = key(TRUTH, "Leave the tensor out.", default=False)
     merge_method: MergeMethod | None = key(METHOD, "Merge with this method.", default=None)
     parameters: Settings = key(
@@ -178,6 +183,7 @@ class Recipe:
     compute_dtype: DType | None = option_key(COMPUTE, _OPTIONS["compute_dtype"])
     state_dict: str | None = option_key(TEXT, _OPTIONS["state_dict"])
     ema: str = _chosen("ema")
+    rename: tuple[Rename, ...] = option_key(RENAME, _OPTIONS["rename"], default=())
     on_missing: str = _chosen("on_missing")
     on_shape: str = _chosen("on_shape")
     integers: str | None = _chosen("integers")
@@ -205,11 +211,11 @@ class Recipe:
         """The paths of the models, as the user named them."""
         return tuple(entry.model for entry in self.entries)
 
-    def reference(self, model: str, state_dict: str | None = None) -> Reference:
-        return Reference(model, state_dict or self.state_dict)
+    def reference(self, model: str, state_dict: str | None = None, rename: tuple[Rename, ...] = ()) -> Reference:
+        return Reference(model, state_dict or self.state_dict, (*rename, *self.rename))
 
     def of(self, entry: Model | Source) -> Reference:
-        return self.reference(entry.model, entry.state_dict)
+        return self.reference(entry.model, entry.state_dict, entry.rename)
 
     @cached_property
     def base(self) -> Reference | None:
@@ -240,7 +246,7 @@ class Recipe:
         wanted = [] if self.base is None else [self.base]
         wanted += [self.of(entry) for entry in self.entries]
         wanted += [self.reference(s.base_model) for s in self._all_slices if s.base_model]
-        wanted += [self.copied(rule.copy) for rule in self.rules if rule.copy]
+        wanted += [self.copied(rule.copy, rule.rename) for rule in self.rules if rule.copy]
         found: list[Reference] = []
         for each in wanted:
             if not any(each.same(known) for known in found):
@@ -251,8 +257,10 @@ class Recipe:
     def _all_slices(self) -> list[Slice]:
         return [*self.slices, *(each for module in self.modules.values() for each in module.slices)]
 
-    def copied(self, model: str) -> Reference:
+    def copied(self, model: str, rename: tuple[Rename, ...] = ()) -> Reference:
         """Returns the checkpoint that a rule's ``copy`` names: a model as its entry reads it, or another checkpoint."""
+        if rename:
+            return self.reference(model, rename=rename)
         place = resolved(model)
         paths = (self.of(entry) for entry in self.entries if resolved(entry.model) == place)
         return next(paths, self.reference(model))

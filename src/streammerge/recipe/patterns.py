@@ -1,8 +1,13 @@
-"""Patterns of rules: a glob on a tensor's name, or a regular expression between slashes that is searched in it."""
+"""Patterns of rules: a glob on a tensor's name, or a regular expression between slashes that is searched in it.
+
+Renamings use the same two kinds of patterns.
+"""
 
 from __future__ import annotations
 
 import fnmatch
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,3 +47,104 @@ def parse_pattern(text: Any) -> Pattern:
         except (regex.error, RecursionError, OverflowError, MemoryError) as error:
             raise RecipeError(f"{printable(text)} is not a regular expression ({printable(error)})") from error
     return Pattern(text, regex.compile(r"\A" + fnmatch.translate(text)))
+
+
+@dataclass(frozen=True)
+class Rename:
+    """Another name for the tensors that a pattern matches.
+
+    ``old.*`` to ``new.*``: a ``*`` of the new name stands for what the same ``*`` of the pattern took. ``/regex/``: what it
+    finds is replaced, and ``\\1`` stands for its first group.
+    """
+
+    pattern: str
+    name: str
+    compiled: Any = field(compare=False, repr=False)
+
+    def of(self, name: str) -> str | None:
+        """The new name; None for a name that the pattern does not match. RecipeError when that takes a second."""
+        import regex
+
+        try:
+            found = self.compiled.search(name, timeout=_MOST_SECONDS)
+            if found is None:
+                return None
+            if _is_regex(self.pattern):
+                return str(self.compiled.sub(self.name, name, timeout=_MOST_SECONDS))
+        except TimeoutError as error:
+            raise RecipeError(
+                f"the pattern {printable(self.pattern)} takes for ever on {printable(name)}; write it more simply"
+            ) from error
+        except (regex.error, IndexError) as error:
+            raise RecipeError(
+                f"{printable(self.name)} cannot be the new name for {printable(self.pattern)} ({printable(error)})"
+            ) from error
+        taken = iter(found.groups())
+        return "".join(next(taken) if part == "*" else part for part in re.split(r"(\*)", self.name))
+
+    def __str__(self) -> str:
+        return f"{self.pattern} -> {self.name}"
+
+
+def _is_regex(pattern: str) -> bool:
+    return len(pattern) > 2 and pattern[0] == pattern[-1] == "/"
+
+
+def parse_rename(pattern: Any, name: Any) -> Rename:
+    """The renaming of what a pattern matches. RecipeError for a pattern or a new name that cannot be."""
+    import regex
+
+    if not isinstance(pattern, str) or not isinstance(name, str) or not pattern:
+        raise ValueError(pattern)
+    if _is_regex(pattern):
+        compiled = parse_pattern(pattern).compiled
+        groups = max([0, *map(int, re.findall(r"\\(\d+)", name))])
+        if groups > compiled.groups:
+            raise RecipeError(
+                f"{printable(name)} names group {groups} of {printable(pattern)}, which has {compiled.groups}"
+            )
+        return Rename(pattern, name, compiled)
+    if name.count("*") > pattern.count("*"):
+        raise RecipeError(f"{printable(name)} has more * than {printable(pattern)}, so there is nothing to put there")
+    if not name:
+        raise RecipeError(f"the new name for {printable(pattern)} is empty")
+    parts = [regex.escape(part) for part in pattern.split("*")]
+    return Rename(pattern, name, regex.compile(r"\A" + "(.*)".join(parts) + r"\Z", regex.DOTALL))
+
+
+def parse_renames(value: Any) -> tuple[Rename, ...]:
+    """Renamings from a mapping, from one text ``FROM=TO``, or from a list of such texts. The first that matches holds."""
+    if isinstance(value, Mapping):
+        return tuple(parse_rename(pattern, name) for pattern, name in value.items())
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, Sequence) or not all(isinstance(each, str | Rename) for each in value):
+        raise TypeError
+    return tuple(each if isinstance(each, Rename) else _split(each) for each in value)
+
+
+def _split(text: str) -> Rename:
+    regular, equals, name = text.partition("/=") if text.startswith("/") else ("", "", "")
+    pattern = f"{regular}/"
+    if not equals:
+        pattern, equals, name = text.partition("=")
+    if not equals:
+        raise RecipeError(f"{printable(text)} is no renaming; write FROM=TO, like old.*=new.*")
+    return parse_rename(pattern, name)
+
+
+def renamed(names: Iterable[str], renames: Sequence[Rename]) -> dict[str, str]:
+    """Name -> its new name, for all names. RecipeError where two would be called the same."""
+    made: dict[str, str] = {}
+    owners: dict[str, str] = {}
+    for name in names:
+        new = next((other for each in renames if (other := each.of(name)) is not None), name)
+        if not new:
+            raise RecipeError(f"{printable(name)} would have an empty name; change `rename`")
+        first = owners.setdefault(new, name)
+        if first != name:
+            raise RecipeError(
+                f"{printable(first)} and {printable(name)} would both be called {printable(new)}; change `rename`"
+            )
+        made[name] = new
+    return made

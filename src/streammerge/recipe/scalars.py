@@ -13,7 +13,7 @@ from streammerge.methods.contracts import METHODS, MergeMethod, Parameter
 from streammerge.methods.registry import LINEAR, find_method
 from streammerge.options import whole
 from streammerge.recipe.fields import Plain
-from streammerge.recipe.patterns import parse_pattern
+from streammerge.recipe.patterns import Rename, parse_pattern, parse_renames
 from streammerge.tensors.dtypes import DType, parse_dtype
 from streammerge.units import parse_bytes
 
@@ -131,3 +131,16 @@ METHOD = Plain(
     _nearest_method,
 )
 PATTERN = Plain("a glob or a /regular expression/", parse_pattern, {"type": "string"}, str)
+
+
+def _dump_renames(renames: tuple[Rename, ...]) -> dict[str, str]:
+    return {each.pattern: each.name for each in renames}
+
+
+_TEXTS = {"type": "string"}
+RENAME = Plain(
+    "patterns and new names, like {old.*: new.*}",
+    parse_renames,
+    {"anyOf": [{"type": "object", "additionalProperties": _TEXTS}, _TEXTS, {"type": "array", "items": _TEXTS}]},
+    _dump_renames,
+)

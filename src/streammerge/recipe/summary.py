@@ -16,6 +16,8 @@ def recipe_lines(recipe: Recipe) -> list[str]:
     for name, module in recipe.modules.items():
         lines += [f"  module {printable(name)}{_after(module.parameters)}"]
         lines += [f"  {line}" for line in (*_models(recipe, module.models), *_slices(recipe, module.slices))]
+    if recipe.rename:
+        lines.append(f"rename   {', '.join(printable(each) for each in recipe.rename)}")
     if recipe.parameters:
         lines.append(f"with     {_shown_all(recipe.parameters)}")
     return lines
@@ -75,6 +77,8 @@ def _own(recipe: Recipe, entry: Model | Source) -> str:
         place = next(n for n, model in enumerate(recipe.models) if model is entry)
         if shares and sum(shares) and _normalizes(recipe):
             own["weight"] = f"{shares[place] / sum(shares):.6g}"
+    if entry.rename:
+        own["rename"] = ", ".join(printable(each) for each in entry.rename)
     return ", ".join(f"{name} {value}" for name, value in own.items())
 
 

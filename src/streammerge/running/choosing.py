@@ -1,4 +1,4 @@
-"""Which executor runs a plan."""
+"""Chooses the executor that runs a plan."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from streammerge.running.executors.registry import find_executor
 from streammerge.sources.merged import methods_in
 
 MOST_THREADS = 4
-"""Up to so many workers are threads. A worker holds Python's lock for 6 to 18 % of its time. At 18 %, four threads lose a
-tenth to waiting for each other, and eight lose a third."""
+"""The most workers that are threads. A worker holds Python's lock for 6 to 18 % of its time. At 18 %, four threads lose a
+tenth of their time to waiting for each other, and eight lose a third."""
 LEAST_BYTES = 8 << 30
-"""What must be read before processes are worth their start, which takes a second for torch alone."""
+"""The least bytes to read for which processes are worth their start, which takes a second for torch alone."""
 
 
 def choose_executor(plan: Plan, wanted: str | Executors) -> None:
-    """Puts into the plan which executor it is run with, and the memory that this needs.
+    """Writes into the plan which executor runs it, and the memory that this executor needs.
 
-    ``wanted``: "auto", a name, or what makes an executor. Raises RecipeError for an unknown name and for methods that
-    cannot be sent to processes, BudgetError when processes have too little memory.
+    ``wanted``: "auto", a name, or a function that makes an executor. Raises RecipeError for an unknown name and for methods
+    that cannot be sent to processes, BudgetError when the memory is too little for processes.
     """
     if wanted == "auto":
         if plan.budget.workers > MOST_THREADS and plan.read_bytes >= LEAST_BYTES and not _why_threads(plan):
@@ -49,12 +49,12 @@ def choose_executor(plan: Plan, wanted: str | Executors) -> None:
 
 
 def executor_of(plan: Plan, wanted: str | Executors) -> Executors:
-    """What makes the executor that was chosen for a plan."""
+    """Returns the function that makes the executor chosen for a plan."""
     return find_executor(plan.executor if isinstance(wanted, str) else wanted)
 
 
 def _why_threads(plan: Plan) -> str:
-    """Why no other process can do this work; "" if one can."""
+    """Returns the reason why only threads can do this work, "" if processes can."""
     if not supported():
         return "worker processes need a system with fork, such as Linux"
     if any(source.held for source in plan.expressions):
@@ -65,7 +65,7 @@ def _why_threads(plan: Plan) -> str:
 
 
 def _use_processes_if_they_help(plan: Plan) -> None:
-    """Leaves the plan with threads if a method cannot be sent, or if the memory does not allow more processes."""
+    """Switches the plan to processes if its methods can be sent and the memory allows more of them than threads."""
     if _stuck(plan) is not None:
         return
     try:
@@ -82,7 +82,7 @@ def _budget_of_processes(plan: Plan) -> tuple[Budget, str]:
 
 
 def _stuck(plan: Plan) -> MergeMethod | None:
-    """A method that another process cannot find: a lambda, a function in another, or in the script that runs."""
+    """Returns a method that another process cannot import: a lambda, a nested function, or one of the running script."""
     methods = {id(task.method): task.method for task in plan.tasks}
     methods |= {id(method): method for source in plan.expressions for method in methods_in(source)}
     for method in methods.values():

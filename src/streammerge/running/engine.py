@@ -1,4 +1,4 @@
-"""All tensors of a run, given to workers: those that one worker makes alone, and long ones that all workers share."""
+"""Gives all tensors of a run to workers. One worker makes a short tensor alone; all workers share a long one."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ T = TypeVar("T")
 def run_all(
     job: Job, executor: Executor, tasks: list[MergeTask], wanted: Callable[[Piece], bool]
 ) -> Generator[PieceDone, None, None]:
-    """Makes all pieces that are wanted, with the same bytes on any executor.
+    """Makes all pieces that ``wanted`` accepts, with the same bytes on any executor. Yields the result of each.
 
-    First what is spread by tensors, then one by one what is spread within a tensor: its method is bound here, with passes
-    that all workers run, and each worker then makes the same kernel of their results.
+    Makes the tensors first that one worker can make alone, then the long tensors one by one. The method of a long tensor is
+    bound here, and all workers run its passes. Each worker then makes the same kernel from their results.
     """
     independent = (
         piece for number, task in enumerate(tasks) if not task.spread for piece in pieces(task, number) if wanted(piece)
@@ -44,7 +44,7 @@ def run_all(
 def _sweep_on_all(
     job: Job, executor: Executor, number: int, task: MergeTask, record: Record
 ) -> Callable[..., Iterator[Any]]:
-    """A sweep over the pieces of a long tensor by all workers. ``record``: has the passes that were made before."""
+    """Returns a sweep over the pieces of a long tensor by all workers. ``record``: the results of the previous passes."""
 
     def sweep(look: Look, step: Step[T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
         work = SweepWork(job, number, task, tuple(record.results), step, sparse)

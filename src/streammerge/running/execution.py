@@ -1,4 +1,4 @@
-"""Executing a plan: what must not be lost is refused, the output is produced and committed. It appears whole, or not at
+"""Executes a plan: refuses to lose the user's files, makes the output and commits it. The output appears whole or not at
 all."""
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from streammerge.units import binary_bytes, counted, decimal_bytes
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Result:
-    """What a run did. Memory is resident bytes by the kernel's count, those of worker processes included: ``peak_bytes``
-    above ``startup_bytes``."""
+    """The report of a run. Memory is resident bytes as the kernel counts them, worker processes included. ``peak_bytes``:
+    the most memory above ``startup_bytes``."""
 
     out: Location
     read_bytes: int
@@ -47,9 +47,10 @@ class Result:
 
 
 def execute(plan: Plan, options: RunOptions, resident_before: int) -> Result:
-    """Runs a plan to its end. Raises what DESIGN names; then nothing was written under the output's name.
+    """Runs a plan to its end. On an error, nothing was written under the output's name.
 
-    ``resident_before``: what was resident before the inputs' headers were read, which count as the run's memory.
+    ``resident_before``: resident bytes before the inputs' headers were read, because the headers count as the run's memory.
+    Raises the errors that :func:`streammerge.merge` names.
     """
     if plan.out is None:
         raise ValueError("a plan without an output cannot be run")
@@ -58,7 +59,7 @@ def execute(plan: Plan, options: RunOptions, resident_before: int) -> Result:
     refuse_to_lose_files(out, plan)
     headers = max(process.resident_bytes() - resident_before, 0)
     if plan.torch_needed:
-        with process.collector_paused():  # of a hundred thousand objects that stay, a tenth of torch's import
+        with process.collector_paused():  # saves a tenth of torch's import, which makes 100,000 lasting objects
             prepare_torch()
     process.reset_peak()
     startup, began = process.resident_bytes() - headers, time.perf_counter()
@@ -83,7 +84,7 @@ def execute(plan: Plan, options: RunOptions, resident_before: int) -> Result:
 
 
 def _produce(plan: Plan, staging: Staging, options: RunOptions) -> Production:
-    """The output, made and committed; or an error, and of the output nothing, or what a next run goes on from."""
+    """Makes and commits the output. On an error, keeps nothing, or only what the next run can continue from."""
     made, keep = None, False
     try:
         alone = one_torch_thread() if plan.torch_needed else nullcontext()
@@ -99,7 +100,7 @@ def _produce(plan: Plan, staging: Staging, options: RunOptions) -> Production:
         if staging.published:
             options.listener(Published())
         elif made is None or made.untouched:
-            keep = True  # what an earlier run has left
+            keep = True  # the files of an earlier run
         elif isinstance(error, UncheckedError):
             keep = True
             if made.resume:
@@ -115,13 +116,13 @@ def _produce(plan: Plan, staging: Staging, options: RunOptions) -> Production:
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether the same run may succeed another time: it was interrupted, the machine failed it, or the output's place
-    was taken while it ran."""
+    """Whether the same run may succeed another time: it was interrupted, the machine failed, or another file took the
+    output's place during the run."""
     return not isinstance(error, StreammergeError) or isinstance(error, RecipeError) or isinstance(error.__cause__, OSError)
 
 
 def refuse_input_as_output(out: Location, plan: Plan) -> None:
-    """FormatError when the output is one of the inputs, under any name, holds one, or lies in the folder of one."""
+    """Raises FormatError when the output is an input under any name, holds an input, or lies in the folder of an input."""
     same = {known.place for known in plan.identities.values()}
     written = [out] if out.is_file() else [path for path in out.children() if path.is_file()] if out.is_folder() else []
     inputs = [path.resolve() for path in plan.identities]
@@ -137,7 +138,8 @@ def refuse_input_as_output(out: Location, plan: Plan) -> None:
 
 
 def refuse_to_lose_files(out: Location, plan: Plan) -> None:
-    """RecipeError when a folder that is to be replaced holds what is no part of a checkpoint, or is to be a file."""
+    """Raises RecipeError when the output would replace a folder with foreign files, a folder by a file, or a file by a
+    folder."""
     if out.is_folder():
         if not plan.layout.as_folder:
             raise RecipeError(f"{printable(out)} is a folder; remove it first, or choose another name")
@@ -154,7 +156,8 @@ def refuse_to_lose_files(out: Location, plan: Plan) -> None:
 
 
 def refuse_extras(extras: Location, plan: Plan, overwrite: bool) -> None:
-    """RecipeError when writing the extras would lose an input, the output or, without ``overwrite``, another file."""
+    """Raises RecipeError when writing the extras would lose an input, the output or, without ``overwrite``, another
+    file."""
     extras.check_writable(overwrite)
     taken = {path.resolve() for path in plan.identities} | ({plan.out.resolve()} if plan.out else set())
     taken |= {owner.resolve() for owner in dict.fromkeys(plan.owners.values()) if owner.is_folder()}
@@ -165,7 +168,7 @@ def refuse_extras(extras: Location, plan: Plan, overwrite: bool) -> None:
 
 
 def _made_before(out: Location) -> set[str]:
-    """The files of an earlier output in that folder, by its receipt."""
+    """Returns the file names of an earlier output in that folder, from its receipt."""
     try:
         return {RECEIPT_FILE, *receipt_of(out).checksums}
     except StreammergeError:
@@ -173,7 +176,7 @@ def _made_before(out: Location) -> set[str]:
 
 
 def default_workers() -> int:
-    """CPUs that this process may use."""
+    """Returns the number of CPUs that this process may use."""
     import os
 
     return max(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 1)

@@ -1,4 +1,4 @@
-"""How much memory this process holds."""
+"""Measures the memory of this process, and pauses the garbage collector."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _STATUS, _ROLLUP = Path("/proc/self/status"), Path("/proc/self/smaps_rollup")
 
 
 def resident_bytes() -> int:
-    """Resident set now: anonymous memory and mapped file pages."""
-    import psutil  # here, since --help and inspect do without it
+    """Returns the resident bytes now: anonymous memory and mapped file pages."""
+    import psutil  # here, because --help and inspect do not need it
 
     return int(psutil.Process().memory_info().rss)
 
 
 @contextlib.contextmanager
 def collector_paused() -> Iterator[None]:
-    """No search for reference cycles meanwhile.
+    """Pauses the search for reference cycles.
 
-    Headers become some hundred thousand small objects without cycles, through all of which Python would go each time.
+    Headers become hundreds of thousands of small objects without cycles, and each search would visit all of them.
     """
     running = gc.isenabled()
     gc.disable()
@@ -36,9 +36,9 @@ def collector_paused() -> Iterator[None]:
 
 @contextlib.contextmanager
 def collector_spared() -> Iterator[None]:
-    """What is there already is left out of the searches meanwhile: of torch alone, some hundred thousand objects.
+    """Excludes the objects that exist now from the search for reference cycles. Torch alone has hundreds of thousands.
 
-    Does nothing in a program that has frozen objects of its own: thawing knows only all of them.
+    Does nothing in a program that has frozen objects itself, because ``gc.unfreeze`` would thaw those too.
     """
     if gc.get_freeze_count():
         yield
@@ -51,7 +51,7 @@ def collector_spared() -> Iterator[None]:
 
 
 class Gauge:
-    """:func:`resident_bytes`, asked of the kernel at most ten times a second."""
+    """Gives :func:`resident_bytes`, but asks the kernel at most ten times a second."""
 
     def __init__(self) -> None:
         self._asked, self._value = float("-inf"), 0
@@ -63,21 +63,21 @@ class Gauge:
 
 
 def reset_peak() -> None:
-    """Lets :func:`peak_resident_bytes` start over, where the kernel offers it."""
+    """Resets :func:`peak_resident_bytes` if the kernel supports it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_resident_bytes() -> int:
-    """The largest resident set so far, by the kernel's own count; what is resident now where it keeps none."""
+    """Returns the largest resident set so far, as the kernel counts it. Returns the current one if it keeps no count."""
     return _status().get("VmHWM") or resident_bytes()
 
 
 class Growth:
-    """How much the memory of this process, a fork of another, grows from now on.
+    """Measures how much the memory of this process, a fork, grows from now on.
 
-    Pages of libraries do not count, which a fork maps one by one as it comes to need them: they are the other's as well.
-    Pages of the other's data count when they are written to, since the kernel then copies them.
+    Pages of libraries do not count: a fork maps them one by one when it needs them, and shares them with its parent.
+    Pages of the parent's data count when they are written to, because the kernel then copies them.
     """
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ class Growth:
         self._start = _status()
 
     def most(self) -> int:
-        """The most that was resident beyond the start. To be asked when no file of data is mapped any more."""
+        """Returns the largest resident set above the start, in bytes. Call it when no data file is mapped any more."""
         now = _status()
         if "VmHWM" not in now:
             return 0
@@ -94,7 +94,7 @@ class Growth:
 
 
 def _own_bytes() -> int:
-    """Memory that this process has written to and that no other process has."""
+    """Returns the bytes that this process has written to and shares with no other process."""
     with contextlib.suppress(OSError):
         for line in _ROLLUP.read_text().splitlines():
             if line.startswith("Private_Dirty:"):
@@ -103,7 +103,7 @@ def _own_bytes() -> int:
 
 
 def _status() -> dict[str, int]:
-    """What the kernel tells of the memory of this process, in bytes; nothing where it does not."""
+    """Returns the kernel's figures on the memory of this process, in bytes. Empty on systems without them."""
     with contextlib.suppress(OSError):
         rows = [line.split() for line in _STATUS.read_text().splitlines() if line.startswith(("Vm", "Rss"))]
         return {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows}

@@ -1,4 +1,4 @@
-"""Whether checkpoint files are what they should be, by our own readers and by the safetensors library."""
+"""Checks checkpoint files with our own readers and with the safetensors library."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _MOST_RECEIPT_BYTES = 256 << 20
 
 
 def check_structure(folder: Location, layout: Layout) -> None:
-    """VerifyError unless the files of an output that was just made, in ``folder``, hold what was planned.
+    """Raises VerifyError unless the files of a new output in ``folder`` hold the planned tensors.
 
-    UncheckedError when the check itself fails, by an unforeseen error or by one of the machine. Such an error says nothing
-    about the output.
+    Raises UncheckedError when the check itself fails because of the machine or an unforeseen error. Such an error says
+    nothing about the output.
     """
     try:
         with collector_paused():
@@ -57,7 +57,7 @@ def _check_places(spans: list[tuple[int, int]], file: LayoutFile, layout: Layout
 
 
 def check_by_library(path: Location, names: set[str]) -> None:
-    """VerifyError unless the safetensors library reads the file's header and finds these tensors."""
+    """Raises VerifyError unless the safetensors library reads the file's header and finds exactly these tensors."""
     from safetensors import SafetensorError
 
     file = path.local_path
@@ -74,9 +74,9 @@ def check_by_library(path: Location, names: set[str]) -> None:
 
 
 def _names_by_library(path: str) -> set[str]:
-    """The names in a file. The library imports numpy or torch when it opens one; numpy is imported faster.
+    """Returns the names in a file. The library imports numpy or torch to open one, and numpy is imported faster.
 
-    torch stands in where numpy cannot be imported.
+    Uses torch if numpy cannot be imported.
     """
     from safetensors import safe_open
 
@@ -90,7 +90,7 @@ def _names_by_library(path: str) -> set[str]:
 
 
 def receipt_of(out: Location) -> Receipt:
-    """The receipt of an output. Raises VerifyError when it has none, or it is damaged."""
+    """Returns the receipt of an output. Raises VerifyError when there is none, or it is damaged."""
     if not out.exists():
         raise RecipeError(f"{printable(out)} does not exist")
     if out.is_folder():
@@ -113,7 +113,7 @@ def _without(out: Location) -> VerifyError:
 
 
 def read_output(path: Location) -> Container:
-    """The container of an output. Raises VerifyError for what cannot be read."""
+    """Returns the container of an output. Raises VerifyError when it cannot be read."""
     try:
         return detect.read(path)
     except FormatError as error:

@@ -1,4 +1,4 @@
-"""Works that read files through: checksums of parts of them, and hashes of whole ones."""
+"""Works that read files from begin to end: checksums of parts, and hashes of whole files."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from streammerge.stores.inputs import InputFiles
 from streammerge.tensors.spec import ranges
 
 Part = tuple[Any, Location, int, int]
-"""What is given back with the checksum; file, offset and bytes."""
+"""A value that comes back with the checksum, then file, offset and number of bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChecksumWork:
-    """Checksums of parts of files. The result of a part is what came with it, and its checksum."""
+    """Computes checksums of parts of files. The result of a part is the value that came with it, and its checksum."""
 
     checksum: Checksum
     modules: tuple[str, ...] = ()
@@ -43,12 +43,12 @@ class _ChecksumWorker:
         return which, value
 
     def close(self) -> None:
-        """Nothing: the files stay open for the next work."""
+        """Does nothing: the files stay open for the next work."""
 
 
 @dataclass(frozen=True, slots=True)
 class HashWork:
-    """SHA-256 of files. A unit is what is given back with the hash, and a file."""
+    """Computes the SHA-256 of files. A unit is a value that comes back with the hash, and a file."""
 
     modules: tuple[str, ...] = ()
 
@@ -69,4 +69,4 @@ class _HashWorker:
         return which, digest.hexdigest()
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing: no file is open."""

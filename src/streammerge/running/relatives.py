@@ -1,7 +1,8 @@
 """Whether checkpoints of the same names and shapes come from one training: the cosine of a few sampled tensors.
 
-Fine-tunes of one model point the same way (cosines near 1); two trainings from different random numbers are at right angles
-(near 0), and their mean is neither. Only matrices are looked at: norms and biases are alike in any two models.
+Fine-tunes of one model point in the same direction (cosines near 1). Two trainings from different random numbers are
+orthogonal (near 0), and their mean is useless. Only matrices are compared, because norms and biases are alike in any two
+models.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _STRANGERS = 0.1
 
 
 def strangers(tasks: list[MergeTask], inputs: InputFiles, owners: Mapping[Location, Location]) -> list[str]:
-    """Warnings about checkpoints that are no relatives of the first; ``owners``: file -> the checkpoint it belongs to.
+    """Returns warnings about checkpoints that are not related to the first one. ``owners``: file -> its checkpoint.
 
     Reads at most 16 samples of 32,768 elements from each.
     """
@@ -47,7 +48,7 @@ def strangers(tasks: list[MergeTask], inputs: InputFiles, owners: Mapping[Locati
 
 
 def _sampled(tasks: list[MergeTask]) -> Iterator[MergeTask]:
-    """Some of the tasks that merge matrices, from all over the checkpoint."""
+    """Yields some of the tasks that merge matrices, spread over the whole checkpoint."""
     fit = [task for task in tasks if len(task.sources) > 1 and all(map(_is_matrix, task.sources))]
     yield from fit[:: max(len(fit) // _TENSORS, 1)][:_TENSORS]
 
@@ -58,7 +59,7 @@ def _is_matrix(entry: Source) -> bool:
 
 
 def _cosine(one: Source, two: Source, inputs: InputFiles) -> float | None:
-    """Of elements from the middle of both; None where one is all zeros."""
+    """Returns the cosine between elements from the middle of both sources, None if one has only zeros there."""
     import torch
 
     sampled = min(one.spec.numel, _SAMPLE_ELEMS)

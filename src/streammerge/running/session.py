@@ -1,5 +1,5 @@
-"""Making an output in its staging folder: what an earlier run has left, the pieces that are missing, all that is around
-them, and waiting until the disk has it. What the disk fails to store is made anew, once."""
+"""Makes an output in its staging folder. Takes over pieces of an earlier run, makes the missing pieces, writes headers and
+side files, and syncs. Makes a file again, once, if its sync failed."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ from streammerge.units import decimal_bytes
 
 @dataclass(frozen=True, slots=True)
 class RunOptions:
-    """How a plan is run. None of these options changes a byte of the output.
+    """The options of a run. None of them changes a byte of the output.
 
-    ``overwrite``: replaces a finished output. ``resume``: goes on where a run of the same plan was interrupted, and
-    stays to be continued when it is interrupted. ``polite``: gives the inputs' page cache back behind the cursor.
-    ``executor``: what :func:`choose_executor` was given for the plan.
+    ``overwrite``: replaces a finished output. ``resume``: continues an interrupted run of the same plan, and keeps the
+    pieces when this run is interrupted. ``polite``: gives the inputs' page cache back behind the cursor. ``executor``: the
+    same value that :func:`choose_executor` got for the plan.
     """
 
     overwrite: bool = False
@@ -52,9 +52,9 @@ class RunOptions:
 
 
 class Production:
-    """One output in the making. ``journal`` knows what would stay of it if the run ended now.
+    """Makes one output. ``journal``: the pieces that would be kept if the run ended now.
 
-    ``untouched``: whether what an earlier run has left is there as it was.
+    ``untouched``: whether the files of an earlier run are still unchanged.
     """
 
     def __init__(self, plan: Plan, staging: Staging, options: RunOptions) -> None:
@@ -77,7 +77,7 @@ class Production:
         self.journal = Journal(staging.record, plan_parts(plan), lambda: staging.outputs, self.resume)
 
     def make(self) -> None:
-        """Everything, until it is on the disk. Raises what DESIGN names."""
+        """Makes the whole output and waits until it is on the disk. Raises the errors of :func:`execute`."""
         try:
             self._make()
         finally:
@@ -90,8 +90,8 @@ class Production:
         return self._used
 
     def _end_workers(self) -> None:
-        """Ends the workers, whose mapped files and buffers are not needed now. ``peak_bytes``: what those in other
-        processes held beyond ``startup_bytes``."""
+        """Ends the workers, because their mapped files and buffers are not needed now. Updates ``startup_bytes``, and
+        ``peak_bytes``, the memory of worker processes above it."""
         used, self._used = self._used, None
         if used is not None:
             used.close()
@@ -115,7 +115,7 @@ class Production:
         self.warnings += [f"NaN or infinite values: {row}" for row in self._nonfinite()]
 
     def _attempt(self, hashes: dict[str, str]) -> set[str]:
-        """Makes what is missing, and waits for the disk; names of the files that it failed to store."""
+        """Makes what is missing, and syncs. Returns the names of the files whose sync failed."""
         self.journal.begin(self._done.values())
         self._make_pieces()
         self._end_workers()
@@ -127,11 +127,11 @@ class Production:
         return self.journal.finish()
 
     def _check(self) -> None:
-        """The last check of an output that is on the disk already. Where the check itself fails, all of it is kept."""
+        """Checks the output, which is already on the disk, a last time. Keeps all of it if the check itself fails."""
         try:
             check_structure(self.staging.content, self.plan.layout)
         except UncheckedError as error:
-            with contextlib.suppress(OSError, SpaceError):  # then the journal says less, and the files stay all the same
+            with contextlib.suppress(OSError, SpaceError):  # the files stay even if the journal is incomplete
                 self.journal.begin(self._done.values())
             raise UncheckedError(
                 f"the last check of {printable(self.staging.out)} could not be made ({error}); {self._where_it_is_kept()}"
@@ -145,16 +145,16 @@ class Production:
         return f"what was made is kept as {printable(place)}; move it away, since the next run makes it anew"
 
     def _forget(self, broken: set[str]) -> None:
-        """Begins files again which the disk failed to store: after that error nothing of them can be trusted."""
+        """Creates the files again whose sync failed, because after that error no byte of them can be trusted."""
         self._done = {key: piece for key, piece in self._done.items() if piece.file not in broken}
         for number, file in enumerate(self.plan.layout.files):
             if file.name in broken:
                 self._outputs[number] = self.staging.create(file.name, file.size)
 
-    # ------------------------------------------------------------------------------------------------- what is there
+    # ----------------------------------------------------------------------------------------------------- earlier run
 
     def _take_up(self) -> None:
-        """Opens the output's files, with what an earlier run of this plan has left in them, as far as that is whole."""
+        """Opens the output's files. Takes over the pieces of an earlier run of this plan whose checksums are right."""
         vouched = self._earlier_pieces()
         self.untouched = False
         if vouched is None:
@@ -185,9 +185,9 @@ class Production:
         self.notes.append(f"continued an interrupted run: {there_of_all} were there")
 
     def _earlier_pieces(self) -> list[Finished] | None:
-        """The pieces that a run of the same plan has left; None to start anew.
+        """Returns the pieces of an interrupted run of the same plan, None to start from the beginning.
 
-        RecipeError when a run of another plan has left pieces, unless they are to be discarded.
+        Raises RecipeError when there are pieces of another plan, unless the caller asked to discard them.
         """
         if self._discard or (earlier := self.journal.earlier()) is None:
             return None
@@ -208,7 +208,7 @@ class Production:
     # ------------------------------------------------------------------------------------------------------- inputs
 
     def _hashes(self) -> dict[str, str]:
-        """SHA-256 of each input file, where the receipt has room for it."""
+        """Returns the SHA-256 of each input file if the receipt has room for it."""
         wanted = {
             name: self.plan.input_files[name][0] for name, i in self.plan.layout.receipt.inputs.items() if "sha256" in i
         }
@@ -222,7 +222,7 @@ class Production:
         return made
 
     def _spool(self) -> None:
-        """Inflates the compressed records that are still needed, and has the tasks read them there."""
+        """Inflates the compressed records that are still needed, and lets the tasks read the inflated bytes."""
         tasks = enumerate(self._tasks if self.plan.spooled else ())
         missing = [task for number, task in tasks if any(map(self._wanted, pieces(task, number)))]
 
@@ -242,7 +242,7 @@ class Production:
 
     def _make_pieces(self) -> None:
         held = process.Gauge()
-        # Closed, not left to the garbage collector: after Ctrl-C no worker may outlive the files it writes.
+        # Closes the generator explicitly, because after Ctrl-C no worker may outlive the files that it writes.
         job = self._job()
         with (
             lent(job, self._inputs, self._outputs),
@@ -268,7 +268,7 @@ class Production:
         return Finished(*piece.key, file, piece.offset, piece.nbytes, done.checksum, done.nonfinite)
 
     def _nonfinite(self) -> list[str]:
-        """Where NaN and infinity were met: a line for each tensor."""
+        """Returns the places of NaN and infinity, one line for each tensor."""
         found: dict[str, dict[str, int]] = {}
         for (task, _), piece in self._done.items():
             for source, count in piece.nonfinite.items():
@@ -290,7 +290,7 @@ class Production:
             )
 
     def _write_around(self, hashes: dict[str, str]) -> None:
-        """Headers, indexes, side files, and the receipt, which knows the checksums of all."""
+        """Writes headers, indexes, side files, and the receipt with the checksums of all of them."""
         layout = self.plan.layout
         single = not layout.as_folder
         by_file: dict[str, list[Finished]] = defaultdict(list)
@@ -309,7 +309,7 @@ class Production:
                 output.write_full(literal.data, literal.offset)
 
     def _tensor_sums(self, file: LayoutFile, done: list[Finished]) -> dict[int, int]:
-        """Offset of each tensor that is not empty -> its checksum, in their order."""
+        """Returns the offset of each tensor that is not empty -> its checksum, in file order."""
         starts = sorted(set(file.offsets.values()))
         parts: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
         for piece in done:
@@ -318,7 +318,7 @@ class Production:
         return {start: self._kind.join(parts[start]) for start in sorted(parts)}
 
     def _rest(self, file: LayoutFile, sums: dict[int, int]) -> int:
-        """The checksum of what is not a tensor in a file of the output, its receipt still blank."""
+        """Returns the checksum of the bytes outside the tensors of an output file, with a blank receipt."""
         return self._kind.update(b"".join(part.data for part in file.around(sums, file.receipt)))
 
     def _copy_side_file(self, source: Location, name: str) -> int:

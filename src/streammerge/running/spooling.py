@@ -1,4 +1,4 @@
-"""Compressed records, which cannot be read at random, are inflated into one temporary file beside the output first."""
+"""Inflates compressed records, which have no random access, into one temporary file beside the output."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def spooled_tasks(
     create: Callable[[int], Output],
     done: Callable[[str, Record], None],
 ) -> list[MergeTask]:
-    """The tasks, with their sources over the temporary file where records of ``needed`` ones were inflated.
+    """Inflates the records of the ``needed`` tasks. Returns all tasks, with sources that read the inflated bytes.
 
-    ``create`` makes a file of that size; ``done`` is called with the name of a tensor in each record. At most a few MiB are
-    held, whatever the size of a record. Raises FormatError for a damaged record.
+    ``create`` makes a file of the given size in bytes. ``done`` is called for each record with the name of a tensor in it.
+    Holds at most a few MiB, whatever the size of a record. Raises FormatError for a damaged record.
     """
     names: dict[RecordKey, str] = {}
     for task in needed:
@@ -47,7 +47,7 @@ def spooled_tasks(
 
 
 def _layout(names: dict[RecordKey, str]) -> tuple[dict[RecordKey, int], int]:
-    """Where each record goes in the temporary file, and the size of the file."""
+    """Returns the offset of each record in the temporary file, and the size of the file in bytes."""
     offsets, cursor = {}, 0
     for key in names:
         offsets[key] = cursor

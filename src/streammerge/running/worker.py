@@ -1,7 +1,7 @@
-"""What a worker does: from inputs to written bytes, unit by unit. It needs nothing but plain data.
+"""The work of a worker: from inputs to written bytes, unit by unit. It needs only plain data.
 
-A unit is a batch of pieces, computed chunk by chunk in buffers that belong to the worker and are never allocated again, or
-a span of a long tensor that a method looks at before it makes its kernel.
+A unit is a batch of pieces, or a span of a long tensor that a method reads before it makes its kernel. A batch is computed
+chunk by chunk in the worker's buffers, which are allocated once.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ class Target(Protocol):
     def write_full(self, data: Any, offset: int) -> None: ...
 
     def found(self) -> Any:
-        """What is to be told of these bytes: small, plain data."""
+        """Returns the finding about these bytes as small, plain data. None if there is none."""
         ...
 
 
 class Destination(Protocol):
-    """Where the bytes of tasks go, as plain data that can be pickled."""
+    """The destination of the bytes of tasks, as plain data that can be pickled."""
 
     def open(self, bench: Bench, /) -> Target:
-        """The target for one unit."""
+        """Returns the target of one unit."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class OutputPlace:
-    """A file of the output, which was made already."""
+    """A file of the output. The file exists already."""
 
     location: Location
     size: int
@@ -65,7 +65,7 @@ class OutputPlace:
 
 
 class _Written:
-    """Writes to a file of the output; ``own``: one that this process has opened for itself."""
+    """Writes to a file of the output. ``own``: whether this process has opened the file itself."""
 
     __slots__ = ("_file", "_own", "write_full")
 
@@ -79,10 +79,10 @@ class _Written:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What the works of one run have in common, as plain data that can be pickled.
+    """The common data of all works of one run, as plain data that can be pickled.
 
-    ``key`` names the run among those of one executor: see :func:`new_key`. ``inputs``: what each input file must be;
-    ``polite``: see :class:`InputFiles`. ``mapped``: whether inputs are mapped or read. ``modules``: see :class:`Work`.
+    ``key``: a unique name of the run, see :func:`new_key`. ``inputs``: the expected status of each input file. ``polite``:
+    see :class:`InputFiles`. ``mapped``: whether inputs are mapped or read. ``modules``: see :class:`Work`.
     """
 
     key: str
@@ -99,7 +99,7 @@ _runs = itertools.count()
 
 
 def new_key() -> str:
-    """A key that no other run has, of this process or of another."""
+    """Returns a key that no other run has, in any process."""
     return f"{os.getpid()}.{next(_runs)}"
 
 
@@ -108,7 +108,7 @@ _lent: dict[str, tuple[InputFiles, Sequence[Output]]] = {}
 
 @contextmanager
 def lent(job: Job, inputs: InputFiles, outputs: Sequence[Output] = ()) -> Iterator[None]:
-    """Meanwhile workers in this process use these files for the job. Those in other processes open them once more."""
+    """Lends these open files to the job's workers in this process. Workers in other processes open the files again."""
     _lent[job.key] = inputs, outputs
     try:
         yield
@@ -117,7 +117,7 @@ def lent(job: Job, inputs: InputFiles, outputs: Sequence[Output] = ()) -> Iterat
 
 
 class Bench:
-    """What the workers of one process use for a job: open files, and buffers that are free."""
+    """The open files and free buffers of a job, for the workers of one process."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -135,7 +135,7 @@ class Bench:
             prepare_torch()
 
     def output(self, place: OutputPlace) -> tuple[Output, bool]:
-        """The open file of the output, and whether it was opened here."""
+        """Returns the open file of the output, and whether this process opened it itself."""
         file = self._outputs.get(place.location)
         if file is not None:
             return file, False
@@ -146,7 +146,7 @@ class Bench:
             return file, True
 
     def same(self, number: int, task: MergeTask) -> MergeTask:
-        """The task of that number as it came first. What its sources have computed is known for that object."""
+        """Returns the task object that came first under this number. Results of its sources are cached for that object."""
         last = self._last
         if last is not None and last[0] == number and last[1].out == task.out:
             return last[1]
@@ -154,7 +154,7 @@ class Bench:
         return task
 
     def take(self) -> Workspace:
-        """A workspace that no other worker has: one that is free, or a new one."""
+        """Returns a workspace that no other worker uses: a free one, or a new one."""
         with self._lock:
             return self._free.pop() if self._free else Workspace(self.job.budget)
 
@@ -175,8 +175,8 @@ class Bench:
 class MergeWork:
     """Computes and writes batches of pieces that are neighbours in the output.
 
-    ``passes``: what the method has learned of its tensor, as :class:`Record` keeps it, where all units are pieces of one
-    long tensor. None where a worker runs the passes of each tensor itself.
+    ``passes``: the results of the method's passes, as :class:`Record` keeps them, if all units are pieces of one long
+    tensor. None if each worker runs the passes of its tensors itself.
     """
 
     job: Job
@@ -194,8 +194,8 @@ class MergeWork:
 class SweepWork:
     """Takes one step of a pass over spans of a long tensor.
 
-    ``passes``: the results of the passes before. The worker binds the method with these, which gives it the look of the
-    pass that follows.
+    ``passes``: the results of the previous passes. The worker binds the method with them, and so gets the look of the
+    next pass.
     """
 
     job: Job
@@ -214,11 +214,11 @@ class SweepWork:
 
 
 Span = tuple[int, int, int]
-"""A number that is given back with the answer, and elements from and to."""
+"""A number that comes back with the answer, the first element, and the element after the last one."""
 
 
 class _Reached(BaseException):
-    """Raised to abandon the binding of a method at the pass that is wanted."""
+    """Raised to abandon the binding of a method at the requested pass."""
 
     def __init__(self, look: Look) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ class _Reached(BaseException):
 
 
 class _Worker:
-    """What both kinds of workers share: buffers, and the chunks of a task."""
+    """The common part of both kinds of workers: buffers, and the chunks of a task."""
 
     def __init__(self, job: Job, host: Host) -> None:
         self.job, self.host = job, host
@@ -238,7 +238,7 @@ class _Worker:
         self.bench.give_back(self.workspace)
 
     def one_torch_thread(self) -> None:
-        """Has this thread compute alone. The workers are the parallelism."""
+        """Limits torch to one thread for this worker, because the workers already run in parallel."""
         if not self._prepared:
             import torch
 
@@ -285,7 +285,7 @@ class MergeWorker(_Worker):
         return made
 
     def _together(self, stretch: list[Piece], outgoing: Outgoing) -> list[PieceDone] | None:
-        """Computes pieces as one. None where that met what must be told tensor by tensor."""
+        """Computes pieces as one tensor. Returns None for NaN or infinity, which must be reported tensor by tensor."""
         whole = joined(stretch)
         done = self._one(whole, outgoing)
         if done.nonfinite:
@@ -316,7 +316,7 @@ class MergeWorker(_Worker):
         return _done(piece, value)
 
     def _copy_read(self, piece: Piece, outgoing: Outgoing) -> PieceDone:
-        """Copies a tensor that is no plain byte range, as its reader gives it."""
+        """Copies a tensor that is not a plain byte range, through its reader."""
         value, dtype = 0, piece.task.out.dtype
         self.one_torch_thread()
         source = self.source(piece.task, keep=False)
@@ -337,7 +337,7 @@ class MergeWorker(_Worker):
         return done
 
     def _kernel_of(self, task: MergeTask, source: Inputs) -> Kernel:
-        """The kernel of a tensor, whose passes are run here, or were run by all workers before."""
+        """Returns the kernel of a tensor. Runs its passes here, unless all workers have already run them."""
         if self._kernel is not None:
             return self._kernel
         if self._passes is not None:
@@ -380,7 +380,7 @@ class SweepWorker(_Worker):
                 raise ValueError(_OTHER_PASSES)
 
     def run(self, span: Span) -> tuple[int, Any]:
-        """The number of the span, and what the step answers."""
+        """Returns the number of the span, and the answer of the step."""
         number, start, stop = span
         task, step = self._task, self._work.step
         with failures(task, start, stop):
@@ -405,7 +405,7 @@ def _no_sweep(look: Look, step: Step[T], start: int, stop: int, sparse: int = 0)
 
 
 def bind(task: MergeTask, sweep: Callable[..., Iterator[Any]], record: Record | None = None) -> Kernel:
-    """The kernel of a task. Its passes run by ``sweep``, as far as ``record`` does not have their results."""
+    """Returns the kernel of a task. ``sweep`` runs the passes whose results are not in ``record``."""
     import torch
 
     models, compute = len(task.sources) - task.based, getattr(torch, task.compute)
@@ -415,7 +415,7 @@ def bind(task: MergeTask, sweep: Callable[..., Iterator[Any]], record: Record | 
 
 @contextmanager
 def failures(task: MergeTask, start: int, stop: int) -> Iterator[None]:
-    """Makes a TaskError of errors that are not streammerge's own."""
+    """Turns errors that are not streammerge's own into a TaskError."""
     try:
         yield
     except StreammergeError:
@@ -427,7 +427,7 @@ def failures(task: MergeTask, start: int, stop: int) -> Iterator[None]:
 
 
 def modules_of(tasks: Iterable[MergeTask], checksum: Checksum, torch_needed: bool) -> tuple[str, ...]:
-    """The modules that workers need for these tasks. Those of a user's own methods are imported by each worker."""
+    """Returns the modules that workers need for these tasks. Each worker imports the modules of a user's own methods."""
     own = {method.function.__module__ for method in {id(task.method): task.method for task in tasks}.values()}
     found = [__name__, *sorted(name for name in own if name.startswith("streammerge."))]
     return (*found, *(["crc32c"] if checksum.name == "crc32c" else []), *(["torch"] if torch_needed else []))
@@ -438,7 +438,7 @@ def _done(piece: Piece, checksum: int, nonfinite: dict[str, int] | None = None) 
 
 
 def _suspicious(out: torch.Tensor) -> bool:
-    """A sum is finite only if all its terms are; it may overflow without them, hence only suspicious."""
+    """Whether there may be NaN or infinity. The sum is finite only if all terms are; it may also overflow by itself."""
     import math
 
     if out.element_size() == 1:
@@ -447,7 +447,8 @@ def _suspicious(out: torch.Tensor) -> bool:
 
 
 def _nonfinite(out: torch.Tensor, source: Inputs, start: int, stop: int) -> dict[str, int]:
-    """Non-finite numbers by the file they came from; those that no input had (an overflow) under "the result"."""
+    """Counts the non-finite numbers by the file that they come from. An overflow, which no input has, is counted under
+    "the result"."""
     if bool(out.float().isfinite().all() if out.element_size() == 1 else out.isfinite().all()):
         return {}
     counts: dict[str, int] = {}

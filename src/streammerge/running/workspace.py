@@ -1,4 +1,4 @@
-"""What one worker computes in: its buffers, and the numbers of a task's sources, mapped or read."""
+"""The workspace of one worker: its buffers, and the numbers of a task's sources, mapped or read."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ _REGIONS = ("read0", "read1")
 
 
 def prepare_torch() -> None:
-    """Imports torch, and has it say here, once, that a read-only buffer is read-only."""
+    """Imports torch, and triggers its one-time warning about read-only buffers here, where it is suppressed."""
     import warnings
 
     import torch
 
-    torch.get_num_threads()  # settles the caller's own number before the workers, which have one each, ask for theirs
+    torch.get_num_threads()  # fixes the caller's number of threads before the workers set theirs to one
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.frombuffer(b"\0", dtype=torch.uint8)
 
 
 class Workspace:
-    """A worker's buffers, cut from one anonymous map: allocated once, page-aligned, given back as a whole.
+    """A worker's buffers, cut from one anonymous map: allocated once, page-aligned, freed as a whole.
 
-    The slots that methods name are taken one after the other; the budget counts how many they may be at once.
+    The slots that methods name are taken one after the other. The budget limits their number.
     """
 
     def __init__(self, budget: Budget) -> None:
         self.touched = Spans(budget.kept_bytes * 3 // 4)
-        self.noted_elems = budget.window_bytes // 4 // max(budget.cost.mapped, 1)  # what is not noted yet is the rest
+        self.noted_elems = budget.window_bytes // 4 // max(budget.cost.mapped, 1)  # the rest is for what is not noted yet
         self.tile_bytes = budget.tile_bytes
         self._slots = slots(budget)
         self._slot_bytes = budget.chunk_elems * budget.cost.compute
@@ -53,7 +53,7 @@ class Workspace:
         self._known: tuple[tuple[Source, ...], dict[int, Any]] = ((), {})
 
     def kernels_of(self, sources: tuple[Source, ...]) -> dict[int, Any]:
-        """What readers of these sources compute once; what those of another task had computed is forgotten."""
+        """Returns the cache for results that readers of these sources compute once. Drops the cache of any other task."""
         if self._known[0] is not sources:
             self._known = (sources, {})
         return self._known[1]
@@ -63,7 +63,7 @@ class Workspace:
         self._taken.clear()
 
     def octets(self, region: str, nbytes: int | None = None, start: int = 0) -> memoryview:
-        """So many bytes of a fixed region, from ``start``; all of it where none is said."""
+        """Returns ``nbytes`` bytes of a fixed region, from ``start``. Returns the whole region if ``nbytes`` is None."""
         offset, size = self._slots[region]
         nbytes = size if nbytes is None else nbytes
         if start + nbytes > size:
@@ -71,7 +71,7 @@ class Workspace:
         return memoryview(self._arena)[offset + start : offset + start + nbytes]
 
     def get(self, slot: str, dtype: torch.dtype, elems: int) -> torch.Tensor:
-        """Numbers in a fixed region, or in the slot that has or now takes that name."""
+        """Returns a tensor of ``elems`` numbers in a fixed region or a named slot. A new name takes the next free slot."""
         if slot in self._slots:
             return self._view(*self._slots[slot], dtype, elems)
         offset, size = self._slots["slots"]
@@ -95,9 +95,9 @@ class Workspace:
 
 
 class Outgoing:
-    """What a worker writes: bytes of one file in their order, collected in its buffer, written when that is full.
+    """The output bytes of a worker: bytes of one file in order, collected in a buffer, written when the buffer is full.
 
-    Page for page they lie in the buffer as they will in the file, so that they can go to the disk without a copy.
+    The buffer has the page alignment of the file, so that pages can go to the disk without a copy.
     """
 
     def __init__(self, write: Callable[[memoryview, int], object], workspace: Workspace, offset: int) -> None:
@@ -105,19 +105,19 @@ class Outgoing:
         self._start, self._held = offset, 0
 
     def room(self, nbytes: int) -> memoryview:
-        """Where the next bytes are to be put, at most ``Budget.out_bytes`` of them."""
+        """Returns the memory for the next ``nbytes`` bytes, at most ``Budget.out_bytes``."""
         if self._held + nbytes > len(self._buffer) - PAGE_BYTES:
             self.flush()
         self._held += nbytes
         return self.last(nbytes)
 
     def last(self, nbytes: int) -> memoryview:
-        """The last bytes, not written yet."""
+        """Returns the last ``nbytes`` bytes, which are not written yet."""
         end = self._start % PAGE_BYTES + self._held
         return self._buffer[end - nbytes : end]
 
     def take_back(self, nbytes: int) -> None:
-        """Forgets the last bytes, not written yet."""
+        """Forgets the last ``nbytes`` bytes, which are not written yet."""
         self._held -= nbytes
 
     def flush(self) -> None:
@@ -127,10 +127,10 @@ class Outgoing:
 
 
 class Spans:
-    """Byte ranges by file, collected until they are worth a system call: one range for each file, gaps included, since a
-    fault may map what lies between as well.
+    """Byte ranges by file, collected until they are worth a system call.
 
-    A file that nobody else holds any more is forgotten: its map is gone, and its pages with it.
+    Keeps one range for each file, gaps included, because a page fault may map the bytes in a gap too. Forgets a file that
+    nobody else holds any more, because its map and pages are gone.
     """
 
     def __init__(self, enough_bytes: int) -> None:
@@ -138,7 +138,7 @@ class Spans:
         self._spans: dict[int, tuple[weakref.ref[Input], int, int]] = {}
 
     def add(self, file: Input, begin: int, end: int) -> list[tuple[Input, int, int]]:
-        """Takes a range in. Returns what came together, once that is enough, and starts over."""
+        """Adds a range. Returns all ranges and starts over once they are enough, else an empty list."""
         known = self._spans.get(id(file))
         if known is not None and known[0]() is file:
             begin, end = min(known[1], begin), max(known[2], end)
@@ -146,7 +146,7 @@ class Spans:
         return self.make_room(0)
 
     def make_room(self, nbytes: int) -> list[tuple[Input, int, int]]:
-        """Returns what came together, and starts over, where that and so many bytes more are enough."""
+        """Returns all ranges and starts over if they and ``nbytes`` more are enough, else an empty list."""
         if sum(high - low for _, low, high in self._spans.values()) + nbytes <= self._enough:
             return []
         ripe = [(file, low, high) for known, low, high in self._spans.values() if (file := known()) is not None]
@@ -155,10 +155,10 @@ class Spans:
 
 
 class Inputs:
-    """The raw numbers of a task's sources, for one worker. Elements are counted as arithmetic sees them.
+    """The raw numbers of a task's sources, for one worker. A complex number counts as two elements.
 
-    Stored sources are mapped where that is asked for, and their pages are given back behind the cursor; all others are
-    read. Inputs of up to ``keep_bytes`` together are kept for all passes: mapped pages stay, and what is read is read once.
+    Stored sources are mapped if ``mapped``, and their pages are given back behind the cursor. All other sources are read.
+    Inputs of up to ``keep_bytes`` together are kept for all passes: mapped pages stay, and other bytes are read once.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class Inputs:
         self._wholes: list[torch.Tensor | None] | None = None
         self._next_read = self._begin = self._end = 0
         self._kept: list[int] | None = None
-        """Where each source lies among what is kept."""
+        """Offset of each source in the region of kept inputs."""
         if sum(_rounded(s.spec.nbytes) for s in sources) <= keep_bytes:
             self._keep_all()
 
@@ -191,11 +191,11 @@ class Inputs:
         return len(self._sources)
 
     def origin(self, source: int) -> str:
-        """Where the numbers of a source come from, as messages say it."""
+        """Returns the name of a source's file or checkpoint, for messages."""
         return self._sources[source].origin
 
     def move_to(self, start: int, stop: int) -> None:
-        """Says which elements are read next; pages of those before are given back once they are many."""
+        """Announces the elements that are read next. Gives the pages of earlier elements back once they are many."""
         if self._kept is None:
             if start != self._end or stop - self._begin > self._workspace.noted_elems:
                 self._note()
@@ -203,7 +203,7 @@ class Inputs:
             self._end = stop
 
     def read(self, source: int, start: int, stop: int) -> torch.Tensor:
-        """Elements ``start`` to ``stop`` of a source, in its own dtype; valid until the next but one call."""
+        """Returns elements ``start`` to ``stop`` of a source, in its own dtype. Valid until the next call but one."""
         import torch
 
         if self._mapped:
@@ -226,13 +226,13 @@ class Inputs:
         return self._workspace.get(region, dtype.torch, elems)
 
     def read_into(self, source: int, start: int, stop: int, out: memoryview) -> None:
-        """Puts the bytes of elements ``start`` to ``stop`` of a source into ``out``."""
+        """Reads the bytes of elements ``start`` to ``stop`` of a source into ``out``."""
         made = self._read_bytes(source, start, stop, out)
         if made is not out:
             out[:] = made
 
     def done(self) -> None:
-        """All is read: what was touched may be given back."""
+        """Announces that everything was read, so that touched pages may be given back."""
         self._note()
 
     def _read_bytes(self, source: int, start: int, stop: int, out: memoryview) -> memoryview:
@@ -270,7 +270,7 @@ class Inputs:
             cursor += _rounded(nbytes)
 
     def _note(self) -> None:
-        """Adds what was read since to what may be given back, and gives that back where it has become much."""
+        """Adds the elements read since the last note to the ranges to give back. Gives them back once they are many."""
         if self._begin == self._end:
             return
         for stored, dtype in zip(self._stored, self._dtypes, strict=True):
@@ -283,7 +283,7 @@ class Inputs:
 
 
 class WorkerRoom:
-    """What a worker offers to the readers of one task: regions of its buffers, in the order in which they are asked for."""
+    """The room that a worker offers to the readers of one task: regions of its buffers, handed out in order."""
 
     def __init__(
         self, files: InputFiles, workspace: Workspace, sources: tuple[Source, ...], halt: Callable[[], None]
@@ -319,5 +319,5 @@ class WorkerRoom:
 
 
 def _rounded(nbytes: int) -> int:
-    """Up to where the next tensor may begin: aligned for every dtype."""
+    """Rounds up to the offset where the next tensor may begin: aligned for every dtype."""
     return -(-nbytes // 16) * 16

@@ -12,14 +12,14 @@ from streammerge.tensors.spec import TensorSpec
 
 T = TypeVar("T")
 BlobPath = Any
-"""What a store calls a blob. Opaque here: it can be hashed and compared, shown as text, and given back to the store."""
+"""A store's name for a blob. Opaque here: it can be hashed, compared, shown as text, and given back to the store."""
 COPY_BYTES = 1 << 20
 """Size of the block through which readers copy."""
 _ALIGNMENT = 64
 
 
 class Blob(NamedTuple):
-    """Bytes that a source reads: ``nbytes`` from ``offset`` of what the store calls ``path``."""
+    """Bytes that a source reads: ``nbytes`` bytes from ``offset`` of the blob that the store calls ``path``."""
 
     path: BlobPath
     offset: int
@@ -64,34 +64,34 @@ class File(Protocol):
 
 
 class Room(Protocol):
-    """What a worker offers to the readers that it opens: files, memory, and a place to keep what is computed once."""
+    """The services of a worker for its readers: files, memory, and a cache for results that are computed once."""
 
     def file(self, path: BlobPath) -> File:
-        """The open file of a blob's ``path``."""
+        """Returns the open file of a blob's ``path``."""
         ...
 
     def touched(self, path: BlobPath, offset: int, nbytes: int) -> None:
-        """Says that these bytes were read, so that a polite run gives their page cache back."""
+        """Announces that these bytes were read, so that a polite run gives their page cache back."""
         ...
 
     def take(self, nbytes: int) -> memoryview:
-        """A region of its own for this reader. :attr:`Needs.scratch_bytes` counts ``region_bytes(nbytes)`` for it."""
+        """Returns a region for this reader alone. :attr:`Needs.scratch_bytes` counts ``region_bytes(nbytes)`` for it."""
         ...
 
     def tile(self) -> memoryview:
-        """A tile of its own for this reader. :attr:`Needs.tiles` counts it."""
+        """Returns a tile for this reader alone. :attr:`Needs.tiles` counts it."""
         ...
 
     def shared(self, nbytes: int) -> memoryview:
-        """A region that other readers use too, valid within one call of ``read``."""
+        """Returns a region that other readers use too. It is valid within one call of ``read``."""
         ...
 
     def once(self, source: Source, make: Callable[[], T]) -> T:
-        """What ``make`` returns. It is called once for each source of a tensor, also when the tensor is opened again."""
+        """Returns the result of ``make``, which is called once for each source, also if the tensor is opened again."""
         ...
 
     def halt(self) -> None:
-        """Raises when the run is stopping. Readers that work for long call it from time to time."""
+        """Raises when the run is stopping. Long-running readers call it from time to time."""
         ...
 
 
@@ -100,7 +100,7 @@ class Reader(ABC):
 
     @abstractmethod
     def read(self, start: int, stop: int, out: memoryview) -> memoryview:
-        """Elements ``start`` to ``stop`` in C order, as bytes of the source's dtype.
+        """Reads elements ``start`` to ``stop`` in C order, as bytes of the source's dtype.
 
         Counts elements as the source's shape does: a complex number is one. Fills ``out``, which has room for exactly
         these elements, and returns it; or returns other memory that holds them and stays valid.
@@ -108,10 +108,10 @@ class Reader(ABC):
 
 
 class Source(ABC):
-    """A tensor as an expression: frozen plain data that pickles, without open files.
+    """A tensor as an expression: frozen plain data that can be pickled, without open files.
 
-    Subclasses are frozen dataclasses with slots. Inner sources stand in fields of type ``Source`` or
-    ``tuple[Source, ...]``; what is defined here then follows from the fields.
+    Subclasses are frozen dataclasses with slots. Inner sources are fields of type ``Source`` or ``tuple[Source, ...]``. The
+    methods here find them by these types.
     """
 
     __slots__ = ()
@@ -120,11 +120,11 @@ class Source(ABC):
 
     @abstractmethod
     def needs(self) -> Needs:
-        """Memory that its reader needs, inner readers included."""
+        """Returns the memory that its reader needs, inner readers included."""
 
     @abstractmethod
     def open(self, room: Room) -> Reader:
-        """A reader, which takes its memory from ``room``. Inner sources are opened with the same room."""
+        """Returns a reader, which takes its memory from ``room``. Opens inner sources with the same room."""
 
     @property
     def parts(self) -> tuple[Source, ...]:
@@ -132,7 +132,7 @@ class Source(ABC):
         return tuple(_sources_in(self))
 
     def with_parts(self, parts: tuple[Source, ...]) -> Source:
-        """The same expression over other inner sources, given in the order of :attr:`parts`."""
+        """Returns the same expression over other inner sources, given in the order of :attr:`parts`."""
         rest, changed = iter(parts), dict[str, Any]()
         for field in fields(self):  # type: ignore[arg-type]
             value = getattr(self, field.name)
@@ -149,7 +149,7 @@ class Source(ABC):
 
     @property
     def held(self) -> bool:
-        """Whether some of its numbers are held by the caller in memory, so that no later run can read them again."""
+        """Whether some of its numbers lie in the caller's memory, so that no later run can read them again."""
         return any(part.held for part in self.parts)
 
     @property
@@ -169,23 +169,23 @@ class Source(ABC):
 
     @property
     def origin(self) -> str:
-        """Where its numbers come from, as messages say it: its paths."""
+        """The origin of its numbers, for messages: its paths."""
         shown = list(map(str, self.paths))
         more = f" and {len(shown) - 4} more" if len(shown) > 4 else ""
         return ", ".join(shown[:4]) + more or "a constant"
 
     @property
     def place(self) -> tuple[object, ...]:
-        """Equal for two sources exactly when they are one tensor, whatever its name. Plain values: the digest of a plan
-        is made of it."""
+        """A key that is equal for two sources exactly when they are the same tensor, under any name. It has plain values,
+        because the digest of a plan is computed from it."""
         return (type(self).__name__, *(_plain(getattr(self, field.name)) for field in fields(self)))  # type: ignore[arg-type]
 
     def named(self, name: str) -> Source:
-        """The same tensor by another name."""
+        """Returns the same tensor under another name."""
         return self if name == self.spec.name else replace(self, spec=self.spec.named(name))  # type: ignore[type-var]
 
     def rows(self, start: int, stop: int) -> Source | None:
-        """Rows ``start`` to ``stop`` as a source that is cheaper than a gather of rows; None if there is none."""
+        """Returns rows ``start`` to ``stop`` as a source that is cheaper than a gather of rows, or None."""
         return None
 
 
@@ -203,7 +203,7 @@ def _sources_in(source: Source) -> Iterator[Source]:
 
 
 def _plain(value: Any) -> Any:
-    """A field as a value that can be hashed."""
+    """Returns a field as a value that can be hashed."""
     if isinstance(value, TensorSpec):
         return (value.dtype, value.shape)
     if isinstance(value, Source):
@@ -214,7 +214,7 @@ def _plain(value: Any) -> Any:
 
 
 class Allocated:
-    """A room that allocates what is asked for: to read a source outside a run, in tests and notebooks.
+    """A room that allocates new memory. It serves to read a source outside a run, in tests and notebooks.
 
     ``files`` opens a blob's path. ``tile_bytes``: the size of a tile.
     """
@@ -230,7 +230,7 @@ class Allocated:
         return self._files(path)
 
     def touched(self, path: BlobPath, offset: int, nbytes: int) -> None:
-        """Nothing: outside a run there is no page cache to give back."""
+        """Does nothing: outside a run there is no page cache to give back."""
 
     def take(self, nbytes: int) -> memoryview:
         return memoryview(bytearray(nbytes))
@@ -248,11 +248,11 @@ class Allocated:
         return self._made[id(source)][1]  # type: ignore[no-any-return]
 
     def halt(self) -> None:
-        """Nothing: outside a run nothing stops."""
+        """Does nothing: outside a run nothing stops."""
 
 
 def read_whole(source: Source, room: Room) -> bytearray:
-    """All bytes of a source. In memory: for tests and for small tensors."""
+    """Returns all bytes of a source, in memory. For tests and small tensors."""
     out = bytearray(source.nbytes)
     if source.spec.numel:
         view = memoryview(out)
@@ -263,9 +263,9 @@ def read_whole(source: Source, room: Room) -> bytearray:
 
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[tuple[int, int], ...]]:
-    """Blocks that together are elements ``start`` to ``stop`` of a C-order tensor: for each, its range in every dimension.
+    """Yields blocks that together are elements ``start`` to ``stop`` of a C-order tensor: each as its range per dimension.
 
-    The blocks come in C order and each is whole in all dimensions behind its first longer one.
+    The blocks come in C order. Each is whole in all dimensions after its first dimension that is longer than 1.
     """
     if start >= stop:
         return

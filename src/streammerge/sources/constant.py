@@ -33,7 +33,7 @@ class _Reader(Reader):
     def read(self, start: int, stop: int, out: memoryview) -> memoryview:
         done = len(self._element)
         out[:done] = self._element
-        while done < len(out):  # twice as much each time
+        while done < len(out):  # doubles the filled part each time
             more = min(done, len(out) - done)
             out[done : done + more] = out[:more]
             done += more

@@ -26,7 +26,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Deflated(Source):
-    """A tensor in a compressed record of ``path``. ``within`` is the tensor as it lies in the inflated bytes."""
+    """A tensor in a compressed record of ``path``. ``within``: the tensor as a source over the inflated bytes."""
 
     spec: TensorSpec
     path: BlobPath
@@ -52,7 +52,7 @@ class Deflated(Source):
         return (self.path, self.record)
 
     def inflated(self, path: BlobPath, offset: int) -> Source:
-        """The tensor where its record was inflated, to ``offset`` of ``path``."""
+        """Returns the tensor as a source over its inflated record, which begins at ``offset`` of ``path``."""
         return replace(self.within, spec=self.spec, path=path, offset=self.within.offset + offset)
 
     def rows(self, start: int, stop: int) -> Source:
@@ -72,8 +72,10 @@ def of_bytes(
     record: Record | None = None,
     lazy: str = "",
 ) -> Source:
-    """The source of a tensor over bytes of a file: its first element is at ``offset`` of ``path``, or of the record's bytes
-    when those are compressed. ``strides``: in elements, C order if not given. ``lazy``: see :class:`Strided`.
+    """Returns the source of a tensor over bytes of a file.
+
+    ``offset``: of the first element in ``path``, or in the inflated record. ``strides``: in elements, C order if not given.
+    ``lazy``: see :class:`Strided`.
     """
     if not spec.numel:
         return Stored(spec, path, 0 if record else offset)
@@ -85,7 +87,7 @@ def of_bytes(
 
 
 def records(source: Source) -> Iterator[RecordKey]:
-    """The compressed records that a source reads, wherever in the expression."""
+    """Yields the compressed records that a source reads, at any depth of the expression."""
     if isinstance(source, Deflated):
         yield source.key
     for part in source.parts:
@@ -93,7 +95,7 @@ def records(source: Source) -> Iterator[RecordKey]:
 
 
 def with_inflated(source: Source, places: Mapping[RecordKey, tuple[BlobPath, int]]) -> Source:
-    """The source with its records read where they were inflated: record -> path and offset."""
+    """Returns the source with its records read from their inflated bytes. ``places``: record -> path and offset."""
     if isinstance(source, Deflated):
         return source.inflated(*places[source.key]) if source.key in places else source
     parts = source.parts

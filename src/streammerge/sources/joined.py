@@ -34,20 +34,20 @@ class Joined(Source):
 
     @property
     def widths(self) -> list[int]:
-        """Elements that each piece gives to a row, which is all that lies behind the axes before ``axis``."""
+        """Elements of each piece in one row. A row spans ``axis`` and all later axes."""
         return [math.prod(piece.spec.shape[self.axis :]) for piece in self.pieces]
 
     @property
     def interleaved(self) -> bool:
-        """Whether the pieces take turns, in ranges that are short."""
+        """Whether the pieces alternate in short ranges."""
         short = min(self.widths) * self.spec.dtype.element_bytes < _LONG_BYTES
         return short and math.prod(self.spec.shape[: self.axis]) > 1
 
 
 def joined(name: str, pieces: Sequence[Source], axis: int = 0) -> Source:
-    """The tensor of that name that the pieces make, one behind the other along ``axis`` (negative: from the last).
+    """Returns the tensor that joins the pieces along ``axis`` (negative: counted from the last axis).
 
-    Pieces without elements are left out. Raises RecipeError when dtypes or the other sizes differ.
+    Leaves out pieces without elements. Raises RecipeError when dtypes or the other sizes differ.
     """
     first = pieces[0].spec
     place = axis + len(first.shape) if axis < 0 else axis
@@ -69,7 +69,7 @@ def joined(name: str, pieces: Sequence[Source], axis: int = 0) -> Source:
 
 
 class _Reader(Reader):
-    """Sees the tensor as rows, in each of which every piece has a range of columns."""
+    """Reads the tensor as rows. In each row every piece has a range of columns."""
 
     def __init__(self, source: Joined, room: Room) -> None:
         self._readers = [piece.open(room) for piece in source.pieces]
@@ -94,7 +94,7 @@ class _Reader(Reader):
         return out
 
     def _columns(self, row: int, begin: int, end: int, out: memoryview) -> None:
-        """A range within one row, from each piece its part."""
+        """Reads a range within one row, from each piece its part."""
         low = 0
         for reader, width, high in zip(self._readers, self._widths, self._ends, strict=True):
             a, b = max(begin, low), min(end, high)
@@ -106,7 +106,7 @@ class _Reader(Reader):
             low = high
 
     def _rows(self, row: int, count: int, out: memoryview, scratch: memoryview) -> None:
-        """Whole rows: each piece is read in blocks of rows, which are put into its columns."""
+        """Reads whole rows. Reads each piece in blocks of rows, and puts these into its columns."""
         import torch
 
         octets = torch.frombuffer(out, dtype=torch.uint8).view(count, self._row * self._size)
@@ -117,7 +117,7 @@ class _Reader(Reader):
             for begin in range(0, count, max(at_once, 1)):
                 self._room.halt()
                 end = min(begin + max(at_once, 1), count)
-                if not at_once:  # this piece is a long one
+                if not at_once:  # a row of this piece is long
                     part = out[(begin * self._row + low) * self._size :][:row_bytes]
                     made = reader.read((row + begin) * width, (row + end) * width, part)
                     if made is not part:

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Memory(Source):
-    """``values``: the array or tensor, of any strides, on any device. ``label``: what messages call its checkpoint.
+    """A tensor in memory. ``values``: the array or tensor, of any strides, on any device. ``label``: the name of its
+    checkpoint in messages.
 
-    Nothing is copied beyond the elements that are asked for. Values that the caller changes meanwhile are read as they are
-    then. :func:`in_memory` makes it.
+    Copies only the requested elements. If the caller changes the values during the run, the changed values are read.
+    :func:`in_memory` makes it.
     """
 
     spec: TensorSpec
@@ -35,7 +36,7 @@ class Memory(Source):
         return _Torch(self) if is_tensor(self.values) else _Numpy(self)
 
     def __reduce__(self) -> Any:
-        """Pickles the numbers of the view in C order: plain pickle writes whole storages, and fails for some dtypes."""
+        """Pickles the numbers of the view in C order, because plain pickle writes whole storages and lacks some dtypes."""
         return _restored, (self.spec, bytes(read_whole(self, Allocated())), self.label)
 
     @property
@@ -63,7 +64,7 @@ def _restored(spec: TensorSpec, data: bytes, label: str) -> Memory:
 
 
 def is_tensor(value: object) -> bool:
-    """Whether it is a torch tensor. Does not import torch: without it there is none."""
+    """Whether it is a torch tensor. Does not import torch: before torch is imported there is no tensor."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
@@ -75,8 +76,8 @@ def is_array(value: object) -> bool:
 
 
 def in_memory(name: str, values: Any, label: str = "memory") -> Memory:
-    """The source of an array or tensor. Raises FormatError for one whose numbers are not plain: sparse, quantised, on the
-    meta device, of another byte order or of an unknown dtype."""
+    """Returns the source of an array or tensor. Raises FormatError for numbers that are not plain: sparse, quantised, on
+    the meta device, of another byte order or of an unknown dtype."""
     what = f"{label}: tensor {printable(name)}"
     if is_tensor(values):
         values = values.detach()
@@ -105,7 +106,7 @@ def _strided_layout() -> Any:
 
 
 def _where(values: Any) -> tuple[object, ...]:
-    """Equal for two arrays over the same numbers."""
+    """Returns a key that is equal for two arrays over the same numbers."""
     if is_tensor(values):
         lazy = (values.is_conj(), values.is_neg())
         return (str(values.device), values.data_ptr(), tuple(values.stride()), lazy)
@@ -119,7 +120,7 @@ class _Torch(Reader):
         tensor = self._tensor
         in_place = tensor.is_contiguous() and tensor.device.type == "cpu" and not tensor.is_conj() and not tensor.is_neg()
         self._octets: memoryview | None = None
-        if in_place and tensor.numel():  # by its address, since torch shows memory to numpy only
+        if in_place and tensor.numel():  # by its address, because torch gives its memory only to numpy
             self._octets = memoryview((ctypes.c_ubyte * source.nbytes).from_address(tensor.data_ptr())).cast("B")
 
     def read(self, start: int, stop: int, out: memoryview) -> memoryview:

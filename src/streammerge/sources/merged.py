@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Merged(Source):
-    """The merge of ``sources``, rounded to the dtype of ``spec``: the compute dtype keeps all that was computed.
+    """The merge of ``sources``, rounded to the dtype of ``spec``. The compute dtype as dtype of ``spec`` rounds nothing.
 
-    ``based``: whether the first source is the base. ``parameters``: those of the method, resolved for these models.
-    ``drawn_as``: the tensor name that random numbers depend on. :func:`merged` makes it. Each number is the one that a
-    merge of the sources into a file would have.
+    ``based``: whether the first source is the base. ``parameters``: the method's parameters, resolved for these models.
+    ``drawn_as``: the tensor name that random numbers depend on. :func:`merged` makes it. Each number equals the number in a
+    merge of the sources into a file.
     """
 
     spec: TensorSpec
@@ -55,7 +55,7 @@ class Merged(Source):
 
     @property
     def row(self) -> int:
-        """Elements that the method holds together."""
+        """Elements that the method needs in memory together."""
         return self.method.rows(self.spec.component_shape, self.parameters)
 
     @property
@@ -81,10 +81,10 @@ def merged(
     compute: str | None = None,
     seed: int = 0,
 ) -> Merged:
-    """The merge of sources of one shape under that name. ``parameters``: as in a recipe, checked here.
+    """Returns the merge of sources of one shape under the name ``name``. ``parameters``: as in a recipe, checked here.
 
-    ``dtype``: of the result, the first source's if not given. ``compute``: float32 or float64, the method's if not given,
-    and float64 where a source is float64, as in a merge. Raises RecipeError for what does not fit.
+    ``dtype``: of the result, by default the first source's. ``compute``: float32 or float64; by default float64 if a source
+    is float64, else the method's own, as in a merge. Raises RecipeError for sources or parameters that do not fit.
     """
     first = sources[0].spec
     for source in sources:
@@ -103,7 +103,7 @@ def merged(
 
 
 def methods_in(source: Source) -> Iterator[MergeMethod]:
-    """The merge methods that a source computes with, wherever in the expression."""
+    """Yields the merge methods that a source computes with, at any depth of the expression."""
     if isinstance(source, Merged):
         yield source.method
     for part in source.parts:
@@ -129,10 +129,10 @@ class _Slots:
 
 
 class _Reader(Reader):
-    """Computes spans of the result, each once while reading goes on in order.
+    """Computes spans of the result. Sequential reading computes each span once.
 
-    The kernel is made once for each tensor: its passes read the inner sources from begin to end, grain by grain, so that
-    the result does not depend on who asks for which elements.
+    The kernel is made once for each tensor. Its passes read the inner sources from begin to end, grain by grain, so that
+    the result does not depend on the order of reading.
     """
 
     def __init__(self, source: Merged, room: Room) -> None:
@@ -184,7 +184,7 @@ class _Reader(Reader):
         return source.method.bind(group, source.parameters)
 
     def _sweep(self, look: Look, step: Step[T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
-        """Piece by piece where a merge into a file would go so, since sums are joined in that order."""
+        """Sweeps piece by piece if a merge into a file would do so too, because the order of sums changes the result."""
         piece = whole_grains(PIECE_ELEMS, self._row) if self._source.method.row else PIECE_ELEMS
         if self._elems <= piece:
             yield step(look, self._chunks(start, stop, sparse))
@@ -200,7 +200,7 @@ class _Reader(Reader):
             yield Chunk(begin, end, self._compute, self._slots, self._number, self._source.based, models)
 
     def _number(self, source: int, start: int, stop: int) -> torch.Tensor:
-        """Raw numbers of an inner source; valid until the next but one call."""
+        """Returns raw numbers of an inner source. Valid until the next call but one."""
         import torch
 
         part = self._raw[self._next][: (stop - start) * self._dtypes[source].element_bytes]

@@ -16,7 +16,7 @@ _SHORT_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class Rows(Source):
-    """The rows of ``source`` in ``runs``, one behind the other: each run is its first row and its number of rows.
+    """The rows of ``source`` in ``runs``, one after the other. Each run is its first row and its number of rows.
 
     :func:`rows_of` and :func:`gathered` make it.
     """
@@ -49,7 +49,7 @@ class Rows(Source):
 
 
 def rows_of(source: Source, start: int, stop: int) -> Source:
-    """Rows ``start`` to ``stop`` of a source, where they lie if that is possible."""
+    """Returns rows ``start`` to ``stop`` of a source, as a plain byte range if possible."""
     shape = source.spec.shape
     if not shape or not 0 <= start <= stop <= shape[0]:
         raise RecipeError(f"{printable(source.spec.name)} of shape {list(shape)} has no rows {start} to {stop}")
@@ -59,9 +59,9 @@ def rows_of(source: Source, start: int, stop: int) -> Source:
 
 
 def gathered(source: Source, indices: Iterable[int]) -> Source:
-    """The rows of a source at these indices, in their order; an index may come more than once.
+    """Returns the rows of a source at these indices, in their order. An index may come more than once.
 
-    Neighbours are read together. Raises RecipeError for an index that the source does not have.
+    Neighbouring rows are read together. Raises RecipeError for an index that the source does not have.
     """
     shape, runs = source.spec.shape, list[tuple[int, int]]()
     for index in map(int, indices):
@@ -105,7 +105,7 @@ class _Reader(Reader):
         return out
 
     def _inner(self, run: int, at: int) -> int:
-        """The element of the inner source that is element ``at`` here."""
+        """Returns the number of the inner source's element that is element ``at`` here."""
         return self._starts[run] + at - (self._ends[run - 1] if run else 0)
 
     def _run(self, run: int, at: int, end: int, part: memoryview) -> None:
@@ -115,8 +115,8 @@ class _Reader(Reader):
             part[:] = made
 
     def _together(self, at: int, stop: int, run: int, out: memoryview, scratch: memoryview) -> int:
-        """Reads the block of the inner source that holds many short runs, and puts them in order. Returns where it ended:
-        at ``at`` when the runs lie too far apart."""
+        """Reads the block of the inner source that holds many short runs, and puts them in order. Returns the element after
+        the last one read. This is ``at`` itself when the runs lie too far apart."""
         import torch
 
         most, row, size = len(scratch) // self._size, self._row, self._size

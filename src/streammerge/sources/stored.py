@@ -1,4 +1,4 @@
-"""A tensor whose bytes lie in C order in one place: what most tensors are."""
+"""A tensor whose bytes lie in C order in one place. Most tensors are of this kind."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from streammerge.tensors.spec import TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Stored(Source):
-    """Little-endian bytes in C order at ``offset`` of ``path``. Workers map it where the store can."""
+    """Little-endian bytes in C order at ``offset`` of ``path``. Workers map them if the store supports it."""
 
     spec: TensorSpec
     path: BlobPath

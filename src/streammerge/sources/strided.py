@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 STRIP_BYTES = COPY_BYTES
-"""What is read from the file before it is put in order. It is shared by all strided readers of a worker."""
+"""Size of the buffer for bytes that are read before they are put in order. All strided readers of a worker share it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Strided(Source):
     def of(
         cls, spec: TensorSpec, path: BlobPath, offset: int, strides: tuple[int, ...] | None = None, lazy: str = ""
     ) -> Strided:
-        """As :class:`Strided`; in C order if no strides are given."""
+        """Returns a :class:`Strided`, in C order if no strides are given."""
         return cls(spec, path, offset, contiguous_strides(spec.shape) if strides is None else strides, lazy)
 
     def needs(self) -> Needs:
@@ -58,7 +58,7 @@ class Strided(Source):
 
     @property
     def _scattered(self) -> bool:
-        """Whether elements that follow one another in the view do not do so in the file, as in a transposed matrix."""
+        """Whether neighbouring elements of the view are not neighbours in the file, as in a transposed matrix."""
         steps = [stride for size, stride in zip(self.spec.shape, self.strides, strict=True) if size > 1 and stride]
         return steps != sorted(steps, reverse=True)
 
@@ -72,8 +72,8 @@ class Strided(Source):
 class _Reader(Reader):
     """Gathers elements block by block.
 
-    Neighbours in a scattered view lie far apart in the file. So a tile of the view is gathered at once: each visit to a
-    row of the file then brings more of it.
+    Neighbours in a scattered view lie far apart in the file. The reader gathers a whole tile of the view at once, so that
+    each visit to a row of the file reads more of it.
     """
 
     def __init__(self, source: Strided, room: Room, scattered: bool) -> None:
@@ -104,8 +104,11 @@ class _Reader(Reader):
         return out
 
     def _fill(self, at: int) -> bool:
-        """Gathers a tile with ``at`` in it: from there to the next multiple of the tile's length where reading goes on in
-        order, the whole multiple where it stays near. Samples, which jump far, get no tile."""
+        """Gathers a tile that contains ``at``. Returns whether it did.
+
+        In sequential reading the tile goes from ``at`` to the next multiple of the tile's length. In reading nearby it
+        begins at the previous multiple. Samples, which jump far, get no tile.
+        """
         numel, elems = self._source.spec.numel, self._tile_elems
         near = self._last >= 0 and abs(at - self._last) <= elems
         if numel > elems and not near:
@@ -139,7 +142,7 @@ class _Reader(Reader):
             end = first + _reach(shape, source.strides)
             if not self._scattered:
                 self._room.touched(source.path, source.offset + first * size, (end - first) * size)
-        if self._scattered and stop == source.spec.numel:  # before, the next tile needs the same pages
+        if self._scattered and stop == source.spec.numel:  # earlier, the next tile still needs the same pages
             self._room.touched(*source.blobs[0])
         if source.lazy:
             _carry_out(source.lazy, out, source.spec.dtype)
@@ -147,7 +150,7 @@ class _Reader(Reader):
     def _block(self, into: torch.Tensor, strides: list[int], offset: int) -> None:
         """Fills ``into`` from elements that lie ``strides`` apart, the first one at ``offset``.
 
-        Reads through gaps of up to a page, and visits each part behind a longer gap by itself.
+        Reads across gaps of up to a page. Visits each part after a longer gap separately.
         """
         import torch
 
@@ -201,14 +204,14 @@ def _is_dense(shape: list[int], strides: list[int], size: int) -> bool:
 
 
 def _mover(dtype: DType) -> torch.dtype:
-    """A dtype of the same width that torch can move, also when it does not know the source's own."""
+    """Returns a dtype of the same width that torch can copy, even if torch does not know the source's own dtype."""
     import torch
 
     return {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}[dtype.element_bytes]
 
 
 def _carry_out(lazy: str, out: memoryview, dtype: DType) -> None:
-    """Carries out what torch had left: negates the numbers, or the imaginary parts."""
+    """Carries out the operation that torch had delayed: negates the numbers, or the imaginary parts."""
     import torch
 
     numbers = torch.frombuffer(out, dtype=dtype.component.torch)

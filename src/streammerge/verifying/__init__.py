@@ -1,7 +1,7 @@
-"""Whether an output is what its receipt says.
+"""Checks whether an output agrees with its receipt.
 
 Each module imports only modules above it::
 
     files   structure and checksums
-    values  a sample of its values, computed again
+    values  a sample of the values, computed again
 """

@@ -1,4 +1,4 @@
-"""Whether an output is what its receipt says: its structure and its checksums. Its values: :mod:`recomputation`."""
+"""Checks the structure and the checksums of an output against its receipt. :mod:`.values` checks the values."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ from streammerge.units import counted, decimal_bytes
 
 _RANGE_BYTES = 64 << 20
 _LOADED = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".index.json", ".py")
-"""Endings of what a loader might take for a part of the model."""
+"""Endings of files that a loader might take for a part of the model."""
 
 
 @dataclass(slots=True, repr=False)
 class Verified:
-    """What was found right. ``sampled_tensors`` were computed again, ``sampled_elems`` numbers of them: ``equal_elems`` are
-    the float64 result rounded once, ``repeated_elems`` lie in parts where float64 may decide otherwise (which of two
-    near-equal numbers is the larger), and which are bit for bit what the merge computes; the rest is the float64 result but
-    for rounding. ``notes``: what was not verified, and why.
+    """The report of a verification that found no error.
+
+    ``sampled_tensors``: tensors computed again, ``sampled_elems``: their numbers. ``equal_elems``: numbers equal to the
+    float64 result rounded once. ``repeated_elems``: numbers in pieces where float64 may decide differently, such as which
+    of two near-equal numbers is larger; these pieces equal the merge's own result bit for bit. All other numbers equal the
+    float64 result within rounding. ``notes``: what was not verified, and why.
     """
 
     out: Location
@@ -75,7 +77,7 @@ class Verified:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Bytes of a file, and the checksum that they must have."""
+    """A byte range of a file, and its expected checksum."""
 
     what: str
     path: Location
@@ -85,7 +87,7 @@ class _Part:
 
 
 def check_files(out: Location, receipt: Receipt, workers: int) -> Verified:
-    """Structure and checksums of every file. Raises VerifyError that names all that is wrong."""
+    """Checks structure and checksums of every file. Raises VerifyError, which names everything that is wrong."""
     if out.is_folder() == (ITSELF in receipt.checksums):
         raise VerifyError(f"{printable(out)}: its receipt is that of another kind of output")
     parts: list[_Part] = []
@@ -103,11 +105,11 @@ def check_files(out: Location, receipt: Receipt, workers: int) -> Verified:
             parts.append(_Part(printable(name), path, 0, path.size, receipt.sums(name)[0]))
     notes = []
     if out.is_folder():
-        read_output(out)  # the index and its shards fit each other
+        read_output(out)  # checks that the index and its shards agree
         extra = sorted({p.name for p in out.children()} - {RECEIPT_FILE, *receipt.checksums})
         wrong += [f"{printable(name)} does not belong to it" for name in extra if name.endswith(_LOADED)]
         beside = [name for name in extra if not name.endswith(_LOADED)]
-        notes += [f"{listed(beside)} came later, and nobody knows what is in it"] if beside else []
+        notes += [f"{listed(beside)} came later and was not verified"] if beside else []
     wrong += _wrong_parts(parts, receipt.kind, workers)
     if wrong:
         raise VerifyError(f"{printable(out)} is not as it was written: {listed(wrong, 10)}")
@@ -116,7 +118,7 @@ def check_files(out: Location, receipt: Receipt, workers: int) -> Verified:
 
 
 def _tensor_file(path: Location, sums: list[int], receipt: Receipt, parts: list[_Part], wrong: list[str]) -> int:
-    """The parts of a file of tensors; how many tensors it has."""
+    """Adds the parts of a file of tensors to ``parts``. Returns the number of its tensors."""
     container = read_output(path)
     (spans,) = container.tensor_spans().values()
     if (receipt.kind is CRC32) != container.pickled:
@@ -137,7 +139,7 @@ def _tensor_file(path: Location, sums: list[int], receipt: Receipt, parts: list[
 
 
 def rest_of(path: Location, spans: list[tuple[int, int]], receipt: Receipt) -> bytes:
-    """What is around a file's tensors, its receipt blank as it was when it was planned."""
+    """Returns the bytes of a file outside its tensors, with the receipt blank as it was planned."""
     rest, final, blank = b"".join(outside(path, spans)), receipt.text(), receipt.blank().text()
     if receipt.kind is CRC32:
         return torch_zip.with_blank_receipt(rest, final.encode(), blank.encode())
@@ -145,7 +147,7 @@ def rest_of(path: Location, spans: list[tuple[int, int]], receipt: Receipt) -> b
 
 
 def _wrong_parts(parts: list[_Part], kind: Checksum, workers: int) -> list[str]:
-    """What of these does not have its checksum."""
+    """Returns descriptions of the parts whose checksum is wrong."""
     cut = [(part, start, stop) for part in parts for start, stop in ranges(part.nbytes, _RANGE_BYTES)]
     found: dict[_Part, list[tuple[int, int, int]]] = {part: [] for part in parts}
     units = ((number, part.path, part.offset + start, stop - start) for number, (part, start, stop) in enumerate(cut))

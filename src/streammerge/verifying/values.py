@@ -1,4 +1,4 @@
-"""Whether the values of an output are what its recipe makes of its inputs: a sample of them, computed once more."""
+"""Checks the values of an output: computes a sample of them again from recipe and inputs."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ if TYPE_CHECKING:
     import torch
 
 _ROUNDING = 2.0**-21
-"""How far float32 may be from the exact number, as a share of it, after a few operations."""
+"""The largest relative error of a float32 result after a few operations."""
 _COMPARED_ELEMS = 1 << 14
 _REPEATED_BYTES = 256 << 10
 _BESIDE_BYTES = 1 << 20
-"""What a worker holds of one block that it compares: 64 bytes for each of ``_COMPARED_ELEMS``, or ``_REPEATED_BYTES``."""
+"""Memory of a worker for one block that it compares: 64 bytes for each of ``_COMPARED_ELEMS``, or ``_REPEATED_BYTES``."""
 
 
 def check_inputs(plan: Plan, receipt: Receipt) -> None:
-    """ChangedError when an input is not the file that was merged, as far as the receipt can tell."""
+    """Raises ChangedError when an input is not the file that was merged, as far as the receipt can tell."""
     if set(plan.input_files) != set(receipt.inputs):
         raise ChangedError(f"the inputs are others: {listed(sorted(set(plan.input_files) ^ set(receipt.inputs)))}")
     for name, (path, spans) in plan.input_files.items():
@@ -57,16 +57,16 @@ def check_inputs(plan: Plan, receipt: Receipt) -> None:
 
 
 def recompute(verified: Verified, plan: Plan, receipt: Receipt, share: float, seed: int) -> None:
-    """Computes a sample of the output's pieces again, in float64. Raises VerifyError when they are others.
+    """Computes a sample of the output's pieces again, in float64. Raises VerifyError when they differ.
 
-    A number is right when it is the float64 result but for rounding. A piece with others, which methods that choose
-    among numbers may have, or sums that cancel, must be bit for bit what the merge computes.
+    A number is right when it equals the float64 result within rounding. Methods that choose among numbers, and sums that
+    cancel, may give other numbers. A piece with such numbers must equal the merge's own result bit for bit.
     """
     places, skipped = _places(plan, verified.out, receipt)
     every = [(n, piece.start) for n, (task, _, _) in enumerate(places) for piece in pieces(task, n)]
     chosen = set(random.Random(seed).sample(every, math.ceil(len(every) * share)))
     if skipped:
-        verified.notes.append(f"not computed again, for their places are not known: {listed(skipped)}")
+        verified.notes.append(f"not computed again, because their places are not known: {listed(skipped)}")
     if not chosen:
         return
     sampled = {number: places[number] for number in sorted({number for number, _ in chosen})}
@@ -82,16 +82,16 @@ def recompute(verified: Verified, plan: Plan, receipt: Receipt, share: float, se
     verified.repeated_elems = check.repeated_elems
     if wrong:
         raise VerifyError(
-            f"{printable(verified.out)} does not hold what its recipe makes of these inputs: {listed(wrong)}; "
-            "it was made of others, or is wrong"
+            f"{printable(verified.out)} differs from the result of its recipe and these inputs in {listed(wrong)}; "
+            "it was made from other inputs, or it is wrong"
         )
 
 
 def _places(plan: Plan, out: Location, receipt: Receipt) -> tuple[list[tuple[MergeTask, Location, int]], list[str]]:
-    """Each task, with where its bytes lie: file and offset. And the names of those for which that is not known.
+    """Returns each task with the file and offset of its bytes, and the names of tensors whose place is not known.
 
-    Where all that is around the tensors is what is planned now, so are their places. Another version of streammerge may
-    lay out otherwise; then names, dtypes and shapes must do.
+    If all bytes outside the tensors are as planned now, the places are as planned too. Another version of streammerge may
+    use another layout; then tensors are found by name, dtype and shape.
     """
     paths = [out / file.name if out.is_folder() else out for file in plan.layout.files]
     if all(_as_planned(path, file, receipt) for path, file in zip(paths, plan.layout.files, strict=True)):
@@ -119,7 +119,7 @@ def _as_planned(path: Location, file: LayoutFile, receipt: Receipt) -> bool:
 
 
 class _Recomputation:
-    """Tasks run again by the engine, which is given comparisons where a merge gives it output files."""
+    """Runs tasks again by the engine. The engine gets comparisons in place of output files."""
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class _Recomputation:
         return exact
 
     def repeated(self, keys: set[Key]) -> list[str]:
-        """Repeats these pieces as the merge made them; names of tensors that are not so to the bit."""
+        """Repeats these pieces exactly as the merge made them. Returns the names of tensors that differ in any bit."""
         tasks, repetitions, differ = [], list[Destination](), set[int]()
         for at, (task, (_, path, offset)) in enumerate(zip(self._tasks, self.places, strict=True)):
             tasks.append(replace(task, file=at, offset=0))
@@ -172,7 +172,7 @@ class _Recomputation:
         return [task.out.name for number, task in enumerate(self._tasks) if number in differ]
 
     def _run(self, tasks: list[MergeTask], destinations: list[Destination], keys: set[Key]) -> Iterator[tuple[Piece, Any]]:
-        """Makes these pieces again. Yields each with what its destination found."""
+        """Makes these pieces again. Yields each piece with the finding of its destination."""
         if not keys:
             return
         plan = self.plan
@@ -190,7 +190,7 @@ class _Recomputation:
 
 @dataclass(frozen=True, slots=True)
 class _Repetition:
-    """Where the bytes of a tensor are. Those that are made again are compared with them."""
+    """The place of a tensor's bytes. The bytes that are made again are compared with them."""
 
     location: Location
     offset: int
@@ -200,7 +200,7 @@ class _Repetition:
 
 
 class _Repeated:
-    """Compares bytes, block by block, with those in the file, and finds whether any differ."""
+    """Compares bytes with the file, block by block. Finds whether any differ."""
 
     def __init__(self, file: Input, offset: int) -> None:
         self._file, self._offset = file, offset
@@ -222,7 +222,7 @@ class _Repeated:
 
 @dataclass(frozen=True, slots=True)
 class _Comparison:
-    """Where the numbers of a tensor are, and their dtype. Float64 results are compared with them."""
+    """The place of a tensor's numbers, and their dtype. Float64 results are compared with them."""
 
     location: Location
     offset: int
@@ -233,10 +233,10 @@ class _Comparison:
 
 
 class _Compared:
-    """Compares float64 numbers with those in the file.
+    """Compares float64 numbers with the numbers in the file.
 
-    It finds how many numbers there were, how many of them are the float64 result rounded once, and how many are further
-    from it than rounding explains.
+    Finds the number of all numbers, of those that equal the float64 result rounded once, and of those that differ from it
+    by more than rounding.
     """
 
     def __init__(self, file: Input, place: _Comparison) -> None:
@@ -251,7 +251,7 @@ class _Compared:
 
         size, exact = self._dtype.element_bytes, torch.frombuffer(data, dtype=torch.float64)
         first = offset // 8
-        for start, stop in ranges(len(exact), _COMPARED_ELEMS):  # so that _BESIDE_BYTES are enough
+        for start, stop in ranges(len(exact), _COMPARED_ELEMS):  # keeps the memory within _BESIDE_BYTES
             raw = bytearray((stop - start) * size)
             self._file.read_into(memoryview(raw), self._offset + (first + start) * size)
             equal, far = _compared(torch.frombuffer(raw, dtype=self._dtype.torch), exact[start:stop])
@@ -260,7 +260,7 @@ class _Compared:
 
 
 def _compared(there: torch.Tensor, exact: torch.Tensor) -> tuple[int, int]:
-    """How many numbers are the exact ones, rounded once; and how many are further from them than rounding explains."""
+    """Returns how many numbers equal the exact ones rounded once, and how many differ from them by more than rounding."""
     import torch
 
     rounded, wide = exact.to(there.dtype).double(), there.double()

@@ -1,4 +1,4 @@
-""".pth in, .pth out: the first input's container, its tensors replaced."""
+"""A .pth merged from .pth files: the first input's container with its tensors replaced."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_coquis_own_loader_takes_the_output(tmp_path: Path) -> None:
 
 
 class Plain:
-    """A class that a checkpoint may mention and that its reader must not need."""
+    """A class that a checkpoint may mention. Its reader must not need it."""
 
     def __init__(self, **values: Any) -> None:
         self.__dict__.update(values)
@@ -268,7 +268,7 @@ def test_facts_a_loader_needs_are_compared(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_archives_beyond_4_gib(tmp_path: Path) -> None:
-    """Zip64 in every place: a storage beyond 4 GiB, and records that begin beyond it."""
+    """Needs Zip64 in every place: a storage larger than 4 GiB, and records that begin after 4 GiB."""
     numel = (1 << 31) + 12_345
     with open(tmp_path / "in.safetensors", "wb") as file:
         header = f'{{"big":{{"dtype":"F16","shape":[{numel}],"data_offsets":[0,{2 * numel}]}},'

@@ -1,4 +1,4 @@
-"""What every executor must keep. A subclass, its name beginning with Test, says which it is, by ``executor``."""
+"""The rules for every executor. A subclass, whose name begins with Test, sets ``executor`` to the executor under test."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WAIT_SECONDS = 2.0
 
 
 class ExecutorSuite:
-    """Workers may be other processes, so these tests see of them what they return and the files that they write."""
+    """Tests of one executor. Workers may be other processes, so the tests look only at results and written files."""
 
     executor: Executors
 
@@ -105,7 +105,7 @@ class ExecutorSuite:
         assert next(results) == 0
         deadline = time.monotonic() + WAIT_SECONDS
         while not list(tmp_path.glob("begun [1-9]*")) and time.monotonic() < deadline:
-            time.sleep(SLOW_SECONDS / 10)  # an executor on the calling thread begins none
+            time.sleep(SLOW_SECONDS / 10)  # an executor on the calling thread starts no unit meanwhile
         results.close()
         said = {kind: {path.name.split()[1] for path in tmp_path.glob(f"{kind} *")} for kind in ("begun", "ended")}
         assert said["begun"] - {"0"} == said["ended"], "units had ended when the generator was closed"
@@ -131,7 +131,7 @@ class ExecutorSuite:
         [{}, {"method": "ties", "parameters": {"density": 0.5}}, {"method": "dare_linear", "parameters": {"density": 0.5}}],
     )
     def test_a_merge_has_the_bytes_it_has_with_threads(self, way: dict[str, object], tmp_path: Path) -> None:
-        """Also of a tensor that is spread, whose passes all workers share."""
+        """Includes a long tensor, whose passes all workers share."""
         for seed in (1, 2, 3):
             tensors = {name: tensor for name, tensor in trained(seed).items() if tensor.is_floating_point()}
             large = trained(seed)["embed.weight"].repeat(45, 1)

@@ -1,4 +1,4 @@
-"""What the workers of one process share."""
+"""The shared state of the workers of one process."""
 
 from __future__ import annotations
 

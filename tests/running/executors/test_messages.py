@@ -1,4 +1,4 @@
-"""Messages between processes: cut anywhere, errors with their causes, tensors to the bit."""
+"""Messages between processes: cut at any byte, with errors and their causes, and with tensors bit for bit."""
 
 from __future__ import annotations
 

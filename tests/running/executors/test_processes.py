@@ -1,4 +1,4 @@
-"""Processes: what every executor keeps; how they begin, how they end, and what they leave."""
+"""Worker processes: the rules for every executor, and how processes start, end and clean up."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def started(*arguments: object) -> subprocess.Popen[str]:
 
 
 def test_a_script_needs_no_guard(tmp_path: Path) -> None:
-    """It is run once, and what workers print is not in its output."""
+    """The script runs once, and the prints of workers are not in its output."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     path = os.pathsep.join([str(Path(__file__).parent.parent.parent), *filter(None, sys.path)])

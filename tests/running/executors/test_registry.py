@@ -1,4 +1,4 @@
-"""From a name to an executor."""
+"""Executors are found by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The process from which workers are forked: what is in it, and what a worker has of it."""
+"""The process from which workers are forked: its contents, and what a worker inherits."""
 
 from __future__ import annotations
 

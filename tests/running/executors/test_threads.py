@@ -1,4 +1,4 @@
-"""Threads: what every executor keeps, and that none of them is left."""
+"""Worker threads: the rules for every executor, and that no thread is left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Works for the tests of executors. This module imports little, since worker processes import it too."""
+"""Works for the tests of executors. This module imports little, because worker processes import it too."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Square:
 
 @dataclass(frozen=True)
 class Zeros:
-    """Results of so many bytes."""
+    """Returns results of the given number of bytes."""
 
     nbytes: int
     modules: ClassVar[tuple[str, ...]] = ()
@@ -45,7 +45,7 @@ class Zeros:
 
 @dataclass(frozen=True)
 class Measures:
-    """Tells how long its units are."""
+    """Returns the length of its units."""
 
     modules: ClassVar[tuple[str, ...]] = ()
 
@@ -54,7 +54,7 @@ class Measures:
 
 
 class Odd(Exception):
-    """Cannot be made again from what pickle keeps of it."""
+    """An error that pickle cannot restore."""
 
     def __init__(self, one: str, two: str) -> None:
         super().__init__(f"{one} and {two}")
@@ -62,7 +62,7 @@ class Odd(Exception):
 
 @dataclass(frozen=True)
 class Fails:
-    """Fails at one unit: as an error of ours, one with a cause, or one that cannot be pickled; or when it is opened."""
+    """Fails at one unit or when it is opened, with our own error, an error with a cause, or one that cannot be pickled."""
 
     at: int
     how: str = "ours"
@@ -92,7 +92,7 @@ class Fails:
 
 @dataclass(frozen=True)
 class Waits:
-    """Unit 0 is done at once; each other one waits until the run is stopping, and then writes a file."""
+    """Does unit 0 at once. Each other unit waits until the run is stopping, and then writes a file."""
 
     folder: str
     modules: ClassVar[tuple[str, ...]] = ()
@@ -126,7 +126,7 @@ class Store:
 
 @dataclass(frozen=True)
 class Keeps:
-    """Keeps something between works that have one key; tells in which process and under which object it ran."""
+    """Keeps an object between works with the same key. Returns the process and the object that it ran with."""
 
     folder: str
     key: str
@@ -139,7 +139,7 @@ class Keeps:
 
 @dataclass(frozen=True)
 class Dies:
-    """Its process ends at one unit: by a signal, or by leaving."""
+    """Ends its process at one unit, by a signal or by an exit."""
 
     at: int
     by: int = signal.SIGKILL
@@ -158,7 +158,7 @@ class Dies:
 
 @dataclass(frozen=True)
 class Tells:
-    """What a worker process is like: its id, its parent's, its signals, its threads, what it has imported."""
+    """Returns facts about a worker process: its id, its parent's id, its signals, threads and imports."""
 
     modules: tuple[str, ...] = ()
 
@@ -166,7 +166,7 @@ class Tells:
         def run(unit: Any) -> dict[str, Any]:
             import sys
 
-            time.sleep(SLOW_SECONDS / 10)  # so that all workers get some
+            time.sleep(SLOW_SECONDS / 10)  # so that all workers get units
             torch = sys.modules.get("torch")
             return {
                 "pid": os.getpid(),
@@ -182,7 +182,7 @@ class Tells:
 
 @dataclass(frozen=True)
 class Allocates:
-    """Holds so much memory for a moment."""
+    """Holds the given amount of memory for a moment."""
 
     nbytes: int
     modules: ClassVar[tuple[str, ...]] = ()

@@ -1,4 +1,4 @@
 """One file per command: its options and its call. The command has the name of its module.
 
-No module here imports another. What a command needs is imported when it runs, so that ``--help`` waits for nothing.
+No module here imports another. A command imports its code when it runs, so that ``--help`` is fast.
 """

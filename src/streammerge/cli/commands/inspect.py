@@ -21,7 +21,7 @@ from streammerge.options import Selection
 def inspect(paths: tuple[str, ...], tensors: bool, recipe: bool, form: str, debug: bool, **typed: Any) -> None:
     """Show what a checkpoint is and holds; nothing in it is executed."""
     from streammerge.checkpoints.globs import expand
-    from streammerge.checkpoints.index import open_checkpoint  # api.inspect, without what merges
+    from streammerge.checkpoints.index import open_checkpoint  # as api.inspect does, but without importing the merge
 
     asked = Selection(**typed)
     indexes = [open_checkpoint(path, asked.state_dict, asked.ema or "ignore") for path in expand(list(paths))]

@@ -20,8 +20,8 @@ from streammerge.options import VERIFY
 def verify(out: str, form: str, debug: bool, **typed: Any) -> None:
     """Check that an output is what its recipe says.
 
-    Its structure; the checksum of every byte; and, where the inputs are at hand, a sample of its values, computed again
-    in float64.
+    Checks the structure, the checksum of every byte and, if the inputs are available, a sample of the values, which is
+    computed again in float64.
     """
     from streammerge import api
 

@@ -1,9 +1,9 @@
-"""The output before it exists: its files, and where each tensor goes.
+"""Plans the output: its files, and the place of each tensor.
 
 Each module imports only modules above it::
 
-    layout       what every kind of output is planned as
+    layout       the plan of any kind of output
     bookkeeping  step, epoch and loss of a merge
     pickled      a .pth
-    container    which container it is; a file or folder of safetensors
+    container    the choice of the container; a file or folder of safetensors
 """

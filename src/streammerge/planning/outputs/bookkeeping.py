@@ -1,19 +1,24 @@
 """What becomes of a trainer's own numbers when its checkpoints are merged.
 
-``step`` and ``epoch`` (and their cousins) are the largest of the inputs; each entry of ``model_loss`` the weighted mean
-where every input has that number; all else is the first input's.
+Counters such as ``step``, ``epoch`` and ``num_updates``, at any level, are the largest of the inputs. Each entry of
+``model_loss`` is the weighted mean, where every input has that number. A hash or an id of the first input is left out. All
+else is the first input's. The lists are in :mod:`streammerge.tensors.conventions`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
-from streammerge.errors import printable
+from streammerge.errors import listed, printable
 from streammerge.pickles.repickle import Edit
+from streammerge.pickles.state_dict import is_training_state
 from streammerge.pickles.tree import number
+from streammerge.tensors.conventions import COUNTERS, FACTS
 
-_COUNTERS = ("step", "epoch", "global_step", "iteration", "iter_num", "current_epoch", "batch_idx_train", "updates")
+_SETTINGS = re.compile(r"(?i)(.*_)?(configs?|cfg|args|opts?|options|hparams|(hyper_?)?param(eter)?s)")
+_DEEPEST = 4
 _LOSSES = ("model_loss",)
 _FACTS = ("sr", "f0", "version", "arch", "sample_rate")
 
@@ -26,15 +31,43 @@ def merge_bookkeeping(trees: list[Any], weights: list[float], edit: Edit) -> lis
     first = trees[0]
     if not isinstance(first, dict) or len(trees) < 2:
         return []
-    said = []
-    for key in _COUNTERS:
-        values = [value for tree in trees if (value := number(_get(tree, key))) is not None]
-        if values and number(_get(first, key)) is not None and max(values) != number(first[key]):
-            edit.values[id(first), key] = max(values)
-            said.append(f"{key} = {max(values)}")
+    said = _merge_counters(trees, "", edit)
     for key in _LOSSES:
         said += _merge_loss(trees, weights, key, edit)
     return said
+
+
+def _merge_counters(nodes: list[Any], prefix: str, edit: Edit) -> list[str]:
+    """The counters of a node and of what is below it, without those in settings and in the states of optimizers."""
+    first, said = nodes[0], []
+    for key, value in first.items():
+        below = [_get(node, key) for node in nodes]
+        if key in COUNTERS and number(value) is not None:
+            values = [known for each in below if (known := number(each)) is not None]
+            if max(values) != number(value):
+                edit.values[id(first), key] = max(values)
+                said.append(f"{prefix}{key} = {max(values)}")
+        elif isinstance(value, dict) and prefix.count(".") < _DEEPEST and _has_counters(key, value):
+            said += _merge_counters(below, f"{prefix}{printable(key)}.", edit)
+    return said
+
+
+def _has_counters(key: Any, value: Any) -> bool:
+    """Whether counters below a key count the training; those in settings and in the state of an optimizer do not."""
+    return isinstance(key, str) and _SETTINGS.fullmatch(key) is None and not is_training_state(key, value)
+
+
+def drop_facts(trees: list[Any], edit: Edit) -> list[str]:
+    """Leaves out what is true of the first file only, such as its hash; returns a note about that, and about its name."""
+    first = trees[0]
+    if not isinstance(first, dict):
+        return []
+    plain = {key: value for key, value in first.items() if isinstance(value, str | int | bytes)}
+    gone = [key for key in plain if isinstance(key, str) and key.lower() in FACTS]
+    edit.dropped.update((id(first), key) for key in gone)
+    notes = [f"left out of the output: {listed(gone)}, which is true of the first input only"] if gone else []
+    names = [key for key in ("name", "model_name") if plain.get(key)]
+    return notes + [f"'{key}' is still {printable(plain[key], 60)}, as the first input has it" for key in names]
 
 
 def _merge_loss(trees: list[Any], weights: list[float], key: str, edit: Edit) -> list[str]:

@@ -1,7 +1,7 @@
-"""The output before it exists: which container it is, which files it has, where each tensor goes.
+"""Plans the output: its container, its files, and the place of each tensor.
 
-The name decides the container. A ``.pth`` keeps the tree of the first input, its tensors replaced; a safetensors file
-or folder has the state dict's own names.
+The name decides the container. A ``.pth`` keeps the tree of the first input, with its tensors replaced. A safetensors file
+or folder uses the names of the state dict.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from streammerge.checkpoints.huggingface import CONFIG, HEADS, edited_config, is_embedding, read_config
+from streammerge.checkpoints.huggingface import CONFIG, edited_config, is_embedding, is_head, read_config
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import safetensors
@@ -35,7 +35,7 @@ DEFAULT_SHARD_BYTES = parse_bytes("5GB")
 
 
 def container_of(out: Location) -> str:
-    """ "safetensors", "pickle" or "folder", from the output's name. Raises RecipeError for a name that says neither."""
+    """Returns "safetensors", "pickle" or "folder" for an output's name. Raises RecipeError for any other name."""
     if out.ends_in_slash or out.is_folder() or not out.suffix:
         return "folder"
     if out.suffix == ".safetensors":
@@ -49,7 +49,10 @@ def container_of(out: Location) -> str:
 
 
 def plan_output(out: Location, recipe: Recipe, indexes: Indexes, alignment: Alignment, hashed: bool) -> Output:
-    """The output of these tensors under that name. Pure: nothing is written. ``hashed``: the receipt has whole hashes."""
+    """Plans the output of these tensors under the name ``out``. Pure: nothing is written.
+
+    ``hashed``: the receipt holds the SHA-256 of whole input files.
+    """
     kind, name = container_of(out), out.name
     first = indexes[recipe.checkpoints[0]]
     names = travelling_names(recipe)
@@ -92,7 +95,7 @@ def _tied_specs(merged: Merged) -> list[TensorSpec]:
 
 
 def _metadata(recipe: Recipe, first: CheckpointIndex) -> dict[str, str]:
-    """The first checkpoint's own metadata, ``format: pt``, and for merges the recipe."""
+    """Returns the first checkpoint's own metadata, ``format: pt`` and, for a merge, the recipe."""
     kept = {k: v for k, v in first.metadata.items() if "hash" not in k.lower() and k not in (RECIPE_KEY, RECEIPT_KEY)}
     record = recipe_record(recipe)
     return kept | {"format": "pt"} | ({RECIPE_KEY: to_json(record)} if record else {})
@@ -155,7 +158,7 @@ def _folder(
 def _config(
     folder: Location, recipe: Recipe, base: CheckpointIndex, alignment: Alignment, notes: list[str]
 ) -> list[LayoutFile]:
-    """The configuration, where the merge changed what it says: dtype, layers, a head of its own, the vocabulary."""
+    """Returns the edited configuration when the merge changed what it states: dtype, layers, tied head, vocabulary."""
     config = read_config(folder)
     if config is None:
         return []
@@ -166,7 +169,7 @@ def _config(
     sizes = {(base.entries[m.base_names[0]].spec.shape[0], m.spec.shape[0]) for m in embeddings if m.spec.shape}
     grown = next((pair for pair in sizes if pair[0] != pair[1]), None)
     parts = [holder for holder in (config, config.get("text_config")) if isinstance(holder, dict)]
-    headless = not any(head in base.entries for head in HEADS)
+    headless = not any(map(is_head, base.entries))
     untied = _has_own_head(alignment.merged) and (headless or any(part.get("tie_word_embeddings") for part in parts))
     edited, unknown = edited_config(config, dtype=dtype, restacked=restacked, untied=untied, vocabulary=grown)
     if unknown:
@@ -179,11 +182,13 @@ def _config(
 
 
 def _has_own_head(merged: list[Merged]) -> bool:
-    """Whether a head is written that is not made of the embeddings."""
+    """Whether the output has a head that differs from the embeddings."""
     embeddings = {
-        tuple(s.place for s in m.sources) for m in merged if m.spec.name not in HEADS and is_embedding(m.spec.name)
+        tuple(s.place for s in m.sources) for m in merged if not is_head(m.spec.name) and is_embedding(m.spec.name)
     }
-    return any(m.spec.name in HEADS and tuple(s.place for s in m.sources) not in embeddings for m in merged)
+    return bool(embeddings) and any(
+        is_head(m.spec.name) and tuple(s.place for s in m.sources) not in embeddings for m in merged
+    )
 
 
 def _text_file(name: str, text: str) -> LayoutFile:
@@ -192,10 +197,12 @@ def _text_file(name: str, text: str) -> LayoutFile:
 
 
 def _shards(recipe: Recipe, base: CheckpointIndex, alignment: Alignment) -> dict[str, list[Merged]]:
-    """File name -> tensors: as the first input has them, or filled in order up to the largest size."""
+    """Returns file name -> tensors: the shards of the first input, or shards filled in order up to the largest size."""
     grouped: list[list[Merged]] = [[]]
     merged, largest = alignment.merged, recipe.output.max_shard_size
-    homes = [] if alignment.restacked else [base.entries.get(m.base_names[0], m.sources[0]).begin[0] for m in merged]
+    homes: list[Location] = []
+    for m in merged if not alignment.restacked else ():  # an added tensor goes along with the one before it
+        homes.append(homes[-1] if m.added and homes else base.entries.get(m.base_names[0], m.sources[0]).begin[0])
     if len(set(homes)) > 1 and largest is None:
         by_path: dict[Location, list[Merged]] = {}
         for m, path in zip(merged, homes, strict=True):

@@ -1,4 +1,4 @@
-"""What every kind of output is planned as, and what all of them say of their making."""
+"""The plan of any kind of output, and the parts of the recipe and receipt that each of them holds."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from streammerge.tensors.spec import TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The output before it exists. ``side_files`` are copied as they are: (source, name)."""
+    """The files of a planned output. ``side_files``: (source, name) of files that are copied unchanged."""
 
     files: tuple[LayoutFile, ...]
     receipt: Receipt
@@ -26,7 +26,7 @@ class Layout:
     side_files: tuple[tuple[Location, str], ...] = ()
 
     pickle_bytes: int = 0
-    """Data of pickles that is held while it is written: the pickle, and copies of it with its checksums."""
+    """Memory for the pickle while it is written: the pickle itself, and its copies with the checksums."""
 
     @property
     def size(self) -> int:
@@ -35,7 +35,8 @@ class Layout:
 
 @dataclass(slots=True)
 class Placed:
-    """A tensor of the output and where it goes; ``source`` for those copied from the first input beside the merge."""
+    """A tensor of the output and its place. ``merged`` is None for a tensor that is copied from the first input beside the
+    merge; then ``source`` is its source."""
 
     spec: TensorSpec
     merged: Merged | None
@@ -46,7 +47,7 @@ class Placed:
 
 @dataclass(slots=True)
 class Output:
-    """Layout, tensors with their places, and what to tell about it. ``inputs``: see :class:`Plan`."""
+    """The layout, the tensors with their places, and notes for the user. ``inputs``: see :class:`Plan`."""
 
     layout: Layout
     placed: list[Placed]
@@ -55,11 +56,14 @@ class Output:
 
 
 def recipe_record(recipe: Recipe) -> dict[str, Any] | None:
-    """The recipe that made the output, without any path of this machine; none for a conversion."""
+    """Returns the recipe that made the output, without paths of this machine. Returns None for a conversion."""
     conversion = recipe.merge_method is COPY and len(recipe.checkpoints) == 1
     return None if conversion else resolved(recipe).to_dict()
 
 
 def blank_sums(sizes: list[int]) -> str:
-    """Room for the checksums of a file with tensors of these sizes, and of what is around them."""
+    """Returns zeros in place of a file's checksums: one per tensor that is not empty, and one for the other bytes.
+
+    ``sizes``: the bytes of each tensor.
+    """
     return "0" * 8 * (sum(size > 0 for size in sizes) + 1)

@@ -1,4 +1,4 @@
-"""An output that is a ``.pth``: the tree of the first input, with its tensors replaced and without what is stale."""
+"""Plans a ``.pth`` output: the tree of the first input with its tensors replaced and stale parts removed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from streammerge.formats import torch_zip
 from streammerge.methods.registry import COPY
 from streammerge.options import RECEIPT_FILE, RECIPE_FILE
 from streammerge.pickles.repickle import Edit, repickle, storage_ref
-from streammerge.pickles.state_dict import is_training_state
+from streammerge.pickles.state_dict import Found, is_training_state
 from streammerge.pickles.tree import Instance, OrderedTree, StorageRef, TensorRef, mapping_items, walk
 from streammerge.planning.alignment import Alignment, Merged
-from streammerge.planning.outputs.bookkeeping import merge_bookkeeping
+from streammerge.planning.outputs.bookkeeping import drop_facts, merge_bookkeeping
 from streammerge.planning.outputs.layout import Layout, Output, Placed, blank_sums, recipe_record
 from streammerge.planning.receipt import ITSELF, Receipt
 from streammerge.recipe.document import to_yaml
@@ -24,7 +24,7 @@ from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorSpec, contiguous_strides
 
 _COPIES = 4
-"""How often the bytes of a pickle are held at once while they are written: in the layout, sealed, joined, checksummed."""
+"""Copies of a pickle in memory at once while it is written: in the layout, sealed, joined, checksummed."""
 
 
 def pickled_output(name: str, recipe: Recipe, base: CheckpointIndex, alignment: Alignment, receipt: Receipt) -> Output:
@@ -35,7 +35,7 @@ def pickled_output(name: str, recipe: Recipe, base: CheckpointIndex, alignment: 
             "write a .safetensors file, or a .pth with a plain checkpoint as the first input"
         )
     tree, holders = _tree(base, merged)
-    moved = alignment.restacked or any(m.base_names[0] not in base.entries for m in merged)
+    moved = alignment.restacked or any(m.base_names[0] not in base.entries for m in merged if not m.added)
     if holders is None and moved:
         raise RecipeError(
             f"a .pth has the container of its first input, {printable(base.path)}, in which no layers can be moved; "
@@ -51,12 +51,14 @@ def pickled_output(name: str, recipe: Recipe, base: CheckpointIndex, alignment: 
     for m in merged:
         builder.place_merged(m)
     if holders is None:
-        home = {name: m.spec.name for m in merged for name in m.base_names}
+        home = {name: m.spec.name for m in merged for name in m.base_names if not m.added}
+        _add(base, [m for m in merged if m.added], edit, builder)
         _edit_first(base, recipe, home, edit, builder, notes)
         if len(alignment.shares) > 1:
             said = merge_bookkeeping([tree for tree, _ in alignment.shares], [w for _, w in alignment.shares], edit)
             if said:
                 notes.append(f"bookkeeping: {', '.join(said)}")
+            notes += drop_facts([tree for tree, _ in alignment.shares], edit)
         builder.place_rest(tree, base, home)
     else:
         for key, m in holders.items():
@@ -72,7 +74,10 @@ def pickled_output(name: str, recipe: Recipe, base: CheckpointIndex, alignment: 
 
 
 def _tree(base: CheckpointIndex, merged: list[Merged]) -> tuple[Any, dict[str, Merged] | None]:
-    """The first input's own tree, or a flat state dict where it has none that could be written."""
+    """Returns the first input's own tree, or a flat state dict if the first input has no tree that can be written.
+
+    For a flat state dict, also returns its key -> the merged tensor; else None.
+    """
     if base.extras is not None and base.format != "sharded PyTorch":
         return base.extras, None
     tree, holders = OrderedTree(), {}
@@ -84,7 +89,7 @@ def _tree(base: CheckpointIndex, merged: list[Merged]) -> tuple[Any, dict[str, M
 
 
 class _Builder:
-    """Gives every tensor that a pickle will mention a storage of its own."""
+    """Gives every tensor of a pickle its own storage."""
 
     def __init__(self, edit: Edit) -> None:
         self.edit = edit
@@ -111,15 +116,15 @@ class _Builder:
         return made
 
     def stand_in(self, name: str, node: TensorRef) -> TensorRef:
-        """A tensor over the merged storage of that name, wrapped as ``node`` is."""
+        """Returns a tensor over the storage of the merged tensor ``name``, with the wrapper of ``node``."""
         ref = self.refs[name]
         spec = TensorSpec(name, ref.dtype, ref.shape)
         return self._fresh(spec, ref.storage, node)
 
     def place_rest(self, tree: Any, base: CheckpointIndex, home: dict[str, str]) -> None:
-        """Copies of the first input's for all tensors that are still reachable and were not merged.
+        """Copies from the first input all tensors that are still reachable and were not merged.
 
-        One that is a merged tensor under another path is that. ``home``: base name -> merged name.
+        A tensor that is a merged tensor under another path becomes that one. ``home``: base name -> merged name.
         """
         merged = {base.entries[name].place: made for name, made in home.items()}
         nodes = list(walk(tree, self.edit.dropped | set(self.edit.values)))
@@ -146,7 +151,7 @@ class _Builder:
 def _edit_first(
     base: CheckpointIndex, recipe: Recipe, home: dict[str, str], edit: Edit, builder: _Builder, notes: list[str]
 ) -> None:
-    """The first input's tree with merged tensors in place, and without what is stale or was not wanted."""
+    """Edits the first input's tree: puts the merged tensors in, and drops stale and unwanted parts."""
     selection = base.selection
     for found in selection.tensors:
         where = (id(found.holder), found.key)
@@ -158,15 +163,16 @@ def _edit_first(
         already = edit.replaced.setdefault(id(node), made)
         if already is not made and already.storage is not made.storage and found.holder is not None:
             edit.values[where] = made
-        if recipe.output_name(found.name) != found.name:
+        written = recipe.output_name(found.name)
+        if written != base.renamed.get(found.name, found.name):
             if found.holder is None or selection.chosen[0].kind != "state dict":
-                raise RecipeError("`strip_prefix` renames tensors of a state dict only; write a .safetensors file")
-            edit.renamed[where] = recipe.output_name(str(found.key))
+                raise RecipeError("tensors of a state dict only can be renamed in a .pth; write a .safetensors file")
+            edit.renamed[where] = _key(base, found, written)
     for found in selection.left_out:
         _drop(found.name, found.holder, found.key, edit)
     for twin in selection.twins if recipe.merge_method is not COPY else ():
         if selection.chosen[0].averaged and not twin.averaged and all(found.name in home for found in twin.tensors):
-            for found in twin.tensors:  # the loader reads the plain weights, which are now the averaged ones
+            for found in twin.tensors:  # the loader reads the plain weights, so they become the merged averaged weights
                 node = found.node or found.ref
                 edit.replaced.setdefault(id(node), builder.stand_in(home[found.name], node))
             notes.append(f"'{printable(twin.label)}' has the merged weights too")
@@ -179,6 +185,40 @@ def _edit_first(
             notes.append(f"left out of the output: {listed(gone)} (`keep_optimizer=True` keeps the first input's)")
 
 
+def _key(base: CheckpointIndex, found: Found, written: str) -> str:
+    """The key in its own state dict of a tensor that is called ``written`` in the output."""
+    chosen = base.selection.chosen
+    if len(chosen) == 1:
+        return written
+    own = next(each for each in chosen if any(one.holder is found.holder for one in each.tensors[:1]))
+    prefix = "".join(f"{part}." for part in own.path)
+    if not written.startswith(prefix) or written == prefix:
+        raise RecipeError(
+            f"{printable(found.name)} cannot be called {printable(written)} in a .pth, which has it in "
+            f"{printable(own.label)}; write a .safetensors file"
+        )
+    return written.removeprefix(prefix)
+
+
+def _add(base: CheckpointIndex, added: list[Merged], edit: Edit, builder: _Builder) -> None:
+    """Puts tensors that the first checkpoint lacks behind those of its state dict."""
+    if not added:
+        return
+    holders = {id(found.holder): found.holder for found in base.selection.tensors}
+    holder = next(iter(holders.values()))
+    taken = {key for key, _ in mapping_items(holder) or []} & {m.spec.name for m in added}
+    if taken:
+        raise RecipeError(
+            f"{listed(sorted(taken))}: the first input has something else of that name; write a .safetensors file"
+        )
+    if len(holders) > 1 or holder is None or mapping_items(holder) is None or base.selection.chosen[0].kind != "state dict":
+        raise RecipeError(
+            f"{printable(added[0].spec.name)} cannot be added to {printable(base.path)}, which holds no single state dict; "
+            "write a .safetensors file"
+        )
+    edit.added[id(holder)] = [(m.spec.name, builder.refs[m.spec.name]) for m in added]
+
+
 def _drop(name: str, holder: Any, key: Any, edit: Edit) -> None:
     if holder is None or mapping_items(holder) is None:
         raise RecipeError(f"{printable(name)} cannot be left out of this file's container; write a .safetensors file")
@@ -186,7 +226,7 @@ def _drop(name: str, holder: Any, key: Any, edit: Edit) -> None:
 
 
 def _drop_training_state(base: CheckpointIndex, edit: Edit) -> list[str]:
-    """Optimizer, scheduler and scaler beside the chosen state dicts, at every level down to them."""
+    """Drops optimizer, scheduler and scaler at every level above the chosen state dicts. Returns their keys."""
     gone: list[str] = []
     for candidate in base.selection.chosen:
         node: Any = base.extras

@@ -1,6 +1,6 @@
 """Work as plain data, workers that do it, and executors that give units of it to workers.
 
-A merge describes what is to be done as a :class:`Work`, which can be pickled, and cuts it into small *units*. An executor
+A merge describes its work as a :class:`Work`, which can be pickled, and cuts it into small *units*. An executor
 opens the work once for each of its workers and gives the units to them::
 
     worker = work.open(host)
@@ -33,7 +33,7 @@ class Closable(Protocol):
 
 
 class Host:
-    """What the workers of one process share: the news that the run is stopping, and what they keep between works."""
+    """The shared state of the workers of one process: whether the run is stopping, and objects kept between works."""
 
     def __init__(self, stopping: Callable[[], bool]) -> None:
         self.stopping = stopping
@@ -47,9 +47,9 @@ class Host:
             raise Halted
 
     def kept(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
-        """What ``make`` made under this key, such as open files and buffers; made now if it is not there yet.
+        """Returns the object kept under this key, such as open files and buffers. Calls ``make`` if there is none yet.
 
-        One thing is kept at a time: another key closes it, and so does the end of the executor.
+        Keeps one object at a time. Another key, or the end of the executor, closes it.
         """
         with self._lock:
             if self._kept is None or self._key != key:
@@ -59,7 +59,7 @@ class Host:
             return made
 
     def close(self) -> None:
-        """Closes what is kept."""
+        """Closes the kept object."""
         with self._lock:
             self._drop()
 
@@ -82,17 +82,17 @@ class Worker(Protocol[Unit_contra, Result_co]):
 
 
 class Work(Protocol[Unit_contra, Result_co]):
-    """What is to be done, as frozen plain data that can be pickled.
+    """A description of work, as frozen plain data that can be pickled.
 
-    ``modules``: names of modules that the work needs. An executor with processes imports them once, before the processes
-    part, so that they are in memory once.
+    ``modules``: names of modules that the work needs. An executor with processes imports them once, before it forks, so
+    that all processes share their memory.
     """
 
     @property
     def modules(self) -> tuple[str, ...]: ...
 
     def open(self, host: Host, /) -> Worker[Unit_contra, Result_co]:
-        """A worker for this work. It runs on the thread that opened it."""
+        """Returns a worker for this work. It runs on the thread that opened it."""
         ...
 
 
@@ -106,13 +106,13 @@ class Executor(ABC):
     def run(self, work: Work[Unit, Result], units: Iterable[Unit], backlog: int = 64) -> Generator[Result, None, None]:
         """Yields the result of each unit, in the order in which they finish.
 
-        ``units`` may be many; they are taken from the iterable when a worker can have them, on any thread. At most about
-        ``backlog`` results wait to be taken. The first error stops the rest and is raised. Closing the generator stops
-        them too. ``Host.stopping`` is true from then on, and no unit is running any more when the generator is closed.
+        ``units`` may be many. Each is taken from the iterable when a worker is ready for it, on any thread. At most about
+        ``backlog`` results wait to be taken. The first error stops the run and is raised. Closing the generator stops it
+        too. ``Host.stopping`` is true from then on. No unit is running any more when the generator is closed.
         """
 
     def close(self) -> None:  # noqa: B027 - executors whose workers keep nothing need none
-        """Ends the workers and closes what they keep. The executor is not used afterwards."""
+        """Ends the workers and closes their kept objects. The executor is not used afterwards."""
 
     @property
     def startup_bytes(self) -> int:
@@ -121,9 +121,9 @@ class Executor(ABC):
 
     @property
     def peak_bytes(self) -> int:
-        """The most that was resident in other processes, above ``startup_bytes``. Complete after :meth:`close`."""
+        """The most resident memory of other processes above ``startup_bytes``. Complete after :meth:`close`."""
         return 0
 
 
 Executors = Callable[[int], Executor]
-"""Makes an executor of so many workers."""
+"""Makes an executor with the given number of workers."""

@@ -1,7 +1,7 @@
-"""How a process and its workers talk: pickles with their length in front, over a socket.
+"""Messages between a process and its workers: pickles over a socket, each after its length.
 
-The process that coordinates sends WORK, with its number, UNIT, END (of the work) and QUIT to a worker, which answers with
-RESULT, ERROR, CLOSED (the work) and GONE. It sends STOP, with the number of the work that is not wanted any more, to the
+The coordinating process sends WORK (with its number), UNIT, END (of the work) and QUIT to a worker. The worker answers with
+RESULT, ERROR, CLOSED (the work) and GONE. To stop a work, the coordinating process sends STOP and the work's number to the
 server.
 """
 
@@ -28,12 +28,12 @@ Message = tuple[int, bytes]
 
 
 def framed(kind: int, data: bytes = b"") -> bytes:
-    """A message as bytes."""
+    """Returns a message as bytes."""
     return _HEAD.pack(kind, len(data)) + data
 
 
 def pickled(value: Any) -> bytes:
-    """A pickle. Torch's tensors in it are plain bytes, twenty times as fast as torch's own way."""
+    """Returns a pickle. Torch tensors in it are plain bytes, which is twenty times as fast as torch's own way."""
     if "torch" not in sys.modules:
         return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
     stream = io.BytesIO()
@@ -64,13 +64,13 @@ def _torch() -> Any:
 
 
 class Received:
-    """Bytes that came in, cut into messages."""
+    """Cuts received bytes into messages."""
 
     def __init__(self) -> None:
         self._bytes = bytearray()
 
     def take(self, data: bytes) -> list[Message]:
-        """Adds bytes. Returns the messages that are whole now."""
+        """Adds bytes. Returns the messages that are now complete."""
         self._bytes += data
         found, at = [], 0
         while len(self._bytes) >= at + _HEAD.size:
@@ -92,7 +92,7 @@ class Line:
         self._messages: list[Message] = []
 
     def receive(self) -> Message:
-        """The next message. Raises EOFError when the other side is gone."""
+        """Returns the next message. Raises EOFError when the other side is gone."""
         while not self._messages:
             data = self._link.recv(_RECEIVED_BYTES)
             if not data:
@@ -105,14 +105,14 @@ class Line:
 
 
 class RemoteTraceback(Exception):
-    """Where in a worker process an error was raised. It stands at the end of the error's causes, for ``--debug``."""
+    """The traceback of an error in a worker process. It is the last cause of the error, and is shown for debugging."""
 
     def __str__(self) -> str:
         return f"\n{self.args[0]}"
 
 
 def pickled_error(error: BaseException) -> bytes:
-    """An error with all its causes, each as itself where it can be pickled."""
+    """Returns the pickle of an error with all its causes. A RuntimeError replaces each that cannot be pickled."""
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     chain: list[bytes] = []
     cause: BaseException | None = error
@@ -126,7 +126,7 @@ def _pickled_one(error: BaseException) -> bytes:
     try:
         data = pickled(error)
         pickle.loads(data)
-    except Exception:  # noqa: BLE001 - an error class of somebody's own may fail in any way
+    except Exception:  # noqa: BLE001 - a user's own error class may fail in any way
         return pickled(RuntimeError(f"{type(error).__name__}: {error}"))
     return data
 

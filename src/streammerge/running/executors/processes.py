@@ -1,4 +1,4 @@
-"""Workers that are processes, forked from a clean one. Python's lock holds up none of them."""
+"""Workers that are processes, forked from a clean process. They do not wait for each other's Python lock."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ from streammerge.running.executors.registry import executor
 from streammerge.running.executors.server import CODE, ENVIRONMENT, numbered
 
 _UNITS_AHEAD = 2
-"""Units that a worker has at once: one that it does, and one that waits, so that it never waits itself."""
+"""Units that a worker has at once: one in work and one waiting, so that the worker never waits."""
 _STOP_SECONDS = 30.0
-"""How long a worker may take to notice that the run is stopping, before it is killed."""
+"""Time for a worker to notice that the run is stopping. Then it is killed."""
 _END_SECONDS = 5.0
 _RECEIVED_BYTES = 1 << 20
 _NOTHING = object()
 
 
 def supported() -> bool:
-    """Whether processes can be workers here: Linux and other systems with fork.
+    """Whether this system supports worker processes: Linux and other systems with fork.
 
-    On macOS a process that has loaded system frameworks may not fork, and Windows has no fork.
+    On macOS a process that has loaded system frameworks may not fork. Windows has no fork.
     """
     return hasattr(os, "fork") and sys.platform != "darwin" and bool(sys.executable)
 
@@ -89,7 +89,7 @@ class ProcessExecutor(Executor):
 
 
 class _Link:
-    """One worker process, seen from here."""
+    """The connection to one worker process."""
 
     def __init__(self, end: socket.socket) -> None:
         self.socket = end
@@ -106,12 +106,12 @@ class _Link:
         return selectors.EVENT_READ | (selectors.EVENT_WRITE if self._outgoing else 0)
 
     def put(self, kind: int, data: bytes = b"") -> None:
-        """Sends a message, as far as the other side takes it now; the rest goes with :meth:`flush`."""
+        """Sends as much of a message as the other side accepts now. :meth:`flush` sends the rest."""
         self._outgoing.append(memoryview(framed(kind, data)))
         self.flush()
 
     def flush(self) -> None:
-        with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):  # reading tells its end
+        with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):  # a read reports the worker's end
             while self._outgoing:
                 sent = self.socket.send(self._outgoing[0])
                 self._outgoing[0] = self._outgoing[0][sent:]
@@ -119,7 +119,7 @@ class _Link:
                     self._outgoing.popleft()
 
     def take(self) -> list[Message] | None:
-        """The messages that came; None when the process is gone."""
+        """Returns the messages that have arrived, None when the process is gone."""
         try:
             data = self.socket.recv(_RECEIVED_BYTES)
         except BlockingIOError:
@@ -130,7 +130,7 @@ class _Link:
 
 
 class _Team:
-    """The server, and the workers that it has forked. ``broken``: no work can be given to them any more."""
+    """The server and the workers that it has forked. ``broken``: they cannot take work any more."""
 
     def __init__(self, workers: int, modules: tuple[str, ...]) -> None:
         self.modules = {*modules}
@@ -144,7 +144,7 @@ class _Team:
             self._server = subprocess.Popen(
                 [sys.executable, "-c", CODE, ",".join(map(str, descriptors)), *path],
                 stdin=subprocess.DEVNULL,
-                stdout=2,  # what a method prints is not mixed into the caller's output
+                stdout=2,  # keeps a method's prints out of the caller's standard output
                 env=os.environ | ENVIRONMENT,
                 pass_fds=descriptors,
                 start_new_session=True,  # so that Ctrl-C reaches the caller alone
@@ -200,13 +200,13 @@ class _Team:
             self._line.send(STOP, numbered(self._number))
 
     def _idlest(self, most: int) -> _Link | None:
-        """The worker that has the fewest units; None where all have enough."""
+        """Returns the worker with the fewest units, None if all have enough."""
         link = min(self._links, key=lambda each: each.units)
         full = sum(each.units for each in self._links) >= most
         return None if full or link.units >= _UNITS_AHEAD else link
 
     def _received(self, seconds: float | None = None) -> Iterator[tuple[_Link, int, bytes]]:
-        """What comes next from any of the workers. Raises TaskError when one of them is gone."""
+        """Yields the next messages from any of the workers. Raises TaskError when a worker is gone."""
         for link in self._links:
             if link.open and link.watched != link.events:
                 link.watched = link.events
@@ -224,9 +224,9 @@ class _Team:
                     yield link, kind, data
 
     def _settle(self, wanted: bool) -> None:
-        """Has each worker close its work, and waits for that; ``wanted``: an error of closing it is raised.
+        """Makes each worker close its work, and waits for that. ``wanted``: raises an error of the closing.
 
-        A worker that does not notice that the run is stopping is killed with all others.
+        Kills all workers if one of them does not notice that the run is stopping.
         """
         self.broken = True
         deadline = None if wanted else time.monotonic() + _STOP_SECONDS
@@ -259,7 +259,7 @@ class _Team:
         self._selector.unregister(link.socket)
 
     def _worker_ended(self, link: _Link) -> TaskError:
-        """What the server says of a worker that is gone."""
+        """Returns the error for a worker that is gone, from the server's report."""
         self._control.settimeout(_END_SECONDS)
         try:
             while True:
@@ -278,7 +278,7 @@ class _Team:
         return _ended(f"process {self._server.pid}, which starts the workers,", self._server.returncode)
 
     def close(self, kill: bool = False) -> int:
-        """Ends all processes and waits for their end. Returns by how much they had grown together at most."""
+        """Ends all processes and waits for their end. Returns the most bytes by which they had grown together."""
         grown = 0
         try:
             if not kill and not self.broken:
@@ -311,7 +311,7 @@ class _Team:
 
 
 def _answer(kind: int, data: bytes) -> Any:
-    """What a message brings; an error is raised."""
+    """Returns the content of a message. Raises it if it is an error."""
     if kind == ERROR:
         raise unpickled_error(data)
     return pickle.loads(data)

@@ -1,4 +1,4 @@
-"""From a name, or what makes an executor, to what makes one."""
+"""Finds executors by name, and registers a user's own."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Made = TypeVar("Made", bound=Executors)
 
 
 def executor(name: str, *, replace: bool = False) -> Callable[[Made], Made]:
-    """Registers a class, or a function, that makes an executor of so many workers: ``executor=name`` then finds it."""
+    """Registers a class or function that makes an executor from the number of workers. ``executor=name`` then finds it."""
 
     def mark(made: Made) -> Made:
-        with contextlib.suppress(AttributeError):  # only modules of this room are looked through for it
+        with contextlib.suppress(AttributeError):  # only the modules of this room are searched for it
             made.executor_name = name  # type: ignore[attr-defined]
         EXECUTORS.register(name, made, getattr(made, "__module__", ""), replace)
         return made
@@ -28,12 +28,13 @@ def executor(name: str, *, replace: bool = False) -> Callable[[Made], Made]:
 
 
 def executors() -> dict[str, Executors]:
-    """Every executor by name: those of this package, of installed plug-ins, and of the running program."""
+    """Returns every executor by name: those of this package, of installed plug-ins, and of the running program."""
     return EXECUTORS.all()
 
 
 def find_executor(wanted: str | Executors) -> Executors:
-    """What makes the executor of that name, or itself. Raises RecipeError."""
+    """Returns the function that makes the executor of that name. Returns a function itself. Raises RecipeError for an
+    unknown name."""
     if not isinstance(wanted, str):
         if callable(wanted):
             return wanted

@@ -1,8 +1,8 @@
 """The clean process from which workers are forked.
 
-It has nothing of the caller's process: no threads, locks or signal handlers. It does not run the caller's script, so the
-script needs no ``if __name__ == "__main__"``. It imports what the work needs, once, and forks the workers, which share that
-memory. It tells how each worker ended. When the caller is gone, it kills the workers that are left, and ends.
+It inherits no threads, locks or signal handlers from the caller's process. It does not run the caller's script, so the
+script needs no ``if __name__ == "__main__"``. It imports the modules of the work once and forks the workers, which share
+their memory. It reports how each worker ended. When the caller is gone, it kills the remaining workers, and ends.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ serve([*map(int, fds.split(","))])
 """
 """Run by ``python -c``, with descriptors and the caller's ``sys.path`` as arguments."""
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-"""Libraries then start no thread of their own in this process, which a fork would lose."""
+"""Keeps libraries from starting threads in this process, because a fork would lose them."""
 _NUMBER = struct.Struct("<Q")
 _PR_SET_PDEATHSIG = 1
 
 
 def numbered(number: int, work: bytes = b"") -> bytes:
-    """A work with its number, from 1 on; or the number alone, for those that are to stop it."""
+    """Returns the bytes of a work after its number, which counts from 1. Without a work, only the number, for STOP."""
     return _NUMBER.pack(number) + work
 
 
 def serve(descriptors: list[int]) -> NoReturn:
-    """Forks a worker for each link; ``descriptors`` are the caller's line, and the links."""
+    """Forks a worker for each link. ``descriptors``: the caller's line, then the links."""
     control, *links = descriptors
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller decides what Ctrl-C means
     line = Line(socket.socket(fileno=control))
@@ -75,7 +75,7 @@ def serve(descriptors: list[int]) -> NoReturn:
     signal.set_wakeup_fd(wake.fileno())
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     gc.collect()
-    gc.freeze()  # so that no search for cycles writes to the memory that workers share
+    gc.freeze()  # a search for cycles would write to the memory that workers share
     server, workers = os.getpid(), dict[int, int]()
     for number, link in enumerate(links):
         pid = os.fork()
@@ -97,7 +97,7 @@ def serve(descriptors: list[int]) -> NoReturn:
 
 
 def _watch(control: int, woken: socket.socket, line: Line, workers: dict[int, int], stopped: mmap.mmap) -> None:
-    """Tells the caller of each worker that ends, and the workers of a work that stops, until the caller is gone."""
+    """Tells the caller about each worker that ends, and tells the workers which work stops, until the caller is gone."""
     while True:
         ready, _, _ = select.select([control, woken.fileno()], [], [])
         if woken.fileno() in ready:
@@ -128,7 +128,7 @@ def _work(link: socket.socket, stopped: mmap.mmap, server: int) -> NoReturn:
             _serve_units(Line(link), stopped)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the caller is gone
-    except BaseException:  # noqa: BLE001 - nobody is left to take it
+    except BaseException:  # noqa: BLE001 - the caller cannot receive it
         import traceback
 
         traceback.print_exc()

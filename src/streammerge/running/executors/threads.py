@@ -65,7 +65,7 @@ class ThreadExecutor(Executor):
         finally:
             stop.set()
             for thread in threads:
-                if thread.ident is not None:  # Ctrl-C may come before all were started
+                if thread.ident is not None:  # Ctrl-C may come before all threads were started
                     thread.join()
 
     def close(self) -> None:

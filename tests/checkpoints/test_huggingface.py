@@ -1,0 +1,114 @@
+"""Heads that are tied to the embeddings in one model and separate in another, under any name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import load_safetensors
+from safetensors.torch import save_file
+
+import streammerge as sm
+from streammerge.checkpoints.huggingface import is_head, tie_flag
+
+Tensors = dict[str, torch.Tensor]
+
+
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def mean(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return ((a.double() + b.double()) / 2).to(a.dtype)
+
+
+def folder(name: str, tensors: Tensors, **config: Any) -> None:
+    Path(name).mkdir()
+    save_file({**tensors, "h.0.w": draw(1, 4)}, f"{name}/model.safetensors", {"format": "pt"})
+    Path(name, "config.json").write_text(json.dumps(config))
+
+
+def merged(*inputs: str) -> tuple[Tensors, dict[str, Any]]:
+    sm.merge(list(inputs), "out/", overwrite=True)
+    return load_safetensors(Path("out/model.safetensors")), json.loads(Path("out/config.json").read_text())
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+NAMES = [
+    ("transformer.wte.weight", "lm_head.weight"),
+    ("backbone.embeddings.weight", "lm_head.weight"),
+    ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"),
+    ("gpt_neox.embed_in.weight", "embed_out.weight"),
+    ("shared.weight", "lm_head.weight"),
+]
+
+
+@pytest.mark.parametrize(("embedding", "head"), NAMES)
+@pytest.mark.parametrize("tied_first", [True, False])
+def test_tied_in_one_and_separate_in_the_other(embedding: str, head: str, tied_first: bool) -> None:
+    folder("tied", {embedding: draw(2, 9, 4)}, tie_word_embeddings=True)
+    folder("own", {embedding: draw(3, 9, 4), head: draw(4, 9, 4)}, tie_word_embeddings=False)
+    made, config = merged(*(["tied", "own"] if tied_first else ["own", "tied"]))
+    assert torch.equal(made[embedding], mean(draw(2, 9, 4), draw(3, 9, 4)))
+    assert torch.equal(made[head], mean(draw(2, 9, 4), draw(4, 9, 4)))
+    assert config["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize(("embedding", "head"), NAMES[:4])
+@pytest.mark.parametrize("head_first", [True, False])
+def test_stored_under_the_heads_name(embedding: str, head: str, head_first: bool) -> None:
+    positions = {"transformer.wpe.weight": draw(9, 9, 4)}
+    folder("head", {head: draw(2, 9, 4), **positions}, tie_word_embeddings=True)
+    folder("embedding", {embedding: draw(3, 9, 4), **positions}, tie_word_embeddings=True)
+    made, config = merged(*(["head", "embedding"] if head_first else ["embedding", "head"]))
+    own = head if head_first else embedding
+    assert made.keys() == {own, "h.0.w", *positions}
+    assert torch.equal(made[own], mean(draw(2, 9, 4), draw(3, 9, 4)))
+    assert config["tie_word_embeddings"] is True
+
+
+def test_only_a_head_beside_a_model_with_both() -> None:
+    embedding, head = NAMES[0]
+    folder("head", {head: draw(2, 9, 4)}, tie_word_embeddings=True)
+    folder("own", {embedding: draw(3, 9, 4), head: draw(4, 9, 4)}, tie_word_embeddings=False)
+    made, _ = merged("own", "head")
+    assert torch.equal(made[embedding], mean(draw(3, 9, 4), draw(2, 9, 4)))
+    assert torch.equal(made[head], mean(draw(4, 9, 4), draw(2, 9, 4)))
+
+
+@pytest.mark.parametrize("bin_first", [True, False])
+def test_one_tensor_under_four_names(bin_first: bool) -> None:
+    """T5: pytorch_model.bin has the tied tensor under all its names, safetensors has it once."""
+    names = ["shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"]
+    folder("st", {"shared.weight": draw(2, 9, 4)})
+    folder("bin", {})
+    Path("bin/model.safetensors").unlink()
+    torch.save({**dict.fromkeys(names, draw(3, 9, 4)), "h.0.w": draw(1, 4)}, "bin/pytorch_model.bin")
+    sm.merge(["bin", "st"] if bin_first else ["st", "bin"], "out/")
+    made = load_safetensors(Path("out/model.safetensors"))
+    assert torch.equal(made["shared.weight"], mean(draw(2, 9, 4), draw(3, 9, 4)))
+
+
+@pytest.mark.parametrize("config", [{"tie_word_embeddings": False}, {"text_config": {"tie_word_embeddings": False}}])
+def test_a_configuration_that_denies_the_tie(config: dict[str, Any]) -> None:
+    embedding, head = NAMES[0]
+    folder("denies", {embedding: draw(2, 9, 4)}, **config)
+    folder("own", {embedding: draw(3, 9, 4), head: draw(4, 9, 4)})
+    with pytest.raises(sm.MismatchError, match=r"lacks 1: lm_head\.weight"):
+        sm.plan(["own", "denies"])
+
+
+def test_flags_and_names() -> None:
+    assert tie_flag({}) is None
+    assert tie_flag({"a": {"b": {"tie_word_embeddings": True}}}) is True
+    assert tie_flag({"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}) is False
+    assert is_head("model.lm_head.weight")
+    assert not is_head("blocks.0.proj_out.weight"), "a projection in a layer"
+    assert not is_head("my_lm_head.weight")

@@ -1,0 +1,72 @@
+"""Counters and facts of a merged .pth: the largest counter, no hash of another file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import streammerge as sm
+
+
+def saved(number: int, **more: Any) -> None:
+    torch.save({"model": {"w": torch.full((3,), float(number))}, **more}, f"{number}.pth")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def merged() -> tuple[dict[str, Any], sm.Result]:
+    result = sm.merge(["1.pth", "2.pth"], "out.pth")
+    return torch.load("out.pth", weights_only=True), result
+
+
+@pytest.mark.parametrize(
+    "key", ["step", "epoch", "iteration", "iters", "update", "num_updates", "n_averaged", "global_step", "batch_idx_train"]
+)
+def test_counters_at_any_level(key: str) -> None:
+    for number, counted in ((1, 70), (2, 700)):
+        saved(number, **{key: counted, "ema_state": {"decay": 0.9, key: counted + 1}, "config": {key: counted}})
+    made, result = merged()
+    assert made[key] == 700
+    assert made["ema_state"] == {"decay": 0.9, key: 701}
+    assert made["config"] == {key: 70}, "a setting is the first's"
+    assert f"bookkeeping: {key} = 700, ema_state.{key} = 701" in result.notes
+
+
+def test_a_kept_optimizer_has_its_own_step() -> None:
+    for number in (1, 2):
+        saved(number, optimizer={"state": {}, "param_groups": [], "step": number}, scheduler={"step": number}, step=number)
+    sm.merge(["1.pth", "2.pth"], "out.pth", keep_optimizer=True)
+    made = torch.load("out.pth", weights_only=True)
+    assert made["optimizer"]["step"] == made["scheduler"]["step"] == 1
+    assert made["step"] == 2
+
+
+def test_what_is_true_of_the_first_file_only() -> None:
+    for number in (1, 2):
+        saved(number, hash=f"{number}abc", id=f"id{number}", name=f"voice {number}", optimizer=None, sr="40k")
+    made, result = merged()
+    assert made.keys() == {"model", "name", "optimizer", "sr"}
+    assert made["optimizer"] is None, "an optimizer that was emptied stays"
+    assert "left out of the output: hash, id, which is true of the first input only" in result.notes
+    assert "'name' is still voice 1, as the first input has it" in result.notes
+    sm.convert("1.pth", "same.pth")
+    assert torch.load("same.pth", weights_only=True)["hash"] == "1abc", "a conversion is of one file"
+
+
+def test_checksums_of_files_are_not_copied() -> None:
+    for name in ("a", "b"):
+        Path(name).mkdir()
+        save_file({"w": torch.ones(3)}, f"{name}/model.safetensors")
+        Path(name, "checklist.chk").write_text("0123  model.safetensors\n")
+        Path(name, "params.json").write_text("{}")
+    result = sm.merge(["a", "b"], "out/")
+    assert not Path("out/checklist.chk").exists()
+    assert Path("out/params.json").exists()
+    assert "not copied from a: checklist.chk" in result.notes

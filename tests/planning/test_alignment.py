@@ -1,0 +1,166 @@
+"""Which tensors are merged where names differ: what is matched, what is kept, what is refused whatever the policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load_safetensors
+from safetensors.torch import save_file
+
+import streammerge as sm
+
+Tensors = dict[str, torch.Tensor]
+
+
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def model(seed: int, prefix: str = "", layers: int = 3) -> Tensors:
+    made = {f"{prefix}layers.{n}.attn.q_proj.weight": draw(seed + n, 4, 4) for n in range(layers)}
+    return made | {f"{prefix}embed.weight": draw(seed + 90, 9, 4), f"{prefix}norm.weight": draw(seed + 91, 4)}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def saved(**states: Tensors) -> None:
+    for name, tensors in states.items():
+        save_file(tensors, f"{name}.safetensors")
+
+
+def merged(*names: str, **options: object) -> tuple[Tensors, sm.Result]:
+    result = sm.merge([f"{n}.safetensors" for n in names], "out.safetensors", overwrite=True, **options)  # type: ignore[arg-type]
+    return load_safetensors(Path("out.safetensors")), result
+
+
+def mean(*tensors: torch.Tensor) -> torch.Tensor:
+    return (sum(t.double() for t in tensors) / len(tensors)).to(tensors[0].dtype)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("prefix", ["bert.", "model.diffusion_model."])
+@pytest.mark.parametrize("first", ["plain", "led"])
+def test_a_prefix_is_matched_and_told(prefix: str, first: str) -> None:
+    saved(plain=model(1), led=model(50, prefix))
+    made, result = merged(*([first, *({"plain", "led"} - {first})]))
+    own = prefix if first == "led" else ""
+    for name, tensor in model(1).items():
+        assert torch.equal(made[own + name], mean(tensor, model(50, prefix)[prefix + name])), name
+    assert any(f"5 tensors match once '{prefix}' is" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("policy", ["base", "average-present", "drop", "union"])
+def test_without_a_common_name_there_is_no_merge(policy: str) -> None:
+    saved(one=model(1, "student."), two=model(2, "teacher."))
+    with pytest.raises(sm.MismatchError, match="next to no name is common") as caught:
+        merged("one", "two", on_missing=policy)
+    said = str(caught.value)
+    assert "settles names" not in said, "no option is offered that fakes a merge"
+    assert '`rename="teacher.*=student.*"`' in said
+    made, _ = merged("one", "two", rename="teacher.*=student.*")
+    assert torch.equal(made["student.norm.weight"], mean(draw(92, 4), draw(93, 4)))
+
+
+def test_a_part_of_a_model_is_a_merge() -> None:
+    part = {name: tensor for name, tensor in model(5, layers=40).items() if "layers.7." in name}
+    saved(one=model(1, layers=40), part=part)
+    made, _ = merged("one", "part", on_missing="base")
+    name = "layers.7.attn.q_proj.weight"
+    assert torch.equal(made[name], mean(model(1, layers=40)[name], part[name]))
+
+
+def test_two_prefixes_that_could_be_meant_are_both_told() -> None:
+    saved(one=model(1), two=model(2, "gen_a.") | model(3, "gen_b."))
+    with pytest.raises(sm.MismatchError) as caught:
+        merged("one", "two")
+    said = str(caught.value)
+    assert "'gen_a.' in two.safetensors" in said
+    assert '`rename="gen_b.*=*"`' in said
+    made, _ = merged("one", "two", rename="gen_b.*=*", on_missing="base")
+    assert torch.equal(made["norm.weight"], mean(draw(92, 4), draw(94, 4)))
+
+
+@pytest.mark.parametrize("policy", ["error", "base", "drop"])
+@pytest.mark.parametrize("holder", ["first", "second"])
+def test_buffers_that_loaders_compute(holder: str, policy: str) -> None:
+    buffers = {f"layers.{n}.self_attn.rotary_emb.inv_freq": draw(7, 2) for n in range(3)}
+    buffers["layers.0.attn.bias"] = torch.ones(1, 1, 8, 8)
+    sides = [model(1), model(2)]
+    sides[holder == "second"] |= buffers
+    saved(one=sides[0], two=sides[1])
+    made, result = merged("one", "two", on_missing=policy)
+    assert made.keys() == sides[0].keys()
+    for name in model(1):
+        assert torch.equal(made[name], mean(sides[0][name], sides[1][name]))
+    for name in buffers if holder == "first" else ():
+        assert torch.equal(made[name], buffers[name])
+    fate = "are kept as the first has them" if holder == "first" else "stay out, as the first lacks them"
+    assert any(f"not in every input; they {fate}, since they are rotary frequencies" in note for note in result.notes)
+    assert not result.warnings
+
+
+def test_a_bias_is_no_mask() -> None:
+    saved(one=model(1) | {"layers.0.attn.bias": draw(1, 4)}, two=model(2))
+    with pytest.raises(sm.MismatchError, match=r"two\.safetensors lacks 1: layers\.0\.attn\.bias"):
+        merged("one", "two")
+
+
+@pytest.mark.parametrize("first", [torch.int64, torch.float16])
+def test_position_ids_of_two_dtypes(first: torch.dtype) -> None:
+    dtypes = [first, torch.float16 if first == torch.int64 else torch.int64]
+    for name, dtype, length in (("one", dtypes[0], 77), ("two", dtypes[1], 248)):
+        saved(**{name: model(1) | {"text.position_ids": torch.arange(length)[None].to(dtype)}})
+    made, result = merged("one", "two")
+    assert torch.equal(made["text.position_ids"], torch.arange(77)[None].to(first))
+    assert any("text.position_ids) differ in shape or dtype; they are kept as the first" in note for note in result.notes)
+
+
+def test_dtypes_that_no_option_settles_name_what_does() -> None:
+    saved(one=model(1) | {"ids": torch.arange(3)}, two=model(1) | {"ids": torch.ones(3)})
+    with pytest.raises(sm.MismatchError, match="a rule of a recipe settles these: it copies a tensor"):
+        merged("one", "two", on_missing="base")
+
+
+@pytest.mark.parametrize("container", ["safetensors", "pth"])
+def test_union_adds_what_only_a_later_model_has(container: str) -> None:
+    states = {"a": model(1), "b": model(2) | {"head.b": draw(5, 3), "n": torch.tensor(7)}}
+    states["c"] = model(3) | {"module.head.b": draw(6, 3), "head.c": draw(7, 2)}
+    for name, tensors in states.items():
+        torch.save({"model": tensors, "step": 1}, f"{name}.pth")
+    result = sm.merge([f"{n}.pth" for n in states], f"out.{container}", on_missing="union", dtype="float64")
+    path = Path(f"out.{container}")
+    made = load_safetensors(path) if container == "safetensors" else torch.load(path, weights_only=True)["model"]
+    assert container != "pth" or list(made) == [*model(1), "head.b", "n", "head.c"], "behind the first's names"
+    assert torch.equal(made["head.b"], draw(5, 3).double()), "of the first model that has it"
+    assert torch.equal(made["head.c"], draw(7, 2).double())
+    assert torch.equal(made["n"], torch.tensor(7))
+    assert torch.equal(made["norm.weight"], mean(*(draw(seed + 91, 4).double() for seed in (1, 2, 3))))
+    assert any("b.pth has 2 that a.pth lacks (they are added): head.b, n" in warning for warning in result.warnings)
+
+
+def test_union_of_shards_of_the_same_file_names() -> None:
+    """Added tensors go into a shard of the first; a shard of the other has the same name."""
+    for folder, tensors in (("a", model(1)), ("b", model(2) | {"extra": draw(9, 3)})):
+        save_file(tensors, "whole.safetensors")
+        sm.convert("whole.safetensors", f"{folder}/", max_shard_size=100)
+    sm.merge(["a", "b"], "out/", on_missing="union")
+    index = sm.inspect("out/")
+    assert set(index.entries) == {*model(1), "extra"}
+    assert {path.name for path in Path("out").glob("*.safetensors")} == {p.name for p in Path("a").glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("counter", ["n_averaged", "ema.num_updates", "ema.step", "iters"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32])
+def test_counters_are_the_largest(counter: str, dtype: torch.dtype) -> None:
+    states = [model(s) | {counter: torch.tensor(number).to(dtype)} for s, number in ((1, 500), (2, 1500), (3, 40))]
+    saved(one=states[0], two=states[1], three=states[2])
+    made, _ = merged("one", "two", "three")
+    assert made[counter].item() == 1500
+    assert made[counter].dtype == dtype
+    made, _ = merged("one", "two", "three", dtype="bfloat16")
+    assert made[counter].item() == 1500
