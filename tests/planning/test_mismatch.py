@@ -42,7 +42,7 @@ def test_everything_that_differs_stands_in_one_table(tmp_path: Path, monkeypatch
     ("one", "two", "guess"),
     [
         ({"student.a": 1, "student.b": 1}, {"teacher.a": 1, "teacher.b": 1}, "another prefix: 'student.' in"),
-        ({"x.a": 1, "x.b": 1}, {"a": 1, "b": 1}, "another prefix: 'x.' in a.safetensors, none in b"),
+        ({"ema.a": 1, "ema.b": 1}, {"a": 1, "b": 1}, "another prefix: 'ema.' in a.safetensors, none in b"),
         ({"a": 1, "b": 1, "c": 1}, {"d": 1, "e": 1, "f": 1}, "another architecture: 0 of 3 names"),
         (
             {f"l.{i}.w": 1 for i in range(6)},
