@@ -171,3 +171,10 @@ def test_nothing_is_copied_but_chunks_and_nothing_is_kept(tmp_path: Path) -> Non
     del big, result
     gc.collect()
     assert gone() is None
+
+
+def test_quantised_weights_in_memory_are_refused(tmp_path: Path) -> None:
+    packed = {"w.qweight": torch.zeros(4, 4, dtype=torch.int32), "w.qzeros": torch.zeros(4, dtype=torch.int32)}
+    state = packed | {"w.scales": torch.ones(4), "v": torch.ones(3)}
+    with pytest.raises(sm.MismatchError, match="in memory 1> is quantised: GPTQ or AWQ"):
+        sm.merge([state, state], tmp_path / "out.safetensors", integers="first")

@@ -126,7 +126,7 @@ def head(stream: BinaryIO, member: Member, nbytes: int, where: str) -> bytes:
     """Returns the first ``nbytes`` bytes of a record, or all if there are fewer. Raises FormatError."""
     start, stored = member.span
     stream.seek(start)
-    if member.record is None:
+    if member.record is None or nbytes == 0:  # zlib takes 0 for no limit
         return stream.read(min(nbytes, stored))
     try:
         # deflate makes incompressible data only slightly longer

@@ -428,10 +428,11 @@ def _refuse_quantised(indexes: Indexes, merged: list[Merged]) -> None:
         told = companions({name: entry.spec for name, entry in index.entries.items()})
         if not told:
             continue
-        files, copied, others = set(index.files), set[str](), set[str]()
+        own = {path for entry in index.entries.values() for path in entry.paths}  # a state dict in memory has no files
+        copied, others = set[str](), set[str]()
         for m in merged:
             for source in m.sources:
-                if not files.isdisjoint(source.paths):
+                if not own.isdisjoint(source.paths):
                     verbatim = m.method is COPY and source.spec.dtype == m.spec.dtype
                     (copied if verbatim else others).add(source.spec.name)
         for name, (label, stem) in told.items():
