@@ -137,7 +137,10 @@ class TestBase:
         assert torch.equal(self.result(tmp_path, [base], base=base, method="ties"), load_safetensors(base)["w"])
 
     def test_a_tensor_that_a_model_lacks(self, files: dict[str, Path], tmp_path: Path) -> None:
-        save_file({"v": torch.ones(3)}, tmp_path / "c.safetensors")
+        common = {"u": torch.ones(3)}
+        for path in files.values():
+            save_file(common | load_safetensors(path), path)
+        save_file(common | {"v": torch.ones(3)}, tmp_path / "c.safetensors")
         base, a, b = files.values()
         options = {"base": base, "method": "task_arithmetic", "on_missing": "average-present", "weights": [0.5, 0.25, 0.25]}
         result = self.result(tmp_path, [a, tmp_path / "c.safetensors", b], **options)
