@@ -403,7 +403,7 @@ class StoreSuite(ReadingSuite):
     def test_a_temporary_file_is_read_back_and_goes(self, home: Location) -> None:
         staging = (home / "out").stage()
         staging.clear()
-        file = staging.temporary("staged", 5)
+        file = staging.temporary("spooled", 5)
         file.write_full(b"12345", 0)
         assert InputFiles({}).get(file.location).view(1, 3) == b"234"
         assert staging.outputs == {}
@@ -433,7 +433,7 @@ class StoreSuite(ReadingSuite):
         staging = (home / "out").stage()
         staging.clear()
         staging.create("out", 100).write_full(b"x" * 100, 0)
-        staging.temporary("staged", 10)
+        staging.temporary("spooled", 10)
         staging.abort()
         staging.abort()
         assert self.left(home) == []
