@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoints.choosing import choose, exponential_weights
 from streammerge.checkpoints.conversions import converted_path, from_conversion, is_conversion
@@ -64,8 +64,9 @@ from streammerge.stores.checksums import CRC32
 from streammerge.stores.locations import HERE, parse
 from streammerge.stores.locations import Place as PathLike
 from streammerge.units import decimal_bytes, parse_bytes, parse_share
-from streammerge.verifying.files import Verified, check_files
-from streammerge.verifying.values import check_inputs, recompute
+
+if TYPE_CHECKING:
+    from streammerge.verifying.files import Verified
 
 Checkpoint = PathLike | Mapping[str, Any]
 """A file or folder, or a state dict in memory: torch tensors or numpy arrays by name, or a mapping that holds one."""
@@ -272,6 +273,9 @@ def verify(
     """
     given = locals()
     asked, resources = picked(Verifying, given), picked(Resources, given)
+    from streammerge.verifying.files import check_files  # here: a merge starts without it
+    from streammerge.verifying.values import recompute
+
     path, share = parse(_path("out", out)), parse_share("5%" if asked.sample is None else asked.sample)
     receipt = receipt_of(path)
     try:
@@ -491,6 +495,8 @@ def _remade(out: Location, receipt: Receipt, folder: Location, own_methods: bool
 
     Raises StreammergeError when the inputs are missing, or are other files.
     """
+    from streammerge.verifying.values import check_inputs
+
     recipe = read_recipe(receipt.own_recipe(), own_methods, folder)
     hashed = any("sha256" in said for said in receipt.inputs.values())
     name = "output" if out.is_folder() else f"output.{'pth' if receipt.kind is CRC32 else 'safetensors'}"
