@@ -83,6 +83,19 @@ def test_law_1_memory_is_bounded(tmp_path: Path, io: str) -> None:
         assert peak["resident"] <= budget, peak
 
 
+@pytest.mark.parametrize("io", ["mmap", "pread"])
+def test_law_1_holds_for_all_processes_together(tmp_path: Path, io: str) -> None:
+    """Worker processes report what each of them held at most. The sum stays under the plan, also of tensors that they share."""
+    inputs = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    for number, path in enumerate(inputs):
+        make = torch.Generator().manual_seed(number)
+        save_file({"large": torch.randn(3000, 4000, generator=make), "small": torch.ones(1000, 7)}, path)
+    how = {"executor": "processes", "io": io, "workers": 3}
+    for more in ({"memory": "96MiB"}, {"method": "ties", "base": str(inputs[2]), "parameters": {"density": 0.5}}):
+        (peak,) = measured((inputs[:2], tmp_path / "out.safetensors", how | more))
+        assert peak["anonymous"] < peak["resident"] <= peak["planned"], (more, peak)
+
+
 def test_law_1_holds_for_huge_pages_of_the_cache(tmp_path: Path) -> None:
     """New files are cached in pages of 2 MiB, and one access maps a whole page; sparse files are not.
 
