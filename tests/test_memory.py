@@ -85,7 +85,7 @@ def test_law_1_memory_is_bounded(tmp_path: Path, io: str) -> None:
 
 @pytest.mark.parametrize("io", ["mmap", "pread"])
 def test_law_1_holds_for_all_processes_together(tmp_path: Path, io: str) -> None:
-    """Worker processes report what each of them held at most. The sum stays under the plan, also of tensors that they share."""
+    """Worker processes report what each of them held at most. The sum stays under the plan, also for shared tensors."""
     inputs = [tmp_path / f"{number}.safetensors" for number in range(3)]
     for number, path in enumerate(inputs):
         make = torch.Generator().manual_seed(number)
