@@ -197,9 +197,12 @@ def test_a_killed_process_ends_the_run_and_the_next_one_goes_on(
 
 
 def test_without_resuming_nothing_is_kept(pair: list[Path], tmp_path: Path) -> None:
+    killed: list[int] = []
+
     def kill(event: object) -> None:
-        if type(event).__name__ == "TaskDone" and (left := workers()):
-            left[0].kill()
+        if type(event).__name__ == "TaskDone" and not killed:
+            killed.append(workers()[0].pid)
+            os.kill(killed[0], signal.SIGKILL)
 
     with pytest.raises(sm.TaskError, match="was killed by signal 9"):
         sm.merge(pair, tmp_path / "out.safetensors", executor="processes", workers=2, listener=kill, resume=False)
