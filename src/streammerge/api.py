@@ -79,7 +79,7 @@ Held = dict[str, Mapping[str, Any]]
 def inspect(path: Checkpoint, *, state_dict: str | None = None, ema: Ema | None = None) -> CheckpointIndex:
     """Returns the index of a checkpoint. Reads headers only. Nothing in the file is executed or imported.
 
-    The index is a mapping from the tensors' names to :class:`TensorEntry`: ``len(index)``, ``index[name]``, iteration.
+    The index is a mapping from the tensors' names to :class:`Source`: ``len(index)``, ``index[name]``, iteration.
     ``path``: a file or folder, or a state dict in memory. Raises FormatError when the checkpoint cannot be read.
     """
     asked, held = picked(Selection, locals()), Held()

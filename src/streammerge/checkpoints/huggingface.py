@@ -26,7 +26,7 @@ _DTYPES = ("dtype", "torch_dtype")
 
 
 class Seen(Protocol):
-    """A view of a checkpoint (parts.View)."""
+    """A view of a checkpoint (planning.views.View)."""
 
     index: Any
     entries: dict[str, Source]
