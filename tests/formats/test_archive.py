@@ -87,3 +87,12 @@ def test_records_that_overlap_are_refused() -> None:
     data[second + 42 : second + 46] = data.index(b"PK\3\4", 4).to_bytes(4, "little")
     with pytest.raises(sm.FormatError, match="the records aa and ab overlap"):
         members(io.BytesIO(data), "x.pth")
+
+
+def test_no_byte_of_a_compressed_record_is_none(tmp_path: Path) -> None:
+    """zlib takes a limit of 0 for no limit, and a small record can unpack to any size."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as made:
+        made.writestr("x", bytes(100_000))
+    with open(tmp_path / "a.zip", "rb") as stream:
+        member = archive.members(stream, "a.zip")["x"]
+        assert [len(archive.head(stream, member, count, "a.zip")) for count in (0, 1, 7)] == [0, 1, 7]
