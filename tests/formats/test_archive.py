@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -94,5 +95,5 @@ def test_no_byte_of_a_compressed_record_is_none(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as made:
         made.writestr("x", bytes(100_000))
     with open(tmp_path / "a.zip", "rb") as stream:
-        member = archive.members(stream, "a.zip")["x"]
-        assert [len(archive.head(stream, member, count, "a.zip")) for count in (0, 1, 7)] == [0, 1, 7]
+        member = members(stream, "a.zip")["x"]
+        assert [len(head(stream, member, count, "a.zip")) for count in (0, 1, 7)] == [0, 1, 7]
