@@ -25,7 +25,7 @@ from streammerge.running.readback import check_structure
 from streammerge.running.reading import ChecksumWork, HashWork
 from streammerge.running.relatives import strangers
 from streammerge.running.spooling import spooled_tasks
-from streammerge.running.worker import Job, OutputPlace, lent, modules_of, new_key
+from streammerge.running.worker import AGREED, Job, OutputPlace, lent, modules_of, new_key
 from streammerge.sources.deflated import Record
 from streammerge.stores.base import COPY_BYTES, Location, Output, Staging
 from streammerge.stores.checksums import Checksum
@@ -113,6 +113,7 @@ class Production:
             self.warnings.append(f"the disk failed to store {listed(sorted(broken))} at first; it was written anew")
         self._check()
         self.warnings += [f"NaN or infinite values: {row}" for row in self._nonfinite()]
+        self.notes += [f"NaN or infinite values that every input has are kept: {row}" for row in self._agreed()]
 
     def _attempt(self, hashes: dict[str, str]) -> set[str]:
         """Makes what is missing, and syncs. Returns the names of the files whose sync failed."""
@@ -272,6 +273,8 @@ class Production:
         found: dict[str, dict[str, int]] = {}
         for (task, _), piece in self._done.items():
             for source, count in piece.nonfinite.items():
+                if source == AGREED:
+                    continue
                 counts = found.setdefault(self._tasks[task].out.name, {})
                 counts[source] = counts.get(source, 0) + count
         return [
@@ -279,6 +282,15 @@ class Production:
             + ", ".join(f"{count} in {printable(source)}" for source, count in sorted(counts.items()))
             for name, counts in sorted(found.items())
         ]
+
+    def _agreed(self) -> list[str]:
+        """Returns which tensors have NaN or infinity that every input has, in one line at most."""
+        found: dict[str, int] = {}
+        for (task, _), piece in self._done.items():
+            if count := piece.nonfinite.get(AGREED):
+                name = self._tasks[task].out.name
+                found[name] = found.get(name, 0) + count
+        return [listed([f"{name} ({count})" for name, count in sorted(found.items())])] if found else []
 
     def _refuse_nonfinite(self) -> None:
         rows = self._nonfinite()
