@@ -18,6 +18,7 @@ from streammerge.formats.folder import side_files
 from streammerge.methods.registry import COPY
 from streammerge.options import RECEIPT_FILE, RECEIPT_KEY, RECIPE_FILE, RECIPE_KEY
 from streammerge.planning.alignment import Alignment, Merged
+from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.layout import Layout, Output, Placed, blank_sums, recipe_record
 from streammerge.planning.outputs.pickled import pickled_output
 from streammerge.planning.receipt import ITSELF, Receipt, escaped, input_files, planned
@@ -77,17 +78,21 @@ def _planned(
     merged = alignment.merged
     if kind == "pickle":
         return pickled_output(name, recipe, first, alignment, receipt)
-    notes = _left_behind(first)
+    notes: list[str] = []
+    dispositions = Dispositions()
+    dispositions.update(alignment.dispositions)
+    dispositions.add("entry", _left_behind(first), "dropped", "a safetensors file holds tensors only")
     metadata = _metadata(recipe, first)
     if kind == "folder":
-        return _folder(recipe, first, alignment, metadata, notes, receipt)
+        return _folder(recipe, first, alignment, metadata, notes, receipt, dispositions)
     specs = {spec.name: (spec, m) for m in merged for spec in (m.spec, *_tied_specs(m))}
-    receipt = replace(receipt, checksums={ITSELF: blank_sums([spec.nbytes for spec, _ in specs.values()])})
+    sums = {ITSELF: blank_sums([spec.nbytes for spec, _ in specs.values()])}
+    receipt = replace(receipt, checksums=sums, dispositions=dispositions.record())
     metadata[RECEIPT_KEY] = receipt.text()
     file = safetensors.plan_layout(name, [spec for spec, _ in specs.values()], metadata)
     file = replace(file, receipt=escaped(receipt.text()))
     placed = [Placed(spec, m, 0, file.offsets[n]) for n, (spec, m) in specs.items()]
-    return Output(Layout((file,), receipt), placed, notes)
+    return Output(Layout((file,), receipt), placed, notes, dispositions=dispositions)
 
 
 def _tied_specs(merged: Merged) -> list[TensorSpec]:
@@ -106,8 +111,7 @@ def _left_behind(first: CheckpointIndex) -> list[str]:
     if not isinstance(extras, dict) or not first.selection.chosen[0].path:
         return []
     chosen = {c.path[0] for c in first.selection.chosen}
-    rest = [str(key) for key in extras if key not in chosen]
-    return [f"not in a safetensors file, so left out: {listed(rest)}"] if rest else []
+    return [str(key) for key in extras if key not in chosen]
 
 
 # ---------------------------------------------------------------------------------------------------------- folders
@@ -120,6 +124,7 @@ def _folder(
     metadata: dict[str, str],
     notes: list[str],
     receipt: Receipt,
+    dispositions: Dispositions,
 ) -> Output:
     merged = alignment.merged
     shards = _shards(recipe, base, alignment)
@@ -140,23 +145,28 @@ def _folder(
     folder = base.path if base.path.is_folder() else base.path.parent if base.path.name.endswith(".index.json") else None
     if folder is not None:
         copied, left = side_files(folder)
-        if left:
-            notes.append(f"not copied from {printable(folder)}: {listed(left)}")
-        files += _config(folder, recipe, base, alignment, notes)
+        dispositions.add("file", left, "dropped", "a checksum of the input's files, too large, or no regular file")
+        files += _config(folder, recipe, base, alignment, notes, dispositions)
     record = recipe_record(recipe)
     if record:
         files.append(_text_file(RECIPE_FILE, to_yaml(record)))
     names = {file.name for file in files}
     beside = tuple(c for c in copied if c[1] not in names)
     sums |= {name: blank_sums([]) for name in (*names, *(name for _, name in beside)) if name not in sums}
-    receipt = replace(receipt, checksums=dict(sorted(sums.items())))
+    dispositions.add("file", [name for _, name in beside], "copied")
+    receipt = replace(receipt, checksums=dict(sorted(sums.items())), dispositions=dispositions.record())
     file = _text_file(RECEIPT_FILE, receipt.text(2))
     files.append(replace(file, receipt=file.literals[0].data))
-    return Output(Layout(tuple(files), receipt, True, beside), placed, notes)
+    return Output(Layout(tuple(files), receipt, True, beside), placed, notes, dispositions=dispositions)
 
 
 def _config(
-    folder: Location, recipe: Recipe, base: CheckpointIndex, alignment: Alignment, notes: list[str]
+    folder: Location,
+    recipe: Recipe,
+    base: CheckpointIndex,
+    alignment: Alignment,
+    notes: list[str],
+    dispositions: Dispositions,
 ) -> list[LayoutFile]:
     """Returns the edited configuration when the merge changed what it states: dtype, layers, tied head, vocabulary."""
     config = read_config(folder)
@@ -177,7 +187,9 @@ def _config(
     if edited == config:
         return []
     changed = [key for key in edited if edited[key] != config.get(key)]
-    notes.append(f"{CONFIG}: {', '.join(f'{printable(k)} is now {printable(edited[k], 60)}' for k in changed)}")
+    said = ", ".join(f"{printable(key)} is now {printable(edited[key], 60)}" for key in changed)
+    notes.append(f"{CONFIG}: {said}")
+    dispositions.add("file", CONFIG, "edited", said)
     return [_text_file(CONFIG, json.dumps(edited, indent=2, ensure_ascii=False) + "\n")]
 
 
