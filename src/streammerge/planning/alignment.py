@@ -15,10 +15,10 @@ from streammerge.checkpoints.profiles import Profile, profile_of
 from streammerge.errors import MismatchError, RecipeError, listed, printable
 from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import COPY, INTEGERS
-from streammerge.pickles.state_dict import unread_tensors
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.mismatch import Differing, Mismatch
 from streammerge.planning.parameters import ParameterValues, shares
+from streammerge.planning.refusals import quantised, refuse_inseparable, refuse_unreadable
 from streammerge.planning.views import Indexes, Part, Restacked, View, make_parts
 from streammerge.recipe.model import Recipe, Reference, Rule
 from streammerge.sources.base import Source
@@ -26,7 +26,6 @@ from streammerge.sources.rows import rows_of
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.matching import Matching, describe, match
 from streammerge.tensors.names import is_counter, spelled, why_ignored
-from streammerge.tensors.quantised import belongs, companions
 from streammerge.tensors.spec import TensorSpec
 
 _WIDE = (DType.F64, DType.C128)
@@ -75,12 +74,7 @@ def align(recipe: Recipe, indexes: Indexes) -> Alignment:
     """The output's tensors, in the first checkpoint's order. Raises MismatchError and RecipeError."""
     first = indexes[recipe.checkpoints[0]]
     for index in indexes.values():
-        unread = unread_tensors(index.extras) if index.extras is not None else []
-        if unread:
-            raise MismatchError(
-                f"{printable(index.path)} holds {unread[0][1]} tensors ({listed([name for name, _ in unread])}), "
-                "which are not merged or converted; save it again with ordinary ones"
-            )
+        refuse_unreadable(index)
     parts = make_parts(recipe, indexes)
     alignment = Alignment([], parts.notes, restacked=parts.restacked)
     alignment.shares = shares(parts.parts[0])
@@ -88,8 +82,10 @@ def align(recipe: Recipe, indexes: Indexes) -> Alignment:
     rules = _Rules(recipe)
     for part in parts.parts:
         _Aligner(recipe, indexes, part, rules, alignment, mismatch).run()
+    if mismatch:
+        mismatch.quantised = {str(each.path): said for each in indexes.values() if (said := quantised(each))}
     mismatch.refuse(recipe)
-    _refuse_quantised(indexes, alignment.merged)
+    refuse_inseparable(indexes.values(), alignment.merged)
     alignment.warnings += [f'`on_missing="{recipe.on_missing}"`: {row}' for row in mismatch.rows(recipe.on_missing)]
     if not alignment.merged:
         raise RecipeError(
@@ -456,28 +452,6 @@ class _Ignored:
             f"{len(names)} tensors ({listed(names, 2)}) {what}; they {fate}, since they are {reason}"
             for reason, names in self.reasons.items()
         ]
-
-
-def _refuse_quantised(indexes: Indexes, merged: list[Merged]) -> None:
-    """Quantised weights may be copied, byte for byte and with all that belongs to them, but neither merged nor recast."""
-    for index in indexes.values():
-        told = companions({name: entry.spec for name, entry in index.entries.items()})
-        if not told:
-            continue
-        own = {path for entry in index.entries.values() for path in entry.paths}  # a state dict in memory has no files
-        copied, others = set[str](), set[str]()
-        for m in merged:
-            for source in m.sources:
-                if not own.isdisjoint(source.paths):
-                    verbatim = m.method is COPY and source.spec.dtype == m.spec.dtype
-                    (copied if verbatim else others).add(source.spec.name)
-        for name, (label, stem) in told.items():
-            parted = name not in copied and any(belongs(each, stem) for each in copied)
-            if name in others or parted or any(belongs(each, stem) for each in others):
-                raise MismatchError(
-                    f"{printable(index.path)} is quantised: {label}, as {printable(name)} tells; dequantise it first, or "
-                    "copy its tensors with all that belongs to them"
-                )
 
 
 def _drops(rule: Rule | None) -> bool:

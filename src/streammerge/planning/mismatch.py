@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from streammerge.errors import MismatchError, listed, printable
 from streammerge.recipe.model import Recipe
+from streammerge.tensors.adapters import is_adapter
 from streammerge.tensors.layers import depths
 from streammerge.tensors.matching import Renaming, replacements
 from streammerge.tensors.spec import TensorSpec
@@ -61,7 +62,10 @@ class Differing:
 
 @dataclass(slots=True)
 class Mismatch:
-    """All disagreements of one merge. ``missing`` and ``extra``: path of the checkpoint -> names."""
+    """All disagreements of one merge. ``missing`` and ``extra``: path of the checkpoint -> names.
+
+    ``quantised``: path of a quantised checkpoint -> a sentence about it.
+    """
 
     first: str
     missing: dict[str, list[str]] = field(default_factory=dict)
@@ -70,6 +74,10 @@ class Mismatch:
     names: dict[str, list[str]] = field(default_factory=dict)
     doubtful: dict[str, list[Renaming]] = field(default_factory=dict)
     shared: dict[str, list[int]] = field(default_factory=dict)
+    quantised: dict[str, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.extra or self.differing)
 
     def count(self, path: str, common: int, ours: int, theirs: int) -> None:
         """Adds what a part of the merge has in common with a checkpoint: names of the first, of the other, of both."""
@@ -129,7 +137,9 @@ class Mismatch:
             theirs, shown = self.names.get(path, []), printable(path)
             missing, extra = self.missing.get(path, []), self.extra.get(path, [])
             common = len(ours) - len(missing)
-            if adapter := next((each for each in (self.first, path) if _is_adapter(self.names.get(each, []))), None):
+            if packed := next((self.quantised[each] for each in (self.first, path) if each in self.quantised), None):
+                said.append(f"quantised weights: {packed}")
+            elif adapter := next((each for each in (self.first, path) if is_adapter(self.names.get(each, []))), None):
                 said.append(f"an adapter (LoRA) in {printable(adapter)}: {_ADAPTER}")
             elif fused := _fused(missing, extra):
                 fused_in, apart_in = (self.first, path) if fused[0] else (path, self.first)
@@ -160,14 +170,9 @@ class Mismatch:
         )
 
 
-_ADAPTER = "merge it into its model first, or merge adapters of one shape by themselves"
-_FACTORS = re.compile(r"(^|[._])lora_(A|B|down|up|embedding_[AB]|magnitude_vector)\b|\.hada_w[12]_[ab]$|\.lokr_w")
+_ADAPTER = "merge it into its base model first, with the program that made it"
 _EXPERT = re.compile(r"^(.*experts)\.(\d+)\.([^.]+)\.weight$")
 _FUSED = re.compile(r"^(.*experts)\.(gate_up_proj|down_proj|gate_proj|up_proj|w[123]|w13)(\.weight)?$")
-
-
-def _is_adapter(names: Sequence[str]) -> bool:
-    return bool(names) and 2 * sum(_FACTORS.search(name) is not None for name in names) > len(names)
 
 
 def _fused(missing: Sequence[str], extra: Sequence[str]) -> tuple[bool, str, str] | None:
