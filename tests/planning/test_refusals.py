@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +90,11 @@ def test_packs_are_quantised(dtypes: dict[str, torch.dtype], label: str) -> None
     tensors = {name: torch.ones(4, 4).to(dtype) for name, dtype in dtypes.items()} | {"norm.weight": torch.ones(4)}
     a, b = write("a", tensors), write("b", tensors)
     for options in ({}, {"integers": "first"}):
-        with pytest.raises(sm.MismatchError, match=f"is quantised: {label}"):
+        with pytest.raises(sm.MismatchError, match=f"is quantised: .*{label}"):
             sm.plan([a, b], **options)
-    with pytest.raises(sm.MismatchError, match="is quantised"):
-        sm.convert(a, "c.safetensors", dtype="float64")
+    if any(dtype.is_floating_point for dtype in dtypes.values()):
+        with pytest.raises(sm.MismatchError, match="is quantised"):
+            sm.convert(a, "c.safetensors", dtype="float64")
     sm.convert(a, "c.safetensors")
 
 
@@ -151,8 +151,9 @@ def test_an_empty_buffer_is_no_placeholder() -> None:
         "queue": torch.empty(0),
         "other": torch.empty(0),
         "head.weight": torch.empty(0, 4),
-        "w.weight": torch.ones(2),
+        "w.weight": torch.empty(0),
     }
     torch.save(tensors, "a.bin")
     sm.convert("a.bin", "out.safetensors")
-    assert json.dumps({n: list(t.shape) for n, t in load_safetensors(Path("out.safetensors")).items()}) != "{}"
+    shapes = {name: tensor.shape for name, tensor in load_safetensors(Path("out.safetensors")).items()}
+    assert shapes == {name: tensor.shape for name, tensor in tensors.items()}

@@ -24,6 +24,7 @@ def test_file_dict_and_arguments_give_the_same_bytes(models: Path) -> None:
     Path("recipe.yaml").write_text(
         "merge_method: ties\nbase_model: base.safetensors\nparameters: {density: 0.5}\nmodels:\n"
         "- {model: a.safetensors, parameters: {weight: 0.7}}\n- {model: b.safetensors, parameters: {weight: 0.3}}\n"
+        "output: {container: first}\n"
     )
     sm.merge(recipe="recipe.yaml", out="one.safetensors")
     sm.merge(recipe=yaml.safe_load(Path("recipe.yaml").read_text()), out="two.safetensors")

@@ -316,17 +316,21 @@ class _Aligner:
         present = tuple(filter(None, used))
         lacking = len(present) < len(used)
         absent_here = lacking and (
-            recipe.on_missing in ("base", "union") or self._optional(name) or why_ignored(name, first.spec.shape)
+            (based and used[0] is None)
+            or recipe.on_missing in ("base", "union")
+            or self._optional(name)
+            or why_ignored(name, first.spec.shape)
         )
         too_few = lacking and sum(s is not None for s in used[based:]) < method.models[0]
         if keep or method is COPY or absent_here or too_few:
             why = "" if method is COPY else "not in every input" if lacking else "differs in shape or dtype"
             return Merged(names, spec, COPY, (first,), tied=tied, rest=rest, why=why)
+        in_order = tuple(filter(None, [sources[number] for number in sorted(order)]))
         if first.spec.dtype.kind not in ("float", "complex"):
-            return self._integers(names, spec, present, tied, rest)
+            return self._integers(names, spec, in_order, tied, rest)
         if first.spec.numel == 1 and is_counter(name):
             counted = replace(spec, dtype=first.spec.dtype)
-            return Merged(names, counted, INTEGERS, present, {"policy": "max"}, tied=tied, rest=rest)
+            return Merged(names, counted, INTEGERS, in_order, {"policy": "max"}, tied=tied, rest=rest)
         wide = any(s.spec.dtype in _WIDE for s in present)
         preferred = recipe.compute_dtype.torch_name if recipe.compute_dtype else method.compute
         values = self.values.of(method, order[based:], name, sources, rule)

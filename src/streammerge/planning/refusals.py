@@ -96,10 +96,11 @@ def _refuse_factors(index: CheckpointIndex, merged: list[Made]) -> None:
 def _adapter(index: CheckpointIndex, told: dict[str, str]) -> str:
     kind, name = next((kind, name) for name, kind in told.items())
     where = printable(index.path)
+    peft = f"PeftModel.from_pretrained(BASE, {str(index.path)!r}).merge_and_unload().save_pretrained(OUT)"
     return (
         f"{where} holds {len(told)} factors of an adapter ({kind}: {printable(name)}), and the mean of factors is not the "
-        "mean of the updates, which are their products; merge each adapter into its base model with the program that made it "
-        f"(PEFT: `PeftModel.from_pretrained(BASE, {str(index.path)!r}).merge_and_unload().save_pretrained(OUT)`), then "
+        "mean of the updates, which are their products; merge each adapter into its base model with the program that "
+        f"made it (PEFT: `{peft}`), then "
         "merge the models; a rule can copy an adapter's tensors from one model"
     )
 
