@@ -77,7 +77,7 @@ U32, I16, I32, F16, BF16, F32 = torch.uint32, torch.int16, torch.int32, torch.fl
         ({"q.q_weight": I32, "q.q_scale": I32, "q.q_invperm": I16}, "EXL2"),
         ({"q.Qidxs": torch.int64, "q.Qidxs_0": I16, "q.SU": F16}, "QuIP#"),
         ({"q.indices": I16, "q.centroids.weight": F16}, "VPTQ"),
-        ({"q.weight": torch.int8, "q.weight_scales": F16}, "integers in place of weights"),
+        ({"q.weight": torch.int8, "q.weight_step": F16}, "integers in place of weights"),
         ({"q.weight": torch.uint8, "q.weight_scale": F32}, "weight_scale"),
         ({"e.gate_up_proj": FP8, "e.gate_up_proj_scale": F32}, "weight_scale"),
         ({"q.weight": FP8, "q.weights_scaling_factor": F32}, "scaling_factor"),

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Read = Callable[[int, int, int], "torch.Tensor"]
 """(source, start, stop) -> its raw numbers."""
+AGREED = "every input"
+"""Stands in the counts of NaN and infinity for numbers that all inputs have, which the output keeps."""
 _BLOCK_ELEMS = 1 << 14
 
 
@@ -75,6 +77,27 @@ def settle(out: torch.Tensor, read: Read, sources: int, start: int, row: int, wi
         mask &= spoiled[torch.arange(a, b) // row]
         count += _put(out[a:b], read(0, number, source_stop), mask)
     return count
+
+
+def count_nonfinite(values: torch.Tensor) -> int:
+    return sum([b - a - int(finite(values[a:b]).sum()) for a, b in ranges(len(values), _BLOCK_ELEMS)])
+
+
+def origins(
+    out: torch.Tensor, settled: int, read: Read, sources: int, start: int, origin: Callable[[int], str]
+) -> Iterator[tuple[str, int]]:
+    """Yields where the non-finite numbers of a result come from, and how many those inputs have at its elements.
+
+    ``settled``: how many of them all inputs have; these do not count. An overflow comes from no input.
+    """
+    left, met = count_nonfinite(out) - settled, False
+    for source in range(sources if left else 0):
+        count = count_nonfinite(read(source, start, start + len(out))) - settled
+        if count > 0:
+            met = True
+            yield origin(source), count
+    if left and not met:
+        yield "the result (overflow)", left
 
 
 def _put(out: torch.Tensor, raw: torch.Tensor, mask: torch.Tensor) -> int:

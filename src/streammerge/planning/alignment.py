@@ -18,11 +18,12 @@ from streammerge.methods.registry import COPY, INTEGERS
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.mismatch import Differing, Mismatch
 from streammerge.planning.parameters import ParameterValues, shares
-from streammerge.planning.refusals import quantised, refuse_inseparable, refuse_unreadable
+from streammerge.planning.refusals import quantised, refuse_inseparable, refuse_unmerged, refuse_unreadable
+from streammerge.planning.shapes import Fitted, differ, fit, framed
 from streammerge.planning.views import Indexes, Part, Restacked, View, make_parts
 from streammerge.recipe.model import Recipe, Reference, Rule
 from streammerge.sources.base import Source
-from streammerge.sources.rows import rows_of
+from streammerge.sources.merged import Merged as MergedSource
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.matching import Matching, describe, match
 from streammerge.tensors.names import is_counter, spelled, why_ignored
@@ -38,7 +39,8 @@ class Merged:
 
     ``base_names`` are its names in the first checkpoint, more than one when tied; ``tied`` its further output names.
     ``rest`` has the rows behind those that are merged, where one model has more of them. ``added``: the first checkpoint
-    lacks it. ``why``: the reason why it is copied.
+    lacks it. ``why``: the reason why it is copied. ``inner``: the method of its
+    leading block, where the rest is the first's.
     """
 
     base_names: tuple[str, ...]
@@ -52,6 +54,7 @@ class Merged:
     rest: Source | None = None
     added: bool = False
     why: str = ""
+    inner: MergeMethod | None = None
 
 
 @dataclass(slots=True)
@@ -86,6 +89,8 @@ def align(recipe: Recipe, indexes: Indexes) -> Alignment:
         mismatch.quantised = {str(each.path): said for each in indexes.values() if (said := quantised(each))}
     mismatch.refuse(recipe)
     refuse_inseparable(indexes.values(), alignment.merged)
+    if recipe.on_missing != "error" or recipe.on_shape != "error":
+        refuse_unmerged(recipe, indexes, alignment.merged)
     alignment.warnings += [f'`on_missing="{recipe.on_missing}"`: {row}' for row in mismatch.rows(recipe.on_missing)]
     if not alignment.merged:
         raise RecipeError(
@@ -121,7 +126,8 @@ def _record(alignment: Alignment) -> None:
     """Records what becomes of the tensors of the output."""
     groups: dict[tuple[bool, str], list[str]] = {}
     for m in alignment.merged:
-        key = (True, m.why) if m.method is COPY else (False, f"by {m.method.name}")
+        key = (False, f"by {m.inner.name}, the leading block") if m.inner else (False, f"by {m.method.name}")
+        key = (True, m.why) if m.method is COPY and not m.inner else key
         groups.setdefault(key, []).append(m.spec.name)
         if m.tied:
             groups[key] += m.tied
@@ -304,9 +310,17 @@ class _Aligner:
             raise RecipeError(
                 f"{where}{method.name} needs a base, and {printable(name)} has none here; name it as base_model"
             )
-        sources, rest, keep = self._in_shape(name, sources)
-        if keep is None:
+        fitted = self._fitted(name, sources)
+        if fitted is None:
             return None
+        merged = self._of_fitted(names, tied, rule, method, fitted)
+        return merged if fitted.frame is None else self._framed(merged, fitted.frame)
+
+    def _of_fitted(
+        self, names: tuple[str, ...], tied: tuple[str, ...], rule: Rule | None, method: MergeMethod, fitted: Fitted
+    ) -> Merged:
+        name, recipe = names[0], self.recipe
+        sources, rest = fitted.sources, fitted.rest
         first = sources[0] or self.base.entries[name]
         spec = self._spec(name, first.spec, rule)
         if rest is not None:
@@ -322,11 +336,11 @@ class _Aligner:
             or why_ignored(name, first.spec.shape)
         )
         too_few = lacking and sum(s is not None for s in used[based:]) < method.models[0]
-        if keep or method is COPY or absent_here or too_few:
+        if fitted.keep or method is COPY or absent_here or too_few:
             why = "" if method is COPY else "not in every input" if lacking else "differs in shape or dtype"
             return Merged(names, spec, COPY, (first,), tied=tied, rest=rest, why=why)
         in_order = tuple(filter(None, [sources[number] for number in sorted(order)]))
-        if first.spec.dtype.kind not in ("float", "complex"):
+        if fitted.mixed or first.spec.dtype.kind not in ("float", "complex"):
             return self._integers(names, spec, in_order, tied, rest)
         if first.spec.numel == 1 and is_counter(name):
             counted = replace(spec, dtype=first.spec.dtype)
@@ -382,40 +396,44 @@ class _Aligner:
             )
         return view.entries[theirs]
 
-    def _in_shape(self, name: str, sources: _Sources) -> tuple[_Sources, Source | None, bool | None]:
-        """The sources, cut to their common rows where that is asked for; the rows that stay; and whether only the first
-        is kept. None for a tensor that differs and cannot be settled."""
+    def _fitted(self, name: str, sources: _Sources) -> Fitted | None:
+        """The sources, made to fit. None for a tensor whose differences no policy settles."""
         first = self.base.entries[name].spec
         for s in sources:  # a plain loop: this runs for every tensor
             if s is not None and s.spec is not first and (s.spec.shape != first.shape or s.spec.dtype is not first.dtype):
                 break
         else:
-            return sources, None, False
-        present = [(s, v.index) for s, v in zip(sources, self.part.views, strict=True) if s is not None]
-        other = next((p for p in present[1:] if _differ(first, p[0].spec)), None)
-        if other is None:
-            return sources, None, False
+            return Fitted(sources)
+        if not any(s is not None and differ(first, s.spec) for s in sources):
+            return Fitted(sources)
         if self.remade.takes(name, self.base.entries[name]):
-            return sources, None, True
-        differing = Differing(name, first, other[0].spec, str(other[1].path))
+            return Fitted(sources, keep=True)
         policy = self.recipe.on_shape
-        if not differing.in_shape or policy == "error":
-            self.mismatch.differing.append(differing)
-            return sources, None, None
-        if policy == "base":
-            self.alignment.warnings.append(f'`on_shape="base"`: {printable(name)} is kept as the first has it')
-            return sources, None, True
-        shapes = [s.spec.shape for s, _ in present]
-        if any(len(s) == 0 or s[1:] != first.shape[1:] for s in shapes) or first.dtype.kind == "packed":
-            self.mismatch.differing.append(differing)
-            return sources, None, None
-        least, most = min(s[0] for s in shapes), max(s[0] for s in shapes)
-        largest = next(s for s, _ in present if s.spec.shape[0] == most)
-        self.alignment.warnings.append(
-            f'`on_shape="rows"`: {least} rows of {printable(name)} are merged, the other {most - least} are those of '
-            f"{printable(largest.origin)}"
+        made = fit(name, sources, [view.index.path for view in self.part.views], policy)
+        if isinstance(made, Differing):
+            self.mismatch.differing.append(made)
+            return None
+        if made.said:
+            why = "an extension of the others" if made.extends else f'`on_shape="{policy}"`'
+            self.alignment.warnings.append(f"{why}: {made.said}")
+        if made.extends:
+            self.mismatch.extended.append(made.extends)
+        return made
+
+    def _framed(self, merged: Merged, frame: Source) -> Merged:
+        """Puts a merged block into the first's tensor, which is larger."""
+        block = MergedSource(
+            merged.spec,
+            merged.method,
+            merged.sources,
+            merged.parameters,
+            merged.compute,
+            merged.based,
+            self.recipe.seed,
+            merged.spec.name,
         )
-        return [s and rows_of(s, 0, least) for s in sources], rows_of(largest, least, most), False
+        whole = framed(block, frame)
+        return Merged(merged.base_names, whole.spec, COPY, (whole,), tied=merged.tied, inner=merged.method)
 
     def _integers(
         self,
@@ -432,6 +450,9 @@ class _Aligner:
             )
         if len(present) == 1:
             return Merged(names, spec, COPY, present, tied=tied, rest=rest)
+        whole = next((source.spec.dtype for source in present if source.spec.dtype.kind != "float"), spec.dtype)
+        if spec.dtype.kind == "float":  # floats that stand for integers
+            spec = replace(spec, dtype=whole)
         return Merged(names, spec, INTEGERS, present, {"policy": policy}, tied=tied, rest=rest)
 
 
@@ -468,11 +489,6 @@ def _matched(base: View, other: View) -> Matching:
         return Matching(dict(zip(base.entries, base.entries, strict=True)))
     ours, theirs = ({name: entry.spec.shape for name, entry in view.entries.items()} for view in (base, other))
     return match(ours, theirs)
-
-
-def _differ(one: TensorSpec, two: TensorSpec) -> bool:
-    other_kind = one.dtype.kind != two.dtype.kind or (one.dtype.kind != "float" and one.dtype != two.dtype)
-    return one.shape != two.shape or other_kind
 
 
 def _check_output_names(merged: list[Merged]) -> None:

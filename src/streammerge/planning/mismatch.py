@@ -49,10 +49,17 @@ class Differing:
         if len(one) == len(two) and one[1:] == two[1:] and any(word in self.name.lower() for word in _VOCABULARY):
             return f"vocabulary {one[0]} against {two[0]}"
         if len(one) == len(two) == 4 and {one[1], two[1]} & {9}:
-            return "an inpainting model against an ordinary one"
+            advice = "; give the inpainting model first, and it keeps its channels" if one[1] < two[1] else ""
+            return f"an inpainting model against an ordinary one{advice}"
         if {one[-1:], two[-1:]} == {(256,), (768,)}:
             return "v1 against v2 (256 against 768 features)"
         return ""
+
+    @property
+    def by_blocks(self) -> bool:
+        """Whether the two have a leading block in common."""
+        one, two = self.first.shape, self.other.shape
+        return len(one) == len(two) > 0 and 0 not in (*one, *two)
 
     @property
     def by_rows(self) -> bool:
@@ -64,7 +71,8 @@ class Differing:
 class Mismatch:
     """All disagreements of one merge. ``missing`` and ``extra``: path of the checkpoint -> names.
 
-    ``quantised``: path of a quantised checkpoint -> a sentence about it.
+    ``quantised``: path of a quantised checkpoint -> a sentence about it. ``extended``: tensors that the first has with more
+    channels. They are merged if all are extended alike.
     """
 
     first: str
@@ -75,6 +83,7 @@ class Mismatch:
     doubtful: dict[str, list[Renaming]] = field(default_factory=dict)
     shared: dict[str, list[int]] = field(default_factory=dict)
     quantised: dict[str, str] = field(default_factory=dict)
+    extended: list[Differing] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.missing or self.extra or self.differing)
@@ -99,6 +108,8 @@ class Mismatch:
     def refuse(self, recipe: Recipe) -> None:
         """MismatchError with everything that the recipe's policies do not settle."""
         strangers = [path for path, known in self.shared.items() if known[0] * 20 < min(known[1:])]
+        if len({(each.first.shape, each.other.shape) for each in self.extended}) > 1 or self.differing:
+            self.differing += self.extended
         names = self.rows() if recipe.on_missing == "error" or strangers else []
         if not names and not self.differing:
             return
@@ -120,11 +131,14 @@ class Mismatch:
             )
         shapes = [d for d in self.differing if d.in_shape]
         if shapes:
-            rows = ' or `"rows"` (merge the common leading rows, keep the rest of the larger)'
-            lines.append(
-                f'`on_shape="base"` (keep the first\'s){rows if all(d.by_rows for d in shapes) else ""} settles shapes; '
-                "a rule can copy a tensor from one model, or drop it"
-            )
+            ways = ['`on_shape="base"` (keep the first\'s)']
+            if all(d.by_rows for d in shapes):
+                ways.append('`"rows"` (merge the common leading rows, keep the rest of the larger)')
+            elif all(d.by_blocks for d in shapes):
+                ways.append(
+                    '`"leading"` (merge the block that all have at the start of every axis, keep the rest of the first)'
+                )
+            lines.append(f"{_either(ways)} settles shapes; a rule can copy a tensor from one model, or drop it")
         elif self.differing:
             lines.append("a rule of a recipe settles these: it copies a tensor from one model, or drops it")
         raise MismatchError("\n".join(lines))
@@ -197,6 +211,10 @@ def _experts(fused: str, apart: str, one: str, each: str) -> str:
 def _depths(ours: Sequence[str], theirs: Sequence[str]) -> str:
     one, two = depths(ours), depths(theirs)
     return ", ".join(f"{printable(s)} has {n} layers against {two[s]}" for s, n in one.items() if two.get(s, n) != n)
+
+
+def _either(ways: Sequence[str]) -> str:
+    return " or ".join(filter(None, [", ".join(ways[:-1]), ways[-1]]))
 
 
 def _shape(spec: TensorSpec) -> str:

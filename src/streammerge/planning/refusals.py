@@ -10,6 +10,8 @@ from streammerge.errors import MismatchError, listed, printable
 from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import COPY
 from streammerge.pickles.state_dict import unread_tensors
+from streammerge.planning.views import Indexes
+from streammerge.recipe.model import Recipe
 from streammerge.sources.base import Source
 from streammerge.tensors.adapters import factors
 from streammerge.tensors.quantised import ADVICE, belongs, companions
@@ -27,6 +29,8 @@ class Made(Protocol):
     def method(self) -> MergeMethod: ...
     @property
     def sources(self) -> tuple[Source, ...]: ...
+    @property
+    def inner(self) -> MergeMethod | None: ...
 
 
 def refuse_unreadable(index: CheckpointIndex) -> None:
@@ -54,6 +58,19 @@ def refuse_inseparable(indexes: Iterable[CheckpointIndex], merged: Iterable[Made
     for index in indexes:
         _refuse_factors(index, merged)
         _refuse_quantised(index, merged)
+
+
+def refuse_unmerged(recipe: Recipe, indexes: Indexes, merged: Iterable[Made]) -> None:
+    """Raises MismatchError for a model of which nothing goes into the output, since policies kept all from others."""
+    used = {path for m in merged for source in m.sources for path in source.paths}
+    for reference in dict.fromkeys(map(recipe.of, recipe.entries)):
+        index = next(index for known, index in indexes.items() if known.same(reference))
+        own = {path for entry in index.entries.values() for path in entry.paths}
+        if own and own.isdisjoint(used):
+            raise MismatchError(
+                f"nothing of {printable(index.path)} would go into the output: no tensor has the name and shape of one in "
+                "the first checkpoint, so this is no merge"
+            )
 
 
 def quantised(index: CheckpointIndex) -> str:
@@ -112,6 +129,6 @@ def _used(index: CheckpointIndex, merged: list[Made], verbatim: Callable[[Made],
     for m in merged:
         for source in m.sources:
             if not own.isdisjoint(source.paths):
-                whole = m.method is COPY and verbatim(m)
+                whole = m.method is COPY and m.inner is None and verbatim(m)
                 (copied if whole else others).add(source.spec.name)
     return copied, others

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from streammerge.errors import RecipeError, SpaceError, UncheckedError, VerifyError, listed, printable
 from streammerge.events import Hashed, Listener, Resumed, Spooled, Syncing, TaskDone, quiet
 from streammerge.formats.base import LayoutFile
+from streammerge.kernels.agreed import AGREED
 from streammerge.planning.digest import can_be_resumed, differences, plan_parts
 from streammerge.planning.plan import Plan
 from streammerge.planning.receipt import ITSELF, written_like
@@ -25,7 +26,7 @@ from streammerge.running.readback import check_structure
 from streammerge.running.reading import ChecksumWork, HashWork
 from streammerge.running.relatives import strangers
 from streammerge.running.spooling import spooled_tasks
-from streammerge.running.worker import AGREED, Job, OutputPlace, lent, modules_of, new_key
+from streammerge.running.worker import Job, OutputPlace, lent, modules_of, new_key
 from streammerge.sources.deflated import Record
 from streammerge.stores.base import COPY_BYTES, Location, Output, Staging
 from streammerge.stores.checksums import Checksum

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from streammerge.errors import StreammergeError, TaskError, printable
-from streammerge.kernels.agreed import finite
+from streammerge.kernels.agreed import AGREED, count_nonfinite, origins
 from streammerge.kernels.chunk import Chunk, Kernel, Look, Step, chunk_spans
 from streammerge.kernels.group import TensorGroup
 from streammerge.kernels.record import Record
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-AGREED = "every input"
-"""Stands in the counts of NaN and infinity for numbers that all inputs have, which the output keeps."""
-_COUNTED_ELEMS = 1 << 16
 
 
 class Target(Protocol):
@@ -331,7 +328,7 @@ class MergeWorker(_Worker):
             part = outgoing.room((stop - start) * size)
             source.read_into(0, piece.start + start, piece.start + stop, part)
             value = self.job.checksum.update(part, value)
-        return _done(piece, value)
+        return _done(piece, value, source.nonfinite)
 
     def _compute(self, piece: Piece, outgoing: Outgoing) -> PieceDone:
         self.one_torch_thread()
@@ -456,23 +453,12 @@ def _nonfinite(out: torch.Tensor, kernel: Kernel, row: int, chunk: Chunk, source
 
     Numbers that all inputs agree on are put into the result first, and are counted under AGREED.
     """
-    left = _count(out)
-    if not left:
+    if not count_nonfinite(out):
         return {}
     counts: dict[str, int] = {}
     settled = chunk.settle(kernel, row, out)
     if settled:
         counts[AGREED] = settled
-        left = _count(out) - settled
-    found = left
-    for model in range(len(source) if left else 0):
-        count = _count(source.read(model, chunk.start, chunk.stop)) - settled
-        if count > 0:
-            counts[source.origin(model)] = counts.get(source.origin(model), 0) + count
-            found = 0
-    return {**counts, "the result (overflow)": found} if found else counts
-
-
-def _count(values: torch.Tensor) -> int:
-    """Counts the numbers that are not finite."""
-    return sum([b - a - int(finite(values[a:b]).sum()) for a, b in ranges(len(values), _COUNTED_ELEMS)])
+    for name, count in origins(out, settled, source.read, len(source), chunk.start, source.origin):
+        counts[name] = counts.get(name, 0) + count
+    return counts

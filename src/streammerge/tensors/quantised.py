@@ -39,7 +39,7 @@ _ANY = re.compile(
 )
 _SCALE = re.compile(r"^(?P<parent>.*\.)?_?((?P<weights>\w+?)_)?scale(_\d)?$")
 ADVICE: dict[str, str] = {
-    _MLX: "write it anew without quantisation (`mlx_lm.convert --dequantize --hf-path MODEL --mlx-path OUT`)",
+    _MLX: "write it anew without quantisation, in Python: `mlx_lm.convert(MODEL, OUT, dequantize=True)`",
 }
 """What to do about some schemes, where a program makes plain weights again."""
 
