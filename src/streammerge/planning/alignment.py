@@ -16,6 +16,7 @@ from streammerge.errors import MismatchError, RecipeError, listed, printable
 from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import COPY, INTEGERS
 from streammerge.planning.dispositions.ledger import Dispositions
+from streammerge.planning.experts import conformed
 from streammerge.planning.mismatch import Differing, Mismatch
 from streammerge.planning.parameters import ParameterValues, shares
 from streammerge.planning.refusals import quantised, refuse_inseparable, refuse_unmerged, refuse_unreadable
@@ -163,7 +164,8 @@ class _Aligner:
     ) -> None:
         self.recipe, self.indexes, self.part, self.rules = recipe, indexes, part, rules
         self.alignment, self.mismatch = alignment, mismatch
-        self.base, self.others = part.views[0], part.views[1:]
+        self.base = part.views[0]
+        self.others = [self._conformed(view) for view in part.views[1:]]
         found = [_matched(self.base, other) for other in self.others]
         self.matches = [each.names for each in found]
         for other, each in zip(self.others, found, strict=True):
@@ -195,6 +197,13 @@ class _Aligner:
                 self.alignment.merged.append(merged)
         self.alignment.merged += [self._addition(name, view) for name, view in self.added.values()]
         self.alignment.notes += self.remade.notes("are kept as the first has them", "differ in shape or dtype")
+
+    def _conformed(self, view: View) -> View:
+        """The view with its experts in the form of the first's."""
+        made, note = conformed(self.base, view)
+        if note and note not in self.alignment.notes:
+            self.alignment.notes.append(note)
+        return made
 
     def _record_dropped(self, names: list[str], ruled: dict[str, Rule | None]) -> None:
         kept, add = set(names), self.alignment.dispositions.add
@@ -385,7 +394,7 @@ class _Aligner:
         if wanted not in self.copies:
             index = next(index for reference, index in self.indexes.items() if reference.same(wanted))
             own = next((view for view in self.part.views if view.index is index), None)
-            view = own or View(index, index.entries, index.aliases)
+            view = self._conformed(own or View(index, index.entries, index.aliases))
             self.copies[wanted] = view, _matched(self.base, view).names
         view, matched = self.copies[wanted]
         theirs = matched.get(name) or matched.get(self.base.aliases.get(name, name))

@@ -62,6 +62,21 @@ FACTORS: tuple[tuple[str, str], ...] = (
 Adapters whose numbers enter linearly, such as IA3, are not among them.
 """
 
+EXPERT_ROLES: dict[str, str] = {
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+    "gate_up_proj": "gate and up",
+    "w1": "gate",
+    "w3": "up",
+    "w2": "down",
+    "w13": "gate and up",
+}
+"""What the matrices of an expert are called -> what they are. In "gate and up" the gate comes first."""
+
+EXPERT_STACKS = ("experts", "switch_mlp")
+"""What holds the experts of a layer is called."""
+
 AVERAGED = r"(?i)(.*[_.])?(ema|ema_.*|model_avg|avg_model|averaged|teacher|swa(_.*)?)([_.].*)?"
 """A part of a name, or a key, that speaks of a running mean of the weights."""
 
