@@ -16,6 +16,8 @@ from streammerge.tensors.spec import TensorSpec
 
 _MOST_ROWS = 20
 _MOST_PREFIXES = 3
+_POSITIONS = re.compile(r"(^|[._])(pos|position|positional|wpe)([._]|$)|pos(ition(al)?)?_?emb", re.IGNORECASE)
+_SPEAKERS = re.compile(r"(^|[._])(speakers?|spk|emb_g)([._]|$)", re.IGNORECASE)
 _VOCABULARY = ("emb", "lm_head", "text_head", "wte", "vocab", "embed_out")
 
 
@@ -46,6 +48,11 @@ class Differing:
         one, two = self.first.shape, self.other.shape
         if not self.in_shape:
             return ""
+        unlike = [pair for pair in zip(one, two, strict=False) if pair[0] != pair[1]]
+        if len(one) == len(two) and len(unlike) == 1 and _POSITIONS.search(self.name):
+            return f"{unlike[0][0]} positions against {unlike[0][1]}, so another length of text or size of images"
+        if len(one) == len(two) and one[1:] == two[1:] and _SPEAKERS.search(self.name):
+            return f"{one[0]} speakers against {two[0]}"
         if len(one) == len(two) and one[1:] == two[1:] and any(word in self.name.lower() for word in _VOCABULARY):
             return f"vocabulary {one[0]} against {two[0]}"
         if len(one) == len(two) == 4 and {one[1], two[1]} & {9}:
@@ -118,12 +125,13 @@ class Mismatch:
             lines += ["the inputs do not have the same tensors:", *(f"  {row}" for row in names)]
         if self.differing:
             lines += ["these tensors differ between the inputs:", *_aligned([d.row for d in self.differing])]
-        lines += [f"this looks like {guess}" for guess in self._guesses()]
+        guesses, related = self._guesses()
+        lines += [f"this looks like {guess}" for guess in guesses]
         if strangers:
             lines.append(
                 f"nothing can be merged with {listed(strangers)}: next to no name is common, whatever `on_missing` says"
             )
-        elif names:
+        elif names and related:
             lines.append(
                 '`on_missing="base"` (keep the first\'s), `"average-present"` (mean of those that have it), `"drop"`, or '
                 "`\"union\"` (keep the first's, and add what only another has) settles names; the first checkpoint's names "
@@ -143,31 +151,39 @@ class Mismatch:
             lines.append("a rule of a recipe settles these: it copies a tensor from one model, or drops it")
         raise MismatchError("\n".join(lines))
 
-    def _guesses(self) -> list[str]:
+    def _guesses(self) -> tuple[list[str], bool]:
+        """Returns what the disagreements look like, and whether a policy for names could make a right merge."""
         guesses: Counter[str] = Counter(d.guess for d in self.differing if d.guess)
         said = [f"{guess} (from the tensors that differ)" for guess in guesses]
+        said += [f"quantised weights: {sentence}" for sentence in self.quantised.values()]
+        related = not self.quantised
         ours = self.names.get(self.first, [])
         for path in dict.fromkeys([*self.missing, *self.extra]):
             theirs, shown = self.names.get(path, []), printable(path)
             missing, extra = self.missing.get(path, []), self.extra.get(path, [])
             common = len(ours) - len(missing)
-            if packed := next((self.quantised[each] for each in (self.first, path) if each in self.quantised), None):
-                said.append(f"quantised weights: {packed}")
-            elif adapter := next((each for each in (self.first, path) if is_adapter(self.names.get(each, []))), None):
+            if not {self.first, path}.isdisjoint(self.quantised):
+                continue
+            if adapter := next((each for each in (self.first, path) if is_adapter(self.names.get(each, []))), None):
                 said.append(f"an adapter (LoRA) in {printable(adapter)}: {_ADAPTER}")
+                related = False
             elif fused := _fused(missing, extra):
                 fused_in, apart_in = (self.first, path) if fused[0] else (path, self.first)
                 said.append(_experts(fused_in, apart_in, *fused[1:]))
+                related = False
             elif renamings := self._renamings(path, missing, extra):
                 said += [self._prefix(path, renaming) for renaming in renamings]
-            elif common * 2 < len(ours):
+            elif common * 2 < min(len(ours), len(theirs)):
                 said.append(f"another architecture: {common} of {len(ours)} names are in {shown}")
+                related = False
+            elif common * 2 < len(ours):
+                said.append(f"a part of the first: {shown} has {common} of its {len(ours)} names")
             elif deep := _depths(ours, theirs):
                 said.append(f"another depth: {deep} in {shown}")
         wide = [d for d in self.differing if d.in_shape and not d.guess]
         if len(wide) > 2 and len(wide) * 2 > len(ours):
             said.append("another size of the same architecture: most tensors differ in shape")
-        return said
+        return said, related
 
     def _renamings(self, path: str, missing: Sequence[str], extra: Sequence[str]) -> list[Renaming]:
         """Prefixes that would make most names equal, and were not matched by themselves."""
