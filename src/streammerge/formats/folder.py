@@ -14,6 +14,7 @@ from typing import Any
 
 from streammerge.errors import FormatError, StreammergeError, listed, printable
 from streammerge.formats.base import Container, StorageBytes
+from streammerge.formats.distributed import refuse_distributed
 from streammerge.options import RECEIPT_FILE, RECIPE_FILE
 from streammerge.pickles.state_dict import select
 from streammerge.pickles.tree import StorageRef, TensorRef
@@ -55,7 +56,7 @@ def read(folder: Location, read_file: ReadFile) -> Container:
     if chosen and chosen[0] in indexes:
         return read_sharded(folder / chosen[0], read_file)
     if not chosen:
-        _refuse_distributed(folder)
+        refuse_distributed(folder)
         chosen = names
     if len(chosen) != 1:
         what = f"several checkpoints ({listed(sorted(chosen))}); give one of them" if chosen else "no checkpoint"
@@ -67,24 +68,6 @@ def read(folder: Location, read_file: ReadFile) -> Container:
             f"the folder also holds {listed(sorted(set(names) - set(chosen)))}"
         )
     return container
-
-
-def _refuse_distributed(folder: Location) -> None:
-    where = printable(folder)
-    names = [path.name for path in folder.children()]
-    if ".metadata" in names and any(name.endswith(".distcp") for name in names):
-        raise FormatError(
-            f"{where} is a torch.distributed.checkpoint folder, which is not read yet; run "
-            "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pth` and give the result"
-        )
-    steps = [path for path in folder.children() if path.name.startswith("global_step") and path.is_folder()]
-    of_steps = [path.name for step in steps for path in step.children()]
-    here = any(name.endswith("_model_states.pt") or "zero_pp_rank_" in name for name in names)
-    if here or any(name.endswith("_states.pt") for name in of_steps):
-        raise FormatError(
-            f"{where} is a DeepSpeed checkpoint, which is not read yet; run the `zero_to_fp32.py` that DeepSpeed puts "
-            "into it (`python zero_to_fp32.py . OUTPUT`) and give the result"
-        )
 
 
 def inside(folder: Location, name: Any) -> Location:
