@@ -21,4 +21,4 @@ def test_the_dtype_is_edited_only_if_it_changes(tmp_path: Path, dtype: str | Non
     (folder / "config.json").write_text(json.dumps(config))
     made = sm.convert(folder, out, dtype=dtype)
     assert json.loads((out / "config.json").read_text()) == config | ({"torch_dtype": dtype} if dtype else {})
-    assert ("config.json: torch_dtype is now float16" in made.notes) == (dtype is not None)
+    assert ("config.json: torch_dtype is now float16 (was float32)" in made.notes) == (dtype is not None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+from streammerge.checkpoints.config import CONFIG
+from streammerge.checkpoints.heads import loader_ties
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import listed
 from streammerge.formats import safetensors
@@ -13,12 +15,13 @@ from streammerge.formats.folder import side_files
 from streammerge.options import RECEIPT_FILE, RECIPE_FILE
 from streammerge.planning.alignment import Alignment, Merged
 from streammerge.planning.dispositions.ledger import Dispositions
-from streammerge.planning.outputs.config import config_file
+from streammerge.planning.outputs.config import config_files
 from streammerge.planning.outputs.layout import Layout, Output, Placed, blank_sums, recipe_record, text_file
 from streammerge.planning.receipt import Receipt
 from streammerge.recipe.document import to_yaml
 from streammerge.recipe.model import Recipe
 from streammerge.stores.base import Location
+from streammerge.tensors.spec import TensorSpec
 from streammerge.units import parse_bytes
 
 DEFAULT_SHARD_BYTES = parse_bytes("5GB")
@@ -35,25 +38,27 @@ def folder_output(
 ) -> Output:
     merged = alignment.merged
     shards = _shards(recipe, base, alignment)
+    ties = loader_ties(base.path)
+    tied = {name for m in merged for name, old in zip(m.tied, m.base_names[1:], strict=True) if ties(old, m.base_names[0])}
     files: list[LayoutFile] = []
     placed: list[Placed] = []
     sums: dict[str, str] = {}
     for number, (name, members) in enumerate(shards.items()):
-        file = safetensors.plan_layout(name, [m.spec for m in members], metadata)
+        specs = {spec.name: (spec, m) for m in members for spec in (m.spec, *_tied_specs(m, tied))}
+        file = safetensors.plan_layout(name, [spec for spec, _ in specs.values()], metadata)
         files.append(file)
-        sums[name] = blank_sums([m.spec.nbytes for m in members])
-        placed += [Placed(m.spec, m, number, file.offsets[m.spec.name]) for m in members]
-    tied = [name for m in merged for name in m.tied]
+        sums[name] = blank_sums([spec.nbytes for spec, _ in specs.values()])
+        placed += [Placed(spec, m, number, file.offsets[spec.name]) for spec, m in specs.values()]
     if tied:
-        notes.append(f"tied tensors are stored once, as Hugging Face folders have it: without {listed(tied)}")
+        notes.append(f"stored once, since a loader ties it by {CONFIG}: without {listed(sorted(tied))}")
     if len(shards) > 1:
-        files.append(_index(shards))
+        files.append(_index(placed, list(shards)))
     copied: list[tuple[Location, str]] = []
     folder = base.path if base.path.is_folder() else base.path.parent if base.path.name.endswith(".index.json") else None
     if folder is not None:
         copied, left = side_files(folder)
         dispositions.add("file", left, "dropped", "a checksum of the input's files, too large, or no regular file")
-        files += config_file(folder, recipe, base, alignment, notes, dispositions)
+        files += config_files(folder, recipe, base, alignment, notes, dispositions)
     record = recipe_record(recipe)
     if record:
         files.append(text_file(RECIPE_FILE, to_yaml(record)))
@@ -94,8 +99,13 @@ def _shards(recipe: Recipe, base: CheckpointIndex, alignment: Alignment) -> dict
     return {f"model-{i:05}-of-{len(grouped):05}.safetensors": members for i, members in enumerate(grouped, start=1)}
 
 
-def _index(shards: dict[str, list[Merged]]) -> LayoutFile:
-    weight_map = {m.spec.name: name for name, members in shards.items() for m in members}
-    total = sum(m.spec.nbytes for members in shards.values() for m in members)
+def _tied_specs(m: Merged, left_out: set[str]) -> list[TensorSpec]:
+    """Returns the tensors under further names that a loader does not tie."""
+    return [TensorSpec(name, m.spec.dtype, m.spec.shape) for name in m.tied if name not in left_out]
+
+
+def _index(placed: list[Placed], files: list[str]) -> LayoutFile:
+    weight_map = {each.spec.name: files[each.file] for each in placed}
+    total = sum(each.spec.nbytes for each in placed)
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     return text_file("model.safetensors.index.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")

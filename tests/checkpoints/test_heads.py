@@ -12,7 +12,8 @@ from conftest import load_safetensors
 from safetensors.torch import save_file
 
 import streammerge as sm
-from streammerge.checkpoints.huggingface import is_head, tie_flag
+from streammerge.checkpoints.config import tie_flag
+from streammerge.checkpoints.heads import is_head
 
 Tensors = dict[str, torch.Tensor]
 
