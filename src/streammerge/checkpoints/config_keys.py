@@ -48,11 +48,12 @@ FLAGS = frozenset(("no_rope_layers", "moe_layer_freq", "hybrid_layer_pattern", "
 EXTRA_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
 """Layers behind the last one in the same stack of tensors, which the depth does not count (multi-token prediction)."""
 
-DEPTH_IN_ARITHMETIC: dict[str, str] = {
+NOT_SETTLED: dict[str, str] = {
     "scale_depth": "the outputs of all layers are scaled by the number of layers",
     "scale_attn_by_inverse_layer_idx": "the attention of each layer is scaled by the layer's number",
+    "num_mem_blocks": "layers share blocks, which have an adapter for each layer in the order of the layers",
 }
-"""Keys by which the depth or the number of a layer is part of the arithmetic."""
+"""Keys by which more depends on the number of the layers than a configuration can say."""
 
 
 class Placing(NamedTuple):

@@ -16,17 +16,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise, takewhile
+from math import lcm
 from typing import Any
 
 from streammerge.checkpoints.config import Tree, mappings, value_at
 from streammerge.checkpoints.config_keys import (
-    DEPTH_IN_ARITHMETIC,
     EXTRA_LAYERS,
     FLAGS,
     IMPLIED,
     LAYER_WORDS,
     NO_PART,
     NOT_PER_LAYER,
+    NOT_SETTLED,
     PARTS,
     PER_LAYER,
     PLACINGS,
@@ -51,16 +52,45 @@ class Moved:
     layers: Sequence[tuple[Tree, int]]
 
 
+@dataclass(frozen=True, slots=True)
+class Unplaced:
+    """A key by which a loader would take a layer for another kind. ``implied``: the key is left out, and its program takes
+    this value. ``period``: layers may move by multiples of it; 0 where they may not."""
+
+    path: KeyPath
+    value: Any
+    implied: bool
+    place: int
+    number: int
+    period: int = 0
+
+
 @dataclass(slots=True)
 class Followed:
-    """``edits``: path -> new value. ``notes``: what the configuration cannot say. ``unplaced``: sentences about keys that
-    would be read wrongly. ``kinds``: what the configuration says about each layer before and after; empty where it does not
-    know the stack."""
+    """``edits``: path -> new value. ``notes``: what the configuration cannot say. ``kinds``: what the configuration says
+    about each layer before and after; empty where it does not know the stack."""
 
     edits: dict[KeyPath, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    unplaced: list[str] = field(default_factory=list)
+    unplaced: list[Unplaced] = field(default_factory=list)
     kinds: tuple[list[Any], list[Any]] = ([], [])
+
+    def refusal(self, name: str) -> str:
+        """Returns why the layers cannot stand as they do, "" if they can. ``name``: of the configuration."""
+        if not self.unplaced:
+            return ""
+        keys = [f"{printable('.'.join(each.path))} ({_value(each)})" for each in self.unplaced]
+        first = self.unplaced[0]
+        periods = [each.period for each in self.unplaced]
+        way = f"move layers by multiples of {lcm(*periods)} only" if all(periods) else "take other layers"
+        return (
+            f"{' and '.join(keys)} of {name} {'tells' if len(keys) == 1 else 'tell'} by a layer's number what the layer "
+            f"is, and layer {first.place} of the output, which was layer {first.number}, would be taken for another kind; {way}"
+        )
+
+
+def _value(each: Unplaced) -> str:
+    return f"left out, so {printable(each.value, 40)}" if each.implied else printable(each.value, 40)
 
 
 def follow(tree: Tree, moved: Moved, name: str) -> Followed:
@@ -197,10 +227,11 @@ class _Holder:
             return
         behind = self.moved.layers[len(self.layers) :]
         key = next(key for key in EXTRA_LAYERS if self.holder.get(key))
-        if any(number < self._stated(theirs) for theirs, number in behind):
-            self.found.unplaced.append(
-                f"{self._said(key)} means the last layers, and a layer for multi-token prediction would stand before others"
-            )
+        wrong = [n for n, (theirs, number) in enumerate(behind) if number < self._stated(theirs)]
+        if wrong:
+            place = len(self.layers) + wrong[0]
+            path = (*self.path, key)
+            self.found.unplaced.append(Unplaced(path, self.holder[key], False, place, behind[wrong[0]][1]))
         self._set((*self.path, key), len(behind))
 
     # -- lists --------------------------------------------------------------------------------------------------
@@ -265,6 +296,7 @@ class _Holder:
         return dict(IMPLIED.get(str(self.holder.get("model_type")), {}))
 
     def _check_placings(self) -> None:
+        stale: dict[str, list[str]] = {}
         for key, placing in PLACINGS.items():
             value = self.holder.get(key, self._implied.get(key))
             if key in self.followed or value is None or (placing.needs and not self.holder.get(placing.needs, True)):
@@ -285,12 +317,18 @@ class _Holder:
                     for kind, special in zip(kinds, each, strict=False):
                         kind.append(special)
             if new != old and listed:
-                self.found.notes.append(
-                    f"{self._said(key)} no longer says the same as {listed}, which follows the layers; a loader that knows "
-                    f"only {key} would place them wrongly"
-                )
+                stale.setdefault(listed, []).append(key)
             elif new != old:
-                self.found.unplaced.append(self._unplaced(key, placing, value, old, new))
+                place = next(n for n, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1])
+                regular = placing.form in ("every", "from zero", "offset")
+                period = len(value) if isinstance(value, str) else value if regular else 0
+                where, number = (*self.path, key), self.layers[place][1]
+                self.found.unplaced.append(Unplaced(where, value, key not in self.holder, place, number, period))
+        for listed, keys in stale.items():
+            self.found.notes.append(
+                f"{' and '.join(map(self._said, keys))} no longer tells the same as {listed}, which follows the layers; a "
+                f"loader that does not know {listed} would place the layers wrongly"
+            )
 
     def _special(self, key: str, placing: Placing, theirs: Tree, number: int) -> Any:
         """Returns whether a layer is special in its own checkpoint."""
@@ -307,27 +345,13 @@ class _Holder:
             return None
         return count - (form == "up to")
 
-    def _unplaced(self, key: str, placing: Placing, value: Any, old: Sequence[Any], new: Sequence[Any]) -> str:
-        place = next(n for n, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1])
-        said = f"{self._said(key)} ({printable(value, 40)})"
-        if key not in self.holder:
-            said = f"{self.name} leaves out {_path((*self.path, key))}, for which its program takes {value}, and this"
-        advice = ""
-        if placing.form in ("every", "from zero", "offset") and _is_number(value) and value > 1:
-            advice = f"; it is true if each layer's number changes by a multiple of {value}"
-        number = self.layers[place][1]
-        return (
-            f"{said} says by its number what each layer is, and layer {place} of the output, which was layer {number}, "
-            f"would be read as another kind{advice}"
-        )
-
     # -- other keys -----------------------------------------------------------------------------------------------
 
     def _note_others(self) -> None:
         changed = len(self.layers) != self.before
         for key, value in self.holder.items():
-            if key in DEPTH_IN_ARITHMETIC and value and (self._renumbered if value is True else changed):
-                self.found.notes.append(f"{self._said(key)}: {DEPTH_IN_ARITHMETIC[key]}, which the merge does not settle")
+            if key in NOT_SETTLED and value and self._renumbered:
+                self.found.notes.append(f"{self._said(key)}: {NOT_SETTLED[key]}, which config.json cannot follow")
             known = key in self.depth_keys or key in PLACINGS or key in EXTRA_LAYERS
             if changed and not known and _is_number(value) and value == self.before and _speaks(key):
                 self.found.notes.append(
@@ -336,7 +360,7 @@ class _Holder:
 
     @property
     def _renumbered(self) -> bool:
-        return any(number != place for place, (_, number) in enumerate(self.moved.layers))
+        return [number for _, number in self.moved.layers] != list(range(self.moved.before))
 
     def _said(self, key: str) -> str:
         return f"{_path((*self.path, key))} of {self.name}"

@@ -188,10 +188,10 @@ class _Edits:
     def _set_layers(self, moved: Moved) -> None:
         followed = follow(self.tree, moved, self.config.name)
         restacked = moved.stack in self.change.restacked
-        if followed.unplaced:
+        refusal = followed.refusal(self.config.name)
+        if refusal:
             raise RecipeError(
-                f"the layers of {printable(moved.stack)} cannot be placed so: {'; '.join(followed.unplaced)}; or end the "
-                "output's name in .safetensors, which writes the tensors without a configuration"
+                f"{refusal}, or end the output's name in .safetensors, which writes the tensors without a configuration"
             )
         self.values |= followed.edits
         if followed.kinds[0] or restacked:
@@ -234,7 +234,7 @@ class _Edits:
 
     def _described(self, path: KeyPath, value: Any) -> str:
         key, old = printable(".".join(path)), value_at(self.tree, path)
-        if isinstance(value, list) and len(str(value)) > _SHOWN:
+        if isinstance(value, list) and max(len(str(value)), len(str(old))) > _SHOWN:
             return f"{key} follows the layers ({len(value)} entries, was {len(old)})"
         was = f" (was {printable(old, _SHOWN)})" if path[-1] in value_at(self.tree, path[:-1]) else ""
         return f"{key} is now {printable(value, _SHOWN)}{was}"
@@ -284,17 +284,19 @@ def _misplaced(name: str, moved: Moved, followed: Followed, change: _Change) -> 
     said: dict[Any, set[frozenset[str]]] = {}
     for number, kind in enumerate(followed.kinds[0]):
         said.setdefault(tuple(kind), set()).add(there.get(number, frozenset()))
-    told = all(len(each) == 1 for each in said.values())
+    if all(len(each) == 1 for each in said.values()):
+        return []  # the configuration tells what each layer has
+    last = {tuple(kind): number for number, kind in enumerate(followed.kinds[0])}
     for place, kind in enumerate(followed.kinds[1]):
-        expected = next(iter(said.get(tuple(kind), ())), None) if told else there.get(place)
-        lacking = sorted((expected or frozenset()) - now.get(place, frozenset()))
-        lacking = [each for each in lacking if not why_ignored(each, ())]
-        if lacking:
-            number = moved.layers[place][1]
-            return [
-                f"layer {place} of {printable(moved.stack)}, which was layer {number}, has no {listed(lacking, 2)}, which "
-                f"a loader may expect there: {name} does not say which layers have it"
-            ]
+        expected = there.get(place, there.get(last.get(tuple(kind), -1), frozenset()))
+        own, number = now.get(place, frozenset()), moved.layers[place][1]
+        for names, has in ((expected - own, "has no"), (own - expected, "has")):
+            odd = sorted(each for each in names if not why_ignored(each, ()))
+            if odd and expected:
+                return [
+                    f"layer {place} of {printable(moved.stack)}, which was layer {number}, {has} {listed(odd, 2)}, unlike "
+                    f"what a loader may expect there: {name} does not tell which layers have it"
+                ]
     return []
 
 
