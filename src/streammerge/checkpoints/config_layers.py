@@ -85,7 +85,8 @@ class Followed:
         way = f"move layers by multiples of {lcm(*periods)} only" if all(periods) else "take other layers"
         return (
             f"{' and '.join(keys)} of {name} {'tells' if len(keys) == 1 else 'tell'} by a layer's number what the layer "
-            f"is, and layer {first.place} of the output, which was layer {first.number}, would be taken for another kind; {way}"
+            f"is, and layer {first.place} of the output, which was layer {first.number}, would be taken for another kind; "
+            f"{way}"
         )
 
 
@@ -122,8 +123,10 @@ def _words(names: Iterable[str]) -> frozenset[str]:
 
 
 def _parts(stack: str) -> frozenset[str]:
-    """Returns the words of a stack. A stack that speaks of neither sight nor sound is one of text."""
+    """Returns the words of a stack: of encoder and decoder the outer one, and text where it speaks of no sight or sound."""
     words = _words([stack])
+    role = next((part for part in re.split(r"[._]", stack) if part in _ROLES), "")
+    words -= _ROLES - {role}
     return words if words & {"vision", "audio"} else words | {"text"}
 
 
@@ -352,7 +355,7 @@ class _Holder:
         for key, value in self.holder.items():
             if key in NOT_SETTLED and value and self._renumbered:
                 self.found.notes.append(f"{self._said(key)}: {NOT_SETTLED[key]}, which config.json cannot follow")
-            known = key in self.depth_keys or key in PLACINGS or key in EXTRA_LAYERS
+            known = key in self.depth_keys or key in PLACINGS or key in EXTRA_LAYERS or _words([key]) & _ROLES
             if changed and not known and _is_number(value) and value == self.before and _speaks(key):
                 self.found.notes.append(
                     f"{self._said(key)} is {value}, as the number of layers was; it stays, since its meaning is not known"

@@ -149,8 +149,14 @@ class _Edits:
         self._set_dtype()
         for moved in change.moved:
             self._set_layers(moved)
+        stated = [sizes for sizes, names in change.grown.items() if self._set_rows(sizes, names)]
         for sizes, names in change.grown.items():
-            self._set_rows(sizes, names)
+            beyond = any(sizes[1] - sizes[0] == new - old for old, new in stated)  # some rows more than are stated
+            if not beyond:
+                self.notes.append(
+                    f"{config.name} states nowhere that {listed(names, 2)} had {sizes[0]} rows; now it has {sizes[1]}; "
+                    "set this there by hand if it should"
+                )
         if change.unties(self.tree):
             for path, each in mappings(self.tree):
                 flagged = "tie_word_embeddings" in each or (not path and is_model_config(each))
@@ -202,7 +208,8 @@ class _Edits:
         if any(named.search(text) for text in _texts(self.tree)):
             self.notes.append(f"{self.config.name} names layers by their numbers, as in its names of modules; these stay")
 
-    def _set_rows(self, sizes: tuple[int, int], names: list[str]) -> None:
+    def _set_rows(self, sizes: tuple[int, int], names: list[str]) -> bool:
+        """Sets the size of a vocabulary, or of the positions, wherever it is stated. Returns whether it is."""
         positions = all(map(_OF_POSITIONS.search, names))
         wanted = _POSITIONS if positions else _VOCABULARY
         of_types = all("type" in name for name in names)
@@ -216,11 +223,7 @@ class _Edits:
             own = {path for name in names for path, _ in candidates(self.tree, name)}
             found = [path for path in found if path[:-1] in own]
         self.values |= dict.fromkeys(found, sizes[1])
-        if not found:
-            self.notes.append(
-                f"{self.config.name} states nowhere that {listed(names, 2)} had {sizes[0]} rows; now it has {sizes[1]}; "
-                "set this there by hand if it should"
-            )
+        return bool(found)
 
     def _is_others(self, rows: int, names: list[str]) -> bool:
         """Whether other embeddings have and keep the number of rows that these had."""
