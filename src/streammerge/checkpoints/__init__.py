@@ -13,6 +13,7 @@ Each module imports only modules above it::
     config_keys  what programs agree on about the keys of a configuration: data
     config       the configuration beside a model's weights
     config_layers  a configuration follows layers that were moved
+    config_edits  its dtype, rows of embeddings, tied head
     config_differences  what configurations disagree on
     heads        heads that are tied to the embeddings
     choosing     the last, a range, the best

@@ -116,6 +116,15 @@ IMPLIED: dict[str, dict[str, int]] = {
 }
 """``model_type`` -> what its program takes for keys that a configuration leaves out."""
 
+VOCABULARY = r"vocab|(^|_)(num|number|n)_(\w+_)?(tokens|embeddings|symbols)$"
+"""Keys that state how many rows embeddings have."""
+
+POSITIONS = r"position|n_ctx|context_length|max_seq_len|seq_length"
+"""The same of embeddings of positions."""
+
+OF_POSITIONS = r"pos(?!t)|wpe"
+"""Names of embeddings of positions."""
+
 ARITHMETIC = (
     r"(^|_)(rope|rotary|theta|heads?|head_dim|qk_norm|eps|epsilon|act|activation|sliding|window|scale|scales|scaled|scaling|multipliers?|"
     r"softcap\w*|alibi|residual|position_embedding_type|parallel_attn|experts_per_tok|top_?k|norm_topk_prob|mult)(_|$)|"

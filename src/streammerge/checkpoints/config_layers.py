@@ -192,7 +192,7 @@ class _Holder:
     ) -> None:
         self.tree, self.path, self.depth_keys, self.moved, self.name = tree, path, depth_keys, moved, name
         self.found, self.kinds = found, kinds
-        self.holder: Mapping[str, Any] = value_at(tree, path) if path else tree
+        self.holder: Mapping[str, Any] = value_at(tree, path)
         stated = self.holder[depth_keys[0]] if depth_keys else moved.before
         self.before: int = stated
         self.extra = moved.before - stated
@@ -204,7 +204,7 @@ class _Holder:
         self._follow_lists(self.holder, self.path)
         for key, value in self.holder.items():  # lists of layers in a mapping of their own
             inner = isinstance(value, dict) and not (_words([key]) & {"vision", "audio", "text", *_ROLES})
-            if inner and not any(_DEPTH.fullmatch(each) for each in value):
+            if inner and not any(_DEPTH.fullmatch(each) and _is_number(value[each]) for each in value):
                 self._follow_lists(value, (*self.path, key), numbers_only=True)
         self._check_placings()
         self._note_others()
@@ -216,7 +216,7 @@ class _Holder:
 
     def _of(self, theirs: Tree) -> Mapping[str, Any]:
         """Returns the same mapping of another configuration."""
-        own = value_at(theirs, self.path) if self.path else theirs
+        own = value_at(theirs, self.path)
         return own if isinstance(own, dict) else {}
 
     def _set(self, path: KeyPath, value: Any) -> None:

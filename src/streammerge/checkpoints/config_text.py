@@ -33,8 +33,19 @@ def edited(text: str, edits: Mapping[KeyPath, Any]) -> str:
     value counts. The outer mappings of each path must exist.
     """
     root = _span(text, _SPACE.match(text).end())  # type: ignore[union-attr]
-    replacements = [_replacement(text, root, path, value) for path, value in edits.items()]
-    for start, stop, new in sorted(replacements, key=lambda each: each[0], reverse=True):  # stable: keys stay in order
+    replacements: list[tuple[int, int, str]] = []
+    added: dict[KeyPath, dict[str, Any]] = {}
+    for path, value in edits.items():
+        holder = _holder(root, path)
+        own = (holder.members or {}).get(path[-1])
+        if own is None:
+            added.setdefault(path[:-1], {})[path[-1]] = value
+        else:
+            one_line = "\n" not in text[own.start : own.stop] and text[own.start] in "[{"
+            margin = "" if one_line else _margin(text, holder.at[path[-1]])
+            replacements.append((own.start, own.stop, _dumped(value, margin)))
+    replacements += [_addition(text, _holder(root, (*path, "")), values) for path, values in added.items()]
+    for start, stop, new in sorted(replacements, reverse=True):
         text = text[:start] + new + text[stop:]
     return text
 
@@ -61,23 +72,24 @@ def _after(text: str, place: int) -> int:
     return _SPACE.match(text, place).end()  # type: ignore[union-attr]
 
 
-def _replacement(text: str, root: _Span, path: KeyPath, value: Any) -> tuple[int, int, str]:
-    """Returns (start, stop, what stands there instead)."""
-    span = root
+def _holder(root: _Span, path: KeyPath) -> _Span:
+    """Returns the mapping that holds the last key of a path."""
     for key in path[:-1]:
-        span = (span.members or {})[key]
-    members = span.members or {}
-    own = members.get(path[-1])
-    if own is not None:
-        one_line = "\n" not in text[own.start : own.stop] and text[own.start] in "[{"
-        return own.start, own.stop, _dumped(value, "" if one_line else _margin(text, span.at[path[-1]]))
-    if not members:
-        return span.stop - 1, span.stop - 1, f"{json.dumps(path[-1])}: {_dumped(value, '')}"
-    last = max(members, key=lambda key: members[key].stop)
-    margin = _margin(text, span.at[last])
-    before = f"\n{margin}" if margin or "\n" in text[span.start : span.at[last]] else " "
-    place = members[last].stop
-    return place, place, f",{before}{json.dumps(path[-1])}: {_dumped(value, margin)}"
+        root = (root.members or {})[key]
+    return root
+
+
+def _addition(text: str, holder: _Span, values: Mapping[str, Any]) -> tuple[int, int, str]:
+    """Returns where the keys that a mapping lacks are put in: (start, stop, text)."""
+    members = holder.members or {}
+    margin, before, place = "", " ", holder.stop - 1
+    if members:
+        last = max(members, key=lambda key: members[key].stop)
+        margin, place = _margin(text, holder.at[last]), members[last].stop
+        if margin or "\n" in text[holder.start : holder.at[last]]:
+            before = f"\n{margin}"
+    said = f",{before}".join(f"{json.dumps(key)}: {_dumped(value, margin)}" for key, value in values.items())
+    return place, place, f",{before}{said}" if members else said
 
 
 def _margin(text: str, place: int) -> str:

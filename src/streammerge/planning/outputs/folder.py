@@ -37,9 +37,9 @@ def folder_output(
     dispositions: Dispositions,
 ) -> Output:
     merged = alignment.merged
-    shards = _shards(recipe, base, alignment)
     ties = loader_ties(base.path)
     tied = {name for m in merged for name, old in zip(m.tied, m.base_names[1:], strict=True) if ties(old, m.base_names[0])}
+    shards = _shards(recipe, base, alignment, tied)
     files: list[LayoutFile] = []
     placed: list[Placed] = []
     sums: dict[str, str] = {}
@@ -72,8 +72,11 @@ def folder_output(
     return Output(Layout(tuple(files), receipt, True, beside), placed, notes, dispositions=dispositions)
 
 
-def _shards(recipe: Recipe, base: CheckpointIndex, alignment: Alignment) -> dict[str, list[Merged]]:
-    """Returns file name -> tensors: the shards of the first input, or shards filled in order up to the largest size."""
+def _shards(recipe: Recipe, base: CheckpointIndex, alignment: Alignment, tied: set[str]) -> dict[str, list[Merged]]:
+    """Returns file name -> tensors: the shards of the first input, or shards filled in order up to the largest size.
+
+    ``tied``: names that are left out.
+    """
     grouped: list[list[Merged]] = [[]]
     merged, largest = alignment.merged, recipe.output.max_shard_size
     homes: list[Location] = []
@@ -89,11 +92,12 @@ def _shards(recipe: Recipe, base: CheckpointIndex, alignment: Alignment) -> dict
     else:
         most, filled = largest or DEFAULT_SHARD_BYTES, 0
         for m in merged:
-            if grouped[-1] and filled + m.spec.nbytes > most:
+            size = m.spec.nbytes + sum(spec.nbytes for spec in _tied_specs(m, tied))
+            if grouped[-1] and filled + size > most:
                 grouped.append([])
                 filled = 0
             grouped[-1].append(m)
-            filled += m.spec.nbytes
+            filled += size
     if len(grouped) == 1:
         return {"model.safetensors": grouped[0]}
     return {f"model-{i:05}-of-{len(grouped):05}.safetensors": members for i, members in enumerate(grouped, start=1)}
