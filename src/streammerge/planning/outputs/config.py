@@ -75,7 +75,11 @@ class _Change:
         self.moved = [Moved(r.stack, r.before, [(known[path], n) for path, n in r.layers]) for r in alignment.restacked]
         self.restacked = {moved.stack for moved in self.moved}
         self.moved += self._other_depths(known)
-        self.grown = self._grown()
+        self.resized = self._resized()
+        self.grown: dict[tuple[int, int], list[str]] = {}
+        for name, rows in self.resized.items():
+            if _EMBEDDED.search(name):
+                self.grown.setdefault(rows, []).append(name)
 
     def _other_depths(self, known: dict[Location, Tree]) -> list[Moved]:
         """Returns the stacks whose last layers are left out by a rule, or are another checkpoint's."""
@@ -97,17 +101,17 @@ class _Change:
                 found.append(Moved(stack, depth, [(homes[number], number) for number in range(len(homes))]))
         return found
 
-    def _grown(self) -> dict[tuple[int, int], list[str]]:
-        """Returns (rows before, rows now) -> the embeddings and heads that they are of."""
-        found: dict[tuple[int, int], list[str]] = {}
+    def _resized(self) -> dict[str, tuple[int, int]]:
+        """Returns the matrices outside the layers -> (their rows before, their rows now), if these differ."""
+        found: dict[str, tuple[int, int]] = {}
         for m in self.merged:
             name, shape = m.base_names[0], m.spec.shape
             own = self.base.entries.get(name)
             if own is None or own.spec.shape == shape or len(own.spec.shape) != 2 or own.spec.shape[:1] == shape[:1]:
                 continue
             layer = layer_of(name)
-            if _EMBEDDED.search(name) and (layer is None or layer.stack not in self.restacked):
-                found.setdefault((own.spec.shape[0], shape[0]), []).append(name)
+            if layer is None or layer.stack not in self.restacked:
+                found[name] = own.spec.shape[0], shape[0]
         return found
 
     def unties(self, tree: Tree) -> bool:
@@ -145,6 +149,7 @@ def _edits(config: Config, change: _Change) -> Edits:
     for moved in change.moved:
         _follow(edits, moved, change)
     edits.set_rows(change.grown, change.keeps)
+    edits.note_labels(change.resized)
     if change.unties(config.tree):
         edits.untie()
     return edits
