@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from streammerge.errors import RecipeError
 from streammerge.planning.budget import Budget, slots
 from streammerge.sources.base import BlobPath, Reader, Source, region_bytes
 from streammerge.sources.stored import Stored
@@ -23,10 +24,18 @@ _REGIONS = ("read0", "read1")
 
 
 def prepare_torch() -> None:
-    """Imports torch, and triggers its one-time warning about read-only buffers here, where it is suppressed."""
+    """Imports torch, and triggers its one-time warning about read-only buffers here, where it is suppressed.
+
+    Raises RecipeError if torch is not installed.
+    """
     import warnings
 
-    import torch
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise RecipeError("torch is not installed, and this merge computes with it; install torch") from None
 
     torch.get_num_threads()  # fixes the caller's number of threads before the workers set theirs to one
     with warnings.catch_warnings():
