@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from streammerge.formats.base import LayoutFile
+from streammerge.formats.base import LayoutFile, Literal
 from streammerge.methods.registry import COPY
 from streammerge.planning.alignment import Merged
 from streammerge.planning.dispositions.ledger import Dispositions
@@ -72,3 +72,9 @@ def blank_sums(sizes: list[int]) -> str:
     ``sizes``: the bytes of each tensor.
     """
     return "0" * 8 * (sum(size > 0 for size in sizes) + 1)
+
+
+def text_file(name: str, text: str) -> LayoutFile:
+    """Returns the plan of a file of this text in UTF-8."""
+    data = text.encode()
+    return LayoutFile(name, len(data), {}, (Literal(0, data),))
