@@ -51,6 +51,13 @@ IGNORED: tuple[tuple[str, str, str], ...] = (
 AVERAGED = r"(?i)(.*[_.])?(ema|ema_.*|model_avg|avg_model|averaged|teacher|swa(_.*)?)([_.].*)?"
 """A part of a name, or a key, that speaks of a running mean of the weights."""
 
+SWAPPED: tuple[tuple[str, str, str, str], ...] = (
+    ("state_dict", "ema_state_dict", "message_hub", "mmengine's EMAHook"),
+    ("state_dict", "current_model_state", "averaging_state", "Lightning's WeightAveraging"),
+)
+"""(key of the average, key of the plain weights, key beside them, program): the average stands where loaders look for the
+weights, and the plain weights beside it."""
+
 COUNTERS: frozenset[str] = frozenset(
     (
         *("step", "steps", "global_step", "iteration", "iterations", "iter", "iters", "iter_num", "n_iter"),

@@ -1,0 +1,135 @@
+"""What a tree holds beside the chosen state dict: copies of the weights, and single tensors.
+
+A running average has the weights under other names (``ema_model.``, ``module.``), or as a list without names
+(``shadow_params``). :func:`counterparts` tells which tensor of a copy is which of the chosen weights.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from streammerge.pickles.state_dict import Candidate, Found, inside, is_training_state, unwrapped
+from streammerge.pickles.tree import MISSING, Instance, OrderedTree, TensorRef, walk
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_DEEPEST = 60
+
+
+def counterparts(copy: Candidate, chosen: Sequence[Candidate]) -> dict[str, Found]:
+    """Returns name in the copy -> the tensor of one chosen candidate that it is a copy of.
+
+    The two have equal shapes. If several chosen candidates are possible, the one with most names wins, then the one with
+    the same last key. Returns nothing for tensors that are no copy.
+    """
+    found: dict[str, Found] = {}
+    for candidate in sorted(chosen, key=lambda each: each.path[-1:] != copy.path[-1:]):
+        made = _by_order(copy, candidate) if copy.kind == "list" else _by_names(copy, candidate)
+        if len(made) > len(found):
+            found = made
+    weights = sum(1 for each in copy.tensors if each.ref.shape)
+    return found if 2 * len(found) >= weights else {}
+
+
+def _by_names(copy: Candidate, chosen: Candidate) -> dict[str, Found]:
+    best: dict[str, Found] = {}
+    for ours in (_same, unwrapped, _inner(chosen)):
+        homes: dict[str, list[Found]] = {}
+        for each in chosen.tensors:
+            homes.setdefault(ours(each.name), []).append(each)
+        for theirs in (_same, unwrapped, _inner(copy)):
+            found, taken = dict[str, Found](), set[int]()
+            for each in copy.tensors:
+                known = homes.get(theirs(each.name), ())
+                if len(known) == 1 and id(known[0]) not in taken and known[0].ref.shape == each.ref.shape:
+                    found[each.name] = known[0]
+                    taken.add(id(known[0]))
+            if len(found) > len(best):
+                best = found
+            if len(best) >= min(len(copy.tensors), len(chosen.tensors)):
+                return best
+    return best
+
+
+def _same(name: str) -> str:
+    return name
+
+
+def _inner(candidate: Candidate) -> Callable[[str], str]:
+    """Returns a function that takes off the first part of the names, if nearly all names of the candidate have it."""
+    tops = Counter(each.name.partition(".")[0] for each in candidate.tensors)
+    top, count = tops.most_common(1)[0] if tops else ("", 0)
+    if count * 10 < len(candidate.tensors) * 9:
+        return unwrapped
+    return lambda name: unwrapped(name.removeprefix(f"{top}."))
+
+
+def _by_order(copy: Candidate, chosen: Candidate) -> dict[str, Found]:
+    """Matches a list without names: its tensors come in the order of the state dict, which also has buffers."""
+    weights = [each for each in chosen.tensors if each.ref.dtype.kind == "float"]
+    trained = [each for each in weights if each.name.rpartition(".")[2] not in _STATISTICS]
+    shapes = [each.ref.shape for each in copy.tensors]
+    for known in (weights, trained):
+        if [each.ref.shape for each in known] == shapes:
+            return {own.name: each for own, each in zip(copy.tensors, known, strict=True)}
+    found: dict[str, Found] = {}
+    rest = iter(trained)
+    for own in copy.tensors:
+        home = next((each for each in rest if each.ref.shape == own.ref.shape), None)
+        if home is None:
+            return {}
+        found[own.name] = home
+    return found
+
+
+def trail(tree: Any, path: tuple[Any, ...]) -> list[tuple[Any, Any, Any]]:
+    """Returns (holder, key, value) of each step on the path of a candidate, without steps that the tree does not have."""
+    steps: list[tuple[Any, Any, Any]] = []
+    node = tree
+    for key in path:
+        holder, items = inside(node)
+        if isinstance(holder, dict) or (isinstance(holder, list | tuple) and isinstance(key, int) and key < len(holder)):
+            node = holder.get(key, MISSING) if isinstance(holder, dict) else holder[key]
+        else:
+            node = next((value for own, value in items if own == key), MISSING)
+        if node is MISSING:
+            break
+        steps.append((holder, key, node))
+    return steps
+
+
+def outside(tree: Any, taken: set[int]) -> Iterator[tuple[tuple[Any, ...], TensorRef]]:
+    """Yields (path, tensor) of the tensors that stand in no state dict, and of those in state dicts that were not taken.
+
+    ``taken``: the identities of nodes that are not entered. State of an optimizer, a scheduler or a scaler is skipped.
+    """
+    skip: set[tuple[int, Any]] = set()
+    for path, node in walk(tree, skip):
+        if isinstance(node, TensorRef):
+            if id(node) not in taken and len(path) < _DEEPEST:
+                yield path, node
+            continue
+        for key, value in inside(node)[1] if isinstance(node, dict | Instance) else ():
+            if isinstance(value, dict | list | tuple | Instance) and (id(value) in taken or is_training_state(key, value)):
+                holder = inside(node)[0]
+                skip.add((id(holder), key))
+
+
+def tensor_at(tree: Any, path: tuple[Any, ...]) -> TensorRef | None:
+    """Returns the tensor at a path of :func:`outside` in another tree, None if there is no tensor."""
+    node = tree
+    for key in path:
+        if isinstance(node, Instance) and isinstance(key, str) and key in ("args", "kwargs", "elements", "state"):
+            node = getattr(node, key)
+        elif isinstance(node, Instance):
+            node = next((value for own, value in node.items if own == key), None)
+        elif isinstance(node, OrderedTree) and key == "attributes" and key not in node:
+            node = node.attributes
+        elif isinstance(node, dict):
+            node = node.get(key)
+        elif isinstance(node, list | tuple):
+            node = node[key] if isinstance(key, int) and key < len(node) else None
+        else:
+            return None
+    return node if isinstance(node, TensorRef) else None
