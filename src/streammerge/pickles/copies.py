@@ -6,12 +6,14 @@ A running average has the weights under other names (``ema_model.``, ``module.``
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from streammerge.pickles.state_dict import Candidate, Found, inside, is_training_state, unwrapped
 from streammerge.pickles.tree import MISSING, Instance, OrderedTree, TensorRef, walk
+from streammerge.tensors.conventions import AVERAGED
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _DEEPEST = 60
@@ -20,49 +22,70 @@ _DEEPEST = 60
 def counterparts(copy: Candidate, chosen: Sequence[Candidate]) -> dict[str, Found]:
     """Returns name in the copy -> the tensor of one chosen candidate that it is a copy of.
 
-    The two have equal shapes. If several chosen candidates are possible, the one with most names wins, then the one with
-    the same last key. Returns nothing for tensors that are no copy.
+    If several chosen candidates are possible, the one with most names wins, then the one with the same last key. Returns
+    nothing for tensors that are no copy: half of the tensors must have a counterpart of the same shape.
     """
     found: dict[str, Found] = {}
-    for candidate in sorted(chosen, key=lambda each: each.path[-1:] != copy.path[-1:]):
+    for candidate in sorted(chosen, key=lambda each: _strangeness(copy, each)):
         made = _by_order(copy, candidate) if copy.kind == "list" else _by_names(copy, candidate)
         if len(made) > len(found):
             found = made
-    weights = sum(1 for each in copy.tensors if each.ref.shape)
-    return found if 2 * len(found) >= weights else {}
+    weights = [each for each in copy.tensors if each.ref.shape]
+    alike = [each for each in weights if each.name in found and found[each.name].ref.shape == each.ref.shape]
+    return found if 2 * len(alike) >= len(weights) else {}
+
+
+def _strangeness(copy: Candidate, chosen: Candidate) -> int:
+    """Returns a sort key: 0 for equal last keys, as in ``model.gen`` and ``ema.gen``, 1 for ``gen`` and ``gen_ema``."""
+    if copy.path[-1:] == chosen.path[-1:]:
+        return 0
+    own, other = (".".join(map(str, each.path)) for each in (copy, chosen))
+    return 1 if own in other or other in own else 2
 
 
 def _by_names(copy: Candidate, chosen: Candidate) -> dict[str, Found]:
-    best: dict[str, Found] = {}
-    for ours in (_same, unwrapped, _inner(chosen)):
-        homes: dict[str, list[Found]] = {}
-        for each in chosen.tensors:
-            homes.setdefault(ours(each.name), []).append(each)
-        for theirs in (_same, unwrapped, _inner(copy)):
-            found, taken = dict[str, Found](), set[int]()
-            for each in copy.tensors:
-                known = homes.get(theirs(each.name), ())
-                if len(known) == 1 and id(known[0]) not in taken and known[0].ref.shape == each.ref.shape:
-                    found[each.name] = known[0]
-                    taken.add(id(known[0]))
-            if len(found) > len(best):
-                best = found
-            if len(best) >= min(len(copy.tensors), len(chosen.tensors)):
-                return best
+    """Matches equal names, names without wrappers, and names without a first part that one of the two has.
+
+    Two different first parts are two parts of a model, unless one of them speaks of an average.
+    """
+    top, own_top = _top(copy), _top(chosen)
+    ways = [("", ""), (top, ""), ("", own_top)]
+    if re.fullmatch(AVERAGED, top):
+        ways.append((top, own_top))
+    best = _matched(copy, chosen, lambda name: name, lambda name: name)
+    for theirs, ours in ways:
+        if len(best) >= min(len(copy.tensors), len(chosen.tensors)):
+            break
+        found = _matched(copy, chosen, _without(theirs), _without(ours))
+        best = found if len(found) > len(best) else best
     return best
 
 
-def _same(name: str) -> str:
-    return name
+def _matched(
+    copy: Candidate, chosen: Candidate, theirs: Callable[[str], str], ours: Callable[[str], str]
+) -> dict[str, Found]:
+    homes: dict[str, list[Found]] = {}
+    for each in chosen.tensors:
+        homes.setdefault(ours(each.name), []).append(each)
+    found, taken = dict[str, Found](), set[int]()
+    for each in copy.tensors:
+        known = homes.get(theirs(each.name), ())
+        if len(known) == 1 and id(known[0]) not in taken:
+            found[each.name] = known[0]
+            taken.add(id(known[0]))
+    return found
 
 
-def _inner(candidate: Candidate) -> Callable[[str], str]:
-    """Returns a function that takes off the first part of the names, if nearly all names of the candidate have it."""
+def _without(top: str) -> Callable[[str], str]:
+    """Returns a function that takes the wrappers off a name, and before that its first part."""
+    return lambda name: unwrapped(name.removeprefix(f"{top}.") if top else name)
+
+
+def _top(candidate: Candidate) -> str:
+    """Returns the first part that nearly all names of a candidate have; empty if there is none."""
     tops = Counter(each.name.partition(".")[0] for each in candidate.tensors)
-    top, count = tops.most_common(1)[0] if tops else ("", 0)
-    if count * 10 < len(candidate.tensors) * 9:
-        return unwrapped
-    return lambda name: unwrapped(name.removeprefix(f"{top}."))
+    top, count = tops.most_common(1)[0]
+    return top if count * 10 >= len(candidate.tensors) * 9 else ""
 
 
 def _by_order(copy: Candidate, chosen: Candidate) -> dict[str, Found]:

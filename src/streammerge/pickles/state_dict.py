@@ -314,16 +314,31 @@ def _choose(usable: list[Candidate], ema: str) -> list[Candidate]:
     groups: dict[Any, list[Candidate]] = {}
     for candidate in usable:
         groups.setdefault(candidate.path[:1], []).append(candidate)
-    chosen: list[list[Candidate]] = []
-    taken: set[Any] = set()
+    plain_of = _plain_groups(groups)
+    twins: dict[Any, list[Any]] = {}
+    for key in groups:
+        twins.setdefault(plain_of.get(key, key), []).append(key)
+    best = (min(keys, key=lambda k: _rank(groups[k][0], ema)) for keys in twins.values())
+    return [candidate for key in best for candidate in groups[key]]
+
+
+def _plain_groups(groups: dict[Any, list[Candidate]]) -> dict[Any, Any]:
+    """Returns the key of a running average -> the key of the model that it is the average of.
+
+    Of several models with the same names, it is the one whose key is in the average's key: ``G_A`` and ``G_A_ema``.
+    """
+    found = {}
     for key, group in groups.items():
-        if key in taken:
+        if not group[0].averaged:
             continue
-        twins = [k for k in groups if k not in taken and (k == key or _are_twins(group, groups[k]))]
-        best = sorted(twins, key=lambda k: _rank(groups[k][0], ema))[0]
-        taken.update(twins)
-        chosen.append(groups[best])
-    return [c for group in chosen for c in group]
+        plain = [k for k, other in groups.items() if not other[0].averaged and _same_names(group, other)]
+        if plain:
+            found[key] = max(plain, key=lambda k: len(_text(k)) if _text(k) in _text(key) else 0)
+    return found
+
+
+def _text(key: tuple[Any, ...]) -> str:
+    return "".join(map(str, key))
 
 
 def _rank(candidate: Candidate, ema: str) -> bool:
@@ -331,12 +346,6 @@ def _rank(candidate: Candidate, ema: str) -> bool:
     if candidate.swapped is not None:
         return not candidate.swapped
     return candidate.averaged == (ema == "ignore")
-
-
-def _are_twins(one: list[Candidate], two: list[Candidate]) -> bool:
-    """Whether they are a model and its running average. Two plain ones of the same names (speakers, an ensemble) are
-    not."""
-    return one[0].averaged != two[0].averaged and _same_names(one, two)
 
 
 def _same_names(one: list[Candidate], two: list[Candidate]) -> bool:

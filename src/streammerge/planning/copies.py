@@ -18,27 +18,34 @@ from streammerge.recipe.model import Recipe
 class AlignedCopy:
     """The tensors of a copy in the output. ``homes``: name in the merge -> name of the tensor of the output.
 
-    A tensor that every input ties to a chosen one is that one: it has a home and is not in ``merged``.
+    A tensor that every input ties to a chosen one is that one: it has a home and is not in ``merged``. ``added``: (key in
+    the mapping, tensor) of those that only another input has.
     """
 
     copy: Copy
     merged: list[Merged]
     homes: dict[str, str]
+    added: list[tuple[str, Merged]]
 
 
 def align_copies(recipe: Recipe, first: CheckpointIndex, entries: Entries, alignment: Alignment) -> list[AlignedCopy]:
     """Returns the aligned copies. Moves a copy that cannot be merged to those that are left out or kept."""
     made = []
     known = _Known(alignment.merged) if entries.copies else None
+    single = replace(recipe, rules=(), dtype=None, out_dtype=None)  # statistics stay as precise as they are
     for copy in list(entries.copies):
         try:
-            aligned = align(recipe if copy.candidate else replace(recipe, rules=()), copy.indexes)
+            aligned = align(recipe if copy.candidate else single, copy.indexes)
         except (MismatchError, RecipeError) as error:
-            _refuse(copy, entries, first, str(error).partition("\n")[0])
+            _refuse(copy, entries, first, str(error).partition("\n")[0].rstrip(":"))
             continue
         homes: dict[str, str] = {}
-        merged: list[Merged] = []
+        merged, added = list[Merged](), list[tuple[str, Merged]]()
         for m in aligned.merged:
+            if m.added:
+                key = copy.prefix + m.spec.name.removeprefix(f"{copy.label}.")
+                added.append((key, replace(m, spec=replace(m.spec, name=f"{copy.label}.{key}"))))
+                continue
             twin = known.same(m) if known else None
             name = copy.output_name(m.base_names[0]) if twin is None else twin.spec.name
             homes |= dict.fromkeys((n for n in m.base_names if n in copy.tensors), name)
@@ -47,7 +54,7 @@ def align_copies(recipe: Recipe, first: CheckpointIndex, entries: Entries, align
         if copy.candidate is not None and copy.candidate.kind == "list" and len(homes) < len(copy.tensors):
             _refuse(copy, entries, first, "a list cannot be without the tensors that a rule leaves out")
             continue
-        made.append(AlignedCopy(copy, merged, homes))
+        made.append(AlignedCopy(copy, merged, homes, added))
     return made
 
 
@@ -57,7 +64,7 @@ def _refuse(copy: Copy, entries: Entries, first: CheckpointIndex, why: str) -> N
         entries.told.setdefault(why, []).extend(copy.tensors)
         return
     others = [index for index in copy.indexes.values() if index.path != first.path]
-    entries.drops.append(dropped(copy.candidate, first, others, f"it would be stale: {why}"))
+    entries.drops.append(dropped(copy.candidate, first, others, why=f"it would be stale: {why}"))
 
 
 class _Known:
@@ -79,7 +86,7 @@ class _Known:
         return twin
 
 
-def record(entries: Entries, copies: list[AlignedCopy], dispositions: Dispositions) -> list[str]:
+def record_entries(entries: Entries, copies: list[AlignedCopy], dispositions: Dispositions) -> list[str]:
     """Records what becomes of the entries beside the chosen weights. Returns notes about tensors that were not merged."""
     for aligned in copies:
         copy, groups = aligned.copy, dict[tuple[Fate, str], list[str]]()
@@ -95,11 +102,14 @@ def record(entries: Entries, copies: list[AlignedCopy], dispositions: Dispositio
             elif m is not None:
                 key = ("copied", m.why) if m.method is COPY else ("merged", f"by {m.method.name}")
             groups.setdefault(key, []).append(copy.output_name(name))
+        for _, m in aligned.added:
+            groups.setdefault(("copied", m.why), []).append(m.spec.name)
         for (fate, why), names in groups.items():
             dispositions.add("tensor", names, fate, why)
     dispositions.add("tensor", [found.name for found, _ in entries.averaged], "edited", AVERAGE)
     for drop in entries.drops:
         dispositions.add("entry", drop.name, "edited" if drop.instead is None else "dropped", drop.why)
+    dispositions.add("entry", entries.foreign, "dropped", "the first input lacks it")
     for table in (entries.kept, entries.told):
         for why, names in table.items():
             dispositions.add("tensor", names, "copied", why)

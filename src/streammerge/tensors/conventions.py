@@ -63,6 +63,7 @@ COUNTERS: frozenset[str] = frozenset(
         *("step", "steps", "global_step", "iteration", "iterations", "iter", "iters", "iter_num", "n_iter"),
         *("epoch", "current_epoch", "batch_idx_train", "update", "updates", "num_updates", "n_averaged"),
         "num_batches_tracked",
+        "count",
     )
 )
 """What counts how long was trained. A merge has the largest of the inputs; a mean would be no count."""

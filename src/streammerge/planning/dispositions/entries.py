@@ -9,7 +9,7 @@ without the state of the training.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import printable
 from streammerge.methods.registry import COPY
 from streammerge.pickles.copies import counterparts, outside, tensor_at, trail
-from streammerge.pickles.state_dict import Candidate, Found, bars, is_training_state, joined
+from streammerge.pickles.state_dict import Candidate, Found, Selection, bars, is_training_state, joined
 from streammerge.pickles.tree import MISSING, TensorRef, mapping_items, walk
 from streammerge.recipe.model import Recipe, Reference
 from streammerge.tensors.conventions import AVERAGED
@@ -46,6 +46,11 @@ class Copy:
     indexes: dict[Reference, CheckpointIndex]
     candidate: Candidate | None = None
 
+    @property
+    def prefix(self) -> str:
+        """Returns what stands before the names of the chosen tensors in the copy, such as ``module.``."""
+        return next((f.name.removesuffix(name) for name, f in self.tensors.items() if f.name.endswith(name)), "")
+
     def output_name(self, name: str) -> str:
         """Returns a name that no other tensor of the output has."""
         return f"{self.label}.{self.tensors[name].name}" if self.candidate else name
@@ -64,14 +69,19 @@ class Drop:
 
 @dataclass(slots=True)
 class Entries:
-    """The decisions. ``averaged``: (tensor, name of the chosen tensor that stands in its place). ``kept``: (names, why) of
-    tensors that are the first input's; ``told``: those of them that a user must know of."""
+    """The decisions.
+
+    ``averaged``: (tensor, name of the chosen tensor that stands in its place). ``kept``: why -> names of tensors that are
+    the first input's. ``told``: the same for those that a user must know of. ``foreign``: copies that only other inputs
+    have.
+    """
 
     copies: list[Copy] = field(default_factory=list)
     averaged: list[tuple[Found, str]] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
     kept: dict[str, list[str]] = field(default_factory=dict)
     told: dict[str, list[str]] = field(default_factory=dict)
+    foreign: list[str] = field(default_factory=list)
 
 
 def decide(recipe: Recipe, indexes: Indexes, first: CheckpointIndex) -> Entries:
@@ -88,20 +98,20 @@ class _Deciding:
         self.names = _chosen_names(first)
         self.entries = Entries()
         self.taken: set[int] = set()
+        self.partners: set[int] = set()
+        self.stale: list[tuple[Candidate, list[CheckpointIndex]]] = []
 
     def run(self) -> Entries:
         selection, entries = self.first.selection, self.entries
         if self.first.extras is None or self.first.format == "sharded PyTorch":
             return entries
-        for found in selection.tensors:
-            self.taken.add(id(found.node or found.ref))
-        for candidate in selection.chosen:
-            if candidate.kind == "state dict" and not candidate.others:
-                self.taken.add(id(candidate.tensors[0].holder))
+        self.taken = _taken(selection)
         for averaged, name in selection.left_out:
             self._stands_in(averaged, name)
         for candidate in selection.copies:
             self._decide(candidate)
+        entries.drops += self._stale_copies()
+        entries.foreign += dict.fromkeys(candidate.label for candidate in self._foreign())
         if not self.recipe.output.keep_optimizer:
             entries.drops += self._training_state()
         if not self.conversion:
@@ -126,10 +136,18 @@ class _Deciding:
         partners = {id(index): self._partner(index, candidate) for index in self.needed}
         lacking = [index for index in self.needed if partners[id(index)] is None]
         if lacking:
-            self.taken.update(id(found.ref) for found in candidate.tensors)
-            self.entries.drops.append(dropped(candidate, self.first, lacking))
+            self.stale.append((candidate, lacking))
             return
         self.entries.copies.append(self._copy(candidate, partners))
+
+    def _foreign(self) -> Iterator[Candidate]:
+        """Yields the copies of the weights in other models that have no counterpart in the first checkpoint."""
+        ours = {candidate.path for candidate in self.first.selection.candidates}
+        for index in self.needed:
+            for candidate in index.selection.copies:
+                known = candidate.path in ours or id(candidate) in self.partners
+                if not known and counterparts(candidate, index.selection.chosen):
+                    yield candidate
 
     def _stands_in(self, found: Found, name: str) -> None:
         self.entries.averaged.append((found, name))
@@ -147,7 +165,10 @@ class _Deciding:
         chosen = index.selection.chosen
         others = [c for c in usable if c.path not in ours and c.kind == candidate.kind and c not in chosen]
         others = [c for c in others if c.averaged == candidate.averaged and _shapes(c) == _shapes(candidate)]
-        return others[0] if len(others) == 1 else None
+        if len(others) != 1:
+            return None
+        self.partners.add(id(others[0]))
+        return others[0]
 
     def _copy(self, candidate: Candidate, partners: Mapping[int, Candidate | None]) -> Copy:
         label = candidate.label
@@ -189,6 +210,17 @@ class _Deciding:
 
     def _own(self, made: Mapping[Reference, CheckpointIndex]) -> CheckpointIndex:
         return made[self._reference]
+
+    def _stale_copies(self) -> Iterator[Drop]:
+        """Yields the copies that not every model has. Two of them may be all that their mapping holds."""
+        refs = {id(found.ref) for candidate, _ in self.stale for found in candidate.tensors}
+        self.taken |= refs
+        seen: set[tuple[int, Any]] = set()
+        for candidate, lacking in self.stale:
+            drop = dropped(candidate, self.first, lacking, refs)
+            if (id(drop.holder), drop.key) not in seen:
+                seen.add((id(drop.holder), drop.key))
+                yield drop
 
     # -- the state of the training ----------------------------------------------------------------------------------
 
@@ -261,13 +293,19 @@ def _why_kept(path: tuple[Any, ...], ref: TensorRef, theirs: list[TensorRef | No
     return "" if counter or ref.dtype.kind in ("float", "complex") else "no floating-point numbers"
 
 
-def dropped(candidate: Candidate, first: CheckpointIndex, lacking: Iterable[CheckpointIndex], why: str = STALE) -> Drop:
+def dropped(
+    candidate: Candidate,
+    first: CheckpointIndex,
+    lacking: Iterable[CheckpointIndex],
+    refs: Set[int] = frozenset(),
+    why: str = STALE,
+) -> Drop:
     """Returns how a copy is left out, with what belongs to it: the decay and the counters beside averaged weights.
 
-    ``lacking``: the checkpoints without it. One of them may have None in its place, which the program wrote itself. Then
-    the output has None too.
+    ``refs``: the identities of all tensors that are left out. ``lacking``: the checkpoints without it. One of them may have
+    None in its place, which the program wrote itself. Then the output has None too.
     """
-    own = {id(found.ref) for found in candidate.tensors}
+    own = {id(found.ref) for found in candidate.tensors} | refs
     steps = trail(first.extras, candidate.path)
     for number, (holder, key, value) in enumerate(steps, start=1):
         if number < len(steps) and not (_is_averaged(key) and _holds_only(value, own)):
@@ -308,6 +346,15 @@ def _table(index: CheckpointIndex, candidate: Candidate, label: str) -> dict[str
     return table
 
 
+def _taken(selection: Selection) -> set[int]:
+    """Returns the identities of the chosen tensors, and of the mappings that hold nothing else."""
+    taken = {id(found.node or found.ref) for found in selection.tensors}
+    for candidate in selection.chosen if not selection.left_out else ():
+        if candidate.kind == "state dict" and not candidate.others:
+            taken.add(id(candidate.tensors[0].holder))
+    return taken
+
+
 def _shapes(candidate: Candidate) -> list[tuple[int, ...]]:
     return [found.ref.shape for found in candidate.tensors]
 
@@ -320,11 +367,8 @@ def left_behind(first: CheckpointIndex) -> Iterator[tuple[str, str]]:
     tree, selection = first.extras, first.selection
     if tree is None or first.format == "sharded PyTorch":
         return
-    taken = {id(found.node or found.ref) for found in selection.tensors}
+    taken = _taken(selection) | {id(averaged.ref) for averaged, _ in selection.left_out}
     tops = {candidate.path[0] for candidate in selection.chosen if candidate.path}
-    for candidate in selection.chosen:
-        if candidate.kind == "state dict" and not candidate.others:
-            taken.add(id(candidate.tensors[0].holder))
     for candidate in selection.copies:
         taken.update(id(found.ref) for found in candidate.tensors)
         tops.update(candidate.path[:1])

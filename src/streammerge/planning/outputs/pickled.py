@@ -8,13 +8,12 @@ from typing import Any
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import torch_zip
-from streammerge.methods.registry import COPY
 from streammerge.options import RECEIPT_FILE, RECIPE_FILE
 from streammerge.pickles.repickle import Edit, repickle, storage_ref
 from streammerge.pickles.state_dict import Found
 from streammerge.pickles.tree import OrderedTree, StorageRef, TensorRef, mapping_items, walk
 from streammerge.planning.alignment import Alignment, Merged
-from streammerge.planning.copies import AlignedCopy, align_copies, record
+from streammerge.planning.copies import AlignedCopy, align_copies, record_entries
 from streammerge.planning.dispositions.entries import Entries, decide
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.bookkeeping import drop_facts, merge_bookkeeping
@@ -63,11 +62,12 @@ def pickled_output(
         entries = decide(recipe, indexes, base)
         copies = align_copies(recipe, base, entries, alignment)
         _add(base, [m for m in merged if m.added], edit, builder)
-        _edit_first(base, recipe, home, edit, builder)
+        renames = _edit_first(base, recipe, home, edit, builder)
         for averaged, standing in entries.averaged:
             if standing in home:
                 _put(averaged, home[standing], edit, builder)
-        _edit_beside(entries, copies, recipe, edit, builder, notes, dispositions)
+        _edit_beside(entries, copies, renames, edit, builder)
+        notes += record_entries(entries, copies, dispositions)
         if len(alignment.shares) > 1:
             said = merge_bookkeeping([tree for tree, _ in alignment.shares], [w for _, w in alignment.shares], edit)
             if said:
@@ -165,9 +165,11 @@ class _Builder:
                 self.edit.replaced[id(node)] = StorageRef(key, node.dtype, node.numel)
 
 
-def _edit_first(base: CheckpointIndex, recipe: Recipe, home: dict[str, str], edit: Edit, builder: _Builder) -> None:
-    """Puts the merged tensors into the first input's tree."""
-    selection = base.selection
+def _edit_first(
+    base: CheckpointIndex, recipe: Recipe, home: dict[str, str], edit: Edit, builder: _Builder
+) -> dict[str, tuple[Any, str]]:
+    """Puts the merged tensors into the first input's tree. Returns name -> (key, new key) of those that are renamed."""
+    selection, renames = base.selection, dict[str, tuple[Any, str]]()
     for found in selection.tensors:
         if found.name not in home:
             _drop(found.name, found.holder, found.key, edit)
@@ -177,7 +179,9 @@ def _edit_first(base: CheckpointIndex, recipe: Recipe, home: dict[str, str], edi
         if written != base.renamed.get(found.name, found.name):
             if found.holder is None or selection.chosen[0].kind != "state dict":
                 raise RecipeError("tensors of a state dict only can be renamed in a .pth; write a .safetensors file")
-            edit.renamed[id(found.holder), found.key] = _key(base, found, written)
+            key = edit.renamed[id(found.holder), found.key] = _key(base, found, written)
+            renames[found.name] = found.key, key
+    return renames
 
 
 def _put(found: Found, name: str, edit: Edit, builder: _Builder) -> None:
@@ -192,20 +196,27 @@ def _put(found: Found, name: str, edit: Edit, builder: _Builder) -> None:
 def _edit_beside(
     entries: Entries,
     copies: list[AlignedCopy],
-    recipe: Recipe,
+    renames: dict[str, tuple[Any, str]],
     edit: Edit,
     builder: _Builder,
-    notes: list[str],
-    dispositions: Dispositions,
 ) -> None:
     """Puts the merged copies and single tensors into the first input's tree, and leaves out what would be stale."""
     for aligned in copies:
         copy = aligned.copy
-        for m in aligned.merged:
+        for m in (*aligned.merged, *(m for _, m in aligned.added)):
             builder.place_merged(m)
+        holder = next(iter(copy.tensors.values())).holder
+        if aligned.added and (holder is None or mapping_items(holder) is None):
+            raise RecipeError(f"nothing can be added to {printable(copy.label)}; write a .safetensors file")
+        if aligned.added:
+            edit.added[id(holder)] = [(key, builder.refs[m.spec.name]) for key, m in aligned.added]
         for name, found in copy.tensors.items():
             if name in aligned.homes:
                 _put(found, aligned.homes[name], edit, builder)
+                if renames and copy.candidate is not None and copy.candidate.kind == "state dict":
+                    old, new = renames.get(name, ("", ""))
+                    if isinstance(old, str) and new and found.name.endswith(old):
+                        edit.renamed[id(found.holder), found.key] = found.name.removesuffix(old) + new
             else:
                 _drop(copy.output_name(name), found.holder, found.key, edit)
     for drop in entries.drops:
@@ -213,7 +224,6 @@ def _edit_beside(
             edit.values[id(drop.holder), drop.key] = None
         else:
             _drop(drop.name, drop.holder, drop.key, edit)
-    notes += record(entries, copies, dispositions)
 
 
 def _key(base: CheckpointIndex, found: Found, written: str) -> str:
