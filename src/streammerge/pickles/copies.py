@@ -82,10 +82,10 @@ def _without(top: str) -> Callable[[str], str]:
 
 
 def _top(candidate: Candidate) -> str:
-    """Returns the first part that nearly all names of a candidate have; empty if there is none."""
-    tops = Counter(each.name.partition(".")[0] for each in candidate.tensors)
-    top, count = tops.most_common(1)[0]
-    return top if count * 10 >= len(candidate.tensors) * 9 else ""
+    """Returns the first part that nearly all names of a candidate have; empty if there is none. Counters do not count."""
+    tops = Counter(each.name.partition(".")[0] for each in candidate.tensors if each.ref.shape)
+    top, count = tops.most_common(1)[0] if tops else ("", 0)
+    return top if count * 10 >= sum(tops.values()) * 9 else ""
 
 
 def _by_order(copy: Candidate, chosen: Candidate) -> dict[str, Found]:

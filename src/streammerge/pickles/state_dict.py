@@ -349,9 +349,12 @@ def _rank(candidate: Candidate, ema: str) -> bool:
 
 
 def _same_names(one: list[Candidate], two: list[Candidate]) -> bool:
-    """Whether the names are nearly the same without wrapper prefixes, so one set is a copy of the other."""
+    """Whether the names are nearly the same without wrapper prefixes, so one set is a copy of the other.
+
+    An average may have the plain weights beside its own, so that one set has twice as many names and some counters.
+    """
     a, b = ({unwrapped(f.name) for c in group for f in c.tensors} for group in (one, two))
-    return len(a & b) >= 0.9 * min(len(a), len(b)) and len(a & b) >= 0.5 * max(len(a), len(b))
+    return len(a & b) >= 0.9 * min(len(a), len(b)) and len(a & b) >= 0.4 * max(len(a), len(b))
 
 
 def unwrapped(name: str) -> str:
@@ -398,7 +401,7 @@ def _use_averages(selection: Selection) -> bool:
         ending = averaged.name.partition(".")[2]
         known = homes.get(ending) or homes.get(unwrapped(ending)) or {}
         known = {top: name for top, name in known.items() if plain[name].ref.shape == averaged.ref.shape}
-        votes.update(known)
+        votes.update(list(known))
         found.append((averaged, known))
     best = max(votes, key=lambda top: votes[top], default=None)
     stand_in = {known[best]: averaged for averaged, known in found if best in known}

@@ -48,7 +48,10 @@ IGNORED: tuple[tuple[str, str, str], ...] = (
 "square mask": the shape is [1, 1, n, n]; a bias of an attention has one axis.
 """
 
-AVERAGED = r"(?i)(.*[_.])?(ema|ema_.*|model_avg|avg_model|averaged|teacher|swa(_.*)?)([_.].*)?"
+AVERAGED = (
+    r"(?i)(.*[_.])?(ema\d*|ema_.*|model_avg|avg_model|average_model(_.*)?|averaged|teacher|swa(_.*)?|shadow(_params)?)"
+    r"([_.].*)?"
+)
 """A part of a name, or a key, that speaks of a running mean of the weights."""
 
 SWAPPED: tuple[tuple[str, str, str, str], ...] = (
