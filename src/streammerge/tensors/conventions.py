@@ -67,6 +67,7 @@ COUNTERS: frozenset[str] = frozenset(
         *("epoch", "current_epoch", "batch_idx_train", "update", "updates", "num_updates", "n_averaged"),
         "num_batches_tracked",
         "count",
+        "initted",
     )
 )
 """What counts how long was trained. A merge has the largest of the inputs; a mean would be no count."""

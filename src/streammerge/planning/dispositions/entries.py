@@ -289,7 +289,7 @@ def _why_kept(path: tuple[Any, ...], ref: TensorRef, theirs: list[TensorRef | No
             return "of another dtype in another input"
     if not ref.shape and any(map(bars, path)):
         return "a number of the training"
-    counter = not ref.shape and isinstance(path[-1], str) and is_counter(path[-1])
+    counter = isinstance(path[-1], str) and is_counter(path[-1])
     return "" if counter or ref.dtype.kind in ("float", "complex") else "no floating-point numbers"
 
 
