@@ -1,7 +1,7 @@
 """Files that hold their weights more than once: every copy of a .pth is merged with its counterparts.
 
-The layouts are those that the programs write: F5-TTS, Lightning, mmengine, torch_ema, stylegan2, DINO, fairseq, timm, icefall,
-ultralytics, ema-pytorch, Stable Diffusion.
+The layouts are those that the programs write: F5-TTS, Lightning, mmengine, torch_ema, stylegan2, DINO, fairseq, timm,
+icefall, ultralytics, ema-pytorch, Stable Diffusion.
 """
 
 from __future__ import annotations
@@ -244,9 +244,18 @@ def test_a_safetensors_file_has_one_copy(tmp_path: Path) -> None:
 
 def test_a_state_dict_chosen_by_hand_does_not_make_the_others_stale(tmp_path: Path) -> None:
     one, two = saved(tmp_path, stylegan)
-    merge(tmp_path, state_dict="g_ema")
+    merge(tmp_path, state_dict="g")
     made = dict(tensors(torch.load(tmp_path / "out.pt", weights_only=False)))
     assert all(octets(made[p]) == octets(mean([one[p], two[p]], WEIGHTS)) for p in one)
+
+
+def test_averages_chosen_by_hand_stand_in_for_plain_weights(tmp_path: Path) -> None:
+    """icefall averages ``model_avg`` of two checkpoints; its decoder reads ``model``."""
+    one, two = saved(tmp_path, icefall)
+    merge(tmp_path, state_dict="model_avg")
+    made = dict(tensors(torch.load(tmp_path / "out.pt", weights_only=False)))
+    path = ("model_avg", "a.weight")
+    assert octets(made[path]) == octets(made["model", "a.weight"]) == octets(mean([one[path], two[path]], WEIGHTS))
 
 
 def layered(draw: Draw, seed: int) -> Any:

@@ -35,6 +35,7 @@ _NOT_WEIGHTS = (
     r"|(.*_)?(rng|random)(_?states?)?(_\w+)?|extra_state|criterion|(.*_)?loss(es)?|callbacks|loops|(.*_)?metrics?|logging|message_hub"
     r"|sampler|hyper_parameters|hparams|history|args|cfg|config|(.*_)?stats"
 )
+_RECORDS = r"(?i)(.*_)?(rng|random)(_?states?)?(_\w+)?|callbacks|loops|(.*_)?metrics?|logging|message_hub|sampler|history|args|cfg|config"
 _STALE = (
     r"(?i)(.*_)?optim(izer)?s?(?!_history)(_\w+)?|(lr_|opt_param_|param_)?sched(uler)?s?(_(states?|state_dict|g|d|disc|gen))?"
     r"|(grad|amp)_scaler(_state(_dict)?)?"
@@ -216,6 +217,11 @@ def _loose(tree: Any) -> list[Candidate]:
 def bars(key: Any) -> bool:
     """Whether no weights lie below a key: state of the training, settings, measurements."""
     return isinstance(key, str) and re.fullmatch(_NOT_WEIGHTS, key) is not None
+
+
+def is_record(key: Any) -> bool:
+    """Whether a key holds records of one run: measurements, random states, settings. They are not merged."""
+    return isinstance(key, str) and re.fullmatch(_RECORDS, key) is not None
 
 
 def _is_optimizer_state(node: Any) -> bool:

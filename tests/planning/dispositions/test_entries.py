@@ -89,7 +89,15 @@ def test_single_tensors(tmp_path: Path) -> None:
     def content(value: float, **other: Any) -> dict[str, Any]:
         numbers = {"mean": torch.tensor(value), "size": torch.tensor([1, 2]), "num_updates": torch.tensor(int(value))}
         numbers |= {"std": [torch.full((2,), value), "x"], "half": torch.full((2,), value).half()}
-        metrics = {"metrics": {"best": torch.tensor(value)}, "rng_state": rng, "complex": torch.full((1,), 1j * value)}
+        metrics = {
+            "metrics": {"best": torch.tensor(value), "all": torch.full((2,), value)},
+            "loss": {"w": torch.tensor(value)},
+        }
+        metrics |= {
+            "criterion": {"centre": torch.full((1, 2), value), "x": 1, "y": 2},
+            "rng_state": rng,
+            "complex": torch.full((1,), 1j * value),
+        }
         return {"model": weights(value), **numbers, **metrics, **other}
 
     one = content(1.0, mine=torch.ones(1), shape=torch.ones(2), kind=torch.ones(2))
@@ -101,7 +109,9 @@ def test_single_tensors(tmp_path: Path) -> None:
     assert made["complex"].tolist() == [2j]
     assert made["num_updates"].item() == 3
     assert made["size"].tolist() == [1, 2]
-    assert made["metrics"]["best"].item() == 1.0
+    assert made["metrics"]["best"].item() == made["loss"]["w"].item() == 1.0
+    assert made["metrics"]["all"].tolist() == [1.0, 1.0]
+    assert made["criterion"]["centre"].tolist() == [[2.0, 2.0]]
     assert torch.equal(made["rng_state"], rng)
     kept = [note for note in result.notes if note.startswith("kept as the first input has them")]
     assert kept == [
@@ -111,8 +121,8 @@ def test_single_tensors(tmp_path: Path) -> None:
         "kept as the first input has them: kind (of another dtype in another input)",
     ]
     copied = {name: each.why for each in decisions(tmp_path, 2) if each.fate == "copied" for name in each.names}
-    assert copied["metrics.best"] == "a number of the training"
-    assert set(copied) == {"size", "mine", "shape", "kind", "metrics.best", "rng_state"}
+    assert copied["metrics.best"] == "a record of the training"
+    assert set(copied) == {"size", "mine", "shape", "kind", "metrics.best", "metrics.all", "loss.w", "rng_state"}
 
 
 def test_single_tensors_keep_their_dtype(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import printable
 from streammerge.methods.registry import COPY
 from streammerge.pickles.copies import counterparts, outside, tensor_at, trail
-from streammerge.pickles.state_dict import Candidate, Found, Selection, bars, is_training_state, joined
+from streammerge.pickles.state_dict import Candidate, Found, Selection, bars, is_record, is_training_state, joined
 from streammerge.pickles.tree import MISSING, TensorRef, mapping_items, walk
 from streammerge.recipe.model import Recipe, Reference
 from streammerge.tensors.conventions import AVERAGED
@@ -123,8 +123,9 @@ class _Deciding:
     def _decide(self, candidate: Candidate) -> None:
         selection = self.first.selection
         known = counterparts(candidate, selection.chosen)
-        averaged = any(c.averaged for c in selection.chosen) and self.recipe.ema != "ignore" and not self.conversion
-        if known and averaged and not candidate.averaged:
+        asked = self.recipe.ema != "ignore" or self._reference.state_dict is not None
+        averaged = asked and any(c.averaged for c in selection.chosen) and not self.conversion
+        if known and averaged and not candidate.averaged:  # the loader reads the plain weights
             for found in candidate.tensors:
                 name = self.names.get(id(known.get(found.name)))
                 if name is not None:
@@ -287,8 +288,8 @@ def _why_kept(path: tuple[Any, ...], ref: TensorRef, theirs: list[TensorRef | No
             return "of another shape in another input"
         if each.dtype.kind != ref.dtype.kind:
             return "of another dtype in another input"
-    if not ref.shape and any(map(bars, path)):
-        return "a number of the training"
+    if any(map(is_record, path)) or (not ref.shape and any(map(bars, path))):
+        return "a record of the training"
     counter = isinstance(path[-1], str) and is_counter(path[-1])
     return "" if counter or ref.dtype.kind in ("float", "complex") else "no floating-point numbers"
 
