@@ -221,10 +221,12 @@ def test_averages_stand_in_for_plain_weights(tmp_path: Path, layout: Any, plain:
     merge(tmp_path, ema=ema)
     made = dict(tensors(torch.load(tmp_path / "out.pt", weights_only=False)))
     assert made.keys() == one.keys()
-    expected = mean([one[averaged], two[averaged]], WEIGHTS)
-    assert octets(made[averaged]) == octets(expected)
-    assert octets(made[plain]) == octets(expected)
-    assert made[plain].data_ptr() == made[averaged].data_ptr()
+    wide = [each[averaged].double() for each in (one, two)]
+    for path in (averaged, plain):
+        assert made[path].dtype == one[path].dtype
+        assert octets(made[path]) == octets(mean(wide, WEIGHTS).to(one[path].dtype))
+    alike = one[plain].dtype == one[averaged].dtype
+    assert alike == (made[plain].data_ptr() == made[averaged].data_ptr())
     for path in made.keys() - {plain, averaged}:
         if one[path].is_floating_point() and path[0] in ("d", "latent_avg", "dino_loss", "vae.weight"):
             assert octets(made[path]) == octets(mean([one[path], two[path]], WEIGHTS)), path
@@ -255,7 +257,9 @@ def test_averages_chosen_by_hand_stand_in_for_plain_weights(tmp_path: Path) -> N
     merge(tmp_path, state_dict="model_avg")
     made = dict(tensors(torch.load(tmp_path / "out.pt", weights_only=False)))
     path = ("model_avg", "a.weight")
-    assert octets(made[path]) == octets(made["model", "a.weight"]) == octets(mean([one[path], two[path]], WEIGHTS))
+    expected = mean([one[path], two[path]], WEIGHTS)
+    assert octets(made[path]) == octets(expected)
+    assert octets(made["model", "a.weight"]) == octets(expected.float()), "in the dtype of the plain weights"
 
 
 def layered(draw: Draw, seed: int) -> Any:

@@ -35,7 +35,10 @@ _NOT_WEIGHTS = (
     r"|(.*_)?(rng|random)(_?states?)?(_\w+)?|extra_state|criterion|(.*_)?loss(es)?|callbacks|loops|(.*_)?metrics?|logging|message_hub"
     r"|sampler|hyper_parameters|hparams|history|args|cfg|config|(.*_)?stats"
 )
-_RECORDS = r"(?i)(.*_)?(rng|random)(_?states?)?(_\w+)?|callbacks|loops|(.*_)?metrics?|logging|message_hub|sampler|history|args|cfg|config"
+_RECORDS = (
+    r"(?i)(.*_)?(rng|random)(_?states?)?(_\w+)?|callbacks|loops|(.*_)?metrics?|logging|message_hub|sampler|history"
+    r"|args|cfg|config"
+)
 _STALE = (
     r"(?i)(.*_)?optim(izer)?s?(?!_history)(_\w+)?|(lr_|opt_param_|param_)?sched(uler)?s?(_(states?|state_dict|g|d|disc|gen))?"
     r"|(grad|amp)_scaler(_state(_dict)?)?"

@@ -106,7 +106,7 @@ def record_entries(entries: Entries, copies: list[AlignedCopy], dispositions: Di
             groups.setdefault(("copied", m.why), []).append(m.spec.name)
         for (fate, why), names in groups.items():
             dispositions.add("tensor", names, fate, why)
-    dispositions.add("tensor", [found.name for found, _ in entries.averaged], "edited", AVERAGE)
+    dispositions.add("tensor", [name for name, _, _ in entries.averaged], "edited", AVERAGE)
     for drop in entries.drops:
         dispositions.add("entry", drop.name, "edited" if drop.instead is None else "dropped", drop.why)
     dispositions.add("entry", entries.foreign, "dropped", "the first input lacks it")

@@ -71,13 +71,13 @@ class Drop:
 class Entries:
     """The decisions.
 
-    ``averaged``: (tensor, name of the chosen tensor that stands in its place). ``kept``: why -> names of tensors that are
-    the first input's. ``told``: the same for those that a user must know of. ``foreign``: copies that only other inputs
+    ``averaged``: (name, tensor, name of the chosen tensor that stands in its place). ``kept``: why -> names of tensors that
+    are the first input's. ``told``: the same for those that a user must know of. ``foreign``: copies that only other inputs
     have.
     """
 
     copies: list[Copy] = field(default_factory=list)
-    averaged: list[tuple[Found, str]] = field(default_factory=list)
+    averaged: list[tuple[str, Found, str]] = field(default_factory=list)
     drops: list[Drop] = field(default_factory=list)
     kept: dict[str, list[str]] = field(default_factory=dict)
     told: dict[str, list[str]] = field(default_factory=dict)
@@ -107,7 +107,7 @@ class _Deciding:
             return entries
         self.taken = _taken(selection)
         for averaged, name in selection.left_out:
-            self._stands_in(averaged, name)
+            self._stands_in(averaged.name, averaged, name)
         for candidate in selection.copies:
             self._decide(candidate)
         entries.drops += self._stale_copies()
@@ -129,7 +129,7 @@ class _Deciding:
             for found in candidate.tensors:
                 name = self.names.get(id(known.get(found.name)))
                 if name is not None:
-                    self._stands_in(found, name)
+                    self._stands_in(f"{candidate.label}.{found.name}", found, name)
             return
         weights = bool(known) or (candidate.averaged and any(f.ref.shape for f in candidate.tensors))
         if not weights:
@@ -150,8 +150,8 @@ class _Deciding:
                 if not known and counterparts(candidate, index.selection.chosen):
                     yield candidate
 
-    def _stands_in(self, found: Found, name: str) -> None:
-        self.entries.averaged.append((found, name))
+    def _stands_in(self, own: str, found: Found, name: str) -> None:
+        self.entries.averaged.append((own, found, name))
         self.taken.add(id(found.node or found.ref))
 
     def _partner(self, index: CheckpointIndex, candidate: Candidate) -> Candidate | None:

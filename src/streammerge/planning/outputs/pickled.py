@@ -63,9 +63,9 @@ def pickled_output(
         copies = align_copies(recipe, base, entries, alignment)
         _add(base, [m for m in merged if m.added], edit, builder)
         renames = _edit_first(base, recipe, home, edit, builder)
-        for averaged, standing in entries.averaged:
-            if standing in home:
-                _put(averaged, home[standing], edit, builder)
+        for own, found, chosen in entries.averaged:
+            if chosen in home:
+                _put(found, builder.standing_in(own, found, home[chosen], base.entries[chosen]), edit, builder)
         _edit_beside(entries, copies, renames, edit, builder)
         notes += record_entries(entries, copies, dispositions)
         if len(alignment.shares) > 1:
@@ -137,6 +137,16 @@ class _Builder:
         ref = self.refs[name]
         spec = TensorSpec(name, ref.dtype, ref.shape)
         return self._fresh(spec, ref.storage, node)
+
+    def standing_in(self, own: str, found: Found, name: str, entry: Source) -> str:
+        """Returns the name of the tensor that stands in the place of ``found``: the merged tensor ``name``, made of
+        ``entry``, or the same in the dtype of ``found``."""
+        spec, merged, _ = self.tensors[name]
+        dtype = found.ref.dtype if found.node is None else found.node.dtype
+        if merged is None or dtype is spec.dtype or spec.dtype is not entry.spec.dtype or dtype.kind != spec.dtype.kind:
+            return name
+        self.place_merged(replace(merged, spec=replace(spec, name=own, dtype=dtype), tied=()))
+        return own
 
     def place_rest(self, tree: Any, base: CheckpointIndex, home: dict[str, str]) -> None:
         """Copies from the first input all tensors that are still reachable and were not merged.
