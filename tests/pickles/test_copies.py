@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import streammerge as sm
-from streammerge.pickles.copies import counterparts, outside, tensor_at, trail
+from streammerge.pickles.copies import Originals, outside, tensor_at, trail
 from streammerge.pickles.state_dict import Candidate
 
 NAMES = ("a.w", "a.b", "c.w")
@@ -38,18 +38,18 @@ def test_a_copy_has_the_names_of_the_weights(tmp_path: Path, ours: str, theirs: 
     model = {ours + name: torch.ones(size) for name, size in SIZES.items()}
     average = {theirs + name: torch.ones(size) for name, size in SIZES.items()} | {"step": torch.tensor(3)}
     found = candidates(tmp_path, {"model": model, "other": average, "more": {}})
-    known = counterparts(found["other"], [found["model"]])
+    known = Originals([found["model"]]).of(found["other"])
     assert {name: home.name for name, home in known.items()} == {theirs + name: ours + name for name in NAMES}
 
 
 def test_parts_of_a_model_are_no_copies(tmp_path: Path) -> None:
     parts = {part: {f"{part}.{name}": torch.ones(size) for name, size in SIZES.items()} for part in ("encoder", "decoder")}
     found = candidates(tmp_path, parts)
-    assert counterparts(found["encoder"], [found["decoder"]]) == {}
+    assert Originals([found["decoder"]]).of(found["encoder"]) == {}
     found = candidates(
         tmp_path, {"model": {n: torch.ones(s) for n, s in SIZES.items()}, "other": {n: torch.ones(9) for n in NAMES}}
     )
-    assert counterparts(found["other"], [found["model"]]) == {}, "the shapes differ"
+    assert Originals([found["model"]]).of(found["other"]) == {}, "the shapes differ"
 
 
 def test_a_list_has_the_order_of_the_weights(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_list_has_the_order_of_the_weights(tmp_path: Path) -> None:
     }
     found = candidates(tmp_path, {"model": net.state_dict(), "lists": lists})
     names = {
-        kind: [home.name for home in counterparts(found[f"lists.{kind}"], [found["model"]]).values()] for kind in lists
+        kind: [home.name for home in Originals([found["model"]]).of(found[f"lists.{kind}"]).values()] for kind in lists
     }
     trained = [name for name, _ in net.named_parameters()]
     assert names["all"] == [name for name, value in net.state_dict().items() if value.is_floating_point()]
@@ -77,7 +77,7 @@ def test_of_several_models_the_one_that_the_copy_is_called_after(tmp_path: Path)
     content = {"G_A": state, "G_B": dict(state), "G_A_ema": dict(state), "ema": {"G_B": dict(state)}}
     found = candidates(tmp_path, content)
     models = [found["G_A"], found["G_B"]]
-    homes = {label: {id(each) for each in counterparts(found[label], models).values()} for label in ("G_A_ema", "ema.G_B")}
+    homes = {label: {id(each) for each in Originals(models).of(found[label]).values()} for label in ("G_A_ema", "ema.G_B")}
     assert homes["G_A_ema"] == {id(each) for each in found["G_A"].tensors}
     assert homes["ema.G_B"] == {id(each) for each in found["G_B"].tensors}
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from streammerge.checkpoints.index import CheckpointIndex, index_of
 from streammerge.errors import printable
-from streammerge.pickles.copies import counterparts
+from streammerge.pickles.copies import Originals
 from streammerge.pickles.state_dict import Candidate
 from streammerge.recipe.model import Recipe, Reference
 
@@ -48,7 +48,8 @@ def _copies(index: CheckpointIndex) -> list[Candidate]:
     """Returns the other state dicts that hold the weights too."""
     selection = index.selection
     usable = [c for c in selection.copies if not c.barred and c.kind != "list"]
-    return [c for c in usable if counterparts(c, selection.chosen)]
+    originals = Originals(selection.chosen)
+    return [c for c in usable if originals.of(c)]
 
 
 def _taken(index: CheckpointIndex, wanted: Candidate | None) -> CheckpointIndex:

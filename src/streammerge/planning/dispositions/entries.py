@@ -16,7 +16,7 @@ from typing import Any
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import printable
 from streammerge.methods.registry import COPY
-from streammerge.pickles.copies import counterparts, outside, tensor_at, trail
+from streammerge.pickles.copies import Originals, outside, tensor_at, trail
 from streammerge.pickles.state_dict import Candidate, Found, Selection, bars, is_record, is_training_state, joined
 from streammerge.pickles.tree import MISSING, TensorRef, mapping_items, walk
 from streammerge.recipe.model import Recipe, Reference
@@ -95,11 +95,23 @@ class _Deciding:
         self.conversion = recipe.merge_method is COPY and len(indexes) == 1
         models = [recipe.of(entry) for entry in recipe.entries]
         self.needed = [index for each, index in indexes.items() if index is first or any(each.same(m) for m in models)]
-        self.names = _chosen_names(first)
         self.entries = Entries()
         self.taken: set[int] = set()
+        self.originals: dict[int, tuple[Originals, dict[int, str]]] = {}
         self.partners: set[int] = set()
         self.stale: list[tuple[Candidate, list[CheckpointIndex]]] = []
+
+    def _originals(self, index: CheckpointIndex) -> Originals:
+        return self._known(index)[0]
+
+    def _names(self, index: CheckpointIndex) -> dict[int, str]:
+        """Returns the identity of each tensor of the chosen candidates -> its name in the merge."""
+        return self._known(index)[1]
+
+    def _known(self, index: CheckpointIndex) -> tuple[Originals, dict[int, str]]:
+        if id(index) not in self.originals:
+            self.originals[id(index)] = Originals(index.selection.chosen), _chosen_names(index)
+        return self.originals[id(index)]
 
     def run(self) -> Entries:
         selection, entries = self.first.selection, self.entries
@@ -122,12 +134,12 @@ class _Deciding:
 
     def _decide(self, candidate: Candidate) -> None:
         selection = self.first.selection
-        known = counterparts(candidate, selection.chosen)
+        known = self._originals(self.first).of(candidate)
         asked = self.recipe.ema != "ignore" or self._reference.state_dict is not None
         averaged = asked and any(c.averaged for c in selection.chosen) and not self.conversion
         if known and averaged and not candidate.averaged:  # the loader reads the plain weights
             for found in candidate.tensors:
-                name = self.names.get(id(known.get(found.name)))
+                name = self._names(self.first).get(id(known.get(found.name)))
                 if name is not None:
                     self._stands_in(f"{candidate.label}.{found.name}", found, name)
             return
@@ -147,7 +159,7 @@ class _Deciding:
         for index in self.needed:
             for candidate in index.selection.copies:
                 known = candidate.path in ours or id(candidate) in self.partners
-                if not known and counterparts(candidate, index.selection.chosen):
+                if not known and self._originals(index).of(candidate):
                     yield candidate
 
     def _stands_in(self, own: str, found: Found, name: str) -> None:
@@ -173,18 +185,27 @@ class _Deciding:
 
     def _copy(self, candidate: Candidate, partners: Mapping[int, Candidate | None]) -> Copy:
         label = candidate.label
-        tensors = _table(self.first, candidate, label)
+        tensors = self._table(self.first, candidate, label)
         made = dict(self.indexes)
         for each, index in self.indexes.items():
             partner = partners[id(index)] if id(index) in partners else self._partner(index, candidate)
             if partner is not None:
-                table = tensors if index is self.first else _table(index, partner, label)
+                table = tensors if index is self.first else self._table(index, partner, label)
                 made[each] = index.with_tensors((name, found.ref) for name, found in table.items())
         base = next((each for each in made if self.recipe.base is not None and each.same(self.recipe.base)), None)
         if base is not None and made[base] is self.indexes[base]:
             tensors = self._beside_base(base, made, tensors)
         self.taken.update(id(found.ref) for found in tensors.values())
         return Copy(label, tensors, made, candidate)
+
+    def _table(self, index: CheckpointIndex, candidate: Candidate, label: str) -> dict[str, Found]:
+        """Returns the tensors of a copy: under the names of the chosen ones, or under their path without a counterpart."""
+        (originals, names), table = self._known(index), dict[str, Found]()
+        known = originals.of(candidate)
+        for found in candidate.tensors:
+            home = known.get(found.name)
+            table[f"{label}.{found.name}" if home is None else names[id(home)]] = found
+        return table
 
     def _beside_base(
         self, base: Reference, made: dict[Reference, CheckpointIndex], tensors: dict[str, Found]
@@ -194,12 +215,13 @@ class _Deciding:
         Returns the tensors that have an ancestor. The others are decided one by one.
         """
         ours, theirs = ({n: e.spec.shape for n, e in index.entries.items()} for index in (self._own(made), made[base]))
-        common = {name: other for name, other in match(ours, theirs).names.items() if name in self.names.values()}
+        chosen = set(self._names(self.first).values())
+        common = {name: other for name, other in match(ours, theirs).names.items() if name in chosen}
         wanted = {base: set(common.values()), self._reference: set(common)}
         for each, index in made.items():
             names = wanted.get(each)
             if names is None and index is not self.indexes[each]:
-                known = set(_chosen_names(self.indexes[each]).values())
+                known = set(self._names(self.indexes[each]).values())
                 names = {name for name in index.entries if name in known}
             if names is not None:
                 made[each] = index.only(names)
@@ -337,23 +359,12 @@ def _chosen_names(index: CheckpointIndex) -> dict[int, str]:
     return names
 
 
-def _table(index: CheckpointIndex, candidate: Candidate, label: str) -> dict[str, Found]:
-    """Returns the tensors of a copy under the names of the chosen ones; those without a counterpart under their path."""
-    known, names = counterparts(candidate, index.selection.chosen), _chosen_names(index)
-    table = {}
-    for found in candidate.tensors:
-        home = known.get(found.name)
-        table[f"{label}.{found.name}" if home is None else names[id(home)]] = found
-    return table
-
-
 def _taken(selection: Selection) -> set[int]:
-    """Returns the identities of the chosen tensors, and of the mappings that hold nothing else."""
-    taken = {id(found.node or found.ref) for found in selection.tensors}
-    for candidate in selection.chosen if not selection.left_out else ():
-        if candidate.kind == "state dict" and not candidate.others:
-            taken.add(id(candidate.tensors[0].holder))
-    return taken
+    """Returns the identities of the mappings that hold nothing but chosen tensors, and of all other chosen tensors."""
+    whole = [c for c in selection.chosen if c.kind == "state dict" and not c.others and not selection.left_out]
+    if len(whole) == len(selection.chosen):
+        return {id(candidate.tensors[0].holder) for candidate in whole}
+    return {id(found.node or found.ref) for found in selection.tensors}
 
 
 def _shapes(candidate: Candidate) -> list[tuple[int, ...]]:
@@ -370,10 +381,11 @@ def left_behind(first: CheckpointIndex) -> Iterator[tuple[str, str]]:
         return
     taken = _taken(selection) | {id(averaged.ref) for averaged, _ in selection.left_out}
     tops = {candidate.path[0] for candidate in selection.chosen if candidate.path}
+    originals = Originals(selection.chosen)
     for candidate in selection.copies:
         taken.update(id(found.ref) for found in candidate.tensors)
         tops.update(candidate.path[:1])
-        weights = candidate.averaged or counterparts(candidate, selection.chosen)
+        weights = candidate.averaged or originals.of(candidate)
         yield candidate.label, ONE_COPY if weights else BESIDE
     if id(tree) in taken:
         return
