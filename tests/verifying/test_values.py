@@ -221,7 +221,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "inputs that are a list": {"inputs": []},
     "inputs that are numbers": {"inputs": {"a.safetensors": 3}},
     "inputs without sizes": {"inputs": {"a.safetensors": {"header_sha256": "x"}}},
-    "a form of tomorrow": {"form": 2},
+    "a form of tomorrow": {"form": 3},
     "a recipe that is a list": {"recipe": []},
     "a recipe of numbers": {"recipe": {"merge_method": 3, "models": 5}},
     "a recipe with models that are devices": {

@@ -2,14 +2,15 @@
 
 Each module imports only modules above it::
 
-    budget      the memory model
-    tasks       tasks, pieces, batches
-    receipt     the record in an output of how it was made
-    views       models, slices and modules as views of checkpoints
-    parameters  a method's parameters for each tensor
-    mismatch    differences between checkpoints
-    alignment   which tensors go into which tensor of the output
-    outputs     the files of the output, and the place of each tensor
-    plan        Plan, build_plan
-    digest      whether two plans are the same
+    budget        the memory model
+    tasks         tasks, pieces, batches
+    receipt       the record in an output of how it was made
+    views         models, slices and modules as views of checkpoints
+    dispositions  what becomes of each thing in an input
+    parameters    a method's parameters for each tensor
+    mismatch      differences between checkpoints
+    alignment     which tensors go into which tensor of the output
+    outputs       the files of the output, and the place of each tensor
+    plan          Plan, build_plan
+    digest        whether two plans are the same
 """

@@ -16,6 +16,7 @@ from streammerge.errors import MismatchError, RecipeError, listed, printable
 from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import COPY, INTEGERS
 from streammerge.pickles.state_dict import unread_tensors
+from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.mismatch import Differing, Mismatch
 from streammerge.planning.parameters import ParameterValues, shares
 from streammerge.planning.views import Indexes, Part, Restacked, View, make_parts
@@ -38,7 +39,7 @@ class Merged:
 
     ``base_names`` are its names in the first checkpoint, more than one when tied; ``tied`` its further output names.
     ``rest`` has the rows behind those that are merged, where one model has more of them. ``added``: the first checkpoint
-    lacks it.
+    lacks it. ``why``: the reason why it is copied.
     """
 
     base_names: tuple[str, ...]
@@ -51,13 +52,14 @@ class Merged:
     tied: tuple[str, ...] = ()
     rest: Source | None = None
     added: bool = False
+    why: str = ""
 
 
 @dataclass(slots=True)
 class Alignment:
     """``taken``: how many tensors each rule took. ``restacked`` as :class:`parts.Parts` has it.
 
-    ``shares``: the tree of each checkpoint, and its weight in means of plain numbers.
+    ``shares``: the tree of each checkpoint, and its weight in means of plain numbers. ``dispositions``: of the tensors.
     """
 
     merged: list[Merged]
@@ -66,6 +68,7 @@ class Alignment:
     taken: list[int] = field(default_factory=list)
     restacked: list[Restacked] = field(default_factory=list)
     shares: list[tuple[Any, float]] = field(default_factory=list)
+    dispositions: Dispositions = field(default_factory=Dispositions)
 
 
 def align(recipe: Recipe, indexes: Indexes) -> Alignment:
@@ -96,6 +99,7 @@ def align(recipe: Recipe, indexes: Indexes) -> Alignment:
         order = {name: number for number, name in enumerate(first.entries)}
         alignment.merged.sort(key=lambda m: order.get(m.base_names[0], len(order)))
     _check_output_names(alignment.merged)
+    _record(alignment)
     alignment.taken = [rules.taken[id(rule)] for rule in recipe.rules]
     alignment.warnings += _idle(recipe, alignment.taken, first.entries)
     if recipe.rename and not any(index.renamed for index in indexes.values()):
@@ -115,6 +119,18 @@ def _idle(recipe: Recipe, taken: list[int], names: Any) -> list[str]:
     if prefix and not any(n.startswith(prefix) for n in names):
         said.append(f"no tensor's name matches `strip_prefix` {printable(prefix)}")
     return said
+
+
+def _record(alignment: Alignment) -> None:
+    """Records what becomes of the tensors of the output."""
+    groups: dict[tuple[bool, str], list[str]] = {}
+    for m in alignment.merged:
+        key = (True, m.why) if m.method is COPY else (False, f"by {m.method.name}")
+        groups.setdefault(key, []).append(m.spec.name)
+        if m.tied:
+            groups[key] += m.tied
+    for (copied, why), names in groups.items():
+        alignment.dispositions.add("tensor", names, "copied" if copied else "merged", why)
 
 
 class _Rules:
@@ -163,6 +179,8 @@ class _Aligner:
         ties = {name: first for name, first in self._shared_ties().items() if ruled[name] is ruled[first]}
         self.rules.taken.update(id(rule) for rule in ruled.values() if rule)
         names = [n for n in self._names(ties, ruled) if not _drops(ruled[n])]
+        if len(names) < len(ruled):
+            self._record_dropped(names, ruled)
         kept, tied_to = set(names), dict[str, list[str]]()
         for name in names:
             if ties.get(name) in kept:
@@ -175,6 +193,14 @@ class _Aligner:
                 self.alignment.merged.append(merged)
         self.alignment.merged += [self._addition(name, view) for name, view in self.added.values()]
         self.alignment.notes += self.remade.notes("are kept as the first has them", "differ in shape or dtype")
+
+    def _record_dropped(self, names: list[str], ruled: dict[str, Rule | None]) -> None:
+        kept, add = set(names), self.alignment.dispositions.add
+        gone = [(name, rule) for name, rule in ruled.items() if name not in kept]
+        for rule in {id(rule): rule for _, rule in gone if rule and rule.drop}.values():
+            add("tensor", [name for name, own in gone if own is rule], "dropped", f"by the rule for {printable(rule)}")
+        absent = [name for name, rule in gone if not _drops(rule)]
+        add("tensor", absent, "dropped", f'not in every input, `on_missing="{self.recipe.on_missing}"`')
 
     # -- names ------------------------------------------------------------------------------------------------------
 
@@ -269,7 +295,11 @@ class _Aligner:
         sources = self._sources(name)
         if rule and rule.copy:
             entry = self._copied(name, rule)
-            return Merged(names, self._spec(name, entry.spec, rule), COPY, (entry,), tied=tied)
+            spec, why = (
+                self._spec(name, entry.spec, rule),
+                f"by the rule for {printable(rule)}",
+            )
+            return Merged(names, spec, COPY, (entry,), tied=tied, why=why)
         method = self.part.method
         if rule and rule.merge_method and method is not COPY:
             method = rule.merge_method
@@ -294,7 +324,8 @@ class _Aligner:
         )
         too_few = lacking and sum(s is not None for s in used[based:]) < method.models[0]
         if keep or method is COPY or absent_here or too_few:
-            return Merged(names, spec, COPY, (first,), tied=tied, rest=rest)
+            why = "" if method is COPY else "not in every input" if lacking else "differs in shape or dtype"
+            return Merged(names, spec, COPY, (first,), tied=tied, rest=rest, why=why)
         if first.spec.dtype.kind not in ("float", "complex"):
             return self._integers(names, spec, present, tied, rest)
         if first.spec.numel == 1 and is_counter(name):
@@ -314,7 +345,12 @@ class _Aligner:
         wished = (rule.dtype if rule else None) or self.recipe.recast
         dtype = wished if wished is not None and entry.spec.dtype.kind == "float" else entry.spec.dtype
         return Merged(
-            (name,), TensorSpec(self.recipe.output_name(name), dtype, entry.spec.shape), COPY, (entry,), added=True
+            (name,),
+            TensorSpec(self.recipe.output_name(name), dtype, entry.spec.shape),
+            COPY,
+            (entry,),
+            added=True,
+            why="the first input lacks it",
         )
 
     def _spec(self, name: str, spec: TensorSpec, rule: Rule | None) -> TensorSpec:

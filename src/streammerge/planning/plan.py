@@ -11,6 +11,7 @@ from streammerge.kernels.ranking import held_bytes
 from streammerge.methods.registry import COPY, INTEGERS
 from streammerge.planning.alignment import align
 from streammerge.planning.budget import Budget, Cost, fit
+from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.bookkeeping import differing_facts
 from streammerge.planning.outputs.container import plan_output
 from streammerge.planning.outputs.layout import Layout, Placed
@@ -40,6 +41,7 @@ class Plan:
     ``disk_bytes``: includes temporary files. ``taken``: the number of tensors of each rule of the recipe. ``owners``: file
     -> its checkpoint. ``input_files``: name of an input file in the receipt -> its location, and the ranges of its tensors.
     ``pickle_bytes``: memory for pickles while they are read and written. ``executor``: the kind of workers.
+    ``dispositions``: what becomes of each thing in the inputs.
     """
 
     recipe: Recipe
@@ -59,6 +61,7 @@ class Plan:
     input_files: dict[str, InputSpans] = field(default_factory=dict)
     pickle_bytes: int = 0
     executor: str = "threads"
+    dispositions: Dispositions = field(default_factory=Dispositions)
 
     @property
     def peak_bytes(self) -> int:
@@ -102,6 +105,7 @@ class Plan:
                 for rule, count in zip(self.recipe.rules, self.taken, strict=True)
             ],
             "tensors": self.counts(),
+            "dispositions": self.dispositions.record(),
             "files": [{"name": file.name, "bytes": file.size} for file in self.layout.files],
             "side_files": [name for _, name in self.layout.side_files],
             "read_bytes": self.read_bytes,
@@ -149,7 +153,9 @@ class Plan:
             f"memory   {binary_bytes(self.peak_bytes)} projected of {binary_bytes(self.memory_bytes)}, above start-up "
             f"({budget.workers} workers{processes}, chunks of {budget.chunk_elems} elements, {self.io})"
         )
-        lines += [f"note     {note}" for note in self.notes]
+        lines += self.dispositions.lines()
+        told = set(self.dispositions.notes())
+        lines += [f"note     {note}" for note in self.notes if note not in told]
         lines += [f"warning  {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
@@ -204,7 +210,8 @@ def build_plan(
     budget, io = budget_of(tasks, memory_bytes, workers, io, bool(spooled), pickle_bytes)
     identities = {path: known for index in opened for path, known in index.identities().items()}
     identities |= {source: source.status() for source, _ in output.layout.side_files}
-    notes = [*(note for index in opened for note in index.notes), *alignment.notes, *output.notes, *weight_notes(recipe)]
+    notes = [*(note for index in opened for note in index.notes), *alignment.notes, *output.notes]
+    notes += [*output.dispositions.notes(), *weight_notes(recipe)]
     return Plan(
         recipe,
         out,
@@ -222,6 +229,7 @@ def build_plan(
         {file: index.path for index in opened for file in index.files},
         output.inputs,
         pickle_bytes,
+        dispositions=output.dispositions,
     )
 
 

@@ -24,7 +24,7 @@ from streammerge.version import __version__
 
 ITSELF = ""
 """The name in a receipt of the file that holds the receipt."""
-_FORM = 1
+_FORM = 2
 _BLANK_SHA256 = "0" * 64
 _SUMS = re.compile("([0-9a-f]{8})+")
 
@@ -37,7 +37,7 @@ class Receipt:
     its size in bytes, the SHA-256 of its bytes outside the tensors and, if requested, of the whole file; for a checkpoint
     in memory, its size and ``in_memory``. ``checksums``: the name of each output file -> the checksums of its tensors in
     file order, without empty tensors, then one of its other bytes (with a blank receipt), 8 hexadecimal digits each.
-    ``digest``: the SHA-256 of the receipt.
+    ``dispositions``: what became of each thing in the inputs. ``digest``: the SHA-256 of the receipt.
     """
 
     recipe: dict[str, Any]
@@ -46,6 +46,7 @@ class Receipt:
     seed: int
     checksum: str
     checksums: dict[str, str]
+    dispositions: list[dict[str, Any]] = field(default_factory=list)
     digest: str = _BLANK_SHA256
     form: int = field(default=_FORM)
 
@@ -186,6 +187,7 @@ def _is_sound(made: Receipt) -> bool:
         and made.checksum in (CRC32.name, CRC32C.name)
         and isinstance(made.inputs, dict)
         and all(_is_input(said) for said in made.inputs.values())
+        and isinstance(made.dispositions, list)
         and isinstance(made.checksums, dict)
         and (ITSELF not in made.checksums or len(made.checksums) == 1)
         and all(_is_name(name) for name in made.checksums)

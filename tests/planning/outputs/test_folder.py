@@ -48,4 +48,4 @@ def test_a_folder_stores_tied_tensors_once_and_a_file_twice(tmp_path: Path) -> N
     file = sm.convert(tmp_path / "in.pth", tmp_path / "out.safetensors")
     assert_same(load_file(tmp_path / "out.safetensors"), {"a": shared, "b": shared})
     for made in (folder, file):
-        assert "not in a safetensors file, so left out: step" in made.notes
+        assert "left out of the output: step (a safetensors file holds tensors only)" in made.notes

@@ -11,10 +11,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from streammerge.errors import listed, printable
+from streammerge.errors import printable
 from streammerge.pickles.repickle import Edit
 from streammerge.pickles.state_dict import is_training_state
 from streammerge.pickles.tree import number
+from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.tensors.conventions import COUNTERS, FACTS
 
 _SETTINGS = re.compile(r"(?i)(.*_)?(configs?|cfg|args|opts?|options|hparams|(hyper_?)?param(eter)?s)")
@@ -57,17 +58,17 @@ def _has_counters(key: Any, value: Any) -> bool:
     return isinstance(key, str) and _SETTINGS.fullmatch(key) is None and not is_training_state(key, value)
 
 
-def drop_facts(trees: list[Any], edit: Edit) -> list[str]:
-    """Leaves out what is true of the first file only, such as its hash; returns a note about that, and about its name."""
+def drop_facts(trees: list[Any], edit: Edit, dispositions: Dispositions) -> list[str]:
+    """Leaves out what is true of the first file only, such as its hash; returns a note about its name."""
     first = trees[0]
     if not isinstance(first, dict):
         return []
     plain = {key: value for key, value in first.items() if isinstance(value, str | int | bytes)}
     gone = [key for key in plain if isinstance(key, str) and key.lower() in FACTS]
     edit.dropped.update((id(first), key) for key in gone)
-    notes = [f"left out of the output: {listed(gone)}, which is true of the first input only"] if gone else []
+    dispositions.add("entry", gone, "dropped", "true of the first input only")
     names = [key for key in ("name", "model_name") if plain.get(key)]
-    return notes + [f"'{key}' is still {printable(plain[key], 60)}, as the first input has it" for key in names]
+    return [f"'{key}' is still {printable(plain[key], 60)}, as the first input has it" for key in names]
 
 
 def _merge_loss(trees: list[Any], weights: list[float], key: str, edit: Edit) -> list[str]:

@@ -9,13 +9,19 @@ from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import listed, printable
 from streammerge.formats.base import LayoutFile
 from streammerge.planning.alignment import Alignment, Merged
+from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.layout import text_file
 from streammerge.recipe.model import Recipe
 from streammerge.stores.base import Location
 
 
 def config_file(
-    folder: Location, recipe: Recipe, base: CheckpointIndex, alignment: Alignment, notes: list[str]
+    folder: Location,
+    recipe: Recipe,
+    base: CheckpointIndex,
+    alignment: Alignment,
+    notes: list[str],
+    dispositions: Dispositions,
 ) -> list[LayoutFile]:
     """Returns the edited configuration when the merge changed what it states: dtype, layers, tied head, vocabulary."""
     config = read_config(folder)
@@ -36,7 +42,9 @@ def config_file(
     if edited == config:
         return []
     changed = [key for key in edited if edited[key] != config.get(key)]
-    notes.append(f"{CONFIG}: {', '.join(f'{printable(k)} is now {printable(edited[k], 60)}' for k in changed)}")
+    said = ", ".join(f"{printable(key)} is now {printable(edited[key], 60)}" for key in changed)
+    notes.append(f"{CONFIG}: {said}")
+    dispositions.add("file", CONFIG, "edited", said)
     return [text_file(CONFIG, json.dumps(edited, indent=2, ensure_ascii=False) + "\n")]
 
 

@@ -10,11 +10,12 @@ import json
 from dataclasses import replace
 
 from streammerge.checkpoints.index import CheckpointIndex
-from streammerge.errors import RecipeError, listed, printable
+from streammerge.errors import RecipeError, printable
 from streammerge.formats import safetensors
 from streammerge.methods.registry import COPY
 from streammerge.options import RECEIPT_KEY, RECIPE_KEY
 from streammerge.planning.alignment import Alignment, Merged
+from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.folder import folder_output
 from streammerge.planning.outputs.layout import Layout, Output, Placed, blank_sums, recipe_record
 from streammerge.planning.outputs.pickled import pickled_output
@@ -73,17 +74,21 @@ def _planned(
     merged = alignment.merged
     if kind == "pickle":
         return pickled_output(name, recipe, first, alignment, receipt)
-    notes = _left_behind(first)
+    notes: list[str] = []
+    dispositions = Dispositions()
+    dispositions.update(alignment.dispositions)
+    dispositions.add("entry", _left_behind(first), "dropped", "a safetensors file holds tensors only")
     metadata = _metadata(recipe, first)
     if kind == "folder":
-        return folder_output(recipe, first, alignment, metadata, notes, receipt)
+        return folder_output(recipe, first, alignment, metadata, notes, receipt, dispositions)
     specs = {spec.name: (spec, m) for m in merged for spec in (m.spec, *_tied_specs(m))}
-    receipt = replace(receipt, checksums={ITSELF: blank_sums([spec.nbytes for spec, _ in specs.values()])})
+    sums = {ITSELF: blank_sums([spec.nbytes for spec, _ in specs.values()])}
+    receipt = replace(receipt, checksums=sums, dispositions=dispositions.record())
     metadata[RECEIPT_KEY] = receipt.text()
     file = safetensors.plan_layout(name, [spec for spec, _ in specs.values()], metadata)
     file = replace(file, receipt=escaped(receipt.text()))
     placed = [Placed(spec, m, 0, file.offsets[n]) for n, (spec, m) in specs.items()]
-    return Output(Layout((file,), receipt), placed, notes)
+    return Output(Layout((file,), receipt), placed, notes, dispositions=dispositions)
 
 
 def _tied_specs(merged: Merged) -> list[TensorSpec]:
@@ -102,5 +107,4 @@ def _left_behind(first: CheckpointIndex) -> list[str]:
     if not isinstance(extras, dict) or not first.selection.chosen[0].path:
         return []
     chosen = {c.path[0] for c in first.selection.chosen}
-    rest = [str(key) for key in extras if key not in chosen]
-    return [f"not in a safetensors file, so left out: {listed(rest)}"] if rest else []
+    return [str(key) for key in extras if key not in chosen]

@@ -6,12 +6,13 @@ import json
 from dataclasses import replace
 
 from streammerge.checkpoints.index import CheckpointIndex
-from streammerge.errors import listed, printable
+from streammerge.errors import listed
 from streammerge.formats import safetensors
 from streammerge.formats.base import LayoutFile
 from streammerge.formats.folder import side_files
 from streammerge.options import RECEIPT_FILE, RECIPE_FILE
 from streammerge.planning.alignment import Alignment, Merged
+from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.config import config_file
 from streammerge.planning.outputs.layout import Layout, Output, Placed, blank_sums, recipe_record, text_file
 from streammerge.planning.receipt import Receipt
@@ -30,6 +31,7 @@ def folder_output(
     metadata: dict[str, str],
     notes: list[str],
     receipt: Receipt,
+    dispositions: Dispositions,
 ) -> Output:
     merged = alignment.merged
     shards = _shards(recipe, base, alignment)
@@ -50,19 +52,19 @@ def folder_output(
     folder = base.path if base.path.is_folder() else base.path.parent if base.path.name.endswith(".index.json") else None
     if folder is not None:
         copied, left = side_files(folder)
-        if left:
-            notes.append(f"not copied from {printable(folder)}: {listed(left)}")
-        files += config_file(folder, recipe, base, alignment, notes)
+        dispositions.add("file", left, "dropped", "a checksum of the input's files, too large, or no regular file")
+        files += config_file(folder, recipe, base, alignment, notes, dispositions)
     record = recipe_record(recipe)
     if record:
         files.append(text_file(RECIPE_FILE, to_yaml(record)))
     names = {file.name for file in files}
     beside = tuple(c for c in copied if c[1] not in names)
     sums |= {name: blank_sums([]) for name in (*names, *(name for _, name in beside)) if name not in sums}
-    receipt = replace(receipt, checksums=dict(sorted(sums.items())))
+    dispositions.add("file", [name for _, name in beside], "copied")
+    receipt = replace(receipt, checksums=dict(sorted(sums.items())), dispositions=dispositions.record())
     file = text_file(RECEIPT_FILE, receipt.text(2))
     files.append(replace(file, receipt=file.literals[0].data))
-    return Output(Layout(tuple(files), receipt, True, beside), placed, notes)
+    return Output(Layout(tuple(files), receipt, True, beside), placed, notes, dispositions=dispositions)
 
 
 def _shards(recipe: Recipe, base: CheckpointIndex, alignment: Alignment) -> dict[str, list[Merged]]:

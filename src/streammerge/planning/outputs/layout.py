@@ -8,6 +8,7 @@ from typing import Any
 from streammerge.formats.base import LayoutFile, Literal
 from streammerge.methods.registry import COPY
 from streammerge.planning.alignment import Merged
+from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.receipt import InputSpans, Receipt
 from streammerge.recipe.locations import resolved
 from streammerge.recipe.model import Recipe
@@ -47,12 +48,16 @@ class Placed:
 
 @dataclass(slots=True)
 class Output:
-    """The layout, the tensors with their places, and notes for the user. ``inputs``: see :class:`Plan`."""
+    """The layout, the tensors with their places, and notes for the user. ``inputs``: see :class:`Plan`.
+
+    ``dispositions``: of all that the receipt records.
+    """
 
     layout: Layout
     placed: list[Placed]
     notes: list[str] = field(default_factory=list)
     inputs: dict[str, InputSpans] = field(default_factory=dict)
+    dispositions: Dispositions = field(default_factory=Dispositions)
 
 
 def recipe_record(recipe: Recipe) -> dict[str, Any] | None:

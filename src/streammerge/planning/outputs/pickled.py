@@ -14,6 +14,7 @@ from streammerge.pickles.repickle import Edit, repickle, storage_ref
 from streammerge.pickles.state_dict import Found, is_training_state
 from streammerge.pickles.tree import Instance, OrderedTree, StorageRef, TensorRef, mapping_items, walk
 from streammerge.planning.alignment import Alignment, Merged
+from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.bookkeeping import drop_facts, merge_bookkeeping
 from streammerge.planning.outputs.layout import Layout, Output, Placed, blank_sums, recipe_record
 from streammerge.planning.receipt import ITSELF, Receipt
@@ -44,6 +45,8 @@ def pickled_output(name: str, recipe: Recipe, base: CheckpointIndex, alignment: 
     edit = Edit()
     builder = _Builder(edit)
     notes: list[str] = []
+    dispositions = Dispositions()
+    dispositions.update(alignment.dispositions)
     if base.container.format.startswith("PyTorch ") and base.container.format != "PyTorch zip":
         notes.append(
             f"{printable(base.path)} is in the {base.container.format} format; the output is in today's zip format"
@@ -53,24 +56,27 @@ def pickled_output(name: str, recipe: Recipe, base: CheckpointIndex, alignment: 
     if holders is None:
         home = {name: m.spec.name for m in merged for name in m.base_names if not m.added}
         _add(base, [m for m in merged if m.added], edit, builder)
-        _edit_first(base, recipe, home, edit, builder, notes)
+        _edit_first(base, recipe, home, edit, builder, notes, dispositions)
         if len(alignment.shares) > 1:
             said = merge_bookkeeping([tree for tree, _ in alignment.shares], [w for _, w in alignment.shares], edit)
             if said:
                 notes.append(f"bookkeeping: {', '.join(said)}")
-            notes += drop_facts([tree for tree, _ in alignment.shares], edit)
+                dispositions.add("entry", said, "edited", "bookkeeping")
+            notes += drop_facts([tree for tree, _ in alignment.shares], edit, dispositions)
         builder.place_rest(tree, base, home)
     else:
         for key, m in holders.items():
             edit.replaced[id(tree[key])] = builder.refs[m.spec.name]
     pickle = repickle(tree, edit)
     record = recipe_record(recipe)
-    receipt = replace(receipt, checksums={ITSELF: blank_sums([nbytes for _, nbytes in builder.storages.values()])})
+    sums = {ITSELF: blank_sums([nbytes for _, nbytes in builder.storages.values()])}
+    receipt = replace(receipt, checksums=sums, dispositions=dispositions.record())
     beside = {RECIPE_FILE: to_yaml(record).encode()} if record else {}
     beside[RECEIPT_FILE] = receipt.text().encode()
     file = torch_zip.plan_layout(name, pickle, builder.storages, base.container.magic, beside)
     placed = [Placed(spec, m, 0, file.offsets[n], source) for n, (spec, m, source) in builder.tensors.items()]
-    return Output(Layout((file,), receipt, pickle_bytes=_COPIES * len(pickle)), placed, notes)
+    layout = Layout((file,), receipt, pickle_bytes=_COPIES * len(pickle))
+    return Output(layout, placed, notes, dispositions=dispositions)
 
 
 def _tree(base: CheckpointIndex, merged: list[Merged]) -> tuple[Any, dict[str, Merged] | None]:
@@ -149,7 +155,13 @@ class _Builder:
 
 
 def _edit_first(
-    base: CheckpointIndex, recipe: Recipe, home: dict[str, str], edit: Edit, builder: _Builder, notes: list[str]
+    base: CheckpointIndex,
+    recipe: Recipe,
+    home: dict[str, str],
+    edit: Edit,
+    builder: _Builder,
+    notes: list[str],
+    dispositions: Dispositions,
 ) -> None:
     """Edits the first input's tree: puts the merged tensors in, and drops stale and unwanted parts."""
     selection = base.selection
@@ -178,11 +190,10 @@ def _edit_first(
             notes.append(f"'{printable(twin.label)}' has the merged weights too")
             continue
         _drop(twin.label, twin.holder, twin.key, edit)
-        notes.append(f"left out of the output: '{printable(twin.label)}', which was not merged and would be stale")
+        dispositions.add("entry", twin.label, "dropped", "it was not merged and would be stale")
     if not recipe.output.keep_optimizer:
         gone = _drop_training_state(base, edit)
-        if gone:
-            notes.append(f"left out of the output: {listed(gone)} (`keep_optimizer=True` keeps the first input's)")
+        dispositions.add("entry", gone, "dropped", "`keep_optimizer=True` keeps the first input's")
 
 
 def _key(base: CheckpointIndex, found: Found, written: str) -> str:

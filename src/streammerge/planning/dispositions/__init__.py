@@ -1,0 +1,6 @@
+"""Decides what becomes of each thing in an input: merged, copied, edited or dropped, and why.
+
+Each module imports only modules above it::
+
+    ledger  the decisions: a plan prints them, a receipt records them
+"""
