@@ -108,6 +108,7 @@ def index_json(index: CheckpointIndex, tensors: bool) -> dict[str, Any]:
         "classes": index.classes() if index.extras is not None else [],
         "executed": False,
         "notes": index.notes,
+        "warnings": index.warnings,
     }
     if tensors:
         shown["entries"] = {
@@ -180,6 +181,8 @@ def _safety(index: CheckpointIndex) -> _Rows:
         yield "classes", listed(classes, 12)
     for note in index.notes:
         yield "note", as_flags(note)
+    for warning in index.warnings:
+        yield "warning", as_flags(warning)
     if index.extras is not None:
         yield "safety", "nothing was executed or imported"
 

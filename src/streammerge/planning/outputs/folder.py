@@ -1,101 +1,244 @@
-"""Plans an output folder: shards and their index, the edited configuration, side files, recipe and receipt."""
+"""Plans an output folder, which has the files of the first input's folder: names, container, shards, index, subfolders.
+
+The merged tensors go into files of the same names. The configuration is edited, side files are copied
+(:mod:`streammerge.planning.dispositions.files`), recipe and receipt are added.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from streammerge.checkpoints.index import CheckpointIndex
-from streammerge.errors import listed
+from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import safetensors
-from streammerge.formats.base import LayoutFile
-from streammerge.formats.folder import side_files
+from streammerge.formats.base import Form, LayoutFile
 from streammerge.options import RECEIPT_FILE, RECIPE_FILE
+from streammerge.pickles.tree import mapping_items
 from streammerge.planning.alignment import Alignment, Merged
+from streammerge.planning.dispositions.files import Copies, decide, parts_of
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.config import config_file
-from streammerge.planning.outputs.layout import Layout, Output, Placed, blank_sums, recipe_record, text_file
+from streammerge.planning.outputs.layout import Layout, Output, Placed, blank_sums, metadata_of, recipe_record, text_file
+from streammerge.planning.outputs.pickled import pickled_file
 from streammerge.planning.receipt import Receipt
 from streammerge.recipe.document import to_yaml
 from streammerge.recipe.model import Recipe
 from streammerge.stores.base import Location
+from streammerge.tensors.conventions import AS_SAFETENSORS, INDEXED
 from streammerge.units import parse_bytes
 
 DEFAULT_SHARD_BYTES = parse_bytes("5GB")
+_NEW = Form("model", ".safetensors")
+"""The form of a folder whose first input is no folder."""
+
+
+def is_pickled(recipe: Recipe, base: CheckpointIndex) -> bool:
+    """Whether any file of the output folder is an archive of torch.save."""
+    return any(_is_pickled(recipe, part) for part in parts_of(base).values())
+
+
+def _is_pickled(recipe: Recipe, part: CheckpointIndex) -> bool:
+    return part.container.pickled and _form(recipe, part) is part.container.form
+
+
+def _form(recipe: Recipe, part: CheckpointIndex) -> Form:
+    """Returns the form of a model in the output: the first input's.
+
+    A conversion writes safetensors instead of pickles where the same loader looks for safetensors too.
+    """
+    form = part.container.form
+    if form is None:
+        return _NEW
+    stem = AS_SAFETENSORS.get(form.stem) if form.ending == ".bin" else None
+    if part.container.pickled and stem and recipe_record(recipe) is None:
+        return Form(stem, ".safetensors", form.variant)
+    return form
 
 
 def folder_output(
-    recipe: Recipe,
-    base: CheckpointIndex,
-    alignment: Alignment,
-    metadata: dict[str, str],
-    notes: list[str],
-    receipt: Receipt,
-    dispositions: Dispositions,
+    recipe: Recipe, base: CheckpointIndex, alignment: Alignment, receipt: Receipt, dispositions: Dispositions
 ) -> Output:
-    merged = alignment.merged
-    shards = _shards(recipe, base, alignment)
-    files: list[LayoutFile] = []
-    placed: list[Placed] = []
-    sums: dict[str, str] = {}
-    for number, (name, members) in enumerate(shards.items()):
-        file = safetensors.plan_layout(name, [m.spec for m in members], metadata)
-        files.append(file)
-        sums[name] = blank_sums([m.spec.nbytes for m in members])
-        placed += [Placed(m.spec, m, number, file.offsets[m.spec.name]) for m in members]
-    tied = [name for m in merged for name in m.tied]
-    if tied:
-        notes.append(f"tied tensors are stored once, as Hugging Face folders have it: without {listed(tied)}")
-    if len(shards) > 1:
-        files.append(_index(shards))
-    copied: list[tuple[Location, str]] = []
-    folder = base.path if base.path.is_folder() else base.path.parent if base.path.name.endswith(".index.json") else None
-    if folder is not None:
-        copied, left = side_files(folder)
-        dispositions.add("file", left, "dropped", "a checksum of the input's files, too large, or no regular file")
-        files += config_file(folder, recipe, base, alignment, notes, dispositions)
+    """Plans the output folder. Raises RecipeError for what the container of the first input cannot hold."""
+    made = _Folder(recipe, dispositions)
+    parts = parts_of(base)
+    folder = next((path for path in (base.path, base.container.path) if path.is_folder()), None)
+    for name, part in parts.items():
+        own = _own_alignment(name, parts, part, alignment)
+        made.add_part(name, part, own, folder)
+    tied = [name for m in alignment.merged for name in m.tied]
+    if tied and not is_pickled(recipe, base):
+        made.notes.append(f"tied tensors are stored once, as Hugging Face folders have it: without {listed(tied)}")
     record = recipe_record(recipe)
     if record:
-        files.append(text_file(RECIPE_FILE, to_yaml(record)))
-    names = {file.name for file in files}
-    beside = tuple(c for c in copied if c[1] not in names)
-    sums |= {name: blank_sums([]) for name in (*names, *(name for _, name in beside)) if name not in sums}
-    dispositions.add("file", [name for _, name in beside], "copied")
+        made.files.append(text_file(RECIPE_FILE, to_yaml(record)))
+    names = {file.name for file in made.files}
+    copied: Copies = []
+    if folder is not None:
+        copied = decide(base, folder, {*names, RECEIPT_FILE}, dispositions)
+        inner = {name.partition("/")[0] for name in (*names, *(name for _, name in copied)) if "/" in name}
+        if inner:
+            made.notes.append(f"the output has the subfolders of {printable(folder)}: {listed(sorted(inner))}")
+    sums = made.sums | {name: blank_sums([]) for name in (*names, *(name for _, name in copied)) if name not in made.sums}
     receipt = replace(receipt, checksums=dict(sorted(sums.items())), dispositions=dispositions.record())
     file = text_file(RECEIPT_FILE, receipt.text(2))
-    files.append(replace(file, receipt=file.literals[0].data))
-    return Output(Layout(tuple(files), receipt, True, beside), placed, notes, dispositions=dispositions)
+    made.files.append(replace(file, receipt=file.literals[0].data))
+    layout = Layout(tuple(made.files), receipt, True, tuple(copied), made.pickle_bytes)
+    return Output(layout, made.placed, made.notes, dispositions=dispositions)
 
 
-def _shards(recipe: Recipe, base: CheckpointIndex, alignment: Alignment) -> dict[str, list[Merged]]:
-    """Returns file name -> tensors: the shards of the first input, or shards filled in order up to the largest size."""
+def _own_alignment(
+    name: str, parts: dict[str, CheckpointIndex], part: CheckpointIndex, alignment: Alignment
+) -> tuple[Alignment, list[Merged]]:
+    """Returns the tensors of one model of a folder under their names in that model; and the same tensors under the names
+    that they have in the output."""
+    if list(parts) == [""]:
+        return replace(alignment, dispositions=Dispositions()), alignment.merged
+    homes = {id(m): _home(m, parts) for m in alignment.merged}
+    whole = [m for m in alignment.merged if homes[id(m)] == name]
+    cut = len(name) + 1 if name else 0
+    own = [
+        replace(
+            m,
+            base_names=tuple(each[cut:] for each in m.base_names),
+            spec=replace(m.spec, name=m.spec.name[cut:]),
+            tied=tuple(each[cut:] for each in m.tied),
+        )
+        for m in whole
+    ]
+    shares = [] if name else alignment.shares
+    return replace(alignment, merged=own, shares=shares, dispositions=Dispositions()), whole
+
+
+def _home(m: Merged, parts: dict[str, CheckpointIndex]) -> str:
+    """Returns the model of a folder that a tensor belongs to. Raises RecipeError if it belongs to none."""
+    written = (m.spec.name, *m.tied)
+    for name in sorted(parts, key=len, reverse=True):
+        if all(each.startswith(f"{name}/") for each in written) or not name:
+            return name
+    raise RecipeError(f"{printable(m.spec.name)} belongs to none of the subfolders {listed(sorted(parts))}; rename it")
+
+
+@dataclass(slots=True)
+class _Folder:
+    """The files of an output folder while they are planned."""
+
+    recipe: Recipe
+    dispositions: Dispositions
+    files: list[LayoutFile] = field(default_factory=list)
+    placed: list[Placed] = field(default_factory=list)
+    sums: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    pickle_bytes: int = 0
+
+    def add_part(
+        self, name: str, part: CheckpointIndex, aligned: tuple[Alignment, list[Merged]], folder: Location | None
+    ) -> None:
+        """Adds the files of one model: its tensors, its index, its configuration."""
+        own, whole = aligned
+        prefix, form, place = f"{name}/" if name else "", _form(self.recipe, part), folder and folder / name
+        moved = bool(own.restacked) or any(m.base_names[0] not in part.entries for m in own.merged if not m.added)
+        pickled = _is_pickled(self.recipe, part)
+        flat = pickled and _is_flat(part)
+        groups = self._groups(part, form, own, place, flat or not pickled)
+        outer = {id(m): each for m, each in zip(own.merged, whole, strict=True)}
+        index: dict[str, str] = {}
+        for file, members in groups.items():
+            index |= {each: file for m in members for each in (m.spec.name, *(m.tied if pickled else ()))}
+            if pickled:
+                self._add_pickled(prefix, file, part, replace(own, merged=members), flat and (moved or len(groups) > 1))
+            else:
+                self._add_safetensors(prefix, file, members, [outer[id(m)] for m in members], part)
+        if len(groups) > 1:
+            total = sum(m.spec.nbytes for m in own.merged)
+            content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            self.files.append(text_file(prefix + form.index_name(), text))
+        if place is not None:
+            self._add_config(prefix, place, part, own)
+
+    def _add_safetensors(
+        self, prefix: str, name: str, members: list[Merged], outer: list[Merged], part: CheckpointIndex
+    ) -> None:
+        file = safetensors.plan_layout(prefix + name, [m.spec for m in members], metadata_of(self.recipe, part))
+        self.sums[file.name] = blank_sums([m.spec.nbytes for m in members])
+        number = len(self.files)
+        self.files.append(file)
+        self.placed += [
+            Placed(whole.spec, whole, number, file.offsets[m.spec.name]) for m, whole in zip(members, outer, strict=True)
+        ]
+
+    def _add_pickled(self, prefix: str, name: str, part: CheckpointIndex, own: Alignment, flat: bool) -> None:
+        made = pickled_file(prefix + name, self.recipe, part, own, lambda sums, dispositions: {}, flat)
+        self.sums[made.file.name] = made.sums
+        number = len(self.files)
+        self.files.append(made.file)
+        self.placed += [
+            replace(each, file=number, spec=replace(each.spec, name=prefix + each.spec.name)) if prefix or number else each
+            for each in made.placed
+        ]
+        self.notes += [note for note in made.notes if note not in self.notes]
+        self.dispositions.update(made.dispositions)
+        self.pickle_bytes += made.pickle_bytes
+
+    def _add_config(self, prefix: str, folder: Location, part: CheckpointIndex, own: Alignment) -> None:
+        notes, dispositions = list[str](), Dispositions()
+        files = config_file(folder, self.recipe, part, own, notes, dispositions)
+        self.files += [replace(file, name=prefix + file.name) for file in files]
+        self.notes += [f"{prefix}{note}" for note in notes]
+        for each in dispositions:
+            self.dispositions.add(each.thing, [prefix + name for name in each.names], each.fate, each.why)
+
+    def _groups(
+        self, part: CheckpointIndex, form: Form, own: Alignment, folder: Location | None, may_cut: bool
+    ) -> dict[str, list[Merged]]:
+        """Returns file name -> tensors: the files of the first input, or files filled in order up to the largest size."""
+        was, largest = part.container.form, self.recipe.output.max_shard_size
+        indexed = form.stem in INDEXED or (was is not None and bool(was.index))
+        if largest is not None and not (may_cut and indexed):
+            self.notes.append(f"{printable(form.files[0])} stays one file, since its loader reads no index of shards")
+            largest = None
+        by_file = None
+        if was is not None and largest is None:
+            by_file = {was.files[0]: own.merged} if len(was.files) == 1 else _by_file(part, was, own, folder)
+        groups = list(by_file.values()) if by_file else _filled(own.merged, largest or DEFAULT_SHARD_BYTES)
+        if by_file and form is was:
+            return by_file
+        return {form.named(number, len(groups)): members for number, members in enumerate(groups, start=1)}
+
+
+def _by_file(part: CheckpointIndex, form: Form, own: Alignment, folder: Location | None) -> dict[str, list[Merged]] | None:
+    """Returns the tensors of each file of the first input, None if they are not in these files."""
+    if folder is None or own.restacked:
+        return None
+    files = {folder / name: name for name in form.files}
+    grouped: dict[str, list[Merged]] = {}
+    home: str | None = None
+    for m in own.merged:
+        if not (m.added and home):  # an added tensor goes along with the one before it
+            home = files.get(part.entries.get(m.base_names[0], m.sources[0]).begin[0])
+        if home is None:
+            return None
+        grouped.setdefault(home, []).append(m)
+    return grouped
+
+
+def _filled(merged: list[Merged], most_bytes: int) -> list[list[Merged]]:
     grouped: list[list[Merged]] = [[]]
-    merged, largest = alignment.merged, recipe.output.max_shard_size
-    homes: list[Location] = []
-    for m in merged if not alignment.restacked else ():  # an added tensor goes along with the one before it
-        homes.append(homes[-1] if m.added and homes else base.entries.get(m.base_names[0], m.sources[0]).begin[0])
-    if len(set(homes)) > 1 and largest is None:
-        by_path: dict[Location, list[Merged]] = {}
-        for m, path in zip(merged, homes, strict=True):
-            by_path.setdefault(path, []).append(m)
-        grouped = list(by_path.values())
-        if all(path.suffix == ".safetensors" for path in by_path):
-            return {path.name: members for path, members in by_path.items()}
-    else:
-        most, filled = largest or DEFAULT_SHARD_BYTES, 0
-        for m in merged:
-            if grouped[-1] and filled + m.spec.nbytes > most:
-                grouped.append([])
-                filled = 0
-            grouped[-1].append(m)
-            filled += m.spec.nbytes
-    if len(grouped) == 1:
-        return {"model.safetensors": grouped[0]}
-    return {f"model-{i:05}-of-{len(grouped):05}.safetensors": members for i, members in enumerate(grouped, start=1)}
+    filled = 0
+    for m in merged:
+        if grouped[-1] and filled + m.spec.nbytes > most_bytes:
+            grouped.append([])
+            filled = 0
+        grouped[-1].append(m)
+        filled += m.spec.nbytes
+    return grouped
 
 
-def _index(shards: dict[str, list[Merged]]) -> LayoutFile:
-    weight_map = {m.spec.name: name for name, members in shards.items() for m in members}
-    total = sum(m.spec.nbytes for members in shards.values() for m in members)
-    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    return text_file("model.safetensors.index.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+def _is_flat(part: CheckpointIndex) -> bool:
+    """Whether a pickle holds nothing but the tensors by name, so that they can be written in any number of files."""
+    if part.format == "sharded PyTorch":
+        return True
+    chosen = part.selection.chosen
+    items = mapping_items(part.extras)
+    return len(chosen) == 1 and not chosen[0].path and items is not None and len(items) == len(part.selection.tensors)
