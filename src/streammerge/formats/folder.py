@@ -170,7 +170,7 @@ def _found(folder: Location) -> list[_Found]:
             found.append(_Found(form, rank, [], {}))
             continue
         form = _indexed(form, weight_map)
-        absent = [shard for shard in form.files if is_inner(shard) and not (folder / shard).lexists()]
+        absent = [shard for shard in form.files if _is_safe(shard) and not (folder / shard).lexists()]
         found.append(_Found(form, rank, absent, weight_map))
     named = {file for each in found if each.form.index for file in each.form.files}
     found = [each for each in found if each.form.index or named.isdisjoint(each.form.files)]
@@ -285,13 +285,18 @@ def inside(folder: Location, name: Any) -> Location:
     where = f"{printable(folder)}: {printable(name)}"
     if isinstance(name, str) and max(len(os.fsencode(printable(part, 1000))) for part in name.split("/")) > 255:
         raise FormatError(f"{where} is longer than the name of a file can be")
-    if not isinstance(name, str) or not is_inner(name) or ":" in name or name.startswith("~"):
+    if not isinstance(name, str) or not _is_safe(name):
         raise FormatError(f"{where} is not the name of a file in this folder; such an index is refused")
     path = folder / name
     if not path.lexists():
         raise FormatError(f"{where} is absent; the download is not complete")
     path.status()
     return path
+
+
+def _is_safe(name: str) -> bool:
+    """Whether a name in an index can only be that of a file below the folder, on every system and in every store."""
+    return is_inner(name) and ":" not in name and not name.startswith("~")
 
 
 def read_sharded(index: Location, read_file: ReadFile) -> Container:

@@ -94,7 +94,7 @@ class _Decision:
             self._walk(path, f"{name}/")
         elif kind != "side":
             self._drop(f"{name}/", _WHY_FOLDER[kind])
-        elif any(self._is_other_form(each, "") for each in _weights_in(path)):
+        elif any(self._is_other_form(each, name) for each in _weights_in(path)):
             self._drop(f"{name}/", _OTHER_FORM)
         else:
             self._walk(path, f"{name}/")

@@ -96,6 +96,10 @@ def _own_alignment(
         return replace(alignment, dispositions=Dispositions()), alignment.merged
     homes = {id(m): _home(m, parts) for m in alignment.merged}
     whole = [m for m in alignment.merged if homes[id(m)] == name]
+    if not whole:
+        raise RecipeError(
+            f"no tensor of {printable(name or part.path)} is left, so its loader would find no weights; keep some"
+        )
     cut = len(name) + 1 if name else 0
     own = [
         replace(
