@@ -96,10 +96,13 @@ class Container:
             spans |= part.tensor_spans()
         for store in self.storages.values():
             spans[store.path].append(store.span)
+        near, there = None, list[tuple[int, int]]()  # the file of the tensor before; a path's hash takes its time
         for ref in self.tree.values() if isinstance(self.tree, dict) else ():
             if isinstance(ref, TensorRef) and ref.entry is not None:
                 for path, offset, nbytes in ref.entry.blobs:
-                    spans[path].append((offset, nbytes))
+                    if path is not near:
+                        near, there = path, spans[path]
+                    there.append((offset, nbytes))
         return {path: sorted(dict.fromkeys(span for span in found if span[1])) for path, found in spans.items()}
 
     def locate(self, name: str, ref: TensorRef) -> Source:
