@@ -496,3 +496,11 @@ def test_a_pipeline_that_lies_names_no_folder_elsewhere(tmp_path: Path, content:
         save_file({"w": one(1)}, place / "model.safetensors")
     (folder / "model_index.json").write_text(content)
     assert list(sm.inspect(folder)) == ["w"]
+
+
+def test_the_file_that_the_configuration_names_is_taken(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "mine.safetensors"):
+        save_file({name: one(1)}, tmp_path / name)
+    assert list(sm.inspect(tmp_path)) == ["model.safetensors"]
+    (tmp_path / "config.json").write_text('{"transformers_weights": "mine.safetensors"}')
+    assert list(sm.inspect(tmp_path)) == ["mine.safetensors"]

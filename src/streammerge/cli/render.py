@@ -141,7 +141,9 @@ def _held(index: CheckpointIndex) -> _Rows:
     count = f" in {len(index.files)} files" if len(index.files) > 1 else ""
     yield "format", f"{index.format}, {decimal_bytes(_total_bytes(index))}{count}"
     held = f"{len(index.entries)} tensors, {index.numel:,} parameters, {decimal_bytes(index.nbytes)}"
-    yield "state dict", f"{printable(selection.label)}: {held}"
+    yield ("tensors", held) if index.parts else ("state dict", f"{printable(selection.label)}: {held}")
+    for name, part in index.parts.items():
+        yield "model", f"{printable(name) or '(the folder itself)'}: {len(part)} tensors, {decimal_bytes(part.nbytes)}"
     yield "dtypes", ", ".join(f"{name} {count}" for name, count in _dtypes(index).most_common())
     training: Counter[str] = Counter()
     for other in selection.candidates:

@@ -32,6 +32,7 @@ from streammerge.tensors.conventions import (
     TRAINING_FILES,
     TRAINING_FOLDERS,
     WEIGHT_FILES,
+    WEIGHTS_KEY,
 )
 
 MAX_INDEX_BYTES = 256 << 20
@@ -157,10 +158,15 @@ def is_weights(name: str) -> bool:
 def _found(folder: Location) -> list[_Found]:
     """Returns the forms of a folder in the order in which its loader looks for them. Those of unknown names come last."""
     found = []
+    config = folder / "config.json"
+    content = _json(config) if config.is_file() else None
+    wanted = content.get(WEIGHTS_KEY) if isinstance(content, dict) else None
     for form, numbers in _grouped([path.name for path in folder.children()]):
         known = _KNOWN.get((form.stem, form.ending))
         kind = 0 if bool(form.index) == (form.stem in INDEX_FIRST) and not numbers else 2 if numbers else 1
-        rank = None if known is None else (bool(form.variant), known, kind)
+        rank: tuple[int, ...] | None = None if known is None else (bool(form.variant), known, kind)
+        if wanted and wanted in (form.index, *form.files):
+            rank = ()
         if not form.index:
             found.append(_Found(form, rank, _lacking(form, numbers), {}))
             continue

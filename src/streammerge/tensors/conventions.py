@@ -83,6 +83,9 @@ WEIGHT_FILES: tuple[tuple[str, str, str], ...] = (
 )
 """(stem, ending, program): the names by which loaders find the weights in a folder, in the order of their search."""
 
+WEIGHTS_KEY = "transformers_weights"
+"""A key of ``config.json`` that names the file of the weights, or their index. transformers looks for it first."""
+
 ADAPTERS: frozenset[str] = frozenset(("adapter_model",))
 """Stems among them of weights that stand beside those of a model, and are no other form of them."""
 
