@@ -504,3 +504,18 @@ def test_the_file_that_the_configuration_names_is_taken(tmp_path: Path) -> None:
     assert list(sm.inspect(tmp_path)) == ["model.safetensors"]
     (tmp_path / "config.json").write_text('{"transformers_weights": "mine.safetensors"}')
     assert list(sm.inspect(tmp_path)) == ["mine.safetensors"]
+
+
+def test_two_sets_of_shards_are_told_apart_by_nothing(tmp_path: Path) -> None:
+    for count in (2, 3):
+        for number in range(1, count + 1):
+            save_file({f"w{number}": one(1)}, tmp_path / f"model-{number:05}-of-{count:05}.safetensors")
+    with pytest.raises(sm.FormatError, match=r"several checkpoints \(model-00001-of-00002.*, model-00001-of-00003"):
+        sm.inspect(tmp_path)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    assert sorted(sm.inspect(tmp_path)) == ["w1", "w2"]
+
+
+def test_an_index_may_begin_its_names_with_the_folder_itself(tmp_path: Path) -> None:
+    folder = indexed(tmp_path / "in", {"a": "./x.safetensors"}, {"x.safetensors": {"a": one(1)}})
+    assert list(sm.inspect(folder)) == ["a"]

@@ -216,11 +216,10 @@ def _read_own(folder: Location, read_file: ReadFile) -> Container:
     if not known:  # an index or a set of shards says more than the name of a file
         several = [each for each in usable if each.form.index] or [each for each in usable if len(each.form.files) > 1]
         usable = several or usable
-        if len(usable) > 1:
-            raise FormatError(
-                f"{where} holds several checkpoints ({listed(sorted(each.name for each in usable))}); give one of them"
-            )
     taken = usable[0]
+    alike = [each.name for each in usable if each.rank == taken.rank]
+    if len(alike) > 1:
+        raise FormatError(f"{where} holds several checkpoints ({listed(sorted(alike))}); give one of them")
     _refuse_slices(folder, taken.form)
     container = _read_form(folder, taken, read_file)
     for each in known[: known.index(taken)] if known else ():
@@ -408,7 +407,7 @@ def _weight_map(index: Location) -> dict[str, str]:
         raise FormatError(f"{where} has no weight_map")
     if not all(isinstance(shard, str) for shard in weight_map.values()):
         raise FormatError(f"{where}: its weight_map has names of files that are not text")
-    return weight_map
+    return {name: shard.removeprefix("./") for name, shard in weight_map.items()}
 
 
 def _json(path: Location) -> Any:
@@ -460,6 +459,14 @@ def is_whole_model(name: str) -> bool:
     """Whether a file of weights has a name by which a loader looks for a whole model, in any variant."""
     parsed = _KNOWN_NAME.fullmatch(name)
     return parsed is not None and parsed["stem"] not in ADAPTERS
+
+
+def form_of_file(name: str) -> Form | None:
+    """Returns the form of a folder with one file of this name. None if no loader looks for it."""
+    parsed = _KNOWN_NAME.fullmatch(name)
+    if parsed is None or parsed["count"] or (parsed["stem"], parsed["ending"]) not in _KNOWN:
+        return None
+    return Form(parsed["stem"], parsed["ending"], parsed["variant"] or "")
 
 
 def is_shard(name: str) -> bool:

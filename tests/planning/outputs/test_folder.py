@@ -346,3 +346,17 @@ def test_an_interrupted_pipeline_is_continued(tmp_path: Path) -> None:
     assert made.read_bytes == 0
     for name in names(tmp_path / "whole"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.fp16.safetensors", "consolidated.safetensors"])
+def test_a_file_that_a_loader_looks_for_keeps_its_name_in_a_folder(tmp_path: Path, name: str) -> None:
+    save(tmp_path / name, draw(0))
+    sm.convert(tmp_path / name, tmp_path / "out/")
+    assert names(tmp_path / "out") == {name, "streammerge.json"}
+
+
+def test_weights_that_are_copied_are_said(tmp_path: Path) -> None:
+    save(tmp_path / "a" / "model.safetensors", draw(0))
+    save(tmp_path / "a" / "projector.safetensors", {"p": torch.ones(2)})
+    made = sm.merge([tmp_path / "a", tmp_path / "a"], tmp_path / "out/")
+    assert "copied from the first input, not merged: projector.safetensors" in made.notes

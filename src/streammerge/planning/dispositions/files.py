@@ -20,6 +20,7 @@ from streammerge.stores.base import Location
 from streammerge.stores.names import is_inner
 
 _OTHER_FORM = "another form of the merged weights, which would be stale"
+NOT_MERGED = "weights that are not merged"
 _WHY_FOLDER = {
     "hidden": "hidden",
     "training": "checkpoints and logs of a training run",
@@ -77,7 +78,7 @@ class _Decision:
             self.add("file", names, "dropped", why)
         plain = [name for _, name in self.copied if name not in self.weights]
         self.add("file", plain, "copied")
-        self.add("file", self.weights, "copied", "weights that are not merged")
+        self.add("file", self.weights, "copied", NOT_MERGED)
         return self.copied
 
     def _walk(self, folder: Location, prefix: str) -> None:

@@ -13,10 +13,11 @@ from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import safetensors
 from streammerge.formats.base import Form, LayoutFile
+from streammerge.formats.folder import form_of_file
 from streammerge.options import RECEIPT_FILE, RECIPE_FILE
 from streammerge.pickles.tree import mapping_items
 from streammerge.planning.alignment import Alignment, Merged
-from streammerge.planning.dispositions.files import Copies, decide, parts_of
+from streammerge.planning.dispositions.files import NOT_MERGED, Copies, decide, parts_of
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.config import config_file
 from streammerge.planning.outputs.layout import Layout, Output, Placed, blank_sums, metadata_of, recipe_record, text_file
@@ -30,7 +31,7 @@ from streammerge.units import parse_bytes
 
 DEFAULT_SHARD_BYTES = parse_bytes("5GB")
 _NEW = Form("model", ".safetensors")
-"""The form of a folder whose first input is no folder."""
+"""The form of a folder whose first input is a file of another name than loaders look for, or a pickle."""
 
 
 def is_pickled(recipe: Recipe, base: CheckpointIndex) -> bool:
@@ -49,7 +50,8 @@ def _form(recipe: Recipe, part: CheckpointIndex) -> Form:
     """
     form = part.container.form
     if form is None:
-        return _NEW
+        named = form_of_file(part.path.name)
+        return named if named is not None and named.ending == ".safetensors" else _NEW
     stem = AS_SAFETENSORS.get(form.stem) if form.ending == ".bin" else None
     if part.container.pickled and stem and recipe_record(recipe) is None:
         return Form(stem, ".safetensors", form.variant)
@@ -76,6 +78,9 @@ def folder_output(
     copied: Copies = []
     if folder is not None:
         copied = decide(base, folder, {*names, RECEIPT_FILE}, dispositions)
+        beside = [name for each in dispositions if each.why == NOT_MERGED for name in each.names]
+        if beside:
+            made.notes.append(f"copied from the first input, not merged: {listed(beside)}")
         inner = {name.partition("/")[0] for name in (*names, *(name for _, name in copied)) if "/" in name}
         if inner:
             made.notes.append(f"the output has the subfolders of {printable(folder)}: {listed(sorted(inner))}")
@@ -200,12 +205,14 @@ class _Folder:
         was, largest = part.container.form, self.recipe.output.max_shard_size
         indexed = form.stem in INDEXED or (was is not None and bool(was.index))
         if largest is not None and not (may_cut and indexed):
-            self.notes.append(f"{printable(form.files[0])} stays one file, since its loader reads no index of shards")
+            name = form.files[0] if form.files else form.named()
+            self.notes.append(f"{printable(name)} stays one file, since its loader reads no index of shards")
             largest = None
         by_file = None
         if was is not None and largest is None:
             by_file = {was.files[0]: own.merged} if len(was.files) == 1 else _by_file(part, was, own, folder)
-        groups = list(by_file.values()) if by_file else _filled(own.merged, largest or DEFAULT_SHARD_BYTES)
+        most = largest or (DEFAULT_SHARD_BYTES if may_cut and indexed else None)
+        groups = list(by_file.values()) if by_file else _filled(own.merged, most)
         if by_file and form is was:
             return by_file
         return {form.named(number, len(groups)): members for number, members in enumerate(groups, start=1)}
@@ -227,7 +234,10 @@ def _by_file(part: CheckpointIndex, form: Form, own: Alignment, folder: Location
     return grouped
 
 
-def _filled(merged: list[Merged], most_bytes: int) -> list[list[Merged]]:
+def _filled(merged: list[Merged], most_bytes: int | None) -> list[list[Merged]]:
+    """Returns the tensors in groups of at most ``most_bytes``, in their order; in one group without a limit."""
+    if most_bytes is None:
+        return [merged]
     grouped: list[list[Merged]] = [[]]
     filled = 0
     for m in merged:
