@@ -186,7 +186,8 @@ def _found(folder: Location) -> list[_Found]:
 def _indexed(form: Form, weight_map: dict[str, str]) -> Form:
     """Returns the form with the files that its index names."""
     files = tuple(sorted(set(weight_map.values())))
-    return replace(form, files=files, ending=form.ending or f".{files[0].rpartition('.')[2]}")
+    ending = form.ending or next((each for each in _WEIGHTS if files[0].endswith(each)), "")
+    return replace(form, files=files, ending=ending)
 
 
 def _lacking(form: Form, numbers: list[int]) -> list[str]:
@@ -293,6 +294,10 @@ def inside(folder: Location, name: Any) -> Location:
     if not isinstance(name, str) or not _is_safe(name):
         raise FormatError(f"{where} is not the name of a file in this folder; such an index is refused")
     path = folder / name
+    if path.parent != folder and path.parent.resolve() != folder.resolve() / path.parent.relative_to(folder):
+        raise FormatError(
+            f"{where} is not the name of a file in this folder, since it leads through a link; give the file itself"
+        )
     if not path.lexists():
         raise FormatError(f"{where} is absent; the download is not complete")
     path.status()
@@ -327,7 +332,7 @@ def _together(folder: Location, named: Location, form: Form, weight_map: dict[st
     where = printable(named)
     tree: dict[str, Any] = {}
     made = Container(folder, "", tree, {}, (named,) if form.index else (), form=form)
-    holders: dict[str, str] = {}
+    seen: dict[str, Iterable[str]] = {}
     astray: dict[str, tuple[TensorRef, str]] = {}
     twice, extra = list[str](), list[str]()
     for number, shard in enumerate(form.files):
@@ -338,17 +343,19 @@ def _together(folder: Location, named: Location, form: Form, weight_map: dict[st
         made.notes += container.notes
         made.metadata = made.metadata or container.metadata
         made.storages |= {f"{number}/{key}": place for key, place in container.storages.items()}
-        for name, ref in _tensors(container):
+        tensors = _tensors(container)
+        seen[shard] = tensors.keys()
+        for name, ref in tensors.items():
             wanted = weight_map.get(name)
             if wanted is not None and wanted != shard:
                 astray.setdefault(name, (_renamed(ref, f"{number}/"), shard))
                 continue
-            if name in holders:
-                both = f"{printable(holders[name])} and {printable(shard)}"
+            if name in tree:
+                first = next(each for each, names in seen.items() if name in names)
+                both = f"{printable(first)} and {printable(shard)}"
                 raise FormatError(f"{where}: the tensor {printable(name)} is in two shards, {both}")
             if wanted is None and form.index:
                 extra.append(name)
-            holders[name] = shard
             tree[name] = _renamed(ref, f"{number}/")
     moved = []
     for name, (ref, _) in astray.items():
@@ -376,11 +383,11 @@ def _together(folder: Location, named: Location, form: Form, weight_map: dict[st
     return made
 
 
-def _tensors(container: Container) -> Iterable[tuple[str, TensorRef]]:
+def _tensors(container: Container) -> dict[str, TensorRef]:
     if not container.pickled:
-        return container.tree.items()  # type: ignore[no-any-return]
+        return container.tree  # type: ignore[no-any-return]
     try:
-        return [(found.name, found.ref) for found in select(container.tree).tensors]
+        return {found.name: found.ref for found in select(container.tree).tensors}
     except StreammergeError as error:
         raise type(error)(f"{printable(container.path)}: {error}") from error
 
@@ -407,7 +414,9 @@ def _weight_map(index: Location) -> dict[str, str]:
         raise FormatError(f"{where} has no weight_map")
     if not all(isinstance(shard, str) for shard in weight_map.values()):
         raise FormatError(f"{where}: its weight_map has names of files that are not text")
-    return {name: shard.removeprefix("./") for name, shard in weight_map.items()}
+    if any(shard.startswith("./") for shard in set(weight_map.values())):
+        return {name: shard.removeprefix("./") for name, shard in weight_map.items()}
+    return weight_map
 
 
 def _json(path: Location) -> Any:

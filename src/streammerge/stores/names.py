@@ -23,4 +23,4 @@ def is_inner(name: str) -> bool:
 def _is_plain(part: str) -> bool:
     if part in ("", ".", "..") or "\\" in part or "\0" in part:
         return False
-    return len(part.encode("utf-8", "surrogateescape")) <= _MOST_NAME_BYTES
+    return len(part.encode("utf-8", "surrogatepass")) <= _MOST_NAME_BYTES

@@ -360,3 +360,18 @@ def test_weights_that_are_copied_are_said(tmp_path: Path) -> None:
     save(tmp_path / "a" / "projector.safetensors", {"p": torch.ones(2)})
     made = sm.merge([tmp_path / "a", tmp_path / "a"], tmp_path / "out/")
     assert "copied from the first input, not merged: projector.safetensors" in made.notes
+
+
+def test_a_single_shard_keeps_the_index_by_which_it_is_found(tmp_path: Path) -> None:
+    for folder, shard, index in (
+        ("a", "model-00001-of-00001.safetensors", "model.safetensors.index.json"),
+        ("b", "weights", "mine.index.json"),
+    ):
+        (tmp_path / folder).mkdir()
+        save_file(draw(0), tmp_path / folder / shard)
+        (tmp_path / folder / index).write_text(json.dumps({"weight_map": dict.fromkeys(draw(0), shard)}))
+        sm.convert(tmp_path / folder, f"{tmp_path}/{folder}-out/")
+        assert names(tmp_path / f"{folder}-out") == {shard, index, "streammerge.json"}
+        assert len(sm.inspect(tmp_path / f"{folder}-out")) == 4
+        sm.convert(tmp_path / folder, f"{tmp_path}/{folder}-cut/", max_shard_size=1000)
+        assert len(sm.inspect(tmp_path / f"{folder}-cut")) == 4

@@ -98,7 +98,7 @@ def _own_alignment(
     """Returns the tensors of one model of a folder under their names in that model; and the same tensors under the names
     that they have in the output."""
     if list(parts) == [""]:
-        return replace(alignment, dispositions=Dispositions()), alignment.merged
+        return replace(alignment, dispositions=Dispositions()), alignment.merged  # the same objects: there may be many
     homes = {id(m): _home(m, parts) for m in alignment.merged}
     whole = [m for m in alignment.merged if homes[id(m)] == name]
     if not whole:
@@ -150,15 +150,18 @@ class _Folder:
         pickled = _is_pickled(self.recipe, part)
         flat = pickled and _is_flat(part)
         groups = self._groups(part, form, own, place, flat or not pickled)
-        outer = {id(m): each for m, each in zip(own.merged, whole, strict=True)}
+        outer = {id(m): each for m, each in zip(own.merged, whole, strict=True)} if own.merged is not whole else {}
         index: dict[str, str] = {}
         for file, members in groups.items():
-            index |= {each: file for m in members for each in (m.spec.name, *(m.tied if pickled else ()))}
+            index.update((m.spec.name, file) for m in members)
+            if pickled:
+                index.update((each, file) for m in members for each in m.tied)
             if pickled:
                 self._add_pickled(prefix, file, part, replace(own, merged=members), flat and (moved or len(groups) > 1))
             else:
-                self._add_safetensors(prefix, file, members, [outer[id(m)] for m in members], part)
-        if len(groups) > 1:
+                self._add_safetensors(prefix, file, members, [outer[id(m)] for m in members] if outer else members, part)
+        was = part.container.form
+        if len(groups) > 1 or (was is not None and was.index and set(groups) <= {*was.files}):
             total = sum(m.spec.nbytes for m in own.merged)
             content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
             text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -215,6 +218,8 @@ class _Folder:
         groups = list(by_file.values()) if by_file else _filled(own.merged, most)
         if by_file and form is was:
             return by_file
+        if not form.ending:
+            form = replace(form, ending=".safetensors" if not part.container.pickled else ".bin")
         return {form.named(number, len(groups)): members for number, members in enumerate(groups, start=1)}
 
 
