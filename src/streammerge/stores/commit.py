@@ -127,7 +127,7 @@ class LocalStaging(Staging):
 
     def create(self, name: str, size: int, keep: bool = False) -> Output:
         location = self.place(name)
-        _make_folders(self._content, name)
+        _make_subfolders(self._content, name)
         return self._add(name, location, size, keep)
 
     def temporary(self, name: str, size: int) -> Output:
@@ -254,7 +254,7 @@ def _make_folders(folder: Path) -> list[Path]:
     return missing
 
 
-def _make_folders(content: Path, name: str) -> None:
+def _make_subfolders(content: Path, name: str) -> None:
     """Makes the folders of a file below ``content``. Raises FileExistsError for a file or a link of that name."""
     folder = content
     for part in name.split("/")[:-1]:
