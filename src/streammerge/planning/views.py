@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from streammerge.checkpoints.huggingface import tie_head
+from streammerge.checkpoints.heads import tie_head
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.methods.contracts import MergeMethod

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 
+from streammerge.checkpoints.config import CONFIG
+from streammerge.checkpoints.heads import loader_ties
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import safetensors
@@ -19,7 +21,7 @@ from streammerge.pickles.tree import mapping_items
 from streammerge.planning.alignment import Alignment, Merged
 from streammerge.planning.dispositions.files import NOT_MERGED, Copies, decide, parts_of
 from streammerge.planning.dispositions.ledger import Dispositions
-from streammerge.planning.outputs.config import config_file
+from streammerge.planning.outputs.config import config_files
 from streammerge.planning.outputs.layout import Layout, Output, Placed, blank_sums, metadata_of, recipe_record, text_file
 from streammerge.planning.outputs.pickled import pickled_file
 from streammerge.planning.receipt import Receipt
@@ -27,6 +29,7 @@ from streammerge.recipe.document import to_yaml
 from streammerge.recipe.model import Recipe
 from streammerge.stores.base import Location
 from streammerge.tensors.conventions import AS_SAFETENSORS, INDEXED
+from streammerge.tensors.spec import TensorSpec
 from streammerge.units import parse_bytes
 
 DEFAULT_SHARD_BYTES = parse_bytes("5GB")
@@ -68,9 +71,6 @@ def folder_output(
     for name, part in parts.items():
         own = _own_alignment(name, parts, part, alignment)
         made.add_part(name, part, own, folder)
-    tied = [name for m in alignment.merged for name in m.tied]
-    if tied and not is_pickled(recipe, base):
-        made.notes.append(f"tied tensors are stored once, as Hugging Face folders have it: without {listed(tied)}")
     record = recipe_record(recipe)
     if record:
         made.files.append(text_file(RECIPE_FILE, to_yaml(record)))
@@ -149,20 +149,24 @@ class _Folder:
         moved = bool(own.restacked) or any(m.base_names[0] not in part.entries for m in own.merged if not m.added)
         pickled = _is_pickled(self.recipe, part)
         flat = pickled and _is_flat(part)
-        groups = self._groups(part, form, own, place, flat or not pickled)
+        tied = set() if pickled else _tied_by_loader(own.merged, part.path)
+        if tied:
+            shown = listed(sorted(prefix + each for each in tied))
+            self.notes.append(f"stored once, since a loader ties it by {CONFIG}: without {shown}")
+        groups = self._groups(part, form, own, place, flat or not pickled, tied)
         outer = {id(m): each for m, each in zip(own.merged, whole, strict=True)} if own.merged is not whole else {}
         index: dict[str, str] = {}
         for file, members in groups.items():
             index.update((m.spec.name, file) for m in members)
-            if pickled:
-                index.update((each, file) for m in members for each in m.tied)
+            index.update((each, file) for m in members if m.tied for each in m.tied if each not in tied)
             if pickled:
                 self._add_pickled(prefix, file, part, replace(own, merged=members), flat and (moved or len(groups) > 1))
             else:
-                self._add_safetensors(prefix, file, members, [outer[id(m)] for m in members] if outer else members, part)
+                stored = [(spec, outer.get(id(m), m)) for m in members for spec in _stored(m, tied)]
+                self._add_safetensors(prefix, file, stored, part)
         was = part.container.form
         if len(groups) > 1 or (was is not None and was.index and set(groups) <= {*was.files}):
-            total = sum(m.spec.nbytes for m in own.merged)
+            total = sum(m.spec.nbytes if pickled else _stored_bytes(m, tied) for m in own.merged)
             content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
             text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
             self.files.append(text_file(prefix + form.index_name(), text))
@@ -170,14 +174,16 @@ class _Folder:
             self._add_config(prefix, place, part, own)
 
     def _add_safetensors(
-        self, prefix: str, name: str, members: list[Merged], outer: list[Merged], part: CheckpointIndex
+        self, prefix: str, name: str, stored: list[tuple[TensorSpec, Merged]], part: CheckpointIndex
     ) -> None:
-        file = safetensors.plan_layout(prefix + name, [m.spec for m in members], metadata_of(self.recipe, part))
-        self.sums[file.name] = blank_sums([m.spec.nbytes for m in members])
+        """Adds a file of these tensors. ``stored``: each tensor under its name in the file, and as it is merged."""
+        file = safetensors.plan_layout(prefix + name, [spec for spec, _ in stored], metadata_of(self.recipe, part))
+        self.sums[file.name] = blank_sums([spec.nbytes for spec, _ in stored])
         number = len(self.files)
         self.files.append(file)
         self.placed += [
-            Placed(whole.spec, whole, number, file.offsets[m.spec.name]) for m, whole in zip(members, outer, strict=True)
+            Placed(replace(spec, name=prefix + spec.name) if prefix else spec, m, number, file.offsets[spec.name])
+            for spec, m in stored
         ]
 
     def _add_pickled(self, prefix: str, name: str, part: CheckpointIndex, own: Alignment, flat: bool) -> None:
@@ -195,16 +201,19 @@ class _Folder:
 
     def _add_config(self, prefix: str, folder: Location, part: CheckpointIndex, own: Alignment) -> None:
         notes, dispositions = list[str](), Dispositions()
-        files = config_file(folder, self.recipe, part, own, notes, dispositions)
+        files = config_files(folder, self.recipe, part, own, notes, dispositions)
         self.files += [replace(file, name=prefix + file.name) for file in files]
         self.notes += [f"{prefix}{note}" for note in notes]
         for each in dispositions:
             self.dispositions.add(each.thing, [prefix + name for name in each.names], each.fate, each.why)
 
     def _groups(
-        self, part: CheckpointIndex, form: Form, own: Alignment, folder: Location | None, may_cut: bool
+        self, part: CheckpointIndex, form: Form, own: Alignment, folder: Location | None, may_cut: bool, tied: set[str]
     ) -> dict[str, list[Merged]]:
-        """Returns file name -> tensors: the files of the first input, or files filled in order up to the largest size."""
+        """Returns file name -> tensors: the files of the first input, or files filled in order up to the largest size.
+
+        ``tied``: names that are left out.
+        """
         was, largest = part.container.form, self.recipe.output.max_shard_size
         indexed = form.stem in INDEXED or (was is not None and bool(was.index))
         if largest is not None and not (may_cut and indexed):
@@ -215,7 +224,7 @@ class _Folder:
         if was is not None and largest is None:
             by_file = {was.files[0]: own.merged} if len(was.files) == 1 else _by_file(part, was, own, folder)
         most = largest or (DEFAULT_SHARD_BYTES if may_cut and indexed else None)
-        groups = list(by_file.values()) if by_file else _filled(own.merged, most)
+        groups = list(by_file.values()) if by_file else _filled(own.merged, most, tied)
         if by_file and form is was:
             return by_file
         if not form.ending:
@@ -239,19 +248,38 @@ def _by_file(part: CheckpointIndex, form: Form, own: Alignment, folder: Location
     return grouped
 
 
-def _filled(merged: list[Merged], most_bytes: int | None) -> list[list[Merged]]:
+def _filled(merged: list[Merged], most_bytes: int | None, tied: set[str]) -> list[list[Merged]]:
     """Returns the tensors in groups of at most ``most_bytes``, in their order; in one group without a limit."""
     if most_bytes is None:
         return [merged]
     grouped: list[list[Merged]] = [[]]
     filled = 0
     for m in merged:
-        if grouped[-1] and filled + m.spec.nbytes > most_bytes:
+        size = _stored_bytes(m, tied)
+        if grouped[-1] and filled + size > most_bytes:
             grouped.append([])
             filled = 0
         grouped[-1].append(m)
-        filled += m.spec.nbytes
+        filled += size
     return grouped
+
+
+def _tied_by_loader(merged: list[Merged], path: Location) -> set[str]:
+    """Returns the names that a loader ties to another one, so that a file of safetensors needs only that."""
+    several = [m for m in merged if m.tied]
+    if not several:
+        return set()
+    ties = loader_ties(path)
+    return {name for m in several for name, old in zip(m.tied, m.base_names[1:], strict=True) if ties(old, m.base_names[0])}
+
+
+def _stored(m: Merged, tied: set[str]) -> list[TensorSpec]:
+    """Returns a tensor under each of its names that a file of safetensors holds."""
+    return [m.spec, *(TensorSpec(name, m.spec.dtype, m.spec.shape) for name in m.tied if name not in tied)]
+
+
+def _stored_bytes(m: Merged, tied: set[str]) -> int:
+    return m.spec.nbytes * (1 + len([name for name in m.tied if name not in tied])) if m.tied else m.spec.nbytes
 
 
 def _is_flat(part: CheckpointIndex) -> bool:
