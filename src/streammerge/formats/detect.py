@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from streammerge.errors import FormatError, RecipeError, printable
 from streammerge.formats import archive
-from streammerge.formats.base import Container, Format
+from streammerge.formats.base import Container, Format, is_index
 from streammerge.formats.distributed import refuse_part
 from streammerge.plugins import Registry, module_names
 from streammerge.stores.base import Location
@@ -34,7 +34,7 @@ _OTHERS: tuple[tuple[bytes, str], ...] = (
 
 def read(path: Location) -> Container:
     """Returns the container of a file or folder. Raises FormatError that names what was found instead."""
-    if not path.is_folder() and not path.name.endswith(".index.json"):
+    if not path.is_folder() and not is_index(path.name):
         return read_file(path)
     from streammerge.formats import folder
 

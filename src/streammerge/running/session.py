@@ -166,7 +166,7 @@ class Production:
         else:
             self.journal.take_over(vouched)
         self._outputs += [self.staging.create(f.name, f.size, vouched is not None) for f in self.plan.layout.files]
-        kept = {file.location.name for file in self._outputs if file.kept}
+        kept = {f.name for f, output in zip(self.plan.layout.files, self._outputs, strict=True) if output.kept}
         claimed = {each.key: each for each in vouched or () if each.file in kept}
         if not claimed:
             return
