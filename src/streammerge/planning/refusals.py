@@ -42,7 +42,7 @@ def refuse_unreadable(index: CheckpointIndex) -> None:
             f"{printable(index.path)} holds {unread[0][1]} tensors ({listed([name for name, _ in unread])}), "
             "which are not merged or converted; save it again with ordinary ones"
         )
-    empty = [n for n, entry in index.entries.items() if not entry.spec.numel and entry.spec.shape == (0,)]
+    empty = [name for name, entry in index.entries.items() if entry.spec.shape == (0,)]
     placeholders = [name for name in empty if name.rpartition(".")[2] == "weight"]
     if len(placeholders) >= _LEAST_PLACEHOLDERS:
         raise MismatchError(
