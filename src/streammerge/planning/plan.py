@@ -226,7 +226,7 @@ def build_plan(
         io,
         identities,
         list(dict.fromkeys(notes)),
-        list(dict.fromkeys(alignment.warnings)),
+        list(dict.fromkeys([*(warning for index in opened for warning in index.warnings), *alignment.warnings])),
         alignment.taken,
         {file: index.path for index in opened for file in index.files},
         output.inputs,

@@ -13,11 +13,12 @@ from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError, printable
 from streammerge.formats import safetensors
 from streammerge.methods.registry import COPY
-from streammerge.options import RECEIPT_KEY, RECIPE_KEY
+from streammerge.options import RECEIPT_KEY
 from streammerge.planning.alignment import Alignment, Merged
+from streammerge.planning.dispositions.entries import left_behind
 from streammerge.planning.dispositions.ledger import Dispositions
-from streammerge.planning.outputs.folder import folder_output
-from streammerge.planning.outputs.layout import Layout, Output, Placed, blank_sums, recipe_record
+from streammerge.planning.outputs.folder import folder_output, is_pickled
+from streammerge.planning.outputs.layout import Layout, Output, Placed, blank_sums, metadata_of
 from streammerge.planning.outputs.pickled import pickled_output
 from streammerge.planning.receipt import ITSELF, Receipt, escaped, input_files, planned
 from streammerge.planning.views import Indexes
@@ -58,29 +59,37 @@ def plan_output(out: Location, recipe: Recipe, indexes: Indexes, alignment: Alig
         json.loads(to_json(resolved(recipe).to_dict())),
         inputs,
         recipe.seed,
-        CRC32 if kind == "pickle" else CRC32C,
+        CRC32 if kind == "pickle" or (kind == "folder" and is_pickled(recipe, first)) else CRC32C,
         hashed,
         computed=recipe.merge_method is not COPY or recipe.recast is not None,
         held={names[each.path]: index.nbytes for each, index in indexes.items() if index.in_memory},
     )
-    made = _planned(kind, name, recipe, first, alignment, receipt)
+    made = _planned(kind, name, recipe, first, indexes, alignment, receipt)
     made.inputs = inputs
     return made
 
 
 def _planned(
-    kind: str, name: str, recipe: Recipe, first: CheckpointIndex, alignment: Alignment, receipt: Receipt
+    kind: str,
+    name: str,
+    recipe: Recipe,
+    first: CheckpointIndex,
+    indexes: Indexes,
+    alignment: Alignment,
+    receipt: Receipt,
 ) -> Output:
     merged = alignment.merged
     if kind == "pickle":
-        return pickled_output(name, recipe, first, alignment, receipt)
-    notes: list[str] = []
+        return pickled_output(name, recipe, first, indexes, alignment, receipt)
     dispositions = Dispositions()
     dispositions.update(alignment.dispositions)
-    dispositions.add("entry", _left_behind(first), "dropped", "a safetensors file holds tensors only")
-    metadata = _metadata(recipe, first)
+    if kind == "folder" and is_pickled(recipe, first):
+        return folder_output(recipe, first, indexes, alignment, receipt, dispositions)
+    for thing, why in left_behind(first):
+        dispositions.add("entry", thing, "dropped", why)
     if kind == "folder":
-        return folder_output(recipe, first, alignment, metadata, notes, receipt, dispositions)
+        return folder_output(recipe, first, indexes, alignment, receipt, dispositions)
+    metadata = metadata_of(recipe, first)
     specs = {spec.name: (spec, m) for m in merged for spec in (m.spec, *_tied_specs(m))}
     sums = {ITSELF: blank_sums([spec.nbytes for spec, _ in specs.values()])}
     receipt = replace(receipt, checksums=sums, dispositions=dispositions.record())
@@ -88,23 +97,8 @@ def _planned(
     file = safetensors.plan_layout(name, [spec for spec, _ in specs.values()], metadata)
     file = replace(file, receipt=escaped(receipt.text()))
     placed = [Placed(spec, m, 0, file.offsets[n]) for n, (spec, m) in specs.items()]
-    return Output(Layout((file,), receipt), placed, notes, dispositions=dispositions)
+    return Output(Layout((file,), receipt), placed, dispositions=dispositions)
 
 
 def _tied_specs(merged: Merged) -> list[TensorSpec]:
     return [TensorSpec(name, merged.spec.dtype, merged.spec.shape) for name in merged.tied]
-
-
-def _metadata(recipe: Recipe, first: CheckpointIndex) -> dict[str, str]:
-    """Returns the first checkpoint's own metadata, ``format: pt`` and, for a merge, the recipe."""
-    kept = {k: v for k, v in first.metadata.items() if "hash" not in k.lower() and k not in (RECIPE_KEY, RECEIPT_KEY)}
-    record = recipe_record(recipe)
-    return kept | {"format": "pt"} | ({RECIPE_KEY: to_json(record)} if record else {})
-
-
-def _left_behind(first: CheckpointIndex) -> list[str]:
-    extras = first.extras
-    if not isinstance(extras, dict) or not first.selection.chosen[0].path:
-        return []
-    chosen = {c.path[0] for c in first.selection.chosen}
-    return [str(key) for key in extras if key not in chosen]

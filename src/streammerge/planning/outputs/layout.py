@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.formats.base import LayoutFile, Literal
 from streammerge.methods.registry import COPY
+from streammerge.options import RECEIPT_KEY, RECIPE_KEY
 from streammerge.planning.alignment import Merged
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.receipt import InputSpans, Receipt
+from streammerge.recipe.document import to_json
 from streammerge.recipe.locations import resolved
 from streammerge.recipe.model import Recipe
 from streammerge.sources.base import Source
@@ -64,6 +67,13 @@ def recipe_record(recipe: Recipe) -> dict[str, Any] | None:
     """Returns the recipe that made the output, without paths of this machine. Returns None for a conversion."""
     conversion = recipe.merge_method is COPY and len(recipe.checkpoints) == 1
     return None if conversion else resolved(recipe).to_dict()
+
+
+def metadata_of(recipe: Recipe, first: CheckpointIndex) -> dict[str, str]:
+    """Returns the first checkpoint's own metadata, ``format: pt`` and, for a merge, the recipe."""
+    kept = {k: v for k, v in first.metadata.items() if "hash" not in k.lower() and k not in (RECIPE_KEY, RECEIPT_KEY)}
+    record = recipe_record(recipe)
+    return kept | {"format": "pt"} | ({RECIPE_KEY: to_json(record)} if record else {})
 
 
 def blank_sums(sizes: list[int]) -> str:
