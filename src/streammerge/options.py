@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Ema = Literal["ignore", "prefer", "only"]
 OnMissing = Literal["error", "base", "average-present", "drop", "union"]
-OnShape = Literal["error", "base", "rows"]
+OnShape = Literal["error", "base", "rows", "leading"]
 Integers = Literal["first", "last", "max", "error"]
 Io = Literal["mmap", "pread"]
 EMA_CHOICES: tuple[str, ...] = get_args(Ema)
@@ -365,7 +365,8 @@ class Selection(Options):
         overrides=True,
     )
     ema: Ema | None = option(
-        "Averaged weights beside plain ones.",
+        "Averaged weights beside plain ones. A .pth keeps and merges every copy; averages that are asked for replace the "
+        "plain weights in it.",
         _one_of(EMA_CHOICES),
         choices=EMA_CHOICES,
         otherwise="ignore",

@@ -26,6 +26,18 @@ LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rope_the
         ({"rope_theta": 1}, {"rope_theta": 1, "rope_scaling": {"type": "yarn", "factor": 4}}, ["rope_scaling"]),
         ({"rope_scaling": {"type": "yarn", "factor": 4}}, {"rope_scaling": {"rope_type": "yarn", "factor": 4}}, []),
         ({"rope_scaling": None, "rope_theta": 1}, {"rope_theta": 1}, []),
+        (
+            {"rope_theta": 1, "rope_local_base_freq": 2, "rope_scaling": {"rope_type": "linear", "factor": 8}},
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_theta": 1, "rope_type": "linear", "factor": 8},
+                    "sliding_attention": {"rope_theta": 2, "rope_type": "default"},
+                }
+            },
+            [],
+        ),
+        ({"model_type": "llama"}, {"model_type": "llama", "rope_theta": 1000000}, ["rope_theta"]),
+        ({"model_type": "llama"}, {"model_type": "llama", "rope_theta": 10000}, []),
         ({"num_attention_heads": 8}, {"num_attention_heads": 4}, ["num_attention_heads"]),
         ({"num_attention_heads": 8}, {}, []),
         ({"hidden_act": "silu"}, {"hidden_act": "swish"}, []),

@@ -92,6 +92,14 @@ def test_rows_that_are_stated_nowhere_are_told() -> None:
     assert (values(made), made.notes) == ({"vocab_size": 62}, []), "Mllama's embeddings have eight rows more than stated"
 
 
+def test_labels_that_do_not_fit_are_told() -> None:
+    made = edits(id2label={"0": "good", "1": "bad"})
+    made.note_labels({"classifier.weight": (2, 3), "pooler.weight": (5, 6)})
+    assert made.notes == [
+        "id2label of config.json has 2 labels, but classifier.weight now has 3 rows; name the others there by hand"
+    ]
+
+
 def test_all_flags_are_taken_away() -> None:
     tree = {
         "tie_word_embeddings": True,

@@ -137,6 +137,12 @@ def test_a_depth_that_is_not_stated_is_told(stack: str, config: Config) -> None:
         ("hybrid_layer_ids", [2], [2, 5]),
         ("cross_attention_layers", [0], None),
         ("moe_layers_enum", "3,4,5", "3,4,6,7,8"),
+        ("slstm_at", [1], None),
+        ("slstm_at", [4], [4, 7]),
+        ("conv_dim", {str(n): n * n for n in range(6)}, {str(n): old * old for n, old in enumerate(UP)}),
+        ("conv_dim", {str(n): n for n in range(5)}, None),
+        ("attention_types", [[["global", "local"], 3]], [[["g", "l", "g", "l", "g", "g", "l", "g", "l"], 1]]),
+        ("attention_types", [[["global", "local"], 2]], None),
         ("mlp_only_layers", [], None),
         ("no_entry_for_layers", list("abcde"), None),
         ("eos_token_id", [1, 2, 3, 4, 5, 6], None),
@@ -149,6 +155,8 @@ def test_a_depth_that_is_not_stated_is_told(stack: str, config: Config) -> None:
 )
 def test_lists_and_texts_with_an_entry_for_each_layer_and_numbers_of_layers(key: str, value: Any, expected: Any) -> None:
     for place in ((), ("text_config",)):
+        if key == "attention_types" and expected:
+            expected = [[["global" if each[0] == "g" else "local" for each in expected[0][0]], 1]]
         inner = {"num_hidden_layers": 6, key: value}
         config: Config = inner if not place else {"text_config": inner, key: [0] * 6}
         made = changed(config, UP)
@@ -224,6 +232,10 @@ ORACLES: dict[str, Callable[[int, int, int], Any]] = {
     "no_rope_layer_interval": lambda i, n, k: (i + 1) % k != 0,
     "max_window_layers": lambda i, n, k: i >= k,
     "num_kv_shared_layers": lambda i, n, k: i >= n - k,
+    "layer_group_size": lambda i, n, k: (i + 1) % k == 0,
+    "mb_per_layer": lambda i, n, k: i % k == 0,
+    "block_types": lambda i, n, k: (i + 1) % k == 0,
+    "_block_types": lambda i, n, k: (i + 1) % k == 0,
 }
 STACKS = [
     UP,
@@ -290,6 +302,19 @@ def test_values_that_are_no_period(value: Any) -> None:
 )
 def test_numbers_that_no_loader_looks_at(config: Config) -> None:
     assert changed({"num_hidden_layers": 6, **config}, UP) == {"num_hidden_layers": 9}
+
+
+def test_a_list_that_is_repeated() -> None:
+    """RecurrentGemma: two recurrent blocks, then one with attention."""
+    config = {"num_hidden_layers": 6, "block_types": ["recurrent", "recurrent", "attention"]}
+    assert changed(config, UP) == {"num_hidden_layers": 9}
+    assert "move layers by multiples of 3 only" in followed(config, [0, 1, 2, 5]).refusal("config.json")
+
+
+def test_a_number_of_the_other_half_is_not_looked_at() -> None:
+    config = {"num_layers": 6, "num_decoder_layers": 6, "encoder_sparse_step": 2, "decoder_sparse_step": 1}
+    assert changed(config, [0, 2, 4], "decoder.block") == {"num_decoder_layers": 3}
+    assert followed(config, [0, 2, 4], "encoder.block").unplaced
 
 
 def test_a_list_is_believed_before_a_number() -> None:

@@ -15,6 +15,8 @@ _ARITHMETIC = re.compile(ARITHMETIC)
 _NOT_ARITHMETIC = re.compile(NOT_ARITHMETIC)
 _TEXT = re.compile(r"(\w+)_config")
 _MOST_KEYS = 6
+_LLAMA_ROPE_THETA = 10000.0
+"""What configurations of 2023 leave out."""
 
 
 def differing_configs(indexes: Iterable[CheckpointIndex]) -> list[str]:
@@ -48,6 +50,8 @@ def differences(one: Tree, two: Tree) -> list[tuple[str, Any, Any]]:
 def _facts(tree: Tree) -> dict[str, Any]:
     """Returns key path -> value. A part of text stands at the top, where older releases have it."""
     found: dict[str, Any] = {key: tree[key] for key in ("model_type", "architectures") if key in tree}
+    if tree.get("model_type") == "llama":
+        found["rope_theta"] = _LLAMA_ROPE_THETA
     for path, each in mappings(tree):
         if any(key.startswith("rope") for key in path):
             continue  # read as a whole
@@ -74,6 +78,11 @@ def _rotary(holder: Tree) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if isinstance(parameters, dict):
         found["rope_parameters"] = None
+        local = parameters.get("sliding_attention")
+        if isinstance(local, dict) and "rope_theta" in local:
+            found["rope_local_base_freq"] = local["rope_theta"]
+        full = parameters.get("full_attention")
+        parameters = full if isinstance(full, dict) else parameters
         if "rope_theta" in parameters:
             found["rope_theta"] = parameters["rope_theta"]
         scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}

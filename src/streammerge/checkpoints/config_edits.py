@@ -99,6 +99,16 @@ class Edits:
         self.values |= dict.fromkeys(found, sizes[1])
         return bool(found)
 
+    def note_labels(self, rows: Mapping[str, tuple[int, int]]) -> None:
+        """Notes labels that do not fit their tensor any more. ``rows``: name -> (rows before, rows now)."""
+        labels = self.tree.get("id2label")
+        for name, (before, now) in rows.items():
+            if isinstance(labels, dict) and len(labels) == before:
+                self.notes.append(
+                    f"id2label of {self.config.name} has {before} labels, but {printable(name)} now has {now} rows; name "
+                    "the others there by hand"
+                )
+
     def untie(self) -> None:
         """States that head and embeddings are two tensors."""
         for path, each in mappings(self.tree):

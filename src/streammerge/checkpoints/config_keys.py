@@ -28,8 +28,9 @@ PARTS: dict[str, str] = {
 NO_PART = frozenset(("config", "cfg", "model", "params", "args", "num", "n", "hidden", "module"))
 """Words in keys that speak of no part."""
 
-LAYER_WORDS = ("layer", "block", "idx", "indices", "indexes")
-"""Parts of keys that speak of layers."""
+LAYER_PARTS = ("layer", "block", "idx", "indices", "indexes")
+LAYER_WORDS = frozenset(("ids", "at"))
+"""Parts of keys, and whole words in keys, that speak of layers."""
 
 NOT_PER_LAYER = frozenset(
     (
@@ -59,7 +60,7 @@ NOT_SETTLED: dict[str, str] = {
 class Placing(NamedTuple):
     """A key that says by a number which layers are special.
 
-    ``form``, of layer i of n for the value k::
+    ``form``, of layer i of n for the value k. A list or text instead of a number is repeated: entry i modulo its length::
 
         every      (i + 1) % k == 0
         from zero  i % k == 0
@@ -100,6 +101,10 @@ PLACINGS: dict[str, Placing] = {
     "no_rope_layer_interval": Placing("every", unless=("no_rope_layers",)),
     "max_window_layers": Placing("leading", unless=_ATTENTION, needs="use_sliding_window"),
     "num_kv_shared_layers": Placing("trailing"),
+    "layer_group_size": Placing("every", unless=_ATTENTION),
+    "mb_per_layer": Placing("from zero", unless=_ATTENTION),
+    "block_types": Placing("every", unless=_ATTENTION),
+    "_block_types": Placing("every", unless=_ATTENTION),
 }
 
 IMPLIED: dict[str, dict[str, int]] = {

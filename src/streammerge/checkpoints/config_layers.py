@@ -24,6 +24,7 @@ from streammerge.checkpoints.config_keys import (
     EXTRA_LAYERS,
     FLAGS,
     IMPLIED,
+    LAYER_PARTS,
     LAYER_WORDS,
     NO_PART,
     NOT_PER_LAYER,
@@ -272,7 +273,20 @@ class _Holder:
         return value == [] and _speaks(key) and any(_numbers(theirs(tree)) for tree, _ in self.moved.layers)
 
     def _follow_entries(self, key: str, value: Any, path: KeyPath) -> None:
-        """Follows a list or a text with an entry for each layer."""
+        """Follows a list, a text or a mapping with an entry for each layer."""
+        if isinstance(value, dict) and list(value) == [str(n) for n in range(self.moved.before)] and len(value) > 1:
+            theirs = [(value_at(tree, (*path, key)), number) for tree, number in self.moved.layers]
+            entries = [
+                own.get(str(n), value.get(str(n))) if isinstance(own, dict) else value.get(str(n)) for own, n in theirs
+            ]
+            self._set((*path, key), {str(n): entry for n, entry in enumerate(entries)})
+            return
+        runs = _runs(value)
+        if runs and len(runs) == self.before:
+            new = [_entry(_runs(value_at(theirs, (*path, key))), number, runs) for theirs, number in self.layers]
+            if new != runs:
+                self._set((*path, key), [[new, 1]])
+            return
         if not self._has_entries(key, value):
             return
         layers = self.layers if len(value) == self.before else self.moved.layers
@@ -300,8 +314,11 @@ class _Holder:
 
     def _check_placings(self) -> None:
         stale: dict[str, list[str]] = {}
+        parts = _parts(self.moved.stack)
         for key, placing in PLACINGS.items():
             value = self.holder.get(key, self._implied.get(key))
+            if parts & _ROLES and _words([key]) & _ROLES - parts:
+                continue  # a number of the other half
             if key in self.followed or value is None or (placing.needs and not self.holder.get(placing.needs, True)):
                 continue
             old = [self._special(key, placing, theirs, number) for theirs, number in self.layers]
@@ -324,7 +341,7 @@ class _Holder:
             elif new != old:
                 place = next(n for n, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1])
                 regular = placing.form in ("every", "from zero", "offset")
-                period = len(value) if isinstance(value, str) else value if regular else 0
+                period = len(value) if isinstance(value, str | list) else value if regular else 0
                 where, number = (*self.path, key), self.layers[place][1]
                 self.found.unplaced.append(Unplaced(where, value, key not in self.holder, place, number, period))
         for listed, keys in stale.items():
@@ -370,9 +387,9 @@ class _Holder:
 
 
 def _special(placing: Placing, value: Any, number: int, depth: int, holder: Mapping[str, Any]) -> Any:
-    """Returns whether a layer is special, or its letter in a pattern; None for a value that says nothing of layers."""
-    if isinstance(value, str) and placing.form == "every" and value:
-        return value[number % len(value)]
+    """Returns whether a layer is special, or its entry in what is repeated; None for a value that tells nothing."""
+    if isinstance(value, str | list) and placing.form == "every" and value:
+        return repr(value[number % len(value)])
     second = holder.get(placing.second) if placing.second else 0
     if not _is_number(value) or not _is_number(second):
         return None
@@ -397,6 +414,15 @@ def _entry(theirs: Any, number: int, base: Sequence[Any]) -> Any:
     return base[number] if number < len(base) else base[-1]
 
 
+def _runs(value: Any) -> list[Any]:
+    """Returns the entries of ``[[entries, repetitions], ...]``, GPT-Neo's way to say them; [] of anything else."""
+    if not isinstance(value, list) or not all(isinstance(run, list) and len(run) == 2 for run in value):
+        return []
+    if not all(isinstance(each, list) and _is_number(count) and 0 < count < 10_000 for each, count in value):
+        return []
+    return [entry for each, count in value for entry in each * count]
+
+
 def _numbers(value: Any) -> list[int] | None:
     """Returns ascending numbers, of a list or of a text with commas; None for anything else."""
     if isinstance(value, str) and _NUMBERS.fullmatch(value):
@@ -413,9 +439,8 @@ def _is_number(value: Any) -> bool:
 
 def _speaks(key: str) -> bool:
     """Whether a key speaks of layers."""
-    return any(word in key.lower() for word in LAYER_WORDS) or any(
-        each in key.lower().split("_") for each in ("ids", "ind")
-    )
+    key = key.lower()
+    return any(part in key for part in LAYER_PARTS) or not LAYER_WORDS.isdisjoint(key.split("_"))
 
 
 def _path(path: KeyPath) -> str:

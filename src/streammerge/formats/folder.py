@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 from streammerge.errors import FormatError, StreammergeError, listed, printable
 from streammerge.formats.base import Container, Form, is_index
+from streammerge.formats.distributed import refuse_distributed
 from streammerge.options import RECEIPT_FILE, RECIPE_FILE
 from streammerge.pickles.state_dict import select
 from streammerge.pickles.tree import StorageRef, TensorRef
@@ -207,7 +208,7 @@ def _read_own(folder: Location, read_file: ReadFile) -> Container:
     known = [each for each in found if each.rank is not None]
     usable = [each for each in known or found if not each.absent]
     if not known:
-        _refuse_distributed(folder)
+        refuse_distributed(folder)
     if not found:
         raise FormatError(f"{where} holds no checkpoint{_below(folder)}")
     if not usable:
@@ -266,24 +267,6 @@ def _read_form(folder: Location, found: _Found, read_file: ReadFile) -> Containe
     container = read_file(inside(folder, form.files[0]))
     container.form = form
     return container
-
-
-def _refuse_distributed(folder: Location) -> None:
-    where = printable(folder)
-    names = [path.name for path in folder.children()]
-    if ".metadata" in names and any(name.endswith(".distcp") for name in names):
-        raise FormatError(
-            f"{where} is a torch.distributed.checkpoint folder, which is not read yet; run "
-            "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pth` and give the result"
-        )
-    steps = [path for path in folder.children() if path.name.startswith("global_step") and path.is_folder()]
-    of_steps = [path.name for step in steps for path in step.children()]
-    here = any(name.endswith("_model_states.pt") or "zero_pp_rank_" in name for name in names)
-    if here or any(name.endswith("_states.pt") for name in of_steps):
-        raise FormatError(
-            f"{where} is a DeepSpeed checkpoint, which is not read yet; run the `zero_to_fp32.py` that DeepSpeed puts "
-            "into it (`python zero_to_fp32.py . OUTPUT`) and give the result"
-        )
 
 
 def inside(folder: Location, name: Any) -> Location:

@@ -48,14 +48,55 @@ IGNORED: tuple[tuple[str, str, str], ...] = (
 "square mask": the shape is [1, 1, n, n]; a bias of an attention has one axis.
 """
 
-AVERAGED = r"(?i)(.*[_.])?(ema|ema_.*|model_avg|avg_model|averaged|teacher|swa(_.*)?)([_.].*)?"
+FACTORS: tuple[tuple[str, str], ...] = (
+    (r"(^|[._])lora_(A|B|E|embedding_[AB]|magnitude_vector|up|down|mid)\b", "LoRA"),
+    (r"[._]lora\.(up|down|mid)\.", "LoRA"),
+    (r"\.dora_scale$", "DoRA"),
+    (r"\.hada_[wt][12](_[ab])?\b", "LoHa"),
+    (r"\.lokr_[wt][12](_[ab])?\b", "LoKr"),
+    (r"\.b?oft_(blocks|diag|[rRsS])\b", "OFT"),
+    (r"\.vera_(lambda_[bd]|[AB])\b", "VeRA"),
+)
+"""(pattern, kind of adapter): factors, whose product is the update of a weight. Their mean does not make the mean update.
+
+Adapters whose numbers enter linearly, such as IA3, are not among them.
+"""
+
+EXPERT_ROLES: dict[str, str] = {
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+    "gate_up_proj": "gate and up",
+    "w1": "gate",
+    "w3": "up",
+    "w2": "down",
+    "w13": "gate and up",
+}
+"""What the matrices of an expert are called -> what they are. In "gate and up" the gate comes first."""
+
+EXPERT_STACKS = ("experts", "switch_mlp")
+"""What holds the experts of a layer is called."""
+
+AVERAGED = (
+    r"(?i)(.*[_.])?(ema\d*|ema_.*|model_avg|avg_model|average_model(_.*)?|averaged|teacher|swa(_.*)?|shadow(_params)?)"
+    r"([_.].*)?"
+)
 """A part of a name, or a key, that speaks of a running mean of the weights."""
+
+SWAPPED: tuple[tuple[str, str, str, str], ...] = (
+    ("state_dict", "ema_state_dict", "message_hub", "mmengine's EMAHook"),
+    ("state_dict", "current_model_state", "averaging_state", "Lightning's WeightAveraging"),
+)
+"""(key of the average, key of the plain weights, key beside them, program): the average stands where loaders look for the
+weights, and the plain weights beside it."""
 
 COUNTERS: frozenset[str] = frozenset(
     (
         *("step", "steps", "global_step", "iteration", "iterations", "iter", "iters", "iter_num", "n_iter"),
         *("epoch", "current_epoch", "batch_idx_train", "update", "updates", "num_updates", "n_averaged"),
         "num_batches_tracked",
+        "count",
+        "initted",
     )
 )
 """What counts how long was trained. A merge has the largest of the inputs; a mean would be no count."""

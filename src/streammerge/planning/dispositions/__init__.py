@@ -2,6 +2,7 @@
 
 Each module imports only modules above it::
 
-    ledger  the decisions: a plan prints them, a receipt records them
-    files   of each file of a folder
+    ledger   the decisions: a plan prints them, a receipt records them
+    entries  what becomes of each entry of a pickle
+    files    what becomes of each file of a folder
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from streammerge.stores.base import Location
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.layers import depths, layer_of
 from streammerge.tensors.names import why_ignored
+from streammerge.tensors.spec import TensorSpec
 
 
 def config_files(
@@ -66,8 +66,8 @@ class _Change:
     def __init__(self, recipe: Recipe, base: CheckpointIndex, alignment: Alignment) -> None:
         self.base, self.merged = base, alignment.merged
         self.headless = not any(map(is_head, base.entries))
-        self.dtypes = _dtypes((m.spec.dtype, m.spec.numel) for m in self.merged)
-        before = _dtypes((s.spec.dtype, s.spec.numel) for s in base.values())
+        self.dtypes = _dtypes(m.spec for m in self.merged)
+        before = _dtypes(entry.spec for entry in base.values())
         self.recast = bool(self.dtypes) and (recipe.recast is not None or self.dtypes[:1] != before[:1])
         known: dict[Location, Tree] = {}
         for path in {path for restacked in alignment.restacked for path, _ in restacked.layers}:
@@ -75,7 +75,11 @@ class _Change:
         self.moved = [Moved(r.stack, r.before, [(known[path], n) for path, n in r.layers]) for r in alignment.restacked]
         self.restacked = {moved.stack for moved in self.moved}
         self.moved += self._other_depths(known)
-        self.grown = self._grown()
+        self.resized = self._resized()
+        self.grown: dict[tuple[int, int], list[str]] = {}
+        for name, rows in self.resized.items():
+            if _EMBEDDED.search(name):
+                self.grown.setdefault(rows, []).append(name)
 
     def _other_depths(self, known: dict[Location, Tree]) -> list[Moved]:
         """Returns the stacks whose last layers are left out by a rule, or are another checkpoint's."""
@@ -97,17 +101,17 @@ class _Change:
                 found.append(Moved(stack, depth, [(homes[number], number) for number in range(len(homes))]))
         return found
 
-    def _grown(self) -> dict[tuple[int, int], list[str]]:
-        """Returns (rows before, rows now) -> the embeddings and heads that they are of."""
-        found: dict[tuple[int, int], list[str]] = {}
+    def _resized(self) -> dict[str, tuple[int, int]]:
+        """Returns the matrices outside the layers -> (their rows before, their rows now), if these differ."""
+        found: dict[str, tuple[int, int]] = {}
         for m in self.merged:
-            name = m.base_names[0]
+            name, shape = m.base_names[0], m.spec.shape
             own = self.base.entries.get(name)
-            if own is None or own.spec.shape[:1] == m.spec.shape[:1] or not m.spec.shape or len(own.spec.shape) != 2:
+            if own is None or own.spec.shape == shape or len(own.spec.shape) != 2 or own.spec.shape[:1] == shape[:1]:
                 continue
             layer = layer_of(name)
-            if _EMBEDDED.search(name) and (layer is None or layer.stack not in self.restacked):
-                found.setdefault((own.spec.shape[0], m.spec.shape[0]), []).append(name)
+            if layer is None or layer.stack not in self.restacked:
+                found[name] = own.spec.shape[0], shape[0]
         return found
 
     def unties(self, tree: Tree) -> bool:
@@ -145,6 +149,7 @@ def _edits(config: Config, change: _Change) -> Edits:
     for moved in change.moved:
         _follow(edits, moved, change)
     edits.set_rows(change.grown, change.keeps)
+    edits.note_labels(change.resized)
     if change.unties(config.tree):
         edits.untie()
     return edits
@@ -168,13 +173,12 @@ def _follow(edits: Edits, moved: Moved, change: _Change) -> None:
         edits.notes.append(f"{name} names layers by their numbers, as in its names of modules; these stay")
 
 
-def _dtypes(tensors: Iterable[tuple[DType, int]]) -> list[DType]:
+def _dtypes(specs: Iterable[TensorSpec]) -> list[DType]:
     """Returns the floating-point dtypes, that of most elements first."""
-    counted: Counter[DType] = Counter()
-    for dtype, numel in tensors:
-        if dtype.kind == "float":
-            counted[dtype] += numel
-    return [dtype for dtype, _ in counted.most_common()]
+    counted: dict[DType, int] = {}
+    for spec in specs:
+        counted[spec.dtype] = counted.get(spec.dtype, 0) + spec.numel
+    return sorted((dtype for dtype in counted if dtype.kind == "float"), key=lambda dtype: -counted[dtype])
 
 
 def _has_own_head(merged: list[Merged]) -> bool:

@@ -15,6 +15,7 @@ from streammerge.formats import safetensors
 from streammerge.methods.registry import COPY
 from streammerge.options import RECEIPT_KEY
 from streammerge.planning.alignment import Alignment, Merged
+from streammerge.planning.dispositions.entries import left_behind
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.folder import folder_output, is_pickled
 from streammerge.planning.outputs.layout import Layout, Output, Placed, blank_sums, metadata_of
@@ -63,24 +64,31 @@ def plan_output(out: Location, recipe: Recipe, indexes: Indexes, alignment: Alig
         computed=recipe.merge_method is not COPY or recipe.recast is not None,
         held={names[each.path]: index.nbytes for each, index in indexes.items() if index.in_memory},
     )
-    made = _planned(kind, name, recipe, first, alignment, receipt)
+    made = _planned(kind, name, recipe, first, indexes, alignment, receipt)
     made.inputs = inputs
     return made
 
 
 def _planned(
-    kind: str, name: str, recipe: Recipe, first: CheckpointIndex, alignment: Alignment, receipt: Receipt
+    kind: str,
+    name: str,
+    recipe: Recipe,
+    first: CheckpointIndex,
+    indexes: Indexes,
+    alignment: Alignment,
+    receipt: Receipt,
 ) -> Output:
     merged = alignment.merged
     if kind == "pickle":
-        return pickled_output(name, recipe, first, alignment, receipt)
+        return pickled_output(name, recipe, first, indexes, alignment, receipt)
     dispositions = Dispositions()
     dispositions.update(alignment.dispositions)
     if kind == "folder" and is_pickled(recipe, first):
-        return folder_output(recipe, first, alignment, receipt, dispositions)
-    dispositions.add("entry", _left_behind(first), "dropped", "a safetensors file holds tensors only")
+        return folder_output(recipe, first, indexes, alignment, receipt, dispositions)
+    for thing, why in left_behind(first):
+        dispositions.add("entry", thing, "dropped", why)
     if kind == "folder":
-        return folder_output(recipe, first, alignment, receipt, dispositions)
+        return folder_output(recipe, first, indexes, alignment, receipt, dispositions)
     metadata = metadata_of(recipe, first)
     specs = {spec.name: (spec, m) for m in merged for spec in (m.spec, *_tied_specs(m))}
     sums = {ITSELF: blank_sums([spec.nbytes for spec, _ in specs.values()])}
@@ -94,11 +102,3 @@ def _planned(
 
 def _tied_specs(merged: Merged) -> list[TensorSpec]:
     return [TensorSpec(name, merged.spec.dtype, merged.spec.shape) for name in merged.tied]
-
-
-def _left_behind(first: CheckpointIndex) -> list[str]:
-    extras = first.extras
-    if not isinstance(extras, dict) or not first.selection.chosen[0].path:
-        return []
-    chosen = {c.path[0] for c in first.selection.chosen}
-    return [str(key) for key in extras if key not in chosen]

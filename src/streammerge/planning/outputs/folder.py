@@ -25,6 +25,7 @@ from streammerge.planning.outputs.config import config_files
 from streammerge.planning.outputs.layout import Layout, Output, Placed, blank_sums, metadata_of, recipe_record, text_file
 from streammerge.planning.outputs.pickled import pickled_file
 from streammerge.planning.receipt import Receipt
+from streammerge.planning.views import Indexes
 from streammerge.recipe.document import to_yaml
 from streammerge.recipe.model import Recipe
 from streammerge.stores.base import Location
@@ -64,10 +65,15 @@ def _form(recipe: Recipe, part: CheckpointIndex) -> Form:
 
 
 def folder_output(
-    recipe: Recipe, base: CheckpointIndex, alignment: Alignment, receipt: Receipt, dispositions: Dispositions
+    recipe: Recipe,
+    base: CheckpointIndex,
+    indexes: Indexes,
+    alignment: Alignment,
+    receipt: Receipt,
+    dispositions: Dispositions,
 ) -> Output:
     """Plans the output folder. Raises RecipeError for what the container of the first input cannot hold."""
-    made = _Folder(recipe, dispositions)
+    made = _Folder(recipe, indexes, dispositions)
     parts = parts_of(base)
     folder = next((path for path in (base.path, base.container.path) if path.is_folder()), None)
     for name, part in parts.items():
@@ -135,6 +141,7 @@ class _Folder:
     """The files of an output folder while they are planned."""
 
     recipe: Recipe
+    indexes: Indexes
     dispositions: Dispositions
     files: list[LayoutFile] = field(default_factory=list)
     placed: list[Placed] = field(default_factory=list)
@@ -189,7 +196,8 @@ class _Folder:
         ]
 
     def _add_pickled(self, prefix: str, name: str, part: CheckpointIndex, own: Alignment, flat: bool) -> None:
-        made = pickled_file(prefix + name, self.recipe, part, own, lambda sums, dispositions: {}, flat)
+        indexes = {each: index.parts.get(prefix.rstrip("/"), index) for each, index in self.indexes.items()}
+        made = pickled_file(prefix + name, self.recipe, part, indexes, own, lambda sums, dispositions: {}, flat)
         self.sums[made.file.name] = made.sums
         number = len(self.files)
         self.files.append(made.file)
