@@ -11,5 +11,6 @@ Each module imports only modules above it::
     joined    pieces along one axis
     constant  one number everywhere
     memory    a tensor that the caller holds
+    box       a block, or a transposed matrix, of a tensor
     merged    a merge of other sources, computed chunk by chunk
 """

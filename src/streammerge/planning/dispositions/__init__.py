@@ -4,4 +4,5 @@ Each module imports only modules above it::
 
     ledger   the decisions: a plan prints them, a receipt records them
     entries  what becomes of each entry of a pickle
+    files    what becomes of each file of a folder
 """

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import torch_zip
+from streammerge.formats.base import LayoutFile
 from streammerge.options import RECEIPT_FILE, RECIPE_FILE
 from streammerge.pickles.repickle import Edit, repickle, storage_ref
 from streammerge.pickles.state_dict import Found
@@ -30,16 +32,55 @@ _COPIES = 4
 """Copies of a pickle in memory at once while it is written: in the layout, sealed, joined, checksummed."""
 
 
+@dataclass(frozen=True, slots=True)
+class PickledFile:
+    """A planned archive, its tensors with their places, and the blank checksums that a receipt has of it."""
+
+    file: LayoutFile
+    placed: list[Placed]
+    notes: list[str]
+    dispositions: Dispositions
+    sums: str
+    pickle_bytes: int
+
+
 def pickled_output(
     name: str, recipe: Recipe, base: CheckpointIndex, indexes: Indexes, alignment: Alignment, receipt: Receipt
 ) -> Output:
+    made = receipt
+
+    def beside(sums: str, dispositions: Dispositions) -> dict[str, bytes]:
+        nonlocal made
+        made = replace(receipt, checksums={ITSELF: sums}, dispositions=dispositions.record())
+        record = recipe_record(recipe)
+        texts = {RECIPE_FILE: to_yaml(record).encode()} if record else {}
+        return texts | {RECEIPT_FILE: made.text().encode()}
+
+    planned = pickled_file(name, recipe, base, indexes, alignment, beside)
+    layout = Layout((planned.file,), made, pickle_bytes=planned.pickle_bytes)
+    return Output(layout, planned.placed, planned.notes, dispositions=planned.dispositions)
+
+
+def pickled_file(
+    name: str,
+    recipe: Recipe,
+    base: CheckpointIndex,
+    indexes: Indexes,
+    alignment: Alignment,
+    beside: Callable[[str, Dispositions], dict[str, bytes]],
+    flat: bool = False,
+) -> PickledFile:
+    """Plans one archive. ``beside``: makes its further records from the blank checksums and the decisions.
+
+    ``flat``: it holds a flat state dict of the merged tensors instead of the first input's tree.
+    """
     merged = alignment.merged
     if base.format == "TorchScript archive":
         raise RecipeError(
             f"{printable(base.path)} is a TorchScript archive, which is code and cannot be written again; "
             "write a .safetensors file, or a .pth with a plain checkpoint as the first input"
         )
-    tree, holders = _tree(base, merged)
+    tree, holders = _tree(base, merged, flat)
     moved = alignment.restacked or any(m.base_names[0] not in base.entries for m in merged if not m.added)
     if holders is None and moved:
         raise RecipeError(
@@ -79,23 +120,18 @@ def pickled_output(
         for key, m in holders.items():
             edit.replaced[id(tree[key])] = builder.refs[m.spec.name]
     pickle = repickle(tree, edit)
-    record = recipe_record(recipe)
-    sums = {ITSELF: blank_sums([nbytes for _, nbytes in builder.storages.values()])}
-    receipt = replace(receipt, checksums=sums, dispositions=dispositions.record())
-    beside = {RECIPE_FILE: to_yaml(record).encode()} if record else {}
-    beside[RECEIPT_FILE] = receipt.text().encode()
-    file = torch_zip.plan_layout(name, pickle, builder.storages, base.container.magic, beside)
+    sums = blank_sums([nbytes for _, nbytes in builder.storages.values()])
+    file = torch_zip.plan_layout(name, pickle, builder.storages, base.container.magic, beside(sums, dispositions))
     placed = [Placed(spec, m, 0, file.offsets[n], source) for n, (spec, m, source) in builder.tensors.items()]
-    layout = Layout((file,), receipt, pickle_bytes=_COPIES * len(pickle))
-    return Output(layout, placed, notes, dispositions=dispositions)
+    return PickledFile(file, placed, notes, dispositions, sums, _COPIES * len(pickle))
 
 
-def _tree(base: CheckpointIndex, merged: list[Merged]) -> tuple[Any, dict[str, Merged] | None]:
+def _tree(base: CheckpointIndex, merged: list[Merged], flat: bool) -> tuple[Any, dict[str, Merged] | None]:
     """Returns the first input's own tree, or a flat state dict if the first input has no tree that can be written.
 
     For a flat state dict, also returns its key -> the merged tensor; else None.
     """
-    if base.extras is not None and base.format != "sharded PyTorch":
+    if base.extras is not None and base.format != "sharded PyTorch" and not flat:
         return base.extras, None
     tree, holders = OrderedTree(), {}
     for m in merged:
