@@ -55,7 +55,7 @@ from streammerge.running.choosing import choose_executor
 from streammerge.running.execution import Result, default_workers, execute, refuse_extras
 from streammerge.running.executors.base import Executors
 from streammerge.running.process import collector_paused, resident_bytes
-from streammerge.running.readback import receipt_of
+from streammerge.running.readback import read_output, receipt_of
 from streammerge.running.session import RunOptions
 from streammerge.signatures import takes
 from streammerge.sources.memory import is_array, is_tensor
@@ -499,10 +499,18 @@ def _remade(out: Location, receipt: Receipt, folder: Location, own_methods: bool
 
     recipe = read_recipe(receipt.own_recipe(), own_methods, folder)
     hashed = any("sha256" in said for said in receipt.inputs.values())
-    name = "output" if out.is_folder() else f"output.{'pth' if receipt.kind is CRC32 else 'safetensors'}"
-    planned = _plan(recipe, parse(name), resources, "threads", hashed=hashed)
+    planned = _plan(recipe, parse(f"output{_ending(out, receipt)}"), resources, "threads", hashed=hashed)
     check_inputs(planned, receipt)
     return planned
+
+
+def _ending(out: Location, receipt: Receipt) -> str:
+    """Returns the ending of a name that makes the same kind of output."""
+    if out.is_folder():
+        return ""
+    if receipt.kind is not CRC32:
+        return ".safetensors"
+    return ".pkl" if read_output(out).format == "pickle" else ".pth"
 
 
 def _convert_first(recipe: Recipe, request: _Request, running: RunOptions) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from streammerge.checkpoints.index import CheckpointIndex, index_of
 from streammerge.errors import FormatError, StreammergeError, listed, printable
 from streammerge.formats.base import Container, flat_tensor
+from streammerge.pickles.arrays import Arrays
 from streammerge.pickles.tree import MISSING, OrderedTree, TensorRef
 from streammerge.pickles.unpickle import unpickle
 from streammerge.recipe.locations import held_name
@@ -70,7 +71,7 @@ class _Builder:
         if isinstance(node, Mapping | list | tuple):
             return self._inside(node, path)
         try:
-            return unpickle(pickle.dumps(node, protocol=2), where=self.name)
+            return unpickle(pickle.dumps(node, protocol=2), where=self.name, arrays=Arrays(self.name, in_memory=True))
         except (StreammergeError, pickle.PicklingError, TypeError, AttributeError, ValueError, RecursionError):
             self.left_out.append(".".join(path))
             return MISSING

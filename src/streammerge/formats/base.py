@@ -21,7 +21,7 @@ Match = bool | OneOf["unless another"]
 
 @dataclass(frozen=True, slots=True)
 class StorageBytes:
-    """The place of one torch storage's bytes. For a compressed record, ``offset`` is 0 within ``deflated``."""
+    """The place of one torch storage's bytes. In a compressed record they begin at ``offset`` 0 of its unpacked bytes."""
 
     path: Location
     offset: int
@@ -39,7 +39,8 @@ class Container:
     """A checkpoint on the disk: the inert tree, and the places of its storages. No tensor was read.
 
     ``pickled``: the tree comes from a pickle; tensors may share storages and be beside other data. Otherwise the tree
-    maps names to tensors (:func:`flat_tensor`). ``held_bytes``: bytes of pickles, whose data is in the tree.
+    maps names to tensors (:func:`flat_tensor`). ``held_bytes``: bytes of pickles, whose data is in the tree. ``arrays``:
+    the sources of numpy's arrays, whose bytes lie in the pickle.
     """
 
     path: Location
@@ -52,16 +53,17 @@ class Container:
     pickled: bool = False
     magic: bytes = b"PK"
     held_bytes: int = 0
+    arrays: list[Source] = field(default_factory=list)
 
     def tensor_spans(self) -> dict[Location, list[tuple[int, int]]]:
         """Returns the spans of tensors' bytes in each file, as sorted (offset, bytes). All other bytes are headers."""
         spans: dict[Location, list[tuple[int, int]]] = {path: [] for path in self.files}
         for store in self.storages.values():
             spans[store.path].append(store.span)
-        for ref in self.tree.values() if isinstance(self.tree, dict) else ():
-            if isinstance(ref, TensorRef) and ref.entry is not None:
-                for path, offset, nbytes in ref.entry.blobs:
-                    spans[path].append((offset, nbytes))
+        flat = self.tree.values() if isinstance(self.tree, dict) else ()
+        for entry in (*self.arrays, *(ref.entry for ref in flat if isinstance(ref, TensorRef) and ref.entry)):
+            for path, offset, nbytes in entry.blobs:
+                spans[path].append((offset, nbytes))
         return {path: sorted(dict.fromkeys(span for span in found if span[1])) for path, found in spans.items()}
 
     def locate(self, name: str, ref: TensorRef) -> Source:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from streammerge.errors import printable
+from streammerge.pickles.arrays import Payload
 from streammerge.pickles.tree import Global, Instance, OrderedTree, PersistentId, StorageRef, TensorRef
 from streammerge.tensors.dtypes import BY_STORAGE_CLASS, BY_TORCH_NAME, DType
 
@@ -184,7 +185,11 @@ def _ordered_dict(pairs: Any = ()) -> Any:
 
 
 def _encode(string: Any, encoding: Any) -> Any:
-    return string.encode("latin-1") if isinstance(string, str) and encoding in ("latin1", "latin-1") else None
+    if encoding not in ("latin1", "latin-1"):
+        return None
+    if isinstance(string, Payload):
+        return string if string.form == "text" else None
+    return string.encode("latin-1") if isinstance(string, str) else None
 
 
 _REBUILD: dict[str, Callable[..., Any]] = {

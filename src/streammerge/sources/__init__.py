@@ -10,6 +10,7 @@ Each module imports only modules above it::
     rows      some rows of a source
     joined    pieces along one axis
     constant  one number everywhere
+    inline    a small tensor that stands in a header
     memory    a tensor that the caller holds
     merged    a merge of other sources, computed chunk by chunk
 """

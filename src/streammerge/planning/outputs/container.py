@@ -20,7 +20,7 @@ from streammerge.options import RECEIPT_FILE, RECEIPT_KEY, RECIPE_FILE, RECIPE_K
 from streammerge.planning.alignment import Alignment, Merged
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.layout import Layout, Output, Placed, blank_sums, recipe_record
-from streammerge.planning.outputs.pickled import pickled_output
+from streammerge.planning.outputs.pickled import PLAIN_ENDINGS, pickled_output
 from streammerge.planning.receipt import ITSELF, Receipt, escaped, input_files, planned
 from streammerge.planning.views import Indexes
 from streammerge.recipe.document import to_json, to_yaml
@@ -41,10 +41,10 @@ def container_of(out: Location) -> str:
         return "folder"
     if out.suffix == ".safetensors":
         return "safetensors"
-    if out.suffix in PICKLED_ENDINGS:
+    if out.suffix in (*PICKLED_ENDINGS, *PLAIN_ENDINGS):
         return "pickle"
     raise RecipeError(
-        f"{printable(out.name)} does not say what to write; end it in .safetensors, in .pth (.pt, .ckpt, .bin, .th) "
+        f"{printable(out.name)} does not say what to write; end it in .safetensors, in .pth (.pt, .ckpt, .bin, .th, .pkl) "
         "or in / for a folder"
     )
 

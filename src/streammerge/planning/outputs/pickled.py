@@ -1,4 +1,4 @@
-"""Plans a ``.pth`` output: the tree of the first input with its tensors replaced and stale parts removed."""
+"""Plans a ``.pth`` or ``.pkl`` output: the tree of the first input with its tensors replaced and stale parts removed."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError, listed, printable
-from streammerge.formats import torch_zip
+from streammerge.formats import plain_pickle, torch_zip
 from streammerge.methods.registry import COPY
-from streammerge.options import RECEIPT_FILE, RECIPE_FILE
-from streammerge.pickles.repickle import Edit, repickle, storage_ref
+from streammerge.options import RECEIPT_KEY, RECIPE_KEY
+from streammerge.pickles.arrays import array_over, is_array, native, numpy_dtype
+from streammerge.pickles.repickle import Edit, storage_ref, stream
 from streammerge.pickles.state_dict import Found, is_training_state
-from streammerge.pickles.tree import Instance, OrderedTree, StorageRef, TensorRef, mapping_items, walk
+from streammerge.pickles.tree import Blank, Instance, OrderedTree, StorageRef, TensorRef, mapping_items, walk
 from streammerge.planning.alignment import Alignment, Merged
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.bookkeeping import drop_facts, merge_bookkeeping
@@ -21,9 +22,14 @@ from streammerge.planning.receipt import ITSELF, Receipt
 from streammerge.recipe.document import to_yaml
 from streammerge.recipe.model import Recipe
 from streammerge.sources.base import Source
+from streammerge.sources.inline import Inline
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorSpec, contiguous_strides
 
+PLAIN_ENDINGS = (".pkl", ".pickle")
+"""Names of plain pickles. An input of torch's keeps its container under such a name."""
+_BARE = TensorRef(StorageRef("", None, 0), DType.F32, 0, (), ())
+"""A tensor without a wrapper."""
 _COPIES = 4
 """Copies of a pickle in memory at once while it is written: in the layout, sealed, joined, checksummed."""
 
@@ -35,7 +41,8 @@ def pickled_output(name: str, recipe: Recipe, base: CheckpointIndex, alignment: 
             f"{printable(base.path)} is a TorchScript archive, which is code and cannot be written again; "
             "write a .safetensors file, or a .pth with a plain checkpoint as the first input"
         )
-    tree, holders = _tree(base, merged)
+    plain = name.endswith(PLAIN_ENDINGS) and not base.format.startswith("PyTorch")
+    tree, holders = _tree(base, merged, plain)
     moved = alignment.restacked or any(m.base_names[0] not in base.entries for m in merged if not m.added)
     if holders is None and moved:
         raise RecipeError(
@@ -43,7 +50,7 @@ def pickled_output(name: str, recipe: Recipe, base: CheckpointIndex, alignment: 
             "write a .safetensors file or a folder"
         )
     edit = Edit()
-    builder = _Builder(edit)
+    builder = _Builder(edit, plain)
     notes: list[str] = []
     dispositions = Dispositions()
     dispositions.update(alignment.dispositions)
@@ -66,66 +73,104 @@ def pickled_output(name: str, recipe: Recipe, base: CheckpointIndex, alignment: 
         builder.place_rest(tree, base, home)
     else:
         for key, m in holders.items():
-            edit.replaced[id(tree[key])] = builder.refs[m.spec.name]
-    pickle = repickle(tree, edit)
+            edit.replaced[id(tree[key])] = builder.stand_in(m.spec.name, tree[key])
     record = recipe_record(recipe)
-    sums = {ITSELF: blank_sums([nbytes for _, nbytes in builder.storages.values()])}
+    sums = {ITSELF: blank_sums([spec.nbytes for spec, _, _ in builder.tensors.values()])}
     receipt = replace(receipt, checksums=sums, dispositions=dispositions.record())
-    beside = {RECIPE_FILE: to_yaml(record).encode()} if record else {}
-    beside[RECEIPT_FILE] = receipt.text().encode()
-    file = torch_zip.plan_layout(name, pickle, builder.storages, base.container.magic, beside)
+    told = {RECIPE_KEY: to_yaml(record).encode()} if record else {}
+    told[RECEIPT_KEY] = receipt.text().encode()
+    if plain:
+        pickle = stream(tree, edit, headers=[plain_pickle.header(key, text) for key, text in told.items()])
+        file = plain_pickle.plan_layout(name, pickle, told[RECEIPT_KEY])
+    else:
+        pickle = stream(tree, edit)
+        file = torch_zip.plan_layout(name, pickle, builder.storages, base.container.magic, told)
     placed = [Placed(spec, m, 0, file.offsets[n], source) for n, (spec, m, source) in builder.tensors.items()]
-    layout = Layout((file,), receipt, pickle_bytes=_COPIES * len(pickle))
+    pickle_bytes = sum(len(part) for part in pickle if isinstance(part, bytes))
+    layout = Layout((file,), receipt, pickle_bytes=_COPIES * pickle_bytes)
     return Output(layout, placed, notes, dispositions=dispositions)
 
 
-def _tree(base: CheckpointIndex, merged: list[Merged]) -> tuple[Any, dict[str, Merged] | None]:
+def _tree(base: CheckpointIndex, merged: list[Merged], plain: bool) -> tuple[Any, dict[str, Merged] | None]:
     """Returns the first input's own tree, or a flat state dict if the first input has no tree that can be written.
 
     For a flat state dict, also returns its key -> the merged tensor; else None.
     """
     if base.extras is not None and base.format != "sharded PyTorch":
         return base.extras, None
-    tree, holders = OrderedTree(), {}
+    tree: dict[Any, Any] = {} if plain else OrderedTree()
+    holders: dict[str, Merged] = {}
     for m in merged:
         for name in (m.spec.name, *m.tied):
-            tree[name] = TensorRef(StorageRef("", m.spec.dtype, 0), m.spec.dtype, 0, (), ())
+            tree[name] = replace(_BARE)
             holders[name] = m
     return tree, holders
 
 
 class _Builder:
-    """Gives every tensor of a pickle its own storage."""
+    """Gives every tensor of a pickle its own bytes: a storage, or for an array of numpy a blank in the pickle.
 
-    def __init__(self, edit: Edit) -> None:
-        self.edit = edit
-        self.refs: dict[str, TensorRef] = {}
+    ``plain``: the output is a plain pickle, in which every tensor is an array.
+    """
+
+    def __init__(self, edit: Edit, plain: bool) -> None:
+        self.edit, self.plain = edit, plain
         self.storages: dict[str, tuple[str, int]] = {}
         self.tensors: dict[str, tuple[TensorSpec, Merged | None, Source | None]] = {}
+        self._merged: dict[str, Merged] = {}
+        self._made: dict[tuple[str, bool], StorageRef] = {}
         self._copies: dict[tuple[object, ...], StorageRef] = {}
+        self._dtypes: dict[DType, Any] = {}
 
     def place_merged(self, merged: Merged) -> None:
-        self.refs[merged.spec.name] = self._fresh(merged.spec, self._storage(merged.spec, merged, None), None)
+        """Makes a merged tensor known. It gets its bytes where it is put into the tree."""
+        self._merged[merged.spec.name] = merged
 
-    def _storage(self, spec: TensorSpec, merged: Merged | None, source: Source | None) -> StorageRef:
-        key, label = str(len(self.storages)), spec.name
+    def _home(self, name: str, as_array: bool) -> StorageRef:
+        """Returns the bytes of a merged tensor in a storage or in an array. A tensor that stands as both has them twice."""
+        made = self._made.get((name, as_array))
+        if made is None:
+            merged = self._merged[name]
+            made = self._made[name, as_array] = self._place(merged.spec, merged, None, as_array)
+        return made
+
+    def _place(self, spec: TensorSpec, merged: Merged | None, source: Source | None, as_array: bool) -> StorageRef:
+        label = spec.name
         while label in self.tensors:
             label += "'"
-        self.storages[label] = (key, spec.nbytes)
         self.tensors[label] = (spec, merged, source)
+        if as_array:
+            return Blank.of(label, spec.nbytes)
+        key = str(len(self.storages))
+        self.storages[label] = (key, spec.nbytes)
         return storage_ref(key, spec.dtype, spec.numel)
 
     def _fresh(self, spec: TensorSpec, storage: StorageRef, like: TensorRef | None) -> TensorRef:
+        if isinstance(storage, Blank):
+            return array_over(storage, spec.dtype, spec.shape, like, self._dtype(spec, like))
         made = TensorRef(storage, spec.dtype, 0, spec.shape, contiguous_strides(spec.shape))
         if like is not None:
             made.requires_grad, made.wrapper, made.state = like.requires_grad, like.wrapper, like.state
         return made
 
+    def _dtype(self, spec: TensorSpec, like: TensorRef | None) -> Any:
+        """Returns the pickled dtype of an array: the input's where it is the same."""
+        if like is not None and is_array(like) and native(like.wrapper[3], spec.dtype):
+            return like.wrapper[3]
+        if spec.dtype not in self._dtypes:
+            self._dtypes[spec.dtype] = numpy_dtype(spec.dtype)
+        if self._dtypes[spec.dtype] is None:
+            raise RecipeError(
+                f"{printable(spec.name)} would be an array of {spec.dtype.torch_name}, which numpy does not have; "
+                "pass another `dtype`, or write a .safetensors file"
+            )
+        return self._dtypes[spec.dtype]
+
     def stand_in(self, name: str, node: TensorRef) -> TensorRef:
-        """Returns a tensor over the storage of the merged tensor ``name``, with the wrapper of ``node``."""
-        ref = self.refs[name]
-        spec = TensorSpec(name, ref.dtype, ref.shape)
-        return self._fresh(spec, ref.storage, node)
+        """Returns a tensor over the bytes of the merged tensor ``name``: an array if ``node`` is one, else with its
+        wrapper."""
+        spec = self._merged[name].spec
+        return self._fresh(spec, self._home(name, self.plain or is_array(node)), node)
 
     def place_rest(self, tree: Any, base: CheckpointIndex, home: dict[str, str]) -> None:
         """Copies from the first input all tensors that are still reachable and were not merged.
@@ -138,6 +183,8 @@ class _Builder:
             if id(node) in self.edit.replaced:
                 continue
             if isinstance(node, TensorRef):
+                if is_array(node) and isinstance(node.entry, Inline):
+                    continue  # its bytes stay in the pickle
                 name = ".".join(map(str, path))
                 entry = base.container.locate(name, node)
                 if entry.nbytes and entry.place in merged:
@@ -145,12 +192,13 @@ class _Builder:
                     continue
                 storage = self._copies.get(entry.place)
                 if storage is None:
-                    storage = self._copies[entry.place] = self._storage(entry.spec, None, entry)
+                    storage = self._place(entry.spec, None, entry, self.plain or is_array(node))
+                    self._copies[entry.place] = storage
                 self.edit.replaced[id(node)] = self._fresh(entry.spec, storage, node)
             elif isinstance(node, StorageRef):
                 octets = TensorRef(StorageRef(node.key, None, node.nbytes), DType.U8, 0, (node.nbytes,), (1,))
                 entry = base.container.locate(f"storage {node.key}", octets)
-                key = self._storage(entry.spec, None, entry).key
+                key = self._place(entry.spec, None, entry, as_array=False).key
                 self.edit.replaced[id(node)] = StorageRef(key, node.dtype, node.numel)
 
 
@@ -227,7 +275,9 @@ def _add(base: CheckpointIndex, added: list[Merged], edit: Edit, builder: _Build
             f"{printable(added[0].spec.name)} cannot be added to {printable(base.path)}, which holds no single state dict; "
             "write a .safetensors file"
         )
-    edit.added[id(holder)] = [(m.spec.name, builder.refs[m.spec.name]) for m in added]
+    first = base.selection.tensors[0].ref
+    like = first if is_array(first) else _BARE
+    edit.added[id(holder)] = [(m.spec.name, builder.stand_in(m.spec.name, like)) for m in added]
 
 
 def _drop(name: str, holder: Any, key: Any, edit: Edit) -> None:
