@@ -165,6 +165,20 @@ def dtype_of(kind: Any) -> tuple[DType, int] | None:
     return dtype, dtype.component.element_bytes if big else 1
 
 
+def unread_kind(node: Any) -> str:
+    """Returns what an array that is not read holds, if that may be numbers: "objects", "records", "masked numbers" or
+    numbers of an unknown dtype; else ""."""
+    if not isinstance(node, Instance):
+        return ""
+    if node.path == "numpy.ma.core._mareconstruct":
+        return "masked numbers"
+    if node.path not in RECONSTRUCT or not isinstance(node.state, tuple) or len(node.state) < 4:
+        return ""
+    kind = node.state[-3]
+    code = str(kind.args[0]) if isinstance(kind, Instance) and kind.args else ""
+    return {"O": "objects", "V": "records", "f": f"{code} numbers", "c": f"{code} numbers"}.get(code[:1], "")
+
+
 def numpy_dtype(dtype: DType) -> Instance | None:
     """Returns the pickled ``numpy.dtype``; None for a dtype that numpy lacks."""
     code = _CODE_OF.get(dtype)

@@ -142,7 +142,7 @@ class _Machine:
             code = byte()
             found = known.get(code)
             if found is None:
-                raise Damaged(f"opcode {code!r} is unknown" if code else "it ends before STOP")
+                raise ValueError(f"opcode {code!r} is unknown" if code else "it ends before STOP")
             name, read, cost = found
             self.charge(cost)
             if name in _LENGTHS:

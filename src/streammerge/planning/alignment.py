@@ -15,7 +15,7 @@ from streammerge.checkpoints.profiles import Profile, profile_of
 from streammerge.errors import MismatchError, RecipeError, listed, printable
 from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import COPY, INTEGERS
-from streammerge.pickles.state_dict import unread_tensors
+from streammerge.pickles.state_dict import unread_arrays, unread_tensors
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.mismatch import Differing, Mismatch
 from streammerge.planning.parameters import ParameterValues, shares
@@ -80,6 +80,12 @@ def align(recipe: Recipe, indexes: Indexes) -> Alignment:
             raise MismatchError(
                 f"{printable(index.path)} holds {unread[0][1]} tensors ({listed([name for name, _ in unread])}), "
                 "which are not merged or converted; save it again with ordinary ones"
+            )
+        arrays = unread_arrays(index.selection.chosen)
+        if arrays:
+            raise MismatchError(
+                f"{printable(index.path)} holds {listed([name for name, _ in arrays])} as an array of {arrays[0][1]}, "
+                "which is not merged or converted; save it again as an array of float32"
             )
     parts = make_parts(recipe, indexes)
     alignment = Alignment([], parts.notes, restacked=parts.restacked)
