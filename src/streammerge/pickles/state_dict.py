@@ -175,13 +175,13 @@ def candidates(tree: Any) -> list[Candidate]:
 
 def _places(path: tuple[Any, ...], node: Any, barred: bool, within: bool) -> Iterator[_Place]:
     """Yields the children of a node that may hold tensors. A list of all of them could be larger than the tree."""
-    holder, items = _inside(node)
+    holder, items = inside(node)
     for key, value in items:
         if isinstance(value, dict | list | tuple | Instance):
             yield (*path, key), value, barred or _bars(key), within, holder
 
 
-def _inside(node: Any) -> tuple[Any, Iterable[tuple[Any, Any]]]:
+def inside(node: Any) -> tuple[Any, Iterable[tuple[Any, Any]]]:
     """Returns the node that holds the (key, value) pairs of a container, and these pairs."""
     items = mapping_items(node)
     if items is not None:

@@ -3,4 +3,5 @@
 Each module imports only modules above it::
 
     ledger  the decisions: a plan prints them, a receipt records them
+    pruned  entries beside the one state dict that an output keeps
 """

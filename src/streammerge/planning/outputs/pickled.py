@@ -16,6 +16,8 @@ from streammerge.pickles.state_dict import Found, is_training_state
 from streammerge.pickles.tree import Blank, Instance, OrderedTree, StorageRef, TensorRef, mapping_items, walk
 from streammerge.planning.alignment import Alignment, Merged
 from streammerge.planning.dispositions.ledger import Dispositions
+from streammerge.planning.dispositions.pruned import WHY as ONLY
+from streammerge.planning.dispositions.pruned import pruned
 from streammerge.planning.outputs.bookkeeping import drop_facts, merge_bookkeeping
 from streammerge.planning.outputs.layout import Layout, Output, Placed, blank_sums, recipe_record
 from streammerge.planning.receipt import ITSELF, Receipt
@@ -230,7 +232,13 @@ def _edit_first(
             edit.renamed[where] = _key(base, found, written)
     for found in selection.left_out:
         _drop(found.name, found.holder, found.key, edit)
-    for twin in selection.twins if recipe.merge_method is not COPY else ():
+    if recipe.output.only:
+        for name, holder, key in pruned(base):
+            _drop(name, holder, key, edit)
+            dispositions.add("entry", name, "dropped", ONLY)
+        return
+    replaced = recipe.merge_method is not COPY or any(rule.copy for rule in recipe.rules)
+    for twin in selection.twins if replaced else ():
         if selection.chosen[0].averaged and not twin.averaged and all(found.name in home for found in twin.tensors):
             for found in twin.tensors:  # the loader reads the plain weights, so they become the merged averaged weights
                 node = found.node or found.ref
