@@ -87,7 +87,8 @@ class Arrays:
         return made
 
     def raw(self, data: bytes, at: int) -> bytes:
-        """Remembers where in the file a short value lies."""
+        """Remembers where in the file a short value lies. One array gets these bytes: Python keeps equal single bytes once,
+        so that a pickle may mention the bytes of one array for another one."""
         if self.offset is not None and data:
             self._raw[id(data)] = (data, self.offset + at)
         return data
@@ -139,7 +140,7 @@ class Arrays:
             plain = data.form == "raw" and swapped_bytes == 1
             record = None if plain else Record(data.offset, data.nbytes, nbytes, data.form, swapped_bytes)
             return of_bytes(spec, self.path, data.offset if plain else 0, strides, record)
-        octets, known = _octets(data, nbytes), self._raw.get(id(data))
+        octets, known = _octets(data, nbytes), self._raw.pop(id(data), None)
         if octets is None:
             return None
         if known is not None and swapped_bytes == 1:

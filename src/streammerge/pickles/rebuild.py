@@ -125,11 +125,19 @@ def _counts(values: Any) -> tuple[int, ...]:
     return tuple(natural(v) for v in values)
 
 
+def _check_storage(storage: Any) -> None:
+    if isinstance(storage, Instance) and storage.path == "torch.storage._load_from_bytes":
+        raise Damaged(
+            "its tensors of torch were pickled without torch.save; load it in Python and write it again with torch.save"
+        )
+    if not isinstance(storage, StorageRef):
+        raise Damaged("a tensor without a storage")
+
+
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any = False, *rest: Any) -> TensorRef:
     if isinstance(storage, PersistentId) and isinstance(storage.value, str):
         raise Damaged("its storages are named as text, which pickle protocol 0 does and torch itself cannot read back")
-    if not isinstance(storage, StorageRef):
-        raise Damaged("a tensor without a storage")
+    _check_storage(storage)
     shape, strides = _counts(size), _counts(stride)
     if len(shape) != len(strides):
         raise Damaged("a tensor's shape and strides differ in length")
@@ -145,8 +153,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: An
 def _tensor_v3(storage: Any, offset: Any, size: Any, stride: Any, rg: Any, hooks: Any, dtype: Any, *rest: Any) -> TensorRef:
     if not isinstance(dtype, Global) or dtype.module != "torch" or dtype.name not in BY_TORCH_NAME:
         raise Damaged(f"a tensor of unknown dtype {printable(getattr(dtype, 'path', dtype))}")
-    if not isinstance(storage, StorageRef):
-        raise Damaged("a tensor without a storage")
+    _check_storage(storage)
     typed = StorageRef(storage.key, BY_TORCH_NAME[dtype.name], storage.numel, storage.view_offset)
     made = _tensor(typed, offset, size, stride, rg, hooks, *rest)
     made.storage = storage

@@ -32,9 +32,12 @@ def check_likeness(recipe: Recipe, like: CheckpointIndex, given: CheckpointIndex
     said += [f"has {listed(foreign)} besides"] if foreign else []
     said += [f"has other shapes of {listed(reshaped)}"] if reshaped else []
     if said:
+        labels = [candidate.label for candidate in like.selection.candidates if not candidate.barred]
+        chosen = f", of which {printable(like.selection.label)} was taken (`state_dict` takes another)"
+        several = f"; {printable(like.path)} holds {listed(labels)}{chosen}" if len(labels) > 1 else ""
         raise MismatchError(
             f"{printable(given.path)} does not fit into {printable(like.path)}: it {' and '.join(said)}; "
-            "leave out with `drop` what it lacks, and give a checkpoint of the same model"
+            f"leave out with `drop` what it lacks, and give a checkpoint of the same model{several}"
         )
     rounded = [name for name, other in found.items() if other is not None and _is_narrower(ours[name], theirs[other])]
     if recipe.recast is not None or not rounded:

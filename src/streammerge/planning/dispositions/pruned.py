@@ -14,8 +14,8 @@ WHY = "`only` keeps one state dict"
 
 
 def pruned(first: CheckpointIndex) -> Iterator[tuple[str, Any, Any]]:
-    """Yields (name, holder, key) of the entries that are left out: those beside the path of the chosen state dict, and in it,
-    that hold tensors in a container. Single tensors and plain facts stay."""
+    """Yields (name, holder, key) of the entries that are left out: what holds tensors beside the path of the chosen state
+    dict, and in it. Single tensors and plain facts stay."""
     paths = [candidate.path for candidate in first.selection.chosen]
     yield from _beside(first.extras, (), paths)
 
