@@ -40,7 +40,9 @@ def read(path: Location) -> Container:
             f"{where} is a plain pickle with {size - end} bytes behind it, which would be lost; save one object in a file"
         )
     held = end - arrays.left_bytes
-    return Container(path, "pickle", tree, {}, (path,), metadata, pickled=True, held_bytes=held, arrays=arrays.sources)
+    made = Container(path, "pickle", tree, {}, (path,), metadata, pickled=True, held_bytes=held, arrays=arrays.sources)
+    made.notes += arrays.notes
+    return made
 
 
 def _metadata(stream: BinaryIO) -> dict[str, str]:

@@ -74,5 +74,13 @@ def read(path: Location) -> Container:
             storages[key] = StorageBytes(path, cursor + 8, nbytes)
             cursor += 8 + nbytes
     return Container(
-        path, "PyTorch legacy", tree, storages, (path,), pickled=True, held_bytes=pickle_bytes, arrays=arrays.sources
+        path,
+        "PyTorch legacy",
+        tree,
+        storages,
+        (path,),
+        notes=arrays.notes,
+        pickled=True,
+        held_bytes=pickle_bytes,
+        arrays=arrays.sources,
     )

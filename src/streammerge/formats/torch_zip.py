@@ -65,6 +65,7 @@ def read(path: Location) -> Container:
     kind = "TorchScript archive" if script else "PyTorch zip"
     held = member.nbytes - arrays.left_bytes
     container = Container(path, kind, tree, {}, (path,), pickled=True, magic=magic, held_bytes=held, arrays=arrays.sources)
+    container.notes += arrays.notes
     container.metadata |= {key: text.decode("utf-8", "replace") for key, text in texts.items() if text}
     _find_storages(container, table, members, root + "data/", where)
     return container

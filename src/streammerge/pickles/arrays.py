@@ -14,7 +14,7 @@ from typing import Any
 
 from streammerge.pickles.tree import MISSING, Blank, Global, Instance, StorageRef, TensorRef
 from streammerge.sources.base import BlobPath, Source
-from streammerge.sources.deflated import Record, of_bytes, swapped
+from streammerge.sources.deflated import Deflated, Record, of_bytes, swapped
 from streammerge.sources.inline import Inline
 from streammerge.tensors.dtypes import BY_TORCH_NAME, DType
 from streammerge.tensors.spec import TensorSpec, contiguous_strides, is_contiguous
@@ -92,6 +92,13 @@ class Arrays:
         if self.offset is not None and data:
             self._raw[id(data)] = (data, self.offset + at)
         return data
+
+    @property
+    def notes(self) -> list[str]:
+        """Returns a sentence about arrays that cannot be read in place."""
+        count = sum(isinstance(source, Deflated) for source in self.sources)
+        told = f"{count} of its arrays are texts or big-endian; they are unpacked into a temporary file first"
+        return [told] if count else []
 
     @property
     def unclaimed(self) -> set[int]:

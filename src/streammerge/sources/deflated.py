@@ -99,7 +99,7 @@ def of_bytes(
 
 
 def records(source: Source) -> Iterator[RecordKey]:
-    """Yields the compressed records that a source reads, at any depth of the expression."""
+    """Yields the packed records that a source reads, at any depth of the expression."""
     if isinstance(source, Deflated):
         yield source.key
     for part in source.parts:
