@@ -78,7 +78,7 @@ def test_extras_are_kept_readable(tmp_path: Path, voices: tuple[Path, Path]) -> 
     extras = json.loads((tmp_path / "extras.json").read_text())
     assert extras["data"]["config"] == {"model": "xtts", "languages": ["en"], "audio": {"sample_rate": 22050}}
     assert extras["data"]["step"] == 10
-    assert any("left out: config" in note for note in result.notes)
+    assert any("left out of the output: config" in note for note in result.notes)
 
 
 @pytest.mark.parametrize("extras", ["in.pth", "out.safetensors", "there.json"])

@@ -60,10 +60,13 @@ class Container:
         spans: dict[Location, list[tuple[int, int]]] = {path: [] for path in self.files}
         for store in self.storages.values():
             spans[store.path].append(store.span)
+        near, there = None, list[tuple[int, int]]()  # the file of the tensor before; a path's hash takes its time
         flat = self.tree.values() if isinstance(self.tree, dict) else ()
-        for entry in (*self.arrays, *(ref.entry for ref in flat if isinstance(ref, TensorRef) and ref.entry)):
-            for path, offset, nbytes in entry.blobs:
-                spans[path].append((offset, nbytes))
+        for entry in (*self.arrays, *(ref.entry for ref in flat if isinstance(ref, TensorRef))):
+            for path, offset, nbytes in entry.blobs if entry is not None else ():
+                if path is not near:
+                    near, there = path, spans[path]
+                there.append((offset, nbytes))
         return {path: sorted(dict.fromkeys(span for span in found if span[1])) for path, found in spans.items()}
 
     def locate(self, name: str, ref: TensorRef) -> Source:

@@ -271,18 +271,22 @@ def budget_of(
 
 def _can_map(tasks: list[MergeTask], workers: int) -> bool:
     """Whether the stores can map files, and as many files as the workers read at one time."""
-    most, stores = 0, dict[int, Any]()
+    most, seen = 0, dict[int, Location]()  # by identity, since this looks at every tensor
     for task in tasks:
         files = 0
         for source in task.sources:
-            paths = (source.path,) if isinstance(source, Stored) else {blob.path for blob in source.blobs}
-            files += len(paths)
-            for path in paths:
-                stores[id(path.store)] = path.store
+            if source.__class__ is Stored:
+                path: Location = source.path
+                seen[id(path)] = path
+                files += 1
+            else:
+                paths = {blob.path for blob in source.blobs}
+                seen |= {id(path): path for path in paths}
+                files += len(paths)
         most = max(most, files)
     if most * workers > descriptors.mapped_at_once(workers):
         return False
-    return all(store.mappable for store in stores.values())
+    return all(path.store.mappable for path in seen.values())
 
 
 def _tasks(placed: Placed, seed: int) -> list[MergeTask]:

@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import json
 import os
-import socket
 import time
 from dataclasses import asdict, dataclass
 
@@ -69,7 +68,7 @@ def this_run() -> Owner:
     except (OSError, KeyError, ImportError):
         user = str(os.getuid())
     began = time.strftime("%Y-%m-%d %H:%M:%S%z")
-    return Owner(os.getpid(), socket.gethostname(), _boot(), _namespace(), user, began)
+    return Owner(os.getpid(), os.uname().nodename, _boot(), _namespace(), user, began)
 
 
 def _boot() -> str:
