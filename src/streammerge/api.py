@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+from streammerge.checkpoints.agreement import agreed
 from streammerge.checkpoints.choosing import choose, exponential_weights
 from streammerge.checkpoints.conversions import converted_path, from_conversion, is_conversion
 from streammerge.checkpoints.globs import expand
@@ -503,6 +504,7 @@ def _plan(
         indexes = {each: _opened(each.path, each.state_dict, recipe.ema, held or {}) for each in recipe.checkpoints}
         if convert_first is not None:
             indexes = {each: from_conversion(index, convert_first) for each, index in indexes.items()}
+        indexes = agreed(recipe, indexes)
         indexes = {each: index.with_names(each.rename) for each, index in indexes.items()}
         told = check_likeness(recipe, *indexes.values()) if like else []
         planned = build_plan(

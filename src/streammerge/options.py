@@ -365,7 +365,8 @@ class Selection(Options):
         overrides=True,
     )
     ema: Ema | None = option(
-        "Averaged weights beside plain ones.",
+        "Averaged weights beside plain ones. A .pth keeps and merges every copy; averages that are asked for replace the "
+        "plain weights in it.",
         _one_of(EMA_CHOICES),
         choices=EMA_CHOICES,
         otherwise="ignore",

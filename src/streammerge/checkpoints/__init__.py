@@ -7,6 +7,7 @@ Each module imports only modules above it::
     duplicates   paths that are one checkpoint
     metrics      numbers beside a checkpoint
     index        CheckpointIndex
+    agreement    the same copy of the weights in every input
     profiles     programs whose loaders ignore some tensors
     in_memory    state dicts that the caller holds
     huggingface  config.json and tied heads

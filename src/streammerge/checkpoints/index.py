@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterator, KeysView, Sequence, ValuesView
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Sequence, ValuesView
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -58,6 +59,17 @@ class CheckpointIndex:
             notes=[*self.notes, *told],
             renamed=changed,
         )
+
+    def with_tensors(self, tensors: Iterable[tuple[str, TensorRef]]) -> CheckpointIndex:
+        """Returns the same checkpoint with other tensors of its tree, under these names. Raises FormatError."""
+        entries, aliases = _located(self.path, self.container, tensors)
+        return replace(self, entries=entries, aliases=aliases, extras=None, notes=[], renamed={})
+
+    def only(self, names: AbstractSet[str]) -> CheckpointIndex:
+        """Returns the same checkpoint with the tensors of these names."""
+        entries = {name: entry for name, entry in self.entries.items() if name in names}
+        aliases = {name: first for name, first in self.aliases.items() if name in entries and first in entries}
+        return replace(self, entries=entries, aliases=aliases)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -173,22 +185,33 @@ def index_of(container: Container, path: Location, state_dict: str | None = None
         selection = select(container.tree, state_dict, ema)
     except StreammergeError as error:
         raise type(error)(f"{printable(path)}: {error}") from error
-    entries: dict[str, Source] = {}
-    aliases: dict[str, str] = {}
-    places: dict[tuple[object, ...], str] = {}
-    pickled = container.pickled
-    for found in selection.tensors:
-        name = found.name
-        if name in entries:
-            raise FormatError(f"{printable(path)}: the name {printable(name)} stands for two tensors")
-        entry = entries[name] = container.locate(name, found.ref)
-        if pickled and entry.nbytes:  # tensors of a safetensors file have bytes of their own
-            first = places.setdefault(entry.place, name)
-            if first != name:
-                aliases[name] = first
-    if pickled:
-        loose = [entries[found.name] for found in selection.tensors if found.ref.entry is None]
-        _check_expansion(path, container, [e for e in loose if e.spec.name not in aliases])
+    entries, aliases = _located(path, container, ((found.name, found.ref) for found in selection.tensors))
     extras = container.tree if container.pickled else None
     notes = [*container.notes, *(f"{printable(path)}: {note}" for note in selection.notes)]
     return CheckpointIndex(path, entries, aliases, extras, container.metadata, container.files, container, selection, notes)
+
+
+def _located(
+    path: Location, container: Container, tensors: Iterable[tuple[str, TensorRef]]
+) -> tuple[dict[str, Source], dict[str, str]]:
+    """Returns name -> source of these tensors, and tied name -> the first name of the same tensor."""
+    entries: dict[str, Source] = {}
+    aliases: dict[str, str] = {}
+    places: dict[tuple[object, ...], str] = {}
+    pickled, loose = container.pickled, list[Source]()
+    for name, ref in tensors:
+        if name in entries:
+            raise FormatError(f"{printable(path)}: the name {printable(name)} stands for two tensors")
+        entry = entries[name] = container.locate(name, ref)
+        if not pickled:  # tensors of a safetensors file have bytes of their own
+            continue
+        if entry.nbytes:
+            first = places.setdefault(entry.place, name)
+            if first != name:
+                aliases[name] = first
+                continue
+        if ref.entry is None:
+            loose.append(entry)
+    if pickled:
+        _check_expansion(path, container, loose)
+    return entries, aliases

@@ -8,4 +8,5 @@ Each module imports only modules above it::
     unpickle    bytes of a pickle -> tree
     repickle    tree -> bytes of a pickle
     state_dict  selection of the weights in a tree
+    copies      what a tree holds beside them
 """

@@ -10,6 +10,7 @@ Each module imports only modules above it::
     parameters    a method's parameters for each tensor
     mismatch      differences between checkpoints
     alignment     which tensors go into which tensor of the output
+    copies        the same for the copies of the weights
     outputs       the files of the output, and the place of each tensor
     plan          Plan, build_plan
     digest        whether two plans are the same

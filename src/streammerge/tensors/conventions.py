@@ -48,14 +48,26 @@ IGNORED: tuple[tuple[str, str, str], ...] = (
 "square mask": the shape is [1, 1, n, n]; a bias of an attention has one axis.
 """
 
-AVERAGED = r"(?i)(.*[_.])?(ema|ema_.*|model_avg|avg_model|averaged|teacher|swa(_.*)?)([_.].*)?"
+AVERAGED = (
+    r"(?i)(.*[_.])?(ema\d*|ema_.*|model_avg|avg_model|average_model(_.*)?|averaged|teacher|swa(_.*)?|shadow(_params)?)"
+    r"([_.].*)?"
+)
 """A part of a name, or a key, that speaks of a running mean of the weights."""
+
+SWAPPED: tuple[tuple[str, str, str, str], ...] = (
+    ("state_dict", "ema_state_dict", "message_hub", "mmengine's EMAHook"),
+    ("state_dict", "current_model_state", "averaging_state", "Lightning's WeightAveraging"),
+)
+"""(key of the average, key of the plain weights, key beside them, program): the average stands where loaders look for the
+weights, and the plain weights beside it."""
 
 COUNTERS: frozenset[str] = frozenset(
     (
         *("step", "steps", "global_step", "iteration", "iterations", "iter", "iters", "iter_num", "n_iter"),
         *("epoch", "current_epoch", "batch_idx_train", "update", "updates", "num_updates", "n_averaged"),
         "num_batches_tracked",
+        "count",
+        "initted",
     )
 )
 """What counts how long was trained. A merge has the largest of the inputs; a mean would be no count."""

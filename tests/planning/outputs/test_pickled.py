@@ -164,9 +164,11 @@ def test_ema_weights_are_named_and_not_left_stale(tmp_path: Path) -> None:
         torch.save({"model": trained(number), "ema": trained(10 + number), "epoch": 1}, tmp_path / f"{number}.pt")
     paths = [tmp_path / "1.pt", tmp_path / "2.pt"]
     result = sm.merge(paths, tmp_path / "out.pt")
-    assert list(torch.load(tmp_path / "out.pt")) == ["model", "epoch"]
-    assert any("'ema' holds EMA weights" in note for note in result.notes)
-    assert any("left out of the output: ema (" in note for note in result.notes)
+    merged = torch.load(tmp_path / "out.pt")
+    assert list(merged) == ["model", "ema", "epoch"]
+    both = [trained(11)["layer.bias"], trained(12)["layer.bias"]]
+    assert octets(merged["ema"]["layer.bias"]) == octets(mean(both, [1, 1]))
+    assert not any("left out" in note for note in result.notes)
     sm.merge(paths, tmp_path / "ema.pt", ema="only")
     merged = torch.load(tmp_path / "ema.pt")
     assert list(merged) == ["model", "ema", "epoch"], "what a loader reads is there, and is the average"
@@ -230,7 +232,10 @@ def test_litema_weights_stand_in_when_asked(tmp_path: Path) -> None:
     )
     sm.merge([tmp_path / "sd.ckpt"], tmp_path / "out.ckpt", ema="prefer")
     expected = {"model.a.b": torch.ones(2), "model.c": torch.ones(2), "first.w": torch.full((1,), 5.0)}
-    assert_same(torch.load(tmp_path / "out.ckpt")["state_dict"], expected)
+    averages = {"model_ema.ab": torch.ones(2), "model_ema.c": torch.ones(2), "model_ema.decay": torch.tensor(0.9)}
+    assert_same(torch.load(tmp_path / "out.ckpt")["state_dict"], expected | averages)
+    sm.merge([tmp_path / "sd.ckpt"], tmp_path / "out.safetensors", ema="prefer")
+    assert_same(load_safetensors(tmp_path / "out.safetensors"), expected)
 
 
 def test_a_merged_tensor_is_merged_wherever_it_stands(tmp_path: Path) -> None:

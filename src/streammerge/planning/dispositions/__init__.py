@@ -2,6 +2,7 @@
 
 Each module imports only modules above it::
 
-    ledger  the decisions: a plan prints them, a receipt records them
-    pruned  entries beside the one state dict that an output keeps
+    ledger   the decisions: a plan prints them, a receipt records them
+    pruned   entries beside the one state dict that an output keeps
+    entries  what becomes of each entry of a pickle
 """

@@ -18,6 +18,7 @@ from streammerge.formats.folder import side_files
 from streammerge.methods.registry import COPY
 from streammerge.options import RECEIPT_FILE, RECEIPT_KEY, RECIPE_FILE, RECIPE_KEY
 from streammerge.planning.alignment import Alignment, Merged
+from streammerge.planning.dispositions.entries import left_behind
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.layout import Layout, Output, Placed, blank_sums, recipe_record
 from streammerge.planning.outputs.pickled import PLAIN_ENDINGS, pickled_output
@@ -67,21 +68,28 @@ def plan_output(out: Location, recipe: Recipe, indexes: Indexes, alignment: Alig
         computed=recipe.merge_method is not COPY or recipe.recast is not None,
         held={names[each.path]: index.nbytes for each, index in indexes.items() if index.in_memory},
     )
-    made = _planned(kind, name, recipe, first, alignment, receipt)
+    made = _planned(kind, name, recipe, first, indexes, alignment, receipt)
     made.inputs = inputs
     return made
 
 
 def _planned(
-    kind: str, name: str, recipe: Recipe, first: CheckpointIndex, alignment: Alignment, receipt: Receipt
+    kind: str,
+    name: str,
+    recipe: Recipe,
+    first: CheckpointIndex,
+    indexes: Indexes,
+    alignment: Alignment,
+    receipt: Receipt,
 ) -> Output:
     merged = alignment.merged
     if kind == "pickle":
-        return pickled_output(name, recipe, first, alignment, receipt)
+        return pickled_output(name, recipe, first, indexes, alignment, receipt)
     notes: list[str] = []
     dispositions = Dispositions()
     dispositions.update(alignment.dispositions)
-    dispositions.add("entry", _left_behind(first), "dropped", "a safetensors file holds tensors only")
+    for thing, why in left_behind(first):
+        dispositions.add("entry", thing, "dropped", why)
     metadata = _metadata(recipe, first)
     if kind == "folder":
         return _folder(recipe, first, alignment, metadata, notes, receipt, dispositions)
@@ -104,14 +112,6 @@ def _metadata(recipe: Recipe, first: CheckpointIndex) -> dict[str, str]:
     kept = {k: v for k, v in first.metadata.items() if "hash" not in k.lower() and k not in (RECIPE_KEY, RECEIPT_KEY)}
     record = recipe_record(recipe)
     return kept | {"format": "pt"} | ({RECIPE_KEY: to_json(record)} if record else {})
-
-
-def _left_behind(first: CheckpointIndex) -> list[str]:
-    extras = first.extras
-    if not isinstance(extras, dict) or not first.selection.chosen[0].path:
-        return []
-    chosen = {c.path[0] for c in first.selection.chosen}
-    return [str(key) for key in extras if key not in chosen]
 
 
 # ---------------------------------------------------------------------------------------------------------- folders

@@ -8,19 +8,19 @@ from typing import Any
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import plain_pickle, torch_zip
-from streammerge.methods.registry import COPY
 from streammerge.options import RECEIPT_KEY, RECIPE_KEY
 from streammerge.pickles.arrays import array_over, is_array, native, numpy_dtype
 from streammerge.pickles.repickle import Edit, storage_ref, stream
-from streammerge.pickles.state_dict import Found, is_training_state
-from streammerge.pickles.tree import Blank, Instance, OrderedTree, StorageRef, TensorRef, mapping_items, walk
+from streammerge.pickles.state_dict import Found
+from streammerge.pickles.tree import Blank, OrderedTree, StorageRef, TensorRef, mapping_items, walk
 from streammerge.planning.alignment import Alignment, Merged
+from streammerge.planning.copies import AlignedCopy, align_copies, record_entries
+from streammerge.planning.dispositions.entries import Entries, decide
 from streammerge.planning.dispositions.ledger import Dispositions
-from streammerge.planning.dispositions.pruned import WHY as ONLY
-from streammerge.planning.dispositions.pruned import pruned
 from streammerge.planning.outputs.bookkeeping import drop_facts, merge_bookkeeping
 from streammerge.planning.outputs.layout import Layout, Output, Placed, blank_sums, recipe_record
 from streammerge.planning.receipt import ITSELF, Receipt
+from streammerge.planning.views import Indexes
 from streammerge.recipe.document import to_yaml
 from streammerge.recipe.model import Recipe
 from streammerge.sources.base import Source
@@ -36,7 +36,9 @@ _COPIES = 4
 """Copies of a pickle in memory at once while it is written: in the layout, sealed, joined, checksummed."""
 
 
-def pickled_output(name: str, recipe: Recipe, base: CheckpointIndex, alignment: Alignment, receipt: Receipt) -> Output:
+def pickled_output(
+    name: str, recipe: Recipe, base: CheckpointIndex, indexes: Indexes, alignment: Alignment, receipt: Receipt
+) -> Output:
     merged = alignment.merged
     if base.format == "TorchScript archive":
         raise RecipeError(
@@ -64,8 +66,15 @@ def pickled_output(name: str, recipe: Recipe, base: CheckpointIndex, alignment: 
         builder.place_merged(m)
     if holders is None:
         home = {name: m.spec.name for m in merged for name in m.base_names if not m.added}
+        entries = decide(recipe, indexes, base)
+        copies = align_copies(recipe, base, entries, alignment)
         _add(base, [m for m in merged if m.added], edit, builder)
-        _edit_first(base, recipe, home, edit, builder, notes, dispositions)
+        renames = _edit_first(base, recipe, home, edit, builder)
+        for own, found, chosen in entries.averaged:
+            if chosen in home:
+                _put(found, builder.standing_in(own, found, home[chosen], base.entries[chosen]), edit, builder)
+        _edit_beside(entries, copies, renames, edit, builder)
+        notes += record_entries(entries, copies, dispositions)
         if len(alignment.shares) > 1:
             said = merge_bookkeeping([tree for tree, _ in alignment.shares], [w for _, w in alignment.shares], edit)
             if said:
@@ -174,6 +183,21 @@ class _Builder:
         spec = self._merged[name].spec
         return self._fresh(spec, self._home(name, self.plain or is_array(node)), node)
 
+    def added(self, name: str, like: TensorRef) -> TensorRef:
+        """Returns the merged tensor ``name`` for a new entry: an array if its neighbour ``like`` is one."""
+        return self.stand_in(name, like if is_array(like) else _BARE)
+
+    def standing_in(self, own: str, found: Found, name: str, entry: Source) -> str:
+        """Returns the name of the tensor that stands in the place of ``found``: the merged tensor ``name``, made of
+        ``entry``, or the same in the dtype of ``found``."""
+        merged = self._merged[name]
+        spec = merged.spec
+        dtype = found.ref.dtype if found.node is None else found.node.dtype
+        if dtype is spec.dtype or spec.dtype is not entry.spec.dtype or dtype.kind != spec.dtype.kind:
+            return name
+        self.place_merged(replace(merged, spec=replace(spec, name=own, dtype=dtype), tied=()))
+        return own
+
     def place_rest(self, tree: Any, base: CheckpointIndex, home: dict[str, str]) -> None:
         """Copies from the first input all tensors that are still reachable and were not merged.
 
@@ -205,51 +229,65 @@ class _Builder:
 
 
 def _edit_first(
-    base: CheckpointIndex,
-    recipe: Recipe,
-    home: dict[str, str],
-    edit: Edit,
-    builder: _Builder,
-    notes: list[str],
-    dispositions: Dispositions,
-) -> None:
-    """Edits the first input's tree: puts the merged tensors in, and drops stale and unwanted parts."""
-    selection = base.selection
+    base: CheckpointIndex, recipe: Recipe, home: dict[str, str], edit: Edit, builder: _Builder
+) -> dict[str, tuple[Any, str]]:
+    """Puts the merged tensors into the first input's tree. Returns name -> (key, new key) of those that are renamed."""
+    selection, renames = base.selection, dict[str, tuple[Any, str]]()
     for found in selection.tensors:
-        where = (id(found.holder), found.key)
         if found.name not in home:
             _drop(found.name, found.holder, found.key, edit)
             continue
-        node = found.node or found.ref
-        made = builder.stand_in(home[found.name], node)
-        already = edit.replaced.setdefault(id(node), made)
-        if already is not made and already.storage is not made.storage and found.holder is not None:
-            edit.values[where] = made
+        _put(found, home[found.name], edit, builder)
         written = recipe.output_name(found.name)
         if written != base.renamed.get(found.name, found.name):
             if found.holder is None or selection.chosen[0].kind != "state dict":
                 raise RecipeError("tensors of a state dict only can be renamed in a .pth; write a .safetensors file")
-            edit.renamed[where] = _key(base, found, written)
-    for found in selection.left_out:
-        _drop(found.name, found.holder, found.key, edit)
-    if recipe.output.only:
-        for name, holder, key in pruned(base):
-            _drop(name, holder, key, edit)
-            dispositions.add("entry", name, "dropped", ONLY)
-        return
-    replaced = recipe.merge_method is not COPY or any(rule.copy for rule in recipe.rules)
-    for twin in selection.twins if replaced else ():
-        if selection.chosen[0].averaged and not twin.averaged and all(found.name in home for found in twin.tensors):
-            for found in twin.tensors:  # the loader reads the plain weights, so they become the merged averaged weights
-                node = found.node or found.ref
-                edit.replaced.setdefault(id(node), builder.stand_in(home[found.name], node))
-            notes.append(f"'{printable(twin.label)}' has the merged weights too")
-            continue
-        _drop(twin.label, twin.holder, twin.key, edit)
-        dispositions.add("entry", twin.label, "dropped", "it was not merged and would be stale")
-    if not recipe.output.keep_optimizer:
-        gone = _drop_training_state(base, edit)
-        dispositions.add("entry", gone, "dropped", "`keep_optimizer=True` keeps the first input's")
+            key = edit.renamed[id(found.holder), found.key] = _key(base, found, written)
+            renames[found.name] = found.key, key
+    return renames
+
+
+def _put(found: Found, name: str, edit: Edit, builder: _Builder) -> None:
+    """Puts the tensor ``name`` of the output into the place of a tensor of the tree."""
+    node = found.node or found.ref
+    made = builder.stand_in(name, node)
+    already = edit.replaced.setdefault(id(node), made)
+    if already is not made and already.storage is not made.storage and found.holder is not None:
+        edit.values[id(found.holder), found.key] = made
+
+
+def _edit_beside(
+    entries: Entries,
+    copies: list[AlignedCopy],
+    renames: dict[str, tuple[Any, str]],
+    edit: Edit,
+    builder: _Builder,
+) -> None:
+    """Puts the merged copies and single tensors into the first input's tree, and leaves out what would be stale."""
+    for aligned in copies:
+        copy = aligned.copy
+        for m in (*aligned.merged, *(m for _, m in aligned.added)):
+            builder.place_merged(m)
+        holder = next(iter(copy.tensors.values())).holder
+        if aligned.added and (holder is None or mapping_items(holder) is None):
+            raise RecipeError(f"nothing can be added to {printable(copy.label)}; write a .safetensors file")
+        if aligned.added:
+            like = next(iter(copy.tensors.values())).ref
+            edit.added[id(holder)] = [(key, builder.added(m.spec.name, like)) for key, m in aligned.added]
+        for name, found in copy.tensors.items():
+            if name in aligned.homes:
+                _put(found, aligned.homes[name], edit, builder)
+                if renames and copy.candidate is not None and copy.candidate.kind == "state dict":
+                    old, new = renames.get(name, ("", ""))
+                    if isinstance(old, str) and new and found.name.endswith(old):
+                        edit.renamed[id(found.holder), found.key] = found.name.removesuffix(old) + new
+            else:
+                _drop(copy.output_name(name), found.holder, found.key, edit)
+    for drop in entries.drops:
+        if drop.instead is None:
+            edit.values[id(drop.holder), drop.key] = None
+        else:
+            _drop(drop.name, drop.holder, drop.key, edit)
 
 
 def _key(base: CheckpointIndex, found: Found, written: str) -> str:
@@ -283,29 +321,11 @@ def _add(base: CheckpointIndex, added: list[Merged], edit: Edit, builder: _Build
             f"{printable(added[0].spec.name)} cannot be added to {printable(base.path)}, which holds no single state dict; "
             "write a .safetensors file"
         )
-    first = base.selection.tensors[0].ref
-    like = first if is_array(first) else _BARE
-    edit.added[id(holder)] = [(m.spec.name, builder.stand_in(m.spec.name, like)) for m in added]
+    like = base.selection.tensors[0].ref
+    edit.added[id(holder)] = [(m.spec.name, builder.added(m.spec.name, like)) for m in added]
 
 
 def _drop(name: str, holder: Any, key: Any, edit: Edit) -> None:
     if holder is None or mapping_items(holder) is None:
         raise RecipeError(f"{printable(name)} cannot be left out of this file's container; write a .safetensors file")
     edit.dropped.add((id(holder), key))
-
-
-def _drop_training_state(base: CheckpointIndex, edit: Edit) -> list[str]:
-    """Drops optimizer, scheduler and scaler at every level above the chosen state dicts. Returns their keys."""
-    gone: list[str] = []
-    for candidate in base.selection.chosen:
-        node: Any = base.extras
-        for part in candidate.path:
-            for key, value in mapping_items(node) or []:
-                fresh = (id(node), key) not in edit.dropped
-                if is_training_state(key, value) and key != part and value is not None and fresh:
-                    edit.dropped.add((id(node), key))
-                    gone.append(str(key))
-            if isinstance(node, Instance) and isinstance(node.state, dict):
-                node = node.state
-            node = node[part] if isinstance(node, dict | list | tuple) else dict(mapping_items(node) or []).get(part)
-    return gone
