@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Ema = Literal["ignore", "prefer", "only"]
 OnMissing = Literal["error", "base", "average-present", "drop", "union"]
-OnShape = Literal["error", "base", "rows"]
+OnShape = Literal["error", "base", "rows", "leading"]
 Integers = Literal["first", "last", "max", "error"]
 Io = Literal["mmap", "pread"]
 EMA_CHOICES: tuple[str, ...] = get_args(Ema)

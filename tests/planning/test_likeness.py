@@ -112,3 +112,24 @@ def test_the_input_is_renamed_and_not_the_other(tmp_path: Path) -> None:
 def test_the_input_itself_is_no_container_for_it(original: Path, tmp_path: Path) -> None:
     with pytest.raises(sm.RecipeError, match="`like` names the input itself"):
         sm.convert(original, tmp_path / "out.pth", like=str(original))
+
+
+def test_the_copies_of_the_other_get_the_tensors_too(tmp_path: Path) -> None:
+    """Its average would be that of other weights. What the input lacks is kept, and said."""
+    weights = {"a.w": torch.ones(3, 2), "b.w": torch.ones(5)}
+    content = {
+        "ema": {"step": torch.tensor(3), **{f"ema_model.{name}": tensor * 2 for name, tensor in weights.items()}},
+        "list": {"shadow_params": [tensor * 3 for tensor in weights.values()], "decay": 0.9},
+        "model": weights,
+        "latent_avg": torch.ones(4),
+    }
+    torch.save(content, tmp_path / "like.pth")
+    save_file({name: tensor * 7 for name, tensor in weights.items()}, tmp_path / "in.safetensors")
+    result = sm.convert(tmp_path / "in.safetensors", tmp_path / "out.pth", like=tmp_path / "like.pth")
+    made = torch.load(tmp_path / "out.pth")
+    assert set(made) == set(content)
+    copies = [made["model"]["a.w"], made["ema"]["ema_model.a.w"], made["list"]["shadow_params"][0]]
+    assert all(tensor.tolist() == [[7.0] * 2] * 3 for tensor in copies)
+    assert (made["ema"]["step"].item(), made["latent_avg"].tolist()) == (3, [1.0] * 4)
+    assert any("ema.step, latent_avg (the input has none)" in note for note in result.notes)
+    assert sm.verify(tmp_path / "out.pth", sample=1.0).recomputed

@@ -98,10 +98,14 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
-    except (OSError, MemoryError) as error:
+    except MemoryError:
         if debug:
             _print_traceback()
-        _fail(printable(error if not isinstance(error, OSError) or error.filename else error.strerror or error, 1000), 1)
+        _fail("the system gave no more memory; lower --memory or --workers, or raise the limit (ulimit -v)", 1)
+    except OSError as error:
+        if debug:
+            _print_traceback()
+        _fail(printable(error if error.filename else f"{error.strerror or error} (run it again with --debug)", 1000), 1)
 
 
 def run() -> None:

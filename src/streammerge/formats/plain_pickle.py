@@ -6,7 +6,8 @@ The arrays' bytes lie in the pickle, and are read there. Nothing in it is import
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import BinaryIO
 
 from streammerge.errors import FormatError, printable
@@ -79,4 +80,9 @@ def plan_layout(file_name: str, pickle: Sequence[bytes | Blank], receipt: bytes)
         else:
             literals.append(Literal(cursor, part))
             cursor += len(part)
-    return LayoutFile(file_name, cursor, offsets, tuple(literals), receipt)
+    return LayoutFile(file_name, cursor, offsets, receipt=receipt, seal=partial(_sealed, literals, receipt))
+
+
+def _sealed(literals: list[Literal], blank: bytes, checksums: Mapping[int, int], receipt: bytes) -> list[Literal]:
+    """Returns all bytes outside the arrays with the final receipt. A plain pickle holds no other checksums."""
+    return [Literal(each.offset, each.data.replace(blank, receipt)) for each in literals]

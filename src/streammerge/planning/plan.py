@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from streammerge.checkpoints.config_differences import differing_configs
 from streammerge.errors import BudgetError, RecipeError, printable
 from streammerge.kernels.ranking import held_bytes
 from streammerge.methods.registry import COPY, INTEGERS
@@ -194,6 +195,7 @@ def build_plan(
     alignment = align(recipe, indexes)
     opened = indexes.values()
     alignment.warnings += differing_facts([i.extras for i in opened], [str(i.path) for i in opened])
+    alignment.warnings += differing_configs(opened)
     output = plan_output(out or parse(_EXAMPLE_OUT), recipe, indexes, alignment, hashed)
     tasks = [task for placed in output.placed for task in _tasks(placed, recipe.seed)]
     # Sorts by the place in the first input, so that its pages are read once and in sequence.
@@ -224,7 +226,7 @@ def build_plan(
         io,
         identities,
         list(dict.fromkeys(notes)),
-        list(dict.fromkeys(alignment.warnings)),
+        list(dict.fromkeys([*(warning for index in opened for warning in index.warnings), *alignment.warnings])),
         alignment.taken,
         {file: index.path for index in opened for file in index.files},
         output.inputs,

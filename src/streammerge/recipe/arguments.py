@@ -48,7 +48,8 @@ def recipe_of(
         elif value is not None:
             shared[known] = constant(parameter.parse_one(value) if parameter else str(value))
     models = tuple(Model(path, parameters=settings) for path, settings in zip(inputs, own, strict=True))
-    recipe = Recipe(found, models, base_model=base, parameters=shared)
+    output = Output() if base is None else Output(container="first")
+    recipe = Recipe(found, models, base_model=base, parameters=shared, output=output)
     return checked(overridden(recipe, overrides))
 
 

@@ -152,7 +152,8 @@ def travelling_names(recipe: Recipe) -> dict[str, str]:
     if local and (not apart or any(map(_is_absolute, local.values()))):
         common = posixpath.commonpath([place.parent.key for place in places.values()])
         local = {path: posixpath.relpath(place.key, common) for path, place in places.items()}
-    return held | far | {path: f"./{name}" if name.startswith("~") else name for path, name in local.items()}
+    normal = {path: posixpath.normpath(name) + "/" * name.endswith("/") for path, name in local.items()}
+    return held | far | {path: f"./{name}" if name.startswith("~") else name for path, name in normal.items()}
 
 
 def _is_absolute(name: str) -> bool:

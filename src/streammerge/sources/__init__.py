@@ -12,5 +12,6 @@ Each module imports only modules above it::
     constant  one number everywhere
     inline    a small tensor that stands in a header
     memory    a tensor that the caller holds
+    box       a block, or a transposed matrix, of a tensor
     merged    a merge of other sources, computed chunk by chunk
 """

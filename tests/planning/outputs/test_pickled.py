@@ -367,3 +367,20 @@ def test_a_legacy_file_and_a_compressed_one_hold_arrays_too(tmp_path: Path) -> N
         made = torch.load(tmp_path / f"{name}.out.pth", weights_only=False)
         assert list(made) == ["w", "b"]
         assert all(np.array_equal(made[key], content[key]) for key in content)
+
+
+def test_a_flat_state_dict_with_dictionaries_among_its_values(tmp_path: Path) -> None:
+    """Its tensors are merged, those in the dictionaries too, and the state of the training is left out."""
+    for seed in (1, 2):
+        flat = {f"fc{n}.w": torch.full((2,), float(seed)) for n in range(4)}
+        more = {"normalizer": {"mean": torch.full((3,), float(seed)), "n": 3}, "ema": {k: t * 10 for k, t in flat.items()}}
+        optimizer = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}
+        torch.save({**flat, **more, "optimizer": optimizer, "epoch": seed}, tmp_path / f"{seed}.pt")
+    result = sm.merge([tmp_path / "1.pt", tmp_path / "2.pt"], tmp_path / "out.pt")
+    made = torch.load(tmp_path / "out.pt")
+    assert made["fc0.w"].tolist() == [1.5, 1.5]
+    assert made["ema"]["fc0.w"].tolist() == [15.0, 15.0]
+    assert (made["normalizer"]["mean"].tolist(), made["normalizer"]["n"], made["epoch"]) == ([1.5] * 3, 3, 2)
+    assert "optimizer" not in made
+    assert any("optimizer" in note for note in result.notes)
+    assert list(sm.inspect(tmp_path / "out.pt")) == [f"fc{n}.w" for n in range(4)]

@@ -33,4 +33,4 @@ def convert(path: str, out: str | None, no_progress: bool, form: str, debug: boo
         raise click.UsageError("the output has no name; add -o OUT, like -o model.safetensors")
     with Progress(form, enabled=not no_progress) as progress:
         result = api.convert(path, out, listener=progress, **as_arguments(typed))
-    report(result, form, progress.told)
+        report(result, form, progress.told)

@@ -43,4 +43,4 @@ def merge(
         raise click.UsageError("the output has no name; add -o OUT, like -o merged.safetensors")
     with Progress(form, enabled=not no_progress) as progress:
         result = api.merge(found, out, recipe=recipe, listener=progress, **asked)
-    report(result, form, progress.told)
+        report(result, form, progress.told)

@@ -28,7 +28,7 @@ from streammerge.tensors.names import is_counter
 
 Indexes = Mapping[Reference, CheckpointIndex]
 STALE = "not in every input, so it would be stale"
-AVERAGE = "the merged averaged weights stand here too"
+AVERAGE = "the chosen weights stand here too"
 LENT = "the input has none"
 OPTIMIZER = "stale after a merge; `keep_optimizer=True` keeps the first input's"
 BESIDE = "a safetensors file holds tensors only"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import plain_pickle, torch_zip
+from streammerge.formats.base import LayoutFile
 from streammerge.options import RECEIPT_KEY, RECIPE_KEY
 from streammerge.pickles.arrays import array_over, is_array, native, numpy_dtype
 from streammerge.pickles.repickle import Edit, storage_ref, stream
@@ -36,9 +38,48 @@ _COPIES = 4
 """Copies of a pickle in memory at once while it is written: in the layout, sealed, joined, checksummed."""
 
 
+@dataclass(frozen=True, slots=True)
+class PickledFile:
+    """A planned archive, its tensors with their places, and the blank checksums that a receipt has of it."""
+
+    file: LayoutFile
+    placed: list[Placed]
+    notes: list[str]
+    dispositions: Dispositions
+    sums: str
+    pickle_bytes: int
+
+
 def pickled_output(
     name: str, recipe: Recipe, base: CheckpointIndex, indexes: Indexes, alignment: Alignment, receipt: Receipt
 ) -> Output:
+    made = receipt
+
+    def beside(sums: str, dispositions: Dispositions) -> dict[str, bytes]:
+        nonlocal made
+        made = replace(receipt, checksums={ITSELF: sums}, dispositions=dispositions.record())
+        record = recipe_record(recipe)
+        texts = {RECIPE_KEY: to_yaml(record).encode()} if record else {}
+        return texts | {RECEIPT_KEY: made.text().encode()}
+
+    planned = pickled_file(name, recipe, base, indexes, alignment, beside)
+    layout = Layout((planned.file,), made, pickle_bytes=planned.pickle_bytes)
+    return Output(layout, planned.placed, planned.notes, dispositions=planned.dispositions)
+
+
+def pickled_file(
+    name: str,
+    recipe: Recipe,
+    base: CheckpointIndex,
+    indexes: Indexes,
+    alignment: Alignment,
+    beside: Callable[[str, Dispositions], dict[str, bytes]],
+    flat: bool = False,
+) -> PickledFile:
+    """Plans one file. ``beside``: makes recipe and receipt, by their keys, from the blank checksums and the decisions.
+
+    ``flat``: it holds a flat state dict of the merged tensors instead of the first input's tree.
+    """
     merged = alignment.merged
     if base.format == "TorchScript archive":
         raise RecipeError(
@@ -46,7 +87,7 @@ def pickled_output(
             "write a .safetensors file, or a .pth with a plain checkpoint as the first input"
         )
     plain = name.endswith(PLAIN_ENDINGS) and not base.format.startswith("PyTorch")
-    tree, holders = _tree(base, merged, plain)
+    tree, holders = _tree(base, merged, flat, plain)
     moved = alignment.restacked or any(m.base_names[0] not in base.entries for m in merged if not m.added)
     if holders is None and moved:
         raise RecipeError(
@@ -85,11 +126,8 @@ def pickled_output(
     else:
         for key, m in holders.items():
             edit.replaced[id(tree[key])] = builder.stand_in(m.spec.name, tree[key])
-    record = recipe_record(recipe)
-    sums = {ITSELF: blank_sums([spec.nbytes for spec, _, _ in builder.tensors.values()])}
-    receipt = replace(receipt, checksums=sums, dispositions=dispositions.record())
-    told = {RECIPE_KEY: to_yaml(record).encode()} if record else {}
-    told[RECEIPT_KEY] = receipt.text().encode()
+    sums = blank_sums([spec.nbytes for spec, _, _ in builder.tensors.values()])
+    told = beside(sums, dispositions)
     if plain:
         pickle = stream(tree, edit, headers=[plain_pickle.header(key, text) for key, text in told.items()])
         file = plain_pickle.plan_layout(name, pickle, told[RECEIPT_KEY])
@@ -98,16 +136,15 @@ def pickled_output(
         file = torch_zip.plan_layout(name, pickle, builder.storages, base.container.magic, told)
     placed = [Placed(spec, m, 0, file.offsets[n], source) for n, (spec, m, source) in builder.tensors.items()]
     pickle_bytes = sum(len(part) for part in pickle if isinstance(part, bytes))
-    layout = Layout((file,), receipt, pickle_bytes=_COPIES * pickle_bytes)
-    return Output(layout, placed, notes, dispositions=dispositions)
+    return PickledFile(file, placed, notes, dispositions, sums, _COPIES * pickle_bytes)
 
 
-def _tree(base: CheckpointIndex, merged: list[Merged], plain: bool) -> tuple[Any, dict[str, Merged] | None]:
+def _tree(base: CheckpointIndex, merged: list[Merged], flat: bool, plain: bool) -> tuple[Any, dict[str, Merged] | None]:
     """Returns the first input's own tree, or a flat state dict if the first input has no tree that can be written.
 
     For a flat state dict, also returns its key -> the merged tensor; else None.
     """
-    if base.extras is not None and base.format != "sharded PyTorch":
+    if base.extras is not None and base.format != "sharded PyTorch" and not flat:
         return base.extras, None
     tree: dict[Any, Any] = {} if plain else OrderedTree()
     holders: dict[str, Merged] = {}
