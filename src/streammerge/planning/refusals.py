@@ -48,7 +48,7 @@ def refuse_unreadable(index: CheckpointIndex) -> None:
             f"{printable(index.path)} holds {listed([name for name, _ in arrays])} as an array of {arrays[0][1]}, which is "
             "not merged or converted; save it again as an array of float32"
         )
-    empty = [n for n, entry in index.entries.items() if not entry.spec.numel and entry.spec.shape == (0,)]
+    empty = [name for name, entry in index.entries.items() if entry.spec.shape == (0,)]
     placeholders = [name for name in empty if name.rpartition(".")[2] == "weight"]
     if len(placeholders) >= _LEAST_PLACEHOLDERS:
         raise MismatchError(

@@ -403,8 +403,6 @@ def left_behind(first: CheckpointIndex) -> Iterator[tuple[str, str]]:
         tops.update(candidate.path[:1])
         weights = candidate.averaged or originals.of(candidate)
         yield candidate.label, ONE_COPY if weights else BESIDE
-    if id(tree) in taken:
-        return
     for path, _ in outside(tree, taken):
         tops.add(path[0])
         yield ".".join(map(printable, path)), BESIDE
