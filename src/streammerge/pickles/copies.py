@@ -155,7 +155,7 @@ def outside(tree: Any, taken: set[int]) -> Iterator[tuple[tuple[Any, ...], Tenso
     ``taken``: the identities of nodes that are not entered. State of an optimizer, a scheduler or a scaler is skipped.
     """
     skip: set[tuple[int, Any]] = set()
-    for path, node in walk(tree, skip):
+    for path, node in walk(tree, skip) if id(tree) not in taken else ():
         if isinstance(node, TensorRef):
             if id(node) not in taken and len(path) < _DEEPEST:
                 yield path, node
