@@ -400,6 +400,14 @@ class Converting(Options):
     strip_prefix: str = option(
         "Removed from the names that begin with it.", TEXT, default="", metavar="PREFIX", overrides=True
     )
+    like: PathLike | None = option(
+        "Put the tensors into this checkpoint's container: its names, order, dtypes and all that it holds besides.",
+        PATH,
+        metavar="PATH",
+    )
+    only: str | None = option(
+        "Which state dict a .pth keeps; it leaves out the others, and the state of the training.", TEXT, metavar="KEY.PATH"
+    )
     extras: PathLike | None = option("Write what is not a tensor there, readable.", PATH, metavar="FILE.json")
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,6 +42,15 @@ from streammerge.pickles.state_dict import is_training_state, select
         ({"model": {"a": 1, "b": 1}, "ema": {"online_model.a": 1, "online_model.b": 1, "ema_model.a": 1, "ema_model.b": 1,
           "step": 1}}, "model"),
         ([1, 1], "(top level)"),
+        ({"fc.w": 1, "gc.w": 1, "normalizer": {"mean": 1, "std": 1}}, "(top level)"),
+        ({"weight": 1, "bias": 1, "normalizer": {"mean": 1, "std": 1}}, "(top level)"),
+        ({"mean": 1, "std": 1, "model": {"w": 1, "v": 1, "u": 1}}, "model"),
+        ({"mean": 1, "std": 1, "model": {"fc.w": 1}}, "model"),
+        ({"fc.w": 1, "optimizer": {"state": {0: {"m": 1, "v": 1}}, "param_groups": []}, "epoch": 3}, "(top level)"),
+        ({"fc.w": 1, "a": 0, "b": 0, "c": "", "names": ["x", "y"], "config": {"x": {"y": []}}}, "(top level)"),
+        ({"fc.w": 1, "fc.b": 1, "ema": {"fc.w": 1, "fc.b": 1}}, "(top level)"),
+        ({"fc.w": 1, "_extra_state": {"a": 1, "b": 1, "c": 1}}, "(top level)"),
+        ({"latent_avg": 1, "g_ema": {"w": 1, "v": 1}, "args": {}}, "g_ema"),
     ],
 )  # fmt: skip
 def test_the_state_dict_is_found_in_every_layout(tmp_path: Path, tree: Any, label: str) -> None:
@@ -144,3 +156,78 @@ def test_the_other_state_dicts_stay_known(tmp_path: Path) -> None:
     torch.save(content, tmp_path / "in.pt")
     selection = sm.inspect(tmp_path / "in.pt").selection
     assert [copy.label for copy in selection.copies] == ["ema.shadow_params", "criterion"]
+
+
+class Pair(NamedTuple):
+    params: dict[str, torch.Tensor]
+    step: int
+
+
+class Weights(NamedTuple):
+    w: torch.Tensor
+    b: torch.Tensor
+
+
+@dataclass
+class Statistics:
+    mean: torch.Tensor
+    std: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    mean: torch.Tensor
+    std: torch.Tensor
+
+
+class Slotted:
+    __slots__ = ("model", "step")
+
+
+def slotted(model: dict[str, torch.Tensor]) -> Slotted:
+    made = Slotted()
+    made.model, made.step = model, 3  # type: ignore[attr-defined]
+    return made
+
+
+RECORDS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], Callable[[Any], torch.Tensor], list[str]]] = {
+    "NamedTuple with a state dict": (lambda sd: Pair(sd, 3), lambda made: made.params["w"], ["w", "b"]),
+    "NamedTuple of tensors": (lambda sd: Weights(**sd), lambda made: made.w, ["0", "1"]),
+    "NamedTuple in a dict": (lambda sd: {"m": Pair(sd, 3), "e": 1}, lambda made: made["m"].params["w"], ["w", "b"]),
+    "list of NamedTuples": (lambda sd: [Pair(sd, 3)], lambda made: made[0].params["w"], ["w", "b"]),
+    "dataclass of tensors": (lambda sd: Statistics(*sd.values()), lambda made: made.mean, ["mean", "std"]),
+    "frozen dataclass with slots": (lambda sd: Frozen(*sd.values()), lambda made: made.mean, ["0", "1"]),
+    "object with slots": (slotted, lambda made: made.model["w"], ["w", "b"]),
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_tensors_in_records_are_merged_and_the_classes_stay(tmp_path: Path, name: str) -> None:
+    make, get, names = RECORDS[name]
+    inputs = [make({"w": torch.full((3, 4), float(n)), "b": torch.ones(2)}) for n in (1, 2)]
+    for number, content in enumerate(inputs):
+        torch.save(content, tmp_path / f"{number}.pth")
+    assert list(sm.inspect(tmp_path / "0.pth")) == names
+    sm.merge([tmp_path / "0.pth", tmp_path / "1.pth"], tmp_path / "out.pth")
+    made = torch.load(tmp_path / "out.pth", weights_only=False)
+    assert type(made) is type(inputs[0])
+    assert get(made).tolist() == [[1.5] * 4] * 3
+    if hasattr(inputs[0], "__dict__") or isinstance(inputs[0], tuple):  # a state dict in memory keeps the classes too
+        sm.merge([{"x": each} for each in inputs], tmp_path / "out.pth", overwrite=True)
+        again = torch.load(tmp_path / "out.pth", weights_only=False)["x"]
+        assert (type(again), get(again).tolist()) == (type(inputs[0]), [[1.5] * 4] * 3)
+
+
+def test_arrays_of_objects_among_the_weights_are_refused_by_name(tmp_path: Path) -> None:
+    texts = np.array(["a", "b"])
+    for array, said in (
+        (np.array([{}, 2], object), r"odd as an array of objects"),
+        (np.zeros(2, [("a", "f4")]), r"odd as an array of records"),
+        (np.ma.masked_array([1.0], [True]), r"odd as an array of masked numbers"),
+    ):
+        torch.save({"model": {"w": np.ones(2), "v": torch.ones(2), "odd": array, "texts": texts}}, tmp_path / "in.pth")
+        with pytest.raises(sm.MismatchError, match=said):
+            sm.convert(tmp_path / "in.pth", tmp_path / "out.safetensors")
+    torch.save({"model": {"w": np.ones(2), "v": torch.ones(2), "texts": texts}}, tmp_path / "in.pth")
+    sm.convert(tmp_path / "in.pth", tmp_path / "out.pth")
+    assert torch.load(tmp_path / "out.pth", weights_only=False)["model"]["texts"].tolist() == ["a", "b"]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from streammerge.checkpoints.config import CONFIG, Tree, mappings, tree_of
-from streammerge.checkpoints.config_keys import ALIKE, ARITHMETIC, NOT_ARITHMETIC, PARTS
+from streammerge.checkpoints.config_keys import ALIKE, ARITHMETIC, LEFT_OUT, NOT_ARITHMETIC, PARTS
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import printable
 
@@ -15,8 +15,6 @@ _ARITHMETIC = re.compile(ARITHMETIC)
 _NOT_ARITHMETIC = re.compile(NOT_ARITHMETIC)
 _TEXT = re.compile(r"(\w+)_config")
 _MOST_KEYS = 6
-_LLAMA_ROPE_THETA = 10000.0
-"""What configurations of 2023 leave out."""
 
 
 def differing_configs(indexes: Iterable[CheckpointIndex]) -> list[str]:
@@ -50,8 +48,7 @@ def differences(one: Tree, two: Tree) -> list[tuple[str, Any, Any]]:
 def _facts(tree: Tree) -> dict[str, Any]:
     """Returns key path -> value. A part of text stands at the top, where older releases have it."""
     found: dict[str, Any] = {key: tree[key] for key in ("model_type", "architectures") if key in tree}
-    if tree.get("model_type") == "llama":
-        found["rope_theta"] = _LLAMA_ROPE_THETA
+    found |= LEFT_OUT.get(str(tree.get("model_type")), {})
     for path, each in mappings(tree):
         if any(key.startswith("rope") for key in path):
             continue  # read as a whole

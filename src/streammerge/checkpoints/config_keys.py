@@ -143,6 +143,11 @@ NOT_ARITHMETIC = (
 )
 """Keys of these words that have no effect on what a trained model computes."""
 
+LEFT_OUT: dict[str, dict[str, float]] = {
+    "llama": {"rope_theta": 10000.0},
+}
+"""``model_type`` -> what changes the arithmetic and is left out by configurations of early releases."""
+
 ALIKE: tuple[frozenset[str], ...] = (
     frozenset(("silu", "swish")),
     frozenset(("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh")),

@@ -371,7 +371,7 @@ class _Holder:
         changed = len(self.layers) != self.before
         for key, value in self.holder.items():
             if key in NOT_SETTLED and value and self._renumbered:
-                self.found.notes.append(f"{self._said(key)}: {NOT_SETTLED[key]}, which config.json cannot follow")
+                self.found.notes.append(f"{self._said(key)}: {NOT_SETTLED[key]}, which {self.name} cannot follow")
             known = key in self.depth_keys or key in PLACINGS or key in EXTRA_LAYERS or _words([key]) & _ROLES
             if changed and not known and _is_number(value) and value == self.before and _speaks(key):
                 self.found.notes.append(

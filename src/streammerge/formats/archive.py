@@ -30,7 +30,7 @@ def first_name(head: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A record. Its bytes are at ``offset``; a compressed record is unpacked from ``deflated``."""
+    """A record. Its bytes are at ``offset``; the bytes of a compressed one are unpacked from ``record``."""
 
     name: str
     offset: int

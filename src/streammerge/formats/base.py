@@ -23,7 +23,7 @@ Match = bool | OneOf["unless another"]
 
 @dataclass(frozen=True, slots=True)
 class StorageBytes:
-    """The place of one torch storage's bytes. For a compressed record, ``offset`` is 0 within ``deflated``."""
+    """The place of one torch storage's bytes. In a compressed record they begin at ``offset`` 0 of its unpacked bytes."""
 
     path: Location
     offset: int
@@ -70,9 +70,10 @@ class Container:
     """A checkpoint on the disk: the inert tree, and the places of its storages. No tensor was read.
 
     ``pickled``: the tree comes from a pickle; tensors may share storages and be beside other data. Otherwise the tree
-    maps names to tensors (:func:`flat_tensor`). ``held_bytes``: bytes of pickles, whose data is in the tree. ``form``: how
-    a folder stores it. ``parts``: subfolder -> its container, "" for the folder's own weights, where a folder holds several
-    models that belong together; then the tree is empty. ``warnings``: what may be wrong with the checkpoint.
+    maps names to tensors (:func:`flat_tensor`). ``held_bytes``: bytes of pickles, whose data is in the tree. ``arrays``:
+    the sources of numpy's arrays, whose bytes lie in the pickle. ``form``: how a folder stores it. ``parts``: subfolder ->
+    its container, "" for the folder's own weights, where a folder holds several models that belong together; then the tree
+    is empty. ``warnings``: what may be wrong with the checkpoint.
     """
 
     path: Location
@@ -85,6 +86,7 @@ class Container:
     pickled: bool = False
     magic: bytes = b"PK"
     held_bytes: int = 0
+    arrays: list[Source] = field(default_factory=list)
     form: Form | None = None
     parts: dict[str, Container] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -97,12 +99,12 @@ class Container:
         for store in self.storages.values():
             spans[store.path].append(store.span)
         near, there = None, list[tuple[int, int]]()  # the file of the tensor before; a path's hash takes its time
-        for ref in self.tree.values() if isinstance(self.tree, dict) else ():
-            if isinstance(ref, TensorRef) and ref.entry is not None:
-                for path, offset, nbytes in ref.entry.blobs:
-                    if path is not near:
-                        near, there = path, spans[path]
-                    there.append((offset, nbytes))
+        flat = self.tree.values() if isinstance(self.tree, dict) else ()
+        for entry in (*self.arrays, *(ref.entry for ref in flat if isinstance(ref, TensorRef))):
+            for path, offset, nbytes in entry.blobs if entry is not None else ():
+                if path is not near:
+                    near, there = path, spans[path]
+                there.append((offset, nbytes))
         return {path: sorted(dict.fromkeys(span for span in found if span[1])) for path, found in spans.items()}
 
     def locate(self, name: str, ref: TensorRef) -> Source:

@@ -113,8 +113,8 @@ def _what(head: bytes, size: int, end: bytes) -> str:
     for magic, what in _OTHERS:
         if head.startswith(magic):
             return f"is {what}"
-    if head[:1] == b"\x80" and head[1:2] in (b"\0", b"\1", b"\2", b"\3", b"\4", b"\5"):
-        return "is a plain pickle, not written by torch.save; load it in Python and torch.save its state dict"
+    if re.match(rb"\x80[\0\1]|\(d[pq]|\}q|ccollections\nOrderedDict\n", head):
+        return "is a plain pickle of an old protocol; load it in Python and pickle it again with protocol 2 or higher"
     if end.startswith(archive.END):
         return "has bytes before its zip archive, so torch.load does not read it either; save it again"
     if re.match(rb"\s*[{\[]", head):

@@ -456,9 +456,15 @@ def is_whole_model(name: str) -> bool:
 def form_of_file(name: str) -> Form | None:
     """Returns the form of a folder with one file of this name. None if no loader looks for it."""
     parsed = _KNOWN_NAME.fullmatch(name)
-    if parsed is None or parsed["count"] or (parsed["stem"], parsed["ending"]) not in _KNOWN:
+    if parsed is None or parsed["count"]:
         return None
-    return Form(parsed["stem"], parsed["ending"], parsed["variant"] or "")
+    form = Form(parsed["stem"], parsed["ending"], parsed["variant"] or "")
+    return form if is_looked_for(form) else None
+
+
+def is_looked_for(form: Form) -> bool:
+    """Whether a known loader looks for the files of this form by their names."""
+    return (form.stem, form.ending) in _KNOWN
 
 
 def is_shard(name: str) -> bool:

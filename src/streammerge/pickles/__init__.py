@@ -3,6 +3,7 @@
 Each module imports only modules above it::
 
     tree        plain values and records
+    arrays      numpy's arrays, whose bytes lie in the pickle
     rebuild     torch's calls in a pickle -> tensors and storages
     unpickle    bytes of a pickle -> tree
     repickle    tree -> bytes of a pickle

@@ -1,7 +1,7 @@
 """Selection of the state dict in a checkpoint's tree.
 
-A mapping whose values are mostly tensors is a state dict. So is a pickled module: its parameters and persistent
-buffers, under their dotted names. If there are several:
+A mapping whose values are mostly tensors is a state dict, also if some of its values are dictionaries with fewer tensors.
+So is a pickled module: its parameters and persistent buffers, under their dotted names. If there are several:
 
 1. Skip those below a key of the optimizer, scheduler, scaler, random state and the like.
 2. If a model and its running average have the same names (``model`` and ``ema``, ``student`` and ``teacher``), take the
@@ -23,10 +23,11 @@ from typing import Any
 
 from streammerge.errors import FormatError, RecipeError, listed, printable
 from streammerge.options import EMA_CHOICES
+from streammerge.pickles.arrays import unread_kind
 from streammerge.pickles.tree import Instance, TensorRef, mapping_items, walk
 from streammerge.tensors.conventions import AVERAGED, SWAPPED
 
-_Place = tuple[tuple[Any, ...], Any, bool, bool, Any]
+_Place = tuple[tuple[Any, ...], Any, bool, bool, bool, Any]
 _KEYS = (str, int)
 _MOST_NAME = 4000
 # Patterns are text: compiling them takes longer than reading a safetensors file, which needs none.
@@ -81,6 +82,7 @@ class Candidate:
 
     ``barred``: it lies below a key that no weights lie below. ``stale``: it is the state of an optimizer, a scheduler or a
     scaler. ``swapped``: whether it holds a running mean of the weights, where a program puts it in an unusual place.
+    ``within``: it lies inside another state dict.
     """
 
     path: tuple[Any, ...]
@@ -92,6 +94,7 @@ class Candidate:
     key: Any = None
     stale: bool = False
     swapped: bool | None = None
+    within: bool = False
 
     @property
     def label(self) -> str:
@@ -99,7 +102,7 @@ class Candidate:
 
     @property
     def nbytes(self) -> int:
-        return sum(prod(f.ref.shape) * f.ref.dtype.element_bytes for f in self.tensors)
+        return sum(_bytes_of(found.ref) for found in self.tensors)
 
     @property
     def averaged(self) -> bool:
@@ -145,7 +148,7 @@ def select(tree: Any, state_dict: str | None = None, ema: str = "ignore") -> Sel
     found = candidates(tree)
     if state_dict is not None:
         return _named(tree, found, state_dict)
-    usable = _worthy([c for c in found if not c.barred])
+    usable = _worthy([c for c in found if not c.barred and not c.within])
     if not usable:
         if not found:
             kinds = sorted({kind for _, kind in unread_tensors(tree)})
@@ -169,33 +172,34 @@ def candidates(tree: Any) -> list[Candidate]:
     """Returns every state dict in the tree, in its order. Those below optimizer-like keys are marked ``barred``."""
     found: list[Candidate] = []
     seen: set[int] = set()
-    stack: list[Iterator[_Place]] = [iter([((), tree, False, False, None)])]
+    stack: list[Iterator[_Place]] = [iter([((), tree, False, False, False, None)])]
     while stack:
         place = next(stack[-1], None)
         if place is None:
             stack.pop()
             continue
-        path, node, barred, stale, holder = place
+        path, node, barred, stale, within, holder = place
         if id(node) in seen:
             continue
         seen.add(id(node))
         candidate = _as_state_dict(path, node)
         if candidate is not None:
-            candidate.barred, candidate.stale, candidate.holder = barred, stale, holder
-            candidate.key = path[-1] if path else None
+            candidate.barred, candidate.stale, candidate.within = barred, stale, within
+            candidate.holder, candidate.key = holder, path[-1] if path else None
             found.append(candidate)
-        elif len(path) < 32:
+        if len(path) < 32 and (candidate is None or candidate.others):
             optimizer = _is_optimizer_state(node)
-            stack.append(_places(path, node, barred or optimizer, stale or optimizer))
+            within = within or candidate is not None
+            stack.append(_places(path, node, barred or optimizer, stale or optimizer, within))
     return found or _loose(tree)
 
 
-def _places(path: tuple[Any, ...], node: Any, barred: bool, stale: bool) -> Iterator[_Place]:
+def _places(path: tuple[Any, ...], node: Any, barred: bool, stale: bool, within: bool) -> Iterator[_Place]:
     """Yields the children of a node that may hold tensors. A list of all of them could be larger than the tree."""
     holder, items = inside(node)
     for key, value in items:
         if isinstance(value, dict | list | tuple | Instance):
-            yield (*path, key), value, barred or bars(key), stale or is_training_state(key, value), holder
+            yield (*path, key), value, barred or bars(key), stale or is_training_state(key, value), within, holder
 
 
 def inside(node: Any) -> tuple[Any, Iterable[tuple[Any, Any]]]:
@@ -205,9 +209,20 @@ def inside(node: Any) -> tuple[Any, Iterable[tuple[Any, Any]]]:
         return node, items
     if isinstance(node, list | tuple):
         return node, enumerate(node)
-    if isinstance(node, Instance) and isinstance(node.state, dict):
-        return node.state, node.state.items()
+    if isinstance(node, Instance):
+        fields = fields_of(node)
+        return fields, fields.items() if isinstance(fields, dict) else enumerate(fields)
     return None, ()
+
+
+def fields_of(node: Instance) -> dict[Any, Any] | list[Any] | tuple[Any, ...]:
+    """Returns the fields of an object that is no mapping: by name, or in their order as a NamedTuple has them."""
+    state = node.state
+    if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):  # with __slots__
+        return state[1]
+    if isinstance(state, dict | list | tuple):
+        return state
+    return node.elements or (node.args if node.kind == "new" else ())
 
 
 def _loose(tree: Any) -> list[Candidate]:
@@ -242,15 +257,43 @@ def _as_state_dict(path: tuple[Any, ...], node: Any) -> Candidate | None:
             if isinstance(v, TensorRef) and isinstance(k, _KEYS)
         ]
         others = [(k, v) for k, v in items if not isinstance(v, TensorRef)] if len(tensors) < len(items) else []
-        nested = any(mapping_items(v) or isinstance(v, list) for k, v in others if not _ignorable(k))
-        enough = len(tensors) * 2 >= len(items) and (not nested or len(tensors) * 10 >= len(items) * 9)
-        return Candidate(path, "state dict", tensors, len(items) - len(tensors)) if tensors and enough else None
+        enough = tensors and (not others or _prevail(tensors, others))
+        return Candidate(path, "state dict", tensors, len(others)) if enough else None
     if isinstance(node, list | tuple) and node and all(isinstance(v, TensorRef) for v in node):
         return Candidate(path, "list", [Found(str(i), v) for i, v in enumerate(node)])
-    if isinstance(node, Instance) and isinstance(node.state, dict):
-        tensors = _module_tensors(node)
-        return Candidate(path, "module", tensors) if tensors else None
+    if isinstance(node, Instance):
+        if tensors := _module_tensors(node):
+            return Candidate(path, "module", tensors)
+        fields = fields_of(node)
+        return _as_state_dict(path, fields) if fields else None
     return None
+
+
+def _prevail(tensors: list[Found], others: list[tuple[Any, Any]]) -> bool:
+    """Whether tensors make a state dict of a mapping that holds other things too.
+
+    They are at least half of its values, or have names with dots. They are not fewer than the tensors in the other values.
+    If they have no names with dots, the other tensors have none either, and not more bytes.
+    """
+    dotted = 2 * sum("." in found.name for found in tensors) >= len(tensors)
+    if not dotted and len(tensors) < len(others):
+        return False
+    left, own_bytes = len(tensors), 0 if dotted else sum(map(_bytes_of, (found.ref for found in tensors)))
+    for key, value in others:
+        if not isinstance(value, dict | list | tuple | Instance) or _ignorable(key) or is_training_state(key, value):
+            continue
+        for path, node in walk(value):
+            if isinstance(node, TensorRef):
+                if not dotted and path and isinstance(path[-1], str) and "." in path[-1]:
+                    return False
+                left, own_bytes = left - 1, own_bytes - _bytes_of(node)
+                if left < 0:
+                    return False
+    return dotted or own_bytes >= 0
+
+
+def _bytes_of(ref: TensorRef) -> int:
+    return prod(ref.shape) * ref.dtype.element_bytes
 
 
 def _ignorable(key: Any) -> bool:
@@ -438,6 +481,17 @@ _UNREAD = {
     "torch._utils._rebuild_meta_tensor_no_storage": "meta",
     "torch.distributed.tensor._api.DTensor": "distributed",
 }
+
+
+def unread_arrays(chosen: Iterable[Candidate]) -> list[tuple[str, str]]:
+    """Returns (name, kind) of numpy's arrays in the chosen state dicts that may hold numbers in a form that is not read."""
+    found = []
+    for candidate in chosen:
+        holder = candidate.tensors[0].holder
+        for key, value in (mapping_items(holder) or ()) if candidate.others else ():
+            if kind := unread_kind(value):
+                found.append((printable(key), kind))
+    return found
 
 
 def unread_tensors(tree: Any) -> list[tuple[str, str]]:

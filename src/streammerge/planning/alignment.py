@@ -32,6 +32,8 @@ from streammerge.tensors.spec import TensorSpec
 
 _WIDE = (DType.F64, DType.C128)
 _Sources = list[Source | None]
+_FITS = Fitted([])
+"""Stands for sources that fit together as they are, so that no object is made for most tensors."""
 
 
 @dataclass(slots=True)
@@ -322,14 +324,21 @@ class _Aligner:
         fitted = self._fitted(name, sources)
         if fitted is None:
             return None
-        merged = self._of_fitted(names, tied, rule, method, fitted)
+        if fitted is not _FITS:
+            sources = fitted.sources
+        merged = self._of_fitted(names, tied, rule, method, sources, fitted)
         return merged if fitted.frame is None else self._framed(merged, fitted.frame)
 
     def _of_fitted(
-        self, names: tuple[str, ...], tied: tuple[str, ...], rule: Rule | None, method: MergeMethod, fitted: Fitted
+        self,
+        names: tuple[str, ...],
+        tied: tuple[str, ...],
+        rule: Rule | None,
+        method: MergeMethod,
+        sources: _Sources,
+        fitted: Fitted,
     ) -> Merged:
-        name, recipe = names[0], self.recipe
-        sources, rest = fitted.sources, fitted.rest
+        name, recipe, rest = names[0], self.recipe, fitted.rest
         first = sources[0] or self.base.entries[name]
         spec = self._spec(name, first.spec, rule)
         if rest is not None:
@@ -348,10 +357,11 @@ class _Aligner:
         if fitted.keep or method is COPY or absent_here or too_few:
             why = "" if method is COPY else "not in every input" if lacking else "differs in shape or dtype"
             return Merged(names, spec, COPY, (first,), tied=tied, rest=rest, why=why)
-        in_order = tuple(filter(None, [sources[number] for number in sorted(order)]))
-        if fitted.mixed or first.spec.dtype.kind not in ("float", "complex"):
-            return self._integers(names, spec, in_order, tied, rest)
-        if first.spec.numel == 1 and is_counter(name):
+        counts = first.spec.numel == 1 and is_counter(name)
+        if counts or fitted.mixed or first.spec.dtype.kind not in ("float", "complex"):
+            in_order = tuple(filter(None, [sources[number] for number in sorted(order)]))
+            if fitted.mixed or not counts or first.spec.dtype.kind not in ("float", "complex"):
+                return self._integers(names, spec, in_order, tied, rest)
             counted = replace(spec, dtype=first.spec.dtype)
             return Merged(names, counted, INTEGERS, in_order, {"policy": "max"}, tied=tied, rest=rest)
         wide = any(s.spec.dtype in _WIDE for s in present)
@@ -406,15 +416,15 @@ class _Aligner:
         return view.entries[theirs]
 
     def _fitted(self, name: str, sources: _Sources) -> Fitted | None:
-        """The sources, made to fit. None for a tensor whose differences no policy settles."""
+        """The sources, made to fit. _FITS if they do; None for a tensor whose differences no policy settles."""
         first = self.base.entries[name].spec
         for s in sources:  # a plain loop: this runs for every tensor
             if s is not None and s.spec is not first and (s.spec.shape != first.shape or s.spec.dtype is not first.dtype):
                 break
         else:
-            return Fitted(sources)
+            return _FITS
         if not any(s is not None and differ(first, s.spec) for s in sources):
-            return Fitted(sources)
+            return _FITS
         if self.remade.takes(name, self.base.entries[name]):
             return Fitted(sources, keep=True)
         policy = self.recipe.on_shape

@@ -37,7 +37,7 @@ _EXAMPLE_OUT = "merged.safetensors"
 class Plan:
     """The whole run: ``tasks`` in the order of reading, the ``layout`` of the output, and the costs.
 
-    ``expressions``: the sources that are not plain byte ranges, each once. ``spooled``: the compressed records that are
+    ``expressions``: the sources that are not plain byte ranges, each once. ``spooled``: the packed records that are
     inflated first, with the name of a tensor in each. ``peak_bytes``: projected memory above the start-up footprint.
     ``disk_bytes``: includes temporary files. ``taken``: the number of tensors of each rule of the recipe. ``owners``: file
     -> its checkpoint. ``input_files``: name of an input file in the receipt -> its location, and the ranges of its tensors.
@@ -148,7 +148,7 @@ class Plan:
         lines.append(f"read     {decimal_bytes(self.read_bytes)} from {len(self.owners)} files")
         if self.spooled:
             size = decimal_bytes(self.spooled_bytes)
-            lines.append(f"spooled  {len(self.spooled)} compressed records, inflated into {size} of temporary files")
+            lines.append(f"spooled  {len(self.spooled)} packed records, unpacked into {size} of temporary files")
         budget, processes = self.budget, " in processes" if self.executor == "processes" else ""
         lines.append(
             f"memory   {binary_bytes(self.peak_bytes)} projected of {binary_bytes(self.memory_bytes)}, above start-up "

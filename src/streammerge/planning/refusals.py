@@ -9,7 +9,7 @@ from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import MismatchError, listed, printable
 from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import COPY
-from streammerge.pickles.state_dict import unread_tensors
+from streammerge.pickles.state_dict import unread_arrays, unread_tensors
 from streammerge.planning.views import Indexes
 from streammerge.recipe.model import Recipe
 from streammerge.sources.base import Source
@@ -42,7 +42,13 @@ def refuse_unreadable(index: CheckpointIndex) -> None:
             f"{printable(index.path)} holds {unread[0][1]} tensors ({listed([name for name, _ in unread])}), "
             "which are not merged or converted; save it again with ordinary ones"
         )
-    empty = [n for n, entry in index.entries.items() if not entry.spec.numel and entry.spec.shape == (0,)]
+    arrays = unread_arrays(index.selection.chosen)
+    if arrays:
+        raise MismatchError(
+            f"{printable(index.path)} holds {listed([name for name, _ in arrays])} as an array of {arrays[0][1]}, which is "
+            "not merged or converted; save it again as an array of float32"
+        )
+    empty = [name for name, entry in index.entries.items() if entry.spec.shape == (0,)]
     placeholders = [name for name in empty if name.rpartition(".")[2] == "weight"]
     if len(placeholders) >= _LEAST_PLACEHOLDERS:
         raise MismatchError(

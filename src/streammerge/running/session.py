@@ -226,7 +226,7 @@ class Production:
         return made
 
     def _spool(self) -> None:
-        """Inflates the compressed records that are still needed, and lets the tasks read the inflated bytes."""
+        """Unpacks the packed records that are still needed, and lets the tasks read the unpacked bytes."""
         tasks = enumerate(self._tasks if self.plan.spooled else ())
         missing = [task for number, task in tasks if any(map(self._wanted, pieces(task, number)))]
 

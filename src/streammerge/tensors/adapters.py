@@ -8,7 +8,8 @@ from functools import cache
 
 from streammerge.tensors.conventions import FACTORS
 
-_ANY = re.compile(r"lora|dora_scale|hada_|lokr_|oft_|vera_")
+_WORDS = ("lora", "dora_scale", "hada_", "lokr_", "oft_", "vera_")
+_ANY = re.compile("|".join(_WORDS))
 _ALPHA = ".alpha"
 
 
@@ -20,7 +21,8 @@ def _patterns() -> list[tuple[re.Pattern[str], str]]:
 def factors(names: Iterable[str]) -> dict[str, str]:
     """Returns the factors among these names with the kind of adapter, and the alphas that scale factors."""
     names = list(names)
-    if _ANY.search("\n".join(names)) is None:
+    text = "\n".join(names)
+    if not any(word in text for word in _WORDS):  # faster than a pattern, and most checkpoints have none
         return {}
     found, stems = dict[str, str](), dict[str, str]()
     for name in filter(_ANY.search, names):

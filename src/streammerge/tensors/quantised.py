@@ -50,7 +50,8 @@ def companions(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[str, str]]:
     A name alone is no proof: packed or 8-bit values must be beside it. The most reliable scheme is tried first.
     """
     suspects, found = list(filter(_ANY.search, specs)), dict[str, tuple[str, str]]()
-    suspects += [name for name, spec in specs.items() if name.endswith("weight") and _is_table_of_integers(spec)]
+    if any(dtype.kind == "int" for dtype in {spec.dtype for spec in specs.values()}):
+        suspects += [name for name, spec in specs.items() if name.endswith("weight") and _is_table_of_integers(spec)]
     for label, pattern in _SCHEMES:
         for name in suspects:
             match = pattern.search(name)

@@ -156,6 +156,8 @@ def rest_of(path: Location, spans: list[tuple[int, int]], receipt: Receipt, name
     if name != ITSELF:
         return b"".join(outside(path, spans))
     rest, final, blank = b"".join(outside(path, spans)), receipt.text(), receipt.blank().text()
+    if rest[:1] == b"\x80":  # a plain pickle
+        return rest.replace(final.encode(), blank.encode(), 1)
     if receipt.kind is CRC32:
         return torch_zip.with_blank_receipt(rest, final.encode(), blank.encode())
     return rest.replace(escaped(final), escaped(blank), 1)

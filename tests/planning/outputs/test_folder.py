@@ -188,10 +188,13 @@ def test_tied_names_of_a_pickle_share_their_storage(tmp_path: Path) -> None:
         ("diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors"),
         ("adapter_model.bin", "adapter_model.safetensors"),
         ("model.pth", "model.pth"),
-        ("vocos.bin", "vocos.bin"),
+        ("consolidated.00.pth", "consolidated.00.pth"),
+        ("anything.pt", "model.safetensors"),
     ],
 )
-def test_a_conversion_writes_safetensors_where_the_same_loader_finds_them(tmp_path: Path, name: str, written: str) -> None:
+def test_a_conversion_writes_safetensors_unless_a_loader_looks_for_the_pickle_only(
+    tmp_path: Path, name: str, written: str
+) -> None:
     save(tmp_path / "a" / name, draw(0))
     sm.convert(tmp_path / "a", tmp_path / "out/")
     assert names(tmp_path / "out") == {written, "streammerge.json"}

@@ -19,6 +19,8 @@ from streammerge.methods.registry import COPY
 from streammerge.pickles.copies import Originals, outside, tensor_at, trail
 from streammerge.pickles.state_dict import Candidate, Found, Selection, bars, is_record, is_training_state, joined
 from streammerge.pickles.tree import MISSING, TensorRef, mapping_items, walk
+from streammerge.planning.dispositions.pruned import WHY as ONLY
+from streammerge.planning.dispositions.pruned import pruned
 from streammerge.recipe.model import Recipe, Reference
 from streammerge.tensors.conventions import AVERAGED
 from streammerge.tensors.matching import match
@@ -26,7 +28,8 @@ from streammerge.tensors.names import is_counter
 
 Indexes = Mapping[Reference, CheckpointIndex]
 STALE = "not in every input, so it would be stale"
-AVERAGE = "the merged averaged weights stand here too"
+AVERAGE = "the chosen weights stand here too"
+LENT = "the input has none"
 OPTIMIZER = "stale after a merge; `keep_optimizer=True` keeps the first input's"
 BESIDE = "a safetensors file holds tensors only"
 ONE_COPY = "the output holds one copy of the weights; `state_dict` and `ema` choose it"
@@ -93,6 +96,8 @@ class _Deciding:
     def __init__(self, recipe: Recipe, indexes: Indexes, first: CheckpointIndex) -> None:
         self.recipe, self.indexes, self.first = recipe, indexes, first
         self.conversion = recipe.merge_method is COPY and len(indexes) == 1
+        self.lent = recipe.merge_method is COPY and any(rule.copy for rule in recipe.rules)
+        """Whether the first checkpoint only lends its container to the tensors of another one."""
         models = [recipe.of(entry) for entry in recipe.entries]
         self.needed = [index for each, index in indexes.items() if index is first or any(each.same(m) for m in models)]
         self.entries = Entries()
@@ -117,6 +122,9 @@ class _Deciding:
         selection, entries = self.first.selection, self.entries
         if self.first.extras is None or self.first.format == "sharded PyTorch":
             return entries
+        if self.recipe.output.only:
+            entries.drops += [Drop(name, holder, key, ONLY) for name, holder, key in pruned(self.first)]
+            return entries
         self.taken = _taken(selection)
         for averaged, name in selection.left_out:
             self._stands_in(averaged.name, averaged, name)
@@ -126,7 +134,10 @@ class _Deciding:
         entries.foreign += dict.fromkeys(candidate.label for candidate in self._foreign())
         if not self.recipe.output.keep_optimizer:
             entries.drops += self._training_state()
-        if not self.conversion:
+        if self.lent:
+            single = [".".join(map(str, path)) for path, _ in outside(self.first.extras, self.taken)]
+            entries.told |= {LENT: single} if single else {}
+        elif not self.conversion:
             self._decide_single()
         return entries
 
@@ -137,7 +148,8 @@ class _Deciding:
         known = self._originals(self.first).of(candidate)
         asked = self.recipe.ema != "ignore" or self._reference.state_dict is not None
         averaged = asked and any(c.averaged for c in selection.chosen) and not self.conversion
-        if known and averaged and not candidate.averaged:  # the loader reads the plain weights
+        plain = averaged and not candidate.averaged  # the loader reads the plain weights
+        if known and (plain or self.lent):
             for found in candidate.tensors:
                 name = self._names(self.first).get(id(known.get(found.name)))
                 if name is not None:
@@ -148,6 +160,7 @@ class _Deciding:
             return  # its tensors are decided one by one
         partners = {id(index): self._partner(index, candidate) for index in self.needed}
         lacking = [index for index in self.needed if partners[id(index)] is None]
+        lacking += [index for index in self.indexes.values() if self.lent and index is not self.first]
         if lacking:
             self.stale.append((candidate, lacking))
             return
@@ -248,13 +261,16 @@ class _Deciding:
     # -- the state of the training ----------------------------------------------------------------------------------
 
     def _training_state(self) -> Iterator[Drop]:
-        """Yields optimizer, scheduler and scaler at every level above a merged state dict."""
+        """Yields optimizer, scheduler and scaler in a merged state dict, and at every level above it."""
         tree, seen = self.first.extras, set[tuple[int, Any]]()
         copies = [copy.candidate for copy in self.entries.copies if copy.candidate]
         for candidate in [*self.first.selection.chosen, *copies]:
             nodes = [tree, *(value for _, _, value in trail(tree, candidate.path))]
-            for node, part in zip(nodes, candidate.path, strict=False):
+            parts = (*candidate.path, MISSING) if candidate.others else candidate.path
+            for node, part in zip(nodes, parts, strict=False):
                 for key, value in mapping_items(node) or []:
+                    if isinstance(value, TensorRef):
+                        continue
                     stale = key != part and value is not None and is_training_state(key, value)
                     if stale and (id(node), key) not in seen:
                         seen.add((id(node), key))

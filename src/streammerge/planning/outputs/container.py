@@ -19,7 +19,7 @@ from streammerge.planning.dispositions.entries import left_behind
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.folder import folder_output, is_pickled
 from streammerge.planning.outputs.layout import Layout, Output, Placed, blank_sums, metadata_of
-from streammerge.planning.outputs.pickled import pickled_output
+from streammerge.planning.outputs.pickled import PLAIN_ENDINGS, pickled_output
 from streammerge.planning.receipt import ITSELF, Receipt, escaped, input_files, planned
 from streammerge.planning.views import Indexes
 from streammerge.recipe.document import to_json
@@ -38,10 +38,10 @@ def container_of(out: Location) -> str:
         return "folder"
     if out.suffix == ".safetensors":
         return "safetensors"
-    if out.suffix in PICKLED_ENDINGS:
+    if out.suffix in (*PICKLED_ENDINGS, *PLAIN_ENDINGS):
         return "pickle"
     raise RecipeError(
-        f"{printable(out.name)} does not say what to write; end it in .safetensors, in .pth (.pt, .ckpt, .bin, .th) "
+        f"{printable(out.name)} does not say what to write; end it in .safetensors, in .pth (.pt, .ckpt, .bin, .th, .pkl) "
         "or in / for a folder"
     )
 

@@ -15,7 +15,7 @@ from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import safetensors
 from streammerge.formats.base import Form, LayoutFile
-from streammerge.formats.folder import form_of_file
+from streammerge.formats.folder import form_of_file, is_looked_for
 from streammerge.options import RECEIPT_FILE, RECIPE_FILE
 from streammerge.pickles.tree import mapping_items
 from streammerge.planning.alignment import Alignment, Merged
@@ -50,16 +50,18 @@ def _is_pickled(recipe: Recipe, part: CheckpointIndex) -> bool:
 def _form(recipe: Recipe, part: CheckpointIndex) -> Form:
     """Returns the form of a model in the output: the first input's.
 
-    A conversion writes safetensors instead of pickles where the same loader looks for safetensors too.
+    A conversion writes safetensors instead of pickles, unless a loader looks for the pickle only.
     """
     form = part.container.form
     if form is None:
         named = form_of_file(part.path.name)
         return named if named is not None and named.ending == ".safetensors" else _NEW
+    if not part.container.pickled or recipe_record(recipe) is not None:
+        return form
     stem = AS_SAFETENSORS.get(form.stem) if form.ending == ".bin" else None
-    if part.container.pickled and stem and recipe_record(recipe) is None:
-        return Form(stem, ".safetensors", form.variant)
-    return form
+    if stem is None and not is_looked_for(form):
+        stem = _NEW.stem
+    return form if stem is None else Form(stem, ".safetensors", form.variant)
 
 
 def folder_output(
