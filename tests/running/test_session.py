@@ -931,7 +931,7 @@ def test_the_first_value_that_will_be_refused_ends_the_run(tmp_path: Path, monke
             workers=1,
             listener=lambda event: done.append(event.tensor) if isinstance(event, TaskDone) else None,
         )
-    assert 2 <= len(done) < 8
+    assert set(done) <= {"w00", "w01", "w02", "w03"}
     assert sorted(os.listdir()) == ["a.safetensors", "b.safetensors"]
 
 
