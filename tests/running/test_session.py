@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import hear_signals
+from conftest import Cli, hear_signals
 from safetensors.torch import save_file
 
 import streammerge as sm
@@ -193,6 +193,16 @@ def test_another_version_is_refused(pair: list[Path], tmp_path: Path, monkeypatc
     path.write_bytes(good)
     assert journalled(out) == pieces
     assert len(resumed_events(lambda listener: sm.merge(pair, out, listener=listener))) == 1
+
+
+def test_the_command_line_names_the_option_that_discards_what_is_kept(pair: list[Path], tmp_path: Path, cli: Cli) -> None:
+    out = tmp_path / "out.safetensors"
+    interrupt(pair, out)
+    command = ["merge", *map(str, pair), "--weights", "1,2", "-o", str(out)]
+    said = cli(*command, code=2).stderr
+    assert "discard what it left with --no-resume, or choose another output" in said
+    assert "`" not in said
+    cli(*command, "--no-resume")
 
 
 @pytest.mark.parametrize(

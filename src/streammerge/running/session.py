@@ -202,7 +202,7 @@ class Production:
         out = printable(self.staging.out)
         raise RecipeError(
             f"an interrupted run into {out} left {decimal_bytes(earlier.nbytes)}, and this run differs from it: {other}; "
-            "repeat that run to continue it, discard what it left (resume=False), or choose another output"
+            "repeat that run to continue it, discard what it left with `resume=False`, or choose another output"
         )
 
     # ------------------------------------------------------------------------------------------------------- inputs
