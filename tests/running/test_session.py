@@ -190,6 +190,13 @@ def test_another_version_is_refused(pair: list[Path], tmp_path: Path, monkeypatc
     path.write_bytes(b"%08x %s" % (zlib.crc32(text), text) + good[good.index(b"\n") :])
     with pytest.raises(sm.RecipeError, match="another version of streammerge made it"):
         sm.merge(pair, out)
+    for change, more in (({"form": 99}, {"new": 1}), ({"versions": None}, {})):  # a newer version has other fields
+        lines = [json.loads(line[9:]) for line in good.splitlines()]
+        said = {name: value for name, value in {**lines[0]["plan"], **change}.items() if value is not None}
+        path.write_bytes(journal._lines(map(json.dumps, [{"plan": said}, *({**line, **more} for line in lines[1:])])))
+        with pytest.raises(sm.RecipeError, match=r"left .*, and this run differs from it: another version"):
+            sm.merge(pair, out)
+        assert journalled(out) == pieces
     path.write_bytes(good)
     assert journalled(out) == pieces
     assert len(resumed_events(lambda listener: sm.merge(pair, out, listener=listener))) == 1
