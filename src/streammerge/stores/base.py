@@ -289,13 +289,6 @@ class Output(ABC):
         """Raises the OSError of a write that failed after it had seemed to succeed, as far as that is known."""
         return
 
-    def copy_from(self, source: Input, source_offset: int, offset: int, nbytes: int) -> None:
-        """Copies bytes of an input. ChangedError when it ends before."""
-        for start in range(0, nbytes, COPY_BYTES):
-            piece = memoryview(bytearray(min(COPY_BYTES, nbytes - start)))
-            source.read_into(piece, source_offset + start)
-            self.write_full(piece, offset + start)
-
     def sync(self) -> None:
         """Waits until all that was written is durable. After an OSError nothing of the file may be trusted."""
         self.synced = True

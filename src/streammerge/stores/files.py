@@ -255,16 +255,6 @@ class OutputFile(Output):
                 done += count
         return done
 
-    def copy_from(self, source: Input, source_offset: int, offset: int, nbytes: int) -> None:
-        """Copies inside the kernel where the file systems allow it."""
-        self.check_range(offset, nbytes)
-        self.synced = False
-        if isinstance(source, InputFile):
-            with source.descriptor as source_fd, self._descriptor as fd:
-                while nbytes and (count := system.copy_range(source_fd, source_offset, fd, offset, nbytes)):
-                    source_offset, offset, nbytes = source_offset + count, offset + count, nbytes - count
-        super().copy_from(source, source_offset, offset, nbytes)
-
     def sync(self) -> None:
         """Waits until the disk has all that was written. After an error nothing of the file may be trusted: the kernel
         forgets which pages it could not write, and a second try would succeed without them."""

@@ -42,10 +42,5 @@ def resolved(place: Place) -> Location:
     return parse(place).resolve()
 
 
-def has_scheme(text: str) -> bool:
-    """Whether a text names its store, and so means the same everywhere."""
-    return _SCHEME.match(text) is not None
-
-
 HERE = LOCAL.parse(".")
 """The folder in which the process runs."""

@@ -109,18 +109,6 @@ def pread_into(fd: int, buffer: memoryview, offset: int) -> int:
     return len(data)
 
 
-def copy_range(source_fd: int, source_offset: int, fd: int, offset: int, nbytes: int) -> int:
-    """Copies inside the kernel; how many bytes, 0 when the file systems cannot, or the source has ended."""
-    try:
-        return os.copy_file_range(source_fd, fd, nbytes, source_offset, offset)
-    except AttributeError:
-        return 0
-    except OSError as error:
-        if error.errno not in UNSUPPORTED and error.errno not in (errno.EXDEV, errno.EPERM, errno.ETXTBSY):
-            raise
-        return 0
-
-
 def drop_cached(fd: int, offset: int, nbytes: int) -> None:
     """Gives the page cache of a range back, as far as the system takes advice."""
     if hasattr(os, "posix_fadvise"):
