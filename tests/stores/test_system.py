@@ -103,6 +103,24 @@ def test_without_syncing_folders(pair: list[Path], tmp_path: Path, monkeypatch: 
     sm.verify(tmp_path / out, sample=0)
 
 
+@pytest.mark.parametrize("out", ["out.safetensors", "out"])
+def test_a_folder_that_may_not_be_listed_takes_an_output(
+    pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    """Write and search permission are enough to publish a name; opening a folder needs read permission."""
+    good = os.open
+
+    def opened(path: Any, flags: int, *rest: Any, **options: Any) -> int:
+        if flags & os.O_DIRECTORY and Path(path) == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return good(path, flags, *rest, **options)
+
+    monkeypatch.setattr(os, "open", opened)
+    result = sm.merge(pair, tmp_path / out)
+    assert [note for note in result.notes if "does not sync folders; a power failure may undo its name" in note]
+    sm.verify(tmp_path / out, sample=0)
+
+
 @pytest.mark.parametrize("number", [None, errno.ENOSYS, errno.EINVAL])
 @pytest.mark.parametrize("out", ["out.safetensors", "out"])
 def test_without_exchanging_names(

@@ -57,8 +57,12 @@ def full_sync(fd: int) -> None:
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> bool:
-    """Makes the names in a folder durable. False when the file system cannot sync a folder."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Makes the names in a folder durable. Returns False if the file system cannot sync a folder, or if the folder may be
+    written to but not opened."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:
+        return False
     try:
         os.fsync(fd)
     except OSError as error:
