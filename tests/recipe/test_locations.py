@@ -72,6 +72,7 @@ def test_names_travel_as_they_are_unless_one_is_absolute(tmp_path: Path, monkeyp
         f"{tmp_path}/x/a.pth": "x/a.pth",
         f"{tmp_path}/y/a.pth": "y/a.pth",
     }
+    assert names(f"FILE://{tmp_path}/in/b.pth") == {f"FILE://{tmp_path}/in/b.pth": "b.pth"}
     assert names("<in memory 1>", f"{tmp_path}/a.pth") == {"<in memory 1>": "<in memory 1>", f"{tmp_path}/a.pth": "a.pth"}
     assert names("/found/a.pth", written={"/found/a.pth": "a.pth"}) == {"/found/a.pth": "a.pth"}
     assert [is_held(name) for name in (held_name(1), held_name(12), "<in memory x>", "a.pth")] == [True, True, False, False]

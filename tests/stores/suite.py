@@ -68,6 +68,10 @@ class ReadingSuite(ABC):
             assert hash(parse(str(there))) == hash(there)
             assert (there.name, there.parent) == (name, home)
 
+    def test_a_scheme_may_be_in_capitals(self, home: Location) -> None:
+        scheme = home.store.scheme
+        assert parse(f"{scheme.upper()}://{home.key}") == parse(f"{scheme}://{home.key}") == home
+
     def test_names_are_taken_apart_without_asking(self, home: Location) -> None:
         there = home / "folder" / "model.tar.gz"
         assert (there.stem, there.suffix, there.parent.name) == ("model.tar", ".gz", "folder")

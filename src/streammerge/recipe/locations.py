@@ -136,7 +136,7 @@ def travelling_names(recipe: Recipe) -> dict[str, str]:
 
 
 def _is_absolute(name: str) -> bool:
-    return name.startswith(("/", "~", "file:"))
+    return name.startswith(("/", "~")) or name[:5].lower() == "file:"
 
 
 def held_name(number: int) -> str:

@@ -400,7 +400,12 @@ class Store(ABC):
 
     def parse(self, text: str) -> Location:
         """The location that a user means by ``scheme://name``. RecipeError for what is no name."""
-        return Location(self, text.removeprefix(f"{self.scheme}://"), text)
+        return Location(self, self.without_scheme(text), text)
+
+    def without_scheme(self, text: str) -> str:
+        """Returns the text after ``scheme://``, whose letters may be capital; the text itself if it has no scheme."""
+        start = f"{self.scheme}://"
+        return text[len(start) :] if text[: len(start)].lower() == start else text
 
     def spelled(self, key: str) -> str:
         """What a user types for a key."""
