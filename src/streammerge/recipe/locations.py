@@ -116,11 +116,15 @@ def resolved(recipe: Recipe) -> Recipe:
 
 def travelling_names(recipe: Recipe) -> dict[str, str]:
     """Returns a name for each model. Each keeps its name unless one has an absolute path; then all names are relative
-    to their common folder."""
+    to their common folder.
+
+    This holds for paths inside names with a scheme too, such as those of archives, unless the store says that its names
+    mean the same on every machine.
+    """
     held = {path: path for path in recipe.named_models if is_held(path)}
     written = {path: recipe.written.get(path, path) for path in recipe.named_models if path not in held}
     places = {path: parse(path).absolute() for path in written}
-    far = {path: path for path, place in places.items() if place.local_path is None}  # means the same everywhere
+    far = {path: path for path, place in places.items() if place.store.always_absolute}
     places = {path: place for path, place in places.items() if path not in far}
     local = {path: name for path, name in written.items() if path in places}
     spelled: dict[Location, str] = {}
@@ -131,12 +135,12 @@ def travelling_names(recipe: Recipe) -> dict[str, str]:
     apart = len(set(local.values())) == len(set(places.values()))
     if local and (not apart or any(map(_is_absolute, local.values()))):
         common = posixpath.commonpath([place.parent.key for place in places.values()])
-        local = {path: posixpath.relpath(place.key, common) for path, place in places.items()}
+        local = {path: place.store.spelled(posixpath.relpath(place.key, common)) for path, place in places.items()}
     return held | far | {path: f"./{name}" if name.startswith("~") else name for path, name in local.items()}
 
 
 def _is_absolute(name: str) -> bool:
-    return name.startswith(("/", "~")) or name[:5].lower() == "file:"
+    return name.startswith(("/", "~")) or name[:5].lower() == "file:" or ":///" in name
 
 
 def held_name(number: int) -> str:

@@ -11,6 +11,8 @@ import contextlib
 import errno
 import fnmatch
 import io
+import os
+import posixpath
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -378,8 +380,9 @@ class Store(ABC):
     """A place where bytes live, named by the ``scheme`` in ``scheme://name``.
 
     ``mappable``: whether :meth:`Input.view` needs no memory of its own. ``one_process``: whether other processes see
-    other bytes, so that workers have to be threads. ``always_absolute``: whether names never depend on where a process
-    runs. A store pickles by its class, so its constructor takes no arguments.
+    other bytes, so that workers have to be threads. ``always_absolute``: whether a name means the same on every machine and
+    in every folder; False if names hold paths of this machine. A store pickles by its class, so its constructor takes no
+    arguments.
     """
 
     scheme: ClassVar[str]
@@ -412,7 +415,7 @@ class Store(ABC):
         return f"{self.scheme}://{key}"
 
     def absolute(self, location: Location) -> Location:
-        return location
+        return location if location.is_absolute else Location(self, posixpath.join(os.getcwd(), location.key))
 
     def resolve(self, location: Location) -> Location:
         return location

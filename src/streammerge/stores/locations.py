@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 
 from streammerge.errors import RecipeError
@@ -29,12 +30,15 @@ def parse(place: Place, within: Location | None = None) -> Location:
             raise RecipeError(
                 f"{place!r} is not a path, but a {type(place).__name__}; give text or a path object"
             ) from None
-    if found := _SCHEME.match(place):
-        return store_of(found[1].lower()).parse(place)
-    path = LOCAL.parse(place)
+    found = _SCHEME.match(place)
+    store = store_of(found[1].lower()) if found else LOCAL
+    path = store.parse(place)
     if within is None or path.is_absolute or within == HERE:
         return path
-    return within.store.parse(f"{str(within).rstrip('/')}/{place}")
+    if store is not LOCAL:
+        inside = within.store == store or within.store is LOCAL
+        return store.parse(store.spelled(posixpath.join(within.key, path.key))) if inside else path
+    return within.store.parse(f"{str(within).rstrip('/')}/{store.without_scheme(place)}")
 
 
 def resolved(place: Place) -> Location:
