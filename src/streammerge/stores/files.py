@@ -228,6 +228,7 @@ class OutputFile(Output):
             while len(view):
                 count = os.pwrite(fd, view, offset)
                 view, offset = view[count:], offset + count
+            self.synced = False  # once more, because a sync may have begun before these bytes were there
             if nbytes >= _LEAST_WRITEBACK_BYTES:
                 system.start_writing(fd, begin, nbytes)
 
@@ -259,19 +260,22 @@ class OutputFile(Output):
         """Waits until the disk has all that was written. After an error nothing of the file may be trusted: the kernel
         forgets which pages it could not write, and a second try would succeed without them."""
         self.check()
-        self.synced = True  # before, for others may write meanwhile
+        with self._descriptor as fd:
+            self._sync(fd)
+
+    def _sync(self, fd: int) -> None:
+        self.synced = True  # first, because another thread may write during the sync
         try:
-            with self._descriptor as fd:
-                system.full_sync(fd)
+            system.full_sync(fd)
         except BaseException:
             self.synced = False
             raise
 
-    def _before_closing(self) -> None:
-        """Syncs before the descriptor goes: the kernel may tell an error to those only who had the file open."""
+    def _before_closing(self, fd: int) -> None:
+        """Syncs before the descriptor is closed: the kernel may report an error only to those who had the file open."""
         if not self.synced and self._failed is None:
             try:
-                self.sync()
+                self._sync(fd)
             except OSError as error:
                 self._failed = error
 
