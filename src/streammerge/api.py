@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoints.choosing import choose, exponential_weights
 from streammerge.checkpoints.conversions import converted_path, from_conversion, is_conversion
+from streammerge.checkpoints.globs import expand
 from streammerge.checkpoints.in_memory import hold, index_state_dict
 from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
 from streammerge.errors import ChangedError, FormatError, RecipeError, StreammergeError, VerifyError, listed, printable
@@ -43,12 +45,14 @@ from streammerge.options import (
     Running,
     Selection,
     Verifying,
+    number_or_percent,
     path,
     picked,
 )
 from streammerge.planning.plan import Plan, build_plan
 from streammerge.planning.receipt import Receipt
 from streammerge.recipe.arguments import conversion, overridden, recipe_of
+from streammerge.recipe.locations import found_in_hub_cache, from_hub_cache, is_recipe_name
 from streammerge.recipe.model import Recipe
 from streammerge.recipe.reader import read_recipe
 from streammerge.running.choosing import choose_executor
@@ -61,7 +65,7 @@ from streammerge.signatures import takes
 from streammerge.sources.memory import is_array, is_tensor
 from streammerge.stores.base import Location
 from streammerge.stores.checksums import CRC32
-from streammerge.stores.locations import HERE, parse
+from streammerge.stores.locations import HERE, has_scheme, parse
 from streammerge.stores.locations import Place as PathLike
 from streammerge.units import decimal_bytes, parse_bytes, parse_share
 
@@ -73,6 +77,8 @@ Checkpoint = PathLike | Mapping[str, Any]
 Inputs = Checkpoint | Iterable[Checkpoint] | Mapping[str, float]
 Held = dict[str, Mapping[str, Any]]
 """The state dicts in memory, by their names in the recipe."""
+_WEIGHTED = re.compile(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)%?)")
+"""An input with its weight behind it, as in ``a.safetensors:0.6``."""
 
 
 @takes(Selection)
@@ -83,7 +89,8 @@ def inspect(path: Checkpoint, *, state_dict: str | None = None, ema: Ema | None 
     ``path``: a file or folder, or a state dict in memory. Raises FormatError when the checkpoint cannot be read.
     """
     asked, held = picked(Selection, locals()), Held()
-    return _opened(_named("path", path, held), asked.state_dict, asked.ema or "ignore", held)
+    name = _named("path", path, held)
+    return _opened(name if name in held else from_hub_cache(name), asked.state_dict, asked.ema or "ignore", held)
 
 
 @takes(*PLAN)
@@ -240,7 +247,7 @@ def convert(
     target.check_writable(running.overwrite)
     before = resident_bytes()
     overrides = asked.overrides | naming.overrides | selection.overrides | output.overrides
-    recipe = conversion(source, asked.drop, asked.keep, overrides)
+    recipe = found_in_hub_cache(conversion(source, asked.drop, asked.keep, overrides))
     planned = _plan(recipe, target, resources, running.executor, hashed=output.hash, held=held)
     if asked.extras is not None:
         refuse_extras(parse(asked.extras), planned, running.overwrite)
@@ -343,7 +350,7 @@ class _Request:
             if merging.weights is not None:
                 raise RecipeError("the inputs come with their weights; leave `weights` out")
             merging = replace(merging, weights=own_weights)
-        if recipe is None and len(inputs) == 1 and inputs[0].endswith((".yaml", ".yml")):
+        if recipe is None and len(inputs) == 1 and is_recipe_name(inputs[0]):
             recipe, inputs = inputs[0], []
         return cls(
             inputs,
@@ -371,6 +378,7 @@ class _Request:
             weights = _weights(asked.weights, decay, len(chosen))
             base = None if asked.base is None else str(asked.base)
             recipe = recipe_of(chosen, asked.method or LINEAR, base, weights, parameters, overrides)
+            recipe = found_in_hub_cache(recipe)
         else:
             theirs = {"inputs": self.inputs or None, "weights": asked.weights, "method": asked.method, "base": asked.base}
             _refuse_beside_recipe({**theirs, "ema_decay": decay, **choice, **parameters})
@@ -384,9 +392,14 @@ class _Request:
 def _path(name: str, value: Any) -> str:
     """Returns the path given as argument ``name``. Raises RecipeError for anything but a path."""
     try:
-        return path(value)
+        read = path(value)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"`{name}` takes a path, not {printable(value, 60)}") from error
+    if name == "out" and value == "-":
+        raise RecipeError(
+            "an output is written in any order, so it cannot go to stdout (-); name a file, like merged.safetensors"
+        )
+    return read
 
 
 def _named(name: str, given: Any, held: Held) -> str:
@@ -412,7 +425,23 @@ def _inputs(given: Any, held: Held) -> tuple[list[str], list[float] | None]:
         return [_path("inputs", each) for each in given], list(map(float, given.values()))
     if isinstance(given, str | bytes | os.PathLike | Location | Mapping) or not isinstance(given, Iterable):
         given = [given]
-    return [_named("inputs", each, held) for each in given], None
+    return _with_weights([_named("inputs", each, held) for each in given])
+
+
+def _with_weights(names: list[str]) -> tuple[list[str], list[float] | None]:
+    """Returns the inputs without the weight that stands behind each, as in ``a.safetensors:0.6``, and these weights.
+
+    A glob gives its weight to each match. Raises RecipeError if only some inputs have a weight.
+    """
+    found = [_WEIGHTED.fullmatch(name) for name in names]
+    weighted = [each if each and not has_scheme(each[0]) and not parse(each[0]).lexists() else None for each in found]
+    if not any(weighted):
+        return names, None
+    bare = next((name for name, each in zip(names, weighted, strict=True) if each is None), None)
+    if bare is not None:
+        raise RecipeError(f"{printable(bare)} has no weight behind it, and others have; write {printable(bare)}:0.5, say")
+    paths = [(path, number_or_percent(each[2])) for each in weighted if each for path in expand([each[1]])]
+    return [path for path, _ in paths], [weight for _, weight in paths]
 
 
 def _may_hold_tensors(value: Any) -> bool:

@@ -18,7 +18,7 @@ from streammerge.sources.base import Source
 from streammerge.sources.deflated import Deflated
 from streammerge.sources.strided import Strided
 from streammerge.strict_json import load_json
-from streammerge.units import binary_bytes, decimal_bytes
+from streammerge.units import binary_bytes, counted, decimal_bytes
 
 if TYPE_CHECKING:
     from streammerge.running.execution import Result
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 def result_text(result: Result) -> str:
     """Returns the last lines of a run: the output, the speed, the memory."""
     tensors = len(result.plan.tasks)
-    files = len(result.plan.layout.files) + len(result.plan.layout.side_files)
-    what = f"{tensors} tensors" + (f" in {files} files" if result.plan.layout.as_folder else "")
+    files = sum(bool(file.offsets) for file in result.plan.layout.files)
+    what = f"{tensors} tensors" + (f" in {counted(files, 'file')}" if result.plan.layout.as_folder else "")
     speed = (result.read_bytes + result.written_bytes) / max(result.seconds, 1e-9)
     return "\n".join(
         [

@@ -58,7 +58,9 @@ SETTINGS = SettingsKind(parameter_docs)
 
 @dataclass(frozen=True)
 class Model:
-    """One model of a merge, or the base among them."""
+    """One model of a merge, or the base among them. A text is its path."""
+
+    SHORT: ClassVar = "model"
 
     model: str = key(MODEL, "Path of a file or folder.")
     parameters: Settings = key(SETTINGS, "This model's own parameters, such as weight.", default_factory=dict)

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 from streammerge.errors import FormatError, RecipeError, StreammergeError, UncheckedError, listed, printable
-from streammerge.events import Published, RunFinished, RunStarted, Suspended
+from streammerge.events import Preparing, Published, RunFinished, RunStarted, Suspended, Told
 from streammerge.formats.folder import foreign_files
 from streammerge.options import RECEIPT_FILE
 from streammerge.planning.plan import Plan
@@ -58,7 +58,12 @@ def execute(plan: Plan, options: RunOptions, resident_before: int) -> Result:
     refuse_input_as_output(out, plan)
     refuse_to_lose_files(out, plan)
     headers = max(process.resident_bytes() - resident_before, 0)
+    for note in plan.notes:
+        options.listener(Told("note", note))
+    for warning in plan.warnings:
+        options.listener(Told("warning", warning))
     if plan.torch_needed:
+        options.listener(Preparing("torch"))
         with process.collector_paused():  # saves a tenth of torch's import, which makes 100,000 lasting objects
             prepare_torch()
     process.reset_peak()

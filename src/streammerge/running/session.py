@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from streammerge.errors import RecipeError, SpaceError, UncheckedError, VerifyError, listed, printable
-from streammerge.events import Hashed, Listener, Resumed, Spooled, Syncing, TaskDone, quiet
+from streammerge.events import Hashed, Listener, Resumed, Spooled, Syncing, TaskDone, Told, quiet
 from streammerge.formats.base import LayoutFile
 from streammerge.planning.digest import can_be_resumed, differences, plan_parts
 from streammerge.planning.plan import Plan
@@ -104,6 +104,8 @@ class Production:
         self._spool()
         if len(self.plan.recipe.entries) > 1:
             self.warnings += strangers(self.plan.tasks, self._inputs, self.plan.owners)
+            for warning in self.warnings:
+                self.listener(Told("warning", warning))
         broken = self._attempt(hashes)
         if broken:
             self._forget(broken)

@@ -46,5 +46,10 @@ def resolved(place: Place) -> Location:
     return parse(place).resolve()
 
 
+def has_scheme(text: str) -> bool:
+    """Returns whether a text names its store."""
+    return _SCHEME.match(text) is not None
+
+
 HERE = LOCAL.parse(".")
 """The folder in which the process runs."""

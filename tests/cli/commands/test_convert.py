@@ -40,7 +40,7 @@ def test_options_reach_the_conversion(cli: Cli, voices: tuple[Path, Path], tmp_p
 
 def test_an_output_is_needed_and_not_replaced(cli: Cli, tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2)}, tmp_path / "a.pth")
-    assert "--out" in cli("convert", "a.pth", code=2).stderr
+    assert "-o OUT" in cli("convert", "a.pth", code=2).stderr
     cli("convert", "a.pth", "-o", "b.pth")
     assert "pass --overwrite" in cli("convert", "a.pth", "-o", "b.pth", code=2).stderr
     assert cli("convert", "a.pth", "-o", "b.pth", "--overwrite", "--format", "quiet").stdout == ""
