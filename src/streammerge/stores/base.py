@@ -583,19 +583,23 @@ def digest_outside(location: Location, spans: list[tuple[int, int]]) -> str:
 
 
 @contextlib.contextmanager
-def space_checked(location: Location, nbytes: int) -> Iterator[None]:
-    """Turns "no space left" into a SpaceError that says how much is missing."""
+def space_checked(location: Location, nbytes: int, free_bytes: int | None = None) -> Iterator[None]:
+    """Turns "no space left" into a SpaceError that says how much is missing.
+
+    ``free_bytes``: the free space before the call, if the call may fill the disk before it fails.
+    """
     try:
         yield
     except OSError as error:
         if error.errno not in _NO_SPACE:
             raise
-        raise no_room(location, nbytes, error.strerror or "") from error
+        raise no_room(location, nbytes, error.strerror or "", free_bytes) from error
 
 
-def no_room(location: Location, nbytes: int, why: str = "") -> SpaceError:
+def no_room(location: Location, nbytes: int, why: str = "", free_bytes: int | None = None) -> SpaceError:
     """The error of a file of ``nbytes`` that does not fit."""
-    free, needed = location.parent.free_bytes(), f"no room for {printable(location.name)}: it needs {decimal_bytes(nbytes)}"
+    needed = f"no room for {printable(location.name)}: it needs {decimal_bytes(nbytes)}"
+    free = location.parent.free_bytes() if free_bytes is None else free_bytes
     if free is None:
         return SpaceError(f"{needed} ({why})")
     missing = f"{decimal_bytes(nbytes - free)} are missing" if nbytes > free else why

@@ -178,7 +178,7 @@ class OutputFile(Output):
                 os.unlink(path)
         self._begin(location, size, kept, 0 if kept else os.O_CREAT | os.O_EXCL)
         try:
-            with space_checked(location, size), self._descriptor as fd:
+            with space_checked(location, size, location.parent.free_bytes()), self._descriptor as fd:
                 self._descriptor.opened = functools.partial(_open_output, path, _OUTPUT_FLAGS)
                 self.reserved = system.reserve(fd, size)
             if not (self.reserved or self.kept):
