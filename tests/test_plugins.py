@@ -64,7 +64,9 @@ def test_a_package_brings_a_method_a_format_a_store_and_an_executor(installed: P
     words = "merge a.numbers hexed://b.hex --method midpoint -p pull=0.25 --executor one_by_one -o out.safetensors"
     run(words, tmp_path, installed)
     assert torch.equal(load_safetensors(tmp_path / "out.safetensors")["w"], torch.tensor([2.0, 2.0, 2.0]))
-    assert "to the bit" in run("verify out.safetensors --sample 100%", tmp_path, installed), "its recipe names the method"
+    assert "to the bit" in run("verify out.safetensors --sample 100% --inputs hexed://", tmp_path, installed), (
+        "its recipe names the method"
+    )
     assert "hexed://absent does not exist" in run("inspect hexed://absent", tmp_path, installed, code=2)
     assert "did you mean midpoint" in run("methods midpont", tmp_path, installed, code=2)
     assert "did you mean one_by_one" in run("merge a.numbers --executor one_by -o x/", tmp_path, installed, code=2)

@@ -139,7 +139,7 @@ def test_the_free_space_is_asked_before_a_reservation_that_fails(tmp_path: Path,
 
     monkeypatch.setattr(system, "reserve", reserve)
     monkeypatch.setattr("streammerge.stores.local.LocalStore.free_bytes", lambda self, location: free[0])
-    with pytest.raises(sm.SpaceError, match=r"needs 100\.0 MB, 82\.0 MB are free on that disk \(18\.0 MB are missing\)"):
+    with pytest.raises(sm.SpaceError, match=r"needs 100 MB, 82\.0 MB are free on that disk \(18\.0 MB are missing\)"):
         OutputFile(parse(tmp_path / "x"), 100_000_000)
 
 

@@ -24,6 +24,8 @@ def test_what_has_no_scheme_is_a_path(tmp_path: Path, monkeypatch: pytest.Monkey
     assert parse("x", parse("/a/b")) == parse("/a/b/x")
     assert parse("/x", parse("/a/b")) == parse("/x")
     assert parse("x", parse("memory://a")) == parse("memory://a/x")
+    assert parse("x", parse("memory://")) == parse("memory://x")
+    assert parse("x", parse("/")) == parse("/x")
     assert parse("memory://x", parse("/a")) == parse("memory://x")
     assert parse("Memory://x") == parse("memory://x")
     for wrong in (3, None, ["x"]):

@@ -85,7 +85,7 @@ sm.inspect("local.safetensors") if False else None
 assert "disk_store" not in sys.modules
 result = sm.merge(["disk://a.safetensors", "disk://*.safetensors"], "out.safetensors")
 print(result.plan.io, [note for note in result.notes])
-print(sm.verify("out.safetensors", sample="100%").recomputed)
+print(sm.verify("out.safetensors", sample="100%", inputs="disk://").recomputed)
 location = parse("disk://a.safetensors")
 assert pickle.loads(pickle.dumps(location)) == location
 for text in ("broken://x", "other://x"):

@@ -38,7 +38,8 @@ def parse(place: Place, within: Location | None = None) -> Location:
     if store is not LOCAL:
         inside = within.store == store or within.store is LOCAL
         return store.parse(store.spelled(posixpath.join(within.key, path.key))) if inside else path
-    return within.store.parse(f"{str(within).rstrip('/')}/{store.without_scheme(place)}")
+    slash = "" if within.ends_in_slash else "/"
+    return within.store.parse(f"{within}{slash}{store.without_scheme(place)}")
 
 
 def resolved(place: Place) -> Location:
