@@ -2,7 +2,8 @@
 
 A :class:`Location` names a file or a folder in a store. A :class:`Store` answers what the location asks. A store of one's
 own needs :meth:`Store.status`, :meth:`Store.is_folder`, :meth:`Store.list_names` and :meth:`Store.opened` to hold inputs.
-It needs :meth:`Store.stage` and the methods beside that to hold outputs too.
+To hold outputs too, it needs :meth:`Store.check_writable`, :meth:`Store.stage`, :meth:`Store.sweep`,
+:meth:`Store.write_whole`, :meth:`Store.make_folder`, and :meth:`Store.reopen` unless it is of :attr:`Store.one_process`.
 """
 
 from __future__ import annotations
@@ -498,19 +499,19 @@ class Store(ABC):
     # ------------------------------------------------------------------------------------------------------------ outputs
 
     def check_writable(self, location: Location, overwrite: bool) -> None:
-        raise self._read_only(location)
+        raise self._lacks("check_writable", location)
 
     def stage(self, location: Location, overwrite: bool = False) -> Staging:
-        raise self._read_only(location)
+        raise self._lacks("stage", location)
 
     def reopen(self, location: Location, size: int) -> Output:
-        raise self._read_only(location)
+        raise self._lacks("reopen", location)
 
     def write_whole(self, location: Location, data: bytes, overwrite: bool) -> None:
-        raise self._read_only(location)
+        raise self._lacks("write_whole", location)
 
     def make_folder(self, location: Location) -> None:
-        raise self._read_only(location)
+        raise self._lacks("make_folder", location)
 
     def sweep(self, location: Location) -> None:
         return
@@ -518,8 +519,16 @@ class Store(ABC):
     def free_bytes(self, location: Location) -> int | None:
         return None
 
-    def _read_only(self, location: Location) -> RecipeError:
-        return RecipeError(f"{printable(location)}: the store {self.scheme}:// can be read only; write to another place")
+    def _lacks(self, method: str, location: Location) -> RecipeError:
+        """The error of a store that has no such method: it holds inputs only, or was written incompletely."""
+        if type(self).stage is Store.stage:
+            return RecipeError(
+                f"{printable(location)}: the store {self.scheme}:// can be read only; write to another place"
+            )
+        return RecipeError(
+            f"{printable(location)}: the store {self.scheme}:// has stage and lacks {method}, so it takes no outputs; "
+            "add the method, or write to another place"
+        )
 
 
 class _Stream(io.RawIOBase):
