@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+from streammerge.checkpoints.agreement import agreed
 from streammerge.checkpoints.choosing import choose, exponential_weights
 from streammerge.checkpoints.conversions import converted_path, from_conversion, is_conversion
 from streammerge.checkpoints.globs import expand
@@ -49,6 +50,7 @@ from streammerge.options import (
     path,
     picked,
 )
+from streammerge.planning.likeness import check_likeness
 from streammerge.planning.plan import Plan, build_plan
 from streammerge.planning.receipt import Receipt
 from streammerge.recipe.arguments import conversion, overridden, recipe_of
@@ -59,13 +61,13 @@ from streammerge.running.choosing import choose_executor
 from streammerge.running.execution import Result, default_workers, execute, refuse_extras
 from streammerge.running.executors.base import Executors
 from streammerge.running.process import collector_paused, resident_bytes
-from streammerge.running.readback import receipt_of
+from streammerge.running.readback import read_output, receipt_of
 from streammerge.running.session import RunOptions
 from streammerge.signatures import takes
 from streammerge.sources.memory import is_array, is_tensor
 from streammerge.stores.base import Location
 from streammerge.stores.checksums import CRC32
-from streammerge.stores.locations import HERE, has_scheme, parse
+from streammerge.stores.locations import HERE, has_scheme, parse, resolved
 from streammerge.stores.locations import Place as PathLike
 from streammerge.units import decimal_bytes, parse_bytes, parse_share
 
@@ -215,6 +217,8 @@ def convert(
     drop: str | Sequence[str] = (),
     keep: str | Sequence[str] = (),
     strip_prefix: str = "",
+    like: PathLike | None = None,
+    only: str | None = None,
     extras: PathLike | None = None,
     rename: str | Sequence[str] | Mapping[str, str] | None = None,
     state_dict: str | None = None,
@@ -235,7 +239,9 @@ def convert(
     """Writes a checkpoint in another container: ``.pth`` to safetensors or back, one file or shards.
 
     ``path``: a file or folder, or a state dict in memory. ``out``: its name decides the container. ``drop`` and
-    ``keep`` take glob patterns on tensor names. ``listener`` and the errors are those of :func:`merge`.
+    ``keep`` take glob patterns on tensor names. ``like``: a checkpoint of the same model, whose tensors are replaced by
+    these; what else it holds is kept, and ``state_dict`` chooses in it. ``only`` prunes a ``.pth``: its other state dicts
+    are left out. ``listener`` and the errors are those of :func:`merge`.
     """
     given = locals()
     asked, naming = picked(Converting, given), picked(Naming, given)
@@ -247,13 +253,20 @@ def convert(
     target.check_writable(running.overwrite)
     before = resident_bytes()
     overrides = asked.overrides | naming.overrides | selection.overrides | output.overrides
-    recipe = found_in_hub_cache(conversion(source, asked.drop, asked.keep, overrides))
-    planned = _plan(recipe, target, resources, running.executor, hashed=output.hash, held=held)
+    if asked.only is not None:
+        if selection.state_dict not in (None, asked.only):
+            raise RecipeError("`only` names the state dict; leave `state_dict` out")
+        overrides |= {"state_dict": asked.only, "only": True}
+    like = None if asked.like is None else str(asked.like)
+    if like is not None and resolved(like) == resolved(source):
+        raise RecipeError("`like` names the input itself; leave it out, or name another checkpoint")
+    recipe = found_in_hub_cache(conversion(source, asked.drop, asked.keep, overrides, like))
+    planned = _plan(recipe, target, resources, running.executor, hashed=output.hash, held=held, like=like is not None)
     if asked.extras is not None:
         refuse_extras(parse(asked.extras), planned, running.overwrite)
     result = execute(planned, running, before)
     if asked.extras is not None:
-        index = _opened(source, selection.state_dict, recipe.ema, held)
+        index = _opened(source, None if asked.like else recipe.state_dict, recipe.ema, held)
         content = {"format": index.format, "metadata": index.metadata, "data": index.plain_data()}
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         parse(asked.extras).write_whole(text.encode("utf-8", "backslashreplace"), running.overwrite)
@@ -482,14 +495,18 @@ def _plan(
     convert_first: Location | None = None,
     hashed: bool = False,
     held: Held | None = None,
+    like: bool = False,
 ) -> Plan:
+    """``like``: the first checkpoint gets the tensors of the second."""
     if held and convert_first is not None:
         raise RecipeError("`convert_first` converts files; give state dicts in memory without it")
     with collector_paused(), shared_headers():
         indexes = {each: _opened(each.path, each.state_dict, recipe.ema, held or {}) for each in recipe.checkpoints}
         if convert_first is not None:
             indexes = {each: from_conversion(index, convert_first) for each, index in indexes.items()}
+        indexes = agreed(recipe, indexes)
         indexes = {each: index.with_names(each.rename) for each, index in indexes.items()}
+        told = check_likeness(recipe, *indexes.values()) if like else []
         planned = build_plan(
             recipe,
             indexes,
@@ -499,6 +516,7 @@ def _plan(
             io=resources.io,
             hashed=hashed,
         )
+    planned.notes += told
     choose_executor(planned, executor)
     planned.warnings += _output_warnings(planned)
     return planned
@@ -540,10 +558,18 @@ def _remade(out: Location, receipt: Receipt, folders: list[Location], own_method
 
     recipe = recipe_of_receipt(receipt.recipe, own_methods, folders)
     hashed = any("sha256" in said for said in receipt.inputs.values())
-    name = "output" if out.is_folder() else f"output.{'pth' if receipt.kind is CRC32 else 'safetensors'}"
-    planned = _plan(recipe, parse(name), resources, "threads", hashed=hashed)
+    planned = _plan(recipe, parse(f"output{_ending(out, receipt)}"), resources, "threads", hashed=hashed)
     check_inputs(planned, receipt)
     return planned
+
+
+def _ending(out: Location, receipt: Receipt) -> str:
+    """Returns the ending of a name that makes the same kind of output."""
+    if out.is_folder():
+        return ""
+    if receipt.kind is not CRC32:
+        return ".safetensors"
+    return ".pkl" if read_output(out).format == "pickle" else ".pth"
 
 
 def _convert_first(recipe: Recipe, request: _Request, running: RunOptions) -> bool:

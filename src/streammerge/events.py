@@ -52,7 +52,7 @@ class Hashed:
 
 @dataclass(frozen=True, slots=True)
 class Spooled:
-    """A compressed record was inflated into a temporary file. ``tensor``: one that lies in it."""
+    """A packed record was unpacked into a temporary file. ``tensor``: one that lies in it."""
 
     tensor: str
     nbytes: int

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Ema = Literal["ignore", "prefer", "only"]
 OnMissing = Literal["error", "base", "average-present", "drop", "union"]
-OnShape = Literal["error", "base", "rows"]
+OnShape = Literal["error", "base", "rows", "leading"]
 Integers = Literal["first", "last", "max", "error"]
 Io = Literal["mmap", "pread"]
 EMA_CHOICES: tuple[str, ...] = get_args(Ema)
@@ -365,7 +365,8 @@ class Selection(Options):
         overrides=True,
     )
     ema: Ema | None = option(
-        "Averaged weights beside plain ones.",
+        "Averaged weights beside plain ones. A .pth keeps and merges every copy; averages that are asked for replace the "
+        "plain weights in it.",
         _one_of(EMA_CHOICES),
         choices=EMA_CHOICES,
         otherwise="ignore",
@@ -398,6 +399,14 @@ class Converting(Options):
     keep: str | Sequence[str] = option("Keep only tensors whose names match.", PATTERNS, default=(), metavar="PATTERN")
     strip_prefix: str = option(
         "Removed from the names that begin with it.", TEXT, default="", metavar="PREFIX", overrides=True
+    )
+    like: PathLike | None = option(
+        "Put the tensors into this checkpoint's container: its names, order, dtypes and all that it holds besides.",
+        PATH,
+        metavar="PATH",
+    )
+    only: str | None = option(
+        "Which state dict a .pth keeps; it leaves out the others, and the state of the training.", TEXT, metavar="KEY.PATH"
     )
     extras: PathLike | None = option("Write what is not a tensor there, readable.", PATH, metavar="FILE.json")
 

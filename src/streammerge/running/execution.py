@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from streammerge.errors import FormatError, RecipeError, StreammergeError, UncheckedError, listed, printable
 from streammerge.events import Preparing, Published, RunFinished, RunStarted, Suspended, Told
-from streammerge.formats.folder import foreign_files
+from streammerge.formats.folder import files_below, foreign_files
 from streammerge.options import RECEIPT_FILE
 from streammerge.planning.plan import Plan
 from streammerge.running import process
@@ -129,7 +129,9 @@ def _may_pass(error: BaseException) -> bool:
 def refuse_input_as_output(out: Location, plan: Plan) -> None:
     """Raises FormatError when the output is an input under any name, holds an input, or lies in the folder of an input."""
     same = {known.place for known in plan.identities.values()}
-    written = [out] if out.is_file() else [path for path in out.children() if path.is_file()] if out.is_folder() else []
+    written = (
+        [out] if out.is_file() else [path for _, path in files_below(out) if path.is_file()] if out.is_folder() else []
+    )
     inputs = [path.resolve() for path in plan.identities]
     holds = out.is_folder() and any(out.resolve() in path.parents for path in inputs)
     if holds or any(path.status().place in same for path in written):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from streammerge.errors import RecipeError, SpaceError, UncheckedError, VerifyError, listed, printable
 from streammerge.events import Hashed, Listener, Resumed, Spooled, Syncing, TaskDone, Told, quiet
 from streammerge.formats.base import LayoutFile
+from streammerge.kernels.agreed import AGREED
 from streammerge.planning.digest import can_be_resumed, differences, plan_parts
 from streammerge.planning.plan import Plan
 from streammerge.planning.receipt import ITSELF, written_like
@@ -115,6 +116,7 @@ class Production:
             self.warnings.append(f"the disk failed to store {listed(sorted(broken))} at first; it was written anew")
         self._check()
         self.warnings += [f"NaN or infinite values: {row}" for row in self._nonfinite()]
+        self.notes += [f"NaN or infinite values that every input has are kept: {row}" for row in self._agreed()]
 
     def _attempt(self, hashes: dict[str, str]) -> set[str]:
         """Makes what is missing, and syncs. Returns the names of the files whose sync failed."""
@@ -164,7 +166,7 @@ class Production:
         else:
             self.journal.take_over(vouched)
         self._outputs += [self.staging.create(f.name, f.size, vouched is not None) for f in self.plan.layout.files]
-        kept = {file.location.name for file in self._outputs if file.kept}
+        kept = {f.name for f, output in zip(self.plan.layout.files, self._outputs, strict=True) if output.kept}
         claimed = {each.key: each for each in vouched or () if each.file in kept}
         if not claimed:
             return
@@ -225,7 +227,7 @@ class Production:
         return made
 
     def _spool(self) -> None:
-        """Inflates the compressed records that are still needed, and lets the tasks read the inflated bytes."""
+        """Unpacks the packed records that are still needed, and lets the tasks read the unpacked bytes."""
         tasks = enumerate(self._tasks if self.plan.spooled else ())
         missing = [task for number, task in tasks if any(map(self._wanted, pieces(task, number)))]
 
@@ -259,6 +261,8 @@ class Production:
                 self.journal.add(finished)
                 self.read_bytes += read_bytes
                 self.listener(TaskDone(piece.task.out.name, read_bytes, finished.nbytes, held.now()))
+                if finished.nonfinite.keys() - {AGREED}:
+                    self._refuse_nonfinite()  # now, and not after hours of work that would then be dropped
 
     def _job(self) -> Job:
         plan = self.plan
@@ -275,6 +279,8 @@ class Production:
         found: dict[str, dict[str, int]] = {}
         for (task, _), piece in self._done.items():
             for source, count in piece.nonfinite.items():
+                if source == AGREED:
+                    continue
                 counts = found.setdefault(self._tasks[task].out.name, {})
                 counts[source] = counts.get(source, 0) + count
         return [
@@ -283,9 +289,19 @@ class Production:
             for name, counts in sorted(found.items())
         ]
 
+    def _agreed(self) -> list[str]:
+        """Returns which tensors have NaN or infinity that every input has, in one line at most."""
+        found: dict[str, int] = {}
+        for (task, _), piece in self._done.items():
+            if count := piece.nonfinite.get(AGREED):
+                name = self._tasks[task].out.name
+                found[name] = found.get(name, 0) + count
+        return [listed([f"{name} ({count})" for name, count in sorted(found.items())])] if found else []
+
     def _refuse_nonfinite(self) -> None:
-        rows = self._nonfinite()
-        if rows and not self.plan.recipe.allow_nonfinite:
+        rows = [] if self.plan.recipe.allow_nonfinite else self._nonfinite()
+        if rows:
+            self._inputs.check_unchanged()  # an input that is overwritten may show as NaN
             more = f"\n  and {len(rows) - 10} more tensors" if len(rows) > 10 else ""
             raise VerifyError(
                 "the merge holds NaN or infinite values, so nothing was written; "

@@ -10,6 +10,7 @@ import errno
 import os
 import stat
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from streammerge.errors import LockedError, RecipeError, printable
@@ -157,7 +158,9 @@ class LocalStaging(Staging):
         return RecipeError(f"cannot write beside {printable(self.out)}: {error.strerror}")
 
     def create(self, name: str, size: int, keep: bool = False) -> Output:
-        return self._add(name, self.content / name, size, keep)
+        location = self.place(name)
+        _make_subfolders(self._content, name)
+        return self._add(name, location, size, keep)
 
     def temporary(self, name: str, size: int) -> Output:
         return self._add(f"../{name}", self.home / name, size)
@@ -197,7 +200,8 @@ class LocalStaging(Staging):
             each.close()
         made = self._content
         if as_folder:
-            self._sync_folder(self._content)
+            for folder in _folders_of(self._content, self._files):
+                self._sync_folder(folder)
         else:
             (name,) = self.outputs  # a file system or a desktop may have put files of its own into the folder
             made = self._content / name
@@ -281,6 +285,20 @@ def _make_folders(folder: Path) -> list[Path]:
     except OSError as error:
         raise RecipeError(f"the folder {printable(folder)} cannot be made: {printable(error.strerror or error)}") from error
     return missing
+
+
+def _make_subfolders(content: Path, name: str) -> None:
+    """Makes the folders of a file below ``content``. Raises FileExistsError for a file or a link of that name."""
+    folder = content
+    for part in name.split("/")[:-1]:
+        folder /= part
+        folder.mkdir(exist_ok=not folder.is_symlink())
+
+
+def _folders_of(content: Path, names: Iterable[str]) -> list[Path]:
+    """Returns the folders that hold the files, the deepest first, so that each is synced before the one above it."""
+    above = {content, *(each for name in names if not name.startswith("../") for each in (content / name).parents)}
+    return sorted((each for each in above if each.is_relative_to(content)), key=lambda each: -len(each.parts))
 
 
 def staging_folder(out: Path) -> Path:
