@@ -79,7 +79,7 @@ def test_every_mistake_is_told_at_once_each_with_its_place(models: Path) -> None
         "17:5": "a rule does one thing, not copy and drop",
         "20:5": "slerp merges exactly 2 models, not 3",
         "22:18": "slerp has no parameter tt; did you mean t?",
-        "23:1": "on_shape takes one of error, base, rows, not stretch",
+        "23:1": "on_shape takes one of error, base, rows, leading, not stretch",
         "24:10": "'big' is not a size",
     }
     assert len(told) == len(expected)

@@ -23,6 +23,7 @@ from conftest import hear_signals
 from safetensors.torch import save_file
 
 import streammerge as sm
+from streammerge.events import TaskDone
 from streammerge.planning import tasks
 from streammerge.running import readback
 from streammerge.stores import commit, journal, lock, system
@@ -913,3 +914,37 @@ def test_the_command_says_how_the_work_goes_on_after_the_last_check(pair: list[P
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, check=False)
     assert done.returncode == 0
     sm.verify(tmp_path / "out.safetensors", sample=0)
+
+
+def test_the_first_value_that_will_be_refused_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        tensors = {f"w{number:02}": torch.ones(1 << 20) for number in range(12)}
+        tensors["w01"][7] = torch.nan if name == "a" else 1.0
+        save_file(tensors, f"{name}.safetensors")
+    done: list[str] = []
+    with pytest.raises(sm.VerifyError, match=r"(?s)NaN or infinite values.*w01: 1 in a\.safetensors"):
+        sm.merge(
+            ["a.safetensors", "b.safetensors"],
+            "out.safetensors",
+            memory="24MiB",
+            workers=1,
+            listener=lambda event: done.append(event.tensor) if isinstance(event, TaskDone) else None,
+        )
+    assert 2 <= len(done) < 8
+    assert sorted(os.listdir()) == ["a.safetensors", "b.safetensors"]
+
+
+def test_an_input_that_is_overwritten_is_told_as_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        save_file({f"w{number:02}": torch.ones(1 << 20) for number in range(12)}, f"{name}.safetensors")
+
+    def overwrite(event: object) -> None:
+        if isinstance(event, TaskDone) and event.tensor == "w00":
+            with open("b.safetensors", "r+b") as file:
+                file.seek(-(40 << 20), os.SEEK_END)
+                file.write(b"\xff" * (40 << 20))
+
+    with pytest.raises(sm.ChangedError, match=r"b\.safetensors changed"):
+        sm.merge(["a.safetensors", "b.safetensors"], "out.safetensors", memory="24MiB", workers=1, listener=overwrite)

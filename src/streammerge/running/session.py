@@ -260,6 +260,8 @@ class Production:
                 self.journal.add(finished)
                 self.read_bytes += read_bytes
                 self.listener(TaskDone(piece.task.out.name, read_bytes, finished.nbytes, held.now()))
+                if finished.nonfinite.keys() - {AGREED}:
+                    self._refuse_nonfinite()  # now, and not after hours of work that would then be dropped
 
     def _job(self) -> Job:
         plan = self.plan
@@ -296,8 +298,9 @@ class Production:
         return [listed([f"{name} ({count})" for name, count in sorted(found.items())])] if found else []
 
     def _refuse_nonfinite(self) -> None:
-        rows = self._nonfinite()
-        if rows and not self.plan.recipe.allow_nonfinite:
+        rows = [] if self.plan.recipe.allow_nonfinite else self._nonfinite()
+        if rows:
+            self._inputs.check_unchanged()  # an input that is overwritten may show as NaN
             more = f"\n  and {len(rows) - 10} more tensors" if len(rows) > 10 else ""
             raise VerifyError(
                 "the merge holds NaN or infinite values, so nothing was written; "
