@@ -332,24 +332,35 @@ class Staging(ABC):
     """An output in the making, which appears under its name whole, at :meth:`commit`, or not at all.
 
     One run at a time has it. ``home``: the hidden folder that holds all of it. ``content``: the folder in which its files
-    can be read back before they are published.
-    ``notes``: sentences about promises that this place cannot keep. ``record``: where the journal is kept.
+    can be read back before they are published. ``record``: the journal. ``notes``: sentences about promises that this place
+    cannot keep. A store of one's own defines :meth:`opened` and what follows it.
     """
 
-    out: Location
-    home: Location
-    content: Location
-    record: Record
-    notes: list[str]
+    def __init__(self, out: Location, home: Location, record: Record) -> None:
+        self.out, self.home, self.record = out, home, record
+        self.content = home / "output"
+        self.notes: list[str] = []
+        self._files: dict[str, Output] = {}
+        self._temporary: dict[str, Output] = {}
 
-    @abstractmethod
     def create(self, name: str, size: int, keep: bool = False) -> Output:
-        """Makes a file of the output.
+        """Makes a file of the output, and closes the one that had this name.
 
         ``name``: its name; in a folder also a path below it (:func:`streammerge.stores.names.is_inner`), whose folders are
         made. ``keep``: keeps the bytes of an earlier run if the file exists in this size. Raises ValueError for a name that
         leads out of the output.
         """
+        return self._added(self._files, name, self.place(name), size, keep)
+
+    def temporary(self, name: str, size: int) -> Output:
+        """A file that can be read back by its location and goes when the staging ends."""
+        return self._added(self._temporary, name, self.home / name, size, keep=False)
+
+    def _added(self, files: dict[str, Output], name: str, location: Location, size: int, keep: bool) -> Output:
+        if name in files:
+            files.pop(name).close()
+        file = files[name] = self.opened(location, size, keep)
+        return file
 
     def place(self, name: str) -> Location:
         """Returns where a file of the output is made. Raises ValueError for a name that leads out of the output."""
@@ -357,14 +368,19 @@ class Staging(ABC):
             raise ValueError(f"{name!r} is not the name of a file in an output")
         return self.content / name
 
-    @abstractmethod
-    def temporary(self, name: str, size: int) -> Output:
-        """A file that can be read back by its location and goes when the staging ends."""
-
     @property
-    @abstractmethod
     def outputs(self) -> dict[str, Output]:
-        """The files of the output by name, at this moment."""
+        """The files of the output by name, at this moment. A copy: other threads ask while files are added."""
+        return dict(self._files)
+
+    def close_files(self) -> None:
+        """Ends writing to all files."""
+        for file in (*self._files.values(), *self._temporary.values()):
+            file.close()
+
+    @abstractmethod
+    def opened(self, location: Location, size: int, keep: bool) -> Output:
+        """Makes a file below :attr:`home`, and the folders above it. ``keep``: as for :meth:`create`."""
 
     @abstractmethod
     def clear(self) -> None:
@@ -601,6 +617,11 @@ def digest_outside(location: Location, spans: list[tuple[int, int]]) -> str:
     for data in outside(location, spans):
         digest.update(data)
     return digest.hexdigest()
+
+
+def exists_already(out: object) -> RecipeError:
+    """The error of an output that may not be replaced."""
+    return RecipeError(f"{printable(out)} exists already; pass `overwrite=True` to replace it, or choose another name")
 
 
 @contextlib.contextmanager

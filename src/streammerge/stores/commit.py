@@ -15,7 +15,7 @@ from pathlib import Path
 
 from streammerge.errors import LockedError, RecipeError, printable
 from streammerge.stores import lock, system
-from streammerge.stores.base import Location, Output, Record, Staging, space_checked
+from streammerge.stores.base import Location, Output, Record, Staging, exists_already, space_checked
 from streammerge.stores.files import OutputFile
 
 JOURNAL, NEW = "journal", "journal.new"
@@ -76,15 +76,12 @@ class LocalStaging(Staging):
     """
 
     def __init__(self, out: Location, overwrite: bool = False) -> None:
-        self.out, self._overwrite = out, overwrite
-        self._place = Path(out.key)
+        self._place, self._overwrite = Path(out.key), overwrite
         self.folder = staging_folder(self._place)
         home = out.parent / self.folder.name
-        self.content, self.record = home / "output", LocalRecord(home / JOURNAL)
-        self.notes: list[str] = []
-        self.home, self._content = home, self.folder / "output"
+        super().__init__(out, home, LocalRecord(home / JOURNAL))
+        self._content = self.folder / "output"
         self._made: tuple[int, int] | None = None
-        self._files: dict[str, OutputFile] = {}
         self._process = os.getpid()
         check_writable(self._place, overwrite)
         self._made_folders = _make_folders(self._place.absolute().parent)
@@ -157,28 +154,14 @@ class LocalStaging(Staging):
             return lock.locked_by_other_user(self.out, self.folder, other)
         return RecipeError(f"cannot write beside {printable(self.out)}: {error.strerror}")
 
-    def create(self, name: str, size: int, keep: bool = False) -> Output:
-        location = self.place(name)
-        _make_subfolders(self._content, name)
-        return self._add(name, location, size, keep)
-
-    def temporary(self, name: str, size: int) -> Output:
-        return self._add(f"../{name}", self.home / name, size)
-
-    def _add(self, name: str, location: Location, size: int, keep: bool = False) -> Output:
-        if name in self._files:
-            self._files.pop(name).close()
-        file = self._files[name] = OutputFile(location, size, keep)
+    def opened(self, location: Location, size: int, keep: bool) -> Output:
+        _make_subfolders(self.folder, location.relative_to(self.home))
+        file = OutputFile(location, size, keep)
         if not file.reserved and not self.notes:
             self.notes.append(
                 f"the file system of {printable(self.out)} does not reserve room; a disk that fills up is noticed late"
             )
         return file
-
-    @property
-    def outputs(self) -> dict[str, Output]:
-        # A copy first, for other threads ask while files are added.
-        return {name: file for name, file in dict(self._files).items() if not name.startswith("../")}
 
     @property
     def published(self) -> bool:
@@ -196,8 +179,7 @@ class LocalStaging(Staging):
         for file in self.outputs.values():
             if not file.synced:
                 file.sync()
-        for each in self._files.values():
-            each.close()
+        self.close_files()
         made = self._content
         if as_folder:
             for folder in _folders_of(self._content, self._files):
@@ -256,9 +238,9 @@ class LocalStaging(Staging):
 
     def abort(self, keep: bool = False) -> None:
         """Removes all that was made, or leaves it to be continued; after a commit, what was temporary."""
-        for file in self._files.values():
-            file.close()
+        self.close_files()
         self._files.clear()
+        self._temporary.clear()
         self.record.end()
         if self._process != os.getpid():  # a forked child, which has a copy of this object, and no lock
             return
@@ -297,7 +279,7 @@ def _make_subfolders(content: Path, name: str) -> None:
 
 def _folders_of(content: Path, names: Iterable[str]) -> list[Path]:
     """Returns the folders that hold the files, the deepest first, so that each is synced before the one above it."""
-    above = {content, *(each for name in names if not name.startswith("../") for each in (content / name).parents)}
+    above = {content, *(each for name in names for each in (content / name).parents)}
     return sorted((each for each in above if each.is_relative_to(content)), key=lambda each: -len(each.parts))
 
 
@@ -445,7 +427,7 @@ def check_writable(out: Path, overwrite: bool) -> None:
     if out.is_dir() and not any(out.iterdir()):
         return
     if (out.exists() or out.is_symlink()) and not overwrite:
-        raise RecipeError(f"{printable(out)} exists already; pass `overwrite=True` to replace it, or choose another name")
+        raise exists_already(out)
 
 
 def _check_replaceable(out: Path, there: os.stat_result) -> None:
