@@ -1,6 +1,6 @@
-"""Making an output of local files visible: made in a hidden folder beside its place, synced, renamed in one step.
+"""Publishes an output of local files: it is made in a hidden folder beside its place, synced, and renamed in one step.
 
-Leaving a :class:`LocalStaging` without :meth:`LocalStaging.commit` removes all that it made, unless it is to be continued.
+A :class:`LocalStaging` that ends without :meth:`LocalStaging.commit` removes its files, unless a next run may continue.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class LocalStaging(Staging):
         journal, put_by = self.folder / JOURNAL, self.folder / _PUT_BY
         try:
             if journal.exists():
-                os.rename(journal, put_by)  # so that what is left after a crash can be told from what can be continued
+                os.rename(journal, put_by)  # after a crash, this name says that the run was finished
             self._made = _identity_of(made)
             self._rename(made)
         except BaseException:
@@ -213,7 +213,7 @@ class LocalStaging(Staging):
             self.notes += [note] if note not in self.notes else []
 
     def _rename(self, made: Path) -> None:
-        """One step, in which the name is either nothing or the old output before, and the new one after."""
+        """Renames in one step. Before it, the name is free or leads to the old output; after it, to the new output."""
         empty_folder = self._place.is_dir() and not any(self._place.iterdir())
         if not self._overwrite and not empty_folder:
             if not _renamed_to_nothing(made, self._place):
@@ -226,7 +226,7 @@ class LocalStaging(Staging):
             os.replace(made, self._place)
 
     def _rename_twice(self, made: Path) -> None:
-        """For file systems that cannot exchange; a crash in between is mended by the next run."""
+        """Renames twice, for file systems that cannot exchange names. After a crash in between, the next run repairs it."""
         replaced = self.folder / _REPLACED
         os.rename(self._place, replaced)
         try:
@@ -237,7 +237,7 @@ class LocalStaging(Staging):
             raise
 
     def abort(self, keep: bool = False) -> None:
-        """Removes all that was made, or leaves it to be continued; after a commit, what was temporary."""
+        """Removes the files, or keeps them for a next run. After a commit, removes the temporary files."""
         self.close_files()
         self._files.clear()
         self._temporary.clear()
@@ -324,7 +324,7 @@ def _identity_of(path: Path) -> tuple[int, int]:
 
 
 def _recover(folder: Path, out: Path) -> None:
-    """Puts things right after a crash within a commit: an old output between two renames, a journal put by."""
+    """Repairs the state after a crash within a commit: moves the old output and the journal back to their names."""
     if (folder / _REPLACED).exists() and not os.path.lexists(out):
         os.rename(folder / _REPLACED, out)
     if (folder / _PUT_BY).exists() and (folder / "output").is_dir() and not (folder / JOURNAL).exists():
@@ -332,7 +332,7 @@ def _recover(folder: Path, out: Path) -> None:
 
 
 def _remove_ours(folder: Path) -> None:
-    """Removes what runs make in a staging folder, but for its lock; what somebody else put there stays."""
+    """Removes the files that runs make in a staging folder, except the lock. Files of others stay."""
     for name in ("output", "spooled", JOURNAL, NEW, _PUT_BY, _REPLACED):
         path = folder / name
         if path.is_dir() and not path.is_symlink():
@@ -395,7 +395,7 @@ def sweep(out: Path) -> None:
 
 
 def _is_lock_of(fd: int, folder: Path) -> bool:
-    """Whether that is the folder's lock file; False when it was removed meanwhile."""
+    """Whether the descriptor is that of the folder's lock file. False if the file was removed after it was opened."""
     try:
         return os.path.samestat(os.fstat(fd), os.stat(folder / "lock"))
     except FileNotFoundError:
@@ -442,7 +442,7 @@ def _check_replaceable(out: Path, there: os.stat_result) -> None:
 
 
 def write_whole(path: Path, data: bytes, overwrite: bool) -> None:
-    """A small file, whole and durable, or not at all; RecipeError when it cannot be written, or is there already."""
+    """Writes a small file, whole and durable, or not at all. Raises RecipeError if it cannot be written, or exists."""
     import tempfile
 
     try:

@@ -76,7 +76,7 @@ def this_run() -> Owner:
 
 
 def _boot() -> str:
-    """What the kernel calls this run of the machine; "" where it does not say."""
+    """Returns the kernel's identifier of this boot, "" if there is none."""
     with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
         return file.read().strip()
     return ""

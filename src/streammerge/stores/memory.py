@@ -188,7 +188,7 @@ def _home(out: Location) -> Location:
 
 
 class MemoryInput(Input):
-    """The bytes as they were when it was opened; what is put in their place later does not change them."""
+    """The bytes at the time of opening. A later change of the file does not change them."""
 
     def __init__(self, location: Location, data: _Data) -> None:
         self.location, self.size = location, len(data)
@@ -204,7 +204,7 @@ class MemoryInput(Input):
 
 
 class MemoryOutput(Output):
-    """Bytes of a size that is known beforehand."""
+    """A file of known size in the making."""
 
     def __init__(self, store: MemoryStore, location: Location, size: int, keep: bool) -> None:
         self.location, self.size = location, size
@@ -277,7 +277,7 @@ class MemoryStaging(Staging):
         return self._made is not None and self._made == self._standing()
 
     def _standing(self) -> tuple[str, ...]:
-        """What is under the output's name: keys and versions."""
+        """Returns the keys and versions of the files under the output's name."""
         with self._store.lock:
             return tuple(f"{name} {self._store.version(name)}" for name in self._store.names(self.out.key))
 
