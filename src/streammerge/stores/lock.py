@@ -218,9 +218,11 @@ def sign(fd: int, folder: str, out: object) -> None:
 
 def _write(fd: int, owner: Owner) -> bool:
     """Writes the owner into a file, durably. Returns False if the disk is full."""
+    text, done = json.dumps(asdict(owner)).encode() + b"\n", 0
     try:
         os.ftruncate(fd, 0)
-        os.pwrite(fd, json.dumps(asdict(owner)).encode() + b"\n", 0)
+        while done < len(text):
+            done += os.pwrite(fd, text[done:], done)
     except OSError:
         return False
     with contextlib.suppress(OSError):
