@@ -294,6 +294,13 @@ def staging_folder(out: Path) -> Path:
     return out.parent / name
 
 
+def output_of(staging: str) -> str:
+    """Returns the name of the output that belongs to the name of a staging folder; "" for the name of anything else. Of a
+    shortened name it is the beginning and the hash."""
+    ours = staging.startswith(".") and staging.endswith(".streammerge")
+    return staging.removeprefix(".").removesuffix(".streammerge") if ours else ""
+
+
 def _shortened(name: str, most_bytes: int) -> str:
     """Returns the beginning of a name, as many whole characters as there is room for."""
     return os.fsencode(name)[:most_bytes].decode("utf-8", "ignore")
