@@ -4,7 +4,7 @@
            + workers * (PER_WORKER + beside + passes + out + chunk_elems * bytes_per_element + scratch + tiles * tile
                         + inputs * huge_pages(window + chunk_elems * input_bytes))
 
-Every buffer the engine uses is a term here, and the engine takes its buffers from :func:`slots`, so the model cannot
+Every buffer the engine uses is a term here, and the engine takes its buffers from :func:`regions`, so the model cannot
 drift from what is allocated.
 """
 
@@ -104,7 +104,7 @@ class Budget:
         return self.window_bytes * self.cost.inputs
 
 
-def slots(budget: Budget) -> dict[str, tuple[int, int]]:
+def regions(budget: Budget) -> dict[str, tuple[int, int]]:
     """Returns (offset, bytes) of each region in a worker's arena. Each region begins with a page.
 
     ``slots``: the buffers that methods name. ``out``: bytes to be written, which may begin anywhere in a page. ``read0``

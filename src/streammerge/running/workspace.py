@@ -7,7 +7,8 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from streammerge.planning.budget import Budget, slots
+from streammerge.kernels.chunk import Slot, shown
+from streammerge.planning.budget import Budget, regions
 from streammerge.sources.base import BlobPath, Reader, Source, region_bytes
 from streammerge.sources.stored import Stored
 from streammerge.stores.base import Input
@@ -44,12 +45,12 @@ class Workspace:
         self.touched = Spans(budget.kept_bytes * 3 // 4)
         self.noted_elems = budget.window_bytes // 4 // max(budget.cost.mapped, 1)  # the rest is for what is not noted yet
         self.tile_bytes = budget.tile_bytes
-        self._slots = slots(budget)
+        self._regions = regions(budget)
         self._slot_bytes = budget.chunk_elems * budget.cost.compute
-        total = max(offset + size for offset, size in self._slots.values())
+        total = max(offset + size for offset, size in self._regions.values())
         self._arena = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._views: dict[tuple[int, torch.dtype, int], torch.Tensor] = {}
-        self._taken: dict[str, int] = {}
+        self._taken: dict[Slot, int] = {}
         self._known: tuple[tuple[Source, ...], dict[int, Any]] = ((), {})
 
     def kernels_of(self, sources: tuple[Source, ...]) -> dict[int, Any]:
@@ -64,20 +65,22 @@ class Workspace:
 
     def octets(self, region: str, nbytes: int | None = None, start: int = 0) -> memoryview:
         """Returns ``nbytes`` bytes of a fixed region, from ``start``. Returns the whole region if ``nbytes`` is None."""
-        offset, size = self._slots[region]
+        offset, size = self._regions[region]
         nbytes = size if nbytes is None else nbytes
         if start + nbytes > size:
             raise ValueError(f"buffer {region} has {size} bytes, {start + nbytes} were asked for")
         return memoryview(self._arena)[offset + start : offset + start + nbytes]
 
-    def get(self, slot: str, dtype: torch.dtype, elems: int) -> torch.Tensor:
-        """Returns a tensor of ``elems`` numbers in a fixed region or a named slot. A new name takes the next free slot."""
-        if slot in self._slots:
-            return self._view(*self._slots[slot], dtype, elems)
-        offset, size = self._slots["slots"]
+    def numbers(self, region: str, dtype: torch.dtype, elems: int) -> torch.Tensor:
+        """Returns a tensor of ``elems`` numbers in a fixed region."""
+        return self._view(*self._regions[region], dtype, elems)
+
+    def get(self, slot: Slot, dtype: torch.dtype, elems: int) -> torch.Tensor:
+        """Returns a tensor of ``elems`` numbers in a named slot. A new name takes the next free slot."""
+        offset, size = self._regions["slots"]
         place = self._taken.setdefault(slot, len(self._taken)) * self._slot_bytes
         if place + self._slot_bytes > size:
-            raise ValueError(f"there is no room for the buffer {slot!r} beside {', '.join(self._taken)}")
+            raise ValueError(f"there is no room for the buffer {shown(slot)} beside {', '.join(map(shown, self._taken))}")
         return self._view(offset + place, self._slot_bytes, dtype, elems)
 
     def _view(self, offset: int, size: int, dtype: torch.dtype, elems: int) -> torch.Tensor:
@@ -223,7 +226,7 @@ class Inputs:
         made = self._read_bytes(source, start, stop, part)
         if made is not part:
             return torch.frombuffer(made, dtype=dtype.torch)
-        return self._workspace.get(region, dtype.torch, elems)
+        return self._workspace.numbers(region, dtype.torch, elems)
 
     def read_into(self, source: int, start: int, stop: int, out: memoryview) -> None:
         """Reads the bytes of elements ``start`` to ``stop`` of a source into ``out``."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import RecipeError, printable
-from streammerge.kernels.chunk import Chunk, Kernel, Look, Step, T, chunk_spans, whole_grains
+from streammerge.kernels.chunk import Chunk, Kernel, Look, Slot, Step, T, chunk_spans, shown, whole_grains
 from streammerge.kernels.group import TensorGroup
 from streammerge.kernels.ranking import held_bytes
 from streammerge.methods.contracts import MergeMethod, Values
@@ -114,17 +114,17 @@ class _Slots:
     """Named buffers for one chunk, each of ``slot_bytes``, taken one after the other."""
 
     def __init__(self, regions: list[memoryview]) -> None:
-        self._regions, self._taken = regions, dict[str, int]()
+        self._regions, self._taken = regions, dict[Slot, int]()
 
     def clear(self) -> None:
         self._taken.clear()
 
-    def get(self, slot: str, dtype: torch.dtype, elems: int) -> torch.Tensor:
+    def get(self, slot: Slot, dtype: torch.dtype, elems: int) -> torch.Tensor:
         import torch
 
         number = self._taken.setdefault(slot, len(self._taken))
         if number >= len(self._regions):
-            raise ValueError(f"there is no room for the buffer {slot!r} beside {', '.join(self._taken)}")
+            raise ValueError(f"there is no room for the buffer {shown(slot)} beside {', '.join(map(shown, self._taken))}")
         return torch.frombuffer(self._regions[number], dtype=dtype, count=elems)
 
 
