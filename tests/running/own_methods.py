@@ -29,3 +29,8 @@ def failing(group: TensorGroup) -> Kernel:
         raise ZeroDivisionError("of its own")
 
     return kernel
+
+
+def named(group: TensorGroup, *, of: object = None) -> Kernel:
+    """Takes the first model. ``of``: anything."""
+    return lambda chunk: chunk.models[0]

@@ -16,6 +16,7 @@ from typing import Any
 
 from streammerge.errors import TaskError
 from streammerge.running.executors.base import Executor, Result, Unit, Work
+from streammerge.running.executors.importing import importable_path
 from streammerge.running.executors.messages import (
     CLOSED,
     END,
@@ -139,10 +140,9 @@ class _Team:
         control, theirs = socket.socketpair()
         pairs = [socket.socketpair() for _ in range(workers)]
         descriptors = [theirs.fileno(), *(end.fileno() for _, end in pairs)]
-        path = [each for each in sys.path if isinstance(each, str)]
         try:
             self._server = subprocess.Popen(
-                [sys.executable, "-c", CODE, ",".join(map(str, descriptors)), *path],
+                [sys.executable, "-c", CODE, ",".join(map(str, descriptors)), *importable_path()],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # keeps a method's prints out of the caller's standard output
                 env=os.environ | ENVIRONMENT,
