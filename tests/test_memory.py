@@ -18,16 +18,21 @@ from safetensors.torch import save_file
 import streammerge as sm
 from methods.suite import Case, suites
 from streammerge.methods.registry import find_method, list_methods
+from streammerge.planning import tasks
+from streammerge.tensors.spec import GRAIN
 
 RUNS = """
 import json, re, sys, threading
 import streammerge as sm
+from streammerge.planning import tasks
+from streammerge.tensors.spec import GRAIN
 from streammerge.running.execution import prepare_torch
 
 def anonymous():
     with open("/proc/self/status") as file:
         return sum(map(int, re.findall(r"Rss(?:Anon|Shmem):\\s+(\\d+)", file.read()))) * 1024
 
+tasks.PIECE_ELEMS = int(sys.argv[2])
 prepare_torch()
 for inputs, out, options in json.loads(sys.argv[1]):
     start, peak, stop = anonymous(), 0, threading.Event()
@@ -64,7 +69,7 @@ def sparse(path: Path, numel: int, tensors: int = 1, dtype: str = "BF16") -> Pat
 def measured(*runs: Run) -> list[dict[str, int]]:
     """Returns the memory of each merge above start-up, all in one separate process."""
     argument = json.dumps([(list(map(str, inputs)), str(out), options) for inputs, out, options in runs], default=str)
-    command = [sys.executable, "-c", RUNS, argument]
+    command = [sys.executable, "-c", RUNS, argument, str(tasks.PIECE_ELEMS)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1500)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -252,6 +257,65 @@ def test_polite_runs_give_the_page_cache_back(tmp_path: Path, io: str, command: 
 def held_as_a_row(case: Case, elems: int) -> bool:
     contract = find_method(case.method)
     return contract.rows((elems,), contract.resolve(case.parameters, case.models)) == elems
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Six files of 12 MB without holes, each with a matrix and a vector, whose pages are in the cache."""
+    paths = [tmp_path_factory.mktemp("dense") / f"{number}.safetensors" for number in range(6)]
+    for number, path in enumerate(paths):
+        make = torch.Generator().manual_seed(number)
+        shapes = {"matrix": (2000, 1000), "vector": (4_000_003,)}
+        save_file({name: torch.randn(shape, generator=make).bfloat16() for name, shape in shapes.items()}, path)
+    return paths
+
+
+def tightest(inputs: list[Path], options: dict[str, object]) -> int:
+    """Returns the least mebibytes of memory that give the merge all the workers that it asks for."""
+    low, high = 1, 1 << 10
+    while low < high:
+        middle = (low + high) // 2
+        try:
+            enough = sm.plan(inputs, memory=middle << 20, **options).budget.workers == options["workers"]  # type: ignore[arg-type]
+        except sm.BudgetError:
+            enough = False
+        low, high = (low, middle) if enough else (middle + 1, high)
+    return low
+
+
+@pytest.mark.parametrize(
+    ("executor", "io", "chosen"),
+    [
+        ("threads", "mmap", None),
+        ("processes", "mmap", {"linear", "median", "dare_linear", "ramplus_tl"}),
+        pytest.param("threads", "pread", None, marks=pytest.mark.slow),
+        pytest.param("processes", "mmap", None, marks=pytest.mark.slow),
+        pytest.param("processes", "pread", None, marks=pytest.mark.slow),
+    ],
+)
+def test_law_1_for_methods_at_the_tightest_budget(
+    tmp_path: Path, dense: list[Path], executor: str, io: str, chosen: set[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Methods on four workers, which all have something to do. The kernel counts no more than the budget. ``chosen``: all
+    methods if it is None."""
+    monkeypatch.setattr(tasks, "PIECE_ELEMS", 8 * GRAIN)
+    runs, cases = list[Run](), dict[str, Case]()
+    for case in (case for suite in suites() for case in suite.CASES):
+        cases[case.method] = case  # the last of each method
+    assert cases.keys() >= list_methods().keys()
+    cases = {name: case for name, case in cases.items() if chosen is None or name in chosen}
+    small = [sparse(tmp_path / f"small{number}.safetensors", 1 << 14) for number in range(6)]
+    for case in cases.values():
+        options: dict[str, object] = {"method": case.method, "parameters": case.parameters, "workers": 4, "io": io}
+        # A run on little tensors loads the pages of libraries first, because they are no memory of a merge.
+        for paths, how in ((small, {"memory": "1GiB"}), (dense, {"executor": executor})):
+            asked = options | how | ({"base": paths[0]} if case.base else {})
+            inputs = paths[1 : case.models + 1]
+            if paths is dense:
+                asked["memory"] = f"{tightest(inputs, asked)}MiB"
+            runs.append((inputs, tmp_path / "out.safetensors", asked))
+    for case, (_, _, asked), found in zip(cases.values(), runs[1::2], measured(*runs)[1::2], strict=True):
+        assert found["resident"] <= int(str(asked["memory"]).removesuffix("MiB")) << 20, (case, found)
 
 
 def peaks(tmp_path: Path, elems: int, memory: str, chosen: Container[str]) -> list[tuple[str, dict[str, int]]]:

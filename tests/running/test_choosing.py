@@ -57,7 +57,7 @@ def test_few_workers_or_little_to_read_are_threads(pair: list[Path], monkeypatch
 @pytest.mark.usefixtures("_little_is_enough")
 def test_processes_count_in_the_budget(pair: list[Path]) -> None:
     threads, processes = (sm.plan(pair, workers=8, executor=name, memory="4GiB") for name in ("threads", "processes"))
-    assert processes.peak_bytes == threads.peak_bytes + 8 * (8 << 20)
+    assert processes.peak_bytes == threads.peak_bytes + 8 * (12 << 20)
     assert "8 workers in processes" in str(processes)
     assert "8 workers," in str(threads)
     assert (processes.to_json()["executor"], threads.to_json()["executor"]) == ("processes", "threads")

@@ -26,8 +26,9 @@ SPOOLING_BYTES = 8 << 20
 """Blocks of a compressed record before and after it is inflated."""
 BEST_TILE_BYTES = 8 << 20
 """Bytes that a reader of scattered elements reads ahead. A larger tile reads more at each place of the file it visits."""
-PER_PROCESS_BYTES = 8 << 20
-"""Additional memory of a worker that is a process: interpreter pages that it writes to, and messages."""
+PER_PROCESS_BYTES = 12 << 20
+"""Additional memory of a worker that is a process: messages, and pages shared with other workers until it writes to them,
+such as the reference counts of objects. Such pages were 7 to 9.5 MiB, by method."""
 BEST_CHUNK_ELEMS = 4 * GRAIN
 """Preferred chunk. Methods with passes get twice this chunk and twice the window: they do more work per chunk and read
 tensors again."""

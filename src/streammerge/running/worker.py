@@ -332,9 +332,7 @@ class MergeWorker(_Worker):
     def _compute(self, piece: Piece, outgoing: Outgoing) -> PieceDone:
         self.one_torch_thread()
         source = self.source(piece.task, keep=piece.task.method.passes and self._passes is None)
-        done = self._apply(self._kernel_of(piece.task, source), piece, source, outgoing)
-        source.done()
-        return done
+        return self._apply(self._kernel_of(piece.task, source), piece, source, outgoing)
 
     def _kernel_of(self, task: MergeTask, source: Inputs) -> Kernel:
         """Returns the kernel of a tensor. Runs its passes here, unless all workers have already run them."""
@@ -386,7 +384,6 @@ class SweepWorker(_Worker):
         with failures(task, start, stop):
             source = self.source(task, keep=False)
             answer = step(self._look, self.chunks(task, source, start, stop, self._work.sparse))
-            source.done()
         self.bench.inputs.check_whole()
         return number, answer
 

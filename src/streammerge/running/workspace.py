@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from streammerge.kernels.chunk import Slot, shown
@@ -42,8 +42,8 @@ class Workspace:
     """
 
     def __init__(self, budget: Budget) -> None:
-        self.touched = Spans(budget.kept_bytes * 3 // 4)
-        self.noted_elems = budget.window_bytes // 4 // max(budget.cost.mapped, 1)  # the rest is for what is not noted yet
+        self.mapped, self.read = Spans(budget.kept_bytes), Spans(budget.kept_bytes)
+        self.announced_elems = budget.window_bytes // 4 // max(budget.cost.mapped, 1)
         self.tile_bytes = budget.tile_bytes
         self._regions = regions(budget)
         self._slot_bytes = budget.chunk_elems * budget.cost.compute
@@ -130,38 +130,47 @@ class Outgoing:
 
 
 class Spans:
-    """Byte ranges by file, collected until they are worth a system call.
+    """Byte ranges by file, collected until they are worth a system call. Their pages are then given back.
 
     Keeps one range for each file, gaps included, because a page fault may map the bytes in a gap too. Forgets a file that
     nobody else holds any more, because its map and pages are gone.
     """
 
-    def __init__(self, enough_bytes: int) -> None:
-        self._enough = enough_bytes
-        self._spans: dict[int, tuple[weakref.ref[Input], int, int]] = {}
+    def __init__(self, most_bytes: int) -> None:
+        self._most = most_bytes
+        self._spans: _Spans = {}
 
-    def add(self, file: Input, begin: int, end: int) -> list[tuple[Input, int, int]]:
-        """Adds a range. Returns all ranges and starts over once they are enough, else an empty list."""
-        known = self._spans.get(id(file))
+    def add(self, ranges: Sequence[tuple[Input, int, int]]) -> None:
+        """Adds (file, begin, end) of bytes that are touched next. Releases the earlier ranges before, if all would be too
+        many together."""
+        together = _widened(self._spans.copy(), ranges)
+        if sum([high - low for _, low, high in together.values()]) > self._most:
+            for known, low, high in self._spans.values():
+                file = known()
+                if file is not None:
+                    file.release(low, high - low)
+            together = _widened({}, ranges)
+        self._spans = together
+
+
+_Spans = dict[int, tuple["weakref.ref[Input]", int, int]]
+
+
+def _widened(spans: _Spans, ranges: Sequence[tuple[Input, int, int]]) -> _Spans:
+    """Adds the ranges to the range of each file."""
+    for file, begin, end in ranges:
+        known = spans.get(id(file))
         if known is not None and known[0]() is file:
             begin, end = min(known[1], begin), max(known[2], end)
-        self._spans[id(file)] = weakref.ref(file), begin, end
-        return self.make_room(0)
-
-    def make_room(self, nbytes: int) -> list[tuple[Input, int, int]]:
-        """Returns all ranges and starts over if they and ``nbytes`` more are enough, else an empty list."""
-        if sum(high - low for _, low, high in self._spans.values()) + nbytes <= self._enough:
-            return []
-        ripe = [(file, low, high) for known, low, high in self._spans.values() if (file := known()) is not None]
-        self._spans = {}
-        return ripe
+        spans[id(file)] = weakref.ref(file), begin, end
+    return spans
 
 
 class Inputs:
     """The raw numbers of a task's sources, for one worker. A complex number counts as two elements.
 
-    Stored sources are mapped if ``mapped``, and their pages are given back behind the cursor. All other sources are read.
-    Inputs of up to ``keep_bytes`` together are kept for all passes: mapped pages stay, and other bytes are read once.
+    Stored sources are mapped if ``mapped``. A worker gives pages back before it goes on to others. All other sources are
+    read. Inputs of up to ``keep_bytes`` together are kept for all passes: mapped pages stay, and other bytes are read once.
     """
 
     def __init__(
@@ -185,6 +194,7 @@ class Inputs:
                     self._readers[number] = sources[number].open(room)
         self._wholes: list[torch.Tensor | None] | None = None
         self._next_read = self._begin = self._end = 0
+        self._elems = max([s.spec.component_elems for s in sources])
         self._kept: list[int] | None = None
         """Offset of each source in the region of kept inputs."""
         if sum(_rounded(s.spec.nbytes) for s in sources) <= keep_bytes:
@@ -198,12 +208,9 @@ class Inputs:
         return self._sources[source].origin
 
     def move_to(self, start: int, stop: int) -> None:
-        """Announces the elements that are read next. Gives the pages of earlier elements back once they are many."""
-        if self._kept is None:
-            if start != self._end or stop - self._begin > self._workspace.noted_elems:
-                self._note()
-                self._begin = start
-            self._end = stop
+        """Announces the elements that are read next, and some after them. Gives earlier pages back if they are many."""
+        if not self._begin <= start <= stop <= self._end:
+            self._announce(start, max(stop, min(start + self._workspace.announced_elems, self._elems)))
 
     def read(self, source: int, start: int, stop: int) -> torch.Tensor:
         """Returns elements ``start`` to ``stop`` of a source, in its own dtype. Valid until the next call but one."""
@@ -234,10 +241,6 @@ class Inputs:
         if made is not out:
             out[:] = made
 
-    def done(self) -> None:
-        """Announces that everything was read, so that touched pages may be given back."""
-        self._note()
-
     def _read_bytes(self, source: int, start: int, stop: int, out: memoryview) -> memoryview:
         stored = self._stored[source]
         if stored is not None:
@@ -259,9 +262,7 @@ class Inputs:
 
     def _keep_all(self) -> None:
         self._kept, cursor = [], 0
-        self._end = max([s.spec.component_elems for s in self._sources])
-        for seen, begin, end in self._workspace.touched.make_room(sum(s.spec.nbytes for s in self._sources)):
-            seen.release(begin, end - begin)
+        self._announce(0, self._elems)
         if self._mapped and self._readers is None:
             return
         for number, source in enumerate(self._sources):
@@ -272,17 +273,15 @@ class Inputs:
                 self.read_into(number, 0, source.spec.component_elems, part)
             cursor += _rounded(nbytes)
 
-    def _note(self) -> None:
-        """Adds the elements read since the last note to the ranges to give back. Gives them back once they are many."""
-        if self._begin == self._end:
-            return
+    def _announce(self, begin: int, end: int) -> None:
+        self._begin, self._end = begin, end
+        ranges = []
         for stored, dtype in zip(self._stored, self._dtypes, strict=True):
             if stored is not None:
                 (file, base), size = stored, dtype.element_bytes
-                for seen, low, high in self._workspace.touched.add(
-                    file, base + self._begin * size, base + self._end * size
-                ):
-                    seen.release(low, high - low)
+                ranges.append((file, base + begin * size, base + end * size))
+        if ranges:
+            self._workspace.mapped.add(ranges)
 
 
 class WorkerRoom:
@@ -299,8 +298,7 @@ class WorkerRoom:
         return self._files.get(path)
 
     def touched(self, path: BlobPath, offset: int, nbytes: int) -> None:
-        for file, low, high in self._workspace.touched.add(self.file(path), offset, offset + nbytes):
-            file.release(low, high - low)
+        self._workspace.read.add([(self.file(path), offset, offset + nbytes)])
 
     def take(self, nbytes: int) -> memoryview:
         part = self._workspace.octets("reader scratch", nbytes, self._taken)
