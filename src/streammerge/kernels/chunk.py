@@ -85,7 +85,7 @@ class Chunk:
     ``models[i]`` and ``base`` are 1-d tensors in the compute dtype, each in its own memory. The built-in methods use
     named buffers instead, which are reused: ``load(i, slot)`` and ``delta(i, slot)`` may be changed, and are valid
     until the same slot is requested again. ``raw(i)`` has the model's own dtype and is valid until the next but one
-    call.
+    call. It is read-only: it may be mapped pages of a file, and a process that writes to them is ended by the system.
     """
 
     def __init__(
