@@ -257,3 +257,16 @@ def test_a_file_that_changed_meanwhile_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(sm.ChangedError):
         run(plan)
     assert InputFiles  # the reader's way to files
+
+
+def test_two_functions_without_a_name_of_their_own_are_two_methods(tmp_path: Path) -> None:
+    """Lambdas of one scope have one qualified name. Their merges of the same sources are other tensors."""
+    methods = [find_method(lambda group, by=by: lambda chunk: chunk.models[0] * by) for by in (1, 2)]
+    numbers = in_memory("x", torch.arange(10.0))
+    sources = [merged("x", method, [numbers]).named(name) for name, method in zip("ab", methods, strict=True)]
+    assert sources[0].method.place == sources[1].method.place
+    assert sources[0].place != sources[1].place
+    assert sources[0].place == merged("x", methods[0], [numbers]).place
+    assert find_method("linear").identity == "streammerge.methods.linear:linear"
+    made = merge_of(tmp_path, [dict(zip("ab", sources, strict=True))], "linear")
+    assert torch.equal(made["b"], 2 * made["a"])

@@ -65,7 +65,7 @@ class Merged(Source):
 
     @property
     def place(self) -> tuple[object, ...]:
-        method = (self.method.name, repr(sorted(self.parameters.items())), self.compute, self.based)
+        method = (self.method.name, self.method.identity, repr(sorted(self.parameters.items())), self.compute, self.based)
         drawn = (self.seed, self.drawn_as or self.spec.name)
         return ("Merged", self.spec.dtype, self.spec.shape, *method, *drawn, *(source.place for source in self.sources))
 
