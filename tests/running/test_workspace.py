@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,12 @@ import streammerge as sm
 from streammerge.kernels.chunk import Chunk, Kernel
 from streammerge.kernels.group import TensorGroup
 from streammerge.methods.registry import merge_tensors
+from streammerge.planning.budget import Budget, Cost
+from streammerge.running.workspace import WorkerRoom, Workspace
+from streammerge.sources.constant import Constant
+from streammerge.stores.inputs import InputFiles
+from streammerge.tensors.dtypes import DType
+from streammerge.tensors.spec import TensorSpec
 
 REGIONS = ["slots", "out", "kept", "read0", "read1", "reader scratch", "reader tiles", "reader shared"]
 OF_CHUNKS = ["base", "model 0", "model 1", "operand", "widen", "first", "keys", "uniform", "uniform bits"]
@@ -60,3 +67,14 @@ def test_a_method_may_give_its_buffer_any_name(slot: str, tmp_path: Path) -> Non
         for tensors in made:
             assert torch.equal(tensors[name].float(), wanted), (slot, name)
         assert torch.equal(merge_tensors(method, x, y, base=b), wanted)
+
+
+def test_what_is_made_once_belongs_to_one_source() -> None:
+    """A source that a reader makes while it is opened may be gone, and the next one may have its place in memory."""
+    workspace = Workspace(Budget(1, 100, 5000, 1000, Cost(4, 1, 4, 4), 0))
+    with closing(InputFiles({})) as files:
+        room = WorkerRoom(files, workspace, (), lambda: None)
+        for number in range(50):
+            source = Constant(TensorSpec("w", DType.U8, (3,)), bytes([number]))
+            assert [room.once(source, lambda number=number: number) for _ in range(2)] == [number] * 2
+            del source

@@ -51,9 +51,9 @@ class Workspace:
         self._arena = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._views: dict[tuple[int, torch.dtype, int], torch.Tensor] = {}
         self._taken: dict[Slot, int] = {}
-        self._known: tuple[tuple[Source, ...], dict[int, Any]] = ((), {})
+        self._known: tuple[tuple[Source, ...], dict[int, tuple[Source, Any]]] = ((), {})
 
-    def kernels_of(self, sources: tuple[Source, ...]) -> dict[int, Any]:
+    def kernels_of(self, sources: tuple[Source, ...]) -> dict[int, tuple[Source, Any]]:
         """Returns the cache for results that readers of these sources compute once. Drops the cache of any other task."""
         if self._known[0] is not sources:
             self._known = (sources, {})
@@ -315,8 +315,8 @@ class WorkerRoom:
 
     def once(self, source: Source, make: Callable[[], T]) -> T:
         if id(source) not in self._kernels:
-            self._kernels[id(source)] = make()
-        return self._kernels[id(source)]  # type: ignore[no-any-return]
+            self._kernels[id(source)] = source, make()  # holds the source, so that no other one gets its number
+        return self._kernels[id(source)][1]  # type: ignore[no-any-return]
 
 
 def _rounded(nbytes: int) -> int:
