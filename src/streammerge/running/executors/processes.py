@@ -231,7 +231,7 @@ class _Team:
         self.broken = True
         deadline = None if wanted else time.monotonic() + _STOP_SECONDS
         left = {*self._links}
-        error: BaseException | None = None
+        failed = list[BaseException]()
         for link in self._links:
             link.units = 0
             link.put(END)
@@ -244,14 +244,14 @@ class _Team:
                     if kind == CLOSED:
                         left.discard(link)
                     elif kind == ERROR:
-                        error = error or unpickled_error(data)
+                        failed = failed or [unpickled_error(data)]
             except TaskError:
                 if wanted:
                     raise
                 return
         self.broken = False
-        if wanted and error is not None:
-            raise error
+        if wanted and failed:
+            raise failed.pop()  # no frame may keep an error that keeps the frame
 
     def _lose(self, link: _Link) -> None:
         self.broken = True
