@@ -145,6 +145,14 @@ class Bench:
                 file = self._own_outputs[place.location] = place.location.reopen(place.size)
             return file, True
 
+    def check_outputs(self) -> None:
+        """Raises the error of a sync that failed when a file was closed between two uses. The kernel tells it only once, so
+        no other process would learn of it."""
+        with self._lock:
+            opened = list(self._own_outputs.values())
+        for file in opened:
+            file.check()
+
     def same(self, number: int, task: MergeTask) -> MergeTask:
         """Returns the task object that came first under this number. Results of its sources are cached for that object."""
         last = self._last
@@ -235,7 +243,9 @@ class _Worker:
         self._prepared = False
 
     def close(self) -> None:
+        """Raises OSError if the disk failed to store anything that this process has written, at any time of the job."""
         self.bench.give_back(self.workspace)
+        self.bench.check_outputs()
 
     def one_torch_thread(self) -> None:
         """Limits torch to one thread for this worker, because the workers already run in parallel."""
