@@ -33,6 +33,7 @@ TESTS = {
     "planning/digest": "planning/test_digest.py",
     "planning/mismatch": "planning/test_mismatch.py",
     "planning/outputs/container": "planning/outputs/test_container.py recipe/test_rules.py",
+    "planning/outputs/folder": "planning/outputs/test_folder.py checkpoints/test_huggingface.py",
     "planning/parameters": "planning/test_parameters.py recipe/test_rules.py",
     "planning/plan": "planning/test_plan.py cli/commands/test_plan.py test_merge.py recipe/test_rules.py",
     "planning/tasks": "planning/test_tasks.py test_merge.py",

@@ -58,7 +58,7 @@ def test_the_command_line_has_the_same_options(name: str) -> None:
     typed = {each.name: each for each in command.params if each.param_type_name == "option"}
     wanted = {each.name if each.short or not each.negated else f"no_{each.name}": each for each in options.values()}
     context = command.make_context(name, ["in", *(["-o", "out"] if "out" in typed else [])])
-    assert typed.keys() - HOW_SHOWN - {"out"} == wanted.keys()
+    assert typed.keys() - HOW_SHOWN - {"out", "quiet"} == wanted.keys()
     for param, option in wanted.items():
         assert option.flag in typed[param].opts
         assert as_flags(option.doc).removeprefix("False: ")[1:] in typed[param].help  # type: ignore[operator]

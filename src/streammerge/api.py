@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
+from streammerge.checkpoints.agreement import agreed
 from streammerge.checkpoints.choosing import choose, exponential_weights
 from streammerge.checkpoints.conversions import converted_path, from_conversion, is_conversion
+from streammerge.checkpoints.globs import expand
 from streammerge.checkpoints.in_memory import hold, index_state_dict
 from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
 from streammerge.errors import ChangedError, FormatError, RecipeError, StreammergeError, VerifyError, listed, printable
@@ -43,25 +46,28 @@ from streammerge.options import (
     Running,
     Selection,
     Verifying,
+    number_or_percent,
     path,
     picked,
 )
+from streammerge.planning.likeness import check_likeness
 from streammerge.planning.plan import Plan, build_plan
 from streammerge.planning.receipt import Receipt
 from streammerge.recipe.arguments import conversion, overridden, recipe_of
+from streammerge.recipe.locations import found_in_hub_cache, from_hub_cache, is_recipe_name
 from streammerge.recipe.model import Recipe
 from streammerge.recipe.reader import read_recipe
 from streammerge.running.choosing import choose_executor
 from streammerge.running.execution import Result, default_workers, execute, refuse_extras
 from streammerge.running.executors.base import Executors
 from streammerge.running.process import collector_paused, resident_bytes
-from streammerge.running.readback import receipt_of
+from streammerge.running.readback import read_output, receipt_of
 from streammerge.running.session import RunOptions
 from streammerge.signatures import takes
 from streammerge.sources.memory import is_array, is_tensor
 from streammerge.stores.base import Location
 from streammerge.stores.checksums import CRC32
-from streammerge.stores.locations import HERE, parse
+from streammerge.stores.locations import HERE, has_scheme, parse, resolved
 from streammerge.stores.locations import Place as PathLike
 from streammerge.units import decimal_bytes, parse_bytes, parse_share
 
@@ -73,6 +79,8 @@ Checkpoint = PathLike | Mapping[str, Any]
 Inputs = Checkpoint | Iterable[Checkpoint] | Mapping[str, float]
 Held = dict[str, Mapping[str, Any]]
 """The state dicts in memory, by their names in the recipe."""
+_WEIGHTED = re.compile(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)%?)")
+"""An input with its weight behind it, as in ``a.safetensors:0.6``."""
 
 
 @takes(Selection)
@@ -83,7 +91,8 @@ def inspect(path: Checkpoint, *, state_dict: str | None = None, ema: Ema | None 
     ``path``: a file or folder, or a state dict in memory. Raises FormatError when the checkpoint cannot be read.
     """
     asked, held = picked(Selection, locals()), Held()
-    return _opened(_named("path", path, held), asked.state_dict, asked.ema or "ignore", held)
+    name = _named("path", path, held)
+    return _opened(name if name in held else from_hub_cache(name), asked.state_dict, asked.ema or "ignore", held)
 
 
 @takes(*PLAN)
@@ -208,6 +217,8 @@ def convert(
     drop: str | Sequence[str] = (),
     keep: str | Sequence[str] = (),
     strip_prefix: str = "",
+    like: PathLike | None = None,
+    only: str | None = None,
     extras: PathLike | None = None,
     rename: str | Sequence[str] | Mapping[str, str] | None = None,
     state_dict: str | None = None,
@@ -228,7 +239,9 @@ def convert(
     """Writes a checkpoint in another container: ``.pth`` to safetensors or back, one file or shards.
 
     ``path``: a file or folder, or a state dict in memory. ``out``: its name decides the container. ``drop`` and
-    ``keep`` take glob patterns on tensor names. ``listener`` and the errors are those of :func:`merge`.
+    ``keep`` take glob patterns on tensor names. ``like``: a checkpoint of the same model, whose tensors are replaced by
+    these; what else it holds is kept, and ``state_dict`` chooses in it. ``only`` prunes a ``.pth``: its other state dicts
+    are left out. ``listener`` and the errors are those of :func:`merge`.
     """
     given = locals()
     asked, naming = picked(Converting, given), picked(Naming, given)
@@ -240,13 +253,20 @@ def convert(
     target.check_writable(running.overwrite)
     before = resident_bytes()
     overrides = asked.overrides | naming.overrides | selection.overrides | output.overrides
-    recipe = conversion(source, asked.drop, asked.keep, overrides)
-    planned = _plan(recipe, target, resources, running.executor, hashed=output.hash, held=held)
+    if asked.only is not None:
+        if selection.state_dict not in (None, asked.only):
+            raise RecipeError("`only` names the state dict; leave `state_dict` out")
+        overrides |= {"state_dict": asked.only, "only": True}
+    like = None if asked.like is None else str(asked.like)
+    if like is not None and resolved(like) == resolved(source):
+        raise RecipeError("`like` names the input itself; leave it out, or name another checkpoint")
+    recipe = found_in_hub_cache(conversion(source, asked.drop, asked.keep, overrides, like))
+    planned = _plan(recipe, target, resources, running.executor, hashed=output.hash, held=held, like=like is not None)
     if asked.extras is not None:
         refuse_extras(parse(asked.extras), planned, running.overwrite)
     result = execute(planned, running, before)
     if asked.extras is not None:
-        index = _opened(source, selection.state_dict, recipe.ema, held)
+        index = _opened(source, None if asked.like else recipe.state_dict, recipe.ema, held)
         content = {"format": index.format, "metadata": index.metadata, "data": index.plain_data()}
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         parse(asked.extras).write_whole(text.encode("utf-8", "backslashreplace"), running.overwrite)
@@ -344,7 +364,7 @@ class _Request:
             if merging.weights is not None:
                 raise RecipeError("the inputs come with their weights; leave `weights` out")
             merging = replace(merging, weights=own_weights)
-        if recipe is None and len(inputs) == 1 and inputs[0].endswith((".yaml", ".yml")):
+        if recipe is None and len(inputs) == 1 and is_recipe_name(inputs[0]):
             recipe, inputs = inputs[0], []
         return cls(
             inputs,
@@ -372,6 +392,7 @@ class _Request:
             weights = _weights(asked.weights, decay, len(chosen))
             base = None if asked.base is None else str(asked.base)
             recipe = recipe_of(chosen, asked.method or LINEAR, base, weights, parameters, overrides)
+            recipe = found_in_hub_cache(recipe)
         else:
             theirs = {"inputs": self.inputs or None, "weights": asked.weights, "method": asked.method, "base": asked.base}
             _refuse_beside_recipe({**theirs, "ema_decay": decay, **choice, **parameters})
@@ -385,9 +406,14 @@ class _Request:
 def _path(name: str, value: Any) -> str:
     """Returns the path given as argument ``name``. Raises RecipeError for anything but a path."""
     try:
-        return path(value)
+        read = path(value)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"`{name}` takes a path, not {printable(value, 60)}") from error
+    if name == "out" and value == "-":
+        raise RecipeError(
+            "an output is written in any order, so it cannot go to stdout (-); name a file, like merged.safetensors"
+        )
+    return read
 
 
 def _named(name: str, given: Any, held: Held) -> str:
@@ -413,7 +439,23 @@ def _inputs(given: Any, held: Held) -> tuple[list[str], list[float] | None]:
         return [_path("inputs", each) for each in given], list(map(float, given.values()))
     if isinstance(given, str | bytes | os.PathLike | Location | Mapping) or not isinstance(given, Iterable):
         given = [given]
-    return [_named("inputs", each, held) for each in given], None
+    return _with_weights([_named("inputs", each, held) for each in given])
+
+
+def _with_weights(names: list[str]) -> tuple[list[str], list[float] | None]:
+    """Returns the inputs without the weight that stands behind each, as in ``a.safetensors:0.6``, and these weights.
+
+    A glob gives its weight to each match. Raises RecipeError if only some inputs have a weight.
+    """
+    found = [_WEIGHTED.fullmatch(name) for name in names]
+    weighted = [each if each and not has_scheme(each[0]) and not parse(each[0]).lexists() else None for each in found]
+    if not any(weighted):
+        return names, None
+    bare = next((name for name, each in zip(names, weighted, strict=True) if each is None), None)
+    if bare is not None:
+        raise RecipeError(f"{printable(bare)} has no weight behind it, and others have; write {printable(bare)}:0.5, say")
+    paths = [(path, number_or_percent(each[2])) for each in weighted if each for path in expand([each[1]])]
+    return [path for path, _ in paths], [weight for _, weight in paths]
 
 
 def _may_hold_tensors(value: Any) -> bool:
@@ -454,14 +496,18 @@ def _plan(
     convert_first: Location | None = None,
     hashed: bool = False,
     held: Held | None = None,
+    like: bool = False,
 ) -> Plan:
+    """``like``: the first checkpoint gets the tensors of the second."""
     if held and convert_first is not None:
         raise RecipeError("`convert_first` converts files; give state dicts in memory without it")
     with collector_paused(), shared_headers():
         indexes = {each: _opened(each.path, each.state_dict, recipe.ema, held or {}) for each in recipe.checkpoints}
         if convert_first is not None:
             indexes = {each: from_conversion(index, convert_first) for each, index in indexes.items()}
+        indexes = agreed(recipe, indexes)
         indexes = {each: index.with_names(each.rename) for each, index in indexes.items()}
+        told = check_likeness(recipe, *indexes.values()) if like else []
         planned = build_plan(
             recipe,
             indexes,
@@ -471,6 +517,7 @@ def _plan(
             io=resources.io,
             hashed=hashed,
         )
+    planned.notes += told
     choose_executor(planned, executor)
     planned.warnings += _output_warnings(planned)
     return planned
@@ -500,10 +547,18 @@ def _remade(out: Location, receipt: Receipt, folder: Location, own_methods: bool
 
     recipe = read_recipe(receipt.own_recipe(), own_methods, folder)
     hashed = any("sha256" in said for said in receipt.inputs.values())
-    name = "output" if out.is_folder() else f"output.{'pth' if receipt.kind is CRC32 else 'safetensors'}"
-    planned = _plan(recipe, parse(name), resources, "threads", hashed=hashed)
+    planned = _plan(recipe, parse(f"output{_ending(out, receipt)}"), resources, "threads", hashed=hashed)
     check_inputs(planned, receipt)
     return planned
+
+
+def _ending(out: Location, receipt: Receipt) -> str:
+    """Returns the ending of a name that makes the same kind of output."""
+    if out.is_folder():
+        return ""
+    if receipt.kind is not CRC32:
+        return ".safetensors"
+    return ".pkl" if read_output(out).format == "pickle" else ".pth"
 
 
 def _convert_first(recipe: Recipe, request: _Request, running: RunOptions) -> bool:

@@ -3,7 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Preparing:
+    """Something that takes its time is loaded before the run starts. ``what``: its name."""
+
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """Something that the user should know before the first tensor is merged. ``kind``: "note" or "warning".
+
+    The result of the run repeats it.
+    """
+
+    kind: Literal["note", "warning"]
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +52,7 @@ class Hashed:
 
 @dataclass(frozen=True, slots=True)
 class Spooled:
-    """A compressed record was inflated into a temporary file. ``tensor``: one that lies in it."""
+    """A packed record was unpacked into a temporary file. ``tensor``: one that lies in it."""
 
     tensor: str
     nbytes: int
@@ -75,7 +93,9 @@ class RunFinished:
     seconds: float
 
 
-Event = RunStarted | Resumed | Hashed | Spooled | TaskDone | Syncing | Suspended | Published | RunFinished
+Event = (
+    Preparing | Told | RunStarted | Resumed | Hashed | Spooled | TaskDone | Syncing | Suspended | Published | RunFinished
+)
 
 
 class Listener(Protocol):

@@ -27,12 +27,13 @@ if TYPE_CHECKING:
 
 Ema = Literal["ignore", "prefer", "only"]
 OnMissing = Literal["error", "base", "average-present", "drop", "union"]
-OnShape = Literal["error", "base", "rows"]
+OnShape = Literal["error", "base", "rows", "leading"]
 Integers = Literal["first", "last", "max", "error"]
 Io = Literal["mmap", "pread"]
 EMA_CHOICES: tuple[str, ...] = get_args(Ema)
 IO: tuple[str, ...] = get_args(Io)
 DEFAULT_MEMORY = "512MiB"
+_LEAST_BUDGET = 1 << 20
 
 RECIPE_FILE, RECEIPT_FILE = "streammerge.yaml", "streammerge.json"
 RECIPE_KEY, RECEIPT_KEY = "streammerge", "streammerge_receipt"
@@ -60,7 +61,7 @@ class Option:
     """One option. ``kind`` is None if the recipe's key of that name reads the value.
 
     ``otherwise``: describes the behaviour when the option is not given. ``negated``: the command line has ``--no-NAME``
-    instead.
+    instead. ``letter``: a short name beside the long one, like ``-m``.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Option:
     negated: bool
     short: str
     overrides: bool
+    letter: str
 
     @property
     def flag(self) -> str:
@@ -101,10 +103,13 @@ def option(
     negated: bool = False,
     short: str = "",
     overrides: bool = False,
+    letter: str = "",
 ) -> Any:
     """Makes a field of an options class. ``overrides``: whether it replaces the key of that name in a recipe."""
     made = {"doc": doc, "kind": kind, "metavar": metavar, "choices": choices, "otherwise": otherwise}
-    return field(default=default, metadata=made | {"negated": negated, "short": short, "overrides": overrides})
+    return field(
+        default=default, metadata=made | {"negated": negated, "short": short, "overrides": overrides, "letter": letter}
+    )
 
 
 class Options:
@@ -146,6 +151,12 @@ def _numbers(value: Any) -> list[float]:
     if isinstance(value, str | bytes | Mapping):
         raise TypeError
     return [float(plain_number(each)) for each in value]
+
+
+def number_or_percent(text: str) -> float:
+    """Reads ``"0.6"`` or ``"60%"``. Raises ValueError for anything else."""
+    text = text.strip()
+    return float(text[:-1]) / 100 if text.endswith("%") else float(text)
 
 
 def whole(value: Any) -> int:
@@ -221,6 +232,13 @@ def _size(value: Any) -> str | int:
     return value
 
 
+def _budget(value: Any) -> str | int:
+    size = _size(value)
+    if parse_bytes(size) < _LEAST_BUDGET and str(size).strip().isdigit():
+        raise RecipeError(f"`memory` takes a size with its unit: {size} means {size} bytes; write {size}MiB or {size}GiB")
+    return size
+
+
 def _share(value: Any) -> str | float:
     value = plain_number(value)
     if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -244,6 +262,7 @@ PATH = Kind("a path", path)
 COUNT = Kind("a positive whole number", _at_least(1), least=1)
 WHOLE = Kind("a whole number", whole)
 SIZE = Kind("a size like 512MiB", _size)
+BUDGET = Kind("a size like 512MiB", _budget)
 RENAMES = Kind("patterns and new names, like {'old.*': 'new.*'}", _renames, many=True)
 PATTERNS = Kind("patterns like 'dvae.*'", _texts, many=True)
 
@@ -260,7 +279,10 @@ class Merging(Options):
     )
     normalize: bool | None = option("False: use the weights as given.", TRUTH, negated=True)
     method: str | Callable[..., Any] | None = option(
-        "A merge method's name, or package.module:function; a function in Python.", metavar="METHOD", otherwise="linear"
+        "A merge method's name, or package.module:function; a function in Python.",
+        metavar="METHOD",
+        otherwise="linear",
+        letter="-m",
     )
     base: Checkpoint | None = option("The common ancestor, for the methods that need one.", PATH, metavar="PATH")
     parameters: Mapping[str, Any] | None = option(
@@ -343,7 +365,8 @@ class Selection(Options):
         overrides=True,
     )
     ema: Ema | None = option(
-        "Averaged weights beside plain ones.",
+        "Averaged weights beside plain ones. A .pth keeps and merges every copy; averages that are asked for replace the "
+        "plain weights in it.",
         _one_of(EMA_CHOICES),
         choices=EMA_CHOICES,
         otherwise="ignore",
@@ -377,6 +400,14 @@ class Converting(Options):
     strip_prefix: str = option(
         "Removed from the names that begin with it.", TEXT, default="", metavar="PREFIX", overrides=True
     )
+    like: PathLike | None = option(
+        "Put the tensors into this checkpoint's container: its names, order, dtypes and all that it holds besides.",
+        PATH,
+        metavar="PATH",
+    )
+    only: str | None = option(
+        "Which state dict a .pth keeps; it leaves out the others, and the state of the training.", TEXT, metavar="KEY.PATH"
+    )
     extras: PathLike | None = option("Write what is not a tensor there, readable.", PATH, metavar="FILE.json")
 
 
@@ -402,7 +433,7 @@ class Resources(Options):
     """Memory, workers and the way of reading. None of these options changes a byte of the output."""
 
     memory: str | int = option(
-        "Budget for data held at once, above start-up.", SIZE, default=DEFAULT_MEMORY, metavar="SIZE"
+        "Budget for data held at once, above start-up.", BUDGET, default=DEFAULT_MEMORY, metavar="SIZE"
     )
     workers: int | None = option("How many workers.", COUNT, metavar="N", otherwise="CPUs available")
     io: Io = option("How inputs are read; pread for network drives.", _one_of(IO), default="mmap", choices=IO)

@@ -44,6 +44,13 @@ def takes(*groups: type[Options]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     return decorate
 
 
+_ELSEWHERE = {
+    **dict.fromkeys(("progress", "verbose", "callback"), "pass `listener=`, a function that is called with each event"),
+    "device": "streammerge computes on CPUs, so there is no device to choose",
+}
+"""What people pass -> what to say about it."""
+
+
 def _described(option: Option) -> str:
     default = option.otherwise or (repr(option.default) if option.default not in (None, ()) else "")
     choices = f" ({', '.join(option.choices)})" if option.choices else ""
@@ -60,6 +67,8 @@ def _unknown(function: str, keyword: str, known: list[str], given: Mapping[str, 
     whose = own.get(word) or others.get(word)
     if whose:
         return f"{word} is a parameter of {listed(whose)}; pass `parameters={{{word!r}: {shown}}}`"
+    if word in _ELSEWHERE and "listener" in known:
+        return f"{said}; {_ELSEWHERE[word]}"
     near = difflib.get_close_matches(keyword, [*known, *own], n=1)
     if near and near[0] not in known:
         return f"{said}; did you mean `parameters={{{near[0]!r}: {shown}}}`, a parameter of {listed(own[near[0]])}?"

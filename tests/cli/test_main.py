@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Cli
+from safetensors.torch import load_file
 
 
 @pytest.mark.parametrize(
@@ -23,7 +24,25 @@ from conftest import Cli
         (["merge", "news.pth", "-o", "x.txt"], 2, "x.txt does not say what to write"),
         (["merge", "news.pth", "-o", "news.pth"], 2, "exists already"),
         (["merge", "news.pth", "-o", "news.pth", "--overwrite"], 4, "is one of the inputs"),
-        (["merge", "news.pth", "-o", "nowhere/x.pth"], 2, "does not exist; make it first"),
+        (["merge", "news.pth", "-o", "news.pth/x.pth"], 2, "is no folder"),
+        (["merge", "news.pth", "-o", "-"], 2, "cannot go to stdout (-); name a file"),
+        (["merge", "news.pth"], 2, "the output has no name; add -o OUT"),
+        (["convert", "news.pth"], 2, "the output has no name; add -o OUT"),
+        (
+            ["merge", "news.pth", "audiobook.pth", "--weights", "0.6", "0.4", "-o", "x.pth"],
+            2,
+            "0.4 was read as an input; join the weights by commas: --weights 0.6,0.4",
+        ),
+        (["merge", "news.pth:0.5", "audiobook.pth", "-o", "x.pth"], 2, "audiobook.pth has no weight behind it"),
+        (["merge", "news.pth", "https://a.b/c.pth", "-o", "x.pth"], 2, "https:// cannot be read yet; download it first"),
+        (["merge", "news.pth", "-o", "x.pth", "--memory", "512"], 2, "512 means 512 bytes; write 512MiB or 512GiB"),
+        (["merge", "news.pth", "-o", "x.pth", "--device", "cuda"], 2, "computes on CPUs, so there is no device to choose"),
+        (
+            ["merge", "news.pth", "-o", "x.pth", "-m", "ties", "--density", "0.5"],
+            2,
+            "density is a parameter of ties: -p density=0.5",
+        ),
+        (["inspect", "news.pth", "--on-missing", "base"], 2, "it is an option of `streammerge merge`"),
         (["merge", "news.pth", "-o", "x.pth", "--method", "liner"], 2, "did you mean linear"),
         (["merge", "news.pth", "-o", "x.pth", "--dtype", "bflot16"], 2, "did you mean bfloat16"),
         (["merge", "news.pth", "-o", "x.pth", "--memory", "1MiB"], 5, "pass --memory"),
@@ -34,7 +53,10 @@ from conftest import Cli
         (["merge", "news.pth", "broken.pth", "-o", "x.pth"], 4, "broken.pth is a Git LFS pointer"),
         (["merge", "news.pth", "other.pth", "-o", "x.pth"], 4, "do not have the same tensors"),
         (["inspect", "broken.pth"], 4, "git lfs pull"),
-        (["frobnicate"], 2, "no such command 'frobnicate'; see `streammerge --help`"),
+        (["frobnicate"], 2, "there is no command frobnicate; see `streammerge --help`"),
+        (["version"], 2, "there is no command version; did you mean --version?"),
+        (["news.pth", "audiobook.pth"], 2, "to merge, type `streammerge merge news.pth audiobook.pth`"),
+        (["help", "frobnicate"], 2, "there is no command frobnicate; there are convert, help, inspect"),
         (["merge", "news.pth", "-o", "x.pth", "--wieghts", "1"], 2, "no such option '--wieghts'; did you mean --weights?"),
         (["merge", "newz.pth", "-o", "x.pth"], 2, "newz.pth does not exist; did you mean news.pth?"),
     ],
@@ -50,6 +72,85 @@ def test_bad_input_gets_one_sentence_and_its_exit_code(
     assert said in done.stderr
     assert done.stdout == ""
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("typed", [[], ["help"], ["-h"], ["--help"]], ids=str)
+def test_the_help_is_no_error(cli: Cli, tmp_path: Path, typed: list[str]) -> None:
+    done = cli(*typed)
+    assert done.stdout.startswith("Usage: streammerge")
+    assert done.stderr == ""
+
+
+def test_the_help_of_a_command_lists_options_under_headings(cli: Cli, tmp_path: Path) -> None:
+    done = cli("help", "merge")
+    assert done.stdout == cli("merge", "--help").stdout
+    order = ["Required:", "-o, --out OUT", "What is merged, and how:", "-m, --method", "Options:", "Exit codes: 0 done"]
+    assert [done.stdout.index(text) for text in order] == sorted(done.stdout.index(text) for text in order)
+    example = "streammerge merge news.pth audiobook.pth --weights 0.6,0.4 -o voice.pth"
+    assert done.stdout.index(example) < done.stdout.index("Required:")
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["news.pth", "audiobook.pth", "--weights", "0.6,0.4"],
+        ["news.pth", "audiobook.pth", "--weight", "60%,40%"],
+        ["news.pth:0.6", "audiobook.pth:40%"],
+        ["news.pth", "audiobook.pth", "-p", "weight=0.6,0.4", "-m", "Average"],
+        ["news.pth", "audiobook.pth", "--weights=0.6,0.4", "--merge_method", "lerp"],
+    ],
+    ids=" ".join,
+)
+def test_one_merge_has_many_spellings(cli: Cli, tmp_path: Path, voices: tuple[Path, Path], typed: list[str]) -> None:
+    plain = ["merge", "news.pth", "audiobook.pth", "--weights", "0.6,0.4", "-o", "plain.safetensors", "--dtype", "float16"]
+    cli(*plain)
+    done = cli("merge", *typed, "--output", "new/folder/x.safetensors", "--dtype", "fp16", "-q")
+    assert done.stdout == done.stderr == ""
+    one, two = (load_file(tmp_path / name) for name in ("plain.safetensors", "new/folder/x.safetensors"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("how", ["json", "stdin"])
+def test_a_recipe_may_be_json_or_come_on_stdin(cli: Cli, tmp_path: Path, voices: tuple[Path, Path], how: str) -> None:
+    recipe = '{"merge_method": "linear", "models": ["news.pth", {"model": "audiobook.pth"}]}'
+    (tmp_path / "recipe.json").write_text(recipe)
+    command = [
+        sys.executable,
+        "-m",
+        "streammerge",
+        "merge",
+        "-" if how == "stdin" else "recipe.json",
+        "-o",
+        "x.safetensors",
+    ]
+    subprocess.run(command, input=recipe, text=True, cwd=tmp_path, check=True, capture_output=True)
+    cli("merge", "news.pth", "audiobook.pth", "-o", "y.safetensors")
+    one, two = load_file(tmp_path / "x.safetensors"), load_file(tmp_path / "y.safetensors")
+    assert all(torch.equal(one[name], two[name]) for name in two)
+    bad = subprocess.run(
+        [*command[:4], "-", "-o", "z.safetensors"], input="[1]", text=True, cwd=tmp_path, capture_output=True
+    )
+    assert (bad.returncode, "stdin holds no recipe" in bad.stderr) == (2, True)
+
+
+def test_a_dry_run_needs_no_output(cli: Cli, tmp_path: Path, voices: tuple[Path, Path]) -> None:
+    assert "6 merged by linear" in cli("merge", "news.pth", "audiobook.pth", "--dry-run").stdout
+
+
+def test_a_name_of_the_hub_is_found_in_its_cache(
+    cli: Cli, tmp_path: Path, voices: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    repository = tmp_path / "hf/hub/models--me--voice"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("a" * 40)
+    snapshot = repository / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.pth").write_bytes((tmp_path / "news.pth").read_bytes())
+    assert "9 tensors" in cli("inspect", "me/voice").stdout
+    cli("merge", "me/voice", "audiobook.pth", "-o", "x.safetensors")
+    cli("convert", "me/voice", "-o", "y.safetensors")
+    assert "me/voice" in cli("inspect", "x.safetensors", "--recipe").stdout
 
 
 def test_debug_shows_the_traceback_and_keeps_the_exit_code(tmp_path: Path) -> None:

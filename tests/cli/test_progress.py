@@ -9,7 +9,7 @@ import pytest
 
 from streammerge.cli import progress
 from streammerge.cli.progress import Progress
-from streammerge.events import Event, RunFinished, RunStarted, Syncing, TaskDone
+from streammerge.events import Event, Resumed, RunFinished, RunStarted, Syncing, TaskDone, Told
 
 RUN: list[Event] = [
     RunStarted(6_000_000_000, 2_000_000_000, 512 << 20, 3),
@@ -40,3 +40,25 @@ def test_other_programs_get_every_event(capsys: pytest.CaptureFixture[str]) -> N
     lines = [json.loads(line) for line in shown("json", True, capsys)]
     assert [line["event"] for line in lines] == [type(event).__name__ for event in RUN]
     assert lines[1]["read_bytes"] == 1_200_000_000
+
+
+def test_what_a_run_tells_is_said_at_once_and_once(capsys: pytest.CaptureFixture[str]) -> None:
+    told = Told("warning", '`on_missing="base"`: something')
+    with Progress("human", enabled=False) as listener:
+        listener(told)
+        assert capsys.readouterr().err == "warning: --on-missing base: something\n"
+    assert listener.told == {("warning", told.text)}
+    with Progress("quiet") as listener:
+        listener(told)
+    assert capsys.readouterr().err == ""
+
+
+def test_after_a_resume_the_rate_counts_what_is_read_now(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_LOG_SECONDS", 0.0)
+    monkeypatch.setattr(progress.time, "monotonic", iter(range(0, 100, 10)).__next__)
+    with Progress("human") as listener:
+        for event in (RUN[0], Resumed(1_000_000_000, 3_000_000_000), TaskDone("a", 1_200_000_000, 1, 300 << 20)):
+            listener(event)
+    assert capsys.readouterr().err.startswith(" 70% of 6.0 GB read, 120 MB/s")

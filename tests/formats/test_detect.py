@@ -21,7 +21,7 @@ import streammerge as sm
         (b"GGUF\3\0\0\0", "GGUF"),
         (b'{"weight_map": {}}', "JSON"),
         (b"merge_method: linear\nmodels: []\n", "text file"),
-        (b"\x80\x04\x95\x0b\0\0\0", "plain pickle"),
+        (b"\x80\x04\x95\x0b\0\0\0", "damaged pickle"),
         (b"PK\3\4 and nothing else", "truncated or damaged"),
         (b"\xff\xfe\x00\x01\x02\x03\x04\x05\x06\x07", "not a checkpoint of a known format"),
     ],

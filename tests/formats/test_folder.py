@@ -39,12 +39,17 @@ def shards(folder: Path, state: dict[str, torch.Tensor], pickled: bool = False) 
     return folder
 
 
+def load(path: Path) -> dict[str, torch.Tensor]:
+    return load_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
+
+
 def read_folder(folder: Path) -> dict[str, torch.Tensor]:
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return load_safetensors(folder / "model.safetensors")
+    """Reads a folder as transformers does: the single file, else the index."""
+    index = next(folder.glob("*.index.json"), None)
+    if index is None:
+        return load(next(path for name in ("model.safetensors", "pytorch_model.bin") if (path := folder / name).exists()))
     weight_map = json.loads(index.read_text())["weight_map"]
-    loaded = {shard: load_safetensors(folder / shard) for shard in set(weight_map.values())}
+    loaded = {shard: load(folder / shard) for shard in set(weight_map.values())}
     assert sum(map(len, loaded.values())) == len(weight_map)
     return {name: loaded[shard][name] for name, shard in weight_map.items()}
 
@@ -55,17 +60,10 @@ def test_folders_merge_into_folders(tmp_path: Path, pickled: bool) -> None:
     sm.merge([a, b], tmp_path / "merged", integers="first")
     expected = {n: mean([t, trained(2)[n]], [1, 1]) if t.is_floating_point() else t for n, t in trained(1).items()}
     assert_same(read_folder(tmp_path / "merged"), expected)
-    made = sorted(path.name for path in (tmp_path / "merged").iterdir())
-    assert made == [
-        "config.json",
-        "model-00001-of-00002.safetensors",
-        "model-00002-of-00002.safetensors",
-        "model.safetensors.index.json",
-        "streammerge.json",
-        "streammerge.yaml",
-        "tokenizer.json",
-    ]
-    index = json.loads((tmp_path / "merged" / "model.safetensors.index.json").read_text())
+    made = {path.name for path in (tmp_path / "merged").iterdir()}
+    kept = {path.name for path in a.iterdir()} - {"optimizer.pt", "training_args.bin"}
+    assert made == kept | {"streammerge.json", "streammerge.yaml"}
+    index = json.loads(next((tmp_path / "merged").glob("*.index.json")).read_text())
     assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in expected.values())
 
 
@@ -289,7 +287,8 @@ def test_what_is_no_regular_file_is_refused_and_not_waited_for(tmp_path: Path, n
     if name == "tokenizer.json":  # a special side file is not read and not copied
         result = sm.convert(folder, tmp_path / "out")
         assert not os.path.lexists(tmp_path / "out" / name)
-        assert kind == "folder" or any("left out" in note and name in note for note in result.notes)
+        said = [note for note in result.notes if "left out of the output" in note and name in note]
+        assert bool(said) == (kind != "folder" or linked)
         return
     with pytest.raises(sm.FormatError, match=rf"is not a regular file but a {kind}") as caught:
         sm.convert(folder, tmp_path / "out")
@@ -321,8 +320,10 @@ def test_a_named_link_to_nothing_says_where_it_points(tmp_path: Path) -> None:
         (lambda i: i["weight_map"].update({"scale": "../a/model-00001-of-00002.safetensors"}), "not the name of a file"),
         (lambda i: i["weight_map"].update({"scale": "/etc/passwd"}), "not the name of a file"),
         (lambda i: i["weight_map"].update({"scale": "absent.safetensors"}), "absent"),
-        (lambda i: i["weight_map"].update({"scale": "model-00001-of-00002.safetensors"}), "but it is in"),
-        (lambda i: i["weight_map"].update({"ghost": "model-00001-of-00002.safetensors"}), "do not have: ghost"),
+        (
+            lambda i: i["weight_map"].update({f"{n}": "model-00001-of-00002.safetensors" for n in range(99)}),
+            "do not have: 0",
+        ),
         (lambda i: i.update({"weight_map": []}), "no weight_map"),
     ],
 )
@@ -375,3 +376,146 @@ def test_a_shard_without_tensors_is_named(tmp_path: Path) -> None:
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": names}))
     with pytest.raises(sm.FormatError, match=r"pytorch_model-00002-of-00002\.bin: it holds no tensors"):
         sm.inspect(folder)
+
+
+def indexed(folder: Path, weight_map: dict[str, str], files: dict[str, dict[str, torch.Tensor]]) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, tensors in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+def one(value: float) -> torch.Tensor:
+    return torch.full((3,), value)
+
+
+def test_the_index_decides_between_duplicates(tmp_path: Path) -> None:
+    files = {"x.safetensors": {"a": one(1), "b": one(2)}, "y.safetensors": {"a": one(3), "c": one(4)}}
+    for letter, value in (("x", 1.0), ("y", 3.0)):
+        weight_map = {"a": f"{letter}.safetensors", "b": "x.safetensors", "c": "y.safetensors"}
+        folder = indexed(tmp_path / letter, weight_map, files)
+        index = sm.inspect(folder)
+        sm.convert(folder, tmp_path / f"out-{letter}")
+        assert read_folder(tmp_path / f"out-{letter}")["a"].tolist() == [value] * 3
+        assert sum("a is in several shards" in note for note in index.notes) == 1
+
+
+def test_loaders_read_all_tensors_of_the_shards_wherever_the_index_puts_them(tmp_path: Path) -> None:
+    files = {"x.safetensors": {"a": one(1), "extra": one(5)}, "y.safetensors": {"b": one(2)}}
+    folder = indexed(tmp_path / "in", {"a": "y.safetensors", "b": "y.safetensors", "c": "x.safetensors"}, files)
+    index = sm.inspect(folder)
+    assert sorted(index) == ["a", "b", "extra"]
+    assert any("does not name 1 tensors of its shards, which loaders read too: extra" in note for note in index.notes)
+    assert any("puts a into another shard" in note for note in index.notes)
+    assert len(index.warnings) == 1
+    assert "names tensors that no shard has: c" in index.warnings[0]
+    assert sm.merge([folder, folder], tmp_path / "out/").warnings[0] == index.warnings[0]
+
+
+def test_shards_in_subfolders_are_read_and_written_there(tmp_path: Path) -> None:
+    files = {"parts/x.safetensors": {"a": one(1)}, "y.safetensors": {"b": one(2)}}
+    folder = indexed(tmp_path / "in", {"a": "parts/x.safetensors", "b": "y.safetensors"}, files)
+    sm.merge([folder, folder], tmp_path / "out/")
+    assert_same(read_folder(tmp_path / "out"), {"a": one(1), "b": one(2)})
+    assert (tmp_path / "out" / "parts" / "x.safetensors").exists()
+    sm.verify(tmp_path / "out", sample="100%")
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/x", "a//x", "~/x", "a\\..\\x", "C:x", "", ".", 3])
+def test_an_index_leads_nowhere_else(tmp_path: Path, name: object) -> None:
+    folder = indexed(tmp_path / "in", {"a": name}, {})  # type: ignore[dict-item]
+    with pytest.raises(sm.FormatError, match=r"is not the name of a file|names of files that are not text"):
+        sm.inspect(folder)
+
+
+def test_a_stale_index_is_passed_over_and_a_download_that_is_not_complete_is_told(tmp_path: Path) -> None:
+    shard = "model-00003-of-00003.safetensors"
+    folder = indexed(tmp_path / "in", {"a": "model-00001-of-00003.safetensors", "b": shard}, {shard: {"b": one(1)}})
+    with pytest.raises(
+        sm.FormatError, match=r"model-00001-of-00003\.safetensors, named by model.* is absent; the download"
+    ):
+        sm.inspect(folder)
+    torch.save({"a": one(2)}, folder / "pytorch_model.bin")
+    index = sm.inspect(folder)
+    assert list(index) == ["a"]
+    assert any("pytorch_model.bin was taken and model.safetensors.index.json was not" in note for note in index.notes)
+    save_file({"a": one(3)}, folder / "model.safetensors")
+    assert sm.inspect(folder).format == "safetensors"
+
+
+def test_diffusers_looks_for_the_index_first(tmp_path: Path) -> None:
+    stem = "diffusion_pytorch_model"
+    for name, value in ((f"{stem}.safetensors", 1), (f"{stem}-00001-of-00001.safetensors", 2)):
+        save_file({"a": one(value)}, tmp_path / name)
+    weight_map = {"a": f"{stem}-00001-of-00001.safetensors"}
+    (tmp_path / f"{stem}.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert sm.inspect(tmp_path).format == "sharded safetensors"
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_shards_without_an_index_are_one_checkpoint_if_all_are_there(tmp_path: Path, first: int) -> None:
+    for number in range(first, first + 3):
+        save_file({f"w{number}": one(number)}, tmp_path / f"model-{number:05}-of-00003.safetensors")
+    index = sm.inspect(tmp_path)
+    assert sorted(index) == [f"w{number}" for number in range(first, first + 3)]
+    assert any("has no index" in note for note in index.notes)
+    gone = f"model-{first + 1:05}-of-00003.safetensors"
+    (tmp_path / gone).unlink()
+    with pytest.raises(sm.FormatError, match=rf"{gone} is absent; the download is not complete"):
+        sm.inspect(tmp_path)
+
+
+def test_slices_of_tensors_and_folders_of_checkpoints_are_told(tmp_path: Path) -> None:
+    for number in range(2):
+        (tmp_path / "llama").mkdir(exist_ok=True)
+        torch.save({"w": one(number)}, tmp_path / "llama" / f"consolidated.0{number}.pth")
+    with pytest.raises(sm.FormatError, match="each hold a slice of every tensor"):
+        sm.inspect(tmp_path / "llama")
+    for name in ("checkpoint-1", "checkpoint-2"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        save_file({"w": one(1)}, tmp_path / "run" / name / "model.safetensors")
+    with pytest.raises(sm.FormatError, match=r"holds no checkpoint; its subfolders checkpoint-1, checkpoint-2 do"):
+        sm.inspect(tmp_path / "run")
+
+
+def test_an_adapter_beside_a_model_is_said(tmp_path: Path) -> None:
+    save_file({"w": one(1)}, tmp_path / "model.safetensors")
+    save_file({"lora_A": one(1)}, tmp_path / "adapter_model.safetensors")
+    assert any("also holds adapter_model.safetensors" in note for note in sm.inspect(tmp_path).notes)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{", '{"unet": ["a", "b"], "../x": ["a", "b"], "vae": 3}', '{"/etc": ["a", "b"]}']
+)
+def test_a_pipeline_that_lies_names_no_folder_elsewhere(tmp_path: Path, content: str) -> None:
+    folder = tmp_path / "in"
+    for place in (folder, folder / "vae", tmp_path / "x"):
+        place.mkdir(exist_ok=True)
+        save_file({"w": one(1)}, place / "model.safetensors")
+    (folder / "model_index.json").write_text(content)
+    assert list(sm.inspect(folder)) == ["w"]
+
+
+def test_the_file_that_the_configuration_names_is_taken(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "mine.safetensors"):
+        save_file({name: one(1)}, tmp_path / name)
+    assert list(sm.inspect(tmp_path)) == ["model.safetensors"]
+    (tmp_path / "config.json").write_text('{"transformers_weights": "mine.safetensors"}')
+    assert list(sm.inspect(tmp_path)) == ["mine.safetensors"]
+
+
+def test_two_sets_of_shards_are_told_apart_by_nothing(tmp_path: Path) -> None:
+    for count in (2, 3):
+        for number in range(1, count + 1):
+            save_file({f"w{number}": one(1)}, tmp_path / f"model-{number:05}-of-{count:05}.safetensors")
+    with pytest.raises(sm.FormatError, match=r"several checkpoints \(model-00001-of-00002.*, model-00001-of-00003"):
+        sm.inspect(tmp_path)
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    assert sorted(sm.inspect(tmp_path)) == ["w1", "w2"]
+
+
+def test_an_index_may_begin_its_names_with_the_folder_itself(tmp_path: Path) -> None:
+    folder = indexed(tmp_path / "in", {"a": "./x.safetensors"}, {"x.safetensors": {"a": one(1)}})
+    assert list(sm.inspect(folder)) == ["a"]

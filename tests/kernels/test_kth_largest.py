@@ -64,7 +64,7 @@ def test_signed_numbers() -> None:
 def test_nan_is_the_largest_and_is_kept() -> None:
     values = torch.rand(100_000)
     values[[5, 70_000]] = math.nan
-    cut = TensorGroup.of(values).kth_largest(lambda chunk: [chunk.load(0)], [[1000]])[0][0]
+    cut = TensorGroup.of(values, torch.rand(100_000)).kth_largest(lambda chunk: [chunk.load(0)], [[1000]])[0][0]
     kept = cut.keep(values.clone(), 0)
     assert int((kept != 0).sum()) == 1000
     assert kept[[5, 70_000]].isnan().all()

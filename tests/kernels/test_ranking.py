@@ -18,7 +18,7 @@ def test_what_lies_inside_is_found_to_the_last_bit() -> None:
         values = (1 + torch.randint(0, 300, (4099,), generator=make) * 2.0**-23) * scale
         first, count = int(torch.randint(0, 295, (1,), generator=make)), int(torch.randint(1, 6, (1,), generator=make))
         low, high = (1 + first * 2.0**-23) * scale, (1 + (first + count) * 2.0**-23) * scale
-        _, places = inside(values, low, high, torch.empty(4099))
+        _, places, _ = inside(values, low, high, torch.empty(4099))
         assert torch.equal(places.sort().values, ((values >= low) & (values <= high)).nonzero()[:, 0])
 
 
@@ -28,11 +28,16 @@ def test_what_lies_inside_is_found_to_the_last_bit() -> None:
 def test_limits_belong_to_what_lies_inside(low: float, high: float, size: int) -> None:
     """Integers, so many equal a limit. A column of the table has one such number or eight."""
     values = torch.randint(-4, 10, (size,), generator=torch.Generator().manual_seed(size)).float()
-    picked, places = inside(values, low, high, torch.empty(size))
+    picked, places, nan = inside(values, low, high, torch.empty(size))
+    assert not nan
     wanted = (values >= low) & (values <= high)
     assert torch.equal(places.sort().values, wanted.nonzero()[:, 0])
     assert torch.equal(picked, values[places])
     assert count_above(values, high, torch.empty(size)) == int((values > high).sum())
+    for place in {0, size // 2, size - 1}:
+        with_nan = values.clone()
+        with_nan[place] = math.nan
+        assert inside(with_nan, low, high, torch.empty(size))[2], place
 
 
 def test_ranks_of_rows_are_those_of_a_stable_sort() -> None:

@@ -151,6 +151,20 @@ class MethodSuite:
             base[2, 3] = math.nan
             assert merged(case, base, models)[2, 3].isnan(), "lost from the base"
 
+    @pytest.mark.parametrize("chunk_elems", [GRAIN, 3 * GRAIN])
+    def test_infinities_and_nan_of_all_inputs_stay(self, case: Case, chunk_elems: int) -> None:
+        """The rest is as if zeros stood there in every input."""
+        for shape in ((), (1,), (5, 7), (3, 70_001), (523, 401)):
+            base, models = tensors(shape, case.models, 12, torch.float64)
+            there = strewn(shape)
+            models = [model.where(there == 0, there) for model in models]
+            result = merged(case, base.where(there == 0, there), models, chunk_elems=chunk_elems)
+            assert torch.equal(result.isnan(), there.isnan())
+            assert torch.equal(result[there != 0].nan_to_num(7), there[there != 0].nan_to_num(7))
+            cleared = [model.masked_fill(there != 0, 0) for model in models]
+            wanted = self.expected(case, base.masked_fill(there != 0, 0), cleared)
+            close(result.masked_fill(there != 0, 0), wanted.masked_fill(there != 0, 0), max(case.tolerance, 1e-12))
+
     def test_half_precision_near_its_limit_does_not_overflow(self, case: Case) -> None:
         make = torch.Generator().manual_seed(9)
         base = (60_000 + 2_000 * torch.rand(37, 53, generator=make)).half()
@@ -233,6 +247,30 @@ class MethodSuite:
             wanted = self.expected(case, start[name], [model[name] for model in models], name)
             close(tensor, wanted, 2**-8, case.undecided)  # half a unit in the last place of bfloat16
 
+    def test_law_2_for_infinities_and_nan_of_all_inputs(
+        self, case: Case, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Tensors in files, whole and shared among workers. They are no error, and a note tells of them."""
+        paths, digests = [tmp_path / f"{number}.safetensors" for number in range(6)], set()
+        for path, file in zip(paths, files, strict=True):
+            tensors = {name: t.where((there := strewn(t.shape)) == 0, there) for name, t in load_safetensors(file).items()}
+            save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, path)
+        base = {"base": paths[5]} if case.base else {}
+        for number, how in enumerate([{}, {"workers": 1, "memory": "96MiB"}, {"spread": 1, "io": "pread"}]):
+            monkeypatch.setattr(tasks, "PIECE_ELEMS", how.pop("spread", 64) * GRAIN)
+            out = tmp_path / f"out{number}" / "model.safetensors"
+            out.parent.mkdir()
+            done = sm.merge(paths[: case.models], out, method=case.method, parameters=case.parameters, **base, **how)
+            digests.add(hashlib.sha256(out.read_bytes()).hexdigest())
+            assert not [w for w in done.warnings if "NaN" in w]
+        assert len(digests) == 1
+        for name, tensor in load_safetensors(out).items():
+            there = strewn(tensor.shape)
+            assert torch.equal(
+                tensor[there != 0].nan_to_num(7).double(), there[there != 0].bfloat16().nan_to_num(7).double()
+            )
+            assert tensor[there == 0].isfinite().all(), name
+
     def test_law_2_for_rows_that_no_grain_divides(self, row_case: Case, tmp_path: Path) -> None:
         case, paths = row_case, []
         for number in range(6):
@@ -278,6 +316,15 @@ def tensors(shape: tuple[int, ...], count: int, seed: int, dtype: torch.dtype) -
     base = torch.randn(shape, generator=make, dtype=torch.float64)
     models = [base + 0.1 * torch.randn(shape, generator=make, dtype=torch.float64) for _ in range(count)]
     return base.to(dtype), [model.to(dtype) for model in models]
+
+
+def strewn(shape: tuple[int, ...]) -> Tensor:
+    """Returns infinities of both signs and NaN at one element of twenty, and zeros elsewhere."""
+    draw = torch.rand(shape, generator=torch.Generator().manual_seed(13), dtype=torch.float64)
+    made = torch.zeros(shape, dtype=torch.float64)
+    for number, value in enumerate((math.inf, -math.inf, math.nan)):
+        made[(draw >= 0.02 * number) & (draw < 0.02 * number + 0.02)] = value
+    return made
 
 
 def merged(case: Case, base: Tensor, models: list[Tensor], **options: Any) -> Tensor:

@@ -121,7 +121,7 @@ def test_position_ids_of_two_dtypes(first: torch.dtype) -> None:
 
 
 def test_dtypes_that_no_option_settles_name_what_does() -> None:
-    saved(one=model(1) | {"ids": torch.arange(3)}, two=model(1) | {"ids": torch.ones(3)})
+    saved(one=model(1) | {"ids": torch.arange(3).to(torch.complex64)}, two=model(1) | {"ids": torch.ones(3)})
     with pytest.raises(sm.MismatchError, match="a rule of a recipe settles these: it copies a tensor"):
         merged("one", "two", on_missing="base")
 

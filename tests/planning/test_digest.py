@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,32 @@ def test_a_difference_is_told(options: dict[str, Any], words: str) -> None:
     assert parts()["digest"] != parts(**options)["digest"]
     assert words in differences(parts(), parts(**options))
     assert differences(parts(**options), parts())
+
+
+@pytest.mark.parametrize(
+    "spelled", [["./a.safetensors", "b.safetensors"], ["{here}/a.safetensors", "b.safetensors"], "below"]
+)
+def test_the_same_files_by_another_spelling_are_the_same_plan(tmp_path: Path, spelled: Any) -> None:
+    if spelled == "below":  # from another folder
+        (tmp_path / "x").mkdir()
+        os.chdir(tmp_path / "x")
+        inputs, out = [tmp_path / "a.safetensors", "../b.safetensors"], "../out.safetensors"
+    else:
+        inputs, out = [each.replace("{here}", str(tmp_path)) for each in spelled], "out.safetensors"
+    made = plan_parts(sm.plan(inputs, out))
+    os.chdir(tmp_path)
+    assert json.loads(json.dumps(made)) == parts()
+
+
+def test_another_mount_of_the_disk_is_the_same_plan(tmp_path: Path) -> None:
+    """A copy with the same times is another inode, as after a remount."""
+    before = parts()
+    for name in "ab":
+        shutil.copy2(f"{name}.safetensors", "copy")
+        os.replace("copy", f"{name}.safetensors")
+    assert parts() == before
+    os.utime("a.safetensors", (1, 1))
+    assert differences(before, parts()) == "the input a.safetensors changed"
 
 
 def test_an_input_that_changed_is_named() -> None:

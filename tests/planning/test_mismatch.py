@@ -55,6 +55,15 @@ def test_everything_that_differs_stands_in_one_table(tmp_path: Path, monkeypatch
             {"in.weight": (8, 9, 3, 3)},
             "an inpainting model against an ordinary one",
         ),
+        ({"wpe.weight": (8, 4)}, {"wpe.weight": (16, 4)}, "8 positions against 16"),
+        ({"vit.pos_embed": (1, 17, 4)}, {"vit.pos_embed": (1, 50, 4)}, "17 positions against 50"),
+        ({"emb_g.weight": (109, 4)}, {"emb_g.weight": (2, 4)}, "109 speakers against 2"),
+        ({"model.embed_tokens.weight": (30, 4)}, {"model.embed_tokens.weight": (32, 4)}, "vocabulary 30 against 32"),
+        (
+            {f"unet.{i}": 1 for i in range(9)} | {"vae.w": 1},
+            {"vae.w": 1},
+            "a part of the first: b.safetensors has 1 of its 10",
+        ),
         (
             {f"w{i}": (4, 4) for i in range(4)},
             {f"w{i}": (6, 6) for i in range(4)},
@@ -100,3 +109,24 @@ def test_only_the_first_rows_of_a_long_table_are_shown() -> None:
         assert sum("int64 in b" in line for line in lines) == min(count, 20)
         assert [line.strip() for line in lines if line.strip().startswith("and ")] == [more] * bool(more)
         assert "on_shape" not in str(caught.value), "no policy settles dtypes"
+
+
+@pytest.mark.parametrize(
+    ("two", "offered"),
+    [
+        ({"a": (2,), "b": (2,), "c": (2,), "extra": (2,)}, True),
+        ({"c": (2,), "x": (2,), "y": (2,), "z": (2,), "u": (2,)}, False),
+        ({"m.lora_A.weight": (2, 2), "m.lora_B.weight": (2, 2), "a": (2,)}, False),
+    ],
+    ids=["an extra tensor", "another architecture", "an adapter"],
+)
+def test_policies_are_offered_only_where_they_make_a_merge(
+    two: dict[str, tuple[int, ...]], offered: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    one = dict.fromkeys("abcdef", (2,))
+    for name, shapes in (("a", one), ("b", two)):
+        save_file({n: torch.zeros(shape) for n, shape in shapes.items()}, f"{name}.safetensors")
+    with pytest.raises(sm.MismatchError) as caught:
+        sm.plan(["a.safetensors", "b.safetensors"])
+    assert ("on_missing" in str(caught.value)) is offered

@@ -42,7 +42,7 @@ def test_a_plan_tells_what_must_be_inflated_first(tmp_path: Path) -> None:
     deflate(tmp_path / "stored.pth", tmp_path / "in.pth")
     plan = sm.plan([tmp_path / "in.pth"] * 2, tmp_path / "out.pth")
     assert plan.torch_needed
-    assert "spooled  1 compressed records, inflated into 1.2 MB of temporary files" in str(plan)
+    assert "spooled  1 packed records, unpacked into 1.2 MB of temporary files" in str(plan)
     assert plan.to_json()["spooled_tensors"] == ["w", "v"]
     assert plan.disk_bytes == plan.write_bytes + 1_200_000
 

@@ -10,6 +10,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from conftest import Cli, load_safetensors
+from safetensors.torch import save_file
 
 import streammerge as sm
 from streammerge.cli.main import cli as command_line
@@ -24,6 +25,7 @@ def test_file_dict_and_arguments_give_the_same_bytes(models: Path) -> None:
     Path("recipe.yaml").write_text(
         "merge_method: ties\nbase_model: base.safetensors\nparameters: {density: 0.5}\nmodels:\n"
         "- {model: a.safetensors, parameters: {weight: 0.7}}\n- {model: b.safetensors, parameters: {weight: 0.3}}\n"
+        "output: {container: first}\n"
     )
     sm.merge(recipe="recipe.yaml", out="one.safetensors")
     sm.merge(recipe=yaml.safe_load(Path("recipe.yaml").read_text()), out="two.safetensors")
@@ -121,3 +123,60 @@ def test_patterns_of_a_conversion_become_rules_in_their_order() -> None:
     assert conversion("a", [], [], {}).rules == ()
     with pytest.raises(sm.RecipeError, match="take a pattern"):
         conversion("a", [""], [], {})
+
+
+class TestContainer:
+    """Which checkpoint gives names, dtypes, shapes and files: a command line's first model, or a recipe's base."""
+
+    @pytest.fixture(autouse=True)
+    def _files(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        make = torch.Generator().manual_seed(1)
+        values = [torch.randn(5, 3, generator=make) for _ in range(3)]
+        torch.save({"model": {"module.w": values[0].half(), "n": torch.tensor(1)}, "voice": "a"}, "a.pth")
+        torch.save({"model": {"module.w": values[1].half(), "n": torch.tensor(2)}, "voice": "b"}, "b.pth")
+        save_file({"w": values[2], "n": torch.tensor(9)}, "base.safetensors", {"made": "base"})
+        self.expected = values[0].half().double() + values[1].half().double() - values[2].double()
+
+    def test_the_first_model_of_a_command_line(self) -> None:
+        sm.merge(["a.pth", "b.pth"], "out.pth", base="base.safetensors", method="add_difference", integers="first")
+        out = torch.load("out.pth", weights_only=True)
+        assert out["voice"] == "a"
+        assert list(out["model"]) == ["module.w", "n"]
+        assert torch.equal(out["model"]["module.w"], self.expected.half())
+        assert out["model"]["n"].item() == 1, "the base is not first"
+        again = sm.inspect("out.pth")
+        assert again.entries["module.w"].spec.dtype == "F16"
+
+    def test_the_base_of_a_recipe(self) -> None:
+        models = [{"model": "a.pth"}, {"model": "b.pth"}]
+        wish = {"merge_method": "add_difference", "base_model": "base.safetensors", "models": models, "integers": "first"}
+        sm.merge(recipe=wish, out="out.safetensors")
+        out = load_safetensors(Path("out.safetensors"))
+        assert out.keys() == {"w", "n"}
+        assert torch.equal(out["w"], self.expected.float())
+        assert out["n"].item() == 9
+        sm.merge(recipe=wish | {"output": {"container": "first"}}, out="first.safetensors")
+        assert load_safetensors(Path("first.safetensors")).keys() == {"module.w", "n"}
+
+    def test_a_base_among_the_models_stays_first_where_the_method_wants_it(self) -> None:
+        save_file({"w": torch.tensor([1.0, 0.0])}, "x.safetensors")
+        save_file({"w": torch.tensor([0.0, 1.0])}, "y.safetensors")
+        options = {"method": "slerp", "parameters": {"t": 0.25}}
+        sm.merge(["x.safetensors", "y.safetensors"], "one.safetensors", base="y.safetensors", **options)
+        sm.merge(["y.safetensors", "x.safetensors"], "two.safetensors", **options)
+        one, two = (load_safetensors(Path(f"{name}.safetensors"))["w"] for name in ("one", "two"))
+        assert torch.equal(one, two)
+
+    def test_a_tensor_that_the_base_lacks_is_kept(self) -> None:
+        for name, extra in (("x", 1.0), ("y", 2.0)):
+            save_file({"w": torch.full((2,), extra), "new": torch.full((2,), extra)}, f"{name}.safetensors")
+        save_file({"w": torch.zeros(2)}, "z.safetensors")
+        options = {"base": "z.safetensors", "method": "task_arithmetic", "weights": [1, 1]}
+        with pytest.raises(sm.MismatchError, match=r"z\.safetensors lacks 1: new"):
+            sm.plan(["x.safetensors", "y.safetensors"], **options)
+        for policy in ("base", "average-present", "union"):
+            sm.merge(["x.safetensors", "y.safetensors"], "out.safetensors", on_missing=policy, overwrite=True, **options)
+            out = load_safetensors(Path("out.safetensors"))
+            assert out["w"].tolist() == [3, 3]
+            assert out["new"].tolist() == [1, 1], policy

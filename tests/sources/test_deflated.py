@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_same, deflate, load_safetensors, octets
@@ -12,7 +13,7 @@ from conftest import assert_same, deflate, load_safetensors, octets
 import streammerge as sm
 from sources.suite import Disk, draw, merge_of, room
 from streammerge.sources.base import read_whole
-from streammerge.sources.deflated import Deflated, Record, of_bytes, records, with_inflated
+from streammerge.sources.deflated import Damaged, Deflated, Record, of_bytes, records, swapped, unpacked, with_inflated
 from streammerge.sources.joined import joined
 from streammerge.sources.rows import rows_of
 from streammerge.sources.stored import Stored
@@ -82,3 +83,32 @@ def test_a_strided_view_of_a_compressed_storage(tmp_path: Path) -> None:
     assert_same(load_safetensors(tmp_path / "out.safetensors"), content)
     spooled = [event for event in told if type(event).__name__ == "Spooled"]
     assert [event.nbytes for event in spooled] == [4 * 1001, 40]  # each storage once
+
+
+@pytest.mark.parametrize("step", [1, 7, 1 << 20])
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_texts_and_big_endian_numbers_are_unpacked(step: int, size: int) -> None:
+    """Any pieces of the packed bytes give the same bytes."""
+    data = bytes(range(256)) * 3
+    numbers = np.frombuffer(data, f">u{size}")
+    expected = numbers.astype(f"<u{size}").tobytes()
+    for form, packed in (("raw", data), ("text", data.decode("latin-1").encode())):
+        record = Record(0, len(packed), len(data), form, size)
+        assert b"".join(unpacked(record, (packed[i : i + step] for i in range(0, len(packed), step)))) == expected
+    assert swapped(data, size) == expected
+
+
+@pytest.mark.parametrize("packed", [b"\xc3", "ŀ".encode(), b"\xff"])
+def test_a_text_with_other_characters_is_damage(packed: bytes) -> None:
+    with pytest.raises(Damaged):
+        list(unpacked(Record(0, len(packed), 1, "text"), iter([packed])))
+
+
+@pytest.mark.parametrize("nbytes", [99_999, 100_001])
+def test_a_record_of_another_length_stops_the_run(tmp_path: Path, nbytes: int) -> None:
+    disk = Disk(tmp_path)
+    path, offset = disk.write("ü".encode() * 100_000)
+    spec = TensorSpec("w", DType.U8, (nbytes,))
+    source = of_bytes(spec, path, 0, None, Record(offset, 200_000, nbytes, "text"))
+    with pytest.raises(sm.FormatError, match="damaged"):
+        merge_of(tmp_path, [{"w": source}], "linear", options={"integers": "first"})

@@ -34,9 +34,14 @@ def full(output: Any) -> bytes:
 
 
 def content(location: Location) -> dict[str, bytes]:
-    """What is under a name: a file's bytes under "", or those of a folder's files."""
-    files = location.children() if location.is_folder() else [location]
-    return {each.name if location.is_folder() else "": each.read(0, each.size) for each in files}
+    """Returns what is under a name: a file's bytes under "", or those of all files below a folder, by their paths."""
+    if not location.is_folder():
+        return {"": location.read(0, location.size)}
+    found = {}
+    for each in location.children():
+        below = content(each)
+        found |= {f"{each.name}/{name}".rstrip("/"): data for name, data in below.items()}
+    return found
 
 
 class ReadingSuite(ABC):
@@ -411,6 +416,40 @@ class StoreSuite(ReadingSuite):
         assert list(staging.outputs) == ["out"]
         staging.commit(as_folder=False)
         assert self.left(home) == ["out"]
+
+    def test_files_in_subfolders_are_published_with_their_folder(self, home: Location) -> None:
+        files = {"config.json": b"{}", "unet/model": noise(5000), "a/b/c/deep": b"", "a/b/other": b"12", "a/üx": b"3"}
+        self.make(home / "out", files)
+        assert content(home / "out") == files
+        assert self.left(home) == ["out"]
+        fewer = {"unet/model": b"new", "d": b""}
+        self.make(home / "out", fewer, overwrite=True)
+        assert content(home / "out") == fewer
+        assert self.left(home) == ["out"]
+
+    def test_a_file_in_a_subfolder_is_opened_again_and_kept(self, home: Location) -> None:
+        staging = (home / "out").stage()
+        staging.clear()
+        file = staging.create("unet/model", 6)
+        file.write_full(b"abc", 0)
+        assert list(staging.outputs) == ["unet/model"]
+        assert content(staging.content) == {"unet/model": b"abc\0\0\0"}
+        again = staging.create("unet/model", 6, keep=True)
+        assert again.kept
+        again.write_full(b"def", 3)
+        staging.commit(as_folder=True)
+        assert content(home / "out") == {"unet/model": b"abcdef"}
+
+    @pytest.mark.parametrize(
+        "name", ["../x", "a/../../x", "/x", "a//x", "a/./x", "a/", "..", ".", "a\\b/x", "/".join("a" * 9)]
+    )
+    def test_a_name_that_leads_out_of_the_output_is_refused(self, home: Location, name: str) -> None:
+        staging = (home / "out").stage()
+        staging.clear()
+        with pytest.raises(ValueError, match="is not the name of a file in an output"):
+            staging.create(name, 1)
+        assert staging.outputs == {}
+        staging.abort()
 
     def test_an_output_is_read_back_before_it_is_published(self, home: Location) -> None:
         staging = (home / "out").stage()

@@ -17,7 +17,7 @@ def test_every_entry_has_its_reason() -> None:
 def test_parts_that_speak_of_an_average() -> None:
     averaged = [
         part
-        for part in ("ema", "model_ema", "teacher", "g_ema", "student", "schema", "emanuel")
+        for part in ("ema", "model_ema", "teacher", "g_ema", "ema2", "shadow", "student", "schema", "emanuel")
         if re.fullmatch(AVERAGED, part)
     ]
-    assert averaged == ["ema", "model_ema", "teacher", "g_ema"]
+    assert averaged == ["ema", "model_ema", "teacher", "g_ema", "ema2", "shadow"]

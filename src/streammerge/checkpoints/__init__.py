@@ -7,9 +7,16 @@ Each module imports only modules above it::
     duplicates   paths that are one checkpoint
     metrics      numbers beside a checkpoint
     index        CheckpointIndex
+    agreement    the same copy of the weights in every input
     profiles     programs whose loaders ignore some tensors
     in_memory    state dicts that the caller holds
-    huggingface  config.json and tied heads
+    config_text  edits of a JSON text in place
+    config_keys  what programs agree on about the keys of a configuration: data
+    config       the configuration beside a model's weights
+    config_layers  a configuration follows layers that were moved
+    config_edits  its dtype, rows of embeddings, tied head
+    config_differences  what configurations disagree on
+    heads        heads that are tied to the embeddings
     choosing     the last, a range, the best
     conversions  inputs converted to safetensors first
 """

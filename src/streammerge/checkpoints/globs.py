@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from streammerge.checkpoints.numbers import in_order
 from streammerge.errors import RecipeError, printable
+from streammerge.recipe.locations import is_recipe_name
 from streammerge.stores.locations import parse
 
 
@@ -14,7 +15,7 @@ def expand(paths: list[str]) -> list[str]:
     """
     found: list[str] = []
     for path in paths:
-        if path.endswith((".yaml", ".yml")):
+        if is_recipe_name(path):
             raise RecipeError(f"{printable(path)}: a recipe stands alone, its models are named in it")
         place = parse(path)
         if place.exists() or not place.has_magic:

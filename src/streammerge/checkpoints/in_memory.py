@@ -6,12 +6,14 @@ import pickle
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex, index_of
 from streammerge.errors import FormatError, StreammergeError, listed, printable
 from streammerge.formats.base import Container, flat_tensor
-from streammerge.pickles.tree import MISSING, OrderedTree, TensorRef
+from streammerge.pickles.arrays import Arrays
+from streammerge.pickles.tree import MISSING, Global, Instance, OrderedTree, TensorRef
 from streammerge.pickles.unpickle import unpickle
 from streammerge.recipe.locations import held_name
 from streammerge.sources.memory import in_memory, is_array, is_tensor
@@ -69,8 +71,11 @@ class _Builder:
             node = node.state_dict()
         if isinstance(node, Mapping | list | tuple):
             return self._inside(node, path)
+        if is_dataclass(node) and not isinstance(node, type) and hasattr(node, "__dict__"):
+            kind = Global(type(node).__module__, type(node).__qualname__)
+            return Instance("new", kind, (), state=self._inside(vars(node), path))
         try:
-            return unpickle(pickle.dumps(node, protocol=2), where=self.name)
+            return unpickle(pickle.dumps(node, protocol=2), where=self.name, arrays=Arrays(self.name, in_memory=True))
         except (StreammergeError, pickle.PicklingError, TypeError, AttributeError, ValueError, RecursionError):
             self.left_out.append(".".join(path))
             return MISSING
@@ -92,6 +97,8 @@ class _Builder:
             children = [self.tree(value, (*path, str(number))) for number, value in enumerate(node)]
             made = [None if child is MISSING else child for child in children]
             made = made if isinstance(node, list) else tuple(made)
+            if hasattr(node, "_fields"):  # a NamedTuple
+                made = Instance("new", Global(type(node).__module__, type(node).__qualname__), made)
         self._open.discard(id(node))
         return made
 

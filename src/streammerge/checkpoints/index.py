@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterator, KeysView, Sequence, ValuesView
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Sequence, ValuesView
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from streammerge.errors import FormatError, RecipeError, StreammergeError, printable
 from streammerge.formats import detect
 from streammerge.formats.base import MOST_EXPANDED_BYTES, Container
-from streammerge.pickles.state_dict import Selection, select
+from streammerge.pickles.state_dict import Found, Selection, select
 from streammerge.pickles.tree import Global, TensorRef, number, plain, walk
 from streammerge.recipe.patterns import Rename, renamed
 from streammerge.sources.base import Source
@@ -24,7 +25,9 @@ class CheckpointIndex:
 
     ``entries``: every tensor of the state dict by name, in its order. ``aliases``: tied name -> the first name of
     the same tensor. ``extras``: the inert tree of a pickled file, None for safetensors. ``files``: all it is read from.
-    ``renamed``: name -> its name in the file, where a recipe calls it otherwise.
+    ``renamed``: name -> its name in the file, where a recipe calls it otherwise. ``parts``: subfolder -> the index of the
+    model in it, "" for the folder's own, where a folder holds several models. There a tensor's name begins with its
+    subfolder and a slash. ``warnings``: what may be wrong with the checkpoint.
     """
 
     path: Location
@@ -37,6 +40,8 @@ class CheckpointIndex:
     selection: Selection
     notes: list[str] = field(default_factory=list)
     renamed: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, CheckpointIndex] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     def with_names(self, renames: Sequence[Rename]) -> CheckpointIndex:
         """The same checkpoint under other names. Raises RecipeError where two tensors would have one name."""
@@ -58,6 +63,17 @@ class CheckpointIndex:
             notes=[*self.notes, *told],
             renamed=changed,
         )
+
+    def with_tensors(self, tensors: Iterable[tuple[str, TensorRef]]) -> CheckpointIndex:
+        """Returns the same checkpoint with other tensors of its tree, under these names. Raises FormatError."""
+        entries, aliases = _located(self.path, self.container, tensors)
+        return replace(self, entries=entries, aliases=aliases, extras=None, notes=[], renamed={})
+
+    def only(self, names: AbstractSet[str]) -> CheckpointIndex:
+        """Returns the same checkpoint with the tensors of these names."""
+        entries = {name: entry for name, entry in self.entries.items() if name in names}
+        aliases = {name: first for name, first in self.aliases.items() if name in entries and first in entries}
+        return replace(self, entries=entries, aliases=aliases)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -169,26 +185,85 @@ def open_checkpoint(place: Place, state_dict: str | None = None, ema: str = "ign
 
 def index_of(container: Container, path: Location, state_dict: str | None = None, ema: str = "ignore") -> CheckpointIndex:
     """The index of a container that was read already. ``path``: what messages call it. Raises as for a file."""
+    if container.parts:
+        return _of_parts(container, path, state_dict, ema)
     try:
         selection = select(container.tree, state_dict, ema)
     except StreammergeError as error:
         raise type(error)(f"{printable(path)}: {error}") from error
+    entries, aliases = _located(path, container, ((found.name, found.ref) for found in selection.tensors))
+    extras = container.tree if container.pickled else None
+    notes = [*container.notes, *(f"{printable(path)}: {note}" for note in selection.notes)]
+    return CheckpointIndex(
+        path,
+        entries,
+        aliases,
+        extras,
+        container.metadata,
+        container.files,
+        container,
+        selection,
+        notes,
+        warnings=container.warnings,
+    )
+
+
+def _located(
+    path: Location, container: Container, tensors: Iterable[tuple[str, TensorRef]]
+) -> tuple[dict[str, Source], dict[str, str]]:
+    """Returns name -> source of these tensors, and tied name -> the first name of the same tensor."""
     entries: dict[str, Source] = {}
     aliases: dict[str, str] = {}
     places: dict[tuple[object, ...], str] = {}
-    pickled = container.pickled
-    for found in selection.tensors:
-        name = found.name
+    pickled, loose = container.pickled, list[Source]()
+    for name, ref in tensors:
         if name in entries:
             raise FormatError(f"{printable(path)}: the name {printable(name)} stands for two tensors")
-        entry = entries[name] = container.locate(name, found.ref)
-        if pickled and entry.nbytes:  # tensors of a safetensors file have bytes of their own
+        entry = entries[name] = container.locate(name, ref)
+        if not pickled:  # tensors of a safetensors file have bytes of their own
+            continue
+        if entry.nbytes:
             first = places.setdefault(entry.place, name)
             if first != name:
                 aliases[name] = first
+                continue
+        if ref.entry is None:
+            loose.append(entry)
     if pickled:
-        loose = [entries[found.name] for found in selection.tensors if found.ref.entry is None]
-        _check_expansion(path, container, [e for e in loose if e.spec.name not in aliases])
-    extras = container.tree if container.pickled else None
-    notes = [*container.notes, *(f"{printable(path)}: {note}" for note in selection.notes)]
-    return CheckpointIndex(path, entries, aliases, extras, container.metadata, container.files, container, selection, notes)
+        _check_expansion(path, container, loose)
+    return entries, aliases
+
+
+def _of_parts(container: Container, path: Location, state_dict: str | None, ema: str) -> CheckpointIndex:
+    """The index of a folder that holds several models. A ``state_dict`` is that of the folder's own model."""
+    if state_dict is not None and "" not in container.parts:
+        raise RecipeError(f"{printable(path)} holds several models, so `state_dict` cannot name one; give a subfolder")
+    parts = {
+        name: index_of(part, path / name, state_dict if not name else None, ema) for name, part in container.parts.items()
+    }
+    made = next(iter(parts.values()))
+    entries: dict[str, Source] = {}
+    aliases: dict[str, str] = {}
+    tensors: list[Found] = []
+    notes = [*container.notes]
+    for name, part in parts.items():
+        prefix = f"{name}/" if name else ""
+        for own, entry in part.entries.items():
+            if prefix + own in entries:
+                raise FormatError(f"{printable(path)}: the name {printable(prefix + own)} stands for two tensors")
+            entries[prefix + own] = entry.named(prefix + own)
+        aliases |= {prefix + own: prefix + first for own, first in part.aliases.items()}
+        tensors += [replace(found, name=prefix + found.name) for found in part.selection.tensors]
+        notes += part.notes
+    selection = replace(
+        made.selection,
+        tensors=tensors,
+        chosen=[each for part in parts.values() for each in part.selection.chosen],
+        candidates=[each for part in parts.values() for each in part.selection.candidates],
+    )
+    extras = made.extras if "" in parts else None
+    notes = list(dict.fromkeys(notes))
+    files, metadata, warnings = container.files, container.metadata, container.warnings
+    return CheckpointIndex(
+        path, entries, aliases, extras, metadata, files, container, selection, notes, parts=parts, warnings=warnings
+    )

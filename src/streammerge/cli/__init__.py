@@ -9,6 +9,7 @@ Each module imports only modules above it::
     formula    TeX as Unicode
     pages      the pages of merge methods
     render     what results look like
+    advice     what a mistyped command line probably meant
     progress   the bar, the log, the JSON lines
     options    the options of commands
     arguments  from what was typed to the arguments of the Python API

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from streammerge.cli.advice import check_inputs
 from streammerge.errors import RecipeError, printable
-from streammerge.options import CONVERT, MERGE, VERIFY, options_of
+from streammerge.options import CONVERT, MERGE, VERIFY, number_or_percent, options_of
 
 _NEGATED = {f"no_{name}": name for name, each in options_of(*MERGE, *CONVERT, *VERIFY).items() if each.negated}
 
@@ -27,6 +29,22 @@ def as_arguments(typed: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
+def inputs_and_recipe(inputs: Sequence[str], weights: str | None) -> tuple[Sequence[str], Mapping[str, Any] | None]:
+    """Returns the inputs, or in their place the recipe that is read from stdin for the input ``-``.
+
+    Raises UsageError for a number among the inputs.
+    """
+    if list(inputs) == ["-"]:
+        from streammerge.recipe.document import parse as parse_document
+
+        made = parse_document(sys.stdin.read(), "stdin").data
+        if not isinstance(made, Mapping):
+            raise RecipeError("stdin holds no recipe; write keys like merge_method and models with their values")
+        return (), made
+    check_inputs(inputs, weights)
+    return inputs, None
+
+
 def _parameters(typed: Iterable[str], weighted: bool) -> dict[str, Any]:
     """Returns ``NAME=VALUE`` pairs as a dict. ``VALUE,VALUE`` becomes a list."""
     made: dict[str, Any] = {}
@@ -42,6 +60,6 @@ def _parameters(typed: Iterable[str], weighted: bool) -> dict[str, Any]:
 
 def _numbers(option: str, text: str) -> list[float]:
     try:
-        return [float(part) for part in text.split(",")]
+        return [number_or_percent(part) for part in text.split(",")]
     except ValueError as error:
         raise RecipeError(f"{option} takes numbers joined by commas, like 0.6,0.4, not {printable(text)}") from error

@@ -9,7 +9,9 @@ from typing import Any
 
 import click
 
+from streammerge.cli.advice import of_command, of_usage
 from streammerge.cli.flags import as_flags
+from streammerge.cli.options import EXIT_CODES
 from streammerge.cli.signals import Stopped, stoppable
 from streammerge.cli.streams import open_standard_streams
 from streammerge.cli.terminal import say
@@ -18,6 +20,16 @@ from streammerge.plugins import module_names
 from streammerge.version import __version__
 
 _ROOM = "streammerge.cli.commands"
+
+
+_SPELLED = {"output": "out", "weight": "weights", "base-model": "base", "merge-method": "method", "mem": "memory"}
+"""Options as people type them -> their names here."""
+
+
+def spelled(name: str) -> str:
+    """Returns the name of an option, command or choice for the way in which it was typed."""
+    name = name.replace("_", "-")
+    return _SPELLED.get(name, name)
 
 
 class Commands(click.Group):
@@ -32,19 +44,35 @@ class Commands(click.Group):
         found: click.Command = getattr(import_module(f"{_ROOM}.{cmd_name}"), cmd_name)
         return found
 
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if not args[0].startswith("-") and self.get_command(ctx, spelled(args[0])) is None:
+            near = of_command(args, self.list_commands(ctx))
+            raise click.UsageError(f"there is no command {printable(args[0], 60)}{near}")
+        return super().resolve_command(ctx, args)
+
 
 @click.group(
     cls=Commands,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120, "auto_envvar_prefix": "STREAMMERGE"},
+    invoke_without_command=True,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 120,
+        "auto_envvar_prefix": "STREAMMERGE",
+        "token_normalize_func": spelled,
+    },
+    epilog=EXIT_CODES,
 )
-@click.version_option(__version__, prog_name="streammerge")
-def cli() -> None:
+@click.version_option(__version__, "-V", "--version", prog_name="streammerge")
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Merge model checkpoints larger than memory.
 
     An INPUT is a .safetensors, .pth, .pt, .bin or .ckpt file, a folder with one checkpoint or with shards and their
     index, or a quoted glob. A recipe, which is a mergekit configuration, stands in place of all inputs. Nothing in an
     input is ever executed.
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 def main() -> None:
@@ -62,7 +90,7 @@ def main() -> None:
         # Everything is cleaned up. Ends at once, because torch can abort if the interpreter ends while a thread starts.
         os._exit(stopped.exit_code)
     except click.ClickException as error:
-        _fail(_usage(error), error.exit_code)
+        _fail(of_usage(error), error.exit_code)
     except StreammergeError as error:
         if debug:
             _print_traceback()
@@ -70,10 +98,14 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
-    except (OSError, MemoryError) as error:
+    except MemoryError:
         if debug:
             _print_traceback()
-        _fail(printable(error if not isinstance(error, OSError) or error.filename else error.strerror or error, 1000), 1)
+        _fail("the system gave no more memory; lower --memory or --workers, or raise the limit (ulimit -v)", 1)
+    except OSError as error:
+        if debug:
+            _print_traceback()
+        _fail(printable(error if error.filename else f"{error.strerror or error} (run it again with --debug)", 1000), 1)
 
 
 def run() -> None:
@@ -91,19 +123,6 @@ def run() -> None:
     except OSError:
         code = code or 1
     os._exit(code or 0)
-
-
-def _usage(error: click.ClickException) -> str:
-    """Returns the error of a command in one sentence."""
-    said, near = error.format_message().partition(" (Did you mean")[0].rstrip("."), ""
-    if isinstance(error, click.NoSuchOption) and error.possibilities:
-        from difflib import get_close_matches
-
-        best = get_close_matches(error.option_name, error.possibilities, n=1) or error.possibilities
-        near = f"; did you mean {best[0]}?"
-    elif isinstance(error, click.UsageError) and error.ctx:
-        near = f"; see `{error.ctx.command_path} --help`"
-    return said[:1].lower() + said[1:] + near
 
 
 def _print_traceback() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import click
@@ -11,14 +12,46 @@ from streammerge.cli.flags import as_flags
 from streammerge.options import PATH, Option, Options, options_of
 
 Command = Callable[..., Any]
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 a task failed, 2 an invalid request, 3 the output is wrong or cannot be verified, 4 an input "
+    "cannot be read or does not fit, 5 too little memory, 6 too little disk, 7 another run owns the output, 8 an input "
+    "changed, 130 interrupted."
+)
+
+
+class _Option(click.Option):
+    """An option with the heading under which the help lists it."""
+
+    heading = "Options"
+
+
+class GroupedCommand(click.Command):
+    """A command whose help lists the required options first, then the options under the headings of their classes."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **{"epilog": EXIT_CODES, **more})
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {"Required": []}
+        last: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for option in self.get_params(ctx):
+            record = option.get_help_record(ctx)
+            if record is not None:
+                heading = "Required" if option.required else getattr(option, "heading", "Options")
+                (last if heading == "Options" else groups).setdefault(heading, []).append(record)
+        for heading, records in (groups | last).items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
 
 
 def of(*groups: type[Options]) -> Callable[[Command], Command]:
     """Decorates a command with the options of these classes, in their order."""
 
     def apply(command: Command) -> Command:
-        for each in reversed(options_of(*groups).values()):
-            command = _click_option(each)(command)
+        for group in reversed(groups):
+            for each in reversed(options_of(group).values()):
+                command = _click_option(each, _heading(group))(command)
         return command
 
     return apply
@@ -38,12 +71,43 @@ def complete_executor(context: click.Context, parameter: click.Parameter, begun:
     return [name for name in ("auto", *executors()) if name.startswith(begun)]
 
 
-_COMPLETIONS = {"method": complete_method, "executor": complete_executor}
+def complete_dtype(context: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
+    """Returns the floating-point dtypes whose names begin with ``begun``, for shell completion."""
+    from streammerge.tensors.dtypes import DType
+
+    return [each.torch_name for each in DType if each.kind == "float" and each.torch_name.startswith(begun)]
 
 
-def _click_option(each: Option) -> Callable[[Command], Command]:
+def complete_parameter(context: click.Context, parameter: click.Parameter, begun: str) -> list[str]:
+    """Returns ``NAME=`` for the parameters of the method that was typed, for shell completion."""
+    from streammerge.errors import RecipeError
+    from streammerge.methods.registry import find_method
+
+    try:
+        method = find_method(context.params.get("method") or "linear")
+    except RecipeError:
+        return []
+    return [f"{name}=" for name in method.parameters if name.startswith(begun)]
+
+
+_COMPLETIONS = {
+    "method": complete_method,
+    "executor": complete_executor,
+    "parameters": complete_parameter,
+    "dtype": complete_dtype,
+    "out_dtype": complete_dtype,
+}
+
+
+def _heading(group: type[Options]) -> str:
+    """Returns the first sentence of the docstring of a class of options."""
+    return (group.__doc__ or "Options").partition(".")[0]
+
+
+def _click_option(each: Option, heading: str) -> Callable[[Command], Command]:
     kind = each.kind
-    form: dict[str, Any] = {"metavar": each.metavar or None, "shell_complete": _COMPLETIONS.get(each.name)}
+    named = type("Option", (_Option,), {"heading": heading})
+    form: dict[str, Any] = {"cls": named, "metavar": each.metavar or None, "shell_complete": _COMPLETIONS.get(each.name)}
     if kind is not None and kind.flag:
         form |= {"is_flag": True, "default": None if each.default is None else False}
     elif kind is not None and kind.many:
@@ -57,7 +121,7 @@ def _click_option(each: Option) -> Callable[[Command], Command]:
     else:
         form |= {"type": _TYPES.get(each.annotation, str), "default": each.default}
     name = each.name if each.short else f"{'no_' * each.negated}{each.name}"
-    return click.option(each.flag, name, help=_help(each), **form)
+    return click.option(*filter(None, (each.letter, each.flag)), name, help=_help(each), **form)
 
 
 _TYPES = {"int": int, "int | None": int, "float | None": float}
@@ -78,10 +142,12 @@ inputs = click.argument("inputs", nargs=-1, required=True, type=click.Path(), me
 
 
 def out(required: bool = True) -> Callable[[Command], Command]:
+    """Decorates a command with the option for its output. ``required``: whether the help lists it first."""
     return click.option(
         "-o",
         "--out",
-        required=required,
+        "out",
+        cls=type("Option", (_Option,), {"heading": "Required" if required else "Options"}),
         type=click.Path(),
         metavar="OUT",
         help="x.safetensors, x.pth (.pt, .ckpt, .bin, .th), or a folder.",
@@ -89,8 +155,21 @@ def out(required: bool = True) -> Callable[[Command], Command]:
 
 
 def report(*forms: str, note: str = "") -> Callable[[Command], Command]:
-    """Decorates a command with the option for the form of its report."""
-    return click.option("--format", "form", type=click.Choice(forms), default="human", help=f"How to report{note}.")
+    """Decorates a command with the options for the form of its report: ``--format``, and ``-q`` if it can be quiet."""
+
+    def apply(command: Command) -> Command:
+        @wraps(command)
+        def reported(*args: Any, quiet: bool = False, **more: Any) -> Any:
+            return command(*args, **(more | {"form": "quiet"} if quiet else more))
+
+        if "quiet" in forms:
+            flag = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors: --format quiet.")
+            reported = flag(reported)
+        return click.option("--format", "form", type=click.Choice(forms), default="human", help=f"How to report{note}.")(
+            reported
+        )
+
+    return apply
 
 
 debug = click.option("--debug", is_flag=True, help="Show the traceback of an error.")

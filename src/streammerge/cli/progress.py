@@ -11,12 +11,14 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
+from streammerge.cli.flags import as_flags
 from streammerge.cli.signals import Stopped, stop_if_asked
 from streammerge.cli.terminal import say
 from streammerge.errors import printable
 from streammerge.events import (
     Event,
     Hashed,
+    Preparing,
     Published,
     Resumed,
     RunFinished,
@@ -25,6 +27,7 @@ from streammerge.events import (
     Suspended,
     Syncing,
     TaskDone,
+    Told,
 )
 from streammerge.running.process import resident_bytes
 from streammerge.units import binary_bytes, decimal_bytes
@@ -36,20 +39,29 @@ class _Log:
     """Replaces the bar in logs: prints the progress every half minute."""
 
     def __init__(self, total: int) -> None:
-        self._total, self._done, self._more = total, 0, ""
+        self._total, self._done, self._skipped, self._more = total, 0, 0, ""
         self._began = self._said = time.monotonic()
 
     def update(self, nbytes: int) -> None:
         self._done, now = self._done + nbytes, time.monotonic()
         if now - self._said >= _LOG_SECONDS:
-            share, rate = self._done / max(self._total, 1), self._done / max(now - self._began, 1e-9)
+            share, read = self._done / max(self._total, 1), self._done - self._skipped
+            rate = read / max(now - self._began, 1e-9)
             say(f"{share:4.0%} of {decimal_bytes(self._total)} read, {decimal_bytes(rate)}/s{self._more}", err=True)
             self._said = now
+
+    def skip(self, nbytes: int) -> None:
+        """Counts bytes that an earlier run has read: as done, not in the rate."""
+        self._done += nbytes
+        self._skipped += nbytes
 
     def set_postfix_str(self, text: str, refresh: bool = True) -> None:  # noqa: ARG002 - same signature as tqdm's
         self._more = f", {text}"
 
     def set_description_str(self, text: str, refresh: bool = True) -> None:
+        pass
+
+    def clear(self) -> None:
         pass
 
     def close(self) -> None:
@@ -67,11 +79,16 @@ class Progress:
         self._startup = 0
         self._budget = ""
         self._outcome: str | None = None
+        self._status_shown = ""
+        self.told: set[tuple[str, str]] = set()
+        """What was said already: kind and text."""
 
     def __enter__(self) -> Progress:
+        self._status("reading headers")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._status("")
         if self._bar is not None:
             self._bar.close()
         if self._outcome is not None and isinstance(error, Stopped):
@@ -89,19 +106,39 @@ class Progress:
             # a conversion may run before the merge
             self._outcome = None if isinstance(event, RunStarted) else self._outcome
             stop_if_asked()
+        if isinstance(event, Told) and self._said:
+            self._tell(event)
         if self._json:
             print(json.dumps({"event": type(event).__name__, **asdict(event)}), file=sys.stderr, flush=True)
         if self._bar_wanted:
             self._draw(event)
 
+    def _status(self, text: str) -> None:
+        """Shows what is done before the bar is there, on a line of a terminal that the next one replaces."""
+        if self._bar_wanted and sys.stderr.isatty() and (text or self._status_shown):
+            blank = " " * len(self._status_shown)
+            sys.stderr.write(f"\r{blank}\r{text}")
+            sys.stderr.flush()
+            self._status_shown = text
+
+    def _tell(self, event: Told) -> None:
+        self.told.add((event.kind, event.text))
+        self._status("")
+        if self._bar is not None:
+            self._bar.clear()
+        say(f"{event.kind}: {as_flags(event.text)}", err=True)
+
     def _draw(self, event: Event) -> None:
-        if isinstance(event, RunStarted):
+        if isinstance(event, Preparing):
+            self._status(f"loading {event.what}")
+        elif isinstance(event, RunStarted):
+            self._status("")
             self._startup, self._budget = resident_bytes(), binary_bytes(event.memory_bytes)
             self._bar = _bar(event.read_bytes) if sys.stderr.isatty() else _Log(event.read_bytes)
         elif self._bar is None:
             return
         elif isinstance(event, Resumed):
-            self._bar.update(event.read_bytes)
+            self._bar.skip(event.read_bytes)
         elif isinstance(event, Hashed):
             self._bar.set_description_str(f"hashing {printable(event.name, 40)}")
         elif isinstance(event, TaskDone):
@@ -121,7 +158,14 @@ class Progress:
 def _bar(total: int) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=total, unit="B", unit_scale=True, leave=False, dynamic_ncols=True, smoothing=0.1)
+    class Bar(tqdm):  # type: ignore[type-arg]
+        def skip(self, nbytes: int) -> None:
+            """Counts bytes that an earlier run has read: as done, not in the rate."""
+            self.initial += nbytes
+            self.n += nbytes
+            self.refresh()
+
+    return Bar(total=total, unit="B", unit_scale=True, leave=False, dynamic_ncols=True, smoothing=0.1)
 
 
 def _command() -> str:

@@ -18,7 +18,7 @@ from streammerge.sources.base import Source
 from streammerge.sources.deflated import Deflated
 from streammerge.sources.strided import Strided
 from streammerge.strict_json import load_json
-from streammerge.units import binary_bytes, decimal_bytes
+from streammerge.units import binary_bytes, counted, decimal_bytes
 
 if TYPE_CHECKING:
     from streammerge.running.execution import Result
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 def result_text(result: Result) -> str:
     """Returns the last lines of a run: the output, the speed, the memory."""
     tensors = len(result.plan.tasks)
-    files = len(result.plan.layout.files) + len(result.plan.layout.side_files)
-    what = f"{tensors} tensors" + (f" in {files} files" if result.plan.layout.as_folder else "")
+    files = sum(bool(file.offsets) for file in result.plan.layout.files)
+    what = f"{tensors} tensors" + (f" in {counted(files, 'file')}" if result.plan.layout.as_folder else "")
     speed = (result.read_bytes + result.written_bytes) / max(result.seconds, 1e-9)
     return "\n".join(
         [
@@ -108,6 +108,7 @@ def index_json(index: CheckpointIndex, tensors: bool) -> dict[str, Any]:
         "classes": index.classes() if index.extras is not None else [],
         "executed": False,
         "notes": index.notes,
+        "warnings": index.warnings,
     }
     if tensors:
         shown["entries"] = {
@@ -140,7 +141,9 @@ def _held(index: CheckpointIndex) -> _Rows:
     count = f" in {len(index.files)} files" if len(index.files) > 1 else ""
     yield "format", f"{index.format}, {decimal_bytes(_total_bytes(index))}{count}"
     held = f"{len(index.entries)} tensors, {index.numel:,} parameters, {decimal_bytes(index.nbytes)}"
-    yield "state dict", f"{printable(selection.label)}: {held}"
+    yield ("tensors", held) if index.parts else ("state dict", f"{printable(selection.label)}: {held}")
+    for name, part in index.parts.items():
+        yield "model", f"{printable(name) or '(the folder itself)'}: {len(part)} tensors, {decimal_bytes(part.nbytes)}"
     yield "dtypes", ", ".join(f"{name} {count}" for name, count in _dtypes(index).most_common())
     training: Counter[str] = Counter()
     for other in selection.candidates:
@@ -180,6 +183,8 @@ def _safety(index: CheckpointIndex) -> _Rows:
         yield "classes", listed(classes, 12)
     for note in index.notes:
         yield "note", as_flags(note)
+    for warning in index.warnings:
+        yield "warning", as_flags(warning)
     if index.extras is not None:
         yield "safety", "nothing was executed or imported"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -41,16 +42,17 @@ def show_plan(plan: Plan, form: str) -> None:
         say(as_flags(str(plan)))
 
 
-def report(result: Result, form: str) -> None:
+def report(result: Result, form: str, told: Collection[tuple[str, str]] = ()) -> None:
+    """Reports a run. ``told``: the notes and warnings, by kind and text, that were said while it ran."""
     from streammerge.cli import render
 
     if form == "json":
         click.echo(as_json(render.result_json(result)))
     elif form == "human":
-        for note in result.notes:
-            say(f"note: {as_flags(note)}", err=True)
-        for warning in result.warnings:
-            say(f"warning: {as_flags(warning)}", err=True)
+        for kind, texts in (("note", result.notes), ("warning", result.warnings)):
+            for text in texts:
+                if (kind, text) not in told:
+                    say(f"{kind}: {as_flags(text)}", err=True)
         say(render.result_text(result))
 
 

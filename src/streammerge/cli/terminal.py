@@ -22,12 +22,18 @@ def width() -> int:
 
 
 def say(text: str, err: bool = False) -> None:
-    """Prints lines on stdout, or on stderr."""
+    """Prints lines on stdout, or on stderr. Raises OSError, which names the stream, if they cannot be written."""
     stream = sys.stderr if err else sys.stdout
     if stream.isatty():
         columns = _columns()
         text = "\n".join(_coloured(_wrapped(line, columns)) for line in text.split("\n"))
-    click.echo(text, err=err)
+    try:
+        click.echo(text, err=err)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a full disk behind a redirection is not the disk of the output
+        name = "stderr" if err else "stdout"
+        raise OSError(error.errno, f"cannot print: {error.strerror}", name) from error
 
 
 def _columns() -> int:

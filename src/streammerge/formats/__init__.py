@@ -8,6 +8,8 @@ Each module imports only modules above it::
     torch_zip
     torch_legacy
     torch_tar
+    plain_pickle        a pickle of numpy's arrays
+    distributed         refusal of checkpoints in parts of several ranks
     folder              shards with an index, or one checkpoint among side files
     detect              the format of a file, by its content
     safetensors_writer  a safetensors file larger than memory, written in any order

@@ -14,6 +14,8 @@ from streammerge.sources.deflated import Record
 
 MOST_INFLATED_BYTES = 32 << 20
 _LOCAL = b"PK\3\4"
+END, END_BYTES = b"PK\5\6", 22
+"""How the last record of a zip archive begins, and its length without a comment."""
 
 
 def matches(head: bytes) -> bool:
@@ -28,7 +30,7 @@ def first_name(head: bytes) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A record. Its bytes are at ``offset``; a compressed record is unpacked from ``deflated``."""
+    """A record. Its bytes are at ``offset``; the bytes of a compressed one are unpacked from ``record``."""
 
     name: str
     offset: int
@@ -43,7 +45,8 @@ class Member:
 def members(stream: BinaryIO, where: str) -> dict[str, Member]:
     """Returns the records by name. Raises FormatError if the directory is damaged or false."""
     try:
-        infos = zipfile.ZipFile(stream).infolist()
+        archive = zipfile.ZipFile(stream)
+        infos = archive.infolist()
     except (
         zipfile.BadZipFile,
         NotImplementedError,
@@ -57,6 +60,7 @@ def members(stream: BinaryIO, where: str) -> dict[str, Member]:
             f"{where}: its zip directory cannot be read ({printable(error)}); it is truncated or damaged"
         ) from error
     end = stream.seek(0, io.SEEK_END)
+    _refuse_surroundings(stream, archive, end, where)
     found: dict[str, Member] = {}
     for info in infos:
         name = printable(info.filename)
@@ -73,6 +77,23 @@ def members(stream: BinaryIO, where: str) -> dict[str, Member]:
         found[info.filename] = _place(stream, info, end, where)
     _check_overlap(found, where)
     return found
+
+
+def _refuse_surroundings(stream: BinaryIO, archive: zipfile.ZipFile, end: int, where: str) -> None:
+    """Raises FormatError for bytes before the first record, or behind the directory. torch finds other records there."""
+    before = min((info.header_offset for info in archive.infolist()), default=0)
+    if before:
+        raise FormatError(
+            f"{where}: {before} bytes stand before its zip archive, as where archives are joined, or where a file is one "
+            "rank's part of a distributed checkpoint; torch.load does not read it either, so save it again"
+        )
+    last = end - len(archive.comment) - END_BYTES
+    stream.seek(max(last, 0))
+    if stream.read(len(END)) != END:
+        raise FormatError(
+            f"{where}: bytes stand behind its zip archive; something was written to its end, or the download is damaged; "
+            "fetch it or save it again"
+        )
 
 
 def _place(stream: BinaryIO, info: zipfile.ZipInfo, end: int, where: str) -> Member:

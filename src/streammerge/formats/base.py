@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,13 +16,14 @@ from streammerge.stores.base import Location
 from streammerge.tensors.spec import TensorSpec, is_contiguous
 
 MOST_EXPANDED_BYTES = 64 << 20
+_INDEX_NAME = re.compile(r"\.index(\.[\w-]+)?\.json$")
 Match = bool | OneOf["unless another"]
 """Whether a file is of a format. "unless another": it may be, and every other format is asked first."""
 
 
 @dataclass(frozen=True, slots=True)
 class StorageBytes:
-    """The place of one torch storage's bytes. For a compressed record, ``offset`` is 0 within ``deflated``."""
+    """The place of one torch storage's bytes. In a compressed record they begin at ``offset`` 0 of its unpacked bytes."""
 
     path: Location
     offset: int
@@ -34,12 +36,44 @@ class StorageBytes:
         return self.record.span if self.record else (self.offset, self.nbytes)
 
 
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a folder stores a checkpoint: the names of its files.
+
+    ``stem``, ``variant`` and ``ending``: the parts of a name such as ``model.fp16-00001-of-00002.safetensors``. ``index``:
+    the name of its index, "" without one. ``files``: the names of its files with tensors, as paths below the folder.
+    """
+
+    stem: str
+    ending: str
+    variant: str = ""
+    index: str = ""
+    files: tuple[str, ...] = ()
+
+    def named(self, number: int = 1, count: int = 1) -> str:
+        """Returns the name of one of ``count`` files. ``number`` counts from 1."""
+        name = f"{self.stem}.{self.variant}" if self.variant else self.stem
+        return f"{name}{self.ending}" if count == 1 else f"{name}-{number:05}-of-{count:05}{self.ending}"
+
+    def index_name(self) -> str:
+        """Returns the name of an index of several files, as transformers and diffusers call it."""
+        return self.index or f"{self.stem}{self.ending}.index{f'.{self.variant}' if self.variant else ''}.json"
+
+
+def is_index(name: str) -> bool:
+    """Whether a file is an index of shards, by its name."""
+    return _INDEX_NAME.search(name) is not None
+
+
 @dataclass(slots=True)
 class Container:
     """A checkpoint on the disk: the inert tree, and the places of its storages. No tensor was read.
 
     ``pickled``: the tree comes from a pickle; tensors may share storages and be beside other data. Otherwise the tree
-    maps names to tensors (:func:`flat_tensor`). ``held_bytes``: bytes of pickles, whose data is in the tree.
+    maps names to tensors (:func:`flat_tensor`). ``held_bytes``: bytes of pickles, whose data is in the tree. ``arrays``:
+    the sources of numpy's arrays, whose bytes lie in the pickle. ``form``: how a folder stores it. ``parts``: subfolder ->
+    its container, "" for the folder's own weights, where a folder holds several models that belong together; then the tree
+    is empty. ``warnings``: what may be wrong with the checkpoint.
     """
 
     path: Location
@@ -52,19 +86,25 @@ class Container:
     pickled: bool = False
     magic: bytes = b"PK"
     held_bytes: int = 0
+    arrays: list[Source] = field(default_factory=list)
+    form: Form | None = None
+    parts: dict[str, Container] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     def tensor_spans(self) -> dict[Location, list[tuple[int, int]]]:
         """Returns the spans of tensors' bytes in each file, as sorted (offset, bytes). All other bytes are headers."""
         spans: dict[Location, list[tuple[int, int]]] = {path: [] for path in self.files}
+        for part in self.parts.values():
+            spans |= part.tensor_spans()
         for store in self.storages.values():
             spans[store.path].append(store.span)
         near, there = None, list[tuple[int, int]]()  # the file of the tensor before; a path's hash takes its time
-        for ref in self.tree.values() if isinstance(self.tree, dict) else ():
-            if isinstance(ref, TensorRef) and ref.entry is not None:
-                for path, offset, nbytes in ref.entry.blobs:
-                    if path is not near:
-                        near, there = path, spans[path]
-                    there.append((offset, nbytes))
+        flat = self.tree.values() if isinstance(self.tree, dict) else ()
+        for entry in (*self.arrays, *(ref.entry for ref in flat if isinstance(ref, TensorRef))):
+            for path, offset, nbytes in entry.blobs if entry is not None else ():
+                if path is not near:
+                    near, there = path, spans[path]
+                there.append((offset, nbytes))
         return {path: sorted(dict.fromkeys(span for span in found if span[1])) for path, found in spans.items()}
 
     def locate(self, name: str, ref: TensorRef) -> Source:

@@ -9,13 +9,16 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from streammerge.errors import FormatError, RecipeError, printable
-from streammerge.formats.base import Container, Format
+from streammerge.formats import archive
+from streammerge.formats.base import Container, Format, is_index
+from streammerge.formats.distributed import refuse_part
 from streammerge.plugins import Registry, module_names
 from streammerge.stores.base import Location
 
 _HEAD_BYTES = 512
+_SHORT_TEXT_BYTES = 200
 _ROOM = "streammerge.formats"
-_HELPERS = ("archive", "base", "detect", "folder", "safetensors_writer")
+_HELPERS = ("archive", "base", "detect", "distributed", "folder", "safetensors_writer")
 """The modules beside this one that are no format, so that looking at a file imports only the formats that are asked."""
 _OTHERS: tuple[tuple[bytes, str], ...] = (
     (b"GGUF", "a GGUF file, whose weights are quantised for llama.cpp; give the original safetensors"),
@@ -31,7 +34,7 @@ _OTHERS: tuple[tuple[bytes, str], ...] = (
 
 def read(path: Location) -> Container:
     """Returns the container of a file or folder. Raises FormatError that names what was found instead."""
-    if not path.is_folder() and not path.name.endswith(".index.json"):
+    if not path.is_folder() and not is_index(path.name):
         return read_file(path)
     from streammerge.formats import folder
 
@@ -40,6 +43,7 @@ def read(path: Location) -> Container:
 
 def read_file(path: Location) -> Container:
     """Returns the container of a single file. Raises FormatError."""
+    refuse_part(path)
     size = path.size
     with path.stream() as stream:
         head = stream.read(min(_HEAD_BYTES, size))  # files of the kernel have size 0, and some never end
@@ -51,7 +55,8 @@ def read_file(path: Location) -> Container:
         likely = format if matches and likely is None else likely
     if likely is not None:
         return likely.read(path)
-    raise FormatError(f"{printable(path)} {_what(head, size)}")
+    end = path.read(max(size - archive.END_BYTES, 0), min(size, archive.END_BYTES))
+    raise FormatError(f"{printable(path)} {_what(head, size, end)}")
 
 
 def _formats() -> Iterator[Format]:
@@ -94,7 +99,7 @@ def file_format(name: str, *, replace: bool = False) -> Callable[[Reader], Reade
     return mark
 
 
-def _what(head: bytes, size: int) -> str:
+def _what(head: bytes, size: int, end: bytes) -> str:
     if not size:
         return "is empty (0 bytes); the download or the save did not finish"
     if head.startswith(b"version https://git-lfs"):
@@ -108,12 +113,21 @@ def _what(head: bytes, size: int) -> str:
     for magic, what in _OTHERS:
         if head.startswith(magic):
             return f"is {what}"
-    if head[:1] == b"\x80" and head[1:2] in (b"\0", b"\1", b"\2", b"\3", b"\4", b"\5"):
-        return "is a plain pickle, not written by torch.save; load it in Python and torch.save its state dict"
+    if re.match(rb"\x80[\0\1]|\(d[pq]|\}q|ccollections\nOrderedDict\n", head):
+        return "is a plain pickle of an old protocol; load it in Python and pickle it again with protocol 2 or higher"
+    if end.startswith(archive.END):
+        return "has bytes before its zip archive, so torch.load does not read it either; save it again"
     if re.match(rb"\s*[{\[]", head):
-        return "is a JSON text, not a checkpoint"
+        return f"is a JSON text, not a checkpoint{_quoted(head, size)}"
     if len(head) >= 16 and head[8:9] == b"{":
         return "begins like safetensors, but its header length is impossible; it is damaged"
-    if re.fullmatch(rb"[\t\n\r\x20-\x7e\x80-\xff]+", head) and b"\n" in head:
-        return "is a text file, not a checkpoint"
+    short = size <= _SHORT_TEXT_BYTES and re.fullmatch(rb"[\t\n\r\x20-\x7e]+", head)
+    if short or (re.fullmatch(rb"[\t\n\r\x20-\x7e\x80-\xff]+", head) and b"\n" in head):
+        return f"is a text file, not a checkpoint{_quoted(head, size)}"
     return f"is not a checkpoint of a known format (it begins with {head[:8].hex(' ')})"
+
+
+def _quoted(head: bytes, size: int) -> str:
+    """Quotes a short text, which may say why a download failed."""
+    text = printable(head.decode("utf-8", "replace").strip())
+    return f": {text!r}; fetch it again" if size <= _SHORT_TEXT_BYTES else ""

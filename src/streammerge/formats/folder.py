@@ -1,159 +1,376 @@
-"""Checkpoints that are folders: shards with an index, or one checkpoint among its side files.
+"""Checkpoints that are folders: shards with or without an index, one file among others, or several models.
 
-A name in an index is a plain file name, so it stays in the folder. A link in the folder belongs to the user and is
-followed (:func:`streammerge.stores.files.file_status`). It is an error if a shard is absent, if a tensor is not in the
-shard that the index names, or if two shards hold the same tensor.
+What a folder holds is read as loaders read it. An index says which files belong to a checkpoint; loaders read every tensor
+in these files. A folder whose ``model_index.json`` or ``modules.json`` names subfolders holds several models. A name in an
+index leads to a file below the folder. A link in the folder belongs to the user and is followed
+(:func:`streammerge.stores.files.file_status`).
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 from streammerge.errors import FormatError, StreammergeError, listed, printable
-from streammerge.formats.base import Container, StorageBytes
+from streammerge.formats.base import Container, Form, is_index
+from streammerge.formats.distributed import refuse_distributed
 from streammerge.options import RECEIPT_FILE, RECIPE_FILE
 from streammerge.pickles.state_dict import select
 from streammerge.pickles.tree import StorageRef, TensorRef
 from streammerge.stores.base import Location
+from streammerge.stores.names import MOST_PARTS, is_inner
 from streammerge.strict_json import load_json
-from streammerge.tensors.conventions import CHECKSUM_FILES
+from streammerge.tensors.conventions import (
+    ADAPTERS,
+    CHECKSUM_FILES,
+    EXPORT_FILES,
+    EXPORT_FOLDERS,
+    INDEX_FIRST,
+    PIPELINES,
+    TRAINING_FILES,
+    TRAINING_FOLDERS,
+    WEIGHT_FILES,
+    WEIGHTS_KEY,
+)
 
 MAX_INDEX_BYTES = 256 << 20
-_MOST_SIDE_FILE_BYTES = 128 << 20
-_INDEX_ENDING = ".index.json"
-_PREFERRED = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-    "model.pth",
-    "model.pt",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-)
+_MOST_SHARDS = 10_000
 _WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".th", ".tar")
-_TRAINING = ("training_args.bin", "optimizer", "scheduler", "scaler", "rng_state", "random_states", "trainer_state.json")
-_NOT_COPIED = (".gguf", ".onnx", ".msgpack", ".h5", ".ot", ".tflite", ".distcp", ".gitattributes", ".lock")
-
-_OWN_WEIGHTS = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+_KNOWN = {(stem, ending): rank for rank, (stem, ending, _) in enumerate(WEIGHT_FILES)}
+STEMS = {stem for stem, _, _ in WEIGHT_FILES}
+_STEM = "|".join(re.escape(stem) for stem in sorted(STEMS, key=len, reverse=True))
+_ENDING = r"(?P<ending>\.(safetensors|bin|pth|pt|ckpt|th|tar))"
+_KNOWN_NAME = re.compile(rf"(?P<stem>{_STEM})(\.(?P<variant>[\w-]+?))?(-(?P<number>\d+)-of-(?P<count>\d+))?{_ENDING}")
+_ANY_NAME = re.compile(rf"(?P<stem>.+?)(?P<variant>)(-(?P<number>\d+)-of-(?P<count>\d+))?{_ENDING}")
+_INDEX = re.compile(rf"(?P<stem>.+?){_ENDING}?(\.(?P<old>[\w-]+))?\.index(\.(?P<variant>[\w-]+))?\.json")
+_TRAINING_FILE, _TRAINING_FOLDER = re.compile(TRAINING_FILES), re.compile(TRAINING_FOLDERS)
+_EXPORT = re.compile("|".join(f"({pattern})" for pattern in EXPORT_FILES))
+_OWN_WEIGHTS = re.compile(r"(model|pytorch_model|diffusion_pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 
 ReadFile = Callable[[Location], Container]
 
 
-def read(folder: Location, read_file: ReadFile) -> Container:
-    """Returns the container of a checkpoint folder. If it has several forms, takes the one that transformers takes.
+# ------------------------------------------------------------------------------------------------------------ reading
 
-    Raises FormatError; for forms that are not read yet, it names the command to run.
+
+def read(folder: Location, read_file: ReadFile) -> Container:
+    """Returns the container of a checkpoint folder. If it has several forms, takes the one that its loader takes.
+
+    Raises FormatError; for forms that are not read, it names the command to run.
     """
-    present = {p.name for p in folder.children()}
-    names = [n for n in present if n.endswith(_WEIGHTS) and not n.startswith((*_TRAINING, "."))]
-    indexes = sorted(n for n in present if n.endswith(_INDEX_ENDING))
-    chosen = [n for n in _PREFERRED if n in present][:1] or indexes[:1]
-    if chosen and chosen[0] in indexes:
-        return read_sharded(folder / chosen[0], read_file)
-    if not chosen:
-        _refuse_distributed(folder)
-        chosen = names
-    if len(chosen) != 1:
-        what = f"several checkpoints ({listed(sorted(chosen))}); give one of them" if chosen else "no checkpoint"
-        raise FormatError(f"{printable(folder)} holds {what}")
-    container = read_file(inside(folder, chosen[0]))
-    if len(names) > 1:
+    names, pipeline = declared(folder)
+    parts = {name: _read_own(folder / name, read_file) for name in names if name}
+    if not parts:
+        return _read_own(folder, read_file)
+    if "" in names and _forms(folder):
+        parts = {"": _read_own(folder, read_file), **parts}
+    files = tuple(dict.fromkeys(file for part in parts.values() for file in part.files))
+    made = Container(folder, f"{pipeline} of {len(parts)} models", {}, {}, files, parts=parts)
+    for part in parts.values():
+        made.notes += part.notes
+        made.warnings += part.warnings
+        made.held_bytes += part.held_bytes
+    made.metadata = next(iter(parts.values())).metadata
+    return made
+
+
+def declared(folder: Location) -> tuple[list[str], str]:
+    """Returns the subfolders with weights that a folder declares as parts of one model, and what such a folder is called.
+
+    "" stands for the folder itself. A declared subfolder that only has subfolders with weights stands for these.
+    """
+    for name, kind in zip(PIPELINES, ("pipeline", "folder"), strict=True):
+        path = folder / name
+        if path.is_file():
+            content = _json(path)
+            if kind == "pipeline" and isinstance(content, dict):
+                found = [key for key, value in content.items() if isinstance(value, list) and any(value)]
+                return [each for key in found for each in _with_weights(folder, key)], kind
+            if kind == "folder" and isinstance(content, list):
+                paths = [each.get("path") for each in content if isinstance(each, dict)]
+                found = [each.strip("/") for each in paths if isinstance(each, str)]
+                inner = [each for key in found if key for each in _with_weights(folder, key)]
+                return [*([""] if "" in found else []), *inner], kind
+    return [], ""
+
+
+def _with_weights(folder: Location, name: str, depth: int = 4) -> list[str]:
+    """Returns a subfolder if it has weights, else those of its subfolders that have weights."""
+    if name.startswith((".", "_")) or not is_inner(name) or not (folder / name).is_folder():
+        return []
+    if any((form.stem, form.ending) in _KNOWN for form in _forms(folder / name)):
+        return [name]
+    below = [each.name for each in (folder / name).children() if each.is_folder()] if depth else []
+    return [found for each in below for found in _with_weights(folder, f"{name}/{each}", depth - 1)]
+
+
+class _Found(NamedTuple):
+    """A form of a folder. ``rank``: its place in the order in which loaders look, None for a name that none looks for.
+    ``absent``: the names of its shards that are not there. ``weight_map``: tensor -> shard, by its index."""
+
+    form: Form
+    rank: tuple[int, ...] | None
+    absent: list[str]
+    weight_map: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        return self.form.index or self.form.files[0]
+
+
+def _forms(folder: Location) -> list[Form]:
+    """Returns the forms of the weights in a folder, without looking into its indexes."""
+    return [form for form, _ in _grouped([path.name for path in folder.children()])]
+
+
+def _grouped(names: list[str]) -> list[tuple[Form, list[int]]]:
+    """Groups names of weights and of indexes to forms. With the numbers of the shards of a set."""
+    forms: dict[tuple[str, str, str, int], tuple[list[str], list[int]]] = {}
+    made: list[tuple[Form, list[int]]] = []
+    for name in names:
+        if is_index(name):
+            made.append((_form_of_index(name), []))
+        elif is_weights(name):
+            parsed = _parsed(name)
+            key = (parsed["stem"], parsed["ending"], parsed["variant"] or "", int(parsed["count"] or 0))
+            files, numbers = forms.setdefault(key, ([], []))
+            files.append(name)
+            numbers.append(int(parsed["number"] or 0))
+    for (stem, ending, variant, count), (files, numbers) in forms.items():
+        made.append((Form(stem, ending, variant, "", tuple(files)), numbers if count else []))
+    return made
+
+
+def _parsed(name: str) -> re.Match[str]:
+    parsed = _KNOWN_NAME.fullmatch(name) or _ANY_NAME.fullmatch(name)
+    if parsed is None:
+        raise ValueError(f"{name!r} is no name of weights")
+    return parsed
+
+
+def is_weights(name: str) -> bool:
+    """Whether a name is one of a file of weights, and not one of a trainer's state."""
+    return name.endswith(_WEIGHTS) and not name.startswith(".") and not _TRAINING_FILE.fullmatch(name)
+
+
+def _found(folder: Location) -> list[_Found]:
+    """Returns the forms of a folder in the order in which its loader looks for them. Those of unknown names come last."""
+    found = []
+    config = folder / "config.json"
+    content = _json(config) if config.is_file() else None
+    wanted = content.get(WEIGHTS_KEY) if isinstance(content, dict) else None
+    for form, numbers in _grouped([path.name for path in folder.children()]):
+        known = _KNOWN.get((form.stem, form.ending))
+        kind = 0 if bool(form.index) == (form.stem in INDEX_FIRST) and not numbers else 2 if numbers else 1
+        rank: tuple[int, ...] | None = None if known is None else (bool(form.variant), known, kind)
+        if wanted and wanted in (form.index, *form.files):
+            rank = ()
+        if not form.index:
+            found.append(_Found(form, rank, _lacking(form, numbers), {}))
+            continue
+        try:
+            weight_map = _weight_map(folder / form.index)
+        except FormatError:  # raised again if this index is the one to be read
+            found.append(_Found(form, rank, [], {}))
+            continue
+        form = _indexed(form, weight_map)
+        absent = [shard for shard in form.files if _is_safe(shard) and not (folder / shard).lexists()]
+        found.append(_Found(form, rank, absent, weight_map))
+    named = {file for each in found if each.form.index for file in each.form.files}
+    found = [each for each in found if each.form.index or named.isdisjoint(each.form.files)]
+    return sorted(found, key=lambda each: (each.rank is None, each.rank or ()))
+
+
+def _indexed(form: Form, weight_map: dict[str, str]) -> Form:
+    """Returns the form with the files that its index names."""
+    files = tuple(sorted(set(weight_map.values())))
+    ending = form.ending or next((each for each in _WEIGHTS if files[0].endswith(each)), "")
+    return replace(form, files=files, ending=ending)
+
+
+def _lacking(form: Form, numbers: list[int]) -> list[str]:
+    """Returns the names of the shards that a set without an index lacks."""
+    if not numbers:
+        return []
+    example = _parsed(form.files[0])
+    count, (begin, end), name = int(example["count"]), example.span("number"), example.string
+    first, there = 0 if 0 in numbers else 1, set(numbers)
+    wanted = (number for number in range(first, first + min(count, _MOST_SHARDS)) if number not in there)
+    return [f"{name[:begin]}{number:0{end - begin}}{name[end:]}" for number in wanted]
+
+
+def _read_own(folder: Location, read_file: ReadFile) -> Container:
+    """Returns the container of the weights directly in a folder."""
+    where, found = printable(folder), _found(folder)
+    known = [each for each in found if each.rank is not None]
+    usable = [each for each in known or found if not each.absent]
+    if not known:
+        refuse_distributed(folder)
+    if not found:
+        raise FormatError(f"{where} holds no checkpoint{_below(folder)}")
+    if not usable:
+        first = (known or found)[0]
+        named = f", named by {printable(first.form.index)}," if first.form.index else ""
+        raise FormatError(f"{where}: {listed(first.absent)}{named} is absent; the download is not complete")
+    if not known:  # an index or a set of shards says more than the name of a file
+        several = [each for each in usable if each.form.index] or [each for each in usable if len(each.form.files) > 1]
+        usable = several or usable
+    taken = usable[0]
+    alike = [each.name for each in usable if each.rank == taken.rank]
+    if len(alike) > 1:
+        raise FormatError(f"{where} holds several checkpoints ({listed(sorted(alike))}); give one of them")
+    _refuse_slices(folder, taken.form)
+    container = _read_form(folder, taken, read_file)
+    for each in known[: known.index(taken)] if known else ():
         container.notes.append(
-            f"{printable(folder)}: {printable(chosen[0])} was taken; "
-            f"the folder also holds {listed(sorted(set(names) - set(chosen)))}"
+            f"{where}: {printable(taken.name)} was taken and {printable(each.name)} was not, since it is not complete: "
+            f"{listed(each.absent)} is absent"
+        )
+    others = {file for each in found for file in ([each.form.index] if each.form.index else each.form.files)}
+    others -= {*taken.form.files, taken.form.index}
+    if others:
+        container.notes.append(
+            f"{where}: {printable(taken.name)} was taken; the folder also holds {listed(sorted(others))}"
         )
     return container
 
 
-def _refuse_distributed(folder: Location) -> None:
-    where = printable(folder)
-    names = [path.name for path in folder.children()]
-    if ".metadata" in names and any(name.endswith(".distcp") for name in names):
+def _refuse_slices(folder: Location, form: Form) -> None:
+    """Raises FormatError for weights that are cut into one file for each device, with a slice of each tensor in each."""
+    if form.stem == "consolidated.00" and (folder / f"consolidated.01{form.ending}").lexists():
         raise FormatError(
-            f"{where} is a torch.distributed.checkpoint folder, which is not read yet; run "
-            "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pth` and give the result"
+            f"{printable(folder)}: consolidated.00{form.ending} and the files after it each hold a slice of every "
+            "tensor; convert them to one checkpoint first, by the convert_llama_weights_to_hf.py of transformers"
         )
-    steps = [path for path in folder.children() if path.name.startswith("global_step") and path.is_folder()]
-    of_steps = [path.name for step in steps for path in step.children()]
-    here = any(name.endswith("_model_states.pt") or "zero_pp_rank_" in name for name in names)
-    if here or any(name.endswith("_states.pt") for name in of_steps):
-        raise FormatError(
-            f"{where} is a DeepSpeed checkpoint, which is not read yet; run the `zero_to_fp32.py` that DeepSpeed puts "
-            "into it (`python zero_to_fp32.py . OUTPUT`) and give the result"
-        )
+
+
+def _below(folder: Location) -> str:
+    """Returns a clause about subfolders that hold checkpoints."""
+    found = [path.name for path in folder.children() if path.is_folder() and not path.name.startswith(".") and _forms(path)]
+    return f"; its subfolders {listed(found)} do, so give one of them" if found else ""
+
+
+def _read_form(folder: Location, found: _Found, read_file: ReadFile) -> Container:
+    form = found.form
+    if form.index and not found.weight_map:
+        return read_sharded(folder / form.index, read_file)
+    if form.index:
+        return _together(folder, folder / form.index, form, found.weight_map, read_file)
+    if len(form.files) > 1:
+        container = _together(folder, folder, form, {}, read_file)
+        first, last = printable(form.files[0]), printable(form.files[-1])
+        container.notes.append(f"{printable(folder)} has no index; {first} to {last} are read as one checkpoint")
+        return container
+    container = read_file(inside(folder, form.files[0]))
+    container.form = form
+    return container
 
 
 def inside(folder: Location, name: Any) -> Location:
-    """Returns the path of a regular file in the folder, or of a link to one, by its plain name. Raises FormatError
-    otherwise."""
+    """Returns the path of a regular file below the folder, or of a link to one. Raises FormatError for any other name."""
     where = f"{printable(folder)}: {printable(name)}"
-    if (
-        not isinstance(name, str)
-        or not name
-        or name in (".", "..")
-        or any(c in name for c in "/\\\0:")
-        or name.startswith("~")
-    ):
+    if isinstance(name, str) and max(len(os.fsencode(printable(part, 1000))) for part in name.split("/")) > 255:
+        raise FormatError(f"{where} is longer than the name of a file can be")
+    if not isinstance(name, str) or not _is_safe(name):
         raise FormatError(f"{where} is not the name of a file in this folder; such an index is refused")
     path = folder / name
-    if len(os.fsencode(printable(name, 1000))) > 255:
-        raise FormatError(f"{where} is longer than the name of a file can be")
+    if path.parent != folder and path.parent.resolve() != folder.resolve() / path.parent.relative_to(folder):
+        raise FormatError(
+            f"{where} is not the name of a file in this folder, since it leads through a link; give the file itself"
+        )
     if not path.lexists():
         raise FormatError(f"{where} is absent; the download is not complete")
     path.status()
     return path
 
 
+def _is_safe(name: str) -> bool:
+    """Whether a name in an index can only be that of a file below the folder, on every system and in every store."""
+    return is_inner(name) and ":" not in name and not name.startswith("~")
+
+
 def read_sharded(index: Location, read_file: ReadFile) -> Container:
     """Returns the shards that an index names, as one container. Raises FormatError."""
-    where, folder = printable(index), index.parent
     weight_map = _weight_map(index)
-    shards = sorted(set(weight_map.values()))
+    form = _indexed(_form_of_index(index.name), weight_map)
+    return _together(index.parent, index, form, weight_map, read_file)
+
+
+def _form_of_index(name: str) -> Form:
+    parsed = _INDEX.fullmatch(name)
+    if parsed is None:
+        return Form(name, "", index=name)
+    stem, variant = parsed["stem"], parsed["variant"] or parsed["old"] or ""
+    return Form(stem, parsed["ending"] or "", variant, name)
+
+
+def _together(folder: Location, named: Location, form: Form, weight_map: dict[str, str], read_file: ReadFile) -> Container:
+    """Returns shards as one container. ``named``: the index, or the folder. ``weight_map``: tensor -> shard, by the index.
+
+    Takes every tensor in the shards, as loaders do. If a tensor is in several shards, the index decides.
+    """
+    where = printable(named)
     tree: dict[str, Any] = {}
-    storages: dict[str, StorageBytes] = {}
-    files, notes, extra, pickled = [index], [], [], False
-    holders: dict[str, str] = {}
-    metadata: dict[str, str] = {}
-    held_bytes = 0
-    for number, shard in enumerate(shards):
+    made = Container(folder, "", tree, {}, (named,) if form.index else (), form=form)
+    seen: dict[str, Iterable[str]] = {}
+    astray: dict[str, tuple[TensorRef, str]] = {}
+    twice, extra = list[str](), list[str]()
+    for number, shard in enumerate(form.files):
         container = read_file(inside(folder, shard))
-        pickled |= container.pickled
-        held_bytes += container.held_bytes
-        files += container.files
-        notes += container.notes
-        metadata = metadata or container.metadata
-        storages |= {f"{number}/{key}": place for key, place in container.storages.items()}
-        for name, ref in _tensors(container):
-            if name in holders:
-                both = f"{printable(holders[name])} and {printable(shard)}"
-                raise FormatError(f"{where}: the tensor {printable(name)} is in two shards, {both}")
-            holders[name] = shard
-            if name not in weight_map:
-                extra.append(name)
+        made.pickled |= container.pickled
+        made.held_bytes += container.held_bytes
+        made.files += container.files
+        made.notes += container.notes
+        made.metadata = made.metadata or container.metadata
+        made.storages |= {f"{number}/{key}": place for key, place in container.storages.items()}
+        tensors = _tensors(container)
+        seen[shard] = tensors.keys()
+        for name, ref in tensors.items():
+            wanted = weight_map.get(name)
+            if wanted is not None and wanted != shard:
+                astray.setdefault(name, (_renamed(ref, f"{number}/"), shard))
                 continue
-            if weight_map[name] != shard:
-                raise FormatError(
-                    f"{where} puts {printable(name)} into {printable(weight_map[name])}, but it is in {printable(shard)}"
-                )
+            if name in tree:
+                first = next(each for each, names in seen.items() if name in names)
+                both = f"{printable(first)} and {printable(shard)}"
+                raise FormatError(f"{where}: the tensor {printable(name)} is in two shards, {both}")
+            if wanted is None and form.index:
+                extra.append(name)
             tree[name] = _renamed(ref, f"{number}/")
-    absent = [name for name in weight_map if name not in holders]
-    if absent:
-        raise FormatError(f"{where} names tensors that its shards do not have: {listed(absent)}")
+    moved = []
+    for name, (ref, _) in astray.items():
+        if name in tree:
+            twice.append(name)
+        else:
+            tree[name] = ref
+            moved.append(name)
+    if twice:
+        made.notes.append(f"{where}: {listed(twice)} is in several shards; the one that the index names was taken")
+    if moved:
+        made.notes.append(f"{where} puts {listed(moved)} into another shard than the one that has it, where it was taken")
     if extra:
-        notes.append(f"{where} does not name {len(extra)} tensors of its shards, which are left out: {listed(extra)}")
-    kind = "sharded PyTorch" if pickled else "sharded safetensors"
-    return Container(folder, kind, tree, storages, tuple(files), metadata, notes, pickled, held_bytes=held_bytes)
+        made.notes.append(
+            f"{where} does not name {len(extra)} tensors of its shards, which loaders read too: {listed(extra)}"
+        )
+    absent = [name for name in weight_map if name not in tree]
+    if 2 * len(absent) > len(weight_map):
+        raise FormatError(f"{where} names tensors that its shards do not have: {listed(absent)}; it is of other shards")
+    if absent:
+        made.warnings.append(
+            f"{where} names tensors that no shard has: {listed(absent)}; a loader makes them anew, unless they are tied"
+        )
+    made.format = "sharded PyTorch" if made.pickled else "sharded safetensors"
+    return made
 
 
-def _tensors(container: Container) -> Iterable[tuple[str, TensorRef]]:
+def _tensors(container: Container) -> dict[str, TensorRef]:
     if not container.pickled:
-        return container.tree.items()  # type: ignore[no-any-return]
+        return container.tree  # type: ignore[no-any-return]
     try:
-        return [(found.name, found.ref) for found in select(container.tree).tensors]
+        return {found.name: found.ref for found in select(container.tree).tensors}
     except StreammergeError as error:
         raise type(error)(f"{printable(container.path)}: {error}") from error
 
@@ -180,42 +397,94 @@ def _weight_map(index: Location) -> dict[str, str]:
         raise FormatError(f"{where} has no weight_map")
     if not all(isinstance(shard, str) for shard in weight_map.values()):
         raise FormatError(f"{where}: its weight_map has names of files that are not text")
-    for shard in set(weight_map.values()):
-        inside(index.parent, shard)
+    if any(shard.startswith("./") for shard in set(weight_map.values())):
+        return {name: shard.removeprefix("./") for name, shard in weight_map.items()}
     return weight_map
+
+
+def _json(path: Location) -> Any:
+    """Returns the content of a JSON file, None if it cannot be read."""
+    try:
+        return load_json(path.read(0, path.size).decode("utf-8")) if path.size <= MAX_INDEX_BYTES else None
+    except ValueError:
+        return None
+
+
+# --------------------------------------------------------------------------------------------------------- other files
+
+FolderKind = Literal["side", "hidden", "training", "export", "linked", "deep"]
+FileKind = Literal["side", "hidden", "training", "export", "checksums", "index", "weights", "ours"]
+
+
+def kind_of_folder(path: Location, name: str) -> FolderKind:
+    """Returns what a subfolder is. ``name``: its path below the checkpoint's folder."""
+    own = path.name
+    if own.startswith("."):
+        return "hidden"
+    if _TRAINING_FOLDER.fullmatch(own.lower()):
+        return "training"
+    if own.lower() in EXPORT_FOLDERS:
+        return "export"
+    if path.resolve() != path.parent.resolve() / own:
+        return "linked"
+    return "deep" if name.count("/") + 2 > MOST_PARTS else "side"
+
+
+def kind_of_file(name: str) -> FileKind:
+    """Returns what a file in a checkpoint's folder is, by its own name."""
+    if name.startswith(".") or name.endswith(".lock"):
+        return "hidden"
+    if name in (RECIPE_FILE, RECEIPT_FILE):
+        return "ours"
+    if _TRAINING_FILE.fullmatch(name):
+        return "training"
+    if name.lower().endswith(CHECKSUM_FILES):
+        return "checksums"
+    if is_index(name):
+        return "index"
+    if _EXPORT.fullmatch(name):
+        return "export"
+    return "weights" if is_weights(name) else "side"
+
+
+def is_whole_model(name: str) -> bool:
+    """Whether a file of weights has a name by which a loader looks for a whole model, in any variant."""
+    parsed = _KNOWN_NAME.fullmatch(name)
+    return parsed is not None and parsed["stem"] not in ADAPTERS
+
+
+def form_of_file(name: str) -> Form | None:
+    """Returns the form of a folder with one file of this name. None if no loader looks for it."""
+    parsed = _KNOWN_NAME.fullmatch(name)
+    if parsed is None or parsed["count"]:
+        return None
+    form = Form(parsed["stem"], parsed["ending"], parsed["variant"] or "")
+    return form if is_looked_for(form) else None
+
+
+def is_looked_for(form: Form) -> bool:
+    """Whether a known loader looks for the files of this form by their names."""
+    return (form.stem, form.ending) in _KNOWN
+
+
+def is_shard(name: str) -> bool:
+    return is_weights(name) and _parsed(name)["count"] is not None
+
+
+def files_below(folder: Location, prefix: str = "") -> Iterator[tuple[str, Location]]:
+    """Yields all files below a folder by their paths below it, and subfolders that are empty or links. Enters no link."""
+    for path in folder.children():
+        name = prefix + path.name
+        if not path.is_folder() or path.resolve() != path.parent.resolve() / path.name or not path.children():
+            yield name, path
+        else:
+            yield from files_below(path, f"{name}/")
 
 
 def foreign_files(folder: Location, written: set[str]) -> list[str]:
     """Returns names in an output folder that are neither in the new checkpoint nor part of an old one."""
     return [
-        path.name
-        for path in folder.children()
-        if path.name not in written and (path.is_folder() or not _OWN_WEIGHTS.fullmatch(path.name))
+        name
+        for name, path in files_below(folder)
+        if name not in written and (path.is_folder() or not _OWN_WEIGHTS.fullmatch(name))
     ]
-
-
-def side_files(folder: Location) -> tuple[list[tuple[Location, str]], list[str]]:
-    """Returns the files to copy into an output folder, and the names of those that are not copied.
-
-    The first are (source, name) of configuration, tokenizer and other small files. The second are large, not regular
-    files, or checksums of the input's files. Raises FormatError for a broken link.
-    """
-    taken, left = [], []
-    for path in folder.children():
-        name = path.name
-        if name.startswith(".") or path.is_folder() or name.endswith((_INDEX_ENDING, *_NOT_COPIED)):
-            continue
-        if name.endswith(_WEIGHTS) or name.startswith(_TRAINING) or name in (RECIPE_FILE, RECEIPT_FILE):
-            continue
-        if broken := path.broken_link():
-            raise FormatError(broken)
-        try:
-            source = inside(folder, name)
-            small = source.size <= _MOST_SIDE_FILE_BYTES and not name.lower().endswith(CHECKSUM_FILES)
-        except FormatError:
-            small = False
-        if small:
-            taken.append((source, name))
-        else:
-            left.append(name)
-    return taken, left

@@ -9,6 +9,7 @@ import struct
 
 from streammerge.errors import FormatError, StreammergeError, printable
 from streammerge.formats.base import Container, StorageBytes
+from streammerge.pickles.arrays import Arrays
 from streammerge.pickles.rebuild import StorageTable, text
 from streammerge.pickles.unpickle import unpickle
 from streammerge.stores.base import Location
@@ -42,8 +43,9 @@ def read(path: Location) -> Container:
                 f"{where} was saved on a big-endian machine, which is not supported; save it again on this one"
             )
         begin = stream.tell()
-        tree = unpickle(stream, table, where)
-        pickle_bytes = stream.tell() - begin
+        arrays = Arrays(path, begin)
+        tree = unpickle(stream, table, where, arrays=arrays)
+        pickle_bytes = stream.tell() - begin - arrays.left_bytes
         keys = unpickle(stream, where=where)
         if not isinstance(keys, list) or not all(isinstance(k, str | bytes) for k in keys):
             raise FormatError(f"{where}: its list of storages is damaged")
@@ -71,4 +73,14 @@ def read(path: Location) -> Container:
                 )
             storages[key] = StorageBytes(path, cursor + 8, nbytes)
             cursor += 8 + nbytes
-    return Container(path, "PyTorch legacy", tree, storages, (path,), pickled=True, held_bytes=pickle_bytes)
+    return Container(
+        path,
+        "PyTorch legacy",
+        tree,
+        storages,
+        (path,),
+        notes=arrays.notes,
+        pickled=True,
+        held_bytes=pickle_bytes,
+        arrays=arrays.sources,
+    )

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 from streammerge.errors import FormatError, printable
 from streammerge.formats.base import Container, StorageBytes
+from streammerge.pickles.arrays import Arrays
 from streammerge.pickles.rebuild import Damaged, natural, storage_dtype, text
 from streammerge.pickles.tree import PersistentId, StorageRef, TensorRef
 from streammerge.pickles.unpickle import unpickle
@@ -34,10 +35,13 @@ def read(path: Location) -> Container:
                     raise FormatError(f"{where} was saved on a big-endian machine, which is not supported")
             refs, storages = _storages(stream, places["storages"], path, where)
             tensors = _tensors(stream, places["tensors"], refs, where)
-            tree = unpickle(_at(stream, places["pickle"]), lambda pid: tensors.get(_key(pid), PersistentId(pid)), where)
+            arrays = Arrays(path, places["pickle"][0])
+            pickle = _at(stream, places["pickle"])
+            tree = unpickle(pickle, lambda pid: tensors.get(_key(pid), PersistentId(pid)), where, arrays=arrays)
         except (Damaged, struct.error, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise FormatError(f"{where}: damaged tar checkpoint ({type(error).__name__}: {printable(error)})") from error
-    return Container(path, "PyTorch tar", tree, storages, (path,), pickled=True, held_bytes=places["pickle"][1])
+    held = places["pickle"][1] - arrays.left_bytes
+    return Container(path, "PyTorch tar", tree, storages, (path,), pickled=True, held_bytes=held, arrays=arrays.sources)
 
 
 def _places(stream: BinaryIO, where: str) -> dict[str, tuple[int, int]]:

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import BinaryIO
 
 from streammerge.errors import FormatError, printable
 from streammerge.formats import archive
 from streammerge.formats.base import Container, LayoutFile, Literal, Match, StorageBytes
 from streammerge.options import RECEIPT_FILE, RECEIPT_KEY, RECIPE_FILE, RECIPE_KEY
+from streammerge.pickles.arrays import Arrays
 from streammerge.pickles.rebuild import StorageTable
+from streammerge.pickles.tree import Blank
 from streammerge.pickles.unpickle import MAX_PICKLE_BYTES, unpickle
 from streammerge.stores.base import Location
+from streammerge.stores.checksums import CRC32
 
 MAX_RECORD_BYTES = 16 << 20
 _BESIDE = {RECIPE_KEY: RECIPE_FILE, RECEIPT_KEY: RECEIPT_FILE}
@@ -51,17 +55,28 @@ def read(path: Location) -> Container:
         table = StorageTable()
         member = members[pickles[0]]
         on_disk = member.record.compressed_bytes if member.record else member.nbytes
-        tree = unpickle(archive.record(stream, member, MAX_PICKLE_BYTES, where), table, where, on_disk)
+        arrays = Arrays(path, None if member.record else member.offset)
+        tree = unpickle(_pickle(stream, member, where), table, where, on_disk, arrays)
         beside = {key: members.get(root + name) for key, name in _BESIDE.items()}
         texts = {key: archive.record(stream, member, MAX_RECORD_BYTES, where) for key, member in beside.items()}
         stream.seek(0)
         magic = stream.read(2)
     script = root + "constants.pkl" in members and any(name.startswith(root + "code/") for name in members)
     kind = "TorchScript archive" if script else "PyTorch zip"
-    container = Container(path, kind, tree, {}, (path,), pickled=True, magic=magic, held_bytes=member.nbytes)
+    held = member.nbytes - arrays.left_bytes
+    container = Container(path, kind, tree, {}, (path,), pickled=True, magic=magic, held_bytes=held, arrays=arrays.sources)
+    container.notes += arrays.notes
     container.metadata |= {key: text.decode("utf-8", "replace") for key, text in texts.items() if text}
     _find_storages(container, table, members, root + "data/", where)
     return container
+
+
+def _pickle(stream: BinaryIO, member: archive.Member, where: str) -> bytes | BinaryIO:
+    """Returns the pickle; a long one in place, since most of it are arrays, which need not be read."""
+    if member.record is not None or member.nbytes <= archive.MOST_INFLATED_BYTES:
+        return archive.record(stream, member, MAX_PICKLE_BYTES, where)
+    stream.seek(member.offset)
+    return stream
 
 
 def _find_storages(
@@ -104,13 +119,32 @@ def _not_torch(where: str, names: list[str], pickles: list[str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Record:
-    """One record of a planned archive. ``data`` is None for a storage, whose bytes come later."""
+    """One record of a planned archive. ``parts``: its bytes; a :class:`Blank` is filled by a tensor later."""
 
     name: str
+    parts: tuple[bytes | Blank, ...]
     nbytes: int
-    data: bytes | None
     header_offset: int = 0
     crc: int = 0
+
+    @classmethod
+    def of(cls, name: str, *parts: bytes | Blank) -> _Record:
+        return cls(name, parts, sum(map(_bytes_of, parts)))
+
+    def placed(self) -> Iterator[tuple[int, bytes | Blank]]:
+        """Yields its parts with their offsets in the archive."""
+        offset = self.data_offset
+        for part in self.parts:
+            yield offset, part
+            offset += _bytes_of(part)
+
+    def with_crc(self, checksums: Mapping[int, int]) -> _Record:
+        """Returns it with its own checksum. ``checksums``: those of the tensors by offset."""
+        if len(self.parts) == 1:
+            crc = _crc(self.parts[0], checksums.get(self.data_offset, 0))
+            return self if crc == self.crc else replace(self, crc=crc)
+        known = ((offset, _bytes_of(part), _crc(part, checksums.get(offset, 0))) for offset, part in self.placed())
+        return replace(self, crc=CRC32.join(each for each in known if each[1]))
 
     @property
     def zip64(self) -> bool:
@@ -143,43 +177,59 @@ class _Record:
         return struct.pack("<4sHHHHHHIIIHHHHHII", _CENTRAL, *fields) + name + extra
 
 
+def _bytes_of(part: bytes | Blank) -> int:
+    return part.nbytes if isinstance(part, Blank) else len(part)
+
+
+def _crc(part: bytes | Blank, of_tensor: int) -> int:
+    return of_tensor if isinstance(part, Blank) else zlib.crc32(part)
+
+
 def plan_layout(
     file_name: str,
-    pickle: bytes,
+    pickle: Sequence[bytes | Blank],
     storages: Mapping[str, tuple[str, int]],
     magic: bytes,
     beside: Mapping[str, bytes],
 ) -> LayoutFile:
     """Plans the place of each byte of a torch archive. ``storages`` maps tensor names to (storage key, bytes).
 
-    ``beside``: further records by name; torch ignores them.
+    ``pickle``: its parts; tensors that are arrays lie between them. ``beside``: recipe and receipt by their keys; torch
+    ignores these records.
 
     The root is "archive", and data are 64-byte aligned, as torch.load(mmap=True) needs. There is no ``.format_version``
     record: with one, torch would guess offsets from the habits of its own writer.
     """
-    records = [_Record("archive/data.pkl", len(pickle), pickle), _Record("archive/byteorder", 6, b"little")]
-    records += [_Record(f"archive/data/{key}", nbytes, None) for key, nbytes in storages.values()]
-    records.append(_Record("archive/version", 2, b"3\n"))
-    records += [_Record(f"archive/{name}", len(data), data) for name, data in beside.items()]
+    records = [_Record.of("archive/data.pkl", *pickle), _Record.of("archive/byteorder", b"little")]
+    records += [_Record.of(f"archive/data/{key}", Blank.of(name, nbytes)) for name, (key, nbytes) in storages.items()]
+    records.append(_Record.of("archive/version", b"3\n"))
+    records += [_Record.of(f"archive/{_BESIDE[key]}", data) for key, data in beside.items()]
     placed, cursor = [], 0
     for record in records:
-        record = replace(record, header_offset=cursor, crc=zlib.crc32(record.data or b""))
+        record = replace(record, header_offset=cursor)
         placed.append(record)
         cursor = record.data_offset + record.nbytes
-    by_name = {record.name: record for record in placed}
-    offsets = {name: by_name[f"archive/data/{key}"].data_offset for name, (key, _) in storages.items()}
-    size, blank = cursor + len(_directory(placed, cursor)), beside.get(RECEIPT_FILE, b"")
+    offsets = {part.key: at for record in placed for at, part in record.placed() if isinstance(part, Blank)}
+    size, blank = cursor + len(_directory(placed, cursor)), beside.get(RECEIPT_KEY, b"")
     return LayoutFile(file_name, size, offsets, receipt=blank, seal=partial(_sealed, placed, cursor, magic, blank))
 
 
 def _sealed(
     placed: list[_Record], cursor: int, magic: bytes, blank: bytes, checksums: Mapping[int, int], receipt: bytes
 ) -> list[Literal]:
-    """Returns all bytes of the archive outside storages, from the CRC-32 of each storage (by offset) and the final
+    """Returns all bytes of the archive outside tensors, from the CRC-32 of each tensor (by offset) and the final
     receipt."""
-    records = [r if r.data is not None else replace(r, crc=checksums.get(r.data_offset, 0)) for r in placed]
-    records = [replace(r, data=receipt, crc=zlib.crc32(receipt)) if r.data == blank else r for r in records]
-    literals = [Literal(r.header_offset, r.local_header() + (r.data or b"")) for r in records]
+    records = [replace(r, parts=(receipt,)) if r.parts == (blank,) else r for r in placed]
+    records = [record.with_crc(checksums) for record in records]
+    literals: list[Literal] = []
+    for record in records:
+        before = record.local_header()
+        for offset, part in record.placed():
+            if isinstance(part, bytes):
+                literals.append(Literal(offset - len(before), before + part))
+                before = b""
+        if before:
+            literals.append(Literal(record.header_offset, before))
     if magic != b"PK":
         literals[0] = Literal(0, magic + literals[0].data[2:])
     return [*literals, Literal(cursor, _directory(records, cursor))]

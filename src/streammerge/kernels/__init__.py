@@ -4,6 +4,7 @@ Each module imports only modules above it::
 
     random       counter-based random numbers
     ranking      cuts, sort keys, ranks in rows: arithmetic on tensors in memory
+    agreed       infinities and NaN that all inputs have
     chunk        the numbers of every model at some elements
     reductions   sums over a group, in one pass
     kth_largest  exact order statistics of a group, in a few passes

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
+from streammerge.kernels import agreed
 from streammerge.kernels.ranking import sort_keys
 from streammerge.tensors.spec import GRAIN, ranges
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 Kernel = Callable[["Chunk"], "torch.Tensor"]
 """Makes one chunk of the output from a chunk of the inputs."""
 T = TypeVar("T")
+Answer = TypeVar("Answer")
 Answer_co = TypeVar("Answer_co", covariant=True)
 Look = Callable[["Chunk"], Iterable["torch.Tensor"]]
 """What a method wants to know of a chunk, such as the magnitudes of its numbers. It is made where the method is bound."""
@@ -65,6 +68,7 @@ class Sweep(Protocol):
 class Swept(Protocol):
     """The fields of :class:`~streammerge.kernels.group.TensorGroup` that a pass needs."""
 
+    def hiding(self) -> Swept: ...
     @property
     def elems(self) -> int: ...
     @property
@@ -86,6 +90,8 @@ class Chunk:
     named buffers instead, which are reused: ``load(i, slot)`` and ``delta(i, slot)`` may be changed, and are valid
     until the same slot is requested again. ``raw(i)`` has the model's own dtype and is valid until the next but one
     call. It is read-only: it may be mapped pages of a file, and a process that writes to them is ended by the system.
+
+    ``hides``: whether agreed infinities and NaN are loaded as zero (:mod:`streammerge.kernels.agreed`).
     """
 
     def __init__(
@@ -97,13 +103,29 @@ class Chunk:
         read: Callable[[int, int, int], torch.Tensor],
         based: bool,
         models: int,
+        hides: bool = False,
     ) -> None:
         self.start, self.stop = start, stop
-        self.compute = compute
+        self.compute, self.hides = compute, hides
         self._buffers, self._read, self._count = buffers, read, models
         self._first = int(based)
         self._base: torch.Tensor | None = None
         self._models: list[torch.Tensor] | None = None
+
+    def hiding(self) -> Chunk:
+        """Returns the same chunk in the same buffers, without its agreed elements."""
+        return Chunk(
+            self.start, self.stop, self.compute, self._buffers, self._read, self._first > 0, self._count, hides=True
+        )
+
+    def settle(self, kernel: Kernel, row: int, out: torch.Tensor) -> int:
+        """Puts agreed elements into the kernel's result for this chunk. Returns how many. See :func:`agreed.settle`."""
+        sources = self._count + self._first
+        return agreed.settle(out, self._read, sources, self.start, row, lambda: kernel(self.hiding()))
+
+    def agreed_elems(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Yields the agreed elements block by block. See :func:`agreed.agreed`."""
+        return agreed.agreed(self._read, self._count + self._first, self.start, self.stop)
 
     @property
     def elems(self) -> int:
@@ -164,7 +186,10 @@ class Chunk:
         if dtype == torch.float64 and raw.dtype not in (torch.bfloat16, torch.float32, torch.float64):
             # torch converts half and fp8 to double one element at a time. The way over float32 is exact and faster.
             raw = self.empty(_WIDEN, torch.float32).copy_(raw)
-        return self.empty(slot, dtype).copy_(raw)
+        values = self.empty(slot, dtype).copy_(raw)
+        if self.hides:
+            agreed.blank(values, self._read, self._count + self._first, self.start, self.stop)
+        return values
 
 
 def whole_rows(elems: int, row: int) -> int:
@@ -183,3 +208,13 @@ def chunk_spans(start: int, stop: int, elems: int, row: int, sparse: int = 0) ->
     span = whole_rows(_SAMPLE_SPAN, row) if sparse else whole_grains(elems, row)
     for a, b in ranges(stop - start, span * max(sparse, 1)):
         yield start + a, start + min(a + span, b)
+
+
+@dataclass(frozen=True, slots=True)
+class Hiding(Generic[Answer]):
+    """Takes a step over chunks without their agreed elements."""
+
+    step: Step[Answer]
+
+    def __call__(self, look: Look, chunks: Iterable[Chunk]) -> Answer:
+        return self.step(look, (chunk.hiding() for chunk in chunks))

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from streammerge.kernels import kth_largest, reductions
-from streammerge.kernels.chunk import Chunk, Kernel, Look, Slot, Step, Sweep, T, chunk_spans, whole_rows
+from streammerge.kernels.chunk import Chunk, Hiding, Kernel, Look, Slot, Step, Sweep, T, chunk_spans, whole_rows
 from streammerge.kernels.random import uniform
 from streammerge.kernels.ranking import Cut
 from streammerge.kernels.record import Record
@@ -50,6 +50,15 @@ class TensorGroup:
     def elems(self) -> int:
         return math.prod(self.shape)
 
+    def hiding(self) -> TensorGroup:
+        """Returns the same group, whose sweeps leave out infinities and NaN that all inputs have."""
+        sweep = self.sweep
+
+        def hidden(look: Look, step: Step[T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
+            return sweep(look, Hiding(step), start, stop, sparse)
+
+        return replace(self, sweep=hidden)
+
     @property
     def grain(self) -> int:
         """Number of elements that are summed at once: 2^16, rounded to whole rows."""
@@ -60,6 +69,7 @@ class TensorGroup:
 
         A tensor of the chunk's length gives a number; one of shape (rows, columns) gives the sum of each column.
         Partial sums of grains are added in their order, so a sum does not depend on how the run was divided.
+        Infinities and NaN that all inputs have count as zero.
         """
         return self._pass(partial(reductions.reduce, self, terms))
 
@@ -136,7 +146,10 @@ class TensorGroup:
         import torch
 
         def look(chunk: Chunk) -> list[torch.Tensor]:
-            return [kernel(chunk).reshape(-1).clone()]
+            made = kernel(chunk).reshape(-1).clone()
+            if not bool(made.isfinite().all()):
+                chunk.settle(kernel, self.row, made)
+            return [made]
 
         made = [chunk for piece in self.sweep(look, _everything, 0, self.elems) for chunk in piece]
         return torch.cat(made).reshape(self.shape) if made else torch.empty(self.shape, dtype=self.compute)

@@ -9,7 +9,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from streammerge.kernels.chunk import SCRATCH, Slot
-from streammerge.kernels.ranking import Cut, Guess, Search, affordable, count_above, guess, histogram, inside, sample_elems
+from streammerge.kernels.ranking import (
+    Cut,
+    Guess,
+    Search,
+    affordable,
+    count_above,
+    guess,
+    has_nan,
+    histogram,
+    inside,
+    sample_elems,
+)
 from streammerge.tensors.spec import ranges
 
 if TYPE_CHECKING:
@@ -24,15 +35,28 @@ Wanted = tuple[int, int]
 
 
 def kth_largest(group: Swept, values: Look, ranks: Sequence[Sequence[int]], signed: bool) -> list[list[Cut]]:
-    """See :meth:`TensorGroup.kth_largest`."""
+    """See :meth:`TensorGroup.kth_largest`. If NaN is among the numbers, the search is repeated without agreed elements."""
     wanted = [
         (number, rank) for number, of in enumerate(ranks) for rank in sorted(set(of)) if 0 < rank < group.elems + signed
     ]
-    cuts = _at_once(group, values, wanted)
+    try:
+        cuts = _cuts(group, values, wanted, signed, nan_stops=True)
+    except _NanMet:
+        cuts = _cuts(group.hiding(), values, wanted, signed, nan_stops=False)
+    return [[cuts.get((number, rank)) or Cut(rank, everything=rank > 0) for rank in of] for number, of in enumerate(ranks)]
+
+
+class _NanMet(Exception):
+    """Raised to abandon a search that has met NaN."""
+
+
+def _cuts(group: Swept, values: Look, wanted: Sequence[Wanted], signed: bool, nan_stops: bool) -> dict[Wanted, Cut]:
+    """Returns all cuts. Raises _NanMet at NaN if ``nan_stops``; otherwise NaN counts as the largest number."""
+    cuts = _at_once(group, values, wanted, nan_stops)
     missed = [which for which in wanted if which not in cuts]
     if missed:
-        cuts |= _by_histograms(group, values, missed, signed)
-    return [[cuts.get((number, rank)) or Cut(rank, everything=rank > 0) for rank in of] for number, of in enumerate(ranks)]
+        cuts |= _by_histograms(group, values, missed, signed, nan_stops)
+    return cuts
 
 
 # ----------------------------------------------------------------------------------------------- one pass after a
@@ -44,15 +68,18 @@ class _Found:
     """The result of one look at all numbers.
 
     ``above``: how many numbers are above the guess; ``values`` and ``places``: those inside it. If the guess has
-    candidates, ``above`` has one count per candidate, and ``equal`` counts the numbers equal to it in each grain.
+    candidates, ``above`` has one count per candidate, and ``equal`` counts the numbers equal to it in each grain. ``nan``:
+    whether NaN was met.
     """
 
     above: list[int]
     values: list[torch.Tensor] = field(default_factory=list)
     places: list[torch.Tensor] = field(default_factory=list)
     equal: list[list[tuple[int, int]]] = field(default_factory=list)
+    nan: bool = False
 
     def add(self, other: _Found) -> None:
+        self.nan |= other.nan
         self.above = [a + b for a, b in zip(self.above, other.above, strict=True)]
         self.values += other.values
         self.places += other.places
@@ -84,7 +111,7 @@ class _LookAround:
         return found
 
 
-def _at_once(group: Swept, values: Look, wanted: Sequence[Wanted]) -> dict[Wanted, Cut]:
+def _at_once(group: Swept, values: Look, wanted: Sequence[Wanted], nan_stops: bool) -> dict[Wanted, Cut]:
     """Returns the cuts that one pass can find. The sample decides which cuts are found, but never their values."""
     guesses = _guesses(group, values, wanted)
     if not guesses:
@@ -94,6 +121,8 @@ def _at_once(group: Swept, values: Look, wanted: Sequence[Wanted]) -> dict[Wante
     for found in group.sweep(values, _LookAround(guesses, group.grain), 0, group.elems):
         for which, one in found.items():
             totals[which].add(one)
+    if nan_stops and any(total.nan for total in totals.values()):
+        raise _NanMet
     cuts = {which: _settle(group, values, which, guesses[which], total) for which, total in totals.items()}
     return {which: cut for which, cut in cuts.items() if cut}
 
@@ -151,14 +180,14 @@ def _around(chunk: Chunk, tensor: torch.Tensor, one: Guess, grain: int) -> _Foun
 
     scratch = chunk.empty(SCRATCH)
     if not one.candidates:
-        picked, places = inside(tensor, one.low, one.high, scratch)
-        return _Found([count_above(tensor, one.high, scratch)], [picked], [places + chunk.start])
+        picked, places, nan = inside(tensor, one.low, one.high, scratch)
+        return _Found([count_above(tensor, one.high, scratch)], [picked], [places + chunk.start], nan=nan)
     above, equal = [], []
     for candidate in one.candidates:
         above.append(count_above(tensor, candidate, scratch))
         same = torch.eq(tensor, candidate, out=scratch)
         equal.append([(chunk.start + a, int(same[a:b].sum())) for a, b in ranges(len(same), grain)])
-    return _Found(above, equal=equal)
+    return _Found(above, equal=equal, nan=has_nan(tensor))
 
 
 def _settle(group: Swept, values: Look, which: Wanted, one: Guess, look: _Found) -> Cut | None:
@@ -218,10 +247,12 @@ def _stop(group: Swept, values: Look, number: int, threshold: float, kept: int, 
 # --------------------------------------------------------------------------------------------------- by histograms
 
 
-def _by_histograms(group: Swept, values: Look, wanted: Sequence[Wanted], signed: bool) -> dict[Wanted, Cut]:
+def _by_histograms(
+    group: Swept, values: Look, wanted: Sequence[Wanted], signed: bool, nan_stops: bool
+) -> dict[Wanted, Cut]:
     searches = {which: Search.of(which[1], 8 * group.compute.itemsize) for which in wanted}
     while not all(search.done for search in searches.values()):
-        _narrow(group, values, searches, signed)
+        _narrow(group, values, searches, signed, nan_stops)
     split = {which: s for which, s in searches.items() if which[1] - s.above < s.equal and not math.isnan(s.threshold)}
     equal = _equal(group, values, {which: search.threshold for which, search in split.items()})
     cuts = {which: Cut(which[1], search.threshold, group.elems) for which, search in searches.items()}
@@ -233,31 +264,38 @@ def _by_histograms(group: Swept, values: Look, wanted: Sequence[Wanted], signed:
 
 @dataclass(frozen=True, slots=True)
 class _Histograms:
-    """Counts keys in bins. ``places``: (number of the tensor, shift, low) of each histogram."""
+    """Counts keys in bins, and says whether there is NaN. ``places``: (number of the tensor, shift, low) of each
+    histogram."""
 
     places: frozenset[tuple[int, int, int]]
     signed: bool
 
-    def __call__(self, look: Look, chunks: Iterable[Chunk]) -> dict[tuple[int, int, int], torch.Tensor]:
+    def __call__(self, look: Look, chunks: Iterable[Chunk]) -> tuple[dict[tuple[int, int, int], torch.Tensor], bool]:
         counts: dict[tuple[int, int, int], torch.Tensor] = {}
+        nan = False
         for chunk in chunks:
             for number, tensor in enumerate(look(chunk)):
                 here = [place for place in self.places if place[0] == number]
                 if here:
+                    nan = nan or has_nan(tensor)
                     keys = chunk.sort_keys(tensor, self.signed)
                 for place in here:
                     found = histogram(keys, *place[1:], chunk.empty(_PLACES, keys.dtype))
                     counts[place] = counts[place].add_(found) if place in counts else found
-        return counts
+        return counts, nan
 
 
-def _narrow(group: Swept, values: Look, searches: dict[Wanted, Search], signed: bool) -> None:
+def _narrow(group: Swept, values: Look, searches: dict[Wanted, Search], signed: bool, nan_stops: bool) -> None:
     """Runs one round: one histogram for each tensor and each bin that one of its searches has reached."""
     places = frozenset((number, s.shift, s.low) for (number, _), s in searches.items() if not s.done)
     totals: dict[tuple[int, int, int], torch.Tensor] = {}
-    for counts in group.sweep(values, _Histograms(places, signed), 0, group.elems):
+    met = False
+    for counts, nan in group.sweep(values, _Histograms(places, signed), 0, group.elems):
+        met |= nan
         for place, found in counts.items():
             totals[place] = totals[place].add_(found) if place in totals else found
+    if met and nan_stops:
+        raise _NanMet
     for (number, _), search in searches.items():
         if not search.done:
             search.narrow(totals[number, search.shift, search.low])

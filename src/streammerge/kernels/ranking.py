@@ -83,8 +83,8 @@ def count_above(values: torch.Tensor, limit: float, scratch: torch.Tensor) -> in
     return len(values) - int(torch.le(values, limit, out=scratch).sum(dtype=exact))
 
 
-def inside(values: torch.Tensor, low: float, high: float, scratch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the numbers in [low, high] and their places. Fast if they are few."""
+def inside(values: torch.Tensor, low: float, high: float, scratch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Returns the numbers in [low, high], their places, and whether any number is NaN. Fast if they are few."""
     import torch
 
     # Selecting single numbers is slow. First select columns of a few numbers that have one near the bracket, or a NaN.
@@ -107,7 +107,12 @@ def inside(values: torch.Tensor, low: float, high: float, scratch: torch.Tensor)
     rest = values[table.numel() :]
     more = ((rest >= low) & (rest <= high)).nonzero()[:, 0]
     places = torch.cat([row * columns + column[at], more + table.numel()])
-    return torch.cat([picked[row, at], rest[more]]), places
+    return torch.cat([picked[row, at], rest[more]]), places, has_nan(picked) or has_nan(rest)
+
+
+def has_nan(values: torch.Tensor) -> bool:
+    """Whether any number is NaN. The sum says so, unless there are infinities of both signs."""
+    return math.isnan(values.sum().item()) and bool(values.isnan().any())
 
 
 def sort_keys(values: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

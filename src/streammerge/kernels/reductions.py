@@ -39,12 +39,16 @@ class _Sums:
 
 
 def reduce(group: Swept, terms: Look) -> list[torch.Tensor]:
-    """See :meth:`TensorGroup.reduce`."""
+    """See :meth:`TensorGroup.reduce`. If a sum is not finite, all are made again without agreed elements."""
 
     def add(totals: list[torch.Tensor], more: list[torch.Tensor]) -> list[torch.Tensor]:
         return [total.add_(one) for total, one in zip(totals, more, strict=True)]
 
-    return functools.reduce(add, group.sweep(terms, _Sums(group.grain, group.row), 0, group.elems))
+    def sums(swept: Swept) -> list[torch.Tensor]:
+        return functools.reduce(add, swept.sweep(terms, _Sums(group.grain, group.row), 0, group.elems))
+
+    totals = sums(group)
+    return totals if all(bool(total.isfinite().all()) for total in totals) else sums(group.hiding())
 
 
 def gram(group: Swept, deltas: bool) -> torch.Tensor:

@@ -39,8 +39,9 @@ def passthrough(group: TensorGroup, *, scale: PerModel | None = None) -> Kernel:
 def integers(group: TensorGroup, *, policy: str = "error") -> Kernel:
     """Settles tensors that must not be averaged by ``policy``; equal ones stay as they are.
 
-    "error" raises MismatchError where models differ. "first" and "last" take that model's values. "max" takes the
-    elementwise largest, which suits counters such as ``num_batches_tracked``. The dtype is kept.
+    Models may hold the same integers in other dtypes, and as floats. "error" raises MismatchError where models differ.
+    "first" and "last" take that model's values. "max" takes the elementwise largest, which suits counters such as
+    ``num_batches_tracked``.
     """
 
     def kernel(chunk: Chunk) -> torch.Tensor:
@@ -49,17 +50,28 @@ def integers(group: TensorGroup, *, policy: str = "error") -> Kernel:
         kept = chunk.keep(chunk.raw(0))
         if policy == "max":
             for model in range(1, group.models):
-                kept = _larger(kept, chunk.raw(model))
+                kept = _larger(*_alike(kept, chunk.raw(model)))
         elif policy == "error":
             for model in range(1, group.models):
-                if not _same(kept, chunk.raw(model)):
+                if not _same(*_alike(kept, other := chunk.raw(model))):
+                    kinds = " and ".join(dict.fromkeys(str(each.dtype).removeprefix("torch.") for each in (kept, other)))
                     raise MismatchError(
-                        f"{printable(group.name)} holds {str(kept.dtype).removeprefix('torch.')} values that differ "
+                        f"{printable(group.name)} holds {kinds} values that differ "
                         'between the inputs and must not be averaged; choose with `integers="first"`, `"last"` or `"max"`'
                     )
         return kept
 
     return kernel
+
+
+def _alike(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns both in float64 where one holds integers as floats, and in int64 where they are other integers."""
+    import torch
+
+    if a.dtype == b.dtype:
+        return a, b
+    wide = torch.float64 if a.is_floating_point() or b.is_floating_point() else torch.int64
+    return a.to(wide), b.to(wide)
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -23,6 +23,10 @@ INTEGERS: MergeMethod = integers.contract  # type: ignore[attr-defined]
 
 
 LINEAR: MergeMethod = linear.contract  # type: ignore[attr-defined]
+_MEANT = dict.fromkeys(
+    ("mean", "average", "avg", "soup", "model_soup", "model_soups", "lerp", "weighted_average"), "linear"
+)
+"""Other names of methods, which people type -> the name here."""
 
 
 def list_methods() -> dict[str, MergeMethod]:
@@ -42,6 +46,9 @@ def find_method(wanted: str | Callable[..., Kernel] | MergeMethod) -> MergeMetho
     if ":" in wanted:
         return contract_of(_function_at(wanted), wanted)
     found = METHODS.find(wanted)
+    if found is None:
+        meant = wanted.lower().replace("-", "_").replace(" ", "_")
+        found = METHODS.find(_MEANT.get(meant, meant))
     if found is not None:
         return found
     near = difflib.get_close_matches(wanted, list_methods(), n=1)

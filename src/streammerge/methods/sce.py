@@ -67,10 +67,8 @@ def _selected(chunk: Chunk, model: int, mask: torch.Tensor | None) -> torch.Tens
 
 
 def _selection(group: TensorGroup, share: float) -> Cut:
-    import torch
-
     def varying(chunk: Chunk) -> Iterator[torch.Tensor]:
-        yield torch.ne(_variance(chunk, group), 0, out=chunk.empty("spare"))
+        yield _variance(chunk, group).abs_().sign_()  # 1 where it varies; the sign of NaN is 0
 
     count = int(float(group.reduce(varying)[0]) * share)
     return group.kth_largest(lambda chunk: [_variance(chunk, group)], [[count]])[0][0]

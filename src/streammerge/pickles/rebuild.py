@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from streammerge.errors import printable
+from streammerge.pickles.arrays import Payload
 from streammerge.pickles.tree import Global, Instance, OrderedTree, PersistentId, StorageRef, TensorRef
 from streammerge.tensors.dtypes import BY_STORAGE_CLASS, BY_TORCH_NAME, DType
 
@@ -124,11 +125,19 @@ def _counts(values: Any) -> tuple[int, ...]:
     return tuple(natural(v) for v in values)
 
 
+def _check_storage(storage: Any) -> None:
+    if isinstance(storage, Instance) and storage.path == "torch.storage._load_from_bytes":
+        raise Damaged(
+            "its tensors of torch were pickled without torch.save; load it in Python and write it again with torch.save"
+        )
+    if not isinstance(storage, StorageRef):
+        raise Damaged("a tensor without a storage")
+
+
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any = False, *rest: Any) -> TensorRef:
     if isinstance(storage, PersistentId) and isinstance(storage.value, str):
         raise Damaged("its storages are named as text, which pickle protocol 0 does and torch itself cannot read back")
-    if not isinstance(storage, StorageRef):
-        raise Damaged("a tensor without a storage")
+    _check_storage(storage)
     shape, strides = _counts(size), _counts(stride)
     if len(shape) != len(strides):
         raise Damaged("a tensor's shape and strides differ in length")
@@ -144,8 +153,7 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: An
 def _tensor_v3(storage: Any, offset: Any, size: Any, stride: Any, rg: Any, hooks: Any, dtype: Any, *rest: Any) -> TensorRef:
     if not isinstance(dtype, Global) or dtype.module != "torch" or dtype.name not in BY_TORCH_NAME:
         raise Damaged(f"a tensor of unknown dtype {printable(getattr(dtype, 'path', dtype))}")
-    if not isinstance(storage, StorageRef):
-        raise Damaged("a tensor without a storage")
+    _check_storage(storage)
     typed = StorageRef(storage.key, BY_TORCH_NAME[dtype.name], storage.numel, storage.view_offset)
     made = _tensor(typed, offset, size, stride, rg, hooks, *rest)
     made.storage = storage
@@ -184,7 +192,11 @@ def _ordered_dict(pairs: Any = ()) -> Any:
 
 
 def _encode(string: Any, encoding: Any) -> Any:
-    return string.encode("latin-1") if isinstance(string, str) and encoding in ("latin1", "latin-1") else None
+    if encoding not in ("latin1", "latin-1"):
+        return None
+    if isinstance(string, Payload):
+        return string if string.form == "text" else None
+    return string.encode("latin-1") if isinstance(string, str) else None
 
 
 _REBUILD: dict[str, Callable[..., Any]] = {

@@ -1,19 +1,22 @@
 """The inverse of :mod:`streammerge.pickles.unpickle`: an inert tree -> a pickle stream that torch.load reads.
 
 The stream uses protocol 2 and the opcodes of Python's own pickler, so ``torch.load(weights_only=True)`` still accepts
-it. Protocol 4 is used only for names and objects that protocol 2 cannot express. Shared objects stay shared, and cycles
-stay cycles. An :class:`Edit` describes differences from the tree; the tree itself is never changed.
+it. A higher protocol is used only for what protocol 2 cannot express: some names and objects, and the bytes of arrays,
+which are filled in later (:class:`~streammerge.pickles.tree.Blank`). Shared objects stay shared, and cycles stay cycles. An
+:class:`Edit` describes differences from the tree; the tree itself is never changed.
 """
 
 from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from streammerge.errors import FormatError
-from streammerge.pickles.tree import MISSING, Global, Instance, OrderedTree, PersistentId, StorageRef, TensorRef
+from streammerge.pickles.arrays import call_of, is_array
+from streammerge.pickles.tree import MISSING, Blank, Global, Instance, OrderedTree, PersistentId, StorageRef, TensorRef
 from streammerge.tensors.dtypes import DType
 
 _BATCH = 1000
@@ -45,25 +48,51 @@ class Edit:
         return made + self.added.get(where, [])
 
 
+Stream = list[bytes | Blank]
+"""A pickle in parts: its bytes, and between them the bytes of arrays that come later."""
+
+
 def repickle(root: Any, edit: Edit | None = None) -> bytes:
     """Returns the pickle stream of a tree. Raises FormatError if the tree is nested deeper than Python can walk."""
+    return b"".join(part for part in stream(root, edit) if isinstance(part, bytes))
+
+
+def stream(root: Any, edit: Edit | None = None, *, headers: Sequence[bytes] = ()) -> Stream:
+    """Returns the pickle of a tree in parts. Raises FormatError as :func:`repickle` does.
+
+    ``headers``: texts in UTF-8 at its begin. A loader reads them and drops them.
+    """
     writer = _Writer(edit or Edit())
     try:
+        for text in headers:
+            writer.out.append(b"X" + struct.pack("<I", len(text)) + text + b"0")
         writer.save(root)
     except RecursionError as error:
         raise FormatError(
             "the pickle is nested too deeply to be written again; write a .safetensors file instead"
         ) from error
-    return b"\x80" + bytes([writer.protocol]) + b"".join(writer.out) + b"."
+    return writer.parts()
 
 
 class _Writer:
     def __init__(self, edit: Edit) -> None:
         self.edit = edit
-        self.out: list[bytes] = []
+        self.out: Stream = []
         self.memo: dict[Any, int] = {}
         self.alive: list[Any] = []  # keeps memoised nodes alive, because the memo identifies them by id
         self.protocol = 2
+
+    def parts(self) -> Stream:
+        """Returns the whole pickle; neighbouring bytes are one part."""
+        made: Stream = []
+        pending: list[bytes] = [b"\x80" + bytes([self.protocol])]
+        for part in (*self.out, b"."):
+            if isinstance(part, bytes):
+                pending.append(part)
+            else:
+                made += [b"".join(pending), part]
+                pending = []
+        return [*made, b"".join(pending)]
 
     def save(self, node: Any) -> None:
         node = self.edit.replaced.get(id(node), node)
@@ -108,6 +137,13 @@ class _Writer:
     def octets(self, node: bytes, key: Any) -> None:
         args = (node.decode("latin-1"), "latin1")
         self.call(Global("_codecs", "encode"), args) if node else self.call(Global("__builtin__", "bytes"), ())
+        self.memoize(key, node)
+
+    def blank(self, node: Blank, key: Any) -> None:
+        wide = node.nbytes >= 1 << 32
+        self.protocol = max(self.protocol, 4 if wide else 3)
+        self.out.append(b"\x8e" + struct.pack("<Q", node.nbytes) if wide else b"B" + struct.pack("<I", node.nbytes))
+        self.out.append(node)
         self.memoize(key, node)
 
     def global_(self, node: Global, key: Any) -> None:
@@ -205,6 +241,10 @@ class _Writer:
 
     def tensor(self, node: TensorRef, key: Any) -> None:
         wrapper = node.wrapper
+        if is_array(node):
+            self.instance(call_of(node), key)
+            self.state(node.state)
+            return
         if wrapper[:1] in (("parameter",), ("parameter_with_state",)):
             self.save(Global("torch._utils", f"_rebuild_{wrapper[0]}"))
             self.out.append(b"(")
@@ -259,6 +299,7 @@ _SAVERS: dict[type, Any] = {
     PersistentId: _Writer.persistent,
     StorageRef: _Writer.storage,
     TensorRef: _Writer.tensor,
+    Blank: _Writer.blank,
 }
 
 

@@ -1,17 +1,21 @@
 """Selection of the state dict in a checkpoint's tree.
 
-A mapping whose values are mostly tensors is a state dict. So is a pickled module: its parameters and persistent
-buffers, under their dotted names. If there are several:
+A mapping whose values are mostly tensors is a state dict, also if some of its values are dictionaries with fewer tensors.
+So is a pickled module: its parameters and persistent buffers, under their dotted names. If there are several:
 
 1. Skip those below a key of the optimizer, scheduler, scaler, random state and the like.
 2. If a model and its running average have the same names (``model`` and ``ema``, ``student`` and ``teacher``), take the
-plain one, unless the user asks for the average.
+plain one, unless the user asks for the average. If a program puts the average where its loaders look for the weights, take
+that one.
 3. Take all others together (``model`` and ``generator``, ``net.*``), each under its own path.
+
+The other state dicts stay known as ``Selection.copies``: a ``.pth`` holds them too.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import prod
@@ -19,10 +23,11 @@ from typing import Any
 
 from streammerge.errors import FormatError, RecipeError, listed, printable
 from streammerge.options import EMA_CHOICES
+from streammerge.pickles.arrays import unread_kind
 from streammerge.pickles.tree import Instance, TensorRef, mapping_items, walk
-from streammerge.tensors.conventions import AVERAGED
+from streammerge.tensors.conventions import AVERAGED, SWAPPED
 
-_Place = tuple[tuple[Any, ...], Any, bool, Any]
+_Place = tuple[tuple[Any, ...], Any, bool, bool, bool, Any]
 _KEYS = (str, int)
 _MOST_NAME = 4000
 # Patterns are text: compiling them takes longer than reading a safetensors file, which needs none.
@@ -30,6 +35,10 @@ _NOT_WEIGHTS = (
     r"(?i)(.*_)?(optim(izer)?s?|opt|(lr_)?sched(uler)?s?|(grad_)?scalers?|amp)(_\w+)?"
     r"|(.*_)?(rng|random)(_?states?)?(_\w+)?|extra_state|criterion|(.*_)?loss(es)?|callbacks|loops|(.*_)?metrics?|logging|message_hub"
     r"|sampler|hyper_parameters|hparams|history|args|cfg|config|(.*_)?stats"
+)
+_RECORDS = (
+    r"(?i)(.*_)?(rng|random)(_?states?)?(_\w+)?|callbacks|loops|(.*_)?metrics?|logging|message_hub|sampler|history"
+    r"|args|cfg|config"
 )
 _STALE = (
     r"(?i)(.*_)?optim(izer)?s?(?!_history)(_\w+)?|(lr_|opt_param_|param_)?sched(uler)?s?(_(states?|state_dict|g|d|disc|gen))?"
@@ -69,7 +78,12 @@ class Found:
 
 @dataclass(slots=True, eq=False)
 class Candidate:
-    """A state dict, or a possible one. ``kind`` is "state dict", "module", "list" or "loose tensors"."""
+    """A state dict, or a possible one. ``kind`` is "state dict", "module", "list" or "loose tensors".
+
+    ``barred``: it lies below a key that no weights lie below. ``stale``: it is the state of an optimizer, a scheduler or a
+    scaler. ``swapped``: whether it holds a running mean of the weights, where a program puts it in an unusual place.
+    ``within``: it lies inside another state dict.
+    """
 
     path: tuple[Any, ...]
     kind: str
@@ -78,6 +92,9 @@ class Candidate:
     barred: bool = False
     holder: Any = None
     key: Any = None
+    stale: bool = False
+    swapped: bool | None = None
+    within: bool = False
 
     @property
     def label(self) -> str:
@@ -85,11 +102,13 @@ class Candidate:
 
     @property
     def nbytes(self) -> int:
-        return sum(prod(f.ref.shape) * f.ref.dtype.element_bytes for f in self.tensors)
+        return sum(_bytes_of(found.ref) for found in self.tensors)
 
     @property
     def averaged(self) -> bool:
-        """Whether its path says that it is a running mean of the weights (EMA)."""
+        """Whether it is a running mean of the weights (EMA), as its path tells."""
+        if self.swapped is not None:
+            return self.swapped
         return any(isinstance(part, str) and re.fullmatch(AVERAGED, part) for part in self.path)
 
 
@@ -97,19 +116,24 @@ class Candidate:
 class Selection:
     """The tensors to merge, by name, and the candidates that hold them.
 
-    ``twins``: candidates with the same names that were not chosen. ``left_out``: tensors that others replace.
+    ``left_out``: averaged tensors that stand in for plain ones of the same state dict, each with the name of the plain one.
     """
 
     tensors: list[Found]
     chosen: list[Candidate]
     candidates: list[Candidate]
     notes: list[str] = field(default_factory=list)
-    left_out: list[Found] = field(default_factory=list)
-    twins: list[Candidate] = field(default_factory=list)
+    left_out: list[tuple[Found, str]] = field(default_factory=list)
 
     @property
     def label(self) -> str:
         return " + ".join(c.label for c in self.chosen)
+
+    @property
+    def copies(self) -> list[Candidate]:
+        """The other state dicts and lists: averages, further models, statistics; no state of an optimizer."""
+        chosen = set(map(id, self.chosen))
+        return [c for c in self.candidates if id(c) not in chosen and not c.stale]
 
 
 def select(tree: Any, state_dict: str | None = None, ema: str = "ignore") -> Selection:
@@ -124,7 +148,7 @@ def select(tree: Any, state_dict: str | None = None, ema: str = "ignore") -> Sel
     found = candidates(tree)
     if state_dict is not None:
         return _named(tree, found, state_dict)
-    usable = _worthy([c for c in found if not c.barred])
+    usable = _worthy([c for c in found if not c.barred and not c.within])
     if not usable:
         if not found:
             kinds = sorted({kind for _, kind in unread_tensors(tree)})
@@ -134,13 +158,12 @@ def select(tree: Any, state_dict: str | None = None, ema: str = "ignore") -> Sel
         raise RecipeError(
             f"it holds tensors only at {listed([c.label for c in found])}; name one of them with `state_dict`"
         )
-    notes: list[str] = []
-    twins: list[Candidate] = []
-    chosen = _choose(usable, ema, notes, twins)
+    _mark_swapped(tree, found)
+    chosen = _choose(usable, ema)
     if ema == "only":
         chosen = [c for c in chosen if c.averaged] or chosen
-    selection = Selection(_together(chosen), chosen, found, notes, twins=twins)
-    if ema != "ignore" and not any(c.averaged for c in chosen) and not _use_litema(selection) and ema == "only":
+    selection = Selection(_together(chosen), chosen, found)
+    if ema != "ignore" and not any(c.averaged for c in chosen) and not _use_averages(selection) and ema == "only":
         raise RecipeError('there are no averaged (EMA) weights in it; leave `ema="only"` out')
     return selection
 
@@ -149,54 +172,74 @@ def candidates(tree: Any) -> list[Candidate]:
     """Returns every state dict in the tree, in its order. Those below optimizer-like keys are marked ``barred``."""
     found: list[Candidate] = []
     seen: set[int] = set()
-    stack: list[Iterator[_Place]] = [iter([((), tree, False, None)])]
+    stack: list[Iterator[_Place]] = [iter([((), tree, False, False, False, None)])]
     while stack:
         place = next(stack[-1], None)
         if place is None:
             stack.pop()
             continue
-        path, node, barred, holder = place
+        path, node, barred, stale, within, holder = place
         if id(node) in seen:
             continue
         seen.add(id(node))
         candidate = _as_state_dict(path, node)
         if candidate is not None:
-            candidate.barred, candidate.holder, candidate.key = barred, holder, path[-1] if path else None
+            candidate.barred, candidate.stale, candidate.within = barred, stale, within
+            candidate.holder, candidate.key = holder, path[-1] if path else None
             found.append(candidate)
-        elif len(path) < 32:
-            stack.append(_places(path, node, barred or _is_optimizer_state(node)))
+        if len(path) < 32 and (candidate is None or candidate.others):
+            optimizer = _is_optimizer_state(node)
+            within = within or candidate is not None
+            stack.append(_places(path, node, barred or optimizer, stale or optimizer, within))
     return found or _loose(tree)
 
 
-def _places(path: tuple[Any, ...], node: Any, barred: bool) -> Iterator[_Place]:
+def _places(path: tuple[Any, ...], node: Any, barred: bool, stale: bool, within: bool) -> Iterator[_Place]:
     """Yields the children of a node that may hold tensors. A list of all of them could be larger than the tree."""
-    holder, items = _inside(node)
+    holder, items = inside(node)
     for key, value in items:
         if isinstance(value, dict | list | tuple | Instance):
-            yield (*path, key), value, barred or _bars(key), holder
+            yield (*path, key), value, barred or bars(key), stale or is_training_state(key, value), within, holder
 
 
-def _inside(node: Any) -> tuple[Any, Iterable[tuple[Any, Any]]]:
+def inside(node: Any) -> tuple[Any, Iterable[tuple[Any, Any]]]:
     """Returns the node that holds the (key, value) pairs of a container, and these pairs."""
     items = mapping_items(node)
     if items is not None:
         return node, items
     if isinstance(node, list | tuple):
         return node, enumerate(node)
-    if isinstance(node, Instance) and isinstance(node.state, dict):
-        return node.state, node.state.items()
+    if isinstance(node, Instance):
+        fields = fields_of(node)
+        return fields, fields.items() if isinstance(fields, dict) else enumerate(fields)
     return None, ()
+
+
+def fields_of(node: Instance) -> dict[Any, Any] | list[Any] | tuple[Any, ...]:
+    """Returns the fields of an object that is no mapping: by name, or in their order as a NamedTuple has them."""
+    state = node.state
+    if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):  # with __slots__
+        return state[1]
+    if isinstance(state, dict | list | tuple):
+        return state
+    return node.elements or (node.args if node.kind == "new" else ())
 
 
 def _loose(tree: Any) -> list[Candidate]:
     """Collects tensors outside any state dict, each under its path."""
     loose = [(path, node) for path, node in walk(tree) if isinstance(node, TensorRef)]
-    tensors = [Found(_name(path), node) for path, node in loose if not any(map(_bars, path))]
+    tensors = [Found(joined(path), node) for path, node in loose if not any(map(bars, path))]
     return [Candidate((), "loose tensors", tensors)] if tensors else []
 
 
-def _bars(key: Any) -> bool:
+def bars(key: Any) -> bool:
+    """Whether no weights lie below a key: state of the training, settings, measurements."""
     return isinstance(key, str) and re.fullmatch(_NOT_WEIGHTS, key) is not None
+
+
+def is_record(key: Any) -> bool:
+    """Whether a key holds records of one run: measurements, random states, settings. They are not merged."""
+    return isinstance(key, str) and re.fullmatch(_RECORDS, key) is not None
 
 
 def _is_optimizer_state(node: Any) -> bool:
@@ -209,20 +252,48 @@ def _as_state_dict(path: tuple[Any, ...], node: Any) -> Candidate | None:
     items = mapping_items(node)
     if items is not None:
         tensors = [
-            Found(k if isinstance(k, str) and len(k) <= _MOST_NAME else _name((k,)), v, node, k)
+            Found(k if isinstance(k, str) and len(k) <= _MOST_NAME else joined((k,)), v, node, k)
             for k, v in items
             if isinstance(v, TensorRef) and isinstance(k, _KEYS)
         ]
         others = [(k, v) for k, v in items if not isinstance(v, TensorRef)] if len(tensors) < len(items) else []
-        nested = any(mapping_items(v) or isinstance(v, list) for k, v in others if not _ignorable(k))
-        enough = len(tensors) * 2 >= len(items) and (not nested or len(tensors) * 10 >= len(items) * 9)
-        return Candidate(path, "state dict", tensors, len(items) - len(tensors)) if tensors and enough else None
+        enough = tensors and (not others or _prevail(tensors, others))
+        return Candidate(path, "state dict", tensors, len(others)) if enough else None
     if isinstance(node, list | tuple) and node and all(isinstance(v, TensorRef) for v in node):
         return Candidate(path, "list", [Found(str(i), v) for i, v in enumerate(node)])
-    if isinstance(node, Instance) and isinstance(node.state, dict):
-        tensors = _module_tensors(node)
-        return Candidate(path, "module", tensors) if tensors else None
+    if isinstance(node, Instance):
+        if tensors := _module_tensors(node):
+            return Candidate(path, "module", tensors)
+        fields = fields_of(node)
+        return _as_state_dict(path, fields) if fields else None
     return None
+
+
+def _prevail(tensors: list[Found], others: list[tuple[Any, Any]]) -> bool:
+    """Whether tensors make a state dict of a mapping that holds other things too.
+
+    They are at least half of its values, or have names with dots. They are not fewer than the tensors in the other values.
+    If they have no names with dots, the other tensors have none either, and not more bytes.
+    """
+    dotted = 2 * sum("." in found.name for found in tensors) >= len(tensors)
+    if not dotted and len(tensors) < len(others):
+        return False
+    left, own_bytes = len(tensors), 0 if dotted else sum(map(_bytes_of, (found.ref for found in tensors)))
+    for key, value in others:
+        if not isinstance(value, dict | list | tuple | Instance) or _ignorable(key) or is_training_state(key, value):
+            continue
+        for path, node in walk(value):
+            if isinstance(node, TensorRef):
+                if not dotted and path and isinstance(path[-1], str) and "." in path[-1]:
+                    return False
+                left, own_bytes = left - 1, own_bytes - _bytes_of(node)
+                if left < 0:
+                    return False
+    return dotted or own_bytes >= 0
+
+
+def _bytes_of(ref: TensorRef) -> int:
+    return prod(ref.shape) * ref.dtype.element_bytes
 
 
 def _ignorable(key: Any) -> bool:
@@ -247,14 +318,14 @@ def _module_tensors(root: Instance) -> list[Found]:
                 held = state.get(part)
                 for name, value in held.items() if isinstance(held, dict) else ():
                     if isinstance(value, TensorRef) and not (part == "_buffers" and name in skipped):
-                        found.append(Found(_name((prefix + str(name),)), value, held, name))
+                        found.append(Found(joined((prefix + str(name),)), value, held, name))
             inner = state["_modules"]
         elif node.path.startswith("__torch__."):
-            found += [Found(_name((prefix + str(k),)), v, state, k) for k, v in state.items() if isinstance(v, TensorRef)]
+            found += [Found(joined((prefix + str(k),)), v, state, k) for k, v in state.items() if isinstance(v, TensorRef)]
             inner = state
         else:
             continue
-        below = [(_name((f"{prefix}{k}.",)), v, depth + 1) for k, v in inner.items() if isinstance(v, Instance)]
+        below = [(joined((f"{prefix}{k}.",)), v, depth + 1) for k, v in inner.items() if isinstance(v, Instance)]
         stack.extend(reversed(below))
     return found
 
@@ -265,7 +336,7 @@ def _members(node: Any) -> set[str]:
     return set(map(str, inside)) if isinstance(inside, list | tuple) else set()
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def joined(path: tuple[Any, ...]) -> str:
     """Joins keys with dots. The length is limited, because long keys above many tensors would use unbounded memory."""
     if len(path) == 1 and isinstance(path[0], str) and len(path[0]) <= _MOST_NAME:
         return path[0]
@@ -281,48 +352,65 @@ def _worthy(candidates: list[Candidate]) -> list[Candidate]:
     return better or candidates
 
 
-def _choose(usable: list[Candidate], ema: str, notes: list[str], passed_over: list[Candidate]) -> list[Candidate]:
+def _mark_swapped(tree: Any, found: list[Candidate]) -> None:
+    """Marks the average and the plain weights of programs that exchange their places."""
+    for averaged, plain, beside, _ in SWAPPED if isinstance(tree, dict) else ():
+        if averaged in tree and plain in tree and beside in tree:
+            for candidate in found:
+                if candidate.path[:1] in ((averaged,), (plain,)):
+                    candidate.swapped = candidate.path[0] == averaged
+
+
+def _choose(usable: list[Candidate], ema: str) -> list[Candidate]:
     """Chooses one of each set of twins, and all candidates with names of their own."""
     groups: dict[Any, list[Candidate]] = {}
     for candidate in usable:
         groups.setdefault(candidate.path[:1], []).append(candidate)
-    chosen: list[list[Candidate]] = []
-    taken: set[Any] = set()
+    plain_of = _plain_groups(groups)
+    twins: dict[Any, list[Any]] = {}
+    for key in groups:
+        twins.setdefault(plain_of.get(key, key), []).append(key)
+    best = (min(keys, key=lambda k: _rank(groups[k][0], ema)) for keys in twins.values())
+    return [candidate for key in best for candidate in groups[key]]
+
+
+def _plain_groups(groups: dict[Any, list[Candidate]]) -> dict[Any, Any]:
+    """Returns the key of a running average -> the key of the model that it is the average of.
+
+    Of several models with the same names, it is the one whose key is in the average's key: ``G_A`` and ``G_A_ema``.
+    """
+    found = {}
     for key, group in groups.items():
-        if key in taken:
+        if not group[0].averaged:
             continue
-        twins = [k for k in groups if k not in taken and (k == key or _are_twins(group, groups[k]))]
-        best = sorted(twins, key=lambda k: groups[k][0].averaged == (ema == "ignore"))[0]
-        taken.update(twins)
-        chosen.append(groups[best])
-        for other in twins:
-            if other != best:
-                kind = "EMA weights" if groups[other][0].averaged else "weights"
-                passed_over += groups[other]
-                notes.append(
-                    f"'{_label(best)}' was taken; '{_label(other)}' holds {kind} of the same names "
-                    "(`state_dict`, `ema` choose)"
-                )
-    return [c for group in chosen for c in group]
+        plain = [k for k, other in groups.items() if not other[0].averaged and _same_names(group, other)]
+        if plain:
+            found[key] = max(plain, key=lambda k: len(_text(k)) if _text(k) in _text(key) else 0)
+    return found
 
 
-def _label(key: tuple[Any, ...]) -> str:
-    return printable(".".join(map(str, key)))
+def _text(key: tuple[Any, ...]) -> str:
+    return "".join(map(str, key))
 
 
-def _are_twins(one: list[Candidate], two: list[Candidate]) -> bool:
-    """Whether they are a model and its running average. Two plain ones of the same names (speakers, an ensemble) are
-    not."""
-    return one[0].averaged != two[0].averaged and _same_names(one, two)
+def _rank(candidate: Candidate, ema: str) -> bool:
+    """Sorts the weights that are taken before their twins."""
+    if candidate.swapped is not None:
+        return not candidate.swapped
+    return candidate.averaged == (ema == "ignore")
 
 
 def _same_names(one: list[Candidate], two: list[Candidate]) -> bool:
-    """Whether the names are nearly the same without wrapper prefixes, so one set is a copy of the other."""
-    a, b = ({_bare(f.name) for c in group for f in c.tensors} for group in (one, two))
-    return len(a & b) >= 0.9 * min(len(a), len(b)) and len(a & b) >= 0.5 * max(len(a), len(b))
+    """Whether the names are nearly the same without wrapper prefixes, so one set is a copy of the other.
+
+    An average may have the plain weights beside its own, so that one set has twice as many names and some counters.
+    """
+    a, b = ({unwrapped(f.name) for c in group for f in c.tensors} for group in (one, two))
+    return len(a & b) >= 0.9 * min(len(a), len(b)) and len(a & b) >= 0.4 * max(len(a), len(b))
 
 
-def _bare(name: str) -> str:
+def unwrapped(name: str) -> str:
+    """Returns the name without the parts that averages and wrappers of models put in."""
     return re.sub(r"(^|(?<=\.))(module|_orig_mod|ema_model|model|n_averaged)\.", "", name)
 
 
@@ -330,37 +418,60 @@ def _together(chosen: list[Candidate]) -> list[Found]:
     """Returns the tensors of all candidates. With several candidates, the path of each is put before its names."""
     if len(chosen) == 1:
         return chosen[0].tensors
-    return [Found(_name((*c.path, f.name)), f.ref, f.holder, f.key) for c in chosen for f in c.tensors]
+    return [Found(joined((*c.path, f.name)), f.ref, f.holder, f.key) for c in chosen for f in c.tensors]
 
 
 def _named(tree: Any, found: list[Candidate], wanted: str) -> Selection:
-    inside = [c for c in found if c.label == wanted or c.label.startswith(wanted + ".")]
-    if not inside:
+    within = [c for c in found if c.label == wanted or c.label.startswith(wanted + ".")]
+    if not within:
         raise RecipeError(
             f"`state_dict` {printable(wanted)}: there is no such state dict in it; "
             f"it has {listed([c.label for c in found]) or 'none'}"
         )
-    chosen = [c for c in inside if c.label == wanted][:1] or inside
-    twins = [c for c in found if c not in chosen and not c.barred and _are_twins(chosen, [c])]
-    return Selection(_together(chosen), chosen, found, twins=twins)
+    chosen = [c for c in within if c.label == wanted][:1] or within
+    _mark_swapped(tree, found)
+    return Selection(_together(chosen), chosen, found)
 
 
-def _use_litema(selection: Selection) -> bool:
-    """Uses Stable Diffusion's EMA weights: ``model_ema.`` and the name without dots, beside the plain ``model.``
-    weights."""
-    by_name = {f.name: f for f in selection.tensors}
-    averaged = {
-        name: by_name[shadow]
-        for name in by_name
-        if name.startswith("model.") and (shadow := "model_ema." + name.removeprefix("model.").replace(".", "")) in by_name
-    }
-    if not averaged:
+def _use_averages(selection: Selection) -> bool:
+    """Puts averaged weights in the place of plain ones, where both have names in one flat state dict.
+
+    Stable Diffusion writes ``model_ema.`` and the name without dots beside ``model.``. Other programs write
+    ``online_model.`` and ``ema_model.``, or ``student.`` and ``teacher.``. Returns whether there are averaged weights.
+    """
+    averages = [f for f in selection.tensors if _is_averaged(f.name)]
+    plain = {f.name: f for f in selection.tensors if not _is_averaged(f.name)}
+    if averages and not any(f.ref.shape for f in plain.values()):
+        return True  # all of it is the average
+    homes: dict[str, dict[str, str]] = {}  # what stands behind the first part -> first part -> plain name
+    for name in plain:
+        top, _, ending = name.partition(".")
+        for key, under in ((ending, top), (ending.replace(".", ""), top), (name, "")):
+            homes.setdefault(key, {}).setdefault(under, name)
+    found, votes = list[tuple[Found, dict[str, str]]](), Counter[str]()
+    for averaged in averages:
+        ending = averaged.name.partition(".")[2]
+        known = homes.get(ending) or homes.get(unwrapped(ending)) or {}
+        known = {top: name for top, name in known.items() if plain[name].ref.shape == averaged.ref.shape}
+        votes.update(list(known))
+        found.append((averaged, known))
+    best = max(votes, key=lambda top: votes[top], default=None)
+    stand_in = {known[best]: averaged for averaged, known in found if best in known}
+    if not stand_in:
         return False
-    kept = [f for f in selection.tensors if not f.name.startswith("model_ema.")]
-    selection.left_out = [f for f in selection.tensors if f.name.startswith("model_ema.")]
-    selection.tensors = [Found(f.name, averaged.get(f.name, f).ref, f.holder, f.key, f.ref) for f in kept]
-    selection.notes.append(f"{len(averaged)} EMA weights (model_ema.*) replace the plain ones")
+    selection.left_out = [(averaged, name) for name, averaged in stand_in.items()]
+    left_out = {averaged.name.partition(".")[0] for averaged in averages}
+    kept = [f for f in plain.values() if f.name.partition(".")[0] not in left_out]
+    selection.tensors = [Found(f.name, stand_in.get(f.name, f).ref, f.holder, f.key, f.ref) for f in kept]
+    tops = listed([f"{top}.*" for top in sorted(left_out)])
+    selection.notes.append(f"{len(stand_in)} EMA weights ({tops}) replace the plain ones")
     return True
+
+
+def _is_averaged(name: str) -> bool:
+    """Whether the first part of a name speaks of a running mean of the weights."""
+    top, dot, _ = name.partition(".")
+    return bool(dot) and re.fullmatch(AVERAGED, top) is not None
 
 
 _UNREAD = {
@@ -370,6 +481,17 @@ _UNREAD = {
     "torch._utils._rebuild_meta_tensor_no_storage": "meta",
     "torch.distributed.tensor._api.DTensor": "distributed",
 }
+
+
+def unread_arrays(chosen: Iterable[Candidate]) -> list[tuple[str, str]]:
+    """Returns (name, kind) of numpy's arrays in the chosen state dicts that may hold numbers in a form that is not read."""
+    found = []
+    for candidate in chosen:
+        holder = candidate.tensors[0].holder
+        for key, value in (mapping_items(holder) or ()) if candidate.others else ():
+            if kind := unread_kind(value):
+                found.append((printable(key), kind))
+    return found
 
 
 def unread_tensors(tree: Any) -> list[tuple[str, str]]:

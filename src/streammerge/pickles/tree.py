@@ -88,11 +88,22 @@ class StorageRef(_Record):
         return self.numel * (self.dtype.element_bytes if self.dtype else 1)
 
 
+class Blank(StorageRef):
+    """The bytes of an array inside a pickle that is being planned. ``key``: the tensor that they come from."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, label: str, nbytes: int) -> Blank:
+        return cls(label, None, nbytes)
+
+
 @dataclass(slots=True, eq=False, repr=False)
 class TensorRef(_Record):
     """A tensor over a storage; ``offset`` and ``strides`` are in elements.
 
-    ``wrapper`` keeps its wrapper: ("parameter",), ("parameter_with_state", state) or ("type", function, class, state).
+    ``wrapper`` keeps its wrapper: ("parameter",), ("parameter_with_state", state), ("type", function, class, state), or
+    ("array", function, arguments, dtype) for an array of numpy.
     ``lazy`` names a pending conjugation or negation. ``entry`` is its source, in formats without storages.
     """
 

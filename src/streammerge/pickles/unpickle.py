@@ -1,10 +1,10 @@
 """The inert unpickler: a pickle stream (protocols 0 to 5) -> the inert tree. Nothing is imported, called or executed.
 
-It is a stack machine over :func:`pickletools.genops`, which checks every length against the available bytes. Names of
-classes and functions become :class:`~streammerge.pickles.tree.Global`. Calls become
-:class:`~streammerge.pickles.tree.Instance`, except those in the closed table of :mod:`streammerge.pickles.rebuild`.
-Anything unexpected is a FormatError, "damaged pickle". Each opcode is charged for its memory, so a small file cannot
-claim a large tree.
+It is a stack machine over the opcodes of :mod:`pickletools`. It passes over long values of a pickle in a file, and reads
+those that are not the bytes of an array in a second round. Names of classes and functions become
+:class:`~streammerge.pickles.tree.Global`. Calls become :class:`~streammerge.pickles.tree.Instance`, except those in the
+closed table of :mod:`streammerge.pickles.rebuild` and numpy's arrays. Anything unexpected is a FormatError, "damaged
+pickle". Each opcode is charged for its memory, so a small file cannot claim a large tree.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from __future__ import annotations
 import io
 import pickletools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, BinaryIO
 
 from streammerge.errors import FormatError, printable
+from streammerge.pickles.arrays import FROM_BUFFER, KEPT_BYTES, RECONSTRUCT, Arrays
 from streammerge.pickles.rebuild import Damaged, call, set_items, text
 from streammerge.pickles.tree import Global, Instance, OrderedTree, PersistentId, TensorRef
 
@@ -41,65 +43,112 @@ ResolveId = Callable[[Any], Any]
 
 
 def unpickle(
-    source: bytes | BinaryIO, resolve: ResolveId = PersistentId, where: str = "pickle", disk_bytes: int | None = None
+    source: bytes | BinaryIO,
+    resolve: ResolveId = PersistentId,
+    where: str = "pickle",
+    disk_bytes: int | None = None,
+    arrays: Arrays | None = None,
 ) -> Any:
     """Turns one pickle into its inert tree. Leaves a stream directly behind the STOP opcode. Raises FormatError.
 
-    ``disk_bytes``: the compressed size on the disk, if it was compressed; it limits the memory.
+    ``disk_bytes``: the compressed size on the disk, if it was compressed; it limits the memory. ``arrays`` makes numpy's
+    arrays; it knows where the pickle lies.
     """
-    stream = io.BytesIO(source) if isinstance(source, bytes) else _Limited(source)
-    machine = _Machine(resolve, stream, disk_bytes)
+    stream = _Limited(io.BytesIO(source) if isinstance(source, bytes) else source)
+    arrays = arrays or Arrays(where)
     try:
-        return machine.run()
+        tree = _Machine(resolve, stream, disk_bytes, arrays, set()).run()
+        if unclaimed := arrays.unclaimed:
+            arrays.begin()
+            stream.rewind()
+            tree = _Machine(resolve, stream, disk_bytes, arrays, unclaimed).run()
     except Damaged as error:
         raise FormatError(f"{where}: damaged or hostile pickle ({error}); nothing was executed") from error
     except _DAMAGE as error:
         raise FormatError(
             f"{where}: damaged pickle ({type(error).__name__}: {printable(error)}); nothing was executed"
         ) from error
+    return tree
 
 
 class _Limited:
-    """The methods of a stream that pickletools needs. Rejects any length in a pickle beyond the limit."""
+    """A stream that begins at a pickle. Rejects any length in the pickle beyond the limit or the end of the stream."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self._start = stream, stream.tell()
+        self._end = stream.seek(0, io.SEEK_END)
+        self.rewind()
+        self.byte = partial(stream.read, 1)
+
+    def rewind(self) -> None:
+        self._stream.seek(self._start)
+        self._left = MAX_PICKLE_BYTES
 
     def tell(self) -> int:
         return self._stream.tell() - self._start
 
     def read(self, nbytes: int) -> bytes:
-        if nbytes > MAX_PICKLE_BYTES - self.tell():
+        if nbytes > self._left:
             raise Damaged(f"it claims {nbytes} bytes for one value")
-        return self._stream.read(nbytes)
+        data = self._stream.read(nbytes)
+        self._left -= len(data)
+        return data
+
+    def exactly(self, nbytes: int) -> bytes:
+        data = self.read(nbytes)
+        if len(data) != nbytes:
+            raise Damaged(f"it ends in a value of {nbytes} bytes")
+        return data
+
+    def skip(self, nbytes: int) -> None:
+        at = self._stream.tell()
+        if nbytes > self._end - at:
+            raise Damaged(f"it ends in a value of {nbytes} bytes")
+        self._stream.seek(at + nbytes)
 
     def readline(self) -> bytes:
-        return self._stream.readline(max(MAX_PICKLE_BYTES - self.tell(), 0))
+        return self._stream.readline(max(self._left, 0))
 
 
 class _Machine:
-    def __init__(self, resolve: ResolveId, stream: io.BytesIO | _Limited, disk_bytes: int | None) -> None:
+    """``kept``: the offsets of long values that are read in any case."""
+
+    def __init__(
+        self, resolve: ResolveId, stream: _Limited, disk_bytes: int | None, arrays: Arrays, kept: set[int]
+    ) -> None:
         self.resolve = resolve
         self.stream, self.disk_bytes = stream, disk_bytes
+        self.arrays, self.kept = arrays, kept
         self.cost = 0
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
+        self.shells: dict[int, list[int]] = {}
+        """The places in the memo of arrays whose content has not come yet, by their id."""
 
     def charge(self, nbytes: int) -> None:
         """Charges memory, because one byte of a pickle can make an object of hundreds of bytes."""
         self.cost += nbytes
         if self.cost > FREE_BYTES:
-            explained = self.stream.tell() if self.disk_bytes is None else self.disk_bytes
+            explained = self.disk_bytes
+            if explained is None:
+                explained = self.stream.tell() - self.arrays.left_bytes
             if self.cost > FREE_BYTES + BYTES_PER_BYTE * explained:
                 raise Damaged("it would take far more memory than its size explains")
 
     def run(self) -> Any:
-        for count, (opcode, arg, _position) in enumerate(pickletools.genops(self.stream)):  # type: ignore[arg-type]
-            if count >= MAX_OPCODES:
-                raise Damaged(f"more than {MAX_OPCODES} opcodes")
-            name = opcode.name
-            self.charge(_COST.get(name, _COST_OF_OTHERS))
+        byte, known = self.stream.byte, _OPCODES
+        for _ in range(MAX_OPCODES):
+            code = byte()
+            found = known.get(code)
+            if found is None:
+                raise ValueError(f"opcode {code!r} is unknown" if code else "it ends before STOP")
+            name, read, cost = found
+            self.charge(cost)
+            if name in _LENGTHS:
+                self.stack.append(self.value(name))
+                continue
+            arg = None if read is None else read(self.stream)
             if name in _PUSHED:
                 self.stack.append(_PUSHED[name](arg))
             elif name == "STOP":
@@ -108,7 +157,26 @@ class _Machine:
                 action(self, arg)
             else:
                 raise Damaged(f"opcode {name} is refused")
-        raise Damaged("it ends before STOP")
+        raise Damaged(f"more than {MAX_OPCODES} opcodes")
+
+    def value(self, name: str) -> Any:
+        """Reads a text or bytes; passes over a long one in a file."""
+        size, form = _LENGTHS[name]
+        nbytes = int.from_bytes(self.stream.exactly(size), "little", signed=name == "BINSTRING")
+        if nbytes < 0:
+            raise Damaged(f"it claims {nbytes} bytes for one value")
+        arrays = self.arrays
+        if nbytes > KEPT_BYTES and arrays.offset is not None and (at := self.stream.tell()) not in self.kept:
+            self.stream.skip(nbytes)
+            data: Any = arrays.payload(at, nbytes, form)
+        elif form == "text":
+            return self.stream.exactly(nbytes).decode("utf-8", "surrogatepass")
+        elif name.endswith("STRING"):
+            return _python2_text(self.stream.exactly(nbytes).decode("latin-1"))
+        else:
+            at = self.stream.tell()
+            data = arrays.raw(self.stream.exactly(nbytes), at)
+        return Instance("call", _BYTEARRAY, (data,)) if name == "BYTEARRAY8" else data
 
     def pop_mark(self) -> list[Any]:
         items, self.stack = self.stack, self.marks.pop()
@@ -122,10 +190,12 @@ class _Machine:
         self.stack = []
 
     def memoize(self, _: Any) -> None:
-        self.memo[len(self.memo)] = self.stack[-1]
+        self.put(len(self.memo))
 
     def put(self, index: Any) -> None:
-        self.memo[int(index)] = self.stack[-1]
+        value = self.memo[int(index)] = self.stack[-1]
+        if value.__class__ is Instance and value.path in RECONSTRUCT:
+            self.shells.setdefault(id(value), []).append(int(index))
 
     def get(self, index: Any) -> None:
         self.stack.append(self.memo[int(index)])
@@ -190,7 +260,10 @@ class _Machine:
     def call(self, function: Any, args: tuple[Any, ...]) -> None:
         """Pushes the result of a call. Charges its arguments, because the same long argument can be passed many times."""
         self.charge(sum(len(a) * _COST_OF_PART.get(type(a), 0) for a in args if isinstance(a, str | tuple | list)))
-        self.stack.append(call(function, args))
+        made = None
+        if isinstance(function, Global) and function.path in FROM_BUFFER:
+            made = self.arrays.from_buffer(args, self.stream.tell())
+        self.stack.append(call(function, args) if made is None else made)
 
     def newobj(self, _: Any) -> None:
         args, function = self.stack.pop(), self.stack.pop()
@@ -211,6 +284,14 @@ class _Machine:
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, OrderedTree):
             target.attributes = state
+        elif isinstance(target, Instance) and target.path in RECONSTRUCT:
+            made = self.arrays.built(target, state, self.stream.tell())
+            if made is None:
+                target.state = state
+                return
+            self.stack[-1] = made
+            for index in self.shells.pop(id(target), ()):
+                self.memo[index] = made
         elif isinstance(target, Instance | TensorRef):
             target.state = state
         else:
@@ -290,6 +371,20 @@ def _integer(arg: int) -> int:
     return arg
 
 
+_BYTEARRAY = Global("builtins", "bytearray")
+_LENGTHS = {
+    "SHORT_BINUNICODE": (1, "text"),
+    "BINUNICODE": (4, "text"),
+    "BINUNICODE8": (8, "text"),
+    "SHORT_BINBYTES": (1, "raw"),
+    "BINBYTES": (4, "raw"),
+    "BINBYTES8": (8, "raw"),
+    "BYTEARRAY8": (8, "raw"),
+    "SHORT_BINSTRING": (1, "raw"),
+    "BINSTRING": (4, "raw"),
+}
+"""Opcodes of texts and bytes: how many bytes their length takes, and the form of what follows."""
+
 # Bytes of memory per opcode in CPython 3.11: the object, its place on the stack and in the memo.
 _COST_OF_OTHERS = 16
 _COST = {
@@ -307,10 +402,8 @@ _COST_OF_PART: dict[type, int] = {str: 1, list: 100, tuple: 100}
 _PUSHED: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(["INT", "LONG", "LONG1", "LONG4"], _integer),
     **dict.fromkeys(["BININT", "BININT1", "BININT2", "FLOAT", "BINFLOAT"], _itself),
-    **dict.fromkeys(["UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"], _itself),
-    **dict.fromkeys(["SHORT_BINBYTES", "BINBYTES", "BINBYTES8"], _itself),
-    **dict.fromkeys(["STRING", "BINSTRING", "SHORT_BINSTRING"], _python2_text),
-    "BYTEARRAY8": lambda arg: Instance("call", Global("builtins", "bytearray"), (bytes(arg),)),
+    "UNICODE": _itself,
+    "STRING": _python2_text,
     "NONE": lambda arg: None,
     "NEWTRUE": lambda arg: True,
     "NEWFALSE": lambda arg: False,
@@ -352,3 +445,9 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "APPENDS": _Machine.appends,
     **dict.fromkeys(["PERSID", "BINPERSID"], _Machine.persistent),
 }
+
+_OPCODES: dict[bytes, tuple[str, Callable[[Any], Any] | None, int]] = {
+    each.code.encode("latin-1"): (each.name, each.arg.reader if each.arg else None, _COST.get(each.name, _COST_OF_OTHERS))
+    for each in pickletools.opcodes
+}
+"""Code -> name, the reader of the argument, and the memory that is charged."""

@@ -9,7 +9,11 @@ Each module imports only modules above it::
     dispositions  what becomes of each thing in an input
     parameters    a method's parameters for each tensor
     mismatch      differences between checkpoints
+    experts       fused experts as separate ones, and the other way round
+    shapes        tensors whose shapes or kinds of numbers differ
+    refusals      tensors that no method may merge
     alignment     which tensors go into which tensor of the output
+    copies        the same for the copies of the weights
     outputs       the files of the output, and the place of each tensor
     plan          Plan, build_plan
     digest        whether two plans are the same

@@ -15,22 +15,25 @@ from streammerge.checkpoints.profiles import Profile, profile_of
 from streammerge.errors import MismatchError, RecipeError, listed, printable
 from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import COPY, INTEGERS
-from streammerge.pickles.state_dict import unread_tensors
 from streammerge.planning.dispositions.ledger import Dispositions
+from streammerge.planning.experts import conformed
 from streammerge.planning.mismatch import Differing, Mismatch
 from streammerge.planning.parameters import ParameterValues, shares
+from streammerge.planning.refusals import quantised, refuse_inseparable, refuse_unmerged, refuse_unreadable
+from streammerge.planning.shapes import Fitted, differ, fit, framed
 from streammerge.planning.views import Indexes, Part, Restacked, View, make_parts
 from streammerge.recipe.model import Recipe, Reference, Rule
 from streammerge.sources.base import Source
-from streammerge.sources.rows import rows_of
+from streammerge.sources.merged import Merged as MergedSource
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.matching import Matching, describe, match
 from streammerge.tensors.names import is_counter, spelled, why_ignored
-from streammerge.tensors.quantised import belongs, companions
 from streammerge.tensors.spec import TensorSpec
 
 _WIDE = (DType.F64, DType.C128)
 _Sources = list[Source | None]
+_FITS = Fitted([])
+"""Stands for sources that fit together as they are, so that no object is made for most tensors."""
 
 
 @dataclass(slots=True)
@@ -39,7 +42,8 @@ class Merged:
 
     ``base_names`` are its names in the first checkpoint, more than one when tied; ``tied`` its further output names.
     ``rest`` has the rows behind those that are merged, where one model has more of them. ``added``: the first checkpoint
-    lacks it. ``why``: the reason why it is copied.
+    lacks it. ``why``: the reason why it is copied. ``inner``: the method of its
+    leading block, where the rest is the first's.
     """
 
     base_names: tuple[str, ...]
@@ -53,6 +57,7 @@ class Merged:
     rest: Source | None = None
     added: bool = False
     why: str = ""
+    inner: MergeMethod | None = None
 
 
 @dataclass(slots=True)
@@ -75,12 +80,7 @@ def align(recipe: Recipe, indexes: Indexes) -> Alignment:
     """The output's tensors, in the first checkpoint's order. Raises MismatchError and RecipeError."""
     first = indexes[recipe.checkpoints[0]]
     for index in indexes.values():
-        unread = unread_tensors(index.extras) if index.extras is not None else []
-        if unread:
-            raise MismatchError(
-                f"{printable(index.path)} holds {unread[0][1]} tensors ({listed([name for name, _ in unread])}), "
-                "which are not merged or converted; save it again with ordinary ones"
-            )
+        refuse_unreadable(index)
     parts = make_parts(recipe, indexes)
     alignment = Alignment([], parts.notes, restacked=parts.restacked)
     alignment.shares = shares(parts.parts[0])
@@ -88,8 +88,12 @@ def align(recipe: Recipe, indexes: Indexes) -> Alignment:
     rules = _Rules(recipe)
     for part in parts.parts:
         _Aligner(recipe, indexes, part, rules, alignment, mismatch).run()
+    if mismatch:
+        mismatch.quantised = {str(each.path): said for each in indexes.values() if (said := quantised(each))}
     mismatch.refuse(recipe)
-    _refuse_quantised(indexes, alignment.merged)
+    refuse_inseparable(indexes.values(), alignment.merged)
+    if recipe.on_missing != "error" or recipe.on_shape != "error":
+        refuse_unmerged(recipe, indexes, alignment.merged)
     alignment.warnings += [f'`on_missing="{recipe.on_missing}"`: {row}' for row in mismatch.rows(recipe.on_missing)]
     if not alignment.merged:
         raise RecipeError(
@@ -125,7 +129,8 @@ def _record(alignment: Alignment) -> None:
     """Records what becomes of the tensors of the output."""
     groups: dict[tuple[bool, str], list[str]] = {}
     for m in alignment.merged:
-        key = (True, m.why) if m.method is COPY else (False, f"by {m.method.name}")
+        key = (False, f"by {m.inner.name}, the leading block") if m.inner else (False, f"by {m.method.name}")
+        key = (True, m.why) if m.method is COPY and not m.inner else key
         groups.setdefault(key, []).append(m.spec.name)
         if m.tied:
             groups[key] += m.tied
@@ -161,7 +166,8 @@ class _Aligner:
     ) -> None:
         self.recipe, self.indexes, self.part, self.rules = recipe, indexes, part, rules
         self.alignment, self.mismatch = alignment, mismatch
-        self.base, self.others = part.views[0], part.views[1:]
+        self.base = part.views[0]
+        self.others = [self._conformed(view) for view in part.views[1:]]
         found = [_matched(self.base, other) for other in self.others]
         self.matches = [each.names for each in found]
         for other, each in zip(self.others, found, strict=True):
@@ -193,6 +199,13 @@ class _Aligner:
                 self.alignment.merged.append(merged)
         self.alignment.merged += [self._addition(name, view) for name, view in self.added.values()]
         self.alignment.notes += self.remade.notes("are kept as the first has them", "differ in shape or dtype")
+
+    def _conformed(self, view: View) -> View:
+        """The view with its experts in the form of the first's."""
+        made, note = conformed(self.base, view)
+        if note and note not in self.alignment.notes:
+            self.alignment.notes.append(note)
+        return made
 
     def _record_dropped(self, names: list[str], ruled: dict[str, Rule | None]) -> None:
         kept, add = set(names), self.alignment.dispositions.add
@@ -308,9 +321,24 @@ class _Aligner:
             raise RecipeError(
                 f"{where}{method.name} needs a base, and {printable(name)} has none here; name it as base_model"
             )
-        sources, rest, keep = self._in_shape(name, sources)
-        if keep is None:
+        fitted = self._fitted(name, sources)
+        if fitted is None:
             return None
+        if fitted is not _FITS:
+            sources = fitted.sources
+        merged = self._of_fitted(names, tied, rule, method, sources, fitted)
+        return merged if fitted.frame is None else self._framed(merged, fitted.frame)
+
+    def _of_fitted(
+        self,
+        names: tuple[str, ...],
+        tied: tuple[str, ...],
+        rule: Rule | None,
+        method: MergeMethod,
+        sources: _Sources,
+        fitted: Fitted,
+    ) -> Merged:
+        name, recipe, rest = names[0], self.recipe, fitted.rest
         first = sources[0] or self.base.entries[name]
         spec = self._spec(name, first.spec, rule)
         if rest is not None:
@@ -320,17 +348,22 @@ class _Aligner:
         present = tuple(filter(None, used))
         lacking = len(present) < len(used)
         absent_here = lacking and (
-            recipe.on_missing in ("base", "union") or self._optional(name) or why_ignored(name, first.spec.shape)
+            (based and used[0] is None)
+            or recipe.on_missing in ("base", "union")
+            or self._optional(name)
+            or why_ignored(name, first.spec.shape)
         )
         too_few = lacking and sum(s is not None for s in used[based:]) < method.models[0]
-        if keep or method is COPY or absent_here or too_few:
+        if fitted.keep or method is COPY or absent_here or too_few:
             why = "" if method is COPY else "not in every input" if lacking else "differs in shape or dtype"
             return Merged(names, spec, COPY, (first,), tied=tied, rest=rest, why=why)
-        if first.spec.dtype.kind not in ("float", "complex"):
-            return self._integers(names, spec, present, tied, rest)
-        if first.spec.numel == 1 and is_counter(name):
+        counts = first.spec.numel == 1 and is_counter(name)
+        if counts or fitted.mixed or first.spec.dtype.kind not in ("float", "complex"):
+            in_order = tuple(filter(None, [sources[number] for number in sorted(order)]))
+            if fitted.mixed or not counts or first.spec.dtype.kind not in ("float", "complex"):
+                return self._integers(names, spec, in_order, tied, rest)
             counted = replace(spec, dtype=first.spec.dtype)
-            return Merged(names, counted, INTEGERS, present, {"policy": "max"}, tied=tied, rest=rest)
+            return Merged(names, counted, INTEGERS, in_order, {"policy": "max"}, tied=tied, rest=rest)
         wide = any(s.spec.dtype in _WIDE for s in present)
         preferred = recipe.compute_dtype.torch_name if recipe.compute_dtype else method.compute
         values = self.values.of(method, order[based:], name, sources, rule)
@@ -371,7 +404,7 @@ class _Aligner:
         if wanted not in self.copies:
             index = next(index for reference, index in self.indexes.items() if reference.same(wanted))
             own = next((view for view in self.part.views if view.index is index), None)
-            view = own or View(index, index.entries, index.aliases)
+            view = self._conformed(own or View(index, index.entries, index.aliases))
             self.copies[wanted] = view, _matched(self.base, view).names
         view, matched = self.copies[wanted]
         theirs = matched.get(name) or matched.get(self.base.aliases.get(name, name))
@@ -382,40 +415,44 @@ class _Aligner:
             )
         return view.entries[theirs]
 
-    def _in_shape(self, name: str, sources: _Sources) -> tuple[_Sources, Source | None, bool | None]:
-        """The sources, cut to their common rows where that is asked for; the rows that stay; and whether only the first
-        is kept. None for a tensor that differs and cannot be settled."""
+    def _fitted(self, name: str, sources: _Sources) -> Fitted | None:
+        """The sources, made to fit. _FITS if they do; None for a tensor whose differences no policy settles."""
         first = self.base.entries[name].spec
         for s in sources:  # a plain loop: this runs for every tensor
             if s is not None and s.spec is not first and (s.spec.shape != first.shape or s.spec.dtype is not first.dtype):
                 break
         else:
-            return sources, None, False
-        present = [(s, v.index) for s, v in zip(sources, self.part.views, strict=True) if s is not None]
-        other = next((p for p in present[1:] if _differ(first, p[0].spec)), None)
-        if other is None:
-            return sources, None, False
+            return _FITS
+        if not any(s is not None and differ(first, s.spec) for s in sources):
+            return _FITS
         if self.remade.takes(name, self.base.entries[name]):
-            return sources, None, True
-        differing = Differing(name, first, other[0].spec, str(other[1].path))
+            return Fitted(sources, keep=True)
         policy = self.recipe.on_shape
-        if not differing.in_shape or policy == "error":
-            self.mismatch.differing.append(differing)
-            return sources, None, None
-        if policy == "base":
-            self.alignment.warnings.append(f'`on_shape="base"`: {printable(name)} is kept as the first has it')
-            return sources, None, True
-        shapes = [s.spec.shape for s, _ in present]
-        if any(len(s) == 0 or s[1:] != first.shape[1:] for s in shapes) or first.dtype.kind == "packed":
-            self.mismatch.differing.append(differing)
-            return sources, None, None
-        least, most = min(s[0] for s in shapes), max(s[0] for s in shapes)
-        largest = next(s for s, _ in present if s.spec.shape[0] == most)
-        self.alignment.warnings.append(
-            f'`on_shape="rows"`: {least} rows of {printable(name)} are merged, the other {most - least} are those of '
-            f"{printable(largest.origin)}"
+        made = fit(name, sources, [view.index.path for view in self.part.views], policy)
+        if isinstance(made, Differing):
+            self.mismatch.differing.append(made)
+            return None
+        if made.said:
+            why = "an extension of the others" if made.extends else f'`on_shape="{policy}"`'
+            self.alignment.warnings.append(f"{why}: {made.said}")
+        if made.extends:
+            self.mismatch.extended.append(made.extends)
+        return made
+
+    def _framed(self, merged: Merged, frame: Source) -> Merged:
+        """Puts a merged block into the first's tensor, which is larger."""
+        block = MergedSource(
+            merged.spec,
+            merged.method,
+            merged.sources,
+            merged.parameters,
+            merged.compute,
+            merged.based,
+            self.recipe.seed,
+            merged.spec.name,
         )
-        return [s and rows_of(s, 0, least) for s in sources], rows_of(largest, least, most), False
+        whole = framed(block, frame)
+        return Merged(merged.base_names, whole.spec, COPY, (whole,), tied=merged.tied, inner=merged.method)
 
     def _integers(
         self,
@@ -432,6 +469,9 @@ class _Aligner:
             )
         if len(present) == 1:
             return Merged(names, spec, COPY, present, tied=tied, rest=rest)
+        whole = next((source.spec.dtype for source in present if source.spec.dtype.kind != "float"), spec.dtype)
+        if spec.dtype.kind == "float":  # floats that stand for integers
+            spec = replace(spec, dtype=whole)
         return Merged(names, spec, INTEGERS, present, {"policy": policy}, tied=tied, rest=rest)
 
 
@@ -458,28 +498,6 @@ class _Ignored:
         ]
 
 
-def _refuse_quantised(indexes: Indexes, merged: list[Merged]) -> None:
-    """Quantised weights may be copied, byte for byte and with all that belongs to them, but neither merged nor recast."""
-    for index in indexes.values():
-        told = companions({name: entry.spec for name, entry in index.entries.items()})
-        if not told:
-            continue
-        own = {path for entry in index.entries.values() for path in entry.paths}  # a state dict in memory has no files
-        copied, others = set[str](), set[str]()
-        for m in merged:
-            for source in m.sources:
-                if not own.isdisjoint(source.paths):
-                    verbatim = m.method is COPY and source.spec.dtype == m.spec.dtype
-                    (copied if verbatim else others).add(source.spec.name)
-        for name, (label, stem) in told.items():
-            parted = name not in copied and any(belongs(each, stem) for each in copied)
-            if name in others or parted or any(belongs(each, stem) for each in others):
-                raise MismatchError(
-                    f"{printable(index.path)} is quantised: {label}, as {printable(name)} tells; dequantise it first, or "
-                    "copy its tensors with all that belongs to them"
-                )
-
-
 def _drops(rule: Rule | None) -> bool:
     return rule is not None and rule.drop
 
@@ -490,11 +508,6 @@ def _matched(base: View, other: View) -> Matching:
         return Matching(dict(zip(base.entries, base.entries, strict=True)))
     ours, theirs = ({name: entry.spec.shape for name, entry in view.entries.items()} for view in (base, other))
     return match(ours, theirs)
-
-
-def _differ(one: TensorSpec, two: TensorSpec) -> bool:
-    other_kind = one.dtype.kind != two.dtype.kind or (one.dtype.kind != "float" and one.dtype != two.dtype)
-    return one.shape != two.shape or other_kind
 
 
 def _check_output_names(merged: list[Merged]) -> None:

@@ -23,7 +23,7 @@ PER_TENSOR_BYTES = 800
 PER_WORKER_BYTES = 2 << 20
 """A thread's stack, its malloc arena, and the padding that aligns its buffers to pages."""
 SPOOLING_BYTES = 8 << 20
-"""Blocks of a compressed record before and after it is inflated."""
+"""Blocks of a packed record before and after it is unpacked."""
 BEST_TILE_BYTES = 8 << 20
 """Bytes that a reader of scattered elements reads ahead. A larger tile reads more at each place of the file it visits."""
 PER_PROCESS_BYTES = 12 << 20

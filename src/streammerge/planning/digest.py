@@ -11,9 +11,10 @@ from streammerge.errors import listed
 from streammerge.planning.plan import Plan
 from streammerge.planning.tasks import MergeTask
 from streammerge.sources.merged import methods_in
+from streammerge.stores.base import Location
 from streammerge.version import __version__
 
-_FORM = 2
+_FORM = 3
 _AT_ONCE = 1000  # tasks per call of json; one call per task would take most of the time
 _MOST_SAID = 200  # the most inputs, and the most recipe keys, that a journal lists one by one
 
@@ -22,18 +23,26 @@ def plan_parts(plan: Plan) -> dict[str, Any]:
     """Returns the identity of a plan, by its parts. It is equal for two plans only if all their pieces are equal.
 
     Holds the versions as text, a digest of each input's current state, a digest of each value of the recipe, and one digest
-    of everything: tasks, layout, inputs, versions. Budget, workers and the way of reading are not in it.
+    of everything: tasks, layout, inputs, versions. Budget, workers and the way of reading are not in it. An input is known
+    by its name in the receipt, size, time and header, so that another spelling of its path, another mount of its disk or
+    another current folder changes nothing.
     """
     import hashlib
 
     receipt = plan.layout.receipt
     digest = hashlib.sha256()
+    names = {location: name for name, (location, _) in plan.input_files.items()}
+
+    def plain(value: object) -> str:
+        return names.get(value, str(value)) if isinstance(value, Location) else str(value)
 
     def add(*values: Any) -> None:
-        digest.update(json.dumps(values, default=str).encode() + b"\n")
+        digest.update(json.dumps(values, default=plain).encode() + b"\n")
+
+    states = {plain(path): (known.size, known.version) for path, known in plan.identities.items()}
 
     add(_FORM, __version__, receipt.text())
-    add(sorted((str(path), *known) for path, known in plan.identities.items()))
+    add(sorted(states.items()))
     for file in plan.layout.files:
         add(file.name, file.size, list(file.offsets.values()))
         for literal in file.literals:
@@ -41,7 +50,7 @@ def plan_parts(plan: Plan) -> dict[str, Any]:
     add([name for _, name in plan.layout.side_files])
     for start in range(0, len(plan.tasks), _AT_ONCE):
         add(*map(_said, plan.tasks[start : start + _AT_ONCE]))
-    inputs = {str(path): _short(known) for path, known in plan.identities.items()}
+    inputs = {name: _short(known) for name, known in states.items()}
     recipe = {key: _short(value) for key, value in receipt.recipe.items()}
     return {
         "form": _FORM,

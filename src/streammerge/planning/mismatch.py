@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 
 from streammerge.errors import MismatchError, listed, printable
 from streammerge.recipe.model import Recipe
+from streammerge.tensors.adapters import is_adapter
 from streammerge.tensors.layers import depths
 from streammerge.tensors.matching import Renaming, replacements
 from streammerge.tensors.spec import TensorSpec
 
 _MOST_ROWS = 20
 _MOST_PREFIXES = 3
+_POSITIONS = re.compile(r"(^|[._])(pos|position|positional|wpe)([._]|$)|pos(ition(al)?)?_?emb", re.IGNORECASE)
+_SPEAKERS = re.compile(r"(^|[._])(speakers?|spk|emb_g)([._]|$)", re.IGNORECASE)
 _VOCABULARY = ("emb", "lm_head", "text_head", "wte", "vocab", "embed_out")
 
 
@@ -45,13 +48,25 @@ class Differing:
         one, two = self.first.shape, self.other.shape
         if not self.in_shape:
             return ""
+        unlike = [pair for pair in zip(one, two, strict=False) if pair[0] != pair[1]]
+        if len(one) == len(two) and len(unlike) == 1 and _POSITIONS.search(self.name):
+            return f"{unlike[0][0]} positions against {unlike[0][1]}, so another length of text or size of images"
+        if len(one) == len(two) and one[1:] == two[1:] and _SPEAKERS.search(self.name):
+            return f"{one[0]} speakers against {two[0]}"
         if len(one) == len(two) and one[1:] == two[1:] and any(word in self.name.lower() for word in _VOCABULARY):
             return f"vocabulary {one[0]} against {two[0]}"
         if len(one) == len(two) == 4 and {one[1], two[1]} & {9}:
-            return "an inpainting model against an ordinary one"
+            advice = "; give the inpainting model first, and it keeps its channels" if one[1] < two[1] else ""
+            return f"an inpainting model against an ordinary one{advice}"
         if {one[-1:], two[-1:]} == {(256,), (768,)}:
             return "v1 against v2 (256 against 768 features)"
         return ""
+
+    @property
+    def by_blocks(self) -> bool:
+        """Whether the two have a leading block in common."""
+        one, two = self.first.shape, self.other.shape
+        return len(one) == len(two) > 0 and 0 not in (*one, *two)
 
     @property
     def by_rows(self) -> bool:
@@ -61,7 +76,11 @@ class Differing:
 
 @dataclass(slots=True)
 class Mismatch:
-    """All disagreements of one merge. ``missing`` and ``extra``: path of the checkpoint -> names."""
+    """All disagreements of one merge. ``missing`` and ``extra``: path of the checkpoint -> names.
+
+    ``quantised``: path of a quantised checkpoint -> a sentence about it. ``extended``: tensors that the first has with more
+    channels. They are merged if all are extended alike.
+    """
 
     first: str
     missing: dict[str, list[str]] = field(default_factory=dict)
@@ -70,6 +89,11 @@ class Mismatch:
     names: dict[str, list[str]] = field(default_factory=dict)
     doubtful: dict[str, list[Renaming]] = field(default_factory=dict)
     shared: dict[str, list[int]] = field(default_factory=dict)
+    quantised: dict[str, str] = field(default_factory=dict)
+    extended: list[Differing] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.missing or self.extra or self.differing)
 
     def count(self, path: str, common: int, ours: int, theirs: int) -> None:
         """Adds what a part of the merge has in common with a checkpoint: names of the first, of the other, of both."""
@@ -91,6 +115,8 @@ class Mismatch:
     def refuse(self, recipe: Recipe) -> None:
         """MismatchError with everything that the recipe's policies do not settle."""
         strangers = [path for path, known in self.shared.items() if known[0] * 20 < min(known[1:])]
+        if len({(each.first.shape, each.other.shape) for each in self.extended}) > 1 or self.differing:
+            self.differing += self.extended
         names = self.rows() if recipe.on_missing == "error" or strangers else []
         if not names and not self.differing:
             return
@@ -99,12 +125,13 @@ class Mismatch:
             lines += ["the inputs do not have the same tensors:", *(f"  {row}" for row in names)]
         if self.differing:
             lines += ["these tensors differ between the inputs:", *_aligned([d.row for d in self.differing])]
-        lines += [f"this looks like {guess}" for guess in self._guesses()]
+        guesses, related = self._guesses()
+        lines += [f"this looks like {guess}" for guess in guesses]
         if strangers:
             lines.append(
                 f"nothing can be merged with {listed(strangers)}: next to no name is common, whatever `on_missing` says"
             )
-        elif names:
+        elif names and related:
             lines.append(
                 '`on_missing="base"` (keep the first\'s), `"average-present"` (mean of those that have it), `"drop"`, or '
                 "`\"union\"` (keep the first's, and add what only another has) settles names; the first checkpoint's names "
@@ -112,38 +139,51 @@ class Mismatch:
             )
         shapes = [d for d in self.differing if d.in_shape]
         if shapes:
-            rows = ' or `"rows"` (merge the common leading rows, keep the rest of the larger)'
-            lines.append(
-                f'`on_shape="base"` (keep the first\'s){rows if all(d.by_rows for d in shapes) else ""} settles shapes; '
-                "a rule can copy a tensor from one model, or drop it"
-            )
+            ways = ['`on_shape="base"` (keep the first\'s)']
+            if all(d.by_rows for d in shapes):
+                ways.append('`"rows"` (merge the common leading rows, keep the rest of the larger)')
+            elif all(d.by_blocks for d in shapes):
+                ways.append(
+                    '`"leading"` (merge the block that all have at the start of every axis, keep the rest of the first)'
+                )
+            lines.append(f"{_either(ways)} settles shapes; a rule can copy a tensor from one model, or drop it")
         elif self.differing:
             lines.append("a rule of a recipe settles these: it copies a tensor from one model, or drops it")
         raise MismatchError("\n".join(lines))
 
-    def _guesses(self) -> list[str]:
+    def _guesses(self) -> tuple[list[str], bool]:
+        """Returns what the disagreements look like, and whether a policy for names could make a right merge."""
         guesses: Counter[str] = Counter(d.guess for d in self.differing if d.guess)
         said = [f"{guess} (from the tensors that differ)" for guess in guesses]
+        said += [f"quantised weights: {sentence}" for sentence in self.quantised.values()]
+        related = not self.quantised
         ours = self.names.get(self.first, [])
         for path in dict.fromkeys([*self.missing, *self.extra]):
             theirs, shown = self.names.get(path, []), printable(path)
             missing, extra = self.missing.get(path, []), self.extra.get(path, [])
             common = len(ours) - len(missing)
-            if adapter := next((each for each in (self.first, path) if _is_adapter(self.names.get(each, []))), None):
+            if not {self.first, path}.isdisjoint(self.quantised):
+                continue
+            if adapter := next((each for each in (self.first, path) if is_adapter(self.names.get(each, []))), None):
                 said.append(f"an adapter (LoRA) in {printable(adapter)}: {_ADAPTER}")
+                related = False
             elif fused := _fused(missing, extra):
                 fused_in, apart_in = (self.first, path) if fused[0] else (path, self.first)
                 said.append(_experts(fused_in, apart_in, *fused[1:]))
+                related = False
             elif renamings := self._renamings(path, missing, extra):
                 said += [self._prefix(path, renaming) for renaming in renamings]
-            elif common * 2 < len(ours):
+            elif common * 2 < min(len(ours), len(theirs)):
                 said.append(f"another architecture: {common} of {len(ours)} names are in {shown}")
+                related = False
+            elif common * 2 < len(ours):
+                said.append(f"a part of the first: {shown} has {common} of its {len(ours)} names")
             elif deep := _depths(ours, theirs):
                 said.append(f"another depth: {deep} in {shown}")
         wide = [d for d in self.differing if d.in_shape and not d.guess]
         if len(wide) > 2 and len(wide) * 2 > len(ours):
             said.append("another size of the same architecture: most tensors differ in shape")
-        return said
+        return said, related
 
     def _renamings(self, path: str, missing: Sequence[str], extra: Sequence[str]) -> list[Renaming]:
         """Prefixes that would make most names equal, and were not matched by themselves."""
@@ -160,14 +200,9 @@ class Mismatch:
         )
 
 
-_ADAPTER = "merge it into its model first, or merge adapters of one shape by themselves"
-_FACTORS = re.compile(r"(^|[._])lora_(A|B|down|up|embedding_[AB]|magnitude_vector)\b|\.hada_w[12]_[ab]$|\.lokr_w")
+_ADAPTER = "merge it into its base model first, with the program that made it"
 _EXPERT = re.compile(r"^(.*experts)\.(\d+)\.([^.]+)\.weight$")
 _FUSED = re.compile(r"^(.*experts)\.(gate_up_proj|down_proj|gate_proj|up_proj|w[123]|w13)(\.weight)?$")
-
-
-def _is_adapter(names: Sequence[str]) -> bool:
-    return bool(names) and 2 * sum(_FACTORS.search(name) is not None for name in names) > len(names)
 
 
 def _fused(missing: Sequence[str], extra: Sequence[str]) -> tuple[bool, str, str] | None:
@@ -192,6 +227,10 @@ def _experts(fused: str, apart: str, one: str, each: str) -> str:
 def _depths(ours: Sequence[str], theirs: Sequence[str]) -> str:
     one, two = depths(ours), depths(theirs)
     return ", ".join(f"{printable(s)} has {n} layers against {two[s]}" for s, n in one.items() if two.get(s, n) != n)
+
+
+def _either(ways: Sequence[str]) -> str:
+    return " or ".join(filter(None, [", ".join(ways[:-1]), ways[-1]]))
 
 
 def _shape(spec: TensorSpec) -> str:

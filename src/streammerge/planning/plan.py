@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from streammerge.checkpoints.config_differences import differing_configs
 from streammerge.errors import BudgetError, RecipeError, printable
 from streammerge.kernels.ranking import held_bytes
 from streammerge.methods.registry import COPY, INTEGERS
@@ -36,7 +37,7 @@ _EXAMPLE_OUT = "merged.safetensors"
 class Plan:
     """The whole run: ``tasks`` in the order of reading, the ``layout`` of the output, and the costs.
 
-    ``expressions``: the sources that are not plain byte ranges, each once. ``spooled``: the compressed records that are
+    ``expressions``: the sources that are not plain byte ranges, each once. ``spooled``: the packed records that are
     inflated first, with the name of a tensor in each. ``peak_bytes``: projected memory above the start-up footprint.
     ``disk_bytes``: includes temporary files. ``taken``: the number of tensors of each rule of the recipe. ``owners``: file
     -> its checkpoint. ``input_files``: name of an input file in the receipt -> its location, and the ranges of its tensors.
@@ -147,7 +148,7 @@ class Plan:
         lines.append(f"read     {decimal_bytes(self.read_bytes)} from {len(self.owners)} files")
         if self.spooled:
             size = decimal_bytes(self.spooled_bytes)
-            lines.append(f"spooled  {len(self.spooled)} compressed records, inflated into {size} of temporary files")
+            lines.append(f"spooled  {len(self.spooled)} packed records, unpacked into {size} of temporary files")
         budget, processes = self.budget, " in processes" if self.executor == "processes" else ""
         lines.append(
             f"memory   {binary_bytes(self.peak_bytes)} projected of {binary_bytes(self.memory_bytes)}, above start-up "
@@ -194,6 +195,7 @@ def build_plan(
     alignment = align(recipe, indexes)
     opened = indexes.values()
     alignment.warnings += differing_facts([i.extras for i in opened], [str(i.path) for i in opened])
+    alignment.warnings += differing_configs(opened)
     output = plan_output(out or parse(_EXAMPLE_OUT), recipe, indexes, alignment, hashed)
     tasks = [task for placed in output.placed for task in _tasks(placed, recipe.seed)]
     # Sorts by the place in the first input, so that its pages are read once and in sequence.
@@ -224,7 +226,7 @@ def build_plan(
         io,
         identities,
         list(dict.fromkeys(notes)),
-        list(dict.fromkeys(alignment.warnings)),
+        list(dict.fromkeys([*(warning for index in opened for warning in index.warnings), *alignment.warnings])),
         alignment.taken,
         {file: index.path for index in opened for file in index.files},
         output.inputs,

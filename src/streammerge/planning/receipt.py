@@ -15,10 +15,11 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
-from streammerge.errors import FormatError, RecipeError, VerifyError, printable
+from streammerge.errors import FormatError, VerifyError, printable
 from streammerge.stores.base import Location, digest_outside
 from streammerge.stores.checksums import CRC32, CRC32C, Checksum
 from streammerge.stores.locations import parse
+from streammerge.stores.names import is_inner
 from streammerge.strict_json import load_json
 from streammerge.version import __version__
 
@@ -105,9 +106,11 @@ def input_files(named: Mapping[str, CheckpointIndex]) -> dict[str, InputSpans]:
     """
     found = {}
     for name, index in named.items():
-        above = name if index.path.is_folder() else posixpath.dirname(name)
+        is_folder = index.path.is_folder()
+        above, folder = (name, index.path) if is_folder else (posixpath.dirname(name), index.path.parent)
         for file, spans in index.container.tensor_spans().items():
-            found[_below(above, file.name)] = (file, spans)
+            inner = file.relative_to(folder) if folder in file.parents else file.name
+            found[_below(above, inner)] = (file, spans)
     return found
 
 
@@ -145,7 +148,7 @@ def planned(
 
 
 def torch_version() -> str:
-    """Returns the version of the installed torch without importing it. Raises RecipeError if torch is not installed."""
+    """Returns the version of the installed torch without importing it; "none" if torch is not installed."""
     from importlib.metadata import PackageNotFoundError, version
     from importlib.util import find_spec
 
@@ -154,7 +157,7 @@ def torch_version() -> str:
     except PackageNotFoundError:  # torch was built from source, or copied into an image without its metadata
         found = find_spec("torch")
     if found is None or found.origin is None:
-        raise RecipeError("torch is not installed, and this merge computes with it; install torch")
+        return "none"  # a plan can do without it
     file = parse(found.origin).parent / "version.py"
     try:
         text = file.read(0, file.size).decode()
@@ -190,7 +193,7 @@ def _is_sound(made: Receipt) -> bool:
         and isinstance(made.dispositions, list)
         and isinstance(made.checksums, dict)
         and (ITSELF not in made.checksums or len(made.checksums) == 1)
-        and all(_is_name(name) for name in made.checksums)
+        and all(name == ITSELF or is_inner(name) for name in made.checksums)
         and all(isinstance(sums, str) and _SUMS.fullmatch(sums) for sums in made.checksums.values())
     )
 
@@ -211,12 +214,6 @@ def _is_input(said: Any) -> bool:
     if isinstance(said, dict) and said.keys() == {"bytes", "in_memory"}:
         return said["in_memory"] is True
     return isinstance(said, dict) and {"bytes", "header_sha256"} <= said.keys() <= {"bytes", "header_sha256", "sha256"}
-
-
-def _is_name(name: str) -> bool:
-    """Whether it is a plain file name, so that the file lies in the output's own folder."""
-    plain = name not in (".", "..") and not any(c in name for c in "/\\\0")
-    return plain and len(name.encode("utf-8", "replace")) < 256
 
 
 def escaped(text: str) -> bytes:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from streammerge.checkpoints.huggingface import tie_head
+from streammerge.checkpoints.heads import tie_head
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.methods.contracts import MergeMethod
@@ -40,11 +40,11 @@ class View:
 
 @dataclass(slots=True)
 class Part:
-    """Views that are merged by equal names. A base is the first view.
+    """Views that are merged by equal names. The first view gives names, shapes and dtypes.
 
-    ``based``: whether the first view is a base. ``models``: the numbers of the views that are models, in the order of the
-    recipe; the base is one of them if the method does not use a base. ``levels``: the parameters of slice, module and
-    recipe. ``layers``: stack -> its first layer in this part, and its number of layers.
+    ``based``: whether one of the views is a base, and ``base`` its number. ``models``: the numbers of the views that are
+    models, in the order of the recipe; the base is one of them if the method does not use a base. ``levels``: the
+    parameters of slice, module and recipe. ``layers``: stack -> its first layer in this part, and its number of layers.
     """
 
     views: list[View]
@@ -53,6 +53,7 @@ class Part:
     models: tuple[int, ...]
     levels: tuple[Settings, ...]
     layers: dict[str, tuple[int, int]]
+    base: int = 0
 
     def takes_base(self, method: MergeMethod) -> bool:
         """Whether the method gets the base separately from the models."""
@@ -60,8 +61,8 @@ class Part:
 
     def order(self, method: MergeMethod) -> tuple[int, ...]:
         """Returns the views for a method, in its order: the base before the models, or as the first model."""
-        first = self.takes_base(method) or (self.based and method.base == "model" and 0 in self.models)
-        return (0, *(number for number in self.models if number)) if first else self.models
+        first = self.takes_base(method) or (self.based and method.base == "model" and self.base in self.models)
+        return (self.base, *(number for number in self.models if number != self.base)) if first else self.models
 
     def position(self, name: str) -> float:
         """Returns the position of a tensor in a layer gradient, from 0 to 1. A tensor outside the layers is at 0."""
@@ -133,19 +134,24 @@ def _whole(
     if recipe.base is not None and place is None:
         views.append(_view(indexes[recipe.base], takes, _NONE, everything))
         place = len(views) - 1
-    views, numbers = _base_first(views, place)
+    views, numbers, base = _giver_first(recipe, views, place)
     if recipe.base_apart(listed_too):
-        numbers = [number for number in numbers if number]
+        numbers = [number for number in numbers if number != base]
     tie_head(views, made.notes)
     layers = {stack: (0, count) for stack, count in depths(views[0].entries).items()}
-    return Part(views, recipe.merge_method, place is not None, tuple(numbers), levels, layers)
+    return Part(views, recipe.merge_method, place is not None, tuple(numbers), levels, layers, base)
 
 
-def _base_first(views: list[View], place: int | None) -> tuple[list[View], list[int]]:
-    """Returns the views with the base first, and the new number of each view."""
+def _giver_first(recipe: Recipe, views: list[View], place: int | None) -> tuple[list[View], list[int], int]:
+    """Returns the views with the one first that gives the container, the new number of each view, and that of the base.
+
+    ``place``: the number of the base among the views, or None.
+    """
     order = [number for number in range(len(views)) if number != place]
-    order = order if place is None else [place, *order]
-    return [views[number] for number in order], [order.index(number) for number in range(len(views))]
+    if place is not None:
+        order.insert(0 if recipe.output.container == "base" or place == 0 else 1, place)
+    numbers = [order.index(number) for number in range(len(views))]
+    return [views[number] for number in order], numbers, 0 if place is None else numbers[place]
 
 
 def _known(recipe: Recipe, indexes: Indexes, entry: Model | Source) -> Reference:
@@ -185,15 +191,16 @@ def _stack(
                 place = len(views) - 1
         start, stop = each.sources[0].layer_range
         moved.layers += [(views[0].index.path, layer) for layer in range(start, stop)]
-        views, numbers = _base_first(views, place)
+        views, numbers, base_number = _giver_first(recipe, views, place)
         if place is not None and recipe.merge_method.takes_base:
-            numbers = [n for n in numbers if n]
+            numbers = [n for n in numbers if n != base_number]
         tie_head(views, made.notes, wanted=first.entries if number == len(slices) - 1 else ())
         stack = stacked.of(views[0].index)
         layers = {name: (0, count) for name, count in depths(views[0].entries).items()}
         layers[stack] = (offset, stop - start)
         levels_here = (each.parameters, *levels)
-        made.parts.append(Part(views, recipe.merge_method, place is not None, tuple(numbers), levels_here, layers))
+        numbered = (tuple(numbers), levels_here, layers, base_number)
+        made.parts.append(Part(views, recipe.merge_method, place is not None, *numbered))
         offset += stop - start
     moved.stack, moved.before = stacked.of(first), stacked.depth(first)
     made.restacked.append(moved)

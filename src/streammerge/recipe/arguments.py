@@ -48,7 +48,8 @@ def recipe_of(
         elif value is not None:
             shared[known] = constant(parameter.parse_one(value) if parameter else str(value))
     models = tuple(Model(path, parameters=settings) for path, settings in zip(inputs, own, strict=True))
-    recipe = Recipe(found, models, base_model=base, parameters=shared)
+    output = Output() if base is None else Output(container="first")
+    recipe = Recipe(found, models, base_model=base, parameters=shared, output=output)
     return checked(overridden(recipe, overrides))
 
 
@@ -76,16 +77,28 @@ def _parsed(form: type[Any], given: Overrides) -> dict[str, Any]:
     return made
 
 
-def conversion(path: str, drop: Sequence[str], keep: Sequence[str], overrides: Overrides) -> Recipe:
-    """Returns a recipe that copies one input. Patterns to drop and to keep become rules. Raises RecipeError."""
+def conversion(
+    path: str, drop: Sequence[str], keep: Sequence[str], overrides: Overrides, like: str | None = None
+) -> Recipe:
+    """Returns a recipe that copies one input. Patterns to drop and to keep become rules. Raises RecipeError.
+
+    ``like``: a checkpoint that gives everything but the tensors. Then ``state_dict`` and the patterns are about it, and
+    ``rename`` is about the input.
+    """
     if "" in (*drop, *keep):
         raise RecipeError("`drop` and `keep` take a pattern, like 'dvae.*'")
+    recipe = overridden(Recipe(COPY, (Model(path),), output=Output()), overrides)
+    everything = (parse_pattern("*"),)
     rules = [Rule((parse_pattern(pattern),), drop=True) for pattern in drop]
-    if keep:
+    if like is None:
         rules += [Rule((parse_pattern(pattern),)) for pattern in keep]
-        rules.append(Rule((parse_pattern("*"),), drop=True))
-    recipe = Recipe(COPY, (Model(path),), rules=tuple(rules), output=Output())
-    return checked(overridden(recipe, overrides))
+    else:
+        kept = [(parse_pattern(pattern),) for pattern in keep] or [everything]
+        rules += [Rule(patterns, copy=path, rename=recipe.rename) for patterns in kept]
+        model = Model(like, state_dict=recipe.state_dict)
+        recipe = replace(recipe, models=(model,), state_dict=None, rename=())
+    rules += [Rule(everything, drop=True)] if keep else []
+    return checked(replace(recipe, rules=tuple(rules)))
 
 
 def _weights(weights: Sequence[float], inputs: int) -> list[float]:

@@ -142,7 +142,8 @@ class MapOf(Kind):
 class FormOf(Kind):
     """A mapping with known keys: a dataclass whose fields were made by :func:`key`.
 
-    The class may define ``REFUSED`` (key -> why it is refused) and ``MEANT`` (key of another tool -> the key here).
+    The class may define ``REFUSED`` (key -> why it is refused), ``MEANT`` (key of another tool -> the key here) and
+    ``SHORT`` (the key that a text in place of the mapping is the value of).
     """
 
     def __init__(self, form: type[Any]) -> None:
@@ -150,6 +151,9 @@ class FormOf(Kind):
 
     def read(self, value: Any, path: Path, problems: Problems) -> Any:
         keys = _keys(self.form)
+        short = getattr(self.form, "SHORT", None)
+        if short is not None and isinstance(value, str):
+            value = {short: value}
         if not isinstance(value, Mapping):
             first = ", ".join(list(keys)[:4])
             problems.add(path, f"{_name(path)} takes keys like {first} with their values, not {shown(value)}")
@@ -205,7 +209,8 @@ class FormOf(Kind):
                 "properties": described,
                 "additionalProperties": False,
             } | ({"required": needed} if needed else {})
-        return {"$ref": f"#/$defs/{title}"}
+        reference = {"$ref": f"#/$defs/{title}"}
+        return {"anyOf": [{"type": "string"}, reference]} if getattr(self.form, "SHORT", None) else reference
 
     def dump(self, value: Any) -> Any:
         made = {}

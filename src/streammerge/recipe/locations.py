@@ -17,6 +17,7 @@ from streammerge.stores.base import Location
 from streammerge.stores.locations import HERE, parse
 
 _MOST_REVISION_BYTES = 100
+_REPOSITORY = r"[\w.-]+/[\w.-]+"
 
 
 def located(recipe: Recipe, folders: list[Location], problems: Problems) -> Recipe:
@@ -32,6 +33,25 @@ def located(recipe: Recipe, folders: list[Location], problems: Problems) -> Reci
         if found is None:
             problems.add(_place(recipe, named), _absent(named, folders))
     return replace(recipe.renamed(names), written={found: named for named, found in names.items()})
+
+
+def is_recipe_name(path: str) -> bool:
+    """Whether an input's name says that it is a recipe: a YAML or JSON file, but not an index of shards."""
+    return path.endswith((".yaml", ".yml")) or (path.endswith(".json") and not path.endswith(".index.json"))
+
+
+def found_in_hub_cache(recipe: Recipe) -> Recipe:
+    """Returns the recipe with the models that are no paths here, but lie in the cache of the Hugging Face hub."""
+    names = {named: named if is_held(named) else from_hub_cache(named) for named in recipe.named_models}
+    written = {found: named for named, found in names.items() if found != named}
+    return replace(recipe.renamed(names), written=written) if written else recipe
+
+
+def from_hub_cache(name: str) -> str:
+    """Returns the folder in the hub's cache for the name of a repository that is no path here; any other name as it is."""
+    if not re.fullmatch(_REPOSITORY, name) or parse(name).lexists():
+        return name
+    return _cached(name) or name
 
 
 def _is_path(named: str) -> bool:
@@ -52,7 +72,7 @@ def _find(named: str, folders: list[Location]) -> str | None:
 
 def _cached(name: str) -> str | None:
     """Returns the snapshot of a repository in the hub's cache, if there is one."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not re.fullmatch(_REPOSITORY, name):
         return None
     home = os.environ.get("HF_HOME") or posixpath.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
     cache = parse(os.environ.get("HF_HUB_CACHE") or posixpath.join(home, "hub"))
@@ -79,7 +99,7 @@ def _absent(named: str, folders: list[Location]) -> str:
         return f"{shown}: LoRA adapters are not supported yet; merge the adapter into its model and give that folder"
     if "@" in named:
         return f"{shown}: revisions are not supported yet; download that revision and give its folder"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", named):
+    if re.fullmatch(_REPOSITORY, named):
         return f"{shown} does not exist; if it is on the hub, `hf download {shown}` fetches it"
     if folders != [HERE] and not parse(named).is_absolute:
         looked = " or ".join(dict.fromkeys(printable(folder) for folder in folders))
@@ -132,7 +152,8 @@ def travelling_names(recipe: Recipe) -> dict[str, str]:
     if local and (not apart or any(map(_is_absolute, local.values()))):
         common = posixpath.commonpath([place.parent.key for place in places.values()])
         local = {path: posixpath.relpath(place.key, common) for path, place in places.items()}
-    return held | far | {path: f"./{name}" if name.startswith("~") else name for path, name in local.items()}
+    normal = {path: posixpath.normpath(name) + "/" * name.endswith("/") for path, name in local.items()}
+    return held | far | {path: f"./{name}" if name.startswith("~") else name for path, name in normal.items()}
 
 
 def _is_absolute(name: str) -> bool:

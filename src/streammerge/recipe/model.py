@@ -58,7 +58,9 @@ SETTINGS = SettingsKind(parameter_docs)
 
 @dataclass(frozen=True)
 class Model:
-    """One model of a merge, or the base among them."""
+    """One model of a merge, or the base among them. A text is its path."""
+
+    SHORT: ClassVar = "model"
 
     model: str = key(MODEL, "Path of a file or folder.")
     parameters: Settings = key(SETTINGS, "This model's own parameters, such as weight.", default_factory=dict)
@@ -146,6 +148,13 @@ class Output:
     max_shard_size: int | None = option_key(SIZE, _OPTIONS["max_shard_size"])
     keep_optimizer: bool = option_key(TRUTH, _OPTIONS["keep_optimizer"], default=False)
     strip_prefix: str = option_key(TEXT, _OPTIONS["strip_prefix"], default="")
+    only: bool = key(TRUTH, "Leave out of a .pth what holds other tensors than the chosen state dict.", default=False)
+    container: str = key(
+        one_of(("base", "first")),
+        "Which checkpoint gives names, shapes, dtypes and files: the base (without one, the first model), as in mergekit; "
+        "or the first model.",
+        default="base",
+    )
 
 
 _TOKENIZERS = (
@@ -242,8 +251,10 @@ class Recipe:
 
     @cached_property
     def checkpoints(self) -> tuple[Reference, ...]:
-        """All checkpoints to read, each once: the base first, if one is named, then the models."""
+        """All checkpoints to read, each once: the one that gives the container, then the base, then the models."""
         wanted = [] if self.base is None else [self.base]
+        if self.output.container == "first":
+            wanted.insert(0, self.of(self.entries[0]))
         wanted += [self.of(entry) for entry in self.entries]
         wanted += [self.reference(s.base_model) for s in self._all_slices if s.base_model]
         wanted += [self.copied(rule.copy, rule.rename) for rule in self.rules if rule.copy]

@@ -9,7 +9,7 @@ Each module imports only modules above it::
     worker     units of a merge, from inputs to written bytes
     engine     gives all tensors of a run to workers
     reading    checksums and hashes of files, computed by workers
-    spooling   inflates compressed records into a temporary file
+    spooling   unpacks packed records into a temporary file
     relatives  whether inputs come from one training
     readback   whether an output can be read back
     session    makes one output in its staging folder

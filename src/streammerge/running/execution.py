@@ -8,8 +8,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 from streammerge.errors import FormatError, RecipeError, StreammergeError, UncheckedError, listed, printable
-from streammerge.events import Published, RunFinished, RunStarted, Suspended
-from streammerge.formats.folder import foreign_files
+from streammerge.events import Preparing, Published, RunFinished, RunStarted, Suspended, Told
+from streammerge.formats.folder import files_below, foreign_files
 from streammerge.options import RECEIPT_FILE
 from streammerge.planning.plan import Plan
 from streammerge.running import process
@@ -58,7 +58,12 @@ def execute(plan: Plan, options: RunOptions, resident_before: int) -> Result:
     refuse_input_as_output(out, plan)
     refuse_to_lose_files(out, plan)
     headers = max(process.resident_bytes() - resident_before, 0)
+    for note in plan.notes:
+        options.listener(Told("note", note))
+    for warning in plan.warnings:
+        options.listener(Told("warning", warning))
     if plan.torch_needed:
+        options.listener(Preparing("torch"))
         with process.collector_paused():  # saves a tenth of torch's import, which makes 100,000 lasting objects
             prepare_torch()
     process.reset_peak()
@@ -124,7 +129,9 @@ def _may_pass(error: BaseException) -> bool:
 def refuse_input_as_output(out: Location, plan: Plan) -> None:
     """Raises FormatError when the output is an input under any name, holds an input, or lies in the folder of an input."""
     same = {known.place for known in plan.identities.values()}
-    written = [out] if out.is_file() else [path for path in out.children() if path.is_file()] if out.is_folder() else []
+    written = (
+        [out] if out.is_file() else [path for _, path in files_below(out) if path.is_file()] if out.is_folder() else []
+    )
     inputs = [path.resolve() for path in plan.identities]
     holds = out.is_folder() and any(out.resolve() in path.parents for path in inputs)
     if holds or any(path.status().place in same for path in written):

@@ -31,7 +31,7 @@ def check_structure(folder: Location, layout: Layout) -> None:
             if file.offsets:
                 path = folder / file.name
                 _check_places(found.get(path, []), file, layout)
-                if not container.pickled:
+                if file.seal is None:
                     check_by_library(path, set(file.offsets))
     except VerifyError:
         raise

@@ -11,7 +11,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
-from streammerge.errors import printable
+from streammerge.errors import listed, printable
 from streammerge.planning.tasks import MergeTask
 from streammerge.sources.base import Source
 from streammerge.sources.stored import Stored
@@ -23,14 +23,15 @@ _TENSORS = 16
 _SAMPLE_ELEMS = 1 << 15
 _LEAST_ELEMS = 256
 _STRANGERS = 0.1
+Pair = tuple[Location, Location]
 
 
 def strangers(tasks: list[MergeTask], inputs: InputFiles, owners: Mapping[Location, Location]) -> list[str]:
-    """Returns warnings about checkpoints that are not related to the first one. ``owners``: file -> its checkpoint.
+    """Returns a warning about the checkpoints that are not related to the first one. ``owners``: file -> its checkpoint.
 
     Reads at most 16 samples of 32,768 elements from each.
     """
-    cosines: dict[tuple[Location, Location], list[float]] = defaultdict(list)
+    cosines: dict[Pair, list[float]] = defaultdict(list)
     for task in _sampled(tasks):
         first = task.sources[0]
         for other in task.sources[1:]:
@@ -39,12 +40,25 @@ def strangers(tasks: list[MergeTask], inputs: InputFiles, owners: Mapping[Locati
                 cosine = _cosine(first, other, inputs)
                 if cosine is not None:
                     cosines[pair].append(cosine)
-    return [
-        f"{printable(other)} has the names and shapes of {printable(first)} but seems to come from another training: the "
-        f"median cosine of {len(found)} sampled tensors is {statistics.median(found):.3f} (fine-tunes of one model: near 1)"
-        for (first, other), found in cosines.items()
-        if abs(statistics.median(found)) < _STRANGERS
-    ]
+    medians = {pair: (statistics.median(found), len(found)) for pair, found in cosines.items()}
+    apart: dict[Location, list[Location]] = defaultdict(list)
+    for (known, another), (median, _) in medians.items():
+        if abs(median) < _STRANGERS:
+            apart[known].append(another)
+    return [_warning(known, others, medians) for known, others in apart.items()]
+
+
+def _warning(first: Location, others: list[Location], medians: Mapping[Pair, tuple[float, int]]) -> str:
+    if len(others) == 1:
+        median, count = medians[first, others[0]]
+        who = f"{printable(others[0])} has the names and shapes of {printable(first)} but seems"
+        how = f"the median cosine of {count} sampled tensors is {median:.3f}"
+    else:
+        found = [medians[first, other][0] for other in others]
+        who = f"{len(others)} inputs ({listed([*map(str, others)], 3)})"
+        who += f" have the names and shapes of {printable(first)} but seem"
+        how = f"the median cosines of sampled tensors are {min(found):.3f} to {max(found):.3f}"
+    return f"{who} to come from another training: {how} (fine-tunes of one model: near 1)"
 
 
 def _sampled(tasks: list[MergeTask]) -> Iterator[MergeTask]:

@@ -11,8 +11,9 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from streammerge.errors import RecipeError, SpaceError, UncheckedError, VerifyError, listed, printable
-from streammerge.events import Hashed, Listener, Resumed, Spooled, Syncing, TaskDone, quiet
+from streammerge.events import Hashed, Listener, Resumed, Spooled, Syncing, TaskDone, Told, quiet
 from streammerge.formats.base import LayoutFile
+from streammerge.kernels.agreed import AGREED
 from streammerge.planning.digest import can_be_resumed, differences, plan_parts
 from streammerge.planning.plan import Plan
 from streammerge.planning.receipt import ITSELF, written_like
@@ -105,6 +106,8 @@ class Production:
         self._spool()
         if len(self.plan.recipe.entries) > 1:
             self.warnings += strangers(self.plan.tasks, self._inputs, self.plan.owners)
+            for warning in self.warnings:
+                self.listener(Told("warning", warning))
         broken = self._attempt(hashes)
         if broken:
             self._forget(broken)
@@ -114,6 +117,7 @@ class Production:
             self.warnings.append(f"the disk failed to store {listed(sorted(broken))} at first; it was written anew")
         self._check()
         self.warnings += [f"NaN or infinite values: {row}" for row in self._nonfinite()]
+        self.notes += [f"NaN or infinite values that every input has are kept: {row}" for row in self._agreed()]
 
     def _attempt(self, hashes: dict[str, str]) -> set[str]:
         """Makes what is missing, and syncs. Returns the names of the files whose sync failed."""
@@ -163,7 +167,7 @@ class Production:
         else:
             self.journal.take_over(vouched)
         self._outputs += [self.staging.create(f.name, f.size, vouched is not None) for f in self.plan.layout.files]
-        kept = {file.location.name for file in self._outputs if file.kept}
+        kept = {f.name for f, output in zip(self.plan.layout.files, self._outputs, strict=True) if output.kept}
         claimed = {each.key: each for each in vouched or () if each.file in kept}
         if not claimed:
             return
@@ -223,7 +227,7 @@ class Production:
         return made
 
     def _spool(self) -> None:
-        """Inflates the compressed records that are still needed, and lets the tasks read the inflated bytes."""
+        """Unpacks the packed records that are still needed, and lets the tasks read the unpacked bytes."""
         tasks = enumerate(self._tasks if self.plan.spooled else ())
         missing = [task for number, task in tasks if any(map(self._wanted, pieces(task, number)))]
 
@@ -273,6 +277,8 @@ class Production:
         found: dict[str, dict[str, int]] = {}
         for (task, _), piece in self._done.items():
             for source, count in piece.nonfinite.items():
+                if source == AGREED:
+                    continue
                 counts = found.setdefault(self._tasks[task].out.name, {})
                 counts[source] = counts.get(source, 0) + count
         return [
@@ -280,6 +286,15 @@ class Production:
             + ", ".join(f"{count} in {printable(source)}" for source, count in sorted(counts.items()))
             for name, counts in sorted(found.items())
         ]
+
+    def _agreed(self) -> list[str]:
+        """Returns which tensors have NaN or infinity that every input has, in one line at most."""
+        found: dict[str, int] = {}
+        for (task, _), piece in self._done.items():
+            if count := piece.nonfinite.get(AGREED):
+                name = self._tasks[task].out.name
+                found[name] = found.get(name, 0) + count
+        return [listed([f"{name} ({count})" for name, count in sorted(found.items())])] if found else []
 
     def _refuse_nonfinite(self) -> None:
         rows = self._nonfinite()

@@ -1,17 +1,17 @@
-"""Inflates compressed records, which have no random access, into one temporary file beside the output."""
+"""Unpacks packed records, which have no random access, into one temporary file beside the output."""
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from streammerge.errors import FormatError, printable
 from streammerge.planning.tasks import MergeTask
-from streammerge.sources.deflated import Record, RecordKey, records, with_inflated
+from streammerge.sources.deflated import Damaged, Record, RecordKey, records, unpacked, with_inflated
 from streammerge.sources.stored import Stored
 from streammerge.stores.base import COPY_BYTES, Input, Output
 from streammerge.stores.inputs import InputFiles
+from streammerge.tensors.spec import ranges
 
 _ALIGNMENT = 64
 
@@ -23,7 +23,7 @@ def spooled_tasks(
     create: Callable[[int], Output],
     done: Callable[[str, Record], None],
 ) -> list[MergeTask]:
-    """Inflates the records of the ``needed`` tasks. Returns all tasks, with sources that read the inflated bytes.
+    """Unpacks the records of the ``needed`` tasks. Returns all tasks, with sources that read the inflated bytes.
 
     ``create`` makes a file of the given size in bytes. ``done`` is called for each record with the name of a tensor in it.
     Holds at most a few MiB, whatever the size of a record. Raises FormatError for a damaged record.
@@ -56,24 +56,23 @@ def _layout(names: dict[RecordKey, str]) -> tuple[dict[RecordKey, int], int]:
 
 
 def _inflate(source: Input, record: Record, target: Output, offset: int) -> None:
-    machine = zlib.decompressobj(-15)
-    taken = written = 0
+    written = 0
     try:
-        while not machine.eof and written < record.nbytes:
-            piece = machine.unconsumed_tail
-            if not piece and taken < record.compressed_bytes:
-                buffer = bytearray(min(COPY_BYTES, record.compressed_bytes - taken))
-                source.read_into(memoryview(buffer), record.offset + taken)
-                taken += len(buffer)
-                piece = bytes(buffer)
-            data = machine.decompress(piece, COPY_BYTES)
-            if not data and not piece:
-                break
+        for data in unpacked(record, _pieces(source, record)):
             target.write_full(data[: record.nbytes - written], offset + written)
             written += len(data)
-    except zlib.error as error:
-        raise FormatError(f"{printable(source.location)}: a compressed record cannot be unpacked ({error})") from error
+            if written > record.nbytes:
+                break
+    except Damaged as error:
+        raise FormatError(f"{printable(source.location)}: a packed record cannot be unpacked ({error})") from error
     if written != record.nbytes:
         raise FormatError(
-            f"{printable(source.location)}: a compressed record has {written} bytes, not {record.nbytes}; it is damaged"
+            f"{printable(source.location)}: a packed record has {written} bytes, not {record.nbytes}; it is damaged"
         )
+
+
+def _pieces(source: Input, record: Record) -> Iterator[bytes]:
+    for start, stop in ranges(record.compressed_bytes, COPY_BYTES):
+        buffer = bytearray(stop - start)
+        source.read_into(memoryview(buffer), record.offset + start)
+        yield bytes(buffer)

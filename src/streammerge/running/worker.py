@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from streammerge.errors import StreammergeError, TaskError, printable
+from streammerge.kernels.agreed import AGREED, count_nonfinite, origins
 from streammerge.kernels.chunk import Chunk, Kernel, Look, Step, chunk_spans
 from streammerge.kernels.group import TensorGroup
 from streammerge.kernels.record import Record
@@ -337,7 +338,7 @@ class MergeWorker(_Worker):
             part = outgoing.room((stop - start) * size)
             source.read_into(0, piece.start + start, piece.start + stop, part)
             value = self.job.checksum.update(part, value)
-        return _done(piece, value)
+        return _done(piece, value, source.nonfinite)
 
     def _compute(self, piece: Piece, outgoing: Outgoing) -> PieceDone:
         self.one_torch_thread()
@@ -368,7 +369,7 @@ class MergeWorker(_Worker):
             part = outgoing.room(chunk.elems * dtype.element_bytes)
             out = torch.frombuffer(part, dtype=dtype.torch).copy_(result.reshape(-1))
             if dtype.kind == "float" and _suspicious(out):
-                for name, count in _nonfinite(out, source, chunk.start, chunk.stop).items():
+                for name, count in _nonfinite(out, kernel, piece.task.row, chunk, source).items():
                     nonfinite[name] = nonfinite.get(name, 0) + count
             value = self.job.checksum.update(part, value)
         return _done(piece, value, nonfinite)
@@ -453,15 +454,18 @@ def _suspicious(out: torch.Tensor) -> bool:
     return not math.isfinite(out.sum().item())
 
 
-def _nonfinite(out: torch.Tensor, source: Inputs, start: int, stop: int) -> dict[str, int]:
+def _nonfinite(out: torch.Tensor, kernel: Kernel, row: int, chunk: Chunk, source: Inputs) -> dict[str, int]:
     """Counts the non-finite numbers by the file that they come from. An overflow, which no input has, is counted under
-    "the result"."""
-    if bool(out.float().isfinite().all() if out.element_size() == 1 else out.isfinite().all()):
+    "the result".
+
+    Numbers that all inputs agree on are put into the result first, and are counted under AGREED.
+    """
+    if not count_nonfinite(out):
         return {}
     counts: dict[str, int] = {}
-    for model in range(len(source)):
-        raw = source.read(model, start, stop)
-        count = int((~(raw.float() if raw.element_size() == 1 else raw).isfinite()).sum())
-        if count:
-            counts[source.origin(model)] = counts.get(source.origin(model), 0) + count
-    return counts or {"the result (overflow)": int((~out.float().isfinite()).sum())}
+    settled = chunk.settle(kernel, row, out)
+    if settled:
+        counts[AGREED] = settled
+    for name, count in origins(out, settled, source.read, len(source), chunk.start, source.origin):
+        counts[name] = counts.get(name, 0) + count
+    return counts

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from streammerge.errors import RecipeError
 from streammerge.kernels.chunk import Slot, shown
 from streammerge.planning.budget import Budget, regions
 from streammerge.sources.base import BlobPath, Reader, Source, region_bytes
@@ -24,10 +25,18 @@ _REGIONS = ("read0", "read1")
 
 
 def prepare_torch() -> None:
-    """Imports torch, and triggers its one-time warning about read-only buffers here, where it is suppressed."""
+    """Imports torch, and triggers its one-time warning about read-only buffers here, where it is suppressed.
+
+    Raises RecipeError if torch is not installed.
+    """
     import warnings
 
-    import torch
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise RecipeError("torch is not installed, and this merge computes with it; install torch") from None
 
     torch.get_num_threads()  # fixes the caller's number of threads before the workers set theirs to one
     with warnings.catch_warnings():
@@ -186,9 +195,12 @@ class Inputs:
         self._dtypes = [s.spec.dtype.component for s in sources]
         self._stored = [(files.get(s.path), s.offset) if s.__class__ is Stored else None for s in sources]
         self._readers: list[Reader | None] | None = None
+        self.nonfinite: dict[str, int] = {}
+        """Counts of NaN and infinity in what nested merges have computed, by origin."""
         if None in self._stored:
             self._readers = [None] * len(sources)
             room = WorkerRoom(files, workspace, sources, halt)
+            self.nonfinite = room.nonfinite
             for number, stored in enumerate(self._stored):
                 if stored is None and sources[number].spec.numel:
                     self._readers[number] = sources[number].open(room)
@@ -292,6 +304,7 @@ class WorkerRoom:
     ) -> None:
         self._files, self._workspace, self.halt = files, workspace, halt
         self._taken = self._tiles = 0
+        self.nonfinite: dict[str, int] = {}
         self._kernels = workspace.kernels_of(sources)
 
     def file(self, path: BlobPath) -> Input:
@@ -304,6 +317,9 @@ class WorkerRoom:
         part = self._workspace.octets("reader scratch", nbytes, self._taken)
         self._taken += region_bytes(nbytes)
         return part
+
+    def met(self, origin: str, count: int) -> None:
+        self.nonfinite[origin] = self.nonfinite.get(origin, 0) + count
 
     def tile(self) -> memoryview:
         nbytes = self._workspace.tile_bytes

@@ -6,10 +6,12 @@ Each module imports only modules above it::
     base      the protocol: Source, Reader, Blob, Needs, Room
     stored    a byte range in C order
     strided   a view of a storage, gathered where it lies
-    deflated  a compressed record, which is inflated into a temporary file first
+    deflated  a packed record, which is unpacked into a temporary file first
     rows      some rows of a source
     joined    pieces along one axis
     constant  one number everywhere
+    inline    a small tensor that stands in a header
     memory    a tensor that the caller holds
+    box       a block, or a transposed matrix, of a tensor
     merged    a merge of other sources, computed chunk by chunk
 """

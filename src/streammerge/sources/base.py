@@ -94,6 +94,10 @@ class Room(Protocol):
         """Raises when the run is stopping. Long-running readers call it from time to time."""
         ...
 
+    def met(self, origin: str, count: int) -> None:
+        """Announces so many NaN and infinite numbers in what a reader has computed, and where they come from."""
+        ...
+
 
 class Reader(ABC):
     """An open source, used by one worker."""
@@ -249,6 +253,9 @@ class Allocated:
 
     def halt(self) -> None:
         """Does nothing: outside a run nothing stops."""
+
+    def met(self, origin: str, count: int) -> None:
+        """Does nothing: outside a run nobody asks."""
 
 
 def read_whole(source: Source, room: Room) -> bytearray:

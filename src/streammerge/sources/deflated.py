@@ -1,8 +1,14 @@
-"""A tensor in a compressed record. It cannot be read at random: the record is inflated into a temporary file first."""
+"""A tensor in a packed record. It cannot be read at random: the record is unpacked into a temporary file first.
+
+Packed records are compressed, or are the text or the big-endian numbers of an array in a pickle.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import array
+import codecs
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from streammerge.sources.base import Blob, BlobPath, Needs, Reader, Room, Source
@@ -13,11 +19,17 @@ from streammerge.tensors.spec import TensorSpec, is_contiguous
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A compressed record: where its deflate stream lies, and its length in bytes before and after inflation."""
+    """A packed record: where it lies, and its length in bytes before and after unpacking.
+
+    ``form``: "deflate"; "text", which has a character for each byte and is written in UTF-8; "raw". ``swapped_bytes``: the
+    size of its numbers if they are big-endian, else 1.
+    """
 
     offset: int
     compressed_bytes: int
     nbytes: int
+    form: str = "deflate"
+    swapped_bytes: int = 1
 
     @property
     def span(self) -> tuple[int, int]:
@@ -26,7 +38,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Deflated(Source):
-    """A tensor in a compressed record of ``path``. ``within``: the tensor as a source over the inflated bytes."""
+    """A tensor in a packed record of ``path``. ``within``: the tensor as a source over the unpacked bytes."""
 
     spec: TensorSpec
     path: BlobPath
@@ -37,7 +49,7 @@ class Deflated(Source):
         return self.within.needs()
 
     def open(self, room: Room) -> Reader:
-        raise ValueError(f"{self.spec.name} lies in a compressed record, which must be inflated first")
+        raise ValueError(f"{self.spec.name} lies in a packed record, which must be inflated first")
 
     @property
     def parts(self) -> tuple[Source, ...]:
@@ -87,7 +99,7 @@ def of_bytes(
 
 
 def records(source: Source) -> Iterator[RecordKey]:
-    """Yields the compressed records that a source reads, at any depth of the expression."""
+    """Yields the packed records that a source reads, at any depth of the expression."""
     if isinstance(source, Deflated):
         yield source.key
     for part in source.parts:
@@ -101,3 +113,73 @@ def with_inflated(source: Source, places: Mapping[RecordKey, tuple[BlobPath, int
     parts = source.parts
     changed = tuple(with_inflated(part, places) for part in parts)
     return source if all(a is b for a, b in zip(parts, changed, strict=True)) else source.with_parts(changed)
+
+
+MOST_AT_ONCE = 1 << 20
+"""The most bytes that an unpacker returns at once."""
+
+
+class Damaged(ValueError):
+    """The packed bytes are impossible."""
+
+
+def unpacked(record: Record, pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Yields the bytes of a record. ``pieces``: its packed bytes. Raises Damaged, if they are not of the record's form.
+
+    Holds a few MiB at most. Yields more bytes than the record has if it is damaged, but not many more.
+    """
+    made = _FORMS[record.form](pieces)
+    return _swapped(made, record.swapped_bytes) if record.swapped_bytes > 1 else made
+
+
+def _inflated(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    machine = zlib.decompressobj(-15)
+    try:
+        while not machine.eof:
+            piece = machine.unconsumed_tail or next(pieces, b"")
+            data = machine.decompress(piece, MOST_AT_ONCE)
+            if not data and not piece:
+                return
+            yield data
+    except zlib.error as error:
+        raise Damaged(str(error)) from error
+
+
+def _encoded(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        for piece in pieces:
+            yield decoder.decode(piece).encode("latin-1")
+        decoder.decode(b"", final=True)
+    except UnicodeError as error:
+        raise Damaged(str(error)) from error
+
+
+def _itself(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    return pieces
+
+
+_FORMS: dict[str, Callable[[Iterator[bytes]], Iterator[bytes]]] = {
+    "deflate": _inflated,
+    "text": _encoded,
+    "raw": _itself,
+}
+
+
+def _swapped(pieces: Iterator[bytes], size: int) -> Iterator[bytes]:
+    left = b""
+    for piece in pieces:
+        whole = left + piece
+        end = len(whole) // size * size
+        yield swapped(whole[:end], size)
+        left = whole[end:]
+    yield left
+
+
+def swapped(data: bytes, size: int) -> bytes:
+    """Returns numbers of ``size`` bytes each (1, 2, 4 or 8) with their bytes in reverse order."""
+    if size == 1:
+        return data
+    numbers = array.array({2: "H", 4: "I", 8: "Q"}[size], data)
+    numbers.byteswap()
+    return numbers.tobytes()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import RecipeError, printable
+from streammerge.kernels.agreed import AGREED, finite, origins
 from streammerge.kernels.chunk import Chunk, Kernel, Look, Slot, Step, T, chunk_spans, shown, whole_grains
 from streammerge.kernels.group import TensorGroup
 from streammerge.kernels.ranking import held_bytes
@@ -217,5 +218,15 @@ class _Reader(Reader):
             if result.numel() != chunk.elems:
                 raise ValueError(f"the kernel made {result.numel()} numbers of a chunk of {chunk.elems}")
             part = out[done : done + chunk.elems * self._out.element_bytes]
-            torch.frombuffer(part, dtype=self._out.torch).copy_(result.reshape(-1))
+            made = torch.frombuffer(part, dtype=self._out.torch).copy_(result.reshape(-1))
+            if self._out.kind == "float" and not bool(finite(made).all()):
+                self._settle(kernel, chunk, made)
             done += len(part)
+
+    def _settle(self, kernel: Kernel, chunk: Chunk, made: torch.Tensor) -> None:
+        """Puts agreed numbers into a result, and announces all that is not finite."""
+        settled, inner = chunk.settle(kernel, self._row, made), self._source.sources
+        if settled:
+            self._room.met(AGREED, settled)
+        for name, count in origins(made, settled, self._number, len(inner), chunk.start, lambda n: inner[n].origin):
+            self._room.met(name, count)

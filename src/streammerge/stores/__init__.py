@@ -2,6 +2,7 @@
 
 Each module imports only modules above it::
 
+    names        names within a folder
     checksums    CRC-32 and CRC-32C, and joining those of parts
     faults       mapped files that shrink
     base         the protocol: Location, Store, Input, Output, Staging

@@ -19,6 +19,7 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO, ClassVar, NamedTuple
 
 from streammerge.errors import ChangedError, FormatError, RecipeError, SpaceError, printable
+from streammerge.stores.names import is_inner
 from streammerge.units import decimal_bytes
 
 COPY_BYTES = 1 << 20
@@ -347,7 +348,18 @@ class Staging(ABC):
 
     @abstractmethod
     def create(self, name: str, size: int, keep: bool = False) -> Output:
-        """A file of the output. ``keep``: with the bytes of an earlier run, when they are there in this size."""
+        """Makes a file of the output.
+
+        ``name``: its name; in a folder also a path below it (:func:`streammerge.stores.names.is_inner`), whose folders are
+        made. ``keep``: keeps the bytes of an earlier run if the file exists in this size. Raises ValueError for a name that
+        leads out of the output.
+        """
+
+    def place(self, name: str) -> Location:
+        """Returns where a file of the output is made. Raises ValueError for a name that leads out of the output."""
+        if name in (".", "..") or ("/" in name and not is_inner(name)):
+            raise ValueError(f"{name!r} is not the name of a file in an output")
+        return self.content / name
 
     @abstractmethod
     def temporary(self, name: str, size: int) -> Output:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from streammerge.errors import LockedError, RecipeError, printable
@@ -79,7 +80,12 @@ class LocalStaging(Staging):
         self._made: tuple[int, int] | None = None
         self._files: dict[str, OutputFile] = {}
         check_writable(self._place, overwrite)
-        self._lock_fd = self._lock()
+        self._made_folders = _make_folders(self._place.absolute().parent)
+        try:
+            self._lock_fd = self._lock()
+        except BaseException:
+            self._remove_made_folders()
+            raise
         try:
             _recover(self.folder, self._place)
             check_writable(self._place, overwrite)
@@ -120,7 +126,9 @@ class LocalStaging(Staging):
             lock.drop(fd)
 
     def create(self, name: str, size: int, keep: bool = False) -> Output:
-        return self._add(name, self.content / name, size, keep)
+        location = self.place(name)
+        _make_subfolders(self._content, name)
+        return self._add(name, location, size, keep)
 
     def temporary(self, name: str, size: int) -> Output:
         return self._add(f"../{name}", self.home / name, size)
@@ -160,7 +168,8 @@ class LocalStaging(Staging):
             each.close()
         made = self._content
         if as_folder:
-            self._sync_folder(self._content)
+            for folder in _folders_of(self._content, self._files):
+                self._sync_folder(folder)
         else:
             (made,) = self._content.iterdir()
         journal, put_by = self.folder / JOURNAL, self.folder / _PUT_BY
@@ -223,6 +232,40 @@ class LocalStaging(Staging):
                 _remove_folder(self.folder, self._place)
             lock.release(self._lock_fd)
             self._lock_fd = -1
+        self._remove_made_folders()
+
+    def _remove_made_folders(self) -> None:
+        """Removes the folders that were made for this output and are empty again."""
+        for folder in reversed(self._made_folders):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        self._made_folders.clear()
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    """Makes a folder and those above it, durably. Returns the new ones. Raises RecipeError if that fails."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()][::-1]
+    try:
+        for each in missing:
+            each.mkdir(exist_ok=True)
+            system.sync_folder(str(each.parent))
+    except OSError as error:
+        raise RecipeError(f"the folder {printable(folder)} cannot be made: {printable(error.strerror or error)}") from error
+    return missing
+
+
+def _make_subfolders(content: Path, name: str) -> None:
+    """Makes the folders of a file below ``content``. Raises FileExistsError for a file or a link of that name."""
+    folder = content
+    for part in name.split("/")[:-1]:
+        folder /= part
+        folder.mkdir(exist_ok=not folder.is_symlink())
+
+
+def _folders_of(content: Path, names: Iterable[str]) -> list[Path]:
+    """Returns the folders that hold the files, the deepest first, so that each is synced before the one above it."""
+    above = {content, *(each for name in names if not name.startswith("../") for each in (content / name).parents)}
+    return sorted((each for each in above if each.is_relative_to(content)), key=lambda each: -len(each.parts))
 
 
 def staging_folder(out: Path) -> Path:
@@ -300,10 +343,11 @@ def _renamed_to_nothing(source: Path, target: Path) -> bool:
 
 
 def check_writable(out: Path, overwrite: bool) -> None:
-    """RecipeError when the output exists and may not be replaced, or its folder is not there."""
+    """RecipeError when the output exists and may not be replaced, or its folder can neither be found nor made."""
     out = out.absolute()
-    if not out.parent.is_dir():
-        raise RecipeError(f"the folder {printable(out.parent)} does not exist; make it first")
+    above = next(each for each in out.parents if os.path.lexists(each))
+    if not above.is_dir():
+        raise RecipeError(f"{printable(above)} is no folder, so {printable(out)} cannot be in it; choose another name")
     if out.is_dir() and not any(out.iterdir()):
         return
     if (out.exists() or out.is_symlink()) and not overwrite:

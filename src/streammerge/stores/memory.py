@@ -275,7 +275,7 @@ class MemoryStaging(Staging):
         self._ended = False
 
     def create(self, name: str, size: int, keep: bool = False) -> Output:
-        return self._add(name, self.content / name, size, keep)
+        return self._add(name, self.place(name), size, keep)
 
     def temporary(self, name: str, size: int) -> Output:
         return self._add(f"../{name}", self.home / name, size)

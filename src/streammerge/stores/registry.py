@@ -42,12 +42,23 @@ def register_store(store: S) -> S:
     return store
 
 
+_DOWNLOADS = {
+    **dict.fromkeys(("http", "https"), "download it first, with `curl -LO URL` or `hf download NAME`"),
+    "s3": "download it first, with `aws s3 cp URL .`",
+    "gs": "download it first, with `gcloud storage cp URL .`",
+    "hf": "download it first, with `hf download NAME`",
+}
+"""Schemes that no store here has -> what to do."""
+
+
 def store_of(scheme: str) -> Store:
     """Returns the store with that scheme, imported when it is first asked for. Raises RecipeError for an unknown one."""
     if scheme == LOCAL.scheme:
         return LOCAL
     store = STORES.find(scheme)
     if store is None:
+        if scheme in _DOWNLOADS:
+            raise RecipeError(f"{scheme}:// cannot be read yet; {_DOWNLOADS[scheme]}, and give the file")
         raise RecipeError(
             f"no store is known for {printable(scheme)}://; known are {listed(sorted(STORES.all()))}, "
             "and a package can bring another"

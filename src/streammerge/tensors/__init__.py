@@ -9,5 +9,6 @@ Each module imports only modules above it::
     matching     which tensor of one checkpoint is which of another
     layers       a tensor's layer, and its place outside the layers
     quantised    tensors that indicate a quantisation
+    adapters     factors of adapters
     threads      torch without helper threads on the caller's thread
 """

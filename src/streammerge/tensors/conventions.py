@@ -1,4 +1,4 @@
-"""What the field's programs agree on about the names of tensors. Data only, each with its reason.
+"""What the field's programs agree on about the names of tensors and files. Data only, each with its reason.
 
 This is the one place for such lists. A name that can be told by comparing two checkpoints does not belong here.
 """
@@ -48,14 +48,55 @@ IGNORED: tuple[tuple[str, str, str], ...] = (
 "square mask": the shape is [1, 1, n, n]; a bias of an attention has one axis.
 """
 
-AVERAGED = r"(?i)(.*[_.])?(ema|ema_.*|model_avg|avg_model|averaged|teacher|swa(_.*)?)([_.].*)?"
+FACTORS: tuple[tuple[str, str], ...] = (
+    (r"(^|[._])lora_(A|B|E|embedding_[AB]|magnitude_vector|up|down|mid)\b", "LoRA"),
+    (r"[._]lora\.(up|down|mid)\.", "LoRA"),
+    (r"\.dora_scale$", "DoRA"),
+    (r"\.hada_[wt][12](_[ab])?\b", "LoHa"),
+    (r"\.lokr_[wt][12](_[ab])?\b", "LoKr"),
+    (r"\.b?oft_(blocks|diag|[rRsS])\b", "OFT"),
+    (r"\.vera_(lambda_[bd]|[AB])\b", "VeRA"),
+)
+"""(pattern, kind of adapter): factors, whose product is the update of a weight. Their mean does not make the mean update.
+
+Adapters whose numbers enter linearly, such as IA3, are not among them.
+"""
+
+EXPERT_ROLES: dict[str, str] = {
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+    "gate_up_proj": "gate and up",
+    "w1": "gate",
+    "w3": "up",
+    "w2": "down",
+    "w13": "gate and up",
+}
+"""What the matrices of an expert are called -> what they are. In "gate and up" the gate comes first."""
+
+EXPERT_STACKS = ("experts", "switch_mlp")
+"""What holds the experts of a layer is called."""
+
+AVERAGED = (
+    r"(?i)(.*[_.])?(ema\d*|ema_.*|model_avg|avg_model|average_model(_.*)?|averaged|teacher|swa(_.*)?|shadow(_params)?)"
+    r"([_.].*)?"
+)
 """A part of a name, or a key, that speaks of a running mean of the weights."""
+
+SWAPPED: tuple[tuple[str, str, str, str], ...] = (
+    ("state_dict", "ema_state_dict", "message_hub", "mmengine's EMAHook"),
+    ("state_dict", "current_model_state", "averaging_state", "Lightning's WeightAveraging"),
+)
+"""(key of the average, key of the plain weights, key beside them, program): the average stands where loaders look for the
+weights, and the plain weights beside it."""
 
 COUNTERS: frozenset[str] = frozenset(
     (
         *("step", "steps", "global_step", "iteration", "iterations", "iter", "iters", "iter_num", "n_iter"),
         *("epoch", "current_epoch", "batch_idx_train", "update", "updates", "num_updates", "n_averaged"),
         "num_batches_tracked",
+        "count",
+        "initted",
     )
 )
 """What counts how long was trained. A merge has the largest of the inputs; a mean would be no count."""
@@ -65,3 +106,65 @@ FACTS: frozenset[str] = frozenset(("hash", "id", "sha256", "md5", "uuid"))
 
 CHECKSUM_FILES: tuple[str, ...] = ("checklist.chk", ".md5", ".sha256", ".sha512", "md5sums", "sha256sums")
 """Endings, in lower case, of files that hold checksums of the files beside them."""
+
+WEIGHT_FILES: tuple[tuple[str, str, str], ...] = (
+    ("model", ".safetensors", "transformers, sentence-transformers, timm"),
+    ("diffusion_pytorch_model", ".safetensors", "diffusers"),
+    ("open_clip_model", ".safetensors", "open_clip"),
+    ("open_clip_pytorch_model", ".safetensors", "open_clip, as first converted"),
+    ("pytorch_model", ".bin", "transformers, sentence-transformers, timm"),
+    ("diffusion_pytorch_model", ".bin", "diffusers"),
+    ("open_clip_pytorch_model", ".bin", "open_clip"),
+    ("model", ".pth", "XTTS and other programs"),
+    ("model", ".pt", "programs of one file"),
+    ("adapter_model", ".safetensors", "peft"),
+    ("adapter_model", ".bin", "peft"),
+    ("consolidated", ".safetensors", "Mistral"),
+    ("consolidated.00", ".pth", "Llama, Mistral"),
+)
+"""(stem, ending, program): the names by which loaders find the weights in a folder, in the order of their search."""
+
+WEIGHTS_KEY = "transformers_weights"
+"""A key of ``config.json`` that names the file of the weights, or their index. transformers looks for it first."""
+
+ADAPTERS: frozenset[str] = frozenset(("adapter_model",))
+"""Stems among them of weights that stand beside those of a model, and are no other form of them."""
+
+INDEX_FIRST: frozenset[str] = frozenset(("diffusion_pytorch_model",))
+"""Stems whose loader looks for an index before it looks for a single file."""
+
+INDEXED: frozenset[str] = frozenset(("model", "pytorch_model", "diffusion_pytorch_model"))
+"""Stems whose loader reads an index, so that the weights may be cut into shards."""
+
+AS_SAFETENSORS: dict[str, str] = {
+    "pytorch_model": "model",
+    "diffusion_pytorch_model": "diffusion_pytorch_model",
+    "open_clip_pytorch_model": "open_clip_model",
+    "adapter_model": "adapter_model",
+}
+"""Stem of a pickle -> the stem under which the same loader looks for safetensors first."""
+
+PIPELINES: dict[str, str] = {
+    "model_index.json": "diffusers: a mapping from the names of subfolders to [library, class]",
+    "modules.json": "sentence-transformers: a list of modules, each with the path of its subfolder, or an empty one",
+}
+"""Files that name the subfolders with the parts of a model."""
+
+EXPORT_FILES: tuple[str, ...] = (
+    r".*\.(gguf|msgpack|h5|ot|tflite|mlmodel|distcp)",
+    r"((pytorch_|diffusion_pytorch_|encoder_|decoder_)?model)([-_]\w+)*\.(onnx|onnx_data|onnx\.data)",
+    r"openvino_\w+\.(xml|bin)",
+)
+"""Files for other programs, made from the weights of a checkpoint. Any other ``.onnx`` file is another network."""
+
+EXPORT_FOLDERS: frozenset[str] = frozenset(("onnx", "openvino", "coreml", "gguf", "tflite", "ggml"))
+"""Subfolders that hold nothing else."""
+
+TRAINING_FILES = (
+    r"training_args\.bin|trainer_state\.json|events\.out\.tfevents.*"
+    r"|(optimizer|scheduler|scaler|rng_state|random_states)[\w-]*\.(pt|pth|bin|pkl|safetensors)"
+)
+"""Files of a training run that no loader of a model reads. They do not belong to a merged model."""
+
+TRAINING_FOLDERS = r"(checkpoint|step|epoch|global_step)[-_]?\d+|runs|logs|wandb|tensorboard|lightning_logs|mlruns"
+"""The same for subfolders."""

@@ -83,7 +83,22 @@ DType.C32.component, DType.C64.component, DType.C128.component = DType.F16, DTyp
 
 BY_TORCH_NAME = {d.torch_name: d for d in DType}
 BY_STORAGE_CLASS = {d.storage_class: d for d in DType if d.storage_class}
-_ALIASES = {"half": DType.F16, "float": DType.F32, "double": DType.F64, "bf16": DType.BF16, "long": DType.I64}
+_ALIASES = {
+    "half": DType.F16,
+    "float": DType.F32,
+    "double": DType.F64,
+    "bf16": DType.BF16,
+    "long": DType.I64,
+    "fp16": DType.F16,
+    "fp32": DType.F32,
+    "fp64": DType.F64,
+    "fp8": DType.F8_E4M3,
+    "float8": DType.F8_E4M3,
+    "fp8_e4m3": DType.F8_E4M3,
+    "fp8_e4m3fn": DType.F8_E4M3,
+    "fp8_e5m2": DType.F8_E5M2,
+}
+"""Names that people type. fp8 alone means e4m3fn, the format in which weights are stored."""
 
 
 def parse_dtype(name: object) -> DType:

@@ -12,18 +12,36 @@ from collections.abc import Mapping
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorSpec
 
+_SCALED = "scaled fp8 or int8 (weight_scale)"
+_MLX = "MLX"
 _SCHEMES = (
     ("bitsandbytes", re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+|SCB)$")),
     ("GPTQ or AWQ", re.compile(r"\.(qweight|qzeros|g_idx)$")),
+    ("EXL2", re.compile(r"\.q_(weight|invperm|groups|group_map)$")),
+    ("EXL3", re.compile(r"\.trellis$")),
     ("HQQ", re.compile(r"\.W_q$")),
     ("AQLM", re.compile(r"\.codebooks$")),
+    ("VPTQ", re.compile(r"\.(res_)?centroids(\.weight)?$")),
+    ("QuIP#", re.compile(r"\.Qidxs(_\d)?$")),
+    ("torchao", re.compile(r"\._?weight_qdata$")),
     ("MXFP4", re.compile(r"_(blocks|scales)$")),
+    (_MLX, re.compile(r"\.scales$")),
     ("scaled fp8 (weight_scale_inv)", re.compile(r"[._]weight_scale_inv$")),
     ("compressed-tensors", re.compile(r"\.(weight_packed|weight_zero_point|weight_global_scale)$")),
-    ("scaled fp8 (ComfyUI)", re.compile(r"\.(scale_weight|scale_input)$")),
-    ("scaled fp8 or int8 (weight_scale)", re.compile(r"[._]_?(\w*_)?scale(_\d)?$")),
+    ("scaled fp8 (ComfyUI)", re.compile(r"\.(scale_weight|scale_input|comfy_quant)$")),
+    ("scaled fp8 or int8 (scaling_factor)", re.compile(r"\.(weights|activation)_scaling_factor$")),
+    (_SCALED, re.compile(r"[._]_?(\w*_)?scale(_\d)?$")),
+    ("integers in place of weights", re.compile(r"(^|\.)weight$")),
 )
-_ANY = re.compile(r"absmax|quant_|SCB$|qweight$|qzeros$|g_idx$|W_q$|codebooks$|weight_|scale|_blocks$")
+_ANY = re.compile(
+    r"absmax|quant|SCB$|q_\w+$|qweight$|qzeros$|g_idx$|trellis$|W_q$|codebooks$|centroids|Qidxs|qdata$|weight_|scale|scaling_"
+    r"|_blocks$"
+)
+_SCALE = re.compile(r"^(?P<parent>.*\.)?_?((?P<weights>\w+?)_)?scale(_\d)?$")
+ADVICE: dict[str, str] = {
+    _MLX: "write it anew without quantisation, in Python: `mlx_lm.convert(MODEL, OUT, dequantize=True)`",
+}
+"""What to do about some schemes, where a program makes plain weights again."""
 
 
 def companions(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[str, str]]:
@@ -32,11 +50,13 @@ def companions(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[str, str]]:
     A name alone is no proof: packed or 8-bit values must be beside it. The most reliable scheme is tried first.
     """
     suspects, found = list(filter(_ANY.search, specs)), dict[str, tuple[str, str]]()
+    if any(dtype.kind == "int" for dtype in {spec.dtype for spec in specs.values()}):
+        suspects += [name for name, spec in specs.items() if name.endswith("weight") and _is_table_of_integers(spec)]
     for label, pattern in _SCHEMES:
         for name in suspects:
             match = pattern.search(name)
-            if match:
-                found.setdefault(name, (label, name[: match.start()]))
+            if match and name not in found and _is_of(label, name, specs):
+                found[name] = (label, name[: match.start()])
     if not found:
         return {}
     stems = {_stem(name) for name, spec in specs.items() if _is_narrow(spec)}
@@ -48,12 +68,47 @@ def belongs(name: str, stem: str) -> bool:
     return name == stem or name.startswith((f"{stem}.", f"{stem}_"))
 
 
+def _is_of(label: str, name: str, specs: Mapping[str, TensorSpec]) -> bool:
+    """Whether a tensor that is called as the scheme calls its own can be one, by what is beside it."""
+    if label == _MLX:
+        weight = specs.get(f"{_stem(name)}.weight")
+        return weight is not None and weight.dtype is DType.U32
+    return label != _SCALED or _scales(name, specs)
+
+
+def _scales(name: str, specs: Mapping[str, TensorSpec]) -> bool:
+    """Whether a tensor that is called a scale scales 8-bit weights beside it.
+
+    ``weight_scale`` scales ``weight``. A mere ``scale`` scales what is beside it, unless it has 8 bits too: then it is
+    the weight of a norm in a model of 8-bit numbers.
+    """
+    match = _SCALE.match(name)
+    if match is None:
+        return False
+    parent, weights = match["parent"] or "", match["weights"]
+    if weights not in (None, "weight", "weights", "input", "output", "activation"):
+        return f"{parent}{weights}" in specs and _is_short(specs[f"{parent}{weights}"])
+    if weights is None and _is_short(specs[name]):
+        return False
+    beside = (parent[:-1], *(f"{parent}{each}" for each in ("weight", "_data", "qdata", "W_q")))
+    return any(each in specs and _is_short(specs[each]) for each in beside)
+
+
 def _stem(name: str) -> str:
     return name.rpartition(".")[0]
 
 
 def _about(name: str, stem: str, narrow: set[str]) -> bool:
     return stem in narrow or _stem(stem) in narrow or _stem(name) in narrow
+
+
+def _is_table_of_integers(spec: TensorSpec) -> bool:
+    return spec.dtype.kind == "int" and len(spec.shape) > 1
+
+
+def _is_short(spec: TensorSpec) -> bool:
+    """Whether the values have 8 bits or fewer, or are packed."""
+    return spec.dtype.kind == "packed" or (spec.dtype.kind in ("float", "int") and spec.dtype.bits == 8)
 
 
 def _is_narrow(spec: TensorSpec) -> bool:

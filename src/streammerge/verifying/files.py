@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from streammerge.errors import FormatError, VerifyError, listed, printable
 from streammerge.formats import torch_zip
-from streammerge.formats.folder import inside
+from streammerge.formats.folder import files_below
 from streammerge.options import RECEIPT_FILE
 from streammerge.planning.receipt import ITSELF, Receipt, escaped
 from streammerge.running.executors.threads import ThreadExecutor
@@ -95,18 +95,19 @@ def check_files(out: Location, receipt: Receipt, workers: int) -> Verified:
     tensors = 0
     for name in receipt.checksums:
         try:
-            path = out if name == ITSELF else inside(out, name)
+            path = out if name == ITSELF else _file_of(out, name)
         except FormatError as error:
             wrong.append(str(error))
             continue
-        if name == ITSELF or name.endswith(".safetensors"):
-            tensors += _tensor_file(path, receipt.sums(name), receipt, parts, wrong)
-        else:
-            parts.append(_Part(printable(name), path, 0, path.size, receipt.sums(name)[0]))
+        sums = receipt.sums(name)
+        if name == ITSELF or len(sums) > 1:
+            tensors += _tensor_file(path, name, receipt, parts, wrong)
+        else:  # also a file whose tensors are all empty
+            parts.append(_Part(printable(name), path, 0, path.size, sums[0]))
     notes = []
     if out.is_folder():
         read_output(out)  # checks that the index and its shards agree
-        extra = sorted({p.name for p in out.children()} - {RECEIPT_FILE, *receipt.checksums})
+        extra = sorted({name for name, _ in files_below(out)} - {RECEIPT_FILE, *receipt.checksums})
         wrong += [f"{printable(name)} does not belong to it" for name in extra if name.endswith(_LOADED)]
         beside = [name for name in extra if not name.endswith(_LOADED)]
         notes += [f"{listed(beside)} came later and was not verified"] if beside else []
@@ -117,30 +118,46 @@ def check_files(out: Location, receipt: Receipt, workers: int) -> Verified:
     return Verified(out, tensors, len(receipt.checksums), checked, receipt.digest, notes=notes)
 
 
-def _tensor_file(path: Location, sums: list[int], receipt: Receipt, parts: list[_Part], wrong: list[str]) -> int:
+def _file_of(out: Location, name: str) -> Location:
+    """Returns a file of an output. Raises FormatError if it is absent or not a regular file."""
+    path = out / name
+    if not path.lexists():
+        raise FormatError(f"{printable(name)} is absent")
+    path.status()
+    return path
+
+
+def _tensor_file(path: Location, name: str, receipt: Receipt, parts: list[_Part], wrong: list[str]) -> int:
     """Adds the parts of a file of tensors to ``parts``. Returns the number of its tensors."""
-    container = read_output(path)
+    container, sums = read_output(path), receipt.sums(name)
     (spans,) = container.tensor_spans().values()
-    if (receipt.kind is CRC32) != container.pickled:
+    if name == ITSELF and (receipt.kind is CRC32) != container.pickled:
         raise VerifyError(f"{printable(path.name)}: its receipt is that of another kind of file")
     if len(sums) != len(spans) + 1:
-        wrong.append(f"{printable(path.name)} has {len(spans)} tensors, {len(sums) - 1} were written")
+        wrong.append(f"{printable(name or path.name)} has {len(spans)} tensors, {len(sums) - 1} were written")
         return len(spans)
     if container.pickled:
         named = {store.offset: f"storage {printable(key)}" for key, store in container.storages.items()}
     else:
         named = {r.entry.offset: f"tensor {printable(n)}" for n, r in container.tree.items() if r.entry.nbytes}
         check_by_library(path, set(container.tree))
-    rest = rest_of(path, spans, receipt)
+    rest = rest_of(path, spans, receipt, name)
     if receipt.kind.update(rest) != sums[-1]:
-        wrong.append(f"the header of {printable(path.name)}")
+        wrong.append(f"the header of {printable(name or path.name)}")
     parts += [_Part(named.get(a, f"byte {a}"), path, a, n, s) for (a, n), s in zip(spans, sums, strict=False)]
     return len(spans) if container.pickled else len(container.tree)
 
 
-def rest_of(path: Location, spans: list[tuple[int, int]], receipt: Receipt) -> bytes:
-    """Returns the bytes of a file outside its tensors, with the receipt blank as it was planned."""
+def rest_of(path: Location, spans: list[tuple[int, int]], receipt: Receipt, name: str) -> bytes:
+    """Returns the bytes of a file outside its tensors, with the receipt blank as it was planned.
+
+    ``name``: its name in the receipt. Only a file that is the whole output holds the receipt.
+    """
+    if name != ITSELF:
+        return b"".join(outside(path, spans))
     rest, final, blank = b"".join(outside(path, spans)), receipt.text(), receipt.blank().text()
+    if rest[:1] == b"\x80":  # a plain pickle
+        return rest.replace(final.encode(), blank.encode(), 1)
     if receipt.kind is CRC32:
         return torch_zip.with_blank_receipt(rest, final.encode(), blank.encode())
     return rest.replace(escaped(final), escaped(blank), 1)

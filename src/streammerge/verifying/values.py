@@ -124,9 +124,9 @@ def _as_planned(path: Location, file: LayoutFile, receipt: Receipt) -> bool:
     if not file.offsets:
         return True
     (spans,) = read_output(path).tensor_spans().values()
-    sums = receipt.sums(file.name if file.name in receipt.checksums else ITSELF)
-    starts = dict(zip((offset for offset, _ in spans), sums, strict=False))
-    return rest_of(path, spans, receipt) == b"".join(part.data for part in file.around(starts, file.receipt))
+    name = file.name if file.name in receipt.checksums else ITSELF
+    starts = dict(zip((offset for offset, _ in spans), receipt.sums(name), strict=False))
+    return rest_of(path, spans, receipt, name) == b"".join(part.data for part in file.around(starts, file.receipt))
 
 
 class _Recomputation:

@@ -40,7 +40,18 @@ def test_options_reach_the_conversion(cli: Cli, voices: tuple[Path, Path], tmp_p
 
 def test_an_output_is_needed_and_not_replaced(cli: Cli, tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2)}, tmp_path / "a.pth")
-    assert "--out" in cli("convert", "a.pth", code=2).stderr
+    assert "-o OUT" in cli("convert", "a.pth", code=2).stderr
     cli("convert", "a.pth", "-o", "b.pth")
     assert "pass --overwrite" in cli("convert", "a.pth", "-o", "b.pth", code=2).stderr
     assert cli("convert", "a.pth", "-o", "b.pth", "--overwrite", "--format", "quiet").stdout == ""
+
+
+def test_a_pickle_is_pruned_and_found_again(cli: Cli, voices: tuple[Path, Path], tmp_path: Path) -> None:
+    cli("convert", "news.pth", "-o", "small.pth", "--only", "model")
+    made = torch.load(tmp_path / "small.pth")
+    assert "optimizer" not in made
+    cli("convert", "small.pth", "-o", "a.safetensors")
+    cli("convert", "a.safetensors", "-o", "b.pth", "--like", "small.pth")
+    assert_same(dict(torch.load(tmp_path / "b.pth")["model"]), dict(made["model"]))
+    said = cli("convert", "news.pth", "-o", "c.pth", "--only", "model", "--state-dict", "ema", code=2).stderr
+    assert "--only names the state dict; leave --state-dict out" in said

@@ -25,5 +25,6 @@ def test_plan_and_dry_run_write_nothing(cli: Cli, tmp_path: Path, voices: tuple[
 
 def test_plan_tells_what_would_stop_a_run(cli: Cli, voices: tuple[Path, Path]) -> None:
     assert "exists already" in cli("plan", *voices, "-o", "news.pth").stdout
-    assert "does not exist" in cli("plan", *voices, "-o", "nowhere/voice.pth").stdout
+    assert "is no folder" in cli("plan", *voices, "-o", "news.pth/voice.pth").stdout
+    assert "warning" not in cli("plan", *voices, "-o", "nowhere/voice.pth").stdout, "missing folders are made"
     assert re.search(r"disk +\d+ kB needed", cli("plan", *voices).stdout)

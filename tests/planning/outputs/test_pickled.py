@@ -8,9 +8,11 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from conftest import assert_same, load_safetensors, mean, octets, trained, voice
+from conftest import assert_same, deflate, load_safetensors, mean, octets, trained, voice
+from safetensors.torch import save_file
 
 import streammerge as sm
 
@@ -162,9 +164,11 @@ def test_ema_weights_are_named_and_not_left_stale(tmp_path: Path) -> None:
         torch.save({"model": trained(number), "ema": trained(10 + number), "epoch": 1}, tmp_path / f"{number}.pt")
     paths = [tmp_path / "1.pt", tmp_path / "2.pt"]
     result = sm.merge(paths, tmp_path / "out.pt")
-    assert list(torch.load(tmp_path / "out.pt")) == ["model", "epoch"]
-    assert any("'ema' holds EMA weights" in note for note in result.notes)
-    assert any("left out of the output: ema (" in note for note in result.notes)
+    merged = torch.load(tmp_path / "out.pt")
+    assert list(merged) == ["model", "ema", "epoch"]
+    both = [trained(11)["layer.bias"], trained(12)["layer.bias"]]
+    assert octets(merged["ema"]["layer.bias"]) == octets(mean(both, [1, 1]))
+    assert not any("left out" in note for note in result.notes)
     sm.merge(paths, tmp_path / "ema.pt", ema="only")
     merged = torch.load(tmp_path / "ema.pt")
     assert list(merged) == ["model", "ema", "epoch"], "what a loader reads is there, and is the average"
@@ -228,7 +232,10 @@ def test_litema_weights_stand_in_when_asked(tmp_path: Path) -> None:
     )
     sm.merge([tmp_path / "sd.ckpt"], tmp_path / "out.ckpt", ema="prefer")
     expected = {"model.a.b": torch.ones(2), "model.c": torch.ones(2), "first.w": torch.full((1,), 5.0)}
-    assert_same(torch.load(tmp_path / "out.ckpt")["state_dict"], expected)
+    averages = {"model_ema.ab": torch.ones(2), "model_ema.c": torch.ones(2), "model_ema.decay": torch.tensor(0.9)}
+    assert_same(torch.load(tmp_path / "out.ckpt")["state_dict"], expected | averages)
+    sm.merge([tmp_path / "sd.ckpt"], tmp_path / "out.safetensors", ema="prefer")
+    assert_same(load_safetensors(tmp_path / "out.safetensors"), expected)
 
 
 def test_a_merged_tensor_is_merged_wherever_it_stands(tmp_path: Path) -> None:
@@ -295,3 +302,85 @@ def test_voice_helpers_are_what_the_trainer_writes() -> None:
     trainer = pytest.importorskip("trainer.io")
     assert set(voice(1, 1, 1, 1.0)) >= {"config", "model", "optimizer", "scheduler", "scaler", "step", "epoch", "date"}
     assert callable(trainer.save_model)
+
+
+# --------------------------------------------------------------------------------------------------- arrays of numpy
+
+
+def mixed(seed: int) -> dict[str, Any]:
+    """Returns a checkpoint with arrays among its tensors, beside them and in other classes."""
+    chance = np.random.RandomState(seed)
+    weights = {f"l{n}.weight": torch.from_numpy(chance.randn(4, 4)) for n in range(9)}
+    head, single = chance.randn(3, 5).astype("f4"), chance.randn(30_001).astype("f8")
+    return {
+        "state_dict": {**weights, "head.weight": head, "tied.weight": head, "long": single, "zero": np.zeros((0, 2), "f2")},
+        "epoch": seed,
+        "best": np.float64(0.5 * seed),
+        "names": np.array(["a", "b"]),
+        "rng": {"state": np.arange(624, dtype="u4")},
+    }
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_arrays_among_the_tensors_are_merged_and_stay_arrays(tmp_path: Path, protocol: int) -> None:
+    for seed in (1, 2):
+        torch.save(mixed(seed), tmp_path / f"{seed}.pth", pickle_protocol=protocol)
+    sm.merge([tmp_path / "1.pth", tmp_path / "2.pth"], tmp_path / "out.pth", weights=[0.6, 0.4])
+    made, one, two = torch.load(tmp_path / "out.pth", weights_only=False), mixed(1), mixed(2)
+    for name, mine in one["state_dict"].items():
+        got, other = made["state_dict"][name], two["state_dict"][name]
+        assert type(got) is type(mine)
+        pair = [torch.as_tensor(each) for each in (mine, other)]
+        assert_same({name: torch.as_tensor(got)}, {name: mean(pair, [0.6, 0.4])})
+    assert made["state_dict"]["head.weight"] is made["state_dict"]["tied.weight"]
+    assert (made["epoch"], made["best"], made["names"].tolist()) == (2, 0.5, ["a", "b"])
+    assert np.array_equal(made["rng"]["state"], np.arange(624))
+    assert sm.verify(tmp_path / "out.pth", sample=1.0).recomputed
+    sm.convert(tmp_path / "1.pth", tmp_path / "out.safetensors")
+    assert len(load_safetensors(tmp_path / "out.safetensors")) == 13
+
+
+def test_an_array_takes_another_dtype_if_numpy_has_it(tmp_path: Path) -> None:
+    torch.save({"w": np.ones((2, 3), ">f4"), "b": np.asfortranarray(np.ones((3, 2)))}, tmp_path / "in.pth")
+    sm.convert(tmp_path / "in.pth", tmp_path / "out.pth", dtype="float16")
+    made = torch.load(tmp_path / "out.pth", weights_only=False)
+    assert {name: array.dtype.name for name, array in made.items()} == {"w": "float16", "b": "float16"}
+    with pytest.raises(sm.RecipeError, match="numpy does not have"):
+        sm.convert(tmp_path / "in.pth", tmp_path / "never.pth", dtype="bfloat16")
+
+
+def test_a_tensor_that_only_a_later_model_has_is_an_array_among_arrays(tmp_path: Path) -> None:
+    torch.save({"w": np.ones(2), "v": np.ones(2)}, tmp_path / "a.pth")
+    save_file({"w": torch.ones(2), "v": torch.ones(2), "x": torch.ones(3)}, tmp_path / "b.safetensors")
+    sm.merge([tmp_path / "a.pth", tmp_path / "b.safetensors"], tmp_path / "out.pth", on_missing="union")
+    made = torch.load(tmp_path / "out.pth", weights_only=False)
+    assert {name: (type(array), array.tolist()) for name, array in made.items()}["x"] == (np.ndarray, [1.0, 1.0, 1.0])
+
+
+def test_a_legacy_file_and_a_compressed_one_hold_arrays_too(tmp_path: Path) -> None:
+    content = {"w": np.arange(99_000, dtype="f4").reshape(300, 330).T, "b": np.arange(3.0)}
+    torch.save(content, tmp_path / "zip.pth")
+    torch.save(content, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    deflate(tmp_path / "zip.pth", tmp_path / "deflated.pth")
+    for name in ("zip", "legacy", "deflated"):
+        sm.convert(tmp_path / f"{name}.pth", tmp_path / f"{name}.out.pth")
+        made = torch.load(tmp_path / f"{name}.out.pth", weights_only=False)
+        assert list(made) == ["w", "b"]
+        assert all(np.array_equal(made[key], content[key]) for key in content)
+
+
+def test_a_flat_state_dict_with_dictionaries_among_its_values(tmp_path: Path) -> None:
+    """Its tensors are merged, those in the dictionaries too, and the state of the training is left out."""
+    for seed in (1, 2):
+        flat = {f"fc{n}.w": torch.full((2,), float(seed)) for n in range(4)}
+        more = {"normalizer": {"mean": torch.full((3,), float(seed)), "n": 3}, "ema": {k: t * 10 for k, t in flat.items()}}
+        optimizer = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1}]}
+        torch.save({**flat, **more, "optimizer": optimizer, "epoch": seed}, tmp_path / f"{seed}.pt")
+    result = sm.merge([tmp_path / "1.pt", tmp_path / "2.pt"], tmp_path / "out.pt")
+    made = torch.load(tmp_path / "out.pt")
+    assert made["fc0.w"].tolist() == [1.5, 1.5]
+    assert made["ema"]["fc0.w"].tolist() == [15.0, 15.0]
+    assert (made["normalizer"]["mean"].tolist(), made["normalizer"]["n"], made["epoch"]) == ([1.5] * 3, 3, 2)
+    assert "optimizer" not in made
+    assert any("optimizer" in note for note in result.notes)
+    assert list(sm.inspect(tmp_path / "out.pt")) == [f"fc{n}.w" for n in range(4)]

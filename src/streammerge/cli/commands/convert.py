@@ -12,14 +12,14 @@ from streammerge.cli.reports import report
 from streammerge.options import CONVERT
 
 
-@click.command()
+@click.command(cls=options.GroupedCommand)
 @click.argument("path", type=click.Path(), metavar="INPUT")
 @options.of(*CONVERT)
 @options.out()
 @options.no_progress
 @options.report("human", "json", "quiet")
 @options.debug
-def convert(path: str, out: str, no_progress: bool, form: str, debug: bool, **typed: Any) -> None:
+def convert(path: str, out: str | None, no_progress: bool, form: str, debug: bool, **typed: Any) -> None:
     """Convert .pth to safetensors or back; recast, shrink, shard.
 
     \b
@@ -29,6 +29,8 @@ def convert(path: str, out: str, no_progress: bool, form: str, debug: bool, **ty
     from streammerge import api
     from streammerge.cli.progress import Progress
 
+    if out is None:
+        raise click.UsageError("the output has no name; add -o OUT, like -o model.safetensors")
     with Progress(form, enabled=not no_progress) as progress:
         result = api.convert(path, out, listener=progress, **as_arguments(typed))
-    report(result, form)
+        report(result, form, progress.told)

@@ -11,7 +11,7 @@ from streammerge.cli.reports import show_indexes
 from streammerge.options import Selection
 
 
-@click.command()
+@click.command(cls=options.GroupedCommand)
 @click.argument("paths", nargs=-1, required=True, type=click.Path(), metavar="PATH...")
 @click.option("--tensors", is_flag=True, help="List names, dtypes, shapes and offsets.")
 @click.option("--recipe", is_flag=True, help="Print the recipe by which it was merged, as YAML.")
@@ -22,7 +22,9 @@ def inspect(paths: tuple[str, ...], tensors: bool, recipe: bool, form: str, debu
     """Show what a checkpoint is and holds; nothing in it is executed."""
     from streammerge.checkpoints.globs import expand
     from streammerge.checkpoints.index import open_checkpoint  # as api.inspect does, but without importing the merge
+    from streammerge.recipe.locations import from_hub_cache
 
     asked = Selection(**typed)
-    indexes = [open_checkpoint(path, asked.state_dict, asked.ema or "ignore") for path in expand(list(paths))]
+    found = map(from_hub_cache, expand(list(paths)))
+    indexes = [open_checkpoint(path, asked.state_dict, asked.ema or "ignore") for path in found]
     show_indexes(indexes, form, tensors, recipe)

@@ -7,12 +7,12 @@ from typing import Any
 import click
 
 from streammerge.cli import options
-from streammerge.cli.arguments import as_arguments
+from streammerge.cli.arguments import as_arguments, inputs_and_recipe
 from streammerge.cli.reports import report, show_plan
 from streammerge.options import MERGE, Running, options_of
 
 
-@click.command()
+@click.command(cls=options.GroupedCommand)
 @options.inputs
 @options.of(*MERGE)
 @options.out()
@@ -21,7 +21,7 @@ from streammerge.options import MERGE, Running, options_of
 @options.report("human", "json", "quiet")
 @options.debug
 def merge(
-    inputs: tuple[str, ...], out: str, dry_run: bool, no_progress: bool, form: str, debug: bool, **typed: Any
+    inputs: tuple[str, ...], out: str | None, dry_run: bool, no_progress: bool, form: str, debug: bool, **typed: Any
 ) -> None:
     """Merge checkpoints into one.
 
@@ -34,9 +34,13 @@ def merge(
     from streammerge.cli.progress import Progress
 
     asked = as_arguments(typed)
+    found, recipe = inputs_and_recipe(inputs, typed["weights"])
     if dry_run:
-        show_plan(api.plan(inputs, out, **{name: asked[name] for name in asked.keys() - options_of(Running)}), form)
+        asked = {name: asked[name] for name in asked.keys() - options_of(Running)}
+        show_plan(api.plan(found, out, recipe=recipe, **asked), form)
         return
+    if out is None:
+        raise click.UsageError("the output has no name; add -o OUT, like -o merged.safetensors")
     with Progress(form, enabled=not no_progress) as progress:
-        result = api.merge(inputs, out, listener=progress, **asked)
-    report(result, form)
+        result = api.merge(found, out, recipe=recipe, listener=progress, **asked)
+        report(result, form, progress.told)

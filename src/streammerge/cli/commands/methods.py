@@ -8,7 +8,7 @@ from streammerge.cli import options
 from streammerge.cli.reports import show_method, show_methods
 
 
-@click.command()
+@click.command(cls=options.GroupedCommand)
 @click.argument("name", required=False, shell_complete=options.complete_method)
 @options.report("human", "json")
 @options.debug

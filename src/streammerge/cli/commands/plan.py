@@ -7,12 +7,12 @@ from typing import Any
 import click
 
 from streammerge.cli import options
-from streammerge.cli.arguments import as_arguments
+from streammerge.cli.arguments import as_arguments, inputs_and_recipe
 from streammerge.cli.reports import show_plan
 from streammerge.options import PLAN
 
 
-@click.command()
+@click.command(cls=options.GroupedCommand)
 @options.inputs
 @options.of(*PLAN)
 @options.out(required=False)
@@ -22,4 +22,5 @@ def plan(inputs: tuple[str, ...], out: str | None, form: str, debug: bool, **typ
     """Show what merge would do; nothing is written."""
     from streammerge import api
 
-    show_plan(api.plan(inputs, out, **as_arguments(typed)), form)
+    found, recipe = inputs_and_recipe(inputs, typed["weights"])
+    show_plan(api.plan(found, out, recipe=recipe, **as_arguments(typed)), form)

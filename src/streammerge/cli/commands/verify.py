@@ -12,7 +12,7 @@ from streammerge.cli.reports import show_verified
 from streammerge.options import VERIFY
 
 
-@click.command()
+@click.command(cls=options.GroupedCommand)
 @click.argument("out", type=click.Path(), metavar="OUT")
 @options.of(*VERIFY)
 @options.report("human", "json", "quiet")

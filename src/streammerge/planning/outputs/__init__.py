@@ -5,5 +5,7 @@ Each module imports only modules above it::
     layout       the plan of any kind of output
     bookkeeping  step, epoch and loss of a merge
     pickled      a .pth
-    container    the choice of the container; a file or folder of safetensors
+    config       the edited config.json of a folder
+    folder       a folder: shards, index, side files
+    container    the choice of the container; a file of safetensors
 """

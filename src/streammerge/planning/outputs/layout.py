@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from streammerge.formats.base import LayoutFile
+from streammerge.checkpoints.index import CheckpointIndex
+from streammerge.formats.base import LayoutFile, Literal
 from streammerge.methods.registry import COPY
+from streammerge.options import RECEIPT_KEY, RECIPE_KEY
 from streammerge.planning.alignment import Merged
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.receipt import InputSpans, Receipt
+from streammerge.recipe.document import to_json
 from streammerge.recipe.locations import resolved
 from streammerge.recipe.model import Recipe
 from streammerge.sources.base import Source
@@ -66,9 +69,22 @@ def recipe_record(recipe: Recipe) -> dict[str, Any] | None:
     return None if conversion else resolved(recipe).to_dict()
 
 
+def metadata_of(recipe: Recipe, first: CheckpointIndex) -> dict[str, str]:
+    """Returns the first checkpoint's own metadata, ``format: pt`` and, for a merge, the recipe."""
+    kept = {k: v for k, v in first.metadata.items() if "hash" not in k.lower() and k not in (RECIPE_KEY, RECEIPT_KEY)}
+    record = recipe_record(recipe)
+    return kept | {"format": "pt"} | ({RECIPE_KEY: to_json(record)} if record else {})
+
+
 def blank_sums(sizes: list[int]) -> str:
     """Returns zeros in place of a file's checksums: one per tensor that is not empty, and one for the other bytes.
 
     ``sizes``: the bytes of each tensor.
     """
     return "0" * 8 * (sum(size > 0 for size in sizes) + 1)
+
+
+def text_file(name: str, text: str) -> LayoutFile:
+    """Returns the plan of a file of this text in UTF-8."""
+    data = text.encode()
+    return LayoutFile(name, len(data), {}, (Literal(0, data),))

@@ -1,41 +1,93 @@
-"""Plans a ``.pth`` output: the tree of the first input with its tensors replaced and stale parts removed."""
+"""Plans a ``.pth`` or ``.pkl`` output: the tree of the first input with its tensors replaced and stale parts removed."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError, listed, printable
-from streammerge.formats import torch_zip
-from streammerge.methods.registry import COPY
-from streammerge.options import RECEIPT_FILE, RECIPE_FILE
-from streammerge.pickles.repickle import Edit, repickle, storage_ref
-from streammerge.pickles.state_dict import Found, is_training_state
-from streammerge.pickles.tree import Instance, OrderedTree, StorageRef, TensorRef, mapping_items, walk
+from streammerge.formats import plain_pickle, torch_zip
+from streammerge.formats.base import LayoutFile
+from streammerge.options import RECEIPT_KEY, RECIPE_KEY
+from streammerge.pickles.arrays import array_over, is_array, native, numpy_dtype
+from streammerge.pickles.repickle import Edit, storage_ref, stream
+from streammerge.pickles.state_dict import Found
+from streammerge.pickles.tree import Blank, OrderedTree, StorageRef, TensorRef, mapping_items, walk
 from streammerge.planning.alignment import Alignment, Merged
+from streammerge.planning.copies import AlignedCopy, align_copies, record_entries
+from streammerge.planning.dispositions.entries import Entries, decide
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.bookkeeping import drop_facts, merge_bookkeeping
 from streammerge.planning.outputs.layout import Layout, Output, Placed, blank_sums, recipe_record
 from streammerge.planning.receipt import ITSELF, Receipt
+from streammerge.planning.views import Indexes
 from streammerge.recipe.document import to_yaml
 from streammerge.recipe.model import Recipe
 from streammerge.sources.base import Source
+from streammerge.sources.inline import Inline
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorSpec, contiguous_strides
 
+PLAIN_ENDINGS = (".pkl", ".pickle")
+"""Names of plain pickles. An input of torch's keeps its container under such a name."""
+_BARE = TensorRef(StorageRef("", None, 0), DType.F32, 0, (), ())
+"""A tensor without a wrapper."""
 _COPIES = 4
 """Copies of a pickle in memory at once while it is written: in the layout, sealed, joined, checksummed."""
 
 
-def pickled_output(name: str, recipe: Recipe, base: CheckpointIndex, alignment: Alignment, receipt: Receipt) -> Output:
+@dataclass(frozen=True, slots=True)
+class PickledFile:
+    """A planned archive, its tensors with their places, and the blank checksums that a receipt has of it."""
+
+    file: LayoutFile
+    placed: list[Placed]
+    notes: list[str]
+    dispositions: Dispositions
+    sums: str
+    pickle_bytes: int
+
+
+def pickled_output(
+    name: str, recipe: Recipe, base: CheckpointIndex, indexes: Indexes, alignment: Alignment, receipt: Receipt
+) -> Output:
+    made = receipt
+
+    def beside(sums: str, dispositions: Dispositions) -> dict[str, bytes]:
+        nonlocal made
+        made = replace(receipt, checksums={ITSELF: sums}, dispositions=dispositions.record())
+        record = recipe_record(recipe)
+        texts = {RECIPE_KEY: to_yaml(record).encode()} if record else {}
+        return texts | {RECEIPT_KEY: made.text().encode()}
+
+    planned = pickled_file(name, recipe, base, indexes, alignment, beside)
+    layout = Layout((planned.file,), made, pickle_bytes=planned.pickle_bytes)
+    return Output(layout, planned.placed, planned.notes, dispositions=planned.dispositions)
+
+
+def pickled_file(
+    name: str,
+    recipe: Recipe,
+    base: CheckpointIndex,
+    indexes: Indexes,
+    alignment: Alignment,
+    beside: Callable[[str, Dispositions], dict[str, bytes]],
+    flat: bool = False,
+) -> PickledFile:
+    """Plans one file. ``beside``: makes recipe and receipt, by their keys, from the blank checksums and the decisions.
+
+    ``flat``: it holds a flat state dict of the merged tensors instead of the first input's tree.
+    """
     merged = alignment.merged
     if base.format == "TorchScript archive":
         raise RecipeError(
             f"{printable(base.path)} is a TorchScript archive, which is code and cannot be written again; "
             "write a .safetensors file, or a .pth with a plain checkpoint as the first input"
         )
-    tree, holders = _tree(base, merged)
+    plain = name.endswith(PLAIN_ENDINGS) and not base.format.startswith("PyTorch")
+    tree, holders = _tree(base, merged, flat, plain)
     moved = alignment.restacked or any(m.base_names[0] not in base.entries for m in merged if not m.added)
     if holders is None and moved:
         raise RecipeError(
@@ -43,7 +95,7 @@ def pickled_output(name: str, recipe: Recipe, base: CheckpointIndex, alignment: 
             "write a .safetensors file or a folder"
         )
     edit = Edit()
-    builder = _Builder(edit)
+    builder = _Builder(edit, plain)
     notes: list[str] = []
     dispositions = Dispositions()
     dispositions.update(alignment.dispositions)
@@ -55,8 +107,15 @@ def pickled_output(name: str, recipe: Recipe, base: CheckpointIndex, alignment: 
         builder.place_merged(m)
     if holders is None:
         home = {name: m.spec.name for m in merged for name in m.base_names if not m.added}
+        entries = decide(recipe, indexes, base)
+        copies = align_copies(recipe, base, entries, alignment)
         _add(base, [m for m in merged if m.added], edit, builder)
-        _edit_first(base, recipe, home, edit, builder, notes, dispositions)
+        renames = _edit_first(base, recipe, home, edit, builder)
+        for own, found, chosen in entries.averaged:
+            if chosen in home:
+                _put(found, builder.standing_in(own, found, home[chosen], base.entries[chosen]), edit, builder)
+        _edit_beside(entries, copies, renames, edit, builder)
+        notes += record_entries(entries, copies, dispositions)
         if len(alignment.shares) > 1:
             said = merge_bookkeeping([tree for tree, _ in alignment.shares], [w for _, w in alignment.shares], edit)
             if said:
@@ -66,66 +125,115 @@ def pickled_output(name: str, recipe: Recipe, base: CheckpointIndex, alignment: 
         builder.place_rest(tree, base, home)
     else:
         for key, m in holders.items():
-            edit.replaced[id(tree[key])] = builder.refs[m.spec.name]
-    pickle = repickle(tree, edit)
-    record = recipe_record(recipe)
-    sums = {ITSELF: blank_sums([nbytes for _, nbytes in builder.storages.values()])}
-    receipt = replace(receipt, checksums=sums, dispositions=dispositions.record())
-    beside = {RECIPE_FILE: to_yaml(record).encode()} if record else {}
-    beside[RECEIPT_FILE] = receipt.text().encode()
-    file = torch_zip.plan_layout(name, pickle, builder.storages, base.container.magic, beside)
+            edit.replaced[id(tree[key])] = builder.stand_in(m.spec.name, tree[key])
+    sums = blank_sums([spec.nbytes for spec, _, _ in builder.tensors.values()])
+    told = beside(sums, dispositions)
+    if plain:
+        pickle = stream(tree, edit, headers=[plain_pickle.header(key, text) for key, text in told.items()])
+        file = plain_pickle.plan_layout(name, pickle, told[RECEIPT_KEY])
+    else:
+        pickle = stream(tree, edit)
+        file = torch_zip.plan_layout(name, pickle, builder.storages, base.container.magic, told)
     placed = [Placed(spec, m, 0, file.offsets[n], source) for n, (spec, m, source) in builder.tensors.items()]
-    layout = Layout((file,), receipt, pickle_bytes=_COPIES * len(pickle))
-    return Output(layout, placed, notes, dispositions=dispositions)
+    pickle_bytes = sum(len(part) for part in pickle if isinstance(part, bytes))
+    return PickledFile(file, placed, notes, dispositions, sums, _COPIES * pickle_bytes)
 
 
-def _tree(base: CheckpointIndex, merged: list[Merged]) -> tuple[Any, dict[str, Merged] | None]:
+def _tree(base: CheckpointIndex, merged: list[Merged], flat: bool, plain: bool) -> tuple[Any, dict[str, Merged] | None]:
     """Returns the first input's own tree, or a flat state dict if the first input has no tree that can be written.
 
     For a flat state dict, also returns its key -> the merged tensor; else None.
     """
-    if base.extras is not None and base.format != "sharded PyTorch":
+    if base.extras is not None and base.format != "sharded PyTorch" and not flat:
         return base.extras, None
-    tree, holders = OrderedTree(), {}
+    tree: dict[Any, Any] = {} if plain else OrderedTree()
+    holders: dict[str, Merged] = {}
     for m in merged:
         for name in (m.spec.name, *m.tied):
-            tree[name] = TensorRef(StorageRef("", m.spec.dtype, 0), m.spec.dtype, 0, (), ())
+            tree[name] = replace(_BARE)
             holders[name] = m
     return tree, holders
 
 
 class _Builder:
-    """Gives every tensor of a pickle its own storage."""
+    """Gives every tensor of a pickle its own bytes: a storage, or for an array of numpy a blank in the pickle.
 
-    def __init__(self, edit: Edit) -> None:
-        self.edit = edit
-        self.refs: dict[str, TensorRef] = {}
+    ``plain``: the output is a plain pickle, in which every tensor is an array.
+    """
+
+    def __init__(self, edit: Edit, plain: bool) -> None:
+        self.edit, self.plain = edit, plain
         self.storages: dict[str, tuple[str, int]] = {}
         self.tensors: dict[str, tuple[TensorSpec, Merged | None, Source | None]] = {}
+        self._merged: dict[str, Merged] = {}
+        self._made: dict[tuple[str, bool], StorageRef] = {}
         self._copies: dict[tuple[object, ...], StorageRef] = {}
+        self._dtypes: dict[DType, Any] = {}
 
     def place_merged(self, merged: Merged) -> None:
-        self.refs[merged.spec.name] = self._fresh(merged.spec, self._storage(merged.spec, merged, None), None)
+        """Makes a merged tensor known. It gets its bytes where it is put into the tree."""
+        self._merged[merged.spec.name] = merged
 
-    def _storage(self, spec: TensorSpec, merged: Merged | None, source: Source | None) -> StorageRef:
-        key, label = str(len(self.storages)), spec.name
+    def _home(self, name: str, as_array: bool) -> StorageRef:
+        """Returns the bytes of a merged tensor in a storage or in an array. A tensor that stands as both has them twice."""
+        made = self._made.get((name, as_array))
+        if made is None:
+            merged = self._merged[name]
+            made = self._made[name, as_array] = self._place(merged.spec, merged, None, as_array)
+        return made
+
+    def _place(self, spec: TensorSpec, merged: Merged | None, source: Source | None, as_array: bool) -> StorageRef:
+        label = spec.name
         while label in self.tensors:
             label += "'"
-        self.storages[label] = (key, spec.nbytes)
         self.tensors[label] = (spec, merged, source)
+        if as_array:
+            return Blank.of(label, spec.nbytes)
+        key = str(len(self.storages))
+        self.storages[label] = (key, spec.nbytes)
         return storage_ref(key, spec.dtype, spec.numel)
 
     def _fresh(self, spec: TensorSpec, storage: StorageRef, like: TensorRef | None) -> TensorRef:
+        if isinstance(storage, Blank):
+            return array_over(storage, spec.dtype, spec.shape, like, self._dtype(spec, like))
         made = TensorRef(storage, spec.dtype, 0, spec.shape, contiguous_strides(spec.shape))
         if like is not None:
             made.requires_grad, made.wrapper, made.state = like.requires_grad, like.wrapper, like.state
         return made
 
+    def _dtype(self, spec: TensorSpec, like: TensorRef | None) -> Any:
+        """Returns the pickled dtype of an array: the input's where it is the same."""
+        if like is not None and is_array(like) and native(like.wrapper[3], spec.dtype):
+            return like.wrapper[3]
+        if spec.dtype not in self._dtypes:
+            self._dtypes[spec.dtype] = numpy_dtype(spec.dtype)
+        if self._dtypes[spec.dtype] is None:
+            raise RecipeError(
+                f"{printable(spec.name)} would be an array of {spec.dtype.torch_name}, which numpy does not have; "
+                "pass another `dtype`, or write a .safetensors file"
+            )
+        return self._dtypes[spec.dtype]
+
     def stand_in(self, name: str, node: TensorRef) -> TensorRef:
-        """Returns a tensor over the storage of the merged tensor ``name``, with the wrapper of ``node``."""
-        ref = self.refs[name]
-        spec = TensorSpec(name, ref.dtype, ref.shape)
-        return self._fresh(spec, ref.storage, node)
+        """Returns a tensor over the bytes of the merged tensor ``name``: an array if ``node`` is one, else with its
+        wrapper."""
+        spec = self._merged[name].spec
+        return self._fresh(spec, self._home(name, self.plain or is_array(node)), node)
+
+    def added(self, name: str, like: TensorRef) -> TensorRef:
+        """Returns the merged tensor ``name`` for a new entry: an array if its neighbour ``like`` is one."""
+        return self.stand_in(name, like if is_array(like) else _BARE)
+
+    def standing_in(self, own: str, found: Found, name: str, entry: Source) -> str:
+        """Returns the name of the tensor that stands in the place of ``found``: the merged tensor ``name``, made of
+        ``entry``, or the same in the dtype of ``found``."""
+        merged = self._merged[name]
+        spec = merged.spec
+        dtype = found.ref.dtype if found.node is None else found.node.dtype
+        if dtype is spec.dtype or spec.dtype is not entry.spec.dtype or dtype.kind != spec.dtype.kind:
+            return name
+        self.place_merged(replace(merged, spec=replace(spec, name=own, dtype=dtype), tied=()))
+        return own
 
     def place_rest(self, tree: Any, base: CheckpointIndex, home: dict[str, str]) -> None:
         """Copies from the first input all tensors that are still reachable and were not merged.
@@ -138,6 +246,8 @@ class _Builder:
             if id(node) in self.edit.replaced:
                 continue
             if isinstance(node, TensorRef):
+                if is_array(node) and isinstance(node.entry, Inline):
+                    continue  # its bytes stay in the pickle
                 name = ".".join(map(str, path))
                 entry = base.container.locate(name, node)
                 if entry.nbytes and entry.place in merged:
@@ -145,55 +255,76 @@ class _Builder:
                     continue
                 storage = self._copies.get(entry.place)
                 if storage is None:
-                    storage = self._copies[entry.place] = self._storage(entry.spec, None, entry)
+                    storage = self._place(entry.spec, None, entry, self.plain or is_array(node))
+                    self._copies[entry.place] = storage
                 self.edit.replaced[id(node)] = self._fresh(entry.spec, storage, node)
             elif isinstance(node, StorageRef):
                 octets = TensorRef(StorageRef(node.key, None, node.nbytes), DType.U8, 0, (node.nbytes,), (1,))
                 entry = base.container.locate(f"storage {node.key}", octets)
-                key = self._storage(entry.spec, None, entry).key
+                key = self._place(entry.spec, None, entry, as_array=False).key
                 self.edit.replaced[id(node)] = StorageRef(key, node.dtype, node.numel)
 
 
 def _edit_first(
-    base: CheckpointIndex,
-    recipe: Recipe,
-    home: dict[str, str],
-    edit: Edit,
-    builder: _Builder,
-    notes: list[str],
-    dispositions: Dispositions,
-) -> None:
-    """Edits the first input's tree: puts the merged tensors in, and drops stale and unwanted parts."""
-    selection = base.selection
+    base: CheckpointIndex, recipe: Recipe, home: dict[str, str], edit: Edit, builder: _Builder
+) -> dict[str, tuple[Any, str]]:
+    """Puts the merged tensors into the first input's tree. Returns name -> (key, new key) of those that are renamed."""
+    selection, renames = base.selection, dict[str, tuple[Any, str]]()
     for found in selection.tensors:
-        where = (id(found.holder), found.key)
         if found.name not in home:
             _drop(found.name, found.holder, found.key, edit)
             continue
-        node = found.node or found.ref
-        made = builder.stand_in(home[found.name], node)
-        already = edit.replaced.setdefault(id(node), made)
-        if already is not made and already.storage is not made.storage and found.holder is not None:
-            edit.values[where] = made
+        _put(found, home[found.name], edit, builder)
         written = recipe.output_name(found.name)
         if written != base.renamed.get(found.name, found.name):
             if found.holder is None or selection.chosen[0].kind != "state dict":
                 raise RecipeError("tensors of a state dict only can be renamed in a .pth; write a .safetensors file")
-            edit.renamed[where] = _key(base, found, written)
-    for found in selection.left_out:
-        _drop(found.name, found.holder, found.key, edit)
-    for twin in selection.twins if recipe.merge_method is not COPY else ():
-        if selection.chosen[0].averaged and not twin.averaged and all(found.name in home for found in twin.tensors):
-            for found in twin.tensors:  # the loader reads the plain weights, so they become the merged averaged weights
-                node = found.node or found.ref
-                edit.replaced.setdefault(id(node), builder.stand_in(home[found.name], node))
-            notes.append(f"'{printable(twin.label)}' has the merged weights too")
-            continue
-        _drop(twin.label, twin.holder, twin.key, edit)
-        dispositions.add("entry", twin.label, "dropped", "it was not merged and would be stale")
-    if not recipe.output.keep_optimizer:
-        gone = _drop_training_state(base, edit)
-        dispositions.add("entry", gone, "dropped", "`keep_optimizer=True` keeps the first input's")
+            key = edit.renamed[id(found.holder), found.key] = _key(base, found, written)
+            renames[found.name] = found.key, key
+    return renames
+
+
+def _put(found: Found, name: str, edit: Edit, builder: _Builder) -> None:
+    """Puts the tensor ``name`` of the output into the place of a tensor of the tree."""
+    node = found.node or found.ref
+    made = builder.stand_in(name, node)
+    already = edit.replaced.setdefault(id(node), made)
+    if already is not made and already.storage is not made.storage and found.holder is not None:
+        edit.values[id(found.holder), found.key] = made
+
+
+def _edit_beside(
+    entries: Entries,
+    copies: list[AlignedCopy],
+    renames: dict[str, tuple[Any, str]],
+    edit: Edit,
+    builder: _Builder,
+) -> None:
+    """Puts the merged copies and single tensors into the first input's tree, and leaves out what would be stale."""
+    for aligned in copies:
+        copy = aligned.copy
+        for m in (*aligned.merged, *(m for _, m in aligned.added)):
+            builder.place_merged(m)
+        holder = next(iter(copy.tensors.values())).holder
+        if aligned.added and (holder is None or mapping_items(holder) is None):
+            raise RecipeError(f"nothing can be added to {printable(copy.label)}; write a .safetensors file")
+        if aligned.added:
+            like = next(iter(copy.tensors.values())).ref
+            edit.added[id(holder)] = [(key, builder.added(m.spec.name, like)) for key, m in aligned.added]
+        for name, found in copy.tensors.items():
+            if name in aligned.homes:
+                _put(found, aligned.homes[name], edit, builder)
+                if renames and copy.candidate is not None and copy.candidate.kind == "state dict":
+                    old, new = renames.get(name, ("", ""))
+                    if isinstance(old, str) and new and found.name.endswith(old):
+                        edit.renamed[id(found.holder), found.key] = found.name.removesuffix(old) + new
+            else:
+                _drop(copy.output_name(name), found.holder, found.key, edit)
+    for drop in entries.drops:
+        if drop.instead is None:
+            edit.values[id(drop.holder), drop.key] = None
+        else:
+            _drop(drop.name, drop.holder, drop.key, edit)
 
 
 def _key(base: CheckpointIndex, found: Found, written: str) -> str:
@@ -227,27 +358,11 @@ def _add(base: CheckpointIndex, added: list[Merged], edit: Edit, builder: _Build
             f"{printable(added[0].spec.name)} cannot be added to {printable(base.path)}, which holds no single state dict; "
             "write a .safetensors file"
         )
-    edit.added[id(holder)] = [(m.spec.name, builder.refs[m.spec.name]) for m in added]
+    like = base.selection.tensors[0].ref
+    edit.added[id(holder)] = [(m.spec.name, builder.added(m.spec.name, like)) for m in added]
 
 
 def _drop(name: str, holder: Any, key: Any, edit: Edit) -> None:
     if holder is None or mapping_items(holder) is None:
         raise RecipeError(f"{printable(name)} cannot be left out of this file's container; write a .safetensors file")
     edit.dropped.add((id(holder), key))
-
-
-def _drop_training_state(base: CheckpointIndex, edit: Edit) -> list[str]:
-    """Drops optimizer, scheduler and scaler at every level above the chosen state dicts. Returns their keys."""
-    gone: list[str] = []
-    for candidate in base.selection.chosen:
-        node: Any = base.extras
-        for part in candidate.path:
-            for key, value in mapping_items(node) or []:
-                fresh = (id(node), key) not in edit.dropped
-                if is_training_state(key, value) and key != part and value is not None and fresh:
-                    edit.dropped.add((id(node), key))
-                    gone.append(str(key))
-            if isinstance(node, Instance) and isinstance(node.state, dict):
-                node = node.state
-            node = node[part] if isinstance(node, dict | list | tuple) else dict(mapping_items(node) or []).get(part)
-    return gone

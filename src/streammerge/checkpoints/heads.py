@@ -1,28 +1,22 @@
-"""What a Hugging Face folder says beside its tensors: the configuration, and a head that is tied to the embeddings."""
+"""The head of a language model, which may be tied to the embeddings of words."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+from streammerge.checkpoints.config import config_folder, is_model_config, read_config, tie_flag
 from streammerge.errors import printable
 from streammerge.sources.base import Source
 from streammerge.stores.base import Location
-from streammerge.strict_json import load_json
 from streammerge.tensors.layers import layer_of
 
-CONFIG = "config.json"
-_MOST_CONFIG_BYTES = 16 << 20
 HEADS = ("lm_head.weight", "embed_out.weight", "proj_out.weight")
 _EMBEDDINGS = re.compile(
     r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|backbone\.embeddings?)\.weight$|^(model\.)?shared\.weight$"
 )
 _ANY_EMBEDDINGS = re.compile(r"^(?!.*(pos|type|patch)).*(emb|shared\.weight$)")
-_DEEPEST = 4
-_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
-_DTYPES = ("dtype", "torch_dtype")
 
 
 class Seen(Protocol):
@@ -30,25 +24,6 @@ class Seen(Protocol):
 
     index: Any
     entries: dict[str, Source]
-
-
-def read_config(folder: Location) -> dict[str, Any] | None:
-    """The folder's config.json; None where there is none that can be read."""
-    return read_side_json(folder / CONFIG, _MOST_CONFIG_BYTES)
-
-
-def read_side_json(path: Location, most_bytes: int) -> dict[str, Any] | None:
-    """The mapping in a JSON file that may be beside a checkpoint; None where there is none, or it holds no mapping.
-
-    FormatError for a name that is there and is no regular file, nor a link to one.
-    """
-    if not path.lexists() or (size := path.size) > most_bytes:
-        return None
-    try:
-        content = load_json(path.read(0, size).decode("utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def tie_head(views: Sequence[Seen], notes: list[str], wanted: Collection[str] = ()) -> None:
@@ -106,19 +81,8 @@ def _stand_in(view: Seen, name: str, own: str | None, notes: list[str]) -> None:
 
 def _ties(view: Seen) -> bool:
     """Whether the configuration lets a loader tie head and embeddings; a file without one does not."""
-    config = read_config(view.index.path) if view.index.path.is_folder() else None
-    return config is not None and tie_flag(config) is not False
-
-
-def tie_flag(config: Mapping[str, Any]) -> bool | None:
-    """``tie_word_embeddings``, the outermost there is at any depth; None where there is none."""
-    level: list[Mapping[str, Any]] = [config]
-    for _ in range(_DEEPEST):
-        for each in level:
-            if isinstance(each.get("tie_word_embeddings"), bool):
-                return bool(each["tie_word_embeddings"])
-        level = [value for each in level for value in each.values() if isinstance(value, dict)]
-    return None
+    config = read_config(config_folder(view.index.path))
+    return config is not None and not config.unread and tie_flag(config.tree) is not False
 
 
 def _tied(view: Seen, shapes: Sequence[tuple[int, ...]]) -> str | None:
@@ -163,64 +127,17 @@ def is_embedding(name: str) -> bool:
     return _EMBEDDINGS.search(name) is not None or name.endswith(HEADS)
 
 
-Moved = tuple[str, int, Sequence[tuple[Mapping[str, Any] | None, int]]]
-"""A stack, its layers before, and for each of the output's the configuration it comes from and its number there."""
+def loader_ties(path: Location) -> Callable[[str, str], bool]:
+    """Returns whether the loader of a checkpoint's folder makes two tensors one, so that a file needs only one of them.
 
-
-def edited_config(
-    config: Mapping[str, Any],
-    *,
-    dtype: str | None = None,
-    restacked: Sequence[Moved] = (),
-    untied: bool = False,
-    vocabulary: tuple[int, int] | None = None,
-) -> tuple[dict[str, Any], list[str]]:
-    """The configuration of a merged model; and the stacks whose number of layers stands nowhere in it.
-
-    Lists with an entry for each layer follow the layers.
+    Loaders tie what the word embeddings are tied to, and only where the configuration does not deny it. A copy too many
+    does no harm: a loader reads it and ties it then.
     """
-    edited = json.loads(json.dumps(config))
-    holders = [edited, *(edited[key] for key in ("text_config",) if isinstance(edited.get(key), dict))]
-    for holder in holders:
-        if dtype is not None:
-            holder.update(dict.fromkeys([key for key in _DTYPES if key in holder], dtype))
-        if (
-            untied
-            and holder.get("tie_word_embeddings") is not False
-            and (holder is edited or "tie_word_embeddings" in holder)
-        ):
-            holder["tie_word_embeddings"] = False
-        if vocabulary is not None and holder.get("vocab_size") == vocabulary[0]:
-            holder["vocab_size"] = vocabulary[1]
-    if dtype is not None and not any(key in edited for key in _DTYPES):
-        edited["torch_dtype"] = dtype
-    return edited, [moved[0] for moved in restacked if not _set_depth(edited, moved)]
+    config = read_config(config_folder(path))
+    ties = config is not None and is_model_config(config.tree) and tie_flag(config.tree) is not False
 
+    def tied(name: str, other: str) -> bool:
+        outside = layer_of(name) is None and layer_of(other) is None
+        return ties and outside and (is_embedding(name) or is_embedding(other))
 
-def _set_depth(config: dict[str, Any], moved: Moved) -> bool:
-    """Puts the number of layers where the configuration has it, in the part that the stack's name speaks of."""
-    stack, before, layers = moved
-    parts = set(re.split(r"[._]", stack))
-    words = [word for word in ("encoder", "decoder") if word in parts]
-    keys = [key for word in words for key in (f"{word}_layers", f"num_{word}_layers")]
-    keys += [] if "decoder" in parts and any(key in config for key in keys) else list(_DEPTHS)
-    where = ("vision_config",) if {"visual", "vision", "tower"} & parts else ("", "text_config")
-    done = False
-    for place in where:
-        holder = _part(config, place)
-        for key, value in holder.items():
-            if key in keys and value == before and not isinstance(value, bool):
-                holder[key] = len(layers)
-                done = True
-            elif isinstance(value, list) and len(value) == before and "layer" in key and "only" not in key:
-                holder[key] = [_at(_part(theirs, place).get(key, value), layer, value[-1]) for theirs, layer in layers]
-    return done
-
-
-def _part(config: Mapping[str, Any] | None, place: str) -> dict[str, Any]:
-    found = config if not place else (config or {}).get(place)
-    return found if isinstance(found, dict) else {}
-
-
-def _at(values: Any, layer: int, otherwise: Any) -> Any:
-    return values[layer] if isinstance(values, list) and layer < len(values) else otherwise
+    return tied

@@ -12,7 +12,8 @@ from conftest import load_safetensors
 from safetensors.torch import save_file
 
 import streammerge as sm
-from streammerge.checkpoints.huggingface import is_head, tie_flag
+from streammerge.checkpoints.heads import is_head, loader_ties
+from streammerge.stores.locations import parse
 
 Tensors = dict[str, torch.Tensor]
 
@@ -92,8 +93,9 @@ def test_one_tensor_under_four_names(bin_first: bool) -> None:
     Path("bin/model.safetensors").unlink()
     torch.save({**dict.fromkeys(names, draw(3, 9, 4)), "h.0.w": draw(1, 4)}, "bin/pytorch_model.bin")
     sm.merge(["bin", "st"] if bin_first else ["st", "bin"], "out/")
-    made = load_safetensors(Path("out/model.safetensors"))
+    made = torch.load("out/pytorch_model.bin") if bin_first else load_safetensors(Path("out/model.safetensors"))
     assert torch.equal(made["shared.weight"], mean(draw(2, 9, 4), draw(3, 9, 4)))
+    assert set(names if bin_first else names[:1]) <= set(made)
 
 
 @pytest.mark.parametrize("config", [{"tie_word_embeddings": False}, {"text_config": {"tie_word_embeddings": False}}])
@@ -105,10 +107,33 @@ def test_a_configuration_that_denies_the_tie(config: dict[str, Any]) -> None:
         sm.plan(["own", "denies"])
 
 
-def test_flags_and_names() -> None:
-    assert tie_flag({}) is None
-    assert tie_flag({"a": {"b": {"tie_word_embeddings": True}}}) is True
-    assert tie_flag({"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}) is False
+def test_names_of_heads() -> None:
     assert is_head("model.lm_head.weight")
     assert not is_head("blocks.0.proj_out.weight"), "a projection in a layer"
     assert not is_head("my_lm_head.weight")
+
+
+TIED = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+@pytest.mark.parametrize(
+    ("config", "names", "ties"),
+    [
+        ({"model_type": "llama", "tie_word_embeddings": True}, TIED, True),
+        ({"model_type": "gpt2"}, ("transformer.wte.weight", "lm_head.weight"), True),
+        ({"model_type": "bert"}, ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"), True),
+        ({"model_type": "t5"}, ("shared.weight", "encoder.embed_tokens.weight"), True),
+        ({"model_type": "llama", "tie_word_embeddings": False}, TIED, False),
+        ({"model_type": "llava", "text_config": {"tie_word_embeddings": False}}, TIED, False),
+        ({"model_type": "llama"}, ("a.weight", "b.weight"), False),
+        ({"model_type": "llama"}, ("layers.0.embed_tokens.weight", "layers.1.embed_tokens.weight"), False),
+        ({"audio": {}}, TIED, False),
+        (None, TIED, False),
+    ],
+)
+def test_what_a_loader_ties(config: dict[str, Any] | None, names: tuple[str, str], ties: bool) -> None:
+    Path("m").mkdir()
+    if config is not None:
+        Path("m/config.json").write_text(json.dumps(config))
+    tied = loader_ties(parse("m"))
+    assert tied(*names) == tied(*reversed(names)) == ties

@@ -1,0 +1,97 @@
+"""What a mistyped command line probably meant."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+import click
+
+from streammerge.errors import printable
+from streammerge.stores.locations import parse
+
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)%?,?")
+_CHECKPOINT = re.compile(r".*(\.(safetensors|pth|pt|ckpt|bin|th|tar|ya?ml)|[/*].*)")
+_MEANT = {
+    "version": "--version",
+    "average": "merge",
+    "soup": "merge",
+    "check": "verify",
+    "show": "inspect",
+    "list": "methods",
+}
+"""What people type -> what does it."""
+_ELSEWHERE = {
+    "--device": "streammerge computes on CPUs, so there is no device to choose",
+    "--cuda": "streammerge computes on CPUs, so there is no device to choose",
+    "--gpu": "streammerge computes on CPUs, so there is no device to choose",
+    "--lazy-unpickle": "streammerge always reads lazily",
+    "--low-cpu-memory": "streammerge always bounds its memory; --memory sets the budget",
+    "--allow-crimes": "streammerge merges every architecture; leave it out",
+    "--copy-tokenizer": "streammerge copies the tokenizer of the first input",
+    "--trust-remote-code": "streammerge runs no code of a model; leave it out",
+}
+"""Options of other tools, and what to say about them."""
+
+
+def of_usage(error: click.ClickException) -> str:
+    """Returns the error of a command in one sentence, with one suggestion."""
+    said = re.split(r"\s*\(?Did you mean", error.format_message())[0].rstrip(". ")
+    if isinstance(error, click.NoSuchOption):
+        near = _of_option(error, sys.argv[1:])
+    elif isinstance(error, click.UsageError) and error.ctx and ";" not in said:
+        near = f"; see `{error.ctx.command_path} --help`"
+    else:
+        near = ""
+    return said[:1].lower() + said[1:] + near
+
+
+def _of_option(error: click.NoSuchOption, typed: Sequence[str]) -> str:
+    name = error.option_name
+    if name in _ELSEWHERE:
+        return f"; {_ELSEWHERE[name]}"
+    word = name.lstrip("-").replace("-", "_")
+    given = typed[typed.index(name) + 1] if name in typed[:-1] else "VALUE"
+    methods = _methods_with(word, typed)
+    if methods and error.ctx is not None and any("-p" in option.opts for option in error.ctx.command.params):
+        return f"; {word} is a parameter of {methods}: -p {word}={given}"
+    commands = error.ctx.find_root().command if error.ctx else None
+    if isinstance(commands, click.Group) and error.ctx is not None:
+        for other in commands.list_commands(error.ctx):
+            command = commands.get_command(error.ctx, other)
+            if command is not None and any(name in option.opts for option in command.params):
+                return f"; it is an option of `streammerge {other}`"
+    known = [opt for option in error.ctx.command.params for opt in option.opts if opt.startswith("--")] if error.ctx else []
+    near = get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; see `{error.ctx.command_path} --help`" if error.ctx else ""
+
+
+def _methods_with(word: str, typed: Sequence[str]) -> str:
+    """Returns the methods that have this parameter: the one on the command line, or up to three."""
+    from streammerge.methods.registry import list_methods
+
+    having = [name for name, method in list_methods().items() if word in method.parameters]
+    asked = [name for name in having if name in typed or f"--method={name}" in typed]
+    shown = asked[:1] or having
+    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more methods" if len(shown) > 3 else "")
+
+
+def of_command(typed: Sequence[str], commands: Sequence[str]) -> str:
+    """Returns what to do when the first word is no command."""
+    word = typed[0]
+    if _CHECKPOINT.fullmatch(word) or (len(typed) > 1 and word not in _MEANT and not get_close_matches(word, commands)):
+        return f"; to merge, type `streammerge merge {' '.join(map(printable, typed))}`"
+    near = _MEANT.get(word.lower()) or next(iter(get_close_matches(word, commands, n=1)), None)
+    return f"; did you mean {near}?" if near else "; see `streammerge --help`"
+
+
+def check_inputs(inputs: Sequence[str], weights: str | None) -> None:
+    """Raises UsageError for a number among the inputs that is no file: weights are joined by commas."""
+    for each in inputs:
+        if _NUMBER.fullmatch(each) and not parse(each).lexists():
+            numbers = [text.strip(",") for text in (weights or "", *inputs) if _NUMBER.fullmatch(text)]
+            raise click.UsageError(
+                f"{each} was read as an input; join the weights by commas: --weights {','.join(numbers)}"
+            )

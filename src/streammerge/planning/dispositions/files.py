@@ -1,0 +1,167 @@
+"""Decides what becomes of each file in the folder of the first input.
+
+The files that hold the merged tensors are merged. Everything else that a loader may read beside them is copied, whatever
+its size. These stay behind, and the ledger names them: other forms of the same weights, which would be stale; files of a
+training run; exports for other programs; hidden files; checksums; links to folders.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator
+
+from streammerge.checkpoints.index import CheckpointIndex, index_of
+from streammerge.errors import FormatError, StreammergeError
+from streammerge.formats.base import Form
+from streammerge.formats.detect import read_file
+from streammerge.formats.folder import is_shard, is_whole_model, kind_of_file, kind_of_folder
+from streammerge.planning.dispositions.ledger import Dispositions
+from streammerge.stores.base import Location
+from streammerge.stores.names import is_inner
+
+_OTHER_FORM = "another form of the merged weights, which would be stale"
+NOT_MERGED = "weights that are not merged"
+_WHY_FOLDER = {
+    "hidden": "hidden",
+    "training": "checkpoints and logs of a training run",
+    "export": "made from the weights before the merge, for another program",
+    "linked": "a link to a folder",
+    "deep": "more folders within each other than are copied",
+}
+_WHY_FILE = {
+    "hidden": "hidden",
+    "ours": "of an earlier merge",
+    "training": "state of a training run",
+    "export": "made from the weights before the merge, for another program",
+    "checksums": "a checksum of the input's files",
+    "index": "an index of other files",
+}
+_MOST_BELOW = 20
+"""A file with less than one part in 20 of the merged bytes is no other form of them."""
+
+Copies = list[tuple[Location, str]]
+"""(source, name in the output) of files that are copied."""
+
+
+def decide(base: CheckpointIndex, folder: Location, written: Collection[str], dispositions: Dispositions) -> Copies:
+    """Returns the files to copy into the output folder, and records the fate of every file.
+
+    ``written``: names of files that the output has in any case. Raises FormatError for a broken link.
+    """
+    return _Decision(base, folder, written, dispositions).made()
+
+
+def parts_of(base: CheckpointIndex) -> dict[str, CheckpointIndex]:
+    """Returns the models of a folder by their subfolders; "" is the folder itself."""
+    return base.parts or {"": base}
+
+
+class _Decision:
+    def __init__(
+        self, base: CheckpointIndex, folder: Location, written: Collection[str], dispositions: Dispositions
+    ) -> None:
+        self.base, self.folder, self.written, self.add = base, folder, written, dispositions.add
+        self.parts = parts_of(base)
+        forms = {name: part.container.form or Form("", "") for name, part in self.parts.items()}
+        self.merged = {
+            f"{name}/{file}".lstrip("/") for name, form in forms.items() for file in (*form.files, form.index) if file
+        }
+        self.above = {above for name in self.parts for above in _with_parents(name)}
+        self.dropped: dict[str, list[str]] = {}
+        self.copied: Copies = []
+        self.weights: list[str] = []
+
+    def made(self) -> Copies:
+        self._walk(self.folder, "")
+        self.add("file", sorted(self.merged), "merged")
+        for why, names in self.dropped.items():
+            self.add("file", names, "dropped", why)
+        plain = [name for _, name in self.copied if name not in self.weights]
+        self.add("file", plain, "copied")
+        self.add("file", self.weights, "copied", NOT_MERGED)
+        return self.copied
+
+    def _walk(self, folder: Location, prefix: str) -> None:
+        for path in folder.children():
+            name = prefix + path.name
+            if path.is_folder():
+                self._folder(path, name)
+            elif name not in self.merged:
+                self._file(path, name, prefix.rstrip("/"))
+
+    def _folder(self, path: Location, name: str) -> None:
+        kind = kind_of_folder(path, name)
+        if name in self.above:
+            self._walk(path, f"{name}/")
+        elif kind != "side":
+            self._drop(f"{name}/", _WHY_FOLDER[kind])
+        elif any(self._is_other_form(each, name) for each in _weights_in(path)):
+            self._drop(f"{name}/", _OTHER_FORM)
+        else:
+            self._walk(path, f"{name}/")
+
+    def _file(self, path: Location, name: str, above: str) -> None:
+        kind = kind_of_file(path.name)
+        if kind == "index" and above not in self.above:  # of shards that are copied too
+            kind = "side"
+        if kind in ("side", "weights") and name not in self.written and (broken := path.broken_link()):
+            raise FormatError(broken)
+        if name in self.written:
+            return
+        if kind not in ("side", "weights"):
+            self._drop(name, _WHY_FILE[kind])
+        elif not is_inner(name) or not path.is_file():
+            self._drop(name, "no regular file" if is_inner(name) else "its name is not one that every system can have")
+        elif kind == "weights" and self._is_other_form(path, above):
+            self._drop(name, _OTHER_FORM)
+        else:
+            self.copied.append((path, name))
+            if kind == "weights":
+                self.weights.append(name)
+
+    def _drop(self, name: str, why: str) -> None:
+        self.dropped.setdefault(why, []).append(name)
+
+    def _is_other_form(self, path: Location, above: str) -> bool:
+        """Whether a file holds the merged weights once more, or a part of them, in any format.
+
+        A file beside merged ones that has a name of a whole model does. Else its tensors decide, by their names and shapes.
+        """
+        whole = is_whole_model(path.name)
+        if whole and not is_shard(path.name) and (above in self.parts or path.name.startswith("consolidated")):
+            return True
+        if not whole and path.size * _MOST_BELOW < self.base.nbytes:
+            return False
+        try:
+            other = index_of(read_file(path), path)
+        except (StreammergeError, OSError):
+            return False
+        ours = self.base.entries
+        local = {name.removeprefix(f"{above}/") for name in ours} if above else ours
+        if 2 * sum(name in local for name in other.entries) > len(other.entries):
+            return True
+        shapes = Counter(_shape(entry.spec.shape) for entry in ours.values())
+        covered = 0
+        for entry in other.entries.values():
+            shape = _shape(entry.spec.shape)
+            if shapes[shape]:
+                shapes[shape] -= 1
+                covered += entry.spec.numel
+        return 5 * covered >= 3 * other.numel and 2 * covered >= self.base.numel
+
+
+def _shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns what two layouts of one tensor have in common: its axes longer than 1, in any order."""
+    return tuple(sorted(length for length in shape if length != 1))
+
+
+def _weights_in(folder: Location) -> Iterator[Location]:
+    for path in folder.children():
+        if kind_of_file(path.name) == "weights" and path.is_file():
+            yield path
+
+
+def _with_parents(name: str) -> Iterator[str]:
+    parts = name.split("/")
+    for count in range(len(parts) + 1):
+        yield "/".join(parts[:count])

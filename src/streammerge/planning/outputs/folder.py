@@ -1,0 +1,301 @@
+"""Plans an output folder, which has the files of the first input's folder: names, container, shards, index, subfolders.
+
+The merged tensors go into files of the same names. The configuration is edited, side files are copied
+(:mod:`streammerge.planning.dispositions.files`), recipe and receipt are added.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+
+from streammerge.checkpoints.config import CONFIG
+from streammerge.checkpoints.heads import loader_ties
+from streammerge.checkpoints.index import CheckpointIndex
+from streammerge.errors import RecipeError, listed, printable
+from streammerge.formats import safetensors
+from streammerge.formats.base import Form, LayoutFile
+from streammerge.formats.folder import form_of_file, is_looked_for
+from streammerge.options import RECEIPT_FILE, RECIPE_FILE
+from streammerge.pickles.tree import mapping_items
+from streammerge.planning.alignment import Alignment, Merged
+from streammerge.planning.dispositions.files import NOT_MERGED, Copies, decide, parts_of
+from streammerge.planning.dispositions.ledger import Dispositions
+from streammerge.planning.outputs.config import config_files
+from streammerge.planning.outputs.layout import Layout, Output, Placed, blank_sums, metadata_of, recipe_record, text_file
+from streammerge.planning.outputs.pickled import pickled_file
+from streammerge.planning.receipt import Receipt
+from streammerge.planning.views import Indexes
+from streammerge.recipe.document import to_yaml
+from streammerge.recipe.model import Recipe
+from streammerge.stores.base import Location
+from streammerge.tensors.conventions import AS_SAFETENSORS, INDEXED
+from streammerge.tensors.spec import TensorSpec
+from streammerge.units import parse_bytes
+
+DEFAULT_SHARD_BYTES = parse_bytes("5GB")
+_NEW = Form("model", ".safetensors")
+"""The form of a folder whose first input is a file of another name than loaders look for, or a pickle."""
+
+
+def is_pickled(recipe: Recipe, base: CheckpointIndex) -> bool:
+    """Whether any file of the output folder is an archive of torch.save."""
+    return any(_is_pickled(recipe, part) for part in parts_of(base).values())
+
+
+def _is_pickled(recipe: Recipe, part: CheckpointIndex) -> bool:
+    return part.container.pickled and _form(recipe, part) is part.container.form
+
+
+def _form(recipe: Recipe, part: CheckpointIndex) -> Form:
+    """Returns the form of a model in the output: the first input's.
+
+    A conversion writes safetensors instead of pickles, unless a loader looks for the pickle only.
+    """
+    form = part.container.form
+    if form is None:
+        named = form_of_file(part.path.name)
+        return named if named is not None and named.ending == ".safetensors" else _NEW
+    if not part.container.pickled or recipe_record(recipe) is not None:
+        return form
+    stem = AS_SAFETENSORS.get(form.stem) if form.ending == ".bin" else None
+    if stem is None and not is_looked_for(form):
+        stem = _NEW.stem
+    return form if stem is None else Form(stem, ".safetensors", form.variant)
+
+
+def folder_output(
+    recipe: Recipe,
+    base: CheckpointIndex,
+    indexes: Indexes,
+    alignment: Alignment,
+    receipt: Receipt,
+    dispositions: Dispositions,
+) -> Output:
+    """Plans the output folder. Raises RecipeError for what the container of the first input cannot hold."""
+    made = _Folder(recipe, indexes, dispositions)
+    parts = parts_of(base)
+    folder = next((path for path in (base.path, base.container.path) if path.is_folder()), None)
+    for name, part in parts.items():
+        own = _own_alignment(name, parts, part, alignment)
+        made.add_part(name, part, own, folder)
+    record = recipe_record(recipe)
+    if record:
+        made.files.append(text_file(RECIPE_FILE, to_yaml(record)))
+    names = {file.name for file in made.files}
+    copied: Copies = []
+    if folder is not None:
+        copied = decide(base, folder, {*names, RECEIPT_FILE}, dispositions)
+        beside = [name for each in dispositions if each.why == NOT_MERGED for name in each.names]
+        if beside:
+            made.notes.append(f"copied from the first input, not merged: {listed(beside)}")
+        inner = {name.partition("/")[0] for name in (*names, *(name for _, name in copied)) if "/" in name}
+        if inner:
+            made.notes.append(f"the output has the subfolders of {printable(folder)}: {listed(sorted(inner))}")
+    sums = made.sums | {name: blank_sums([]) for name in (*names, *(name for _, name in copied)) if name not in made.sums}
+    receipt = replace(receipt, checksums=dict(sorted(sums.items())), dispositions=dispositions.record())
+    file = text_file(RECEIPT_FILE, receipt.text(2))
+    made.files.append(replace(file, receipt=file.literals[0].data))
+    layout = Layout(tuple(made.files), receipt, True, tuple(copied), made.pickle_bytes)
+    return Output(layout, made.placed, made.notes, dispositions=dispositions)
+
+
+def _own_alignment(
+    name: str, parts: dict[str, CheckpointIndex], part: CheckpointIndex, alignment: Alignment
+) -> tuple[Alignment, list[Merged]]:
+    """Returns the tensors of one model of a folder under their names in that model; and the same tensors under the names
+    that they have in the output."""
+    if list(parts) == [""]:
+        return replace(alignment, dispositions=Dispositions()), alignment.merged  # the same objects: there may be many
+    homes = {id(m): _home(m, parts) for m in alignment.merged}
+    whole = [m for m in alignment.merged if homes[id(m)] == name]
+    if not whole:
+        raise RecipeError(
+            f"no tensor of {printable(name or part.path)} is left, so its loader would find no weights; keep some"
+        )
+    cut = len(name) + 1 if name else 0
+    own = [
+        replace(
+            m,
+            base_names=tuple(each[cut:] for each in m.base_names),
+            spec=replace(m.spec, name=m.spec.name[cut:]),
+            tied=tuple(each[cut:] for each in m.tied),
+        )
+        for m in whole
+    ]
+    shares = [] if name else alignment.shares
+    return replace(alignment, merged=own, shares=shares, dispositions=Dispositions()), whole
+
+
+def _home(m: Merged, parts: dict[str, CheckpointIndex]) -> str:
+    """Returns the model of a folder that a tensor belongs to. Raises RecipeError if it belongs to none."""
+    written = (m.spec.name, *m.tied)
+    for name in sorted(parts, key=len, reverse=True):
+        if all(each.startswith(f"{name}/") for each in written) or not name:
+            return name
+    raise RecipeError(f"{printable(m.spec.name)} belongs to none of the subfolders {listed(sorted(parts))}; rename it")
+
+
+@dataclass(slots=True)
+class _Folder:
+    """The files of an output folder while they are planned."""
+
+    recipe: Recipe
+    indexes: Indexes
+    dispositions: Dispositions
+    files: list[LayoutFile] = field(default_factory=list)
+    placed: list[Placed] = field(default_factory=list)
+    sums: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    pickle_bytes: int = 0
+
+    def add_part(
+        self, name: str, part: CheckpointIndex, aligned: tuple[Alignment, list[Merged]], folder: Location | None
+    ) -> None:
+        """Adds the files of one model: its tensors, its index, its configuration."""
+        own, whole = aligned
+        prefix, form, place = f"{name}/" if name else "", _form(self.recipe, part), folder and folder / name
+        moved = bool(own.restacked) or any(m.base_names[0] not in part.entries for m in own.merged if not m.added)
+        pickled = _is_pickled(self.recipe, part)
+        flat = pickled and _is_flat(part)
+        tied = set() if pickled else _tied_by_loader(own.merged, part.path)
+        if tied:
+            shown = listed(sorted(prefix + each for each in tied))
+            self.notes.append(f"stored once, since a loader ties it by {CONFIG}: without {shown}")
+        groups = self._groups(part, form, own, place, flat or not pickled, tied)
+        outer = {id(m): each for m, each in zip(own.merged, whole, strict=True)} if own.merged is not whole else {}
+        index: dict[str, str] = {}
+        for file, members in groups.items():
+            index.update((m.spec.name, file) for m in members)
+            index.update((each, file) for m in members if m.tied for each in m.tied if each not in tied)
+            if pickled:
+                self._add_pickled(prefix, file, part, replace(own, merged=members), flat and (moved or len(groups) > 1))
+            else:
+                stored = [(spec, outer.get(id(m), m)) for m in members for spec in _stored(m, tied)]
+                self._add_safetensors(prefix, file, stored, part)
+        was = part.container.form
+        if len(groups) > 1 or (was is not None and was.index and set(groups) <= {*was.files}):
+            total = sum(m.spec.nbytes if pickled else _stored_bytes(m, tied) for m in own.merged)
+            content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            self.files.append(text_file(prefix + form.index_name(), text))
+        if place is not None:
+            self._add_config(prefix, place, part, own)
+
+    def _add_safetensors(
+        self, prefix: str, name: str, stored: list[tuple[TensorSpec, Merged]], part: CheckpointIndex
+    ) -> None:
+        """Adds a file of these tensors. ``stored``: each tensor under its name in the file, and as it is merged."""
+        file = safetensors.plan_layout(prefix + name, [spec for spec, _ in stored], metadata_of(self.recipe, part))
+        self.sums[file.name] = blank_sums([spec.nbytes for spec, _ in stored])
+        number = len(self.files)
+        self.files.append(file)
+        self.placed += [
+            Placed(replace(spec, name=prefix + spec.name) if prefix else spec, m, number, file.offsets[spec.name])
+            for spec, m in stored
+        ]
+
+    def _add_pickled(self, prefix: str, name: str, part: CheckpointIndex, own: Alignment, flat: bool) -> None:
+        indexes = {each: index.parts.get(prefix.rstrip("/"), index) for each, index in self.indexes.items()}
+        made = pickled_file(prefix + name, self.recipe, part, indexes, own, lambda sums, dispositions: {}, flat)
+        self.sums[made.file.name] = made.sums
+        number = len(self.files)
+        self.files.append(made.file)
+        self.placed += [
+            replace(each, file=number, spec=replace(each.spec, name=prefix + each.spec.name)) if prefix or number else each
+            for each in made.placed
+        ]
+        self.notes += [note for note in made.notes if note not in self.notes]
+        self.dispositions.update(made.dispositions)
+        self.pickle_bytes += made.pickle_bytes
+
+    def _add_config(self, prefix: str, folder: Location, part: CheckpointIndex, own: Alignment) -> None:
+        notes, dispositions = list[str](), Dispositions()
+        files = config_files(folder, self.recipe, part, own, notes, dispositions)
+        self.files += [replace(file, name=prefix + file.name) for file in files]
+        self.notes += [f"{prefix}{note}" for note in notes]
+        for each in dispositions:
+            self.dispositions.add(each.thing, [prefix + name for name in each.names], each.fate, each.why)
+
+    def _groups(
+        self, part: CheckpointIndex, form: Form, own: Alignment, folder: Location | None, may_cut: bool, tied: set[str]
+    ) -> dict[str, list[Merged]]:
+        """Returns file name -> tensors: the files of the first input, or files filled in order up to the largest size.
+
+        ``tied``: names that are left out.
+        """
+        was, largest = part.container.form, self.recipe.output.max_shard_size
+        indexed = form.stem in INDEXED or (was is not None and bool(was.index))
+        if largest is not None and not (may_cut and indexed):
+            name = form.files[0] if form.files else form.named()
+            self.notes.append(f"{printable(name)} stays one file, since its loader reads no index of shards")
+            largest = None
+        by_file = None
+        if was is not None and largest is None:
+            by_file = {was.files[0]: own.merged} if len(was.files) == 1 else _by_file(part, was, own, folder)
+        most = largest or (DEFAULT_SHARD_BYTES if may_cut and indexed else None)
+        groups = list(by_file.values()) if by_file else _filled(own.merged, most, tied)
+        if by_file and form is was:
+            return by_file
+        if not form.ending:
+            form = replace(form, ending=".safetensors" if not part.container.pickled else ".bin")
+        return {form.named(number, len(groups)): members for number, members in enumerate(groups, start=1)}
+
+
+def _by_file(part: CheckpointIndex, form: Form, own: Alignment, folder: Location | None) -> dict[str, list[Merged]] | None:
+    """Returns the tensors of each file of the first input, None if they are not in these files."""
+    if folder is None or own.restacked:
+        return None
+    files = {folder / name: name for name in form.files}
+    grouped: dict[str, list[Merged]] = {}
+    home: str | None = None
+    for m in own.merged:
+        if not (m.added and home):  # an added tensor goes along with the one before it
+            home = files.get(part.entries.get(m.base_names[0], m.sources[0]).begin[0])
+        if home is None:
+            return None
+        grouped.setdefault(home, []).append(m)
+    return grouped
+
+
+def _filled(merged: list[Merged], most_bytes: int | None, tied: set[str]) -> list[list[Merged]]:
+    """Returns the tensors in groups of at most ``most_bytes``, in their order; in one group without a limit."""
+    if most_bytes is None:
+        return [merged]
+    grouped: list[list[Merged]] = [[]]
+    filled = 0
+    for m in merged:
+        size = _stored_bytes(m, tied)
+        if grouped[-1] and filled + size > most_bytes:
+            grouped.append([])
+            filled = 0
+        grouped[-1].append(m)
+        filled += size
+    return grouped
+
+
+def _tied_by_loader(merged: list[Merged], path: Location) -> set[str]:
+    """Returns the names that a loader ties to another one, so that a file of safetensors needs only that."""
+    several = [m for m in merged if m.tied]
+    if not several:
+        return set()
+    ties = loader_ties(path)
+    return {name for m in several for name, old in zip(m.tied, m.base_names[1:], strict=True) if ties(old, m.base_names[0])}
+
+
+def _stored(m: Merged, tied: set[str]) -> list[TensorSpec]:
+    """Returns a tensor under each of its names that a file of safetensors holds."""
+    return [m.spec, *(TensorSpec(name, m.spec.dtype, m.spec.shape) for name in m.tied if name not in tied)]
+
+
+def _stored_bytes(m: Merged, tied: set[str]) -> int:
+    return m.spec.nbytes * (1 + len([name for name in m.tied if name not in tied])) if m.tied else m.spec.nbytes
+
+
+def _is_flat(part: CheckpointIndex) -> bool:
+    """Whether a pickle holds nothing but the tensors by name, so that they can be written in any number of files."""
+    if part.format == "sharded PyTorch":
+        return True
+    chosen = part.selection.chosen
+    items = mapping_items(part.extras)
+    return len(chosen) == 1 and not chosen[0].path and items is not None and len(items) == len(part.selection.tensors)

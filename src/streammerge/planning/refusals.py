@@ -1,0 +1,140 @@
+"""Tensors that no method may merge. Each is refused by name, with what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+from streammerge.checkpoints.index import CheckpointIndex
+from streammerge.errors import MismatchError, listed, printable
+from streammerge.methods.contracts import MergeMethod
+from streammerge.methods.registry import COPY
+from streammerge.pickles.state_dict import unread_arrays, unread_tensors
+from streammerge.planning.views import Indexes
+from streammerge.recipe.model import Recipe
+from streammerge.sources.base import Source
+from streammerge.tensors.adapters import factors
+from streammerge.tensors.quantised import ADVICE, belongs, companions
+from streammerge.tensors.spec import TensorSpec
+
+_LEAST_PLACEHOLDERS = 2
+
+
+class Made(Protocol):
+    """The fields of :class:`~streammerge.planning.alignment.Merged` that are looked at here."""
+
+    @property
+    def spec(self) -> TensorSpec: ...
+    @property
+    def method(self) -> MergeMethod: ...
+    @property
+    def sources(self) -> tuple[Source, ...]: ...
+    @property
+    def inner(self) -> MergeMethod | None: ...
+
+
+def refuse_unreadable(index: CheckpointIndex) -> None:
+    """Raises MismatchError for a checkpoint whose tensors are not all there: of classes that are not read, or without
+    their elements."""
+    unread = unread_tensors(index.extras) if index.extras is not None else []
+    if unread:
+        raise MismatchError(
+            f"{printable(index.path)} holds {unread[0][1]} tensors ({listed([name for name, _ in unread])}), "
+            "which are not merged or converted; save it again with ordinary ones"
+        )
+    arrays = unread_arrays(index.selection.chosen)
+    if arrays:
+        raise MismatchError(
+            f"{printable(index.path)} holds {listed([name for name, _ in arrays])} as an array of {arrays[0][1]}, which is "
+            "not merged or converted; save it again as an array of float32"
+        )
+    empty = [name for name, entry in index.entries.items() if entry.spec.shape == (0,)]
+    placeholders = [name for name in empty if name.rpartition(".")[2] == "weight"]
+    if len(placeholders) >= _LEAST_PLACEHOLDERS:
+        raise MismatchError(
+            f"{printable(index.path)} was saved under DeepSpeed's ZeRO-3: {len(empty)} of its {len(index.entries)} tensors "
+            f"are placeholders without elements ({listed(empty, 3)}); the weights are in the global_step folder of that "
+            "checkpoint, so run `python zero_to_fp32.py . OUTPUT` in the folder that holds it, and give the result"
+        )
+
+
+def refuse_inseparable(indexes: Iterable[CheckpointIndex], merged: Iterable[Made]) -> None:
+    """Raises MismatchError for factors of adapters that are merged, and for quantised weights that are not copied whole."""
+    merged = list(merged)
+    for index in indexes:
+        _refuse_factors(index, merged)
+        _refuse_quantised(index, merged)
+
+
+def refuse_unmerged(recipe: Recipe, indexes: Indexes, merged: Iterable[Made]) -> None:
+    """Raises MismatchError for a model of which nothing goes into the output, since policies kept all from others."""
+    used = {path for m in merged for source in m.sources for path in source.paths}
+    for reference in dict.fromkeys(map(recipe.of, recipe.entries)):
+        index = next(index for known, index in indexes.items() if known.same(reference))
+        own = {path for entry in index.entries.values() for path in entry.paths}
+        if own and own.isdisjoint(used):
+            raise MismatchError(
+                f"nothing of {printable(index.path)} would go into the output: no tensor has the name and shape of one in "
+                "the first checkpoint, so this is no merge"
+            )
+
+
+def quantised(index: CheckpointIndex) -> str:
+    """Says how a checkpoint is quantised, and what to do; "" if it is not."""
+    told = companions({name: entry.spec for name, entry in index.entries.items()})
+    return next((_how(index, name, label) for name, (label, _) in told.items()), "")
+
+
+def _how(index: CheckpointIndex, name: str, label: str) -> str:
+    do = ADVICE.get(label, "give the weights that it was made from, or dequantise it first")
+    return (
+        f"{printable(index.path)} is quantised: {label}, as {printable(name)} tells; {do}, or copy its tensors with all "
+        "that belongs to them"
+    )
+
+
+def _refuse_quantised(index: CheckpointIndex, merged: list[Made]) -> None:
+    """Quantised weights may be copied, byte for byte and with all that belongs to them, but neither merged nor recast."""
+    told = companions({name: entry.spec for name, entry in index.entries.items()})
+    if not told:
+        return
+    copied, others = _used(index, merged, lambda m: m.sources[0].spec.dtype == m.spec.dtype)
+    for name, (label, stem) in told.items():
+        parted = name not in copied and any(belongs(each, stem) for each in copied)
+        if name in others or parted or any(belongs(each, stem) for each in others):
+            raise MismatchError(_how(index, name, label))
+
+
+def _refuse_factors(index: CheckpointIndex, merged: list[Made]) -> None:
+    """Factors of an adapter may be copied and recast, but not merged."""
+    told = factors(index.entries)
+    if not told:
+        return
+    _, others = _used(index, merged, lambda m: True)
+    for name in told:
+        if name in others:
+            raise MismatchError(_adapter(index, told))
+
+
+def _adapter(index: CheckpointIndex, told: dict[str, str]) -> str:
+    kind, name = next((kind, name) for name, kind in told.items())
+    where = printable(index.path)
+    peft = f"PeftModel.from_pretrained(BASE, {str(index.path)!r}).merge_and_unload().save_pretrained(OUT)"
+    return (
+        f"{where} holds {len(told)} factors of an adapter ({kind}: {printable(name)}), and the mean of factors is not the "
+        "mean of the updates, which are their products; merge each adapter into its base model with the program that "
+        f"made it (PEFT: `{peft}`), then "
+        "merge the models; a rule can copy an adapter's tensors from one model"
+    )
+
+
+def _used(index: CheckpointIndex, merged: list[Made], verbatim: Callable[[Made], bool]) -> tuple[set[str], set[str]]:
+    """Returns the names of a checkpoint's tensors that are copied, and of those that are used in another way."""
+    own = {path for entry in index.entries.values() for path in entry.paths}  # a state dict in memory has no files
+    copied, others = set[str](), set[str]()
+    for m in merged:
+        for source in m.sources:
+            if not own.isdisjoint(source.paths):
+                whole = m.method is COPY and m.inner is None and verbatim(m)
+                (copied if whole else others).add(source.spec.name)
+    return copied, others

@@ -1,0 +1,43 @@
+"""Recognition of adapters by the names of their tensors: factors, whose products are updates of a model's weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import cache
+
+from streammerge.tensors.conventions import FACTORS
+
+_WORDS = ("lora", "dora_scale", "hada_", "lokr_", "oft_", "vera_")
+_ANY = re.compile("|".join(_WORDS))
+_ALPHA = ".alpha"
+
+
+@cache
+def _patterns() -> list[tuple[re.Pattern[str], str]]:
+    return [(re.compile(pattern), kind) for pattern, kind in FACTORS]
+
+
+def factors(names: Iterable[str]) -> dict[str, str]:
+    """Returns the factors among these names with the kind of adapter, and the alphas that scale factors."""
+    names = list(names)
+    text = "\n".join(names)
+    if not any(word in text for word in _WORDS):  # faster than a pattern, and most checkpoints have none
+        return {}
+    found, stems = dict[str, str](), dict[str, str]()
+    for name in filter(_ANY.search, names):
+        for pattern, kind in _patterns():
+            if match := pattern.search(name):
+                found[name] = stems[name[: match.start()]] = kind
+                break
+    for name in names:
+        stem = name.removesuffix(_ALPHA)
+        if stem in stems and stem != name:
+            found[name] = stems[stem]
+    return found
+
+
+def is_adapter(names: Iterable[str]) -> bool:
+    """Whether most of a checkpoint's tensors are factors."""
+    names = list(names)
+    return bool(names) and 2 * len(factors(names)) > len(names)

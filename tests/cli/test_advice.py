@@ -1,0 +1,46 @@
+"""Suggestions for mistyped command lines; more of them stand in test_main.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import pytest
+
+from streammerge.cli.advice import check_inputs, of_command, of_usage
+from streammerge.cli.main import cli
+
+COMMANDS = ["convert", "help", "inspect", "merge", "methods", "plan", "verify"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["vesion"], "; see `streammerge --help`"),
+        (["mrge"], "; did you mean merge?"),
+        (["average", "a", "b"], "; did you mean merge?"),
+        (["a.pth"], "; to merge, type `streammerge merge a.pth`"),
+        (["some/folder", "b"], "; to merge, type `streammerge merge some/folder b`"),
+        (["'x*.pt'"], "; to merge, type `streammerge merge 'x*.pt'`"),
+        (["zzz"], "; see `streammerge --help`"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_a_word_that_is_no_command(typed: list[str], said: str) -> None:
+    assert of_command(typed, COMMANDS) == said
+
+
+@pytest.mark.parametrize("option", ["--densty", "--base-modle", "--zzzz", "--no-resum"])
+def test_an_unknown_option_gets_one_suggestion(option: str) -> None:
+    with pytest.raises(click.UsageError) as refused:
+        cli.main(["merge", "a", option, "-o", "x"], prog_name="streammerge", standalone_mode=False)
+    said = of_usage(refused.value)
+    assert said.lower().count("did you mean") + said.count("see `streammerge merge --help`") == 1
+
+
+def test_a_file_may_have_a_number_as_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(click.UsageError, match=r"--weights 0\.6,0\.4$"):
+        check_inputs(["a", "0.6", "0.4"], None)
+    (tmp_path / "0.6").touch()
+    check_inputs(["a", "0.6"], None)

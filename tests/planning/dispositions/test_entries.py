@@ -1,0 +1,167 @@
+"""What becomes of the entries of a pickle beside the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import streammerge as sm
+from streammerge.planning.dispositions.ledger import Decision
+
+OPTIMIZER = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1.0}]}
+
+
+def weights(value: float) -> dict[str, torch.Tensor]:
+    return {"a.w": torch.full((2,), float(value)), "b.w": torch.full((3,), float(value))}
+
+
+def ema(value: float, **other: Any) -> dict[str, Any]:
+    return {"decay": 0.9, "num_updates": 3, "shadow_params": list(weights(value).values()), **other}
+
+
+def merged(folder: Path, *contents: Any, **options: Any) -> tuple[Any, Any]:
+    """Returns the merged content of these checkpoints, and the result."""
+    for number, content in enumerate(contents):
+        torch.save(content, folder / f"{number}.pt")
+    paths = [folder / f"{number}.pt" for number in range(len(contents))]
+    result = sm.merge(paths, folder / "out.pt", overwrite=True, **options)
+    return torch.load(folder / "out.pt"), result
+
+
+def decisions(folder: Path, inputs: int, out: str = "plan.pt") -> list[Decision]:
+    return list(sm.plan([folder / f"{number}.pt" for number in range(inputs)], out=folder / out).dispositions)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "left", "gone"),
+    [
+        ({"ema": weights(1)}, {}, {}, "ema"),
+        ({"ema": weights(1)}, {"ema": None}, {"ema": None}, ""),
+        ({"ema": ema(1)}, {}, {}, "ema"),
+        ({"ema": ema(1)}, {"ema": None}, {"ema": None}, ""),
+        ({"ema": ema(1, collected_params=list(weights(1).values()))}, {"step": 1}, {}, "ema"),
+        ({"x": {"ema": {"state": weights(1), "decay": 1}, "n": 1}}, {}, {"x": {"n": 1}}, "x.ema"),
+        ({"callbacks": {"EMA": {"ema_weights": weights(1)}, "other": 1}}, {}, {"callbacks": {"other": 1}}, "callbacks.EMA"),
+        ({"best": {"params": list(weights(1).values()), "n": 1}}, {}, {"best": {"n": 1}}, "best.params"),
+        ({"ema": {"a.w": torch.ones(2), "b.w": torch.ones(5)}}, {"ema": {"a.w": torch.ones(2)}}, {}, "ema"),
+    ],
+)
+def test_a_copy_that_only_some_have_is_left_out(tmp_path: Path, first: Any, second: Any, left: Any, gone: str) -> None:
+    made, result = merged(tmp_path, {"model": weights(1), **first}, {"model": weights(3), **second})
+    assert made.pop("model")["a.w"].tolist() == [2.0, 2.0]
+    assert made == left
+    notes = [note for note in result.notes if note.startswith("left out of the output: ")]
+    assert [note.partition(": ")[2].partition(" (")[0] for note in notes] == ([gone] if gone else [])
+    edited = [each for each in decisions(tmp_path, 2) if each.fate == "edited"]
+    assert len(edited) == (not gone)
+
+
+def test_a_list_that_another_has_not_is_none_as_there(tmp_path: Path) -> None:
+    """torch_ema's loader reads ``collected_params`` and takes None for nothing."""
+    one, two = ema(1, collected_params=list(weights(5).values())), ema(3, collected_params=None)
+    made, _ = merged(tmp_path, {"model": weights(1), "ema": one}, {"model": weights(1), "ema": two})
+    assert made["ema"]["collected_params"] is None
+    assert made["ema"]["shadow_params"][0].tolist() == [2.0, 2.0]
+
+
+def test_a_copy_whose_tensors_differ_is_left_out(tmp_path: Path) -> None:
+    one = {"model": weights(1), "ema": weights(1)}
+    two = {"model": weights(3), "ema": weights(3) | {"c.w": torch.ones(1)}}
+    made, result = merged(tmp_path, one, two)
+    assert list(made) == ["model"]
+    assert any("ema (it would be stale: the inputs do not have the same tensors)" in note for note in result.notes)
+    made, _ = merged(tmp_path, one, two, on_missing="base")
+    assert made["ema"]["a.w"].tolist() == [2.0, 2.0]
+
+
+def test_copies_are_paired_where_their_keys_differ(tmp_path: Path) -> None:
+    made, _ = merged(tmp_path, {"model": weights(1), "ema": weights(5)}, {"model": weights(1), "model_ema": weights(7)})
+    assert list(made) == ["model", "ema"]
+    assert made["ema"]["b.w"].tolist() == [6.0, 6.0, 6.0]
+
+
+def test_single_tensors(tmp_path: Path) -> None:
+    rng = torch.get_rng_state()
+
+    def content(value: float, **other: Any) -> dict[str, Any]:
+        numbers = {"mean": torch.tensor(value), "size": torch.tensor([1, 2]), "num_updates": torch.tensor(int(value))}
+        numbers |= {"std": [torch.full((2,), value), "x"], "half": torch.full((2,), value).half()}
+        metrics = {
+            "metrics": {"best": torch.tensor(value), "all": torch.full((2,), value)},
+            "loss": {"w": torch.tensor(value)},
+        }
+        metrics |= {
+            "criterion": {"centre": torch.full((1, 2), value), "x": 1, "y": 2},
+            "rng_state": rng,
+            "complex": torch.full((1,), 1j * value),
+        }
+        return {"model": weights(value), **numbers, **metrics, **other}
+
+    one = content(1.0, mine=torch.ones(1), shape=torch.ones(2), kind=torch.ones(2))
+    two = content(3.0, shape=torch.ones(3), kind=torch.ones(2, dtype=torch.int64))
+    made, result = merged(tmp_path, one, two)
+    assert made["mean"].item() == 2.0
+    assert made["std"][0].tolist() == made["half"].tolist() == [2.0, 2.0]
+    assert made["half"].dtype == torch.float16
+    assert made["complex"].tolist() == [2j]
+    assert made["num_updates"].item() == 3
+    assert made["size"].tolist() == [1, 2]
+    assert made["metrics"]["best"].item() == made["loss"]["w"].item() == 1.0
+    assert made["metrics"]["all"].tolist() == [1.0, 1.0]
+    assert made["criterion"]["centre"].tolist() == [[2.0, 2.0]]
+    assert torch.equal(made["rng_state"], rng)
+    kept = [note for note in result.notes if note.startswith("kept as the first input has them")]
+    assert kept == [
+        "kept as the first input has them: size (no floating-point numbers)",
+        "kept as the first input has them: mine (not in every input)",
+        "kept as the first input has them: shape (of another shape in another input)",
+        "kept as the first input has them: kind (of another dtype in another input)",
+    ]
+    copied = {name: each.why for each in decisions(tmp_path, 2) if each.fate == "copied" for name in each.names}
+    assert copied["metrics.best"] == "a record of the training"
+    assert set(copied) == {"size", "mine", "shape", "kind", "metrics.best", "metrics.all", "loss.w", "rng_state"}
+
+
+def test_single_tensors_keep_their_dtype(tmp_path: Path) -> None:
+    content = {"model": weights(1), "ema": weights(1), "log_alpha": torch.tensor(0.1)}
+    made, _ = merged(tmp_path, content, content, dtype="float16")
+    assert made["model"]["a.w"].dtype == made["ema"]["a.w"].dtype == torch.float16
+    assert made["log_alpha"].dtype == torch.float32
+
+
+def test_a_kept_optimizer_is_the_first_inputs(tmp_path: Path) -> None:
+    def content(value: float) -> dict[str, Any]:
+        state = {0: {"exp_avg": torch.full((2,), float(value))}}
+        return {"model": weights(value), "optimizer": {"state": state, "param_groups": []}, "x": {"ema": weights(value)}}
+
+    made, _ = merged(tmp_path, content(1), content(3), keep_optimizer=True)
+    assert made["optimizer"]["state"][0]["exp_avg"].tolist() == [1.0, 1.0]
+    assert made["x"]["ema"]["a.w"].tolist() == [2.0, 2.0]
+    made, _ = merged(tmp_path, content(1), content(3))
+    assert list(made) == ["model", "x"]
+
+
+def test_the_optimizer_beside_a_copy_is_left_out(tmp_path: Path) -> None:
+    content = {"model": weights(1), "average": {"ema": weights(1), "optimizer": OPTIMIZER}}
+    made, _ = merged(tmp_path, content, content)
+    assert list(made["average"]) == ["ema"]
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        ({"model": weights(1), "ema": weights(1), "epoch": 3}, {"ema", "epoch"}),
+        ({"model": weights(1), "latent_avg": torch.ones(3), "optimizer": OPTIMIZER}, {"latent_avg", "optimizer"}),
+        ({"model": weights(1), "ema": ema(1)}, {"ema.shadow_params"}),
+        ({**weights(1), "c.w": torch.ones(1), "epoch": 3}, {"epoch"}),
+        ({"x": {"model": weights(1), "log_alpha": torch.ones(())}}, {"x.log_alpha"}),
+        (weights(1), set()),
+    ],
+)
+def test_what_a_safetensors_file_does_not_hold_is_named(tmp_path: Path, content: Any, names: set[str]) -> None:
+    torch.save(content, tmp_path / "0.pt")
+    dropped = [each for each in decisions(tmp_path, 1, "out.safetensors") if each.fate == "dropped"]
+    assert {name for each in dropped for name in each.names} == names
