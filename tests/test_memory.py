@@ -210,6 +210,15 @@ def test_law_1_one_tensor_of_4_gib(tmp_path: Path) -> None:
         assert peak["resident"] <= 64 << 20, peak
 
 
+def test_law_1_for_many_tensors(tmp_path: Path) -> None:
+    """What is held for each tensor is in the plan: here it is nearly everything."""
+    paths = [sparse(tmp_path / f"{number}.safetensors", 16, 60_000) for number in range(2)]
+    small = [sparse(tmp_path / f"small{number}.safetensors", 16, 10) for number in range(2)]
+    how = {"memory": "1GiB", "workers": 1, "io": "pread"}
+    _, peak = measured(*((inputs, tmp_path / "out.safetensors", how) for inputs in (small, paths)))
+    assert peak["planned"] // 2 < peak["resident"] <= peak["planned"], peak
+
+
 def test_inspect_and_plan_stay_small_and_without_torch(tmp_path: Path) -> None:
     """40 MiB for a file of 2 GB."""
     path = sparse(tmp_path / "in.safetensors", 1 << 20, 1000)
