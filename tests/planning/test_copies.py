@@ -149,9 +149,14 @@ def soft_actor_critic(draw: Draw, seed: int) -> Any:
     }
 
 
+def flat(draw: Draw, seed: int) -> Any:
+    """The average is one of the items of a flat state dict."""
+    return {**net(draw, "x."), "ema": net(draw, "x."), "normaliser": {"mean": draw(3)}, "optimizer": optimizer(draw)}
+
+
 LAYOUTS = [
     *(f5, lightning, mmengine, torch_ema, stylegan, two_averages, dino, fairseq, timm, icefall, ultralytics),
-    *(stable_diffusion, ema_pytorch, guided_diffusion, soft_actor_critic),
+    *(stable_diffusion, ema_pytorch, guided_diffusion, soft_actor_critic, flat),
 ]
 
 
@@ -213,6 +218,7 @@ def test_every_copy_is_converted_as_it_is(tmp_path: Path, layout: Any) -> None:
         (lightning, ("current_model_state", "model.a.weight"), ("state_dict", "model.a.weight")),
         (stable_diffusion, ("state_dict", "model.net.a.weight"), ("state_dict", "model_ema.netaweight")),
         (ultralytics, ("model", "0.weight"), ("ema", "0.weight")),
+        (flat, ("x.a.weight",), ("ema", "x.a.weight")),
     ],
 )
 @pytest.mark.parametrize("ema", ["prefer", "only"])
@@ -333,26 +339,36 @@ def test_policies_hold_in_the_copies(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("has_average", [True, False])
 def test_the_ancestor_of_a_copy(tmp_path: Path, has_average: bool) -> None:
-    """A base with an average gives it; the plain weights of a base are the ancestors of both."""
+    """A base with an average gives it; the plain weights of a base without one are the ancestors of both."""
     one, two = saved(tmp_path, layered)
     base = layered(drawing(3), 3)
     names = list(base["state_dict"])
-    ancestors = {name: base["ema"][f"module.{name}"] if has_average else base["state_dict"][name] for name in names}
     torch.save(base if has_average else {"state_dict": base["state_dict"], "ema": None}, tmp_path / "base.pt")
-    recipe = "merge_method: task_arithmetic\nbase_model: {base}\nparameters: {normalize: false}\nmodels:\n"
-    (tmp_path / "recipe.yaml").write_text(
-        recipe.replace("{base}", "base.pt")
-        + "  - {model: 1.pt, parameters: {weight: 1}}\n  - {model: 2.pt, parameters: {weight: 1}}\n"
-    )
-    sm.merge(tmp_path / "recipe.yaml", out=tmp_path / "out.pt")
+    paths = [tmp_path / "1.pt", tmp_path / "2.pt"]
+    sm.merge(paths, tmp_path / "out.pt", method="task_arithmetic", base=tmp_path / "base.pt", weights=[1.0, 1.0])
     made = torch.load(tmp_path / "out.pt")
-    if not made.get("ema"):  # the base gives the container
-        assert not has_average
-        return
-    for name in names:
-        path = ("ema", f"module.{name}")
-        expected = one[path].double() + two[path].double() - ancestors[name].double()
-        assert torch.allclose(made["ema"][f"module.{name}"].double(), expected, atol=1e-6)
+    assert list(made) == ["state_dict", "ema", "list"]
+    for number, name in enumerate(names):
+        average, listed = base["ema"][f"module.{name}"], base["list"]["shadow_params"][number]
+        plain = base["state_dict"][name]
+        for path, ancestor in (
+            (("state_dict", name), plain),
+            (("ema", f"module.{name}"), average if has_average else plain),
+            (("list", "shadow_params", number), listed if has_average else plain),
+        ):
+            expected = one[path].double() + two[path].double() - ancestor.double()
+            assert torch.allclose(dict(tensors(made))[path].double(), expected, atol=1e-6), path
+
+
+def test_what_a_base_lacks_beside_the_weights_stays(tmp_path: Path) -> None:
+    saved(tmp_path, f5)
+    torch.save({"model_state_dict": net(drawing(3))}, tmp_path / "base.pt")
+    paths = [tmp_path / "1.pt", tmp_path / "2.pt"]
+    result = sm.merge(paths, tmp_path / "out.pt", method="task_arithmetic", base=tmp_path / "base.pt")
+    made = torch.load(tmp_path / "out.pt")
+    assert made["ema_model_state_dict"]["initted"].item()
+    assert made["ema_model_state_dict"]["step"].item() == 200, "a counter needs no ancestor"
+    assert not any("kept as the first" in note for note in result.notes)
 
 
 def test_copies_of_state_dicts_in_memory(tmp_path: Path) -> None:

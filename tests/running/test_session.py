@@ -19,10 +19,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import hear_signals
+from conftest import Cli, hear_signals
 from safetensors.torch import save_file
 
 import streammerge as sm
+from streammerge.events import TaskDone
 from streammerge.planning import tasks
 from streammerge.running import readback
 from streammerge.stores import commit, journal, lock, system
@@ -190,9 +191,26 @@ def test_another_version_is_refused(pair: list[Path], tmp_path: Path, monkeypatc
     path.write_bytes(b"%08x %s" % (zlib.crc32(text), text) + good[good.index(b"\n") :])
     with pytest.raises(sm.RecipeError, match="another version of streammerge made it"):
         sm.merge(pair, out)
+    for change, more in (({"form": 99}, {"new": 1}), ({"versions": None}, {})):  # a newer version has other fields
+        lines = [json.loads(line[9:]) for line in good.splitlines()]
+        said = {name: value for name, value in {**lines[0]["plan"], **change}.items() if value is not None}
+        path.write_bytes(journal._lines(map(json.dumps, [{"plan": said}, *({**line, **more} for line in lines[1:])])))
+        with pytest.raises(sm.RecipeError, match=r"left .*, and this run differs from it: another version"):
+            sm.merge(pair, out)
+        assert journalled(out) == pieces
     path.write_bytes(good)
     assert journalled(out) == pieces
     assert len(resumed_events(lambda listener: sm.merge(pair, out, listener=listener))) == 1
+
+
+def test_the_command_line_names_the_option_that_discards_what_is_kept(pair: list[Path], tmp_path: Path, cli: Cli) -> None:
+    out = tmp_path / "out.safetensors"
+    interrupt(pair, out)
+    command = ["merge", *map(str, pair), "--weights", "1,2", "-o", str(out)]
+    said = cli(*command, code=2).stderr
+    assert "discard what it left with --no-resume, or choose another output" in said
+    assert "`" not in said
+    cli(*command, "--no-resume")
 
 
 @pytest.mark.parametrize(
@@ -913,3 +931,37 @@ def test_the_command_says_how_the_work_goes_on_after_the_last_check(pair: list[P
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, check=False)
     assert done.returncode == 0
     sm.verify(tmp_path / "out.safetensors", sample=0)
+
+
+def test_the_first_value_that_will_be_refused_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        tensors = {f"w{number:02}": torch.ones(1 << 20) for number in range(12)}
+        tensors["w01"][7] = torch.nan if name == "a" else 1.0
+        save_file(tensors, f"{name}.safetensors")
+    done: list[str] = []
+    with pytest.raises(sm.VerifyError, match=r"(?s)NaN or infinite values.*w01: 1 in a\.safetensors"):
+        sm.merge(
+            ["a.safetensors", "b.safetensors"],
+            "out.safetensors",
+            memory="24MiB",
+            workers=1,
+            listener=lambda event: done.append(event.tensor) if isinstance(event, TaskDone) else None,
+        )
+    assert set(done) <= {"w00", "w01", "w02", "w03"}
+    assert sorted(os.listdir()) == ["a.safetensors", "b.safetensors"]
+
+
+def test_an_input_that_is_overwritten_is_told_as_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        save_file({f"w{number:02}": torch.ones(1 << 20) for number in range(12)}, f"{name}.safetensors")
+
+    def overwrite(event: object) -> None:
+        if isinstance(event, TaskDone) and event.tensor == "w00":
+            with open("b.safetensors", "r+b") as file:
+                file.seek(-(40 << 20), os.SEEK_END)
+                file.write(b"\xff" * (40 << 20))
+
+    with pytest.raises(sm.ChangedError, match=r"b\.safetensors changed"):
+        sm.merge(["a.safetensors", "b.safetensors"], "out.safetensors", memory="24MiB", workers=1, listener=overwrite)

@@ -56,7 +56,7 @@ def executor_of(plan: Plan, wanted: str | Executors) -> Executors:
 def _why_threads(plan: Plan) -> str:
     """Returns the reason why only threads can do this work, "" if processes can."""
     if not supported():
-        return "worker processes need a system with fork, such as Linux"
+        return "worker processes need a Python interpreter, and a system with fork such as Linux"
     if any(source.held for source in plan.expressions):
         return "tensors in the memory of this process cannot be read by others"
     places = [plan.out, *plan.identities] if plan.out else [*plan.identities]

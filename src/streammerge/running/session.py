@@ -202,12 +202,13 @@ class Production:
         other = differences(earlier.plan, self.journal.plan)
         if not other:
             return earlier.pieces if self.resume else None
-        if not earlier.pieces:
+        if not earlier.count:
             return None
         out = printable(self.staging.out)
+        left = decimal_bytes(earlier.nbytes) if earlier.pieces else f"{earlier.count} finished pieces"
         raise RecipeError(
-            f"an interrupted run into {out} left {decimal_bytes(earlier.nbytes)}, and this run differs from it: {other}; "
-            "repeat that run to continue it, discard what it left (resume=False), or choose another output"
+            f"an interrupted run into {out} left {left}, and this run differs from it: {other}; "
+            "repeat that run to continue it, discard what it left with `resume=False`, or choose another output"
         )
 
     # ------------------------------------------------------------------------------------------------------- inputs
@@ -261,6 +262,8 @@ class Production:
                 self.journal.add(finished)
                 self.read_bytes += read_bytes
                 self.listener(TaskDone(piece.task.out.name, read_bytes, finished.nbytes, held.now()))
+                if finished.nonfinite.keys() - {AGREED}:
+                    self._refuse_nonfinite()  # now, and not after hours of work that would then be dropped
 
     def _job(self) -> Job:
         plan = self.plan
@@ -297,8 +300,9 @@ class Production:
         return [listed([f"{name} ({count})" for name, count in sorted(found.items())])] if found else []
 
     def _refuse_nonfinite(self) -> None:
-        rows = self._nonfinite()
-        if rows and not self.plan.recipe.allow_nonfinite:
+        rows = [] if self.plan.recipe.allow_nonfinite else self._nonfinite()
+        if rows:
+            self._inputs.check_unchanged()  # an input that is overwritten may show as NaN
             more = f"\n  and {len(rows) - 10} more tensors" if len(rows) > 10 else ""
             raise VerifyError(
                 "the merge holds NaN or infinite values, so nothing was written; "

@@ -18,4 +18,5 @@ Each module imports only modules above it::
     locations    from text to a Location
     inputs       the inputs of a run
     scratch      files for a while
+    leftovers    what interrupted runs have left
 """

@@ -2,7 +2,8 @@
 
 A :class:`Location` names a file or a folder in a store. A :class:`Store` answers what the location asks. A store of one's
 own needs :meth:`Store.status`, :meth:`Store.is_folder`, :meth:`Store.list_names` and :meth:`Store.opened` to hold inputs.
-It needs :meth:`Store.stage` and the methods beside that to hold outputs too.
+To hold outputs too, it needs :meth:`Store.check_writable`, :meth:`Store.stage`, :meth:`Store.sweep`,
+:meth:`Store.write_whole`, :meth:`Store.make_folder`, and :meth:`Store.reopen` unless it is of :attr:`Store.one_process`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import contextlib
 import errno
 import fnmatch
 import io
+import os
+import posixpath
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -290,13 +293,6 @@ class Output(ABC):
         """Raises the OSError of a write that failed after it had seemed to succeed, as far as that is known."""
         return
 
-    def copy_from(self, source: Input, source_offset: int, offset: int, nbytes: int) -> None:
-        """Copies bytes of an input. ChangedError when it ends before."""
-        for start in range(0, nbytes, COPY_BYTES):
-            piece = memoryview(bytearray(min(COPY_BYTES, nbytes - start)))
-            source.read_into(piece, source_offset + start)
-            self.write_full(piece, offset + start)
-
     def sync(self) -> None:
         """Waits until all that was written is durable. After an OSError nothing of the file may be trusted."""
         self.synced = True
@@ -397,8 +393,9 @@ class Store(ABC):
     """A place where bytes live, named by the ``scheme`` in ``scheme://name``.
 
     ``mappable``: whether :meth:`Input.view` needs no memory of its own. ``one_process``: whether other processes see
-    other bytes, so that workers have to be threads. ``always_absolute``: whether names never depend on where a process
-    runs. A store pickles by its class, so its constructor takes no arguments.
+    other bytes, so that workers have to be threads. ``always_absolute``: whether a name means the same on every machine and
+    in every folder; False if names hold paths of this machine. A store pickles by its class, so its constructor takes no
+    arguments.
     """
 
     scheme: ClassVar[str]
@@ -419,14 +416,19 @@ class Store(ABC):
 
     def parse(self, text: str) -> Location:
         """The location that a user means by ``scheme://name``. RecipeError for what is no name."""
-        return Location(self, text.removeprefix(f"{self.scheme}://"), text)
+        return Location(self, self.without_scheme(text), text)
+
+    def without_scheme(self, text: str) -> str:
+        """Returns the text after ``scheme://``, whose letters may be capital; the text itself if it has no scheme."""
+        start = f"{self.scheme}://"
+        return text[len(start) :] if text[: len(start)].lower() == start else text
 
     def spelled(self, key: str) -> str:
         """What a user types for a key."""
         return f"{self.scheme}://{key}"
 
     def absolute(self, location: Location) -> Location:
-        return location
+        return location if location.is_absolute else Location(self, posixpath.join(os.getcwd(), location.key))
 
     def resolve(self, location: Location) -> Location:
         return location
@@ -509,19 +511,19 @@ class Store(ABC):
     # ------------------------------------------------------------------------------------------------------------ outputs
 
     def check_writable(self, location: Location, overwrite: bool) -> None:
-        raise self._read_only(location)
+        raise self._lacks("check_writable", location)
 
     def stage(self, location: Location, overwrite: bool = False) -> Staging:
-        raise self._read_only(location)
+        raise self._lacks("stage", location)
 
     def reopen(self, location: Location, size: int) -> Output:
-        raise self._read_only(location)
+        raise self._lacks("reopen", location)
 
     def write_whole(self, location: Location, data: bytes, overwrite: bool) -> None:
-        raise self._read_only(location)
+        raise self._lacks("write_whole", location)
 
     def make_folder(self, location: Location) -> None:
-        raise self._read_only(location)
+        raise self._lacks("make_folder", location)
 
     def sweep(self, location: Location) -> None:
         return
@@ -529,8 +531,16 @@ class Store(ABC):
     def free_bytes(self, location: Location) -> int | None:
         return None
 
-    def _read_only(self, location: Location) -> RecipeError:
-        return RecipeError(f"{printable(location)}: the store {self.scheme}:// can be read only; write to another place")
+    def _lacks(self, method: str, location: Location) -> RecipeError:
+        """The error of a store that has no such method: it holds inputs only, or was written incompletely."""
+        if type(self).stage is Store.stage:
+            return RecipeError(
+                f"{printable(location)}: the store {self.scheme}:// can be read only; write to another place"
+            )
+        return RecipeError(
+            f"{printable(location)}: the store {self.scheme}:// has stage and lacks {method}, so it takes no outputs; "
+            "add the method, or write to another place"
+        )
 
 
 class _Stream(io.RawIOBase):
@@ -594,19 +604,23 @@ def digest_outside(location: Location, spans: list[tuple[int, int]]) -> str:
 
 
 @contextlib.contextmanager
-def space_checked(location: Location, nbytes: int) -> Iterator[None]:
-    """Turns "no space left" into a SpaceError that says how much is missing."""
+def space_checked(location: Location, nbytes: int, free_bytes: int | None = None) -> Iterator[None]:
+    """Turns "no space left" into a SpaceError that says how much is missing.
+
+    ``free_bytes``: the free space before the call, if the call may fill the disk before it fails.
+    """
     try:
         yield
     except OSError as error:
         if error.errno not in _NO_SPACE:
             raise
-        raise no_room(location, nbytes, error.strerror or "") from error
+        raise no_room(location, nbytes, error.strerror or "", free_bytes) from error
 
 
-def no_room(location: Location, nbytes: int, why: str = "") -> SpaceError:
+def no_room(location: Location, nbytes: int, why: str = "", free_bytes: int | None = None) -> SpaceError:
     """The error of a file of ``nbytes`` that does not fit."""
-    free, needed = location.parent.free_bytes(), f"no room for {printable(location.name)}: it needs {decimal_bytes(nbytes)}"
+    needed = f"no room for {printable(location.name)}: it needs {decimal_bytes(nbytes)}"
+    free = location.parent.free_bytes() if free_bytes is None else free_bytes
     if free is None:
         return SpaceError(f"{needed} ({why})")
     missing = f"{decimal_bytes(nbytes - free)} are missing" if nbytes > free else why

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,6 +20,10 @@ from streammerge.stores.files import OutputFile
 
 JOURNAL, NEW = "journal", "journal.new"
 _PUT_BY, _REPLACED = "journal.done", "replaced"
+_CLOSING = (".nfs", ".fuse_hidden")
+"""How network file systems name an open file that was removed."""
+_MOST_NAME_BYTES = 255
+_MOST_TRIES, _TRY_SECONDS = 50, 0.02
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 
@@ -79,6 +85,7 @@ class LocalStaging(Staging):
         self.home, self._content = home, self.folder / "output"
         self._made: tuple[int, int] | None = None
         self._files: dict[str, OutputFile] = {}
+        self._process = os.getpid()
         check_writable(self._place, overwrite)
         self._made_folders = _make_folders(self._place.absolute().parent)
         try:
@@ -99,31 +106,56 @@ class LocalStaging(Staging):
         self._content.mkdir()
 
     def _lock(self) -> int:
-        while True:
-            if os.path.islink(self.folder):
-                raise RecipeError(f"{printable(self.folder)} is a link, and what it leads to would be cleared; remove it")
-            try:
-                self.folder.mkdir(exist_ok=True)
-                fd = lock.opened(str(self.folder / "lock"))
-            except (FileNotFoundError, FileExistsError):
-                if not self._place.parent.is_dir():
-                    raise RecipeError(f"the folder {printable(self._place.parent)} does not exist; make it first") from None
-                if self.folder.exists() and not self.folder.is_dir():
-                    raise RecipeError(f"{printable(self.folder)} is in the way; remove it") from None
-                continue  # the run before this one was just removing the folder
-            except OSError as error:
-                if error.errno not in _FORBIDDEN:
-                    raise
-                raise RecipeError(f"cannot write beside {printable(self.out)}: {error.strerror}") from error
+        """Takes the lock and returns its descriptor. Tries again while the run before this one removes its folder."""
+        for _ in range(_MOST_TRIES):
+            fd = self._lock_file()
+            if fd < 0:
+                time.sleep(_TRY_SECONDS)
+                continue
             try:
                 lock.take(fd, str(self.folder), self.out)
             except BaseException:
                 os.close(fd)
                 raise
             if _is_lock_of(fd, self.folder):
-                lock.sign(fd)
+                try:
+                    lock.sign(fd, str(self.folder), self.out)
+                except BaseException:
+                    lock.drop(fd)
+                    raise
                 return fd
             lock.drop(fd)
+        raise RecipeError(f"the folder {printable(self.folder)} vanishes when it is made; write to another place")
+
+    def _lock_file(self) -> int:
+        """Makes the folder, and opens the lock file in it. Returns -1 if the folder was removed meanwhile."""
+        if os.path.islink(self.folder):
+            raise RecipeError(f"{printable(self.folder)} is a link, and what it leads to would be cleared; remove it")
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except FileExistsError:
+            raise RecipeError(f"{printable(self.folder)} is in the way; remove it") from None
+        except FileNotFoundError as error:
+            if not self._place.parent.is_dir():
+                raise RecipeError(f"the folder {printable(self._place.parent)} does not exist; make it first") from None
+            raise RecipeError(f"cannot write beside {printable(self.out)}: {error.strerror}") from error
+        except OSError as error:
+            raise self._forbidden(error) from error
+        try:
+            return lock.opened(str(self.folder / "lock"))
+        except FileNotFoundError:
+            return -1
+        except OSError as error:
+            raise self._forbidden(error) from error
+
+    def _forbidden(self, error: OSError) -> Exception:
+        """The error of a system that lets nothing be made here. Names the user whose run has left the folder."""
+        if error.errno not in _FORBIDDEN:
+            return error
+        other = _other_user(self.folder)
+        if other and error.errno in (errno.EACCES, errno.EPERM):
+            return lock.locked_by_other_user(self.out, self.folder, other)
+        return RecipeError(f"cannot write beside {printable(self.out)}: {error.strerror}")
 
     def create(self, name: str, size: int, keep: bool = False) -> Output:
         location = self.place(name)
@@ -171,7 +203,8 @@ class LocalStaging(Staging):
             for folder in _folders_of(self._content, self._files):
                 self._sync_folder(folder)
         else:
-            (made,) = self._content.iterdir()
+            (name,) = self.outputs  # a file system or a desktop may have put files of its own into the folder
+            made = self._content / name
         journal, put_by = self.folder / JOURNAL, self.folder / _PUT_BY
         try:
             if journal.exists():
@@ -227,11 +260,11 @@ class LocalStaging(Staging):
             file.close()
         self._files.clear()
         self.record.end()
+        if self._process != os.getpid():  # a forked child, which has a copy of this object, and no lock
+            return
         if self._lock_fd >= 0:
-            if not (keep and self.resumable):
-                _remove_folder(self.folder, self._place)
-            lock.release(self._lock_fd)
-            self._lock_fd = -1
+            fd, self._lock_fd = self._lock_fd, -1
+            _end(fd, self.folder, self._place, keep and self.resumable)
         self._remove_made_folders()
 
     def _remove_made_folders(self) -> None:
@@ -269,7 +302,44 @@ def _folders_of(content: Path, names: Iterable[str]) -> list[Path]:
 
 
 def staging_folder(out: Path) -> Path:
-    return out.parent / f".{out.name}.streammerge"
+    """Returns the folder in which an output is made. A long name is shortened, and a hash keeps it apart from others."""
+    name = f".{out.name}.streammerge"
+    if len(os.fsencode(name)) > _MOST_NAME_BYTES:
+        import hashlib  # here, because it loads all of OpenSSL
+
+        digest = hashlib.sha256(os.fsencode(out.name)).hexdigest()[:16]
+        name = f".{_shortened(out.name, _MOST_NAME_BYTES - 40)}.{digest}.streammerge"
+    return out.parent / name
+
+
+def output_of(staging: str) -> str:
+    """Returns the name of the output that belongs to the name of a staging folder; "" for the name of anything else. Of a
+    shortened name it is the beginning and the hash."""
+    ours = staging.startswith(".") and staging.endswith(".streammerge")
+    return staging.removeprefix(".").removesuffix(".streammerge") if ours else ""
+
+
+def _shortened(name: str, most_bytes: int) -> str:
+    """Returns the beginning of a name, as many whole characters as there is room for."""
+    return os.fsencode(name)[:most_bytes].decode("utf-8", "ignore")
+
+
+def _other_user(path: Path) -> str:
+    """Returns the name of the user who owns the file or folder, "" if it is this one, or nobody can tell."""
+    try:
+        owner = os.lstat(path).st_uid
+    except OSError:
+        return ""
+    return "" if owner == os.geteuid() else _user_name(owner)
+
+
+def _user_name(number: int) -> str:
+    try:
+        import pwd
+
+        return pwd.getpwuid(number).pw_name
+    except (ImportError, KeyError):
+        return f"user {number}"
 
 
 def _identity_of(path: Path) -> tuple[int, int]:
@@ -298,17 +368,45 @@ def _remove_ours(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _remove_folder(folder: Path, out: Path) -> None:
-    """Ends a staging folder whose lock is held. The lock goes last: until then no other run may begin in it."""
-    with contextlib.suppress(OSError):
-        if os.path.lexists(out) or not (folder / _REPLACED).exists():
-            _remove_ours(folder)
-            (folder / "lock").unlink()
+def _end(fd: int, folder: Path, out: Path, keep: bool) -> None:
+    """Gives the lock back. Removes the staging folder before, unless ``keep``.
+
+    The lock file goes last: until then no other run may begin here. The folder itself goes after the lock file is closed,
+    because network file systems keep an open file that is removed under another name in its folder.
+    """
+    removed = False
+    if not keep:
+        with contextlib.suppress(OSError):
+            if os.path.lexists(out) or not (folder / _REPLACED).exists():
+                _remove_ours(folder)
+                (folder / "lock").unlink()
+                removed = True
+    lock.release(fd)
+    if removed:
+        _remove_empty(folder)
+
+
+def _remove_empty(folder: Path) -> None:
+    """Removes the folder if it is empty. Waits a moment for a file system that removes files when they are closed."""
+    for _ in range(_MOST_TRIES):
+        try:
             folder.rmdir()
+        except FileNotFoundError:
+            return
+        except OSError:
+            try:
+                left = os.listdir(folder)
+            except OSError:
+                return
+            if not left or not all(name.startswith(_CLOSING) for name in left):
+                return
+            time.sleep(_TRY_SECONDS)
+        else:
+            return
 
 
 def sweep(out: Path) -> None:
-    """Removes what a run left that was killed and cannot be continued: it had not begun to write, or was done."""
+    """Removes what a killed run left if it cannot be continued: it had not begun to write, or was done."""
     folder = staging_folder(out)
     with contextlib.suppress(OSError, LockedError):
         if not folder.is_symlink() and folder.is_dir() and not (folder / JOURNAL).exists():
@@ -318,11 +416,7 @@ def sweep(out: Path) -> None:
             except BaseException:
                 os.close(fd)
                 raise
-            try:
-                if _is_lock_of(fd, folder) and os.path.lexists(out):
-                    _remove_folder(folder, out)
-            finally:
-                lock.release(fd)
+            _end(fd, folder, out, keep=not (_is_lock_of(fd, folder) and os.path.lexists(out)))
 
 
 def _is_lock_of(fd: int, folder: Path) -> bool:
@@ -348,10 +442,28 @@ def check_writable(out: Path, overwrite: bool) -> None:
     above = next(each for each in out.parents if os.path.lexists(each))
     if not above.is_dir():
         raise RecipeError(f"{printable(above)} is no folder, so {printable(out)} cannot be in it; choose another name")
+    try:
+        there = os.lstat(out)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise RecipeError(f"cannot write {printable(out)}: {error.strerror}") from error
+    else:
+        _check_replaceable(out, there)
     if out.is_dir() and not any(out.iterdir()):
         return
     if (out.exists() or out.is_symlink()) and not overwrite:
         raise RecipeError(f"{printable(out)} exists already; pass `overwrite=True` to replace it, or choose another name")
+
+
+def _check_replaceable(out: Path, there: os.stat_result) -> None:
+    """RecipeError if the system will not let this user put something else in place of what is there."""
+    user, above = os.geteuid(), os.stat(out.parent)
+    if user and above.st_mode & stat.S_ISVTX and user not in (there.st_uid, above.st_uid):
+        whose = printable(_user_name(there.st_uid))
+        raise RecipeError(
+            f"{printable(out)} belongs to {whose}, and nobody else may replace it in the folder {printable(out.parent)}, "
+            "which is sticky; choose another name"
+        )
 
 
 def write_whole(path: Path, data: bytes, overwrite: bool) -> None:
@@ -359,7 +471,7 @@ def write_whole(path: Path, data: bytes, overwrite: bool) -> None:
     import tempfile
 
     try:
-        fd, partial = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)
+        fd, partial = tempfile.mkstemp(prefix=f".{_shortened(path.name, 100)}.", dir=path.parent)
         try:
             with os.fdopen(fd, "wb") as stream:
                 stream.write(data)

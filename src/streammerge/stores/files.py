@@ -178,7 +178,7 @@ class OutputFile(Output):
                 os.unlink(path)
         self._begin(location, size, kept, 0 if kept else os.O_CREAT | os.O_EXCL)
         try:
-            with space_checked(location, size), self._descriptor as fd:
+            with space_checked(location, size, location.parent.free_bytes()), self._descriptor as fd:
                 self._descriptor.opened = functools.partial(_open_output, path, _OUTPUT_FLAGS)
                 self.reserved = system.reserve(fd, size)
             if not (self.reserved or self.kept):
@@ -228,6 +228,7 @@ class OutputFile(Output):
             while len(view):
                 count = os.pwrite(fd, view, offset)
                 view, offset = view[count:], offset + count
+            self.synced = False  # once more, because a sync may have begun before these bytes were there
             if nbytes >= _LEAST_WRITEBACK_BYTES:
                 system.start_writing(fd, begin, nbytes)
 
@@ -255,33 +256,26 @@ class OutputFile(Output):
                 done += count
         return done
 
-    def copy_from(self, source: Input, source_offset: int, offset: int, nbytes: int) -> None:
-        """Copies inside the kernel where the file systems allow it."""
-        self.check_range(offset, nbytes)
-        self.synced = False
-        if isinstance(source, InputFile):
-            with source.descriptor as source_fd, self._descriptor as fd:
-                while nbytes and (count := system.copy_range(source_fd, source_offset, fd, offset, nbytes)):
-                    source_offset, offset, nbytes = source_offset + count, offset + count, nbytes - count
-        super().copy_from(source, source_offset, offset, nbytes)
-
     def sync(self) -> None:
         """Waits until the disk has all that was written. After an error nothing of the file may be trusted: the kernel
         forgets which pages it could not write, and a second try would succeed without them."""
         self.check()
-        self.synced = True  # before, for others may write meanwhile
+        with self._descriptor as fd:
+            self._sync(fd)
+
+    def _sync(self, fd: int) -> None:
+        self.synced = True  # first, because another thread may write during the sync
         try:
-            with self._descriptor as fd:
-                system.full_sync(fd)
+            system.full_sync(fd)
         except BaseException:
             self.synced = False
             raise
 
-    def _before_closing(self) -> None:
-        """Syncs before the descriptor goes: the kernel may tell an error to those only who had the file open."""
+    def _before_closing(self, fd: int) -> None:
+        """Syncs before the descriptor is closed: the kernel may report an error only to those who had the file open."""
         if not self.synced and self._failed is None:
             try:
-                self.sync()
+                self._sync(fd)
             except OSError as error:
                 self._failed = error
 

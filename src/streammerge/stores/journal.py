@@ -7,11 +7,12 @@ believed.
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from streammerge.stores.base import Output, Record
@@ -45,12 +46,20 @@ class Finished:
         return (self.offset, self.nbytes)
 
 
+_FIELDS = {each.name for each in fields(Finished)}
+
+
 @dataclass(frozen=True, slots=True)
 class Earlier:
-    """What an earlier run has left. ``plan``: what it was a run of, None when that line is damaged."""
+    """What an earlier run has left.
+
+    ``plan``: the plan of that run, None if its line is damaged, {} if another version wrote it. ``pieces``: the pieces that
+    this version can read. ``count``: the number of undamaged lines after the plan, whichever version wrote them.
+    """
 
     plan: dict[str, Any] | None
     pieces: list[Finished]
+    count: int
 
     @property
     def nbytes(self) -> int:
@@ -58,25 +67,22 @@ class Earlier:
 
 
 def read(record: Record) -> Earlier | None:
-    """What a journal says. None only when there is no journal; an OSError when it cannot be read."""
+    """Returns the content of a journal, None only if there is no journal. Raises OSError if it cannot be read.
+
+    Another version may have written it, so any undamaged line may hold anything.
+    """
     data = record.read()
     if data is None:
         return None
-    first, *rest = [_checked(line) for line in data.split(b"\n")]
-    plan = first.get("plan") if first else None
-    if not isinstance(plan, dict):
-        return Earlier({} if plan else None, _pieces(rest))
-    return Earlier(plan, _pieces(rest))
+    first, *rest = map(_checked, data.split(b"\n"))
+    said = first.get("plan") if isinstance(first, dict) else None
+    plan = None if first is None else said if isinstance(said, dict) else {}
+    whole = list(itertools.takewhile(lambda line: line is not None, rest))
+    return Earlier(plan, [Finished(**line) for line in itertools.takewhile(_is_piece, whole)], len(whole))
 
 
-def _pieces(lines: Iterable[dict[str, Any] | None]) -> list[Finished]:
-    """The pieces up to the first line that is damaged."""
-    found = []
-    for line in lines:
-        if line is None:
-            break
-        found.append(Finished(**line))
-    return found
+def _is_piece(line: Any) -> bool:
+    return isinstance(line, dict) and line.keys() == _FIELDS
 
 
 def _json(done: Finished) -> str:
@@ -93,8 +99,8 @@ def _line(json_text: str) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
-def _checked(line: bytes) -> dict[str, Any] | None:
-    """The data of a line, None unless it is whole."""
+def _checked(line: bytes) -> Any:
+    """Returns the data of a line, None if the line is damaged."""
     sum_, _, text = line.partition(b" ")
     return json.loads(text) if sum_ == b"%08x" % zlib.crc32(text) else None
 

@@ -35,7 +35,7 @@ class LocalStore(Store):
         return "LOCAL"
 
     def parse(self, text: str) -> Location:
-        plain = text.removeprefix("file://")
+        plain = self.without_scheme(text)
         return LocalLocation(self, os.path.expanduser(plain) if plain.startswith("~") else plain, text)
 
     def spelled(self, key: str) -> str:

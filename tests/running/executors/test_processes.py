@@ -20,7 +20,7 @@ import streammerge as sm
 from running.executors.suite import ExecutorSuite
 from running.executors.toys import SLOW_SECONDS, Allocates, Dies, Square, Tells, Waits
 from streammerge.planning.budget import PER_PROCESS_BYTES
-from streammerge.running.executors.processes import ProcessExecutor
+from streammerge.running.executors.processes import ProcessExecutor, supported
 
 WAIT_SECONDS = 20.0
 SCRIPT = """
@@ -189,3 +189,9 @@ def test_stopping_is_quick(tmp_path: Path) -> None:
         began = time.monotonic()
         results.close()
         assert time.monotonic() - began < 20 * SLOW_SECONDS
+
+
+def test_a_frozen_program_is_not_started_as_an_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert supported()
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    assert not supported()

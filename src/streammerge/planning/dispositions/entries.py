@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
@@ -293,6 +293,8 @@ class _Deciding:
             if self.first.container.locate(name, ref).place in merged:
                 continue  # a merged tensor under another path
             found = {each: tensor_at(index.extras, path) for each, index in others.items()}
+            if _is_count(path):  # a base that is no model has no part in a count
+                found = {each: other for each, other in found.items() if other is not None or self._is_needed(others[each])}
             why = _why_kept(path, ref, list(found.values()))
             if why:
                 table = self.entries.kept if any(map(bars, path)) else self.entries.told
@@ -303,8 +305,15 @@ class _Deciding:
                 theirs[each] += [(name, other)] if other is not None else []
         if tensors:
             made = {each: index.with_tensors(theirs[each]) for each, index in others.items()}
-            made[self._reference] = self.first.with_tensors((name, found.ref) for name, found in tensors.items())
+            own = made[self._reference] = self.first.with_tensors((name, found.ref) for name, found in tensors.items())
+            for each in others:
+                lacking = {name: entry for name, entry in own.entries.items() if name not in made[each].entries}
+                made[each] = replace(made[each], entries=made[each].entries | lacking)
             self.entries.copies.append(Copy("", tensors, {each: made[each] for each in self.indexes if each in made}))
+
+    def _is_needed(self, index: CheckpointIndex) -> bool:
+        """Whether it is one of the models."""
+        return any(index is needed for needed in self.needed)
 
     @property
     def _giving(self) -> dict[Reference, CheckpointIndex]:
@@ -313,7 +322,7 @@ class _Deciding:
         return {
             each: index
             for each, index in self.indexes.items()
-            if any(index is needed for needed in self.needed) or (base is not None and each.same(base))
+            if self._is_needed(index) or (base is not None and each.same(base))
         }
 
 
@@ -328,8 +337,11 @@ def _why_kept(path: tuple[Any, ...], ref: TensorRef, theirs: list[TensorRef | No
             return "of another dtype in another input"
     if any(map(is_record, path)) or (not ref.shape and any(map(bars, path))):
         return "a record of the training"
-    counter = isinstance(path[-1], str) and is_counter(path[-1])
-    return "" if counter or ref.dtype.kind in ("float", "complex") else "no floating-point numbers"
+    return "" if _is_count(path) or ref.dtype.kind in ("float", "complex") else "no floating-point numbers"
+
+
+def _is_count(path: tuple[Any, ...]) -> bool:
+    return isinstance(path[-1], str) and is_counter(path[-1])
 
 
 def dropped(
