@@ -489,11 +489,11 @@ def test_a_lock_file_that_was_removed_meanwhile_is_no_lock(tmp_path: Path, monke
         good(fd, how)
         if not calls:
             (tmp_path / ".out.safetensors.streammerge" / "lock").unlink()
-        calls.append(fd)
+        calls.append(how)
 
     monkeypatch.setattr(lock.fcntl, "flock", flock)
     staging = parse(tmp_path / "out.safetensors").stage()
-    assert len(calls) == 2
+    assert calls.count(lock.fcntl.LOCK_EX | lock.fcntl.LOCK_NB) == 2
     assert json.loads((tmp_path / ".out.safetensors.streammerge" / "lock").read_text())["pid"] == os.getpid()
     staging.abort()
 

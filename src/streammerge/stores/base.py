@@ -1,4 +1,4 @@
-"""What a store is: the protocol between the code that merges and the places where bytes live.
+"""The protocol of stores: between the code that merges and the places where bytes live.
 
 A :class:`Location` names a file or a folder in a store. A :class:`Store` answers what the location asks. A store of one's
 own needs :meth:`Store.status`, :meth:`Store.is_folder`, :meth:`Store.list_names` and :meth:`Store.opened` to hold inputs.
@@ -32,7 +32,7 @@ _MAGIC = re.compile(r"[*?[]")
 
 
 class Status(NamedTuple):
-    """A file at one moment. Equal statuses mean: the same bytes.
+    """The state of a file at one moment. Equal states mean equal bytes.
 
     ``place``: which file it is; two names with the same place are one file. ``size``: bytes. ``version``: changes when
     the content changes, such as a modification time or an entity tag.
@@ -167,7 +167,7 @@ class Location:
         return [self / name for name in sorted(self.store.list_names(self))]
 
     def glob(self) -> list[Location]:
-        """What the name, read as a pattern, matches."""
+        """Returns the files and folders that match the name as a pattern."""
         return self.store.glob(self)
 
     def open(self, expected: Status | None = None, polite: bool = False, damaged: list[Damage] | None = None) -> Input:
@@ -175,7 +175,7 @@ class Location:
         return self.store.open(self, expected, polite, damaged)
 
     def stream(self) -> BinaryIO:
-        """The file, buffered, for parsing headers; to be closed. FormatError when it cannot be opened."""
+        """Opens the file as a buffered stream, which the caller closes. Raises FormatError if it cannot be opened."""
         return self.store.stream(self)
 
     def read(self, offset: int, nbytes: int) -> bytes:
@@ -188,7 +188,7 @@ class Location:
         return data
 
     def broken_link(self) -> str:
-        """What is wrong with a link that leads to nothing; "" for anything else."""
+        """Returns the mistake of a link that leads to nothing, "" for anything else."""
         return self.store.broken_link(self)
 
     @property
@@ -211,7 +211,7 @@ class Location:
         return self.store.reopen(self, size)
 
     def sweep(self) -> None:
-        """Removes what a killed run left here, when it cannot be continued: it had not begun to write, or was done."""
+        """Removes the files of a killed run that cannot be continued: it had not begun to write, or it was finished."""
         self.store.sweep(self)
 
     def write_whole(self, data: bytes, overwrite: bool) -> None:
@@ -229,7 +229,7 @@ class Location:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """Bytes of an input turned out to be gone while they were mapped. ``size``: bytes it had when it was opened."""
+    """An input that lost bytes while it was mapped. ``size``: its bytes when it was opened."""
 
     location: Location
     size: int
@@ -255,11 +255,11 @@ class Input(ABC):
         return buffer
 
     def release(self, offset: int, nbytes: int) -> None:
-        """The range is not needed soon: memory that it takes may be given back."""
+        """Says that the range is not needed soon, so that its memory can be given back."""
         return
 
     def close(self) -> None:
-        """Gives the file back. Views of it stay valid."""
+        """Closes the file. Views of it stay valid."""
         return
 
     def ended(self, offset: int, nbytes: int) -> ChangedError:
@@ -290,11 +290,11 @@ class Output(ABC):
         """Fills the buffer from ``offset``. Returns how many bytes there were."""
 
     def check(self) -> None:
-        """Raises the OSError of a write that failed after it had seemed to succeed, as far as that is known."""
+        """Raises the OSError of a write whose failure the system reported late."""
         return
 
     def sync(self) -> None:
-        """Waits until all that was written is durable. After an OSError nothing of the file may be trusted."""
+        """Waits until everything written is durable. After an OSError no byte of the file can be trusted."""
         self.synced = True
 
     def close(self) -> None:
@@ -313,11 +313,11 @@ class Record(ABC):
 
     @abstractmethod
     def read(self) -> bytes | None:
-        """All of it. None only when it is absent; an OSError means that it may be there."""
+        """Returns the whole content, None only if the file is absent. Raises OSError if it may be there."""
 
     @abstractmethod
     def begin(self, data: bytes) -> None:
-        """Puts these bytes in place of all it had, in one step, durably, and takes more from then on."""
+        """Replaces the whole content by these bytes, in one durable step. :meth:`append` then adds to them."""
 
     @abstractmethod
     def append(self, data: bytes) -> None:
@@ -325,31 +325,42 @@ class Record(ABC):
 
     @abstractmethod
     def end(self) -> None:
-        """Takes no more."""
+        """Closes the file."""
 
 
 class Staging(ABC):
     """An output in the making, which appears under its name whole, at :meth:`commit`, or not at all.
 
     One run at a time has it. ``home``: the hidden folder that holds all of it. ``content``: the folder in which its files
-    can be read back before they are published.
-    ``notes``: sentences about promises that this place cannot keep. ``record``: where the journal is kept.
+    can be read back before they are published. ``record``: the journal. ``notes``: sentences about promises that this place
+    cannot keep. A store of one's own defines :meth:`opened` and what follows it.
     """
 
-    out: Location
-    home: Location
-    content: Location
-    record: Record
-    notes: list[str]
+    def __init__(self, out: Location, home: Location, record: Record) -> None:
+        self.out, self.home, self.record = out, home, record
+        self.content = home / "output"
+        self.notes: list[str] = []
+        self._files: dict[str, Output] = {}
+        self._temporary: dict[str, Output] = {}
 
-    @abstractmethod
     def create(self, name: str, size: int, keep: bool = False) -> Output:
-        """Makes a file of the output.
+        """Makes a file of the output, and closes the one that had this name.
 
         ``name``: its name; in a folder also a path below it (:func:`streammerge.stores.names.is_inner`), whose folders are
         made. ``keep``: keeps the bytes of an earlier run if the file exists in this size. Raises ValueError for a name that
         leads out of the output.
         """
+        return self._added(self._files, name, self.place(name), size, keep)
+
+    def temporary(self, name: str, size: int) -> Output:
+        """A file that can be read back by its location and goes when the staging ends."""
+        return self._added(self._temporary, name, self.home / name, size, keep=False)
+
+    def _added(self, files: dict[str, Output], name: str, location: Location, size: int, keep: bool) -> Output:
+        if name in files:
+            files.pop(name).close()
+        file = files[name] = self.opened(location, size, keep)
+        return file
 
     def place(self, name: str) -> Location:
         """Returns where a file of the output is made. Raises ValueError for a name that leads out of the output."""
@@ -357,14 +368,19 @@ class Staging(ABC):
             raise ValueError(f"{name!r} is not the name of a file in an output")
         return self.content / name
 
-    @abstractmethod
-    def temporary(self, name: str, size: int) -> Output:
-        """A file that can be read back by its location and goes when the staging ends."""
-
     @property
-    @abstractmethod
     def outputs(self) -> dict[str, Output]:
-        """The files of the output by name, at this moment."""
+        """The files of the output by name, at this moment. A copy: other threads ask while files are added."""
+        return dict(self._files)
+
+    def close_files(self) -> None:
+        """Ends writing to all files."""
+        for file in (*self._files.values(), *self._temporary.values()):
+            file.close()
+
+    @abstractmethod
+    def opened(self, location: Location, size: int, keep: bool) -> Output:
+        """Makes a file below :attr:`home`, and the folders above it. ``keep``: as for :meth:`create`."""
 
     @abstractmethod
     def clear(self) -> None:
@@ -381,7 +397,7 @@ class Staging(ABC):
     @property
     @abstractmethod
     def published(self) -> bool:
-        """Whether what was made here is under the output's name."""
+        """Whether the output's name now leads to the files that were made here."""
 
     @property
     @abstractmethod
@@ -424,7 +440,7 @@ class Store(ABC):
         return text[len(start) :] if text[: len(start)].lower() == start else text
 
     def spelled(self, key: str) -> str:
-        """What a user types for a key."""
+        """Returns the text that a user types for a key."""
         return f"{self.scheme}://{key}"
 
     def absolute(self, location: Location) -> Location:
@@ -495,7 +511,7 @@ class Store(ABC):
         return io.BufferedReader(_Stream(self.open(location)))
 
     def glob(self, location: Location) -> list[Location]:
-        """What a pattern matches, part by part: ``*`` stays within a folder."""
+        """Returns the files and folders that match a pattern, part by part: ``*`` stays within a folder."""
         parts = PurePosixPath(location.key).parts
         plain = next((n for n, part in enumerate(parts) if _MAGIC.search(part)), len(parts))
         found = [location._at(PurePosixPath(*parts[:plain]))]
@@ -579,7 +595,7 @@ class _Stream(io.RawIOBase):
 
 
 def outside(location: Location, spans: list[tuple[int, int]]) -> Iterator[bytes]:
-    """All bytes of a file but those of the given (offset, bytes), which are in order."""
+    """Yields all bytes of a file outside the given (offset, bytes), which are in order."""
     cursor = 0
     with location.stream() as stream:
         for offset, nbytes in (*spans, (stream.seek(0, io.SEEK_END), 0)):
@@ -594,13 +610,18 @@ def outside(location: Location, spans: list[tuple[int, int]]) -> Iterator[bytes]
 
 
 def digest_outside(location: Location, spans: list[tuple[int, int]]) -> str:
-    """SHA-256 of a file but for the given (offset, bytes)."""
+    """Returns the SHA-256 of a file without the given (offset, bytes)."""
     import hashlib  # here, since it brings all of OpenSSL
 
     digest = hashlib.sha256()
     for data in outside(location, spans):
         digest.update(data)
     return digest.hexdigest()
+
+
+def exists_already(out: object) -> RecipeError:
+    """The error of an output that may not be replaced."""
+    return RecipeError(f"{printable(out)} exists already; pass `overwrite=True` to replace it, or choose another name")
 
 
 @contextlib.contextmanager

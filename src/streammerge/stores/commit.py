@@ -1,6 +1,6 @@
-"""Making an output of local files visible: made in a hidden folder beside its place, synced, renamed in one step.
+"""Publishes an output of local files: it is made in a hidden folder beside its place, synced, and renamed in one step.
 
-Leaving a :class:`LocalStaging` without :meth:`LocalStaging.commit` removes all that it made, unless it is to be continued.
+A :class:`LocalStaging` that ends without :meth:`LocalStaging.commit` removes its files, unless a next run may continue.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from streammerge.errors import LockedError, RecipeError, printable
 from streammerge.stores import lock, system
-from streammerge.stores.base import Location, Output, Record, Staging, space_checked
+from streammerge.stores.base import Location, Output, Record, Staging, exists_already, space_checked
 from streammerge.stores.files import OutputFile
 
 JOURNAL, NEW = "journal", "journal.new"
@@ -76,15 +76,12 @@ class LocalStaging(Staging):
     """
 
     def __init__(self, out: Location, overwrite: bool = False) -> None:
-        self.out, self._overwrite = out, overwrite
-        self._place = Path(out.key)
+        self._place, self._overwrite = Path(out.key), overwrite
         self.folder = staging_folder(self._place)
         home = out.parent / self.folder.name
-        self.content, self.record = home / "output", LocalRecord(home / JOURNAL)
-        self.notes: list[str] = []
-        self.home, self._content = home, self.folder / "output"
+        super().__init__(out, home, LocalRecord(home / JOURNAL))
+        self._content = self.folder / "output"
         self._made: tuple[int, int] | None = None
-        self._files: dict[str, OutputFile] = {}
         self._process = os.getpid()
         check_writable(self._place, overwrite)
         self._made_folders = _make_folders(self._place.absolute().parent)
@@ -157,28 +154,14 @@ class LocalStaging(Staging):
             return lock.locked_by_other_user(self.out, self.folder, other)
         return RecipeError(f"cannot write beside {printable(self.out)}: {error.strerror}")
 
-    def create(self, name: str, size: int, keep: bool = False) -> Output:
-        location = self.place(name)
-        _make_subfolders(self._content, name)
-        return self._add(name, location, size, keep)
-
-    def temporary(self, name: str, size: int) -> Output:
-        return self._add(f"../{name}", self.home / name, size)
-
-    def _add(self, name: str, location: Location, size: int, keep: bool = False) -> Output:
-        if name in self._files:
-            self._files.pop(name).close()
-        file = self._files[name] = OutputFile(location, size, keep)
+    def opened(self, location: Location, size: int, keep: bool) -> Output:
+        _make_subfolders(self.folder, location.relative_to(self.home))
+        file = OutputFile(location, size, keep)
         if not file.reserved and not self.notes:
             self.notes.append(
                 f"the file system of {printable(self.out)} does not reserve room; a disk that fills up is noticed late"
             )
         return file
-
-    @property
-    def outputs(self) -> dict[str, Output]:
-        # A copy first, for other threads ask while files are added.
-        return {name: file for name, file in dict(self._files).items() if not name.startswith("../")}
 
     @property
     def published(self) -> bool:
@@ -196,8 +179,7 @@ class LocalStaging(Staging):
         for file in self.outputs.values():
             if not file.synced:
                 file.sync()
-        for each in self._files.values():
-            each.close()
+        self.close_files()
         made = self._content
         if as_folder:
             for folder in _folders_of(self._content, self._files):
@@ -208,7 +190,7 @@ class LocalStaging(Staging):
         journal, put_by = self.folder / JOURNAL, self.folder / _PUT_BY
         try:
             if journal.exists():
-                os.rename(journal, put_by)  # so that what is left after a crash can be told from what can be continued
+                os.rename(journal, put_by)  # after a crash, this name says that the run was finished
             self._made = _identity_of(made)
             self._rename(made)
         except BaseException:
@@ -231,7 +213,7 @@ class LocalStaging(Staging):
             self.notes += [note] if note not in self.notes else []
 
     def _rename(self, made: Path) -> None:
-        """One step, in which the name is either nothing or the old output before, and the new one after."""
+        """Renames in one step. Before it, the name is free or leads to the old output; after it, to the new output."""
         empty_folder = self._place.is_dir() and not any(self._place.iterdir())
         if not self._overwrite and not empty_folder:
             if not _renamed_to_nothing(made, self._place):
@@ -244,7 +226,7 @@ class LocalStaging(Staging):
             os.replace(made, self._place)
 
     def _rename_twice(self, made: Path) -> None:
-        """For file systems that cannot exchange; a crash in between is mended by the next run."""
+        """Renames twice, for file systems that cannot exchange names. After a crash in between, the next run repairs it."""
         replaced = self.folder / _REPLACED
         os.rename(self._place, replaced)
         try:
@@ -255,10 +237,10 @@ class LocalStaging(Staging):
             raise
 
     def abort(self, keep: bool = False) -> None:
-        """Removes all that was made, or leaves it to be continued; after a commit, what was temporary."""
-        for file in self._files.values():
-            file.close()
+        """Removes the files, or keeps them for a next run. After a commit, removes the temporary files."""
+        self.close_files()
         self._files.clear()
+        self._temporary.clear()
         self.record.end()
         if self._process != os.getpid():  # a forked child, which has a copy of this object, and no lock
             return
@@ -297,7 +279,7 @@ def _make_subfolders(content: Path, name: str) -> None:
 
 def _folders_of(content: Path, names: Iterable[str]) -> list[Path]:
     """Returns the folders that hold the files, the deepest first, so that each is synced before the one above it."""
-    above = {content, *(each for name in names if not name.startswith("../") for each in (content / name).parents)}
+    above = {content, *(each for name in names for each in (content / name).parents)}
     return sorted((each for each in above if each.is_relative_to(content)), key=lambda each: -len(each.parts))
 
 
@@ -349,7 +331,7 @@ def _identity_of(path: Path) -> tuple[int, int]:
 
 
 def _recover(folder: Path, out: Path) -> None:
-    """Puts things right after a crash within a commit: an old output between two renames, a journal put by."""
+    """Repairs the state after a crash within a commit: moves the old output and the journal back to their names."""
     if (folder / _REPLACED).exists() and not os.path.lexists(out):
         os.rename(folder / _REPLACED, out)
     if (folder / _PUT_BY).exists() and (folder / "output").is_dir() and not (folder / JOURNAL).exists():
@@ -357,7 +339,7 @@ def _recover(folder: Path, out: Path) -> None:
 
 
 def _remove_ours(folder: Path) -> None:
-    """Removes what runs make in a staging folder, but for its lock; what somebody else put there stays."""
+    """Removes the files that runs make in a staging folder, except the lock. Files of others stay."""
     for name in ("output", "spooled", JOURNAL, NEW, _PUT_BY, _REPLACED):
         path = folder / name
         if path.is_dir() and not path.is_symlink():
@@ -420,7 +402,7 @@ def sweep(out: Path) -> None:
 
 
 def _is_lock_of(fd: int, folder: Path) -> bool:
-    """Whether that is the folder's lock file; False when it was removed meanwhile."""
+    """Whether the descriptor is that of the folder's lock file. False if the file was removed after it was opened."""
     try:
         return os.path.samestat(os.fstat(fd), os.stat(folder / "lock"))
     except FileNotFoundError:
@@ -452,7 +434,7 @@ def check_writable(out: Path, overwrite: bool) -> None:
     if out.is_dir() and not any(out.iterdir()):
         return
     if (out.exists() or out.is_symlink()) and not overwrite:
-        raise RecipeError(f"{printable(out)} exists already; pass `overwrite=True` to replace it, or choose another name")
+        raise exists_already(out)
 
 
 def _check_replaceable(out: Path, there: os.stat_result) -> None:
@@ -467,7 +449,7 @@ def _check_replaceable(out: Path, there: os.stat_result) -> None:
 
 
 def write_whole(path: Path, data: bytes, overwrite: bool) -> None:
-    """A small file, whole and durable, or not at all; RecipeError when it cannot be written, or is there already."""
+    """Writes a small file, whole and durable, or not at all. Raises RecipeError if it cannot be written, or exists."""
     import tempfile
 
     try:

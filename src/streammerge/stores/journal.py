@@ -1,8 +1,7 @@
-"""Which pieces of an output are safely on the disk, so that a run that was killed can be continued.
+"""The record of the pieces of an output that are on the disk. A killed run can be continued from it.
 
-A piece is written down after the file that holds it was synced, never before. Each line carries its own checksum; what
-follows a line that is damaged does not count. The pieces themselves are compared with their checksums before they are
-believed.
+A piece is written down only after its file was synced. Each line has its own checksum, and the lines after a damaged line
+do not count. Before a piece is taken over, it is compared with its checksum.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any
 from streammerge.stores.base import Output, Record
 
 INTERVAL_SECONDS = 2.0
-"""How long pieces are collected between two syncs: what a crash can cost at most, beside the time of one sync."""
+"""The time between two syncs. A crash costs at most the pieces of this time and of one sync."""
 _STOP_SECONDS = 1.0
 _POLL_SECONDS = 0.2
 Key = tuple[int, int]
@@ -51,7 +50,7 @@ _FIELDS = {each.name for each in fields(Finished)}
 
 @dataclass(frozen=True, slots=True)
 class Earlier:
-    """What an earlier run has left.
+    """The pieces that an earlier run has finished.
 
     ``plan``: the plan of that run, None if its line is damaged, {} if another version wrote it. ``pieces``: the pieces that
     this version can read. ``count``: the number of undamaged lines after the plan, whichever version wrote them.
@@ -86,7 +85,7 @@ def _is_piece(line: Any) -> bool:
 
 
 def _json(done: Finished) -> str:
-    """Its fields, put together by hand: json and asdict would take longer than the computation of a small tensor."""
+    """Returns the fields as JSON. Written by hand, because json and asdict take longer than a small merge."""
     nonfinite = json.dumps(done.nonfinite, separators=(",", ":")) if done.nonfinite else "{}"
     return (
         f'{{"task":{done.task},"start":{done.start},"file":{json.dumps(done.file)},"offset":{done.offset},'
@@ -131,7 +130,7 @@ class Journal:
         return sum(done.nbytes for done in self._written)
 
     def earlier(self) -> Earlier | None:
-        """What an earlier run has left, of whichever plan; None when there was none."""
+        """Returns the content of an earlier run's journal, of any plan. None if there is no journal."""
         return read(self._record)
 
     def take_over(self, pieces: list[Finished]) -> None:
@@ -152,7 +151,7 @@ class Journal:
             self._waiting.append(done)
 
     def finish(self) -> set[str]:
-        """Syncs all files. Returns those that the disk failed to take, none of whose bytes may be trusted."""
+        """Syncs all files. Returns the names of those whose sync failed. No byte of those can be trusted."""
         self._end("finish")
         while self._thread is not None and self._thread.is_alive():
             self._thread.join(_POLL_SECONDS)  # in short waits, so that Ctrl-C is noticed
@@ -161,7 +160,7 @@ class Journal:
         return self._broken
 
     def stop(self) -> None:
-        """Ends the thread, without waiting longer than a moment for a disk that is slow to sync."""
+        """Ends the thread. Waits at most a second for a slow disk."""
         self._end("stop")
         if self._thread is not None:
             self._thread.join(_STOP_SECONDS)
@@ -197,7 +196,7 @@ class Journal:
             try:
                 self._record.append(_lines(map(_json, whole)))
                 self._written += whole
-            except OSError:  # then less is kept: what follows a torn line does not count
+            except OSError:  # fewer pieces are kept, because lines after a torn line do not count
                 self._writes = False
 
     def _sync(self, name: str, file: Output) -> None:

@@ -55,7 +55,7 @@ def leftovers(folder: Location) -> list[Leftover]:
 
 def leftover_of(out: Location) -> Leftover | None:
     """Returns what a run has left for an output, None if there is nothing."""
-    folder = out.absolute().parent
+    folder = out.parent
     own = output_of(staging_folder(Path(out.absolute().key)).name)
     return next((each for each in leftovers(folder) if each.out.name == own), None) if folder.is_folder() else None
 

@@ -1,4 +1,4 @@
-"""From what a user typed to a :class:`Location`: the one border where text becomes a place."""
+"""Turns the text that a user typed into a :class:`Location`. No other module does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from streammerge.stores.local import LOCAL
 from streammerge.stores.registry import store_of
 
 Place = str | os.PathLike[str] | Location
-"""What a user may give as the place of a checkpoint: ``scheme://name``, or a path."""
+"""The types by which a user names a checkpoint: text (``scheme://name`` or a path), a path object, or a location."""
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://")
 
 

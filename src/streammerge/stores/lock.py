@@ -76,7 +76,7 @@ def this_run() -> Owner:
 
 
 def _boot() -> str:
-    """What the kernel calls this run of the machine; "" where it does not say."""
+    """Returns the kernel's identifier of this boot, "" if there is none."""
     with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
         return file.read().strip()
     return ""
@@ -218,9 +218,11 @@ def sign(fd: int, folder: str, out: object) -> None:
 
 def _write(fd: int, owner: Owner) -> bool:
     """Writes the owner into a file, durably. Returns False if the disk is full."""
+    text, done = json.dumps(asdict(owner)).encode() + b"\n", 0
     try:
         os.ftruncate(fd, 0)
-        os.pwrite(fd, json.dumps(asdict(owner)).encode() + b"\n", 0)
+        while done < len(text):
+            done += os.pwrite(fd, text[done:], done)
     except OSError:
         return False
     with contextlib.suppress(OSError):

@@ -15,8 +15,8 @@ from streammerge.cli.reports import show_leftovers
 def runs(folder: str, form: str, debug: bool) -> None:
     """List outputs in a folder whose runs go on or were interrupted.
 
-    Says whose each is and how much of it is kept. The same merge command continues an interrupted run; `streammerge clean OUT`
-    discards what it left.
+    Says whose each is and how much of it is kept. The same merge command continues an interrupted run, and
+    `streammerge clean OUT` discards what it left.
     """
     from streammerge.stores.leftovers import leftovers
     from streammerge.stores.locations import parse
