@@ -314,10 +314,11 @@ def verify(
     for folders in _places_of_inputs(path, asked.inputs):
         attempt = replace(verified, notes=[*verified.notes])
         try:
-            planned = _remade(path, receipt, folders, asked.own_methods, resources)
-            recompute(attempt, planned, receipt, share, asked.seed)
+            recompute(attempt, _remade(path, receipt, folders, asked.own_methods, resources), receipt, share, asked.seed)
         except (StreammergeError, OSError) as error:
-            failures.append(error)
+            # Without the frames of the attempt, which hold its plan, because the next attempt needs the memory.
+            error.__cause__ = error.__context__ = None
+            failures.append(error.with_traceback(None))
         else:
             left = attempt.notes[len(verified.notes) :]
             if left and asked.sample is not None:

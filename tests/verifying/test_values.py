@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import json
 import random
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+import weakref
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +25,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import streammerge as sm
+from streammerge import api
 from streammerge.planning.budget import Budget
-from streammerge.planning.plan import budget_of
+from streammerge.planning.plan import Plan, budget_of
 from streammerge.planning.receipt import read_receipt
 from streammerge.planning.tasks import MergeTask
 from streammerge.stores.base import Input, Location, Status, Store
@@ -423,6 +426,53 @@ print(process.peak_resident_bytes() - before)
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120, check=True
     )
     assert int(done.stdout) < 64 << 20
+
+
+def test_pickles_count_in_the_budget_of_a_verification(tmp_path: Path) -> None:
+    """40 MiB of bytes beside the tensors, in each input and in the output, whose pickle is read beside theirs."""
+    for number in range(2):
+        torch.save({"w": torch.ones(1000), "blob": bytes(40 << 20)}, tmp_path / f"{number}.pth")
+    out = tmp_path / "out.pth"
+    merged = sm.merge([tmp_path / "0.pth", tmp_path / "1.pth"], out, memory="2GiB")
+    little = f"{-(-merged.plan.peak_bytes // (1 << 20))}MiB"
+    with pytest.raises(sm.VerifyError, match="memory are too little"):
+        sm.verify(out, sample="100%", memory=little)
+    assert sm.verify(out, sample="100%", memory="2GiB").sampled_tensors == 1
+
+
+def test_an_attempt_that_failed_holds_nothing_during_the_next(
+    pair: list[Path], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan of the first attempt, with the trees of its pickles, is gone before the second one is made."""
+    out = here / "out.pth"
+    sm.merge(pair, out, integers="max")
+    plans: list[weakref.ref[Plan]] = []
+    planned = sm.plan(pair, out, integers="max")
+
+    class Seen(Plan):
+        """A plan that can have a weak reference."""
+
+    def remade(*arguments: object) -> Plan:
+        assert [plan() for plan in plans] == [None] * len(plans)
+        made = Seen(**{field.name: getattr(planned, field.name) for field in dataclasses.fields(Plan)})
+        plans.append(weakref.ref(made))
+        return made
+
+    def recompute(*arguments: object) -> None:
+        try:
+            {}["w"]
+        except KeyError as error:
+            raise sm.ChangedError("other inputs") from error
+
+    monkeypatch.setattr(api, "_remade", remade)
+    monkeypatch.setattr(values, "recompute", recompute)
+    gc.collect()
+    gc.disable()
+    try:
+        sm.verify(out)
+    finally:
+        gc.enable()
+    assert len(plans) == 2
 
 
 def test_a_whole_hash_tells_that_an_input_is_another(pair: list[Path], here: Path) -> None:

@@ -83,6 +83,7 @@ class Production:
             self._make()
         finally:
             self._end_workers()
+            self._inputs.close()
 
     @property
     def _executor(self) -> Executor:

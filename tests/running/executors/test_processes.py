@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 import pytest
@@ -99,6 +100,18 @@ class TestProcesses:
             os.kill(next(results)["pid"], signal.SIGSTOP)
             results.close()
             assert sorted(executor.run(Square(), range(3))) == [0, 1, 4]
+
+    def test_what_a_worker_cannot_import_is_one_sentence(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The code of the work, and of a unit, in a module that only this process has."""
+        module = ModuleType("only_here")
+        exec("class Work:\n    modules = ()\nclass Unit:\n    pass", vars(module))
+        monkeypatch.setitem(sys.modules, "only_here", module)
+        for work, unit in ((module.Work(), 0), (Square(), module.Unit())):
+            with (
+                closing(ProcessExecutor(1)) as executor,
+                pytest.raises(sm.TaskError, match=r"cannot load what it was sent \(ModuleNotFoundError: No module named"),
+            ):
+                list(executor.run(work, [unit]))
 
     def test_memory_of_the_workers_is_counted(self) -> None:
         with closing(ProcessExecutor(2)) as executor:
