@@ -97,7 +97,7 @@ def clamp(group: TensorGroup) -> Kernel:
 
     .. math:: y = \min\big(\max(x_0,\, \min_{i > 0} x_i),\, \max_{i > 0} x_i\big)
 
-    As sd-mecha's ``clamp``. Any shape, two models or more. Edge case: NaN in any model gives NaN.
+    As sd-mecha's ``clamp``. Any shape, two models or more. Edge cases: NaN in any model gives NaN; a zero is positive.
     """
 
     def kernel(chunk: Chunk) -> torch.Tensor:
@@ -108,6 +108,8 @@ def clamp(group: TensorGroup) -> Kernel:
             values = chunk.load(model)
             torch.minimum(low, values, out=low)
             torch.maximum(high, values, out=high)
-        return torch.minimum(torch.maximum(chunk.load(0), low, out=low), high, out=low)
+        limited = torch.minimum(torch.maximum(chunk.load(0), low, out=low), high, out=low)
+        # Of two zeros, torch takes one or the other, by the element's place in the chunk. Adding 0 makes -0 to 0.
+        return limited.add_(0.0)
 
     return kernel
