@@ -79,7 +79,7 @@ BESIDE = {  # files in a folder beside one good shard: the index, and whether it
     "memory": ({"w": "memory"}, False),
     "another case": ({"w": "a", "v": "A"}, False),
     "Windows' names": ({"w": "CON", "v": "a.", "x": "a ", "y": "NUL.safetensors", "z": "a:b"}, False),
-    "a tensor of escapes": ({"w": "a", t.SHELL: "a"}, False),
+    "a tensor of escapes": ({"w": "a", t.SHELL: "a"}, True),  # with a warning that escapes the name
     "a name of 1 MB": ({"w": "a", "n" * (1 << 20): "a"}, False),
     "a shard of 1 MB": ({"w": "n" * (1 << 20)}, False),
     "good": ({"w": "a"}, True),
