@@ -145,7 +145,7 @@ class CheckpointIndex:
 
 
 def _did_you_mean(path: Location) -> str:
-    """Returns what stands beside an absent file and is called nearly the same, or what to do if its name is one of the hub."""
+    """Returns what stands beside an absent file under nearly the same name, or what to do if the hub has such names."""
     import difflib
 
     try:
