@@ -224,7 +224,7 @@ def _read_own(folder: Location, read_file: ReadFile) -> Container:
         if _are_parts(folder, alike, read_file):
             raise FormatError(
                 f"{where} holds {listed(sorted(alike))} without an index; no tensor is in two of them, so they look like "
-                "parts of one checkpoint: save it as one file, or put an index beside them (pytorch_model.bin.index.json or "
+                "parts of one checkpoint: make it one file, or put an index beside them (pytorch_model.bin.index.json or "
                 'model.safetensors.index.json: {"weight_map": {TENSOR: FILE}})'
             )
         raise FormatError(f"{where} holds several checkpoints ({listed(sorted(alike))}); give one of them")
