@@ -130,3 +130,16 @@ def test_policies_are_offered_only_where_they_make_a_merge(
     with pytest.raises(sm.MismatchError) as caught:
         sm.plan(["a.safetensors", "b.safetensors"])
     assert ("on_missing" in str(caught.value)) is offered
+
+
+def test_a_head_of_labels_is_not_offered_as_a_head_of_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    body = {f"model.{n}.weight": torch.zeros(4, 4) for n in range(4)}
+    save_file({**body, "lm_head.weight": torch.zeros(9, 4)}, "lm.safetensors")
+    save_file({**body, "score.weight": torch.zeros(1, 4)}, "reward.safetensors")
+    save_file({**body, "output.weight": torch.zeros(9, 4)}, "meta.safetensors")
+    with pytest.raises(sm.MismatchError) as caught:
+        sm.plan(["lm.safetensors", "reward.safetensors"])
+    assert "rename" not in str(caught.value)
+    with pytest.raises(sm.MismatchError, match=r"rename=\"output\.\*=lm_head\.\*\""):
+        sm.plan(["lm.safetensors", "meta.safetensors"])
