@@ -70,3 +70,12 @@ def test_no_tokenizer_and_that_of_another_model_are_refused() -> None:
 def test_a_name_has_no_effect() -> None:
     folder("a"), folder("bb")
     assert sm.plan(recipe=recipe(name="my-model")).counts() == {"linear": 1}
+
+
+def test_a_merge_warns_of_tokens_with_other_numbers() -> None:
+    folder("a"), folder("bb", BPE | {"model": {"vocab": {"a": 1, "b": 0}}}), folder("ccc", BPE | {"padding": None})
+    warnings = sm.plan(["a", "bb", "ccc"]).warnings
+    assert [each for each in warnings if "tokenizers" in each] == [
+        "the tokenizers of a and bb give tokens other numbers, so rows of their embeddings that are merged belong to "
+        "different tokens"
+    ]
