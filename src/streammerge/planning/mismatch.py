@@ -172,6 +172,9 @@ class Mismatch:
                 fused_in, apart_in = (self.first, path) if fused[0] else (path, self.first)
                 said.append(_experts(fused_in, apart_in, *fused[1:]))
                 related = False
+            elif joined := self._joined(path, missing, extra):
+                said.append(joined)
+                related = False
             elif renamings := self._renamings(path, missing, extra):
                 said += [self._prefix(path, renaming) for renaming in renamings]
             elif common * 2 < min(len(ours), len(theirs)):
@@ -185,6 +188,25 @@ class Mismatch:
         if len(wide) > 2 and len(wide) * 2 > len(ours):
             said.append("another size of the same architecture: most tensors differ in shape")
         return said, related
+
+    def _joined(self, path: str, missing: Sequence[str], extra: Sequence[str]) -> str:
+        """Says which tensor of the one stands for several of the other, such as a fused projection of attention."""
+        ours, theirs = self.names.get(self.first, {}), self.names.get(path, {})
+        for joined_in, whole, wholes, apart_in, parts, pieces in (
+            (self.first, missing, ours, path, extra, theirs),
+            (path, extra, theirs, self.first, missing, ours),
+        ):
+            beside: dict[tuple[str, str], list[str]] = {}
+            for name in parts:
+                beside.setdefault(_module(name), []).append(name)
+            for name in whole:
+                found = beside.get(_module(name), [])
+                if len(found) > 1 and _is_joined(wholes.get(name), [pieces.get(each, ()) for each in found]):
+                    return (
+                        f"one tensor in place of {len(found)}: {printable(name)} in {printable(joined_in)} has the rows of "
+                        f"{listed(found)} in {printable(apart_in)}; write one of the two anew in the form of the other"
+                    )
+        return ""
 
     def _renamings(self, path: str, missing: Sequence[str], extra: Sequence[str]) -> list[Renaming]:
         """Prefixes that would make most names equal, and were not matched by themselves."""
@@ -228,6 +250,23 @@ def _experts(fused: str, apart: str, one: str, each: str) -> str:
         f"{printable(apart)} ({printable(each)}); write {printable(fused)} anew with separate experts, in Python: "
         f"AutoModelForCausalLM.from_pretrained({printable(fused)!r}, dtype='auto')"
         f".save_pretrained({printable(fused.rstrip('/') + '-separate')!r}, save_original_format=True)"
+    )
+
+
+def _module(name: str) -> tuple[str, str]:
+    """Returns what the projections of one layer's module have in common: the module's name, and the parameter's."""
+    head, _, parameter = name.rpartition(".")
+    return head.rpartition(".")[0], parameter
+
+
+def _is_joined(whole: tuple[int, ...] | None, parts: Sequence[tuple[int, ...]]) -> bool:
+    """Whether tensors of these shapes, one after the other along an axis, have the shape of the whole."""
+    if not whole or any(len(part) != len(whole) for part in parts):
+        return False
+    return any(
+        sum(part[axis] for part in parts) == whole[axis]
+        and all(part[:axis] + part[axis + 1 :] == whole[:axis] + whole[axis + 1 :] for part in parts)
+        for axis in range(len(whole))
     )
 
 
