@@ -44,6 +44,16 @@ def test_the_best_by_a_number_in_the_files(run: Path, cli: Cli) -> None:
     assert "passed over: checkpoint-200.pt (3), checkpoint-90.pt (5)" in shown
 
 
+def test_a_measure_that_may_be_better_where_it_is_higher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for step, accuracy in ((1, 0.5), (2, 0.9)):
+        torch.save({"model": {"w": torch.ones(2) * step}, "eval": {"accuracy": accuracy, "wer": accuracy}}, f"s-{step}.pt")
+    note = "eval.accuracy may be better where it is higher: `highest=True` takes the highest"
+    assert note in sm.plan(["s-*.pt"], best=1, by="eval.accuracy").notes
+    assert note not in sm.plan(["s-*.pt"], best=1, by="eval.accuracy", highest=True).notes
+    assert not [each for each in sm.plan(["s-*.pt"], best=1, by="eval.wer").notes if "may be better" in each]
+
+
 def test_ranges_and_the_last(run: Path, cli: Cli) -> None:
     for wish, expected in (
         (["--range", "200:400"], 300),

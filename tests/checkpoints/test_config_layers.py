@@ -335,6 +335,13 @@ def test_numbers_that_a_program_takes_where_none_is_given() -> None:
     assert changed(config, [*range(6), *range(4, 6)]) == {"num_hidden_layers": 8}
 
 
+def test_layers_that_share_blocks_are_not_moved() -> None:
+    """Zamba's shared blocks have an adapter for each of the layers that use them, in the order of these layers."""
+    config = {"num_hidden_layers": 6, "num_mem_blocks": 1, "layers_block_type": ["mamba", "hybrid"] * 3}
+    assert "num_mem_blocks of config.json (1): layers share blocks" in followed(config, [0, 2]).refusal("config.json")
+    assert followed(config, list(range(6))).refusal("config.json") == ""
+
+
 def test_keys_whose_meaning_is_not_known_are_named() -> None:
     config = {
         "num_hidden_layers": 6,

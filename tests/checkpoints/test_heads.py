@@ -137,3 +137,28 @@ def test_what_a_loader_ties(config: dict[str, Any] | None, names: tuple[str, str
         Path("m/config.json").write_text(json.dumps(config))
     tied = loader_ties(parse("m"))
     assert tied(*names) == tied(*reversed(names)) == ties
+
+
+@pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": True}])
+@pytest.mark.parametrize("stem", ["", "model."])
+@pytest.mark.parametrize("own_first", [True, False])
+def test_tables_of_encoder_and_decoder_beside_the_shared_one(stem: str, own_first: bool, config: dict[str, Any]) -> None:
+    """T5 and BART: a state dict that was gathered from a GPU holds the shared table once for each of its names."""
+    tables = [f"{stem}{name}.weight" for name in ("shared", "encoder.embed_tokens", "decoder.embed_tokens")]
+    folder("own", {name: draw(2, 9, 4) for name in [*tables, "lm_head.weight"]}, model_type="t5", **config)
+    folder("tied", {tables[0]: draw(3, 9, 4)}, model_type="t5", **config)
+    made, written = merged(*(["own", "tied"] if own_first else ["tied", "own"]))
+    for name in [*tables, "lm_head.weight"]:
+        assert torch.equal(made[name], mean(draw(2, 9, 4), draw(3, 9, 4)))
+    assert written == {"model_type": "t5", **config}, "T5 scales its outputs where head and embeddings are tied"
+
+
+def test_a_table_is_not_taken_from_another_stem_or_without_a_configuration() -> None:
+    folder("own", {"model.shared.weight": draw(2, 9, 4), "encoder.embed_tokens.weight": draw(2, 9, 4)}, model_type="t5")
+    folder("tied", {"model.shared.weight": draw(3, 9, 4)}, model_type="t5")
+    with pytest.raises(sm.MismatchError, match=r"tied lacks 1: encoder\.embed_tokens\.weight"):
+        sm.plan(["own", "tied"])
+    folder("a", {"shared.weight": draw(2, 9, 4), "encoder.embed_tokens.weight": draw(2, 9, 4)}, model_type="t5")
+    folder("b", {"shared.weight": draw(3, 9, 4)})
+    with pytest.raises(sm.MismatchError, match=r"b lacks 1: encoder\.embed_tokens\.weight"):
+        sm.plan(["a", "b"])

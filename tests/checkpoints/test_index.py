@@ -58,6 +58,10 @@ def test_what_cannot_be_opened_is_told(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "modle.pth")
     with pytest.raises(sm.RecipeError, match=r"does not exist$"):
         open_checkpoint(tmp_path / "other.safetensors")
+    with pytest.raises(
+        sm.RecipeError, match=r"^org/name does not exist; if it is on the hub, `hf download org/name` fetches"
+    ):
+        open_checkpoint("org/name")
     with pytest.raises(sm.RecipeError, match=r"model\.pth: .*absent"):
         open_checkpoint(tmp_path / "model.pth", state_dict="absent")
 

@@ -519,3 +519,35 @@ def test_two_sets_of_shards_are_told_apart_by_nothing(tmp_path: Path) -> None:
 def test_an_index_may_begin_its_names_with_the_folder_itself(tmp_path: Path) -> None:
     folder = indexed(tmp_path / "in", {"a": "./x.safetensors"}, {"x.safetensors": {"a": one(1)}})
     assert list(sm.inspect(folder)) == ["a"]
+
+
+def test_the_nearest_folders_with_weights_are_named(tmp_path: Path) -> None:
+    """A repository in the hub's cache has its weights in snapshots/REVISION; Megatron's in iter_N/mp_rank_N."""
+    inner = tmp_path / "models--org--name" / "snapshots" / "abc"
+    inner.mkdir(parents=True)
+    save_file({"w": one(1)}, inner / "model.safetensors")
+    with pytest.raises(sm.FormatError, match=r"holds no checkpoint; its subfolder snapshots/abc does, so give that"):
+        sm.inspect(tmp_path / "models--org--name")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    with pytest.raises(sm.FormatError, match=r"holds no checkpoint; its subfolder models--org--name/snapshots/abc does"):
+        sm.inspect(tmp_path)
+
+
+def test_parts_without_an_index_are_not_offered_one_by_one(tmp_path: Path) -> None:
+    for number in (1, 2):
+        torch.save({f"w{number}": one(number)}, tmp_path / f"hf_model_000{number}_0.pt")
+    with pytest.raises(sm.FormatError, match=r"hf_model_0001_0\.pt, hf_model_0002_0\.pt without an index.*parts of one"):
+        sm.inspect(tmp_path)
+    index = {"weight_map": {f"w{number}": f"hf_model_000{number}_0.pt" for number in (1, 2)}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert sorted(sm.inspect(tmp_path)) == ["w1", "w2"]
+
+
+def test_a_file_with_other_names_does_not_stand_in_for_an_absent_shard(tmp_path: Path) -> None:
+    """Mistral's folders hold consolidated.safetensors beside the shards of transformers."""
+    folder = indexed(tmp_path / "in", {"a": "x.safetensors", "b": "y.safetensors"}, {"x.safetensors": {"a": one(1)}})
+    save_file({"w": one(1)}, folder / "consolidated.safetensors")
+    with pytest.raises(sm.FormatError, match=r"y\.safetensors, .* is absent; .*consolidated\.safetensors has other"):
+        sm.inspect(folder)
+    save_file({"a": one(1), "b": one(1)}, folder / "consolidated.safetensors")
+    assert sorted(sm.inspect(folder)) == ["a", "b"]

@@ -130,3 +130,35 @@ def test_policies_are_offered_only_where_they_make_a_merge(
     with pytest.raises(sm.MismatchError) as caught:
         sm.plan(["a.safetensors", "b.safetensors"])
     assert ("on_missing" in str(caught.value)) is offered
+
+
+def test_a_head_of_labels_is_not_offered_as_a_head_of_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    body = {f"model.{n}.weight": torch.zeros(4, 4) for n in range(4)}
+    save_file({**body, "lm_head.weight": torch.zeros(9, 4)}, "lm.safetensors")
+    save_file({**body, "score.weight": torch.zeros(1, 4)}, "reward.safetensors")
+    save_file({**body, "output.weight": torch.zeros(9, 4)}, "meta.safetensors")
+    with pytest.raises(sm.MismatchError) as caught:
+        sm.plan(["lm.safetensors", "reward.safetensors"])
+    assert "rename" not in str(caught.value)
+    with pytest.raises(sm.MismatchError, match=r"rename=\"output\.\*=lm_head\.\*\""):
+        sm.plan(["lm.safetensors", "meta.safetensors"])
+
+
+@pytest.mark.parametrize("joined_first", [True, False])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_one_tensor_in_place_of_several(
+    joined_first: bool, axis: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    body = {f"h.{n}.mlp.weight": torch.zeros(4, 4) for n in range(6)}
+    parts = {f"h.0.attn.{n}_proj.weight": torch.zeros(4 if n == "q" else 2, 4).movedim(axis, 0) for n in "qkv"}
+    parts = {name: each.contiguous() for name, each in parts.items()}
+    save_file(body | parts, "apart.safetensors")
+    save_file(body | {"h.0.attn.qkv.weight": torch.cat([*parts.values()], axis)}, "joined.safetensors")
+    names = ["joined.safetensors", "apart.safetensors"]
+    with pytest.raises(sm.MismatchError) as caught:
+        sm.plan(names if joined_first else names[::-1])
+    said = str(caught.value)
+    assert "one tensor in place of 3: h.0.attn.qkv.weight in joined.safetensors has the rows of h.0.attn" in said
+    assert "on_missing" not in said

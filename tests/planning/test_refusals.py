@@ -157,3 +157,32 @@ def test_an_empty_buffer_is_no_placeholder() -> None:
     sm.convert("a.bin", "out.safetensors")
     shapes = {name: tensor.shape for name, tensor in load_safetensors(Path("out.safetensors")).items()}
     assert shapes == {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def test_integers_that_a_configuration_calls_quantised() -> None:
+    """SpQR's tensors have names that tell nothing, and its config.json has a quantization_config."""
+    folders = []
+    for name, seed in (("a", 1), ("b", 2)):
+        Path(name).mkdir()
+        tensors = drawn({"q.first_order_stats": (4,), "norm.weight": (4,)}, seed)
+        save_file(tensors | {"q.dense_weights": torch.arange(4) + seed}, f"{name}/model.safetensors")
+        folders.append(name)
+    with pytest.raises(sm.MismatchError, match="int64 values that differ"):
+        sm.merge(folders, "out/")
+    Path("a/config.json").write_text('{"model_type": "llama", "quantization_config": {"quant_method": "spqr"}}')
+    with pytest.raises(sm.MismatchError, match=r"a is quantised: spqr, which config\.json states, as q\.dense"):
+        sm.plan(folders, integers="first")
+    with pytest.raises(sm.MismatchError, match="a is quantised: spqr"):
+        sm.convert("a", "half/", dtype="float16")
+    sm.convert("a", "same/")
+
+
+def test_the_advice_for_an_adapter_names_what_peft_loads() -> None:
+    Path("a").mkdir()
+    save_file(drawn(PEFT, 1), "a/adapter_model.safetensors")
+    Path("a/adapter_config.json").write_text("{}")
+    with pytest.raises(sm.MismatchError, match=r"PeftModel\.from_pretrained\(BASE, 'a'\)"):
+        sm.plan(["a/adapter_model.safetensors", write("b", drawn(PEFT, 2))])
+    a, b = (write(name, drawn(INSIDE, seed)) for name, seed in (("c", 1), ("d", 2)))
+    with pytest.raises(sm.MismatchError, match=r"a model that holds its adapter; load it there"):
+        sm.plan([a, b])

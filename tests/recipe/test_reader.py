@@ -48,7 +48,7 @@ models:
     parameters:
       weight:
         - {filtre: mlp, value: 0.5}
-tokenizer_source: union
+chat_template: chatml
 seed: many
 rules:
   - match: "/(/"
@@ -74,7 +74,7 @@ def test_every_mistake_is_told_at_once_each_with_its_place(models: Path) -> None
         "7:5": "nowhere.safetensors does not exist",
         "8:5": "revisions are not supported yet",
         "11:12": "unknown key filtre",
-        "12:1": "tokenizer_source is not supported yet",
+        "12:1": "chat_template is not supported yet",
         "13:1": "seed takes a whole number, not many",
         "15:5": "not a regular expression",
         "17:5": "a rule does one thing, not copy and drop",
@@ -113,7 +113,7 @@ LINEAR = "merge_method: linear\nmodels: [{model: a.safetensors}, {model: b.safet
         (LINEAR.replace("a.safetensors", "a.safetensors+lora"), "2:11", "LoRA adapters are not supported"),
         (LINEAR.replace("a.safetensors", "org/name"), "2:11", "hf download org/name"),
         (LINEAR + "chat_template: chatml\n", "3:1", "chat_template is not supported yet"),
-        (LINEAR + "tokenizer: {source: base}\n", "3:1", "tokenizer is not supported yet"),
+        (LINEAR + "tokenizer: {source: base, tokens: {}}\n", "3:27", "tokens is not supported yet"),
         (LINEAR + "dtype: int8\n", "3:1", "floating-point dtype, not int8"),
         (LINEAR + "compute_dtype: bfloat16\n", "3:1", "float32 or float64"),
         (LINEAR + "parameters: {normalize: perhaps}\n", "3:14", "takes true or false"),

@@ -16,6 +16,7 @@ Each module imports only modules above it::
     config_layers  a configuration follows layers that were moved
     config_edits  its dtype, rows of embeddings, tied head
     config_differences  what configurations disagree on
+    vocabularies  the tokens of tokenizers beside the weights
     heads        heads that are tied to the embeddings
     choosing     the last, a range, the best
     conversions  inputs converted to safetensors first

@@ -84,11 +84,17 @@ def _within(paths: list[str], within: str, notes: list[str]) -> list[str]:
     return chosen
 
 
+_LOSS = re.compile(r"(?i)loss|err|ppl|perplexity|nll|bpb|bpc|[wcm]er\b|mse|mae|fid\b|dist|time|epoch|step")
+"""Numbers that are better where they are lower, and numbers that are no measure."""
+
+
 def _best(paths: list[str], best: int, by: str, highest: bool, notes: list[str]) -> list[str]:
     _enough("best", best, paths)
     values = {path: _value(path, by) for path in in_order(paths)}
     ranked = sorted(values, key=lambda path: -values[path] if highest else values[path])
     order = "highest" if highest else "lowest"
+    if not highest and not _LOSS.search(by):
+        notes.append(f"{printable(by)} may be better where it is higher: `highest=True` takes the highest")
     shown = [f"{path} ({values[path]:.6g})" for path in ranked]
     notes.append(f"chosen by {printable(by)}, {order} first: {listed(shown[:best], 20)}")
     if ranked[best:]:

@@ -14,6 +14,7 @@ from streammerge.errors import printable
 _ARITHMETIC = re.compile(ARITHMETIC)
 _NOT_ARITHMETIC = re.compile(NOT_ARITHMETIC)
 _TEXT = re.compile(r"(\w+)_config")
+_LABELS, _UNNAMED = "id2label", re.compile(r"LABEL_\d+")
 _MOST_KEYS = 6
 
 
@@ -41,7 +42,9 @@ def differences(one: Tree, two: Tree) -> list[tuple[str, Any, Any]]:
     return [
         (key, ours[key], theirs[key])
         for key in ours
-        if key in theirs and not _same(ours[key], theirs[key]) and (key != "architectures" or "model_type" not in ours)
+        if key in theirs
+        and not (_same_labels if key.endswith(_LABELS) else _same)(ours[key], theirs[key])
+        and (key != "architectures" or "model_type" not in ours)
     ]
 
 
@@ -57,7 +60,7 @@ def _facts(tree: Tree) -> dict[str, Any]:
         rotary = _rotary(each)
         for key, value in {**each, **rotary}.items():
             speaks = _ARITHMETIC.search(key) and not _NOT_ARITHMETIC.search(key) and not (unused and unused in key)
-            if key in rotary or (speaks and not isinstance(value, dict)):
+            if key in rotary or (speaks and not isinstance(value, dict)) or (key == _LABELS and isinstance(value, dict)):
                 found[".".join([*outer, key])] = value
     return found
 
@@ -95,6 +98,12 @@ def _same(one: Any, two: Any) -> bool:
     if isinstance(one, list) and isinstance(two, list):
         return len(one) != len(two)  # of models of two depths
     return isinstance(one, str) and any({one, two} <= alike for alike in ALIKE if isinstance(two, str))
+
+
+def _same_labels(one: dict[str, Any], two: dict[str, Any]) -> bool:
+    """Whether no class has two names. A name that transformers made up, such as LABEL_0, says nothing."""
+    named = ((str(one[key]), str(two[key])) for key in one.keys() & two.keys())
+    return all(a.lower() == b.lower() or _UNNAMED.fullmatch(a) or _UNNAMED.fullmatch(b) for a, b in named)
 
 
 def _shown(value: Any) -> str:

@@ -13,9 +13,10 @@ CONFIG_FILES = ("config.json", "params.json", "open_clip_config.json")
 DTYPES = ("dtype", "torch_dtype")
 """Keys that state the dtype of the weights."""
 
-NOT_OF_THE_MODEL = frozenset(
-    ("quantization_config", "compression_config", "id2label", "label2id", "task_specific_params", "auto_map")
-)
+QUANTISATION = ("quantization_config", "compression_config")
+"""Mappings that state how the weights are quantised."""
+
+NOT_OF_THE_MODEL = frozenset((*QUANTISATION, "id2label", "label2id", "task_specific_params", "auto_map"))
 """Mappings in a configuration that do not describe the layers, the vocabulary or the dtype of a model."""
 
 PARTS: dict[str, str] = {
@@ -52,9 +53,13 @@ EXTRA_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
 NOT_SETTLED: dict[str, str] = {
     "scale_depth": "the outputs of all layers are scaled by the number of layers",
     "scale_attn_by_inverse_layer_idx": "the attention of each layer is scaled by the layer's number",
-    "num_mem_blocks": "layers share blocks, which have an adapter for each layer in the order of the layers",
 }
 """Keys by which more depends on the number of the layers than a configuration can say."""
+
+NOT_MOVED: dict[str, str] = {
+    "num_mem_blocks": "layers share blocks, which have an adapter for each layer in the order of the layers",
+}
+"""Keys by which no layer can be moved: the model would not find its tensors."""
 
 
 class Placing(NamedTuple):

@@ -27,6 +27,7 @@ from streammerge.checkpoints.config_keys import (
     LAYER_PARTS,
     LAYER_WORDS,
     NO_PART,
+    NOT_MOVED,
     NOT_PER_LAYER,
     NOT_SETTLED,
     PARTS,
@@ -68,16 +69,19 @@ class Unplaced:
 
 @dataclass(slots=True)
 class Followed:
-    """``edits``: path -> new value. ``notes``: what the configuration cannot say. ``kinds``: what the configuration says
-    about each layer before and after; empty where it does not know the stack."""
+    """``edits``: path -> new value. ``notes``: what the configuration cannot say. ``unmoved``: why no layer can be moved.
+    ``kinds``: what the configuration says about each layer before and after; empty where it does not know the stack."""
 
     edits: dict[KeyPath, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     unplaced: list[Unplaced] = field(default_factory=list)
+    unmoved: str = ""
     kinds: tuple[list[Any], list[Any]] = ([], [])
 
     def refusal(self, name: str) -> str:
         """Returns why the layers cannot stand as they do, "" if they can. ``name``: of the configuration."""
+        if self.unmoved:
+            return self.unmoved
         if not self.unplaced:
             return ""
         keys = [f"{printable('.'.join(each.path))} ({_value(each)})" for each in self.unplaced]
@@ -372,6 +376,8 @@ class _Holder:
         for key, value in self.holder.items():
             if key in NOT_SETTLED and value and self._renumbered:
                 self.found.notes.append(f"{self._said(key)}: {NOT_SETTLED[key]}, which {self.name} cannot follow")
+            if key in NOT_MOVED and value and self._renumbered:
+                self.found.unmoved = f"{self._said(key)} ({value}): {NOT_MOVED[key]}, so no layer can be moved"
             known = key in self.depth_keys or key in PLACINGS or key in EXTRA_LAYERS or _words([key]) & _ROLES
             if changed and not known and _is_number(value) and value == self.before and _speaks(key):
                 self.found.notes.append(

@@ -16,6 +16,7 @@ HEADS = ("lm_head.weight", "embed_out.weight", "proj_out.weight")
 _EMBEDDINGS = re.compile(
     r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|backbone\.embeddings?)\.weight$|^(model\.)?shared\.weight$"
 )
+_TABLE = re.compile(r"(?P<stem>(.*\.)?)(encoder|decoder)\.embed_tokens\.weight")
 _ANY_EMBEDDINGS = re.compile(r"^(?!.*(pos|type|patch)).*(emb|shared\.weight$)")
 
 
@@ -31,6 +32,7 @@ def tie_head(views: Sequence[Seen], notes: list[str], wanted: Collection[str] = 
 
     Only in folders, whose configuration does not deny it. ``wanted``: names that the output should have in any case.
     """
+    _tie_tables(views, notes)
     heads = {id(view): _heads(view.entries) for view in views}
     found = _heads(wanted)
     if not found and not any(heads.values()):
@@ -41,6 +43,22 @@ def tie_head(views: Sequence[Seen], notes: list[str], wanted: Collection[str] = 
             if not any(_ending(own) == _ending(head) for own in heads[id(view)]):
                 shapes = [other.entries[head].spec.shape for other in views if head in other.entries]
                 _stand_in(view, head, _tied(view, shapes), notes)
+
+
+def _tie_tables(views: Sequence[Seen], notes: list[str]) -> None:
+    """Gives every model the tables of encoder and decoder that some store beside the table that both share (T5, BART).
+
+    A model without its own gets them from the shared one, since its loader has nothing else.
+    """
+    for name in dict.fromkeys(name for view in views for name in view.entries if "embed_tokens" in name):
+        table = _TABLE.fullmatch(name)
+        if table is None:
+            continue
+        shared = f"{table['stem']}shared.weight"
+        for view in views:
+            config = read_config(config_folder(view.index.path)) if name not in view.entries else None
+            if config is not None and is_model_config(config.tree) and shared in view.entries:
+                _stand_in(view, name, shared, notes)
 
 
 def _name_alike(views: Sequence[Seen], heads: Mapping[int, list[str]], notes: list[str]) -> None:

@@ -12,6 +12,7 @@ from streammerge.formats import detect
 from streammerge.formats.base import MOST_EXPANDED_BYTES, Container
 from streammerge.pickles.state_dict import Found, Selection, select
 from streammerge.pickles.tree import Global, TensorRef, number, plain, walk
+from streammerge.recipe.locations import on_the_hub
 from streammerge.recipe.patterns import Rename, renamed
 from streammerge.sources.base import Source
 from streammerge.stores.base import Location, Status
@@ -144,15 +145,15 @@ class CheckpointIndex:
 
 
 def _did_you_mean(path: Location) -> str:
-    """What stands beside a file that is not there, and is called nearly the same."""
+    """Returns what stands beside an absent file under nearly the same name, or what to do if the hub has such names."""
     import difflib
 
     try:
         names = [beside.name for beside in path.parent.children()]
     except OSError:
-        return ""
+        names = []
     near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.8)
-    return f"; did you mean {printable(path.with_name(near[0]))}?" if near else ""
+    return f"; did you mean {printable(path.with_name(near[0]))}?" if near else on_the_hub(str(path))
 
 
 def _check_expansion(path: Location, container: Container, entries: list[Source]) -> None:

@@ -221,10 +221,17 @@ def _read_own(folder: Location, read_file: ReadFile) -> Container:
     taken = usable[0]
     alike = [each.name for each in usable if each.rank == taken.rank]
     if len(alike) > 1:
+        if _are_parts(folder, alike, read_file):
+            raise FormatError(
+                f"{where} holds {listed(sorted(alike))} without an index; no tensor is in two of them, so they look like "
+                "parts of one checkpoint: make it one file, or put an index beside them (pytorch_model.bin.index.json or "
+                'model.safetensors.index.json: {"weight_map": {TENSOR: FILE}})'
+            )
         raise FormatError(f"{where} holds several checkpoints ({listed(sorted(alike))}); give one of them")
     _refuse_slices(folder, taken.form)
     container = _read_form(folder, taken, read_file)
     for each in known[: known.index(taken)] if known else ():
+        _refuse_another_model(folder, each, taken, container)
         container.notes.append(
             f"{where}: {printable(taken.name)} was taken and {printable(each.name)} was not, since it is not complete: "
             f"{listed(each.absent)} is absent"
@@ -247,10 +254,59 @@ def _refuse_slices(folder: Location, form: Form) -> None:
         )
 
 
+def _are_parts(folder: Location, names: list[str], read_file: ReadFile) -> bool:
+    """Whether these files have no tensor in common."""
+    seen = set[str]()
+    for name in names:
+        try:
+            container = read_file(inside(folder, name))
+            tensors = _tensors(container)
+        except StreammergeError:
+            return False
+        if not tensors or not seen.isdisjoint(tensors):
+            return False
+        seen.update(tensors)
+    return True
+
+
+def _refuse_another_model(folder: Location, wanted: _Found, taken: _Found, container: Container) -> None:
+    """Raises FormatError if the form that stands in for an incomplete one has none of the names in its index.
+
+    A loader of the incomplete form would not find its weights there.
+    """
+    try:
+        tensors = _tensors(container)
+    except StreammergeError:
+        return
+    if wanted.weight_map and not any(name in tensors for name in wanted.weight_map):
+        raise FormatError(
+            f"{printable(folder)}: {listed(wanted.absent)}, named by {printable(wanted.name)}, is absent; the download is "
+            f"not complete, and {printable(taken.name)} has other names, so give that file itself if you mean it"
+        )
+
+
 def _below(folder: Location) -> str:
-    """Returns a clause about subfolders that hold checkpoints."""
-    found = [path.name for path in folder.children() if path.is_folder() and not path.name.startswith(".") and _forms(path)]
-    return f"; its subfolders {listed(found)} do, so give one of them" if found else ""
+    """Returns a clause about the nearest subfolders that hold checkpoints, such as snapshots in a cache of the hub."""
+    found = list(_folders_with_weights(folder))
+    if not found:
+        return ""
+    several = len(found) > 1
+    return (
+        f"; its subfolders {listed(found)} do, so give one of them"
+        if several
+        else f"; its subfolder {found[0]} does, so give that"
+    )
+
+
+def _folders_with_weights(folder: Location, prefix: str = "", depth: int = 4) -> Iterator[str]:
+    """Yields the subfolders with weights by their paths below a folder. Looks for none below them, and enters no link."""
+    for path in folder.children():
+        if path.name.startswith(".") or not path.is_folder():
+            continue
+        if _forms(path):
+            yield prefix + path.name
+        elif depth and path.resolve() == path.parent.resolve() / path.name:
+            yield from _folders_with_weights(path, f"{prefix}{path.name}/", depth - 1)
 
 
 def _read_form(folder: Location, found: _Found, read_file: ReadFile) -> Container:

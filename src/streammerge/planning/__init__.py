@@ -15,6 +15,7 @@ Each module imports only modules above it::
     alignment     which tensors go into which tensor of the output
     copies        the same for the copies of the weights
     outputs       the files of the output, and the place of each tensor
+    tokenizers    whose tokenizer the output has
     plan          Plan, build_plan
     digest        whether two plans are the same
 """

@@ -268,8 +268,8 @@ class _Aligner:
             if names:
                 table.setdefault(path, []).extend(names)
         if missing or extra:
-            self.mismatch.names.setdefault(path, list(other.entries))
-            self.mismatch.names.setdefault(self.mismatch.first, list(self.base.entries))
+            self.mismatch.names.setdefault(path, _shapes(other.entries))
+            self.mismatch.names.setdefault(self.mismatch.first, _shapes(self.base.entries))
 
     def _shared_ties(self) -> dict[str, str]:
         """Ties of the first checkpoint that hold in every one: name -> the name it is tied to."""
@@ -506,8 +506,11 @@ def _matched(base: View, other: View) -> Matching:
     """Base name -> the other's name."""
     if base.entries.keys() == other.entries.keys():
         return Matching(dict(zip(base.entries, base.entries, strict=True)))
-    ours, theirs = ({name: entry.spec.shape for name, entry in view.entries.items()} for view in (base, other))
-    return match(ours, theirs)
+    return match(_shapes(base.entries), _shapes(other.entries))
+
+
+def _shapes(entries: Mapping[str, Source]) -> dict[str, tuple[int, ...]]:
+    return {name: entry.spec.shape for name, entry in entries.items()}
 
 
 def _check_output_names(merged: list[Merged]) -> None:

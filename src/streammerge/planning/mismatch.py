@@ -76,7 +76,8 @@ class Differing:
 
 @dataclass(slots=True)
 class Mismatch:
-    """All disagreements of one merge. ``missing`` and ``extra``: path of the checkpoint -> names.
+    """All disagreements of one merge. ``missing`` and ``extra``: path of the checkpoint -> names. ``names``: path -> the
+    shapes of its tensors by their names.
 
     ``quantised``: path of a quantised checkpoint -> a sentence about it. ``extended``: tensors that the first has with more
     channels. They are merged if all are extended alike.
@@ -86,7 +87,7 @@ class Mismatch:
     missing: dict[str, list[str]] = field(default_factory=dict)
     extra: dict[str, list[str]] = field(default_factory=dict)
     differing: list[Differing] = field(default_factory=list)
-    names: dict[str, list[str]] = field(default_factory=dict)
+    names: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
     doubtful: dict[str, list[Renaming]] = field(default_factory=dict)
     shared: dict[str, list[int]] = field(default_factory=dict)
     quantised: dict[str, str] = field(default_factory=dict)
@@ -157,19 +158,22 @@ class Mismatch:
         said = [f"{guess} (from the tensors that differ)" for guess in guesses]
         said += [f"quantised weights: {sentence}" for sentence in self.quantised.values()]
         related = not self.quantised
-        ours = self.names.get(self.first, [])
+        ours = self.names.get(self.first, {})
         for path in dict.fromkeys([*self.missing, *self.extra]):
-            theirs, shown = self.names.get(path, []), printable(path)
+            theirs, shown = self.names.get(path, {}), printable(path)
             missing, extra = self.missing.get(path, []), self.extra.get(path, [])
             common = len(ours) - len(missing)
             if not {self.first, path}.isdisjoint(self.quantised):
                 continue
-            if adapter := next((each for each in (self.first, path) if is_adapter(self.names.get(each, []))), None):
+            if adapter := next((each for each in (self.first, path) if is_adapter(self.names.get(each, {}))), None):
                 said.append(f"an adapter (LoRA) in {printable(adapter)}: {_ADAPTER}")
                 related = False
             elif fused := _fused(missing, extra):
                 fused_in, apart_in = (self.first, path) if fused[0] else (path, self.first)
                 said.append(_experts(fused_in, apart_in, *fused[1:]))
+                related = False
+            elif joined := self._joined(path, missing, extra):
+                said.append(joined)
                 related = False
             elif renamings := self._renamings(path, missing, extra):
                 said += [self._prefix(path, renaming) for renaming in renamings]
@@ -178,17 +182,42 @@ class Mismatch:
                 related = False
             elif common * 2 < len(ours):
                 said.append(f"a part of the first: {shown} has {common} of its {len(ours)} names")
-            elif deep := _depths(ours, theirs):
+            elif deep := _depths(list(ours), list(theirs)):
                 said.append(f"another depth: {deep} in {shown}")
         wide = [d for d in self.differing if d.in_shape and not d.guess]
         if len(wide) > 2 and len(wide) * 2 > len(ours):
             said.append("another size of the same architecture: most tensors differ in shape")
         return said, related
 
+    def _joined(self, path: str, missing: Sequence[str], extra: Sequence[str]) -> str:
+        """Says which tensor of the one stands for several of the other, such as a fused projection of attention."""
+        ours, theirs = self.names.get(self.first, {}), self.names.get(path, {})
+        for joined_in, whole, wholes, apart_in, parts, pieces in (
+            (self.first, missing, ours, path, extra, theirs),
+            (path, extra, theirs, self.first, missing, ours),
+        ):
+            beside: dict[tuple[str, str], list[str]] = {}
+            for name in parts:
+                beside.setdefault(_module(name), []).append(name)
+            for name in whole:
+                found = beside.get(_module(name), [])
+                if len(found) > 1 and _is_joined(wholes.get(name), [pieces.get(each, ()) for each in found]):
+                    return (
+                        f"one tensor in place of {len(found)}: {printable(name)} in {printable(joined_in)} has the rows of "
+                        f"{listed(found)} in {printable(apart_in)}; write one of the two anew in the form of the other"
+                    )
+        return ""
+
     def _renamings(self, path: str, missing: Sequence[str], extra: Sequence[str]) -> list[Renaming]:
         """Prefixes that would make most names equal, and were not matched by themselves."""
         known = self.doubtful.get(path, [])[:_MOST_PREFIXES]
-        return known or replacements(missing, extra)
+        return known or [each for each in replacements(missing, extra) if self._fits(path, each, extra)]
+
+    def _fits(self, path: str, renaming: Renaming, extra: Sequence[str]) -> bool:
+        """Whether the tensors that a renaming makes one have one shape; a head of labels is no head of words."""
+        ours, theirs = self.names.get(self.first, {}), self.names.get(path, {})
+        pairs = [(renaming.ours + n.removeprefix(renaming.theirs), n) for n in extra if n.startswith(renaming.theirs)]
+        return all(ours[one] == theirs[two] for one, two in pairs if one in ours and two in theirs)
 
     def _prefix(self, path: str, renaming: Renaming) -> str:
         one, two = (f"'{printable(prefix)}'" if prefix else "none" for prefix in (renaming.ours, renaming.theirs))
@@ -221,6 +250,23 @@ def _experts(fused: str, apart: str, one: str, each: str) -> str:
         f"{printable(apart)} ({printable(each)}); write {printable(fused)} anew with separate experts, in Python: "
         f"AutoModelForCausalLM.from_pretrained({printable(fused)!r}, dtype='auto')"
         f".save_pretrained({printable(fused.rstrip('/') + '-separate')!r}, save_original_format=True)"
+    )
+
+
+def _module(name: str) -> tuple[str, str]:
+    """Returns what the projections of one layer's module have in common: the module's name, and the parameter's."""
+    head, _, parameter = name.rpartition(".")
+    return head.rpartition(".")[0], parameter
+
+
+def _is_joined(whole: tuple[int, ...] | None, parts: Sequence[tuple[int, ...]]) -> bool:
+    """Whether tensors of these shapes, one after the other along an axis, have the shape of the whole."""
+    if not whole or any(len(part) != len(whole) for part in parts):
+        return False
+    return any(
+        sum(part[axis] for part in parts) == whole[axis]
+        and all(part[:axis] + part[axis + 1 :] == whole[:axis] + whole[axis + 1 :] for part in parts)
+        for axis in range(len(whole))
     )
 
 

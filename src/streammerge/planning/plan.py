@@ -18,6 +18,7 @@ from streammerge.planning.outputs.container import plan_output
 from streammerge.planning.outputs.layout import Layout, Placed
 from streammerge.planning.receipt import InputSpans
 from streammerge.planning.tasks import MergeTask
+from streammerge.planning.tokenizers import check_tokenizers, differing_vocabularies
 from streammerge.planning.views import Indexes
 from streammerge.recipe.model import Recipe
 from streammerge.recipe.summary import recipe_lines, rule_lines, weight_notes
@@ -196,6 +197,8 @@ def build_plan(
     opened = indexes.values()
     alignment.warnings += differing_facts([i.extras for i in opened], [str(i.path) for i in opened])
     alignment.warnings += differing_configs(opened)
+    alignment.warnings += differing_vocabularies(recipe, indexes)
+    alignment.notes += check_tokenizers(recipe, indexes)
     output = plan_output(out or parse(_EXAMPLE_OUT), recipe, indexes, alignment, hashed)
     tasks = [task for placed in output.placed for task in _tasks(placed, recipe.seed)]
     # Sorts by the place in the first input, so that its pages are read once and in sequence.

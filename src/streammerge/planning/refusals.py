@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
+from streammerge.checkpoints.config import CONFIG, tree_of
+from streammerge.checkpoints.config_keys import QUANTISATION
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import MismatchError, listed, printable
 from streammerge.methods.contracts import MergeMethod
@@ -81,8 +83,22 @@ def refuse_unmerged(recipe: Recipe, indexes: Indexes, merged: Iterable[Made]) ->
 
 def quantised(index: CheckpointIndex) -> str:
     """Says how a checkpoint is quantised, and what to do; "" if it is not."""
+    return next((_how(index, name, label) for name, (label, _) in _packed(index).items()), "")
+
+
+def _packed(index: CheckpointIndex) -> dict[str, tuple[str, str]]:
+    """Returns what tells a quantisation: the tensors' names, or integers in a folder whose configuration tells it."""
     told = companions({name: entry.spec for name, entry in index.entries.items()})
-    return next((_how(index, name, label) for name, (label, _) in told.items()), "")
+    integers = [name for name, entry in index.entries.items() if entry.spec.shape and entry.spec.dtype.kind == "int"]
+    integers = [name for name in integers if not name.endswith(("position_ids", "token_type_ids"))]
+    if told or not integers:
+        return told
+    tree = tree_of(index.path)
+    scheme = next((tree[key] for key in QUANTISATION if isinstance(tree.get(key), dict)), None)
+    if scheme is None:
+        return {}
+    label = f"{printable(scheme.get('quant_method', 'by its configuration'))}, which {CONFIG} states"
+    return {name: (label, name.rpartition(".")[0]) for name in integers}
 
 
 def _how(index: CheckpointIndex, name: str, label: str) -> str:
@@ -95,7 +111,7 @@ def _how(index: CheckpointIndex, name: str, label: str) -> str:
 
 def _refuse_quantised(index: CheckpointIndex, merged: list[Made]) -> None:
     """Quantised weights may be copied, byte for byte and with all that belongs to them, but neither merged nor recast."""
-    told = companions({name: entry.spec for name, entry in index.entries.items()})
+    told = _packed(index)
     if not told:
         return
     copied, others = _used(index, merged, lambda m: m.sources[0].spec.dtype == m.spec.dtype)
@@ -119,13 +135,22 @@ def _refuse_factors(index: CheckpointIndex, merged: list[Made]) -> None:
 def _adapter(index: CheckpointIndex, told: dict[str, str]) -> str:
     kind, name = next((kind, name) for name, kind in told.items())
     where = printable(index.path)
-    peft = f"PeftModel.from_pretrained(BASE, {str(index.path)!r}).merge_and_unload().save_pretrained(OUT)"
     return (
         f"{where} holds {len(told)} factors of an adapter ({kind}: {printable(name)}), and the mean of factors is not the "
         "mean of the updates, which are their products; merge each adapter into its base model with the program that "
-        f"made it (PEFT: `{peft}`), then "
+        f"made it ({_into_base(index)}), then "
         "merge the models; a rule can copy an adapter's tensors from one model"
     )
+
+
+def _into_base(index: CheckpointIndex) -> str:
+    """Returns how PEFT merges an adapter into its base model. It loads an adapter's folder, and not one file of it."""
+    if any(".base_layer." in name for name in index.entries):
+        return "PEFT: this is a model that holds its adapter; load it there, then `model.merge_and_unload()`"
+    path = index.path
+    if path.is_file() and (path.parent / "adapter_config.json").is_file():
+        path = path.parent
+    return f"PEFT: `PeftModel.from_pretrained(BASE, {str(path)!r}).merge_and_unload().save_pretrained(OUT)`"
 
 
 def _used(index: CheckpointIndex, merged: list[Made], verbatim: Callable[[Made], bool]) -> tuple[set[str], set[str]]:

@@ -115,6 +115,11 @@ def _cached(name: str) -> str | None:
     return str(snapshot) if re.fullmatch("[0-9a-f]{40}", revision) and snapshot.is_folder() else None
 
 
+def on_the_hub(name: str) -> str:
+    """Returns what to do about an absent file that is called like a repository; "" for other names."""
+    return f"; if it is on the hub, `hf download {printable(name)}` fetches it" if re.fullmatch(_REPOSITORY, name) else ""
+
+
 def _absent(named: str, folders: list[Location]) -> str:
     shown = printable(named)
     try:
@@ -128,8 +133,8 @@ def _absent(named: str, folders: list[Location]) -> str:
         return f"{shown}: LoRA adapters are not supported yet; merge the adapter into its model and give that folder"
     if "@" in named:
         return f"{shown}: revisions are not supported yet; download that revision and give its folder"
-    if re.fullmatch(_REPOSITORY, named):
-        return f"{shown} does not exist; if it is on the hub, `hf download {shown}` fetches it"
+    if hub := on_the_hub(named):
+        return f"{shown} does not exist{hub}"
     if folders != [HERE] and not parse(named).is_absolute:
         looked = " or ".join(dict.fromkeys(printable(folder) for folder in folders))
         return f"{shown} does not exist in {looked}; run this from the folder that holds it"

@@ -157,9 +157,16 @@ class Output:
     )
 
 
-_TOKENIZERS = (
-    "the output takes the base's tokenizer (the first model's without one); leave it out, or merge the tokenizers first"
-)
+@dataclass(frozen=True)
+class Tokenizer:
+    """Whose tokenizer the output has."""
+
+    REFUSED: ClassVar = {
+        "tokens": "give such tokens their rows in the models first",
+        "pad_to_multiple_of": "the output has the rows that the models have",
+    }
+
+    source: str = key(TEXT, "base, union, or the model whose files the output takes.", default="union")
 
 
 @dataclass(frozen=True)
@@ -170,10 +177,7 @@ class Recipe:
     """
 
     REFUSED: ClassVar = {
-        "tokenizer_source": _TOKENIZERS,
-        "tokenizer": _TOKENIZERS,
         "chat_template": "set it in the output's tokenizer_config.json",
-        "name": "it belongs to configurations of several documents; run one document at a time",
         "out_path": "name the output with `out`",
     }
     MEANT: ClassVar = {"method": "merge_method", "base": "base_model", "weights": "models", "inputs": "models"}
@@ -186,6 +190,11 @@ class Recipe:
     )
     base_model: str | None = key(MODEL, "The models' common ancestor.", default=None)
     parameters: Settings = key(SETTINGS, "Parameters of the method.", default_factory=dict)
+    tokenizer_source: str | None = key(
+        TEXT, "base, union, or the model whose files the output takes. All models must have one vocabulary.", default=None
+    )
+    tokenizer: Tokenizer | None = key(FormOf(Tokenizer), "The same, in mergekit's newer form.", default=None)
+    name: str | None = key(TEXT, "A name for people. It has no effect.", default=None)
     rules: tuple[Rule, ...] = key(ListOf(FormOf(Rule), least=0), "Other ways for some tensors.", default=())
     dtype: DType | None = option_key(DTYPE, _OPTIONS["dtype"])
     out_dtype: DType | None = option_key(DTYPE, _OPTIONS["out_dtype"])
@@ -309,6 +318,8 @@ class Recipe:
             slices=tuple(map(part, self.slices)),
             modules=modules,
             base_model=names[self.base_model] if self.base_model else None,
+            tokenizer_source=names.get(self.tokenizer_source or "", self.tokenizer_source),
+            tokenizer=self.tokenizer and Tokenizer(names.get(self.tokenizer.source, self.tokenizer.source)),
             rules=tuple(replace(r, copy=names[r.copy]) if r.copy else r for r in self.rules),
         )
 

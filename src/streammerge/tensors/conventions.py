@@ -161,7 +161,7 @@ EXPORT_FOLDERS: frozenset[str] = frozenset(("onnx", "openvino", "coreml", "gguf"
 """Subfolders that hold nothing else."""
 
 TRAINING_FILES = (
-    r"training_args\.bin|trainer_state\.json|events\.out\.tfevents.*"
+    r"training_args\.bin|trainer_state\.json|events\.out\.tfevents.*|zero_to_fp32\.py|latest|(sampler|dl_state_dict)(_\d+)?\.bin"
     r"|(optimizer|scheduler|scaler|rng_state|random_states)[\w-]*\.(pt|pth|bin|pkl|safetensors)"
 )
 """Files of a training run that no loader of a model reads. They do not belong to a merged model."""

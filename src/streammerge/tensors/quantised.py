@@ -24,6 +24,7 @@ _SCHEMES = (
     ("VPTQ", re.compile(r"\.(res_)?centroids(\.weight)?$")),
     ("QuIP#", re.compile(r"\.Qidxs(_\d)?$")),
     ("torchao", re.compile(r"\._?weight_qdata$")),
+    ("EETQ", re.compile(r"\.weight_scales$")),
     ("MXFP4", re.compile(r"_(blocks|scales)$")),
     (_MLX, re.compile(r"\.scales$")),
     ("scaled fp8 (weight_scale_inv)", re.compile(r"[._]weight_scale_inv$")),

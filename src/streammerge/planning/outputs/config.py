@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from streammerge.checkpoints.config import Config, Tree, read_config, tree_of
+from streammerge.checkpoints.config import Config, Tree, read_config, tie_flag, tree_of
 from streammerge.checkpoints.config_edits import Edits, ties_somewhere
 from streammerge.checkpoints.config_keys import CONFIG_FILES
 from streammerge.checkpoints.config_layers import Followed, Moved, follow
@@ -115,8 +115,15 @@ class _Change:
         return found
 
     def unties(self, tree: Tree) -> bool:
-        """Whether the output has a head of its own where the configuration makes one of head and embeddings."""
-        return (self.headless or ties_somewhere(tree)) and _has_own_head(self.merged)
+        """Whether the output has a head of its own where the configuration makes one of head and embeddings.
+
+        A head of models whose configurations all say the same about it is a copy of the embeddings, which their loaders
+        tie again. The flag then stays, since T5 scales its outputs by it.
+        """
+        if not (self.headless or ties_somewhere(tree)) or not _has_own_head(self.merged):
+            return False
+        heads = {path.parent for m in self.merged if is_head(m.spec.name) for s in m.sources for path in s.paths}
+        return any(tie_flag(tree_of(folder)) is not tie_flag(tree) for folder in heads)
 
     def keeps(self, rows: int) -> bool:
         """Whether embeddings have and keep this number of rows."""

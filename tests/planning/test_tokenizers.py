@@ -1,0 +1,81 @@
+"""A recipe may say whose tokenizer the output has, where that changes no number of the merge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import streammerge as sm
+
+BPE = {"added_tokens": [{"id": 3, "content": "</s>"}], "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}}
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def folder(name: str, tokenizer: Any = BPE) -> str:
+    Path(name).mkdir()
+    save_file({"embed.weight": torch.full((4, 2), float(len(name)))}, f"{name}/model.safetensors", {"format": "pt"})
+    Path(name, "tokenizer.json").write_text(json.dumps(tokenizer))
+    return name
+
+
+def recipe(**more: Any) -> dict[str, Any]:
+    return {"merge_method": "linear", "models": [{"model": "a"}, {"model": "bb"}], "parameters": {"weight": 1}, **more}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"tokenizer_source": "base"},
+        {"tokenizer_source": "union"},
+        {"tokenizer_source": "a"},
+        {"tokenizer": {"source": "a"}},
+        {"tokenizer": {}},
+    ],
+)
+def test_one_vocabulary(more: dict[str, Any]) -> None:
+    folder("a", BPE | {"padding": None}), folder("bb", BPE | {"truncation": {"max_length": 8}})
+    plain, asked = sm.plan(recipe=recipe()), sm.plan(recipe=recipe(**more))
+    assert asked.counts() == plain.counts()
+    assert [note for note in asked.notes if "have one vocabulary" in note]
+    assert not [note for note in plain.notes if "vocabulary" in note]
+    sm.merge(recipe=recipe(**more), out="out/")
+    assert json.loads(Path("out/tokenizer.json").read_text())["model"] == BPE["model"]
+
+
+def test_several_vocabularies_are_refused_with_both_models() -> None:
+    folder("a"), folder("bb", BPE | {"added_tokens": [{"id": 3, "content": "<|end|>"}]})
+    with pytest.raises(sm.RecipeError, match=r"tokenizer_source .* one vocabulary, and the tokenizers of a and bb differ"):
+        sm.plan(recipe=recipe(tokenizer_source="union"))
+    assert sm.plan(recipe=recipe())
+
+
+def test_no_tokenizer_and_that_of_another_model_are_refused() -> None:
+    folder("a"), folder("bb")
+    with pytest.raises(sm.RecipeError, match=r"takes the tokenizer of a, .* leave tokenizer_source out, and copy .* bb"):
+        sm.plan(recipe=recipe(tokenizer_source="bb"))
+    Path("a/tokenizer.json").unlink()
+    with pytest.raises(sm.RecipeError, match="a, whose files the output takes, has no tokenizer"):
+        sm.plan(recipe=recipe(tokenizer_source="base"))
+
+
+def test_a_name_has_no_effect() -> None:
+    folder("a"), folder("bb")
+    assert sm.plan(recipe=recipe(name="my-model")).counts() == {"linear": 1}
+
+
+def test_a_merge_warns_of_tokens_with_other_numbers() -> None:
+    folder("a"), folder("bb", BPE | {"model": {"vocab": {"a": 1, "b": 0}}}), folder("ccc", BPE | {"padding": None})
+    warnings = sm.plan(["a", "bb", "ccc"]).warnings
+    assert [each for each in warnings if "tokenizers" in each] == [
+        "the tokenizers of a and bb give tokens other numbers, so rows of their embeddings that are merged belong to "
+        "different tokens"
+    ]
