@@ -258,3 +258,21 @@ def test_a_list_that_fits_no_weights_is_no_average_of_them(tmp_path: Path) -> No
     torch.save({"state_dict": {"w": torch.ones(3)}, "ema": {"shadow_params": [torch.ones(4)]}}, tmp_path / "a.pt")
     with pytest.raises(sm.RecipeError, match="no averaged"):
         sm.convert(tmp_path / "a.pt", tmp_path / "out.safetensors", ema="only")
+
+
+def test_the_state_of_an_optimizer_is_no_checkpoint(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.Adam([weight])
+    weight.sum().backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "opt.pt")
+    with pytest.raises(sm.FormatError, match="no weights but the state of an optimizer; leave it out of the inputs"):
+        sm.inspect(tmp_path / "opt.pt")
+
+
+def test_an_input_without_averages_is_named_where_averages_are_preferred(tmp_path: Path) -> None:
+    torch.save({"model": {"w": torch.ones(3)}, "ema": {"w": torch.full((3,), 5.0)}}, tmp_path / "a.pt")
+    torch.save({"model": {"w": torch.full((3,), 3.0)}}, tmp_path / "b.pt")
+    result = sm.merge([tmp_path / "a.pt", tmp_path / "b.pt"], tmp_path / "out.safetensors", ema="prefer")
+    assert load_safetensors(tmp_path / "out.safetensors")["w"].tolist() == [4, 4, 4]
+    assert any("b.pt: it has no averaged (EMA) weights, so its plain ones" in note for note in result.notes)

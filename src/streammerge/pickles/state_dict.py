@@ -156,6 +156,8 @@ def select(tree: Any, state_dict: str | None = None, ema: str = "ignore") -> Sel
             raise FormatError(
                 f"it holds no tensors{f' but {listed(kinds)} ones, which are not supported' if kinds else ''}"
             )
+        if all(c.stale for c in found):
+            raise FormatError("it holds no weights but the state of an optimizer; leave it out of the inputs")
         raise RecipeError(
             f"it holds tensors only at {listed([c.label for c in found])}; name one of them with `state_dict`"
         )
@@ -168,6 +170,7 @@ def select(tree: Any, state_dict: str | None = None, ema: str = "ignore") -> Sel
         return selection
     if ema == "only":
         raise RecipeError('there are no averaged (EMA) weights in it; leave `ema="only"` out')
+    selection.notes.append("it has no averaged (EMA) weights, so its plain ones are taken")
     return selection
 
 

@@ -165,7 +165,7 @@ EXPORT_FOLDERS: frozenset[str] = frozenset(("onnx", "openvino", "coreml", "gguf"
 
 TRAINING_FILES = (
     r"training_args\.bin|trainer_state\.json|events\.out\.tfevents.*"
-    r"|(optimizer|scheduler|scaler|rng_state|random_states)[\w-]*\.(pt|pth|bin|pkl|safetensors)"
+    r"|(optimizer|scheduler|scaler|rng_state|random_states|custom_checkpoint_\d|sampler|dl_state_dict)[\w-]*\.(pt|pth|bin|pkl|safetensors)"
 )
 """Files of a training run that no loader of a model reads. They do not belong to a merged model."""
 
