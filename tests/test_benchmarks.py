@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import history, page
+from benchmarks import executors, history, page
 from benchmarks.cases import CASES, Case
 from benchmarks.files import Model
 from benchmarks.measure import measure
@@ -164,3 +164,26 @@ def test_cases_are_called_each_by_one_name() -> None:
     names = [case.name for case in CASES]
     assert len(set(names)) == len(names)
     assert sum(case.quick for case in CASES) >= 3
+
+
+def test_the_line_between_threads_and_processes() -> None:
+    seconds = {
+        ("linear", 1, "threads"): [2.0, 9.0, 2.0],
+        ("linear", 1, "processes"): [3.0, 3.0, 3.0],
+        ("linear", 8, "threads"): [1.0],
+        ("linear", 8, "processes"): [0.5],
+        ("ties", 1, "threads"): [1.0],
+        ("ties", 1, "processes"): [1.0],
+    }
+    lines = executors.table(seconds)
+    assert lines[1].split() == ["linear", "1", "2.00", "3.00", "0.67"]
+    assert lines[-2:] == [
+        "linear: processes are faster from 8 workers on",
+        "ties: processes are faster at no number of workers here",
+    ]
+
+
+def test_executors_are_timed_beside_each_other(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.executors", "--files", str(tmp_path), "--gigabytes", "0.1"]
+    done = subprocess.run([*command, "--rounds", "1", "--workers", "1"], capture_output=True, text=True, check=True)
+    assert [line.split()[:2] for line in done.stdout.splitlines()[1:3]] == [["linear", "1"], ["ties", "1"]]

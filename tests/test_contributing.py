@@ -15,12 +15,14 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 SECTIONS = {part.partition("\n")[0]: part for part in TEXT.split("\n## ")[1:]}
 EXAMPLES = {
-    "A merge method": ["tests/methods/test_registry.py"],
+    "A merge method": ["tests/methods/test_registry.py", "tests/methods/test_contracts.py", "tests/recipe/test_reader.py"],
     "A format": ["tests/formats/test_detect.py"],
     "A store": ["tests/stores/test_registry.py"],
     "A source": [],
     "An executor": [],
 }
+EVERY = ("tests/test_house.py", "tests/test_options.py")
+"""Tests that look at all that is known by name, and must not ask for a change elsewhere."""
 
 
 def blocks(section: str, kind: str) -> dict[str, str]:
@@ -32,9 +34,11 @@ def blocks(section: str, kind: str) -> dict[str, str]:
 @pytest.mark.parametrize("section", EXAMPLES)
 def test_an_example_fits(section: str, tmp_path: Path) -> None:
     ignored = shutil.ignore_patterns("__pycache__", ".hypothesis")
-    for folder in ("src", "tests"):
+    for folder in ("src", "tests", "examples", "benchmarks", "scripts"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for path in ROOT.glob("*.*"):
+        if path.is_file() and not path.name.startswith("."):
+            shutil.copy(path, tmp_path)
     made = blocks(section, "python")
     for path, text in made.items():
         assert not (tmp_path / path).exists()
@@ -42,7 +46,7 @@ def test_an_example_fits(section: str, tmp_path: Path) -> None:
     commands = [
         ["ruff", "check", "--no-cache", *made],
         ["ruff", "format", "--no-cache", "--check", *made],
-        ["pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_house.py", *EXAMPLES[section]]
+        ["pytest", "-q", "-x", "-p", "no:cacheprovider", *EVERY, *EXAMPLES[section]]
         + [path for path in made if path.startswith("tests/")],
     ]
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "src")}

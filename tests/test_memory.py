@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import json
 import mmap
 import os
@@ -18,16 +19,21 @@ from safetensors.torch import save_file
 import streammerge as sm
 from methods.suite import Case, suites
 from streammerge.methods.registry import find_method, list_methods
+from streammerge.planning import tasks
+from streammerge.tensors.spec import GRAIN
 
 RUNS = """
 import json, re, sys, threading
 import streammerge as sm
+from streammerge.planning import tasks
+from streammerge.tensors.spec import GRAIN
 from streammerge.running.execution import prepare_torch
 
 def anonymous():
     with open("/proc/self/status") as file:
         return sum(map(int, re.findall(r"Rss(?:Anon|Shmem):\\s+(\\d+)", file.read()))) * 1024
 
+tasks.PIECE_ELEMS = int(sys.argv[2])
 prepare_torch()
 for inputs, out, options in json.loads(sys.argv[1]):
     start, peak, stop = anonymous(), 0, threading.Event()
@@ -44,6 +50,7 @@ for inputs, out, options in json.loads(sys.argv[1]):
     watcher.join()
     print(json.dumps({"anonymous": peak - start, "resident": result.peak_bytes, "planned": result.plan.peak_bytes}))
 """
+EXECUTORS, IO = ("threads", "processes"), ("mmap", "pread")
 Run = tuple[list[Path], Path, dict[str, object]]
 
 
@@ -64,7 +71,7 @@ def sparse(path: Path, numel: int, tensors: int = 1, dtype: str = "BF16") -> Pat
 def measured(*runs: Run) -> list[dict[str, int]]:
     """Returns the memory of each merge above start-up, all in one separate process."""
     argument = json.dumps([(list(map(str, inputs)), str(out), options) for inputs, out, options in runs], default=str)
-    command = [sys.executable, "-c", RUNS, argument]
+    command = [sys.executable, "-c", RUNS, argument, str(tasks.PIECE_ELEMS)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1500)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -203,6 +210,15 @@ def test_law_1_one_tensor_of_4_gib(tmp_path: Path) -> None:
         assert peak["resident"] <= 64 << 20, peak
 
 
+def test_law_1_for_many_tensors(tmp_path: Path) -> None:
+    """What is held for each tensor is in the plan: here it is nearly everything."""
+    paths = [sparse(tmp_path / f"{number}.safetensors", 16, 60_000) for number in range(2)]
+    small = [sparse(tmp_path / f"small{number}.safetensors", 16, 10) for number in range(2)]
+    how = {"memory": "1GiB", "workers": 1, "io": "pread"}
+    _, peak = measured(*((inputs, tmp_path / "out.safetensors", how) for inputs in (small, paths)))
+    assert peak["planned"] // 2 < peak["resident"] <= peak["planned"], peak
+
+
 def test_inspect_and_plan_stay_small_and_without_torch(tmp_path: Path) -> None:
     """40 MiB for a file of 2 GB."""
     path = sparse(tmp_path / "in.safetensors", 1 << 20, 1000)
@@ -252,6 +268,75 @@ def test_polite_runs_give_the_page_cache_back(tmp_path: Path, io: str, command: 
 def held_as_a_row(case: Case, elems: int) -> bool:
     contract = find_method(case.method)
     return contract.rows((elems,), contract.resolve(case.parameters, case.models)) == elems
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Six files of 32 MB without holes, each with two matrices, whose pages are in the cache."""
+    paths = [tmp_path_factory.mktemp("dense") / f"{number}.safetensors" for number in range(6)]
+    for number, path in enumerate(paths):
+        make = torch.Generator().manual_seed(number)
+        shapes = {"first": (8000, 1000), "second": (8001, 1000)}
+        save_file({name: torch.randn(shape, generator=make).bfloat16() for name, shape in shapes.items()}, path)
+    return paths
+
+
+def tight(inputs: list[Path], options: dict[str, object], more: int) -> str:
+    """Returns a budget that the plan uses up. ``more``: how many mebibytes it has above the least that gives the merge all
+    the workers that it asks for."""
+    low, high = 1, 1 << 10
+    while low < high:
+        middle = (low + high) // 2
+        try:
+            enough = sm.plan(inputs, memory=middle << 20, **options).budget.workers == options["workers"]  # type: ignore[arg-type]
+        except sm.BudgetError:
+            enough = False
+        low, high = (low, middle) if enough else (middle + 1, high)
+    plan = sm.plan(inputs, memory=(low + more) << 20, **options)  # type: ignore[arg-type]
+    return f"{-(-plan.peak_bytes // (1 << 20))}MiB"
+
+
+@pytest.mark.parametrize(
+    ("executor", "io", "more", "chosen"),
+    [
+        ("threads", "mmap", 16, None),
+        ("processes", "mmap", 16, {"task_arithmetic", "median", "dare_linear", "ramplus_tl"}),
+        *(pytest.param(*how, None, marks=pytest.mark.slow) for how in itertools.product(EXECUTORS, IO, (0, 16))),
+    ],
+)
+def test_law_1_for_methods_at_tight_budgets(
+    tmp_path: Path,
+    dense: list[Path],
+    executor: str,
+    io: str,
+    more: int,
+    chosen: set[str] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Methods on four workers, which all have something to do. The kernel counts no more than the budget. ``chosen``: all
+    methods if it is None."""
+    monkeypatch.setattr(tasks, "PIECE_ELEMS", 32 * GRAIN)
+    runs, cases = list[Run](), dict[str, Case]()
+    for case in (case for suite in suites() for case in suite.CASES):
+        cases[case.method] = case  # the last of each method
+    assert cases.keys() >= list_methods().keys()
+    cases = {name: case for name, case in cases.items() if chosen is None or name in chosen}
+    small = [sparse(tmp_path / f"small{number}.safetensors", 1 << 14) for number in range(6)]
+    for case in cases.values():
+        options: dict[str, object] = {"method": case.method, "parameters": case.parameters, "workers": 4, "io": io}
+        # A run on little tensors loads the pages of libraries first, because they are no memory of a merge.
+        for paths, how in ((small, {"memory": "1GiB"}), (dense, {"executor": executor})):
+            asked = options | how | ({"base": paths[0]} if case.base else {})
+            inputs = paths[1 : case.models + 1]
+            if paths is dense:
+                asked["memory"] = tight(inputs, asked, more)
+            runs.append((inputs, tmp_path / "out.safetensors", asked))
+    over = []
+    for case, (_, _, asked), found in zip(cases.values(), runs[1::2], measured(*runs)[1::2], strict=True):
+        allowed = int(str(asked["memory"]).removesuffix("MiB")) << 20
+        if found["resident"] > allowed:
+            over.append(f"{case}: {found['resident']} of {allowed} bytes")
+    assert not over, over
 
 
 def peaks(tmp_path: Path, elems: int, memory: str, chosen: Container[str]) -> list[tuple[str, dict[str, int]]]:

@@ -64,7 +64,9 @@ def test_a_package_brings_a_method_a_format_a_store_and_an_executor(installed: P
     words = "merge a.numbers hexed://b.hex --method midpoint -p pull=0.25 --executor one_by_one -o out.safetensors"
     run(words, tmp_path, installed)
     assert torch.equal(load_safetensors(tmp_path / "out.safetensors")["w"], torch.tensor([2.0, 2.0, 2.0]))
-    assert "to the bit" in run("verify out.safetensors --sample 100%", tmp_path, installed), "its recipe names the method"
+    assert "to the bit" in run("verify out.safetensors --sample 100% --inputs hexed://", tmp_path, installed), (
+        "its recipe names the method"
+    )
     assert "hexed://absent does not exist" in run("inspect hexed://absent", tmp_path, installed, code=2)
     assert "did you mean midpoint" in run("methods midpont", tmp_path, installed, code=2)
     assert "did you mean one_by_one" in run("merge a.numbers --executor one_by -o x/", tmp_path, installed, code=2)
@@ -194,3 +196,46 @@ def test_completion_offers_methods_and_executors(cli: Cli) -> None:
     nothing: Any = None
     assert complete_executor(nothing, nothing, "thr") == ["threads"]
     assert complete_method(nothing, nothing, "nusl") == ["nuslerp"]
+
+
+def test_a_format_that_fails_is_named_and_spoils_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FORMATS, "_own", {})
+    (tmp_path / "other").write_bytes(bytes([1, 2]))
+    (tmp_path / "bad").write_bytes(bytes([1, 2, 3]) * 10)
+    torch.save({"w": torch.ones(3)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+
+    class Bad:
+        def matches(self, head: bytes, size: int) -> Match:
+            return head[:30][29] == 3
+
+        def read(self, path: sm.Location) -> Any:
+            raise KeyError("x") if Bad.raises else 0
+
+        raises = True
+
+    sm.file_format("bad")(Bad)
+    with pytest.raises(sm.FormatError, match=r"is not a checkpoint.*; the format bad failed with IndexError"):
+        sm.inspect(tmp_path / "other")
+    assert sm.inspect(tmp_path / "old.pth").numel == 3
+    with pytest.raises(sm.FormatError, match="cannot be read: the format bad failed with KeyError") as caught:
+        sm.inspect(tmp_path / "bad")
+    assert isinstance(caught.value.__cause__, KeyError)
+    monkeypatch.setattr(Bad, "read", lambda self, path: None)
+    with pytest.raises(sm.FormatError, match="the format bad made NoneType, not a Container"):
+        sm.inspect(tmp_path / "bad")
+
+
+@pytest.mark.parametrize(
+    ("made", "words"), [(3, "made int, not a streammerge.Executor"), (None, "cannot be made: KeyError")]
+)
+def test_an_executor_that_is_none_is_named(tmp_path: Path, made: Any, words: str) -> None:
+    save_file({"w": torch.ones(3)}, tmp_path / "a.safetensors")
+
+    def mine(workers: int) -> Any:
+        if made is None:
+            raise KeyError(workers)
+        return made
+
+    with pytest.raises(sm.RecipeError, match=f"the executor mine {words}"):
+        sm.merge(tmp_path / "a.safetensors", tmp_path / "out.safetensors", executor=mine)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]

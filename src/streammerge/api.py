@@ -56,7 +56,7 @@ from streammerge.planning.receipt import Receipt
 from streammerge.recipe.arguments import conversion, overridden, recipe_of
 from streammerge.recipe.locations import found_in_hub_cache, from_hub_cache, is_recipe_name
 from streammerge.recipe.model import Recipe
-from streammerge.recipe.reader import read_recipe
+from streammerge.recipe.reader import read_recipe, recipe_of_receipt
 from streammerge.running.choosing import choose_executor
 from streammerge.running.execution import Result, default_workers, execute, refuse_extras
 from streammerge.running.executors.base import Executors
@@ -311,13 +311,14 @@ def verify(
         verified.notes.append(f"values were not computed again: {said}")
         return verified
     failures: list[Exception] = []
-    for folder in [path.parent, HERE] if asked.inputs is None else [parse(asked.inputs)]:
+    for folders in _places_of_inputs(path, asked.inputs):
         attempt = replace(verified, notes=[*verified.notes])
         try:
-            planned = _remade(path, receipt, folder, asked.own_methods, resources)
-            recompute(attempt, planned, receipt, share, asked.seed)
+            recompute(attempt, _remade(path, receipt, folders, asked.own_methods, resources), receipt, share, asked.seed)
         except (StreammergeError, OSError) as error:
-            failures.append(error)
+            # Without the frames of the attempt, which hold its plan, because the next attempt needs the memory.
+            error.__cause__ = error.__context__ = None
+            failures.append(error.with_traceback(None))
         else:
             left = attempt.notes[len(verified.notes) :]
             if left and asked.sample is not None:
@@ -537,14 +538,26 @@ def _output_warnings(planned: Plan) -> list[str]:
     return said
 
 
-def _remade(out: Location, receipt: Receipt, folder: Location, own_methods: bool, resources: Resources) -> Plan:
-    """Returns the plan that made the output, with inputs from ``folder``.
+def _places_of_inputs(out: Location, inputs: PathLike | None) -> list[list[Location]]:
+    """Returns the folders in which the inputs of an output may be read, one list for each attempt.
+
+    Those are the folder of the output and the current folder, or ``inputs``. With ``inputs`` in another store than the
+    output, the inputs that have no scheme are looked for beside the output too.
+    """
+    if inputs is None:
+        return [[out.parent], [HERE]]
+    given = parse(inputs)
+    return [[given]] if given.store == out.store else [[given, out.parent], [given, HERE]]
+
+
+def _remade(out: Location, receipt: Receipt, folders: list[Location], own_methods: bool, resources: Resources) -> Plan:
+    """Returns the plan that made the output, with inputs from these folders.
 
     Raises StreammergeError when the inputs are missing, or are other files.
     """
     from streammerge.verifying.values import check_inputs
 
-    recipe = read_recipe(receipt.own_recipe(), own_methods, folder)
+    recipe = recipe_of_receipt(receipt.recipe, own_methods, folders)
     hashed = any("sha256" in said for said in receipt.inputs.values())
     planned = _plan(recipe, parse(f"output{_ending(out, receipt)}"), resources, "threads", hashed=hashed)
     check_inputs(planned, receipt)

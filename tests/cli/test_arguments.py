@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import streammerge as sm
-from streammerge.cli.arguments import as_arguments
+from streammerge.cli.arguments import as_arguments, output_name
 
 
 @pytest.mark.parametrize(
@@ -50,3 +51,32 @@ def test_what_is_typed_becomes_arguments(typed: dict[str, Any], arguments: dict[
 def test_what_cannot_be_meant_is_one_sentence(typed: dict[str, Any], words: str) -> None:
     with pytest.raises(sm.RecipeError, match=words):
         as_arguments(typed)
+
+
+@pytest.mark.parametrize(
+    ("first", "made"),
+    [
+        ("a.safetensors", "out.safetensors"),
+        ("a.pth", "out.pth"),
+        ("a.ckpt:0.5", "out.ckpt"),
+        ("r.yaml", "out.pt"),
+        ("f", "out"),
+    ],
+)
+def test_an_output_without_a_suffix_is_of_the_first_inputs_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], first: str, made: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.safetensors", "a.pth", "a.ckpt", "b.pt"):
+        Path(name).touch()
+    Path("f").mkdir()
+    Path("r.yaml").write_text("merge_method: linear\nmodels: [b.pt, a.pth]\n")
+    assert output_name("out", [first, "a.pth"][: 1 if first == "r.yaml" else 2], None, quiet=False) == made
+    said = capsys.readouterr().err
+    assert said == (
+        "" if made == "out" else f"note: out is written as {made}, like the first input; out/ would be a folder\n"
+    )
+    for given in ("out/", "out.pth", "f"):
+        assert output_name(given, [first], None, quiet=False) == given
+    assert output_name("out", [first], None, quiet=True) == made
+    assert capsys.readouterr().err == ""

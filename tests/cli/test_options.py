@@ -11,7 +11,10 @@ from typing import Any
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner
+from conftest import Cli
+from safetensors.torch import save_file
 
 import streammerge as sm
 from streammerge.cli import options
@@ -70,3 +73,10 @@ def test_the_shell_completes_names() -> None:
     assert found == {name for name in sm.list_methods() if name.startswith("sl")} != set()
     assert options.complete_executor(context, method, "t") == ["threads"]
     assert "auto" in options.complete_executor(context, method, "")
+
+
+@pytest.mark.parametrize("command", ["merge", "convert", "plan"])
+def test_an_output_that_ends_with_the_command_is_refused(cli: Cli, tmp_path: Path, command: str) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
+    said = cli(command, "a.safetensors", "-o", "memory://x.safetensors", code=2).stderr
+    assert "the store memory:// ends with this command, and the output with it" in said

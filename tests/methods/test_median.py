@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from methods.suite import Case, MethodSuite
+from streammerge.methods.registry import merge_tensors
 
 Tensor = torch.Tensor
 
@@ -41,3 +43,10 @@ class TestMedian(MethodSuite):
         Case("clamp", 3),
     ]
     REFUSED = [("geometric_median", 2, {"eps": 0}, "eps above 0")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_sign_of_a_clamped_zero_does_not_depend_on_its_place(dtype: torch.dtype) -> None:
+    zeros = torch.zeros(1001, dtype=dtype)
+    made = merge_tensors("clamp", -zeros, zeros, -zeros)
+    assert not made.signbit().any()

@@ -110,12 +110,17 @@ def test_what_was_asked_for_and_is_not_there_is_told(tmp_path: Path) -> None:
         ({"G_A": {"w": 1}, "G_A_ema": {"w": 1}, "G_B": {"w": 1}, "G_B_ema": {"w": 1}}, "prefer", "G_A_ema + G_B_ema"),
         ({"g": {"w": 1}, "d": {"v": 1}, "g_ema": {"w": 1}}, "prefer", "g_ema + d"),
         ({"g": {"w": 1}, "d": {"v": 1}, "g_ema": {"w": 1}}, "only", "g_ema"),
+        ({"a.w": 1, "b.w": 1, "c.w": 1, "ema": {"a.w": 1, "b.w": 1, "c.w": 1}}, "prefer", "ema"),
+        ({"a.w": 1, "b.w": 1, "c.w": 1, "ema": {"a.w": 1, "b.w": 1, "c.w": 1}}, "ignore", "(top level)"),
         ({"state_dict": {"w": 1}, "ema_state_dict": {"module.w": 1}, "message_hub": {}}, "only", "state_dict"),
         ({"state_dict": {"w": 1}, "current_model_state": {"w": 1}, "averaging_state": {}}, "only", "state_dict"),
     ],
 )
 def test_averages_are_taken_when_asked(tmp_path: Path, tree: Any, ema: Any, label: str) -> None:
-    made = {key: {name: torch.ones(2) for name in value} for key, value in tree.items()}
+    made = {
+        key: {name: torch.ones(2) for name in value} if isinstance(value, dict) else torch.ones(2)
+        for key, value in tree.items()
+    }
     torch.save(made, tmp_path / "in.pt")
     assert sm.inspect(tmp_path / "in.pt", ema=ema).selection.label == label
 

@@ -23,7 +23,7 @@ class TestBudget:
         assert (fitted.workers, fitted.chunk_elems, fitted.peak_bytes) == (3, budget.BEST_CHUNK_ELEMS, expected)
 
     def test_slots_are_what_was_counted(self) -> None:
-        made = budget.slots(budget.Budget(1, 100, 5000, 1000, self.cost, 0))
+        made = budget.regions(budget.Budget(1, 100, 5000, 1000, self.cost, 0))
         assert sum(size for _, size in made.values()) == 100 * self.cost.element_bytes + 5000 + PAGE_BYTES
         assert all(offset % PAGE_BYTES == 0 for offset, _ in made.values())
         ends = sorted((offset, offset + size) for offset, size in made.values())
@@ -74,7 +74,7 @@ class TestBudget:
         bare = budget.fit(1 << 40, workers=2, tensors=0, cost=budget.Cost(4, 2, 4, 4))
         each = (1 << 20) + (1 << 16) + (1 << 18) + 3 * budget.BEST_TILE_BYTES
         assert wide.peak_bytes == bare.peak_bytes + 2 * each
-        made = budget.slots(wide)
+        made = budget.regions(wide)
         sizes = [made[f"reader {region}"][1] for region in ("scratch", "shared", "tiles")]
         assert sizes == [1 << 20, 1 << 16, 3 * budget.BEST_TILE_BYTES]
         narrow = budget.fit(56 << 20, workers=2, tensors=0, cost=cost)
@@ -83,7 +83,7 @@ class TestBudget:
 
     def test_inputs_that_are_read_are_kept_beside_mapped_ones(self) -> None:
         mixed = budget.fit(1 << 40, workers=1, tensors=0, cost=budget.Cost(4, 2, 4, 4, inputs=2, mapped=4, passes=True))
-        assert budget.slots(mixed)["kept"][1] == mixed.kept_bytes == 2 * mixed.window_bytes
+        assert budget.regions(mixed)["kept"][1] == mixed.kept_bytes == 2 * mixed.window_bytes
 
     def test_data_of_pickles_is_a_term(self) -> None:
         with_data, without = (budget.fit(1 << 40, 1, 0, self.cost, pickle_bytes=n) for n in (12345, 0))

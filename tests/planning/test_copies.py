@@ -149,9 +149,14 @@ def soft_actor_critic(draw: Draw, seed: int) -> Any:
     }
 
 
+def flat(draw: Draw, seed: int) -> Any:
+    """The average is one of the items of a flat state dict."""
+    return {**net(draw, "x."), "ema": net(draw, "x."), "normaliser": {"mean": draw(3)}, "optimizer": optimizer(draw)}
+
+
 LAYOUTS = [
     *(f5, lightning, mmengine, torch_ema, stylegan, two_averages, dino, fairseq, timm, icefall, ultralytics),
-    *(stable_diffusion, ema_pytorch, guided_diffusion, soft_actor_critic),
+    *(stable_diffusion, ema_pytorch, guided_diffusion, soft_actor_critic, flat),
 ]
 
 
@@ -213,6 +218,7 @@ def test_every_copy_is_converted_as_it_is(tmp_path: Path, layout: Any) -> None:
         (lightning, ("current_model_state", "model.a.weight"), ("state_dict", "model.a.weight")),
         (stable_diffusion, ("state_dict", "model.net.a.weight"), ("state_dict", "model_ema.netaweight")),
         (ultralytics, ("model", "0.weight"), ("ema", "0.weight")),
+        (flat, ("x.a.weight",), ("ema", "x.a.weight")),
     ],
 )
 @pytest.mark.parametrize("ema", ["prefer", "only"])

@@ -119,7 +119,7 @@ def test_every_byte_of_a_region_is_there(elems: int) -> None:
     """Checks the output's region too. It is the last region if inputs are mapped, and may begin anywhere in a page."""
     fitted = budget.Budget(1, elems, 8 * elems, 0, budget.Cost(8, 3, 8, 0), 0)
     workspace = Workspace(fitted)
-    for region, (_, size) in budget.slots(fitted).items():
+    for region, (_, size) in budget.regions(fitted).items():
         assert len(workspace.octets(region)) == size
     for offset in (0, 1, 4095, 8191):
         assert len(Outgoing(lambda data, offset: None, workspace, offset).room(8 * elems)) == 8 * elems

@@ -11,6 +11,7 @@ import yaml
 from conftest import assert_same, load_safetensors
 
 import streammerge as sm
+from streammerge.errors import FormatError
 from streammerge.methods.registry import find_method
 from streammerge.recipe.fields import Problems
 from streammerge.recipe.locations import held_name, is_held, located, resolved, travelling_names
@@ -18,7 +19,9 @@ from streammerge.recipe.model import Model, Recipe, Rule
 from streammerge.recipe.patterns import parse_pattern
 from streammerge.recipe.reader import read_recipe
 from streammerge.recipe.settings import constant
+from streammerge.stores.base import Input, Location, Status, Store
 from streammerge.stores.locations import HERE, parse
+from streammerge.stores.registry import STORES
 
 LINEAR = "merge_method: linear\nmodels: [{model: a.safetensors}, {model: b.safetensors}]\n"
 
@@ -72,9 +75,43 @@ def test_names_travel_as_they_are_unless_one_is_absolute(tmp_path: Path, monkeyp
         f"{tmp_path}/x/a.pth": "x/a.pth",
         f"{tmp_path}/y/a.pth": "y/a.pth",
     }
+    assert names(f"FILE://{tmp_path}/in/b.pth") == {f"FILE://{tmp_path}/in/b.pth": "b.pth"}
     assert names("<in memory 1>", f"{tmp_path}/a.pth") == {"<in memory 1>": "<in memory 1>", f"{tmp_path}/a.pth": "a.pth"}
     assert names("/found/a.pth", written={"/found/a.pth": "a.pth"}) == {"/found/a.pth": "a.pth"}
     assert [is_held(name) for name in (held_name(1), held_name(12), "<in memory x>", "a.pth")] == [True, True, False, False]
+
+
+class Archives(Store):
+    """A store whose names hold paths of this machine."""
+
+    scheme = "archives"
+    always_absolute = False
+
+    def status(self, location: Location) -> Status:
+        raise FormatError(f"{location} is absent")
+
+    def is_folder(self, location: Location) -> bool:
+        return False
+
+    def list_names(self, location: Location) -> list[str]:
+        return []
+
+    def opened(self, location: Location) -> Input:
+        raise FormatError(f"{location} is absent")
+
+
+def test_no_path_travels_inside_a_name_with_a_scheme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(STORES, "_own", {"archives": Archives()})
+    near, far = "archives://in/x.zip/a.pth", f"archives://{tmp_path}/in/x.zip/a.pth"
+    assert names(near) == {near: near}
+    assert names(far) == {far: "archives://a.pth"}
+    assert names(far, "in/b.pth") == {far: "archives://x.zip/a.pth", "in/b.pth": "b.pth"}
+    assert names("memory:///in/a.pth", far)["memory:///in/a.pth"] == "memory:///in/a.pth"
+    for folder in (parse(tmp_path / "in"), parse(f"archives://{tmp_path}/in")):
+        assert parse("archives://x.zip/a.pth", folder) == parse(far)
+    assert parse("archives://x.zip/a.pth", parse("memory://in")).key == "x.zip/a.pth"
+    assert parse(near).absolute() == parse(far)
 
 
 def test_the_recipe_that_travels_says_every_default() -> None:

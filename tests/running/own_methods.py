@@ -29,3 +29,17 @@ def failing(group: TensorGroup) -> Kernel:
         raise ZeroDivisionError("of its own")
 
     return kernel
+
+
+def named(group: TensorGroup, *, of: object = None) -> Kernel:
+    """Takes the first model. ``of``: anything."""
+    return lambda chunk: chunk.models[0]
+
+
+def at_once(group: TensorGroup) -> Kernel:
+    raise ZeroDivisionError
+
+
+def in_a_pass(group: TensorGroup) -> Kernel:
+    group.reduce(lambda chunk: [chunk.models[0] / 0 + chunk.raw(1000)])
+    return lambda chunk: chunk.models[0]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +22,8 @@ from streammerge.kernels.chunk import Kernel
 from streammerge.kernels.group import TensorGroup
 from streammerge.running import choosing
 from streammerge.running.executors.threads import ThreadExecutor
+from streammerge.sources.joined import joined
+from streammerge.stores.registry import STORES
 
 GIB = 1 << 30
 
@@ -52,7 +57,7 @@ def test_few_workers_or_little_to_read_are_threads(pair: list[Path], monkeypatch
 @pytest.mark.usefixtures("_little_is_enough")
 def test_processes_count_in_the_budget(pair: list[Path]) -> None:
     threads, processes = (sm.plan(pair, workers=8, executor=name, memory="4GiB") for name in ("threads", "processes"))
-    assert processes.peak_bytes == threads.peak_bytes + 8 * (8 << 20)
+    assert processes.peak_bytes == threads.peak_bytes + 8 * (12 << 20)
     assert "8 workers in processes" in str(processes)
     assert "8 workers," in str(threads)
     assert (processes.to_json()["executor"], threads.to_json()["executor"]) == ("processes", "threads")
@@ -98,6 +103,110 @@ def test_a_method_of_the_script_that_runs(pair: list[Path], tmp_path: Path) -> N
     assert runs[1].returncode == 0, runs[1].stderr
 
 
+LOADED_BY_PATH = """
+import dataclasses, streammerge as sm
+from streammerge.sources.constant import Constant
+from streammerge.stores.local import LOCAL
+
+
+def method(group, *, of=None):
+    return lambda chunk: chunk.models[0]
+
+
+class Doubled(Constant):
+    pass
+
+
+def helper():
+    pass
+
+
+class Wrapped(sm.Store):
+    scheme = "wrapped"
+
+    def _inner(self, location):
+        return LOCAL.parse("/" + location.key)
+
+    def status(self, location):
+        return self._inner(location).status()
+
+    def is_folder(self, location):
+        return self._inner(location).is_folder()
+
+    def list_names(self, location):
+        return LOCAL.list_names(self._inner(location))
+
+    def opened(self, location):
+        return self._inner(location).open()
+"""
+
+
+@pytest.fixture
+def loaded_by_path(tmp_path: Path) -> Iterator[ModuleType]:
+    """A module that this process knows, and that no other process finds by its name."""
+    file = tmp_path / "elsewhere" / "loaded_by_path.py"
+    file.parent.mkdir()
+    file.write_text(LOADED_BY_PATH)
+    spec = importlib.util.spec_from_file_location("loaded_by_path", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules["loaded_by_path"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["loaded_by_path"]
+    STORES.unregister("wrapped")
+
+
+@pytest.mark.usefixtures("_little_is_enough")
+@pytest.mark.parametrize("what", ["method", "parameter", "store"])
+def test_what_only_this_process_can_import_stays_with_threads(
+    what: str, pair: list[Path], tmp_path: Path, loaded_by_path: ModuleType
+) -> None:
+    """Such a merge runs with threads. "auto" says so, and "processes" is refused before anything is written."""
+    inputs: list[Any] = pair
+    options: dict[str, Any] = {"workers": 5, "memory": 8 * GIB}
+    if what == "method":
+        options["method"] = loaded_by_path.method
+    elif what == "parameter":
+        options |= {"method": "running.own_methods:named", "parameters": {"of": loaded_by_path.helper}}
+    else:
+        sm.register_store(loaded_by_path.Wrapped)
+        inputs = [f"wrapped:/{path}" for path in pair]
+    with pytest.raises(
+        sm.RecipeError, match=r"(method .*loaded_by_path:method|parameter of|store wrapped://) cannot be sent"
+    ):
+        sm.merge(inputs, tmp_path / "out.safetensors", executor="processes", **options)
+    assert not (tmp_path / "out.safetensors").exists()
+    result = sm.merge(inputs, tmp_path / "out.safetensors", **options)
+    assert result.plan.executor == "threads"
+    assert any("the workers are threads, because" in note and "cannot be sent" in note for note in result.notes)
+
+
+def test_a_source_that_only_this_process_can_import(pair: list[Path], loaded_by_path: ModuleType) -> None:
+    plan = sm.plan(pair)
+    spec = plan.tasks[0].out
+    own = loaded_by_path.Doubled(spec, bytes(spec.dtype.element_bytes))
+    plan.expressions = [joined("w", [own, own], 0)]
+    with pytest.raises(sm.RecipeError, match=r"the source Doubled of tensor .* cannot be sent to worker processes"):
+        choosing.choose_executor(plan, "processes")
+
+
+def test_a_store_of_the_script_that_runs(pair: list[Path], tmp_path: Path) -> None:
+    """As in a notebook: its class is in ``__main__``."""
+    script = tmp_path / "script.py"
+    inputs = [f"wrapped:/{path}" for path in pair]
+    script.write_text(
+        f"{LOADED_BY_PATH}\nimport sys\nsm.register_store(Wrapped)\n"
+        f"sm.merge({inputs!r}, sys.argv[1], executor=sys.argv[2])\n"
+    )
+    runs = [
+        subprocess.run([sys.executable, script, tmp_path / "out.safetensors", name], capture_output=True, text=True)
+        for name in ("processes", "auto")
+    ]
+    assert "RecipeError: the store wrapped:// cannot be sent to worker processes" in runs[0].stderr
+    assert runs[1].returncode == 0, runs[1].stderr
+
+
 def test_a_method_of_an_imported_module_can_be_sent(pair: list[Path], tmp_path: Path) -> None:
     for name in ("threads", "processes"):
         sm.merge(pair, tmp_path / f"{name}.safetensors", method=centred, executor=name, workers=2)
@@ -108,7 +217,7 @@ def test_where_there_is_no_fork(pair: list[Path], monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(choosing, "supported", lambda: False)
     plan = sm.plan(pair, executor="processes")
     assert plan.executor == "threads"
-    assert any("need a system with fork" in note for note in plan.notes)
+    assert any("a system with fork" in note for note in plan.notes)
 
 
 def test_unknown_names_and_what_makes_an_executor(pair: list[Path]) -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from conftest import assert_same, load_safetensors, trained
 from safetensors.torch import save_file
 
 import streammerge as sm
+from running.own_methods import at_once, failing, in_a_pass
+from streammerge.planning import tasks
+from streammerge.tensors.spec import GRAIN
 
 
 def test_an_input_that_changes_during_the_run_leaves_no_output(tmp_path: Path) -> None:
@@ -26,6 +32,61 @@ def test_an_input_that_changes_during_the_run_leaves_no_output(tmp_path: Path) -
     with pytest.raises(sm.ChangedError, match=r"1\.safetensors changed"):
         sm.merge(paths, tmp_path / "out.safetensors", listener=meddle)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+WAYS_TO_FAIL = ("at once", "in a pass", "in a kernel", "interrupted", "of the listener", "values")
+
+
+def held(folder: Path) -> list[str]:
+    """Returns the files of the folder that this process has open or mapped."""
+    links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    opened = [os.readlink(link) for link in links if os.path.lexists(link)]
+    mapped = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
+    return [path for path in opened + mapped if path.startswith(str(folder))]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the kernel does not list open files")
+@pytest.mark.parametrize(
+    ("way", "how"),
+    [
+        *((way, {"io": io}) for way in WAYS_TO_FAIL for io in ("mmap", "pread")),
+        *((way, {"executor": "processes"}) for way in ("in a pass", "interrupted")),
+    ],
+)
+def test_a_failed_run_keeps_no_file_open(
+    way: str, how: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also without the garbage collector, which a training loop may have turned off."""
+    monkeypatch.setattr(tasks, "PIECE_ELEMS", GRAIN)
+    paths = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    for path in paths:
+        infinite = torch.full((3,), torch.inf if way == "values" else 1.0)
+        save_file({f"w{i}": torch.ones(700, 300) for i in range(4)} | {"v": infinite}, path)
+    methods = {"at once": at_once, "in a pass": in_a_pass, "in a kernel": failing}
+
+    def listen(event: object) -> None:
+        if type(event).__name__ == "TaskDone" and way in ("interrupted", "of the listener"):
+            raise KeyboardInterrupt if way == "interrupted" else ZeroDivisionError
+
+    gc.collect()
+    gc.disable()
+    try:
+        sm.merge(
+            paths,
+            tmp_path / "out.safetensors",
+            method=methods.get(way, "linear"),
+            listener=listen,
+            resume=False,
+            workers=3,
+            **how,
+        )
+    except (sm.StreammergeError, ZeroDivisionError, KeyboardInterrupt):
+        pass
+    else:
+        raise AssertionError
+    finally:
+        gc.enable()
+    assert held(tmp_path) == []
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link])

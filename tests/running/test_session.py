@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import hear_signals
+from conftest import Cli, hear_signals
 from safetensors.torch import save_file
 
 import streammerge as sm
@@ -191,9 +191,26 @@ def test_another_version_is_refused(pair: list[Path], tmp_path: Path, monkeypatc
     path.write_bytes(b"%08x %s" % (zlib.crc32(text), text) + good[good.index(b"\n") :])
     with pytest.raises(sm.RecipeError, match="another version of streammerge made it"):
         sm.merge(pair, out)
+    for change, more in (({"form": 99}, {"new": 1}), ({"versions": None}, {})):  # a newer version has other fields
+        lines = [json.loads(line[9:]) for line in good.splitlines()]
+        said = {name: value for name, value in {**lines[0]["plan"], **change}.items() if value is not None}
+        path.write_bytes(journal._lines(map(json.dumps, [{"plan": said}, *({**line, **more} for line in lines[1:])])))
+        with pytest.raises(sm.RecipeError, match=r"left .*, and this run differs from it: another version"):
+            sm.merge(pair, out)
+        assert journalled(out) == pieces
     path.write_bytes(good)
     assert journalled(out) == pieces
     assert len(resumed_events(lambda listener: sm.merge(pair, out, listener=listener))) == 1
+
+
+def test_the_command_line_names_the_option_that_discards_what_is_kept(pair: list[Path], tmp_path: Path, cli: Cli) -> None:
+    out = tmp_path / "out.safetensors"
+    interrupt(pair, out)
+    command = ["merge", *map(str, pair), "--weights", "1,2", "-o", str(out)]
+    said = cli(*command, code=2).stderr
+    assert "discard what it left with --no-resume, or choose another output" in said
+    assert "`" not in said
+    cli(*command, "--no-resume")
 
 
 @pytest.mark.parametrize(
@@ -472,11 +489,11 @@ def test_a_lock_file_that_was_removed_meanwhile_is_no_lock(tmp_path: Path, monke
         good(fd, how)
         if not calls:
             (tmp_path / ".out.safetensors.streammerge" / "lock").unlink()
-        calls.append(fd)
+        calls.append(how)
 
     monkeypatch.setattr(lock.fcntl, "flock", flock)
     staging = parse(tmp_path / "out.safetensors").stage()
-    assert len(calls) == 2
+    assert calls.count(lock.fcntl.LOCK_EX | lock.fcntl.LOCK_NB) == 2
     assert json.loads((tmp_path / ".out.safetensors.streammerge" / "lock").read_text())["pid"] == os.getpid()
     staging.abort()
 

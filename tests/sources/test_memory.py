@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
+from conftest import load_safetensors
 
 import streammerge as sm
 from sources.suite import DTYPES, SHAPES, Case, Disk, SourceSuite, draw, room
 from sources.test_strided import views
+from streammerge.kernels.chunk import Kernel
+from streammerge.kernels.group import TensorGroup
+from streammerge.methods.contracts import MergeMethod
 from streammerge.sources.base import read_whole
 from streammerge.sources.memory import in_memory
 from streammerge.sources.rows import gathered
@@ -48,14 +53,28 @@ class TestNumpy(SourceSuite):
         yield Case(in_memory("w", frozen), turned)
 
 
-def test_nothing_is_copied_when_it_lies_in_c_order() -> None:
+def test_the_callers_numbers_cannot_be_changed_through_what_is_read() -> None:
     for values in (torch.arange(9.0), numpy.arange(9.0, dtype="f4")):
         reader = in_memory("w", values).open(room())
-        out = memoryview(bytearray(12))
-        made = reader.read(3, 6, out)
-        assert made is not out
+        made = reader.read(3, 6, memoryview(bytearray(12)))
+        torch.frombuffer(made, dtype=torch.float32).mul_(2)
+        assert values.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8]
         values[3] = 70
-        assert torch.frombuffer(made, dtype=torch.float32).tolist() == [70, 4, 5]
+        assert torch.frombuffer(reader.read(3, 6, memoryview(bytearray(12))), dtype=torch.float32).tolist() == [70, 4, 5]
+
+
+@pytest.mark.parametrize("shape", [(1,), (7, 3), (300_001,)])
+def test_a_method_that_changes_raw_numbers_in_place(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """Inputs are never written, also those in memory."""
+
+    def doubling(group: TensorGroup) -> Kernel:
+        return lambda chunk: chunk.raw(0).mul_(2)
+
+    doubling.contract = MergeMethod("doubling", doubling, passes=False)  # type: ignore[attr-defined]
+    for number, values in enumerate((torch.ones(shape), numpy.ones(shape, dtype="f4"))):
+        sm.merge([{"w": values}], tmp_path / f"{number}.safetensors", method=doubling)
+        assert bool((values == 1).all())
+        assert bool((load_safetensors(tmp_path / f"{number}.safetensors")["w"] == 2).all())
 
 
 def test_the_same_numbers_are_one_tensor() -> None:

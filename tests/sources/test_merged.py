@@ -17,8 +17,13 @@ from methods.suite import suites
 from sources.suite import GRAIN, WAYS, Case, Disk, SourceSuite, draw, index_of, merge_of, planned, room, run
 from streammerge.methods.contracts import merge_method
 from streammerge.methods.registry import COPY, INTEGERS, find_method, merge_tensors
+from streammerge.planning import tasks
 from streammerge.planning.digest import can_be_resumed
+from streammerge.recipe.arguments import recipe_of
 from streammerge.recipe.model import Model, Recipe
+from streammerge.running.choosing import choose_executor
+from streammerge.running.execution import execute
+from streammerge.running.session import RunOptions
 from streammerge.sources.base import Reader, Room, Source, read_whole
 from streammerge.sources.constant import Constant
 from streammerge.sources.joined import joined
@@ -257,3 +262,48 @@ def test_a_file_that_changed_meanwhile_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(sm.ChangedError):
         run(plan)
     assert InputFiles  # the reader's way to files
+
+
+def test_two_functions_without_a_name_of_their_own_are_two_methods(tmp_path: Path) -> None:
+    """Lambdas of one scope have one qualified name. Their merges of the same sources are other tensors."""
+    methods = [find_method(lambda group, by=by: lambda chunk: chunk.models[0] * by) for by in (1, 2)]
+    numbers = in_memory("x", torch.arange(10.0))
+    sources = [merged("x", method, [numbers]).named(name) for name, method in zip("ab", methods, strict=True)]
+    assert sources[0].method.place == sources[1].method.place
+    assert sources[0].place != sources[1].place
+    assert sources[0].place == merged("x", methods[0], [numbers]).place
+    assert find_method("linear").identity == "streammerge.methods.linear:linear"
+    made = merge_of(tmp_path, [dict(zip("ab", sources, strict=True))], "linear")
+    assert torch.equal(made["b"], 2 * made["a"])
+
+
+@pytest.mark.parametrize("method", ["linear", "slerp"])
+def test_nested_sources_have_the_same_bytes_in_processes(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every kind of source that reads files, inside each other, in pieces on all workers, with passes too."""
+    monkeypatch.setattr(tasks, "PIECE_ELEMS", GRAIN)
+    disk, shape = Disk(tmp_path), (700, 300)
+    base, one, two = (draw(shape, torch.bfloat16, seed) for seed in range(3))
+    inner = merged(
+        "tensor", find_method("ties"), [disk.stored(each) for each in (base, one, two)], {"density": 0.4}, based=True
+    )
+    mixed = gathered(inner, [*range(699, 300, -1), *range(300)])
+    constant = Constant(TensorSpec("tensor", DType.BF16, (1, 300)))
+    pieces = joined("tensor", [mixed, constant], 0)
+    turned = disk.strided(draw((300, 700), torch.bfloat16, 5).t(), "tensor")
+    nested = merged("tensor", find_method("slerp"), [pieces, turned], {"t": 0.3})
+    indexes = [
+        index_of(tmp_path, {"tensor": nested, "small": disk.stored(one[0], "small")}, "in0"),
+        index_of(tmp_path, {"tensor": disk.stored(two, "tensor"), "small": disk.stored(two[0], "small")}, "in1"),
+    ]
+    parameters = {"t": 0.4} if method == "slerp" else {}
+    recipe = recipe_of([str(each.path) for each in indexes], method, None, None, parameters, {})
+    made = []
+    for executor, workers in (("threads", 1), ("threads", 3), ("processes", 3)):
+        plan = planned(recipe, indexes, tmp_path / "out.safetensors", workers=workers)
+        choose_executor(plan, executor)
+        assert plan.executor == executor
+        execute(plan, RunOptions(overwrite=True, executor=executor), 0)
+        made.append((tmp_path / "out.safetensors").read_bytes())
+    assert made[0] == made[1] == made[2]

@@ -73,6 +73,10 @@ class ReadingSuite(ABC):
             assert hash(parse(str(there))) == hash(there)
             assert (there.name, there.parent) == (name, home)
 
+    def test_a_scheme_may_be_in_capitals(self, home: Location) -> None:
+        scheme = home.store.scheme
+        assert parse(f"{scheme.upper()}://{home.key}") == parse(f"{scheme}://{home.key}") == home
+
     def test_names_are_taken_apart_without_asking(self, home: Location) -> None:
         there = home / "folder" / "model.tar.gz"
         assert (there.stem, there.suffix, there.parent.name) == ("model.tar", ".gz", "folder")
@@ -386,24 +390,6 @@ class StoreSuite(ReadingSuite):
             thread.join()
         staging.commit(as_folder=False)
         assert content(out) == {"": data}
-
-    def test_bytes_of_an_input_are_copied(self, home: Location) -> None:
-        data = noise(3_000_001)
-        source = self.put(home / "in", data).open()
-        staging = (home / "out").stage()
-        staging.clear()
-        file = staging.create("out", 3_000_001)
-        for source_start, start, nbytes in ((0, 1, 5), (1000, 77, 2_500_003), (5, 3_000_001, 0), (3_000_000, 3_000_000, 1)):
-            file.copy_from(source, source_start, start, nbytes)
-        expected = bytearray(3_000_001)
-        expected[1:6] = data[:5]
-        expected[77 : 77 + 2_500_003] = data[1000 : 1000 + 2_500_003]
-        expected[3_000_000:] = data[3_000_000:]
-        assert full(file) == expected
-        assert not file.synced
-        with pytest.raises(sm.ChangedError, match="ended before byte"):
-            file.copy_from(source, 3_000_000, 0, 2)
-        staging.abort()
 
     def test_a_temporary_file_is_read_back_and_goes(self, home: Location) -> None:
         staging = (home / "out").stage()

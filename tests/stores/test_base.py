@@ -7,7 +7,9 @@ import io
 import pytest
 
 import streammerge as sm
-from streammerge.stores.base import Input, Location, Status, digest_outside, no_room, outside, space_checked
+from streammerge.stores.base import Input, Location, Staging, Status, digest_outside, no_room, outside, space_checked
+from streammerge.stores.commit import LocalStaging
+from streammerge.stores.memory import MemoryStaging
 
 
 class Few(sm.Store):
@@ -120,3 +122,9 @@ def test_a_full_store_says_what_it_knows() -> None:
         with space_checked(at("x"), 5000):
             raise OSError(5, "Input/output error")
     assert isinstance(no_room(at("x"), 1), sm.SpaceError)
+
+
+@pytest.mark.parametrize("staging", [LocalStaging, MemoryStaging])
+def test_a_staging_keeps_no_books_of_its_own(staging: type[Staging]) -> None:
+    """A store says how a file is opened. The names of the files are kept in one place for all stores."""
+    assert not {"create", "temporary", "outputs", "place", "close_files"} & vars(staging).keys()

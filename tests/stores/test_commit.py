@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from conftest import assert_same, load_safetensors, trained
 from safetensors.torch import save_file
 
 import streammerge as sm
+from streammerge.stores import commit
 from streammerge.stores.locations import parse
 
 
@@ -25,7 +29,144 @@ def test_nothing_appears_without_commit(tmp_path: Path) -> None:
 def test_a_name_that_is_too_long_is_a_sentence(tmp_path: Path) -> None:
     save_file(trained(1), tmp_path / "in.safetensors")
     with pytest.raises(sm.RecipeError, match="File name too long"):
-        sm.merge([tmp_path / "in.safetensors"], tmp_path / ("x" * 238 + ".safetensors"))
+        sm.merge([tmp_path / "in.safetensors"], tmp_path / ("x" * 244 + ".safetensors"))
+    assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 230, "x" * 231, "x" * 243, "ü" * 121, "日" * 81], ids=lambda name: str(len(name.encode()))
+)
+@pytest.mark.parametrize("ending", [".safetensors", ""])
+def test_a_long_name_is_an_output(tmp_path: Path, name: str, ending: str) -> None:
+    """The hidden folder's name is longer than the output's and must stay a name that the file system takes."""
+    out = tmp_path / (name + ending)
+    save_file(trained(1), tmp_path / "in.safetensors")
+    sm.merge([tmp_path / "in.safetensors"], f"{out}/" if not ending else out)
+    sm.merge([tmp_path / "in.safetensors"], f"{out}/" if not ending else out, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"in.safetensors", out.name}
+    parse(tmp_path / (name + ".json")).write_whole(b"1", overwrite=False)
+
+
+def test_long_names_of_two_outputs_are_two_hidden_folders(tmp_path: Path) -> None:
+    outs = [tmp_path / ("x" * 249 + last) for last in "ab"]
+    stagings = [parse(out).stage() for out in outs]
+    assert stagings[0].home != stagings[1].home
+    assert len({each.home.name for each in stagings}) == 2
+    assert all(each.home == parse(commit.staging_folder(out)) for each, out in zip(stagings, outs, strict=True))
+    for each in stagings:
+        each.abort()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
+def test_a_place_where_no_folder_can_be_made_is_told(tmp_path: Path) -> None:
+    save_file(trained(1), tmp_path / "in.safetensors")
+    with pytest.raises(sm.RecipeError, match=r"cannot write beside /proc/x\.safetensors: No such file"):
+        sm.merge([tmp_path / "in.safetensors"], "/proc/x.safetensors")
+
+
+def test_a_folder_that_vanishes_each_time_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def opened(path: str) -> int:
+        calls.append(path)
+        if len(calls) > 10_000:
+            raise KeyboardInterrupt
+        raise FileNotFoundError(2, "No such file or directory", path)
+
+    monkeypatch.setattr(commit.lock, "opened", opened)
+    with pytest.raises(sm.RecipeError, match="vanishes when it is made"):
+        parse(tmp_path / "out.safetensors").stage()
+
+
+@pytest.mark.parametrize("out", ["out.safetensors", "out"])
+def test_files_of_others_in_the_hidden_folder_undo_no_merge(tmp_path: Path, out: str) -> None:
+    save_file(trained(1), tmp_path / "in.safetensors")
+
+    def listen(event: object) -> None:
+        for folder in (each.parent for each in tmp_path.glob(".out*/output")):
+            for name in (".DS_Store", "output/.DS_Store", "output/.nfs0001"):
+                (folder / name).write_bytes(b"somebody's")
+
+    sm.merge([tmp_path / "in.safetensors"], tmp_path / out, listener=listen)
+    sm.verify(tmp_path / out, sample="100%")
+    if out.endswith(".safetensors"):
+        assert_same(load_safetensors(tmp_path / out), trained(1))
+
+
+def test_a_hidden_folder_goes_when_its_removed_files_are_closed(tmp_path: Path) -> None:
+    """A network file system removes an open file a moment after it was closed."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / ".fuse_hidden0001").touch()
+    timer = threading.Timer(0.1, (folder / ".fuse_hidden0001").unlink)
+    timer.start()
+    commit._remove_empty(folder)
+    timer.join()
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "somebody's").touch()
+    commit._remove_empty(folder)
+    assert folder.exists()
+
+
+@pytest.mark.skipif(shutil.which("bindfs") is None or os.geteuid() != 0, reason="needs bindfs and root")
+@pytest.mark.parametrize("out", ["out.safetensors", "out"])
+def test_nothing_is_left_on_a_fuse_file_system(tmp_path: Path, out: str) -> None:
+    (tmp_path / "back").mkdir()
+    (tmp_path / "mount").mkdir()
+    if subprocess.run(["bindfs", tmp_path / "back", tmp_path / "mount"], capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        save_file(trained(1), tmp_path / "in.safetensors")
+        sm.merge([tmp_path / "in.safetensors"], tmp_path / "mount" / out)
+        sm.verify(tmp_path / "mount" / out, sample="100%", inputs=tmp_path)
+        assert [path.name for path in (tmp_path / "mount").iterdir()] == [out]
+    finally:
+        subprocess.run(["umount", tmp_path / "mount"], check=False)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+@pytest.mark.parametrize("kind", ["file", "empty folder"])
+def test_a_sticky_folder_is_noticed_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    shared, out = tmp_path / "shared", tmp_path / "shared" / "out"
+    shared.mkdir()
+    out.write_bytes(b"theirs") if kind == "file" else out.mkdir()
+    os.chown(out, 1, -1)
+    os.chown(shared, 2, -1)
+    os.chmod(shared, 0o1777)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(sm.RecipeError, match=r"belongs to \w+, and nobody else may replace it .* sticky"):
+        parse(out).stage(overwrite=True)
+    os.chmod(shared, 0o777)
+    parse(out).stage(overwrite=True).abort()
+    os.chmod(shared, 0o1777)
+    for user in (0, 1, 2):
+        monkeypatch.setattr(os, "geteuid", lambda user=user: user)
+        parse(out).stage(overwrite=True).abort()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_what_another_user_has_left_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    staging = parse(tmp_path / "out.safetensors").stage()
+    staging.record.begin(b"plan\n")
+    folder, good = commit.staging_folder(tmp_path / "out.safetensors"), commit.lock.opened
+    os.chown(folder, 1, -1)
+
+    def opened(path: str) -> int:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(commit.lock, "opened", opened)
+    with pytest.raises(sm.LockedError, match=f"is being written by process {os.getpid()}"):
+        parse(tmp_path / "out.safetensors").stage()
+    monkeypatch.setattr(commit.lock, "opened", good)
+    staging.abort(keep=True)
+    monkeypatch.setattr(commit.lock, "opened", opened)
+    with pytest.raises(sm.RecipeError, match=r"an interrupted run of (\w+) into .* has left .*, or ask \1 to finish"):
+        parse(tmp_path / "out.safetensors").stage()
+    os.chown(folder, 0, -1)
+    with pytest.raises(sm.RecipeError, match=r"cannot write beside .*: Permission denied"):
+        parse(tmp_path / "out.safetensors").stage()
 
 
 def test_a_small_file_that_came_meanwhile_stays(tmp_path: Path) -> None:

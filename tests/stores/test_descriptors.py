@@ -168,6 +168,70 @@ def test_one_in_use_is_never_closed(tmp_path: Path, two_open: None) -> None:
         each.close()
 
 
+def test_files_are_used_while_another_one_is_synced(tmp_path: Path, two_open: None) -> None:
+    """Closing a file that has to be synced first takes as long as the disk needs. No other file waits for that."""
+    (tmp_path / "x").write_bytes(b"12345")
+    syncing, go_on = threading.Event(), threading.Event()
+
+    def sync(*fd: int) -> None:
+        syncing.set()
+        assert go_on.wait(20)
+
+    slow = Descriptor(lambda: opened(tmp_path / "x"), sync)
+    others = [Descriptor(lambda: opened(tmp_path / "x")) for _ in range(3)]
+    with slow:
+        pass
+    retiring = threading.Thread(target=slow.retire)
+    retiring.start()
+    assert syncing.wait(20)
+    done = threading.Event()
+
+    def use() -> None:
+        for each in others:
+            with each as fd:
+                os.pread(fd, 5, 0)
+        with slow as fd:
+            os.pread(fd, 5, 0)
+        done.set()
+
+    using = threading.Thread(target=use)
+    using.start()
+    try:
+        assert done.wait(10), "the other files wait for the sync"
+    finally:
+        go_on.set()
+        retiring.join()
+        using.join()
+    with slow as fd:
+        assert os.pread(fd, 5, 0) == b"12345", "it was used meanwhile, so it stays open"
+    for each in (*others, slow):
+        each.close()
+    assert not descriptors._open
+
+
+def test_the_collector_may_close_a_file_while_room_is_made(
+    tmp_path: Path, two_open: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x").write_bytes(b"12345")
+    several = [Descriptor(lambda: opened(tmp_path / "x")) for _ in range(6)]
+    with several[0], several[1], several[2], several[3], several[4], several[5]:
+        pass
+    unreachable = several[:2]
+
+    def idle(one: Descriptor) -> bool:
+        while unreachable:
+            unreachable.pop().close()
+        return not one._users
+
+    monkeypatch.setattr(Descriptor, "idle", property(idle))
+    descriptors._make_room(1)
+    monkeypatch.undo()
+    assert len(descriptors._open) == 1
+    for each in several:
+        each.close()
+    assert not descriptors._open
+
+
 def test_many_threads_share_few_descriptors(tmp_path: Path, two_open: None) -> None:
     files = []
     for number in range(8):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -126,6 +127,20 @@ def test_a_full_disk_is_found_before_the_first_byte(tmp_path: Path) -> None:
         assert list(mount.iterdir()) == []
     finally:
         subprocess.run(["umount", mount], check=True)
+
+
+def test_the_free_space_is_asked_before_a_reservation_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems fill the disk before they say that it is full."""
+    free = [82_000_000]
+
+    def reserve(fd: int, nbytes: int) -> bool:
+        free[0] = 0
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(system, "reserve", reserve)
+    monkeypatch.setattr("streammerge.stores.local.LocalStore.free_bytes", lambda self, location: free[0])
+    with pytest.raises(sm.SpaceError, match=r"needs 100 MB, 82\.0 MB are free on that disk \(18\.0 MB are missing\)"):
+        OutputFile(parse(tmp_path / "x"), 100_000_000)
 
 
 STRACE = shutil.which("strace")

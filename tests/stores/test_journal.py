@@ -6,6 +6,7 @@ import json
 import time
 import zlib
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -65,7 +66,7 @@ def test_what_is_begun_with_is_read_back_each_line_with_its_checksum() -> None:
     assert made_journal.earlier() is None
     made_journal.begin(PIECES)
     assert made_journal.finish() == set()
-    assert made_journal.earlier() == Earlier({"form": 1}, PIECES)
+    assert made_journal.earlier() == Earlier({"form": 1}, PIECES, len(PIECES))
     assert made_journal.kept_bytes == sum(range(4))
     for line in (record.data or b"").splitlines():
         assert line[:8] == b"%08x" % zlib.crc32(line[9:])
@@ -90,6 +91,17 @@ def test_pieces_count_up_to_the_first_line_that_is_damaged() -> None:
         assert journal.read(record).pieces == PIECES[: max(whole - 1, 0)]  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(
+    "line", ['{"task":0,"start":0,"new":1}', "[1,2]", "7", '"text"', json.dumps({**asdict(PIECES[1]), "new": 1})]
+)
+def test_a_journal_of_another_version_is_counted_and_not_believed(line: str) -> None:
+    _, record = made([])
+    record.data = journal._lines(['{"plan":{"form":99}}', line, line])
+    assert journal.read(record) == Earlier({"form": 99}, [], 2)
+    record.data = journal._lines([line, line])
+    assert journal.read(record) == Earlier({}, [], 1)
+
+
 def test_a_piece_is_written_down_after_its_file_was_synced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "INTERVAL_SECONDS", 0.001)
     log: list[str] = []
@@ -102,7 +114,7 @@ def test_a_piece_is_written_down_after_its_file_was_synced(monkeypatch: pytest.M
     wait(lambda: made_journal.kept_bytes == 3)
     made_journal.finish()
     assert log[-2:] == ["sync", "end"]
-    assert made_journal.earlier() == Earlier({"form": 1}, [PIECES[3]])
+    assert made_journal.earlier() == Earlier({"form": 1}, [PIECES[3]], 1)
 
 
 @pytest.mark.parametrize(("keeps", "fails"), [(False, False), (True, True)])

@@ -18,12 +18,16 @@ def test_what_has_no_scheme_is_a_path(tmp_path: Path, monkeypatch: pytest.Monkey
     assert parse("~/x").local_path == str(tmp_path / "x")
     assert str(parse("~/x")) == "~/x"
     assert parse("file:///a/b").local_path == "/a/b"
+    assert parse("FILE:///a/b") == parse("File:///a/b") == parse("/a/b")
     assert parse("c:/a").local_path == "c:/a"
     assert parse("x", HERE) == parse("x")
     assert parse("x", parse("/a/b")) == parse("/a/b/x")
     assert parse("/x", parse("/a/b")) == parse("/x")
     assert parse("x", parse("memory://a")) == parse("memory://a/x")
+    assert parse("x", parse("memory://")) == parse("memory://x")
+    assert parse("x", parse("/")) == parse("/x")
     assert parse("memory://x", parse("/a")) == parse("memory://x")
+    assert parse("Memory://x") == parse("memory://x")
     for wrong in (3, None, ["x"]):
         with pytest.raises(sm.RecipeError, match="is not a path, but a"):
             parse(wrong)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,114 @@ class TestWithoutKernelLocks:
             parse(tmp_path / "out.safetensors").stage()
         first.abort()
         parse(tmp_path / "out.safetensors").stage().abort()
+
+    def test_only_one_run_creates_the_owner_file(self, tmp_path: Path) -> None:
+        """Both runs have looked at the lock file, and neither has written into it."""
+        folder = tmp_path / ".out.safetensors.streammerge"
+        folder.mkdir()
+        fd = lock.opened(str(folder / "lock"))
+        lock.take(fd, str(folder), "out")
+        child = os.fork()
+        if not child:
+            try:
+                parse(tmp_path / "out.safetensors").stage()
+                os._exit(1)
+            except sm.LockedError as error:
+                os._exit(0 if f"process {os.getppid()}" in str(error) else 2)
+            finally:
+                os._exit(3)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        lock.sign(fd, str(folder), "out")
+        lock.release(fd)
+        assert [path.name for path in folder.iterdir()] == ["lock"]
+        parse(tmp_path / "out.safetensors").stage().abort()
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("alive", [False, True])
+    def test_the_owner_file_of_a_killed_run(self, tmp_path: Path, left: Any, alive: bool) -> None:
+        path = left("").with_name("lock.owner")
+        path.write_text(json.dumps(asdict(replace(this_run(), pid=os.getppid() if alive else 999_999_999))))
+        if alive:
+            with pytest.raises(sm.LockedError, match=f"process {os.getppid()} .*, remove {path}$"):
+                parse(tmp_path / "out.safetensors").stage()
+            path.write_text("")
+            with pytest.raises(sm.LockedError, match=f"a process that did not give its name, .*, remove {path}$"):
+                parse(tmp_path / "out.safetensors").stage()
+            path.unlink()
+        parse(tmp_path / "out.safetensors").stage().abort()
+
+    def test_two_runs_follow_a_dead_one_at_once(self, tmp_path: Path, left: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The other one has replaced the dead run's file after we read it."""
+        path, good = left("").with_name("lock.owner"), os.rename
+        path.write_text(json.dumps(asdict(replace(this_run(), pid=999_999_999))))
+        other = json.dumps(asdict(replace(this_run(), pid=os.getppid())))
+
+        def rename(source: Any, target: Any) -> None:
+            if str(source) == str(path):
+                path.write_text(other)
+            good(source, target)
+
+        monkeypatch.setattr(os, "rename", rename)
+        with pytest.raises(sm.LockedError, match=f"process {os.getppid()}"):
+            parse(tmp_path / "out.safetensors").stage()
+        assert path.read_text() == other
+
+    def test_where_locks_work_the_owner_file_counts_too(
+        self, tmp_path: Path, left: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(lock.fcntl, "flock", lambda fd, how: None)
+        path = left("").with_name("lock.owner")
+        path.write_text(json.dumps(asdict(replace(this_run(), pid=os.getppid()))))
+        with pytest.raises(sm.LockedError, match=f"process {os.getppid()} .*, remove {path}$"):
+            parse(tmp_path / "out.safetensors").stage()
+
+
+def test_two_machines_that_write_at_once_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its own kernel's lock. What this one has written is read back after it reached the server."""
+    path, synced = tmp_path / ".out.safetensors.streammerge" / "lock", []
+    other = json.dumps(asdict(replace(this_run(), pid=77, host="node17", boot="b")))
+
+    def sync(fd: int) -> None:
+        synced.append(json.loads(path.read_text())["pid"])
+        path.write_text(other)
+
+    monkeypatch.setattr(lock.system, "full_sync", sync)
+    with pytest.raises(sm.LockedError, match="process 77 on node17"):
+        parse(tmp_path / "out.safetensors").stage()
+    assert synced == [os.getpid()]
+    assert path.read_text() == other
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_forked_child_keeps_no_lock(tmp_path: Path, keep: bool) -> None:
+    """It lives on after the run, has a copy of the descriptor, and ends a copy of the staging."""
+    staging = parse(tmp_path / "out.safetensors").stage()
+    staging.record.begin(b"plan\n")
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(writer)
+        staging.abort()
+        os.read(reader, 1)
+        os._exit(0)
+    os.close(reader)
+    try:
+        time.sleep(0.2)
+        assert staging.resumable, "the child has removed nothing"
+        with pytest.raises(sm.LockedError):
+            parse(tmp_path / "out.safetensors").stage()
+        if keep:  # the parent's descriptor is closed without a word, as when it is killed
+            os.close(staging._lock_fd)  # type: ignore[attr-defined]
+            lock._held.pop(staging._lock_fd)  # type: ignore[attr-defined]
+        else:
+            staging.abort(keep=True)
+        again = parse(tmp_path / "out.safetensors").stage()
+        assert again.resumable
+        again.abort()
+    finally:
+        os.close(writer)
+        os.waitpid(child, 0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_which_file_systems_have_one_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from conftest import trained
@@ -13,7 +15,7 @@ from safetensors.torch import save_file
 
 import streammerge as sm
 from streammerge.stores import registry
-from streammerge.stores.base import Input, Location, Status, Store
+from streammerge.stores.base import Input, Location, Staging, Status, Store
 from streammerge.stores.locations import parse
 
 DISK = '''
@@ -85,7 +87,7 @@ sm.inspect("local.safetensors") if False else None
 assert "disk_store" not in sys.modules
 result = sm.merge(["disk://a.safetensors", "disk://*.safetensors"], "out.safetensors")
 print(result.plan.io, [note for note in result.notes])
-print(sm.verify("out.safetensors", sample="100%").recomputed)
+print(sm.verify("out.safetensors", sample="100%", inputs="disk://").recomputed)
 location = parse("disk://a.safetensors")
 assert pickle.loads(pickle.dumps(location)) == location
 for text in ("broken://x", "other://x"):
@@ -102,7 +104,9 @@ except sm.RecipeError as error:
     assert said[0].startswith("pread ")
     assert said[1] == "True"
     assert said[2].startswith("the store broken of disk-store cannot be loaded: ")
-    assert said[3] == ("no store is known for other://; known are disk, file, memory, and a package can bring another")
+    assert re.fullmatch(
+        "no store is known for other://; known are disk, .*memory.*, and a package can bring another", said[3]
+    )
     assert said[4] == "disk://b.safetensors: the store disk:// can be read only; write to another place"
 
 
@@ -152,3 +156,58 @@ def test_a_scheme_is_one_stores_only(known: None) -> None:
         sm.register_store(Taken)
     with pytest.raises(sm.RecipeError, match="Nameless needs a scheme"):
         sm.register_store(Nameless)
+
+
+def test_a_store_for_outputs_that_is_incomplete_says_which_method_it_lacks(known: None) -> None:
+    class Half(Empty):
+        scheme = "half"
+
+        def stage(self, location: Location, overwrite: bool = False) -> Staging:
+            raise NotImplementedError
+
+    sm.register_store(Half)
+    with pytest.raises(sm.RecipeError, match="the store half:// has stage and lacks reopen"):
+        parse("half://x").reopen(3)
+    with pytest.raises(sm.RecipeError, match="the store half:// has stage and lacks check_writable"):
+        parse("half://x").check_writable(overwrite=False)
+    sm.register_store(Empty)
+    with pytest.raises(sm.RecipeError, match="can be read only"):
+        parse("empty://x").reopen(3)
+
+
+def test_a_class_in_a_module_of_the_room_is_a_store() -> None:
+    module = ModuleType("streammerge.stores.here")
+    made = type("Here", (Empty,), {"scheme": "here", "__module__": module.__name__})
+    base = type("Base", (Empty,), {"__module__": module.__name__})
+    vars(module).update(Here=made, Base=base, Empty=Empty, Store=Store)
+    found = registry._of_module(module)
+    assert list(found) == ["here"]
+    assert type(found["here"]) is made
+    vars(module)["here"] = instance = made()
+    assert registry._of_module(module) == {"here": instance}
+    assert registry._of_module(module)["here"] is instance
+    assert isinstance(registry.STORES.built_in["memory"], type(sm.memory_store))
+    assert registry.STORES.built_in["memory"] is sm.memory_store
+
+
+def test_what_is_no_store_is_not_registered(known: None) -> None:
+    class Other:
+        scheme = "other"
+
+    class Abstract(Store):
+        scheme = "abstract"
+
+    class Raises(Empty):
+        scheme = "raises"
+
+        def __init__(self) -> None:
+            raise KeyError("no key")
+
+    for kind, words in (
+        (Other, "Other is no store"),
+        (Abstract, "the store Abstract lacks the methods is_folder, list_names, opened, status"),
+        (Raises, "the store Raises cannot be made: 'no key'"),
+    ):
+        with pytest.raises(sm.RecipeError, match=words):
+            sm.register_store(kind)  # type: ignore[type-var]
+        assert kind.scheme not in registry.STORES._own  # type: ignore[attr-defined]

@@ -6,7 +6,6 @@ import ctypes
 import errno
 import mmap
 import os
-import random
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 
 import streammerge as sm
 from streammerge.stores import system
-from streammerge.stores.files import InputFile, OutputFile
+from streammerge.stores.files import OutputFile
 from streammerge.stores.locations import parse
 
 
@@ -104,18 +103,22 @@ def test_without_syncing_folders(pair: list[Path], tmp_path: Path, monkeypatch: 
     sm.verify(tmp_path / out, sample=0)
 
 
-@pytest.mark.parametrize("number", [None, *UNKNOWN, errno.EXDEV])
-def test_without_copies_inside_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int | None) -> None:
-    if number is None:
-        monkeypatch.delattr(os, "copy_file_range", raising=False)
-    else:
-        monkeypatch.setattr(os, "copy_file_range", raises(number), raising=False)
-    data = random.Random(1).randbytes(2_500_001)
-    (tmp_path / "in").write_bytes(data)
-    file = OutputFile(parse(tmp_path / "x"), 2_500_000)
-    file.copy_from(InputFile(parse(tmp_path / "in")), 1, 0, 2_500_000)
-    file.close()
-    assert (tmp_path / "x").read_bytes() == data[1:]
+@pytest.mark.parametrize("out", ["out.safetensors", "out"])
+def test_a_folder_that_may_not_be_listed_takes_an_output(
+    pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    """Write and search permission are enough to publish a name; opening a folder needs read permission."""
+    good = os.open
+
+    def opened(path: Any, flags: int, *rest: Any, **options: Any) -> int:
+        if flags & os.O_DIRECTORY and Path(path) == tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return good(path, flags, *rest, **options)
+
+    monkeypatch.setattr(os, "open", opened)
+    result = sm.merge(pair, tmp_path / out)
+    assert [note for note in result.notes if "does not sync folders; a power failure may undo its name" in note]
+    sm.verify(tmp_path / out, sample=0)
 
 
 @pytest.mark.parametrize("number", [None, errno.ENOSYS, errno.EINVAL])
@@ -147,7 +150,7 @@ def test_as_on_macos(pair: list[Path], tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(system.fcntl, "fcntl", fcntl)
     for name in ("_fallocate", "_renameat2", "_sync_file_range"):
         monkeypatch.setattr(system, name, None)
-    for name in ("copy_file_range", "posix_fallocate", "posix_fadvise", "preadv", "O_DIRECT", "sched_getaffinity"):
+    for name in ("posix_fallocate", "posix_fadvise", "preadv", "O_DIRECT", "sched_getaffinity"):
         monkeypatch.delattr(os, name, raising=False)
     monkeypatch.delattr(mmap, "MADV_DONTNEED", raising=False)
     for io in ("mmap", "pread"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import hashlib
 import json
 import random
@@ -9,11 +11,12 @@ import shutil
 import subprocess
 import sys
 import tracemalloc
+import weakref
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -22,12 +25,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import streammerge as sm
+from streammerge import api
 from streammerge.planning.budget import Budget
-from streammerge.planning.plan import budget_of
+from streammerge.planning.plan import Plan, budget_of
+from streammerge.planning.receipt import read_receipt
 from streammerge.planning.tasks import MergeTask
+from streammerge.stores.base import Input, Location, Status, Store
 from streammerge.stores.checksums import CRC32C
 from streammerge.stores.inputs import InputFiles
 from streammerge.stores.locations import parse
+from streammerge.stores.registry import STORES
 from streammerge.verifying import values
 
 OUTPUTS = {"safetensors": "out.safetensors", "pickle": "out.pth", "folder": "out"}
@@ -421,6 +428,53 @@ print(process.peak_resident_bytes() - before)
     assert int(done.stdout) < 64 << 20
 
 
+def test_pickles_count_in_the_budget_of_a_verification(tmp_path: Path) -> None:
+    """40 MiB of bytes beside the tensors, in each input and in the output, whose pickle is read beside theirs."""
+    for number in range(2):
+        torch.save({"w": torch.ones(1000), "blob": bytes(40 << 20)}, tmp_path / f"{number}.pth")
+    out = tmp_path / "out.pth"
+    merged = sm.merge([tmp_path / "0.pth", tmp_path / "1.pth"], out, memory="2GiB")
+    little = f"{-(-merged.plan.peak_bytes // (1 << 20))}MiB"
+    with pytest.raises(sm.VerifyError, match="memory are too little"):
+        sm.verify(out, sample="100%", memory=little)
+    assert sm.verify(out, sample="100%", memory="2GiB").sampled_tensors == 1
+
+
+def test_an_attempt_that_failed_holds_nothing_during_the_next(
+    pair: list[Path], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan of the first attempt, with the trees of its pickles, is gone before the second one is made."""
+    out = here / "out.pth"
+    sm.merge(pair, out, integers="max")
+    plans: list[weakref.ref[Plan]] = []
+    planned = sm.plan(pair, out, integers="max")
+
+    class Seen(Plan):
+        """A plan that can have a weak reference."""
+
+    def remade(*arguments: object) -> Plan:
+        assert [plan() for plan in plans] == [None] * len(plans)
+        made = Seen(**{field.name: getattr(planned, field.name) for field in dataclasses.fields(Plan)})
+        plans.append(weakref.ref(made))
+        return made
+
+    def recompute(*arguments: object) -> None:
+        try:
+            {}["w"]
+        except KeyError as error:
+            raise sm.ChangedError("other inputs") from error
+
+    monkeypatch.setattr(api, "_remade", remade)
+    monkeypatch.setattr(values, "recompute", recompute)
+    gc.collect()
+    gc.disable()
+    try:
+        sm.verify(out)
+    finally:
+        gc.enable()
+    assert len(plans) == 2
+
+
 def test_a_whole_hash_tells_that_an_input_is_another(pair: list[Path], here: Path) -> None:
     sm.merge(["a.safetensors", "b.safetensors"], here / "out.safetensors", hash=True)
     content = bytearray(pair[1].read_bytes())
@@ -596,3 +650,121 @@ def test_a_receipt_that_is_a_link_to_nothing_is_named(folder: Path, tmp_path: Pa
     receipt.symlink_to(tmp_path / "gone")
     with pytest.raises(sm.FormatError, match=f"is a link to {tmp_path}/gone, which is absent"):
         sm.verify(folder)
+
+
+# ------------------------------------------------------------------------------------------------- receipts of strangers
+
+
+class Spied(Store):
+    """A store that notes each question."""
+
+    scheme = "spied"
+    asked: ClassVar[list[str]] = []
+
+    def status(self, location: Location) -> Status:
+        self.asked.append(str(location))
+        raise sm.FormatError(f"{location} is absent")
+
+    def is_folder(self, location: Location) -> bool:
+        self.asked.append(str(location))
+        return False
+
+    def list_names(self, location: Location) -> list[str]:
+        self.asked.append(str(location))
+        return []
+
+    def opened(self, location: Location) -> Input:
+        raise sm.FormatError(f"{location} is absent")
+
+
+OPENED: list[str] = []
+_hooked: list[bool] = []
+
+
+def _note(event: str, arguments: tuple[Any, ...]) -> None:
+    if event in ("open", "os.listdir", "os.scandir") and "secret" in str(arguments[0]):
+        OPENED.append(str(arguments[0]))
+
+
+NAMES: dict[str, Any] = {
+    "another store": "spied://host/x",
+    "a plug-in that is not loaded": "unheard-of://host/x",
+    "a file url": "file://{here}/secret/a.safetensors",
+    "a file url in capitals": "FILE://{here}/secret/a.safetensors",
+    "a relative file url": "file://../secret/a.safetensors",
+    "an absolute path": "{here}/secret/a.safetensors",
+    "home": "~/secret/a.safetensors",
+    "a folder above": "../secret/a.safetensors",
+    "a folder above, behind another": "x/../../secret/a.safetensors",
+    "mergekit's form": {"model": {"path": "{here}/secret/a.safetensors"}},
+    "mergekit's nested form": {"model": {"model": {"path": "{here}/secret/a.safetensors"}}},
+}
+
+
+@pytest.mark.parametrize("named", NAMES)
+@pytest.mark.parametrize("key", ["models", "base_model"])
+def test_a_receipt_opens_nothing_but_what_lies_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str, key: str
+) -> None:
+    if not _hooked:
+        _hooked.append(True)
+        sys.addaudithook(_note)
+    for folder in ("secret", "open"):
+        (tmp_path / folder).mkdir()
+        for name in "ab":
+            save_file({"w": torch.ones(5)}, tmp_path / folder / f"{name}.safetensors")
+    monkeypatch.chdir(tmp_path / "open")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(STORES, "_own", {"spied": Spied()})
+    sm.merge(["a.safetensors", "b.safetensors"], "out", method="task_arithmetic", base="a.safetensors")
+    assert sm.verify("out").recomputed
+    path = tmp_path / "open" / "out" / "streammerge.json"
+    made = read_receipt(path.read_text(), path)
+    name = json.loads(json.dumps(NAMES[named]).replace("{here}", str(tmp_path)))
+    recipe = {**made.recipe, "models": [*made.recipe["models"][:-1], name if isinstance(name, dict) else {"model": name}]}
+    if key == "base_model":
+        recipe = {**made.recipe, "base_model": name}
+    edited = dataclasses.replace(made, recipe=recipe)
+    path.write_text(dataclasses.replace(edited, digest=edited.own_digest()).text(2))
+    OPENED.clear()
+    Spied.asked.clear()
+    for options in ({}, {"inputs": tmp_path / "open"}, {"sample": "100%"}):
+        try:
+            verified = sm.verify("out", **options)  # type: ignore[arg-type]
+        except sm.VerifyError as error:
+            assert "absolute paths" in str(error) or "not computed again" in str(error)
+        else:
+            assert not options
+            assert not verified.recomputed
+            assert "values were not computed again" in verified.notes[0]
+    assert OPENED == []
+    assert Spied.asked == []
+
+
+def test_a_name_with_a_scheme_is_read_where_the_caller_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        save_file({"w": torch.ones(5)}, f"{name}.safetensors")
+    sm.memory_store.put("strangers/a.safetensors", Path("a.safetensors").read_bytes())
+    try:
+        sm.merge(["memory://strangers/a.safetensors", "b.safetensors"], "out.safetensors")
+        said = sm.verify("out.safetensors").notes
+        assert "memory://strangers/a.safetensors leads out of ." in said[0]
+        assert sm.verify("out.safetensors", sample="100%", inputs="memory://strangers").recomputed
+        with pytest.raises(sm.VerifyError, match="leads out of memory://else"):
+            sm.verify("out.safetensors", inputs="memory://else")
+        sm.merge(["memory://strangers/a.safetensors"] * 2, "memory://out.safetensors")
+        assert sm.verify("memory://out.safetensors", sample="100%").recomputed, "it lies beside"
+    finally:
+        for name in ("strangers", "out.safetensors"):
+            sm.memory_store.remove(name)
+
+
+def test_names_in_a_receipt_never_lead_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    for name in "ab":
+        save_file({"w": torch.ones(5)}, f"../{name}.safetensors")
+    sm.merge(["../a.safetensors", "../b.safetensors"], "out.safetensors")
+    assert list(receipt(Path("out.safetensors"))["inputs"]) == ["a.safetensors", "b.safetensors"]
+    assert sm.verify("out.safetensors", sample="100%", inputs="..").recomputed

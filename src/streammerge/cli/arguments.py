@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from streammerge.cli.advice import check_inputs
-from streammerge.errors import RecipeError, printable
+from streammerge.cli.terminal import say
+from streammerge.errors import RecipeError, StreammergeError, printable
 from streammerge.options import CONVERT, MERGE, VERIFY, number_or_percent, options_of
+from streammerge.stores.locations import parse
 
+_ENDINGS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".th", ".pkl")
 _NEGATED = {f"no_{name}": name for name, each in options_of(*MERGE, *CONVERT, *VERIFY).items() if each.negated}
 
 
@@ -43,6 +47,44 @@ def inputs_and_recipe(inputs: Sequence[str], weights: str | None) -> tuple[Seque
         return (), made
     check_inputs(inputs, weights)
     return inputs, None
+
+
+def output_name(
+    out: str, inputs: Sequence[str], recipe: Mapping[str, Any] | None, quiet: bool, own_methods: bool = False
+) -> str:
+    """Returns the output's name: without a suffix, the kind of the first input decides.
+
+    Says so on stderr, unless ``quiet``. A name that ends in ``/``, or an existing folder, stays a folder.
+    """
+    place = parse(out)
+    if place.suffix or place.ends_in_slash or place.is_folder():
+        return out
+    first = _first_input(inputs, recipe, own_methods)
+    if first is None or not parse(first).is_file():
+        return out
+    ending = parse(first).suffix
+    ending = ending if ending in _ENDINGS else ".safetensors"
+    if not quiet:
+        shown = printable(out)
+        say(f"note: {shown} is written as {shown}{ending}, like the first input; {shown}/ would be a folder", err=True)
+    return out + ending
+
+
+def _first_input(inputs: Sequence[str], recipe: Mapping[str, Any] | None, own_methods: bool) -> str | None:
+    """Returns the path of the first model, None if it cannot be told yet."""
+    from streammerge.checkpoints.globs import expand
+    from streammerge.recipe.locations import is_recipe_name
+    from streammerge.recipe.reader import read_recipe
+
+    try:
+        if recipe is not None or (len(inputs) == 1 and is_recipe_name(inputs[0])):
+            found = read_recipe(inputs[0] if recipe is None else recipe, own_methods)
+            return found.inputs[0] if found.inputs else None
+        name = inputs[0]
+        weighted = re.fullmatch(r"(.+):[-+.\d]+%?", name)
+        return expand([weighted[1] if weighted and not parse(name).lexists() else name])[0]
+    except (StreammergeError, OSError, IndexError):
+        return None  # the merge itself tells what is wrong
 
 
 def _parameters(typed: Iterable[str], weighted: bool) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from streammerge.cli.flags import as_flags
+from streammerge.errors import RecipeError, printable
 from streammerge.options import PATH, Option, Options, options_of
 
 Command = Callable[..., Any]
@@ -141,6 +142,20 @@ def _help(each: Option) -> str:
 inputs = click.argument("inputs", nargs=-1, required=True, type=click.Path(), metavar="INPUT...")
 
 
+def _lasting(context: click.Context, option: click.Parameter, out: str | None) -> str | None:
+    """Returns the output's name. Raises RecipeError for a store whose bytes end with the process of this command."""
+    if out is not None and "://" in out:
+        from streammerge.stores.locations import parse
+
+        store = parse(out).store
+        if store.one_process:
+            raise RecipeError(
+                f"{printable(out)}: the store {store.scheme}:// ends with this command, and the output with it; "
+                "write to another place, or merge in Python"
+            )
+    return out
+
+
 def out(required: bool = True) -> Callable[[Command], Command]:
     """Decorates a command with the option for its output. ``required``: whether the help lists it first."""
     return click.option(
@@ -149,6 +164,7 @@ def out(required: bool = True) -> Callable[[Command], Command]:
         "out",
         cls=type("Option", (_Option,), {"heading": "Required" if required else "Options"}),
         type=click.Path(),
+        callback=_lasting,
         metavar="OUT",
         help="x.safetensors, x.pth (.pt, .ckpt, .bin, .th), or a folder.",
     )

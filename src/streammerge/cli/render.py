@@ -29,7 +29,7 @@ def result_text(result: Result) -> str:
     """Returns the last lines of a run: the output, the speed, the memory."""
     tensors = len(result.plan.tasks)
     files = sum(bool(file.offsets) for file in result.plan.layout.files)
-    what = f"{tensors} tensors" + (f" in {counted(files, 'file')}" if result.plan.layout.as_folder else "")
+    what = counted(tensors, "tensor") + (f" in {counted(files, 'file')}" if result.plan.layout.as_folder else "")
     speed = (result.read_bytes + result.written_bytes) / max(result.seconds, 1e-9)
     return "\n".join(
         [

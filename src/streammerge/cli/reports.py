@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from streammerge.cli.flags import as_flags
 from streammerge.cli.terminal import say, width
+from streammerge.errors import printable
+from streammerge.units import decimal_bytes
 
 if TYPE_CHECKING:
     from streammerge.checkpoints.index import CheckpointIndex
     from streammerge.methods.contracts import MergeMethod
     from streammerge.planning.plan import Plan
     from streammerge.running.execution import Result
+    from streammerge.stores.leftovers import Leftover
     from streammerge.verifying.files import Verified
 
 
@@ -76,6 +79,36 @@ def show_indexes(indexes: list[CheckpointIndex], form: str, tensors: bool, recip
         click.echo(as_json(shown[0] if len(shown) == 1 else shown, indent=2))
     elif form == "human":
         say("\n\n".join(render.index_text(index, tensors) for index in indexes))
+
+
+def show_leftovers(found: Sequence[Leftover], form: str, hint: str = "") -> None:
+    """Shows runs that go on or were interrupted. ``hint``: what to do about them."""
+    if form == "json":
+        click.echo(as_json({"runs": [_leftover_json(each) for each in found]}, indent=2))
+        return
+    for each in found:
+        say(str(each))
+    if not found:
+        say("no run is going on here, and none was interrupted")
+    if hint:
+        say(hint, err=True)
+
+
+def _leftover_json(found: Leftover) -> dict[str, Any]:
+    return {
+        "out": str(found.out),
+        "folder": str(found.folder),
+        "user": found.user,
+        "running": None if found.owner is None else str(found.owner),
+        "kept_bytes": found.kept_bytes,
+        "changed": found.changed,
+    }
+
+
+def show_cleaned(removed: Sequence[Leftover]) -> None:
+    """Shows what was removed."""
+    for each in removed:
+        say(f"removed what a run into {printable(each.out)} had left ({decimal_bytes(each.kept_bytes)})")
 
 
 def show_methods(methods: list[MergeMethod], form: str) -> None:

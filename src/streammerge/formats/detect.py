@@ -8,7 +8,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, TypeVar
 
-from streammerge.errors import FormatError, RecipeError, printable
+from streammerge.errors import FormatError, RecipeError, StreammergeError, printable
 from streammerge.formats import archive
 from streammerge.formats.base import Container, Format, is_index
 from streammerge.formats.distributed import refuse_part
@@ -47,16 +47,50 @@ def read_file(path: Location) -> Container:
     size = path.size
     with path.stream() as stream:
         head = stream.read(min(_HEAD_BYTES, size))  # files of the kernel have size 0, and some never end
-    likely = None
+    likely, failures = None, list[str]()
     for format in _formats():
-        matches = format.matches(head, size)
+        try:
+            matches = format.matches(head, size)
+        except Exception as error:  # a plug-in may raise anything for the head of another format's file
+            if isinstance(format, ModuleType):
+                raise
+            failures.append(f"; the format {_name(format)} failed with {_said(error)}")
+            continue
         if matches is True:
-            return format.read(path)
+            return _read(format, path)
         likely = format if matches and likely is None else likely
     if likely is not None:
-        return likely.read(path)
+        return _read(likely, path)
     end = path.read(max(size - archive.END_BYTES, 0), min(size, archive.END_BYTES))
-    raise FormatError(f"{printable(path)} {_what(head, size, end)}")
+    raise FormatError(f"{printable(path)} {_what(head, size, end)}{''.join(failures)}")
+
+
+def _read(format: Format, path: Location) -> Container:
+    """Reads a file. Raises FormatError that names the format if a plug-in fails."""
+    built_in = isinstance(format, ModuleType)
+    if built_in:
+        return format.read(path)
+    name = _name(format)
+    try:
+        made: Any = format.read(path)
+    except (StreammergeError, OSError, MemoryError):
+        raise
+    except Exception as error:  # a plug-in may raise anything
+        raise FormatError(f"{printable(path)} cannot be read: the format {name} failed with {_said(error)}") from error
+    if not isinstance(made, Container):
+        raise FormatError(
+            f"{printable(path)} cannot be read: the format {name} made {type(made).__name__}, not a Container"
+        )
+    return made
+
+
+def _name(plug_in: Format) -> str:
+    known = FORMATS.all().items()
+    return printable(next((name for name, each in known if each is plug_in), type(plug_in).__name__))
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {printable(error)}"
 
 
 def _formats() -> Iterator[Format]:

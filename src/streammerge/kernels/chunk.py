@@ -21,12 +21,28 @@ Answer_co = TypeVar("Answer_co", covariant=True)
 Look = Callable[["Chunk"], Iterable["torch.Tensor"]]
 """What a method wants to know of a chunk, such as the magnitudes of its numbers. It is made where the method is bound."""
 _SAMPLE_SPAN = 1 << 11
+Slot = str | tuple[object, ...]
+"""The name of a buffer. A method names its buffers by text. The names that this package takes for itself are tuples, which
+no text equals."""
+OPERAND: Slot = ("operand",)
+"""The slot of :meth:`Chunk.load` and :meth:`Chunk.delta` if none is given."""
+SCRATCH: Slot = ("scratch",)
+"""The slot in which a pass compares the numbers that a look yields."""
+_BASE: Slot = ("base",)
+_WIDEN: Slot = ("widen",)
+_KEPT: Slot = ("kept",)
+_KEYS: Slot = ("keys",)
+
+
+def shown(slot: Slot) -> str:
+    """Returns the name of a slot for messages."""
+    return slot if isinstance(slot, str) else " ".join(map(str, slot))
 
 
 class Buffers(Protocol):
     """Memory for a chunk: ``get`` returns ``elems`` numbers of a dtype in the named slot."""
 
-    def get(self, slot: str, dtype: torch.dtype, elems: int) -> torch.Tensor: ...
+    def get(self, slot: Slot, dtype: torch.dtype, elems: int) -> torch.Tensor: ...
 
 
 class Step(Protocol[Answer_co]):
@@ -73,7 +89,7 @@ class Chunk:
     ``models[i]`` and ``base`` are 1-d tensors in the compute dtype, each in its own memory. The built-in methods use
     named buffers instead, which are reused: ``load(i, slot)`` and ``delta(i, slot)`` may be changed, and are valid
     until the same slot is requested again. ``raw(i)`` has the model's own dtype and is valid until the next but one
-    call.
+    call. It is read-only: it may be mapped pages of a file, and a process that writes to them is ended by the system.
 
     ``hides``: whether agreed infinities and NaN are loaded as zero (:mod:`streammerge.kernels.agreed`).
     """
@@ -119,7 +135,7 @@ class Chunk:
     def models(self) -> list[torch.Tensor]:
         """The numbers of every model, loaded once."""
         if self._models is None:
-            self._models = [self.load(model, f"model {model}") for model in range(self._count)]
+            self._models = [self.load(model, ("model", model)) for model in range(self._count)]
         return self._models
 
     @property
@@ -129,14 +145,14 @@ class Chunk:
 
     def base_as(self, dtype: torch.dtype) -> torch.Tensor:
         if self._base is None or self._base.dtype != dtype:
-            self._base = self._widened(-1, "base", dtype)
+            self._base = self._widened(-1, _BASE, dtype)
         return self._base
 
-    def load(self, model: int, slot: str = "operand", dtype: torch.dtype | None = None) -> torch.Tensor:
+    def load(self, model: int, slot: Slot = OPERAND, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Returns the model's numbers, in the compute dtype unless ``dtype`` is given."""
         return self._widened(model, slot, dtype or self.compute)
 
-    def delta(self, model: int, slot: str = "operand", dtype: torch.dtype | None = None) -> torch.Tensor:
+    def delta(self, model: int, slot: Slot = OPERAND, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Returns the model's numbers minus the base's."""
         dtype = dtype or self.compute
         return self._widened(model, slot, dtype).sub_(self.base_as(dtype))
@@ -146,13 +162,13 @@ class Chunk:
 
     def keep(self, values: torch.Tensor) -> torch.Tensor:
         """Copies raw numbers so that they stay valid for the whole chunk. There is room for one copy."""
-        return self.empty("first", values.dtype).copy_(values)
+        return self.empty(_KEPT, values.dtype).copy_(values)
 
-    def empty(self, slot: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def empty(self, slot: Slot, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Returns an uninitialised buffer with one number per element."""
         return self._buffers.get(slot, dtype or self.compute, self.elems)
 
-    def zeros(self, slot: str) -> torch.Tensor:
+    def zeros(self, slot: Slot) -> torch.Tensor:
         return self.empty(slot).zero_()
 
     def sort_keys(self, values: torch.Tensor, signed: bool) -> torch.Tensor:
@@ -161,15 +177,15 @@ class Chunk:
 
         width = torch.int64 if values.dtype == torch.float64 else torch.int32
         flat = values.reshape(-1)
-        return sort_keys(flat, self.empty("keys", width)) if signed else flat.view(width)
+        return sort_keys(flat, self.empty(_KEYS, width)) if signed else flat.view(width)
 
-    def _widened(self, model: int, slot: str, dtype: torch.dtype) -> torch.Tensor:
+    def _widened(self, model: int, slot: Slot, dtype: torch.dtype) -> torch.Tensor:
         import torch
 
         raw = self.raw(model)
         if dtype == torch.float64 and raw.dtype not in (torch.bfloat16, torch.float32, torch.float64):
             # torch converts half and fp8 to double one element at a time. The way over float32 is exact and faster.
-            raw = self.empty("widen", torch.float32).copy_(raw)
+            raw = self.empty(_WIDEN, torch.float32).copy_(raw)
         values = self.empty(slot, dtype).copy_(raw)
         if self.hides:
             agreed.blank(values, self._read, self._count + self._first, self.start, self.stop)

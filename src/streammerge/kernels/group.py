@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from streammerge.kernels import kth_largest, reductions
-from streammerge.kernels.chunk import Chunk, Hiding, Kernel, Look, Step, Sweep, T, chunk_spans, whole_rows
+from streammerge.kernels.chunk import Chunk, Hiding, Kernel, Look, Slot, Step, Sweep, T, chunk_spans, whole_rows
 from streammerge.kernels.random import uniform
 from streammerge.kernels.ranking import Cut
 from streammerge.kernels.record import Record
@@ -22,6 +22,9 @@ from streammerge.tensors.spec import GRAIN
 
 if TYPE_CHECKING:
     import torch
+
+_UNIFORM: Slot = ("uniform",)
+_UNIFORM_BITS: Slot = ("uniform bits",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +101,8 @@ class TensorGroup:
         model and element index only."""
         import torch
 
-        out = chunk.empty("uniform", torch.float32)
-        return uniform(self.seed, self.name, model, chunk.start, out, chunk.empty("uniform bits", torch.int32))
+        out = chunk.empty(_UNIFORM, torch.float32)
+        return uniform(self.seed, self.name, model, chunk.start, out, chunk.empty(_UNIFORM_BITS, torch.int32))
 
     @classmethod
     def of(
@@ -160,9 +163,9 @@ class _Allocated:
     """Buffers of a group in memory."""
 
     def __init__(self) -> None:
-        self._slots: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._slots: dict[tuple[Slot, torch.dtype], torch.Tensor] = {}
 
-    def get(self, slot: str, dtype: torch.dtype, elems: int) -> torch.Tensor:
+    def get(self, slot: Slot, dtype: torch.dtype, elems: int) -> torch.Tensor:
         import torch
 
         known = self._slots.get((slot, dtype))

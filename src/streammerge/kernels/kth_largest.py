@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from streammerge.kernels.chunk import SCRATCH, Slot
 from streammerge.kernels.ranking import (
     Cut,
     Guess,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from streammerge.kernels.chunk import Chunk, Look, Swept
 
 _FEW_ELEMS = 1 << 13
+_PLACES: Slot = ("places",)
 Wanted = tuple[int, int]
 """(number of the tensor, rank)."""
 
@@ -176,7 +178,7 @@ def _nothing(one: Guess) -> _Found:
 def _around(chunk: Chunk, tensor: torch.Tensor, one: Guess, grain: int) -> _Found:
     import torch
 
-    scratch = chunk.empty("scratch")
+    scratch = chunk.empty(SCRATCH)
     if not one.candidates:
         picked, places, nan = inside(tensor, one.low, one.high, scratch)
         return _Found([count_above(tensor, one.high, scratch)], [picked], [places + chunk.start], nan=nan)
@@ -278,7 +280,7 @@ class _Histograms:
                     nan = nan or has_nan(tensor)
                     keys = chunk.sort_keys(tensor, self.signed)
                 for place in here:
-                    found = histogram(keys, *place[1:], chunk.empty("places", keys.dtype))
+                    found = histogram(keys, *place[1:], chunk.empty(_PLACES, keys.dtype))
                     counts[place] = counts[place].add_(found) if place in counts else found
         return counts, nan
 
@@ -312,7 +314,7 @@ class _Equal:
         counts: dict[Wanted, list[tuple[int, int]]] = {which: [] for which in self.thresholds}
         for chunk in chunks:
             for which, tensor in _those_of(self.thresholds, look(chunk)):
-                same = torch.eq(tensor.reshape(-1), self.thresholds[which], out=chunk.empty("scratch"))
+                same = torch.eq(tensor.reshape(-1), self.thresholds[which], out=chunk.empty(SCRATCH))
                 counts[which] += [(chunk.start + a, int(same[a:b].sum())) for a, b in ranges(len(same), self.grain)]
         return counts
 

@@ -60,10 +60,10 @@ def gram(group: Swept, deltas: bool) -> torch.Tensor:
     def products(chunk: Chunk) -> Iterator[torch.Tensor]:
         load = chunk.delta if deltas else chunk.load
         for i in range(n):
-            x = load(i, "gram x", torch.float64)
+            x = load(i, ("gram x",), torch.float64)
             for j in range(i + 1):
-                y = x if i == j else load(j, "gram y", torch.float64)
-                yield torch.mul(x, y, out=chunk.empty("gram product", torch.float64))
+                y = x if i == j else load(j, ("gram y",), torch.float64)
+                yield torch.mul(x, y, out=chunk.empty(("gram product",), torch.float64))
 
     rows, columns = torch.tril_indices(n, n)
     matrix = torch.zeros(n, n, dtype=torch.float64)

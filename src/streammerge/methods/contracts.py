@@ -123,6 +123,17 @@ class MergeMethod:
         function = self.function if hasattr(self.function, "__qualname__") else type(self.function)
         return f"{function.__module__}:{function.__qualname__}"
 
+    @cached_property
+    def identity(self) -> str:
+        """A text that no other method of this process has: the place of its function, and the function's number in memory
+        if that place does not lead to it, as for a lambda."""
+        try:
+            if imported(self.place) is self.function:
+                return self.place
+        except (ImportError, AttributeError):
+            pass
+        return f"{self.place} {id(self.function)}"
+
     def __reduce__(self) -> tuple[Any, ...]:
         try:
             if contract_of(imported(self.place), self.name) == self:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@merge_method("median", base="unused", passes=False, pointwise=True, buffers=6, buffers_per_model=5)
+@merge_method("median", base="unused", passes=False, pointwise=True, buffers=3, buffers_per_model=1)
 def median(group: TensorGroup) -> Kernel:
     r"""Elementwise median of the models; for an even number, the mean of the middle two.
 
@@ -23,14 +23,39 @@ def median(group: TensorGroup) -> Kernel:
     Any shape, one model or more. Edge case: NaN in any model gives NaN.
     """
 
+    middle, other = (group.models - 1) // 2, group.models // 2
+
     def kernel(chunk: Chunk) -> torch.Tensor:
         import torch
 
-        ordered = torch.stack(chunk.models).sort(dim=0).values  # sort puts NaN last
-        low, high = ordered[(group.models - 1) // 2], ordered[group.models // 2]
-        return low.add(high).div_(2).masked_fill_(ordered[-1].isnan(), torch.nan)
+        numbers = [chunk.load(model, f"model {model}") for model in range(group.models)]
+        spare, invalid = chunk.empty("spare"), chunk.zeros("invalid")
+        for values in numbers:
+            invalid.add_(torch.ne(values, values, out=spare))
+        # As integers, because two zeros of different signs have no order as floats, and any would be the smaller one.
+        width = torch.int64 if spare.dtype == torch.float64 else torch.int32
+        keys, moved = [values.view(width) for values in numbers], spare.view(width)
+        for key in keys:
+            _turn(key, moved)
+        for last in range(len(keys) - 1, middle - 1, -1):  # moves the largest of those that are left to the end
+            for at in range(last):
+                torch.minimum(keys[at], keys[at + 1], out=moved)
+                torch.maximum(keys[at], keys[at + 1], out=keys[at + 1])
+                keys[at], moved = moved, keys[at]
+        result = _turn(keys[middle], moved).view(spare.dtype)
+        if other != middle:
+            result.add_(_turn(keys[other], moved).view(spare.dtype)).div_(2)
+        return result.masked_fill_(invalid != 0, torch.nan)
 
     return kernel
+
+
+def _turn(bits: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
+    """Turns the bits of floats into integers of the same order, in place, and back again."""
+    import torch
+
+    torch.bitwise_right_shift(bits, 8 * bits.element_size() - 1, out=spare)
+    return bits.bitwise_xor_(spare.bitwise_and_(torch.iinfo(bits.dtype).max))
 
 
 def _check_eps(values: Values) -> None:
@@ -72,7 +97,7 @@ def clamp(group: TensorGroup) -> Kernel:
 
     .. math:: y = \min\big(\max(x_0,\, \min_{i > 0} x_i),\, \max_{i > 0} x_i\big)
 
-    As sd-mecha's ``clamp``. Any shape, two models or more. Edge case: NaN in any model gives NaN.
+    As sd-mecha's ``clamp``. Any shape, two models or more. Edge cases: NaN in any model gives NaN; a zero is positive.
     """
 
     def kernel(chunk: Chunk) -> torch.Tensor:
@@ -83,6 +108,8 @@ def clamp(group: TensorGroup) -> Kernel:
             values = chunk.load(model)
             torch.minimum(low, values, out=low)
             torch.maximum(high, values, out=high)
-        return torch.minimum(torch.maximum(chunk.load(0), low, out=low), high, out=low)
+        limited = torch.minimum(torch.maximum(chunk.load(0), low, out=low), high, out=low)
+        # Of two zeros, torch takes one or the other, by the element's place in the chunk. Adding 0 makes -0 to 0.
+        return limited.add_(0.0)
 
     return kernel

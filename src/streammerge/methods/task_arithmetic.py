@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from streammerge.kernels.chunk import Chunk, Kernel
+from streammerge.kernels.chunk import OPERAND, Chunk, Kernel, Slot
 from streammerge.kernels.group import TensorGroup
 from streammerge.methods.contracts import PerModel, merge_method
 from streammerge.methods.linear import scaled
@@ -46,14 +46,14 @@ def _merge(
     def plain(chunk: Chunk) -> torch.Tensor:
         mixed = weighted(chunk, 0, "mixed")
         for model in range(1, group.models):
-            mixed.add_(weighted(chunk, model, "operand"))
+            mixed.add_(weighted(chunk, model, OPERAND))
         return applied(chunk, mixed.div_(divisor) if divisor != 1 else mixed)
 
     def elected(chunk: Chunk) -> torch.Tensor:
         deltas = [weighted(chunk, model, f"delta {model}") for model in range(group.models)]
         return applied(chunk, _winners(chunk, deltas, weight, normalize))
 
-    def weighted(chunk: Chunk, model: int, slot: str) -> torch.Tensor:
+    def weighted(chunk: Chunk, model: int, slot: Slot) -> torch.Tensor:
         return scaled(sparsify(chunk, model, chunk.delta(model, slot)), weight[model])
 
     def applied(chunk: Chunk, mixed: torch.Tensor) -> torch.Tensor:

@@ -149,7 +149,7 @@ def select(tree: Any, state_dict: str | None = None, ema: str = "ignore") -> Sel
     found = candidates(tree)
     if state_dict is not None:
         return _named(tree, found, state_dict)
-    usable = _worthy([c for c in found if not c.barred and not c.within])
+    usable = _worthy([c for c in found if not c.barred and (not c.within or (ema != "ignore" and c.averaged))])
     if not usable:
         if not found:
             kinds = sorted({kind for _, kind in unread_tensors(tree)})
@@ -278,8 +278,9 @@ def _as_state_dict(path: tuple[Any, ...], node: Any) -> Candidate | None:
 def _prevail(tensors: list[Found], others: list[tuple[Any, Any]]) -> bool:
     """Whether tensors make a state dict of a mapping that holds other things too.
 
-    They are at least half of its values, or have names with dots. No other value has more of them: a running average may
-    have as many. If they have no names with dots, the tensors of other values have none either, and not more bytes.
+    They are at least half of its values, or have names with dots. No other value has more of them, except a running average
+    beside names with dots, which has counters too. If they have no names with dots, the tensors of other values have none
+    either, and not more bytes.
     """
     dotted = 2 * sum("." in found.name for found in tensors) >= len(tensors)
     if not dotted and len(tensors) < len(others):
@@ -287,6 +288,8 @@ def _prevail(tensors: list[Found], others: list[tuple[Any, Any]]) -> bool:
     own_bytes = 0 if dotted else sum(_bytes_of(found.ref) for found in tensors)
     for key, value in others:
         if not isinstance(value, dict | list | tuple | Instance) or _ignorable(key) or is_training_state(key, value):
+            continue
+        if dotted and isinstance(key, str) and re.fullmatch(AVERAGED, key):
             continue
         count = nbytes = 0
         for path, node in walk(value):

@@ -1,10 +1,10 @@
 """The memory model: the cost of one chunk in flight, and the number of chunks that fit a budget. Pure arithmetic.
 
-    peak = RUN + tensors * PER_TENSOR + pickles + spooling + spread
+    peak = RUN + tensors * PER_TENSOR + tasks * PER_TASK + pickles + spooling + spread
            + workers * (PER_WORKER + beside + passes + out + chunk_elems * bytes_per_element + scratch + tiles * tile
                         + inputs * huge_pages(window + chunk_elems * input_bytes))
 
-Every buffer the engine uses is a term here, and the engine takes its buffers from :func:`slots`, so the model cannot
+Every buffer the engine uses is a term here, and the engine takes its buffers from :func:`regions`, so the model cannot
 drift from what is allocated.
 """
 
@@ -19,15 +19,18 @@ from streammerge.units import HUGE_PAGE_BYTES, PAGE_BYTES, binary_bytes
 RUN_BYTES = 8 << 20
 """Open files, maps, shared state of the threads, progress."""
 PER_TENSOR_BYTES = 800
-"""One tensor of one input: its name, entries, and share of the plan."""
+"""One tensor of one input: its name and its entries. 640 to 750 were measured."""
+PER_TASK_BYTES = 2600
+"""One tensor of the output: its task, its place, its share of headers, receipt and journal."""
 PER_WORKER_BYTES = 2 << 20
 """A thread's stack, its malloc arena, and the padding that aligns its buffers to pages."""
 SPOOLING_BYTES = 8 << 20
 """Blocks of a packed record before and after it is unpacked."""
 BEST_TILE_BYTES = 8 << 20
 """Bytes that a reader of scattered elements reads ahead. A larger tile reads more at each place of the file it visits."""
-PER_PROCESS_BYTES = 8 << 20
-"""Additional memory of a worker that is a process: interpreter pages that it writes to, and messages."""
+PER_PROCESS_BYTES = 12 << 20
+"""Additional memory of a worker that is a process: messages, and pages shared with other workers until it writes to them,
+such as the reference counts of objects. Such pages were 7 to 9.5 MiB, by method."""
 BEST_CHUNK_ELEMS = 4 * GRAIN
 """Preferred chunk. Methods with passes get twice this chunk and twice the window: they do more work per chunk and read
 tensors again."""
@@ -104,7 +107,7 @@ class Budget:
         return self.window_bytes * self.cost.inputs
 
 
-def slots(budget: Budget) -> dict[str, tuple[int, int]]:
+def regions(budget: Budget) -> dict[str, tuple[int, int]]:
     """Returns (offset, bytes) of each region in a worker's arena. Each region begins with a page.
 
     ``slots``: the buffers that methods name. ``out``: bytes to be written, which may begin anywhere in a page. ``read0``
@@ -142,13 +145,16 @@ def fit(
     spooling: bool = False,
     pickle_bytes: int = 0,
     beside_bytes: int = 0,
+    tasks: int = 0,
 ) -> Budget:
     """Returns the most workers and the best chunk that ``memory_bytes`` allows.
 
+    ``tensors``: of all inputs together. ``tasks``: tensors of the output.
     ``beside_bytes``: what each worker holds beside its buffers, such as the blocks that a verification compares. Raises
     BudgetError, which names the least memory that is enough.
     """
-    fixed = RUN_BYTES + tensors * PER_TENSOR_BYTES + (SPOOLING_BYTES if spooling else 0) + pickle_bytes + cost.spread_bytes
+    fixed = RUN_BYTES + tensors * PER_TENSOR_BYTES + tasks * PER_TASK_BYTES
+    fixed += (SPOOLING_BYTES if spooling else 0) + pickle_bytes + cost.spread_bytes
 
     def peak(count: int, chunk: int, out: int, window: int, tile: int) -> int:
         kept = cost.inputs * ((_huge_pages(window + chunk * cost.mapped) if cost.mapped else 0) + window * cost.keeps)

@@ -72,7 +72,7 @@ def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Returns the differences of two plans in words, "" when they are equal. ``earlier`` may come from another version."""
     if earlier == now:
         return ""
-    if earlier.get("form") != now["form"]:
+    if earlier.get("form") != now["form"] or earlier.keys() != now.keys():
         return "another version of streammerge made it"
     said = []
     versions = earlier["versions"], now["versions"]

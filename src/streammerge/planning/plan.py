@@ -261,8 +261,8 @@ def budget_of(
     """
     if io == "mmap" and not _can_map(tasks, workers):
         io = "pread"
-    tensors = sum(len(task.sources) + 1 for task in tasks)
-    more = (spooled, pickle_bytes, beside_bytes)
+    tensors = sum(len(task.sources) for task in tasks)
+    more = (spooled, pickle_bytes, beside_bytes, len(tasks))
     try:
         return fit(memory_bytes, workers, tensors, _cost(tasks, io), *more), io
     except BudgetError:

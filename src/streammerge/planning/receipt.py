@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import posixpath
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -75,13 +75,6 @@ class Receipt:
         inputs = {n: {**i, "sha256": hashes[n]} if n in hashes else i for n, i in self.inputs.items()}
         made = replace(self, checksums=sums, inputs=inputs)
         return replace(made, digest=made.own_digest())
-
-    def own_recipe(self) -> dict[str, Any]:
-        """Returns the recipe, which names the inputs. Raises VerifyError for absolute paths, which we never write."""
-        named = [str(name) for name in _models_in(self.recipe)]
-        if any(name.startswith(("/", "~")) for name in named):
-            raise VerifyError("its receipt names inputs by absolute paths, which none of streammerge's does")
-        return self.recipe
 
     def own_digest(self) -> str:
         """Returns the correct value of ``digest``."""
@@ -196,18 +189,6 @@ def _is_sound(made: Receipt) -> bool:
         and all(name == ITSELF or is_inner(name) for name in made.checksums)
         and all(isinstance(sums, str) and _SUMS.fullmatch(sums) for sums in made.checksums.values())
     )
-
-
-def _models_in(node: Any) -> Iterator[Any]:
-    """Yields every value of a recipe that names a model, at any depth."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            if key in ("model", "base_model", "copy"):
-                yield value
-            yield from _models_in(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from _models_in(value)
 
 
 def _is_input(said: Any) -> bool:

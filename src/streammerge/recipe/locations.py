@@ -7,27 +7,34 @@ import posixpath
 import re
 from dataclasses import replace
 
-from streammerge.errors import FormatError, RecipeError, printable
+from streammerge.errors import FormatError, RecipeError, VerifyError, printable
 from streammerge.recipe.fields import Path as Key
 from streammerge.recipe.fields import Problems
 from streammerge.recipe.model import Recipe
 from streammerge.recipe.scalars import UNREAD
 from streammerge.recipe.settings import Case, is_same_for_all
 from streammerge.stores.base import Location
-from streammerge.stores.locations import HERE, parse
+from streammerge.stores.locations import HERE, has_scheme, parse
 
 _MOST_REVISION_BYTES = 100
 _REPOSITORY = r"[\w.-]+/[\w.-]+"
 
 
-def located(recipe: Recipe, folders: list[Location], problems: Problems) -> Recipe:
+def located(recipe: Recipe, folders: list[Location], problems: Problems, confined: bool = False) -> Recipe:
     """Returns the recipe with the paths at which its models are found. Adds absent models to the problems.
 
     A path is relative to the first of these folders that contains it. Otherwise it is the name of a repository in the
-    local cache of the Hugging Face hub. Nothing is downloaded.
+    local cache of the Hugging Face hub. Nothing is downloaded. ``confined``: looks at no place outside the folders, because
+    a stranger may have written the names. Then VerifyError for an absolute path.
     """
     names = {}
     for named in recipe.named_models:
+        if confined and named != UNREAD and not _lies_within(named, folders):
+            shown = printable(named)
+            where = " or ".join(dict.fromkeys(printable(folder) for folder in folders))
+            problems.add(_place(recipe, named), f"{shown} leads out of {where}; give its folder as `inputs`")
+            names[named] = UNREAD
+            continue
         found = named if named == UNREAD else _find(named, folders)
         names[named] = found or (named if _is_path(named) else UNREAD)
         if found is None:
@@ -52,6 +59,28 @@ def from_hub_cache(name: str) -> str:
     if not re.fullmatch(_REPOSITORY, name) or parse(name).lexists():
         return name
     return _cached(name) or name
+
+
+def _lies_within(named: str, folders: list[Location]) -> bool:
+    """Whether a name means a place below one of the folders. Asks no store, and imports none.
+
+    VerifyError for an absolute path of this machine.
+    """
+    if not has_scheme(named):
+        if named.startswith(("/", "~")):
+            raise VerifyError("its receipt names inputs by absolute paths, which none of streammerge's does")
+        return not _leads_up(named)
+    scheme = named.partition("://")[0].lower()
+    if scheme == HERE.store.scheme:
+        raise VerifyError("its receipt names inputs by absolute paths, which none of streammerge's does")
+    return any(
+        folder.store.scheme == scheme and not _leads_up(posixpath.relpath(parse(named, folder).key, folder.key))
+        for folder in folders
+    )
+
+
+def _leads_up(path: str) -> bool:
+    return posixpath.normpath(path).split("/")[0] == ".."
 
 
 def _is_path(named: str) -> bool:
@@ -135,29 +164,40 @@ def resolved(recipe: Recipe) -> Recipe:
 
 
 def travelling_names(recipe: Recipe) -> dict[str, str]:
-    """Returns a name for each model. Each keeps its name unless one has an absolute path; then all names are relative
-    to their common folder."""
+    """Returns a name for each model. Each keeps its name unless one is absolute or leads out of the current folder; then
+    all names are relative to their common folder.
+
+    This holds for paths inside names with a scheme too, such as those of archives, unless the store says that its names
+    mean the same on every machine.
+    """
     held = {path: path for path in recipe.named_models if is_held(path)}
     written = {path: recipe.written.get(path, path) for path in recipe.named_models if path not in held}
     places = {path: parse(path).absolute() for path in written}
-    far = {path: path for path, place in places.items() if place.local_path is None}  # means the same everywhere
+    far = {path: path for path, place in places.items() if place.store.always_absolute}
     places = {path: place for path, place in places.items() if path not in far}
     local = {path: name for path, name in written.items() if path in places}
     spelled: dict[Location, str] = {}
-    for path, name in local.items():  # of one that was named twice, the first that is not absolute
-        if not _is_absolute(name):
+    for path, name in local.items():  # of one that was named twice, the first that stays inside
+        if not _leads_out(name):
             spelled.setdefault(places[path], name)
     local = {path: spelled.get(places[path], name) for path, name in local.items()}
     apart = len(set(local.values())) == len(set(places.values()))
-    if local and (not apart or any(map(_is_absolute, local.values()))):
+    if local and (not apart or any(map(_leads_out, local.values()))):
         common = posixpath.commonpath([place.parent.key for place in places.values()])
-        local = {path: posixpath.relpath(place.key, common) for path, place in places.items()}
-    normal = {path: posixpath.normpath(name) + "/" * name.endswith("/") for path, name in local.items()}
+        local = {path: place.store.spelled(posixpath.relpath(place.key, common)) for path, place in places.items()}
+    normal = {path: _normal(name) for path, name in local.items()}
     return held | far | {path: f"./{name}" if name.startswith("~") else name for path, name in normal.items()}
 
 
-def _is_absolute(name: str) -> bool:
-    return name.startswith(("/", "~", "file:"))
+def _normal(name: str) -> str:
+    """Returns the name with its path in the shortest spelling."""
+    scheme, colon, path = name.rpartition("://")
+    return scheme + colon + posixpath.normpath(path) + "/" * path.endswith("/")
+
+
+def _leads_out(name: str) -> bool:
+    """Whether a name is absolute, or leads out of the folder in which it is written."""
+    return name.startswith(("/", "~")) or name[:5].lower() == "file:" or ":///" in name or _leads_up(name)
 
 
 def held_name(number: int) -> str:

@@ -29,6 +29,7 @@ __all__ = [
     "checked",
     "json_schema",
     "read_recipe",
+    "recipe_of_receipt",
     "resolved",
     "to_json",
     "to_yaml",
@@ -43,6 +44,14 @@ def checked(recipe: Recipe) -> Recipe:
     check(recipe, problems)
     raise_all(problems, recipe.places)
     return recipe
+
+
+def recipe_of_receipt(data: Mapping[str, Any], own_methods: bool, folders: list[Location]) -> Recipe:
+    """Reads the recipe in a receipt, which may come from a stranger. Finds its models in the folders, and nowhere else.
+
+    Raises VerifyError for an absolute path, which no receipt of ours holds, and RecipeError for any other mistake.
+    """
+    return _read(data, {}, [], "the recipe", folders, own_methods, confined=True)
 
 
 def read_recipe(source: Place | Mapping[str, Any], own_methods: bool = False, folder: Location | None = None) -> Recipe:
@@ -72,13 +81,21 @@ def read_recipe(source: Place | Mapping[str, Any], own_methods: bool = False, fo
     return _read(document.data, document.places, document.doubled, name, folders, own_methods)
 
 
-def _read(data: Any, places: Any, doubled: Any, name: str, folders: list[Location], own_methods: bool) -> Recipe:
+def _read(
+    data: Any,
+    places: Any,
+    doubled: Any,
+    name: str,
+    folders: list[Location],
+    own_methods: bool,
+    confined: bool = False,
+) -> Recipe:
     problems = Problems()
     for key in doubled:
         problems.add(key, f"the key {printable(key[-1])} is given twice")
     recipe = FormOf(Recipe).read(_with_own_methods(data, problems) if own_methods else data, (), problems)
     if recipe is not None:
-        recipe = located(replace(recipe, places=places), folders, problems)
+        recipe = located(replace(recipe, places=places), folders, problems, confined)
         check(recipe, problems)
     raise_all(problems, places, name)
     return recipe  # type: ignore[no-any-return]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import pickle
+from collections.abc import Iterator
+from typing import Any
 
 from streammerge.errors import BudgetError, RecipeError, printable
-from streammerge.methods.contracts import MergeMethod
 from streammerge.planning.budget import PER_PROCESS_BYTES, Budget
 from streammerge.planning.plan import Plan, budget_of
+from streammerge.planning.tasks import MergeTask
 from streammerge.running.executors.base import Executors
+from streammerge.running.executors.importing import first_not_loadable
+from streammerge.running.executors.messages import pickled
 from streammerge.running.executors.processes import supported
 from streammerge.running.executors.registry import find_executor
-from streammerge.sources.merged import methods_in
+from streammerge.sources.base import Source
+from streammerge.sources.merged import Merged
 
 MOST_THREADS = 4
 """The most workers that are threads. A worker holds Python's lock for 6 to 18 % of its time. At 18 %, four threads lose a
@@ -24,7 +28,7 @@ def choose_executor(plan: Plan, wanted: str | Executors) -> None:
     """Writes into the plan which executor runs it, and the memory that this executor needs.
 
     ``wanted``: "auto", a name, or a function that makes an executor. Raises RecipeError for an unknown name and for methods
-    that cannot be sent to processes, BudgetError when the memory is too little for processes.
+    or stores that worker processes cannot import, BudgetError when the memory is too little for processes.
     """
     if wanted == "auto":
         if plan.budget.workers > MOST_THREADS and plan.read_bytes >= LEAST_BYTES and not _why_threads(plan):
@@ -38,12 +42,8 @@ def choose_executor(plan: Plan, wanted: str | Executors) -> None:
     elif why := _why_threads(plan):
         plan.notes.append(f"{why}; the workers are threads")
     else:
-        stuck = _stuck(plan)
-        if stuck is not None:
-            raise RecipeError(
-                f"the merge method {printable(stuck.name)} cannot be sent to worker processes; put its function into a "
-                'module that can be imported, or use `executor="threads"`'
-            )
+        if stuck := _stuck(plan):
+            raise RecipeError(f'{stuck}, or use `executor="threads"`')
         plan.budget, plan.io = _budget_of_processes(plan)
         plan.executor = wanted
 
@@ -56,7 +56,7 @@ def executor_of(plan: Plan, wanted: str | Executors) -> Executors:
 def _why_threads(plan: Plan) -> str:
     """Returns the reason why only threads can do this work, "" if processes can."""
     if not supported():
-        return "worker processes need a system with fork, such as Linux"
+        return "worker processes need a Python interpreter, and a system with fork such as Linux"
     if any(source.held for source in plan.expressions):
         return "tensors in the memory of this process cannot be read by others"
     places = [plan.out, *plan.identities] if plan.out else [*plan.identities]
@@ -66,13 +66,15 @@ def _why_threads(plan: Plan) -> str:
 
 def _use_processes_if_they_help(plan: Plan) -> None:
     """Switches the plan to processes if its methods can be sent and the memory allows more of them than threads."""
-    if _stuck(plan) is not None:
-        return
     try:
         budget, io = _budget_of_processes(plan)
     except BudgetError:
         return
-    if budget.workers > MOST_THREADS:
+    if budget.workers <= MOST_THREADS:
+        return
+    if stuck := _stuck(plan):
+        plan.notes.append(f"the workers are threads, because {stuck} to have worker processes")
+    else:
         plan.budget, plan.io, plan.executor = budget, io, "processes"
 
 
@@ -81,14 +83,63 @@ def _budget_of_processes(plan: Plan) -> tuple[Budget, str]:
     return budget_of(plan.tasks, plan.memory_bytes, plan.budget.workers, *more)
 
 
-def _stuck(plan: Plan) -> MergeMethod | None:
-    """Returns a method that another process cannot import: a lambda, a nested function, or one of the running script."""
-    methods = {id(task.method): task.method for task in plan.tasks}
-    methods |= {id(method): method for source in plan.expressions for method in methods_in(source)}
-    for method in methods.values():
+def _stuck(plan: Plan) -> str:
+    """Returns what worker processes cannot import, and what to do about it; "" if they can import everything.
+
+    Everything that is not of this package is asked about: methods and their parameters, sources, stores. A lambda, a nested
+    function and what the running script defines cannot be imported. A clean interpreter answers about the rest, because a
+    module that was loaded from a file of its own is known to this process only.
+    """
+    said, pickles = list[str](), list[bytes]()
+    for what, place, thing in _own_things(plan):
+        problem = f"{what} cannot be sent to worker processes; put {place} into a module that can be imported"
         try:
-            if b"__main__" in pickle.dumps(method):
-                return method
+            data = pickled(thing)
         except Exception:  # noqa: BLE001 - a user's own object may fail to be pickled in any way
-            return method
-    return None
+            return problem
+        if b"__main__" in data:
+            return problem
+        said.append(problem)
+        pickles.append(data)
+    failed = first_not_loadable(pickles) if pickles else None
+    return "" if failed is None else said[failed[0]].replace("; put", f" ({printable(failed[1])}); put", 1)
+
+
+def _own_things(plan: Plan) -> Iterator[tuple[str, str, Any]]:
+    """Yields each thing of a run that this package does not define: its name, the word for its code, and itself."""
+    sources = [each for source in plan.expressions for each in _nested(source)]
+    merges: list[MergeTask | Merged] = [*plan.tasks, *(each for each in sources if isinstance(each, Merged))]
+    methods = {id(each.method): each.method for each in merges}
+    parameters = {id(each.parameters): each.parameters for each in merges}
+    for method in methods.values():
+        if not _is_ours(method.place):
+            yield f"the merge method {printable(method.name)}", "its function", method
+    for values in parameters.values():
+        for name, value in values.items():
+            if not _is_plain(value):
+                yield f"the parameter {printable(name)}", "what it names", value
+    for kind, source in {type(each): each for each in sources}.items():
+        if not _is_ours(kind.__module__):
+            yield f"the source {printable(kind.__name__)} of tensor {printable(source.spec.name)}", "its class", source
+    places = [*plan.identities, *([plan.out] if plan.out else [])]
+    for store in {type(place.store): place.store for place in places}.values():
+        if not _is_ours(type(store).__module__):
+            yield f"the store {store.scheme}://", "its class", store
+
+
+def _is_ours(module: str) -> bool:
+    return module.startswith("streammerge.")
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value is made of numbers and text only."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def _nested(source: Source) -> Iterator[Source]:
+    """Yields a source and its inner sources, at any depth."""
+    yield source
+    for part in source.parts:
+        yield from _nested(part)

@@ -83,6 +83,7 @@ class Production:
             self._make()
         finally:
             self._end_workers()
+            self._inputs.close()
 
     @property
     def _executor(self) -> Executor:
@@ -201,12 +202,13 @@ class Production:
         other = differences(earlier.plan, self.journal.plan)
         if not other:
             return earlier.pieces if self.resume else None
-        if not earlier.pieces:
+        if not earlier.count:
             return None
         out = printable(self.staging.out)
+        left = decimal_bytes(earlier.nbytes) if earlier.pieces else f"{earlier.count} finished pieces"
         raise RecipeError(
-            f"an interrupted run into {out} left {decimal_bytes(earlier.nbytes)}, and this run differs from it: {other}; "
-            "repeat that run to continue it, discard what it left (resume=False), or choose another output"
+            f"an interrupted run into {out} left {left}, and this run differs from it: {other}; "
+            "repeat that run to continue it, discard what it left with `resume=False`, or choose another output"
         )
 
     # ------------------------------------------------------------------------------------------------------- inputs

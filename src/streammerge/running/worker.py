@@ -146,6 +146,14 @@ class Bench:
                 file = self._own_outputs[place.location] = place.location.reopen(place.size)
             return file, True
 
+    def check_outputs(self) -> None:
+        """Raises the error of a sync that failed when a file was closed between two uses. The kernel tells it only once, so
+        no other process would learn of it."""
+        with self._lock:
+            opened = list(self._own_outputs.values())
+        for file in opened:
+            file.check()
+
     def same(self, number: int, task: MergeTask) -> MergeTask:
         """Returns the task object that came first under this number. Results of its sources are cached for that object."""
         last = self._last
@@ -236,7 +244,9 @@ class _Worker:
         self._prepared = False
 
     def close(self) -> None:
+        """Raises OSError if the disk failed to store anything that this process has written, at any time of the job."""
         self.bench.give_back(self.workspace)
+        self.bench.check_outputs()
 
     def one_torch_thread(self) -> None:
         """Limits torch to one thread for this worker, because the workers already run in parallel."""
@@ -333,9 +343,7 @@ class MergeWorker(_Worker):
     def _compute(self, piece: Piece, outgoing: Outgoing) -> PieceDone:
         self.one_torch_thread()
         source = self.source(piece.task, keep=piece.task.method.passes and self._passes is None)
-        done = self._apply(self._kernel_of(piece.task, source), piece, source, outgoing)
-        source.done()
-        return done
+        return self._apply(self._kernel_of(piece.task, source), piece, source, outgoing)
 
     def _kernel_of(self, task: MergeTask, source: Inputs) -> Kernel:
         """Returns the kernel of a tensor. Runs its passes here, unless all workers have already run them."""
@@ -387,7 +395,6 @@ class SweepWorker(_Worker):
         with failures(task, start, stop):
             source = self.source(task, keep=False)
             answer = step(self._look, self.chunks(task, source, start, stop, self._work.sparse))
-            source.done()
         self.bench.inputs.check_whole()
         return number, answer
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import mmap
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from streammerge.errors import RecipeError
-from streammerge.planning.budget import Budget, slots
+from streammerge.kernels.chunk import Slot, shown
+from streammerge.planning.budget import Budget, regions
 from streammerge.sources.base import BlobPath, Reader, Source, region_bytes
 from streammerge.sources.stored import Stored
 from streammerge.stores.base import Input
@@ -50,18 +51,18 @@ class Workspace:
     """
 
     def __init__(self, budget: Budget) -> None:
-        self.touched = Spans(budget.kept_bytes * 3 // 4)
-        self.noted_elems = budget.window_bytes // 4 // max(budget.cost.mapped, 1)  # the rest is for what is not noted yet
+        self.mapped, self.read = Spans(budget.kept_bytes), Spans(budget.kept_bytes)
+        self.announced_elems = budget.window_bytes // 4 // max(budget.cost.mapped, 1)
         self.tile_bytes = budget.tile_bytes
-        self._slots = slots(budget)
+        self._regions = regions(budget)
         self._slot_bytes = budget.chunk_elems * budget.cost.compute
-        total = max(offset + size for offset, size in self._slots.values())
+        total = max(offset + size for offset, size in self._regions.values())
         self._arena = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._views: dict[tuple[int, torch.dtype, int], torch.Tensor] = {}
-        self._taken: dict[str, int] = {}
-        self._known: tuple[tuple[Source, ...], dict[int, Any]] = ((), {})
+        self._taken: dict[Slot, int] = {}
+        self._known: tuple[tuple[Source, ...], dict[int, tuple[Source, Any]]] = ((), {})
 
-    def kernels_of(self, sources: tuple[Source, ...]) -> dict[int, Any]:
+    def kernels_of(self, sources: tuple[Source, ...]) -> dict[int, tuple[Source, Any]]:
         """Returns the cache for results that readers of these sources compute once. Drops the cache of any other task."""
         if self._known[0] is not sources:
             self._known = (sources, {})
@@ -73,20 +74,22 @@ class Workspace:
 
     def octets(self, region: str, nbytes: int | None = None, start: int = 0) -> memoryview:
         """Returns ``nbytes`` bytes of a fixed region, from ``start``. Returns the whole region if ``nbytes`` is None."""
-        offset, size = self._slots[region]
+        offset, size = self._regions[region]
         nbytes = size if nbytes is None else nbytes
         if start + nbytes > size:
             raise ValueError(f"buffer {region} has {size} bytes, {start + nbytes} were asked for")
         return memoryview(self._arena)[offset + start : offset + start + nbytes]
 
-    def get(self, slot: str, dtype: torch.dtype, elems: int) -> torch.Tensor:
-        """Returns a tensor of ``elems`` numbers in a fixed region or a named slot. A new name takes the next free slot."""
-        if slot in self._slots:
-            return self._view(*self._slots[slot], dtype, elems)
-        offset, size = self._slots["slots"]
+    def numbers(self, region: str, dtype: torch.dtype, elems: int) -> torch.Tensor:
+        """Returns a tensor of ``elems`` numbers in a fixed region."""
+        return self._view(*self._regions[region], dtype, elems)
+
+    def get(self, slot: Slot, dtype: torch.dtype, elems: int) -> torch.Tensor:
+        """Returns a tensor of ``elems`` numbers in a named slot. A new name takes the next free slot."""
+        offset, size = self._regions["slots"]
         place = self._taken.setdefault(slot, len(self._taken)) * self._slot_bytes
         if place + self._slot_bytes > size:
-            raise ValueError(f"there is no room for the buffer {slot!r} beside {', '.join(self._taken)}")
+            raise ValueError(f"there is no room for the buffer {shown(slot)} beside {', '.join(map(shown, self._taken))}")
         return self._view(offset + place, self._slot_bytes, dtype, elems)
 
     def _view(self, offset: int, size: int, dtype: torch.dtype, elems: int) -> torch.Tensor:
@@ -136,38 +139,47 @@ class Outgoing:
 
 
 class Spans:
-    """Byte ranges by file, collected until they are worth a system call.
+    """Byte ranges by file, collected until they are worth a system call. Their pages are then given back.
 
     Keeps one range for each file, gaps included, because a page fault may map the bytes in a gap too. Forgets a file that
     nobody else holds any more, because its map and pages are gone.
     """
 
-    def __init__(self, enough_bytes: int) -> None:
-        self._enough = enough_bytes
-        self._spans: dict[int, tuple[weakref.ref[Input], int, int]] = {}
+    def __init__(self, most_bytes: int) -> None:
+        self._most = most_bytes
+        self._spans: _Spans = {}
 
-    def add(self, file: Input, begin: int, end: int) -> list[tuple[Input, int, int]]:
-        """Adds a range. Returns all ranges and starts over once they are enough, else an empty list."""
-        known = self._spans.get(id(file))
+    def add(self, ranges: Sequence[tuple[Input, int, int]]) -> None:
+        """Adds (file, begin, end) of bytes that are touched next. Releases the earlier ranges before, if all would be too
+        many together."""
+        together = _widened(self._spans.copy(), ranges)
+        if sum([high - low for _, low, high in together.values()]) > self._most:
+            for known, low, high in self._spans.values():
+                file = known()
+                if file is not None:
+                    file.release(low, high - low)
+            together = _widened({}, ranges)
+        self._spans = together
+
+
+_Spans = dict[int, tuple["weakref.ref[Input]", int, int]]
+
+
+def _widened(spans: _Spans, ranges: Sequence[tuple[Input, int, int]]) -> _Spans:
+    """Adds the ranges to the range of each file."""
+    for file, begin, end in ranges:
+        known = spans.get(id(file))
         if known is not None and known[0]() is file:
             begin, end = min(known[1], begin), max(known[2], end)
-        self._spans[id(file)] = weakref.ref(file), begin, end
-        return self.make_room(0)
-
-    def make_room(self, nbytes: int) -> list[tuple[Input, int, int]]:
-        """Returns all ranges and starts over if they and ``nbytes`` more are enough, else an empty list."""
-        if sum(high - low for _, low, high in self._spans.values()) + nbytes <= self._enough:
-            return []
-        ripe = [(file, low, high) for known, low, high in self._spans.values() if (file := known()) is not None]
-        self._spans = {}
-        return ripe
+        spans[id(file)] = weakref.ref(file), begin, end
+    return spans
 
 
 class Inputs:
     """The raw numbers of a task's sources, for one worker. A complex number counts as two elements.
 
-    Stored sources are mapped if ``mapped``, and their pages are given back behind the cursor. All other sources are read.
-    Inputs of up to ``keep_bytes`` together are kept for all passes: mapped pages stay, and other bytes are read once.
+    Stored sources are mapped if ``mapped``. A worker gives pages back before it goes on to others. All other sources are
+    read. Inputs of up to ``keep_bytes`` together are kept for all passes: mapped pages stay, and other bytes are read once.
     """
 
     def __init__(
@@ -194,6 +206,7 @@ class Inputs:
                     self._readers[number] = sources[number].open(room)
         self._wholes: list[torch.Tensor | None] | None = None
         self._next_read = self._begin = self._end = 0
+        self._elems = max([s.spec.component_elems for s in sources])
         self._kept: list[int] | None = None
         """Offset of each source in the region of kept inputs."""
         if sum(_rounded(s.spec.nbytes) for s in sources) <= keep_bytes:
@@ -207,12 +220,9 @@ class Inputs:
         return self._sources[source].origin
 
     def move_to(self, start: int, stop: int) -> None:
-        """Announces the elements that are read next. Gives the pages of earlier elements back once they are many."""
-        if self._kept is None:
-            if start != self._end or stop - self._begin > self._workspace.noted_elems:
-                self._note()
-                self._begin = start
-            self._end = stop
+        """Announces the elements that are read next, and some after them. Gives earlier pages back if they are many."""
+        if not self._begin <= start <= stop <= self._end:
+            self._announce(start, max(stop, min(start + self._workspace.announced_elems, self._elems)))
 
     def read(self, source: int, start: int, stop: int) -> torch.Tensor:
         """Returns elements ``start`` to ``stop`` of a source, in its own dtype. Valid until the next call but one."""
@@ -235,17 +245,13 @@ class Inputs:
         made = self._read_bytes(source, start, stop, part)
         if made is not part:
             return torch.frombuffer(made, dtype=dtype.torch)
-        return self._workspace.get(region, dtype.torch, elems)
+        return self._workspace.numbers(region, dtype.torch, elems)
 
     def read_into(self, source: int, start: int, stop: int, out: memoryview) -> None:
         """Reads the bytes of elements ``start`` to ``stop`` of a source into ``out``."""
         made = self._read_bytes(source, start, stop, out)
         if made is not out:
             out[:] = made
-
-    def done(self) -> None:
-        """Announces that everything was read, so that touched pages may be given back."""
-        self._note()
 
     def _read_bytes(self, source: int, start: int, stop: int, out: memoryview) -> memoryview:
         stored = self._stored[source]
@@ -268,9 +274,7 @@ class Inputs:
 
     def _keep_all(self) -> None:
         self._kept, cursor = [], 0
-        self._end = max([s.spec.component_elems for s in self._sources])
-        for seen, begin, end in self._workspace.touched.make_room(sum(s.spec.nbytes for s in self._sources)):
-            seen.release(begin, end - begin)
+        self._announce(0, self._elems)
         if self._mapped and self._readers is None:
             return
         for number, source in enumerate(self._sources):
@@ -281,17 +285,15 @@ class Inputs:
                 self.read_into(number, 0, source.spec.component_elems, part)
             cursor += _rounded(nbytes)
 
-    def _note(self) -> None:
-        """Adds the elements read since the last note to the ranges to give back. Gives them back once they are many."""
-        if self._begin == self._end:
-            return
+    def _announce(self, begin: int, end: int) -> None:
+        self._begin, self._end = begin, end
+        ranges = []
         for stored, dtype in zip(self._stored, self._dtypes, strict=True):
             if stored is not None:
                 (file, base), size = stored, dtype.element_bytes
-                for seen, low, high in self._workspace.touched.add(
-                    file, base + self._begin * size, base + self._end * size
-                ):
-                    seen.release(low, high - low)
+                ranges.append((file, base + begin * size, base + end * size))
+        if ranges:
+            self._workspace.mapped.add(ranges)
 
 
 class WorkerRoom:
@@ -309,8 +311,7 @@ class WorkerRoom:
         return self._files.get(path)
 
     def touched(self, path: BlobPath, offset: int, nbytes: int) -> None:
-        for file, low, high in self._workspace.touched.add(self.file(path), offset, offset + nbytes):
-            file.release(low, high - low)
+        self._workspace.read.add([(self.file(path), offset, offset + nbytes)])
 
     def take(self, nbytes: int) -> memoryview:
         part = self._workspace.octets("reader scratch", nbytes, self._taken)
@@ -330,8 +331,8 @@ class WorkerRoom:
 
     def once(self, source: Source, make: Callable[[], T]) -> T:
         if id(source) not in self._kernels:
-            self._kernels[id(source)] = make()
-        return self._kernels[id(source)]  # type: ignore[no-any-return]
+            self._kernels[id(source)] = source, make()  # holds the source, so that no other one gets its number
+        return self._kernels[id(source)][1]  # type: ignore[no-any-return]
 
 
 def _rounded(nbytes: int) -> int:

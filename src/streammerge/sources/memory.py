@@ -1,4 +1,4 @@
-"""A tensor that the caller holds in memory: a numpy array or a torch tensor, read where it lies."""
+"""A tensor that the caller holds in memory: a numpy array or a torch tensor, copied piece by piece."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Memory(Source):
     """A tensor in memory. ``values``: the array or tensor, of any strides, on any device. ``label``: the name of its
     checkpoint in messages.
 
-    Copies only the requested elements. If the caller changes the values during the run, the changed values are read.
+    Readers copy only the requested elements, so that no method can change the caller's numbers. If the caller changes
+    the values during the run, the changed values are read.
     :func:`in_memory` makes it.
     """
 
@@ -127,7 +128,8 @@ class _Torch(Reader):
         import torch
 
         if self._octets is not None:
-            return self._octets[start * self._size : stop * self._size]
+            out[:] = self._octets[start * self._size : stop * self._size]
+            return out
         numbers, done = torch.frombuffer(out, dtype=self._tensor.dtype), 0
         for box in boxes(self._shape, start, stop):
             part = self._tensor[tuple(slice(a, b) for a, b in box)]
@@ -152,7 +154,8 @@ class _Numpy(Reader):
         import numpy
 
         if self._octets is not None:
-            return self._octets[start * self._size : stop * self._size]
+            out[:] = self._octets[start * self._size : stop * self._size]
+            return out
         numbers, done = numpy.frombuffer(out, dtype=f"V{self._size}"), 0
         for box in boxes(self._shape, start, stop):
             part = self._array[tuple(slice(a, b) for a, b in box)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import RecipeError, printable
 from streammerge.kernels.agreed import AGREED, finite, origins
-from streammerge.kernels.chunk import Chunk, Kernel, Look, Step, T, chunk_spans, whole_grains
+from streammerge.kernels.chunk import Chunk, Kernel, Look, Slot, Step, T, chunk_spans, shown, whole_grains
 from streammerge.kernels.group import TensorGroup
 from streammerge.kernels.ranking import held_bytes
 from streammerge.methods.contracts import MergeMethod, Values
@@ -66,7 +66,7 @@ class Merged(Source):
 
     @property
     def place(self) -> tuple[object, ...]:
-        method = (self.method.name, repr(sorted(self.parameters.items())), self.compute, self.based)
+        method = (self.method.name, self.method.identity, repr(sorted(self.parameters.items())), self.compute, self.based)
         drawn = (self.seed, self.drawn_as or self.spec.name)
         return ("Merged", self.spec.dtype, self.spec.shape, *method, *drawn, *(source.place for source in self.sources))
 
@@ -115,17 +115,17 @@ class _Slots:
     """Named buffers for one chunk, each of ``slot_bytes``, taken one after the other."""
 
     def __init__(self, regions: list[memoryview]) -> None:
-        self._regions, self._taken = regions, dict[str, int]()
+        self._regions, self._taken = regions, dict[Slot, int]()
 
     def clear(self) -> None:
         self._taken.clear()
 
-    def get(self, slot: str, dtype: torch.dtype, elems: int) -> torch.Tensor:
+    def get(self, slot: Slot, dtype: torch.dtype, elems: int) -> torch.Tensor:
         import torch
 
         number = self._taken.setdefault(slot, len(self._taken))
         if number >= len(self._regions):
-            raise ValueError(f"there is no room for the buffer {slot!r} beside {', '.join(self._taken)}")
+            raise ValueError(f"there is no room for the buffer {shown(slot)} beside {', '.join(map(shown, self._taken))}")
         return torch.frombuffer(self._regions[number], dtype=dtype, count=elems)
 
 

@@ -1,4 +1,4 @@
-"""Where bytes live, and how an output appears. All that opens, lists or writes a file.
+"""Places where bytes live, and the way an output appears. Only this room opens, lists or writes a file.
 
 Each module imports only modules above it::
 
@@ -18,4 +18,5 @@ Each module imports only modules above it::
     locations    from text to a Location
     inputs       the inputs of a run
     scratch      files for a while
+    leftovers    what interrupted runs have left
 """

@@ -1,8 +1,9 @@
-"""What a store is: the protocol between the code that merges and the places where bytes live.
+"""The protocol of stores: between the code that merges and the places where bytes live.
 
 A :class:`Location` names a file or a folder in a store. A :class:`Store` answers what the location asks. A store of one's
 own needs :meth:`Store.status`, :meth:`Store.is_folder`, :meth:`Store.list_names` and :meth:`Store.opened` to hold inputs.
-It needs :meth:`Store.stage` and the methods beside that to hold outputs too.
+To hold outputs too, it needs :meth:`Store.check_writable`, :meth:`Store.stage`, :meth:`Store.sweep`,
+:meth:`Store.write_whole`, :meth:`Store.make_folder`, and :meth:`Store.reopen` unless it is of :attr:`Store.one_process`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import contextlib
 import errno
 import fnmatch
 import io
+import os
+import posixpath
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -29,7 +32,7 @@ _MAGIC = re.compile(r"[*?[]")
 
 
 class Status(NamedTuple):
-    """A file at one moment. Equal statuses mean: the same bytes.
+    """The state of a file at one moment. Equal states mean equal bytes.
 
     ``place``: which file it is; two names with the same place are one file. ``size``: bytes. ``version``: changes when
     the content changes, such as a modification time or an entity tag.
@@ -164,7 +167,7 @@ class Location:
         return [self / name for name in sorted(self.store.list_names(self))]
 
     def glob(self) -> list[Location]:
-        """What the name, read as a pattern, matches."""
+        """Returns the files and folders that match the name as a pattern."""
         return self.store.glob(self)
 
     def open(self, expected: Status | None = None, polite: bool = False, damaged: list[Damage] | None = None) -> Input:
@@ -172,7 +175,7 @@ class Location:
         return self.store.open(self, expected, polite, damaged)
 
     def stream(self) -> BinaryIO:
-        """The file, buffered, for parsing headers; to be closed. FormatError when it cannot be opened."""
+        """Opens the file as a buffered stream, which the caller closes. Raises FormatError if it cannot be opened."""
         return self.store.stream(self)
 
     def read(self, offset: int, nbytes: int) -> bytes:
@@ -185,7 +188,7 @@ class Location:
         return data
 
     def broken_link(self) -> str:
-        """What is wrong with a link that leads to nothing; "" for anything else."""
+        """Returns the mistake of a link that leads to nothing, "" for anything else."""
         return self.store.broken_link(self)
 
     @property
@@ -208,7 +211,7 @@ class Location:
         return self.store.reopen(self, size)
 
     def sweep(self) -> None:
-        """Removes what a killed run left here, when it cannot be continued: it had not begun to write, or was done."""
+        """Removes the files of a killed run that cannot be continued: it had not begun to write, or it was finished."""
         self.store.sweep(self)
 
     def write_whole(self, data: bytes, overwrite: bool) -> None:
@@ -226,7 +229,7 @@ class Location:
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """Bytes of an input turned out to be gone while they were mapped. ``size``: bytes it had when it was opened."""
+    """An input that lost bytes while it was mapped. ``size``: its bytes when it was opened."""
 
     location: Location
     size: int
@@ -252,11 +255,11 @@ class Input(ABC):
         return buffer
 
     def release(self, offset: int, nbytes: int) -> None:
-        """The range is not needed soon: memory that it takes may be given back."""
+        """Says that the range is not needed soon, so that its memory can be given back."""
         return
 
     def close(self) -> None:
-        """Gives the file back. Views of it stay valid."""
+        """Closes the file. Views of it stay valid."""
         return
 
     def ended(self, offset: int, nbytes: int) -> ChangedError:
@@ -287,18 +290,11 @@ class Output(ABC):
         """Fills the buffer from ``offset``. Returns how many bytes there were."""
 
     def check(self) -> None:
-        """Raises the OSError of a write that failed after it had seemed to succeed, as far as that is known."""
+        """Raises the OSError of a write whose failure the system reported late."""
         return
 
-    def copy_from(self, source: Input, source_offset: int, offset: int, nbytes: int) -> None:
-        """Copies bytes of an input. ChangedError when it ends before."""
-        for start in range(0, nbytes, COPY_BYTES):
-            piece = memoryview(bytearray(min(COPY_BYTES, nbytes - start)))
-            source.read_into(piece, source_offset + start)
-            self.write_full(piece, offset + start)
-
     def sync(self) -> None:
-        """Waits until all that was written is durable. After an OSError nothing of the file may be trusted."""
+        """Waits until everything written is durable. After an OSError no byte of the file can be trusted."""
         self.synced = True
 
     def close(self) -> None:
@@ -317,11 +313,11 @@ class Record(ABC):
 
     @abstractmethod
     def read(self) -> bytes | None:
-        """All of it. None only when it is absent; an OSError means that it may be there."""
+        """Returns the whole content, None only if the file is absent. Raises OSError if it may be there."""
 
     @abstractmethod
     def begin(self, data: bytes) -> None:
-        """Puts these bytes in place of all it had, in one step, durably, and takes more from then on."""
+        """Replaces the whole content by these bytes, in one durable step. :meth:`append` then adds to them."""
 
     @abstractmethod
     def append(self, data: bytes) -> None:
@@ -329,31 +325,42 @@ class Record(ABC):
 
     @abstractmethod
     def end(self) -> None:
-        """Takes no more."""
+        """Closes the file."""
 
 
 class Staging(ABC):
     """An output in the making, which appears under its name whole, at :meth:`commit`, or not at all.
 
     One run at a time has it. ``home``: the hidden folder that holds all of it. ``content``: the folder in which its files
-    can be read back before they are published.
-    ``notes``: sentences about promises that this place cannot keep. ``record``: where the journal is kept.
+    can be read back before they are published. ``record``: the journal. ``notes``: sentences about promises that this place
+    cannot keep. A store of one's own defines :meth:`opened` and what follows it.
     """
 
-    out: Location
-    home: Location
-    content: Location
-    record: Record
-    notes: list[str]
+    def __init__(self, out: Location, home: Location, record: Record) -> None:
+        self.out, self.home, self.record = out, home, record
+        self.content = home / "output"
+        self.notes: list[str] = []
+        self._files: dict[str, Output] = {}
+        self._temporary: dict[str, Output] = {}
 
-    @abstractmethod
     def create(self, name: str, size: int, keep: bool = False) -> Output:
-        """Makes a file of the output.
+        """Makes a file of the output, and closes the one that had this name.
 
         ``name``: its name; in a folder also a path below it (:func:`streammerge.stores.names.is_inner`), whose folders are
         made. ``keep``: keeps the bytes of an earlier run if the file exists in this size. Raises ValueError for a name that
         leads out of the output.
         """
+        return self._added(self._files, name, self.place(name), size, keep)
+
+    def temporary(self, name: str, size: int) -> Output:
+        """A file that can be read back by its location and goes when the staging ends."""
+        return self._added(self._temporary, name, self.home / name, size, keep=False)
+
+    def _added(self, files: dict[str, Output], name: str, location: Location, size: int, keep: bool) -> Output:
+        if name in files:
+            files.pop(name).close()
+        file = files[name] = self.opened(location, size, keep)
+        return file
 
     def place(self, name: str) -> Location:
         """Returns where a file of the output is made. Raises ValueError for a name that leads out of the output."""
@@ -361,14 +368,19 @@ class Staging(ABC):
             raise ValueError(f"{name!r} is not the name of a file in an output")
         return self.content / name
 
-    @abstractmethod
-    def temporary(self, name: str, size: int) -> Output:
-        """A file that can be read back by its location and goes when the staging ends."""
-
     @property
-    @abstractmethod
     def outputs(self) -> dict[str, Output]:
-        """The files of the output by name, at this moment."""
+        """The files of the output by name, at this moment. A copy: other threads ask while files are added."""
+        return dict(self._files)
+
+    def close_files(self) -> None:
+        """Ends writing to all files."""
+        for file in (*self._files.values(), *self._temporary.values()):
+            file.close()
+
+    @abstractmethod
+    def opened(self, location: Location, size: int, keep: bool) -> Output:
+        """Makes a file below :attr:`home`, and the folders above it. ``keep``: as for :meth:`create`."""
 
     @abstractmethod
     def clear(self) -> None:
@@ -385,7 +397,7 @@ class Staging(ABC):
     @property
     @abstractmethod
     def published(self) -> bool:
-        """Whether what was made here is under the output's name."""
+        """Whether the output's name now leads to the files that were made here."""
 
     @property
     @abstractmethod
@@ -397,8 +409,9 @@ class Store(ABC):
     """A place where bytes live, named by the ``scheme`` in ``scheme://name``.
 
     ``mappable``: whether :meth:`Input.view` needs no memory of its own. ``one_process``: whether other processes see
-    other bytes, so that workers have to be threads. ``always_absolute``: whether names never depend on where a process
-    runs. A store pickles by its class, so its constructor takes no arguments.
+    other bytes, so that workers have to be threads. ``always_absolute``: whether a name means the same on every machine and
+    in every folder; False if names hold paths of this machine. A store pickles by its class, so its constructor takes no
+    arguments.
     """
 
     scheme: ClassVar[str]
@@ -419,14 +432,19 @@ class Store(ABC):
 
     def parse(self, text: str) -> Location:
         """The location that a user means by ``scheme://name``. RecipeError for what is no name."""
-        return Location(self, text.removeprefix(f"{self.scheme}://"), text)
+        return Location(self, self.without_scheme(text), text)
+
+    def without_scheme(self, text: str) -> str:
+        """Returns the text after ``scheme://``, whose letters may be capital; the text itself if it has no scheme."""
+        start = f"{self.scheme}://"
+        return text[len(start) :] if text[: len(start)].lower() == start else text
 
     def spelled(self, key: str) -> str:
-        """What a user types for a key."""
+        """Returns the text that a user types for a key."""
         return f"{self.scheme}://{key}"
 
     def absolute(self, location: Location) -> Location:
-        return location
+        return location if location.is_absolute else Location(self, posixpath.join(os.getcwd(), location.key))
 
     def resolve(self, location: Location) -> Location:
         return location
@@ -493,7 +511,7 @@ class Store(ABC):
         return io.BufferedReader(_Stream(self.open(location)))
 
     def glob(self, location: Location) -> list[Location]:
-        """What a pattern matches, part by part: ``*`` stays within a folder."""
+        """Returns the files and folders that match a pattern, part by part: ``*`` stays within a folder."""
         parts = PurePosixPath(location.key).parts
         plain = next((n for n, part in enumerate(parts) if _MAGIC.search(part)), len(parts))
         found = [location._at(PurePosixPath(*parts[:plain]))]
@@ -509,19 +527,19 @@ class Store(ABC):
     # ------------------------------------------------------------------------------------------------------------ outputs
 
     def check_writable(self, location: Location, overwrite: bool) -> None:
-        raise self._read_only(location)
+        raise self._lacks("check_writable", location)
 
     def stage(self, location: Location, overwrite: bool = False) -> Staging:
-        raise self._read_only(location)
+        raise self._lacks("stage", location)
 
     def reopen(self, location: Location, size: int) -> Output:
-        raise self._read_only(location)
+        raise self._lacks("reopen", location)
 
     def write_whole(self, location: Location, data: bytes, overwrite: bool) -> None:
-        raise self._read_only(location)
+        raise self._lacks("write_whole", location)
 
     def make_folder(self, location: Location) -> None:
-        raise self._read_only(location)
+        raise self._lacks("make_folder", location)
 
     def sweep(self, location: Location) -> None:
         return
@@ -529,8 +547,16 @@ class Store(ABC):
     def free_bytes(self, location: Location) -> int | None:
         return None
 
-    def _read_only(self, location: Location) -> RecipeError:
-        return RecipeError(f"{printable(location)}: the store {self.scheme}:// can be read only; write to another place")
+    def _lacks(self, method: str, location: Location) -> RecipeError:
+        """The error of a store that has no such method: it holds inputs only, or was written incompletely."""
+        if type(self).stage is Store.stage:
+            return RecipeError(
+                f"{printable(location)}: the store {self.scheme}:// can be read only; write to another place"
+            )
+        return RecipeError(
+            f"{printable(location)}: the store {self.scheme}:// has stage and lacks {method}, so it takes no outputs; "
+            "add the method, or write to another place"
+        )
 
 
 class _Stream(io.RawIOBase):
@@ -569,7 +595,7 @@ class _Stream(io.RawIOBase):
 
 
 def outside(location: Location, spans: list[tuple[int, int]]) -> Iterator[bytes]:
-    """All bytes of a file but those of the given (offset, bytes), which are in order."""
+    """Yields all bytes of a file outside the given (offset, bytes), which are in order."""
     cursor = 0
     with location.stream() as stream:
         for offset, nbytes in (*spans, (stream.seek(0, io.SEEK_END), 0)):
@@ -584,7 +610,7 @@ def outside(location: Location, spans: list[tuple[int, int]]) -> Iterator[bytes]
 
 
 def digest_outside(location: Location, spans: list[tuple[int, int]]) -> str:
-    """SHA-256 of a file but for the given (offset, bytes)."""
+    """Returns the SHA-256 of a file without the given (offset, bytes)."""
     import hashlib  # here, since it brings all of OpenSSL
 
     digest = hashlib.sha256()
@@ -593,20 +619,29 @@ def digest_outside(location: Location, spans: list[tuple[int, int]]) -> str:
     return digest.hexdigest()
 
 
+def exists_already(out: object) -> RecipeError:
+    """The error of an output that may not be replaced."""
+    return RecipeError(f"{printable(out)} exists already; pass `overwrite=True` to replace it, or choose another name")
+
+
 @contextlib.contextmanager
-def space_checked(location: Location, nbytes: int) -> Iterator[None]:
-    """Turns "no space left" into a SpaceError that says how much is missing."""
+def space_checked(location: Location, nbytes: int, free_bytes: int | None = None) -> Iterator[None]:
+    """Turns "no space left" into a SpaceError that says how much is missing.
+
+    ``free_bytes``: the free space before the call, if the call may fill the disk before it fails.
+    """
     try:
         yield
     except OSError as error:
         if error.errno not in _NO_SPACE:
             raise
-        raise no_room(location, nbytes, error.strerror or "") from error
+        raise no_room(location, nbytes, error.strerror or "", free_bytes) from error
 
 
-def no_room(location: Location, nbytes: int, why: str = "") -> SpaceError:
+def no_room(location: Location, nbytes: int, why: str = "", free_bytes: int | None = None) -> SpaceError:
     """The error of a file of ``nbytes`` that does not fit."""
-    free, needed = location.parent.free_bytes(), f"no room for {printable(location.name)}: it needs {decimal_bytes(nbytes)}"
+    needed = f"no room for {printable(location.name)}: it needs {decimal_bytes(nbytes)}"
+    free = location.parent.free_bytes() if free_bytes is None else free_bytes
     if free is None:
         return SpaceError(f"{needed} ({why})")
     missing = f"{decimal_bytes(nbytes - free)} are missing" if nbytes > free else why

@@ -1,6 +1,6 @@
-"""Making an output of local files visible: made in a hidden folder beside its place, synced, renamed in one step.
+"""Publishes an output of local files: it is made in a hidden folder beside its place, synced, and renamed in one step.
 
-Leaving a :class:`LocalStaging` without :meth:`LocalStaging.commit` removes all that it made, unless it is to be continued.
+A :class:`LocalStaging` that ends without :meth:`LocalStaging.commit` removes its files, unless a next run may continue.
 """
 
 from __future__ import annotations
@@ -8,16 +8,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from streammerge.errors import LockedError, RecipeError, printable
 from streammerge.stores import lock, system
-from streammerge.stores.base import Location, Output, Record, Staging, space_checked
+from streammerge.stores.base import Location, Output, Record, Staging, exists_already, space_checked
 from streammerge.stores.files import OutputFile
 
 JOURNAL, NEW = "journal", "journal.new"
 _PUT_BY, _REPLACED = "journal.done", "replaced"
+_CLOSING = (".nfs", ".fuse_hidden")
+"""How network file systems name an open file that was removed."""
+_MOST_NAME_BYTES = 255
+_MOST_TRIES, _TRY_SECONDS = 50, 0.02
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 
@@ -70,15 +76,13 @@ class LocalStaging(Staging):
     """
 
     def __init__(self, out: Location, overwrite: bool = False) -> None:
-        self.out, self._overwrite = out, overwrite
-        self._place = Path(out.key)
+        self._place, self._overwrite = Path(out.key), overwrite
         self.folder = staging_folder(self._place)
         home = out.parent / self.folder.name
-        self.content, self.record = home / "output", LocalRecord(home / JOURNAL)
-        self.notes: list[str] = []
-        self.home, self._content = home, self.folder / "output"
+        super().__init__(out, home, LocalRecord(home / JOURNAL))
+        self._content = self.folder / "output"
         self._made: tuple[int, int] | None = None
-        self._files: dict[str, OutputFile] = {}
+        self._process = os.getpid()
         check_writable(self._place, overwrite)
         self._made_folders = _make_folders(self._place.absolute().parent)
         try:
@@ -99,54 +103,65 @@ class LocalStaging(Staging):
         self._content.mkdir()
 
     def _lock(self) -> int:
-        while True:
-            if os.path.islink(self.folder):
-                raise RecipeError(f"{printable(self.folder)} is a link, and what it leads to would be cleared; remove it")
-            try:
-                self.folder.mkdir(exist_ok=True)
-                fd = lock.opened(str(self.folder / "lock"))
-            except (FileNotFoundError, FileExistsError):
-                if not self._place.parent.is_dir():
-                    raise RecipeError(f"the folder {printable(self._place.parent)} does not exist; make it first") from None
-                if self.folder.exists() and not self.folder.is_dir():
-                    raise RecipeError(f"{printable(self.folder)} is in the way; remove it") from None
-                continue  # the run before this one was just removing the folder
-            except OSError as error:
-                if error.errno not in _FORBIDDEN:
-                    raise
-                raise RecipeError(f"cannot write beside {printable(self.out)}: {error.strerror}") from error
+        """Takes the lock and returns its descriptor. Tries again while the run before this one removes its folder."""
+        for _ in range(_MOST_TRIES):
+            fd = self._lock_file()
+            if fd < 0:
+                time.sleep(_TRY_SECONDS)
+                continue
             try:
                 lock.take(fd, str(self.folder), self.out)
             except BaseException:
                 os.close(fd)
                 raise
             if _is_lock_of(fd, self.folder):
-                lock.sign(fd)
+                try:
+                    lock.sign(fd, str(self.folder), self.out)
+                except BaseException:
+                    lock.drop(fd)
+                    raise
                 return fd
             lock.drop(fd)
+        raise RecipeError(f"the folder {printable(self.folder)} vanishes when it is made; write to another place")
 
-    def create(self, name: str, size: int, keep: bool = False) -> Output:
-        location = self.place(name)
-        _make_subfolders(self._content, name)
-        return self._add(name, location, size, keep)
+    def _lock_file(self) -> int:
+        """Makes the folder, and opens the lock file in it. Returns -1 if the folder was removed meanwhile."""
+        if os.path.islink(self.folder):
+            raise RecipeError(f"{printable(self.folder)} is a link, and what it leads to would be cleared; remove it")
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except FileExistsError:
+            raise RecipeError(f"{printable(self.folder)} is in the way; remove it") from None
+        except FileNotFoundError as error:
+            if not self._place.parent.is_dir():
+                raise RecipeError(f"the folder {printable(self._place.parent)} does not exist; make it first") from None
+            raise RecipeError(f"cannot write beside {printable(self.out)}: {error.strerror}") from error
+        except OSError as error:
+            raise self._forbidden(error) from error
+        try:
+            return lock.opened(str(self.folder / "lock"))
+        except FileNotFoundError:
+            return -1
+        except OSError as error:
+            raise self._forbidden(error) from error
 
-    def temporary(self, name: str, size: int) -> Output:
-        return self._add(f"../{name}", self.home / name, size)
+    def _forbidden(self, error: OSError) -> Exception:
+        """The error of a system that lets nothing be made here. Names the user whose run has left the folder."""
+        if error.errno not in _FORBIDDEN:
+            return error
+        other = _other_user(self.folder)
+        if other and error.errno in (errno.EACCES, errno.EPERM):
+            return lock.locked_by_other_user(self.out, self.folder, other)
+        return RecipeError(f"cannot write beside {printable(self.out)}: {error.strerror}")
 
-    def _add(self, name: str, location: Location, size: int, keep: bool = False) -> Output:
-        if name in self._files:
-            self._files.pop(name).close()
-        file = self._files[name] = OutputFile(location, size, keep)
+    def opened(self, location: Location, size: int, keep: bool) -> Output:
+        _make_subfolders(self.folder, location.relative_to(self.home))
+        file = OutputFile(location, size, keep)
         if not file.reserved and not self.notes:
             self.notes.append(
                 f"the file system of {printable(self.out)} does not reserve room; a disk that fills up is noticed late"
             )
         return file
-
-    @property
-    def outputs(self) -> dict[str, Output]:
-        # A copy first, for other threads ask while files are added.
-        return {name: file for name, file in dict(self._files).items() if not name.startswith("../")}
 
     @property
     def published(self) -> bool:
@@ -164,18 +179,18 @@ class LocalStaging(Staging):
         for file in self.outputs.values():
             if not file.synced:
                 file.sync()
-        for each in self._files.values():
-            each.close()
+        self.close_files()
         made = self._content
         if as_folder:
             for folder in _folders_of(self._content, self._files):
                 self._sync_folder(folder)
         else:
-            (made,) = self._content.iterdir()
+            (name,) = self.outputs  # a file system or a desktop may have put files of its own into the folder
+            made = self._content / name
         journal, put_by = self.folder / JOURNAL, self.folder / _PUT_BY
         try:
             if journal.exists():
-                os.rename(journal, put_by)  # so that what is left after a crash can be told from what can be continued
+                os.rename(journal, put_by)  # after a crash, this name says that the run was finished
             self._made = _identity_of(made)
             self._rename(made)
         except BaseException:
@@ -198,7 +213,7 @@ class LocalStaging(Staging):
             self.notes += [note] if note not in self.notes else []
 
     def _rename(self, made: Path) -> None:
-        """One step, in which the name is either nothing or the old output before, and the new one after."""
+        """Renames in one step. Before it, the name is free or leads to the old output; after it, to the new output."""
         empty_folder = self._place.is_dir() and not any(self._place.iterdir())
         if not self._overwrite and not empty_folder:
             if not _renamed_to_nothing(made, self._place):
@@ -211,7 +226,7 @@ class LocalStaging(Staging):
             os.replace(made, self._place)
 
     def _rename_twice(self, made: Path) -> None:
-        """For file systems that cannot exchange; a crash in between is mended by the next run."""
+        """Renames twice, for file systems that cannot exchange names. After a crash in between, the next run repairs it."""
         replaced = self.folder / _REPLACED
         os.rename(self._place, replaced)
         try:
@@ -222,16 +237,16 @@ class LocalStaging(Staging):
             raise
 
     def abort(self, keep: bool = False) -> None:
-        """Removes all that was made, or leaves it to be continued; after a commit, what was temporary."""
-        for file in self._files.values():
-            file.close()
+        """Removes the files, or keeps them for a next run. After a commit, removes the temporary files."""
+        self.close_files()
         self._files.clear()
+        self._temporary.clear()
         self.record.end()
+        if self._process != os.getpid():  # a forked child, which has a copy of this object, and no lock
+            return
         if self._lock_fd >= 0:
-            if not (keep and self.resumable):
-                _remove_folder(self.folder, self._place)
-            lock.release(self._lock_fd)
-            self._lock_fd = -1
+            fd, self._lock_fd = self._lock_fd, -1
+            _end(fd, self.folder, self._place, keep and self.resumable)
         self._remove_made_folders()
 
     def _remove_made_folders(self) -> None:
@@ -264,12 +279,49 @@ def _make_subfolders(content: Path, name: str) -> None:
 
 def _folders_of(content: Path, names: Iterable[str]) -> list[Path]:
     """Returns the folders that hold the files, the deepest first, so that each is synced before the one above it."""
-    above = {content, *(each for name in names if not name.startswith("../") for each in (content / name).parents)}
+    above = {content, *(each for name in names for each in (content / name).parents)}
     return sorted((each for each in above if each.is_relative_to(content)), key=lambda each: -len(each.parts))
 
 
 def staging_folder(out: Path) -> Path:
-    return out.parent / f".{out.name}.streammerge"
+    """Returns the folder in which an output is made. A long name is shortened, and a hash keeps it apart from others."""
+    name = f".{out.name}.streammerge"
+    if len(os.fsencode(name)) > _MOST_NAME_BYTES:
+        import hashlib  # here, because it loads all of OpenSSL
+
+        digest = hashlib.sha256(os.fsencode(out.name)).hexdigest()[:16]
+        name = f".{_shortened(out.name, _MOST_NAME_BYTES - 40)}.{digest}.streammerge"
+    return out.parent / name
+
+
+def output_of(staging: str) -> str:
+    """Returns the name of the output that belongs to the name of a staging folder; "" for the name of anything else. Of a
+    shortened name it is the beginning and the hash."""
+    ours = staging.startswith(".") and staging.endswith(".streammerge")
+    return staging.removeprefix(".").removesuffix(".streammerge") if ours else ""
+
+
+def _shortened(name: str, most_bytes: int) -> str:
+    """Returns the beginning of a name, as many whole characters as there is room for."""
+    return os.fsencode(name)[:most_bytes].decode("utf-8", "ignore")
+
+
+def _other_user(path: Path) -> str:
+    """Returns the name of the user who owns the file or folder, "" if it is this one, or nobody can tell."""
+    try:
+        owner = os.lstat(path).st_uid
+    except OSError:
+        return ""
+    return "" if owner == os.geteuid() else _user_name(owner)
+
+
+def _user_name(number: int) -> str:
+    try:
+        import pwd
+
+        return pwd.getpwuid(number).pw_name
+    except (ImportError, KeyError):
+        return f"user {number}"
 
 
 def _identity_of(path: Path) -> tuple[int, int]:
@@ -279,7 +331,7 @@ def _identity_of(path: Path) -> tuple[int, int]:
 
 
 def _recover(folder: Path, out: Path) -> None:
-    """Puts things right after a crash within a commit: an old output between two renames, a journal put by."""
+    """Repairs the state after a crash within a commit: moves the old output and the journal back to their names."""
     if (folder / _REPLACED).exists() and not os.path.lexists(out):
         os.rename(folder / _REPLACED, out)
     if (folder / _PUT_BY).exists() and (folder / "output").is_dir() and not (folder / JOURNAL).exists():
@@ -287,7 +339,7 @@ def _recover(folder: Path, out: Path) -> None:
 
 
 def _remove_ours(folder: Path) -> None:
-    """Removes what runs make in a staging folder, but for its lock; what somebody else put there stays."""
+    """Removes the files that runs make in a staging folder, except the lock. Files of others stay."""
     for name in ("output", "spooled", JOURNAL, NEW, _PUT_BY, _REPLACED):
         path = folder / name
         if path.is_dir() and not path.is_symlink():
@@ -298,17 +350,45 @@ def _remove_ours(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _remove_folder(folder: Path, out: Path) -> None:
-    """Ends a staging folder whose lock is held. The lock goes last: until then no other run may begin in it."""
-    with contextlib.suppress(OSError):
-        if os.path.lexists(out) or not (folder / _REPLACED).exists():
-            _remove_ours(folder)
-            (folder / "lock").unlink()
+def _end(fd: int, folder: Path, out: Path, keep: bool) -> None:
+    """Gives the lock back. Removes the staging folder before, unless ``keep``.
+
+    The lock file goes last: until then no other run may begin here. The folder itself goes after the lock file is closed,
+    because network file systems keep an open file that is removed under another name in its folder.
+    """
+    removed = False
+    if not keep:
+        with contextlib.suppress(OSError):
+            if os.path.lexists(out) or not (folder / _REPLACED).exists():
+                _remove_ours(folder)
+                (folder / "lock").unlink()
+                removed = True
+    lock.release(fd)
+    if removed:
+        _remove_empty(folder)
+
+
+def _remove_empty(folder: Path) -> None:
+    """Removes the folder if it is empty. Waits a moment for a file system that removes files when they are closed."""
+    for _ in range(_MOST_TRIES):
+        try:
             folder.rmdir()
+        except FileNotFoundError:
+            return
+        except OSError:
+            try:
+                left = os.listdir(folder)
+            except OSError:
+                return
+            if not left or not all(name.startswith(_CLOSING) for name in left):
+                return
+            time.sleep(_TRY_SECONDS)
+        else:
+            return
 
 
 def sweep(out: Path) -> None:
-    """Removes what a run left that was killed and cannot be continued: it had not begun to write, or was done."""
+    """Removes what a killed run left if it cannot be continued: it had not begun to write, or was done."""
     folder = staging_folder(out)
     with contextlib.suppress(OSError, LockedError):
         if not folder.is_symlink() and folder.is_dir() and not (folder / JOURNAL).exists():
@@ -318,15 +398,11 @@ def sweep(out: Path) -> None:
             except BaseException:
                 os.close(fd)
                 raise
-            try:
-                if _is_lock_of(fd, folder) and os.path.lexists(out):
-                    _remove_folder(folder, out)
-            finally:
-                lock.release(fd)
+            _end(fd, folder, out, keep=not (_is_lock_of(fd, folder) and os.path.lexists(out)))
 
 
 def _is_lock_of(fd: int, folder: Path) -> bool:
-    """Whether that is the folder's lock file; False when it was removed meanwhile."""
+    """Whether the descriptor is that of the folder's lock file. False if the file was removed after it was opened."""
     try:
         return os.path.samestat(os.fstat(fd), os.stat(folder / "lock"))
     except FileNotFoundError:
@@ -348,18 +424,36 @@ def check_writable(out: Path, overwrite: bool) -> None:
     above = next(each for each in out.parents if os.path.lexists(each))
     if not above.is_dir():
         raise RecipeError(f"{printable(above)} is no folder, so {printable(out)} cannot be in it; choose another name")
+    try:
+        there = os.lstat(out)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise RecipeError(f"cannot write {printable(out)}: {error.strerror}") from error
+    else:
+        _check_replaceable(out, there)
     if out.is_dir() and not any(out.iterdir()):
         return
     if (out.exists() or out.is_symlink()) and not overwrite:
-        raise RecipeError(f"{printable(out)} exists already; pass `overwrite=True` to replace it, or choose another name")
+        raise exists_already(out)
+
+
+def _check_replaceable(out: Path, there: os.stat_result) -> None:
+    """RecipeError if the system will not let this user put something else in place of what is there."""
+    user, above = os.geteuid(), os.stat(out.parent)
+    if user and above.st_mode & stat.S_ISVTX and user not in (there.st_uid, above.st_uid):
+        whose = printable(_user_name(there.st_uid))
+        raise RecipeError(
+            f"{printable(out)} belongs to {whose}, and nobody else may replace it in the folder {printable(out.parent)}, "
+            "which is sticky; choose another name"
+        )
 
 
 def write_whole(path: Path, data: bytes, overwrite: bool) -> None:
-    """A small file, whole and durable, or not at all; RecipeError when it cannot be written, or is there already."""
+    """Writes a small file, whole and durable, or not at all. Raises RecipeError if it cannot be written, or exists."""
     import tempfile
 
     try:
-        fd, partial = tempfile.mkstemp(prefix=f".{path.name[:100]}.", dir=path.parent)
+        fd, partial = tempfile.mkstemp(prefix=f".{_shortened(path.name, 100)}.", dir=path.parent)
         try:
             with os.fdopen(fd, "wb") as stream:
                 stream.write(data)

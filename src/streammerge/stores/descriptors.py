@@ -45,22 +45,33 @@ class Descriptor:
         with descriptor as fd:
             os.pread(fd, 100, 0)
 
-    ``opened`` opens it and is called again after it was closed between two uses. ``before_closing`` is called then.
+    ``opened`` opens it, and is called again after it was closed between two uses. ``before_closing`` gets the descriptor
+    before it is closed between two uses. It may take long: meanwhile others open, use and close their files.
     """
 
     __slots__ = ("_before_closing", "_ended", "_fd", "_users", "last_used", "opened")
 
-    def __init__(self, opened: Callable[[], int], before_closing: Callable[[], object] | None = None) -> None:
+    def __init__(self, opened: Callable[[], int], before_closing: Callable[[int], object] | None = None) -> None:
         self.opened, self._before_closing = opened, before_closing
         self._fd, self._users, self._ended, self.last_used = -1, 0, False, 0
 
     def __enter__(self) -> int:
+        if self._fd < 0:
+            _make_room(limit() - 1)
+        try:
+            return self._use()
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+        _make_room(0)
+        return self._use()
+
+    def _use(self) -> int:
         with _lock:
             if self._fd < 0:
                 if self._ended:
                     raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-                _make_room(limit() - 1)
-                self._fd = _opened(self.opened)
+                self._fd = self.opened()
                 _open.add(self)
             self._users += 1
             self.last_used = next(_clock)
@@ -83,10 +94,22 @@ class Descriptor:
             self._close()
 
     def retire(self) -> None:
-        """Closes it until it is used again."""
-        if self._before_closing is not None:
-            self._before_closing()
-        self._close()
+        """Closes it until it is used again. It stays open if somebody uses it now, or while :attr:`before_closing` runs."""
+        with _lock:
+            if self._fd < 0 or self._users:
+                return
+            if self._before_closing is None:
+                self._close()
+                return
+            fd, used = self._fd, self.last_used
+            self._users += 1  # so that nobody else closes it meanwhile
+        try:
+            self._before_closing(fd)
+        finally:
+            with _lock:
+                self._users -= 1
+                if self._ended or self.last_used == used:
+                    self._close()
 
     def _close(self) -> None:
         if self._fd >= 0 and not self._users:
@@ -96,22 +119,19 @@ class Descriptor:
 
 
 def _make_room(most: int) -> None:
-    """Closes what is longest unused until at most so many are open; fewer close when more are in use."""
-    if len(_open) > most:
-        idle = sorted((each for each in _open if each.idle), key=lambda each: each.last_used)
-        for each in idle[: len(_open) - most]:
-            each.retire()
+    """Closes what is longest unused until at most so many are open. Fewer are closed if more are in use.
 
-
-def _opened(open_: Callable[[], int]) -> int:
-    """Opens, and once more without idle files when the limit on open files is reached."""
-    try:
-        return open_()
-    except OSError as error:
-        if error.errno not in (errno.EMFILE, errno.ENFILE):
-            raise
-        _make_room(0)
-        return open_()
+    Waits for the disk where a file is synced before it is closed, so the lock is not held.
+    """
+    if len(_open) <= most:
+        return
+    with _lock:
+        known = list(_open)  # one call in C: the garbage collector, which may close any of them, cannot run within it
+        idle = sorted((each for each in known if each.idle), key=lambda each: each.last_used)
+    for each in idle:
+        if len(_open) <= most:
+            return
+        each.retire()
 
 
 def limit() -> int:
@@ -169,9 +189,10 @@ def room_for(files: int, workers: int) -> Iterator[None]:
     finally:
         with _lock:
             _users -= 1
-            if not _users:
-                _restore_limit()
+            last = not _users
             _most = 0
+        if last:
+            _restore_limit()
 
 
 def _raise_limit(wanted: int) -> None:
@@ -188,12 +209,16 @@ def _raise_limit(wanted: int) -> None:
 
 
 def _restore_limit() -> None:
-    """Puts the soft limit back, unless somebody else has changed it meanwhile."""
+    """Puts the soft limit back, unless another run needs it or somebody else has changed it meanwhile."""
     global _raised
-    if _raised is not None and resource is not None:
-        before, ours = _raised
-        _raised = None
-        _make_room(max(min(before // 3, _MOST_OPEN), _LEAST_OPEN))
+    if _raised is None or resource is None:
+        return
+    before, _ = _raised
+    _make_room(max(min(before // 3, _MOST_OPEN), _LEAST_OPEN))
+    with _lock:
+        if _users or _raised is None:
+            return
+        (before, ours), _raised = _raised, None
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft == ours:
             with contextlib.suppress(OSError, ValueError):

@@ -35,15 +35,15 @@ _KINDS = (
 
 
 def status_of(found: os.stat_result) -> Status:
-    """Device and inode are the place; a file that is written anew or touched has another time."""
+    """Returns the status: device and inode are the place, the modification time is the version."""
     return Status((found.st_dev, found.st_ino), found.st_size, found.st_mtime_ns)
 
 
 def file_status(path: str) -> Status:
     """The status of a regular file; FormatError for anything else.
 
-    The rule for links, the same for every input file: a link is followed wherever it leads, for example into the cache of
-    the hub or to another disk, and must end at a regular file.
+    Links of every input file are followed to any place, for example into the cache of the hub or to another disk. They must
+    end at a regular file.
     """
     try:
         found = os.stat(path)
@@ -58,7 +58,7 @@ def file_status(path: str) -> Status:
 
 
 def broken_link(path: str) -> str:
-    """What is wrong with a link that leads to nothing, and where it points; "" for anything else."""
+    """Returns the mistake of a link that leads to nothing, and its target; "" for anything else."""
     if not os.path.islink(path):
         return ""
     try:
@@ -178,7 +178,7 @@ class OutputFile(Output):
                 os.unlink(path)
         self._begin(location, size, kept, 0 if kept else os.O_CREAT | os.O_EXCL)
         try:
-            with space_checked(location, size), self._descriptor as fd:
+            with space_checked(location, size, location.parent.free_bytes()), self._descriptor as fd:
                 self._descriptor.opened = functools.partial(_open_output, path, _OUTPUT_FLAGS)
                 self.reserved = system.reserve(fd, size)
             if not (self.reserved or self.kept):
@@ -189,7 +189,7 @@ class OutputFile(Output):
 
     @classmethod
     def existing(cls, location: Location, size: int) -> OutputFile:
-        """A file that is there in this size already."""
+        """Opens a file that already exists in this size."""
         file = cls.__new__(cls)
         file._begin(location, size, True, 0)
         file.reserved = True
@@ -208,7 +208,7 @@ class OutputFile(Output):
             raise self._failed
 
     def write_full(self, data: Any, offset: int) -> None:
-        """Writes all of it. What is to go past the page cache lies in memory as it will in the file, page for page."""
+        """Writes all of it. Whole pages go past the page cache if they are aligned in memory as in the file."""
         view = memoryview(data).cast("B")
         self.check_range(offset, len(view))
         self.synced = False
@@ -228,11 +228,12 @@ class OutputFile(Output):
             while len(view):
                 count = os.pwrite(fd, view, offset)
                 view, offset = view[count:], offset + count
+            self.synced = False  # once more, because a sync may have begun before these bytes were there
             if nbytes >= _LEAST_WRITEBACK_BYTES:
                 system.start_writing(fd, begin, nbytes)
 
     def _write_direct(self, view: memoryview, offset: int) -> int:
-        """Writes whole pages past the cache, as far as the file system lets it; how many bytes."""
+        """Writes whole pages past the cache, as far as the file system can. Returns the number of bytes."""
         done = 0
         try:
             with self._direct_descriptor as fd:
@@ -255,33 +256,26 @@ class OutputFile(Output):
                 done += count
         return done
 
-    def copy_from(self, source: Input, source_offset: int, offset: int, nbytes: int) -> None:
-        """Copies inside the kernel where the file systems allow it."""
-        self.check_range(offset, nbytes)
-        self.synced = False
-        if isinstance(source, InputFile):
-            with source.descriptor as source_fd, self._descriptor as fd:
-                while nbytes and (count := system.copy_range(source_fd, source_offset, fd, offset, nbytes)):
-                    source_offset, offset, nbytes = source_offset + count, offset + count, nbytes - count
-        super().copy_from(source, source_offset, offset, nbytes)
-
     def sync(self) -> None:
-        """Waits until the disk has all that was written. After an error nothing of the file may be trusted: the kernel
-        forgets which pages it could not write, and a second try would succeed without them."""
+        """Waits until the disk has everything that was written. After an error no byte can be trusted: the kernel
+        forgets which pages it could not write, and a second sync would succeed without them."""
         self.check()
-        self.synced = True  # before, for others may write meanwhile
+        with self._descriptor as fd:
+            self._sync(fd)
+
+    def _sync(self, fd: int) -> None:
+        self.synced = True  # first, because another thread may write during the sync
         try:
-            with self._descriptor as fd:
-                system.full_sync(fd)
+            system.full_sync(fd)
         except BaseException:
             self.synced = False
             raise
 
-    def _before_closing(self) -> None:
-        """Syncs before the descriptor goes: the kernel may tell an error to those only who had the file open."""
+    def _before_closing(self, fd: int) -> None:
+        """Syncs before the descriptor is closed: the kernel may report an error only to those who had the file open."""
         if not self.synced and self._failed is None:
             try:
-                self.sync()
+                self._sync(fd)
             except OSError as error:
                 self._failed = error
 

@@ -37,9 +37,11 @@ class InputFiles:
             return file
 
     def close(self) -> None:
-        """Gives back all that is mapped, and lets go of the files."""
+        """Gives back all that is mapped, closes the files, and lets go of them."""
         self.release()
         with self._lock:
+            for file in self._files.values():
+                file.close()
             self._files.clear()
 
     def release(self) -> None:

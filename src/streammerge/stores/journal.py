@@ -1,23 +1,23 @@
-"""Which pieces of an output are safely on the disk, so that a run that was killed can be continued.
+"""The record of the pieces of an output that are on the disk. A killed run can be continued from it.
 
-A piece is written down after the file that holds it was synced, never before. Each line carries its own checksum; what
-follows a line that is damaged does not count. The pieces themselves are compared with their checksums before they are
-believed.
+A piece is written down only after its file was synced. Each line has its own checksum, and the lines after a damaged line
+do not count. Before a piece is taken over, it is compared with its checksum.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from streammerge.stores.base import Output, Record
 
 INTERVAL_SECONDS = 2.0
-"""How long pieces are collected between two syncs: what a crash can cost at most, beside the time of one sync."""
+"""The time between two syncs. A crash costs at most the pieces of this time and of one sync."""
 _STOP_SECONDS = 1.0
 _POLL_SECONDS = 0.2
 Key = tuple[int, int]
@@ -45,12 +45,20 @@ class Finished:
         return (self.offset, self.nbytes)
 
 
+_FIELDS = {each.name for each in fields(Finished)}
+
+
 @dataclass(frozen=True, slots=True)
 class Earlier:
-    """What an earlier run has left. ``plan``: what it was a run of, None when that line is damaged."""
+    """The pieces that an earlier run has finished.
+
+    ``plan``: the plan of that run, None if its line is damaged, {} if another version wrote it. ``pieces``: the pieces that
+    this version can read. ``count``: the number of undamaged lines after the plan, whichever version wrote them.
+    """
 
     plan: dict[str, Any] | None
     pieces: list[Finished]
+    count: int
 
     @property
     def nbytes(self) -> int:
@@ -58,29 +66,26 @@ class Earlier:
 
 
 def read(record: Record) -> Earlier | None:
-    """What a journal says. None only when there is no journal; an OSError when it cannot be read."""
+    """Returns the content of a journal, None only if there is no journal. Raises OSError if it cannot be read.
+
+    Another version may have written it, so any undamaged line may hold anything.
+    """
     data = record.read()
     if data is None:
         return None
-    first, *rest = [_checked(line) for line in data.split(b"\n")]
-    plan = first.get("plan") if first else None
-    if not isinstance(plan, dict):
-        return Earlier({} if plan else None, _pieces(rest))
-    return Earlier(plan, _pieces(rest))
+    first, *rest = map(_checked, data.split(b"\n"))
+    said = first.get("plan") if isinstance(first, dict) else None
+    plan = None if first is None else said if isinstance(said, dict) else {}
+    whole = list(itertools.takewhile(lambda line: line is not None, rest))
+    return Earlier(plan, [Finished(**line) for line in itertools.takewhile(_is_piece, whole)], len(whole))
 
 
-def _pieces(lines: Iterable[dict[str, Any] | None]) -> list[Finished]:
-    """The pieces up to the first line that is damaged."""
-    found = []
-    for line in lines:
-        if line is None:
-            break
-        found.append(Finished(**line))
-    return found
+def _is_piece(line: Any) -> bool:
+    return isinstance(line, dict) and line.keys() == _FIELDS
 
 
 def _json(done: Finished) -> str:
-    """Its fields, put together by hand: json and asdict would take longer than the computation of a small tensor."""
+    """Returns the fields as JSON. Written by hand, because json and asdict take longer than a small merge."""
     nonfinite = json.dumps(done.nonfinite, separators=(",", ":")) if done.nonfinite else "{}"
     return (
         f'{{"task":{done.task},"start":{done.start},"file":{json.dumps(done.file)},"offset":{done.offset},'
@@ -93,8 +98,8 @@ def _line(json_text: str) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
-def _checked(line: bytes) -> dict[str, Any] | None:
-    """The data of a line, None unless it is whole."""
+def _checked(line: bytes) -> Any:
+    """Returns the data of a line, None if the line is damaged."""
     sum_, _, text = line.partition(b" ")
     return json.loads(text) if sum_ == b"%08x" % zlib.crc32(text) else None
 
@@ -125,7 +130,7 @@ class Journal:
         return sum(done.nbytes for done in self._written)
 
     def earlier(self) -> Earlier | None:
-        """What an earlier run has left, of whichever plan; None when there was none."""
+        """Returns the content of an earlier run's journal, of any plan. None if there is no journal."""
         return read(self._record)
 
     def take_over(self, pieces: list[Finished]) -> None:
@@ -146,7 +151,7 @@ class Journal:
             self._waiting.append(done)
 
     def finish(self) -> set[str]:
-        """Syncs all files. Returns those that the disk failed to take, none of whose bytes may be trusted."""
+        """Syncs all files. Returns the names of those whose sync failed. No byte of those can be trusted."""
         self._end("finish")
         while self._thread is not None and self._thread.is_alive():
             self._thread.join(_POLL_SECONDS)  # in short waits, so that Ctrl-C is noticed
@@ -155,7 +160,7 @@ class Journal:
         return self._broken
 
     def stop(self) -> None:
-        """Ends the thread, without waiting longer than a moment for a disk that is slow to sync."""
+        """Ends the thread. Waits at most a second for a slow disk."""
         self._end("stop")
         if self._thread is not None:
             self._thread.join(_STOP_SECONDS)
@@ -191,7 +196,7 @@ class Journal:
             try:
                 self._record.append(_lines(map(_json, whole)))
                 self._written += whole
-            except OSError:  # then less is kept: what follows a torn line does not count
+            except OSError:  # fewer pieces are kept, because lines after a torn line do not count
                 self._writes = False
 
     def _sync(self, name: str, file: Output) -> None:

@@ -35,7 +35,7 @@ class LocalStore(Store):
         return "LOCAL"
 
     def parse(self, text: str) -> Location:
-        plain = text.removeprefix("file://")
+        plain = self.without_scheme(text)
         return LocalLocation(self, os.path.expanduser(plain) if plain.startswith("~") else plain, text)
 
     def spelled(self, key: str) -> str:
@@ -47,7 +47,7 @@ class LocalStore(Store):
     def resolve(self, location: Location) -> Location:
         try:
             return LocalLocation(self, os.path.realpath(location.key))
-        except (OSError, ValueError):  # no name that the system could be asked for
+        except (OSError, ValueError):  # the system does not accept the name
             return location
 
     def local_path(self, location: Location) -> str | None:

@@ -1,8 +1,9 @@
-"""From what a user typed to a :class:`Location`: the one border where text becomes a place."""
+"""Turns the text that a user typed into a :class:`Location`. No other module does."""
 
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 
 from streammerge.errors import RecipeError
@@ -11,7 +12,7 @@ from streammerge.stores.local import LOCAL
 from streammerge.stores.registry import store_of
 
 Place = str | os.PathLike[str] | Location
-"""What a user may give as the place of a checkpoint: ``scheme://name``, or a path."""
+"""The types by which a user names a checkpoint: text (``scheme://name`` or a path), a path object, or a location."""
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://")
 
 
@@ -29,12 +30,16 @@ def parse(place: Place, within: Location | None = None) -> Location:
             raise RecipeError(
                 f"{place!r} is not a path, but a {type(place).__name__}; give text or a path object"
             ) from None
-    if found := _SCHEME.match(place):
-        return store_of(found[1].lower()).parse(place)
-    path = LOCAL.parse(place)
+    found = _SCHEME.match(place)
+    store = store_of(found[1].lower()) if found else LOCAL
+    path = store.parse(place)
     if within is None or path.is_absolute or within == HERE:
         return path
-    return within.store.parse(f"{str(within).rstrip('/')}/{place}")
+    if store is not LOCAL:
+        inside = within.store == store or within.store is LOCAL
+        return store.parse(store.spelled(posixpath.join(within.key, path.key))) if inside else path
+    slash = "" if within.ends_in_slash else "/"
+    return within.store.parse(f"{within}{slash}{store.without_scheme(place)}")
 
 
 def resolved(place: Place) -> Location:
@@ -43,7 +48,7 @@ def resolved(place: Place) -> Location:
 
 
 def has_scheme(text: str) -> bool:
-    """Whether a text names its store, and so means the same everywhere."""
+    """Returns whether a text names its store."""
     return _SCHEME.match(text) is not None
 
 

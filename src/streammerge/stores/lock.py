@@ -1,8 +1,9 @@
-"""Who makes an output: the lock file in its staging folder.
+"""The lock of an output: which run makes it.
 
-The lock itself is the kernel's and ends with its process. Two machines that share a folder may not see each other's
-kernel locks, so the file also says who has it: host, boot, process, user and time. When it is unsure whether the owner is
-alive, the output is refused and the owner is named.
+The kernel's lock on the file ``lock`` in the staging folder ends with its process. Two machines that share a folder may
+not see each other's kernel locks, so the file also names its owner: host, boot, process, user and time. On a file system
+without kernel locks, a second file takes their place, which only one run can create. If it is unknown whether the owner is
+still running, the output is refused and the owner is named.
 """
 
 from __future__ import annotations
@@ -11,13 +12,16 @@ import contextlib
 import fcntl
 import json
 import os
+import threading
 import time
 from dataclasses import asdict, dataclass
 
-from streammerge.errors import LockedError, printable
+from streammerge.errors import LockedError, RecipeError, printable
 from streammerge.stores import system
 
 _MOST_BYTES = 4096
+_CLAIM = "lock.owner"
+_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
 _ONE_KERNEL: tuple[str, ...] = (
     "bcachefs",
     "btrfs",
@@ -72,7 +76,7 @@ def this_run() -> Owner:
 
 
 def _boot() -> str:
-    """What the kernel calls this run of the machine; "" where it does not say."""
+    """Returns the kernel's identifier of this boot, "" if there is none."""
     with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
         return file.read().strip()
     return ""
@@ -96,48 +100,134 @@ def owner_in(fd: int) -> Owner | None:
         return UNKNOWN
 
 
-_held: set[tuple[int, int, int]] = set()
-"""Lock files that this process has: process, device, inode. File systems without locks need it."""
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A lock that this process has. ``place``: device and inode of its file. ``claim``: the file that stands for the
+    kernel's lock, "" where the file system has kernel locks."""
+
+    place: tuple[int, int]
+    owner: Owner
+    claim: str
+
+
+_held: dict[int, _Held] = {}
+"""The locks of this process by descriptor. Needed for file systems without kernel locks."""
+_taking = threading.Lock()
 
 
 def opened(path: str) -> int:
     """The lock file, made where it is absent."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    return os.open(path, _FLAGS | os.O_CREAT, 0o666)
 
 
-def _place(fd: int) -> tuple[int, int, int]:
+def _place(fd: int) -> tuple[int, int]:
     found = os.fstat(fd)
-    return os.getpid(), found.st_dev, found.st_ino
+    return found.st_dev, found.st_ino
 
 
 def take(fd: int, folder: str, out: object) -> None:
     """Takes the lock. LockedError when another run has it, or may have."""
-    if _place(fd) in _held:
-        raise _locked(out, owner_in(fd))
-    _take(fd, folder, out)
-    _held.add(_place(fd))
+    with _taking:
+        place = _place(fd)
+        for held in _held.values():
+            if held.place == place:
+                raise _locked(out, held.owner)
+        owner = this_run()
+        _held[fd] = _Held(place, owner, _take(fd, folder, out, owner))
 
 
-def _take(fd: int, folder: str, out: object) -> None:
+def _take(fd: int, folder: str, out: object, owner: Owner) -> str:
+    """Takes the lock. Returns the claim that stands for it where the file system has no kernel locks, else ""."""
+    path, claim = f"{folder}/lock", f"{folder}/{_CLAIM}"
     known = owner_in(fd)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in system.UNSUPPORTED:
-            raise _locked(out, known) from error
+            raise _locked(out, known or _owner_at(claim)) from error
         if known is not None and _may_run(known, None):
-            raise _locked(out, known, folder) from error
-        return
+            raise _locked(out, known, path) from error
+        _make_claim(claim, out, owner)
+        return claim
     known = owner_in(fd)  # once more: it may have changed hands
     if known is not None and _may_run(known, folder):
-        raise _locked(out, known, folder)
+        raise _locked(out, known, path)
+    _remove_dead_claim(claim, out)
+    return ""
 
 
-def sign(fd: int) -> None:
-    """Writes down who has the lock; a full disk is noticed later."""
-    with contextlib.suppress(OSError):
+def _make_claim(claim: str, out: object, owner: Owner) -> None:
+    """Creates the file that only one run can create. LockedError when another run has created it, or may have."""
+    _remove_dead_claim(claim, out)
+    try:
+        fd = os.open(claim, _FLAGS | os.O_CREAT | os.O_EXCL, 0o666)
+    except FileExistsError:
+        raise _locked(out, _owner_at(claim), claim) from None
+    try:
+        _write(fd, owner)
+    finally:
+        os.close(fd)
+
+
+def _remove_dead_claim(claim: str, out: object) -> None:
+    """Removes a claim whose owner has ended. LockedError when it may be alive."""
+    dead = _owner_at(claim)
+    if dead is None:
+        return
+    if _may_run(dead, None):
+        raise _locked(out, dead, claim)
+    aside = f"{claim}.{os.getpid()}"
+    try:
+        os.rename(claim, aside)
+    except FileNotFoundError:
+        return
+    found = _owner_at(aside)
+    if found != dead:  # another run has replaced it meanwhile
+        os.rename(aside, claim)
+        raise _locked(out, found, claim)
+    os.unlink(aside)
+
+
+def _owner_at(path: str) -> Owner | None:
+    """The owner that the file at this path names, None if it is absent. UNKNOWN for an empty file."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    try:
+        return owner_in(fd) or UNKNOWN
+    finally:
+        os.close(fd)
+
+
+def sign(fd: int, folder: str, out: object) -> None:
+    """Writes down who has the lock, durably, so that other machines see it. LockedError when another run has written too.
+
+    Ignores a full disk, which is noticed later.
+    """
+    held = _held[fd]
+    if held.claim:
+        found = _owner_at(held.claim)
+        whole = found != UNKNOWN
+    else:
+        whole = _write(fd, held.owner)
+        found = _owner_at(f"{folder}/lock")
+    if whole and found != held.owner:
+        raise _locked(out, found)
+
+
+def _write(fd: int, owner: Owner) -> bool:
+    """Writes the owner into a file, durably. Returns False if the disk is full."""
+    text, done = json.dumps(asdict(owner)).encode() + b"\n", 0
+    try:
         os.ftruncate(fd, 0)
-        os.pwrite(fd, json.dumps(asdict(this_run())).encode() + b"\n", 0)
+        while done < len(text):
+            done += os.pwrite(fd, text[done:], done)
+    except OSError:
+        return False
+    with contextlib.suppress(OSError):
+        system.full_sync(fd)
+    return True
 
 
 def release(fd: int) -> None:
@@ -149,8 +239,27 @@ def release(fd: int) -> None:
 
 def drop(fd: int) -> None:
     """Gives the lock back, and leaves the file as it is."""
-    _held.discard(_place(fd))
+    held = _held.pop(fd, None)
+    with contextlib.suppress(OSError):
+        if held is not None and held.claim and _owner_at(held.claim) == held.owner:
+            os.unlink(held.claim)
+    with contextlib.suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_UN)  # a process that was forked with the descriptor would keep the lock
     os.close(fd)
+
+
+def _forget_in_child() -> None:
+    """Closes the descriptors that a forked child has of the parent's locks: each of them would keep a lock."""
+    global _taking
+    for fd in _held:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+    _held.clear()
+    _taking = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def _may_run(owner: Owner, locked_in: str | None) -> bool:
@@ -163,7 +272,9 @@ def _may_run(owner: Owner, locked_in: str | None) -> bool:
         return True
     if owner.host and not (same_kernel and owner.namespace == here.namespace):
         return True
-    return owner.pid != here.pid and _is_alive(owner.pid)
+    if owner.pid == here.pid:
+        return any(held.owner == owner for held in list(_held.values()))
+    return _is_alive(owner.pid)
 
 
 def _is_alive(pid: int) -> bool:
@@ -188,8 +299,32 @@ def one_kernel(folder: str) -> bool:
     return False
 
 
-def _locked(out: object, owner: Owner | None, folder: str = "") -> LockedError:
+def _locked(out: object, owner: Owner | None, path: str = "") -> LockedError:
+    """``path``: the file to remove if that run has ended, which cannot be known here."""
     said = f"{printable(out)} is being written by {owner or UNKNOWN}"
-    if not folder:
+    if not path:
         return LockedError(f"{said}; wait for it")
-    return LockedError(f"{said}, as far as can be told from here; when that run has ended, remove {printable(folder)}/lock")
+    return LockedError(f"{said}, as far as can be told from here; when that run has ended, remove {printable(path)}")
+
+
+def locked_by_other_user(out: object, folder: object, user: str) -> LockedError | RecipeError:
+    """The error of an output whose staging folder belongs to another user: its run goes on, or was interrupted."""
+    try:
+        fd = os.open(f"{folder}/lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return _left_by(out, folder, user)
+    try:
+        owner = owner_in(fd)
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return _locked(out, owner)
+    finally:
+        os.close(fd)
+    return _left_by(out, folder, user)
+
+
+def _left_by(out: object, folder: object, user: str) -> RecipeError:
+    return RecipeError(
+        f"an interrupted run of {printable(user)} into {printable(out)} has left {printable(folder)}, where nobody else "
+        f"may write; choose another output, or ask {printable(user)} to finish or remove it"
+    )

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from streammerge.errors import FormatError, LockedError, RecipeError, printable
-from streammerge.stores.base import Input, Location, Output, Record, Staging, Status, Store
+from streammerge.stores.base import Input, Location, Output, Record, Staging, Status, Store, exists_already
 
 _Data = bytes | bytearray
 _JOURNAL = "journal"
@@ -150,9 +150,7 @@ class MemoryStore(Store):
                     raise RecipeError(f"{printable(location)} lies in {printable(above)}, which is a file")
             filled = key in self._files or any(self._below(key))
             if filled and not overwrite:
-                raise RecipeError(
-                    f"{printable(location)} exists already; pass `overwrite=True` to replace it, or choose another name"
-                )
+                raise exists_already(location)
 
     def stage(self, location: Location, overwrite: bool = False) -> Staging:
         return MemoryStaging(self, location, overwrite)
@@ -190,7 +188,7 @@ def _home(out: Location) -> Location:
 
 
 class MemoryInput(Input):
-    """The bytes as they were when it was opened; what is put in their place later does not change them."""
+    """The bytes at the time of opening. A later change of the file does not change them."""
 
     def __init__(self, location: Location, data: _Data) -> None:
         self.location, self.size = location, len(data)
@@ -206,7 +204,7 @@ class MemoryInput(Input):
 
 
 class MemoryOutput(Output):
-    """Bytes of a size that is known beforehand."""
+    """A file of known size in the making."""
 
     def __init__(self, store: MemoryStore, location: Location, size: int, keep: bool) -> None:
         self.location, self.size = location, size
@@ -261,11 +259,8 @@ class MemoryStaging(Staging):
     """Files under a hidden name beside the output's, which are moved to it in one step."""
 
     def __init__(self, store: MemoryStore, out: Location, overwrite: bool) -> None:
-        self._store, self.out, self._overwrite = store, out, overwrite
-        self.home = _home(out)
-        self.content, self.record = self.home / "output", MemoryRecord(store, self.home / _JOURNAL)
-        self.notes: list[str] = []
-        self._files: dict[str, MemoryOutput] = {}
+        super().__init__(out, _home(out), MemoryRecord(store, _home(out) / _JOURNAL))
+        self._store, self._overwrite = store, overwrite
         self._made: tuple[str, ...] | None = None
         with store.lock:
             store.check_writable(out, overwrite)
@@ -274,28 +269,15 @@ class MemoryStaging(Staging):
             store.staged.add(out.key)
         self._ended = False
 
-    def create(self, name: str, size: int, keep: bool = False) -> Output:
-        return self._add(name, self.place(name), size, keep)
-
-    def temporary(self, name: str, size: int) -> Output:
-        return self._add(f"../{name}", self.home / name, size)
-
-    def _add(self, name: str, location: Location, size: int, keep: bool = False) -> Output:
-        if name in self._files:
-            self._files.pop(name).close()
-        file = self._files[name] = MemoryOutput(self._store, location, size, keep)
-        return file
-
-    @property
-    def outputs(self) -> dict[str, Output]:
-        return {name: file for name, file in dict(self._files).items() if not name.startswith("../")}
+    def opened(self, location: Location, size: int, keep: bool) -> Output:
+        return MemoryOutput(self._store, location, size, keep)
 
     @property
     def published(self) -> bool:
         return self._made is not None and self._made == self._standing()
 
     def _standing(self) -> tuple[str, ...]:
-        """What is under the output's name: keys and versions."""
+        """Returns the keys and versions of the files under the output's name."""
         with self._store.lock:
             return tuple(f"{name} {self._store.version(name)}" for name in self._store.names(self.out.key))
 
@@ -307,8 +289,7 @@ class MemoryStaging(Staging):
         self._store.remove(self.home.key)
 
     def commit(self, as_folder: bool) -> None:
-        for file in self._files.values():
-            file.close()
+        self.close_files()
         store = self._store
         with store.lock:
             store.check_writable(self.out, self._overwrite)
@@ -316,15 +297,15 @@ class MemoryStaging(Staging):
                 store.make_folder(self.content)
                 store.move(self.content.key, self.out.key)
             else:
-                (made,) = store.names(self.content.key)
-                store.move(made, self.out.key)
+                (file,) = self.outputs.values()
+                store.move(file.location.key, self.out.key)
             self._made = self._standing()
             self.abort()
 
     def abort(self, keep: bool = False) -> None:
-        for file in self._files.values():
-            file.close()
+        self.close_files()
         self._files.clear()
+        self._temporary.clear()
         if not self._ended:
             self._ended = True
             with self._store.lock:

@@ -35,10 +35,12 @@ def register_store(store: S) -> S:
     """Registers a class of stores under its ``scheme`` in this process; a decorator. RecipeError for an unusable scheme."""
     scheme = getattr(store, "scheme", None)
     if not isinstance(scheme, str) or not _SCHEME.fullmatch(scheme):
-        raise RecipeError(f"the store {store.__name__} needs a scheme of two or more small letters, like scheme = 'bucket'")
+        name = printable(getattr(store, "__name__", repr(store)))
+        raise RecipeError(f"the store {name} needs a scheme of two or more small letters, like scheme = 'bucket'")
     if scheme == LOCAL.scheme:
         raise RecipeError(f"the scheme {scheme}:// belongs to {type(LOCAL).__name__}; choose another")
-    STORES.register(scheme, store(), store.__module__)
+    made = _made(store)
+    STORES.register(scheme, made, store.__module__)
     return store
 
 
@@ -67,15 +69,35 @@ def store_of(scheme: str) -> Store:
 
 
 def _of_module(module: ModuleType) -> dict[str, Store]:
-    made = [value for value in vars(module).values() if isinstance(value, Store)]
-    return {store.scheme: store for store in made if type(store).__module__ == module.__name__}
+    """Returns the stores that a module of this room defines: its instances, and its classes with a scheme of their own."""
+    values = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
+    made = [value for value in values if isinstance(value, Store)]
+    classes = [
+        value for value in values if isinstance(value, type) and issubclass(value, Store) and "scheme" in vars(value)
+    ]
+    made += [_made(each) for each in classes if each not in map(type, made)]
+    return {store.scheme: store for store in made}
 
 
 def _of_plugin(scheme: str, found: Any) -> Store:
-    store = found() if isinstance(found, type) else found
+    store = _made(found) if isinstance(found, type) else found
     if not isinstance(store, Store) or store.scheme != scheme:
         raise RecipeError(f"the store for {scheme}:// is a {type(store).__name__}, not a Store with this scheme")
     return store
+
+
+def _made(store: type) -> Store:
+    """Makes the store of a class. Raises RecipeError if it is no store, or lacks a method."""
+    name = getattr(store, "__name__", repr(store))
+    if not isinstance(store, type) or not issubclass(store, Store):
+        raise RecipeError(f"{printable(name)} is no store; make it a subclass of streammerge.Store")
+    missing = getattr(store, "__abstractmethods__", ())
+    if missing:
+        raise RecipeError(f"the store {printable(name)} lacks the methods {listed(sorted(missing))}; add them")
+    try:
+        return store()
+    except Exception as error:  # its constructor may raise anything
+        raise RecipeError(f"the store {printable(name)} cannot be made: {printable(error)}") from error
 
 
 STORES: Registry[Store] = Registry("store", "streammerge.stores", _of_module, _of_plugin)

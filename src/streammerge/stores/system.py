@@ -57,8 +57,12 @@ def full_sync(fd: int) -> None:
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> bool:
-    """Makes the names in a folder durable. False when the file system cannot sync a folder."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Makes the names in a folder durable. Returns False if the file system cannot sync a folder, or if the folder may be
+    written to but not opened."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:
+        return False
     try:
         os.fsync(fd)
     except OSError as error:
@@ -107,18 +111,6 @@ def pread_into(fd: int, buffer: memoryview, offset: int) -> int:
     data = os.pread(fd, len(buffer), offset)
     buffer[: len(data)] = data
     return len(data)
-
-
-def copy_range(source_fd: int, source_offset: int, fd: int, offset: int, nbytes: int) -> int:
-    """Copies inside the kernel; how many bytes, 0 when the file systems cannot, or the source has ended."""
-    try:
-        return os.copy_file_range(source_fd, fd, nbytes, source_offset, offset)
-    except AttributeError:
-        return 0
-    except OSError as error:
-        if error.errno not in UNSUPPORTED and error.errno not in (errno.EXDEV, errno.EPERM, errno.ETXTBSY):
-            raise
-        return 0
 
 
 def drop_cached(fd: int, offset: int, nbytes: int) -> None:

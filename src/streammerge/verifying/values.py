@@ -13,6 +13,7 @@ from streammerge.checkpoints.index import open_checkpoint
 from streammerge.errors import ChangedError, VerifyError, listed, printable
 from streammerge.formats.base import LayoutFile
 from streammerge.methods.registry import INTEGERS
+from streammerge.planning.budget import Budget
 from streammerge.planning.plan import Plan, budget_of
 from streammerge.planning.receipt import ITSELF, Receipt
 from streammerge.planning.tasks import MergeTask, Piece, pieces
@@ -62,6 +63,7 @@ def recompute(verified: Verified, plan: Plan, receipt: Receipt, share: float, se
     A number is right when it equals the float64 result within rounding. Methods that choose among numbers, and sums that
     cancel, may give other numbers. A piece with such numbers must equal the merge's own result bit for bit.
     """
+    _budget(plan, plan.tasks)  # raises before the output's pickle is read
     places, skipped = _places(plan, verified.out, receipt)
     every = [(n, piece.start) for n, (task, _, _) in enumerate(places) for piece in pieces(task, n)]
     chosen = set(random.Random(seed).sample(every, math.ceil(len(every) * share)))
@@ -74,8 +76,9 @@ def recompute(verified: Verified, plan: Plan, receipt: Receipt, share: float, se
     if plan.torch_needed:
         prepare_torch()
         alone = one_torch_thread()
-    with scratch() as create, faults.survived(), alone:
-        check = _Recomputation(plan, sampled, chosen, create)
+    inputs = InputFiles(plan.identities)
+    with closing(inputs), scratch() as create, faults.survived(), alone:
+        check = _Recomputation(plan, sampled, chosen, inputs, create)
         wrong = check.repeated(check.in_float64())
     verified.sampled_tensors = len(sampled)
     verified.sampled_elems, verified.equal_elems = check.elems, check.equal
@@ -85,6 +88,14 @@ def recompute(verified: Verified, plan: Plan, receipt: Receipt, share: float, se
             f"{printable(verified.out)} differs from the result of its recipe and these inputs in {listed(wrong)}; "
             "it was made from other inputs, or it is wrong"
         )
+
+
+def _budget(plan: Plan, tasks: list[MergeTask]) -> tuple[Budget, str]:
+    """Returns the budget for making these tasks again, and the way to read. The output's pickle is read beside those
+    of the inputs."""
+    pickles = plan.pickle_bytes + plan.layout.pickle_bytes
+    workers = plan.budget.workers
+    return budget_of(tasks, plan.memory_bytes, workers, plan.io, bool(plan.spooled), pickles, _BESIDE_BYTES)
 
 
 def _places(plan: Plan, out: Location, receipt: Receipt) -> tuple[list[tuple[MergeTask, Location, int]], list[str]]:
@@ -126,13 +137,14 @@ class _Recomputation:
         plan: Plan,
         places: dict[int, tuple[MergeTask, Location, int]],
         chosen: set[Key],
+        inputs: InputFiles,
         create: Callable[[int], Output],
     ) -> None:
         self.plan, self.places = plan, list(places.values())
         at_of = {number: at for at, number in enumerate(places)}
         self.keys = {(at_of[number], start) for number, start in chosen}
         self.elems = self.equal = self.repeated_elems = 0
-        self._inputs = InputFiles(plan.identities)
+        self._inputs = inputs
         tasks = [task for task, _, _ in self.places]
         self._tasks = spooled_tasks(tasks, tasks, self._inputs, create, lambda tensor, record: None)
 
@@ -176,7 +188,7 @@ class _Recomputation:
         if not keys:
             return
         plan = self.plan
-        budget, io = budget_of(tasks, plan.memory_bytes, plan.budget.workers, plan.io, beside_bytes=_BESIDE_BYTES)
+        budget, io = _budget(plan, tasks)
         modules = modules_of(tasks, CRC32, plan.torch_needed)
         job = Job(new_key(), budget, plan.identities, False, io == "mmap", CRC32, tuple(destinations), modules)
         with (

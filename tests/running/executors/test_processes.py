@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 import pytest
@@ -19,7 +20,7 @@ import streammerge as sm
 from running.executors.suite import ExecutorSuite
 from running.executors.toys import SLOW_SECONDS, Allocates, Dies, Square, Tells, Waits
 from streammerge.planning.budget import PER_PROCESS_BYTES
-from streammerge.running.executors.processes import ProcessExecutor
+from streammerge.running.executors.processes import ProcessExecutor, supported
 
 WAIT_SECONDS = 20.0
 SCRIPT = """
@@ -100,6 +101,18 @@ class TestProcesses:
             results.close()
             assert sorted(executor.run(Square(), range(3))) == [0, 1, 4]
 
+    def test_what_a_worker_cannot_import_is_one_sentence(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The code of the work, and of a unit, in a module that only this process has."""
+        module = ModuleType("only_here")
+        exec("class Work:\n    modules = ()\nclass Unit:\n    pass", vars(module))
+        monkeypatch.setitem(sys.modules, "only_here", module)
+        for work, unit in ((module.Work(), 0), (Square(), module.Unit())):
+            with (
+                closing(ProcessExecutor(1)) as executor,
+                pytest.raises(sm.TaskError, match=r"cannot load what it was sent \(ModuleNotFoundError: No module named"),
+            ):
+                list(executor.run(work, [unit]))
+
     def test_memory_of_the_workers_is_counted(self) -> None:
         with closing(ProcessExecutor(2)) as executor:
             list(executor.run(Allocates(50 << 20), range(8)))
@@ -176,3 +189,9 @@ def test_stopping_is_quick(tmp_path: Path) -> None:
         began = time.monotonic()
         results.close()
         assert time.monotonic() - began < 20 * SLOW_SECONDS
+
+
+def test_a_frozen_program_is_not_started_as_an_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert supported()
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    assert not supported()

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from streammerge.cli import options
-from streammerge.cli.arguments import as_arguments
+from streammerge.cli.arguments import as_arguments, output_name
 from streammerge.cli.reports import report
 from streammerge.options import CONVERT
 
@@ -31,6 +31,8 @@ def convert(path: str, out: str | None, no_progress: bool, form: str, debug: boo
 
     if out is None:
         raise click.UsageError("the output has no name; add -o OUT, like -o model.safetensors")
+    if "://" not in out:
+        out = output_name(out, [path], None, form != "human")
     with Progress(form, enabled=not no_progress) as progress:
         result = api.convert(path, out, listener=progress, **as_arguments(typed))
         report(result, form, progress.told)

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from streammerge.cli import options
-from streammerge.cli.arguments import as_arguments, inputs_and_recipe
+from streammerge.cli.arguments import as_arguments, inputs_and_recipe, output_name
 from streammerge.cli.reports import report, show_plan
 from streammerge.options import MERGE, Running, options_of
 
@@ -41,6 +41,7 @@ def merge(
         return
     if out is None:
         raise click.UsageError("the output has no name; add -o OUT, like -o merged.safetensors")
+    out = output_name(out, found, recipe, form != "human", typed["own_methods"])
     with Progress(form, enabled=not no_progress) as progress:
         result = api.merge(found, out, recipe=recipe, listener=progress, **asked)
         report(result, form, progress.told)

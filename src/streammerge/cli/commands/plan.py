@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from streammerge.cli import options
-from streammerge.cli.arguments import as_arguments, inputs_and_recipe
+from streammerge.cli.arguments import as_arguments, inputs_and_recipe, output_name
 from streammerge.cli.reports import show_plan
 from streammerge.options import PLAN
 
@@ -23,4 +23,6 @@ def plan(inputs: tuple[str, ...], out: str | None, form: str, debug: bool, **typ
     from streammerge import api
 
     found, recipe = inputs_and_recipe(inputs, typed["weights"])
+    if out is not None:
+        out = output_name(out, found, recipe, form != "human", typed["own_methods"])
     show_plan(api.plan(found, out, recipe=recipe, **as_arguments(typed)), form)

@@ -6,6 +6,7 @@ Each module imports only modules above it::
     registry  from a name to an executor
     messages  messages between a process and its workers
     server    the clean process from which workers are forked
+    importing whether a clean process can load what it is sent
     threads   workers are threads of this process
     processes workers are processes
 """

@@ -16,6 +16,7 @@ from typing import Any
 
 from streammerge.errors import TaskError
 from streammerge.running.executors.base import Executor, Result, Unit, Work
+from streammerge.running.executors.importing import importable_path
 from streammerge.running.executors.messages import (
     CLOSED,
     END,
@@ -47,9 +48,11 @@ _NOTHING = object()
 def supported() -> bool:
     """Whether this system supports worker processes: Linux and other systems with fork.
 
-    On macOS a process that has loaded system frameworks may not fork. Windows has no fork.
+    On macOS a process that has loaded system frameworks may not fork. Windows has no fork. In a frozen program
+    ``sys.executable`` is the program, and starting it would run the program again instead of Python.
     """
-    return hasattr(os, "fork") and sys.platform != "darwin" and bool(sys.executable)
+    interpreter = bool(sys.executable) and not getattr(sys, "frozen", False)
+    return hasattr(os, "fork") and sys.platform != "darwin" and interpreter
 
 
 @executor("processes")
@@ -139,10 +142,9 @@ class _Team:
         control, theirs = socket.socketpair()
         pairs = [socket.socketpair() for _ in range(workers)]
         descriptors = [theirs.fileno(), *(end.fileno() for _, end in pairs)]
-        path = [each for each in sys.path if isinstance(each, str)]
         try:
             self._server = subprocess.Popen(
-                [sys.executable, "-c", CODE, ",".join(map(str, descriptors)), *path],
+                [sys.executable, "-c", CODE, ",".join(map(str, descriptors)), *importable_path()],
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # keeps a method's prints out of the caller's standard output
                 env=os.environ | ENVIRONMENT,
@@ -231,7 +233,7 @@ class _Team:
         self.broken = True
         deadline = None if wanted else time.monotonic() + _STOP_SECONDS
         left = {*self._links}
-        error: BaseException | None = None
+        failed = list[BaseException]()
         for link in self._links:
             link.units = 0
             link.put(END)
@@ -244,14 +246,14 @@ class _Team:
                     if kind == CLOSED:
                         left.discard(link)
                     elif kind == ERROR:
-                        error = error or unpickled_error(data)
+                        failed = failed or [unpickled_error(data)]
             except TaskError:
                 if wanted:
                     raise
                 return
         self.broken = False
-        if wanted and error is not None:
-            raise error
+        if wanted and failed:
+            raise failed.pop()  # no frame may keep an error that keeps the frame
 
     def _lose(self, link: _Link) -> None:
         self.broken = True

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, TypeVar
 
-from streammerge.errors import RecipeError, printable
+from streammerge.errors import RecipeError, StreammergeError, printable
 from streammerge.plugins import Registry
-from streammerge.running.executors.base import Executors
+from streammerge.running.executors.base import Executor, Executors
 
+_ROOM = "streammerge.running.executors"
 Made = TypeVar("Made", bound=Executors)
 
 
@@ -37,14 +38,35 @@ def find_executor(wanted: str | Executors) -> Executors:
     unknown name."""
     if not isinstance(wanted, str):
         if callable(wanted):
-            return wanted
+            return _checked(getattr(wanted, "__name__", type(wanted).__name__), wanted)
         raise RecipeError(f"`executor` takes a name, or what makes an executor of so many workers, not {printable(wanted)}")
     found = EXECUTORS.find(wanted)
     if found is not None:
-        return found
+        return _checked(wanted, found)
     near = difflib.get_close_matches(wanted, executors(), n=1)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(executors())}"
     raise RecipeError(f"unknown executor {printable(wanted)}; {hint}")
+
+
+def _checked(name: str, make: Executors) -> Executors:
+    """Returns a function that also checks the executor. It raises RecipeError for anything that is no executor."""
+    if isinstance(make, type) and issubclass(make, Executor) and make.__module__.startswith(_ROOM):
+        return make
+
+    def checked(workers: int) -> Executor:
+        try:
+            made = make(workers)
+        except (StreammergeError, OSError, MemoryError):
+            raise
+        except Exception as error:  # a user's own function may raise anything
+            said = f"{type(error).__name__}: {printable(error)}"
+            raise RecipeError(f"the executor {printable(name)} cannot be made: {said}") from error
+        if not isinstance(made, Executor):
+            raise RecipeError(f"the executor {printable(name)} made {type(made).__name__}, not a streammerge.Executor")
+        return made
+
+    checked.__name__ = name
+    return checked
 
 
 def _of_module(module: ModuleType) -> dict[str, Executors]:
@@ -58,6 +80,4 @@ def _of_plugin(name: str, found: Any) -> Executors:
     return found  # type: ignore[no-any-return]
 
 
-EXECUTORS: Registry[Executors] = Registry(
-    "executor", "streammerge.running.executors", _of_module, _of_plugin, group="streammerge.executors"
-)
+EXECUTORS: Registry[Executors] = Registry("executor", _ROOM, _of_module, _of_plugin, group="streammerge.executors")

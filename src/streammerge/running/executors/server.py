@@ -21,6 +21,7 @@ import sys
 from importlib import import_module
 from typing import Any, NoReturn
 
+from streammerge.errors import TaskError, printable
 from streammerge.running.executors.base import Host
 from streammerge.running.executors.messages import (
     CLOSED,
@@ -137,6 +138,17 @@ def _work(link: socket.socket, stopped: mmap.mmap, server: int) -> NoReturn:
         os._exit(0)
 
 
+def _loaded(data: bytes | memoryview) -> Any:
+    """Returns what was sent. Raises TaskError when this process cannot import a part of it."""
+    try:
+        return pickle.loads(data)
+    except Exception as error:
+        raise TaskError(
+            f"a worker process cannot load what it was sent ({type(error).__name__}: {printable(error)}); put the code "
+            'into a module that can be imported, or use `executor="threads"`'
+        ) from error
+
+
 def _serve_units(line: Line, stopped: mmap.mmap) -> None:
     growth, number = Growth(), 0
     host = Host(lambda: _NUMBER.unpack(stopped)[0] >= number)
@@ -147,9 +159,9 @@ def _serve_units(line: Line, stopped: mmap.mmap) -> None:
         try:
             if kind == WORK:
                 (number,) = _NUMBER.unpack_from(data)
-                worker = pickle.loads(memoryview(data)[_NUMBER.size :]).open(host)
+                worker = _loaded(memoryview(data)[_NUMBER.size :]).open(host)
             elif kind == UNIT and worker is not None and not host.stopping():
-                answer = RESULT, pickled(worker.run(pickle.loads(data)))
+                answer = RESULT, pickled(worker.run(_loaded(data)))
             elif kind == END:
                 left, worker = worker, None
                 if left is not None:

@@ -12,7 +12,9 @@ from streammerge.running.executors.base import Executor, Host, Result, Unit, Wor
 from streammerge.running.executors.registry import executor
 
 _POLL_SECONDS = 0.2
-_Outcome = tuple[Any, BaseException | None]
+_Outcome = tuple[Any, list[BaseException]]
+"""A result, or a list of one error. The list is emptied before the error is raised: a frame that holds an error which holds
+the frame would keep the files of the run open until the garbage collector runs."""
 _NOTHING = object()
 
 
@@ -30,10 +32,10 @@ class ThreadExecutor(Executor):
         stop.clear()
         outcomes: queue.Queue[_Outcome] = queue.Queue(maxsize=backlog)
 
-        def report(done: Any, error: BaseException | None) -> None:
+        def report(done: Any, failed: list[BaseException]) -> None:
             while not stop.is_set():
                 with contextlib.suppress(queue.Full):
-                    outcomes.put((done, error), timeout=_POLL_SECONDS)
+                    outcomes.put((done, failed), timeout=_POLL_SECONDS)
                     break
 
         def work_on() -> None:
@@ -44,10 +46,10 @@ class ThreadExecutor(Executor):
                             unit: Any = next(source, _NOTHING)
                         if unit is _NOTHING:
                             break
-                        report(worker.run(unit), None)
-                report(_NOTHING, None)
+                        report(worker.run(unit), [])
+                report(_NOTHING, [])
             except BaseException as error:  # noqa: BLE001 - carried to the caller, whatever it is
-                report(None, error)
+                report(None, [error])
 
         threads = [threading.Thread(target=work_on, name=f"streammerge-{i}", daemon=True) for i in range(self.workers)]
         try:
@@ -55,9 +57,9 @@ class ThreadExecutor(Executor):
                 thread.start()
             running = len(threads)
             while running:
-                done, error = self._next(outcomes)
-                if error is not None:
-                    raise error
+                done, failed = self._next(outcomes)
+                if failed:
+                    raise failed.pop()
                 if done is _NOTHING:
                     running -= 1
                 else:
@@ -67,6 +69,9 @@ class ThreadExecutor(Executor):
             for thread in threads:
                 if thread.ident is not None:  # Ctrl-C may come before all threads were started
                     thread.join()
+            with contextlib.suppress(queue.Empty):
+                while True:  # the errors of other workers hold this queue
+                    outcomes.get_nowait()
 
     def close(self) -> None:
         self._host.close()

@@ -1,0 +1,101 @@
+"""What interrupted runs have left beside their outputs: whose it is, how much it is, and its removal."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import stat
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from streammerge.errors import RecipeError, printable
+from streammerge.stores import journal, lock
+from streammerge.stores.base import Location
+from streammerge.stores.commit import JOURNAL, LocalRecord, LocalStaging, output_of, staging_folder
+from streammerge.units import decimal_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """The hidden folder of a run.
+
+    ``out``: its output. ``user``: who owns the folder. ``owner``: the run that has the lock, None if none has.
+    ``kept_bytes``: bytes of the pieces that a next run can continue from. ``changed``: when the journal was written last,
+    in seconds since 1970; 0 without a journal.
+    """
+
+    out: Location
+    folder: Location
+    user: str
+    owner: lock.Owner | None
+    kept_bytes: int
+    changed: float
+
+    def __str__(self) -> str:
+        if self.owner is not None:
+            return f"{printable(self.out)}: being written by {self.owner}"
+        when = time.strftime(" at %Y-%m-%d %H:%M", time.localtime(self.changed)) if self.changed else ""
+        kept = f"{decimal_bytes(self.kept_bytes)} are kept" if self.kept_bytes else "nothing is kept"
+        return f"{printable(self.out)}: interrupted{when}, of {printable(self.user)}; {kept}"
+
+
+def leftovers(folder: Location) -> list[Leftover]:
+    """Returns what runs have left in a folder, by the names of their outputs. Raises RecipeError if it is no folder."""
+    if not folder.is_folder():
+        raise RecipeError(f"{printable(folder)} is no folder; give the folder in which outputs are made")
+    found = []
+    for each in folder.children():
+        name = output_of(each.name)
+        if name and stat.S_ISDIR(os.lstat(each.key).st_mode):
+            found.append(_leftover(folder / name, each))
+    return found
+
+
+def leftover_of(out: Location) -> Leftover | None:
+    """Returns what a run has left for an output, None if there is nothing."""
+    folder = out.parent
+    own = output_of(staging_folder(Path(out.absolute().key)).name)
+    return next((each for each in leftovers(folder) if each.out.name == own), None) if folder.is_folder() else None
+
+
+def discard(out: Location) -> None:
+    """Removes what an interrupted run has left for an output. The output itself stays.
+
+    Raises LockedError if that run may still be there.
+    """
+    staging = LocalStaging(out, overwrite=True)
+    staging.clear()
+    staging.abort()
+
+
+def _leftover(out: Location, folder: Location) -> Leftover:
+    kept, changed = 0, 0.0
+    with contextlib.suppress(OSError, ValueError):
+        earlier = journal.read(LocalRecord(folder / JOURNAL))
+        kept = earlier.nbytes if earlier else 0
+        changed = os.stat((folder / JOURNAL).key).st_mtime
+    return Leftover(out, folder, _user(Path(folder.key)), _running(f"{folder.key}/lock"), kept, changed)
+
+
+def _user(folder: Path) -> str:
+    try:
+        return folder.owner()
+    except (KeyError, OSError):  # a container knows no names of users
+        return f"user {os.lstat(folder).st_uid}"
+
+
+def _running(path: str) -> lock.Owner | None:
+    """Returns the run that has the lock, None if nobody has it."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return lock.owner_in(fd) or lock.UNKNOWN
+    finally:
+        os.close(fd)
+    return None

@@ -1,0 +1,10 @@
+"""``streammerge clean``; what it finds and removes is tested in tests/stores/test_leftovers.py."""
+
+from __future__ import annotations
+
+from conftest import Cli
+
+
+def test_it_is_a_command(cli: Cli) -> None:
+    assert cli("help", "clean").stdout.startswith("Usage: streammerge clean")
+    assert cli("help").stdout.count("  clean ") == 1

@@ -1,0 +1,10 @@
+"""``streammerge runs``; what it finds and removes is tested in tests/stores/test_leftovers.py."""
+
+from __future__ import annotations
+
+from conftest import Cli
+
+
+def test_it_is_a_command(cli: Cli) -> None:
+    assert cli("help", "runs").stdout.startswith("Usage: streammerge runs")
+    assert cli("help").stdout.count("  runs ") == 1
