@@ -50,12 +50,11 @@ from streammerge.options import (
     path,
     picked,
 )
-from streammerge.planning.likeness import check_likeness
 from streammerge.planning.plan import Plan, build_plan
 from streammerge.planning.receipt import Receipt
 from streammerge.recipe.arguments import conversion, overridden, recipe_of
 from streammerge.recipe.locations import found_in_hub_cache, from_hub_cache, is_recipe_name
-from streammerge.recipe.model import Recipe
+from streammerge.recipe.model import Recipe, Reference
 from streammerge.recipe.reader import read_recipe, recipe_of_receipt
 from streammerge.running.choosing import choose_executor
 from streammerge.running.execution import Result, default_workers, execute, refuse_extras
@@ -334,6 +333,12 @@ def verify(
     return verified
 
 
+def _likeness(recipe: Recipe, indexes: Mapping[Reference, CheckpointIndex]) -> list[str]:
+    from streammerge.planning.likeness import check_likeness  # here, because only a conversion with `like` needs it
+
+    return check_likeness(recipe, *indexes.values())
+
+
 @dataclass(frozen=True)
 class _Request:
     """The arguments of a merge or a plan, read and checked."""
@@ -507,7 +512,7 @@ def _plan(
             indexes = {each: from_conversion(index, convert_first) for each, index in indexes.items()}
         indexes = agreed(recipe, indexes)
         indexes = {each: index.with_names(each.rename) for each, index in indexes.items()}
-        told = check_likeness(recipe, *indexes.values()) if like else []
+        told = _likeness(recipe, indexes) if like else []
         planned = build_plan(
             recipe,
             indexes,

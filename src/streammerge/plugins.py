@@ -84,7 +84,7 @@ class Registry(Generic[Thing]):
         own = self._own.get(name)
         if own is not None and name in self._replacing:
             return own
-        known = self.built_in.get(name) or self._plugin(name)
+        known = self._built_in(name) or self._plugin(name)
         if own is not None and known is not None and known is not own:
             whose = "is built in" if name in self.built_in else f"is a plug-in of {_package(self.plugins[name])}"
             raise RecipeError(
@@ -115,6 +115,14 @@ class Registry(Generic[Thing]):
         for name in self.plugins:
             if name not in self._own:
                 yield self._load(name)
+
+    def _built_in(self, name: str) -> Thing | None:
+        """Returns the thing of this package with that name. Imports no other module if one is called so and defines it."""
+        if "built_in" not in self.__dict__ and name in module_names(self.room):
+            found = self._of_module(import_module(f"{self.room}.{name}")).get(name)
+            if found is not None:
+                return found
+        return self.built_in.get(name)
 
     def _plugin(self, name: str) -> Thing | None:
         return self._load(name) if name in self.plugins else None

@@ -50,7 +50,7 @@ def test_few_workers_or_little_to_read_are_threads(pair: list[Path], monkeypatch
         "processes",
         "processes",
     ]
-    monkeypatch.setattr(choosing, "supported", lambda: False)
+    monkeypatch.setattr(choosing, "processes_supported", lambda: False)
     assert sm.plan(pair, workers=5, memory=8 * GIB).executor == "threads"
 
 
@@ -214,7 +214,7 @@ def test_a_method_of_an_imported_module_can_be_sent(pair: list[Path], tmp_path: 
 
 
 def test_where_there_is_no_fork(pair: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choosing, "supported", lambda: False)
+    monkeypatch.setattr(choosing, "processes_supported", lambda: False)
     plan = sm.plan(pair, executor="processes")
     assert plan.executor == "threads"
     assert any("a system with fork" in note for note in plan.notes)

@@ -10,7 +10,6 @@ from difflib import get_close_matches
 import click
 
 from streammerge.errors import printable
-from streammerge.stores.locations import parse
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)%?,?")
 _CHECKPOINT = re.compile(r".*(\.(safetensors|pth|pt|ckpt|bin|th|tar|ya?ml)|[/*].*)")
@@ -89,6 +88,8 @@ def of_command(typed: Sequence[str], commands: Sequence[str]) -> str:
 
 def check_inputs(inputs: Sequence[str], weights: str | None) -> None:
     """Raises UsageError for a number among the inputs that is no file: weights are joined by commas."""
+    from streammerge.stores.locations import parse  # here, so that --help imports no store
+
     for each in inputs:
         if _NUMBER.fullmatch(each) and not parse(each).lexists():
             numbers = [text.strip(",") for text in (weights or "", *inputs) if _NUMBER.fullmatch(text)]

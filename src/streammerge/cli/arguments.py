@@ -58,7 +58,7 @@ def output_name(
     input has no suffix either, the output is a file of that name, which the same loader opens.
     """
     place = parse(out)
-    if place.suffix or place.ends_in_slash or place.is_folder():
+    if out == "-" or place.suffix or place.ends_in_slash or place.is_folder():
         return out
     first = _first_input(inputs, recipe, own_methods)
     if first is None or not parse(first).is_file():

@@ -9,10 +9,8 @@ from streammerge.errors import BudgetError, RecipeError, printable
 from streammerge.planning.budget import PER_PROCESS_BYTES, Budget
 from streammerge.planning.plan import Plan, budget_of
 from streammerge.planning.tasks import MergeTask
-from streammerge.running.executors.base import Executors
-from streammerge.running.executors.importing import first_not_loadable
+from streammerge.running.executors.base import Executors, processes_supported
 from streammerge.running.executors.messages import pickled
-from streammerge.running.executors.processes import supported
 from streammerge.running.executors.registry import find_executor
 from streammerge.sources.base import Source
 from streammerge.sources.merged import Merged
@@ -55,7 +53,7 @@ def executor_of(plan: Plan, wanted: str | Executors) -> Executors:
 
 def _why_threads(plan: Plan) -> str:
     """Returns the reason why only threads can do this work, "" if processes can."""
-    if not supported():
+    if not processes_supported():
         return "worker processes need a Python interpreter, and a system with fork such as Linux"
     if any(source.held for source in plan.expressions):
         return "tensors in the memory of this process cannot be read by others"
@@ -101,7 +99,11 @@ def _stuck(plan: Plan) -> str:
             return problem
         said.append(problem)
         pickles.append(data)
-    failed = first_not_loadable(pickles) if pickles else None
+    if not pickles:
+        return ""
+    from streammerge.running.executors.importing import first_not_loadable  # here, because most merges do without it
+
+    failed = first_not_loadable(pickles)
     return "" if failed is None else said[failed[0]].replace("; put", f" ({printable(failed[1])}); put", 1)
 
 

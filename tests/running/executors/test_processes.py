@@ -20,7 +20,8 @@ import streammerge as sm
 from running.executors.suite import ExecutorSuite
 from running.executors.toys import SLOW_SECONDS, Allocates, Dies, Square, Tells, Waits
 from streammerge.planning.budget import PER_PROCESS_BYTES
-from streammerge.running.executors.processes import ProcessExecutor, supported
+from streammerge.running.executors.base import processes_supported
+from streammerge.running.executors.processes import ProcessExecutor
 
 WAIT_SECONDS = 20.0
 SCRIPT = """
@@ -28,6 +29,7 @@ import sys, threading
 from contextlib import closing
 from running.executors.toys import Square, Waits
 from streammerge.planning.budget import PER_PROCESS_BYTES
+from streammerge.running.executors.base import processes_supported
 from streammerge.running.executors.processes import ProcessExecutor
 
 print("begun", flush=True)
@@ -192,6 +194,6 @@ def test_stopping_is_quick(tmp_path: Path) -> None:
 
 
 def test_a_frozen_program_is_not_started_as_an_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert supported()
+    assert processes_supported()
     monkeypatch.setattr(sys, "frozen", True, raising=False)
-    assert not supported()
+    assert not processes_supported()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError, printable
@@ -17,7 +18,6 @@ from streammerge.options import RECEIPT_KEY
 from streammerge.planning.alignment import Alignment, Merged
 from streammerge.planning.dispositions.entries import left_behind
 from streammerge.planning.dispositions.ledger import Dispositions
-from streammerge.planning.outputs.folder import folder_output, is_pickled
 from streammerge.planning.outputs.layout import Layout, Output, Placed, blank_sums, metadata_of
 from streammerge.planning.outputs.pickled import PLAIN_ENDINGS, pickled_output
 from streammerge.planning.receipt import ITSELF, Receipt, escaped, input_files, planned
@@ -67,7 +67,7 @@ def plan_output(out: Location, recipe: Recipe, indexes: Indexes, alignment: Alig
         json.loads(to_json(resolved(recipe).to_dict())),
         inputs,
         recipe.seed,
-        CRC32 if kind == "pickle" or (kind == "folder" and is_pickled(recipe, first)) else CRC32C,
+        CRC32 if kind == "pickle" or (kind == "folder" and _is_pickled_folder(recipe, first)) else CRC32C,
         hashed,
         computed=recipe.merge_method is not COPY or recipe.recast is not None,
         held={names[each.path]: index.nbytes for each, index in indexes.items() if index.in_memory},
@@ -91,12 +91,12 @@ def _planned(
         return pickled_output(name, recipe, first, indexes, alignment, receipt)
     dispositions = Dispositions()
     dispositions.update(alignment.dispositions)
-    if kind == "folder" and is_pickled(recipe, first):
-        return folder_output(recipe, first, indexes, alignment, receipt, dispositions)
+    if kind == "folder" and _is_pickled_folder(recipe, first):
+        return _folder(recipe, first, indexes, alignment, receipt, dispositions)
     for thing, why in left_behind(first):
         dispositions.add("entry", thing, "dropped", why)
     if kind == "folder":
-        return folder_output(recipe, first, indexes, alignment, receipt, dispositions)
+        return _folder(recipe, first, indexes, alignment, receipt, dispositions)
     metadata = metadata_of(recipe, first)
     specs = {spec.name: (spec, m) for m in merged for spec in (m.spec, *_tied_specs(m))}
     sums = {ITSELF: blank_sums([spec.nbytes for spec, _ in specs.values()])}
@@ -106,6 +106,18 @@ def _planned(
     file = replace(file, receipt=escaped(receipt.text()))
     placed = [Placed(spec, m, 0, file.offsets[n]) for n, (spec, m) in specs.items()]
     return Output(Layout((file,), receipt), placed, dispositions=dispositions)
+
+
+def _is_pickled_folder(recipe: Recipe, first: CheckpointIndex) -> bool:
+    from streammerge.planning.outputs.folder import is_pickled  # here, because files do without folders and configurations
+
+    return is_pickled(recipe, first)
+
+
+def _folder(*planned: Any) -> Output:
+    from streammerge.planning.outputs.folder import folder_output
+
+    return folder_output(*planned)
 
 
 def _tied_specs(merged: Merged) -> list[TensorSpec]:

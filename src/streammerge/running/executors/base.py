@@ -12,6 +12,8 @@ Threads, processes, or the machines of a cluster are different ways to call the 
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Hashable, Iterable
@@ -127,3 +129,13 @@ class Executor(ABC):
 
 Executors = Callable[[int], Executor]
 """Makes an executor with the given number of workers."""
+
+
+def processes_supported() -> bool:
+    """Whether this system supports worker processes: Linux and other systems with fork.
+
+    On macOS a process that has loaded system frameworks may not fork. Windows has no fork. In a frozen program
+    ``sys.executable`` is the program, and starting it would run the program again instead of Python.
+    """
+    interpreter = bool(sys.executable) and not getattr(sys, "frozen", False)
+    return hasattr(os, "fork") and sys.platform != "darwin" and interpreter

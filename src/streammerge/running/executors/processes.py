@@ -45,16 +45,6 @@ _RECEIVED_BYTES = 1 << 20
 _NOTHING = object()
 
 
-def supported() -> bool:
-    """Whether this system supports worker processes: Linux and other systems with fork.
-
-    On macOS a process that has loaded system frameworks may not fork. Windows has no fork. In a frozen program
-    ``sys.executable`` is the program, and starting it would run the program again instead of Python.
-    """
-    interpreter = bool(sys.executable) and not getattr(sys, "frozen", False)
-    return hasattr(os, "fork") and sys.platform != "darwin" and interpreter
-
-
 @executor("processes")
 class ProcessExecutor(Executor):
     """``workers`` processes, started when the first work comes and kept until :meth:`close`."""
