@@ -89,3 +89,20 @@ def test_a_pruned_generator(tmp_path: Path) -> None:
     made = torch.load(tmp_path / "whole.pt")
     assert_same(made["g_ema"], means(weights(11), weights(12)))
     assert "g" not in made
+
+
+def test_counters_and_computed_buffers_are_no_names_of_a_copy(tmp_path: Path) -> None:
+    """F5-TTS publishes averages without their counters; older ones have the filters of the spectrogram."""
+    old = {"initted": torch.tensor(True), "step": torch.tensor(9), **average(1)}
+    old["ema_model.mel_spec.mel_stft.mel_scale.fb"] = torch.rand(2, 2)
+    torch.save({"model_state_dict": weights(1), "ema_model_state_dict": old, "update": 7}, tmp_path / "1.pt")
+    published = {name: value for name, value in average(2).items() if value.shape}
+    save_file(published, tmp_path / "2.safetensors")
+    sm.merge([tmp_path / "1.pt", tmp_path / "2.safetensors"], tmp_path / "out.pt")
+    made = torch.load(tmp_path / "out.pt")["ema_model_state_dict"]
+    assert made.keys() == old.keys()
+    for name, value in published.items():
+        assert torch.equal(made[name], mean([average(1)[name], value], [1, 1]))
+    result = sm.merge([tmp_path / "2.safetensors", tmp_path / "1.pt"], tmp_path / "out.safetensors")
+    assert load_safetensors(tmp_path / "out.safetensors").keys() == published.keys()
+    assert any("filters and windows of a spectrogram" in note for note in result.notes)

@@ -102,7 +102,7 @@ def test_exponential_weights(run: Path, cli: Cli) -> None:
         ({"range": "5"}, "FROM:TO"),
         ({"range": ":"}, "FROM:TO"),
         ({"range": "a:b"}, "FROM:TO"),
-        ({"range": "5000:"}, "none of the 4 checkpoints"),
+        ({"range": "5000:"}, r"none of the 4 checkpoints has such a number; they have \d+, \d+"),
         ({"ema_decay": 1.0}, "from 0 to below 1"),
         ({"ema_decay": 0.5, "weights": [1, 1, 1, 1]}, "leave `weights` out"),
     ],
@@ -139,3 +139,20 @@ def test_last_range_and_the_exponential_weights_count_by_the_same_number(
     for epoch in (10, 97, 98):
         average = 0.5 * average + 0.5 * epoch
     assert value("ema.safetensors") == pytest.approx(average)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32])
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_the_best_by_a_tensor_of_one_element(
+    dtype: torch.dtype, shape: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nanoGPT writes its loss as a tensor."""
+    monkeypatch.chdir(tmp_path)
+    for number in (3, 1, 2):
+        loss = torch.full(shape, number).to(dtype)
+        torch.save({"model": {"w": torch.ones(2)}, "best": {"val_loss": loss}, "two": torch.ones(2)}, f"{number}.pt")
+    chosen, notes = choose(["1.pt", "2.pt", "3.pt"], best=2, by="best.val_loss", highest=True)
+    assert chosen == ["2.pt", "3.pt"]
+    assert "chosen by best.val_loss, highest first: 3.pt (3), 2.pt (2)" in notes
+    with pytest.raises(sm.RecipeError, match="has no number two"):
+        choose(["1.pt", "2.pt"], best=1, by="two")

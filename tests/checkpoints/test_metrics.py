@@ -69,3 +69,20 @@ def test_a_trainers_state_with_nan_in_it(tmp_path: Path, monkeypatch: pytest.Mon
         Path(f"checkpoint-{step}/trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": history}))
     assert "NaN" in Path("checkpoint-1/trainer_state.json").read_text()
     assert sm.plan("checkpoint-*", best=1, by="eval_loss").recipe.inputs == ("checkpoint-2",)
+
+
+@pytest.mark.parametrize("name", ["CKPT.yaml", "trainer_state.json"])
+def test_what_is_beside_a_file_in_a_folder_of_its_own(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SpeechBrain has a folder for each checkpoint, with the error rate in ``CKPT.yaml``."""
+    monkeypatch.chdir(tmp_path)
+    for number, rate in ((1, 9.5), (2, 7.5), (3, 8.5)):
+        folder = Path(f"CKPT+0{number}")
+        folder.mkdir()
+        save_file({"w": torch.tensor([float(number)])}, folder / "model.safetensors")
+        state = {"log_history": [{"step": 40, "WER": rate}], "global_step": 40}
+        (folder / name).write_text(f"WER: {rate}\n" if name == "CKPT.yaml" else json.dumps(state))
+    sm.merge("CKPT+*/model.safetensors", "out.safetensors", best=2, by="WER")
+    assert value() == 2.5
+    save_file({"w": torch.tensor([4.0])}, "CKPT+03/other.safetensors")
+    with pytest.raises(sm.RecipeError, match="has no number WER"):
+        sm.merge("CKPT+0*/*.safetensors", "two.safetensors", best=2, by="WER")

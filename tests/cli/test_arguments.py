@@ -80,3 +80,14 @@ def test_an_output_without_a_suffix_is_of_the_first_inputs_kind(
         assert output_name(given, [first], None, quiet=False) == given
     assert output_name("out", [first], None, quiet=True) == made
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("first", "made"), [("g_0500", "out"), ("m.mdl", "out.mdl"), ("m.pth.tar", "out.tar"), ("m-1.5", "out.safetensors")]
+)
+def test_a_suffix_that_only_the_inputs_program_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, made: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(first).touch()
+    assert output_name("out", [first], None, quiet=True) == made

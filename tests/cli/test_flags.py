@@ -32,10 +32,10 @@ def test_the_command_line_shows_them_as_they_are_typed(said: str, typed: str) ->
 
 
 def test_errors_notes_and_plans_of_the_command_line_show_flags(cli: Cli, voices: tuple[Path, Path], tmp_path: Path) -> None:
-    assert "(--keep-optimizer keeps" in cli("merge", *voices, "-o", "out.pth").stderr
+    assert "; --keep-optimizer keeps" in cli("merge", *voices, "-o", "out.pth").stderr
     assert "pass --overwrite to replace it" in cli("merge", *voices, "-o", "out.pth", code=2).stderr
     shown = cli("plan", *voices, "-o", "x.pth").stdout
-    assert "scaler (--keep-optimizer keeps the first input's)" in shown
+    assert "scaler (stale after a merge; --keep-optimizer keeps the first input's)" in shown
     assert "`" not in shown
     told = json.loads(cli("plan", *voices, "-o", "out.pth", "--format", "json").stdout)
     assert any("--keep-optimizer" in note for note in told["notes"])

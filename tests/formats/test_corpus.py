@@ -79,8 +79,8 @@ BESIDE = {  # files in a folder beside one good shard: the index, and whether it
     "memory": ({"w": "memory"}, False),
     "another case": ({"w": "a", "v": "A"}, False),
     "Windows' names": ({"w": "CON", "v": "a.", "x": "a ", "y": "NUL.safetensors", "z": "a:b"}, False),
-    "a tensor of escapes": ({"w": "a", t.SHELL: "a"}, False),
-    "a name of 1 MB": ({"w": "a", "n" * (1 << 20): "a"}, False),
+    "a tensor of escapes": ({"w": "a", t.SHELL: "a"}, True),  # with a warning that escapes the name
+    "a name of 1 MB": ({"w": "a", "n" * (1 << 20): "a"}, True),  # with a warning that cuts the name
     "a shard of 1 MB": ({"w": "n" * (1 << 20)}, False),
     "good": ({"w": "a"}, True),
 }
@@ -178,6 +178,9 @@ def memory(field: str) -> int:
 def written() -> str | None:
     """Returns the bytes of the tensor w in the output."""
     path = Path("out/model.safetensors") if Path("out").is_dir() else Path("out.safetensors")
+    index = Path("out/model.safetensors.index.json")
+    if index.exists():
+        path = index.parent / json.loads(index.read_text())["weight_map"]["w"]
     if not path.exists():
         return None
     data = path.read_bytes()

@@ -149,7 +149,7 @@ class TestBase:
         kept = self.result(
             tmp_path, [a, tmp_path / "c.safetensors"], base=base, method="model_stock", on_missing="average-present"
         )
-        assert torch.equal(kept, load_safetensors(base)["w"]), "too few models have it"
+        assert torch.equal(kept, load_safetensors(a)["w"]), "too few models have it, so it is the first's"
 
     def test_how_a_merge_was_made_is_written_down(self, files: dict[str, Path], tmp_path: Path) -> None:
         import json
@@ -173,4 +173,5 @@ class TestBase:
                 "lambda": 1.0,
             },
             "seed": 7,
+            "output": {"container": "first"},
         }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
+import streammerge as sm
 from streammerge.pickles.rebuild import Damaged, StorageTable, storage_dtype, text
 from streammerge.pickles.tree import Global, PersistentId, StorageRef, TensorRef
 from streammerge.pickles.unpickle import unpickle
@@ -89,3 +91,10 @@ def test_names_are_text_and_not_endless() -> None:
     for value in ("x" * 1001, b"x" * 1001, 3, None):
         with pytest.raises(Damaged):
             text(value)
+
+
+def test_tensors_that_pickle_alone_wrote_are_called_so(tmp_path: Path) -> None:
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"w": torch.ones(3)}))
+    with pytest.raises(sm.FormatError, match=r"were pickled without torch\.save; load it in Python") as raised:
+        sm.inspect(tmp_path / "a.pkl")
+    assert "damaged" not in str(raised.value)

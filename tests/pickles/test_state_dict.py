@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from conftest import load_safetensors
 
 import streammerge as sm
 from streammerge.pickles.state_dict import is_training_state, select
@@ -236,3 +237,47 @@ def test_arrays_of_objects_among_the_weights_are_refused_by_name(tmp_path: Path)
     torch.save({"model": {"w": np.ones(2), "v": torch.ones(2), "texts": texts}}, tmp_path / "in.pth")
     sm.convert(tmp_path / "in.pth", tmp_path / "out.pth")
     assert torch.load(tmp_path / "out.pth", weights_only=False)["model"]["texts"].tolist() == ["a", "b"]
+
+
+@pytest.mark.parametrize("statistics", [False, True], ids=["without batch norm", "with batch norm"])
+@pytest.mark.parametrize("key", ["shadow_params", "averages"])
+def test_a_list_of_averages_replaces_the_weights_when_asked(tmp_path: Path, statistics: bool, key: str) -> None:
+    plain = {"a.weight": torch.ones(3, 2), "a.bias": torch.ones(3), "b.weight": torch.ones(2, 3)}
+    if statistics:
+        plain |= {"n.running_mean": torch.full((2,), 9.0), "n.num_batches_tracked": torch.tensor(4)}
+    shadow = [torch.full((3, 2), 2.0), torch.full((3,), 3.0), torch.full((2, 3), 4.0)]
+    held = {"decay": 0.9, key: shadow, "collected_params": None}
+    torch.save({"state_dict": plain, "ema": held, "epoch": 1}, tmp_path / "a.pt")
+    for choice in ("prefer", "only"):
+        result = sm.convert(tmp_path / "a.pt", tmp_path / f"{choice}.safetensors", ema=choice)
+        made = load_safetensors(tmp_path / f"{choice}.safetensors")
+        assert made.keys() == plain.keys()
+        assert [made[name].flatten()[0].item() for name in ("a.weight", "a.bias", "b.weight")] == [2, 3, 4]
+        assert not statistics or made["n.running_mean"].tolist() == [9, 9]
+        assert not any("left out" in note and key in note for note in result.notes), "it is what was written"
+    sm.convert(tmp_path / "a.pt", tmp_path / "plain.safetensors")
+    assert load_safetensors(tmp_path / "plain.safetensors")["a.bias"].tolist() == [1, 1, 1]
+
+
+def test_a_list_that_fits_no_weights_is_no_average_of_them(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"w": torch.ones(3)}, "ema": {"shadow_params": [torch.ones(4)]}}, tmp_path / "a.pt")
+    with pytest.raises(sm.RecipeError, match="no averaged"):
+        sm.convert(tmp_path / "a.pt", tmp_path / "out.safetensors", ema="only")
+
+
+def test_the_state_of_an_optimizer_is_no_checkpoint(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.Adam([weight])
+    weight.sum().backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "opt.pt")
+    with pytest.raises(sm.FormatError, match="no weights but the state of an optimizer; leave it out of the inputs"):
+        sm.inspect(tmp_path / "opt.pt")
+
+
+def test_an_input_without_averages_is_named_where_averages_are_preferred(tmp_path: Path) -> None:
+    torch.save({"model": {"w": torch.ones(3)}, "ema": {"w": torch.full((3,), 5.0)}}, tmp_path / "a.pt")
+    torch.save({"model": {"w": torch.full((3,), 3.0)}}, tmp_path / "b.pt")
+    result = sm.merge([tmp_path / "a.pt", tmp_path / "b.pt"], tmp_path / "out.safetensors", ema="prefer")
+    assert load_safetensors(tmp_path / "out.safetensors")["w"].tolist() == [4, 4, 4]
+    assert any("b.pt: it has no averaged (EMA) weights, so its plain ones" in note for note in result.notes)

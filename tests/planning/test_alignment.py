@@ -164,3 +164,74 @@ def test_counters_are_the_largest(counter: str, dtype: torch.dtype) -> None:
     assert made[counter].dtype == dtype
     made, _ = merged("one", "two", "three", dtype="bfloat16")
     assert made[counter].item() == 1500
+
+
+COPIES = {
+    "a latent diffusion model": ("model.", lambda name: f"model_ema.{name.replace('.', '')}", "model_ema.num_updates"),
+    "two models of a trainer": ("online_model.", lambda name: f"ema_model.{name}", "ema_model.n_averaged"),
+    "a student and its teacher": ("student.", lambda name: f"teacher.{name}", "teacher.step"),
+}
+
+
+@pytest.mark.parametrize("kind", COPIES)
+@pytest.mark.parametrize("container", ["safetensors", "pth"])
+@pytest.mark.parametrize("holder", ["first", "second"])
+def test_an_average_that_one_input_has_in_its_state_dict_is_left_out(kind: str, container: str, holder: str) -> None:
+    prefix, called, counter = COPIES[kind]
+    plain = [model(1, prefix), model(2, prefix)]
+    average = {called(name): draw(number, 4) for number, name in enumerate(model(3))} | {counter: torch.tensor(5)}
+    whole = [plain[0] | average, plain[1]] if holder == "first" else [plain[0], plain[1] | average]
+    for name, tensors in zip("ab", whole, strict=True):
+        torch.save({"state_dict": tensors, "epoch": 3}, f"{name}.pth")
+    result = sm.merge(["a.pth", "b.pth"], f"out.{container}")
+    path = Path(f"out.{container}")
+    made = load_safetensors(path) if container == "safetensors" else torch.load(path, weights_only=True)["state_dict"]
+    assert made.keys() == plain[0].keys()
+    for name in plain[0]:
+        assert torch.equal(made[name], mean(plain[0][name], plain[1][name]))
+    said = "so it would be stale" if holder == "first" else "are a running average, which a.pth lacks; they stay out"
+    assert any(said in note and called("norm.weight").partition(".")[0] in note for note in result.notes)
+
+
+def test_an_average_of_which_a_part_is_missing_is_no_copy() -> None:
+    average = {f"teacher.{name}": draw(3, 4) for name in model(3)}
+    some = dict(list(average.items())[:2])
+    saved(one=model(1, "student.") | average, two=model(2, "student.") | some)
+    with pytest.raises(sm.MismatchError, match=r"two\.safetensors lacks 3: teacher\."):
+        merged("one", "two")
+
+
+def test_a_teacher_without_a_student_is_a_part_of_the_model() -> None:
+    saved(one=model(1) | {"teacher.head.weight": draw(5, 4)}, two=model(2))
+    with pytest.raises(sm.MismatchError, match=r"two\.safetensors lacks 1: teacher\.head\.weight"):
+        merged("one", "two")
+
+
+def test_what_becomes_of_an_average_can_be_said() -> None:
+    average = {f"ema.{name}": draw(3, 4) for name in model(3)}
+    saved(one=model(1) | average, two=model(2))
+    made, result = merged("one", "two", on_missing="base")
+    assert torch.equal(made["ema.norm.weight"], average["ema.norm.weight"])
+    assert any("lacks" in warning and "ema." in warning for warning in result.warnings)
+
+
+@pytest.mark.parametrize("counter", ["n_averaged", "bn.num_batches_tracked", "ema.step"])
+@pytest.mark.parametrize("policy", ["error", "drop"])
+@pytest.mark.parametrize("holder", ["first", "second"])
+def test_an_input_may_lack_a_counter(counter: str, policy: str, holder: str) -> None:
+    sides = [model(1), model(2)]
+    sides[holder == "second"][counter] = torch.tensor(70)
+    saved(one=sides[0], two=sides[1])
+    made, result = merged("one", "two", on_missing=policy)
+    assert made.keys() == sides[0].keys()
+    assert torch.equal(made["norm.weight"], mean(draw(92, 4), draw(93, 4)))
+    if holder == "first":
+        assert made[counter] == 70
+    assert any(f"({counter}) are not in every input" in note and "counters" in note for note in result.notes)
+    assert not result.warnings
+
+
+def test_a_table_of_counts_is_no_counter() -> None:
+    saved(one=model(1) | {"codes.count": draw(1, 4)}, two=model(2))
+    with pytest.raises(sm.MismatchError, match=r"lacks 1: codes\.count"):
+        merged("one", "two")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -162,3 +163,20 @@ def test_one_tensor_in_place_of_several(
     said = str(caught.value)
     assert "one tensor in place of 3: h.0.attn.qkv.weight in joined.safetensors has the rows of h.0.attn" in said
     assert "on_missing" not in said
+
+
+@pytest.mark.parametrize("order", [("pipe", "pipe/unet"), ("pipe/unet", "pipe"), ("pipe/unet/", "pipe/")])
+def test_a_model_of_a_pipeline_against_the_pipeline(
+    order: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for part in ("unet", "vae"):
+        folder = Path("pipe") / part
+        folder.mkdir(parents=True)
+        save_file({f"{part}.{n}.weight": torch.ones(2) for n in range(3)}, folder / "diffusion_pytorch_model.safetensors")
+        (folder / "config.json").write_text("{}")
+    index = {"_class_name": "P", "unet": ["diffusers", "U"], "vae": ["diffusers", "V"]}
+    Path("pipe/model_index.json").write_text(json.dumps(index))
+    with pytest.raises(sm.MismatchError, match="this looks like the model of a subfolder: give pipe/unet") as caught:
+        sm.plan(list(order))
+    assert "another architecture" not in str(caught.value)

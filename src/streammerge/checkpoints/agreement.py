@@ -10,6 +10,7 @@ from streammerge.errors import printable
 from streammerge.pickles.copies import Originals
 from streammerge.pickles.state_dict import Candidate
 from streammerge.recipe.model import Recipe, Reference
+from streammerge.tensors.names import why_optional
 
 _Indexes = dict[Reference, CheckpointIndex]
 
@@ -81,7 +82,8 @@ def _by_names(indexes: _Indexes, models: list[Reference]) -> _Indexes:
 
 
 def _names(candidates: Iterable[Candidate]) -> set[str]:
-    return {found.name for candidate in candidates for found in candidate.tensors}
+    tensors = (found for candidate in candidates for found in candidate.tensors)
+    return {found.name for found in tensors if not why_optional(found.name, found.ref.shape)}
 
 
 def _alike(one: set[str], two: set[str], share: float) -> bool:

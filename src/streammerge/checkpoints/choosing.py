@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 
 from streammerge.checkpoints.duplicates import distinct, twice_told
 from streammerge.checkpoints.globs import expand
@@ -11,6 +12,7 @@ from streammerge.checkpoints.index import open_checkpoint
 from streammerge.checkpoints.metrics import Beside, keys_of
 from streammerge.checkpoints.numbers import in_order, numbers_of
 from streammerge.errors import RecipeError, listed, printable
+from streammerge.stores.locations import parse
 
 
 def choose(
@@ -79,7 +81,10 @@ def _within(paths: list[str], within: str, notes: list[str]) -> list[str]:
         raise RecipeError(f"`range` needs a number in each name, and {printable(nameless[0])} has none")
     chosen = [path for path, number_in in numbers.items() if number_in is not None and low <= number_in <= high]
     if not chosen:
-        raise RecipeError(f"`range` {printable(within)}: none of the {len(paths)} checkpoints has such a number")
+        known = listed([str(each) for each in sorted(numbers.values(), key=lambda each: each or 0)])
+        raise RecipeError(
+            f"`range` {printable(within)}: none of the {len(paths)} checkpoints has such a number; they have {known}"
+        )
     notes.append(f"chosen by `range` {printable(within)}: {len(chosen)} of {len(paths)}, {listed(chosen, 20)}")
     return chosen
 
@@ -90,7 +95,9 @@ _LOSS = re.compile(r"(?i)loss|err|ppl|perplexity|nll|bpb|bpc|[wcm]er\b|mse|mae|f
 
 def _best(paths: list[str], best: int, by: str, highest: bool, notes: list[str]) -> list[str]:
     _enough("best", best, paths)
-    values = {path: _value(path, by) for path in in_order(paths)}
+    folders = Counter(parse(path).parent for path in paths)
+    alone = len(paths) > 1 and max(folders.values()) == 1
+    values = {path: _value(path, by, alone) for path in in_order(paths)}
     ranked = sorted(values, key=lambda path: -values[path] if highest else values[path])
     order = "highest" if highest else "lowest"
     if not highest and not _LOSS.search(by):
@@ -102,9 +109,12 @@ def _best(paths: list[str], best: int, by: str, highest: bool, notes: list[str])
     return [path for path in paths if path in ranked[:best]]
 
 
-def _value(path: str, key: str) -> float:
-    """The number at a key: of the file's own data, of what stands beside the file, or of its name."""
-    index, beside = open_checkpoint(path), Beside(path)
+def _value(path: str, key: str, alone: bool) -> float:
+    """The number at a key: of the file's own data, of what stands beside the file, or of its name.
+
+    ``alone``: each checkpoint has a folder of its own.
+    """
+    index, beside = open_checkpoint(path), Beside(path, alone)
     value = index.value(key)
     if value is None:
         value = beside.value(key)

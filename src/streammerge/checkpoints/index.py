@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Sequence, ValuesView
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
@@ -14,9 +15,10 @@ from streammerge.pickles.state_dict import Found, Selection, select
 from streammerge.pickles.tree import Global, TensorRef, number, plain, walk
 from streammerge.recipe.locations import on_the_hub
 from streammerge.recipe.patterns import Rename, renamed
-from streammerge.sources.base import Source
+from streammerge.sources.base import Allocated, Source, read_whole
 from streammerge.stores.base import Location, Status
 from streammerge.stores.locations import Place, parse
+from streammerge.tensors.dtypes import DType
 from streammerge.units import counted, decimal_bytes
 
 
@@ -137,11 +139,23 @@ class CheckpointIndex:
         return plain(rest)
 
     def value(self, key: str) -> float | int | None:
-        """A number in the plain data by its path, such as ``model_loss.eval_loss``."""
+        """A number by its path, such as ``model_loss.eval_loss``: in the plain data, or a tensor of one element."""
         node: Any = self.extras
         for part in key.split("."):
             node = node.get(part) if isinstance(node, dict) else None
-        return number(node)
+        return self._element(key, node) if isinstance(node, TensorRef) else number(node)
+
+    def _element(self, key: str, ref: TensorRef) -> float | int | None:
+        """Returns the only element of a tensor; None if it has more, or is of a dtype that no program counts in."""
+        form = _FORMS.get(ref.dtype)
+        if form is None or any(size != 1 for size in ref.shape):
+            return None
+        data = bytes(read_whole(self.container.locate(key, ref), Allocated(lambda location: location.open())))
+        found: float | int = struct.unpack(form, b"\0\0" + data if ref.dtype is DType.BF16 else data)[0]
+        return found
+
+
+_FORMS = {DType.F64: "<d", DType.F32: "<f", DType.BF16: "<f", DType.F16: "<e", DType.I64: "<q", DType.I32: "<i"}
 
 
 def _did_you_mean(path: Location) -> str:

@@ -21,17 +21,21 @@ _TEXTS = (".yaml", ".yml", ".json")
 
 
 class Beside:
-    """What stands beside one checkpoint: the trainer's state, YAML and JSON files, and what its own name says."""
+    """What stands beside one checkpoint: the trainer's state, YAML and JSON files, and what its own name says.
 
-    def __init__(self, path: str) -> None:
+    ``alone``: no other checkpoint among which one is chosen lies in the same folder, so that all in it is about this one.
+    """
+
+    def __init__(self, path: str, alone: bool = False) -> None:
         self.path, self.place = path, parse(path)
         self.is_folder = self.place.is_folder()
         self.folder = self.place if self.is_folder else self.place.parent
+        self.owns_folder = self.is_folder or alone
         self.state = _mapping(self.folder / TRAINER_STATE, _MOST_STATE_BYTES)
 
     def value(self, key: str) -> float | int | None:
         """The number at a key: of the trainer's state, of a file beside, or of the checkpoint's name; None for none."""
-        step = None if self.is_folder else number_of(self.path)
+        step = None if self.owns_folder else number_of(self.path)
         found = _of_trainer(self.state, key, step)
         for stem, data in self._texts() if found is None else ():
             found = number_at(data, key) if found is None else found
@@ -56,7 +60,7 @@ class Beside:
             stem = name.rpartition(".")[0]
             if name == TRAINER_STATE or (data := _mapping(self.folder / name, _MOST_FILE_BYTES)) is None:
                 continue
-            if self.is_folder or stem in (place.name, place.stem):
+            if self.owns_folder or stem in (place.name, place.stem):
                 yield stem, data
                 continue
             named = {str(key).rpartition("/")[2]: value for key, value in data.items()}

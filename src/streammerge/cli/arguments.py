@@ -13,7 +13,7 @@ from streammerge.errors import RecipeError, StreammergeError, printable
 from streammerge.options import CONVERT, MERGE, VERIFY, number_or_percent, options_of
 from streammerge.stores.locations import parse
 
-_ENDINGS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".th", ".pkl")
+_ENDING = re.compile(r"(\.[A-Za-z]\w*)?")
 _NEGATED = {f"no_{name}": name for name, each in options_of(*MERGE, *CONVERT, *VERIFY).items() if each.negated}
 
 
@@ -54,7 +54,8 @@ def output_name(
 ) -> str:
     """Returns the output's name: without a suffix, the kind of the first input decides.
 
-    Says so on stderr, unless ``quiet``. A name that ends in ``/``, or an existing folder, stays a folder.
+    Says so on stderr, unless ``quiet``. A name that ends in ``/``, or an existing folder, stays a folder. If the first
+    input has no suffix either, the output is a file of that name, which the same loader opens.
     """
     place = parse(out)
     if place.suffix or place.ends_in_slash or place.is_folder():
@@ -63,8 +64,8 @@ def output_name(
     if first is None or not parse(first).is_file():
         return out
     ending = parse(first).suffix
-    ending = ending if ending in _ENDINGS else ".safetensors"
-    if not quiet:
+    ending = ending if _ENDING.fullmatch(ending) else ".safetensors"
+    if ending and not quiet:
         shown = printable(out)
         say(f"note: {shown} is written as {shown}{ending}, like the first input; {shown}/ would be a folder", err=True)
     return out + ending

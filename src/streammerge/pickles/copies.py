@@ -12,11 +12,19 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
-from streammerge.pickles.state_dict import Candidate, Found, inside, is_training_state, unwrapped
+from streammerge.pickles.state_dict import (
+    Candidate,
+    Found,
+    inside,
+    is_training_state,
+    matched_by_order,
+    trained_of,
+    unwrapped,
+    weights_of,
+)
 from streammerge.pickles.tree import MISSING, Instance, OrderedTree, TensorRef, walk
 from streammerge.tensors.conventions import AVERAGED
 
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _DEEPEST = 60
 
 
@@ -63,11 +71,11 @@ class _Original:
 
     @cached_property
     def weights(self) -> list[Found]:
-        return [each for each in self.candidate.tensors if each.ref.dtype.kind == "float"]
+        return weights_of(self.candidate)
 
     @cached_property
     def trained(self) -> list[Found]:
-        return [each for each in self.weights if each.name.rpartition(".")[2] not in _STATISTICS]
+        return trained_of(self.weights)
 
     def by_names(self, copy: Candidate) -> dict[str, Found]:
         """Matches equal names, names without wrappers, and names without a first part that one of the two has.
@@ -102,21 +110,7 @@ class _Original:
         return found
 
     def by_order(self, copy: Candidate) -> dict[str, Found]:
-        """Matches a list without names: its tensors come in the order of the state dict, which also has buffers."""
-        if len(copy.tensors) * 4 < len(self.trained):
-            return {}
-        shapes = [each.ref.shape for each in copy.tensors]
-        for known in (self.weights, self.trained):
-            if [each.ref.shape for each in known] == shapes:
-                return {own.name: each for own, each in zip(copy.tensors, known, strict=True)}
-        found: dict[str, Found] = {}
-        rest = iter(self.trained)
-        for own in copy.tensors:
-            home = next((each for each in rest if each.ref.shape == own.ref.shape), None)
-            if home is None:
-                return {}
-            found[own.name] = home
-        return found
+        return matched_by_order(copy.tensors, self.weights, self.trained)
 
 
 def _without(top: str | None, name: str) -> str:

@@ -33,6 +33,10 @@ class Damaged(ValueError):
     """The stream is impossible. Callers turn it into a FormatError that names the file."""
 
 
+class NotRead(Damaged):
+    """The stream is whole, but of a form that is not read."""
+
+
 class StorageTable:
     """Turns torch's persistent ids into one StorageRef per storage, and remembers all of them."""
 
@@ -127,7 +131,7 @@ def _counts(values: Any) -> tuple[int, ...]:
 
 def _check_storage(storage: Any) -> None:
     if isinstance(storage, Instance) and storage.path == "torch.storage._load_from_bytes":
-        raise Damaged(
+        raise NotRead(
             "its tensors of torch were pickled without torch.save; load it in Python and write it again with torch.save"
         )
     if not isinstance(storage, StorageRef):
@@ -136,7 +140,7 @@ def _check_storage(storage: Any) -> None:
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any = False, *rest: Any) -> TensorRef:
     if isinstance(storage, PersistentId) and isinstance(storage.value, str):
-        raise Damaged("its storages are named as text, which pickle protocol 0 does and torch itself cannot read back")
+        raise NotRead("its storages are named as text, which pickle protocol 0 does and torch itself cannot read back")
     _check_storage(storage)
     shape, strides = _counts(size), _counts(stride)
     if len(shape) != len(strides):

@@ -44,6 +44,7 @@ _STALE = (
     r"(?i)(.*_)?optim(izer)?s?(?!_history)(_\w+)?|(lr_|opt_param_|param_)?sched(uler)?s?(_(states?|state_dict|g|d|disc|gen))?"
     r"|(grad|amp)_scaler(_state(_dict)?)?"
 )
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _LOSS_SCALER_KEYS = {"scale", "growth_factor", "loss_scale", "loss_scaler0"}
 
 
@@ -155,6 +156,8 @@ def select(tree: Any, state_dict: str | None = None, ema: str = "ignore") -> Sel
             raise FormatError(
                 f"it holds no tensors{f' but {listed(kinds)} ones, which are not supported' if kinds else ''}"
             )
+        if all(c.stale for c in found):
+            raise FormatError("it holds no weights but the state of an optimizer; leave it out of the inputs")
         raise RecipeError(
             f"it holds tensors only at {listed([c.label for c in found])}; name one of them with `state_dict`"
         )
@@ -163,8 +166,11 @@ def select(tree: Any, state_dict: str | None = None, ema: str = "ignore") -> Sel
     if ema == "only":
         chosen = [c for c in chosen if c.averaged] or chosen
     selection = Selection(_together(chosen), chosen, found)
-    if ema != "ignore" and not any(c.averaged for c in chosen) and not _use_averages(selection) and ema == "only":
+    if ema == "ignore" or any(c.averaged for c in chosen) or _use_averages(selection) or _use_list(selection):
+        return selection
+    if ema == "only":
         raise RecipeError('there are no averaged (EMA) weights in it; leave `ema="only"` out')
+    selection.notes.append("it has no averaged (EMA) weights, so its plain ones are taken")
     return selection
 
 
@@ -472,6 +478,58 @@ def _use_averages(selection: Selection) -> bool:
     tops = listed([f"{top}.*" for top in sorted(left_out)])
     selection.notes.append(f"{len(stand_in)} EMA weights ({tops}) replace the plain ones")
     return True
+
+
+def _use_list(selection: Selection) -> bool:
+    """Puts the averages in a list without names, as ``shadow_params``, in the place of the plain weights.
+
+    Returns whether there is such a list.
+    """
+    if len(selection.chosen) != 1:
+        return False
+    lists = [c for c in selection.candidates if c.kind == "list" and c.averaged and not c.barred]
+    weights = weights_of(selection.chosen[0])
+    for copy in sorted(lists, key=lambda each: not _is_averaged(f"{each.path[-1]}.")):
+        plain = matched_by_order(copy.tensors, weights, trained_of(weights))
+        if plain:
+            stand_in = {plain[f.name].name: f for f in copy.tensors}
+            selection.tensors = [
+                Found(f.name, stand_in[f.name].ref, f.holder, f.key, f.ref) if f.name in stand_in else f
+                for f in selection.tensors
+            ]
+            selection.notes.append(f"{len(stand_in)} EMA weights ({copy.label}) replace the plain ones")
+            return True
+    return False
+
+
+def weights_of(candidate: Candidate) -> list[Found]:
+    return [each for each in candidate.tensors if each.ref.dtype.kind == "float"]
+
+
+def trained_of(weights: list[Found]) -> list[Found]:
+    """Returns the weights without the buffers of batch norms."""
+    return [each for each in weights if each.name.rpartition(".")[2] not in _STATISTICS]
+
+
+def matched_by_order(copy: list[Found], weights: list[Found], trained: list[Found]) -> dict[str, Found]:
+    """Returns name in a list without names -> the weight that it is a copy of; nothing if the list is no copy.
+
+    The tensors of the list come in the order of the state dict, which also has buffers.
+    """
+    if len(copy) * 4 < len(trained):
+        return {}
+    shapes = [each.ref.shape for each in copy]
+    for known in (weights, trained):
+        if [each.ref.shape for each in known] == shapes:
+            return {own.name: each for own, each in zip(copy, known, strict=True)}
+    found: dict[str, Found] = {}
+    rest = iter(trained)
+    for own in copy:
+        home = next((each for each in rest if each.ref.shape == own.ref.shape), None)
+        if home is None:
+            return {}
+        found[own.name] = home
+    return found
 
 
 def _is_averaged(name: str) -> bool:

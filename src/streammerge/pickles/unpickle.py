@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from streammerge.errors import FormatError, printable
 from streammerge.pickles.arrays import FROM_BUFFER, KEPT_BYTES, RECONSTRUCT, Arrays
-from streammerge.pickles.rebuild import Damaged, call, set_items, text
+from streammerge.pickles.rebuild import Damaged, NotRead, call, set_items, text
 from streammerge.pickles.tree import Global, Instance, OrderedTree, PersistentId, TensorRef
 
 MAX_OPCODES = 20_000_000
@@ -62,6 +62,8 @@ def unpickle(
             arrays.begin()
             stream.rewind()
             tree = _Machine(resolve, stream, disk_bytes, arrays, unclaimed).run()
+    except NotRead as error:
+        raise FormatError(f"{where}: {error}; nothing was executed") from error
     except Damaged as error:
         raise FormatError(f"{where}: damaged or hostile pickle ({error}); nothing was executed") from error
     except _DAMAGE as error:

@@ -6,7 +6,7 @@ Every disagreement is found here, before a byte is written, and reported in one 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,7 @@ from streammerge.checkpoints.profiles import Profile, profile_of
 from streammerge.errors import MismatchError, RecipeError, listed, printable
 from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import COPY, INTEGERS
+from streammerge.planning.dispositions.entries import STALE
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.experts import conformed
 from streammerge.planning.mismatch import Differing, Mismatch
@@ -27,7 +28,7 @@ from streammerge.sources.base import Source
 from streammerge.sources.merged import Merged as MergedSource
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.matching import Matching, describe, match
-from streammerge.tensors.names import is_counter, spelled, why_ignored
+from streammerge.tensors.names import copies_among, is_counter, spelled, why_ignored, why_optional
 from streammerge.tensors.spec import TensorSpec
 
 _WIDE = (DType.F64, DType.C128)
@@ -176,7 +177,8 @@ class _Aligner:
         self.values = ParameterValues(recipe, part)
         self.copies: dict[Reference, tuple[View, dict[str, str]]] = {}
         self.added: dict[str, tuple[str, View]] = {}
-        self.remade = _Ignored()
+        self.remade = _Ignored(why_ignored)
+        self.stale: set[str] = set()
 
     def run(self) -> None:
         for other, matched in zip(self.others, self.matches, strict=True):
@@ -212,7 +214,8 @@ class _Aligner:
         gone = [(name, rule) for name, rule in ruled.items() if name not in kept]
         for rule in {id(rule): rule for _, rule in gone if rule and rule.drop}.values():
             add("tensor", [name for name, own in gone if own is rule], "dropped", f"by the rule for {printable(rule)}")
-        absent = [name for name, rule in gone if not _drops(rule)]
+        add("tensor", sorted(self.stale - kept), "dropped", STALE)
+        absent = [name for name, rule in gone if not _drops(rule) and name not in self.stale]
         add("tensor", absent, "dropped", f'not in every input, `on_missing="{self.recipe.on_missing}"`')
 
     # -- names ------------------------------------------------------------------------------------------------------
@@ -221,7 +224,7 @@ class _Aligner:
         """The base's names that go into the output, after the policy for tensors that are not everywhere."""
         partial: set[str] = set()
         merged_here = [n for n, rule in ruled.items() if not _drops(rule) and not (rule and rule.copy)]
-        absent, foreign = _Ignored(), _Ignored()
+        absent, foreign = _Ignored(why_optional), _Ignored(why_optional)
         for other, matched in zip(self.others, self.matches, strict=True):
             missing = [n for n in merged_here if n not in matched and not (n in ties and ties[n] in matched)]
             used = set(matched.values())
@@ -229,6 +232,7 @@ class _Aligner:
             extra = [n for n in extra if not _drops(self.rules.of(n))]
             partial.update(missing)
             self._compare(other, matched, merged_here)
+            missing, extra = self._without_copies(other, missing, extra)
             missing = [n for n in missing if not self._optional(n) and not absent.takes(n, self.base.entries[n])]
             extra = [n for n in extra if not self._optional(n) and not foreign.takes(n, other.entries[n])]
             self._note_mismatch(other, missing, extra)
@@ -245,7 +249,23 @@ class _Aligner:
             )
         if self.recipe.on_missing == "drop":
             return [n for n in ruled if n not in partial or n in absent.names or self._optional(n)]
-        return list(ruled)
+        return [n for n in ruled if n not in self.stale] if self.stale else list(ruled)
+
+    def _without_copies(self, other: View, missing: list[str], extra: list[str]) -> tuple[list[str], list[str]]:
+        """Takes off the names of a running average that only one of the two has beside its plain weights.
+
+        The average of one input would be stale, so it is left out, unless `on_missing` says what becomes of it.
+        """
+        if self.recipe.on_missing != "error" or not (missing or extra):
+            return missing, extra
+        ours, theirs = (_whole_copies(view.entries, names) for view, names in ((self.base, missing), (other, extra)))
+        self.stale.update(ours)
+        if theirs:
+            self.alignment.notes.append(
+                f"{printable(other.index.path)}: {len(theirs)} tensors ({listed(theirs, 2)}) are a running average, which "
+                f"{printable(self.base.index.path)} lacks; they stay out"
+            )
+        return [n for n in missing if n not in set(ours)], [n for n in extra if n not in set(theirs)]
 
     def _optional(self, name: str) -> bool:
         """Whether an input may lack the tensor, because the program that the first checkpoint belongs to ignores it."""
@@ -351,7 +371,7 @@ class _Aligner:
             (based and used[0] is None)
             or recipe.on_missing in ("base", "union")
             or self._optional(name)
-            or why_ignored(name, first.spec.shape)
+            or why_optional(name, first.spec.shape)
         )
         too_few = lacking and sum(s is not None for s in used[based:]) < method.models[0]
         if fitted.keep or method is COPY or absent_here or too_few:
@@ -476,15 +496,16 @@ class _Aligner:
 
 
 class _Ignored:
-    """Tensors that loaders drop or compute anew, by the reason."""
+    """Tensors that need not be alike in the inputs, by the reason. ``why`` returns the reason for a name and a shape."""
 
-    def __init__(self) -> None:
+    def __init__(self, why: Callable[[str, tuple[int, ...]], str]) -> None:
+        self.why = why
         self.reasons: dict[str, list[str]] = {}
         self.names: set[str] = set()
 
     def takes(self, name: str, entry: Source) -> bool:
         """Whether a tensor is such a one; it is then remembered."""
-        reason = why_ignored(name, entry.spec.shape)
+        reason = self.why(name, entry.spec.shape)
         if reason and name not in self.names:
             self.names.add(name)
             self.reasons.setdefault(reason, []).append(name)
@@ -496,6 +517,12 @@ class _Ignored:
             f"{len(names)} tensors ({listed(names, 2)}) {what}; they {fate}, since they are {reason}"
             for reason, names in self.reasons.items()
         ]
+
+
+def _whole_copies(entries: Mapping[str, Source], names: Sequence[str]) -> list[str]:
+    """Returns the names of the running averages among ``entries`` of which every name is in ``names``."""
+    some = set(names)
+    return [name for own in copies_among(entries).values() if some.issuperset(own) for name in own]
 
 
 def _drops(rule: Rule | None) -> bool:

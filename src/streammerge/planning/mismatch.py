@@ -168,6 +168,12 @@ class Mismatch:
             if adapter := next((each for each in (self.first, path) if is_adapter(self.names.get(each, {}))), None):
                 said.append(f"an adapter (LoRA) in {printable(adapter)}: {_ADAPTER}")
                 related = False
+            elif part := _subfolder(missing, extra):
+                said.append(f"the model of a subfolder: give {printable(path.rstrip('/'))}/{printable(part)}")
+                related = False
+            elif part := _subfolder(extra, missing):
+                said.append(f"the model of a subfolder: give {printable(self.first.rstrip('/'))}/{printable(part)}")
+                related = False
             elif fused := _fused(missing, extra):
                 fused_in, apart_in = (self.first, path) if fused[0] else (path, self.first)
                 said.append(_experts(fused_in, apart_in, *fused[1:]))
@@ -232,6 +238,14 @@ class Mismatch:
 _ADAPTER = "merge it into its base model first, with the program that made it"
 _EXPERT = re.compile(r"^(.*experts)\.(\d+)\.([^.]+)\.weight$")
 _FUSED = re.compile(r"^(.*experts)\.(gate_up_proj|down_proj|gate_proj|up_proj|w[123]|w13)(\.weight)?$")
+
+
+def _subfolder(names: Sequence[str], others: Sequence[str]) -> str:
+    """Returns the subfolder in ``others``, the tensors of a pipeline, that has most of ``names``; "" for none."""
+    wanted = set(names)
+    found = Counter(top for top, slash, name in (each.rpartition("/") for each in others) if slash and name in wanted)
+    top, count = found.most_common(1)[0] if found else ("", 0)
+    return top if 2 * count >= len(wanted) else ""
 
 
 def _fused(missing: Sequence[str], extra: Sequence[str]) -> tuple[bool, str, str] | None:

@@ -31,6 +31,7 @@ SPELLINGS: tuple[tuple[str, str, str], ...] = (
 
 _ROTARY = "rotary frequencies, which a model computes from its configuration"
 _MASK = "a causal mask, which a model makes anew"
+_SPECTROGRAM = "filters and windows of a spectrogram, which a model computes from its configuration"
 _INDEX = "the numbers 0, 1, 2 and so on, which a model makes anew"
 
 IGNORED: tuple[tuple[str, str, str], ...] = (
@@ -39,6 +40,7 @@ IGNORED: tuple[tuple[str, str, str], ...] = (
     (r"(^|\.)freqs_cis$", "", _ROTARY),
     (r"(^|\.)(position_ids|token_type_ids)$", "", _INDEX),
     (r"(^|\.)relative_position_index$", "", _INDEX),
+    (r"(^|\.)(mel_scale\.fb|spectrogram\.window)$", "", _SPECTROGRAM),
     (r"(^|\.)(attn|attention|self_attn)\.(bias|causal_mask|mask)$", "square mask", _MASK),
     (r"(^|\.)(attn|attention|self_attn)\.masked_bias$", "", "the number that a causal mask puts in"),
     (r"\.EncDecAttention\.relative_attention_bias\.weight$", "", "a bias that early T5 stored and no T5 uses"),
@@ -93,7 +95,8 @@ weights, and the plain weights beside it."""
 
 COUNTERS: frozenset[str] = frozenset(
     (
-        *("step", "steps", "global_step", "iteration", "iterations", "iter", "iters", "iter_num", "n_iter"),
+        *("step", "steps", "global_step", "global_steps", "global_samples", "optimization_step"),
+        *("iteration", "iterations", "iter", "iters", "iter_num", "n_iter"),
         *("epoch", "current_epoch", "batch_idx_train", "update", "updates", "num_updates", "n_averaged"),
         "num_batches_tracked",
         "count",
@@ -162,8 +165,9 @@ EXPORT_FOLDERS: frozenset[str] = frozenset(("onnx", "openvino", "coreml", "gguf"
 """Subfolders that hold nothing else."""
 
 TRAINING_FILES = (
-    r"training_args\.bin|trainer_state\.json|events\.out\.tfevents.*|zero_to_fp32\.py|latest|(sampler|dl_state_dict)(_\d+)?\.bin"
-    r"|(optimizer|scheduler|scaler|rng_state|random_states)[\w-]*\.(pt|pth|bin|pkl|safetensors)"
+    r"training_args\.bin|trainer_state\.json|events\.out\.tfevents.*|zero_to_fp32\.py|latest"
+    r"|(optimizer|scheduler|scaler|rng_state|random_states|custom_checkpoint_\d|sampler|dl_state_dict)[\w-]*"
+    r"\.(pt|pth|bin|pkl|safetensors)"
 )
 """Files of a training run that no loader of a model reads. They do not belong to a merged model."""
 

@@ -8,9 +8,10 @@ Trainers wrap models, and the wrapper's name stands in each tensor's: ``module.`
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from functools import cache
 
-from streammerge.tensors.conventions import COUNTERS, IGNORED, LEADING_WRAPPERS, SPELLINGS, WRAPPERS
+from streammerge.tensors.conventions import AVERAGED, COUNTERS, IGNORED, LEADING_WRAPPERS, SPELLINGS, WRAPPERS
 
 _LEADING = (*WRAPPERS, *LEADING_WRAPPERS)
 _LED = re.compile("|".join(map(re.escape, _LEADING)))  # most of many names have none of them
@@ -67,3 +68,30 @@ def _is_mask(shape: tuple[int, ...]) -> bool:
 def is_counter(name: str) -> bool:
     """Whether a tensor counts how long was trained."""
     return name.rpartition(".")[2] in COUNTERS
+
+
+def why_optional(name: str, shape: tuple[int, ...]) -> str:
+    """What a tensor is that a checkpoint of the same model may lack; "" for any other."""
+    if shape in ((), (1,)) and is_counter(name):
+        return "counters of the training"
+    return why_ignored(name, shape)
+
+
+def copies_among(names: Iterable[str]) -> dict[str, list[str]]:
+    """Returns the first part of names of a running average -> these names, where the names that it averages are there too.
+
+    Stable Diffusion has ``model_ema.diffusion_modelouta`` beside ``model.diffusion_model.out.a``; other programs have
+    ``ema_model.`` beside ``online_model.``, or ``teacher.`` beside ``student.``.
+    """
+    averages, plain = dict[str, list[str]](), set[str]()
+    for name in names:
+        top, dot, rest = name.partition(".")
+        if dot and re.fullmatch(AVERAGED, top):
+            averages.setdefault(top, []).append(name)
+        else:
+            plain.update((name.replace(".", ""), rest.replace(".", "")))
+    return {top: own for top, own in averages.items() if 2 * sum(_ending(name) in plain for name in own) >= len(own)}
+
+
+def _ending(name: str) -> str:
+    return bare(name.partition(".")[2]).replace(".", "")

@@ -70,3 +70,33 @@ def test_checksums_of_files_are_not_copied() -> None:
     assert not Path("out/checklist.chk").exists()
     assert Path("out/params.json").exists()
     assert any(note.startswith("left out of the output: checklist.chk (a checksum") for note in result.notes)
+
+
+def test_counters_in_a_list_of_records() -> None:
+    for number in (0, 1):
+        torch.save(
+            {
+                "model": {"w": torch.ones(2)},
+                "optimizer_history": [{"name": "x", "num_updates": 5}, {"name": "x", "num_updates": 10 + number}],
+            },
+            f"{number}.pt",
+        )
+    result = sm.merge(["0.pt", "1.pt"], "out.pt")
+    history = torch.load("out.pt", weights_only=True)["optimizer_history"]
+    assert history == [{"name": "x", "num_updates": 5}, {"name": "x", "num_updates": 11}]
+    assert any("optimizer_history.1.num_updates = 11" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("longer", [{"h": [{"step": 9}, {"step": 10}]}, {"h": None}, {"h": [7]}, {}])
+def test_lists_of_two_lengths_have_no_counters_in_common(longer: dict[str, Any]) -> None:
+    torch.save({"model": {"w": torch.ones(2)}, "h": [{"step": 5}]}, "0.pt")
+    torch.save({"model": {"w": torch.ones(2)}, **longer}, "1.pt")
+    sm.merge(["0.pt", "1.pt"], "out.pt")
+    assert torch.load("out.pt", weights_only=True)["h"] == [{"step": 5}]
+
+
+def test_a_shown_name_is_still_the_firsts() -> None:
+    for number in (0, 1):
+        torch.save({"weight": {"w": torch.ones(2)}, "info": f"{number + 1}0epoch", "sr": "40k"}, f"{number}.pth")
+    result = sm.merge(["0.pth", "1.pth"], "out.pth")
+    assert "'info' is still 10epoch, as the first input has it" in result.notes

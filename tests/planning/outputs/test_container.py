@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import load_safetensors
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -49,3 +50,34 @@ def test_metadata_is_the_first_inputs_without_hashes(single: Path) -> None:
             metadata = file.metadata()
         assert (metadata["mine"], metadata["format"], "sshs_model_hash" in metadata) == ("kept", "pt", False)
         assert ("streammerge" in metadata) == merged
+
+
+@pytest.mark.parametrize("ending", ["", ".mdl"])
+@pytest.mark.parametrize("form", ["pickle", "safetensors"])
+def test_an_output_may_be_called_as_the_inputs_are(
+    ending: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HiFi-GAN's loader opens ``g_05000000``."""
+    monkeypatch.chdir(tmp_path)
+    tensors = [{"conv.weight": torch.full((3, 2), float(n))} for n in (1, 2)]
+    for number, each in enumerate(tensors):
+        if form == "pickle":
+            torch.save({"generator": each}, f"g_{number:04}{ending}")
+        else:
+            save_file(each, f"g_{number:04}{ending}")
+    sm.merge([f"g_0000{ending}", f"g_0001{ending}"], f"g_mix{ending}")
+    out = Path(f"g_mix{ending}")
+    assert out.is_file()
+    made = torch.load(out, weights_only=True)["generator"] if form == "pickle" else load_safetensors(out)
+    assert torch.equal(made["conv.weight"], torch.full((3, 2), 1.5))
+    sm.merge([f"g_0000{ending}", f"g_0001{ending}"], "folder/")
+    assert Path("folder/model.safetensors").is_file()
+
+
+def test_a_folder_without_an_ending_gives_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        Path(name).mkdir()
+        save_file({"w": torch.ones(2)}, f"{name}/model.safetensors")
+    sm.merge(["one", "two"], "out")
+    assert Path("out/model.safetensors").is_file()

@@ -143,7 +143,13 @@ class ExecutorSuite:
         assert (tmp_path / "own.safetensors").read_bytes() == (tmp_path / "threads.safetensors").read_bytes()
 
     def test_a_merge_that_fails_leaves_nothing(self, tmp_path: Path) -> None:
-        save_file({"w": trained(1)["embed.weight"].log()}, tmp_path / "in.safetensors")
+        weight = trained(1)["embed.weight"]
+        save_file({"w": weight}, tmp_path / "in.safetensors")
+        save_file({"w": weight.log()}, tmp_path / "nan.safetensors")
         with pytest.raises(sm.VerifyError, match="NaN"):
-            sm.merge([tmp_path / "in.safetensors"] * 2, tmp_path / "out.safetensors", executor=self.executor)
-        assert [path.name for path in tmp_path.iterdir()] == ["in.safetensors"]
+            sm.merge(
+                [tmp_path / "in.safetensors", tmp_path / "nan.safetensors"],
+                tmp_path / "out.safetensors",
+                executor=self.executor,
+            )
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["in.safetensors", "nan.safetensors"]

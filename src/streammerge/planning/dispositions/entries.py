@@ -410,9 +410,12 @@ def left_behind(first: CheckpointIndex) -> Iterator[tuple[str, str]]:
     taken = _taken(selection) | {id(averaged.ref) for averaged, _ in selection.left_out}
     tops = {candidate.path[0] for candidate in selection.chosen if candidate.path}
     originals = Originals(selection.chosen)
+    read = {id(found.ref) for found in selection.tensors if found.node is not None}
     for candidate in selection.copies:
         taken.update(id(found.ref) for found in candidate.tensors)
         tops.update(candidate.path[:1])
+        if all(id(found.ref) in read for found in candidate.tensors):
+            continue  # its averages stand in the place of the plain weights
         weights = candidate.averaged or originals.of(candidate)
         yield candidate.label, ONE_COPY if weights else BESIDE
     for path, _ in outside(tree, taken):

@@ -20,6 +20,7 @@ from streammerge.tensors.conventions import COUNTERS, FACTS
 
 _SETTINGS = re.compile(r"(?i)(.*_)?(configs?|cfg|args|opts?|options|hparams|(hyper_?)?param(eter)?s)")
 _DEEPEST = 4
+_MOST_RECORDS = 64
 _LOSSES = ("model_loss",)
 _FACTS = ("sr", "f0", "version", "arch", "sample_rate")
 
@@ -50,7 +51,18 @@ def _merge_counters(nodes: list[Any], prefix: str, edit: Edit) -> list[str]:
                 said.append(f"{prefix}{key} = {max(values)}")
         elif isinstance(value, dict) and prefix.count(".") < _DEEPEST and _has_counters(key, value):
             said += _merge_counters(below, f"{prefix}{printable(key)}.", edit)
+        elif _are_records(below) and prefix.count(".") < _DEEPEST and _has_counters(key, value):
+            for place, records in enumerate(zip(*below, strict=True)):
+                said += _merge_counters(list(records), f"{prefix}{printable(key)}.{place}.", edit)
     return said
+
+
+def _are_records(nodes: list[Any]) -> bool:
+    """Whether all are short lists of dicts of one length, as fairseq's ``optimizer_history``."""
+    lists = all(isinstance(node, list) and len(node) <= _MOST_RECORDS for node in nodes)
+    return (
+        lists and len({len(node) for node in nodes}) == 1 and all(isinstance(one, dict) for node in nodes for one in node)
+    )
 
 
 def _has_counters(key: Any, value: Any) -> bool:
@@ -59,7 +71,10 @@ def _has_counters(key: Any, value: Any) -> bool:
 
 
 def drop_facts(trees: list[Any], edit: Edit, dispositions: Dispositions) -> list[str]:
-    """Leaves out what is true of the first file only, such as its hash; returns a note about its name."""
+    """Leaves out what is true of the first file only, such as its hash; returns a note about its name.
+
+    RVC and GPT-SoVITS show ``info`` as the name.
+    """
     first = trees[0]
     if not isinstance(first, dict):
         return []
@@ -67,7 +82,7 @@ def drop_facts(trees: list[Any], edit: Edit, dispositions: Dispositions) -> list
     gone = [key for key in plain if isinstance(key, str) and key.lower() in FACTS]
     edit.dropped.update((id(first), key) for key in gone)
     dispositions.add("entry", gone, "dropped", "true of the first input only")
-    names = [key for key in ("name", "model_name") if plain.get(key)]
+    names = [key for key in ("name", "model_name", "info") if plain.get(key)]
     return [f"'{key}' is still {printable(plain[key], 60)}, as the first input has it" for key in names]
 
 

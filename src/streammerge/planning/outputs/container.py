@@ -32,14 +32,22 @@ from streammerge.tensors.spec import TensorSpec
 PICKLED_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".th", ".tar")
 
 
-def container_of(out: Location) -> str:
-    """Returns "safetensors", "pickle" or "folder" for an output's name. Raises RecipeError for any other name."""
-    if out.ends_in_slash or out.is_folder() or not out.suffix:
+def container_of(out: Location, first: CheckpointIndex | None = None) -> str:
+    """Returns "safetensors", "pickle" or "folder" for an output's name. Raises RecipeError for any other name.
+
+    ``first``: the first input. A file whose name has another ending, or none (``g_05000000``), is of a program whose loader
+    expects such names. An output with the same ending is a file of the same format.
+    """
+    if out.ends_in_slash or out.is_folder():
         return "folder"
     if out.suffix == ".safetensors":
         return "safetensors"
     if out.suffix in (*PICKLED_ENDINGS, *PLAIN_ENDINGS):
         return "pickle"
+    if first is not None and not first.in_memory and first.path.suffix == out.suffix and first.path.is_file():
+        return "pickle" if first.container.pickled else "safetensors"
+    if not out.suffix:
+        return "folder"
     raise RecipeError(
         f"{printable(out.name)} does not say what to write; end it in .safetensors, in .pth (.pt, .ckpt, .bin, .th, .pkl) "
         "or in / for a folder"
@@ -51,8 +59,8 @@ def plan_output(out: Location, recipe: Recipe, indexes: Indexes, alignment: Alig
 
     ``hashed``: the receipt holds the SHA-256 of whole input files.
     """
-    kind, name = container_of(out), out.name
     first = indexes[recipe.checkpoints[0]]
+    kind, name = container_of(out, first), out.name
     names = travelling_names(recipe)
     inputs = input_files({names[each.path]: index for each, index in indexes.items()})
     receipt = planned(
