@@ -162,3 +162,21 @@ def test_a_table_is_not_taken_from_another_stem_or_without_a_configuration() -> 
     folder("b", {"shared.weight": draw(3, 9, 4)})
     with pytest.raises(sm.MismatchError, match=r"b lacks 1: encoder\.embed_tokens\.weight"):
         sm.plan(["a", "b"])
+
+
+@pytest.mark.parametrize("stem", ["cls.predictions.", "lm_head."])
+@pytest.mark.parametrize("own_first", [True, False])
+def test_heads_of_masked_language_models(stem: str, own_first: bool) -> None:
+    """BERT and RoBERTa: head and bias are tied, and a state dict that was gathered holds both under two names."""
+    table, names = "bert.embeddings.word_embeddings.weight", [f"{stem}decoder.weight", f"{stem}decoder.bias"]
+    for name, seed in (("own", 2), ("tied", 3)):
+        tensors = {table: draw(seed, 9, 4), f"{stem}bias": draw(seed, 9)}
+        copies = {names[0]: draw(seed, 9, 4), names[1]: draw(seed, 9)} if name == "own" else {}
+        folder(name, tensors | copies, model_type="bert")
+    made, written = merged(*(["own", "tied"] if own_first else ["tied", "own"]))
+    for name, shape in ((table, (9, 4)), (names[0], (9, 4)), (names[1], (9,)), (f"{stem}bias", (9,))):
+        assert torch.equal(made[name], mean(draw(2, *shape), draw(3, *shape)))
+    assert written == {"model_type": "bert"}
+    Path("own/config.json").write_text('{"model_type": "bert", "tie_word_embeddings": false}')
+    with pytest.raises(sm.MismatchError, match=r"decoder\.weight"):
+        sm.plan(["own", "tied"])

@@ -35,6 +35,9 @@ def test_old_and_new_parametrizations(kind: str, name: str) -> None:
 def test_buffers_that_loaders_ignore() -> None:
     assert "rotary" in why_ignored("module.model.layers.0.self_attn.rotary_emb.inv_freq", (4,))
     assert "mask" in why_ignored("h.0.attn.bias", (1, 1, 8, 8))
+    early = "decoder.block.0.layer.{}.relative_attention_bias.weight"
+    assert "early T5" in why_ignored(early.format("1.EncDecAttention"), (32, 8))
+    assert why_ignored(early.format("0.SelfAttention"), (32, 8)) == ""
     assert why_ignored("h.0.attn.bias", (8,)) == "", "a bias of an attention is a weight"
     assert why_ignored("h.0.attn.bias", (1, 1, 8, 9)) == ""
     assert why_ignored("dvae.codebook.embed", (3, 4)) == "", "only the loader of a recognised XTTS checkpoint drops it"

@@ -17,6 +17,11 @@ _EMBEDDINGS = re.compile(
     r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|backbone\.embeddings?)\.weight$|^(model\.)?shared\.weight$"
 )
 _TABLE = re.compile(r"(?P<stem>(.*\.)?)(encoder|decoder)\.embed_tokens\.weight")
+_COPIED_BIAS = re.compile(r"(?P<stem>(.*\.)?(predictions|lm_head)\.)decoder\.bias")
+_COPY = re.compile(
+    r"(^|\.)((encoder|decoder)\.embed_tokens|(predictions|lm_head)\.decoder|vocab_projector|generator_lm_head)\."
+    r"(weight|bias)$"
+)
 _ANY_EMBEDDINGS = re.compile(r"^(?!.*(pos|type|patch)).*(emb|shared\.weight$)")
 
 
@@ -46,19 +51,23 @@ def tie_head(views: Sequence[Seen], notes: list[str], wanted: Collection[str] = 
 
 
 def _tie_tables(views: Sequence[Seen], notes: list[str]) -> None:
-    """Gives every model the tables of encoder and decoder that some store beside the table that both share (T5, BART).
+    """Gives every model the copies of tied tensors that some store: the tables of encoder and decoder beside the one that
+    both share (T5, BART), and the heads of masked language models with their bias.
 
-    A model without its own gets them from the shared one, since its loader has nothing else.
+    A model without them gets them from what they are tied to, since its loader has nothing else.
     """
-    for name in dict.fromkeys(name for view in views for name in view.entries if "embed_tokens" in name):
-        table = _TABLE.fullmatch(name)
-        if table is None:
+    for name in dict.fromkeys(name for view in views for name in view.entries if _COPY.search(name)):
+        table, bias = _TABLE.fullmatch(name), _COPIED_BIAS.fullmatch(name)
+        if table is None and not all(map(_ties, views)):
             continue
-        shared = f"{table['stem']}shared.weight"
+        shapes = [view.entries[name].spec.shape for view in views if name in view.entries]
         for view in views:
             config = read_config(config_folder(view.index.path)) if name not in view.entries else None
-            if config is not None and is_model_config(config.tree) and shared in view.entries:
-                _stand_in(view, name, shared, notes)
+            if config is None or not is_model_config(config.tree):
+                continue
+            own = f"{table['stem']}shared.weight" if table else bias["stem"] + "bias" if bias else _embedding(view, shapes)
+            if own in view.entries and view.entries[own].spec.shape in shapes:
+                _stand_in(view, name, own, notes)
 
 
 def _name_alike(views: Sequence[Seen], heads: Mapping[int, list[str]], notes: list[str]) -> None:

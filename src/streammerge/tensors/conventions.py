@@ -43,6 +43,7 @@ IGNORED: tuple[tuple[str, str, str], ...] = (
     (r"(^|\.)(mel_scale\.fb|spectrogram\.window)$", "", _SPECTROGRAM),
     (r"(^|\.)(attn|attention|self_attn)\.(bias|causal_mask|mask)$", "square mask", _MASK),
     (r"(^|\.)(attn|attention|self_attn)\.masked_bias$", "", "the number that a causal mask puts in"),
+    (r"\.EncDecAttention\.relative_attention_bias\.weight$", "", "a bias that early T5 stored and no T5 uses"),
     (r"(^|\.)(encoder|decoder)\.version$|(^|\.)_float_tensor$", "", "marks of fairseq, which hold no weights"),
 )
 """(pattern, condition on the shape, reason): tensors that loaders drop or compute anew, so that a checkpoint may lack them.
