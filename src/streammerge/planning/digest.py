@@ -33,8 +33,15 @@ def plan_parts(plan: Plan) -> dict[str, Any]:
     digest = hashlib.sha256()
     names = {location: name for name, (location, _) in plan.input_files.items()}
 
+    written: dict[int, tuple[Location, str]] = {}  # by identity, since this is asked for every tensor
+
     def plain(value: object) -> str:
-        return names.get(value, str(value)) if isinstance(value, Location) else str(value)
+        if not isinstance(value, Location):
+            return str(value)
+        known = written.get(id(value))
+        if known is None:
+            known = written[id(value)] = value, names.get(value, str(value))
+        return known[1]
 
     def add(*values: Any) -> None:
         digest.update(json.dumps(values, default=plain).encode() + b"\n")

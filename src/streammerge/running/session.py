@@ -262,7 +262,7 @@ class Production:
                 self.journal.add(finished)
                 self.read_bytes += read_bytes
                 self.listener(TaskDone(piece.task.out.name, read_bytes, finished.nbytes, held.now()))
-                if finished.nonfinite.keys() - {AGREED}:
+                if finished.nonfinite and finished.nonfinite.keys() - {AGREED}:
                     self._refuse_nonfinite()  # now, and not after hours of work that would then be dropped
 
     def _job(self) -> Job:
