@@ -84,7 +84,6 @@ OTHER_FORM = "another form of the merged weights"
         ("consolidated.safetensors", {f"renamed.{n}": t for n, t in weights(1).items()}, OTHER_FORM),
         ("original/consolidated.00.pth", {f"renamed.{n}": t for n, t in weights(1).items()}, OTHER_FORM),
         ("best.pth", {"model": weights(1), "step": 3}, OTHER_FORM),
-        ("transposed.safetensors", {f"r.{n}": t.t().contiguous() for n, t in weights(1).items()}, OTHER_FORM),
         ("model-00003-of-00003.safetensors", {"layers.2.w": torch.ones(8, 5)}, OTHER_FORM),
         ("checkpoint-500/model.safetensors", weights(1), "training run"),
         ("runs/events.out.tfevents.1", b"1", "training run"),
@@ -146,3 +145,15 @@ def test_the_decisions_stand_in_the_receipt_without_a_path_of_the_machine(tmp_pa
     text = (tmp_path / "out" / "streammerge.json").read_text()
     assert '"optimizer.pt"' in text
     assert str(tmp_path) not in text
+
+
+def test_shapes_alone_tell_another_form_only_of_a_whole_model(tmp_path: Path) -> None:
+    """A vocoder or a text encoder may share shapes with the model, and its program needs it."""
+    model = {f"layers.{n}.w": torch.ones(8, 5) for n in range(12)}
+    put(tmp_path / "a" / "model.safetensors", model)
+    put(tmp_path / "a" / "transposed.safetensors", {f"r.{n}": t.t().contiguous() for n, t in model.items()})
+    put(tmp_path / "a" / "dvae.pth", {f"codebook.{n}": torch.ones(8, 5) for n in range(9)})
+    made = sm.merge([tmp_path / "a", tmp_path / "a" / "model.safetensors"], tmp_path / "out/")
+    assert names(tmp_path / "out") == {"model.safetensors", "dvae.pth"} | OURS
+    (decision,) = [each for each in made.plan.dispositions if each.fate == "dropped"]
+    assert decision.names == ("transposed.safetensors",)
