@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 
 import streammerge as sm
 from methods.suite import Case, suites
-from streammerge.methods.registry import find_method, list_methods
+from streammerge.methods.contracts import METHODS
+from streammerge.methods.registry import find_method
 from streammerge.planning import tasks
 from streammerge.tensors.spec import GRAIN
 
@@ -319,7 +320,7 @@ def test_law_1_for_methods_at_tight_budgets(
     runs, cases = list[Run](), dict[str, Case]()
     for case in (case for suite in suites() for case in suite.CASES):
         cases[case.method] = case  # the last of each method
-    assert cases.keys() >= list_methods().keys()
+    assert cases.keys() >= METHODS.built_in.keys()
     cases = {name: case for name, case in cases.items() if chosen is None or name in chosen}
     small = [sparse(tmp_path / f"small{number}.safetensors", 1 << 14) for number in range(6)]
     for case in cases.values():
@@ -360,7 +361,7 @@ def peaks(tmp_path: Path, elems: int, memory: str, chosen: Container[str]) -> li
 
 def test_law_1_for_methods(tmp_path: Path) -> None:
     """One long tensor, passes included."""
-    for case, peak in peaks(tmp_path, 12_000_001, "256MiB", list_methods()):
+    for case, peak in peaks(tmp_path, 12_000_001, "256MiB", METHODS.built_in):
         assert peak["anonymous"] <= peak["planned"] <= 256 << 20, (case, peak)
         assert peak["resident"] <= 256 << 20, (case, peak)
 
