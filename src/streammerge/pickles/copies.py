@@ -154,7 +154,7 @@ def outside(tree: Any, taken: set[int]) -> Iterator[tuple[tuple[Any, ...], Tenso
             if id(node) not in taken and len(path) < _DEEPEST:
                 yield path, node
             continue
-        for key, value in inside(node)[1] if isinstance(node, dict | Instance) else ():
+        for key, value in inside(node)[1] if isinstance(node, dict | list | tuple | Instance) else ():
             if isinstance(value, dict | list | tuple | Instance) and (id(value) in taken or is_training_state(key, value)):
                 holder = inside(node)[0]
                 skip.add((id(holder), key))

@@ -24,7 +24,7 @@ from typing import Any
 from streammerge.errors import FormatError, RecipeError, listed, printable
 from streammerge.options import EMA_CHOICES
 from streammerge.pickles.arrays import unread_kind
-from streammerge.pickles.tree import Instance, TensorRef, mapping_items, walk
+from streammerge.pickles.tree import Instance, Part, TensorRef, mapping_items, walk
 from streammerge.tensors.conventions import AVERAGED, SWAPPED
 
 _Place = tuple[tuple[Any, ...], Any, bool, bool, bool, Any]
@@ -44,6 +44,7 @@ _STALE = (
     r"(?i)(.*_)?optim(izer)?s?(?!_history)(_\w+)?|(lr_|opt_param_|param_)?sched(uler)?s?(_(states?|state_dict|g|d|disc|gen))?"
     r"|(grad|amp)_scaler(_state(_dict)?)?"
 )
+_DATA_STATISTICS = r"(?i)(.*_)?stats"
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _LOSS_SCALER_KEYS = {"scale", "growth_factor", "loss_scale", "loss_scaler0"}
 
@@ -240,12 +241,17 @@ def _loose(tree: Any) -> list[Candidate]:
 
 def bars(key: Any) -> bool:
     """Whether no weights lie below a key: state of the training, settings, measurements."""
-    return isinstance(key, str) and re.fullmatch(_NOT_WEIGHTS, key) is not None
+    return isinstance(key, str) and not isinstance(key, Part) and re.fullmatch(_NOT_WEIGHTS, key) is not None
 
 
 def is_record(key: Any) -> bool:
     """Whether a key holds records of one run: measurements, random states, settings. They are not merged."""
-    return isinstance(key, str) and re.fullmatch(_RECORDS, key) is not None
+    return isinstance(key, str) and not isinstance(key, Part) and re.fullmatch(_RECORDS, key) is not None
+
+
+def is_measurement(key: Any) -> bool:
+    """Whether single numbers below a key are measurements of one run, such as losses. Statistics of the data are not."""
+    return bars(key) and re.fullmatch(_DATA_STATISTICS, key) is None
 
 
 def _is_optimizer_state(node: Any) -> bool:

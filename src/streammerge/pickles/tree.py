@@ -135,6 +135,15 @@ def mapping_items(node: Any) -> list[tuple[Any, Any]] | None:
     return None
 
 
+class Part(str):
+    """The name of a part of a record, as a step of a path. It is no key that a program wrote."""
+
+    __slots__ = ()
+
+
+_ARGS, _KWARGS, _ELEMENTS, _STATE = map(Part, ("args", "kwargs", "elements", "state"))
+
+
 def children(node: Any) -> Iterator[tuple[Any, Any]]:
     """Yields (key, child) of a node. Keys are dictionary keys, positions, or names of an instance's parts."""
     if isinstance(node, dict):
@@ -145,12 +154,12 @@ def children(node: Any) -> Iterator[tuple[Any, Any]]:
         yield from enumerate(node)
     elif isinstance(node, Instance):
         yield "function", node.function
-        yield "args", node.args
-        yield "kwargs", node.kwargs
+        yield _ARGS, node.args
+        yield _KWARGS, node.kwargs
         yield from node.items
-        yield "elements", node.elements
+        yield _ELEMENTS, node.elements
         if node.state is not MISSING:
-            yield "state", node.state
+            yield _STATE, node.state
     elif isinstance(node, TensorRef):
         yield "wrapper", node.wrapper
         if node.state is not MISSING:

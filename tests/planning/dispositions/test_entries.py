@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -116,6 +116,7 @@ def test_single_tensors(tmp_path: Path) -> None:
     kept = [note for note in result.notes if note.startswith("kept as the first input has them")]
     assert kept == [
         "kept as the first input has them: size (no floating-point numbers)",
+        "kept as the first input has them: metrics.best, metrics.all, loss.w (a record of the training)",
         "kept as the first input has them: mine (not in every input)",
         "kept as the first input has them: shape (of another shape in another input)",
         "kept as the first input has them: kind (of another dtype in another input)",
@@ -165,3 +166,30 @@ def test_what_a_safetensors_file_does_not_hold_is_named(tmp_path: Path, content:
     torch.save(content, tmp_path / "0.pt")
     dropped = [each for each in decisions(tmp_path, 1, "out.safetensors") if each.fate == "dropped"]
     assert {name for each in dropped for name in each.names} == names
+
+
+class Norm(NamedTuple):
+    mean: torch.Tensor
+    var: torch.Tensor
+
+
+def test_numbers_of_a_record_beside_the_weights_are_merged(tmp_path: Path) -> None:
+    for number in (1.0, 3.0):
+        beside = {"norm": Norm(torch.full((2,), number), torch.tensor(number)), "data_stats": {"std": torch.tensor(number)}}
+        model = {"model": {f"w{n}": torch.full((3,), number) for n in range(3)}, **beside}
+        torch.save(model | {"nets": [{"a.w": torch.full((2,), number)}]}, tmp_path / f"{number:g}.pth")
+    result = sm.merge([tmp_path / "1.pth", tmp_path / "3.pth"], tmp_path / "out.pth")
+    made = torch.load(tmp_path / "out.pth", weights_only=False)
+    assert (made["norm"].mean.tolist(), made["norm"].var.item(), made["data_stats"]["std"].item()) == ([2.0, 2.0], 2.0, 2.0)
+    assert made["nets"][0]["a.w"].tolist() == [2.0, 2.0]
+    assert not [note for note in result.notes if "nets" in note]
+
+
+def test_what_a_run_records_is_named_where_it_is_the_firsts(tmp_path: Path) -> None:
+    for number in (1.0, 3.0):
+        torch.save(
+            {"model": {"w": torch.full((3,), number)}, "history": {"losses": torch.full((2,), number)}},
+            tmp_path / f"{number:g}.pth",
+        )
+    result = sm.merge([tmp_path / "1.pth", tmp_path / "3.pth"], tmp_path / "out.pth")
+    assert any("history.losses" in note and "record of the training" in note for note in result.notes)

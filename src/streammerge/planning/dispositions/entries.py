@@ -17,7 +17,16 @@ from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import printable
 from streammerge.methods.registry import COPY
 from streammerge.pickles.copies import Originals, outside, tensor_at, trail
-from streammerge.pickles.state_dict import Candidate, Found, Selection, bars, is_record, is_training_state, joined
+from streammerge.pickles.state_dict import (
+    Candidate,
+    Found,
+    Selection,
+    bars,
+    is_measurement,
+    is_record,
+    is_training_state,
+    joined,
+)
 from streammerge.pickles.tree import MISSING, TensorRef, mapping_items, walk
 from streammerge.planning.dispositions.pruned import WHY as ONLY
 from streammerge.planning.dispositions.pruned import pruned
@@ -297,7 +306,8 @@ class _Deciding:
                 found = {each: other for each, other in found.items() if other is not None or self._is_needed(others[each])}
             why = _why_kept(path, ref, list(found.values()))
             if why:
-                table = self.entries.kept if any(map(bars, path)) else self.entries.told
+                quiet = any(map(bars, path)) and ref.dtype.kind not in ("float", "complex")  # random states
+                table = self.entries.kept if quiet else self.entries.told
                 table.setdefault(why, []).append(name)
                 continue
             tensors[name] = Found(name, ref)
@@ -335,7 +345,7 @@ def _why_kept(path: tuple[Any, ...], ref: TensorRef, theirs: list[TensorRef | No
             return "of another shape in another input"
         if each.dtype.kind != ref.dtype.kind:
             return "of another dtype in another input"
-    if any(map(is_record, path)) or (not ref.shape and any(map(bars, path))):
+    if any(map(is_record, path)) or (not ref.shape and any(map(is_measurement, path))):
         return "a record of the training"
     return "" if _is_count(path) or ref.dtype.kind in ("float", "complex") else "no floating-point numbers"
 

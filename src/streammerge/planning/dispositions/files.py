@@ -147,14 +147,14 @@ class _Decision:
             if shapes[shape]:
                 shapes[shape] -= 1
                 covered += entry.spec.numel
-        if whole:
+        if whole or len(self.parts) > 1:  # one file beside a pipeline is a model with all of it
             return 5 * covered >= 3 * other.numel and 2 * covered >= self.base.numel
         # Another model (a vocoder, a text encoder) may share shapes. Leaving it out would keep its program from loading.
         alike = 10 * covered >= 9 * other.numel and 10 * covered >= 9 * self.base.numel
         return alike and len(other.entries) >= _LEAST_ALIKE
 
 
-_LEAST_ALIKE = 10
+_LEAST_ALIKE = 4
 """The fewest tensors whose shapes alone tell that a file of any name holds the merged weights once more."""
 
 

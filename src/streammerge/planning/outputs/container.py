@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
-from streammerge.errors import RecipeError, printable
+from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import safetensors
 from streammerge.methods.registry import COPY
 from streammerge.options import RECEIPT_KEY
@@ -87,6 +87,14 @@ def _planned(
     receipt: Receipt,
 ) -> Output:
     merged = alignment.merged
+    if kind != "folder" and len(first.parts) > 1:
+        models = listed([each or "." for each in first.parts])
+        raise RecipeError(
+            f"{printable(first.path)} holds several models ({models}), which no program loads from one file; "
+            "end the output's name in /, or give one of the subfolders"
+        )
+    if kind != "folder":
+        alignment.dispositions.add("file", _beside(first), "dropped", "the output is one file")
     if kind == "pickle":
         return pickled_output(name, recipe, first, indexes, alignment, receipt)
     dispositions = Dispositions()
@@ -106,6 +114,18 @@ def _planned(
     file = replace(file, receipt=escaped(receipt.text()))
     placed = [Placed(spec, m, 0, file.offsets[n]) for n, (spec, m) in specs.items()]
     return Output(Layout((file,), receipt), placed, dispositions=dispositions)
+
+
+def _beside(first: CheckpointIndex) -> list[str]:
+    """Returns the names of the files and subfolders beside the weights, if the first input is a folder."""
+    if first.in_memory or not first.path.is_folder():
+        return []
+    own = {file.name for file in first.files}
+    return [
+        each.name + "/" * each.is_folder()
+        for each in first.path.children()
+        if each.name not in own and not each.name.startswith(".")
+    ]
 
 
 def _is_pickled_folder(recipe: Recipe, first: CheckpointIndex) -> bool:

@@ -99,6 +99,10 @@ def pickled_file(
     notes: list[str] = []
     dispositions = Dispositions()
     dispositions.update(alignment.dispositions)
+    if name.endswith(PLAIN_ENDINGS) and not plain:
+        notes.append(
+            f"{printable(name)} has the container of the first input, which torch.load reads and pickle.load does not"
+        )
     if base.container.format.startswith("PyTorch ") and base.container.format != "PyTorch zip":
         notes.append(
             f"{printable(base.path)} is in the {base.container.format} format; the output is in today's zip format"
