@@ -193,3 +193,11 @@ def test_what_a_run_records_is_named_where_it_is_the_firsts(tmp_path: Path) -> N
         )
     result = sm.merge([tmp_path / "1.pth", tmp_path / "3.pth"], tmp_path / "out.pth")
     assert any("history.losses" in note and "record of the training" in note for note in result.notes)
+
+
+def test_what_only_a_later_input_has_is_named(tmp_path: Path) -> None:
+    torch.save({"model": weights(1)}, tmp_path / "1.pth")
+    torch.save({"model": weights(3), "log_alpha": torch.ones(()), "std": [torch.ones(2), "x"]}, tmp_path / "2.pth")
+    result = sm.merge([tmp_path / "1.pth", tmp_path / "2.pth"], tmp_path / "out.pth")
+    assert "left out of the output: log_alpha, std.0 (the first input lacks it)" in result.notes
+    assert list(torch.load(tmp_path / "out.pth")) == ["model"]

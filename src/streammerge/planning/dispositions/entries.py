@@ -84,8 +84,8 @@ class Entries:
     """The decisions.
 
     ``averaged``: (name, tensor, name of the chosen tensor that stands in its place). ``kept``: why -> names of tensors that
-    are the first input's. ``told``: the same for those that a user must know of. ``foreign``: copies that only other inputs
-    have.
+    are the first input's. ``told``: the same for those that a user must know of. ``foreign``: copies and single tensors
+    that only other inputs have.
     """
 
     copies: list[Copy] = field(default_factory=list)
@@ -148,6 +148,7 @@ class _Deciding:
             entries.told |= {LENT: single} if single else {}
         elif not self.conversion:
             self._decide_single()
+            entries.foreign += dict.fromkeys(self._foreign_single())
         return entries
 
     # -- copies -----------------------------------------------------------------------------------------------------
@@ -320,6 +321,19 @@ class _Deciding:
                 lacking = {name: entry for name, entry in own.entries.items() if name not in made[each].entries}
                 made[each] = replace(made[each], entries=made[each].entries | lacking)
             self.entries.copies.append(Copy("", tensors, {each: made[each] for each in self.indexes if each in made}))
+
+    def _foreign_single(self) -> Iterator[str]:
+        """Yields the names of the single tensors of other models for which the first checkpoint has nothing."""
+        for index in self.needed:
+            if index is self.first or index.extras is None or index.format == "sharded PyTorch":
+                continue
+            copies = {id(found.ref) for candidate in index.selection.copies for found in candidate.tensors}
+            merged = {entry.place for entry in index.entries.values() if entry.nbytes}
+            for path, ref in outside(index.extras, _taken(index.selection) | copies):
+                name = ".".join(map(str, path))
+                known = tensor_at(self.first.extras, path) is not None or any(map(bars, path))
+                if not known and index.container.locate(name, ref).place not in merged:
+                    yield name
 
     def _is_needed(self, index: CheckpointIndex) -> bool:
         """Whether it is one of the models."""
