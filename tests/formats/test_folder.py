@@ -551,3 +551,10 @@ def test_a_file_with_other_names_does_not_stand_in_for_an_absent_shard(tmp_path:
         sm.inspect(folder)
     save_file({"a": one(1), "b": one(1)}, folder / "consolidated.safetensors")
     assert sorted(sm.inspect(folder)) == ["a", "b"]
+
+
+def test_a_generator_and_a_discriminator_are_no_parts_of_one_checkpoint(tmp_path: Path) -> None:
+    for name in ("G_100.pth", "D_100.pth"):
+        torch.save({"model": {f"{name[0]}.w": torch.ones(2)}, "iteration": 100}, tmp_path / name)
+    with pytest.raises(sm.FormatError, match=r"holds several checkpoints \(D_100\.pth, G_100\.pth\); give one of them"):
+        sm.inspect(tmp_path)

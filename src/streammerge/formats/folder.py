@@ -255,7 +255,10 @@ def _refuse_slices(folder: Location, form: Form) -> None:
 
 
 def _are_parts(folder: Location, names: list[str], read_file: ReadFile) -> bool:
-    """Whether these files have no tensor in common."""
+    """Whether these files are numbered parts that have no tensor in common. A generator and a discriminator have none
+    either, but are not called alike."""
+    if len({re.sub(r"\d+", "#", name) for name in names}) > 1:
+        return False
     seen = set[str]()
     for name in names:
         try:

@@ -12,6 +12,7 @@ from streammerge.planning.alignment import Alignment, Merged, align
 from streammerge.planning.dispositions.entries import AVERAGE, Copy, Entries, dropped
 from streammerge.planning.dispositions.ledger import Dispositions, Fate
 from streammerge.recipe.model import Recipe
+from streammerge.units import counted
 
 
 @dataclass(slots=True)
@@ -113,4 +114,8 @@ def record_entries(entries: Entries, copies: list[AlignedCopy], dispositions: Di
     for table in (entries.kept, entries.told):
         for why, names in table.items():
             dispositions.add("tensor", names, "copied", why)
-    return [f"kept as the first input has them: {listed(names)} ({why})" for why, names in entries.told.items()]
+    notes = [f"kept as the first input has them: {listed(names)} ({why})" for why, names in entries.told.items()]
+    if entries.averaged:
+        count = counted(len(entries.averaged), "tensor")
+        notes.append(f"{count} beside the chosen weights hold these too, since a loader may read them")
+    return notes
