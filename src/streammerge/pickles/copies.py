@@ -22,7 +22,7 @@ from streammerge.pickles.state_dict import (
     unwrapped,
     weights_of,
 )
-from streammerge.pickles.tree import MISSING, Instance, OrderedTree, TensorRef, walk
+from streammerge.pickles.tree import MISSING, Instance, OrderedTree, TensorRef, mapping_items, number, walk
 from streammerge.tensors.conventions import AVERAGED
 
 _DEEPEST = 60
@@ -148,11 +148,26 @@ def outside(tree: Any, taken: set[int]) -> Iterator[tuple[tuple[Any, ...], Tenso
 
     ``taken``: the identities of nodes that are not entered. State of an optimizer, a scheduler or a scaler is skipped.
     """
+    for path, node in _outside(tree, taken):
+        if isinstance(node, TensorRef) and id(node) not in taken and len(path) < _DEEPEST:
+            yield path, node
+
+
+def numbers_outside(tree: Any, taken: set[int]) -> Iterator[tuple[tuple[Any, ...], float]]:
+    """Yields (path, number) of the plain floating-point numbers, also numpy's, that stand where :func:`outside` looks."""
+    for path, node in _outside(tree, taken):
+        for key, value in mapping_items(node) or () if len(path) < _DEEPEST else ():
+            found = number(value)
+            if isinstance(found, float):
+                yield (*path, key), found
+
+
+def _outside(tree: Any, taken: set[int]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yields (path, node) of what stands outside the nodes that are taken, and outside the state of a training."""
     skip: set[tuple[int, Any]] = set()
     for path, node in walk(tree, skip) if id(tree) not in taken else ():
+        yield path, node
         if isinstance(node, TensorRef):
-            if id(node) not in taken and len(path) < _DEEPEST:
-                yield path, node
             continue
         for key, value in inside(node)[1] if isinstance(node, dict | list | tuple | Instance) else ():
             if isinstance(value, dict | list | tuple | Instance) and (id(value) in taken or is_training_state(key, value)):
@@ -162,6 +177,12 @@ def outside(tree: Any, taken: set[int]) -> Iterator[tuple[tuple[Any, ...], Tenso
 
 def tensor_at(tree: Any, path: tuple[Any, ...]) -> TensorRef | None:
     """Returns the tensor at a path of :func:`outside` in another tree, None if there is no tensor."""
+    node = node_at(tree, path)
+    return node if isinstance(node, TensorRef) else None
+
+
+def node_at(tree: Any, path: tuple[Any, ...]) -> Any:
+    """Returns what stands at a path of :func:`outside` in another tree, None if there is nothing."""
     node = tree
     for key in path:
         if isinstance(node, Instance) and isinstance(key, str) and key in ("args", "kwargs", "elements", "state"):
@@ -176,4 +197,4 @@ def tensor_at(tree: Any, path: tuple[Any, ...]) -> TensorRef | None:
             node = node[key] if isinstance(key, int) and key < len(node) else None
         else:
             return None
-    return node if isinstance(node, TensorRef) else None
+    return node

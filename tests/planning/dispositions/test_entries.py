@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
 import pytest
 import torch
 
@@ -201,3 +202,19 @@ def test_what_only_a_later_input_has_is_named(tmp_path: Path) -> None:
     result = sm.merge([tmp_path / "1.pth", tmp_path / "2.pth"], tmp_path / "out.pth")
     assert "left out of the output: log_alpha, std.0 (the first input lacks it)" in result.notes
     assert list(torch.load(tmp_path / "out.pth")) == ["model"]
+
+
+def test_plain_numbers_that_differ_are_told(tmp_path: Path) -> None:
+    for value in (1.0, 3.0):
+        content = {
+            "model": weights(value),
+            "log_alpha": value,
+            "scale": numpy.float32(value),
+            "same": 0.5,
+            "epoch": int(value),
+        }
+        torch.save(content | {"config": {"lr": value}, "best_loss": value}, tmp_path / f"{value:g}.pth")
+    result = sm.merge([tmp_path / "1.pth", tmp_path / "3.pth"], tmp_path / "out.pth")
+    assert "kept as the first input has them: log_alpha, scale (plain numbers that differ)" in result.notes
+    made = torch.load(tmp_path / "out.pth", weights_only=False)
+    assert (made["log_alpha"], made["scale"], made["epoch"]) == (1.0, 1.0, 3)

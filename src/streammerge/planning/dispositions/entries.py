@@ -16,7 +16,7 @@ from typing import Any
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import printable
 from streammerge.methods.registry import COPY
-from streammerge.pickles.copies import Originals, outside, tensor_at, trail
+from streammerge.pickles.copies import Originals, node_at, numbers_outside, outside, tensor_at, trail
 from streammerge.pickles.state_dict import (
     Candidate,
     Found,
@@ -27,7 +27,7 @@ from streammerge.pickles.state_dict import (
     is_training_state,
     joined,
 )
-from streammerge.pickles.tree import MISSING, TensorRef, mapping_items, walk
+from streammerge.pickles.tree import MISSING, TensorRef, mapping_items, number, walk
 from streammerge.planning.dispositions.pruned import WHY as ONLY
 from streammerge.planning.dispositions.pruned import pruned
 from streammerge.recipe.model import Recipe, Reference
@@ -148,6 +148,7 @@ class _Deciding:
             entries.told |= {LENT: single} if single else {}
         elif not self.conversion:
             self._decide_single()
+            self._tell_numbers()
             entries.foreign += dict.fromkeys(self._foreign_single())
         return entries
 
@@ -322,6 +323,18 @@ class _Deciding:
                 made[each] = replace(made[each], entries=made[each].entries | lacking)
             self.entries.copies.append(Copy("", tensors, {each: made[each] for each in self.indexes if each in made}))
 
+    def _tell_numbers(self) -> None:
+        """Tells of plain numbers that differ, such as a ``log_alpha``. They may be part of the model, but nobody can know."""
+        others = [index.extras for index in self.needed if index is not self.first]
+        differing = [
+            ".".join(map(str, path))
+            for path, value in numbers_outside(self.first.extras, self.taken)
+            if not any(map(bars, path)) and not any(map(is_record, path)) and not _is_count(path)
+            if any(number(node_at(tree, path)) not in (None, value) for tree in others)
+        ]
+        if differing:
+            self.entries.told["plain numbers that differ"] = differing
+
     def _foreign_single(self) -> Iterator[str]:
         """Yields the names of the single tensors of other models for which the first checkpoint has nothing."""
         for index in self.needed:
@@ -382,12 +395,12 @@ def dropped(
     """
     own = {id(found.ref) for found in candidate.tensors} | refs
     steps = trail(first.extras, candidate.path)
-    for number, (holder, key, value) in enumerate(steps, start=1):
-        if number < len(steps) and not (_is_averaged(key) and _holds_only(value, own)):
+    for depth, (holder, key, value) in enumerate(steps, start=1):
+        if depth < len(steps) and not (_is_averaged(key) and _holds_only(value, own)):
             continue
-        path = candidate.path[:number]
+        path = candidate.path[:depth]
         others = [trail(index.extras, path) for index in lacking]
-        nothing = any(len(other) == number and other[-1][2] is None for other in others)
+        nothing = any(len(other) == depth and other[-1][2] is None for other in others)
         return Drop(".".join(map(printable, path)), holder, key, why, None if nothing else MISSING)
     return Drop(candidate.label, None, None, why)
 
