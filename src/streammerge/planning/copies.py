@@ -9,7 +9,7 @@ from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import MismatchError, RecipeError, listed
 from streammerge.methods.registry import COPY
 from streammerge.planning.alignment import Alignment, Merged, align
-from streammerge.planning.dispositions.entries import AVERAGE, Copy, Entries, dropped
+from streammerge.planning.dispositions.entries import AVERAGE, NUMBERS, Copy, Entries, dropped
 from streammerge.planning.dispositions.ledger import Dispositions, Fate
 from streammerge.recipe.model import Recipe
 from streammerge.units import counted
@@ -114,7 +114,9 @@ def record_entries(entries: Entries, copies: list[AlignedCopy], dispositions: Di
     for table in (entries.kept, entries.told):
         for why, names in table.items():
             dispositions.add("tensor", names, "copied", why)
-    notes = [f"kept as the first input has them: {listed(names)} ({why})" for why, names in entries.told.items()]
+    dispositions.add("entry", entries.numbers, "copied", NUMBERS)
+    told = {**entries.told, **({NUMBERS: entries.numbers} if entries.numbers else {})}
+    notes = [f"kept as the first input has them: {listed(names)} ({why})" for why, names in told.items()]
     if entries.averaged:
         count = counted(len(entries.averaged), "tensor")
         notes.append(f"{count} beside the chosen weights hold these too, since a loader may read them")

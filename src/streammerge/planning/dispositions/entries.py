@@ -40,6 +40,7 @@ STALE = "not in every input, so it would be stale"
 AVERAGE = "the chosen weights stand here too"
 LENT = "the input has none"
 OPTIMIZER = "stale after a merge; `keep_optimizer=True` keeps the first input's"
+NUMBERS = "plain numbers that differ"
 BESIDE = "a safetensors file holds tensors only"
 ONE_COPY = "the output holds one copy of the weights; `state_dict` and `ema` choose it"
 
@@ -85,7 +86,7 @@ class Entries:
 
     ``averaged``: (name, tensor, name of the chosen tensor that stands in its place). ``kept``: why -> names of tensors that
     are the first input's. ``told``: the same for those that a user must know of. ``foreign``: copies and single tensors
-    that only other inputs have.
+    that only other inputs have. ``numbers``: plain numbers that differ; they are the first input's.
     """
 
     copies: list[Copy] = field(default_factory=list)
@@ -94,6 +95,7 @@ class Entries:
     kept: dict[str, list[str]] = field(default_factory=dict)
     told: dict[str, list[str]] = field(default_factory=dict)
     foreign: list[str] = field(default_factory=list)
+    numbers: list[str] = field(default_factory=list)
 
 
 def decide(recipe: Recipe, indexes: Indexes, first: CheckpointIndex) -> Entries:
@@ -324,16 +326,14 @@ class _Deciding:
             self.entries.copies.append(Copy("", tensors, {each: made[each] for each in self.indexes if each in made}))
 
     def _tell_numbers(self) -> None:
-        """Tells of plain numbers that differ, such as a ``log_alpha``. They may be part of the model, but nobody can know."""
+        """Notes plain numbers that differ, such as a ``log_alpha``, which may be part of the model."""
         others = [index.extras for index in self.needed if index is not self.first]
-        differing = [
+        self.entries.numbers += [
             ".".join(map(str, path))
             for path, value in numbers_outside(self.first.extras, self.taken)
             if not any(map(bars, path)) and not any(map(is_record, path)) and not _is_count(path)
             if any(number(node_at(tree, path)) not in (None, value) for tree in others)
         ]
-        if differing:
-            self.entries.told["plain numbers that differ"] = differing
 
     def _foreign_single(self) -> Iterator[str]:
         """Yields the names of the single tensors of other models for which the first checkpoint has nothing."""
