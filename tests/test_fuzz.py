@@ -58,7 +58,7 @@ CRASHES = {
     "it prints": lambda data: fuzz.show("\x9b2J"),
     "executed": lambda data: Path(fuzz.CANARY).touch(),
     "seconds": _burn,
-    "MiB": lambda data: b"x" * (80 << 20),
+    "MiB": lambda data: b"x" * (256 << 20),  # far more than tests before it may have left to be freed meanwhile
 }
 
 
