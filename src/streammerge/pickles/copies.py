@@ -154,11 +154,11 @@ def outside(tree: Any, taken: set[int]) -> Iterator[tuple[tuple[Any, ...], Tenso
 
 
 def numbers_outside(tree: Any, taken: set[int]) -> Iterator[tuple[tuple[Any, ...], float]]:
-    """Yields (path, number) of the plain floating-point numbers, also numpy's, that stand where :func:`outside` looks."""
+    """Yields (path, number) of the plain numbers, also numpy's, that stand where :func:`outside` looks."""
     for path, node in _outside(tree, taken):
         for key, value in mapping_items(node) or () if len(path) < _DEEPEST else ():
             found = number(value)
-            if isinstance(found, float):
+            if found is not None:
                 yield (*path, key), found
 
 

@@ -43,7 +43,8 @@ class Edit:
     """Differences to write; nodes are identified by ``id``.
 
     ``replaced``: node -> its replacement. ``dropped``: (dictionary, key) to omit. ``values``: (dictionary, key) -> new
-    value. ``renamed``: (dictionary, key) -> new key. ``added``: dictionary -> (key, value) pairs to append.
+    value. ``renamed``: (dictionary, key) -> new key. ``added``: dictionary -> (key, value) pairs to append. ``emptied``:
+    list or tuple -> the positions that become None.
     """
 
     replaced: dict[int, Any] = field(default_factory=dict)
@@ -51,6 +52,17 @@ class Edit:
     values: dict[tuple[int, Any], Any] = field(default_factory=dict)
     renamed: dict[tuple[int, Any], Any] = field(default_factory=dict)
     added: dict[int, list[tuple[Any, Any]]] = field(default_factory=dict)
+    emptied: dict[int, set[int]] = field(default_factory=dict)
+
+    def skipped(self) -> set[tuple[int, Any]]:
+        """Returns (node, key or position) of everything that is not written as it is in the tree."""
+        return self.dropped | set(self.values) | {(node, each) for node, places in self.emptied.items() for each in places}
+
+    def members(self, node: Sequence[Any]) -> Sequence[Any]:
+        """Returns the members of a list or tuple after the edit."""
+        if not self.emptied or id(node) not in self.emptied:
+            return node
+        return tuple(None if place in self.emptied[id(node)] else each for place, each in enumerate(node))
 
     def items(self, node: Any, items: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
         """Returns the (key, value) pairs of a dictionary-like node after the edit."""
@@ -184,6 +196,7 @@ class _Writer:
         self.out.append(b"R")
 
     def tuple_body(self, items: tuple[Any, ...]) -> None:
+        items = tuple(self.edit.members(items))
         if len(items) > 3:
             self.out.append(b"(")
         for item in items:
@@ -200,7 +213,8 @@ class _Writer:
         self.memoize(key, node)
         self.elements(node, b"e")
 
-    def elements(self, items: list[Any], opcode: bytes) -> None:
+    def elements(self, items: Sequence[Any], opcode: bytes) -> None:
+        items = self.edit.members(items)
         for start in range(0, len(items), _BATCH):
             self.out.append(b"(")
             for item in items[start : start + _BATCH]:

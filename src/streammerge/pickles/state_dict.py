@@ -47,6 +47,8 @@ _STALE = (
 _DATA_STATISTICS = r"(?i)(.*_)?stats"
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _LOSS_SCALER_KEYS = {"scale", "growth_factor", "loss_scale", "loss_scaler0"}
+_STATES = ({"growth_factor", "growth_interval"}, {"loss_scaler0"}, {"last_epoch", "_step_count"})
+"""The keys by which the state of torch's GradScaler, of apex and of torch's schedulers is known."""
 
 
 def is_training_state(key: Any, value: Any) -> bool:
@@ -54,13 +56,16 @@ def is_training_state(key: Any, value: Any) -> bool:
 
     Some words are ambiguous, so their content decides. ``opt`` may be an optimizer's state or the options of a command
     line. ``scaler`` may belong to mixed precision, or to the data, which the model needs. fairseq cannot load a file
-    without its ``optimizer_history``.
+    without its ``optimizer_history``. What has the content of such a state is one under any key, and at any place of a
+    tuple.
     """
+    if _is_optimizer_state(value) or (isinstance(value, dict) and any(known <= value.keys() for known in _STATES)):
+        return True
     if not isinstance(key, str):
         return False
     if key.lower() in ("scaler", "scaler_state", "scaler_state_dict", "amp"):
         return isinstance(value, dict) and (not value or not _LOSS_SCALER_KEYS.isdisjoint(value))
-    return re.fullmatch(_STALE, key) is not None or _is_optimizer_state(value)
+    return re.fullmatch(_STALE, key) is not None
 
 
 @dataclass(slots=True, eq=False)  # not frozen: creating a frozen one takes three times as long

@@ -109,7 +109,7 @@ def record_entries(entries: Entries, copies: list[AlignedCopy], dispositions: Di
             dispositions.add("tensor", names, fate, why)
     dispositions.add("tensor", [name for name, _, _ in entries.averaged], "edited", AVERAGE)
     for drop in entries.drops:
-        dispositions.add("entry", drop.name, "edited" if drop.instead is None else "dropped", drop.why)
+        dispositions.add("entry", drop.name, drop.fate, drop.why)
     dispositions.add("entry", entries.foreign, "dropped", "the first input lacks it")
     for table in (entries.kept, entries.told):
         for why, names in table.items():

@@ -22,12 +22,14 @@ from streammerge.pickles.state_dict import (
     Found,
     Selection,
     bars,
+    inside,
     is_measurement,
     is_record,
     is_training_state,
     joined,
 )
 from streammerge.pickles.tree import MISSING, TensorRef, mapping_items, number, walk
+from streammerge.planning.dispositions.ledger import Fate
 from streammerge.planning.dispositions.pruned import WHY as ONLY
 from streammerge.planning.dispositions.pruned import pruned
 from streammerge.recipe.model import Recipe, Reference
@@ -40,6 +42,7 @@ STALE = "not in every input, so it would be stale"
 AVERAGE = "the chosen weights stand here too"
 LENT = "the input has none"
 OPTIMIZER = "stale after a merge; `keep_optimizer=True` keeps the first input's"
+EMPTIED = "stale after a merge, so None is in its place; `keep_optimizer=True` keeps the first input's"
 NUMBERS = "plain numbers that differ"
 BESIDE = "a safetensors file holds tensors only"
 ONE_COPY = "the output holds one copy of the weights; `state_dict` and `ema` choose it"
@@ -71,13 +74,17 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """An entry that is left out, or stays as ``instead``."""
+    """An entry that is left out, or stays as ``instead``. A member of a list or tuple becomes None."""
 
     name: str
     holder: Any
     key: Any
     why: str
     instead: Any = MISSING
+
+    @property
+    def fate(self) -> Fate:
+        return "edited" if self.instead is None else "dropped"
 
 
 @dataclass(slots=True)
@@ -281,14 +288,16 @@ class _Deciding:
             nodes = [tree, *(value for _, _, value in trail(tree, candidate.path))]
             parts = (*candidate.path, MISSING) if candidate.others else candidate.path
             for node, part in zip(nodes, parts, strict=False):
-                for key, value in mapping_items(node) or []:
+                holder, items = inside(node)
+                members = isinstance(holder, list | tuple)
+                for key, value in items if members or holder is node else ():
                     if isinstance(value, TensorRef):
                         continue
                     stale = key != part and value is not None and is_training_state(key, value)
-                    if stale and (id(node), key) not in seen:
-                        seen.add((id(node), key))
+                    if stale and (id(holder), key) not in seen:
+                        seen.add((id(holder), key))
                         self.taken.add(id(value))
-                        yield Drop(str(key), node, key, OPTIMIZER)
+                        yield Drop(str(key), holder, key, EMPTIED if members else OPTIMIZER)
 
     # -- single tensors ---------------------------------------------------------------------------------------------
 

@@ -253,7 +253,7 @@ class _Builder:
         A tensor that is a merged tensor under another path becomes that one. ``home``: base name -> merged name.
         """
         merged = {base.entries[name].place: made for name, made in home.items()}
-        nodes = list(walk(tree, self.edit.dropped | set(self.edit.values)))
+        nodes = list(walk(tree, self.edit.skipped()))
         for path, node in nodes:
             if id(node) in self.edit.replaced:
                 continue
@@ -333,7 +333,9 @@ def _edit_beside(
             else:
                 _drop(copy.output_name(name), found.holder, found.key, edit)
     for drop in entries.drops:
-        if drop.instead is None:
+        if isinstance(drop.holder, list | tuple):
+            edit.emptied.setdefault(id(drop.holder), set()).add(drop.key)
+        elif drop.instead is None:
             edit.values[id(drop.holder), drop.key] = None
         else:
             _drop(drop.name, drop.holder, drop.key, edit)
