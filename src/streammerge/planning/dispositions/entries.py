@@ -22,18 +22,18 @@ from streammerge.pickles.state_dict import (
     Found,
     Selection,
     bars,
+    dotted,
     inside,
     is_measurement,
     is_record,
     is_training_state,
-    joined,
 )
 from streammerge.pickles.tree import MISSING, TensorRef, mapping_items, number, walk
 from streammerge.planning.dispositions.ledger import Fate
 from streammerge.planning.dispositions.pruned import WHY as ONLY
 from streammerge.planning.dispositions.pruned import pruned
 from streammerge.recipe.model import Recipe, Reference
-from streammerge.tensors.conventions import AVERAGED
+from streammerge.tensors.conventions import AVERAGED, PROGRESS
 from streammerge.tensors.matching import match
 from streammerge.tensors.names import is_counter
 
@@ -44,6 +44,7 @@ LENT = "the input has none"
 OPTIMIZER = "stale after a merge; `keep_optimizer=True` keeps the first input's"
 EMPTIED = "stale after a merge, so None is in its place; `keep_optimizer=True` keeps the first input's"
 NUMBERS = "plain numbers that differ"
+RECORDS = "settings and records of the first input's training, which differ"
 BESIDE = "a safetensors file holds tensors only"
 ONE_COPY = "the output holds one copy of the weights; `state_dict` and `ema` choose it"
 
@@ -93,7 +94,8 @@ class Entries:
 
     ``averaged``: (name, tensor, name of the chosen tensor that stands in its place). ``kept``: why -> names of tensors that
     are the first input's. ``told``: the same for those that a user must know of. ``foreign``: copies and single tensors
-    that only other inputs have. ``numbers``: plain numbers that differ; they are the first input's.
+    that only other inputs have. ``numbers``: plain numbers that differ; they are the first input's. ``records``: the same
+    in records of the training and in settings.
     """
 
     copies: list[Copy] = field(default_factory=list)
@@ -103,6 +105,7 @@ class Entries:
     told: dict[str, list[str]] = field(default_factory=dict)
     foreign: list[str] = field(default_factory=list)
     numbers: list[str] = field(default_factory=list)
+    records: list[str] = field(default_factory=list)
 
 
 def decide(recipe: Recipe, indexes: Indexes, first: CheckpointIndex) -> Entries:
@@ -337,12 +340,11 @@ class _Deciding:
     def _tell_numbers(self) -> None:
         """Notes plain numbers that differ, such as a ``log_alpha``, which may be part of the model."""
         others = [index.extras for index in self.needed if index is not self.first]
-        self.entries.numbers += [
-            ".".join(map(str, path))
-            for path, value in numbers_outside(self.first.extras, self.taken)
-            if not any(map(bars, path)) and not any(map(is_record, path)) and not _is_count(path)
-            if any(number(node_at(tree, path)) not in (None, value) for tree in others)
-        ]
+        for path, value in numbers_outside(self.first.extras, self.taken):
+            known = _is_count(path) or any(isinstance(part, str) and re.fullmatch(PROGRESS, part) for part in path)
+            if not known and any(number(node_at(tree, path)) not in (None, value) for tree in others):
+                quiet = any(map(bars, path)) or any(map(is_record, path))
+                (self.entries.records if quiet else self.entries.numbers).append(".".join(map(str, path)))
 
     def _foreign_single(self) -> Iterator[str]:
         """Yields the names of the single tensors of other models for which the first checkpoint has nothing."""
@@ -428,7 +430,7 @@ def _chosen_names(index: CheckpointIndex) -> dict[int, str]:
     names = {}
     for candidate in selection.chosen:
         for found in candidate.tensors:
-            name = found.name if len(selection.chosen) == 1 else joined((*candidate.path, found.name))
+            name = found.name if len(selection.chosen) == 1 else dotted((*candidate.path, found.name))
             names[id(found)] = renamed.get(name, name)
     return names
 
