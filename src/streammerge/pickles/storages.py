@@ -15,7 +15,7 @@ from streammerge.pickles.arrays import Arrays, Payload
 from streammerge.pickles.rebuild import Damaged, NotRead, StorageTable
 from streammerge.pickles.tree import StorageRef
 from streammerge.pickles.unpickle import unpickle
-from streammerge.sources.deflated import Record
+from streammerge.sources.deflated import PackedRecord
 
 _MOST_HEAD_BYTES = 4096
 _MAGIC = 0x1950A86A20F9469CFC6C
@@ -31,7 +31,7 @@ class EnclosedStorages:
 
     def __init__(self, arrays: Arrays) -> None:
         self.arrays = arrays
-        self.places: dict[str, tuple[int, int, Record | None]] = {}
+        self.places: dict[str, tuple[int, int, PackedRecord | None]] = {}
         self._begin = b""
 
     def __call__(self, args: tuple[Any, ...], peek: Callable[[int, int], bytes]) -> StorageRef | None:
@@ -54,7 +54,7 @@ class EnclosedStorages:
         if place.form == "raw":
             self.places[key] = (place.offset + begin, ref.nbytes, None)
         else:
-            self.places[key] = (begin, ref.nbytes, Record(place.offset, place.nbytes, end, place.form))
+            self.places[key] = (begin, ref.nbytes, PackedRecord(place.offset, place.nbytes, end, place.form))
         return StorageRef(key, ref.dtype, ref.numel)
 
     def _read(self, head: bytes) -> tuple[StorageRef, int]:

@@ -1,8 +1,8 @@
 """What becomes of a trainer's own numbers when its checkpoints are merged.
 
-Counters such as ``step``, ``epoch`` and ``num_updates``, at any level, are the largest of the inputs. A time stamp is that of
-the longest training. Each entry of ``model_loss`` is the weighted mean, where every input has that number. A hash or an id of
-the first input is left out. All else is the first input's. The lists are in :mod:`streammerge.tensors.conventions`.
+Counters such as ``step``, ``epoch`` and ``num_updates``, at any level, are the largest of the inputs. A time stamp is that
+of the longest training. Each entry of ``model_loss`` is the weighted mean, where every input has that number. A hash or an
+id of the first input is left out. All else is the first input's. The lists are in :mod:`streammerge.tensors.conventions`.
 """
 
 from __future__ import annotations
