@@ -300,7 +300,7 @@ class _Deciding:
                     if stale and (id(holder), key) not in seen:
                         seen.add((id(holder), key))
                         self.taken.add(id(value))
-                        yield Drop(str(key), holder, key, EMPTIED if members else OPTIMIZER)
+                        yield Drop(_shown((key,)), holder, key, EMPTIED if members else OPTIMIZER)
 
     # -- single tensors ---------------------------------------------------------------------------------------------
 
@@ -344,7 +344,7 @@ class _Deciding:
             known = _is_count(path) or any(isinstance(part, str) and re.fullmatch(PROGRESS, part) for part in path)
             if not known and any(number(node_at(tree, path)) not in (None, value) for tree in others):
                 quiet = any(map(bars, path)) or any(map(is_record, path))
-                (self.entries.records if quiet else self.entries.numbers).append(".".join(map(str, path)))
+                (self.entries.records if quiet else self.entries.numbers).append(_shown(path))
 
     def _foreign_single(self) -> Iterator[str]:
         """Yields the names of the single tensors of other models for which the first checkpoint has nothing."""
@@ -414,6 +414,12 @@ def dropped(
         nothing = any(len(other) == depth and other[-1][2] is None for other in others)
         return Drop(".".join(map(printable, path)), holder, key, why, None if nothing else MISSING)
     return Drop(candidate.label, None, None, why)
+
+
+def _shown(path: tuple[Any, ...]) -> str:
+    """Returns the name of an entry. The position in a list or tuple at the top stands in brackets."""
+    first = f"[{path[0]}]" if isinstance(path[0], int) else str(path[0])
+    return ".".join((first, *map(str, path[1:])))
 
 
 def _is_averaged(key: Any) -> bool:
