@@ -41,7 +41,7 @@ class Models:
     def read(self, number: int, start: int, stop: int) -> torch.Tensor:
         return self.models[number][start:stop]
 
-    def origin(self, number: int, at: int) -> str:
+    def origin(self, number: int) -> str:
         return "abc"[number]
 
 
