@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from streammerge.errors import RecipeError, printable
+from streammerge.formats.records import RECIPE_FILE
 from streammerge.methods.registry import LINEAR, find_method
-from streammerge.options import RECIPE_FILE
 from streammerge.recipe.checks import check, raise_all
 from streammerge.recipe.document import parse as parse_document
 from streammerge.recipe.document import to_json, to_yaml
