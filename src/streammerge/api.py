@@ -30,11 +30,11 @@ from streammerge.options import (
     Naming,
     OnMissing,
     OnShape,
-    Output,
     Resources,
     Running,
-    Selection,
+    Selecting,
     Verifying,
+    Writing,
     picked,
     truth,
 )
@@ -49,22 +49,21 @@ from streammerge.running.process import resident_bytes
 from streammerge.running.readback import receipt_of
 from streammerge.running.session import RunOptions
 from streammerge.signatures import takes
-from streammerge.stores.locations import Place as PathLike
-from streammerge.stores.locations import parse, resolved
+from streammerge.stores.locations import PathLike, parse, resolved
 from streammerge.units import parse_share
 
 if TYPE_CHECKING:
     from streammerge.verifying.files import Verified
 
 
-@takes(Selection)
+@takes(Selecting)
 def inspect(path: Checkpoint, *, state_dict: str | None = None, ema: Ema | None = None) -> CheckpointIndex:
     """Returns the index of a checkpoint. Reads headers only. Nothing in the file is executed or imported.
 
     The index is a mapping from the tensors' names to :class:`Source`: ``len(index)``, ``index[name]``, iteration.
     ``path``: a file or folder, or a state dict in memory. Raises FormatError when the checkpoint cannot be read.
     """
-    asked, held = picked(Selection, locals()), Held()
+    asked, held = picked(Selecting, locals()), Held()
     name = named("path", path, held)
     return opened(name if name in held else from_hub_cache(name), asked.state_dict, asked.ema or "ignore", held)
 
@@ -227,7 +226,7 @@ def convert(
     """
     given = locals()
     asked, naming = picked(Converting, given), picked(Naming, given)
-    selection, output, resources = picked(Selection, given), picked(Output, given), picked(Resources, given)
+    selection, output, resources = picked(Selecting, given), picked(Writing, given), picked(Resources, given)
     held = Held()
     source, target = named("path", path, held), parse(path_of("out", out))
     with _run_options(given) as running:

@@ -30,7 +30,7 @@ from streammerge.planning import tasks
 from streammerge.running import worker
 from streammerge.running.executors.processes import ProcessExecutor
 from streammerge.running.executors.threads import ThreadExecutor
-from streammerge.running.session import Production
+from streammerge.running.session import Run
 from streammerge.stores import descriptors, journal, system
 from streammerge.tensors.spec import GRAIN
 
@@ -93,13 +93,13 @@ def test_every_method_can_be_sent() -> None:
 
 def test_results_are_small(files: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     sizes = []
-    finished = Production._finished
+    finished = Run._finished
 
-    def seen(self: Production, piece: Any, done: Any) -> Any:
+    def seen(self: Run, piece: Any, done: Any) -> Any:
         sizes.append(len(pickle.dumps(done)))
         return finished(self, piece, done)
 
-    monkeypatch.setattr(Production, "_finished", seen)
+    monkeypatch.setattr(Run, "_finished", seen)
     sm.merge(files[:2], tmp_path / "out.safetensors", executor="processes")
     assert 0 < max(sizes) < 1000
 
@@ -239,11 +239,11 @@ from streammerge.stores import journal
 tasks.PIECE_ELEMS, journal.INTERVAL_SECONDS = 1 << 16, 0.001
 from streammerge.running import session
 import time
-finished = session.Production._finished
+finished = session.Run._finished
 def slowly(self, piece, done):
     time.sleep(0.01)
     return finished(self, piece, done)
-session.Production._finished = slowly
+session.Run._finished = slowly
 from streammerge.cli.main import run
 sys.argv[0] = "streammerge"
 run()

@@ -11,7 +11,7 @@ from typing import Literal as OneOf
 from streammerge.errors import FormatError, printable
 from streammerge.pickles.tree import StorageRef, TensorRef
 from streammerge.sources.base import Source
-from streammerge.sources.deflated import Record, of_bytes
+from streammerge.sources.deflated import PackedRecord, of_bytes
 from streammerge.stores.base import Location
 from streammerge.tensors.spec import TensorSpec, is_contiguous
 
@@ -28,7 +28,7 @@ class StorageBytes:
     path: Location
     offset: int
     nbytes: int
-    record: Record | None = None
+    record: PackedRecord | None = None
 
     @property
     def span(self) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from typing import Any
 from streammerge.errors import FormatError, RecipeError, listed, printable
 from streammerge.options import EMA_CHOICES
 from streammerge.pickles.arrays import unread_kind
-from streammerge.pickles.tree import Instance, Part, TensorRef, mapping_items, walk
+from streammerge.pickles.tree import FieldName, Instance, TensorRef, mapping_items, walk
 from streammerge.tensors.conventions import AVERAGED, SWAPPED
 
 _Place = tuple[tuple[Any, ...], Any, bool, bool, bool, Any]
@@ -235,18 +235,18 @@ def fields_of(node: Instance) -> dict[Any, Any] | list[Any] | tuple[Any, ...]:
 def _loose(tree: Any) -> list[Candidate]:
     """Collects tensors outside any state dict, each under its path."""
     loose = [(path, node) for path, node in walk(tree) if isinstance(node, TensorRef)]
-    tensors = [Found(joined(path), node) for path, node in loose if not any(map(bars, path))]
+    tensors = [Found(dotted(path), node) for path, node in loose if not any(map(bars, path))]
     return [Candidate((), "loose tensors", tensors)] if tensors else []
 
 
 def bars(key: Any) -> bool:
     """Whether no weights lie below a key: state of the training, settings, measurements."""
-    return isinstance(key, str) and not isinstance(key, Part) and re.fullmatch(_NOT_WEIGHTS, key) is not None
+    return isinstance(key, str) and not isinstance(key, FieldName) and re.fullmatch(_NOT_WEIGHTS, key) is not None
 
 
 def is_record(key: Any) -> bool:
     """Whether a key holds records of one run: measurements, random states, settings. They are not merged."""
-    return isinstance(key, str) and not isinstance(key, Part) and re.fullmatch(_RECORDS, key) is not None
+    return isinstance(key, str) and not isinstance(key, FieldName) and re.fullmatch(_RECORDS, key) is not None
 
 
 def is_measurement(key: Any) -> bool:
@@ -264,7 +264,7 @@ def _as_state_dict(path: tuple[Any, ...], node: Any) -> Candidate | None:
     items = mapping_items(node)
     if items is not None:
         tensors = [
-            Found(k if isinstance(k, str) and len(k) <= _MOST_NAME else joined((k,)), v, node, k)
+            Found(k if isinstance(k, str) and len(k) <= _MOST_NAME else dotted((k,)), v, node, k)
             for k, v in items
             if isinstance(v, TensorRef) and isinstance(k, _KEYS)
         ]
@@ -336,14 +336,14 @@ def _module_tensors(root: Instance) -> list[Found]:
                 held = state.get(part)
                 for name, value in held.items() if isinstance(held, dict) else ():
                     if isinstance(value, TensorRef) and not (part == "_buffers" and name in skipped):
-                        found.append(Found(joined((prefix + str(name),)), value, held, name))
+                        found.append(Found(dotted((prefix + str(name),)), value, held, name))
             inner = state["_modules"]
         elif node.path.startswith("__torch__."):
-            found += [Found(joined((prefix + str(k),)), v, state, k) for k, v in state.items() if isinstance(v, TensorRef)]
+            found += [Found(dotted((prefix + str(k),)), v, state, k) for k, v in state.items() if isinstance(v, TensorRef)]
             inner = state
         else:
             continue
-        below = [(joined((f"{prefix}{k}.",)), v, depth + 1) for k, v in inner.items() if isinstance(v, Instance)]
+        below = [(dotted((f"{prefix}{k}.",)), v, depth + 1) for k, v in inner.items() if isinstance(v, Instance)]
         stack.extend(reversed(below))
     return found
 
@@ -354,7 +354,7 @@ def _members(node: Any) -> set[str]:
     return set(map(str, inside)) if isinstance(inside, list | tuple) else set()
 
 
-def joined(path: tuple[Any, ...]) -> str:
+def dotted(path: tuple[Any, ...]) -> str:
     """Joins keys with dots. The length is limited, because long keys above many tensors would use unbounded memory."""
     if len(path) == 1 and isinstance(path[0], str) and len(path[0]) <= _MOST_NAME:
         return path[0]
@@ -436,7 +436,7 @@ def _together(chosen: list[Candidate]) -> list[Found]:
     """Returns the tensors of all candidates. With several candidates, the path of each is put before its names."""
     if len(chosen) == 1:
         return chosen[0].tensors
-    return [Found(joined((*c.path, f.name)), f.ref, f.holder, f.key) for c in chosen for f in c.tensors]
+    return [Found(dotted((*c.path, f.name)), f.ref, f.holder, f.key) for c in chosen for f in c.tensors]
 
 
 def _named(tree: Any, found: list[Candidate], wanted: str) -> Selection:

@@ -135,13 +135,13 @@ def mapping_items(node: Any) -> list[tuple[Any, Any]] | None:
     return None
 
 
-class Part(str):
+class FieldName(str):
     """The name of a part of a record, as a step of a path. It is no key that a program wrote."""
 
     __slots__ = ()
 
 
-_ARGS, _KWARGS, _ELEMENTS, _STATE = map(Part, ("args", "kwargs", "elements", "state"))
+_ARGS, _KWARGS, _ELEMENTS, _STATE = map(FieldName, ("args", "kwargs", "elements", "state"))
 
 
 def children(node: Any) -> Iterator[tuple[Any, Any]]:

@@ -15,8 +15,7 @@ from streammerge.errors import RecipeError, printable
 from streammerge.options import number_or_percent, path
 from streammerge.sources.memory import is_array, is_tensor
 from streammerge.stores.base import Location
-from streammerge.stores.locations import Place as PathLike
-from streammerge.stores.locations import has_scheme, parse
+from streammerge.stores.locations import PathLike, has_scheme, parse
 
 Checkpoint = PathLike | Mapping[str, Any]
 """A file or folder, or a state dict in memory: torch tensors or numpy arrays by name, or a mapping that holds one. An index

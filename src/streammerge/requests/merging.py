@@ -14,10 +14,10 @@ from streammerge.options import (
     Executing,
     Merging,
     Naming,
-    Output,
     Policies,
     Resources,
-    Selection,
+    Selecting,
+    Writing,
     picked,
 )
 from streammerge.planning.plan import Plan
@@ -42,10 +42,10 @@ class Request:
     choosing: Choosing
     naming: Naming
     policies: Policies
-    selection: Selection
+    selection: Selecting
     resources: Resources
     executing: Executing
-    output: Output
+    output: Writing
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Request:
@@ -68,7 +68,7 @@ class Request:
             None if out is None else parse(path_of("out", out)),
             recipe if recipe is None or isinstance(recipe, Mapping) else path_of("recipe", recipe),
             merging,
-            *(picked(group, given) for group in (Choosing, Naming, Policies, Selection, Resources, Executing, Output)),  # type: ignore[arg-type]
+            *(picked(group, given) for group in (Choosing, Naming, Policies, Selecting, Resources, Executing, Writing)),  # type: ignore[arg-type]
         )
 
     def plan(self) -> Plan:

@@ -7,7 +7,7 @@ from contextlib import closing
 from typing import Any, TypeVar
 
 from streammerge.kernels.chunk import Look, Step
-from streammerge.kernels.record import Record
+from streammerge.kernels.pass_results import PassResults
 from streammerge.planning.tasks import MergeTask, Piece, PieceDone, batches, pieces
 from streammerge.running.executors.base import Executor
 from streammerge.running.worker import Job, MergeWork, SweepWork, bind, failures
@@ -32,7 +32,7 @@ def run_all(
             yield from done
     for number, task in enumerate(tasks):
         if task.spread and any(map(wanted, pieces(task, number))):
-            record = Record()
+            record = PassResults()
             with failures(task, 0, task.elems):
                 bind(task, _sweep_on_all(job, executor, number, task, record), record)
             spread = ([piece] for piece in pieces(task, number) if wanted(piece))
@@ -42,7 +42,7 @@ def run_all(
 
 
 def _sweep_on_all(
-    job: Job, executor: Executor, number: int, task: MergeTask, record: Record
+    job: Job, executor: Executor, number: int, task: MergeTask, record: PassResults
 ) -> Callable[..., Iterator[Any]]:
     """Returns a sweep over the pieces of a long tensor by all workers. ``record``: the results of the previous passes."""
 

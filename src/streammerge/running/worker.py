@@ -18,9 +18,9 @@ from streammerge.errors import StreammergeError, TaskError, printable
 from streammerge.kernels.agreed import AGREED, count_nonfinite, origins
 from streammerge.kernels.chunk import Chunk, Kernel, Look, Step, chunk_spans
 from streammerge.kernels.group import TensorGroup
-from streammerge.kernels.record import Record
+from streammerge.kernels.pass_results import PassResults
 from streammerge.planning.budget import Budget
-from streammerge.planning.tasks import MergeTask, Piece, PieceDone, joined, stretches
+from streammerge.planning.tasks import MergeTask, Piece, PieceDone, as_one_piece, stretches
 from streammerge.running.executors.base import Host
 from streammerge.running.workspace import Inputs, Outgoing, Workspace, prepare_torch
 from streammerge.sources.stored import Stored
@@ -184,7 +184,7 @@ class Bench:
 class MergeWork:
     """Computes and writes batches of pieces that are neighbours in the output.
 
-    ``passes``: the results of the method's passes, as :class:`Record` keeps them, if all units are pieces of one long
+    ``passes``: the results of the method's passes, as :class:`PassResults` keeps them, if all units are pieces of one long
     tensor. None if each worker runs the passes of its tensors itself.
     """
 
@@ -297,7 +297,7 @@ class MergeWorker(_Worker):
 
     def _together(self, stretch: list[Piece], outgoing: Outgoing) -> list[PieceDone] | None:
         """Computes pieces as one tensor. Returns None for NaN or infinity, which must be reported tensor by tensor."""
-        whole = joined(stretch)
+        whole = as_one_piece(stretch)
         done = self._one(whole, outgoing)
         if done.nonfinite:
             outgoing.take_back(whole.nbytes)
@@ -350,7 +350,7 @@ class MergeWorker(_Worker):
         if self._kernel is not None:
             return self._kernel
         if self._passes is not None:
-            self._kernel = bind(task, _no_sweep, Record(self._passes))
+            self._kernel = bind(task, _no_sweep, PassResults(self._passes))
             return self._kernel
 
         def sweep(look: Look, step: Step[T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
@@ -382,7 +382,7 @@ class SweepWorker(_Worker):
         self.one_torch_thread()
         with failures(work.task, 0, work.task.elems):
             try:
-                bind(work.task, _reach, Record(work.passes))
+                bind(work.task, _reach, PassResults(work.passes))
             except _Reached as reached:
                 self._look = reached.look
             else:
@@ -412,12 +412,12 @@ def _no_sweep(look: Look, step: Step[T], start: int, stop: int, sparse: int = 0)
     raise ValueError(_OTHER_PASSES)
 
 
-def bind(task: MergeTask, sweep: Callable[..., Iterator[Any]], record: Record | None = None) -> Kernel:
+def bind(task: MergeTask, sweep: Callable[..., Iterator[Any]], results: PassResults | None = None) -> Kernel:
     """Returns the kernel of a task. ``sweep`` runs the passes whose results are not in ``record``."""
     import torch
 
     models, compute = len(task.sources) - task.based, getattr(torch, task.compute)
-    group = TensorGroup(task.out.name, task.shape, models, compute, sweep, task.based, task.row, task.seed, record)
+    group = TensorGroup(task.out.name, task.shape, models, compute, sweep, task.based, task.row, task.seed, results)
     return task.method.bind(group, task.parameters)
 
 

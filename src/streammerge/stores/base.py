@@ -310,7 +310,7 @@ class Output(ABC):
             raise ValueError(f"bytes {offset} to {offset + nbytes} lie outside {name} of {self.size} bytes")
 
 
-class Record(ABC):
+class JournalFile(ABC):
     """A small file beside an output in the making, to which the journal appends."""
 
     @abstractmethod
@@ -334,12 +334,12 @@ class Staging(ABC):
     """An output in the making, which appears under its name whole, at :meth:`commit`, or not at all.
 
     One run at a time has it. ``home``: the hidden folder that holds all of it. ``content``: the folder in which its files
-    can be read back before they are published. ``record``: the journal. ``notes``: sentences about promises that this place
-    cannot keep. A store of one's own defines :meth:`opened` and what follows it.
+    can be read back before they are published. ``journal_file``: holds the journal. ``notes``: sentences about promises
+    that this place cannot keep. A store of one's own defines :meth:`opened` and what follows it.
     """
 
-    def __init__(self, out: Location, home: Location, record: Record) -> None:
-        self.out, self.home, self.record = out, home, record
+    def __init__(self, out: Location, home: Location, journal_file: JournalFile) -> None:
+        self.out, self.home, self.journal_file = out, home, journal_file
         self.content = home / "output"
         self.notes: list[str] = []
         self._files: dict[str, Output] = {}

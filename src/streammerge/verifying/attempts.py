@@ -13,8 +13,7 @@ from streammerge.requests.plans import planned
 from streammerge.running.readback import read_output
 from streammerge.stores.base import Location
 from streammerge.stores.checksums import CRC32
-from streammerge.stores.locations import HERE, parse
-from streammerge.stores.locations import Place as PathLike
+from streammerge.stores.locations import HERE, PathLike, parse
 from streammerge.verifying.files import Verified
 from streammerge.verifying.values import check_inputs, recompute
 

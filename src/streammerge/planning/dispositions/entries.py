@@ -22,10 +22,10 @@ from streammerge.pickles.state_dict import (
     Found,
     Selection,
     bars,
+    dotted,
     is_measurement,
     is_record,
     is_training_state,
-    joined,
 )
 from streammerge.pickles.tree import MISSING, TensorRef, mapping_items, number, walk
 from streammerge.planning.dispositions.pruned import WHY as ONLY
@@ -419,7 +419,7 @@ def _chosen_names(index: CheckpointIndex) -> dict[int, str]:
     names = {}
     for candidate in selection.chosen:
         for found in candidate.tensors:
-            name = found.name if len(selection.chosen) == 1 else joined((*candidate.path, found.name))
+            name = found.name if len(selection.chosen) == 1 else dotted((*candidate.path, found.name))
             names[id(found)] = renamed.get(name, name)
     return names
 

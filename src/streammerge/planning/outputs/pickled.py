@@ -20,7 +20,7 @@ from streammerge.planning.copies import AlignedCopy, align_copies, record_entrie
 from streammerge.planning.dispositions.entries import Entries, decide
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.bookkeeping import drop_facts, merge_bookkeeping
-from streammerge.planning.outputs.layout import Layout, Output, Placed, blank_sums, recipe_record
+from streammerge.planning.outputs.layout import Layout, Placed, PlannedOutput, blank_sums, recipe_record
 from streammerge.planning.receipt import ITSELF, Receipt
 from streammerge.planning.views import Indexes
 from streammerge.recipe.document import to_yaml
@@ -52,7 +52,7 @@ class PickledFile:
 
 def pickled_output(
     name: str, recipe: Recipe, base: CheckpointIndex, indexes: Indexes, alignment: Alignment, receipt: Receipt
-) -> Output:
+) -> PlannedOutput:
     made = receipt
 
     def beside(sums: str, dispositions: Dispositions) -> dict[str, bytes]:
@@ -64,7 +64,7 @@ def pickled_output(
 
     planned = pickled_file(name, recipe, base, indexes, alignment, beside)
     layout = Layout((planned.file,), made, pickle_bytes=planned.pickle_bytes)
-    return Output(layout, planned.placed, planned.notes, dispositions=planned.dispositions)
+    return PlannedOutput(layout, planned.placed, planned.notes, dispositions=planned.dispositions)
 
 
 def pickled_file(
