@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 from streammerge.errors import FormatError, StreammergeError, listed, printable
 from streammerge.formats.base import Container, Form, is_index
 from streammerge.formats.distributed import refuse_distributed
-from streammerge.options import RECEIPT_FILE, RECIPE_FILE
+from streammerge.formats.records import RECEIPT_FILE, RECIPE_FILE
 from streammerge.pickles.state_dict import select
 from streammerge.pickles.tree import StorageRef, TensorRef
 from streammerge.stores.base import Location
