@@ -2,6 +2,7 @@
 
 Each module imports only modules above it::
 
+    records             the names of an output's recipe and receipt
     base                Container, and the layout of an output file
     archive             zip archives
     safetensors

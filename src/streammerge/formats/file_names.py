@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from streammerge.formats.base import Form, is_index
-from streammerge.options import RECEIPT_FILE, RECIPE_FILE
+from streammerge.formats.records import RECEIPT_FILE, RECIPE_FILE
 from streammerge.stores.base import Location
 from streammerge.stores.names import MOST_PARTS
 from streammerge.tensors.conventions import (

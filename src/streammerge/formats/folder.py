@@ -16,6 +16,7 @@ from streammerge.errors import FormatError, StreammergeError, listed, printable
 from streammerge.formats.base import Container, Form
 from streammerge.formats.distributed import refuse_distributed
 from streammerge.formats.file_names import KNOWN, grouped, is_looked_for, is_training_file, kind_of_folder, parsed_name
+from streammerge.formats.records import RECEIPT_FILE
 from streammerge.formats.shards import (
     MAX_INDEX_BYTES,
     ReadFile,
@@ -27,7 +28,6 @@ from streammerge.formats.shards import (
     tensors_of,
     together,
 )
-from streammerge.options import RECEIPT_FILE
 from streammerge.stores.base import Location
 from streammerge.stores.names import is_inner
 from streammerge.strict_json import load_json

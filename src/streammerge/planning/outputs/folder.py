@@ -17,7 +17,7 @@ from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import safetensors
 from streammerge.formats.base import Form, LayoutFile
 from streammerge.formats.file_names import form_of_file, is_looked_for
-from streammerge.options import RECEIPT_FILE, RECIPE_FILE
+from streammerge.formats.records import RECEIPT_FILE, RECIPE_FILE
 from streammerge.pickles.tree import mapping_items
 from streammerge.planning.alignment import Alignment, Merged
 from streammerge.planning.dispositions.files import NOT_MERGED, Copies, decide, parts_of
