@@ -87,7 +87,7 @@ def _planned(
     receipt: Receipt,
 ) -> PlannedOutput:
     merged = alignment.merged
-    if kind != "folder" and len(first.parts) > 1:
+    if kind != "folder" and any(first.parts):
         models = listed([each or "." for each in first.parts])
         raise RecipeError(
             f"{printable(first.path)} holds several models ({models}), which no program loads from one file; "
