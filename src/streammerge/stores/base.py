@@ -44,7 +44,9 @@ class Location(Key):
 
     __slots__ = ("_hash", "_text", "store")
 
-    def __init__(self, store: Store, key: str, text: str | None = None) -> None:
+    def __init__(self, store: Store, key: str | None = None, text: str | None = None) -> None:
+        if key is None:
+            raise TypeError("a Location has a store and a key; streammerge.location(text) reads one from a text or a path")
         self.store = store
         self.key = str(PurePosixPath(key))
         self._text = store.spelled(self.key) if text is None else text

@@ -43,6 +43,14 @@ def parse(place: PathLike, within: Location | None = None) -> Location:
     return within.store.parse(f"{within}{slash}{store.without_scheme(place)}")
 
 
+def location(place: PathLike) -> Location:
+    """Returns the location of a path or of a text like ``scheme://name``, as every function of streammerge reads it.
+
+    Raises RecipeError for a scheme of no known store.
+    """
+    return parse(place)
+
+
 def resolved(place: PathLike) -> Location:
     """The location without links and relative parts: equal for two names of one place."""
     return parse(place).resolve()

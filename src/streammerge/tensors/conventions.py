@@ -108,6 +108,9 @@ COUNTERS: frozenset[str] = frozenset(
 """Keys that count the length of the training. A merge has the largest value of its inputs, because a mean is not a count.
 """
 
+PROGRESS = r"(?i)(.*_)?timestamp"
+"""A key of a record that only makes sense as a whole, as that of Composer: a merge has that of the longest training."""
+
 FACTS: frozenset[str] = frozenset(("hash", "id", "sha256", "md5", "uuid"))
 """Keys whose value is true of one file only. A merge does not copy them from the first input."""
 
