@@ -1,9 +1,9 @@
 """A merge on a small scale, in which a wait stands for all work that does not hold Python's lock.
 
-Kernels, reads and writes release the lock, so on a machine with enough CPUs they run beside each other. To measure how workers
-wait for the lock, such a machine is not needed: every size (tensors, chunks, pieces, buffers) is divided by SCALE, so that
-the same Python code runs the same number of times, and the kernels take next to no time. Before each chunk the worker then
-waits as long as the missing work takes. A waiting worker needs no CPU, so two CPUs carry many of them.
+Kernels, reads and writes release the lock, so on a machine with enough CPUs they run beside each other. Two CPUs are enough
+to measure how workers wait for the lock. Every size (tensors, chunks, pieces, buffers) is divided by SCALE. The same Python
+code then runs the same number of times, and kernels take next to no time. Before each chunk the worker waits for as long as
+the missing work takes. A waiting worker needs no CPU.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def shapes_of(shape: str, gigabytes: float, scale: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yields names and shapes of a model in bfloat16. ``shape``: "large" has matrices of a language model, 8 to 32 MiB each;
-    "small" has tensors of 64 KiB. ``scale``: divides the number of elements of each tensor, but not their number."""
+    """Yields names and shapes of a model in bfloat16. ``shape``: "large" has the matrices of a language model, of 8 and 32
+    MiB; "small" has tensors of 64 KiB. ``scale``: each tensor has this many times fewer elements."""
     elems = int(gigabytes * 1e9) // 2
     if shape == "small":
         for number in range(elems >> 15):
@@ -85,7 +85,7 @@ def emulate(nanoseconds: float) -> None:
     """Shrinks the engine. Each chunk then waits ``nanoseconds`` for each element that it stands for."""
     shrink()
     from streammerge.running import worker
-    from streammerge.running.executors import processes
+    from streammerge.running.executors import processes, server
 
     ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)  # inherited by threads and forked workers
     seconds, late, chunks = nanoseconds * SCALE / 1e9, _lateness(), worker.Worker.chunks
@@ -99,7 +99,8 @@ def emulate(nanoseconds: float) -> None:
 
     if nanoseconds:
         worker.Worker.chunks = waiting  # type: ignore[method-assign]
-    processes.CODE = processes.CODE.replace("from streammerge", _CODE.format(nanoseconds=nanoseconds), 1)
+    code = server.CODE.replace("from streammerge", _CODE.format(nanoseconds=nanoseconds), 1)
+    processes.CODE = code  # type: ignore[attr-defined]
 
 
 def _lateness() -> float:
@@ -129,7 +130,7 @@ class Timed:
             worker.Worker.chunks = lambda *given, **how: self._counted(*given, **how)  # type: ignore[method-assign]
 
     def run(self, workers: int, executor: Any) -> dict[str, Any]:
-        """Returns the seconds and the CPU seconds of a merge, with the chunks that its workers computed and their elements."""
+        """Returns the seconds and the CPU seconds of a merge, the number of chunks, and the number of their elements."""
         import streammerge as sm
 
         how = METHODS[self.arguments.method] | ({} if self.arguments.method == "linear" else {"base": self.base})
@@ -181,11 +182,15 @@ def main() -> int:
 
     timed = Timed(arguments)
     for workers in map(int, arguments.workers.split(",")):
-        for name in arguments.executors.split(","):
-            team = Lasting(workers) if name == "processes" else ThreadExecutor(workers)
-            for turn in range(arguments.rounds + 1):
+        teams = {
+            name: Lasting(workers) if name == "processes" else ThreadExecutor(workers)
+            for name in arguments.executors.split(",")
+        }
+        for turn in range(arguments.rounds + 1):
+            for name, team in teams.items():
                 found = timed.run(workers, lambda count, team=team: team)
                 print(json.dumps({"workers": workers, "executor": name, "turn": turn} | found), flush=True)
+        for team in teams.values():
             if isinstance(team, ProcessExecutor):
                 ProcessExecutor.close(team)
     return 0

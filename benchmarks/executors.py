@@ -105,8 +105,10 @@ def emulated(files: Path, seconds: float, counts: str, rounds: int) -> list[str]
         size = gigabytes * seconds / whole["seconds"]
         more = ["--gigabytes", f"{size:.3g}", "--rounds", str(rounds), "--nanoseconds", f"{wait:.4f}"]
         found = _median(_emulation([*same, *more, "--workers", counts, "--executors", "threads,processes"]))
-        lines.append(f"{name}: {small['seconds'] / whole['seconds']:.0%} of a worker's time is not waited for")
-        lines += _rows(method, shape, found, float(f"{size:.3g}") * (2 if method == "linear" else 3))
+        share = small["seconds"] / whole["seconds"]
+        lines.append(f"{name}: {share:.0%} of a worker's time is Python; with {wait:.2f} ns to wait for each element")
+        lines += _rows(method, shape, found, float(f"{size:.3g}") * (2 if method == "linear" else 3), share)
+    lines.append("(cpu): the workers' Python needs more than 1.6 CPUs, so processes would be faster on more CPUs than two")
     return lines
 
 
@@ -128,8 +130,9 @@ def _median(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return made
 
 
-def _rows(method: str, shape: str, found: dict[str, dict[str, float]], read: float) -> Iterator[str]:
-    """Yields a line for each number of workers. ``read``: gigabytes that a merge reads."""
+def _rows(method: str, shape: str, found: dict[str, dict[str, float]], read: float, share: float) -> Iterator[str]:
+    """Yields a line for each number of workers. ``read``: gigabytes that a merge reads. ``share``: of Python in a worker's
+    time."""
     for workers in dict.fromkeys(name.split()[0] for name in found):
         threads, processes = (found[f"{workers} {each}"] for each in ("threads", "processes"))
         saved = (threads["seconds"] - processes["seconds"]) / read
@@ -138,6 +141,8 @@ def _rows(method: str, shape: str, found: dict[str, dict[str, float]], read: flo
         yield (
             f"{method:<6}  {shape:<7}  {workers:>7}  {read / threads['seconds']:12.2f}  {read / processes['seconds']:14.2f}"
             f"  {threads['seconds'] / processes['seconds']:17.2f}  {start:7.1f}  {pays:>17}"
+            + "  (cpu)"
+            * (int(workers) * share > 1.6)
         )
 
 

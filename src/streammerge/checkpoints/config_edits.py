@@ -51,8 +51,7 @@ class Edits:
         }
 
     def set_dtype(self, name: str, all_alike: bool) -> None:
-        """States another dtype. ``all_alike``: whether all tensors have it, so that it is true of each part of the model.
-        """
+        """States another dtype. ``all_alike``: whether all tensors have it, so that each part of the model has it too."""
         stated = self._dtypes()
         for path, old in stated.items():
             if old != name and (len(path) == 1 or all_alike):
@@ -79,7 +78,9 @@ class Edits:
         """
         stated = [sizes for sizes, names in grown.items() if self._set_rows(sizes, names, keeps)]
         for sizes, names in grown.items():
-            if not any(sizes[1] - sizes[0] == new - old for old, new in stated):  # otherwise the table has more rows than stated
+            if not any(
+                sizes[1] - sizes[0] == new - old for old, new in stated
+            ):  # otherwise the table has more rows than stated
                 self.notes.append(
                     f"{self.config.name} states nowhere that {listed(names, 2)} had {sizes[0]} rows; now it has "
                     f"{sizes[1]}, so set this there by hand if it should"
