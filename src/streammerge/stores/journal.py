@@ -34,7 +34,8 @@ Key = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A piece whose bytes are written: its task's number and first element, where it lies, and what was met in it."""
+    """A piece whose bytes are written: its task's number and first element, where it lies, and the NaN and infinities in
+    it."""
 
     task: int
     start: int
@@ -116,9 +117,9 @@ def _checked(line: bytes) -> Any:
 class Journal:
     """Syncs and writes down finished pieces, every few seconds, on a thread of its own.
 
-    ``plan``: what the run is a run of, as plain data with texts as keys; a run of an equal plan can go on from its pieces.
-    ``files``: the output's files by name, at this moment. ``keeps``: whether anything is to be written down; if not, it
-    syncs at the end only.
+    ``plan``: identifies the run, as plain data with texts as keys. A later run with an equal plan can continue from its
+    pieces. ``files``: the output's files by name, at this moment. ``keeps``: whether pieces are written down. If not,
+    files are synced at the end only.
     """
 
     def __init__(
