@@ -170,8 +170,8 @@ def _home(m: Merged, parts: dict[str, CheckpointIndex]) -> str:
             return name
     if m.added:
         raise RecipeError(
-            f"{printable(m.spec.name)} belongs to a model that the first input lacks (it has {listed(sorted(parts))}); give "
-            "an input that has it first, since its configuration is copied from there"
+            f"{printable(m.spec.name)} belongs to a model that the first input lacks, which has {listed(sorted(parts))}; "
+            "give an input that has it first, since its configuration is copied from there"
         )
     raise RecipeError(f"{printable(m.spec.name)} belongs to none of the subfolders {listed(sorted(parts))}; rename it")
 
