@@ -133,6 +133,7 @@ def test_averages_are_taken_when_asked(tmp_path: Path, tree: Any, ema: Any, labe
         ("model.a.w", "model_ema.aw"),
         ("student.a.w", "teacher.a.w"),
         ("a.w", "ema.a.w"),
+        ("diffusion.model.a.w", "diffusion_ema.ema_model.a.w"),
     ],
 )
 def test_averages_replace_plain_weights_of_one_state_dict(tmp_path: Path, plain: str, averaged: str) -> None:

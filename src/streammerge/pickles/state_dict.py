@@ -476,7 +476,7 @@ def _use_averages(selection: Selection) -> bool:
     homes: dict[str, dict[str, str]] = {}  # what stands behind the first part -> first part -> plain name
     for name in plain:
         top, _, ending = name.partition(".")
-        for key, under in ((ending, top), (ending.replace(".", ""), top), (name, "")):
+        for key, under in ((ending, top), (ending.replace(".", ""), top), (unwrapped(ending), top), (name, "")):
             homes.setdefault(key, {}).setdefault(under, name)
     found, votes = list[tuple[Found, dict[str, str]]](), Counter[str]()
     for averaged in averages:
