@@ -35,22 +35,22 @@ class Product(Source):
 
     def needs(self) -> Needs:
         rank, columns = self.right.spec.shape[-2:]
-        scratch = region_bytes(8 * rank * columns) + region_bytes(8 * min(self.columns, columns) * self.rows)
+        scratch = region_bytes(8 * rank * columns) + region_bytes(8 * min(self.block_columns, columns) * self.block_rows)
         needed = Needs(scratch_bytes=scratch, computes=True)
-        needed += wide_needs(self.left, self.rows * rank)
+        needed += wide_needs(self.left, self.block_rows * rank)
         return needed + wide_needs(self.right, min(_STRETCH_ELEMS, rank * columns))
 
     def open(self, room: Room) -> Reader:
         return _Reader(self, room)
 
     @property
-    def rows(self) -> int:
+    def block_rows(self) -> int:
         """Rows of a block."""
         (rows, rank), columns = self.left.spec.shape[-2:], self.right.spec.shape[-1]
         return max(min(BLOCK_ELEMS // max(columns, 1), BLOCK_ELEMS // max(rank, 1), rows), 1)
 
     @property
-    def columns(self) -> int:
+    def block_columns(self) -> int:
         """Columns of a block."""
         return BLOCK_ELEMS
 
@@ -80,7 +80,7 @@ class _Reader(Reader):
     def __init__(self, source: Product, room: Room) -> None:
         (self._rows, self._rank), self._columns = source.left.spec.shape[-2:], source.right.spec.shape[-1]
         self._source, self._room, self._dtype = source, room, source.spec.dtype
-        self._at_once, self._wide = source.rows, min(source.columns, self._columns)
+        self._at_once, self._wide = source.block_rows, min(source.block_columns, self._columns)
         self._held = room.take(8 * self._rank * self._columns)
         self._made = room.take(8 * self._wide * self._at_once)
         self._left = Wide(source.left, room, self._at_once * self._rank)

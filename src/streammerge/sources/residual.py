@@ -80,5 +80,5 @@ class _Reader(Reader):
         else:
             q, r = torch.linalg.qr(weight)
             taken = source.scale * q[:, : source.rank] @ r[: source.rank]
-        rest = weight - taken
+        rest: torch.Tensor = weight - taken
         return (rest.t() if source.transposed else rest).contiguous().view(-1)
