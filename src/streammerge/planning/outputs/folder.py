@@ -22,7 +22,15 @@ from streammerge.planning.alignment import Alignment, Merged
 from streammerge.planning.dispositions.files import NOT_MERGED, Copies, decide, parts_of
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.config import config_files
-from streammerge.planning.outputs.layout import Layout, Output, Placed, blank_sums, metadata_of, recipe_record, text_file
+from streammerge.planning.outputs.layout import (
+    Layout,
+    Placed,
+    PlannedOutput,
+    blank_sums,
+    metadata_of,
+    recipe_record,
+    text_file,
+)
 from streammerge.planning.outputs.pickled import pickled_file
 from streammerge.planning.receipt import Receipt
 from streammerge.planning.views import Indexes
@@ -71,7 +79,7 @@ def folder_output(
     alignment: Alignment,
     receipt: Receipt,
     dispositions: Dispositions,
-) -> Output:
+) -> PlannedOutput:
     """Plans the output folder. Raises RecipeError for what the container of the first input cannot hold."""
     made = _Folder(recipe, indexes, dispositions)
     parts = parts_of(base)
@@ -97,7 +105,7 @@ def folder_output(
     file = text_file(RECEIPT_FILE, receipt.text(2))
     made.files.append(replace(file, receipt=file.literals[0].data))
     layout = Layout(tuple(made.files), receipt, True, tuple(copied), made.pickle_bytes)
-    return Output(layout, made.placed, made.notes, dispositions=dispositions)
+    return PlannedOutput(layout, made.placed, made.notes, dispositions=dispositions)
 
 
 def _own_alignment(
