@@ -52,6 +52,7 @@ from streammerge.options import (
 )
 from streammerge.planning.plan import Plan, build_plan
 from streammerge.planning.receipt import Receipt
+from streammerge.recipe.adapted import resolved, split
 from streammerge.recipe.arguments import conversion, overridden, recipe_of
 from streammerge.recipe.locations import found_in_hub_cache, from_hub_cache, is_recipe_name
 from streammerge.recipe.model import Recipe, Reference
@@ -66,7 +67,7 @@ from streammerge.signatures import takes
 from streammerge.sources.memory import is_array, is_tensor
 from streammerge.stores.base import Location
 from streammerge.stores.checksums import CRC32
-from streammerge.stores.locations import HERE, PathLike, has_scheme, parse, resolved
+from streammerge.stores.locations import HERE, PathLike, has_scheme, parse
 from streammerge.units import decimal_bytes, parse_bytes, parse_share
 
 if TYPE_CHECKING:
@@ -428,7 +429,13 @@ def _named(name: str, given: Any, held: Held) -> str:
 def _opened(path: str, state_dict: str | None, ema: str, held: Held) -> CheckpointIndex:
     if path in held:
         return index_state_dict(held[path], path, state_dict, ema)
-    return open_checkpoint(path, state_dict, ema)
+    parts = split(path)
+    if parts is None:
+        return open_checkpoint(path, state_dict, ema)
+    from streammerge.adapters.applying import adapted, read_adapter  # here, because most merges have no adapters
+
+    base = _opened(parts.base, state_dict, ema, held)
+    return adapted(base, [(read_adapter(each.path), each.scale) for each in parts.adapters])
 
 
 def _inputs(given: Any, held: Held) -> tuple[list[str], list[float] | None]:
@@ -585,6 +592,10 @@ def _convert_first(recipe: Recipe, request: _Request, running: RunOptions) -> bo
     if request.merging.convert_first is None:
         return False
     folder, resources, made = parse(request.merging.convert_first), request.resources, False
+    if composed := next((each.path for each in recipe.checkpoints if split(each.path)), None):
+        raise RecipeError(
+            f"`convert_first` converts checkpoints as they are, and {printable(composed)} has adapters; leave it out"
+        )
     folder.make_folder()
     for each in recipe.checkpoints:
         index = open_checkpoint(each.path, each.state_dict, recipe.ema)

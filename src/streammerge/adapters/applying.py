@@ -7,19 +7,31 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from streammerge.adapters.experts import Block, Singles, block_of, blocks, fused_update, separate_updates
-from streammerge.adapters.modules import Adapter, Module
+from streammerge.adapters.modules import Adapter, Module, read_adapter
 from streammerge.adapters.names import Names, Spot, wanted_names
 from streammerge.adapters.updates import updated
-from streammerge.checkpoints.index import CheckpointIndex
+from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
 from streammerge.errors import MismatchError, RecipeError, printable
+from streammerge.recipe.adapted import split
 from streammerge.sources.base import Source
 from streammerge.sources.elementwise import rounded
 from streammerge.sources.joined import joined
 from streammerge.sources.rows import rows_of
 from streammerge.tensors.dtypes import DType
 
+__all__ = ["adapted", "open_model", "read_adapter"]
+
 _ORDER = ("saved", "ia3", "full", "lora", "embedding", "experts", "loha", "lokr", "bias", "tokens")
 """What is replaced comes before what is added to it; trained rows come last."""
+
+
+def open_model(text: str, state_dict: str | None = None, ema: str = "ignore") -> CheckpointIndex:
+    """Returns the index of a checkpoint, or of one with adapters (:mod:`streammerge.recipe.adapted`). Raises as they do."""
+    parts = split(text)
+    if parts is None:
+        return open_checkpoint(text, state_dict, ema)
+    base = open_checkpoint(parts.base, state_dict, ema)
+    return adapted(base, [(read_adapter(each.path), each.scale) for each in parts.adapters])
 
 
 def adapted(base: CheckpointIndex, adapters: Sequence[tuple[Adapter, float]]) -> CheckpointIndex:
@@ -49,24 +61,32 @@ class _Adapted:
         singles: dict[str, Singles] = {}
         lost: list[Module] = []
         touched = set[str]()
-        modules = sorted(adapter.modules, key=lambda module: _ORDER.index(module.kind))
-        for module in modules:
-            try:
-                spot = names.find(wanted_names(module))
-            except MismatchError as error:
-                raise MismatchError(f"{adapter.where}: {error}") from error
-            if spot is not None:
-                touched.add(spot.name)
-                self._apply(adapter, module, spot, strength)
-                continue
-            found = block_of(module, experts)
-            if found is None:
+        for module in sorted(adapter.modules, key=lambda module: _ORDER.index(module.kind)):
+            options = [module, *(replace(module, parameter=other, others=()) for other in module.others)]
+            failures: list[MismatchError] = []
+            for option in options:
+                try:
+                    spot = self._find(adapter, option, names)
+                    if spot is not None:
+                        self._apply(adapter, option, spot, strength)
+                        touched.add(spot.name)
+                        break
+                    if module.kind == "ia3" and module.parameter == "bias":  # a module without a bias
+                        break
+                    found = block_of(option, experts)
+                    if found is None:
+                        continue
+                    block, place = found
+                    names.learn(f"{place}.", f"{block.place}.")
+                    self._experts(adapter, option, block, singles, strength)
+                    touched.update(block.names.values())
+                    break
+                except MismatchError as error:
+                    failures.append(error)
+            else:
+                if failures:
+                    raise failures[0]
                 lost.append(module)
-                continue
-            block, place = found
-            names.learn(f"{place}.", f"{block.place}.")
-            self._experts(adapter, module, block, singles, strength)
-            touched.update(block.names.values())
         for layer in singles.values():
             change = partial(self._fuse, layer, strength)
             self._guarded(adapter, next(iter(layer.modules.values())), layer.block.place, change)
@@ -74,15 +94,15 @@ class _Adapted:
         self.notes += [*adapter.notes, *dict.fromkeys(names.notes)]
         scale = "" if strength == 1.0 else f", times {strength:g}"
         self.notes.append(
-            f"{printable(self.base.path)}: {len(touched)} of its {len(self.base.entries)} tensors are changed by the adapter "
-            f"{adapter.where} ({adapter.dialect}{scale})"
+            f"{printable(self.base.path)}: {len(touched)} of its {len(self.base.entries)} tensors are changed by the "
+            f"adapter {adapter.where} ({adapter.dialect}{scale})"
         )
 
     def _lost(self, adapter: Adapter, lost: list[Module], names: Names, strength: float) -> None:
         """Places modules again, since other modules may have told how the base calls theirs. Raises MismatchError if a
         module has no place."""
         for module in lost:
-            spot = names.find(wanted_names(module))
+            spot = self._find(adapter, module, names)
             if spot is None:
                 others = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
                 wanted = wanted_names(module)[0]
@@ -91,6 +111,12 @@ class _Adapted:
                     f"{printable(self.base.path)}{names.near(wanted)}; give the base that the adapter was made for"
                 )
             self._apply(adapter, module, spot, strength)
+
+    def _find(self, adapter: Adapter, module: Module, names: Names) -> Spot | None:
+        try:
+            return names.find(wanted_names(module))
+        except MismatchError as error:
+            raise MismatchError(f"{adapter.where}: {error}") from error
 
     def _fuse(self, layer: Singles, strength: float) -> None:
         self.now.update(layer.updates(self._all(layer.block), strength, self.base))
@@ -135,15 +161,17 @@ class _Adapted:
             raise MismatchError(f"{adapter.where}: {error}") from error
         except RecipeError as error:
             raise MismatchError(
-                f"{adapter.where}: {printable(module.keys[0])} does not fit {printable(name)} of {printable(self.base.path)}: {error}"
+                f"{adapter.where}: {printable(module.keys[0])} does not fit {printable(name)} of "
+                f"{printable(self.base.path)}: {error}"
             ) from error
 
     def _check_kind(self, adapter: Adapter, module: Module, name: str) -> None:
         spec = self.base.entries[name].spec
         if module.kind != "saved" and spec.dtype.kind != "float":
             raise MismatchError(
-                f"{adapter.where}: {printable(module.keys[0])} is about {printable(name)}, which {printable(self.base.path)} "
-                f"holds as {spec.dtype.torch_name}: its base is quantised; give the weights that it was made from"
+                f"{adapter.where}: {printable(module.keys[0])} is about {printable(name)}, which "
+                f"{printable(self.base.path)} holds as {spec.dtype.torch_name}: its base is quantised; give the weights "
+                "that it was made from"
             )
 
     def index(self, adapters: Sequence[Adapter]) -> CheckpointIndex:
@@ -163,8 +191,8 @@ class _Adapted:
         if resized:
             shape = entries[resized[0]].spec.shape
             self.warnings.append(
-                f"{printable(adapters[-1].index.path)} brings {printable(resized[0])} with {shape[0]} rows; the tokenizer that "
-                "belongs to them is the adapter's, so copy its tokenizer files to the output"
+                f"{printable(adapters[-1].index.path)} brings {printable(resized[0])} with {shape[0]} rows; the tokenizer "
+                "that belongs to them is the adapter's, so copy its tokenizer files to the output"
             )
         files = tuple(dict.fromkeys((*base.files, *(file for each in adapters for file in each.index.files))))
         warnings = [*base.warnings, *(warning for each in adapters for warning in each.index.warnings), *self.warnings]

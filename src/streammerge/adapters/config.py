@@ -80,14 +80,14 @@ def read_config(folder: Location) -> Config | None:
     if not path.is_file():
         return None
     where = printable(path)
+    if path.size > _MOST_BYTES:
+        raise FormatError(f"{where} cannot be read (it is larger than {_MOST_BYTES >> 20} MiB)")
     try:
-        if path.size > _MOST_BYTES:
-            raise ValueError(f"it is larger than {_MOST_BYTES >> 20} MiB")
         tree = json.loads(path.read(0, path.size).decode("utf-8-sig"))
-        if not isinstance(tree, dict):
-            raise ValueError("it is no mapping")
     except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{where} cannot be read ({printable(error)})") from error
+    if not isinstance(tree, dict):
+        raise FormatError(f"{where} cannot be read (it is no mapping)")
     return config_of(tree, where)
 
 
@@ -105,8 +105,8 @@ def config_of(tree: Mapping[str, Any], where: str) -> Config:
     for key, value in tree.items():
         if key not in NEEDED | TOLD | TRAINING and key not in REFUSED and value not in (None, False, "", 0, [], {}):
             raise MismatchError(
-                f"{where}: {printable(key)} is set, and what it does to the numbers is not known; merge it with the program "
-                "that made it"
+                f"{where}: {printable(key)} is set, and what it does to the numbers is not known; merge it with the "
+                "program that made it"
             )
     take = _Values(tree, where)
     targets = tree.get("target_parameters") or ()

@@ -15,7 +15,7 @@ from streammerge.adapters.dialects import COMPONENTS, PARTS, REFUSED_PARTS, SAME
 from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
 from streammerge.errors import FormatError, MismatchError, printable
 from streammerge.sources.base import Allocated, Source, read_whole
-from streammerge.stores.locations import Place
+from streammerge.stores.locations import PathLike
 from streammerge.tensors.dtypes import DType
 
 _KINDS: tuple[tuple[str, str], ...] = (
@@ -41,13 +41,15 @@ class Module:
     """What an adapter says about one module of its base.
 
     ``name``: the module as the adapter calls it; for the kind "saved" the whole name of a tensor. ``kind``: "lora"
-    (``A`` [r, in...], ``B`` [out, r], maybe ``mid``), "embedding" (``embedding A`` [r, rows], ``embedding B`` [columns, r]),
-    "loha", "lokr" (LyCORIS' factors), "ia3", "full" (``diff``), "saved" (``value`` replaces a tensor), "tokens" (``tokens``
-    replace the rows ``rows``), "bias" (``B bias`` or ``diff_b`` is added to the bias). ``parts``: part -> its tensor.
-    ``keys``: the names of these tensors in the adapter. ``scale``: of the update, alpha / r for most, without a strength of
-    the user. ``rank``: of its factors. ``magnitude``: "row" or "dora" if the norms are the adapter's own (DoRA), as PEFT or
-    LyCORIS computes them. ``parameter``: the tensor of the module. ``transposed``: what the configuration says about the
-    layout, which counts where shapes do not tell. ``start``: an initialisation that changed the base.
+    (``A`` [r, in...], ``B`` [out, r], maybe ``mid``), "embedding" (``embedding A`` [r, rows], ``embedding B``
+    [columns, r]), "loha", "lokr" (LyCORIS' factors), "ia3", "full" (``diff``), "saved" (``value`` replaces a tensor),
+    "tokens" (``tokens`` replace the rows ``rows``), "bias" (``B bias`` or ``diff_b`` is added to the bias).
+    ``parts``: part -> its tensor. ``keys``: the names of these tensors in the adapter. ``scale``: of the update, alpha / r for most, without a strength of
+    the user. ``rank``: of its factors. ``magnitude``: the part with the norms of the updated tensor (DoRA), "" without.
+    ``parameter``: the tensor of the module. ``transposed``: what the configuration says about the
+    layout, which counts where shapes do not tell. ``start``: an initialisation that changed the base. ``others``: further
+    parameters of the module that it may be about. The order in the configuration tells which, but not in all versions of
+    PEFT, so a parameter counts only if its shape fits.
     """
 
     name: str
@@ -60,7 +62,7 @@ class Module:
     transposed: bool = False
     start: str = ""
     rows: tuple[int, ...] = ()
-    depth: int = 0
+    others: tuple[str, ...] = ()
 
     @property
     def magnitude(self) -> str:
@@ -90,7 +92,7 @@ class _Key(NamedTuple):
     depth: int
 
 
-def read_adapter(place: Place) -> Adapter:
+def read_adapter(place: PathLike) -> Adapter:
     """Returns the adapter of a file or folder. Reads headers, PEFT's configuration and single numbers such as alphas.
 
     Raises FormatError and RecipeError as for any checkpoint, and MismatchError for an adapter that cannot be merged.
@@ -123,7 +125,8 @@ def adapter_of(index: CheckpointIndex, config: Config | None = None) -> Adapter:
         group = groups.setdefault((key.module, key.depth), {})
         if part in group:
             raise MismatchError(
-                f"{made.where}: {printable(group[part][0])} and {printable(name)} are the same factor of {printable(key.module)}"
+                f"{made.where}: {printable(group[part][0])} and {printable(name)} are the same factor of "
+                f"{printable(key.module)}"
             )
         group[part] = name, source
     if not factors and not config:
@@ -137,8 +140,8 @@ def adapter_of(index: CheckpointIndex, config: Config | None = None) -> Adapter:
     made.modules[:0] = saved
     if made.dialect.startswith("PEFT") and not configs and any(each.kind == "lora" for each in made.modules):
         made.notes.append(
-            f"{made.where} has no {CONFIG} beside it, so the scale of its updates is not known; they are added as they are, "
-            "which is right where alpha equals the rank"
+            f"{made.where} has no {CONFIG} beside it, so the scale of its updates is not known; they are added as they "
+            "are, which is right where alpha equals the rank"
         )
     return made
 
@@ -158,7 +161,7 @@ def _refusals() -> list[tuple[re.Pattern[str], str]]:
 
 @cache
 def _endings() -> list[tuple[re.Pattern[str], str]]:
-    return [(re.compile(f"(?P<module>.+?){pattern}$"), part) for pattern, part, _ in PARTS]
+    return [(re.compile(f"(?P<module>.+?){pattern}$"), part.replace(r"\1", r"\2")) for pattern, part, _ in PARTS]
 
 
 @cache
@@ -222,14 +225,14 @@ def _modules(
     tensors = {part: source for part, (_, source) in group.items()}
     if len(kinds) > 1:
         raise MismatchError(
-            f"{adapter.where}: {printable(name)} has factors of several kinds ({', '.join(sorted(keys.values()))}), and what "
-            "they mean together is not known"
+            f"{adapter.where}: {printable(name)} has factors of several kinds ({', '.join(sorted(keys.values()))}), and "
+            "what they mean together is not known"
         )
     biases = {part for part in group if part in ("B bias", "diff_b")}
-    rest = set(group) - biases
+    rest = [part for part in sorted(group) if part not in biases]
     kind = next(iter(kinds), "")
     if not kind and rest:
-        only = keys[sorted(rest)[0]]
+        only = keys[rest[0]]
         raise MismatchError(f"{adapter.where}: {printable(only)} has no factors beside it that it belongs to")
     made: Module | None = None
     if kind == "saved":
@@ -239,6 +242,8 @@ def _modules(
         parts = {part: tensors[part] for part in rest}
         made = _scaled(adapter, name, depth, kind, parts, keys, config)
         yield made
+        if kind == "ia3" and not made.transposed:
+            yield replace(made, parameter="bias")
     if kind == "saved" and made is not None:
         yield made
     for part in sorted(biases):
@@ -272,8 +277,8 @@ def _scaled(
     for needed in _PARTNERS[kind]:
         if not any(part in parts for part in needed):
             raise MismatchError(
-                f"{adapter.where}: {printable(used[0])} has no partner {needed[0]}, so {printable(name)} cannot be updated; "
-                "the adapter is not complete"
+                f"{adapter.where}: {printable(used[0])} has no partner {needed[0]}, so {printable(name)} cannot be "
+                "updated; the adapter is not complete"
             )
     own = parts.pop("alpha", None)
     stated, rank, scale = config is not None, 0, 1.0
@@ -286,8 +291,8 @@ def _scaled(
     if config is None or kind in ("ia3", "tokens", "full"):
         rows = _rows(adapter, name, config, keys.get("tokens", "")) if kind == "tokens" else ()
         through = config is not None and config.is_feedforward(name)
-        return Module(name, kind, parts, used, scale, rank, rows=rows, depth=depth, transposed=through)
-    module = Module(name, kind, parts, used, config.scale(name), config.rank(name), depth=depth)
+        return Module(name, kind, parts, used, scale, rank, rows=rows, transposed=through)
+    module = Module(name, kind, parts, used, config.scale(name), config.rank(name))
     module = replace(module, transposed=config.fan_in_fan_out, start=config.init)
     targets = _targets(config, name)
     if targets and stated:
@@ -296,7 +301,9 @@ def _scaled(
                 f"{adapter.where}: {printable(used[0])} is one factor more than the parameters of {printable(name)} that "
                 f"target_parameters of {CONFIG} names"
             )
-        return replace(module, kind="experts", parameter=targets[len(targets) - 1 - depth])
+        likely = targets[len(targets) - 1 - depth]
+        others = tuple(target for target in targets if target != likely)
+        return replace(module, kind="experts", parameter=likely, others=others)
     if rank and rank != module.rank and kind in ("lora", "embedding"):
         raise MismatchError(
             f"{adapter.where}: {printable(used[0])} has the rank {rank}, and {CONFIG} says {module.rank} for "
@@ -346,8 +353,8 @@ def _rows(adapter: Adapter, name: str, config: Config | None, key: str) -> tuple
     if len(tokens) == 1:
         return next(iter(tokens.values()))
     raise MismatchError(
-        f"{adapter.where}: {printable(key)} holds trained rows, and their numbers stand in trainable_token_indices of {CONFIG}, "
-        "which does not say them"
+        f"{adapter.where}: {printable(key)} holds trained rows, and their numbers stand in trainable_token_indices of "
+        f"{CONFIG}, which does not say them"
     )
 
 

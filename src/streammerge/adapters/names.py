@@ -102,8 +102,8 @@ class Names:
                 best.append(other)
         if len(best) > 1:
             raise MismatchError(
-                f"{printable(name)} could be {listed(sorted(best), 4)} of {printable(self.base.path)}; rename the adapter's "
-                "tensors"
+                f"{printable(name)} could be {listed(sorted(best), 4)} of {printable(self.base.path)}; rename the "
+                "adapter's tensors"
             )
         if not best:
             return None
@@ -163,8 +163,8 @@ class Names:
         stack, first = self._stacks.setdefault(ours.stack, (theirs.stack, name))
         if stack != theirs.stack:
             raise MismatchError(
-                f"{printable(name)} would be {printable(spot.name)} of {printable(self.base.path)}, but {printable(first)} is "
-                f"in {printable(stack)}; the adapter is of a model with other layers"
+                f"{printable(name)} would be {printable(spot.name)} of {printable(self.base.path)}, but "
+                f"{printable(first)} is in {printable(stack)}; the adapter is of a model with other layers"
             )
 
 

@@ -1,7 +1,7 @@
 """A model with adapters on it, as text: ``base+adapter``, ``base + 0.5*one + other``.
 
-A path that contains a plus sign stays a path. Whether a text is one follows from what exists: first the whole text is tried,
-then the longest base.
+A path that contains a plus sign stays a path. Whether a text is one follows from what exists: first the whole text is
+tried, then the longest base.
 """
 
 from __future__ import annotations
@@ -139,8 +139,8 @@ def resolved(text: str) -> tuple[tuple[Location, float], ...]:
 
 
 def adapted_text(base: str, given: object) -> str:
-    """Returns the text for a base and the value of a recipe's ``lora``: a path, a mapping with ``path`` and maybe ``scale``,
-    or a list of these. Raises ValueError for anything else."""
+    """Returns the text for a base and the value of a recipe's ``lora``: a path, a mapping with ``path`` and maybe
+    ``scale``, or a list of these. Raises ValueError for anything else."""
     several = given if isinstance(given, list | tuple) else [given]
     parts = []
     for each in several:

@@ -170,6 +170,7 @@ def _absent(named: str, folders: list[Location], confined: bool = False) -> str:
         if broken := place.broken_link():
             return broken
     if "+" in named:
+
         def exists(path: str) -> bool:
             return _may_stand(path, folders, confined) and _find_one(path, folders) is not None
 
