@@ -11,31 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import streammerge as sm
-from adapters.conftest import Tensors, adapter_of, baked, base_of, drawn, same
+from adapters.arithmetic import Q, Tensors, V, adapter_of, baked, base_of, base_tensors, change, drawn, factors, same
 
-Q, V = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
 BF16 = torch.bfloat16
-
-
-def base_tensors(dtype: torch.dtype = torch.float32) -> Tensors:
-    return {
-        f"{Q}.weight": drawn(1, 24, 16, dtype=dtype),
-        f"{V}.weight": drawn(2, 12, 16, dtype=dtype),
-        "model.embed_tokens.weight": drawn(3, 30, 16, dtype=dtype),
-        "lm_head.weight": drawn(4, 30, 16, dtype=dtype),
-        f"{Q}.bias": drawn(5, 24, dtype=dtype),
-    }
-
-
-def factors(module: str, out: int, inner: int, rank: int = 4, seed: int = 10) -> Tensors:
-    return {
-        f"{module}.lora_A.weight": drawn(seed, rank, inner),
-        f"{module}.lora_B.weight": drawn(seed + 1, out, rank),
-    }
-
-
-def change(tensors: Tensors, module: str, scale: float) -> torch.Tensor:
-    return scale * (tensors[f"{module}.lora_B.weight"].double() @ tensors[f"{module}.lora_A.weight"].double())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16, torch.float64])
@@ -171,78 +149,6 @@ def test_an_initialisation_that_changed_the_base(way: str) -> None:
         taken = 2 * q[:, :4] @ r[:4]
     made = baked("base+lora")[f"{Q}.weight"]
     torch.testing.assert_close(made.double(), weight - taken + change(lora, Q, 2), rtol=0, atol=5e-5)
-
-
-# ------------------------------------------------------------------------------------------------------------- experts
-
-EXPERTS, RANK, HIDDEN, INNER = 3, 2, 8, 6
-
-
-def expert_deltas(scale: float) -> tuple[Tensors, torch.Tensor, torch.Tensor]:
-    """Returns factors of fused experts, and their updates of gate_up [E, 2I, H] and down [E, H, I] in float64."""
-    lora = {
-        "model.layers.0.mlp.experts.base_layer.lora_A.weight": drawn(1, RANK * EXPERTS, HIDDEN),
-        "model.layers.0.mlp.experts.base_layer.lora_B.weight": drawn(2, 2 * INNER, RANK * EXPERTS),
-        "model.layers.0.mlp.experts.lora_A.weight": drawn(3, RANK * EXPERTS, INNER),
-        "model.layers.0.mlp.experts.lora_B.weight": drawn(4, HIDDEN, RANK * EXPERTS),
-    }
-    made = []
-    for down, up in ((1, 2), (3, 4)):
-        a = lora[list(lora)[down - 1]].double().view(EXPERTS, RANK, -1)
-        b = lora[list(lora)[up - 1]].double().view(-1, RANK, EXPERTS)
-        made.append(torch.stack([scale * b[:, :, each] @ a[each] for each in range(EXPERTS)]))
-    return lora, made[0], made[1]
-
-
-@pytest.mark.parametrize("order", [["gate_up_proj", "down_proj"], ["down_proj", "gate_up_proj"]])
-@pytest.mark.parametrize("form", ["fused", "transposed", "separate"])
-def test_parameters_of_fused_experts(form: str, order: list[str]) -> None:
-    lora, both, down = expert_deltas(1.5)
-    place = "model.layers.0.mlp.experts"
-    stored = {"gate_up_proj": drawn(5, EXPERTS, 2 * INNER, HIDDEN), "down_proj": drawn(6, EXPERTS, HIDDEN, INNER)}
-    expected = {"gate_up_proj": stored["gate_up_proj"].double() + both, "down_proj": stored["down_proj"].double() + down}
-    if form == "separate":
-        base, wanted = {}, {}
-        for tensors, into in ((stored, base), (expected, wanted)):
-            for each in range(EXPERTS):
-                where = f"model.layers.0.block_sparse_moe.experts.{each}"
-                into[f"{where}.w1.weight"] = tensors["gate_up_proj"][each, :INNER]
-                into[f"{where}.w3.weight"] = tensors["gate_up_proj"][each, INNER:]
-                into[f"{where}.w2.weight"] = tensors["down_proj"][each]
-    else:
-        turn = (lambda each: each.transpose(1, 2)) if form == "transposed" else (lambda each: each)
-        base = {f"{place}.{name}": turn(each) for name, each in stored.items()}
-        wanted = {f"{place}.{name}": turn(each) for name, each in expected.items()}
-    base_of(base)
-    targets = [f"mlp.experts.{each}" for each in order]
-    adapter_of(lora, config={"r": RANK, "lora_alpha": 3, "target_parameters": targets})
-    same(baked("base+lora"), wanted)
-
-
-@pytest.mark.parametrize("across", [False, True])
-def test_factors_of_single_experts_on_fused_ones(across: bool) -> None:
-    place = "model.layers.0.block_sparse_moe"
-    stored = {"gate_up_proj": drawn(5, EXPERTS, 2 * INNER, HIDDEN), "down_proj": drawn(6, EXPERTS, HIDDEN, INNER)}
-    lora, expected = dict[str, torch.Tensor](), {name: each.double() for name, each in stored.items()}
-    ranks = {"0.w1": 2, "2.w1": 1, "1.w3": 2, "0.w2": 2}
-    for number, (name, rank) in enumerate(ranks.items()):
-        out, inner = (HIDDEN, INNER) if name.endswith("w2") else (INNER, HIDDEN)
-        made = factors(f"{place}.experts.{name}", out, inner, rank, 10 + 2 * number)
-        lora |= made
-        expert, update = int(name[0]), change(made, f"{place}.experts.{name}", 4 / rank)
-        if name.endswith("w2"):
-            expected["down_proj"][expert] += update
-        else:
-            expected["gate_up_proj"][expert, slice(0, INNER) if name.endswith("w1") else slice(INNER, None)] += update
-    lora |= factors(f"{place}.gate", EXPERTS, HIDDEN, 2, 50)
-    expected["gate.weight"] = drawn(7, EXPERTS, HIDDEN).double() + change(lora, f"{place}.gate", 2)
-    turn = (lambda each: each.transpose(1, 2)) if across else (lambda each: each)
-    names = {name: f"model.layers.0.mlp.{'' if name == 'gate.weight' else 'experts.'}{name}" for name in expected}
-    base = {names[name]: turn(each) for name, each in stored.items()} | {names["gate.weight"]: drawn(7, EXPERTS, HIDDEN)}
-    base_of(base)
-    adapter_of(lora, config={"r": 2, "lora_alpha": 4, "rank_pattern": {"experts.2.w1": 1}})
-    wanted = {names[name]: each if each.dim() == 2 else turn(each) for name, each in expected.items()}
-    same(baked("base+lora"), wanted)
 
 
 # --------------------------------------------------------------------------------------------------- the whole program
@@ -390,25 +296,6 @@ def test_what_has_no_place_is_an_error_that_names_it(tensors: Tensors, config: d
     with pytest.raises((sm.MismatchError, sm.FormatError), match=words):
         sm.convert("base+lora", "out/")
     assert not Path("out").exists()
-
-
-def test_two_possible_tensors_are_an_error() -> None:
-    base_of({f"{tower}.layers.0.q.weight": drawn(1, 8, 8) for tower in ("text", "vision")})
-    adapter_of(factors("model.layers.0.q", 8, 8), config={"r": 4})
-    with pytest.raises(sm.MismatchError, match=r"could be text\.layers\.0\.q\.weight, vision\.layers\.0\.q\.weight"):
-        sm.convert("base+lora", "out/")
-
-
-def test_layers_of_two_stacks_are_an_error() -> None:
-    base = {f"text.model.layers.{n}.q.weight": drawn(n, 8, 8) for n in range(2)}
-    base |= {f"vision.layers.{n}.q.weight": drawn(n, 8, 8) for n in range(4)}
-    base_of(base)
-    lora = {}
-    for number in range(4):
-        lora |= factors(f"model.layers.{number}.q", 8, 8)
-    adapter_of(lora, config={"r": 4})
-    with pytest.raises(sm.MismatchError, match="a model with other layers"):
-        sm.convert("base+lora", "out/")
 
 
 def test_a_quantised_base_is_refused() -> None:

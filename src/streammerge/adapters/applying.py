@@ -31,19 +31,21 @@ def open_model(text: str, state_dict: str | None = None, ema: str = "ignore") ->
     if parts is None:
         return open_checkpoint(text, state_dict, ema)
     base = open_checkpoint(parts.base, state_dict, ema)
-    return adapted(base, [(read_adapter(each.path), each.scale) for each in parts.adapters])
+    return adapted(base, [(read_adapter(each.path), each.scale) for each in parts.adapters], str(parts))
 
 
-def adapted(base: CheckpointIndex, adapters: Sequence[tuple[Adapter, float]]) -> CheckpointIndex:
+def adapted(base: CheckpointIndex, adapters: Sequence[tuple[Adapter, float]], text: str = "") -> CheckpointIndex:
     """Returns the index of a base with adapters, each with its strength, added in their order. No tensor is read.
 
-    The dtypes stay those of the base, and each number is rounded once. Raises MismatchError, which names it, for a tensor
+    The dtypes stay those of the base, and each number is rounded once. ``text``: what a recipe calls it.
+
+    Raises MismatchError, which names it, for a tensor
     of an adapter that has no place in the base or does not fit there.
     """
     made = _Adapted(base)
     for adapter, strength in adapters:
         made.add(adapter, strength)
-    return made.index([adapter for adapter, _ in adapters])
+    return made.index([adapter for adapter, _ in adapters], text)
 
 
 @dataclass(slots=True)
@@ -174,7 +176,7 @@ class _Adapted:
                 "that it was made from"
             )
 
-    def index(self, adapters: Sequence[Adapter]) -> CheckpointIndex:
+    def index(self, adapters: Sequence[Adapter], text: str) -> CheckpointIndex:
         """Returns the index, with each tensor in the dtype that the base has."""
         base, entries = self.base, dict(self.base.entries)
         resized = []
@@ -204,6 +206,7 @@ class _Adapted:
             warnings=warnings,
             adapters=tuple(each.index for each in adapters),
             plain=base,
+            adapted_as=text,
         )
 
 

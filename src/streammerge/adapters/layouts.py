@@ -97,7 +97,7 @@ def other_names(name: str) -> Iterator[Other]:
     if match := _OPEN_CLIP_FUSED.match(name):
         for number, part in enumerate(("q_proj", "k_proj", "v_proj")):
             yield Other(f"text_model.encoder.layers.{match[1]}.self_attn.{part}.{match[2]}", number, 3)
-    if name.startswith("transformer.resblocks."):
+    elif name.startswith("transformer.resblocks."):
         yield from _replaced(name, _OPEN_CLIP)
     if name.startswith(("double_blocks.", "single_blocks.", "img_in.", "txt_in.")):
         yield from _replaced(name, _FLUX)

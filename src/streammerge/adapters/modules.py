@@ -44,12 +44,13 @@ class Module:
     (``A`` [r, in...], ``B`` [out, r], maybe ``mid``), "embedding" (``embedding A`` [r, rows], ``embedding B``
     [columns, r]), "loha", "lokr" (LyCORIS' factors), "ia3", "full" (``diff``), "saved" (``value`` replaces a tensor),
     "tokens" (``tokens`` replace the rows ``rows``), "bias" (``B bias`` or ``diff_b`` is added to the bias).
-    ``parts``: part -> its tensor. ``keys``: the names of these tensors in the adapter. ``scale``: of the update, alpha / r for most, without a strength of
-    the user. ``rank``: of its factors. ``magnitude``: the part with the norms of the updated tensor (DoRA), "" without.
-    ``parameter``: the tensor of the module. ``transposed``: what the configuration says about the
-    layout, which counts where shapes do not tell. ``start``: an initialisation that changed the base. ``others``: further
-    parameters of the module that it may be about. The order in the configuration tells which, but not in all versions of
-    PEFT, so a parameter counts only if its shape fits.
+    ``parts``: part -> its tensor. ``keys``: the names of these tensors in the adapter. ``scale``: of the update, alpha / r
+    for most, without a strength of the user. ``rank``: of its factors. ``magnitude``: the part with the norms of the
+    updated tensor (DoRA), "" without. ``parameter``: the tensor of the module. ``transposed``: what the configuration says
+    about the layout, which counts where shapes do not tell; for the kind "ia3", whether the inputs are multiplied.
+    ``start``: an initialisation that changed the base. ``others``: further parameters of the module that it may be about.
+    The order in the configuration tells which, but not in all versions of PEFT, so a parameter counts only if its shape
+    fits.
     """
 
     name: str
