@@ -47,7 +47,7 @@ IGNORED: tuple[tuple[str, str, str], ...] = (
     (r"\.EncDecAttention\.relative_attention_bias\.weight$", "", "a bias that early T5 stored and no T5 uses"),
     (r"(^|\.)(encoder|decoder)\.version$|(^|\.)_float_tensor$", "", "marks of fairseq, which hold no weights"),
 )
-"""(pattern, condition on the shape, reason): tensors that loaders drop or compute again, so that a checkpoint may lack them.
+"""(pattern, condition on the shape, reason): tensors that loaders drop or compute again. A checkpoint may lack them.
 
 "square mask": the shape is [1, 1, n, n]; a bias of an attention has one axis.
 """
