@@ -237,7 +237,7 @@ class Mismatch:
         )
 
 
-_ADAPTER = "merge it into its base model first, with the program that made it"
+_ADAPTER = "name it with its base model, as in `BASE+ADAPTER`"
 _EXPERT = re.compile(r"^(.*experts)\.(\d+)\.([^.]+)\.weight$")
 _FUSED = re.compile(r"^(.*experts)\.(gate_up_proj|down_proj|gate_proj|up_proj|w[123]|w13)(\.weight)?$")
 

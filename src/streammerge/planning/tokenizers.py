@@ -6,8 +6,8 @@ from __future__ import annotations
 from streammerge.checkpoints.vocabularies import same_vocabulary, vocabulary_of
 from streammerge.errors import RecipeError, printable
 from streammerge.planning.views import Indexes
+from streammerge.recipe.adapted import resolved
 from streammerge.recipe.model import Recipe
-from streammerge.stores.locations import resolved
 
 _NO_MODEL = ("base", "union")
 _WHAT_ELSE = "merge the tokenizers first, or leave this out and take the output's tokenizer as it is"

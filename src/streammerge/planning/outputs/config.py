@@ -106,7 +106,7 @@ class _Change:
         found: dict[str, tuple[int, int]] = {}
         for m in self.merged:
             name, shape = m.base_names[0], m.spec.shape
-            own = self.base.entries.get(name)
+            own = (self.base.plain or self.base).entries.get(name)
             if own is None or own.spec.shape == shape or len(own.spec.shape) != 2 or own.spec.shape[:1] == shape[:1]:
                 continue
             layer = layer_of(name)
