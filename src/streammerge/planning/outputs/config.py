@@ -114,6 +114,12 @@ class _Change:
                 found[name] = own.spec.shape[0], shape[0]
         return found
 
+    def beside_resized(self) -> list[Tree]:
+        """Returns the configurations beside the tensors that those with other rows are made of."""
+        resized = [m for m in self.merged if m.base_names[0] in self.resized]
+        folders = {path.parent for m in resized for source in m.sources for path in source.paths}
+        return [tree_of(folder) for folder in sorted(folders, key=str)]
+
     def unties(self, tree: Tree) -> bool:
         """Whether the output has a head of its own where the configuration makes one of head and embeddings.
 
@@ -156,7 +162,7 @@ def _edits(config: Config, change: _Change) -> Edits:
     for moved in change.moved:
         _follow(edits, moved, change)
     edits.set_rows(change.grown, change.keeps)
-    edits.note_labels(change.resized)
+    edits.set_labels(change.resized, change.beside_resized())
     if change.unties(config.tree):
         edits.untie()
     return edits
