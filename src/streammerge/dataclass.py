@@ -43,7 +43,7 @@ else:
             methods += _comparison(tuple(field.name for field in fields if field.compare), frozen)
         if frozen:
             names = tuple(field.name for field in fields)
-            methods += [*_refusals(cls, frozenset(names)), *(_state(names) if slots else ())]
+            methods += [*_refusals(cls, frozenset(names)), *(_state(cls, names) if slots else ())]
         for method in methods:
             if method.__name__ not in own:
                 method.__qualname__ = f"{cls.__qualname__}.{method.__name__}"
@@ -107,12 +107,15 @@ else:
 
         return [__setattr__, __delattr__]
 
-    def _state(names: tuple[str, ...]) -> list[Callable[..., Any]]:
+    def _state(cls: type, names: tuple[str, ...]) -> list[Callable[..., Any]]:
+        def names_of(thing: object) -> tuple[str, ...]:
+            return names if type(thing) is cls else tuple(field.name for field in dataclasses.fields(thing))
+
         def __getstate__(self: object) -> list[Any]:
-            return [getattr(self, name) for name in names]
+            return [getattr(self, name) for name in names_of(self)]
 
         def __setstate__(self: object, state: list[Any]) -> None:
-            for name, value in zip(names, state, strict=True):
+            for name, value in zip(names_of(self), state, strict=True):
                 object.__setattr__(self, name, value)
 
         return [__getstate__, __setstate__]

@@ -9,10 +9,10 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 
 from streammerge.checkpoints.config import config_folder
-from streammerge.dataclass import dataclass
 from streammerge.stores.base import Location
 
 _JSON = "tokenizer.json"

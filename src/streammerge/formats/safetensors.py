@@ -11,9 +11,9 @@ import math
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import FormatError, MismatchError, listed, printable
 from streammerge.formats.base import Container, LayoutFile, Literal, flat_tensor
 from streammerge.sources.stored import Stored

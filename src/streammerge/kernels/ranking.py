@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-from streammerge.dataclass import dataclass
 
 if TYPE_CHECKING:
     import torch

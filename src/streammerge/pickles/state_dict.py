@@ -17,11 +17,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import field
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import FormatError, RecipeError, listed, printable
 from streammerge.options import EMA_CHOICES
 from streammerge.pickles.arrays import unread_kind

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from streammerge.dataclass import dataclass
 from streammerge.kernels.chunk import whole_grains
 from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import COPY

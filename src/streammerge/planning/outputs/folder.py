@@ -7,13 +7,12 @@ The merged tensors go into files of the same names. The configuration is edited,
 from __future__ import annotations
 
 import json
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 
 from streammerge.checkpoints.config import CONFIG
 from streammerge.checkpoints.config_keys import CONFIG_FILES
 from streammerge.checkpoints.heads import loader_ties
 from streammerge.checkpoints.index import CheckpointIndex
-from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import safetensors
 from streammerge.formats.base import Form, LayoutFile
