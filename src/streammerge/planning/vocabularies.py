@@ -47,6 +47,7 @@ _OF_OTHERS = re.compile(
     r"pos(?!t)|type|patch|norm|speaker|spk|lang(?!uage_model)|dense|emb_g|emb_l|rotary|time", re.IGNORECASE
 )
 """Parts of names that embeddings of words have, tensors with a row for each token, and tensors that never have one."""
+_NONE, _GAP = array("i"), array("i", [-1])
 _FILLER = "\0filler"
 """Stands for the row before all tokens, which F5's models have."""
 
@@ -114,13 +115,16 @@ def truncated(recipe: Recipe, indexes: Indexes, warnings: list[str]) -> Indexes:
     made = dict(indexes)
     for group in _groups(recipe):
         seens = [_Seen(made[each], made[each].entries) for each in _known(indexes, group.models)]
-        for table in _alike(seens, group):
-            if len(set(filter(None, table.rows))) < 2:
+        for table in _alike(seens):
+            if len(set(filter(None, table.rows))) < 2 or not group.takes(str(table.names[0])):
                 continue
             least = min(filter(None, table.rows))
             for name, seen in zip(table.names, seens, strict=True):
                 if name is not None:
-                    seen.entries = {**seen.entries, name: rows_of(seen.entries[name], 0, least)}
+                    entry = seen.entries[name]
+                    upright = reshaped(entry, (entry.spec.shape[1], 1)) if table.axis else entry
+                    cut = rows_of(upright, 0, least)
+                    seen.entries = {**seen.entries, name: reshaped(cut, (1, least)) if table.axis else cut}
             counts = ", ".join(str(rows) for rows in table.rows)
             warnings.append(
                 f"`unsafe_truncate_embeddings`: {printable(table.names[0])} has {counts} rows in the models and is cut to "
@@ -164,19 +168,20 @@ def _lengths(seens: Sequence[_Seen], names: Sequence[str | None]) -> tuple[int, 
     """Returns the axis of the rows, and their number in each model; None for tensors that cannot have tokens as rows."""
     shapes = [seen.entries[name].spec.shape if name else None for seen, name in zip(seens, names, strict=True)]
     present = [shape for shape in shapes if shape is not None]
-    axis = 1 if all(len(shape) == 2 and shape[0] == 1 for shape in present) else 0
+    bias = str(names[0]).endswith("bias")
+    axis = 1 if bias and all(len(shape) == 2 and shape[0] == 1 for shape in present) else 0
     around = {shape[:axis] + shape[axis + 1 :] for shape in present}
     if len(around) != 1 or any(not shape or not shape[axis] for shape in present):
         return None
     return axis, tuple(shape[axis] if shape else None for shape in shapes)
 
 
-def _alike(seens: Sequence[_Seen], group: _Group) -> Iterator[_Table]:
+def _alike(seens: Sequence[_Seen]) -> Iterator[_Table]:
     """Yields the tensors outside the layers that may have tokens as rows, of the first model's names."""
     first, *others = seens
     matched = [_matched(first, other) for other in others]
     for name, entry in first.entries.items():
-        if entry.spec.dtype.kind != "float" or not entry.spec.shape or not group.takes(name) or layer_of(name) is not None:
+        if entry.spec.dtype.kind != "float" or not entry.spec.shape or layer_of(name) is not None:
             continue
         if _OF_OTHERS.search(name) or not _OF_TOKENS.search(name):
             continue
@@ -197,7 +202,7 @@ def _tables(seens: Sequence[_Seen], group: _Group, counts: Sequence[int]) -> lis
 
     Embeddings of words tell how many rows a model has. What has as many, and a name that can mean tokens, belongs to them.
     """
-    found = list(_alike(seens, group))
+    found = list(_alike(seens))
     embeddings = [each for each in found if each.axis == 0 and _is_table(each, seens) and _fits(each, counts)]
     words = [each for each in embeddings if _WORDS.search(str(each.names[0]))]
     if not words:
@@ -206,6 +211,7 @@ def _tables(seens: Sequence[_Seen], group: _Group, counts: Sequence[int]) -> lis
         )
         words = near[:1]
     sizes = [each.rows for each in words]
+    found = [each for each in found if group.takes(str(each.names[0]))]
     return [each for each in found if any(_same_rows(each.rows, rows) for rows in sizes)]
 
 
@@ -337,6 +343,9 @@ class _Gathering:
                     if serial >= 0:
                         own[serial] = number
                 seen[key] = array("i", (own[serial] if serial >= 0 else -1 for serial in vocabulary.serials))
+                for place, serial in enumerate(vocabulary.serials):
+                    if serial < 0 and place < each.limit and each.serials[place : place + 1] in (_NONE, _GAP):
+                        seen[key][place] = place  # a number that is no token's
             made[reference] = seen[key]
         return made
 

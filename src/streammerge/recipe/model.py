@@ -178,11 +178,9 @@ class Recipe:
     )
     base_model: str | None = key(MODEL, "The models' common ancestor.", default=None)
     parameters: Settings = key(SETTINGS, "Parameters of the method.", default_factory=dict)
-    tokenizer_source: str | None = key(
-        MODEL, "base, union, or the model whose tokenizer the output has. Rows of embeddings follow.", default=None
-    )
+    tokenizer_source: str | None = option_key(MODEL, _OPTIONS["tokenizer_source"])
     tokenizer: Tokenizer | None = key(FormOf(Tokenizer), "The same, with a source for single tokens.", default=None)
-    chat_template: str | None = key(TEMPLATE, "auto, the name of a built-in template, or Jinja text.", default=None)
+    chat_template: str | None = option_key(TEMPLATE, _OPTIONS["chat_template"])
     name: str | None = key(TEXT, "A name for people. It has no effect.", default=None)
     rules: tuple[Rule, ...] = key(ListOf(FormOf(Rule), least=0), "Other ways for some tensors.", default=())
     dtype: DType | None = option_key(DTYPE, _OPTIONS["dtype"])
