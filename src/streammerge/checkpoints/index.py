@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import ItemsView, Iterable, Iterator, KeysView, Sequence, ValuesView
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,14 +17,16 @@ from streammerge.recipe.locations import on_the_hub
 from streammerge.recipe.patterns import Rename, renamed
 from streammerge.sources.base import Allocated, Source, read_whole
 from streammerge.stores.base import Location, Status
-from streammerge.stores.locations import Place, parse
+from streammerge.stores.locations import PathLike, parse
 from streammerge.tensors.dtypes import DType
 from streammerge.units import counted, decimal_bytes
 
 
-@dataclass(slots=True, repr=False)
-class CheckpointIndex:
+@dataclass(slots=True, repr=False, eq=False)
+class CheckpointIndex(Mapping[str, Source]):
     """A mapping from the names of tensors to their entries: ``len(index)``, ``index[name]``, iteration over the names.
+
+    As for every mapping, two are equal if their items are: the same tensors of the same file. It is not hashable.
 
     ``entries``: every tensor of the state dict by name, in its order. ``aliases``: tied name -> the first name of
     the same tensor. ``extras``: the inert tree of a pickled file, None for safetensors. ``files``: all it is read from.
@@ -183,7 +185,7 @@ def _is_torch_type(node: Global) -> bool:
     return node.module == "torch" or node.module.startswith("torch.storage") or node.path == "collections.OrderedDict"
 
 
-def open_checkpoint(place: Place, state_dict: str | None = None, ema: str = "ignore") -> CheckpointIndex:
+def open_checkpoint(place: PathLike, state_dict: str | None = None, ema: str = "ignore") -> CheckpointIndex:
     """The index of a file or folder; nothing in it is executed and no tensor is read.
 
     Raises FormatError for what cannot be read and RecipeError when ``state_dict`` or ``ema`` ask for what is not there.

@@ -24,7 +24,7 @@ from streammerge.planning.vocabularies import tokenized, truncated
 from streammerge.recipe.model import Recipe
 from streammerge.recipe.summary import recipe_lines, rule_lines, weight_notes
 from streammerge.sources.base import BlobPath, Needs, Source
-from streammerge.sources.deflated import RecordKey, records
+from streammerge.sources.deflated import PackedKey, records
 from streammerge.sources.stored import Stored
 from streammerge.stores import descriptors
 from streammerge.stores.base import Location, Status
@@ -51,7 +51,7 @@ class Plan:
     out: Location | None
     tasks: list[MergeTask]
     expressions: list[Source]
-    spooled: dict[RecordKey, str]
+    spooled: dict[PackedKey, str]
     layout: Layout
     budget: Budget
     memory_bytes: int
@@ -214,7 +214,7 @@ def build_plan(
     ranks: dict[BlobPath, int] = {}
     tasks.sort(key=lambda task: (task.method is not INTEGERS, *_begin(task.sources[0], ranks)))
     expressions = list({s.place: s for task in tasks for s in task.sources if s.__class__ is not Stored}.values())
-    spooled: dict[RecordKey, str] = {}
+    spooled: dict[PackedKey, str] = {}
     for source in expressions:
         for record in records(source):
             spooled.setdefault(record, source.spec.name)
