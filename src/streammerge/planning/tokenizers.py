@@ -15,10 +15,11 @@ from streammerge.checkpoints.tokens import FLAGS, Added, Tokens, entry, next_num
 from streammerge.checkpoints.vocabularies import same_vocabulary, vocabulary_of
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.planning.views import Indexes
+from streammerge.recipe.adapted import resolved
 from streammerge.recipe.model import Recipe, Reference
 from streammerge.recipe.vocabulary import NO_MODEL, Tokenizer
 from streammerge.stores.base import Location
-from streammerge.stores.locations import parse, resolved
+from streammerge.stores.locations import parse
 
 
 def differing_vocabularies(recipe: Recipe, indexes: Indexes) -> list[str]:
@@ -144,7 +145,7 @@ def output_vocabulary(recipe: Recipe, pool: Pool, known: dict[Reference, Known])
         if asked.source == "union":
             _unite(made, known, pool)
     else:
-        own = next((each for each in known.values() if resolved(str(each.path)) == resolved(asked.source)), None)
+        own = next((each for reference, each in known.items() if resolved(reference.path) == resolved(asked.source)), None)
         if own is not None and own.tokens is not None:
             made = Vocabulary(array("i", own.serials), own.tokens, next_number(own.tokens.ordinary, own.tokens.added))
         else:

@@ -20,6 +20,7 @@ from streammerge.errors import RecipeError, listed, printable
 from streammerge.methods.registry import COPY, LINEAR
 from streammerge.planning.tokenizers import Known, Pool, Vocabulary, base_of, known_vocabularies, output_vocabulary
 from streammerge.planning.views import Indexes
+from streammerge.recipe.adapted import resolved
 from streammerge.recipe.model import Recipe, Reference
 from streammerge.recipe.vocabulary import Token
 from streammerge.sources.base import Source
@@ -31,7 +32,6 @@ from streammerge.sources.merged import merged
 from streammerge.sources.reshaped import reshaped
 from streammerge.sources.rows import Runs, gathered, rows_of, runs_of
 from streammerge.stores.base import Location
-from streammerge.stores.locations import resolved
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.layers import is_before, layer_of
 from streammerge.tensors.matching import match
