@@ -87,7 +87,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (folder / named[1]).write_text(text)
     (folder / "mergekit-config.yml").write_text(
         "merge_method: tie\nbase_model: base/\nmodels:\n  - model: chat/\n    parameters: {weigth: 0.5}\n"
-        "  - model: code/\n    parameters: {weight: 0.5}\nchat_template: chatml\n"
+        "  - model: code/\n    parameters: {weight: 0.5}\nchat_template: chatmll\n"
     )
     return folder
 
