@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from streammerge.errors import FormatError, RecipeError, StreammergeError, UncheckedError, listed, printable
 from streammerge.events import Preparing, Published, RunFinished, RunStarted, Suspended, Told
-from streammerge.formats.folder import files_below, foreign_files
+from streammerge.formats.file_names import files_below, foreign_files
 from streammerge.formats.records import RECEIPT_FILE
 from streammerge.planning.plan import Plan
 from streammerge.running import process

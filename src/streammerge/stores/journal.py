@@ -34,7 +34,8 @@ Key = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A piece whose bytes are written: its task's number and first element, where it lies, and what was met in it."""
+    """A piece whose bytes are written: its task's number and first element, where it lies, and the NaN and infinities in
+    it."""
 
     task: int
     start: int
@@ -116,9 +117,9 @@ def _checked(line: bytes) -> Any:
 class Journal:
     """Syncs and writes down finished pieces, every few seconds, on a thread of its own.
 
-    ``plan``: what the run is a run of, as plain data with texts as keys; a run of an equal plan can go on from its pieces.
-    ``files``: the output's files by name, at this moment. ``keeps``: whether anything is to be written down; if not, it
-    syncs at the end only.
+    ``plan``: identifies the run, as plain data with texts as keys. A later run with an equal plan can continue from its
+    pieces. ``files``: the output's files by name, at this moment. ``keeps``: whether pieces are written down. If not,
+    files are synced at the end only.
     """
 
     def __init__(
@@ -148,7 +149,7 @@ class Journal:
         self._written = list(pieces)
 
     def begin(self, kept: Iterable[Finished]) -> None:
-        """Starts anew with these pieces, which are on the disk already, and goes on from there."""
+        """Begins a new journal with these pieces, which are on the disk already."""
         kept = list(kept)
         self._file.begin(_lines([json.dumps({"plan": self.plan}, separators=(",", ":")), *map(_json, kept)]))
         self._written, self._waiting, self._broken, self._asked = kept, [], set(), ""

@@ -17,7 +17,8 @@ _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://")
 
 
 def parse(place: PathLike, within: Location | None = None) -> Location:
-    """The location that is meant. A relative path counts from ``within``; a path object is always a path.
+    """Returns the location that a text or a path names. A relative path counts from ``within``; a path object is always a
+    path.
 
     ``~`` and ``~user`` at the beginning are the home folder. Raises RecipeError for a scheme of no known store.
     """
