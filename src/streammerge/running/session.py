@@ -8,8 +8,8 @@ import errno
 from bisect import bisect_right
 from collections import defaultdict
 from contextlib import closing
-from dataclasses import dataclass
 
+from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, SpaceError, UncheckedError, VerifyError, listed, printable
 from streammerge.events import Hashed, Listener, Resumed, Spooled, Syncing, TaskDone, Told, quiet
 from streammerge.formats.base import LayoutFile
@@ -115,7 +115,7 @@ class Run:
             again = self._attempt(hashes)
             if again:
                 raise OSError(errno.EIO, f"the disk failed to store {listed(sorted(again))}, twice; nothing was written")
-            self.warnings.append(f"the disk failed to store {listed(sorted(broken))} at first; it was written anew")
+            self.warnings.append(f"the disk failed to store {listed(sorted(broken))} at first; it was written again")
         self._check()
         self.warnings += [f"NaN or infinite values: {row}" for row in self._nonfinite()]
         self.notes += [f"NaN or infinite values that every input has are kept: {row}" for row in self._agreed()]
@@ -148,7 +148,7 @@ class Run:
             return f"what was made is kept in {printable(self.staging.home)}, and the same command goes on from there"
         layout, made = self.plan.layout, self.staging.content
         place = made if layout.as_folder else made / layout.files[0].name
-        return f"what was made is kept as {printable(place)}; move it away, since the next run makes it anew"
+        return f"what was made is kept as {printable(place)}; move it away, because the next run would overwrite it"
 
     def _forget(self, broken: set[str]) -> None:
         """Creates the files again whose sync failed, because after that error no byte of them can be trusted."""
@@ -188,7 +188,9 @@ class Run:
         kept_bytes = sum(each.nbytes for each in self._done.values())
         self.listener(Resumed(kept_bytes, saved_bytes))
         there_of_all = f"{decimal_bytes(kept_bytes)} of {decimal_bytes(self.plan.layout.size)}"
-        self.notes.append(f"continued an interrupted run: {there_of_all} were there")
+        note = f"continued an interrupted run: {there_of_all} were there"
+        self.notes.append(note)
+        self.listener(Told("note", note))
 
     def _earlier_pieces(self) -> list[Finished] | None:
         """Returns the pieces of an interrupted run of the same plan, None to start from the beginning.
