@@ -13,7 +13,7 @@ import torch
 from conftest import load_safetensors
 
 import streammerge as sm
-from streammerge.pickles.state_dict import is_training_state, select
+from streammerge.pickles.state_dict import select
 
 
 @pytest.mark.parametrize(
@@ -66,30 +66,6 @@ def test_the_state_dict_is_found_in_every_layout(tmp_path: Path, tree: Any, labe
     index = sm.inspect(tmp_path / "in.pt")
     assert index.selection.label == label
     assert select(index.extras).label == label
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "stale"),
-    [
-        ("optimizer", {}, True),
-        ("optim_g", [], True),
-        ("lr_scheduler", None, True),
-        ("schedulers", [], True),
-        ("optimizer_states", [], True),
-        ("generator_optimizer", {}, True),
-        ("optimizer_history", [], False),
-        ("scaler", {"scale": 1024.0}, True),
-        ("scaler", {}, True),
-        ("scaler", {"mean_": 1.0}, False),
-        ("opt", {"lr": 0.1}, False),
-        ("opt", {"state": {0: {}}, "param_groups": []}, True),
-        ("model", {"w": 1}, False),
-        ("epoch", 3, False),
-        (3, {}, False),
-    ],
-)
-def test_what_is_stale_after_a_merge(key: Any, value: Any, stale: bool) -> None:
-    assert is_training_state(key, value) is stale
 
 
 def test_what_was_asked_for_and_is_not_there_is_told(tmp_path: Path) -> None:
