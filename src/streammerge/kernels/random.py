@@ -9,7 +9,6 @@ change it. Each grain has its own key, a BLAKE2b digest. Within a grain, the cou
 from __future__ import annotations
 
 from functools import lru_cache
-from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 from streammerge.tensors.spec import GRAIN
@@ -23,6 +22,8 @@ _BITS = 24  # float32 holds 24 bits of [0, 1) evenly
 def uniform(seed: int, name: str, model: int, start: int, out: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
     """Fills float32 ``out`` with numbers in [0, 1) for the elements from ``start``. ``scratch`` is int32 of the same
     size."""
+    from hashlib import blake2b  # here, because it loads all of OpenSSL
+
     import torch
 
     work, shifted = scratch, out.view(torch.int32)
