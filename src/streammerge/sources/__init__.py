@@ -13,5 +13,6 @@ Each module imports only modules above it::
     inline    a small tensor that stands in a header
     memory    a tensor that the caller holds
     box       a block, or a transposed matrix, of a tensor
+    turned    a tensor whose first axis comes last
     merged    a merge of other sources, computed chunk by chunk
 """
