@@ -17,7 +17,8 @@ from streammerge.running.readback import receipt_of
 from streammerge.running.session import Run, RunOptions
 from streammerge.running.workspace import prepare_torch
 from streammerge.stores import descriptors, faults
-from streammerge.stores.base import Location, Staging, space_checked
+from streammerge.stores.base import Location, Staging
+from streammerge.stores.space import space_checked
 from streammerge.tensors.threads import one_torch_thread
 from streammerge.units import binary_bytes, counted, decimal_bytes
 

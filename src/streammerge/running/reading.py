@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from streammerge.running.executors.base import Host
-from streammerge.stores.base import COPY_BYTES, Location, outside
+from streammerge.stores.base import Location
 from streammerge.stores.checksums import Checksum
+from streammerge.stores.digests import COPY_BYTES, outside
 from streammerge.stores.inputs import InputFiles
 from streammerge.tensors.spec import ranges
 

@@ -20,16 +20,17 @@ from streammerge.planning.receipt import ITSELF, written_like
 from streammerge.planning.tasks import Piece, PieceDone, pieces
 from streammerge.running import process
 from streammerge.running.choosing import executor_of
-from streammerge.running.engine import run_all
+from streammerge.running.engine import modules_of, run_all
 from streammerge.running.executors.base import Executor, Executors
+from streammerge.running.job import Job, OutputPlace, lent, new_key
 from streammerge.running.readback import check_structure
 from streammerge.running.reading import ChecksumWork, HashWork
 from streammerge.running.relatives import strangers
 from streammerge.running.spooling import spooled_tasks
-from streammerge.running.worker import Job, OutputPlace, lent, modules_of, new_key
 from streammerge.sources.deflated import PackedRecord
-from streammerge.stores.base import COPY_BYTES, Location, Output, Staging
+from streammerge.stores.base import Location, Output, Staging
 from streammerge.stores.checksums import Checksum
+from streammerge.stores.digests import COPY_BYTES
 from streammerge.stores.inputs import InputFiles
 from streammerge.stores.journal import Finished, Journal, Key
 from streammerge.tensors.spec import ranges

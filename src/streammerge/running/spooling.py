@@ -9,7 +9,8 @@ from streammerge.errors import FormatError, printable
 from streammerge.planning.tasks import MergeTask
 from streammerge.sources.deflated import Damaged, PackedKey, PackedRecord, records, unpacked, with_inflated
 from streammerge.sources.stored import Stored
-from streammerge.stores.base import COPY_BYTES, Input, Output
+from streammerge.stores.base import Input, Output
+from streammerge.stores.digests import COPY_BYTES
 from streammerge.stores.inputs import InputFiles
 from streammerge.tensors.spec import ranges
 

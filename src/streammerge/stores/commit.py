@@ -15,8 +15,9 @@ from pathlib import Path
 
 from streammerge.errors import LockedError, RecipeError, printable
 from streammerge.stores import lock, system
-from streammerge.stores.base import JournalFile, Location, Output, Staging, exists_already, space_checked
+from streammerge.stores.base import JournalFile, Location, Output, Staging
 from streammerge.stores.files import OutputFile
+from streammerge.stores.space import exists_already, space_checked
 
 JOURNAL, NEW = "journal", "journal.new"
 _PUT_BY, _REPLACED = "journal.done", "replaced"

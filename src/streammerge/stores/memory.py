@@ -21,7 +21,8 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from streammerge.errors import FormatError, LockedError, RecipeError, printable
-from streammerge.stores.base import Input, JournalFile, Location, Output, Staging, Status, Store, exists_already
+from streammerge.stores.base import Input, JournalFile, Location, Output, Staging, Status, Store
+from streammerge.stores.space import exists_already
 
 _Data = bytes | bytearray
 _JOURNAL = "journal"
