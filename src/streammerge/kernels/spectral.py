@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,8 +23,8 @@ _BLOCK_ELEMS = 1 << 17
 _LEAST_ROWS = 128
 """Fewer rows at once would make the product with a large Gram matrix wait for memory."""
 _AT_ONCE = 2048
-"""Most rows of a matrix whose eigenvectors LAPACK computes at once. It takes three more matrices. Larger ones are rotated in
-place."""
+"""Most rows of a matrix whose eigenvectors LAPACK computes at once, which takes four more matrices. Larger matrices are
+rotated in place."""
 _PAIR_ROWS = 512
 _STRIP_COLUMNS = 512
 _MOST_SWEEPS = 40
@@ -32,7 +32,8 @@ _CONVERGED = 1e-14
 _SPARE_BYTES = 8 << 20
 """Buffers of the library that multiplies matrices."""
 TINY = 1e-6
-"""A singular value counts as zero if it is at most this share of the largest. A Gram matrix in float64 knows no smaller ones."""
+"""A singular value counts as zero if it is at most this share of the largest. A Gram matrix in float64 does not tell smaller
+ones from rounding errors."""
 
 
 def block_rows(rows: int, columns: int) -> int:
@@ -43,9 +44,10 @@ def block_rows(rows: int, columns: int) -> int:
 @dataclass(frozen=True, slots=True)
 class _Products:
     """Adds up the product of the transposed first and of the second of each two matrices that a look yields, ``rows`` rows
-    at once."""
+    at once. ``count``: how many sums there are; the products belong to them in turn. 0: one for each product."""
 
     rows: int
+    count: int
 
     def __call__(self, look: Look, chunks: Iterable[Chunk]) -> list[torch.Tensor]:
         import torch
@@ -53,7 +55,8 @@ class _Products:
         totals: list[torch.Tensor] = []
         for chunk in chunks:
             matrices = iter(look(chunk))
-            for number, (x, y) in enumerate(zip(matrices, matrices, strict=True)):
+            for place, (x, y) in enumerate(zip(matrices, matrices, strict=True)):
+                number = place % self.count if self.count else place
                 if number == len(totals):
                     totals.append(torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64))
                 for start, stop in ranges(len(x), self.rows):
@@ -61,15 +64,16 @@ class _Products:
         return totals
 
 
-def products(group: Swept, look: Look, rows: int) -> list[torch.Tensor]:
+def products(group: Swept, look: Look, rows: int, count: int = 0) -> list[torch.Tensor]:
     """Returns the sum over all rows of :math:`x^T y` for each two matrices x and y that ``look(chunk)`` yields.
 
-    x and y have a row for each row of the chunk, in float64. x may not be valid any more when the next two are asked for.
+    x and y are in float64, and not used any more when the next two are asked for. ``count``: how many sums there are, if a
+    chunk gives more products; then x and y must have ``rows`` rows, since the order of products shows in a sum.
     If a sum is not finite, all are made again without agreed elements.
     """
 
     def sums(swept: Swept) -> list[torch.Tensor]:
-        return functools.reduce(_added, swept.sweep(look, _Products(rows), 0, group.elems))
+        return functools.reduce(_added, swept.sweep(look, _Products(rows, count), 0, group.elems))
 
     totals = sums(group)
     if all(map(is_finite, totals)):
@@ -194,17 +198,10 @@ def singular(values: torch.Tensor, largest: float | None = None) -> tuple[torch.
 
 
 def polar_times(gram: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Returns :math:`G^{-1/2} R` for a Gram matrix G, which is overwritten. Tiny singular values of its factor are left out."""
+    """Returns :math:`G^{-1/2} R` for a Gram matrix G, which is overwritten. Leaves tiny singular values of its factor out."""
     values, vectors = eigen(gram)
     _, inverse = singular(values)
     return vectors.T @ (vectors @ right).mul_(inverse.unsqueeze(1))
-
-
-def blocks(values: torch.Tensor, columns: int, rows: int) -> Iterator[torch.Tensor]:
-    """Yields the blocks of ``rows`` rows of a chunk's numbers."""
-    matrix = values.view(-1, columns)
-    for start, stop in ranges(len(matrix), rows):
-        yield matrix[start:stop]
 
 
 def sides(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -17,7 +17,7 @@ _PART_BYTES = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Turned(Source):
-    """The elements of ``whole``, seen as a matrix of ``columns`` columns, column by column. ``spec`` has as many elements."""
+    """The elements of ``whole``, seen as a matrix of ``columns`` columns, column by column."""
 
     spec: TensorSpec
     whole: Source
