@@ -35,7 +35,7 @@ from streammerge.methods.contracts import PerModel, Values, merge_method
 from streammerge.methods.linear import scaled
 from streammerge.methods.sparsify import check_density
 from streammerge.methods.task_arithmetic import winners
-from streammerge.tensors.spec import ranges
+from streammerge.tensors.spec import GRAIN, ranges
 
 if TYPE_CHECKING:
     import torch
@@ -388,12 +388,28 @@ def iso_cts(
     return vectors.merged(group, weight, sigma, block)
 
 
-def _knots_bytes(shape: Shape, models: int, values: Values) -> int:
-    return _iso_c_bytes(shape, models, values)
+def _is_dual(shape: Shape, values: Values) -> bool:
+    """Whether the other sides of all deltas together are shorter than the side that they share."""
+    shared, other = shape[0], math.prod(shape[1:])
+    if not values["concat_across_output"]:
+        shared, other = other, shared
+    return other * len(values["weight"]) < shared
 
 
 def _turns_for_knots(shape: Shape, values: Values) -> bool:
-    return _is_matrix(shape) and bool(values["concat_across_output"])
+    """Rows go along the side of which the Gram matrix does not tell."""
+    return _is_matrix(shape) and bool(values["concat_across_output"]) is not _is_dual(shape, values)
+
+
+def _knots_bytes(shape: Shape, models: int, values: Values) -> int:
+    if not _is_matrix(shape):
+        return 0
+    rows, columns = sides(shape)
+    size = columns * models if columns * models < rows else columns
+    block = 8 * block_rows(rows, columns)
+    if size == columns:
+        return 8 * size * size + eigen_bytes(size) + 2 * columns * block
+    return 8 * 4 * size * size + eigen_bytes(size) + 3 * size * block + (10 + models) * 8 * GRAIN
 
 
 def _check_knots(values: Values) -> None:
@@ -434,9 +450,9 @@ def knots(
     ``consensus`` linear the weighted mean. Without ``concat_across_output`` the deltas lie one below the other and V is
     shared, as if all were transposed. One model or more.
 
-    The first axis by all others is the matrix; of vectors and numbers the deltas are merged as they are. The Gram matrix of the
-    shared side is held: the first axis, or all others without ``concat_across_output``. It must fit into the memory, so an
-    embedding wants ``concat_across_output`` false. All is computed in float64, in two passes, or three with a density below 1.
+    The first axis by all others is the matrix; of vectors and numbers the deltas are merged as they are. A Gram matrix is
+    held of the shared side, which is the first axis, or all others without ``concat_across_output``; or of the other sides of
+    all deltas together if they are shorter. All is computed in float64, in two passes, or three with a density below 1.
 
     Edge cases: singular values of at most a millionth of the largest count as zero. Which vectors stand for equal singular
     values is the solver's choice, and the same in each run. Deviations from the authors' code: elements are selected in each
@@ -446,6 +462,8 @@ def knots(
         return _consensus(group, _Aligned(None, 1, 1, group.elems), weight, density, consensus, normalize, lambda_)
     rows, columns = sides(group.shape)
     block = block_rows(rows, columns)
+    if columns * group.models < rows:
+        return _side_by_side(group, weight, density, consensus, normalize, lambda_)
 
     def twice(chunk: Chunk) -> Iterator[torch.Tensor]:
         import torch
@@ -464,6 +482,51 @@ def knots(
     basis.mul_(kept.unsqueeze(1))
     aligned = _Aligned(basis, columns, block, rows * int(kept.sum()))
     return _consensus(group, aligned, weight, density, consensus, normalize, lambda_)
+
+
+def _side_by_side(
+    group: TensorGroup,
+    weight: Sequence[float],
+    density: Sequence[float],
+    consensus: str,
+    normalize: bool,
+    scale: float,
+) -> Kernel:
+    """Returns the kernel of ``knots`` from the Gram matrix of all columns of all deltas. The aligned deltas are small then,
+    and are merged in memory."""
+    import torch
+
+    rows, columns = sides(group.shape)
+    block = block_rows(rows, columns)
+
+    def beside(chunk: Chunk) -> Iterator[torch.Tensor]:
+        deltas = [chunk.delta(m, f"delta {m}", torch.float64).view(-1, columns) for m in range(group.models)]
+        for start, stop in ranges(chunk.elems // columns, block):
+            yield torch.cat([delta[start:stop] for delta in deltas], 1)
+
+    (gram,) = products(group, lambda chunk: (part for part in beside(chunk) for _ in range(2)), block, 1)
+    if not is_finite(gram):
+        return _all_nan
+    values, basis = eigen(gram)
+    sigma, inverse = singular(values)
+    count = int((sigma > 0).sum())
+    basis = basis[:count]
+    aligned = [(basis[:, start:stop] * sigma[:count].unsqueeze(1)).view(-1) for start, stop in ranges(len(sigma), columns)]
+    if count:
+        small = TensorGroup.of(*aligned, base=torch.zeros_like(aligned[0]))
+        known = _Aligned(None, 1, 1, small.elems)
+        mixed = small.merged(_consensus(small, known, weight, density, consensus, normalize, scale)).view(count, columns)
+        back = basis.T @ mixed.mul_(inverse[:count].unsqueeze(1))
+    else:
+        back = torch.zeros(len(sigma), columns, dtype=torch.float64)
+
+    def kernel(chunk: Chunk) -> torch.Tensor:
+        made = chunk.empty("plain", torch.float64).view(-1, columns)
+        for (start, stop), part in zip(ranges(len(made), block), beside(chunk), strict=True):
+            torch.mm(part, back, out=made[start:stop])
+        return _on_base(chunk, made)
+
+    return kernel
 
 
 @dataclass(frozen=True, slots=True)
