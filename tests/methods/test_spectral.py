@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-from conftest import load_safetensors
-from safetensors.torch import save_file
 
-import streammerge as sm
 from methods.oracles import elected, top
 from methods.suite import W2, W3, Case, MethodSuite
-from streammerge.kernels import spectral
-from streammerge.methods.registry import merge_tensors
 
 Tensor = torch.Tensor
 TINY = 1e-6

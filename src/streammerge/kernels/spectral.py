@@ -32,8 +32,8 @@ _CONVERGED = 1e-14
 _SPARE_BYTES = 8 << 20
 """Buffers of the library that multiplies matrices."""
 TINY = 1e-6
-"""A singular value counts as zero if it is at most this share of the largest. A Gram matrix in float64 does not tell smaller
-ones from rounding errors."""
+"""A singular value counts as zero if it is at most this share of the largest. A Gram matrix in float64 does not tell
+smaller ones from rounding errors."""
 
 
 def block_rows(rows: int, columns: int) -> int:
@@ -198,7 +198,8 @@ def singular(values: torch.Tensor, largest: float | None = None) -> tuple[torch.
 
 
 def polar_times(gram: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Returns :math:`G^{-1/2} R` for a Gram matrix G, which is overwritten. Leaves tiny singular values of its factor out."""
+    """Returns :math:`G^{-1/2} R` for a Gram matrix G, which is overwritten. Leaves tiny singular values of its factor
+    out."""
     values, vectors = eigen(gram)
     _, inverse = singular(values)
     return vectors.T @ (vectors @ right).mul_(inverse.unsqueeze(1))

@@ -91,7 +91,7 @@ class MergeMethod:
     numbers at the same place, not on the name, the shape or other numbers; short tensors may then be computed together.
     ``buffers``: how many chunk-long buffers the method holds at once, torch's temporaries included;
     ``buffers_per_model``: how many more for each model. ``searches``: how many ranks it searches at once, per model.
-    ``row_buffers``: how many float64 rows its passes hold. ``whole(shape, models, values)``: how many bytes its passes
+    ``row_buffers``: how many float64 rows its passes hold. ``whole(shape, models, values, turned)``: how many bytes its passes
     hold, if that is so much that one worker makes the whole tensor. ``turns(shape, values)``: whether a tensor is read and
     made with its first axis last. ``compute``: the dtype of the arithmetic, unless the recipe
     gives one. ``check(values)`` raises RecipeError.
@@ -110,7 +110,7 @@ class MergeMethod:
     buffers_per_model: int = 0
     searches: int = 0
     row_buffers: int = 0
-    whole: Callable[[tuple[int, ...], int, Values], int] | None = None
+    whole: Callable[[tuple[int, ...], int, Values, bool], int] | None = None
     turns: Callable[[tuple[int, ...], Values], bool] | None = None
     compute: str = "float32"
     check: Callable[[Values], None] | None = None
@@ -171,9 +171,9 @@ class MergeMethod:
     def rows(self, shape: tuple[int, ...], values: Values) -> int:
         return max(self.row(shape, values), 1) if self.row else 1
 
-    def whole_bytes(self, shape: tuple[int, ...], models: int, values: Values) -> int:
+    def whole_bytes(self, shape: tuple[int, ...], models: int, values: Values, turned: bool) -> int:
         """Returns the bytes that its passes over the whole tensor hold beside the buffers."""
-        return self.whole(shape, models, values) if self.whole else 0
+        return self.whole(shape, models, values, turned) if self.whole else 0
 
     def buffers_for(self, dtypes: Sequence[DType], compute: str, based: bool) -> tuple[int, int]:
         """(bytes of an element, how many) of the buffers that it needs for inputs of these dtypes, a base included."""

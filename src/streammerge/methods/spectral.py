@@ -94,7 +94,7 @@ def _all_nan(chunk: Chunk) -> torch.Tensor:
     return chunk.empty("sum", torch.float64).fill_(torch.nan)
 
 
-def _iso_c_bytes(shape: Shape, models: int, values: Values) -> int:
+def _iso_c_bytes(shape: Shape, models: int, values: Values, turned: bool) -> int:
     if not _is_matrix(shape):
         return 0
     rows, columns = sides(shape)
@@ -112,13 +112,13 @@ def iso_c(group: TensorGroup, *, weight: PerModel = (1.0,), lambda_: float = 1.0
     (arXiv:2502.04959), as its authors' code computes it. ``weight`` per model; ``lambda`` is the paper's alpha. One model
     or more.
 
-    The first axis by all others is the matrix. A vector or a number is the mean of the weighted deltas, times lambda, as in
-    the paper. All is computed in float64, in two passes over the tensor. A Gram matrix of the shorter side is held, and up to
-    2048 columns three more of its size.
+    The first axis by all others is the matrix. A vector or a number is the mean of the weighted deltas, times lambda, as
+    in the paper. All is computed in float64, in two passes over the tensor. A Gram matrix of the shorter side is held,
+    and up to 2048 columns three more of its size.
 
-    Edge cases: singular values of at most a millionth of the largest count as zero and stay zero, so the result is the polar
-    factor of the row space; the mean is over all singular values. Equal singular values make no difference. Deviation from
-    the authors' code: layers with text_projection in their name are no exception.
+    Edge cases: singular values of at most a millionth of the largest count as zero and stay zero, so the result is the
+    polar factor of the row space; the mean is over all singular values. Equal singular values make no difference.
+    Deviation from the authors' code: layers with text_projection in their name are no exception.
     """
     import torch
 
@@ -151,8 +151,8 @@ def iso_c(group: TensorGroup, *, weight: PerModel = (1.0,), lambda_: float = 1.0
 class _Vectors:
     """Right singular vectors of some of the deltas, or of their sum, as rows of ``basis``; one range of rows for each.
 
-    ``inverse`` has the inverses of their singular values, and zero for those that are left out. ``shared``: what is taken off
-    the left singular vectors of each model: these combinations of the left singular vectors of the sum.
+    ``inverse`` has the inverses of their singular values, and zero for those that are left out. ``shared``: what is taken
+    off the left singular vectors of each model: these combinations of the left singular vectors of the sum.
     """
 
     def __init__(self, count: int, columns: int) -> None:
@@ -179,11 +179,12 @@ class _Vectors:
         import torch
 
         count, columns = self.basis.shape
-        deltas = _sum(chunk, weight) if self.places[0][0] == _SUM else None
+        added = _sum(chunk, weight) if self.places[0][0] == _SUM else None
         rows = chunk.elems // columns
         made = chunk.empty("left", torch.float64)[: rows * count].view(rows, count)
         for model, start, stop in self.places:
-            delta = (deltas if model == _SUM else _delta(chunk, model, weight)).view(-1, columns)  # type: ignore[union-attr]
+            delta = added if added is not None and model == _SUM else _delta(chunk, model, weight)
+            delta = delta.view(-1, columns)
             shared = self.shared.get(model)
             for a, b in ranges(rows, block):
                 part = (delta[a:b] @ self.basis[start:stop].T).mul_(self.inverse[start:stop])
@@ -234,9 +235,9 @@ def _grams(
         def look(chunk: Chunk, pairs: Sequence[tuple[int, int]] = pairs) -> Iterator[torch.Tensor]:
             added = _sum(chunk, weight) if any(_SUM in pair for pair in pairs) else None
             for pair in pairs:
-                models = [added if model == _SUM else _delta(chunk, model, weight) for model in dict.fromkeys(pair)]
-                yield models[0].view(-1, columns)  # type: ignore[union-attr]
-                yield models[-1].view(-1, columns)  # type: ignore[union-attr]
+                of = [added if added is not None and m == _SUM else _delta(chunk, m, weight) for m in dict.fromkeys(pair)]
+                yield of[0].view(-1, columns)
+                yield of[-1].view(-1, columns)
 
         made = products(group, look, block)
         while made:
@@ -255,7 +256,7 @@ def _joined_bytes(shape: Shape, matrices: int) -> int:
     return held + eigen_bytes(columns) + 24 * columns * block_rows(rows, columns)
 
 
-def _tsv_bytes(shape: Shape, models: int, values: Values) -> int:
+def _tsv_bytes(shape: Shape, models: int, values: Values, turned: bool) -> int:
     return _joined_bytes(shape, models)
 
 
@@ -282,12 +283,13 @@ def tsv(group: TensorGroup, *, weight: PerModel = (1.0,), rank: int = 0, lambda_
 
     :math:`U_\perp` is the polar factor of U, and :math:`V_\perp` that of V. Each model has the ``rank`` first singular
     vectors; 0, and more than that, means the number of singular values divided by that of the models. Gargiulo et al.,
-    *Task Singular Vectors: Reducing Task Interference in Model Merging*, 2025 (arXiv:2412.00081): TSV-M, as its authors' code
-    computes it. ``weight`` per model; ``lambda`` is the paper's alpha. One model or more.
+    *Task Singular Vectors: Reducing Task Interference in Model Merging*, 2025 (arXiv:2412.00081): TSV-M, as its authors'
+    code computes it. ``weight`` per model; ``lambda`` is the paper's alpha. One model or more.
 
-    The first axis by all others is the matrix. Vectors and numbers are the mean of the weighted deltas, times lambda, as in
-    the paper, and so is a matrix with fewer singular values than there are models. All is computed in float64. Each model is
-    read three times; the base more often if the shorter side is so long that the Gram matrices do not fit together.
+    The first axis by all others is the matrix. Vectors and numbers are the mean of the weighted deltas, times lambda, as
+    in the paper, and so is a matrix with fewer singular values than there are models. All is computed in float64. Each
+    model is read three times; the base more often if the shorter side is so long that the Gram matrices do not fit
+    together.
 
     Edge cases: singular values of at most a millionth of the model's largest count as zero. Directions that models have in
     common get the polar factors of lower rank; the authors' code fills these up with arbitrary vectors. Which vectors stand
@@ -310,7 +312,7 @@ def tsv(group: TensorGroup, *, weight: PerModel = (1.0,), rank: int = 0, lambda_
     return vectors.merged(group, weight, vectors.sigma * lambda_, block)
 
 
-def _iso_cts_bytes(shape: Shape, models: int, values: Values) -> int:
+def _iso_cts_bytes(shape: Shape, models: int, values: Values, turned: bool) -> int:
     return _joined_bytes(shape, 2 * models + 1)
 
 
@@ -343,12 +345,12 @@ def iso_cts(
     :math:`\Sigma_c, \Sigma_m`. Marczak et al., *No Task Left Behind: Isotropic Model Merging with Common and Task-Specific
     Subspaces*, 2025 (arXiv:2502.04959), as its authors' code computes it. One model or more.
 
-    The first axis by all others is the matrix. Vectors and numbers are the mean of the weighted deltas, times lambda, as in
-    the paper. All is computed in float64. Each model is read three times, and more often if the shorter side is so long that
-    the Gram matrices do not fit together.
+    The first axis by all others is the matrix. Vectors and numbers are the mean of the weighted deltas, times lambda, as
+    in the paper. All is computed in float64. Each model is read three times, and more often if the shorter side is so
+    long that the Gram matrices do not fit together.
 
-    Edge cases: a singular value of the sum counts as zero if it is at most a millionth of the largest, one of a model if it is
-    at most a millionth of the norm of the model's delta. The rest is as in ``tsv``.
+    Edge cases: a singular value of the sum counts as zero if it is at most a millionth of the largest, one of a model if
+    it is at most a millionth of the norm of the model's delta. The rest is as in ``tsv``.
     """
     if not _is_matrix(group.shape):
         return _mean(weight, lambda_)
@@ -397,15 +399,15 @@ def _is_dual(shape: Shape, values: Values) -> bool:
 
 
 def _turns_for_knots(shape: Shape, values: Values) -> bool:
-    """Rows go along the side of which the Gram matrix does not tell."""
+    """Whether rows are to go along the second side, which is so if the Gram matrix is that of the first."""
     return _is_matrix(shape) and bool(values["concat_across_output"]) is not _is_dual(shape, values)
 
 
-def _knots_bytes(shape: Shape, models: int, values: Values) -> int:
+def _knots_bytes(shape: Shape, models: int, values: Values, turned: bool) -> int:
     if not _is_matrix(shape):
         return 0
     rows, columns = sides(shape)
-    size = columns * models if columns * models < rows else columns
+    size = columns if turned is bool(values["concat_across_output"]) else columns * models
     block = 8 * block_rows(rows, columns)
     if size == columns:
         return 8 * size * size + eigen_bytes(size) + 2 * columns * block
@@ -451,18 +453,20 @@ def knots(
     shared, as if all were transposed. One model or more.
 
     The first axis by all others is the matrix; of vectors and numbers the deltas are merged as they are. A Gram matrix is
-    held of the shared side, which is the first axis, or all others without ``concat_across_output``; or of the other sides of
-    all deltas together if they are shorter. All is computed in float64, in two passes, or three with a density below 1.
+    held of the shared side, which is the first axis, or all others without ``concat_across_output``; or of the other
+    sides of all deltas together if they are shorter. All is computed in float64, in two passes, or three with a density
+    below 1.
 
-    Edge cases: singular values of at most a millionth of the largest count as zero. Which vectors stand for equal singular
-    values is the solver's choice, and the same in each run. Deviations from the authors' code: elements are selected in each
-    tensor, not in all together; weights that agree are divided by, not their number; a zero sum elects plus.
+    Edge cases: singular values of at most a millionth of the largest count as zero. Which vectors stand for equal
+    singular values is the solver's choice, and the same in each run. Deviations from the authors' code: elements are
+    selected in each tensor, not in all together; weights that agree are divided by, not their number; a zero sum elects
+    plus.
     """
     if not _is_matrix(group.shape):
         return _consensus(group, _Aligned(None, 1, 1, group.elems), weight, density, consensus, normalize, lambda_)
     rows, columns = sides(group.shape)
     block = block_rows(rows, columns)
-    if columns * group.models < rows:
+    if group.turned is not concat_across_output:
         return _side_by_side(group, weight, density, consensus, normalize, lambda_)
 
     def twice(chunk: Chunk) -> Iterator[torch.Tensor]:

@@ -358,7 +358,7 @@ def _task_cost(task: MergeTask, dtypes: list[DType], io: str) -> Cost:
     compute, buffers = method.buffers_for(dtypes, task.compute, task.based)
     searches, rows_bytes = method.searches * models, 8 * task.row * method.row_buffers
     passes = rows_bytes + held_bytes(min(task.elems, task.piece_elems), searches)
-    passes += method.whole_bytes(task.shape, models - task.based, task.parameters)
+    passes += method.whole_bytes(task.shape, models - task.based, task.parameters, task.turned)
     spread = rows_bytes + held_bytes(task.elems, searches) if task.spread else 0
     return Cost(compute, buffers, out, read, inputs, mapped, task.row, method.passes, passes, spread)
 
