@@ -197,12 +197,17 @@ def singular(values: torch.Tensor, largest: float | None = None) -> tuple[torch.
     return torch.where(kept, roots, 0.0), torch.where(kept, 1 / roots.clamp(min=1e-300), 0.0)
 
 
-def polar_times(gram: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Returns :math:`G^{-1/2} R` for a Gram matrix G, which is overwritten. Leaves tiny singular values of its factor
-    out."""
+def make_orthogonal(matrix: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """Multiplies a matrix by :math:`G^{-1/2}` from the left, in place. Leaves tiny singular values of G's factor out.
+
+    ``gram`` is overwritten. The polar factor of a matrix is what its own Gram matrix makes of it.
+    """
     values, vectors = eigen(gram)
     _, inverse = singular(values)
-    return vectors.T @ (vectors @ right).mul_(inverse.unsqueeze(1))
+    for start, stop in ranges(matrix.shape[1], _STRIP_COLUMNS):
+        part = (vectors @ matrix[:, start:stop]).mul_(inverse.unsqueeze(1))
+        matrix[:, start:stop] = vectors.T @ part
+    return matrix
 
 
 def sides(shape: tuple[int, ...]) -> tuple[int, int]:

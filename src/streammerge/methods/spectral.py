@@ -26,7 +26,7 @@ from streammerge.kernels.spectral import (
     eigen,
     eigen_bytes,
     is_finite,
-    polar_times,
+    make_orthogonal,
     products,
     sides,
     singular,
@@ -203,11 +203,11 @@ class _Vectors:
             yield (left := self.left(chunk, weight, block))
             yield left
 
+        right = make_orthogonal(self.basis.clone(), self.basis @ self.basis.T).mul_(factors.unsqueeze(1))
         (gram,) = products(group, twice, block)
         if not is_finite(gram):
             return _all_nan
-        right = polar_times(self.basis @ self.basis.T, self.basis).mul_(factors.unsqueeze(1))
-        right = polar_times(gram, right)
+        make_orthogonal(right, gram)
         del gram
 
         def kernel(chunk: Chunk) -> torch.Tensor:
@@ -244,15 +244,15 @@ def _grams(
             yield made.pop(0)
 
 
-def _joined_bytes(shape: Shape, matrices: int) -> int:
+def _joined_bytes(shape: Shape, matrices: int, more: int = 0) -> int:
     """Returns the bytes of a method that joins vectors of several models, and sums ``matrices`` Gram matrices."""
     if not _is_matrix(shape):
         return 0
     rows, columns = sides(shape)
     square = 8 * columns * columns
     at_once = min(max(_MOST_AT_ONCE // (columns * columns), 1), matrices)
-    # Gram matrices of deltas and their solver beside the vectors, then that of the vectors, the result, and two on the way.
-    held = max(square * (at_once + 2), square * 5)
+    # The Gram matrices of deltas and ``more`` beside the vectors; later one of the vectors beside the vectors of both sides.
+    held = square * max(at_once + 1 + more, 3)
     return held + eigen_bytes(columns) + 24 * columns * block_rows(rows, columns)
 
 
@@ -313,7 +313,7 @@ def tsv(group: TensorGroup, *, weight: PerModel = (1.0,), rank: int = 0, lambda_
 
 
 def _iso_cts_bytes(shape: Shape, models: int, values: Values, turned: bool) -> int:
-    return _joined_bytes(shape, 2 * models + 1)
+    return _joined_bytes(shape, models + 1) if turned else _joined_bytes(shape, 2 * models + 1, 3)
 
 
 def _check_fraction(values: Values) -> None:
