@@ -244,15 +244,15 @@ def _grams(
             yield made.pop(0)
 
 
-def _joined_bytes(shape: Shape, matrices: int, more: int = 0) -> int:
+def _joined_bytes(shape: Shape, matrices: int, more: float = 0.0) -> int:
     """Returns the bytes of a method that joins vectors of several models, and sums ``matrices`` Gram matrices."""
     if not _is_matrix(shape):
         return 0
     rows, columns = sides(shape)
     square = 8 * columns * columns
     at_once = min(max(_MOST_AT_ONCE // (columns * columns), 1), matrices)
-    # The Gram matrices of deltas and ``more`` beside the vectors; later one of the vectors beside the vectors of both sides.
-    held = square * max(at_once + 1 + more, 3)
+    # The Gram matrices of deltas and ``more`` beside the vectors; then one of vectors beside the vectors of both sides.
+    held = int(square * max(at_once + 1 + more, 3))
     return held + eigen_bytes(columns) + 24 * columns * block_rows(rows, columns)
 
 
@@ -309,11 +309,12 @@ def tsv(group: TensorGroup, *, weight: PerModel = (1.0,), rank: int = 0, lambda_
             return _all_nan
         values, basis = eigen(gram)
         vectors.add(model, values[:count], basis[:count])
+        del gram, basis  # before the next one is made
     return vectors.merged(group, weight, vectors.sigma * lambda_, block)
 
 
 def _iso_cts_bytes(shape: Shape, models: int, values: Values, turned: bool) -> int:
-    return _joined_bytes(shape, models + 1) if turned else _joined_bytes(shape, 2 * models + 1, 3)
+    return _joined_bytes(shape, models + 1) if turned else _joined_bytes(shape, 2 * models + 1, 2.25)
 
 
 def _check_fraction(values: Values) -> None:
@@ -377,10 +378,12 @@ def iso_cts(
         norm = math.sqrt(float(gram.diagonal().sum()))
         if crossed:
             along = (shared @ next(grams)).mul_(inverse)  # the common left vectors, transposed, times the delta
-            gram.sub_(along.T @ along)
+            gram.addmm_(along.T, along, alpha=-1)
         else:
-            gram.sub_(shared.T @ (shared @ gram))
-            gram.sub_((gram @ shared.T) @ shared)
+            for a, b in ranges(columns, block):
+                gram[:, a:b] -= shared.T @ (shared @ gram[:, a:b])
+            for a, b in ranges(columns, block):
+                gram[a:b] -= (gram[a:b] @ shared.T) @ shared
         values, basis = eigen(gram)
         begin, end = vectors.add(model, values[:each], basis[:each], largest=norm)
         if crossed:
