@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from conftest import load_safetensors
+from safetensors.torch import save_file
 
+import streammerge as sm
 from methods.oracles import elected, top
 from methods.suite import W2, W3, Case, MethodSuite
+from streammerge.kernels import spectral
+from streammerge.methods import spectral as methods
+from streammerge.methods.registry import merge_tensors
 
 Tensor = torch.Tensor
 TINY = 1e-6
@@ -127,3 +135,120 @@ class TestSpectral(MethodSuite):
         ("knots", 2, {"consensus": "mean"}, "ties or linear, not mean"),
         ("knots", 2, {"density": 0}, "above 0 and up to 1, not 0"),
     ]
+
+
+METHODS = ["iso_c", "iso_cts", "tsv", "knots"]
+
+
+def orthogonal(rows: int, columns: int, seed: int) -> Tensor:
+    drawn = torch.randn(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.linalg.qr(drawn).Q if rows >= columns else torch.linalg.qr(drawn.T).Q.T
+
+
+@pytest.mark.parametrize("shape", [(60, 20), (20, 60), (32, 32)])
+def test_equal_singular_values(shape: tuple[int, int]) -> None:
+    """One orthogonal delta: Iso-C has nothing to change. Two: the polar factor of their sum."""
+    base = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    deltas = [orthogonal(*shape, seed=seed) for seed in (1, 2)]
+    alone = merge_tensors("iso_c", base + 3 * deltas[0], base=base)
+    torch.testing.assert_close(alone, base + 3 * deltas[0], rtol=0, atol=1e-12)
+    both = merge_tensors("iso_c", *(base + delta for delta in deltas), base=base)
+    torch.testing.assert_close(both, iso_c([base + delta for delta in deltas], base, None), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(60, 20), (20, 60), (16, 5, 3, 3)])
+def test_low_rank(method: str, shape: tuple[int, ...]) -> None:
+    """Deltas of rank 2, as of an adapter: only their row and column spaces are changed."""
+    make = torch.Generator().manual_seed(0)
+    base = torch.randn(shape, dtype=torch.float64, generator=make)
+    rows, columns = shape[0], base[0].numel()
+    models = []
+    for _ in range(3):
+        factors = [torch.randn(size, dtype=torch.float64, generator=make) for size in ((rows, 2), (2, columns))]
+        models.append(base + (factors[0] @ factors[1]).reshape(shape))
+    made = merge_tensors(method, *models, base=base)
+    torch.testing.assert_close(made, TestSpectral.ORACLES[method](models, base, None), rtol=0, atol=1e-8)
+    assert torch.linalg.matrix_rank((made - base).reshape(rows, -1), rtol=1e-7) <= 6
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_model(method: str) -> None:
+    """Without others, TSV-M and KnOTS change nothing."""
+    make = torch.Generator().manual_seed(0)
+    base, model = (torch.randn(30, 20, dtype=torch.float64, generator=make) for _ in range(2))
+    made = merge_tensors(method, model, base=base)
+    torch.testing.assert_close(made, TestSpectral.ORACLES[method]([model], base, None), rtol=0, atol=1e-8)
+    if method in ("tsv", "knots"):
+        torch.testing.assert_close(made, model, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rotations_in_place_give_the_same(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The solver for long sides, and a pass for each Gram matrix."""
+    make = torch.Generator().manual_seed(0)
+    for shape in ((300, 80), (80, 300)):
+        base = torch.randn(shape, dtype=torch.float64, generator=make)
+        models = [base + torch.randn(shape, dtype=torch.float64, generator=make) for _ in range(3)]
+        wanted = merge_tensors(method, *models, base=base)
+        with monkeypatch.context() as patch:
+            patch.setattr(spectral, "_AT_ONCE", 0)
+            patch.setattr(spectral, "_PAIR_ROWS", 16)
+            patch.setattr(methods, "_MOST_AT_ONCE", 1)
+            torch.testing.assert_close(merge_tensors(method, *models, base=base), wanted, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_wide_tensors_in_files(method: str, tmp_path: Path) -> None:
+    """A wide matrix and a convolution are made by columns in a temporary file, which goes, and can be verified."""
+    shapes, paths = {"wide": (40, 900), "conv": (8, 6, 3, 3), "tall": (900, 40), "bias": (40,)}, []
+    for number in range(4):
+        make = torch.Generator().manual_seed(number)
+        paths.append(tmp_path / f"{number}.safetensors")
+        save_file({name: torch.randn(shape, generator=make) for name, shape in shapes.items()}, paths[-1])
+    out = tmp_path / "out" / "merged.safetensors"
+    out.parent.mkdir()
+    done = sm.merge(paths[:3], out, method=method, base=paths[3])
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    assert done.plan.disk_bytes >= done.plan.write_bytes + 4 * 40 * 900
+    assert done.read_bytes == done.plan.read_bytes
+    *models, base = map(load_safetensors, paths)
+    for name, tensor in load_safetensors(out).items():
+        wide = [model[name].double() for model in models]
+        wanted = TestSpectral.ORACLES[method](wide, base[name].double(), None)
+        torch.testing.assert_close(tensor.double(), wanted, rtol=1e-6, atol=1e-6)
+    assert sm.verify(out, sample=1.0, inputs=tmp_path).sampled_tensors == len(shapes)
+
+
+def test_nan_in_a_wide_tensor_is_refused_and_named(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    for number, path in enumerate(paths):
+        values = torch.randn(5, 40, generator=torch.Generator().manual_seed(number))
+        values[2, 3] = float("nan") if number == 1 else 0
+        save_file({"w": values}, path)
+    with pytest.raises(sm.VerifyError, match=r"w: .*1\.safetensors"):
+        sm.merge(paths[:2], tmp_path / "out.safetensors", method="iso_c", base=paths[2])
+
+
+def test_too_little_memory_is_told_before_a_byte_is_written(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    for path in paths:
+        save_file({"w": torch.zeros(2048, 2050, dtype=torch.bfloat16)}, path)
+    with pytest.raises(sm.BudgetError, match="needs at least"):
+        sm.merge(paths[:2], tmp_path / "out.safetensors", method="iso_c", base=paths[2], memory="128MiB")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("executor", ["threads", "processes"])
+def test_the_same_bytes_on_every_executor(executor: str, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    for number, path in enumerate(paths):
+        make = torch.Generator().manual_seed(number)
+        save_file({"a": torch.randn(90, 700, generator=make), "b": torch.randn(700, 90, generator=make)}, path)
+    made = []
+    for name, how in (("one", {"workers": 1}), ("two", {"workers": 2, "executor": executor, "io": "pread"})):
+        out = tmp_path / f"{name}.safetensors"
+        sm.merge(paths[:2], out, method="tsv", base=paths[2], **how)
+        made.append(load_safetensors(out))
+    for name in "ab":
+        assert torch.equal(made[0][name], made[1][name])
