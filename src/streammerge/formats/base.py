@@ -23,7 +23,7 @@ Match = bool | OneOf["unless another"]
 
 @dataclass(frozen=True, slots=True)
 class StorageBytes:
-    """The place of one torch storage's bytes. In a compressed record they begin at ``offset`` 0 of its unpacked bytes."""
+    """The place of one torch storage's bytes. In a packed record ``offset`` counts its unpacked bytes."""
 
     path: Location
     offset: int

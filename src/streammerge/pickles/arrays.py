@@ -93,6 +93,14 @@ class Arrays:
             self._raw[id(data)] = (data, self.offset + at)
         return data
 
+    def place_of(self, data: Any) -> Payload | None:
+        """Returns where the bytes of something else than an array lie in the file. None if they are in no file."""
+        if isinstance(data, Payload):
+            self._open.pop(id(data), None)
+            return data
+        known = self._raw.get(id(data))
+        return None if known is None else Payload(known[1], len(known[0]), "raw")
+
     @property
     def notes(self) -> list[str]:
         """Returns a sentence about arrays that cannot be read in place."""

@@ -24,7 +24,7 @@ from typing import Any
 from streammerge.errors import FormatError, RecipeError, listed, printable
 from streammerge.options import EMA_CHOICES
 from streammerge.pickles.arrays import unread_kind
-from streammerge.pickles.tree import FieldName, Instance, TensorRef, mapping_items, walk
+from streammerge.pickles.tree import MISSING, FieldName, Instance, TensorRef, mapping_items, walk
 from streammerge.tensors.conventions import AVERAGED, SWAPPED
 
 _Place = tuple[tuple[Any, ...], Any, bool, bool, bool, Any]
@@ -47,6 +47,8 @@ _STALE = (
 _DATA_STATISTICS = r"(?i)(.*_)?stats"
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _LOSS_SCALER_KEYS = {"scale", "growth_factor", "loss_scale", "loss_scaler0"}
+_STATES = ({"growth_factor", "growth_interval"}, {"loss_scaler0"}, {"last_epoch", "_step_count"})
+"""The keys by which the state of torch's GradScaler, of apex and of torch's schedulers is known."""
 
 
 def is_training_state(key: Any, value: Any) -> bool:
@@ -54,13 +56,16 @@ def is_training_state(key: Any, value: Any) -> bool:
 
     Some words are ambiguous, so their content decides. ``opt`` may be an optimizer's state or the options of a command
     line. ``scaler`` may belong to mixed precision, or to the data, which the model needs. fairseq cannot load a file
-    without its ``optimizer_history``.
+    without its ``optimizer_history``. What has the content of such a state is one under any key, and at any place of a
+    tuple.
     """
+    if _is_optimizer_state(value) or (isinstance(value, dict) and any(known <= value.keys() for known in _STATES)):
+        return True
     if not isinstance(key, str):
         return False
     if key.lower() in ("scaler", "scaler_state", "scaler_state_dict", "amp"):
         return isinstance(value, dict) and (not value or not _LOSS_SCALER_KEYS.isdisjoint(value))
-    return re.fullmatch(_STALE, key) is not None or _is_optimizer_state(value)
+    return re.fullmatch(_STALE, key) is not None
 
 
 @dataclass(slots=True, eq=False)  # not frozen: creating a frozen one takes three times as long
@@ -224,12 +229,19 @@ def inside(node: Any) -> tuple[Any, Iterable[tuple[Any, Any]]]:
 
 def fields_of(node: Instance) -> dict[Any, Any] | list[Any] | tuple[Any, ...]:
     """Returns the fields of an object that is no mapping: by name, or in their order as a NamedTuple has them."""
-    state = node.state
+    state = state_of(node)
     if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):  # with __slots__
         return state[1]
     if isinstance(state, dict | list | tuple):
         return state
     return node.elements or (node.args if node.kind == "new" else ())
+
+
+def state_of(node: Instance) -> Any:
+    """Returns the state of an object. StyleGAN's persistent classes pass theirs to a call, with the source of the class."""
+    if node.state in (MISSING, None) and len(node.args) == 1 and isinstance(node.args[0], dict):
+        return node.args[0].get("state", node.state) if "class_name" in node.args[0] else node.state
+    return node.state
 
 
 def _loose(tree: Any) -> list[Candidate]:
@@ -325,10 +337,10 @@ def _module_tensors(root: Instance) -> list[Found]:
     seen: set[int] = set()
     while stack:
         prefix, node, depth = stack.pop()
-        if not isinstance(node, Instance) or not isinstance(node.state, dict) or id(node) in seen or depth > 64:
+        state = state_of(node) if isinstance(node, Instance) else None
+        if not isinstance(state, dict) or id(node) in seen or depth > 64:
             continue
         seen.add(id(node))
-        state = node.state
         if isinstance(state.get("_modules"), dict):
             transient = state.get("_non_persistent_buffers_set")
             skipped = _members(transient)

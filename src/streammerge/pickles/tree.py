@@ -98,6 +98,12 @@ class Blank(StorageRef):
         return cls(label, None, nbytes)
 
 
+class Enclosed(Blank):
+    """The bytes of a storage inside a pickle that is being planned. There it is a file of torch's old format."""
+
+    __slots__ = ()
+
+
 @dataclass(slots=True, eq=False, repr=False)
 class TensorRef(_Record):
     """A tensor over a storage; ``offset`` and ``strides`` are in elements.

@@ -235,7 +235,8 @@ class _Aligner:
             self._compare(other, matched, merged_here)
             missing, extra = self._without_copies(other, missing, extra)
             missing = [n for n in missing if not self._optional(n) and not absent.takes(n, self.base.entries[n])]
-            extra = [n for n in extra if not self._optional(n) and not foreign.takes(n, other.entries[n])]
+            needed = self._beside_added(other, extra)
+            extra = [n for n in extra if n in needed or not (self._optional(n) or foreign.takes(n, other.entries[n]))]
             self._note_mismatch(other, missing, extra)
             if self.recipe.on_missing == "union":
                 for name in extra:
@@ -267,6 +268,13 @@ class _Aligner:
                 f"{printable(self.base.index.path)} lacks; they stay out"
             )
         return [n for n in missing if n not in set(ours)], [n for n in extra if n not in set(theirs)]
+
+    def _beside_added(self, other: View, extra: list[str]) -> set[str]:
+        """Returns the counters of modules that are added as a whole, without which their loader finds a name missing."""
+        if self.recipe.on_missing != "union":
+            return set()
+        modules = {n.rpartition(".")[0] for n in extra if not why_optional(n, other.entries[n].spec.shape)}
+        return {n for n in extra if is_counter(n) and n.rpartition(".")[0] in modules}
 
     def _optional(self, name: str) -> bool:
         """Whether an input may lack the tensor, because the program that the first checkpoint belongs to ignores it."""
