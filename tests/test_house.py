@@ -17,7 +17,8 @@ SOURCE = Path(sm.__file__).parent
 ROOMS = (
     "errors", "events", "units", "version", "strict_json", "plugins",  # words
     "stores", "options", "tensors", "kernels", "methods", "sources", "pickles", "formats", "recipe", "checkpoints",
-    "planning", "running", "requests", "verifying", "progress", "signatures", "api", "cli", "__init__", "__main__",
+    "adapters", "planning", "running", "requests",
+    "verifying", "progress", "signatures", "api", "cli", "__init__", "__main__",
 )  # fmt: skip
 """Rooms from the bottom up. A room imports only from rooms before it."""
 

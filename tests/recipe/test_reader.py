@@ -110,7 +110,7 @@ LINEAR = "merge_method: linear\nmodels: [{model: a.safetensors}, {model: b.safet
         (LINEAR + "slices: [{sources: [{model: a.safetensors, layer_range: [0, 1]}]}]\n", "3:1", "one of models"),
         (LINEAR.replace("{model: b.safetensors}", "3"), "2:34", "with their values, not 3"),
         (LINEAR.replace("a.safetensors", "{model: {path: a.safetensors, revision: x}}"), "2:11", "a revision"),
-        (LINEAR.replace("a.safetensors", "a.safetensors+lora"), "2:11", "LoRA adapters are not supported"),
+        (LINEAR.replace("a.safetensors", "a.safetensors+lora"), "2:11", "exists, but the adapter lora does not"),
         (LINEAR.replace("a.safetensors", "org/name"), "2:11", "hf download org/name"),
         (LINEAR + "chat_template: chatml\n", "3:1", "chat_template is not supported yet"),
         (LINEAR + "tokenizer: {source: base, tokens: {}}\n", "3:27", "tokens is not supported yet"),

@@ -1,12 +1,13 @@
-"""A recipe that says whose tokenizer the output has: right where all models have one vocabulary, refused elsewhere."""
+"""Handles a recipe that says whose tokenizer the output has. It is accepted if all models have one vocabulary, and
+refused otherwise."""
 
 from __future__ import annotations
 
 from streammerge.checkpoints.vocabularies import same_vocabulary, vocabulary_of
 from streammerge.errors import RecipeError, printable
 from streammerge.planning.views import Indexes
+from streammerge.recipe.adapted import resolved
 from streammerge.recipe.model import Recipe
-from streammerge.stores.locations import resolved
 
 _NO_MODEL = ("base", "union")
 _WHAT_ELSE = "merge the tokenizers first, or leave this out and take the output's tokenizer as it is"

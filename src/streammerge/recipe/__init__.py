@@ -5,6 +5,7 @@ Each module imports only modules above it::
     fields     kinds of values that a key may hold
     patterns   globs and regular expressions on tensor names
     settings   parameters with filters and gradients
+    adapted    a model with adapters on it, as text
     scalars    single values: paths, sizes, dtypes, methods
     model      the classes, whose fields are the keys
     document   YAML text with the place of each key

@@ -7,10 +7,10 @@ from typing import Any
 
 from streammerge.errors import RecipeError, printable
 from streammerge.methods.contracts import MergeMethod
+from streammerge.recipe.adapted import resolved
 from streammerge.recipe.fields import Path, Positions, Problems, position_of
 from streammerge.recipe.model import Model, Recipe, Slice, SliceSource
 from streammerge.recipe.settings import Settings, check_setting
-from streammerge.stores.locations import resolved
 
 
 def check(recipe: Recipe, problems: Problems) -> None:

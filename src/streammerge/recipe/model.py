@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from streammerge.methods.contracts import MergeMethod
 from streammerge.options import MERGE, Converting, options_of
+from streammerge.recipe.adapted import resolved
 from streammerge.recipe.fields import (
     TEXT,
     TRUTH,
@@ -30,7 +31,6 @@ from streammerge.recipe.fields import (
 from streammerge.recipe.patterns import Pattern, Rename
 from streammerge.recipe.scalars import COMPUTE, DTYPE, LAYER_RANGE, METHOD, MODEL, PATTERN, RENAME, SIZE, parameter_docs
 from streammerge.recipe.settings import Settings, SettingsKind
-from streammerge.stores.locations import resolved
 from streammerge.tensors.dtypes import DType
 
 _OPTIONS = options_of(Converting, *MERGE)

@@ -14,5 +14,13 @@ Each module imports only modules above it::
     memory    a tensor that the caller holds
     box       a block, or a transposed matrix, of a tensor
     turned    a tensor whose first axis comes last
+    wide      numbers of a source in float64
+    contracted  a small tensor computed whole from others
+    shaped    the same elements in another shape; axes in another order
+    product   the product of two matrices
+    kronecker the Kronecker product of two
+    elementwise sums and products element by element
+    rescaled  slices multiplied by numbers of their own, or given a norm
+    residual  a matrix without its strongest part
     merged    a merge of other sources, computed chunk by chunk
 """

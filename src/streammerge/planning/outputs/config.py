@@ -106,13 +106,19 @@ class _Change:
         found: dict[str, tuple[int, int]] = {}
         for m in self.merged:
             name, shape = m.base_names[0], m.spec.shape
-            own = self.base.entries.get(name)
+            own = (self.base.plain or self.base).entries.get(name)
             if own is None or own.spec.shape == shape or len(own.spec.shape) != 2 or own.spec.shape[:1] == shape[:1]:
                 continue
             layer = layer_of(name)
             if layer is None or layer.stack not in self.restacked:
                 found[name] = own.spec.shape[0], shape[0]
         return found
+
+    def beside_resized(self) -> list[Tree]:
+        """Returns the configurations beside the tensors that those with other rows are made of."""
+        resized = [m for m in self.merged if m.base_names[0] in self.resized]
+        folders = {path.parent for m in resized for source in m.sources for path in source.paths}
+        return [tree_of(folder) for folder in sorted(folders, key=str)]
 
     def unties(self, tree: Tree) -> bool:
         """Whether the output has a head of its own where the configuration makes one of head and embeddings.
@@ -156,7 +162,7 @@ def _edits(config: Config, change: _Change) -> Edits:
     for moved in change.moved:
         _follow(edits, moved, change)
     edits.set_rows(change.grown, change.keeps)
-    edits.note_labels(change.resized)
+    edits.set_labels(change.resized, change.beside_resized())
     if change.unties(config.tree):
         edits.untie()
     return edits

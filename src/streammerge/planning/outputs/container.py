@@ -7,6 +7,7 @@ or folder uses the names of the state dict.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from streammerge.planning.outputs.layout import Layout, Placed, PlannedOutput, b
 from streammerge.planning.outputs.pickled import PLAIN_ENDINGS, pickled_output
 from streammerge.planning.receipt import ITSELF, Receipt, escaped, input_files, planned
 from streammerge.planning.views import Indexes
+from streammerge.recipe.adapted import parts_of
 from streammerge.recipe.document import to_json
 from streammerge.recipe.locations import travelling, travelling_names
 from streammerge.recipe.model import Recipe
@@ -62,19 +64,28 @@ def plan_output(out: Location, recipe: Recipe, indexes: Indexes, alignment: Alig
     first = indexes[recipe.checkpoints[0]]
     kind, name = container_of(out, first), out.name
     names = travelling_names(recipe)
-    inputs = input_files({names[each.path]: index for each, index in indexes.items()})
+    inputs = input_files(_named(names, indexes))
     receipt = planned(
         json.loads(to_json(travelling(recipe).to_dict())),
         inputs,
         recipe.seed,
         CRC32 if kind == "pickle" or (kind == "folder" and _is_pickled_folder(recipe, first)) else CRC32C,
         hashed,
-        computed=recipe.merge_method is not COPY or recipe.recast is not None,
+        computed=recipe.merge_method is not COPY or recipe.recast is not None or any(i.adapters for i in indexes.values()),
         held={names[each.path]: index.nbytes for each, index in indexes.items() if index.in_memory},
     )
     made = _planned(kind, name, recipe, first, indexes, alignment, receipt)
     made.inputs = inputs
     return made
+
+
+def _named(names: Mapping[str, str], indexes: Indexes) -> dict[str, CheckpointIndex]:
+    """Returns the name that each checkpoint and each adapter has in the receipt, with its index."""
+    found: dict[str, CheckpointIndex] = {}
+    for each, index in indexes.items():
+        parts = (index,) if index.plain is None else (index.plain, *index.adapters)
+        found |= {names[path]: part for path, part in zip(parts_of(each.path), parts, strict=True)}
+    return found
 
 
 def _planned(

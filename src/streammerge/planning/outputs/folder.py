@@ -16,7 +16,7 @@ from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import safetensors
 from streammerge.formats.base import Form, LayoutFile
-from streammerge.formats.file_names import form_of_file, is_looked_for
+from streammerge.formats.file_names import form_of_file, is_adapter, is_looked_for
 from streammerge.formats.records import RECEIPT_FILE, RECIPE_FILE
 from streammerge.pickles.tree import mapping_items
 from streammerge.planning.alignment import Alignment, Merged
@@ -100,8 +100,15 @@ def folder_output(
     if folder is not None:
         copied = decide(base, folder, {*names, RECEIPT_FILE}, dispositions)
         beside = [name for each in dispositions if each.why == NOT_MERGED for name in each.names]
-        if beside:
-            made.notes.append(f"copied from the first input, not merged: {listed(beside)}")
+        adapters = [name for name in beside if is_adapter(name)]
+        if len(beside) > len(adapters):
+            others = [name for name in beside if name not in adapters]
+            made.notes.append(f"copied from the first input, not merged: {listed(others)}")
+        if adapters:
+            made.notes.append(
+                f"{listed(adapters)} is an adapter of the first input, copied as it is; transformers applies it to the "
+                "merged weights when it loads the folder, so remove it if that is not wanted"
+            )
         inner = {name.partition("/")[0] for name in (*names, *(name for _, name in copied)) if "/" in name}
         if inner:
             made.notes.append(f"the output has the subfolders of {printable(folder)}: {listed(sorted(inner))}")
@@ -161,6 +168,11 @@ def _home(m: Merged, parts: dict[str, CheckpointIndex]) -> str:
     for name in sorted(parts, key=len, reverse=True):
         if all(each.startswith(f"{name}/") for each in written) or not name:
             return name
+    if m.added:
+        raise RecipeError(
+            f"{printable(m.spec.name)} belongs to a model that the first input lacks, which has {listed(sorted(parts))}; "
+            "give an input that has it first, since its configuration is copied from there"
+        )
     raise RecipeError(f"{printable(m.spec.name)} belongs to none of the subfolders {listed(sorted(parts))}; rename it")
 
 
