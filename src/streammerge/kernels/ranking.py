@@ -1,9 +1,13 @@
 """The exact k-th largest number of a stream. Numerics only; no I/O.
 
-Two searches. The first is usually enough: a small sample gives a narrow bracket for the k-th largest. One pass then
-counts the numbers above the bracket and collects those inside it. The second always works: the bits of a float,
-adjusted for the sign, are an integer of the same order, its *key*. A histogram over all keys finds the bin of the k-th
-largest, a second one over that bin finds the place inside it, and so on until all bits of the key are known.
+Three searches. Numbers that are all in memory are partitioned (:func:`select`). Of a longer stream, a small sample gives a
+narrow bracket for the k-th largest. One pass then counts the numbers above the bracket and collects those inside it. The
+last search always works: the bits of a float, adjusted for the sign, are an integer of the same order, its *key*. A
+histogram over all keys finds the bin of the k-th largest, a second one over that bin finds the place inside it, and so on
+until all bits of the key are known.
+
+numpy partitions and sorts with vector instructions (AVX-512, AVX2, NEON), which torch does not. Measured on 32,768 numbers:
+10 us for a partition of integers, 20 us of floats, 300 us with two places at once, 315 us for torch's kthvalue.
 """
 
 from __future__ import annotations
@@ -11,9 +15,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 _BIN_BITS = 16
@@ -75,12 +80,53 @@ def guess(sample: torch.Tensor, rank: int, count: int) -> Guess | None:
     return Guess(low, high, len(near) / size) if len(near) <= max(size * _MOST_COLLECTED, 3 * margin) else None
 
 
+def select(values: torch.Tensor, ranks: Sequence[int], signed: bool, scratch: torch.Tensor) -> tuple[list[Cut], bool]:
+    """Returns the cuts of these ranks, each from 1 to the number of values, and whether any value is NaN.
+
+    NaN counts as the largest number. ``scratch`` has the dtype and the size of the values. ``signed``: see
+    :meth:`TensorGroup.kth_largest`.
+    """
+    import numpy as np
+
+    numbers, n = values.numpy(), len(values)
+    ordered = scratch.copy_(values).numpy()
+    # Partitions the bits as integers if no number is negative: that takes half the time.
+    keys = ordered if signed else ordered.view(np.int64 if ordered.itemsize == 8 else np.int32)
+    done = 0
+    for rank in sorted(set(ranks), reverse=True):  # one place after the other: numpy is slow at several places at once
+        keys[done:].partition(n - rank - done)
+        done = n - rank + 1
+    cuts = []
+    for rank in ranks:
+        largest = ordered[n - rank :]
+        threshold = largest[0]
+        if signed or threshold != threshold:
+            cuts.append(Cut(rank, float(threshold), n))
+            continue
+        kept = int(np.count_nonzero(largest == threshold))
+        places = np.flatnonzero(numbers == threshold)
+        cuts.append(Cut(rank, float(threshold), n if kept == len(places) else int(places[kept - 1]) + 1))
+    return cuts, bool(np.isnan(ordered[done - 1 :].max()))
+
+
 def count_above(values: torch.Tensor, limit: float, scratch: torch.Tensor) -> int:
     """Counts the numbers larger than ``limit``. NaN counts as larger."""
-    import torch
+    import numpy as np
 
-    exact = None if len(values) < 1 << 24 else torch.float64  # float32 sums of ones are exact up to 2^24
-    return len(values) - int(torch.le(values, limit, out=scratch).sum(dtype=exact))
+    return len(values) - int(np.count_nonzero(np.less_equal(values.numpy(), limit, out=_flags(scratch, len(values)))))
+
+
+def places_equal(values: torch.Tensor, number: float, scratch: torch.Tensor) -> np.ndarray[Any, Any]:
+    """Returns where the values equal a number, as numpy's booleans in ``scratch``."""
+    import numpy as np
+
+    flags = _flags(scratch, len(values))
+    np.equal(values.numpy(), number, out=flags)
+    return flags
+
+
+def _flags(scratch: torch.Tensor, count: int) -> np.ndarray[Any, Any]:
+    return scratch.numpy().view("?")[:count]
 
 
 def inside(values: torch.Tensor, low: float, high: float, scratch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
@@ -211,9 +257,10 @@ class Cut:
 
 
 def _just_below(value: float, dtype: torch.dtype) -> float:
-    import torch
+    import numpy as np
 
-    return float(torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(-torch.inf, dtype=dtype)))
+    kind = np.float64 if dtype.itemsize == 8 else np.float32
+    return float(np.nextafter(kind(value), kind(-math.inf)))
 
 
 def row_ranks(values: torch.Tensor, dim: int) -> torch.Tensor:
