@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 from streammerge.errors import RecipeError
 from streammerge.kernels.chunk import Chunk
 from streammerge.kernels.group import TensorGroup
-from streammerge.kernels.ranking import row_ranks
+from streammerge.kernels.random import limits
+from streammerge.kernels.ranking import by_rank
 from streammerge.methods.contracts import Values
 
 if TYPE_CHECKING:
@@ -79,7 +81,7 @@ def bernoulli(group: TensorGroup, density: Sequence[float]) -> Sparsify:
     def apply(chunk: Chunk, model: int, delta: torch.Tensor) -> torch.Tensor:
         if density[model] >= 1:
             return delta
-        return _where(group.uniform(chunk, model), density[model], delta)
+        return delta.mul_(group.chosen(chunk, model, density[model]))
 
     return apply
 
@@ -91,15 +93,22 @@ def magprune(group: TensorGroup, density: Sequence[float], epsilon: Sequence[flo
     is kept.
     """
 
-    def apply(chunk: Chunk, model: int, delta: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    @cache
+    def table(n: int, model: int) -> torch.Tensor:
         d, e = density[model], epsilon[model]
+        return limits(torch.arange(n).to(group.compute).mul_(2 * e / (n - 1)).add_(d - e))
+
+    def apply(chunk: Chunk, model: int, delta: torch.Tensor) -> torch.Tensor:
         fibres = fibre_view(delta, group.shape)
         n = fibres.shape[1]
-        if d >= 1 or n <= 1:
+        if density[model] >= 1 or n <= 1:
             return delta
-        ranks = row_ranks(fibres.abs(), dim=1).reshape(-1)
-        chances = chunk.empty("chances").copy_(ranks).mul_(2 * e / (n - 1)).add_(d - e)
-        return _where(group.uniform(chunk, model), chances, delta)
+        chances = chunk.empty("chances", torch.int32)
+        keys, order = (chunk.empty(slot, torch.int64) for slot in ("rank keys", "rank order"))
+        by_rank(fibres, table(n, model), chances.view(fibres.shape), keys, order)
+        return delta.mul_(group.chosen(chunk, model, chances))
 
     return apply
 
@@ -122,13 +131,12 @@ def rescaled(group: TensorGroup, sparsify: Sparsify) -> Sparsify:
 
     This restores the sum of magnitudes. There is no factor if either sum is below 1e-7.
     """
-    import torch
 
     def sums(chunk: Chunk) -> Iterator[torch.Tensor]:
         for model in range(group.models):
-            delta = chunk.delta(model)
-            yield torch.abs(delta, out=chunk.empty("magnitude"))
-            yield sparsify(chunk, model, delta).abs_()
+            magnitudes = chunk.delta(model).abs_()
+            yield magnitudes
+            yield sparsify(chunk, model, magnitudes)  # what is kept depends on no sign
 
     totals = list(map(float, group.reduce(sums))) if group.models else []
     # Not >=: NaN must stay
@@ -138,9 +146,3 @@ def rescaled(group: TensorGroup, sparsify: Sparsify) -> Sparsify:
 
 def _magnitudes(group: TensorGroup) -> Callable[[Chunk], Iterator[torch.Tensor]]:
     return lambda chunk: (chunk.delta(model).abs_() for model in range(group.models))
-
-
-def _where(uniform: torch.Tensor, chance: float | torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    return delta.mul_(torch.lt(uniform, chance, out=uniform))
