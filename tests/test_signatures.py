@@ -58,8 +58,8 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "merge has no option densty; did you mean `parameters={'density': ...}`, a parameter of ties?",
         ),
         (lambda: sm.merge(AB, "x", method=3, methd=1), "merge has no option methd; did you mean method?"),
-        (lambda: sm.merge(AB, "x", "y"), "merge cannot be called so: too many positional arguments"),
-        (lambda: sm.convert("a"), "convert cannot be called so: missing a required argument: 'out'"),
+        (lambda: sm.merge(AB, "x", "y"), "merge cannot be called like this: too many positional arguments"),
+        (lambda: sm.convert("a"), "convert cannot be called like this: missing a required argument: 'out'"),
         (lambda: sm.merge(AB), "a merge needs a name for its output; pass `out`"),
         (lambda: sm.merge(5, "x"), "`inputs` takes a path, not 5"),
         (lambda: sm.merge([*AB, None], "x"), "`inputs` takes a path, not None"),
@@ -94,11 +94,28 @@ def test_a_wrong_call_is_one_of_our_errors(call: Callable[[], Any], said: str, w
 
 
 CHECKED = """
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy
 import streammerge as sm
+import torch
 
 sm.merge(["a", "b"], "out", weights=[0.6, 0.4], method="slerp", parameters={"t": 0.3}, on_missing="base")
 sm.merge({"a": 0.6}, "out").peak_bytes
 sm.inspect("a")["w"].spec.shape
+sm.merge({Path("a"): numpy.float32(0.6)}, "out", progress=True, memory=numpy.int64(1 << 29))
+sm.merge(["a", "b"], "out", weights=numpy.array([0.6, 0.4]), workers=numpy.int64(3), seed=numpy.int64(1))
+sm.merge(["a", "b"], "out", weights=torch.ones(2), workers=torch.tensor(3), ema_decay=numpy.float64(0.9))
+sm.verify("a", sample=numpy.float32(0.5))
+methods: list[str] = sm.methods()
+method: sm.MergeMethod = sm.methods("ties")
+index: Mapping[str, sm.Source] = sm.inspect("a")
+source: sm.Source | None = index.get("w")
+sm.merge([sm.inspect("a"), sm.location("memory://b")], "out")
+sm.merge(["a", "b"], "out", weights="0.6,0.4")  # error
+sm.merge(["a", "b"], "out", weights=0.5)  # error
+sm.merge(["a", "b"], "out", progress="yes")  # error
 sm.merge(["a", "b"], "out", methd="ties")  # error
 sm.merge(["a", "b"], "out", on_missing="ignore")  # error
 sm.plan(["a", "b"], workers="two")  # error
@@ -213,6 +230,7 @@ def test_converting_first_is_done_as_politely_and_by_the_same_executor(
 ) -> None:
     """Fault 8 of the house before: the conversion ran on threads, and left the page cache full."""
     from streammerge import api
+    from streammerge.requests import conversions
 
     seen = []
 
@@ -222,6 +240,7 @@ def test_converting_first_is_done_as_politely_and_by_the_same_executor(
 
     real = api.execute
     monkeypatch.setattr(api, "execute", executed)
+    monkeypatch.setattr(conversions, "execute", executed)
 
     def own(workers: int) -> ThreadExecutor:
         return ThreadExecutor(workers)

@@ -558,3 +558,37 @@ def test_a_generator_and_a_discriminator_are_no_parts_of_one_checkpoint(tmp_path
         torch.save({"model": {f"{name[0]}.w": torch.ones(2)}, "iteration": 100}, tmp_path / name)
     with pytest.raises(sm.FormatError, match=r"holds several checkpoints \(D_100\.pth, G_100\.pth\); give one of them"):
         sm.inspect(tmp_path)
+
+
+def in_training(folder: Path, seed: int, beside: str = "optimizer.bin") -> Path:
+    """Makes a folder as accelerate's ``save_state`` does in diffusers' training scripts."""
+    for number, name in enumerate(("unet", "unet_ema")):
+        (folder / name).mkdir(parents=True)
+        save_file(trained(seed + number), folder / name / "diffusion_pytorch_model.safetensors")
+        (folder / name / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    torch.save({"state": {}}, folder / beside)
+    (folder / "logs").mkdir()
+    return folder
+
+
+def test_models_beside_the_state_of_a_training_are_merged_one_by_one(tmp_path: Path) -> None:
+    paths = [in_training(tmp_path / "checkpoint-1", 1), in_training(tmp_path / "checkpoint-2", 5)]
+    assert sm.inspect(paths[0]).format == "training folder of 2 models"
+    result = sm.merge(paths, tmp_path / "out", integers="first")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == ["unet", "unet_ema"]
+    for number, name in enumerate(("unet", "unet_ema")):
+        made = load_safetensors(tmp_path / "out" / name / "diffusion_pytorch_model.safetensors")
+        one, two = trained(1 + number), trained(5 + number)
+        wanted = {n: mean([one[n], two[n]], [1, 1]) if one[n].is_floating_point() else one[n] for n in one}
+        assert {n: octets(t) for n, t in made.items()} == {n: octets(t) for n, t in wanted.items()}
+    assert any("optimizer.bin" in note and "state of a training run" in note for note in result.notes)
+    sm.merge([tmp_path / "out", paths[0]], tmp_path / "again", integers="first")
+    with pytest.raises(sm.RecipeError, match="give one of the subfolders"):
+        sm.merge(paths, tmp_path / "out.safetensors")
+
+
+def test_subfolders_of_models_without_a_training_are_not_guessed_to_belong_together(tmp_path: Path) -> None:
+    folder = in_training(tmp_path / "mine", 1, "notes.bin")
+    (folder / "notes.bin").unlink()
+    with pytest.raises(sm.FormatError, match="its subfolders unet, unet_ema do, so give one of them"):
+        sm.inspect(folder)

@@ -27,7 +27,7 @@ from streammerge.events import TaskDone
 from streammerge.planning import tasks
 from streammerge.running import readback
 from streammerge.stores import commit, journal, lock, system
-from streammerge.stores.commit import LocalRecord, LocalStaging
+from streammerge.stores.commit import LocalJournalFile, LocalStaging
 from streammerge.stores.files import OutputFile
 from streammerge.stores.locations import parse
 from streammerge.tensors.spec import GRAIN
@@ -160,7 +160,7 @@ def test_another_plan_is_refused_until_what_is_kept_may_go(
         "method": "the recipe's keys merge_method, parameters changed",
         "dtype": "the recipe's key dtype changed",
         "input": r"the input \S*1\.pth changed",
-        "hash": "the hashes of the inputs are wanted in one of them only",
+        "hash": "only one of them hashes the inputs",
     }[request.node.callspec.id]
     out = tmp_path / "out.safetensors"
     interrupt(pair, out)
@@ -224,11 +224,11 @@ def test_a_journal_that_cannot_be_read_is_still_there(
     interrupt(pair, out)
     pieces = journalled(out)
 
-    def fail(record: LocalRecord) -> bytes:
+    def fail(record: LocalJournalFile) -> bytes:
         raise error
 
     with monkeypatch.context() as patched, pytest.raises(type(error)):
-        patched.setattr(LocalRecord, "read", fail)
+        patched.setattr(LocalJournalFile, "read", fail)
         sm.merge(pair, out)
     assert journalled(out) == pieces
     assert len(resumed_events(lambda listener: sm.merge(pair, out, listener=listener))) == 1
@@ -267,7 +267,9 @@ def test_without_resume_nothing_is_taken_up_and_nothing_stays(pair: list[Path], 
 def test_a_run_that_has_kept_nothing_leaves_nothing(
     pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The disk is thought so slow that what is finished cannot be synced in time."""
     monkeypatch.setattr(journal, "INTERVAL_SECONDS", 60)
+    monkeypatch.setattr(journal, "_FIRST_RATE", 1e-3)
 
     def listen(event: object) -> None:
         if type(event).__name__ == "TaskDone":
@@ -302,7 +304,7 @@ def test_no_damage_to_the_journal_matters(pair: list[Path], tmp_path: Path) -> N
     interrupt(pair, out, at_least=8)
     path = tmp_path / ".out.safetensors.streammerge" / "journal"
     good = path.read_bytes()
-    record = LocalRecord(parse(path))
+    record = LocalJournalFile(parse(path))
     first = journal.read(record)
     assert first is not None
     plan, vouched = first.plan, first.pieces
@@ -338,18 +340,18 @@ def test_pieces_are_written_down_after_their_files_are_synced(
     pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[tuple[str, int]] = []
-    good_sync, good_append = OutputFile.sync, LocalRecord.append
+    good_sync, good_append = OutputFile.sync, LocalJournalFile.append
 
     def sync(file: OutputFile) -> None:
         good_sync(file)
         order.append(("sync", 0))
 
-    def append(record: LocalRecord, data: bytes) -> None:
+    def append(record: LocalJournalFile, data: bytes) -> None:
         order.append(("append", data.count(b"\n")))
         good_append(record, data)
 
     monkeypatch.setattr(OutputFile, "sync", sync)
-    monkeypatch.setattr(LocalRecord, "append", append)
+    monkeypatch.setattr(LocalJournalFile, "append", append)
     interrupt(pair, tmp_path / "out.safetensors", at_least=8)
     written = [number for number, (what, pieces) in enumerate(order) if what == "append" and pieces]
     assert sum(order[number][1] for number in written) >= 8
@@ -807,6 +809,70 @@ def test_a_signal_stops_in_time_and_says_how_to_go_on(
     )
     assert "continued an interrupted run" in done.stderr
     assert left_over(out) == []
+
+
+AT_ONCE = SLOWLY.replace("INTERVAL_SECONDS = 0.01", "INTERVAL_SECONDS = 60")
+
+
+def test_a_signal_keeps_all_that_was_finished(large: Path, tmp_path: Path) -> None:
+    """No sync was due before the signal, so the last one has to keep it all."""
+    out = tmp_path / "out.safetensors"
+    command = ["merge", "0.safetensors", "1.safetensors", "-o", str(out), "--format", "json"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", AT_ONCE, *command],
+        cwd=large,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_signals,
+    )
+    assert process.stderr is not None
+    events: list[dict[str, Any]] = []
+    while sum(each["event"] == "TaskDone" for each in events) < 6:
+        events.append(json.loads(process.stderr.readline()))
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    said, rest = process.communicate(timeout=20)
+    assert time.monotonic() - began < 2
+    events += map(json.loads, rest.splitlines())
+    done = sum(each["written_bytes"] for each in events if each["event"] == "TaskDone")
+    (suspended,) = [each for each in events if each["event"] == "Suspended"]
+    assert done > 0
+    assert suspended["kept_bytes"] >= done
+    error = json.loads(said)["error"]
+    assert (error["class"], error["exit_code"]) == ("Interrupted", 130)
+    assert re.match(r"interrupted; [^;]* are kept; the same command goes on from there", error["message"])
+    again = subprocess.run(
+        [sys.executable, "-m", "streammerge", *command], cwd=large, capture_output=True, text=True, timeout=120, check=True
+    )
+    (resumed,) = [each for each in map(json.loads, again.stderr.splitlines()) if each["event"] == "Resumed"]
+    assert resumed["kept_bytes"] == suspended["kept_bytes"]
+
+
+def test_a_signal_before_the_first_byte_says_what_an_earlier_run_has_kept(large: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    interrupt([large / "0.safetensors", large / "1.safetensors"], out)
+    kept = journalled(out)
+    stop = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    early = f"""
+import sys
+from streammerge.cli.main import main
+from streammerge.planning import plan
+def stopped(*given, **more):
+    {stop}
+sys.modules["streammerge.planning.plan"].build_plan = stopped
+sys.argv[0] = "streammerge"
+main()
+"""
+    command = [sys.executable, "-c", early, "merge", "0.safetensors", "1.safetensors", "-o", str(out)]
+    done = subprocess.run(command, cwd=large, capture_output=True, text=True, timeout=60, preexec_fn=hear_signals)
+    assert done.returncode == 130
+    assert re.fullmatch(
+        r"error: interrupted; nothing new was written; [\d.]+ MB of an earlier run are kept, and the command of that run "
+        r"goes on from there\n",
+        done.stderr,
+    )
+    assert journalled(out) == kept
 
 
 def test_a_hangup_that_nohup_hides_does_not_stop(large: Path, tmp_path: Path) -> None:

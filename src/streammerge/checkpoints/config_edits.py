@@ -1,4 +1,4 @@
-"""What a configuration states of its weights besides the layers: dtype, rows of embeddings, a tied head."""
+"""Edits what a configuration states about its weights besides the layers: dtype, rows of embeddings, a tied head."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Edits:
         }
 
     def set_dtype(self, name: str, all_alike: bool) -> None:
-        """States another dtype. ``all_alike``: no tensor has another one, so that it is true of each part of a model."""
+        """States another dtype. ``all_alike``: whether all tensors have it, so that each part of the model has it too."""
         stated = self._dtypes()
         for path, old in stated.items():
             if old != name and (len(path) == 1 or all_alike):
@@ -78,7 +78,9 @@ class Edits:
         """
         stated = [sizes for sizes, names in grown.items() if self._set_rows(sizes, names, keeps)]
         for sizes, names in grown.items():
-            if not any(sizes[1] - sizes[0] == new - old for old, new in stated):  # else it has some rows more than stated
+            if not any(
+                sizes[1] - sizes[0] == new - old for old, new in stated
+            ):  # otherwise the table has more rows than stated
                 self.notes.append(
                     f"{self.config.name} states nowhere that {listed(names, 2)} had {sizes[0]} rows; now it has "
                     f"{sizes[1]}, so set this there by hand if it should"
@@ -99,11 +101,42 @@ class Edits:
         self.values |= dict.fromkeys(found, sizes[1])
         return bool(found)
 
-    def note_labels(self, rows: Mapping[str, tuple[int, int]]) -> None:
-        """Notes labels that do not fit their tensor any more. ``rows``: name -> (rows before, rows now)."""
+    def set_vocabulary(self, before: int, rows: int) -> None:
+        """States how many rows embeddings of tokens have. ``before``: how many they had, which is more than is stated where
+        a table is padded."""
+        if before == rows:
+            return
+        stated = {
+            (*path, key): value
+            for path, each in mappings(self.tree)
+            for key, value in each.items()
+            if _VOCABULARY.search(key) and "type" not in key and isinstance(value, int) and not isinstance(value, bool)
+        }
+        found = [path for path, value in stated.items() if value == before]
+        found = found or [path for path in stated if path[-1] == "vocab_size"][:1]
+        self.values |= {path: rows for path in found if stated[path] != rows}
+        if not found:
+            self.notes.append(
+                f"{self.config.name} states nowhere how many tokens there are; embeddings now have {rows} rows"
+            )
+
+    def set_labels(self, rows: Mapping[str, tuple[int, int]], others: Sequence[Tree]) -> None:
+        """States the labels of a classifier that has other rows now, or notes that it cannot.
+
+        ``rows``: name -> (rows before, rows now). ``others``: the configurations beside the tensors that the rows come
+        from. They must agree on the further labels, and have the same first ones.
+        """
         labels = self.tree.get("id2label")
         for name, (before, now) in rows.items():
             if isinstance(labels, dict) and len(labels) == before:
+                known = [each["id2label"] for each in others if _continues(labels, each.get("id2label"), now)]
+                if known and all(each == known[0] for each in known):
+                    self.values["id2label",] = known[0]
+                    if isinstance(self.tree.get("label2id"), dict):
+                        self.values["label2id",] = {label: int(number) for number, label in known[0].items()}
+                    if self.tree.get("num_labels") == before:
+                        self.values["num_labels",] = now
+                    continue
                 self.notes.append(
                     f"id2label of {self.config.name} has {before} labels, but {printable(name)} now has {now} rows; name "
                     "the others there by hand"
@@ -115,6 +148,13 @@ class Edits:
             flagged = "tie_word_embeddings" in each or (not path and is_model_config(each))
             if flagged and each.get("tie_word_embeddings") is not False:
                 self.values |= {(*path, "tie_word_embeddings"): False}
+
+
+def _continues(labels: dict[str, Any], longer: Any, count: int) -> bool:
+    """Whether ``longer`` has ``count`` labels by their numbers, and begins with ``labels``."""
+    if not isinstance(longer, dict) or len(longer) != count or not all(map(str.isdecimal, longer)):
+        return False
+    return all(isinstance(each, str) for each in longer.values()) and labels.items() <= longer.items()
 
 
 def ties_somewhere(tree: Tree) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import ItemsView, Iterable, Iterator, KeysView, Sequence, ValuesView
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,20 +17,23 @@ from streammerge.recipe.locations import on_the_hub
 from streammerge.recipe.patterns import Rename, renamed
 from streammerge.sources.base import Allocated, Source, read_whole
 from streammerge.stores.base import Location, Status
-from streammerge.stores.locations import Place, parse
+from streammerge.stores.locations import PathLike, parse
 from streammerge.tensors.dtypes import DType
 from streammerge.units import counted, decimal_bytes
 
 
-@dataclass(slots=True, repr=False)
-class CheckpointIndex:
+@dataclass(slots=True, repr=False, eq=False)
+class CheckpointIndex(Mapping[str, Source]):
     """A mapping from the names of tensors to their entries: ``len(index)``, ``index[name]``, iteration over the names.
+
+    As for every mapping, two are equal if their items are: the same tensors of the same file. It is not hashable.
 
     ``entries``: every tensor of the state dict by name, in its order. ``aliases``: tied name -> the first name of
     the same tensor. ``extras``: the inert tree of a pickled file, None for safetensors. ``files``: all it is read from.
     ``renamed``: name -> its name in the file, where a recipe calls it otherwise. ``parts``: subfolder -> the index of the
     model in it, "" for the folder's own, where a folder holds several models. There a tensor's name begins with its
-    subfolder and a slash. ``warnings``: what may be wrong with the checkpoint.
+    subfolder and a slash. ``warnings``: what may be wrong with the checkpoint. ``adapters``: the indexes of adapters that
+    its tensors are updated by, and then ``plain``: the checkpoint without them, and ``adapted_as``: its name in a recipe.
     """
 
     path: Location
@@ -45,6 +48,9 @@ class CheckpointIndex:
     renamed: dict[str, str] = field(default_factory=dict)
     parts: dict[str, CheckpointIndex] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    adapters: tuple[CheckpointIndex, ...] = ()
+    plain: CheckpointIndex | None = None
+    adapted_as: str = ""
 
     def with_names(self, renames: Sequence[Rename]) -> CheckpointIndex:
         """The same checkpoint under other names. Raises RecipeError where two tensors would have one name."""
@@ -183,7 +189,7 @@ def _is_torch_type(node: Global) -> bool:
     return node.module == "torch" or node.module.startswith("torch.storage") or node.path == "collections.OrderedDict"
 
 
-def open_checkpoint(place: Place, state_dict: str | None = None, ema: str = "ignore") -> CheckpointIndex:
+def open_checkpoint(place: PathLike, state_dict: str | None = None, ema: str = "ignore") -> CheckpointIndex:
     """The index of a file or folder; nothing in it is executed and no tensor is read.
 
     Raises FormatError for what cannot be read and RecipeError when ``state_dict`` or ``ema`` ask for what is not there.

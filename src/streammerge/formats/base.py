@@ -11,7 +11,7 @@ from typing import Literal as OneOf
 from streammerge.errors import FormatError, printable
 from streammerge.pickles.tree import StorageRef, TensorRef
 from streammerge.sources.base import Source
-from streammerge.sources.deflated import Record, of_bytes
+from streammerge.sources.deflated import PackedRecord, of_bytes
 from streammerge.stores.base import Location
 from streammerge.tensors.spec import TensorSpec, is_contiguous
 
@@ -23,12 +23,12 @@ Match = bool | OneOf["unless another"]
 
 @dataclass(frozen=True, slots=True)
 class StorageBytes:
-    """The place of one torch storage's bytes. In a compressed record they begin at ``offset`` 0 of its unpacked bytes."""
+    """The place of one torch storage's bytes. In a packed record ``offset`` counts its unpacked bytes."""
 
     path: Location
     offset: int
     nbytes: int
-    record: Record | None = None
+    record: PackedRecord | None = None
 
     @property
     def span(self) -> tuple[int, int]:

@@ -78,10 +78,27 @@ def magnitude_outliers(group: TensorGroup, density: Sequence[float], gamma: Sequ
 def bernoulli(group: TensorGroup, density: Sequence[float]) -> Sparsify:
     """Keeps each element with probability ``density``."""
 
+    def mask(chunk: Chunk, model: int, delta: torch.Tensor) -> torch.Tensor | None:
+        return None if density[model] >= 1 else group.chosen(chunk, model, density[model])
+
+    return _masked(group, mask)
+
+
+def _masked(group: TensorGroup, mask: Callable[[Chunk, int, torch.Tensor], torch.Tensor | None]) -> Sparsify:
+    """Returns the sparsifier that multiplies by a mask of 1 and 0. Of a tensor that one chunk holds, the mask of each model
+    is made in the first pass and kept for the kernel, in a byte for each element."""
+    kept: dict[int, torch.Tensor] = {}
+
     def apply(chunk: Chunk, model: int, delta: torch.Tensor) -> torch.Tensor:
-        if density[model] >= 1:
+        keeps = chunk.elems == group.elems and not chunk.hides
+        if keeps and model in kept:
+            return delta.mul_(chunk.empty("mask").copy_(kept[model]))
+        made = mask(chunk, model, delta)
+        if made is None:
             return delta
-        return delta.mul_(group.chosen(chunk, model, density[model]))
+        if keeps:
+            kept[model] = made != 0
+        return delta.mul_(made)
 
     return apply
 
@@ -100,17 +117,17 @@ def magprune(group: TensorGroup, density: Sequence[float], epsilon: Sequence[flo
         d, e = density[model], epsilon[model]
         return limits(torch.arange(n).to(group.compute).mul_(2 * e / (n - 1)).add_(d - e))
 
-    def apply(chunk: Chunk, model: int, delta: torch.Tensor) -> torch.Tensor:
+    def mask(chunk: Chunk, model: int, delta: torch.Tensor) -> torch.Tensor | None:
         fibres = fibre_view(delta, group.shape)
         n = fibres.shape[1]
         if density[model] >= 1 or n <= 1:
-            return delta
+            return None
         chances = chunk.empty("chances", torch.int32)
         keys, order = (chunk.empty(slot, torch.int64) for slot in ("rank keys", "rank order"))
         by_rank(fibres, table(n, model), chances.view(fibres.shape), keys, order)
-        return delta.mul_(group.chosen(chunk, model, chances))
+        return group.chosen(chunk, model, chances)
 
-    return apply
+    return _masked(group, mask)
 
 
 def fibre_view(values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

@@ -16,8 +16,9 @@ from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import FormatError, VerifyError, printable
-from streammerge.stores.base import Location, digest_outside
+from streammerge.stores.base import Location
 from streammerge.stores.checksums import CRC32, CRC32C, Checksum
+from streammerge.stores.digests import digest_outside
 from streammerge.stores.locations import parse
 from streammerge.stores.names import is_inner
 from streammerge.strict_json import load_json

@@ -69,7 +69,8 @@ def refuse_inseparable(indexes: Iterable[CheckpointIndex], merged: Iterable[Made
 
 
 def refuse_unmerged(recipe: Recipe, indexes: Indexes, merged: Iterable[Made]) -> None:
-    """Raises MismatchError for a model of which nothing goes into the output, since policies kept all from others."""
+    """Raises MismatchError for a model that gives nothing to the output, because policies take every tensor from the
+    others."""
     used = {path for m in merged for source in m.sources for path in source.paths}
     for reference in dict.fromkeys(map(recipe.of, recipe.entries)):
         index = next(index for known, index in indexes.items() if known.same(reference))
@@ -87,7 +88,7 @@ def quantised(index: CheckpointIndex) -> str:
 
 
 def _packed(index: CheckpointIndex) -> dict[str, tuple[str, str]]:
-    """Returns what tells a quantisation: the tensors' names, or integers in a folder whose configuration tells it."""
+    """Returns the signs of a quantisation: the tensors' names, or integers in a folder whose configuration states it."""
     told = companions({name: entry.spec for name, entry in index.entries.items()})
     integers = [name for name, entry in index.entries.items() if entry.spec.shape and entry.spec.dtype.kind == "int"]
     integers = [name for name in integers if not name.endswith(("position_ids", "token_type_ids"))]
@@ -137,20 +138,16 @@ def _adapter(index: CheckpointIndex, told: dict[str, str]) -> str:
     where = printable(index.path)
     return (
         f"{where} holds {len(told)} factors of an adapter ({kind}: {printable(name)}), and the mean of factors is not the "
-        "mean of the updates, which are their products; merge each adapter into its base model with the program that "
-        f"made it ({_into_base(index)}), then "
-        "merge the models; a rule can copy an adapter's tensors from one model"
+        f"mean of the updates, which are their products; {_into_base(index)}; a rule can copy an adapter's tensors from "
+        "one model"
     )
 
 
 def _into_base(index: CheckpointIndex) -> str:
-    """Returns how PEFT merges an adapter into its base model. It loads an adapter's folder, and not one file of it."""
+    """Returns how an adapter is added to its base model."""
     if any(".base_layer." in name for name in index.entries):
-        return "PEFT: this is a model that holds its adapter; load it there, then `model.merge_and_unload()`"
-    path = index.path
-    if path.is_file() and (path.parent / "adapter_config.json").is_file():
-        path = path.parent
-    return f"PEFT: `PeftModel.from_pretrained(BASE, {str(path)!r}).merge_and_unload().save_pretrained(OUT)`"
+        return "this is a model that holds its adapter; load it in PEFT, then `model.merge_and_unload()`"
+    return f"name each with its base model, as in `BASE+{printable(index.path)}`, so that its updates are added to the base"
 
 
 def _used(index: CheckpointIndex, merged: list[Made], verbatim: Callable[[Made], bool]) -> tuple[set[str], set[str]]:

@@ -157,7 +157,7 @@ def stretches(batch: list[Piece], most_bytes: int = 0) -> Iterator[list[Piece]]:
     yield stretch
 
 
-def joined(stretch: list[Piece]) -> Piece:
+def as_one_piece(stretch: list[Piece]) -> Piece:
     """Returns one piece that does the work of the whole stretch."""
     first = stretch[0]
     if len(stretch) == 1:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from streammerge.methods.contracts import MergeMethod
 from streammerge.options import MERGE, Converting, options_of
+from streammerge.recipe.adapted import resolved
 from streammerge.recipe.fields import (
     TEXT,
     TRUTH,
@@ -20,17 +21,17 @@ from streammerge.recipe.fields import (
     ListOf,
     MapOf,
     Path,
-    Places,
     Plain,
+    Positions,
     key,
     one_of,
     option_key,
-    place_of,
+    position_of,
 )
 from streammerge.recipe.patterns import Pattern, Rename
 from streammerge.recipe.scalars import COMPUTE, DTYPE, LAYER_RANGE, METHOD, MODEL, PATTERN, RENAME, SIZE, parameter_docs
 from streammerge.recipe.settings import Settings, SettingsKind
-from streammerge.stores.locations import resolved
+from streammerge.recipe.vocabulary import TEMPLATE, Tokenizer
 from streammerge.tensors.dtypes import DType
 
 _OPTIONS = options_of(Converting, *MERGE)
@@ -70,7 +71,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Source:
+class SliceSource:
     """Some layers of a model, for a slice."""
 
     model: str = key(MODEL, "Path of a file or folder.")
@@ -85,7 +86,7 @@ class Source:
 class Slice:
     """Consecutive layers of the output."""
 
-    sources: tuple[Source, ...] = key(ListOf(FormOf(Source)), "The layers to merge.")
+    sources: tuple[SliceSource, ...] = key(ListOf(FormOf(SliceSource)), "The layers to merge.")
     base_model: str | None = key(MODEL, "The base in this slice.", default=None)
     parameters: Settings = key(SETTINGS, "Parameters in this slice.", default_factory=dict)
     residual_weight: Any = key(
@@ -142,7 +143,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Output:
+class OutputRequest:
     """How the output is written."""
 
     max_shard_size: int | None = option_key(SIZE, _OPTIONS["max_shard_size"])
@@ -158,26 +159,13 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Tokenizer:
-    """Whose tokenizer the output has."""
-
-    REFUSED: ClassVar = {
-        "tokens": "give such tokens their rows in the models first",
-        "pad_to_multiple_of": "the output has the rows that the models have",
-    }
-
-    source: str = key(TEXT, "base, union, or the model whose files the output takes.", default="union")
-
-
-@dataclass(frozen=True)
 class Recipe:
     """A merge or a conversion: everything besides the inputs that its output depends on.
 
-    ``places``: the places of the keys in their file. ``written``: the names of the models in that file.
+    ``positions``: the positions of the keys in their file. ``written``: the names of the models in that file.
     """
 
     REFUSED: ClassVar = {
-        "chat_template": "set it in the output's tokenizer_config.json",
         "out_path": "name the output with `out`",
     }
     MEANT: ClassVar = {"method": "merge_method", "base": "base_model", "weights": "models", "inputs": "models"}
@@ -190,10 +178,9 @@ class Recipe:
     )
     base_model: str | None = key(MODEL, "The models' common ancestor.", default=None)
     parameters: Settings = key(SETTINGS, "Parameters of the method.", default_factory=dict)
-    tokenizer_source: str | None = key(
-        TEXT, "base, union, or the model whose files the output takes. All models must have one vocabulary.", default=None
-    )
-    tokenizer: Tokenizer | None = key(FormOf(Tokenizer), "The same, in mergekit's newer form.", default=None)
+    tokenizer_source: str | None = option_key(MODEL, _OPTIONS["tokenizer_source"])
+    tokenizer: Tokenizer | None = key(FormOf(Tokenizer), "The same, with a source for single tokens.", default=None)
+    chat_template: str | None = option_key(TEMPLATE, _OPTIONS["chat_template"])
     name: str | None = key(TEXT, "A name for people. It has no effect.", default=None)
     rules: tuple[Rule, ...] = key(ListOf(FormOf(Rule), least=0), "Other ways for some tensors.", default=())
     dtype: DType | None = option_key(DTYPE, _OPTIONS["dtype"])
@@ -205,20 +192,21 @@ class Recipe:
     on_missing: str = _chosen("on_missing")
     on_shape: str = _chosen("on_shape")
     integers: str | None = _chosen("integers")
+    unsafe_truncate_embeddings: bool = option_key(TRUTH, _OPTIONS["unsafe_truncate_embeddings"], default=False)
     allow_nonfinite: bool = option_key(TRUTH, _OPTIONS["allow_nonfinite"], default=False)
-    output: Output = key(FormOf(Output), "How the output is written.", default_factory=Output)
+    output: OutputRequest = key(FormOf(OutputRequest), "How the output is written.", default_factory=OutputRequest)
     seed: int = option_key(WHOLE, _OPTIONS["seed"], default=0)
-    places: Places = field(default_factory=dict, compare=False, repr=False)
+    positions: Positions = field(default_factory=dict, compare=False, repr=False)
     written: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def at(self, path: Path) -> str:
         """Returns ``recipe.yaml:12:3: `` for a key that was read from a file; empty otherwise."""
-        return str(place_of(path, self.places) or "")
+        return str(position_of(path, self.positions) or "")
 
     @cached_property
-    def entries(self) -> tuple[Model | Source, ...]:
+    def entries(self) -> tuple[Model | SliceSource, ...]:
         """Every named model, slices and modules included, in their order."""
-        found: list[Model | Source] = list(self.models)
+        found: list[Model | SliceSource] = list(self.models)
         found += [source for each in self.slices for source in each.sources]
         for module in self.modules.values():
             found += [*module.models, *(source for each in module.slices for source in each.sources)]
@@ -232,7 +220,7 @@ class Recipe:
     def reference(self, model: str, state_dict: str | None = None, rename: tuple[Rename, ...] = ()) -> Reference:
         return Reference(model, state_dict or self.state_dict, (*rename, *self.rename))
 
-    def of(self, entry: Model | Source) -> Reference:
+    def of(self, entry: Model | SliceSource) -> Reference:
         return self.reference(entry.model, entry.state_dict, entry.rename)
 
     @cached_property
@@ -286,6 +274,11 @@ class Recipe:
         return next(paths, self.reference(model))
 
     @property
+    def tokens(self) -> Tokenizer | None:
+        """Whose tokens the output has; None if the recipe does not say it."""
+        return Tokenizer(self.tokenizer_source) if self.tokenizer_source else self.tokenizer
+
+    @property
     def recast(self) -> DType | None:
         """The requested dtype."""
         return self.out_dtype or self.dtype
@@ -319,7 +312,7 @@ class Recipe:
             modules=modules,
             base_model=names[self.base_model] if self.base_model else None,
             tokenizer_source=names.get(self.tokenizer_source or "", self.tokenizer_source),
-            tokenizer=self.tokenizer and Tokenizer(names.get(self.tokenizer.source, self.tokenizer.source)),
+            tokenizer=self.tokenizer and self.tokenizer.with_models(lambda name: names[name]),
             rules=tuple(replace(r, copy=names[r.copy]) if r.copy else r for r in self.rules),
         )
 
@@ -330,4 +323,5 @@ class Recipe:
         named += [entry.model for entry in self.entries]
         named += [each.base_model for each in self._all_slices if each.base_model]
         named += [rule.copy for rule in self.rules if rule.copy]
+        named += self.tokens.models if self.tokens else []
         return list(dict.fromkeys(named))

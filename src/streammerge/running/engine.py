@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from typing import Any, TypeVar
 
 from streammerge.kernels.chunk import Look, Step
-from streammerge.kernels.record import Record
+from streammerge.kernels.pass_results import PassResults
 from streammerge.planning.tasks import MergeTask, Piece, PieceDone, batches, pieces
 from streammerge.running.executors.base import Executor
-from streammerge.running.worker import Job, MergeWork, SweepWork, bind, failures
+from streammerge.running.job import Job
+from streammerge.running.sweeping import SweepWork
+from streammerge.running.worker import MergeWork, bind, failures
+from streammerge.stores.checksums import Checksum
 from streammerge.tensors.spec import ranges
 
 T = TypeVar("T")
@@ -32,7 +35,7 @@ def run_all(
             yield from done
     for number, task in enumerate(tasks):
         if task.spread and any(map(wanted, pieces(task, number))):
-            record = Record()
+            record = PassResults()
             with failures(task, 0, task.elems):
                 bind(task, _sweep_on_all(job, executor, number, task, record), record)
             spread = ([piece] for piece in pieces(task, number) if wanted(piece))
@@ -42,7 +45,7 @@ def run_all(
 
 
 def _sweep_on_all(
-    job: Job, executor: Executor, number: int, task: MergeTask, record: Record
+    job: Job, executor: Executor, number: int, task: MergeTask, record: PassResults
 ) -> Callable[..., Iterator[Any]]:
     """Returns a sweep over the pieces of a long tensor by all workers. ``record``: the results of the previous passes."""
 
@@ -59,3 +62,10 @@ def _sweep_on_all(
                     turn += 1
 
     return sweep
+
+
+def modules_of(tasks: Iterable[MergeTask], checksum: Checksum, torch_needed: bool) -> tuple[str, ...]:
+    """Returns the modules that workers need for these tasks. Each worker imports the modules of a user's own methods."""
+    own = {method.function.__module__ for method in {id(task.method): task.method for task in tasks}.values()}
+    found = [__name__, *sorted(name for name in own if name.startswith("streammerge."))]
+    return (*found, *(["crc32c"] if checksum.name == "crc32c" else []), *(["torch"] if torch_needed else []))

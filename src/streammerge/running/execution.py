@@ -9,15 +9,16 @@ from dataclasses import dataclass
 
 from streammerge.errors import FormatError, RecipeError, StreammergeError, UncheckedError, listed, printable
 from streammerge.events import Preparing, Published, RunFinished, RunStarted, Suspended, Told
-from streammerge.formats.folder import files_below, foreign_files
-from streammerge.options import RECEIPT_FILE
+from streammerge.formats.file_names import files_below, foreign_files
+from streammerge.formats.records import RECEIPT_FILE
 from streammerge.planning.plan import Plan
 from streammerge.running import process
 from streammerge.running.readback import receipt_of
-from streammerge.running.session import Production, RunOptions
+from streammerge.running.session import Run, RunOptions
 from streammerge.running.workspace import prepare_torch
 from streammerge.stores import descriptors, faults
-from streammerge.stores.base import Location, Staging, space_checked
+from streammerge.stores.base import Location, Staging
+from streammerge.stores.space import space_checked
 from streammerge.tensors.threads import one_torch_thread
 from streammerge.units import binary_bytes, counted, decimal_bytes
 
@@ -88,31 +89,29 @@ def execute(plan: Plan, options: RunOptions, resident_before: int) -> Result:
     )
 
 
-def _produce(plan: Plan, staging: Staging, options: RunOptions) -> Production:
+def _produce(plan: Plan, staging: Staging, options: RunOptions) -> Run:
     """Makes and commits the output. On an error, keeps nothing, or only what the next run can continue from."""
     made, keep = None, False
     try:
         alone = one_torch_thread() if plan.torch_needed else nullcontext()
         with faults.survived(), process.collector_spared(), alone:
-            made = Production(plan, staging, options)
+            made = Run(plan, staging, options)
             made.make()
         refuse_to_lose_files(staging.out, plan)  # once more: much time has passed
         staging.commit(plan.layout.as_folder)
         options.listener(Published())
     except BaseException as error:
+        earlier = made is None or made.untouched  # the files are those of an earlier run
+        # Before the wait for the journal, in which a second Ctrl-C may come.
+        keep = earlier or isinstance(error, UncheckedError) or (options.resume and _may_pass(error))
         if made is not None:
-            made.journal.stop()
+            made.journal.stop(last=keep and not earlier)
         if staging.published:
+            keep = False
             options.listener(Published())
-        elif made is None or made.untouched:
-            keep = True  # the files of an earlier run
-        elif isinstance(error, UncheckedError):
-            keep = True
-            if made.resume:
-                options.listener(Suspended(made.journal.kept_bytes, plan.layout.size))
-        elif options.resume and _may_pass(error):
-            keep = staging.resumable and made.journal.kept_bytes > 0
-            if keep:
+        elif made is not None and keep and not earlier:
+            keep = isinstance(error, UncheckedError) or (staging.resumable and made.journal.kept_bytes > 0)
+            if keep and made.resume:
                 options.listener(Suspended(made.journal.kept_bytes, plan.layout.size))
         raise
     finally:

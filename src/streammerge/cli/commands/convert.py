@@ -17,22 +17,25 @@ from streammerge.options import CONVERT
 @options.of(*CONVERT)
 @options.out()
 @options.no_progress
+@options.verbose
 @options.report("human", "json", "quiet")
 @options.debug
-def convert(path: str, out: str | None, no_progress: bool, form: str, debug: bool, **typed: Any) -> None:
+def convert(path: str, out: str | None, no_progress: bool, verbose: bool, form: str, debug: bool, **typed: Any) -> None:
     """Convert .pth to safetensors or back; recast, shrink, shard.
 
     \b
     streammerge convert pytorch_model.bin -o model.safetensors
     streammerge convert best_model.pth -o small.pth --drop 'dvae.*'
     """
-    from streammerge import api
     from streammerge.cli.progress import Progress
 
     if out is None:
         raise click.UsageError("the output has no name; add -o OUT, like -o model.safetensors")
-    if "://" not in out:
-        out = output_name(out, [path], None, form != "human")
     with Progress(form, enabled=not no_progress) as progress:
-        result = api.convert(path, out, listener=progress, **as_arguments(typed))
-        report(result, form, progress.told)
+        progress.out = out
+        from streammerge import api
+
+        if "://" not in out:
+            progress.out = output_name(out, [path], None, progress.say)
+        result = api.convert(path, progress.out, listener=progress, **as_arguments(typed))
+        report(result, form, progress.told, verbose)

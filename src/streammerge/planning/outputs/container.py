@@ -7,23 +7,26 @@ or folder uses the names of the state dict.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
+from streammerge.checkpoints.tokens import vocabulary_folder
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import safetensors
+from streammerge.formats.records import RECEIPT_KEY
 from streammerge.methods.registry import COPY
-from streammerge.options import RECEIPT_KEY
 from streammerge.planning.alignment import Alignment, Merged
 from streammerge.planning.dispositions.entries import left_behind
 from streammerge.planning.dispositions.ledger import Dispositions
-from streammerge.planning.outputs.layout import Layout, Output, Placed, blank_sums, metadata_of
+from streammerge.planning.outputs.layout import Layout, Placed, PlannedOutput, blank_sums, metadata_of
 from streammerge.planning.outputs.pickled import PLAIN_ENDINGS, pickled_output
 from streammerge.planning.receipt import ITSELF, Receipt, escaped, input_files, planned
 from streammerge.planning.views import Indexes
+from streammerge.recipe.adapted import parts_of
 from streammerge.recipe.document import to_json
-from streammerge.recipe.locations import resolved, travelling_names
+from streammerge.recipe.locations import travelling, travelling_names
 from streammerge.recipe.model import Recipe
 from streammerge.stores.base import Location
 from streammerge.stores.checksums import CRC32, CRC32C
@@ -54,7 +57,7 @@ def container_of(out: Location, first: CheckpointIndex | None = None) -> str:
     )
 
 
-def plan_output(out: Location, recipe: Recipe, indexes: Indexes, alignment: Alignment, hashed: bool) -> Output:
+def plan_output(out: Location, recipe: Recipe, indexes: Indexes, alignment: Alignment, hashed: bool) -> PlannedOutput:
     """Plans the output of these tensors under the name ``out``. Pure: nothing is written.
 
     ``hashed``: the receipt holds the SHA-256 of whole input files.
@@ -62,19 +65,28 @@ def plan_output(out: Location, recipe: Recipe, indexes: Indexes, alignment: Alig
     first = indexes[recipe.checkpoints[0]]
     kind, name = container_of(out, first), out.name
     names = travelling_names(recipe)
-    inputs = input_files({names[each.path]: index for each, index in indexes.items()})
+    inputs = input_files(_named(names, indexes))
     receipt = planned(
-        json.loads(to_json(resolved(recipe).to_dict())),
+        json.loads(to_json(travelling(recipe).to_dict())),
         inputs,
         recipe.seed,
         CRC32 if kind == "pickle" or (kind == "folder" and _is_pickled_folder(recipe, first)) else CRC32C,
         hashed,
-        computed=recipe.merge_method is not COPY or recipe.recast is not None,
+        computed=recipe.merge_method is not COPY or recipe.recast is not None or any(i.adapters for i in indexes.values()),
         held={names[each.path]: index.nbytes for each, index in indexes.items() if index.in_memory},
     )
     made = _planned(kind, name, recipe, first, indexes, alignment, receipt)
     made.inputs = inputs
     return made
+
+
+def _named(names: Mapping[str, str], indexes: Indexes) -> dict[str, CheckpointIndex]:
+    """Returns the name that each checkpoint and each adapter has in the receipt, with its index."""
+    found: dict[str, CheckpointIndex] = {}
+    for each, index in indexes.items():
+        parts = (index,) if index.plain is None else (index.plain, *index.adapters)
+        found |= {names[path]: part for path, part in zip(parts_of(each.path), parts, strict=True)}
+    return found
 
 
 def _planned(
@@ -85,9 +97,9 @@ def _planned(
     indexes: Indexes,
     alignment: Alignment,
     receipt: Receipt,
-) -> Output:
+) -> PlannedOutput:
     merged = alignment.merged
-    if kind != "folder" and len(first.parts) > 1:
+    if kind != "folder" and any(first.parts):
         models = listed([each or "." for each in first.parts])
         raise RecipeError(
             f"{printable(first.path)} holds several models ({models}), which no program loads from one file; "
@@ -95,6 +107,7 @@ def _planned(
         )
     if kind != "folder":
         alignment.dispositions.add("file", _beside(first), "dropped", "the output is one file")
+        _note_tokens(recipe, first, alignment)
     if kind == "pickle":
         return pickled_output(name, recipe, first, indexes, alignment, receipt)
     dispositions = Dispositions()
@@ -113,7 +126,22 @@ def _planned(
     file = safetensors.plan_layout(name, [spec for spec, _ in specs.values()], metadata)
     file = replace(file, receipt=escaped(receipt.text()))
     placed = [Placed(spec, m, 0, file.offsets[n]) for n, (spec, m) in specs.items()]
-    return Output(Layout((file,), receipt), placed, dispositions=dispositions)
+    return PlannedOutput(Layout((file,), receipt), placed, dispositions=dispositions)
+
+
+def _note_tokens(recipe: Recipe, first: CheckpointIndex, alignment: Alignment) -> None:
+    """Says what a file cannot hold: its vocabulary, if it is not that beside the first input."""
+    tokens = alignment.tokenized
+    if tokens is not None and tokens.vocabulary.edited:
+        count = len(tokens.vocabulary.new)
+        alignment.warnings.append(
+            f"the output is one file, so the vocabulary with {count} new tokens is not written; end the output's name in / "
+            "for a folder that has it"
+        )
+    elif tokens is not None and vocabulary_folder(first.path) != tokens.vocabulary.giver.file.parent:
+        alignment.notes.append(f"the output's tokens are those of {printable(tokens.vocabulary.giver.file)}")
+    if recipe.chat_template is not None:
+        alignment.warnings.append("the output is one file, which has no chat template; end its name in / for a folder")
 
 
 def _beside(first: CheckpointIndex) -> list[str]:
@@ -134,7 +162,7 @@ def _is_pickled_folder(recipe: Recipe, first: CheckpointIndex) -> bool:
     return is_pickled(recipe, first)
 
 
-def _folder(*planned: Any) -> Output:
+def _folder(*planned: Any) -> PlannedOutput:
     from streammerge.planning.outputs.folder import folder_output
 
     return folder_output(*planned)
