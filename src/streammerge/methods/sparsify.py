@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import RecipeError
 from streammerge.kernels.chunk import Chunk
@@ -16,6 +16,7 @@ from streammerge.kernels.group import TensorGroup
 from streammerge.kernels.random import limits
 from streammerge.kernels.ranking import by_rank
 from streammerge.methods.contracts import Values
+from streammerge.tensors.spec import GRAIN
 
 if TYPE_CHECKING:
     import torch
@@ -85,20 +86,27 @@ def bernoulli(group: TensorGroup, density: Sequence[float]) -> Sparsify:
 
 
 def _masked(group: TensorGroup, mask: Callable[[Chunk, int, torch.Tensor], torch.Tensor | None]) -> Sparsify:
-    """Returns the sparsifier that multiplies by a mask of 1 and 0. Of a tensor that one chunk holds, the mask of each model
-    is made in the first pass and kept for the kernel, in a byte for each element."""
-    kept: dict[int, torch.Tensor] = {}
+    """Returns the sparsifier that multiplies by a mask of 1 and 0.
+
+    Of a tensor of up to a grain, the mask of each model is made in the first pass and kept for the kernel, a bit for each
+    element. The budget counts these bits as ``kept_bits`` of the method.
+    """
+    import numpy as np
+
+    kept: dict[int, Any] = {}
 
     def apply(chunk: Chunk, model: int, delta: torch.Tensor) -> torch.Tensor:
-        keeps = chunk.elems == group.elems and not chunk.hides
+        keeps = chunk.elems == group.elems <= GRAIN and not chunk.hides
         if keeps and model in kept:
-            return delta.mul_(chunk.empty("mask").copy_(kept[model]))
-        made = mask(chunk, model, delta)
-        if made is None:
+            made = chunk.empty("mask")
+            np.copyto(made.numpy(), np.unpackbits(kept[model], count=chunk.elems))
+            return delta.mul_(made)
+        found = mask(chunk, model, delta)
+        if found is None:
             return delta
         if keeps:
-            kept[model] = made != 0
-        return delta.mul_(made)
+            kept[model] = np.packbits(found.numpy() != 0)
+        return delta.mul_(found)
 
     return apply
 
