@@ -93,9 +93,9 @@ class MergeMethod:
     numbers at the same place, not on the name, the shape or other numbers; short tensors may then be computed together.
     ``buffers``: how many chunk-long buffers the method holds at once, torch's temporaries included;
     ``buffers_per_model``: how many more for each model. ``searches``: how many ranks it searches at once, per model.
-    ``row_buffers``: how many float64 rows its passes hold. ``kept_bits``: how many bits it keeps of each element, per model,
-    of a tensor of up to a grain. ``compute``: the dtype of the arithmetic, unless the recipe gives one. ``check(values)``
-    raises RecipeError.
+    ``row_buffers``: how many float64 rows its passes hold. ``kept_bits``: how many bits of each element it keeps for a
+    model, in a tensor of up to a grain. ``compute``: the dtype of the arithmetic, unless the recipe gives one.
+    ``check(values)`` raises RecipeError.
 
     A method is pickled as the place of its function, and is found there again.
     """
