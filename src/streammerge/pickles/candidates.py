@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from streammerge.dataclass import dataclass
 from streammerge.errors import FormatError, printable
 from streammerge.pickles.training_state import bars, is_optimizer_state, is_training_state
 from streammerge.pickles.tree import MISSING, Instance, TensorRef, mapping_items, walk

@@ -20,7 +20,10 @@ from streammerge.options import Selecting
 @options.debug
 def inspect(paths: tuple[str, ...], tensors: bool, recipe: bool, form: str, debug: bool, **typed: Any) -> None:
     """Show what a checkpoint is and holds; nothing in it is executed."""
-    from streammerge.adapters.applying import open_model  # as api.inspect does, but without importing the merge
+    if any("+" in path for path in paths):
+        from streammerge.adapters.applying import open_model  # as api.inspect does, but without importing the merge
+    else:
+        from streammerge.checkpoints.index import open_checkpoint as open_model
     from streammerge.checkpoints.globs import expand
     from streammerge.recipe.locations import from_hub_cache
 
