@@ -102,8 +102,8 @@ def test_rows_as_they_are_ranked(shape: tuple[int, ...], fibres: tuple[int, ...]
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"density": (0.5, 0.0)}, "density"),
-        ({"density": (1.1,)}, "density"),
+        ({"density": (0.5, -0.1)}, "density"),
+        ({"density": (float("inf"),)}, "density"),
         ({"density": (float("nan"),)}, "density"),
         ({"density": (0.5,), "gamma": (1.0,)}, "gamma"),
         ({"density": (0.5,), "gamma": (-0.1,)}, "gamma"),
@@ -119,6 +119,8 @@ def test_densities_that_are_none(values: sparsify.Values, words: str) -> None:
 
 def test_densities_at_their_limits() -> None:
     sparsify.check_density({"density": (1.0, 1e-9), "gamma": (0.0, 0.99)})
+    sparsify.check_density({"density": (0.0, 1.3), "gamma": (0.0, 0.99)})
+    sparsify.check_density({"density": (0.0, 1.3), "epsilon": (0.2, 0.2)})
     sparsify.check_density({"density": (1.0, 0.5), "epsilon": (7.0, 0.49)})
 
 
