@@ -486,11 +486,11 @@ def test_the_examples_do_what_they_say(example: Path, tmp_path: Path, monkeypatc
         ),
         (
             LINEAR.replace("b.safetensors}", "b.safetensors, weight: 2}"),
-            "2:54: an entry of models has no key weight, so it is",
+            r"2:\d+: an entry of models has no key weight, so it is",
         ),
-        (LINEAR.replace("b.safetensors}", "b.safetensors, parameters: {normalize: 0}}"), "2:67: normalize cannot differ"),
+        (LINEAR.replace("b.safetensors}", "b.safetensors, parameters: {normalize: 0}}"), r"2:\d+: normalize cannot differ"),
         (LINEAR.replace("b.safetensors}", "b.safetensors, parameters: {weight: 2}}"), "a.safetensors has no weight beside"),
-        (LINEAR + "parameters: {weight: {value: 1, layers: 3}}\n", "3:32: a filter has no key layers, so it is ignored"),
+        (LINEAR + "parameters: {weight: {value: 1, layers: 3}}\n", r"3:\d+: a filter has no key layers, so it is ignored"),
     ],
 )
 def test_what_mergekit_ignores_is_ignored_and_told(text: str, said: str, models: Path) -> None:

@@ -114,7 +114,7 @@ def _refuse_others(data: Any, name: str) -> None:
 _OTHERS = {
     "experts": ("mergekit-moe", "which builds a mixture of experts; this is not supported yet: run mergekit-moe for it"),
     "genome": ("mergekit-evolve", "which searches for parameters; merge with the configuration that it finds"),
-    "layer_slices": ("bakllama", "an early form; write `slices` with `sources`, and `merge_method: passthrough`"),
+    "layer_slices": ("bakllama", "an early form; write slices with sources, and merge_method: passthrough"),
 }
 """What tells the configurations of mergekit's other commands: a key -> the command, and what to do."""
 
