@@ -6,8 +6,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from streammerge.dataclass import dataclass
 from streammerge.errors import MismatchError, listed, printable
 from streammerge.recipe.model import Recipe
 from streammerge.tensors.adapters import is_adapter
