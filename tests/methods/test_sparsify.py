@@ -128,3 +128,18 @@ def test_everything_is_everything() -> None:
     group = group_of(drawn(7))
     assert torch.equal(applied(group, sparsify.everything), drawn(7))
     assert isinstance(next(iter(group.sweep(lambda chunk: (), lambda look, chunks: list(chunks), 0, 7)))[0], Chunk)
+
+
+@pytest.mark.parametrize("elems", [1, 7, 1001, GRAIN + 1])
+def test_a_density_of_zero_drops_all_and_above_one_keeps_all(elems: int) -> None:
+    group = group_of(drawn(elems), drawn(elems, 1))
+    density, gamma = [0.0, 1.5], [0.1, 0.1]
+    for made in (
+        sparsify.magnitude(group, density),
+        sparsify.magnitude_outliers(group, density, gamma),
+        sparsify.bernoulli(group, density),
+        sparsify.magprune(group, density, [0.1, 0.1]),
+        sparsify.rescaled(group, sparsify.magnitude(group, density)),
+    ):
+        assert not applied(group, made, 0).any()
+        assert torch.equal(applied(group, made, 1), drawn(elems, 1))

@@ -349,7 +349,7 @@ def _task_cost(task: MergeTask, dtypes: list[DType], io: str) -> Cost:
     if method is COPY:
         return Cost(0, 0, out, read, inputs, mapped)
     compute, buffers = method.buffers_for(dtypes, task.compute, task.based)
-    searches, rows_bytes = method.searches * models, 8 * task.row * method.row_buffers
+    searches, rows_bytes = method.searches * models, method.held_bytes(task.row, models)
     passes = rows_bytes + held_bytes(min(task.elems, task.piece_elems), searches)
     spread = rows_bytes + held_bytes(task.elems, searches) if task.spread else 0
     return Cost(compute, buffers, out, read, inputs, mapped, task.row, method.passes, passes, spread)
