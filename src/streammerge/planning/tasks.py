@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,7 +12,10 @@ from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import COPY
 from streammerge.sources.base import Source
 from streammerge.sources.stored import Stored
+from streammerge.sources.turned import turned, turned_back, turned_spec
 from streammerge.tensors.spec import PIECE_ELEMS, TensorSpec, ranges
+
+_ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +23,7 @@ class MergeTask:
     """The work of one output tensor: from the numbers of ``sources`` to the bytes at ``offset`` of output file ``file``.
 
     ``based``: whether the first source is the base. ``parameters``: the method's parameters, resolved for these models.
+    ``turned``: whether sources and output have their first axis last.
     """
 
     out: TensorSpec
@@ -30,6 +35,7 @@ class MergeTask:
     compute: str = "float32"
     based: bool = False
     seed: int = 0
+    turned: bool = False
 
     @property
     def verbatim(self) -> bool:
@@ -42,26 +48,57 @@ class MergeTask:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape in real numbers: a complex number counts as two."""
-        return self.out.component_shape
+        """The shape in real numbers: a complex number counts as two. A turned tensor is a matrix."""
+        shape = self.out.component_shape
+        return (math.prod(shape[:-1]), shape[-1]) if self.turned else shape
 
     @property
     def elems(self) -> int:
         return self.out.nbytes // self.out.dtype.component.element_bytes
 
     @property
+    def to_turn(self) -> bool:
+        """Whether it is made by way of a turned task, and then copied."""
+        method = self.method
+        if method.turns is None or self.turned or self.out.dtype.kind == "complex":
+            return False
+        return method.turns(self.shape, self.parameters)
+
+    @property
     def row(self) -> int:
         """Number of elements that must be in memory together."""
-        return self.method.rows(self.shape, self.parameters)
+        return 1 if self.to_turn else self.method.rows(self.shape, self.parameters)
 
     @property
     def piece_elems(self) -> int:
+        if self.method.whole and not self.to_turn:
+            return max(self.elems, 1)
         return whole_grains(PIECE_ELEMS, self.row) if self.method.row else PIECE_ELEMS
 
     @property
     def spread(self) -> bool:
         """Whether the tensor is long enough to share its passes among all workers."""
-        return self.method.passes and self.elems > self.piece_elems
+        return self.method.passes and not self.method.whole and self.elems > self.piece_elems
+
+
+def turned_task(task: MergeTask, file: int, offset: int) -> MergeTask:
+    """Returns the task that makes the same tensor turned, at ``offset`` of output file ``file``."""
+    sources = tuple(turned(source) for source in task.sources)
+    return replace(task, out=turned_spec(task.out), sources=sources, file=file, offset=offset, turned=True)
+
+
+def turned_places(tasks: Iterable[MergeTask]) -> tuple[list[int], int]:
+    """Returns the offset of each task's turned tensor in a temporary file, and the size of the file in bytes."""
+    offsets, cursor = [], 0
+    for task in tasks:
+        offsets.append(cursor)
+        cursor += -(-task.out.nbytes // _ALIGNMENT) * _ALIGNMENT
+    return offsets, cursor
+
+
+def copy_of_turned(task: MergeTask, source: Source) -> MergeTask:
+    """Returns the task that copies the tensor from its turned form."""
+    return MergeTask(task.out, COPY, (turned_back(source, task.out),), task.file, task.offset)
 
 
 @dataclass(frozen=True, slots=True)
