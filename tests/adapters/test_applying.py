@@ -316,7 +316,7 @@ def test_an_index_takes_any_source_for_a_name() -> None:
         (factors(Q, 24, 16), {"r": 4, "init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
         (factors(Q, 24, 16), {"peft_type": "OFT"}, "of the kind OFT cannot be merged"),
         ({f"{Q}.oft_R.weight": drawn(1, 2, 2)}, {"r": 4}, "OFT, which multiplies"),
-        (factors(Q, 24, 16) | {f"{Q}.lora_magnitude_vector": drawn(1, 23)}, {"r": 4}, "does not fit"),
+        (factors(Q, 24, 16) | {f"{Q}.lora_magnitude_vector": drawn(1, 23)}, {"r": 4, "use_dora": True}, "does not fit"),
         (
             {"lm_head.token_adapter.trainable_tokens_delta": drawn(1, 2, 16)},
             {"trainable_token_indices": {"lm_head": [1, 99]}},

@@ -6,10 +6,11 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from streammerge.adapters.dialects import LOST_INITS, NEEDED, PLAIN_INITS, REFUSED, TOLD, TRAINING
+from streammerge.dataclass import dataclass
 from streammerge.errors import FormatError, MismatchError, printable
 from streammerge.stores.base import Location
 
@@ -28,8 +29,8 @@ class Config:
     """What a configuration says about the numbers. ``where``: its file, for messages. ``init``: an initialisation that
     changed the base when it was loaded, "" for all others.
 
-    ``saved``: the modules that the adapter brings whole. ``r`` and ``alpha``: for modules that no pattern names. ``targets``: the parameters that the adapter targets, in order.
-    ``tokens``: the ends of modules' names -> the numbers of their trained rows; "" is the input embedding.
+    ``r`` and ``alpha``: for modules that no pattern names. ``targets``: the parameters that the adapter targets, in order.
+    ``saved``: the modules that it brings whole. ``tokens``: the ends of modules' names -> the numbers of their trained rows; "" is the input embedding.
     """
 
     where: str

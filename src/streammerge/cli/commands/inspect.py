@@ -13,7 +13,7 @@ from streammerge.options import Selecting
 
 @click.command(cls=options.GroupedCommand)
 @click.argument("paths", nargs=-1, required=True, type=click.Path(), metavar="PATH...")
-@click.option("--tensors", is_flag=True, help="List names, dtypes, shapes and offsets.")
+@click.option("-v", "--tensors", is_flag=True, help="List names, dtypes, shapes and offsets.")
 @click.option("--recipe", is_flag=True, help="Print the recipe by which it was merged, as YAML.")
 @options.of(Selecting)
 @options.report("human", "json", "quiet")
