@@ -22,7 +22,6 @@ from streammerge.checkpoints.in_memory import hold, index_state_dict
 from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
 from streammerge.errors import ChangedError, FormatError, RecipeError, StreammergeError, VerifyError, listed, printable
 from streammerge.events import Listener, quiet
-from streammerge.formats.safetensors import shared_headers
 from streammerge.methods.registry import LINEAR
 from streammerge.options import (
     CONVERT,
@@ -506,8 +505,13 @@ def _plan(
     """``like``: the first checkpoint gets the tensors of the second."""
     if held and convert_first is not None:
         raise RecipeError("`convert_first` converts files; give state dicts in memory without it")
-    with collector_paused(), shared_headers():
-        indexes = {each: _opened(each.path, each.state_dict, recipe.ema, held or {}) for each in recipe.checkpoints}
+    with collector_paused():
+        indexes: dict[Reference, CheckpointIndex] = {}
+        for each in recipe.checkpoints:
+            index = _opened(each.path, each.state_dict, recipe.ema, held or {})
+            for known in indexes.values():
+                index.share(known)
+            indexes[each] = index
         if convert_first is not None:
             indexes = {each: from_conversion(index, convert_first) for each, index in indexes.items()}
         indexes = agreed(recipe, indexes)

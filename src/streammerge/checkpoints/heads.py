@@ -29,7 +29,7 @@ class Seen(Protocol):
     """A view of a checkpoint (planning.views.View)."""
 
     index: Any
-    entries: dict[str, Source]
+    entries: Mapping[str, Source]
 
 
 def tie_head(views: Sequence[Seen], notes: list[str], wanted: Collection[str] = ()) -> None:
@@ -66,7 +66,7 @@ def _tie_tables(views: Sequence[Seen], notes: list[str]) -> None:
             if config is None or not is_model_config(config.tree):
                 continue
             own = f"{table['stem']}shared.weight" if table else bias["stem"] + "bias" if bias else _embedding(view, shapes)
-            if own in view.entries and view.entries[own].spec.shape in shapes:
+            if own is not None and own in view.entries and view.entries[own].spec.shape in shapes:
                 _stand_in(view, name, own, notes)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import ItemsView, Iterable, Iterator, KeysView, Sequence, ValuesView
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,11 +11,12 @@ from typing import Any
 from streammerge.errors import FormatError, RecipeError, StreammergeError, printable
 from streammerge.formats import detect
 from streammerge.formats.base import MOST_EXPANDED_BYTES, Container
-from streammerge.pickles.state_dict import Found, Selection, select
+from streammerge.pickles.state_dict import AllFound, Found, Selection, select
 from streammerge.pickles.tree import Global, TensorRef, number, plain, walk
 from streammerge.recipe.locations import on_the_hub
 from streammerge.recipe.patterns import Rename, renamed
 from streammerge.sources.base import Allocated, Source, read_whole
+from streammerge.sources.table import StoredTable
 from streammerge.stores.base import Location, Status
 from streammerge.stores.locations import Place, parse
 from streammerge.tensors.dtypes import DType
@@ -34,7 +35,7 @@ class CheckpointIndex:
     """
 
     path: Location
-    entries: dict[str, Source]
+    entries: Mapping[str, Source]
     aliases: dict[str, str]
     extras: Any
     metadata: dict[str, str]
@@ -71,6 +72,11 @@ class CheckpointIndex:
         """Returns the same checkpoint with other tensors of its tree, under these names. Raises FormatError."""
         entries, aliases = _located(self.path, self.container, tensors)
         return replace(self, entries=entries, aliases=aliases, extras=None, notes=[], renamed={})
+
+    def share(self, other: CheckpointIndex) -> None:
+        """Holds what is equal in two checkpoints, such as the names of tensors, once."""
+        if isinstance(self.entries, StoredTable) and isinstance(other.entries, StoredTable):
+            self.entries.share(other.entries)
 
     def only(self, names: AbstractSet[str]) -> CheckpointIndex:
         """Returns the same checkpoint with the tensors of these names."""
@@ -115,11 +121,15 @@ class CheckpointIndex:
     @property
     def numel(self) -> int:
         """Parameters, tied ones counted once."""
+        if isinstance(self.entries, StoredTable):
+            return self.entries.numel
         return sum(e.spec.numel for n, e in self.entries.items() if n not in self.aliases)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors, tied ones counted once."""
+        if isinstance(self.entries, StoredTable):
+            return self.entries.nbytes
         return sum(e.nbytes for n, e in self.entries.items() if n not in self.aliases)
 
     def identities(self) -> dict[Location, Status]:
@@ -206,7 +216,11 @@ def index_of(container: Container, path: Location, state_dict: str | None = None
         selection = select(container.tree, state_dict, ema)
     except StreammergeError as error:
         raise type(error)(f"{printable(path)}: {error}") from error
-    entries, aliases = _located(path, container, ((found.name, found.ref) for found in selection.tensors))
+    entries: Mapping[str, Source]
+    if isinstance(selection.tensors, AllFound):  # all of a table
+        entries, aliases = container.tree.table, dict[str, str]()
+    else:
+        entries, aliases = _located(path, container, ((found.name, found.ref) for found in selection.tensors))
     extras = container.tree if container.pickled else None
     notes = [*container.notes, *(f"{printable(path)}: {note}" for note in selection.notes)]
     return CheckpointIndex(

@@ -16,15 +16,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, overload
 
 from streammerge.errors import FormatError, RecipeError, listed, printable
 from streammerge.options import EMA_CHOICES
 from streammerge.pickles.arrays import unread_kind
-from streammerge.pickles.tree import Instance, Part, TensorRef, mapping_items, walk
+from streammerge.pickles.tree import FlatTree, Instance, Part, TensorRef, mapping_items, walk
 from streammerge.tensors.conventions import AVERAGED, SWAPPED
 
 _Place = tuple[tuple[Any, ...], Any, bool, bool, bool, Any]
@@ -78,6 +79,30 @@ class Found:
     node: TensorRef | None = None
 
 
+class AllFound(Sequence[Found]):
+    """All tensors of a flat tree. They are made when one is asked for, and then kept."""
+
+    def __init__(self, tree: FlatTree) -> None:
+        self.tree = tree
+
+    @cached_property
+    def _made(self) -> list[Found]:
+        return [Found(name, ref, self.tree, name) for name, ref in self.tree.items()]
+
+    def __len__(self) -> int:
+        return len(self.tree)
+
+    def __iter__(self) -> Iterator[Found]:
+        return iter(self._made)
+
+    @overload
+    def __getitem__(self, at: int) -> Found: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Found]: ...
+    def __getitem__(self, at: int | slice) -> Found | list[Found]:
+        return self._made[at]
+
+
 @dataclass(slots=True, eq=False)
 class Candidate:
     """A state dict, or a possible one. ``kind`` is "state dict", "module", "list" or "loose tensors".
@@ -89,7 +114,7 @@ class Candidate:
 
     path: tuple[Any, ...]
     kind: str
-    tensors: list[Found]
+    tensors: Sequence[Found]
     others: int = 0
     barred: bool = False
     holder: Any = None
@@ -104,6 +129,8 @@ class Candidate:
 
     @property
     def nbytes(self) -> int:
+        if isinstance(self.tensors, AllFound):
+            return self.tensors.tree.table.nbytes
         return sum(_bytes_of(found.ref) for found in self.tensors)
 
     @property
@@ -121,7 +148,7 @@ class Selection:
     ``left_out``: averaged tensors that stand in for plain ones of the same state dict, each with the name of the plain one.
     """
 
-    tensors: list[Found]
+    tensors: Sequence[Found]
     chosen: list[Candidate]
     candidates: list[Candidate]
     notes: list[str] = field(default_factory=list)
@@ -147,6 +174,11 @@ def select(tree: Any, state_dict: str | None = None, ema: str = "ignore") -> Sel
     """
     if ema not in EMA_CHOICES:
         raise RecipeError(f"`ema` takes {', '.join(EMA_CHOICES)}, not {ema!r}")
+    if isinstance(tree, FlatTree):
+        if tree and state_dict is None and ema == "ignore" and max(map(len, tree)) <= _MOST_NAME:
+            whole = Candidate((), "state dict", AllFound(tree))
+            return Selection(whole.tensors, [whole], [whole])
+        tree = dict(tree)
     found = candidates(tree)
     if state_dict is not None:
         return _named(tree, found, state_dict)
@@ -432,7 +464,7 @@ def unwrapped(name: str) -> str:
     return re.sub(r"(^|(?<=\.))(module|_orig_mod|ema_model|model|n_averaged)\.", "", name)
 
 
-def _together(chosen: list[Candidate]) -> list[Found]:
+def _together(chosen: list[Candidate]) -> Sequence[Found]:
     """Returns the tensors of all candidates. With several candidates, the path of each is put before its names."""
     if len(chosen) == 1:
         return chosen[0].tensors
@@ -517,7 +549,7 @@ def trained_of(weights: list[Found]) -> list[Found]:
     return [each for each in weights if each.name.rpartition(".")[2] not in _STATISTICS]
 
 
-def matched_by_order(copy: list[Found], weights: list[Found], trained: list[Found]) -> dict[str, Found]:
+def matched_by_order(copy: Sequence[Found], weights: list[Found], trained: list[Found]) -> dict[str, Found]:
     """Returns name in a list without names -> the weight that it is a copy of; nothing if the list is no copy.
 
     The tensors of the list come in the order of the state dict, which also has buffers.

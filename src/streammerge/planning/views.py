@@ -33,7 +33,7 @@ class View:
     """A checkpoint's tensors by their names in the output. ``own``: the model's own parameters."""
 
     index: CheckpointIndex
-    entries: dict[str, Tensor]
+    entries: Mapping[str, Tensor]
     aliases: dict[str, str]
     own: Settings = field(default_factory=dict)
 

@@ -1,0 +1,132 @@
+"""Plain byte ranges as columns. An object for each tensor would take ten times the memory of its entry in a header."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+
+from streammerge.sources.base import BlobPath
+from streammerge.sources.stored import Stored
+from streammerge.tensors.spec import TensorSpec
+
+
+class StoredTable(Mapping[str, Stored]):
+    """The tensors of a checkpoint, name -> :class:`Stored`, which is made when it is asked for.
+
+    One row for each tensor, in the order of the checkpoint. ``names``: their names, each once. ``kinds``: dtype and shape, as
+    a specification without a name; equal ones are mostly the same object. ``paths``: the files. ``files``: the number of
+    each tensor's file among them. ``starts``: the offset of its bytes in that file.
+    """
+
+    __slots__ = ("_rows", "files", "kinds", "names", "paths", "starts")
+
+    def __init__(
+        self,
+        names: list[str],
+        kinds: list[TensorSpec],
+        paths: list[BlobPath],
+        files: array[int],
+        starts: array[int],
+    ) -> None:
+        self.names, self.kinds, self.paths, self.files, self.starts = names, kinds, paths, files, starts
+        self._rows: dict[str, int] | None = None
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Name -> row."""
+        if self._rows is None:
+            self._rows = dict(zip(self.names, range(len(self.names)), strict=True))
+        return self._rows
+
+    def share(self, other: StoredTable) -> None:
+        """Takes over the columns of another table that are equal, so that they are held once."""
+        if self.names is not other.names and self.names == other.names:
+            self.names, self._rows = other.names, other.rows
+        if self.kinds is not other.kinds and self.kinds == other.kinds:
+            self.kinds = other.kinds
+        if self.starts is not other.starts and self.starts == other.starts:
+            self.starts = other.starts
+
+    def at(self, row: int) -> Stored:
+        """Returns the tensor of a row."""
+        kind = self.kinds[row]
+        return Stored(TensorSpec(self.names[row], kind.dtype, kind.shape), self.paths[self.files[row]], self.starts[row])
+
+    def distinct(self) -> dict[int, TensorSpec]:
+        """Returns each kind once, by its identity."""
+        return {id(kind): kind for kind in self.kinds}
+
+    @property
+    def numel(self) -> int:
+        return sum([kind.numel for kind in self.kinds])
+
+    @property
+    def nbytes(self) -> int:
+        return sum([kind.nbytes for kind in self.kinds])
+
+    def spans(self, joined: bool) -> dict[BlobPath, list[tuple[int, int]]]:
+        """Returns the (offset, bytes) of the tensors that are not empty, by file, sorted.
+
+        ``joined``: as few as possible, with neighbours as one.
+        """
+        found: dict[BlobPath, list[tuple[int, int]]] = {path: [] for path in self.paths}
+        lists = [found[path] for path in self.paths]
+        for file, start, kind in zip(self.files, self.starts, self.kinds, strict=True):
+            nbytes, there = kind.nbytes, lists[file]
+            if not nbytes:
+                continue
+            if joined and there and sum(there[-1]) == start:
+                there[-1] = (there[-1][0], there[-1][1] + nbytes)
+            else:
+                there.append((start, nbytes))
+        return {path: sorted(each) for path, each in found.items()}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.rows
+
+    def __getitem__(self, name: str) -> Stored:
+        return self.at(self.rows[name])
+
+    def keys(self) -> KeysView[str]:
+        return self.rows.keys()
+
+    def values(self) -> ValuesView[Stored]:
+        return _Values(self)
+
+    def items(self) -> ItemsView[str, Stored]:
+        return _Items(self)
+
+
+class _Values(ValuesView[Stored]):
+    """The tensors in their order, without a search by name."""
+
+    _mapping: StoredTable
+
+    def __iter__(self) -> Iterator[Stored]:
+        return map(self._mapping.at, range(len(self._mapping)))
+
+
+class _Items(ItemsView[str, Stored]):
+    _mapping: StoredTable
+
+    def __iter__(self) -> Iterator[tuple[str, Stored]]:
+        return zip(self._mapping.names, map(self._mapping.at, range(len(self._mapping))), strict=True)
+
+
+def concatenated(tables: Iterable[StoredTable]) -> StoredTable:
+    """Returns the rows of several tables, one after the other. No name may be in two of them."""
+    made = StoredTable([], [], [], array("I"), array("Q"))
+    for table in tables:
+        first = len(made.paths)
+        made.names += table.names
+        made.kinds += table.kinds
+        made.paths += table.paths
+        made.files.extend(array("I", [first]) * len(table) if len(table.paths) == 1 else [first + n for n in table.files])
+        made.starts.extend(table.starts)
+    return made
