@@ -20,6 +20,7 @@ from streammerge.sources.table import StoredTable
 from streammerge.stores.base import Location, Status
 from streammerge.stores.locations import Place, parse
 from streammerge.tensors.dtypes import DType
+from streammerge.tensors.spec import TensorSpec
 from streammerge.units import counted, decimal_bytes
 
 
@@ -104,6 +105,12 @@ class CheckpointIndex:
 
     def items(self) -> ItemsView[str, Source]:
         return self.entries.items()
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Returns name -> dtype and shape. A table's specifications are without names."""
+        if isinstance(self.entries, StoredTable):
+            return self.entries.specs()
+        return {name: entry.spec for name, entry in self.entries.items()}
 
     def __repr__(self) -> str:
         held = f"{counted(len(self.entries), 'tensor')}, {decimal_bytes(self.nbytes)}"

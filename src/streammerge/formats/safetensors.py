@@ -11,14 +11,14 @@ import math
 import re
 import struct
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from sys import intern
 from typing import Any
 
 from streammerge.errors import FormatError, MismatchError, listed, printable
-from streammerge.formats.base import Container, LayoutFile, Literal
+from streammerge.formats.base import Container, LayoutFile, Literal, Offsets
 from streammerge.pickles.tree import FlatTree
 from streammerge.sources.table import StoredTable
 from streammerge.stores.base import Location
@@ -29,6 +29,8 @@ from streammerge.units import PAGE_BYTES
 
 MAX_HEADER_BYTES = 100_000_000
 _MAX_INTEGER = 1 << 63
+_quoted = json.encoder.encode_basestring
+"""A text in JSON, without escapes for letters beyond ASCII."""
 _DTYPES = {name: dtype for name, dtype in DType.__members__.items() if dtype.in_safetensors}
 
 
@@ -223,40 +225,49 @@ def _check_spans(spans: list[tuple[int, int, str]], data_bytes: int, where: str)
         raise FormatError(f"{where} has {data_bytes - cursor} bytes behind its last tensor; the file is damaged")
 
 
-def aligned(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
-    """Keeps the order of tensors if each then starts at a multiple of its element size; else sorts wide dtypes first."""
-    specs = list(specs)
+def _order(kinds: Sequence[TensorSpec]) -> list[int] | None:
+    """Returns the order in which each tensor starts at a multiple of its element size: wide dtypes first. Returns None if
+    the given order is one."""
     cursor = 0
-    for spec in specs:
-        if cursor % spec.dtype.element_bytes:
-            return sorted(specs, key=lambda s: -s.dtype.element_bytes)
-        cursor += spec.nbytes
-    return specs
+    for kind in kinds:
+        if cursor % kind.dtype.element_bytes:
+            return sorted(range(len(kinds)), key=lambda at: -kinds[at].dtype.element_bytes)
+        cursor += kind.nbytes
+    return None
 
 
 def plan_layout(file_name: str, specs: Iterable[TensorSpec], metadata: dict[str, str]) -> LayoutFile:
     """Plans the place of each byte of a safetensors file. Raises MismatchError if the format cannot hold a tensor."""
-    specs = aligned(specs)
-    foreign = [f"{s.name} ({s.dtype})" for s in specs if not s.dtype.in_safetensors]
+    specs = list(specs)
+    return plan_columns(file_name, [spec.name for spec in specs], specs, metadata)[0]
+
+
+def plan_columns(
+    file_name: str, names: Sequence[str], kinds: Sequence[TensorSpec], metadata: dict[str, str]
+) -> tuple[LayoutFile, array[int]]:
+    """Plans a safetensors file of tensors with these names, dtypes and shapes. Returns the offset of each tensor too.
+
+    Raises MismatchError if the format cannot hold a tensor.
+    """
+    order = _order(kinds)
+    if order is not None:
+        names, kinds = [names[at] for at in order], [kinds[at] for at in order]
+    foreign = [f"{n} ({k.dtype})" for n, k in zip(names, kinds, strict=True) if not k.dtype.in_safetensors]
     if foreign:
         raise MismatchError(f"safetensors cannot hold {listed(foreign)}; leave them out with `drop`, or write a .pth")
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    starts, cursor = {}, 0
-    for spec in specs:
-        if not spec.name.isascii() and any("\ud800" <= c <= "\udfff" for c in spec.name):
-            raise MismatchError(
-                f"{printable(file_name)} cannot hold the name {printable(spec.name)}, which is not valid text; write a .pth"
-            )
-        if spec.name == "__metadata__" or spec.name in header:
-            raise MismatchError(f"two tensors would be called {printable(spec.name)} in {printable(file_name)}")
-        shape = list(spec.shape)
-        if spec.dtype is DType.F4:
-            if not shape:
-                raise MismatchError(f"safetensors cannot hold the 0-d F4 tensor {printable(spec.name)}")
-            shape[-1] *= 2
-        header[spec.name] = {"dtype": spec.dtype.value, "shape": shape, "data_offsets": [cursor, cursor + spec.nbytes]}
-        starts[spec.name], cursor = cursor, cursor + spec.nbytes
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+    _check_names(file_name, names)
+    starts, cursor = array("Q"), 0
+    parts = [json.dumps({"__metadata__": metadata}, ensure_ascii=False, separators=(",", ":"))[1:-1]] if metadata else []
+    known: dict[int, str] = {}
+    for name, kind in zip(names, kinds, strict=True):
+        said = known.get(id(kind))
+        if said is None:
+            said = known[id(kind)] = _said(name, kind)
+        end = cursor + kind.nbytes
+        parts.append(f"{_quoted(name)}:{said}[{cursor},{end}]}}")
+        starts.append(cursor)
+        cursor = end
+    text = f"{{{','.join(parts)}}}".encode("utf-8", "replace")
     # the format requires multiples of 8 bytes; whole pages can be written past the page cache
     text += b" " * (-(8 + len(text)) % PAGE_BYTES)
     if len(text) > MAX_HEADER_BYTES:
@@ -264,5 +275,35 @@ def plan_layout(file_name: str, specs: Iterable[TensorSpec], metadata: dict[str,
             f"{printable(file_name)} would need a header of {len(text)} bytes; write a sharded folder instead"
         )
     begin = 8 + len(text)
-    offsets = {name: begin + start for name, start in starts.items()}
-    return LayoutFile(file_name, begin + cursor, offsets, (Literal(0, struct.pack("<Q", len(text)) + text),))
+    starts = array("Q", [begin + start for start in starts])
+    head = Literal(0, struct.pack("<Q", len(text)) + text)
+    file = LayoutFile(file_name, begin + cursor, Offsets(names, starts), (head,))
+    if order is None:
+        return file, starts
+    given = array("Q", bytes(starts.itemsize * len(starts)))
+    for at, start in zip(order, starts, strict=True):
+        given[at] = start
+    return file, given
+
+
+def _check_names(file_name: str, names: Sequence[str]) -> None:
+    """Raises MismatchError for names that a header cannot hold."""
+    for name in names:
+        if not name.isascii() and any("\ud800" <= c <= "\udfff" for c in name):
+            raise MismatchError(
+                f"{printable(file_name)} cannot hold the name {printable(name)}, which is not valid text; write a .pth"
+            )
+    seen = {"__metadata__"}
+    if len(seen.union(names)) <= len(names):
+        twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise MismatchError(f"two tensors would be called {printable(twice)} in {printable(file_name)}")
+
+
+def _said(name: str, kind: TensorSpec) -> str:
+    """Returns how a header tells dtype and shape, up to the offsets."""
+    shape = list(kind.shape)
+    if kind.dtype is DType.F4:
+        if not shape:
+            raise MismatchError(f"safetensors cannot hold the 0-d F4 tensor {printable(name)}")
+        shape[-1] *= 2
+    return f'{{"dtype":"{kind.dtype.value}","shape":[{",".join(map(str, shape))}],"data_offsets":'

@@ -111,6 +111,15 @@ class MergedTensors(Sequence[Merged]):
         sources = self.views.sources(way, row)
         return Merged((spec.name,), spec, like.method, sources, like.parameters, like.compute, like.based, why=like.why)
 
+    def columns(self) -> tuple[list[str], list[TensorSpec]]:
+        """Returns the names of the tensors in the output, and their dtypes and shapes."""
+        names = self.views.tables[0].names
+        pairs = list(zip(self.made, self.rows, strict=True))
+        return (
+            [names[row] if isinstance(made, Way) else made.spec.name for made, row in pairs],
+            [made.like.spec if isinstance(made, Way) else made.spec for made, _ in pairs],
+        )
+
     def named(self) -> Iterator[tuple[str, Merged]]:
         """Yields the output name of each tensor, and a tensor that has all but its names and sources."""
         names = self.views.tables[0].names
@@ -127,8 +136,10 @@ def named(merged: Sequence[Merged]) -> Iterator[tuple[str, Merged]]:
 
 
 def where(merged: Sequence[Merged], test: Callable[[str], bool]) -> Iterator[Merged]:
-    """Yields the tensors whose name in the output passes the test."""
-    return (merged[number] for number, (name, _) in enumerate(named(merged)) if test(name))
+    """Yields the tensors whose name in the output, or in the first checkpoint, passes the test."""
+    if isinstance(merged, MergedTensors):  # both names are equal
+        return (merged[number] for number, (name, _) in enumerate(merged.named()) if test(name))
+    return (m for m in merged if test(m.spec.name) or test(m.base_names[0]))
 
 
 def unlike(merged: Sequence[Merged]) -> Iterable[Merged]:

@@ -79,6 +79,10 @@ class ParameterValues:
             asked.values = self.resolved[known]
         return self.resolved[known]
 
+    def fixed(self, method: MergeMethod, numbers: tuple[int, ...], rule: Rule | None) -> bool:
+        """Whether the parameters are the same for all tensors that all these models have."""
+        return self._asked(method, numbers, rule).fixed
+
     def _asked(self, method: MergeMethod, numbers: tuple[int, ...], rule: Rule | None) -> _Asked:
         known = id(method), numbers, id(rule) if rule and rule.parameters else None
         if known not in self.asked:

@@ -41,7 +41,7 @@ class StoredTable(Mapping[str, Stored]):
     def share(self, other: StoredTable) -> None:
         """Takes over the columns of another table that are equal, so that they are held once."""
         if self.names is not other.names and self.names == other.names:
-            self.names, self._rows = other.names, other.rows
+            self.names, self._rows = other.names, other._rows
         if self.kinds is not other.kinds and self.kinds == other.kinds:
             self.kinds = other.kinds
         if self.starts is not other.starts and self.starts == other.starts:
@@ -55,6 +55,10 @@ class StoredTable(Mapping[str, Stored]):
     def distinct(self) -> dict[int, TensorSpec]:
         """Returns each kind once, by its identity."""
         return {id(kind): kind for kind in self.kinds}
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Returns name -> dtype and shape."""
+        return _Specs(self)
 
     @property
     def numel(self) -> int:
@@ -119,6 +123,42 @@ class _Items(ItemsView[str, Stored]):
         return zip(self._mapping.names, map(self._mapping.at, range(len(self._mapping))), strict=True)
 
 
+class _Specs(Mapping[str, TensorSpec]):
+    def __init__(self, table: StoredTable) -> None:
+        self.table = table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.table.names)
+
+    def __getitem__(self, name: str) -> TensorSpec:
+        return self.table.kinds[self.table.rows[name]]
+
+    def values(self) -> ValuesView[TensorSpec]:
+        return _Kinds(self)
+
+    def items(self) -> ItemsView[str, TensorSpec]:
+        return _NamedKinds(self)
+
+
+class _Kinds(ValuesView[TensorSpec]):
+    """Dtypes and shapes in their order, without a search by name."""
+
+    _mapping: _Specs
+
+    def __iter__(self) -> Iterator[TensorSpec]:
+        return iter(self._mapping.table.kinds)
+
+
+class _NamedKinds(ItemsView[str, TensorSpec]):
+    _mapping: _Specs
+
+    def __iter__(self) -> Iterator[tuple[str, TensorSpec]]:
+        return zip(self._mapping.table.names, self._mapping.table.kinds, strict=True)
+
+
 def concatenated(tables: Iterable[StoredTable]) -> StoredTable:
     """Returns the rows of several tables, one after the other. No name may be in two of them."""
     made = StoredTable([], [], [], array("I"), array("Q"))
@@ -130,3 +170,17 @@ def concatenated(tables: Iterable[StoredTable]) -> StoredTable:
         made.files.extend(array("I", [first]) * len(table) if len(table.paths) == 1 else [first + n for n in table.files])
         made.starts.extend(table.starts)
     return made
+
+
+def same_names(one: Mapping[str, object], two: Mapping[str, object]) -> bool:
+    """Whether two mappings have the same names, in any order."""
+    if isinstance(one, StoredTable) and isinstance(two, StoredTable) and one.names is two.names:
+        return True
+    return one.keys() == two.keys()
+
+
+def same_tensors(one: Mapping[str, object], two: Mapping[str, object]) -> bool:
+    """Whether two mappings are tables that hold names, dtypes and shapes once for both."""
+    if isinstance(one, StoredTable) and isinstance(two, StoredTable):
+        return one.names is two.names and one.kinds is two.kinds
+    return False

@@ -42,7 +42,7 @@ class Renaming(NamedTuple):
 class Matching:
     """``names``: name in the first -> name in the other. ``doubtful``: what could be meant, and was not matched."""
 
-    names: dict[str, str]
+    names: Mapping[str, str]
     doubtful: list[Renaming] = field(default_factory=list)
 
 
