@@ -74,7 +74,7 @@ def main() -> int:
     command = [sys.executable, "-m", "streammerge", "plan", *models, "-o", "merged/", "--memory", asked.memory]
     for _ in range(asked.rounds):
         made = measure(command)
-        print(f"{made.seconds:.2f} s, {made.cpu_seconds:.2f} CPU s, {made.resident / (1 << 20):.0f} MiB, exit {made.exit_code}")
+        print(f"{made.seconds:.2f} s, {made.cpu_seconds:.2f} CPU s, {made.resident >> 20} MiB, exit {made.exit_code}")
     print(made.output)
     return 0
 

@@ -17,8 +17,8 @@ import torch
 import streammerge as sm
 from streammerge.cli.flags import as_flags
 from streammerge.cli.main import cli
-from streammerge.options import CONVERT, MERGE, PLAN, VERIFY, Merging, Options, Resources, Running, Selection, options_of
-from streammerge.recipe.model import Output, Recipe
+from streammerge.options import CONVERT, MERGE, PLAN, VERIFY, Merging, Options, Resources, Running, Selecting, options_of
+from streammerge.recipe.model import OutputRequest, Recipe
 
 SOURCE = Path(sm.__file__).parent
 FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[type[Options], ...]]] = {
@@ -26,7 +26,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[type[Options], ...]]] = {
     "plan": (sm.plan, PLAN),
     "convert": (sm.convert, CONVERT),
     "verify": (sm.verify, VERIFY),
-    "inspect": (sm.inspect, (Selection,)),
+    "inspect": (sm.inspect, (Selecting,)),
 }
 GIVEN_OTHERWISE = {"inputs", "out", "path", "paths", "recipe", "listener"}
 """Arguments that are no options: what is merged, where to, and who is told."""
@@ -71,7 +71,7 @@ def test_the_command_line_has_the_same_options(name: str) -> None:
 def test_what_overrides_a_recipe_is_described_in_it_alike() -> None:
     for option in options_of(*MERGE).values():
         if option.overrides:
-            form = Output if option.name in Output.__dataclass_fields__ else Recipe
+            form = OutputRequest if option.name in OutputRequest.__dataclass_fields__ else Recipe
             assert form.__dataclass_fields__[option.name].metadata["doc"] == option.doc
 
 
@@ -119,8 +119,8 @@ def test_numbers_of_numpy_and_torch() -> None:
         (Resources, {"io": "mmapped"}, "`io` takes mmap or pread, not mmapped"),
         (Running, {"overwrite": 1}, "`overwrite` takes True or False, not 1"),
         (Running, {"resume": None}, "`resume` takes True or False, not None"),
-        (Selection, {"state_dict": 3}, "`state_dict` takes a text, not 3"),
-        (Selection, {"ema": "always"}, "`ema` takes ignore or prefer or only, not always"),
+        (Selecting, {"state_dict": 3}, "`state_dict` takes a text, not 3"),
+        (Selecting, {"ema": "always"}, "`ema` takes ignore or prefer or only, not always"),
     ],
 )
 def test_what_an_option_does_not_take(group: type[Options], given: dict[str, Any], said: str) -> None:

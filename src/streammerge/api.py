@@ -39,12 +39,12 @@ from streammerge.options import (
     Naming,
     OnMissing,
     OnShape,
-    Output,
     Policies,
     Resources,
     Running,
-    Selection,
+    Selecting,
     Verifying,
+    Writing,
     number_or_percent,
     path,
     picked,
@@ -65,8 +65,7 @@ from streammerge.signatures import takes
 from streammerge.sources.memory import is_array, is_tensor
 from streammerge.stores.base import Location
 from streammerge.stores.checksums import CRC32
-from streammerge.stores.locations import HERE, has_scheme, parse, resolved
-from streammerge.stores.locations import Place as PathLike
+from streammerge.stores.locations import HERE, PathLike, has_scheme, parse, resolved
 from streammerge.units import decimal_bytes, parse_bytes, parse_share
 
 if TYPE_CHECKING:
@@ -81,14 +80,14 @@ _WEIGHTED = re.compile(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)%?)")
 """An input with its weight behind it, as in ``a.safetensors:0.6``."""
 
 
-@takes(Selection)
+@takes(Selecting)
 def inspect(path: Checkpoint, *, state_dict: str | None = None, ema: Ema | None = None) -> CheckpointIndex:
     """Returns the index of a checkpoint. Reads headers only. Nothing in the file is executed or imported.
 
     The index is a mapping from the tensors' names to :class:`Source`: ``len(index)``, ``index[name]``, iteration.
     ``path``: a file or folder, or a state dict in memory. Raises FormatError when the checkpoint cannot be read.
     """
-    asked, held = picked(Selection, locals()), Held()
+    asked, held = picked(Selecting, locals()), Held()
     name = _named("path", path, held)
     return _opened(name if name in held else from_hub_cache(name), asked.state_dict, asked.ema or "ignore", held)
 
@@ -243,7 +242,7 @@ def convert(
     """
     given = locals()
     asked, naming = picked(Converting, given), picked(Naming, given)
-    selection, output = picked(Selection, given), picked(Output, given)
+    selection, output = picked(Selecting, given), picked(Writing, given)
     resources, running = picked(Resources, given), _run_options(given)
     held = Held()
     source, target = _named("path", path, held), parse(_path("out", out))
@@ -350,10 +349,10 @@ class _Request:
     choosing: Choosing
     naming: Naming
     policies: Policies
-    selection: Selection
+    selection: Selecting
     resources: Resources
     executing: Executing
-    output: Output
+    output: Writing
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> _Request:
@@ -376,7 +375,7 @@ class _Request:
             None if out is None else parse(_path("out", out)),
             recipe if recipe is None or isinstance(recipe, Mapping) else _path("recipe", recipe),
             merging,
-            *(picked(group, given) for group in (Choosing, Naming, Policies, Selection, Resources, Executing, Output)),  # type: ignore[arg-type]
+            *(picked(group, given) for group in (Choosing, Naming, Policies, Selecting, Resources, Executing, Writing)),  # type: ignore[arg-type]
         )
 
     def plan(self) -> Plan:

@@ -21,7 +21,7 @@ from streammerge.errors import RecipeError, printable
 from streammerge.units import parse_bytes, parse_share, plain_number
 
 if TYPE_CHECKING:
-    from streammerge.stores.locations import Place as PathLike
+    from streammerge.stores.locations import PathLike
 
     Checkpoint = PathLike | Mapping[str, Any]
 
@@ -41,7 +41,7 @@ RECIPE_KEY, RECEIPT_KEY = "streammerge", "streammerge_receipt"
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class OptionKind:
     """The kind of value that an option takes.
 
     ``words``: its description for messages. ``parse`` reads a value, and raises TypeError or ValueError for an invalid one.
@@ -68,7 +68,7 @@ class Option:
     annotation: str
     default: Any
     doc: str
-    kind: Kind | None
+    kind: OptionKind | None
     metavar: str
     choices: tuple[str, ...]
     otherwise: str
@@ -94,7 +94,7 @@ class Option:
 
 def option(
     doc: str,
-    kind: Kind | None = None,
+    kind: OptionKind | None = None,
     *,
     default: Any = None,
     metavar: str = "",
@@ -247,24 +247,24 @@ def _share(value: Any) -> str | float:
     return value
 
 
-def _one_of(choices: tuple[str, ...]) -> Kind:
+def _one_of(choices: tuple[str, ...]) -> OptionKind:
     def parse(value: Any) -> str:
         if value not in choices:
             raise ValueError(value)
         return str(value)
 
-    return Kind(" or ".join(choices), parse)
+    return OptionKind(" or ".join(choices), parse)
 
 
-TRUTH = Kind("True or False", truth, flag=True)
-TEXT = Kind("a text", text)
-PATH = Kind("a path", path)
-COUNT = Kind("a positive whole number", _at_least(1), least=1)
-WHOLE = Kind("a whole number", whole)
-SIZE = Kind("a size like 512MiB", _size)
-BUDGET = Kind("a size like 512MiB", _budget)
-RENAMES = Kind("patterns and new names, like {'old.*': 'new.*'}", _renames, many=True)
-PATTERNS = Kind("patterns like 'dvae.*'", _texts, many=True)
+TRUTH = OptionKind("True or False", truth, flag=True)
+TEXT = OptionKind("a text", text)
+PATH = OptionKind("a path", path)
+COUNT = OptionKind("a positive whole number", _at_least(1), least=1)
+WHOLE = OptionKind("a whole number", whole)
+SIZE = OptionKind("a size like 512MiB", _size)
+BUDGET = OptionKind("a size like 512MiB", _budget)
+RENAMES = OptionKind("patterns and new names, like {'old.*': 'new.*'}", _renames, many=True)
+PATTERNS = OptionKind("patterns like 'dvae.*'", _texts, many=True)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -273,7 +273,7 @@ class Merging(Options):
 
     weights: Sequence[float] | None = option(
         "One number per input; linear divides them by their sum.",
-        Kind("one number per input, like [0.6, 0.4]", _numbers),
+        OptionKind("one number per input, like [0.6, 0.4]", _numbers),
         metavar="W,W,...",
         otherwise="equal",
     )
@@ -287,7 +287,7 @@ class Merging(Options):
     base: Checkpoint | None = option("The common ancestor, for the methods that need one.", PATH, metavar="PATH")
     parameters: Mapping[str, Any] | None = option(
         "Parameters of the method by name; a list of values has one per input.",
-        Kind("a dict of names and values, like {'t': 0.3}", _parameters, many=True),
+        OptionKind("a dict of names and values, like {'t': 0.3}", _parameters, many=True),
         metavar="NAME=VALUE,...",
         short="-p",
     )
@@ -318,7 +318,7 @@ class Choosing(Options):
     highest: bool = option("With `best`: highest first.", TRUTH, default=False)
     ema_decay: float | None = option(
         "Exponential weights: each input counts D times the one after it.",
-        Kind("a number from 0 to below 1", _number),
+        OptionKind("a number from 0 to below 1", _number),
         metavar="D",
     )
 
@@ -354,7 +354,7 @@ class Policies(Options):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Selection(Options):
+class Selecting(Options):
     """Which tensors of a file are the weights."""
 
     state_dict: str | None = option(
@@ -375,7 +375,7 @@ class Selection(Options):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Output(Options):
+class Writing(Options):
     """What is written."""
 
     max_shard_size: str | int | None = option(
@@ -417,7 +417,7 @@ class Verifying(Options):
 
     sample: str | float | None = option(
         "How much of the values is computed again; 100% for all.",
-        Kind("a share like 5%", _share),
+        OptionKind("a share like 5%", _share),
         metavar="SHARE",
         otherwise="5% if the inputs are available",
     )
@@ -460,7 +460,7 @@ class Running(Options):
     polite: bool = option("Give the inputs' page cache back behind the cursor.", TRUTH, default=False)
 
 
-MERGE = (Merging, Choosing, Naming, Policies, Selection, Resources, Executing, Output, Running)
-PLAN = (Merging, Choosing, Naming, Policies, Selection, Resources, Executing, Output)
-CONVERT = (Converting, Naming, Selection, Resources, Executing, Output, Running)
+MERGE = (Merging, Choosing, Naming, Policies, Selecting, Resources, Executing, Writing, Running)
+PLAN = (Merging, Choosing, Naming, Policies, Selecting, Resources, Executing, Writing)
+CONVERT = (Converting, Naming, Selecting, Resources, Executing, Writing, Running)
 VERIFY = (Verifying, Resources)

@@ -8,7 +8,7 @@ import torch
 import streammerge as sm
 from streammerge.formats.base import MOST_EXPANDED_BYTES, Container, LayoutFile, Literal, StorageBytes, flat_tensor
 from streammerge.pickles.tree import StorageRef, TensorRef
-from streammerge.sources.deflated import Record
+from streammerge.sources.deflated import PackedRecord
 from streammerge.sources.stored import Stored
 from streammerge.sources.strided import Strided
 from streammerge.stores.locations import parse
@@ -18,7 +18,7 @@ from streammerge.tensors.spec import TensorSpec
 PATH, OTHER = parse("x.pth"), parse("y.pth")
 STORES = {
     "0": StorageBytes(PATH, 64, 48),
-    "packed": StorageBytes(PATH, 0, 400, Record(500, 40, 400)),
+    "packed": StorageBytes(PATH, 0, 400, PackedRecord(500, 40, 400)),
     "none": StorageBytes(OTHER, 0, 0),
 }
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import re
 import shutil
 import socket
 from collections.abc import Callable
@@ -16,6 +18,8 @@ from safetensors.torch import save_file
 
 import streammerge as sm
 from formats.suite import FormatSuite, Tensors
+from streammerge.formats import folder as module
+from streammerge.strict_json import load_json
 
 
 def shards(folder: Path, state: dict[str, torch.Tensor], pickled: bool = False) -> Path:
@@ -558,3 +562,30 @@ def test_a_generator_and_a_discriminator_are_no_parts_of_one_checkpoint(tmp_path
         torch.save({"model": {f"{name[0]}.w": torch.ones(2)}, "iteration": 100}, tmp_path / name)
     with pytest.raises(sm.FormatError, match=r"holds several checkpoints \(D_100\.pth, G_100\.pth\); give one of them"):
         sm.inspect(tmp_path)
+
+
+def test_a_usual_index_is_read_as_json() -> None:
+    """The quick reader of a weight map accepts nothing that the strict one refuses, and reads nothing otherwise."""
+    content = {"metadata": {"total_size": 7}, "weight_map": {"a.0": "x-1.safetensors", "ü": "y", "c": "x-1.safetensors"}}
+    draw, accepted = random.Random(0), 0
+    for indent in (None, 2):
+        for text in (json.dumps(content, indent=indent, ensure_ascii=False), json.dumps({"weight_map": {"a": "b"}})):
+            assert module._usual_weight_map(text) == json.loads(text)["weight_map"]
+            for _ in range(4000):
+                at = draw.randrange(len(text))
+                put = draw.choice(["", '"', ",", "}", "{", "\\", "\n", "\v", " ", "a"])
+                changed = text[:at] + put + text[at + draw.randint(0, 2) :]
+                try:
+                    made = module._usual_weight_map(changed)
+                except ValueError as error:
+                    with pytest.raises(ValueError, match=re.escape(str(error)[:9])):
+                        load_json(changed)
+                    continue
+                if made is not None:
+                    accepted += 1
+                    assert made == load_json(changed)["weight_map"], changed
+    assert accepted > 1000
+    twice = '{"weight_map": {"a": "x", "a": "y"}}'
+    inner = '{"b": {"weight_map": {"a": "x"}}}'
+    for text in (twice, inner, '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "{}", ""):
+        assert module._usual_weight_map(text) is None

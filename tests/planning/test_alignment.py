@@ -235,3 +235,18 @@ def test_a_table_of_counts_is_no_counter() -> None:
     saved(one=model(1) | {"codes.count": draw(1, 4)}, two=model(2))
     with pytest.raises(sm.MismatchError, match=r"lacks 1: codes\.count"):
         merged("one", "two")
+
+
+def test_a_module_that_is_added_has_its_counters(tmp_path: Path) -> None:
+    """Its loader would find a name missing."""
+    torch.save({"a.w": torch.ones(2), "a.num_batches_tracked": torch.tensor(1)}, tmp_path / "1.pth")
+    more = {
+        "b.running_mean": torch.ones(3),
+        "b.num_batches_tracked": torch.tensor(4),
+        "c.num_batches_tracked": torch.tensor(5),
+    }
+    torch.save({"a.w": torch.zeros(2), "a.num_batches_tracked": torch.tensor(2), **more}, tmp_path / "2.pth")
+    sm.merge([tmp_path / "1.pth", tmp_path / "2.pth"], tmp_path / "out.pth", on_missing="union")
+    made = torch.load(tmp_path / "out.pth")
+    assert [*made] == ["a.w", "a.num_batches_tracked", "b.running_mean", "b.num_batches_tracked"]
+    assert (made["a.num_batches_tracked"].item(), made["b.num_batches_tracked"].item()) == (2, 4)

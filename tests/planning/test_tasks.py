@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import streammerge as sm
 from streammerge.methods.registry import find_method
 from streammerge.planning import budget
-from streammerge.planning.tasks import MergeTask, Piece, batches, joined, pieces, stretches
+from streammerge.planning.tasks import MergeTask, Piece, as_one_piece, batches, pieces, stretches
 from streammerge.running.worker import MergeWorker
 from streammerge.running.workspace import Outgoing, Workspace
 from streammerge.sources.stored import Stored
@@ -49,7 +49,7 @@ def test_every_piece_is_in_one_batch_and_one_stretch(shape: list[tuple[int, int]
         assert len(batch) == 1 or sum(piece.nbytes for piece in batch) <= most
         assert [piece for stretch in stretches(batch) for piece in stretch] == batch
         for stretch in stretches(batch):
-            whole = joined(stretch)
+            whole = as_one_piece(stretch)
             assert (whole.offset, whole.nbytes) == (stretch[0].offset, sum(piece.nbytes for piece in stretch))
             for source, last in zip(whole.task.sources, stretch[-1].task.sources, strict=True):
                 assert source.offset + source.nbytes == last.offset + last.nbytes

@@ -9,8 +9,8 @@ import pytest
 import streammerge as sm
 from streammerge.methods.registry import find_method
 from streammerge.recipe.checks import check, raise_all
-from streammerge.recipe.fields import Path, Place, Problems
-from streammerge.recipe.model import Model, Module, Recipe, Rule, Slice, Source
+from streammerge.recipe.fields import Path, Position, Problems
+from streammerge.recipe.model import Model, Module, Recipe, Rule, Slice, SliceSource
 from streammerge.recipe.patterns import parse_pattern
 from streammerge.recipe.settings import constant
 
@@ -25,7 +25,7 @@ def found(method: str, *models: Model, **keys: Any) -> dict[Path, str]:
 
 
 def slice_of(*ranges: tuple[int, int], **keys: Any) -> Slice:
-    return Slice(tuple(Source(f"{'abc'[n]}.pth", each) for n, each in enumerate(ranges)), path=("slices", 0), **keys)
+    return Slice(tuple(SliceSource(f"{'abc'[n]}.pth", each) for n, each in enumerate(ranges)), path=("slices", 0), **keys)
 
 
 @pytest.mark.parametrize(
@@ -82,9 +82,9 @@ def test_a_mistake_stands_at_its_key(problems: dict[Path, str], expected: dict[P
 def test_all_mistakes_are_raised_in_the_order_of_the_file_and_each_once() -> None:
     raise_all(Problems(), {})
     one = Problems([(("b",), "second"), (("a",), "first"), (("a",), "first")])
-    places = {("a",): Place("r.yaml", 2, 1), ("b",): Place("r.yaml", 10, 1)}
+    positions = {("a",): Position("r.yaml", 2, 1), ("b",): Position("r.yaml", 10, 1)}
     with pytest.raises(sm.RecipeError) as caught:
-        raise_all(one, places, "r.yaml")
+        raise_all(one, positions, "r.yaml")
     assert str(caught.value).splitlines() == ["r.yaml has 2 mistakes:", "  r.yaml:2:1: first", "  r.yaml:10:1: second"]
     with pytest.raises(sm.RecipeError, match=r"^r\.yaml:2:1: first$"):
-        raise_all(Problems(one[1:]), places)
+        raise_all(Problems(one[1:]), positions)

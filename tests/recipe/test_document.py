@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 
 import streammerge as sm
-from streammerge.recipe.document import parse, to_json, to_yaml
+from streammerge.recipe.document import parse_yaml, to_json, to_yaml
 
 TEXT = """\
 a: 1
@@ -25,18 +25,18 @@ a: 3
 
 
 def test_data_is_what_yaml_says_and_places_are_those_of_the_keys() -> None:
-    document = parse(TEXT, "wish.yaml")
+    document = parse_yaml(TEXT, "wish.yaml")
     expected = yaml.safe_load(TEXT)
     assert document.data == expected | {"a": 1}, "of a key that stands twice the first is read"
     assert document.doubled == [("a",)]
-    lines = {path: (place.line, place.column) for path, place in document.places.items()}
+    lines = {path: (place.line, place.column) for path, place in document.positions.items()}
     assert lines[("b",)] == (2, 1)
     assert lines[("b", 0)] == (3, 5)
     assert lines[("b", 1, "c")] == (4, 5)
     assert lines[("d", "e")] == (6, 12)
     assert lines[("f", "g")][0] == 7
     assert lines[("a",)] == (8, 1), "the second is the mistake"
-    assert str(document.places[("b",)]).startswith("wish.yaml")
+    assert str(document.positions[("b",)]).startswith("wish.yaml")
 
 
 PLAIN = some.recursive(
@@ -51,7 +51,7 @@ PLAIN = some.recursive(
 @given(some.dictionaries(some.text("klmnop", min_size=1), PLAIN, min_size=1, max_size=5))
 def test_data_goes_to_yaml_and_to_json_and_back(data: dict[str, Any]) -> None:
     assert yaml.safe_load(to_yaml(data)) == data
-    assert parse(to_yaml(data), "x").data == data
+    assert parse_yaml(to_yaml(data), "x").data == data
     assert "\n" not in to_json(data)
 
 
@@ -69,4 +69,4 @@ def test_data_goes_to_yaml_and_to_json_and_back(data: dict[str, Any]) -> None:
 )
 def test_what_is_no_document(text: str, words: str) -> None:
     with pytest.raises(sm.RecipeError, match=words):
-        parse(text, "x")
+        parse_yaml(text, "x")

@@ -17,12 +17,12 @@ from streammerge.recipe.fields import (
     ListOf,
     MapOf,
     Path,
-    Place,
     Plain,
+    Position,
     Problems,
     key,
     one_of,
-    place_of,
+    position_of,
     shown,
 )
 
@@ -94,10 +94,10 @@ def test_a_mistake_is_reported_with_its_key_and_reading_goes_on(
 
 
 def test_a_key_has_the_place_of_its_nearest_parent() -> None:
-    places = {(): Place("r.yaml", 1, 1), ("a", 0): Place("r.yaml", 3, 5)}
-    assert str(place_of(("a", 0, "b", "c"), places)) == "r.yaml:3:5: "
-    assert place_of(("a", 1), places) == places[()]
-    assert place_of(("a",), {}) is None
+    positions = {(): Position("r.yaml", 1, 1), ("a", 0): Position("r.yaml", 3, 5)}
+    assert str(position_of(("a", 0, "b", "c"), positions)) == "r.yaml:3:5: "
+    assert position_of(("a", 1), positions) == positions[()]
+    assert position_of(("a",), {}) is None
     assert [shown(each) for each in (None, True, {"a": 1, "b": 2}, "x\n")] == ["nothing", "true", "the keys a, b", "x\\n"]
 
 

@@ -14,7 +14,7 @@ import streammerge as sm
 from streammerge.errors import FormatError
 from streammerge.methods.registry import find_method
 from streammerge.recipe.fields import Problems
-from streammerge.recipe.locations import held_name, is_held, located, resolved, travelling_names
+from streammerge.recipe.locations import held_name, is_held, located, travelling, travelling_names
 from streammerge.recipe.model import Model, Recipe, Rule
 from streammerge.recipe.patterns import parse_pattern
 from streammerge.recipe.reader import read_recipe
@@ -116,11 +116,11 @@ def test_no_path_travels_inside_a_name_with_a_scheme(tmp_path: Path, monkeypatch
 
 def test_the_recipe_that_travels_says_every_default() -> None:
     recipe = Recipe(find_method("linear"), (Model("a.pth"), Model("b.pth", {"weight": constant(3)})))
-    assert resolved(recipe).to_dict()["parameters"] == {"weight": 1.0, "normalize": True}
+    assert travelling(recipe).to_dict()["parameters"] == {"weight": 1.0, "normalize": True}
     said = replace(recipe, parameters={"normalize": constant(False)})
-    assert resolved(said).to_dict()["parameters"]["normalize"] is False
+    assert travelling(said).to_dict()["parameters"]["normalize"] is False
     ruled = replace(recipe, rules=(Rule((parse_pattern("q"),), merge_method=find_method("task_arithmetic")),))
-    assert resolved(ruled).to_dict().get("parameters", {}) == {}, "the rule's method has other defaults"
+    assert travelling(ruled).to_dict().get("parameters", {}) == {}, "the rule's method has other defaults"
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 
 from streammerge.methods.registry import find_method
-from streammerge.recipe.fields import Place
-from streammerge.recipe.model import Model, Module, Output, Recipe, Reference, Rule, Slice, Source
+from streammerge.recipe.fields import Position
+from streammerge.recipe.model import Model, Module, OutputRequest, Recipe, Reference, Rule, Slice, SliceSource
 from streammerge.recipe.patterns import parse_pattern
 from streammerge.recipe.settings import constant
 from streammerge.tensors.dtypes import DType
 
 LINEAR, TIES = find_method("linear"), find_method("ties")
 A, B = Model("a.pth"), Model("b.pth", {"weight": constant(0.5)}, "ema")
-SLICE = Slice((Source("c.pth", (0, 2)), Source("a.pth", (1, 3))), base_model="d.pth")
+SLICE = Slice((SliceSource("c.pth", (0, 2)), SliceSource("a.pth", (1, 3))), base_model="d.pth")
 RULE = Rule((parse_pattern("*.bias"), parse_pattern("/^x/")), copy="e.pth")
 WHOLE = Recipe(TIES, (A, B), modules={"m": Module(slices=(SLICE,))}, base_model="base.pth", rules=(RULE,))
 
@@ -58,7 +58,7 @@ def test_renaming_reaches_every_model_and_nothing_else() -> None:
 
 def test_plain_data_leaves_out_what_is_not_said() -> None:
     assert Recipe(LINEAR, (A,)).to_dict() == {"merge_method": "linear", "models": [{"model": "a.pth"}]}
-    said = replace(WHOLE, out_dtype=DType.BF16, output=Output(max_shard_size=7), seed=3).to_dict()
+    said = replace(WHOLE, out_dtype=DType.BF16, output=OutputRequest(max_shard_size=7), seed=3).to_dict()
     assert said["models"][1] == {"model": "b.pth", "parameters": {"weight": 0.5}, "state_dict": "ema"}
     assert said["rules"] == [{"match": ["*.bias", "/^x/"], "copy": "e.pth"}]
     assert (said["out_dtype"], said["output"], said["seed"]) == ("bfloat16", {"max_shard_size": 7}, 3)
@@ -74,7 +74,9 @@ def test_a_rule_takes_names_and_tells_its_action() -> None:
 
 
 def test_names_dtypes_and_places() -> None:
-    recipe = replace(WHOLE, output=Output(strip_prefix="m."), dtype=DType.F16, places={("rules", 0): Place("r", 2, 3)})
+    recipe = replace(
+        WHOLE, output=OutputRequest(strip_prefix="m."), dtype=DType.F16, positions={("rules", 0): Position("r", 2, 3)}
+    )
     assert [recipe.output_name(name) for name in ("m.w", "w", "m.m.w", "xm.w")] == ["w", "w", "m.w", "xm.w"]
     assert (WHOLE.recast, recipe.recast, replace(recipe, out_dtype=DType.F64).recast) == (None, DType.F16, DType.F64)
     assert (recipe.at(("rules", 0, "copy")), recipe.at(("seed",))) == ("r:2:3: ", "")

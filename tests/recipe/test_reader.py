@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import streammerge as sm
-from streammerge.recipe.document import parse, to_yaml
+from streammerge.recipe.document import parse_yaml, to_yaml
 from streammerge.recipe.reader import json_schema, read_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -238,7 +238,7 @@ def assert_a_recipe_or_one_error(data: dict[str, Any]) -> None:
 @given(text=st.text(max_size=200) | st.binary(max_size=200).map(lambda b: b.decode("latin-1")))
 def test_any_text_is_a_recipe_or_one_error(text: str) -> None:
     try:
-        document = parse(text, "recipe.yaml")
+        document = parse_yaml(text, "recipe.yaml")
     except sm.RecipeError as error:
         assert str(error).startswith("recipe.yaml")
     else:

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 import streammerge as sm
 from streammerge.planning import tasks
 from streammerge.running.executors.base import Executor, Host
-from streammerge.running.worker import MergeWork, SweepWork
+from streammerge.running.sweeping import SweepWork
+from streammerge.running.worker import MergeWork
 from streammerge.tensors.spec import GRAIN
 
 SEEN: list[tuple[type, list[Any]]] = []

@@ -15,8 +15,8 @@ from streammerge.running.executors.base import Executors, Halted, Host
 from streammerge.running.executors.processes import ProcessExecutor
 from streammerge.running.executors.threads import ThreadExecutor
 from streammerge.running.reading import ChecksumWork, HashWork
-from streammerge.stores.base import COPY_BYTES
 from streammerge.stores.checksums import CRC32
+from streammerge.stores.digests import COPY_BYTES
 from streammerge.stores.locations import parse
 
 BOTH = pytest.mark.parametrize("executor", [ThreadExecutor, ProcessExecutor])

@@ -27,7 +27,7 @@ from streammerge.events import TaskDone
 from streammerge.planning import tasks
 from streammerge.running import readback
 from streammerge.stores import commit, journal, lock, system
-from streammerge.stores.commit import LocalRecord, LocalStaging
+from streammerge.stores.commit import LocalJournalFile, LocalStaging
 from streammerge.stores.files import OutputFile
 from streammerge.stores.locations import parse
 from streammerge.tensors.spec import GRAIN
@@ -224,11 +224,11 @@ def test_a_journal_that_cannot_be_read_is_still_there(
     interrupt(pair, out)
     pieces = journalled(out)
 
-    def fail(record: LocalRecord) -> bytes:
+    def fail(record: LocalJournalFile) -> bytes:
         raise error
 
     with monkeypatch.context() as patched, pytest.raises(type(error)):
-        patched.setattr(LocalRecord, "read", fail)
+        patched.setattr(LocalJournalFile, "read", fail)
         sm.merge(pair, out)
     assert journalled(out) == pieces
     assert len(resumed_events(lambda listener: sm.merge(pair, out, listener=listener))) == 1
@@ -302,7 +302,7 @@ def test_no_damage_to_the_journal_matters(pair: list[Path], tmp_path: Path) -> N
     interrupt(pair, out, at_least=8)
     path = tmp_path / ".out.safetensors.streammerge" / "journal"
     good = path.read_bytes()
-    record = LocalRecord(parse(path))
+    record = LocalJournalFile(parse(path))
     first = journal.read(record)
     assert first is not None
     plan, vouched = first.plan, first.pieces
@@ -338,18 +338,18 @@ def test_pieces_are_written_down_after_their_files_are_synced(
     pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order: list[tuple[str, int]] = []
-    good_sync, good_append = OutputFile.sync, LocalRecord.append
+    good_sync, good_append = OutputFile.sync, LocalJournalFile.append
 
     def sync(file: OutputFile) -> None:
         good_sync(file)
         order.append(("sync", 0))
 
-    def append(record: LocalRecord, data: bytes) -> None:
+    def append(record: LocalJournalFile, data: bytes) -> None:
         order.append(("append", data.count(b"\n")))
         good_append(record, data)
 
     monkeypatch.setattr(OutputFile, "sync", sync)
-    monkeypatch.setattr(LocalRecord, "append", append)
+    monkeypatch.setattr(LocalJournalFile, "append", append)
     interrupt(pair, tmp_path / "out.safetensors", at_least=8)
     written = [number for number, (what, pieces) in enumerate(order) if what == "append" and pieces]
     assert sum(order[number][1] for number in written) >= 8

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import pickle
 import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,14 +22,13 @@ from safetensors.torch import save_file
 import streammerge as sm
 from methods.suite import Case, suites
 from running.executors.test_processes import descendants, wait_until
-from running.own_methods import failing, fickle
+from running.own_methods import failing
 from streammerge.methods.registry import find_method, list_methods
 from streammerge.planning import tasks
-from streammerge.running import worker
 from streammerge.running.executors.processes import ProcessExecutor
 from streammerge.running.executors.threads import ThreadExecutor
-from streammerge.running.session import Production
-from streammerge.stores import descriptors, journal, system
+from streammerge.running.session import Run
+from streammerge.stores import journal
 from streammerge.tensors.spec import GRAIN
 
 CASES = [case for suite in suites() for case in suite.CASES if find_method(case.method).passes]
@@ -93,13 +90,13 @@ def test_every_method_can_be_sent() -> None:
 
 def test_results_are_small(files: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     sizes = []
-    finished = Production._finished
+    finished = Run._finished
 
-    def seen(self: Production, piece: Any, done: Any) -> Any:
+    def seen(self: Run, piece: Any, done: Any) -> Any:
         sizes.append(len(pickle.dumps(done)))
         return finished(self, piece, done)
 
-    monkeypatch.setattr(Production, "_finished", seen)
+    monkeypatch.setattr(Run, "_finished", seen)
     sm.merge(files[:2], tmp_path / "out.safetensors", executor="processes")
     assert 0 < max(sizes) < 1000
 
@@ -110,15 +107,6 @@ def test_an_error_of_a_method_names_tensor_and_elements(files: list[Path], tmp_p
         sm.merge(files[:2], tmp_path / "out.safetensors", method=failing, executor=executor, workers=2)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_method_that_is_not_a_function_of_its_group_is_told(
-    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tasks, "PIECE_ELEMS", GRAIN)
-    monkeypatch.setenv("COORDINATOR", str(os.getpid()))
-    with pytest.raises(sm.TaskError, match=r"long.*other passes when it is bound a second time"):
-        sm.merge(files[:2], tmp_path / "out.safetensors", method=fickle, executor="processes", workers=2)
 
 
 def test_an_input_that_shrinks_is_told(files: list[Path], tmp_path: Path) -> None:
@@ -239,11 +227,11 @@ from streammerge.stores import journal
 tasks.PIECE_ELEMS, journal.INTERVAL_SECONDS = 1 << 16, 0.001
 from streammerge.running import session
 import time
-finished = session.Production._finished
+finished = session.Run._finished
 def slowly(self, piece, done):
     time.sleep(0.01)
     return finished(self, piece, done)
-session.Production._finished = slowly
+session.Run._finished = slowly
 from streammerge.cli.main import run
 sys.argv[0] = "streammerge"
 run()
@@ -271,39 +259,3 @@ def test_a_stopped_command_leaves_no_process(pair: list[Path], tmp_path: Path, h
     assert kept(out) >= 5
     sm.merge(pair, out, executor="processes", workers=2)
     assert out.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
-
-
-class Elsewhere(ThreadExecutor):
-    """Threads that open all files themselves, as a process does."""
-
-    def run(self, work: Any, units: Any, backlog: int = 64) -> Any:
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(worker, "_lent", {})
-            yield from super().run(work, units, backlog)
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_a_sync_that_failed_when_a_worker_closed_a_file_is_an_error(
-    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The file is closed while the worker is at other files, and the kernel does not repeat the error."""
-    save_file({f"w{number}": torch.ones(3000) for number in range(20)}, tmp_path / "in.safetensors")
-    synced, good = list[int](), system.full_sync
-
-    def full_sync(fd: int) -> None:
-        if threading.current_thread().name.startswith("streammerge-"):
-            synced.append(fd)
-            if fails and len(synced) == 1:
-                raise OSError(errno.EIO, "the disk failed")
-        good(fd)
-
-    monkeypatch.setattr(system, "full_sync", full_sync)
-    monkeypatch.setattr(descriptors, "limit", lambda: 4)
-    how: dict[str, Any] = {"executor": Elsewhere, "workers": 1, "max_shard_size": 12_500}
-    if fails:
-        with pytest.raises(OSError, match="the disk failed"):
-            sm.merge([tmp_path / "in.safetensors"], tmp_path / "out", **how)
-    else:
-        sm.merge([tmp_path / "in.safetensors"], tmp_path / "out", **how)
-    assert len(synced) > 5
-    assert (tmp_path / "out").exists() != fails

@@ -13,7 +13,16 @@ from conftest import assert_same, deflate, load_safetensors, octets
 import streammerge as sm
 from sources.suite import Disk, draw, merge_of, room
 from streammerge.sources.base import read_whole
-from streammerge.sources.deflated import Damaged, Deflated, Record, of_bytes, records, swapped, unpacked, with_inflated
+from streammerge.sources.deflated import (
+    Damaged,
+    Deflated,
+    PackedRecord,
+    of_bytes,
+    records,
+    swapped,
+    unpacked,
+    with_inflated,
+)
 from streammerge.sources.joined import joined
 from streammerge.sources.rows import rows_of
 from streammerge.sources.stored import Stored
@@ -30,14 +39,14 @@ def packed(disk: Disk, view: torch.Tensor, name: str = "w") -> Deflated:
     small = machine.compress(data) + machine.flush()
     path, offset = disk.write(small)
     spec = TensorSpec(name, DType.F32, tuple(view.shape))
-    record = Record(offset, len(small), len(data))
+    record = PackedRecord(offset, len(small), len(data))
     made = of_bytes(spec, path, view.storage_offset() * 4, tuple(view.stride()), record)
     assert isinstance(made, Deflated)
     return made
 
 
 def test_what_lies_in_bytes_is_as_simple_as_it_can_be() -> None:
-    spec, record = TensorSpec("w", DType.F32, (2, 3)), Record(7, 10, 24)
+    spec, record = TensorSpec("w", DType.F32, (2, 3)), PackedRecord(7, 10, 24)
     assert of_bytes(spec, "f", 8) == Stored(spec, "f", 8)
     assert of_bytes(spec, "f", 8, (3, 1)) == Stored(spec, "f", 8)
     assert of_bytes(spec, "f", 8, (1, 2)) == Strided(spec, "f", 8, (1, 2))
@@ -93,7 +102,7 @@ def test_texts_and_big_endian_numbers_are_unpacked(step: int, size: int) -> None
     numbers = np.frombuffer(data, f">u{size}")
     expected = numbers.astype(f"<u{size}").tobytes()
     for form, packed in (("raw", data), ("text", data.decode("latin-1").encode())):
-        record = Record(0, len(packed), len(data), form, size)
+        record = PackedRecord(0, len(packed), len(data), form, size)
         assert b"".join(unpacked(record, (packed[i : i + step] for i in range(0, len(packed), step)))) == expected
     assert swapped(data, size) == expected
 
@@ -101,7 +110,7 @@ def test_texts_and_big_endian_numbers_are_unpacked(step: int, size: int) -> None
 @pytest.mark.parametrize("packed", [b"\xc3", "ŀ".encode(), b"\xff"])
 def test_a_text_with_other_characters_is_damage(packed: bytes) -> None:
     with pytest.raises(Damaged):
-        list(unpacked(Record(0, len(packed), 1, "text"), iter([packed])))
+        list(unpacked(PackedRecord(0, len(packed), 1, "text"), iter([packed])))
 
 
 @pytest.mark.parametrize("nbytes", [99_999, 100_001])
@@ -109,6 +118,6 @@ def test_a_record_of_another_length_stops_the_run(tmp_path: Path, nbytes: int) -
     disk = Disk(tmp_path)
     path, offset = disk.write("ü".encode() * 100_000)
     spec = TensorSpec("w", DType.U8, (nbytes,))
-    source = of_bytes(spec, path, 0, None, Record(offset, 200_000, nbytes, "text"))
+    source = of_bytes(spec, path, 0, None, PackedRecord(offset, 200_000, nbytes, "text"))
     with pytest.raises(sm.FormatError, match="damaged"):
         merge_of(tmp_path, [{"w": source}], "linear", options={"integers": "first"})

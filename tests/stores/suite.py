@@ -554,9 +554,9 @@ class StoreSuite(ReadingSuite):
         staging = out.stage()
         staging.clear()
         staging.create("out", 6).write_full(b"abc", 0)
-        staging.record.begin(b"plan\n")
-        staging.record.append(b"one\n")
-        staging.record.append(b"two\n")
+        staging.journal_file.begin(b"plan\n")
+        staging.journal_file.append(b"one\n")
+        staging.journal_file.append(b"two\n")
         assert staging.resumable
         return staging
 
@@ -567,13 +567,13 @@ class StoreSuite(ReadingSuite):
         (home / "out").sweep()
         staging = (home / "out").stage()
         assert staging.resumable
-        assert staging.record.read() == b"plan\none\ntwo\n"
+        assert staging.journal_file.read() == b"plan\none\ntwo\n"
         file = staging.create("out", 6, keep=True)
         assert file.kept
         assert full(file) == b"abc\0\0\0"
         file.write_full(b"def", 3)
-        staging.record.begin(b"plan\nthree\n")
-        assert staging.record.read() == b"plan\nthree\n"
+        staging.journal_file.begin(b"plan\nthree\n")
+        assert staging.journal_file.read() == b"plan\nthree\n"
         staging.commit(as_folder=False)
         assert content(home / "out") == {"": b"abcdef"}
         assert self.left(home) == ["out"]
@@ -592,7 +592,7 @@ class StoreSuite(ReadingSuite):
         staging = (home / "out").stage()
         staging.clear()
         assert not staging.resumable
-        assert staging.record.read() is None
+        assert staging.journal_file.read() is None
         staging.create("out", 1)
         staging.commit(as_folder=False)
         assert self.left(home) == ["out"]

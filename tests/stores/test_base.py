@@ -7,7 +7,7 @@ import io
 import pytest
 
 import streammerge as sm
-from streammerge.stores.base import Input, Location, Staging, Status, digest_outside, no_room, outside, space_checked
+from streammerge.stores.base import Input, Location, Staging, Status
 from streammerge.stores.commit import LocalStaging
 from streammerge.stores.memory import MemoryStaging
 
@@ -92,16 +92,6 @@ def test_a_change_is_noticed_by_the_status() -> None:
         at("absent").open(now)
 
 
-@pytest.mark.parametrize("spans", [[], [(0, 100)], [(0, 0)], [(10, 5), (15, 5), (90, 10)], [(0, 1), (99, 1)]])
-def test_all_but_some_bytes(spans: list[tuple[int, int]]) -> None:
-    data = bytes(range(100))
-    kept = bytes(byte for place, byte in enumerate(data) if not any(o <= place < o + n for o, n in spans))
-    assert b"".join(outside(at("a"), spans)) == kept
-    import hashlib
-
-    assert digest_outside(at("a"), spans) == hashlib.sha256(kept).hexdigest()
-
-
 def test_it_can_be_read_only() -> None:
     for ask in (
         lambda: at("x").stage(),
@@ -112,16 +102,6 @@ def test_it_can_be_read_only() -> None:
         with pytest.raises(sm.RecipeError, match="few://x: the store few:// can be read only"):
             ask()
     at("x").sweep()
-
-
-def test_a_full_store_says_what_it_knows() -> None:
-    with pytest.raises(sm.SpaceError, match=r"no room for x: it needs 5.0 kB \(No space left on device\)"):  # noqa: SIM117
-        with space_checked(at("x"), 5000):
-            raise OSError(28, "No space left on device")
-    with pytest.raises(OSError, match="Input/output error"):  # noqa: SIM117
-        with space_checked(at("x"), 5000):
-            raise OSError(5, "Input/output error")
-    assert isinstance(no_room(at("x"), 1), sm.SpaceError)
 
 
 @pytest.mark.parametrize("staging", [LocalStaging, MemoryStaging])

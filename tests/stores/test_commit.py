@@ -149,7 +149,7 @@ def test_a_sticky_folder_is_noticed_before_the_work(tmp_path: Path, monkeypatch:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
 def test_what_another_user_has_left_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     staging = parse(tmp_path / "out.safetensors").stage()
-    staging.record.begin(b"plan\n")
+    staging.journal_file.begin(b"plan\n")
     folder, good = commit.staging_folder(tmp_path / "out.safetensors"), commit.lock.opened
     os.chown(folder, 1, -1)
 

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from streammerge.stores import journal
-from streammerge.stores.base import Record
+from streammerge.stores.base import JournalFile
 from streammerge.stores.journal import Earlier, Finished, Journal
 
 PIECES = [Finished(n, n << 16, 'a "b"\n.safetensors', 8 + n, n, 7 * n, {"nan": n} if n % 2 else {}) for n in range(4)]
 
 
-class Kept(Record):
+class Kept(JournalFile):
     """A record in memory. ``log`` also has what the files do."""
 
     def __init__(self, log: list[str]) -> None:

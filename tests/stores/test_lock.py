@@ -106,7 +106,7 @@ def test_a_container_of_the_same_kernel_is_known_by_the_kernels_lock(
 def test_an_orderly_end_leaves_no_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So another host may continue what was interrupted, though nobody knows whose locks reach whom."""
     staging = parse(tmp_path / "out.safetensors").stage()
-    staging.record.begin(b"plan\n")
+    staging.journal_file.begin(b"plan\n")
     staging.abort(keep=True)
     assert (tmp_path / ".out.safetensors.streammerge" / "lock").read_text() == ""
     monkeypatch.setattr(lock, "one_kernel", lambda folder: False)
@@ -228,7 +228,7 @@ def test_two_machines_that_write_at_once_are_told_apart(tmp_path: Path, monkeypa
 def test_a_forked_child_keeps_no_lock(tmp_path: Path, keep: bool) -> None:
     """It lives on after the run, has a copy of the descriptor, and ends a copy of the staging."""
     staging = parse(tmp_path / "out.safetensors").stage()
-    staging.record.begin(b"plan\n")
+    staging.journal_file.begin(b"plan\n")
     reader, writer = os.pipe()
     child = os.fork()
     if not child:

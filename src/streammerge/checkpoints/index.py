@@ -18,7 +18,7 @@ from streammerge.recipe.patterns import Rename, renamed
 from streammerge.sources.base import Allocated, Source, read_whole
 from streammerge.sources.table import StoredTable
 from streammerge.stores.base import Location, Status
-from streammerge.stores.locations import Place, parse
+from streammerge.stores.locations import PathLike, parse
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorSpec
 from streammerge.units import counted, decimal_bytes
@@ -200,7 +200,7 @@ def _is_torch_type(node: Global) -> bool:
     return node.module == "torch" or node.module.startswith("torch.storage") or node.path == "collections.OrderedDict"
 
 
-def open_checkpoint(place: Place, state_dict: str | None = None, ema: str = "ignore") -> CheckpointIndex:
+def open_checkpoint(place: PathLike, state_dict: str | None = None, ema: str = "ignore") -> CheckpointIndex:
     """The index of a file or folder; nothing in it is executed and no tensor is read.
 
     Raises FormatError for what cannot be read and RecipeError when ``state_dict`` or ``ema`` ask for what is not there.

@@ -9,7 +9,7 @@ from typing import Any
 from streammerge.checkpoints.numbers import metric_in, number_of
 from streammerge.errors import FormatError, RecipeError
 from streammerge.pickles.tree import number
-from streammerge.recipe.document import parse as parse_yaml
+from streammerge.recipe.document import parse_yaml
 from streammerge.stores.base import Location
 from streammerge.stores.locations import parse
 

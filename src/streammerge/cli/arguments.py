@@ -39,9 +39,9 @@ def inputs_and_recipe(inputs: Sequence[str], weights: str | None) -> tuple[Seque
     Raises UsageError for a number among the inputs.
     """
     if list(inputs) == ["-"]:
-        from streammerge.recipe.document import parse as parse_document
+        from streammerge.recipe.document import parse_yaml
 
-        made = parse_document(sys.stdin.read(), "stdin").data
+        made = parse_yaml(sys.stdin.read(), "stdin").data
         if not isinstance(made, Mapping):
             raise RecipeError("stdin holds no recipe; write keys like merge_method and models with their values")
         return (), made

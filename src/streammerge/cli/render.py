@@ -72,7 +72,7 @@ def _dtypes(index: CheckpointIndex) -> Counter[str]:
 
 def recipe_text(index: CheckpointIndex) -> str:
     """Returns the recipe inside a merged file or folder. Raises RecipeError if there is none."""
-    from streammerge.recipe.document import parse, to_yaml
+    from streammerge.recipe.document import parse_yaml, to_yaml
 
     record = index.metadata.get(RECIPE_KEY)
     if record is None:
@@ -81,7 +81,7 @@ def recipe_text(index: CheckpointIndex) -> str:
         try:
             return to_yaml(load_json(record))
         except ValueError:  # a .pth or folder holds YAML
-            return to_yaml(parse(record, str(index.path)).data)
+            return to_yaml(parse_yaml(record, str(index.path)).data)
     except RecursionError as error:
         raise RecipeError(f"the recipe in {printable(index.path)} is nested too deeply") from error
 

@@ -8,7 +8,7 @@ Each module imports only modules above it::
     torch_zip
     torch_legacy
     torch_tar
-    plain_pickle        a pickle of numpy's arrays
+    plain_pickle        a pickle of numpy's arrays or torch's tensors
     distributed         refusal of checkpoints in parts of several ranks
     folder              shards with an index, or one checkpoint among side files
     detect              the format of a file, by its content

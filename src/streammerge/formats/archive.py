@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from streammerge.errors import FormatError, printable
-from streammerge.sources.deflated import Record
+from streammerge.sources.deflated import PackedRecord
 
 MOST_INFLATED_BYTES = 32 << 20
 _LOCAL = b"PK\3\4"
@@ -35,7 +35,7 @@ class Member:
     name: str
     offset: int
     nbytes: int
-    record: Record | None
+    record: PackedRecord | None
 
     @property
     def span(self) -> tuple[int, int]:
@@ -113,7 +113,7 @@ def _place(stream: BinaryIO, info: zipfile.ZipInfo, end: int, where: str) -> Mem
         if info.compress_size != info.file_size:
             raise FormatError(f"{where}: record {printable(info.filename)} is stored, yet has two sizes; it is damaged")
         return Member(info.filename, offset, info.file_size, None)
-    return Member(info.filename, 0, info.file_size, Record(offset, info.compress_size, info.file_size))
+    return Member(info.filename, 0, info.file_size, PackedRecord(offset, info.compress_size, info.file_size))
 
 
 def _check_overlap(found: dict[str, Member], where: str) -> None:

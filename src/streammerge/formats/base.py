@@ -13,7 +13,7 @@ from streammerge.errors import FormatError, printable
 from streammerge.pickles.tree import FlatTree, TensorRef
 from streammerge.pickles.tree import flat_tensor as flat_tensor
 from streammerge.sources.base import Source
-from streammerge.sources.deflated import Record, of_bytes
+from streammerge.sources.deflated import PackedRecord, of_bytes
 from streammerge.sources.table import StoredTable
 from streammerge.stores.base import Location
 from streammerge.tensors.spec import TensorSpec, is_contiguous
@@ -26,12 +26,12 @@ Match = bool | OneOf["unless another"]
 
 @dataclass(frozen=True, slots=True)
 class StorageBytes:
-    """The place of one torch storage's bytes. In a compressed record they begin at ``offset`` 0 of its unpacked bytes."""
+    """The place of one torch storage's bytes. In a packed record ``offset`` counts its unpacked bytes."""
 
     path: Location
     offset: int
     nbytes: int
-    record: Record | None = None
+    record: PackedRecord | None = None
 
     @property
     def span(self) -> tuple[int, int]:
@@ -73,10 +73,10 @@ class Container:
     """A checkpoint on the disk: the inert tree, and the places of its storages. No tensor was read.
 
     ``pickled``: the tree comes from a pickle; tensors may share storages and be beside other data. Otherwise the tree
-    maps names to tensors (:func:`flat_tensor`, :class:`FlatTree`). ``held_bytes``: bytes of pickles, whose data is in the tree. ``arrays``:
-    the sources of numpy's arrays, whose bytes lie in the pickle. ``form``: how a folder stores it. ``parts``: subfolder ->
-    its container, "" for the folder's own weights, where a folder holds several models that belong together; then the tree
-    is empty. ``warnings``: what may be wrong with the checkpoint.
+    maps names to tensors (:func:`flat_tensor`, :class:`FlatTree`). ``held_bytes``: bytes of pickles, whose data is in the
+    tree. ``arrays``: the sources of numpy's arrays, whose bytes lie in the pickle. ``form``: how a folder stores it.
+    ``parts``: subfolder -> its container, "" for the folder's own weights, where a folder holds several models that belong
+    together; then the tree is empty. ``warnings``: what may be wrong with the checkpoint.
     """
 
     path: Location

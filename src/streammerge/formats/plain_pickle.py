@@ -1,6 +1,6 @@
-"""A plain pickle of numpy's arrays, as detectron2 and its relatives publish weights (``.pkl``).
+"""A plain pickle of numpy's arrays, as detectron2 publishes weights (``.pkl``), or of torch's tensors.
 
-The arrays' bytes lie in the pickle, and are read there. Nothing in it is imported or executed.
+Their bytes lie in the pickle, and are read there. Nothing in it is imported or executed.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ from functools import partial
 from typing import BinaryIO
 
 from streammerge.errors import FormatError, printable
-from streammerge.formats.base import Container, LayoutFile, Literal, Match
+from streammerge.formats.base import Container, LayoutFile, Literal, Match, StorageBytes
 from streammerge.options import RECEIPT_KEY, RECIPE_KEY
 from streammerge.pickles.arrays import Arrays
+from streammerge.pickles.storages import EnclosedStorages
 from streammerge.pickles.tree import Blank
 from streammerge.pickles.unpickle import unpickle
 from streammerge.stores.base import Location
+
+NAME = "pickle"
+"""What :class:`Container` calls the format."""
 
 _PROTOCOLS = (b"\2", b"\3", b"\4", b"\5")
 _MOST_HEADER_BYTES = 256 << 20
@@ -34,15 +38,20 @@ def read(path: Location) -> Container:
         metadata = _metadata(stream)
         begin = stream.tell()
         arrays = Arrays(path, begin)
-        tree = unpickle(stream, where=where, arrays=arrays)
+        enclosed = EnclosedStorages(arrays)
+        tree = unpickle(stream, where=where, arrays=arrays, enclosed=enclosed)
         end = stream.tell()
     if end != size:
         raise FormatError(
             f"{where} is a plain pickle with {size - end} bytes behind it, which would be lost; save one object in a file"
         )
     held = end - arrays.left_bytes
-    made = Container(path, "pickle", tree, {}, (path,), metadata, pickled=True, held_bytes=held, arrays=arrays.sources)
+    made = Container(path, NAME, tree, {}, (path,), metadata, pickled=True, held_bytes=held, arrays=arrays.sources)
     made.notes += arrays.notes
+    made.storages |= {key: StorageBytes(path, *place) for key, place in enclosed.places.items()}
+    packed = sum(record is not None for _, _, record in enclosed.places.values())
+    if packed:
+        made.notes.append(f"{packed} of its storages are texts; they are unpacked into a temporary file first")
     return made
 
 
@@ -69,7 +78,7 @@ def header(key: str, text: bytes) -> bytes:
 
 
 def plan_layout(file_name: str, pickle: Sequence[bytes | Blank], receipt: bytes) -> LayoutFile:
-    """Plans the place of each byte. ``pickle``: its parts; arrays lie between them. ``receipt``: the blank one in it."""
+    """Plans the place of each byte. ``pickle``: its parts; tensors lie between them. ``receipt``: the blank one in it."""
     literals: list[Literal] = []
     offsets: dict[str, int] = {}
     cursor = 0
@@ -84,5 +93,5 @@ def plan_layout(file_name: str, pickle: Sequence[bytes | Blank], receipt: bytes)
 
 
 def _sealed(literals: list[Literal], blank: bytes, checksums: Mapping[int, int], receipt: bytes) -> list[Literal]:
-    """Returns all bytes outside the arrays with the final receipt. A plain pickle holds no other checksums."""
+    """Returns all bytes outside the tensors with the final receipt. A plain pickle holds no other checksums."""
     return [Literal(each.offset, each.data.replace(blank, receipt)) for each in literals]

@@ -67,9 +67,7 @@ class _Header:
 
 _SHAPED = r'"dtype" ?: ?"[A-Z0-9_]+", ?"shape" ?: ?\[[0-9, ]*\]'
 _NUMBER = r"(0|[1-9][0-9]{0,17})"
-_ENTRY = re.compile(
-    rf' ?"([^"\\\x00-\x1f]*)" ?: ?\{{({_SHAPED}), ?"data_offsets" ?: ?\[{_NUMBER}, ?{_NUMBER}\]\}}([,}}])'
-)
+_ENTRY = re.compile(rf' ?"([^"\\\x00-\x1f]*)" ?: ?\{{({_SHAPED}), ?"data_offsets" ?: ?\[{_NUMBER}, ?{_NUMBER}\]\}}([,}}])')
 _METADATA = re.compile(r'\{ ?"__metadata__" ?: ?(?=\{)')
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from streammerge.errors import MismatchError, RecipeError, listed, printable
 from streammerge.formats.safetensors import plan_layout
-from streammerge.stores.locations import Place, parse
+from streammerge.stores.locations import PathLike, parse
 from streammerge.tensors.dtypes import parse_dtype
 from streammerge.tensors.spec import TensorSpec
 from streammerge.tensors.threads import one_torch_thread
@@ -30,7 +30,7 @@ class SafetensorsWriter:
 
     def __init__(
         self,
-        path: Place,
+        path: PathLike,
         specs: Iterable[TensorSpec],
         metadata: dict[str, str] | None = None,
         *,

@@ -8,6 +8,6 @@ Each module imports only modules above it::
     chunk        the numbers of every model at some elements
     reductions   sums over a group, in one pass
     kth_largest  exact order statistics of a group, in a few passes
-    record       results of passes, for a second binding elsewhere
+    pass_results results of passes, from which a kernel can be made elsewhere
     group        the same-named tensors of all models
 """

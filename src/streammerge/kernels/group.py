@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from streammerge.kernels import kth_largest, reductions
 from streammerge.kernels.chunk import Chunk, Hiding, Kernel, Look, Slot, Step, Sweep, T, chunk_spans, whole_rows
+from streammerge.kernels.pass_results import PassResults
 from streammerge.kernels.random import uniform
 from streammerge.kernels.ranking import Cut
-from streammerge.kernels.record import Record
 from streammerge.tensors.spec import GRAIN
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class TensorGroup:
 
     ``models`` is their number, without the base; ``based`` says whether there is a base. ``shape`` is the shape of
     each. ``row`` elements belong together and are never split between chunks. ``compute`` is the dtype of the
-    arithmetic. ``record`` holds results of passes, which are taken from it instead of being computed.
+    arithmetic. ``results`` holds the results of passes that an earlier binding made; they are not computed again.
     """
 
     name: str
@@ -44,7 +44,7 @@ class TensorGroup:
     based: bool = False
     row: int = 1
     seed: int = 0
-    record: Record | None = None
+    results: PassResults | None = None
 
     @property
     def elems(self) -> int:
@@ -94,7 +94,7 @@ class TensorGroup:
         return self._pass(partial(kth_largest.kth_largest, self, values, ranks, signed))
 
     def _pass(self, run: Callable[[], T]) -> T:
-        return run() if self.record is None else self.record.next(run)
+        return run() if self.results is None else self.results.next(run)
 
     def uniform(self, chunk: Chunk, model: int) -> torch.Tensor:
         """Returns float32 random numbers in [0, 1), one per element of the chunk. They depend on seed, tensor name,

@@ -14,7 +14,7 @@ from typing import Any
 
 from streammerge.pickles.tree import MISSING, Blank, Global, Instance, StorageRef, TensorRef
 from streammerge.sources.base import BlobPath, Source
-from streammerge.sources.deflated import Deflated, Record, of_bytes, swapped
+from streammerge.sources.deflated import Deflated, PackedRecord, of_bytes, swapped
 from streammerge.sources.inline import Inline
 from streammerge.tensors.dtypes import BY_TORCH_NAME, DType
 from streammerge.tensors.spec import TensorSpec, contiguous_strides, is_contiguous
@@ -93,6 +93,14 @@ class Arrays:
             self._raw[id(data)] = (data, self.offset + at)
         return data
 
+    def place_of(self, data: Any) -> Payload | None:
+        """Returns where the bytes of something else than an array lie in the file. None if they are in no file."""
+        if isinstance(data, Payload):
+            self._open.pop(id(data), None)
+            return data
+        known = self._raw.get(id(data))
+        return None if known is None else Payload(known[1], len(known[0]), "raw")
+
     @property
     def notes(self) -> list[str]:
         """Returns a sentence about arrays that cannot be read in place."""
@@ -145,7 +153,7 @@ class Arrays:
                 return None
             self._open.pop(id(data), None)
             plain = data.form == "raw" and swapped_bytes == 1
-            record = None if plain else Record(data.offset, data.nbytes, nbytes, data.form, swapped_bytes)
+            record = None if plain else PackedRecord(data.offset, data.nbytes, nbytes, data.form, swapped_bytes)
             return of_bytes(spec, self.path, data.offset if plain else 0, strides, record)
         octets, known = _octets(data, nbytes), self._raw.pop(id(data), None)
         if octets is None:

@@ -26,6 +26,8 @@ from streammerge.pickles.tree import MISSING, Instance, OrderedTree, TensorRef, 
 from streammerge.tensors.conventions import AVERAGED
 
 _DEEPEST = 60
+_MOST_MEMBERS = 64
+"""A longer list is data, not facts about the training."""
 
 
 class Originals:
@@ -154,11 +156,12 @@ def outside(tree: Any, taken: set[int]) -> Iterator[tuple[tuple[Any, ...], Tenso
 
 
 def numbers_outside(tree: Any, taken: set[int]) -> Iterator[tuple[tuple[Any, ...], float]]:
-    """Yields (path, number) of the plain floating-point numbers, also numpy's, that stand where :func:`outside` looks."""
+    """Yields (path, number) of the plain numbers, also numpy's, that stand where :func:`outside` looks."""
     for path, node in _outside(tree, taken):
-        for key, value in mapping_items(node) or () if len(path) < _DEEPEST else ():
+        members = enumerate(node) if isinstance(node, list | tuple) and len(node) <= _MOST_MEMBERS else ()
+        for key, value in mapping_items(node) or members if len(path) < _DEEPEST else ():
             found = number(value)
-            if isinstance(found, float):
+            if found is not None:
                 yield (*path, key), found
 
 

@@ -12,17 +12,29 @@ import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from streammerge.errors import FormatError
 from streammerge.pickles.arrays import call_of, is_array
-from streammerge.pickles.tree import MISSING, Blank, Global, Instance, OrderedTree, PersistentId, StorageRef, TensorRef
+from streammerge.pickles.tree import (
+    MISSING,
+    Blank,
+    Enclosed,
+    Global,
+    Instance,
+    OrderedTree,
+    PersistentId,
+    StorageRef,
+    TensorRef,
+)
 from streammerge.tensors.dtypes import DType
 
 _BATCH = 1000
 _PLAIN_GLOBAL = re.compile(r"[A-Za-z0-9_.]+:[A-Za-z0-9_]+")
 _REBUILD_V2 = Global("torch._utils", "_rebuild_tensor_v2")
 _REBUILD_V3 = Global("torch._utils", "_rebuild_tensor_v3")
+_LOAD_FROM_BYTES = Global("torch.storage", "_load_from_bytes")
 _REBUILD_TYPE = Global("torch._tensor", "_rebuild_from_type_v2")
 
 
@@ -31,7 +43,8 @@ class Edit:
     """Differences to write; nodes are identified by ``id``.
 
     ``replaced``: node -> its replacement. ``dropped``: (dictionary, key) to omit. ``values``: (dictionary, key) -> new
-    value. ``renamed``: (dictionary, key) -> new key. ``added``: dictionary -> (key, value) pairs to append.
+    value. ``renamed``: (dictionary, key) -> new key. ``added``: dictionary -> (key, value) pairs to append. ``emptied``:
+    list or tuple -> the positions that become None.
     """
 
     replaced: dict[int, Any] = field(default_factory=dict)
@@ -39,6 +52,17 @@ class Edit:
     values: dict[tuple[int, Any], Any] = field(default_factory=dict)
     renamed: dict[tuple[int, Any], Any] = field(default_factory=dict)
     added: dict[int, list[tuple[Any, Any]]] = field(default_factory=dict)
+    emptied: dict[int, set[int]] = field(default_factory=dict)
+
+    def skipped(self) -> set[tuple[int, Any]]:
+        """Returns (node, key or position) of everything that is not written as it is in the tree."""
+        return self.dropped | set(self.values) | {(node, each) for node, places in self.emptied.items() for each in places}
+
+    def members(self, node: Sequence[Any]) -> Sequence[Any]:
+        """Returns the members of a list or tuple after the edit."""
+        if not self.emptied or id(node) not in self.emptied:
+            return node
+        return tuple(None if place in self.emptied[id(node)] else each for place, each in enumerate(node))
 
     def items(self, node: Any, items: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
         """Returns the (key, value) pairs of a dictionary-like node after the edit."""
@@ -140,10 +164,20 @@ class _Writer:
         self.memoize(key, node)
 
     def blank(self, node: Blank, key: Any) -> None:
-        wide = node.nbytes >= 1 << 32
+        self.blank_body(node, b"")
+        self.memoize(key, node)
+
+    def blank_body(self, node: Blank, head: bytes) -> None:
+        nbytes = len(head) + node.nbytes
+        wide = nbytes >= 1 << 32
         self.protocol = max(self.protocol, 4 if wide else 3)
-        self.out.append(b"\x8e" + struct.pack("<Q", node.nbytes) if wide else b"B" + struct.pack("<I", node.nbytes))
+        self.out.append((b"\x8e" + struct.pack("<Q", nbytes) if wide else b"B" + struct.pack("<I", nbytes)) + head)
         self.out.append(node)
+
+    def enclosed(self, node: Enclosed, key: Any) -> None:
+        self.save(_LOAD_FROM_BYTES)
+        self.blank_body(node, _head_of(node))
+        self.out.append(b"\x85R")
         self.memoize(key, node)
 
     def global_(self, node: Global, key: Any) -> None:
@@ -162,6 +196,7 @@ class _Writer:
         self.out.append(b"R")
 
     def tuple_body(self, items: tuple[Any, ...]) -> None:
+        items = tuple(self.edit.members(items))
         if len(items) > 3:
             self.out.append(b"(")
         for item in items:
@@ -178,7 +213,8 @@ class _Writer:
         self.memoize(key, node)
         self.elements(node, b"e")
 
-    def elements(self, items: list[Any], opcode: bytes) -> None:
+    def elements(self, items: Sequence[Any], opcode: bytes) -> None:
+        items = self.edit.members(items)
         for start in range(0, len(items), _BATCH):
             self.out.append(b"(")
             for item in items[start : start + _BATCH]:
@@ -230,12 +266,8 @@ class _Writer:
         self.out.append(b"Q")
 
     def storage(self, node: StorageRef, key: Any) -> None:
-        if node.dtype is None:
-            kind = Global("torch.storage", "UntypedStorage")
-        else:
-            kind = Global("torch", node.dtype.storage_class or "")
         self.out.append(b"(")
-        for part in ("storage", kind, node.key, "cpu", node.numel):
+        for part in ("storage", _class_of(node), node.key, "cpu", node.numel):
             self.save(part)
         self.out.append(b"tQ")
 
@@ -300,7 +332,30 @@ _SAVERS: dict[type, Any] = {
     StorageRef: _Writer.storage,
     TensorRef: _Writer.tensor,
     Blank: _Writer.blank,
+    Enclosed: _Writer.enclosed,
 }
+
+
+@cache
+def _begin() -> bytes:
+    system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
+    return b"".join(map(repickle, (0x1950A86A20F9469CFC6C, 1001, system)))
+
+
+def _head_of(node: Enclosed) -> bytes:
+    """Returns what stands before the elements of a storage in a file of torch's old format.
+
+    torch reads no untyped storage there, which it writes itself for dtypes without a storage class. Bytes serve as well.
+    """
+    kind = Global("torch", "ByteStorage") if node.dtype is None else _class_of(node)
+    own = PersistentId(("storage", kind, "0", "cpu", node.numel, None))
+    return _begin() + repickle(own) + repickle(["0"]) + struct.pack("<q", node.numel)
+
+
+def _class_of(storage: StorageRef) -> Global:
+    if storage.dtype is None:
+        return Global("torch.storage", "UntypedStorage")
+    return Global("torch", storage.dtype.storage_class or "")
 
 
 def storage_ref(key: str, dtype: DType, numel: int) -> StorageRef:

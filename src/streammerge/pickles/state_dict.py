@@ -25,7 +25,7 @@ from typing import Any, overload
 from streammerge.errors import FormatError, RecipeError, listed, printable
 from streammerge.options import EMA_CHOICES
 from streammerge.pickles.arrays import unread_kind
-from streammerge.pickles.tree import FlatTree, Instance, Part, TensorRef, mapping_items, walk
+from streammerge.pickles.tree import MISSING, FieldName, FlatTree, Instance, TensorRef, mapping_items, walk
 from streammerge.tensors.conventions import AVERAGED, SWAPPED
 
 _Place = tuple[tuple[Any, ...], Any, bool, bool, bool, Any]
@@ -48,6 +48,8 @@ _STALE = (
 _DATA_STATISTICS = r"(?i)(.*_)?stats"
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _LOSS_SCALER_KEYS = {"scale", "growth_factor", "loss_scale", "loss_scaler0"}
+_STATES = ({"growth_factor", "growth_interval"}, {"loss_scaler0"}, {"last_epoch", "_step_count"})
+"""The keys by which the state of torch's GradScaler, of apex and of torch's schedulers is known."""
 
 
 def is_training_state(key: Any, value: Any) -> bool:
@@ -55,13 +57,16 @@ def is_training_state(key: Any, value: Any) -> bool:
 
     Some words are ambiguous, so their content decides. ``opt`` may be an optimizer's state or the options of a command
     line. ``scaler`` may belong to mixed precision, or to the data, which the model needs. fairseq cannot load a file
-    without its ``optimizer_history``.
+    without its ``optimizer_history``. What has the content of such a state is one under any key, and at any place of a
+    tuple.
     """
+    if _is_optimizer_state(value) or (isinstance(value, dict) and any(known <= value.keys() for known in _STATES)):
+        return True
     if not isinstance(key, str):
         return False
     if key.lower() in ("scaler", "scaler_state", "scaler_state_dict", "amp"):
         return isinstance(value, dict) and (not value or not _LOSS_SCALER_KEYS.isdisjoint(value))
-    return re.fullmatch(_STALE, key) is not None or _is_optimizer_state(value)
+    return re.fullmatch(_STALE, key) is not None
 
 
 @dataclass(slots=True, eq=False)  # not frozen: creating a frozen one takes three times as long
@@ -256,7 +261,7 @@ def inside(node: Any) -> tuple[Any, Iterable[tuple[Any, Any]]]:
 
 def fields_of(node: Instance) -> dict[Any, Any] | list[Any] | tuple[Any, ...]:
     """Returns the fields of an object that is no mapping: by name, or in their order as a NamedTuple has them."""
-    state = node.state
+    state = state_of(node)
     if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):  # with __slots__
         return state[1]
     if isinstance(state, dict | list | tuple):
@@ -264,21 +269,28 @@ def fields_of(node: Instance) -> dict[Any, Any] | list[Any] | tuple[Any, ...]:
     return node.elements or (node.args if node.kind == "new" else ())
 
 
+def state_of(node: Instance) -> Any:
+    """Returns the state of an object. StyleGAN's persistent classes pass theirs to a call, with the source of the class."""
+    if node.state in (MISSING, None) and len(node.args) == 1 and isinstance(node.args[0], dict):
+        return node.args[0].get("state", node.state) if "class_name" in node.args[0] else node.state
+    return node.state
+
+
 def _loose(tree: Any) -> list[Candidate]:
     """Collects tensors outside any state dict, each under its path."""
     loose = [(path, node) for path, node in walk(tree) if isinstance(node, TensorRef)]
-    tensors = [Found(joined(path), node) for path, node in loose if not any(map(bars, path))]
+    tensors = [Found(dotted(path), node) for path, node in loose if not any(map(bars, path))]
     return [Candidate((), "loose tensors", tensors)] if tensors else []
 
 
 def bars(key: Any) -> bool:
     """Whether no weights lie below a key: state of the training, settings, measurements."""
-    return isinstance(key, str) and not isinstance(key, Part) and re.fullmatch(_NOT_WEIGHTS, key) is not None
+    return isinstance(key, str) and not isinstance(key, FieldName) and re.fullmatch(_NOT_WEIGHTS, key) is not None
 
 
 def is_record(key: Any) -> bool:
     """Whether a key holds records of one run: measurements, random states, settings. They are not merged."""
-    return isinstance(key, str) and not isinstance(key, Part) and re.fullmatch(_RECORDS, key) is not None
+    return isinstance(key, str) and not isinstance(key, FieldName) and re.fullmatch(_RECORDS, key) is not None
 
 
 def is_measurement(key: Any) -> bool:
@@ -296,7 +308,7 @@ def _as_state_dict(path: tuple[Any, ...], node: Any) -> Candidate | None:
     items = mapping_items(node)
     if items is not None:
         tensors = [
-            Found(k if isinstance(k, str) and len(k) <= _MOST_NAME else joined((k,)), v, node, k)
+            Found(k if isinstance(k, str) and len(k) <= _MOST_NAME else dotted((k,)), v, node, k)
             for k, v in items
             if isinstance(v, TensorRef) and isinstance(k, _KEYS)
         ]
@@ -357,10 +369,10 @@ def _module_tensors(root: Instance) -> list[Found]:
     seen: set[int] = set()
     while stack:
         prefix, node, depth = stack.pop()
-        if not isinstance(node, Instance) or not isinstance(node.state, dict) or id(node) in seen or depth > 64:
+        state = state_of(node) if isinstance(node, Instance) else None
+        if not isinstance(state, dict) or id(node) in seen or depth > 64:
             continue
         seen.add(id(node))
-        state = node.state
         if isinstance(state.get("_modules"), dict):
             transient = state.get("_non_persistent_buffers_set")
             skipped = _members(transient)
@@ -368,14 +380,14 @@ def _module_tensors(root: Instance) -> list[Found]:
                 held = state.get(part)
                 for name, value in held.items() if isinstance(held, dict) else ():
                     if isinstance(value, TensorRef) and not (part == "_buffers" and name in skipped):
-                        found.append(Found(joined((prefix + str(name),)), value, held, name))
+                        found.append(Found(dotted((prefix + str(name),)), value, held, name))
             inner = state["_modules"]
         elif node.path.startswith("__torch__."):
-            found += [Found(joined((prefix + str(k),)), v, state, k) for k, v in state.items() if isinstance(v, TensorRef)]
+            found += [Found(dotted((prefix + str(k),)), v, state, k) for k, v in state.items() if isinstance(v, TensorRef)]
             inner = state
         else:
             continue
-        below = [(joined((f"{prefix}{k}.",)), v, depth + 1) for k, v in inner.items() if isinstance(v, Instance)]
+        below = [(dotted((f"{prefix}{k}.",)), v, depth + 1) for k, v in inner.items() if isinstance(v, Instance)]
         stack.extend(reversed(below))
     return found
 
@@ -386,7 +398,7 @@ def _members(node: Any) -> set[str]:
     return set(map(str, inside)) if isinstance(inside, list | tuple) else set()
 
 
-def joined(path: tuple[Any, ...]) -> str:
+def dotted(path: tuple[Any, ...]) -> str:
     """Joins keys with dots. The length is limited, because long keys above many tensors would use unbounded memory."""
     if len(path) == 1 and isinstance(path[0], str) and len(path[0]) <= _MOST_NAME:
         return path[0]
@@ -468,7 +480,7 @@ def _together(chosen: list[Candidate]) -> Sequence[Found]:
     """Returns the tensors of all candidates. With several candidates, the path of each is put before its names."""
     if len(chosen) == 1:
         return chosen[0].tensors
-    return [Found(joined((*c.path, f.name)), f.ref, f.holder, f.key) for c in chosen for f in c.tensors]
+    return [Found(dotted((*c.path, f.name)), f.ref, f.holder, f.key) for c in chosen for f in c.tensors]
 
 
 def _named(tree: Any, found: list[Candidate], wanted: str) -> Selection:
@@ -589,8 +601,9 @@ def unread_arrays(chosen: Iterable[Candidate]) -> list[tuple[str, str]]:
     """Returns (name, kind) of numpy's arrays in the chosen state dicts that may hold numbers in a form that is not read."""
     found = []
     for candidate in chosen:
-        holder = candidate.tensors[0].holder
-        for key, value in (mapping_items(holder) or ()) if candidate.others else ():
+        if not candidate.others:
+            continue
+        for key, value in mapping_items(candidate.tensors[0].holder) or ():
             if kind := unread_kind(value):
                 found.append((printable(key), kind))
     return found

@@ -99,6 +99,12 @@ class Blank(StorageRef):
         return cls(label, None, nbytes)
 
 
+class Enclosed(Blank):
+    """The bytes of a storage inside a pickle that is being planned. There it is a file of torch's old format."""
+
+    __slots__ = ()
+
+
 @dataclass(slots=True, eq=False, repr=False)
 class TensorRef(_Record):
     """A tensor over a storage; ``offset`` and ``strides`` are in elements.
@@ -162,13 +168,13 @@ def mapping_items(node: Any) -> list[tuple[Any, Any]] | None:
     return None
 
 
-class Part(str):
+class FieldName(str):
     """The name of a part of a record, as a step of a path. It is no key that a program wrote."""
 
     __slots__ = ()
 
 
-_ARGS, _KWARGS, _ELEMENTS, _STATE = map(Part, ("args", "kwargs", "elements", "state"))
+_ARGS, _KWARGS, _ELEMENTS, _STATE = map(FieldName, ("args", "kwargs", "elements", "state"))
 
 
 def children(node: Any) -> Iterator[tuple[Any, Any]]:

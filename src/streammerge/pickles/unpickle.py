@@ -40,6 +40,9 @@ _DAMAGE = (
 )
 
 ResolveId = Callable[[Any], Any]
+Enclosed = Callable[[tuple[Any, ...], Callable[[int, int], bytes]], Any]
+"""Makes a storage from the arguments of ``torch.storage._load_from_bytes`` and a function that returns bytes of the pickle;
+see :mod:`streammerge.pickles.storages`."""
 
 
 def unpickle(
@@ -48,20 +51,21 @@ def unpickle(
     where: str = "pickle",
     disk_bytes: int | None = None,
     arrays: Arrays | None = None,
+    enclosed: Enclosed | None = None,
 ) -> Any:
     """Turns one pickle into its inert tree. Leaves a stream directly behind the STOP opcode. Raises FormatError.
 
     ``disk_bytes``: the compressed size on the disk, if it was compressed; it limits the memory. ``arrays`` makes numpy's
-    arrays; it knows where the pickle lies.
+    arrays; it knows where the pickle lies. ``enclosed`` makes the storages whose bytes lie in the pickle.
     """
     stream = _Limited(io.BytesIO(source) if isinstance(source, bytes) else source)
     arrays = arrays or Arrays(where)
     try:
-        tree = _Machine(resolve, stream, disk_bytes, arrays, set()).run()
+        tree = _Machine(resolve, stream, disk_bytes, arrays, enclosed, set()).run()
         if unclaimed := arrays.unclaimed:
             arrays.begin()
             stream.rewind()
-            tree = _Machine(resolve, stream, disk_bytes, arrays, unclaimed).run()
+            tree = _Machine(resolve, stream, disk_bytes, arrays, enclosed, unclaimed).run()
     except NotRead as error:
         raise FormatError(f"{where}: {error}; nothing was executed") from error
     except Damaged as error:
@@ -108,6 +112,14 @@ class _Limited:
             raise Damaged(f"it ends in a value of {nbytes} bytes")
         self._stream.seek(at + nbytes)
 
+    def peek(self, offset: int, nbytes: int) -> bytes:
+        """Returns bytes that were passed over, without moving."""
+        at = self._stream.tell()
+        self._stream.seek(self._start + offset)
+        data = self._stream.read(nbytes)
+        self._stream.seek(at)
+        return data
+
     def readline(self) -> bytes:
         return self._stream.readline(max(self._left, 0))
 
@@ -116,9 +128,15 @@ class _Machine:
     """``kept``: the offsets of long values that are read in any case."""
 
     def __init__(
-        self, resolve: ResolveId, stream: _Limited, disk_bytes: int | None, arrays: Arrays, kept: set[int]
+        self,
+        resolve: ResolveId,
+        stream: _Limited,
+        disk_bytes: int | None,
+        arrays: Arrays,
+        enclosed: Enclosed | None,
+        kept: set[int],
     ) -> None:
-        self.resolve = resolve
+        self.resolve, self.enclosed = resolve, enclosed
         self.stream, self.disk_bytes = stream, disk_bytes
         self.arrays, self.kept = arrays, kept
         self.cost = 0
@@ -172,7 +190,12 @@ class _Machine:
             self.stream.skip(nbytes)
             data: Any = arrays.payload(at, nbytes, form)
         elif form == "text":
-            return self.stream.exactly(nbytes).decode("utf-8", "surrogatepass")
+            octets = self.stream.exactly(nbytes)
+            if self.enclosed is not None and octets.startswith(_STORAGE) and arrays.offset is not None:
+                at = self.stream.tell() - nbytes
+                if at not in self.kept:
+                    return arrays.payload(at, nbytes, form)
+            return octets.decode("utf-8", "surrogatepass")
         elif name.endswith("STRING"):
             return _python2_text(self.stream.exactly(nbytes).decode("latin-1"))
         else:
@@ -265,6 +288,8 @@ class _Machine:
         made = None
         if isinstance(function, Global) and function.path in FROM_BUFFER:
             made = self.arrays.from_buffer(args, self.stream.tell())
+        elif self.enclosed is not None and isinstance(function, Global) and function.path == _LOAD_FROM_BYTES:
+            made = self.enclosed(args, self.stream.peek)
         self.stack.append(call(function, args) if made is None else made)
 
     def newobj(self, _: Any) -> None:
@@ -374,6 +399,9 @@ def _integer(arg: int) -> int:
 
 
 _BYTEARRAY = Global("builtins", "bytearray")
+_LOAD_FROM_BYTES = "torch.storage._load_from_bytes"
+_STORAGE = "\x80\2\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.".encode()
+"""The begin of a storage in a pickle of protocol 2, where bytes are a text. A short one is passed over too."""
 _LENGTHS = {
     "SHORT_BINUNICODE": (1, "text"),
     "BINUNICODE": (4, "text"),

@@ -9,7 +9,7 @@ from typing import Any, overload
 
 from streammerge.methods.contracts import MergeMethod
 from streammerge.sources.base import Source
-from streammerge.sources.table import StoredTable
+from streammerge.sources.table import StoredTable, named_kind
 from streammerge.tensors.spec import TensorSpec
 
 
@@ -46,8 +46,8 @@ class Way:
 
 
 class Views:
-    """The tables that tensors are merged from. ``theirs``: for each, the row of each tensor of the first table, -1 for none;
-    None if the rows are the same."""
+    """The tables that tensors are merged from. ``theirs``: for each table, the row of each tensor of the first one, -1 for
+    none; None if the rows are the same."""
 
     def __init__(self, tables: Sequence[StoredTable], theirs: Sequence[array[int] | None]) -> None:
         self.tables, self.theirs = tables, theirs
@@ -61,8 +61,7 @@ class Views:
         return tuple([self.tables[number].at(self.row(number, row)) for number in way.tables])
 
     def spec(self, way: Way, row: int) -> TensorSpec:
-        like = way.like.spec
-        return TensorSpec(self.tables[0].names[row], like.dtype, like.shape)
+        return named_kind(self.tables[0].names[row], way.like.spec)
 
 
 class MergedTensors(Sequence[Merged]):
@@ -109,7 +108,7 @@ class MergedTensors(Sequence[Merged]):
             return way
         like, spec = way.like, self.views.spec(way, row)
         sources = self.views.sources(way, row)
-        return Merged((spec.name,), spec, like.method, sources, like.parameters, like.compute, like.based, why=like.why)
+        return Merged((spec.name,), spec, like.method, sources, like.parameters, like.compute, like.based)
 
     def columns(self) -> tuple[list[str], list[TensorSpec]]:
         """Returns the names of the tensors in the output, and their dtypes and shapes."""
@@ -133,6 +132,11 @@ class MergedTensors(Sequence[Merged]):
 def named(merged: Sequence[Merged]) -> Iterator[tuple[str, Merged]]:
     """Yields the output name of each tensor, and a tensor that has all but its names and sources."""
     return merged.named() if isinstance(merged, MergedTensors) else ((m.spec.name, m) for m in merged)
+
+
+def names_of(merged: Sequence[Merged]) -> list[str]:
+    """Returns the output name of each tensor."""
+    return merged.columns()[0] if isinstance(merged, MergedTensors) else [m.spec.name for m in merged]
 
 
 def where(merged: Sequence[Merged], test: Callable[[str], bool]) -> Iterator[Merged]:

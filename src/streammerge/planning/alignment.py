@@ -16,7 +16,7 @@ from streammerge.checkpoints.profiles import Profile, profile_of
 from streammerge.errors import MismatchError, RecipeError, listed, printable
 from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import COPY, INTEGERS
-from streammerge.planning.aligned import Merged, MergedTensors, Views, Way, named
+from streammerge.planning.aligned import Merged, MergedTensors, Views, Way, named, names_of, unlike
 from streammerge.planning.dispositions.entries import STALE
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.experts import conformed
@@ -202,7 +202,8 @@ class _Aligner:
         tables = [view.entries for view in (self.base, *self.others) if isinstance(view.entries, StoredTable)]
         if self.recipe.output.strip_prefix or len(tables) <= len(self.others):
             return None
-        first, theirs = tables[0], list[array[int] | None]([None])
+        first = tables[0]
+        theirs: list[array[int] | None] = [None]
         for table, matched in zip(tables[1:], self.matches, strict=True):
             if table.names is first.names:
                 theirs.append(None)
@@ -247,14 +248,15 @@ class _Aligner:
         whole = method is COPY and self.part.method is COPY
         tables = (0,) if method is COPY else self.part.order(method)
         plain = first.kinds[row].numel != 1 and method is not INTEGERS and merged.spec.dtype.kind in ("float", "complex")
-        rows = [views.row(number, row) for number in tables]
+        everywhere = all(views.row(number, row) >= 0 for number in range(len(views.tables)))
         if (
             not (plain or whole)
+            or not everywhere
             or merged.rest is not None
             or merged.inner is not None
-            or min(rows) < 0
+            or merged.why  # a reason may depend on the name
             or merged.spec.shape != first.kinds[row].shape
-            or [s.place for s in merged.sources] != [views.tables[n].at(r).place for n, r in zip(tables, rows, strict=True)]
+            or [s.place for s in merged.sources] != [s.place for s in views.sources(Way(merged, tables), row)]
         ):
             return None, False
         return Way(merged, tables), method is COPY or self.values.fixed(method, self._models(method), rule)
@@ -310,7 +312,8 @@ class _Aligner:
             self._compare(other, matched, merged_here)
             missing, extra = self._without_copies(other, missing, extra)
             missing = [n for n in missing if not self._optional(n) and not absent.takes(n, self.base.entries[n])]
-            extra = [n for n in extra if not self._optional(n) and not foreign.takes(n, other.entries[n])]
+            needed = self._beside_added(other, extra)
+            extra = [n for n in extra if n in needed or not (self._optional(n) or foreign.takes(n, other.entries[n]))]
             self._note_mismatch(other, missing, extra)
             if self.recipe.on_missing == "union":
                 for name in extra:
@@ -342,6 +345,13 @@ class _Aligner:
                 f"{printable(self.base.index.path)} lacks; they stay out"
             )
         return [n for n in missing if n not in set(ours)], [n for n in extra if n not in set(theirs)]
+
+    def _beside_added(self, other: View, extra: list[str]) -> set[str]:
+        """Returns the counters of modules that are added as a whole, without which their loader finds a name missing."""
+        if self.recipe.on_missing != "union":
+            return set()
+        modules = {n.rpartition(".")[0] for n in extra if not why_optional(n, other.entries[n].spec.shape)}
+        return {n for n in extra if is_counter(n) and n.rpartition(".")[0] in modules}
 
     def _optional(self, name: str) -> bool:
         """Whether an input may lack the tensor, because the program that the first checkpoint belongs to ignores it."""
@@ -639,8 +649,11 @@ def _shapes(entries: Mapping[str, Source]) -> dict[str, tuple[int, ...]]:
 
 
 def _check_output_names(merged: Sequence[Merged]) -> None:
+    names = [*names_of(merged), *(name for m in unlike(merged) for name in m.tied)]
+    if len(set(names)) == len(names):
+        return
     seen: set[str] = set()
-    for name in (each for name, m in named(merged) for each in ((name, *m.tied) if m.tied else (name,))):
+    for name in names:
         if name in seen:
             raise RecipeError(f"two tensors would be called {printable(name)} in the output; change `strip_prefix`")
         seen.add(name)

@@ -151,17 +151,16 @@ def fit(
     beside_bytes: int = 0,
     tasks: int = 0,
     columns: int = 0,
-    rows: int = 0,
+    lines: int = 0,
 ) -> Budget:
     """Returns the most workers and the best chunk that ``memory_bytes`` allows.
 
-    ``tensors``: of all inputs together. ``tasks``: tensors of the output. ``columns`` and ``rows``: the same for those that
-    are rows of tables.
-    ``beside_bytes``: what each worker holds beside its buffers, such as the blocks that a verification compares. Raises
-    BudgetError, which names the least memory that is enough.
+    ``tensors``: of all inputs together. ``tasks``: tensors of the output. ``columns`` and ``lines``: the same for tensors
+    that are rows of tables. ``beside_bytes``: what each worker holds beside its buffers, such as the blocks that a
+    verification compares. Raises BudgetError, which names the least memory that is enough.
     """
     fixed = RUN_BYTES + tensors * PER_TENSOR_BYTES + tasks * PER_TASK_BYTES
-    fixed += columns * PER_COLUMN_BYTES + rows * PER_ROW_BYTES
+    fixed += columns * PER_COLUMN_BYTES + lines * PER_ROW_BYTES
     fixed += (SPOOLING_BYTES if spooling else 0) + pickle_bytes + cost.spread_bytes
 
     def peak(count: int, chunk: int, out: int, window: int, tile: int) -> int:

@@ -10,7 +10,7 @@ from streammerge.errors import MismatchError, RecipeError, listed
 from streammerge.methods.registry import COPY
 from streammerge.planning.aligned import Merged
 from streammerge.planning.alignment import Alignment, align
-from streammerge.planning.dispositions.entries import AVERAGE, NUMBERS, Copy, Entries, dropped
+from streammerge.planning.dispositions.entries import AVERAGE, NUMBERS, RECORDS, Copy, Entries, dropped
 from streammerge.planning.dispositions.ledger import Dispositions, Fate
 from streammerge.recipe.model import Recipe
 from streammerge.units import counted
@@ -110,12 +110,13 @@ def record_entries(entries: Entries, copies: list[AlignedCopy], dispositions: Di
             dispositions.add("tensor", names, fate, why)
     dispositions.add("tensor", [name for name, _, _ in entries.averaged], "edited", AVERAGE)
     for drop in entries.drops:
-        dispositions.add("entry", drop.name, "edited" if drop.instead is None else "dropped", drop.why)
+        dispositions.add("entry", drop.name, drop.fate, drop.why)
     dispositions.add("entry", entries.foreign, "dropped", "the first input lacks it")
     for table in (entries.kept, entries.told):
         for why, names in table.items():
             dispositions.add("tensor", names, "copied", why)
     dispositions.add("entry", entries.numbers, "copied", NUMBERS)
+    dispositions.add("entry", entries.records, "copied", RECORDS)
     told = {**entries.told, **({NUMBERS: entries.numbers} if entries.numbers else {})}
     notes = [f"kept as the first input has them: {listed(names)} ({why})" for why, names in told.items()]
     if entries.averaged:

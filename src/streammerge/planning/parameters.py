@@ -59,7 +59,7 @@ class ParameterValues:
         asked, whole = self._asked(method, numbers, rule), all(models)
         if whole and asked.values is not None:
             return asked.values
-        t = self.part.position(name)
+        t = 0.0 if asked.fixed else self.part.position(name)
         given: dict[str, Any] = {}
         for parameter, chains in asked.chains:
             try:

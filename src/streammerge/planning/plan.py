@@ -25,7 +25,7 @@ from streammerge.planning.views import Indexes
 from streammerge.recipe.model import Recipe
 from streammerge.recipe.summary import recipe_lines, rule_lines, weight_notes
 from streammerge.sources.base import BlobPath, Needs, Source
-from streammerge.sources.deflated import RecordKey, records
+from streammerge.sources.deflated import PackedKey, records
 from streammerge.sources.stored import Stored
 from streammerge.stores import descriptors
 from streammerge.stores.base import Location, Status
@@ -53,7 +53,7 @@ class Plan:
     out: Location | None
     tasks: Sequence[MergeTask]
     expressions: list[Source]
-    spooled: dict[RecordKey, str]
+    spooled: dict[PackedKey, str]
     layout: Layout
     budget: Budget
     memory_bytes: int
@@ -91,7 +91,9 @@ class Plan:
 
     @property
     def torch_needed(self) -> bool:
-        return not all(task.verbatim for task, _ in alike(self.tasks)) or any(source.needs().computes for source in self.expressions)
+        return not all(task.verbatim for task, _ in alike(self.tasks)) or any(
+            source.needs().computes for source in self.expressions
+        )
 
     def counts(self) -> dict[str, int]:
         """Returns the number of output tensors that each method makes."""
@@ -208,7 +210,7 @@ def build_plan(
     output = plan_output(out or parse(_EXAMPLE_OUT), recipe, indexes, alignment, hashed)
     tasks = _tasks(output.placed, recipe.seed)
     expressions = list({s.place: s for task in objects(tasks) for s in task.sources if s.__class__ is not Stored}.values())
-    spooled: dict[RecordKey, str] = {}
+    spooled: dict[PackedKey, str] = {}
     for source in expressions:
         for record in records(source):
             spooled.setdefault(record, source.spec.name)
@@ -304,12 +306,17 @@ def _tasks(placed: Iterable[Placed | PlacedTensors], seed: int) -> Tasks:
             for task in _tasks_of(each, seed):
                 tasks.add(task)
             continue
-        tasks.views = each.merged.views
-        for made, row, start in zip(each.merged.made, each.merged.rows, each.starts, strict=True):
+        merged, file, starts = each.merged, each.file, each.starts
+        tasks.views = merged.views
+        ways = [made for made in merged.made if isinstance(made, Way)]
+        if len(ways) == len(merged):
+            tasks.extend(ways, merged.rows, file, starts)
+            continue
+        for at, made in enumerate(merged.made):
             if isinstance(made, Way):
-                tasks.add_way(made, row, each.file, start)
+                tasks.extend([made], merged.rows[at : at + 1], file, starts[at : at + 1])
             else:
-                for task in _tasks_of(Placed(made.spec, made, each.file, start), seed):
+                for task in _tasks_of(Placed(made.spec, made, file, starts[at]), seed):
                     tasks.add(task)
     ranks: dict[BlobPath, int] = {}
     near, rank, keys = None, 0, []
@@ -349,9 +356,9 @@ def _cost(tasks: Sequence[MergeTask], io: str) -> Cost:
         # Tens of thousands of tasks are alike and cost the same, so each kind is computed once.
         method, dtypes = task.method, tuple(source.spec.dtype for source in task.sources)
         sized = task.out.shape if method.passes or method.row else None
-        alike = (id(method), dtypes, task.out.dtype, task.compute, task.based, sized, id(task.parameters))
-        if alike not in seen:
-            seen.add(alike)
+        kind = (id(method), dtypes, task.out.dtype, task.compute, task.based, sized, id(task.parameters))
+        if kind not in seen:
+            seen.add(kind)
             cost = cost.most(_task_cost(task, [dtype.component for dtype in dtypes], io))
     return cost
 

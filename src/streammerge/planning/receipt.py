@@ -16,8 +16,9 @@ from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import FormatError, VerifyError, printable
-from streammerge.stores.base import Location, digest_outside
+from streammerge.stores.base import Location
 from streammerge.stores.checksums import CRC32, CRC32C, Checksum
+from streammerge.stores.digests import digest_outside
 from streammerge.stores.locations import parse
 from streammerge.stores.names import is_inner
 from streammerge.strict_json import load_json
@@ -101,7 +102,7 @@ def input_files(named: Mapping[str, CheckpointIndex]) -> dict[str, InputSpans]:
     for name, index in named.items():
         is_folder = index.path.is_folder()
         above, folder = (name, index.path) if is_folder else (posixpath.dirname(name), index.path.parent)
-        for file, spans in index.container.tensor_spans().items():
+        for file, spans in index.container.tensor_spans(joined=True).items():
             inner = file.relative_to(folder) if folder in file.parents else file.name
             found[_below(above, inner)] = (file, spans)
     return found

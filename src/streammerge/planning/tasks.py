@@ -119,7 +119,7 @@ class PieceDone:
 
 
 class Tasks(Sequence[MergeTask]):
-    """The tasks of a plan, in the order of reading. Each is made when it is asked for; those made last are kept for a while.
+    """The tasks of a plan, in the order of reading. Each is made when it is asked for. The last are kept.
 
     ``made``: how each tensor is merged, or the task itself if it is like no other. ``rows``: the rows of the others in the
     first table of ``views``. ``files`` and ``offsets``: where each tensor begins in the output.
@@ -131,6 +131,7 @@ class Tasks(Sequence[MergeTask]):
         self.made: list[Way | MergeTask] = []
         self.rows, self.files, self.offsets = array("I"), array("I"), array("Q")
         self._kept: dict[int, MergeTask] = {}
+        self._kinds: list[tuple[MergeTask, int]] | None = None
 
     def add(self, task: MergeTask) -> None:
         self.made.append(task)
@@ -138,11 +139,12 @@ class Tasks(Sequence[MergeTask]):
         self.files.append(task.file)
         self.offsets.append(task.offset)
 
-    def add_way(self, way: Way, row: int, file: int, offset: int) -> None:
-        self.made.append(way)
-        self.rows.append(row)
-        self.files.append(file)
-        self.offsets.append(offset)
+    def extend(self, ways: Sequence[Way], rows: array[int], file: int, offsets: array[int]) -> None:
+        """Adds tensors of tables, which all lie in one file of the output."""
+        self.made.extend(ways)
+        self.rows.extend(rows)
+        self.files.extend(array("I", [file]) * len(rows))
+        self.offsets.extend(offsets)
 
     def sort(self, key: Callable[[int], Any]) -> None:
         """Sorts the tasks by a key of their numbers."""
@@ -154,6 +156,7 @@ class Tasks(Sequence[MergeTask]):
             column: array[int] = getattr(self, name)
             setattr(self, name, array(column.typecode, [column[number] for number in order]))
         self._kept.clear()
+        self._kinds = None
 
     def begins(self) -> Iterator[tuple[MergeMethod, BlobPath, int]]:
         """Yields the method of each task, and where its first source begins."""
@@ -167,10 +170,12 @@ class Tasks(Sequence[MergeTask]):
 
     def alike(self) -> Iterator[tuple[MergeTask, int]]:
         """Yields one task of each kind, and the number of tasks of this kind. They differ in names and places only."""
-        counts: dict[int, list[int]] = {}
-        for number, made in enumerate(self.made):
-            counts.setdefault(id(made), [number, 0])[1] += 1
-        yield from ((self._at(number), count) for number, count in counts.values())
+        if self._kinds is None:
+            counts: dict[int, list[int]] = {}
+            for number, made in enumerate(self.made):
+                counts.setdefault(id(made), [number, 0])[1] += 1
+            self._kinds = [(self._at(number), count) for number, count in counts.values()]
+        return iter(self._kinds)
 
     def where(self, test: Callable[[MergeTask], bool]) -> list[int]:
         """Returns the numbers of the tasks that pass a test, which may not look at names and places."""
@@ -270,7 +275,7 @@ def stretches(batch: list[Piece]) -> Iterator[list[Piece]]:
     yield stretch
 
 
-def joined(stretch: list[Piece]) -> Piece:
+def as_one_piece(stretch: list[Piece]) -> Piece:
     """Returns one piece that does the work of the whole stretch."""
     first = stretch[0]
     if len(stretch) == 1:

@@ -17,9 +17,9 @@ from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import COPY
 from streammerge.recipe.checks import raise_all
 from streammerge.recipe.fields import Problems
-from streammerge.recipe.model import Model, Recipe, Reference, Slice, Source
+from streammerge.recipe.model import Model, Recipe, Reference, Slice, SliceSource
 from streammerge.recipe.settings import Settings
-from streammerge.sources.base import Source as Tensor
+from streammerge.sources.base import Source
 from streammerge.stores.base import Location
 from streammerge.tensors.layers import depths, is_before, layer_of, position, renumbered, stacks
 from streammerge.tensors.names import bare
@@ -33,7 +33,7 @@ class View:
     """A checkpoint's tensors by their names in the output. ``own``: the model's own parameters."""
 
     index: CheckpointIndex
-    entries: Mapping[str, Tensor]
+    entries: Mapping[str, Source]
     aliases: dict[str, str]
     own: Settings = field(default_factory=dict)
 
@@ -44,7 +44,8 @@ class Part:
 
     ``based``: whether one of the views is a base, and ``base`` its number. ``models``: the numbers of the views that are
     models, in the order of the recipe; the base is one of them if the method does not use a base. ``levels``: the
-    parameters of slice, module and recipe. ``layers``: stack -> its first layer in this part, and its number of layers.
+    parameters of slice, module and recipe. ``moved``: what :attr:`layers` tells, None if the
+    layers are all of the first view's.
     """
 
     views: list[View]
@@ -52,8 +53,15 @@ class Part:
     based: bool
     models: tuple[int, ...]
     levels: tuple[Settings, ...]
-    layers: dict[str, tuple[int, int]]
+    moved: dict[str, tuple[int, int]] | None
     base: int = 0
+
+    @property
+    def layers(self) -> dict[str, tuple[int, int]]:
+        """Stack -> its first layer in this part, and its number of layers."""
+        if self.moved is None:  # found when it is asked for, because most merges ask for no position
+            self.moved = {stack: (0, count) for stack, count in depths(self.views[0].entries).items()}
+        return self.moved
 
     def takes_base(self, method: MergeMethod) -> bool:
         """Whether the method gets the base separately from the models."""
@@ -138,8 +146,7 @@ def _whole(
     if recipe.base_apart(listed_too):
         numbers = [number for number in numbers if number != base]
     tie_head(views, made.notes)
-    layers = {stack: (0, count) for stack, count in depths(views[0].entries).items()}
-    return Part(views, recipe.merge_method, place is not None, tuple(numbers), levels, layers, base)
+    return Part(views, recipe.merge_method, place is not None, tuple(numbers), levels, None, base)
 
 
 def _giver_first(recipe: Recipe, views: list[View], place: int | None) -> tuple[list[View], list[int], int]:
@@ -154,7 +161,7 @@ def _giver_first(recipe: Recipe, views: list[View], place: int | None) -> tuple[
     return [views[number] for number in order], numbers, 0 if place is None else numbers[place]
 
 
-def _known(recipe: Recipe, indexes: Indexes, entry: Model | Source) -> Reference:
+def _known(recipe: Recipe, indexes: Indexes, entry: Model | SliceSource) -> Reference:
     wanted = recipe.of(entry)
     return next(known for known in indexes if known.same(wanted))
 
@@ -178,7 +185,7 @@ def _stack(
         for source in each.sources:
             index = indexes[_known(recipe, indexes, source)]
             _check_range(source, stacked.depth(index), problems)
-    raise_all(problems, recipe.places)
+    raise_all(problems, recipe.positions)
     for number, each in enumerate(slices):
         base = each.base_model or recipe.base_model
         views: list[View] = []
@@ -233,7 +240,7 @@ class _Stacks:
     def depth(self, index: CheckpointIndex) -> int:
         return max(self._of(index)[1]) + 1
 
-    def view(self, index: CheckpointIndex, source: Source, offset: int, ends: tuple[bool, bool]) -> View:
+    def view(self, index: CheckpointIndex, source: SliceSource, offset: int, ends: tuple[bool, bool]) -> View:
         """Returns the layers of the source, renumbered from ``offset``.
 
         ``ends``: whether to add the tensors before all layers, and those behind all layers.
@@ -260,7 +267,7 @@ def _main_stack(names: list[str], index: CheckpointIndex) -> str:
     return counted[0][0]
 
 
-def _check_range(source: Source, have: int, problems: Problems) -> None:
+def _check_range(source: SliceSource, have: int, problems: Problems) -> None:
     if source.layer_range[1] > have:
         problems.add(
             (*source.path, "layer_range"),

@@ -11,7 +11,7 @@ from streammerge.errors import RecipeError, printable
 from streammerge.kernels.chunk import Kernel
 from streammerge.methods.contracts import MergeMethod, Parameter
 from streammerge.methods.registry import COPY, find_method
-from streammerge.recipe.model import Model, Output, Recipe, Reference, Rule
+from streammerge.recipe.model import Model, OutputRequest, Recipe, Reference, Rule
 from streammerge.recipe.patterns import parse_pattern
 from streammerge.recipe.reader import checked
 from streammerge.recipe.settings import Setting, constant
@@ -48,7 +48,7 @@ def recipe_of(
         elif value is not None:
             shared[known] = constant(parameter.parse_one(value) if parameter else str(value))
     models = tuple(Model(path, parameters=settings) for path, settings in zip(inputs, own, strict=True))
-    output = Output() if base is None else Output(container="first")
+    output = OutputRequest() if base is None else OutputRequest(container="first")
     recipe = Recipe(found, models, base_model=base, parameters=shared, output=output)
     return checked(overridden(recipe, overrides))
 
@@ -58,8 +58,8 @@ def overridden(recipe: Recipe, overrides: Overrides) -> Recipe:
     given = {name: value for name, value in overrides.items() if value is not None}
     if "dtype" in given:
         recipe = replace(recipe, out_dtype=None)
-    output = {name: given.pop(name) for name in list(given) if name in Output.__dataclass_fields__}
-    written = replace(recipe.output, **_parsed(Output, output))
+    output = {name: given.pop(name) for name in list(given) if name in OutputRequest.__dataclass_fields__}
+    written = replace(recipe.output, **_parsed(OutputRequest, output))
     return replace(recipe, output=written, **_parsed(Recipe, given))
 
 
@@ -87,7 +87,7 @@ def conversion(
     """
     if "" in (*drop, *keep):
         raise RecipeError("`drop` and `keep` take a pattern, like 'dvae.*'")
-    recipe = overridden(Recipe(COPY, (Model(path),), output=Output()), overrides)
+    recipe = overridden(Recipe(COPY, (Model(path),), output=OutputRequest()), overrides)
     everything = (parse_pattern("*"),)
     rules = [Rule((parse_pattern(pattern),), drop=True) for pattern in drop]
     if like is None:

@@ -7,8 +7,8 @@ from typing import Any
 
 from streammerge.errors import RecipeError, printable
 from streammerge.methods.contracts import MergeMethod
-from streammerge.recipe.fields import Path, Places, Problems, place_of
-from streammerge.recipe.model import Model, Recipe, Slice, Source
+from streammerge.recipe.fields import Path, Positions, Problems, position_of
+from streammerge.recipe.model import Model, Recipe, Slice, SliceSource
 from streammerge.recipe.settings import Settings, check_setting
 from streammerge.stores.locations import resolved
 
@@ -33,9 +33,9 @@ def check(recipe: Recipe, problems: Problems) -> None:
     _check_rules(recipe, problems)
 
 
-def raise_all(problems: Problems, places: Places, name: str = "the recipe") -> None:
+def raise_all(problems: Problems, positions: Positions, name: str = "the recipe") -> None:
     """Raises RecipeError with all problems, in the order of the file. Returns if there are none."""
-    found = [(place_of(path, places), message) for path, message in dict.fromkeys(problems)]
+    found = [(position_of(path, positions), message) for path, message in dict.fromkeys(problems)]
     found.sort(key=lambda each: each[0][1:] if each[0] else (0, 0))
     rows = [f"{place or ''}{message}" for place, message in found]
     if len(rows) == 1:
@@ -58,7 +58,7 @@ def _parts(recipe: Recipe) -> Iterator[_Part]:
         yield module.path or ("modules", name), module.models, module.slices, module.parameters
 
 
-_Entries = Sequence[Model | Source]
+_Entries = Sequence[Model | SliceSource]
 
 
 def _count(recipe: Recipe, entries: _Entries, base: str | None, path: Path, problems: Problems) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import RecipeError, printable
-from streammerge.recipe.fields import Path, Place
+from streammerge.recipe.fields import Path, Position
 
 if TYPE_CHECKING:
     import yaml
@@ -25,11 +25,11 @@ class Document:
     """Plain data, and the place of every key by its path. ``doubled``: keys that occur twice."""
 
     data: Any
-    places: dict[Path, Place]
+    positions: dict[Path, Position]
     doubled: list[Path]
 
 
-def parse(text: str, name: str) -> Document:
+def parse_yaml(text: str, name: str) -> Document:
     """Parses a text with one document. Raises RecipeError, with the line, if it is not YAML."""
     import yaml  # here, since only recipes need it
 
@@ -40,7 +40,7 @@ def parse(text: str, name: str) -> Document:
         nodes = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        where = Place(printable(name), mark.line + 1, mark.column + 1) if mark else f"{printable(name)}: "
+        where = Position(printable(name), mark.line + 1, mark.column + 1) if mark else f"{printable(name)}: "
         raise RecipeError(f"{where}this is not YAML ({printable(error.problem or error.context)})") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise RecipeError(f"{printable(name)}: this is not YAML ({printable(error)})") from error
@@ -48,7 +48,7 @@ def parse(text: str, name: str) -> Document:
     if not nodes:
         raise RecipeError(f"{printable(name)} is empty; a recipe needs at least merge_method and models")
     if len(nodes) > 1:
-        second = Place(printable(name), nodes[1].start_mark.line + 1, 1)
+        second = Position(printable(name), nodes[1].start_mark.line + 1, 1)
         raise RecipeError(
             f"{second}several documents in one file are not supported yet; "
             "put each into its own file and run them one by one"
@@ -62,24 +62,24 @@ class _Reader:
 
         self.yaml = yaml
         self.name, self.left = name, _MOST_NODES
-        self.places: dict[Path, Place] = {}
+        self.positions: dict[Path, Position] = {}
         self.doubled: list[Path] = []
         self.scalars = yaml.SafeLoader("")
 
     def document(self, node: yaml.Node) -> Document:
         self._mark((), node)
-        return Document(self._data(node, ()), self.places, self.doubled)
+        return Document(self._data(node, ()), self.positions, self.doubled)
 
     def _mark(self, path: Path, node: yaml.Node) -> None:
-        self.places[path] = self._place(node)
+        self.positions[path] = self._position(node)
 
-    def _place(self, node: yaml.Node) -> Place:
-        return Place(self.name, node.start_mark.line + 1, node.start_mark.column + 1)
+    def _position(self, node: yaml.Node) -> Position:
+        return Position(self.name, node.start_mark.line + 1, node.start_mark.column + 1)
 
     def _data(self, node: yaml.Node, path: Path) -> Any:
         self.left -= 1
         if self.left < 0 or len(path) > _DEEPEST:
-            raise RecipeError(f"{self.places[path[:1]]}this is nested or repeated too much")
+            raise RecipeError(f"{self.positions[path[:1]]}this is nested or repeated too much")
         if isinstance(node, self.yaml.MappingNode):
             made: dict[Any, Any] = {}
             self._take(node, path, made, own=True)
@@ -110,9 +110,9 @@ class _Reader:
         for each in merged:
             self.left -= 1
             if not isinstance(each, self.yaml.MappingNode):
-                raise RecipeError(f"{self._place(each)}<< takes a mapping, or a list of mappings")
+                raise RecipeError(f"{self._position(each)}<< takes a mapping, or a list of mappings")
             if self.left < 0 or len(path) > _DEEPEST:
-                raise RecipeError(f"{self._place(each)}this is nested or repeated too much")
+                raise RecipeError(f"{self._position(each)}this is nested or repeated too much")
             self._take(each, path, made, own=False)
 
     def _scalar(self, node: yaml.Node) -> Any:
@@ -120,7 +120,7 @@ class _Reader:
             return self._plain(self.scalars.construct_object(node))
         except (self.yaml.YAMLError, ValueError, LookupError, AttributeError, OverflowError) as error:
             raise RecipeError(
-                f"{self._place(node)}{printable(node.value, 40)} is not a value that a recipe can have"
+                f"{self._position(node)}{printable(node.value, 40)} is not a value that a recipe can have"
             ) from error
 
     @staticmethod

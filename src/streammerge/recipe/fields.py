@@ -18,8 +18,8 @@ Path = tuple[str | int, ...]
 Schema = dict[str, Any]
 
 
-class Place(NamedTuple):
-    """The place of a key in a file."""
+class Position(NamedTuple):
+    """The position of a key in a file."""
 
     file: str
     line: int
@@ -29,14 +29,14 @@ class Place(NamedTuple):
         return f"{self.file}:{self.line}:{self.column}: "
 
 
-Places = Mapping[Path, Place]
+Positions = Mapping[Path, Position]
 
 
-def place_of(path: Path, places: Places) -> Place | None:
-    """Returns the place of a key, or of its nearest parent in the file; None if it was not read from a file."""
-    while path and path not in places:
+def position_of(path: Path, positions: Positions) -> Position | None:
+    """Returns the position of a key, or of its nearest parent in the file; None if it was not read from a file."""
+    while path and path not in positions:
         path = path[:-1]
-    return places.get(path)
+    return positions.get(path)
 
 
 class Problems(list[tuple[Path, str]]):

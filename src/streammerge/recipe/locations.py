@@ -151,7 +151,7 @@ def _place(recipe: Recipe, named: str) -> Key:
     return next(((*rule.path, "copy") for rule in recipe.rules if rule.copy == named), ())
 
 
-def resolved(recipe: Recipe) -> Recipe:
+def travelling(recipe: Recipe) -> Recipe:
     """Returns the recipe that travels with its output: with every parameter, and without paths of this machine.
 
     A parameter that a rule's method also has is left out, because the defaults of the two methods may differ.

@@ -20,12 +20,12 @@ from streammerge.recipe.fields import (
     ListOf,
     MapOf,
     Path,
-    Places,
     Plain,
+    Positions,
     key,
     one_of,
     option_key,
-    place_of,
+    position_of,
 )
 from streammerge.recipe.patterns import Pattern, Rename
 from streammerge.recipe.scalars import COMPUTE, DTYPE, LAYER_RANGE, METHOD, MODEL, PATTERN, RENAME, SIZE, parameter_docs
@@ -70,7 +70,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Source:
+class SliceSource:
     """Some layers of a model, for a slice."""
 
     model: str = key(MODEL, "Path of a file or folder.")
@@ -85,7 +85,7 @@ class Source:
 class Slice:
     """Consecutive layers of the output."""
 
-    sources: tuple[Source, ...] = key(ListOf(FormOf(Source)), "The layers to merge.")
+    sources: tuple[SliceSource, ...] = key(ListOf(FormOf(SliceSource)), "The layers to merge.")
     base_model: str | None = key(MODEL, "The base in this slice.", default=None)
     parameters: Settings = key(SETTINGS, "Parameters in this slice.", default_factory=dict)
     residual_weight: Any = key(
@@ -142,7 +142,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Output:
+class OutputRequest:
     """How the output is written."""
 
     max_shard_size: int | None = option_key(SIZE, _OPTIONS["max_shard_size"])
@@ -173,7 +173,7 @@ class Tokenizer:
 class Recipe:
     """A merge or a conversion: everything besides the inputs that its output depends on.
 
-    ``places``: the places of the keys in their file. ``written``: the names of the models in that file.
+    ``positions``: the positions of the keys in their file. ``written``: the names of the models in that file.
     """
 
     REFUSED: ClassVar = {
@@ -206,19 +206,19 @@ class Recipe:
     on_shape: str = _chosen("on_shape")
     integers: str | None = _chosen("integers")
     allow_nonfinite: bool = option_key(TRUTH, _OPTIONS["allow_nonfinite"], default=False)
-    output: Output = key(FormOf(Output), "How the output is written.", default_factory=Output)
+    output: OutputRequest = key(FormOf(OutputRequest), "How the output is written.", default_factory=OutputRequest)
     seed: int = option_key(WHOLE, _OPTIONS["seed"], default=0)
-    places: Places = field(default_factory=dict, compare=False, repr=False)
+    positions: Positions = field(default_factory=dict, compare=False, repr=False)
     written: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def at(self, path: Path) -> str:
         """Returns ``recipe.yaml:12:3: `` for a key that was read from a file; empty otherwise."""
-        return str(place_of(path, self.places) or "")
+        return str(position_of(path, self.positions) or "")
 
     @cached_property
-    def entries(self) -> tuple[Model | Source, ...]:
+    def entries(self) -> tuple[Model | SliceSource, ...]:
         """Every named model, slices and modules included, in their order."""
-        found: list[Model | Source] = list(self.models)
+        found: list[Model | SliceSource] = list(self.models)
         found += [source for each in self.slices for source in each.sources]
         for module in self.modules.values():
             found += [*module.models, *(source for each in module.slices for source in each.sources)]
@@ -232,7 +232,7 @@ class Recipe:
     def reference(self, model: str, state_dict: str | None = None, rename: tuple[Rename, ...] = ()) -> Reference:
         return Reference(model, state_dict or self.state_dict, (*rename, *self.rename))
 
-    def of(self, entry: Model | Source) -> Reference:
+    def of(self, entry: Model | SliceSource) -> Reference:
         return self.reference(entry.model, entry.state_dict, entry.rename)
 
     @cached_property

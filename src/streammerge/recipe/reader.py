@@ -10,29 +10,28 @@ from streammerge.errors import RecipeError, printable
 from streammerge.methods.registry import LINEAR, find_method
 from streammerge.options import RECIPE_FILE
 from streammerge.recipe.checks import check, raise_all
-from streammerge.recipe.document import parse as parse_document
-from streammerge.recipe.document import to_json, to_yaml
+from streammerge.recipe.document import parse_yaml, to_json, to_yaml
 from streammerge.recipe.fields import FormOf, Problems
-from streammerge.recipe.locations import located, resolved
-from streammerge.recipe.model import Model, Output, Recipe, Reference, Rule, Slice, Source
+from streammerge.recipe.locations import located, travelling
+from streammerge.recipe.model import Model, OutputRequest, Recipe, Reference, Rule, Slice, SliceSource
 from streammerge.stores.base import Location
-from streammerge.stores.locations import HERE, Place, parse
+from streammerge.stores.locations import HERE, PathLike, parse
 
 __all__ = [
     "Model",
-    "Output",
+    "OutputRequest",
     "Recipe",
     "Reference",
     "Rule",
     "Slice",
-    "Source",
+    "SliceSource",
     "checked",
     "json_schema",
     "read_recipe",
     "recipe_of_receipt",
-    "resolved",
     "to_json",
     "to_yaml",
+    "travelling",
 ]
 
 _MOST_BYTES = 16 << 20
@@ -42,7 +41,7 @@ def checked(recipe: Recipe) -> Recipe:
     """Returns the recipe if it has no mistakes. Raises RecipeError with all of them."""
     problems = Problems()
     check(recipe, problems)
-    raise_all(problems, recipe.places)
+    raise_all(problems, recipe.positions)
     return recipe
 
 
@@ -54,7 +53,7 @@ def recipe_of_receipt(data: Mapping[str, Any], own_methods: bool, folders: list[
     return _read(data, {}, [], "the recipe", folders, own_methods, confined=True)
 
 
-def read_recipe(source: Place | Mapping[str, Any], own_methods: bool = False, folder: Location | None = None) -> Recipe:
+def read_recipe(source: PathLike | Mapping[str, Any], own_methods: bool = False, folder: Location | None = None) -> Recipe:
     """Reads a recipe from a YAML file, or from a dict with the same keys, and finds its models.
 
     Paths in a file are relative to the current folder or the file's folder; those in a dict, to ``folder`` if it is
@@ -76,14 +75,14 @@ def read_recipe(source: Place | Mapping[str, Any], own_methods: bool = False, fo
         raise RecipeError(f"{name} cannot be read ({printable(error.strerror or error)})") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{name} is not UTF-8 text; save the recipe as UTF-8") from error
-    document = parse_document(text, str(source))
+    document = parse_yaml(text, str(source))
     folders = [HERE, path.parent] + ([path.parent.parent] if path.name == RECIPE_FILE else [])
-    return _read(document.data, document.places, document.doubled, name, folders, own_methods)
+    return _read(document.data, document.positions, document.doubled, name, folders, own_methods)
 
 
 def _read(
     data: Any,
-    places: Any,
+    positions: Any,
     doubled: Any,
     name: str,
     folders: list[Location],
@@ -95,9 +94,9 @@ def _read(
         problems.add(key, f"the key {printable(key[-1])} is given twice")
     recipe = FormOf(Recipe).read(_with_own_methods(data, problems) if own_methods else data, (), problems)
     if recipe is not None:
-        recipe = located(replace(recipe, places=places), folders, problems, confined)
+        recipe = located(replace(recipe, positions=positions), folders, problems, confined)
         check(recipe, problems)
-    raise_all(problems, places, name)
+    raise_all(problems, positions, name)
     return recipe  # type: ignore[no-any-return]
 
 

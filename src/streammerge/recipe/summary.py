@@ -5,7 +5,7 @@ from __future__ import annotations
 from streammerge.errors import printable
 from streammerge.methods.contracts import FALSE
 from streammerge.methods.registry import LINEAR
-from streammerge.recipe.model import Model, Recipe, Slice, Source
+from streammerge.recipe.model import Model, Recipe, Slice, SliceSource
 from streammerge.recipe.settings import Setting, SettingKind, Settings
 
 
@@ -51,7 +51,7 @@ def _models(recipe: Recipe, models: tuple[Model, ...]) -> list[str]:
     return [f"  {path:<{width}}  {said}".rstrip() for path, said in rows]
 
 
-def _named(entry: Model | Source) -> str:
+def _named(entry: Model | SliceSource) -> str:
     return printable(entry.model) + (f" ({printable(entry.state_dict)})" if entry.state_dict else "")
 
 
@@ -67,7 +67,7 @@ def _slices(recipe: Recipe, slices: tuple[Slice, ...]) -> list[str]:
     return lines
 
 
-def _own(recipe: Recipe, entry: Model | Source) -> str:
+def _own(recipe: Recipe, entry: Model | SliceSource) -> str:
     """Formats a model's own parameters; its weight is the share in a weighted mean."""
     own = {name: _shown(setting) for name, setting in entry.parameters.items()}
     weights = _weights(recipe)

@@ -6,7 +6,10 @@ Each module imports only modules above it::
     workspace  a worker's buffers, and the numbers of its inputs
     executors  executors, which run tasks on workers
     choosing   the choice of the executor for a plan
+    job        what all works of one run share
+    nonfinite  NaN and infinity in results, by input
     worker     units of a merge, from inputs to written bytes
+    sweeping   steps of a pass over a long tensor
     engine     gives all tensors of a run to workers
     reading    checksums and hashes of files, computed by workers
     spooling   unpacks packed records into a temporary file

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any, TypeVar
 
 from streammerge.kernels.chunk import Look, Step
-from streammerge.kernels.record import Record
-from streammerge.planning.tasks import MergeTask, Piece, PieceDone, batches, pieces
+from streammerge.kernels.pass_results import PassResults
+from streammerge.planning.tasks import MergeTask, Piece, PieceDone, alike, batches, pieces, where
 from streammerge.running.executors.base import Executor
-from streammerge.running.worker import Job, MergeWork, SweepWork, bind, failures
+from streammerge.running.job import Job
+from streammerge.running.sweeping import SweepWork
+from streammerge.running.worker import MergeWork, bind, failures
+from streammerge.stores.checksums import Checksum
 from streammerge.tensors.spec import ranges
 
 T = TypeVar("T")
 
 
 def run_all(
-    job: Job, executor: Executor, tasks: list[MergeTask], wanted: Callable[[Piece], bool]
+    job: Job, executor: Executor, tasks: Sequence[MergeTask], wanted: Callable[[Piece], bool]
 ) -> Generator[PieceDone, None, None]:
     """Makes all pieces that ``wanted`` accepts, with the same bytes on any executor. Yields the result of each.
 
@@ -30,9 +33,10 @@ def run_all(
     with closing(executor.run(MergeWork(job), batches(independent, job.budget.out_bytes))) as results:
         for done in results:
             yield from done
-    for number, task in enumerate(tasks):
-        if task.spread and any(map(wanted, pieces(task, number))):
-            record = Record()
+    for number in where(tasks, lambda task: task.spread):
+        task = tasks[number]
+        if any(map(wanted, pieces(task, number))):
+            record = PassResults()
             with failures(task, 0, task.elems):
                 bind(task, _sweep_on_all(job, executor, number, task, record), record)
             spread = ([piece] for piece in pieces(task, number) if wanted(piece))
@@ -42,7 +46,7 @@ def run_all(
 
 
 def _sweep_on_all(
-    job: Job, executor: Executor, number: int, task: MergeTask, record: Record
+    job: Job, executor: Executor, number: int, task: MergeTask, record: PassResults
 ) -> Callable[..., Iterator[Any]]:
     """Returns a sweep over the pieces of a long tensor by all workers. ``record``: the results of the previous passes."""
 
@@ -59,3 +63,10 @@ def _sweep_on_all(
                     turn += 1
 
     return sweep
+
+
+def modules_of(tasks: Sequence[MergeTask], checksum: Checksum, torch_needed: bool) -> tuple[str, ...]:
+    """Returns the modules that workers need for these tasks. Each worker imports the modules of a user's own methods."""
+    own = {method.function.__module__ for method in {id(task.method): task.method for task, _ in alike(tasks)}.values()}
+    found = [__name__, *sorted(name for name in own if name.startswith("streammerge."))]
+    return (*found, *(["crc32c"] if checksum.name == "crc32c" else []), *(["torch"] if torch_needed else []))

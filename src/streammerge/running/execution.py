@@ -14,10 +14,11 @@ from streammerge.options import RECEIPT_FILE
 from streammerge.planning.plan import Plan
 from streammerge.running import process
 from streammerge.running.readback import receipt_of
-from streammerge.running.session import Production, RunOptions
+from streammerge.running.session import Run, RunOptions
 from streammerge.running.workspace import prepare_torch
 from streammerge.stores import descriptors, faults
-from streammerge.stores.base import Location, Staging, space_checked
+from streammerge.stores.base import Location, Staging
+from streammerge.stores.space import space_checked
 from streammerge.tensors.threads import one_torch_thread
 from streammerge.units import binary_bytes, counted, decimal_bytes
 
@@ -88,13 +89,13 @@ def execute(plan: Plan, options: RunOptions, resident_before: int) -> Result:
     )
 
 
-def _produce(plan: Plan, staging: Staging, options: RunOptions) -> Production:
+def _produce(plan: Plan, staging: Staging, options: RunOptions) -> Run:
     """Makes and commits the output. On an error, keeps nothing, or only what the next run can continue from."""
     made, keep = None, False
     try:
         alone = one_torch_thread() if plan.torch_needed else nullcontext()
         with faults.survived(), process.collector_spared(), alone:
-            made = Production(plan, staging, options)
+            made = Run(plan, staging, options)
             made.make()
         refuse_to_lose_files(staging.out, plan)  # once more: much time has passed
         staging.commit(plan.layout.as_folder)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from streammerge.running.executors.base import Host
-from streammerge.stores.base import COPY_BYTES, Location, outside
+from streammerge.stores.base import Location
 from streammerge.stores.checksums import Checksum
+from streammerge.stores.digests import COPY_BYTES, outside
 from streammerge.stores.inputs import InputFiles
 from streammerge.tensors.spec import ranges
 
-Part = tuple[Any, Location, int, int]
+FileRange = tuple[Any, Location, int, int]
 """A value that comes back with the checksum, then file, offset and number of bytes."""
 
 
@@ -33,7 +34,7 @@ class _ChecksumWorker:
         self._files = host.kept("files to be read through", lambda: InputFiles({}))
         self._buffer = memoryview(bytearray(COPY_BYTES))
 
-    def run(self, part: Part) -> tuple[Any, int]:
+    def run(self, part: FileRange) -> tuple[Any, int]:
         which, path, offset, nbytes = part
         file, value = self._files.get(path), 0
         for start, stop in ranges(nbytes, COPY_BYTES):

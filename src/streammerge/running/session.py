@@ -20,16 +20,17 @@ from streammerge.planning.receipt import ITSELF, written_like
 from streammerge.planning.tasks import Piece, PieceDone, pieces
 from streammerge.running import process
 from streammerge.running.choosing import executor_of
-from streammerge.running.engine import run_all
+from streammerge.running.engine import modules_of, run_all
 from streammerge.running.executors.base import Executor, Executors
+from streammerge.running.job import Job, OutputPlace, lent, new_key
 from streammerge.running.readback import check_structure
 from streammerge.running.reading import ChecksumWork, HashWork
 from streammerge.running.relatives import strangers
 from streammerge.running.spooling import spooled_tasks
-from streammerge.running.worker import Job, OutputPlace, lent, modules_of, new_key
-from streammerge.sources.deflated import Record
-from streammerge.stores.base import COPY_BYTES, Location, Output, Staging
+from streammerge.sources.deflated import PackedRecord
+from streammerge.stores.base import Location, Output, Staging
 from streammerge.stores.checksums import Checksum
+from streammerge.stores.digests import COPY_BYTES
 from streammerge.stores.inputs import InputFiles
 from streammerge.stores.journal import Finished, Journal, Key
 from streammerge.tensors.spec import ranges
@@ -52,7 +53,7 @@ class RunOptions:
     executor: str | Executors = "auto"
 
 
-class Production:
+class Run:
     """Makes one output. ``journal``: the pieces that would be kept if the run ended now.
 
     ``untouched``: whether the files of an earlier run are still unchanged.
@@ -75,7 +76,7 @@ class Production:
         self._modules = modules_of(plan.tasks, self._kind, plan.torch_needed)
         self._used: Executor | None = None
         self.startup_bytes = self.peak_bytes = 0
-        self.journal = Journal(staging.record, plan_parts(plan), lambda: staging.outputs, self.resume)
+        self.journal = Journal(staging.journal_file, plan_parts(plan), lambda: staging.outputs, self.resume)
 
     def make(self) -> None:
         """Makes the whole output and waits until it is on the disk. Raises the errors of :func:`execute`."""
@@ -232,7 +233,7 @@ class Production:
         tasks = enumerate(self._tasks if self.plan.spooled else ())
         missing = [task for number, task in tasks if any(map(self._wanted, pieces(task, number)))]
 
-        def told(tensor: str, record: Record) -> None:
+        def told(tensor: str, record: PackedRecord) -> None:
             self.read_bytes += record.nbytes
             self.listener(Spooled(tensor, record.nbytes))
 

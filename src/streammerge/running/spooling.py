@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from streammerge.errors import FormatError, printable
 from streammerge.planning.tasks import MergeTask
-from streammerge.sources.deflated import Damaged, Record, RecordKey, records, unpacked, with_inflated
+from streammerge.sources.deflated import Damaged, PackedKey, PackedRecord, records, unpacked, with_inflated
 from streammerge.sources.stored import Stored
-from streammerge.stores.base import COPY_BYTES, Input, Output
+from streammerge.stores.base import Input, Output
+from streammerge.stores.digests import COPY_BYTES
 from streammerge.stores.inputs import InputFiles
 from streammerge.tensors.spec import ranges
 
@@ -17,18 +18,18 @@ _ALIGNMENT = 64
 
 
 def spooled_tasks(
-    tasks: list[MergeTask],
-    needed: list[MergeTask],
+    tasks: Sequence[MergeTask],
+    needed: Iterable[MergeTask],
     inputs: InputFiles,
     create: Callable[[int], Output],
-    done: Callable[[str, Record], None],
-) -> list[MergeTask]:
+    done: Callable[[str, PackedRecord], None],
+) -> Sequence[MergeTask]:
     """Unpacks the records of the ``needed`` tasks. Returns all tasks, with sources that read the inflated bytes.
 
     ``create`` makes a file of the given size in bytes. ``done`` is called for each record with the name of a tensor in it.
     Holds at most a few MiB, whatever the size of a record. Raises FormatError for a damaged record.
     """
-    names: dict[RecordKey, str] = {}
+    names: dict[PackedKey, str] = {}
     for task in needed:
         for source in task.sources:
             if source.__class__ is not Stored:
@@ -46,7 +47,7 @@ def spooled_tasks(
     return [replace(task, sources=tuple(with_inflated(s, places) for s in task.sources)) for task in tasks]
 
 
-def _layout(names: dict[RecordKey, str]) -> tuple[dict[RecordKey, int], int]:
+def _layout(names: dict[PackedKey, str]) -> tuple[dict[PackedKey, int], int]:
     """Returns the offset of each record in the temporary file, and the size of the file in bytes."""
     offsets, cursor = {}, 0
     for key in names:
@@ -55,7 +56,7 @@ def _layout(names: dict[RecordKey, str]) -> tuple[dict[RecordKey, int], int]:
     return offsets, cursor
 
 
-def _inflate(source: Input, record: Record, target: Output, offset: int) -> None:
+def _inflate(source: Input, record: PackedRecord, target: Output, offset: int) -> None:
     written = 0
     try:
         for data in unpacked(record, _pieces(source, record)):
@@ -71,7 +72,7 @@ def _inflate(source: Input, record: Record, target: Output, offset: int) -> None
         )
 
 
-def _pieces(source: Input, record: Record) -> Iterator[bytes]:
+def _pieces(source: Input, record: PackedRecord) -> Iterator[bytes]:
     for start, stop in ranges(record.compressed_bytes, COPY_BYTES):
         buffer = bytearray(stop - start)
         source.read_into(memoryview(buffer), record.offset + start)

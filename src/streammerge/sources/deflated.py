@@ -18,7 +18,7 @@ from streammerge.tensors.spec import TensorSpec, is_contiguous
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class PackedRecord:
     """A packed record: where it lies, and its length in bytes before and after unpacking.
 
     ``form``: "deflate"; "text", which has a character for each byte and is written in UTF-8; "raw". ``swapped_bytes``: the
@@ -42,7 +42,7 @@ class Deflated(Source):
 
     spec: TensorSpec
     path: BlobPath
-    record: Record
+    record: PackedRecord
     within: Stored | Strided
 
     def needs(self) -> Needs:
@@ -60,7 +60,7 @@ class Deflated(Source):
         return (Blob(self.path, *self.record.span),)
 
     @property
-    def key(self) -> RecordKey:
+    def key(self) -> PackedKey:
         return (self.path, self.record)
 
     def inflated(self, path: BlobPath, offset: int) -> Source:
@@ -72,7 +72,7 @@ class Deflated(Source):
         return replace(self, spec=within.spec, within=within)  # type: ignore[arg-type]
 
 
-RecordKey = tuple[BlobPath, Record]
+PackedKey = tuple[BlobPath, PackedRecord]
 """A record, and the file that it lies in."""
 
 
@@ -81,7 +81,7 @@ def of_bytes(
     path: BlobPath,
     offset: int,
     strides: tuple[int, ...] | None = None,
-    record: Record | None = None,
+    record: PackedRecord | None = None,
     lazy: str = "",
 ) -> Source:
     """Returns the source of a tensor over bytes of a file.
@@ -98,7 +98,7 @@ def of_bytes(
     return Deflated(spec, path, record, found) if record else found
 
 
-def records(source: Source) -> Iterator[RecordKey]:
+def records(source: Source) -> Iterator[PackedKey]:
     """Yields the packed records that a source reads, at any depth of the expression."""
     if isinstance(source, Deflated):
         yield source.key
@@ -106,7 +106,7 @@ def records(source: Source) -> Iterator[RecordKey]:
         yield from records(part)
 
 
-def with_inflated(source: Source, places: Mapping[RecordKey, tuple[BlobPath, int]]) -> Source:
+def with_inflated(source: Source, places: Mapping[PackedKey, tuple[BlobPath, int]]) -> Source:
     """Returns the source with its records read from their inflated bytes. ``places``: record -> path and offset."""
     if isinstance(source, Deflated):
         return source.inflated(*places[source.key]) if source.key in places else source
@@ -123,7 +123,7 @@ class Damaged(ValueError):
     """The packed bytes are impossible."""
 
 
-def unpacked(record: Record, pieces: Iterator[bytes]) -> Iterator[bytes]:
+def unpacked(record: PackedRecord, pieces: Iterator[bytes]) -> Iterator[bytes]:
     """Yields the bytes of a record. ``pieces``: its packed bytes. Raises Damaged, if they are not of the record's form.
 
     Holds a few MiB at most. Yields more bytes than the record has if it is damaged, but not many more.

@@ -13,9 +13,9 @@ from streammerge.tensors.spec import TensorSpec
 class StoredTable(Mapping[str, Stored]):
     """The tensors of a checkpoint, name -> :class:`Stored`, which is made when it is asked for.
 
-    One row for each tensor, in the order of the checkpoint. ``names``: their names, each once. ``kinds``: dtype and shape, as
-    a specification without a name; equal ones are mostly the same object. ``paths``: the files. ``files``: the number of
-    each tensor's file among them. ``starts``: the offset of its bytes in that file.
+    One row for each tensor, in the order of the checkpoint. ``names``: their names, each once. ``kinds``: dtype and shape,
+    as a specification without a name; equal ones are mostly the same object. ``paths``: the files. ``files``: the number
+    of each tensor's file among them. ``starts``: the offset of its bytes in that file.
     """
 
     __slots__ = ("_rows", "files", "kinds", "names", "paths", "starts")
@@ -49,8 +49,8 @@ class StoredTable(Mapping[str, Stored]):
 
     def at(self, row: int) -> Stored:
         """Returns the tensor of a row."""
-        kind = self.kinds[row]
-        return Stored(TensorSpec(self.names[row], kind.dtype, kind.shape), self.paths[self.files[row]], self.starts[row])
+        spec = named_kind(self.names[row], self.kinds[row])
+        return Stored(spec, self.paths[self.files[row]], self.starts[row])
 
     def distinct(self) -> dict[int, TensorSpec]:
         """Returns each kind once, by its identity."""
@@ -105,6 +105,15 @@ class StoredTable(Mapping[str, Stored]):
 
     def items(self) -> ItemsView[str, Stored]:
         return _Items(self)
+
+
+def named_kind(name: str, kind: TensorSpec) -> TensorSpec:
+    """Returns the specification of a tensor of this kind.
+
+    Its shape is a tuple of its own. A pickle shows which tuples are one object, and no byte may depend on what is held
+    once.
+    """
+    return TensorSpec(name, kind.dtype, (*kind.shape,))
 
 
 class _Values(ValuesView[Stored]):

@@ -5,7 +5,11 @@ Each module imports only modules above it::
     names        names within a folder
     checksums    CRC-32 and CRC-32C, and joining those of parts
     faults       mapped files that shrink
+    keys         names within a store
+    streams      a file read at offsets, as a stream of Python
     base         the protocol: Location, Store, Input, Output, Staging
+    space        errors of outputs that cannot be written
+    digests      the bytes of a file without some of its ranges
     descriptors  open files, bounded
     system       calls that a file system or platform may lack
     files        local files: read, mapped, preallocated, written, synced

@@ -8,27 +8,19 @@ To hold outputs too, it needs :meth:`Store.check_writable`, :meth:`Store.stage`,
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import fnmatch
 import io
 import os
 import posixpath
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, ClassVar, NamedTuple
 
-from streammerge.errors import ChangedError, FormatError, RecipeError, SpaceError, printable
+from streammerge.errors import ChangedError, FormatError, RecipeError, printable
+from streammerge.stores.keys import MAGIC, Key
 from streammerge.stores.names import is_inner
-from streammerge.units import decimal_bytes
-
-COPY_BYTES = 1 << 20
-"""Bytes that are copied or compared at once."""
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_MAGIC = re.compile(r"[*?[]")
+from streammerge.stores.streams import InputStream
 
 
 class Status(NamedTuple):
@@ -43,14 +35,14 @@ class Status(NamedTuple):
     version: object
 
 
-class Location:
+class Location(Key):
     """A file or folder in a store, by its name. Immutable, hashable, ordered, picklable.
 
     ``key``: the name within the store, without a trailing slash. ``str()`` gives back what the user typed. Two locations
     are equal when they have the same store and key; :meth:`resolve` makes two spellings of one place equal.
     """
 
-    __slots__ = ("_hash", "_text", "key", "store")
+    __slots__ = ("_hash", "_text", "store")
 
     def __init__(self, store: Store, key: str, text: str | None = None) -> None:
         self.store = store
@@ -78,28 +70,8 @@ class Location:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.store, self.key, self._text)
 
-    # ------------------------------------------------------------------------------------- names; the store is not asked
-
-    @property
-    def name(self) -> str:
-        """The last part; "" for the root."""
-        return PurePosixPath(self.key).name
-
-    @property
-    def suffix(self) -> str:
-        return PurePosixPath(self.key).suffix
-
-    @property
-    def stem(self) -> str:
-        return PurePosixPath(self.key).stem
-
-    @property
-    def parent(self) -> Location:
-        return self._at(PurePosixPath(self.key).parent)
-
-    @property
-    def parents(self) -> tuple[Location, ...]:
-        return tuple(map(self._at, PurePosixPath(self.key).parents))
+    def _at(self, key: PurePosixPath) -> Location:
+        return type(self)(self.store, str(key))
 
     @property
     def is_absolute(self) -> bool:
@@ -110,24 +82,6 @@ class Location:
     def ends_in_slash(self) -> bool:
         """Whether the user typed it as a folder."""
         return self._text.endswith("/")
-
-    @property
-    def has_magic(self) -> bool:
-        """Whether it reads as a pattern."""
-        return _MAGIC.search(self.key) is not None
-
-    def __truediv__(self, name: str) -> Location:
-        return self._at(PurePosixPath(self.key) / name)
-
-    def with_name(self, name: str) -> Location:
-        return self._at(PurePosixPath(self.key).with_name(name))
-
-    def relative_to(self, folder: Location) -> str:
-        """The part of the name below a folder. ValueError when it does not lie there."""
-        return PurePosixPath(self.key).relative_to(folder.key).as_posix()
-
-    def _at(self, key: PurePosixPath) -> Location:
-        return type(self)(self.store, str(key))
 
     # ---------------------------------------------------------------------------------------------- what the store knows
 
@@ -308,7 +262,7 @@ class Output(ABC):
             raise ValueError(f"bytes {offset} to {offset + nbytes} lie outside {name} of {self.size} bytes")
 
 
-class Record(ABC):
+class JournalFile(ABC):
     """A small file beside an output in the making, to which the journal appends."""
 
     @abstractmethod
@@ -332,12 +286,12 @@ class Staging(ABC):
     """An output in the making, which appears under its name whole, at :meth:`commit`, or not at all.
 
     One run at a time has it. ``home``: the hidden folder that holds all of it. ``content``: the folder in which its files
-    can be read back before they are published. ``record``: the journal. ``notes``: sentences about promises that this place
-    cannot keep. A store of one's own defines :meth:`opened` and what follows it.
+    can be read back before they are published. ``journal_file``: holds the journal. ``notes``: sentences about promises
+    that this place cannot keep. A store of one's own defines :meth:`opened` and what follows it.
     """
 
-    def __init__(self, out: Location, home: Location, record: Record) -> None:
-        self.out, self.home, self.record = out, home, record
+    def __init__(self, out: Location, home: Location, journal_file: JournalFile) -> None:
+        self.out, self.home, self.journal_file = out, home, journal_file
         self.content = home / "output"
         self.notes: list[str] = []
         self._files: dict[str, Output] = {}
@@ -508,15 +462,15 @@ class Store(ABC):
 
     def stream(self, location: Location) -> BinaryIO:
         self.status(location)
-        return io.BufferedReader(_Stream(self.open(location)))
+        return io.BufferedReader(InputStream(self.open(location)))
 
     def glob(self, location: Location) -> list[Location]:
         """Returns the files and folders that match a pattern, part by part: ``*`` stays within a folder."""
         parts = PurePosixPath(location.key).parts
-        plain = next((n for n, part in enumerate(parts) if _MAGIC.search(part)), len(parts))
+        plain = next((n for n, part in enumerate(parts) if MAGIC.search(part)), len(parts))
         found = [location._at(PurePosixPath(*parts[:plain]))]
         for part in parts[plain:]:
-            if _MAGIC.search(part) is None:
+            if MAGIC.search(part) is None:
                 found = [each / part for each in found]
                 continue
             inside = [child for each in found if each.is_folder() for child in each.children()]
@@ -557,92 +511,3 @@ class Store(ABC):
             f"{printable(location)}: the store {self.scheme}:// has stage and lacks {method}, so it takes no outputs; "
             "add the method, or write to another place"
         )
-
-
-class _Stream(io.RawIOBase):
-    """An input as an unbuffered stream."""
-
-    def __init__(self, source: Input) -> None:
-        self.source, self.position = source, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.source.size}[whence]
-        if self.position < 0:
-            raise ValueError(f"negative seek position {self.position}")
-        return self.position
-
-    def tell(self) -> int:
-        return self.position
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        count = max(min(len(view), self.source.size - self.position), 0)
-        if count:
-            self.source.read_into(view[:count], self.position)
-        self.position += count
-        return count
-
-    def close(self) -> None:
-        if not self.closed:
-            self.source.close()
-        super().close()
-
-
-def outside(location: Location, spans: list[tuple[int, int]]) -> Iterator[bytes]:
-    """Yields all bytes of a file outside the given (offset, bytes), which are in order."""
-    cursor = 0
-    with location.stream() as stream:
-        for offset, nbytes in (*spans, (stream.seek(0, io.SEEK_END), 0)):
-            stream.seek(cursor)
-            while cursor < offset:
-                data = stream.read(min(offset - cursor, COPY_BYTES))
-                if not data:
-                    return
-                yield data
-                cursor += len(data)
-            cursor = max(cursor, offset + nbytes)
-
-
-def digest_outside(location: Location, spans: list[tuple[int, int]]) -> str:
-    """Returns the SHA-256 of a file without the given (offset, bytes)."""
-    import hashlib  # here, since it brings all of OpenSSL
-
-    digest = hashlib.sha256()
-    for data in outside(location, spans):
-        digest.update(data)
-    return digest.hexdigest()
-
-
-def exists_already(out: object) -> RecipeError:
-    """The error of an output that may not be replaced."""
-    return RecipeError(f"{printable(out)} exists already; pass `overwrite=True` to replace it, or choose another name")
-
-
-@contextlib.contextmanager
-def space_checked(location: Location, nbytes: int, free_bytes: int | None = None) -> Iterator[None]:
-    """Turns "no space left" into a SpaceError that says how much is missing.
-
-    ``free_bytes``: the free space before the call, if the call may fill the disk before it fails.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _NO_SPACE:
-            raise
-        raise no_room(location, nbytes, error.strerror or "", free_bytes) from error
-
-
-def no_room(location: Location, nbytes: int, why: str = "", free_bytes: int | None = None) -> SpaceError:
-    """The error of a file of ``nbytes`` that does not fit."""
-    needed = f"no room for {printable(location.name)}: it needs {decimal_bytes(nbytes)}"
-    free = location.parent.free_bytes() if free_bytes is None else free_bytes
-    if free is None:
-        return SpaceError(f"{needed} ({why})")
-    missing = f"{decimal_bytes(nbytes - free)} are missing" if nbytes > free else why
-    return SpaceError(f"{needed}, {decimal_bytes(free)} are free on that disk ({missing})")

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from streammerge.errors import LockedError, RecipeError, printable
 from streammerge.stores import lock, system
-from streammerge.stores.base import Location, Output, Record, Staging, exists_already, space_checked
+from streammerge.stores.base import JournalFile, Location, Output, Staging
 from streammerge.stores.files import OutputFile
+from streammerge.stores.space import exists_already, space_checked
 
 JOURNAL, NEW = "journal", "journal.new"
 _PUT_BY, _REPLACED = "journal.done", "replaced"
@@ -27,7 +28,7 @@ _MOST_TRIES, _TRY_SECONDS = 50, 0.02
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 
 
-class LocalRecord(Record):
+class LocalJournalFile(JournalFile):
     """A journal as a local file."""
 
     def __init__(self, location: Location) -> None:
@@ -79,7 +80,7 @@ class LocalStaging(Staging):
         self._place, self._overwrite = Path(out.key), overwrite
         self.folder = staging_folder(self._place)
         home = out.parent / self.folder.name
-        super().__init__(out, home, LocalRecord(home / JOURNAL))
+        super().__init__(out, home, LocalJournalFile(home / JOURNAL))
         self._content = self.folder / "output"
         self._made: tuple[int, int] | None = None
         self._process = os.getpid()
@@ -241,7 +242,7 @@ class LocalStaging(Staging):
         self.close_files()
         self._files.clear()
         self._temporary.clear()
-        self.record.end()
+        self.journal_file.end()
         if self._process != os.getpid():  # a forked child, which has a copy of this object, and no lock
             return
         if self._lock_fd >= 0:

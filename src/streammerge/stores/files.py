@@ -18,8 +18,9 @@ from typing import Any
 
 from streammerge.errors import ChangedError, FormatError, printable
 from streammerge.stores import faults, system
-from streammerge.stores.base import Damage, Input, Location, Output, Status, no_room, space_checked
+from streammerge.stores.base import Damage, Input, Location, Output, Status
 from streammerge.stores.descriptors import Descriptor
+from streammerge.stores.space import no_room, space_checked
 from streammerge.units import HUGE_PAGE_BYTES, PAGE_BYTES
 
 _LEAST_DIRECT_BYTES = 256 << 10

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from streammerge.stores.base import Output, Record
+from streammerge.stores.base import JournalFile, Output
 
 INTERVAL_SECONDS = 2.0
 """The time between two syncs. A crash costs at most the pieces of this time and of one sync."""
@@ -65,12 +65,12 @@ class Earlier:
         return sum(piece.nbytes for piece in self.pieces)
 
 
-def read(record: Record) -> Earlier | None:
+def read(file: JournalFile) -> Earlier | None:
     """Returns the content of a journal, None only if there is no journal. Raises OSError if it cannot be read.
 
     Another version may have written it, so any undamaged line may hold anything.
     """
-    data = record.read()
+    data = file.read()
     if data is None:
         return None
     first, *rest = map(_checked, data.split(b"\n"))
@@ -113,9 +113,9 @@ class Journal:
     """
 
     def __init__(
-        self, record: Record, plan: Mapping[str, Any], files: Callable[[], dict[str, Output]], keeps: bool
+        self, file: JournalFile, plan: Mapping[str, Any], files: Callable[[], dict[str, Output]], keeps: bool
     ) -> None:
-        self._record, self.plan, self._files, self._keeps = record, dict(plan), files, keeps
+        self._file, self.plan, self._files, self._keeps = file, dict(plan), files, keeps
         self._waiting: list[Finished] = []
         self._written: list[Finished] = []
         self._broken: set[str] = set()
@@ -131,7 +131,7 @@ class Journal:
 
     def earlier(self) -> Earlier | None:
         """Returns the content of an earlier run's journal, of any plan. None if there is no journal."""
-        return read(self._record)
+        return read(self._file)
 
     def take_over(self, pieces: list[Finished]) -> None:
         """Counts the pieces of an earlier run as kept."""
@@ -140,7 +140,7 @@ class Journal:
     def begin(self, kept: Iterable[Finished]) -> None:
         """Starts anew with these pieces, which are on the disk already, and goes on from there."""
         kept = list(kept)
-        self._record.begin(_lines([json.dumps({"plan": self.plan}, separators=(",", ":")), *map(_json, kept)]))
+        self._file.begin(_lines([json.dumps({"plan": self.plan}, separators=(",", ":")), *map(_json, kept)]))
         self._written, self._waiting, self._broken, self._asked = kept, [], set(), ""
         self._writes, self._synced = self._keeps, False
         self._thread = threading.Thread(target=self._work, name="streammerge-journal", daemon=True)
@@ -183,7 +183,7 @@ class Journal:
                     self._sync(name, file)
                 self._synced = True
         finally:
-            self._record.end()
+            self._file.end()
 
     def _keep(self, ready: list[Finished]) -> None:
         if not self._writes:
@@ -194,7 +194,7 @@ class Journal:
         whole = [done for done in ready if done.file not in self._broken]
         if whole and not self._asked:
             try:
-                self._record.append(_lines(map(_json, whole)))
+                self._file.append(_lines(map(_json, whole)))
                 self._written += whole
             except OSError:  # fewer pieces are kept, because lines after a torn line do not count
                 self._writes = False

@@ -13,7 +13,7 @@ from pathlib import Path
 from streammerge.errors import RecipeError, printable
 from streammerge.stores import journal, lock
 from streammerge.stores.base import Location
-from streammerge.stores.commit import JOURNAL, LocalRecord, LocalStaging, output_of, staging_folder
+from streammerge.stores.commit import JOURNAL, LocalJournalFile, LocalStaging, output_of, staging_folder
 from streammerge.units import decimal_bytes
 
 
@@ -73,7 +73,7 @@ def discard(out: Location) -> None:
 def _leftover(out: Location, folder: Location) -> Leftover:
     kept, changed = 0, 0.0
     with contextlib.suppress(OSError, ValueError):
-        earlier = journal.read(LocalRecord(folder / JOURNAL))
+        earlier = journal.read(LocalJournalFile(folder / JOURNAL))
         kept = earlier.nbytes if earlier else 0
         changed = os.stat((folder / JOURNAL).key).st_mtime
     return Leftover(out, folder, _user(Path(folder.key)), _running(f"{folder.key}/lock"), kept, changed)

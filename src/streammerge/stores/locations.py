@@ -11,12 +11,12 @@ from streammerge.stores.base import Location
 from streammerge.stores.local import LOCAL
 from streammerge.stores.registry import store_of
 
-Place = str | os.PathLike[str] | Location
+PathLike = str | os.PathLike[str] | Location
 """The types by which a user names a checkpoint: text (``scheme://name`` or a path), a path object, or a location."""
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://")
 
 
-def parse(place: Place, within: Location | None = None) -> Location:
+def parse(place: PathLike, within: Location | None = None) -> Location:
     """The location that is meant. A relative path counts from ``within``; a path object is always a path.
 
     ``~`` and ``~user`` at the beginning are the home folder. Raises RecipeError for a scheme of no known store.
@@ -42,7 +42,7 @@ def parse(place: Place, within: Location | None = None) -> Location:
     return within.store.parse(f"{within}{slash}{store.without_scheme(place)}")
 
 
-def resolved(place: Place) -> Location:
+def resolved(place: PathLike) -> Location:
     """The location without links and relative parts: equal for two names of one place."""
     return parse(place).resolve()
 

@@ -21,7 +21,8 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from streammerge.errors import FormatError, LockedError, RecipeError, printable
-from streammerge.stores.base import Input, Location, Output, Record, Staging, Status, Store, exists_already
+from streammerge.stores.base import Input, JournalFile, Location, Output, Staging, Status, Store
+from streammerge.stores.space import exists_already
 
 _Data = bytes | bytearray
 _JOURNAL = "journal"
@@ -234,7 +235,7 @@ class MemoryOutput(Output):
         self._open = False
 
 
-class MemoryRecord(Record):
+class MemoryJournalFile(JournalFile):
     """A journal as a file of the store."""
 
     def __init__(self, store: MemoryStore, location: Location) -> None:
@@ -259,7 +260,7 @@ class MemoryStaging(Staging):
     """Files under a hidden name beside the output's, which are moved to it in one step."""
 
     def __init__(self, store: MemoryStore, out: Location, overwrite: bool) -> None:
-        super().__init__(out, _home(out), MemoryRecord(store, _home(out) / _JOURNAL))
+        super().__init__(out, _home(out), MemoryJournalFile(store, _home(out) / _JOURNAL))
         self._store, self._overwrite = store, overwrite
         self._made: tuple[str, ...] | None = None
         with store.lock:
@@ -283,7 +284,7 @@ class MemoryStaging(Staging):
 
     @property
     def resumable(self) -> bool:
-        return self.record.read() is not None
+        return self.journal_file.read() is not None
 
     def clear(self) -> None:
         self._store.remove(self.home.key)

@@ -105,6 +105,9 @@ COUNTERS: frozenset[str] = frozenset(
 )
 """What counts how long was trained. A merge has the largest of the inputs; a mean would be no count."""
 
+PROGRESS = r"(?i)(.*_)?timestamp"
+"""A key of a record that only makes sense as a whole, as that of Composer: a merge has that of the longest training."""
+
 FACTS: frozenset[str] = frozenset(("hash", "id", "sha256", "md5", "uuid"))
 """What is true of one file only, so that a merge must not have the first input's."""
 

@@ -13,8 +13,9 @@ from streammerge.planning.receipt import ITSELF, Receipt, escaped
 from streammerge.running.executors.threads import ThreadExecutor
 from streammerge.running.readback import check_by_library, read_output
 from streammerge.running.reading import ChecksumWork
-from streammerge.stores.base import Location, outside
+from streammerge.stores.base import Location
 from streammerge.stores.checksums import CRC32, Checksum
+from streammerge.stores.digests import outside
 from streammerge.tensors.spec import ranges
 from streammerge.units import counted, decimal_bytes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -17,16 +17,17 @@ from streammerge.planning.budget import Budget
 from streammerge.planning.plan import Plan, budget_of
 from streammerge.planning.receipt import ITSELF, Receipt
 from streammerge.planning.tasks import MergeTask, Piece, pieces
-from streammerge.running.engine import run_all
+from streammerge.running.engine import modules_of, run_all
 from streammerge.running.executors.threads import ThreadExecutor
+from streammerge.running.job import Bench, Destination, Job, lent, new_key
 from streammerge.running.readback import read_output
 from streammerge.running.spooling import spooled_tasks
-from streammerge.running.worker import Bench, Destination, Job, lent, modules_of, new_key
 from streammerge.running.workspace import prepare_torch
 from streammerge.sources.stored import Stored
 from streammerge.stores import faults
-from streammerge.stores.base import Input, Location, Output, digest_outside
+from streammerge.stores.base import Input, Location, Output
 from streammerge.stores.checksums import CRC32
+from streammerge.stores.digests import digest_outside
 from streammerge.stores.inputs import InputFiles
 from streammerge.stores.journal import Key
 from streammerge.stores.scratch import scratch
@@ -90,7 +91,7 @@ def recompute(verified: Verified, plan: Plan, receipt: Receipt, share: float, se
         )
 
 
-def _budget(plan: Plan, tasks: list[MergeTask]) -> tuple[Budget, str]:
+def _budget(plan: Plan, tasks: Sequence[MergeTask]) -> tuple[Budget, str]:
     """Returns the budget for making these tasks again, and the way to read. The output's pickle is read beside those
     of the inputs."""
     pickles = plan.pickle_bytes + plan.layout.pickle_bytes

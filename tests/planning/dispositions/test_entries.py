@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy
 import pytest
 import torch
+from conftest import mean
 
 import streammerge as sm
 from streammerge.planning.dispositions.ledger import Decision
@@ -218,3 +219,69 @@ def test_plain_numbers_that_differ_are_told(tmp_path: Path) -> None:
     assert "kept as the first input has them: log_alpha, scale (plain numbers that differ)" in result.notes
     made = torch.load(tmp_path / "out.pth", weights_only=False)
     assert (made["log_alpha"], made["scale"], made["epoch"]) == (1.0, 1.0, 3)
+
+
+def _trained(seed: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    torch.manual_seed(seed)
+    net = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    return net.state_dict(), optimizer.state_dict(), torch.optim.lr_scheduler.StepLR(optimizer, 3).state_dict()
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_the_state_of_a_training_in_a_tuple_becomes_none(tmp_path: Path, kind: type) -> None:
+    """The other members stay at their positions, for a loader that unpacks them."""
+    paths = [tmp_path / "1.pth", tmp_path / "2.pth"]
+    states = [_trained(seed) for seed in (1, 2)]
+    for path, seed, state in zip(paths, (1, 2), states, strict=True):
+        torch.save(kind((*state, seed)), path)
+    result = sm.merge(paths, tmp_path / "out.pth")
+    made = torch.load(tmp_path / "out.pth")
+    assert type(made) is kind
+    weights, optimizer, scheduler, seed = made
+    assert (optimizer, scheduler, seed) == (None, None, 1)
+    assert torch.equal(weights["weight"], mean([states[0][0]["weight"], states[1][0]["weight"]], [1, 1]))
+    stored = sm.inspect(tmp_path / "out.pth").container.storages
+    assert sum(each.nbytes for each in stored.values()) == 15 * 4
+    assert any("[1], [2] (stale after a merge, so None is in its place" in note for note in result.notes)
+    assert any("[3] (plain numbers that differ)" in note for note in result.notes)
+    sm.merge(paths, tmp_path / "kept.pth", keep_optimizer=True)
+    assert torch.load(tmp_path / "kept.pth")[1]["param_groups"] == states[0][1]["param_groups"]
+
+
+def test_a_scaler_is_known_by_its_content(tmp_path: Path) -> None:
+    """Lightning has it under the name of its plugin, apex under any."""
+    scaler = {"scale": 4.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 9, "_growth_tracker": 1}
+    apex = {"loss_scaler0": {"loss_scale": 4.0, "unskipped": 2}}
+    paths = [tmp_path / "1.pth", tmp_path / "2.pth"]
+    for path in paths:
+        content = {"state_dict": {"net.w": torch.ones(2)}, "NativeMixedPrecisionPlugin": scaler, "halves": apex, "epoch": 1}
+        torch.save(content, path)
+    sm.merge(paths, tmp_path / "out.pth")
+    assert [*torch.load(tmp_path / "out.pth")] == ["state_dict", "epoch"]
+
+
+def test_a_time_stamp_is_that_of_the_longest_training(tmp_path: Path) -> None:
+    paths = [tmp_path / "1.pth", tmp_path / "2.pth", tmp_path / "3.pth"]
+    for path, epoch in zip(paths, (1, 3, 2), strict=True):
+        stamp = {"iteration": 0, "epoch": epoch, "batch": 100 * epoch, "batch_in_epoch": 9 - epoch}
+        content = {"state": {"model": {"net.w": torch.ones(2)}, "timestamp": {"Timestamp": stamp}, "seed": epoch}}
+        torch.save(content, path)
+    result = sm.merge(paths, tmp_path / "out.pth")
+    made = torch.load(tmp_path / "out.pth")["state"]
+    assert made["timestamp"] == {"Timestamp": {"iteration": 0, "epoch": 3, "batch": 300, "batch_in_epoch": 6}}
+    assert made["seed"] == 1
+    assert any("state.timestamp = that of input 2" in note for note in result.notes)
+    assert [note for note in result.notes if "plain numbers that differ" in note] == [
+        "kept as the first input has them: state.seed (plain numbers that differ)"
+    ]
+
+
+def test_differing_records_of_a_training_are_recorded(tmp_path: Path) -> None:
+    paths = [tmp_path / "1.pth", tmp_path / "2.pth"]
+    for path, ready in zip(paths, (1, 3), strict=True):
+        torch.save({"state_dict": {"net.w": torch.ones(2)}, "loops": {"fit": {"ready": ready}}}, path)
+    plan = sm.plan(paths, tmp_path / "out.pth")
+    assert [d.names for d in plan.dispositions if d.why.startswith("settings and records")] == [("loops.fit.ready",)]

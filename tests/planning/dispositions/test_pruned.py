@@ -67,10 +67,13 @@ def test_no_bytes_of_what_goes_are_written(tmp_path: Path) -> None:
     assert sm.verify(tmp_path / "out.pth", sample=1.0).recomputed
 
 
-def test_what_has_a_fixed_place_cannot_go(tmp_path: Path) -> None:
+def test_what_has_a_fixed_place_becomes_none(tmp_path: Path) -> None:
     torch.save(Pair({"w": ONES}, {"w": ONES}), tmp_path / "in.pth")
-    with pytest.raises(sm.RecipeError, match=r"1 cannot be left out of this file's container"):
-        sm.convert(tmp_path / "in.pth", tmp_path / "out.pth", only="0")
+    sm.convert(tmp_path / "in.pth", tmp_path / "out.pth", only="0")
+    made = torch.load(tmp_path / "out.pth", weights_only=False)
+    assert type(made) is Pair
+    assert made[1] is None
+    assert sum(each.nbytes for each in sm.inspect(tmp_path / "out.pth").container.storages.values()) == ONES.nbytes
 
 
 def test_a_safetensors_file_has_the_one_state_dict(tmp_path: Path) -> None:

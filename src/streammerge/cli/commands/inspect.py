@@ -8,14 +8,14 @@ import click
 
 from streammerge.cli import options
 from streammerge.cli.reports import show_indexes
-from streammerge.options import Selection
+from streammerge.options import Selecting
 
 
 @click.command(cls=options.GroupedCommand)
 @click.argument("paths", nargs=-1, required=True, type=click.Path(), metavar="PATH...")
 @click.option("--tensors", is_flag=True, help="List names, dtypes, shapes and offsets.")
 @click.option("--recipe", is_flag=True, help="Print the recipe by which it was merged, as YAML.")
-@options.of(Selection)
+@options.of(Selecting)
 @options.report("human", "json", "quiet")
 @options.debug
 def inspect(paths: tuple[str, ...], tensors: bool, recipe: bool, form: str, debug: bool, **typed: Any) -> None:
@@ -24,7 +24,7 @@ def inspect(paths: tuple[str, ...], tensors: bool, recipe: bool, form: str, debu
     from streammerge.checkpoints.index import open_checkpoint  # as api.inspect does, but without importing the merge
     from streammerge.recipe.locations import from_hub_cache
 
-    asked = Selection(**typed)
+    asked = Selecting(**typed)
     found = map(from_hub_cache, expand(list(paths)))
     indexes = [open_checkpoint(path, asked.state_dict, asked.ema or "ignore") for path in found]
     show_indexes(indexes, form, tensors, recipe)

@@ -22,16 +22,18 @@ from streammerge.pickles.state_dict import (
     Found,
     Selection,
     bars,
+    dotted,
+    inside,
     is_measurement,
     is_record,
     is_training_state,
-    joined,
 )
 from streammerge.pickles.tree import MISSING, TensorRef, mapping_items, number, walk
+from streammerge.planning.dispositions.ledger import Fate
 from streammerge.planning.dispositions.pruned import WHY as ONLY
 from streammerge.planning.dispositions.pruned import pruned
 from streammerge.recipe.model import Recipe, Reference
-from streammerge.tensors.conventions import AVERAGED
+from streammerge.tensors.conventions import AVERAGED, PROGRESS
 from streammerge.tensors.matching import match
 from streammerge.tensors.names import is_counter
 
@@ -40,7 +42,9 @@ STALE = "not in every input, so it would be stale"
 AVERAGE = "the chosen weights stand here too"
 LENT = "the input has none"
 OPTIMIZER = "stale after a merge; `keep_optimizer=True` keeps the first input's"
+EMPTIED = "stale after a merge, so None is in its place; `keep_optimizer=True` keeps the first input's"
 NUMBERS = "plain numbers that differ"
+RECORDS = "settings and records of the first input's training, which differ"
 BESIDE = "a safetensors file holds tensors only"
 ONE_COPY = "the output holds one copy of the weights; `state_dict` and `ema` choose it"
 
@@ -71,13 +75,17 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """An entry that is left out, or stays as ``instead``."""
+    """An entry that is left out, or stays as ``instead``. A member of a list or tuple becomes None."""
 
     name: str
     holder: Any
     key: Any
     why: str
     instead: Any = MISSING
+
+    @property
+    def fate(self) -> Fate:
+        return "edited" if self.instead is None else "dropped"
 
 
 @dataclass(slots=True)
@@ -86,7 +94,8 @@ class Entries:
 
     ``averaged``: (name, tensor, name of the chosen tensor that stands in its place). ``kept``: why -> names of tensors that
     are the first input's. ``told``: the same for those that a user must know of. ``foreign``: copies and single tensors
-    that only other inputs have. ``numbers``: plain numbers that differ; they are the first input's.
+    that only other inputs have. ``numbers``: plain numbers that differ; they are the first input's. ``records``: the same
+    in records of the training and in settings.
     """
 
     copies: list[Copy] = field(default_factory=list)
@@ -96,6 +105,7 @@ class Entries:
     told: dict[str, list[str]] = field(default_factory=dict)
     foreign: list[str] = field(default_factory=list)
     numbers: list[str] = field(default_factory=list)
+    records: list[str] = field(default_factory=list)
 
 
 def decide(recipe: Recipe, indexes: Indexes, first: CheckpointIndex) -> Entries:
@@ -281,14 +291,16 @@ class _Deciding:
             nodes = [tree, *(value for _, _, value in trail(tree, candidate.path))]
             parts = (*candidate.path, MISSING) if candidate.others else candidate.path
             for node, part in zip(nodes, parts, strict=False):
-                for key, value in mapping_items(node) or []:
+                holder, items = inside(node)
+                members = isinstance(holder, list | tuple)
+                for key, value in items if members or holder is node else ():
                     if isinstance(value, TensorRef):
                         continue
                     stale = key != part and value is not None and is_training_state(key, value)
-                    if stale and (id(node), key) not in seen:
-                        seen.add((id(node), key))
+                    if stale and (id(holder), key) not in seen:
+                        seen.add((id(holder), key))
                         self.taken.add(id(value))
-                        yield Drop(str(key), node, key, OPTIMIZER)
+                        yield Drop(_shown((key,)), holder, key, EMPTIED if members else OPTIMIZER)
 
     # -- single tensors ---------------------------------------------------------------------------------------------
 
@@ -328,12 +340,11 @@ class _Deciding:
     def _tell_numbers(self) -> None:
         """Notes plain numbers that differ, such as a ``log_alpha``, which may be part of the model."""
         others = [index.extras for index in self.needed if index is not self.first]
-        self.entries.numbers += [
-            ".".join(map(str, path))
-            for path, value in numbers_outside(self.first.extras, self.taken)
-            if not any(map(bars, path)) and not any(map(is_record, path)) and not _is_count(path)
-            if any(number(node_at(tree, path)) not in (None, value) for tree in others)
-        ]
+        for path, value in numbers_outside(self.first.extras, self.taken):
+            known = _is_count(path) or any(isinstance(part, str) and re.fullmatch(PROGRESS, part) for part in path)
+            if not known and any(number(node_at(tree, path)) not in (None, value) for tree in others):
+                quiet = any(map(bars, path)) or any(map(is_record, path))
+                (self.entries.records if quiet else self.entries.numbers).append(_shown(path))
 
     def _foreign_single(self) -> Iterator[str]:
         """Yields the names of the single tensors of other models for which the first checkpoint has nothing."""
@@ -405,6 +416,12 @@ def dropped(
     return Drop(candidate.label, None, None, why)
 
 
+def _shown(path: tuple[Any, ...]) -> str:
+    """Returns the name of an entry. The position in a list or tuple at the top stands in brackets."""
+    first = f"[{path[0]}]" if isinstance(path[0], int) else str(path[0])
+    return ".".join((first, *map(str, path[1:])))
+
+
 def _is_averaged(key: Any) -> bool:
     return isinstance(key, str) and re.fullmatch(AVERAGED, key) is not None
 
@@ -419,7 +436,7 @@ def _chosen_names(index: CheckpointIndex) -> dict[int, str]:
     names = {}
     for candidate in selection.chosen:
         for found in candidate.tensors:
-            name = found.name if len(selection.chosen) == 1 else joined((*candidate.path, found.name))
+            name = found.name if len(selection.chosen) == 1 else dotted((*candidate.path, found.name))
             names[id(found)] = renamed.get(name, name)
     return names
 

@@ -1,8 +1,8 @@
 """What becomes of a trainer's own numbers when its checkpoints are merged.
 
-Counters such as ``step``, ``epoch`` and ``num_updates``, at any level, are the largest of the inputs. Each entry of
-``model_loss`` is the weighted mean, where every input has that number. A hash or an id of the first input is left out. All
-else is the first input's. The lists are in :mod:`streammerge.tensors.conventions`.
+Counters such as ``step``, ``epoch`` and ``num_updates``, at any level, are the largest of the inputs. A time stamp is that
+of the longest training. Each entry of ``model_loss`` is the weighted mean, where every input has that number. A hash or an
+id of the first input is left out. All else is the first input's. The lists are in :mod:`streammerge.tensors.conventions`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 from streammerge.errors import printable
 from streammerge.pickles.repickle import Edit
 from streammerge.pickles.state_dict import is_training_state
-from streammerge.pickles.tree import number
+from streammerge.pickles.tree import TensorRef, mapping_items, number, walk
 from streammerge.planning.dispositions.ledger import Dispositions
-from streammerge.tensors.conventions import COUNTERS, FACTS
+from streammerge.tensors.conventions import COUNTERS, FACTS, PROGRESS
 
 _SETTINGS = re.compile(r"(?i)(.*_)?(configs?|cfg|args|opts?|options|hparams|(hyper_?)?param(eter)?s)")
 _DEEPEST = 4
@@ -49,12 +49,30 @@ def _merge_counters(nodes: list[Any], prefix: str, edit: Edit) -> list[str]:
             if max(values) != number(value):
                 edit.values[id(first), key] = max(values)
                 said.append(f"{prefix}{key} = {max(values)}")
+        elif isinstance(key, str) and re.fullmatch(PROGRESS, key) and all(map(_is_plain_record, below)):
+            longest = max(range(len(below)), key=lambda place: _counters_in(below[place]))
+            if _counters_in(below[longest]) > _counters_in(value):
+                edit.values[id(first), key] = below[longest]
+                said.append(f"{prefix}{key} = that of input {longest + 1}")
         elif isinstance(value, dict) and prefix.count(".") < _DEEPEST and _has_counters(key, value):
             said += _merge_counters(below, f"{prefix}{printable(key)}.", edit)
         elif _are_records(below) and prefix.count(".") < _DEEPEST and _has_counters(key, value):
             for place, records in enumerate(zip(*below, strict=True)):
                 said += _merge_counters(list(records), f"{prefix}{printable(key)}.{place}.", edit)
     return said
+
+
+def _is_plain_record(node: Any) -> bool:
+    return isinstance(node, dict) and not any(isinstance(each, TensorRef) for _, each in walk(node))
+
+
+def _counters_in(record: Any) -> list[float]:
+    """Returns the counters of a record at any depth, in its order."""
+    found: list[float] = []
+    for key, value in mapping_items(record) or ():
+        count = number(value) if key in COUNTERS else None
+        found += _counters_in(value) if count is None else [count]
+    return found
 
 
 def _are_records(nodes: list[Any]) -> bool:

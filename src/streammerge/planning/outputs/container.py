@@ -19,12 +19,12 @@ from streammerge.planning.aligned import Merged, MergedTensors
 from streammerge.planning.alignment import Alignment
 from streammerge.planning.dispositions.entries import left_behind
 from streammerge.planning.dispositions.ledger import Dispositions
-from streammerge.planning.outputs.layout import Layout, Output, Placed, PlacedTensors, blank_sums, metadata_of
+from streammerge.planning.outputs.layout import Layout, Placed, PlacedTensors, PlannedOutput, blank_sums, metadata_of
 from streammerge.planning.outputs.pickled import PLAIN_ENDINGS, pickled_output
 from streammerge.planning.receipt import ITSELF, Receipt, escaped, input_files, planned
 from streammerge.planning.views import Indexes
 from streammerge.recipe.document import to_json
-from streammerge.recipe.locations import resolved, travelling_names
+from streammerge.recipe.locations import travelling, travelling_names
 from streammerge.recipe.model import Recipe
 from streammerge.stores.base import Location
 from streammerge.stores.checksums import CRC32, CRC32C
@@ -55,7 +55,7 @@ def container_of(out: Location, first: CheckpointIndex | None = None) -> str:
     )
 
 
-def plan_output(out: Location, recipe: Recipe, indexes: Indexes, alignment: Alignment, hashed: bool) -> Output:
+def plan_output(out: Location, recipe: Recipe, indexes: Indexes, alignment: Alignment, hashed: bool) -> PlannedOutput:
     """Plans the output of these tensors under the name ``out``. Pure: nothing is written.
 
     ``hashed``: the receipt holds the SHA-256 of whole input files.
@@ -65,7 +65,7 @@ def plan_output(out: Location, recipe: Recipe, indexes: Indexes, alignment: Alig
     names = travelling_names(recipe)
     inputs = input_files({names[each.path]: index for each, index in indexes.items()})
     receipt = planned(
-        json.loads(to_json(resolved(recipe).to_dict())),
+        json.loads(to_json(travelling(recipe).to_dict())),
         inputs,
         recipe.seed,
         CRC32 if kind == "pickle" or (kind == "folder" and _is_pickled_folder(recipe, first)) else CRC32C,
@@ -86,7 +86,7 @@ def _planned(
     indexes: Indexes,
     alignment: Alignment,
     receipt: Receipt,
-) -> Output:
+) -> PlannedOutput:
     merged = alignment.merged
     if kind != "folder" and len(first.parts) > 1:
         models = listed([each or "." for each in first.parts])
@@ -119,9 +119,9 @@ def _planned(
     file = replace(file, receipt=escaped(receipt.text()))
     layout = Layout((file,), receipt)
     if isinstance(merged, MergedTensors):
-        return Output(layout, [PlacedTensors(merged, 0, starts)], dispositions=dispositions)
+        return PlannedOutput(layout, [PlacedTensors(merged, 0, starts)], dispositions=dispositions)
     placed = [Placed(spec, m, 0, start) for (spec, m), start in zip(specs.values(), starts, strict=True)]
-    return Output(layout, placed, dispositions=dispositions)
+    return PlannedOutput(layout, placed, dispositions=dispositions)
 
 
 def _beside(first: CheckpointIndex) -> list[str]:
@@ -142,7 +142,7 @@ def _is_pickled_folder(recipe: Recipe, first: CheckpointIndex) -> bool:
     return is_pickled(recipe, first)
 
 
-def _folder(*planned: Any) -> Output:
+def _folder(*planned: Any) -> PlannedOutput:
     from streammerge.planning.outputs.folder import folder_output
 
     return folder_output(*planned)

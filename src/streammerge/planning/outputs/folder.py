@@ -20,16 +20,16 @@ from streammerge.formats.base import Form, LayoutFile, Literal
 from streammerge.formats.folder import form_of_file, is_looked_for
 from streammerge.options import RECEIPT_FILE, RECIPE_FILE
 from streammerge.pickles.tree import mapping_items
-from streammerge.planning.aligned import Merged, MergedTensors, Way, named, unlike
+from streammerge.planning.aligned import Merged, MergedTensors, Way, named, names_of, unlike
 from streammerge.planning.alignment import Alignment
 from streammerge.planning.dispositions.files import NOT_MERGED, Copies, decide, parts_of
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.config import config_files
 from streammerge.planning.outputs.layout import (
     Layout,
-    Output,
     Placed,
     PlacedTensors,
+    PlannedOutput,
     blank_sums,
     metadata_of,
     recipe_record,
@@ -84,7 +84,7 @@ def folder_output(
     alignment: Alignment,
     receipt: Receipt,
     dispositions: Dispositions,
-) -> Output:
+) -> PlannedOutput:
     """Plans the output folder. Raises RecipeError for what the container of the first input cannot hold."""
     made = _Folder(recipe, indexes, dispositions)
     parts = parts_of(base)
@@ -110,7 +110,7 @@ def folder_output(
     file = text_file(RECEIPT_FILE, receipt.text(2))
     made.files.append(replace(file, receipt=file.literals[0].data))
     layout = Layout(tuple(made.files), receipt, True, tuple(copied), made.pickle_bytes)
-    return Output(layout, made.placed, made.notes, dispositions=dispositions)
+    return PlannedOutput(layout, made.placed, made.notes, dispositions=dispositions)
 
 
 def _own_alignment(
@@ -186,9 +186,7 @@ class _Folder:
         """Adds the files of one model: its tensors, its index, its configuration."""
         own, whole = aligned
         prefix, form, place = f"{name}/" if name else "", _form(self.recipe, part), folder and folder / name
-        moved = bool(own.restacked) or any(
-            m.base_names[0] not in part.entries for m in unlike(own.merged) if not m.added
-        )
+        moved = bool(own.restacked) or any(m.base_names[0] not in part.entries for m in unlike(own.merged) if not m.added)
         pickled = _is_pickled(self.recipe, part)
         flat = pickled and _is_flat(part)
         tied = set() if pickled else _tied_by_loader(own.merged, part.path)
@@ -199,7 +197,7 @@ class _Folder:
         outer = {id(m): each for m, each in zip(own.merged, whole, strict=True)} if own.merged is not whole else {}
         index: dict[str, str] = {}
         for file, members in groups.items():
-            index.update((each, file) for each, _ in named(members))
+            index |= dict.fromkeys(names_of(members), file)
             index.update((each, file) for m in unlike(members) if m.tied for each in m.tied if each not in tied)
             if pickled:
                 self._add_pickled(prefix, file, part, replace(own, merged=members), flat and (moved or len(groups) > 1))
@@ -292,9 +290,10 @@ def _by_file(
     files = {folder / name: name for name in form.files}
     grouped: dict[str, list[int]] = {}
     home: str | None = None
+    near: object = None
     for number, (added, path) in enumerate(_origins(part, own.merged)):
-        if not (added and home):  # an added tensor goes along with the one before it
-            home = files.get(path)
+        if path is not near and not (added and home):  # an added tensor goes along with the one before it
+            near, home = path, files.get(path)
         if home is None:
             return None
         grouped.setdefault(home, []).append(number)

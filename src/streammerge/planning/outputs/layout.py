@@ -15,7 +15,7 @@ from streammerge.planning.aligned import Merged, MergedTensors
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.receipt import InputSpans, Receipt
 from streammerge.recipe.document import to_json
-from streammerge.recipe.locations import resolved
+from streammerge.recipe.locations import travelling
 from streammerge.recipe.model import Recipe
 from streammerge.sources.base import Source
 from streammerge.stores.base import Location
@@ -61,7 +61,7 @@ class PlacedTensors:
 
 
 @dataclass(slots=True)
-class Output:
+class PlannedOutput:
     """The layout, the tensors with their places, and notes for the user. ``inputs``: see :class:`Plan`.
 
     ``dispositions``: of all that the receipt records.
@@ -77,7 +77,7 @@ class Output:
 def recipe_record(recipe: Recipe) -> dict[str, Any] | None:
     """Returns the recipe that made the output, without paths of this machine. Returns None for a conversion."""
     conversion = recipe.merge_method is COPY and len(recipe.checkpoints) == 1
-    return None if conversion else resolved(recipe).to_dict()
+    return None if conversion else travelling(recipe).to_dict()
 
 
 def metadata_of(recipe: Recipe, first: CheckpointIndex) -> dict[str, str]:

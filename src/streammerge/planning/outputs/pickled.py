@@ -14,14 +14,14 @@ from streammerge.options import RECEIPT_KEY, RECIPE_KEY
 from streammerge.pickles.arrays import array_over, is_array, native, numpy_dtype
 from streammerge.pickles.repickle import Edit, storage_ref, stream
 from streammerge.pickles.state_dict import Found
-from streammerge.pickles.tree import Blank, OrderedTree, StorageRef, TensorRef, mapping_items, walk
+from streammerge.pickles.tree import Blank, Enclosed, OrderedTree, StorageRef, TensorRef, mapping_items, walk
 from streammerge.planning.aligned import Merged
 from streammerge.planning.alignment import Alignment
 from streammerge.planning.copies import AlignedCopy, align_copies, record_entries
 from streammerge.planning.dispositions.entries import Entries, decide
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.bookkeeping import drop_facts, merge_bookkeeping
-from streammerge.planning.outputs.layout import Layout, Output, Placed, blank_sums, recipe_record
+from streammerge.planning.outputs.layout import Layout, Placed, PlannedOutput, blank_sums, recipe_record
 from streammerge.planning.receipt import ITSELF, Receipt
 from streammerge.planning.views import Indexes
 from streammerge.recipe.document import to_yaml
@@ -53,7 +53,7 @@ class PickledFile:
 
 def pickled_output(
     name: str, recipe: Recipe, base: CheckpointIndex, indexes: Indexes, alignment: Alignment, receipt: Receipt
-) -> Output:
+) -> PlannedOutput:
     made = receipt
 
     def beside(sums: str, dispositions: Dispositions) -> dict[str, bytes]:
@@ -65,7 +65,7 @@ def pickled_output(
 
     planned = pickled_file(name, recipe, base, indexes, alignment, beside)
     layout = Layout((planned.file,), made, pickle_bytes=planned.pickle_bytes)
-    return Output(layout, planned.placed, planned.notes, dispositions=planned.dispositions)
+    return PlannedOutput(layout, planned.placed, planned.notes, dispositions=planned.dispositions)
 
 
 def pickled_file(
@@ -87,7 +87,7 @@ def pickled_file(
             f"{printable(base.path)} is a TorchScript archive, which is code and cannot be written again; "
             "write a .safetensors file, or a .pth with a plain checkpoint as the first input"
         )
-    plain = name.endswith(PLAIN_ENDINGS) and not base.format.startswith("PyTorch")
+    plain = _is_plain(name, base)
     tree, holders = _tree(base, merged, flat, plain)
     moved = alignment.restacked or any(m.base_names[0] not in base.entries for m in merged if not m.added)
     if holders is None and moved:
@@ -96,7 +96,7 @@ def pickled_file(
             "write a .safetensors file or a folder"
         )
     edit = Edit()
-    builder = _Builder(edit, plain)
+    builder = _Builder(edit, plain, plain and holders is not None)
     notes: list[str] = []
     dispositions = Dispositions()
     dispositions.update(alignment.dispositions)
@@ -144,6 +144,13 @@ def pickled_file(
     return PickledFile(file, placed, notes, dispositions, sums, _COPIES * pickle_bytes)
 
 
+def _is_plain(name: str, base: CheckpointIndex) -> bool:
+    """Whether an output is a plain pickle: by its name, or since the first input is one and has such a name."""
+    if name.endswith(PLAIN_ENDINGS):
+        return not base.format.startswith("PyTorch")
+    return base.format == plain_pickle.NAME and not base.in_memory and name.endswith(base.path.suffix or name)
+
+
 def _tree(base: CheckpointIndex, merged: list[Merged], flat: bool, plain: bool) -> tuple[Any, dict[str, Merged] | None]:
     """Returns the first input's own tree, or a flat state dict if the first input has no tree that can be written.
 
@@ -163,11 +170,11 @@ def _tree(base: CheckpointIndex, merged: list[Merged], flat: bool, plain: bool) 
 class _Builder:
     """Gives every tensor of a pickle its own bytes: a storage, or for an array of numpy a blank in the pickle.
 
-    ``plain``: the output is a plain pickle, in which every tensor is an array.
+    ``plain``: the output is a plain pickle, in which storages are blanks too. ``arrays``: every tensor is an array.
     """
 
-    def __init__(self, edit: Edit, plain: bool) -> None:
-        self.edit, self.plain = edit, plain
+    def __init__(self, edit: Edit, plain: bool, arrays: bool) -> None:
+        self.edit, self.plain, self.arrays = edit, plain, arrays
         self.storages: dict[str, tuple[str, int]] = {}
         self.tensors: dict[str, tuple[TensorSpec, Merged | None, Source | None]] = {}
         self._merged: dict[str, Merged] = {}
@@ -194,12 +201,13 @@ class _Builder:
         self.tensors[label] = (spec, merged, source)
         if as_array:
             return Blank.of(label, spec.nbytes)
-        key = str(len(self.storages))
+        key = label if self.plain else str(len(self.storages))
         self.storages[label] = (key, spec.nbytes)
-        return storage_ref(key, spec.dtype, spec.numel)
+        made = storage_ref(key, spec.dtype, spec.numel)
+        return Enclosed(key, made.dtype, made.numel) if self.plain else made
 
     def _fresh(self, spec: TensorSpec, storage: StorageRef, like: TensorRef | None) -> TensorRef:
-        if isinstance(storage, Blank):
+        if isinstance(storage, Blank) and not isinstance(storage, Enclosed):
             return array_over(storage, spec.dtype, spec.shape, like, self._dtype(spec, like))
         made = TensorRef(storage, spec.dtype, 0, spec.shape, contiguous_strides(spec.shape))
         if like is not None:
@@ -223,7 +231,7 @@ class _Builder:
         """Returns a tensor over the bytes of the merged tensor ``name``: an array if ``node`` is one, else with its
         wrapper."""
         spec = self._merged[name].spec
-        return self._fresh(spec, self._home(name, self.plain or is_array(node)), node)
+        return self._fresh(spec, self._home(name, self.arrays or is_array(node)), node)
 
     def added(self, name: str, like: TensorRef) -> TensorRef:
         """Returns the merged tensor ``name`` for a new entry: an array if its neighbour ``like`` is one."""
@@ -246,7 +254,7 @@ class _Builder:
         A tensor that is a merged tensor under another path becomes that one. ``home``: base name -> merged name.
         """
         merged = {base.entries[name].place: made for name, made in home.items()}
-        nodes = list(walk(tree, self.edit.dropped | set(self.edit.values)))
+        nodes = list(walk(tree, self.edit.skipped()))
         for path, node in nodes:
             if id(node) in self.edit.replaced:
                 continue
@@ -260,14 +268,14 @@ class _Builder:
                     continue
                 storage = self._copies.get(entry.place)
                 if storage is None:
-                    storage = self._place(entry.spec, None, entry, self.plain or is_array(node))
+                    storage = self._place(entry.spec, None, entry, self.arrays or is_array(node))
                     self._copies[entry.place] = storage
                 self.edit.replaced[id(node)] = self._fresh(entry.spec, storage, node)
             elif isinstance(node, StorageRef):
                 octets = TensorRef(StorageRef(node.key, None, node.nbytes), DType.U8, 0, (node.nbytes,), (1,))
                 entry = base.container.locate(f"storage {node.key}", octets)
-                key = self._place(entry.spec, None, entry, as_array=False).key
-                self.edit.replaced[id(node)] = StorageRef(key, node.dtype, node.numel)
+                made = self._place(entry.spec, None, entry, as_array=False)
+                self.edit.replaced[id(node)] = type(made)(made.key, node.dtype, node.numel)
 
 
 def _edit_first(
@@ -326,7 +334,9 @@ def _edit_beside(
             else:
                 _drop(copy.output_name(name), found.holder, found.key, edit)
     for drop in entries.drops:
-        if drop.instead is None:
+        if isinstance(drop.holder, list | tuple):
+            edit.emptied.setdefault(id(drop.holder), set()).add(drop.key)
+        elif drop.instead is None:
             edit.values[id(drop.holder), drop.key] = None
         else:
             _drop(drop.name, drop.holder, drop.key, edit)

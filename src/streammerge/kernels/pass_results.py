@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from streammerge.kernels.chunk import T
 
 
-class Record:
+class PassResults:
     """Pickled results of passes, in the order in which the method makes them."""
 
     def __init__(self, results: Iterable[bytes] = ()) -> None:

@@ -1,0 +1,37 @@
+"""NaN and infinity in results, counted by the input that they come from."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from streammerge.kernels.agreed import AGREED, count_nonfinite, origins
+from streammerge.kernels.chunk import Chunk, Kernel
+from streammerge.running.workspace import Inputs
+
+if TYPE_CHECKING:
+    import torch
+
+
+def may_be_nonfinite(out: torch.Tensor) -> bool:
+    """Whether there may be NaN or infinity. The sum is finite only if all terms are; it may also overflow by itself."""
+    if out.element_size() == 1:
+        out = out.float()
+    return not math.isfinite(out.sum().item())
+
+
+def nonfinite_of(out: torch.Tensor, kernel: Kernel, row: int, chunk: Chunk, source: Inputs) -> dict[str, int]:
+    """Counts the non-finite numbers by the file that they come from. An overflow, which no input has, is counted under
+    "the result".
+
+    Numbers that all inputs agree on are put into the result first, and are counted under AGREED.
+    """
+    if not count_nonfinite(out):
+        return {}
+    counts: dict[str, int] = {}
+    settled = chunk.settle(kernel, row, out)
+    if settled:
+        counts[AGREED] = settled
+    for name, count in origins(out, settled, source.read, len(source), chunk.start, source.origin):
+        counts[name] = counts.get(name, 0) + count
+    return counts
