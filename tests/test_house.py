@@ -17,7 +17,7 @@ SOURCE = Path(sm.__file__).parent
 ROOMS = (
     "errors", "events", "units", "version", "strict_json", "plugins",  # words
     "stores", "options", "tensors", "kernels", "methods", "sources", "pickles", "formats", "recipe", "checkpoints",
-    "planning", "running", "verifying", "signatures", "api", "cli", "__init__", "__main__",
+    "planning", "running", "requests", "verifying", "progress", "signatures", "api", "cli", "__init__", "__main__",
 )  # fmt: skip
 """Rooms from the bottom up. A room imports only from rooms before it."""
 
@@ -77,7 +77,7 @@ def test_no_room_holds_a_circle() -> None:
 
 
 PUBLIC = """
-    convert inspect list_methods merge plan verify
+    convert inspect list_methods location merge methods plan verify
     Chunk Kernel MergeMethod TensorGroup merge_method
     CheckpointIndex Plan Recipe Result Source TensorSpec Verified
     SafetensorsWriter

@@ -28,10 +28,18 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[type[Options], ...]]] = {
     "verify": (sm.verify, VERIFY),
     "inspect": (sm.inspect, (Selecting,)),
 }
-GIVEN_OTHERWISE = {"inputs", "out", "path", "paths", "recipe", "listener"}
+GIVEN_OTHERWISE = {"inputs", "out", "path", "paths", "recipe", "listener", "progress"}
 """Arguments that are no options: what is merged, where to, and who is told."""
 HOW_SHOWN = {"form", "debug", "no_progress", "dry_run", "tensors", "recipe"}
 """Options of the command line that are about what it shows."""
+
+
+ACCEPTED = {"Sequence[float]": "Iterable[SupportsFloat]", "int": "SupportsIndex", "float": "SupportsFloat"}
+"""Types that an option holds -> wider types that a function accepts for it, numpy's and torch's numbers among them."""
+
+
+def accepted(annotation: str) -> str:
+    return re.sub(r"Sequence\[float\]|(?<!\[)\b(?:int|float)\b", lambda found: ACCEPTED[found[0]], annotation)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -43,7 +51,7 @@ def test_a_signature_says_what_the_classes_say(name: str) -> None:
     own = GIVEN_OTHERWISE - options.keys()
     keywords = [each for each in signature.values() if each.name not in own]
     assert [(each.name, each.annotation, each.default) for each in keywords] == [
-        (each.name, each.annotation, each.default) for each in options.values()
+        (each.name, accepted(each.annotation), each.default) for each in options.values()
     ]
     described = inspect.getdoc(function) or ""
     assert all(f"``{each.name}``" in described and each.doc in described for each in options.values())
@@ -77,7 +85,7 @@ def test_what_overrides_a_recipe_is_described_in_it_alike() -> None:
 
 def test_sentences_of_the_library_name_options_that_exist() -> None:
     """In backquotes, as Python writes them: `name` or `name=value`; no sentence of the library names a flag."""
-    known = {*options_of(*MERGE, *CONVERT, *VERIFY), "out", "listener", "inputs", "path"}
+    known = {*options_of(*MERGE, *CONVERT, *VERIFY), "out", "listener", "progress", "inputs", "path"}
     found = set()
     for path in SOURCE.rglob("*.py"):
         tree = ast.parse(path.read_text())

@@ -213,6 +213,7 @@ def test_converting_first_is_done_as_politely_and_by_the_same_executor(
 ) -> None:
     """Fault 8 of the house before: the conversion ran on threads, and left the page cache full."""
     from streammerge import api
+    from streammerge.requests import conversions
 
     seen = []
 
@@ -222,6 +223,7 @@ def test_converting_first_is_done_as_politely_and_by_the_same_executor(
 
     real = api.execute
     monkeypatch.setattr(api, "execute", executed)
+    monkeypatch.setattr(conversions, "execute", executed)
 
     def own(workers: int) -> ThreadExecutor:
         return ThreadExecutor(workers)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from streammerge.methods.contracts import MergeMethod as MergeMethod
     from streammerge.methods.contracts import merge_method as merge_method
     from streammerge.methods.registry import list_methods as list_methods
+    from streammerge.methods.registry import methods as methods
     from streammerge.planning.plan import Plan as Plan
     from streammerge.recipe.model import Recipe as Recipe
     from streammerge.running.execution import Result as Result
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from streammerge.sources.base import Source as Source
     from streammerge.stores.base import Location as Location
     from streammerge.stores.base import Store as Store
+    from streammerge.stores.locations import location as location
     from streammerge.stores.memory import memory_store as memory_store
     from streammerge.stores.registry import register_store as register_store
     from streammerge.tensors.spec import TensorSpec as TensorSpec
@@ -53,6 +55,7 @@ _PLACES = {
     "formats.detect": "file_format",
     "kernels.chunk": "Chunk Kernel",
     "kernels.group": "TensorGroup",
+    "methods": "methods",
     "methods.contracts": "MergeMethod merge_method",
     "methods.registry": "list_methods",
     "planning.plan": "Plan",
@@ -61,6 +64,7 @@ _PLACES = {
     "running.executors.base": "Executor",
     "running.executors.registry": "executor",
     "stores.base": "Location Store",
+    "stores.locations": "location",
     "stores.memory": "memory_store",
     "stores.registry": "register_store",
     "sources.base": "Source",
@@ -77,7 +81,10 @@ def __getattr__(name: str) -> Any:
     """The public names, each loaded when it is first asked for: the command line's --help needs none of them."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    module = import_module(f"{__name__}.{_HOMES[name]}")
+    if name == _HOMES[name]:  # a room that can be called
+        return module
+    value = globals()[name] = getattr(module, name)
     return value
 
 

@@ -35,10 +35,6 @@ IO: tuple[str, ...] = get_args(Io)
 DEFAULT_MEMORY = "512MiB"
 _LEAST_BUDGET = 1 << 20
 
-RECIPE_FILE, RECEIPT_FILE = "streammerge.yaml", "streammerge.json"
-RECIPE_KEY, RECEIPT_KEY = "streammerge", "streammerge_receipt"
-"""The names of an output's recipe and receipt, as keys of metadata, as files, and as records of an archive."""
-
 
 @dataclass(frozen=True, slots=True)
 class OptionKind:

@@ -45,7 +45,9 @@ def takes(*groups: type[Options]) -> Callable[[Callable[P, R]], Callable[P, R]]:
 
 
 _ELSEWHERE = {
-    **dict.fromkeys(("progress", "verbose", "callback"), "pass `listener=`, a function that is called with each event"),
+    **dict.fromkeys(
+        ("verbose", "callback"), "pass `progress=True`, or `listener=`, a function that is called with each event"
+    ),
     "device": "streammerge computes on CPUs, so there is no device to choose",
 }
 """What people pass -> what to say about it."""

@@ -1,20 +1,24 @@
-"""Progress without a terminal. test_main.py shows the bar on a terminal."""
+"""What a command tells while it runs, and what it says of kept work in the end. main's tests show a whole run."""
 
 from __future__ import annotations
 
 import json
-import re
+import signal
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from streammerge.cli import progress
+import streammerge as sm
+from streammerge.cli.failures import notes_of
 from streammerge.cli.progress import Progress
-from streammerge.events import Event, Resumed, RunFinished, RunStarted, Syncing, TaskDone, Told
+from streammerge.cli.signals import Stopped
+from streammerge.events import Event, Published, RunFinished, RunStarted, Suspended, Syncing, TaskDone, Told
 
 RUN: list[Event] = [
     RunStarted(6_000_000_000, 2_000_000_000, 512 << 20, 3),
     TaskDone("a", 1_200_000_000, 400_000_000, 300 << 20),
-    TaskDone("b", 1_800_000_000, 600_000_000, 300 << 20),
     Syncing(),
     RunFinished(1.0),
 ]
@@ -27,13 +31,8 @@ def shown(form: str, enabled: bool, capsys: pytest.CaptureFixture[str]) -> list[
     return capsys.readouterr().err.splitlines()
 
 
-def test_a_log_has_a_line_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert shown("human", True, capsys) == [], "of what is over in half a minute nothing is said"
-    monkeypatch.setattr(progress, "_LOG_SECONDS", 0.0)
-    lines = shown("human", True, capsys)
-    assert [line.partition(",")[0].strip() for line in lines] == ["20% of 6.0 GB read", "50% of 6.0 GB read"]
-    assert all(re.search(r", [\d.]+ [kMGT]?B/s, memory [\d.]+ \w+ of 512 MiB$", line) for line in lines)
-    assert shown("human", False, capsys) == shown("quiet", True, capsys) == []
+def test_a_short_run_needs_no_line_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown("human", True, capsys) == shown("human", False, capsys) == shown("quiet", True, capsys) == []
 
 
 def test_other_programs_get_every_event(capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,12 +52,42 @@ def test_what_a_run_tells_is_said_at_once_and_once(capsys: pytest.CaptureFixture
     assert capsys.readouterr().err == ""
 
 
-def test_after_a_resume_the_rate_counts_what_is_read_now(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(progress, "_LOG_SECONDS", 0.0)
-    monkeypatch.setattr(progress.time, "monotonic", iter(range(0, 100, 10)).__next__)
-    with Progress("human") as listener:
-        for event in (RUN[0], Resumed(1_000_000_000, 3_000_000_000), TaskDone("a", 1_200_000_000, 1, 300 << 20)):
-            listener(event)
-    assert capsys.readouterr().err.startswith(" 70% of 6.0 GB read, 120 MB/s")
+@pytest.mark.parametrize("form", ["human", "json"])
+def test_an_error_says_what_is_kept(form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(OSError, match="full") as caught, Progress(form, enabled=False) as listener:
+        listener(Suspended(1_000_000, 4_000_000))
+        raise OSError("full")
+    said = "1.0 MB of 4.0 MB are kept; the same command goes on from there:\n  streammerge"
+    assert notes_of(caught.value)[0].startswith(said)
+    assert capsys.readouterr().err.startswith(f"note: {said}" if form == "human" else "\0") == (form == "human")
+
+
+def test_a_signal_says_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this run, or of an earlier one if this run had not begun to write."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file({f"w{number}": torch.randn(200, 300) for number in range(8)}, name)
+
+    def outcome(*events: Event, out: str | None = "sub/../out.safetensors") -> str:
+        with pytest.raises(Stopped) as caught, Progress("human") as listener:
+            listener.out = out
+            for event in events:
+                listener(event)
+            raise Stopped(signal.SIGINT)
+        return caught.value.outcome
+
+    (tmp_path / "sub").mkdir()
+    assert outcome() == outcome(out=None) == outcome(out="memory://x") == "nothing was written"
+    assert outcome(Published()) == "the output is there, whole"
+    assert outcome(Suspended(1, 2)).startswith("1 bytes of 2 bytes are kept; the same command goes on")
+    assert outcome(Suspended(1, 2), RUN[0]) == "nothing was written", "a conversion was interrupted, a merge was not"
+
+    def stop(event: Event) -> None:
+        if isinstance(event, TaskDone):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sm.merge(["a.safetensors", "b.safetensors"], "out.safetensors", workers=1, listener=stop)
+    kept = outcome()
+    assert kept.startswith("nothing new was written; 240 kB of an earlier run are kept, and the command of that run")
+    assert outcome(out="other.safetensors") == "nothing was written"

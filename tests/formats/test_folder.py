@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
-import re
 import shutil
 import socket
 from collections.abc import Callable
@@ -18,8 +16,6 @@ from safetensors.torch import save_file
 
 import streammerge as sm
 from formats.suite import FormatSuite, Tensors
-from streammerge.formats import folder as module
-from streammerge.strict_json import load_json
 
 
 def shards(folder: Path, state: dict[str, torch.Tensor], pickled: bool = False) -> Path:
@@ -564,28 +560,35 @@ def test_a_generator_and_a_discriminator_are_no_parts_of_one_checkpoint(tmp_path
         sm.inspect(tmp_path)
 
 
-def test_a_usual_index_is_read_as_json() -> None:
-    """The quick reader of a weight map accepts nothing that the strict one refuses, and reads nothing otherwise."""
-    content = {"metadata": {"total_size": 7}, "weight_map": {"a.0": "x-1.safetensors", "ü": "y", "c": "x-1.safetensors"}}
-    draw, accepted = random.Random(0), 0
-    for indent in (None, 2):
-        for text in (json.dumps(content, indent=indent, ensure_ascii=False), json.dumps({"weight_map": {"a": "b"}})):
-            assert module._usual_weight_map(text) == json.loads(text)["weight_map"]
-            for _ in range(4000):
-                at = draw.randrange(len(text))
-                put = draw.choice(["", '"', ",", "}", "{", "\\", "\n", "\v", " ", "a"])
-                changed = text[:at] + put + text[at + draw.randint(0, 2) :]
-                try:
-                    made = module._usual_weight_map(changed)
-                except ValueError as error:
-                    with pytest.raises(ValueError, match=re.escape(str(error)[:9])):
-                        load_json(changed)
-                    continue
-                if made is not None:
-                    accepted += 1
-                    assert made == load_json(changed)["weight_map"], changed
-    assert accepted > 1000
-    twice = '{"weight_map": {"a": "x", "a": "y"}}'
-    inner = '{"b": {"weight_map": {"a": "x"}}}'
-    for text in (twice, inner, '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "{}", ""):
-        assert module._usual_weight_map(text) is None
+def in_training(folder: Path, seed: int, beside: str = "optimizer.bin") -> Path:
+    """Makes a folder as accelerate's ``save_state`` does in diffusers' training scripts."""
+    for number, name in enumerate(("unet", "unet_ema")):
+        (folder / name).mkdir(parents=True)
+        save_file(trained(seed + number), folder / name / "diffusion_pytorch_model.safetensors")
+        (folder / name / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    torch.save({"state": {}}, folder / beside)
+    (folder / "logs").mkdir()
+    return folder
+
+
+def test_models_beside_the_state_of_a_training_are_merged_one_by_one(tmp_path: Path) -> None:
+    paths = [in_training(tmp_path / "checkpoint-1", 1), in_training(tmp_path / "checkpoint-2", 5)]
+    assert sm.inspect(paths[0]).format == "training folder of 2 models"
+    result = sm.merge(paths, tmp_path / "out", integers="first")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir()) == ["unet", "unet_ema"]
+    for number, name in enumerate(("unet", "unet_ema")):
+        made = load_safetensors(tmp_path / "out" / name / "diffusion_pytorch_model.safetensors")
+        one, two = trained(1 + number), trained(5 + number)
+        wanted = {n: mean([one[n], two[n]], [1, 1]) if one[n].is_floating_point() else one[n] for n in one}
+        assert {n: octets(t) for n, t in made.items()} == {n: octets(t) for n, t in wanted.items()}
+    assert any("optimizer.bin" in note and "state of a training run" in note for note in result.notes)
+    sm.merge([tmp_path / "out", paths[0]], tmp_path / "again", integers="first")
+    with pytest.raises(sm.RecipeError, match="give one of the subfolders"):
+        sm.merge(paths, tmp_path / "out.safetensors")
+
+
+def test_subfolders_of_models_without_a_training_are_not_guessed_to_belong_together(tmp_path: Path) -> None:
+    folder = in_training(tmp_path / "mine", 1, "notes.bin")
+    (folder / "notes.bin").unlink()
+    with pytest.raises(sm.FormatError, match="its subfolders unet, unet_ema do, so give one of them"):
+        sm.inspect(folder)

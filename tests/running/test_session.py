@@ -267,7 +267,9 @@ def test_without_resume_nothing_is_taken_up_and_nothing_stays(pair: list[Path], 
 def test_a_run_that_has_kept_nothing_leaves_nothing(
     pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The disk is thought so slow that what is finished cannot be synced in time."""
     monkeypatch.setattr(journal, "INTERVAL_SECONDS", 60)
+    monkeypatch.setattr(journal, "_FIRST_RATE", 1e-3)
 
     def listen(event: object) -> None:
         if type(event).__name__ == "TaskDone":
@@ -807,6 +809,70 @@ def test_a_signal_stops_in_time_and_says_how_to_go_on(
     )
     assert "continued an interrupted run" in done.stderr
     assert left_over(out) == []
+
+
+AT_ONCE = SLOWLY.replace("INTERVAL_SECONDS = 0.01", "INTERVAL_SECONDS = 60")
+
+
+def test_a_signal_keeps_all_that_was_finished(large: Path, tmp_path: Path) -> None:
+    """No sync was due before the signal, so the last one has to keep it all."""
+    out = tmp_path / "out.safetensors"
+    command = ["merge", "0.safetensors", "1.safetensors", "-o", str(out), "--format", "json"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", AT_ONCE, *command],
+        cwd=large,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_signals,
+    )
+    assert process.stderr is not None
+    events: list[dict[str, Any]] = []
+    while sum(each["event"] == "TaskDone" for each in events) < 6:
+        events.append(json.loads(process.stderr.readline()))
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    said, rest = process.communicate(timeout=20)
+    assert time.monotonic() - began < 2
+    events += map(json.loads, rest.splitlines())
+    done = sum(each["written_bytes"] for each in events if each["event"] == "TaskDone")
+    (suspended,) = [each for each in events if each["event"] == "Suspended"]
+    assert done > 0
+    assert suspended["kept_bytes"] >= done
+    error = json.loads(said)["error"]
+    assert (error["class"], error["exit_code"]) == ("Interrupted", 130)
+    assert re.match(r"interrupted; [^;]* are kept; the same command goes on from there", error["message"])
+    again = subprocess.run(
+        [sys.executable, "-m", "streammerge", *command], cwd=large, capture_output=True, text=True, timeout=120, check=True
+    )
+    (resumed,) = [each for each in map(json.loads, again.stderr.splitlines()) if each["event"] == "Resumed"]
+    assert resumed["kept_bytes"] == suspended["kept_bytes"]
+
+
+def test_a_signal_before_the_first_byte_says_what_an_earlier_run_has_kept(large: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    interrupt([large / "0.safetensors", large / "1.safetensors"], out)
+    kept = journalled(out)
+    stop = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    early = f"""
+import sys
+from streammerge.cli.main import main
+from streammerge.planning import plan
+def stopped(*given, **more):
+    {stop}
+sys.modules["streammerge.planning.plan"].build_plan = stopped
+sys.argv[0] = "streammerge"
+main()
+"""
+    command = [sys.executable, "-c", early, "merge", "0.safetensors", "1.safetensors", "-o", str(out)]
+    done = subprocess.run(command, cwd=large, capture_output=True, text=True, timeout=60, preexec_fn=hear_signals)
+    assert done.returncode == 130
+    assert re.fullmatch(
+        r"error: interrupted; nothing new was written; [\d.]+ MB of an earlier run are kept, and the command of that run "
+        r"goes on from there\n",
+        done.stderr,
+    )
+    assert journalled(out) == kept
 
 
 def test_a_hangup_that_nohup_hides_does_not_stop(large: Path, tmp_path: Path) -> None:

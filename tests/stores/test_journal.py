@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 import zlib
 from collections.abc import Callable
@@ -138,3 +139,93 @@ def test_a_journal_that_was_stopped_vouches_for_no_sync() -> None:
     made_journal.stop()
     with pytest.raises(RuntimeError, match="were not synced"):
         made_journal.finish()
+
+
+class Disk:
+    """A file whose sync takes its time. ``started`` is set when a sync begins, and the sync ends when ``free`` is set."""
+
+    def __init__(self) -> None:
+        self.started, self.free, self.syncs = threading.Event(), threading.Event(), 0
+
+    def sync(self) -> None:
+        self.syncs += 1
+        self.started.set()
+        assert self.free.wait(20)
+
+
+def on_disks(monkeypatch: pytest.MonkeyPatch, names: str, interval_seconds: float = 60) -> tuple[Journal, list[Disk]]:
+    monkeypatch.setattr(journal, "INTERVAL_SECONDS", interval_seconds)
+    disks = {name: Disk() for name in names}
+    return Journal(Kept([]), {"form": 1}, lambda: disks, True), list(disks.values())  # type: ignore[arg-type,return-value]
+
+
+def test_an_interrupted_run_keeps_what_is_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No sync was due yet."""
+    monkeypatch.setattr(journal, "INTERVAL_SECONDS", 60)
+    log: list[str] = []
+    made_journal, _ = made(log)
+    made_journal.begin(PIECES[:1])
+    made_journal.add(PIECES[1])
+    made_journal.add(PIECES[3])
+    made_journal.stop(last=True)
+    assert log == ["sync", "append", "end"]
+    assert made_journal.earlier() == Earlier({"form": 1}, [PIECES[0], PIECES[1], PIECES[3]], 3)
+    assert made_journal.kept_bytes == 4
+
+
+def test_a_sync_that_was_under_way_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    made_journal, (disk,) = on_disks(monkeypatch, "a", 0.001)
+    made_journal.begin([])
+    made_journal.add(Finished(0, 0, "a", 0, 10, 1))
+    assert disk.started.wait(20)
+    made_journal.add(Finished(1, 0, "a", 10, 10, 1))
+    threading.Timer(0.1, disk.free.set).start()
+    made_journal.stop(last=True)
+    assert made_journal.kept_bytes == 20
+
+
+def test_a_disk_that_is_too_slow_costs_no_more_than_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "_STOP_SECONDS", 0.3)
+    made_journal, (disk,) = on_disks(monkeypatch, "a", 0.001)
+    made_journal.begin([])
+    made_journal.add(Finished(0, 0, "a", 0, 10, 1))
+    assert disk.started.wait(20)
+    began = time.monotonic()
+    made_journal.stop(last=True)
+    assert 0.25 < time.monotonic() - began < 2
+    disk.free.set()
+    time.sleep(0.1)
+    assert made_journal.kept_bytes == 0, "nothing is written down once stop has returned"
+    assert made_journal.earlier() == Earlier({"form": 1}, [], 0)
+
+
+def test_a_file_that_takes_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "_FIRST_RATE", 1000.0)
+    made_journal, disks = on_disks(monkeypatch, "ab")
+    for disk in disks:
+        disk.free.set()
+    made_journal.begin([])
+    made_journal.add(Finished(0, 0, "a", 0, 100, 1))
+    made_journal.add(Finished(1, 0, "b", 0, 1_000_000_000_000_000, 1))
+    made_journal.stop(last=True)
+    assert (made_journal.kept_bytes, [disk.syncs for disk in disks]) == (100, [1, 0])
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_interruption_of_the_last_sync_keeps_what_it_has_synced(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C comes while the second file is synced, or when all are."""
+    made_journal, disks = on_disks(monkeypatch, "ab")
+    disks[0].free.set()
+    made_journal.begin([])
+    made_journal.add(Finished(0, 0, "a", 0, 10, 1))
+    made_journal.add(Finished(1, 0, "b", 0, 30, 1))
+    if whole:
+        disks[1].free.set()
+        made_journal.finish()
+    else:
+        made_journal._end("finish")
+        assert disks[1].started.wait(20)
+        threading.Timer(0.1, disks[1].free.set).start()
+    made_journal.stop(last=True)
+    assert made_journal.kept_bytes == 40
+    assert made_journal.earlier().nbytes == 40  # type: ignore[union-attr]

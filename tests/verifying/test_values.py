@@ -25,7 +25,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import streammerge as sm
-from streammerge import api
 from streammerge.planning.budget import Budget
 from streammerge.planning.plan import Plan, budget_of
 from streammerge.planning.receipt import read_receipt
@@ -35,7 +34,7 @@ from streammerge.stores.checksums import CRC32C
 from streammerge.stores.inputs import InputFiles
 from streammerge.stores.locations import parse
 from streammerge.stores.registry import STORES
-from streammerge.verifying import values
+from streammerge.verifying import attempts, values
 
 OUTPUTS = {"safetensors": "out.safetensors", "pickle": "out.pth", "folder": "out"}
 
@@ -464,8 +463,8 @@ def test_an_attempt_that_failed_holds_nothing_during_the_next(
         except KeyError as error:
             raise sm.ChangedError("other inputs") from error
 
-    monkeypatch.setattr(api, "_remade", remade)
-    monkeypatch.setattr(values, "recompute", recompute)
+    monkeypatch.setattr(attempts, "_remade", remade)
+    monkeypatch.setattr(attempts, "recompute", recompute)
     gc.collect()
     gc.disable()
     try:

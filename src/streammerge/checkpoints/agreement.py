@@ -1,4 +1,4 @@
-"""Which of several copies of the weights is taken, so that it is the same one in every input."""
+"""Chooses among several copies of the weights, so that every input gives the same copy."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _Indexes = dict[Reference, CheckpointIndex]
 
 
 def agreed(recipe: Recipe, indexes: _Indexes) -> _Indexes:
-    """Returns the indexes, with another state dict taken where only that one is in every model.
+    """Returns the indexes. Takes another state dict where only that one is in every model.
 
-    One file may have the weights and their average, the other one only the average. Then both give the average. What the
-    user chose stays.
+    One file may have the weights and their average, the other one only the average. Then both give the average. A choice
+    of the user stays.
     """
     models = list(dict.fromkeys(next(each for each in indexes if each.same(recipe.of(entry))) for entry in recipe.entries))
     free = recipe.ema == "ignore" and not any(each.state_dict for each in models)

@@ -1,4 +1,4 @@
-"""Choosing among checkpoints: the last, a range, the best by a number that stands in them; and why."""
+"""Chooses among checkpoints: the last ones, a range, or the best by a number in them. Says why."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def choose(
     by: str | None = None,
     highest: bool | None = None,
 ) -> tuple[list[str], list[str]]:
-    """The checkpoints that were asked for, in their order, and sentences that say why these.
+    """Returns the chosen checkpoints in their order, and sentences that say why these.
 
     ``paths``: paths and globs. ``range``: ``FROM:TO``, both included, on the number of a checkpoint
-    (:mod:`streammerge.checkpoints.numbers`); ``best``: so many by the number at the key ``by``, lowest first unless
-    ``highest``; ``last``: so many by their number. Among several a checkpoint counts once, whatever links to it and copies
-    of it there are; checkpoints that were named one by one count as often as they were named. Raises RecipeError.
+    (:mod:`streammerge.checkpoints.numbers`); ``best``: how many are taken by the number at the key ``by``, lowest first
+    unless ``highest``; ``last``: how many are taken from the end. Links to a checkpoint and copies of it do not count
+    again; checkpoints that were named one by one count as often as they were named. Raises RecipeError.
     """
     typed, notes = set(paths), list[str]()
     paths = expand(paths)
@@ -57,7 +57,7 @@ def choose(
 
 
 def exponential_weights(decay: float, count: int) -> list[float]:
-    """The weights of an exponential moving average over so many checkpoints, the oldest first; they sum to 1."""
+    """Returns the weights of an exponential moving average over ``count`` checkpoints, the oldest first. They sum to 1."""
     if not 0 <= decay < 1:
         raise RecipeError(f"`ema_decay` takes a number from 0 to below 1, not {decay:g}")
     return [decay ** (count - 1)] + [(1 - decay) * decay ** (count - 1 - place) for place in range(1, count)]
@@ -90,7 +90,7 @@ def _within(paths: list[str], within: str, notes: list[str]) -> list[str]:
 
 
 _LOSS = re.compile(r"(?i)loss|err|ppl|perplexity|nll|bpb|bpc|[wcm]er\b|mse|mae|fid\b|dist|time|epoch|step")
-"""Numbers that are better where they are lower, and numbers that are no measure."""
+"""Matches numbers that are better when they are lower, and numbers that do not measure quality."""
 
 
 def _best(paths: list[str], best: int, by: str, highest: bool, notes: list[str]) -> list[str]:
@@ -110,7 +110,7 @@ def _best(paths: list[str], best: int, by: str, highest: bool, notes: list[str])
 
 
 def _value(path: str, key: str, alone: bool) -> float:
-    """The number at a key: of the file's own data, of what stands beside the file, or of its name.
+    """Returns the number at a key: from the file's own data, from files beside it, or from its name.
 
     ``alone``: each checkpoint has a folder of its own.
     """

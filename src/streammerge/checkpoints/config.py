@@ -91,5 +91,5 @@ def tie_flag(tree: Tree) -> bool | None:
 
 
 def is_model_config(tree: Tree) -> bool:
-    """Whether it is a configuration as transformers has it."""
+    """Whether it is a configuration of transformers."""
     return "model_type" in tree or "architectures" in tree

@@ -96,12 +96,12 @@ def _same(one: Any, two: Any) -> bool:
     if one == two or repr(one) == repr(two):  # NaN is not equal to itself
         return True
     if isinstance(one, list) and isinstance(two, list):
-        return len(one) != len(two)  # of models of two depths
+        return len(one) != len(two)  # the models differ in depth
     return isinstance(one, str) and any({one, two} <= alike for alike in ALIKE if isinstance(two, str))
 
 
 def _same_labels(one: dict[str, Any], two: dict[str, Any]) -> bool:
-    """Whether no class has two names. A name that transformers made up, such as LABEL_0, says nothing."""
+    """Whether no class has two names. Names that transformers generates, such as LABEL_0, do not count."""
     named = ((str(one[key]), str(two[key])) for key in one.keys() & two.keys())
     return all(a.lower() == b.lower() or _UNNAMED.fullmatch(a) or _UNNAMED.fullmatch(b) for a, b in named)
 

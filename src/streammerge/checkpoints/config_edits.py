@@ -1,4 +1,4 @@
-"""What a configuration states of its weights besides the layers: dtype, rows of embeddings, a tied head."""
+"""Edits what a configuration states about its weights besides the layers: dtype, rows of embeddings, a tied head."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Edits:
         }
 
     def set_dtype(self, name: str, all_alike: bool) -> None:
-        """States another dtype. ``all_alike``: no tensor has another one, so that it is true of each part of a model."""
+        """States another dtype. ``all_alike``: whether all tensors have it, so that each part of the model has it too."""
         stated = self._dtypes()
         for path, old in stated.items():
             if old != name and (len(path) == 1 or all_alike):
@@ -78,7 +78,9 @@ class Edits:
         """
         stated = [sizes for sizes, names in grown.items() if self._set_rows(sizes, names, keeps)]
         for sizes, names in grown.items():
-            if not any(sizes[1] - sizes[0] == new - old for old, new in stated):  # else it has some rows more than stated
+            if not any(
+                sizes[1] - sizes[0] == new - old for old, new in stated
+            ):  # otherwise the table has more rows than stated
                 self.notes.append(
                     f"{self.config.name} states nowhere that {listed(names, 2)} had {sizes[0]} rows; now it has "
                     f"{sizes[1]}, so set this there by hand if it should"

@@ -1,6 +1,6 @@
-"""What the field's programs agree on about the keys of a configuration. Data only.
+"""Conventions of programs about the keys of a configuration. Data only.
 
-A key that tells by its value what it is does not belong here: a list with an entry for each layer, for example.
+A key whose value shows its meaning does not belong here, such as a list with an entry for each layer.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ NOT_PER_LAYER = frozenset(
 """Words in the keys of lists that are never lists with an entry for each layer, whatever their length."""
 
 PER_LAYER = frozenset(("intermediate_size",))
-"""Keys of such words that may yet have an entry for each layer."""
+"""Keys with such words that may have an entry for each layer all the same."""
 
 FLAGS = frozenset(("no_rope_layers", "moe_layer_freq", "hybrid_layer_pattern", "attn_type_list"))
 """Lists of 0 and 1 for each layer, although their keys sound like lists of the numbers of layers."""
@@ -54,12 +54,12 @@ NOT_SETTLED: dict[str, str] = {
     "scale_depth": "the outputs of all layers are scaled by the number of layers",
     "scale_attn_by_inverse_layer_idx": "the attention of each layer is scaled by the layer's number",
 }
-"""Keys by which more depends on the number of the layers than a configuration can say."""
+"""Keys with effects that depend on the numbers of the layers in a way that no configuration can state."""
 
 NOT_MOVED: dict[str, str] = {
     "num_mem_blocks": "layers share blocks, which have an adapter for each layer in the order of the layers",
 }
-"""Keys by which no layer can be moved: the model would not find its tensors."""
+"""Keys with which no layer can be moved, because the model would not find its tensors."""
 
 
 class Placing(NamedTuple):
@@ -74,8 +74,8 @@ class Placing(NamedTuple):
         up to      i <= k, and all layers if k is negative
         trailing   i >= n - k
 
-    ``unless``: lists that a loader believes instead where they are given. ``needs``: a key that must not be false, since
-    the loader does not look at this key otherwise.
+    ``unless``: lists that a loader uses instead if they are given. ``needs``: a key that must not be false, because the
+    loader ignores this key otherwise.
     """
 
     form: str
@@ -124,7 +124,7 @@ IMPLIED: dict[str, dict[str, int]] = {
     "smollm3": {"no_rope_layer_interval": 4},
     "modernbert": {"global_attn_every_n_layers": 3},
 }
-"""``model_type`` -> what its program takes for keys that a configuration leaves out."""
+"""``model_type`` -> the values that its program takes for keys that a configuration leaves out."""
 
 VOCABULARY = r"vocab|(^|_)(num|number|n)_(\w+_)?(tokens|embeddings|symbols)$"
 """Keys that state how many rows embeddings have."""
@@ -146,16 +146,16 @@ ARITHMETIC = (
 NOT_ARITHMETIC = (
     r"(^|_)(dropout|drop|init|initializer|attn_implementation|cache|loss|aux)(_|$)|^(top_k|use_cache|_.*|image_token.*)$"
 )
-"""Keys of these words that have no effect on what a trained model computes."""
+"""Words of keys that have no effect on the results of a trained model."""
 
 LEFT_OUT: dict[str, dict[str, float]] = {
     "llama": {"rope_theta": 10000.0},
 }
-"""``model_type`` -> what changes the arithmetic and is left out by configurations of early releases."""
+"""``model_type`` -> values that change the arithmetic, and that configurations of early releases leave out."""
 
 ALIKE: tuple[frozenset[str], ...] = (
     frozenset(("silu", "swish")),
     frozenset(("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh")),
     frozenset(("gelu", "gelu_python")),
 )
-"""Names of one function, up to its last bits."""
+"""Names of one function. The results differ in their last bits only."""

@@ -2,11 +2,10 @@
 
 A value follows the layers by what it is, whatever its key:
 
-* a number of layers is the new number;
-* a list or a text with an entry for each layer has the entries of the layers that are there;
-* a list of the numbers of layers has the new numbers;
-* a number that says which layers are special (every fourth, the first three) stays, if it is true of the new layers. It
-  changes if another number is true of them. Else nothing can be written that a loader would read rightly.
+* a number of layers is the new number; * a list or a text with an entry for each layer has the entries of the layers that
+are there; * a list of the numbers of layers has the new numbers; * a number that says which layers are special (every
+fourth, the first three) stays, if it is true of the new layers. It changes if another number is true of them. Otherwise
+no value describes the new layers.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ class Followed:
     kinds: tuple[list[Any], list[Any]] = ([], [])
 
     def refusal(self, name: str) -> str:
-        """Returns why the layers cannot stand as they do, "" if they can. ``name``: of the configuration."""
+        """Returns the reason why the layers cannot be in this order, "" if they can. ``name``: of the configuration."""
         if self.unmoved:
             return self.unmoved
         if not self.unplaced:
@@ -100,7 +99,7 @@ def _value(each: Unplaced) -> str:
 
 
 def follow(tree: Tree, moved: Moved, name: str) -> Followed:
-    """Returns what a configuration has to say of a stack. ``name``: what messages call the configuration."""
+    """Returns what changes in a configuration for a stack. ``name``: what messages call the configuration."""
     found = Followed()
     spots = _depth_spots(tree, moved)
     holders = list(dict.fromkeys(path for path, _ in spots)) or _listing_holders(tree, moved)
@@ -128,7 +127,8 @@ def _words(names: Iterable[str]) -> frozenset[str]:
 
 
 def _parts(stack: str) -> frozenset[str]:
-    """Returns the words of a stack: of encoder and decoder the outer one, and text where it speaks of no sight or sound."""
+    """Returns the words that describe a stack: of encoder and decoder the outer one; text, if no word means images or
+    sound."""
     words = _words([stack])
     role = next((part for part in re.split(r"[._]", stack) if part in _ROLES), "")
     words -= _ROLES - {role}
@@ -136,7 +136,8 @@ def _parts(stack: str) -> frozenset[str]:
 
 
 def candidates(tree: Tree, stack: str) -> list[tuple[KeyPath, Tree]]:
-    """Returns the mappings that may describe a stack or a tensor: their path speaks of no part that it is not in."""
+    """Returns the mappings that may describe a stack or a tensor: their path names no part of the model that it is
+    outside of."""
     parts = _parts(stack)
     found = [(path, each) for path, each in mappings(tree) if _words(path) - {"text"} <= parts]
     wanted = {word for path, _ in mappings(tree) for word in _words(path)} & parts - {"text"} - _ROLES - _NOWHERE
@@ -165,7 +166,7 @@ def _depth_spots(tree: Tree, moved: Moved) -> list[tuple[KeyPath, str]]:
 
 
 def _extra(holder: Mapping[str, Any], depth: int, before: int) -> int:
-    """Returns how many layers of the stack are behind those that the depth counts."""
+    """Returns how many layers of the stack come after those that the depth counts."""
     counts = (holder.get(key) for key in EXTRA_LAYERS)
     return next((count for count in counts if _is_number(count) and count and depth + count == before), 0)
 
@@ -393,7 +394,7 @@ class _Holder:
 
 
 def _special(placing: Placing, value: Any, number: int, depth: int, holder: Mapping[str, Any]) -> Any:
-    """Returns whether a layer is special, or its entry in what is repeated; None for a value that tells nothing."""
+    """Returns whether a layer is special, or its entry in a repeated list; None if the value does not tell."""
     if isinstance(value, str | list) and placing.form == "every" and value:
         return repr(value[number % len(value)])
     second = holder.get(placing.second) if placing.second else 0

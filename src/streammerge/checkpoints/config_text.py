@@ -29,7 +29,7 @@ class _Span:
 def edited(text: str, edits: Mapping[KeyPath, Any]) -> str:
     """Returns the text with other values at these paths. A key that its mapping lacks is added as the last one.
 
-    ``text``: a JSON mapping as Python's json reads it, NaN and infinities included. Of a key that is given twice the last
+    ``text``: a JSON mapping as Python's json reads it, NaN and infinities included. If a key is given twice, its last
     value counts. The outer mappings of each path must exist.
     """
     root = _span(text, _SPACE.match(text).end())  # type: ignore[union-attr]

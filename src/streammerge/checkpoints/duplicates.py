@@ -27,10 +27,10 @@ _Files = tuple[_File, ...]
 
 
 def distinct(paths: Sequence[str], notes: list[str]) -> list[str]:
-    """The paths without those that are one checkpoint with another of them; a note says which.
+    """Returns the paths without duplicates of a checkpoint, and adds a note about each of those.
 
-    Of several the one with a number in its name stays, else the first. Bytes are read only where names and sizes of the
-    files are equal: first the ends of the files, then, where these are equal too, all of them.
+    Of several duplicates, the one with a number in its name stays, otherwise the first. Bytes are read only where names
+    and sizes of the files are equal: first the ends of the files, then, where these are equal too, all of them.
     """
     groups: dict[object, list[str]] = {}
     files = {path: _files(path) for path in paths}
@@ -68,7 +68,7 @@ def twice_told(paths: Sequence[str]) -> list[str]:
 
 
 def _files(path: str) -> _Files:
-    """All files of a checkpoint; nothing for what cannot be looked at."""
+    """Returns all files of a checkpoint. Files that cannot be accessed are left out."""
     try:
         place = parse(path)
         return tuple(_below(place, "", set())) if place.is_folder() else (_File("", place, place.status()),)

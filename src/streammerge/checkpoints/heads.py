@@ -36,9 +36,10 @@ class Seen(Protocol):
 
 
 def tie_head(views: Sequence[Seen], notes: list[str], wanted: Collection[str] = ()) -> None:
-    """Gives every model an output head and embeddings where some models store both and others store one for both.
+    """Gives every model an output head and embeddings, if some models store two tensors and others store one tensor for
+    both.
 
-    Only in folders, whose configuration does not deny it. ``wanted``: names that the output should have in any case.
+    Only for folders whose configuration does not forbid it. ``wanted``: names that the output should have in any case.
     """
     _tie_tables(views, notes)
     heads = {id(view): _heads(view.entries) for view in views}
@@ -57,7 +58,7 @@ def _tie_tables(views: Sequence[Seen], notes: list[str]) -> None:
     """Gives every model the copies of tied tensors that some store: the tables of encoder and decoder beside the one that
     both share (T5, BART), and the heads of masked language models with their bias.
 
-    A model without them gets them from what they are tied to, since its loader has nothing else.
+    A model without them gets the tensors that they are tied to, because its loader does the same.
     """
     for name in dict.fromkeys(name for names in _different(views) for name in names if _may_be_copy(name)):
         if not _COPY.search(name):
@@ -122,7 +123,7 @@ def _stand_in(view: Seen, name: str, own: str | None, notes: list[str]) -> None:
 
 
 def _ties(view: Seen) -> bool:
-    """Whether the configuration lets a loader tie head and embeddings; a file without one does not."""
+    """Whether the configuration lets a loader tie head and embeddings. False for a file without one."""
     config = read_config(config_folder(view.index.path))
     return config is not None and not config.unread and tie_flag(config.tree) is not False
 
@@ -176,8 +177,8 @@ def _is_called_embedding(name: str) -> bool:
 def loader_ties(path: Location) -> Callable[[str, str], bool]:
     """Returns whether the loader of a checkpoint's folder makes two tensors one, so that a file needs only one of them.
 
-    Loaders tie what the word embeddings are tied to, and only where the configuration does not deny it. A copy too many
-    does no harm: a loader reads it and ties it then.
+    Loaders tie what the word embeddings are tied to, and only where the configuration does not deny it. An unnecessary
+    copy does no harm, because a loader reads it and then ties it.
     """
     config = read_config(config_folder(path))
     ties = config is not None and is_model_config(config.tree) and tie_flag(config.tree) is not False

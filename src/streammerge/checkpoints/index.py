@@ -24,9 +24,11 @@ from streammerge.tensors.spec import TensorSpec
 from streammerge.units import counted, decimal_bytes
 
 
-@dataclass(slots=True, repr=False)
-class CheckpointIndex:
+@dataclass(slots=True, repr=False, eq=False)
+class CheckpointIndex(Mapping[str, Source]):
     """A mapping from the names of tensors to their entries: ``len(index)``, ``index[name]``, iteration over the names.
+
+    As for every mapping, two are equal if their items are: the same tensors of the same file. It is not hashable.
 
     ``entries``: every tensor of the state dict by name, in its order. ``aliases``: tied name -> the first name of
     the same tensor. ``extras``: the inert tree of a pickled file, None for safetensors. ``files``: all it is read from.

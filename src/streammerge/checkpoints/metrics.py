@@ -1,4 +1,4 @@
-"""The numbers that training programs wrote beside a checkpoint, for choosing by one of them."""
+"""Numbers that training programs wrote beside a checkpoint. A checkpoint can be chosen by one of them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _TEXTS = (".yaml", ".yml", ".json")
 
 
 class Beside:
-    """What stands beside one checkpoint: the trainer's state, YAML and JSON files, and what its own name says.
+    """The numbers of one checkpoint: in the trainer's state, in YAML and JSON files beside it, and in its own name.
 
-    ``alone``: no other checkpoint among which one is chosen lies in the same folder, so that all in it is about this one.
+    ``alone``: whether no other candidate lies in the same folder, so that all files in it are about this checkpoint.
     """
 
     def __init__(self, path: str, alone: bool = False) -> None:
@@ -34,7 +34,8 @@ class Beside:
         self.state = _mapping(self.folder / TRAINER_STATE, _MOST_STATE_BYTES)
 
     def value(self, key: str) -> float | int | None:
-        """The number at a key: of the trainer's state, of a file beside, or of the checkpoint's name; None for none."""
+        """The number at a key: of the trainer's state, of a file beside, or of the checkpoint's name; None if there is
+        none."""
         step = None if self.owns_folder else number_of(self.path)
         found = _of_trainer(self.state, key, step)
         for stem, data in self._texts() if found is None else ():
@@ -113,7 +114,8 @@ def _logged(state: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _of_trainer(state: dict[str, Any] | None, key: str, step: float | None) -> float | int | None:
-    """The latest value of a metric up to the state's own step; for a file, whose state others share, that of its step."""
+    """Returns the latest value of a metric up to the state's own step. Other files share the state, so for a file it is
+    the value of its step."""
     if state is None:
         return None
     if step is not None:

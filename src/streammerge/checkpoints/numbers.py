@@ -61,7 +61,7 @@ def number_of(path: str) -> int | None:
 
 
 def _ranked(path: str) -> list[tuple[str, int]]:
-    """(kind and part of the path, number), the surest first."""
+    """Yields (kind and part of the path, number), the most reliable first."""
     place = parse(path)
     parts = {"name": numbers_in(place.name), "folder": numbers_in(place.parent.name)}
     found = [(f"{kind} of {part}", parts[part].get(kind)) for kind, part in _ORDER]
@@ -78,10 +78,10 @@ _ORDER = [
 
 
 def numbers_of(paths: Sequence[str]) -> Mapping[str, int | None]:
-    """The number of each checkpoint, of one kind for all where there is a kind that all have.
+    """Returns the number of each checkpoint: of one kind for all, if all have that kind.
 
-    Of several such kinds the first in which they differ counts. A step that starts again in each epoch is no number of a
-    checkpoint; the epoch is then.
+    Of several such kinds, the first in which the checkpoints differ counts. If the step starts again in each epoch, the
+    epoch is the number.
     """
     ranked = {path: dict(_ranked(path)) for path in paths}
     shared = [label for label in _labels(ranked) if all(label in found for found in ranked.values())]

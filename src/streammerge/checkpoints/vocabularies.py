@@ -33,7 +33,7 @@ _ENTRIES = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What tells the tokens of a tokenizer. ``files``: name -> checksum. ``tokenizer``: its tokenizer.json, or None."""
+    """The tokens of a tokenizer. ``files``: name -> checksum. ``tokenizer``: its tokenizer.json, or None."""
 
     files: dict[str, bytes]
     tokenizer: Location | None
@@ -65,7 +65,8 @@ def vocabulary_of(path: Location) -> Vocabulary | None:
 
 
 def same_vocabulary(one: Vocabulary | None, two: Vocabulary | None) -> bool | None:
-    """Whether two tokenizers give no token two numbers and no number two tokens; None where their files do not tell."""
+    """Whether two tokenizers agree: no token has two numbers, and no number has two tokens. None if their files do not
+    tell."""
     if one is None or two is None:
         return None
     common = one.files.keys() & two.files.keys()

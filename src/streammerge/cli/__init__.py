@@ -4,6 +4,7 @@ Each module imports only modules above it::
 
     terminal   text as the terminal can show it
     streams    the standard streams
+    failures   errors as a sentence or as JSON
     signals    being stopped
     flags      an option as it is typed
     formula    TeX as Unicode

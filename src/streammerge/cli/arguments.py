@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from streammerge.cli.advice import check_inputs
-from streammerge.cli.terminal import say
 from streammerge.errors import RecipeError, StreammergeError, printable
 from streammerge.options import CONVERT, MERGE, VERIFY, number_or_percent, options_of
 from streammerge.stores.locations import parse
@@ -50,11 +49,15 @@ def inputs_and_recipe(inputs: Sequence[str], weights: str | None) -> tuple[Seque
 
 
 def output_name(
-    out: str, inputs: Sequence[str], recipe: Mapping[str, Any] | None, quiet: bool, own_methods: bool = False
+    out: str,
+    inputs: Sequence[str],
+    recipe: Mapping[str, Any] | None,
+    tell: Callable[[str], object],
+    own_methods: bool = False,
 ) -> str:
     """Returns the output's name: without a suffix, the kind of the first input decides.
 
-    Says so on stderr, unless ``quiet``. A name that ends in ``/``, or an existing folder, stays a folder. If the first
+    Says so by ``tell``. A name that ends in ``/``, or an existing folder, stays a folder. If the first
     input has no suffix either, the output is a file of that name, which the same loader opens.
     """
     place = parse(out)
@@ -65,9 +68,9 @@ def output_name(
         return out
     ending = parse(first).suffix
     ending = ending if _ENDING.fullmatch(ending) else ".safetensors"
-    if ending and not quiet:
+    if ending:
         shown = printable(out)
-        say(f"note: {shown} is written as {shown}{ending}, like the first input; {shown}/ would be a folder", err=True)
+        tell(f"note: {shown} is written as {shown}{ending}, like the first input; {shown}/ would be a folder")
     return out + ending
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import click
 
 from streammerge.cli.advice import of_command, of_usage
+from streammerge.cli.failures import fail, notes_of, wants_json
 from streammerge.cli.flags import as_flags
 from streammerge.cli.options import EXIT_CODES
 from streammerge.cli.signals import Stopped, stoppable
 from streammerge.cli.streams import open_standard_streams
-from streammerge.cli.terminal import say
 from streammerge.errors import StreammergeError, printable
 from streammerge.plugins import module_names
 from streammerge.version import __version__
@@ -78,34 +78,41 @@ def cli(ctx: click.Context) -> None:
 def main() -> None:
     """Runs the command line. Shows each of streammerge's own errors as one sentence, and ends with its exit code."""
     open_standard_streams()
-    debug = "--debug" in sys.argv
+    debug, as_json = "--debug" in sys.argv, wants_json(sys.argv[1:])
     try:
         with stoppable():
             cli.main(prog_name="streammerge", standalone_mode=False)
     except Stopped as stopped:
         if sys.stderr.isatty():
             click.echo(err=True)  # the terminal has shown ^C
-        say(f"error: {stopped.word}; {stopped.outcome}", err=True)
+        fail("Interrupted", f"{stopped.word}; {stopped.outcome}", stopped.exit_code, as_json=as_json)
+        sys.stdout.flush()
         sys.stderr.flush()
         # Everything is cleaned up. Ends at once, because torch can abort if the interpreter ends while a thread starts.
         os._exit(stopped.exit_code)
-    except click.ClickException as error:
-        _fail(of_usage(error), error.exit_code)
-    except StreammergeError as error:
-        if debug:
-            _print_traceback()
-        _fail(as_flags(str(error)), error.exit_code)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
-    except MemoryError:
-        if debug:
+    except (click.ClickException, StreammergeError, MemoryError, OSError) as error:
+        if debug and not isinstance(error, click.ClickException):
             _print_traceback()
-        _fail("the system gave no more memory; lower --memory or --workers, or raise the limit (ulimit -v)", 1)
-    except OSError as error:
-        if debug:
-            _print_traceback()
-        _fail(printable(error if error.filename else f"{error.strerror or error} (run it again with --debug)", 1000), 1)
+        sentence, code = _told(error)
+        kind = "UsageError" if isinstance(error, click.UsageError) else type(error).__name__
+        fail(kind, sentence, code, notes_of(error), as_json)
+        sys.exit(code)
+
+
+def _told(error: Exception) -> tuple[str, int]:
+    """Returns an error as a sentence, with options as they are typed, and its exit code."""
+    if isinstance(error, click.ClickException):
+        return of_usage(error), error.exit_code
+    if isinstance(error, StreammergeError):
+        return as_flags(str(error)), error.exit_code
+    if isinstance(error, MemoryError):
+        return "the system gave no more memory; lower --memory or --workers, or raise the limit (ulimit -v)", 1
+    named = isinstance(error, OSError) and error.filename
+    why = error if named else f"{getattr(error, 'strerror', None) or error} (run it again with --debug)"
+    return printable(why, 1000), 1
 
 
 def run() -> None:
@@ -129,8 +136,3 @@ def _print_traceback() -> None:
     import traceback
 
     traceback.print_exc()
-
-
-def _fail(message: str, code: int) -> None:
-    say(f"error: {message}", err=True)
-    sys.exit(code)

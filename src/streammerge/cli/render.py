@@ -12,7 +12,7 @@ from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.cli.flags import as_flags
 from streammerge.cli.terminal import WIDTH
 from streammerge.errors import RecipeError, listed, printable
-from streammerge.options import RECEIPT_KEY, RECIPE_KEY
+from streammerge.formats.records import RECEIPT_KEY, RECIPE_KEY
 from streammerge.pickles.state_dict import unread_tensors
 from streammerge.sources.base import Source
 from streammerge.sources.deflated import Deflated

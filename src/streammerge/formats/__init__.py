@@ -2,6 +2,7 @@
 
 Each module imports only modules above it::
 
+    records             the names of an output's recipe and receipt
     base                Container, and the layout of an output file
     archive             zip archives
     safetensors
@@ -10,7 +11,9 @@ Each module imports only modules above it::
     torch_tar
     plain_pickle        a pickle of numpy's arrays or torch's tensors
     distributed         refusal of checkpoints in parts of several ranks
-    folder              shards with an index, or one checkpoint among side files
+    file_names          what the names of a folder's files tell
+    shards              the files of one checkpoint as one container
+    folder              the checkpoint, or the models, in a folder
     detect              the format of a file, by its content
     safetensors_writer  a safetensors file larger than memory, written in any order
 """

@@ -18,7 +18,7 @@ from streammerge.stores.base import Location
 _HEAD_BYTES = 512
 _SHORT_TEXT_BYTES = 200
 _ROOM = "streammerge.formats"
-_HELPERS = ("archive", "base", "detect", "distributed", "folder", "safetensors_writer")
+_HELPERS = ("archive", "base", "detect", "distributed", "file_names", "folder", "records", "safetensors_writer", "shards")
 """The modules beside this one that are no format, so that looking at a file imports only the formats that are asked."""
 _OTHERS: tuple[tuple[bytes, str], ...] = (
     (b"GGUF", "a GGUF file, whose weights are quantised for llama.cpp; give the original safetensors"),
@@ -36,9 +36,9 @@ def read(path: Location) -> Container:
     """Returns the container of a file or folder. Raises FormatError that names what was found instead."""
     if not path.is_folder() and not is_index(path.name):
         return read_file(path)
-    from streammerge.formats import folder
+    from streammerge.formats import folder, shards
 
-    return folder.read(path, read_file) if path.is_folder() else folder.read_sharded(path, read_file)
+    return folder.read(path, read_file) if path.is_folder() else shards.read_sharded(path, read_file)
 
 
 def read_file(path: Location) -> Container:

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from streammerge.errors import FormatError, printable
 from streammerge.formats.base import Container, LayoutFile, Literal, Match, StorageBytes
-from streammerge.options import RECEIPT_KEY, RECIPE_KEY
+from streammerge.formats.records import RECEIPT_KEY, RECIPE_KEY
 from streammerge.pickles.arrays import Arrays
 from streammerge.pickles.storages import EnclosedStorages
 from streammerge.pickles.tree import Blank

@@ -17,7 +17,7 @@ from typing import BinaryIO
 from streammerge.errors import FormatError, printable
 from streammerge.formats import archive
 from streammerge.formats.base import Container, LayoutFile, Literal, Match, StorageBytes
-from streammerge.options import RECEIPT_FILE, RECEIPT_KEY, RECIPE_FILE, RECIPE_KEY
+from streammerge.formats.records import RECEIPT_FILE, RECEIPT_KEY, RECIPE_FILE, RECIPE_KEY
 from streammerge.pickles.arrays import Arrays
 from streammerge.pickles.rebuild import StorageTable
 from streammerge.pickles.tree import Blank

@@ -10,3 +10,19 @@ Each module imports only modules above it. A family that no other module uses is
     task_arithmetic  sums of deltas: the TIES family
     registry         lookup of a method by name, or of a function
 """
+
+import sys
+from types import ModuleType
+from typing import Any
+
+
+class _Callable(ModuleType):
+    """A room that is a function too: ``streammerge.methods()`` answers as ``streammerge methods`` does."""
+
+    def __call__(self, name: str | None = None) -> Any:
+        from streammerge.methods.registry import methods
+
+        return methods() if name is None else methods(name)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from streammerge.errors import RecipeError, printable
 from streammerge.kernels.chunk import Kernel
@@ -32,6 +32,15 @@ _MEANT = dict.fromkeys(
 def list_methods() -> dict[str, MergeMethod]:
     """Returns the built-in methods by name."""
     return METHODS.all()
+
+
+@overload
+def methods() -> list[str]: ...
+@overload
+def methods(name: str) -> MergeMethod: ...
+def methods(name: str | None = None) -> list[str] | MergeMethod:
+    """Returns the names of the built-in methods, or the method of one name. Raises RecipeError for an unknown name."""
+    return list(list_methods()) if name is None else find_method(name)
 
 
 def find_method(wanted: str | Callable[..., Kernel] | MergeMethod) -> MergeMethod:

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from streammerge.errors import RecipeError, printable
+from streammerge.formats.records import RECIPE_FILE
 from streammerge.methods.registry import LINEAR, find_method
-from streammerge.options import RECIPE_FILE
 from streammerge.recipe.checks import check, raise_all
 from streammerge.recipe.document import parse_yaml, to_json, to_yaml
 from streammerge.recipe.fields import FormOf, Problems

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from streammerge.errors import FormatError, RecipeError, StreammergeError, UncheckedError, listed, printable
 from streammerge.events import Preparing, Published, RunFinished, RunStarted, Suspended, Told
-from streammerge.formats.folder import files_below, foreign_files
-from streammerge.options import RECEIPT_FILE
+from streammerge.formats.file_names import files_below, foreign_files
+from streammerge.formats.records import RECEIPT_FILE
 from streammerge.planning.plan import Plan
 from streammerge.running import process
 from streammerge.running.readback import receipt_of
@@ -101,19 +101,17 @@ def _produce(plan: Plan, staging: Staging, options: RunOptions) -> Run:
         staging.commit(plan.layout.as_folder)
         options.listener(Published())
     except BaseException as error:
+        earlier = made is None or made.untouched  # the files are those of an earlier run
+        # Before the wait for the journal, in which a second Ctrl-C may come.
+        keep = earlier or isinstance(error, UncheckedError) or (options.resume and _may_pass(error))
         if made is not None:
-            made.journal.stop()
+            made.journal.stop(last=keep and not earlier)
         if staging.published:
+            keep = False
             options.listener(Published())
-        elif made is None or made.untouched:
-            keep = True  # the files of an earlier run
-        elif isinstance(error, UncheckedError):
-            keep = True
-            if made.resume:
-                options.listener(Suspended(made.journal.kept_bytes, plan.layout.size))
-        elif options.resume and _may_pass(error):
-            keep = staging.resumable and made.journal.kept_bytes > 0
-            if keep:
+        elif made is not None and keep and not earlier:
+            keep = isinstance(error, UncheckedError) or (staging.resumable and made.journal.kept_bytes > 0)
+            if keep and made.resume:
                 options.listener(Suspended(made.journal.kept_bytes, plan.layout.size))
         raise
     finally:

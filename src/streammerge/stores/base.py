@@ -1,8 +1,8 @@
-"""The protocol of stores: between the code that merges and the places where bytes live.
+"""The protocol of stores, which separates the code that merges from the places where bytes live.
 
-A :class:`Location` names a file or a folder in a store. A :class:`Store` answers what the location asks. A store of one's
-own needs :meth:`Store.status`, :meth:`Store.is_folder`, :meth:`Store.list_names` and :meth:`Store.opened` to hold inputs.
-To hold outputs too, it needs :meth:`Store.check_writable`, :meth:`Store.stage`, :meth:`Store.sweep`,
+A :class:`Location` names a file or a folder in a store. It passes each question on to its :class:`Store`. A store of
+one's own needs :meth:`Store.status`, :meth:`Store.is_folder`, :meth:`Store.list_names` and :meth:`Store.opened` to hold
+inputs. To hold outputs too, it needs :meth:`Store.check_writable`, :meth:`Store.stage`, :meth:`Store.sweep`,
 :meth:`Store.write_whole`, :meth:`Store.make_folder`, and :meth:`Store.reopen` unless it is of :attr:`Store.one_process`.
 """
 
@@ -44,7 +44,9 @@ class Location(Key):
 
     __slots__ = ("_hash", "_text", "store")
 
-    def __init__(self, store: Store, key: str, text: str | None = None) -> None:
+    def __init__(self, store: Store, key: str | None = None, text: str | None = None) -> None:
+        if key is None:
+            raise TypeError("a Location has a store and a key; streammerge.location(text) reads one from a text or a path")
         self.store = store
         self.key = str(PurePosixPath(key))
         self._text = store.spelled(self.key) if text is None else text
@@ -142,7 +144,7 @@ class Location(Key):
         return data
 
     def broken_link(self) -> str:
-        """Returns the mistake of a link that leads to nothing, "" for anything else."""
+        """Returns the message about a link that leads to nothing, "" for anything else."""
         return self.store.broken_link(self)
 
     @property
@@ -200,7 +202,7 @@ class Input(ABC):
         """Fills the buffer from ``offset``. ChangedError when the file ends before."""
 
     def view(self, offset: int, nbytes: int) -> memoryview:
-        """The bytes without a copy where :attr:`Store.mappable` says so, else read into memory.
+        """Returns the bytes: without a copy if :attr:`Store.mappable`, otherwise read into memory.
 
         ChangedError when the file ends before.
         """
@@ -385,7 +387,7 @@ class Store(ABC):
     # -------------------------------------------------------------------------------------------------------------- names
 
     def parse(self, text: str) -> Location:
-        """The location that a user means by ``scheme://name``. RecipeError for what is no name."""
+        """The location that a user means by ``scheme://name``. Raises RecipeError for an invalid name."""
         return Location(self, self.without_scheme(text), text)
 
     def without_scheme(self, text: str) -> str:
@@ -431,7 +433,8 @@ class Store(ABC):
     ) -> Input:
         """See :meth:`Location.open`.
 
-        ``polite``: what is released leaves caches too. ``damaged``: takes up what turns out to be gone after it was mapped.
+        ``polite``: released pages leave the page cache too. ``damaged``: collects files of which mapped pages turn out to
+        be gone.
         """
         self.check_expected(location, expected)
         return self.opened(location)
@@ -502,7 +505,7 @@ class Store(ABC):
         return None
 
     def _lacks(self, method: str, location: Location) -> RecipeError:
-        """The error of a store that has no such method: it holds inputs only, or was written incompletely."""
+        """Returns the error of a store without this method: it is read-only, or it is incomplete."""
         if type(self).stage is Store.stage:
             return RecipeError(
                 f"{printable(location)}: the store {self.scheme}:// can be read only; write to another place"

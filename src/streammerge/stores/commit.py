@@ -147,7 +147,7 @@ class LocalStaging(Staging):
             raise self._forbidden(error) from error
 
     def _forbidden(self, error: OSError) -> Exception:
-        """The error of a system that lets nothing be made here. Names the user whose run has left the folder."""
+        """Returns the error of a folder in which nothing can be made. It names the user whose run has left the folder."""
         if error.errno not in _FORBIDDEN:
             return error
         other = _other_user(self.folder)
@@ -296,8 +296,8 @@ def staging_folder(out: Path) -> Path:
 
 
 def output_of(staging: str) -> str:
-    """Returns the name of the output that belongs to the name of a staging folder; "" for the name of anything else. Of a
-    shortened name it is the beginning and the hash."""
+    """Returns the name of the output that belongs to the name of a staging folder; "" for the name of anything else. A
+    shortened name gives its beginning and the hash."""
     ours = staging.startswith(".") and staging.endswith(".streammerge")
     return staging.removeprefix(".").removesuffix(".streammerge") if ours else ""
 
@@ -411,7 +411,8 @@ def _is_lock_of(fd: int, folder: Path) -> bool:
 
 
 def _renamed_to_nothing(source: Path, target: Path) -> bool:
-    """Renames to a name that is free; False where the system cannot make sure of that. RecipeError when it is taken."""
+    """Renames to a free name. Returns False if the system cannot check that the name is free. Raises RecipeError if it is
+    taken."""
     try:
         return system.rename2(source, target, system.NOREPLACE)
     except FileExistsError:
@@ -439,7 +440,7 @@ def check_writable(out: Path, overwrite: bool) -> None:
 
 
 def _check_replaceable(out: Path, there: os.stat_result) -> None:
-    """RecipeError if the system will not let this user put something else in place of what is there."""
+    """Raises RecipeError if the system does not let this user replace the output that exists."""
     user, above = os.geteuid(), os.stat(out.parent)
     if user and above.st_mode & stat.S_ISVTX and user not in (there.st_uid, above.st_uid):
         whose = printable(_user_name(there.st_uid))

@@ -1,4 +1,5 @@
-"""Open files of this process, bounded: the longest unused is closed when there are many, one in use never is.
+"""Bounds the number of open files of this process. If there are too many, the file that was unused for the longest time
+is closed. A file in use is never closed.
 
 A :class:`Descriptor` opens its file when it is used and may lose it between two uses. So 2,000 shards are written, and
 600 are read, under a limit of a few dozen open files.
@@ -119,7 +120,7 @@ class Descriptor:
 
 
 def _make_room(most: int) -> None:
-    """Closes what is longest unused until at most so many are open. Fewer are closed if more are in use.
+    """Closes files, the longest unused first, until at most so many are open. Files in use stay open, so more may remain.
 
     Waits for the disk where a file is synced before it is closed, so the lock is not held.
     """
@@ -152,14 +153,14 @@ def mapped_at_once(workers: int) -> int:
 
 
 def _others() -> int:
-    """Open files of this process that are not in our hands."""
+    """Returns how many files other code of this process has open."""
     with contextlib.suppress(OSError):
         return len(os.listdir("/proc/self/fd" if sys.platform == "linux" else "/dev/fd")) - len(_open)
     return _UNKNOWN_OPEN
 
 
 def _room() -> int:
-    """Files that may be opened, counting those in our hands."""
+    """Returns how many files this module may have open, those that are open now included."""
     if resource is None:
         return 3 * _MOST_OPEN
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -168,10 +169,10 @@ def _room() -> int:
 
 @contextlib.contextmanager
 def room_for(files: int, workers: int) -> Iterator[None]:
-    """Meanwhile so many files may be open at once, or as many as the system allows.
+    """While the block runs, so many files may be open at once, or as many as the system allows.
 
-    Raises the soft limit towards the hard one when it is too low, and puts it back afterwards. BudgetError when not even
-    the workers could each have the files that they use at one time.
+    Raises the soft limit towards the hard one when it is too low, and puts it back afterwards. Raises BudgetError if the
+    limit is too low for the files that each worker uses at one time.
     """
     global _users, _most
     with _lock:

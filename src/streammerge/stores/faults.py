@@ -1,8 +1,9 @@
-"""Mapped files that shrink: touching what is gone raises SIGBUS, which would end the process without a word.
+"""Handles mapped files that shrink. An access to a page that is gone raises SIGBUS, which would end the process without a
+message.
 
-While :func:`survived` lasts, such a fault is answered with zeros in place of the lost pages, and the file is marked; the
-run then ends with an error, and its output never appears. Linux on 64-bit x86 and ARM; elsewhere SIGBUS stays deadly
-and ``io="pread"`` is the way.
+While :func:`survived` lasts, a handler puts zeros in place of the lost pages and marks the file. The run then ends with
+an error, and its output never appears. This works on Linux on 64-bit x86 and ARM. Elsewhere SIGBUS still ends the
+process; ``io="pread"`` avoids it.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ _before = _SigAction()
 
 
 def _on_fault(number: int, info: Any, context: Any) -> None:
-    """Runs on the thread that touched the page, between two of its instructions; the touch is tried again after it."""
+    """Runs on the thread that accessed the page, between two of its instructions. The thread then repeats the access."""
     address = info.contents.address or 0
     page = address - address % mmap.PAGESIZE
     for start, stop, mark in tuple(_maps.values()):
@@ -73,7 +74,7 @@ if _SUPPORTED:
 
 @contextmanager
 def survived() -> Iterator[None]:
-    """Meanwhile SIGBUS in a :func:`watched` map marks its file; several runs of one process may overlap."""
+    """While the block runs, SIGBUS in a :func:`watched` map marks its file. Several runs of one process may overlap."""
     global _users
     if not _SUPPORTED:
         yield
@@ -93,7 +94,7 @@ def survived() -> Iterator[None]:
 
 
 def watch(mapped: mmap.mmap, mark: Callable[[], object]) -> None:
-    """Has ``mark`` called when pages of the map, for as long as it lives, turn out to be gone."""
+    """Calls ``mark`` when pages of the map turn out to be gone, as long as the map exists."""
     if _SUPPORTED:
         start = _address(mapped)
         _maps[id(mapped)] = (start, start + -(-len(mapped) // mmap.PAGESIZE) * mmap.PAGESIZE, mark)

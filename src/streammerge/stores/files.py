@@ -76,8 +76,8 @@ def broken_link(path: str) -> str:
 class InputFile(Input):
     """A local file, opened for reading at offsets and, when asked, mapped.
 
-    ``damaged`` takes up that mapped pages were touched which are gone: the file was truncated, or the disk failed.
-    ``polite``: what is released leaves the page cache too.
+    ``damaged`` collects the file if mapped pages turn out to be gone: it was truncated, or the disk failed. ``polite``:
+    released pages leave the page cache too.
     """
 
     def __init__(
@@ -116,8 +116,8 @@ class InputFile(Input):
         return memoryview(self._map)[offset : offset + nbytes]
 
     def release(self, offset: int, nbytes: int) -> None:
-        """Gives the pages of that range back that are mapped, and where one is polite, cached; touched again, they are
-        read again.
+        """Gives back the mapped pages of a range, and its cached pages too if the file is ``polite``. A later access
+        reads them again.
 
         A touch maps more than what is touched, so the range begins a little earlier and ends a little later.
         """
@@ -157,7 +157,7 @@ def _open_as(location: Location, expected: Status | None) -> int:
 
 
 def _mapped(fd: int, size: int) -> mmap.mmap:
-    """The file as a read-only map, which needs no descriptor where Python lets it go."""
+    """Maps the file read-only. From Python 3.13 on, the map keeps no descriptor."""
     if sys.version_info >= (3, 13):
         return mmap.mmap(fd, size, access=mmap.ACCESS_READ, trackfd=False)
     return mmap.mmap(fd, size, access=mmap.ACCESS_READ)
@@ -166,9 +166,9 @@ def _mapped(fd: int, size: int) -> mmap.mmap:
 class OutputFile(Output):
     """A local file of known size, preallocated; written at offsets, by any thread, in any order.
 
-    Long writes go past the page cache where the file system lets them (O_DIRECT): "done" means on the disk in any case,
-    and new pages of cache cost more processor time than all arithmetic of a weighted mean. ``reserved``: whether the disk
-    has put room for it aside.
+    Long writes go past the page cache (O_DIRECT) where the file system allows it. The run waits for the disk in any case,
+    and new pages of the cache cost more processor time than the arithmetic of a weighted mean. ``reserved``: whether the
+    disk has reserved the room.
     """
 
     def __init__(self, location: Location, size: int, keep: bool = False) -> None:

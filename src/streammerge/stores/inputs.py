@@ -13,9 +13,10 @@ from streammerge.stores.base import Damage, Input, Location, Status
 
 
 class InputFiles:
-    """Opens each input once; the longest unused are let go when there are many. One that is held stays open.
+    """Opens each input once. If there are many, the files that were unused for the longest time are forgotten. A file
+    that somebody holds stays open.
 
-    ``expected``: what the files were when they were planned. ``polite``: what is released leaves caches too.
+    ``expected``: the status of the files when they were planned. ``polite``: released pages leave the page cache too.
     """
 
     def __init__(self, expected: Mapping[Location, Status], polite: bool = False) -> None:
@@ -37,7 +38,7 @@ class InputFiles:
             return file
 
     def close(self) -> None:
-        """Gives back all that is mapped, closes the files, and lets go of them."""
+        """Gives back all mapped pages, closes the files, and forgets them."""
         self.release()
         with self._lock:
             for file in self._files.values():
@@ -45,7 +46,7 @@ class InputFiles:
             self._files.clear()
 
     def release(self) -> None:
-        """Gives back what is left of them; some pages cannot go while their neighbours are in use."""
+        """Gives back the remaining pages. Some pages cannot be given back while their neighbours are in use."""
         with self._lock:
             for file in self._files.values():
                 file.release(0, file.size)

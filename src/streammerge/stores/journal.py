@@ -6,26 +6,36 @@ do not count. Before a piece is taken over, it is compared with its checksum.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import math
 import threading
+import time
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from streammerge.errors import SpaceError
 from streammerge.stores.base import JournalFile, Output
 
 INTERVAL_SECONDS = 2.0
 """The time between two syncs. A crash costs at most the pieces of this time and of one sync."""
-_STOP_SECONDS = 1.0
+_STOP_SECONDS = 1.3
+"""The longest wait after an interruption, for what is finished to be synced and written down."""
+_FIRST_RATE = 250e6
+"""Bytes per second that a disk is thought to sync before the first sync has shown it."""
+_LEAST_SECONDS = 1e-4
 _POLL_SECONDS = 0.2
 Key = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A piece whose bytes are written: its task's number and first element, where it lies, and what was met in it."""
+    """A piece whose bytes are written: its task's number and first element, where it lies, and the NaN and infinities in
+    it."""
 
     task: int
     start: int
@@ -107,9 +117,9 @@ def _checked(line: bytes) -> Any:
 class Journal:
     """Syncs and writes down finished pieces, every few seconds, on a thread of its own.
 
-    ``plan``: what the run is a run of, as plain data with texts as keys; a run of an equal plan can go on from its pieces.
-    ``files``: the output's files by name, at this moment. ``keeps``: whether anything is to be written down; if not, it
-    syncs at the end only.
+    ``plan``: identifies the run, as plain data with texts as keys. A later run with an equal plan can continue from its
+    pieces. ``files``: the output's files by name, at this moment. ``keeps``: whether pieces are written down. If not,
+    files are synced at the end only.
     """
 
     def __init__(
@@ -119,9 +129,10 @@ class Journal:
         self._waiting: list[Finished] = []
         self._written: list[Finished] = []
         self._broken: set[str] = set()
-        self._wake = threading.Condition()
+        self._wake, self._writing = threading.Condition(), threading.Lock()
         self._asked = ""
-        self._writes, self._synced = keeps, False
+        self._writes, self._synced, self._stopped = keeps, False, False
+        self._rate, self._deadline = _FIRST_RATE, math.inf
         self._thread: threading.Thread | None = None
 
     @property
@@ -159,11 +170,19 @@ class Journal:
             raise RuntimeError("the output's files were not synced")
         return self._broken
 
-    def stop(self) -> None:
-        """Ends the thread. Waits at most a second for a slow disk."""
-        self._end("stop")
+    def stop(self, last: bool = False) -> None:
+        """Ends the thread. ``last``: first syncs and writes down what is finished, as far as there is time.
+
+        Waits :data:`_STOP_SECONDS` at most. Nothing is written down any more when it returns.
+        """
+        self._deadline = time.monotonic() + _STOP_SECONDS
+        self._end("last" if last else "stop")
         if self._thread is not None:
             self._thread.join(_STOP_SECONDS)
+        with self._writing:
+            self._stopped = True
+        if last and self._synced and self._waiting:  # the thread had ended, with all files on the disk
+            self._rewrite()
 
     def _end(self, how: str) -> None:
         with self._wake:
@@ -172,38 +191,65 @@ class Journal:
 
     def _work(self) -> None:
         try:
-            while not self._asked:
+            while True:
                 with self._wake:
-                    self._wake.wait_for(lambda: self._asked, INTERVAL_SECONDS)
+                    if self._wake.wait_for(lambda: self._asked, INTERVAL_SECONDS):
+                        break
                     ready, self._waiting = self._waiting, []
-                if not self._asked:
-                    self._keep(ready)
+                self._keep(ready)
             if self._asked == "finish":
                 for name, file in self._files().items():
-                    self._sync(name, file)
-                self._synced = True
+                    if self._asked == "finish":
+                        self._sync(name, file)
+                self._synced = self._asked == "finish"
+            if self._asked == "last" and not self._synced:
+                ready, self._waiting = self._waiting, []
+                self._keep(ready, self._deadline)
         finally:
             self._file.end()
 
-    def _keep(self, ready: list[Finished]) -> None:
+    def _keep(self, ready: list[Finished], deadline: float = math.inf) -> None:
+        """Syncs the files of these pieces, and writes the pieces down. Leaves out files whose sync would take too long."""
         if not self._writes:
             return
-        files = self._files()
-        for name in {done.file for done in ready} - self._broken:
-            self._sync(name, files[name])
-        whole = [done for done in ready if done.file not in self._broken]
-        if whole and not self._asked:
-            try:
-                self._file.append(_lines(map(_json, whole)))
-                self._written += whole
-            except OSError:  # fewer pieces are kept, because lines after a torn line do not count
-                self._writes = False
+        files, synced = self._files(), set[str]()
+        waiting: dict[str, int] = defaultdict(int)
+        for done in ready:
+            waiting[done.file] += done.nbytes
+        for name in waiting.keys() - self._broken:
+            began = time.monotonic()
+            if began + waiting[name] / self._rate < deadline:
+                self._sync(name, files[name])
+                self._rate = waiting[name] / max(time.monotonic() - began, _LEAST_SECONDS)
+                synced.add(name)
+        self._append([done for done in ready if done.file in synced - self._broken])
+
+    def _append(self, whole: list[Finished]) -> None:
+        with self._writing:
+            if whole and not self._stopped:
+                try:
+                    self._file.append(_lines(map(_json, whole)))
+                    self._written += whole
+                except OSError:  # fewer pieces are kept, because lines after a torn line do not count
+                    self._writes = False
+
+    def _rewrite(self) -> None:
+        """Writes a journal of all pieces. Keeps the old one if that fails."""
+        kept = [done for done in (*self._written, *self._waiting) if done.file not in self._broken]
+        if self._writes:
+            with contextlib.suppress(OSError, SpaceError):
+                self._file.begin(self._text(kept))
+                self._written, self._waiting = kept, []
+                self._file.end()
 
     def _sync(self, name: str, file: Output) -> None:
         try:
             file.sync()
         except OSError:
             self._broken.add(name)
+
+    def _text(self, kept: Iterable[Finished]) -> bytes:
+        return _lines([json.dumps({"plan": self.plan}, separators=(",", ":")), *map(_json, kept)])
 
 
 def _lines(texts: Iterable[str]) -> bytes:

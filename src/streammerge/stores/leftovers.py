@@ -1,4 +1,4 @@
-"""What interrupted runs have left beside their outputs: whose it is, how much it is, and its removal."""
+"""Finds and removes what interrupted runs have left beside their outputs."""
 
 from __future__ import annotations
 

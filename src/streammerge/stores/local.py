@@ -1,4 +1,4 @@
-"""The files of this machine, under their paths: what a name without a scheme means."""
+"""The files of this machine by their paths. A name without a scheme means this store."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://")
 
 
 def parse(place: PathLike, within: Location | None = None) -> Location:
-    """The location that is meant. A relative path counts from ``within``; a path object is always a path.
+    """Returns the location that a text or a path names. A relative path counts from ``within``; a path object is always a
+    path.
 
     ``~`` and ``~user`` at the beginning are the home folder. Raises RecipeError for a scheme of no known store.
     """
@@ -40,6 +41,14 @@ def parse(place: PathLike, within: Location | None = None) -> Location:
         return store.parse(store.spelled(posixpath.join(within.key, path.key))) if inside else path
     slash = "" if within.ends_in_slash else "/"
     return within.store.parse(f"{within}{slash}{store.without_scheme(place)}")
+
+
+def location(place: PathLike) -> Location:
+    """Returns the location of a path or of a text like ``scheme://name``, as every function of streammerge reads it.
+
+    Raises RecipeError for a scheme of no known store.
+    """
+    return parse(place)
 
 
 def resolved(place: PathLike) -> Location:

@@ -64,7 +64,7 @@ UNKNOWN = Owner(0)
 
 
 def this_run() -> Owner:
-    """The owner that this process is."""
+    """Returns this process as an owner."""
     try:
         import getpass
 
@@ -89,7 +89,8 @@ def _namespace() -> str:
 
 
 def owner_in(fd: int) -> Owner | None:
-    """The owner that a lock file names, :data:`UNKNOWN` for what cannot be read as one; None when nobody has it."""
+    """Returns the owner that a lock file names: :data:`UNKNOWN` if its content cannot be read, None if nobody has the
+    lock."""
     text = os.pread(fd, _MOST_BYTES, 0).decode(errors="replace").strip()
     if not text:
         return None
@@ -116,7 +117,7 @@ _taking = threading.Lock()
 
 
 def opened(path: str) -> int:
-    """The lock file, made where it is absent."""
+    """Opens the lock file, and creates it if it is absent."""
     return os.open(path, _FLAGS | os.O_CREAT, 0o666)
 
 

@@ -93,7 +93,7 @@ class MemoryStore(Store):
         return self._files[key][1]
 
     def data(self, location: Location) -> tuple[_Data, Status]:
-        """The bytes under a name, which nobody changes but the run that makes them, and what they are."""
+        """Returns the bytes under a name, and their status. Only the run that makes a file changes its bytes."""
         with self.lock:
             found = self._files.get(location.key)
             if found is None:

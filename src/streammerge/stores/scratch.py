@@ -1,4 +1,4 @@
-"""Files for a while: for what a check has to copy out, beside no output."""
+"""Temporary files of a check, which unpacks records and makes no output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from streammerge.stores.local import LOCAL
 
 @contextmanager
 def scratch() -> Iterator[Callable[[int], Output]]:
-    """Makes files of a size, in a temporary folder that goes with the block."""
+    """Yields a function that makes a file of a given size, in a temporary folder that is removed when the block ends."""
     with tempfile.TemporaryDirectory(prefix="streammerge-") as folder:
         home, made = LOCAL.parse(folder), list[OutputFile]()
 

@@ -1,4 +1,5 @@
-"""Calls that a file system or platform may lack. Each says what it could do; nothing here fails for being absent."""
+"""System calls that a file system or platform may lack. Each function returns what it could do. None fails because its
+call is missing."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ _sync_file_range = getattr(_libc, "sync_file_range", None)
 
 
 def reserve(fd: int, nbytes: int) -> bool:
-    """Makes the file that long, with room reserved on the disk. False when the file system reserves nothing.
+    """Makes the file this long, and reserves its room on the disk. Returns False if the file system cannot reserve room.
 
     The C library's ``posix_fallocate`` would write a byte into each block where the system has no such call.
     """
@@ -75,7 +76,8 @@ def sync_folder(folder: str | os.PathLike[str]) -> bool:
 
 
 def rename2(source: str | os.PathLike[str], target: str | os.PathLike[str], flag: int) -> bool:
-    """``renameat2``; False when the kernel or the file system has none. FileExistsError when the target is there."""
+    """Calls ``renameat2``. Returns False if the kernel or the file system lacks it. Raises FileExistsError if the target
+    exists."""
     if _renameat2 is None:
         return False
     if _renameat2(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), flag) == 0:
@@ -93,7 +95,7 @@ def start_writing(fd: int, offset: int, nbytes: int) -> None:
 
 
 def open_direct(path: str) -> int:
-    """The file opened for writing past the page cache; -1 when that cannot be."""
+    """Opens the file for writing past the page cache. Returns -1 if that is not possible."""
     try:
         return os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECT)
     except AttributeError:
@@ -105,7 +107,7 @@ def open_direct(path: str) -> int:
 
 
 def pread_into(fd: int, buffer: memoryview, offset: int) -> int:
-    """Reads into a buffer; how many bytes came, which may be fewer."""
+    """Reads into a buffer. Returns the number of bytes, which may be less than the buffer holds."""
     if hasattr(os, "preadv"):
         return os.preadv(fd, [buffer], offset)
     data = os.pread(fd, len(buffer), offset)
@@ -114,14 +116,14 @@ def pread_into(fd: int, buffer: memoryview, offset: int) -> int:
 
 
 def drop_cached(fd: int, offset: int, nbytes: int) -> None:
-    """Gives the page cache of a range back, as far as the system takes advice."""
+    """Asks the system to drop a range from the page cache."""
     if hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError):
             os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def umask() -> int:
-    """The file mode mask, which can only be asked for by setting it; Linux tells it without."""
+    """Returns the file mode mask of the process. Linux shows it; elsewhere it can only be read by setting it."""
     with contextlib.suppress(OSError), open("/proc/self/status") as status:
         for line in status:
             if line.startswith("Umask:"):

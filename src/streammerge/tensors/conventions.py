@@ -1,4 +1,4 @@
-"""What the field's programs agree on about the names of tensors and files. Data only, each with its reason.
+"""Conventions of programs about the names of tensors and files. Data only, each with its reason.
 
 This is the one place for such lists. A name that can be told by comparing two checkpoints does not belong here.
 """
@@ -17,7 +17,7 @@ WRAPPERS: dict[str, str] = {
 LEADING_WRAPPERS: dict[str, str] = {
     "xtts.": "Coqui's trainer, whose own loader removes it",
 }
-"""The same, where they stand before a name."""
+"""Prefixes that wrap a module. They count at the beginning of a name only."""
 
 SPELLINGS: tuple[tuple[str, str, str], ...] = (
     (r"\.gamma$", ".weight", "LayerNorm as TensorFlow calls it; transformers reads both"),
@@ -27,7 +27,8 @@ SPELLINGS: tuple[tuple[str, str, str], ...] = (
     (r"\.parametrizations\.([^.]+)\.original$", r".\1_orig", "torch's spectral_norm since 1.9"),
     (r"\.parametrizations\.([^.]+)\.0\._([uv])$", r".\1_\2", "torch's spectral_norm since 1.9"),
 )
-"""(pattern, the other spelling, reason): two names of one tensor, where both checkpoints have one of them."""
+"""(pattern, the other spelling, reason): two names of one tensor. They are matched where each checkpoint has one of the
+two."""
 
 _ROTARY = "rotary frequencies, which a model computes from its configuration"
 _MASK = "a causal mask, which a model makes anew"
@@ -60,7 +61,8 @@ FACTORS: tuple[tuple[str, str], ...] = (
     (r"\.b?oft_(blocks|diag|[rRsS])\b", "OFT"),
     (r"\.vera_(lambda_[bd]|[AB])\b", "VeRA"),
 )
-"""(pattern, kind of adapter): factors, whose product is the update of a weight. Their mean does not make the mean update.
+"""(pattern, kind of adapter): factors. The product of two factors is the update of a weight, and the mean of factors does
+not give the mean of updates.
 
 Adapters whose numbers enter linearly, such as IA3, are not among them.
 """
@@ -75,16 +77,16 @@ EXPERT_ROLES: dict[str, str] = {
     "w2": "down",
     "w13": "gate and up",
 }
-"""What the matrices of an expert are called -> what they are. In "gate and up" the gate comes first."""
+"""Name of a matrix of an expert -> its role. In "gate and up" the gate comes first."""
 
 EXPERT_STACKS = ("experts", "switch_mlp")
-"""What holds the experts of a layer is called."""
+"""Names of the module that holds the experts of a layer."""
 
 AVERAGED = (
     r"(?i)(.*[_.])?(ema\d*|ema_.*|model_avg|avg_model|average_model(_.*)?|averaged|teacher|swa(_.*)?|shadow(_params)?)"
     r"([_.].*)?"
 )
-"""A part of a name, or a key, that speaks of a running mean of the weights."""
+"""Matches a part of a name, or a key, that means a running mean of the weights."""
 
 SWAPPED: tuple[tuple[str, str, str, str], ...] = (
     ("state_dict", "ema_state_dict", "message_hub", "mmengine's EMAHook"),
@@ -103,13 +105,14 @@ COUNTERS: frozenset[str] = frozenset(
         "initted",
     )
 )
-"""What counts how long was trained. A merge has the largest of the inputs; a mean would be no count."""
+"""Keys that count the length of the training. A merge has the largest value of its inputs, because a mean is not a count.
+"""
 
 PROGRESS = r"(?i)(.*_)?timestamp"
 """A key of a record that only makes sense as a whole, as that of Composer: a merge has that of the longest training."""
 
 FACTS: frozenset[str] = frozenset(("hash", "id", "sha256", "md5", "uuid"))
-"""What is true of one file only, so that a merge must not have the first input's."""
+"""Keys whose value is true of one file only. A merge does not copy them from the first input."""
 
 CHECKSUM_FILES: tuple[str, ...] = ("checklist.chk", ".md5", ".sha256", ".sha512", "md5sums", "sha256sums")
 """Endings, in lower case, of files that hold checksums of the files beside them."""
@@ -135,7 +138,7 @@ WEIGHTS_KEY = "transformers_weights"
 """A key of ``config.json`` that names the file of the weights, or their index. transformers looks for it first."""
 
 ADAPTERS: frozenset[str] = frozenset(("adapter_model",))
-"""Stems among them of weights that stand beside those of a model, and are no other form of them."""
+"""Stems among them that hold other weights beside those of a model. They are not another form of the model's weights."""
 
 INDEX_FIRST: frozenset[str] = frozenset(("diffusion_pytorch_model",))
 """Stems whose loader looks for an index before it looks for a single file."""
@@ -165,7 +168,7 @@ EXPORT_FILES: tuple[str, ...] = (
 """Files for other programs, made from the weights of a checkpoint. Any other ``.onnx`` file is another network."""
 
 EXPORT_FOLDERS: frozenset[str] = frozenset(("onnx", "openvino", "coreml", "gguf", "tflite", "ggml"))
-"""Subfolders that hold nothing else."""
+"""Subfolders that hold only such files."""
 
 TRAINING_FILES = (
     r"training_args\.bin|trainer_state\.json|events\.out\.tfevents.*|zero_to_fp32\.py|latest"
@@ -175,4 +178,4 @@ TRAINING_FILES = (
 """Files of a training run that no loader of a model reads. They do not belong to a merged model."""
 
 TRAINING_FOLDERS = r"(checkpoint|step|epoch|global_step)[-_]?\d+|runs|logs|wandb|tensorboard|lightning_logs|mlruns"
-"""The same for subfolders."""
+"""Subfolders of a training run that no loader of a model reads."""

@@ -1,9 +1,10 @@
-"""Which tensor of one checkpoint is which of another, where their names differ.
+"""Finds the tensors of two checkpoints that correspond, where their names differ.
 
-Equal names are one tensor. So are names that differ only in wrappers and spellings (:mod:`streammerge.tensors.names`). What
-is left over on both sides is compared: ``model.visual.*`` is ``visual.*`` where nearly all names below the two are equal
-with equal shapes, and nothing else could be meant. Only parts that are put in, left out or moved are guessed, never a part
-that stands in another's place: an encoder is no decoder, and a model is not its own average.
+Equal names are one tensor. Names that differ only in wrappers and spellings are one tensor too
+(:mod:`streammerge.tensors.names`). The remaining names of both sides are compared: ``model.visual.*`` matches
+``visual.*`` if nearly all names below the two are equal with equal shapes, and if no other match is possible. A match may
+add, remove or move a part of a name. It never replaces one part by another: an encoder is not a decoder, and a model is
+not its own average.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from streammerge.tensors.conventions import AVERAGED
 from streammerge.tensors.names import bare, spelled
 
 Shapes = Mapping[str, tuple[int, ...]]
-_MOST_PREFIXES = 32  # beyond so many prefixes of one ending nothing can be told
+_MOST_PREFIXES = 32  # an ending with more prefixes than this is ambiguous
 _MOST_WAYS = 64
 _LEAST_TENSORS = 4
 _PART = re.compile(r"(?<=\.)(\d+)(?=\.)")  # a number at the start of a name is a prefix
 
 
 class Renaming(NamedTuple):
-    """What the names of the first begin with, what those of the other begin with, and how many tensors are so matched.
+    """A renaming: the prefix of the first's names, the prefix of the other's names, and how many tensors it matches.
 
-    Numbers of layers stand as ``*``. Both end in a dot, or are empty.
+    Numbers of layers are written as ``*``. Each prefix ends in a dot, or is empty.
     """
 
     ours: str
@@ -40,7 +41,7 @@ class Renaming(NamedTuple):
 
 @dataclass(slots=True)
 class Matching:
-    """``names``: name in the first -> name in the other. ``doubtful``: what could be meant, and was not matched."""
+    """``names``: name in the first -> name in the other. ``doubtful``: possible matches that were not made."""
 
     names: Mapping[str, str]
     doubtful: list[Renaming] = field(default_factory=list)
@@ -67,7 +68,8 @@ def _rest(names: Mapping[str, str], ours: Shapes, theirs: Shapes) -> tuple[Shape
 
 
 def _by(key: Callable[[str], str], ours: Shapes, theirs: Shapes, alike: bool) -> dict[str, str]:
-    """Our name -> theirs, where both have the same key and no other name on either side has it. ``alike``: in shape too."""
+    """Returns our name -> their name for each key that exactly one name on each side has. ``alike``: if their shapes are
+    equal."""
     left = {key(name): name for name in theirs}
     counts = Counter(map(key, theirs)) + Counter(map(key, ours))
     found = {name: left[own] for name in ours if counts[own := key(name)] == 2 and own in left}
@@ -151,7 +153,7 @@ class _Guess:
             way.differing += len(alike) - sum(alike)
 
     def names(self) -> dict[str, str]:
-        """The pairs of all renamings that are sure."""
+        """Returns the pairs of all renamings that are certain."""
         likely = _without_parts([way for way in self.ways.values() if way.equal and not _speaks_of_average(way.moved)])
         pairs = _forced(pair for way in likely for pair in way.equal)
         ways = [(way, [p for p in way.equal if pairs.get(p[0]) == p[1]]) for way in likely]
@@ -162,7 +164,7 @@ class _Guess:
         forms = {one: two for _, found in taken for one, two in found}
         used = set(forms.values())
         for way, _ in taken:
-            for one, two in way.other:  # of a renaming that holds, what differs in shape is told as that
+            for one, two in way.other:  # tensors that differ in shape, which are reported as such
                 if one not in forms and two not in used:
                     forms[one] = two
                     used.add(two)
@@ -172,7 +174,7 @@ class _Guess:
         return sum(len(self.ours[one].tensors.keys() & self.theirs[two].tensors.keys()) for one, two in pairs)
 
     def _is_sure(self, way: _Way, found: list[tuple[str, str]], pairs: Mapping[str, str]) -> bool:
-        """Whether nearly all tensors below the two prefixes are so matched, with equal shapes."""
+        """Whether the renaming matches nearly all tensors below the two prefixes, with equal shapes."""
         count = self._count(found)
         if way.differing * 5 > count:
             return False
@@ -187,12 +189,12 @@ class _Guess:
         return count * 10 >= 9 * (min(below) - self._count(way.other)) and (whole or not weak)
 
     def _is_large(self, found: list[tuple[str, str]]) -> bool:
-        """Whether the renaming is about more than a few tensors, which could be alike by chance."""
+        """Whether the renaming covers more than a few tensors, which could match by chance."""
         count = self._count(found)
         return count >= _LEAST_TENSORS or count * 10 >= min(self.sizes)
 
     def doubtful(self, taken: Mapping[str, str]) -> list[Renaming]:
-        """Renamings of most names that were not taken, the largest first."""
+        """Returns the renamings of most names that were not accepted, the largest first."""
         found = [
             Renaming(way.ours, way.theirs, way.tensors)
             for way in self.ways.values()
@@ -206,9 +208,10 @@ class _Guess:
 
 
 def _without_parts(ways: list[_Way]) -> list[_Way]:
-    """The ways without those that others explain: each of their names, on both sides, is in a way of twice their tensors.
+    """Returns the renamings without those that larger ones explain: each of its names, on both sides, is in a renaming of
+    twice its tensors.
 
-    ``bert.*`` against ``*`` explains why ``output.*`` could be ``bert.attention.output.*``.
+    For example, ``bert.*`` against ``*`` explains ``output.*`` against ``bert.attention.output.*``.
     """
     most: tuple[dict[str, int], dict[str, int]] = ({}, {})
     for way in ways:
@@ -223,7 +226,8 @@ def _without_parts(ways: list[_Way]) -> list[_Way]:
 
 
 def _forms(shapes: Shapes) -> dict[str, _Form]:
-    """Spelled name with ``*`` for numbers -> its tensors, without those that are spelled alike."""
+    """Returns spelled name, with ``*`` for numbers -> its tensors. Tensors whose names have the same spelling are left
+    out."""
     found: dict[str, _Form] = {}
     doubled: list[tuple[str, tuple[str, ...]]] = []
     for name, shape in shapes.items():
@@ -239,7 +243,7 @@ def _forms(shapes: Shapes) -> dict[str, _Form]:
 
 
 def _splits(name: str) -> Iterator[tuple[str, str]]:
-    """(prefix with its dot, ending), for every dot."""
+    """Yields (prefix with its dot, ending) for every dot of a name."""
     dot = name.find(".")
     while dot >= 0:
         yield name[: dot + 1], name[dot + 1 :]
@@ -247,7 +251,7 @@ def _splits(name: str) -> Iterator[tuple[str, str]]:
 
 
 def _moved(ours: str, theirs: str) -> frozenset[str] | None:
-    """The parts that are put in, left out or moved between two prefixes; None where one part stands in another's place."""
+    """Returns the parts that are added, removed or moved between two prefixes; None if one part replaces another."""
     one, two = ours.split(".")[:-1], theirs.split(".")[:-1]
     if one and two and not set(one) & set(two):
         return None
@@ -267,9 +271,10 @@ def _speaks_of_average(parts: Iterable[str]) -> bool:
 
 
 def _forced(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """The pairs of a one-to-one matching that leave no choice.
+    """Returns the pairs of a one-to-one matching that are forced.
 
-    A pair is taken where both have no other, or where one has no other and all that also want its partner have.
+    A pair is forced if both sides have no other candidate. It is also forced if one side has no other candidate, and all
+    rivals for its partner have one.
     """
     ours: dict[str, set[str]] = {}
     theirs: dict[str, set[str]] = {}
@@ -299,7 +304,7 @@ def _take(name: str, partner: str, side: dict[str, set[str]], back: dict[str, se
 
 
 def replacements(ours: Iterable[str], theirs: Iterable[str]) -> list[Renaming]:
-    """The prefixes in whose place another one stands, where that would make nine of ten names equal."""
+    """Returns pairs of prefixes of which one replaces the other, if that would make nine of ten names equal."""
     one, two = (
         {ending: prefix for name in names for prefix, ending in _splits(name)} for names in (list(ours), list(theirs))
     )
@@ -339,7 +344,7 @@ def _sentence(count: int, ours: str, theirs: str, leading: bool) -> str:
 
 @lru_cache(maxsize=1 << 12)
 def _difference(ours: str, theirs: str) -> tuple[str, str, bool]:
-    """The parts in which two names differ, numbers as ``*``, and whether the names begin with them."""
+    """Returns the parts in which two names differ, with ``*`` for numbers, and whether the names begin with them."""
     one, two = ours.split("."), theirs.split(".")
     last = one[-1] == two[-1]
     while one and two and one[-1] == two[-1]:

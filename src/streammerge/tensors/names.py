@@ -14,7 +14,7 @@ from functools import cache
 from streammerge.tensors.conventions import AVERAGED, COUNTERS, IGNORED, LEADING_WRAPPERS, SPELLINGS, WRAPPERS
 
 _LEADING = (*WRAPPERS, *LEADING_WRAPPERS)
-_LED = re.compile("|".join(map(re.escape, _LEADING)))  # most of many names have none of them
+_LED = re.compile("|".join(map(re.escape, _LEADING)))  # most names have no such part
 _SPELLED = re.compile(r"\.(gamma|beta)$|\.parametrizations\.")
 
 
@@ -53,7 +53,7 @@ def _ignored() -> list[tuple[re.Pattern[str], str, str]]:
 
 
 def why_ignored(name: str, shape: tuple[int, ...]) -> str:
-    """What a tensor is that loaders drop or compute anew; "" for any other."""
+    """Describes a tensor that loaders drop or compute again. Returns "" for any other tensor."""
     name = bare(name)
     for pattern, condition, reason in _ignored():
         if pattern.search(name) and (not condition or _is_mask(shape)):
@@ -66,19 +66,20 @@ def _is_mask(shape: tuple[int, ...]) -> bool:
 
 
 def is_counter(name: str) -> bool:
-    """Whether a tensor counts how long was trained."""
+    """Whether a tensor counts the steps of the training."""
     return name.rpartition(".")[2] in COUNTERS
 
 
 def why_optional(name: str, shape: tuple[int, ...]) -> str:
-    """What a tensor is that a checkpoint of the same model may lack; "" for any other."""
+    """Describes a tensor that a checkpoint of the same model may lack. Returns "" for any other tensor."""
     if shape in ((), (1,)) and is_counter(name):
         return "counters of the training"
     return why_ignored(name, shape)
 
 
 def copies_among(names: Iterable[str]) -> dict[str, list[str]]:
-    """Returns the first part of names of a running average -> these names, where the names that it averages are there too.
+    """Finds running averages. Returns the first part of their names -> these names, if the tensors that are averaged
+    exist too.
 
     Stable Diffusion has ``model_ema.diffusion_modelouta`` beside ``model.diffusion_model.out.a``; other programs have
     ``ema_model.`` beside ``online_model.``, or ``teacher.`` beside ``student.``.

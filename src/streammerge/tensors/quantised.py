@@ -70,7 +70,7 @@ def belongs(name: str, stem: str) -> bool:
 
 
 def _is_of(label: str, name: str, specs: Mapping[str, TensorSpec]) -> bool:
-    """Whether a tensor that is called as the scheme calls its own can be one, by what is beside it."""
+    """Whether a tensor with a name of the scheme can belong to it, judged by the tensors beside it."""
     if label == _MLX:
         weight = specs.get(f"{_stem(name)}.weight")
         return weight is not None and weight.dtype is DType.U32
@@ -80,7 +80,7 @@ def _is_of(label: str, name: str, specs: Mapping[str, TensorSpec]) -> bool:
 def _scales(name: str, specs: Mapping[str, TensorSpec]) -> bool:
     """Whether a tensor that is called a scale scales 8-bit weights beside it.
 
-    ``weight_scale`` scales ``weight``. A mere ``scale`` scales what is beside it, unless it has 8 bits too: then it is
+    ``weight_scale`` scales ``weight``. A plain ``scale`` scales what is beside it, unless it has 8 bits too: then it is
     the weight of a norm in a model of 8-bit numbers.
     """
     match = _SCALE.match(name)

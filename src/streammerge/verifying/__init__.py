@@ -2,6 +2,7 @@
 
 Each module imports only modules above it::
 
-    files   structure and checksums
-    values  a sample of the values, computed again
+    files     structure and checksums
+    values    a sample of the values, computed again
+    attempts  where the inputs are, and what to say if the values cannot be computed
 """

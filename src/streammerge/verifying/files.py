@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from streammerge.errors import FormatError, VerifyError, listed, printable
 from streammerge.formats import torch_zip
-from streammerge.formats.folder import files_below
-from streammerge.options import RECEIPT_FILE
+from streammerge.formats.file_names import files_below
+from streammerge.formats.records import RECEIPT_FILE
 from streammerge.planning.receipt import ITSELF, Receipt, escaped
 from streammerge.running.executors.threads import ThreadExecutor
 from streammerge.running.readback import check_by_library, read_output

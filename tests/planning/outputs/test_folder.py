@@ -377,3 +377,22 @@ def test_a_single_shard_keeps_the_index_by_which_it_is_found(tmp_path: Path) -> 
         assert len(sm.inspect(tmp_path / f"{folder}-out")) == 4
         sm.convert(tmp_path / folder, f"{tmp_path}/{folder}-cut/", max_shard_size=1000)
         assert len(sm.inspect(tmp_path / f"{folder}-cut")) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "out"),
+    [("model.pth", "model.pth"), ("pytorch_model.bin", "pytorch_model.bin"), ("best.pth", "model.safetensors")],
+)
+def test_a_file_keeps_the_name_that_its_loader_looks_for(tmp_path: Path, name: str, out: str) -> None:
+    """XTTS looks for model.pth in a folder. Nothing is known of a loader of best.pth, so it gets the usual name."""
+    for folder in ("a", "b"):
+        save(tmp_path / folder / name, {"model": draw(1), "config": {"k": 1}, "step": 3})
+        (tmp_path / folder / "config.json").write_text("{}")
+    result = sm.merge([tmp_path / "a" / name, tmp_path / "b" / name], tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [out, "streammerge.json", "streammerge.yaml"]
+    assert any(f"config.json and the other files beside {tmp_path / 'a' / name} are not copied" in n for n in result.notes)
+    if out != "model.safetensors":
+        assert torch.load(tmp_path / "out" / out)["config"] == {"k": 1}
+    sm.convert(tmp_path / "a" / name, tmp_path / "converted")
+    converted = "model.pth" if name == "model.pth" else "model.safetensors"
+    assert (tmp_path / "converted" / converted).exists()

@@ -26,13 +26,15 @@ def convert(path: str, out: str | None, no_progress: bool, form: str, debug: boo
     streammerge convert pytorch_model.bin -o model.safetensors
     streammerge convert best_model.pth -o small.pth --drop 'dvae.*'
     """
-    from streammerge import api
     from streammerge.cli.progress import Progress
 
     if out is None:
         raise click.UsageError("the output has no name; add -o OUT, like -o model.safetensors")
-    if "://" not in out:
-        out = output_name(out, [path], None, form != "human")
     with Progress(form, enabled=not no_progress) as progress:
-        result = api.convert(path, out, listener=progress, **as_arguments(typed))
+        progress.out = out
+        from streammerge import api
+
+        if "://" not in out:
+            progress.out = output_name(out, [path], None, progress.say)
+        result = api.convert(path, progress.out, listener=progress, **as_arguments(typed))
         report(result, form, progress.told)

@@ -30,18 +30,22 @@ def merge(
     streammerge merge 'run/checkpoint-*.pt' --last 5 -o average.safetensors
     streammerge merge recipe.yaml -o merged/
     """
-    from streammerge import api
     from streammerge.cli.progress import Progress
 
     asked = as_arguments(typed)
     found, recipe = inputs_and_recipe(inputs, typed["weights"])
     if dry_run:
+        from streammerge import api
+
         asked = {name: asked[name] for name in asked.keys() - options_of(Running)}
         show_plan(api.plan(found, out, recipe=recipe, **asked), form)
         return
     if out is None:
         raise click.UsageError("the output has no name; add -o OUT, like -o merged.safetensors")
-    out = output_name(out, found, recipe, form != "human", typed["own_methods"])
     with Progress(form, enabled=not no_progress) as progress:
-        result = api.merge(found, out, recipe=recipe, listener=progress, **asked)
+        progress.out = out
+        from streammerge import api
+
+        progress.out = output_name(out, found, recipe, progress.say, typed["own_methods"])
+        result = api.merge(found, progress.out, recipe=recipe, listener=progress, **asked)
         report(result, form, progress.told)

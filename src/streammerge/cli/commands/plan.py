@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import click
@@ -9,6 +10,7 @@ import click
 from streammerge.cli import options
 from streammerge.cli.arguments import as_arguments, inputs_and_recipe, output_name
 from streammerge.cli.reports import show_plan
+from streammerge.cli.terminal import say
 from streammerge.options import PLAN
 
 
@@ -24,5 +26,6 @@ def plan(inputs: tuple[str, ...], out: str | None, form: str, debug: bool, **typ
 
     found, recipe = inputs_and_recipe(inputs, typed["weights"])
     if out is not None:
-        out = output_name(out, found, recipe, form != "human", typed["own_methods"])
+        tell = partial(say, err=True) if form == "human" else str
+        out = output_name(out, found, recipe, tell, typed["own_methods"])
     show_plan(api.plan(found, out, recipe=recipe, **as_arguments(typed)), form)

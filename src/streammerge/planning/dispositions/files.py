@@ -14,7 +14,7 @@ from streammerge.checkpoints.index import CheckpointIndex, index_of
 from streammerge.errors import FormatError, StreammergeError
 from streammerge.formats.base import Form
 from streammerge.formats.detect import read_file
-from streammerge.formats.folder import is_shard, is_whole_model, kind_of_file, kind_of_folder
+from streammerge.formats.file_names import is_shard, is_whole_model, kind_of_file, kind_of_folder
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.stores.base import Location
 from streammerge.stores.names import is_inner

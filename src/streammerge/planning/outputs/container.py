@@ -13,8 +13,8 @@ from typing import Any
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import safetensors
+from streammerge.formats.records import RECEIPT_KEY
 from streammerge.methods.registry import COPY
-from streammerge.options import RECEIPT_KEY
 from streammerge.planning.aligned import Merged, MergedTensors
 from streammerge.planning.alignment import Alignment
 from streammerge.planning.dispositions.entries import left_behind
@@ -88,7 +88,7 @@ def _planned(
     receipt: Receipt,
 ) -> PlannedOutput:
     merged = alignment.merged
-    if kind != "folder" and len(first.parts) > 1:
+    if kind != "folder" and any(first.parts):
         models = listed([each or "." for each in first.parts])
         raise RecipeError(
             f"{printable(first.path)} holds several models ({models}), which no program loads from one file; "

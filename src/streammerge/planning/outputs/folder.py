@@ -12,13 +12,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from streammerge.checkpoints.config import CONFIG
+from streammerge.checkpoints.config_keys import CONFIG_FILES
 from streammerge.checkpoints.heads import loader_ties
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import safetensors
 from streammerge.formats.base import Form, LayoutFile, Literal
-from streammerge.formats.folder import form_of_file, is_looked_for
-from streammerge.options import RECEIPT_FILE, RECIPE_FILE
+from streammerge.formats.file_names import form_of_file, is_looked_for
+from streammerge.formats.records import RECEIPT_FILE, RECIPE_FILE
 from streammerge.pickles.tree import mapping_items
 from streammerge.planning.aligned import Merged, MergedTensors, Way, named, names_of, unlike
 from streammerge.planning.alignment import Alignment
@@ -57,18 +58,22 @@ def is_pickled(recipe: Recipe, base: CheckpointIndex) -> bool:
 
 
 def _is_pickled(recipe: Recipe, part: CheckpointIndex) -> bool:
-    return part.container.pickled and _form(recipe, part) is part.container.form
+    form = _form(recipe, part)
+    return part.container.pickled and (form is part.container.form or form.ending != _NEW.ending)
 
 
 def _form(recipe: Recipe, part: CheckpointIndex) -> Form:
     """Returns the form of a model in the output: the first input's.
 
-    A conversion writes safetensors instead of pickles, unless a loader looks for the pickle only.
+    A conversion writes safetensors instead of pickles, unless a loader looks for the pickle only. A file of a name that a
+    loader looks for in a folder has the form of such a folder.
     """
     form = part.container.form
     if form is None:
         named = form_of_file(part.path.name)
-        return named if named is not None and named.ending == ".safetensors" else _NEW
+        if named is None or part.container.pickled == (named.ending == _NEW.ending):
+            return _NEW
+        form = named
     if not part.container.pickled or recipe_record(recipe) is not None:
         return form
     stem = AS_SAFETENSORS.get(form.stem) if form.ending == ".bin" else None
@@ -106,11 +111,26 @@ def folder_output(
         if inner:
             made.notes.append(f"the output has the subfolders of {printable(folder)}: {listed(sorted(inner))}")
     sums = made.sums | {name: blank_sums([]) for name in (*names, *(name for _, name in copied)) if name not in made.sums}
+    made.notes += _without_side_files(base)
     receipt = replace(receipt, checksums=dict(sorted(sums.items())), dispositions=dispositions.record())
     file = text_file(RECEIPT_FILE, receipt.text(2))
     made.files.append(replace(file, receipt=file.literals[0].data))
     layout = Layout(tuple(made.files), receipt, True, tuple(copied), made.pickle_bytes)
     return PlannedOutput(layout, made.placed, made.notes, dispositions=dispositions)
+
+
+def _without_side_files(base: CheckpointIndex) -> list[str]:
+    """Returns a note about the files beside a file that was given without its folder, if they belong to a model."""
+    folder = base.path.parent
+    if base.in_memory or base.path.is_folder() or base.container.path.is_folder():
+        return []
+    config = next((name for name in CONFIG_FILES if (folder / name).is_file()), None)
+    if config is None:
+        return []
+    return [
+        f"{config} and the other files beside {printable(base.path)} are not copied, since the input is a file; give its "
+        "folder to have them too"
+    ]
 
 
 def _own_alignment(

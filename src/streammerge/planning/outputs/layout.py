@@ -9,8 +9,8 @@ from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.formats.base import LayoutFile, Literal
+from streammerge.formats.records import RECEIPT_KEY, RECIPE_KEY
 from streammerge.methods.registry import COPY
-from streammerge.options import RECEIPT_KEY, RECIPE_KEY
 from streammerge.planning.aligned import Merged, MergedTensors
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.receipt import InputSpans, Receipt

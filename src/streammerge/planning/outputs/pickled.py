@@ -10,7 +10,7 @@ from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import plain_pickle, torch_zip
 from streammerge.formats.base import LayoutFile
-from streammerge.options import RECEIPT_KEY, RECIPE_KEY
+from streammerge.formats.records import RECEIPT_KEY, RECIPE_KEY
 from streammerge.pickles.arrays import array_over, is_array, native, numpy_dtype
 from streammerge.pickles.repickle import Edit, storage_ref, stream
 from streammerge.pickles.state_dict import Found

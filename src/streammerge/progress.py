@@ -1,0 +1,139 @@
+"""A listener that shows the progress of a run on stderr: a bar, or a line every half minute in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from streammerge.errors import printable
+from streammerge.events import (
+    Event,
+    Hashed,
+    Preparing,
+    Resumed,
+    RunFinished,
+    RunStarted,
+    Spooled,
+    Syncing,
+    TaskDone,
+)
+from streammerge.running.process import resident_bytes
+from streammerge.units import binary_bytes, decimal_bytes
+
+_LOG_SECONDS = 30.0
+_FILE_SECONDS = 1.0
+"""The least time between two states of a bar that is written into a file or a notebook."""
+
+
+class ProgressBar:
+    """Shows bytes, rate, remaining time, and current memory against the budget, while its ``with`` block runs.
+
+    ``log``: prints one line of a log. If it is given, lines take the place of the bar where stderr is no terminal.
+    """
+
+    def __init__(self, log: Callable[[str], None] | None = None) -> None:
+        self._log, self._word = log, ""
+        self._startup_bytes, self._budget = 0, ""
+        self._bar: Any = None
+
+    def __enter__(self) -> ProgressBar:
+        self._say("reading headers")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._say("")
+        if self._bar is not None:
+            self._bar.close()
+
+    def clear(self) -> None:
+        """Takes the bar away, so that a line can be printed. The next event brings it back."""
+        self._say("")
+        if self._bar is not None:
+            self._bar.clear()
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Preparing):
+            self._say(f"loading {event.what}")
+        elif isinstance(event, RunStarted):
+            self._say("")
+            self._startup_bytes, self._budget = resident_bytes(), binary_bytes(event.memory_bytes)
+            log = None if sys.stderr.isatty() else self._log
+            self._bar = _tqdm(event.read_bytes) if log is None else _Lines(event.read_bytes, log)
+        elif self._bar is None:
+            return
+        elif isinstance(event, Resumed):
+            self._bar.skip(event.read_bytes)
+        elif isinstance(event, Hashed):
+            self._bar.set_description_str(f"hashing {printable(event.name, 40)}")
+        elif isinstance(event, TaskDone):
+            held = binary_bytes(max(event.memory_bytes - self._startup_bytes, 0))
+            self._bar.set_description_str("", refresh=False)
+            self._bar.set_postfix_str(f"memory {held} of {self._budget}", refresh=False)
+            self._bar.update(event.read_bytes)
+        elif isinstance(event, Spooled):
+            self._bar.set_description_str("spooling", refresh=False)
+            self._bar.update(event.nbytes)
+        elif isinstance(event, Syncing):
+            self._bar.set_description_str("syncing")
+        elif isinstance(event, RunFinished):
+            self._bar.close()
+
+    def _say(self, word: str) -> None:
+        """Shows what is done before the bar is there, on a line of a terminal that the next one replaces."""
+        if sys.stderr.isatty() and (word or self._word):
+            blank = " " * len(self._word)
+            sys.stderr.write(f"\r{blank}\r{word}")
+            sys.stderr.flush()
+            self._word = word
+
+
+class _Lines:
+    """Replaces the bar in logs: a line every half minute."""
+
+    def __init__(self, total: int, log: Callable[[str], None]) -> None:
+        self._total, self._log, self._done, self._skipped, self._more = total, log, 0, 0, ""
+        self._began = self._said = time.monotonic()
+
+    def update(self, nbytes: int) -> None:
+        self._done, now = self._done + nbytes, time.monotonic()
+        if now - self._said >= _LOG_SECONDS:
+            share, read = self._done / max(self._total, 1), self._done - self._skipped
+            rate = read / max(now - self._began, 1e-9)
+            self._log(f"{share:4.0%} of {decimal_bytes(self._total)} read, {decimal_bytes(rate)}/s{self._more}")
+            self._said = now
+
+    def skip(self, nbytes: int) -> None:
+        """Counts bytes that an earlier run has read: as done, not in the rate."""
+        self._done += nbytes
+        self._skipped += nbytes
+        self._began = time.monotonic()  # the time before was for the check of what is kept
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:  # noqa: ARG002 - same signature as tqdm's
+        self._more = f", {text}"
+
+    def set_description_str(self, text: str, refresh: bool = True) -> None:
+        pass
+
+    def clear(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def _tqdm(total: int) -> Any:
+    from tqdm import tqdm
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        def skip(self, nbytes: int) -> None:
+            """Counts bytes that an earlier run has read: as done, not in the rate."""
+            self.n += nbytes
+            self.initial = self.last_print_n = self.n
+            self.start_t = self.last_print_t = time.time()
+            self.refresh()
+
+    pause = 0.1 if sys.stderr.isatty() else _FILE_SECONDS
+    return Bar(total=total, unit="B", unit_scale=True, leave=False, dynamic_ncols=True, smoothing=0.1, mininterval=pause)

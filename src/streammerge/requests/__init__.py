@@ -1,0 +1,9 @@
+"""What a public function was asked for: from its arguments to a plan. Opens checkpoints; merges nothing.
+
+Each module imports only modules above it::
+
+    inputs       paths, state dicts in memory, weights behind them
+    plans        from a recipe to a plan
+    merging      the arguments of a merge or a plan
+    conversions  the conversions that a merge makes first
+"""

@@ -1,0 +1,37 @@
+"""The conversions that a merge makes first."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from streammerge.checkpoints.conversions import converted_path, is_conversion
+from streammerge.checkpoints.index import open_checkpoint
+from streammerge.options import Resources
+from streammerge.recipe.arguments import conversion
+from streammerge.recipe.model import Recipe
+from streammerge.requests.plans import planned
+from streammerge.running.execution import execute
+from streammerge.running.process import resident_bytes
+from streammerge.running.session import RunOptions
+from streammerge.stores.base import Location
+
+
+def convert_first(recipe: Recipe, folder: Location, resources: Resources, running: RunOptions) -> bool:
+    """Converts each checkpoint to a safetensors file in this folder, unless a current one is there.
+
+    Returns whether any file was made. Raises the errors of :func:`streammerge.convert`.
+    """
+    made = False
+    folder.make_folder()
+    for each in recipe.checkpoints:
+        index = open_checkpoint(each.path, each.state_dict, recipe.ema)
+        target = converted_path(index, folder)
+        if not is_conversion(target, index):
+            target.sweep()
+            target.check_writable(overwrite=True)
+            before = resident_bytes()
+            overrides = {"state_dict": each.state_dict, "ema": recipe.ema, "allow_nonfinite": True}
+            plan = planned(conversion(each.path, (), (), overrides), target, resources, running.executor)
+            execute(plan, replace(running, overwrite=True), before)
+            made = True
+    return made

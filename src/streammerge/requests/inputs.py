@@ -1,0 +1,95 @@
+"""The inputs that a public function was given: paths, state dicts in memory, and weights behind them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from numbers import Real
+from typing import Any, SupportsFloat
+
+from streammerge.checkpoints.globs import expand
+from streammerge.checkpoints.in_memory import hold, index_state_dict
+from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
+from streammerge.errors import RecipeError, printable
+from streammerge.options import number_or_percent, path
+from streammerge.sources.memory import is_array, is_tensor
+from streammerge.stores.base import Location
+from streammerge.stores.locations import PathLike, has_scheme, parse
+
+Checkpoint = PathLike | Mapping[str, Any]
+"""A file or folder, or a state dict in memory: torch tensors or numpy arrays by name, or a mapping that holds one. An index
+of :func:`streammerge.inspect` stands for its file or folder."""
+Inputs = Checkpoint | Iterable[Checkpoint] | Mapping[Any, SupportsFloat]
+Held = dict[str, Mapping[str, Any]]
+"""The state dicts in memory, by their names in the recipe."""
+_WEIGHTED = re.compile(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)%?)")
+"""An input with its weight behind it, as in ``a.safetensors:0.6``."""
+
+
+def path_of(name: str, value: Any) -> str:
+    """Returns the path given as argument ``name``. Raises RecipeError for anything but a path."""
+    try:
+        read = path(value)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"`{name}` takes a path, not {printable(value, 60)}") from error
+    if name == "out" and value == "-":
+        raise RecipeError(
+            "an output is written in any order, so it cannot go to stdout (-); name a file, like merged.safetensors"
+        )
+    return read
+
+
+def named(name: str, given: Any, held: Held) -> str:
+    """Returns the name in a recipe of the checkpoint given as argument ``name``: its path, or its name in ``held``."""
+    if isinstance(given, CheckpointIndex):
+        if given.in_memory:
+            raise RecipeError(f"`{name}` takes a state dict, not its index; give the state dict itself")
+        return str(given.path)
+    return hold(given, held) if isinstance(given, Mapping) else path_of(name, given)
+
+
+def opened(path: str, state_dict: str | None, ema: str, held: Held) -> CheckpointIndex:
+    """Returns the index of a file, of a folder, or of a state dict in ``held``. Raises as :func:`open_checkpoint`."""
+    if path in held:
+        return index_state_dict(held[path], path, state_dict, ema)
+    return open_checkpoint(path, state_dict, ema)
+
+
+def names_and_weights(given: Any, held: Held) -> tuple[list[str], list[float] | None]:
+    """Returns the names of the inputs, and their weights if a dict gives each path its weight. Raises RecipeError for
+    anything but inputs."""
+    if isinstance(given, CheckpointIndex):
+        given = [given]
+    if isinstance(given, Mapping) and not any(map(_may_hold_tensors, given.values())):
+        wrong = next((name for name, weight in given.items() if not isinstance(weight, Real)), None)
+        if wrong is not None:
+            raise RecipeError(
+                f"a dict of inputs gives each path its weight, like {{'a.pth': 0.9}}; {printable(wrong)} has no number"
+            )
+        return [path_of("inputs", each) for each in given], list(map(float, given.values()))
+    if isinstance(given, str | bytes | os.PathLike | Location | Mapping) or not isinstance(given, Iterable):
+        given = [given]
+    return _with_weights([named("inputs", each, held) for each in given])
+
+
+def _with_weights(names: list[str]) -> tuple[list[str], list[float] | None]:
+    """Returns the inputs without the weight that stands behind each, as in ``a.safetensors:0.6``, and these weights.
+
+    A glob gives its weight to each match. Raises RecipeError if only some inputs have a weight.
+    """
+    found = [_WEIGHTED.fullmatch(name) for name in names]
+    weighted = [each if each and not has_scheme(each[0]) and not parse(each[0]).lexists() else None for each in found]
+    if not any(weighted):
+        return names, None
+    bare = next((name for name, each in zip(names, weighted, strict=True) if each is None), None)
+    if bare is not None:
+        raise RecipeError(f"{printable(bare)} has no weight behind it, and others have; write {printable(bare)}:0.5, say")
+    paths = [(path, number_or_percent(each[2])) for each in weighted if each for path in expand([each[1]])]
+    return [path for path, _ in paths], [weight for _, weight in paths]
+
+
+def _may_hold_tensors(value: Any) -> bool:
+    if isinstance(value, Real):  # numpy's numbers are arrays too
+        return False
+    return is_array(value) or is_tensor(value) or isinstance(value, Mapping | list | tuple)

@@ -1,0 +1,117 @@
+"""The arguments of a merge or a plan, read and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from streammerge.checkpoints.choosing import choose, exponential_weights
+from streammerge.errors import RecipeError, listed
+from streammerge.methods.registry import LINEAR
+from streammerge.options import (
+    Choosing,
+    Executing,
+    Merging,
+    Naming,
+    Policies,
+    Resources,
+    Selecting,
+    Writing,
+    picked,
+)
+from streammerge.planning.plan import Plan
+from streammerge.recipe.arguments import overridden, recipe_of
+from streammerge.recipe.locations import found_in_hub_cache, is_recipe_name
+from streammerge.recipe.reader import read_recipe
+from streammerge.requests.inputs import Held, named, names_and_weights, path_of
+from streammerge.requests.plans import planned
+from streammerge.stores.base import Location
+from streammerge.stores.locations import parse
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of a merge or a plan, read and checked."""
+
+    inputs: list[str]
+    held: Held
+    out: Location | None
+    recipe: str | Mapping[str, Any] | None
+    merging: Merging
+    choosing: Choosing
+    naming: Naming
+    policies: Policies
+    selection: Selecting
+    resources: Resources
+    executing: Executing
+    output: Writing
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Request:
+        """Reads the arguments of :func:`plan` or :func:`merge`. Raises RecipeError for an invalid value."""
+        held = Held()
+        inputs, own_weights = names_and_weights(given["inputs"], held)
+        out, recipe = given["out"], given["recipe"]
+        if isinstance(given["base"], Mapping):
+            given = {**given, "base": named("base", given["base"], held)}
+        merging = picked(Merging, given)
+        if own_weights is not None:
+            if merging.weights is not None:
+                raise RecipeError("the inputs come with their weights; leave `weights` out")
+            merging = replace(merging, weights=own_weights)
+        if recipe is None and len(inputs) == 1 and is_recipe_name(inputs[0]):
+            recipe, inputs = inputs[0], []
+        return cls(
+            inputs,
+            held,
+            None if out is None else parse(path_of("out", out)),
+            recipe if recipe is None or isinstance(recipe, Mapping) else path_of("recipe", recipe),
+            merging,
+            *(picked(group, given) for group in (Choosing, Naming, Policies, Selecting, Resources, Executing, Writing)),  # type: ignore[arg-type]
+        )
+
+    def plan(self) -> Plan:
+        """Returns the plan of what was asked for. Raises the errors of :func:`streammerge.plan`."""
+        asked = self.merging
+        notes: list[str] = []
+        overrides = asked.overrides | self.naming.overrides | self.policies.overrides
+        overrides |= self.selection.overrides | self.output.overrides
+        choice = {name: getattr(self.choosing, name) or None for name in ("last", "range", "best", "by", "highest")}
+        parameters = dict(asked.parameters or {})
+        if asked.normalize is not None:
+            if "normalize" in parameters:
+                raise RecipeError("`normalize` and the parameter normalize are the same; give one of them")
+            parameters["normalize"] = asked.normalize
+        decay = self.choosing.ema_decay
+        if self.recipe is None:
+            chosen, notes = choose(self.inputs, **choice)
+            weights = _weights(asked.weights, decay, len(chosen))
+            base = None if asked.base is None else str(asked.base)
+            recipe = recipe_of(chosen, asked.method or LINEAR, base, weights, parameters, overrides)
+            recipe = found_in_hub_cache(recipe)
+        else:
+            theirs = {"inputs": self.inputs or None, "weights": asked.weights, "method": asked.method, "base": asked.base}
+            _refuse_beside_recipe({**theirs, "ema_decay": decay, **choice, **parameters})
+            recipe = overridden(read_recipe(self.recipe, asked.own_methods), overrides)
+        folder = None if asked.convert_first is None else parse(asked.convert_first)
+        made = planned(recipe, self.out, self.resources, self.executing.executor, folder, self.output.hash, self.held)
+        made.notes[:0] = notes
+        return made
+
+
+def _weights(weights: Sequence[float] | None, ema_decay: float | None, inputs: int) -> Sequence[float] | None:
+    if ema_decay is None:
+        return weights
+    if weights is not None:
+        raise RecipeError("`ema_decay` gives the weights; leave `weights` out")
+    return exponential_weights(ema_decay, inputs)
+
+
+def _refuse_beside_recipe(said: Mapping[str, Any]) -> None:
+    """Raises RecipeError for arguments that contradict a recipe instead of replacing one of its keys."""
+    given = [name for name, value in said.items() if value is not None]
+    if given:
+        raise RecipeError(
+            f"{listed(given)} beside a recipe: it names its models, method and parameters itself; change them there"
+        )

@@ -1,0 +1,86 @@
+"""From a recipe to a plan: opens the checkpoints, and looks at the place of the output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from streammerge.checkpoints.agreement import agreed
+from streammerge.checkpoints.conversions import from_conversion
+from streammerge.checkpoints.index import CheckpointIndex
+from streammerge.errors import RecipeError
+from streammerge.options import Resources
+from streammerge.planning.plan import Plan, build_plan
+from streammerge.recipe.model import Recipe, Reference
+from streammerge.requests.inputs import Held, opened
+from streammerge.running.choosing import choose_executor
+from streammerge.running.execution import default_workers
+from streammerge.running.executors.base import Executors
+from streammerge.running.process import collector_paused
+from streammerge.stores.base import Location
+from streammerge.units import decimal_bytes, parse_bytes
+
+
+def planned(
+    recipe: Recipe,
+    out: Location | None,
+    resources: Resources,
+    executor: str | Executors,
+    convert_first: Location | None = None,
+    hashed: bool = False,
+    held: Held | None = None,
+    like: bool = False,
+) -> Plan:
+    """Returns the plan of a recipe, with warnings about obstacles at the output's place. Reads headers only.
+
+    ``convert_first``: a folder of converted inputs, which are read where they are current. ``hashed``: whether the receipt
+    gets the SHA-256 of each input. ``held``: the state dicts in memory. ``like``: whether the first checkpoint gets the
+    tensors of the second. Raises the errors of :func:`streammerge.plan`.
+    """
+    if held and convert_first is not None:
+        raise RecipeError("`convert_first` converts files; give state dicts in memory without it")
+    with collector_paused():
+        indexes: dict[Reference, CheckpointIndex] = {}
+        for each in recipe.checkpoints:
+            index = opened(each.path, each.state_dict, recipe.ema, held or {})
+            for known in indexes.values():
+                index.share(known)
+            indexes[each] = index
+        if convert_first is not None:
+            indexes = {each: from_conversion(index, convert_first) for each, index in indexes.items()}
+        indexes = agreed(recipe, indexes)
+        indexes = {each: index.with_names(each.rename) for each, index in indexes.items()}
+        told = _likeness(recipe, indexes) if like else []
+        made = build_plan(
+            recipe,
+            indexes,
+            out,
+            memory_bytes=parse_bytes(resources.memory),
+            workers=resources.workers or default_workers(),
+            io=resources.io,
+            hashed=hashed,
+        )
+    made.notes += told
+    choose_executor(made, executor)
+    made.warnings += output_warnings(made)
+    return made
+
+
+def output_warnings(plan: Plan) -> list[str]:
+    """Returns warnings about known obstacles at the output's place that would stop a run."""
+    if plan.out is None:
+        return []
+    free = plan.out.absolute().parent.free_bytes()
+    said = []
+    if free is not None and plan.disk_bytes > free:
+        said.append(f"{decimal_bytes(plan.disk_bytes)} of disk are needed where {decimal_bytes(free)} are free")
+    try:
+        plan.out.check_writable(overwrite=False)
+    except RecipeError as error:
+        said.append(str(error))
+    return said
+
+
+def _likeness(recipe: Recipe, indexes: Mapping[Reference, CheckpointIndex]) -> list[str]:
+    from streammerge.planning.likeness import check_likeness  # here, because only a conversion with `like` needs it
+
+    return check_likeness(recipe, *indexes.values())

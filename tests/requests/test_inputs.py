@@ -1,0 +1,77 @@
+"""The inputs of a call: paths, state dicts, indexes, weights behind them or in a dict."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import streammerge as sm
+from streammerge.requests.inputs import Held, named, names_and_weights, path_of
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.pt", "b.pt"):
+        torch.save({"w": torch.ones(2)}, name)
+    save_file({"w": torch.ones(2)}, "c.safetensors:0.5")
+    return tmp_path
+
+
+STATE = {"w": torch.ones(2)}
+
+
+@pytest.mark.parametrize(
+    ("given", "names", "weights"),
+    [
+        ("a.pt", ["a.pt"], None),
+        (Path("a.pt"), ["a.pt"], None),
+        (["a.pt", Path("b.pt")], ["a.pt", "b.pt"], None),
+        (["a.pt:0.6", "b.pt:40%"], ["a.pt", "b.pt"], [0.6, 0.4]),
+        ("?.pt:-2", ["a.pt", "b.pt"], [-2, -2]),
+        ({"a.pt": 1, Path("b.pt"): numpy.float32(0.5)}, ["a.pt", "b.pt"], [1, 0.5]),
+        (["c.safetensors:0.5"], ["c.safetensors:0.5"], None),
+        ([STATE, "a.pt"], ["memory/1", "a.pt"], None),
+        (STATE, ["memory/1"], None),
+    ],
+    ids=str,
+)
+def test_names_and_weights(given: Any, names: list[str], weights: list[float] | None, world: Path) -> None:
+    held = Held()
+    found, theirs = names_and_weights(given, held)
+    assert [name if name not in held else f"memory/{[*held].index(name) + 1}" for name in found] == names
+    assert theirs == weights
+
+
+def test_an_index_stands_for_its_file(world: Path) -> None:
+    index, held = sm.inspect("a.pt"), Held()
+    assert names_and_weights(index, held) == (["a.pt"], None)
+    assert names_and_weights([index, "b.pt"], held) == (["a.pt", "b.pt"], None)
+    assert names_and_weights({index.path: 1}, held) == (["a.pt"], [1])
+    assert sm.merge([index, "b.pt"], "out.pt", base=index, method="ties").out.name == "out.pt"
+    with pytest.raises(sm.RecipeError, match="`inputs` takes a state dict, not its index"):
+        named("inputs", sm.inspect(STATE), held)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["a.pt:0.6", "b.pt"], "b.pt has no weight behind it"),
+        ({"a.pt": "much"}, "a.pt has no number"),
+        ([None], "`inputs` takes a path, not None"),
+    ],
+)
+def test_what_is_no_input_is_refused(given: Any, said: str, world: Path) -> None:
+    with pytest.raises(sm.RecipeError, match=said):
+        names_and_weights(given, Held())
+
+
+def test_an_output_cannot_be_a_stream() -> None:
+    assert path_of("inputs", "-") == "-"
+    with pytest.raises(sm.RecipeError, match="cannot go to stdout"):
+        path_of("out", "-")

@@ -1,0 +1,42 @@
+"""The arguments of a merge or a plan, read into one request."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pytest
+import torch
+
+import streammerge as sm
+from streammerge.requests.merging import Request
+
+DEFAULTS = {name: each.default for name, each in inspect.signature(sm.plan).parameters.items()}
+
+
+def request(**given: Any) -> Request:
+    return Request.of({**DEFAULTS, **given})
+
+
+def test_a_request_holds_plain_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = request(inputs=["a", "b"], weights=numpy.array([1, 2]), workers=numpy.int64(3), last=torch.tensor(4), out="x")
+    assert (made.inputs, made.merging.weights, made.resources.workers, made.choosing.last) == (["a", "b"], [1.0, 2.0], 3, 4)
+    assert {type(made.resources.workers), type(made.choosing.last)} == {int}
+    assert str(made.out) == "x"
+    assert (request(inputs="r.yaml").inputs, request(inputs="r.yaml").recipe) == ([], "r.yaml")
+
+
+def test_weights_come_once() -> None:
+    assert request(inputs={"a": 1, "b": 2}).merging.weights == [1.0, 2.0]
+    with pytest.raises(sm.RecipeError, match="leave `weights` out"):
+        request(inputs={"a": 1}, weights=[1])
+
+
+def test_a_recipe_names_its_models_itself(tmp_path: Path) -> None:
+    wish = {"merge_method": "linear", "models": [{"model": "a"}]}
+    for given in ({"inputs": ["a"]}, {"weights": [1]}, {"last": 2}, {"ema_decay": 0.5}, {"method": "ties"}):
+        with pytest.raises(sm.RecipeError, match="beside a recipe"):
+            request(recipe=wish, **given).plan()

@@ -1,0 +1,35 @@
+"""From a recipe to a plan: what is told of the output's place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import streammerge as sm
+from streammerge.options import Resources
+from streammerge.recipe.arguments import recipe_of
+from streammerge.requests.plans import output_warnings, planned
+from streammerge.stores.locations import parse
+
+
+def test_a_plan_tells_what_would_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_file({"w": torch.ones(1000)}, "a.safetensors")
+    recipe = recipe_of(["a.safetensors"], "linear", None, None, {}, {})
+    free = planned(recipe, parse("out.safetensors"), Resources(), "auto")
+    assert (free.warnings, output_warnings(free)) == ([], [])
+    assert output_warnings(planned(recipe, None, Resources(), "auto")) == []
+    taken = planned(recipe, parse("a.safetensors"), Resources(workers=3), "auto")
+    assert taken.warnings == output_warnings(taken)
+    assert "a.safetensors exists" in taken.warnings[0]
+    monkeypatch.setattr(type(parse("out")), "free_bytes", lambda location: 10)
+    assert "are needed where 10 bytes are free" in output_warnings(free)[0]
+
+
+def test_state_dicts_cannot_be_converted_first(tmp_path: Path) -> None:
+    state = {"w": torch.ones(2)}
+    with pytest.raises(sm.RecipeError, match="`convert_first` converts files"):
+        sm.plan([state], convert_first=tmp_path / "kept")

@@ -1,0 +1,108 @@
+"""The listener that shows progress: lines in a log, a bar in Python. cli/test_main.py shows the bar on a terminal."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import streammerge as sm
+from streammerge import progress
+from streammerge.events import Event, Resumed, RunFinished, RunStarted, Syncing, TaskDone
+from streammerge.progress import ProgressBar
+
+RUN: list[Event] = [
+    RunStarted(6_000_000_000, 2_000_000_000, 512 << 20, 3),
+    TaskDone("a", 1_200_000_000, 400_000_000, 300 << 20),
+    TaskDone("b", 1_800_000_000, 600_000_000, 300 << 20),
+    Syncing(),
+    RunFinished(1.0),
+]
+
+
+def logged(events: list[Event]) -> list[str]:
+    lines: list[str] = []
+    with ProgressBar(lines.append) as bar:
+        for event in events:
+            bar(event)
+    return lines
+
+
+def test_a_log_has_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert logged(RUN) == [], "of what is over in half a minute nothing is said"
+    monkeypatch.setattr(progress, "_LOG_SECONDS", 0.0)
+    lines = logged(RUN)
+    assert [line.partition(",")[0].strip() for line in lines] == ["20% of 6.0 GB read", "50% of 6.0 GB read"]
+    assert all(re.search(r", [\d.]+ [kMGT]?B/s, memory [\d.]+ \w+ of 512 MiB$", line) for line in lines)
+
+
+def test_after_a_resume_the_rate_of_a_log_counts_what_is_read_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "_LOG_SECONDS", 0.0)
+    monkeypatch.setattr(progress.time, "monotonic", iter(range(0, 100, 10)).__next__)
+    lines = logged([RUN[0], Resumed(1_000_000_000, 3_000_000_000), TaskDone("a", 1_200_000_000, 1, 300 << 20)])
+    assert lines == [" 70% of 6.0 GB read, 120 MB/s, memory " + lines[0].rpartition("memory ")[2]]
+
+
+def test_after_a_resume_the_rate_of_the_bar_counts_what_is_read_now(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """3 GB are skipped after a check of 20 s, then 100 MB are read in each of 10 seconds."""
+    clock = [1000.0]
+    monkeypatch.setattr("time.time", lambda: clock[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    with ProgressBar() as bar:
+        bar(RUN[0])
+        clock[0] += 20
+        bar(Resumed(1_000_000_000, 3_000_000_000))
+        for _ in range(10):
+            clock[0] += 1
+            bar(TaskDone("a", 100_000_000, 1, 300 << 20))
+        shown = capsys.readouterr().err.split("\r")[-1]
+    assert " 67%|" in shown
+    assert "| 4.00G/6.00G [00:10<00:20, 100MB/s, memory " in shown
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_program_that_asks_for_progress_sees_a_bar(
+    failing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tensors = {f"layer.{number}.weight": torch.randn(100, 100) for number in range(20)}
+    if failing:
+        tensors["layer.9.weight"][0, 0] = float("nan")
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file(tensors if name[0] == "a" else {name: torch.zeros(100, 100) for name in tensors}, name)
+    heard: list[Event] = []
+    if failing:
+        with pytest.raises(sm.VerifyError):
+            sm.merge(["a.safetensors", "b.safetensors"], "out.safetensors", progress=True, listener=heard.append)
+    else:
+        sm.merge(["a.safetensors", "b.safetensors"], "out.safetensors", progress=True, listener=heard.append)
+        assert isinstance(heard[-1], RunFinished)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "0%|" in shown.err
+    assert "/1.60M [" in shown.err
+    assert shown.err.endswith("\r"), "the bar is gone, and the next line begins at the left"
+    if not failing:
+        sm.convert("out.safetensors", "out.pth", progress=True)
+        assert "/800k [" in capsys.readouterr().err
+        sm.merge(["a.safetensors", "b.safetensors"], "quiet.safetensors")
+        assert capsys.readouterr() == ("", "")
+    with pytest.raises(sm.RecipeError, match="`progress` takes True or False, not yes"):
+        sm.merge(["a.safetensors"], "x.safetensors", progress="yes")  # type: ignore[arg-type]
+
+
+def test_a_terminal_has_a_word_from_the_first_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = os.openpty()
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr("sys.stderr", terminal)
+        with ProgressBar() as bar:
+            assert os.read(ours, 100) == b"\r\rreading headers"
+            bar.clear()
+            assert os.read(ours, 100) == b"\r               \r"
+    os.close(ours)
