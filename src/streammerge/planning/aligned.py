@@ -112,11 +112,10 @@ class MergedTensors(Sequence[Merged]):
 
     def columns(self) -> tuple[list[str], list[TensorSpec]]:
         """Returns the names of the tensors in the output, and their dtypes and shapes."""
-        names = self.views.tables[0].names
-        pairs = list(zip(self.made, self.rows, strict=True))
+        names, made = self.views.tables[0].names, self.made
         return (
-            [names[row] if isinstance(made, Way) else made.spec.name for made, row in pairs],
-            [made.like.spec if isinstance(made, Way) else made.spec for made, _ in pairs],
+            [names[row] if isinstance(m, Way) else m.spec.name for m, row in zip(made, self.rows, strict=True)],
+            [m.like.spec if isinstance(m, Way) else m.spec for m in made],
         )
 
     def named(self) -> Iterator[tuple[str, Merged]]:
@@ -137,6 +136,11 @@ def named(merged: Sequence[Merged]) -> Iterator[tuple[str, Merged]]:
 def names_of(merged: Sequence[Merged]) -> list[str]:
     """Returns the output name of each tensor."""
     return merged.columns()[0] if isinstance(merged, MergedTensors) else [m.spec.name for m in merged]
+
+
+def has_rows_of_first(merged: Sequence[Merged]) -> bool:
+    """Whether the tensors are just the rows of the first table, under their names."""
+    return isinstance(merged, MergedTensors) and merged.columns()[0] == merged.views.tables[0].names
 
 
 def where(merged: Sequence[Merged], test: Callable[[str], bool]) -> Iterator[Merged]:

@@ -16,7 +16,7 @@ from streammerge.checkpoints.profiles import Profile, profile_of
 from streammerge.errors import MismatchError, RecipeError, listed, printable
 from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import COPY, INTEGERS
-from streammerge.planning.aligned import Merged, MergedTensors, Views, Way, named, names_of, unlike
+from streammerge.planning.aligned import Merged, MergedTensors, Views, Way, has_rows_of_first, named, names_of, unlike
 from streammerge.planning.dispositions.entries import STALE
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.experts import conformed
@@ -164,11 +164,15 @@ class _Aligner:
         for other, matched in zip(self.others, self.matches, strict=True):
             if not isinstance(matched, _Same):
                 self.alignment.notes += [f"{printable(other.index.path)}: {text}" for text in describe(matched)]
-        rules = self.recipe.rules
-        ruled = {name: self.rules.of(name) for name in self.base.entries} if rules else dict.fromkeys(self.base.entries)
+        if self.recipe.rules:
+            ruled: Mapping[str, Rule | None] = {name: self.rules.of(name) for name in self.base.entries}
+        else:
+            ruled = _Unruled(self.base.entries)
         ties = {name: first for name, first in self._shared_ties().items() if ruled[name] is ruled[first]}
-        self.rules.taken.update(id(rule) for rule in ruled.values() if rule)
-        names = [n for n in self._names(ties, ruled) if not _drops(ruled[n])]
+        names = self._names(ties, ruled)
+        if self.recipe.rules:
+            self.rules.taken.update(id(rule) for rule in ruled.values() if rule)
+            names = [n for n in names if not _drops(ruled[n])]
         if len(names) < len(ruled):
             self._record_dropped(names, ruled)
         views = None if self.alignment.merged else self._tables()
@@ -182,7 +186,7 @@ class _Aligner:
             self.alignment.merged = [*self.alignment.merged, *made, *added]
         self.alignment.notes += self.remade.notes("are kept as the first has them", "differ in shape or dtype")
 
-    def _objects(self, names: list[str], ties: dict[str, str], ruled: dict[str, Rule | None]) -> list[Merged]:
+    def _objects(self, names: list[str], ties: dict[str, str], ruled: Mapping[str, Rule | None]) -> list[Merged]:
         """Makes the tensors of these names one by one."""
         kept, tied_to = set(names) if ties else set[str](), dict[str, list[str]]()
         for name in names if ties else ():
@@ -212,7 +216,7 @@ class _Aligner:
                 theirs.append(array("i", found))
         return Views(tables, theirs)
 
-    def _rows(self, views: Views, names: list[str], ruled: dict[str, Rule | None]) -> MergedTensors:
+    def _rows(self, views: Views, names: list[str], ruled: Mapping[str, Rule | None]) -> MergedTensors:
         """Makes the tensors of these names as rows of tables.
 
         The first tensor of each kind is made as an object. It is the example for all that have the same dtypes, shape and
@@ -284,7 +288,7 @@ class _Aligner:
             self.alignment.notes.append(note)
         return made
 
-    def _record_dropped(self, names: list[str], ruled: dict[str, Rule | None]) -> None:
+    def _record_dropped(self, names: list[str], ruled: Mapping[str, Rule | None]) -> None:
         kept, add = set(names), self.alignment.dispositions.add
         gone = [(name, rule) for name, rule in ruled.items() if name not in kept]
         for rule in {id(rule): rule for _, rule in gone if rule and rule.drop}.values():
@@ -295,10 +299,12 @@ class _Aligner:
 
     # -- names ------------------------------------------------------------------------------------------------------
 
-    def _names(self, ties: dict[str, str], ruled: dict[str, Rule | None]) -> list[str]:
+    def _names(self, ties: dict[str, str], ruled: Mapping[str, Rule | None]) -> list[str]:
         """The base's names that go into the output, after the policy for tensors that are not everywhere."""
         partial: set[str] = set()
-        merged_here = [n for n, rule in ruled.items() if not _drops(rule) and not (rule and rule.copy)]
+        merged_here = list(ruled)
+        if self.recipe.rules:
+            merged_here = [n for n, rule in ruled.items() if not _drops(rule) and not (rule and rule.copy)]
         absent, foreign = _Ignored(why_optional), _Ignored(why_optional)
         for other, matched in zip(self.others, self.matches, strict=True):
             if isinstance(matched, _Same):
@@ -623,6 +629,22 @@ def _matched(base: View, other: View) -> Matching:
     return match(_shapes(base.entries), _shapes(other.entries))
 
 
+class _Unruled(Mapping[str, None]):
+    """Names -> None, where a recipe has no rules."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._names = names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __getitem__(self, name: str) -> None:
+        return None
+
+
 class _Same(Mapping[str, str]):
     """Names -> the same names."""
 
@@ -649,6 +671,8 @@ def _shapes(entries: Mapping[str, Source]) -> dict[str, tuple[int, ...]]:
 
 
 def _check_output_names(merged: Sequence[Merged]) -> None:
+    if has_rows_of_first(merged):
+        return
     names = [*names_of(merged), *(name for m in unlike(merged) for name in m.tied)]
     if len(set(names)) == len(names):
         return

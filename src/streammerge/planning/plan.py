@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from streammerge.checkpoints.config_differences import differing_configs
@@ -34,7 +35,6 @@ from streammerge.tensors.dtypes import DType
 from streammerge.units import binary_bytes, counted, decimal_bytes
 
 _EXAMPLE_OUT = "merged.safetensors"
-_MOST_PATHS = 1 << 32
 
 
 @dataclass(slots=True, repr=False)
@@ -318,14 +318,20 @@ def _tasks(placed: Iterable[Placed | PlacedTensors], seed: int) -> Tasks:
             else:
                 for task in _tasks_of(Placed(made.spec, made, file, starts[at]), seed):
                     tasks.add(task)
+    if any(later < earlier for earlier, later in pairwise(_places(tasks))):
+        places = list(_places(tasks))
+        tasks.sort(places.__getitem__)
+    return tasks
+
+
+def _places(tasks: Tasks) -> Iterator[tuple[bool, int, int]]:
+    """Yields the sort key of each task: integers first, then the number of its first file, and the place in it."""
     ranks: dict[BlobPath, int] = {}
-    near, rank, keys = None, 0, []
+    near, rank = None, 0
     for method, path, offset in tasks.begins():
         if path is not near:  # a path's hash takes its time
             near, rank = path, ranks.setdefault(path, len(ranks))
-        keys.append((rank + (method is not INTEGERS) * _MOST_PATHS << 64) + offset)
-    tasks.sort(keys.__getitem__)
-    return tasks
+        yield method is not INTEGERS, rank, offset
 
 
 def _tasks_of(placed: Placed, seed: int) -> list[MergeTask]:

@@ -9,6 +9,8 @@ from streammerge.sources.base import BlobPath
 from streammerge.sources.stored import Stored
 from streammerge.tensors.spec import TensorSpec
 
+_MOST_SEARCHES = 64
+
 
 class StoredTable(Mapping[str, Stored]):
     """The tensors of a checkpoint, name -> :class:`Stored`, which is made when it is asked for.
@@ -18,7 +20,7 @@ class StoredTable(Mapping[str, Stored]):
     of each tensor's file among them. ``starts``: the offset of its bytes in that file.
     """
 
-    __slots__ = ("_rows", "files", "kinds", "names", "paths", "starts")
+    __slots__ = ("_rows", "_searches", "files", "kinds", "names", "paths", "starts")
 
     def __init__(
         self,
@@ -30,6 +32,7 @@ class StoredTable(Mapping[str, Stored]):
     ) -> None:
         self.names, self.kinds, self.paths, self.files, self.starts = names, kinds, paths, files, starts
         self._rows: dict[str, int] | None = None
+        self._searches = 0
 
     @property
     def rows(self) -> dict[str, int]:
@@ -37,6 +40,20 @@ class StoredTable(Mapping[str, Stored]):
         if self._rows is None:
             self._rows = dict(zip(self.names, range(len(self.names)), strict=True))
         return self._rows
+
+    def row(self, name: str) -> int:
+        """Returns the row of a name. Raises KeyError if there is none.
+
+        The first few names are searched for, because most merges ask for no more, and a dictionary of all names takes as
+        much memory as all columns together.
+        """
+        if self._rows is None and self._searches < _MOST_SEARCHES:
+            self._searches += 1
+            try:
+                return self.names.index(name)
+            except ValueError:
+                raise KeyError(name) from None
+        return self.rows[name]
 
     def share(self, other: StoredTable) -> None:
         """Takes over the columns of another table that are equal, so that they are held once."""
@@ -92,10 +109,13 @@ class StoredTable(Mapping[str, Stored]):
         return iter(self.names)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.rows
+        try:
+            return isinstance(name, str) and self.row(name) >= 0
+        except KeyError:
+            return False
 
     def __getitem__(self, name: str) -> Stored:
-        return self.at(self.rows[name])
+        return self.at(self.row(name))
 
     def keys(self) -> KeysView[str]:
         return self.rows.keys()

@@ -15,7 +15,7 @@ from streammerge.checkpoints.heads import is_embedding, is_head
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats.base import LayoutFile
-from streammerge.planning.aligned import Merged, elements, named, unlike, where
+from streammerge.planning.aligned import Merged, elements, has_rows_of_first, unlike, where
 from streammerge.planning.alignment import Alignment
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.layout import text_file
@@ -84,10 +84,7 @@ class _Change:
 
     def _other_depths(self, known: dict[Location, Tree]) -> list[Moved]:
         """Returns the stacks whose last layers are left out by a rule, or are another checkpoint's."""
-        if self.restacked:
-            return []
-        kept = {name for name, _ in named(self.merged)}
-        if kept == self.base.entries.keys() and not any(m.inner or m.tied for m in unlike(self.merged)):
+        if self.restacked or has_rows_of_first(self.merged):
             return []
         names = {name: m for m in self.merged for name in m.base_names}
         if names.keys() == self.base.entries.keys():
