@@ -187,3 +187,31 @@ def test_executors_are_timed_beside_each_other(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.executors", "--files", str(tmp_path), "--gigabytes", "0.1"]
     done = subprocess.run([*command, "--rounds", "1", "--workers", "1"], capture_output=True, text=True, check=True)
     assert [line.split()[:2] for line in done.stdout.splitlines()[1:3]] == [["linear", "1"], ["ties", "1"]]
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_a_small_merge_has_as_many_chunks_as_the_whole_one(method: str, tmp_path: Path) -> None:
+    """Only then the Python code of an emulated merge runs as often as that of the real one."""
+    command = [sys.executable, "-m", "benchmarks.emulation", str(tmp_path), "--shape", "small", "--gigabytes", "0.005"]
+    found = []
+    for more in (["--whole"], []):
+        done = subprocess.run([*command, "--method", method, *more], capture_output=True, text=True, check=True)
+        found.append([json.loads(line) for line in done.stdout.splitlines()])
+    assert [run["turn"] for run in found[0]] == [0, 1]
+    assert [(run["chunks"], run["elems"]) for run in found[0]] == [(run["chunks"], run["elems"]) for run in found[1]]
+    assert found[0][1]["chunks"] > 0
+
+
+def test_an_emulated_worker_waits_for_each_element(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.emulation", str(tmp_path), "--shape", "small", "--gigabytes", "0.005"]
+    done = subprocess.run([*command, "--nanoseconds", "200"], capture_output=True, text=True, check=True)
+    seconds = json.loads(done.stdout.splitlines()[-1])["seconds"]
+    elems = 0.005e9 // 2 // (1 << 15) * (1 << 15)
+    assert elems * 200e-9 < seconds < 20 * elems * 200e-9
+
+
+def test_the_bytes_from_which_processes_repay_their_start() -> None:
+    times = {"threads": [5.0, 4.0, 4.0, 9.0], "processes": [3.0, 1.0, 2.0, 2.0]}
+    runs = [{"workers": 8, "executor": name, "seconds": s, "elems": 0} for name, all_ in times.items() for s in all_]
+    (row,) = executors._rows("ties", "small", executors._median(runs), 8.0, 0.25)
+    assert row.split() == ["ties", "small", "8", "2.00", "4.00", "2.00", "0.0", "0.0", "(cpu)"]

@@ -117,7 +117,7 @@ class Registry(Generic[Thing]):
                 yield self._load(name)
 
     def _built_in(self, name: str) -> Thing | None:
-        """Returns the thing of this package with that name. Imports no other module if one is called so and defines it."""
+        """Returns the thing of this package with that name. Imports one module if the module of that name has it."""
         if "built_in" not in self.__dict__ and name in module_names(self.room):
             found = self._of_module(import_module(f"{self.room}.{name}")).get(name)
             if found is not None:

@@ -35,7 +35,7 @@ def takes(*groups: type[Options]) -> Callable[[Callable[P, R]], Callable[P, R]]:
             try:
                 form.bind(*args, **kwargs)
             except TypeError as error:
-                raise RecipeError(f"{name} cannot be called so: {printable(error)}") from error
+                raise RecipeError(f"{name} cannot be called like this: {printable(error)}") from error
             return function(*args, **kwargs)
 
         checked.__doc__ = f"{cleandoc(function.__doc__ or '')}\n\n{described}"

@@ -41,8 +41,8 @@ def test_how_a_plan_is_run_has_no_part_in_it(ways: dict[str, Any]) -> None:
         ({"seed": 3}, "the recipe's key seed changed"),
         ({"dtype": "bfloat16"}, "the recipe's key dtype changed"),
         ({"names": "ac"}, "the inputs"),
-        ({"hash": True}, "the hashes of the inputs are wanted in one of them only"),
-        ({"out": "out.pth"}, "its tensors are laid out or computed otherwise"),
+        ({"hash": True}, "only one of them hashes the inputs"),
+        ({"out": "out.pth"}, "its tensors are placed or computed differently"),
     ],
 )
 def test_a_difference_is_told(options: dict[str, Any], words: str) -> None:

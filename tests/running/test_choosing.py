@@ -39,6 +39,7 @@ def pair(tmp_path: Path) -> list[Path]:
 @pytest.fixture
 def _little_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choosing, "LEAST_BYTES", 1)
+    monkeypatch.setattr(choosing, "LEAST_BYTES_OF_PASSES", 1)
 
 
 def test_few_workers_or_little_to_read_are_threads(pair: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,6 +53,25 @@ def test_few_workers_or_little_to_read_are_threads(pair: list[Path], monkeypatch
     ]
     monkeypatch.setattr(choosing, "processes_supported", lambda: False)
     assert sm.plan(pair, workers=5, memory=8 * GIB).executor == "threads"
+
+
+def test_methods_with_passes_take_processes_earlier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor counts as 4 MiB more than it has. Here 60 tensors of 1000 bytes are many small ones."""
+    paths = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    for number, path in enumerate(paths):
+        save_file({f"w{n}": torch.full((250,), n + number + 0.5) for n in range(60)}, path)
+
+    def chosen(method: str) -> list[str]:
+        how: dict[str, Any] = {"method": method, "parameters": {"t": 0.3} if method == "slerp" else {}}
+        return [sm.plan(paths, workers=n, memory=8 * GIB, **how).executor for n in (1, 2, 3, 4, 5)]
+
+    assert set(chosen("slerp")) == {"threads"}, "60 tensors count as 240 MiB"
+    monkeypatch.setattr(choosing, "LEAST_BYTES_OF_PASSES", 240 << 20)
+    assert chosen("slerp") == ["threads", *["processes"] * 4]
+    assert set(chosen("linear")) == {"threads"}, "this method has no passes"
+    monkeypatch.setattr(choosing, "LEAST_BYTES_OF_PASSES", 1)
+    monkeypatch.setattr(choosing, "TENSOR_BYTES", 1)
+    assert chosen("slerp") == ["threads", "threads", *["processes"] * 3], "the tensors are not small"
 
 
 @pytest.mark.usefixtures("_little_is_enough")
@@ -69,7 +89,7 @@ def test_auto_takes_threads_where_memory_has_no_room_for_more_processes(pair: li
     assert {plan.executor for plan in chosen.values()} == {"threads", "processes"}
     for mib, plan in chosen.items():
         assert plan.peak_bytes <= mib << 20
-        assert plan.executor == "threads" or plan.budget.workers > choosing.MOST_THREADS
+        assert plan.executor == "threads" or plan.budget.workers > 4
 
 
 def methods_that_are_stuck() -> list[Callable[..., Kernel]]:

@@ -160,7 +160,7 @@ def test_another_plan_is_refused_until_what_is_kept_may_go(
         "method": "the recipe's keys merge_method, parameters changed",
         "dtype": "the recipe's key dtype changed",
         "input": r"the input \S*1\.pth changed",
-        "hash": "the hashes of the inputs are wanted in one of them only",
+        "hash": "only one of them hashes the inputs",
     }[request.node.callspec.id]
     out = tmp_path / "out.safetensors"
     interrupt(pair, out)

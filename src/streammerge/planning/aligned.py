@@ -15,7 +15,7 @@ from streammerge.tensors.spec import TensorSpec
 
 @dataclass(slots=True)
 class Merged:
-    """One tensor of the output: what it is, from what it is made, and how.
+    """One tensor of the output, its sources, and the method that merges them.
 
     ``base_names`` are its names in the first checkpoint, more than one when tied; ``tied`` its further output names.
     ``rest`` has the rows behind those that are merged, where one model has more of them. ``added``: the first checkpoint

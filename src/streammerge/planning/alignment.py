@@ -1,6 +1,6 @@
-"""Which tensor of which checkpoint goes into which tensor of the output. Headers only; nothing is read.
+"""Decides which tensors of the checkpoints go into each tensor of the output. Reads headers only.
 
-Every disagreement is found here, before a byte is written, and reported in one piece.
+Finds every disagreement before a byte is written, and reports all of them together.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Alignment:
 
 
 def align(recipe: Recipe, indexes: Indexes) -> Alignment:
-    """The output's tensors, in the first checkpoint's order. Raises MismatchError and RecipeError."""
+    """Returns the output's tensors, in the first checkpoint's order. Raises MismatchError and RecipeError."""
     first = indexes[recipe.checkpoints[0]]
     for index in indexes.values():
         refuse_unreadable(index)
@@ -92,7 +92,7 @@ def align(recipe: Recipe, indexes: Indexes) -> Alignment:
 
 
 def _idle(recipe: Recipe, taken: list[int], names: Any) -> list[str]:
-    """Warnings about patterns that met no tensor."""
+    """Returns warnings about patterns that match no tensor."""
     said = []
     for rule, count in zip(recipe.rules, taken, strict=True):
         if not count:
@@ -119,7 +119,7 @@ def _record(alignment: Alignment) -> None:
 
 
 class _Rules:
-    """The rule that takes a tensor, the first that matches; and how many each took."""
+    """Finds the first rule that matches a tensor, and counts the tensors that each rule takes."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.rules = recipe.rules
@@ -133,7 +133,7 @@ class _Rules:
 
 
 class _Aligner:
-    """One part: its views' tensors brought together by name."""
+    """Aligns the tensors of one part's views by their names."""
 
     def __init__(
         self,
@@ -282,7 +282,7 @@ class _Aligner:
         return self.valued[key]
 
     def _conformed(self, view: View) -> View:
-        """The view with its experts in the form of the first's."""
+        """Returns the view with its experts in the form of the first view."""
         made, note = conformed(self.base, view)
         if note and note not in self.alignment.notes:
             self.alignment.notes.append(note)
@@ -300,7 +300,7 @@ class _Aligner:
     # -- names ------------------------------------------------------------------------------------------------------
 
     def _names(self, ties: dict[str, str], ruled: Mapping[str, Rule | None]) -> list[str]:
-        """The base's names that go into the output, after the policy for tensors that are not everywhere."""
+        """Returns the first view's names that go into the output, after the policy for tensors that some inputs lack."""
         partial: set[str] = set()
         merged_here = list(ruled)
         if self.recipe.rules:
@@ -337,7 +337,7 @@ class _Aligner:
         return [n for n in ruled if n not in self.stale] if self.stale else list(ruled)
 
     def _without_copies(self, other: View, missing: list[str], extra: list[str]) -> tuple[list[str], list[str]]:
-        """Takes off the names of a running average that only one of the two has beside its plain weights.
+        """Removes the names of a running average that only one of the two has beside its plain weights.
 
         The average of one input would be stale, so it is left out, unless `on_missing` says what becomes of it.
         """
@@ -365,7 +365,8 @@ class _Aligner:
 
     @cached_property
     def profile(self) -> Profile | None:
-        """The first checkpoint's. Looked for only where inputs lack tensors, since this reads every name."""
+        """Returns the first checkpoint's profile. It is needed only if inputs lack tensors, because finding it reads
+        every name."""
         return profile_of(self.indexes[self.recipe.checkpoints[0]])
 
     def _compare(self, other: View, matched: Mapping[str, str], merged_here: Sequence[str]) -> None:
@@ -385,7 +386,7 @@ class _Aligner:
             self.mismatch.names.setdefault(self.mismatch.first, _shapes(self.base.entries))
 
     def _shared_ties(self) -> dict[str, str]:
-        """Ties of the first checkpoint that hold in every one: name -> the name it is tied to."""
+        """Returns the ties of the first checkpoint that every checkpoint has: name -> the name it is tied to."""
         ties, parted = {}, []
         for name, first in self.base.aliases.items():
             for other, matched in zip(self.others, self.matches, strict=True):
@@ -406,7 +407,7 @@ class _Aligner:
         return ties
 
     def _sources(self, name: str) -> _Sources:
-        """The tensor in each view; None where it is missing."""
+        """Returns the tensor in each view, None where it is missing."""
         found: _Sources = [self.base.entries[name]]
         for other, matched in zip(self.others, self.matches, strict=True):
             theirs = matched.get(name) or matched.get(self.base.aliases.get(name, name))
@@ -500,7 +501,7 @@ class _Aligner:
         )
 
     def _spec(self, name: str, spec: TensorSpec, rule: Rule | None) -> TensorSpec:
-        """The output tensor: the base's dtype, unless another one is asked for."""
+        """Returns the output tensor. It has the base's dtype unless another one is asked for."""
         dtype = self.base.entries[name].spec.dtype
         if dtype.kind != spec.dtype.kind:
             dtype = spec.dtype
@@ -511,7 +512,7 @@ class _Aligner:
         return spec if dtype is spec.dtype and named == spec.name else TensorSpec(named, dtype, spec.shape)
 
     def _copied(self, name: str, rule: Rule) -> Source:
-        """The tensor in the model that the rule names."""
+        """Returns the tensor in the model that the rule names."""
         path = str(rule.copy)
         wanted = self.recipe.copied(path, rule.rename)
         if wanted not in self.copies:
@@ -529,7 +530,7 @@ class _Aligner:
         return view.entries[theirs]
 
     def _fitted(self, name: str, sources: _Sources) -> Fitted | None:
-        """The sources, made to fit. _FITS if they do; None for a tensor whose differences no policy settles."""
+        """Returns the sources, made to fit: _FITS if they fit already, None if no policy settles their differences."""
         first = self.base.entries[name].spec
         for s in sources:  # a plain loop: this runs for every tensor
             if s is not None and s.spec is not first and (s.spec.shape != first.shape or s.spec.dtype is not first.dtype):
@@ -589,7 +590,7 @@ class _Aligner:
 
 
 class _Ignored:
-    """Tensors that need not be alike in the inputs, by the reason. ``why`` returns the reason for a name and a shape."""
+    """Collects tensors that may differ between the inputs, by reason. ``why`` returns the reason for a name and a shape."""
 
     def __init__(self, why: Callable[[str, tuple[int, ...]], str]) -> None:
         self.why = why
@@ -597,7 +598,7 @@ class _Ignored:
         self.names: set[str] = set()
 
     def takes(self, name: str, entry: Source) -> bool:
-        """Whether a tensor is such a one; it is then remembered."""
+        """Returns whether a tensor may differ, and remembers it."""
         reason = self.why(name, entry.spec.shape)
         if reason and name not in self.names:
             self.names.add(name)
@@ -605,7 +606,7 @@ class _Ignored:
         return bool(reason)
 
     def notes(self, fate: str, what: str = "are not in every input") -> list[str]:
-        """A sentence for each reason."""
+        """Returns a sentence for each reason."""
         return [
             f"{len(names)} tensors ({listed(names, 2)}) {what}; they {fate}, since they are {reason}"
             for reason, names in self.reasons.items()
@@ -623,7 +624,7 @@ def _drops(rule: Rule | None) -> bool:
 
 
 def _matched(base: View, other: View) -> Matching:
-    """Base name -> the other's name."""
+    """Returns the matching of two views: base name -> the other's name."""
     if same_names(base.entries, other.entries):
         return Matching(_Same(base.entries))
     return match(_shapes(base.entries), _shapes(other.entries))

@@ -88,8 +88,8 @@ def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         said += [f"{name} was {was} and is {is_}"] if was != is_ else []
     said += _changed("the input", "the inputs", earlier["inputs"], now["inputs"])
     said += _changed("the recipe's key", "the recipe's keys", earlier["recipe"], now["recipe"])
-    said += ["the hashes of the inputs are wanted in one of them only"] if earlier["hashed"] != now["hashed"] else []
-    return " and ".join(said) or "its tensors are laid out or computed otherwise"
+    said += ["only one of them hashes the inputs"] if earlier["hashed"] != now["hashed"] else []
+    return " and ".join(said) or "its tensors are placed or computed differently"
 
 
 def _changed(one: str, several: str, earlier: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -1,8 +1,9 @@
-"""Experts that one checkpoint stores one by one and another fused: the other's are viewed as the first has them.
+"""Handles experts that one checkpoint stores one by one and another fused. The other's are viewed in the form of the
+first's.
 
 The matrices of an expert are its gate, up and down projection. Stored one by one they are [out, in]. A fused tensor has
-those of all experts of a layer, as [experts, out, in] or transposed, and gate and up may be one. Which it is follows from
-the shapes.
+those of all experts of a layer, as [experts, out, in] or transposed, and gate and up may be one. The shapes tell which of
+these a checkpoint has.
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ class _Conversion:
                 if len(ways) > 1:
                     raise MismatchError(
                         f"the experts in {printable(fused.place)} are square, so their shapes do not tell whether they are "
-                        "transposed; write both checkpoints anew with separate experts"
+                        "transposed; save both checkpoints again with separate experts"
                     )
                 (self.transposed,) = ways
         if self.wanted.fused:

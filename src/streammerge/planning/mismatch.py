@@ -1,4 +1,5 @@
-"""What checkpoints disagree about: missing, extra and differing tensors, what it looks like, and what would settle it."""
+"""Collects what checkpoints disagree about: missing, extra and differing tensors. Explains a disagreement, and says what
+settles it."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ class Differing:
 
     @property
     def guess(self) -> str:
-        """What the difference looks like, from name and shapes."""
+        """Guesses the reason of the difference from name and shapes."""
         one, two = self.first.shape, self.other.shape
         if not self.in_shape:
             return ""
@@ -210,17 +211,18 @@ class Mismatch:
                 if len(found) > 1 and _is_joined(wholes.get(name), [pieces.get(each, ()) for each in found]):
                     return (
                         f"one tensor in place of {len(found)}: {printable(name)} in {printable(joined_in)} has the rows of "
-                        f"{listed(found)} in {printable(apart_in)}; write one of the two anew in the form of the other"
+                        f"{listed(found)} in {printable(apart_in)}; save one of the two again in the form of the other"
                     )
         return ""
 
     def _renamings(self, path: str, missing: Sequence[str], extra: Sequence[str]) -> list[Renaming]:
-        """Prefixes that would make most names equal, and were not matched by themselves."""
+        """Returns prefixes that would make most names equal, and that were not matched automatically."""
         known = self.doubtful.get(path, [])[:_MOST_PREFIXES]
         return known or [each for each in replacements(missing, extra) if self._fits(path, each, extra)]
 
     def _fits(self, path: str, renaming: Renaming, extra: Sequence[str]) -> bool:
-        """Whether the tensors that a renaming makes one have one shape; a head of labels is no head of words."""
+        """Whether the tensors that a renaming matches have equal shapes. The head of a classifier is not the head of a
+        language model."""
         ours, theirs = self.names.get(self.first, {}), self.names.get(path, {})
         pairs = [(renaming.ours + n.removeprefix(renaming.theirs), n) for n in extra if n.startswith(renaming.theirs)]
         return all(ours[one] == theirs[two] for one, two in pairs if one in ours and two in theirs)
@@ -261,7 +263,7 @@ def _fused(missing: Sequence[str], extra: Sequence[str]) -> tuple[bool, str, str
 def _experts(fused: str, apart: str, one: str, each: str) -> str:
     return (
         f"fused experts in {printable(fused)} ({printable(one)} holds all experts of a layer) and separate ones in "
-        f"{printable(apart)} ({printable(each)}); write {printable(fused)} anew with separate experts, in Python: "
+        f"{printable(apart)} ({printable(each)}); save {printable(fused)} again with separate experts, in Python: "
         f"AutoModelForCausalLM.from_pretrained({printable(fused)!r}, dtype='auto')"
         f".save_pretrained({printable(fused.rstrip('/') + '-separate')!r}, save_original_format=True)"
     )

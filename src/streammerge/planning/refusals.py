@@ -72,7 +72,8 @@ def refuse_inseparable(indexes: Iterable[CheckpointIndex], merged: Sequence[Made
 
 
 def refuse_unmerged(recipe: Recipe, indexes: Indexes, merged: Iterable[Made]) -> None:
-    """Raises MismatchError for a model of which nothing goes into the output, since policies kept all from others."""
+    """Raises MismatchError for a model that gives nothing to the output, because policies take every tensor from the
+    others."""
     used = {path for m in merged for source in m.sources for path in source.paths}
     for reference in dict.fromkeys(map(recipe.of, recipe.entries)):
         index = next(index for known, index in indexes.items() if known.same(reference))
@@ -90,7 +91,7 @@ def quantised(index: CheckpointIndex) -> str:
 
 
 def _packed(index: CheckpointIndex) -> dict[str, tuple[str, str]]:
-    """Returns what tells a quantisation: the tensors' names, or integers in a folder whose configuration tells it."""
+    """Returns the signs of a quantisation: the tensors' names, or integers in a folder whose configuration states it."""
     specs = index.specs()
     told = companions(specs)
     integers = [name for name, spec in specs.items() if spec.shape and spec.dtype.kind == "int"]

@@ -1,4 +1,5 @@
-"""A recipe that says whose tokenizer the output has: right where all models have one vocabulary, refused elsewhere."""
+"""Handles a recipe that says whose tokenizer the output has. It is accepted if all models have one vocabulary, and
+refused otherwise."""
 
 from __future__ import annotations
 

@@ -206,10 +206,10 @@ def _leads_out(name: str) -> bool:
 
 
 def held_name(number: int) -> str:
-    """What a recipe calls the so-manieth checkpoint that the caller holds in memory."""
+    """Returns the name in a recipe of a checkpoint that the caller holds in memory. ``number``: counts them."""
     return f"<in memory {number}>"
 
 
 def is_held(named: str) -> bool:
-    """Whether a recipe means a checkpoint in the caller's memory by it."""
+    """Whether a name in a recipe means a checkpoint in the caller's memory."""
     return re.fullmatch(r"<in memory \d+>", named) is not None

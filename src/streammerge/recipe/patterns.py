@@ -62,7 +62,8 @@ class Rename:
     compiled: Any = field(compare=False, repr=False)
 
     def of(self, name: str) -> str | None:
-        """The new name; None for a name that the pattern does not match. RecipeError when that takes a second."""
+        """Returns the new name, None if the pattern does not match. Raises RecipeError if that takes longer than a
+        second."""
         import regex
 
         try:
@@ -91,7 +92,7 @@ def _is_regex(pattern: str) -> bool:
 
 
 def parse_rename(pattern: Any, name: Any) -> Rename:
-    """The renaming of what a pattern matches. RecipeError for a pattern or a new name that cannot be."""
+    """Returns the renaming of names that a pattern matches. Raises RecipeError for an invalid pattern or new name."""
     import regex
 
     if not isinstance(pattern, str) or not isinstance(name, str) or not pattern:
@@ -113,7 +114,7 @@ def parse_rename(pattern: Any, name: Any) -> Rename:
 
 
 def parse_renames(value: Any) -> tuple[Rename, ...]:
-    """Renamings from a mapping, from one text ``FROM=TO``, or from a list of such texts. The first that matches holds."""
+    """Renamings from a mapping, from one text ``FROM=TO``, or from a list of such texts. The first that matches is used."""
     if isinstance(value, Mapping):
         return tuple(parse_rename(pattern, name) for pattern, name in value.items())
     if isinstance(value, str):
@@ -134,7 +135,7 @@ def _split(text: str) -> Rename:
 
 
 def renamed(names: Iterable[str], renames: Sequence[Rename]) -> dict[str, str]:
-    """Name -> its new name, for all names. RecipeError where two would be called the same."""
+    """Returns name -> new name for all names. Raises RecipeError if two names would become equal."""
     made: dict[str, str] = {}
     owners: dict[str, str] = {}
     for name in names:

@@ -15,11 +15,24 @@ from streammerge.running.executors.registry import find_executor
 from streammerge.sources.base import Source
 from streammerge.sources.merged import Merged
 
-MOST_THREADS = 4
-"""The most workers that are threads. A worker holds Python's lock for 6 to 18 % of its time. At 18 %, four threads lose a
-tenth of their time to waiting for each other, and eight lose a third."""
-LEAST_BYTES = 8 << 30
+LEAST_BYTES = 16 << 30
 """The least bytes to read for which processes are worth their start, which takes a second for torch alone."""
+LEAST_BYTES_OF_PASSES = 8 << 30
+"""The same for methods with passes, which hold Python's lock for a larger share of their time."""
+TENSOR_BYTES = 4 << 20
+"""A tensor of a method with passes holds the lock as long as these bytes do, beside its own."""
+
+
+def most_threads(tensors: int, read_bytes: int) -> int:
+    """Returns the most workers for which threads are as fast as processes, by ``benchmarks/executors.py``.
+
+    ``tensors``: how many tensors methods with passes make. Without such tensors, four threads do the work of four
+    processes, and more threads do less. With them, two threads do nearly the work of two processes. Many small tensors,
+    each with passes of its own, are faster in two processes than in any number of threads.
+    """
+    if not tensors:
+        return 4
+    return 1 if tensors * TENSOR_BYTES > read_bytes else 2
 
 
 def choose_executor(plan: Plan, wanted: str | Executors) -> None:
@@ -29,8 +42,14 @@ def choose_executor(plan: Plan, wanted: str | Executors) -> None:
     or stores that worker processes cannot import, BudgetError when the memory is too little for processes.
     """
     if wanted == "auto":
-        if plan.budget.workers > MOST_THREADS and plan.read_bytes >= LEAST_BYTES and not _why_threads(plan):
-            _use_processes_if_they_help(plan)
+        tensors = sum([task.method.passes for task in plan.tasks]) if plan.budget.workers > 1 else 0
+        most = most_threads(tensors, plan.read_bytes)
+        if tensors:
+            long = plan.read_bytes + tensors * TENSOR_BYTES >= LEAST_BYTES_OF_PASSES
+        else:
+            long = plan.read_bytes >= LEAST_BYTES
+        if long and plan.budget.workers > most and not _why_threads(plan):
+            _use_processes_if_they_help(plan, most)
         return
     found = find_executor(wanted)
     if not isinstance(wanted, str):
@@ -62,13 +81,13 @@ def _why_threads(plan: Plan) -> str:
     return "" if alone is None else f"the store {alone.store.scheme}:// belongs to this process"
 
 
-def _use_processes_if_they_help(plan: Plan) -> None:
-    """Switches the plan to processes if its methods can be sent and the memory allows more of them than threads."""
+def _use_processes_if_they_help(plan: Plan, most: int) -> None:
+    """Switches the plan to processes if its methods can be sent and the memory allows more than ``most`` of them."""
     try:
         budget, io = _budget_of_processes(plan)
     except BudgetError:
         return
-    if budget.workers <= MOST_THREADS:
+    if budget.workers <= most:
         return
     if stuck := _stuck(plan):
         plan.notes.append(f"the workers are threads, because {stuck} to have worker processes")

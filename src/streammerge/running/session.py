@@ -115,7 +115,7 @@ class Run:
             again = self._attempt(hashes)
             if again:
                 raise OSError(errno.EIO, f"the disk failed to store {listed(sorted(again))}, twice; nothing was written")
-            self.warnings.append(f"the disk failed to store {listed(sorted(broken))} at first; it was written anew")
+            self.warnings.append(f"the disk failed to store {listed(sorted(broken))} at first; it was written again")
         self._check()
         self.warnings += [f"NaN or infinite values: {row}" for row in self._nonfinite()]
         self.notes += [f"NaN or infinite values that every input has are kept: {row}" for row in self._agreed()]
@@ -148,7 +148,7 @@ class Run:
             return f"what was made is kept in {printable(self.staging.home)}, and the same command goes on from there"
         layout, made = self.plan.layout, self.staging.content
         place = made if layout.as_folder else made / layout.files[0].name
-        return f"what was made is kept as {printable(place)}; move it away, since the next run makes it anew"
+        return f"what was made is kept as {printable(place)}; move it away, because the next run would overwrite it"
 
     def _forget(self, broken: set[str]) -> None:
         """Creates the files again whose sync failed, because after that error no byte of them can be trusted."""

@@ -149,7 +149,7 @@ class Journal:
         self._written = list(pieces)
 
     def begin(self, kept: Iterable[Finished]) -> None:
-        """Starts anew with these pieces, which are on the disk already, and goes on from there."""
+        """Begins a new journal with these pieces, which are on the disk already."""
         kept = list(kept)
         self._file.begin(_lines([json.dumps({"plan": self.plan}, separators=(",", ":")), *map(_json, kept)]))
         self._written, self._waiting, self._broken, self._asked = kept, [], set(), ""

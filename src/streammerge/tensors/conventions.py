@@ -31,9 +31,9 @@ SPELLINGS: tuple[tuple[str, str, str], ...] = (
 two."""
 
 _ROTARY = "rotary frequencies, which a model computes from its configuration"
-_MASK = "a causal mask, which a model makes anew"
+_MASK = "a causal mask, which a model makes itself"
 _SPECTROGRAM = "filters and windows of a spectrogram, which a model computes from its configuration"
-_INDEX = "the numbers 0, 1, 2 and so on, which a model makes anew"
+_INDEX = "the numbers 0, 1, 2 and so on, which a model makes itself"
 
 IGNORED: tuple[tuple[str, str, str], ...] = (
     (r"(^|\.)(rotary_(pos_)?emb|rotary|rope)\.(inv_freq|freqs|original_inv_freq)$", "", _ROTARY),
@@ -47,7 +47,7 @@ IGNORED: tuple[tuple[str, str, str], ...] = (
     (r"\.EncDecAttention\.relative_attention_bias\.weight$", "", "a bias that early T5 stored and no T5 uses"),
     (r"(^|\.)(encoder|decoder)\.version$|(^|\.)_float_tensor$", "", "marks of fairseq, which hold no weights"),
 )
-"""(pattern, condition on the shape, reason): tensors that loaders drop or compute anew, so that a checkpoint may lack them.
+"""(pattern, condition on the shape, reason): tensors that loaders drop or compute again. A checkpoint may lack them.
 
 "square mask": the shape is [1, 1, n, n]; a bias of an attention has one axis.
 """

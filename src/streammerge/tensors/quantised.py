@@ -40,7 +40,7 @@ _ANY = re.compile(
 )
 _SCALE = re.compile(r"^(?P<parent>.*\.)?_?((?P<weights>\w+?)_)?scale(_\d)?$")
 ADVICE: dict[str, str] = {
-    _MLX: "write it anew without quantisation, in Python: `mlx_lm.convert(MODEL, OUT, dequantize=True)`",
+    _MLX: "save it again without quantisation, in Python: `mlx_lm.convert(MODEL, OUT, dequantize=True)`",
 }
 """What to do about some schemes, where a program makes plain weights again."""
 

@@ -44,7 +44,7 @@ def with_values(
         else:
             left = attempt.notes[len(verified.notes) :]
             if left and asked.sample is not None:
-                raise VerifyError(f"{printable(out)} cannot be verified wholly: {'; '.join(left)}")
+                raise VerifyError(f"{printable(out)} can be verified only in part: {'; '.join(left)}")
             return attempt
     ranked = [e for kind in (VerifyError, ChangedError, Exception) for e in failures if isinstance(e, kind)]
     said = "; ".join(map(str.strip, str(ranked[0]).splitlines()))

@@ -58,15 +58,15 @@ class Verified:
         lines = [
             f"verified {printable(self.out)}",
             f"  structure  {counted(self.tensors, 'tensor')}{files}, as they were written",
-            f"  checksums  {decimal_bytes(self.checked_bytes)}, every tensor and all that is around them",
+            f"  checksums  {decimal_bytes(self.checked_bytes)}, all tensors and all other bytes",
         ]
         if self.recomputed:
             elems = self.sampled_elems
             rounded = elems - self.equal_elems - self.repeated_elems
             kinds = [
                 (self.equal_elems, "are the float64 result to the bit"),
-                (rounded, "are it but for rounding"),
-                (self.repeated_elems, "are to the bit what the merge computes"),
+                (rounded, "differ from it by rounding only"),
+                (self.repeated_elems, "are what the merge computes, to the bit"),
             ]
             said = ", ".join(f"{100 * count / elems:.4g} % {what}" for count, what in kinds if count)
             lines.append(
