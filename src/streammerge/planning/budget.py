@@ -24,7 +24,7 @@ PER_TASK_BYTES = 2600
 """One tensor of the output: its task, its place, its share of headers, receipt and journal."""
 PER_COLUMN_BYTES = 60
 """One tensor of one input that is a row of a table."""
-PER_ROW_BYTES = 800
+PER_ROW_BYTES = 2500
 """One tensor of the output that is a row of tables: its name, its place, its share of headers, receipt and journal."""
 PER_WORKER_BYTES = 2 << 20
 """A thread's stack, its malloc arena, and the padding that aligns its buffers to pages."""
