@@ -30,7 +30,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[type[Options], ...]]] = {
 }
 GIVEN_OTHERWISE = {"inputs", "out", "path", "paths", "recipe", "listener", "progress"}
 """Arguments that are no options: what is merged, where to, and who is told."""
-HOW_SHOWN = {"form", "debug", "no_progress", "dry_run", "tensors", "recipe"}
+HOW_SHOWN = {"form", "debug", "no_progress", "dry_run", "tensors", "recipe", "verbose"}
 """Options of the command line that are about what it shows."""
 
 

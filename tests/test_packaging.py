@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import email
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -42,7 +45,29 @@ def test_the_wheel_describes_itself(wheel: Path) -> None:
     said = email.message_from_string(text)
     assert said["License-Expression"] == "Apache-2.0"
     assert said["Author"] == "The streammerge maintainers"
+    assert said["Requires-Python"] == ">=3.10"
     assert "torch>=2.6" in said.get_all("Requires-Dist", [])
+    assert said["Description-Content-Type"] == "text/markdown"
+    shown = said.get_payload()
+    assert "Merges model checkpoints that are larger than the machine's memory" in shown
+    assert not re.findall(r"\]\((?!http)[^)]*\)", shown), "links that lead nowhere outside the repository"
+    assert "[DESIGN.md" not in shown
+    assert "DESIGN.md describes the code" in shown
+
+
+def test_links_lead_to_the_repository_when_it_has_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    interface = types.ModuleType("hatchling.metadata.plugin.interface")
+    interface.MetadataHookInterface = object  # type: ignore[attr-defined]
+    for name in ("hatchling", "hatchling.metadata", "hatchling.metadata.plugin"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, interface.__name__, interface)  # only the build's own environment has it
+    description = runpy.run_path(str(ROOT / "hatch_build.py"))["description"]
+
+    readme = "[a](b.md), [c](https://d), [e](#f)\n\n![g](h.svg)\n\ni\n"
+    assert description(readme, "") == "a, [c](https://d), [e](#f)\n\ni\n"
+    assert description(readme, "https://x/y") == (
+        "[a](https://x/y/blob/HEAD/b.md), [c](https://d), [e](#f)\n\n![g](https://x/y/raw/HEAD/h.svg)\n\ni\n"
+    )
 
 
 def interpreters() -> list[str]:

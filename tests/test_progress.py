@@ -103,6 +103,35 @@ def test_a_terminal_has_a_word_from_the_first_moment(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr("sys.stderr", terminal)
         with ProgressBar() as bar:
             assert os.read(ours, 100) == b"\r\rreading headers"
-            bar.clear()
-            assert os.read(ours, 100) == b"\r               \r"
+            with bar.aside():
+                assert os.read(ours, 100) == b"\r               \r"
+            assert os.read(ours, 100) == b"\r\rreading headers"
     os.close(ours)
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (100, r" 17%\|█+.* +\| 1\.00G/6\.00G \[00:10<00:50, 100MB/s, memory [\d.]+ \w+ of 512 MiB\]"),
+        (76, r" 17%\|.* *\| 1\.00G/6\.00G \[00:10<00:50, 100MB/s, memory [\d.]+ \w+ of 512 MiB\]"),
+        (60, r" 17%\|█+.* +\| 1\.00G/6\.00G \[00:10<00:50, 100MB/s\]"),
+        (40, r" 17%\|█+.* +\| 00:50, 100MB/s"),
+        (24, r" 17%\|.*\| 00:50, 100MB/s"),
+    ],
+)
+def test_the_bar_fits_the_terminal(
+    columns: int, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda stream: (columns, 24))
+    with ProgressBar() as bar:
+        bar(RUN[0])
+        for _ in range(10):
+            clock[0] += 1
+            bar(TaskDone("a", 100_000_000, 1, 900 << 30))
+        with bar.aside():
+            assert capsys.readouterr().err.endswith("\r")
+        drawn = capsys.readouterr().err.split("\r")[-1]
+        assert re.fullmatch(shown, drawn.rstrip()), drawn
+        assert len(drawn) <= columns

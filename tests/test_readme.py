@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections import OrderedDict
@@ -27,7 +26,6 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = [(found[1], found[2]) for found in re.finditer(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)]
 COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines() if line.strip()]
-SESSIONS = [text for kind, text in BLOCKS if kind == "console"]
 
 
 def draw(seed: int, *shape: int) -> torch.Tensor:
@@ -81,13 +79,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "run").mkdir()
     for step in range(1000, 9000, 1000):
         torch.save(voice(step, step, 3 - step / 5000), folder / "run" / f"checkpoint-{step}.pt")
-    for kind, text in BLOCKS:  # the files that the README shows
-        named = re.match(r"# (\S+\.(?:py|yaml))\n", text)
-        if kind in ("python", "yaml") and named:
-            (folder / named[1]).write_text(text)
     (folder / "mergekit-config.yml").write_text(
         "merge_method: tie\nbase_model: base/\nmodels:\n  - model: chat/\n    parameters: {weigth: 0.5}\n"
-        "  - model: code/\n    parameters: {weight: 0.5}\nchat_template: chatml\n"
+        "  - model: code/\n    parameters: {weight: 0.5}\nchat_template: chatmll\n"
     )
     return folder
 
@@ -102,18 +96,11 @@ def bare() -> Path:
 
 
 def run(line: str, world: Path, bare: Path) -> subprocess.CompletedProcess[str]:
-    """Runs a line of shell in this folder. Results of earlier lines exist; the result of this line does not yet."""
-    words = shlex.split(line, comments=True)
-    for name in {"voice.pth", "average.safetensors"} & {*words} if "-o" not in words else ():
-        run(next(each for each in COMMANDS if each.endswith(f"-o {name}")), world, bare)
-    if "-o" in words:
-        made = world / words[words.index("-o") + 1]
-        shutil.rmtree(made, ignore_errors=True) if made.is_dir() else made.unlink(missing_ok=True)
-    (world / "extras.json").unlink(missing_ok=True)
+    """Runs a line of shell in this folder."""
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     environment["PATH"] = f"{bare / 'bin'}{os.pathsep}{os.environ['PATH']}"
     command = ["bash", "-c", line]
-    return subprocess.run(command, cwd=world, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=world, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def alike(text: str) -> str:
@@ -122,9 +109,39 @@ def alike(text: str) -> str:
     return re.sub(r"\d[\d.,]*\d|\d", "#", re.sub(r"(?<=\d) (bytes|[kMGT]i?B)", " B", text))
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if not line.startswith("scripts/")])
-def test_every_command_runs(line: str, world: Path, bare: Path) -> None:
-    done = run(line, world, bare)
+def test_everything_runs_in_its_order(world: Path, bare: Path) -> None:
+    """A reader types all commands, sessions and programs in one folder, one after the other, and saves the files shown."""
+    for kind, text in BLOCKS:
+        named = re.match(r"# (\S+\.(?:py|yaml))\b.*\n", text)
+        if kind in ("python", "yaml") and named:
+            (world / named[1]).write_text(text)
+        elif kind == "bash":
+            for line in filter(str.strip, text.splitlines()):
+                if not line.startswith("scripts/"):
+                    done = run(line, world, bare)
+                    assert done.returncode == 0, f"{line}\n{done.stderr}"
+        elif kind == "console":
+            _check_session(text, world, bare)
+        elif kind == "python":
+            _check_program(text, world, bare)
+    assert (world / "big.safetensors").stat().st_size > 4000 * 4096 * 4
+
+
+def _check_session(session: str, world: Path, bare: Path) -> None:
+    first, _, shown = session.partition("\n")
+    done = run(first.removeprefix("$ "), world, bare)
+    if "^C" in session:  # not interrupted here; running/test_session.py tests that
+        assert done.returncode == 0, done.stderr
+        return
+    for line, said in zip(shown.splitlines(), (done.stderr + done.stdout).splitlines(), strict=True):
+        begin = line.removesuffix("...").rstrip()
+        assert alike(said).startswith(alike(begin)) if line.endswith("...") else alike(said) == alike(line)
+
+
+def _check_program(program: str, world: Path, bare: Path) -> None:
+    rows = "import torch\nmake_rows = lambda start, stop: torch.zeros(stop - start, 4096)\n"
+    (world / "program.py").write_text(rows + program)
+    done = run("python program.py", world, bare)
     assert done.returncode == 0, done.stderr
 
 
@@ -144,28 +161,6 @@ def test_they_run_with_nothing_but_the_declared_dependencies(world: Path, bare: 
     assert {"torch", "numpy", "safetensors"} <= declared <= installed
     assert {"pytest", "coqui-tts-trainer"} <= others
     assert not others & installed
-
-
-@pytest.mark.parametrize("session", SESSIONS, ids=lambda text: text.splitlines()[0])
-def test_every_session_is_as_shown(session: str, world: Path, bare: Path) -> None:
-    first, _, shown = session.partition("\n")
-    done = run(first.removeprefix("$ "), world, bare)
-    if "^C" in session:  # not interrupted here; running/test_session.py tests that
-        assert done.returncode == 0
-        return
-    for line, said in zip(shown.splitlines(), (done.stderr + done.stdout).splitlines(), strict=True):
-        begin = line.removesuffix("...").rstrip()
-        assert alike(said).startswith(alike(begin)) if line.endswith("...") else alike(said) == alike(line)
-
-
-def test_the_python_program_runs(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(world)
-    program = next(text for kind, text in BLOCKS if kind == "python" and "import streammerge as sm" in text)
-    for name in re.findall(r'"(\w+\.(?:pth|safetensors))"', program):
-        if name not in ("news.pth", "audiobook.pth"):
-            (world / name).unlink(missing_ok=True)
-    exec(program, {"make_rows": lambda start, stop: torch.zeros(stop - start, 4096)})
-    assert (world / "big.safetensors").stat().st_size > 4000 * 4096 * 4
 
 
 def test_every_script_is_there_and_takes_what_is_said() -> None:

@@ -94,11 +94,28 @@ def test_a_wrong_call_is_one_of_our_errors(call: Callable[[], Any], said: str, w
 
 
 CHECKED = """
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy
 import streammerge as sm
+import torch
 
 sm.merge(["a", "b"], "out", weights=[0.6, 0.4], method="slerp", parameters={"t": 0.3}, on_missing="base")
 sm.merge({"a": 0.6}, "out").peak_bytes
 sm.inspect("a")["w"].spec.shape
+sm.merge({Path("a"): numpy.float32(0.6)}, "out", progress=True, memory=numpy.int64(1 << 29))
+sm.merge(["a", "b"], "out", weights=numpy.array([0.6, 0.4]), workers=numpy.int64(3), seed=numpy.int64(1))
+sm.merge(["a", "b"], "out", weights=torch.ones(2), workers=torch.tensor(3), ema_decay=numpy.float64(0.9))
+sm.verify("a", sample=numpy.float32(0.5))
+methods: list[str] = sm.methods()
+method: sm.MergeMethod = sm.methods("ties")
+index: Mapping[str, sm.Source] = sm.inspect("a")
+source: sm.Source | None = index.get("w")
+sm.merge([sm.inspect("a"), sm.location("memory://b")], "out")
+sm.merge(["a", "b"], "out", weights="0.6,0.4")  # error
+sm.merge(["a", "b"], "out", weights=0.5)  # error
+sm.merge(["a", "b"], "out", progress="yes")  # error
 sm.merge(["a", "b"], "out", methd="ties")  # error
 sm.merge(["a", "b"], "out", on_missing="ignore")  # error
 sm.plan(["a", "b"], workers="two")  # error

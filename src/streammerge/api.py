@@ -39,6 +39,7 @@ from streammerge.options import (
     truth,
 )
 from streammerge.planning.plan import Plan
+from streammerge.recipe.adapted import resolved
 from streammerge.recipe.arguments import conversion
 from streammerge.recipe.locations import found_in_hub_cache, from_hub_cache
 from streammerge.requests.inputs import Checkpoint, Held, Inputs, named, opened, path_of
@@ -49,7 +50,7 @@ from streammerge.running.process import resident_bytes
 from streammerge.running.readback import receipt_of
 from streammerge.running.session import RunOptions
 from streammerge.signatures import takes
-from streammerge.stores.locations import PathLike, parse, resolved
+from streammerge.stores.locations import PathLike, parse
 from streammerge.units import parse_share
 
 if TYPE_CHECKING:
@@ -95,6 +96,9 @@ def plan(
     on_missing: OnMissing | None = None,
     on_shape: OnShape | None = None,
     integers: Integers | None = None,
+    unsafe_truncate_embeddings: bool | None = None,
+    tokenizer_source: str | None = None,
+    chat_template: str | None = None,
     state_dict: str | None = None,
     ema: Ema | None = None,
     memory: str | SupportsIndex = DEFAULT_MEMORY,
@@ -143,6 +147,9 @@ def merge(
     on_missing: OnMissing | None = None,
     on_shape: OnShape | None = None,
     integers: Integers | None = None,
+    unsafe_truncate_embeddings: bool | None = None,
+    tokenizer_source: str | None = None,
+    chat_template: str | None = None,
     state_dict: str | None = None,
     ema: Ema | None = None,
     memory: str | SupportsIndex = DEFAULT_MEMORY,

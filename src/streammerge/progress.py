@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -24,6 +25,10 @@ from streammerge.running.process import resident_bytes
 from streammerge.units import binary_bytes, decimal_bytes
 
 _LOG_SECONDS = 30.0
+_WIDE, _NARROW = 76, 56
+"""Columns below which the memory, or the bytes, have no room beside the bar."""
+_CTRL_C = 2
+"""Columns that stay free at the right, where a terminal shows ^C: the bar would be torn if that went to the next line."""
 _FILE_SECONDS = 1.0
 """The least time between two states of a bar that is written into a file or a notebook."""
 
@@ -48,11 +53,17 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.close()
 
-    def clear(self) -> None:
-        """Takes the bar away, so that a line can be printed. The next event brings it back."""
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Takes the bar away while the block prints a line, and brings it back below that line."""
+        word = self._word
         self._say("")
         if self._bar is not None:
             self._bar.clear()
+        yield
+        self._say(word)
+        if self._bar is not None:
+            self._bar.refresh()
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Preparing):
@@ -120,6 +131,9 @@ class _Lines:
     def clear(self) -> None:
         pass
 
+    def refresh(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -128,6 +142,18 @@ def _tqdm(total: int) -> Any:
     from tqdm import tqdm
 
     class Bar(tqdm):  # type: ignore[type-arg]
+        @property
+        def format_dict(self) -> dict[str, Any]:
+            """What is shown fits the terminal: the memory is left out of a narrow one, and the bytes of a small one."""
+            made = dict(super().format_dict)
+            columns = made["ncols"] or _WIDE
+            made["ncols"] = made["ncols"] and columns - _CTRL_C
+            if columns < _WIDE:
+                made["postfix"] = None
+            if columns < _NARROW:
+                made["bar_format"] = "{desc}{percentage:3.0f}%|{bar}| {remaining}, {rate_fmt}"
+            return made
+
         def skip(self, nbytes: int) -> None:
             """Counts bytes that an earlier run has read: as done, not in the rate."""
             self.n += nbytes

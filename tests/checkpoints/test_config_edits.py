@@ -93,11 +93,28 @@ def test_rows_that_are_stated_nowhere_are_told() -> None:
 
 
 def test_labels_that_do_not_fit_are_told() -> None:
-    made = edits(id2label={"0": "good", "1": "bad"})
-    made.note_labels({"classifier.weight": (2, 3), "pooler.weight": (5, 6)})
-    assert made.notes == [
-        "id2label of config.json has 2 labels, but classifier.weight now has 3 rows; name the others there by hand"
-    ]
+    """Other configurations that call the first labels otherwise, or disagree on the last one, tell nothing."""
+    strangers = [{"id2label": {"0": "good", "1": "worse", "2": "odd"}}, {}, {"id2label": {"0": "good", "1": "bad"}}]
+    apart = [{"id2label": {"0": "good", "1": "bad", "2": name}} for name in ("odd", "even")]
+    for others in ([], strangers, apart, [{"id2label": {"0": "good", "1": "bad", "x": "odd"}}]):
+        made = edits(id2label={"0": "good", "1": "bad"})
+        made.set_labels({"classifier.weight": (2, 3), "pooler.weight": (5, 6)}, others)
+        assert made.values == {}
+        assert made.notes == [
+            "id2label of config.json has 2 labels, but classifier.weight now has 3 rows; name the others there by hand"
+        ]
+
+
+def test_further_labels_are_those_of_the_model_that_the_rows_come_from() -> None:
+    longer = {"id2label": {"0": "good", "1": "bad", "2": "odd"}, "label2id": {"odd": 2}}
+    made = edits(id2label={"0": "good", "1": "bad"}, label2id={"good": 0, "bad": 1}, num_labels=2)
+    made.set_labels({"classifier.weight": (2, 3)}, [{"id2label": {"0": "good", "1": "bad"}}, longer])
+    assert values(made) == {
+        "id2label": longer["id2label"],
+        "label2id": {"good": 0, "bad": 1, "odd": 2},
+        "num_labels": 3,
+    }
+    assert made.notes == []
 
 
 def test_all_flags_are_taken_away() -> None:

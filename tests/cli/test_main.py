@@ -28,6 +28,7 @@ from safetensors.torch import load_file
         (["merge", "news.pth", "-o", "-"], 2, "cannot go to stdout (-); name a file"),
         (["merge", "news.pth"], 2, "the output has no name; add -o OUT"),
         (["convert", "news.pth"], 2, "the output has no name; add -o OUT"),
+        (["convert", "news.pth", "x.pth"], 2, "got unexpected extra argument (x.pth); if it is the output, write -o x.pth"),
         (
             ["merge", "news.pth", "audiobook.pth", "--weights", "0.6", "0.4", "-o", "x.pth"],
             2,
@@ -42,6 +43,12 @@ from safetensors.torch import load_file
             2,
             "density is a parameter of ties: -p density=0.5",
         ),
+        (
+            ["merge", "news.pth", "-o", "x.pth", "-m", "ties", "--densty", "0.5"],
+            2,
+            "no such option '--densty'; did you mean -p density=0.5, a parameter of ties?",
+        ),
+        (["merge", "news.pth", "-o", "x.pth", "--xyz"], 2, "no such option '--xyz'; see `streammerge merge --help`"),
         (["inspect", "news.pth", "--on-missing", "base"], 2, "it is an option of `streammerge merge`"),
         (["merge", "news.pth", "-o", "x.pth", "--method", "liner"], 2, "did you mean linear"),
         (["merge", "news.pth", "-o", "x.pth", "--dtype", "bflot16"], 2, "did you mean bfloat16"),
@@ -72,6 +79,22 @@ def test_bad_input_gets_one_sentence_and_its_exit_code(
     assert said in done.stderr
     assert done.stdout == ""
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_short_option_takes_its_value_behind_an_equals_sign(cli: Cli, tmp_path: Path, voices: tuple[Path, Path]) -> None:
+    cli("merge", *voices, "-o=x.pth", "-m=slerp", "-p=t=0.3", "-q")
+    assert (tmp_path / "x.pth").exists()
+    assert "slerp" in cli("inspect", "x.pth", "--recipe").stdout
+    assert "=" not in "".join(path.name for path in tmp_path.iterdir())
+
+
+def test_verbose_shows_more(cli: Cli, voices: tuple[Path, Path]) -> None:
+    merged = cli("merge", *voices, "-o", "x.pth", "-v")
+    assert "linear -> x.pth" in merged.stderr
+    assert "linear -> x.pth" not in cli("merge", *voices, "-o", "y.pth").stderr
+    assert "convert -> z.pth" in cli("convert", voices[0], "-o", "z.pth", "--verbose").stderr
+    assert "float32" in cli("inspect", voices[0], "-v").stdout
+    assert cli("-v").stdout == cli("-V").stdout == cli("--version").stdout
 
 
 @pytest.mark.parametrize("typed", [[], ["help"], ["-h"], ["--help"]], ids=str)

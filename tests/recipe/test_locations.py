@@ -127,7 +127,7 @@ def test_the_recipe_that_travels_says_every_default() -> None:
     ("model", "words"),
     [
         ("absent.pth", "absent.pth does not exist in . or inner; run this from the folder that holds it"),
-        ("a+b", "LoRA adapters are not supported yet"),
+        ("a+b", "a+b does not exist, neither as a path nor as the model a with an adapter"),
         ("a@b", "revisions are not supported yet"),
         ("org/name", "hf download org/name"),
         ("/absent.pth", "/absent.pth does not exist"),

@@ -101,11 +101,42 @@ class Edits:
         self.values |= dict.fromkeys(found, sizes[1])
         return bool(found)
 
-    def note_labels(self, rows: Mapping[str, tuple[int, int]]) -> None:
-        """Notes labels that do not fit their tensor any more. ``rows``: name -> (rows before, rows now)."""
+    def set_vocabulary(self, before: int, rows: int) -> None:
+        """States how many rows embeddings of tokens have. ``before``: how many they had, which is more than is stated where
+        a table is padded."""
+        if before == rows:
+            return
+        stated = {
+            (*path, key): value
+            for path, each in mappings(self.tree)
+            for key, value in each.items()
+            if _VOCABULARY.search(key) and "type" not in key and isinstance(value, int) and not isinstance(value, bool)
+        }
+        found = [path for path, value in stated.items() if value == before]
+        found = found or [path for path in stated if path[-1] == "vocab_size"][:1]
+        self.values |= {path: rows for path in found if stated[path] != rows}
+        if not found:
+            self.notes.append(
+                f"{self.config.name} states nowhere how many tokens there are; embeddings now have {rows} rows"
+            )
+
+    def set_labels(self, rows: Mapping[str, tuple[int, int]], others: Sequence[Tree]) -> None:
+        """States the labels of a classifier that has other rows now, or notes that it cannot.
+
+        ``rows``: name -> (rows before, rows now). ``others``: the configurations beside the tensors that the rows come
+        from. They must agree on the further labels, and have the same first ones.
+        """
         labels = self.tree.get("id2label")
         for name, (before, now) in rows.items():
             if isinstance(labels, dict) and len(labels) == before:
+                known = [each["id2label"] for each in others if _continues(labels, each.get("id2label"), now)]
+                if known and all(each == known[0] for each in known):
+                    self.values["id2label",] = known[0]
+                    if isinstance(self.tree.get("label2id"), dict):
+                        self.values["label2id",] = {label: int(number) for number, label in known[0].items()}
+                    if self.tree.get("num_labels") == before:
+                        self.values["num_labels",] = now
+                    continue
                 self.notes.append(
                     f"id2label of {self.config.name} has {before} labels, but {printable(name)} now has {now} rows; name "
                     "the others there by hand"
@@ -117,6 +148,13 @@ class Edits:
             flagged = "tie_word_embeddings" in each or (not path and is_model_config(each))
             if flagged and each.get("tie_word_embeddings") is not False:
                 self.values |= {(*path, "tie_word_embeddings"): False}
+
+
+def _continues(labels: dict[str, Any], longer: Any, count: int) -> bool:
+    """Whether ``longer`` has ``count`` labels by their numbers, and begins with ``labels``."""
+    if not isinstance(longer, dict) or len(longer) != count or not all(map(str.isdecimal, longer)):
+        return False
+    return all(isinstance(each, str) for each in longer.values()) and labels.items() <= longer.items()
 
 
 def ties_somewhere(tree: Tree) -> bool:

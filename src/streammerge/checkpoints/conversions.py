@@ -17,7 +17,8 @@ def converted_path(index: CheckpointIndex, folder: Location) -> Location:
     known = sorted(
         (path.name, known.size, known.version) for path, known in zip(index.files, index.identities().values(), strict=True)
     )
-    digest = hashlib.sha256(repr((str(index.path.resolve()), known, index.selection.label)).encode()).hexdigest()[:12]
+    told = (str(index.path.resolve()), known, index.selection.label, *([index.adapted_as] if index.adapted_as else []))
+    digest = hashlib.sha256(repr(told).encode()).hexdigest()[:12]
     return folder / f"{index.path.stem}-{digest}.safetensors"
 
 

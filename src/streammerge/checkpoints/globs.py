@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 from streammerge.checkpoints.numbers import in_order
 from streammerge.errors import RecipeError, printable
+from streammerge.recipe.adapted import split
 from streammerge.recipe.locations import is_recipe_name
 from streammerge.stores.locations import parse
 
@@ -11,12 +14,18 @@ from streammerge.stores.locations import parse
 def expand(paths: list[str]) -> list[str]:
     """Paths, each glob replaced by what it matches, in the order of their numbers.
 
+    A base with a glob of adapters is a model for each of them.
+
     Raises RecipeError for a glob that matches nothing.
     """
     found: list[str] = []
     for path in paths:
         if is_recipe_name(path):
             raise RecipeError(f"{printable(path)}: a recipe stands alone, its models are named in it")
+        if (parts := split(path)) is not None:
+            several = [expand([each]) if not parse(each).exists() else [each] for each in parts.paths]
+            found += [str(parts.moved(each)) for each in product(*several)]
+            continue
         place = parse(path)
         if place.exists() or not place.has_magic:
             found.append(path)

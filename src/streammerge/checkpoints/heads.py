@@ -188,3 +188,13 @@ def loader_ties(path: Location) -> Callable[[str, str], bool]:
         return ties and outside and (is_embedding(name) or is_embedding(other))
 
     return tied
+
+
+def tied_embedding(index: Any) -> str | None:
+    """Returns the embeddings of words that the model in an index uses as its head too; None if it has another head."""
+    found = [
+        name for name in index.entries if ("emb" in name or "wte" in name or "shared" in name) and _EMBEDDINGS.search(name)
+    ]
+    config = read_config(config_folder(index.path))
+    ties = config is not None and not config.unread and tie_flag(config.tree) is not False
+    return found[0] if ties and len(found) == 1 else None

@@ -5,9 +5,10 @@ from __future__ import annotations
 import struct
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
+from streammerge.dataclass import dataclass
 from streammerge.errors import FormatError, RecipeError, StreammergeError, printable
 from streammerge.formats import detect
 from streammerge.formats.base import MOST_EXPANDED_BYTES, Container
@@ -34,7 +35,8 @@ class CheckpointIndex(Mapping[str, Source]):
     the same tensor. ``extras``: the inert tree of a pickled file, None for safetensors. ``files``: all it is read from.
     ``renamed``: name -> its name in the file, where a recipe calls it otherwise. ``parts``: subfolder -> the index of the
     model in it, "" for the folder's own, where a folder holds several models. There a tensor's name begins with its
-    subfolder and a slash. ``warnings``: what may be wrong with the checkpoint.
+    subfolder and a slash. ``warnings``: what may be wrong with the checkpoint. ``adapters``: the indexes of adapters that
+    its tensors are updated by, and then ``plain``: the checkpoint without them, and ``adapted_as``: its name in a recipe.
     """
 
     path: Location
@@ -49,6 +51,9 @@ class CheckpointIndex(Mapping[str, Source]):
     renamed: dict[str, str] = field(default_factory=dict)
     parts: dict[str, CheckpointIndex] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    adapters: tuple[CheckpointIndex, ...] = ()
+    plain: CheckpointIndex | None = None
+    adapted_as: str = ""
 
     def with_names(self, renames: Sequence[Rename]) -> CheckpointIndex:
         """The same checkpoint under other names. Raises RecipeError where two tensors would have one name."""

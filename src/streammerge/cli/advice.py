@@ -13,6 +13,7 @@ from streammerge.errors import printable
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)%?,?")
 _CHECKPOINT = re.compile(r".*(\.(safetensors|pth|pt|ckpt|bin|th|tar|ya?ml)|[/*].*)")
+_EXTRA = re.compile(r"unexpected extra argument \(([^ ()]+)\)")
 _MEANT = {
     "version": "--version",
     "average": "merge",
@@ -40,11 +41,18 @@ def of_usage(error: click.ClickException) -> str:
     said = re.split(r"\s*\(?Did you mean", error.format_message())[0].rstrip(". ")
     if isinstance(error, click.NoSuchOption):
         near = _of_option(error, sys.argv[1:])
+    elif (extra := _EXTRA.search(said)) and _takes_output(error):
+        near = f"; if it is the output, write -o {extra[1]}"
     elif isinstance(error, click.UsageError) and error.ctx and ";" not in said:
         near = f"; see `{error.ctx.command_path} --help`"
     else:
         near = ""
     return said[:1].lower() + said[1:] + near
+
+
+def _takes_output(error: click.ClickException) -> bool:
+    context = getattr(error, "ctx", None)
+    return context is not None and any("-o" in option.opts for option in context.command.params)
 
 
 def _of_option(error: click.NoSuchOption, typed: Sequence[str]) -> str:
@@ -63,7 +71,12 @@ def _of_option(error: click.NoSuchOption, typed: Sequence[str]) -> str:
             if command is not None and any(name in option.opts for option in command.params):
                 return f"; it is an option of `streammerge {other}`"
     known = [opt for option in error.ctx.command.params for opt in option.opts if opt.startswith("--")] if error.ctx else []
-    near = get_close_matches(name, known, n=1)
+    has_parameters = "--method" in known
+    parameters = {f"--{each.replace('_', '-')}": each for each in _parameters_of(typed)} if has_parameters else {}
+    near = get_close_matches(name, [*known, *parameters], n=1, cutoff=0.7)
+    if near and near[0] not in known:
+        meant = parameters[near[0]]
+        return f"; did you mean -p {meant}={given}, a parameter of {_methods_with(meant, typed)}?"
     return f"; did you mean {near[0]}?" if near else f"; see `{error.ctx.command_path} --help`" if error.ctx else ""
 
 
@@ -75,6 +88,16 @@ def _methods_with(word: str, typed: Sequence[str]) -> str:
     asked = [name for name in having if name in typed or f"--method={name}" in typed]
     shown = asked[:1] or having
     return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more methods" if len(shown) > 3 else "")
+
+
+def _parameters_of(typed: Sequence[str]) -> list[str]:
+    """Returns the parameters of the method on the command line, of all methods if none is there."""
+    from streammerge.methods.registry import list_methods
+
+    methods = list_methods()
+    words = [each.removeprefix("--method=").lower() for each in typed]
+    asked = [methods[word] for word in words if word in methods]
+    return list(dict.fromkeys(name for method in asked or methods.values() for name in method.parameters))
 
 
 def of_command(typed: Sequence[str], commands: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from streammerge.cli.flags import as_flags
 from streammerge.cli.options import EXIT_CODES
 from streammerge.cli.signals import Stopped, stoppable
 from streammerge.cli.streams import open_standard_streams
+from streammerge.cli.terminal import forget_line
 from streammerge.errors import StreammergeError, printable
 from streammerge.plugins import module_names
 from streammerge.version import __version__
@@ -62,7 +63,7 @@ class Commands(click.Group):
     },
     epilog=EXIT_CODES,
 )
-@click.version_option(__version__, "-V", "--version", prog_name="streammerge")
+@click.version_option(__version__, "-V", "-v", "--version", prog_name="streammerge")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
     """Merge model checkpoints larger than memory.
@@ -83,8 +84,7 @@ def main() -> None:
         with stoppable():
             cli.main(prog_name="streammerge", standalone_mode=False)
     except Stopped as stopped:
-        if sys.stderr.isatty():
-            click.echo(err=True)  # the terminal has shown ^C
+        forget_line()  # the terminal has shown ^C
         fail("Interrupted", f"{stopped.word}; {stopped.outcome}", stopped.exit_code, as_json=as_json)
         sys.stdout.flush()
         sys.stderr.flush()

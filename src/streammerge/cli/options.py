@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -20,6 +21,10 @@ EXIT_CODES = (
 )
 
 
+_SHORT = re.compile(r"-[a-zA-Z]=")
+"""A short option with its value behind an equals sign."""
+
+
 class _Option(click.Option):
     """An option with the heading under which the help lists it."""
 
@@ -31,6 +36,12 @@ class GroupedCommand(click.Command):
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **{"epilog": EXIT_CODES, **more})
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Reads ``-o=OUT`` as ``-o OUT``. Otherwise the output would be called ``=OUT``."""
+        end = args.index("--") if "--" in args else len(args)
+        parts = [each.split("=", 1) if _SHORT.match(each) else [each] for each in args[:end]]
+        return super().parse_args(ctx, [part for each in parts for part in each] + args[end:])
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {"Required": []}
@@ -189,4 +200,5 @@ def report(*forms: str, note: str = "") -> Callable[[Command], Command]:
 
 
 debug = click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+verbose = click.option("-v", "--verbose", is_flag=True, help="Show the plan beside the result.")
 no_progress = click.option("--no-progress", is_flag=True, help="Show no progress bar.")

@@ -67,11 +67,10 @@ class Progress:
             self._bar(event)
 
     def say(self, text: str) -> None:
-        """Prints a line for people, in place of the bar, which the next event brings back."""
-        if self._bar is not None:
-            self._bar.clear()
+        """Prints a line for people, above the bar."""
         if self._said:
-            say(text, err=True)
+            with self._bar.aside() if self._bar is not None else contextlib.nullcontext():
+                say(text, err=True)
 
 
 def _left_before(out: str | None) -> str:

@@ -45,8 +45,9 @@ def show_plan(plan: Plan, form: str) -> None:
         say(as_flags(str(plan)))
 
 
-def report(result: Result, form: str, told: Collection[tuple[str, str]] = ()) -> None:
-    """Reports a run. ``told``: the notes and warnings, by kind and text, that were said while it ran."""
+def report(result: Result, form: str, told: Collection[tuple[str, str]] = (), verbose: bool = False) -> None:
+    """Reports a run. ``told``: the notes and warnings, by kind and text, that were said while it ran. ``verbose``: whether
+    its plan is shown too."""
     from streammerge.cli import render
 
     if form == "json":
@@ -56,6 +57,8 @@ def report(result: Result, form: str, told: Collection[tuple[str, str]] = ()) ->
             for text in texts:
                 if (kind, text) not in told:
                     say(f"{kind}: {as_flags(text)}", err=True)
+        if verbose:
+            say(as_flags(str(result.plan)), err=True)
         say(render.result_text(result))
 
 

@@ -36,6 +36,12 @@ def say(text: str, err: bool = False) -> None:
         raise OSError(error.errno, f"cannot print: {error.strerror}", name) from error
 
 
+def forget_line() -> None:
+    """Erases what the terminal has shown on the line of stderr, or ends that line where nothing can be erased."""
+    if sys.stderr.isatty():
+        sys.stderr.write("\n" if os.environ.get("TERM", "dumb") == "dumb" else "\r\x1b[K")
+
+
 def _columns() -> int:
     return max(shutil.get_terminal_size().columns, 20)
 

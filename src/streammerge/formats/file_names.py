@@ -119,6 +119,12 @@ def is_whole_model(name: str) -> bool:
     return parsed is not None and parsed["stem"] not in ADAPTERS
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a file, given by its path, has a name by which a loader looks for an adapter."""
+    parsed = _KNOWN_NAME.fullmatch(name.rpartition("/")[2])
+    return parsed is not None and parsed["stem"] in ADAPTERS
+
+
 def form_of_file(name: str) -> Form | None:
     """Returns the form of a folder with one file of this name. None if no loader looks for it."""
     parsed = _KNOWN_NAME.fullmatch(name)

@@ -147,20 +147,16 @@ def _adapter(index: CheckpointIndex, told: dict[str, str]) -> str:
     where = printable(index.path)
     return (
         f"{where} holds {len(told)} factors of an adapter ({kind}: {printable(name)}), and the mean of factors is not the "
-        "mean of the updates, which are their products; merge each adapter into its base model with the program that "
-        f"made it ({_into_base(index)}), then "
-        "merge the models; a rule can copy an adapter's tensors from one model"
+        f"mean of the updates, which are their products; {_into_base(index)}; a rule can copy an adapter's tensors from "
+        "one model"
     )
 
 
 def _into_base(index: CheckpointIndex) -> str:
-    """Returns how PEFT merges an adapter into its base model. It loads an adapter's folder, and not one file of it."""
+    """Returns how an adapter is added to its base model."""
     if any(".base_layer." in name for name in index.entries):
-        return "PEFT: this is a model that holds its adapter; load it there, then `model.merge_and_unload()`"
-    path = index.path
-    if path.is_file() and (path.parent / "adapter_config.json").is_file():
-        path = path.parent
-    return f"PEFT: `PeftModel.from_pretrained(BASE, {str(path)!r}).merge_and_unload().save_pretrained(OUT)`"
+        return "this is a model that holds its adapter; load it in PEFT, then `model.merge_and_unload()`"
+    return f"name each with its base model, as in `BASE+{printable(index.path)}`, so that its updates are added to the base"
 
 
 def _used(index: CheckpointIndex, merged: Iterable[Made], verbatim: Callable[[Made], bool]) -> tuple[set[str], set[str]]:

@@ -7,10 +7,10 @@ from typing import Any
 
 from streammerge.errors import RecipeError, printable
 from streammerge.methods.contracts import MergeMethod
+from streammerge.recipe.adapted import resolved
 from streammerge.recipe.fields import Path, Positions, Problems, position_of
 from streammerge.recipe.model import Model, Recipe, Slice, SliceSource
 from streammerge.recipe.settings import Settings, check_setting
-from streammerge.stores.locations import resolved
 
 
 def check(recipe: Recipe, problems: Problems) -> None:
@@ -29,6 +29,8 @@ def check(recipe: Recipe, problems: Problems) -> None:
         for each in slices:
             if each.sources and not _has_unread((*each.path, "sources"), unreadable):
                 _check_slice(recipe, each, problems)
+    if recipe.tokenizer_source and recipe.tokenizer:
+        problems.add(("tokenizer",), "tokenizer_source and tokenizer are given; a recipe has one of them")
     _check_parameters(recipe, problems)
     _check_rules(recipe, problems)
 

@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 
 from streammerge.errors import FormatError, RecipeError, VerifyError, printable
+from streammerge.recipe.adapted import absent, is_there, parts_of, split
 from streammerge.recipe.fields import Path as Key
 from streammerge.recipe.fields import Problems
 from streammerge.recipe.model import Recipe
@@ -27,7 +28,7 @@ def located(recipe: Recipe, folders: list[Location], problems: Problems, confine
     local cache of the Hugging Face hub. Nothing is downloaded. ``confined``: looks at no place outside the folders, because
     a stranger may have written the names. Then VerifyError for an absolute path.
     """
-    names = {}
+    names, written = dict[str, str](), dict[str, str]()
     for named in recipe.named_models:
         if confined and named != UNREAD and not _lies_within(named, folders):
             shown = printable(named)
@@ -35,11 +36,12 @@ def located(recipe: Recipe, folders: list[Location], problems: Problems, confine
             problems.add(_place(recipe, named), f"{shown} leads out of {where}; give its folder as `inputs`")
             names[named] = UNREAD
             continue
-        found = named if named == UNREAD else _find(named, folders)
+        found = named if named == UNREAD else _find(named, folders, confined, written)
         names[named] = found or (named if _is_path(named) else UNREAD)
         if found is None:
-            problems.add(_place(recipe, named), _absent(named, folders))
-    return replace(recipe.renamed(names), written={found: named for named, found in names.items()})
+            problems.add(_place(recipe, named), _absent(named, folders, confined))
+    written |= {found: named for named, found in names.items()}
+    return replace(recipe.renamed(names), written=written)
 
 
 def is_recipe_name(path: str) -> bool:
@@ -49,16 +51,29 @@ def is_recipe_name(path: str) -> bool:
 
 def found_in_hub_cache(recipe: Recipe) -> Recipe:
     """Returns the recipe with the models that are no paths here, but lie in the cache of the Hugging Face hub."""
-    names = {named: named if is_held(named) else from_hub_cache(named) for named in recipe.named_models}
-    written = {found: named for named, found in names.items() if found != named}
+    written: dict[str, str] = {}
+    names = {named: named if is_held(named) else from_hub_cache(named, written) for named in recipe.named_models}
+    written |= {found: named for named, found in names.items() if found != named}
     return replace(recipe.renamed(names), written=written) if written else recipe
 
 
-def from_hub_cache(name: str) -> str:
-    """Returns the folder in the hub's cache for the name of a repository that is no path here; any other name as it is."""
+def from_hub_cache(name: str, written: dict[str, str] | None = None) -> str:
+    """Returns the folder in the hub's cache for the name of a repository that is no path here; any other name as it is.
+
+    In a model with adapters, each part is looked for. ``written`` gets the folders of parts with their names.
+    """
+    if "+" in name and (parts := split(name, _is_there)) is not None:
+        found = [from_hub_cache(path) for path in parts.paths]
+        if written is not None:
+            written |= {place: path for place, path in zip(found, parts.paths, strict=True) if place != path}
+        return str(parts.moved(found))
     if not re.fullmatch(_REPOSITORY, name) or parse(name).lexists():
         return name
     return _cached(name) or name
+
+
+def _is_there(path: str) -> bool:
+    return is_there(path) or _cached(path) is not None
 
 
 def _lies_within(named: str, folders: list[Location]) -> bool:
@@ -88,7 +103,32 @@ def _is_path(named: str) -> bool:
     return "\0" not in named and not any("\ud800" <= c <= "\udfff" for c in named)
 
 
-def _find(named: str, folders: list[Location]) -> str | None:
+def _find(named: str, folders: list[Location], confined: bool, written: dict[str, str]) -> str | None:
+    """Returns the place of a model, or those of a model and its adapters. ``written`` gets each part with its name."""
+    found = _find_one(named, folders)
+    if found is not None or "+" not in named:
+        return found
+    parts = split(named, lambda path: _may_stand(path, folders, confined) and _find_one(path, folders) is not None)
+    if parts is None:
+        return None
+    places = [_find_one(path, folders) or path for path in parts.paths]
+    written |= dict(zip(places, parts.paths, strict=True))
+    return str(parts.moved(places))
+
+
+def _may_stand(path: str, folders: list[Location], confined: bool) -> bool:
+    """Whether a path that a stranger may have written leads to no place outside the folders."""
+    if not confined:
+        return True
+    try:
+        return _lies_within(path, folders)
+    except VerifyError:
+        return False
+
+
+def _find_one(named: str, folders: list[Location]) -> str | None:
+    if is_held(named):
+        return None
     for folder in folders:
         try:
             place = parse(named, folder)
@@ -120,7 +160,7 @@ def on_the_hub(name: str) -> str:
     return f"; if it is on the hub, `hf download {printable(name)}` fetches it" if re.fullmatch(_REPOSITORY, name) else ""
 
 
-def _absent(named: str, folders: list[Location]) -> str:
+def _absent(named: str, folders: list[Location], confined: bool = False) -> str:
     shown = printable(named)
     try:
         places = [parse(named, folder) for folder in folders]
@@ -130,7 +170,11 @@ def _absent(named: str, folders: list[Location]) -> str:
         if broken := place.broken_link():
             return broken
     if "+" in named:
-        return f"{shown}: LoRA adapters are not supported yet; merge the adapter into its model and give that folder"
+
+        def exists(path: str) -> bool:
+            return _may_stand(path, folders, confined) and _find_one(path, folders) is not None
+
+        return absent(named, exists) or f"{shown} does not exist"
     if "@" in named:
         return f"{shown}: revisions are not supported yet; download that revision and give its folder"
     if hub := on_the_hub(named):
@@ -148,6 +192,8 @@ def _place(recipe: Recipe, named: str) -> Key:
     for entry in recipe.entries:
         if entry.model == named:
             return (*entry.path, "model")
+    if recipe.tokens is not None and named in recipe.tokens.models:
+        return ("tokenizer_source",) if recipe.tokenizer_source else ("tokenizer",)
     return next(((*rule.path, "copy") for rule in recipe.rules if rule.copy == named), ())
 
 
@@ -173,10 +219,13 @@ def travelling_names(recipe: Recipe) -> dict[str, str]:
     all names are relative to their common folder.
 
     This holds for paths inside names with a scheme too, such as those of archives, unless the store says that its names
-    mean the same on every machine.
+    mean the same on every machine. The parts of a model with adapters have names of their own, and the model that of its
+    parts.
     """
-    held = {path: path for path in recipe.named_models if is_held(path)}
-    written = {path: recipe.written.get(path, path) for path in recipe.named_models if path not in held}
+    composed = {named: parts for named in recipe.named_models if (parts := split(named)) is not None}
+    paths = list(dict.fromkeys(path for named in recipe.named_models for path in parts_of(named)))
+    held = {path: path for path in paths if is_held(path)}
+    written = {path: recipe.written.get(path, path) for path in paths if path not in held}
     places = {path: parse(path).absolute() for path in written}
     far = {path: path for path, place in places.items() if place.store.always_absolute}
     places = {path: place for path, place in places.items() if path not in far}
@@ -191,7 +240,8 @@ def travelling_names(recipe: Recipe) -> dict[str, str]:
         common = posixpath.commonpath([place.parent.key for place in places.values()])
         local = {path: place.store.spelled(posixpath.relpath(place.key, common)) for path, place in places.items()}
     normal = {path: _normal(name) for path, name in local.items()}
-    return held | far | {path: f"./{name}" if name.startswith("~") else name for path, name in normal.items()}
+    made = held | far | {path: f"./{name}" if name.startswith("~") else name for path, name in normal.items()}
+    return made | {named: str(parts.moved([made[path] for path in parts.paths])) for named, parts in composed.items()}
 
 
 def _normal(name: str) -> str:

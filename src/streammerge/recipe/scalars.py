@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, printable
 from streammerge.methods.contracts import METHODS, MergeMethod, Parameter
 from streammerge.methods.registry import LINEAR, find_method
 from streammerge.options import whole
+from streammerge.recipe.adapted import adapted_text
 from streammerge.recipe.fields import Plain
 from streammerge.recipe.patterns import Rename, parse_pattern, parse_renames
 from streammerge.tensors.dtypes import DType, parse_dtype
@@ -30,13 +31,15 @@ def parameter_docs() -> dict[str, str]:
 def _model(value: Any) -> str:
     """Returns a model's path. mergekit may write a mapping that contains it."""
     if isinstance(value, Mapping):
-        for name in ("lora", "override_architecture"):
-            if value.get(name) is not None:
-                raise RecipeError(f"{name} is not supported yet; give a folder with the weights merged")
+        if value.get("override_architecture") is not None:
+            raise RecipeError("override_architecture is not supported yet; give a folder with the weights merged")
+        lora = value.get("lora")
         inner = value.get("model")
         if isinstance(inner, Mapping) and inner.get("revision") is not None:
             raise RecipeError("a revision is not supported yet; download it and give its folder")
         value = inner.get("path") if isinstance(inner, Mapping) else inner
+        if lora is not None and isinstance(value, str):
+            value = adapted_text(value, lora)
     value = str(value) if isinstance(value, os.PathLike) else value
     if not isinstance(value, str) or not value or "\0" in value:
         raise ValueError(value)

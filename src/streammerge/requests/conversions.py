@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from streammerge.checkpoints.conversions import converted_path, is_conversion
-from streammerge.checkpoints.index import open_checkpoint
 from streammerge.options import Resources
 from streammerge.recipe.arguments import conversion
 from streammerge.recipe.model import Recipe
+from streammerge.requests.inputs import opened
 from streammerge.requests.plans import planned
 from streammerge.running.execution import execute
 from streammerge.running.process import resident_bytes
@@ -24,7 +24,7 @@ def convert_first(recipe: Recipe, folder: Location, resources: Resources, runnin
     made = False
     folder.make_folder()
     for each in recipe.checkpoints:
-        index = open_checkpoint(each.path, each.state_dict, recipe.ema)
+        index = opened(each.path, each.state_dict, recipe.ema, {})
         target = converted_path(index, folder)
         if not is_conversion(target, index):
             target.sweep()

@@ -13,6 +13,7 @@ from streammerge.checkpoints.in_memory import hold, index_state_dict
 from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
 from streammerge.errors import RecipeError, printable
 from streammerge.options import number_or_percent, path
+from streammerge.recipe.adapted import split
 from streammerge.sources.memory import is_array, is_tensor
 from streammerge.stores.base import Location
 from streammerge.stores.locations import PathLike, has_scheme, parse
@@ -45,15 +46,23 @@ def named(name: str, given: Any, held: Held) -> str:
     if isinstance(given, CheckpointIndex):
         if given.in_memory:
             raise RecipeError(f"`{name}` takes a state dict, not its index; give the state dict itself")
-        return str(given.path)
+        return given.adapted_as or str(given.path)
     return hold(given, held) if isinstance(given, Mapping) else path_of(name, given)
 
 
 def opened(path: str, state_dict: str | None, ema: str, held: Held) -> CheckpointIndex:
-    """Returns the index of a file, of a folder, or of a state dict in ``held``. Raises as :func:`open_checkpoint`."""
+    """Returns the index of a file, a folder, a state dict in ``held``, or one of these with adapters.
+
+    Raises as :func:`open_checkpoint`."""
     if path in held:
         return index_state_dict(held[path], path, state_dict, ema)
-    return open_checkpoint(path, state_dict, ema)
+    parts = split(path)
+    if parts is None:
+        return open_checkpoint(path, state_dict, ema)
+    from streammerge.adapters.applying import adapted, read_adapter  # here, because most merges have no adapters
+
+    base = opened(parts.base, state_dict, ema, held)
+    return adapted(base, [(read_adapter(each.path), each.scale) for each in parts.adapters], str(parts))
 
 
 def names_and_weights(given: Any, held: Held) -> tuple[list[str], list[float] | None]:

@@ -8,8 +8,8 @@ import errno
 from bisect import bisect_right
 from collections import defaultdict
 from contextlib import closing
-from dataclasses import dataclass
 
+from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, SpaceError, UncheckedError, VerifyError, listed, printable
 from streammerge.events import Hashed, Listener, Resumed, Spooled, Syncing, TaskDone, Told, quiet
 from streammerge.formats.base import LayoutFile
@@ -188,7 +188,9 @@ class Run:
         kept_bytes = sum(each.nbytes for each in self._done.values())
         self.listener(Resumed(kept_bytes, saved_bytes))
         there_of_all = f"{decimal_bytes(kept_bytes)} of {decimal_bytes(self.plan.layout.size)}"
-        self.notes.append(f"continued an interrupted run: {there_of_all} were there")
+        note = f"continued an interrupted run: {there_of_all} were there"
+        self.notes.append(note)
+        self.listener(Told("note", note))
 
     def _earlier_pieces(self) -> list[Finished] | None:
         """Returns the pieces of an interrupted run of the same plan, None to start from the beginning.

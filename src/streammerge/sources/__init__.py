@@ -9,10 +9,20 @@ Each module imports only modules above it::
     strided   a view of a storage, gathered where it lies
     deflated  a packed record, which is unpacked into a temporary file first
     rows      some rows of a source
+    mean_row  the mean of all rows of a source
+    reshaped  the same elements in another shape
     joined    pieces along one axis
     constant  one number everywhere
     inline    a small tensor that stands in a header
     memory    a tensor that the caller holds
     box       a block, or a transposed matrix, of a tensor
+    wide      numbers of a source in float64
+    contracted  a small tensor computed whole from others
+    shaped    the same elements in another shape; axes in another order
+    product   the product of two matrices
+    kronecker the Kronecker product of two
+    elementwise sums and products element by element
+    rescaled  slices multiplied by numbers of their own, or given a norm
+    residual  a matrix without its strongest part
     merged    a merge of other sources, computed chunk by chunk
 """

@@ -396,3 +396,44 @@ def test_a_file_keeps_the_name_that_its_loader_looks_for(tmp_path: Path, name: s
     sm.convert(tmp_path / "a" / name, tmp_path / "converted")
     converted = "model.pth" if name == "model.pth" else "model.safetensors"
     assert (tmp_path / "converted" / converted).exists()
+
+
+def classifier(folder: Path, labels: list[str]) -> Path:
+    save(folder / "model.safetensors", {"body.weight": torch.ones(4, 4), "classifier.weight": torch.ones(len(labels), 4)})
+    names = {str(number): label for number, label in enumerate(labels)}
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "id2label": names, "label2id": {}}, indent=2))
+    return folder
+
+
+def test_labels_follow_the_rows_of_a_classifier(tmp_path: Path) -> None:
+    short, long = classifier(tmp_path / "a", ["good", "bad"]), classifier(tmp_path / "b", ["good", "bad", "odd"])
+    result = sm.merge([short, long], tmp_path / "out", on_shape="rows")
+    made = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert made["id2label"] == {"0": "good", "1": "bad", "2": "odd"}
+    assert made["label2id"] == {"good": 0, "bad": 1, "odd": 2}
+    assert not any("by hand" in note for note in result.notes)
+    other = classifier(tmp_path / "c", ["x", "y", "z"])
+    result = sm.merge([short, other], tmp_path / "told", on_shape="rows")
+    assert any("name the others there by hand" in note for note in result.notes)
+
+
+def test_an_adapter_beside_the_model_is_told(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        save(tmp_path / folder / "model.safetensors", {"w": torch.ones(4, 4)})
+        save(tmp_path / folder / "adapter_model.safetensors", {"w.lora_A.weight": torch.ones(2, 4)})
+        save(tmp_path / folder / "other.safetensors", {"v": torch.ones(3)})
+    result = sm.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    assert any("adapter_model.safetensors is an adapter of the first input, copied as it is" in n for n in result.notes)
+    assert "copied from the first input, not merged: other.safetensors" in result.notes
+
+
+def test_a_model_that_only_a_later_pipeline_has_is_told(tmp_path: Path) -> None:
+    for folder, parts in (("a", ["unet"]), ("b", ["unet", "vae"])):
+        for part in parts:
+            save(tmp_path / folder / part / "diffusion_pytorch_model.safetensors", {"w": torch.ones(2)})
+        declared = {part: ["diffusers", "Model"] for part in parts}
+        (tmp_path / folder / "model_index.json").write_text(json.dumps(declared))
+    with pytest.raises(sm.RecipeError, match=r"vae/w belongs to a model that the first input lacks, which has unet;"):
+        sm.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out", on_missing="union")
+    sm.merge([tmp_path / "b", tmp_path / "a"], tmp_path / "out", on_missing="union")
+    assert (tmp_path / "out" / "vae").is_dir()

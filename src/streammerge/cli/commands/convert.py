@@ -17,9 +17,10 @@ from streammerge.options import CONVERT
 @options.of(*CONVERT)
 @options.out()
 @options.no_progress
+@options.verbose
 @options.report("human", "json", "quiet")
 @options.debug
-def convert(path: str, out: str | None, no_progress: bool, form: str, debug: bool, **typed: Any) -> None:
+def convert(path: str, out: str | None, no_progress: bool, verbose: bool, form: str, debug: bool, **typed: Any) -> None:
     """Convert .pth to safetensors or back; recast, shrink, shard.
 
     \b
@@ -37,4 +38,4 @@ def convert(path: str, out: str | None, no_progress: bool, form: str, debug: boo
         if "://" not in out:
             progress.out = output_name(out, [path], None, progress.say)
         result = api.convert(path, progress.out, listener=progress, **as_arguments(typed))
-        report(result, form, progress.told)
+        report(result, form, progress.told, verbose)

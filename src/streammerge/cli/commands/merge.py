@@ -18,10 +18,18 @@ from streammerge.options import MERGE, Running, options_of
 @options.out()
 @click.option("--dry-run", is_flag=True, help="Show the plan and write nothing.")
 @options.no_progress
+@options.verbose
 @options.report("human", "json", "quiet")
 @options.debug
 def merge(
-    inputs: tuple[str, ...], out: str | None, dry_run: bool, no_progress: bool, form: str, debug: bool, **typed: Any
+    inputs: tuple[str, ...],
+    out: str | None,
+    dry_run: bool,
+    no_progress: bool,
+    verbose: bool,
+    form: str,
+    debug: bool,
+    **typed: Any,
 ) -> None:
     """Merge checkpoints into one.
 
@@ -48,4 +56,4 @@ def merge(
 
         progress.out = output_name(out, found, recipe, progress.say, typed["own_methods"])
         result = api.merge(found, progress.out, recipe=recipe, listener=progress, **asked)
-        report(result, form, progress.told)
+        report(result, form, progress.told, verbose)

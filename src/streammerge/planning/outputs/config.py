@@ -19,6 +19,7 @@ from streammerge.planning.aligned import Merged, elements, has_rows_of_first, un
 from streammerge.planning.alignment import Alignment
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.layout import text_file
+from streammerge.planning.outputs.tokenizer import token_edits
 from streammerge.recipe.model import Recipe
 from streammerge.stores.base import Location
 from streammerge.tensors.dtypes import DType
@@ -65,7 +66,7 @@ class _Change:
     """What a merge changed that a configuration may state."""
 
     def __init__(self, recipe: Recipe, base: CheckpointIndex, alignment: Alignment) -> None:
-        self.base, self.merged = base, alignment.merged
+        self.base, self.merged, self.tokenized = base, alignment.merged, alignment.tokenized
         self.headless = not any(map(is_head, base.entries))
         self.dtypes = _dtypes(elements(self.merged))
         before = _dtypes((spec, spec.numel) for spec in base.specs().values())
@@ -109,13 +110,19 @@ class _Change:
         found: dict[str, tuple[int, int]] = {}
         for m in unlike(self.merged):
             name, shape = m.base_names[0], m.spec.shape
-            own = self.base.entries.get(name)
+            own = (self.base.plain or self.base).entries.get(name)
             if own is None or own.spec.shape == shape or len(own.spec.shape) != 2 or own.spec.shape[:1] == shape[:1]:
                 continue
             layer = layer_of(name)
             if layer is None or layer.stack not in self.restacked:
                 found[name] = own.spec.shape[0], shape[0]
         return found
+
+    def beside_resized(self) -> list[Tree]:
+        """Returns the configurations beside the tensors that those with other rows are made of."""
+        resized = [m for m in self.merged if m.base_names[0] in self.resized]
+        folders = {path.parent for m in resized for source in m.sources for path in source.paths}
+        return [tree_of(folder) for folder in sorted(folders, key=str)]
 
     def unties(self, tree: Tree) -> bool:
         """Whether the output has a head of its own where the configuration makes one of head and embeddings.
@@ -159,8 +166,14 @@ def _edits(config: Config, change: _Change) -> Edits:
         edits.compare_dtype(names)
     for moved in change.moved:
         _follow(edits, moved, change)
-    edits.set_rows(change.grown, change.keeps)
-    edits.note_labels(change.resized)
+    if change.tokenized is not None:
+        edits.set_vocabulary(change.tokenized.had, change.tokenized.rows)
+        numbers, notes = token_edits(config, change.tokenized)
+        edits.values |= numbers
+        edits.notes += notes
+    else:
+        edits.set_rows(change.grown, change.keeps)
+    edits.set_labels(change.resized, change.beside_resized())
     if change.unties(config.tree):
         edits.untie()
     return edits

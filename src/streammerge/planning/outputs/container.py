@@ -7,10 +7,12 @@ or folder uses the names of the state dict.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
+from streammerge.checkpoints.tokens import vocabulary_folder
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import safetensors
 from streammerge.formats.records import RECEIPT_KEY
@@ -23,6 +25,7 @@ from streammerge.planning.outputs.layout import Layout, Placed, PlacedTensors, P
 from streammerge.planning.outputs.pickled import PLAIN_ENDINGS, pickled_output
 from streammerge.planning.receipt import ITSELF, Receipt, escaped, input_files, planned
 from streammerge.planning.views import Indexes
+from streammerge.recipe.adapted import parts_of
 from streammerge.recipe.document import to_json
 from streammerge.recipe.locations import travelling, travelling_names
 from streammerge.recipe.model import Recipe
@@ -63,19 +66,28 @@ def plan_output(out: Location, recipe: Recipe, indexes: Indexes, alignment: Alig
     first = indexes[recipe.checkpoints[0]]
     kind, name = container_of(out, first), out.name
     names = travelling_names(recipe)
-    inputs = input_files({names[each.path]: index for each, index in indexes.items()})
+    inputs = input_files(_named(names, indexes))
     receipt = planned(
         json.loads(to_json(travelling(recipe).to_dict())),
         inputs,
         recipe.seed,
         CRC32 if kind == "pickle" or (kind == "folder" and _is_pickled_folder(recipe, first)) else CRC32C,
         hashed,
-        computed=recipe.merge_method is not COPY or recipe.recast is not None,
+        computed=recipe.merge_method is not COPY or recipe.recast is not None or any(i.adapters for i in indexes.values()),
         held={names[each.path]: index.nbytes for each, index in indexes.items() if index.in_memory},
     )
     made = _planned(kind, name, recipe, first, indexes, alignment, receipt)
     made.inputs = inputs
     return made
+
+
+def _named(names: Mapping[str, str], indexes: Indexes) -> dict[str, CheckpointIndex]:
+    """Returns the name that each checkpoint and each adapter has in the receipt, with its index."""
+    found: dict[str, CheckpointIndex] = {}
+    for each, index in indexes.items():
+        parts = (index,) if index.plain is None else (index.plain, *index.adapters)
+        found |= {names[path]: part for path, part in zip(parts_of(each.path), parts, strict=True)}
+    return found
 
 
 def _planned(
@@ -96,6 +108,7 @@ def _planned(
         )
     if kind != "folder":
         alignment.dispositions.add("file", _beside(first), "dropped", "the output is one file")
+        _note_tokens(recipe, first, alignment)
     if kind == "pickle":
         return pickled_output(name, recipe, first, indexes, alignment, receipt)
     dispositions = Dispositions()
@@ -122,6 +135,21 @@ def _planned(
         return PlannedOutput(layout, [PlacedTensors(merged, 0, starts)], dispositions=dispositions)
     placed = [Placed(spec, m, 0, start) for (spec, m), start in zip(specs.values(), starts, strict=True)]
     return PlannedOutput(layout, placed, dispositions=dispositions)
+
+
+def _note_tokens(recipe: Recipe, first: CheckpointIndex, alignment: Alignment) -> None:
+    """Says what a file cannot hold: its vocabulary, if it is not that beside the first input."""
+    tokens = alignment.tokenized
+    if tokens is not None and tokens.vocabulary.edited:
+        count = len(tokens.vocabulary.new)
+        alignment.warnings.append(
+            f"the output is one file, so the vocabulary with {count} new tokens is not written; end the output's name in / "
+            "for a folder that has it"
+        )
+    elif tokens is not None and vocabulary_folder(first.path) != tokens.vocabulary.giver.file.parent:
+        alignment.notes.append(f"the output's tokens are those of {printable(tokens.vocabulary.giver.file)}")
+    if recipe.chat_template is not None:
+        alignment.warnings.append("the output is one file, which has no chat template; end its name in / for a folder")
 
 
 def _beside(first: CheckpointIndex) -> list[str]:

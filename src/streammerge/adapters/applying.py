@@ -1,0 +1,225 @@
+"""A base with adapters: an index whose tensors are expressions over those of the base and of the adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import field, replace
+from functools import partial
+
+from streammerge.adapters.experts import Block, Singles, block_of, blocks, fused_update, separate_updates
+from streammerge.adapters.modules import Adapter, Module, read_adapter
+from streammerge.adapters.names import Names, Spot, wanted_names
+from streammerge.adapters.updates import updated
+from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
+from streammerge.dataclass import dataclass
+from streammerge.errors import MismatchError, RecipeError, printable
+from streammerge.recipe.adapted import split
+from streammerge.sources.base import Source
+from streammerge.sources.elementwise import rounded
+from streammerge.sources.joined import joined
+from streammerge.sources.rows import rows_of
+from streammerge.tensors.dtypes import DType
+
+__all__ = ["adapted", "open_model", "read_adapter"]
+
+_ORDER = ("saved", "ia3", "full", "lora", "embedding", "experts", "loha", "lokr", "bias", "tokens")
+"""What is replaced comes before what is added to it; trained rows come last."""
+
+
+def open_model(text: str, state_dict: str | None = None, ema: str = "ignore") -> CheckpointIndex:
+    """Returns the index of a checkpoint, or of one with adapters (:mod:`streammerge.recipe.adapted`). Raises as they do."""
+    parts = split(text)
+    if parts is None:
+        return open_checkpoint(text, state_dict, ema)
+    base = open_checkpoint(parts.base, state_dict, ema)
+    return adapted(base, [(read_adapter(each.path), each.scale) for each in parts.adapters], str(parts))
+
+
+def adapted(base: CheckpointIndex, adapters: Sequence[tuple[Adapter, float]], text: str = "") -> CheckpointIndex:
+    """Returns the index of a base with adapters, each with its strength, added in their order. No tensor is read.
+
+    The dtypes stay those of the base, and each number is rounded once. ``text``: what a recipe calls it.
+
+    Raises MismatchError, which names it, for a tensor
+    of an adapter that has no place in the base or does not fit there.
+    """
+    made = _Adapted(base)
+    for adapter, strength in adapters:
+        made.add(adapter, strength)
+    return made.index([adapter for adapter, _ in adapters], text)
+
+
+@dataclass(slots=True)
+class _Adapted:
+    """``now``: name -> the changed tensor, not rounded yet."""
+
+    base: CheckpointIndex
+    now: dict[str, Source] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def add(self, adapter: Adapter, strength: float) -> None:
+        names = Names(self.base)
+        experts = blocks(self.base.entries)
+        singles: dict[str, Singles] = {}
+        lost: list[Module] = []
+        touched = set[str]()
+        for module in sorted(adapter.modules, key=lambda module: _ORDER.index(module.kind)):
+            options = [module, *(replace(module, parameter=other, others=()) for other in module.others)]
+            failures: list[MismatchError] = []
+            for option in options:
+                try:
+                    spot = self._find(adapter, option, names)
+                    if spot is not None:
+                        self._apply(adapter, option, spot, strength)
+                        touched.add(spot.name)
+                        break
+                    if module.kind == "ia3" and module.parameter == "bias":  # a module without a bias
+                        break
+                    found = block_of(option, experts)
+                    if found is None:
+                        continue
+                    block, place = found
+                    names.learn(f"{place}.", f"{block.place}.")
+                    self._experts(adapter, option, block, singles, strength)
+                    touched.update(block.names.values())
+                    break
+                except MismatchError as error:
+                    failures.append(error)
+            else:
+                if failures:
+                    raise failures[0]
+                lost.append(module)
+        for layer in singles.values():
+            change = partial(self._fuse, layer, strength)
+            self._guarded(adapter, next(iter(layer.modules.values())), layer.block.place, change)
+        self._lost(adapter, lost, names, strength)
+        self.notes += [*adapter.notes, *dict.fromkeys(names.notes)]
+        scale = "" if strength == 1.0 else f", times {strength:g}"
+        self.notes.append(
+            f"{printable(self.base.path)}: {len(touched)} of its {len(self.base.entries)} tensors are changed by the "
+            f"adapter {adapter.where} ({adapter.dialect}{scale})"
+        )
+
+    def _lost(self, adapter: Adapter, lost: list[Module], names: Names, strength: float) -> None:
+        """Places modules again, since other modules may have told how the base calls theirs. Raises MismatchError if a
+        module has no place."""
+        for module in lost:
+            spot = self._find(adapter, module, names)
+            if spot is None:
+                others = f", and {len(lost) - 1} more" if len(lost) > 1 else ""
+                wanted = wanted_names(module)[0]
+                raise MismatchError(
+                    f"{adapter.where}: {printable(module.keys[0])}{others} has no tensor {printable(wanted)} in "
+                    f"{printable(self.base.path)}{names.near(wanted)}; give the base that the adapter was made for"
+                )
+            self._apply(adapter, module, spot, strength)
+
+    def _find(self, adapter: Adapter, module: Module, names: Names) -> Spot | None:
+        try:
+            return names.find(wanted_names(module))
+        except MismatchError as error:
+            raise MismatchError(f"{adapter.where}: {error}") from error
+
+    def _fuse(self, layer: Singles, strength: float) -> None:
+        self.now.update(layer.updates(self._all(layer.block), strength, self.base))
+
+    def _tensor(self, name: str) -> Source:
+        return self.now.get(name) or self.base.entries[name]
+
+    def _all(self, block: Block) -> dict[str, Source]:
+        return {name: self._tensor(name) for name in block.names.values()}
+
+    def _apply(self, adapter: Adapter, module: Module, spot: Spot, strength: float) -> None:
+        weight = self._tensor(spot.name)
+        self._check_kind(adapter, module, spot.name)
+        dtype = self.base.entries[spot.name].spec.dtype
+
+        def change() -> None:
+            if module.kind == "experts":
+                self.now[spot.name] = fused_update(module, weight, strength, self.base)
+            elif spot.stop < 0:
+                self.now[spot.name] = updated(module, weight, strength, dtype)
+            else:
+                self.now[spot.name] = _in_rows(module, weight, spot, strength, dtype)
+
+        self._guarded(adapter, module, spot.name, change)
+
+    def _experts(
+        self, adapter: Adapter, module: Module, block: Block, singles: dict[str, Singles], strength: float
+    ) -> None:
+        def change() -> None:
+            if module.kind == "experts":
+                self.now.update(separate_updates(module, block, self._all(block), strength))
+            else:
+                singles.setdefault(block.place, Singles(block)).add(module)
+
+        self._guarded(adapter, module, block.place, change)
+
+    def _guarded(self, adapter: Adapter, module: Module, name: str, change: Callable[[], None]) -> None:
+        """Makes a change. Raises MismatchError that names the adapter, its tensor and the base's."""
+        try:
+            change()
+        except MismatchError as error:
+            raise MismatchError(f"{adapter.where}: {error}") from error
+        except RecipeError as error:
+            raise MismatchError(
+                f"{adapter.where}: {printable(module.keys[0])} does not fit {printable(name)} of "
+                f"{printable(self.base.path)}: {error}"
+            ) from error
+
+    def _check_kind(self, adapter: Adapter, module: Module, name: str) -> None:
+        spec = self.base.entries[name].spec
+        if module.kind != "saved" and spec.dtype.kind != "float":
+            raise MismatchError(
+                f"{adapter.where}: {printable(module.keys[0])} is about {printable(name)}, which "
+                f"{printable(self.base.path)} holds as {spec.dtype.torch_name}: its base is quantised; give the weights "
+                "that it was made from"
+            )
+
+    def index(self, adapters: Sequence[Adapter], text: str) -> CheckpointIndex:
+        """Returns the index, with each tensor in the dtype that the base has."""
+        base, entries = self.base, dict(self.base.entries)
+        resized = []
+        for name, source in self.now.items():
+            dtype = base.entries[name].spec.dtype
+            if source.spec.dtype.kind == "float" and dtype.kind == "float":
+                source = rounded(source, dtype)
+            entries[name] = source.named(name)
+            if source.spec.shape != base.entries[name].spec.shape:
+                resized.append(name)
+        for name, first in base.aliases.items():
+            if first in self.now:
+                entries[name] = entries[first].named(name)
+        if resized:
+            shape = entries[resized[0]].spec.shape
+            self.warnings.append(
+                f"{printable(adapters[-1].index.path)} brings {printable(resized[0])} with {shape[0]} rows; the tokenizer "
+                "that belongs to them is the adapter's, so copy its tokenizer files to the output"
+            )
+        files = tuple(dict.fromkeys((*base.files, *(file for each in adapters for file in each.index.files))))
+        warnings = [*base.warnings, *(warning for each in adapters for warning in each.index.warnings), *self.warnings]
+        return replace(
+            base,
+            entries=entries,
+            files=files,
+            notes=[*base.notes, *self.notes],
+            warnings=warnings,
+            adapters=tuple(each.index for each in adapters),
+            plain=base,
+            adapted_as=text,
+        )
+
+
+def _in_rows(module: Module, weight: Source, spot: Spot, strength: float, dtype: DType) -> Source:
+    """Returns a tensor in which some rows have the update of a module that is fused with others there."""
+    whole, parts = weight.spec.shape[0], list[Source]()
+    inner = rows_of(weight, spot.start, spot.stop)
+    made = updated(module, inner, strength, dtype)
+    if spot.start:
+        parts.append(rows_of(weight, 0, spot.start))
+    parts.append(made)
+    if spot.stop < whole:
+        parts.append(rows_of(weight, spot.stop, whole))
+    wide = [rounded(part, made.spec.dtype) for part in parts]
+    return joined(weight.spec.name, wide)

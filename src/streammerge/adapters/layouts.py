@@ -1,0 +1,161 @@
+"""Other names of the same tensors: diffusion models as their authors call them, and as diffusers does.
+
+A LoRA of Stable Diffusion 1 is called after diffusers' names, one of SDXL after the original ones, whatever the base is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cache
+from typing import NamedTuple
+
+_RESNET = (
+    ("in_layers.0", "norm1"),
+    ("in_layers.2", "conv1"),
+    ("emb_layers.1", "time_emb_proj"),
+    ("out_layers.0", "norm2"),
+    ("out_layers.3", "conv2"),
+    ("skip_connection", "conv_shortcut"),
+)
+_SINGLE = (
+    ("time_embed.0", "time_embedding.linear_1"),
+    ("time_embed.2", "time_embedding.linear_2"),
+    ("label_emb.0.0", "add_embedding.linear_1"),
+    ("label_emb.0.2", "add_embedding.linear_2"),
+    ("input_blocks.0.0", "conv_in"),
+    ("out.0", "conv_norm_out"),
+    ("out.2", "conv_out"),
+    ("middle_block.0", "mid_block.resnets.0"),
+    ("middle_block.1", "mid_block.attentions.0"),
+    ("middle_block.2", "mid_block.resnets.1"),
+)
+_MOST_BLOCKS = 4
+_OPEN_CLIP = (
+    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
+    (r"\.ln_1\.", ".layer_norm1."),
+    (r"\.ln_2\.", ".layer_norm2."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+    (r"\.attn\.out_proj\.", ".self_attn.out_proj."),
+)
+_OPEN_CLIP_FUSED = re.compile(r"^transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)$")
+_FLUX_FUSED = (
+    (
+        r"^double_blocks\.(\d+)\.img_attn\.qkv\.(weight|bias)$",
+        r"transformer_blocks.\1.attn.{}.\2",
+        ("to_q", "to_k", "to_v"),
+    ),
+    (
+        r"^double_blocks\.(\d+)\.txt_attn\.qkv\.(weight|bias)$",
+        r"transformer_blocks.\1.attn.{}.\2",
+        ("add_q_proj", "add_k_proj", "add_v_proj"),
+    ),
+    (
+        r"^single_blocks\.(\d+)\.linear1\.(weight|bias)$",
+        r"single_transformer_blocks.\1.{}.\2",
+        ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    ),
+)
+_FLUX = (
+    (r"^double_blocks\.(\d+)\.img_attn\.proj\.", r"transformer_blocks.\1.attn.to_out.0."),
+    (r"^double_blocks\.(\d+)\.txt_attn\.proj\.", r"transformer_blocks.\1.attn.to_add_out."),
+    (r"^double_blocks\.(\d+)\.img_mlp\.0\.", r"transformer_blocks.\1.ff.net.0.proj."),
+    (r"^double_blocks\.(\d+)\.img_mlp\.2\.", r"transformer_blocks.\1.ff.net.2."),
+    (r"^double_blocks\.(\d+)\.txt_mlp\.0\.", r"transformer_blocks.\1.ff_context.net.0.proj."),
+    (r"^double_blocks\.(\d+)\.txt_mlp\.2\.", r"transformer_blocks.\1.ff_context.net.2."),
+    (r"^double_blocks\.(\d+)\.img_mod\.lin\.", r"transformer_blocks.\1.norm1.linear."),
+    (r"^double_blocks\.(\d+)\.txt_mod\.lin\.", r"transformer_blocks.\1.norm1_context.linear."),
+    (r"^single_blocks\.(\d+)\.linear2\.", r"single_transformer_blocks.\1.proj_out."),
+    (r"^single_blocks\.(\d+)\.modulation\.lin\.", r"single_transformer_blocks.\1.norm.linear."),
+    (r"^img_in\.", "x_embedder."),
+    (r"^txt_in\.", "context_embedder."),
+)
+
+
+class Other(NamedTuple):
+    """Another name of a tensor, or of consecutive rows of it: ``share`` is the number of the part among ``shares``.
+
+    ``even``: whether all parts have the same number of rows; otherwise those before the last have as many as the tensor
+    has columns.
+    """
+
+    name: str
+    share: int = 0
+    shares: int = 1
+    even: bool = True
+
+
+def other_names(name: str) -> Iterator[Other]:
+    """Yields the names that a tensor has in other layouts. ``name``: without the part of a pipeline before it."""
+    stem, dot, ending = name.rpartition(".")
+    for pairs in (_original_unet(), _diffusers_unet()):
+        for start, others in pairs.items():
+            if stem == start or stem.startswith(f"{start}."):
+                for other in others:
+                    yield from _inside(other, stem[len(start) :], dot + ending)
+    if match := _OPEN_CLIP_FUSED.match(name):
+        for number, part in enumerate(("q_proj", "k_proj", "v_proj")):
+            yield Other(f"text_model.encoder.layers.{match[1]}.self_attn.{part}.{match[2]}", number, 3)
+    elif name.startswith("transformer.resblocks."):
+        yield from _replaced(name, _OPEN_CLIP)
+    if name.startswith(("double_blocks.", "single_blocks.", "img_in.", "txt_in.")):
+        yield from _replaced(name, _FLUX)
+        for pattern, made, parts in _FLUX_FUSED:
+            if match := re.match(pattern, name):
+                for number, part in enumerate(parts):
+                    other = match.expand(made.replace("{}", "\0")).replace("\0", part)
+                    yield Other(other, number, len(parts), even=len(parts) == 3)
+
+
+def _replaced(name: str, rules: tuple[tuple[str, str], ...]) -> Iterator[Other]:
+    made = name
+    for pattern, other in rules:
+        made = re.sub(pattern, other, made)
+    if made != name:
+        yield Other(made)
+
+
+def _inside(start: str, inner: str, ending: str) -> Iterator[Other]:
+    """Yields the name of a part of a block. The parts of a ResNet have two names each."""
+    for original, theirs in _RESNET:
+        for one, two in ((original, theirs), (theirs, original)):
+            if inner == f".{one}" and "attentions" not in start:
+                yield Other(f"{start}.{two}{ending}")
+                return
+    yield Other(start + inner + ending)
+
+
+@cache
+def _blocks() -> list[tuple[str, str]]:
+    """Returns pairs (original, diffusers) of the names of the blocks of a UNet with two ResNets in each block."""
+    made = list(_SINGLE)
+    for block in range(_MOST_BLOCKS):
+        for layer in range(2):
+            place = 3 * block + layer + 1
+            made.append((f"input_blocks.{place}.0", f"down_blocks.{block}.resnets.{layer}"))
+            made.append((f"input_blocks.{place}.1", f"down_blocks.{block}.attentions.{layer}"))
+        made.append((f"input_blocks.{3 * block + 3}.0.op", f"down_blocks.{block}.downsamplers.0.conv"))
+        for layer in range(3):
+            made.append((f"output_blocks.{3 * block + layer}.0", f"up_blocks.{block}.resnets.{layer}"))
+            made.append((f"output_blocks.{3 * block + layer}.1", f"up_blocks.{block}.attentions.{layer}"))
+        for place in (1, 2):
+            made.append((f"output_blocks.{3 * block + 2}.{place}.conv", f"up_blocks.{block}.upsamplers.0.conv"))
+    return made
+
+
+@cache
+def _original_unet() -> dict[str, list[str]]:
+    """Returns original name -> diffusers' names."""
+    found: dict[str, list[str]] = {}
+    for original, theirs in _blocks():
+        found.setdefault(original, []).append(theirs)
+    return found
+
+
+@cache
+def _diffusers_unet() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for original, theirs in _blocks():
+        found.setdefault(theirs, []).append(original)
+    return found

@@ -1,0 +1,383 @@
+"""The factors of each module that an adapter changes, read from the names of its tensors in any dialect."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import field, replace
+from functools import cache
+from typing import Any, NamedTuple
+
+from streammerge.adapters.config import CONFIG, Config, config_of, read_config
+from streammerge.adapters.dialects import COMPONENTS, PARTS, REFUSED_PARTS, SAME_PARTS, WRAPPERS
+from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
+from streammerge.dataclass import dataclass
+from streammerge.errors import FormatError, MismatchError, printable
+from streammerge.sources.base import Allocated, Source, read_whole
+from streammerge.stores.locations import PathLike
+from streammerge.tensors.dtypes import DType
+
+_KINDS: tuple[tuple[str, str], ...] = (
+    ("A", "lora"),
+    ("B", "lora"),
+    ("embedding A", "embedding"),
+    ("embedding B", "embedding"),
+    ("hada_", "loha"),
+    ("lokr_", "lokr"),
+    ("ia3", "ia3"),
+    ("tokens", "tokens"),
+    ("diff", "full"),
+    ("set_weight", "saved"),
+)
+"""(start of a part's name, the kind of change that it tells), the first one counts."""
+_METADATA_KEY = "lora_adapter_metadata"
+_DEPTH = re.compile(r"\.base_layer(?=\.|$)")
+_FORMS = {DType.F64: "<d", DType.F32: "<f", DType.BF16: "<f", DType.F16: "<e", DType.I64: "<q", DType.I32: "<i"}
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """What an adapter says about one module of its base.
+
+    ``name``: the module as the adapter calls it; for the kind "saved" the whole name of a tensor. ``kind``: "lora"
+    (``A`` [r, in...], ``B`` [out, r], maybe ``mid``), "embedding" (``embedding A`` [r, rows], ``embedding B``
+    [columns, r]), "loha", "lokr" (LyCORIS' factors), "ia3", "full" (``diff``), "saved" (``value`` replaces a tensor),
+    "tokens" (``tokens`` replace the rows ``rows``), "bias" (``B bias`` or ``diff_b`` is added to the bias).
+    ``parts``: part -> its tensor. ``keys``: the names of these tensors in the adapter. ``scale``: of the update, alpha / r
+    for most, without a strength of the user. ``rank``: of its factors. ``magnitude``: the part with the norms of the
+    updated tensor (DoRA), "" without. ``parameter``: the tensor of the module. ``transposed``: what the configuration says
+    about the layout, which counts where shapes do not tell; for the kind "ia3", whether the inputs are multiplied.
+    ``start``: an initialisation that changed the base. ``others``: further parameters of the module that it may be about.
+    The order in the configuration tells which, but not in all versions of PEFT, so a parameter counts only if its shape
+    fits.
+    """
+
+    name: str
+    kind: str
+    parts: Mapping[str, Source]
+    keys: tuple[str, ...]
+    scale: float = 1.0
+    rank: int = 0
+    parameter: str = "weight"
+    transposed: bool = False
+    start: str = ""
+    rows: tuple[int, ...] = ()
+    others: tuple[str, ...] = ()
+
+    @property
+    def magnitude(self) -> str:
+        return next((each for each in ("magnitude", "dora_scale") if each in self.parts), "")
+
+
+@dataclass(slots=True)
+class Adapter:
+    """An adapter without its data. ``index``: its tensors. ``config``: PEFT's, if there is one. ``dialect``: for people."""
+
+    index: CheckpointIndex
+    modules: list[Module]
+    config: Config | None = None
+    dialect: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def where(self) -> str:
+        return printable(self.index.path)
+
+
+class _Key(NamedTuple):
+    """A tensor's name, split. ``part``: "" for a whole tensor of the base."""
+
+    module: str
+    part: str
+    depth: int
+
+
+def read_adapter(place: PathLike) -> Adapter:
+    """Returns the adapter of a file or folder. Reads headers, PEFT's configuration and single numbers such as alphas.
+
+    Raises FormatError and RecipeError as for any checkpoint, and MismatchError for an adapter that cannot be merged.
+    """
+    index = open_checkpoint(place)
+    folder = index.path if index.path.is_folder() else index.path.parent
+    own = index.path.is_folder() or index.path.name.startswith("adapter_model.")
+    config = read_config(folder) if own else None
+    if config is not None:
+        container = index.container
+        files = (*container.files, folder / CONFIG)
+        index = replace(index, container=replace(container, files=files), files=files)
+    return adapter_of(index, config)
+
+
+def adapter_of(index: CheckpointIndex, config: Config | None = None) -> Adapter:
+    """Returns the adapter whose tensors are in an index. ``config``: PEFT's configuration. Raises MismatchError."""
+    made = Adapter(index, [], config)
+    configs = _of_metadata(index) if config is None and _METADATA_KEY in index.metadata else {"": config} if config else {}
+    groups: dict[tuple[str, int], dict[str, tuple[str, Source]]] = {}
+    saved: list[Module] = []
+    factors = 0
+    for name, source in index.items():
+        key = _split(name)
+        if not key.part:
+            saved.append(_saved(name, source, key))
+            continue
+        factors += 1
+        part = SAME_PARTS.get(key.part, key.part)
+        group = groups.setdefault((key.module, key.depth), {})
+        if part in group:
+            raise MismatchError(
+                f"{made.where}: {printable(group[part][0])} and {printable(name)} are the same factor of "
+                f"{printable(key.module)}"
+            )
+        group[part] = name, source
+    if not factors and not config:
+        refused = _refused(index)
+        raise MismatchError(refused or f"{made.where} holds no factors of an adapter, so it cannot be added to a model")
+    made.dialect = _dialect(index, configs)
+    for (module, depth), group in groups.items():
+        made.modules += _modules(made, module, depth, group, _config_for(configs, module))
+    if refused := _refused(index):
+        raise MismatchError(refused)
+    made.modules[:0] = saved
+    if made.dialect.startswith("PEFT") and not configs and any(each.kind == "lora" for each in made.modules):
+        made.notes.append(
+            f"{made.where} has no {CONFIG} beside it, so the scale of its updates is not known; they are added as they "
+            "are, which is right where alpha equals the rank"
+        )
+    return made
+
+
+def _refused(index: CheckpointIndex) -> str:
+    for name in index:
+        for pattern, what in _refusals():
+            if pattern.search(name):
+                return f"{printable(index.path)}: {printable(name)} belongs to {what}; it cannot be merged into weights"
+    return ""
+
+
+@cache
+def _refusals() -> list[tuple[re.Pattern[str], str]]:
+    return [(re.compile(pattern), what) for pattern, what in REFUSED_PARTS]
+
+
+@cache
+def _endings() -> list[tuple[re.Pattern[str], str]]:
+    return [(re.compile(f"(?P<module>.+?){pattern}$"), part.replace(r"\1", r"\2")) for pattern, part, _ in PARTS]
+
+
+@cache
+def _wrappers() -> list[tuple[re.Pattern[str], str]]:
+    return [(re.compile(pattern), other) for pattern, other, _ in WRAPPERS]
+
+
+def _split(name: str) -> _Key:
+    """Splits the name of an adapter's tensor into the module, the part and the number of wrappers around the module."""
+    plain = name
+    for pattern, other in _wrappers():
+        plain = pattern.sub(other, plain)
+    for pattern, part in _endings():
+        if match := pattern.match(plain):
+            module, inner = match["module"], match.expand(part)
+            trailing = re.search(r"(\.base_layer)*$", module)
+            depth = trailing[0].count(".") if trailing else 0
+            return _Key(_DEPTH.sub("", module), inner, depth)
+    return _Key(_DEPTH.sub("", plain), "", 0)
+
+
+def _saved(name: str, source: Source, key: _Key) -> Module:
+    return Module(key.module, "saved", {"value": source}, (name,))
+
+
+def _dialect(index: CheckpointIndex, configs: Mapping[str, Config]) -> str:
+    if configs:
+        return "PEFT"
+    names = list(index)
+    if any(name.startswith(("lora_", "lycoris_")) for name in names):
+        return "Kohya or LyCORIS"
+    if any(".lora_A" in name or ".lora_embedding_A" in name for name in names):
+        return "PEFT's names"
+    return "Kohya or LyCORIS" if any(".lora_up" in n or ".hada_" in n or ".lokr_" in n for n in names) else "diffusers"
+
+
+def _of_metadata(index: CheckpointIndex) -> dict[str, Config]:
+    """Returns the configurations that diffusers writes into a file's metadata, by the component that each is about."""
+    where = f"{printable(index.path)}: {_METADATA_KEY}"
+    try:
+        tree = json.loads(index.metadata[_METADATA_KEY])
+        groups: dict[str, dict[str, Any]] = {}
+        for key, value in tree.items():
+            component, _, inner = key.partition(".")
+            groups.setdefault(component if inner else "", {})[inner or key] = value
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{where} cannot be read ({printable(error)})") from error
+    return {component: config_of(group, where) for component, group in groups.items()}
+
+
+def _config_for(configs: Mapping[str, Config], module: str) -> Config | None:
+    return configs.get(module.partition(".")[0]) or configs.get("")
+
+
+def _modules(
+    adapter: Adapter, name: str, depth: int, group: dict[str, tuple[str, Source]], config: Config | None
+) -> Iterable[Module]:
+    """Yields the changes of one module. Raises MismatchError for factors without their partner."""
+    kinds = dict.fromkeys(kind for start, kind in _KINDS for part in group if part.startswith(start) and part != "diff_b")
+    keys = {part: key for part, (key, _) in group.items()}
+    tensors = {part: source for part, (_, source) in group.items()}
+    if len(kinds) > 1:
+        raise MismatchError(
+            f"{adapter.where}: {printable(name)} has factors of several kinds ({', '.join(sorted(keys.values()))}), and "
+            "what they mean together is not known"
+        )
+    biases = {part for part in group if part in ("B bias", "diff_b")}
+    rest = [part for part in sorted(group) if part not in biases]
+    kind = next(iter(kinds), "")
+    if not kind and rest:
+        only = keys[rest[0]]
+        raise MismatchError(f"{adapter.where}: {printable(only)} has no factors beside it that it belongs to")
+    made: Module | None = None
+    if kind == "saved":
+        parts = {"value": tensors["set_weight"]}
+        made = Module(f"{name}.weight", "saved", parts, (keys["set_weight"],))
+    elif kind:
+        parts = {part: tensors[part] for part in rest}
+        made = _scaled(adapter, name, depth, kind, parts, keys, config)
+        yield made
+        if kind == "ia3" and not made.transposed:
+            yield replace(made, parameter="bias")
+    if kind == "saved" and made is not None:
+        yield made
+    for part in sorted(biases):
+        scale = made.scale if made is not None and part == "B bias" else 1.0
+        yield Module(name, "bias", {part: tensors[part]}, (keys[part],), scale, parameter="bias")
+
+
+_PARTNERS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "lora": (("A",), ("B",)),
+    "embedding": (("embedding A",), ("embedding B",)),
+    "loha": (("hada_w1_a",), ("hada_w1_b",), ("hada_w2_a",), ("hada_w2_b",)),
+    "lokr": (("lokr_w1", "lokr_w1_a"), ("lokr_w1", "lokr_w1_b"), ("lokr_w2", "lokr_w2_a"), ("lokr_w2", "lokr_w2_b")),
+    "full": (("diff",),),
+    "tokens": (("tokens",),),
+    "ia3": (("ia3",),),
+}
+"""What each kind cannot be without: one of each of these."""
+
+
+def _scaled(
+    adapter: Adapter,
+    name: str,
+    depth: int,
+    kind: str,
+    parts: dict[str, Source],
+    keys: Mapping[str, str],
+    config: Config | None,
+) -> Module:
+    """Returns a module with its rank and scale."""
+    used = tuple(keys[part] for part in parts)
+    for needed in _PARTNERS[kind]:
+        if not any(part in parts for part in needed):
+            raise MismatchError(
+                f"{adapter.where}: {printable(used[0])} has no partner {needed[0]}, so {printable(name)} cannot be "
+                "updated; the adapter is not complete"
+            )
+    own = parts.pop("alpha", None)
+    stated, rank, scale = config is not None, 0, 1.0
+    if kind in ("lora", "embedding"):
+        rank = _rank(adapter, name, parts, keys)
+        scale = 1.0 if own is None else _element(adapter, keys["alpha"], own) / max(rank, 1)
+    elif kind in ("loha", "lokr"):
+        rank = _lycoris_rank(kind, parts)
+        scale = _element(adapter, keys["alpha"], own) / rank if own is not None and rank else 1.0
+    if config is None or kind in ("ia3", "tokens", "full"):
+        rows = _rows(adapter, name, config, keys.get("tokens", "")) if kind == "tokens" else ()
+        through = config is not None and config.is_feedforward(name)
+        return Module(name, kind, parts, used, scale, rank, rows=rows, transposed=through)
+    module = Module(name, kind, parts, used, config.scale(name), config.rank(name))
+    module = replace(module, transposed=config.fan_in_fan_out, start=config.init)
+    targets = _targets(config, name)
+    if targets and stated:
+        if depth >= len(targets):
+            raise MismatchError(
+                f"{adapter.where}: {printable(used[0])} is one factor more than the parameters of {printable(name)} that "
+                f"target_parameters of {CONFIG} names"
+            )
+        likely = targets[len(targets) - 1 - depth]
+        others = tuple(target for target in targets if target != likely)
+        return replace(module, kind="experts", parameter=likely, others=others)
+    if rank and rank != module.rank and kind in ("lora", "embedding"):
+        raise MismatchError(
+            f"{adapter.where}: {printable(used[0])} has the rank {rank}, and {CONFIG} says {module.rank} for "
+            f"{printable(name)}; the file or the configuration is another adapter's"
+        )
+    return module
+
+
+def _targets(config: Config, module: str) -> list[str]:
+    """Returns the names of the parameters of a module that target_parameters names, in its order."""
+    found = []
+    for target in config.targets:
+        owner, _, parameter = target.rpartition(".")
+        if module == owner or module.endswith(f".{owner}"):
+            found.append(parameter)
+    return found
+
+
+def _rank(adapter: Adapter, name: str, parts: Mapping[str, Source], keys: Mapping[str, str]) -> int:
+    """Returns the rank that both factors have. Raises MismatchError if they have two."""
+    down, up = ("A", "B") if "A" in parts else ("embedding A", "embedding B")
+    one, two = parts[down].spec.shape, parts[up].spec.shape
+    if len(one) < 2 or len(two) < 2 or one[0] != two[1]:
+        raise MismatchError(
+            f"{adapter.where}: {printable(keys[down])} of shape {list(one)} and {printable(keys[up])} of shape {list(two)} "
+            f"are no factors of one update of {printable(name)}"
+        )
+    return one[0]
+
+
+def _lycoris_rank(kind: str, parts: Mapping[str, Source]) -> int:
+    """Returns the rank of the factors that are decomposed; 0 if none is, so that alpha has no effect."""
+    for part in ("hada_w1_b", "hada_w2_b") if kind == "loha" else ("lokr_w1_b", "lokr_w2_b"):
+        if part in parts and parts[part].spec.shape:
+            return parts[part].spec.shape[0]
+    return 0
+
+
+def _rows(adapter: Adapter, name: str, config: Config | None, key: str) -> tuple[int, ...]:
+    """Returns the numbers of the rows that trained tokens replace."""
+    tokens = config.tokens if config else {}
+    for ending, rows in tokens.items():
+        if ending and (name == ending or name.endswith(f".{ending}")):
+            return rows
+    if "" in tokens:
+        return tokens[""]
+    if len(tokens) == 1:
+        return next(iter(tokens.values()))
+    raise MismatchError(
+        f"{adapter.where}: {printable(key)} holds trained rows, and their numbers stand in trainable_token_indices of "
+        f"{CONFIG}, which does not say them"
+    )
+
+
+def _element(adapter: Adapter, key: str, source: Source) -> float:
+    """Reads the only number of a tensor."""
+    form = _FORMS.get(source.spec.dtype)
+    if form is None or source.spec.numel != 1:
+        raise MismatchError(
+            f"{adapter.where}: {printable(key)} is {source.spec.dtype} {list(source.spec.shape)}, not one number"
+        )
+    data = bytes(read_whole(source, Allocated(lambda location: location.open())))
+    found = struct.unpack(form, b"\0\0" + data if source.spec.dtype is DType.BF16 else data)[0]
+    return float(found)
+
+
+def component_of(name: str) -> tuple[str, tuple[str, ...]]:
+    """Returns the name inside the part of a pipeline that it begins with, and the starts of names of this part in a base.
+
+    Returns the name itself, and no starts, if it begins with none.
+    """
+    for start, places in COMPONENTS:
+        if name.startswith(start) and len(name) > len(start):
+            return name[len(start) :], places
+    return name, ()

@@ -1,0 +1,219 @@
+"""What the factors of a module make of a tensor, as a source. Nothing is rounded before the last step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from streammerge.adapters.modules import Module
+from streammerge.errors import MismatchError, RecipeError, printable
+from streammerge.sources.base import Source
+from streammerge.sources.contracted import contracted
+from streammerge.sources.elementwise import multiplied, rounded, summed
+from streammerge.sources.joined import joined
+from streammerge.sources.kronecker import kronecker
+from streammerge.sources.product import product
+from streammerge.sources.rescaled import rescaled
+from streammerge.sources.residual import residual
+from streammerge.sources.rows import gathered
+from streammerge.sources.shaped import shaped, turned
+from streammerge.tensors.dtypes import DType
+
+Shape = tuple[int, ...]
+_EPSILONS = {DType.F64: 2.0**-52, DType.F32: 2.0**-23, DType.F16: 2.0**-10, DType.BF16: 2.0**-7}
+
+
+def updated(module: Module, weight: Source, strength: float, dtype: DType) -> Source:
+    """Returns a tensor with the update of a module, in float64, or as it is stored where it is replaced.
+
+    ``strength``: what the user multiplies the update by. ``dtype``: the dtype that the base has. Raises MismatchError if
+    the factors do not fit the tensor.
+    """
+    try:
+        return _CHANGES[module.kind](module, weight, strength, dtype)
+    except RecipeError as error:
+        raise _misfit(module, weight, str(error)) from error
+
+
+def delta(module: Module, shape: Shape) -> Source:
+    """Returns what a module adds to a tensor of this shape, in float64, its scale included.
+
+    For the kinds "lora", "embedding", "loha", "lokr" and "full", without norms of its own (DoRA). Raises RecipeError.
+    """
+    return _DELTAS[module.kind](module, shape)
+
+
+def _misfit(module: Module, weight: Source, said: str) -> MismatchError:
+    shapes = ", ".join(f"{part} {list(each.spec.shape)}" for part, each in module.parts.items())
+    return MismatchError(
+        f"{printable(module.keys[0])} does not fit {printable(weight.spec.name)} of shape {list(weight.spec.shape)}: "
+        f"{said} (it has {shapes}); the adapter is of another base"
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- additions
+
+
+def _added(module: Module, weight: Source, strength: float, dtype: DType) -> Source:
+    if module.start:
+        weight = _without_start(module, weight)
+    change = delta(module, weight.spec.shape)
+    if not module.magnitude:
+        return summed([weight, change], [1.0, strength])
+    whole = summed([weight, change])
+    made = _normed(module, whole, dtype)
+    return made if strength == 1.0 else summed([weight, made], [1.0 - strength, strength])
+
+
+def _without_start(module: Module, weight: Source) -> Source:
+    """Takes out of the base what the adapter began with, as PEFT does when it loads such an adapter."""
+    across = module.start == "pissa" and transposed(module, weight.spec.shape)
+    return residual(weight, module.rank, module.start, module.scale, across)
+
+
+def transposed(module: Module, shape: Shape) -> bool:
+    """Whether the tensor of a module is stored as [in, out]: by its shape, or by the configuration where it is square."""
+    rows, columns = module.parts["B"].spec.shape[0], math.prod(module.parts["A"].spec.shape[1:])
+    as_is = bool(shape) and shape[0] == rows and math.prod(shape[1:]) == columns
+    across = shape == (columns, rows)
+    return across and (module.transposed or not as_is)
+
+
+def _lora(module: Module, shape: Shape) -> Source:
+    down, up, mid = module.parts["A"], module.parts["B"], module.parts.get("mid")
+    name, rank = up.spec.name, down.spec.shape[0]
+    left = shaped(up, up.spec.shape[0], -1)
+    if mid is not None:
+        inner = shaped(down, rank, -1)
+        right = contracted(name, "abx,bi->aix", shaped(mid, *mid.spec.shape[:2], -1), inner)
+        return product(name, left, shaped(right, rank, -1), module.scale, shape)
+    right_flat = shaped(down, rank, -1)
+    if transposed(module, shape):
+        return product(name, turned(right_flat), turned(left), module.scale, shape)
+    if not shape or left.spec.shape[0] != shape[0]:
+        raise RecipeError(f"it updates {left.spec.shape[0]} rows of {right_flat.spec.shape[1]}")
+    return product(name, left, right_flat, module.scale, shape)
+
+
+def _embedding(module: Module, shape: Shape) -> Source:
+    down, up = module.parts["embedding A"], module.parts["embedding B"]
+    if shape != (down.spec.shape[1], up.spec.shape[0]):
+        raise RecipeError(f"it updates embeddings of shape {[down.spec.shape[1], up.spec.shape[0]]}")
+    return product(up.spec.name, turned(down), turned(up), module.scale, shape)
+
+
+def _loha(module: Module, shape: Shape) -> Source:
+    factors = list[Source]()
+    for number in (1, 2):
+        one, two = module.parts[f"hada_w{number}_a"], module.parts[f"hada_w{number}_b"]
+        core = module.parts.get(f"hada_t{number}")
+        scale = module.scale if number == 1 else 1.0
+        if core is None:
+            factors.append(product(one.spec.name, one, shaped(two, two.spec.shape[0], -1), scale, shape))
+        else:
+            factors.append(_tucker(core, one, two, scale, shape))
+    return multiplied(factors)
+
+
+def _tucker(core: Source, one: Source, two: Source, scale: float, shape: Shape) -> Source:
+    """Returns the tensor of a core [i, j, ...] and factors [i, out] and [j, in]."""
+    rank = core.spec.shape[0]
+    flat = shaped(core, *core.spec.shape[:2], -1)
+    right = contracted(core.spec.name, "ijx,jr->irx", flat, two)
+    return product(core.spec.name, turned(one), shaped(right, rank, -1), scale, shape)
+
+
+def _lokr(module: Module, shape: Shape) -> Source:
+    parts = module.parts
+    name = next(iter(parts.values())).spec.name
+    one = parts.get("lokr_w1") or product(name, parts["lokr_w1_a"], parts["lokr_w1_b"])
+    two = parts.get("lokr_w2")
+    if len(one.spec.shape) != 2 or not one.spec.numel or len(shape) < 2:
+        raise RecipeError(f"its first factor has the shape {list(one.spec.shape)}")
+    rows, columns = one.spec.shape
+    inner = (shape[0] // rows, shape[1] // columns, *shape[2:])
+    if two is None and "lokr_t2" in parts:
+        two = _tucker(parts["lokr_t2"], parts["lokr_w2_a"], parts["lokr_w2_b"], 1.0, inner)
+    elif two is None:
+        left, right = parts["lokr_w2_a"], parts["lokr_w2_b"]
+        two = product(name, left, shaped(right, right.spec.shape[0], -1), 1.0, inner)
+    return kronecker(name, one, shaped(two, *inner), module.scale, shape)
+
+
+def _full(module: Module, shape: Shape) -> Source:
+    return shaped(module.parts["diff"], *shape)
+
+
+def _normed(module: Module, whole: Source, dtype: DType) -> Source:
+    """Gives rows or columns of the updated tensor the norms that the adapter states (DoRA)."""
+    shape, wanted = whole.spec.shape, module.parts[module.magnitude]
+    if module.magnitude == "magnitude":
+        axis = 1 if module.kind == "embedding" or (module.kind == "lora" and transposed(module, shape)) else 0
+        return rescaled(whole, shaped(wanted, -1), axis, normed=True)
+    sizes = [axis for axis, size in enumerate(wanted.spec.shape) if size > 1]
+    axis = 0 if not wanted.spec.shape or wanted.spec.shape[0] == shape[0] else 1
+    if len(sizes) > 1:
+        raise RecipeError(f"its dora_scale has the shape {list(wanted.spec.shape)}")
+    return rescaled(whole, shaped(wanted, -1), axis, normed=True, epsilon=_EPSILONS.get(dtype, 2.0**-23))
+
+
+# -------------------------------------------------------------------------------------------- multiples, replacements
+
+
+def _ia3(module: Module, weight: Source, strength: float, dtype: DType) -> Source:
+    factors, shape = module.parts["ia3"], weight.spec.shape
+    count, long = factors.spec.numel, [axis for axis, size in enumerate(factors.spec.shape) if size > 1]
+    if module.parameter == "bias":
+        axis = 0
+    elif module.transposed:
+        axis = 1 if len(shape) > 1 and shape[1] == count else 0
+    elif len(factors.spec.shape) == 2 and long and shape[0] != shape[1]:
+        axis = 0 if shape[0] == count else 1
+    else:
+        axis = 0
+    made = rescaled(weight, shaped(factors, -1), axis)
+    return made if strength == 1.0 else summed([weight, made], [1.0 - strength, strength])
+
+
+def _bias(module: Module, weight: Source, strength: float, dtype: DType) -> Source:
+    (change,) = module.parts.values()
+    return summed([weight, shaped(change, *weight.spec.shape)], [1.0, module.scale * strength])
+
+
+def _saved(module: Module, weight: Source, strength: float, dtype: DType) -> Source:
+    value = module.parts["value"].named(weight.spec.name)
+    if strength == 1.0:
+        return value
+    return summed([weight, value], [1.0 - strength, strength])
+
+
+def _tokens(module: Module, weight: Source, strength: float, dtype: DType) -> Source:
+    rows, shape = module.parts["tokens"], weight.spec.shape
+    if len(shape) != 2 or rows.spec.shape != (len(module.rows), shape[1]):
+        raise RecipeError(f"it has {list(rows.spec.shape)} for {len(module.rows)} rows")
+    wrong = next((row for row in module.rows if not 0 <= row < shape[0]), None)
+    if wrong is not None:
+        raise RecipeError(f"there is no row {wrong}")
+    if rows.spec.dtype is not weight.spec.dtype:
+        weight, rows = rounded(weight, DType.F64), rounded(rows, DType.F64)
+    order = list(range(shape[0]))
+    for place, row in enumerate(module.rows):
+        order[row] = shape[0] + place
+    made = gathered(joined(weight.spec.name, [weight, rows]), order)
+    return made if strength == 1.0 else summed([weight, made], [1.0 - strength, strength])
+
+
+_DELTAS: dict[str, Callable[[Module, Shape], Source]] = {
+    "lora": _lora,
+    "embedding": _embedding,
+    "loha": _loha,
+    "lokr": _lokr,
+    "full": _full,
+}
+_CHANGES: dict[str, Callable[[Module, Source, float, DType], Source]] = {
+    **dict.fromkeys(_DELTAS, _added),
+    "ia3": _ia3,
+    "bias": _bias,
+    "saved": _saved,
+    "tokens": _tokens,
+}

@@ -1,0 +1,312 @@
+"""Bases with adapters, against the same arithmetic in float64."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import streammerge as sm
+from adapters.arithmetic import Q, Tensors, V, adapter_of, baked, base_of, base_tensors, change, drawn, factors, same
+
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16, torch.float64])
+def test_updates_are_added_and_rounded_once(dtype: torch.dtype) -> None:
+    base, lora = base_tensors(dtype), factors(Q, 24, 16) | factors(V, 12, 16, seed=20)
+    base_of(base)
+    adapter_of(lora, config={"r": 4, "lora_alpha": 6})
+    expected = {name: tensor.double() for name, tensor in base.items()}
+    for module in (Q, V):
+        expected[f"{module}.weight"] += change(lora, module, 1.5)
+    same(baked("base+lora"), expected)
+
+
+def test_patterns_and_the_scale_of_the_rank() -> None:
+    base, lora = base_tensors(), factors(Q, 24, 16, 2) | factors(V, 12, 16, 8, 20)
+    base_of(base)
+    patterns = {"rank_pattern": {"layers.0.*q_proj": 2}, "alpha_pattern": {"^model.layers.1.self_attn.v_proj": 3}}
+    adapter_of(lora, config={"r": 8, "lora_alpha": 5, "use_rslora": True} | patterns)
+    expected = {name: tensor.double() for name, tensor in base.items()}
+    expected[f"{Q}.weight"] += change(lora, Q, 5 / math.sqrt(2))
+    expected[f"{V}.weight"] += change(lora, V, 3 / math.sqrt(8))
+    same(baked("base+lora"), expected)
+
+
+def test_several_adapters_with_scales_are_rounded_once() -> None:
+    base = base_tensors(BF16)
+    one, two = factors(Q, 24, 16), factors(Q, 24, 16, 3, 30) | factors(V, 12, 16, 3, 40)
+    base_of(base)
+    adapter_of(one, "one", {"r": 4, "lora_alpha": 4})
+    adapter_of(two, "two", {"r": 3, "lora_alpha": 3})
+    expected = {name: tensor.double() for name, tensor in base.items()}
+    expected[f"{Q}.weight"] += 0.5 * change(one, Q, 1) - 2 * change(two, Q, 1)
+    expected[f"{V}.weight"] += -2 * change(two, V, 1)
+    same(baked("base+0.5*one+-2*two"), expected)
+
+
+def test_a_matrix_that_is_stored_transposed() -> None:
+    base = {"h.0.attn.c_attn.weight": drawn(1, 16, 48), "h.0.square.weight": drawn(2, 16, 16)}
+    lora = factors("h.0.attn.c_attn", 48, 16) | factors("h.0.square", 16, 16, seed=20)
+    base_of(base)
+    adapter_of({f"transformer.{key}": each for key, each in lora.items()}, config={"r": 4, "fan_in_fan_out": True})
+    expected = {
+        f"{module}.weight": base[f"{module}.weight"].double() + change(lora, module, 2).t()
+        for module in ("h.0.attn.c_attn", "h.0.square")
+    }
+    same(baked("base+lora"), expected)
+
+
+def test_embeddings_saved_modules_biases_and_rows() -> None:
+    base = base_tensors()
+    base_of(base)
+    lora = {
+        "model.embed_tokens.lora_embedding_A": drawn(10, 4, 30),
+        "model.embed_tokens.lora_embedding_B": drawn(11, 16, 4),
+        "lm_head.token_adapter.trainable_tokens_delta": drawn(12, 2, 16),
+        f"{Q}.base_layer.bias": drawn(13, 24),
+        f"{V}.weight": drawn(14, 12, 16),
+    }
+    adapter_of(lora, config={"r": 4, "lora_alpha": 2, "trainable_token_indices": {"lm_head": [7, 3]}})
+    expected = {name: tensor.double() for name, tensor in base.items()}
+    expected["model.embed_tokens.weight"] += 0.5 * (drawn(11, 16, 4).double() @ drawn(10, 4, 30).double()).t()
+    expected["lm_head.weight"][[7, 3]] = drawn(12, 2, 16).double()
+    expected[f"{Q}.bias"], expected[f"{V}.weight"] = drawn(13, 24).double(), drawn(14, 12, 16).double()
+    same(baked("base+lora"), expected)
+
+
+def test_embeddings_of_more_rows_replace_the_base() -> None:
+    base = base_tensors()
+    base_of(base, vocab_size=30)
+    lora = {"model.embed_tokens.base_layer.weight": drawn(20, 33, 16), "lm_head.weight": drawn(21, 33, 16)}
+    lora |= {
+        "model.embed_tokens.lora_embedding_A": drawn(10, 4, 33),
+        "model.embed_tokens.lora_embedding_B": drawn(11, 16, 4),
+    }
+    adapter_of(lora, config={"r": 4, "lora_alpha": 4})
+    result = sm.convert("base+lora", "out/")
+    assert any("tokenizer" in each for each in result.warnings)
+    assert '"vocab_size": 33' in Path("out/config.json").read_text()
+    made = load_file("out/model.safetensors")
+    grown = drawn(20, 33, 16).double() + (drawn(11, 16, 4).double() @ drawn(10, 4, 33).double()).t()
+    same(
+        {"a": made["model.embed_tokens.weight"], "b": made["lm_head.weight"]}, {"a": grown, "b": drawn(21, 33, 16).double()}
+    )
+
+
+def test_a_tied_head_is_the_embeddings() -> None:
+    base = {"model.embed_tokens.weight": drawn(1, 30, 16), f"{Q}.weight": drawn(2, 24, 16)}
+    base_of(base, tie_word_embeddings=True)
+    lora = factors("lm_head", 30, 16)
+    adapter_of(lora, config={"r": 4, "lora_alpha": 4})
+    expected = {"model.embed_tokens.weight": base["model.embed_tokens.weight"].double() + change(lora, "lm_head", 1)}
+    same(baked("base+lora"), expected | {f"{Q}.weight": base[f"{Q}.weight"].double()})
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_norms_of_rows_and_of_columns(strength: float) -> None:
+    base = {f"{Q}.weight": drawn(1, 24, 16), "h.c_attn.weight": drawn(2, 16, 48), "emb.weight": drawn(3, 30, 16)}
+    base |= {"conv.weight": drawn(4, 8, 3, 3, 3)}
+    lora = factors(Q, 24, 16) | factors("h.c_attn", 48, 16, seed=20)
+    lora |= {"emb.lora_embedding_A": drawn(30, 4, 30), "emb.lora_embedding_B": drawn(31, 16, 4)}
+    lora |= {"conv.lora_A.weight": drawn(32, 4, 3, 3, 3), "conv.lora_B.weight": drawn(33, 8, 4, 1, 1)}
+    lora |= {f"{Q}.lora_magnitude_vector": drawn(40, 24), "h.c_attn.lora_magnitude_vector": drawn(41, 48)}
+    lora |= {"emb.lora_magnitude_vector": drawn(42, 16), "conv.lora_magnitude_vector": drawn(43, 1, 8, 1, 1)}
+    base_of(base)
+    adapter_of(lora, config={"r": 4, "lora_alpha": 4, "use_dora": True})
+    conv = (drawn(33, 8, 4).double() @ drawn(32, 4, 27).double()).view(8, 3, 3, 3)
+    whole = {
+        f"{Q}.weight": (change(lora, Q, 1), 40, (24, 1), (1,)),
+        "h.c_attn.weight": (change(lora, "h.c_attn", 1).t(), 41, (1, 48), (0,)),
+        "emb.weight": ((drawn(31, 16, 4).double() @ drawn(30, 4, 30).double()).t(), 42, (1, 16), (0,)),
+        "conv.weight": (conv, 43, (8, 1, 1, 1), (1, 2, 3)),
+    }
+    expected = {}
+    for name, (delta, seed, shape, axes) in whole.items():
+        weight = base[name].double()
+        total = weight + delta
+        normed = drawn(seed, math.prod(shape)).double().view(shape) * total / total.pow(2).sum(axes, keepdim=True).sqrt()
+        expected[name] = weight + strength * (normed - weight)
+    same(baked(f"base+{strength}*lora"), expected)
+
+
+@pytest.mark.parametrize("way", ["pissa", "olora"])
+def test_an_initialisation_that_changed_the_base(way: str) -> None:
+    base, lora = base_tensors(), factors(Q, 24, 16)
+    base_of(base)
+    adapter_of(lora, config={"r": 4, "lora_alpha": 8, "init_lora_weights": way})
+    weight = base[f"{Q}.weight"].double()
+    if way == "pissa":
+        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+        taken = left[:, :4] @ torch.diag(values[:4]) @ right[:4]
+    else:
+        q, r = torch.linalg.qr(weight)
+        taken = 2 * q[:, :4] @ r[:4]
+    made = baked("base+lora")[f"{Q}.weight"]
+    torch.testing.assert_close(made.double(), weight - taken + change(lora, Q, 2), rtol=0, atol=5e-5)
+
+
+# --------------------------------------------------------------------------------------------------- the whole program
+
+
+def test_one_digest_for_all_ways_of_running() -> None:
+    base = {f"{Q}.weight": drawn(1, 1500, 3001, dtype=BF16), f"{V}.weight": drawn(2, 7, 3001, dtype=BF16)}
+    lora = factors(Q, 1500, 3001, 16) | factors(V, 7, 3001, 16, 20)
+    base_of(base)
+    adapter_of(lora, config={"r": 16, "lora_alpha": 8})
+    expected = {name: tensor.double() for name, tensor in base.items()}
+    for module in (Q, V):
+        expected[f"{module}.weight"] += change(lora, module, 0.5)
+    seen = set()
+    ways: tuple[dict[str, Any], ...] = (
+        {},
+        {"workers": 1, "io": "pread"},
+        {"memory": "64MiB", "workers": 3},
+        {"executor": "processes", "workers": 2},
+    )
+    for way in ways:
+        same(baked("base+lora", **way), expected)
+        seen.add(Path("out.safetensors").read_bytes())
+    assert len(seen) == 1
+
+
+def test_a_merge_equals_one_of_baked_models() -> None:
+    base, other = (
+        base_tensors(BF16),
+        {name: drawn(n + 50, *t.shape, dtype=BF16) for n, (name, t) in enumerate(base_tensors().items())},
+    )
+    base_of(base)
+    base_of(other, "other")
+    adapter_of(factors(Q, 24, 16), "one", {"r": 4, "lora_alpha": 6})
+    adapter_of(factors(V, 12, 16), "two", {"r": 4, "lora_alpha": 2})
+    sm.convert("base+one", "baked1/")
+    sm.convert("other+0.5*two", "baked2/")
+    sm.merge(["base+one:0.3", "other+0.5*two:0.7"], "typed.safetensors")
+    sm.merge(["baked1:0.3", "baked2:0.7"], "baked.safetensors")
+    typed, expected = load_file("typed.safetensors"), load_file("baked.safetensors")
+    assert all(torch.equal(typed[name], expected[name]) for name in expected)
+    recipe = {
+        "merge_method": "linear",
+        "models": [
+            {"model": {"model": {"path": "base"}, "lora": {"path": "one"}}, "parameters": {"weight": 0.3}},
+            {"model": {"model": "other", "lora": [{"path": "two", "scale": 0.5}]}, "parameters": {"weight": 0.7}},
+        ],
+    }
+    sm.merge(recipe=recipe, out="recipe.safetensors")
+    assert all(torch.equal(load_file("recipe.safetensors")[name], expected[name]) for name in expected)
+    sm.merge(["base+one"], "ties/", base="base", method="task_arithmetic", weights=[1.0])
+    assert sm.verify("ties/", sample="100%").notes == []
+
+
+def test_plan_inspect_and_verify_know_it() -> None:
+    base_of(base_tensors(BF16))
+    adapter_of(factors(Q, 24, 16), config={"r": 4, "lora_alpha": 6})
+    planned = sm.plan(["base+lora", "base"])
+    assert [each for each in planned.notes if "1 of its 5 tensors are changed by the adapter lora (PEFT)" in each]
+    assert sm.inspect("base+lora")[f"{Q}.weight"].spec.shape == (24, 16)
+    sm.convert("base+lora", "out/")
+    assert sm.verify("out/", sample="100%").notes == []
+    config = Path("lora/adapter_config.json")
+    config.write_text(config.read_text().replace('"lora_alpha": 6', '"lora_alpha": 7'))
+    with pytest.raises(sm.VerifyError, match=r"adapter_config\.json is not the file that was merged"):
+        sm.verify("out/", sample="100%")
+
+
+def test_a_path_with_a_plus_sign_stays_a_path() -> None:
+    base, other = base_tensors(), {name: drawn(n + 50, *t.shape) for n, (name, t) in enumerate(base_tensors().items())}
+    base_of(base)
+    base_of(other, "base+lora")
+    adapter_of(factors(Q, 24, 16), config={"r": 4, "lora_alpha": 6})
+    same(baked("base+lora"), {name: each.double() for name, each in other.items()})
+    expected = {name: each.double() for name, each in other.items()}
+    expected[f"{Q}.weight"] += change(factors(Q, 24, 16), Q, 1.5)
+    same(baked("base+lora+lora"), expected)
+
+
+def test_a_pickled_base_keeps_its_container() -> None:
+    base = base_tensors()
+    torch.save({"model": base, "step": 3}, "base.pth")
+    lora = factors(Q, 24, 16)
+    adapter_of(lora, config={"r": 4, "lora_alpha": 4})
+    sm.convert("base.pth+lora", "out.pth")
+    made = torch.load("out.pth")
+    assert made["step"] == 3
+    expected = {name: tensor.double() for name, tensor in base.items()}
+    expected[f"{Q}.weight"] += change(lora, Q, 1)
+    same(dict(made["model"]), expected)
+
+
+def test_globs_of_adapters_are_several_models() -> None:
+    base_of(base_tensors())
+    for number in (2, 10):
+        adapter_of(factors(Q, 24, 16, seed=number), f"checkpoint-{number}", {"r": 4, "lora_alpha": 4})
+    planned = sm.plan(["base+checkpoint-*"])
+    assert planned.recipe.inputs == ("base + checkpoint-2", "base + checkpoint-10")
+
+
+def test_an_index_takes_any_source_for_a_name() -> None:
+    """The table of a checkpoint holds expressions as well as plain byte ranges."""
+    base_of(base_tensors())
+    adapter_of(factors(Q, 24, 16), config={"r": 4, "lora_alpha": 4})
+    index = sm.inspect("base+lora")
+    kinds = {name: type(index[name]).__name__ for name in index}
+    assert kinds[f"{Q}.weight"] == "Elementwise"
+    assert kinds[f"{V}.weight"] == "Stored"
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "words"),
+    [
+        (
+            factors("model.layers.7.self_attn.q_proj", 24, 16),
+            {"r": 4},
+            r"layers\.7\.self_attn\.q_proj\.lora_A\.weight has no tensor",
+        ),
+        ({f"{Q}.lora_A.weight": drawn(1, 4, 16)}, {"r": 4}, r"q_proj\.lora_A\.weight has no partner B"),
+        (factors(Q, 24, 16), {"r": 8}, r"q_proj\.lora_A\.weight has the rank 4, and adapter_config\.json says 8"),
+        (factors(Q, 23, 16), {"r": 4}, r"q_proj\.lora_A\.weight does not fit .*q_proj\.weight of shape \[24, 16\]"),
+        (factors(Q, 24, 15), {"r": 4}, r"q_proj\.lora_A\.weight does not fit"),
+        (factors(Q, 24, 16) | {"model.norm.gone": drawn(1, 3)}, {"r": 4}, r"model\.norm\.gone has no tensor"),
+        (factors(Q, 24, 16), {"r": 4, "use_qalora": True}, "use_qalora is set"),
+        (factors(Q, 24, 16), {"r": 4, "alora_invocation_tokens": [1]}, "alora_invocation_tokens is set"),
+        (factors(Q, 24, 16), {"r": 4, "a_new_key": {"x": 1}}, "a_new_key is set"),
+        (factors(Q, 24, 16), {"r": 4, "init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
+        (factors(Q, 24, 16), {"peft_type": "OFT"}, "of the kind OFT cannot be merged"),
+        ({f"{Q}.oft_R.weight": drawn(1, 2, 2)}, {"r": 4}, "OFT, which multiplies"),
+        (factors(Q, 24, 16) | {f"{Q}.lora_magnitude_vector": drawn(1, 23)}, {"r": 4}, "does not fit"),
+        (
+            {"lm_head.token_adapter.trainable_tokens_delta": drawn(1, 2, 16)},
+            {"trainable_token_indices": {"lm_head": [1, 99]}},
+            "no row 99",
+        ),
+        ({"lm_head.token_adapter.trainable_tokens_delta": drawn(1, 2, 16)}, {}, "does not say them"),
+    ],
+)
+def test_what_has_no_place_is_an_error_that_names_it(tensors: Tensors, config: dict[str, Any], words: str) -> None:
+    base_of(base_tensors())
+    adapter_of(tensors, config=config)
+    with pytest.raises((sm.MismatchError, sm.FormatError), match=words):
+        sm.convert("base+lora", "out/")
+    assert not Path("out").exists()
+
+
+def test_a_quantised_base_is_refused() -> None:
+    base_of({f"{Q}.weight": torch.zeros(24, 16, dtype=torch.int8)})
+    adapter_of(factors(Q, 24, 16), config={"r": 4})
+    with pytest.raises(sm.MismatchError, match="quantised"):
+        sm.convert("base+lora", "out/")
+
+
+def test_a_model_is_no_adapter() -> None:
+    base_of(base_tensors())
+    save_file(base_tensors(), "other.safetensors")
+    with pytest.raises(sm.MismatchError, match="holds no factors of an adapter"):
+        sm.convert("base+other.safetensors", "out/")

@@ -1,0 +1,77 @@
+"""Adapters of experts, fused or one by one, on bases of both kinds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from adapters.arithmetic import Tensors, adapter_of, baked, base_of, change, drawn, factors, same
+
+EXPERTS, RANK, HIDDEN, INNER = 3, 2, 8, 6
+
+
+def expert_deltas(scale: float) -> tuple[Tensors, torch.Tensor, torch.Tensor]:
+    """Returns factors of fused experts, and their updates of gate_up [E, 2I, H] and down [E, H, I] in float64."""
+    lora = {
+        "model.layers.0.mlp.experts.base_layer.lora_A.weight": drawn(1, RANK * EXPERTS, HIDDEN),
+        "model.layers.0.mlp.experts.base_layer.lora_B.weight": drawn(2, 2 * INNER, RANK * EXPERTS),
+        "model.layers.0.mlp.experts.lora_A.weight": drawn(3, RANK * EXPERTS, INNER),
+        "model.layers.0.mlp.experts.lora_B.weight": drawn(4, HIDDEN, RANK * EXPERTS),
+    }
+    made = []
+    for down, up in ((1, 2), (3, 4)):
+        a = lora[list(lora)[down - 1]].double().view(EXPERTS, RANK, -1)
+        b = lora[list(lora)[up - 1]].double().view(-1, RANK, EXPERTS)
+        made.append(torch.stack([scale * b[:, :, each] @ a[each] for each in range(EXPERTS)]))
+    return lora, made[0], made[1]
+
+
+@pytest.mark.parametrize("order", [["gate_up_proj", "down_proj"], ["down_proj", "gate_up_proj"]])
+@pytest.mark.parametrize("form", ["fused", "transposed", "separate"])
+def test_parameters_of_fused_experts(form: str, order: list[str]) -> None:
+    lora, both, down = expert_deltas(1.5)
+    place = "model.layers.0.mlp.experts"
+    stored = {"gate_up_proj": drawn(5, EXPERTS, 2 * INNER, HIDDEN), "down_proj": drawn(6, EXPERTS, HIDDEN, INNER)}
+    expected = {"gate_up_proj": stored["gate_up_proj"].double() + both, "down_proj": stored["down_proj"].double() + down}
+    if form == "separate":
+        base, wanted = {}, {}
+        for tensors, into in ((stored, base), (expected, wanted)):
+            for each in range(EXPERTS):
+                where = f"model.layers.0.block_sparse_moe.experts.{each}"
+                into[f"{where}.w1.weight"] = tensors["gate_up_proj"][each, :INNER]
+                into[f"{where}.w3.weight"] = tensors["gate_up_proj"][each, INNER:]
+                into[f"{where}.w2.weight"] = tensors["down_proj"][each]
+    else:
+        turn = (lambda each: each.transpose(1, 2)) if form == "transposed" else (lambda each: each)
+        base = {f"{place}.{name}": turn(each) for name, each in stored.items()}
+        wanted = {f"{place}.{name}": turn(each) for name, each in expected.items()}
+    base_of(base)
+    targets = [f"mlp.experts.{each}" for each in order]
+    adapter_of(lora, config={"r": RANK, "lora_alpha": 3, "target_parameters": targets})
+    same(baked("base+lora"), wanted)
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_factors_of_single_experts_on_fused_ones(across: bool) -> None:
+    place = "model.layers.0.block_sparse_moe"
+    stored = {"gate_up_proj": drawn(5, EXPERTS, 2 * INNER, HIDDEN), "down_proj": drawn(6, EXPERTS, HIDDEN, INNER)}
+    lora, expected = dict[str, torch.Tensor](), {name: each.double() for name, each in stored.items()}
+    ranks = {"0.w1": 2, "2.w1": 1, "1.w3": 2, "0.w2": 2}
+    for number, (name, rank) in enumerate(ranks.items()):
+        out, inner = (HIDDEN, INNER) if name.endswith("w2") else (INNER, HIDDEN)
+        made = factors(f"{place}.experts.{name}", out, inner, rank, 10 + 2 * number)
+        lora |= made
+        expert, update = int(name[0]), change(made, f"{place}.experts.{name}", 4 / rank)
+        if name.endswith("w2"):
+            expected["down_proj"][expert] += update
+        else:
+            expected["gate_up_proj"][expert, slice(0, INNER) if name.endswith("w1") else slice(INNER, None)] += update
+    lora |= factors(f"{place}.gate", EXPERTS, HIDDEN, 2, 50)
+    expected["gate.weight"] = drawn(7, EXPERTS, HIDDEN).double() + change(lora, f"{place}.gate", 2)
+    turn = (lambda each: each.transpose(1, 2)) if across else (lambda each: each)
+    names = {name: f"model.layers.0.mlp.{'' if name == 'gate.weight' else 'experts.'}{name}" for name in expected}
+    base = {names[name]: turn(each) for name, each in stored.items()} | {names["gate.weight"]: drawn(7, EXPERTS, HIDDEN)}
+    base_of(base)
+    adapter_of(lora, config={"r": 2, "lora_alpha": 4, "rank_pattern": {"experts.2.w1": 1}})
+    wanted = {names[name]: each if each.dim() == 2 else turn(each) for name, each in expected.items()}
+    same(baked("base+lora"), wanted)

@@ -1,0 +1,106 @@
+"""What an adapter says about each module."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import streammerge as sm
+from adapters.arithmetic import Tensors, adapter_of, drawn, factors
+from streammerge.adapters.modules import read_adapter
+
+M = "lora_unet_down_blocks_0_x"
+
+
+def test_factors_of_peft_have_the_scale_of_their_configuration() -> None:
+    lora = factors("model.q", 8, 6, 2) | {"model.q.lora_B.bias": drawn(1, 8), "model.norm.weight": drawn(2, 6)}
+    found = read_adapter(adapter_of(lora, config={"r": 2, "lora_alpha": 3, "lora_bias": True}))
+    told = [(each.name, each.kind, each.parameter, each.scale, each.rank) for each in found.modules]
+    assert told == [
+        ("model.norm.weight", "saved", "weight", 1.0, 0),
+        ("model.q", "lora", "weight", 1.5, 2),
+        ("model.q", "bias", "bias", 1.5, 0),
+    ]
+    assert found.dialect == "PEFT"
+    assert found.modules[1].keys == ("base_model.model.model.q.lora_A.weight", "base_model.model.model.q.lora_B.weight")
+    assert found.modules[1].parts["B"].spec.shape == (8, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64])
+def test_an_alpha_is_divided_by_the_rank(dtype: torch.dtype) -> None:
+    tensors = {f"{M}.lora_down.weight": drawn(1, 4, 6), f"{M}.lora_up.weight": drawn(2, 8, 4)}
+    (module,) = read_adapter(adapter_of(tensors | {f"{M}.alpha": torch.tensor(6, dtype=dtype)})).modules
+    assert (module.kind, module.scale, module.rank) == ("lora", 1.5, 4)
+    (module,) = read_adapter(adapter_of(tensors, "without")).modules
+    assert module.scale == 1.0
+
+
+@pytest.mark.parametrize(
+    ("tensors", "kind", "scale"),
+    [
+        ({"hada_w1_a": (8, 4), "hada_w1_b": (4, 6), "hada_w2_a": (8, 4), "hada_w2_b": (4, 6), "alpha": ()}, "loha", 0.5),
+        ({"lokr_w1": (2, 2), "lokr_w2": (4, 3), "alpha": ()}, "lokr", 1.0),
+        ({"lokr_w1": (2, 2), "lokr_w2_a": (4, 4), "lokr_w2_b": (4, 3), "alpha": ()}, "lokr", 0.5),
+        ({"diff": (8, 6)}, "full", 1.0),
+    ],
+)
+def test_kinds_of_lycoris(tensors: dict[str, tuple[int, ...]], kind: str, scale: float) -> None:
+    made = {f"{M}.{name}": drawn(1, *shape) if shape else torch.tensor(2.0) for name, shape in tensors.items()}
+    (module,) = read_adapter(adapter_of(made)).modules
+    assert (module.kind, module.scale, module.name) == (kind, scale, M)
+
+
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [
+        (("a.lora.down.weight", "a.lora.up.weight"), "a"),
+        (("a_lora.down.weight", "a_lora.up.weight"), "a"),
+        (("a.processor.to_q_lora.down.weight", "a.processor.to_q_lora.up.weight"), "a.to_q"),
+        (("a.processor.to_out_lora.down.weight", "a.processor.to_out_lora.up.weight"), "a.to_out.0"),
+        (("a.lora_linear_layer.down.weight", "a.lora_linear_layer.up.weight"), "a"),
+        (("a.lora_A", "a.lora_B"), "a"),
+        (("a.lora_A.default.weight", "a.lora_B.default.weight"), "a"),
+        (("base_model.model.a.base_layer.b.lora_A.weight", "base_model.model.a.base_layer.b.lora_B.weight"), "a.b"),
+        (("cfm.base_model.model.a.lora_A.default.weight", "cfm.base_model.model.a.lora_B.default.weight"), "cfm.a"),
+    ],
+)
+def test_every_dialect_names_its_module(keys: tuple[str, str], name: str) -> None:
+    tensors = {keys[0]: drawn(1, 4, 6), keys[1]: drawn(2, 8, 4)}
+    (module,) = read_adapter(adapter_of(tensors)).modules
+    assert (module.name, module.kind, module.rank) == (name, "lora", 4)
+
+
+def test_diffusers_puts_the_configuration_into_the_metadata() -> None:
+    tensors = {"unet.a.lora_A.weight": drawn(1, 4, 6), "unet.a.lora_B.weight": drawn(2, 8, 4)}
+    save_file(tensors, "x.safetensors", {"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 2})})
+    (module,) = read_adapter("x.safetensors").modules
+    assert module.scale == 0.5
+
+
+def test_the_scale_without_a_configuration_is_told() -> None:
+    adapter = read_adapter(adapter_of({f"unet.{key}": each for key, each in factors("a", 8, 6).items()}))
+    assert any("the scale of its updates is not known" in note for note in adapter.notes)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({f"{M}.alpha": torch.tensor(2.0), f"{M}.lora_up.weight": drawn(1, 8, 4)}, "no partner A"),
+        ({f"{M}.alpha": torch.tensor(2.0), "x.diff": drawn(1, 2)}, "alpha has no factors beside it"),
+        ({f"{M}.lora_down.weight": drawn(1, 4, 6), f"{M}.lora_up.weight": drawn(2, 8, 5)}, "no factors of one update"),
+        (
+            {f"{M}.lora_down.weight": drawn(1, 4, 6), f"{M}.lora_up.weight": drawn(2, 8, 4), f"{M}.diff": drawn(3, 8, 6)},
+            "several kinds",
+        ),
+        (factors("a", 8, 6) | {"a.alpha": drawn(1, 2)}, "not one number"),
+        (factors("a", 8, 6) | {"base_model.model.a.lora_A.weight": drawn(1, 4, 6)}, "are the same factor of a"),
+        ({"a.oft_blocks": drawn(1, 2, 2)}, "OFT"),
+        ({"a.weight": drawn(1, 2, 2)}, "holds no factors"),
+    ],
+)
+def test_factors_that_mean_nothing_are_errors(tensors: Tensors, words: str) -> None:
+    with pytest.raises(sm.MismatchError, match=words):
+        read_adapter(adapter_of(tensors))

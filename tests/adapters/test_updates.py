@@ -1,0 +1,217 @@
+"""The formulas of Kohya's, LyCORIS' and ComfyUI's factors, against the same in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import streammerge as sm
+from adapters.arithmetic import Tensor, Tensors, adapter_of, baked, base_of, drawn, same
+
+PLACE = "down_blocks.0.attentions.0.to_q"
+MANGLED = "lora_unet_down_blocks_0_attentions_0_to_q"
+Delta = Callable[[dict[str, Tensor]], Tensor]
+
+
+def _loha(f: dict[str, Tensor]) -> Tensor:
+    return (f["hada_w1_a"] @ f["hada_w1_b"].flatten(1)) * (f["hada_w2_a"] @ f["hada_w2_b"].flatten(1))
+
+
+def _tucker(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.einsum("ijkl,jr,ip->prkl", t, b, a)
+
+
+LINEAR, CONV = (8, 6), (8, 6, 3, 3)
+CASES: dict[str, tuple[tuple[int, ...], dict[str, tuple[int, ...]], float, Delta]] = {
+    "LoRA": (
+        LINEAR,
+        {"lora_up.weight": (8, 4), "lora_down.weight": (4, 6)},
+        0.5,
+        lambda f: f["lora_up.weight"] @ f["lora_down.weight"],
+    ),
+    "LoCon": (
+        CONV,
+        {"lora_up.weight": (8, 4, 1, 1), "lora_down.weight": (4, 6, 3, 3)},
+        0.5,
+        lambda f: (f["lora_up.weight"].flatten(1) @ f["lora_down.weight"].flatten(1)).view(CONV),
+    ),
+    "LoCon Tucker": (
+        CONV,
+        {"lora_up.weight": (8, 4, 1, 1), "lora_down.weight": (4, 6, 1, 1), "lora_mid.weight": (4, 4, 3, 3)},
+        0.5,
+        lambda f: torch.einsum(
+            "oa,abkl,bi->oikl", f["lora_up.weight"].flatten(1), f["lora_mid.weight"], f["lora_down.weight"].flatten(1)
+        ),
+    ),
+    "a linear layer as a convolution": (
+        (8, 6, 1, 1),
+        {"lora_up.weight": (8, 4), "lora_down.weight": (4, 6)},
+        0.5,
+        lambda f: (f["lora_up.weight"] @ f["lora_down.weight"]).view(8, 6, 1, 1),
+    ),
+    "LoHa": (LINEAR, {"hada_w1_a": (8, 4), "hada_w1_b": (4, 6), "hada_w2_a": (8, 4), "hada_w2_b": (4, 6)}, 0.5, _loha),
+    "LoHa of a convolution": (
+        CONV,
+        {"hada_w1_a": (8, 4), "hada_w1_b": (4, 54), "hada_w2_a": (8, 4), "hada_w2_b": (4, 54)},
+        0.5,
+        lambda f: _loha(f).view(CONV),
+    ),
+    "LoHa Tucker": (
+        CONV,
+        {f"hada_{n}": s for k in "12" for n, s in ((f"t{k}", (4, 4, 3, 3)), (f"w{k}_a", (4, 8)), (f"w{k}_b", (4, 6)))},
+        0.5,
+        lambda f: (
+            _tucker(f["hada_t1"], f["hada_w1_a"], f["hada_w1_b"]) * _tucker(f["hada_t2"], f["hada_w2_a"], f["hada_w2_b"])
+        ),
+    ),
+    "LoKr": (
+        LINEAR,
+        {"lokr_w1": (2, 3), "lokr_w2_a": (4, 4), "lokr_w2_b": (4, 2)},
+        0.5,
+        lambda f: torch.kron(f["lokr_w1"], f["lokr_w2_a"] @ f["lokr_w2_b"]),
+    ),
+    "LoKr whose alpha has no effect": (
+        LINEAR,
+        {"lokr_w1": (2, 3), "lokr_w2": (4, 2)},
+        1.0,
+        lambda f: torch.kron(f["lokr_w1"], f["lokr_w2"]),
+    ),
+    "LoKr of two products": (
+        LINEAR,
+        {"lokr_w1_a": (2, 4), "lokr_w1_b": (4, 3), "lokr_w2_a": (4, 4), "lokr_w2_b": (4, 2)},
+        0.5,
+        lambda f: torch.kron(f["lokr_w1_a"] @ f["lokr_w1_b"], f["lokr_w2_a"] @ f["lokr_w2_b"]),
+    ),
+    "LoKr Tucker": (
+        CONV,
+        {"lokr_w1": (2, 3), "lokr_t2": (4, 4, 3, 3), "lokr_w2_a": (4, 4), "lokr_w2_b": (4, 2)},
+        0.5,
+        lambda f: torch.kron(
+            f["lokr_w1"].view(2, 3, 1, 1), _tucker(f["lokr_t2"], f["lokr_w2_a"], f["lokr_w2_b"]).contiguous()
+        ),
+    ),
+    "a whole difference": (LINEAR, {"diff": (8, 6)}, 1.0, lambda f: f["diff"]),
+}
+
+
+def made(case: str, dtype: torch.dtype = torch.float32) -> tuple[Tensors, Tensors, Tensor]:
+    """Returns a base, an adapter, and its update in float64."""
+    shape, shapes, scale, delta = CASES[case]
+    parts = {part: drawn(number + 10, *size) for number, (part, size) in enumerate(shapes.items())}
+    tensors = {f"{MANGLED}.{part}": each for part, each in parts.items()}
+    if "diff" not in parts:
+        tensors[f"{MANGLED}.alpha"] = torch.tensor(2.0)
+    base = {f"{PLACE}.weight": drawn(1, *shape, dtype=dtype), f"{PLACE}.bias": drawn(2, shape[0], dtype=dtype)}
+    return base, tensors, scale * delta({part: each.double() for part, each in parts.items()})
+
+
+@pytest.mark.parametrize("strength", [1.0, -0.5])
+@pytest.mark.parametrize("case", CASES)
+def test_every_kind_of_update(case: str, strength: float) -> None:
+    base, tensors, delta = made(case)
+    base_of(base)
+    expected = {name: each.double() for name, each in base.items()}
+    expected[f"{PLACE}.weight"] += strength * delta
+    same(baked(f"base+{strength}*{adapter_of(tensors)}"), expected)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.25])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("case", ["LoRA", "LoCon", "LoHa", "LoKr"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_of_lycoris(case: str, axis: int, strength: float, dtype: torch.dtype) -> None:
+    """The norm is that of the updated weight, with the dtype's epsilon, as in LyCORIS."""
+    base, tensors, delta = made(case, dtype)
+    weight = base[f"{PLACE}.weight"].double()
+    shape = [weight.shape[axis] if each == axis else 1 for each in range(weight.dim())]
+    scale = drawn(50, *shape).abs()
+    base_of(base)
+    total, others = weight + delta, [each for each in range(weight.dim()) if each != axis]
+    norm = total.pow(2).sum(others, keepdim=True).sqrt() + torch.finfo(dtype).eps
+    expected = {name: each.double() for name, each in base.items()}
+    expected[f"{PLACE}.weight"] += strength * (scale.double() * total / norm - weight)
+    same(baked(f"base+{strength}*{adapter_of(tensors | {f'{MANGLED}.dora_scale': scale})}"), expected)
+
+
+def test_biases_norms_and_replacements() -> None:
+    base, tensors, delta = made("LoRA")
+    base |= {"mid_block.norm.weight": drawn(3, 6), "mid_block.norm.bias": drawn(4, 6), "conv_in.weight": drawn(5, 3, 2)}
+    base_of(base)
+    tensors |= {
+        f"{MANGLED}.diff_b": drawn(20, 8),
+        "lora_unet_mid_block_norm.w_norm": drawn(21, 6),
+        "lora_unet_mid_block_norm.b_norm": drawn(22, 6),
+        "lora_unet_conv_in.set_weight": drawn(23, 3, 2),
+    }
+    expected = {name: each.double() for name, each in base.items()}
+    expected[f"{PLACE}.weight"] += delta
+    expected[f"{PLACE}.bias"] += drawn(20, 8).double()
+    expected["mid_block.norm.weight"] += drawn(21, 6).double()
+    expected["mid_block.norm.bias"] += drawn(22, 6).double()
+    expected["conv_in.weight"] = drawn(23, 3, 2).double()
+    same(baked(f"base+{adapter_of(tensors)}"), expected)
+
+
+def test_a_lora_with_diffusers_names_on_an_original_stable_diffusion() -> None:
+    unet = "model.diffusion_model"
+    base = {
+        f"{unet}.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight": drawn(1, 8, 6),
+        f"{unet}.output_blocks.2.1.conv.weight": drawn(2, 8, 6, 3, 3),
+        "cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight": drawn(3, 8, 6),
+    }
+    base_of(base)
+    names = (
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q",
+        "lora_unet_up_blocks_0_upsamplers_0_conv",
+        "lora_te_text_model_encoder_layers_0_self_attn_q_proj",
+    )
+    tensors, expected = dict[str, Tensor](), dict[str, Tensor]()
+    for number, (name, (key, weight)) in enumerate(zip(names, base.items(), strict=True)):
+        up, down = drawn(10 + number, 8, 4), drawn(20 + number, 4, *weight.shape[1:])
+        wide = (1, 1) if weight.dim() == 4 else ()
+        tensors |= {f"{name}.lora_up.weight": up.view(8, 4, *wide), f"{name}.lora_down.weight": down}
+        expected[key] = weight.double() + (up.double() @ down.double().flatten(1)).view(weight.shape)
+    same(baked(f"base+{adapter_of(tensors)}"), expected)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_parts_of_fused_projections(dora: bool) -> None:
+    key = "conditioner.embedders.1.model.transformer.resblocks.2.attn.in_proj_weight"
+    base = {key: drawn(1, 18, 6)}
+    base_of(base)
+    expected, tensors = base[key].double(), dict[str, Tensor]()
+    for number, part in ((0, "q_proj"), (2, "v_proj")):
+        name = f"lora_te2_text_model_encoder_layers_2_self_attn_{part}"
+        up, down = drawn(10 + number, 6, 4), drawn(20 + number, 4, 6)
+        tensors |= {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}
+        rows = slice(6 * number, 6 * number + 6)
+        expected[rows] += up.double() @ down.double()
+        if dora:
+            tensors[f"{name}.dora_scale"] = scale = drawn(30 + number, 6, 1)
+            eps = torch.finfo(torch.float32).eps
+            expected[rows] *= scale.double() / (expected[rows].pow(2).sum(1, keepdim=True).sqrt() + eps)
+    same(baked(f"base+{adapter_of(tensors)}"), {key: expected})
+
+
+def test_parts_of_a_fused_block_of_flux() -> None:
+    key = "single_blocks.0.linear1.weight"
+    base = {key: drawn(1, 18 + 24, 6)}
+    base_of(base)
+    expected, tensors = base[key].double(), dict[str, Tensor]()
+    rows = {"attn.to_k": slice(6, 12), "proj_mlp": slice(18, 42)}
+    for number, (part, place) in enumerate(rows.items()):
+        up, down = drawn(10 + number, place.stop - place.start, 4), drawn(20 + number, 4, 6)
+        name = f"transformer.single_transformer_blocks.0.{part}"
+        tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+        expected[place] += up.double() @ down.double()
+    same(baked(f"base+{adapter_of(tensors)}"), {key: expected})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_factors_of_other_shapes_are_errors(case: str) -> None:
+    _, tensors, _ = made(case)
+    base_of({f"{PLACE}.weight": drawn(1, 7, 5), f"{PLACE}.bias": drawn(2, 7)})
+    with pytest.raises(sm.MismatchError, match=r"lora_unet_down_blocks_0_attentions_0_to_q\..* does not fit"):
+        sm.convert(f"base+{adapter_of(tensors)}", "out/")
