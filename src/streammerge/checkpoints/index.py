@@ -12,7 +12,8 @@ from streammerge.dataclass import dataclass
 from streammerge.errors import FormatError, RecipeError, StreammergeError, printable
 from streammerge.formats import detect
 from streammerge.formats.base import MOST_EXPANDED_BYTES, Container
-from streammerge.pickles.state_dict import AllFound, Found, Selection, select
+from streammerge.pickles.candidates import AllFound, Found
+from streammerge.pickles.state_dict import Selection, select
 from streammerge.pickles.tree import Global, TensorRef, number, plain, walk
 from streammerge.recipe.locations import on_the_hub
 from streammerge.recipe.patterns import Rename, renamed

@@ -17,7 +17,7 @@ from streammerge.dataclass import dataclass
 from streammerge.kernels import kth_largest, reductions
 from streammerge.kernels.chunk import Chunk, Hiding, Kernel, Look, Slot, Step, Sweep, T, chunk_spans, whole_rows
 from streammerge.kernels.pass_results import PassResults
-from streammerge.kernels.random import uniform
+from streammerge.kernels.random import chosen, uniform
 from streammerge.kernels.ranking import Cut
 from streammerge.tensors.spec import GRAIN
 
@@ -35,6 +35,7 @@ class TensorGroup:
     ``models`` is their number, without the base; ``based`` says whether there is a base. ``shape`` is the shape of
     each. ``row`` elements belong together and are never split between chunks. ``compute`` is the dtype of the
     arithmetic. ``results`` holds the results of passes that an earlier binding made; they are not computed again.
+    ``turned``: whether the tensors have their first axis last.
     """
 
     name: str
@@ -46,6 +47,7 @@ class TensorGroup:
     row: int = 1
     seed: int = 0
     results: PassResults | None = None
+    turned: bool = False
 
     @property
     def elems(self) -> int:
@@ -105,6 +107,14 @@ class TensorGroup:
         out = chunk.empty(_UNIFORM, torch.float32)
         return uniform(self.seed, self.name, model, chunk.start, out, chunk.empty(_UNIFORM_BITS, torch.int32))
 
+    def chosen(self, chunk: Chunk, model: int, chance: float | torch.Tensor) -> torch.Tensor:
+        """Returns float32 1 where the :meth:`uniform` number is below the chance, else 0. ``chance``: see
+        :func:`streammerge.kernels.random.chosen`."""
+        import torch
+
+        out, scratch = chunk.empty(_UNIFORM, torch.float32), chunk.empty(_UNIFORM_BITS, torch.int32)
+        return chosen(self.seed, self.name, model, chunk.start, chance, out, scratch)
+
     @classmethod
     def of(
         cls,
@@ -115,6 +125,7 @@ class TensorGroup:
         row: int = 1,
         compute: torch.dtype | None = None,
         chunk_elems: int = GRAIN,
+        turned: bool = False,
     ) -> TensorGroup:
         """Makes a group of tensors in memory, to try a method without files: ``group.merged(slerp(group, t=0.3))``."""
         import torch
@@ -140,7 +151,8 @@ class TensorGroup:
         def sweep(look: Look, step: Step[T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
             yield step(look, chunks(start, stop, sparse))
 
-        return cls(name, tuple(sources[0].shape), len(models), compute, sweep, base is not None, row, seed)
+        shape, based = tuple(sources[0].shape), base is not None
+        return cls(name, shape, len(models), compute, sweep, based, row, seed, turned=turned)
 
     def merged(self, kernel: Kernel) -> torch.Tensor:
         """Returns the whole tensor that a kernel makes, in the compute dtype. It is held in memory, to try a method."""

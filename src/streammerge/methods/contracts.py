@@ -23,6 +23,7 @@ from streammerge.kernels.chunk import Kernel
 from streammerge.kernels.group import TensorGroup
 from streammerge.plugins import Registry, imported
 from streammerge.tensors.dtypes import DType
+from streammerge.tensors.spec import GRAIN
 from streammerge.units import plain_number
 
 PerModel = Sequence[float]
@@ -92,8 +93,11 @@ class MergeMethod:
     numbers at the same place, not on the name, the shape or other numbers; short tensors may then be computed together.
     ``buffers``: how many chunk-long buffers the method holds at once, torch's temporaries included;
     ``buffers_per_model``: how many more for each model. ``searches``: how many ranks it searches at once, per model.
-    ``row_buffers``: how many float64 rows its passes hold. ``compute``: the dtype of the arithmetic, unless the recipe
-    gives one. ``check(values)`` raises RecipeError.
+    ``row_buffers``: how many float64 rows its passes hold. ``kept_bits``: how many bits of each element it keeps for a
+    model, in a tensor of up to a grain. ``whole(shape, models, values, turned)``: how many bytes its passes hold, if that
+    is so much that one worker makes the whole tensor. ``turns(shape, values)``: whether a tensor is read and made with its
+    first axis last. ``compute``: the dtype of the arithmetic, unless the recipe gives one.
+    ``check(values)`` raises RecipeError.
 
     A method is pickled as the place of its function, and is found there again.
     """
@@ -109,6 +113,9 @@ class MergeMethod:
     buffers_per_model: int = 0
     searches: int = 0
     row_buffers: int = 0
+    kept_bits: int = 0
+    whole: Callable[[tuple[int, ...], int, Values, bool], int] | None = None
+    turns: Callable[[tuple[int, ...], Values], bool] | None = None
     compute: str = "float32"
     check: Callable[[Values], None] | None = None
     listed: bool = field(default=True, repr=False)
@@ -168,12 +175,20 @@ class MergeMethod:
     def rows(self, shape: tuple[int, ...], values: Values) -> int:
         return max(self.row(shape, values), 1) if self.row else 1
 
+    def whole_bytes(self, shape: tuple[int, ...], models: int, values: Values, turned: bool) -> int:
+        """Returns the bytes that its passes over the whole tensor hold beside the buffers."""
+        return self.whole(shape, models, values, turned) if self.whole else 0
+
     def buffers_for(self, dtypes: Sequence[DType], compute: str, based: bool) -> tuple[int, int]:
         """(bytes of an element, how many) of the buffers that it needs for inputs of these dtypes, a base included."""
         wide = self.passes or compute == "float64" or any(d.kind not in ("float", "complex") for d in dtypes)
         narrow = any(d not in (DType.BF16, DType.F32, DType.F64) for d in dtypes)  # widened by way of float32
         count = self.buffers + self.buffers_per_model * len(dtypes) + based + (wide and narrow)
         return 8 if wide else 4, count
+
+    def held_bytes(self, row: int, models: int) -> int:
+        """Bytes that it holds between its passes and the kernel, beside what searches hold."""
+        return 8 * row * self.row_buffers + models * self.kept_bits * GRAIN // 8
 
     def resolve(self, given: Mapping[str, Any], models: int) -> Values:
         """Returns all parameters for this many models, with defaults filled in. Raises RecipeError."""

@@ -29,6 +29,7 @@ from streammerge.planning.vocabularies import Tokenized
 from streammerge.recipe.model import Recipe, Reference, Rule
 from streammerge.sources.base import Source
 from streammerge.sources.merged import Merged as MergedSource
+from streammerge.sources.merged import by_columns
 from streammerge.sources.table import StoredTable, same_names
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.matching import Matching, describe, match
@@ -568,7 +569,7 @@ class _Aligner:
             self.recipe.seed,
             merged.spec.name,
         )
-        whole = framed(block, frame)
+        whole = framed(by_columns(block), frame)
         return Merged(merged.base_names, whole.spec, COPY, (whole,), tied=merged.tied, inner=merged.method)
 
     def _integers(

@@ -20,7 +20,7 @@ from streammerge.planning.outputs.bookkeeping import differing_facts
 from streammerge.planning.outputs.container import plan_output
 from streammerge.planning.outputs.layout import Layout, Placed, PlacedTensors
 from streammerge.planning.receipt import InputSpans
-from streammerge.planning.tasks import MergeTask, Tasks, alike, objects
+from streammerge.planning.tasks import MergeTask, Tasks, alike, copy_of_turned, objects, turned_places, turned_task, where
 from streammerge.planning.tokenizers import differing_vocabularies
 from streammerge.planning.views import Indexes
 from streammerge.planning.vocabularies import tokenized, truncated
@@ -75,7 +75,7 @@ class Plan:
 
     @property
     def read_bytes(self) -> int:
-        return sum(task.read_bytes * count for task, count in alike(self.tasks)) + self.spooled_bytes
+        return sum(task.read_bytes * count for task, count in alike(self.tasks)) + self.spooled_bytes + self.turned_bytes
 
     @property
     def write_bytes(self) -> int:
@@ -83,12 +83,17 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        return self.write_bytes + self.spooled_bytes
+        return self.write_bytes + self.spooled_bytes + self.turned_bytes
 
     @property
     def spooled_bytes(self) -> int:
-        """Size of the temporary file."""
+        """Size of the temporary file of packed records."""
         return sum(record.nbytes for _, record in self.spooled)
+
+    @property
+    def turned_bytes(self) -> int:
+        """Size of the temporary file of tensors that are made with their first axis last."""
+        return turned_places(self.tasks[number] for number in where(self.tasks, lambda task: task.to_turn))[1]
 
     @property
     def torch_needed(self) -> bool:
@@ -159,6 +164,10 @@ class Plan:
         if self.spooled:
             size = decimal_bytes(self.spooled_bytes)
             lines.append(f"spooled  {len(self.spooled)} packed records, unpacked into {size} of temporary files")
+        if self.turned_bytes:
+            lines.append(
+                f"turned   {decimal_bytes(self.turned_bytes)} of matrices are made by columns, in a temporary file"
+            )
         budget, processes = self.budget, " in processes" if self.executor == "processes" else ""
         lines.append(
             f"memory   {binary_bytes(self.peak_bytes)} projected of {binary_bytes(self.memory_bytes)}, above start-up "
@@ -364,6 +373,9 @@ def _cost(tasks: Sequence[MergeTask], io: str) -> Cost:
     cost = Cost(0, 0, 0, 0)
     seen: set[tuple[object, ...]] = set()
     for task, _ in alike(tasks):
+        if task.to_turn:
+            cost = cost.most(_turned_cost(task, io))
+            continue
         if not all(map(_is_stored, task.sources)):
             cost = cost.most(_nested_cost(task, io))
             continue
@@ -379,6 +391,12 @@ def _cost(tasks: Sequence[MergeTask], io: str) -> Cost:
     return cost
 
 
+def _turned_cost(task: MergeTask, io: str) -> Cost:
+    """Returns the memory of a tensor that is made turned, and then copied."""
+    made = turned_task(task, 0, 0)
+    return _cost([made, copy_of_turned(task, Stored(made.out, None, 0))], io)
+
+
 def _task_cost(task: MergeTask, dtypes: list[DType], io: str) -> Cost:
     method, models = task.method, len(dtypes)
     widest = max(d.element_bytes for d in dtypes)
@@ -388,8 +406,9 @@ def _task_cost(task: MergeTask, dtypes: list[DType], io: str) -> Cost:
     if method is COPY:
         return Cost(0, 0, out, read, inputs, mapped)
     compute, buffers = method.buffers_for(dtypes, task.compute, task.based)
-    searches, rows_bytes = method.searches * models, 8 * task.row * method.row_buffers
+    searches, rows_bytes = method.searches * models, method.held_bytes(task.row, models)
     passes = rows_bytes + held_bytes(min(task.elems, task.piece_elems), searches)
+    passes += method.whole_bytes(task.shape, models - task.based, task.parameters, task.turned)
     spread = rows_bytes + held_bytes(task.elems, searches) if task.spread else 0
     return Cost(compute, buffers, out, read, inputs, mapped, task.row, method.passes, passes, spread)
 

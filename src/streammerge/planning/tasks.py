@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
@@ -13,10 +15,12 @@ from streammerge.methods.registry import COPY
 from streammerge.planning.aligned import Views, Way
 from streammerge.sources.base import BlobPath, Source
 from streammerge.sources.stored import Stored
+from streammerge.sources.turned import turned, turned_back, turned_spec
 from streammerge.tensors.spec import PIECE_ELEMS, TensorSpec, ranges
 
 _MOST_KEPT = 2048
 """Tasks that are kept after they were made. Those in work at one time are fewer, so none of them is made twice."""
+_ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +28,7 @@ class MergeTask:
     """The work of one output tensor: from the numbers of ``sources`` to the bytes at ``offset`` of output file ``file``.
 
     ``based``: whether the first source is the base. ``parameters``: the method's parameters, resolved for these models.
+    ``turned``: whether sources and output have their first axis last.
     """
 
     out: TensorSpec
@@ -35,6 +40,7 @@ class MergeTask:
     compute: str = "float32"
     based: bool = False
     seed: int = 0
+    turned: bool = False
 
     @property
     def verbatim(self) -> bool:
@@ -47,26 +53,57 @@ class MergeTask:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape in real numbers: a complex number counts as two."""
-        return self.out.component_shape
+        """The shape in real numbers: a complex number counts as two. A turned tensor is a matrix."""
+        shape = self.out.component_shape
+        return (math.prod(shape[:-1]), shape[-1]) if self.turned else shape
 
     @property
     def elems(self) -> int:
         return self.out.nbytes // self.out.dtype.component.element_bytes
 
     @property
+    def to_turn(self) -> bool:
+        """Whether it is made by way of a turned task, and then copied."""
+        method = self.method
+        if method.turns is None or self.turned or self.out.dtype.kind == "complex":
+            return False
+        return method.turns(self.shape, self.parameters)
+
+    @property
     def row(self) -> int:
         """Number of elements that must be in memory together."""
-        return self.method.rows(self.shape, self.parameters)
+        return 1 if self.to_turn else self.method.rows(self.shape, self.parameters)
 
     @property
     def piece_elems(self) -> int:
+        if self.method.whole and not self.to_turn:
+            return max(self.elems, 1)
         return whole_grains(PIECE_ELEMS, self.row) if self.method.row else PIECE_ELEMS
 
     @property
     def spread(self) -> bool:
         """Whether the tensor is long enough to share its passes among all workers."""
-        return self.method.passes and self.elems > self.piece_elems
+        return self.method.passes and not self.method.whole and self.elems > self.piece_elems
+
+
+def turned_task(task: MergeTask, file: int, offset: int) -> MergeTask:
+    """Returns the task that makes the same tensor turned, at ``offset`` of output file ``file``."""
+    sources = tuple(turned(source) for source in task.sources)
+    return replace(task, out=turned_spec(task.out), sources=sources, file=file, offset=offset, turned=True)
+
+
+def turned_places(tasks: Iterable[MergeTask]) -> tuple[list[int], int]:
+    """Returns the offset of each task's turned tensor in a temporary file, and the size of the file in bytes."""
+    offsets, cursor = [], 0
+    for task in tasks:
+        offsets.append(cursor)
+        cursor += -(-task.out.nbytes // _ALIGNMENT) * _ALIGNMENT
+    return offsets, cursor
+
+
+def copy_of_turned(task: MergeTask, source: Source) -> MergeTask:
+    """Returns the task that copies the tensor from its turned form."""
+    return MergeTask(task.out, COPY, (turned_back(source, task.out),), task.file, task.offset)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +192,11 @@ class Tasks(Sequence[MergeTask]):
         for name in ("rows", "files", "offsets"):
             column: array[int] = getattr(self, name)
             setattr(self, name, array(column.typecode, [column[number] for number in order]))
-        self._kept.clear()
-        self._kinds = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Forgets the tasks that were made, because the columns have changed."""
+        self._kept, self._kinds = {}, None
 
     def begins(self) -> Iterator[tuple[MergeMethod, BlobPath, int]]:
         """Yields the method of each task, and where its first source begins."""
@@ -232,6 +272,16 @@ def where(tasks: Sequence[MergeTask], test: Callable[[MergeTask], bool]) -> list
     return [number for number, task in enumerate(tasks) if test(task)]
 
 
+def replaced(tasks: Sequence[MergeTask], others: Mapping[int, MergeTask]) -> Sequence[MergeTask]:
+    """Returns the tasks with other ones under these numbers."""
+    if isinstance(tasks, Tasks):
+        made = copy(tasks)
+        made.made = [others.get(number, each) for number, each in enumerate(tasks.made)]
+        made.forget()
+        return made
+    return [others.get(number, task) for number, task in enumerate(tasks)]
+
+
 def objects(tasks: Sequence[MergeTask]) -> Iterable[MergeTask]:
     """Returns the tasks that are not made from tables. Only these may read anything but plain byte ranges."""
     return [task for task in tasks.made if isinstance(task, MergeTask)] if isinstance(tasks, Tasks) else tasks
@@ -263,15 +313,21 @@ def batches(wanted: Iterable[Piece], most_bytes: int) -> Iterator[list[Piece]]:
         yield batch
 
 
-def stretches(batch: list[Piece]) -> Iterator[list[Piece]]:
-    """Yields the stretches of a batch. Each stretch can be computed as one tensor."""
-    stretch = [batch[0]]
+def stretches(batch: list[Piece], most_bytes: int = 0) -> Iterator[list[Piece]]:
+    """Yields the stretches of a batch: pieces whose inputs are read as if they were one tensor's.
+
+    A stretch of a pointwise method is computed as one tensor. One of another method has inputs of at most ``most_bytes``,
+    or is a single piece.
+    """
+    stretch, nbytes = [batch[0]], batch[0].read_bytes
     for piece in batch[1:]:
-        if _continues(stretch[-1].task, piece.task):
+        more = piece.read_bytes
+        if (nbytes + more <= most_bytes or piece.task.method.pointwise) and _continues(stretch[-1].task, piece.task):
             stretch.append(piece)
+            nbytes += more
         else:
             yield stretch
-            stretch = [piece]
+            stretch, nbytes = [piece], more
     yield stretch
 
 
@@ -299,7 +355,7 @@ def _continues(before: MergeTask, task: MergeTask) -> bool:
     """Whether a task follows another one in every input too, over stored bytes, and is computed in the same way."""
     if not (
         task.method is before.method
-        and task.method.pointwise
+        and (task.method.pointwise or task.method.passes)
         and task.out.dtype is before.out.dtype
         and task.compute == before.compute
         and task.based == before.based

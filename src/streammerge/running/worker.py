@@ -100,9 +100,13 @@ class MergeWorker(Worker):
         target = self.job.destinations[batch[0].task.file].open(self.bench)
         outgoing = Outgoing(target.write_full, self.workspace, batch[0].offset)
         made: list[PieceDone] = []
-        for stretch in stretches(batch):
-            together = len(stretch) > 1 and self._together(stretch, outgoing)
-            made += together or [self._one(piece, outgoing) for piece in stretch]
+        for stretch in stretches(batch, self.job.budget.kept_bytes):
+            if len(stretch) == 1:
+                made.append(self._one(stretch[0], outgoing))
+            elif not stretch[0].task.method.pointwise:
+                made += self._in_turn(stretch, outgoing)
+            else:
+                made += self._together(stretch, outgoing) or [self._one(piece, outgoing) for piece in stretch]
         outgoing.flush()
         self.bench.inputs.check_whole()
         found = target.found()
@@ -121,6 +125,16 @@ class MergeWorker(Worker):
         for piece in stretch:
             made.append(_done(piece, self.job.checksum.update(data[start : start + piece.nbytes])))
             start += piece.nbytes
+        return made
+
+    def _in_turn(self, stretch: list[Piece], outgoing: Outgoing) -> list[PieceDone]:
+        """Computes pieces one after the other from inputs that are opened, mapped and announced once for all."""
+        self.one_torch_thread()
+        source, made = self.source(as_one_piece(stretch).task, keep=True), []
+        for piece in stretch:
+            with failures(piece.task, piece.start, piece.stop):
+                made.append(self._apply(self._kernel_of(piece.task, source), piece, source, outgoing))
+            source.first += piece.stop
         return made
 
     def _one(self, piece: Piece, outgoing: Outgoing) -> PieceDone:
@@ -204,7 +218,8 @@ def bind(task: MergeTask, sweep: Callable[..., Iterator[Any]], results: PassResu
     import torch
 
     models, compute = len(task.sources) - task.based, getattr(torch, task.compute)
-    group = TensorGroup(task.out.name, task.shape, models, compute, sweep, task.based, task.row, task.seed, results)
+    more = (task.based, task.row, task.seed, results, task.turned)
+    group = TensorGroup(task.out.name, task.shape, models, compute, sweep, *more)
     return task.method.bind(group, task.parameters)
 
 

@@ -16,6 +16,7 @@ Each module imports only modules above it::
     inline    a small tensor that stands in a header
     memory    a tensor that the caller holds
     box       a block, or a transposed matrix, of a tensor
+    turned    a tensor whose first axis comes last
     wide      numbers of a source in float64
     contracted  a small tensor computed whole from others
     shaped    the same elements in another shape; axes in another order

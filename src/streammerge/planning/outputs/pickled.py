@@ -13,8 +13,8 @@ from streammerge.formats import plain_pickle, torch_zip
 from streammerge.formats.base import LayoutFile
 from streammerge.formats.records import RECEIPT_KEY, RECIPE_KEY
 from streammerge.pickles.arrays import array_over, is_array, native, numpy_dtype
+from streammerge.pickles.candidates import Found
 from streammerge.pickles.repickle import Edit, storage_ref, stream
-from streammerge.pickles.state_dict import Found
 from streammerge.pickles.tree import Blank, Enclosed, OrderedTree, StorageRef, TensorRef, mapping_items, walk
 from streammerge.planning.aligned import Merged
 from streammerge.planning.alignment import Alignment
