@@ -31,7 +31,7 @@ from streammerge.sources.base import Source
 from streammerge.sources.merged import Merged as MergedSource
 from streammerge.sources.merged import by_columns
 from streammerge.sources.table import StoredTable, same_names
-from streammerge.tensors.dtypes import DType
+from streammerge.tensors.dtypes import DType, promoted
 from streammerge.tensors.matching import Matching, describe, match
 from streammerge.tensors.names import copies_among, is_counter, spelled, why_ignored, why_optional
 from streammerge.tensors.spec import TensorSpec
@@ -482,6 +482,10 @@ class _Aligner:
                 return self._integers(names, spec, in_order, tied, rest)
             counted = replace(spec, dtype=first.spec.dtype)
             return Merged(names, counted, INTEGERS, in_order, {"policy": "max"}, tied=tied, rest=rest)
+        if recipe.mixed_dtypes == "promote" and recipe.recast is None and not (rule and rule.dtype):
+            dtypes = {s.spec.dtype for s in present}
+            if len(dtypes) > 1 and all(dtype.kind == "float" for dtype in dtypes):
+                spec = replace(spec, dtype=promoted(dtypes))
         wide = any(s.spec.dtype in _WIDE for s in present)
         preferred = recipe.compute_dtype.torch_name if recipe.compute_dtype else method.compute
         values = self.values.of(method, order[based:], name, sources, rule)

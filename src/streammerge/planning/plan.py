@@ -217,6 +217,7 @@ def build_plan(
         alignment = align(recipe, truncated(recipe, indexes, cut))
     else:
         alignment = align(recipe, tokens.indexes if tokens else indexes)
+    alignment.warnings[:0] = recipe.ignored
     alignment.warnings += cut
     alignment.warnings += differing_facts([i.extras for i in opened], [str(i.path) for i in opened])
     alignment.warnings += differing_configs(opened)
