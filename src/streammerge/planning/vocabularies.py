@@ -77,7 +77,7 @@ class _Seen:
     """A checkpoint with its tensors, as :func:`tie_head` looks at it."""
 
     index: CheckpointIndex
-    entries: dict[str, Source]
+    entries: Mapping[str, Source]
 
 
 class _Table(NamedTuple):
