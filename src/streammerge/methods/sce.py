@@ -91,8 +91,8 @@ def _mask(chunk: Chunk, variance: Variance, cut: Cut | None) -> torch.Tensor | N
 
 
 def _variances(group: TensorGroup) -> Variance:
-    """Returns the function that computes variances. Those of a tensor of up to a grain are computed once and kept. The budget
-    counts them as ``kept_bits``."""
+    """Returns the function that computes variances. Computes those of a tensor of up to a grain once, and keeps them. The
+    budget counts them as ``kept_bits``."""
     known: list[torch.Tensor] = []
 
     def variance(chunk: Chunk) -> torch.Tensor:
