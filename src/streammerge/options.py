@@ -30,6 +30,7 @@ Ema = Literal["ignore", "prefer", "only"]
 OnMissing = Literal["error", "base", "average-present", "drop", "union"]
 OnShape = Literal["error", "base", "rows", "leading"]
 Integers = Literal["first", "last", "max", "error"]
+MixedDtypes = Literal["first", "promote"]
 Io = Literal["mmap", "pread"]
 EMA_CHOICES: tuple[str, ...] = get_args(Ema)
 IO: tuple[str, ...] = get_args(Io)
@@ -346,6 +347,13 @@ class Policies(Options):
         "Integer tensors that differ.",
         choices=get_args(Integers),
         otherwise="max for num_batches_tracked, else error",
+        overrides=True,
+    )
+    mixed_dtypes: MixedDtypes | None = option(
+        "Tensors of several floating-point dtypes: the first input's dtype, or the smallest that holds all of them, as in "
+        "mergekit.",
+        choices=get_args(MixedDtypes),
+        otherwise="first",
         overrides=True,
     )
     unsafe_truncate_embeddings: bool | None = option(
