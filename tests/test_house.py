@@ -183,15 +183,3 @@ def test_every_module_has_its_test_file() -> None:
         if not file.exists() or not re.search(r"^ *def test_|\w+Suite\)", file.read_text(), re.MULTILINE):
             without.add(name)
     assert not without
-
-
-def test_dataclasses_are_made_by_the_faster_decorator() -> None:
-    """The standard one would be a quarter of the time of importing the package."""
-    with_the_slow_one = {
-        name
-        for name, path in modules().items()
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.ImportFrom) and node.module == "dataclasses"
-        if any(alias.name == "dataclass" for alias in node.names)
-    }
-    assert with_the_slow_one == {"dataclass"}, "import dataclass from streammerge.dataclass"
