@@ -34,7 +34,7 @@ class View:
     """A checkpoint's tensors by their names in the output. ``own``: the model's own parameters."""
 
     index: CheckpointIndex
-    entries: dict[str, Source]
+    entries: Mapping[str, Source]
     aliases: dict[str, str]
     own: Settings = field(default_factory=dict)
 
@@ -45,7 +45,8 @@ class Part:
 
     ``based``: whether one of the views is a base, and ``base`` its number. ``models``: the numbers of the views that are
     models, in the order of the recipe; the base is one of them if the method does not use a base. ``levels``: the
-    parameters of slice, module and recipe. ``layers``: stack -> its first layer in this part, and its number of layers.
+    parameters of slice, module and recipe. ``moved``: what :attr:`layers` tells, None if the
+    layers are all of the first view's.
     """
 
     views: list[View]
@@ -53,8 +54,15 @@ class Part:
     based: bool
     models: tuple[int, ...]
     levels: tuple[Settings, ...]
-    layers: dict[str, tuple[int, int]]
+    moved: dict[str, tuple[int, int]] | None
     base: int = 0
+
+    @property
+    def layers(self) -> dict[str, tuple[int, int]]:
+        """Stack -> its first layer in this part, and its number of layers."""
+        if self.moved is None:  # found when it is asked for, because most merges ask for no position
+            self.moved = {stack: (0, count) for stack, count in depths(self.views[0].entries).items()}
+        return self.moved
 
     def takes_base(self, method: MergeMethod) -> bool:
         """Whether the method gets the base separately from the models."""
@@ -139,8 +147,7 @@ def _whole(
     if recipe.base_apart(listed_too):
         numbers = [number for number in numbers if number != base]
     tie_head(views, made.notes)
-    layers = {stack: (0, count) for stack, count in depths(views[0].entries).items()}
-    return Part(views, recipe.merge_method, place is not None, tuple(numbers), levels, layers, base)
+    return Part(views, recipe.merge_method, place is not None, tuple(numbers), levels, None, base)
 
 
 def _giver_first(recipe: Recipe, views: list[View], place: int | None) -> tuple[list[View], list[int], int]:
