@@ -5,6 +5,7 @@ Each module imports only modules above it::
 
     base      the protocol: Source, Reader, Blob, Needs, Room
     stored    a byte range in C order
+    table     many of them, as columns
     strided   a view of a storage, gathered where it lies
     deflated  a packed record, which is unpacked into a temporary file first
     rows      some rows of a source

@@ -327,7 +327,7 @@ class _Deciding:
             own = made[self._reference] = self.first.with_tensors((name, found.ref) for name, found in tensors.items())
             for each in others:
                 lacking = {name: entry for name, entry in own.entries.items() if name not in made[each].entries}
-                made[each] = replace(made[each], entries=made[each].entries | lacking)
+                made[each] = replace(made[each], entries={**made[each].entries, **lacking})
             self.entries.copies.append(Copy("", tensors, {each: made[each] for each in self.indexes if each in made}))
 
     def _tell_numbers(self) -> None:
