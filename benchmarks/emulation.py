@@ -70,7 +70,6 @@ def shrink() -> None:
     from streammerge.planning import budget
 
     chunk._SAMPLE_SPAN //= SCALE
-    kth_largest._FEW_ELEMS //= SCALE
     ranking._MOST_COLLECTED *= math.sqrt(SCALE)  # a smaller sample brackets a rank less closely
     ranking._MOST_HELD_BYTES = int(ranking._MOST_HELD_BYTES / math.sqrt(SCALE))
     whole = ranking.sample_elems

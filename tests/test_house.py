@@ -15,7 +15,7 @@ SOURCE = Path(sm.__file__).parent
 
 
 ROOMS = (
-    "errors", "events", "units", "version", "strict_json", "plugins",  # words
+    "dataclass", "errors", "events", "units", "version", "strict_json", "plugins",  # words
     "stores", "options", "tensors", "kernels", "methods", "sources", "pickles", "formats", "recipe", "checkpoints",
     "adapters", "planning", "running", "requests",
     "verifying", "progress", "signatures", "api", "cli", "__init__", "__main__",
@@ -165,6 +165,8 @@ def test_what_is_imported_is_declared() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             found |= {name.partition(".")[0] for name in names}
+    extras = text.partition("\nllm = [")[2].partition("\n]")[0]
+    declared |= set(re.findall(r'^    "([\w-]+)', extras, re.MULTILINE))
     others = {called.get(name, name) for name in found - {*sys.stdlib_module_names, "streammerge"}}
     assert others | {"numpy"} == declared
     assert 'framework="numpy"' in (SOURCE / "running/readback.py").read_text()

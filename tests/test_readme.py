@@ -81,7 +81,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.save(voice(step, step, 3 - step / 5000), folder / "run" / f"checkpoint-{step}.pt")
     (folder / "mergekit-config.yml").write_text(
         "merge_method: tie\nbase_model: base/\nmodels:\n  - model: chat/\n    parameters: {weigth: 0.5}\n"
-        "  - model: code/\n    parameters: {weight: 0.5}\nchat_template: chatml\n"
+        "  - model: code/\n    parameters: {weight: 0.5}\nchat_template: chatmll\n"
     )
     return folder
 

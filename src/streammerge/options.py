@@ -14,9 +14,10 @@ import math
 import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
+from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, printable
 from streammerge.units import parse_bytes, parse_share, plain_number
 
@@ -345,6 +346,27 @@ class Policies(Options):
         "Integer tensors that differ.",
         choices=get_args(Integers),
         otherwise="max for num_batches_tracked, else error",
+        overrides=True,
+    )
+    unsafe_truncate_embeddings: bool | None = option(
+        "Cut embeddings and heads to the rows that all models have. Right only if equal rows are of equal tokens; "
+        "`tokenizer_source` brings rows into one order.",
+        TRUTH,
+        overrides=True,
+    )
+    tokenizer_source: str | None = option(
+        "Whose tokenizer the output has: base, union, or a model. Rows of embeddings follow the tokens.",
+        TEXT,
+        metavar="MODEL",
+        otherwise="the files of the first input, and rows as they are",
+        overrides=True,
+    )
+    chat_template: str | None = option(
+        "Chat template of the output: auto (the commonest among the inputs), alpaca, chatml, exaone, llama3, mistral, or "
+        "Jinja text.",
+        TEXT,
+        metavar="NAME",
+        otherwise="the first input's",
         overrides=True,
     )
 

@@ -592,3 +592,26 @@ def test_subfolders_of_models_without_a_training_are_not_guessed_to_belong_toget
     (folder / "notes.bin").unlink()
     with pytest.raises(sm.FormatError, match="its subfolders unet, unet_ema do, so give one of them"):
         sm.inspect(folder)
+
+
+def speechbrain(folder: Path, seed: int) -> Path:
+    """Makes a checkpoint folder of SpeechBrain, in which some files of this ending are texts."""
+    folder.mkdir()
+    torch.save(trained(seed), folder / "model.ckpt")
+    torch.save({"state": {}, "param_groups": []}, folder / "optimizer.ckpt")
+    torch.save({"count": seed, "glob_mean": torch.ones(3)}, folder / "normalizer.ckpt")
+    (folder / "counter.ckpt").write_text(str(seed))
+    (folder / "CKPT.yaml").write_text("WER: 1.0\n")
+    return folder
+
+
+def test_a_folder_of_speechbrain_keeps_its_files(tmp_path: Path) -> None:
+    paths = [speechbrain(tmp_path / "CKPT+1", 1), speechbrain(tmp_path / "CKPT+2", 2)]
+    result = sm.merge(paths, tmp_path / "out", integers="first")
+    made = torch.load(tmp_path / "out" / "model.ckpt")
+    one, two = trained(1), trained(2)
+    wanted = {n: mean([one[n], two[n]], [1, 1]) if one[n].is_floating_point() else one[n] for n in one}
+    assert {n: octets(t) for n, t in made.items()} == {n: octets(t) for n, t in wanted.items()}
+    files = {path.name for path in (tmp_path / "out").iterdir()} - {"streammerge.json", "streammerge.yaml"}
+    assert files == {"model.ckpt", "normalizer.ckpt", "counter.ckpt", "CKPT.yaml"}
+    assert "copied from the first input, not merged: counter.ckpt, normalizer.ckpt" in result.notes

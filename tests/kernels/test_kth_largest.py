@@ -80,3 +80,15 @@ def test_a_misleading_sample_is_found_out(monkeypatch: pytest.MonkeyPatch) -> No
     kept = cut.keep(values.clone(), 0)
     assert int((kept != 0).sum()) == 500_000
     assert kept[kept > 0].min() == values.sort(descending=True).values[499_999]
+
+
+@pytest.mark.parametrize("chunk_elems", [GRAIN, 8 * GRAIN])
+def test_nan_of_either_sign_is_the_largest_of_signed_numbers(chunk_elems: int) -> None:
+    values = torch.randn(300_001, generator=torch.Generator().manual_seed(1)).round(decimals=1)
+    values[:90_000] = torch.tensor([-4_194_304], dtype=torch.int32).view(torch.float32)  # as 0 / 0 makes it
+    values[90_000:100_000] = math.nan
+    group = TensorGroup.of(values, torch.zeros(300_001), chunk_elems=chunk_elems)  # NaN that all models have are hidden
+    ordered = values.sort(descending=True).values
+    ranks = [99_999, 100_001, 150_000, 300_001]
+    cuts = group.kth_largest(lambda chunk: [chunk.load(0)], [ranks], signed=True)[0]
+    assert str([cut.threshold for cut in cuts]) == str([float(ordered[rank - 1]) for rank in ranks])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from hashlib import blake2b
 
 import pytest
 import torch
 
-from streammerge.kernels.random import uniform
+from streammerge.kernels.random import chosen, limits, uniform
 from streammerge.tensors.spec import GRAIN
 
 Tensor = torch.Tensor
@@ -49,3 +50,43 @@ def test_chi_square_of_neighbours_and_of_grains() -> None:
         mean = seen.sum() / 4096
         chi = float(((seen - mean) ** 2 / mean).sum())
         assert abs(chi - 4095) < 5 * math.sqrt(2 * 4095), (lag, chi)
+
+
+def plain(seed: int, name: str, model: int, element: int) -> int:
+    """The 24 bits of one number, computed with Python's integers from the description in the module."""
+    grain, counter = divmod(element, GRAIN)
+    digest = blake2b(f"{seed}/{model}/{grain}/{name}".encode(), digest_size=8).digest()
+    word = counter
+    for key in (digest[:4], digest[4:]):
+        word ^= int.from_bytes(key, "little")
+        word ^= word >> 16
+        word = word * 0x85EBCA6B & 0xFFFFFFFF
+        word ^= word >> 13
+        word = word * 0xC2B2AE35 & 0xFFFFFFFF
+        word ^= word >> 16
+    return word >> 8
+
+
+def test_they_are_the_described_hashes() -> None:
+    for start in (0, 5, GRAIN - 3, 3 * GRAIN + 7):
+        expected = [plain(9, "w.x", 2, start + i) / (1 << 24) for i in range(50)]
+        assert draw(50, seed=9, name="w.x", model=2, start=start).tolist() == expected
+
+
+@pytest.mark.parametrize("chance", [0.5, 0.25, 0.3, 2.0**-24, 1e-9, 1 - 2.0**-24, 1 - 1e-9, 0.0, 1.0])
+def test_those_below_a_chance_are_chosen(chance: float) -> None:
+    numbers, start, count = draw(2 * GRAIN, start=11), 11, 2 * GRAIN
+    chance = next((float(n) for n in numbers if chance == 0.3), chance)  # a number is not below itself
+    spare = torch.empty(count), torch.empty(count, dtype=torch.int32)
+    assert torch.equal(chosen(0, "w", 0, start, chance, *spare), (numbers < chance).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_each_element_has_its_own_chance(dtype: torch.dtype) -> None:
+    count = GRAIN + 100
+    numbers = draw(count, start=GRAIN - 50)
+    chances = torch.rand(count, dtype=dtype).clamp_(min=1e-9)
+    chances[:30] = numbers[:30].clamp(min=1e-9)
+    chances[30] = 1.0
+    spare = torch.empty(count), torch.empty(count, dtype=torch.int32)
+    assert torch.equal(chosen(0, "w", 0, GRAIN - 50, limits(chances), *spare), (numbers < chances).float())

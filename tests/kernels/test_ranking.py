@@ -7,7 +7,16 @@ import math
 import pytest
 import torch
 
-from streammerge.kernels.ranking import Guess, affordable, count_above, held_bytes, inside, row_ranks, sample_elems
+from streammerge.kernels.ranking import (
+    Guess,
+    affordable,
+    by_rank,
+    count_above,
+    held_bytes,
+    inside,
+    row_ranks,
+    sample_elems,
+)
 
 
 def test_what_lies_inside_is_found_to_the_last_bit() -> None:
@@ -56,3 +65,25 @@ def test_what_is_collected_stays_within_what_was_planned() -> None:
             assert held_bytes(count, 1) >= 3 * 8 * (1 << 16) + 4 * min(sample_elems(count), count) + collected * 0.99
     assert held_bytes(1 << 20, 0) == 0
     assert affordable([Guess(0.0, 1.0, 1.0, (2.0,))], 1 << 40), "of few frequent numbers nothing is collected"
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 70_001, 1), (64, 100, 1), (5, 7, 9), (2, 40, 3), (0, 4, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_ranks_of_magnitudes_select_from_a_table(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The oracle is Python's stable sort. NaN of different bits are equal, and the largest."""
+    rows, n, rest = shape
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(n)).mul(3).round().to(dtype)  # many are equal
+    if n > 1 and rows:
+        values[0, 0, 0], values[0, n // 2, 0] = math.nan, -math.inf
+        other = torch.tensor([-4_194_303], dtype=torch.int32).view(torch.float32)  # another NaN, with a sign
+        values[0, -1, 0] = other.to(dtype)[0]
+    table = torch.randperm(n, generator=torch.Generator().manual_seed(1)).int()
+    keys, order = (torch.empty(values.numel(), dtype=torch.int64) for _ in range(2))
+    made = by_rank(values, table, torch.empty(shape, dtype=torch.int32), keys, order)
+    for row in range(min(rows, 3)):
+        for at in range(rest):
+            fibre = [math.inf if v != v else min(abs(v), 1e308) for v in values[row, :, at].tolist()]
+            ranked = sorted(range(n), key=lambda i: (fibre[i], -i))
+            expected = torch.empty(n, dtype=torch.int32)
+            expected[torch.tensor(ranked)] = table
+            assert torch.equal(made[row, :, at], expected)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import streammerge as sm
+from streammerge.pickles.candidates import Candidate
 from streammerge.pickles.copies import Originals, outside, tensor_at, trail
-from streammerge.pickles.state_dict import Candidate
 
 NAMES = ("a.w", "a.b", "c.w")
 SIZES = dict(zip(NAMES, (2, 3, 4), strict=True))

@@ -13,7 +13,7 @@ import torch
 from conftest import load_safetensors
 
 import streammerge as sm
-from streammerge.pickles.state_dict import is_training_state, select
+from streammerge.pickles.state_dict import select
 
 
 @pytest.mark.parametrize(
@@ -68,30 +68,6 @@ def test_the_state_dict_is_found_in_every_layout(tmp_path: Path, tree: Any, labe
     assert select(index.extras).label == label
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "stale"),
-    [
-        ("optimizer", {}, True),
-        ("optim_g", [], True),
-        ("lr_scheduler", None, True),
-        ("schedulers", [], True),
-        ("optimizer_states", [], True),
-        ("generator_optimizer", {}, True),
-        ("optimizer_history", [], False),
-        ("scaler", {"scale": 1024.0}, True),
-        ("scaler", {}, True),
-        ("scaler", {"mean_": 1.0}, False),
-        ("opt", {"lr": 0.1}, False),
-        ("opt", {"state": {0: {}}, "param_groups": []}, True),
-        ("model", {"w": 1}, False),
-        ("epoch", 3, False),
-        (3, {}, False),
-    ],
-)
-def test_what_is_stale_after_a_merge(key: Any, value: Any, stale: bool) -> None:
-    assert is_training_state(key, value) is stale
-
-
 def test_what_was_asked_for_and_is_not_there_is_told(tmp_path: Path) -> None:
     torch.save({"model": {"w": torch.ones(1)}, "epoch": 1}, tmp_path / "in.pt")
     for how in ({"state_dict": "generator"}, {"state_dict": "epoch"}, {"ema": "only"}):
@@ -133,6 +109,7 @@ def test_averages_are_taken_when_asked(tmp_path: Path, tree: Any, ema: Any, labe
         ("model.a.w", "model_ema.aw"),
         ("student.a.w", "teacher.a.w"),
         ("a.w", "ema.a.w"),
+        ("diffusion.model.a.w", "diffusion_ema.ema_model.a.w"),
     ],
 )
 def test_averages_replace_plain_weights_of_one_state_dict(tmp_path: Path, plain: str, averaged: str) -> None:

@@ -137,3 +137,10 @@ def test_neighbours_are_computed_together(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(MergeWorker, "_one", one)
     sm.merge([tmp_path / "0.safetensors", tmp_path / "1.safetensors"], tmp_path / "out.safetensors")
     assert len(calls) == 1
+
+
+def test_stretches_of_methods_with_passes_have_an_end() -> None:
+    batch = all_pieces([replace(task, method=find_method("slerp")) for task in tasks([4, 4, 4, 100, 4], [0] * 5)])
+    sizes = [[piece.stop for piece in stretch] for stretch in stretches(batch, 96)]
+    assert sizes == [[4, 4, 4], [100], [4]], "inputs of 32 bytes each, and of 800"
+    assert all(len(stretch) == 1 for stretch in stretches(batch))

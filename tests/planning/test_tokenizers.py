@@ -51,20 +51,25 @@ def test_one_vocabulary(more: dict[str, Any]) -> None:
     assert json.loads(Path("out/tokenizer.json").read_text())["model"] == BPE["model"]
 
 
-def test_several_vocabularies_are_refused_with_both_models() -> None:
-    folder("a"), folder("bb", BPE | {"added_tokens": [{"id": 3, "content": "<|end|>"}]})
-    with pytest.raises(sm.RecipeError, match=r"tokenizer_source .* one vocabulary, and the tokenizers of a and bb differ"):
-        sm.plan(recipe=recipe(tokenizer_source="union"))
-    assert sm.plan(recipe=recipe())
-
-
-def test_no_tokenizer_and_that_of_another_model_are_refused() -> None:
+def test_a_tokenizer_that_only_one_model_has_is_that_of_all() -> None:
     folder("a"), folder("bb")
-    with pytest.raises(sm.RecipeError, match=r"takes the tokenizer of a, .* leave tokenizer_source out, and copy .* bb"):
-        sm.plan(recipe=recipe(tokenizer_source="bb"))
+    Path("bb/tokenizer.json").unlink()
+    plan = sm.plan(recipe=recipe(tokenizer_source="base"))
+    assert [each for each in plan.warnings if "bb without a tokenizer: taken to have that of a" in each]
     Path("a/tokenizer.json").unlink()
-    with pytest.raises(sm.RecipeError, match="a, whose files the output takes, has no tokenizer"):
+    with pytest.raises(sm.RecipeError, match="a has no tokenizer that can be read"):
         sm.plan(recipe=recipe(tokenizer_source="base"))
+
+
+def test_the_files_of_another_model() -> None:
+    folder("a", BPE | {"padding": None}), folder("bb", BPE | {"truncation": {"max_length": 8}})
+    Path("a/vocab.json").write_text("{}")
+    Path("bb/chat_template.jinja").write_text("theirs")
+    sm.merge(recipe=recipe(tokenizer_source="bb"), out="out/")
+    assert Path("out/tokenizer.json").read_text() == Path("bb/tokenizer.json").read_text()
+    assert Path("out/chat_template.jinja").read_text() == "theirs"
+    assert not Path("out/vocab.json").exists()
+    sm.verify("out/", sample="100%")
 
 
 def test_a_name_has_no_effect() -> None:

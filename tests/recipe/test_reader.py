@@ -48,7 +48,7 @@ models:
     parameters:
       weight:
         - {filtre: mlp, value: 0.5}
-chat_template: chatml
+chat_template: chatmll
 seed: many
 rules:
   - match: "/(/"
@@ -74,7 +74,7 @@ def test_every_mistake_is_told_at_once_each_with_its_place(models: Path) -> None
         "7:5": "nowhere.safetensors does not exist",
         "8:5": "revisions are not supported yet",
         "11:12": "unknown key filtre",
-        "12:1": "chat_template is not supported yet",
+        "12:1": "chat_template takes auto, alpaca, chatml",
         "13:1": "seed takes a whole number, not many",
         "15:5": "not a regular expression",
         "17:5": "a rule does one thing, not copy and drop",
@@ -112,8 +112,11 @@ LINEAR = "merge_method: linear\nmodels: [{model: a.safetensors}, {model: b.safet
         (LINEAR.replace("a.safetensors", "{model: {path: a.safetensors, revision: x}}"), "2:11", "a revision"),
         (LINEAR.replace("a.safetensors", "a.safetensors+lora"), "2:11", "exists, but the adapter lora does not"),
         (LINEAR.replace("a.safetensors", "org/name"), "2:11", "hf download org/name"),
-        (LINEAR + "chat_template: chatml\n", "3:1", "chat_template is not supported yet"),
-        (LINEAR + "tokenizer: {source: base, tokens: {}}\n", "3:27", "tokens is not supported yet"),
+        (LINEAR + "chat_template: short {\n", "3:1", "or the text of a Jinja template"),
+        (LINEAR + "tokenizer: {source: base, tokens: {x: {source: {kind: none}}}}\n", "3:49", "model_token or zero"),
+        (LINEAR + "tokenizer: {pad_to_multiple_of: 0}\n", "3:13", "a positive whole number, not 0"),
+        (LINEAR + "tokenizer: {source: nowhere}\n", "3:1", "nowhere does not exist"),
+        (LINEAR + "tokenizer: {source: base}\ntokenizer_source: base\n", "3:1", "a recipe has one of them"),
         (LINEAR + "dtype: int8\n", "3:1", "floating-point dtype, not int8"),
         (LINEAR + "compute_dtype: bfloat16\n", "3:1", "float32 or float64"),
         (LINEAR + "parameters: {normalize: perhaps}\n", "3:14", "takes true or false"),

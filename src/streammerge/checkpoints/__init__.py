@@ -16,6 +16,8 @@ Each module imports only modules above it::
     config_layers  a configuration follows layers that were moved
     config_edits  its dtype, rows of embeddings, tied head
     config_differences  what configurations disagree on
+    config_tokens  its numbers of tokens
+    tokens       the number of each token
     vocabularies  the tokens of tokenizers beside the weights
     heads        heads that are tied to the embeddings
     choosing     the last, a range, the best

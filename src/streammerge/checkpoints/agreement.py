@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from streammerge.checkpoints.index import CheckpointIndex, index_of
 from streammerge.errors import printable
+from streammerge.pickles.candidates import Candidate
 from streammerge.pickles.copies import Originals
-from streammerge.pickles.state_dict import Candidate
 from streammerge.recipe.model import Recipe, Reference
 from streammerge.tensors.names import why_optional
 

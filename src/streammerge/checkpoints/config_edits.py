@@ -101,6 +101,25 @@ class Edits:
         self.values |= dict.fromkeys(found, sizes[1])
         return bool(found)
 
+    def set_vocabulary(self, before: int, rows: int) -> None:
+        """States how many rows embeddings of tokens have. ``before``: how many they had, which is more than is stated where
+        a table is padded."""
+        if before == rows:
+            return
+        stated = {
+            (*path, key): value
+            for path, each in mappings(self.tree)
+            for key, value in each.items()
+            if _VOCABULARY.search(key) and "type" not in key and isinstance(value, int) and not isinstance(value, bool)
+        }
+        found = [path for path, value in stated.items() if value == before]
+        found = found or [path for path in stated if path[-1] == "vocab_size"][:1]
+        self.values |= {path: rows for path in found if stated[path] != rows}
+        if not found:
+            self.notes.append(
+                f"{self.config.name} states nowhere how many tokens there are; embeddings now have {rows} rows"
+            )
+
     def set_labels(self, rows: Mapping[str, tuple[int, int]], others: Sequence[Tree]) -> None:
         """States the labels of a classifier that has other rows now, or notes that it cannot.
 

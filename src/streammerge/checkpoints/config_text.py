@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import Any
+
+from streammerge.dataclass import dataclass
 
 KeyPath = tuple[str, ...]
 """The keys that lead to a value, from the outermost mapping."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import struct
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
+from streammerge.dataclass import dataclass
 from streammerge.errors import FormatError, RecipeError, StreammergeError, printable
 from streammerge.formats import detect
 from streammerge.formats.base import MOST_EXPANDED_BYTES, Container
-from streammerge.pickles.state_dict import Found, Selection, select
+from streammerge.pickles.candidates import Found
+from streammerge.pickles.state_dict import Selection, select
 from streammerge.pickles.tree import Global, TensorRef, number, plain, walk
 from streammerge.recipe.locations import on_the_hub
 from streammerge.recipe.patterns import Rename, renamed

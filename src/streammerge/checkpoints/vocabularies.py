@@ -6,13 +6,13 @@ Files of tokenizers can have tens of megabytes. They are read in blocks, and a v
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from streammerge.checkpoints import tokens
 from streammerge.checkpoints.config import config_folder
+from streammerge.checkpoints.tokens import MOST_BYTES
 from streammerge.stores.base import Location
 
 _JSON = "tokenizer.json"
@@ -20,15 +20,7 @@ _FILES = (
     *("vocab.json", "merges.txt", "vocab.txt", "tekken.json"),
     *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model", "source.spm", "target.spm"),
 )
-_MOST_BYTES, _BLOCK_BYTES = 256 << 20, 1 << 20
-_WORD = rb'"((?:[^"\\]|\\.)*)"'
-_ADDED = re.compile(rb'(?<!\\)"added_tokens"\s*:\s*(?=\[)')
-_VOCABULARY = re.compile(rb'(?<!\\)"vocab"\s*:\s*([\[{])')
-_ENTRIES = {
-    b"{": re.compile(rb"\s*,?\s*(?:" + _WORD + rb"\s*:\s*(\d+)(?=\s*[,}])|})"),
-    b"[": re.compile(rb"\s*,?\s*(?:\[\s*" + _WORD + rb"\s*,\s*([-+.\deE]+)\s*\]|\])"),
-}
-"""The next entry of a vocabulary, or its end: a token with its number, or a token with its score."""
+_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -57,7 +49,7 @@ def vocabulary_of(path: Location) -> Vocabulary | None:
     for name in (_JSON, *_FILES):
         file = folder / name
         try:
-            if file.is_file() and file.size <= _MOST_BYTES:
+            if file.is_file() and file.size <= MOST_BYTES:
                 files[name] = _checksum(file)
         except OSError:
             continue
@@ -97,39 +89,16 @@ def _checksum(file: Location) -> bytes:
 
 
 def _tokens(file: Location) -> tuple[tuple[int, int], dict[int, str]]:
-    """Returns the tokens of a tokenizer.json as :class:`Vocabulary` holds them; no token for any other file."""
-    added, kept, kind = dict[int, str](), b"", b""
-    count, total = 0, 0
-    for block in _blocks(file):
-        kept += block
-        if not kind:
-            begin = _VOCABULARY.search(kept)
-            if begin is None:
-                continue  # all that stands before it is small
-            added, kind, kept = _added(kept[: begin.start()]), begin[1], kept[begin.end() :]
-        end = 0
-        while match := _ENTRIES[kind].match(kept, end):
-            end, word = match.end(), match[1]
-            if word is None:
-                return (count, total), added
-            number = match[2] if kind == b"{" else str(count).encode()
-            count, total = count + 1, (total + _mixed(word, number)) & ((1 << 64) - 1)
-        kept = kept[end:]
-        if len(kept) > 4 * _BLOCK_BYTES:
-            break  # no entry is so long
-    return (0, 0), {}
+    """Returns the tokens of a tokenizer.json as :class:`Vocabulary` holds them. Raises ValueError for any other file."""
+    head, found = tokens.vocabulary_entries(file)
+    added = {each["id"]: each["content"] for each in tokens.added_in(head)}
+    count = total = 0
+    for word, number in found:
+        count, total = count + 1, (total + _mixed(word, number)) & ((1 << 64) - 1)
+    return (count, total), added
 
 
 def _mixed(word: bytes, number: bytes) -> int:
     if b"\\" in word:
-        word = json.loads(b'"' + word + b'"').encode("utf-8", "surrogatepass")
+        word = tokens.text_of(word).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(word + b"\0" + number, digest_size=8).digest(), "little")
-
-
-def _added(head: bytes) -> dict[int, str]:
-    found = _ADDED.search(head)
-    try:
-        text = head[found.end() :].decode("utf-8") if found else "[]"
-        return {each["id"]: each["content"] for each in json.JSONDecoder().raw_decode(text)[0]}
-    except (ValueError, KeyError, TypeError):
-        return {}

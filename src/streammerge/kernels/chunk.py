@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
+from streammerge.dataclass import dataclass
 from streammerge.kernels import agreed
-from streammerge.kernels.ranking import sort_keys
+from streammerge.kernels.ranking import has_nan, sort_keys
 from streammerge.tensors.spec import GRAIN, ranges
 
 if TYPE_CHECKING:
@@ -172,12 +172,16 @@ class Chunk:
         return self.empty(slot).zero_()
 
     def sort_keys(self, values: torch.Tensor, signed: bool) -> torch.Tensor:
-        """Returns integers in the order of the values; for values that are not ``signed``, these are their bits."""
+        """Returns integers in the order of the values, NaN as the largest; for values that are not ``signed``, these are
+        their bits."""
         import torch
 
         width = torch.int64 if values.dtype == torch.float64 else torch.int32
         flat = values.reshape(-1)
-        return sort_keys(flat, self.empty(_KEYS, width)) if signed else flat.view(width)
+        if not signed:
+            return flat.view(width)
+        keys = sort_keys(flat, self.empty(_KEYS, width))
+        return keys.masked_fill_(flat.isnan(), torch.iinfo(width).max) if has_nan(flat) else keys
 
     def _widened(self, model: int, slot: Slot, dtype: torch.dtype) -> torch.Tensor:
         import torch

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from streammerge.dataclass import dataclass
 from streammerge.kernels import kth_largest, reductions
 from streammerge.kernels.chunk import Chunk, Hiding, Kernel, Look, Slot, Step, Sweep, T, chunk_spans, whole_rows
 from streammerge.kernels.pass_results import PassResults
-from streammerge.kernels.random import uniform
+from streammerge.kernels.random import chosen, uniform
 from streammerge.kernels.ranking import Cut
 from streammerge.tensors.spec import GRAIN
 
@@ -103,6 +104,14 @@ class TensorGroup:
 
         out = chunk.empty(_UNIFORM, torch.float32)
         return uniform(self.seed, self.name, model, chunk.start, out, chunk.empty(_UNIFORM_BITS, torch.int32))
+
+    def chosen(self, chunk: Chunk, model: int, chance: float | torch.Tensor) -> torch.Tensor:
+        """Returns float32 1 where the :meth:`uniform` number is below the chance, else 0. ``chance``: see
+        :func:`streammerge.kernels.random.chosen`."""
+        import torch
+
+        out, scratch = chunk.empty(_UNIFORM, torch.float32), chunk.empty(_UNIFORM_BITS, torch.int32)
+        return chosen(self.seed, self.name, model, chunk.start, chance, out, scratch)
 
     @classmethod
     def of(

@@ -1,12 +1,12 @@
-"""Exact order statistics of a :class:`~streammerge.kernels.group.TensorGroup`: a sample and one pass, else a few
-passes."""
+"""Exact order statistics of a :class:`~streammerge.kernels.group.TensorGroup`: one pass if a chunk holds the tensor, else a
+sample and one pass, else a few passes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from streammerge.kernels.chunk import SCRATCH, Slot
 from streammerge.kernels.ranking import (
@@ -19,16 +19,18 @@ from streammerge.kernels.ranking import (
     has_nan,
     histogram,
     inside,
+    places_equal,
     sample_elems,
+    select,
 )
-from streammerge.tensors.spec import ranges
+from streammerge.tensors.spec import PIECE_ELEMS, ranges
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from streammerge.kernels.chunk import Chunk, Look, Swept
 
-_FEW_ELEMS = 1 << 13
 _PLACES: Slot = ("places",)
 Wanted = tuple[int, int]
 """(number of the tensor, rank)."""
@@ -52,6 +54,11 @@ class _NanMet(Exception):
 
 def _cuts(group: Swept, values: Look, wanted: Sequence[Wanted], signed: bool, nan_stops: bool) -> dict[Wanted, Cut]:
     """Returns all cuts. Raises _NanMet at NaN if ``nan_stops``; otherwise NaN counts as the largest number."""
+    if not wanted:
+        return {}
+    whole = _in_one_chunk(group, values, wanted, signed, nan_stops)
+    if whole is not None:
+        return whole
     cuts = _at_once(group, values, wanted, nan_stops)
     missed = [which for which in wanted if which not in cuts]
     if missed:
@@ -59,8 +66,53 @@ def _cuts(group: Swept, values: Look, wanted: Sequence[Wanted], signed: bool, na
     return cuts
 
 
-# ----------------------------------------------------------------------------------------------- one pass after a
-# sample
+# ---------------------------------------------------------------------------------------------------- in one chunk
+
+
+@dataclass(frozen=True, slots=True)
+class _Select:
+    """Selects the cuts of a tensor of ``elems`` elements that one chunk holds, and says whether NaN was met. Answers None,
+    and looks at nothing, if the tensor has several chunks."""
+
+    ranks: dict[int, list[int]]
+    elems: int
+    signed: bool
+
+    def __call__(self, look: Look, chunks: Iterable[Chunk]) -> tuple[dict[Wanted, Cut], bool] | None:
+        chunk = next(iter(chunks))
+        if chunk.elems < self.elems:
+            return None
+        cuts: dict[Wanted, Cut] = {}
+        met = False
+        for number, tensor in enumerate(look(chunk)):
+            ranks = self.ranks.get(number)
+            if ranks:
+                scratch = chunk.empty(SCRATCH)
+                made, nan = select(tensor.reshape(-1).to(scratch.dtype), ranks, self.signed, scratch)
+                cuts |= {(number, rank): cut for rank, cut in zip(ranks, made, strict=True)}
+                met |= nan
+        return cuts, met
+
+
+def _in_one_chunk(
+    group: Swept, values: Look, wanted: Sequence[Wanted], signed: bool, nan_stops: bool
+) -> dict[Wanted, Cut] | None:
+    """Returns all cuts of a tensor that one chunk holds, None for a longer tensor."""
+    if group.elems > max(PIECE_ELEMS, group.row):
+        return None
+    ranks: dict[int, list[int]] = {}
+    for number, rank in wanted:
+        ranks.setdefault(number, []).append(rank)
+    [*answers] = group.sweep(values, _Select(ranks, group.elems, signed), 0, group.elems)
+    if answers[0] is None:
+        return None
+    cuts, nan = answers[0]
+    if nan and nan_stops:
+        raise _NanMet
+    return cuts
+
+
+# ------------------------------------------------------------------------------------- one pass after a sample
 
 
 @dataclass(slots=True)
@@ -156,9 +208,6 @@ def _guesses(group: Swept, values: Look, wanted: Sequence[Wanted]) -> dict[Wante
     import torch
 
     numbers = frozenset(number for number, _ in wanted)
-    if group.elems <= _FEW_ELEMS:  # smaller than a sample: collect everything
-        return {which: Guess(-math.inf, math.inf) for which in wanted}
-
     samples: dict[int, list[torch.Tensor]] = {number: [] for number in numbers}
     sparse = -(-group.elems // sample_elems(group.elems))
     for picked in group.sweep(values, _Sample(numbers), 0, group.elems, sparse):
@@ -176,8 +225,6 @@ def _nothing(one: Guess) -> _Found:
 
 
 def _around(chunk: Chunk, tensor: torch.Tensor, one: Guess, grain: int) -> _Found:
-    import torch
-
     scratch = chunk.empty(SCRATCH)
     if not one.candidates:
         picked, places, nan = inside(tensor, one.low, one.high, scratch)
@@ -185,9 +232,20 @@ def _around(chunk: Chunk, tensor: torch.Tensor, one: Guess, grain: int) -> _Foun
     above, equal = [], []
     for candidate in one.candidates:
         above.append(count_above(tensor, candidate, scratch))
-        same = torch.eq(tensor, candidate, out=scratch)
-        equal.append([(chunk.start + a, int(same[a:b].sum())) for a, b in ranges(len(same), grain)])
+        equal.append(_per_grain(chunk, tensor, candidate, grain))
     return _Found(above, equal=equal, nan=has_nan(tensor))
+
+
+def _per_grain(chunk: Chunk, tensor: torch.Tensor, number: float, grain: int) -> list[tuple[int, int]]:
+    """Returns (first element, how many numbers equal this one) of each grain of the chunk."""
+    same = places_equal(tensor, number, chunk.empty(SCRATCH))
+    return [(chunk.start + a, _count(same[a:b])) for a, b in ranges(len(same), grain)]
+
+
+def _count(flags: np.ndarray[Any, Any]) -> int:
+    import numpy as np
+
+    return int(np.count_nonzero(flags))
 
 
 def _settle(group: Swept, values: Look, which: Wanted, one: Guess, look: _Found) -> Cut | None:
@@ -309,13 +367,10 @@ class _Equal:
     grain: int
 
     def __call__(self, look: Look, chunks: Iterable[Chunk]) -> dict[Wanted, list[tuple[int, int]]]:
-        import torch
-
         counts: dict[Wanted, list[tuple[int, int]]] = {which: [] for which in self.thresholds}
         for chunk in chunks:
             for which, tensor in _those_of(self.thresholds, look(chunk)):
-                same = torch.eq(tensor.reshape(-1), self.thresholds[which], out=chunk.empty(SCRATCH))
-                counts[which] += [(chunk.start + a, int(same[a:b].sum())) for a, b in ranges(len(same), self.grain)]
+                counts[which] += _per_grain(chunk, tensor.reshape(-1), self.thresholds[which], self.grain)
         return counts
 
 

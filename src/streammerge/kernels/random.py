@@ -3,71 +3,134 @@
 The generator is counter-based: each number is a keyed hash of its element index, so chunks, workers and order cannot
 change it. Each grain has its own key, a BLAKE2b digest. Within a grain, the counter passes twice through MurmurHash3's
 32-bit finalizer, each time after a xor with half of the key. Generators of this kind are described by Salmon et al.,
-*Parallel random numbers: as easy as 1, 2, 3*, 2011; this one uses the few vectorised integer operations of torch.
+*Parallel random numbers: as easy as 1, 2, 3*, 2011; this one uses the few vectorised integer operations of numpy.
+
+The finalizer begins and ends with ``x ^= x >> 16``, which is its own inverse. So the last one of the first pass and the
+first one of the second cancel, but for the key between them. The very first one changes the key only, since a counter
+within a grain has 16 bits. What is left is a third of the operations.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from streammerge.tensors.spec import GRAIN
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
+    Words = np.ndarray[Any, np.dtype[np.uint32]]
+
 _BITS = 24  # float32 holds 24 bits of [0, 1) evenly
+_SPARE = 32 - _BITS
 
 
 def uniform(seed: int, name: str, model: int, start: int, out: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
     """Fills float32 ``out`` with numbers in [0, 1) for the elements from ``start``. ``scratch`` is int32 of the same
     size."""
+    import numpy as np
+
+    words, spare = _words(out), _words(scratch)
+    for a, b, first, keys in _grains(seed, name, model, start, len(words)):
+        _hash(first, keys, words[a:b], spare[a:b])
+    np.right_shift(words, _word(_SPARE), out=spare)
+    return out.copy_(scratch).mul_(2.0**-_BITS)
+
+
+def limits(chances: torch.Tensor) -> torch.Tensor:
+    """Returns what :func:`chosen` takes for chances above 0, float32 or float64: unsigned 32-bit numbers, as int32."""
+    import numpy as np
     import torch
 
-    work, shifted = scratch, out.view(torch.int32)
-    keys = []
-    cursor = 0
-    while cursor < len(out):
+    exact = np.ceil(chances.numpy().astype(np.float64) * (1 << _BITS))  # a product with a power of two is exact
+    return torch.from_numpy(((exact.astype(np.int64) << _SPARE) - 1).astype(np.uint32).view(np.int32))
+
+
+def chosen(
+    seed: int,
+    name: str,
+    model: int,
+    start: int,
+    chance: float | torch.Tensor,
+    out: torch.Tensor,
+    scratch: torch.Tensor,
+) -> torch.Tensor:
+    """Fills float32 ``out`` with 1 where the :func:`uniform` number is below the chance, else 0.
+
+    ``chance``: a number, which counts as float32, or :func:`limits` of one chance for each element. ``scratch`` is int32 of
+    the same size.
+    """
+    import numpy as np
+    import torch
+
+    # u < c for u = (h >> 8) / 2^24 is h <= limit, so no number is made of the hash h.
+    each = chance.numpy().view(np.uint32) if isinstance(chance, torch.Tensor) else None
+    limit = 0 if each is not None else (math.ceil(float(np.float32(chance)) * (1 << _BITS)) << _SPARE) - 1
+    if limit < 0:
+        return out.zero_()
+    # h ^= h >> 16 leaves the upper half of h, which is all that this limit needs.
+    mixes = each is not None or limit & 0xFFFF != 0xFFFF
+    words, spare, floats = _words(out), _words(scratch), out.numpy()
+    for a, b, first, keys in _grains(seed, name, model, start, len(words)):
+        _hash(first, keys, words[a:b], spare[a:b], mixes)
+        flags = spare[a:b].view("?")[: b - a]
+        np.less_equal(words[a:b], _word(limit) if each is None else each[a:b], out=flags)
+        floats[a:b] = flags
+    return out
+
+
+def _grains(seed: int, name: str, model: int, start: int, count: int) -> list[tuple[int, int, int, tuple[int, int]]]:
+    """Returns (first number, number after the last, place in the grain, both keys) for each grain of ``count`` elements."""
+    made, cursor = [], 0
+    while cursor < count:
         grain, first = divmod(start + cursor, GRAIN)
-        count = min(GRAIN - first, len(out) - cursor)
+        stop = min(cursor + GRAIN - first, count)
         digest = blake2b(f"{seed}/{model}/{grain}/{name}".encode(), digest_size=8).digest()
-        part = work[cursor : cursor + count]
-        torch.bitwise_xor(_counters()[first : first + count], _int32(digest[:4]), out=part)
-        keys.append((part, _int32(digest[4:])))
-        cursor += count
-    _mix(work, shifted)
-    for part, key in keys:
-        part.bitwise_xor_(key)
-    _mix(work, shifted)
-    work.copy_(_shift(work, 32 - _BITS, shifted))  # ``shifted`` shares the memory of ``out``, which is overwritten next
-    return out.copy_(work).mul_(2.0**-_BITS)
+        made.append((cursor, stop, first, (int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little"))))
+        cursor = stop
+    return made
+
+
+def _hash(first: int, keys: tuple[int, int], words: Words, spare: Words, last: bool = True) -> None:
+    """Fills ``words`` with the hashes of a grain's counters from ``first``. ``last``: whether to end with the last
+    ``x ^= x >> 16``, which changes the lower half of each word only."""
+    import numpy as np
+
+    multiply, shift, xor = np.multiply, np.right_shift, np.bitwise_xor
+    thirteen, one, two = _word(13), _word(0x85EBCA6B), _word(0xC2B2AE35)
+    xor(_counters()[first : first + len(words)], np.array(keys[0] ^ keys[0] >> 16, np.uint32), words)
+    multiply(words, one, words)
+    xor(words, shift(words, thirteen, spare), words)
+    multiply(words, two, words)
+    xor(words, np.array(keys[1] ^ keys[1] >> 16, np.uint32), words)
+    multiply(words, one, words)
+    xor(words, shift(words, thirteen, spare), words)
+    multiply(words, two, words)
+    if last:
+        xor(words, shift(words, _word(16), spare), words)
 
 
 @lru_cache(maxsize=1)
-def _counters() -> torch.Tensor:
-    import torch
+def _counters() -> Words:
+    import numpy as np
 
-    return torch.arange(GRAIN, dtype=torch.int32)
-
-
-def _int32(octets: bytes) -> int:
-    return int.from_bytes(octets, "little", signed=True)
+    return np.arange(GRAIN, dtype=np.uint32)
 
 
-def _shift(values: torch.Tensor, bits: int, out: torch.Tensor) -> torch.Tensor:
-    """Shifts to the right and fills with zeros; torch's own shift keeps the sign."""
-    import torch
+@lru_cache(maxsize=64)
+def _word(value: int) -> Words:
+    """Returns a number as numpy takes it fastest beside an array."""
+    import numpy as np
 
-    return torch.bitwise_right_shift(values, bits, out=out).bitwise_and_((1 << (32 - bits)) - 1)
-
-
-def _mix(values: torch.Tensor, scratch: torch.Tensor) -> None:
-    """Applies MurmurHash3's finalizer in place."""
-    values.bitwise_xor_(_shift(values, 16, scratch)).mul_(_signed(0x85EBCA6B))
-    values.bitwise_xor_(_shift(values, 13, scratch)).mul_(_signed(0xC2B2AE35))
-    values.bitwise_xor_(_shift(values, 16, scratch))
+    return np.array(value, dtype=np.uint32)
 
 
-def _signed(word: int) -> int:
-    return word - (1 << 32) if word >> 31 else word
+def _words(values: torch.Tensor) -> Words:
+    import numpy as np
+
+    words: Words = values.numpy().view(np.uint32)
+    return words

@@ -1,9 +1,13 @@
 """The exact k-th largest number of a stream. Numerics only; no I/O.
 
-Two searches. The first is usually enough: a small sample gives a narrow bracket for the k-th largest. One pass then
-counts the numbers above the bracket and collects those inside it. The second always works: the bits of a float,
-adjusted for the sign, are an integer of the same order, its *key*. A histogram over all keys finds the bin of the k-th
-largest, a second one over that bin finds the place inside it, and so on until all bits of the key are known.
+Three searches. Numbers that are all in memory are partitioned (:func:`select`). Of a longer stream, a small sample gives a
+narrow bracket for the k-th largest. One pass then counts the numbers above the bracket and collects those inside it. The
+last search always works: the bits of a float, adjusted for the sign, are an integer of the same order, its *key*. A
+histogram over all keys finds the bin of the k-th largest, a second one over that bin finds the place inside it, and so on
+until all bits of the key are known.
+
+numpy partitions and sorts with vector instructions (AVX-512, AVX2, NEON), which torch does not. Measured on 32,768 numbers:
+10 us for a partition of integers, 20 us of floats, 300 us with two places at once, 315 us for torch's kthvalue.
 """
 
 from __future__ import annotations
@@ -11,9 +15,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from streammerge.tensors.spec import ranges
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 _BIN_BITS = 16
@@ -26,6 +33,10 @@ _SIGMAS = 3.5
 _FEW = 3
 _MOST_COLLECTED = 0.04
 _BLOCK = 8
+_SORTED_ELEMS = 1 << 15
+"""Numbers that are sorted at once, in whole rows: as many as stay in a CPU's own cache with their keys and places."""
+_LARGEST, _ANY_NAN = 0x7FFFFFFF, 0x7F800001
+"""Bits of float32: the largest of a number without a sign, and those of the first NaN."""
 
 
 def sample_elems(count: int) -> int:
@@ -75,12 +86,53 @@ def guess(sample: torch.Tensor, rank: int, count: int) -> Guess | None:
     return Guess(low, high, len(near) / size) if len(near) <= max(size * _MOST_COLLECTED, 3 * margin) else None
 
 
+def select(values: torch.Tensor, ranks: Sequence[int], signed: bool, scratch: torch.Tensor) -> tuple[list[Cut], bool]:
+    """Returns the cuts of these ranks, each from 1 to the number of values, and whether any value is NaN.
+
+    NaN counts as the largest number. ``scratch`` has the dtype and the size of the values. ``signed``: see
+    :meth:`TensorGroup.kth_largest`.
+    """
+    import numpy as np
+
+    numbers, n = values.numpy(), len(values)
+    ordered = scratch.copy_(values).numpy()
+    # Partitions the bits as integers if no number is negative: that takes half the time.
+    keys = ordered if signed else ordered.view(np.int64 if ordered.itemsize == 8 else np.int32)
+    done = 0
+    for rank in sorted(set(ranks), reverse=True):  # one place after the other: numpy is slow at several places at once
+        keys[done:].partition(n - rank - done)
+        done = n - rank + 1
+    cuts = []
+    for rank in ranks:
+        largest = ordered[n - rank :]
+        threshold = largest[0]
+        if signed or threshold != threshold:
+            cuts.append(Cut(rank, float(threshold), n))
+            continue
+        kept = int(np.count_nonzero(largest == threshold))
+        places = np.flatnonzero(numbers == threshold)
+        cuts.append(Cut(rank, float(threshold), n if kept == len(places) else int(places[kept - 1]) + 1))
+    return cuts, bool(np.isnan(ordered[done - 1 :].max()))
+
+
 def count_above(values: torch.Tensor, limit: float, scratch: torch.Tensor) -> int:
     """Counts the numbers larger than ``limit``. NaN counts as larger."""
-    import torch
+    import numpy as np
 
-    exact = None if len(values) < 1 << 24 else torch.float64  # float32 sums of ones are exact up to 2^24
-    return len(values) - int(torch.le(values, limit, out=scratch).sum(dtype=exact))
+    return len(values) - int(np.count_nonzero(np.less_equal(values.numpy(), limit, out=_flags(scratch, len(values)))))
+
+
+def places_equal(values: torch.Tensor, number: float, scratch: torch.Tensor) -> np.ndarray[Any, Any]:
+    """Returns where the values equal a number, as numpy's booleans in ``scratch``."""
+    import numpy as np
+
+    flags = _flags(scratch, len(values))
+    np.equal(values.numpy(), number, out=flags)
+    return flags
+
+
+def _flags(scratch: torch.Tensor, count: int) -> np.ndarray[Any, Any]:
+    return scratch.numpy().view("?")[:count]
 
 
 def inside(values: torch.Tensor, low: float, high: float, scratch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
@@ -211,16 +263,57 @@ class Cut:
 
 
 def _just_below(value: float, dtype: torch.dtype) -> float:
-    import torch
+    import numpy as np
 
-    return float(torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(-torch.inf, dtype=dtype)))
+    kind = np.float64 if dtype.itemsize == 8 else np.float32
+    return float(np.nextafter(kind(value), kind(-math.inf)))
 
 
 def row_ranks(values: torch.Tensor, dim: int) -> torch.Tensor:
     """Returns the rank of each number along ``dim``, 0 for the smallest. Among equal numbers the first ranks higher."""
     import torch
 
+    if values.dtype == torch.float32 and not bool((values < 0).any()):
+        fibres = values.contiguous().view(math.prod(values.shape[:dim]), values.shape[dim], -1)
+        keys, order = (torch.empty(values.numel(), dtype=torch.int64) for _ in range(2))
+        by_rank(fibres, torch.arange(values.shape[dim]), out := torch.empty(fibres.shape, dtype=torch.int64), keys, order)
+        return out.view(values.shape)
     order = values.argsort(dim=dim, descending=True, stable=True)
     count = values.shape[dim]
     places = torch.arange(count - 1, -1, -1).view([count if d == dim else 1 for d in range(values.dim())])
     return torch.empty_like(order).scatter_(dim, order, places.expand_as(order))
+
+
+def by_rank(
+    values: torch.Tensor, table: torch.Tensor, out: torch.Tensor, keys: torch.Tensor, order: torch.Tensor
+) -> torch.Tensor:
+    """Fills ``out`` with the number from ``table`` that the rank of each value's magnitude selects.
+
+    ``values`` (float32 or float64) and ``out`` have the shape (rows, n, rest); ranks are along n, as of :func:`row_ranks`.
+    ``table`` has n numbers. ``keys`` and ``order`` are int64 of the values' size.
+    """
+    import numpy as np
+    import torch
+
+    rows, n, rest = values.shape
+    if values.dtype != torch.float32:
+        return out.copy_(table[row_ranks(values.abs(), 1)])
+    # A key is a magnitude, from the largest to the smallest, with the place below it. Sorting the keys as integers keeps
+    # the order of equal numbers, and numpy does it 80 times as fast as torch sorts floats with their places.
+    bits, places, ranked = values.numpy().view(np.int32), np.arange(n, dtype=np.int64), table.flip(0).expand(1, rest, n)
+    step = max(_SORTED_ELEMS // max(n * rest, 1), 1)
+    for start, stop in ranges(rows, step):
+        count = (stop - start) * rest * n
+        made, places_of = keys.numpy()[:count].reshape(-1, rest, n), order.numpy()[:count].reshape(-1, rest, n)
+        small = places_of.reshape(-1).view(np.int32)[:count].reshape(made.shape)
+        np.bitwise_or(bits[start:stop].swapaxes(1, 2), np.int32(-(1 << 31)), out=small)
+        np.invert(small, out=small)
+        np.maximum(small, np.int32(_LARGEST - _ANY_NAN), out=small)  # NaN of all kinds are equal
+        made[:] = small
+        np.left_shift(made, 32, out=made)
+        np.bitwise_or(made, places, out=made)
+        made.sort(axis=-1)
+        np.bitwise_and(made, 0xFFFFFFFF, out=places_of)
+        target = out[start:stop].transpose(1, 2)
+        target.scatter_(2, torch.from_numpy(places_of), ranked.expand_as(target))
+    return out

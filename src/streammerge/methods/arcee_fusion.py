@@ -56,7 +56,11 @@ def arcee_fusion(group: TensorGroup) -> Kernel:
 
 
 def _importance(chunk: Chunk, group: TensorGroup) -> torch.Tensor:
+    import torch
+
     x, b = (values.view(-1, group.row) for values in (chunk.load(0, "x"), chunk.base))
-    p, q = (values.softmax(-1).add_(1e-8) for values in (x, b))
-    divergence = (p / q).log_().mul_(p).sum(-1, keepdim=True)
+    p, q = (chunk.empty(slot).view(x.shape) for slot in ("p", "q"))  # memory of torch's own would be new at each chunk
+    torch.softmax(x, -1, out=p).add_(1e-8)
+    torch.softmax(b, -1, out=q).add_(1e-8)
+    divergence = torch.div(p, q, out=q).log_().mul_(p).sum(-1, keepdim=True)
     return x.sub_(b).abs_().mul_(divergence).view(-1)

@@ -12,16 +12,18 @@ import math
 import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from types import ModuleType
 from typing import Any, TypeVar
 
+from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, printable
 from streammerge.kernels.chunk import Kernel
 from streammerge.kernels.group import TensorGroup
 from streammerge.plugins import Registry, imported
 from streammerge.tensors.dtypes import DType
+from streammerge.tensors.spec import GRAIN
 from streammerge.units import plain_number
 
 PerModel = Sequence[float]
@@ -91,8 +93,9 @@ class MergeMethod:
     numbers at the same place, not on the name, the shape or other numbers; short tensors may then be computed together.
     ``buffers``: how many chunk-long buffers the method holds at once, torch's temporaries included;
     ``buffers_per_model``: how many more for each model. ``searches``: how many ranks it searches at once, per model.
-    ``row_buffers``: how many float64 rows its passes hold. ``compute``: the dtype of the arithmetic, unless the recipe
-    gives one. ``check(values)`` raises RecipeError.
+    ``row_buffers``: how many float64 rows its passes hold. ``kept_bits``: how many bits of each element it keeps for a
+    model, in a tensor of up to a grain. ``compute``: the dtype of the arithmetic, unless the recipe gives one.
+    ``check(values)`` raises RecipeError.
 
     A method is pickled as the place of its function, and is found there again.
     """
@@ -108,6 +111,7 @@ class MergeMethod:
     buffers_per_model: int = 0
     searches: int = 0
     row_buffers: int = 0
+    kept_bits: int = 0
     compute: str = "float32"
     check: Callable[[Values], None] | None = None
     listed: bool = field(default=True, repr=False)
@@ -173,6 +177,10 @@ class MergeMethod:
         narrow = any(d not in (DType.BF16, DType.F32, DType.F64) for d in dtypes)  # widened by way of float32
         count = self.buffers + self.buffers_per_model * len(dtypes) + based + (wide and narrow)
         return 8 if wide else 4, count
+
+    def held_bytes(self, row: int, models: int) -> int:
+        """Bytes that it holds between its passes and the kernel, beside what searches hold."""
+        return 8 * row * self.row_buffers + models * self.kept_bits * GRAIN // 8
 
     def resolve(self, given: Mapping[str, Any], models: int) -> Values:
         """Returns all parameters for this many models, with defaults filled in. Raises RecipeError."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from streammerge.errors import RecipeError
-from streammerge.kernels.chunk import Chunk, Kernel
+from streammerge.kernels.chunk import OPERAND, Chunk, Kernel, Slot
 from streammerge.kernels.group import TensorGroup
 from streammerge.kernels.ranking import Cut
 from streammerge.methods.contracts import Values, merge_method
@@ -20,7 +20,7 @@ def _check_topk(values: Values) -> None:
         raise RecipeError(f"select_topk is the share of elements that is kept, from 0 to 1, not {values['select_topk']:g}")
 
 
-@merge_method("sce", models=(0, None), base="required", buffers=11, searches=1, check=_check_topk)
+@merge_method("sce", models=(0, None), base="required", buffers=11, buffers_per_model=1, searches=1, check=_check_topk)
 def sce(group: TensorGroup, *, int8_mask: bool = False, select_topk: float = 1.0, uniform_below: float = 0.0) -> Kernel:
     r"""Select, calculate, erase: fuses deltas where they vary, each by its energy.
 
@@ -46,13 +46,13 @@ def sce(group: TensorGroup, *, int8_mask: bool = False, select_topk: float = 1.0
         import torch
 
         mask, spare = _mask(chunk, group, cut), chunk.empty("spare")
-        total = chunk.zeros("sum")
-        for model in range(group.models):
-            total.add_(_selected(chunk, model, mask))
+        deltas = [_selected(chunk, model, mask, f"delta {model}") for model in range(group.models)]
+        total = torch.add(deltas[0], deltas[1] if len(deltas) > 1 else 0, out=chunk.empty("sum"))
+        for delta in deltas[2:]:
+            total.add_(delta)
         sign = torch.ge(total, 0, out=total).mul_(2).sub_(1)
         mixed, divisor = chunk.zeros("mixed"), chunk.zeros("divisor")
-        for model, weight in enumerate(weights):
-            delta = _selected(chunk, model, mask)
+        for delta, weight in zip(deltas, weights, strict=True):
             agrees = torch.gt(torch.mul(delta, sign, out=spare), 0, out=spare).mul_(weight)
             divisor.add_(agrees)
             mixed.add_(delta.mul_(agrees))
@@ -61,8 +61,8 @@ def sce(group: TensorGroup, *, int8_mask: bool = False, select_topk: float = 1.0
     return kernel
 
 
-def _selected(chunk: Chunk, model: int, mask: torch.Tensor | None) -> torch.Tensor:
-    delta = chunk.delta(model)
+def _selected(chunk: Chunk, model: int, mask: torch.Tensor | None, slot: Slot = OPERAND) -> torch.Tensor:
+    delta = chunk.delta(model, slot)
     return delta if mask is None else delta.mul_(mask)
 
 
@@ -90,9 +90,10 @@ def _variance(chunk: Chunk, group: TensorGroup) -> torch.Tensor:
 
     mean, variance = chunk.zeros("mean"), chunk.zeros("variance")
     for number in range(group.models):
-        apart = torch.sub(chunk.delta(number), mean, out=chunk.empty("apart"))
+        delta = chunk.delta(number)
+        apart = torch.sub(delta, mean, out=chunk.empty("apart"))
         mean.add_(torch.div(apart, number + 1, out=chunk.empty("share")))
-        variance.add_(apart.mul_(chunk.delta(number).sub_(mean)))
+        variance.add_(apart.mul_(delta.sub_(mean)))
     return variance.div_(group.models)
 
 

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import RecipeError
 from streammerge.kernels.chunk import Chunk
 from streammerge.kernels.group import TensorGroup
-from streammerge.kernels.ranking import row_ranks
+from streammerge.kernels.random import limits
+from streammerge.kernels.ranking import by_rank
 from streammerge.methods.contracts import Values
+from streammerge.tensors.spec import GRAIN
 
 if TYPE_CHECKING:
     import torch
@@ -76,10 +79,34 @@ def magnitude_outliers(group: TensorGroup, density: Sequence[float], gamma: Sequ
 def bernoulli(group: TensorGroup, density: Sequence[float]) -> Sparsify:
     """Keeps each element with probability ``density``."""
 
+    def mask(chunk: Chunk, model: int, delta: torch.Tensor) -> torch.Tensor | None:
+        return None if density[model] >= 1 else group.chosen(chunk, model, density[model])
+
+    return _masked(group, mask)
+
+
+def _masked(group: TensorGroup, mask: Callable[[Chunk, int, torch.Tensor], torch.Tensor | None]) -> Sparsify:
+    """Returns the sparsifier that multiplies by a mask of 1 and 0.
+
+    Of a tensor of up to a grain, the mask of each model is made in the first pass and kept for the kernel, a bit for each
+    element. The budget counts these bits as ``kept_bits`` of the method.
+    """
+    import numpy as np
+
+    kept: dict[int, Any] = {}
+
     def apply(chunk: Chunk, model: int, delta: torch.Tensor) -> torch.Tensor:
-        if density[model] >= 1:
+        keeps = chunk.elems == group.elems <= GRAIN and not chunk.hides
+        if keeps and model in kept:
+            made = chunk.empty("mask")
+            np.copyto(made.numpy(), np.unpackbits(kept[model], count=chunk.elems))
+            return delta.mul_(made)
+        found = mask(chunk, model, delta)
+        if found is None:
             return delta
-        return _where(group.uniform(chunk, model), density[model], delta)
+        if keeps:
+            kept[model] = np.packbits(found.numpy() != 0)
+        return delta.mul_(found)
 
     return apply
 
@@ -91,17 +118,24 @@ def magprune(group: TensorGroup, density: Sequence[float], epsilon: Sequence[flo
     is kept.
     """
 
-    def apply(chunk: Chunk, model: int, delta: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    @cache
+    def table(n: int, model: int) -> torch.Tensor:
         d, e = density[model], epsilon[model]
+        return limits(torch.arange(n).to(group.compute).mul_(2 * e / (n - 1)).add_(d - e))
+
+    def mask(chunk: Chunk, model: int, delta: torch.Tensor) -> torch.Tensor | None:
         fibres = fibre_view(delta, group.shape)
         n = fibres.shape[1]
-        if d >= 1 or n <= 1:
-            return delta
-        ranks = row_ranks(fibres.abs(), dim=1).reshape(-1)
-        chances = chunk.empty("chances").copy_(ranks).mul_(2 * e / (n - 1)).add_(d - e)
-        return _where(group.uniform(chunk, model), chances, delta)
+        if density[model] >= 1 or n <= 1:
+            return None
+        chances = chunk.empty("chances", torch.int32)
+        keys, order = (chunk.empty(slot, torch.int64) for slot in ("rank keys", "rank order"))
+        by_rank(fibres, table(n, model), chances.view(fibres.shape), keys, order)
+        return group.chosen(chunk, model, chances)
 
-    return apply
+    return _masked(group, mask)
 
 
 def fibre_view(values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
@@ -122,13 +156,12 @@ def rescaled(group: TensorGroup, sparsify: Sparsify) -> Sparsify:
 
     This restores the sum of magnitudes. There is no factor if either sum is below 1e-7.
     """
-    import torch
 
     def sums(chunk: Chunk) -> Iterator[torch.Tensor]:
         for model in range(group.models):
-            delta = chunk.delta(model)
-            yield torch.abs(delta, out=chunk.empty("magnitude"))
-            yield sparsify(chunk, model, delta).abs_()
+            magnitudes = chunk.delta(model).abs_()
+            yield magnitudes
+            yield sparsify(chunk, model, magnitudes)  # what is kept depends on no sign
 
     totals = list(map(float, group.reduce(sums))) if group.models else []
     # Not >=: NaN must stay
@@ -138,9 +171,3 @@ def rescaled(group: TensorGroup, sparsify: Sparsify) -> Sparsify:
 
 def _magnitudes(group: TensorGroup) -> Callable[[Chunk], Iterator[torch.Tensor]]:
     return lambda chunk: (chunk.delta(model).abs_() for model in range(group.models))
-
-
-def _where(uniform: torch.Tensor, chance: float | torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    return delta.mul_(torch.lt(uniform, chance, out=uniform))

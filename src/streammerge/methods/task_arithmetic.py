@@ -141,7 +141,7 @@ def ties(
     return _merge(group, sparsify, weight, elect=True, normalize=normalize, scale=lambda_)
 
 
-@merge_method("dare_linear", models=(0, None), base="required", buffers=8, check=check_density)
+@merge_method("dare_linear", models=(0, None), base="required", buffers=8, kept_bits=1, check=check_density)
 def dare_linear(
     group: TensorGroup,
     *,
@@ -167,7 +167,9 @@ def dare_linear(
     return _merge(group, sparsify, weight, elect=False, normalize=normalize, scale=lambda_)
 
 
-@merge_method("dare_ties", models=(0, None), base="required", buffers=12, buffers_per_model=1, check=check_density)
+@merge_method(
+    "dare_ties", models=(0, None), base="required", buffers=12, buffers_per_model=1, kept_bits=1, check=check_density
+)
 def dare_ties(
     group: TensorGroup,
     *,
@@ -245,7 +247,14 @@ def breadcrumbs_ties(
 
 
 @merge_method(
-    "della", models=(0, None), base="required", row=fibre_row, buffers=16, buffers_per_model=1, check=check_density
+    "della",
+    models=(0, None),
+    base="required",
+    row=fibre_row,
+    buffers=16,
+    buffers_per_model=1,
+    kept_bits=1,
+    check=check_density,
 )
 def della(
     group: TensorGroup,
@@ -276,7 +285,9 @@ def della(
     return _merge(group, sparsify, weight, elect=True, normalize=normalize, scale=lambda_)
 
 
-@merge_method("della_linear", models=(0, None), base="required", row=fibre_row, buffers=14, check=check_density)
+@merge_method(
+    "della_linear", models=(0, None), base="required", row=fibre_row, buffers=14, kept_bits=1, check=check_density
+)
 def della_linear(
     group: TensorGroup,
     *,

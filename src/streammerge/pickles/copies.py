@@ -12,16 +12,9 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
-from streammerge.pickles.state_dict import (
-    Candidate,
-    Found,
-    inside,
-    is_training_state,
-    matched_by_order,
-    trained_of,
-    unwrapped,
-    weights_of,
-)
+from streammerge.pickles.candidates import Candidate, Found, inside
+from streammerge.pickles.state_dict import matched_by_order, trained_of, unwrapped, weights_of
+from streammerge.pickles.training_state import is_training_state
 from streammerge.pickles.tree import MISSING, Instance, OrderedTree, TensorRef, mapping_items, number, walk
 from streammerge.tensors.conventions import AVERAGED
 

@@ -6,6 +6,8 @@ Each module imports only modules above it::
     tasks         tasks, pieces, batches
     receipt       the record in an output of how it was made
     views         models, slices and modules as views of checkpoints
+    tokenizers    the tokens of the output
+    vocabularies  rows of embeddings in the order of the output's tokens
     dispositions  what becomes of each thing in an input
     parameters    a method's parameters for each tensor
     mismatch      differences between checkpoints
@@ -15,7 +17,6 @@ Each module imports only modules above it::
     alignment     which tensors go into which tensor of the output
     copies        the same for the copies of the weights
     outputs       the files of the output, and the place of each tensor
-    tokenizers    whose tokenizer the output has
     plan          Plan, build_plan
     digest        whether two plans are the same
 """

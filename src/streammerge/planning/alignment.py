@@ -23,6 +23,7 @@ from streammerge.planning.parameters import ParameterValues, shares
 from streammerge.planning.refusals import quantised, refuse_inseparable, refuse_unmerged, refuse_unreadable
 from streammerge.planning.shapes import Fitted, differ, fit, framed
 from streammerge.planning.views import Indexes, Part, Restacked, View, make_parts
+from streammerge.planning.vocabularies import Tokenized
 from streammerge.recipe.model import Recipe, Reference, Rule
 from streammerge.sources.base import Source
 from streammerge.sources.merged import Merged as MergedSource
@@ -66,6 +67,7 @@ class Alignment:
     """``taken``: how many tensors each rule took. ``restacked`` as :class:`parts.Parts` has it.
 
     ``shares``: the tree of each checkpoint, and its weight in means of plain numbers. ``dispositions``: of the tensors.
+    ``tokenized``: the output's vocabulary, if the recipe asks for one.
     """
 
     merged: list[Merged]
@@ -75,6 +77,7 @@ class Alignment:
     restacked: list[Restacked] = field(default_factory=list)
     shares: list[tuple[Any, float]] = field(default_factory=list)
     dispositions: Dispositions = field(default_factory=Dispositions)
+    tokenized: Tokenized | None = None
 
 
 def align(recipe: Recipe, indexes: Indexes) -> Alignment:

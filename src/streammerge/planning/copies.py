@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from streammerge.checkpoints.index import CheckpointIndex
+from streammerge.dataclass import dataclass
 from streammerge.errors import MismatchError, RecipeError, listed
 from streammerge.methods.registry import COPY
 from streammerge.planning.alignment import Alignment, Merged, align

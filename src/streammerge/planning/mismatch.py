@@ -6,8 +6,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
+from streammerge.dataclass import dataclass
 from streammerge.errors import MismatchError, listed, printable
 from streammerge.recipe.model import Recipe
 from streammerge.tensors.adapters import is_adapter
@@ -149,6 +150,11 @@ class Mismatch:
                     '`"leading"` (merge the block that all have at the start of every axis, keep the rest of the first)'
                 )
             lines.append(f"{_either(ways)} settles shapes; a rule can copy a tensor from one model, or drop it")
+            if any(d.guess.startswith("vocabulary") for d in shapes):
+                lines.append(
+                    '`tokenizer_source="base"` or `"union"` brings the rows of several vocabularies into one order, where '
+                    "each model has its tokenizer or vocabulary beside it"
+                )
         elif self.differing:
             lines.append("a rule of a recipe settles these: it copies a tensor from one model, or drops it")
         raise MismatchError("\n".join(lines))

@@ -4,9 +4,10 @@ first that sets a parameter decides."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, printable
 from streammerge.methods.contracts import MergeMethod, Parameter
 from streammerge.planning.views import Part

@@ -18,8 +18,9 @@ from streammerge.planning.outputs.container import plan_output
 from streammerge.planning.outputs.layout import Layout, Placed
 from streammerge.planning.receipt import InputSpans
 from streammerge.planning.tasks import MergeTask
-from streammerge.planning.tokenizers import check_tokenizers, differing_vocabularies
+from streammerge.planning.tokenizers import differing_vocabularies
 from streammerge.planning.views import Indexes
+from streammerge.planning.vocabularies import tokenized, truncated
 from streammerge.recipe.model import Recipe
 from streammerge.recipe.summary import recipe_lines, rule_lines, weight_notes
 from streammerge.sources.base import BlobPath, Needs, Source
@@ -193,12 +194,20 @@ def build_plan(
     """
     if out is not None and not out.name:
         raise RecipeError(f"{printable(out)} is not a name for an output")
-    alignment = align(recipe, indexes)
-    opened = indexes.values()
+    opened, tokens = indexes.values(), tokenized(recipe, indexes)
+    cut: list[str] = []
+    if tokens is None and recipe.unsafe_truncate_embeddings:
+        alignment = align(recipe, truncated(recipe, indexes, cut))
+    else:
+        alignment = align(recipe, tokens.indexes if tokens else indexes)
+    alignment.warnings += cut
     alignment.warnings += differing_facts([i.extras for i in opened], [str(i.path) for i in opened])
     alignment.warnings += differing_configs(opened)
     alignment.warnings += differing_vocabularies(recipe, indexes)
-    alignment.notes += check_tokenizers(recipe, indexes)
+    if tokens is not None:
+        alignment.tokenized = tokens
+        alignment.notes += tokens.notes
+        alignment.warnings += tokens.warnings
     output = plan_output(out or parse(_EXAMPLE_OUT), recipe, indexes, alignment, hashed)
     tasks = [task for placed in output.placed for task in _tasks(placed, recipe.seed)]
     # Sorts by the place in the first input, so that its pages are read once and in sequence.
@@ -215,6 +224,7 @@ def build_plan(
     budget, io = budget_of(tasks, memory_bytes, workers, io, bool(spooled), pickle_bytes)
     identities = {path: known for index in opened for path, known in index.identities().items()}
     identities |= {source: source.status() for source, _ in output.layout.side_files}
+    identities |= {file: file.status() for file in (tokens.read if tokens else ())}
     notes = [*(note for index in opened for note in index.notes), *alignment.notes, *output.notes]
     notes += [*output.dispositions.notes(), *weight_notes(recipe)]
     return Plan(
@@ -338,7 +348,7 @@ def _task_cost(task: MergeTask, dtypes: list[DType], io: str) -> Cost:
     if method is COPY:
         return Cost(0, 0, out, read, inputs, mapped)
     compute, buffers = method.buffers_for(dtypes, task.compute, task.based)
-    searches, rows_bytes = method.searches * models, 8 * task.row * method.row_buffers
+    searches, rows_bytes = method.searches * models, method.held_bytes(task.row, models)
     passes = rows_bytes + held_bytes(min(task.elems, task.piece_elems), searches)
     spread = rows_bytes + held_bytes(task.elems, searches) if task.spread else 0
     return Cost(compute, buffers, out, read, inputs, mapped, task.row, method.passes, passes, spread)

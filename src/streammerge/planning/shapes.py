@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from streammerge.dataclass import dataclass
 from streammerge.errors import MismatchError, printable
 from streammerge.methods.registry import COPY
 from streammerge.planning.mismatch import Differing

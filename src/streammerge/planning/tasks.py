@@ -139,15 +139,21 @@ def batches(wanted: Iterable[Piece], most_bytes: int) -> Iterator[list[Piece]]:
         yield batch
 
 
-def stretches(batch: list[Piece]) -> Iterator[list[Piece]]:
-    """Yields the stretches of a batch. Each stretch can be computed as one tensor."""
-    stretch = [batch[0]]
+def stretches(batch: list[Piece], most_bytes: int = 0) -> Iterator[list[Piece]]:
+    """Yields the stretches of a batch: pieces whose inputs are read as if they were one tensor's.
+
+    A stretch of a pointwise method is computed as one tensor. One of another method has inputs of at most ``most_bytes``,
+    or is a single piece.
+    """
+    stretch, nbytes = [batch[0]], batch[0].read_bytes
     for piece in batch[1:]:
-        if _continues(stretch[-1].task, piece.task):
+        more = piece.read_bytes
+        if (nbytes + more <= most_bytes or piece.task.method.pointwise) and _continues(stretch[-1].task, piece.task):
             stretch.append(piece)
+            nbytes += more
         else:
             yield stretch
-            stretch = [piece]
+            stretch, nbytes = [piece], more
     yield stretch
 
 
@@ -175,7 +181,7 @@ def _continues(before: MergeTask, task: MergeTask) -> bool:
     """Whether a task follows another one in every input too, over stored bytes, and is computed in the same way."""
     if not (
         task.method is before.method
-        and task.method.pointwise
+        and (task.method.pointwise or task.method.passes)
         and task.out.dtype is before.out.dtype
         and task.compute == before.compute
         and task.based == before.based

@@ -1,27 +1,31 @@
-"""Handles a recipe that says whose tokenizer the output has. It is accepted if all models have one vocabulary, and
-refused otherwise."""
+"""The tokens of the output: whose tokenizer it has, which number each token gets, and what its files say.
+
+Works as mergekit 0.1.5 does, and in the order of the recipe, where mergekit's order depends on the hashes of the names. No
+library is needed: a union is an edit of the ``added_tokens`` of a tokenizer.json.
+"""
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from streammerge.checkpoints.tokens import FLAGS, Added, Tokens, entry, next_number, read_tokens
 from streammerge.checkpoints.vocabularies import same_vocabulary, vocabulary_of
-from streammerge.errors import RecipeError, printable
+from streammerge.errors import RecipeError, listed, printable
 from streammerge.planning.views import Indexes
 from streammerge.recipe.adapted import resolved
-from streammerge.recipe.model import Recipe
-
-_NO_MODEL = ("base", "union")
-_WHAT_ELSE = "merge the tokenizers first, or leave this out and take the output's tokenizer as it is"
-
-
-def asked_for(recipe: Recipe) -> str | None:
-    """Returns whose tokenizer a recipe asks for."""
-    return recipe.tokenizer_source or (recipe.tokenizer.source if recipe.tokenizer else None)
+from streammerge.recipe.model import Recipe, Reference
+from streammerge.recipe.vocabulary import NO_MODEL, Tokenizer
+from streammerge.stores.base import Location
+from streammerge.stores.locations import parse
 
 
 def differing_vocabularies(recipe: Recipe, indexes: Indexes) -> list[str]:
     """Returns a warning about each model whose tokenizer numbers its tokens in another way than the first model's."""
     folders = [index for index in indexes.values() if index.path.is_folder()]
-    if len(folders) < 2 or asked_for(recipe):
+    if len(folders) < 2 or recipe.tokens:
         return []
     first, *others = folders
     ours, said = vocabulary_of(first.path), []
@@ -34,32 +38,200 @@ def differing_vocabularies(recipe: Recipe, indexes: Indexes) -> list[str]:
     return said
 
 
-def check_tokenizers(recipe: Recipe, indexes: Indexes) -> list[str]:
-    """Returns a note about the tokenizer if the recipe asks for one.
+class Pool:
+    """All tokens of a merge. Each has a serial number, so that a model's vocabulary is kept as a list of numbers."""
 
-    Raises RecipeError if the models have several vocabularies, since their embeddings would have to be put into another
-    order, or if the tokenizer that is asked for is not the one that the output takes.
+    def __init__(self) -> None:
+        self.serials: dict[str, int] = {}
+
+    def numbered(self, tokens: Tokens) -> array[int]:
+        """Returns the serial of the token of each number; -1 where no token has the number."""
+        made = array("i", [-1]) * tokens.size
+        serials = self.serials
+        for token, number in tokens.numbers.items():
+            made[number] = serials.setdefault(token, len(serials))
+        return made
+
+
+@dataclass(slots=True)
+class Known:
+    """The vocabulary of one model. ``serials``: the serial of the token of each number, or -1. ``limit``: the numbers from
+    here on have no row. ``count``: how many tokens. ``tokens``: what its file tells besides the numbers; None for a model
+    without a tokenizer."""
+
+    path: Location
+    serials: array[int]
+    limit: int
+    count: int
+    tokens: Tokens | None
+
+
+@dataclass(slots=True)
+class Vocabulary:
+    """The output's vocabulary. ``serials``: of the token of each number, or -1. ``names``: serial -> token.
+
+    ``giver``: whose tokenizer files the output has. ``new``: added tokens that these lack. ``marked``: tokens of their
+    vocabulary that become added ones. ``gone``: tokens that the output is without, since they have no row.
     """
-    asked = asked_for(recipe)
-    if not asked:
-        return []
-    key = "tokenizer_source" if recipe.tokenizer_source else "tokenizer"
-    opened = list(indexes.values())
-    first, ours = opened[0], vocabulary_of(opened[0].path)
-    if ours is None:
+
+    serials: array[int]
+    giver: Tokens
+    next: int
+    names: list[str] = field(default_factory=list)
+    new: list[Added] = field(default_factory=list)
+    marked: list[Added] = field(default_factory=list)
+    gone: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        return len(self.serials)
+
+    @property
+    def edited(self) -> bool:
+        """Whether the output's tokenizer is not the giver's as it is."""
+        return bool(self.new or self.marked or self.gone)
+
+    def numbers(self) -> array[int]:
+        """Returns serial -> number in the output, or -1."""
+        made = array("i", [-1]) * len(self.names)
+        for number, serial in enumerate(self.serials):
+            if serial >= 0:
+                made[serial] = number
+        return made
+
+    def add(self, one: Added, serial: int) -> None:
+        """Adds a token behind all others, as an added one with these flags."""
+        self.new.append(entry(one["content"], self.next, **dict(zip(FLAGS, _flags(one), strict=True))))
+        while self.size < self.next:
+            self.serials.append(-1)
+        self.serials.append(serial)
+        self.next += 1
+
+
+def base_of(recipe: Recipe) -> Reference:
+    """Returns the model whose tokenizer is the base: the recipe's base, or its first model."""
+    return recipe.base or recipe.of(recipe.entries[0])
+
+
+def known_vocabularies(recipe: Recipe, models: Mapping[Reference, Location]) -> tuple[Pool, dict[Reference, Known]]:
+    """Returns the vocabulary of each model, the base's first.
+
+    A model without a tokenizer is taken to have the base's, as in mergekit. Raises RecipeError if the base has none.
+    """
+    pool, known = Pool(), dict[Reference, Known]()
+    base = base_of(recipe)
+    for reference in sorted(models, key=lambda each: not each.same(base)):
+        path = models[reference]
+        tokens = _read(recipe, path, required=reference.same(base))
+        if tokens is None:
+            first = next(iter(known.values()))
+            known[reference] = Known(path, first.serials, first.limit, first.count, None)
+            continue
+        serials = pool.numbered(tokens)
+        serials = next((each.serials for each in known.values() if each.serials == serials), serials)
+        known[reference] = Known(path, serials, len(serials), len(tokens.numbers), tokens)
+        tokens.numbers = {}  # the serials tell the same in less memory
+    return pool, known
+
+
+def output_vocabulary(recipe: Recipe, pool: Pool, known: dict[Reference, Known]) -> Vocabulary:
+    """Returns the output's vocabulary, as the recipe asks for it."""
+    asked = recipe.tokens or Tokenizer()
+    base = next(iter(known.values()))
+    if asked.source in NO_MODEL:
+        made = _stripped(base, pool)
+        if asked.source == "union":
+            _unite(made, known, pool)
+    else:
+        own = next((each for reference, each in known.items() if resolved(reference.path) == resolved(asked.source)), None)
+        if own is not None and own.tokens is not None:
+            made = Vocabulary(array("i", own.serials), own.tokens, next_number(own.tokens.ordinary, own.tokens.added))
+        else:
+            tokens = _read(recipe, parse(asked.source))
+            made = Vocabulary(pool.numbered(tokens), tokens, next_number(tokens.ordinary, tokens.added))
+    made.next = max(made.next, 0 if made.giver.kind == "tokenizers" else made.size)
+    have = set(made.serials)
+    for token in asked.tokens:
+        serial = pool.serials.setdefault(token, len(pool.serials))
+        if serial not in have:
+            have.add(serial)
+            made.add(entry(token, 0), serial)
+    made.names = list(pool.serials)
+    if missing := [str(each.path) for each in known.values() if each.tokens is None]:
+        made.warnings.append(f"{listed(missing)} without a tokenizer: taken to have that of {printable(base.path)}")
+    return made
+
+
+def _read(recipe: Recipe, path: Location, required: bool = True) -> Any:
+    """Returns the tokens of a model; None if there are none and they are not ``required``."""
+    key = recipe.at(("tokenizer_source",) if recipe.tokenizer_source else ("tokenizer",))
+    try:
+        tokens = read_tokens(path)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{key}the vocabulary of {printable(path)} cannot be read: {printable(error)}") from error
+    if tokens is None and required:
         raise RecipeError(
-            f"{recipe.at((key,))}{printable(first.path)}, whose files the output takes, has no tokenizer that can be read; "
-            f"{_WHAT_ELSE}"
+            f"{key}{printable(path)} has no tokenizer that can be read, and the recipe asks for its tokens; put its "
+            "tokenizer.json there (`AutoTokenizer.from_pretrained(...).save_pretrained(...)` writes one), or leave this out"
         )
-    for index in opened[1:]:
-        if not same_vocabulary(ours, vocabulary_of(index.path)):
-            raise RecipeError(
-                f"{recipe.at((key,))}{key} is supported only where all models have one vocabulary, and the tokenizers of "
-                f"{printable(first.path)} and {printable(index.path)} differ, or one is absent; {_WHAT_ELSE}"
-            )
-    if asked not in _NO_MODEL and resolved(asked) != resolved(str(first.path)):
-        raise RecipeError(
-            f"{recipe.at((key,))}the output takes the tokenizer of {printable(first.path)}, which has the same vocabulary; "
-            f"leave {key} out, and copy the files of {printable(asked)} if they differ in other things"
+    return tokens
+
+
+def _stripped(base: Known, pool: Pool) -> Vocabulary:
+    """Returns the base's vocabulary without the tokens that have no row."""
+    if base.tokens is None:
+        raise ValueError("the base has tokens")
+    serials = array("i", base.serials[: base.limit])
+    while serials and serials[-1] < 0:
+        serials.pop()
+    beyond = {serial for serial in base.serials[base.limit :] if serial >= 0}
+    gone = {token for token, serial in pool.serials.items() if serial in beyond} if beyond else set[str]()
+    added = [each for each in base.tokens.added if each["content"] not in gone]
+    ordinary = base.tokens.ordinary - (len(gone) - (len(base.tokens.added) - len(added)))
+    base.tokens.added = added
+    made = Vocabulary(serials, base.tokens, next_number(ordinary, added), gone=gone)
+    if gone:
+        said = f"{len(gone)} tokens of {printable(base.path)} ({listed(sorted(gone), 3)}) have no row in its embeddings"
+        made.notes.append(f"{said}; the output is without them")
+    return made
+
+
+def _unite(made: Vocabulary, known: Mapping[Reference, Known], pool: Pool) -> None:
+    """Adds the tokens that only other models have: ordinary ones first, then added ones, each in the models' order."""
+    have = bytearray(len(pool.serials))
+    for serial in made.serials:
+        if serial >= 0:
+            have[serial] = 1
+    added, differing, ordinary = dict[int, Added](), list[str](), list[int]()
+    for each in known.values():
+        own = each.tokens.added if each.tokens else []
+        apart = {pool.serials[one["content"]] for one in own}
+        for serial in each.serials[: each.limit]:
+            if serial >= 0 and not have[serial] and serial not in apart:
+                have[serial] = 1
+                ordinary.append(serial)
+        for one in own:
+            if one["id"] < each.limit:
+                first = added.setdefault(pool.serials[one["content"]], one)
+                differing += [one["content"]] if _flags(first) != _flags(one) else []
+    places = {serial: number for number, serial in enumerate(made.serials) if serial in added}
+    marked = {one["content"] for one in made.giver.added}
+    names = list(pool.serials)
+    for serial in ordinary:
+        if serial not in added:
+            made.add(entry(names[serial], 0), serial)
+    for serial, one in added.items():
+        if serial not in places:
+            made.add(one, serial)
+        elif one["content"] not in marked:
+            made.marked.append({**one, "id": places[serial]})
+    if differing:
+        made.warnings.append(
+            f"models mark {listed(list(dict.fromkeys(differing)))} differently; the first that has it counts"
         )
-    return [f"all models have one vocabulary, so the output has the tokenizer of {printable(first.path)} as it is"]
+
+
+def _flags(each: Added) -> tuple[bool, ...]:
+    return tuple(bool(each.get(flag, flag == "normalized" and not each.get("special"))) for flag in FLAGS)

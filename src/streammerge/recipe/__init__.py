@@ -7,6 +7,7 @@ Each module imports only modules above it::
     settings   parameters with filters and gradients
     adapted    a model with adapters on it, as text
     scalars    single values: paths, sizes, dtypes, methods
+    vocabulary whose tokens the output has, and where their rows come from
     model      the classes, whose fields are the keys
     document   YAML text with the place of each key
     checks     mistakes in a recipe

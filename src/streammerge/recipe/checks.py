@@ -29,6 +29,8 @@ def check(recipe: Recipe, problems: Problems) -> None:
         for each in slices:
             if each.sources and not _has_unread((*each.path, "sources"), unreadable):
                 _check_slice(recipe, each, problems)
+    if recipe.tokenizer_source and recipe.tokenizer:
+        problems.add(("tokenizer",), "tokenizer_source and tokenizer are given; a recipe has one of them")
     _check_parameters(recipe, problems)
     _check_rules(recipe, problems)
 

@@ -192,6 +192,8 @@ def _place(recipe: Recipe, named: str) -> Key:
     for entry in recipe.entries:
         if entry.model == named:
             return (*entry.path, "model")
+    if recipe.tokens is not None and named in recipe.tokens.models:
+        return ("tokenizer_source",) if recipe.tokenizer_source else ("tokenizer",)
     return next(((*rule.path, "copy") for rule in recipe.rules if rule.copy == named), ())
 
 

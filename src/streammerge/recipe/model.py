@@ -6,10 +6,11 @@ Recipes from the command line, the Python API and files are equal if they say th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
+from streammerge.dataclass import dataclass
 from streammerge.methods.contracts import MergeMethod
 from streammerge.options import MERGE, Converting, options_of
 from streammerge.recipe.adapted import resolved
@@ -31,6 +32,7 @@ from streammerge.recipe.fields import (
 from streammerge.recipe.patterns import Pattern, Rename
 from streammerge.recipe.scalars import COMPUTE, DTYPE, LAYER_RANGE, METHOD, MODEL, PATTERN, RENAME, SIZE, parameter_docs
 from streammerge.recipe.settings import Settings, SettingsKind
+from streammerge.recipe.vocabulary import TEMPLATE, Tokenizer
 from streammerge.tensors.dtypes import DType
 
 _OPTIONS = options_of(Converting, *MERGE)
@@ -158,18 +160,6 @@ class OutputRequest:
 
 
 @dataclass(frozen=True)
-class Tokenizer:
-    """Whose tokenizer the output has."""
-
-    REFUSED: ClassVar = {
-        "tokens": "give such tokens their rows in the models first",
-        "pad_to_multiple_of": "the output has the rows that the models have",
-    }
-
-    source: str = key(TEXT, "base, union, or the model whose files the output takes.", default="union")
-
-
-@dataclass(frozen=True)
 class Recipe:
     """A merge or a conversion: everything besides the inputs that its output depends on.
 
@@ -177,7 +167,6 @@ class Recipe:
     """
 
     REFUSED: ClassVar = {
-        "chat_template": "set it in the output's tokenizer_config.json",
         "out_path": "name the output with `out`",
     }
     MEANT: ClassVar = {"method": "merge_method", "base": "base_model", "weights": "models", "inputs": "models"}
@@ -190,10 +179,9 @@ class Recipe:
     )
     base_model: str | None = key(MODEL, "The models' common ancestor.", default=None)
     parameters: Settings = key(SETTINGS, "Parameters of the method.", default_factory=dict)
-    tokenizer_source: str | None = key(
-        TEXT, "base, union, or the model whose files the output takes. All models must have one vocabulary.", default=None
-    )
-    tokenizer: Tokenizer | None = key(FormOf(Tokenizer), "The same, in mergekit's newer form.", default=None)
+    tokenizer_source: str | None = option_key(MODEL, _OPTIONS["tokenizer_source"])
+    tokenizer: Tokenizer | None = key(FormOf(Tokenizer), "The same, with a source for single tokens.", default=None)
+    chat_template: str | None = option_key(TEMPLATE, _OPTIONS["chat_template"])
     name: str | None = key(TEXT, "A name for people. It has no effect.", default=None)
     rules: tuple[Rule, ...] = key(ListOf(FormOf(Rule), least=0), "Other ways for some tensors.", default=())
     dtype: DType | None = option_key(DTYPE, _OPTIONS["dtype"])
@@ -205,6 +193,7 @@ class Recipe:
     on_missing: str = _chosen("on_missing")
     on_shape: str = _chosen("on_shape")
     integers: str | None = _chosen("integers")
+    unsafe_truncate_embeddings: bool = option_key(TRUTH, _OPTIONS["unsafe_truncate_embeddings"], default=False)
     allow_nonfinite: bool = option_key(TRUTH, _OPTIONS["allow_nonfinite"], default=False)
     output: OutputRequest = key(FormOf(OutputRequest), "How the output is written.", default_factory=OutputRequest)
     seed: int = option_key(WHOLE, _OPTIONS["seed"], default=0)
@@ -286,6 +275,11 @@ class Recipe:
         return next(paths, self.reference(model))
 
     @property
+    def tokens(self) -> Tokenizer | None:
+        """Whose tokens the output has; None if the recipe does not say it."""
+        return Tokenizer(self.tokenizer_source) if self.tokenizer_source else self.tokenizer
+
+    @property
     def recast(self) -> DType | None:
         """The requested dtype."""
         return self.out_dtype or self.dtype
@@ -319,7 +313,7 @@ class Recipe:
             modules=modules,
             base_model=names[self.base_model] if self.base_model else None,
             tokenizer_source=names.get(self.tokenizer_source or "", self.tokenizer_source),
-            tokenizer=self.tokenizer and Tokenizer(names.get(self.tokenizer.source, self.tokenizer.source)),
+            tokenizer=self.tokenizer and self.tokenizer.with_models(lambda name: names[name]),
             rules=tuple(replace(r, copy=names[r.copy]) if r.copy else r for r in self.rules),
         )
 
@@ -330,4 +324,5 @@ class Recipe:
         named += [entry.model for entry in self.entries]
         named += [each.base_model for each in self._all_slices if each.base_model]
         named += [rule.copy for rule in self.rules if rule.copy]
+        named += self.tokens.models if self.tokens else []
         return list(dict.fromkeys(named))

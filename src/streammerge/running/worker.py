@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from streammerge.dataclass import dataclass
 from streammerge.errors import StreammergeError, TaskError, printable
 from streammerge.kernels.chunk import Chunk, Kernel, Look, Step, chunk_spans
 from streammerge.kernels.group import TensorGroup
@@ -99,9 +100,13 @@ class MergeWorker(Worker):
         target = self.job.destinations[batch[0].task.file].open(self.bench)
         outgoing = Outgoing(target.write_full, self.workspace, batch[0].offset)
         made: list[PieceDone] = []
-        for stretch in stretches(batch):
-            together = len(stretch) > 1 and self._together(stretch, outgoing)
-            made += together or [self._one(piece, outgoing) for piece in stretch]
+        for stretch in stretches(batch, self.job.budget.kept_bytes):
+            if len(stretch) == 1:
+                made.append(self._one(stretch[0], outgoing))
+            elif not stretch[0].task.method.pointwise:
+                made += self._in_turn(stretch, outgoing)
+            else:
+                made += self._together(stretch, outgoing) or [self._one(piece, outgoing) for piece in stretch]
         outgoing.flush()
         self.bench.inputs.check_whole()
         found = target.found()
@@ -120,6 +125,16 @@ class MergeWorker(Worker):
         for piece in stretch:
             made.append(_done(piece, self.job.checksum.update(data[start : start + piece.nbytes])))
             start += piece.nbytes
+        return made
+
+    def _in_turn(self, stretch: list[Piece], outgoing: Outgoing) -> list[PieceDone]:
+        """Computes pieces one after the other from inputs that are opened, mapped and announced once for all."""
+        self.one_torch_thread()
+        source, made = self.source(as_one_piece(stretch).task, keep=True), []
+        for piece in stretch:
+            with failures(piece.task, piece.start, piece.stop):
+                made.append(self._apply(self._kernel_of(piece.task, source), piece, source, outgoing))
+            source.first += piece.stop
         return made
 
     def _one(self, piece: Piece, outgoing: Outgoing) -> PieceDone:

@@ -184,6 +184,8 @@ class Inputs:
 
     Stored sources are mapped if ``mapped``. A worker gives pages back before it goes on to others. All other sources are
     read. Inputs of up to ``keep_bytes`` together are kept for all passes: mapped pages stay, and other bytes are read once.
+
+    The sources may be those of neighbouring tensors, joined. ``first`` is then the first element of the present tensor.
     """
 
     def __init__(
@@ -209,6 +211,7 @@ class Inputs:
                 if stored is None and sources[number].spec.numel:
                     self._readers[number] = sources[number].open(room)
         self._wholes: list[torch.Tensor | None] | None = None
+        self.first = 0
         self._next_read = self._begin = self._end = 0
         self._elems = max([s.spec.component_elems for s in sources])
         self._kept: list[int] | None = None
@@ -225,6 +228,7 @@ class Inputs:
 
     def move_to(self, start: int, stop: int) -> None:
         """Announces the elements that are read next, and some after them. Gives earlier pages back if they are many."""
+        start, stop = start + self.first, stop + self.first
         if not self._begin <= start <= stop <= self._end:
             self._announce(start, max(stop, min(start + self._workspace.announced_elems, self._elems)))
 
@@ -232,6 +236,7 @@ class Inputs:
         """Returns elements ``start`` to ``stop`` of a source, in its own dtype. Valid until the next call but one."""
         import torch
 
+        start, stop = start + self.first, stop + self.first
         if self._mapped:
             if self._wholes is None:
                 self._wholes = self._mapped_wholes()

@@ -8,6 +8,8 @@ Each module imports only modules above it::
     strided   a view of a storage, gathered where it lies
     deflated  a packed record, which is unpacked into a temporary file first
     rows      some rows of a source
+    mean_row  the mean of all rows of a source
+    reshaped  the same elements in another shape
     joined    pieces along one axis
     constant  one number everywhere
     inline    a small tensor that stands in a header

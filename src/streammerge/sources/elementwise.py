@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, printable
 from streammerge.sources.base import Needs, Reader, Room, Source, region_bytes
 from streammerge.sources.wide import Wide, put, wide_needs

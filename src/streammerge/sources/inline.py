@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from streammerge.dataclass import dataclass
 from streammerge.sources.base import BlobPath, Needs, Reader, Room, Source
 from streammerge.tensors.spec import TensorSpec
 

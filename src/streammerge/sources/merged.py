@@ -44,7 +44,7 @@ class Merged(Source):
         scratch = region_bytes(compute_bytes * self.span) * buffers
         scratch += 2 * region_bytes(max(dtype.element_bytes for dtype in models) * self.span)
         scratch += region_bytes(self.spec.dtype.component.element_bytes * self.span)
-        held = 8 * self.row * self.method.row_buffers
+        held = self.method.held_bytes(self.row, len(models))
         held += held_bytes(self.spec.component_elems, self.method.searches * len(models))
         needed = Needs(scratch_bytes=scratch, held_bytes=held, computes=True)
         for source in self.sources:

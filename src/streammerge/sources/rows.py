@@ -2,31 +2,76 @@
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cached_property
 
 from streammerge.errors import RecipeError, printable
 from streammerge.sources.base import COPY_BYTES, Needs, Reader, Room, Source, region_bytes
 from streammerge.tensors.spec import TensorSpec
 
 _SHORT_BYTES = 4096
+_HELD_BYTES = 24
+"""Bytes that a reader holds for each run."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Rows to gather, as runs of neighbours. ``packed``: first row and number of rows of each run, as 64-bit integers.
+
+    A vocabulary in another order has a run for each of its 100,000 tokens or more, so runs are kept as bytes. Several
+    tensors share them.
+    """
+
+    packed: bytes
+
+    def __len__(self) -> int:
+        return len(self.packed) // 16
+
+    def __str__(self) -> str:
+        return self.packed.hex()  # a digest of a plan is made from it
+
+    @cached_property
+    def numbers(self) -> array[int]:
+        """First row and number of rows of each run, alternating."""
+        return array("q", self.packed)
+
+    @property
+    def rows(self) -> int:
+        return sum(self.numbers[1::2])
+
+
+def runs_of(indices: Iterable[int]) -> Runs:
+    """Returns the rows at these indices, in their order. An index may come more than once."""
+    packed = array("q")
+    begin = end = -1
+    for index in indices:
+        if index == end:
+            end += 1
+            continue
+        if end > begin:
+            packed.extend((begin, end - begin))
+        begin, end = index, index + 1
+    if end > begin:
+        packed.extend((begin, end - begin))
+    return Runs(packed.tobytes())
 
 
 @dataclass(frozen=True, slots=True)
 class Rows(Source):
-    """The rows of ``source`` in ``runs``, one after the other. Each run is its first row and its number of rows.
+    """The rows of ``source`` in ``runs``, one after the other.
 
     :func:`rows_of` and :func:`gathered` make it.
     """
 
     spec: TensorSpec
     source: Source
-    runs: tuple[tuple[int, int], ...]
+    runs: Runs
 
     def needs(self) -> Needs:
-        needed = self.source.needs()
+        needed = self.source.needs() + Needs(held_bytes=_HELD_BYTES * len(self.runs) if len(self.runs) > 1 else 0)
         if self._short:
             needed += Needs(scratch_bytes=region_bytes(COPY_BYTES), computes=True)
         return needed
@@ -55,39 +100,41 @@ def rows_of(source: Source, start: int, stop: int) -> Source:
         raise RecipeError(f"{printable(source.spec.name)} of shape {list(shape)} has no rows {start} to {stop}")
     if (start, stop) == (0, shape[0]):
         return source
-    return source.rows(start, stop) or _made(source, ((start, stop - start),))
+    return source.rows(start, stop) or _made(source, Runs(array("q", (start, stop - start)).tobytes()))
 
 
-def gathered(source: Source, indices: Iterable[int]) -> Source:
+def gathered(source: Source, indices: Iterable[int] | Runs) -> Source:
     """Returns the rows of a source at these indices, in their order. An index may come more than once.
 
     Neighbouring rows are read together. Raises RecipeError for an index that the source does not have.
     """
-    shape, runs = source.spec.shape, list[tuple[int, int]]()
-    for index in map(int, indices):
-        if not shape or not 0 <= index < shape[0]:
-            raise RecipeError(f"{printable(source.spec.name)} of shape {list(shape)} has no row {index}")
-        if runs and runs[-1][0] + runs[-1][1] == index:
-            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
-        else:
-            runs.append((index, 1))
+    shape = source.spec.shape
+    runs = indices if isinstance(indices, Runs) else runs_of(map(int, indices))
+    numbers = runs.numbers
+    for first, count in zip(numbers[::2], numbers[1::2], strict=True):
+        if not shape or first < 0 or first + count > shape[0]:
+            wrong = first if first < 0 or not shape else max(first, shape[0])
+            raise RecipeError(f"{printable(source.spec.name)} of shape {list(shape)} has no row {wrong}")
     if len(runs) == 1:
-        return rows_of(source, runs[0][0], sum(runs[0]))
-    return _made(source, tuple(runs))
+        return rows_of(source, numbers[0], numbers[0] + numbers[1])
+    return _made(source, runs)
 
 
-def _made(source: Source, runs: tuple[tuple[int, int], ...]) -> Rows:
+def _made(source: Source, runs: Runs) -> Rows:
     spec = source.spec
-    count = sum(number for _, number in runs)
-    return Rows(TensorSpec(spec.name, spec.dtype, (count, *spec.shape[1:])), source, runs)
+    return Rows(TensorSpec(spec.name, spec.dtype, (runs.rows, *spec.shape[1:])), source, runs)
 
 
 class _Reader(Reader):
     def __init__(self, source: Rows, room: Room, short: bool) -> None:
         self._reader, self._room = source.source.open(room), room
         self._row, self._size = source.row_elems, source.spec.dtype.element_bytes
-        self._starts = [first * self._row for first, _ in source.runs]
-        self._ends = [rows * self._row for rows in accumulate(number for _, number in source.runs)]
+        self._starts, self._ends = array("q"), array("q")
+        end, numbers = 0, source.runs.numbers
+        for first, count in zip(numbers[::2], numbers[1::2], strict=True):
+            end += count * self._row
+            self._starts.append(first * self._row)
+            self._ends.append(end)
         self._scratch = room.take(COPY_BYTES) if short else None
 
     def read(self, start: int, stop: int, out: memoryview) -> memoryview:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from streammerge.dataclass import dataclass
 from streammerge.sources.base import Blob, BlobPath, Needs, Reader, Room, Source
 from streammerge.tensors.spec import TensorSpec
 

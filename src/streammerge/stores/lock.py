@@ -14,8 +14,9 @@ import json
 import os
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
+from streammerge.dataclass import dataclass
 from streammerge.errors import LockedError, RecipeError, printable
 from streammerge.stores import system
 

@@ -10,24 +10,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
+from streammerge.dataclass import dataclass
 from streammerge.errors import printable
 from streammerge.methods.registry import COPY
+from streammerge.pickles.candidates import Candidate, Found, dotted, inside
 from streammerge.pickles.copies import Originals, node_at, numbers_outside, outside, tensor_at, trail
-from streammerge.pickles.state_dict import (
-    Candidate,
-    Found,
-    Selection,
-    bars,
-    dotted,
-    inside,
-    is_measurement,
-    is_record,
-    is_training_state,
-)
+from streammerge.pickles.state_dict import Selection
+from streammerge.pickles.training_state import bars, is_measurement, is_record, is_training_state
 from streammerge.pickles.tree import MISSING, TensorRef, mapping_items, number, walk
 from streammerge.planning.dispositions.ledger import Fate
 from streammerge.planning.dispositions.pruned import WHY as ONLY

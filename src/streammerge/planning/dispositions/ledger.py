@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal
 
+from streammerge.dataclass import dataclass
 from streammerge.errors import listed
 
 Thing = Literal["tensor", "entry", "file"]

@@ -7,7 +7,8 @@ from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import printable
-from streammerge.pickles.state_dict import inside, is_training_state
+from streammerge.pickles.candidates import inside
+from streammerge.pickles.training_state import is_training_state
 from streammerge.pickles.tree import Instance, TensorRef, walk
 
 WHY = "`only` keeps one state dict"

@@ -5,6 +5,8 @@ Each module imports only modules above it::
     layout       the plan of any kind of output
     bookkeeping  step, epoch and loss of a merge
     pickled      a .pth
+    templates    the built-in chat templates
+    tokenizer    tokenizer files and chat template of a folder
     config       the edited config.json of a folder
     folder       a folder: shards, index, side files
     container    the choice of the container; a file of safetensors

@@ -13,7 +13,7 @@ from typing import Any
 
 from streammerge.errors import printable
 from streammerge.pickles.repickle import Edit
-from streammerge.pickles.state_dict import is_training_state
+from streammerge.pickles.training_state import is_training_state
 from streammerge.pickles.tree import TensorRef, mapping_items, number, walk
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.tensors.conventions import COUNTERS, FACTS, PROGRESS

@@ -18,6 +18,7 @@ from streammerge.formats.base import LayoutFile
 from streammerge.planning.alignment import Alignment, Merged
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.layout import text_file
+from streammerge.planning.outputs.tokenizer import token_edits
 from streammerge.recipe.model import Recipe
 from streammerge.stores.base import Location
 from streammerge.tensors.dtypes import DType
@@ -64,7 +65,7 @@ class _Change:
     """What a merge changed that a configuration may state."""
 
     def __init__(self, recipe: Recipe, base: CheckpointIndex, alignment: Alignment) -> None:
-        self.base, self.merged = base, alignment.merged
+        self.base, self.merged, self.tokenized = base, alignment.merged, alignment.tokenized
         self.headless = not any(map(is_head, base.entries))
         self.dtypes = _dtypes(m.spec for m in self.merged)
         before = _dtypes(entry.spec for entry in base.values())
@@ -161,7 +162,13 @@ def _edits(config: Config, change: _Change) -> Edits:
         edits.compare_dtype(names)
     for moved in change.moved:
         _follow(edits, moved, change)
-    edits.set_rows(change.grown, change.keeps)
+    if change.tokenized is not None:
+        edits.set_vocabulary(change.tokenized.had, change.tokenized.rows)
+        numbers, notes = token_edits(config, change.tokenized)
+        edits.values |= numbers
+        edits.notes += notes
+    else:
+        edits.set_rows(change.grown, change.keeps)
     edits.set_labels(change.resized, change.beside_resized())
     if change.unties(config.tree):
         edits.untie()

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
+from streammerge.checkpoints.tokens import vocabulary_folder
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import safetensors
 from streammerge.formats.records import RECEIPT_KEY
@@ -106,6 +107,7 @@ def _planned(
         )
     if kind != "folder":
         alignment.dispositions.add("file", _beside(first), "dropped", "the output is one file")
+        _note_tokens(recipe, first, alignment)
     if kind == "pickle":
         return pickled_output(name, recipe, first, indexes, alignment, receipt)
     dispositions = Dispositions()
@@ -125,6 +127,21 @@ def _planned(
     file = replace(file, receipt=escaped(receipt.text()))
     placed = [Placed(spec, m, 0, file.offsets[n]) for n, (spec, m) in specs.items()]
     return PlannedOutput(Layout((file,), receipt), placed, dispositions=dispositions)
+
+
+def _note_tokens(recipe: Recipe, first: CheckpointIndex, alignment: Alignment) -> None:
+    """Says what a file cannot hold: its vocabulary, if it is not that beside the first input."""
+    tokens = alignment.tokenized
+    if tokens is not None and tokens.vocabulary.edited:
+        count = len(tokens.vocabulary.new)
+        alignment.warnings.append(
+            f"the output is one file, so the vocabulary with {count} new tokens is not written; end the output's name in / "
+            "for a folder that has it"
+        )
+    elif tokens is not None and vocabulary_folder(first.path) != tokens.vocabulary.giver.file.parent:
+        alignment.notes.append(f"the output's tokens are those of {printable(tokens.vocabulary.giver.file)}")
+    if recipe.chat_template is not None:
+        alignment.warnings.append("the output is one file, which has no chat template; end its name in / for a folder")
 
 
 def _beside(first: CheckpointIndex) -> list[str]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from streammerge.checkpoints.config import CONFIG
 from streammerge.checkpoints.config_keys import CONFIG_FILES
+from streammerge.checkpoints.config_tokens import GENERATION
 from streammerge.checkpoints.heads import loader_ties
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError, listed, printable
@@ -33,8 +34,10 @@ from streammerge.planning.outputs.layout import (
     text_file,
 )
 from streammerge.planning.outputs.pickled import pickled_file
+from streammerge.planning.outputs.tokenizer import TokenizerFiles, generation_edit, tokenizer_files
 from streammerge.planning.receipt import Receipt
 from streammerge.planning.views import Indexes
+from streammerge.planning.vocabularies import Tokenized
 from streammerge.recipe.document import to_yaml
 from streammerge.recipe.model import Recipe
 from streammerge.stores.base import Location
@@ -93,12 +96,14 @@ def folder_output(
         own = _own_alignment(name, parts, part, alignment)
         made.add_part(name, part, own, folder)
     record = recipe_record(recipe)
+    tokenizer = tokenizer_files(recipe, indexes, alignment.tokenized, folder)
+    made.add_tokenizer(tokenizer, alignment.tokenized, folder)
     if record:
         made.files.append(text_file(RECIPE_FILE, to_yaml(record)))
     names = {file.name for file in made.files}
     copied: Copies = []
     if folder is not None:
-        copied = decide(base, folder, {*names, RECEIPT_FILE}, dispositions)
+        copied = decide(base, folder, {*names, RECEIPT_FILE, *tokenizer.left}, dispositions)
         beside = [name for each in dispositions if each.why == NOT_MERGED for name in each.names]
         adapters = [name for name in beside if is_adapter(name)]
         if len(beside) > len(adapters):
@@ -112,6 +117,7 @@ def folder_output(
         inner = {name.partition("/")[0] for name in (*names, *(name for _, name in copied)) if "/" in name}
         if inner:
             made.notes.append(f"the output has the subfolders of {printable(folder)}: {listed(sorted(inner))}")
+    copied += tokenizer.copied
     sums = made.sums | {name: blank_sums([]) for name in (*names, *(name for _, name in copied)) if name not in made.sums}
     made.notes += _without_side_files(base)
     receipt = replace(receipt, checksums=dict(sorted(sums.items())), dispositions=dispositions.record())
@@ -221,6 +227,21 @@ class _Folder:
             self.files.append(text_file(prefix + form.index_name(), text))
         if place is not None:
             self._add_config(prefix, place, part, own)
+
+    def add_tokenizer(self, tokenizer: TokenizerFiles, tokenized: Tokenized | None, folder: Location | None) -> None:
+        """Adds the edited files of a tokenizer, and the numbers of its tokens in generation_config.json."""
+        edit = generation_edit(tokenized, folder) if tokenized is not None and folder is not None else None
+        if edit is not None:
+            tokenizer.files[GENERATION], said = edit
+            self.notes.append(f"{GENERATION}: {said}")
+        self.files += tokenizer.layouts()
+        self.notes += tokenizer.notes
+        self.pickle_bytes += sum(map(len, tokenizer.files.values()))
+        self.dispositions.add("file", sorted(tokenizer.files), "edited", "by the tokens of the output")
+        self.dispositions.add("file", [name for _, name in tokenizer.copied], "copied", "from the model of the tokenizer")
+        gone = tokenizer.left - tokenizer.files.keys() - {name for _, name in tokenizer.copied}
+        there = sorted(name for name in gone if folder is not None and (folder / name).is_file())
+        self.dispositions.add("file", there, "dropped", "of another tokenizer than the output's")
 
     def _add_safetensors(
         self, prefix: str, name: str, stored: list[tuple[TensorSpec, Merged]], part: CheckpointIndex

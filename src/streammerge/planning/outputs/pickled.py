@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
+from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import plain_pickle, torch_zip
 from streammerge.formats.base import LayoutFile
 from streammerge.formats.records import RECEIPT_KEY, RECIPE_KEY
 from streammerge.pickles.arrays import array_over, is_array, native, numpy_dtype
+from streammerge.pickles.candidates import Found
 from streammerge.pickles.repickle import Edit, storage_ref, stream
-from streammerge.pickles.state_dict import Found
 from streammerge.pickles.tree import Blank, Enclosed, OrderedTree, StorageRef, TensorRef, mapping_items, walk
 from streammerge.planning.alignment import Alignment, Merged
 from streammerge.planning.copies import AlignedCopy, align_copies, record_entries

@@ -1,0 +1,269 @@
+"""Rows of embeddings follow the output's tokens, by the rules of mergekit 0.1.5.
+
+The oracle is a plain reading of these rules over dictionaries: token -> row.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import load_safetensors
+from safetensors.torch import load_file, save_file
+
+import streammerge as sm
+
+Tensors = dict[str, torch.Tensor]
+WIDTH = 3
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def tokenizer(tokens: list[str], added: list[str] = (), **more: Any) -> dict[str, Any]:  # type: ignore[assignment]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    listed = [{"id": len(tokens) + n, "content": each, **flags} for n, each in enumerate(added)]
+    model = {"type": "BPE", "vocab": {token: n for n, token in enumerate(tokens)}, "merges": []}
+    return {"version": "1.0", "added_tokens": listed, "normalizer": None, "model": model, **more}
+
+
+def folder(
+    name: str,
+    tokens: list[str],
+    added: list[str] = (),  # type: ignore[assignment]
+    rows: int | None = None,
+    head: bool = True,
+    dtype: torch.dtype = torch.float32,
+    layers: int = 2,
+    **config: Any,
+) -> str:
+    count, seed = rows or len(tokens) + len(added), sum(map(ord, name))
+    make = torch.Generator().manual_seed(seed)
+    tensors = {"model.embed_tokens.weight": torch.randn(count, WIDTH, generator=make)}
+    for layer in range(layers):
+        tensors[f"model.layers.{layer}.mlp.weight"] = torch.randn(4, WIDTH, generator=make)
+    if head:
+        tensors["lm_head.weight"], tensors["lm_head.bias"] = torch.randn(count, WIDTH, generator=make), torch.randn(count)
+    tensors["final_logits_bias"] = torch.randn(1, count, generator=make)
+    Path(name).mkdir()
+    save_file({key: each.to(dtype) for key, each in tensors.items()}, f"{name}/model.safetensors", {"format": "pt"})
+    Path(name, "tokenizer.json").write_text(json.dumps(tokenizer(tokens, added)))
+    stated = {"model_type": "llama", "vocab_size": count, "tie_word_embeddings": not head, "eos_token_id": 1, **config}
+    Path(name, "config.json").write_text(json.dumps(stated))
+    return name
+
+
+def vocabulary(path: str) -> dict[str, int]:
+    tree = json.loads(Path(path, "tokenizer.json").read_text())
+    return tree["model"]["vocab"] | {each["content"]: each["id"] for each in tree["added_tokens"]}
+
+
+def expected(
+    name: str, models: list[str], base: str | None, out: dict[str, int], rows: int, **tokens: Any
+) -> list[torch.Tensor]:
+    """Returns each model's tensor in the output's order, by mergekit's rules."""
+    held = [(m, load_file(f"{m}/model.safetensors")[name].double()) for m in models]
+    held = [(m, t.T if name == "final_logits_bias" else t) for m, t in held]
+    have = {m: {t: n for t, n in vocabulary(m).items() if n < len(table)} for m, table in held}
+    tables = dict(held)
+    made = []
+    for model, table in held:
+        new = torch.zeros(rows, *table.shape[1:], dtype=torch.float64)
+        for token, place in out.items():
+            told = tokens.get(token)
+            owners = [m for m in models if token in have[m]]
+            if told is not None:
+                default = told["row"](tables)
+            elif not owners:
+                default = torch.zeros(table.shape[1:])
+            elif len(owners) == 1 or base in owners:
+                giver = owners[0] if len(owners) == 1 else base
+                default = tables[giver][have[giver][token]]  # type: ignore[index]
+            else:
+                default = torch.stack([tables[m][have[m][token]] for m in owners]).mean(0)
+            own = token in have[model] and not (told or {}).get("force")
+            new[place] = table[have[model][token]] if own else default
+        new[len(out) :] = new[: len(out)].mean(0)
+        made.append(new.T if name == "final_logits_bias" else new)
+    return made
+
+
+NAMES = ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias", "final_logits_bias")
+A, B, C = ([*list("abcd"), "ab"], ["<A>"]), ([*list("dcba"), "cd"], ["<B>", "<A>"]), ([*list("abcd"), "ab", "cd", "x"], [])
+
+
+def merged(models: list[str], out: str = "out/", **more: Any) -> Tensors:
+    recipe = {"merge_method": "linear", "models": [{"model": m} for m in models], "parameters": {"weight": 1}, **more}
+    sm.merge(recipe=recipe, out=out, memory="64MiB")
+    return load_file(f"{out}/model.safetensors")
+
+
+@pytest.mark.parametrize("source", ["base", "union", "c"])
+@pytest.mark.parametrize("base", [None, "a", "b"])
+@pytest.mark.parametrize("multiple", [None, 8])
+def test_the_rows_are_those_of_the_rules(source: str, base: str | None, multiple: int | None) -> None:
+    for name, own in zip("abc", (A, B, C), strict=True):
+        folder(name, *own)
+    models = ["a", "b", "c"]
+    more = {"base_model": base} if base else {}
+    made = merged(models, tokenizer={"source": source, "pad_to_multiple_of": multiple}, **more)
+    out, first = vocabulary("out"), base or "a"
+    rows = -(-len(out) // (multiple or 1)) * (multiple or 1)
+    own = vocabulary(first)
+    if source != "c":
+        assert {token: out[token] for token in own} == own
+    assert (
+        set(out)
+        == {"base": set(own), "union": {t for m in models for t in vocabulary(m)}, "c": set(vocabulary("c"))}[source]
+    )
+    for name in NAMES:
+        wanted = torch.stack(expected(name, models, base, out, rows)).mean(0).float()
+        torch.testing.assert_close(made[name], wanted, rtol=1e-6, atol=1e-6)
+    config = json.loads(Path("out/config.json").read_text())
+    assert config["vocab_size"] == rows
+    assert config["eos_token_id"] == out[next(token for token, n in own.items() if n == 1)]
+    sm.verify("out/", sample="100%")
+
+
+def test_the_numbers_depend_on_no_worker(tmp_path: Path) -> None:
+    words = [f"w{n}" for n in range(3000)]
+    folder("a", words, ["<A>"]), folder("b", words[::-1] + [f"v{n}" for n in range(60)], ["<A>"])
+    recipe = {
+        "merge_method": "ties",
+        "base_model": "a",
+        "models": [{"model": "b"}],
+        "tokenizer": {"pad_to_multiple_of": 64},
+    }
+    seen = set()
+    for number, (workers, io) in enumerate(itertools.product((1, 3), ("mmap", "pread"))):
+        sm.merge(recipe=recipe, out=f"out{number}/", workers=workers, io=io, memory=f"{40 + 20 * number}MiB")
+        seen.add(Path(f"out{number}/model.safetensors").read_bytes())
+    assert len(seen) == 1
+    assert load_file("out0/model.safetensors")["lm_head.weight"].shape == (3072, WIDTH)
+
+
+def test_sources_of_single_tokens() -> None:
+    folder("a", *A), folder("b", *B)
+    tokens = {
+        "<B>": {"source": {"kind": "zero"}},
+        "<A>": {"source": "b", "force": True},
+        "<new>": {"source": {"kind": "model_token", "model": "a", "token": "ab"}},
+        "<num>": {"source": {"kind": "model_token", "model": "b", "token_id": 3}},
+        "c": {"source": {"kind": "zero"}, "force": True},
+    }
+    made = merged(["a", "b"], tokenizer={"source": "union", "tokens": tokens})
+    out = vocabulary("out")
+    rows = {
+        "<B>": {"row": lambda tables: torch.zeros_like(tables["a"][0])},
+        "<A>": {"row": lambda tables: tables["b"][vocabulary("b")["<A>"]], "force": True},
+        "<new>": {"row": lambda tables: tables["a"][4]},
+        "<num>": {"row": lambda tables: tables["b"][3]},
+        "c": {"row": lambda tables: torch.zeros_like(tables["a"][0]), "force": True},
+    }
+    for name in NAMES:
+        wanted = torch.stack(expected(name, ["a", "b"], None, out, len(out), **rows)).mean(0).float()
+        torch.testing.assert_close(made[name], wanted, rtol=1e-6, atol=1e-6)
+    with pytest.raises(sm.RecipeError, match="has no token nope"):
+        merged(
+            ["a", "b"],
+            "other/",
+            tokenizer={"tokens": {"x": {"source": {"kind": "model_token", "model": "a", "token": "nope"}}}},
+        )
+    with pytest.raises(sm.RecipeError, match="a gives <B> its row, but has no such token"):
+        merged(["a", "b"], "other/", tokenizer={"tokens": {"<B>": {"source": "a", "force": True}}})
+
+
+def test_tables_with_other_rows_than_tokens() -> None:
+    folder("padded", *A, rows=16), folder("short", *B, rows=6), folder("b", *B)
+    made = merged(["padded", "b"], "o1/", tokenizer_source="union")
+    assert made["lm_head.weight"].shape == (len(vocabulary("o1")), WIDTH)
+    merged(["short", "padded"], "o2/", tokenizer_source="base")
+    assert vocabulary("o2") == {t: n for t, n in vocabulary("short").items() if n < 6}
+    merged(["padded", "short"], "o3/", tokenizer_source="short")
+    assert vocabulary("o3") == vocabulary("short")
+
+
+def test_tied_heads() -> None:
+    folder("a", *A, head=False), folder("b", *B, head=False), folder("c", *B)
+    assert "lm_head.weight" not in merged(["a", "b"], "o1/", tokenizer_source="union")
+    tensors = load_file("c/model.safetensors")
+    del tensors["lm_head.bias"]
+    save_file(tensors, "c/model.safetensors", {"format": "pt"})
+    made = merged(["a", "c"], "o2/", tokenizer_source="union")
+    out, embed = vocabulary("o2"), load_file("a/model.safetensors")["model.embed_tokens.weight"]
+    row = (embed[vocabulary("a")["a"]] + tensors["lm_head.weight"][vocabulary("c")["a"]]) / 2
+    torch.testing.assert_close(made["lm_head.weight"][out["a"]], row)
+    torch.testing.assert_close(made["lm_head.weight"][out["<B>"]], tensors["lm_head.weight"][vocabulary("c")["<B>"]])
+    assert json.loads(Path("o2/config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_embeddings_come_from_the_first_slice_and_heads_from_the_last() -> None:
+    folder("a", *A), folder("b", *B)
+    slices = [{"sources": [{"model": m, "layer_range": [0, 2]}]} for m in "ab"]
+    sm.merge(recipe={"merge_method": "passthrough", "slices": slices, "tokenizer_source": "union"}, out="out/")
+    made, out = load_file("out/model.safetensors"), vocabulary("out")
+    embed, head = load_file("a/model.safetensors")[NAMES[0]], load_file("b/model.safetensors")["lm_head.weight"]
+    for token, place in out.items():
+        a, b = vocabulary("a").get(token), vocabulary("b").get(token)
+        assert made[NAMES[0]][place].tolist() == (embed[a].tolist() if a is not None else [0.0] * WIDTH)
+        assert made["lm_head.weight"][place].tolist() == (head[b].tolist() if b is not None else [0.0] * WIDTH)
+
+
+def test_rows_of_other_dtypes_are_exact() -> None:
+    folder("a", *A, dtype=torch.bfloat16), folder("b", *B, dtype=torch.float16)
+    plain = merged(["a", "b"], "o1/", tokenizer_source="union")
+    assert plain["lm_head.weight"].dtype == torch.bfloat16
+    made = merged(["a", "b"], "o2/", tokenizer_source="union", dtype="float32")
+    row = load_file("b/model.safetensors")["lm_head.weight"][vocabulary("b")["<B>"]].float()
+    assert torch.equal(made["lm_head.weight"][vocabulary("o2")["<B>"]], row)
+
+
+def test_rows_of_text_embeddings_of_voices_follow_their_tokens() -> None:
+    """As XTTS has them: the vocabulary is a tokenizers JSON called vocab.json beside a .pth, other tables stay."""
+    for name, tokens in (("old", ["[STOP]", "a", "b", "[START]"]), ("new", ["[STOP]", "a", "b", "[ru]", "c", "[START]"])):
+        Path(name).mkdir()
+        count = len(tokens)
+        model = {
+            "gpt.text_embedding.weight": torch.arange(count).float()[:, None] + torch.zeros(count, 2),
+            "gpt.mel_embedding.weight": torch.ones(9, 2),
+            "gpt.text_head.weight": -torch.arange(count).float()[:, None] + torch.zeros(count, 2),
+            "gpt.text_head.bias": torch.arange(count).float(),
+        }
+        torch.save({"model": model}, f"{name}/model.pth")
+        Path(name, "vocab.json").write_text(json.dumps(tokenizer(tokens)))
+    sm.merge(["new/model.pth", "old/model.pth"], out="out.pth", tokenizer_source="base")
+    made = torch.load("out.pth", weights_only=True)["model"]
+    assert made["gpt.text_embedding.weight"][:, 0].tolist() == [0, 1, 2, 3, 4, 4]
+    assert made["gpt.text_head.bias"].tolist() == [0, 1, 2, 3, 4, 4]
+    with pytest.raises(sm.MismatchError, match="tokenizer_source"):
+        sm.merge(["new/model.pth", "old/model.pth"], out="other.pth")
+
+
+def test_symbols_in_lines_with_a_row_before_them() -> None:
+    """As F5-TTS has them: one symbol in a line, the first is a space, and row 0 stands before all."""
+    for name, symbols in (("a", [" ", "x", "y"]), ("b", [" ", "y", "z", "x"])):
+        Path(name).mkdir()
+        count = len(symbols) + 1
+        table = torch.tensor([[float(n)] for n in range(count)])
+        save_file({"transformer.text_embed.text_embed.weight": table}, f"{name}/model.safetensors", {"format": "pt"})
+        Path(name, "vocab.txt").write_text("".join(f"{each}\n" for each in symbols))
+    sm.merge(["a/", "b/"], out="out/", tokenizer_source="union")
+    assert Path("out/vocab.txt").read_text() == " \nx\ny\nz\n"
+    made = load_safetensors(Path("out/model.safetensors"))["transformer.text_embed.text_embed.weight"]
+    assert made[:, 0].tolist() == [0, 1, 3, 2.5, 3]
+
+
+def test_cut_embeddings() -> None:
+    folder("a", *A, rows=8), folder("b", *B, rows=9)
+    with pytest.raises(sm.MismatchError, match="tokenizer_source"):
+        merged(["a", "b"])
+    made = merged(["a", "b"], unsafe_truncate_embeddings=True)
+    a, b = (load_file(f"{m}/model.safetensors") for m in "ab")
+    torch.testing.assert_close(made["lm_head.weight"], (a["lm_head.weight"] + b["lm_head.weight"][:8]) / 2)
+    assert json.loads(Path("out/config.json").read_text())["vocab_size"] == 8
