@@ -53,7 +53,10 @@ class Hashed:
 
 @dataclass(frozen=True, slots=True)
 class Spooled:
-    """A packed record was unpacked into a temporary file. ``tensor``: one that lies in it."""
+    """A packed record was unpacked into a temporary file, or a tensor was made there with its first axis last.
+
+    ``tensor``: one that lies in it. ``nbytes``: the bytes that were read.
+    """
 
     tensor: str
     nbytes: int

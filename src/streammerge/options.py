@@ -30,6 +30,7 @@ Ema = Literal["ignore", "prefer", "only"]
 OnMissing = Literal["error", "base", "average-present", "drop", "union"]
 OnShape = Literal["error", "base", "rows", "leading"]
 Integers = Literal["first", "last", "max", "error"]
+MixedDtypes = Literal["first", "promote"]
 Io = Literal["mmap", "pread"]
 EMA_CHOICES: tuple[str, ...] = get_args(Ema)
 IO: tuple[str, ...] = get_args(Io)
@@ -348,6 +349,13 @@ class Policies(Options):
         otherwise="max for num_batches_tracked, else error",
         overrides=True,
     )
+    mixed_dtypes: MixedDtypes | None = option(
+        "Tensors of several floating-point dtypes: the first input's dtype, or the smallest that holds all of them, as in "
+        "mergekit.",
+        choices=get_args(MixedDtypes),
+        otherwise="first",
+        overrides=True,
+    )
     unsafe_truncate_embeddings: bool | None = option(
         "Cut embeddings and heads to the rows that all models have. Right only if equal rows are of equal tokens; "
         "`tokenizer_source` brings rows into one order.",
@@ -462,8 +470,9 @@ class Executing(Options):
     """The kind of workers. It does not change a byte of the output."""
 
     executor: str | Callable[[int], Any] = option(
-        "The kind of workers: threads, processes, or the name of another executor; auto takes processes for more than "
-        "four workers and much to read. In Python also a function from the number of workers to an executor.",
+        "The kind of workers: threads, processes, or the name of another executor; auto takes processes for much to read "
+        "by more than four workers, or more than two for methods with passes. In Python also a function from the number of "
+        "workers to an executor.",
         default="auto",
         metavar="NAME",
     )

@@ -203,6 +203,16 @@ def test_a_merge_equals_one_of_baked_models() -> None:
     assert sm.verify("ties/", sample="100%").notes == []
 
 
+def test_numbers_that_are_not_finite_stop_the_run() -> None:
+    base_of(base_tensors(BF16))
+    lora = factors(Q, 24, 16)
+    lora[f"{Q}.lora_B.weight"][3, 1] = torch.nan
+    adapter_of(lora, config={"r": 4, "lora_alpha": 6})
+    with pytest.raises(sm.StreammergeError, match=r"16 (NaN|values|numbers)|NaN"):
+        sm.convert("base+lora", "out/")
+    sm.convert("base+lora", "out/", allow_nonfinite=True)
+
+
 def test_plan_inspect_and_verify_know_it() -> None:
     base_of(base_tensors(BF16))
     adapter_of(factors(Q, 24, 16), config={"r": 4, "lora_alpha": 6})
@@ -239,6 +249,52 @@ def test_a_pickled_base_keeps_its_container() -> None:
     expected = {name: tensor.double() for name, tensor in base.items()}
     expected[f"{Q}.weight"] += change(lora, Q, 1)
     same(dict(made["model"]), expected)
+
+
+def test_a_running_average_that_no_adapter_updates_is_left_out() -> None:
+    base = base_tensors()
+    torch.save({"model": base, "ema": {name: each + 1 for name, each in base.items()}, "step": 3}, "base.pth")
+    adapter_of(factors(Q, 24, 16), config={"r": 4, "lora_alpha": 4})
+    sm.convert("base.pth+lora", "out.pth")
+    made = torch.load("out.pth")
+    assert set(made) == {"model", "step"}
+    result = sm.merge(["base.pth+lora", "base.pth"], "merged.pth")
+    assert any("ema" in each for each in (*result.warnings, *sm.plan(["base.pth+lora", "base.pth"], "x.pth").notes))
+    assert set(torch.load("merged.pth")) == {"model", "step"}
+
+
+def test_tensors_of_a_base_with_an_adapter_may_be_renamed() -> None:
+    base, lora = base_tensors(), factors(Q, 24, 16)
+    torch.save({"model": base, "step": 3}, "base.pth")
+    adapter_of(lora, config={"r": 4, "lora_alpha": 4})
+    sm.convert("base.pth+lora", "out.pth", rename={"model.*": "net.*"})
+    made = torch.load("out.pth")["model"]
+    torch.testing.assert_close(made[f"net.{Q[6:]}.weight"].double(), base[f"{Q}.weight"].double() + change(lora, Q, 1))
+
+
+def test_an_adapter_of_gpt_sovits() -> None:
+    """Its file is a torch zip whose first two bytes tell the version; whole tensors stand beside the factors."""
+    module = "cfm.estimator.blocks.0.attn.to_q"
+    base = {f"{module}.weight": drawn(1, 24, 16), "enc_p.text.weight": drawn(2, 5, 4), "ref_enc.weight": drawn(3, 6)}
+    torch.save({"weight": base, "config": {"model": {"version": "v3"}}, "info": "pretrained"}, "s2Gv3.pth")
+    lora = {
+        "cfm.base_model.model.estimator.blocks.0.attn.to_q.lora_A.default.weight": drawn(10, 4, 16, dtype=torch.float16),
+        "cfm.base_model.model.estimator.blocks.0.attn.to_q.lora_B.default.weight": drawn(11, 24, 4, dtype=torch.float16),
+        "enc_p.text.weight": drawn(12, 5, 4, dtype=torch.float16),
+    }
+    torch.save({"weight": lora, "config": {"train": 1}, "info": "v3", "lora_rank": 4}, "voice.pth")
+    data = Path("voice.pth").read_bytes()
+    Path("voice.pth").write_bytes(b"03" + data[2:])
+    sm.convert("s2Gv3.pth+voice.pth", "out.pth")
+    made = torch.load("out.pth")
+    assert made["info"] == "pretrained"
+    delta = drawn(11, 24, 4, dtype=torch.float16).double() @ drawn(10, 4, 16, dtype=torch.float16).double()
+    expected = {
+        f"{module}.weight": base[f"{module}.weight"].double() + delta,
+        "enc_p.text.weight": drawn(12, 5, 4, dtype=torch.float16).double(),
+        "ref_enc.weight": base["ref_enc.weight"].double(),
+    }
+    same(dict(made["weight"]), expected)
 
 
 def test_globs_of_adapters_are_several_models() -> None:
@@ -281,13 +337,27 @@ def test_an_index_takes_any_source_for_a_name() -> None:
         (factors(Q, 24, 16), {"r": 4, "init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
         (factors(Q, 24, 16), {"peft_type": "OFT"}, "of the kind OFT cannot be merged"),
         ({f"{Q}.oft_R.weight": drawn(1, 2, 2)}, {"r": 4}, "OFT, which multiplies"),
-        (factors(Q, 24, 16) | {f"{Q}.lora_magnitude_vector": drawn(1, 23)}, {"r": 4}, "does not fit"),
+        (factors(Q, 24, 16) | {f"{Q}.lora_magnitude_vector": drawn(1, 23)}, {"r": 4, "use_dora": True}, "does not fit"),
         (
             {"lm_head.token_adapter.trainable_tokens_delta": drawn(1, 2, 16)},
             {"trainable_token_indices": {"lm_head": [1, 99]}},
             "no row 99",
         ),
         ({"lm_head.token_adapter.trainable_tokens_delta": drawn(1, 2, 16)}, {}, "does not say them"),
+        (factors(Q, 24, 16), {"r": 4, "modules_to_save": ["lm_head"]}, "modules_to_save names lm_head"),
+        (factors(Q, 24, 16), {"r": 4, "trainable_token_indices": [1]}, "has no trainable_tokens_delta"),
+        (
+            {f"{Q}.lora_A.weight": drawn(1, 4, 16).long(), f"{Q}.lora_B.weight": drawn(1, 24, 4)},
+            {"r": 4},
+            "a factor of int64",
+        ),
+        ({f"{V}.weight": drawn(1, 11, 16)}, {"r": 4}, "would replace a tensor of shape"),
+        ({f"{V}.weight": drawn(1, 12, 16).long()}, {"r": 4}, "would replace float32 by int64"),
+        (
+            {"lm_head.weight": drawn(1, 31, 16)},
+            {"r": 4},
+            r"lm_head\.weight would have 31 rows, and model\.embed_tokens\.weight 30",
+        ),
     ],
 )
 def test_what_has_no_place_is_an_error_that_names_it(tensors: Tensors, config: dict[str, Any], words: str) -> None:

@@ -86,8 +86,40 @@ def test_the_scale_without_a_configuration_is_told() -> None:
 
 
 @pytest.mark.parametrize(
+    ("config", "gone", "words"),
+    [
+        ({"use_dora": True}, "lora_magnitude_vector", "lora_A.weight has no lora_magnitude_vector, and .* use_dora: true"),
+        ({}, "", "has a lora_magnitude_vector, and .* use_dora: false"),
+        ({"lora_bias": True}, "", "has no lora_B.bias"),
+    ],
+)
+def test_what_some_modules_lack_is_an_error(config: dict[str, bool], gone: str, words: str) -> None:
+    lora = factors("a", 8, 6) | factors("b", 8, 6)
+    if "lora_bias" in config:
+        lora |= {"b.lora_B.bias": drawn(3, 8)}
+    else:
+        lora |= {f"{name}.lora_magnitude_vector": drawn(3, 8) for name in "ab"}
+    lora = {name: each for name, each in lora.items() if not gone or gone not in name or name.startswith("b")}
+    with pytest.raises(sm.MismatchError, match=words):
+        read_adapter(adapter_of(lora, config={"r": 4} | config))
+
+
+def test_biases_that_the_configuration_does_not_tell_are_added_with_a_warning() -> None:
+    found = read_adapter(adapter_of(factors("a", 8, 6) | {"a.lora_B.bias": drawn(3, 8)}, config={"r": 4}))
+    assert any("PEFT would leave them out" in each for each in found.index.warnings)
+    assert [each.kind for each in found.modules] == ["lora", "bias"]
+
+
+@pytest.mark.parametrize(
     ("tensors", "words"),
     [
+        (
+            {f"{m}.{n}": drawn(1, 4, 4) for m in ("lora_a", "lora_b") for n in ("lora_up.weight", "lora_down.weight")}
+            | {"lora_a.alpha": torch.tensor(2.0)},
+            "lora_b has no alpha, and 1 other modules have one",
+        ),
+        ({f"{M}.lokr_{n}": drawn(1, 4, 4) for n in ("w1", "w1_a", "w1_b", "w2")}, "do not tell one update"),
+        ({f"{M}.hada_{n}": drawn(1, 4, 4) for n in ("w1_a", "w1_b", "w2_a", "w2_b", "t1")}, "do not tell one update"),
         ({f"{M}.alpha": torch.tensor(2.0), f"{M}.lora_up.weight": drawn(1, 8, 4)}, "no partner A"),
         ({f"{M}.alpha": torch.tensor(2.0), "x.diff": drawn(1, 2)}, "alpha has no factors beside it"),
         ({f"{M}.lora_down.weight": drawn(1, 4, 6), f"{M}.lora_up.weight": drawn(2, 8, 5)}, "no factors of one update"),

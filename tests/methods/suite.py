@@ -280,7 +280,7 @@ class MethodSuite:
             save_file({n: torch.randn(s, generator=make, dtype=torch.float64) for n, s in shapes.items()}, paths[-1])
         base = {"base": paths[5]} if case.base else {}
         digests, chunks = set(), set()
-        for memory in ("512MiB", "64MiB", "48MiB", "32MiB", "20MiB"):
+        for memory in ("512MiB", "128MiB", "64MiB", "48MiB", "32MiB", "20MiB"):
             out = tmp_path / memory / "model.safetensors"
             out.parent.mkdir()
             options = {"parameters": case.parameters} | base

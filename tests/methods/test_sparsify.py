@@ -102,8 +102,8 @@ def test_rows_as_they_are_ranked(shape: tuple[int, ...], fibres: tuple[int, ...]
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"density": (0.5, 0.0)}, "density"),
-        ({"density": (1.1,)}, "density"),
+        ({"density": (0.5, -0.1)}, "density"),
+        ({"density": (float("inf"),)}, "density"),
         ({"density": (float("nan"),)}, "density"),
         ({"density": (0.5,), "gamma": (1.0,)}, "gamma"),
         ({"density": (0.5,), "gamma": (-0.1,)}, "gamma"),
@@ -119,6 +119,8 @@ def test_densities_that_are_none(values: sparsify.Values, words: str) -> None:
 
 def test_densities_at_their_limits() -> None:
     sparsify.check_density({"density": (1.0, 1e-9), "gamma": (0.0, 0.99)})
+    sparsify.check_density({"density": (0.0, 1.3), "gamma": (0.0, 0.99)})
+    sparsify.check_density({"density": (0.0, 1.3), "epsilon": (0.2, 0.2)})
     sparsify.check_density({"density": (1.0, 0.5), "epsilon": (7.0, 0.49)})
 
 
@@ -126,3 +128,18 @@ def test_everything_is_everything() -> None:
     group = group_of(drawn(7))
     assert torch.equal(applied(group, sparsify.everything), drawn(7))
     assert isinstance(next(iter(group.sweep(lambda chunk: (), lambda look, chunks: list(chunks), 0, 7)))[0], Chunk)
+
+
+@pytest.mark.parametrize("elems", [1, 7, 1001, GRAIN + 1])
+def test_a_density_of_zero_drops_all_and_above_one_keeps_all(elems: int) -> None:
+    group = group_of(drawn(elems), drawn(elems, 1))
+    density, gamma = [0.0, 1.5], [0.1, 0.1]
+    for made in (
+        sparsify.magnitude(group, density),
+        sparsify.magnitude_outliers(group, density, gamma),
+        sparsify.bernoulli(group, density),
+        sparsify.magprune(group, density, [0.1, 0.1]),
+        sparsify.rescaled(group, sparsify.magnitude(group, density)),
+    ):
+        assert not applied(group, made, 0).any()
+        assert torch.equal(applied(group, made, 1), drawn(elems, 1))

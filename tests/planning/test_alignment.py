@@ -250,3 +250,22 @@ def test_a_module_that_is_added_has_its_counters(tmp_path: Path) -> None:
     made = torch.load(tmp_path / "out.pth")
     assert [*made] == ["a.w", "a.num_batches_tracked", "b.running_mean", "b.num_batches_tracked"]
     assert (made["a.num_batches_tracked"].item(), made["b.num_batches_tracked"].item()) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "promoted"),
+    [
+        ((torch.bfloat16, torch.float16), torch.float32),
+        ((torch.float16, torch.float32), torch.float32),
+        ((torch.bfloat16, torch.float64), torch.float64),
+        ((torch.float16, torch.float16), torch.float16),
+    ],
+)
+def test_mixed_dtypes_are_the_firsts_or_promoted(dtypes: tuple[torch.dtype, ...], promoted: torch.dtype) -> None:
+    saved(one={n: t.to(dtypes[0]) for n, t in model(1).items()}, two={n: t.to(dtypes[1]) for n, t in model(2).items()})
+    assert {t.dtype for t in merged("one", "two")[0].values()} == {dtypes[0]}
+    made = merged("one", "two", mixed_dtypes="promote")[0]
+    for name, tensor in model(1).items():
+        assert made[name].dtype == torch.promote_types(*dtypes) == promoted
+        assert torch.equal(made[name], mean(tensor.to(dtypes[0]).to(promoted), model(2)[name].to(dtypes[1])))
+    assert {t.dtype for t in merged("one", "two", mixed_dtypes="promote", dtype="bfloat16")[0].values()} == {torch.bfloat16}

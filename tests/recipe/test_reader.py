@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 import time
@@ -157,7 +158,7 @@ SLICES = "merge_method: {}\nslices:\n- sources:\n  - {{model: a.safetensors, lay
         (SLICES.format("ties", "[0, 2]", "base_model: base.safetensors\n"), "must be among the sources"),
         ("merge_method: linear\nmodules: {m: {}}\n", "either models or slices"),
         ("merge_method: linear\nslices: [{sources: []}]\n", "sources takes a list, not nothing"),
-        (SLICES.format("passthrough", "[0, 2]", "  residual: 3\n"), "did you mean residual_weight?"),
+        (SLICES.format("passthrough", "[0, 2]", "  residual_weigth: 3\n"), "did you mean residual_weight?"),
     ],
 )
 def test_mistakes_in_slices_and_modules(text: str, words: str, models: Path) -> None:
@@ -460,3 +461,56 @@ def test_the_examples_do_what_they_say(example: Path, tmp_path: Path, monkeypatc
         assert octets(made["model_avg"]["gpt.norm.bias"]) == octets(expected)
     if example.stem == "frankenmerge":
         assert json.loads((tmp_path / out / "config.json").read_text())["num_hidden_layers"] == 48
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            LINEAR + "embed_slerp: true\n",
+            "3:1: a recipe has no key embed_slerp, so it is ignored, as in mergekit; embeddings",
+        ),
+        (LINEAR + "random_seed: 3\n", "3:1: a recipe has no key random_seed, so it is ignored, as in mergekit; `seed` is"),
+        (
+            LINEAR + "int8_mask: true\n",
+            "3:1: a recipe has no key int8_mask, so it is ignored, .*; a parameter stands under",
+        ),
+        (LINEAR + "license: mit\n", "3:1: a recipe has no key license, so it is ignored, as in mergekit$"),
+        (
+            LINEAR + "parameters: {density: 0.5}\n",
+            "3:14: linear has no parameter density; it has weight, normalize, so density",
+        ),
+        (
+            LINEAR + "parameters: {embed_slerp: on}\n",
+            "3:14: linear has no parameter embed_slerp; .* is ignored, as in mergekit$",
+        ),
+        (
+            LINEAR.replace("b.safetensors}", "b.safetensors, weight: 2}"),
+            r"2:\d+: an entry of models has no key weight, so it is",
+        ),
+        (LINEAR.replace("b.safetensors}", "b.safetensors, parameters: {normalize: 0}}"), r"2:\d+: normalize cannot differ"),
+        (LINEAR.replace("b.safetensors}", "b.safetensors, parameters: {weight: 2}}"), "a.safetensors has no weight beside"),
+        (LINEAR + "parameters: {weight: {value: 1, layers: 3}}\n", r"3:\d+: a filter has no key layers, so it is ignored"),
+    ],
+)
+def test_what_mergekit_ignores_is_ignored_and_told(text: str, said: str, models: Path) -> None:
+    (models / "recipe.yaml").write_text(text)
+    (found,) = read_recipe("recipe.yaml").ignored
+    assert re.search(said, found), found
+    assert found in sm.plan(recipe="recipe.yaml").warnings
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (LINEAR + "parameter: {weight: 1}\n", "did you mean parameters?"),
+        (LINEAR + "max_shard_size: 1GB\n", "unknown key max_shard_size; it stands under output"),
+        (LINEAR + "parameters: {densty: 0.5}\n", "linear has no parameter densty"),
+        (LINEAR.replace("b.safetensors}", "b.safetensors, parametres: {weight: 2}}"), "did you mean parameters?"),
+        ("base_model: a\ngate_mode: hidden\nexperts: []\n", "a configuration of mergekit-moe"),
+        ("genome: {models: []}\n", "a configuration of mergekit-evolve"),
+        ("layer_slices: []\n", "a configuration of bakllama"),
+    ],
+)
+def test_what_is_probably_misspelled_stops(text: str, said: str, models: Path) -> None:
+    assert said in refused(text)[0]

@@ -10,6 +10,7 @@ from streammerge.adapters.experts import Block, Singles, block_of, blocks, fused
 from streammerge.adapters.modules import Adapter, Module, read_adapter
 from streammerge.adapters.names import Names, Spot, wanted_names
 from streammerge.adapters.updates import updated
+from streammerge.checkpoints.heads import is_embedding
 from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
 from streammerge.dataclass import dataclass
 from streammerge.errors import MismatchError, RecipeError, printable
@@ -94,6 +95,7 @@ class _Adapted:
             change = partial(self._fuse, layer, strength)
             self._guarded(adapter, next(iter(layer.modules.values())), layer.block.place, change)
         self._lost(adapter, lost, names, strength)
+        self._check_promises(adapter)
         self.notes += [*adapter.notes, *dict.fromkeys(names.notes)]
         scale = "" if strength == 1.0 else f", times {strength:g}"
         self.notes.append(
@@ -114,6 +116,24 @@ class _Adapted:
                     f"{printable(self.base.path)}{names.near(wanted)}; give the base that the adapter was made for"
                 )
             self._apply(adapter, module, spot, strength)
+
+    def _check_promises(self, adapter: Adapter) -> None:
+        """Raises MismatchError if the configuration names whole modules or rows that the adapter does not have."""
+        config = adapter.config
+        if config is None:
+            return
+        whole = {part for each in adapter.modules if each.kind == "saved" for part in each.name.split(".")}
+        for name in config.saved:
+            if name not in whole and any(name in each.split(".") for each in self.base.entries):
+                raise MismatchError(
+                    f"{adapter.where}: modules_to_save names {printable(name)}, and the adapter has no tensor of it; the "
+                    "adapter is not complete"
+                )
+        if config.tokens and not any(each.kind == "tokens" for each in adapter.modules):
+            raise MismatchError(
+                f"{adapter.where}: trainable_token_indices names rows, and the adapter has no trainable_tokens_delta; the "
+                "adapter is not complete"
+            )
 
     def _find(self, adapter: Adapter, module: Module, names: Names) -> Spot | None:
         try:
@@ -188,6 +208,7 @@ class _Adapted:
             entries[name] = source.named(name)
             if source.spec.shape != base.entries[name].spec.shape:
                 resized.append(name)
+        self._check_rows(resized, entries, adapters)
         for name, first in base.aliases.items():
             if first in self.now:
                 entries[name] = entries[first].named(name)
@@ -209,6 +230,23 @@ class _Adapted:
             plain=base,
             adapted_as=text,
         )
+
+    def _check_rows(self, resized: list[str], entries: dict[str, Source], adapters: Sequence[Adapter]) -> None:
+        """Raises MismatchError if embeddings and head of one vocabulary would have different numbers of rows."""
+        rows = {name: (self.base.entries[name].spec.shape[0], entries[name].spec.shape[0]) for name in resized}
+        for name, entry in entries.items() if rows else ():
+            if not is_embedding(name) or name in self.base.aliases:
+                continue
+            other = next((each for each, (before, after) in rows.items() if self._rows(name) == before != after), None)
+            if other is not None and entry.spec.shape[0] != rows[other][1]:
+                raise MismatchError(
+                    f"{printable(adapters[-1].index.path)}: {printable(other)} would have {rows[other][1]} rows, and "
+                    f"{printable(name)} {entry.spec.shape[0]}; the adapter is not complete"
+                )
+
+    def _rows(self, name: str) -> int:
+        shape = self.base.entries[name].spec.shape
+        return shape[0] if len(shape) == 2 else -1
 
 
 def _in_rows(module: Module, weight: Source, spot: Spot, strength: float, dtype: DType) -> Source:

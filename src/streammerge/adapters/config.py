@@ -30,7 +30,8 @@ class Config:
     changed the base when it was loaded, "" for all others.
 
     ``r`` and ``alpha``: for modules that no pattern names. ``targets``: the parameters that the adapter targets, in order.
-    ``tokens``: the ends of modules' names -> the numbers of their trained rows; "" is the input embedding.
+    ``saved``: the modules that it brings whole. ``tokens``: the ends of modules' names -> the numbers of their trained
+    rows; "" is the input embedding.
     """
 
     where: str
@@ -42,10 +43,12 @@ class Config:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     fan_in_fan_out: bool = False
     dora: bool = False
+    lora_bias: bool = False
     init: str = ""
     targets: tuple[str, ...] = ()
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     feedforward: str | tuple[str, ...] = ()
+    saved: tuple[str, ...] = ()
 
     def rank(self, module: str) -> int:
         """Returns the rank of a module's factors."""
@@ -124,10 +127,12 @@ def config_of(tree: Mapping[str, Any], where: str) -> Config:
         take.numbers("alpha_pattern"),
         take.truth("fan_in_fan_out"),
         take.truth("use_dora"),
+        take.truth("lora_bias"),
         _init(tree, where) if kind == "LORA" else "",
         tuple(targets),
         _tokens(tree, where),
         feedforward if isinstance(feedforward, str) else tuple(map(str, feedforward)),
+        tuple(map(str, saved)) if isinstance(saved := tree.get("modules_to_save"), list) else (),
     )
 
 

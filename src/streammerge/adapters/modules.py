@@ -32,6 +32,7 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ("set_weight", "saved"),
 )
 """(start of a part's name, the kind of change that it tells), the first one counts."""
+_ALPHA = "alpha"
 _METADATA_KEY = "lora_adapter_metadata"
 _DEPTH = re.compile(r"\.base_layer(?=\.|$)")
 _FORMS = {DType.F64: "<d", DType.F32: "<f", DType.BF16: "<f", DType.F16: "<e", DType.I64: "<q", DType.I32: "<i"}
@@ -119,6 +120,13 @@ def adapter_of(index: CheckpointIndex, config: Config | None = None) -> Adapter:
     factors = 0
     for name, source in index.items():
         key = _split(name)
+        if source.spec.dtype.kind != "float" and key.part != _ALPHA and key.part:
+            raise MismatchError(
+                f"{made.where}: {printable(name)} is a factor of {source.spec.dtype.torch_name}, and factors are "
+                "floating-point numbers"
+            )
+        if not source.spec.shape and key.part != _ALPHA and key.part:
+            raise MismatchError(f"{made.where}: {printable(name)} is one number, and a factor has axes")
         if not key.part:
             saved.append(_saved(name, source, key))
             continue
@@ -139,13 +147,50 @@ def adapter_of(index: CheckpointIndex, config: Config | None = None) -> Adapter:
         made.modules += _modules(made, module, depth, group, _config_for(configs, module))
     if refused := _refused(index):
         raise MismatchError(refused)
+    _check_alike(made, bool(configs))
     made.modules[:0] = saved
-    if made.dialect.startswith("PEFT") and not configs and any(each.kind == "lora" for each in made.modules):
+    ranked = isinstance(index.extras, dict) and "lora_rank" in index.extras  # GPT-SoVITS, whose alpha is the rank
+    loras = any(each.kind == "lora" for each in made.modules)
+    if made.dialect.startswith("PEFT") and not configs and loras and not ranked:
         made.notes.append(
             f"{made.where} has no {CONFIG} beside it, so the scale of its updates is not known; they are added as they "
             "are, which is right where alpha equals the rank"
         )
     return made
+
+
+def _check_alike(adapter: Adapter, configured: bool) -> None:
+    """Raises MismatchError if some modules have what the others of one adapter lack: alphas, norms, or biases."""
+    scaled = [each for each in adapter.modules if each.kind in ("lora", "loha", "lokr", "embedding")]
+    with_alpha = [each for each in scaled if any(key.endswith(f".{_ALPHA}") for key in each.keys)]
+    if not configured and 0 < len(with_alpha) < len(scaled):
+        without = next(each for each in scaled if each not in with_alpha)
+        raise MismatchError(
+            f"{adapter.where}: {printable(without.name)} has no alpha, and {len(with_alpha)} other modules have one; the "
+            "adapter is not complete"
+        )
+    config = adapter.config
+    if config is None or config.kind != "LORA":
+        return
+    for each in scaled:
+        if config.dora != bool(each.magnitude) and each.kind in ("lora", "embedding"):
+            has = "has no lora_magnitude_vector" if config.dora else "has a lora_magnitude_vector"
+            raise MismatchError(
+                f"{adapter.where}: {printable(each.keys[0])} {has}, and {CONFIG} says use_dora: "
+                f"{str(config.dora).lower()}; the adapter is not complete, or the configuration is another's"
+            )
+    biased = {each.name: each.keys[0] for each in adapter.modules if each.kind == "bias"}
+    if biased and not config.lora_bias:
+        adapter.index.warnings.append(
+            f"{adapter.where} has biases of factors ({printable(next(iter(biased.values())))}), and {CONFIG} does not "
+            "say lora_bias; they are added, and PEFT would leave them out"
+        )
+    lacking = next((each for each in scaled if each.name not in biased), None)
+    if config.lora_bias and lacking is not None and lacking.kind == "lora":
+        raise MismatchError(
+            f"{adapter.where}: {printable(lacking.name)} has no lora_B.bias, and {CONFIG} says lora_bias; the adapter is "
+            "not complete"
+        )
 
 
 def _refused(index: CheckpointIndex) -> str:
@@ -222,7 +267,8 @@ def _modules(
     adapter: Adapter, name: str, depth: int, group: dict[str, tuple[str, Source]], config: Config | None
 ) -> Iterable[Module]:
     """Yields the changes of one module. Raises MismatchError for factors without their partner."""
-    kinds = dict.fromkeys(kind for start, kind in _KINDS for part in group if part.startswith(start) and part != "diff_b")
+    biases = {part for part in group if part in ("B bias", "diff_b")}
+    kinds = dict.fromkeys(kind for start, kind in _KINDS for part in group if part.startswith(start) and part not in biases)
     keys = {part: key for part, (key, _) in group.items()}
     tensors = {part: source for part, (_, source) in group.items()}
     if len(kinds) > 1:
@@ -230,7 +276,6 @@ def _modules(
             f"{adapter.where}: {printable(name)} has factors of several kinds ({', '.join(sorted(keys.values()))}), and "
             "what they mean together is not known"
         )
-    biases = {part for part in group if part in ("B bias", "diff_b")}
     rest = [part for part in sorted(group) if part not in biases]
     kind = next(iter(kinds), "")
     if not kind and rest:
@@ -276,6 +321,14 @@ def _scaled(
 ) -> Module:
     """Returns a module with its rank and scale."""
     used = tuple(keys[part] for part in parts)
+    double = next(
+        (each for each in ("lokr_w1", "lokr_w2") if each in parts and {f"{each}_a", f"{each}_b"} & set(parts)), None
+    )
+    if double is not None or ("hada_t1" in parts) != ("hada_t2" in parts):
+        raise MismatchError(
+            f"{adapter.where}: {printable(used[0])} and the factors beside it do not tell one update of {printable(name)}: "
+            f"there are {', '.join(parts)}"
+        )
     for needed in _PARTNERS[kind]:
         if not any(part in parts for part in needed):
             raise MismatchError(
@@ -306,7 +359,7 @@ def _scaled(
         likely = targets[len(targets) - 1 - depth]
         others = tuple(target for target in targets if target != likely)
         return replace(module, kind="experts", parameter=likely, others=others)
-    if rank and rank != module.rank and kind in ("lora", "embedding"):
+    if rank and rank != module.rank:
         raise MismatchError(
             f"{adapter.where}: {printable(used[0])} has the rank {rank}, and {CONFIG} says {module.rank} for "
             f"{printable(name)}; the file or the configuration is another adapter's"

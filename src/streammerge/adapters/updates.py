@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 from streammerge.adapters.modules import Module
+from streammerge.checkpoints.heads import is_embedding
 from streammerge.errors import MismatchError, RecipeError, printable
 from streammerge.sources.base import Source
 from streammerge.sources.contracted import contracted
@@ -165,6 +166,8 @@ def _ia3(module: Module, weight: Source, strength: float, dtype: DType) -> Sourc
     count, long = factors.spec.numel, [axis for axis, size in enumerate(factors.spec.shape) if size > 1]
     if module.parameter == "bias":
         axis = 0
+    elif len(factors.spec.shape) == 2 and len(long) == 1 and long[0] != module.transposed:
+        raise RecipeError(f"its numbers have the shape {list(factors.spec.shape)}")
     elif module.transposed:
         axis = 1 if len(shape) > 1 and shape[1] == count else 0
     elif len(factors.spec.shape) == 2 and long and shape[0] != shape[1]:
@@ -181,7 +184,14 @@ def _bias(module: Module, weight: Source, strength: float, dtype: DType) -> Sour
 
 
 def _saved(module: Module, weight: Source, strength: float, dtype: DType) -> Source:
-    value = module.parts["value"].named(weight.spec.name)
+    value, spec = module.parts["value"].named(weight.spec.name), weight.spec
+    resized = (
+        is_embedding(spec.name) and len(spec.shape) == 2 == len(value.spec.shape) and spec.shape[1] == value.spec.shape[1]
+    )
+    if value.spec.shape != spec.shape and not resized:
+        raise RecipeError(f"it would replace a tensor of shape {list(spec.shape)} by one of shape {list(value.spec.shape)}")
+    if value.spec.dtype.kind != dtype.kind:
+        raise RecipeError(f"it would replace {dtype.torch_name} by {value.spec.dtype.torch_name}")
     if strength == 1.0:
         return value
     return summed([weight, value], [1.0 - strength, strength])

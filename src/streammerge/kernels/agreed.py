@@ -58,7 +58,7 @@ def settle(out: torch.Tensor, read: Read, sources: int, start: int, row: int, wi
     """
     import torch
 
-    spoiled = torch.zeros(len(out) // row, dtype=torch.bool) if row > 1 else None
+    spoiled = torch.zeros(-(-len(out) // row), dtype=torch.bool) if row > 1 else None  # the last row may be shorter
     count = 0
     for number, source_stop, mask in agreed(read, sources, start, start + len(out)):
         a, b = number - start, source_stop - start
@@ -69,9 +69,10 @@ def settle(out: torch.Tensor, read: Read, sources: int, start: int, row: int, wi
             count += _put(out[a:b], read(0, number, source_stop), mask)
     if spoiled is None or not bool(spoiled.any()):
         return count
-    rows, clean = _bits(out).view(-1, row), without().reshape(-1, row)
+    clean = without().reshape(-1)
     for number in spoiled.nonzero()[:, 0].tolist():
-        rows[number] = _bits(clean[number].to(out.dtype))
+        spoiled_row = slice(number * row, (number + 1) * row)
+        _bits(out)[spoiled_row] = _bits(clean[spoiled_row].to(out.dtype))
     for number, source_stop, mask in agreed(read, sources, start, start + len(out)):
         a, b = number - start, source_stop - start
         mask &= spoiled[torch.arange(a, b) // row]

@@ -35,6 +35,7 @@ class TensorGroup:
     ``models`` is their number, without the base; ``based`` says whether there is a base. ``shape`` is the shape of
     each. ``row`` elements belong together and are never split between chunks. ``compute`` is the dtype of the
     arithmetic. ``results`` holds the results of passes that an earlier binding made; they are not computed again.
+    ``turned``: whether the tensors have their first axis last.
     """
 
     name: str
@@ -46,6 +47,7 @@ class TensorGroup:
     row: int = 1
     seed: int = 0
     results: PassResults | None = None
+    turned: bool = False
 
     @property
     def elems(self) -> int:
@@ -123,6 +125,7 @@ class TensorGroup:
         row: int = 1,
         compute: torch.dtype | None = None,
         chunk_elems: int = GRAIN,
+        turned: bool = False,
     ) -> TensorGroup:
         """Makes a group of tensors in memory, to try a method without files: ``group.merged(slerp(group, t=0.3))``."""
         import torch
@@ -148,7 +151,8 @@ class TensorGroup:
         def sweep(look: Look, step: Step[T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
             yield step(look, chunks(start, stop, sparse))
 
-        return cls(name, tuple(sources[0].shape), len(models), compute, sweep, base is not None, row, seed)
+        shape, based = tuple(sources[0].shape), base is not None
+        return cls(name, shape, len(models), compute, sweep, based, row, seed, turned=turned)
 
     def merged(self, kernel: Kernel) -> torch.Tensor:
         """Returns the whole tensor that a kernel makes, in the compute dtype. It is held in memory, to try a method."""

@@ -94,7 +94,9 @@ class MergeMethod:
     ``buffers``: how many chunk-long buffers the method holds at once, torch's temporaries included;
     ``buffers_per_model``: how many more for each model. ``searches``: how many ranks it searches at once, per model.
     ``row_buffers``: how many float64 rows its passes hold. ``kept_bits``: how many bits of each element it keeps for a
-    model, in a tensor of up to a grain. ``compute``: the dtype of the arithmetic, unless the recipe gives one.
+    model, in a tensor of up to a grain. ``whole(shape, models, values, turned)``: how many bytes its passes hold, if that
+    is so much that one worker makes the whole tensor. ``turns(shape, values)``: whether a tensor is read and made with its
+    first axis last. ``compute``: the dtype of the arithmetic, unless the recipe gives one.
     ``check(values)`` raises RecipeError.
 
     A method is pickled as the place of its function, and is found there again.
@@ -112,6 +114,8 @@ class MergeMethod:
     searches: int = 0
     row_buffers: int = 0
     kept_bits: int = 0
+    whole: Callable[[tuple[int, ...], int, Values, bool], int] | None = None
+    turns: Callable[[tuple[int, ...], Values], bool] | None = None
     compute: str = "float32"
     check: Callable[[Values], None] | None = None
     listed: bool = field(default=True, repr=False)
@@ -170,6 +174,10 @@ class MergeMethod:
 
     def rows(self, shape: tuple[int, ...], values: Values) -> int:
         return max(self.row(shape, values), 1) if self.row else 1
+
+    def whole_bytes(self, shape: tuple[int, ...], models: int, values: Values, turned: bool) -> int:
+        """Returns the bytes that its passes over the whole tensor hold beside the buffers."""
+        return self.whole(shape, models, values, turned) if self.whole else 0
 
     def buffers_for(self, dtypes: Sequence[DType], compute: str, based: bool) -> tuple[int, int]:
         """(bytes of an element, how many) of the buffers that it needs for inputs of these dtypes, a base included."""

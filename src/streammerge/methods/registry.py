@@ -83,16 +83,27 @@ def merge_tensors(
     if contract.base == "required" and base is None:
         raise RecipeError(f"{contract.name} needs a base")
     shape = tuple((models[0] if base is None else base).shape)
+    turns = contract.turns is not None and contract.turns(shape, values)
+    if turns:
+        models = tuple(_turned(model) for model in models)
+        base = None if base is None else _turned(base)
     wide = any(t.dtype == torch.float64 for t in (*models, *([] if base is None else [base])))
     group = TensorGroup.of(
         *models,
         base=base,
         seed=seed,
-        row=contract.rows(shape, values),
+        row=contract.rows(shape if not turns else tuple(models[0].shape), values),
         compute=torch.float64 if wide else getattr(torch, contract.compute),
         chunk_elems=chunk_elems,
+        turned=turns,
     )
-    return group.merged(contract.bind(group, values))
+    made = group.merged(contract.bind(group, values))
+    return made.T.reshape(shape) if turns else made
+
+
+def _turned(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor as a matrix, with the elements of its first axis in the columns."""
+    return tensor.reshape(len(tensor), -1).T
 
 
 def _function_at(place: str) -> Callable[..., Kernel]:

@@ -26,15 +26,15 @@ Sparsify = Callable[[Chunk, int, "torch.Tensor"], "torch.Tensor"]
 
 
 def check_density(values: Values) -> None:
-    """Raises RecipeError unless every density is in (0, 1] and gamma and epsilon fit it."""
+    """Raises RecipeError unless every density is at least 0 and gamma and epsilon fit it. Above 1 all is kept, as at 1."""
     for density in values["density"]:
-        if not 0 < density <= 1:
-            raise RecipeError(f"density is the share of elements that is kept, above 0 and up to 1, not {density:g}")
+        if not 0 <= density < math.inf:
+            raise RecipeError(f"density is the share of elements that is kept, from 0 (none) to 1 (all), not {density:g}")
     for gamma in values.get("gamma", ()):
         if not 0 <= gamma < 1:
             raise RecipeError(f"gamma is the share of elements dropped as outliers, from 0 to below 1, not {gamma:g}")
     for density, epsilon in zip(values["density"], values.get("epsilon", ()), strict=False):
-        if density < 1 and not (epsilon >= 0 and density - epsilon > 0 and density + epsilon < 1):
+        if 0 < density < 1 and not (epsilon >= 0 and density - epsilon > 0 and density + epsilon < 1):
             raise RecipeError(
                 f"density {density:g} with epsilon {epsilon:g}: density - epsilon and density + epsilon must lie between 0 "
                 "and 1; choose a smaller epsilon"
@@ -47,10 +47,10 @@ def everything(chunk: Chunk, model: int, delta: torch.Tensor) -> torch.Tensor:
 
 
 def magnitude(group: TensorGroup, density: Sequence[float]) -> Sparsify:
-    """Keeps the int(density * n) largest by magnitude, at least one. Among equal ones, keeps those with the lowest
-    index."""
+    """Keeps the int(density * n) largest by magnitude, at least one unless the density is 0. Among equal ones, keeps those
+    with the lowest index."""
     n = group.elems
-    ranks = [[n if d >= 1 else max(int(d * n), 1)] for d in density]
+    ranks = [[n if d >= 1 else max(int(d * n), 1) if d else 0] for d in density]
     cuts = group.kth_largest(_magnitudes(group), ranks)
     return lambda chunk, model, delta: cuts[model][0].keep(delta, chunk.start)
 
@@ -126,6 +126,8 @@ def magprune(group: TensorGroup, density: Sequence[float], epsilon: Sequence[flo
         return limits(torch.arange(n).to(group.compute).mul_(2 * e / (n - 1)).add_(d - e))
 
     def mask(chunk: Chunk, model: int, delta: torch.Tensor) -> torch.Tensor | None:
+        if not density[model]:
+            return group.chosen(chunk, model, 0.0)
         fibres = fibre_view(delta, group.shape)
         n = fibres.shape[1]
         if density[model] >= 1 or n <= 1:

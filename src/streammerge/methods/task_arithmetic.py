@@ -51,7 +51,7 @@ def _merge(
 
     def elected(chunk: Chunk) -> torch.Tensor:
         deltas = [weighted(chunk, model, f"delta {model}") for model in range(group.models)]
-        return applied(chunk, _winners(chunk, deltas, weight, normalize))
+        return applied(chunk, winners(chunk, deltas, weight, normalize))
 
     def weighted(chunk: Chunk, model: int, slot: Slot) -> torch.Tensor:
         return scaled(sparsify(chunk, model, chunk.delta(model, slot)), weight[model])
@@ -62,7 +62,7 @@ def _merge(
     return elected if elect else plain
 
 
-def _winners(chunk: Chunk, deltas: list[torch.Tensor], weight: Sequence[float], normalize: bool) -> torch.Tensor:
+def winners(chunk: Chunk, deltas: list[torch.Tensor], weight: Sequence[float], normalize: bool) -> torch.Tensor:
     """Returns the sum of the weighted deltas that have the elected sign, divided by the sum of their weights (if not
     zero)."""
     import torch

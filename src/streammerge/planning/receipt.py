@@ -103,7 +103,7 @@ def input_files(named: Mapping[str, CheckpointIndex]) -> dict[str, InputSpans]:
     for name, index in named.items():
         is_folder = index.path.is_folder()
         above, folder = (name, index.path) if is_folder else (posixpath.dirname(name), index.path.parent)
-        for file, spans in index.container.tensor_spans().items():
+        for file, spans in index.container.tensor_spans(joined=True).items():
             inner = file.relative_to(folder) if folder in file.parents else file.name
             found[_below(above, inner)] = (file, spans)
     return found

@@ -121,9 +121,9 @@ def _block(source: Source, start: tuple[int, ...], shape: tuple[int, ...]) -> So
     return found
 
 
-def framed(block: MergedSource, frame: Source) -> Source:
+def framed(block: Source, frame: Source) -> Source:
     """Returns a tensor of the frame's shape, whose leading block is replaced. It has the dtype of the block."""
-    made: Source = block
+    made = block
     sizes, whole, dtype = list(block.spec.shape), frame.spec.shape, block.spec.dtype
     for axis in reversed(range(len(whole))):
         if sizes[axis] == whole[axis]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import NamedTuple
 
 from streammerge.checkpoints.config import tree_of
 from streammerge.checkpoints.config_tokens import vocabulary_sizes
 from streammerge.checkpoints.heads import tie_head
 from streammerge.checkpoints.index import CheckpointIndex
+from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.methods.registry import COPY, LINEAR
 from streammerge.planning.tokenizers import Known, Pool, Vocabulary, base_of, known_vocabularies, output_vocabulary
@@ -32,7 +33,7 @@ from streammerge.sources.merged import merged
 from streammerge.sources.reshaped import reshaped
 from streammerge.sources.rows import Runs, gathered, rows_of, runs_of
 from streammerge.stores.base import Location
-from streammerge.tensors.dtypes import DType
+from streammerge.tensors.dtypes import DType, promoted
 from streammerge.tensors.layers import is_before, layer_of
 from streammerge.tensors.matching import match
 from streammerge.tensors.spec import TensorSpec
@@ -76,7 +77,7 @@ class _Seen:
     """A checkpoint with its tensors, as :func:`tie_head` looks at it."""
 
     index: CheckpointIndex
-    entries: dict[str, Source]
+    entries: Mapping[str, Source]
 
 
 class _Table(NamedTuple):
@@ -466,7 +467,8 @@ class _Rows:
         """Returns the dtype of a model's tensor: that of all models together if it has rows of others, so that these are
         exact. The first checkpoint keeps its dtype, which is the output's, unless another one is asked for."""
         own = entries[number].spec.dtype
-        keeps = self.group.models[number] == self.all.first and self.all.recipe.recast is None
+        recipe = self.all.recipe
+        keeps = self.group.models[number] == self.all.first and recipe.recast is None and recipe.mixed_dtypes == "first"
         if keeps or not any(piece.rows for piece in how.pieces):
             return own
         return promoted([each.spec.dtype for each in entries.values()])
@@ -546,14 +548,6 @@ class _Rows:
                 indices[t] = at + place
             at += len(tokens)
         return _How(tuple(pieces), runs_of(indices))
-
-
-def promoted(dtypes: Sequence[DType]) -> DType:
-    """Returns the smallest dtype that holds the numbers of all these, as torch promotes them."""
-    found = set(dtypes)
-    if len(found) == 1:
-        return dtypes[0]
-    return DType.F64 if DType.F64 in found else DType.F32
 
 
 def _cast(source: Source, dtype: DType) -> Source:

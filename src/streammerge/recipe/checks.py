@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from streammerge.errors import RecipeError, printable
+from streammerge.errors import RecipeError, listed, printable
 from streammerge.methods.contracts import MergeMethod
 from streammerge.recipe.adapted import resolved
-from streammerge.recipe.fields import Path, Positions, Problems, position_of
+from streammerge.recipe.fields import Path, Positions, Problems, is_misspelled, position_of
 from streammerge.recipe.model import Model, Recipe, Slice, SliceSource
+from streammerge.recipe.scalars import parameter_docs
 from streammerge.recipe.settings import Settings, check_setting
 
 
-def check(recipe: Recipe, problems: Problems) -> None:
-    """Adds every mistake of the recipe to the problems."""
+def check(recipe: Recipe, problems: Problems, as_mergekit: bool = False) -> None:
+    """Adds every mistake of the recipe to the problems. ``as_mergekit``: warns of what mergekit ignores."""
     ways = [name for name in ("models", "slices", "modules") if getattr(recipe, name)]
     unread = any(path[:1] in (("models",), ("slices",), ("modules",)) for path, _ in problems)
     if len(ways) > 1 or not (ways or unread):
@@ -31,7 +32,9 @@ def check(recipe: Recipe, problems: Problems) -> None:
                 _check_slice(recipe, each, problems)
     if recipe.tokenizer_source and recipe.tokenizer:
         problems.add(("tokenizer",), "tokenizer_source and tokenizer are given; a recipe has one of them")
-    _check_parameters(recipe, problems)
+    _check_parameters(recipe, problems, as_mergekit)
+    if as_mergekit:
+        _warn_of_weights(recipe, problems)
     _check_rules(recipe, problems)
 
 
@@ -44,6 +47,11 @@ def raise_all(problems: Problems, positions: Positions, name: str = "the recipe"
         raise RecipeError(rows[0])
     if rows:
         raise RecipeError(f"{name} has {len(rows)} mistakes:\n" + "\n".join(f"  {row}" for row in rows))
+
+
+def ignored(problems: Problems, positions: Positions) -> tuple[str, ...]:
+    """Returns the warnings with their places in the file."""
+    return tuple(f"{position_of(path, positions) or ''}{said}" for path, said in dict.fromkeys(problems.warnings))
 
 
 def _has_unread(path: Path, problems: Sequence[tuple[Path, str]]) -> bool:
@@ -123,18 +131,23 @@ def _levels(recipe: Recipe) -> Iterator[tuple[Path, Settings, bool]]:
                 yield (*source.path, "parameters"), source.parameters, True
 
 
-def _check_parameters(recipe: Recipe, problems: Problems) -> None:
+def _check_parameters(recipe: Recipe, problems: Problems, as_mergekit: bool) -> None:
     methods = [recipe.merge_method, *(rule.merge_method for rule in recipe.rules if rule.merge_method)]
     given: set[str] = set()
     for path, settings, own in _levels(recipe):
         for name, setting in settings.items():
             parameter = next((m.parameters[name] for m in methods if name in m.parameters), None)
+            misplaced = own and parameter is not None and not parameter.per_model
+            say = problems.add
+            if as_mergekit and (misplaced or (parameter is None and _is_ignored(name))):
+                say = problems.warn
             if parameter is None:
-                problems.add((*path, name), _unknown(recipe.merge_method, name))
-            elif own and not parameter.per_model:
-                problems.add(
-                    (*path, name), f"{name} cannot differ between models; put it under parameters of the recipe or a slice"
-                )
+                ignored = f", so {printable(name)} is ignored, as in mergekit" if say == problems.warn else ""
+                say((*path, name), _unknown(recipe.merge_method, name) + ignored)
+            elif misplaced:
+                said = f"{name} cannot differ between models" + (", so it is ignored here" if say == problems.warn else "")
+                say((*path, name), f"{said}; put it under parameters of the recipe or a slice")
+                continue
             elif wrong := check_setting(setting, parameter):
                 problems.add((*path, name), wrong)
             given.add(name)
@@ -143,6 +156,27 @@ def _check_parameters(recipe: Recipe, problems: Problems) -> None:
     for name, parameter in recipe.merge_method.parameters.items():
         if parameter.required and name not in given:
             problems.add(("merge_method",), recipe.merge_method.lack(name))
+
+
+def _is_ignored(name: str) -> bool:
+    """Whether a parameter that the method lacks is another method's, or none at all; not a misspelled one."""
+    known = parameter_docs()
+    return name in known or not is_misspelled(name, known)
+
+
+def _warn_of_weights(recipe: Recipe, problems: Problems) -> None:
+    """Warns of models without a weight beside models with one, where mergekit stops."""
+    if "weight" not in recipe.merge_method.parameters or "weight" in recipe.parameters:
+        return
+    places: list[tuple[Path, _Entries, Settings]] = []
+    for path, entries, slices, settings in _parts(recipe):
+        places.append(((*path, "models"), entries, settings))
+        places += [(each.path, each.sources, {**settings, **each.parameters}) for each in slices]
+    for path, found, shared in places:
+        ours = [entry for entry in found if not (recipe.based and _lists([entry], recipe.base_model))]
+        without = [entry.model for entry in ours if "weight" not in entry.parameters]
+        if "weight" not in shared and 0 < len(without) < len(ours):
+            problems.warn(path, f"{listed(without)} has no weight beside models that have one; it counts as 1")
 
 
 def _unknown(method: MergeMethod, name: Any) -> str:

@@ -50,7 +50,7 @@ def parse_yaml(text: str, name: str) -> Document:
     if len(nodes) > 1:
         second = Position(printable(name), nodes[1].start_mark.line + 1, 1)
         raise RecipeError(
-            f"{second}several documents in one file are not supported yet; "
+            f"{second}several documents in one file, as mergekit-multi takes them, are not supported yet; "
             "put each into its own file and run them one by one"
         )
     return _Reader(printable(name)).document(nodes[0])

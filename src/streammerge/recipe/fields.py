@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, field, fields
 from typing import Any, NamedTuple
 
@@ -16,6 +16,8 @@ from streammerge.options import Option, text, truth, whole
 
 Path = tuple[str | int, ...]
 Schema = dict[str, Any]
+_ALIKE = 0.8
+"""How much of two names is equal if one of them is a misspelling of the other."""
 
 
 class Position(NamedTuple):
@@ -40,7 +42,14 @@ def position_of(path: Path, positions: Positions) -> Position | None:
 
 
 class Problems(list[tuple[Path, str]]):
-    """Mistakes in a recipe, each with the path of its key."""
+    """Mistakes in a recipe, each with the path of its key. ``warnings``: what is ignored in it, likewise."""
+
+    def __init__(self, found: Iterable[tuple[Path, str]] = ()) -> None:
+        super().__init__(found)
+        self.warnings: list[tuple[Path, str]] = []
+
+    def warn(self, path: Path, message: str) -> None:
+        self.warnings.append((path, message))
 
     def add(self, path: Path, message: str) -> None:
         self.append((path, message))
@@ -142,8 +151,11 @@ class MapOf(Kind):
 class FormOf(Kind):
     """A mapping with known keys: a dataclass whose fields were made by :func:`key`.
 
-    The class may define ``REFUSED`` (key -> why it is refused), ``MEANT`` (key of another tool -> the key here) and
-    ``SHORT`` (the key that a text in place of the mapping is the value of).
+    The class may define ``REFUSED`` (key -> why it is refused), ``MEANT`` (key of another tool -> the key here),
+    ``SHORT`` (the key that a text in place of the mapping is the value of), ``ELSEWHERE`` (key of the mapping below
+    another key -> that key) and ``IGNORED`` (key -> what to do instead):
+    mergekit has the class too and ignores all keys that it does not know, so they are ignored with a warning, unless one is
+    probably a misspelled key.
     """
 
     def __init__(self, form: type[Any]) -> None:
@@ -162,6 +174,11 @@ class FormOf(Kind):
         for name in value:
             if name not in keys and not (value[name] is None and name in getattr(self.form, "REFUSED", {})):
                 meant = self._meant(name)
+                if self._is_ignored(name, meant):
+                    hint = getattr(self.form, "IGNORED", {}).get(name, "")
+                    said = f"{_name(path)} has no key {printable(name)}, so it is ignored, as in mergekit"
+                    problems.warn((*path, name), f"{said}; {hint}" if hint else said)
+                    continue
                 problems.add((*path, name), self._unknown(name, meant, path))
                 if meant is not None and meant not in stands_for:  # continue as if the meant key had been written
                     stands_for[meant] = name
@@ -181,9 +198,21 @@ class FormOf(Kind):
             return None
         return self.form(**made, **({"path": path} if "path" in {f.name for f in fields(self.form)} else {}))
 
+    def _is_ignored(self, name: Any, meant: str | None) -> bool:
+        """Whether mergekit takes the unknown key, and it is no misspelled one."""
+        ignored: dict[str, str] | None = getattr(self.form, "IGNORED", None)
+        if (
+            ignored is None
+            or not isinstance(name, str)
+            or " " in name
+            or any(name in getattr(self.form, told, {}) for told in ("REFUSED", "MEANT", "ELSEWHERE"))
+        ):
+            return False
+        return name in ignored or meant is None or not is_misspelled(name, [meant])
+
     def _meant(self, name: Any) -> str | None:
         """Returns the key that an unknown one may mean."""
-        if name in getattr(self.form, "REFUSED", {}):
+        if name in getattr(self.form, "REFUSED", {}) or name in getattr(self.form, "ELSEWHERE", {}):
             return None
         meant: dict[str, str] = getattr(self.form, "MEANT", {})
         return meant.get(name) or next(iter(difflib.get_close_matches(str(name), _keys(self.form), n=1)), None)
@@ -192,6 +221,8 @@ class FormOf(Kind):
         refused = getattr(self.form, "REFUSED", {})
         if name in refused:
             return f"{name} is not supported yet: {refused[name]}"
+        if name in getattr(self.form, "ELSEWHERE", {}):
+            return f"unknown key {printable(name)}; it stands under {self.form.ELSEWHERE[name]}"
         hint = f"did you mean {meant}?" if meant else f"{_name(path)} knows {', '.join(_keys(self.form))}"
         return f"unknown key {printable(name)}; {hint}"
 
@@ -219,6 +250,11 @@ class FormOf(Kind):
             if "kind" in each.metadata and held != _default(each):
                 made[each.name] = each.metadata["kind"].dump(held)
         return made
+
+
+def is_misspelled(name: Any, known: Iterable[str]) -> bool:
+    """Whether a name is probably one of the known ones with letters changed."""
+    return bool(difflib.get_close_matches(str(name), [*known], n=1, cutoff=_ALIKE))
 
 
 def key(kind: Kind, doc: str, **default: Any) -> Any:

@@ -56,6 +56,8 @@ class Reference(NamedTuple):
 
 
 SETTINGS = SettingsKind(parameter_docs)
+_MISPLACED = dict.fromkeys(parameter_docs(), "a parameter stands under parameters")
+"""Keys that mergekit ignores in a mapping that has a key ``parameters``."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Model:
     """One model of a merge, or the base among them. A text is its path."""
 
     SHORT: ClassVar = "model"
+    IGNORED: ClassVar = _MISPLACED
 
     model: str = key(MODEL, "Path of a file or folder.")
     parameters: Settings = key(SETTINGS, "This model's own parameters, such as weight.", default_factory=dict)
@@ -74,6 +77,8 @@ class Model:
 @dataclass(frozen=True)
 class SliceSource:
     """Some layers of a model, for a slice."""
+
+    IGNORED: ClassVar = _MISPLACED
 
     model: str = key(MODEL, "Path of a file or folder.")
     layer_range: tuple[int, int] = key(LAYER_RANGE, "First layer, and the layer after the last.")
@@ -87,6 +92,8 @@ class SliceSource:
 class Slice:
     """Consecutive layers of the output."""
 
+    IGNORED: ClassVar = _MISPLACED
+
     sources: tuple[SliceSource, ...] = key(ListOf(FormOf(SliceSource)), "The layers to merge.")
     base_model: str | None = key(MODEL, "The base in this slice.", default=None)
     parameters: Settings = key(SETTINGS, "Parameters in this slice.", default_factory=dict)
@@ -99,6 +106,8 @@ class Slice:
 @dataclass(frozen=True)
 class Module:
     """A part of the model with its own count of layers, named by the prefix of its tensors' names."""
+
+    IGNORED: ClassVar = _MISPLACED
 
     models: tuple[Model, ...] = key(ListOf(FormOf(Model)), "The models to merge, with all their layers.", default=())
     slices: tuple[Slice, ...] = key(ListOf(FormOf(Slice)), "Stacked layers of models.", default=())
@@ -164,10 +173,16 @@ class Recipe:
     """A merge or a conversion: everything besides the inputs that its output depends on.
 
     ``positions``: the positions of the keys in their file. ``written``: the names of the models in that file.
+    ``ignored``: what has no effect in it, as sentences.
     """
 
     REFUSED: ClassVar = {
         "out_path": "name the output with `out`",
+    }
+    ELSEWHERE: ClassVar = dict.fromkeys(OutputRequest.__dataclass_fields__, "output")
+    IGNORED: ClassVar = _MISPLACED | {
+        "random_seed": "`seed` is the key here",
+        "embed_slerp": "embeddings are merged like all other tensors",
     }
     MEANT: ClassVar = {"method": "merge_method", "base": "base_model", "weights": "models", "inputs": "models"}
 
@@ -193,12 +208,14 @@ class Recipe:
     on_missing: str = _chosen("on_missing")
     on_shape: str = _chosen("on_shape")
     integers: str | None = _chosen("integers")
+    mixed_dtypes: str = _chosen("mixed_dtypes")
     unsafe_truncate_embeddings: bool = option_key(TRUTH, _OPTIONS["unsafe_truncate_embeddings"], default=False)
     allow_nonfinite: bool = option_key(TRUTH, _OPTIONS["allow_nonfinite"], default=False)
     output: OutputRequest = key(FormOf(OutputRequest), "How the output is written.", default_factory=OutputRequest)
     seed: int = option_key(WHOLE, _OPTIONS["seed"], default=0)
     positions: Positions = field(default_factory=dict, compare=False, repr=False)
     written: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    ignored: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def at(self, path: Path) -> str:
         """Returns ``recipe.yaml:12:3: `` for a key that was read from a file; empty otherwise."""

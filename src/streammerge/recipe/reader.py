@@ -9,7 +9,7 @@ from typing import Any
 from streammerge.errors import RecipeError, printable
 from streammerge.formats.records import RECIPE_FILE
 from streammerge.methods.registry import LINEAR, find_method
-from streammerge.recipe.checks import check, raise_all
+from streammerge.recipe.checks import check, ignored, raise_all
 from streammerge.recipe.document import parse_yaml, to_json, to_yaml
 from streammerge.recipe.fields import FormOf, Problems
 from streammerge.recipe.locations import located, travelling
@@ -89,15 +89,34 @@ def _read(
     own_methods: bool,
     confined: bool = False,
 ) -> Recipe:
+    _refuse_others(data, name)
     problems = Problems()
     for key in doubled:
         problems.add(key, f"the key {printable(key[-1])} is given twice")
     recipe = FormOf(Recipe).read(_with_own_methods(data, problems) if own_methods else data, (), problems)
     if recipe is not None:
         recipe = located(replace(recipe, positions=positions), folders, problems, confined)
-        check(recipe, problems)
+        check(recipe, problems, as_mergekit=True)
+        recipe = replace(recipe, ignored=ignored(problems, positions))
     raise_all(problems, positions, name)
     return recipe  # type: ignore[no-any-return]
+
+
+def _refuse_others(data: Any, name: str) -> None:
+    """Raises RecipeError for a configuration of another command of mergekit."""
+    if not isinstance(data, Mapping) or "merge_method" in data:
+        return
+    for key, (command, what) in _OTHERS.items():
+        if key in data:
+            raise RecipeError(f"{name} is a configuration of {command}, {what}")
+
+
+_OTHERS = {
+    "experts": ("mergekit-moe", "which builds a mixture of experts; this is not supported yet: run mergekit-moe for it"),
+    "genome": ("mergekit-evolve", "which searches for parameters; merge with the configuration that it finds"),
+    "layer_slices": ("bakllama", "an early form; write slices with sources, and merge_method: passthrough"),
+}
+"""What tells the configurations of mergekit's other commands: a key -> the command, and what to do."""
 
 
 def _with_own_methods(data: Any, problems: Problems) -> Any:

@@ -12,10 +12,12 @@ from typing import Any
 from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError
 from streammerge.methods.contracts import Parameter
-from streammerge.recipe.fields import Kind, MapOf, Path, Problems, Schema, shown
+from streammerge.recipe.fields import Kind, MapOf, Path, Problems, Schema, is_misspelled, shown
 from streammerge.units import plain_number
 
 Scalar = bool | int | float | str
+_MEANT = ("pattern", "match", "filters")
+"""Keys that people write for ``filter``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +106,14 @@ class SettingKind(Kind):
 
     def _case(self, value: Mapping[Any, Any], path: Path, problems: Problems) -> list[Case]:
         for name in value:
-            if name not in ("value", "filter"):
-                hint = "did you mean filter?" if name in ("pattern", "match", "filters") else "it knows value and filter"
+            if name not in ("value", "filter") and name not in _MEANT and not is_misspelled(name, ("value", "filter")):
+                problems.warn((*path, name), f"a filter has no key {shown(name)}, so it is ignored, as in mergekit")
+            elif name not in ("value", "filter"):
+                hint = (
+                    "did you mean filter?"
+                    if name in _MEANT or is_misspelled(name, ("filter",))
+                    else "it knows value and filter"
+                )
                 problems.add((*path, name), f"unknown key {shown(name)}; {hint}")
         wanted = value.get("filter")
         if wanted is not None and not isinstance(wanted, str):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import field, replace
+from typing import Any, ClassVar
 
+from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError
 from streammerge.recipe.fields import TRUTH, WHOLE, FormOf, Kind, MapOf, Path, Plain, Problems, Schema, key, shown
 from streammerge.recipe.scalars import MODEL
@@ -76,6 +77,8 @@ class _TokenSourceKind(Kind):
 class Token:
     """What a token's row is made of."""
 
+    IGNORED: ClassVar[dict[str, str]] = {}
+
     source: TokenSource | None = key(
         _TokenSourceKind(), "A model, another token of a model, or zero; as for other tokens by default.", default=None
     )
@@ -93,6 +96,8 @@ def _multiple(value: Any) -> int:
 @dataclass(frozen=True)
 class Tokenizer:
     """Whose tokens the output has."""
+
+    IGNORED: ClassVar[dict[str, str]] = {}
 
     source: str = key(MODEL, "base, union, or the model whose tokenizer the output has.", default="union")
     tokens: Mapping[str, Token] = key(MapOf(FormOf(Token)), "Token -> where its row comes from.", default_factory=dict)

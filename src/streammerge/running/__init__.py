@@ -11,6 +11,7 @@ Each module imports only modules above it::
     worker     units of a merge, from inputs to written bytes
     sweeping   steps of a pass over a long tensor
     engine     gives all tensors of a run to workers
+    turning    makes tensors with their first axis last in a temporary file
     reading    checksums and hashes of files, computed by workers
     spooling   unpacks packed records into a temporary file
     relatives  whether inputs come from one training

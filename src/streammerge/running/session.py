@@ -27,6 +27,7 @@ from streammerge.running.readback import check_structure
 from streammerge.running.reading import ChecksumWork, HashWork
 from streammerge.running.relatives import strangers
 from streammerge.running.spooling import spooled_tasks
+from streammerge.running.turning import Turning
 from streammerge.sources.deflated import PackedRecord
 from streammerge.stores.base import Location, Output, Staging
 from streammerge.stores.checksums import Checksum
@@ -68,6 +69,7 @@ class Run:
         self.notes: list[str] = []
         self.warnings: list[str] = []
         self._tasks = plan.tasks
+        self._turned_nonfinite: dict[int, dict[str, int]] = {}
         self._done: dict[Key, Finished] = {}
         self._inputs = InputFiles(plan.identities, options.polite)
         self._outputs: list[Output] = []
@@ -105,6 +107,7 @@ class Run:
         self._take_up()
         hashes = self._hashes()
         self._spool()
+        self._turn()
         if len(self.plan.recipe.entries) > 1:
             self.warnings += strangers(self.plan.tasks, self._inputs, self.plan.owners)
             for warning in self.warnings:
@@ -244,6 +247,16 @@ class Run:
 
         self._tasks = spooled_tasks(self._tasks, missing, self._inputs, create, told)
 
+    def _turn(self) -> None:
+        """Makes tensors that are made turned, and lets their tasks copy them."""
+        turning = Turning(self._job(), self._tasks, self._wanted, lambda size: self.staging.temporary("turned", size))
+        for number, done in turning.make(self._executor, self._inputs):
+            task = self._tasks[number]
+            self._turned_nonfinite[number] = done.nonfinite
+            self.read_bytes += task.read_bytes
+            self.listener(Spooled(task.out.name, task.read_bytes))
+        self._tasks = turning.tasks
+
     # ------------------------------------------------------------------------------------------------------- output
 
     def _wanted(self, piece: Piece) -> bool:
@@ -276,7 +289,8 @@ class Run:
 
     def _finished(self, piece: Piece, done: PieceDone) -> Finished:
         file = self.plan.layout.files[piece.task.file].name
-        return Finished(*piece.key, file, piece.offset, piece.nbytes, done.checksum, done.nonfinite)
+        found = done.nonfinite if piece.start else done.nonfinite | self._turned_nonfinite.get(piece.number, {})
+        return Finished(*piece.key, file, piece.offset, piece.nbytes, done.checksum, found)
 
     def _nonfinite(self) -> list[str]:
         """Returns the places of NaN and infinity, one line for each tensor."""

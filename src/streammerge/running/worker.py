@@ -218,7 +218,8 @@ def bind(task: MergeTask, sweep: Callable[..., Iterator[Any]], results: PassResu
     import torch
 
     models, compute = len(task.sources) - task.based, getattr(torch, task.compute)
-    group = TensorGroup(task.out.name, task.shape, models, compute, sweep, task.based, task.row, task.seed, results)
+    more = (task.based, task.row, task.seed, results, task.turned)
+    group = TensorGroup(task.out.name, task.shape, models, compute, sweep, *more)
     return task.method.bind(group, task.parameters)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, printable
@@ -11,6 +13,9 @@ from streammerge.sources.base import Needs, Reader, Room, Source, region_bytes
 from streammerge.sources.wide import Wide, put, wide_needs
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import GRAIN, TensorSpec, ranges
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,4 +110,13 @@ class _Reader(Reader):
                 else:
                     total.add_(values)
             put(total, out[begin * size : end * size], dtype)
+            if not math.isfinite(total.sum()):
+                self._tell(total, start + begin, start + end)
         return out
+
+    def _tell(self, total: torch.Tensor, start: int, stop: int) -> None:
+        """Announces NaN and infinity that the first source does not have."""
+        wrong = total.isfinite().logical_not_().logical_and_(self._wide[0].read(start, stop).isfinite())
+        count = int(wrong.sum())
+        if count:
+            self._room.met(self._source.origin, count)

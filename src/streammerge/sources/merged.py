@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field, replace
 from typing import TYPE_CHECKING, Any
 
+from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, printable
 from streammerge.kernels.agreed import AGREED, finite, origins
 from streammerge.kernels.chunk import Chunk, Kernel, Look, Slot, Step, T, chunk_spans, shown, whole_grains
@@ -13,6 +15,7 @@ from streammerge.kernels.group import TensorGroup
 from streammerge.kernels.ranking import held_bytes
 from streammerge.methods.contracts import MergeMethod, Values
 from streammerge.sources.base import Needs, Reader, Room, Source, region_bytes
+from streammerge.sources.turned import turned, turned_back, turned_spec
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import GRAIN, PIECE_ELEMS, TensorSpec, ranges
 
@@ -37,6 +40,7 @@ class Merged(Source):
     based: bool = False
     seed: int = 0
     drawn_as: str = ""
+    turned: bool = False
 
     def needs(self) -> Needs:
         models = [source.spec.dtype.component for source in self.sources]
@@ -45,6 +49,7 @@ class Merged(Source):
         scratch += 2 * region_bytes(max(dtype.element_bytes for dtype in models) * self.span)
         scratch += region_bytes(self.spec.dtype.component.element_bytes * self.span)
         held = self.method.held_bytes(self.row, len(models))
+        held += self.method.whole_bytes(self.shape, len(models) - self.based, self.parameters, self.turned)
         held += held_bytes(self.spec.component_elems, self.method.searches * len(models))
         needed = Needs(scratch_bytes=scratch, held_bytes=held, computes=True)
         for source in self.sources:
@@ -55,9 +60,15 @@ class Merged(Source):
         return _Reader(self, room)
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape that the method sees. A turned tensor is a matrix."""
+        shape = self.spec.component_shape
+        return (math.prod(shape[:-1]), shape[-1]) if self.turned else shape
+
+    @property
     def row(self) -> int:
         """Elements that the method needs in memory together."""
-        return self.method.rows(self.spec.component_shape, self.parameters)
+        return self.method.rows(self.shape, self.parameters)
 
     @property
     def span(self) -> int:
@@ -81,7 +92,7 @@ def merged(
     dtype: DType | None = None,
     compute: str | None = None,
     seed: int = 0,
-) -> Merged:
+) -> Source:
     """Returns the merge of sources of one shape under the name ``name``. ``parameters``: as in a recipe, checked here.
 
     ``dtype``: of the result, by default the first source's. ``compute``: float32 or float64; by default float64 if a source
@@ -100,7 +111,16 @@ def merged(
     wide = any(source.spec.dtype in (DType.F64, DType.C128) for source in sources)
     compute = "float64" if wide else compute or method.compute
     spec = TensorSpec(name, dtype or first.dtype, first.shape)
-    return Merged(spec, method, tuple(sources), values, compute, based, seed, name)
+    return by_columns(Merged(spec, method, tuple(sources), values, compute, based, seed, name))
+
+
+def by_columns(source: Merged) -> Source:
+    """Returns a merge that is computed turned if its method wants that, and as it is otherwise."""
+    spec, turns = source.spec, source.method.turns
+    if turns is None or spec.dtype.kind == "complex" or not turns(source.shape, source.parameters):
+        return source
+    parts = tuple(turned(each) for each in source.sources)
+    return turned_back(replace(source, spec=turned_spec(spec), sources=parts, turned=True), spec)
 
 
 def methods_in(source: Source) -> Iterator[MergeMethod]:
@@ -180,14 +200,15 @@ class _Reader(Reader):
     def _bind(self) -> Kernel:
         source = self._source
         models = len(source.sources) - source.based
-        name, shape = source.drawn_as or source.spec.name, source.spec.component_shape
-        group = TensorGroup(name, shape, models, self._compute, self._sweep, source.based, self._row, source.seed)
+        name = source.drawn_as or source.spec.name
+        more = (source.based, self._row, source.seed)
+        group = TensorGroup(name, source.shape, models, self._compute, self._sweep, *more, turned=source.turned)
         return source.method.bind(group, source.parameters)
 
     def _sweep(self, look: Look, step: Step[T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
         """Sweeps piece by piece if a merge into a file would do so too, because the order of sums changes the result."""
         piece = whole_grains(PIECE_ELEMS, self._row) if self._source.method.row else PIECE_ELEMS
-        if self._elems <= piece:
+        if self._elems <= piece or self._source.method.whole:
             yield step(look, self._chunks(start, stop, sparse))
             return
         for begin, end in ranges(stop - start, piece):

@@ -6,6 +6,7 @@ torch dtypes that safetensors cannot hold use torch's lower-case name.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -99,6 +100,14 @@ _ALIASES = {
     "fp8_e5m2": DType.F8_E5M2,
 }
 """Names that people type. fp8 alone means e4m3fn, the format in which weights are stored."""
+
+
+def promoted(dtypes: Iterable[DType]) -> DType:
+    """Returns the smallest floating-point dtype that holds the numbers of all these, as torch promotes them."""
+    found = set(dtypes)
+    if len(found) == 1:
+        return found.pop()
+    return DType.F64 if DType.F64 in found else DType.F32
 
 
 def parse_dtype(name: object) -> DType:

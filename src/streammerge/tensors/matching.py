@@ -44,7 +44,7 @@ class Renaming(NamedTuple):
 class Matching:
     """``names``: name in the first -> name in the other. ``doubtful``: possible matches that were not made."""
 
-    names: dict[str, str]
+    names: Mapping[str, str]
     doubtful: list[Renaming] = field(default_factory=list)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from streammerge.running.executors.threads import ThreadExecutor
 from streammerge.running.job import Bench, Destination, Job, lent, new_key
 from streammerge.running.readback import read_output
 from streammerge.running.spooling import spooled_tasks
+from streammerge.running.turning import Turning
 from streammerge.running.workspace import prepare_torch
 from streammerge.sources.stored import Stored
 from streammerge.stores import faults
@@ -92,7 +93,7 @@ def recompute(verified: Verified, plan: Plan, receipt: Receipt, share: float, se
         )
 
 
-def _budget(plan: Plan, tasks: list[MergeTask]) -> tuple[Budget, str]:
+def _budget(plan: Plan, tasks: Sequence[MergeTask]) -> tuple[Budget, str]:
     """Returns the budget for making these tasks again, and the way to read. The output's pickle is read beside those
     of the inputs."""
     pickles = plan.pickle_bytes + plan.layout.pickle_bytes
@@ -146,7 +147,7 @@ class _Recomputation:
         at_of = {number: at for at, number in enumerate(places)}
         self.keys = {(at_of[number], start) for number, start in chosen}
         self.elems = self.equal = self.repeated_elems = 0
-        self._inputs = inputs
+        self._inputs, self._create = inputs, create
         tasks = [task for task, _, _ in self.places]
         self._tasks = spooled_tasks(tasks, tasks, self._inputs, create, lambda tensor, record: None)
 
@@ -193,13 +194,14 @@ class _Recomputation:
         budget, io = _budget(plan, tasks)
         modules = modules_of(tasks, CRC32, plan.torch_needed)
         job = Job(new_key(), budget, plan.identities, False, io == "mmap", CRC32, tuple(destinations), modules)
-        with (
-            closing(ThreadExecutor(budget.workers)) as executor,
-            lent(job, self._inputs),
-            closing(run_all(job, executor, tasks, lambda piece: piece.key in keys)) as results,
-        ):
-            for done in results:
-                yield done.piece(tasks), done.found
+        wanted: Callable[[Piece], bool] = lambda piece: piece.key in keys  # noqa: E731
+        turning = Turning(job, tasks, wanted, self._create)
+        with closing(ThreadExecutor(budget.workers)) as executor, lent(job, self._inputs):
+            for _ in turning.make(executor, self._inputs):
+                pass
+            with closing(run_all(job, executor, turning.tasks, wanted)) as results:
+                for done in results:
+                    yield done.piece(tasks), done.found
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from streammerge.checkpoints.config import Config, read_config
@@ -25,6 +25,7 @@ from streammerge.checkpoints.tokens import (
     vocabulary_entries,
     vocabulary_folder,
 )
+from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats.base import LayoutFile, Literal
 from streammerge.planning.outputs.templates import BUILT_IN
@@ -126,7 +127,7 @@ def _worth(vocabulary: Vocabulary) -> list[str]:
     if alive:
         said += f"; {alive} ordinary ones change how it splits texts that contain them"
     if dead or alive:
-        said += " (`tokenizer_source: base` adds none)"
+        said += ' (`tokenizer_source="base"` adds none)'
     return [said]
 
 
@@ -139,7 +140,7 @@ def _edit(files: dict[str, bytes], vocabulary: Vocabulary, home: Location) -> No
     elif vocabulary.gone or giver.kind == "tekken":
         raise RecipeError(
             f"{printable(giver.file)} has to be edited, and only a tokenizer.json can be; write one there with "
-            "`AutoTokenizer.from_pretrained(...).save_pretrained(...)`, or use tokenizer_source: base"
+            "`AutoTokenizer.from_pretrained(...).save_pretrained(...)`, or use the base's"
         )
     more = {each["content"]: each["id"] for each in (*vocabulary.marked, *vocabulary.new)}
     beside = read_config(home, ADDED_TOKENS)

@@ -1,0 +1,215 @@
+"""Matrix products over all rows of a group, and eigenvectors of symmetric matrices.
+
+A matrix is *tall* here: it has its rows one after the other in memory, and its Gram matrix has a row for each column. All
+arithmetic is in float64, in blocks of a fixed number of rows, so that neither chunk nor worker shows in a result.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from streammerge.dataclass import dataclass
+from streammerge.tensors.spec import ranges
+
+if TYPE_CHECKING:
+    import torch
+
+    from streammerge.kernels.chunk import Chunk, Look, Swept
+
+_BLOCK_ELEMS = 1 << 17
+_LEAST_ROWS = 128
+"""Fewer rows at once would make the product with a large Gram matrix wait for memory."""
+_AT_ONCE = 2048
+"""Most rows of a matrix whose eigenvectors LAPACK computes at once, which takes four more matrices. Larger matrices are
+rotated in place."""
+_PAIR_ROWS = 512
+_STRIP_COLUMNS = 512
+_MOST_SWEEPS = 40
+_CONVERGED = 1e-14
+_SPARE_BYTES = 8 << 20
+"""Buffers of the library that multiplies matrices."""
+TINY = 1e-6
+"""A singular value counts as zero if it is at most this share of the largest. A Gram matrix in float64 does not tell
+smaller ones from rounding errors."""
+
+
+def block_rows(rows: int, columns: int) -> int:
+    """Returns how many rows are multiplied at once. It is a multiple of 8, so that each block begins aligned alike."""
+    return min(max(_BLOCK_ELEMS // max(columns, 1), _LEAST_ROWS) // 8 * 8, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class _Products:
+    """Adds up the product of the transposed first and of the second of each two matrices that a look yields, ``rows`` rows
+    at once. ``count``: how many sums there are; the products belong to them in turn. 0: one for each product."""
+
+    rows: int
+    count: int
+
+    def __call__(self, look: Look, chunks: Iterable[Chunk]) -> list[torch.Tensor]:
+        import torch
+
+        totals: list[torch.Tensor] = []
+        for chunk in chunks:
+            matrices = iter(look(chunk))
+            for place, (x, y) in enumerate(zip(matrices, matrices, strict=True)):
+                number = place % self.count if self.count else place
+                if number == len(totals):
+                    totals.append(torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64))
+                for start, stop in ranges(len(x), self.rows):
+                    totals[number].addmm_(x[start:stop].T, y[start:stop])
+        return totals
+
+
+def products(group: Swept, look: Look, rows: int, count: int = 0) -> list[torch.Tensor]:
+    """Returns the sum over all rows of :math:`x^T y` for each two matrices x and y that ``look(chunk)`` yields.
+
+    x and y are in float64, and not used any more when the next two are asked for. ``count``: how many sums there are, if a
+    chunk gives more products; then x and y must have ``rows`` rows, since the order of products shows in a sum.
+    If a sum is not finite, all are made again without agreed elements.
+    """
+
+    def sums(swept: Swept) -> list[torch.Tensor]:
+        return functools.reduce(_added, swept.sweep(look, _Products(rows, count), 0, group.elems))
+
+    totals = sums(group)
+    if all(map(is_finite, totals)):
+        return totals
+    totals.clear()
+    return sums(group.hiding())
+
+
+def _added(totals: list[torch.Tensor], more: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [total.add_(one) for total, one in zip(totals, more, strict=True)]
+
+
+def is_finite(matrix: torch.Tensor) -> bool:
+    """Whether a sum of products is finite. A number that is not finite in a column shows on the diagonal."""
+    return bool(matrix.diagonal().isfinite().all())
+
+
+def eigen(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the eigenvalues of a positive semidefinite matrix, the largest first, and the eigenvectors as rows.
+
+    The memory of ``matrix`` holds the eigenvectors afterwards.
+    """
+    import torch
+
+    if len(matrix) > _AT_ONCE:
+        return _rotated(matrix)
+    values, vectors = torch.linalg.eigh(matrix)
+    matrix.copy_(vectors.flip(1).T)
+    return values.flip(0).clamp_(min=0), matrix
+
+
+def eigen_bytes(size: int) -> int:
+    """Returns the memory that :func:`eigen` needs beside a matrix of ``size`` rows."""
+    if size <= _AT_ONCE:
+        return 4 * 8 * size * size + _SPARE_BYTES
+    pair = 2 * _PAIR_ROWS
+    return 8 * (6 * pair * pair + 3 * pair * _STRIP_COLUMNS) + 8 * size * 4 * _LEAST_ROWS + _SPARE_BYTES
+
+
+def _rotated(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Makes the rows of a symmetric matrix orthogonal by rotations among them, in place: one-sided block Jacobi.
+
+    The rows end as the eigenvectors times the eigenvalues. Hestenes, *Inversion of matrices by biorthogonalization*, 1958.
+    """
+    import torch
+
+    size, pair = len(matrix), list(ranges(len(matrix), _PAIR_ROWS))
+    for _ in range(_MOST_SWEEPS):
+        largest, off = float(_lengths(matrix).max()), 0.0
+        for number, one in enumerate(pair):
+            for other in pair[number + 1 :] if len(pair) > 1 else [(size, size)]:
+                off = max(off, _made_orthogonal(matrix, one, other, largest))
+        if off <= _CONVERGED:
+            break
+    values = _lengths(matrix)
+    matrix.div_(values.clamp(min=torch.finfo(torch.float64).tiny).unsqueeze(1))
+    order = values.argsort(descending=True, stable=True)
+    _permute(matrix, order.tolist())
+    return values[order], matrix
+
+
+def _lengths(matrix: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return torch.cat([matrix[a:b].square().sum(1) for a, b in ranges(len(matrix), _LEAST_ROWS)]).sqrt_()
+
+
+def _made_orthogonal(matrix: torch.Tensor, one: tuple[int, int], other: tuple[int, int], largest: float) -> float:
+    """Rotates the rows of two ranges so that they are orthogonal. Returns how far they were from it, as a share of
+    ``largest``, the length of the longest row of the matrix."""
+    import torch
+
+    first, second = matrix[slice(*one)], matrix[slice(*other)]
+    strips = list(ranges(matrix.shape[1], _STRIP_COLUMNS))
+    count = len(first)
+    gram = torch.zeros(count + len(second), count + len(second), dtype=torch.float64)
+    for a, b in strips:
+        part = torch.cat([first[:, a:b], second[:, a:b]])
+        gram.addmm_(part, part.T)
+    lengths = gram.diagonal().sqrt()
+    # The share of a shorter row along a longer one counts, as in the error bound of an eigenvalue.
+    along = gram.abs().fill_diagonal_(0).div_(torch.maximum(lengths.unsqueeze(0), lengths.unsqueeze(1)).clamp_(min=1e-300))
+    off = float(along.max()) / largest if largest > 0 else 0.0
+    if off <= _CONVERGED:
+        return off
+    del along
+    turn = torch.linalg.eigh(gram).eigenvectors.flip(1).T.contiguous()
+    for a, b in strips:
+        part = turn @ torch.cat([first[:, a:b], second[:, a:b]])
+        first[:, a:b], second[:, a:b] = part[:count], part[count:]
+    return off
+
+
+def _permute(matrix: torch.Tensor, order: list[int]) -> None:
+    """Puts row ``order[i]`` at place i, in place."""
+    done = [False] * len(order)
+    for begin in range(len(order)):
+        if done[begin] or order[begin] == begin:
+            continue
+        held, at = matrix[begin].clone(), begin
+        while True:
+            done[at] = True
+            source = order[at]
+            if source == begin:
+                matrix[at] = held
+                break
+            matrix[at] = matrix[source]
+            at = source
+
+
+def singular(values: torch.Tensor, largest: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the singular values that belong to eigenvalues of a Gram matrix, and their inverses; zero for tiny ones.
+
+    ``largest``: the singular value that others are compared with; by default the first.
+    """
+    import torch
+
+    roots = values.clamp(min=0).sqrt()
+    most = largest if largest is not None else float(roots[0]) if len(roots) else 0.0
+    kept = roots > TINY * most
+    return torch.where(kept, roots, 0.0), torch.where(kept, 1 / roots.clamp(min=1e-300), 0.0)
+
+
+def make_orthogonal(matrix: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """Multiplies a matrix by :math:`G^{-1/2}` from the left, in place. Leaves tiny singular values of G's factor out.
+
+    ``gram`` is overwritten. The polar factor of a matrix is what its own Gram matrix makes of it.
+    """
+    values, vectors = eigen(gram)
+    _, inverse = singular(values)
+    for start, stop in ranges(matrix.shape[1], _STRIP_COLUMNS):
+        part = (vectors @ matrix[:, start:stop]).mul_(inverse.unsqueeze(1))
+        matrix[:, start:stop] = vectors.T @ part
+    return matrix
+
+
+def sides(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Returns the rows and columns of a tensor as a matrix: the first axis, and all others together."""
+    return shape[0], math.prod(shape[1:])
