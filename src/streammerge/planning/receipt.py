@@ -10,12 +10,11 @@ import json
 import posixpath
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
-from streammerge.dataclass import dataclass
 from streammerge.errors import FormatError, VerifyError, printable
 from streammerge.stores.base import Location
 from streammerge.stores.checksums import CRC32, CRC32C, Checksum

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, printable
 from streammerge.sources.base import Needs, Reader, Room, Source
 from streammerge.sources.box import box
