@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from streammerge.adapters.experts import Block, Singles, block_of, blocks, fused_update, separate_updates
@@ -12,7 +12,6 @@ from streammerge.adapters.names import Names, Spot, wanted_names
 from streammerge.adapters.updates import updated
 from streammerge.checkpoints.heads import is_embedding
 from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
-from streammerge.dataclass import dataclass
 from streammerge.errors import MismatchError, RecipeError, printable
 from streammerge.recipe.adapted import check_there, split
 from streammerge.sources.base import Source

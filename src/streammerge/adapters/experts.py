@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 
 from streammerge.adapters.dialects import IN_OUT_EXPERTS
 from streammerge.adapters.modules import Module
 from streammerge.checkpoints.config import tree_of
 from streammerge.checkpoints.index import CheckpointIndex
-from streammerge.dataclass import dataclass
 from streammerge.errors import MismatchError, RecipeError, printable
 from streammerge.sources.base import Source
 from streammerge.sources.box import box
