@@ -21,6 +21,9 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+
+
 def load_json(data: bytes | str) -> Any:
     """Parses JSON. Raises ValueError for duplicate keys, NaN, infinities and excessive nesting."""
     try:

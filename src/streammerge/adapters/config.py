@@ -6,11 +6,10 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any
 
 from streammerge.adapters.dialects import LOST_INITS, NEEDED, PLAIN_INITS, REFUSED, TOLD, TRAINING
-from streammerge.dataclass import dataclass
 from streammerge.errors import FormatError, MismatchError, printable
 from streammerge.stores.base import Location
 
@@ -30,7 +29,8 @@ class Config:
     changed the base when it was loaded, "" for all others.
 
     ``r`` and ``alpha``: for modules that no pattern names. ``targets``: the parameters that the adapter targets, in order.
-    ``saved``: the modules that it brings whole. ``tokens``: the ends of modules' names -> the numbers of their trained rows; "" is the input embedding.
+    ``saved``: the modules that it brings whole. ``tokens``: the ends of modules' names -> the numbers of their trained
+    rows; "" is the input embedding.
     """
 
     where: str

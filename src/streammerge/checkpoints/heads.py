@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from streammerge.checkpoints.config import config_folder, is_model_config, read_config, tie_flag
 from streammerge.errors import printable
 from streammerge.sources.base import Source
+from streammerge.sources.table import StoredTable
 from streammerge.stores.base import Location
 from streammerge.tensors.layers import layer_of
 
@@ -22,6 +23,8 @@ _COPY = re.compile(
     r"(^|\.)((encoder|decoder)\.embed_tokens|(predictions|lm_head)\.decoder|vocab_projector|generator_lm_head)\."
     r"(weight|bias)$"
 )
+_COPY_WORDS = ("embed_tokens", "decoder.", "vocab_projector", "generator_lm_head")
+"""One of them is in each name that the pattern finds. A search for words is quicker, and most names have none."""
 _ANY_EMBEDDINGS = re.compile(r"^(?!.*(pos|type|patch)).*(emb|shared\.weight$)")
 
 
@@ -29,7 +32,7 @@ class Seen(Protocol):
     """A view of a checkpoint (planning.views.View)."""
 
     index: Any
-    entries: dict[str, Source]
+    entries: Mapping[str, Source]
 
 
 def tie_head(views: Sequence[Seen], notes: list[str], wanted: Collection[str] = ()) -> None:
@@ -57,7 +60,9 @@ def _tie_tables(views: Sequence[Seen], notes: list[str]) -> None:
 
     A model without them gets the tensors that they are tied to, because its loader does the same.
     """
-    for name in dict.fromkeys(name for view in views for name in view.entries if _COPY.search(name)):
+    for name in dict.fromkeys(name for names in _different(views) for name in names if _may_be_copy(name)):
+        if not _COPY.search(name):
+            continue
         table, bias = _TABLE.fullmatch(name), _COPIED_BIAS.fullmatch(name)
         if table is None and not all(map(_ties, views)):
             continue
@@ -67,8 +72,18 @@ def _tie_tables(views: Sequence[Seen], notes: list[str]) -> None:
             if config is None or not is_model_config(config.tree):
                 continue
             own = f"{table['stem']}shared.weight" if table else bias["stem"] + "bias" if bias else _embedding(view, shapes)
-            if own in view.entries and view.entries[own].spec.shape in shapes:
+            if own is not None and own in view.entries and view.entries[own].spec.shape in shapes:
                 _stand_in(view, name, own, notes)
+
+
+def _different(views: Sequence[Seen]) -> list[Iterable[str]]:
+    """Returns the names of each view, those that are held once for several views once."""
+    tables = [view.entries.names if isinstance(view.entries, StoredTable) else view.entries for view in views]
+    return list({id(names): names for names in tables}.values())
+
+
+def _may_be_copy(name: str) -> bool:
+    return any(word in name for word in _COPY_WORDS)
 
 
 def _name_alike(views: Sequence[Seen], heads: Mapping[int, list[str]], notes: list[str]) -> None:
@@ -134,8 +149,7 @@ def _embedding(view: Seen, shapes: Sequence[tuple[int, ...]]) -> str | None:
 
 def _embeddings(view: Seen) -> list[str]:
     """All that are called embeddings of words."""
-    names = (name for name in view.index.entries if "emb" in name or "wte" in name or "shared" in name)  # quicker
-    return [name for name in names if _EMBEDDINGS.search(name)]
+    return list(filter(_is_called_embedding, view.index.entries))
 
 
 def _heads(names: Iterable[str]) -> list[str]:
@@ -152,7 +166,12 @@ def is_head(name: str) -> bool:
 
 
 def is_embedding(name: str) -> bool:
-    return _EMBEDDINGS.search(name) is not None or name.endswith(HEADS)
+    return _is_called_embedding(name) or name.endswith(HEADS)
+
+
+def _is_called_embedding(name: str) -> bool:
+    # a search for words is quicker than the pattern, and this is asked of every tensor
+    return ("emb" in name or "wte" in name or "shared" in name) and _EMBEDDINGS.search(name) is not None
 
 
 def loader_ties(path: Location) -> Callable[[str, str], bool]:

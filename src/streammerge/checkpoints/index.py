@@ -5,22 +5,23 @@ from __future__ import annotations
 import struct
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from collections.abc import Set as AbstractSet
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import FormatError, RecipeError, StreammergeError, printable
 from streammerge.formats import detect
 from streammerge.formats.base import MOST_EXPANDED_BYTES, Container
-from streammerge.pickles.candidates import Found
+from streammerge.pickles.candidates import AllFound, Found
 from streammerge.pickles.state_dict import Selection, select
 from streammerge.pickles.tree import Global, TensorRef, number, plain, walk
 from streammerge.recipe.locations import on_the_hub
 from streammerge.recipe.patterns import Rename, renamed
 from streammerge.sources.base import Allocated, Source, read_whole
+from streammerge.sources.table import StoredTable
 from streammerge.stores.base import Location, Status
 from streammerge.stores.locations import PathLike, parse
 from streammerge.tensors.dtypes import DType
+from streammerge.tensors.spec import TensorSpec
 from streammerge.units import counted, decimal_bytes
 
 
@@ -39,7 +40,7 @@ class CheckpointIndex(Mapping[str, Source]):
     """
 
     path: Location
-    entries: dict[str, Source]
+    entries: Mapping[str, Source]
     aliases: dict[str, str]
     extras: Any
     metadata: dict[str, str]
@@ -73,12 +74,19 @@ class CheckpointIndex(Mapping[str, Source]):
             selection=replace(self.selection, tensors=found),
             notes=[*self.notes, *told],
             renamed=changed,
+            plain=self.plain and self.plain.with_names(renames),
         )
 
     def with_tensors(self, tensors: Iterable[tuple[str, TensorRef]]) -> CheckpointIndex:
         """Returns the same checkpoint with other tensors of its tree, under these names. Raises FormatError."""
         entries, aliases = _located(self.path, self.container, tensors)
-        return replace(self, entries=entries, aliases=aliases, extras=None, notes=[], renamed={})
+        made = replace(self, entries=entries, aliases=aliases, extras=None, notes=[], renamed={})
+        return replace(made, adapters=(), plain=None) if self.adapters else made
+
+    def share(self, other: CheckpointIndex) -> None:
+        """Holds what is equal in two checkpoints, such as the names of tensors, once."""
+        if isinstance(self.entries, StoredTable) and isinstance(other.entries, StoredTable):
+            self.entries.share(other.entries)
 
     def only(self, names: AbstractSet[str]) -> CheckpointIndex:
         """Returns the same checkpoint with the tensors of these names."""
@@ -107,6 +115,12 @@ class CheckpointIndex(Mapping[str, Source]):
     def items(self) -> ItemsView[str, Source]:
         return self.entries.items()
 
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Returns name -> dtype and shape. A table's specifications are without names."""
+        if isinstance(self.entries, StoredTable):
+            return self.entries.specs()
+        return {name: entry.spec for name, entry in self.entries.items()}
+
     def __repr__(self) -> str:
         held = f"{counted(len(self.entries), 'tensor')}, {decimal_bytes(self.nbytes)}"
         return f"<CheckpointIndex {printable(self.path)}: {self.format}, {held}>"
@@ -123,11 +137,15 @@ class CheckpointIndex(Mapping[str, Source]):
     @property
     def numel(self) -> int:
         """Parameters, tied ones counted once."""
+        if isinstance(self.entries, StoredTable):
+            return self.entries.numel
         return sum(e.spec.numel for n, e in self.entries.items() if n not in self.aliases)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors, tied ones counted once."""
+        if isinstance(self.entries, StoredTable):
+            return self.entries.nbytes
         return sum(e.nbytes for n, e in self.entries.items() if n not in self.aliases)
 
     def identities(self) -> dict[Location, Status]:
@@ -214,7 +232,11 @@ def index_of(container: Container, path: Location, state_dict: str | None = None
         selection = select(container.tree, state_dict, ema)
     except StreammergeError as error:
         raise type(error)(f"{printable(path)}: {error}") from error
-    entries, aliases = _located(path, container, ((found.name, found.ref) for found in selection.tensors))
+    entries: Mapping[str, Source]
+    if isinstance(selection.tensors, AllFound):  # all of a table
+        entries, aliases = container.tree.table, dict[str, str]()
+    else:
+        entries, aliases = _located(path, container, ((found.name, found.ref) for found in selection.tensors))
     extras = container.tree if container.pickled else None
     notes = [*container.notes, *(f"{printable(path)}: {note}" for note in selection.notes)]
     return CheckpointIndex(

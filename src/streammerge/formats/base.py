@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from typing import Literal as OneOf
 
 from streammerge.errors import FormatError, printable
-from streammerge.pickles.tree import StorageRef, TensorRef
+from streammerge.pickles.tree import FlatTree, TensorRef
+from streammerge.pickles.tree import flat_tensor as flat_tensor
 from streammerge.sources.base import Source
 from streammerge.sources.deflated import PackedRecord, of_bytes
+from streammerge.sources.table import StoredTable
 from streammerge.stores.base import Location
 from streammerge.tensors.spec import TensorSpec, is_contiguous
 
@@ -70,10 +73,10 @@ class Container:
     """A checkpoint on the disk: the inert tree, and the places of its storages. No tensor was read.
 
     ``pickled``: the tree comes from a pickle; tensors may share storages and be beside other data. Otherwise the tree
-    maps names to tensors (:func:`flat_tensor`). ``held_bytes``: bytes of pickles, whose data is in the tree. ``arrays``:
-    the sources of numpy's arrays, whose bytes lie in the pickle. ``form``: how a folder stores it. ``parts``: subfolder ->
-    its container, "" for the folder's own weights, where a folder holds several models that belong together; then the tree
-    is empty. ``warnings``: what may be wrong with the checkpoint.
+    maps names to tensors (:func:`flat_tensor`, :class:`FlatTree`). ``held_bytes``: bytes of pickles, whose data is in the
+    tree. ``arrays``: the sources of numpy's arrays, whose bytes lie in the pickle. ``form``: how a folder stores it.
+    ``parts``: subfolder -> its container, "" for the folder's own weights, where a folder holds several models that belong
+    together; then the tree is empty. ``warnings``: what may be wrong with the checkpoint.
     """
 
     path: Location
@@ -91,11 +94,21 @@ class Container:
     parts: dict[str, Container] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
-    def tensor_spans(self) -> dict[Location, list[tuple[int, int]]]:
-        """Returns the spans of tensors' bytes in each file, as sorted (offset, bytes). All other bytes are headers."""
+    @property
+    def table(self) -> StoredTable | None:
+        """Its tensors as columns, if it is read so."""
+        return self.tree.table if isinstance(self.tree, FlatTree) else None
+
+    def tensor_spans(self, joined: bool = False) -> dict[Location, list[tuple[int, int]]]:
+        """Returns the spans of tensors' bytes in each file, as sorted (offset, bytes). All other bytes are headers.
+
+        ``joined``: neighbours may be one span.
+        """
         spans: dict[Location, list[tuple[int, int]]] = {path: [] for path in self.files}
         for part in self.parts.values():
-            spans |= part.tensor_spans()
+            spans |= part.tensor_spans(joined)
+        if self.table is not None:
+            return spans | self.table.spans(joined)
         for store in self.storages.values():
             spans[store.path].append(store.span)
         near, there = None, list[tuple[int, int]]()  # the file of the tensor before; a path's hash takes its time
@@ -149,20 +162,33 @@ class Format(Protocol):
     def read(self, path: Location) -> Container: ...
 
 
-_NO_STORAGE = StorageRef("", None, 0)
-
-
-def flat_tensor(entry: Source) -> TensorRef:
-    """Makes a tensor with its own bytes, for formats without storages."""
-    return TensorRef(_NO_STORAGE, entry.spec.dtype, 0, entry.spec.shape, (), entry=entry)
-
-
 @dataclass(frozen=True, slots=True)
 class Literal:
     """Bytes of an output file that belong to no tensor."""
 
     offset: int
     data: bytes
+
+
+class Offsets(Mapping[str, int]):
+    """Names of tensors -> where they begin in a file, as two columns. ``starts``: in the order of the names."""
+
+    __slots__ = ("_found", "names", "starts")
+
+    def __init__(self, names: Sequence[str], starts: array[int]) -> None:
+        self.names, self.starts = names, starts
+        self._found: dict[str, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __getitem__(self, name: str) -> int:
+        if self._found is None:
+            self._found = dict(zip(self.names, self.starts, strict=True))
+        return self._found[name]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +201,7 @@ class LayoutFile:
 
     name: str
     size: int
-    offsets: dict[str, int]
+    offsets: Mapping[str, int]
     literals: tuple[Literal, ...] = ()
     receipt: bytes = b""
     seal: Callable[[Mapping[int, int], bytes], list[Literal]] | None = None

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from sys import intern
 from typing import Any
 
 from streammerge.errors import FormatError, StreammergeError, listed, printable
 from streammerge.formats.base import Container, Form
 from streammerge.formats.file_names import ENDINGS, form_of_index
 from streammerge.pickles.state_dict import select
-from streammerge.pickles.tree import StorageRef, TensorRef
+from streammerge.pickles.tree import FlatTree, StorageRef, TensorRef
+from streammerge.sources.table import StoredTable, concatenated
 from streammerge.stores.base import Location
 from streammerge.stores.names import is_inner
 from streammerge.strict_json import load_json
 
 MAX_INDEX_BYTES = 256 << 20
+_READERS = 4
+"""How many shards are read at once."""
 
 ReadFile = Callable[[Location], Container]
 
@@ -63,20 +68,55 @@ def together(folder: Location, named: Location, form: Form, weight_map: dict[str
 
     Takes every tensor in the shards, as loaders do. If a tensor is in several shards, the index decides.
     """
-    where = printable(named)
-    tree: dict[str, Any] = {}
-    made = Container(folder, "", tree, {}, (named,) if form.index else (), form=form)
-    seen: dict[str, Iterable[str]] = {}
-    astray: dict[str, tuple[TensorRef, str]] = {}
-    twice, extra = list[str](), list[str]()
-    for number, shard in enumerate(form.files):
-        container = read_file(inside(folder, shard))
+    made = Container(folder, "", {}, {}, (named,) if form.index else (), form=form)
+    containers = _read_all([inside(folder, shard) for shard in form.files], read_file)
+    for number, container in enumerate(containers):
         made.pickled |= container.pickled
         made.held_bytes += container.held_bytes
         made.files += container.files
         made.notes += container.notes
         made.metadata = made.metadata or container.metadata
         made.storages |= {f"{number}/{key}": place for key, place in container.storages.items()}
+    made.format = "sharded PyTorch" if made.pickled else "sharded safetensors"
+    table = _table(containers, form, weight_map)
+    made.tree = _joined(made, named, containers, weight_map) if table is None else FlatTree(table)
+    return made
+
+
+def _read_all(paths: list[Location], read_file: ReadFile) -> list[Container]:
+    """Returns the containers of files. Several headers are read at once, since a disk or a network answers late.
+
+    Pickles are read one after the other, because each takes memory for two copies of it.
+    """
+    if len(paths) <= _READERS or not all(path.suffix == ".safetensors" for path in paths):
+        return [read_file(path) for path in paths]
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(_READERS) as readers:
+        return list(readers.map(read_file, paths))
+
+
+def _table(containers: list[Container], form: Form, weight_map: dict[str, str]) -> StoredTable | None:
+    """Returns the tensors of shards as one table. Returns None unless each of them is in one shard, and in that which the
+    index names, if there is one."""
+    tables = [container.table for container in containers]
+    if None in tables:
+        return None
+    made = concatenated(filter(None, tables))
+    if not form.index:
+        return made if len(made.rows) == len(made.names) else None
+    shards = [shard for shard, table in zip(form.files, tables, strict=True) for _ in range(len(table or ()))]
+    return made if len(made) == len(weight_map) and list(map(weight_map.get, made.names)) == shards else None
+
+
+def _joined(made: Container, named: Location, containers: list[Container], weight_map: dict[str, str]) -> dict[str, Any]:
+    """Returns the tensors of shards as one tree. Adds notes and warnings about those that the index tells otherwise."""
+    where, form = printable(named), made.form
+    tree: dict[str, Any] = {}
+    seen: dict[str, Iterable[str]] = {}
+    astray: dict[str, tuple[TensorRef, str]] = {}
+    twice, extra = list[str](), list[str]()
+    for number, (shard, container) in enumerate(zip(form.files if form else (), containers, strict=True)):
         tensors = tensors_of(container)
         seen[shard] = tensors.keys()
         for name, ref in tensors.items():
@@ -88,7 +128,7 @@ def together(folder: Location, named: Location, form: Form, weight_map: dict[str
                 first = next(each for each, names in seen.items() if name in names)
                 both = f"{printable(first)} and {printable(shard)}"
                 raise FormatError(f"{where}: the tensor {printable(name)} is in two shards, {both}")
-            if wanted is None and form.index:
+            if wanted is None and form and form.index:
                 extra.append(name)
             tree[name] = _renamed(ref, f"{number}/")
     moved = []
@@ -113,11 +153,10 @@ def together(folder: Location, named: Location, form: Form, weight_map: dict[str
         made.warnings.append(
             f"{where} names tensors that no shard has: {listed(absent)}; a loader makes them anew, unless they are tied"
         )
-    made.format = "sharded PyTorch" if made.pickled else "sharded safetensors"
-    return made
+    return tree
 
 
-def tensors_of(container: Container) -> dict[str, TensorRef]:
+def tensors_of(container: Container) -> Mapping[str, TensorRef]:
     if not container.pickled:
         return container.tree  # type: ignore[no-any-return]
     try:
@@ -140,10 +179,12 @@ def read_weight_map(index: Location) -> dict[str, str]:
     if size > MAX_INDEX_BYTES:
         raise FormatError(f"{where} has {size} bytes, beyond the limit of {MAX_INDEX_BYTES}")
     try:
-        content = load_json(index.read(0, size).decode("utf-8"))
+        weight_map = _usual_weight_map(text := index.read(0, size).decode("utf-8"))
+        if weight_map is None:
+            content = load_json(text)
+            weight_map = content.get("weight_map") if isinstance(content, dict) else None
     except ValueError as error:
         raise FormatError(f"{where} cannot be read as JSON ({printable(error)})") from error
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{where} has no weight_map")
     if not all(isinstance(shard, str) for shard in weight_map.values()):
@@ -151,3 +192,31 @@ def read_weight_map(index: Location) -> dict[str, str]:
     if any(shard.startswith("./") for shard in set(weight_map.values())):
         return {name: shard.removeprefix("./") for name, shard in weight_map.items()}
     return weight_map
+
+
+_MAP = re.compile(r'"weight_map"[ \n\r\t]*:[ \n\r\t]*\{')
+_PAIR = re.compile(r'[ \n\r\t]*"([^"\\\x00-\x1f]*)"[ \n\r\t]*:[ \n\r\t]*"([^"\\\x00-\x1f]*)"[ \n\r\t]*([,}])')
+
+
+def _usual_weight_map(text: str) -> dict[str, str] | None:
+    """Returns the weight map of an index as nearly all programs write it, None for any other, right or wrong.
+
+    A JSON parser holds a second copy of each name, and a name of a file for each tensor.
+    """
+    found, shards = _MAP.search(text), dict[str, str]()
+    if found is None:
+        return None
+    made: dict[str, str] = {}
+    count, at, after = 0, found.end(), ","
+    for pair in _PAIR.finditer(text, at):
+        if pair.start() != at:
+            return None
+        name, shard, after = pair.groups()
+        made[intern(name)] = shards.setdefault(shard, shard)
+        count, at = count + 1, pair.end()
+        if after == "}":
+            break
+    if after != "}" or len(made) < count:
+        return None
+    rest = load_json(text[: found.end()] + text[at - 1 :])  # with an empty map
+    return made if isinstance(rest, dict) and rest.get("weight_map") == {} else None

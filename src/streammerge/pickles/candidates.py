@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
-from typing import Any
+from typing import Any, overload
 
 from streammerge.errors import FormatError, printable
 from streammerge.pickles.training_state import bars, is_optimizer_state, is_training_state
-from streammerge.pickles.tree import MISSING, Instance, TensorRef, mapping_items, walk
+from streammerge.pickles.tree import MISSING, FlatTree, Instance, TensorRef, mapping_items, walk
 from streammerge.tensors.conventions import AVERAGED
 
 _Place = tuple[tuple[Any, ...], Any, bool, bool, bool, Any]
 _KEYS = (str, int)
-_MOST_NAME = 4000
+MOST_NAME = 4000
 
 
 @dataclass(slots=True, eq=False)  # not frozen: creating a frozen one takes three times as long
@@ -33,6 +34,30 @@ class Found:
     node: TensorRef | None = None
 
 
+class AllFound(Sequence[Found]):
+    """All tensors of a flat tree. They are made when one is asked for, and then kept."""
+
+    def __init__(self, tree: FlatTree) -> None:
+        self.tree = tree
+
+    @cached_property
+    def _made(self) -> list[Found]:
+        return [Found(name, ref, self.tree, name) for name, ref in self.tree.items()]
+
+    def __len__(self) -> int:
+        return len(self.tree)
+
+    def __iter__(self) -> Iterator[Found]:
+        return iter(self._made)
+
+    @overload
+    def __getitem__(self, at: int) -> Found: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Found]: ...
+    def __getitem__(self, at: int | slice) -> Found | list[Found]:
+        return self._made[at]
+
+
 @dataclass(slots=True, eq=False)
 class Candidate:
     """A state dict, or a possible one. ``kind`` is "state dict", "module", "list" or "loose tensors".
@@ -44,7 +69,7 @@ class Candidate:
 
     path: tuple[Any, ...]
     kind: str
-    tensors: list[Found]
+    tensors: Sequence[Found]
     others: int = 0
     barred: bool = False
     holder: Any = None
@@ -59,6 +84,8 @@ class Candidate:
 
     @property
     def nbytes(self) -> int:
+        if isinstance(self.tensors, AllFound):
+            return self.tensors.tree.table.nbytes
         return sum(_bytes_of(found.ref) for found in self.tensors)
 
     @property
@@ -146,7 +173,7 @@ def _as_state_dict(path: tuple[Any, ...], node: Any) -> Candidate | None:
     items = mapping_items(node)
     if items is not None:
         tensors = [
-            Found(k if isinstance(k, str) and len(k) <= _MOST_NAME else dotted((k,)), v, node, k)
+            Found(k if isinstance(k, str) and len(k) <= MOST_NAME else dotted((k,)), v, node, k)
             for k, v in items
             if isinstance(v, TensorRef) and isinstance(k, _KEYS)
         ]
@@ -238,9 +265,9 @@ def _members(node: Any) -> set[str]:
 
 def dotted(path: tuple[Any, ...]) -> str:
     """Joins keys with dots. The length is limited, because long keys above many tensors would use unbounded memory."""
-    if len(path) == 1 and isinstance(path[0], str) and len(path[0]) <= _MOST_NAME:
+    if len(path) == 1 and isinstance(path[0], str) and len(path[0]) <= MOST_NAME:
         return path[0]
     parts = list(map(str, path))
-    if sum(map(len, parts)) > _MOST_NAME:
-        raise FormatError(f"a tensor's name of {sum(map(len, parts))} characters is beyond the limit of {_MOST_NAME}")
+    if sum(map(len, parts)) > MOST_NAME:
+        raise FormatError(f"a tensor's name of {sum(map(len, parts))} characters is beyond the limit of {MOST_NAME}")
     return ".".join(parts)

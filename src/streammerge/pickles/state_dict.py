@@ -16,15 +16,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from streammerge.errors import FormatError, RecipeError, listed, printable
 from streammerge.options import EMA_CHOICES
 from streammerge.pickles.arrays import unread_kind
-from streammerge.pickles.candidates import Candidate, Found, candidates, dotted
-from streammerge.pickles.tree import Instance, mapping_items, walk
+from streammerge.pickles.candidates import MOST_NAME, AllFound, Candidate, Found, candidates, dotted
+from streammerge.pickles.tree import FlatTree, Instance, mapping_items, walk
 from streammerge.tensors.conventions import AVERAGED, SWAPPED
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -37,7 +37,7 @@ class Selection:
     ``left_out``: averaged tensors that stand in for plain ones of the same state dict, each with the name of the plain one.
     """
 
-    tensors: list[Found]
+    tensors: Sequence[Found]
     chosen: list[Candidate]
     candidates: list[Candidate]
     notes: list[str] = field(default_factory=list)
@@ -63,6 +63,11 @@ def select(tree: Any, state_dict: str | None = None, ema: str = "ignore") -> Sel
     """
     if ema not in EMA_CHOICES:
         raise RecipeError(f"`ema` takes {', '.join(EMA_CHOICES)}, not {ema!r}")
+    if isinstance(tree, FlatTree):
+        if tree and state_dict is None and ema == "ignore" and max(map(len, tree)) <= MOST_NAME:
+            whole = Candidate((), "state dict", AllFound(tree))
+            return Selection(whole.tensors, [whole], [whole])
+        tree = dict(tree)
     found = candidates(tree)
     if state_dict is not None:
         return _named(tree, found, state_dict)
@@ -159,7 +164,7 @@ def unwrapped(name: str) -> str:
     return re.sub(r"(^|(?<=\.))(module|_orig_mod|ema_model|model|n_averaged)\.", "", name)
 
 
-def _together(chosen: list[Candidate]) -> list[Found]:
+def _together(chosen: list[Candidate]) -> Sequence[Found]:
     """Returns the tensors of all candidates. With several candidates, the path of each is put before its names."""
     if len(chosen) == 1:
         return chosen[0].tensors
@@ -244,7 +249,7 @@ def trained_of(weights: list[Found]) -> list[Found]:
     return [each for each in weights if each.name.rpartition(".")[2] not in _STATISTICS]
 
 
-def matched_by_order(copy: list[Found], weights: list[Found], trained: list[Found]) -> dict[str, Found]:
+def matched_by_order(copy: Sequence[Found], weights: list[Found], trained: list[Found]) -> dict[str, Found]:
     """Returns name in a list without names -> the weight that it is a copy of; nothing if the list is no copy.
 
     The tensors of the list come in the order of the state dict, which also has buffers.
@@ -284,8 +289,9 @@ def unread_arrays(chosen: Iterable[Candidate]) -> list[tuple[str, str]]:
     """Returns (name, kind) of numpy's arrays in the chosen state dicts that may hold numbers in a form that is not read."""
     found = []
     for candidate in chosen:
-        holder = candidate.tensors[0].holder
-        for key, value in (mapping_items(holder) or ()) if candidate.others else ():
+        if not candidate.others:
+            continue
+        for key, value in mapping_items(candidate.tensors[0].holder) or ():
             if kind := unread_kind(value):
                 found.append((printable(key), kind))
     return found

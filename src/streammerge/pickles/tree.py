@@ -8,11 +8,12 @@ their content, which can be endless in a hostile file.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from streammerge.sources.base import Source
+from streammerge.sources.table import StoredTable
 from streammerge.tensors.dtypes import DType
 
 MISSING: Any = type("Missing", (), {"__repr__": lambda self: "<missing>"})()
@@ -123,6 +124,32 @@ class TensorRef(_Record):
     lazy: str = ""
     state: Any = MISSING
     entry: Source | None = None
+
+
+_NO_STORAGE = StorageRef("", None, 0)
+
+
+def flat_tensor(entry: Source) -> TensorRef:
+    """Makes a tensor with its own bytes, for formats without storages."""
+    return TensorRef(_NO_STORAGE, entry.spec.dtype, 0, entry.spec.shape, (), entry=entry)
+
+
+class FlatTree(Mapping[str, TensorRef]):
+    """Names -> tensors with their own bytes. The tensors are columns, and each is made when it is asked for."""
+
+    __slots__ = ("table",)
+
+    def __init__(self, table: StoredTable) -> None:
+        self.table = table
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.table)
+
+    def __getitem__(self, name: str) -> TensorRef:
+        return flat_tensor(self.table[name])
 
 
 @dataclass(slots=True, eq=False, repr=False)

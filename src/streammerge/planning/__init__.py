@@ -3,6 +3,7 @@
 Each module imports only modules above it::
 
     budget        the memory model
+    aligned       the tensors of the output, and from what each is made
     tasks         tasks, pieces, batches
     receipt       the record in an output of how it was made
     views         models, slices and modules as views of checkpoints

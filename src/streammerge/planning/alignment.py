@@ -5,8 +5,9 @@ Finds every disagreement before a byte is written, and reports all of them toget
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -15,6 +16,7 @@ from streammerge.checkpoints.profiles import Profile, profile_of
 from streammerge.errors import MismatchError, RecipeError, listed, printable
 from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import COPY, INTEGERS
+from streammerge.planning.aligned import Merged, MergedTensors, Views, Way, has_rows_of_first, named, names_of, unlike
 from streammerge.planning.dispositions.entries import STALE
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.experts import conformed
@@ -28,6 +30,7 @@ from streammerge.recipe.model import Recipe, Reference, Rule
 from streammerge.sources.base import Source
 from streammerge.sources.merged import Merged as MergedSource
 from streammerge.sources.merged import by_columns
+from streammerge.sources.table import StoredTable, same_names
 from streammerge.tensors.dtypes import DType, promoted
 from streammerge.tensors.matching import Matching, describe, match
 from streammerge.tensors.names import copies_among, is_counter, spelled, why_ignored, why_optional
@@ -40,30 +43,6 @@ _FITS = Fitted([])
 
 
 @dataclass(slots=True)
-class Merged:
-    """One tensor of the output, its sources, and the method that merges them.
-
-    ``base_names`` are its names in the first checkpoint, more than one when tied; ``tied`` its further output names.
-    ``rest`` has the rows behind those that are merged, where one model has more of them. ``added``: the first checkpoint
-    lacks it. ``why``: the reason why it is copied. ``inner``: the method of its
-    leading block, where the rest is the first's.
-    """
-
-    base_names: tuple[str, ...]
-    spec: TensorSpec
-    method: MergeMethod
-    sources: tuple[Source, ...]
-    parameters: dict[str, Any] = field(default_factory=dict)
-    compute: str = "float32"
-    based: bool = False
-    tied: tuple[str, ...] = ()
-    rest: Source | None = None
-    added: bool = False
-    why: str = ""
-    inner: MergeMethod | None = None
-
-
-@dataclass(slots=True)
 class Alignment:
     """``taken``: how many tensors each rule took. ``restacked`` as :class:`parts.Parts` has it.
 
@@ -71,7 +50,7 @@ class Alignment:
     ``tokenized``: the output's vocabulary, if the recipe asks for one.
     """
 
-    merged: list[Merged]
+    merged: Sequence[Merged]
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     taken: list[int] = field(default_factory=list)
@@ -106,7 +85,7 @@ def align(recipe: Recipe, indexes: Indexes) -> Alignment:
         )
     if len(parts.parts) > 1 and not parts.restacked:
         order = {name: number for number, name in enumerate(first.entries)}
-        alignment.merged.sort(key=lambda m: order.get(m.base_names[0], len(order)))
+        alignment.merged = sorted(alignment.merged, key=lambda m: order.get(m.base_names[0], len(order)))
     _check_output_names(alignment.merged)
     _record(alignment)
     alignment.taken = [rules.taken[id(rule)] for rule in recipe.rules]
@@ -133,10 +112,10 @@ def _idle(recipe: Recipe, taken: list[int], names: Any) -> list[str]:
 def _record(alignment: Alignment) -> None:
     """Records what becomes of the tensors of the output."""
     groups: dict[tuple[bool, str], list[str]] = {}
-    for m in alignment.merged:
+    for name, m in named(alignment.merged):
         key = (False, f"by {m.inner.name}, the leading block") if m.inner else (False, f"by {m.method.name}")
         key = (True, m.why) if m.method is COPY and not m.inner else key
-        groups.setdefault(key, []).append(m.spec.name)
+        groups.setdefault(key, []).append(name)
         if m.tied:
             groups[key] += m.tied
     for (copied, why), names in groups.items():
@@ -179,32 +158,132 @@ class _Aligner:
             if each.doubtful:
                 self.mismatch.doubtful.setdefault(str(other.index.path), []).extend(each.doubtful)
         self.values = ParameterValues(recipe, part)
-        self.copies: dict[Reference, tuple[View, dict[str, str]]] = {}
+        self.copies: dict[Reference, tuple[View, Mapping[str, str]]] = {}
         self.added: dict[str, tuple[str, View]] = {}
         self.remade = _Ignored(why_ignored)
         self.stale: set[str] = set()
+        self.valued: dict[tuple[int, int], Way] = {}
 
     def run(self) -> None:
         for other, matched in zip(self.others, self.matches, strict=True):
-            self.alignment.notes += [f"{printable(other.index.path)}: {text}" for text in describe(matched)]
-        ruled = {name: self.rules.of(name) for name in self.base.entries}
+            if not isinstance(matched, _Same):
+                self.alignment.notes += [f"{printable(other.index.path)}: {text}" for text in describe(matched)]
+        if self.recipe.rules:
+            ruled: Mapping[str, Rule | None] = {name: self.rules.of(name) for name in self.base.entries}
+        else:
+            ruled = _Unruled(self.base.entries)
         ties = {name: first for name, first in self._shared_ties().items() if ruled[name] is ruled[first]}
-        self.rules.taken.update(id(rule) for rule in ruled.values() if rule)
-        names = [n for n in self._names(ties, ruled) if not _drops(ruled[n])]
+        names = self._names(ties, ruled)
+        if self.recipe.rules:
+            self.rules.taken.update(id(rule) for rule in ruled.values() if rule)
+            names = [n for n in names if not _drops(ruled[n])]
         if len(names) < len(ruled):
             self._record_dropped(names, ruled)
-        kept, tied_to = set(names), dict[str, list[str]]()
-        for name in names:
+        views = None if self.alignment.merged else self._tables()
+        made = self._rows(views, names, ruled) if views else self._objects(names, ties, ruled)
+        added = [self._addition(name, view) for name, view in self.added.values()]
+        if isinstance(made, MergedTensors):
+            for each in added:
+                made.add(each)
+            self.alignment.merged = made
+        else:
+            self.alignment.merged = [*self.alignment.merged, *made, *added]
+        self.alignment.notes += self.remade.notes("are kept as the first has them", "differ in shape or dtype")
+
+    def _objects(self, names: list[str], ties: dict[str, str], ruled: Mapping[str, Rule | None]) -> list[Merged]:
+        """Makes the tensors of these names one by one."""
+        kept, tied_to = set(names) if ties else set[str](), dict[str, list[str]]()
+        for name in names if ties else ():
             if ties.get(name) in kept:
                 tied_to.setdefault(ties[name], []).append(name)
+        made = []
         for name in names:
             if ties.get(name) in kept:
                 continue
             merged = self._merged((name, *tied_to.get(name, ())), ruled[name])
             if merged is not None:
-                self.alignment.merged.append(merged)
-        self.alignment.merged += [self._addition(name, view) for name, view in self.added.values()]
-        self.alignment.notes += self.remade.notes("are kept as the first has them", "differ in shape or dtype")
+                made.append(merged)
+        return made
+
+    def _tables(self) -> Views | None:
+        """Returns the tables of all views, None if not all are tables under the output's names."""
+        tables = [view.entries for view in (self.base, *self.others) if isinstance(view.entries, StoredTable)]
+        if self.recipe.output.strip_prefix or len(tables) <= len(self.others):
+            return None
+        first = tables[0]
+        theirs: list[array[int] | None] = [None]
+        for table, matched in zip(tables[1:], self.matches, strict=True):
+            if table.names is first.names:
+                theirs.append(None)
+            else:
+                found = (table.rows[matched[name]] if name in matched else -1 for name in first.names)
+                theirs.append(array("i", found))
+        return Views(tables, theirs)
+
+    def _rows(self, views: Views, names: list[str], ruled: Mapping[str, Rule | None]) -> MergedTensors:
+        """Makes the tensors of these names as rows of tables.
+
+        The first tensor of each kind is made as an object. It is the example for all that have the same dtypes, shape and
+        rule, if nothing depends on the name. The others are made one by one.
+        """
+        first, made = views.tables[0], MergedTensors(views)
+        alike = all(table.kinds is first.kinds for table in views.tables) and not any(views.theirs)
+        known: dict[Any, tuple[Way | None, bool]] = {}
+        rows = range(len(first)) if len(names) == len(first) else [first.rows[name] for name in names]
+        for name, row in zip(names, rows, strict=True):
+            rule = ruled[name]
+            key = id(first.kinds[row]) if alike else self._kinds(views, row), id(rule)
+            way, fixed = known.get(key, (None, False))
+            if way is None:
+                merged = self._merged((name,), rule)
+                if merged is None:
+                    continue
+                way, fixed = known[key] = (None, False) if key in known else self._way(merged, views, row, rule)
+                if way is None:
+                    made.add(merged)
+                    continue
+            made.add(way if fixed else self._valued(way, views, row, rule), row)
+        return made
+
+    def _kinds(self, views: Views, row: int) -> tuple[int, ...]:
+        """Returns the dtypes and shapes of a tensor in all views, by identity; 0 for none."""
+        rows = [views.row(number, row) for number in range(len(views.tables))]
+        return tuple([0 if row < 0 else id(table.kinds[row]) for table, row in zip(views.tables, rows, strict=True)])
+
+    def _way(self, merged: Merged, views: Views, row: int, rule: Rule | None) -> tuple[Way | None, bool]:
+        """Returns the way of a tensor if others of its kind can be made in it, and whether their parameters are equal."""
+        first, method = views.tables[0], merged.method
+        whole = method is COPY and self.part.method is COPY
+        tables = (0,) if method is COPY else self.part.order(method)
+        plain = first.kinds[row].numel != 1 and method is not INTEGERS and merged.spec.dtype.kind in ("float", "complex")
+        everywhere = all(views.row(number, row) >= 0 for number in range(len(views.tables)))
+        if (
+            not (plain or whole)
+            or not everywhere
+            or merged.rest is not None
+            or merged.inner is not None
+            or merged.why  # a reason may depend on the name
+            or merged.spec.shape != first.kinds[row].shape
+            or [s.place for s in merged.sources] != [s.place for s in views.sources(Way(merged, tables), row)]
+        ):
+            return None, False
+        return Way(merged, tables), method is COPY or self.values.fixed(method, self._models(method), rule)
+
+    def _models(self, method: MergeMethod) -> tuple[int, ...]:
+        """Returns the views that are models for a method, in its order."""
+        return self.part.order(method)[self.part.takes_base(method) :]
+
+    def _valued(self, way: Way, views: Views, row: int, rule: Rule | None) -> Way:
+        """Returns the way with the parameters of the tensor in this row."""
+        like, name = way.like, views.tables[0].names[row]
+        entries = [table.at(views.row(number, row)) for number, table in enumerate(views.tables)]
+        values = self.values.of(like.method, self._models(like.method), name, entries, rule)
+        if values is like.parameters:
+            return way
+        key = id(way), id(values)
+        if key not in self.valued:
+            self.valued[key] = Way(replace(like, parameters=values), way.tables)
+        return self.valued[key]
 
     def _conformed(self, view: View) -> View:
         """Returns the view with its experts in the form of the first view."""
@@ -213,7 +292,7 @@ class _Aligner:
             self.alignment.notes.append(note)
         return made
 
-    def _record_dropped(self, names: list[str], ruled: dict[str, Rule | None]) -> None:
+    def _record_dropped(self, names: list[str], ruled: Mapping[str, Rule | None]) -> None:
         kept, add = set(names), self.alignment.dispositions.add
         gone = [(name, rule) for name, rule in ruled.items() if name not in kept]
         for rule in {id(rule): rule for _, rule in gone if rule and rule.drop}.values():
@@ -224,12 +303,17 @@ class _Aligner:
 
     # -- names ------------------------------------------------------------------------------------------------------
 
-    def _names(self, ties: dict[str, str], ruled: dict[str, Rule | None]) -> list[str]:
+    def _names(self, ties: dict[str, str], ruled: Mapping[str, Rule | None]) -> list[str]:
         """Returns the first view's names that go into the output, after the policy for tensors that some inputs lack."""
         partial: set[str] = set()
-        merged_here = [n for n, rule in ruled.items() if not _drops(rule) and not (rule and rule.copy)]
+        merged_here = list(ruled)
+        if self.recipe.rules:
+            merged_here = [n for n, rule in ruled.items() if not _drops(rule) and not (rule and rule.copy)]
         absent, foreign = _Ignored(why_optional), _Ignored(why_optional)
         for other, matched in zip(self.others, self.matches, strict=True):
+            if isinstance(matched, _Same):
+                self._compare(other, matched, merged_here)
+                continue
             missing = [n for n in merged_here if n not in matched and not (n in ties and ties[n] in matched)]
             used = set(matched.values())
             extra = [n for n in other.entries if n not in used and other.aliases.get(n) not in used]
@@ -292,7 +376,8 @@ class _Aligner:
     def _compare(self, other: View, matched: Mapping[str, str], merged_here: Sequence[str]) -> None:
         """Counts the names that the two have in common, over all parts of the merge."""
         if merged_here and other.entries:
-            common = sum(name in matched for name in merged_here)
+            same = isinstance(matched, _Same)
+            common = len(merged_here) if same else sum(name in matched for name in merged_here)
             self.mismatch.count(str(other.index.path), common, len(merged_here), len(other.entries))
 
     def _note_mismatch(self, other: View, missing: list[str], extra: list[str]) -> None:
@@ -548,18 +633,60 @@ def _drops(rule: Rule | None) -> bool:
 
 def _matched(base: View, other: View) -> Matching:
     """Returns the matching of two views: base name -> the other's name."""
-    if base.entries.keys() == other.entries.keys():
-        return Matching(dict(zip(base.entries, base.entries, strict=True)))
+    if same_names(base.entries, other.entries):
+        return Matching(_Same(base.entries))
     return match(_shapes(base.entries), _shapes(other.entries))
+
+
+class _Unruled(Mapping[str, None]):
+    """Names -> None, where a recipe has no rules."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._names = names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __getitem__(self, name: str) -> None:
+        return None
+
+
+class _Same(Mapping[str, str]):
+    """Names -> the same names."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._names = names
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __getitem__(self, name: str) -> str:
+        if name in self._names:
+            return name
+        raise KeyError(name)
 
 
 def _shapes(entries: Mapping[str, Source]) -> dict[str, tuple[int, ...]]:
     return {name: entry.spec.shape for name, entry in entries.items()}
 
 
-def _check_output_names(merged: list[Merged]) -> None:
+def _check_output_names(merged: Sequence[Merged]) -> None:
+    if has_rows_of_first(merged):
+        return
+    names = [*names_of(merged), *(name for m in unlike(merged) for name in m.tied)]
+    if len(set(names)) == len(names):
+        return
     seen: set[str] = set()
-    for name in (n for m in merged for n in (m.spec.name, *m.tied)):
+    for name in names:
         if name in seen:
             raise RecipeError(f"two tensors would be called {printable(name)} in the output; change `strip_prefix`")
         seen.add(name)

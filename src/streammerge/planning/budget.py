@@ -10,9 +10,8 @@ drift from what is allocated.
 
 from __future__ import annotations
 
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import BudgetError
 from streammerge.tensors.spec import GRAIN
 from streammerge.units import HUGE_PAGE_BYTES, PAGE_BYTES, binary_bytes
@@ -23,6 +22,10 @@ PER_TENSOR_BYTES = 800
 """One tensor of one input: its name and its entries. 640 to 750 were measured."""
 PER_TASK_BYTES = 2600
 """One tensor of the output: its task, its place, its share of headers, receipt and journal."""
+PER_COLUMN_BYTES = 60
+"""One tensor of one input that is a row of a table."""
+PER_ROW_BYTES = 2500
+"""One tensor of the output that is a row of tables: its name, its place, its share of headers, receipt and journal."""
 PER_WORKER_BYTES = 2 << 20
 """A thread's stack, its malloc arena, and the padding that aligns its buffers to pages."""
 SPOOLING_BYTES = 8 << 20
@@ -147,14 +150,17 @@ def fit(
     pickle_bytes: int = 0,
     beside_bytes: int = 0,
     tasks: int = 0,
+    columns: int = 0,
+    lines: int = 0,
 ) -> Budget:
     """Returns the most workers and the best chunk that ``memory_bytes`` allows.
 
-    ``tensors``: of all inputs together. ``tasks``: tensors of the output.
-    ``beside_bytes``: what each worker holds beside its buffers, such as the blocks that a verification compares. Raises
-    BudgetError, which names the least memory that is enough.
+    ``tensors``: of all inputs together. ``tasks``: tensors of the output. ``columns`` and ``lines``: the same for tensors
+    that are rows of tables. ``beside_bytes``: what each worker holds beside its buffers, such as the blocks that a
+    verification compares. Raises BudgetError, which names the least memory that is enough.
     """
     fixed = RUN_BYTES + tensors * PER_TENSOR_BYTES + tasks * PER_TASK_BYTES
+    fixed += columns * PER_COLUMN_BYTES + lines * PER_ROW_BYTES
     fixed += (SPOOLING_BYTES if spooling else 0) + pickle_bytes + cost.spread_bytes
 
     def peak(count: int, chunk: int, out: int, window: int, tile: int) -> int:

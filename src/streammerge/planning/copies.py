@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from streammerge.checkpoints.index import CheckpointIndex
-from streammerge.dataclass import dataclass
 from streammerge.errors import MismatchError, RecipeError, listed
 from streammerge.methods.registry import COPY
-from streammerge.planning.alignment import Alignment, Merged, align
+from streammerge.planning.aligned import Merged
+from streammerge.planning.alignment import Alignment, align
 from streammerge.planning.dispositions.entries import AVERAGE, NUMBERS, RECORDS, Copy, Entries, dropped
 from streammerge.planning.dispositions.ledger import Dispositions, Fate
 from streammerge.recipe.model import Recipe

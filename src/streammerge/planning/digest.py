@@ -9,7 +9,7 @@ from typing import Any
 
 from streammerge.errors import listed
 from streammerge.planning.plan import Plan
-from streammerge.planning.tasks import MergeTask
+from streammerge.planning.tasks import MergeTask, alike
 from streammerge.sources.merged import methods_in
 from streammerge.stores.base import Location
 from streammerge.version import __version__
@@ -110,7 +110,7 @@ def can_be_resumed(plan: Plan) -> bool:
     False with a user's own method, because it may depend on things that change unnoticed, such as a file or another module.
     False with tensors in memory: they end with the process, and recognising them again would mean hashing all of them.
     """
-    methods = {id(task.method): task.method for task in plan.tasks}
+    methods = {id(task.method): task.method for task, _ in alike(plan.tasks)}
     methods |= {id(method): method for source in plan.expressions for method in methods_in(source)}
     known = all(getattr(method.function, "__module__", "").startswith("streammerge.") for method in methods.values())
     return known and not any(source.held for source in plan.expressions)

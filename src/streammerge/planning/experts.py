@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import MismatchError, printable
 from streammerge.planning.views import View
 from streammerge.sources.base import Source
 from streammerge.sources.box import box
 from streammerge.sources.joined import Joined, joined
+from streammerge.sources.table import same_names
 from streammerge.tensors.conventions import EXPERT_ROLES, EXPERT_STACKS
 from streammerge.tensors.spec import TensorSpec
 
@@ -67,7 +67,7 @@ def conformed(first: View, other: View) -> tuple[View, str]:
 
     Raises MismatchError where shapes do not tell whether fused experts are transposed.
     """
-    if first.entries.keys() == other.entries.keys():
+    if same_names(first.entries, other.entries):
         return other, ""
     ours, theirs = _blocks(first.entries), _blocks(other.entries)
     entries, made = dict(other.entries), 0

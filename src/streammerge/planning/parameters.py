@@ -4,10 +4,9 @@ first that sets a parameter decides."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, printable
 from streammerge.methods.contracts import MergeMethod, Parameter
 from streammerge.planning.views import Part
@@ -60,7 +59,7 @@ class ParameterValues:
         asked, whole = self._asked(method, numbers, rule), all(models)
         if whole and asked.values is not None:
             return asked.values
-        t = self.part.position(name)
+        t = 0.0 if asked.fixed else self.part.position(name)
         given: dict[str, Any] = {}
         for parameter, chains in asked.chains:
             try:
@@ -79,6 +78,10 @@ class ParameterValues:
         if whole and asked.fixed:
             asked.values = self.resolved[known]
         return self.resolved[known]
+
+    def fixed(self, method: MergeMethod, numbers: tuple[int, ...], rule: Rule | None) -> bool:
+        """Whether the parameters are the same for all tensors that all these models have."""
+        return self._asked(method, numbers, rule).fixed
 
     def _asked(self, method: MergeMethod, numbers: tuple[int, ...], rule: Rule | None) -> _Asked:
         known = id(method), numbers, id(rule) if rule and rule.parameters else None

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from streammerge.checkpoints.config_differences import differing_configs
 from streammerge.errors import BudgetError, RecipeError, printable
 from streammerge.kernels.ranking import held_bytes
 from streammerge.methods.registry import COPY, INTEGERS
+from streammerge.planning.aligned import Way
 from streammerge.planning.alignment import align
 from streammerge.planning.budget import Budget, Cost, fit
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.bookkeeping import differing_facts
 from streammerge.planning.outputs.container import plan_output
-from streammerge.planning.outputs.layout import Layout, Placed
+from streammerge.planning.outputs.layout import Layout, Placed, PlacedTensors
 from streammerge.planning.receipt import InputSpans
-from streammerge.planning.tasks import MergeTask, copy_of_turned, turned_places, turned_task
+from streammerge.planning.tasks import MergeTask, Tasks, alike, copy_of_turned, objects, turned_places, turned_task, where
 from streammerge.planning.tokenizers import differing_vocabularies
 from streammerge.planning.views import Indexes
 from streammerge.planning.vocabularies import tokenized, truncated
@@ -49,7 +52,7 @@ class Plan:
 
     recipe: Recipe
     out: Location | None
-    tasks: list[MergeTask]
+    tasks: Sequence[MergeTask]
     expressions: list[Source]
     spooled: dict[PackedKey, str]
     layout: Layout
@@ -72,7 +75,7 @@ class Plan:
 
     @property
     def read_bytes(self) -> int:
-        return sum(task.read_bytes for task in self.tasks) + self.spooled_bytes + self.turned_bytes
+        return sum(task.read_bytes * count for task, count in alike(self.tasks)) + self.spooled_bytes + self.turned_bytes
 
     @property
     def write_bytes(self) -> int:
@@ -90,15 +93,20 @@ class Plan:
     @property
     def turned_bytes(self) -> int:
         """Size of the temporary file of tensors that are made with their first axis last."""
-        return turned_places(task for task in self.tasks if task.to_turn)[1]
+        return turned_places(self.tasks[number] for number in where(self.tasks, lambda task: task.to_turn))[1]
 
     @property
     def torch_needed(self) -> bool:
-        return not all(task.verbatim for task in self.tasks) or any(source.needs().computes for source in self.expressions)
+        return not all(task.verbatim for task, _ in alike(self.tasks)) or any(
+            source.needs().computes for source in self.expressions
+        )
 
     def counts(self) -> dict[str, int]:
         """Returns the number of output tensors that each method makes."""
-        return dict(Counter(task.method.name for task in self.tasks).most_common())
+        counts = Counter[str]()
+        for task, count in alike(self.tasks):
+            counts[task.method.name] += count
+        return dict(counts.most_common())
 
     def to_json(self) -> dict[str, Any]:
         """Returns the plan as data for JSON, without the places of the bytes."""
@@ -219,18 +227,15 @@ def build_plan(
         alignment.notes += tokens.notes
         alignment.warnings += tokens.warnings
     output = plan_output(out or parse(_EXAMPLE_OUT), recipe, indexes, alignment, hashed)
-    tasks = [task for placed in output.placed for task in _tasks(placed, recipe.seed)]
-    # Sorts by the place in the first input, so that its pages are read once and in sequence.
-    ranks: dict[BlobPath, int] = {}
-    tasks.sort(key=lambda task: (task.method is not INTEGERS, *_begin(task.sources[0], ranks)))
-    expressions = list({s.place: s for task in tasks for s in task.sources if s.__class__ is not Stored}.values())
+    tasks = _tasks(output.placed, recipe.seed)
+    expressions = list({s.place: s for task in objects(tasks) for s in task.sources if s.__class__ is not Stored}.values())
     spooled: dict[PackedKey, str] = {}
     for source in expressions:
         for record in records(source):
             spooled.setdefault(record, source.spec.name)
     held = [index.container.held_bytes for index in opened]
     # Reading a pickle takes two copies of it beside its tree. They are freed before the output's pickle is written.
-    pickle_bytes = sum(held) + max(2 * max(held), output.layout.pickle_bytes)
+    pickle_bytes = sum(held) + max(2 * max(held), output.layout.pickle_bytes) + (tokens.held_bytes if tokens else 0)
     budget, io = budget_of(tasks, memory_bytes, workers, io, bool(spooled), pickle_bytes)
     identities = {path: known for index in opened for path, known in index.identities().items()}
     identities |= {source: source.status() for source, _ in output.layout.side_files}
@@ -262,14 +267,8 @@ def _is_stored(source: Source) -> bool:
     return source.__class__ is Stored
 
 
-def _begin(source: Source, ranks: dict[BlobPath, int]) -> tuple[int, int]:
-    """Returns the begin of a source as a sort key: the number of its path, and the offset."""
-    path, offset = source.begin
-    return ranks.setdefault(path, len(ranks)), offset
-
-
 def budget_of(
-    tasks: list[MergeTask],
+    tasks: Sequence[MergeTask],
     memory_bytes: int,
     workers: int,
     io: str,
@@ -284,8 +283,10 @@ def budget_of(
     """
     if io == "mmap" and not _can_map(tasks, workers):
         io = "pread"
-    tensors = sum(len(task.sources) for task in tasks)
-    more = (spooled, pickle_bytes, beside_bytes, len(tasks))
+    own = list(objects(tasks))
+    tensors, rows = sum(len(task.sources) for task in own), len(tasks) - len(own)
+    columns = rows * max([len(task.sources) for task, _ in alike(tasks)], default=0) if rows else 0
+    more = (spooled, pickle_bytes, beside_bytes, len(own), columns, rows)
     try:
         return fit(memory_bytes, workers, tensors, _cost(tasks, io), *more), io
     except BudgetError:
@@ -294,10 +295,12 @@ def budget_of(
         return fit(memory_bytes, workers, tensors, _cost(tasks, "pread"), *more), "pread"
 
 
-def _can_map(tasks: list[MergeTask], workers: int) -> bool:
+def _can_map(tasks: Sequence[MergeTask], workers: int) -> bool:
     """Whether the stores can map files, and as many files as the workers read at one time."""
     most, seen = 0, dict[int, Location]()  # by identity, since this looks at every tensor
-    for task in tasks:
+    if isinstance(tasks, Tasks) and tasks.views:
+        seen |= {id(path): path for table in tasks.views.tables for path in table.paths}
+    for task, _ in alike(tasks):
         files = 0
         for source in task.sources:
             if source.__class__ is Stored:
@@ -314,7 +317,44 @@ def _can_map(tasks: list[MergeTask], workers: int) -> bool:
     return all(path.store.mappable for path in seen.values())
 
 
-def _tasks(placed: Placed, seed: int) -> list[MergeTask]:
+def _tasks(placed: Iterable[Placed | PlacedTensors], seed: int) -> Tasks:
+    """Returns the tasks of an output, sorted by the place in the first input, so that its pages are read once and in
+    sequence."""
+    tasks = Tasks(seed)
+    for each in placed:
+        if isinstance(each, Placed):
+            for task in _tasks_of(each, seed):
+                tasks.add(task)
+            continue
+        merged, file, starts = each.merged, each.file, each.starts
+        tasks.views = merged.views
+        ways = [made for made in merged.made if isinstance(made, Way)]
+        if len(ways) == len(merged):
+            tasks.extend(ways, merged.rows, file, starts)
+            continue
+        for at, made in enumerate(merged.made):
+            if isinstance(made, Way):
+                tasks.extend([made], merged.rows[at : at + 1], file, starts[at : at + 1])
+            else:
+                for task in _tasks_of(Placed(made.spec, made, file, starts[at]), seed):
+                    tasks.add(task)
+    if any(later < earlier for earlier, later in pairwise(_places(tasks))):
+        places = list(_places(tasks))
+        tasks.sort(places.__getitem__)
+    return tasks
+
+
+def _places(tasks: Tasks) -> Iterator[tuple[bool, int, int]]:
+    """Yields the sort key of each task: integers first, then the number of its first file, and the place in it."""
+    ranks: dict[BlobPath, int] = {}
+    near, rank = None, 0
+    for method, path, offset in tasks.begins():
+        if path is not near:  # a path's hash takes its time
+            near, rank = path, ranks.setdefault(path, len(ranks))
+        yield method is not INTEGERS, rank, offset
+
+
+def _tasks_of(placed: Placed, seed: int) -> list[MergeTask]:
     """Returns the work of one output tensor: the merge and, if one model has more rows, the copy of these rows."""
     m, spec = placed.merged, placed.spec
     if m is None:
@@ -329,11 +369,11 @@ def _tasks(placed: Placed, seed: int) -> list[MergeTask]:
     return [head, *tail]
 
 
-def _cost(tasks: list[MergeTask], io: str) -> Cost:
+def _cost(tasks: Sequence[MergeTask], io: str) -> Cost:
     """Returns the memory of one chunk: for each kind, the most that any task needs. Zero if all tasks copy verbatim."""
     cost = Cost(0, 0, 0, 0)
     seen: set[tuple[object, ...]] = set()
-    for task in tasks:
+    for task, _ in alike(tasks):
         if task.to_turn:
             cost = cost.most(_turned_cost(task, io))
             continue
@@ -345,9 +385,9 @@ def _cost(tasks: list[MergeTask], io: str) -> Cost:
         # Tens of thousands of tasks are alike and cost the same, so each kind is computed once.
         method, dtypes = task.method, tuple(source.spec.dtype for source in task.sources)
         sized = task.out.shape if method.passes or method.row else None
-        alike = (id(method), dtypes, task.out.dtype, task.compute, task.based, sized, id(task.parameters))
-        if alike not in seen:
-            seen.add(alike)
+        kind = (id(method), dtypes, task.out.dtype, task.compute, task.based, sized, id(task.parameters))
+        if kind not in seen:
+            seen.add(kind)
             cost = cost.most(_task_cost(task, [dtype.component for dtype in dtypes], io))
     return cost
 

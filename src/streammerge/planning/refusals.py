@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from streammerge.checkpoints.config import CONFIG, tree_of
@@ -15,6 +15,7 @@ from streammerge.pickles.state_dict import unread_arrays, unread_tensors
 from streammerge.planning.views import Indexes
 from streammerge.recipe.model import Recipe
 from streammerge.sources.base import Source
+from streammerge.sources.table import same_tensors
 from streammerge.tensors.adapters import factors
 from streammerge.tensors.quantised import ADVICE, belongs, companions
 from streammerge.tensors.spec import TensorSpec
@@ -50,7 +51,7 @@ def refuse_unreadable(index: CheckpointIndex) -> None:
             f"{printable(index.path)} holds {listed([name for name, _ in arrays])} as an array of {arrays[0][1]}, which is "
             "not merged or converted; save it again as an array of float32"
         )
-    empty = [name for name, entry in index.entries.items() if entry.spec.shape == (0,)]
+    empty = [name for name, spec in index.specs().items() if spec.shape == (0,)]
     placeholders = [name for name in empty if name.rpartition(".")[2] == "weight"]
     if len(placeholders) >= _LEAST_PLACEHOLDERS:
         raise MismatchError(
@@ -60,12 +61,14 @@ def refuse_unreadable(index: CheckpointIndex) -> None:
         )
 
 
-def refuse_inseparable(indexes: Iterable[CheckpointIndex], merged: Iterable[Made]) -> None:
+def refuse_inseparable(indexes: Iterable[CheckpointIndex], merged: Sequence[Made]) -> None:
     """Raises MismatchError for factors of adapters that are merged, and for quantised weights that are not copied whole."""
-    merged = list(merged)
+    plain: list[Mapping[str, Source]] = []
     for index in indexes:
-        _refuse_factors(index, merged)
-        _refuse_quantised(index, merged)
+        if not any(same_tensors(index.entries, each) for each in plain) and not (
+            _refuse_factors(index, merged) or _refuse_quantised(index, merged)
+        ):
+            plain.append(index.entries)
 
 
 def refuse_unmerged(recipe: Recipe, indexes: Indexes, merged: Iterable[Made]) -> None:
@@ -89,8 +92,9 @@ def quantised(index: CheckpointIndex) -> str:
 
 def _packed(index: CheckpointIndex) -> dict[str, tuple[str, str]]:
     """Returns the signs of a quantisation: the tensors' names, or integers in a folder whose configuration states it."""
-    told = companions({name: entry.spec for name, entry in index.entries.items()})
-    integers = [name for name, entry in index.entries.items() if entry.spec.shape and entry.spec.dtype.kind == "int"]
+    specs = index.specs()
+    told = companions(specs)
+    integers = [name for name, spec in specs.items() if spec.shape and spec.dtype.kind == "int"]
     integers = [name for name in integers if not name.endswith(("position_ids", "token_type_ids"))]
     if told or not integers:
         return told
@@ -110,27 +114,32 @@ def _how(index: CheckpointIndex, name: str, label: str) -> str:
     )
 
 
-def _refuse_quantised(index: CheckpointIndex, merged: list[Made]) -> None:
-    """Quantised weights may be copied, byte for byte and with all that belongs to them, but neither merged nor recast."""
+def _refuse_quantised(index: CheckpointIndex, merged: Iterable[Made]) -> bool:
+    """Quantised weights may be copied, byte for byte and with all that belongs to them, but neither merged nor recast.
+
+    Returns whether there are such weights, or integers, which a configuration may tell to be weights.
+    """
     told = _packed(index)
     if not told:
-        return
+        return any(spec.dtype.kind == "int" for spec in index.specs().values())
     copied, others = _used(index, merged, lambda m: m.sources[0].spec.dtype == m.spec.dtype)
     for name, (label, stem) in told.items():
         parted = name not in copied and any(belongs(each, stem) for each in copied)
         if name in others or parted or any(belongs(each, stem) for each in others):
             raise MismatchError(_how(index, name, label))
+    return True
 
 
-def _refuse_factors(index: CheckpointIndex, merged: list[Made]) -> None:
-    """Factors of an adapter may be copied and recast, but not merged."""
+def _refuse_factors(index: CheckpointIndex, merged: Iterable[Made]) -> bool:
+    """Factors of an adapter may be copied and recast, but not merged. Returns whether there are any."""
     told = factors(index.entries)
     if not told:
-        return
+        return False
     _, others = _used(index, merged, lambda m: True)
     for name in told:
         if name in others:
             raise MismatchError(_adapter(index, told))
+    return True
 
 
 def _adapter(index: CheckpointIndex, told: dict[str, str]) -> str:
@@ -150,7 +159,7 @@ def _into_base(index: CheckpointIndex) -> str:
     return f"name each with its base model, as in `BASE+{printable(index.path)}`, so that its updates are added to the base"
 
 
-def _used(index: CheckpointIndex, merged: list[Made], verbatim: Callable[[Made], bool]) -> tuple[set[str], set[str]]:
+def _used(index: CheckpointIndex, merged: Iterable[Made], verbatim: Callable[[Made], bool]) -> tuple[set[str], set[str]]:
     """Returns the names of a checkpoint's tensors that are copied, and of those that are used in another way."""
     own = {path for entry in index.entries.values() for path in entry.paths}  # a state dict in memory has no files
     copied, others = set[str](), set[str]()

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, overload
 
 from streammerge.kernels.chunk import whole_grains
 from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import COPY
-from streammerge.sources.base import Source
+from streammerge.planning.aligned import Views, Way
+from streammerge.sources.base import BlobPath, Source
 from streammerge.sources.stored import Stored
 from streammerge.sources.turned import turned, turned_back, turned_spec
 from streammerge.tensors.spec import PIECE_ELEMS, TensorSpec, ranges
 
+_MOST_KEPT = 2048
+"""Tasks that are kept after they were made. Those in work at one time are fewer, so none of them is made twice."""
 _ALIGNMENT = 64
 
 
@@ -148,6 +153,138 @@ class PieceDone:
 
     def piece(self, tasks: Sequence[MergeTask]) -> Piece:
         return Piece(tasks[self.number], self.number, self.start, self.stop)
+
+
+class Tasks(Sequence[MergeTask]):
+    """The tasks of a plan, in the order of reading. Each is made when it is asked for. The last are kept.
+
+    ``made``: how each tensor is merged, or the task itself if it is like no other. ``rows``: the rows of the others in the
+    first table of ``views``. ``files`` and ``offsets``: where each tensor begins in the output.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        self.views: Views | None = None
+        self.made: list[Way | MergeTask] = []
+        self.rows, self.files, self.offsets = array("I"), array("I"), array("Q")
+        self._kept: dict[int, MergeTask] = {}
+        self._kinds: list[tuple[MergeTask, int]] | None = None
+
+    def add(self, task: MergeTask) -> None:
+        self.made.append(task)
+        self.rows.append(0)
+        self.files.append(task.file)
+        self.offsets.append(task.offset)
+
+    def extend(self, ways: Sequence[Way], rows: array[int], file: int, offsets: array[int]) -> None:
+        """Adds tensors of tables, which all lie in one file of the output."""
+        self.made.extend(ways)
+        self.rows.extend(rows)
+        self.files.extend(array("I", [file]) * len(rows))
+        self.offsets.extend(offsets)
+
+    def sort(self, key: Callable[[int], Any]) -> None:
+        """Sorts the tasks by a key of their numbers."""
+        order = sorted(range(len(self.made)), key=key)
+        if order == list(range(len(order))):
+            return
+        self.made = [self.made[number] for number in order]
+        for name in ("rows", "files", "offsets"):
+            column: array[int] = getattr(self, name)
+            setattr(self, name, array(column.typecode, [column[number] for number in order]))
+        self.forget()
+
+    def forget(self) -> None:
+        """Forgets the tasks that were made, because the columns have changed."""
+        self._kept, self._kinds = {}, None
+
+    def begins(self) -> Iterator[tuple[MergeMethod, BlobPath, int]]:
+        """Yields the method of each task, and where its first source begins."""
+        for made, row in zip(self.made, self.rows, strict=True):
+            if isinstance(made, MergeTask):
+                yield made.method, *made.sources[0].begin
+            elif self.views is not None:
+                number = made.tables[0]
+                table, row = self.views.tables[number], self.views.row(number, row)
+                yield made.like.method, table.paths[table.files[row]], table.starts[row]
+
+    def alike(self) -> Iterator[tuple[MergeTask, int]]:
+        """Yields one task of each kind, and the number of tasks of this kind. They differ in names and places only."""
+        if self._kinds is None:
+            counts: dict[int, list[int]] = {}
+            for number, made in enumerate(self.made):
+                counts.setdefault(id(made), [number, 0])[1] += 1
+            self._kinds = [(self._at(number), count) for number, count in counts.values()]
+        return iter(self._kinds)
+
+    def where(self, test: Callable[[MergeTask], bool]) -> list[int]:
+        """Returns the numbers of the tasks that pass a test, which may not look at names and places."""
+        known: dict[int, bool] = {}
+        for number, made in enumerate(self.made):
+            if id(made) not in known:
+                known[id(made)] = test(self._at(number))
+        return [number for number, made in enumerate(self.made) if known[id(made)]]
+
+    def __len__(self) -> int:
+        return len(self.made)
+
+    def __iter__(self) -> Iterator[MergeTask]:
+        return map(self._at, range(len(self.made)))
+
+    @overload
+    def __getitem__(self, number: int) -> MergeTask: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[MergeTask]: ...
+    def __getitem__(self, number: int | slice) -> MergeTask | list[MergeTask]:
+        if isinstance(number, slice):
+            return [self._at(each) for each in range(len(self.made))[number]]
+        return self._at(range(len(self.made))[number] if number < 0 else number)
+
+    def _at(self, number: int) -> MergeTask:
+        way = self.made[number]
+        if way.__class__ is MergeTask:
+            return way
+        task = self._kept.get(number)
+        if task is None:
+            task = self._kept[number] = self._of(way, number)  # type: ignore[arg-type]
+            if len(self._kept) > _MOST_KEPT:
+                self._kept.pop(next(iter(self._kept)), None)
+        return task
+
+    def _of(self, way: Way, number: int) -> MergeTask:
+        if self.views is None:
+            raise ValueError("tasks of tables need the tables")
+        row, like = self.rows[number], way.like
+        spec, sources = self.views.spec(way, row), self.views.sources(way, row)
+        place = self.files[number], self.offsets[number]
+        return MergeTask(spec, like.method, sources, *place, like.parameters, like.compute, like.based, self.seed)
+
+
+def alike(tasks: Sequence[MergeTask]) -> Iterator[tuple[MergeTask, int]]:
+    """Yields one task of each kind, and the number of tasks of this kind. They differ in names and places only."""
+    return tasks.alike() if isinstance(tasks, Tasks) else ((task, 1) for task in tasks)
+
+
+def where(tasks: Sequence[MergeTask], test: Callable[[MergeTask], bool]) -> list[int]:
+    """Returns the numbers of the tasks that pass a test, which may not look at names and places."""
+    if isinstance(tasks, Tasks):
+        return tasks.where(test)
+    return [number for number, task in enumerate(tasks) if test(task)]
+
+
+def replaced(tasks: Sequence[MergeTask], others: Mapping[int, MergeTask]) -> Sequence[MergeTask]:
+    """Returns the tasks with other ones under these numbers."""
+    if isinstance(tasks, Tasks):
+        made = copy(tasks)
+        made.made = [others.get(number, each) for number, each in enumerate(tasks.made)]
+        made.forget()
+        return made
+    return [others.get(number, task) for number, task in enumerate(tasks)]
+
+
+def objects(tasks: Sequence[MergeTask]) -> Iterable[MergeTask]:
+    """Returns the tasks that are not made from tables. Only these may read anything but plain byte ranges."""
+    return [task for task in tasks.made if isinstance(task, MergeTask)] if isinstance(tasks, Tasks) else tasks
 
 
 def pieces(task: MergeTask, number: int) -> Iterator[Piece]:

@@ -47,6 +47,8 @@ _OF_OTHERS = re.compile(
     r"pos(?!t)|type|patch|norm|speaker|spk|lang(?!uage_model)|dense|emb_g|emb_l|rotary|time", re.IGNORECASE
 )
 """Parts of names that embeddings of words have, tensors with a row for each token, and tensors that never have one."""
+_TOKEN_BYTES = 300
+"""What a token takes while vocabularies are compared: its text, its numbers, and their places in mappings."""
 _NONE, _GAP = array("i"), array("i", [-1])
 _FILLER = "\0filler"
 """Stands for the row before all tokens, which F5's models have."""
@@ -70,13 +72,18 @@ class Tokenized:
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the tokens while the plan is made."""
+        return _TOKEN_BYTES * len(self.vocabulary.names)
+
 
 @dataclass(slots=True)
 class _Seen:
     """A checkpoint with its tensors, as :func:`tie_head` looks at it."""
 
     index: CheckpointIndex
-    entries: dict[str, Source]
+    entries: Mapping[str, Source]
 
 
 class _Table(NamedTuple):

@@ -8,7 +8,6 @@ from streammerge.checkpoints.agreement import agreed
 from streammerge.checkpoints.conversions import from_conversion
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError
-from streammerge.formats.safetensors import shared_headers
 from streammerge.options import Resources
 from streammerge.planning.plan import Plan, build_plan
 from streammerge.recipe.model import Recipe, Reference
@@ -39,8 +38,13 @@ def planned(
     """
     if held and convert_first is not None:
         raise RecipeError("`convert_first` converts files; give state dicts in memory without it")
-    with collector_paused(), shared_headers():
-        indexes = {each: opened(each.path, each.state_dict, recipe.ema, held or {}) for each in recipe.checkpoints}
+    with collector_paused():
+        indexes: dict[Reference, CheckpointIndex] = {}
+        for each in recipe.checkpoints:
+            index = opened(each.path, each.state_dict, recipe.ema, held or {})
+            for known in indexes.values():
+                index.share(known)
+            indexes[each] = index
         if convert_first is not None:
             indexes = {each: from_conversion(index, convert_first) for each, index in indexes.items()}
         indexes = agreed(recipe, indexes)

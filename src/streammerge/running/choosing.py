@@ -8,7 +8,7 @@ from typing import Any
 from streammerge.errors import BudgetError, RecipeError, printable
 from streammerge.planning.budget import PER_PROCESS_BYTES, Budget
 from streammerge.planning.plan import Plan, budget_of
-from streammerge.planning.tasks import MergeTask
+from streammerge.planning.tasks import MergeTask, alike
 from streammerge.running.executors.base import Executors, processes_supported
 from streammerge.running.executors.messages import pickled
 from streammerge.running.executors.registry import find_executor
@@ -129,7 +129,10 @@ def _stuck(plan: Plan) -> str:
 def _own_things(plan: Plan) -> Iterator[tuple[str, str, Any]]:
     """Yields each thing of a run that this package does not define: its name, the word for its code, and itself."""
     sources = [each for source in plan.expressions for each in _nested(source)]
-    merges: list[MergeTask | Merged] = [*plan.tasks, *(each for each in sources if isinstance(each, Merged))]
+    merges: list[MergeTask | Merged] = [
+        *(task for task, _ in alike(plan.tasks)),
+        *(each for each in sources if isinstance(each, Merged)),
+    ]
     methods = {id(each.method): each.method for each in merges}
     parameters = {id(each.parameters): each.parameters for each in merges}
     for method in methods.values():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any, TypeVar
 
 from streammerge.kernels.chunk import Look, Step
 from streammerge.kernels.pass_results import PassResults
-from streammerge.planning.tasks import MergeTask, Piece, PieceDone, batches, pieces
+from streammerge.planning.tasks import MergeTask, Piece, PieceDone, alike, batches, pieces, where
 from streammerge.running.executors.base import Executor
 from streammerge.running.job import Job
 from streammerge.running.sweeping import SweepWork
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 def run_all(
-    job: Job, executor: Executor, tasks: list[MergeTask], wanted: Callable[[Piece], bool]
+    job: Job, executor: Executor, tasks: Sequence[MergeTask], wanted: Callable[[Piece], bool]
 ) -> Generator[PieceDone, None, None]:
     """Makes all pieces that ``wanted`` accepts, with the same bytes on any executor. Yields the result of each.
 
@@ -33,8 +33,9 @@ def run_all(
     with closing(executor.run(MergeWork(job), batches(independent, job.budget.out_bytes))) as results:
         for done in results:
             yield from done
-    for number, task in enumerate(tasks):
-        if task.spread and any(map(wanted, pieces(task, number))):
+    for number in where(tasks, lambda task: task.spread):
+        task = tasks[number]
+        if any(map(wanted, pieces(task, number))):
             record = PassResults()
             with failures(task, 0, task.elems):
                 bind(task, _sweep_on_all(job, executor, number, task, record), record)
@@ -64,8 +65,8 @@ def _sweep_on_all(
     return sweep
 
 
-def modules_of(tasks: Iterable[MergeTask], checksum: Checksum, torch_needed: bool) -> tuple[str, ...]:
+def modules_of(tasks: Sequence[MergeTask], checksum: Checksum, torch_needed: bool) -> tuple[str, ...]:
     """Returns the modules that workers need for these tasks. Each worker imports the modules of a user's own methods."""
-    own = {method.function.__module__ for method in {id(task.method): task.method for task in tasks}.values()}
+    own = {method.function.__module__ for method in {id(task.method): task.method for task, _ in alike(tasks)}.values()}
     found = [__name__, *sorted(name for name in own if name.startswith("streammerge."))]
     return (*found, *(["crc32c"] if checksum.name == "crc32c" else []), *(["torch"] if torch_needed else []))

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from streammerge.errors import listed, printable
-from streammerge.planning.tasks import MergeTask
+from streammerge.planning.tasks import MergeTask, where
 from streammerge.sources.base import Source
 from streammerge.sources.stored import Stored
 from streammerge.stores.base import Location
@@ -26,7 +26,7 @@ _STRANGERS = 0.1
 Pair = tuple[Location, Location]
 
 
-def strangers(tasks: list[MergeTask], inputs: InputFiles, owners: Mapping[Location, Location]) -> list[str]:
+def strangers(tasks: Sequence[MergeTask], inputs: InputFiles, owners: Mapping[Location, Location]) -> list[str]:
     """Returns a warning about the checkpoints that are not related to the first one. ``owners``: file -> its checkpoint.
 
     Reads at most 16 samples of 32,768 elements from each.
@@ -61,10 +61,10 @@ def _warning(first: Location, others: list[Location], medians: Mapping[Pair, tup
     return f"{who} to come from another training: {how} (fine-tunes of one model: near 1)"
 
 
-def _sampled(tasks: list[MergeTask]) -> Iterator[MergeTask]:
+def _sampled(tasks: Sequence[MergeTask]) -> Iterator[MergeTask]:
     """Yields some of the tasks that merge matrices, spread over the whole checkpoint."""
-    fit = [task for task in tasks if len(task.sources) > 1 and all(map(_is_matrix, task.sources))]
-    yield from fit[:: max(len(fit) // _TENSORS, 1)][:_TENSORS]
+    fit = where(tasks, lambda task: len(task.sources) > 1 and all(map(_is_matrix, task.sources)))
+    yield from (tasks[number] for number in fit[:: max(len(fit) // _TENSORS, 1)][:_TENSORS])
 
 
 def _is_matrix(entry: Source) -> bool:

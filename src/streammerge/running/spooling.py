@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from streammerge.errors import FormatError, printable
@@ -18,12 +18,12 @@ _ALIGNMENT = 64
 
 
 def spooled_tasks(
-    tasks: list[MergeTask],
-    needed: list[MergeTask],
+    tasks: Sequence[MergeTask],
+    needed: Iterable[MergeTask],
     inputs: InputFiles,
     create: Callable[[int], Output],
     done: Callable[[str, PackedRecord], None],
-) -> list[MergeTask]:
+) -> Sequence[MergeTask]:
     """Unpacks the records of the ``needed`` tasks. Returns all tasks, with sources that read the inflated bytes.
 
     ``create`` makes a file of the given size in bytes. ``done`` is called for each record with the name of a tensor in it.

@@ -5,11 +5,21 @@ The output's tensor is then a copy of it. So a method that works by rows reads a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 
-from streammerge.planning.tasks import MergeTask, Piece, PieceDone, copy_of_turned, pieces, turned_places, turned_task
+from streammerge.planning.tasks import (
+    MergeTask,
+    Piece,
+    PieceDone,
+    copy_of_turned,
+    pieces,
+    replaced,
+    turned_places,
+    turned_task,
+    where,
+)
 from streammerge.running.engine import run_all
 from streammerge.running.executors.base import Executor
 from streammerge.running.job import Job, OutputPlace, lent, new_key
@@ -26,10 +36,11 @@ class Turning:
     """
 
     def __init__(
-        self, job: Job, tasks: list[MergeTask], wanted: Callable[[Piece], bool], create: Callable[[int], Output]
+        self, job: Job, tasks: Sequence[MergeTask], wanted: Callable[[Piece], bool], create: Callable[[int], Output]
     ) -> None:
         self.tasks, self._job, self._create = tasks, job, create
-        self._numbers = [n for n, task in enumerate(tasks) if task.to_turn and any(map(wanted, pieces(task, n)))]
+        turned = where(tasks, lambda task: task.to_turn)
+        self._numbers = [n for n in turned if any(map(wanted, pieces(tasks[n], n)))]
 
     def make(self, executor: Executor, inputs: InputFiles) -> Iterator[tuple[int, PieceDone]]:
         """Makes the turned tensors. Yields the number of each task that is done, and what was found."""
@@ -42,7 +53,8 @@ class Turning:
         with lent(job, inputs, [target]), closing(run_all(job, executor, made, lambda piece: True)) as results:
             for done in results:
                 yield self._numbers[done.number], done
-        self.tasks = self.tasks.copy()
+        copies: dict[int, MergeTask] = {}
         for number, task in zip(self._numbers, made, strict=True):
             source = Stored(task.out, target.location, task.offset)
-            self.tasks[number] = copy_of_turned(self.tasks[number], source)
+            copies[number] = copy_of_turned(self.tasks[number], source)
+        self.tasks = replaced(self.tasks, copies)

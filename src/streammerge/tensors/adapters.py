@@ -11,6 +11,7 @@ from streammerge.tensors.conventions import FACTORS
 _WORDS = ("lora", "dora_scale", "hada_", "lokr_", "oft_", "vera_")
 _ANY = re.compile("|".join(_WORDS))
 _ALPHA = ".alpha"
+_AT_ONCE = 4096
 
 
 @cache
@@ -21,8 +22,11 @@ def _patterns() -> list[tuple[re.Pattern[str], str]]:
 def factors(names: Iterable[str]) -> dict[str, str]:
     """Returns the factors among these names with the kind of adapter, and the alphas that scale factors."""
     names = list(names)
-    text = "\n".join(names)
-    if not any(word in text for word in _WORDS):  # faster than a pattern, and most checkpoints have none
+    for start in range(0, len(names), _AT_ONCE):
+        text = "\n".join(names[start : start + _AT_ONCE])
+        if any(word in text for word in _WORDS):  # faster than a pattern, and most checkpoints have none
+            break
+    else:
         return {}
     found, stems = dict[str, str](), dict[str, str]()
     for name in filter(_ANY.search, names):

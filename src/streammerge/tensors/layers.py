@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 _INDEX = re.compile(r"\.(\d+)\.")
+_MOST_DIGITS = 6
 _BEFORE = re.compile(
     r"emb(?!ed_out)|wte\b|wpe\b|rotary|relative_pe|shared\b|patch|ln_pre|layernorm_pre|pre_layrnorm|\bconv\d|"
     r"modal_projector|mm_|merger"
@@ -28,11 +29,11 @@ class Layer(NamedTuple):
     rest: str
 
 
-@lru_cache(maxsize=1 << 18)
+@lru_cache(maxsize=1 << 12)
 def layer_of(name: str) -> Layer | None:
     """Returns the layer of a tensor, or None for a tensor outside the layers."""
     found = _INDEX.search(name)
-    if found is None or len(found[1]) > 6:
+    if found is None or len(found[1]) > _MOST_DIGITS:
         return None
     return Layer(name[: found.start()], int(found[1]), name[found.end() :])
 
@@ -50,8 +51,13 @@ def is_before(name: str) -> bool:
 def depths(names: Iterable[str]) -> dict[str, int]:
     """Returns the number of layers of each stack."""
     found: dict[str, int] = {}
-    for layer in filter(None, map(layer_of, names)):
-        found[layer.stack] = max(found.get(layer.stack, 0), layer.number + 1)
+    for match in filter(None, map(_INDEX.search, names)):
+        number = match[1]
+        if len(number) > _MOST_DIGITS:
+            continue
+        stack = match.string[: match.start()]
+        if int(number) >= found.get(stack, 0):
+            found[stack] = int(number) + 1
     return found
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoints.index import open_checkpoint
-from streammerge.dataclass import dataclass
 from streammerge.errors import ChangedError, VerifyError, listed, printable
 from streammerge.formats.base import LayoutFile
 from streammerge.methods.registry import INTEGERS
@@ -93,7 +92,7 @@ def recompute(verified: Verified, plan: Plan, receipt: Receipt, share: float, se
         )
 
 
-def _budget(plan: Plan, tasks: list[MergeTask]) -> tuple[Budget, str]:
+def _budget(plan: Plan, tasks: Sequence[MergeTask]) -> tuple[Budget, str]:
     """Returns the budget for making these tasks again, and the way to read. The output's pickle is read beside those
     of the inputs."""
     pickles = plan.pickle_bytes + plan.layout.pickle_bytes

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Set
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
-from streammerge.dataclass import dataclass
 from streammerge.errors import printable
 from streammerge.methods.registry import COPY
 from streammerge.pickles.candidates import Candidate, Found, dotted, inside
@@ -197,6 +196,8 @@ class _Deciding:
 
     def _partner(self, index: CheckpointIndex, candidate: Candidate) -> Candidate | None:
         """Returns the same copy in another checkpoint: at the same place, or the only one of its kind elsewhere."""
+        if index.adapters:  # they update the chosen weights only
+            return None
         if index is self.first:
             return candidate
         usable = [c for c in index.selection.candidates if not c.stale]
@@ -302,7 +303,7 @@ class _Deciding:
         if not single:
             return
         known = [self.first, *(self._own(copy.indexes) for copy in self.entries.copies)]
-        merged = {entry.place for index in known for entry in index.entries.values() if entry.nbytes}
+        merged = {e.place for index in known for e in (index.plain or index).entries.values() if e.nbytes}
         others = {each: index for each, index in self._giving.items() if index is not self.first}
         tensors: dict[str, Found] = {}
         theirs: dict[Reference, list[tuple[str, TensorRef]]] = {each: [] for each in others}
@@ -327,7 +328,7 @@ class _Deciding:
             own = made[self._reference] = self.first.with_tensors((name, found.ref) for name, found in tensors.items())
             for each in others:
                 lacking = {name: entry for name, entry in own.entries.items() if name not in made[each].entries}
-                made[each] = replace(made[each], entries=made[each].entries | lacking)
+                made[each] = replace(made[each], entries={**made[each].entries, **lacking})
             self.entries.copies.append(Copy("", tensors, {each: made[each] for each in self.indexes if each in made}))
 
     def _tell_numbers(self) -> None:

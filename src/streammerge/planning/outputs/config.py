@@ -15,7 +15,8 @@ from streammerge.checkpoints.heads import is_embedding, is_head
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats.base import LayoutFile
-from streammerge.planning.alignment import Alignment, Merged
+from streammerge.planning.aligned import Merged, elements, has_rows_of_first, unlike, where
+from streammerge.planning.alignment import Alignment
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.layout import text_file
 from streammerge.planning.outputs.tokenizer import token_edits
@@ -67,8 +68,8 @@ class _Change:
     def __init__(self, recipe: Recipe, base: CheckpointIndex, alignment: Alignment) -> None:
         self.base, self.merged, self.tokenized = base, alignment.merged, alignment.tokenized
         self.headless = not any(map(is_head, base.entries))
-        self.dtypes = _dtypes(m.spec for m in self.merged)
-        before = _dtypes(entry.spec for entry in base.values())
+        self.dtypes = _dtypes(elements(self.merged))
+        before = _dtypes((spec, spec.numel) for spec in base.specs().values())
         self.recast = bool(self.dtypes) and (recipe.recast is not None or self.dtypes[:1] != before[:1])
         known: dict[Location, Tree] = {}
         for path in {path for restacked in alignment.restacked for path, _ in restacked.layers}:
@@ -84,8 +85,10 @@ class _Change:
 
     def _other_depths(self, known: dict[Location, Tree]) -> list[Moved]:
         """Returns the stacks whose last layers are left out by a rule, or are another checkpoint's."""
+        if self.restacked or has_rows_of_first(self.merged):
+            return []
         names = {name: m for m in self.merged for name in m.base_names}
-        if self.restacked or names.keys() == self.base.entries.keys():
+        if names.keys() == self.base.entries.keys():
             return []
         found: list[Moved] = []
         before, after = depths(self.base.entries), depths(names)
@@ -105,7 +108,7 @@ class _Change:
     def _resized(self) -> dict[str, tuple[int, int]]:
         """Returns the matrices outside the layers -> (their rows before, their rows now), if these differ."""
         found: dict[str, tuple[int, int]] = {}
-        for m in self.merged:
+        for m in unlike(self.merged):
             name, shape = m.base_names[0], m.spec.shape
             own = (self.base.plain or self.base).entries.get(name)
             if own is None or own.spec.shape == shape or len(own.spec.shape) != 2 or own.spec.shape[:1] == shape[:1]:
@@ -129,7 +132,8 @@ class _Change:
         """
         if not (self.headless or ties_somewhere(tree)) or not _has_own_head(self.merged):
             return False
-        heads = {path.parent for m in self.merged if is_head(m.spec.name) for s in m.sources for path in s.paths}
+        found = (m for m in where(self.merged, is_head) if is_head(m.spec.name))
+        heads = {path.parent for m in found for s in m.sources for path in s.paths}
         return any(tie_flag(tree_of(folder)) is not tie_flag(tree) for folder in heads)
 
     def keeps(self, rows: int) -> bool:
@@ -137,7 +141,7 @@ class _Change:
         grown = {name for names in self.grown.values() for name in names}
         return any(
             m.spec.shape[:1] == (rows,) and is_embedding(m.base_names[0]) and m.base_names[0] not in grown
-            for m in self.merged
+            for m in where(self.merged, is_embedding)
         )
 
     def described(self) -> str:
@@ -193,22 +197,21 @@ def _follow(edits: Edits, moved: Moved, change: _Change) -> None:
         edits.notes.append(f"{name} names layers by their numbers, as in its names of modules; these stay")
 
 
-def _dtypes(specs: Iterable[TensorSpec]) -> list[DType]:
-    """Returns the floating-point dtypes, that of most elements first."""
+def _dtypes(specs: Iterable[tuple[TensorSpec, int]]) -> list[DType]:
+    """Returns the floating-point dtypes, that of most elements first. ``specs``: each with a number of elements."""
     counted: dict[DType, int] = {}
-    for spec in specs:
-        counted[spec.dtype] = counted.get(spec.dtype, 0) + spec.numel
+    for spec, numel in specs:
+        counted[spec.dtype] = counted.get(spec.dtype, 0) + numel
     return sorted((dtype for dtype in counted if dtype.kind == "float"), key=lambda dtype: -counted[dtype])
 
 
-def _has_own_head(merged: list[Merged]) -> bool:
+def _has_own_head(merged: Sequence[Merged]) -> bool:
     """Whether the output has a head that differs from the embeddings."""
-    embeddings = {
-        tuple(s.place for s in m.sources) for m in merged if not is_head(m.spec.name) and is_embedding(m.spec.name)
-    }
-    return bool(embeddings) and any(
-        is_head(m.spec.name) and tuple(s.place for s in m.sources) not in embeddings for m in merged
-    )
+    embeddings, heads = set[tuple[object, ...]](), set[tuple[object, ...]]()
+    for m in where(merged, is_embedding):  # a head counts as embeddings too
+        if is_embedding(m.spec.name):
+            (heads if is_head(m.spec.name) else embeddings).add(tuple(s.place for s in m.sources))
+    return bool(embeddings) and not heads <= embeddings
 
 
 def _texts(tree: Any) -> Iterable[str]:

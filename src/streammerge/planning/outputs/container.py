@@ -17,19 +17,21 @@ from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import safetensors
 from streammerge.formats.records import RECEIPT_KEY
 from streammerge.methods.registry import COPY
-from streammerge.planning.alignment import Alignment, Merged
+from streammerge.planning.aligned import Merged, MergedTensors
+from streammerge.planning.alignment import Alignment
 from streammerge.planning.dispositions.entries import left_behind
 from streammerge.planning.dispositions.ledger import Dispositions
-from streammerge.planning.outputs.layout import Layout, Placed, PlannedOutput, blank_sums, metadata_of
+from streammerge.planning.outputs.layout import Layout, Placed, PlacedTensors, PlannedOutput, blank_sums, metadata_of
 from streammerge.planning.outputs.pickled import PLAIN_ENDINGS, pickled_output
-from streammerge.planning.receipt import ITSELF, Receipt, escaped, input_files, planned
+from streammerge.planning.receipt import ITSELF, Receipt, escaped, files_beside, input_files, planned
 from streammerge.planning.views import Indexes
 from streammerge.recipe.adapted import parts_of
 from streammerge.recipe.document import to_json
-from streammerge.recipe.locations import travelling, travelling_names
+from streammerge.recipe.locations import is_held, travelling, travelling_names
 from streammerge.recipe.model import Recipe
 from streammerge.stores.base import Location
 from streammerge.stores.checksums import CRC32, CRC32C
+from streammerge.stores.locations import parse
 from streammerge.tensors.spec import TensorSpec
 
 PICKLED_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".th", ".tar")
@@ -66,6 +68,9 @@ def plan_output(out: Location, recipe: Recipe, indexes: Indexes, alignment: Alig
     kind, name = container_of(out, first), out.name
     names = travelling_names(recipe)
     inputs = input_files(_named(names, indexes))
+    if alignment.tokenized is not None:
+        models = {own: parse(path) for path, own in names.items() if not is_held(path)}
+        inputs |= files_beside(models, alignment.tokenized.read)
     receipt = planned(
         json.loads(to_json(travelling(recipe).to_dict())),
         inputs,
@@ -119,14 +124,21 @@ def _planned(
     if kind == "folder":
         return _folder(recipe, first, indexes, alignment, receipt, dispositions)
     metadata = metadata_of(recipe, first)
-    specs = {spec.name: (spec, m) for m in merged for spec in (m.spec, *_tied_specs(m))}
-    sums = {ITSELF: blank_sums([spec.nbytes for spec, _ in specs.values()])}
+    if isinstance(merged, MergedTensors):
+        names, kinds = merged.columns()
+    else:
+        specs = {spec.name: (spec, m) for m in merged for spec in (m.spec, *_tied_specs(m))}
+        names, kinds = list(specs), [spec for spec, _ in specs.values()]
+    sums = {ITSELF: blank_sums([spec.nbytes for spec in kinds])}
     receipt = replace(receipt, checksums=sums, dispositions=dispositions.record())
     metadata[RECEIPT_KEY] = receipt.text()
-    file = safetensors.plan_layout(name, [spec for spec, _ in specs.values()], metadata)
+    file, starts = safetensors.plan_columns(name, names, kinds, metadata)
     file = replace(file, receipt=escaped(receipt.text()))
-    placed = [Placed(spec, m, 0, file.offsets[n]) for n, (spec, m) in specs.items()]
-    return PlannedOutput(Layout((file,), receipt), placed, dispositions=dispositions)
+    layout = Layout((file,), receipt)
+    if isinstance(merged, MergedTensors):
+        return PlannedOutput(layout, [PlacedTensors(merged, 0, starts)], dispositions=dispositions)
+    placed = [Placed(spec, m, 0, start) for (spec, m), start in zip(specs.values(), starts, strict=True)]
+    return PlannedOutput(layout, placed, dispositions=dispositions)
 
 
 def _note_tokens(recipe: Recipe, first: CheckpointIndex, alignment: Alignment) -> None:

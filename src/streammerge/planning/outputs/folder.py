@@ -7,7 +7,9 @@ The merged tensors go into files of the same names. The configuration is edited,
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from streammerge.checkpoints.config import CONFIG
 from streammerge.checkpoints.config_keys import CONFIG_FILES
@@ -16,17 +18,19 @@ from streammerge.checkpoints.heads import loader_ties
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import safetensors
-from streammerge.formats.base import Form, LayoutFile
+from streammerge.formats.base import Form, LayoutFile, Literal
 from streammerge.formats.file_names import form_of_file, is_adapter, is_looked_for
 from streammerge.formats.records import RECEIPT_FILE, RECIPE_FILE
 from streammerge.pickles.tree import mapping_items
-from streammerge.planning.alignment import Alignment, Merged
+from streammerge.planning.aligned import Merged, MergedTensors, Way, named, names_of, unlike
+from streammerge.planning.alignment import Alignment
 from streammerge.planning.dispositions.files import NOT_MERGED, Copies, decide, parts_of
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.config import config_files
 from streammerge.planning.outputs.layout import (
     Layout,
     Placed,
+    PlacedTensors,
     PlannedOutput,
     blank_sums,
     metadata_of,
@@ -45,6 +49,7 @@ from streammerge.tensors.conventions import AS_SAFETENSORS, INDEXED
 from streammerge.tensors.spec import TensorSpec
 from streammerge.units import parse_bytes
 
+_quoted = json.encoder.encode_basestring
 DEFAULT_SHARD_BYTES = parse_bytes("5GB")
 _NEW = Form("model", ".safetensors")
 """The form of a folder whose first input is a file of another name than loaders look for, or a pickle."""
@@ -143,13 +148,12 @@ def _without_side_files(base: CheckpointIndex) -> list[str]:
 
 def _own_alignment(
     name: str, parts: dict[str, CheckpointIndex], part: CheckpointIndex, alignment: Alignment
-) -> tuple[Alignment, list[Merged]]:
+) -> tuple[Alignment, Sequence[Merged]]:
     """Returns the tensors of one model of a folder under their names in that model; and the same tensors under the names
     that they have in the output."""
     if list(parts) == [""]:
         return replace(alignment, dispositions=Dispositions()), alignment.merged  # the same objects: there may be many
-    homes = {id(m): _home(m, parts) for m in alignment.merged}
-    whole = [m for m in alignment.merged if homes[id(m)] == name]
+    whole = [m for m in alignment.merged if _home(m, parts) == name]
     if not whole:
         raise RecipeError(
             f"no tensor of {printable(name or part.path)} is left, so its loader would find no weights; keep some"
@@ -182,6 +186,25 @@ def _home(m: Merged, parts: dict[str, CheckpointIndex]) -> str:
     raise RecipeError(f"{printable(m.spec.name)} belongs to none of the subfolders {listed(sorted(parts))}; rename it")
 
 
+_LINES = 4096
+"""Lines of an index that are one literal, since all of them as one text would be held twice."""
+
+
+def _index_file(name: str, total: int, index: dict[str, str]) -> LayoutFile:
+    """Returns the index of a folder's files. ``total``: bytes of the tensors. ``index``: tensor -> file."""
+    quoted = {file: _quoted(file) for file in set(index.values())}
+    begin = f'{{\n  "metadata": {{\n    "total_size": {total}\n  }},\n  "weight_map": {{'
+    names, literals, cursor = sorted(index), list[Literal](), 0
+    for start in range(0, max(len(names), 1), _LINES):
+        lines = [f"\n    {_quoted(each)}: {quoted[index[each]]}" for each in names[start : start + _LINES]]
+        last = start + _LINES >= len(names)
+        text = ("" if start else begin) + ",".join(lines) + ("" if not last else "\n  }\n}\n" if names else "}\n}\n")
+        data = (text if last else text + ",").encode()
+        literals.append(Literal(cursor, data))
+        cursor += len(data)
+    return LayoutFile(name, cursor, {}, tuple(literals))
+
+
 @dataclass(slots=True)
 class _Folder:
     """The files of an output folder while they are planned."""
@@ -190,18 +213,18 @@ class _Folder:
     indexes: Indexes
     dispositions: Dispositions
     files: list[LayoutFile] = field(default_factory=list)
-    placed: list[Placed] = field(default_factory=list)
+    placed: list[Placed | PlacedTensors] = field(default_factory=list)
     sums: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     pickle_bytes: int = 0
 
     def add_part(
-        self, name: str, part: CheckpointIndex, aligned: tuple[Alignment, list[Merged]], folder: Location | None
+        self, name: str, part: CheckpointIndex, aligned: tuple[Alignment, Sequence[Merged]], folder: Location | None
     ) -> None:
         """Adds the files of one model: its tensors, its index, its configuration."""
         own, whole = aligned
         prefix, form, place = f"{name}/" if name else "", _form(self.recipe, part), folder and folder / name
-        moved = bool(own.restacked) or any(m.base_names[0] not in part.entries for m in own.merged if not m.added)
+        moved = bool(own.restacked) or any(m.base_names[0] not in part.entries for m in unlike(own.merged) if not m.added)
         pickled = _is_pickled(self.recipe, part)
         flat = pickled and _is_flat(part)
         tied = set() if pickled else _tied_by_loader(own.merged, part.path)
@@ -212,21 +235,29 @@ class _Folder:
         outer = {id(m): each for m, each in zip(own.merged, whole, strict=True)} if own.merged is not whole else {}
         index: dict[str, str] = {}
         for file, members in groups.items():
-            index.update((m.spec.name, file) for m in members)
-            index.update((each, file) for m in members if m.tied for each in m.tied if each not in tied)
+            index |= dict.fromkeys(names_of(members), file)
+            index.update((each, file) for m in unlike(members) if m.tied for each in m.tied if each not in tied)
             if pickled:
                 self._add_pickled(prefix, file, part, replace(own, merged=members), flat and (moved or len(groups) > 1))
+            elif isinstance(members, MergedTensors):
+                self._add_columns(file, members, part)
             else:
                 stored = [(spec, outer.get(id(m), m)) for m in members for spec in _stored(m, tied)]
                 self._add_safetensors(prefix, file, stored, part)
         was = part.container.form
         if len(groups) > 1 or (was is not None and was.index and set(groups) <= {*was.files}):
-            total = sum(m.spec.nbytes if pickled else _stored_bytes(m, tied) for m in own.merged)
-            content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
-            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            self.files.append(text_file(prefix + form.index_name(), text))
+            total = sum(m.spec.nbytes if pickled else _stored_bytes(m, tied) for _, m in named(own.merged))
+            self.files.append(_index_file(prefix + form.index_name(), total, index))
         if place is not None:
             self._add_config(prefix, place, part, own)
+
+    def _add_columns(self, name: str, merged: MergedTensors, part: CheckpointIndex) -> None:
+        """Adds a file of these tensors."""
+        names, kinds = merged.columns()
+        file, starts = safetensors.plan_columns(name, names, kinds, metadata_of(self.recipe, part))
+        self.sums[file.name] = blank_sums([kind.nbytes for kind in kinds])
+        self.placed.append(PlacedTensors(merged, len(self.files), starts))
+        self.files.append(file)
 
     def add_tokenizer(self, tokenizer: TokenizerFiles, tokenized: Tokenized | None, folder: Location | None) -> None:
         """Adds the edited files of a tokenizer, and the numbers of its tokens in generation_config.json."""
@@ -280,7 +311,7 @@ class _Folder:
 
     def _groups(
         self, part: CheckpointIndex, form: Form, own: Alignment, folder: Location | None, may_cut: bool, tied: set[str]
-    ) -> dict[str, list[Merged]]:
+    ) -> dict[str, Sequence[Merged]]:
         """Returns file name -> tensors: the files of the first input, or files filled in order up to the largest size.
 
         ``tied``: names that are left out.
@@ -291,7 +322,7 @@ class _Folder:
             name = form.files[0] if form.files else form.named()
             self.notes.append(f"{printable(name)} stays one file, since its loader reads no index of shards")
             largest = None
-        by_file = None
+        by_file: dict[str, Sequence[Merged]] | None = None
         if was is not None and largest is None:
             by_file = {was.files[0]: own.merged} if len(was.files) == 1 else _by_file(part, was, own, folder)
         most = largest or (DEFAULT_SHARD_BYTES if may_cut and indexed else None)
@@ -303,41 +334,62 @@ class _Folder:
         return {form.named(number, len(groups)): members for number, members in enumerate(groups, start=1)}
 
 
-def _by_file(part: CheckpointIndex, form: Form, own: Alignment, folder: Location | None) -> dict[str, list[Merged]] | None:
+def _by_file(
+    part: CheckpointIndex, form: Form, own: Alignment, folder: Location | None
+) -> dict[str, Sequence[Merged]] | None:
     """Returns the tensors of each file of the first input, None if they are not in these files."""
     if folder is None or own.restacked:
         return None
     files = {folder / name: name for name in form.files}
-    grouped: dict[str, list[Merged]] = {}
+    grouped: dict[str, list[int]] = {}
     home: str | None = None
-    for m in own.merged:
-        if not (m.added and home):  # an added tensor goes along with the one before it
-            home = files.get(part.entries.get(m.base_names[0], m.sources[0]).begin[0])
+    near: object = None
+    for number, (added, path) in enumerate(_origins(part, own.merged)):
+        if path is not near and not (added and home):  # an added tensor goes along with the one before it
+            near, home = path, files.get(path)
         if home is None:
             return None
-        grouped.setdefault(home, []).append(m)
-    return grouped
+        grouped.setdefault(home, []).append(number)
+    return {home: _taken(own.merged, numbers) for home, numbers in grouped.items()}
 
 
-def _filled(merged: list[Merged], most_bytes: int | None, tied: set[str]) -> list[list[Merged]]:
+def _origins(part: CheckpointIndex, merged: Sequence[Merged]) -> Iterator[tuple[bool, Any]]:
+    """Yields whether the first input lacks a tensor, and the file of it in the first input."""
+    if not isinstance(merged, MergedTensors):
+        yield from (_origin(part, m) for m in merged)
+        return
+    table = merged.views.tables[0]
+    for made, row in zip(merged.made, merged.rows, strict=True):
+        yield (False, table.paths[table.files[row]]) if isinstance(made, Way) else _origin(part, made)
+
+
+def _origin(part: CheckpointIndex, m: Merged) -> tuple[bool, Any]:
+    return m.added, part.entries.get(m.base_names[0], m.sources[0]).begin[0]
+
+
+def _taken(merged: Sequence[Merged], numbers: Iterable[int]) -> Sequence[Merged]:
+    return merged.take(numbers) if isinstance(merged, MergedTensors) else [merged[number] for number in numbers]
+
+
+def _filled(merged: Sequence[Merged], most_bytes: int | None, tied: set[str]) -> list[Sequence[Merged]]:
     """Returns the tensors in groups of at most ``most_bytes``, in their order; in one group without a limit."""
     if most_bytes is None:
         return [merged]
-    grouped: list[list[Merged]] = [[]]
+    grouped: list[list[int]] = [[]]
     filled = 0
-    for m in merged:
+    for number, (_, m) in enumerate(named(merged)):
         size = _stored_bytes(m, tied)
         if grouped[-1] and filled + size > most_bytes:
             grouped.append([])
             filled = 0
-        grouped[-1].append(m)
+        grouped[-1].append(number)
         filled += size
-    return grouped
+    return [_taken(merged, numbers) for numbers in grouped]
 
 
-def _tied_by_loader(merged: list[Merged], path: Location) -> set[str]:
+def _tied_by_loader(merged: Sequence[Merged], path: Location) -> set[str]:
     """Returns the names that a loader ties to another one, so that a file of safetensors needs only that."""
-    several = [m for m in merged if m.tied]
+    several = [m for m in unlike(merged) if m.tied]
     if not several:
         return set()
     ties = loader_ties(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +11,7 @@ from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.formats.base import LayoutFile, Literal
 from streammerge.formats.records import RECEIPT_KEY, RECIPE_KEY
 from streammerge.methods.registry import COPY
-from streammerge.planning.alignment import Merged
+from streammerge.planning.aligned import Merged, MergedTensors
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.receipt import InputSpans, Receipt
 from streammerge.recipe.document import to_json
@@ -50,6 +52,15 @@ class Placed:
 
 
 @dataclass(slots=True)
+class PlacedTensors:
+    """Tensors of one file of the output. ``starts``: where each begins in it."""
+
+    merged: MergedTensors
+    file: int
+    starts: array[int]
+
+
+@dataclass(slots=True)
 class PlannedOutput:
     """The layout, the tensors with their places, and notes for the user. ``inputs``: see :class:`Plan`.
 
@@ -57,7 +68,7 @@ class PlannedOutput:
     """
 
     layout: Layout
-    placed: list[Placed]
+    placed: Sequence[Placed | PlacedTensors]
     notes: list[str] = field(default_factory=list)
     inputs: dict[str, InputSpans] = field(default_factory=dict)
     dispositions: Dispositions = field(default_factory=Dispositions)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
-from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import plain_pickle, torch_zip
 from streammerge.formats.base import LayoutFile
@@ -16,7 +15,8 @@ from streammerge.pickles.arrays import array_over, is_array, native, numpy_dtype
 from streammerge.pickles.candidates import Found
 from streammerge.pickles.repickle import Edit, storage_ref, stream
 from streammerge.pickles.tree import Blank, Enclosed, OrderedTree, StorageRef, TensorRef, mapping_items, walk
-from streammerge.planning.alignment import Alignment, Merged
+from streammerge.planning.aligned import Merged
+from streammerge.planning.alignment import Alignment
 from streammerge.planning.copies import AlignedCopy, align_copies, record_entries
 from streammerge.planning.dispositions.entries import Entries, decide
 from streammerge.planning.dispositions.ledger import Dispositions
@@ -81,7 +81,7 @@ def pickled_file(
 
     ``flat``: it holds a flat state dict of the merged tensors instead of the first input's tree.
     """
-    merged = alignment.merged
+    merged = list(alignment.merged)
     if base.format == "TorchScript archive":
         raise RecipeError(
             f"{printable(base.path)} is a TorchScript archive, which is code and cannot be written again; "
@@ -253,7 +253,7 @@ class _Builder:
 
         A tensor that is a merged tensor under another path becomes that one. ``home``: base name -> merged name.
         """
-        merged = {base.entries[name].place: made for name, made in home.items()}
+        merged = {(base.plain or base).entries[name].place: made for name, made in home.items()}
         nodes = list(walk(tree, self.edit.skipped()))
         for path, node in nodes:
             if id(node) in self.edit.replaced:
