@@ -14,10 +14,9 @@ import math
 import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, printable
 from streammerge.units import parse_bytes, parse_share, plain_number
 
@@ -470,8 +469,9 @@ class Executing(Options):
     """The kind of workers. It does not change a byte of the output."""
 
     executor: str | Callable[[int], Any] = option(
-        "The kind of workers: threads, processes, or the name of another executor; auto takes processes for more than "
-        "four workers and much to read. In Python also a function from the number of workers to an executor.",
+        "The kind of workers: threads, processes, or the name of another executor; auto takes processes for much to read "
+        "by more than four workers, or more than two for methods with passes. In Python also a function from the number of "
+        "workers to an executor.",
         default="auto",
         metavar="NAME",
     )

@@ -8,8 +8,8 @@ import errno
 from bisect import bisect_right
 from collections import defaultdict
 from contextlib import closing
+from dataclasses import dataclass
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, SpaceError, UncheckedError, VerifyError, listed, printable
 from streammerge.events import Hashed, Listener, Resumed, Spooled, Syncing, TaskDone, Told, quiet
 from streammerge.formats.base import LayoutFile

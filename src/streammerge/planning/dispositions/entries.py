@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Set
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
-from streammerge.dataclass import dataclass
 from streammerge.errors import printable
 from streammerge.methods.registry import COPY
 from streammerge.pickles.candidates import Candidate, Found, dotted, inside
 from streammerge.pickles.copies import Originals, node_at, numbers_outside, outside, tensor_at, trail
 from streammerge.pickles.state_dict import Selection
 from streammerge.pickles.training_state import bars, is_measurement, is_record, is_training_state
-from streammerge.pickles.tree import MISSING, TensorRef, mapping_items, number, walk
+from streammerge.pickles.tree import MISSING, FieldName, TensorRef, mapping_items, number, walk
 from streammerge.planning.dispositions.ledger import Fate
 from streammerge.planning.dispositions.pruned import WHY as ONLY
 from streammerge.planning.dispositions.pruned import pruned
@@ -197,6 +196,8 @@ class _Deciding:
 
     def _partner(self, index: CheckpointIndex, candidate: Candidate) -> Candidate | None:
         """Returns the same copy in another checkpoint: at the same place, or the only one of its kind elsewhere."""
+        if index.adapters:  # they update the chosen weights only
+            return None
         if index is self.first:
             return candidate
         usable = [c for c in index.selection.candidates if not c.stale]
@@ -302,7 +303,7 @@ class _Deciding:
         if not single:
             return
         known = [self.first, *(self._own(copy.indexes) for copy in self.entries.copies)]
-        merged = {entry.place for index in known for entry in index.entries.values() if entry.nbytes}
+        merged = {e.place for index in known for e in (index.plain or index).entries.values() if e.nbytes}
         others = {each: index for each, index in self._giving.items() if index is not self.first}
         tensors: dict[str, Found] = {}
         theirs: dict[Reference, list[tuple[str, TensorRef]]] = {each: [] for each in others}
@@ -411,8 +412,9 @@ def dropped(
 
 def _shown(path: tuple[Any, ...]) -> str:
     """Returns the name of an entry. The position in a list or tuple at the top stands in brackets."""
-    first = f"[{path[0]}]" if isinstance(path[0], int) else str(path[0])
-    return ".".join((first, *map(str, path[1:])))
+    own = [part for part in path if not isinstance(part, FieldName)] or path
+    first = f"[{own[0]}]" if isinstance(own[0], int) else str(own[0])
+    return ".".join((first, *map(str, own[1:])))
 
 
 def _is_averaged(key: Any) -> bool:

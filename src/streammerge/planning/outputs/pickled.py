@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
-from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import plain_pickle, torch_zip
 from streammerge.formats.base import LayoutFile
@@ -254,7 +253,7 @@ class _Builder:
 
         A tensor that is a merged tensor under another path becomes that one. ``home``: base name -> merged name.
         """
-        merged = {base.entries[name].place: made for name, made in home.items()}
+        merged = {(base.plain or base).entries[name].place: made for name, made in home.items()}
         nodes = list(walk(tree, self.edit.skipped()))
         for path, node in nodes:
             if id(node) in self.edit.replaced:
