@@ -76,6 +76,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, name in enumerate(("chat", "code", "base")):
         language_model(folder / name, 100 * number)
     language_model(folder / "big", 7, shards=2)
+    (folder / "lora").mkdir()
+    module = "model.layers.1.mlp.up_proj"
+    factors = {
+        f"base_model.model.{module}.lora_A.weight": draw(8, 2, 8),
+        f"base_model.model.{module}.lora_B.weight": draw(9, 16, 2),
+    }
+    save_file(factors, folder / "lora" / "adapter_model.safetensors")
+    (folder / "lora" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4}))
+    mangled = f"lora_unet_{module.replace('.', '_')}"
+    style = {f"{mangled}.lora_down.weight": draw(8, 2, 8), f"{mangled}.lora_up.weight": draw(9, 16, 2)}
+    save_file(style, folder / "style.safetensors")
     (folder / "run").mkdir()
     for step in range(1000, 9000, 1000):
         torch.save(voice(step, step, 3 - step / 5000), folder / "run" / f"checkpoint-{step}.pt")

@@ -198,7 +198,7 @@ class TestObjects:
         index = sm.inspect("a.safetensors")
         assert len(index) == 2
         assert set(index) == {"w", "b"} == set(dict(index))
-        assert index["w"] is index.entries["w"]
+        assert index["w"] == index.entries["w"]
         assert "w" in index
         assert "x" not in index
         assert [entry.spec.name for entry in index.values()] == list(index.keys()) == [name for name, _ in index.items()]

@@ -32,6 +32,7 @@ else:
         if any(dataclasses.is_dataclass(base) for base in cls.__mro__[1:]):
             return dataclasses.dataclass(cls, frozen=frozen, slots=slots, eq=eq, repr=repr)
         own = {*cls.__dict__}
+        cls.__doc__ = cls.__doc__ or cls.__name__  # otherwise its signature is found out, which takes ten milliseconds
         cls = dataclasses.dataclass(cls, init=False, repr=False, eq=False, slots=slots)
         cls.__dataclass_params__.init = True
         cls.__dataclass_params__.repr, cls.__dataclass_params__.eq, cls.__dataclass_params__.frozen = repr, eq, frozen

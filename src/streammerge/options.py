@@ -470,8 +470,9 @@ class Executing(Options):
     """The kind of workers. It does not change a byte of the output."""
 
     executor: str | Callable[[int], Any] = option(
-        "The kind of workers: threads, processes, or the name of another executor; auto takes processes for more than "
-        "four workers and much to read. In Python also a function from the number of workers to an executor.",
+        "The kind of workers: threads, processes, or the name of another executor; auto takes processes for much to read "
+        "by more than four workers, or more than two for methods with passes. In Python also a function from the number of "
+        "workers to an executor.",
         default="auto",
         metavar="NAME",
     )

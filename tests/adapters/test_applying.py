@@ -251,6 +251,27 @@ def test_a_pickled_base_keeps_its_container() -> None:
     same(dict(made["model"]), expected)
 
 
+def test_a_running_average_that_no_adapter_updates_is_left_out() -> None:
+    base = base_tensors()
+    torch.save({"model": base, "ema": {name: each + 1 for name, each in base.items()}, "step": 3}, "base.pth")
+    adapter_of(factors(Q, 24, 16), config={"r": 4, "lora_alpha": 4})
+    sm.convert("base.pth+lora", "out.pth")
+    made = torch.load("out.pth")
+    assert set(made) == {"model", "step"}
+    result = sm.merge(["base.pth+lora", "base.pth"], "merged.pth")
+    assert any("ema" in each for each in (*result.warnings, *sm.plan(["base.pth+lora", "base.pth"], "x.pth").notes))
+    assert set(torch.load("merged.pth")) == {"model", "step"}
+
+
+def test_tensors_of_a_base_with_an_adapter_may_be_renamed() -> None:
+    base, lora = base_tensors(), factors(Q, 24, 16)
+    torch.save({"model": base, "step": 3}, "base.pth")
+    adapter_of(lora, config={"r": 4, "lora_alpha": 4})
+    sm.convert("base.pth+lora", "out.pth", rename={"model.*": "net.*"})
+    made = torch.load("out.pth")["model"]
+    torch.testing.assert_close(made[f"net.{Q[6:]}.weight"].double(), base[f"{Q}.weight"].double() + change(lora, Q, 1))
+
+
 def test_an_adapter_of_gpt_sovits() -> None:
     """Its file is a torch zip whose first two bytes tell the version; whole tensors stand beside the factors."""
     module = "cfm.estimator.blocks.0.attn.to_q"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import streammerge as sm
 from adapters.arithmetic import Tensor, Tensors, adapter_of, baked, base_of, drawn, same
@@ -152,6 +154,25 @@ def test_biases_norms_and_replacements() -> None:
     expected["mid_block.norm.bias"] += drawn(22, 6).double()
     expected["conv_in.weight"] = drawn(23, 3, 2).double()
     same(baked(f"base+{adapter_of(tensors)}"), expected)
+
+
+def test_the_part_of_a_pipeline_is_told_by_the_begin_of_a_name() -> None:
+    folder = Path("pipe")
+    names = ("down_blocks.0.resnets.0.conv1", "up_blocks.0.resnets.0.conv1")
+    for part in ("unet", "text_encoder"):
+        (folder / part).mkdir(parents=True)
+        save_file(
+            {f"{name}.weight": drawn(n + len(part), 8, 6) for n, name in enumerate(names)},
+            folder / part / "model.safetensors",
+        )
+    (folder / "model_index.json").write_text('{"unet": ["a", "b"], "text_encoder": ["a", "b"]}')
+    tensors, expected = dict[str, Tensor](), dict[str, Tensor]()
+    for n, name in enumerate(names):
+        up, down = drawn(10 + n, 8, 4), drawn(20 + n, 4, 6)
+        tensors |= {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
+        expected[f"{name}.weight"] = drawn(n + len("unet"), 8, 6).double() + up.double() @ down.double()
+    sm.convert(f"pipe+{adapter_of(tensors)}", "out/")
+    same(load_file("out/unet/model.safetensors"), expected)
 
 
 def test_a_lora_with_diffusers_names_on_an_original_stable_diffusion() -> None:

@@ -92,3 +92,17 @@ def test_a_stack_that_could_be_another_one_must_be_named() -> None:
     assert any(note.startswith("3 tensors belong to no module and are copied") for note in made.notes)
     with pytest.raises(sm.RecipeError, match="belongs to a module text; names begin with dec, enc, head"):
         parts("passthrough", modules={"text": {"models": [{"model": "both.safetensors"}]}})
+
+
+@pytest.mark.parametrize("first", ["plain", "prefixed"])
+def test_slices_of_checkpoints_with_another_prefix_have_the_names_of_the_first(first: str) -> None:
+    """As GPT-2 on the hub (``h.0``) and as transformers saves it (``transformer.h.0``)."""
+    bare = {f"h.{n}.w": torch.ones(1) for n in range(3)} | {"wte.weight": torch.ones(1), "ln_f.weight": torch.ones(1)}
+    save_file(bare, "plain.safetensors")
+    save_file({f"transformer.{n}": t for n, t in bare.items()} | {"lm_head.weight": torch.ones(1)}, "prefixed.safetensors")
+    other = {"plain": "prefixed", "prefixed": "plain"}[first]
+    made = parts("passthrough", slices=[{"sources": [source(0, 2, first)]}, {"sources": [source(1, 3, other)]}])
+    names = {name for part in made.parts for name in part.views[0].entries}
+    prefix = "" if first == "plain" else "transformer."
+    wanted = {f"{prefix}{name}" for name in ("h.0.w", "h.1.w", "h.2.w", "h.3.w", "wte.weight", "ln_f.weight")}
+    assert names == wanted | ({"lm_head.weight"} if other == "prefixed" else set())

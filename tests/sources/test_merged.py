@@ -97,7 +97,7 @@ def test_every_method_within_and_around(tmp_path: Path, use: Use) -> None:
     base = [{"tensor": plain[0]}] if use.base else []
     options: dict[str, Any] = {"parameters": use.parameters, "based": bool(use.base)}
     expected = merge_of(tmp_path, [*base, whole, *flat], use.method, **options)
-    for way in ({}, {"io": "pread", "memory_bytes": 64 << 20}):
+    for way in ({}, {"io": "pread", "memory_bytes": 96 << 20}):
         assert_same(merge_of(tmp_path, [*base, first, *nested], use.method, **options, **way), expected)
 
 

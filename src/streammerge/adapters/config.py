@@ -30,7 +30,8 @@ class Config:
     changed the base when it was loaded, "" for all others.
 
     ``r`` and ``alpha``: for modules that no pattern names. ``targets``: the parameters that the adapter targets, in order.
-    ``saved``: the modules that it brings whole. ``tokens``: the ends of modules' names -> the numbers of their trained rows; "" is the input embedding.
+    ``saved``: the modules that it brings whole. ``tokens``: the ends of modules' names -> the numbers of their trained
+    rows; "" is the input embedding.
     """
 
     where: str

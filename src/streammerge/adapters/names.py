@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -15,6 +15,8 @@ from streammerge.errors import MismatchError, listed, printable
 from streammerge.tensors.layers import layer_of
 
 _LEAST_COMMON = 2
+_PARTS = ("", "model.diffusion_model.", "diffusion_model.", "unet/", "transformer/")
+"""Where a name is looked for that does not say its part of a pipeline."""
 
 
 class Spot(NamedTuple):
@@ -41,7 +43,7 @@ class Names:
         Raises MismatchError where several tensors are possible.
         """
         wanted = list(wanted)
-        for way in (self._exact, self._tied, self._ending_alike, self._of_component):
+        for way in (self._exact, self._tied, self._in_its_part, self._ending_alike, self._anywhere):
             for name in wanted:
                 spot = way(name)
                 if spot is not None:
@@ -112,12 +114,20 @@ class Names:
         self.learn(f"{head}." if head else "", f"{own}." if own else "")
         return Spot(self.base.aliases.get(best[0], best[0]))
 
-    def _of_component(self, name: str) -> Spot | None:
+    def _in_its_part(self, name: str) -> Spot | None:
         """Finds the tensor by its name without dots, in the part of a pipeline that the name begins with."""
         inner, places = component_of(name)
+        return self._without_dots(name, inner, [place for place in places if place])
+
+    def _anywhere(self, name: str) -> Spot | None:
+        """Finds the tensor by its name without dots, also in a base that is only the part that the name begins with."""
+        inner, places = component_of(name)
+        return self._without_dots(name, inner, places or _PARTS)
+
+    def _without_dots(self, name: str, inner: str, places: Sequence[str]) -> Spot | None:
         stem, _, ending = inner.rpartition(".")
         wanted = f"{stem.replace('.', '_')}.{ending}"
-        for place in places or ("", "model.diffusion_model.", "diffusion_model.", "unet/", "transformer/"):
+        for place in places:
             found = self._mangled(place).get(wanted, [])
             spots = set(found)
             if len(spots) > 1:

@@ -56,8 +56,8 @@ def _copies(index: CheckpointIndex) -> list[Candidate]:
 def _taken(index: CheckpointIndex, wanted: Candidate | None) -> CheckpointIndex:
     """Returns the index with the wanted state dict taken."""
     selection = index.selection
-    if wanted is None or wanted.path in [c.path for c in selection.chosen]:
-        return index
+    if wanted is None or index.adapters or wanted.path in [c.path for c in selection.chosen]:
+        return index  # adapters update the state dict that is taken already
     made = index_of(index.container, index.path, state_dict=wanted.label)
     note = f"{printable(index.path)}: '{wanted.label}' was taken, since not every input has '{printable(selection.label)}'"
     return replace(made, notes=[*made.notes, note])

@@ -75,12 +75,14 @@ class CheckpointIndex(Mapping[str, Source]):
             selection=replace(self.selection, tensors=found),
             notes=[*self.notes, *told],
             renamed=changed,
+            plain=self.plain and self.plain.with_names(renames),
         )
 
     def with_tensors(self, tensors: Iterable[tuple[str, TensorRef]]) -> CheckpointIndex:
         """Returns the same checkpoint with other tensors of its tree, under these names. Raises FormatError."""
         entries, aliases = _located(self.path, self.container, tensors)
-        return replace(self, entries=entries, aliases=aliases, extras=None, notes=[], renamed={})
+        made = replace(self, entries=entries, aliases=aliases, extras=None, notes=[], renamed={})
+        return replace(made, adapters=(), plain=None) if self.adapters else made
 
     def share(self, other: CheckpointIndex) -> None:
         """Holds what is equal in two checkpoints, such as the names of tensors, once."""

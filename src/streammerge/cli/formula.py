@@ -8,7 +8,7 @@ _SYMBOLS = {
     "alpha": "α", "gamma": "γ", "delta": "δ", "epsilon": "ε", "theta": "θ", "lambda": "λ", "mu": "μ", "rho": "ρ",
     "tau": "τ", "sum": "Σ", "langle": "⟨", "rangle": "⟩", "lfloor": "⌊", "rfloor": "⌋", "cdot": "·", "odot": "⊙",
     "leftarrow": "←", "in": "∈", "le": "≤", "ge": "≥", "ne": "≠", "propto": "∝", "ldots": "…", "qquad": "    ",
-    "quad": "  ", "arg": "arg ",
+    "quad": "  ", "arg": "arg ", "sigma": "σ", "top": "ᵀ", "perp": "⊥", "approx": "≈",
 }  # fmt: skip
 _ACCENTS = {"hat": "\u0302", "bar": "\u0304"}
 _GROUP = r"\{([^{}]*)\}"
@@ -16,7 +16,7 @@ _GROUP = r"\{([^{}]*)\}"
 
 def unicode_formula(tex: str) -> str:
     r"""Converts ``\\frac{a + b}{2} \\lambda`` to ``(a + b)/2 λ``."""
-    text = tex.replace(r"\|", "‖")
+    text = tex.replace(r"\|", "‖").replace(r"^\top", r"\top")
     text = re.sub(r"\\(?:textstyle|Big|big|left|right|!)(?![a-z])", "", text)
     text = re.sub(r"\\[,;: ]", " ", text).replace("~", " ").replace(r"\{", "{").replace(r"\#", "#")
     before = None

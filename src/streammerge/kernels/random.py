@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 from streammerge.tensors.spec import GRAIN
@@ -85,6 +84,8 @@ def chosen(
 
 def _grains(seed: int, name: str, model: int, start: int, count: int) -> list[tuple[int, int, int, tuple[int, int]]]:
     """Returns (first number, number after the last, place in the grain, both keys) for each grain of ``count`` elements."""
+    from hashlib import blake2b  # here, because it loads all of OpenSSL
+
     made, cursor = [], 0
     while cursor < count:
         grain, first = divmod(start + cursor, GRAIN)

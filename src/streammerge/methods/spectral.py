@@ -1,8 +1,8 @@
 r"""Merges by singular values: Iso-C, Iso-CTS, TSV-M, KnOTS.
 
 A tensor of two axes or more is a matrix here, its first axis by all others together (a convolution is out by in * height *
-width). A is a delta, or a sum of deltas, with its longer side as rows. Its Gram matrix :math:`G = A^\top A = V \Sigma^2
-V^\top` is summed in one pass, in float64. The left singular vectors are :math:`U = A V \Sigma^{-1}`, so every result is
+width). A is a delta, or a sum of deltas, with its longer side as rows. Its Gram matrix :math:`G = A^\top A = V S^2
+V^\top` is summed in one pass, in float64. The left singular vectors are :math:`U = A V S^{-1}`, so every result is
 made of rows of A times small matrices. An engine that reads rows gets a wide matrix turned (``turns``).
 
 *Tiny* singular values, at most a millionth of the largest, count as zero, and their vectors are left out everywhere. So a
@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, printable
 from streammerge.kernels.chunk import OPERAND, Chunk, Kernel, Slot
 from streammerge.kernels.group import TensorGroup
@@ -105,7 +105,7 @@ def _iso_c_bytes(shape: Shape, models: int, values: Values, turned: bool) -> int
 def iso_c(group: TensorGroup, *, weight: PerModel = (1.0,), lambda_: float = 1.0) -> Kernel:
     r"""Sums the deltas and makes all singular values of the sum equal.
 
-    .. math:: y = b + \lambda\, \bar\sigma\, U V^\top, \qquad \sum_m w_m (x_m - b) = U \Sigma V^\top, \qquad
+    .. math:: y = b + \lambda\, \bar\sigma\, U V^\top, \qquad \sum_m w_m (x_m - b) = U S V^\top, \qquad
               \bar\sigma = \operatorname{mean}(\sigma)
 
     Marczak et al., *No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces*, 2025
@@ -114,7 +114,7 @@ def iso_c(group: TensorGroup, *, weight: PerModel = (1.0,), lambda_: float = 1.0
 
     The first axis by all others is the matrix. A vector or a number is the mean of the weighted deltas, times lambda, as
     in the paper. All is computed in float64, in two passes over the tensor. A Gram matrix of the shorter side is held,
-    and up to 2048 columns three more of its size.
+    and up to 2048 columns four more of its size.
 
     Edge cases: singular values of at most a millionth of the largest count as zero and stay zero, so the result is the
     polar factor of the row space; the mean is over all singular values. Equal singular values make no difference.
@@ -278,7 +278,7 @@ def _check_rank(values: Values) -> None:
 def tsv(group: TensorGroup, *, weight: PerModel = (1.0,), rank: int = 0, lambda_: float = 1.0) -> Kernel:
     r"""Joins the first singular vectors of each model's delta, and makes those of all models orthogonal to each other.
 
-    .. math:: y = b + \lambda\, U_\perp \Sigma V_\perp^\top, \qquad w_m (x_m - b) \approx U_m \Sigma_m V_m^\top, \qquad
+    .. math:: y = b + \lambda\, U_\perp S V_\perp^\top, \qquad w_m (x_m - b) \approx U_m S_m V_m^\top, \qquad
               U = [U_0 \ldots U_{N-1}], \quad V = [V_0 \ldots V_{N-1}]
 
     :math:`U_\perp` is the polar factor of U, and :math:`V_\perp` that of V. Each model has the ``rank`` first singular
@@ -338,12 +338,12 @@ def iso_cts(
     r"""Iso-C that replaces the last singular vectors of the sum by those of each model outside the first ones.
 
     .. math:: y = b + \lambda\, \bar\sigma\, U_\perp V_\perp^\top, \qquad U = [U_0 \ldots U_{N-1}\, U_c], \quad
-              V = [V_0 \ldots V_{N-1}\, V_c], \qquad (I - U_c U_c^\top)\, w_m (x_m - b) \approx U_m \Sigma_m V_m^\top
+              V = [V_0 \ldots V_{N-1}\, V_c], \qquad (I - U_c U_c^\top)\, w_m (x_m - b) \approx U_m S_m V_m^\top
 
-    :math:`U_c \Sigma_c V_c^\top` has the first singular vectors of the sum of the weighted deltas: the share
+    :math:`U_c S_c V_c^\top` has the first singular vectors of the sum of the weighted deltas: the share
     ``common_space_fraction`` of all. The rest is divided equally among the models; the common share takes what rounding
     leaves. :math:`U_\perp` is the polar factor of U, :math:`V_\perp` that of V, and :math:`\bar\sigma` the mean of all
-    :math:`\Sigma_c, \Sigma_m`. Marczak et al., *No Task Left Behind: Isotropic Model Merging with Common and Task-Specific
+    :math:`S_c, S_m`. Marczak et al., *No Task Left Behind: Isotropic Model Merging with Common and Task-Specific
     Subspaces*, 2025 (arXiv:2502.04959), as its authors' code computes it. One model or more.
 
     The first axis by all others is the matrix. Vectors and numbers are the mean of the weighted deltas, times lambda, as
@@ -447,8 +447,8 @@ def knots(
 ) -> Kernel:
     r"""Aligns the deltas by a singular value decomposition of all of them side by side, then merges them by TIES.
 
-    .. math:: y = b + \lambda\, U\, \operatorname{merge}(\Sigma V_0^\top, \ldots, \Sigma V_{N-1}^\top), \qquad
-              [\delta_0 \ldots \delta_{N-1}] = U \Sigma\, [V_0^\top \ldots V_{N-1}^\top], \quad \delta_m = x_m - b
+    .. math:: y = b + \lambda\, U\, \operatorname{merge}(S V_0^\top, \ldots, S V_{N-1}^\top), \qquad
+              [\delta_0 \ldots \delta_{N-1}] = U S\, [V_0^\top \ldots V_{N-1}^\top], \quad \delta_m = x_m - b
 
     Stoica et al., *Model merging with SVD to tie the KnOTS*, 2024 (arXiv:2410.19735), as its authors' code computes it.
     *merge* is that of ``ties`` with its ``weight``, ``density`` (the authors' topK, as a share) and ``normalize``, or with

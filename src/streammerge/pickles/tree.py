@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
+from streammerge.dataclass import dataclass
 from streammerge.sources.base import Source
 from streammerge.sources.table import StoredTable
 from streammerge.tensors.dtypes import DType

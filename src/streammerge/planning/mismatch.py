@@ -153,7 +153,7 @@ class Mismatch:
             if any(d.guess.startswith("vocabulary") for d in shapes):
                 lines.append(
                     '`tokenizer_source="base"` or `"union"` brings the rows of several vocabularies into one order, where '
-                    "each model has its tokenizer or vocabulary beside it"
+                    "each model has its tokenizer or vocabulary beside it (in a recipe, tokenizer: {source: base})"
                 )
         elif self.differing:
             lines.append("a rule of a recipe settles these: it copies a tensor from one model, or drops it")

@@ -181,7 +181,7 @@ def _stack(
 ) -> None:
     """Makes a part for each slice. Its layers follow the layers of the previous slices."""
     offset, moved, problems = 0, Restacked("", 0, []), Problems()
-    stacked = _Stacks(takes)
+    stacked = _Stacks(takes, first)
     for each in slices:
         for source in each.sources:
             index = indexes[_known(recipe, indexes, source)]
@@ -203,7 +203,7 @@ def _stack(
         if place is not None and recipe.merge_method.takes_base:
             numbers = [n for n in numbers if n != base_number]
         tie_head(views, made.notes, wanted=first.entries if number == len(slices) - 1 else ())
-        stack = stacked.of(views[0].index)
+        stack = stacked.of(first)
         layers = {name: (0, count) for name, count in depths(views[0].entries).items()}
         layers[stack] = (offset, stop - start)
         levels_here = (each.parameters, *levels)
@@ -215,10 +215,13 @@ def _stack(
 
 
 class _Stacks:
-    """The layers of checkpoints. Each checkpoint is looked through once, because several slices use the same one."""
+    """The layers of checkpoints. Each checkpoint is looked through once, because several slices use the same one.
 
-    def __init__(self, takes: Belongs) -> None:
-        self.takes = takes
+    All views have the names of ``first``, also those of checkpoints with another prefix before the layers.
+    """
+
+    def __init__(self, takes: Belongs, first: CheckpointIndex) -> None:
+        self.takes, self.first = takes, first
         self.known: dict[int, tuple[str, dict[int, list[str]], list[str]]] = {}
 
     def _of(self, index: CheckpointIndex) -> tuple[str, dict[int, list[str]], list[str]]:
@@ -252,9 +255,22 @@ class _Stacks:
         for number in range(start, stop):
             for name in layers.get(number, ()):
                 names[name] = renumbered(name, number - start + offset)
+        if self.of(index) != self.of(self.first):
+            names = {old: self._as_first(new, index) for old, new in names.items()}
         entries = {new: index.entries[old] for old, new in names.items()}
         aliases = {names[old]: names[first] for old, first in index.aliases.items() if old in names and first in names}
         return View(index, entries, aliases, source.parameters)
+
+    def _as_first(self, name: str, index: CheckpointIndex) -> str:
+        """Returns the name of a tensor with the prefix that the first checkpoint has before its layers."""
+        theirs, ours = self.of(index), self.of(self.first)
+        if name.startswith(f"{theirs}."):
+            return ours + name[len(theirs) :]
+        before, now = theirs.split("."), ours.split(".")
+        while before and now and before[-1] == now[-1]:
+            before, now = before[:-1], now[:-1]
+        prefix = "".join(f"{part}." for part in before)
+        return "".join(f"{part}." for part in now) + name[len(prefix) :] if name.startswith(prefix) else name
 
 
 def _main_stack(names: list[str], index: CheckpointIndex) -> str:

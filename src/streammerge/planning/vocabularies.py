@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import NamedTuple
 
 from streammerge.checkpoints.config import tree_of
 from streammerge.checkpoints.config_tokens import vocabulary_sizes
 from streammerge.checkpoints.heads import tie_head
 from streammerge.checkpoints.index import CheckpointIndex
+from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.methods.registry import COPY, LINEAR
 from streammerge.planning.tokenizers import Known, Pool, Vocabulary, base_of, known_vocabularies, output_vocabulary

@@ -6,16 +6,17 @@ import os
 import posixpath
 import re
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from streammerge.errors import FormatError, RecipeError, VerifyError, printable
 from streammerge.recipe.adapted import absent, is_there, parts_of, split
-from streammerge.recipe.fields import Path as Key
-from streammerge.recipe.fields import Problems
-from streammerge.recipe.model import Recipe
-from streammerge.recipe.scalars import UNREAD
-from streammerge.recipe.settings import Case, is_same_for_all
 from streammerge.stores.base import Location
 from streammerge.stores.locations import HERE, has_scheme, parse
+
+if TYPE_CHECKING:  # inspecting a checkpoint needs this module, and no recipe
+    from streammerge.recipe.fields import Path as Key
+    from streammerge.recipe.fields import Problems
+    from streammerge.recipe.model import Recipe
 
 _MOST_REVISION_BYTES = 100
 _REPOSITORY = r"[\w.-]+/[\w.-]+"
@@ -28,6 +29,8 @@ def located(recipe: Recipe, folders: list[Location], problems: Problems, confine
     local cache of the Hugging Face hub. Nothing is downloaded. ``confined``: looks at no place outside the folders, because
     a stranger may have written the names. Then VerifyError for an absolute path.
     """
+    from streammerge.recipe.scalars import UNREAD
+
     names, written = dict[str, str](), dict[str, str]()
     for named in recipe.named_models:
         if confined and named != UNREAD and not _lies_within(named, folders):
@@ -202,6 +205,8 @@ def travelling(recipe: Recipe) -> Recipe:
 
     A parameter that a rule's method also has is left out, because the defaults of the two methods may differ.
     """
+    from streammerge.recipe.settings import Case, is_same_for_all
+
     settings = dict(recipe.parameters)
     for name, parameter in recipe.merge_method.parameters.items():
         default = parameter.default[0] if isinstance(parameter.default, tuple) else parameter.default

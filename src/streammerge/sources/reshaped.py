@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from streammerge.dataclass import dataclass
 from streammerge.sources.base import Needs, Reader, Room, Source
 from streammerge.tensors.spec import TensorSpec
 

@@ -70,10 +70,15 @@ def is_counter(name: str) -> bool:
     return name.rpartition(".")[2] in COUNTERS
 
 
+_FIRST_LAYER_ONLY = ".relative_attention_bias.weight"
+
+
 def why_optional(name: str, shape: tuple[int, ...]) -> str:
     """Describes a tensor that a checkpoint of the same model may lack. Returns "" for any other tensor."""
     if shape in ((), (1,)) and is_counter(name):
         return "counters of the training"
+    if name.endswith(_FIRST_LAYER_ONLY):
+        return "biases that only the first layer of a stack has"
     return why_ignored(name, shape)
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from streammerge.cli import options
 from streammerge.cli.reports import show_indexes
 from streammerge.options import Selecting
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from streammerge.checkpoints.index import CheckpointIndex
 
 
 @click.command(cls=options.GroupedCommand)
@@ -20,11 +25,16 @@ from streammerge.options import Selecting
 @options.debug
 def inspect(paths: tuple[str, ...], tensors: bool, recipe: bool, form: str, debug: bool, **typed: Any) -> None:
     """Show what a checkpoint is and holds; nothing in it is executed."""
-    from streammerge.adapters.applying import open_model  # as api.inspect does, but without importing the merge
     from streammerge.checkpoints.globs import expand
+    from streammerge.checkpoints.index import open_checkpoint
     from streammerge.recipe.locations import from_hub_cache
 
+    opened: Callable[..., CheckpointIndex] = open_checkpoint
+    if any("+" in path for path in paths):  # as api.inspect does, but without importing the merge
+        from streammerge.adapters.applying import open_model
+
+        opened = open_model
     asked = Selecting(**typed)
     found = map(from_hub_cache, expand(list(paths)))
-    indexes = [open_model(path, asked.state_dict, asked.ema or "ignore") for path in found]
+    indexes = [opened(path, asked.state_dict, asked.ema or "ignore") for path in found]
     show_indexes(indexes, form, tensors, recipe)

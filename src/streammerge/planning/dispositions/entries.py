@@ -197,6 +197,8 @@ class _Deciding:
 
     def _partner(self, index: CheckpointIndex, candidate: Candidate) -> Candidate | None:
         """Returns the same copy in another checkpoint: at the same place, or the only one of its kind elsewhere."""
+        if index.adapters:  # they update the chosen weights only
+            return None
         if index is self.first:
             return candidate
         usable = [c for c in index.selection.candidates if not c.stale]
@@ -302,7 +304,7 @@ class _Deciding:
         if not single:
             return
         known = [self.first, *(self._own(copy.indexes) for copy in self.entries.copies)]
-        merged = {entry.place for index in known for entry in index.entries.values() if entry.nbytes}
+        merged = {e.place for index in known for e in (index.plain or index).entries.values() if e.nbytes}
         others = {each: index for each, index in self._giving.items() if index is not self.first}
         tensors: dict[str, Found] = {}
         theirs: dict[Reference, list[tuple[str, TensorRef]]] = {each: [] for each in others}

@@ -254,7 +254,7 @@ class _Builder:
 
         A tensor that is a merged tensor under another path becomes that one. ``home``: base name -> merged name.
         """
-        merged = {base.entries[name].place: made for name, made in home.items()}
+        merged = {(base.plain or base).entries[name].place: made for name, made in home.items()}
         nodes = list(walk(tree, self.edit.skipped()))
         for path, node in nodes:
             if id(node) in self.edit.replaced:
