@@ -84,3 +84,14 @@ def test_a_merge_warns_of_tokens_with_other_numbers() -> None:
         "the tokenizers of a and bb give tokens other numbers, so rows of their embeddings that are merged belong to "
         "different tokens"
     ]
+
+
+def test_the_files_that_tell_tokens_are_inputs() -> None:
+    folder("a"), folder("bb", BPE | {"model": {"type": "BPE", "vocab": {"b": 0, "a": 1}, "merges": []}})
+    sm.merge(recipe=recipe(tokenizer_source="base"), out="out/")
+    assert "bb/tokenizer.json" in json.loads(Path("out/streammerge.json").read_text())["inputs"]
+    sm.verify("out/", sample="100%")
+    text = Path("bb/tokenizer.json").read_text()
+    Path("bb/tokenizer.json").write_text(text.replace('"b": 0, "a": 1', '"a": 0, "b": 1'))
+    with pytest.raises(sm.VerifyError, match=r"tokenizer\.json is not the file that was merged"):
+        sm.verify("out/", sample="100%")

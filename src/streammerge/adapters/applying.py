@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from streammerge.adapters.experts import Block, Singles, block_of, blocks, fused_update, separate_updates
@@ -12,9 +12,8 @@ from streammerge.adapters.names import Names, Spot, wanted_names
 from streammerge.adapters.updates import updated
 from streammerge.checkpoints.heads import is_embedding
 from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
-from streammerge.dataclass import dataclass
 from streammerge.errors import MismatchError, RecipeError, printable
-from streammerge.recipe.adapted import split
+from streammerge.recipe.adapted import check_there, split
 from streammerge.sources.base import Source
 from streammerge.sources.elementwise import rounded
 from streammerge.sources.joined import joined
@@ -31,6 +30,7 @@ def open_model(text: str, state_dict: str | None = None, ema: str = "ignore") ->
     """Returns the index of a checkpoint, or of one with adapters (:mod:`streammerge.recipe.adapted`). Raises as they do."""
     parts = split(text)
     if parts is None:
+        check_there(text)
         return open_checkpoint(text, state_dict, ema)
     base = open_checkpoint(parts.base, state_dict, ema)
     return adapted(base, [(read_adapter(each.path), each.scale) for each in parts.adapters], str(parts))

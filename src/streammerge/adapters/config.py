@@ -6,11 +6,10 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any
 
 from streammerge.adapters.dialects import LOST_INITS, NEEDED, PLAIN_INITS, REFUSED, TOLD, TRAINING
-from streammerge.dataclass import dataclass
 from streammerge.errors import FormatError, MismatchError, printable
 from streammerge.stores.base import Location
 

@@ -6,14 +6,13 @@ import json
 import re
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, NamedTuple
 
 from streammerge.adapters.config import CONFIG, Config, config_of, read_config
 from streammerge.adapters.dialects import COMPONENTS, PARTS, REFUSED_PARTS, SAME_PARTS, WRAPPERS
 from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
-from streammerge.dataclass import dataclass
 from streammerge.errors import FormatError, MismatchError, printable
 from streammerge.sources.base import Allocated, Source, read_whole
 from streammerge.stores.locations import PathLike

@@ -10,11 +10,10 @@ import base64
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any
 
 from streammerge.checkpoints.config import config_folder
-from streammerge.dataclass import dataclass
 from streammerge.stores.base import Location
 
 TOKENIZER = "tokenizer.json"

@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, ValuesView
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 from typing import Literal as OneOf
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import FormatError, printable
 from streammerge.pickles.tree import FlatTree, TensorRef
 from streammerge.pickles.tree import flat_tensor as flat_tensor

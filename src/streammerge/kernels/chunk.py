@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from streammerge.dataclass import dataclass
 from streammerge.kernels import agreed
 from streammerge.kernels.ranking import has_nan, sort_keys
 from streammerge.tensors.spec import GRAIN, ranges

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from streammerge.dataclass import dataclass
 from streammerge.tensors.spec import ranges
 
 if TYPE_CHECKING:

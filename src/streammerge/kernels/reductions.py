@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from streammerge.dataclass import dataclass
 from streammerge.tensors.spec import ranges
 
 if TYPE_CHECKING:

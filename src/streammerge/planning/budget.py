@@ -11,9 +11,8 @@ drift from what is allocated.
 
 from __future__ import annotations
 
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import BudgetError
 from streammerge.tensors.spec import GRAIN
 from streammerge.units import HUGE_PAGE_BYTES, PAGE_BYTES, binary_bytes

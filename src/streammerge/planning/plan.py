@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 from streammerge.checkpoints.config_differences import differing_configs
-from streammerge.dataclass import dataclass
 from streammerge.errors import BudgetError, RecipeError, printable
 from streammerge.kernels.ranking import held_bytes
 from streammerge.methods.registry import COPY, INTEGERS
@@ -236,7 +235,7 @@ def build_plan(
             spooled.setdefault(record, source.spec.name)
     held = [index.container.held_bytes for index in opened]
     # Reading a pickle takes two copies of it beside its tree. They are freed before the output's pickle is written.
-    pickle_bytes = sum(held) + max(2 * max(held), output.layout.pickle_bytes)
+    pickle_bytes = sum(held) + max(2 * max(held), output.layout.pickle_bytes) + (tokens.held_bytes if tokens else 0)
     budget, io = budget_of(tasks, memory_bytes, workers, io, bool(spooled), pickle_bytes)
     identities = {path: known for index in opened for path, known in index.identities().items()}
     identities |= {source: source.status() for source, _ in output.layout.side_files}

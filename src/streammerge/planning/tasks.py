@@ -7,10 +7,9 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
-from streammerge.dataclass import dataclass
 from streammerge.kernels.chunk import whole_grains
 from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import COPY

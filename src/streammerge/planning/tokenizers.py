@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any
 
 from streammerge.checkpoints.tokens import FLAGS, Added, Tokens, entry, next_number, read_tokens
 from streammerge.checkpoints.vocabularies import same_vocabulary, vocabulary_of
-from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.planning.views import Indexes
 from streammerge.recipe.adapted import resolved

@@ -9,14 +9,13 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from streammerge.checkpoints.config import tree_of
 from streammerge.checkpoints.config_tokens import vocabulary_sizes
 from streammerge.checkpoints.heads import tie_head
 from streammerge.checkpoints.index import CheckpointIndex
-from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.methods.registry import COPY, LINEAR
 from streammerge.planning.tokenizers import Known, Pool, Vocabulary, base_of, known_vocabularies, output_vocabulary
@@ -48,6 +47,8 @@ _OF_OTHERS = re.compile(
     r"pos(?!t)|type|patch|norm|speaker|spk|lang(?!uage_model)|dense|emb_g|emb_l|rotary|time", re.IGNORECASE
 )
 """Parts of names that embeddings of words have, tensors with a row for each token, and tensors that never have one."""
+_TOKEN_BYTES = 300
+"""What a token takes while vocabularies are compared: its text, its numbers, and their places in mappings."""
 _NONE, _GAP = array("i"), array("i", [-1])
 _FILLER = "\0filler"
 """Stands for the row before all tokens, which F5's models have."""
@@ -70,6 +71,11 @@ class Tokenized:
     read: list[Location]
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the tokens while the plan is made."""
+        return _TOKEN_BYTES * len(self.vocabulary.names)
 
 
 @dataclass(slots=True)

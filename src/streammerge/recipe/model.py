@@ -6,11 +6,10 @@ Recipes from the command line, the Python API and files are equal if they say th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
-from streammerge.dataclass import dataclass
 from streammerge.methods.contracts import MergeMethod
 from streammerge.options import MERGE, Converting, options_of
 from streammerge.recipe.adapted import resolved

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from streammerge.errors import RecipeError
+from streammerge.errors import RecipeError, printable
 from streammerge.kernels.chunk import Slot, shown
 from streammerge.planning.budget import Budget, regions
 from streammerge.sources.base import BlobPath, Reader, Source, region_bytes
@@ -37,6 +37,10 @@ def prepare_torch() -> None:
         if error.name != "torch":
             raise
         raise RecipeError("torch is not installed, and this merge computes with it; install torch") from None
+    except ImportError as error:
+        raise RecipeError(
+            f"torch cannot be loaded ({printable(error)}); install it again, or raise the limit on memory (ulimit -v)"
+        ) from error
 
     torch.get_num_threads()  # fixes the caller's number of threads before the workers set theirs to one
     with warnings.catch_warnings():

@@ -15,10 +15,9 @@ import time
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import SpaceError
 from streammerge.stores.base import JournalFile, Output
 

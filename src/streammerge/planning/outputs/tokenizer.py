@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any
 
 from streammerge.checkpoints.config import Config, read_config
@@ -25,7 +25,6 @@ from streammerge.checkpoints.tokens import (
     vocabulary_entries,
     vocabulary_folder,
 )
-from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats.base import LayoutFile, Literal
 from streammerge.planning.outputs.templates import BUILT_IN
