@@ -34,6 +34,7 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 MOST_BYTES = 256 << 20
 _BLOCK_BYTES = 1 << 20
 _MOST_SMALL_BYTES = 32 << 20
+_MOST_TOKENS = 1 << 24
 _WORD = rb'"((?:[^"\\]|\\.)*)"'
 _VOCABULARY = re.compile(rb'(?<!\\)"vocab"\s*:\s*([\[{])')
 _ENTRIES = {
@@ -88,11 +89,18 @@ def read_tokens(path: Location) -> Tokens | None:
         file = folder / name
         if not file.lexists() or not file.is_file() or file.size > MOST_BYTES:
             continue
-        found = _read(file)
-        if found is not None and found.numbers:
+        try:
+            found = _read(file)
+            if found is None or not found.numbers:
+                continue
             found.read.append(file)
             _add_beside(folder, found)
-            return found
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:  # JSON of another form
+            raise ValueError(f"{file.name} is no file of a tokenizer as they are known") from error
+        most = max(found.numbers, key=lambda token: found.numbers[token])
+        if found.numbers[most] > _MOST_TOKENS:
+            raise ValueError(f"the token {most[:40]!r} has the number {found.numbers[most]}")
+        return found
     return None
 
 
@@ -240,7 +248,7 @@ def _mapping(file: Location, tokens: Tokens) -> dict[str, Any]:
     tokens.read.append(file)
     try:
         found = json.loads(file.read(0, file.size))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
