@@ -7,7 +7,7 @@ library is needed: a union is an edit of the ``added_tokens`` of a tokenizer.jso
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,11 +46,49 @@ class Pool:
 
     def numbered(self, tokens: Tokens) -> array[int]:
         """Returns the serial of the token of each number; -1 where no token has the number."""
-        made = array("i", [-1]) * tokens.size
-        serials = self.serials
-        for token, number in tokens.numbers.items():
-            made[number] = serials.setdefault(token, len(serials))
-        return made
+        numbers = tokens.numbers
+        if not isinstance(numbers, _Interned):
+            numbers, plain = _Interned(self), numbers
+            numbers.update(plain)
+        return numbers.held
+
+
+class _Interned(MutableMapping[str, int]):
+    """The numbers of one model's tokens, as the serial of the token of each number. ``held``: -1 where none has it."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.serials, self.held, self.count = pool.serials, array("i"), 0
+
+    def __setitem__(self, token: str, number: int) -> None:
+        """Adds a token that is not there."""
+        held = self.held
+        if number >= len(held):
+            held.extend(_GAP * (number + 1 - len(held)))
+        held[number] = self.serials.setdefault(token, len(self.serials))
+        self.count += 1
+
+    def __getitem__(self, token: str) -> int:
+        serial = self.serials.get(token, -1)
+        if serial < 0:
+            raise KeyError(token)
+        try:
+            return self.held.index(serial)
+        except ValueError:
+            raise KeyError(token) from None
+
+    def __delitem__(self, token: str) -> None:
+        self.held[self[token]] = -1
+        self.count -= 1
+
+    def __iter__(self) -> Iterator[str]:
+        names = list(self.serials)
+        return (names[serial] for serial in self.held if serial >= 0)
+
+    def __len__(self) -> int:
+        return self.count
+
+
+_GAP = array("i", [-1])
 
 
 @dataclass(slots=True)
@@ -124,7 +162,7 @@ def known_vocabularies(recipe: Recipe, models: Mapping[Reference, Location]) -> 
     base = base_of(recipe)
     for reference in sorted(models, key=lambda each: not each.same(base)):
         path = models[reference]
-        tokens = _read(recipe, path, required=reference.same(base))
+        tokens = _read(recipe, path, pool, required=reference.same(base))
         if tokens is None:
             first = next(iter(known.values()))
             known[reference] = Known(path, first.serials, first.limit, first.count, None)
@@ -149,7 +187,7 @@ def output_vocabulary(recipe: Recipe, pool: Pool, known: dict[Reference, Known])
         if own is not None and own.tokens is not None:
             made = Vocabulary(array("i", own.serials), own.tokens, next_number(own.tokens.ordinary, own.tokens.added))
         else:
-            tokens = _read(recipe, parse(asked.source))
+            tokens = _read(recipe, parse(asked.source), pool)
             made = Vocabulary(pool.numbered(tokens), tokens, next_number(tokens.ordinary, tokens.added))
     made.next = max(made.next, 0 if made.giver.kind == "tokenizers" else made.size)
     have = set(made.serials)
@@ -164,11 +202,11 @@ def output_vocabulary(recipe: Recipe, pool: Pool, known: dict[Reference, Known])
     return made
 
 
-def _read(recipe: Recipe, path: Location, required: bool = True) -> Any:
+def _read(recipe: Recipe, path: Location, pool: Pool, required: bool = True) -> Any:
     """Returns the tokens of a model; None if there are none and they are not ``required``."""
     key = recipe.at(("tokenizer_source",) if recipe.tokenizer_source else ("tokenizer",))
     try:
-        tokens = read_tokens(path)
+        tokens = read_tokens(path, lambda: _Interned(pool))
     except (OSError, ValueError) as error:
         raise RecipeError(f"{key}the vocabulary of {printable(path)} cannot be read: {printable(error)}") from error
     if tokens is None and required:

@@ -296,7 +296,7 @@ class _Gathering:
         forced = self._forced(vocabulary, known)
         for group, views, found in zip(self.groups, seens, tables, strict=True):
             _Rows(self, group, views, [maps[each] for each in group.models], vocabulary, forced, rows).gather(found)
-        self._copies(known, maps, vocabulary, rows)
+        self._copies(known, vocabulary, rows)
         self._check_tokens(asked.tokens, vocabulary)
         self._report(vocabulary, known, maps)
         first = next(each for reference, each in known.items() if reference.same(base_of(recipe)))
@@ -387,9 +387,7 @@ class _Gathering:
             made[numbers[serials[text]]] = each, model, row
         return made
 
-    def _copies(
-        self, known: dict[Reference, Known], maps: dict[Reference, array[int]], vocabulary: Vocabulary, rows: int
-    ) -> None:
+    def _copies(self, known: dict[Reference, Known], vocabulary: Vocabulary, rows: int) -> None:
         """Puts the rows of models that only a rule copies from into the output's order. They give no other model a row."""
         for reference in [each for each in self.indexes if each not in known]:
             path = self.indexes[reference].path
