@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from streammerge.checkpoints.tokens import entry, next_number, read_tokens
+from streammerge.checkpoints.tokens import entry, fingerprint, next_number, read_tokens
 from streammerge.stores.locations import parse
 
 VOCAB = {"a": 0, "b": 1, "Ġé": 2, "\"'\\": 3, "\U0001f600x": 4}
@@ -127,3 +127,11 @@ def test_odd_files_beside_are_passed_over(tmp_path: Path) -> None:
     found = read_tokens(parse(tmp_path))
     assert found is not None
     assert found.numbers == {"a": 0, "<x>": 1}
+
+
+def test_equal_files_have_one_fingerprint(tmp_path: Path) -> None:
+    for name, more in (("a", {}), ("b", {}), ("c", {"tokenizer_config.json": "{}"})):
+        read(tmp_path / name, {"tokenizer.json": tokenizer(), **more})
+    (tmp_path / "b/other.json").write_text("1")
+    one, two, three = (fingerprint(parse(tmp_path / name)) for name in "abc")
+    assert one == two != three

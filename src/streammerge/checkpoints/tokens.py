@@ -101,6 +101,20 @@ def read_tokens(path: Location, numbers: Callable[[], MutableMapping[str, int]] 
     return None
 
 
+def fingerprint(path: Location) -> bytes:
+    """Returns a checksum of the files that tell a checkpoint's tokens. Equal ones mean equal tokens."""
+    import hashlib
+
+    made, folder = hashlib.sha256(), vocabulary_folder(path)
+    files = () if folder is None else [folder / name for name in (*VOCABULARY_FILES, ADDED_TOKENS, TOKENIZER_CONFIG)]
+    for file in files:
+        if file.is_file() and (size := file.size) <= MOST_BYTES:
+            made.update(f"\0{file.name}\0{size}\0".encode())
+            for start in range(0, size, _BLOCK_BYTES):
+                made.update(file.read(start, min(_BLOCK_BYTES, size - start)))
+    return made.digest()
+
+
 def entry(content: str, number: int, **flags: bool) -> Added:
     """Returns an added token as a tokenizer.json has it; by default an ordinary one."""
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}

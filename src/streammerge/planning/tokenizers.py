@@ -8,10 +8,19 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from streammerge.checkpoints.tokens import FLAGS, Added, Tokens, entry, next_number, read_tokens
+from streammerge.checkpoints.tokens import (
+    FLAGS,
+    Added,
+    Tokens,
+    entry,
+    fingerprint,
+    next_number,
+    read_tokens,
+    vocabulary_folder,
+)
 from streammerge.checkpoints.vocabularies import same_vocabulary, vocabulary_of
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.planning.views import Indexes
@@ -160,8 +169,21 @@ def known_vocabularies(recipe: Recipe, models: Mapping[Reference, Location]) -> 
     """
     pool, known = Pool(), dict[Reference, Known]()
     base = base_of(recipe)
+    alike: dict[bytes, Known] = {}
     for reference in sorted(models, key=lambda each: not each.same(base)):
         path = models[reference]
+        mark = fingerprint(path)
+        if mark in alike:  # the common case, in which nothing is parsed twice
+            other = alike[mark]
+            home = vocabulary_folder(path) or path
+            own = other.tokens and replace(
+                other.tokens,
+                file=home / other.tokens.file.name,
+                added=[*other.tokens.added],
+                read=[home / file.name for file in other.tokens.read],
+            )
+            known[reference] = Known(path, other.serials, other.limit, other.count, own)
+            continue
         tokens = _read(recipe, path, pool, required=reference.same(base))
         if tokens is None:
             first = next(iter(known.values()))
@@ -169,7 +191,7 @@ def known_vocabularies(recipe: Recipe, models: Mapping[Reference, Location]) -> 
             continue
         serials = pool.numbered(tokens)
         serials = next((each.serials for each in known.values() if each.serials == serials), serials)
-        known[reference] = Known(path, serials, len(serials), len(tokens.numbers), tokens)
+        known[reference] = alike[mark] = Known(path, serials, len(serials), len(tokens.numbers), tokens)
         tokens.numbers = {}  # the serials tell the same in less memory
     return pool, known
 
