@@ -368,6 +368,14 @@ def test_what_has_no_place_is_an_error_that_names_it(tensors: Tensors, config: d
     assert not Path("out").exists()
 
 
+def test_an_absent_part_is_named() -> None:
+    base_of(base_tensors())
+    with pytest.raises(sm.RecipeError, match=r"base\+lost: the model base exists, but the adapter lost does not"):
+        sm.convert("base+lost", "out/")
+    with pytest.raises(sm.RecipeError, match="the adapter lost does not"):
+        sm.merge(["base+lost", "base"], "out/")
+
+
 def test_a_quantised_base_is_refused() -> None:
     base_of({f"{Q}.weight": torch.zeros(24, 16, dtype=torch.int8)})
     adapter_of(factors(Q, 24, 16), config={"r": 4})

@@ -13,7 +13,7 @@ from streammerge.adapters.updates import updated
 from streammerge.checkpoints.heads import is_embedding
 from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
 from streammerge.errors import MismatchError, RecipeError, printable
-from streammerge.recipe.adapted import split
+from streammerge.recipe.adapted import check_there, split
 from streammerge.sources.base import Source
 from streammerge.sources.elementwise import rounded
 from streammerge.sources.joined import joined
@@ -30,6 +30,7 @@ def open_model(text: str, state_dict: str | None = None, ema: str = "ignore") ->
     """Returns the index of a checkpoint, or of one with adapters (:mod:`streammerge.recipe.adapted`). Raises as they do."""
     parts = split(text)
     if parts is None:
+        check_there(text)
         return open_checkpoint(text, state_dict, ema)
     base = open_checkpoint(parts.base, state_dict, ema)
     return adapted(base, [(read_adapter(each.path), each.scale) for each in parts.adapters], str(parts))
