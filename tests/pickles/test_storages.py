@@ -6,6 +6,7 @@ import io
 import pickle
 import subprocess
 import sys
+import time
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -175,3 +176,15 @@ def test_modules_with_their_source_are_merged_unexecuted(tmp_path: Path) -> None
     assert run(READS).split() == ["2.0", "{'path':", "'p'}", "None"]
     sm.merge(inputs, tmp_path / "out.safetensors", state_dict="G_ema")
     assert sorted(load_safetensors(tmp_path / "out.safetensors")) == ["layer.weight", "w_avg"]
+
+
+def test_bytes_that_are_mentioned_again_and_again_are_read_once(tmp_path: Path) -> None:
+    """A small hostile file would take hours otherwise."""
+    storage = torch.ones(2).untyped_storage().__reduce__()[1][0]
+    load = b"\x8c\x0dtorch.storage\x8c\x10_load_from_bytes\x93q\x00"
+    value = b"B" + len(storage).to_bytes(4, "little") + storage + b"q\x01"
+    (tmp_path / "a.pkl").write_bytes(b"\x80\x04" + load + value + b"00" + b"h\x00h\x01\x85R0" * 200_000 + b"N.")
+    begin = time.process_time()
+    with pytest.raises(sm.FormatError, match="it holds no tensors"):
+        sm.inspect(tmp_path / "a.pkl")
+    assert time.process_time() - begin < 5
