@@ -286,7 +286,8 @@ def budget_of(
     own = list(objects(tasks))
     tensors, rows = sum(len(task.sources) for task in own), len(tasks) - len(own)
     columns = rows * max([len(task.sources) for task, _ in alike(tasks)], default=0) if rows else 0
-    more = (spooled, pickle_bytes, beside_bytes, len(own), columns, rows)
+    together = tasks.most_in_one_file() if rows and isinstance(tasks, Tasks) else 0
+    more = (spooled, pickle_bytes, beside_bytes, len(own), columns, rows, together)
     try:
         return fit(memory_bytes, workers, tensors, _cost(tasks, io), *more), io
     except BudgetError:
