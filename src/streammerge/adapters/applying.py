@@ -19,6 +19,7 @@ from streammerge.sources.elementwise import rounded
 from streammerge.sources.joined import joined
 from streammerge.sources.rows import rows_of
 from streammerge.tensors.dtypes import DType
+from streammerge.tensors.layers import layer_of
 
 __all__ = ["adapted", "open_model", "read_adapter"]
 
@@ -95,7 +96,7 @@ class _Adapted:
             change = partial(self._fuse, layer, strength)
             self._guarded(adapter, next(iter(layer.modules.values())), layer.block.place, change)
         self._lost(adapter, lost, names, strength)
-        self._check_promises(adapter)
+        self._check_promises(adapter, touched)
         self.notes += [*adapter.notes, *dict.fromkeys(names.notes)]
         scale = "" if strength == 1.0 else f", times {strength:g}"
         self.notes.append(
@@ -117,7 +118,7 @@ class _Adapted:
                 )
             self._apply(adapter, module, spot, strength)
 
-    def _check_promises(self, adapter: Adapter) -> None:
+    def _check_promises(self, adapter: Adapter, touched: set[str]) -> None:
         """Raises MismatchError if the configuration names whole modules or rows that the adapter does not have."""
         config = adapter.config
         if config is None:
@@ -127,6 +128,20 @@ class _Adapted:
             if name not in whole and any(name in each.split(".") for each in self.base.entries):
                 raise MismatchError(
                     f"{adapter.where}: modules_to_save names {printable(name)}, and the adapter has no tensor of it; the "
+                    "adapter is not complete"
+                )
+        stacks = {layer.stack for name in touched if (layer := layer_of(name))}
+        for name in self.base.entries if config.everywhere else ():
+            module, layer = name.removesuffix(".weight"), layer_of(name)
+            if (
+                name not in touched
+                and module != name
+                and layer
+                and layer.stack in stacks
+                and module.endswith(config.everywhere)
+            ):
+                raise MismatchError(
+                    f"{adapter.where}: target_modules names {printable(module)}, and the adapter has no tensor of it; the "
                     "adapter is not complete"
                 )
         if config.tokens and not any(each.kind == "tokens" for each in adapter.modules):
