@@ -16,6 +16,7 @@ from streammerge.checkpoints.config import tree_of
 from streammerge.checkpoints.config_tokens import vocabulary_sizes
 from streammerge.checkpoints.heads import tie_head
 from streammerge.checkpoints.index import CheckpointIndex
+from streammerge.checkpoints.tokens import Tokens, read_tokens
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.methods.registry import COPY, LINEAR
 from streammerge.planning.tokenizers import Known, Pool, Vocabulary, base_of, known_vocabularies, output_vocabulary
@@ -295,6 +296,7 @@ class _Gathering:
         forced = self._forced(vocabulary, known)
         for group, views, found in zip(self.groups, seens, tables, strict=True):
             _Rows(self, group, views, [maps[each] for each in group.models], vocabulary, forced, rows).gather(found)
+        self._copies(known, vocabulary, rows)
         self._check_tokens(asked.tokens, vocabulary)
         self._report(vocabulary, known, maps)
         first = next(each for reference, each in known.items() if reference.same(base_of(recipe)))
@@ -384,6 +386,28 @@ class _Gathering:
                         raise RecipeError(f"{where}{printable(source.model)} has no token {printable(source.token)}")
             made[numbers[serials[text]]] = each, model, row
         return made
+
+    def _copies(self, known: dict[Reference, Known], vocabulary: Vocabulary, rows: int) -> None:
+        """Puts the rows of models that only a rule copies from into the output's order. They give no other model a row."""
+        for reference in [each for each in self.indexes if each not in known]:
+            path = self.indexes[reference].path
+            tokens = self._tokens_of_copy(path)
+            if tokens is None:
+                continue
+            own, serials = tokens.numbers, vocabulary.serials
+            map_ = array("i", (own.get(vocabulary.names[serial], -1) if serial >= 0 else -1 for serial in serials))
+            group = _Group((reference,), None, None)
+            views = [_Seen(self.indexes[reference], self.indexes[reference].entries)]
+            found = _tables(views, group, [len(own)])
+            counts = [table.rows[0] or 0 for table in found]
+            limited = array("i", (number if number < min(counts, default=0) else -1 for number in map_))
+            _Rows(self, group, views, [limited], vocabulary, {}, rows).gather(found)
+
+    def _tokens_of_copy(self, path: Location) -> Tokens | None:
+        try:
+            return read_tokens(path)
+        except (OSError, ValueError):
+            return None
 
     def _check_tokens(self, tokens: Mapping[str, Token], vocabulary: Vocabulary) -> None:
         if tokens and self.recipe.tokens and not vocabulary.edited:
