@@ -60,8 +60,10 @@ _FLUX = (
     ("img_in", "x_embedder"),
     ("txt_in", "context_embedder"),
 )
-_FLUX_STARTS = ("double_blocks.", "single_blocks.", "img_in.", "txt_in.")
-_FLUX_STARTS += ("transformer_blocks.", "single_transformer_blocks.", "x_embedder.", "context_embedder.")
+_FLUX_STARTS = (
+    *("double_blocks.", "single_blocks.", "img_in.", "txt_in."),
+    *("transformer_blocks.", "single_transformer_blocks.", "x_embedder.", "context_embedder."),
+)
 
 
 class Other(NamedTuple):
