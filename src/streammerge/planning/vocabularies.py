@@ -498,7 +498,7 @@ class _Rows:
         exact. The first checkpoint keeps its dtype, which is the output's, unless another one is asked for."""
         own = entries[number].spec.dtype
         recipe = self.all.recipe
-        keeps = self.group.models[number] == self.all.first and recipe.recast is None and recipe.mixed_dtypes == "first"
+        keeps = self.group.models[number] == self.all.first and recipe.recast is None and not recipe.promotes
         if keeps or not any(piece.rows for piece in how.pieces):
             return own
         return promoted([each.spec.dtype for each in entries.values()])
