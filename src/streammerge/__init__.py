@@ -8,11 +8,13 @@ from streammerge.version import __version__ as __version__
 if TYPE_CHECKING:
     # Every public name stands here for type checkers, and once more in _PLACES for people.
     from streammerge.api import convert as convert
+    from streammerge.api import diff as diff
     from streammerge.api import inspect as inspect
     from streammerge.api import merge as merge
     from streammerge.api import plan as plan
     from streammerge.api import verify as verify
     from streammerge.checkpoints.index import CheckpointIndex as CheckpointIndex
+    from streammerge.diffing.result import Diff as Diff
     from streammerge.errors import BudgetError as BudgetError
     from streammerge.errors import ChangedError as ChangedError
     from streammerge.errors import FormatError as FormatError
@@ -48,8 +50,9 @@ if TYPE_CHECKING:
     from streammerge.verifying.files import Verified as Verified
 
 _PLACES = {
-    "api": "convert inspect merge plan verify",
+    "api": "convert diff inspect merge plan verify",
     "checkpoints.index": "CheckpointIndex",
+    "diffing.result": "Diff",
     "errors": "BudgetError ChangedError FormatError LockedError MismatchError RecipeError SpaceError StreammergeError "
     "TaskError UncheckedError VerifyError",
     "formats.detect": "file_format",
