@@ -14,6 +14,9 @@ from streammerge.units import binary_bytes, counted, decimal_bytes
 
 _AGREE, _PART = 0.5, 0.15
 """Cosines of two changes: at least the first, and a mean keeps most of both; below the second, they are independent."""
+_STRANGERS, _NO_CHANGE = 0.1, 0.9
+"""Below this cosine, two models come from different trainings; above this share of its norm, a base is not changed, but
+another model."""
 _SHOWN_LAYERS, _SHOWN_NAMES = 12, 4
 
 
@@ -188,6 +191,8 @@ class Diff(Measured):
         facts.append(("tensors", ", ".join(said)))
         if self.sums.differing:
             facts.append(("distance", f"|B - A| is {_number(self.relative)} of |A|, cosine {_cosine(self.cosine)}"))
+            if self.cosine is not None and self.cosine < _STRANGERS:
+                facts.append(("relatives", "hardly: fine-tunes of one model have a cosine near 1, two trainings near 0"))
             top = max(self.tensors, key=lambda each: each.counted.largest)
             if top.counted.largest:
                 facts.append(("largest", f"{_number(top.largest)}, in {printable(top.name)}"))
@@ -226,13 +231,13 @@ class Diff(Measured):
         moved = sorted((layer for layer in self.layers if not layer.equal), key=_moved, reverse=True)
         shown = self.layers if every else moved[:_SHOWN_LAYERS]
         kept = {each.name for each in shown}
-        which = "" if len(kept) == len(self.layers) else f", the {len(kept)} that moved most of"
+        which = "" if len(kept) == len(self.layers) else f", the {len(kept)} that moved most"
         rows = [_row(each.name, each, each.agreement) for each in self.layers if each.name in kept]
-        return [f"layers and modules outside of them{which} {len(self.layers)}", *_table(rows)] if rows else []
+        return [f"{len(self.layers)} layers and other modules{which}", *_table(rows)] if rows else []
 
     def _tensor_table(self) -> list[str]:
         rows = [_row(each.name, each if each.comparable else None, each.agreement) for each in self.tensors]
-        return [f"tensors {len(rows)}", *_table(rows)]
+        return [counted(len(rows), "tensor"), *_table(rows)]
 
 
 def _layer(name: str, tensors: list[TensorDiff]) -> LayerDiff:
@@ -247,6 +252,10 @@ def _moved(layer: LayerDiff) -> float:
 
 
 def _advice(found: Agreement) -> str:
+    far = [(name, size) for name, size in (("A", found.relative_a), ("B", found.relative_b)) if (size or 0) > _NO_CHANGE]
+    if far:
+        name, size = far[0]
+        return f"|{name} - C| is {_number(size)} of |C|: C is hardly the base of {name}, and says little about A and B."
     if found.cosine is None:
         if not found.relative_a and not found.relative_b:
             return "Neither A nor B changes the base."
