@@ -70,6 +70,7 @@ def test_an_index_stands_for_its_file(world: Path) -> None:
         (["a.pt:0.6", "b.pt"], "b.pt has no weight behind it"),
         ({"a.pt": "much"}, "a.pt has no number"),
         ([None], "`inputs` takes a path, not None"),
+        (["", "a.pt"], "an input is an empty text, where a path is needed"),
     ],
 )
 def test_what_is_no_input_is_refused(given: Any, said: str, world: Path) -> None:

@@ -60,3 +60,9 @@ def test_a_recipe_names_its_models_itself(tmp_path: Path) -> None:
     for given in ({"inputs": ["a"]}, {"weights": [1]}, {"last": 2}, {"ema_decay": 0.5}, {"method": "ties"}):
         with pytest.raises(sm.RecipeError, match="beside a recipe"):
             request(recipe=wish, **given).plan()
+
+
+def test_an_empty_text_is_not_the_current_folder() -> None:
+    for name in ("out", "base", "convert_first"):
+        with pytest.raises(sm.RecipeError, match=f"`{name}` (is an empty text|takes a path, not an empty text)"):
+            request(inputs=["a"], **{name: ""})

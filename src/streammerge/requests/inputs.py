@@ -28,10 +28,14 @@ Held = dict[str, Mapping[str, Any]]
 """The state dicts in memory, by their names in the recipe."""
 _WEIGHTED = re.compile(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)%?)")
 """An input with its weight behind it, as in ``a.safetensors:0.6``."""
+_CALLED = {"inputs": "an input", "path": "the input"}
+"""What a sentence calls arguments that are no options of a command."""
 
 
 def path_of(name: str, value: Any) -> str:
     """Returns the path given as argument ``name``. Raises RecipeError for anything but a path."""
+    if isinstance(value, str) and not value:
+        raise RecipeError(f"{_CALLED.get(name, f'`{name}`')} is an empty text, where a path is needed")
     try:
         read = path(value)
     except (TypeError, ValueError) as error:
