@@ -192,15 +192,16 @@ def text(value: Any) -> str:
 
 def path(value: Any) -> str:
     """Reads a path or location as text. Expands ``~`` and keeps a final slash. Raises TypeError for anything else, and
-    ValueError for an empty text: an unset variable of a shell is not the current folder."""
+    ValueError for a text that cannot be a name; an empty one, as of an unset variable, is not the current folder."""
     if not isinstance(value, str):
         from streammerge.stores.base import Location  # here, so that --help imports no store
 
         value = str(value) if isinstance(value, Location) else os.fspath(value)
     if not isinstance(value, str):
         raise TypeError
-    if not value:
+    if not value or "\0" in value:
         raise ValueError(value)
+    os.fsencode(value)  # a text that is no name for the system is a ValueError too
     if value.startswith("~"):
         from streammerge.stores.locations import parse
 

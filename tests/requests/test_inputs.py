@@ -70,6 +70,8 @@ def test_an_index_stands_for_its_file(world: Path) -> None:
         (["a.pt:0.6", "b.pt"], "b.pt has no weight behind it"),
         ({"a.pt": "much"}, "a.pt has no number"),
         ([None], "`inputs` takes a path, not None"),
+        (torch.tensor(1), r"`inputs` takes a path, not tensor\(1\)"),
+        (["a\0b"], "`inputs` takes a path, not a"),
         (["", "a.pt"], "an input is an empty text, where a path is needed"),
     ],
 )

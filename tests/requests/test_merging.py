@@ -64,5 +64,14 @@ def test_a_recipe_names_its_models_itself(tmp_path: Path) -> None:
 
 def test_an_empty_text_is_not_the_current_folder() -> None:
     for name in ("out", "base", "convert_first"):
+        with pytest.raises(sm.RecipeError, match=f"`{name}` takes a path"):
+            request(inputs=["a"], **{name: "\ud800"})
         with pytest.raises(sm.RecipeError, match=f"`{name}` (is an empty text|takes a path, not an empty text)"):
             request(inputs=["a"], **{name: ""})
+
+
+@pytest.mark.parametrize("name", ["method", "executor"])
+def test_an_array_is_no_name(name: str, tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
+    with pytest.raises(sm.RecipeError):
+        request(inputs=[tmp_path / "a.pt"], **{name: numpy.array([1, 2])}).plan()

@@ -89,7 +89,9 @@ class Request:
             given = asked.weights if self.own_weights is None else _following(chosen, self.inputs, self.own_weights)
             weights = _weights(given, decay, len(chosen))
             base = None if asked.base is None else str(asked.base)
-            recipe = recipe_of(chosen, asked.method or LINEAR, base, weights, parameters, overrides)
+            recipe = recipe_of(
+                chosen, LINEAR if asked.method is None else asked.method, base, weights, parameters, overrides
+            )
             recipe = found_in_hub_cache(recipe)
         else:
             theirs = {"inputs": self.inputs or None, "weights": asked.weights, "method": asked.method, "base": asked.base}
