@@ -296,3 +296,26 @@ def test_a_folder_of_xtts_with_a_grown_vocabulary() -> None:
     assert table.tolist() == [0, 1, 3, 2, 3]
     arguments = json.loads(Path("out/config.json").read_text())["model_args"]
     assert arguments == {"gpt_number_text_tokens": 5, "gpt_start_text_token": 2, "gpt_start_audio_token": 1}
+
+
+def test_tensors_are_found_by_their_rows() -> None:
+    """Names of CTRL, XLM and RoBERTa with an early norm; a position table and a bias of another size stay as they are."""
+    for name, own in zip("ab", (A, B), strict=True):
+        folder(name, *own)
+        count = len(vocabulary(name))
+        tensors = {
+            "transformer.w.weight": torch.arange(count).float()[:, None].expand(count, 2).clone(),
+            "prelayernorm.embeddings.word_embeddings.weight": torch.zeros(count, 2),
+            "prelayernorm.embeddings.position_embeddings.weight": torch.zeros(16, 2),
+            "pred_layer.proj.bias": torch.arange(count).float(),
+            "lm_head.weight": torch.arange(count + 1).float()[:, None].expand(count + 1, 2).clone(),
+            "final.norm.weight": torch.zeros(2),
+        }
+        save_file(tensors, f"{name}/model.safetensors", {"format": "pt"})
+    made, out = merged(["a", "b"], tokenizer_source="union"), vocabulary("out")
+    for name in ("transformer.w.weight", "pred_layer.proj.bias", "lm_head.weight"):
+        held = [vocabulary(model) for model in "ab"]
+        for token, place in out.items():
+            rows = [numbers[token] for numbers in held if token in numbers]
+            assert made[name][place].flatten()[0] == sum(rows) / len(rows), (name, token)
+    assert made["prelayernorm.embeddings.position_embeddings.weight"].shape == (16, 2)
