@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -414,3 +415,40 @@ def test_a_model_is_no_adapter() -> None:
     save_file(base_tensors(), "other.safetensors")
     with pytest.raises(sm.MismatchError, match="holds no factors of an adapter"):
         sm.convert("base+other.safetensors", "out/")
+
+
+def test_a_base_of_70_billion_parameters_plans_in_the_default_memory(tmp_path: Path) -> None:
+    """The files are sparse: their headers are whole, and their tensors are zeros."""
+    hidden, inner, layers, rank = 8192, 28672, 80, 64
+    shapes = {"model.embed_tokens.weight": (128256, hidden), "lm_head.weight": (128256, hidden)}
+    for number in range(layers):
+        for name in ("q_proj", "gate_proj", "up_proj", "down_proj"):
+            shape = (hidden if name == "q_proj" else inner, hidden)
+            shape = (hidden, inner) if name == "down_proj" else shape
+            shapes[f"model.layers.{number}.{name}.weight"] = shape
+    sparse(tmp_path / "base.safetensors", "BF16", shapes)
+    lora = {}
+    for name, (out, columns) in shapes.items():
+        if "layers" in name:
+            module = name.removesuffix(".weight")
+            lora |= {f"{module}.lora_A.weight": (rank, columns), f"{module}.lora_B.weight": (out, rank)}
+    (tmp_path / "lora").mkdir()
+    sparse(tmp_path / "lora" / "adapter_model.safetensors", "F32", lora)
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"r": 64, "lora_alpha": 16, "use_rslora": true}')
+    planned = sm.plan(["base.safetensors+lora", "base.safetensors"])
+    assert planned.read_bytes > 2 * 100e9
+    assert planned.peak_bytes < 512 << 20
+    assert sum(bool(task.sources[0].parts) for task in planned.tasks) == 4 * layers
+
+
+def sparse(path: Path, dtype: str, shapes: dict[str, tuple[int, ...]]) -> None:
+    header, cursor = dict[str, Any](), 0
+    for name, shape in shapes.items():
+        nbytes = math.prod(shape) * (2 if dtype == "BF16" else 4)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [cursor, cursor + nbytes]}
+        cursor += nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + cursor)

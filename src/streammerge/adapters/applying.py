@@ -78,6 +78,11 @@ class _Adapted:
                         break
                     if module.kind == "ia3" and module.parameter == "bias":  # a module without a bias
                         break
+                    pieces = names.pieces(wanted_names(option))
+                    if pieces:
+                        self._in_pieces(adapter, option, pieces, strength)
+                        touched.update(piece.name for piece in pieces)
+                        break
                     found = block_of(option, experts)
                     if found is None:
                         continue
@@ -158,6 +163,25 @@ class _Adapted:
 
     def _fuse(self, layer: Singles, strength: float) -> None:
         self.now.update(layer.updates(self._all(layer.block), strength, self.base))
+
+    def _in_pieces(self, adapter: Adapter, module: Module, pieces: list[Spot], strength: float) -> None:
+        """Updates the tensors that the base has in place of one, each by its rows of the factors."""
+        start, rows = 0, [self.base.entries[piece.name].spec.shape[0] for piece in pieces]
+        by_rows = [part for part in module.parts if part in ("B", "diff", "diff_b", "B bias", "magnitude")]
+        by_rows += [
+            part for part in ("dora_scale",) if part in module.parts and module.parts[part].spec.shape[0] == sum(rows)
+        ]
+        if module.kind not in ("lora", "full", "bias") or any(
+            module.parts[part].spec.shape[0] != sum(rows) for part in by_rows
+        ):
+            raise MismatchError(
+                f"{adapter.where}: {printable(module.keys[0])} does not fit {printable(pieces[0].name)} and the tensors "
+                f"behind it in {printable(self.base.path)}, which have {sum(rows)} rows together"
+            )
+        for piece, count in zip(pieces, rows, strict=True):
+            parts = {part: rows_of(module.parts[part], start, start + count) for part in by_rows}
+            self._apply(adapter, replace(module, parts={**module.parts, **parts}), piece, strength)
+            start += count
 
     def _tensor(self, name: str) -> Source:
         return self.now.get(name) or self.base.entries[name]

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from streammerge.checkpoints.config_differences import differing_configs
-from streammerge.errors import BudgetError, RecipeError, printable
+from streammerge.errors import BudgetError, RecipeError, listed, printable
 from streammerge.kernels.ranking import held_bytes
 from streammerge.methods.registry import COPY, INTEGERS
 from streammerge.planning.aligned import Way
@@ -217,6 +217,14 @@ def build_plan(
         alignment = align(recipe, truncated(recipe, indexes, cut))
     else:
         alignment = align(recipe, tokens.indexes if tokens else indexes)
+    if alignment.mixed and recipe.mixed_dtypes is None:  # said in the recipe that travels, which may be read again
+        recipe = replace(recipe, mixed_dtypes="promote" if recipe.promotes else "first")
+    if recipe.promotes:
+        alignment.notes += [
+            f"{len(names)} tensors ({listed(names, 2)}) have several dtypes in the inputs and are written as "
+            f'{dtype.torch_name}, as in mergekit; `dtype`, or `mixed_dtypes="first"`, says otherwise'
+            for dtype, names in alignment.mixed.items()
+        ]
     alignment.warnings[:0] = recipe.ignored
     alignment.warnings += cut
     alignment.warnings += differing_facts([i.extras for i in opened], [str(i.path) for i in opened])
