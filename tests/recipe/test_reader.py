@@ -505,6 +505,10 @@ def test_what_mergekit_ignores_is_ignored_and_told(text: str, said: str, models:
     [
         (LINEAR + "parameter: {weight: 1}\n", "did you mean parameters?"),
         (LINEAR + "max_shard_size: 1GB\n", "unknown key max_shard_size; it stands under output"),
+        (
+            LINEAR.replace("b.safetensors}", "b.safetensors, lora: c}"),
+            "unknown key lora; it stands under model, as in `model: BASE+ADAPTER`",
+        ),
         (LINEAR + "parameters: {densty: 0.5}\n", "linear has no parameter densty"),
         (LINEAR.replace("b.safetensors}", "b.safetensors, parametres: {weight: 2}}"), "did you mean parameters?"),
         ("base_model: a\ngate_mode: hidden\nexperts: []\n", "a configuration of mergekit-moe"),

@@ -11,6 +11,7 @@ from typing import Any
 from streammerge.errors import FormatError, RecipeError, StreammergeError, printable
 from streammerge.formats import detect
 from streammerge.formats.base import MOST_EXPANDED_BYTES, Container
+from streammerge.formats.file_names import is_shard, is_whole_model
 from streammerge.pickles.candidates import AllFound, Found
 from streammerge.pickles.state_dict import Selection, select
 from streammerge.pickles.tree import Global, TensorRef, number, plain, walk
@@ -221,7 +222,10 @@ def open_checkpoint(place: PathLike, state_dict: str | None = None, ema: str = "
         container = detect.read(path)
     except OSError as error:
         raise FormatError(f"{printable(path)} cannot be read ({printable(error.strerror or error)})") from error
-    return index_of(container, path, state_dict, ema)
+    made = index_of(container, path, state_dict, ema)
+    if is_whole_model(path.name) and is_shard(path.name) and path.is_file():
+        made.notes.append(f"{printable(path)} is one shard of a checkpoint; its folder is the whole")
+    return made
 
 
 def index_of(container: Container, path: Location, state_dict: str | None = None, ema: str = "ignore") -> CheckpointIndex:

@@ -212,9 +212,11 @@ def build_plan(
     if out is not None and not out.name:
         raise RecipeError(f"{printable(out)} is not a name for an output")
     opened, tokens = indexes.values(), tokenized(recipe, indexes)
+    tied: list[str] = []
     cut: list[str] = []
     if tokens is None and recipe.unsafe_truncate_embeddings:
-        alignment = align(recipe, truncated(recipe, indexes, cut))
+        alignment = align(recipe, truncated(recipe, indexes, tied, cut))
+        alignment.notes[:0] = tied
     else:
         alignment = align(recipe, tokens.indexes if tokens else indexes)
     if alignment.mixed and recipe.mixed_dtypes is None:  # said in the recipe that travels, which may be read again

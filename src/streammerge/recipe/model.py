@@ -57,6 +57,8 @@ class Reference(NamedTuple):
 SETTINGS = SettingsKind(parameter_docs)
 _MISPLACED = dict.fromkeys(parameter_docs(), "a parameter stands under parameters")
 """Keys that mergekit ignores in a mapping that has a key ``parameters``."""
+_WITH_MODEL = dict.fromkeys(("lora", "adapter"), "model, as in `model: BASE+ADAPTER`")
+"""Keys that mergekit ignores too. They are refused, because the adapter would be missing in the output."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Model:
 
     SHORT: ClassVar = "model"
     IGNORED: ClassVar = _MISPLACED
+    ELSEWHERE: ClassVar = _WITH_MODEL
 
     model: str = key(MODEL, "Path of a file or folder.")
     parameters: Settings = key(SETTINGS, "This model's own parameters, such as weight.", default_factory=dict)
@@ -78,6 +81,7 @@ class SliceSource:
     """Some layers of a model, for a slice."""
 
     IGNORED: ClassVar = _MISPLACED
+    ELSEWHERE: ClassVar = _WITH_MODEL
 
     model: str = key(MODEL, "Path of a file or folder.")
     layer_range: tuple[int, int] = key(LAYER_RANGE, "First layer, and the layer after the last.")
