@@ -510,7 +510,8 @@ class _Aligner:
 
     def _spec(self, name: str, spec: TensorSpec, rule: Rule | None) -> TensorSpec:
         """Returns the output tensor. It has the base's dtype unless another one is asked for."""
-        dtype = self.base.entries[name].spec.dtype
+        entry = self.base.entries[name]
+        dtype = self.base.index.declared.get(entry.spec.name, entry.spec.dtype)
         if dtype.kind != spec.dtype.kind:
             dtype = spec.dtype
         wished = (rule.dtype if rule else None) or self.recipe.recast

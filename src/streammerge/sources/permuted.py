@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from streammerge.errors import RecipeError, printable
 from streammerge.sources.base import Source
