@@ -349,10 +349,10 @@ class Policies(Options):
         overrides=True,
     )
     mixed_dtypes: MixedDtypes | None = option(
-        "Tensors of several floating-point dtypes: the first input's dtype, or the smallest that holds all of them, as in "
-        "mergekit.",
+        "Tensors that have several floating-point dtypes in the inputs: the first input's dtype, or the smallest that "
+        "holds all of them.",
         choices=get_args(MixedDtypes),
-        otherwise="first",
+        otherwise="first; promote in a recipe, as in mergekit",
         overrides=True,
     )
     unsafe_truncate_embeddings: bool | None = option(

@@ -56,7 +56,7 @@ def _misfit(module: Module, weight: Source, said: str) -> MismatchError:
 
 
 def _added(module: Module, weight: Source, strength: float, dtype: DType) -> Source:
-    if module.start:
+    if module.start and module.kind == "lora" and len(weight.spec.shape) == 2:  # PEFT does so in linear layers only
         weight = _without_start(module, weight)
     change = delta(module, weight.spec.shape)
     if not module.magnitude:

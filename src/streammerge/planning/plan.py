@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from streammerge.checkpoints.config_differences import differing_configs
-from streammerge.errors import BudgetError, RecipeError, printable
+from streammerge.errors import BudgetError, RecipeError, listed, printable
 from streammerge.kernels.ranking import held_bytes
 from streammerge.methods.registry import COPY, INTEGERS
 from streammerge.planning.aligned import Way
@@ -213,7 +213,7 @@ def build_plan(
     """
     if out is not None and not out.name:
         raise RecipeError(f"{printable(out)} is not a name for an output")
-    alignment = aligned(recipe, indexes)
+    recipe, alignment = aligned(recipe, indexes)
     opened, tokens = indexes.values(), alignment.tokenized
     origins = [origin for index in opened for origin in index.origins()]
     output = plan_output(out or parse(_EXAMPLE_OUT), recipe, indexes, alignment, hashed)
@@ -223,7 +223,7 @@ def build_plan(
     for source in expressions:
         for record in records(source):
             spooled.setdefault(record, source.spec.name)
-    held = [index.container.held_bytes for index in (*opened, *origins)]
+    held = [index.container.held_bytes for index in {id(index): index for index in (*opened, *origins)}.values()]
     # Reading a pickle takes two copies of it beside its tree. They are freed before the output's pickle is written.
     pickle_bytes = sum(held) + max(2 * max(held), output.layout.pickle_bytes) + (tokens.held_bytes if tokens else 0)
     budget, io = budget_of(tasks, memory_bytes, workers, io, bool(spooled), pickle_bytes)
@@ -253,14 +253,23 @@ def build_plan(
     )
 
 
-def aligned(recipe: Recipe, indexes: Indexes) -> Alignment:
-    """Returns the tensors of a merge, with what headers tell about its models. Raises as :func:`build_plan` does."""
+def aligned(recipe: Recipe, indexes: Indexes) -> tuple[Recipe, Alignment]:
+    """Returns the tensors of a merge, with what headers tell about its models; and the recipe as it travels, which says
+    what is done with mixed dtypes. Raises as :func:`build_plan` does."""
     opened, tokens = indexes.values(), tokenized(recipe, indexes)
     cut: list[str] = []
     if tokens is None and recipe.unsafe_truncate_embeddings:
         alignment = align(recipe, truncated(recipe, indexes, cut))
     else:
         alignment = align(recipe, tokens.indexes if tokens else indexes)
+    if alignment.mixed and recipe.mixed_dtypes is None:  # said in the recipe that travels, which may be read again
+        recipe = replace(recipe, mixed_dtypes="promote" if recipe.promotes else "first")
+    if recipe.promotes:
+        alignment.notes += [
+            f"{len(names)} tensors ({listed(names, 2)}) have several dtypes in the inputs and are written as "
+            f'{dtype.torch_name}, as in mergekit; `dtype`, or `mixed_dtypes="first"`, says otherwise'
+            for dtype, names in alignment.mixed.items()
+        ]
     alignment.warnings[:0] = recipe.ignored
     alignment.warnings += cut
     alignment.warnings += differing_facts([i.extras for i in opened], [str(i.path) for i in opened])
@@ -270,7 +279,7 @@ def aligned(recipe: Recipe, indexes: Indexes) -> Alignment:
         alignment.tokenized = tokens
         alignment.notes += tokens.notes
         alignment.warnings += tokens.warnings
-    return alignment
+    return recipe, alignment
 
 
 def _is_stored(source: Source) -> bool:
@@ -296,7 +305,8 @@ def budget_of(
     own = list(objects(tasks))
     tensors, rows = sum(len(task.sources) for task in own), len(tasks) - len(own)
     columns = rows * max([len(task.sources) for task, _ in alike(tasks)], default=0) if rows else 0
-    more = (spooled, pickle_bytes, beside_bytes, len(own), columns, rows)
+    together = tasks.most_in_one_file() if rows and isinstance(tasks, Tasks) else 0
+    more = (spooled, pickle_bytes, beside_bytes, len(own), columns, rows, together)
     try:
         return fit(memory_bytes, workers, tensors, _cost(tasks, io), *more), io
     except BudgetError:

@@ -49,7 +49,7 @@ class Opened:
         if not first.path.is_folder() or first.in_memory:
             place = out = store.file(name + (first.path.suffix if not first.in_memory else ".safetensors"))
         try:
-            alignment, self.declared = _aligned(recipe, indexes)
+            recipe, alignment, self.declared = _aligned(recipe, indexes)
             output = plan_output(out, recipe, indexes, alignment, hashed=False)
         except StreammergeError as error:
             raise type(error)(f"stage {printable(name)}: {error}") from error
@@ -82,14 +82,14 @@ class Opened:
         )
 
 
-def _aligned(recipe: Recipe, indexes: Indexes) -> tuple[Alignment, dict[str, DType]]:
-    """Returns the tensors of a stage; and the dtypes that they would be rounded to, if they are not rounded."""
+def _aligned(recipe: Recipe, indexes: Indexes) -> tuple[Recipe, Alignment, dict[str, DType]]:
+    """Returns the recipe and the tensors of a stage; and the dtypes that they would be rounded to, if they are not rounded."""
     if recipe.round:
-        return aligned(recipe, indexes), {}
-    declared = {m.spec.name: m.spec.dtype for m in aligned(recipe, indexes).merged}
+        return *aligned(recipe, indexes), {}
+    declared = {m.spec.name: m.spec.dtype for m in aligned(recipe, indexes)[1].merged}
     wide = recipe.compute_dtype or (DType.F64 if recipe.merge_method.compute == "float64" else DType.F32)
     rules = tuple(replace(rule, dtype=None) for rule in recipe.rules)
-    return aligned(replace(recipe, dtype=None, out_dtype=wide, rules=rules), indexes), declared
+    return *aligned(replace(recipe, dtype=None, out_dtype=wide, rules=rules), indexes), declared
 
 
 def _expressions(tasks: Tasks, files: list[str]) -> Stage:

@@ -104,7 +104,7 @@ def _read(
         for stage in recipe.stages:
             _check_stage(stage, recipe.stages[stage], problems)
         check_stages(recipe, problems)
-        recipe = replace(recipe, ignored=ignored(problems, positions))
+        recipe = replace(recipe, ignored=ignored(problems, positions), is_read=True)
     raise_all(problems, positions, name)
     return recipe  # type: ignore[no-any-return]
 
@@ -114,7 +114,7 @@ def _placed(stages: Mapping[str, Recipe], positions: Positions) -> dict[str, Rec
     made = {}
     for name, stage in stages.items():
         own = {path[2:]: place for path, place in positions.items() if path[:2] == ("stages", name)}
-        made[name] = replace(stage, positions={**positions, **own})
+        made[name] = replace(stage, positions={**positions, **own}, is_read=True)
     return made
 
 
