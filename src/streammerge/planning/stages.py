@@ -83,7 +83,7 @@ class Opened:
 
 
 def _aligned(recipe: Recipe, indexes: Indexes) -> tuple[Recipe, Alignment, dict[str, DType]]:
-    """Returns the recipe and the tensors of a stage; and the dtypes that they would be rounded to, if they are not rounded."""
+    """Returns the recipe and the tensors of a stage; and the dtypes that they would be rounded to, if they are not."""
     if recipe.round:
         return *aligned(recipe, indexes), {}
     declared = {m.spec.name: m.spec.dtype for m in aligned(recipe, indexes)[1].merged}

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 from collections import defaultdict
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 from streammerge.errors import ChangedError, FormatError, printable
 from streammerge.formats.base import LayoutFile, Literal
 from streammerge.planning.outputs.layout import Layout
 from streammerge.stores.base import Input, Location, Status, Store
+from streammerge.stores.streams import InputStream
 
 
 class Unwritten(Store):
@@ -86,6 +88,10 @@ class Unwritten(Store):
     def opened(self, location: Location) -> Input:
         found = self._found(location)
         return found.open() if isinstance(found, Location) else _Input(location, found, self)
+
+    def stream(self, location: Location) -> BinaryIO:
+        """Opens a file as a stream, which does not read ahead into the place of a tensor."""
+        return io.BufferedReader(InputStream(self.open(location)), 1 if self.sealed else io.DEFAULT_BUFFER_SIZE)
 
     def local_path(self, location: Location) -> str | None:
         found = self._files.get(self._inside(location))
