@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoints.choosing import choose, exponential_weights
 from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, listed
-from streammerge.methods.registry import LINEAR
+from streammerge.methods.registry import LINEAR, find_method
 from streammerge.options import (
     Choosing,
     Executing,
@@ -25,10 +25,14 @@ from streammerge.planning.plan import Plan
 from streammerge.recipe.arguments import overridden, recipe_of
 from streammerge.recipe.locations import found_in_hub_cache, is_recipe_name
 from streammerge.recipe.reader import read_recipe
+from streammerge.requests.adapters import WAYS, float_dtype, on_base, refuse_others
 from streammerge.requests.inputs import Held, named, names_and_weights, path_of
 from streammerge.requests.plans import planned
 from streammerge.stores.base import Location
 from streammerge.stores.locations import parse
+
+if TYPE_CHECKING:
+    from streammerge.factoring.making import Making
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,9 @@ class Request:
             chosen, notes = choose(self.inputs, **choice)
             weights = _weights(asked.weights, decay, len(chosen))
             base = None if asked.base is None else str(asked.base)
+            if asked.method in WAYS:
+                raise RecipeError(f"{asked.method} makes an adapter of adapters alone; give adapters, and no `base`")
+            chosen = on_base(chosen, base, self.held)
             recipe = recipe_of(chosen, asked.method or LINEAR, base, weights, parameters, overrides)
             recipe = found_in_hub_cache(recipe)
         else:
@@ -97,6 +104,47 @@ class Request:
             recipe = overridden(read_recipe(self.recipe, asked.own_methods), overrides)
         folder = None if asked.convert_first is None else parse(asked.convert_first)
         made = planned(recipe, self.out, self.resources, self.executing.executor, folder, self.output.hash, self.held)
+        made.notes[:0] = notes
+        return made
+
+    def combination(self) -> Making | None:
+        """Returns what an adapter is made of, if all inputs are adapters and no base is given; None for all other merges.
+        Raises the errors of :func:`streammerge.plan`."""
+        from streammerge.requests.adapters import adapters_of  # here, because most merges have no adapters
+
+        asked = self.merging
+        if self.recipe is not None or asked.base is not None or not adapters_of(self.inputs[:1], self.held):
+            return None
+        choice = {name: getattr(self.choosing, name) or None for name in ("last", "range", "best", "by", "highest")}
+        chosen, notes = choose(self.inputs, **choice)
+        found = adapters_of(chosen, self.held)
+        if len(found) < len(chosen):
+            return None
+        from streammerge.factoring.combination import Combined, combination
+
+        convert = {
+            "convert_first": asked.convert_first,
+            "compute_dtype": asked.compute_dtype,
+            "hash": self.output.hash or None,
+        }
+        refuse_others(
+            {
+                **convert,
+                **self.naming.overrides,
+                **self.policies.overrides,
+                **self.selection.overrides,
+                **self.output.overrides,
+            }
+        )
+        parameters = dict(asked.parameters or {})
+        if asked.normalize is not None:
+            parameters["normalize"] = asked.normalize
+        method = asked.method or LINEAR
+        way = method if isinstance(method, str) and method in WAYS else find_method(method)
+        weights = _weights(asked.weights, self.choosing.ema_decay, len(chosen))
+        wanted = asked.dtype if asked.out_dtype is None else asked.out_dtype
+        dtype = None if wanted is None else float_dtype(wanted)
+        made = combination(found, Combined(way, weights, parameters, dtype, asked.seed or 0))
         made.notes[:0] = notes
         return made
 
