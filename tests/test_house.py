@@ -78,9 +78,9 @@ def test_no_room_holds_a_circle() -> None:
 
 
 PUBLIC = """
-    convert inspect list_methods location merge methods plan verify
+    convert extract inspect list_methods location merge methods plan verify
     Chunk Kernel MergeMethod TensorGroup merge_method
-    CheckpointIndex Plan Recipe Result Source TensorSpec Verified
+    AdapterResult CheckpointIndex Plan Recipe Result Source TensorSpec Verified
     SafetensorsWriter
     Executor Location Store executor file_format memory_store register_store
     BudgetError ChangedError FormatError LockedError MismatchError RecipeError SpaceError StreammergeError

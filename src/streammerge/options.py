@@ -459,7 +459,7 @@ class Extracting(Options):
     rank: int | None = option(
         "The most singular values of each update.", COUNT, metavar="N", otherwise="64, or all that `energy` needs"
     )
-    energy: float | None = option(
+    energy: str | float | None = option(
         "As many singular values of each update as have this share of its sum of squares.",
         OptionKind("a share above 0, up to 1", _energy),
         metavar="SHARE",
@@ -475,7 +475,7 @@ class Extracting(Options):
     save_modules: bool = option(
         "Store modules whole that differ and have no factors: norms, biases, embeddings, heads.", TRUTH, default=False
     )
-    alpha: float | None = option(
+    alpha: str | float | None = option(
         "lora_alpha of the adapter. The factors are scaled so that the updates stay.",
         OptionKind("a positive number", _positive),
         metavar="A",

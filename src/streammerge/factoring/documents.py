@@ -22,7 +22,9 @@ _TASKS = {
     "ForQuestionAnswering": "QUESTION_ANS",
 }
 """End of an architecture's name -> what PEFT calls its task."""
-__all__ = ["CONFIG", "START", "WEIGHTS", "Document", "task_of"]
+TIED_NAMES = ("embed_tokens", "lm_head")
+"""Modules whose tie PEFT keeps."""
+__all__ = ["CONFIG", "START", "TIED_NAMES", "WEIGHTS", "Document", "task_of"]
 
 
 def task_of(tree: Tree) -> str | None:
@@ -71,10 +73,14 @@ class Document:
             "lora_bias": False,
             "lora_dropout": 0.0,
             "init_lora_weights": True,
-            **({"ensure_weight_tying": True} if {*saved, *ranks} & {*self.tied} else {}),
+            **({"ensure_weight_tying": True} if self.ties(saved) or self.ties(ranks) else {}),
             "inference_mode": True,
         }
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+    def ties(self, modules: Collection[str]) -> bool:
+        """Whether PEFT is to give the head the weights of one of these modules. It does so for certain names only."""
+        return any(name in self.tied and name.rpartition(".")[2] in TIED_NAMES for name in modules)
 
     def _targets(self, ranks: Mapping[str, int]) -> list[str] | str:
         """PEFT compares the end of a module's name. If that would find more modules, returns a pattern of whole names."""

@@ -89,7 +89,7 @@ class LayerReport:
     """How well the factors of one tensor represent it.
 
     ``norm``: of the whole update, the root of its sum of squares; 0 for stacked factors, whose product is not made.
-    ``error``: the norm of what the factors lack, as a share of it. ``stored``: how it is in the adapter: "factors", 
+    ``error``: the norm of what the factors lack, as a share of it. ``stored``: how it is in the adapter: "factors",
     "whole", "equal" if there is no update, or "absent" if the adapter lacks it.
     """
 

@@ -295,6 +295,13 @@ def make(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """The tensors of a module that may be stored whole."""
+
+    sources: tuple[Source, ...]
+
+
 class _Run:
     """One run. Afterwards ``reports``, ``error``, ``read_bytes`` and ``written_bytes`` say what was done."""
 
@@ -304,6 +311,7 @@ class _Run:
         self._made, self._staging, self._workers, self._listener = made, staging, workers, listener
         self._files = InputFiles(made.files, polite)
         self._layers: Sequence[Layer] = made.layers
+        self._wholes: dict[str, dict[str, Source]] = {}
         self.reports: list[LayerReport] = []
         self.warnings: list[str] = []
         self.read_bytes = self.written_bytes = 0
@@ -314,16 +322,24 @@ class _Run:
 
         def create(number: int, size: int) -> Output:
             with lock:
-                return self._staging.temporary(f"factors-{number}", size)
+                return self._staging.temporary(f"factors/{number}", size)
 
         with closing(self._files):
-            self._layers = spooled_tasks(
-                self._layers,
-                self._layers,
+            modules = list(self._made.wholes)
+            wholes = [_Whole(tuple(self._made.wholes[module].values())) for module in modules]
+            tasks: list[Layer | _Whole] = [*self._layers, *wholes]
+            unpacked = spooled_tasks(
+                tasks,
+                tasks,
                 self._files,
-                lambda size: self._staging.temporary("unpacked", size),
+                lambda size: self._staging.temporary("spooled", size),
                 lambda name, record: self._listener(Spooled(name, record.compressed_bytes)),
             )
+            self._layers = [task for task in unpacked if isinstance(task, Layer)]
+            self._wholes = {
+                module: dict(zip(self._made.wholes[module], task.sources, strict=True))
+                for module, task in zip(modules, unpacked[len(self._layers) :], strict=True)
+            }
             outcomes: dict[int, _Outcome] = {}
             executor = ThreadExecutor(self._workers)
             work = _Work(self._layers, self._files, create)
@@ -345,16 +361,22 @@ class _Run:
         stored: set[str] = set()
         for number in changed:
             layer = self._layers[number]
-            if layer.module not in self._made.wholes:
+            if layer.module not in self._wholes:
                 continue
             if layer.module not in ranks:
-                wholes[layer.module] = self._made.wholes[layer.module]
+                wholes[layer.module] = self._wholes[layer.module]
             elif layer.name.endswith(".bias"):
-                biases[f"{layer.module}.base_layer.bias"] = self._made.wholes[layer.module][layer.name]
+                biases[f"{layer.module}.base_layer.bias"] = self._wholes[layer.module][layer.name]
             else:
                 continue
             stored.add(layer.name)
         self._report(outcomes, stored)
+        untied = [name for name in (*ranks, *wholes) if name in self._made.document.tied and not self._ties(name)]
+        if untied:
+            self.warnings.append(
+                f"the base's head has the weights of {printable(untied[0])}, and PEFT updates the embeddings only; it "
+                "knows this tie for modules called embed_tokens"
+            )
         if not ranks and not wholes:
             self._refuse_nothing(bool(changed))
         pieces = list(self._pieces(outcomes, biases, wholes))
@@ -369,6 +391,9 @@ class _Run:
         config = self._staging.create(CONFIG, len(text))
         config.write_full(text, 0)
         self.written_bytes = layout.size + len(text)
+
+    def _ties(self, module: str) -> bool:
+        return self._made.document.ties([module])
 
     def _pieces(
         self,

@@ -117,9 +117,9 @@ def decomposing_bytes(rows: Rows, wanted: Wanted) -> int:
     factors = item * most * (n + m)
     exact = 8 * short * short + eigen_bytes(short) + 16 * min(most, _STRIP_ROWS) * (m + rows.block)
     tried = _sizes(rows.shape, wanted)
-    sketched = max((8 * k * (5 * m + 2 * n + rows.block) + 40 * k * k for k in tried), default=0)
+    sketched = max((8 * k * (5 * m + 2 * n + rows.block) + 40 * k * k for k in tried), default=0) + _SPARE_BYTES
     worst = max(exact if _ends_exact(rows.shape, wanted) else 0, sketched)
-    return rows.reading_bytes() + factors + worst + _SPARE_BYTES
+    return rows.reading_bytes() + factors + worst
 
 
 def _sizes(shape: tuple[int, int], wanted: Wanted) -> list[int]:

@@ -31,10 +31,10 @@ def extracting(given: Mapping[str, Any]) -> Making:
     asked, selection = picked(Extracting, {**given, "base": names[1]}), picked(Selecting, given)
     places = [name if name in held else from_hub_cache(name) for name in names]
     dtype = DType.F32 if asked.dtype is None else float_dtype(asked.dtype)
-    energy = asked.energy or 0.0
+    energy = float(asked.energy or 0.0)
     wanted = Wanted(asked.rank or (0 if energy else _RANK), energy, dtype)
     with collector_paused():
         tuned, base = (opened(place, selection.state_dict, selection.ema or "ignore", held) for place in places)
         base_name = "" if names[1] in held else names[1]
-        more = (tuple(asked.target), tuple(asked.exclude), asked.save_modules, asked.alpha or 0.0, base_name)
+        more = (tuple(asked.target), tuple(asked.exclude), asked.save_modules, float(asked.alpha or 0.0), base_name)
         return extraction(tuned, base, Asked(wanted, *more))

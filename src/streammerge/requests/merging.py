@@ -95,7 +95,10 @@ class Request:
             base = None if asked.base is None else str(asked.base)
             if asked.method in WAYS:
                 raise RecipeError(f"{asked.method} makes an adapter of adapters alone; give adapters, and no `base`")
-            chosen = on_base(chosen, base, self.held)
+            on_it = on_base(chosen, base, self.held)
+            if on_it != chosen and find_method(asked.method or LINEAR).base in ("model", "unused"):
+                base = None  # it is there for the adapters only
+            chosen = on_it
             recipe = recipe_of(chosen, asked.method or LINEAR, base, weights, parameters, overrides)
             recipe = found_in_hub_cache(recipe)
         else:
