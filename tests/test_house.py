@@ -15,7 +15,7 @@ SOURCE = Path(sm.__file__).parent
 
 
 ROOMS = (
-    "dataclass", "errors", "events", "units", "version", "strict_json", "plugins",  # words
+    "errors", "events", "units", "version", "strict_json", "plugins",  # words
     "stores", "options", "tensors", "kernels", "methods", "sources", "pickles", "formats", "recipe", "checkpoints",
     "adapters", "planning", "running", "factoring", "requests",
     "verifying", "progress", "signatures", "api", "cli", "__init__", "__main__",

@@ -118,10 +118,10 @@ def plan(
 ) -> Plan:
     """Returns the plan of :func:`merge`, from headers alone. Nothing is written. The options are those of merge.
 
-    ``inputs``: paths, globs or state dicts in memory, or a dict that gives each path its weight. ``out``: its name decides
-    the container. ``recipe``: a mergekit configuration as a YAML file or a dict, in place of inputs, method and parameters.
-    The other options override its keys. ``print(plan)`` shows the plan. ``plan.tasks``, ``plan.peak_bytes`` and
-    ``plan.read_bytes`` are its numbers.
+    ``inputs``: paths, globs or state dicts in memory, or a dict that gives each path its weight. ``base+adapter`` is a path
+    too. ``out``: its name decides the container. ``recipe``: a mergekit configuration as a YAML file or a dict, in place of
+    inputs, method and parameters. The other options override its keys. ``print(plan)`` shows the plan. ``plan.tasks``,
+    ``plan.peak_bytes`` and ``plan.read_bytes`` are its numbers.
     """
     request = Request.of(locals())
     if request.combination() is not None:
@@ -180,9 +180,9 @@ def merge(
 ) -> Result | AdapterResult:
     """Merges checkpoints into ``out``, one chunk at a time.
 
-    ``inputs``: paths, globs or state dicts in memory, or a dict that gives each path its weight; or ``recipe``: a mergekit
-    configuration as a YAML file or a dict. ``listener`` is called with each of :mod:`streammerge.events`.
-    ``progress``: shows a bar on stderr.
+    ``inputs``: paths, globs or state dicts in memory, or a dict that gives each path its weight. ``base+adapter`` is a path
+    too. Or ``recipe``: a mergekit configuration as a YAML file or a dict. ``listener`` is called with each of
+    :mod:`streammerge.events`. ``progress``: shows a bar on stderr.
 
     Raises RecipeError, FormatError, MismatchError, BudgetError, SpaceError, LockedError, ChangedError, VerifyError or
     TaskError. The output does not exist after an error. Returns the bytes read and written, the time and the memory.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, Protocol
-
-from streammerge.dataclass import dataclass
 
 
 @dataclass(frozen=True, slots=True)

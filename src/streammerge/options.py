@@ -14,10 +14,9 @@ import math
 import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, printable
 from streammerge.units import parse_bytes, parse_share, plain_number
 
@@ -364,10 +363,10 @@ class Policies(Options):
         overrides=True,
     )
     mixed_dtypes: MixedDtypes | None = option(
-        "Tensors of several floating-point dtypes: the first input's dtype, or the smallest that holds all of them, as in "
-        "mergekit.",
+        "Tensors that have several floating-point dtypes in the inputs: the first input's dtype, or the smallest that "
+        "holds all of them.",
         choices=get_args(MixedDtypes),
-        otherwise="first",
+        otherwise="first; promote in a recipe, as in mergekit",
         overrides=True,
     )
     unsafe_truncate_embeddings: bool | None = option(

@@ -63,7 +63,7 @@ from safetensors.torch import load_file
         (["frobnicate"], 2, "there is no command frobnicate; see `streammerge --help`"),
         (["version"], 2, "there is no command version; did you mean --version?"),
         (["news.pth", "audiobook.pth"], 2, "to merge, type `streammerge merge news.pth audiobook.pth`"),
-        (["help", "frobnicate"], 2, "there is no command frobnicate; there are clean, convert, help, inspect"),
+        (["help", "frobnicate"], 2, "there is no command frobnicate; there are clean, convert, extract, help, inspect"),
         (["merge", "news.pth", "-o", "x.pth", "--wieghts", "1"], 2, "no such option '--wieghts'; did you mean --weights?"),
         (["merge", "newz.pth", "-o", "x.pth"], 2, "newz.pth does not exist; did you mean news.pth?"),
     ],
@@ -174,6 +174,22 @@ def test_a_name_of_the_hub_is_found_in_its_cache(
     cli("merge", "me/voice", "audiobook.pth", "-o", "x.safetensors")
     cli("convert", "me/voice", "-o", "y.safetensors")
     assert "me/voice" in cli("inspect", "x.safetensors", "--recipe").stdout
+
+
+def test_a_limit_on_memory_gets_a_sentence(tmp_path: Path, voices: tuple[Path, Path]) -> None:
+    """Whether it stops torch from loading, a map of a file, or an allocation. At the end of the limits all goes well."""
+    said = set()
+    for kilobytes in (300_000, 600_000, 700_000, 800_000, 900_000, 1_000_000, 1_200_000):
+        command = f"ulimit -v {kilobytes} && exec {sys.executable} -m streammerge merge news.pth audiobook.pth -o x.pth"
+        done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+        if done.returncode:
+            said.add(done.stderr)
+            assert "Traceback" not in done.stderr
+            assert done.stderr.splitlines()[-1].startswith("error: "), done.stderr
+            assert "(ulimit -v)" in done.stderr
+            assert not (tmp_path / "x.pth").exists()
+        (tmp_path / "x.pth").unlink(missing_ok=True)
+    assert said
 
 
 def test_debug_shows_the_traceback_and_keeps_the_exit_code(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -31,3 +32,21 @@ def test_an_encoding_without_the_characters_is_no_error(tmp_path: Path) -> None:
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=60)
         assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.startswith(b"wrote \\u6a21\\u578b.safetensors")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("form", ["human", "json"])
+def test_a_stream_that_cannot_be_written_is_not_the_disk_of_the_output(form: str, tmp_path: Path) -> None:
+    save_file({"w": torch.ones(3)}, tmp_path / "a.safetensors")
+    command = [sys.executable, "-m", "streammerge", "merge", "a.safetensors", "-o", "out.safetensors", "--format", form]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 1
+    assert load_safetensors(tmp_path / "out.safetensors")["w"].tolist() == [1, 1, 1]
+    last = done.stderr.splitlines()[-1]
+    if form == "human":
+        assert done.stderr == "note: the output is there, whole\nerror: cannot print on stdout: No space left on device\n"
+    else:
+        failed = json.loads(last)
+        assert failed["message"] == "cannot print on stdout: No space left on device"
+        assert failed["notes"] == ["the output is there, whole"]

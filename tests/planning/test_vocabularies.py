@@ -217,9 +217,9 @@ def test_embeddings_come_from_the_first_slice_and_heads_from_the_last() -> None:
 
 def test_rows_of_other_dtypes_are_exact() -> None:
     folder("a", *A, dtype=torch.bfloat16), folder("b", *B, dtype=torch.float16)
-    plain = merged(["a", "b"], "o1/", tokenizer_source="union")
+    plain = merged(["a", "b"], "o1/", tokenizer_source="union", mixed_dtypes="first")
     assert plain["lm_head.weight"].dtype == torch.bfloat16
-    made = merged(["a", "b"], "o2/", tokenizer_source="union", dtype="float32")
+    made = merged(["a", "b"], "o2/", tokenizer_source="union")
     row = load_file("b/model.safetensors")["lm_head.weight"][vocabulary("b")["<B>"]].float()
     assert torch.equal(made["lm_head.weight"][vocabulary("o2")["<B>"]], row)
 
@@ -267,3 +267,55 @@ def test_cut_embeddings() -> None:
     a, b = (load_file(f"{m}/model.safetensors") for m in "ab")
     torch.testing.assert_close(made["lm_head.weight"], (a["lm_head.weight"] + b["lm_head.weight"][:8]) / 2)
     assert json.loads(Path("out/config.json").read_text())["vocab_size"] == 8
+
+
+def test_a_rule_copies_rows_in_the_order_of_the_output() -> None:
+    for name, own in zip("abc", (A, B, C), strict=True):
+        folder(name, *own)
+    made = merged(["a", "b"], tokenizer_source="base", rules=[{"match": "lm_head.weight", "copy": "c"}])
+    head, out = load_file("c/model.safetensors")["lm_head.weight"], vocabulary("out")
+    for token, place in out.items():
+        number = vocabulary("c").get(token)
+        assert made["lm_head.weight"][place].tolist() == (head[number].tolist() if number is not None else [0.0] * WIDTH)
+
+
+def test_a_folder_of_xtts_with_a_grown_vocabulary() -> None:
+    for name, tokens in (("old", ["[STOP]", "a", "[START]"]), ("new", ["[STOP]", "a", "[ru]", "c", "[START]"])):
+        Path(name).mkdir()
+        count = len(tokens)
+        table = torch.arange(count).float()[:, None].expand(count, 2).clone()
+        torch.save({"gpt.text_embedding.weight": table, "gpt.mel_embedding.weight": torch.ones(9, 2)}, f"{name}/model.pth")
+        Path(name, "vocab.json").write_text(json.dumps(tokenizer(tokens)))
+        arguments = {"gpt_number_text_tokens": count, "gpt_start_text_token": count - 1, "gpt_start_audio_token": 1}
+        Path(name, "config.json").write_text(json.dumps({"model": "xtts", "model_args": arguments}))
+    sm.merge(["old/", "new/"], out="out/", tokenizer_source="union")
+    table = torch.load("out/model.pth", weights_only=True)["gpt.text_embedding.weight"][:, 0]
+    out = json.loads(Path("out/vocab.json").read_text())
+    numbers = out["model"]["vocab"] | {each["content"]: each["id"] for each in out["added_tokens"]}
+    assert numbers == {"[STOP]": 0, "a": 1, "[START]": 2, "[ru]": 3, "c": 4}
+    assert table.tolist() == [0, 1, 3, 2, 3]
+    arguments = json.loads(Path("out/config.json").read_text())["model_args"]
+    assert arguments == {"gpt_number_text_tokens": 5, "gpt_start_text_token": 2, "gpt_start_audio_token": 1}
+
+
+def test_tensors_are_found_by_their_rows() -> None:
+    """Names of CTRL, XLM and RoBERTa with an early norm; a position table and a bias of another size stay as they are."""
+    for name, own in zip("ab", (A, B), strict=True):
+        folder(name, *own)
+        count = len(vocabulary(name))
+        tensors = {
+            "transformer.w.weight": torch.arange(count).float()[:, None].expand(count, 2).clone(),
+            "prelayernorm.embeddings.word_embeddings.weight": torch.zeros(count, 2),
+            "prelayernorm.embeddings.position_embeddings.weight": torch.zeros(16, 2),
+            "pred_layer.proj.bias": torch.arange(count).float(),
+            "lm_head.weight": torch.arange(count + 1).float()[:, None].expand(count + 1, 2).clone(),
+            "final.norm.weight": torch.zeros(2),
+        }
+        save_file(tensors, f"{name}/model.safetensors", {"format": "pt"})
+    made, out = merged(["a", "b"], tokenizer_source="union"), vocabulary("out")
+    for name in ("transformer.w.weight", "pred_layer.proj.bias", "lm_head.weight"):
+        held = [vocabulary(model) for model in "ab"]
+        for token, place in out.items():
+            rows = [numbers[token] for numbers in held if token in numbers]
+            assert made[name][place].flatten()[0] == sum(rows) / len(rows), (name, token)
+    assert made["prelayernorm.embeddings.position_embeddings.weight"].shape == (16, 2)

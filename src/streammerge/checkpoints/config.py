@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any
 
 from streammerge.checkpoints.config_keys import NOT_OF_THE_MODEL
 from streammerge.checkpoints.config_text import KeyPath
-from streammerge.dataclass import dataclass
 from streammerge.stores.base import Location
 
 CONFIG = "config.json"

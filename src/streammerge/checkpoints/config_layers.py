@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise, takewhile
 from math import lcm
@@ -35,7 +35,6 @@ from streammerge.checkpoints.config_keys import (
     Placing,
 )
 from streammerge.checkpoints.config_text import KeyPath
-from streammerge.dataclass import dataclass
 from streammerge.errors import printable
 
 _DEPTH = re.compile(r"(.*_)?(layers?|blocks?|depth)")

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import Any
-
-from streammerge.dataclass import dataclass
 
 KeyPath = tuple[str, ...]
 """The keys that lead to a value, from the outermost mapping."""

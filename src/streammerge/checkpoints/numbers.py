@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
-from streammerge.dataclass import dataclass
 from streammerge.stores.locations import parse
 
 _VALUE = r"[\s_=.-]*(\d{1,18})([kKmM](?![A-Za-z0-9]))?(?!\d|\.\d)"

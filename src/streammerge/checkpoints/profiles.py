@@ -7,9 +7,9 @@ only that model has. It does not apply to other checkpoints that have some tenso
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from streammerge.checkpoints.index import CheckpointIndex
-from streammerge.dataclass import dataclass
 from streammerge.tensors.names import bare
 
 

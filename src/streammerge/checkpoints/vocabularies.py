@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 
 from streammerge.checkpoints import tokens
 from streammerge.checkpoints.config import config_folder
 from streammerge.checkpoints.tokens import MOST_BYTES
-from streammerge.dataclass import dataclass
 from streammerge.stores.base import Location
 
 _JSON = "tokenizer.json"

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-import click
-
-from streammerge.cli.terminal import say
+from streammerge.cli.terminal import CannotPrint, put, say
 
 
 def add_note(error: BaseException, text: str) -> None:
@@ -43,5 +42,6 @@ def fail(kind: str, sentence: str, exit_code: int, notes: Sequence[str] = (), as
         say(f"error: {sentence}", err=True)
         return
     said: dict[str, Any] = {"class": kind, "exit_code": exit_code, "message": sentence, "notes": [*notes]}
-    click.echo(json.dumps({"event": "Failed", **said}), err=True)
-    click.echo(json.dumps({"error": said}))
+    put(json.dumps({"event": "Failed", **said}), err=True)
+    with contextlib.suppress(CannotPrint):  # perhaps that is the error
+        put(json.dumps({"error": said}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from importlib import import_module
@@ -15,7 +16,7 @@ from streammerge.cli.flags import as_flags
 from streammerge.cli.options import EXIT_CODES
 from streammerge.cli.signals import Stopped, stoppable
 from streammerge.cli.streams import open_standard_streams
-from streammerge.cli.terminal import forget_line
+from streammerge.cli.terminal import CannotPrint, forget_line
 from streammerge.errors import StreammergeError, printable
 from streammerge.plugins import module_names
 from streammerge.version import __version__
@@ -69,8 +70,8 @@ def cli(ctx: click.Context) -> None:
     """Merge model checkpoints larger than memory.
 
     An INPUT is a .safetensors, .pth, .pt, .bin or .ckpt file, a folder with one checkpoint or with shards and their
-    index, or a quoted glob. A recipe, which is a mergekit configuration, stands in place of all inputs. Nothing in an
-    input is ever executed.
+    index, or a quoted glob. BASE+ADAPTER is a model with a LoRA on it. A recipe, which is a mergekit configuration,
+    stands in place of all inputs. Nothing in an input is ever executed.
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
@@ -108,7 +109,9 @@ def _told(error: Exception) -> tuple[str, int]:
         return of_usage(error), error.exit_code
     if isinstance(error, StreammergeError):
         return as_flags(str(error)), error.exit_code
-    if isinstance(error, MemoryError):
+    if isinstance(error, CannotPrint):
+        return str(error.strerror), 1
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return "the system gave no more memory; lower --memory or --workers, or raise the limit (ulimit -v)", 1
     named = isinstance(error, OSError) and error.filename
     why = error if named else f"{getattr(error, 'strerror', None) or error} (run it again with --debug)"

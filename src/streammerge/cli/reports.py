@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from streammerge.cli.flags import as_flags
-from streammerge.cli.terminal import say, width
+from streammerge.cli.terminal import put, say, width
 from streammerge.errors import printable
 from streammerge.units import decimal_bytes
 
@@ -37,11 +35,11 @@ def _with_flags(data: Any) -> Any:
 
 def show_plan(plan: Plan, form: str) -> None:
     if form == "json":
-        click.echo(as_json(plan.to_json(), indent=2))
+        put(as_json(plan.to_json(), indent=2))
     elif form == "yaml":
         from streammerge.recipe.document import to_yaml
 
-        click.echo(to_yaml(plan.recipe.to_dict()), nl=False)
+        put(to_yaml(plan.recipe.to_dict()), newline=False)
     elif form == "human":
         say(as_flags(str(plan)))
 
@@ -57,7 +55,7 @@ def report(
     if not isinstance(result, Result):
         report_adapter(result, form, told, verbose)
     elif form == "json":
-        click.echo(as_json(render.result_json(result)))
+        put(as_json(render.result_json(result)))
     elif form == "human":
         _tell(result, told)
         if verbose:
@@ -70,7 +68,7 @@ def report_adapter(result: AdapterResult, form: str, told: Collection[tuple[str,
     from streammerge.cli import render
 
     if form == "json":
-        click.echo(as_json(render.adapter_json(result)))
+        put(as_json(render.adapter_json(result)))
     elif form == "human":
         _tell(result, told)
         say(render.adapter_text(result, verbose))
@@ -88,7 +86,7 @@ def show_verified(verified: Verified, form: str) -> None:
     from streammerge.cli import render
 
     if form == "json":
-        click.echo(as_json(render.verified_json(verified)))
+        put(as_json(render.verified_json(verified)))
     elif form == "human":
         say(as_flags(str(verified)))
 
@@ -98,10 +96,10 @@ def show_indexes(indexes: list[CheckpointIndex], form: str, tensors: bool, recip
     from streammerge.cli import render
 
     if recipe:
-        click.echo("---\n".join(render.recipe_text(index) for index in indexes), nl=False)
+        put("---\n".join(render.recipe_text(index) for index in indexes), newline=False)
     elif form == "json":
         shown = [_with_flags(render.index_json(index, tensors)) for index in indexes]
-        click.echo(as_json(shown[0] if len(shown) == 1 else shown, indent=2))
+        put(as_json(shown[0] if len(shown) == 1 else shown, indent=2))
     elif form == "human":
         say("\n\n".join(render.index_text(index, tensors) for index in indexes))
 
@@ -109,7 +107,7 @@ def show_indexes(indexes: list[CheckpointIndex], form: str, tensors: bool, recip
 def show_leftovers(found: Sequence[Leftover], form: str, hint: str = "") -> None:
     """Shows runs that go on or were interrupted. ``hint``: what to do about them."""
     if form == "json":
-        click.echo(as_json({"runs": [_leftover_json(each) for each in found]}, indent=2))
+        put(as_json({"runs": [_leftover_json(each) for each in found]}, indent=2))
         return
     for each in found:
         say(str(each))
@@ -140,7 +138,7 @@ def show_methods(methods: list[MergeMethod], form: str) -> None:
     from streammerge.cli import pages
 
     if form == "json":
-        click.echo(as_json([pages.method_json(method) for method in methods], indent=2))
+        put(as_json([pages.method_json(method) for method in methods], indent=2))
     else:
         say(pages.methods_table(methods))
 
@@ -149,6 +147,6 @@ def show_method(method: MergeMethod, form: str) -> None:
     from streammerge.cli import pages
 
     if form == "json":
-        click.echo(as_json(pages.method_json(method), indent=2))
+        put(as_json(pages.method_json(method), indent=2))
     else:
         say(pages.method_page(method, width()))

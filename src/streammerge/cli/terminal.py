@@ -16,6 +16,10 @@ _LABEL = re.compile(rf"({'|'.join(_COLOURS)})\b")
 _COMMAND = re.compile(r"\s+streammerge ")
 
 
+class CannotPrint(OSError):
+    """A standard stream cannot be written. The work may be done all the same."""
+
+
 def width() -> int:
     """Returns the columns that running text may fill."""
     return min(_columns(), WIDTH) if sys.stdout.isatty() else WIDTH
@@ -27,13 +31,18 @@ def say(text: str, err: bool = False) -> None:
     if stream.isatty():
         columns = _columns()
         text = "\n".join(_coloured(_wrapped(line, columns)) for line in text.split("\n"))
+    put(text, err)
+
+
+def put(text: str, err: bool = False, newline: bool = True) -> None:
+    """Prints text as it is, for programs. Raises OSError, which names the stream, if it cannot be written."""
     try:
-        click.echo(text, err=err)
+        click.echo(text, err=err, nl=newline)
     except BrokenPipeError:
         raise
     except OSError as error:  # a full disk behind a redirection is not the disk of the output
         name = "stderr" if err else "stdout"
-        raise OSError(error.errno, f"cannot print: {error.strerror}", name) from error
+        raise CannotPrint(error.errno, f"cannot print on {name}: {error.strerror}", name) from error
 
 
 def forget_line() -> None:

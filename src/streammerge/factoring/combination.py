@@ -29,7 +29,7 @@ from streammerge.sources.constant import Constant
 from streammerge.sources.elementwise import rounded, summed
 from streammerge.sources.joined import joined
 from streammerge.sources.merged import merged
-from streammerge.sources.shaped import shaped, turned
+from streammerge.sources.permuted import permuted, shaped
 from streammerge.stores.base import Location, Status
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorSpec
@@ -112,7 +112,7 @@ def _read(asked: Combined, count: int) -> tuple[MergeMethod | str, list[float], 
             raise RecipeError(f"{method} of adapters has the parameters weight and rank, not {listed(list(given))}")
         return method, weights or [1.0] * count, {}, rank
     if method is COPY:
-        raise RecipeError("copy takes one model; `convert` writes an adapter in another container")
+        raise RecipeError("copy takes one model; choose a method that merges adapters, like linear")
     if weights is not None:
         given["weight"] = weights
     return method, weights or [1.0] * count, given, rank
@@ -154,7 +154,7 @@ def _check(adapter: Adapter, module: Module) -> None:
 def _sides(module: Module) -> tuple[Source, Source]:
     """Returns the factors [n, r] and [r, m] of an update as PEFT stores it, without the scale."""
     if module.kind == "embedding":
-        return turned(module.parts["embedding A"]), turned(module.parts["embedding B"])
+        return permuted(module.parts["embedding A"]), permuted(module.parts["embedding B"])
     down, up = module.parts["A"], module.parts["B"]
     return shaped(up, up.spec.shape[0], -1), shaped(down, down.spec.shape[0], -1)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from streammerge.adapters.config import CONFIG
 from streammerge.checkpoints.config import Tree
-from streammerge.dataclass import dataclass
 
 WEIGHTS = "adapter_model.safetensors"
 START = "base_model.model."

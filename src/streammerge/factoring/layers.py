@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-from streammerge.dataclass import dataclass
 from streammerge.factoring.truncated import Rows, Wanted, decomposing_bytes, held_bytes, product_bytes
 from streammerge.kernels.spectral import sides
 from streammerge.sources.base import Source

@@ -6,10 +6,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import BudgetError, FormatError, MismatchError, RecipeError, listed, printable
 from streammerge.events import Event, Preparing, Published, RunFinished, RunStarted, Spooled, Syncing, TaskDone, Told
 from streammerge.factoring.documents import CONFIG, START, WEIGHTS, Document

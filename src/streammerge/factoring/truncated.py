@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from streammerge.dataclass import dataclass
 from streammerge.kernels.spectral import block_rows, eigen, eigen_bytes
 from streammerge.sources.base import COPY_BYTES, Needs, Room, Source
 from streammerge.sources.wide import Wide, wide_needs

@@ -6,9 +6,9 @@ import io
 import struct
 import zipfile
 import zlib
+from dataclasses import dataclass
 from typing import BinaryIO
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import FormatError, printable
 from streammerge.sources.deflated import PackedRecord
 

@@ -12,11 +12,11 @@ import re
 import struct
 from array import array
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from sys import intern
 from typing import Any
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import FormatError, MismatchError, listed, printable
 from streammerge.formats.base import Container, LayoutFile, Literal, Offsets
 from streammerge.pickles.tree import FlatTree

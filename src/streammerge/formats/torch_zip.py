@@ -10,11 +10,10 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import BinaryIO
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import FormatError, printable
 from streammerge.formats import archive
 from streammerge.formats.base import Container, LayoutFile, Literal, Match, StorageBytes

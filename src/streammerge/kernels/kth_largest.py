@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from streammerge.dataclass import dataclass
 from streammerge.kernels.chunk import SCRATCH, Slot
 from streammerge.kernels.ranking import (
     Cut,

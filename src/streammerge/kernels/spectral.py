@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from streammerge.dataclass import dataclass
 from streammerge.tensors.spec import ranges
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from streammerge.dataclass import dataclass
 from streammerge.pickles.tree import MISSING, Blank, Global, Instance, StorageRef, TensorRef
 from streammerge.sources.base import BlobPath, Source
 from streammerge.sources.deflated import Deflated, PackedRecord, of_bytes, swapped

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import Any, overload
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import FormatError, printable
 from streammerge.pickles.training_state import bars, is_optimizer_state, is_training_state
 from streammerge.pickles.tree import MISSING, FlatTree, Instance, TensorRef, mapping_items, walk

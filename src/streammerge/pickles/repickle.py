@@ -11,11 +11,10 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import FormatError
 from streammerge.pickles.arrays import call_of, is_array
 from streammerge.pickles.tree import (

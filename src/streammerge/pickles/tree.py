@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any
 
-from streammerge.dataclass import dataclass
 from streammerge.sources.base import Source
 from streammerge.sources.table import StoredTable
 from streammerge.tensors.dtypes import DType

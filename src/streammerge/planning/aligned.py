@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any, overload
 
-from streammerge.dataclass import dataclass
 from streammerge.methods.contracts import MergeMethod
 from streammerge.sources.base import Source
 from streammerge.sources.table import StoredTable, named_kind

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import MismatchError, printable
 from streammerge.planning.views import View
 from streammerge.sources.base import Source

@@ -4,10 +4,9 @@ first that sets a parameter decides."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, printable
 from streammerge.methods.contracts import MergeMethod, Parameter
 from streammerge.planning.views import Part

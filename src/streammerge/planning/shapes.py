@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import MismatchError, printable
 from streammerge.methods.registry import COPY
 from streammerge.planning.mismatch import Differing

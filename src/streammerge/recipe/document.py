@@ -6,9 +6,9 @@ YAML is read as in mergekit (1.1: ``no`` is false, ``1e-1`` is a text). Anchors 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, printable
 from streammerge.recipe.fields import Path, Position
 

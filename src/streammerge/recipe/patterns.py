@@ -8,10 +8,9 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, printable
 
 _MOST_SECONDS = 1.0

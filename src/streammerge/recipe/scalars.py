@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, printable
 from streammerge.methods.contracts import METHODS, MergeMethod, Parameter
 from streammerge.methods.registry import LINEAR, find_method

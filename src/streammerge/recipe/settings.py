@@ -7,9 +7,9 @@ filters uses the first filter that matches. If none matches, the next level is u
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError
 from streammerge.methods.contracts import Parameter
 from streammerge.recipe.fields import Kind, MapOf, Path, Problems, Schema, is_misspelled, shown

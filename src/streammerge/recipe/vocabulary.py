@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError
 from streammerge.recipe.fields import TRUTH, WHOLE, FormOf, Kind, MapOf, Path, Plain, Problems, Schema, key, shown
 from streammerge.recipe.scalars import MODEL

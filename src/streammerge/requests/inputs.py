@@ -13,7 +13,7 @@ from streammerge.checkpoints.in_memory import hold, index_state_dict
 from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
 from streammerge.errors import RecipeError, printable
 from streammerge.options import number_or_percent, path
-from streammerge.recipe.adapted import split
+from streammerge.recipe.adapted import check_there, split
 from streammerge.sources.memory import is_array, is_tensor
 from streammerge.stores.base import Location
 from streammerge.stores.locations import PathLike, has_scheme, parse
@@ -58,6 +58,7 @@ def opened(path: str, state_dict: str | None, ema: str, held: Held) -> Checkpoin
         return index_state_dict(held[path], path, state_dict, ema)
     parts = split(path)
     if parts is None:
+        check_there(path)
         return open_checkpoint(path, state_dict, ema)
     from streammerge.adapters.applying import adapted, read_adapter  # here, because most merges have no adapters
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoints.choosing import choose, exponential_weights
-from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, listed
 from streammerge.methods.registry import LINEAR, find_method
 from streammerge.options import (

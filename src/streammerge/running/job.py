@@ -7,9 +7,9 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-from streammerge.dataclass import dataclass
 from streammerge.planning.budget import Budget
 from streammerge.planning.tasks import MergeTask
 from streammerge.running.workspace import Workspace, prepare_torch

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import Any
 
-from streammerge.dataclass import dataclass
 from streammerge.running.executors.base import Host
 from streammerge.stores.base import Location
 from streammerge.stores.checksums import Checksum

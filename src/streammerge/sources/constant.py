@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from streammerge.dataclass import dataclass
+from dataclasses import dataclass
+
 from streammerge.sources.base import Needs, Reader, Room, Source
 from streammerge.tensors.spec import TensorSpec
 

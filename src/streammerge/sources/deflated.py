@@ -9,9 +9,8 @@ import array
 import codecs
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from streammerge.dataclass import dataclass
 from streammerge.sources.base import Blob, BlobPath, Needs, Reader, Room, Source
 from streammerge.sources.stored import Stored
 from streammerge.sources.strided import Strided

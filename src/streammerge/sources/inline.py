@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from streammerge.dataclass import dataclass
 from streammerge.sources.base import BlobPath, Needs, Reader, Room, Source
 from streammerge.tensors.spec import TensorSpec
 

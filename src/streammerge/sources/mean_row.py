@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-from streammerge.dataclass import dataclass
 from streammerge.sources.base import Needs, Reader, Room, Source, region_bytes
 from streammerge.tensors.spec import TensorSpec
 

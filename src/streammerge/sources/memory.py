@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import FormatError, printable
 from streammerge.sources.base import Allocated, BlobPath, Needs, Reader, Room, Source, boxes, read_whole
 from streammerge.tensors.dtypes import BY_TORCH_NAME

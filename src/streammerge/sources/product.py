@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, printable
 from streammerge.sources.base import Needs, Reader, Room, Source, region_bytes
 from streammerge.sources.wide import Wide, put, wide_needs

@@ -5,9 +5,9 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, printable
 from streammerge.sources.base import COPY_BYTES, Needs, Reader, Room, Source, region_bytes
 from streammerge.tensors.spec import TensorSpec

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from streammerge.dataclass import dataclass
 from streammerge.sources.base import Blob, BlobPath, Needs, Reader, Room, Source
 from streammerge.tensors.spec import TensorSpec
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from streammerge.dataclass import dataclass
 from streammerge.sources.base import COPY_BYTES, Blob, BlobPath, Needs, Reader, Room, Source, boxes
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorSpec, contiguous_strides

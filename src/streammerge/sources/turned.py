@@ -6,8 +6,8 @@ A view of bytes or of memory stays one (:mod:`streammerge.sources.box`). Other s
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-from streammerge.dataclass import dataclass
 from streammerge.sources.base import Needs, Reader, Room, Source, boxes, region_bytes
 from streammerge.sources.box import box
 from streammerge.tensors.spec import TensorSpec

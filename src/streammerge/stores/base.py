@@ -13,10 +13,10 @@ import io
 import os
 import posixpath
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, ClassVar, NamedTuple
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import ChangedError, FormatError, RecipeError, printable
 from streammerge.stores.keys import MAGIC, Key
 from streammerge.stores.names import is_inner

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
-
-from streammerge.dataclass import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ import fcntl
 import os
 import stat
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import RecipeError, printable
 from streammerge.stores import journal, lock
 from streammerge.stores.base import Location

@@ -14,9 +14,8 @@ import json
 import os
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import LockedError, RecipeError, printable
 from streammerge.stores import system
 

@@ -12,12 +12,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from functools import lru_cache
 from typing import NamedTuple
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import printable
 from streammerge.tensors.conventions import AVERAGED
 from streammerge.tensors.names import bare, spelled

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import field
+from dataclasses import dataclass, field
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import FormatError, VerifyError, listed, printable
 from streammerge.formats import torch_zip
 from streammerge.formats.file_names import files_below

@@ -6,11 +6,10 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoints.index import open_checkpoint
-from streammerge.dataclass import dataclass
 from streammerge.errors import ChangedError, VerifyError, listed, printable
 from streammerge.formats.base import LayoutFile
 from streammerge.methods.registry import INTEGERS

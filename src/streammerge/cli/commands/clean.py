@@ -14,7 +14,7 @@ from streammerge.errors import RecipeError, printable
 @click.option("--yes", is_flag=True, help="Remove what was left for all outputs in a folder; without it they are listed.")
 @options.debug
 def clean(location: str, yes: bool, debug: bool) -> None:
-    """Discard what an interrupted run has left; the output itself stays.
+    """Discard what an interrupted run has left. The output itself stays.
 
     \b
     streammerge clean merged.safetensors

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from streammerge.dataclass import dataclass
 from streammerge.errors import listed
 
 Thing = Literal["tensor", "entry", "file"]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
-from streammerge.dataclass import dataclass
 from streammerge.formats.base import LayoutFile, Literal
 from streammerge.formats.records import RECEIPT_KEY, RECIPE_KEY
 from streammerge.methods.registry import COPY
