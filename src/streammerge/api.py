@@ -273,7 +273,8 @@ def convert(
             refuse_extras(parse(asked.extras), made, running.overwrite)
         result = execute(made, running, before)
     if asked.extras is not None:
-        index = opened(source, None if asked.like else recipe.state_dict, recipe.ema, held)
+        place = source if source in held else from_hub_cache(source)
+        index = opened(place, None if asked.like else recipe.state_dict, recipe.ema, held)
         content = {"format": index.format, "metadata": index.metadata, "data": index.plain_data()}
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         parse(asked.extras).write_whole(text.encode("utf-8", "backslashreplace"), running.overwrite)
