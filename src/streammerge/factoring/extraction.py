@@ -94,7 +94,7 @@ def extraction(tuned: CheckpointIndex, base: CheckpointIndex, asked: Asked) -> M
         else:
             compared.append(Layer(name, shape, COMPARE, (other, source), asked.wanted))
     if not layers and not compared:
-        raise RecipeError("`target` and `exclude` leave no module of the base; `inspect` shows the names of its tensors")
+        raise RecipeError("`target` and `exclude` leave no module of the base; they take names of modules, like q_proj")
     across = [each for each in layers if each.form == TRANSPOSED]
     making = Making(
         [*layers, *compared],

@@ -93,7 +93,7 @@ class Request:
             given = asked.weights if self.own_weights is None else _following(chosen, self.inputs, self.own_weights)
             weights = _weights(given, decay, len(chosen))
             base = None if asked.base is None else str(asked.base)
-            if asked.method in WAYS:
+            if isinstance(asked.method, str) and asked.method in WAYS:
                 raise RecipeError(f"{asked.method} makes an adapter of adapters alone; give adapters, and no `base`")
             method = LINEAR if asked.method is None else asked.method
             on_it = on_base(chosen, base, self.held)
