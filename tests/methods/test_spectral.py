@@ -132,7 +132,7 @@ class TestSpectral(MethodSuite):
         ("tsv", 2, {"rank": -1}, "a rank of 0 or more"),
         ("iso_cts", 2, {"common_space_fraction": 1.5}, "from 0 to 1, not 1.5"),
         ("knots", 2, {"consensus": "mean"}, "ties or linear, not mean"),
-        ("knots", 2, {"density": 0}, "above 0 and up to 1, not 0"),
+        ("knots", 2, {"density": -0.5}, "from 0 (none) to 1 (all), not -0.5"),
     ]
 
 
@@ -194,7 +194,7 @@ def test_rotations_in_place_give_the_same(method: str, monkeypatch: pytest.Monke
             patch.setattr(spectral, "_AT_ONCE", 0)
             patch.setattr(spectral, "_PAIR_ROWS", 16)
             patch.setattr(methods, "_MOST_AT_ONCE", 1)
-            torch.testing.assert_close(merge_tensors(method, *models, base=base), wanted, rtol=0, atol=1e-8)
+            torch.testing.assert_close(merge_tensors(method, *models, base=base), wanted, rtol=0, atol=1e-7)
 
 
 def test_too_little_memory_is_told_before_a_byte_is_written(tmp_path: Path) -> None:
