@@ -182,9 +182,10 @@ def test_one_model(method: str) -> None:
         torch.testing.assert_close(made, model, rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("few", [8, 1])
 @pytest.mark.parametrize("method", METHODS)
-def test_rotations_in_place_give_the_same(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The solver for long sides, and a pass for each Gram matrix."""
+def test_long_sides_give_the_same(method: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The solvers for long sides, vectors in 32 bits, and a pass for each Gram matrix."""
     make = torch.Generator().manual_seed(0)
     for shape in ((300, 80), (80, 300)):
         base = torch.randn(shape, dtype=torch.float64, generator=make)
@@ -193,6 +194,7 @@ def test_rotations_in_place_give_the_same(method: str, monkeypatch: pytest.Monke
         with monkeypatch.context() as patch:
             patch.setattr(spectral, "_AT_ONCE", 0)
             patch.setattr(spectral, "_PAIR_ROWS", 16)
+            patch.setattr(spectral, "_FEW", few)
             patch.setattr(methods, "_MOST_AT_ONCE", 1)
             torch.testing.assert_close(merge_tensors(method, *models, base=base), wanted, rtol=0, atol=1e-7)
 

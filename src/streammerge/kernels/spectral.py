@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streammerge.kernels.compact import STRIP_COLUMNS, Compact
+from streammerge.kernels.tridiagonal import leading, leading_bytes
 from streammerge.tensors.spec import ranges
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ _LEAST_ROWS = 64
 _AT_ONCE = 2048
 """Most rows of a matrix whose eigenvectors LAPACK computes at once, which takes four more matrices. Larger matrices are
 rotated in place."""
+_FEW = 8
+"""One of so many eigenvectors is found faster alone than by rotations of all."""
 _PAIR_ROWS = 256
 _MOST_SWEEPS = 40
 _CONVERGED = 1e-14
@@ -115,13 +118,16 @@ def is_exact(size: int) -> bool:
     return size <= _AT_ONCE
 
 
-def eigen(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def eigen(matrix: torch.Tensor, count: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the eigenvalues of a positive semidefinite matrix, the largest first, and the eigenvectors as rows.
 
-    The memory of ``matrix`` holds the eigenvectors afterwards.
+    The memory of ``matrix`` holds the eigenvectors afterwards. ``count``: as many are wanted, and there may be more. Of a
+    large matrix they then have their own memory, if they are an eighth of all or fewer.
     """
     import torch
 
+    if count is not None and len(matrix) > _AT_ONCE and count * _FEW <= len(matrix):
+        return leading(matrix, count)
     if len(matrix) > _AT_ONCE:
         return _rotated([matrix]), matrix
     values, vectors = torch.linalg.eigh(matrix)
@@ -129,8 +135,10 @@ def eigen(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return values.flip(0).clamp_(min=0), matrix
 
 
-def eigen_bytes(size: int) -> int:
-    """Returns the memory that :func:`eigen` needs beside a matrix of ``size`` rows."""
+def eigen_bytes(size: int, few: bool = False) -> int:
+    """Returns the memory that :func:`eigen` needs beside a matrix of ``size`` rows. ``few``: for few of many vectors."""
+    if few and size > _AT_ONCE:
+        return max(leading_bytes(size, size // _FEW) + _SPARE_BYTES, eigen_bytes(size))
     if size <= _AT_ONCE:
         return 4 * 8 * size * size + _SPARE_BYTES
     pair = 2 * _PAIR_ROWS
@@ -154,8 +162,11 @@ def _rotated(strips: list[torch.Tensor]) -> torch.Tensor:
         if off <= _CONVERGED:
             break
     values = _lengths(strips)
-    for strip, lengths in zip(strips, values.split([len(strip) for strip in strips]), strict=True):
-        strip.div_(lengths.clamp(min=torch.finfo(torch.float64).tiny).unsqueeze(1))
+    start = 0
+    for strip in strips:
+        lengths = values[start : start + len(strip)].clamp(min=torch.finfo(torch.float64).tiny)
+        strip.div_(lengths.unsqueeze(1))
+        start += len(strip)
     order = values.argsort(descending=True, stable=True)
     _permute([row for strip in strips for row in strip.unbind()], order.tolist())
     return values[order]

@@ -264,7 +264,7 @@ def _joined_bytes(shape: Shape, matrices: int, more: float = 0.0) -> int:
     """Returns the bytes of a method that joins vectors of several models, and sums ``matrices`` Gram matrices."""
     if not _is_matrix(shape):
         return 0
-    rows, columns = sides(shape)
+    columns = sides(shape)[1]
     square = 8 * columns * columns
     at_once = min(max(_MOST_AT_ONCE // (columns * columns), 1), matrices)
     if is_exact(columns):
@@ -273,8 +273,9 @@ def _joined_bytes(shape: Shape, matrices: int, more: float = 0.0) -> int:
     # The vectors and Gram matrices; the vectors, a root, and a Gram matrix; the vectors of both sides, and two roots.
     vectors, strip = square // 2, 8 * columns * STRIP_COLUMNS
     root = vectors // 2 + strip // 4
-    finding = vectors + max(int(square * (at_once + more)), root + square) + eigen_bytes(columns) + strip
-    return max(finding, 2 * (vectors + root) + 5 * strip)
+    finding = vectors + int(square * (at_once + more)) + eigen_bytes(columns, few=True)
+    joining = vectors + root + square + eigen_bytes(columns) + strip
+    return max(finding, joining, 2 * (vectors + root) + 5 * strip)
 
 
 def _tsv_bytes(shape: Shape, models: int, values: Values, turned: bool) -> int:
@@ -328,7 +329,7 @@ def tsv(group: TensorGroup, *, weight: PerModel = (1.0,), rank: int = 0, lambda_
     for model, gram in enumerate(_grams(group, weight, [(m, m) for m in range(group.models)], block)):
         if not is_finite(gram):
             return _all_nan
-        values, basis = eigen(gram)
+        values, basis = eigen(gram, count)
         vectors.add(model, values[:count], basis[:count])
         del gram, basis  # before the next one is made
     return vectors.merged(group, weight, vectors.sigma * lambda_, block)
@@ -414,7 +415,7 @@ def iso_cts(
             for matrix in (gram, gram.T):
                 for a, b in ranges(columns, _PROJECTED):
                     _take_off(matrix[:, a:b], shared, start, stop)
-        values, basis = eigen(gram)
+        values, basis = eigen(gram, each)
         begin, end = vectors.add(model, values[:each], basis[:each], largest=norm)
         if crossed:
             part = torch.zeros(stop - start, end - begin, dtype=torch.float64)
