@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks import pictures
 from benchmarks.history import Night, regressions
 from benchmarks.runner import OURS, REFERENCE, TORCH, Result
+from streammerge.units import counted
 
 _HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -40,7 +41,7 @@ def write(folder: Path, history: list[Night]) -> Path:
     parts = [
         _HEAD,
         "<h1>streammerge benchmarks</h1>",
-        f"<p>{len(history)} nights; the last: {_text(last['time'])}, commit {_text(last['commit'])}, "
+        f"<p>{counted(len(history), 'night')}; the last: {_text(last['time'])}, commit {_text(last['commit'])}, "
         f"version {_text(last['version'])}.<br><small>{_text(machine)}</small></p>",
         "<p>Times are medians; each is also a ratio to a <b>reference</b> measured beside it, which only moves the bytes: "
         "<code>cat</code> of the inputs and <code>cp</code> of one output (for conversions <code>cp</code> alone, for the "

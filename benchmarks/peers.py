@@ -14,7 +14,8 @@ _ROOT = Path(__file__).parent.parent
 _TOOLS = Path(__file__).parent / "tools"
 _MERGEKIT = _ROOT / ".peers/mergekit/bin/mergekit-pytorch"
 _SD_MECHA = _ROOT / ".peers/sd-mecha/bin/python"
-_BASED = ("ties", "dare_linear", "model_stock", "sce")
+_SPARSE = ("ties", "dare_linear", "dare_ties", "della", "breadcrumbs")
+_BASED = (*_SPARSE, "task_arithmetic", "model_stock", "sce", "arcee_fusion")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ def _mergekit(*options: str) -> Callable[[Case, Sequence[Path], Path], list[str]
         recipe: dict[str, object] = {"merge_method": case.peers, "models": models, "dtype": "bfloat16"}
         if case.peers in _BASED:
             recipe |= {"base_model": str(inputs[0]), "models": models[1:]}
-        if case.peers in ("ties", "dare_linear"):
+        if case.peers in _SPARSE:
             recipe["parameters"] = {"density": 0.5}
         if case.peers == "sce":
             recipe["parameters"] = {"select_topk": 0.5}
@@ -59,7 +60,7 @@ def _whole_file(case: Case, inputs: Sequence[Path], folder: Path) -> list[str]:
     return [sys.executable, str(_TOOLS / "whole_file.py"), str(folder / "out.safetensors"), *map(str, inputs)]
 
 
-_ALL = ("linear", "ties", "slerp", "karcher", "dare_linear", "model_stock", "sce")
+_ALL = ("linear", "slerp", "nuslerp", "karcher", *_BASED)
 PEERS = (
     Peer("mergekit 0.1.5", _MERGEKIT, _mergekit(), _ALL),
     Peer("mergekit, 200 MB shards", _MERGEKIT, _mergekit("--lazy-unpickle", "--out-shard-size", "200M"), ("linear",)),

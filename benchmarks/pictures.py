@@ -45,11 +45,12 @@ def memory_by_size(results: Iterable[Result], path: Path) -> bool:
     for tool, points in sorted(lines.items(), key=lambda item: -max(y for _, y in item[1])):
         sizes, peaks = zip(*sorted(points), strict=True)
         own = tool == OURS
-        axes.plot(sizes, peaks, "o-", color=_OWN_COLOUR if own else next(others), linewidth=3 if own else 1.6, label=tool)
+        colour, width = (_OWN_COLOUR, 3) if own else (next(others), 1.6)
+        axes.plot(sizes, peaks, "o-", color=colour, linewidth=width, label=tool, clip_on=False)
     axes.set(xlabel="size of each of two checkpoints (GB)", ylabel="peak resident memory (GiB)", xlim=(0, None))
     axes.set_ylim(0, None)
     axes.set_title("Memory of a weighted mean of two checkpoints", loc="left")
-    axes.legend(frameon=False)
+    _legend(figure)
     _save(figure, path)
     return True
 
@@ -66,15 +67,15 @@ def nights(history: list[Night], path: Path) -> bool:
     figure, (speed, memory) = plt.subplots(2, 1, figsize=(7.2, 6.4), sharex=True)
     for case, points in series.items():
         numbers = [number for number, _ in points]
-        speed.plot(numbers, [each["ratio"] for _, each in points], "o-", label=case)
-        memory.plot(numbers, [each["resident_bytes"] / (1 << 20) for _, each in points], "o-")
+        speed.plot(numbers, [each["ratio"] for _, each in points], "o-", label=case, clip_on=False)
+        memory.plot(numbers, [each["resident_bytes"] / (1 << 20) for _, each in points], "o-", clip_on=False)
     speed.set(ylabel="time / reference", ylim=(0, None))
     memory.set(ylabel="peak resident (MiB)", ylim=(0, None), xlabel="night")
     labels = [f"{one['time'][5:10]}\n{one['commit']}" for one in history]
     step = max(len(labels) // 8, 1)
     memory.set_xticks(range(0, len(labels), step), labels[::step])
     speed.set_title("Over the nights", loc="left")
-    figure.legend(frameon=False, fontsize=7, ncols=3, loc="outside lower center")
+    _legend(figure, fontsize=7, ncols=2)
     _save(figure, path)
     return True
 
@@ -93,9 +94,14 @@ def memory_over_time(result: dict[str, Any], path: Path) -> bool:
     axes.axhline(budget, color="#d1495b", linestyle="--", label="start-up and budget")
     axes.set(xlabel="seconds", ylabel="MiB", ylim=(0, budget * 1.15), xlim=(0, None))
     axes.set_title(f"Memory within one merge ({result['case']})", loc="left")
-    axes.legend(frameon=False, loc="center right")
+    _legend(figure)
     _save(figure, path)
     return True
+
+
+def _legend(figure: Any, fontsize: int = 9, ncols: int = 2) -> None:
+    """Puts the legend below the axes, where it covers no line."""
+    figure.legend(frameon=False, fontsize=fontsize, ncols=ncols, loc="outside lower center")
 
 
 def _save(figure: Any, path: Path) -> None:

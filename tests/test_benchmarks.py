@@ -144,6 +144,10 @@ def test_the_history_is_lines_that_git_can_hold(tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) == 2
 
 
+def test_one_night_is_one(tmp_path: Path) -> None:
+    assert "<p>1 night; the last:" in page.write(tmp_path / "site", [night()]).read_text()
+
+
 def test_the_page_shows_nights_and_escapes_what_it_shows(tmp_path: Path) -> None:
     sampled = night(
         case="<linear>", samples=[(0.0, MIB, 2 * MIB), (1.0, 2 * MIB, 3 * MIB)], startup_bytes=MIB, memory_bytes=MIB

@@ -114,10 +114,10 @@ def plan(
 ) -> Plan:
     """Returns the plan of :func:`merge`, from headers alone. Nothing is written. The options are those of merge.
 
-    ``inputs``: paths, globs or state dicts in memory, or a dict that gives each path its weight. ``out``: its name decides
-    the container. ``recipe``: a mergekit configuration as a YAML file or a dict, in place of inputs, method and parameters.
-    The other options override its keys. ``print(plan)`` shows the plan. ``plan.tasks``, ``plan.peak_bytes`` and
-    ``plan.read_bytes`` are its numbers.
+    ``inputs``: paths, globs or state dicts in memory, or a dict that gives each path its weight. ``base+adapter`` is a path
+    too. ``out``: its name decides the container. ``recipe``: a mergekit configuration as a YAML file or a dict, in place of
+    inputs, method and parameters. The other options override its keys. ``print(plan)`` shows the plan. ``plan.tasks``,
+    ``plan.peak_bytes`` and ``plan.read_bytes`` are its numbers.
     """
     return Request.of(locals()).plan()
 
@@ -171,9 +171,9 @@ def merge(
 ) -> Result:
     """Merges checkpoints into ``out``, one chunk at a time.
 
-    ``inputs``: paths, globs or state dicts in memory, or a dict that gives each path its weight; or ``recipe``: a mergekit
-    configuration as a YAML file or a dict. ``listener`` is called with each of :mod:`streammerge.events`.
-    ``progress``: shows a bar on stderr.
+    ``inputs``: paths, globs or state dicts in memory, or a dict that gives each path its weight. ``base+adapter`` is a path
+    too. Or ``recipe``: a mergekit configuration as a YAML file or a dict. ``listener`` is called with each of
+    :mod:`streammerge.events`. ``progress``: shows a bar on stderr.
 
     Raises RecipeError, FormatError, MismatchError, BudgetError, SpaceError, LockedError, ChangedError, VerifyError or
     TaskError. The output does not exist after an error. Returns the bytes read and written, the time and the memory.
@@ -257,7 +257,8 @@ def convert(
             refuse_extras(parse(asked.extras), made, running.overwrite)
         result = execute(made, running, before)
     if asked.extras is not None:
-        index = opened(source, None if asked.like else recipe.state_dict, recipe.ema, held)
+        place = source if source in held else from_hub_cache(source)
+        index = opened(place, None if asked.like else recipe.state_dict, recipe.ema, held)
         content = {"format": index.format, "metadata": index.metadata, "data": index.plain_data()}
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         parse(asked.extras).write_whole(text.encode("utf-8", "backslashreplace"), running.overwrite)

@@ -86,7 +86,8 @@ class Option:
         try:
             return self.kind.parse(value)
         except (TypeError, ValueError, OverflowError) as error:
-            raise RecipeError(f"`{self.name}` takes {self.kind.words}, not {printable(value, 60)}") from error
+            shown = printable(value, 60) or "an empty text"
+            raise RecipeError(f"`{self.name}` takes {self.kind.words}, not {shown}") from error
 
 
 def option(
@@ -190,13 +191,17 @@ def text(value: Any) -> str:
 
 
 def path(value: Any) -> str:
-    """Reads a path or location as text. Expands ``~`` and keeps a final slash. Raises TypeError for anything else."""
+    """Reads a path or location as text. Expands ``~`` and keeps a final slash. Raises TypeError for anything else, and
+    ValueError for a text that cannot be a name; an empty one, as of an unset variable, is not the current folder."""
     if not isinstance(value, str):
         from streammerge.stores.base import Location  # here, so that --help imports no store
 
         value = str(value) if isinstance(value, Location) else os.fspath(value)
     if not isinstance(value, str):
         raise TypeError
+    if not value or "\0" in value:
+        raise ValueError(value)
+    os.fsencode(value)  # a text that is no name for the system is a ValueError too
     if value.startswith("~"):
         from streammerge.stores.locations import parse
 
@@ -349,10 +354,10 @@ class Policies(Options):
         overrides=True,
     )
     mixed_dtypes: MixedDtypes | None = option(
-        "Tensors of several floating-point dtypes: the first input's dtype, or the smallest that holds all of them, as in "
-        "mergekit.",
+        "Tensors that have several floating-point dtypes in the inputs: the first input's dtype, or the smallest that "
+        "holds all of them.",
         choices=get_args(MixedDtypes),
-        otherwise="first",
+        otherwise="first; promote in a recipe, as in mergekit",
         overrides=True,
     )
     unsafe_truncate_embeddings: bool | None = option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -155,13 +156,34 @@ def test_an_initialisation_that_changed_the_base(way: str) -> None:
 
 
 def test_one_digest_for_all_ways_of_running() -> None:
+    """Long tensors of every kind of arithmetic: products, norms of rows and of columns, Kronecker and Hadamard products."""
+    emb, wide = "model.embed_tokens", "model.layers.0.mlp.down_proj"
     base = {f"{Q}.weight": drawn(1, 1500, 3001, dtype=BF16), f"{V}.weight": drawn(2, 7, 3001, dtype=BF16)}
+    base |= {f"{emb}.weight": drawn(3, 3001, 160, dtype=BF16), f"{wide}.weight": drawn(4, 160, 1200, dtype=BF16)}
     lora = factors(Q, 1500, 3001, 16) | factors(V, 7, 3001, 16, 20)
+    lora |= {f"{emb}.lora_embedding_A": drawn(30, 16, 3001), f"{emb}.lora_embedding_B": drawn(31, 160, 16)}
+    lora |= {f"{V}.lora_magnitude_vector": drawn(32, 7), f"{emb}.lora_magnitude_vector": drawn(33, 160)}
+    lora |= {f"{Q}.lora_magnitude_vector": drawn(34, 1500)}
     base_of(base)
-    adapter_of(lora, config={"r": 16, "lora_alpha": 8})
+    adapter_of(lora, config={"r": 16, "lora_alpha": 8, "use_dora": True})
+    mangled = f"lycoris_{wide.replace('.', '_')}"
+    factored = {f"{mangled}.lokr_w1": drawn(40, 4, 3), f"{mangled}.lokr_w2": drawn(41, 40, 400)}
+    adapter_of(factored, "lokr")
+    hadamard = {
+        f"{mangled}.hada_w{n}_{h}": drawn(50 + n, *((160, 4) if h == "a" else (4, 1200))) for n in (1, 2) for h in "ab"
+    }
+    adapter_of(hadamard, "loha")
     expected = {name: tensor.double() for name, tensor in base.items()}
-    for module in (Q, V):
-        expected[f"{module}.weight"] += change(lora, module, 0.5)
+    updates = {Q: (change(lora, Q, 0.5), 34, 1), V: (change(lora, V, 0.5), 32, 1)}
+    updates[emb] = (0.5 * (drawn(31, 160, 16).double() @ drawn(30, 16, 3001).double()).t(), 33, 0)
+    for name, (update, seed, axis) in updates.items():
+        total = expected[f"{name}.weight"] + update
+        norm = total.pow(2).sum(axis, keepdim=True).sqrt()
+        expected[f"{name}.weight"] = total / norm * drawn(seed, norm.numel()).double().view(norm.shape)
+    expected[f"{wide}.weight"] += torch.kron(drawn(40, 4, 3).double(), drawn(41, 40, 400).double())
+    expected[f"{wide}.weight"] += (drawn(51, 160, 4).double() @ drawn(51, 4, 1200).double()) * (
+        drawn(52, 160, 4).double() @ drawn(52, 4, 1200).double()
+    )
     seen = set()
     ways: tuple[dict[str, Any], ...] = (
         {},
@@ -170,7 +192,7 @@ def test_one_digest_for_all_ways_of_running() -> None:
         {"executor": "processes", "workers": 2},
     )
     for way in ways:
-        same(baked("base+lora", **way), expected)
+        same(baked("base+lora+lokr.safetensors+loha.safetensors", **way), expected)
         seen.add(Path("out.safetensors").read_bytes())
     assert len(seen) == 1
 
@@ -347,6 +369,11 @@ def test_an_index_takes_any_source_for_a_name() -> None:
         (factors(Q, 24, 16), {"r": 4, "modules_to_save": ["lm_head"]}, "modules_to_save names lm_head"),
         (factors(Q, 24, 16), {"r": 4, "trainable_token_indices": [1]}, "has no trainable_tokens_delta"),
         (
+            {f"{Q}.ia3_l": drawn(1, 24, 1)},
+            {"peft_type": "IA3", "target_modules": ["q_proj", "v_proj"]},
+            r"target_modules names model\.layers\.1\.self_attn\.v_proj",
+        ),
+        (
             {f"{Q}.lora_A.weight": drawn(1, 4, 16).long(), f"{Q}.lora_B.weight": drawn(1, 24, 4)},
             {"r": 4},
             "a factor of int64",
@@ -368,6 +395,14 @@ def test_what_has_no_place_is_an_error_that_names_it(tensors: Tensors, config: d
     assert not Path("out").exists()
 
 
+def test_an_absent_part_is_named() -> None:
+    base_of(base_tensors())
+    with pytest.raises(sm.RecipeError, match=r"base\+lost: the model base exists, but the adapter lost does not"):
+        sm.convert("base+lost", "out/")
+    with pytest.raises(sm.RecipeError, match="the adapter lost does not"):
+        sm.merge(["base+lost", "base"], "out/")
+
+
 def test_a_quantised_base_is_refused() -> None:
     base_of({f"{Q}.weight": torch.zeros(24, 16, dtype=torch.int8)})
     adapter_of(factors(Q, 24, 16), config={"r": 4})
@@ -380,3 +415,40 @@ def test_a_model_is_no_adapter() -> None:
     save_file(base_tensors(), "other.safetensors")
     with pytest.raises(sm.MismatchError, match="holds no factors of an adapter"):
         sm.convert("base+other.safetensors", "out/")
+
+
+def test_a_base_of_70_billion_parameters_plans_in_the_default_memory(tmp_path: Path) -> None:
+    """The files are sparse: their headers are whole, and their tensors are zeros."""
+    hidden, inner, layers, rank = 8192, 28672, 80, 64
+    shapes = {"model.embed_tokens.weight": (128256, hidden), "lm_head.weight": (128256, hidden)}
+    for number in range(layers):
+        for name in ("q_proj", "gate_proj", "up_proj", "down_proj"):
+            shape = (hidden if name == "q_proj" else inner, hidden)
+            shape = (hidden, inner) if name == "down_proj" else shape
+            shapes[f"model.layers.{number}.{name}.weight"] = shape
+    sparse(tmp_path / "base.safetensors", "BF16", shapes)
+    lora = {}
+    for name, (out, columns) in shapes.items():
+        if "layers" in name:
+            module = name.removesuffix(".weight")
+            lora |= {f"{module}.lora_A.weight": (rank, columns), f"{module}.lora_B.weight": (out, rank)}
+    (tmp_path / "lora").mkdir()
+    sparse(tmp_path / "lora" / "adapter_model.safetensors", "F32", lora)
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"r": 64, "lora_alpha": 16, "use_rslora": true}')
+    planned = sm.plan(["base.safetensors+lora", "base.safetensors"])
+    assert planned.read_bytes > 2 * 100e9
+    assert planned.peak_bytes < 512 << 20
+    assert sum(bool(task.sources[0].parts) for task in planned.tasks) == 4 * layers
+
+
+def sparse(path: Path, dtype: str, shapes: dict[str, tuple[int, ...]]) -> None:
+    header, cursor = dict[str, Any](), 0
+    for name, shape in shapes.items():
+        nbytes = math.prod(shape) * (2 if dtype == "BF16" else 4)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [cursor, cursor + nbytes]}
+        cursor += nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + cursor)

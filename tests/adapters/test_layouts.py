@@ -18,11 +18,14 @@ PAIRS = (
     ("output_blocks.11.1.proj_in.weight", "up_blocks.3.attentions.2.proj_in.weight"),
     ("output_blocks.11.0.skip_connection.weight", "up_blocks.3.resnets.2.conv_shortcut.weight"),
     ("time_embed.2.weight", "time_embedding.linear_2.weight"),
+    ("double_blocks.3.img_mlp.0.weight", "transformer_blocks.3.ff.net.0.proj.weight"),
+    ("single_blocks.12.linear2.bias", "single_transformer_blocks.12.proj_out.bias"),
+    ("txt_in.weight", "context_embedder.weight"),
 )
 
 
 @pytest.mark.parametrize(("original", "theirs"), PAIRS)
-def test_blocks_of_a_unet_have_two_names(original: str, theirs: str) -> None:
+def test_blocks_have_two_names(original: str, theirs: str) -> None:
     assert theirs in [other.name for other in other_names(original)]
     assert original in [other.name for other in other_names(theirs)]
 
@@ -37,7 +40,9 @@ def test_fused_projections_are_parts_of_one_tensor() -> None:
     assert [each.name for each in found] == [
         f"single_transformer_blocks.7.{part}.weight" for part in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
     ]
-    assert not any(each.even for each in found)
+    assert not any(each.even or each.within for each in found)
+    (found,) = other_names("transformer_blocks.3.attn.add_k_proj.bias")
+    assert (found.name, found.share, found.shares, found.within) == ("double_blocks.3.txt_attn.qkv.bias", 1, 3, True)
 
 
 def test_other_tensors_have_one_name() -> None:

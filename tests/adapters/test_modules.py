@@ -128,6 +128,7 @@ def test_biases_that_the_configuration_does_not_tell_are_added_with_a_warning() 
             "several kinds",
         ),
         (factors("a", 8, 6) | {"a.alpha": drawn(1, 2)}, "not one number"),
+        (factors("a", 8, 6) | {"a.reshape_weight": drawn(1, 2)}, "reshape_weight has no meaning beside"),
         (factors("a", 8, 6) | {"base_model.model.a.lora_A.weight": drawn(1, 4, 6)}, "are the same factor of a"),
         ({"a.oft_blocks": drawn(1, 2, 2)}, "OFT"),
         ({"a.weight": drawn(1, 2, 2)}, "holds no factors"),

@@ -230,6 +230,26 @@ def test_parts_of_a_fused_block_of_flux() -> None:
     same(baked(f"base+{adapter_of(tensors)}"), {key: expected})
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_fused_update_of_flux_on_separate_tensors(dora: bool) -> None:
+    parts = {"attn.to_q": 6, "attn.to_k": 6, "attn.to_v": 6, "proj_mlp": 24}
+    base = {f"single_transformer_blocks.0.{part}.weight": drawn(n, rows, 6) for n, (part, rows) in enumerate(parts.items())}
+    base_of(base)
+    name = "lora_unet_single_blocks_0_linear1"
+    up, down, scale = drawn(10, 42, 4), drawn(11, 4, 6), drawn(12, 42, 1).abs()
+    tensors = {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down} | (
+        {f"{name}.dora_scale": scale} if dora else {}
+    )
+    whole = torch.cat(list(base.values())).double() + up.double() @ down.double()
+    if dora:
+        whole *= scale.double() / (whole.pow(2).sum(1, keepdim=True).sqrt() + torch.finfo(torch.float32).eps)
+    expected = dict(zip(base, whole.split(list(parts.values())), strict=True))
+    same(baked(f"base+{adapter_of(tensors)}"), expected)
+    tensors[f"{name}.lora_up.weight"] = drawn(10, 41, 4)
+    with pytest.raises(sm.MismatchError, match="which have 42 rows together"):
+        sm.convert(f"base+{adapter_of(tensors, 'short')}", "out/")
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_factors_of_other_shapes_are_errors(case: str) -> None:
     _, tensors, _ = made(case)

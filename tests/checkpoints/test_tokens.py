@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from streammerge.checkpoints.tokens import entry, next_number, read_tokens
+from streammerge.checkpoints.tokens import entry, fingerprint, next_number, read_tokens
 from streammerge.stores.locations import parse
 
 VOCAB = {"a": 0, "b": 1, "Ġé": 2, "\"'\\": 3, "\U0001f600x": 4}
@@ -100,3 +100,38 @@ def test_what_tells_no_tokens(tmp_path: Path) -> None:
 )
 def test_the_next_number(tokens: int, added: list[int], number: int) -> None:
     assert next_number(tokens, [entry(str(each), each) for each in added]) == number
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"model": {"vocab": {"a": 99999999999999}}}',
+        '{"added_tokens": [{"id": 99999999999, "content": "x"}], "model": {"vocab": {"a": 0}}}',
+        '{"model": {"vocab": {"a": 0',
+        '{"model": {"vocab": {"a": "b"}}}',
+        '{"model": {"vocab": {"\\ud8": 0}}}',
+        '{"model": ' * 5000,
+    ],
+)
+def test_damaged_files_are_told(text: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match=r"number|vocabulary|escape|Unterminated|\\u"):
+        read_tokens(parse(tmp_path))
+
+
+def test_odd_files_beside_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
+    deep = '{"added_tokens_decoder": {"x": {"content": "<x>"}, "1": 3}, "pad_token": 5, "extra_special_tokens": [[]]}'
+    (tmp_path / "tokenizer_config.json").write_text(deep)
+    (tmp_path / "added_tokens.json").write_text("[" * 100_000)
+    found = read_tokens(parse(tmp_path))
+    assert found is not None
+    assert found.numbers == {"a": 0, "<x>": 1}
+
+
+def test_equal_files_have_one_fingerprint(tmp_path: Path) -> None:
+    for name, more in (("a", {}), ("b", {}), ("c", {"tokenizer_config.json": "{}"})):
+        read(tmp_path / name, {"tokenizer.json": tokenizer(), **more})
+    (tmp_path / "b/other.json").write_text("1")
+    one, two, three = (fingerprint(parse(tmp_path / name)) for name in "abc")
+    assert one == two != three

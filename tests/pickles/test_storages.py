@@ -16,6 +16,7 @@ from conftest import load_safetensors, mean, octets
 
 import streammerge as sm
 from formats.suite import FormatSuite, Tensors
+from streammerge.pickles.storages import EnclosedStorages
 
 
 class PickledTensors(FormatSuite):
@@ -175,3 +176,21 @@ def test_modules_with_their_source_are_merged_unexecuted(tmp_path: Path) -> None
     assert run(READS).split() == ["2.0", "{'path':", "'p'}", "None"]
     sm.merge(inputs, tmp_path / "out.safetensors", state_dict="G_ema")
     assert sorted(load_safetensors(tmp_path / "out.safetensors")) == ["layer.weight", "w_avg"]
+
+
+def test_bytes_that_are_mentioned_again_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small hostile file would take hours otherwise."""
+    storage = torch.ones(2).untyped_storage().__reduce__()[1][0]
+    load = b"\x8c\x0dtorch.storage\x8c\x10_load_from_bytes\x93q\x00"
+    value = b"B" + len(storage).to_bytes(4, "little") + storage + b"q\x01"
+    (tmp_path / "a.pkl").write_bytes(b"\x80\x04" + load + value + b"00" + b"h\x00h\x01\x85R0" * 50 + b"N.")
+    times, read = [], EnclosedStorages._read
+
+    def counted(self: EnclosedStorages, head: bytes) -> Any:
+        times.append(head)
+        return read(self, head)
+
+    monkeypatch.setattr(EnclosedStorages, "_read", counted)
+    with pytest.raises(sm.FormatError, match="it holds no tensors"):
+        sm.inspect(tmp_path / "a.pkl")
+    assert len(times) == 1

@@ -11,8 +11,8 @@ import torch
 from sources.suite import FLOATS, Case, Disk, SourceSuite, room
 from streammerge.errors import RecipeError
 from streammerge.sources.base import read_whole
+from streammerge.sources.permuted import permuted
 from streammerge.sources.product import product
-from streammerge.sources.shaped import turned
 from streammerge.tensors.dtypes import BY_TORCH_NAME
 
 SHAPES = ((1, 1, 1), (5, 3, 7), (0, 2, 3), (31, 4, 1), (1, 9, 517), (301, 16, 433))
@@ -41,7 +41,7 @@ class TestProduct(SourceSuite):
         tall = small((3, 4), torch.float32, 6)
         made = product("w", disk.stored(tall), disk.stored(wide), dtype=BY_TORCH_NAME["float32"])
         yield Case(made, tall @ wide)
-        across = product("w", turned(disk.stored(wide)), turned(disk.stored(tall)), dtype=BY_TORCH_NAME["float32"])
+        across = product("w", permuted(disk.stored(wide)), permuted(disk.stored(tall)), dtype=BY_TORCH_NAME["float32"])
         yield Case(across, wide.t() @ tall.t())
 
     def test_real_numbers_are_rounded_once(self, tmp_path: Path) -> None:
@@ -57,4 +57,4 @@ def test_factors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no factors of a product"):
         product("w", one, other)
     with pytest.raises(RecipeError, match="no tensor of shape"):
-        product("w", one, turned(one), shape=(2, 2))
+        product("w", one, permuted(one), shape=(2, 2))

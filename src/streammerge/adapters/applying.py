@@ -13,12 +13,13 @@ from streammerge.adapters.updates import updated
 from streammerge.checkpoints.heads import is_embedding
 from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
 from streammerge.errors import MismatchError, RecipeError, printable
-from streammerge.recipe.adapted import split
+from streammerge.recipe.adapted import check_there, split
 from streammerge.sources.base import Source
 from streammerge.sources.elementwise import rounded
 from streammerge.sources.joined import joined
 from streammerge.sources.rows import rows_of
 from streammerge.tensors.dtypes import DType
+from streammerge.tensors.layers import layer_of
 
 __all__ = ["adapted", "open_model", "read_adapter"]
 
@@ -30,6 +31,7 @@ def open_model(text: str, state_dict: str | None = None, ema: str = "ignore") ->
     """Returns the index of a checkpoint, or of one with adapters (:mod:`streammerge.recipe.adapted`). Raises as they do."""
     parts = split(text)
     if parts is None:
+        check_there(text)
         return open_checkpoint(text, state_dict, ema)
     base = open_checkpoint(parts.base, state_dict, ema)
     return adapted(base, [(read_adapter(each.path), each.scale) for each in parts.adapters], str(parts))
@@ -76,6 +78,11 @@ class _Adapted:
                         break
                     if module.kind == "ia3" and module.parameter == "bias":  # a module without a bias
                         break
+                    pieces = names.pieces(wanted_names(option))
+                    if pieces:
+                        self._in_pieces(adapter, option, pieces, strength)
+                        touched.update(piece.name for piece in pieces)
+                        break
                     found = block_of(option, experts)
                     if found is None:
                         continue
@@ -94,7 +101,7 @@ class _Adapted:
             change = partial(self._fuse, layer, strength)
             self._guarded(adapter, next(iter(layer.modules.values())), layer.block.place, change)
         self._lost(adapter, lost, names, strength)
-        self._check_promises(adapter)
+        self._check_promises(adapter, touched)
         self.notes += [*adapter.notes, *dict.fromkeys(names.notes)]
         scale = "" if strength == 1.0 else f", times {strength:g}"
         self.notes.append(
@@ -116,7 +123,7 @@ class _Adapted:
                 )
             self._apply(adapter, module, spot, strength)
 
-    def _check_promises(self, adapter: Adapter) -> None:
+    def _check_promises(self, adapter: Adapter, touched: set[str]) -> None:
         """Raises MismatchError if the configuration names whole modules or rows that the adapter does not have."""
         config = adapter.config
         if config is None:
@@ -126,6 +133,20 @@ class _Adapted:
             if name not in whole and any(name in each.split(".") for each in self.base.entries):
                 raise MismatchError(
                     f"{adapter.where}: modules_to_save names {printable(name)}, and the adapter has no tensor of it; the "
+                    "adapter is not complete"
+                )
+        stacks = {layer.stack for name in touched if (layer := layer_of(name))}
+        for name in self.base.entries if config.everywhere else ():
+            module, layer = name.removesuffix(".weight"), layer_of(name)
+            if (
+                name not in touched
+                and module != name
+                and layer
+                and layer.stack in stacks
+                and module.endswith(config.everywhere)
+            ):
+                raise MismatchError(
+                    f"{adapter.where}: target_modules names {printable(module)}, and the adapter has no tensor of it; the "
                     "adapter is not complete"
                 )
         if config.tokens and not any(each.kind == "tokens" for each in adapter.modules):
@@ -142,6 +163,25 @@ class _Adapted:
 
     def _fuse(self, layer: Singles, strength: float) -> None:
         self.now.update(layer.updates(self._all(layer.block), strength, self.base))
+
+    def _in_pieces(self, adapter: Adapter, module: Module, pieces: list[Spot], strength: float) -> None:
+        """Updates the tensors that the base has in place of one, each by its rows of the factors."""
+        start, rows = 0, [self.base.entries[piece.name].spec.shape[0] for piece in pieces]
+        by_rows = [part for part in module.parts if part in ("B", "diff", "diff_b", "B bias", "magnitude")]
+        by_rows += [
+            part for part in ("dora_scale",) if part in module.parts and module.parts[part].spec.shape[0] == sum(rows)
+        ]
+        if module.kind not in ("lora", "full", "bias") or any(
+            module.parts[part].spec.shape[0] != sum(rows) for part in by_rows
+        ):
+            raise MismatchError(
+                f"{adapter.where}: {printable(module.keys[0])} does not fit {printable(pieces[0].name)} and the tensors "
+                f"behind it in {printable(self.base.path)}, which have {sum(rows)} rows together"
+            )
+        for piece, count in zip(pieces, rows, strict=True):
+            parts = {part: rows_of(module.parts[part], start, start + count) for part in by_rows}
+            self._apply(adapter, replace(module, parts={**module.parts, **parts}), piece, strength)
+            start += count
 
     def _tensor(self, name: str) -> Source:
         return self.now.get(name) or self.base.entries[name]

@@ -30,7 +30,8 @@ class Config:
 
     ``r`` and ``alpha``: for modules that no pattern names. ``targets``: the parameters that the adapter targets, in order.
     ``saved``: the modules that it brings whole. ``tokens``: the ends of modules' names -> the numbers of their trained
-    rows; "" is the input embedding.
+    rows; "" is the input embedding. ``everywhere``: the ends of the names of all modules that an IA3 adapter changes, if
+    its configuration lists them.
     """
 
     where: str
@@ -48,6 +49,7 @@ class Config:
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     feedforward: str | tuple[str, ...] = ()
     saved: tuple[str, ...] = ()
+    everywhere: tuple[str, ...] = ()
 
     def rank(self, module: str) -> int:
         """Returns the rank of a module's factors."""
@@ -131,8 +133,20 @@ def config_of(tree: Mapping[str, Any], where: str) -> Config:
         tuple(targets),
         _tokens(tree, where),
         feedforward if isinstance(feedforward, str) else tuple(map(str, feedforward)),
-        tuple(map(str, saved)) if isinstance(saved := tree.get("modules_to_save"), list) else (),
+        tuple(map(str, _list(tree, "modules_to_save"))),
+        tuple(f".{end}" for end in _list(tree, "target_modules")) if _is_whole(tree, kind) else (),
     )
+
+
+def _list(tree: Mapping[str, Any], key: str) -> list[Any]:
+    found = tree.get(key)
+    return found if isinstance(found, list) else []
+
+
+def _is_whole(tree: Mapping[str, Any], kind: str) -> bool:
+    """Whether an adapter changes every module that has a name of its list. Updates that are zero may be left out of others
+    than IA3."""
+    return kind == "IA3" and not tree.get("exclude_modules") and tree.get("layers_to_transform") is None
 
 
 def _init(tree: Mapping[str, Any], where: str) -> str:

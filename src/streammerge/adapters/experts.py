@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from streammerge.adapters.dialects import IN_OUT_EXPERTS
 from streammerge.adapters.modules import Module
@@ -21,8 +21,8 @@ from streammerge.sources.box import box
 from streammerge.sources.constant import Constant
 from streammerge.sources.elementwise import summed
 from streammerge.sources.joined import joined
+from streammerge.sources.permuted import permuted, shaped
 from streammerge.sources.product import product
-from streammerge.sources.shaped import shaped, turned
 from streammerge.tensors.conventions import EXPERT_ROLES, EXPERT_STACKS
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorSpec
@@ -112,7 +112,7 @@ def fused_update(module: Module, weight: Source, strength: float, base: Checkpoi
     if not ways:
         raise RecipeError(f"it updates matrices of {outer} and {inner}")
     across = _is_in_out(base) if len(ways) > 1 else ways[0]
-    left, right = (turned(down, 0, 2, 1), turned(up, 2, 1, 0)) if across else (turned(up, 2, 0, 1), down)
+    left, right = (permuted(down, 0, 2, 1), permuted(up, 2, 1, 0)) if across else (permuted(up, 2, 0, 1), down)
     made = product(weight.spec.name, left, right, module.scale, shape)
     return summed([weight, made], [1.0, strength])
 
@@ -195,31 +195,38 @@ def _fused(own: dict[tuple[str, int], Module], weight: Source, halves: tuple[str
         raise RecipeError(f"it updates matrices of {rows} and {columns} of up to {1 + max(n for _, n in own)} experts")
     across = _is_in_out(base) if len(ways) > 1 else ways[0]
     rank = max(module.rank for module in own.values())
+    scales = {module.scale for module in own.values()}
+    dtypes = {part.spec.dtype for module in own.values() for part in module.parts.values()}
+    alike = len(scales) == len(dtypes) == 1  # then the factors are read as they are stored
+    dtype, scale = (next(iter(dtypes)), next(iter(scales))) if alike else (DType.F64, 1.0)
     left, right = list[Source](), list[Source]()
     for number in range(experts):
-        pairs = [_padded(own.get((half, number)), rows, columns, rank) for half in halves]
+        pairs = [_padded(own.get((half, number)), rows, columns, rank, dtype, alike) for half in halves]
         if across:
-            left.append(joined("w", [turned(down) for _, down in pairs], 1))
-            right.append(_diagonal([turned(up) for up, _ in pairs]))
+            left.append(joined("w", [permuted(down) for _, down in pairs], 1))
+            right.append(_diagonal([permuted(up) for up, _ in pairs]))
         else:
             left += [up for up, _ in pairs]
             right += [down for _, down in pairs]
     stacks = experts if across else experts * len(halves)
     one, two = (shaped(joined(weight.spec.name, each), stacks, each[0].spec.shape[0], -1) for each in (left, right))
-    return product(weight.spec.name, one, two, 1.0, shape)
+    return product(weight.spec.name, one, two, scale, shape)
 
 
-def _padded(module: Module | None, rows: int, columns: int, rank: int) -> tuple[Source, Source]:
-    """Returns the factors of one expert, of the common rank, with the scale in the first; zeros for an expert without."""
+def _padded(module: Module | None, rows: int, columns: int, rank: int, dtype: DType, plain: bool) -> tuple[Source, Source]:
+    """Returns the factors of one expert, of the common rank; zeros for an expert without.
+
+    ``plain``: as they are stored. Otherwise the first one is multiplied by the scale.
+    """
     if module is None:
-        return _zeros(rows, rank), _zeros(rank, columns)
+        return _zeros(dtype, rows, rank), _zeros(dtype, rank, columns)
     up, down = module.parts["B"], module.parts["A"]
     if up.spec.shape != (rows, module.rank) or down.spec.shape != (module.rank, columns):
         raise RecipeError(f"{printable(module.name)} has factors of other shapes than the other experts")
-    one, two = summed([up], [module.scale]), summed([down])
+    one, two = (up, down) if plain else (summed([up], [module.scale]), summed([down]))
     more = rank - module.rank
     if more:
-        one, two = joined("w", [one, _zeros(rows, more)], 1), joined("w", [two, _zeros(more, columns)])
+        one, two = joined("w", [one, _zeros(dtype, rows, more)], 1), joined("w", [two, _zeros(dtype, more, columns)])
     return one, two
 
 
@@ -228,15 +235,10 @@ def _diagonal(parts: list[Source]) -> Source:
     rows = []
     for place, part in enumerate(parts):
         high = part.spec.shape[0]
-        row = [part if at == place else _zeros(high, each.spec.shape[1]) for at, each in enumerate(parts)]
+        row = [part if at == place else _zeros(part.spec.dtype, high, each.spec.shape[1]) for at, each in enumerate(parts)]
         rows.append(joined("w", row, 1))
     return joined("w", rows)
 
 
-def _zeros(*shape: int) -> Source:
-    return Constant(TensorSpec("zeros", DType.F64, shape))
-
-
-def renamed_place(module: Module, block: Block, place: str) -> Module:
-    """Returns a module with the name that the base's own experts have."""
-    return replace(module, name=block.place + module.name[len(place) :]) if block.place != place else module
+def _zeros(dtype: DType, *shape: int) -> Source:
+    return Constant(TensorSpec("zeros", dtype, shape))

@@ -41,35 +41,28 @@ _OPEN_CLIP = (
 )
 _OPEN_CLIP_FUSED = re.compile(r"^transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)$")
 _FLUX_FUSED = (
-    (
-        r"^double_blocks\.(\d+)\.img_attn\.qkv\.(weight|bias)$",
-        r"transformer_blocks.\1.attn.{}.\2",
-        ("to_q", "to_k", "to_v"),
-    ),
-    (
-        r"^double_blocks\.(\d+)\.txt_attn\.qkv\.(weight|bias)$",
-        r"transformer_blocks.\1.attn.{}.\2",
-        ("add_q_proj", "add_k_proj", "add_v_proj"),
-    ),
-    (
-        r"^single_blocks\.(\d+)\.linear1\.(weight|bias)$",
-        r"single_transformer_blocks.\1.{}.\2",
-        ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-    ),
+    ("double_blocks.#.img_attn.qkv", "transformer_blocks.#.attn.", ("to_q", "to_k", "to_v")),
+    ("double_blocks.#.txt_attn.qkv", "transformer_blocks.#.attn.", ("add_q_proj", "add_k_proj", "add_v_proj")),
+    ("single_blocks.#.linear1", "single_transformer_blocks.#.", ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")),
 )
+"""(original name, start of diffusers' names, their ends): tensors that diffusers has in parts. # is a layer's number."""
 _FLUX = (
-    (r"^double_blocks\.(\d+)\.img_attn\.proj\.", r"transformer_blocks.\1.attn.to_out.0."),
-    (r"^double_blocks\.(\d+)\.txt_attn\.proj\.", r"transformer_blocks.\1.attn.to_add_out."),
-    (r"^double_blocks\.(\d+)\.img_mlp\.0\.", r"transformer_blocks.\1.ff.net.0.proj."),
-    (r"^double_blocks\.(\d+)\.img_mlp\.2\.", r"transformer_blocks.\1.ff.net.2."),
-    (r"^double_blocks\.(\d+)\.txt_mlp\.0\.", r"transformer_blocks.\1.ff_context.net.0.proj."),
-    (r"^double_blocks\.(\d+)\.txt_mlp\.2\.", r"transformer_blocks.\1.ff_context.net.2."),
-    (r"^double_blocks\.(\d+)\.img_mod\.lin\.", r"transformer_blocks.\1.norm1.linear."),
-    (r"^double_blocks\.(\d+)\.txt_mod\.lin\.", r"transformer_blocks.\1.norm1_context.linear."),
-    (r"^single_blocks\.(\d+)\.linear2\.", r"single_transformer_blocks.\1.proj_out."),
-    (r"^single_blocks\.(\d+)\.modulation\.lin\.", r"single_transformer_blocks.\1.norm.linear."),
-    (r"^img_in\.", "x_embedder."),
-    (r"^txt_in\.", "context_embedder."),
+    ("double_blocks.#.img_attn.proj", "transformer_blocks.#.attn.to_out.0"),
+    ("double_blocks.#.txt_attn.proj", "transformer_blocks.#.attn.to_add_out"),
+    ("double_blocks.#.img_mlp.0", "transformer_blocks.#.ff.net.0.proj"),
+    ("double_blocks.#.img_mlp.2", "transformer_blocks.#.ff.net.2"),
+    ("double_blocks.#.txt_mlp.0", "transformer_blocks.#.ff_context.net.0.proj"),
+    ("double_blocks.#.txt_mlp.2", "transformer_blocks.#.ff_context.net.2"),
+    ("double_blocks.#.img_mod.lin", "transformer_blocks.#.norm1.linear"),
+    ("double_blocks.#.txt_mod.lin", "transformer_blocks.#.norm1_context.linear"),
+    ("single_blocks.#.linear2", "single_transformer_blocks.#.proj_out"),
+    ("single_blocks.#.modulation.lin", "single_transformer_blocks.#.norm.linear"),
+    ("img_in", "x_embedder"),
+    ("txt_in", "context_embedder"),
+)
+_FLUX_STARTS = (
+    *("double_blocks.", "single_blocks.", "img_in.", "txt_in."),
+    *("transformer_blocks.", "single_transformer_blocks.", "x_embedder.", "context_embedder."),
 )
 
 
@@ -77,13 +70,14 @@ class Other(NamedTuple):
     """Another name of a tensor, or of consecutive rows of it: ``share`` is the number of the part among ``shares``.
 
     ``even``: whether all parts have the same number of rows; otherwise those before the last have as many as the tensor
-    has columns.
+    has columns. ``within``: the other way round, the tensor is that part of the one that is called ``name``.
     """
 
     name: str
     share: int = 0
     shares: int = 1
     even: bool = True
+    within: bool = False
 
 
 def other_names(name: str) -> Iterator[Other]:
@@ -99,13 +93,25 @@ def other_names(name: str) -> Iterator[Other]:
             yield Other(f"text_model.encoder.layers.{match[1]}.self_attn.{part}.{match[2]}", number, 3)
     elif name.startswith("transformer.resblocks."):
         yield from _replaced(name, _OPEN_CLIP)
-    if name.startswith(("double_blocks.", "single_blocks.", "img_in.", "txt_in.")):
-        yield from _replaced(name, _FLUX)
-        for pattern, made, parts in _FLUX_FUSED:
-            if match := re.match(pattern, name):
-                for number, part in enumerate(parts):
-                    other = match.expand(made.replace("{}", "\0")).replace("\0", part)
-                    yield Other(other, number, len(parts), even=len(parts) == 3)
+    if name.startswith(_FLUX_STARTS):
+        yield from _of_flux(stem, dot + ending)
+
+
+def _of_flux(stem: str, ending: str) -> Iterator[Other]:
+    """Yields the other names of a tensor of Flux, in both directions."""
+    number = next((part for part in stem.split(".") if part.isdigit()), "")
+    general = stem.replace(f".{number}.", ".#.", 1) if number else stem
+    for pair in _FLUX:
+        for one, two in (pair, pair[::-1]):
+            if general == one:
+                yield Other(two.replace("#", number) + ending)
+    for fused, start, parts in _FLUX_FUSED:
+        for share, part in enumerate(parts):
+            even = len(parts) == len(_FLUX_FUSED[0][2])
+            if general == fused:
+                yield Other(start.replace("#", number) + part + ending, share, len(parts), even)
+            elif general == start + part:
+                yield Other(fused.replace("#", number) + ending, share, len(parts), even, within=True)
 
 
 def _replaced(name: str, rules: tuple[tuple[str, str], ...]) -> Iterator[Other]:

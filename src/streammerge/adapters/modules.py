@@ -309,6 +309,19 @@ _PARTNERS: dict[str, tuple[tuple[str, ...], ...]] = {
 """What each kind cannot be without: one of each of these."""
 
 
+_NORMS = ("magnitude", "dora_scale")
+_BELONGS: dict[str, tuple[str, ...]] = {
+    "lora": ("A", "B", "mid", *_NORMS),
+    "embedding": ("embedding ", *_NORMS),
+    "loha": ("hada_", *_NORMS),
+    "lokr": ("lokr_", *_NORMS),
+    "full": ("diff", *_NORMS),
+    "tokens": ("tokens",),
+    "ia3": ("ia3",),
+}
+"""How the parts of each kind may be called."""
+
+
 def _scaled(
     adapter: Adapter,
     name: str,
@@ -335,6 +348,12 @@ def _scaled(
                 "updated; the adapter is not complete"
             )
     own = parts.pop("alpha", None)
+    foreign = next((part for part in parts if not part.startswith(_BELONGS[kind])), None)
+    if foreign is not None:
+        raise MismatchError(
+            f"{adapter.where}: {printable(keys[foreign])} has no meaning beside {printable(used[0])}, so the update of "
+            f"{printable(name)} is not known"
+        )
     stated, rank, scale = config is not None, 0, 1.0
     if kind in ("lora", "embedding"):
         rank = _rank(adapter, name, parts, keys)

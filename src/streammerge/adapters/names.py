@@ -36,6 +36,7 @@ class Names:
         self._learned: list[tuple[str, str]] = []
         self._stacks: dict[str, tuple[str, str]] = {}
         self._parts: dict[str, dict[str, list[Spot]]] = {}
+        self._pieces: dict[str, dict[str, dict[int, Spot]]] = {}
 
     def find(self, wanted: Iterable[str]) -> Spot | None:
         """Returns the tensor with the first of these names that the base has in any spelling; None if it has none.
@@ -50,6 +51,17 @@ class Names:
                     self._check_stack(name, spot)
                     return spot
         return None
+
+    def pieces(self, wanted: Iterable[str]) -> list[Spot]:
+        """Returns the tensors that are, one behind the other, the tensor with the first of these names; [] if none is."""
+        for name in wanted:
+            inner, places = component_of(name)
+            for place in places or _PARTS:
+                self._mangled(place)
+                found = self._pieces[place].get(_mangled_name(inner), {})
+                if found and sorted(found) == list(range(len(found))) and len(found) > 1:
+                    return [found[share] for share in range(len(found))]
+        return []
 
     def learn(self, theirs: str, ours: str) -> None:
         """Lets names that begin with ``theirs`` mean those that begin with ``ours``."""
@@ -125,8 +137,7 @@ class Names:
         return self._without_dots(name, inner, places or _PARTS)
 
     def _without_dots(self, name: str, inner: str, places: Sequence[str]) -> Spot | None:
-        stem, _, ending = inner.rpartition(".")
-        wanted = f"{stem.replace('.', '_')}.{ending}"
+        wanted = _mangled_name(inner)
         for place in places:
             found = self._mangled(place).get(wanted, [])
             spots = set(found)
@@ -153,13 +164,16 @@ class Names:
         """Names without dots -> tensors of the base whose names begin with ``place``."""
         if place not in self._parts:
             table: dict[str, list[Spot]] = {}
+            pieces = self._pieces.setdefault(place, {})
             for name, entry in self.entries.items():
                 if not name.startswith(place) or "_ema" in name[: len(place) + 10]:
                     continue
                 inner = name[len(place) :]
+                for whole in other_names(inner):
+                    if whole.within:
+                        pieces.setdefault(_mangled_name(whole.name), {})[whole.share] = Spot(name)
                 for other, spot in _spellings(inner, name, entry.spec.shape):
-                    stem, _, ending = other.rpartition(".")
-                    known = table.setdefault(f"{stem.replace('.', '_')}.{ending}", [])
+                    known = table.setdefault(_mangled_name(other), [])
                     if spot not in known:
                         known.append(spot)
             self._parts[place] = table
@@ -178,6 +192,12 @@ class Names:
             )
 
 
+def _mangled_name(name: str) -> str:
+    """Returns the name of a tensor with the dots of its module as underscores."""
+    stem, _, ending = name.rpartition(".")
+    return f"{stem.replace('.', '_')}.{ending}"
+
+
 def _common(one: list[str], other: list[str]) -> int:
     """Returns the number of last parts that two names have in common."""
     count = 0
@@ -192,6 +212,8 @@ def _spellings(inner: str, name: str, shape: tuple[int, ...]) -> Iterator[tuple[
     """Yields every name of a tensor in other layouts, with the rows that it stands for."""
     yield inner, Spot(name)
     for other in other_names(inner):
+        if other.within:
+            continue
         if other.shares == 1:
             yield other.name, Spot(name)
         elif shape:

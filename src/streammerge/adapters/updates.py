@@ -13,11 +13,11 @@ from streammerge.sources.contracted import contracted
 from streammerge.sources.elementwise import multiplied, rounded, summed
 from streammerge.sources.joined import joined
 from streammerge.sources.kronecker import kronecker
+from streammerge.sources.permuted import permuted, shaped
 from streammerge.sources.product import product
 from streammerge.sources.rescaled import rescaled
 from streammerge.sources.residual import residual
 from streammerge.sources.rows import gathered
-from streammerge.sources.shaped import shaped, turned
 from streammerge.tensors.dtypes import DType
 
 Shape = tuple[int, ...]
@@ -56,7 +56,7 @@ def _misfit(module: Module, weight: Source, said: str) -> MismatchError:
 
 
 def _added(module: Module, weight: Source, strength: float, dtype: DType) -> Source:
-    if module.start:
+    if module.start and module.kind == "lora" and len(weight.spec.shape) == 2:  # PEFT does so in linear layers only
         weight = _without_start(module, weight)
     change = delta(module, weight.spec.shape)
     if not module.magnitude:
@@ -90,7 +90,7 @@ def _lora(module: Module, shape: Shape) -> Source:
         return product(name, left, shaped(right, rank, -1), module.scale, shape)
     right_flat = shaped(down, rank, -1)
     if transposed(module, shape):
-        return product(name, turned(right_flat), turned(left), module.scale, shape)
+        return product(name, permuted(right_flat), permuted(left), module.scale, shape)
     if not shape or left.spec.shape[0] != shape[0]:
         raise RecipeError(f"it updates {left.spec.shape[0]} rows of {right_flat.spec.shape[1]}")
     return product(name, left, right_flat, module.scale, shape)
@@ -100,7 +100,7 @@ def _embedding(module: Module, shape: Shape) -> Source:
     down, up = module.parts["embedding A"], module.parts["embedding B"]
     if shape != (down.spec.shape[1], up.spec.shape[0]):
         raise RecipeError(f"it updates embeddings of shape {[down.spec.shape[1], up.spec.shape[0]]}")
-    return product(up.spec.name, turned(down), turned(up), module.scale, shape)
+    return product(up.spec.name, permuted(down), permuted(up), module.scale, shape)
 
 
 def _loha(module: Module, shape: Shape) -> Source:
@@ -121,7 +121,7 @@ def _tucker(core: Source, one: Source, two: Source, scale: float, shape: Shape) 
     rank = core.spec.shape[0]
     flat = shaped(core, *core.spec.shape[:2], -1)
     right = contracted(core.spec.name, "ijx,jr->irx", flat, two)
-    return product(core.spec.name, turned(one), shaped(right, rank, -1), scale, shape)
+    return product(core.spec.name, permuted(one), shaped(right, rank, -1), scale, shape)
 
 
 def _lokr(module: Module, shape: Shape) -> Source:

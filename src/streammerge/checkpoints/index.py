@@ -66,7 +66,7 @@ class CheckpointIndex(Mapping[str, Source]):
         changed = {new: old for old, new in names.items() if new != old}
         entries = {names[old]: entry.named(names[old]) for old, entry in self.entries.items()}
         found = [replace(each, name=names.get(each.name, each.name)) for each in self.selection.tensors]
-        told = [f"{printable(self.path)}: {len(changed)} tensors have other names by `rename`"] if changed else []
+        told = [f"{printable(self.path)}: {counted(len(changed), 'tensor')} renamed by `rename`"] if changed else []
         return replace(
             self,
             entries=entries,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,7 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 MOST_BYTES = 256 << 20
 _BLOCK_BYTES = 1 << 20
 _MOST_SMALL_BYTES = 32 << 20
+_MOST_TOKENS = 1 << 24
 _WORD = rb'"((?:[^"\\]|\\.)*)"'
 _VOCABULARY = re.compile(rb'(?<!\\)"vocab"\s*:\s*([\[{])')
 _ENTRIES = {
@@ -62,16 +63,11 @@ class Tokens:
 
     file: Location
     kind: str
-    numbers: dict[str, int]
+    numbers: MutableMapping[str, int]
     added: list[Added] = field(default_factory=list)
     ordinary: int = 0
     steps: dict[str, Any] = field(default_factory=dict)
     read: list[Location] = field(default_factory=list)
-
-    @property
-    def size(self) -> int:
-        """The largest number of a token, and one more."""
-        return max(self.numbers.values(), default=-1) + 1
 
 
 def vocabulary_folder(path: Location) -> Location | None:
@@ -79,8 +75,11 @@ def vocabulary_folder(path: Location) -> Location | None:
     return config_folder(path) or (path.parent if path.is_file() else None)
 
 
-def read_tokens(path: Location) -> Tokens | None:
-    """Returns the tokens of a checkpoint, None if no file tells them. Raises ValueError for a file that cannot be read."""
+def read_tokens(path: Location, numbers: Callable[[], MutableMapping[str, int]] = dict) -> Tokens | None:
+    """Returns the tokens of a checkpoint, None if no file tells them. Raises ValueError for a file that cannot be read.
+
+    ``numbers``: makes the mapping for the tokens of a tokenizer.json, of which there may be hundreds of thousands.
+    """
     folder = vocabulary_folder(path)
     if folder is None:
         return None
@@ -88,12 +87,32 @@ def read_tokens(path: Location) -> Tokens | None:
         file = folder / name
         if not file.lexists() or not file.is_file() or file.size > MOST_BYTES:
             continue
-        found = _read(file)
-        if found is not None and found.numbers:
+        try:
+            found = _read(file, numbers)
+            if found is None or not found.numbers:
+                continue
             found.read.append(file)
             _add_beside(folder, found)
-            return found
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:  # JSON of another form
+            raise ValueError(f"{file.name} is no file of a tokenizer as they are known") from error
+        if isinstance(found.numbers, dict):
+            _check_number(max(found.numbers.values()))
+        return found
     return None
+
+
+def fingerprint(path: Location) -> bytes:
+    """Returns a checksum of the files that tell a checkpoint's tokens. Equal ones mean equal tokens."""
+    import hashlib
+
+    made, folder = hashlib.sha256(), vocabulary_folder(path)
+    files = () if folder is None else [folder / name for name in (*VOCABULARY_FILES, ADDED_TOKENS, TOKENIZER_CONFIG)]
+    for file in files:
+        if file.is_file() and (size := file.size) <= MOST_BYTES:
+            made.update(f"\0{file.name}\0{size}\0".encode())
+            for start in range(0, size, _BLOCK_BYTES):
+                made.update(file.read(start, min(_BLOCK_BYTES, size - start)))
+    return made.digest()
 
 
 def entry(content: str, number: int, **flags: bool) -> Added:
@@ -108,11 +127,11 @@ def next_number(tokens: int, added: list[Added]) -> int:
     return most + 1 if added and (most >= tokens or not tokens) else tokens
 
 
-def _read(file: Location) -> Tokens | None:
+def _read(file: Location, numbers: Callable[[], MutableMapping[str, int]]) -> Tokens | None:
     if file.name.endswith(".json"):
         head = file.read(0, min(file.size, _BLOCK_BYTES))
         if file.name == TOKENIZER or re.search(rb'"(model|added_tokens|pre_tokenizer)"\s*:\s*[\[{]', head):
-            return _of_tokenizers(file)
+            return _of_tokenizers(file, numbers())
         return _of_json(file)
     if file.size > _MOST_SMALL_BYTES:
         return None
@@ -192,11 +211,23 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _of_tokenizers(file: Location) -> Tokens:
+def _check_number(number: int) -> None:
+    if number > _MOST_TOKENS:
+        raise ValueError(f"a token has the number {number}")
+
+
+def _of_tokenizers(file: Location, numbers: MutableMapping[str, int]) -> Tokens:
     head, found = vocabulary_entries(file)
-    numbers = {text_of(word): int(number) for word, number in found}
+    for word, written in found:
+        number = int(written)
+        _check_number(number)
+        numbers[text_of(word)] = number
     ordinary, added = len(numbers), added_in(head)
-    numbers |= {each["content"]: each["id"] for each in added}
+    for each in added:
+        _check_number(each["id"])
+        if numbers.get(each["content"]) != each["id"]:
+            numbers.pop(each["content"], None)
+            numbers[each["content"]] = each["id"]
     steps = {name: value_in(head, name) for name in ("normalizer", "pre_tokenizer", "decoder")}
     kinds = re.findall(rb'"type"\s*:\s*"(BPE|Unigram|WordPiece|WordLevel)"', head)
     steps["model"] = kinds[-1].decode() if kinds else ""
@@ -240,7 +271,7 @@ def _mapping(file: Location, tokens: Tokens) -> dict[str, Any]:
     tokens.read.append(file)
     try:
         found = json.loads(file.read(0, file.size))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

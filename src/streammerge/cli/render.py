@@ -89,7 +89,7 @@ def recipe_text(index: CheckpointIndex) -> str:
 def index_json(index: CheckpointIndex, tensors: bool) -> dict[str, Any]:
     """Returns the data that ``inspect --format json`` prints for one checkpoint."""
     shown: dict[str, Any] = {
-        "path": str(index.path),
+        "path": index.adapted_as or str(index.path),
         "format": index.format,
         "files": [str(path) for path in index.files],
         "bytes": _total_bytes(index),
@@ -128,7 +128,7 @@ def index_json(index: CheckpointIndex, tensors: bool) -> dict[str, Any]:
 def index_text(index: CheckpointIndex, tensors: bool) -> str:
     """Returns the text that ``inspect`` prints for one checkpoint."""
     rows = [*_held(index), *_beside(index), *_safety(index)]
-    lines = [printable(index.path), *(f"  {label:<11}{text}" for label, text in rows)]
+    lines = [printable(index.adapted_as or index.path), *(f"  {label:<11}{text}" for label, text in rows)]
     return "\n".join(lines + (_tensor_lines(index) if tensors else []))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 from typing import Literal as OneOf
@@ -120,6 +120,13 @@ class Container:
                 there.append((offset, nbytes))
         return {path: sorted(dict.fromkeys(span for span in found if span[1])) for path, found in spans.items()}
 
+    def tensor_begins(self) -> dict[Location, Collection[int]]:
+        """Returns where the bytes of the tensors that are not empty begin in each file."""
+        if self.table is None:
+            return {path: [offset for offset, _ in spans] for path, spans in self.tensor_spans().items()}
+        found: dict[Location, Collection[int]] = dict.fromkeys(self.files, ())
+        return found | self.table.begins()
+
     def locate(self, name: str, ref: TensorRef) -> Source:
         """Returns the entry of one tensor. Raises FormatError if the tensor does not fit its storage."""
         if ref.entry is not None:
@@ -189,6 +196,18 @@ class Offsets(Mapping[str, int]):
         if self._found is None:
             self._found = dict(zip(self.names, self.starts, strict=True))
         return self._found[name]
+
+    def values(self) -> ValuesView[int]:
+        return _Starts(self)
+
+
+class _Starts(ValuesView[int]):
+    """The offsets, without a search by name."""
+
+    _mapping: Offsets
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._mapping.starts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,6 +110,7 @@ class Chunk:
         self._buffers, self._read, self._count = buffers, read, models
         self._first = int(based)
         self._base: torch.Tensor | None = None
+        self._taken: dict[tuple[Slot, torch.dtype], torch.Tensor] = {}
         self._models: list[torch.Tensor] | None = None
 
     def hiding(self) -> Chunk:
@@ -166,7 +167,11 @@ class Chunk:
 
     def empty(self, slot: Slot, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Returns an uninitialised buffer with one number per element."""
-        return self._buffers.get(slot, dtype or self.compute, self.elems)
+        dtype = dtype or self.compute
+        known = self._taken.get((slot, dtype))
+        if known is None:
+            known = self._taken[slot, dtype] = self._buffers.get(slot, dtype, self.stop - self.start)
+        return known
 
     def zeros(self, slot: Slot) -> torch.Tensor:
         return self.empty(slot).zero_()
@@ -209,6 +214,11 @@ def whole_grains(elems: int, row: int) -> int:
 def chunk_spans(start: int, stop: int, elems: int, row: int, sparse: int = 0) -> Iterator[tuple[int, int]]:
     """Yields the bounds of chunks of at most ``elems`` elements in whole grains; with ``sparse``, of one short span in
     ``sparse``."""
+    if (
+        not sparse and 0 < stop - start <= GRAIN // 2
+    ):  # nearly all tensors; whole rows of up to a grain are at least half of it
+        yield start, stop
+        return
     span = whole_rows(_SAMPLE_SPAN, row) if sparse else whole_grains(elems, row)
     for a, b in ranges(stop - start, span * max(sparse, 1)):
         yield start + a, start + min(a + span, b)

@@ -98,6 +98,8 @@ def select(values: torch.Tensor, ranks: Sequence[int], signed: bool, scratch: to
     ordered = scratch.copy_(values).numpy()
     # Partitions the bits as integers if no number is negative: that takes half the time.
     keys = ordered if signed else ordered.view(np.int64 if ordered.itemsize == 8 else np.int32)
+    if not signed and keys.min() < 0:  # -0, or NaN with a sign
+        keys = ordered
     done = 0
     for rank in sorted(set(ranks), reverse=True):  # one place after the other: numpy is slow at several places at once
         keys[done:].partition(n - rank - done)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -29,8 +30,9 @@ class _Sums:
         for chunk in chunks:
             for number, values in enumerate(look(chunk)):
                 step = self.grain // (self.row if values.dim() > 1 else 1)
-                for start, stop in list(ranges(len(values), step)) or [(0, 0)]:
-                    partial = values[start:stop].sum(0, dtype=torch.float64)
+                short = len(values) <= step
+                for start, stop in [(0, 0)] if short else ranges(len(values), step):
+                    partial = (values if short else values[start:stop]).sum(0, dtype=torch.float64)
                     if number == len(totals):
                         totals.append(partial)
                     else:
@@ -48,7 +50,11 @@ def reduce(group: Swept, terms: Look) -> list[torch.Tensor]:
         return functools.reduce(add, swept.sweep(terms, _Sums(group.grain, group.row), 0, group.elems))
 
     totals = sums(group)
-    return totals if all(bool(total.isfinite().all()) for total in totals) else sums(group.hiding())
+    return totals if all(map(_finite, totals)) else sums(group.hiding())
+
+
+def _finite(total: torch.Tensor) -> bool:
+    return bool(total.isfinite().all()) if total.dim() else math.isfinite(total.item())
 
 
 def gram(group: Swept, deltas: bool) -> torch.Tensor:
@@ -65,7 +71,6 @@ def gram(group: Swept, deltas: bool) -> torch.Tensor:
                 y = x if i == j else load(j, ("gram y",), torch.float64)
                 yield torch.mul(x, y, out=chunk.empty(("gram product",), torch.float64))
 
-    rows, columns = torch.tril_indices(n, n)
-    matrix = torch.zeros(n, n, dtype=torch.float64)
-    matrix[rows, columns] = matrix[columns, rows] = torch.stack(reduce(group, products))
-    return matrix
+    sums = [total.item() for total in reduce(group, products)]  # of the pairs 00, 10, 11, 20, ...
+    matrix = [[sums[max(i, j) * (max(i, j) + 1) // 2 + min(i, j)] for j in range(n)] for i in range(n)]
+    return torch.tensor(matrix, dtype=torch.float64)

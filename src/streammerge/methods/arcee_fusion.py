@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from streammerge.kernels.chunk import Chunk, Kernel
 from streammerge.kernels.group import TensorGroup
 from streammerge.methods.contracts import Values, merge_method
+from streammerge.tensors.spec import GRAIN
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +23,7 @@ def _row(shape: tuple[int, ...], values: Values) -> int:
     base="required",
     row=_row,
     buffers=12,
+    kept_bits=32,
     searches=3,
 )
 def arcee_fusion(group: TensorGroup) -> Kernel:
@@ -38,18 +40,28 @@ def arcee_fusion(group: TensorGroup) -> Kernel:
     equals the threshold, so the model's number is taken. Deviation from mergekit: quartiles of tensors above a million
     elements are exact; mergekit takes those of a random sample.
     """
-    n = group.elems
+    n, kept = group.elems, list["torch.Tensor"]()
+
+    def importance(chunk: Chunk) -> torch.Tensor:
+        keeps = chunk.elems == n <= GRAIN and not chunk.hides
+        if keeps and kept:
+            return chunk.empty("importance").copy_(kept[0])
+        made = _importance(chunk, group)
+        if keeps:
+            kept.append(made.clone())
+        return made
+
     ranks = [n - int(q * (n - 1)) for q in (0.25, 0.5, 0.75)]
     first, middle, third = (
-        cut.threshold for cut in group.kth_largest(lambda chunk: [_importance(chunk, group)], [ranks], signed=True)[0]
+        cut.threshold for cut in group.kth_largest(lambda chunk: [importance(chunk)], [ranks], signed=True)[0]
     )
     threshold = middle + 1.5 * (third - first)
 
     def kernel(chunk: Chunk) -> torch.Tensor:
         import torch
 
-        importance = _importance(chunk, group)
-        keep = torch.ge(importance, threshold, out=importance)
+        values = importance(chunk)
+        keep = torch.ge(values, threshold, out=values)
         return chunk.delta(0).mul_(keep).add_(chunk.base)
 
     return kernel

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from streammerge.errors import RecipeError
@@ -10,9 +10,12 @@ from streammerge.kernels.chunk import OPERAND, Chunk, Kernel, Slot
 from streammerge.kernels.group import TensorGroup
 from streammerge.kernels.ranking import Cut
 from streammerge.methods.contracts import Values, merge_method
+from streammerge.tensors.spec import GRAIN
 
 if TYPE_CHECKING:
     import torch
+
+Variance = Callable[[Chunk], "torch.Tensor"]
 
 
 def _check_topk(values: Values) -> None:
@@ -20,7 +23,9 @@ def _check_topk(values: Values) -> None:
         raise RecipeError(f"select_topk is the share of elements that is kept, from 0 to 1, not {values['select_topk']:g}")
 
 
-@merge_method("sce", models=(0, None), base="required", buffers=11, buffers_per_model=1, searches=1, check=_check_topk)
+@merge_method(
+    "sce", models=(0, None), base="required", buffers=11, buffers_per_model=1, kept_bits=32, searches=1, check=_check_topk
+)
 def sce(group: TensorGroup, *, int8_mask: bool = False, select_topk: float = 1.0, uniform_below: float = 0.0) -> Kernel:
     r"""Select, calculate, erase: fuses deltas where they vary, each by its energy.
 
@@ -39,13 +44,14 @@ def sce(group: TensorGroup, *, int8_mask: bool = False, select_topk: float = 1.0
     """
     if not group.models:
         return lambda chunk: chunk.base
-    cut = _selection(group, select_topk) if select_topk < 1 else None
-    weights = _weights(group, cut, uniform_below)
+    variance = _variances(group)
+    cut = _selection(group, variance, select_topk) if select_topk < 1 else None
+    weights = _weights(group, variance, cut, uniform_below)
 
     def kernel(chunk: Chunk) -> torch.Tensor:
         import torch
 
-        mask, spare = _mask(chunk, group, cut), chunk.empty("spare")
+        mask, spare = _mask(chunk, variance, cut), chunk.empty("spare")
         deltas = [_selected(chunk, model, mask, f"delta {model}") for model in range(group.models)]
         total = torch.add(deltas[0], deltas[1] if len(deltas) > 1 else 0, out=chunk.empty("sum"))
         for delta in deltas[2:]:
@@ -66,42 +72,60 @@ def _selected(chunk: Chunk, model: int, mask: torch.Tensor | None, slot: Slot = 
     return delta if mask is None else delta.mul_(mask)
 
 
-def _selection(group: TensorGroup, share: float) -> Cut:
+def _selection(group: TensorGroup, variance: Variance, share: float) -> Cut:
     def varying(chunk: Chunk) -> Iterator[torch.Tensor]:
-        yield _variance(chunk, group).abs_().sign_()  # 1 where it varies; the sign of NaN is 0
+        yield variance(chunk).sign_()  # 1 where it varies; the sign of NaN is 0
 
     count = int(float(group.reduce(varying)[0]) * share)
-    return group.kth_largest(lambda chunk: [_variance(chunk, group)], [[count]])[0][0]
+    return group.kth_largest(lambda chunk: [variance(chunk)], [[count]])[0][0]
 
 
-def _mask(chunk: Chunk, group: TensorGroup, cut: Cut | None) -> torch.Tensor | None:
+def _mask(chunk: Chunk, variance: Variance, cut: Cut | None) -> torch.Tensor | None:
     """Returns 1 where an element is selected, 0 elsewhere."""
     import torch
 
     if cut is None:
         return None
-    variance = cut.keep(_variance(chunk, group), chunk.start)
-    return torch.ne(variance, 0, out=variance)
+    kept = cut.keep(variance(chunk), chunk.start)
+    return torch.ne(kept, 0, out=kept)
+
+
+def _variances(group: TensorGroup) -> Variance:
+    """Returns the function that computes variances. Computes those of a tensor of up to a grain once, and keeps them. The
+    budget counts them as ``kept_bits``."""
+    known: list[torch.Tensor] = []
+
+    def variance(chunk: Chunk) -> torch.Tensor:
+        keeps = chunk.elems == group.elems <= GRAIN and not chunk.hides
+        if keeps and known:
+            return chunk.empty("variance").copy_(known[0])
+        made = _variance(chunk, group)
+        if keeps:
+            known.append(made.clone())
+        return made
+
+    return variance
 
 
 def _variance(chunk: Chunk, group: TensorGroup) -> torch.Tensor:
     """Returns the variance of the deltas over the models, by Welford's method; exactly zero where all deltas are equal."""
     import torch
 
-    mean, variance = chunk.zeros("mean"), chunk.zeros("variance")
-    for number in range(group.models):
+    several = group.models > 1  # the first of several is their mean so far, and adds nothing to the variance
+    mean, variance = chunk.delta(0, "mean") if several else chunk.zeros("mean"), chunk.zeros("variance")
+    for number in range(several, group.models):
         delta = chunk.delta(number)
         apart = torch.sub(delta, mean, out=chunk.empty("apart"))
         mean.add_(torch.div(apart, number + 1, out=chunk.empty("share")))
         variance.add_(apart.mul_(delta.sub_(mean)))
-    return variance.div_(group.models)
+    return variance.div_(group.models).abs_()  # clears the sign of NaN
 
 
-def _weights(group: TensorGroup, cut: Cut | None, uniform_below: float) -> list[float]:
+def _weights(group: TensorGroup, variance: Variance, cut: Cut | None, uniform_below: float) -> list[float]:
     def squares(chunk: Chunk) -> Iterator[torch.Tensor]:
         import torch
 
-        mask = _mask(chunk, group, cut)
+        mask = _mask(chunk, variance, cut)
         for model in range(group.models):
             delta = _selected(chunk, model, mask)
             yield torch.mul(delta, delta, out=delta)

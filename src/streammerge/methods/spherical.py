@@ -138,32 +138,42 @@ def karcher(group: TensorGroup, *, max_iter: int = 10, tol: float = 1e-5) -> Ker
     norms = gram.diagonal().sqrt()
     if bool(norms.isnan().any()):
         return combination([math.nan] * count)
-    valid = [i for i in range(count) if float(norms[i]) > tol]
+    lengths = norms.tolist()
+    valid = [i for i in range(count) if lengths[i] > tol]
     if not valid:
         return combination([0.0] * count)
-    units = torch.zeros(len(valid), count, dtype=torch.float64)  # row k: the k-th valid unit vector
-    for k, i in enumerate(valid):
-        units[k, i] = 1 / norms[i]
+    rows = [[1 / lengths[i] if i == j else 0.0 for j in range(count)] for i in valid]  # row k: the k-th valid unit vector
+    units = torch.tensor(rows, dtype=torch.float64)
+    projected = units @ gram
 
-    def length(v: torch.Tensor) -> float:
-        return float((v @ gram @ v).clamp(min=0).sqrt())
+    # Products of a vector and a matrix are torch's. All else is plain numbers: there are thousands of tensors, and an
+    # operation of torch on three numbers takes longer than three of Python.
+    def length(v: list[float]) -> float:
+        vector = torch.tensor(v, dtype=torch.float64)
+        squared = (vector @ gram @ vector).item()
+        return math.sqrt(squared) if squared >= 0 else squared if math.isnan(squared) else 0.0
 
-    mean = units.mean(0)
-    u = units[0] if length(mean) < tol else mean / length(mean)
+    mean = units.mean(0).tolist()
+    size = length(mean)
+    u = rows[0] if size < tol else [each / size for each in mean]
     for _ in range(max_iter):
-        cosines = (units @ gram @ u).clamp(-1, 1)
-        tangent = torch.zeros_like(u)
-        for unit, cos in zip(units, cosines.tolist(), strict=True):
+        tangent = [0.0] * count
+        for row, cos in zip(rows, (projected @ torch.tensor(u, dtype=torch.float64)).tolist(), strict=True):
+            cos = max(-1.0, min(cos, 1.0))
             theta = math.acos(cos)
             if tol <= theta <= math.pi - tol:
-                tangent += theta / math.sin(theta) / len(valid) * (unit - cos * u)
+                pull = theta / math.sin(theta) / len(valid)
+                tangent = [t + pull * (x - cos * y) for t, x, y in zip(tangent, row, u, strict=True)]
         step = length(tangent)
         if step < tol:
             break
-        u = math.cos(step) * u + math.sin(step) * (tangent / step)
-        if length(u) > tol:
-            u = u / length(u)
-    return combination((u * norms.mean()).tolist())
+        along, across = math.cos(step), math.sin(step)
+        u = [along * x + across * (t / step) for x, t in zip(u, tangent, strict=True)]
+        size = length(u)
+        if size > tol:
+            u = [each / size for each in u]
+    scale = norms.mean().item()
+    return combination([each * scale for each in u])
 
 
 def _from_base(coefficients: torch.Tensor, based: bool) -> Kernel:

@@ -33,6 +33,7 @@ class EnclosedStorages:
         self.arrays = arrays
         self.places: dict[str, tuple[int, int, PackedRecord | None]] = {}
         self._begin = b""
+        self._known: dict[int, StorageRef] = {}
 
     def __call__(self, args: tuple[Any, ...], peek: Callable[[int, int], bytes]) -> StorageRef | None:
         """Returns the storage that ``torch.storage._load_from_bytes`` makes; None if its bytes are in no file.
@@ -40,8 +41,8 @@ class EnclosedStorages:
         ``peek(offset, nbytes)``: returns bytes of the pickle. Raises NotRead and Damaged.
         """
         place = self.arrays.place_of(args[0]) if len(args) == 1 else None
-        if place is None:
-            return None
+        if place is None or place.offset in self._known:  # a hostile pickle may mention the same bytes without end
+            return None if place is None else self._known[place.offset]
         head = _as_bytes(place, peek(place.offset - (self.arrays.offset or 0), min(place.nbytes, 2 * _MOST_HEAD_BYTES)))
         try:
             ref, begin = self._read(head)
@@ -55,7 +56,8 @@ class EnclosedStorages:
             self.places[key] = (place.offset + begin, ref.nbytes, None)
         else:
             self.places[key] = (begin, ref.nbytes, PackedRecord(place.offset, place.nbytes, end, place.form))
-        return StorageRef(key, ref.dtype, ref.numel)
+        made = self._known[place.offset] = StorageRef(key, ref.dtype, ref.numel)
+        return made
 
     def _read(self, head: bytes) -> tuple[StorageRef, int]:
         """Returns the storage that a file of torch's old format holds, and where its elements begin."""

@@ -1,6 +1,7 @@
 """The memory model: the cost of one chunk in flight, and the number of chunks that fit a budget. Pure arithmetic.
 
-    peak = RUN + tensors * PER_TENSOR + tasks * PER_TASK + pickles + spooling + spread
+    peak = RUN + tensors * PER_TENSOR + tasks * PER_TASK + columns * PER_COLUMN + lines * PER_ROW + together * PER_CHECKED
+           + pickles + spooling + spread
            + workers * (PER_WORKER + beside + passes + out + chunk_elems * bytes_per_element + scratch + tiles * tile
                         + inputs * huge_pages(window + chunk_elems * input_bytes))
 
@@ -24,7 +25,9 @@ PER_TASK_BYTES = 2600
 """One tensor of the output: its task, its place, its share of headers, receipt and journal."""
 PER_COLUMN_BYTES = 60
 """One tensor of one input that is a row of a table."""
-PER_ROW_BYTES = 2500
+PER_CHECKED_BYTES = 900
+"""One tensor of a file while it is checked: what the safetensors library holds of a header, and the names."""
+PER_ROW_BYTES = 800
 """One tensor of the output that is a row of tables: its name, its place, its share of headers, receipt and journal."""
 PER_WORKER_BYTES = 2 << 20
 """A thread's stack, its malloc arena, and the padding that aligns its buffers to pages."""
@@ -152,15 +155,17 @@ def fit(
     tasks: int = 0,
     columns: int = 0,
     lines: int = 0,
+    together: int = 0,
 ) -> Budget:
     """Returns the most workers and the best chunk that ``memory_bytes`` allows.
 
     ``tensors``: of all inputs together. ``tasks``: tensors of the output. ``columns`` and ``lines``: the same for tensors
-    that are rows of tables. ``beside_bytes``: what each worker holds beside its buffers, such as the blocks that a
-    verification compares. Raises BudgetError, which names the least memory that is enough.
+    that are rows of tables. ``together``: the most of these in one file. ``beside_bytes``: what each worker holds beside
+    its buffers, such as the blocks that a verification compares. Raises BudgetError, which names the least memory that is
+    enough.
     """
     fixed = RUN_BYTES + tensors * PER_TENSOR_BYTES + tasks * PER_TASK_BYTES
-    fixed += columns * PER_COLUMN_BYTES + lines * PER_ROW_BYTES
+    fixed += columns * PER_COLUMN_BYTES + lines * PER_ROW_BYTES + together * PER_CHECKED_BYTES
     fixed += (SPOOLING_BYTES if spooling else 0) + pickle_bytes + cost.spread_bytes
 
     def peak(count: int, chunk: int, out: int, window: int, tile: int) -> int:
@@ -171,7 +176,8 @@ def fit(
         )
 
     least_chunk, more = max(GRAIN, cost.row), 2 if cost.passes else 1
-    for count in range(workers, 0, -1):
+    most = max(min(workers, (memory_bytes - fixed) // PER_WORKER_BYTES), 1)
+    for count in range(most, 0, -1):
         chunk = max(BEST_CHUNK_ELEMS * more, least_chunk)
         while True:
             for halvings in range(_MOST_HALVINGS + 1):

@@ -4,17 +4,19 @@ workers and memory."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from array import array
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from streammerge.errors import listed
+from streammerge.planning.aligned import Way
 from streammerge.planning.plan import Plan
-from streammerge.planning.tasks import MergeTask, alike
+from streammerge.planning.tasks import MergeTask, Tasks, alike, objects
 from streammerge.sources.merged import methods_in
 from streammerge.stores.base import Location
 from streammerge.version import __version__
 
-_FORM = 3
+_FORM = 4
 _AT_ONCE = 1000  # tasks per call of json; one call per task would take most of the time
 _MOST_SAID = 200  # the most inputs, and the most recipe keys, that a journal lists one by one
 
@@ -51,12 +53,16 @@ def plan_parts(plan: Plan) -> dict[str, Any]:
     add(_FORM, __version__, receipt.text())
     add(sorted(states.items()))
     for file in plan.layout.files:
-        add(file.name, file.size, list(file.offsets.values()))
+        add(file.name, file.size)
+        digest.update(array("Q", file.offsets.values()))
         for literal in file.literals:
             digest.update(literal.data)
     add([name for _, name in plan.layout.side_files])
-    for start in range(0, len(plan.tasks), _AT_ONCE):
-        add(*map(_said, plan.tasks[start : start + _AT_ONCE]))
+    for said in _columns(plan.tasks) if isinstance(plan.tasks, Tasks) else ():
+        add(*said) if isinstance(said, tuple) else digest.update(said)
+    own = list(objects(plan.tasks))
+    for start in range(0, len(own), _AT_ONCE):
+        add(*map(_said, own[start : start + _AT_ONCE]))
     inputs = {name: _short(known) for name, known in states.items()}
     recipe = {key: _short(value) for key, value in receipt.recipe.items()}
     return {
@@ -95,6 +101,25 @@ def differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 def _changed(one: str, several: str, earlier: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     names = [name for name in {**now, **earlier} if earlier.get(name) != now.get(name)]
     return [f"{one if len(names) == 1 else several} {listed(names)} changed"] if names else []
+
+
+def _columns(tasks: Tasks) -> Iterator[tuple[Any, ...] | bytes]:
+    """Yields what identifies the tasks of tables: each way once, then the columns."""
+    views, numbers = tasks.views, dict[int, int]()
+    if views is None:
+        return
+    for table in views.tables:
+        yield (table.paths, [(kind.dtype, kind.shape) for kind in table.distinct().values()])
+        yield from (table.starts.tobytes(), table.files.tobytes(), "\n".join(table.names).encode("utf-8", "surrogatepass"))
+    yield from (theirs.tobytes() for theirs in views.theirs if theirs is not None)
+    for made in tasks.made:
+        if isinstance(made, Way) and id(made) not in numbers:
+            numbers[id(made)] = len(numbers)
+            like = made.like
+            spec = (like.spec.dtype, like.spec.shape)
+            yield (made.tables, spec, like.method.name, like.parameters, like.compute, like.based, tasks.seed)
+    yield array("i", [numbers.get(id(made), -1) for made in tasks.made]).tobytes()
+    yield from (column.tobytes() for column in (tasks.rows, tasks.files, tasks.offsets))
 
 
 def _said(task: MergeTask) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 from streammerge.checkpoints.config_differences import differing_configs
-from streammerge.errors import BudgetError, RecipeError, printable
+from streammerge.errors import BudgetError, RecipeError, listed, printable
 from streammerge.kernels.ranking import held_bytes
 from streammerge.methods.registry import COPY, INTEGERS
 from streammerge.planning.aligned import Way
@@ -217,6 +217,14 @@ def build_plan(
         alignment = align(recipe, truncated(recipe, indexes, cut))
     else:
         alignment = align(recipe, tokens.indexes if tokens else indexes)
+    if alignment.mixed and recipe.mixed_dtypes is None:  # said in the recipe that travels, which may be read again
+        recipe = replace(recipe, mixed_dtypes="promote" if recipe.promotes else "first")
+    if recipe.promotes:
+        alignment.notes += [
+            f"{len(names)} tensors ({listed(names, 2)}) have several dtypes in the inputs and are written as "
+            f'{dtype.torch_name}, as in mergekit; `dtype`, or `mixed_dtypes="first"`, says otherwise'
+            for dtype, names in alignment.mixed.items()
+        ]
     alignment.warnings[:0] = recipe.ignored
     alignment.warnings += cut
     alignment.warnings += differing_facts([i.extras for i in opened], [str(i.path) for i in opened])
@@ -235,7 +243,7 @@ def build_plan(
             spooled.setdefault(record, source.spec.name)
     held = [index.container.held_bytes for index in opened]
     # Reading a pickle takes two copies of it beside its tree. They are freed before the output's pickle is written.
-    pickle_bytes = sum(held) + max(2 * max(held), output.layout.pickle_bytes)
+    pickle_bytes = sum(held) + max(2 * max(held), output.layout.pickle_bytes) + (tokens.held_bytes if tokens else 0)
     budget, io = budget_of(tasks, memory_bytes, workers, io, bool(spooled), pickle_bytes)
     identities = {path: known for index in opened for path, known in index.identities().items()}
     identities |= {source: source.status() for source, _ in output.layout.side_files}
@@ -286,7 +294,8 @@ def budget_of(
     own = list(objects(tasks))
     tensors, rows = sum(len(task.sources) for task in own), len(tasks) - len(own)
     columns = rows * max([len(task.sources) for task, _ in alike(tasks)], default=0) if rows else 0
-    more = (spooled, pickle_bytes, beside_bytes, len(own), columns, rows)
+    together = tasks.most_in_one_file() if rows and isinstance(tasks, Tasks) else 0
+    more = (spooled, pickle_bytes, beside_bytes, len(own), columns, rows, together)
     try:
         return fit(memory_bytes, workers, tensors, _cost(tasks, io), *more), io
     except BudgetError:

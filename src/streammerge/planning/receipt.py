@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import posixpath
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -105,6 +105,23 @@ def input_files(named: Mapping[str, CheckpointIndex]) -> dict[str, InputSpans]:
         for file, spans in index.container.tensor_spans(joined=True).items():
             inner = file.relative_to(folder) if folder in file.parents else file.name
             found[_below(above, inner)] = (file, spans)
+    return found
+
+
+def files_beside(named: Mapping[str, Location], files: Iterable[Location]) -> dict[str, InputSpans]:
+    """Returns files beside the weights of checkpoints as :func:`input_files` does, with all of their bytes as headers.
+
+    ``named``: name of each checkpoint -> its location.
+    """
+    homes = {(path if path.is_folder() else path.parent).absolute(): (name, path) for name, path in named.items()}
+    found = {}
+    for file in files:
+        if home := homes.get(file.parent.absolute()):
+            name, path = home
+            found[_below(name if path.is_folder() else posixpath.dirname(name), file.name)] = (
+                file,
+                list[tuple[int, int]](),
+            )
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from streammerge.sources.stored import Stored
 from streammerge.sources.turned import turned, turned_back, turned_spec
 from streammerge.tensors.spec import PIECE_ELEMS, TensorSpec, ranges
 
+_MOST_IN_BATCH = 1024
 _MOST_KEPT = 2048
 """Tasks that are kept after they were made. Those in work at one time are fewer, so none of them is made twice."""
 _ALIGNMENT = 64
@@ -198,6 +200,16 @@ class Tasks(Sequence[MergeTask]):
         """Forgets the tasks that were made, because the columns have changed."""
         self._kept, self._kinds = {}, None
 
+    def place(self, number: int) -> tuple[int, int, int]:
+        """Returns the number of a task's output file, and the offset and number of its bytes there."""
+        made = self.made[number]
+        nbytes = made.out.nbytes if isinstance(made, MergeTask) else made.like.spec.nbytes
+        return self.files[number], self.offsets[number], nbytes
+
+    def most_in_one_file(self) -> int:
+        """Returns the number of tensors in the output file that has the most."""
+        return max(Counter(self.files).values(), default=0)
+
     def begins(self) -> Iterator[tuple[MergeMethod, BlobPath, int]]:
         """Yields the method of each task, and where its first source begins."""
         for made, row in zip(self.made, self.rows, strict=True):
@@ -282,6 +294,14 @@ def replaced(tasks: Sequence[MergeTask], others: Mapping[int, MergeTask]) -> Seq
     return [others.get(number, task) for number, task in enumerate(tasks)]
 
 
+def place_of(tasks: Sequence[MergeTask], number: int) -> tuple[int, int, int]:
+    """Returns the number of a task's output file, and the offset and number of its bytes there."""
+    if isinstance(tasks, Tasks):
+        return tasks.place(number)
+    task = tasks[number]
+    return task.file, task.offset, task.out.nbytes
+
+
 def objects(tasks: Sequence[MergeTask]) -> Iterable[MergeTask]:
     """Returns the tasks that are not made from tables. Only these may read anything but plain byte ranges."""
     return [task for task in tasks.made if isinstance(task, MergeTask)] if isinstance(tasks, Tasks) else tasks
@@ -298,13 +318,13 @@ def pieces(task: MergeTask, number: int) -> Iterator[Piece]:
 
 
 def batches(wanted: Iterable[Piece], most_bytes: int) -> Iterator[list[Piece]]:
-    """Yields batches: whole tensors that are neighbours in the output, up to ``most_bytes``. A part of a tensor is a batch
-    of its own."""
+    """Yields batches: whole tensors that are neighbours in the output, up to ``most_bytes``, and so few that
+    their tasks take little memory. A part of a tensor is a batch of its own."""
     batch: list[Piece] = []
     nbytes = 0
     for piece in wanted:
         more = piece.nbytes
-        if batch and not (nbytes + more <= most_bytes and _follows(batch[-1], piece)):
+        if batch and not (nbytes + more <= most_bytes and len(batch) < _MOST_IN_BATCH and _follows(batch[-1], piece)):
             yield batch
             batch, nbytes = [], 0
         batch.append(piece)

@@ -7,11 +7,20 @@ library is needed: a union is an edit of the ``added_tokens`` of a tokenizer.jso
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from streammerge.checkpoints.tokens import FLAGS, Added, Tokens, entry, next_number, read_tokens
+from streammerge.checkpoints.tokens import (
+    FLAGS,
+    Added,
+    Tokens,
+    entry,
+    fingerprint,
+    next_number,
+    read_tokens,
+    vocabulary_folder,
+)
 from streammerge.checkpoints.vocabularies import same_vocabulary, vocabulary_of
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.planning.views import Indexes
@@ -24,18 +33,34 @@ from streammerge.stores.locations import parse
 
 def differing_vocabularies(recipe: Recipe, indexes: Indexes) -> list[str]:
     """Returns a warning about each model whose tokenizer numbers its tokens in another way than the first model's."""
-    folders = [index for index in indexes.values() if index.path.is_folder()]
-    if len(folders) < 2 or recipe.tokens:
+    opened = [index.path for index in indexes.values() if not index.in_memory]
+    if len(opened) < 2 or recipe.tokens:
         return []
-    first, *others = folders
-    ours, said = vocabulary_of(first.path), []
-    for index in others if ours else ():
-        if same_vocabulary(ours, vocabulary_of(index.path)) is False:
-            said.append(
-                f"the tokenizers of {printable(first.path)} and {printable(index.path)} give tokens other numbers, so rows "
-                "of their embeddings that are merged belong to different tokens"
-            )
-    return said
+    first, *others = opened
+    return [
+        f"the tokenizers of {printable(first)} and {printable(path)} give tokens other numbers, so rows of their "
+        "embeddings that are merged belong to different tokens; "
+        '`tokenizer_source="base"` brings them into one order'
+        for path in others
+        if _number_otherwise(first, path)
+    ]
+
+
+def _number_otherwise(one: Location, two: Location) -> bool:
+    """Whether the files beside two models give a token two numbers. False where they do not tell."""
+    if one.is_folder() and two.is_folder():
+        return same_vocabulary(vocabulary_of(one), vocabulary_of(two)) is False
+    homes = vocabulary_folder(one), vocabulary_folder(two)
+    if homes[0] is None or homes[1] is None or homes[0] == homes[1] or fingerprint(one) == fingerprint(two):
+        return False
+    try:
+        ours, theirs = read_tokens(one), read_tokens(two)
+    except (OSError, ValueError):
+        return False
+    if ours is None or theirs is None:
+        return False
+    numbers = theirs.numbers
+    return any(numbers.get(token, number) != number for token, number in ours.numbers.items())
 
 
 class Pool:
@@ -46,11 +71,49 @@ class Pool:
 
     def numbered(self, tokens: Tokens) -> array[int]:
         """Returns the serial of the token of each number; -1 where no token has the number."""
-        made = array("i", [-1]) * tokens.size
-        serials = self.serials
-        for token, number in tokens.numbers.items():
-            made[number] = serials.setdefault(token, len(serials))
-        return made
+        numbers = tokens.numbers
+        if not isinstance(numbers, _Interned):
+            numbers, plain = _Interned(self), numbers
+            numbers.update(plain)
+        return numbers.held
+
+
+class _Interned(MutableMapping[str, int]):
+    """The numbers of one model's tokens, as the serial of the token of each number. ``held``: -1 where none has it."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.serials, self.held, self.count = pool.serials, array("i"), 0
+
+    def __setitem__(self, token: str, number: int) -> None:
+        """Adds a token that is not there."""
+        held = self.held
+        if number >= len(held):
+            held.extend(_GAP * (number + 1 - len(held)))
+        held[number] = self.serials.setdefault(token, len(self.serials))
+        self.count += 1
+
+    def __getitem__(self, token: str) -> int:
+        serial = self.serials.get(token, -1)
+        if serial < 0:
+            raise KeyError(token)
+        try:
+            return self.held.index(serial)
+        except ValueError:
+            raise KeyError(token) from None
+
+    def __delitem__(self, token: str) -> None:
+        self.held[self[token]] = -1
+        self.count -= 1
+
+    def __iter__(self) -> Iterator[str]:
+        names = list(self.serials)
+        return (names[serial] for serial in self.held if serial >= 0)
+
+    def __len__(self) -> int:
+        return self.count
+
+
+_GAP = array("i", [-1])
 
 
 @dataclass(slots=True)
@@ -122,16 +185,29 @@ def known_vocabularies(recipe: Recipe, models: Mapping[Reference, Location]) -> 
     """
     pool, known = Pool(), dict[Reference, Known]()
     base = base_of(recipe)
+    alike: dict[bytes, Known] = {}
     for reference in sorted(models, key=lambda each: not each.same(base)):
         path = models[reference]
-        tokens = _read(recipe, path, required=reference.same(base))
+        mark = fingerprint(path)
+        if mark in alike:  # the common case, in which nothing is parsed twice
+            other = alike[mark]
+            home = vocabulary_folder(path) or path
+            own = other.tokens and replace(
+                other.tokens,
+                file=home / other.tokens.file.name,
+                added=[*other.tokens.added],
+                read=[home / file.name for file in other.tokens.read],
+            )
+            known[reference] = Known(path, other.serials, other.limit, other.count, own)
+            continue
+        tokens = _read(recipe, path, pool, required=reference.same(base))
         if tokens is None:
             first = next(iter(known.values()))
             known[reference] = Known(path, first.serials, first.limit, first.count, None)
             continue
         serials = pool.numbered(tokens)
         serials = next((each.serials for each in known.values() if each.serials == serials), serials)
-        known[reference] = Known(path, serials, len(serials), len(tokens.numbers), tokens)
+        known[reference] = alike[mark] = Known(path, serials, len(serials), len(tokens.numbers), tokens)
         tokens.numbers = {}  # the serials tell the same in less memory
     return pool, known
 
@@ -149,7 +225,7 @@ def output_vocabulary(recipe: Recipe, pool: Pool, known: dict[Reference, Known])
         if own is not None and own.tokens is not None:
             made = Vocabulary(array("i", own.serials), own.tokens, next_number(own.tokens.ordinary, own.tokens.added))
         else:
-            tokens = _read(recipe, parse(asked.source))
+            tokens = _read(recipe, parse(asked.source), pool)
             made = Vocabulary(pool.numbered(tokens), tokens, next_number(tokens.ordinary, tokens.added))
     made.next = max(made.next, 0 if made.giver.kind == "tokenizers" else made.size)
     have = set(made.serials)
@@ -164,11 +240,11 @@ def output_vocabulary(recipe: Recipe, pool: Pool, known: dict[Reference, Known])
     return made
 
 
-def _read(recipe: Recipe, path: Location, required: bool = True) -> Any:
+def _read(recipe: Recipe, path: Location, pool: Pool, required: bool = True) -> Any:
     """Returns the tokens of a model; None if there are none and they are not ``required``."""
     key = recipe.at(("tokenizer_source",) if recipe.tokenizer_source else ("tokenizer",))
     try:
-        tokens = read_tokens(path)
+        tokens = read_tokens(path, lambda: _Interned(pool))
     except (OSError, ValueError) as error:
         raise RecipeError(f"{key}the vocabulary of {printable(path)} cannot be read: {printable(error)}") from error
     if tokens is None and required:

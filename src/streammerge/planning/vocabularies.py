@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 from streammerge.checkpoints.config import tree_of
 from streammerge.checkpoints.config_tokens import vocabulary_sizes
-from streammerge.checkpoints.heads import tie_head
+from streammerge.checkpoints.heads import is_head, tie_head
 from streammerge.checkpoints.index import CheckpointIndex
+from streammerge.checkpoints.tokens import Tokens, read_tokens
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.methods.registry import COPY, LINEAR
 from streammerge.planning.tokenizers import Known, Pool, Vocabulary, base_of, known_vocabularies, output_vocabulary
@@ -43,10 +44,10 @@ _WORDS = re.compile(
 )
 _EMBEDDINGS = re.compile(r"emb|wte|shared\.weight$")
 _OF_TOKENS = re.compile(r"emb|wte|shared\.|head|decoder|predict|logits|vocab|proj_out|output|generator")
-_OF_OTHERS = re.compile(
-    r"pos(?!t)|type|patch|norm|speaker|spk|lang(?!uage_model)|dense|emb_g|emb_l|rotary|time", re.IGNORECASE
-)
+_OF_OTHERS = re.compile(r"pos(?!t)|wpe|type|patch|norm|speaker|spk|lang|dense|emb_g|emb_l|rotary|time", re.IGNORECASE)
 """Parts of names that embeddings of words have, tensors with a row for each token, and tensors that never have one."""
+_TOKEN_BYTES = 300
+"""What a token takes while vocabularies are compared: its text, its numbers, and their places in mappings."""
 _NONE, _GAP = array("i"), array("i", [-1])
 _FILLER = "\0filler"
 """Stands for the row before all tokens, which F5's models have."""
@@ -69,6 +70,11 @@ class Tokenized:
     read: list[Location]
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the tokens while the plan is made."""
+        return _TOKEN_BYTES * len(self.vocabulary.names)
 
 
 @dataclass(slots=True)
@@ -116,7 +122,8 @@ def truncated(recipe: Recipe, indexes: Indexes, warnings: list[str]) -> Indexes:
     for group in _groups(recipe):
         seens = [_Seen(made[each], made[each].entries) for each in _known(indexes, group.models)]
         for table in _alike(seens):
-            if len(set(filter(None, table.rows))) < 2 or not group.takes(str(table.names[0])):
+            alike = len(set(filter(None, table.rows))) < 2
+            if alike or not _is_named(table) or not group.takes(str(table.names[0])):
                 continue
             least = min(filter(None, table.rows))
             for name, seen in zip(table.names, seens, strict=True):
@@ -183,8 +190,6 @@ def _alike(seens: Sequence[_Seen]) -> Iterator[_Table]:
     for name, entry in first.entries.items():
         if entry.spec.dtype.kind != "float" or not entry.spec.shape or layer_of(name) is not None:
             continue
-        if _OF_OTHERS.search(name) or not _OF_TOKENS.search(name):
-            continue
         names = (name, *(each.get(name) for each in matched))
         found = _lengths(seens, names)
         if found is not None:
@@ -200,19 +205,32 @@ def _matched(first: _Seen, other: _Seen) -> Mapping[str, str]:
 def _tables(seens: Sequence[_Seen], group: _Group, counts: Sequence[int]) -> list[_Table]:
     """Returns the tensors with a row for each token. ``counts``: how many tokens each model has.
 
-    Embeddings of words tell how many rows a model has. What has as many, and a name that can mean tokens, belongs to them.
+    Embeddings of words and heads tell how many rows a model has. What has as many belongs to them if the models differ in
+    the number, or if its name can mean tokens.
     """
     found = list(_alike(seens))
-    embeddings = [each for each in found if each.axis == 0 and _is_table(each, seens) and _fits(each, counts)]
-    words = [each for each in embeddings if _WORDS.search(str(each.names[0]))]
-    if not words:
-        near = sorted(
-            (each for each in embeddings if _EMBEDDINGS.search(str(each.names[0]))), key=lambda e: _far(e, counts)
-        )
-        words = near[:1]
-    sizes = [each.rows for each in words]
-    found = [each for each in found if group.takes(str(each.names[0]))]
-    return [each for each in found if any(_same_rows(each.rows, rows) for rows in sizes)]
+    tables = [
+        each for each in found if each.axis == 0 and _is_table(each, seens) and _fits(each, counts) and _is_named(each)
+    ]
+    near = sorted(tables, key=lambda each: _far(each, counts))
+    words = [each for each in near if _WORDS.search(str(each.names[0]))]
+    words = words or [each for each in near if _EMBEDDINGS.search(str(each.names[0]))] or near
+    least = _far(words[0], counts) if words else 0
+    known = [each for each in words if _far(each, counts) == least or "embed_tokens" in str(each.names[0])]
+    known += [each for each in near if is_head(str(each.names[0]))]
+    return [
+        each
+        for each in found
+        if group.takes(str(each.names[0]))
+        and any(_same_rows(each.rows, one.rows) for one in known)
+        and (_is_named(each) or len(set(each.rows) - {None}) > 1)
+    ]
+
+
+def _is_named(table: _Table) -> bool:
+    """Whether a name can mean tokens."""
+    name = str(table.names[0])
+    return bool(_OF_TOKENS.search(name)) and not _OF_OTHERS.search(".".join(name.split(".")[-2:]))
 
 
 def _is_table(table: _Table, seens: Sequence[_Seen]) -> bool:
@@ -288,6 +306,7 @@ class _Gathering:
         forced = self._forced(vocabulary, known)
         for group, views, found in zip(self.groups, seens, tables, strict=True):
             _Rows(self, group, views, [maps[each] for each in group.models], vocabulary, forced, rows).gather(found)
+        self._copies(known, vocabulary, rows)
         self._check_tokens(asked.tokens, vocabulary)
         self._report(vocabulary, known, maps)
         first = next(each for reference, each in known.items() if reference.same(base_of(recipe)))
@@ -378,6 +397,28 @@ class _Gathering:
             made[numbers[serials[text]]] = each, model, row
         return made
 
+    def _copies(self, known: dict[Reference, Known], vocabulary: Vocabulary, rows: int) -> None:
+        """Puts the rows of models that only a rule copies from into the output's order. They give no other model a row."""
+        for reference in [each for each in self.indexes if each not in known]:
+            path = self.indexes[reference].path
+            tokens = self._tokens_of_copy(path)
+            if tokens is None:
+                continue
+            own, serials = tokens.numbers, vocabulary.serials
+            map_ = array("i", (own.get(vocabulary.names[serial], -1) if serial >= 0 else -1 for serial in serials))
+            group = _Group((reference,), None, None)
+            views = [_Seen(self.indexes[reference], self.indexes[reference].entries)]
+            found = _tables(views, group, [len(own)])
+            counts = [table.rows[0] or 0 for table in found]
+            limited = array("i", (number if number < min(counts, default=0) else -1 for number in map_))
+            _Rows(self, group, views, [limited], vocabulary, {}, rows).gather(found)
+
+    def _tokens_of_copy(self, path: Location) -> Tokens | None:
+        try:
+            return read_tokens(path)
+        except (OSError, ValueError):
+            return None
+
     def _check_tokens(self, tokens: Mapping[str, Token], vocabulary: Vocabulary) -> None:
         if tokens and self.recipe.tokens and not vocabulary.edited:
             self.notes.append(f"the recipe says where the rows of {listed(list(tokens))} come from")
@@ -467,7 +508,7 @@ class _Rows:
         exact. The first checkpoint keeps its dtype, which is the output's, unless another one is asked for."""
         own = entries[number].spec.dtype
         recipe = self.all.recipe
-        keeps = self.group.models[number] == self.all.first and recipe.recast is None and recipe.mixed_dtypes == "first"
+        keeps = self.group.models[number] == self.all.first and recipe.recast is None and not recipe.promotes
         if keeps or not any(piece.rows for piece in how.pieces):
             return own
         return promoted([each.spec.dtype for each in entries.values()])

@@ -124,6 +124,12 @@ def absent(text: str, exists: Exists = is_there) -> str:
     return f"{printable(text)}: the model {printable(base)} exists, but the adapter {printable(lost)} does not"
 
 
+def check_there(text: str) -> None:
+    """Raises RecipeError, which names the absent part, for a text with plus signs that names nothing."""
+    if _PLUS in text and not is_there(text) and (said := absent(text)):
+        raise RecipeError(said)
+
+
 def parts_of(text: str) -> tuple[str, ...]:
     """Returns the paths of a base and its adapters; the text itself if it is a path."""
     found = split(text)

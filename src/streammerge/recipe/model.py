@@ -172,7 +172,8 @@ class Recipe:
     """A merge or a conversion: everything besides the inputs that its output depends on.
 
     ``positions``: the positions of the keys in their file. ``written``: the names of the models in that file.
-    ``ignored``: what has no effect in it, as sentences.
+    ``ignored``: what has no effect in it, as sentences. ``is_read``: whether it was read as a recipe, and not made of
+    arguments.
     """
 
     REFUSED: ClassVar = {
@@ -207,7 +208,7 @@ class Recipe:
     on_missing: str = _chosen("on_missing")
     on_shape: str = _chosen("on_shape")
     integers: str | None = _chosen("integers")
-    mixed_dtypes: str = _chosen("mixed_dtypes")
+    mixed_dtypes: str | None = _chosen("mixed_dtypes")
     unsafe_truncate_embeddings: bool = option_key(TRUTH, _OPTIONS["unsafe_truncate_embeddings"], default=False)
     allow_nonfinite: bool = option_key(TRUTH, _OPTIONS["allow_nonfinite"], default=False)
     output: OutputRequest = key(FormOf(OutputRequest), "How the output is written.", default_factory=OutputRequest)
@@ -215,6 +216,7 @@ class Recipe:
     positions: Positions = field(default_factory=dict, compare=False, repr=False)
     written: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     ignored: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    is_read: bool = field(default=False, compare=False, repr=False)
 
     def at(self, path: Path) -> str:
         """Returns ``recipe.yaml:12:3: `` for a key that was read from a file; empty otherwise."""
@@ -294,6 +296,12 @@ class Recipe:
     def tokens(self) -> Tokenizer | None:
         """Whose tokens the output has; None if the recipe does not say it."""
         return Tokenizer(self.tokenizer_source) if self.tokenizer_source else self.tokenizer
+
+    @property
+    def promotes(self) -> bool:
+        """Whether tensors that have several dtypes in the inputs get one that holds all of them, as in mergekit."""
+        asked = self.mixed_dtypes or ("promote" if self.is_read else "first")
+        return asked == "promote" and self.recast is None
 
     @property
     def recast(self) -> DType | None:

@@ -97,7 +97,7 @@ def _read(
     if recipe is not None:
         recipe = located(replace(recipe, positions=positions), folders, problems, confined)
         check(recipe, problems, as_mergekit=True)
-        recipe = replace(recipe, ignored=ignored(problems, positions))
+        recipe = replace(recipe, ignored=ignored(problems, positions), is_read=True)
     raise_all(problems, positions, name)
     return recipe  # type: ignore[no-any-return]
 

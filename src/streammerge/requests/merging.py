@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from streammerge.checkpoints.choosing import choose, exponential_weights
@@ -32,9 +32,10 @@ from streammerge.stores.locations import parse
 
 @dataclass(frozen=True)
 class Request:
-    """The arguments of a merge or a plan, read and checked."""
+    """The arguments of a merge or a plan, read and checked. ``own_weights``: those that the inputs brought along."""
 
     inputs: list[str]
+    own_weights: list[float] | None
     held: Held
     out: Location | None
     recipe: str | Mapping[str, Any] | None
@@ -56,14 +57,13 @@ class Request:
         if isinstance(given["base"], Mapping):
             given = {**given, "base": named("base", given["base"], held)}
         merging = picked(Merging, given)
-        if own_weights is not None:
-            if merging.weights is not None:
-                raise RecipeError("the inputs come with their weights; leave `weights` out")
-            merging = replace(merging, weights=own_weights)
+        if own_weights is not None and merging.weights is not None:
+            raise RecipeError("the inputs come with their weights; leave `weights` out")
         if recipe is None and len(inputs) == 1 and is_recipe_name(inputs[0]):
             recipe, inputs = inputs[0], []
         return cls(
             inputs,
+            own_weights,
             held,
             None if out is None else parse(path_of("out", out)),
             recipe if recipe is None or isinstance(recipe, Mapping) else path_of("recipe", recipe),
@@ -86,9 +86,12 @@ class Request:
         decay = self.choosing.ema_decay
         if self.recipe is None:
             chosen, notes = choose(self.inputs, **choice)
-            weights = _weights(asked.weights, decay, len(chosen))
+            given = asked.weights if self.own_weights is None else _following(chosen, self.inputs, self.own_weights)
+            weights = _weights(given, decay, len(chosen))
             base = None if asked.base is None else str(asked.base)
-            recipe = recipe_of(chosen, asked.method or LINEAR, base, weights, parameters, overrides)
+            recipe = recipe_of(
+                chosen, LINEAR if asked.method is None else asked.method, base, weights, parameters, overrides
+            )
             recipe = found_in_hub_cache(recipe)
         else:
             theirs = {"inputs": self.inputs or None, "weights": asked.weights, "method": asked.method, "base": asked.base}
@@ -98,6 +101,14 @@ class Request:
         made = planned(recipe, self.out, self.resources, self.executing.executor, folder, self.output.hash, self.held)
         made.notes[:0] = notes
         return made
+
+
+def _following(chosen: Sequence[str], inputs: Sequence[str], weights: Sequence[float]) -> list[float]:
+    """Returns the weights of the chosen inputs. These may stand in another order."""
+    left: dict[str, list[float]] = {}
+    for path, weight in zip(inputs, weights, strict=True):
+        left.setdefault(path, []).append(weight)
+    return [left[path].pop(0) for path in chosen]
 
 
 def _weights(weights: Sequence[float] | None, ema_decay: float | None, inputs: int) -> Sequence[float] | None:

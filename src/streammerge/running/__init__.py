@@ -14,6 +14,7 @@ Each module imports only modules above it::
     turning    makes tensors with their first axis last in a temporary file
     reading    checksums and hashes of files, computed by workers
     spooling   unpacks packed records into a temporary file
+    finished   the finished pieces of a run
     relatives  whether inputs come from one training
     readback   whether an output can be read back
     session    makes one output in its staging folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from streammerge.checkpoints.index import open_checkpoint
@@ -26,11 +27,11 @@ def check_structure(folder: Location, layout: Layout) -> None:
     try:
         with collector_paused():
             container = open_checkpoint(folder if layout.as_folder else folder / layout.files[0].name).container
-            found = container.tensor_spans()
+            begins = container.tensor_begins()
         for file in layout.files:
             if file.offsets:
                 path = folder / file.name
-                _check_places(found.get(path, []), file, layout)
+                _check_places(begins.get(path, ()), file, layout)
                 if file.seal is None:
                     check_by_library(path, set(file.offsets))
     except VerifyError:
@@ -50,9 +51,10 @@ def _is_of_the_machine(error: BaseException | None) -> bool:
     return error is not None
 
 
-def _check_places(spans: list[tuple[int, int]], file: LayoutFile, layout: Layout) -> None:
+def _check_places(begins: Collection[int], file: LayoutFile, layout: Layout) -> None:
+    """Raises VerifyError unless the tensors of a file that are not empty begin where they were planned."""
     wanted = len(layout.receipt.checksums[file.name if layout.as_folder else ITSELF]) // 8 - 1
-    if len(spans) != wanted or not {offset for offset, _ in spans} <= set(file.offsets.values()):
+    if len(begins) != wanted or not set(begins) <= set(file.offsets.values()):
         raise VerifyError(f"{printable(file.name)} has tensors at other places than planned; nothing was written")
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+from array import array
 from bisect import bisect_right
-from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import groupby
 
 from streammerge.errors import RecipeError, SpaceError, UncheckedError, VerifyError, listed, printable
 from streammerge.events import Hashed, Listener, Resumed, Spooled, Syncing, TaskDone, Told, quiet
@@ -22,6 +24,7 @@ from streammerge.running import process
 from streammerge.running.choosing import executor_of
 from streammerge.running.engine import modules_of, run_all
 from streammerge.running.executors.base import Executor, Executors
+from streammerge.running.finished import FinishedPieces, Part
 from streammerge.running.job import Job, OutputPlace, lent, new_key
 from streammerge.running.readback import check_structure
 from streammerge.running.reading import ChecksumWork, HashWork
@@ -33,7 +36,7 @@ from streammerge.stores.base import Location, Output, Staging
 from streammerge.stores.checksums import Checksum
 from streammerge.stores.digests import COPY_BYTES
 from streammerge.stores.inputs import InputFiles
-from streammerge.stores.journal import Finished, Journal, Key
+from streammerge.stores.journal import Finished, Journal
 from streammerge.tensors.spec import ranges
 from streammerge.units import decimal_bytes
 
@@ -70,7 +73,7 @@ class Run:
         self.warnings: list[str] = []
         self._tasks = plan.tasks
         self._turned_nonfinite: dict[int, dict[str, int]] = {}
-        self._done: dict[Key, Finished] = {}
+        self._done = FinishedPieces(plan.tasks, [file.name for file in plan.layout.files])
         self._inputs = InputFiles(plan.identities, options.polite)
         self._outputs: list[Output] = []
         self._kind: Checksum = plan.layout.receipt.kind
@@ -125,7 +128,7 @@ class Run:
 
     def _attempt(self, hashes: dict[str, str]) -> set[str]:
         """Makes what is missing, and syncs. Returns the names of the files whose sync failed."""
-        self.journal.begin(self._done.values())
+        self.journal.begin(self._done)
         self._make_pieces()
         self._end_workers()
         self._refuse_nonfinite()
@@ -141,7 +144,7 @@ class Run:
             check_structure(self.staging.content, self.plan.layout)
         except UncheckedError as error:
             with contextlib.suppress(OSError, SpaceError):  # the files stay even if the journal is incomplete
-                self.journal.begin(self._done.values())
+                self.journal.begin(self._done)
             raise UncheckedError(
                 f"the last check of {printable(self.staging.out)} could not be made ({error}); {self._where_it_is_kept()}"
             ) from error
@@ -155,7 +158,7 @@ class Run:
 
     def _forget(self, broken: set[str]) -> None:
         """Creates the files again whose sync failed, because after that error no byte of them can be trusted."""
-        self._done = {key: piece for key, piece in self._done.items() if piece.file not in broken}
+        self._done.forget(broken)
         for number, file in enumerate(self.plan.layout.files):
             if file.name in broken:
                 self._outputs[number] = self.staging.create(file.name, file.size)
@@ -186,9 +189,9 @@ class Run:
             for (number, start, stop), value in results:
                 piece = Piece(self._tasks[number], number, start, stop)
                 if value == claimed[piece.key].checksum:
-                    self._done[piece.key] = claimed[piece.key]
+                    self._done.add(claimed[piece.key])
                     saved_bytes += piece.read_bytes
-        kept_bytes = sum(each.nbytes for each in self._done.values())
+        kept_bytes = self._done.nbytes
         self.listener(Resumed(kept_bytes, saved_bytes))
         there_of_all = f"{decimal_bytes(kept_bytes)} of {decimal_bytes(self.plan.layout.size)}"
         note = f"continued an interrupted run: {there_of_all} were there"
@@ -274,7 +277,7 @@ class Run:
                 piece = done.piece(self._tasks)
                 self._outputs[piece.task.file].synced = False  # another process may have written to it
                 read_bytes, finished = piece.read_bytes, self._finished(piece, done)
-                self._done[piece.key] = finished
+                self._done.add(finished)
                 self.journal.add(finished)
                 self.read_bytes += read_bytes
                 self.listener(TaskDone(piece.task.out.name, read_bytes, finished.nbytes, held.now()))
@@ -295,8 +298,8 @@ class Run:
     def _nonfinite(self) -> list[str]:
         """Returns the places of NaN and infinity, one line for each tensor."""
         found: dict[str, dict[str, int]] = {}
-        for (task, _), piece in self._done.items():
-            for source, count in piece.nonfinite.items():
+        for task, nonfinite in self._done.nonfinite():
+            for source, count in nonfinite.items():
                 if source == AGREED:
                     continue
                 counts = found.setdefault(self._tasks[task].out.name, {})
@@ -310,8 +313,8 @@ class Run:
     def _agreed(self) -> list[str]:
         """Returns which tensors have NaN or infinity that every input has, in one line at most."""
         found: dict[str, int] = {}
-        for (task, _), piece in self._done.items():
-            if count := piece.nonfinite.get(AGREED):
+        for task, nonfinite in self._done.nonfinite():
+            if count := nonfinite.get(AGREED):
                 name = self._tasks[task].out.name
                 found[name] = found.get(name, 0) + count
         return [listed([f"{name} ({count})" for name, count in sorted(found.items())])] if found else []
@@ -330,14 +333,12 @@ class Run:
         """Writes headers, indexes, side files, and the receipt with the checksums of all of them."""
         layout = self.plan.layout
         single = not layout.as_folder
-        by_file: dict[str, list[Finished]] = defaultdict(list)
-        for piece in self._done.values():
-            by_file[piece.file].append(piece)
-        starts = {file.name: self._tensor_sums(file, by_file[file.name]) for file in layout.files}
-        sums = {
-            ITSELF if single else file.name: [*starts[file.name].values(), self._rest(file, starts[file.name])]
-            for file in layout.files
-        }
+        starts: dict[str, dict[int, int]] = {}
+        sums: dict[str, Sequence[int]] = {}
+        for file, (name, parts) in zip(layout.files, self._done.by_file(), strict=True):
+            own = self._tensor_sums(file, parts)
+            sums[ITSELF if single else name] = array("I", [*own.values(), self._rest(file, own)])
+            starts[name] = own if file.seal is not None else {}
         sums |= {name: [self._copy_side_file(source, name)] for source, name in layout.side_files}
         receipt = layout.receipt.filled(sums, hashes)
         for file, output in zip(layout.files, self._outputs, strict=True):
@@ -345,18 +346,18 @@ class Run:
             for literal in file.around(starts[file.name], final):
                 output.write_full(literal.data, literal.offset)
 
-    def _tensor_sums(self, file: LayoutFile, done: list[Finished]) -> dict[int, int]:
+    def _tensor_sums(self, file: LayoutFile, parts: list[Part]) -> dict[int, int]:
         """Returns the offset of each tensor that is not empty -> its checksum, in file order."""
         starts = sorted(set(file.offsets.values()))
-        parts: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
-        for piece in done:
-            start = starts[bisect_right(starts, piece.offset) - 1]
-            parts[start].append((piece.offset, piece.nbytes, piece.checksum))
-        return {start: self._kind.join(parts[start]) for start in sorted(parts)}
+        found = groupby(parts, lambda part: starts[bisect_right(starts, part[0]) - 1])
+        return {start: self._kind.join(list(own)) for start, own in found}
 
     def _rest(self, file: LayoutFile, sums: dict[int, int]) -> int:
         """Returns the checksum of the bytes outside the tensors of an output file, with a blank receipt."""
-        return self._kind.update(b"".join(part.data for part in file.around(sums, file.receipt)))
+        value: int = 0
+        for part in file.around(sums, file.receipt):
+            value = self._kind.update(part.data, value)
+        return value
 
     def _copy_side_file(self, source: Location, name: str) -> int:
         value: int = 0

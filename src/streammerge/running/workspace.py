@@ -60,6 +60,7 @@ class Workspace:
         self.tile_bytes = budget.tile_bytes
         self._regions = regions(budget)
         self._slot_bytes = budget.chunk_elems * budget.cost.compute
+        self._slots = self._regions["slots"]
         total = max(offset + size for offset, size in self._regions.values())
         self._arena = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._views: dict[tuple[int, torch.dtype, int], torch.Tensor] = {}
@@ -90,7 +91,7 @@ class Workspace:
 
     def get(self, slot: Slot, dtype: torch.dtype, elems: int) -> torch.Tensor:
         """Returns a tensor of ``elems`` numbers in a named slot. A new name takes the next free slot."""
-        offset, size = self._regions["slots"]
+        offset, size = self._slots
         place = self._taken.setdefault(slot, len(self._taken)) * self._slot_bytes
         if place + self._slot_bytes > size:
             raise ValueError(f"there is no room for the buffer {shown(slot)} beside {', '.join(map(shown, self._taken))}")

@@ -19,7 +19,7 @@ Each module imports only modules above it::
     turned    a tensor whose first axis comes last
     wide      numbers of a source in float64
     contracted  a small tensor computed whole from others
-    shaped    the same elements in another shape; axes in another order
+    permuted  axes in another order; another shape
     product   the product of two matrices
     kronecker the Kronecker product of two
     elementwise sums and products element by element

@@ -102,6 +102,14 @@ class StoredTable(Mapping[str, Stored]):
                 there.append((start, nbytes))
         return {path: sorted(each) for path, each in found.items()}
 
+    def begins(self) -> dict[BlobPath, array[int]]:
+        """Returns where the tensors that are not empty begin, by file."""
+        columns = [array("Q") for _ in self.paths]
+        for file, start, kind in zip(self.files, self.starts, self.kinds, strict=True):
+            if kind.nbytes:
+                columns[file].append(start)
+        return dict(zip(self.paths, columns, strict=True))
+
     def __len__(self) -> int:
         return len(self.names)
 

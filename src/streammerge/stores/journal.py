@@ -127,7 +127,7 @@ class Journal:
     ) -> None:
         self._file, self.plan, self._files, self._keeps = file, dict(plan), files, keeps
         self._waiting: list[Finished] = []
-        self._written: list[Finished] = []
+        self.kept_bytes = 0
         self._broken: set[str] = set()
         self._wake, self._writing = threading.Condition(), threading.Lock()
         self._asked = ""
@@ -135,24 +135,20 @@ class Journal:
         self._rate, self._deadline = _FIRST_RATE, math.inf
         self._thread: threading.Thread | None = None
 
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes of the pieces that would be kept if the run ended now."""
-        return sum(done.nbytes for done in self._written)
-
     def earlier(self) -> Earlier | None:
         """Returns the content of an earlier run's journal, of any plan. None if there is no journal."""
         return read(self._file)
 
     def take_over(self, pieces: list[Finished]) -> None:
         """Counts the pieces of an earlier run as kept."""
-        self._written = list(pieces)
+        self.kept_bytes = sum(piece.nbytes for piece in pieces)
 
     def begin(self, kept: Iterable[Finished]) -> None:
         """Begins a new journal with these pieces, which are on the disk already."""
         kept = list(kept)
         self._file.begin(_lines([json.dumps({"plan": self.plan}, separators=(",", ":")), *map(_json, kept)]))
-        self._written, self._waiting, self._broken, self._asked = kept, [], set(), ""
+        self.kept_bytes = sum(done.nbytes for done in kept)
+        self._waiting, self._broken, self._asked = [], set(), ""
         self._writes, self._synced = self._keeps, False
         self._thread = threading.Thread(target=self._work, name="streammerge-journal", daemon=True)
         self._thread.start()
@@ -229,17 +225,19 @@ class Journal:
             if whole and not self._stopped:
                 try:
                     self._file.append(_lines(map(_json, whole)))
-                    self._written += whole
+                    self.kept_bytes += sum(done.nbytes for done in whole)
                 except OSError:  # fewer pieces are kept, because lines after a torn line do not count
                     self._writes = False
 
     def _rewrite(self) -> None:
         """Writes a journal of all pieces. Keeps the old one if that fails."""
-        kept = [done for done in (*self._written, *self._waiting) if done.file not in self._broken]
         if self._writes:
             with contextlib.suppress(OSError, SpaceError):
+                earlier = read(self._file)
+                written = earlier.pieces if earlier else []
+                kept = [done for done in (*written, *self._waiting) if done.file not in self._broken]
                 self._file.begin(self._text(kept))
-                self._written, self._waiting = kept, []
+                self.kept_bytes, self._waiting = sum(done.nbytes for done in kept), []
                 self._file.end()
 
     def _sync(self, name: str, file: Output) -> None:

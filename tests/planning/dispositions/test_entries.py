@@ -285,3 +285,21 @@ def test_differing_records_of_a_training_are_recorded(tmp_path: Path) -> None:
         torch.save({"state_dict": {"net.w": torch.ones(2)}, "loops": {"fit": {"ready": ready}}}, path)
     plan = sm.plan(paths, tmp_path / "out.pth")
     assert [d.names for d in plan.dispositions if d.why.startswith("settings and records")] == [("loops.fit.ready",)]
+
+
+class Trained(NamedTuple):
+    model: Any
+    optimizer: Any
+    step: int
+
+
+def test_the_fields_of_a_named_tuple_are_members(tmp_path: Path) -> None:
+    paths = [tmp_path / "1.pth", tmp_path / "2.pth"]
+    for path, step in zip(paths, (1, 2), strict=True):
+        torch.save(Trained(weights(step), OPTIMIZER, step), path)
+    result = sm.merge(paths, tmp_path / "out.pth")
+    made = torch.load(tmp_path / "out.pth", weights_only=False)
+    assert (type(made), made.optimizer, made.step) == (Trained, None, 1)
+    assert torch.equal(made.model["a.w"], torch.full((2,), 1.5))
+    assert any("[1] (stale after a merge" in note for note in result.notes)
+    assert any("[2] (plain numbers that differ)" in note for note in result.notes)

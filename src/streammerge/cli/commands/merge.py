@@ -45,6 +45,8 @@ def merge(
     if dry_run:
         from streammerge import api
 
+        if out is not None:
+            out = output_name(out, found, recipe, Progress(form, enabled=False).say, typed["own_methods"])
         asked = {name: asked[name] for name in asked.keys() - options_of(Running)}
         show_plan(api.plan(found, out, recipe=recipe, **asked), form)
         return

@@ -20,7 +20,7 @@ from streammerge.pickles.candidates import Candidate, Found, dotted, inside
 from streammerge.pickles.copies import Originals, node_at, numbers_outside, outside, tensor_at, trail
 from streammerge.pickles.state_dict import Selection
 from streammerge.pickles.training_state import bars, is_measurement, is_record, is_training_state
-from streammerge.pickles.tree import MISSING, TensorRef, mapping_items, number, walk
+from streammerge.pickles.tree import MISSING, FieldName, TensorRef, mapping_items, number, walk
 from streammerge.planning.dispositions.ledger import Fate
 from streammerge.planning.dispositions.pruned import WHY as ONLY
 from streammerge.planning.dispositions.pruned import pruned
@@ -412,8 +412,9 @@ def dropped(
 
 def _shown(path: tuple[Any, ...]) -> str:
     """Returns the name of an entry. The position in a list or tuple at the top stands in brackets."""
-    first = f"[{path[0]}]" if isinstance(path[0], int) else str(path[0])
-    return ".".join((first, *map(str, path[1:])))
+    own = [part for part in path if not isinstance(part, FieldName)] or path
+    first = f"[{own[0]}]" if isinstance(own[0], int) else str(own[0])
+    return ".".join((first, *map(str, own[1:])))
 
 
 def _is_averaged(key: Any) -> bool:

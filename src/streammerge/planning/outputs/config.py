@@ -120,7 +120,8 @@ class _Change:
 
     def beside_resized(self) -> list[Tree]:
         """Returns the configurations beside the tensors that those with other rows are made of."""
-        resized = [m for m in self.merged if m.base_names[0] in self.resized]
+        found = where(self.merged, lambda name: name in self.resized)
+        resized = [m for m in found if m.base_names[0] in self.resized]
         folders = {path.parent for m in resized for source in m.sources for path in source.paths}
         return [tree_of(folder) for folder in sorted(folders, key=str)]
 

@@ -23,14 +23,15 @@ from streammerge.planning.dispositions.entries import left_behind
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.layout import Layout, Placed, PlacedTensors, PlannedOutput, blank_sums, metadata_of
 from streammerge.planning.outputs.pickled import PLAIN_ENDINGS, pickled_output
-from streammerge.planning.receipt import ITSELF, Receipt, escaped, input_files, planned
+from streammerge.planning.receipt import ITSELF, Receipt, escaped, files_beside, input_files, planned
 from streammerge.planning.views import Indexes
 from streammerge.recipe.adapted import parts_of
 from streammerge.recipe.document import to_json
-from streammerge.recipe.locations import travelling, travelling_names
+from streammerge.recipe.locations import is_held, travelling, travelling_names
 from streammerge.recipe.model import Recipe
 from streammerge.stores.base import Location
 from streammerge.stores.checksums import CRC32, CRC32C
+from streammerge.stores.locations import parse
 from streammerge.tensors.spec import TensorSpec
 
 PICKLED_ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".th", ".tar")
@@ -67,6 +68,9 @@ def plan_output(out: Location, recipe: Recipe, indexes: Indexes, alignment: Alig
     kind, name = container_of(out, first), out.name
     names = travelling_names(recipe)
     inputs = input_files(_named(names, indexes))
+    if alignment.tokenized is not None:
+        models = {own: parse(path) for path, own in names.items() if not is_held(path)}
+        inputs |= files_beside(models, alignment.tokenized.read)
     receipt = planned(
         json.loads(to_json(travelling(recipe).to_dict())),
         inputs,

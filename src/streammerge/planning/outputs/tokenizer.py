@@ -149,7 +149,8 @@ def _edit(files: dict[str, bytes], vocabulary: Vocabulary, home: Location) -> No
     config = read_config(home, TOKENIZER_CONFIG)
     decoder = config.tree.get("added_tokens_decoder") if config else None
     if config is not None and isinstance(decoder, dict):
-        kept = {number: each for number, each in decoder.items() if each.get("content") not in vocabulary.gone}
+        gone = vocabulary.gone
+        kept = {n: each for n, each in decoder.items() if not (isinstance(each, dict) and each.get("content") in gone)}
         added = {
             str(each["id"]): {"content": each["content"], **{flag: each[flag] for flag in FLAGS}} for each in vocabulary.new
         }
@@ -169,7 +170,12 @@ def _edited_tokenizers(giver: Tokens, vocabulary: Vocabulary) -> bytes:
     head, _ = vocabulary_entries(file)
     place = head.find(b'"added_tokens"')
     if place < 0 or vocabulary.gone - {each["content"] for each in giver.added}:
-        return _without(json.loads(data), vocabulary, listed_, file)
+        try:
+            return _without(json.loads(data), vocabulary, listed_, file)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            raise RecipeError(
+                f"{printable(file)} cannot be edited, since it is no tokenizer.json as they are known"
+            ) from error
     begin = head.index(b"[", place)
     text = head[begin:].decode()
     length = len(text[: json.JSONDecoder().raw_decode(text)[1]].encode())

@@ -1,0 +1,70 @@
+"""The finished pieces of a run are those that were added, whether they are columns or objects."""
+
+from __future__ import annotations
+
+import random
+
+from streammerge.methods.registry import COPY
+from streammerge.planning.tasks import MergeTask, pieces
+from streammerge.running.finished import FinishedPieces
+from streammerge.sources.stored import Stored
+from streammerge.stores.journal import Finished
+from streammerge.tensors.dtypes import DType
+from streammerge.tensors.spec import PIECE_ELEMS, TensorSpec
+
+FILES = ["a", "b"]
+
+
+def some_tasks() -> list[MergeTask]:
+    """Returns tasks of one piece and of several, in two files."""
+    made, cursors = [], [100, 0]
+    for number, elems in enumerate((1, 3, 2 * PIECE_ELEMS + 1, 7, PIECE_ELEMS, 5)):
+        spec, file = TensorSpec(f"t{number}", DType.U8, (elems,)), number % 2
+        made.append(MergeTask(spec, COPY, (Stored(spec, "in", 0),), file, cursors[file]))
+        cursors[file] += elems
+    return made
+
+
+def all_pieces(tasks: list[MergeTask]) -> list[Finished]:
+    draw = random.Random(1)
+    return [
+        Finished(
+            *piece.key,
+            FILES[task.file],
+            piece.offset,
+            piece.nbytes,
+            draw.randrange(1 << 32),
+            {"in": 2} if draw.random() < 0.3 else {},
+        )
+        for number, task in enumerate(tasks)
+        for piece in pieces(task, number)
+    ]
+
+
+def test_the_pieces_are_those_that_were_added() -> None:
+    tasks = some_tasks()
+    every = all_pieces(tasks)
+    assert len(every) == 8
+    for count in range(len(every) + 1):
+        some = random.Random(count).sample(every, count)
+        made = FinishedPieces(tasks, FILES)
+        for piece in some:
+            made.add(piece)
+        assert sorted(made, key=lambda piece: piece.key) == sorted(some, key=lambda piece: piece.key)
+        assert [piece.key for piece in every if piece.key in made] == [p.key for p in every if p in some]
+        assert made.nbytes == sum(piece.nbytes for piece in some)
+        assert sorted(number for number, _ in made.nonfinite()) == sorted(p.task for p in some if p.nonfinite)
+        by_file = dict(made.by_file())
+        assert list(by_file) == FILES
+        for name, parts in by_file.items():
+            assert parts == sorted((p.offset, p.nbytes, p.checksum) for p in some if p.file == name)
+
+
+def test_the_pieces_of_a_broken_file_are_forgotten() -> None:
+    tasks = some_tasks()
+    made = FinishedPieces(tasks, FILES)
+    for piece in all_pieces(tasks):
+        made.add(piece)
+    made.forget({"b"})
+    kept = [piece for piece in all_pieces(tasks) if piece.file == "a"]
+    assert sorted(made, key=lambda piece: piece.key) == sorted(kept, key=lambda piece: piece.key)
