@@ -3,7 +3,8 @@ r"""Merges by singular values: Iso-C, Iso-CTS, TSV-M, KnOTS.
 A tensor of two axes or more is a matrix here, its first axis by all others together (a convolution is out by in * height *
 width). A is a delta, or a sum of deltas, with its longer side as rows. Its Gram matrix :math:`G = A^\top A = V S^2
 V^\top` is summed in one pass, in float64. The left singular vectors are :math:`U = A V S^{-1}`, so every result is
-made of rows of A times small matrices. An engine that reads rows gets a wide matrix turned (``turns``).
+made of rows of A times small matrices. An engine that reads rows gets a wide matrix turned (``turns``). A complex tensor
+has its real and imaginary parts as one more axis, and is not turned.
 
 *Tiny* singular values, at most a millionth of the largest, count as zero, and their vectors are left out everywhere. So a
 matrix of lower rank has the polar factor :math:`U V^\top` of its row space: a continuous function of the matrix as long as
@@ -309,14 +310,15 @@ def tsv(group: TensorGroup, *, weight: PerModel = (1.0,), rank: int = 0, lambda_
     code computes it. ``weight`` per model; ``lambda`` is the paper's alpha. One model or more.
 
     The first axis by all others is the matrix. Vectors and numbers are the mean of the weighted deltas, times lambda, as
-    in the paper, and so is a matrix with fewer singular values than there are models. All is computed in float64. Each
-    model is read three times; the base more often if the shorter side is so long that the Gram matrices do not fit
-    together.
+    in the paper. All is computed in float64. Each model is read three times; the base more often if the shorter side is
+    so long that the Gram matrices do not fit together: with 8192, twice and once more for each model. Beyond 2048 vectors
+    are held in 32 bits, with an error of about 1e-9 of their length.
 
     Edge cases: singular values of at most a millionth of the model's largest count as zero. Directions that models have in
     common get the polar factors of lower rank; the authors' code fills these up with arbitrary vectors. Which vectors stand
-    for equal singular values is the solver's choice, and the same in each run. Deviation: layers with text_projection in
-    their name are no exception.
+    for equal singular values is the solver's choice, and the same in each run. Deviations: layers with text_projection in
+    their name are no exception; a matrix with fewer singular values than there are models is the mean of the weighted
+    deltas, times lambda, where the authors' code leaves the base and loses what the models have learned.
     """
     if not _is_matrix(group.shape):
         return _mean(weight, lambda_)
@@ -377,7 +379,7 @@ def iso_cts(
 
     The first axis by all others is the matrix. Vectors and numbers are the mean of the weighted deltas, times lambda, as
     in the paper. All is computed in float64. Each model is read three times, and more often if the shorter side is so
-    long that the Gram matrices do not fit together.
+    long that the Gram matrices do not fit together. A shorter side that is the first axis needs less memory.
 
     Edge cases: a singular value of the sum counts as zero if it is at most a millionth of the largest, one of a model if
     it is at most a millionth of the norm of the model's delta. The rest is as in ``tsv``.
