@@ -271,6 +271,15 @@ def test_cut_embeddings() -> None:
     assert json.loads(Path("out/config.json").read_text())["vocab_size"] == 8
 
 
+@pytest.mark.parametrize("models", [["a", "b"], ["b", "a"]])
+def test_a_head_that_is_tied_in_one_model_is_cut_too(models: list[str]) -> None:
+    folder("a", *A, rows=8, head=False), folder("b", *B, rows=9)
+    made = merged(models, unsafe_truncate_embeddings=True, rules=[{"match": "lm_head.bias", "drop": True}])
+    a, b = (load_file(f"{m}/model.safetensors") for m in "ab")
+    torch.testing.assert_close(made["lm_head.weight"], (a["model.embed_tokens.weight"] + b["lm_head.weight"][:8]) / 2)
+    assert json.loads(Path("out/config.json").read_text())["tie_word_embeddings"] is False
+
+
 def test_a_rule_copies_rows_in_the_order_of_the_output() -> None:
     for name, own in zip("abc", (A, B, C), strict=True):
         folder(name, *own)

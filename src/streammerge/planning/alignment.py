@@ -165,6 +165,14 @@ class _Aligner:
         self.remade = _Ignored(why_ignored)
         self.stale: set[str] = set()
         self.valued: dict[tuple[int, int], Way] = {}
+        self.declared = {
+            id(entry): view.index.declared[entry.spec.name]
+            for view in (self.base, *self.others)
+            if view.index.declared
+            for entry in view.entries.values()
+            if entry.spec.name in view.index.declared
+        }
+        """The dtype that a tensor of a stage would have in a file, where the stage does not round it."""
 
     def run(self) -> None:
         for other, matched in zip(self.others, self.matches, strict=True):
@@ -499,7 +507,9 @@ class _Aligner:
                 break
         else:
             return spec
-        dtypes = {source.spec.dtype for source in present}
+        dtypes = {self.declared.get(id(source), source.spec.dtype) for source in present}
+        if len(dtypes) == 1:
+            return replace(spec, dtype=dtypes.pop())
         if self.recipe.recast is not None or not all(dtype.kind == "float" for dtype in dtypes):
             return spec
         wide = promoted(dtypes)
@@ -524,7 +534,8 @@ class _Aligner:
 
     def _spec(self, name: str, spec: TensorSpec, rule: Rule | None) -> TensorSpec:
         """Returns the output tensor. It has the base's dtype unless another one is asked for."""
-        dtype = self.base.entries[name].spec.dtype
+        entry = self.base.entries[name]
+        dtype = self.declared.get(id(entry), entry.spec.dtype)
         if dtype.kind != spec.dtype.kind:
             dtype = spec.dtype
         wished = (rule.dtype if rule else None) or self.recipe.recast

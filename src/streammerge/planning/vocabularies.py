@@ -116,11 +116,15 @@ def tokenized(recipe: Recipe, indexes: Indexes) -> Tokenized | None:
     return _Gathering(recipe, indexes).made()
 
 
-def truncated(recipe: Recipe, indexes: Indexes, warnings: list[str]) -> Indexes:
-    """Returns the checkpoints with the embeddings and heads cut to the rows that all of them have."""
+def truncated(recipe: Recipe, indexes: Indexes, notes: list[str], warnings: list[str]) -> Indexes:
+    """Returns the checkpoints with the embeddings and heads cut to the rows that all of them have.
+
+    A head that only some have is that of the embeddings in the others, and is cut like theirs.
+    """
     made = dict(indexes)
     for group in _groups(recipe):
         seens = [_Seen(made[each], made[each].entries) for each in _known(indexes, group.models)]
+        tie_head(seens, notes)
         for table in _alike(seens):
             alike = len(set(filter(None, table.rows))) < 2
             if alike or not _is_named(table) or not group.takes(str(table.names[0])):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from numbers import Real
-from typing import Any, SupportsFloat
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from streammerge.checkpoints.globs import expand
 from streammerge.checkpoints.in_memory import hold, index_state_dict
@@ -20,12 +20,16 @@ from streammerge.stores.base import Location
 from streammerge.stores.locations import PathLike, has_scheme, parse
 from streammerge.units import plain_number
 
+if TYPE_CHECKING:
+    from streammerge.planning.stages import Opened
+
 Checkpoint = PathLike | Mapping[str, Any]
 """A file or folder, or a state dict in memory: torch tensors or numpy arrays by name, or a mapping that holds one. An index
 of :func:`streammerge.inspect` stands for its file or folder."""
 Inputs = Checkpoint | Iterable[Checkpoint] | Mapping[Any, SupportsFloat]
 Held = dict[str, Mapping[str, Any]]
 """The state dicts in memory, by their names in the recipe."""
+_NO_STAGES: Mapping[str, Opened] = {}
 _WEIGHTED = re.compile(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)%?)")
 """An input with its weight behind it, as in ``a.safetensors:0.6``."""
 _CALLED = {"inputs": "an input", "path": "the input"}
@@ -56,19 +60,23 @@ def named(name: str, given: Any, held: Held) -> str:
     return hold(given, held) if isinstance(given, Mapping) else path_of(name, given)
 
 
-def opened(path: str, state_dict: str | None, ema: str, held: Held) -> CheckpointIndex:
-    """Returns the index of a file, a folder, a state dict in ``held``, or one of these with adapters.
+def opened(
+    path: str, state_dict: str | None, ema: str, held: Held, stages: Mapping[str, Opened] = _NO_STAGES
+) -> CheckpointIndex:
+    """Returns the index of a file, a folder, a state dict in ``held``, a stage, or one of these with adapters.
 
     Raises as :func:`open_checkpoint`."""
     if path in held:
         return index_state_dict(held[path], path, state_dict, ema)
+    if path in stages:
+        return stages[path].index(state_dict, ema)
     parts = split(path)
     if parts is None:
         check_there(path)
         return open_checkpoint(path, state_dict, ema)
     from streammerge.adapters.applying import adapted, read_adapter  # here, because most merges have no adapters
 
-    base = opened(parts.base, state_dict, ema, held)
+    base = opened(parts.base, state_dict, ema, held, stages)
     return adapted(base, [(read_adapter(each.path), each.scale) for each in parts.adapters], str(parts))
 
 
