@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from streammerge.checkpoints.choosing import choose, exponential_weights
-from streammerge.errors import RecipeError, listed
+from streammerge.errors import RecipeError, listed, printable
 from streammerge.methods.registry import LINEAR
 from streammerge.options import (
     Choosing,
@@ -86,6 +86,8 @@ class Request:
         decay = self.choosing.ema_decay
         if self.recipe is None:
             chosen, notes = choose(self.inputs, **choice)
+            if len(chosen) == 1 and asked.base is None:
+                notes.append(f"{printable(chosen[0])} is the only input, so nothing is merged with it")
             given = asked.weights if self.own_weights is None else _following(chosen, self.inputs, self.own_weights)
             weights = _weights(given, decay, len(chosen))
             base = None if asked.base is None else str(asked.base)
