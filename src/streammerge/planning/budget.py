@@ -176,7 +176,8 @@ def fit(
         )
 
     least_chunk, more = max(GRAIN, cost.row), 2 if cost.passes else 1
-    for count in range(workers, 0, -1):
+    most = max(min(workers, (memory_bytes - fixed) // PER_WORKER_BYTES), 1)
+    for count in range(most, 0, -1):
         chunk = max(BEST_CHUNK_ELEMS * more, least_chunk)
         while True:
             for halvings in range(_MOST_HALVINGS + 1):
@@ -193,6 +194,6 @@ def fit(
     least = peak(1, least_chunk, max(BEST_OUT_BYTES >> _MOST_HALVINGS, cost.out * least_chunk), 0, 0)
     rows = f" with rows of {cost.row} elements, which are held whole" if cost.row > GRAIN else ""
     raise BudgetError(
-        f"{binary_bytes(memory_bytes)} of memory are too little for this merge{rows}, "
+        f"{binary_bytes(memory_bytes)} of memory are too little for this run{rows}, "
         f'which needs at least {binary_bytes(least)}; pass `memory="{-(-least // (1 << 20))}MiB"` or more'
     )
