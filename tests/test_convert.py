@@ -81,6 +81,21 @@ def test_extras_are_kept_readable(tmp_path: Path, voices: tuple[Path, Path]) -> 
     assert any("left out of the output: config" in note for note in result.notes)
 
 
+def test_extras_of_a_model_in_the_cache_of_the_hub(
+    tmp_path: Path, voices: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--org--name"
+    (repository / "snapshots" / revision).mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    (repository / "snapshots" / revision / "model.pth").symlink_to(voices[0])
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    sm.convert("org/name", "out.safetensors", extras="extras.json")
+    assert json.loads((tmp_path / "extras.json").read_text())["data"]["step"] == 10
+
+
 @pytest.mark.parametrize("extras", ["in.pth", "out.safetensors", "there.json"])
 def test_extras_replace_nothing(tmp_path: Path, extras: str) -> None:
     torch.save(trained(1), tmp_path / "in.pth")

@@ -86,7 +86,8 @@ class Option:
         try:
             return self.kind.parse(value)
         except (TypeError, ValueError, OverflowError) as error:
-            raise RecipeError(f"`{self.name}` takes {self.kind.words}, not {printable(value, 60)}") from error
+            shown = printable(value, 60) or "an empty text"
+            raise RecipeError(f"`{self.name}` takes {self.kind.words}, not {shown}") from error
 
 
 def option(
@@ -190,13 +191,17 @@ def text(value: Any) -> str:
 
 
 def path(value: Any) -> str:
-    """Reads a path or location as text. Expands ``~`` and keeps a final slash. Raises TypeError for anything else."""
+    """Reads a path or location as text. Expands ``~`` and keeps a final slash. Raises TypeError for anything else, and
+    ValueError for a text that cannot be a name; an empty one, as of an unset variable, is not the current folder."""
     if not isinstance(value, str):
         from streammerge.stores.base import Location  # here, so that --help imports no store
 
         value = str(value) if isinstance(value, Location) else os.fspath(value)
     if not isinstance(value, str):
         raise TypeError
+    if not value or "\0" in value:
+        raise ValueError(value)
+    os.fsencode(value)  # a text that is no name for the system is a ValueError too
     if value.startswith("~"):
         from streammerge.stores.locations import parse
 
@@ -242,6 +247,20 @@ def _share(value: Any) -> str | float:
         raise TypeError
     parse_share(value)
     return value
+
+
+def _energy(value: Any) -> float:
+    number = number_or_percent(value) if isinstance(value, str) else _number(value)
+    if not 0 < number <= 1:
+        raise ValueError(value)
+    return number
+
+
+def _positive(value: Any) -> float:
+    number = float(value) if isinstance(value, str) else _number(value)
+    if not 0 < number < math.inf:
+        raise ValueError(value)
+    return number
 
 
 def _one_of(choices: tuple[str, ...]) -> OptionKind:
@@ -349,10 +368,10 @@ class Policies(Options):
         overrides=True,
     )
     mixed_dtypes: MixedDtypes | None = option(
-        "Tensors of several floating-point dtypes: the first input's dtype, or the smallest that holds all of them, as in "
-        "mergekit.",
+        "Tensors that have several floating-point dtypes in the inputs: the first input's dtype, or the smallest that "
+        "holds all of them.",
         choices=get_args(MixedDtypes),
-        otherwise="first",
+        otherwise="first; promote in a recipe, as in mergekit",
         overrides=True,
     )
     unsafe_truncate_embeddings: bool | None = option(
@@ -437,6 +456,47 @@ class Converting(Options):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class Extracting(Options):
+    """What the adapter holds."""
+
+    base: Checkpoint | None = option("The model that it was trained from.", PATH, metavar="PATH")
+    rank: int | None = option(
+        "The most singular values of each update.", COUNT, metavar="N", otherwise="64, or all that `energy` needs"
+    )
+    energy: str | float | None = option(
+        "As many singular values of each update as have this share of its sum of squares.",
+        OptionKind("a share above 0, up to 1", _energy),
+        metavar="SHARE",
+    )
+    target: str | Sequence[str] = option(
+        "Only modules with these names or last parts of names, like q_proj or '*.mlp.*'. Also decomposes embeddings and "
+        "heads that are named.",
+        PATTERNS,
+        default=(),
+        metavar="PATTERN",
+    )
+    exclude: str | Sequence[str] = option("No modules with these names.", PATTERNS, default=(), metavar="PATTERN")
+    save_modules: bool = option(
+        "Store modules whole that differ and have no factors: norms, biases, embeddings, heads.", TRUTH, default=False
+    )
+    alpha: str | float | None = option(
+        "lora_alpha of the adapter. The factors are scaled so that the updates stay.",
+        OptionKind("a positive number", _positive),
+        metavar="A",
+        otherwise="each module's rank",
+    )
+    dtype: object = option("Dtype of the factors.", metavar="DTYPE", otherwise="float32")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Replacing(Options):
+    """How the output is made. None of these options changes a byte of it."""
+
+    overwrite: bool = option("Replace a finished output.", TRUTH, default=False)
+    polite: bool = option("Give the inputs' page cache back behind the cursor.", TRUTH, default=False)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Verifying(Options):
     """What is verified."""
 
@@ -489,4 +549,5 @@ class Running(Options):
 MERGE = (Merging, Choosing, Naming, Policies, Selecting, Resources, Executing, Writing, Running)
 PLAN = (Merging, Choosing, Naming, Policies, Selecting, Resources, Executing, Writing)
 CONVERT = (Converting, Naming, Selecting, Resources, Executing, Writing, Running)
+EXTRACT = (Extracting, Selecting, Resources, Replacing)
 VERIFY = (Verifying, Resources)

@@ -156,3 +156,16 @@ def test_the_best_by_a_tensor_of_one_element(
     assert "chosen by best.val_loss, highest first: 3.pt (3), 2.pt (2)" in notes
     with pytest.raises(sm.RecipeError, match="has no number two"):
         choose(["1.pt", "2.pt"], best=1, by="two")
+
+
+def test_shards_of_one_checkpoint_are_not_merged_with_each_other(run: Path) -> None:
+    for folder in ("a", "b"):
+        Path(folder).mkdir()
+        for number in (1, 2):
+            save_file({f"w{number}": torch.ones(2)}, f"{folder}/model-0000{number}-of-00002.safetensors")
+    with pytest.raises(sm.RecipeError, match="are shards of one checkpoint; give its folder, a"):
+        choose(["a/model-*.safetensors"])
+    assert choose(["a/model-00001-of-00002.safetensors", "b/model-00001-of-00002.safetensors"])[1] == []
+    (note,) = sm.inspect("a/model-00001-of-00002.safetensors").notes
+    assert "is one shard of a checkpoint" in note
+    assert sm.inspect("a").notes != [note]

@@ -264,6 +264,13 @@ def test_a_module_that_is_added_has_its_counters(tmp_path: Path) -> None:
 def test_mixed_dtypes_are_the_firsts_or_promoted(dtypes: tuple[torch.dtype, ...], promoted: torch.dtype) -> None:
     saved(one={n: t.to(dtypes[0]) for n, t in model(1).items()}, two={n: t.to(dtypes[1]) for n, t in model(2).items()})
     assert {t.dtype for t in merged("one", "two")[0].values()} == {dtypes[0]}
+    recipe = {"merge_method": "linear", "models": [{"model": f"{n}.safetensors"} for n in ("one", "two")]}
+    result = sm.merge(recipe=recipe, out="recipe.safetensors")
+    assert {t.dtype for t in load_safetensors(Path("recipe.safetensors")).values()} == {promoted}
+    assert bool([note for note in result.notes if "several dtypes" in note]) == (dtypes[0] != dtypes[1])
+    sm.verify("recipe.safetensors", sample="100%"), sm.verify("out.safetensors", sample="100%")
+    sm.merge(recipe=recipe, out="recipe.safetensors", mixed_dtypes="first", overwrite=True)
+    assert {t.dtype for t in load_safetensors(Path("recipe.safetensors")).values()} == {dtypes[0]}
     made = merged("one", "two", mixed_dtypes="promote")[0]
     for name, tensor in model(1).items():
         assert made[name].dtype == torch.promote_types(*dtypes) == promoted

@@ -93,3 +93,8 @@ class TestBudget:
         plain, passing = (budget.Cost(4, 2, 2, 0, 2, 2, passes=passes) for passes in (False, True))
         one, two = (budget.fit(1 << 40, workers=1, tensors=0, cost=cost, spooling=False) for cost in (plain, passing))
         assert (two.chunk_elems, two.window_bytes) == (2 * one.chunk_elems, 2 * one.window_bytes)
+
+    def test_more_workers_than_fit_cost_no_time(self) -> None:
+        assert budget.fit(1 << 29, workers=1 << 70, tensors=0, cost=self.cost) == budget.fit(
+            1 << 29, workers=1 << 9, tensors=0, cost=self.cost
+        )

@@ -82,7 +82,7 @@ def test_a_merge_warns_of_tokens_with_other_numbers() -> None:
     warnings = sm.plan(["a", "bb", "ccc"]).warnings
     assert [each for each in warnings if "tokenizers" in each] == [
         "the tokenizers of a and bb give tokens other numbers, so rows of their embeddings that are merged belong to "
-        "different tokens"
+        'different tokens; `tokenizer_source="base"` brings them into one order'
     ]
 
 
@@ -95,3 +95,14 @@ def test_the_files_that_tell_tokens_are_inputs() -> None:
     Path("bb/tokenizer.json").write_text(text.replace('"b": 0, "a": 1', '"a": 0, "b": 1'))
     with pytest.raises(sm.VerifyError, match=r"tokenizer\.json is not the file that was merged"):
         sm.verify("out/", sample="100%")
+
+
+def test_a_merge_of_files_warns_of_the_vocabularies_beside_them() -> None:
+    for name, vocab in (("a", {"x": 0, "y": 1}), ("b", {"y": 0, "x": 1}), ("c", {"x": 0, "y": 1})):
+        Path(name).mkdir()
+        for number in range(2):
+            torch.save({"text_emb.weight": torch.ones(2, 2)}, f"{name}/{number}.pth")
+        Path(name, "vocab.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": vocab, "merges": []}}))
+    said = [each for each in sm.plan(["a/0.pth", "a/1.pth", "b/0.pth", "c/0.pth"]).warnings if "tokenizers" in each]
+    assert len(said) == 1
+    assert said[0].startswith("the tokenizers of a/0.pth and b/0.pth give tokens other numbers")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -217,9 +219,9 @@ def test_embeddings_come_from_the_first_slice_and_heads_from_the_last() -> None:
 
 def test_rows_of_other_dtypes_are_exact() -> None:
     folder("a", *A, dtype=torch.bfloat16), folder("b", *B, dtype=torch.float16)
-    plain = merged(["a", "b"], "o1/", tokenizer_source="union")
+    plain = merged(["a", "b"], "o1/", tokenizer_source="union", mixed_dtypes="first")
     assert plain["lm_head.weight"].dtype == torch.bfloat16
-    made = merged(["a", "b"], "o2/", tokenizer_source="union", dtype="float32")
+    made = merged(["a", "b"], "o2/", tokenizer_source="union")
     row = load_file("b/model.safetensors")["lm_head.weight"][vocabulary("b")["<B>"]].float()
     assert torch.equal(made["lm_head.weight"][vocabulary("o2")["<B>"]], row)
 
@@ -269,6 +271,15 @@ def test_cut_embeddings() -> None:
     assert json.loads(Path("out/config.json").read_text())["vocab_size"] == 8
 
 
+@pytest.mark.parametrize("models", [["a", "b"], ["b", "a"]])
+def test_a_head_that_is_tied_in_one_model_is_cut_too(models: list[str]) -> None:
+    folder("a", *A, rows=8, head=False), folder("b", *B, rows=9)
+    made = merged(models, unsafe_truncate_embeddings=True, rules=[{"match": "lm_head.bias", "drop": True}])
+    a, b = (load_file(f"{m}/model.safetensors") for m in "ab")
+    torch.testing.assert_close(made["lm_head.weight"], (a["model.embed_tokens.weight"] + b["lm_head.weight"][:8]) / 2)
+    assert json.loads(Path("out/config.json").read_text())["tie_word_embeddings"] is False
+
+
 def test_a_rule_copies_rows_in_the_order_of_the_output() -> None:
     for name, own in zip("abc", (A, B, C), strict=True):
         folder(name, *own)
@@ -296,3 +307,94 @@ def test_a_folder_of_xtts_with_a_grown_vocabulary() -> None:
     assert table.tolist() == [0, 1, 3, 2, 3]
     arguments = json.loads(Path("out/config.json").read_text())["model_args"]
     assert arguments == {"gpt_number_text_tokens": 5, "gpt_start_text_token": 2, "gpt_start_audio_token": 1}
+
+
+def test_tensors_are_found_by_their_rows() -> None:
+    """Names of CTRL, XLM and RoBERTa with an early norm; a position table and a bias of another size stay as they are."""
+    for name, own in zip("ab", (A, B), strict=True):
+        folder(name, *own)
+        count = len(vocabulary(name))
+        tensors = {
+            "transformer.w.weight": torch.arange(count).float()[:, None].expand(count, 2).clone(),
+            "prelayernorm.embeddings.word_embeddings.weight": torch.zeros(count, 2),
+            "prelayernorm.embeddings.position_embeddings.weight": torch.zeros(16, 2),
+            "pred_layer.proj.bias": torch.arange(count).float(),
+            "lm_head.weight": torch.arange(count + 1).float()[:, None].expand(count + 1, 2).clone(),
+            "final.norm.weight": torch.zeros(2),
+        }
+        save_file(tensors, f"{name}/model.safetensors", {"format": "pt"})
+    made, out = merged(["a", "b"], tokenizer_source="union"), vocabulary("out")
+    for name in ("transformer.w.weight", "pred_layer.proj.bias", "lm_head.weight"):
+        held = [vocabulary(model) for model in "ab"]
+        for token, place in out.items():
+            rows = [numbers[token] for numbers in held if token in numbers]
+            assert made[name][place].flatten()[0] == sum(rows) / len(rows), (name, token)
+    assert made["prelayernorm.embeddings.position_embeddings.weight"].shape == (16, 2)
+
+
+_MODELS = """
+import sys, torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+KINDS = {
+    "a": (["<s>", "</s>", *"abcd", "ab"], [("a", "b")], ["<A>"], None, False),
+    "b": (["<s>", "</s>", *"dcba", "cd"], [("c", "d")], ["<B>", "<A>"], None, False),
+    "padded": (["<s>", "</s>", *"abcd"], [], ["<P>"], 16, False),
+    "short": (["<s>", "</s>", *"abcd"], [], ["<P>", "<Q>"], 7, False),
+    "tied": (["<s>", "</s>", *"xabcd"], [], ["<A>"], None, True),
+}
+for seed, (name, (tokens, merges, added, rows, tied)) in enumerate(KINDS.items()):
+    torch.manual_seed(seed)
+    made = Tokenizer(models.BPE(vocab={t: n for n, t in enumerate(tokens)}, merges=merges))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+    tokenizer.add_tokens(added)
+    config = LlamaConfig(vocab_size=rows or len(tokenizer.get_vocab()), hidden_size=8, intermediate_size=16,
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=tied)
+    LlamaForCausalLM(config).save_pretrained(f"{sys.argv[1]}/{name}")
+    tokenizer.save_pretrained(f"{sys.argv[1]}/{name}")
+"""
+_RUN = """
+import json, sys
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+for name, config in json.load(open(sys.argv[1])).items():
+    run_merge(MergeConfiguration.model_validate(config), f"theirs-{name}", MergeOptions(quiet=True, write_model_card=False))
+"""
+_NEW = {"<new>": {"source": {"kind": "model_token", "model": "b", "token": "cd"}}, "<A>": {"source": "b", "force": True}}
+_ASKED: dict[str, Any] = {
+    "union": {"models": "ab", "tokenizer_source": "union"},
+    "based": {"models": "ab", "base_model": "b", "tokenizer_source": "union"},
+    "base": {"models": ["a", "b", "padded"], "base_model": "a", "tokenizer_source": "base"},
+    "model": {"models": "ab", "tokenizer_source": "padded"},
+    "pad": {"models": ["padded", "b"], "tokenizer": {"source": "union", "pad_to_multiple_of": 8}},
+    "short": {"models": ["a", "short"], "tokenizer_source": "union"},
+    "tokens": {"models": "ab", "tokenizer": {"source": "union", "tokens": _NEW}},
+    "tied": {"models": ["tied", "b"], "tokenizer_source": "union"},
+    "ties": {"models": "b", "base_model": "a", "merge_method": "ties", "tokenizer_source": "union"},
+}
+
+
+@pytest.mark.skipif("MERGEKIT_PYTHON" not in os.environ, reason="MERGEKIT_PYTHON names no interpreter with mergekit")
+def test_mergekit_makes_the_same_rows() -> None:
+    python = os.environ["MERGEKIT_PYTHON"]
+    subprocess.run([python, "-c", _MODELS, "."], check=True, capture_output=True)
+    shared = {"merge_method": "linear", "parameters": {"weight": 1.0}}
+    recipes = {
+        name: {**shared, **asked, "models": [{"model": m} for m in asked["models"]]} for name, asked in _ASKED.items()
+    }
+    Path("recipes.json").write_text(json.dumps(recipes))
+    subprocess.run([python, "-c", _RUN, "recipes.json"], check=True, capture_output=True)
+    for name, recipe in recipes.items():
+        sm.merge(recipe=recipe, out=f"ours-{name}/")
+        ours, theirs = vocabulary(f"ours-{name}"), vocabulary(f"theirs-{name}")
+        assert ours.keys() == theirs.keys(), name
+        made, wanted = (load_file(f"{who}-{name}/model.safetensors") for who in ("ours", "theirs"))
+        assert made.keys() == wanted.keys(), name
+        for key in ("model.embed_tokens.weight", "lm_head.weight"):
+            assert made[key].shape == wanted[key].shape, (name, key)
+            torch.testing.assert_close(
+                made[key][[*ours.values()]], wanted[key][[theirs[t] for t in ours]], msg=f"{name} {key}"
+            )
+            torch.testing.assert_close(made[key][len(ours) :], wanted[key][len(ours) :])

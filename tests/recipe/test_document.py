@@ -60,7 +60,7 @@ def test_data_goes_to_yaml_and_to_json_and_back(data: dict[str, Any]) -> None:
     [
         ("", "is empty"),
         ("# nothing\n", "is empty"),
-        ("a: 1\n---\nb: 2\n", "x:3:1: several documents in one file, as mergekit-multi"),
+        ("a: 1\n---\nb: 2\n", "x:3:1: several documents in one file"),
         ("a: [1\n", "this is not YAML"),
         ("a:\n\t- b", "x:2:1: this is not YAML"),
         ("a: !!python/name:os.system ''", "x:1:4: .* is not a value that a recipe can have"),

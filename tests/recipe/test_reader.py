@@ -102,7 +102,8 @@ LINEAR = "merge_method: linear\nmodels: [{model: a.safetensors}, {model: b.safet
         ("# nothing\n", "", "is empty"),
         ("- a\n- b\n", "1:1", "takes keys like merge_method"),
         ("just text\n", "1:1", "takes keys like merge_method"),
-        (LINEAR + "---\n" + LINEAR, "4:1", "several documents"),
+        (LINEAR + "---\n" + LINEAR, "4:1", "two documents have no name"),
+        ("name: a\n" + LINEAR + "---\nname: a\n" + LINEAR + "---\n" + LINEAR, "5:1", "a second document has the name a"),
         (LINEAR + "seed: 1\nseed: 2\n", "4:1", "is given twice"),
         ("merge_method: linear\nmodels: &a [*a]\n", "2:1", "nested or repeated too much"),
         ("models: [{model: a.safetensors}]\n", "1:1", "needs merge_method"),
@@ -505,6 +506,10 @@ def test_what_mergekit_ignores_is_ignored_and_told(text: str, said: str, models:
     [
         (LINEAR + "parameter: {weight: 1}\n", "did you mean parameters?"),
         (LINEAR + "max_shard_size: 1GB\n", "unknown key max_shard_size; it stands under output"),
+        (
+            LINEAR.replace("b.safetensors}", "b.safetensors, lora: c}"),
+            "unknown key lora; it stands under model, as in `model: BASE+ADAPTER`",
+        ),
         (LINEAR + "parameters: {densty: 0.5}\n", "linear has no parameter densty"),
         (LINEAR.replace("b.safetensors}", "b.safetensors, parametres: {weight: 2}}"), "did you mean parameters?"),
         ("base_model: a\ngate_mode: hidden\nexperts: []\n", "a configuration of mergekit-moe"),

@@ -87,7 +87,7 @@ def test_a_pattern_that_takes_for_ever_is_stopped() -> None:
 def test_dialects_are_mapped_on_the_command_line(command: str, cli: Cli) -> None:
     out = ["-o", "out.safetensors"] if command == "merge" else []
     shown = cli(command, "a.safetensors", "b.safetensors", "--rename", r"/^layers\.(\d+)/=h.\1", *out)
-    assert "b.safetensors: 2 tensors have other names by" in shown.stdout + shown.stderr
+    assert "b.safetensors: 2 tensors renamed by" in shown.stdout + shown.stderr
     if command == "merge":
         assert load_safetensors(Path("out.safetensors")).keys() == {"h.0.w", "h.1.w"}
         assert torch.equal(load_safetensors(Path("out.safetensors"))["h.1.w"], mean(draw(2, 3), draw(4, 3)))

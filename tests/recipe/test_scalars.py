@@ -53,6 +53,7 @@ def test_values_that_are_right(kind: Plain, given: Any, value: Any) -> None:
         (MODEL, "", "takes the path of a model", UNREAD),
         (MODEL, "a\0b", "takes the path of a model", UNREAD),
         (MODEL, {"model": "a", "lora": {"path": "b", "scal": 1}}, "unknown key scal of lora", UNREAD),
+        (MODEL, {"model": "a", "lora_path": "b"}, "unknown key lora_path of a model", UNREAD),
         (MODEL, {"model": "a", "lora": 3}, "takes the path of a model", UNREAD),
         (MODEL, {"model": {"path": "a", "revision": "main"}}, "a revision is not supported yet", UNREAD),
         (LAYER_RANGE, [1, 1], "takes the first layer and the layer after the last", (0, 0)),

@@ -54,7 +54,7 @@ def test_sources(recipe: dict[str, Any]) -> None:
         ({"source": {"kind": "model_token", "model": "a", "token": "x", "token_id": 1}}, "either token or token_id"),
         ({"source": {"kind": "zero", "model": "a"}}, "unknown key model"),
         ({"source": "nowhere"}, "nowhere does not exist"),
-        ({"sauce": "a"}, "did you mean source"),
+        ({"soruce": "a"}, "did you mean source"),
     ],
 )
 def test_mistakes(recipe: dict[str, Any], more: dict[str, Any], words: str) -> None:

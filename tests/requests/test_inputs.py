@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,10 @@ STATE = {"w": torch.ones(2)}
         (["a.pt:0.6", "b.pt:40%"], ["a.pt", "b.pt"], [0.6, 0.4]),
         ("?.pt:-2", ["a.pt", "b.pt"], [-2, -2]),
         ({"a.pt": 1, Path("b.pt"): numpy.float32(0.5)}, ["a.pt", "b.pt"], [1, 0.5]),
+        ({"a.pt": torch.tensor(0.5), "b.pt": numpy.array(2)}, ["a.pt", "b.pt"], [0.5, 2]),
+        ({"a.pt": Decimal("0.5"), "b.pt": Fraction(1, 2)}, ["a.pt", "b.pt"], [0.5, 0.5]),
+        ({"?.pt": 0.5}, ["a.pt", "b.pt"], [0.5, 0.5]),
+        ({"w": torch.tensor(0.5)}, ["memory/1"], None),
         (["c.safetensors:0.5"], ["c.safetensors:0.5"], None),
         ([STATE, "a.pt"], ["memory/1", "a.pt"], None),
         (STATE, ["memory/1"], None),
@@ -64,6 +70,9 @@ def test_an_index_stands_for_its_file(world: Path) -> None:
         (["a.pt:0.6", "b.pt"], "b.pt has no weight behind it"),
         ({"a.pt": "much"}, "a.pt has no number"),
         ([None], "`inputs` takes a path, not None"),
+        (torch.tensor(1), r"`inputs` takes a path, not tensor\(1\)"),
+        (["a\0b"], "`inputs` takes a path, not a"),
+        (["", "a.pt"], "an input is an empty text, where a path is needed"),
     ],
 )
 def test_what_is_no_input_is_refused(given: Any, said: str, world: Path) -> None:

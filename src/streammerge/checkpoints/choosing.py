@@ -12,6 +12,7 @@ from streammerge.checkpoints.index import open_checkpoint
 from streammerge.checkpoints.metrics import Beside, keys_of
 from streammerge.checkpoints.numbers import in_order, numbers_of
 from streammerge.errors import RecipeError, listed, printable
+from streammerge.formats.file_names import is_shard, is_whole_model, parsed_name
 from streammerge.stores.locations import parse
 
 
@@ -33,6 +34,7 @@ def choose(
     """
     typed, notes = set(paths), list[str]()
     paths = expand(paths)
+    _refuse_shards(paths)
     if last is not None and best is not None:
         raise RecipeError("`last` and `best` both choose; give one of them")
     if (best is None) != (by is None):
@@ -61,6 +63,23 @@ def exponential_weights(decay: float, count: int) -> list[float]:
     if not 0 <= decay < 1:
         raise RecipeError(f"`ema_decay` takes a number from 0 to below 1, not {decay:g}")
     return [decay ** (count - 1)] + [(1 - decay) * decay ** (count - 1 - place) for place in range(1, count)]
+
+
+def _refuse_shards(paths: list[str]) -> None:
+    """Raises RecipeError if two of the inputs are shards of one checkpoint: parts of a model are not merged with each
+    other."""
+    seen: dict[tuple[object, ...], str] = {}
+    for path in dict.fromkeys(paths):
+        place = parse(path)
+        if not is_whole_model(place.name) or not is_shard(place.name):
+            continue
+        parsed = parsed_name(place.name)
+        first = seen.setdefault((place.parent, parsed["stem"], parsed["variant"], parsed["count"], parsed["ending"]), path)
+        if first != path:
+            folder = printable(place.parent)
+            raise RecipeError(
+                f"{printable(first)} and {printable(path)} are shards of one checkpoint; give its folder, {folder}"
+            )
 
 
 def _enough(option: str, wanted: int, paths: list[str]) -> None:

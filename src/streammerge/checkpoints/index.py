@@ -11,6 +11,7 @@ from typing import Any
 from streammerge.errors import FormatError, RecipeError, StreammergeError, printable
 from streammerge.formats import detect
 from streammerge.formats.base import MOST_EXPANDED_BYTES, Container
+from streammerge.formats.file_names import is_shard, is_whole_model
 from streammerge.pickles.candidates import AllFound, Found
 from streammerge.pickles.state_dict import Selection, select
 from streammerge.pickles.tree import Global, TensorRef, number, plain, walk
@@ -37,6 +38,8 @@ class CheckpointIndex(Mapping[str, Source]):
     model in it, "" for the folder's own, where a folder holds several models. There a tensor's name begins with its
     subfolder and a slash. ``warnings``: what may be wrong with the checkpoint. ``adapters``: the indexes of adapters that
     its tensors are updated by, and then ``plain``: the checkpoint without them, and ``adapted_as``: its name in a recipe.
+    ``made_from``: the models of a stage, whose tensors are merges of theirs, by their names in the recipe. ``homes``: the
+    file that each tensor of a stage would be in. ``declared``: the dtype of each tensor that a stage does not round.
     """
 
     path: Location
@@ -54,6 +57,9 @@ class CheckpointIndex(Mapping[str, Source]):
     adapters: tuple[CheckpointIndex, ...] = ()
     plain: CheckpointIndex | None = None
     adapted_as: str = ""
+    made_from: Mapping[str, CheckpointIndex] = field(default_factory=dict)
+    homes: Mapping[str, Location] = field(default_factory=dict)
+    declared: Mapping[str, DType] = field(default_factory=dict)
 
     def with_names(self, renames: Sequence[Rename]) -> CheckpointIndex:
         """The same checkpoint under other names. Raises RecipeError where two tensors would have one name."""
@@ -66,7 +72,7 @@ class CheckpointIndex(Mapping[str, Source]):
         changed = {new: old for old, new in names.items() if new != old}
         entries = {names[old]: entry.named(names[old]) for old, entry in self.entries.items()}
         found = [replace(each, name=names.get(each.name, each.name)) for each in self.selection.tensors]
-        told = [f"{printable(self.path)}: {len(changed)} tensors have other names by `rename`"] if changed else []
+        told = [f"{printable(self.path)}: {counted(len(changed), 'tensor')} renamed by `rename`"] if changed else []
         return replace(
             self,
             entries=entries,
@@ -74,6 +80,8 @@ class CheckpointIndex(Mapping[str, Source]):
             selection=replace(self.selection, tensors=found),
             notes=[*self.notes, *told],
             renamed=changed,
+            homes={names[name]: home for name, home in self.homes.items()},
+            declared={names[name]: dtype for name, dtype in self.declared.items()},
             plain=self.plain and self.plain.with_names(renames),
         )
 
@@ -150,7 +158,13 @@ class CheckpointIndex(Mapping[str, Source]):
 
     def identities(self) -> dict[Location, Status]:
         """What each file is now, to notice when it changes."""
-        return {path: path.status() for path in self.files}
+        return {path: path.status() for each in self.origins() for path in each.files}
+
+    def origins(self) -> list[CheckpointIndex]:
+        """Returns the checkpoints whose files its tensors are read from: itself, or for a stage those of its models."""
+        if not self.made_from:
+            return [self]
+        return [*(each for made in self.made_from.values() for each in made.origins()), *self.adapters]
 
     def classes(self) -> list[str]:
         """Names of the classes and functions that its pickle mentions, none of which was imported."""
@@ -221,7 +235,10 @@ def open_checkpoint(place: PathLike, state_dict: str | None = None, ema: str = "
         container = detect.read(path)
     except OSError as error:
         raise FormatError(f"{printable(path)} cannot be read ({printable(error.strerror or error)})") from error
-    return index_of(container, path, state_dict, ema)
+    made = index_of(container, path, state_dict, ema)
+    if is_whole_model(path.name) and is_shard(path.name) and path.is_file():
+        made.notes.append(f"{printable(path)} is one shard of a checkpoint; its folder is the whole")
+    return made
 
 
 def index_of(container: Container, path: Location, state_dict: str | None = None, ema: str = "ignore") -> CheckpointIndex:

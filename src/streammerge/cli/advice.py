@@ -9,7 +9,7 @@ from difflib import get_close_matches
 
 import click
 
-from streammerge.errors import printable
+from streammerge.cli.terminal import quoted
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)%?,?")
 _CHECKPOINT = re.compile(r".*(\.(safetensors|pth|pt|ckpt|bin|th|tar|ya?ml)|[/*].*)")
@@ -42,7 +42,7 @@ def of_usage(error: click.ClickException) -> str:
     if isinstance(error, click.NoSuchOption):
         near = _of_option(error, sys.argv[1:])
     elif (extra := _EXTRA.search(said)) and _takes_output(error):
-        near = f"; if it is the output, write -o {extra[1]}"
+        near = f"; if it is the output, write -o {quoted(extra[1])}"
     elif isinstance(error, click.UsageError) and error.ctx and ";" not in said:
         near = f"; see `{error.ctx.command_path} --help`"
     else:
@@ -104,9 +104,21 @@ def of_command(typed: Sequence[str], commands: Sequence[str]) -> str:
     """Returns what to do when the first word is no command."""
     word = typed[0]
     if _CHECKPOINT.fullmatch(word) or (len(typed) > 1 and word not in _MEANT and not get_close_matches(word, commands)):
-        return f"; to merge, type `streammerge merge {' '.join(map(printable, typed))}`"
+        return f"; to merge, type `streammerge merge {' '.join(map(quoted, typed))}`"
     near = _MEANT.get(word.lower()) or next(iter(get_close_matches(word, commands, n=1)), None)
     return f"; did you mean {near}?" if near else "; see `streammerge --help`"
+
+
+def without_output(inputs: Sequence[str]) -> str:
+    """Returns what to do about a merge without an output. The last input may be meant as one."""
+    from streammerge.stores.locations import parse
+
+    last = inputs[-1]
+    absent = len(inputs) > 1 and "://" not in last and not parse(last).lexists() and not parse(last).has_magic
+    meant = (
+        f"if {quoted(last)} is the output, write -o {quoted(last)}" if absent else "add -o OUT, like -o merged.safetensors"
+    )
+    return f"the output has no name; {meant}"
 
 
 def check_inputs(inputs: Sequence[str], weights: str | None) -> None:

@@ -70,8 +70,8 @@ def cli(ctx: click.Context) -> None:
     """Merge model checkpoints larger than memory.
 
     An INPUT is a .safetensors, .pth, .pt, .bin or .ckpt file, a folder with one checkpoint or with shards and their
-    index, or a quoted glob. A recipe, which is a mergekit configuration, stands in place of all inputs. Nothing in an
-    input is ever executed.
+    index, or a quoted glob. BASE+ADAPTER is a model with a LoRA on it. A recipe, which is a mergekit configuration,
+    stands in place of all inputs. Nothing in an input is ever executed.
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

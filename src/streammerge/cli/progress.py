@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shlex
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -14,7 +12,7 @@ from types import TracebackType
 from streammerge.cli.failures import add_note
 from streammerge.cli.flags import as_flags
 from streammerge.cli.signals import Stopped, stop_if_asked
-from streammerge.cli.terminal import say
+from streammerge.cli.terminal import quoted, say
 from streammerge.errors import StreammergeError
 from streammerge.events import Event, Published, RunStarted, Suspended, Told
 from streammerge.progress import ProgressBar
@@ -92,11 +90,4 @@ def _left_before(out: str | None) -> str:
 
 def _command() -> str:
     """Returns this command as typed in a shell, without characters that a terminal would execute."""
-    return " ".join(map(_quoted, ["streammerge", *sys.argv[1:]]))
-
-
-def _quoted(argument: str) -> str:
-    if argument.isprintable():
-        return shlex.quote(argument)
-    octets = os.fsencode(argument)
-    return "$'" + "".join(chr(o) if 32 <= o < 127 and o not in b"'\\" else f"\\x{o:02x}" for o in octets) + "'"
+    return " ".join(map(quoted, ["streammerge", *sys.argv[1:]]))

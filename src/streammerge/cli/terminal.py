@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import sys
 
@@ -49,6 +50,14 @@ def forget_line() -> None:
     """Erases what the terminal has shown on the line of stderr, or ends that line where nothing can be erased."""
     if sys.stderr.isatty():
         sys.stderr.write("\n" if os.environ.get("TERM", "dumb") == "dumb" else "\r\x1b[K")
+
+
+def quoted(argument: str) -> str:
+    """Returns an argument as it is typed in a shell, without characters that a terminal would execute."""
+    if argument.isprintable():
+        return shlex.quote(argument)
+    octets = os.fsencode(argument)
+    return "$'" + "".join(chr(o) if 32 <= o < 127 and o not in b"'\\" else f"\\x{o:02x}" for o in octets) + "'"
 
 
 def _columns() -> int:

@@ -18,6 +18,9 @@ Each module imports only modules above it::
     alignment     which tensors go into which tensor of the output
     copies        the same for the copies of the weights
     outputs       the files of the output, and the place of each tensor
+    repeated      tensors that a task reads more than once
     plan          Plan, build_plan
+    unwritten     files that are planned and not written
+    stages        a planned merge as a model of another one
     digest        whether two plans are the same
 """

@@ -47,7 +47,8 @@ class Alignment:
     """``taken``: how many tensors each rule took. ``restacked`` as :class:`parts.Parts` has it.
 
     ``shares``: the tree of each checkpoint, and its weight in means of plain numbers. ``dispositions``: of the tensors.
-    ``tokenized``: the output's vocabulary, if the recipe asks for one.
+    ``tokenized``: the output's vocabulary, if the recipe asks for one. ``mixed``: the tensors that have several dtypes in
+    the inputs, by the smallest dtype that holds all of them.
     """
 
     merged: Sequence[Merged]
@@ -58,6 +59,7 @@ class Alignment:
     shares: list[tuple[Any, float]] = field(default_factory=list)
     dispositions: Dispositions = field(default_factory=Dispositions)
     tokenized: Tokenized | None = None
+    mixed: dict[DType, list[str]] = field(default_factory=dict)
 
 
 def align(recipe: Recipe, indexes: Indexes) -> Alignment:
@@ -163,6 +165,14 @@ class _Aligner:
         self.remade = _Ignored(why_ignored)
         self.stale: set[str] = set()
         self.valued: dict[tuple[int, int], Way] = {}
+        self.declared = {
+            id(entry): view.index.declared[entry.spec.name]
+            for view in (self.base, *self.others)
+            if view.index.declared
+            for entry in view.entries.values()
+            if entry.spec.name in view.index.declared
+        }
+        """The dtype that a tensor of a stage would have in a file, where the stage does not round it."""
 
     def run(self) -> None:
         for other, matched in zip(self.others, self.matches, strict=True):
@@ -482,15 +492,29 @@ class _Aligner:
                 return self._integers(names, spec, in_order, tied, rest)
             counted = replace(spec, dtype=first.spec.dtype)
             return Merged(names, counted, INTEGERS, in_order, {"policy": "max"}, tied=tied, rest=rest)
-        if recipe.mixed_dtypes == "promote" and recipe.recast is None and not (rule and rule.dtype):
-            dtypes = {s.spec.dtype for s in present}
-            if len(dtypes) > 1 and all(dtype.kind == "float" for dtype in dtypes):
-                spec = replace(spec, dtype=promoted(dtypes))
+        if not (rule and rule.dtype):
+            spec = self._promoted(spec, first, present)
         wide = any(s.spec.dtype in _WIDE for s in present)
         preferred = recipe.compute_dtype.torch_name if recipe.compute_dtype else method.compute
         values = self.values.of(method, order[based:], name, sources, rule)
         compute = "float64" if wide else preferred
         return Merged(names, spec, method, present, values, compute, based, tied, rest)
+
+    def _promoted(self, spec: TensorSpec, first: Source, present: tuple[Source, ...]) -> TensorSpec:
+        """Returns the output tensor with a dtype that holds those of all inputs, if the recipe asks for it."""
+        for source in present:  # a plain loop: this runs for every tensor
+            if source.spec.dtype is not first.spec.dtype:
+                break
+        else:
+            return spec
+        dtypes = {self.declared.get(id(source), source.spec.dtype) for source in present}
+        if len(dtypes) == 1:
+            return replace(spec, dtype=dtypes.pop())
+        if self.recipe.recast is not None or not all(dtype.kind == "float" for dtype in dtypes):
+            return spec
+        wide = promoted(dtypes)
+        self.alignment.mixed.setdefault(wide, []).append(spec.name)
+        return replace(spec, dtype=wide) if self.recipe.promotes else spec
 
     def _addition(self, name: str, view: View) -> Merged:
         """A tensor that the first checkpoint lacks, as the first model that has it holds it."""
@@ -510,7 +534,8 @@ class _Aligner:
 
     def _spec(self, name: str, spec: TensorSpec, rule: Rule | None) -> TensorSpec:
         """Returns the output tensor. It has the base's dtype unless another one is asked for."""
-        dtype = self.base.entries[name].spec.dtype
+        entry = self.base.entries[name]
+        dtype = self.declared.get(id(entry), entry.spec.dtype)
         if dtype.kind != spec.dtype.kind:
             dtype = spec.dtype
         wished = (rule.dtype if rule else None) or self.recipe.recast

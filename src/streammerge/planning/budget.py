@@ -180,7 +180,8 @@ def fit(
         )
 
     least_chunk, more = max(GRAIN, cost.row), 2 if cost.passes else 1
-    for count in range(workers, 0, -1):
+    most = max(min(workers, (memory_bytes - fixed) // PER_WORKER_BYTES), 1)
+    for count in range(most, 0, -1):
         chunk = max(BEST_CHUNK_ELEMS * more, least_chunk)
         while True:
             for halvings in range(_MOST_HALVINGS + 1):

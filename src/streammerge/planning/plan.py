@@ -9,23 +9,24 @@ from itertools import pairwise
 from typing import Any
 
 from streammerge.checkpoints.config_differences import differing_configs
-from streammerge.errors import BudgetError, RecipeError, printable
+from streammerge.errors import BudgetError, RecipeError, listed, printable
 from streammerge.kernels.ranking import held_bytes
 from streammerge.methods.registry import COPY, INTEGERS
 from streammerge.planning.aligned import Way
-from streammerge.planning.alignment import align
+from streammerge.planning.alignment import Alignment, align
 from streammerge.planning.budget import Budget, Cost, fit
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.bookkeeping import differing_facts
 from streammerge.planning.outputs.container import plan_output
 from streammerge.planning.outputs.layout import Layout, Placed, PlacedTensors
 from streammerge.planning.receipt import InputSpans
+from streammerge.planning.repeated import remembered
 from streammerge.planning.tasks import MergeTask, Tasks, alike, copy_of_turned, objects, turned_places, turned_task, where
 from streammerge.planning.tokenizers import differing_vocabularies
 from streammerge.planning.views import Indexes
 from streammerge.planning.vocabularies import tokenized, truncated
 from streammerge.recipe.model import Recipe
-from streammerge.recipe.summary import recipe_lines, rule_lines, weight_notes
+from streammerge.recipe.summary import recipe_lines, rule_lines, stage_lines, weight_notes
 from streammerge.sources.base import BlobPath, Needs, Source
 from streammerge.sources.deflated import PackedKey, records
 from streammerge.sources.stored import Stored
@@ -150,6 +151,7 @@ class Plan:
         recipe = self.recipe
         what = "convert" if recipe.merge_method is COPY else recipe.merge_method.name
         lines = [f"{what} -> {printable(self.out) if self.out else '(no output named)'}", *recipe_lines(recipe)]
+        lines += stage_lines(recipe)
         lines += rule_lines(recipe, self.taken)
         made = ", ".join(
             f"{count} {_METHOD_WORDS.get(method, f'merged by {method}')}" for method, count in self.counts().items()
@@ -211,29 +213,17 @@ def build_plan(
     """
     if out is not None and not out.name:
         raise RecipeError(f"{printable(out)} is not a name for an output")
-    opened, tokens = indexes.values(), tokenized(recipe, indexes)
-    cut: list[str] = []
-    if tokens is None and recipe.unsafe_truncate_embeddings:
-        alignment = align(recipe, truncated(recipe, indexes, cut))
-    else:
-        alignment = align(recipe, tokens.indexes if tokens else indexes)
-    alignment.warnings[:0] = recipe.ignored
-    alignment.warnings += cut
-    alignment.warnings += differing_facts([i.extras for i in opened], [str(i.path) for i in opened])
-    alignment.warnings += differing_configs(opened)
-    alignment.warnings += differing_vocabularies(recipe, indexes)
-    if tokens is not None:
-        alignment.tokenized = tokens
-        alignment.notes += tokens.notes
-        alignment.warnings += tokens.warnings
+    recipe, alignment = aligned(recipe, indexes)
+    opened, tokens = indexes.values(), alignment.tokenized
+    origins = [origin for index in opened for origin in index.origins()]
     output = plan_output(out or parse(_EXAMPLE_OUT), recipe, indexes, alignment, hashed)
-    tasks = _tasks(output.placed, recipe.seed)
+    tasks = remembered(all_tasks(output.placed, recipe.seed))
     expressions = list({s.place: s for task in objects(tasks) for s in task.sources if s.__class__ is not Stored}.values())
     spooled: dict[PackedKey, str] = {}
     for source in expressions:
         for record in records(source):
             spooled.setdefault(record, source.spec.name)
-    held = [index.container.held_bytes for index in opened]
+    held = [index.container.held_bytes for index in {id(index): index for index in (*opened, *origins)}.values()]
     # Reading a pickle takes two copies of it beside its tree. They are freed before the output's pickle is written.
     pickle_bytes = sum(held) + max(2 * max(held), output.layout.pickle_bytes) + (tokens.held_bytes if tokens else 0)
     budget, io = budget_of(tasks, memory_bytes, workers, io, bool(spooled), pickle_bytes)
@@ -256,11 +246,42 @@ def build_plan(
         list(dict.fromkeys(notes)),
         list(dict.fromkeys([*(warning for index in opened for warning in index.warnings), *alignment.warnings])),
         alignment.taken,
-        {file: index.path for index in opened for file in index.files},
+        {file: index.path for index in origins for file in index.files},
         output.inputs,
         pickle_bytes,
         dispositions=output.dispositions,
     )
+
+
+def aligned(recipe: Recipe, indexes: Indexes) -> tuple[Recipe, Alignment]:
+    """Returns the tensors of a merge, with what headers tell about its models; and the recipe as it travels, which says
+    what is done with mixed dtypes. Raises as :func:`build_plan` does."""
+    opened, tokens = indexes.values(), tokenized(recipe, indexes)
+    tied: list[str] = []
+    cut: list[str] = []
+    if tokens is None and recipe.unsafe_truncate_embeddings:
+        alignment = align(recipe, truncated(recipe, indexes, tied, cut))
+        alignment.notes[:0] = tied
+    else:
+        alignment = align(recipe, tokens.indexes if tokens else indexes)
+    if alignment.mixed and recipe.mixed_dtypes is None:  # said in the recipe that travels, which may be read again
+        recipe = replace(recipe, mixed_dtypes="promote" if recipe.promotes else "first")
+    if recipe.promotes:
+        alignment.notes += [
+            f"{len(names)} tensors ({listed(names, 2)}) have several dtypes in the inputs and are written as "
+            f'{dtype.torch_name}, as in mergekit; `dtype`, or `mixed_dtypes="first"`, says otherwise'
+            for dtype, names in alignment.mixed.items()
+        ]
+    alignment.warnings[:0] = recipe.ignored
+    alignment.warnings += cut
+    alignment.warnings += differing_facts([i.extras for i in opened], [str(i.path) for i in opened])
+    alignment.warnings += differing_configs(opened)
+    alignment.warnings += differing_vocabularies(recipe, indexes)
+    if tokens is not None:
+        alignment.tokenized = tokens
+        alignment.notes += tokens.notes
+        alignment.warnings += tokens.warnings
+    return recipe, alignment
 
 
 def _is_stored(source: Source) -> bool:
@@ -330,7 +351,7 @@ def _can_map(tasks: Sequence[MergeTask], workers: int) -> bool:
     return all(path.store.mappable for path in seen.values())
 
 
-def _tasks(placed: Iterable[Placed | PlacedTensors], seed: int) -> Tasks:
+def all_tasks(placed: Iterable[Placed | PlacedTensors], seed: int) -> Tasks:
     """Returns the tasks of an output, sorted by the place in the first input, so that its pages are read once and in
     sequence."""
     tasks = Tasks(seed)

@@ -15,6 +15,7 @@ from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import COPY
 from streammerge.planning.aligned import Views, Way
 from streammerge.sources.base import BlobPath, Source
+from streammerge.sources.merged import methods_in
 from streammerge.sources.stored import Stored
 from streammerge.sources.turned import turned, turned_back, turned_spec
 from streammerge.tensors.spec import PIECE_ELEMS, TensorSpec, ranges
@@ -51,7 +52,18 @@ class MergeTask:
 
     @property
     def read_bytes(self) -> int:
-        return sum([source.spec.nbytes for source in self.sources])
+        """Bytes that it reads: for a merge among its sources those in files, each counted once."""
+        if not self.nested:
+            return sum([source.spec.nbytes for source in self.sources])
+        return sum([blob.nbytes for blob in {blob for source in self.sources for blob in source.blobs}])
+
+    @property
+    def nested(self) -> bool:
+        """Whether a merge is among its sources, at any depth."""
+        for source in self.sources:  # a plain loop: this runs for every piece
+            if source.__class__ is not Stored and any(True for _ in methods_in(source)):
+                return True
+        return False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -137,6 +149,8 @@ class Piece:
 
     @property
     def read_bytes(self) -> int:
+        if self.task.nested:
+            return self.task.read_bytes * (self.stop - self.start) // self.task.elems
         return (self.stop - self.start) * sum([s.spec.dtype.component.element_bytes for s in self.task.sources])
 
 

@@ -33,18 +33,34 @@ from streammerge.stores.locations import parse
 
 def differing_vocabularies(recipe: Recipe, indexes: Indexes) -> list[str]:
     """Returns a warning about each model whose tokenizer numbers its tokens in another way than the first model's."""
-    folders = [index for index in indexes.values() if index.path.is_folder()]
-    if len(folders) < 2 or recipe.tokens:
+    opened = [index.path for index in indexes.values() if not index.in_memory]
+    if len(opened) < 2 or recipe.tokens:
         return []
-    first, *others = folders
-    ours, said = vocabulary_of(first.path), []
-    for index in others if ours else ():
-        if same_vocabulary(ours, vocabulary_of(index.path)) is False:
-            said.append(
-                f"the tokenizers of {printable(first.path)} and {printable(index.path)} give tokens other numbers, so rows "
-                "of their embeddings that are merged belong to different tokens"
-            )
-    return said
+    first, *others = opened
+    return [
+        f"the tokenizers of {printable(first)} and {printable(path)} give tokens other numbers, so rows of their "
+        "embeddings that are merged belong to different tokens; "
+        '`tokenizer_source="base"` brings them into one order'
+        for path in others
+        if _number_otherwise(first, path)
+    ]
+
+
+def _number_otherwise(one: Location, two: Location) -> bool:
+    """Whether the files beside two models give a token two numbers. False where they do not tell."""
+    if one.is_folder() and two.is_folder():
+        return same_vocabulary(vocabulary_of(one), vocabulary_of(two)) is False
+    homes = vocabulary_folder(one), vocabulary_folder(two)
+    if homes[0] is None or homes[1] is None or homes[0] == homes[1] or fingerprint(one) == fingerprint(two):
+        return False
+    try:
+        ours, theirs = read_tokens(one), read_tokens(two)
+    except (OSError, ValueError):
+        return False
+    if ours is None or theirs is None:
+        return False
+    numbers = theirs.numbers
+    return any(numbers.get(token, number) != number for token, number in ours.numbers.items())
 
 
 class Pool:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from streammerge.checkpoints.config import tree_of
 from streammerge.checkpoints.config_tokens import vocabulary_sizes
-from streammerge.checkpoints.heads import tie_head
+from streammerge.checkpoints.heads import is_head, tie_head
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.checkpoints.tokens import Tokens, read_tokens
 from streammerge.errors import RecipeError, listed, printable
@@ -44,9 +44,7 @@ _WORDS = re.compile(
 )
 _EMBEDDINGS = re.compile(r"emb|wte|shared\.weight$")
 _OF_TOKENS = re.compile(r"emb|wte|shared\.|head|decoder|predict|logits|vocab|proj_out|output|generator")
-_OF_OTHERS = re.compile(
-    r"pos(?!t)|type|patch|norm|speaker|spk|lang(?!uage_model)|dense|emb_g|emb_l|rotary|time", re.IGNORECASE
-)
+_OF_OTHERS = re.compile(r"pos(?!t)|wpe|type|patch|norm|speaker|spk|lang|dense|emb_g|emb_l|rotary|time", re.IGNORECASE)
 """Parts of names that embeddings of words have, tensors with a row for each token, and tensors that never have one."""
 _TOKEN_BYTES = 300
 """What a token takes while vocabularies are compared: its text, its numbers, and their places in mappings."""
@@ -118,13 +116,18 @@ def tokenized(recipe: Recipe, indexes: Indexes) -> Tokenized | None:
     return _Gathering(recipe, indexes).made()
 
 
-def truncated(recipe: Recipe, indexes: Indexes, warnings: list[str]) -> Indexes:
-    """Returns the checkpoints with the embeddings and heads cut to the rows that all of them have."""
+def truncated(recipe: Recipe, indexes: Indexes, notes: list[str], warnings: list[str]) -> Indexes:
+    """Returns the checkpoints with the embeddings and heads cut to the rows that all of them have.
+
+    A head that only some have is that of the embeddings in the others, and is cut like theirs.
+    """
     made = dict(indexes)
     for group in _groups(recipe):
         seens = [_Seen(made[each], made[each].entries) for each in _known(indexes, group.models)]
+        tie_head(seens, notes)
         for table in _alike(seens):
-            if len(set(filter(None, table.rows))) < 2 or not group.takes(str(table.names[0])):
+            alike = len(set(filter(None, table.rows))) < 2
+            if alike or not _is_named(table) or not group.takes(str(table.names[0])):
                 continue
             least = min(filter(None, table.rows))
             for name, seen in zip(table.names, seens, strict=True):
@@ -191,8 +194,6 @@ def _alike(seens: Sequence[_Seen]) -> Iterator[_Table]:
     for name, entry in first.entries.items():
         if entry.spec.dtype.kind != "float" or not entry.spec.shape or layer_of(name) is not None:
             continue
-        if _OF_OTHERS.search(name) or not _OF_TOKENS.search(name):
-            continue
         names = (name, *(each.get(name) for each in matched))
         found = _lengths(seens, names)
         if found is not None:
@@ -208,19 +209,32 @@ def _matched(first: _Seen, other: _Seen) -> Mapping[str, str]:
 def _tables(seens: Sequence[_Seen], group: _Group, counts: Sequence[int]) -> list[_Table]:
     """Returns the tensors with a row for each token. ``counts``: how many tokens each model has.
 
-    Embeddings of words tell how many rows a model has. What has as many, and a name that can mean tokens, belongs to them.
+    Embeddings of words and heads tell how many rows a model has. What has as many belongs to them if the models differ in
+    the number, or if its name can mean tokens.
     """
     found = list(_alike(seens))
-    embeddings = [each for each in found if each.axis == 0 and _is_table(each, seens) and _fits(each, counts)]
-    words = [each for each in embeddings if _WORDS.search(str(each.names[0]))]
-    if not words:
-        near = sorted(
-            (each for each in embeddings if _EMBEDDINGS.search(str(each.names[0]))), key=lambda e: _far(e, counts)
-        )
-        words = near[:1]
-    sizes = [each.rows for each in words]
-    found = [each for each in found if group.takes(str(each.names[0]))]
-    return [each for each in found if any(_same_rows(each.rows, rows) for rows in sizes)]
+    tables = [
+        each for each in found if each.axis == 0 and _is_table(each, seens) and _fits(each, counts) and _is_named(each)
+    ]
+    near = sorted(tables, key=lambda each: _far(each, counts))
+    words = [each for each in near if _WORDS.search(str(each.names[0]))]
+    words = words or [each for each in near if _EMBEDDINGS.search(str(each.names[0]))] or near
+    least = _far(words[0], counts) if words else 0
+    known = [each for each in words if _far(each, counts) == least or "embed_tokens" in str(each.names[0])]
+    known += [each for each in near if is_head(str(each.names[0]))]
+    return [
+        each
+        for each in found
+        if group.takes(str(each.names[0]))
+        and any(_same_rows(each.rows, one.rows) for one in known)
+        and (_is_named(each) or len(set(each.rows) - {None}) > 1)
+    ]
+
+
+def _is_named(table: _Table) -> bool:
+    """Whether a name can mean tokens."""
+    name = str(table.names[0])
+    return bool(_OF_TOKENS.search(name)) and not _OF_OTHERS.search(".".join(name.split(".")[-2:]))
 
 
 def _is_table(table: _Table, seens: Sequence[_Seen]) -> bool:
@@ -498,7 +512,7 @@ class _Rows:
         exact. The first checkpoint keeps its dtype, which is the output's, unless another one is asked for."""
         own = entries[number].spec.dtype
         recipe = self.all.recipe
-        keeps = self.group.models[number] == self.all.first and recipe.recast is None and recipe.mixed_dtypes == "first"
+        keeps = self.group.models[number] == self.all.first and recipe.recast is None and not recipe.promotes
         if keeps or not any(piece.rows for piece in how.pieces):
             return own
         return promoted([each.spec.dtype for each in entries.values()])

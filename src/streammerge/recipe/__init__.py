@@ -5,11 +5,13 @@ Each module imports only modules above it::
     fields     kinds of values that a key may hold
     patterns   globs and regular expressions on tensor names
     settings   parameters with filters and gradients
+    stage_names a stage as a model, as text
     adapted    a model with adapters on it, as text
     scalars    single values: paths, sizes, dtypes, methods
     vocabulary whose tokens the output has, and where their rows come from
     model      the classes, whose fields are the keys
     document   YAML text with the place of each key
+    stages     merges that are models of other merges: found in the text, checked, in their order
     checks     mistakes in a recipe
     locations  paths of its models, and their names in a recipe that travels with an output
     reader     a file or plain data -> a Recipe

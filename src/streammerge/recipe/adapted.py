@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from streammerge.errors import FormatError, RecipeError, printable
+from streammerge.recipe.stage_names import stage_of
 from streammerge.stores.base import Location
 from streammerge.stores.locations import parse
 from streammerge.stores.locations import resolved as resolved_place
@@ -53,8 +54,8 @@ class Adapted(NamedTuple):
 
 
 def is_there(path: str) -> bool:
-    """Whether a path, or a glob, leads to anything; or whether it means a checkpoint in the caller's memory."""
-    if _HELD.fullmatch(path):
+    """Whether a path, or a glob, leads to anything; or whether it means a checkpoint in the caller's memory, or a stage."""
+    if _HELD.fullmatch(path) or stage_of(path):
         return True
     try:
         place = parse(path)

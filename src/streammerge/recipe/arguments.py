@@ -18,6 +18,8 @@ from streammerge.recipe.settings import Setting, constant
 from streammerge.units import plain_number
 
 Overrides = Mapping[str, Any]
+_OF_THE_OUTPUT = ("dtype", "out_dtype", "tokenizer_source", "chat_template")
+"""Options that say what is written. All others hold for the stages of a recipe too, as in mergekit-multi."""
 
 
 def recipe_of(
@@ -59,6 +61,9 @@ def overridden(recipe: Recipe, overrides: Overrides) -> Recipe:
     if "dtype" in given:
         recipe = replace(recipe, out_dtype=None)
     output = {name: given.pop(name) for name in list(given) if name in OutputRequest.__dataclass_fields__}
+    if recipe.stages:
+        shared = {name: value for name, value in given.items() if name not in _OF_THE_OUTPUT}
+        recipe = replace(recipe, stages={name: overridden(stage, shared) for name, stage in recipe.stages.items()})
     written = replace(recipe.output, **_parsed(OutputRequest, output))
     return replace(recipe, output=written, **_parsed(Recipe, given))
 

@@ -28,9 +28,22 @@ class Document:
     positions: dict[Path, Position]
     doubled: list[Path]
 
+    @property
+    def begin(self) -> Position:
+        return self.positions[()]
+
 
 def parse_yaml(text: str, name: str) -> Document:
     """Parses a text with one document. Raises RecipeError, with the line, if it is not YAML."""
+    documents = parse_documents(text, name)
+    if len(documents) > 1:
+        second = Position(printable(name), documents[1].begin.line, 1)
+        raise RecipeError(f"{second}several documents in one file; one is expected here")
+    return documents[0]
+
+
+def parse_documents(text: str, name: str) -> list[Document]:
+    """Parses a text with one or more documents. Raises RecipeError, with the line, if it is not YAML."""
     import yaml  # here, since only recipes need it
 
     if len(text) > _MOST_CHARACTERS:
@@ -47,13 +60,7 @@ def parse_yaml(text: str, name: str) -> Document:
     nodes = [node for node in nodes if node is not None]
     if not nodes:
         raise RecipeError(f"{printable(name)} is empty; a recipe needs at least merge_method and models")
-    if len(nodes) > 1:
-        second = Position(printable(name), nodes[1].start_mark.line + 1, 1)
-        raise RecipeError(
-            f"{second}several documents in one file, as mergekit-multi takes them, are not supported yet; "
-            "put each into its own file and run them one by one"
-        )
-    return _Reader(printable(name)).document(nodes[0])
+    return [_Reader(printable(name)).document(node) for node in nodes]
 
 
 class _Reader:

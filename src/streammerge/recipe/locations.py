@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import posixpath
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from streammerge.errors import FormatError, RecipeError, VerifyError, printable
+from streammerge.errors import FormatError, RecipeError, VerifyError, listed, printable
 from streammerge.recipe.adapted import absent, is_there, parts_of, split
+from streammerge.recipe.stage_names import stage_of, stage_text
 from streammerge.stores.base import Location
 from streammerge.stores.locations import HERE, has_scheme, parse
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:  # inspecting a checkpoint needs this module, and no recipe
     from streammerge.recipe.fields import Path as Key
     from streammerge.recipe.fields import Problems
     from streammerge.recipe.model import Recipe
+    from streammerge.recipe.settings import Settings
 
 _MOST_REVISION_BYTES = 100
 _REPOSITORY = r"[\w.-]+/[\w.-]+"
@@ -32,17 +35,22 @@ def located(recipe: Recipe, folders: list[Location], problems: Problems, confine
     from streammerge.recipe.scalars import UNREAD
 
     names, written = dict[str, str](), dict[str, str]()
+    stages = recipe.stages
     for named in recipe.named_models:
+        if named in stages:
+            names[named] = stage_text(named)
+            continue
         if confined and named != UNREAD and not _lies_within(named, folders):
             shown = printable(named)
             where = " or ".join(dict.fromkeys(printable(folder) for folder in folders))
             problems.add(_place(recipe, named), f"{shown} leads out of {where}; give its folder as `inputs`")
             names[named] = UNREAD
             continue
-        found = named if named == UNREAD else _find(named, folders, confined, written)
+        found = named if named == UNREAD else _find(named, folders, confined, written, stages)
         names[named] = found or (named if _is_path(named) else UNREAD)
         if found is None:
-            problems.add(_place(recipe, named), _absent(named, folders, confined))
+            said = _absent(named, folders, confined)
+            problems.add(_place(recipe, named), f"{said}; the stages are {listed(list(stages))}" if stages else said)
     written |= {found: named for named, found in names.items()}
     return replace(recipe.renamed(names), written=written)
 
@@ -106,15 +114,23 @@ def _is_path(named: str) -> bool:
     return "\0" not in named and not any("\ud800" <= c <= "\udfff" for c in named)
 
 
-def _find(named: str, folders: list[Location], confined: bool, written: dict[str, str]) -> str | None:
+def _find(
+    named: str, folders: list[Location], confined: bool, written: dict[str, str], stages: Collection[str] = ()
+) -> str | None:
     """Returns the place of a model, or those of a model and its adapters. ``written`` gets each part with its name."""
     found = _find_one(named, folders)
     if found is not None or "+" not in named:
         return found
-    parts = split(named, lambda path: _may_stand(path, folders, confined) and _find_one(path, folders) is not None)
+
+    def exists(path: str) -> bool:
+        return path in stages or (_may_stand(path, folders, confined) and _find_one(path, folders) is not None)
+
+    parts = split(named, exists)
     if parts is None:
         return None
     places = [_find_one(path, folders) or path for path in parts.paths]
+    if parts.base in stages:  # an adapter of this name is a path, as in mergekit
+        places[0] = stage_text(parts.base)
     written |= dict(zip(places, parts.paths, strict=True))
     return str(parts.moved(places))
 
@@ -190,6 +206,11 @@ def _absent(named: str, folders: list[Location], confined: bool = False) -> str:
 
 def _place(recipe: Recipe, named: str) -> Key:
     """Returns the path of the first key that names the model."""
+    if named not in recipe.own_models:
+        holder = next((name for name, stage in recipe.stages.items() if named in stage.own_models), None)
+        if holder is not None:
+            path = _place(recipe.stages[holder], named)
+            return path if path[:1] == ("stages",) else ("stages", holder, *path)
     if recipe.base_model == named:
         return ("base_model",)
     for entry in recipe.entries:
@@ -205,6 +226,12 @@ def travelling(recipe: Recipe) -> Recipe:
 
     A parameter that a rule's method also has is left out, because the defaults of the two methods may differ.
     """
+    stages = {name: replace(stage, parameters=_all_parameters(stage)) for name, stage in recipe.stages.items()}
+    return replace(recipe, parameters=_all_parameters(recipe), stages=stages).renamed(travelling_names(recipe))
+
+
+def _all_parameters(recipe: Recipe) -> Settings:
+    """Returns the parameters of a recipe with the defaults of those that it does not give."""
     from streammerge.recipe.settings import Case, is_same_for_all
 
     settings = dict(recipe.parameters)
@@ -216,7 +243,7 @@ def travelling(recipe: Recipe) -> Recipe:
         said = own or others or any(case.filter in (None, "*") for case in known)
         if not said and not parameter.required and isinstance(default, bool | int | float | str):
             settings[name] = (*known, Case(default))
-    return replace(recipe, parameters=settings).renamed(travelling_names(recipe))
+    return settings
 
 
 def travelling_names(recipe: Recipe) -> dict[str, str]:
@@ -230,6 +257,7 @@ def travelling_names(recipe: Recipe) -> dict[str, str]:
     composed = {named: parts for named in recipe.named_models if (parts := split(named)) is not None}
     paths = list(dict.fromkeys(path for named in recipe.named_models for path in parts_of(named)))
     held = {path: path for path in paths if is_held(path)}
+    held |= {path: name for path in paths if (name := stage_of(path)) is not None}
     written = {path: recipe.written.get(path, path) for path in paths if path not in held}
     places = {path: parse(path).absolute() for path in written}
     far = {path: path for path, place in places.items() if place.store.always_absolute}

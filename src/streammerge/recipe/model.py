@@ -57,6 +57,8 @@ class Reference(NamedTuple):
 SETTINGS = SettingsKind(parameter_docs)
 _MISPLACED = dict.fromkeys(parameter_docs(), "a parameter stands under parameters")
 """Keys that mergekit ignores in a mapping that has a key ``parameters``."""
+_WITH_MODEL = dict.fromkeys(("lora", "adapter"), "model, as in `model: BASE+ADAPTER`")
+"""Keys that mergekit ignores too. They are refused, because the adapter would be missing in the output."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Model:
 
     SHORT: ClassVar = "model"
     IGNORED: ClassVar = _MISPLACED
+    ELSEWHERE: ClassVar = _WITH_MODEL
 
     model: str = key(MODEL, "Path of a file or folder.")
     parameters: Settings = key(SETTINGS, "This model's own parameters, such as weight.", default_factory=dict)
@@ -78,6 +81,7 @@ class SliceSource:
     """Some layers of a model, for a slice."""
 
     IGNORED: ClassVar = _MISPLACED
+    ELSEWHERE: ClassVar = _WITH_MODEL
 
     model: str = key(MODEL, "Path of a file or folder.")
     layer_range: tuple[int, int] = key(LAYER_RANGE, "First layer, and the layer after the last.")
@@ -167,12 +171,17 @@ class OutputRequest:
     )
 
 
+_STAGES = MapOf(FormOf(object))
+"""Recipes by name. Their form is set below, because a recipe holds them."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A merge or a conversion: everything besides the inputs that its output depends on.
 
     ``positions``: the positions of the keys in their file. ``written``: the names of the models in that file.
-    ``ignored``: what has no effect in it, as sentences.
+    ``ignored``: what has no effect in it, as sentences. ``is_read``: whether it was read as a recipe, and not made of
+    arguments.
     """
 
     REFUSED: ClassVar = {
@@ -196,7 +205,15 @@ class Recipe:
     tokenizer_source: str | None = option_key(MODEL, _OPTIONS["tokenizer_source"])
     tokenizer: Tokenizer | None = key(FormOf(Tokenizer), "The same, with a source for single tokens.", default=None)
     chat_template: str | None = option_key(TEMPLATE, _OPTIONS["chat_template"])
-    name: str | None = key(TEXT, "A name for people. It has no effect.", default=None)
+    name: str | None = key(
+        TEXT, "What later documents of the file call it as a model; otherwise a name for people.", default=None
+    )
+    stages: Mapping[str, Recipe] = key(
+        _STAGES, "Name -> a recipe. The name stands for its result wherever a model may stand.", default_factory=dict
+    )
+    round: bool = key(
+        TRUTH, "Whether a stage's result is rounded to its dtype, as in a file, before others take it.", default=True
+    )
     rules: tuple[Rule, ...] = key(ListOf(FormOf(Rule), least=0), "Other ways for some tensors.", default=())
     dtype: DType | None = option_key(DTYPE, _OPTIONS["dtype"])
     out_dtype: DType | None = option_key(DTYPE, _OPTIONS["out_dtype"])
@@ -207,7 +224,7 @@ class Recipe:
     on_missing: str = _chosen("on_missing")
     on_shape: str = _chosen("on_shape")
     integers: str | None = _chosen("integers")
-    mixed_dtypes: str = _chosen("mixed_dtypes")
+    mixed_dtypes: str | None = _chosen("mixed_dtypes")
     unsafe_truncate_embeddings: bool = option_key(TRUTH, _OPTIONS["unsafe_truncate_embeddings"], default=False)
     allow_nonfinite: bool = option_key(TRUTH, _OPTIONS["allow_nonfinite"], default=False)
     output: OutputRequest = key(FormOf(OutputRequest), "How the output is written.", default_factory=OutputRequest)
@@ -215,6 +232,7 @@ class Recipe:
     positions: Positions = field(default_factory=dict, compare=False, repr=False)
     written: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     ignored: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    is_read: bool = field(default=False, compare=False, repr=False)
 
     def at(self, path: Path) -> str:
         """Returns ``recipe.yaml:12:3: `` for a key that was read from a file; empty otherwise."""
@@ -296,6 +314,12 @@ class Recipe:
         return Tokenizer(self.tokenizer_source) if self.tokenizer_source else self.tokenizer
 
     @property
+    def promotes(self) -> bool:
+        """Whether tensors that have several dtypes in the inputs get one that holds all of them, as in mergekit."""
+        asked = self.mixed_dtypes or ("promote" if self.is_read else "first")
+        return asked == "promote" and self.recast is None
+
+    @property
     def recast(self) -> DType | None:
         """The requested dtype."""
         return self.out_dtype or self.dtype
@@ -331,14 +355,23 @@ class Recipe:
             tokenizer_source=names.get(self.tokenizer_source or "", self.tokenizer_source),
             tokenizer=self.tokenizer and self.tokenizer.with_models(lambda name: names[name]),
             rules=tuple(replace(r, copy=names[r.copy]) if r.copy else r for r in self.rules),
+            stages={name: stage.renamed(names) for name, stage in self.stages.items()},
         )
 
     @property
     def named_models(self) -> list[str]:
-        """Every path in the recipe, as written."""
+        """Every path in the recipe and its stages, as written."""
+        return list(dict.fromkeys(named for each in (self, *self.stages.values()) for named in each.own_models))
+
+    @property
+    def own_models(self) -> list[str]:
+        """Every path in the recipe without its stages, as written."""
         named = [] if self.base_model is None else [self.base_model]
         named += [entry.model for entry in self.entries]
         named += [each.base_model for each in self._all_slices if each.base_model]
         named += [rule.copy for rule in self.rules if rule.copy]
         named += self.tokens.models if self.tokens else []
         return list(dict.fromkeys(named))
+
+
+_STAGES.item = FormOf(Recipe)

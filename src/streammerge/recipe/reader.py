@@ -10,10 +10,11 @@ from streammerge.errors import RecipeError, printable
 from streammerge.formats.records import RECIPE_FILE
 from streammerge.methods.registry import LINEAR, find_method
 from streammerge.recipe.checks import check, ignored, raise_all
-from streammerge.recipe.document import parse_yaml, to_json, to_yaml
-from streammerge.recipe.fields import FormOf, Problems
+from streammerge.recipe.document import Document, parse_documents, to_json, to_yaml
+from streammerge.recipe.fields import FormOf, Positions, Problems
 from streammerge.recipe.locations import located, travelling
 from streammerge.recipe.model import Model, OutputRequest, Recipe, Reference, Rule, Slice, SliceSource
+from streammerge.recipe.stages import check_stages, gathered
 from streammerge.stores.base import Location
 from streammerge.stores.locations import HERE, PathLike, parse
 
@@ -50,7 +51,7 @@ def recipe_of_receipt(data: Mapping[str, Any], own_methods: bool, folders: list[
 
     Raises VerifyError for an absolute path, which no receipt of ours holds, and RecipeError for any other mistake.
     """
-    return _read(data, {}, [], "the recipe", folders, own_methods, confined=True)
+    return _read([Document(data, {}, [])], "the recipe", folders, own_methods, confined=True)
 
 
 def read_recipe(source: PathLike | Mapping[str, Any], own_methods: bool = False, folder: Location | None = None) -> Recipe:
@@ -61,7 +62,7 @@ def read_recipe(source: PathLike | Mapping[str, Any], own_methods: bool = False,
     mistake and its line.
     """
     if isinstance(source, Mapping):
-        return _read(source, {}, [], "the recipe", [folder or HERE], own_methods)
+        return _read([Document(source, {}, [])], "the recipe", [folder or HERE], own_methods)
     path = parse(source)
     name = printable(source)
     if not path.is_file():
@@ -75,31 +76,56 @@ def read_recipe(source: PathLike | Mapping[str, Any], own_methods: bool = False,
         raise RecipeError(f"{name} cannot be read ({printable(error.strerror or error)})") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{name} is not UTF-8 text; save the recipe as UTF-8") from error
-    document = parse_yaml(text, str(source))
+    documents = parse_documents(text, str(source))
     folders = [HERE, path.parent] + ([path.parent.parent] if path.name == RECIPE_FILE else [])
-    return _read(document.data, document.positions, document.doubled, name, folders, own_methods)
+    return _read(documents, name, folders, own_methods)
 
 
 def _read(
-    data: Any,
-    positions: Any,
-    doubled: Any,
+    documents: list[Document],
     name: str,
     folders: list[Location],
     own_methods: bool,
     confined: bool = False,
 ) -> Recipe:
-    _refuse_others(data, name)
     problems = Problems()
-    for key in doubled:
+    for each in documents:
+        _refuse_others(each.data, name)
+    whole = gathered(documents, problems)
+    data, positions = whole.data, whole.positions
+    for key in whole.doubled:
         problems.add(key, f"the key {printable(key[-1])} is given twice")
     recipe = FormOf(Recipe).read(_with_own_methods(data, problems) if own_methods else data, (), problems)
     if recipe is not None:
-        recipe = located(replace(recipe, positions=positions), folders, problems, confined)
+        recipe = located(
+            replace(recipe, positions=positions, stages=_placed(recipe.stages, positions)), folders, problems, confined
+        )
         check(recipe, problems, as_mergekit=True)
-        recipe = replace(recipe, ignored=ignored(problems, positions))
+        for stage in recipe.stages:
+            _check_stage(stage, recipe.stages[stage], problems)
+        check_stages(recipe, problems)
+        recipe = replace(recipe, ignored=ignored(problems, positions), is_read=True)
     raise_all(problems, positions, name)
     return recipe  # type: ignore[no-any-return]
+
+
+def _placed(stages: Mapping[str, Recipe], positions: Positions) -> dict[str, Recipe]:
+    """Returns the stages with the places of their keys, also as the keys would be called in a recipe of their own."""
+    made = {}
+    for name, stage in stages.items():
+        own = {path[2:]: place for path, place in positions.items() if path[:2] == ("stages", name)}
+        made[name] = replace(stage, positions={**positions, **own}, is_read=True)
+    return made
+
+
+def _check_stage(name: str, stage: Recipe, problems: Problems) -> None:
+    """Adds every mistake of a stage to the problems, under its place in the whole recipe."""
+    above = ("stages", name)
+    own = Problems((path[2:] if path[:2] == above and len(path) == 3 else path, said) for path, said in problems)
+    count = len(own)
+    check(stage, own, as_mergekit=True)
+    for target, found in ((problems, own[count:]), (problems.warnings, own.warnings)):
+        target += [(path if path[:2] == above else (*above, *path), said) for path, said in found]
 
 
 def _refuse_others(data: Any, name: str) -> None:
@@ -124,6 +150,8 @@ def _with_own_methods(data: Any, problems: Problems) -> Any:
     if not isinstance(data, Mapping):
         return data
     made = {**data}
+    if isinstance(made.get("stages"), Mapping):
+        made["stages"] = {name: _with_own_methods(stage, problems) for name, stage in made["stages"].items()}
     if isinstance(made.get("rules"), list):
         made["rules"] = [{**rule} if isinstance(rule, Mapping) else rule for rule in made["rules"]]
     holders = [((), made), *((("rules", n), rule) for n, rule in enumerate(made.get("rules") or ()))]

@@ -33,6 +33,9 @@ def _model(value: Any) -> str:
     if isinstance(value, Mapping):
         if value.get("override_architecture") is not None:
             raise RecipeError("override_architecture is not supported yet; give a folder with the weights merged")
+        unknown = next((name for name in value if name not in ("model", "lora", "override_architecture")), None)
+        if unknown is not None:
+            raise RecipeError(f"unknown key {printable(unknown)} of a model; it knows model and lora")
         lora = value.get("lora")
         inner = value.get("model")
         if isinstance(inner, Mapping) and inner.get("revision") is not None:

@@ -7,6 +7,7 @@ from streammerge.methods.contracts import FALSE
 from streammerge.methods.registry import LINEAR
 from streammerge.recipe.model import Model, Recipe, Slice, SliceSource
 from streammerge.recipe.settings import Setting, SettingKind, Settings
+from streammerge.recipe.stages import stages_used
 
 
 def recipe_lines(recipe: Recipe) -> list[str]:
@@ -20,6 +21,17 @@ def recipe_lines(recipe: Recipe) -> list[str]:
         lines.append(f"rename   {', '.join(printable(each) for each in recipe.rename)}")
     if recipe.parameters:
         lines.append(f"with     {_shown_all(recipe.parameters)}")
+    return lines
+
+
+def stage_lines(recipe: Recipe) -> list[str]:
+    """Returns the stages that the recipe needs, each with its models, in the order of computing."""
+    lines = []
+    for name in stages_used(recipe) if recipe.stages else ():
+        stage = recipe.stages[name]
+        how = stage.merge_method.name + ("" if stage.round else ", not rounded")
+        how += f", as {stage.recast.torch_name}" if stage.recast else ""
+        lines += [f"stage    {printable(name)} by {how}", *(f"  {line}" for line in recipe_lines(stage))]
     return lines
 
 

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 from streammerge.checkpoints.conversions import converted_path, is_conversion
 from streammerge.options import Resources
+from streammerge.recipe.adapted import parts_of
 from streammerge.recipe.arguments import conversion
 from streammerge.recipe.model import Recipe
+from streammerge.recipe.stage_names import stage_of
 from streammerge.requests.inputs import opened
 from streammerge.requests.plans import planned
 from streammerge.running.execution import execute
@@ -23,7 +25,10 @@ def convert_first(recipe: Recipe, folder: Location, resources: Resources, runnin
     """
     made = False
     folder.make_folder()
-    for each in recipe.checkpoints:
+    models = {each: None for one in (recipe, *recipe.stages.values()) for each in one.checkpoints}
+    for each in models:
+        if any(map(stage_of, parts_of(each.path))):
+            continue
         index = opened(each.path, each.state_dict, recipe.ema, {})
         target = converted_path(index, folder)
         if not is_conversion(target, index):

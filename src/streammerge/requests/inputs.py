@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from numbers import Real
-from typing import Any, SupportsFloat
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from streammerge.checkpoints.globs import expand
 from streammerge.checkpoints.in_memory import hold, index_state_dict
 from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
 from streammerge.errors import RecipeError, printable
 from streammerge.options import number_or_percent, path
-from streammerge.recipe.adapted import check_there, split
+from streammerge.recipe.adapted import check_there, is_there, split
 from streammerge.sources.memory import is_array, is_tensor
 from streammerge.stores.base import Location
 from streammerge.stores.locations import PathLike, has_scheme, parse
+from streammerge.units import plain_number
+
+if TYPE_CHECKING:
+    from streammerge.planning.stages import Opened
 
 Checkpoint = PathLike | Mapping[str, Any]
 """A file or folder, or a state dict in memory: torch tensors or numpy arrays by name, or a mapping that holds one. An index
@@ -24,12 +29,17 @@ of :func:`streammerge.inspect` stands for its file or folder."""
 Inputs = Checkpoint | Iterable[Checkpoint] | Mapping[Any, SupportsFloat]
 Held = dict[str, Mapping[str, Any]]
 """The state dicts in memory, by their names in the recipe."""
+_NO_STAGES: Mapping[str, Opened] = {}
 _WEIGHTED = re.compile(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+)%?)")
 """An input with its weight behind it, as in ``a.safetensors:0.6``."""
+_CALLED = {"inputs": "an input", "path": "the input"}
+"""What a sentence calls arguments that are no options of a command."""
 
 
 def path_of(name: str, value: Any) -> str:
     """Returns the path given as argument ``name``. Raises RecipeError for anything but a path."""
+    if isinstance(value, str) and not value:
+        raise RecipeError(f"{_CALLED.get(name, f'`{name}`')} is an empty text, where a path is needed")
     try:
         read = path(value)
     except (TypeError, ValueError) as error:
@@ -50,19 +60,23 @@ def named(name: str, given: Any, held: Held) -> str:
     return hold(given, held) if isinstance(given, Mapping) else path_of(name, given)
 
 
-def opened(path: str, state_dict: str | None, ema: str, held: Held) -> CheckpointIndex:
-    """Returns the index of a file, a folder, a state dict in ``held``, or one of these with adapters.
+def opened(
+    path: str, state_dict: str | None, ema: str, held: Held, stages: Mapping[str, Opened] = _NO_STAGES
+) -> CheckpointIndex:
+    """Returns the index of a file, a folder, a state dict in ``held``, a stage, or one of these with adapters.
 
     Raises as :func:`open_checkpoint`."""
     if path in held:
         return index_state_dict(held[path], path, state_dict, ema)
+    if path in stages:
+        return stages[path].index(state_dict, ema)
     parts = split(path)
     if parts is None:
         check_there(path)
         return open_checkpoint(path, state_dict, ema)
     from streammerge.adapters.applying import adapted, read_adapter  # here, because most merges have no adapters
 
-    base = opened(parts.base, state_dict, ema, held)
+    base = opened(parts.base, state_dict, ema, held, stages)
     return adapted(base, [(read_adapter(each.path), each.scale) for each in parts.adapters], str(parts))
 
 
@@ -71,14 +85,9 @@ def names_and_weights(given: Any, held: Held) -> tuple[list[str], list[float] | 
     anything but inputs."""
     if isinstance(given, CheckpointIndex):
         given = [given]
-    if isinstance(given, Mapping) and not any(map(_may_hold_tensors, given.values())):
-        wrong = next((name for name, weight in given.items() if not isinstance(weight, Real)), None)
-        if wrong is not None:
-            raise RecipeError(
-                f"a dict of inputs gives each path its weight, like {{'a.pth': 0.9}}; {printable(wrong)} has no number"
-            )
-        return [path_of("inputs", each) for each in given], list(map(float, given.values()))
-    if isinstance(given, str | bytes | os.PathLike | Location | Mapping) or not isinstance(given, Iterable):
+    if isinstance(given, Mapping) and _gives_weights(given):
+        return _each_with_weight([(path_of("inputs", path), _weight(path, weight)) for path, weight in given.items()])
+    if isinstance(given, str | bytes | os.PathLike | Location | Mapping) or not isinstance(plain_number(given), Iterable):
         given = [given]
     return _with_weights([named("inputs", each, held) for each in given])
 
@@ -95,8 +104,35 @@ def _with_weights(names: list[str]) -> tuple[list[str], list[float] | None]:
     bare = next((name for name, each in zip(names, weighted, strict=True) if each is None), None)
     if bare is not None:
         raise RecipeError(f"{printable(bare)} has no weight behind it, and others have; write {printable(bare)}:0.5, say")
-    paths = [(path, number_or_percent(each[2])) for each in weighted if each for path in expand([each[1]])]
+    return _each_with_weight([(each[1], number_or_percent(each[2])) for each in weighted if each])
+
+
+def _each_with_weight(given: list[tuple[str, float]]) -> tuple[list[str], list[float]]:
+    """Returns the paths, each glob replaced by its matches, and the weight of each."""
+    paths = [(path, weight) for glob, weight in given for path in expand([glob])]
     return [path for path, _ in paths], [weight for _, weight in paths]
+
+
+def _weight(path: Any, given: Any) -> float:
+    number = plain_number(given)
+    if not isinstance(number, Real | Decimal):
+        raise RecipeError(
+            f"a dict of inputs gives each path its weight, like {{'a.pth': 0.9}}; {printable(path)} has no number"
+        )
+    return float(number)
+
+
+def _gives_weights(given: Mapping[Any, Any]) -> bool:
+    """Whether a dict gives paths their weights; otherwise it is a state dict. Numbers of numpy and torch are tensors too,
+    and are weights where a key of theirs is a path."""
+    values = given.values()
+    if not any(map(_may_hold_tensors, values)):
+        return True
+    return all(isinstance(plain_number(each), Real) for each in values) and any(map(_is_path, given))
+
+
+def _is_path(key: Any) -> bool:
+    return isinstance(key, os.PathLike | Location) or (isinstance(key, str) and is_there(key))
 
 
 def _may_hold_tensors(value: Any) -> bool:

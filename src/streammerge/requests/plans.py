@@ -10,7 +10,10 @@ from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError
 from streammerge.options import Resources
 from streammerge.planning.plan import Plan, build_plan
+from streammerge.planning.stages import Opened
 from streammerge.recipe.model import Recipe, Reference
+from streammerge.recipe.stage_names import stage_text
+from streammerge.recipe.stages import stages_used
 from streammerge.requests.inputs import Held, opened
 from streammerge.running.choosing import choose_executor
 from streammerge.running.execution import default_workers
@@ -39,16 +42,11 @@ def planned(
     if held and convert_first is not None:
         raise RecipeError("`convert_first` converts files; give state dicts in memory without it")
     with collector_paused():
-        indexes: dict[Reference, CheckpointIndex] = {}
-        for each in recipe.checkpoints:
-            index = opened(each.path, each.state_dict, recipe.ema, held or {})
-            for known in indexes.values():
-                index.share(known)
-            indexes[each] = index
-        if convert_first is not None:
-            indexes = {each: from_conversion(index, convert_first) for each, index in indexes.items()}
-        indexes = agreed(recipe, indexes)
-        indexes = {each: index.with_names(each.rename) for each, index in indexes.items()}
+        stages: dict[str, Opened] = {}
+        for name in stages_used(recipe) if recipe.stages else ():
+            own = recipe.stages[name]
+            stages[stage_text(name)] = Opened(name, own, _indexes(own, held or {}, convert_first, stages))
+        indexes = _indexes(recipe, held or {}, convert_first, stages)
         told = _likeness(recipe, indexes) if like else []
         made = build_plan(
             recipe,
@@ -63,6 +61,24 @@ def planned(
     choose_executor(made, executor)
     made.warnings += output_warnings(made)
     return made
+
+
+def _indexes(
+    recipe: Recipe, held: Held, convert_first: Location | None, stages: Mapping[str, Opened]
+) -> dict[Reference, CheckpointIndex]:
+    """Returns the indexes of a recipe's models, under the names that the recipe gives to their tensors."""
+    indexes: dict[Reference, CheckpointIndex] = {}
+    for each in recipe.checkpoints:
+        index = opened(each.path, each.state_dict, recipe.ema, held, stages)
+        for known in indexes.values():
+            index.share(known)
+        indexes[each] = index
+    if convert_first is not None:
+        indexes = {
+            each: index if index.made_from else from_conversion(index, convert_first) for each, index in indexes.items()
+        }
+    indexes = agreed(recipe, indexes)
+    return {each: index.with_names(each.rename) for each, index in indexes.items()}
 
 
 def output_warnings(plan: Plan) -> list[str]:

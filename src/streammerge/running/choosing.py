@@ -41,7 +41,7 @@ def choose_executor(plan: Plan, wanted: str | Executors) -> None:
     ``wanted``: "auto", a name, or a function that makes an executor. Raises RecipeError for an unknown name and for methods
     or stores that worker processes cannot import, BudgetError when the memory is too little for processes.
     """
-    if wanted == "auto":
+    if isinstance(wanted, str) and wanted == "auto":  # an array is not equal to anything
         counted = sum(count for task, count in alike(plan.tasks) if task.method.passes)
         tensors = counted if plan.budget.workers > 1 else 0
         most = most_threads(tensors, plan.read_bytes)

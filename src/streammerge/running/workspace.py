@@ -65,11 +65,14 @@ class Workspace:
         self._arena = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._views: dict[tuple[int, torch.dtype, int], torch.Tensor] = {}
         self._taken: dict[Slot, int] = {}
-        self._known: tuple[tuple[Source, ...], dict[int, tuple[Source, Any]]] = ((), {})
+        self._known: tuple[tuple[Source, ...], dict[tuple[object, ...], Any]] = ((), {})
 
-    def kernels_of(self, sources: tuple[Source, ...]) -> dict[int, tuple[Source, Any]]:
-        """Returns the cache for results that readers of these sources compute once. Drops the cache of any other task."""
-        if self._known[0] is not sources:
+    def kernels_of(self, sources: tuple[Source, ...]) -> dict[tuple[object, ...], Any]:
+        """Returns the cache for results that readers of these sources compute once. Drops the cache of any other task.
+
+        A worker process gets the sources anew with each piece of a tensor, so they are compared.
+        """
+        if self._known[0] is not sources and self._known[0] != sources:
             self._known = (sources, {})
         return self._known[1]
 
@@ -316,6 +319,7 @@ class WorkerRoom:
         self._taken = self._tiles = 0
         self.nonfinite: dict[str, int] = {}
         self._kernels = workspace.kernels_of(sources)
+        self._readers: dict[tuple[object, ...], Reader] = {}
 
     def file(self, path: BlobPath) -> Input:
         return self._files.get(path)
@@ -340,9 +344,16 @@ class WorkerRoom:
         return self._workspace.octets("reader shared", nbytes)
 
     def once(self, source: Source, make: Callable[[], T]) -> T:
-        if id(source) not in self._kernels:
-            self._kernels[id(source)] = source, make()  # holds the source, so that no other one gets its number
-        return self._kernels[id(source)][1]  # type: ignore[no-any-return]
+        place = source.place
+        if place not in self._kernels:
+            self._kernels[place] = make()
+        return self._kernels[place]  # type: ignore[no-any-return]
+
+    def common(self, source: Source, make: Callable[[], Reader]) -> Reader:
+        place = source.place
+        if place not in self._readers:
+            self._readers[place] = make()
+        return self._readers[place]
 
 
 def _rounded(nbytes: int) -> int:

@@ -26,4 +26,5 @@ Each module imports only modules above it::
     rescaled  slices multiplied by numbers of their own, or given a norm
     residual  a matrix without its strongest part
     merged    a merge of other sources, computed chunk by chunk
+    remembered what is read several times
 """

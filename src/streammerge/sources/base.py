@@ -90,6 +90,10 @@ class Room(Protocol):
         """Returns the result of ``make``, which is called once for each source, also if the tensor is opened again."""
         ...
 
+    def common(self, source: Source, make: Callable[[], Reader]) -> Reader:
+        """Returns the one reader of a source in this room. ``make`` makes it when it is asked for first."""
+        ...
+
     def halt(self) -> None:
         """Raises when the run is stopping. Long-running readers call it from time to time."""
         ...
@@ -226,6 +230,7 @@ class Allocated:
     def __init__(self, files: Callable[[Any], File] | None = None, tile_bytes: int = 1 << 20) -> None:
         self._files, self._tile_bytes = files, tile_bytes
         self._made: dict[int, tuple[Source, Any]] = {}
+        self._readers: dict[tuple[object, ...], Reader] = {}
         self._lock = threading.Lock()
 
     def file(self, path: BlobPath) -> File:
@@ -250,6 +255,11 @@ class Allocated:
             if id(source) not in self._made:
                 self._made[id(source)] = source, make()
         return self._made[id(source)][1]  # type: ignore[no-any-return]
+
+    def common(self, source: Source, make: Callable[[], Reader]) -> Reader:
+        if source.place not in self._readers:
+            self._readers[source.place] = make()
+        return self._readers[source.place]
 
     def halt(self) -> None:
         """Does nothing: outside a run nothing stops."""

@@ -61,7 +61,7 @@ def with_values(
                 raise VerifyError(f"{printable(out)} can be verified only in part: {'; '.join(left)}")
             return attempt
     ranked = [e for kind in (VerifyError, ChangedError, Exception) for e in failures if isinstance(e, kind)]
-    said = "; ".join(map(str.strip, str(ranked[0]).splitlines()))
+    said = "; ".join(map(str.strip, str(ranked[0]).splitlines())).replace(":; ", ": ")  # a heading and its list
     if isinstance(ranked[0], VerifyError):
         raise ranked[0]
     if asked.sample is not None or asked.inputs is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from conftest import Cli
+from safetensors.torch import save_file
 
 
 def test_inspect_tells_what_is_inside(cli: Cli, voices: tuple[Path, Path]) -> None:
@@ -39,3 +40,13 @@ def test_the_state_dict_is_chosen(cli: Cli, tmp_path: Path) -> None:
     shown = json.loads(cli("inspect", "x.pth", "--state-dict", "other", "--format", "json").stdout)
     assert (shown["state_dict"], shown["parameters"]) == (["other"], 5)
     assert "absent" in cli("inspect", "x.pth", "--state-dict", "absent", code=2).stderr
+
+
+def test_a_base_with_an_adapter_has_the_name_of_both(cli: Cli, tmp_path: Path) -> None:
+    save_file({"a.weight": torch.ones(8, 6), "b": torch.ones(2)}, tmp_path / "base.safetensors")
+    save_file({"a.lora_up.weight": torch.ones(8, 2), "a.lora_down.weight": torch.ones(2, 6)}, tmp_path / "lora.safetensors")
+    text = "base.safetensors+0.5*lora.safetensors"
+    assert cli("inspect", text, "--tensors").stdout.startswith("base.safetensors + 0.5*lora.safetensors")
+    shown = json.loads(cli("inspect", text, "--format", "json", "--tensors").stdout)
+    assert shown["path"] == "base.safetensors + 0.5*lora.safetensors"
+    assert shown["entries"]["a.weight"]["shape"] == [8, 6]

@@ -31,6 +31,13 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path, cli: Cli,
     assert torch.load(tmp_path / "voice.pth")["step"] == 30
 
 
+def test_a_dry_run_plans_the_output_that_the_merge_writes(tmp_path: Path, cli: Cli, voices: tuple[Path, Path]) -> None:
+    shown = cli("merge", *voices, "-o", "voice", "--dry-run")
+    assert "voice is written as voice.pth" in shown.stderr
+    assert "-> voice.pth" in shown.stdout
+    assert not list(tmp_path.glob("voice*"))
+
+
 def test_help_names_every_option_of_the_interface(cli: Cli) -> None:
     shown = cli("merge", "--help").stdout
     options = "--weights --no-normalize --method --memory --workers --io --dtype --out-dtype --compute-dtype --state-dict"

@@ -23,6 +23,8 @@ def clean(location: str, yes: bool, debug: bool) -> None:
     from streammerge.stores.leftovers import discard, leftover_of, leftovers
     from streammerge.stores.locations import parse
 
+    if not location:  # an unset variable of a shell is not the current folder
+        raise RecipeError("the location is an empty text; give the name of an output, or a folder")
     place = parse(location)
     own = leftover_of(place)
     if own is not None:

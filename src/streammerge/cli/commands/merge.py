@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from streammerge.cli import options
+from streammerge.cli.advice import without_output
 from streammerge.cli.arguments import as_arguments, inputs_and_recipe, output_name
 from streammerge.cli.reports import report, show_plan
 from streammerge.options import MERGE, Running, options_of
@@ -45,11 +46,13 @@ def merge(
     if dry_run:
         from streammerge import api
 
+        if out is not None:
+            out = output_name(out, found, recipe, Progress(form, enabled=False).say, typed["own_methods"])
         asked = {name: asked[name] for name in asked.keys() - options_of(Running)}
         show_plan(api.plan(found, out, recipe=recipe, **asked), form)
         return
     if out is None:
-        raise click.UsageError("the output has no name; add -o OUT, like -o merged.safetensors")
+        raise click.UsageError(without_output(inputs))
     with Progress(form, enabled=not no_progress) as progress:
         progress.out = out
         from streammerge import api

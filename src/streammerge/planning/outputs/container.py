@@ -29,6 +29,7 @@ from streammerge.recipe.adapted import parts_of
 from streammerge.recipe.document import to_json
 from streammerge.recipe.locations import is_held, travelling, travelling_names
 from streammerge.recipe.model import Recipe
+from streammerge.recipe.stage_names import stage_of
 from streammerge.stores.base import Location
 from streammerge.stores.checksums import CRC32, CRC32C
 from streammerge.stores.locations import parse
@@ -67,9 +68,10 @@ def plan_output(out: Location, recipe: Recipe, indexes: Indexes, alignment: Alig
     first = indexes[recipe.checkpoints[0]]
     kind, name = container_of(out, first), out.name
     names = travelling_names(recipe)
-    inputs = input_files(_named(names, indexes))
+    origins = _named(names, indexes)
+    inputs = input_files(origins)
     if alignment.tokenized is not None:
-        models = {own: parse(path) for path, own in names.items() if not is_held(path)}
+        models = {own: parse(path) for path, own in names.items() if not (is_held(path) or stage_of(path))}
         inputs |= files_beside(models, alignment.tokenized.read)
     receipt = planned(
         json.loads(to_json(travelling(recipe).to_dict())),
@@ -77,8 +79,10 @@ def plan_output(out: Location, recipe: Recipe, indexes: Indexes, alignment: Alig
         recipe.seed,
         CRC32 if kind == "pickle" or (kind == "folder" and _is_pickled_folder(recipe, first)) else CRC32C,
         hashed,
-        computed=recipe.merge_method is not COPY or recipe.recast is not None or any(i.adapters for i in indexes.values()),
-        held={names[each.path]: index.nbytes for each, index in indexes.items() if index.in_memory},
+        computed=recipe.merge_method is not COPY
+        or recipe.recast is not None
+        or any(i.adapters or i.made_from for i in indexes.values()),
+        held={name: index.nbytes for name, index in origins.items() if index.in_memory},
     )
     made = _planned(kind, name, recipe, first, indexes, alignment, receipt)
     made.inputs = inputs
@@ -86,11 +90,20 @@ def plan_output(out: Location, recipe: Recipe, indexes: Indexes, alignment: Alig
 
 
 def _named(names: Mapping[str, str], indexes: Indexes) -> dict[str, CheckpointIndex]:
-    """Returns the name that each checkpoint and each adapter has in the receipt, with its index."""
+    """Returns the name that each checkpoint and each adapter has in the receipt, with its index. Instead of a stage, its
+    models."""
+    return _all_named(names, {each.path: index for each, index in indexes.items()})
+
+
+def _all_named(names: Mapping[str, str], indexes: Mapping[str, CheckpointIndex]) -> dict[str, CheckpointIndex]:
     found: dict[str, CheckpointIndex] = {}
-    for each, index in indexes.items():
+    for text, index in indexes.items():
         parts = (index,) if index.plain is None else (index.plain, *index.adapters)
-        found |= {names[path]: part for path, part in zip(parts_of(each.path), parts, strict=True)}
+        for path, part in zip(parts_of(text), parts, strict=True):
+            if part.made_from:
+                found |= _all_named(names, part.made_from)
+            elif path in names:  # while a stage is planned, the models of those before it have no names
+                found[names[path]] = part
     return found
 
 

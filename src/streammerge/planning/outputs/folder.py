@@ -364,7 +364,8 @@ def _origins(part: CheckpointIndex, merged: Sequence[Merged]) -> Iterator[tuple[
 
 
 def _origin(part: CheckpointIndex, m: Merged) -> tuple[bool, Any]:
-    return m.added, part.entries.get(m.base_names[0], m.sources[0]).begin[0]
+    name = m.base_names[0]
+    return m.added, part.homes[name] if name in part.homes else part.entries.get(name, m.sources[0]).begin[0]
 
 
 def _taken(merged: Sequence[Merged], numbers: Iterable[int]) -> Sequence[Merged]:
