@@ -1,4 +1,4 @@
-"""merge(), plan(), convert(), extract(), inspect(), verify(): their arguments, and what they return.
+"""merge(), plan(), convert(), extract(), inspect(), verify(), diff(): their arguments, and what they return.
 
 The rooms below do the work. Nothing here prints, unless ``progress`` asks for a bar.
 
@@ -19,6 +19,7 @@ from streammerge.events import Event, Listener, quiet
 from streammerge.options import (
     CONVERT,
     DEFAULT_MEMORY,
+    DIFF,
     EXTRACT,
     MERGE,
     PLAN,
@@ -58,6 +59,7 @@ from streammerge.stores.locations import PathLike, parse
 from streammerge.units import parse_bytes, parse_share
 
 if TYPE_CHECKING:
+    from streammerge.diffing.result import Diff
     from streammerge.factoring.making import AdapterResult, Making
     from streammerge.verifying.files import Verified
 
@@ -380,6 +382,41 @@ def _verified(out: PathLike, asked: Verifying, resources: Resources, listener: L
     from streammerge.verifying.attempts import with_values
 
     return with_values(verified, place, receipt, share, asked, resources, listener)
+
+
+@takes(*DIFF)
+def diff(
+    a: Checkpoint,
+    b: Checkpoint,
+    base: Checkpoint | None = None,
+    *,
+    state_dict: str | None = None,
+    ema: Ema | None = None,
+    memory: str | SupportsIndex = DEFAULT_MEMORY,
+    workers: SupportsIndex | None = None,
+    io: Io = "mmap",
+    executor: str | Callable[[int], Any] = "auto",
+    listener: Listener = quiet,
+    progress: bool = False,
+) -> Diff:
+    """Compares two checkpoints of any containers, tensor by tensor, in one streaming read.
+
+    ``a`` and ``b``: paths, or state dicts in memory. Names are matched as in a merge. ``print(result)`` shows a summary;
+    ``result.equal``, ``result.tensors``, ``result.layers``, ``result.relative``, ``result.cosine`` are its numbers. With
+    ``base``, ``result.agreement`` tells how the changes agree. Equal means the same names, shapes and values to the bit;
+    dtypes, ties and what is no tensor are told, and do not count. ``listener`` and ``progress``: as of :func:`merge`.
+
+    Sums are float64, and do not depend on the memory, the workers or the executor. Raises RecipeError, FormatError,
+    MismatchError, BudgetError, ChangedError or TaskError. Differences are no error.
+    """
+    given = locals()
+    selecting, resources = picked(Selecting, given), picked(Resources, given)
+    held = Held()
+    names = named("a", a, held), named("b", b, held), None if base is None else named("base", base, held)
+    from streammerge.diffing.comparing import compare  # here: a merge starts without it
+
+    with _run_options(given) as running:
+        return compare(names, held, selecting, resources, running.executor, running.listener)
 
 
 @contextmanager

@@ -198,6 +198,6 @@ def fit(
     least = peak(1, least_chunk, max(BEST_OUT_BYTES >> _MOST_HALVINGS, cost.out * least_chunk), 0, 0)
     rows = f" with rows of {cost.row} elements, which are held whole" if cost.row > GRAIN else ""
     raise BudgetError(
-        f"{binary_bytes(memory_bytes)} of memory are too little for this merge{rows}, "
+        f"{binary_bytes(memory_bytes)} of memory are too little for this run{rows}, "
         f'which needs at least {binary_bytes(least)}; pass `memory="{-(-least // (1 << 20))}MiB"` or more'
     )
