@@ -17,8 +17,8 @@ SOURCE = Path(sm.__file__).parent
 ROOMS = (
     "errors", "events", "units", "version", "strict_json", "plugins",  # words
     "stores", "options", "tensors", "kernels", "methods", "sources", "pickles", "formats", "recipe", "checkpoints",
-    "adapters", "planning", "running", "requests",
-    "verifying", "progress", "signatures", "api", "cli", "__init__", "__main__",
+    "adapters", "planning", "running", "factoring", "requests",
+    "verifying", "diffing", "progress", "signatures", "api", "cli", "__init__", "__main__",
 )  # fmt: skip
 """Rooms from the bottom up. A room imports only from rooms before it."""
 
@@ -78,9 +78,9 @@ def test_no_room_holds_a_circle() -> None:
 
 
 PUBLIC = """
-    convert inspect list_methods location merge methods plan verify
+    convert diff extract inspect list_methods location merge methods plan verify
     Chunk Kernel MergeMethod TensorGroup merge_method
-    CheckpointIndex Plan Recipe Result Source TensorSpec Verified
+    AdapterResult CheckpointIndex Diff Plan Recipe Result Source TensorSpec Verified
     SafetensorsWriter
     Executor Location Store executor file_format memory_store register_store
     BudgetError ChangedError FormatError LockedError MismatchError RecipeError SpaceError StreammergeError

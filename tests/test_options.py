@@ -17,7 +17,20 @@ import torch
 import streammerge as sm
 from streammerge.cli.flags import as_flags
 from streammerge.cli.main import cli
-from streammerge.options import CONVERT, MERGE, PLAN, VERIFY, Merging, Options, Resources, Running, Selecting, options_of
+from streammerge.options import (
+    CONVERT,
+    DIFF,
+    EXTRACT,
+    MERGE,
+    PLAN,
+    VERIFY,
+    Merging,
+    Options,
+    Resources,
+    Running,
+    Selecting,
+    options_of,
+)
 from streammerge.recipe.model import OutputRequest, Recipe
 
 SOURCE = Path(sm.__file__).parent
@@ -25,10 +38,12 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[type[Options], ...]]] = {
     "merge": (sm.merge, MERGE),
     "plan": (sm.plan, PLAN),
     "convert": (sm.convert, CONVERT),
+    "extract": (sm.extract, EXTRACT),
     "verify": (sm.verify, VERIFY),
+    "diff": (sm.diff, DIFF),
     "inspect": (sm.inspect, (Selecting,)),
 }
-GIVEN_OTHERWISE = {"inputs", "out", "path", "paths", "recipe", "listener", "progress"}
+GIVEN_OTHERWISE = {"a", "b", "inputs", "out", "path", "paths", "tuned", "recipe", "listener", "progress"}
 """Arguments that are no options: what is merged, where to, and who is told."""
 HOW_SHOWN = {"form", "debug", "no_progress", "dry_run", "tensors", "recipe", "verbose"}
 """Options of the command line that are about what it shows."""
@@ -65,7 +80,7 @@ def test_the_command_line_has_the_same_options(name: str) -> None:
     assert command is not None
     typed = {each.name: each for each in command.params if each.param_type_name == "option"}
     wanted = {each.name if each.short or not each.negated else f"no_{each.name}": each for each in options.values()}
-    context = command.make_context(name, ["in", *(["-o", "out"] if "out" in typed else [])])
+    context = command.make_context(name, ["in", *["b"] * (name == "diff"), *(["-o", "out"] if "out" in typed else [])])
     assert typed.keys() - HOW_SHOWN - {"out", "quiet"} == wanted.keys()
     for param, option in wanted.items():
         assert option.flag in typed[param].opts
@@ -85,7 +100,7 @@ def test_what_overrides_a_recipe_is_described_in_it_alike() -> None:
 
 def test_sentences_of_the_library_name_options_that_exist() -> None:
     """In backquotes, as Python writes them: `name` or `name=value`; no sentence of the library names a flag."""
-    known = {*options_of(*MERGE, *CONVERT, *VERIFY), "out", "listener", "progress", "inputs", "path"}
+    known = {*options_of(*MERGE, *CONVERT, *EXTRACT, *VERIFY), "out", "listener", "progress", "inputs", "path"}
     found = set()
     for path in SOURCE.rglob("*.py"):
         tree = ast.parse(path.read_text())
