@@ -60,10 +60,7 @@ class MergeTask:
     @property
     def nested(self) -> bool:
         """Whether a merge is among its sources, at any depth."""
-        for source in self.sources:  # a plain loop: this runs for every piece
-            if source.__class__ is not Stored and any(True for _ in methods_in(source)):
-                return True
-        return False
+        return any(source.__class__ is not Stored and any(True for _ in methods_in(source)) for source in self.sources)
 
     @property
     def shape(self) -> tuple[int, ...]:
