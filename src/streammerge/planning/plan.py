@@ -232,6 +232,10 @@ def build_plan(
     identities |= {file: file.status() for file in (tokens.read if tokens else ())}
     notes = [*(note for index in opened for note in index.notes), *alignment.notes, *output.notes]
     notes += [*output.dispositions.notes(), *weight_notes(recipe)]
+    if out is not None and recipe.output.max_shard_size is not None and not output.layout.as_folder:
+        notes.append(
+            "`max_shard_size` is without effect, because the output is one file; a name that ends in / is a folder"
+        )
     return Plan(
         recipe,
         out,
