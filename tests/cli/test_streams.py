@@ -38,7 +38,17 @@ def test_an_encoding_without_the_characters_is_no_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["human", "json"])
 def test_a_stream_that_cannot_be_written_is_not_the_disk_of_the_output(form: str, tmp_path: Path) -> None:
     save_file({"w": torch.ones(3)}, tmp_path / "a.safetensors")
-    command = [sys.executable, "-m", "streammerge", "merge", "a.safetensors", "-o", "out.safetensors", "--format", form]
+    command = [
+        sys.executable,
+        "-m",
+        "streammerge",
+        "merge",
+        *["a.safetensors"] * 2,
+        "-o",
+        "out.safetensors",
+        "--format",
+        form,
+    ]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
     assert done.returncode == 1

@@ -96,6 +96,10 @@ def test_events_and_the_memory_budget(tmp_path: Path) -> None:
     save_file({name: near(tensor, 9) for name, tensor in a.items()}, tmp_path / "b.safetensors")
     events: list[Any] = []
     diff = sm.diff(tmp_path / "a.safetensors", tmp_path / "b.safetensors", memory="48MiB", listener=events.append)
+    long = {"long": draw((2 * PIECE + 3,), torch.bfloat16, 1)}
+    pieces: list[Any] = []
+    assert sm.diff(long, long, long, listener=pieces.append).read_bytes == 6 * (2 * PIECE + 3)
+    assert [each.read_bytes for each in pieces if isinstance(each, TaskDone)] == [6 * PIECE, 6 * PIECE, 18]
     (started,) = (each for each in events if isinstance(each, RunStarted))
     assert (
         started.read_bytes == diff.read_bytes == sum(e.read_bytes for e in events if isinstance(e, TaskDone)) == 96 * 10**6

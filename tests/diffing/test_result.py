@@ -56,6 +56,8 @@ def test_the_summary_shows_the_layers_that_moved_most() -> None:
     assert max(map(len, lines)) <= 80
     every = diff.text(tensors=True).splitlines()
     assert sum(line.endswith(".w") and line.startswith("  ") for line in every) == 20
+    few = sm.diff(BASE, BASE | {"m.layers.3.w": BASE["m.layers.4.w"]})
+    assert "20 layers and other modules, 1 of them different" in str(few)
     assert repr(diff).endswith("19 of 20 tensors differ>")
 
 

@@ -22,7 +22,7 @@ def inputs(tmp_path: Path) -> list[Path]:
 
 @pytest.mark.parametrize("out", ["/", ".", ""])
 def test_an_output_needs_a_name(inputs: list[Path], out: str) -> None:
-    with pytest.raises(sm.RecipeError, match="is not a name for an output"):
+    with pytest.raises(sm.RecipeError, match=r"is not a name for an output|is an empty text"):
         sm.plan(inputs, out)
 
 
@@ -53,3 +53,8 @@ def test_a_strided_tensor_is_read_where_it_lies(tmp_path: Path) -> None:
     assert plan.torch_needed
     assert "spooled" not in str(plan)
     assert plan.disk_bytes == plan.write_bytes
+
+
+def test_a_size_of_shards_needs_a_folder(inputs: list[Path], tmp_path: Path) -> None:
+    noted = [sm.plan(inputs, tmp_path / out, max_shard_size="1MB").notes for out in ("out.safetensors", "out/")]
+    assert [any("`max_shard_size` is without effect" in note for note in notes) for notes in noted] == [True, False]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from streammerge.checkpoints.agreement import agreed
 from streammerge.checkpoints.index import CheckpointIndex
+from streammerge.diffing.numbers import Adding
 from streammerge.diffing.pairs import Comparison, plan_comparison
 from streammerge.diffing.result import Diff, TensorDiff
 from streammerge.diffing.sums import Sums
 from streammerge.errors import RecipeError
 from streammerge.events import Listener, Preparing, RunFinished, RunStarted, Spooled, TaskDone, Told
+from streammerge.kernels.chunk import Look, Step
 from streammerge.kernels.pass_results import PassResults
 from streammerge.methods.registry import LINEAR
 from streammerge.options import Resources, Selecting
@@ -178,28 +181,52 @@ class _Run:
     def _make(self, tasks: Sequence[MergeTask], inputs: InputFiles, executor: Executor) -> None:
         comparison, gauge = self.comparison, process.Gauge()
         modules = modules_of(tasks, CRC32, torch_needed=True)
+
+        def read(task: MergeTask, nbytes: int) -> None:
+            self.read_bytes += nbytes
+            self.listener(TaskDone(task.out.name, nbytes, 0, gauge.now()))
+
         job = Job(new_key(), comparison.budget, comparison.identities, False, comparison.io == "mmap", CRC32, (), modules)
-        with lent(job, inputs), closing(_sums(job, executor, tasks)) as results:
-            for number, sums in results:
-                self.found[number] = sums
-                task = tasks[number]
-                self.read_bytes += task.read_bytes
-                self.listener(TaskDone(task.out.name, task.read_bytes, 0, gauge.now()))
+        with lent(job, inputs), closing(_sums(job, executor, tasks, read)) as results:
+            self.found.update(results)
 
     def _spooled(self, tensor: str, record: PackedRecord) -> None:
         self.read_bytes += record.nbytes
         self.listener(Spooled(tensor, record.nbytes))
 
 
-def _sums(job: Job, executor: Executor, tasks: Sequence[MergeTask]) -> Generator[tuple[int, Sums], None, None]:
-    """Yields the number and the sums of each task. One worker compares a short tensor; all workers share a long one."""
+def _sums(
+    job: Job, executor: Executor, tasks: Sequence[MergeTask], read: Callable[[MergeTask, int], None]
+) -> Generator[tuple[int, Sums], None, None]:
+    """Yields the number and the sums of each task. One worker compares a short tensor; all workers share a long one.
+
+    ``read`` is called with the bytes of each tensor, or piece of a long one, that is compared.
+    """
     short = (piece for number, task in enumerate(tasks) if not task.spread for piece in pieces(task, number))
     with closing(executor.run(CompareWork(job), batches(short, job.budget.out_bytes))) as results:
         for made in results:
-            yield from made
+            for number, sums in made:
+                read(tasks[number], tasks[number].read_bytes)
+                yield number, sums
     for number, task in enumerate(tasks):
         if task.spread:
             record = PassResults()
+            sweep = _watched(sweep_on_all(job, executor, number, task, record), task, number, read)
             with failures(task, 0, task.elems):
-                found: Sums = bind(task, sweep_on_all(job, executor, number, task, record), record)  # type: ignore[assignment]
+                found: Sums = bind(task, sweep, record)  # type: ignore[assignment]
             yield number, found
+
+
+def _watched(
+    sweep: Callable[..., Iterator[Any]], task: MergeTask, number: int, read: Callable[[MergeTask, int], None]
+) -> Callable[..., Iterator[Any]]:
+    """Returns the same sweep, which calls ``read`` for each piece of the last pass."""
+
+    def watched(look: Look, step: Step[Any], start: int, stop: int, sparse: int = 0) -> Iterator[Any]:
+        parts = pieces(task, number)
+        for answer in sweep(look, step, start, stop, sparse):
+            if isinstance(step, Adding):
+                read(task, next(parts).read_bytes)
+            yield answer
+
+    return watched

@@ -58,7 +58,7 @@ COMPARED_WITH_BASE = _contract(compared_with_base, "required", 9, 1)
 
 
 @dataclass(frozen=True, slots=True)
-class _Adding:
+class Adding:
     """Adds the sums of grains."""
 
     def __call__(self, look: Callable[[Chunk], Iterable[Any]], chunks: Iterable[Chunk]) -> Sums:
@@ -71,7 +71,7 @@ class _Adding:
 
 def _total(group: TensorGroup, look: Callable[[Chunk], Iterator[Sums]]) -> Sums:
     total = Sums()
-    for piece in group.answers(look, _Adding()):
+    for piece in group.answers(look, Adding()):
         total.add(piece)
     return total
 

@@ -232,6 +232,7 @@ class Diff(Measured):
         shown = self.layers if every else moved[:_SHOWN_LAYERS]
         kept = {each.name for each in shown}
         which = "" if len(kept) == len(self.layers) else f", the {len(kept)} that moved most"
+        which = f", {len(kept)} of them different" if not every and len(kept) == len(moved) < len(self.layers) else which
         rows = [_row(each.name, each, each.agreement) for each in self.layers if each.name in kept]
         return [f"{len(self.layers)} layers and other modules{which}", *_table(rows)] if rows else []
 

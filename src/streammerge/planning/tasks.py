@@ -60,10 +60,7 @@ class MergeTask:
     @property
     def nested(self) -> bool:
         """Whether a merge is among its sources, at any depth."""
-        for source in self.sources:  # a plain loop: this runs for every piece
-            if source.__class__ is not Stored and any(True for _ in methods_in(source)):
-                return True
-        return False
+        return any(source.__class__ is not Stored and any(True for _ in methods_in(source)) for source in self.sources)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -329,6 +326,14 @@ def pieces(task: MergeTask, number: int) -> Iterator[Piece]:
         return
     for start, stop in ranges(elems, most):
         yield Piece(task, number, start, stop)
+
+
+def piece_counts(tasks: Sequence[MergeTask]) -> array[int]:
+    """Returns the number of pieces of each task."""
+    counts = array("I", [1]) * len(tasks)
+    for number in where(tasks, lambda task: not 0 < task.elems <= task.piece_elems):
+        counts[number] = sum(1 for _ in pieces(tasks[number], number))
+    return counts
 
 
 def batches(wanted: Iterable[Piece], most_bytes: int) -> Iterator[list[Piece]]:

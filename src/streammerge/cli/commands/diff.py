@@ -21,7 +21,7 @@ from streammerge.options import DIFF
 @options.report("human", "json", "quiet")
 @options.debug
 def diff(a: str, b: str, tensors: bool, no_progress: bool, form: str, debug: bool, **typed: Any) -> None:
-    """Compare two checkpoints: which tensors and layers moved, and how far.
+    """Compare two checkpoints: what moved, and how far.
 
     Exits with 0 if they are equal (names, shapes, and values to the bit), with 1 if they differ.
 
