@@ -30,8 +30,9 @@ class _Sums:
         for chunk in chunks:
             for number, values in enumerate(look(chunk)):
                 step = self.grain // (self.row if values.dim() > 1 else 1)
-                short = len(values) <= step
-                for start, stop in [(0, 0)] if short else ranges(len(values), step):
+                length = values.shape[0]  # torch's len is a function of Python, and slow
+                short = length <= step
+                for start, stop in [(0, 0)] if short else ranges(length, step):
                     partial = (values if short else values[start:stop]).sum(0, dtype=torch.float64)
                     if number == len(totals):
                         totals.append(partial)
@@ -65,10 +66,11 @@ def gram(group: Swept, deltas: bool) -> torch.Tensor:
 
     def products(chunk: Chunk) -> Iterator[torch.Tensor]:
         load = chunk.delta if deltas else chunk.load
+        first = load(0, ("gram first",), torch.float64)  # one model is held, since it is in the most products
         for i in range(n):
-            x = load(i, ("gram x",), torch.float64)
+            x = load(i, ("gram x",), torch.float64) if i else first
             for j in range(i + 1):
-                y = x if i == j else load(j, ("gram y",), torch.float64)
+                y = x if i == j else load(j, ("gram y",), torch.float64) if j else first
                 yield torch.mul(x, y, out=chunk.empty(("gram product",), torch.float64))
 
     sums = [total.item() for total in reduce(group, products)]  # of the pairs 00, 10, 11, 20, ...

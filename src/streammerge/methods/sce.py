@@ -93,10 +93,10 @@ def _mask(chunk: Chunk, variance: Variance, cut: Cut | None) -> torch.Tensor | N
 def _variances(group: TensorGroup) -> Variance:
     """Returns the function that computes variances. Computes those of a tensor of up to a grain once, and keeps them. The
     budget counts them as ``kept_bits``."""
-    known: list[torch.Tensor] = []
+    n, known = group.elems, list["torch.Tensor"]()
 
     def variance(chunk: Chunk) -> torch.Tensor:
-        keeps = chunk.elems == group.elems <= GRAIN and not chunk.hides
+        keeps = chunk.elems == n <= GRAIN and not chunk.hides
         if keeps and known:
             return chunk.empty("variance").copy_(known[0])
         made = _variance(chunk, group)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import RecipeError
@@ -93,10 +93,10 @@ def _masked(group: TensorGroup, mask: Callable[[Chunk, int, torch.Tensor], torch
     """
     import numpy as np
 
-    kept: dict[int, Any] = {}
+    n, kept = group.elems, dict[int, Any]()
 
     def apply(chunk: Chunk, model: int, delta: torch.Tensor) -> torch.Tensor:
-        keeps = chunk.elems == group.elems <= GRAIN and not chunk.hides
+        keeps = chunk.elems == n <= GRAIN and not chunk.hides
         if keeps and model in kept:
             made = chunk.empty("mask")
             np.copyto(made.numpy(), np.unpackbits(kept[model], count=chunk.elems))
@@ -120,10 +120,8 @@ def magprune(group: TensorGroup, density: Sequence[float], epsilon: Sequence[flo
 
     import torch
 
-    @cache
-    def table(n: int, model: int) -> torch.Tensor:
-        d, e = density[model], epsilon[model]
-        return limits(torch.arange(n).to(group.compute).mul_(2 * e / (n - 1)).add_(d - e))
+    # Small tables serve the tensors that come next too. The table of a longer row is dropped with its tensor.
+    table = _limits_by_rank if group.row <= GRAIN else cache(_limits_by_rank.__wrapped__)
 
     def mask(chunk: Chunk, model: int, delta: torch.Tensor) -> torch.Tensor | None:
         if not density[model]:
@@ -134,10 +132,19 @@ def magprune(group: TensorGroup, density: Sequence[float], epsilon: Sequence[flo
             return None
         chances = chunk.empty("chances", torch.int32)
         keys, order = (chunk.empty(slot, torch.int64) for slot in ("rank keys", "rank order"))
-        by_rank(fibres, table(n, model), chances.view(fibres.shape), keys, order)
+        limits_of = table(n, density[model], epsilon[model], group.compute)
+        by_rank(fibres, limits_of, chances.view(fibres.shape), keys, order)
         return group.chosen(chunk, model, chances)
 
     return _masked(group, mask)
+
+
+@lru_cache(maxsize=8)
+def _limits_by_rank(n: int, density: float, epsilon: float, compute: torch.dtype) -> torch.Tensor:
+    """Returns the :func:`limits` of the chances of all ranks in a row of ``n`` elements, the smallest first."""
+    import torch
+
+    return limits(torch.arange(n).to(compute).mul_(2 * epsilon / (n - 1)).add_(density - epsilon))
 
 
 def fibre_view(values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

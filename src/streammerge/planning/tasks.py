@@ -83,7 +83,7 @@ class MergeTask:
     @property
     def row(self) -> int:
         """Number of elements that must be in memory together."""
-        return 1 if self.to_turn else self.method.rows(self.shape, self.parameters)
+        return 1 if self.method.row is None or self.to_turn else self.method.rows(self.shape, self.parameters)
 
     @property
     def piece_elems(self) -> int:

@@ -80,7 +80,7 @@ class Worker:
         compute, models = getattr(torch, task.compute), len(task.sources) - task.based
         for a, b in chunk_spans(start, stop, self.job.budget.chunk_elems, task.row, sparse):
             self.host.check()
-            self.workspace.clear()
+            self.workspace.clear(b - a)
             source.move_to(a, b)
             yield Chunk(a, b, compute, self.workspace, source.read, task.based, models)
 

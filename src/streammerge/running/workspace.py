@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
-_MOST_VIEWS = 64
+_MOST_VIEWS = 256
 _REGIONS = ("read0", "read1")
 
 
@@ -62,8 +62,9 @@ class Workspace:
         self.announced_elems = budget.window_bytes // 4 // max(budget.cost.mapped, 1)
         self.tile_bytes = budget.tile_bytes
         self._regions = regions(budget)
-        self._slot_bytes = budget.chunk_elems * budget.cost.compute
-        self._slots = self._regions["slots"]
+        self._compute_bytes = budget.cost.compute
+        self._slots, self._most_slots = self._regions["slots"], budget.cost.buffers
+        self._slot_bytes = self._most_slot_bytes = budget.chunk_elems * budget.cost.compute
         total = max(offset + size for offset, size in self._regions.values())
         self._arena = mmap.mmap(-1, total, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._views: dict[tuple[int, torch.dtype, int], torch.Tensor] = {}
@@ -79,9 +80,13 @@ class Workspace:
             self._known = (sources, {})
         return self._known[1]
 
-    def clear(self) -> None:
-        """Forgets the names of the slots, for the next chunk."""
+    def clear(self, elems: int) -> None:
+        """Forgets the names of the slots, for the next chunk of ``elems`` elements.
+
+        Slots are as long as the chunk and lie close together, so that those of a short tensor stay in the CPU's own cache.
+        """
         self._taken.clear()
+        self._slot_bytes = min(-(-elems * self._compute_bytes // PAGE_BYTES) * PAGE_BYTES, self._most_slot_bytes)
 
     def octets(self, region: str, nbytes: int | None = None, start: int = 0) -> memoryview:
         """Returns ``nbytes`` bytes of a fixed region, from ``start``. Returns the whole region if ``nbytes`` is None."""
@@ -97,11 +102,16 @@ class Workspace:
 
     def get(self, slot: Slot, dtype: torch.dtype, elems: int) -> torch.Tensor:
         """Returns a tensor of ``elems`` numbers in a named slot. A new name takes the next free slot."""
-        offset, size = self._slots
-        place = self._taken.setdefault(slot, len(self._taken)) * self._slot_bytes
-        if place + self._slot_bytes > size:
-            raise ValueError(f"there is no room for the buffer {shown(slot)} beside {', '.join(map(shown, self._taken))}")
-        return self._view(offset + place, self._slot_bytes, dtype, elems)
+        number = self._taken.get(slot)
+        if number is None:
+            number = self._taken[slot] = len(self._taken)
+            if number >= self._most_slots:
+                raise ValueError(
+                    f"there is no room for the buffer {shown(slot)} beside {', '.join(map(shown, self._taken))}"
+                )
+        offset = self._slots[0] + number * self._slot_bytes
+        known = self._views.get((offset, dtype, elems))
+        return self._view(offset, self._slot_bytes, dtype, elems) if known is None else known
 
     def _view(self, offset: int, size: int, dtype: torch.dtype, elems: int) -> torch.Tensor:
         view = self._views.get((offset, dtype, elems))
