@@ -29,7 +29,9 @@ def test_a_folder_of_planned_files(tmp_path: Path) -> None:
     folder = store.folder
     assert str(folder / "config.json") == "<stage s>/config.json"
     assert [each.name for each in folder.children()] == ["config.json", "notes.txt", "part"]
-    assert folder.is_folder() and (folder / "part").is_folder() and not (folder / "config.json").is_folder()
+    assert folder.is_folder()
+    assert (folder / "part").is_folder()
+    assert not (folder / "config.json").is_folder()
     assert (folder / "config.json").read(0, 2) == b"{}"
     assert (folder / "notes.txt").read(0, 6) == b"beside"
     assert (folder / "notes.txt").status() == parse(tmp_path / "side").status()
@@ -44,7 +46,8 @@ def test_tensors_are_zeros_until_the_store_is_sealed(tmp_path: Path) -> None:
     assert file.read(0, 10) == b"abc" + bytes(5) + b"yz"
     assert file.read(4, 5) == bytes(4) + b"y"
     store.sealed = True
-    assert file.read(0, 3) == b"abc" and file.read(8, 2) == b"yz"
+    assert file.read(0, 3) == b"abc"
+    assert file.read(8, 2) == b"yz"
     for start, nbytes in ((0, 4), (3, 5), (5, 1), (7, 3)):
         with pytest.raises(ChangedError, match="is not stored"):
             file.read(start, nbytes)
@@ -59,4 +62,5 @@ def test_the_status_follows_the_bytes(tmp_path: Path) -> None:
 
 def test_a_worker_process_gets_it_without_files(tmp_path: Path) -> None:
     file = pickle.loads(pickle.dumps(made(tmp_path).folder / "config.json"))
-    assert str(file) == "<stage s>/config.json" and not file.exists()
+    assert str(file) == "<stage s>/config.json"
+    assert not file.exists()

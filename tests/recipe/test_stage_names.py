@@ -27,4 +27,5 @@ def test_names_that_no_stage_has(name: str) -> None:
 
 def test_a_stage_takes_adapters() -> None:
     found = split("<stage a> + 0.5*<stage b>")
-    assert found is not None and found.base == "<stage a>"
+    assert found is not None
+    assert found.base == "<stage a>"

@@ -124,4 +124,5 @@ def test_options_hold_for_all_stages_but_those_about_the_output() -> None:
     read(SECTION)
     recipe = sm.plan(recipe="r.yaml", seed=3, dtype="bfloat16").recipe
     assert (recipe.seed, recipe.stages["s"].seed) == (3, 3)
-    assert recipe.dtype is not None and recipe.stages["s"].dtype is None
+    assert recipe.dtype is not None
+    assert recipe.stages["s"].dtype is None

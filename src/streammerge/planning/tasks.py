@@ -60,7 +60,7 @@ class MergeTask:
     @property
     def nested(self) -> bool:
         """Whether a merge is among its sources, at any depth."""
-        for source in self.sources:  # a plain loop: this runs for every piece
+        for source in self.sources:  # noqa: SIM110 - a plain loop, because this runs for every piece
             if source.__class__ is not Stored and any(True for _ in methods_in(source)):
                 return True
         return False
