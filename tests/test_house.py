@@ -17,7 +17,7 @@ SOURCE = Path(sm.__file__).parent
 ROOMS = (
     "errors", "events", "units", "version", "strict_json", "plugins",  # words
     "stores", "options", "tensors", "kernels", "methods", "sources", "pickles", "formats", "recipe", "checkpoints",
-    "adapters", "planning", "running", "requests",
+    "adapters", "planning", "running", "factoring", "requests",
     "verifying", "progress", "signatures", "api", "cli", "__init__", "__main__",
 )  # fmt: skip
 """Rooms from the bottom up. A room imports only from rooms before it."""
@@ -78,9 +78,9 @@ def test_no_room_holds_a_circle() -> None:
 
 
 PUBLIC = """
-    convert inspect list_methods location merge methods plan verify
+    convert extract inspect list_methods location merge methods plan verify
     Chunk Kernel MergeMethod TensorGroup merge_method
-    CheckpointIndex Plan Recipe Result Source TensorSpec Verified
+    AdapterResult CheckpointIndex Plan Recipe Result Source TensorSpec Verified
     SafetensorsWriter
     Executor Location Store executor file_format memory_store register_store
     BudgetError ChangedError FormatError LockedError MismatchError RecipeError SpaceError StreammergeError

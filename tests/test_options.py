@@ -17,7 +17,19 @@ import torch
 import streammerge as sm
 from streammerge.cli.flags import as_flags
 from streammerge.cli.main import cli
-from streammerge.options import CONVERT, MERGE, PLAN, VERIFY, Merging, Options, Resources, Running, Selecting, options_of
+from streammerge.options import (
+    CONVERT,
+    EXTRACT,
+    MERGE,
+    PLAN,
+    VERIFY,
+    Merging,
+    Options,
+    Resources,
+    Running,
+    Selecting,
+    options_of,
+)
 from streammerge.recipe.model import OutputRequest, Recipe
 
 SOURCE = Path(sm.__file__).parent
@@ -25,10 +37,11 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[type[Options], ...]]] = {
     "merge": (sm.merge, MERGE),
     "plan": (sm.plan, PLAN),
     "convert": (sm.convert, CONVERT),
+    "extract": (sm.extract, EXTRACT),
     "verify": (sm.verify, VERIFY),
     "inspect": (sm.inspect, (Selecting,)),
 }
-GIVEN_OTHERWISE = {"inputs", "out", "path", "paths", "recipe", "listener", "progress"}
+GIVEN_OTHERWISE = {"inputs", "out", "path", "paths", "tuned", "recipe", "listener", "progress"}
 """Arguments that are no options: what is merged, where to, and who is told."""
 HOW_SHOWN = {"form", "debug", "no_progress", "dry_run", "tensors", "recipe", "verbose"}
 """Options of the command line that are about what it shows."""
@@ -85,7 +98,7 @@ def test_what_overrides_a_recipe_is_described_in_it_alike() -> None:
 
 def test_sentences_of_the_library_name_options_that_exist() -> None:
     """In backquotes, as Python writes them: `name` or `name=value`; no sentence of the library names a flag."""
-    known = {*options_of(*MERGE, *CONVERT, *VERIFY), "out", "listener", "progress", "inputs", "path"}
+    known = {*options_of(*MERGE, *CONVERT, *EXTRACT, *VERIFY), "out", "listener", "progress", "inputs", "path"}
     found = set()
     for path in SOURCE.rglob("*.py"):
         tree = ast.parse(path.read_text())

@@ -8,6 +8,7 @@ from streammerge.version import __version__ as __version__
 if TYPE_CHECKING:
     # Every public name stands here for type checkers, and once more in _PLACES for people.
     from streammerge.api import convert as convert
+    from streammerge.api import extract as extract
     from streammerge.api import inspect as inspect
     from streammerge.api import merge as merge
     from streammerge.api import plan as plan
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from streammerge.errors import TaskError as TaskError
     from streammerge.errors import UncheckedError as UncheckedError
     from streammerge.errors import VerifyError as VerifyError
+    from streammerge.factoring.making import AdapterResult as AdapterResult
     from streammerge.formats.detect import file_format as file_format
     from streammerge.formats.safetensors_writer import SafetensorsWriter as SafetensorsWriter
     from streammerge.kernels.chunk import Chunk as Chunk
@@ -48,10 +50,11 @@ if TYPE_CHECKING:
     from streammerge.verifying.files import Verified as Verified
 
 _PLACES = {
-    "api": "convert inspect merge plan verify",
+    "api": "convert extract inspect merge plan verify",
     "checkpoints.index": "CheckpointIndex",
     "errors": "BudgetError ChangedError FormatError LockedError MismatchError RecipeError SpaceError StreammergeError "
     "TaskError UncheckedError VerifyError",
+    "factoring.making": "AdapterResult",
     "formats.detect": "file_format",
     "kernels.chunk": "Chunk Kernel",
     "kernels.group": "TensorGroup",

@@ -1,4 +1,4 @@
-"""merge(), plan(), convert(), inspect(), verify(): their arguments, and what they return.
+"""merge(), plan(), convert(), extract(), inspect(), verify(): their arguments, and what they return.
 
 The rooms below do the work. Nothing here prints, unless ``progress`` asks for a bar.
 
@@ -19,6 +19,7 @@ from streammerge.events import Event, Listener, quiet
 from streammerge.options import (
     CONVERT,
     DEFAULT_MEMORY,
+    EXTRACT,
     MERGE,
     PLAN,
     VERIFY,
@@ -31,6 +32,7 @@ from streammerge.options import (
     Naming,
     OnMissing,
     OnShape,
+    Replacing,
     Resources,
     Running,
     Selecting,
@@ -51,10 +53,12 @@ from streammerge.running.process import resident_bytes
 from streammerge.running.readback import receipt_of
 from streammerge.running.session import RunOptions
 from streammerge.signatures import takes
+from streammerge.stores.base import Location
 from streammerge.stores.locations import PathLike, parse
-from streammerge.units import parse_share
+from streammerge.units import parse_bytes, parse_share
 
 if TYPE_CHECKING:
+    from streammerge.factoring.making import AdapterResult, Making
     from streammerge.verifying.files import Verified
 
 
@@ -119,7 +123,12 @@ def plan(
     inputs, method and parameters. The other options override its keys. ``print(plan)`` shows the plan. ``plan.tasks``,
     ``plan.peak_bytes`` and ``plan.read_bytes`` are its numbers.
     """
-    return Request.of(locals()).plan()
+    request = Request.of(locals())
+    if request.combination() is not None:
+        raise RecipeError(
+            "adapters alone become an adapter, which has no plan of a model; merge them, or give their `base`"
+        )
+    return request.plan()
 
 
 @takes(*MERGE)
@@ -168,7 +177,7 @@ def merge(
     polite: bool = False,
     listener: Listener = quiet,
     progress: bool = False,
-) -> Result:
+) -> Result | AdapterResult:
     """Merges checkpoints into ``out``, one chunk at a time.
 
     ``inputs``: paths, globs or state dicts in memory, or a dict that gives each path its weight. ``base+adapter`` is a path
@@ -177,6 +186,10 @@ def merge(
 
     Raises RecipeError, FormatError, MismatchError, BudgetError, SpaceError, LockedError, ChangedError, VerifyError or
     TaskError. The output does not exist after an error. Returns the bytes read and written, the time and the memory.
+
+    Adapters alone are merged to an adapter, in the folder ``out``: by the method linear, which stacks their factors, by
+    ``"cat"``, ``"svd"``, or another method on the products of their factors. The result then tells the error of each layer.
+    With ``base`` each adapter is merged as the base with it.
     """
     given = locals()
     request = Request.of(given)
@@ -186,6 +199,9 @@ def merge(
         request.out.sweep()
         request.out.check_writable(running.overwrite)
         before = resident_bytes()
+        combined = request.combination()
+        if combined is not None:
+            return _make(combined, request.out, given, running.listener, before)
         made = request.plan()
         if request.merging.convert_first is not None:
             from streammerge.requests import conversions  # here, because most merges convert nothing
@@ -263,6 +279,63 @@ def convert(
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         parse(asked.extras).write_whole(text.encode("utf-8", "backslashreplace"), running.overwrite)
     return result
+
+
+@takes(*EXTRACT)
+def extract(
+    tuned: Checkpoint,
+    out: PathLike,
+    *,
+    base: Checkpoint | None = None,
+    rank: SupportsIndex | None = None,
+    energy: str | SupportsFloat | None = None,
+    target: str | Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
+    save_modules: bool = False,
+    alpha: str | SupportsFloat | None = None,
+    dtype: object = None,
+    state_dict: str | None = None,
+    ema: Ema | None = None,
+    memory: str | SupportsIndex = DEFAULT_MEMORY,
+    workers: SupportsIndex | None = None,
+    io: Io = "mmap",
+    overwrite: bool = False,
+    polite: bool = False,
+    listener: Listener = quiet,
+    progress: bool = False,
+) -> AdapterResult:
+    """Writes the difference of a model and its base as a LoRA adapter, in the folder ``out`` that PEFT loads.
+
+    ``tuned``: a file or folder, or a state dict in memory. The update of each matrix becomes its truncated singular value
+    decomposition, computed by rows within ``memory``. ``result.error`` is what the adapter lacks of all updates, as a share
+    of their norm, and ``result.layers`` says it for each tensor. ``listener``, ``progress`` and the errors are those of
+    :func:`merge`.
+    """
+    given = locals()
+    target_place = parse(path_of("out", out))
+    with _run_options({**given, "resume": True, "executor": "auto"}) as running:
+        target_place.sweep()
+        target_place.check_writable(running.overwrite)
+        before = resident_bytes()
+        from streammerge.requests.extractions import extracting  # here, because merges start without it
+
+        return _make(extracting(given), target_place, given, running.listener, before)
+
+
+def _make(made: Making, out: Location, given: Mapping[str, Any], listener: Listener, before: int) -> AdapterResult:
+    from streammerge.factoring.making import make  # here, because most runs make no adapter
+
+    resources, asked = picked(Resources, given), picked(Replacing, given)
+    return make(
+        made,
+        out,
+        memory_bytes=parse_bytes(resources.memory),
+        workers=resources.workers or default_workers(),
+        overwrite=asked.overwrite,
+        polite=asked.polite,
+        listener=listener,
+        resident_before=before,
+    )
 
 
 @takes(*VERIFY)

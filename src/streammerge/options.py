@@ -249,6 +249,20 @@ def _share(value: Any) -> str | float:
     return value
 
 
+def _energy(value: Any) -> float:
+    number = number_or_percent(value) if isinstance(value, str) else _number(value)
+    if not 0 < number <= 1:
+        raise ValueError(value)
+    return number
+
+
+def _positive(value: Any) -> float:
+    number = float(value) if isinstance(value, str) else _number(value)
+    if not 0 < number < math.inf:
+        raise ValueError(value)
+    return number
+
+
 def _one_of(choices: tuple[str, ...]) -> OptionKind:
     def parse(value: Any) -> str:
         if value not in choices:
@@ -442,6 +456,47 @@ class Converting(Options):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class Extracting(Options):
+    """What the adapter holds."""
+
+    base: Checkpoint | None = option("The model that it was trained from.", PATH, metavar="PATH")
+    rank: int | None = option(
+        "The most singular values of each update.", COUNT, metavar="N", otherwise="64, or all that `energy` needs"
+    )
+    energy: str | float | None = option(
+        "As many singular values of each update as have this share of its sum of squares.",
+        OptionKind("a share above 0, up to 1", _energy),
+        metavar="SHARE",
+    )
+    target: str | Sequence[str] = option(
+        "Only modules with these names or last parts of names, like q_proj or '*.mlp.*'. Also decomposes embeddings and "
+        "heads that are named.",
+        PATTERNS,
+        default=(),
+        metavar="PATTERN",
+    )
+    exclude: str | Sequence[str] = option("No modules with these names.", PATTERNS, default=(), metavar="PATTERN")
+    save_modules: bool = option(
+        "Store modules whole that differ and have no factors: norms, biases, embeddings, heads.", TRUTH, default=False
+    )
+    alpha: str | float | None = option(
+        "lora_alpha of the adapter. The factors are scaled so that the updates stay.",
+        OptionKind("a positive number", _positive),
+        metavar="A",
+        otherwise="each module's rank",
+    )
+    dtype: object = option("Dtype of the factors.", metavar="DTYPE", otherwise="float32")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Replacing(Options):
+    """How the output is made. None of these options changes a byte of it."""
+
+    overwrite: bool = option("Replace a finished output.", TRUTH, default=False)
+    polite: bool = option("Give the inputs' page cache back behind the cursor.", TRUTH, default=False)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Verifying(Options):
     """What is verified."""
 
@@ -494,4 +549,5 @@ class Running(Options):
 MERGE = (Merging, Choosing, Naming, Policies, Selecting, Resources, Executing, Writing, Running)
 PLAN = (Merging, Choosing, Naming, Policies, Selecting, Resources, Executing, Writing)
 CONVERT = (Converting, Naming, Selecting, Resources, Executing, Writing, Running)
+EXTRACT = (Extracting, Selecting, Resources, Replacing)
 VERIFY = (Verifying, Resources)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 import pytest
 
-from streammerge.cli.advice import check_inputs, of_command, of_usage
+from streammerge.cli.advice import check_inputs, of_command, of_usage, without_output
 from streammerge.cli.main import cli
 
 COMMANDS = ["convert", "help", "inspect", "merge", "methods", "plan", "verify"]
@@ -29,6 +29,14 @@ COMMANDS = ["convert", "help", "inspect", "merge", "methods", "plan", "verify"]
 )
 def test_a_word_that_is_no_command(typed: list[str], said: str) -> None:
     assert of_command(typed, COMMANDS) == said
+
+
+def test_an_output_among_the_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.pth").touch()
+    assert without_output(["a.pth", "my out.pth"]).endswith("write -o 'my out.pth'")
+    for inputs in (["a.pth"], ["absent.pth"], ["b", "a.pth"], ["a.pth", "x*.pth"]):
+        assert "add -o OUT" in without_output(inputs)
 
 
 @pytest.mark.parametrize("option", ["--densty", "--base-modle", "--zzzz", "--no-resum"])

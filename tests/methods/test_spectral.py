@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import streammerge as sm
 from methods.oracles import elected, top
@@ -132,7 +134,7 @@ class TestSpectral(MethodSuite):
         ("tsv", 2, {"rank": -1}, "a rank of 0 or more"),
         ("iso_cts", 2, {"common_space_fraction": 1.5}, "from 0 to 1, not 1.5"),
         ("knots", 2, {"consensus": "mean"}, "ties or linear, not mean"),
-        ("knots", 2, {"density": 0}, "above 0 and up to 1, not 0"),
+        ("knots", 2, {"density": -0.5}, "from 0 (none) to 1 (all), not -0.5"),
     ]
 
 
@@ -182,9 +184,10 @@ def test_one_model(method: str) -> None:
         torch.testing.assert_close(made, model, rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("few", [8, 1])
 @pytest.mark.parametrize("method", METHODS)
-def test_rotations_in_place_give_the_same(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The solver for long sides, and a pass for each Gram matrix."""
+def test_long_sides_give_the_same(method: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The solvers for long sides, vectors in 32 bits, and a pass for each Gram matrix."""
     make = torch.Generator().manual_seed(0)
     for shape in ((300, 80), (80, 300)):
         base = torch.randn(shape, dtype=torch.float64, generator=make)
@@ -193,8 +196,44 @@ def test_rotations_in_place_give_the_same(method: str, monkeypatch: pytest.Monke
         with monkeypatch.context() as patch:
             patch.setattr(spectral, "_AT_ONCE", 0)
             patch.setattr(spectral, "_PAIR_ROWS", 16)
+            patch.setattr(spectral, "_FEW", few)
             patch.setattr(methods, "_MOST_AT_ONCE", 1)
-            torch.testing.assert_close(merge_tensors(method, *models, base=base), wanted, rtol=0, atol=1e-8)
+            torch.testing.assert_close(merge_tensors(method, *models, base=base), wanted, rtol=0, atol=1e-7)
+
+
+def test_fewer_singular_values_than_models() -> None:
+    """The mean, where a share of the singular values would be none."""
+    make = torch.Generator().manual_seed(0)
+    base, *models = (torch.randn(2, 5, dtype=torch.float64, generator=make) for _ in range(4))
+    made = merge_tensors("tsv", *models, base=base)
+    torch.testing.assert_close(made, plain(models, base, [1.0] * 3, 1.0), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_complex_tensors_are_matrices_of_their_parts(tmp_path: Path, method: str) -> None:
+    make = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(12, 9, dtype=torch.complex64, generator=make) for _ in range(3)]
+    paths = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    for tensor, path in zip(drawn, paths, strict=True):
+        save_file({"w": tensor}, path)
+    sm.merge(paths[:2], tmp_path / "out.safetensors", method=method, base=paths[2])
+    made = torch.view_as_real(load_file(tmp_path / "out.safetensors")["w"])
+    *models, base = (torch.view_as_real(tensor).double() for tensor in drawn)
+    wanted = TestSpectral.ORACLES[method](models, base, None).float()
+    torch.testing.assert_close(made, wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["tsv", "iso_cts"])
+def test_eight_large_models_are_planned_in_a_gibibyte(tmp_path: Path, method: str) -> None:
+    paths = [tmp_path / f"{number}.safetensors" for number in range(9)]
+    shape = [8192, 28672]
+    header = json.dumps({"w": {"dtype": "BF16", "shape": shape, "data_offsets": [0, 2 * math.prod(shape)]}}).encode()
+    for path in paths:
+        with path.open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(8 + len(header) + 2 * math.prod(shape))
+    made = sm.plan(paths[:8], tmp_path / "out.safetensors", method=method, base=paths[8], memory="1GiB")
+    assert made.peak_bytes <= 1 << 30
 
 
 def test_too_little_memory_is_told_before_a_byte_is_written(tmp_path: Path) -> None:

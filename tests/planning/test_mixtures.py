@@ -99,7 +99,7 @@ def test_deepseek_and_qwen3(models: list[dict[str, torch.Tensor]]) -> None:
         made["model.layers.0.mlp.shared_experts.up_proj.weight"], models[2]["model.layers.0.mlp.up_proj.weight"]
     )
     config = json.loads(Path("out/config.json").read_text())
-    assert (config["n_routed_experts"], config["n_shared_experts"], config["num_experts_per_tok"]) == (2, 1, 1)
+    assert (config["n_routed_experts"], config["n_shared_experts"], config["num_experts_per_tok"]) == (2, 1, 2)
     for number in range(3):
         make(f"q{number}", 10 + number, "qwen3")
     asked = {"base_model": "q0", "experts": [{"source_model": "q1"}, {"source_model": "q2"}], "gate_mode": "uniform_random"}

@@ -75,3 +75,11 @@ def test_an_array_is_no_name(name: str, tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
     with pytest.raises(sm.RecipeError):
         request(inputs=[tmp_path / "a.pt"], **{name: numpy.array([1, 2])}).plan()
+
+
+def test_a_merge_of_one_input_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.pt", "b.pt"):
+        torch.save({"w": torch.ones(2)}, name)
+    assert request(inputs=["a*.pt"]).plan().notes == ["a.pt is the only input, so nothing is merged with it"]
+    assert not any("only input" in note for note in request(inputs=["a.pt", "b.pt"]).plan().notes)

@@ -109,6 +109,18 @@ def of_command(typed: Sequence[str], commands: Sequence[str]) -> str:
     return f"; did you mean {near}?" if near else "; see `streammerge --help`"
 
 
+def without_output(inputs: Sequence[str]) -> str:
+    """Returns what to do about a merge without an output. The last input may be meant as one."""
+    from streammerge.stores.locations import parse
+
+    last = inputs[-1]
+    absent = len(inputs) > 1 and "://" not in last and not parse(last).lexists() and not parse(last).has_magic
+    meant = (
+        f"if {quoted(last)} is the output, write -o {quoted(last)}" if absent else "add -o OUT, like -o merged.safetensors"
+    )
+    return f"the output has no name; {meant}"
+
+
 def check_inputs(inputs: Sequence[str], weights: str | None) -> None:
     """Raises UsageError for a number among the inputs that is no file: weights are joined by commas."""
     from streammerge.stores.locations import parse  # here, so that --help imports no store

@@ -21,15 +21,65 @@ from streammerge.strict_json import load_json
 from streammerge.units import binary_bytes, counted, decimal_bytes
 
 if TYPE_CHECKING:
+    from streammerge.factoring.making import AdapterResult
     from streammerge.running.execution import Result
     from streammerge.verifying.files import Verified
+
+
+_SHOWN_LAYERS = 10
+"""Layers of an adapter that are shown: those that it represents worst."""
 
 
 def result_text(result: Result) -> str:
     """Returns the last lines of a run: the output, the speed, the memory."""
     tensors = len(result.plan.tasks)
     files = sum(bool(file.offsets) for file in result.plan.layout.files)
-    what = counted(tensors, "tensor") + (f" in {counted(files, 'file')}" if result.plan.layout.as_folder else "")
+    return _text(
+        result, counted(tensors, "tensor") + (f" in {counted(files, 'file')}" if result.plan.layout.as_folder else "")
+    )
+
+
+def adapter_text(result: AdapterResult, verbose: bool = False) -> str:
+    """Returns the report of an adapter: how much of the updates it has, its worst layers, and the last lines of a run.
+    ``verbose``: all layers."""
+    kinds = Counter(each.stored for each in result.layers)
+    words = {"whole": "stored whole", "equal": "without an update", "absent": "not represented"}
+    counts = [f"{kinds[kind]} {said}" for kind, said in words.items() if kinds[kind]]
+    made = counted(kinds["factors"], "module")
+    ranks = [each.rank for each in result.layers if each.rank]
+    span = f"{min(ranks)} to {max(ranks)}" if ranks and min(ranks) != max(ranks) else str(max(ranks, default=0))
+    lines = [f"{made} of rank {span}, error {result.error:.2%} of all updates" + "".join(f", {each}" for each in counts)]
+    shown = [each for each in result.layers if each.stored in ("factors", "absent") and each.norm]
+    if not verbose:
+        shown = sorted(shown, key=lambda each: -each.error)[:_SHOWN_LAYERS]
+    if shown:
+        rows = [(printable(each.name), str(each.rank or "-"), f"{each.norm:.3g}", f"{each.error:.2%}") for each in shown]
+        table = [("tensor" if verbose else "worst tensors", "rank", "norm", "error"), *rows]
+        width = [max(len(row[column]) for row in table) for column in range(4)]
+        lines += [
+            f"  {row[0]:{width[0]}}  {row[1]:>{width[1]}}  {row[2]:>{width[2]}}  {row[3]:>{width[3]}}" for row in table
+        ]
+    return "\n".join(lines) + "\n" + _text(result, made)
+
+
+def adapter_json(result: AdapterResult) -> dict[str, Any]:
+    return {
+        "out": str(result.out),
+        "error": result.error,
+        "rank": result.rank,
+        "layers": [asdict(each) for each in result.layers],
+        "read_bytes": result.read_bytes,
+        "written_bytes": result.written_bytes,
+        "seconds": round(result.seconds, 3),
+        "peak_bytes": result.peak_bytes,
+        "startup_bytes": result.startup_bytes,
+        "memory_bytes": result.memory_bytes,
+        "notes": list(result.notes),
+        "warnings": list(result.warnings),
+    }
+
+
+def _text(result: Result | AdapterResult, what: str) -> str:
     speed = (result.read_bytes + result.written_bytes) / max(result.seconds, 1e-9)
     return "\n".join(
         [

@@ -12,6 +12,7 @@ from streammerge.units import decimal_bytes
 
 if TYPE_CHECKING:
     from streammerge.checkpoints.index import CheckpointIndex
+    from streammerge.factoring.making import AdapterResult
     from streammerge.methods.contracts import MergeMethod
     from streammerge.planning.plan import Plan
     from streammerge.running.execution import Result
@@ -43,21 +44,42 @@ def show_plan(plan: Plan, form: str) -> None:
         say(as_flags(str(plan)))
 
 
-def report(result: Result, form: str, told: Collection[tuple[str, str]] = (), verbose: bool = False) -> None:
+def report(
+    result: Result | AdapterResult, form: str, told: Collection[tuple[str, str]] = (), verbose: bool = False
+) -> None:
     """Reports a run. ``told``: the notes and warnings, by kind and text, that were said while it ran. ``verbose``: whether
     its plan is shown too."""
     from streammerge.cli import render
+    from streammerge.running.execution import Result
 
-    if form == "json":
+    if not isinstance(result, Result):
+        report_adapter(result, form, told, verbose)
+    elif form == "json":
         put(as_json(render.result_json(result)))
     elif form == "human":
-        for kind, texts in (("note", result.notes), ("warning", result.warnings)):
-            for text in texts:
-                if (kind, text) not in told:
-                    say(f"{kind}: {as_flags(text)}", err=True)
+        _tell(result, told)
         if verbose:
             say(as_flags(str(result.plan)), err=True)
         say(render.result_text(result))
+
+
+def report_adapter(result: AdapterResult, form: str, told: Collection[tuple[str, str]] = (), verbose: bool = False) -> None:
+    """Reports an adapter that was made. ``verbose``: whether all its layers are shown."""
+    from streammerge.cli import render
+
+    if form == "json":
+        put(as_json(render.adapter_json(result)))
+    elif form == "human":
+        _tell(result, told)
+        say(render.adapter_text(result, verbose))
+
+
+def _tell(result: Result | AdapterResult, told: Collection[tuple[str, str]]) -> None:
+    """Says the notes and warnings that were not said while it ran."""
+    for kind, texts in (("note", result.notes), ("warning", result.warnings)):
+        for text in texts:
+            if (kind, text) not in told:
+                say(f"{kind}: {as_flags(text)}", err=True)
 
 
 def show_verified(verified: Verified, form: str) -> None:

@@ -7,6 +7,8 @@ Each module imports only modules above it::
     agreed       infinities and NaN that all inputs have
     chunk        the numbers of every model at some elements
     reductions   sums over a group, in one pass
+    compact      a matrix in half the memory of float64
+    tridiagonal  the first eigenvectors of a large symmetric matrix
     spectral     products of matrices over a group, and eigenvectors
     kth_largest  exact order statistics of a group, in a few passes
     pass_results results of passes, from which a kernel can be made elsewhere

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from streammerge.kernels.compact import STRIP_COLUMNS, Compact
+from streammerge.kernels.tridiagonal import leading, leading_bytes
 from streammerge.tensors.spec import ranges
 
 if TYPE_CHECKING:
@@ -20,13 +22,14 @@ if TYPE_CHECKING:
     from streammerge.kernels.chunk import Chunk, Look, Swept
 
 _BLOCK_ELEMS = 1 << 17
-_LEAST_ROWS = 128
+_LEAST_ROWS = 64
 """Fewer rows at once would make the product with a large Gram matrix wait for memory."""
 _AT_ONCE = 2048
 """Most rows of a matrix whose eigenvectors LAPACK computes at once, which takes four more matrices. Larger matrices are
 rotated in place."""
-_PAIR_ROWS = 512
-_STRIP_COLUMNS = 512
+_FEW = 8
+"""One of so many eigenvectors is found faster alone than by rotations of all."""
+_PAIR_ROWS = 256
 _MOST_SWEEPS = 40
 _CONVERGED = 1e-14
 _SPARE_BYTES = 8 << 20
@@ -53,15 +56,34 @@ class _Products:
         import torch
 
         totals: list[torch.Tensor] = []
+        halved: set[int] = set()
         for chunk in chunks:
             matrices = iter(look(chunk))
             for place, (x, y) in enumerate(zip(matrices, matrices, strict=True)):
                 number = place % self.count if self.count else place
                 if number == len(totals):
                     totals.append(torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64))
+                # Of a symmetric product the half below the diagonal is enough.
+                strips = list(ranges(x.shape[1], STRIP_COLUMNS)) if _is_gram(x, y) else [(0, x.shape[1])]
+                if len(strips) > 1:
+                    halved.add(number)
                 for start, stop in ranges(len(x), self.rows):
-                    totals[number].addmm_(x[start:stop].T, y[start:stop])
+                    for a, b in strips:
+                        width = b if len(strips) > 1 else y.shape[1]
+                        totals[number][a:b, :width].addmm_(x[start:stop, a:b].T, y[start:stop, :width])
+        for number in halved:
+            _mirror(totals[number])
         return totals
+
+
+def _is_gram(x: torch.Tensor, y: torch.Tensor) -> bool:
+    return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
+
+
+def _mirror(matrix: torch.Tensor) -> None:
+    """Makes a matrix symmetric from its part below the diagonal."""
+    for a, b in ranges(len(matrix), STRIP_COLUMNS):
+        matrix[:a, a:b] = matrix[a:b, :a].T
 
 
 def products(group: Swept, look: Look, rows: int, count: int = 0) -> list[torch.Tensor]:
@@ -91,63 +113,77 @@ def is_finite(matrix: torch.Tensor) -> bool:
     return bool(matrix.diagonal().isfinite().all())
 
 
-def eigen(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def is_exact(size: int) -> bool:
+    """Whether matrices with so many columns are held in float64. Larger ones are held as :class:`Compact`."""
+    return size <= _AT_ONCE
+
+
+def eigen(matrix: torch.Tensor, count: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the eigenvalues of a positive semidefinite matrix, the largest first, and the eigenvectors as rows.
 
-    The memory of ``matrix`` holds the eigenvectors afterwards.
+    The memory of ``matrix`` holds the eigenvectors afterwards. ``count``: as many are wanted, and there may be more. Of a
+    large matrix they then have their own memory, if they are an eighth of all or fewer.
     """
     import torch
 
+    if count is not None and len(matrix) > _AT_ONCE and count * _FEW <= len(matrix):
+        return leading(matrix, count)
     if len(matrix) > _AT_ONCE:
-        return _rotated(matrix)
+        return _rotated([matrix]), matrix
     values, vectors = torch.linalg.eigh(matrix)
     matrix.copy_(vectors.flip(1).T)
     return values.flip(0).clamp_(min=0), matrix
 
 
-def eigen_bytes(size: int) -> int:
-    """Returns the memory that :func:`eigen` needs beside a matrix of ``size`` rows."""
+def eigen_bytes(size: int, few: bool = False) -> int:
+    """Returns the memory that :func:`eigen` needs beside a matrix of ``size`` rows. ``few``: for few of many vectors."""
+    if few and size > _AT_ONCE:
+        return max(leading_bytes(size, size // _FEW) + _SPARE_BYTES, eigen_bytes(size))
     if size <= _AT_ONCE:
         return 4 * 8 * size * size + _SPARE_BYTES
     pair = 2 * _PAIR_ROWS
-    return 8 * (6 * pair * pair + 3 * pair * _STRIP_COLUMNS) + 8 * size * 4 * _LEAST_ROWS + _SPARE_BYTES
+    return 8 * (6 * pair * pair + 3 * pair * STRIP_COLUMNS) + 8 * size * 2 * _LEAST_ROWS + _SPARE_BYTES
 
 
-def _rotated(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _rotated(strips: list[torch.Tensor]) -> torch.Tensor:
     """Makes the rows of a symmetric matrix orthogonal by rotations among them, in place: one-sided block Jacobi.
 
-    The rows end as the eigenvectors times the eigenvalues. Hestenes, *Inversion of matrices by biorthogonalization*, 1958.
+    The matrix is given as strips of its rows. The rows end as the eigenvectors, the first for the largest eigenvalue.
+    Returns the eigenvalues. Hestenes, *Inversion of matrices by biorthogonalization*, 1958.
     """
     import torch
 
-    size, pair = len(matrix), list(ranges(len(matrix), _PAIR_ROWS))
+    blocks = [strip[a:b] for strip in strips for a, b in ranges(len(strip), _PAIR_ROWS)]
     for _ in range(_MOST_SWEEPS):
-        largest, off = float(_lengths(matrix).max()), 0.0
-        for number, one in enumerate(pair):
-            for other in pair[number + 1 :] if len(pair) > 1 else [(size, size)]:
-                off = max(off, _made_orthogonal(matrix, one, other, largest))
+        largest, off = float(_lengths(strips).max()), 0.0
+        for number, one in enumerate(blocks):
+            for other in blocks[number + 1 :] if len(blocks) > 1 else [one[:0]]:
+                off = max(off, _made_orthogonal(one, other, largest))
         if off <= _CONVERGED:
             break
-    values = _lengths(matrix)
-    matrix.div_(values.clamp(min=torch.finfo(torch.float64).tiny).unsqueeze(1))
+    values = _lengths(strips)
+    start = 0
+    for strip in strips:
+        lengths = values[start : start + len(strip)].clamp(min=torch.finfo(torch.float64).tiny)
+        strip.div_(lengths.unsqueeze(1))
+        start += len(strip)
     order = values.argsort(descending=True, stable=True)
-    _permute(matrix, order.tolist())
-    return values[order], matrix
+    _permute([row for strip in strips for row in strip.unbind()], order.tolist())
+    return values[order]
 
 
-def _lengths(matrix: torch.Tensor) -> torch.Tensor:
+def _lengths(strips: list[torch.Tensor]) -> torch.Tensor:
     import torch
 
-    return torch.cat([matrix[a:b].square().sum(1) for a, b in ranges(len(matrix), _LEAST_ROWS)]).sqrt_()
+    return torch.cat([strip[a:b].square().sum(1) for strip in strips for a, b in ranges(len(strip), _LEAST_ROWS)]).sqrt_()
 
 
-def _made_orthogonal(matrix: torch.Tensor, one: tuple[int, int], other: tuple[int, int], largest: float) -> float:
-    """Rotates the rows of two ranges so that they are orthogonal. Returns how far they were from it, as a share of
+def _made_orthogonal(first: torch.Tensor, second: torch.Tensor, largest: float) -> float:
+    """Rotates the rows of two blocks so that they are orthogonal. Returns how far they were from it, as a share of
     ``largest``, the length of the longest row of the matrix."""
     import torch
 
-    first, second = matrix[slice(*one)], matrix[slice(*other)]
-    strips = list(ranges(matrix.shape[1], _STRIP_COLUMNS))
+    strips = list(ranges(first.shape[1], STRIP_COLUMNS))
     count = len(first)
     gram = torch.zeros(count + len(second), count + len(second), dtype=torch.float64)
     for a, b in strips:
@@ -167,20 +203,20 @@ def _made_orthogonal(matrix: torch.Tensor, one: tuple[int, int], other: tuple[in
     return off
 
 
-def _permute(matrix: torch.Tensor, order: list[int]) -> None:
+def _permute(rows: list[torch.Tensor], order: list[int]) -> None:
     """Puts row ``order[i]`` at place i, in place."""
     done = [False] * len(order)
     for begin in range(len(order)):
         if done[begin] or order[begin] == begin:
             continue
-        held, at = matrix[begin].clone(), begin
+        held, at = rows[begin].clone(), begin
         while True:
             done[at] = True
             source = order[at]
             if source == begin:
-                matrix[at] = held
+                rows[at].copy_(held)
                 break
-            matrix[at] = matrix[source]
+            rows[at].copy_(rows[source])
             at = source
 
 
@@ -197,17 +233,44 @@ def singular(values: torch.Tensor, largest: float | None = None) -> tuple[torch.
     return torch.where(kept, roots, 0.0), torch.where(kept, 1 / roots.clamp(min=1e-300), 0.0)
 
 
-def make_orthogonal(matrix: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """Multiplies a matrix by :math:`G^{-1/2}` from the left, in place. Leaves tiny singular values of G's factor out.
+def inverse_root(gram: torch.Tensor | list[torch.Tensor]) -> Compact:
+    """Returns the lower half of :math:`G^{-1/2}`, without tiny singular values of G's factor.
 
-    ``gram`` is overwritten. The polar factor of a matrix is what its own Gram matrix makes of it.
+    The polar factor of a matrix is what this makes of it, if G is its own Gram matrix. ``gram`` is overwritten. Strips of
+    its rows are taken out of their list, so that their memory is free for the result.
     """
-    values, vectors = eigen(gram)
-    _, inverse = singular(values)
-    for start, stop in ranges(matrix.shape[1], _STRIP_COLUMNS):
-        part = (vectors @ matrix[:, start:stop]).mul_(inverse.unsqueeze(1))
-        matrix[:, start:stop] = vectors.T @ part
-    return matrix
+    if isinstance(gram, list) and is_exact(sum(map(len, gram))):
+        import torch
+
+        gram = torch.cat(gram)
+    if isinstance(gram, list):
+        size = sum(map(len, gram))
+        values, vectors, start = _rotated(gram), Compact(size, size, exact=False), 0
+        while gram:
+            strip = gram.pop(0)
+            vectors.put_rows(strip, start)
+            start += len(strip)
+            del strip
+    else:
+        values, made = eigen(gram)
+        vectors = Compact.over(made)
+    return _mixed(vectors, singular(values)[1])
+
+
+def _mixed(vectors: Compact, factors: torch.Tensor) -> Compact:
+    """Returns the lower half of :math:`V^T F V` of vectors that are rows, and of a diagonal matrix F."""
+    import torch
+
+    size = vectors.shape[1]
+    made = Compact(size, size, is_exact(size), lower=True)
+    for number, (a, b) in enumerate(made.strips):
+        part = torch.zeros(size - a, b - a, dtype=torch.float64)
+        for start, stop in ranges(len(factors), STRIP_COLUMNS):
+            scaled = vectors.get(number, start, stop) * factors[start:stop].unsqueeze(1)
+            for other, (c, d) in enumerate(made.strips[number:], number):
+                part[c - a : d - a].addmm_(vectors.get(other, start, stop).T, scaled)
+        made.put(number, part)
+    return made
 
 
 def sides(shape: tuple[int, ...]) -> tuple[int, int]:

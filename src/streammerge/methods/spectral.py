@@ -3,7 +3,8 @@ r"""Merges by singular values: Iso-C, Iso-CTS, TSV-M, KnOTS.
 A tensor of two axes or more is a matrix here, its first axis by all others together (a convolution is out by in * height *
 width). A is a delta, or a sum of deltas, with its longer side as rows. Its Gram matrix :math:`G = A^\top A = V S^2
 V^\top` is summed in one pass, in float64. The left singular vectors are :math:`U = A V S^{-1}`, so every result is
-made of rows of A times small matrices. An engine that reads rows gets a wide matrix turned (``turns``).
+made of rows of A times small matrices. An engine that reads rows gets a wide matrix turned (``turns``). A complex tensor
+has its real and imaginary parts as one more axis, and is not turned.
 
 *Tiny* singular values, at most a millionth of the largest, count as zero, and their vectors are left out everywhere. So a
 matrix of lower rank has the polar factor :math:`U V^\top` of its row space: a continuous function of the matrix as long as
@@ -20,13 +21,15 @@ from typing import TYPE_CHECKING
 
 from streammerge.errors import RecipeError, printable
 from streammerge.kernels.chunk import OPERAND, Chunk, Kernel, Slot
+from streammerge.kernels.compact import STRIP_COLUMNS, Compact
 from streammerge.kernels.group import TensorGroup
 from streammerge.kernels.spectral import (
     block_rows,
     eigen,
     eigen_bytes,
+    inverse_root,
+    is_exact,
     is_finite,
-    make_orthogonal,
     products,
     sides,
     singular,
@@ -45,6 +48,8 @@ _MOST_AT_ONCE = 1 << 24
 """Most numbers of Gram matrices that one pass sums. More matrices need more passes."""
 _SUM = -1
 """Stands for the sum of the deltas, among the numbers of models."""
+_PROJECTED = 512
+"""Columns of a Gram matrix that are projected at once."""
 
 
 def _is_matrix(shape: Shape) -> bool:
@@ -158,7 +163,7 @@ class _Vectors:
     def __init__(self, count: int, columns: int) -> None:
         import torch
 
-        self.basis = torch.zeros(count, columns, dtype=torch.float64)
+        self.basis = Compact(count, columns, is_exact(columns))
         self.sigma, self.inverse = (torch.zeros(count, dtype=torch.float64) for _ in range(2))
         self.places: list[tuple[int, int, int]] = []
         self.shared: dict[int, torch.Tensor] = {}
@@ -168,8 +173,7 @@ class _Vectors:
         """Adds vectors of a model. ``largest``: see :func:`singular`. Returns the range of their rows."""
         start, stop = self._next, self._next + len(basis)
         self.sigma[start:stop], self.inverse[start:stop] = singular(values, largest)
-        self.basis[start:stop] = basis
-        self.basis[start:stop].mul_((self.inverse[start:stop] > 0).unsqueeze(1))
+        self.basis.put_rows(basis.mul_((self.inverse[start:stop] > 0).unsqueeze(1)), start)
         self.places.append((model, start, stop))
         self._next = stop
         return start, stop
@@ -181,43 +185,56 @@ class _Vectors:
         count, columns = self.basis.shape
         added = _sum(chunk, weight) if self.places[0][0] == _SUM else None
         rows = chunk.elems // columns
-        made = chunk.empty("left", torch.float64)[: rows * count].view(rows, count)
+        made = chunk.empty("left", torch.float64)[: rows * count].view(rows, count).zero_()
         for model, start, stop in self.places:
             delta = added if added is not None and model == _SUM else _delta(chunk, model, weight)
-            delta = delta.view(-1, columns)
+            _add_products(made[:, start:stop], delta.view(-1, columns), self.basis, start, block)
+            made[:, start:stop].mul_(self.inverse[start:stop])
             shared = self.shared.get(model)
-            for a, b in ranges(rows, block):
-                part = (delta[a:b] @ self.basis[start:stop].T).mul_(self.inverse[start:stop])
-                if shared is not None:
-                    part.sub_(made[a:b, : len(shared)] @ shared)
-                made[a:b, start:stop] = part
+            if shared is not None:
+                for a, b in ranges(rows, block):
+                    made[a:b, start:stop].addmm_(made[a:b, : len(shared)], shared, alpha=-1)
         return made
 
     def merged(self, group: TensorGroup, weight: Sequence[float], factors: torch.Tensor, block: int) -> Kernel:
         """Returns the kernel of the orthogonalised left vectors, times the factors, times the orthogonalised right ones."""
         import torch
 
-        columns = self.basis.shape[1]
+        count, columns = self.basis.shape
 
         def twice(chunk: Chunk) -> Iterator[torch.Tensor]:
             yield (left := self.left(chunk, weight, block))
             yield left
 
-        right = make_orthogonal(self.basis.clone(), self.basis @ self.basis.T).mul_(factors.unsqueeze(1))
         (gram,) = products(group, twice, block)
         if not is_finite(gram):
             return _all_nan
-        make_orthogonal(right, gram)
+        left_root = inverse_root(gram)
         del gram
+        right_root, joined = inverse_root(self.basis.gram_rows()), Compact(count, columns, self.basis.exact)
+        for number in range(len(joined.strips)):
+            right = right_root.times(self.basis.get(number)).mul_(factors.unsqueeze(1))
+            joined.put(number, left_root.times(right))
+        del left_root, right_root
 
         def kernel(chunk: Chunk) -> torch.Tensor:
             left = self.left(chunk, weight, block)
-            made = chunk.empty("sum", torch.float64).view(-1, columns)
-            for a, b in ranges(len(left), block):
-                torch.mm(left[a:b], right, out=made[a:b])
+            made = chunk.empty("sum", torch.float64).view(-1, columns).zero_()
+            for number, (c, d) in enumerate(joined.strips):
+                strip = joined.get(number)
+                for a, b in ranges(len(left), block):
+                    made[a:b, c:d].addmm_(left[a:b], strip)
             return _on_base(chunk, made)
 
         return kernel
+
+
+def _add_products(made: torch.Tensor, delta: torch.Tensor, basis: Compact, start: int, block: int) -> None:
+    """Adds the products of a delta's rows and of rows of the basis from ``start`` on, in blocks of rows."""
+    for number, (c, d) in enumerate(basis.strips):
+        strip = basis.get(number, start, start + made.shape[1])
+        for a, b in ranges(len(delta), block):
+            made[a:b].addmm_(delta[a:b, c:d], strip.T)
 
 
 def _grams(
@@ -248,12 +265,18 @@ def _joined_bytes(shape: Shape, matrices: int, more: float = 0.0) -> int:
     """Returns the bytes of a method that joins vectors of several models, and sums ``matrices`` Gram matrices."""
     if not _is_matrix(shape):
         return 0
-    rows, columns = sides(shape)
+    columns = sides(shape)[1]
     square = 8 * columns * columns
     at_once = min(max(_MOST_AT_ONCE // (columns * columns), 1), matrices)
-    # The Gram matrices of deltas and ``more`` beside the vectors; then one of vectors beside the vectors of both sides.
-    held = int(square * max(at_once + 1 + more, 3))
-    return held + eigen_bytes(columns) + 24 * columns * block_rows(rows, columns)
+    if is_exact(columns):
+        # The vectors, and Gram matrices of deltas with ``more`` beside them; or the vectors of both sides and three roots.
+        return int(square * max(2 + at_once + more, 5)) + eigen_bytes(columns)
+    # The vectors and Gram matrices; the vectors, a root, and a Gram matrix; the vectors of both sides, and two roots.
+    vectors, strip = square // 2, 8 * columns * STRIP_COLUMNS
+    root = vectors // 2 + strip // 4
+    finding = vectors + int(square * (at_once + more)) + eigen_bytes(columns, few=True)
+    joining = vectors + root + square + eigen_bytes(columns) + strip
+    return max(finding, joining, 2 * (vectors + root) + 5 * strip)
 
 
 def _tsv_bytes(shape: Shape, models: int, values: Values, turned: bool) -> int:
@@ -287,14 +310,15 @@ def tsv(group: TensorGroup, *, weight: PerModel = (1.0,), rank: int = 0, lambda_
     code computes it. ``weight`` per model; ``lambda`` is the paper's alpha. One model or more.
 
     The first axis by all others is the matrix. Vectors and numbers are the mean of the weighted deltas, times lambda, as
-    in the paper, and so is a matrix with fewer singular values than there are models. All is computed in float64. Each
-    model is read three times; the base more often if the shorter side is so long that the Gram matrices do not fit
-    together.
+    in the paper. All is computed in float64. Each model is read three times; the base more often if the shorter side is
+    so long that the Gram matrices do not fit together: with 8192, twice and once more for each model. Beyond 2048 vectors
+    are held in 32 bits, with an error of about 1e-9 of their length.
 
     Edge cases: singular values of at most a millionth of the model's largest count as zero. Directions that models have in
     common get the polar factors of lower rank; the authors' code fills these up with arbitrary vectors. Which vectors stand
-    for equal singular values is the solver's choice, and the same in each run. Deviation: layers with text_projection in
-    their name are no exception.
+    for equal singular values is the solver's choice, and the same in each run. Deviations: layers with text_projection in
+    their name are no exception; a matrix with fewer singular values than there are models is the mean of the weighted
+    deltas, times lambda, where the authors' code leaves the base and loses what the models have learned.
     """
     if not _is_matrix(group.shape):
         return _mean(weight, lambda_)
@@ -307,10 +331,17 @@ def tsv(group: TensorGroup, *, weight: PerModel = (1.0,), rank: int = 0, lambda_
     for model, gram in enumerate(_grams(group, weight, [(m, m) for m in range(group.models)], block)):
         if not is_finite(gram):
             return _all_nan
-        values, basis = eigen(gram)
+        values, basis = eigen(gram, count)
         vectors.add(model, values[:count], basis[:count])
         del gram, basis  # before the next one is made
     return vectors.merged(group, weight, vectors.sigma * lambda_, block)
+
+
+def _take_off(matrix: torch.Tensor, basis: Compact, start: int, stop: int) -> None:
+    """Projects the columns of a matrix onto what is orthogonal to rows ``start`` to ``stop`` of a basis, in place."""
+    along = basis.product(matrix, start, stop)
+    for number, (a, b) in enumerate(basis.strips):
+        matrix[a:b].addmm_(basis.get(number, start, stop).T, along, alpha=-1)
 
 
 def _iso_cts_bytes(shape: Shape, models: int, values: Values, turned: bool) -> int:
@@ -348,11 +379,13 @@ def iso_cts(
 
     The first axis by all others is the matrix. Vectors and numbers are the mean of the weighted deltas, times lambda, as
     in the paper. All is computed in float64. Each model is read three times, and more often if the shorter side is so
-    long that the Gram matrices do not fit together.
+    long that the Gram matrices do not fit together. A shorter side that is the first axis needs less memory.
 
     Edge cases: a singular value of the sum counts as zero if it is at most a millionth of the largest, one of a model if
     it is at most a millionth of the norm of the model's delta. The rest is as in ``tsv``.
     """
+    import torch
+
     if not _is_matrix(group.shape):
         return _mean(weight, lambda_)
     rows, columns = sides(group.shape)
@@ -369,7 +402,7 @@ def iso_cts(
         return _all_nan
     values, basis = eigen(first)
     start, stop = vectors.add(_SUM, values[:common], basis[:common])
-    shared, inverse = vectors.basis[start:stop], vectors.inverse[start:stop].unsqueeze(1)
+    shared, inverse = vectors.basis, vectors.inverse[start:stop].unsqueeze(1)
     del first, basis
     for model in models:
         gram = next(grams)
@@ -377,17 +410,19 @@ def iso_cts(
             return _all_nan
         norm = math.sqrt(float(gram.diagonal().sum()))
         if crossed:
-            along = (shared @ next(grams)).mul_(inverse)  # the common left vectors, transposed, times the delta
+            # the common left vectors, transposed, times the delta
+            along = shared.product(next(grams), start, stop).mul_(inverse)
             gram.addmm_(along.T, along, alpha=-1)
         else:
-            for a, b in ranges(columns, block):
-                gram[:, a:b] -= shared.T @ (shared @ gram[:, a:b])
-            for a, b in ranges(columns, block):
-                gram[a:b] -= (gram[a:b] @ shared.T) @ shared
-        values, basis = eigen(gram)
+            for matrix in (gram, gram.T):
+                for a, b in ranges(columns, _PROJECTED):
+                    _take_off(matrix[:, a:b], shared, start, stop)
+        values, basis = eigen(gram, each)
         begin, end = vectors.add(model, values[:each], basis[:each], largest=norm)
         if crossed:
-            vectors.shared[model] = (along @ vectors.basis[begin:end].T).mul_(vectors.inverse[begin:end])
+            part = torch.zeros(stop - start, end - begin, dtype=torch.float64)
+            _add_products(part, along, shared, begin, len(along))
+            vectors.shared[model] = part.mul_(vectors.inverse[begin:end])
         del gram, basis
     sigma = vectors.sigma.mean().mul_(lambda_).expand(number)
     return vectors.merged(group, weight, sigma, block)
@@ -581,7 +616,7 @@ def _consensus(
 ) -> Kernel:
     """Returns the kernel that merges aligned deltas as ``ties`` or ``task_arithmetic`` do."""
     n, total = aligned.elems, sum(weight)
-    ranks = [[group.elems if d >= 1 else max(int(d * n), 1)] for d in density]
+    ranks = [[group.elems if d >= 1 else max(int(d * n), 1) if d else 0] for d in density]
 
     def magnitudes(chunk: Chunk) -> Iterator[torch.Tensor]:
         return (aligned.delta(chunk, model, OPERAND).abs_() for model in range(group.models))

@@ -397,8 +397,7 @@ class _Builder:
         made = {**self.tree, **self.form.config}
         shared = len(self.shared)
         made[self.form.count_key] = len(self.experts)
-        usual = 1 if shared and self.form.name == "deepseek" else 2
-        made["num_experts_per_tok"] = self.recipe.experts_per_token or usual
+        made["num_experts_per_tok"] = self.recipe.experts_per_token or 2
         if self.form.name != "mixtral":
             made["moe_intermediate_size"] = made["intermediate_size"]
         if self.form.name == "qwen2":

@@ -156,7 +156,10 @@ def _into_base(index: CheckpointIndex) -> str:
     """Returns how an adapter is added to its base model."""
     if any(".base_layer." in name for name in index.entries):
         return "this is a model that holds its adapter; load it in PEFT, then `model.merge_and_unload()`"
-    return f"name each with its base model, as in `BASE+{printable(index.path)}`, so that its updates are added to the base"
+    return (
+        f"name each with its base model, as in `BASE+{printable(index.path)}`, so that its updates are added to the base; "
+        "adapters alone are merged to an adapter"
+    )
 
 
 def _used(index: CheckpointIndex, merged: Iterable[Made], verbatim: Callable[[Made], bool]) -> tuple[set[str], set[str]]:

@@ -3,7 +3,9 @@
 Each module imports only modules above it::
 
     inputs       paths, state dicts in memory, weights behind them
+    adapters     adapters among the inputs: each on its base, or all merged to an adapter
     plans        from a recipe to a plan
     merging      the arguments of a merge or a plan
     conversions  the conversions that a merge makes first
+    extractions  the arguments of an extraction
 """

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoints.choosing import choose, exponential_weights
-from streammerge.errors import RecipeError, listed
-from streammerge.methods.registry import LINEAR
+from streammerge.errors import RecipeError, listed, printable
+from streammerge.methods.registry import LINEAR, find_method
 from streammerge.options import (
     Choosing,
     Executing,
@@ -24,10 +24,14 @@ from streammerge.planning.plan import Plan
 from streammerge.recipe.arguments import overridden, recipe_of
 from streammerge.recipe.locations import found_in_hub_cache, is_recipe_name
 from streammerge.recipe.reader import read_recipe
+from streammerge.requests.adapters import WAYS, float_dtype, on_base, refuse_others
 from streammerge.requests.inputs import Held, named, names_and_weights, path_of
 from streammerge.requests.plans import planned
 from streammerge.stores.base import Location
 from streammerge.stores.locations import parse
+
+if TYPE_CHECKING:
+    from streammerge.factoring.making import Making
 
 
 @dataclass(frozen=True)
@@ -86,12 +90,18 @@ class Request:
         decay = self.choosing.ema_decay
         if self.recipe is None:
             chosen, notes = choose(self.inputs, **choice)
+            if len(chosen) == 1 and asked.base is None:
+                notes.append(f"{printable(chosen[0])} is the only input, so nothing is merged with it")
             given = asked.weights if self.own_weights is None else _following(chosen, self.inputs, self.own_weights)
             weights = _weights(given, decay, len(chosen))
             base = None if asked.base is None else str(asked.base)
-            recipe = recipe_of(
-                chosen, LINEAR if asked.method is None else asked.method, base, weights, parameters, overrides
-            )
+            if isinstance(asked.method, str) and asked.method in WAYS:
+                raise RecipeError(f"{asked.method} makes an adapter of adapters alone; give adapters, and no `base`")
+            method = LINEAR if asked.method is None else asked.method
+            on_it = on_base(chosen, base, self.held)
+            if on_it != chosen and find_method(method).base in ("model", "unused"):
+                base = None  # it is there for the adapters only
+            recipe = recipe_of(on_it, method, base, weights, parameters, overrides)
             recipe = found_in_hub_cache(recipe)
         else:
             theirs = {"inputs": self.inputs or None, "weights": asked.weights, "method": asked.method, "base": asked.base}
@@ -99,6 +109,48 @@ class Request:
             recipe = overridden(read_recipe(self.recipe, asked.own_methods), overrides)
         folder = None if asked.convert_first is None else parse(asked.convert_first)
         made = planned(recipe, self.out, self.resources, self.executing.executor, folder, self.output.hash, self.held)
+        made.notes[:0] = notes
+        return made
+
+    def combination(self) -> Making | None:
+        """Returns what an adapter is made of, if all inputs are adapters and no base is given; None for all other merges.
+        Raises the errors of :func:`streammerge.plan`."""
+        from streammerge.requests.adapters import adapters_of  # here, because most merges have no adapters
+
+        asked = self.merging
+        if self.recipe is not None or asked.base is not None or not adapters_of(self.inputs[:1], self.held):
+            return None
+        choice = {name: getattr(self.choosing, name) or None for name in ("last", "range", "best", "by", "highest")}
+        chosen, notes = choose(self.inputs, **choice)
+        found = adapters_of(chosen, self.held)
+        if len(found) < len(chosen):
+            return None
+        from streammerge.factoring.combination import Combined, combination
+
+        convert = {
+            "convert_first": asked.convert_first,
+            "compute_dtype": asked.compute_dtype,
+            "hash": self.output.hash or None,
+        }
+        refuse_others(
+            {
+                **convert,
+                **self.naming.overrides,
+                **self.policies.overrides,
+                **self.selection.overrides,
+                **self.output.overrides,
+            }
+        )
+        parameters = dict(asked.parameters or {})
+        if asked.normalize is not None:
+            parameters["normalize"] = asked.normalize
+        method = LINEAR if asked.method is None else asked.method
+        way = method if isinstance(method, str) and method in WAYS else find_method(method)
+        given = asked.weights if self.own_weights is None else _following(chosen, self.inputs, self.own_weights)
+        weights = _weights(given, self.choosing.ema_decay, len(chosen))
+        wanted = asked.dtype if asked.out_dtype is None else asked.out_dtype
+        dtype = None if wanted is None else float_dtype(wanted)
+        made = combination(found, Combined(way, weights, parameters, dtype, asked.seed or 0))
         made.notes[:0] = notes
         return made
 

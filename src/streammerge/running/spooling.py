@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Protocol, TypeVar
 
 from streammerge.errors import FormatError, printable
-from streammerge.planning.tasks import MergeTask
+from streammerge.sources.base import Source
 from streammerge.sources.deflated import Damaged, PackedKey, PackedRecord, records, unpacked, with_inflated
 from streammerge.sources.stored import Stored
 from streammerge.stores.base import Input, Output
@@ -17,13 +18,23 @@ from streammerge.tensors.spec import ranges
 _ALIGNMENT = 64
 
 
+class Reads(Protocol):
+    """Anything with sources: a dataclass, so that it can be made again with others."""
+
+    @property
+    def sources(self) -> tuple[Source, ...]: ...
+
+
+Task = TypeVar("Task", bound=Reads)
+
+
 def spooled_tasks(
-    tasks: Sequence[MergeTask],
-    needed: Iterable[MergeTask],
+    tasks: Sequence[Task],
+    needed: Iterable[Task],
     inputs: InputFiles,
     create: Callable[[int], Output],
     done: Callable[[str, PackedRecord], None],
-) -> Sequence[MergeTask]:
+) -> Sequence[Task]:
     """Unpacks the records of the ``needed`` tasks. Returns all tasks, with sources that read the inflated bytes.
 
     ``create`` makes a file of the given size in bytes. ``done`` is called for each record with the name of a tensor in it.
@@ -44,7 +55,7 @@ def spooled_tasks(
         done(names[path, record], record)
     inputs.check_whole()
     places = {key: (target.location, offset) for key, offset in offsets.items()}
-    return [replace(task, sources=tuple(with_inflated(s, places) for s in task.sources)) for task in tasks]
+    return [replace(task, sources=tuple(with_inflated(s, places) for s in task.sources)) for task in tasks]  # type: ignore[type-var]
 
 
 def _layout(names: dict[PackedKey, str]) -> tuple[dict[PackedKey, int], int]:

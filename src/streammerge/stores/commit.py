@@ -341,7 +341,7 @@ def _recover(folder: Path, out: Path) -> None:
 
 def _remove_ours(folder: Path) -> None:
     """Removes the files that runs make in a staging folder, except the lock. Files of others stay."""
-    for name in ("output", "spooled", "turned", JOURNAL, NEW, _PUT_BY, _REPLACED):
+    for name in ("output", "spooled", "turned", "factors", JOURNAL, NEW, _PUT_BY, _REPLACED):
         path = folder / name
         if path.is_dir() and not path.is_symlink():
             import shutil  # here, since looking at a file does without

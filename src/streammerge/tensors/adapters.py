@@ -8,8 +8,8 @@ from functools import cache
 
 from streammerge.tensors.conventions import FACTORS
 
-_WORDS = ("lora", "dora_scale", "hada_", "lokr_", "oft_", "vera_")
-_ANY = re.compile("|".join(_WORDS))
+WORDS = ("lora", "dora_scale", "hada_", "lokr_", "oft_", "vera_")
+_ANY = re.compile("|".join(WORDS))
 _ALPHA = ".alpha"
 _AT_ONCE = 4096
 
@@ -24,7 +24,7 @@ def factors(names: Iterable[str]) -> dict[str, str]:
     names = list(names)
     for start in range(0, len(names), _AT_ONCE):
         text = "\n".join(names[start : start + _AT_ONCE])
-        if any(word in text for word in _WORDS):  # faster than a pattern, and most checkpoints have none
+        if any(word in text for word in WORDS):  # faster than a pattern, and most checkpoints have none
             break
     else:
         return {}

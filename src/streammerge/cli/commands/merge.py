@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from streammerge.cli import options
+from streammerge.cli.advice import without_output
 from streammerge.cli.arguments import as_arguments, inputs_and_recipe, output_name
 from streammerge.cli.reports import report, show_plan
 from streammerge.options import MERGE, Running, options_of
@@ -51,7 +52,7 @@ def merge(
         show_plan(api.plan(found, out, recipe=recipe, **asked), form)
         return
     if out is None:
-        raise click.UsageError("the output has no name; add -o OUT, like -o merged.safetensors")
+        raise click.UsageError(without_output(inputs))
     with Progress(form, enabled=not no_progress) as progress:
         progress.out = out
         from streammerge import api

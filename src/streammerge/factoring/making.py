@@ -1,0 +1,504 @@
+"""Makes an adapter: workers compute the factors into temporary files, then the output is written, whole or not at all."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from streammerge.errors import BudgetError, FormatError, MismatchError, RecipeError, listed, printable
+from streammerge.events import Event, Preparing, Published, RunFinished, RunStarted, Spooled, Syncing, TaskDone, Told
+from streammerge.factoring.documents import CONFIG, START, WEIGHTS, Document
+from streammerge.factoring.layers import COMPARE, DECOMPOSE, LINEAR, STACK, Layer, LayerReport, share
+from streammerge.factoring.truncated import Factors, of_product, truncated
+from streammerge.formats.file_names import files_below, foreign_files
+from streammerge.formats.safetensors import plan_layout
+from streammerge.planning.budget import PER_TASK_BYTES, PER_WORKER_BYTES, RUN_BYTES, SPOOLING_BYTES
+from streammerge.running import process
+from streammerge.running.executors.base import Host
+from streammerge.running.executors.threads import ThreadExecutor
+from streammerge.running.spooling import spooled_tasks
+from streammerge.running.workspace import prepare_torch
+from streammerge.sources.base import Allocated, Source
+from streammerge.sources.wide import Wide
+from streammerge.stores import descriptors, faults
+from streammerge.stores.base import Input, Location, Output, Staging, Status
+from streammerge.stores.inputs import InputFiles
+from streammerge.stores.space import space_checked
+from streammerge.tensors.spec import GRAIN, TensorSpec, ranges
+from streammerge.tensors.threads import one_torch_thread
+from streammerge.units import binary_bytes, counted
+
+if TYPE_CHECKING:
+    import torch
+
+_COPY_BYTES = 1 << 20
+
+
+@dataclass(slots=True)
+class Making:
+    """An adapter that is to be made. No tensor is read before :func:`make`.
+
+    ``layers``: the tensors with factors or comparisons, in the order of the output. ``wholes``: the module that a compared
+    tensor is stored with -> all its tensors by their names in the base, as they are stored whole; without a module here
+    a tensor is not represented. ``absent``: tensors that are not represented, and why. ``files``: all inputs.
+    ``folders``: folders of inputs. ``says``: what the output is made of, for messages.
+    """
+
+    layers: list[Layer]
+    document: Document
+    files: dict[Location, Status]
+    folders: list[Location]
+    says: str
+    wholes: dict[str, dict[str, Source]] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def workers_within(self, memory: int, wanted: int) -> int:
+        """Returns the number of workers that a budget has room for. Raises BudgetError."""
+        fixed = RUN_BYTES + SPOOLING_BYTES + PER_TASK_BYTES * (len(self.layers) + len(self.absent))
+        largest = max(self.layers, key=Layer.needed_bytes, default=None)
+        each = PER_WORKER_BYTES + (largest.needed_bytes() if largest else 0)
+        if largest is not None and fixed + each > memory:
+            raise BudgetError(
+                f"{printable(largest.name)} of shape {list(largest.shape)} needs {binary_bytes(fixed + each)} to be "
+                f"decomposed, and the budget is {binary_bytes(memory)}; give more `memory`, or a smaller `rank`"
+            )
+        return max(min(wanted, (memory - fixed) // each, len(self.layers)), 1)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class AdapterResult:
+    """The report of an adapter that was made.
+
+    ``error``: the norm of all that the adapter lacks, as a share of the norm of all updates. ``layers``: the same for each
+    tensor. Memory and bytes are as in :class:`~streammerge.running.execution.Result`.
+    """
+
+    out: Location
+    read_bytes: int
+    written_bytes: int
+    seconds: float
+    peak_bytes: int
+    startup_bytes: int
+    memory_bytes: int
+    error: float
+    layers: tuple[LayerReport, ...]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def rank(self) -> int:
+        """The highest rank."""
+        return max((each.rank for each in self.layers), default=0)
+
+    def __repr__(self) -> str:
+        made = sum(each.stored == "factors" for each in self.layers)
+        return f"<AdapterResult {printable(self.out)}: {counted(made, 'module')}, rank {self.rank}, error {self.error:.3g}>"
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """The result of one layer. ``place``: the temporary file with its factors."""
+
+    number: int
+    rank: int
+    total: float
+    rest: float
+    read_bytes: int
+    place: Output | None = None
+
+
+class _Room(Allocated):
+    """The room of one layer. Counts the bytes that are read."""
+
+    def __init__(self, files: InputFiles, host: Host) -> None:
+        super().__init__(self._opened)
+        self._inputs, self._host = files, host
+        self.read_bytes = 0
+
+    def _opened(self, path: Location) -> _Counted:
+        return _Counted(self, self._inputs.get(path))
+
+    def halt(self) -> None:
+        self._host.check()
+
+
+class _Counted:
+    def __init__(self, room: _Room, file: Input) -> None:
+        self._room, self._file = room, file
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        self._room.read_bytes += len(buffer)
+        self._file.read_into(buffer, offset)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """``create``: makes a temporary file for a layer, of a size in bytes."""
+
+    layers: Sequence[Layer]
+    files: InputFiles
+    create: Callable[[int, int], Output]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return ("torch",)
+
+    def open(self, host: Host) -> _Worker:
+        return _Worker(self, host)
+
+
+class _Worker:
+    def __init__(self, work: _Work, host: Host) -> None:
+        self._work, self._host = work, host
+
+    def run(self, number: int) -> _Outcome:
+        layer, room = self._work.layers[number], _Room(self._work.files, self._host)
+        try:
+            if layer.way == COMPARE:
+                return _Outcome(number, 0, _distance(layer, room), 0.0, room.read_bytes)
+            factors = _factors(layer, room)
+        except ValueError as error:
+            raise MismatchError(
+                f"{printable(layer.name)} has {error} in one of its models, so it has no factors; exclude it"
+            ) from error
+        place = None
+        if factors.rank:
+            down, up = _stored(layer, factors)
+            place = self._work.create(number, down.nbytes + up.nbytes)
+            _write(place, down, 0)
+            _write(place, up, down.nbytes)
+        return _Outcome(number, factors.rank, factors.total, factors.rest, room.read_bytes, place)
+
+    def close(self) -> None:
+        """Nothing is kept between layers."""
+
+
+def _factors(layer: Layer, room: _Room) -> Factors:
+    if layer.way == DECOMPOSE:
+        return truncated(layer.rows, layer.wanted, room)
+    left, right = (_whole(each, room) for each in layer.sources)
+    if layer.way == STACK:
+        return Factors(left.to(layer.wanted.dtype.torch), right.to(layer.wanted.dtype.torch), 0.0, 0.0)
+    return of_product(left, right, layer.wanted.rank, layer.wanted.dtype)
+
+
+def _whole(source: Source, room: _Room) -> torch.Tensor:
+    """Reads a small matrix, in float64."""
+    import torch
+
+    numel = source.spec.numel
+    made = torch.empty(numel, dtype=torch.float64)
+    wide = Wide(source, room, min(GRAIN, numel))
+    for start, stop in ranges(numel, GRAIN):
+        room.halt()
+        made[start:stop] = wide.read(start, stop)
+    return made.view(source.spec.shape)
+
+
+def _distance(layer: Layer, room: _Room) -> float:
+    """Returns the sum of the squared differences of two tensors."""
+    (one, other), total = layer.sources, 0.0
+    numel = one.spec.numel
+    span = min(GRAIN, numel)
+    first, second = Wide(one, room, span), Wide(other, room, span)
+    for start, stop in ranges(numel, GRAIN):
+        room.halt()
+        total += float(first.read(start, stop).sub_(second.read(start, stop)).square_().sum())
+    return total
+
+
+def _stored(layer: Layer, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns A and B as a PEFT file holds them."""
+    left, right = factors.left, factors.right
+    if layer.alpha:
+        left = left.mul_(factors.rank / layer.alpha)
+    if layer.form == LINEAR:
+        return right.contiguous(), left.contiguous()
+    return left.T.contiguous(), right.T.contiguous()
+
+
+def _write(file: Output, tensor: torch.Tensor, offset: int) -> None:
+    import torch
+
+    file.write_full(tensor.view(-1).view(torch.uint8).numpy(), offset)
+
+
+def make(
+    made: Making,
+    out: Location,
+    *,
+    memory_bytes: int,
+    workers: int,
+    overwrite: bool,
+    polite: bool,
+    listener: Callable[[Event], None],
+    resident_before: int,
+) -> AdapterResult:
+    """Makes the adapter in the folder ``out``. On an error, nothing is there. Raises the errors of a merge."""
+    refuse_output(made, out)
+    count = made.workers_within(memory_bytes, workers)
+    headers = max(process.resident_bytes() - resident_before, 0)
+    for note in made.notes:
+        listener(Told("note", note))
+    for warning in made.warnings:
+        listener(Told("warning", warning))
+    listener(Preparing("torch"))
+    with process.collector_paused():
+        prepare_torch()
+    process.reset_peak()
+    startup, began = process.resident_bytes() - headers, time.perf_counter()
+    reading = sum(source.nbytes for layer in made.layers for source in layer.sources)
+    most = sum(layer.most_bytes() for layer in made.layers)
+    listener(RunStarted(reading, most, memory_bytes, len(made.layers)))
+    staging = out.stage(overwrite)
+    try:
+        if staging.resumable:
+            staging.abort(keep=True)
+            raise RecipeError(f"an interrupted merge into {printable(out)} is kept beside it; finish it first")
+        staging.clear()
+        with (
+            space_checked(out, most),
+            descriptors.room_for(len(made.files) + 2, count),
+            faults.survived(),
+            process.collector_spared(),
+            one_torch_thread(),
+        ):
+            run = _Run(made, staging, count, polite, listener)
+            run.make()
+        refuse_output(made, out)
+        listener(Syncing())
+        staging.commit(as_folder=True)
+        listener(Published())
+    finally:
+        staging.abort()
+    seconds = time.perf_counter() - began
+    listener(RunFinished(seconds))
+    return AdapterResult(
+        out,
+        run.read_bytes,
+        run.written_bytes,
+        seconds,
+        max(process.peak_resident_bytes() - startup, 0),
+        startup,
+        memory_bytes,
+        run.error,
+        tuple(run.reports),
+        (*made.notes, *staging.notes),
+        (*made.warnings, *run.warnings),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """The tensors of a module that may be stored whole."""
+
+    sources: tuple[Source, ...]
+
+
+class _Run:
+    """One run. Afterwards ``reports``, ``error``, ``read_bytes`` and ``written_bytes`` say what was done."""
+
+    def __init__(
+        self, made: Making, staging: Staging, workers: int, polite: bool, listener: Callable[[Event], None]
+    ) -> None:
+        self._made, self._staging, self._workers, self._listener = made, staging, workers, listener
+        self._files = InputFiles(made.files, polite)
+        self._layers: Sequence[Layer] = made.layers
+        self._wholes: dict[str, dict[str, Source]] = {}
+        self.reports: list[LayerReport] = []
+        self.warnings: list[str] = []
+        self.read_bytes = self.written_bytes = 0
+        self.error = 0.0
+
+    def make(self) -> None:
+        lock = threading.Lock()
+
+        def create(number: int, size: int) -> Output:
+            with lock:
+                return self._staging.temporary(f"factors/{number}", size)
+
+        with closing(self._files):
+            modules = list(self._made.wholes)
+            wholes = [_Whole(tuple(self._made.wholes[module].values())) for module in modules]
+            tasks: list[Layer | _Whole] = [*self._layers, *wholes]
+            unpacked = spooled_tasks(
+                tasks,
+                tasks,
+                self._files,
+                lambda size: self._staging.temporary("spooled", size),
+                lambda name, record: self._listener(Spooled(name, record.compressed_bytes)),
+            )
+            self._layers = [task for task in unpacked if isinstance(task, Layer)]
+            self._wholes = {
+                module: dict(zip(self._made.wholes[module], task.sources, strict=True))
+                for module, task in zip(modules, unpacked[len(self._layers) :], strict=True)
+            }
+            outcomes: dict[int, _Outcome] = {}
+            executor = ThreadExecutor(self._workers)
+            work = _Work(self._layers, self._files, create)
+            with closing(executor), closing(executor.run(work, range(len(self._layers)))) as results:
+                for done in results:
+                    outcomes[done.number] = done
+                    self.read_bytes += done.read_bytes
+                    self._tell(self._layers[done.number].name, done.read_bytes, done.place.size if done.place else 0)
+            self._write(outcomes)
+            self._files.check_unchanged()
+
+    def _tell(self, name: str, read: int, written: int) -> None:
+        self._listener(TaskDone(name, read, written, process.resident_bytes()))
+
+    def _write(self, outcomes: Mapping[int, _Outcome]) -> None:
+        ranks = {self._layers[n].module: outcomes[n].rank for n in sorted(outcomes) if outcomes[n].rank}
+        changed = [n for n in sorted(outcomes) if self._layers[n].way == COMPARE and outcomes[n].total]
+        biases, wholes = dict[str, Source](), dict[str, dict[str, Source]]()
+        stored: set[str] = set()
+        for number in changed:
+            layer = self._layers[number]
+            if layer.module not in self._wholes:
+                continue
+            if layer.module not in ranks:
+                wholes[layer.module] = self._wholes[layer.module]
+            elif layer.name.endswith(".bias"):
+                biases[f"{layer.module}.base_layer.bias"] = self._wholes[layer.module][layer.name]
+            else:
+                continue
+            stored.add(layer.name)
+        self._report(outcomes, stored)
+        untied = [name for name in (*ranks, *wholes) if name in self._made.document.tied and not self._ties(name)]
+        if untied:
+            self.warnings.append(
+                f"the base's head has the weights of {printable(untied[0])}, and PEFT updates the embeddings only; it "
+                "knows this tie for modules called embed_tokens"
+            )
+        if not ranks and not wholes:
+            self._refuse_nothing(bool(changed))
+        pieces = list(self._pieces(outcomes, biases, wholes))
+        text = self._made.document.text(ranks, list(wholes), bool(biases)).encode()
+        layout = plan_layout(WEIGHTS, [spec for spec, _ in pieces], {"format": "pt"})
+        file = self._staging.create(WEIGHTS, layout.size)
+        for literal in layout.literals:
+            file.write_full(literal.data, literal.offset)
+        for spec, read in pieces:
+            for start, stop in ranges(spec.nbytes, _COPY_BYTES):
+                file.write_full(read(start, stop), layout.offsets[spec.name] + start)
+        config = self._staging.create(CONFIG, len(text))
+        config.write_full(text, 0)
+        self.written_bytes = layout.size + len(text)
+
+    def _ties(self, module: str) -> bool:
+        return self._made.document.ties([module])
+
+    def _pieces(
+        self,
+        outcomes: Mapping[int, _Outcome],
+        biases: Mapping[str, Source],
+        wholes: Mapping[str, Mapping[str, Source]],
+    ) -> Iterator[tuple[TensorSpec, Callable[[int, int], memoryview]]]:
+        """Yields the tensors of the file, each with a function that reads a range of its bytes."""
+        for number in sorted(outcomes):
+            place = outcomes[number].place
+            if place is not None:
+                down, up = self._layers[number].specs(outcomes[number].rank)
+                yield down, _from_file(place, 0)
+                yield up, _from_file(place, down.nbytes)
+        whole = {name: source for module in wholes.values() for name, source in module.items()}
+        for name, source in (*biases.items(), *whole.items()):
+            yield source.spec.named(START + name), self._from_source(source)
+
+    def _from_source(self, source: Source) -> Callable[[int, int], memoryview]:
+        room, size = _Room(self._files, Host(lambda: False)), source.spec.dtype.element_bytes
+        reader = source.open(room)
+
+        def read(start: int, stop: int) -> memoryview:
+            buffer = memoryview(bytearray(stop - start))
+            self.read_bytes += stop - start
+            return reader.read(start // size, stop // size, buffer)
+
+        return read
+
+    def _report(self, outcomes: Mapping[int, _Outcome], stored: set[str]) -> None:
+        total = lacking = 0.0
+        for number in sorted(outcomes):
+            layer, done = self._layers[number], outcomes[number]
+            total += done.total
+            if layer.way == STACK:
+                how, rest = "factors", 0.0
+            elif not done.total:
+                how, rest = "equal", 0.0
+            elif done.rank:
+                how, rest = "factors", done.rest
+            elif layer.name in stored:
+                how, rest = "whole", 0.0
+            else:
+                how, rest = "absent" if layer.way == COMPARE else "equal", done.total
+            lacking += rest
+            self.reports.append(
+                LayerReport(layer.name, layer.shape, how, done.rank, done.total**0.5, share(rest, done.total))
+            )
+        self.error = share(lacking, total)
+        lost = [each.name for each in self.reports if each.stored == "absent"]
+        if lost:
+            self.warnings.append(
+                f"{counted(len(lost), 'changed tensor')} ({listed(lost, 3)}) have no place in a product of factors, so the "
+                "adapter lacks their updates; `save_modules=True` stores their modules whole"
+            )
+
+    def _refuse_nothing(self, changed: bool) -> None:
+        if changed:
+            raise MismatchError(
+                f"{self._made.says}: only tensors that have no factors differ, so there is no adapter of factors; "
+                "`save_modules=True` stores modules whole"
+            )
+        raise MismatchError(f"{self._made.says}: no tensor differs, so there is no adapter to make")
+
+
+def _from_file(file: Output, offset: int) -> Callable[[int, int], memoryview]:
+    def read(start: int, stop: int) -> memoryview:
+        buffer = memoryview(bytearray(stop - start))
+        if file.read_into(buffer, offset + start) != len(buffer):
+            raise OSError(f"{printable(file.location)} ended before its end")
+        return buffer
+
+    return read
+
+
+def refuse_output(made: Making, out: Location) -> None:
+    """Raises RecipeError or FormatError for an output that is no folder for an adapter, or would lose a file."""
+    if out.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt") and not out.is_folder() and not out.ends_in_slash:
+        raise RecipeError(
+            f"{printable(out)}: an adapter is a folder with its configuration; give the name of a folder, like "
+            f"{printable(out.with_name(out.stem))}/"
+        )
+    resolved = out.resolve()
+    inputs = [path.resolve() for path in made.files]
+    written = [path for _, path in files_below(out) if path.is_file()] if out.is_folder() else []
+    same = {status.place for status in made.files.values()}
+    if (
+        resolved in inputs
+        or any(resolved in path.parents for path in inputs)
+        or any(path.status().place in same for path in written)
+    ):
+        raise FormatError(
+            f"{printable(out)} is or holds one of the inputs; inputs are never written, choose another output"
+        )
+    folders = {folder.resolve() for folder in made.folders if folder.is_folder()}
+    if folders & {resolved, *resolved.parents}:
+        raise FormatError(
+            f"{printable(out)} lies in the folder of an input; inputs are never written, choose another output"
+        )
+    if out.is_folder():
+        foreign = foreign_files(out, {CONFIG, WEIGHTS})
+        if foreign:
+            raise RecipeError(
+                f"{printable(out)} also holds {listed(foreign)}, which replacing it would lose; move that away first"
+            )
+    elif out.exists():
+        raise RecipeError(
+            f"{printable(out)} is a file, and a folder is to be there; remove it first, or choose another name"
+        )
