@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -78,7 +79,7 @@ def _make_room(later: list[Case], arguments: argparse.Namespace) -> None:
         wanted = {model.file_name for case in later for model in case.models}
         for path in arguments.files.iterdir():
             if path.name not in wanted:
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _say(text: str) -> None:

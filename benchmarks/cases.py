@@ -13,7 +13,8 @@ class Case:
 
     ``reference``: "cat+cp" reads all inputs and writes one output, "cp" copies one, "pass" starts Python. ``bar``: the
     target ratio to the reference. ``cold``: the inputs are not in the page cache. ``peers``: the method, if other tools
-    have it too. ``quick``: part of a short run.
+    have it too. ``quick``: part of a short run. ``most_cpu_seconds`` and ``most_bytes``: of the whole process; above them
+    the run is a regression.
     """
 
     name: str
@@ -25,6 +26,8 @@ class Case:
     cold: bool = False
     peers: str = ""
     quick: bool = False
+    most_cpu_seconds: float | None = None
+    most_bytes: int | None = None
 
     @property
     def merges(self) -> bool:
@@ -109,5 +112,13 @@ CASES: tuple[Case, ...] = (
     _convert("safetensors to .pth", Model(), "out.pth", 1.3),
     Case("--help", (), ("--help",), reference="pass", quick=True),
     Case("inspect 2 GB", (Model(),), ("inspect", "{0}"), reference="pass", quick=True),
+    Case(
+        "plan of two 1.56 TB models",
+        tuple(Model(1560.0, number, shape="sparse") for number in range(2)),
+        ("plan", "{0}", "{1}"),
+        reference="pass",
+        most_cpu_seconds=4.0,
+        most_bytes=200 << 20,
+    ),
     Case("plan three 2 GB", _models(3), ("plan", "{0}", "{1}", "{2}"), reference="pass", quick=True),
 )

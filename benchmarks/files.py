@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.headers import sparse_model
+
 _BLOCK_ELEMS = 8_388_593  # odd, so that no two tensors of a file begin alike
 _NAMES = {"bfloat16": ("BF16", 2), "float32": ("F32", 4)}
 HIDDEN = 2048
@@ -20,8 +22,8 @@ HIDDEN = 2048
 class Model:
     """One of several fine-tunes of one model; ``number`` 0 is the base.
 
-    ``shape``: "layers" as in a language model, "giant" for a single tensor, "small" for many of 64 KiB. ``form``:
-    safetensors, pth, or legacy (torch before 1.6).
+    ``shape``: "layers" as in a language model, "giant" for a single tensor, "small" for many of 64 KiB, "sparse" for a
+    folder of 232,640 tensors whose data are holes. ``form``: safetensors, pth, or legacy (torch before 1.6).
     """
 
     gigabytes: float = 2.0
@@ -32,6 +34,8 @@ class Model:
 
     @property
     def file_name(self) -> str:
+        if self.shape == "sparse":
+            return f"sparse-{self.number}"
         ending = "safetensors" if self.form == "safetensors" else "pth"
         return f"{self.shape}-{self.dtype}-{self.gigabytes:g}GB-{self.form}-{self.number}.{ending}"
 
@@ -58,6 +62,8 @@ class Model:
     def made(self, folder: Path) -> Path:
         """Returns the file in this folder; makes it first if it is absent."""
         path = folder / self.file_name
+        if self.shape == "sparse":
+            return sparse_model(path)
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")

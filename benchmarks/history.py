@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -65,6 +66,7 @@ def regressions(nights: list[Night]) -> list[str]:
 
     Memory hardly varies, so more than 3 % above the median of earlier nights is a regression. Time is compared by the
     ratio to the reference. It is a regression if three nights in a row are a quarter above the median of those before.
+    Above a bar of its own, a case is always one.
     Only nights on machines with the same fingerprint are compared.
     """
     if not nights:
@@ -73,6 +75,12 @@ def regressions(nights: list[Night]) -> list[str]:
     worse = [
         f"{each['case']}: it failed with exit code {each['exit_code']}" for each in _ours(alike[-1]) if each["exit_code"]
     ]
+    for each in _ours(alike[-1]):
+        if each["cpu_seconds"] > each.get("most_cpu_seconds", math.inf):
+            worse.append(f"{each['case']}: {each['cpu_seconds']:.2f} CPU s, above the bar of {each['most_cpu_seconds']:g}")
+        if each["resident_bytes"] > each.get("most_bytes", math.inf):
+            held, bar = each["resident_bytes"] >> 20, each["most_bytes"] >> 20
+            worse.append(f"{each['case']}: {held} MiB resident, above the bar of {bar}")
     for name in (each["case"] for each in _ours(alike[-1])):
         history = [each for one in alike for each in _ours(one) if each["case"] == name and not each["exit_code"]]
         for kind in _MEMORY:

@@ -219,3 +219,11 @@ def test_the_bytes_from_which_processes_repay_their_start() -> None:
     runs = [{"workers": 8, "executor": name, "seconds": s, "elems": 0} for name, all_ in times.items() for s in all_]
     (row,) = executors._rows("ties", "small", executors._median(runs), 8.0, 0.25)
     assert row.split() == ["ties", "small", "8", "2.00", "4.00", "2.00", "0.0", "0.0", "(cpu)"]
+
+
+def test_a_case_above_its_own_bar_is_a_regression() -> None:
+    """From the first night on."""
+    result = {"case": "plan", "tool": OURS, "exit_code": 0, "ratio": 1.0, "cpu_seconds": 3.9, "resident_bytes": 190 << 20}
+    result |= {"most_cpu_seconds": 4.0, "most_bytes": 200 << 20, "anonymous_bytes": 1}
+    for more, count in (({}, 0), ({"cpu_seconds": 4.1}, 1), ({"resident_bytes": 201 << 20}, 1)):
+        assert len(history.regressions([{"machine": {}, "results": [result | more]}])) == count

@@ -18,7 +18,7 @@ ROOMS = (
     "errors", "events", "units", "version", "strict_json", "plugins",  # words
     "stores", "options", "tensors", "kernels", "methods", "sources", "pickles", "formats", "recipe", "checkpoints",
     "adapters", "planning", "running", "factoring", "requests",
-    "verifying", "progress", "signatures", "api", "cli", "__init__", "__main__",
+    "verifying", "diffing", "progress", "signatures", "api", "cli", "__init__", "__main__",
 )  # fmt: skip
 """Rooms from the bottom up. A room imports only from rooms before it."""
 
@@ -78,9 +78,9 @@ def test_no_room_holds_a_circle() -> None:
 
 
 PUBLIC = """
-    convert extract inspect list_methods location merge methods plan verify
+    convert diff extract inspect list_methods location merge methods plan verify
     Chunk Kernel MergeMethod TensorGroup merge_method
-    AdapterResult CheckpointIndex Plan Recipe Result Source TensorSpec Verified
+    AdapterResult CheckpointIndex Diff Plan Recipe Result Source TensorSpec Verified
     SafetensorsWriter
     Executor Location Store executor file_format memory_store register_store
     BudgetError ChangedError FormatError LockedError MismatchError RecipeError SpaceError StreammergeError

@@ -9,11 +9,13 @@ import mmap
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Container
 from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.headers import sparse_model
 from safetensors.torch import save_file
 
 import streammerge as sm
@@ -387,3 +389,32 @@ def test_law_1_for_methods_on_a_billion_elements(tmp_path: Path) -> None:
     for case, peak in peaks(tmp_path, 10**9, "512MiB", ["ties", "slerp", "karcher", "sce", "dare_ties"]):
         assert peak["anonymous"] <= peak["planned"] <= 512 << 20, (case, peak)
         assert peak["resident"] <= 512 << 20, (case, peak)
+
+
+@pytest.mark.slow
+def test_resuming_200_000_tensors_stays_under_the_budget(tmp_path: Path) -> None:
+    """The first run is killed by SIGKILL when half of the tensors are on the disk. The budget leaves no room for an object
+    per line of the journal, which would be 100 MiB."""
+    models = [sparse_model(tmp_path / name, 200_000, 40, 4096) for name in "ab"]
+    command = [
+        sys.executable,
+        "-m",
+        "streammerge",
+        "merge",
+        *map(str, models),
+        "-o",
+        str(tmp_path / "out"),
+        "--no-progress",
+    ]
+    command += ["--format", "json", "--memory", "288MiB"]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    journal = tmp_path / ".out.streammerge" / "journal"
+    while not (journal.exists() and journal.stat().st_size > 16_000_000):
+        assert first.poll() is None
+        time.sleep(0.2)
+    first.kill()
+    first.wait()
+    done = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert "continued an interrupted run" in done["notes"][0]
+    assert done["peak_bytes"] <= done["memory_bytes"] == 288 << 20
+    assert sm.verify(tmp_path / "out", sample=0).tensors == 200_000

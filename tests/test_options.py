@@ -19,6 +19,7 @@ from streammerge.cli.flags import as_flags
 from streammerge.cli.main import cli
 from streammerge.options import (
     CONVERT,
+    DIFF,
     EXTRACT,
     MERGE,
     PLAN,
@@ -39,9 +40,10 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[type[Options], ...]]] = {
     "convert": (sm.convert, CONVERT),
     "extract": (sm.extract, EXTRACT),
     "verify": (sm.verify, VERIFY),
+    "diff": (sm.diff, DIFF),
     "inspect": (sm.inspect, (Selecting,)),
 }
-GIVEN_OTHERWISE = {"inputs", "out", "path", "paths", "tuned", "recipe", "listener", "progress"}
+GIVEN_OTHERWISE = {"a", "b", "inputs", "out", "path", "paths", "tuned", "recipe", "listener", "progress"}
 """Arguments that are no options: what is merged, where to, and who is told."""
 HOW_SHOWN = {"form", "debug", "no_progress", "dry_run", "tensors", "recipe", "verbose"}
 """Options of the command line that are about what it shows."""
@@ -78,7 +80,7 @@ def test_the_command_line_has_the_same_options(name: str) -> None:
     assert command is not None
     typed = {each.name: each for each in command.params if each.param_type_name == "option"}
     wanted = {each.name if each.short or not each.negated else f"no_{each.name}": each for each in options.values()}
-    context = command.make_context(name, ["in", *(["-o", "out"] if "out" in typed else [])])
+    context = command.make_context(name, ["in", *["b"] * (name == "diff"), *(["-o", "out"] if "out" in typed else [])])
     assert typed.keys() - HOW_SHOWN - {"out", "quiet"} == wanted.keys()
     for param, option in wanted.items():
         assert option.flag in typed[param].opts

@@ -8,12 +8,14 @@ from streammerge.version import __version__ as __version__
 if TYPE_CHECKING:
     # Every public name stands here for type checkers, and once more in _PLACES for people.
     from streammerge.api import convert as convert
+    from streammerge.api import diff as diff
     from streammerge.api import extract as extract
     from streammerge.api import inspect as inspect
     from streammerge.api import merge as merge
     from streammerge.api import plan as plan
     from streammerge.api import verify as verify
     from streammerge.checkpoints.index import CheckpointIndex as CheckpointIndex
+    from streammerge.diffing.result import Diff as Diff
     from streammerge.errors import BudgetError as BudgetError
     from streammerge.errors import ChangedError as ChangedError
     from streammerge.errors import FormatError as FormatError
@@ -50,8 +52,9 @@ if TYPE_CHECKING:
     from streammerge.verifying.files import Verified as Verified
 
 _PLACES = {
-    "api": "convert extract inspect merge plan verify",
+    "api": "convert diff extract inspect merge plan verify",
     "checkpoints.index": "CheckpointIndex",
+    "diffing.result": "Diff",
     "errors": "BudgetError ChangedError FormatError LockedError MismatchError RecipeError SpaceError StreammergeError "
     "TaskError UncheckedError VerifyError",
     "factoring.making": "AdapterResult",

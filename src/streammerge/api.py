@@ -1,4 +1,4 @@
-"""merge(), plan(), convert(), extract(), inspect(), verify(): their arguments, and what they return.
+"""merge(), plan(), convert(), extract(), inspect(), verify(), diff(): their arguments, and what they return.
 
 The rooms below do the work. Nothing here prints, unless ``progress`` asks for a bar.
 
@@ -19,6 +19,7 @@ from streammerge.events import Event, Listener, quiet
 from streammerge.options import (
     CONVERT,
     DEFAULT_MEMORY,
+    DIFF,
     EXTRACT,
     MERGE,
     PLAN,
@@ -58,6 +59,7 @@ from streammerge.stores.locations import PathLike, parse
 from streammerge.units import parse_bytes, parse_share
 
 if TYPE_CHECKING:
+    from streammerge.diffing.result import Diff
     from streammerge.factoring.making import AdapterResult, Making
     from streammerge.verifying.files import Verified
 
@@ -349,34 +351,86 @@ def verify(
     memory: str | SupportsIndex = DEFAULT_MEMORY,
     workers: SupportsIndex | None = None,
     io: Io = "mmap",
+    listener: Listener = quiet,
+    progress: bool = False,
 ) -> Verified:
     """Verifies the output ``out`` against its receipt: its structure, the checksum of every byte and, if its inputs are
     available, the values of a sample of its tensors, computed again in float64.
 
     ``sample``: a share like ``"5%"`` or ``0.05``, ``"100%"`` for all, 0 for none. If it is given, missing inputs are an
-    error. Raises VerifyError when anything is wrong or cannot be verified.
+    error. ``listener`` and ``progress`` are those of :func:`merge`. Raises VerifyError when anything is wrong or cannot be
+    verified.
     """
     given = locals()
     asked, resources = picked(Verifying, given), picked(Resources, given)
+    with _listening(given) as told:
+        return _verified(out, asked, resources, told)
+
+
+def _verified(out: PathLike, asked: Verifying, resources: Resources, listener: Listener) -> Verified:
     from streammerge.verifying.files import check_files  # here: a merge starts without it
 
     place, share = parse(path_of("out", out)), parse_share("5%" if asked.sample is None else asked.sample)
     receipt = receipt_of(place)
     try:
-        verified = check_files(place, receipt, resources.workers or default_workers())
+        workers = resources.workers or default_workers()
+        verified = check_files(place, receipt, workers, parse_bytes(resources.memory), listener)
     except (FormatError, OSError) as error:
         raise VerifyError(f"{printable(place)} cannot be verified: {printable(error, 1000)}") from error
     if not share:
         return verified
     from streammerge.verifying.attempts import with_values
 
-    return with_values(verified, place, receipt, share, asked, resources)
+    return with_values(verified, place, receipt, share, asked, resources, listener)
+
+
+@takes(*DIFF)
+def diff(
+    a: Checkpoint,
+    b: Checkpoint,
+    base: Checkpoint | None = None,
+    *,
+    state_dict: str | None = None,
+    ema: Ema | None = None,
+    memory: str | SupportsIndex = DEFAULT_MEMORY,
+    workers: SupportsIndex | None = None,
+    io: Io = "mmap",
+    executor: str | Callable[[int], Any] = "auto",
+    listener: Listener = quiet,
+    progress: bool = False,
+) -> Diff:
+    """Compares two checkpoints of any containers, tensor by tensor, in one streaming read.
+
+    ``a`` and ``b``: paths, or state dicts in memory. Names are matched as in a merge. ``print(result)`` shows a summary;
+    ``result.equal``, ``result.tensors``, ``result.layers``, ``result.relative``, ``result.cosine`` are its numbers. With
+    ``base``, ``result.agreement`` tells how the changes agree. Equal means the same names, shapes and values to the bit;
+    dtypes, ties and what is no tensor are told, and do not count. ``listener`` and ``progress``: as of :func:`merge`.
+
+    Sums are float64, and do not depend on the memory, the workers or the executor. Raises RecipeError, FormatError,
+    MismatchError, BudgetError, ChangedError or TaskError. Differences are no error.
+    """
+    given = locals()
+    selecting, resources = picked(Selecting, given), picked(Resources, given)
+    held = Held()
+    names = named("a", a, held), named("b", b, held), None if base is None else named("base", base, held)
+    from streammerge.diffing.comparing import compare  # here: a merge starts without it
+
+    with _run_options(given) as running:
+        return compare(names, held, selecting, resources, running.executor, running.listener)
 
 
 @contextmanager
 def _run_options(given: Mapping[str, Any]) -> Iterator[RunOptions]:
     """Reads the options of a run. Shows a progress bar while the block runs, if it is asked for."""
-    asked, executing, listener = picked(Running, given), picked(Executing, given), given["listener"]
+    asked, executing = picked(Running, given), picked(Executing, given)
+    with _listening(given) as listener:
+        yield RunOptions(asked.overwrite, asked.resume, asked.polite, listener, executing.executor)
+
+
+@contextmanager
+def _listening(given: Mapping[str, Any]) -> Iterator[Listener]:
+    """Returns the listener of a call. Shows a progress bar while the block runs, if it is asked for."""
+    listener = given["listener"]
     if not callable(listener):
         raise RecipeError(f"`listener` takes a function of one event, not {printable(listener, 60)}")
     try:
@@ -384,7 +438,7 @@ def _run_options(given: Mapping[str, Any]) -> Iterator[RunOptions]:
     except TypeError as error:
         raise RecipeError(f"`progress` takes True or False, not {printable(given['progress'], 60)}") from error
     if not wanted:
-        yield RunOptions(asked.overwrite, asked.resume, asked.polite, listener, executing.executor)
+        yield listener
         return
     from streammerge.progress import ProgressBar  # here, because most programs show none
 
@@ -394,4 +448,4 @@ def _run_options(given: Mapping[str, Any]) -> Iterator[RunOptions]:
             bar(event)
             listener(event)
 
-        yield RunOptions(asked.overwrite, asked.resume, asked.polite, both, executing.executor)
+        yield both

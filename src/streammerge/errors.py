@@ -14,7 +14,8 @@
      |   `- UncheckedError  the last check itself failed; the finished work is kept
      `- TaskError      1  a task failed; names tensor, method and range, and chains the cause
 
-The number is the exit code of the command line. A message is one sentence: what is wrong, where, what to do.
+The number is the exit code of the command line. As ``diff`` does, ``streammerge diff`` also exits with 1 when it finds a
+difference; it then prints its report, and no error. A message is one sentence: what is wrong, where, what to do.
 """
 
 from __future__ import annotations

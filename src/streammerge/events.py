@@ -26,7 +26,10 @@ class Told:
 
 @dataclass(frozen=True, slots=True)
 class RunStarted:
-    """The plan is made and reading begins. Holds the total bytes to read and to write, and the budget in bytes."""
+    """The plan is made and reading begins. Holds the total bytes to read and to write, and the budget in bytes.
+
+    A verification reports it twice: for the checksums, and for the values that are computed again.
+    """
 
     read_bytes: int
     write_bytes: int
@@ -72,6 +75,16 @@ class TaskDone:
 
 
 @dataclass(frozen=True, slots=True)
+class Checked:
+    """Bytes were read and compared, while an output is verified. ``name``: of a file, or of a tensor that is computed
+    again."""
+
+    name: str
+    read_bytes: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Syncing:
     """All bytes are written and are now being synced to the disk."""
 
@@ -97,7 +110,18 @@ class RunFinished:
 
 
 Event = (
-    Preparing | Told | RunStarted | Resumed | Hashed | Spooled | TaskDone | Syncing | Suspended | Published | RunFinished
+    Preparing
+    | Told
+    | RunStarted
+    | Resumed
+    | Hashed
+    | Spooled
+    | TaskDone
+    | Checked
+    | Syncing
+    | Suspended
+    | Published
+    | RunFinished
 )
 
 

@@ -514,6 +514,15 @@ class Verifying(Options):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class Comparing(Options):
+    """What is compared."""
+
+    base: Checkpoint | None = option(
+        "Their common ancestor C: compares what A and B have changed in it.", PATH, metavar="C"
+    )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Resources(Options):
     """Memory, workers and the way of reading. None of these options changes a byte of the output."""
 
@@ -551,3 +560,4 @@ PLAN = (Merging, Choosing, Naming, Policies, Selecting, Resources, Executing, Wr
 CONVERT = (Converting, Naming, Selecting, Resources, Executing, Writing, Running)
 EXTRACT = (Extracting, Selecting, Resources, Replacing)
 VERIFY = (Verifying, Resources)
+DIFF = (Comparing, Selecting, Resources, Executing)

@@ -11,6 +11,7 @@ from typing import Any
 
 from streammerge.errors import printable
 from streammerge.events import (
+    Checked,
     Event,
     Hashed,
     Preparing,
@@ -71,6 +72,8 @@ class ProgressBar:
         elif isinstance(event, RunStarted):
             self._say("")
             self._startup_bytes, self._budget = resident_bytes(), binary_bytes(event.memory_bytes)
+            if self._bar is not None:
+                self._bar.close()
             log = None if sys.stderr.isatty() else self._log
             self._bar = _tqdm(event.read_bytes) if log is None else _Lines(event.read_bytes, log)
         elif self._bar is None:
@@ -79,7 +82,7 @@ class ProgressBar:
             self._bar.skip(event.read_bytes)
         elif isinstance(event, Hashed):
             self._bar.set_description_str(f"hashing {printable(event.name, 40)}")
-        elif isinstance(event, TaskDone):
+        elif isinstance(event, TaskDone | Checked):
             held = binary_bytes(max(event.memory_bytes - self._startup_bytes, 0))
             self._bar.set_description_str("", refresh=False)
             self._bar.set_postfix_str(f"memory {held} of {self._budget}", refresh=False)

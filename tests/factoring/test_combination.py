@@ -126,6 +126,14 @@ def test_an_adapter_alone_is_cut_and_the_digest_is_one() -> None:
     assert len(seen) == 1
 
 
+def test_adapters_are_found_by_a_pattern_and_their_weights_follow_them() -> None:
+    updates = two()
+    sm.merge("o*e*", out="made/", method="cat")
+    close(made_products()[0], weighted(updates, (1, 1)))
+    sm.merge(["other:0.25", "one:0.75"], out="made/", overwrite=True)
+    close(made_products()[0], weighted(updates, (0.75, 0.25)))
+
+
 def test_with_a_base_adapters_are_models() -> None:
     two()
     base_of(base_tensors())

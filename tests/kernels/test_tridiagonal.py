@@ -68,6 +68,13 @@ def test_matrices_that_are_tridiagonal_before() -> None:
         check(matrix, size // 4)
 
 
+@pytest.mark.parametrize("size", [3, 41, 301])
+def test_a_pivot_of_zero(size: int) -> None:
+    """The number in the middle of the eigenvalues is on the diagonal, so that elimination begins with zero."""
+    beside = torch.diag(torch.ones(size - 1, dtype=torch.float64), 1)
+    check(2 * torch.eye(size, dtype=torch.float64) + beside + beside.T, size)
+
+
 def test_the_same_in_each_run() -> None:
     matrix = rotated(torch.ones(200, dtype=torch.float64))
     first, second = (tridiagonal.leading(matrix.clone(), 20)[1] for _ in range(2))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+
+import pytest
 
 from streammerge.methods.registry import COPY
 from streammerge.planning.tasks import MergeTask, pieces
@@ -52,6 +55,10 @@ def test_the_pieces_are_those_that_were_added() -> None:
             made.add(piece)
         assert sorted(made, key=lambda piece: piece.key) == sorted(some, key=lambda piece: piece.key)
         assert [piece.key for piece in every if piece.key in made] == [p.key for p in every if p in some]
+        assert list(made) == sorted(some, key=lambda piece: piece.key)
+        assert len(made) == len(some)
+        assert [(key, FILES[file], place) for key, file, place in made.places()] == [(p.key, p.file, p.place) for p in made]
+        assert [made.piece(piece.key).nbytes for piece in some] == [piece.nbytes for piece in some]
         assert made.nbytes == sum(piece.nbytes for piece in some)
         assert sorted(number for number, _ in made.nonfinite()) == sorted(p.task for p in some if p.nonfinite)
         by_file = dict(made.by_file())
@@ -68,3 +75,25 @@ def test_the_pieces_of_a_broken_file_are_forgotten() -> None:
     made.forget({"b"})
     kept = [piece for piece in all_pieces(tasks) if piece.file == "a"]
     assert sorted(made, key=lambda piece: piece.key) == sorted(kept, key=lambda piece: piece.key)
+
+
+def test_only_pieces_of_the_plan_fit() -> None:
+    tasks = some_tasks()
+    made = FinishedPieces(tasks, FILES)
+    for piece in all_pieces(tasks):
+        assert made.fits(piece)
+        for wrong in (
+            {"task": len(tasks)},
+            {"start": piece.start + 1},
+            {"start": 3 * PIECE_ELEMS},
+            {"file": "c"},
+            {"offset": piece.offset + 1},
+            {"nbytes": piece.nbytes + 1},
+        ):
+            other = replace(piece, **wrong)
+            assert not made.fits(other)
+            assert other.key in [each.key for each in all_pieces(tasks)] or other.key not in made
+    with pytest.raises(ValueError, match="no piece that begins at element 1"):
+        made.add(replace(piece, start=1))
+    with pytest.raises(KeyError):
+        made.get((0, 0))

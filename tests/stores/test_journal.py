@@ -14,7 +14,7 @@ import pytest
 
 from streammerge.stores import journal
 from streammerge.stores.base import JournalFile
-from streammerge.stores.journal import Earlier, Finished, Journal
+from streammerge.stores.journal import Earlier, Finished, FinishedTable, Journal
 
 PIECES = [Finished(n, n << 16, 'a "b"\n.safetensors', 8 + n, n, 7 * n, {"nan": n} if n % 2 else {}) for n in range(4)]
 
@@ -67,7 +67,7 @@ def test_what_is_begun_with_is_read_back_each_line_with_its_checksum() -> None:
     assert made_journal.earlier() is None
     made_journal.begin(PIECES)
     assert made_journal.finish() == set()
-    assert made_journal.earlier() == Earlier({"form": 1}, PIECES, len(PIECES))
+    assert made_journal.earlier() == Earlier({"form": 1}, FinishedTable(PIECES), len(PIECES))
     assert made_journal.kept_bytes == sum(range(4))
     for line in (record.data or b"").splitlines():
         assert line[:8] == b"%08x" % zlib.crc32(line[9:])
@@ -98,9 +98,30 @@ def test_pieces_count_up_to_the_first_line_that_is_damaged() -> None:
 def test_a_journal_of_another_version_is_counted_and_not_believed(line: str) -> None:
     _, record = made([])
     record.data = journal._lines(['{"plan":{"form":99}}', line, line])
-    assert journal.read(record) == Earlier({"form": 99}, [], 2)
+    assert journal.read(record) == Earlier({"form": 99}, FinishedTable([]), 2)
     record.data = journal._lines([line, line])
-    assert journal.read(record) == Earlier({}, [], 1)
+    assert journal.read(record) == Earlier({}, FinishedTable([]), 1)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"task": -1}, {"task": 1 << 32}, {"start": 1.0}, {"nbytes": True}, {"file": 7}, {"nonfinite": []}]
+)
+def test_a_line_with_values_that_no_piece_has_ends_the_pieces(wrong: dict[str, Any]) -> None:
+    _, record = made([])
+    lines = [json.dumps(asdict(PIECES[0]) | change) for change in ({}, wrong, {})]
+    record.data = journal._lines(['{"plan":{"form":1}}', *lines])
+    assert journal.read(record) == Earlier({"form": 1}, FinishedTable(PIECES[:1]), 3)
+
+
+def test_a_table_is_the_pieces_it_was_made_of() -> None:
+    for count in range(len(PIECES) + 1):
+        table = FinishedTable(PIECES[:count])
+        assert list(table) == [table[row] for row in range(count)] == table[:] == PIECES[:count]
+        assert (len(table), table.nbytes) == (count, sum(range(count)))
+    assert FinishedTable(PIECES) != FinishedTable(PIECES[1:])
+    assert table[-1] == PIECES[-1]
+    with pytest.raises(IndexError):
+        table[len(PIECES)]
 
 
 def test_a_piece_is_written_down_after_its_file_was_synced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +136,7 @@ def test_a_piece_is_written_down_after_its_file_was_synced(monkeypatch: pytest.M
     wait(lambda: made_journal.kept_bytes == 3)
     made_journal.finish()
     assert log[-2:] == ["sync", "end"]
-    assert made_journal.earlier() == Earlier({"form": 1}, [PIECES[3]], 1)
+    assert made_journal.earlier() == Earlier({"form": 1}, FinishedTable([PIECES[3]]), 1)
 
 
 @pytest.mark.parametrize(("keeps", "fails"), [(False, False), (True, True)])
@@ -169,7 +190,7 @@ def test_an_interrupted_run_keeps_what_is_finished(monkeypatch: pytest.MonkeyPat
     made_journal.add(PIECES[3])
     made_journal.stop(last=True)
     assert log == ["sync", "append", "end"]
-    assert made_journal.earlier() == Earlier({"form": 1}, [PIECES[0], PIECES[1], PIECES[3]], 3)
+    assert made_journal.earlier() == Earlier({"form": 1}, FinishedTable([PIECES[0], PIECES[1], PIECES[3]]), 3)
     assert made_journal.kept_bytes == 4
 
 
@@ -196,7 +217,7 @@ def test_a_disk_that_is_too_slow_costs_no_more_than_the_time(monkeypatch: pytest
     disk.free.set()
     time.sleep(0.1)
     assert made_journal.kept_bytes == 0, "nothing is written down once stop has returned"
-    assert made_journal.earlier() == Earlier({"form": 1}, [], 0)
+    assert made_journal.earlier() == Earlier({"form": 1}, FinishedTable([]), 0)
 
 
 def test_a_file_that_takes_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from conftest import Cli
 from safetensors.torch import save_file
 
 import streammerge as sm
+from streammerge.events import Checked, Event, RunFinished, RunStarted
 
 OUTPUTS = {"safetensors": "out.safetensors", "pickle": "out.pth"}
 
@@ -101,3 +102,24 @@ def test_a_folder_of_the_hubs_cache_verifies(folder: Path, tmp_path: Path) -> No
         shutil.copy(path, blobs / str(number))
         (snapshot / path.name).symlink_to(blobs / str(number))
     assert sm.verify(snapshot, sample=0).files > 4
+
+
+def test_progress_of_a_verification_counts_what_is_read(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The checksums first: all bytes of the tensors and side files. Then the values: the bytes of the inputs."""
+    events: list[Event] = []
+    sm.verify(folder, sample="100%", listener=events.append, progress=True)
+    starts = [at for at, event in enumerate(events) if isinstance(event, RunStarted)]
+    assert len(starts) == 2
+    for start, stop in ((starts[0], starts[1]), (starts[1], len(events))):
+        read = [event.read_bytes for event in events[start:stop] if isinstance(event, Checked)]
+        assert sum(read) == events[start].read_bytes > 0  # type: ignore[union-attr]
+        assert sum(isinstance(event, RunFinished) for event in events[start:stop]) == 1
+    assert "%" in capsys.readouterr().err
+    with pytest.raises(sm.RecipeError, match="`progress` takes True or False"):
+        sm.verify(folder, progress="perhaps")  # type: ignore[arg-type]
+
+
+def test_a_side_file_that_became_empty_is_found(folder: Path) -> None:
+    (folder / "config.json").write_bytes(b"")
+    with pytest.raises(sm.VerifyError, match=r"is not as it was written: config\.json"):
+        sm.verify(folder, sample=0)

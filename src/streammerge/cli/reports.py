@@ -12,6 +12,7 @@ from streammerge.units import decimal_bytes
 
 if TYPE_CHECKING:
     from streammerge.checkpoints.index import CheckpointIndex
+    from streammerge.diffing.result import Diff
     from streammerge.factoring.making import AdapterResult
     from streammerge.methods.contracts import MergeMethod
     from streammerge.planning.plan import Plan
@@ -89,6 +90,18 @@ def show_verified(verified: Verified, form: str) -> None:
         put(as_json(render.verified_json(verified)))
     elif form == "human":
         say(as_flags(str(verified)))
+
+
+def show_diff(diff: Diff, form: str, tensors: bool, told: Collection[tuple[str, str]] = ()) -> None:
+    """Shows a comparison, with every layer and the ``tensors``. ``told``: see :func:`report`."""
+    if form == "json":
+        put(as_json(diff.to_json(tensors), indent=2))
+    elif form == "human":
+        for kind, texts in (("note", diff.notes), ("warning", diff.warnings)):
+            for text in texts:
+                if (kind, text) not in told:
+                    say(f"{kind}: {as_flags(text)}", err=True)
+        say(diff.text(tensors))
 
 
 def show_indexes(indexes: list[CheckpointIndex], form: str, tensors: bool, recipe: bool) -> None:

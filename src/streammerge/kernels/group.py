@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from streammerge.kernels import kth_largest, reductions
 from streammerge.kernels.chunk import Chunk, Hiding, Kernel, Look, Slot, Step, Sweep, T, chunk_spans, whole_rows
@@ -94,6 +94,11 @@ class TensorGroup:
         which is always held whole, use :func:`streammerge.kernels.ranking.row_ranks`.
         """
         return self._pass(partial(kth_largest.kth_largest, self, values, ranks, signed))
+
+    def answers(self, look: Callable[[Chunk], Iterable[Any]], step: Step[T]) -> list[T]:
+        """Returns the answers of a step of its own over all chunks: one for each piece of the tensor, in their order."""
+        swept: Look = look
+        return self._pass(lambda: [*self.sweep(swept, step, 0, self.elems)])
 
     def _pass(self, run: Callable[[], T]) -> T:
         return run() if self.results is None else self.results.next(run)

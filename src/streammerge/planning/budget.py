@@ -1,7 +1,7 @@
 """The memory model: the cost of one chunk in flight, and the number of chunks that fit a budget. Pure arithmetic.
 
     peak = RUN + tensors * PER_TENSOR + tasks * PER_TASK + columns * PER_COLUMN + lines * PER_ROW + together * PER_CHECKED
-           + pickles + spooling + spread
+           + pieces * PER_PIECE + pickles + spooling + spread
            + workers * (PER_WORKER + beside + passes + out + chunk_elems * bytes_per_element + scratch + tiles * tile
                         + inputs * huge_pages(window + chunk_elems * input_bytes))
 
@@ -29,6 +29,8 @@ PER_CHECKED_BYTES = 900
 """One tensor of a file while it is checked: what the safetensors library holds of a header, and the names."""
 PER_ROW_BYTES = 800
 """One tensor of the output that is a row of tables: its name, its place, its share of headers, receipt and journal."""
+PER_PIECE_BYTES = 300
+"""A piece of a long tensor: its line of an earlier run's journal while that is read and written again, and its columns."""
 PER_WORKER_BYTES = 2 << 20
 """A thread's stack, its malloc arena, and the padding that aligns its buffers to pages."""
 SPOOLING_BYTES = 8 << 20
@@ -156,16 +158,18 @@ def fit(
     columns: int = 0,
     lines: int = 0,
     together: int = 0,
+    pieces: int = 0,
 ) -> Budget:
     """Returns the most workers and the best chunk that ``memory_bytes`` allows.
 
     ``tensors``: of all inputs together. ``tasks``: tensors of the output. ``columns`` and ``lines``: the same for tensors
-    that are rows of tables. ``together``: the most of these in one file. ``beside_bytes``: what each worker holds beside
-    its buffers, such as the blocks that a verification compares. Raises BudgetError, which names the least memory that is
-    enough.
+    that are rows of tables. ``together``: the most of these in one file. ``pieces``: those of tensors that have several.
+    ``beside_bytes``: what each worker holds beside its buffers, such as the blocks that a verification compares. Raises
+    BudgetError, which names the least memory that is enough.
     """
     fixed = RUN_BYTES + tensors * PER_TENSOR_BYTES + tasks * PER_TASK_BYTES
     fixed += columns * PER_COLUMN_BYTES + lines * PER_ROW_BYTES + together * PER_CHECKED_BYTES
+    fixed += pieces * PER_PIECE_BYTES
     fixed += (SPOOLING_BYTES if spooling else 0) + pickle_bytes + cost.spread_bytes
 
     def peak(count: int, chunk: int, out: int, window: int, tile: int) -> int:
@@ -194,6 +198,6 @@ def fit(
     least = peak(1, least_chunk, max(BEST_OUT_BYTES >> _MOST_HALVINGS, cost.out * least_chunk), 0, 0)
     rows = f" with rows of {cost.row} elements, which are held whole" if cost.row > GRAIN else ""
     raise BudgetError(
-        f"{binary_bytes(memory_bytes)} of memory are too little for this merge{rows}, "
+        f"{binary_bytes(memory_bytes)} of memory are too little for this run{rows}, "
         f'which needs at least {binary_bytes(least)}; pass `memory="{-(-least // (1 << 20))}MiB"` or more'
     )

@@ -296,25 +296,37 @@ def budget_of(
     spooled: bool = False,
     pickle_bytes: int = 0,
     beside_bytes: int = 0,
+    planned: Sequence[MergeTask] = (),
 ) -> tuple[Budget, str]:
     """Returns the budget of these tasks within ``memory_bytes``, and the way to read the inputs.
 
     Inputs are read by pread if they cannot be mapped, or if the memory or the file limit has no room for the mapped files.
-    ``beside_bytes``: what each worker holds besides its buffers. Raises BudgetError if the memory is too little.
+    ``beside_bytes``: what each worker holds besides its buffers. ``planned``: further tasks that are in memory. Raises
+    BudgetError if the memory is too little.
     """
     if io == "mmap" and not _can_map(tasks, workers):
         io = "pread"
-    own = list(objects(tasks))
-    tensors, rows = sum(len(task.sources) for task in own), len(tasks) - len(own)
-    columns = rows * max([len(task.sources) for task, _ in alike(tasks)], default=0) if rows else 0
-    together = tasks.most_in_one_file() if rows and isinstance(tasks, Tasks) else 0
-    more = (spooled, pickle_bytes, beside_bytes, len(own), columns, rows, together)
+    held = [_held(tasks), _held(planned)]
+    tensors, objects_, columns, rows, together, parts = (sum(counts) for counts in zip(*held, strict=True))
+    more = (spooled, pickle_bytes, beside_bytes, objects_, columns, rows, together, parts)
     try:
         return fit(memory_bytes, workers, tensors, _cost(tasks, io), *more), io
     except BudgetError:
         if io != "mmap":
             raise
         return fit(memory_bytes, workers, tensors, _cost(tasks, "pread"), *more), "pread"
+
+
+def _held(tasks: Sequence[MergeTask]) -> tuple[int, int, int, int, int, int]:
+    """Returns what takes memory for each tensor: the sources of tasks that are objects, these tasks, the sources of tasks
+    that are rows, these tasks, the most rows in one file, and the pieces of long tensors."""
+    own = list(objects(tasks))
+    rows = len(tasks) - len(own)
+    columns = rows * max([len(task.sources) for task, _ in alike(tasks)], default=0) if rows else 0
+    together = tasks.most_in_one_file() if rows and isinstance(tasks, Tasks) else 0
+    counts = ((-(-task.elems // task.piece_elems), count) for task, count in alike(tasks))
+    parts = sum(several * count for several, count in counts if several > 1)
+    return sum(len(task.sources) for task in own), len(own), columns, rows, together, parts
 
 
 def _can_map(tasks: Sequence[MergeTask], workers: int) -> bool:

@@ -331,6 +331,14 @@ def pieces(task: MergeTask, number: int) -> Iterator[Piece]:
         yield Piece(task, number, start, stop)
 
 
+def piece_counts(tasks: Sequence[MergeTask]) -> array[int]:
+    """Returns the number of pieces of each task."""
+    counts = array("I", [1]) * len(tasks)
+    for number in where(tasks, lambda task: not 0 < task.elems <= task.piece_elems):
+        counts[number] = sum(1 for _ in pieces(tasks[number], number))
+    return counts
+
+
 def batches(wanted: Iterable[Piece], most_bytes: int) -> Iterator[list[Piece]]:
     """Yields batches: whole tensors that are neighbours in the output, up to ``most_bytes``, and so few that
     their tasks take little memory. A part of a tensor is a batch of its own."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from streammerge.checkpoints.globs import expand
 from streammerge.checkpoints.index import open_checkpoint
 from streammerge.errors import FormatError, RecipeError, StreammergeError, listed, printable
 from streammerge.recipe.adapted import Adapted, Part, split
@@ -31,6 +32,15 @@ def adapters_of(names: Sequence[str], held: Held) -> list[Adapter]:
     from streammerge.adapters.modules import read_adapter
 
     return [read_adapter(name) for name in found]
+
+
+def begins_with_adapter(names: Sequence[str], held: Held) -> bool:
+    """Whether the first input, or the first match of a glob there, is an adapter."""
+    try:
+        first = list(names[:1]) if not names or names[0] in held else expand([names[0]])[:1]
+    except (StreammergeError, OSError):
+        return False  # the merge itself tells what is wrong
+    return any(_is_adapter(name, held) for name in first)
 
 
 def on_base(names: Sequence[str], base: str | None, held: Held) -> list[str]:

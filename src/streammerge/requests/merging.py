@@ -24,7 +24,7 @@ from streammerge.planning.plan import Plan
 from streammerge.recipe.arguments import overridden, recipe_of
 from streammerge.recipe.locations import found_in_hub_cache, is_recipe_name
 from streammerge.recipe.reader import read_recipe
-from streammerge.requests.adapters import WAYS, float_dtype, on_base, refuse_others
+from streammerge.requests.adapters import WAYS, adapters_of, begins_with_adapter, float_dtype, on_base, refuse_others
 from streammerge.requests.inputs import Held, named, names_and_weights, path_of
 from streammerge.requests.plans import planned
 from streammerge.stores.base import Location
@@ -115,10 +115,8 @@ class Request:
     def combination(self) -> Making | None:
         """Returns what an adapter is made of, if all inputs are adapters and no base is given; None for all other merges.
         Raises the errors of :func:`streammerge.plan`."""
-        from streammerge.requests.adapters import adapters_of  # here, because most merges have no adapters
-
         asked = self.merging
-        if self.recipe is not None or asked.base is not None or not adapters_of(self.inputs[:1], self.held):
+        if self.recipe is not None or asked.base is not None or not begins_with_adapter(self.inputs, self.held):
             return None
         choice = {name: getattr(self.choosing, name) or None for name in ("last", "range", "best", "by", "highest")}
         chosen, notes = choose(self.inputs, **choice)

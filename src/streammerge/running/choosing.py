@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from streammerge.errors import BudgetError, RecipeError, printable
 from streammerge.planning.budget import PER_PROCESS_BYTES, Budget
-from streammerge.planning.plan import Plan, budget_of
+from streammerge.planning.plan import budget_of
 from streammerge.planning.tasks import MergeTask, alike
 from streammerge.running.executors.base import Executors, processes_supported
 from streammerge.running.executors.messages import pickled
 from streammerge.running.executors.registry import find_executor
 from streammerge.sources.base import Source
+from streammerge.sources.deflated import PackedKey
 from streammerge.sources.merged import Merged
+from streammerge.stores.base import Location, Status
 
 LEAST_BYTES = 16 << 30
 """The least bytes to read for which processes are worth their start, which takes a second for torch alone."""
@@ -21,6 +23,32 @@ LEAST_BYTES_OF_PASSES = 8 << 30
 """The same for methods with passes, which hold Python's lock for a larger share of their time."""
 TENSOR_BYTES = 4 << 20
 """A tensor of a method with passes holds the lock as long as these bytes do, beside its own."""
+
+
+class Planned(Protocol):
+    """The fields of a plan that decide about its executor."""
+
+    budget: Budget
+    io: str
+    executor: str
+    notes: list[str]
+
+    @property
+    def tasks(self) -> Sequence[MergeTask]: ...
+    @property
+    def read_bytes(self) -> int: ...
+    @property
+    def memory_bytes(self) -> int: ...
+    @property
+    def pickle_bytes(self) -> int: ...
+    @property
+    def expressions(self) -> Sequence[Source]: ...
+    @property
+    def spooled(self) -> Mapping[PackedKey, str]: ...
+    @property
+    def identities(self) -> Mapping[Location, Status]: ...
+    @property
+    def out(self) -> Location | None: ...
 
 
 def most_threads(tensors: int, read_bytes: int) -> int:
@@ -35,7 +63,7 @@ def most_threads(tensors: int, read_bytes: int) -> int:
     return 1 if tensors * TENSOR_BYTES > read_bytes else 2
 
 
-def choose_executor(plan: Plan, wanted: str | Executors) -> None:
+def choose_executor(plan: Planned, wanted: str | Executors) -> None:
     """Writes into the plan which executor runs it, and the memory that this executor needs.
 
     ``wanted``: "auto", a name, or a function that makes an executor. Raises RecipeError for an unknown name and for methods
@@ -66,12 +94,12 @@ def choose_executor(plan: Plan, wanted: str | Executors) -> None:
         plan.executor = wanted
 
 
-def executor_of(plan: Plan, wanted: str | Executors) -> Executors:
+def executor_of(plan: Planned, wanted: str | Executors) -> Executors:
     """Returns the function that makes the executor chosen for a plan."""
     return find_executor(plan.executor if isinstance(wanted, str) else wanted)
 
 
-def _why_threads(plan: Plan) -> str:
+def _why_threads(plan: Planned) -> str:
     """Returns the reason why only threads can do this work, "" if processes can."""
     if not processes_supported():
         return "worker processes need a Python interpreter, and a system with fork such as Linux"
@@ -82,7 +110,7 @@ def _why_threads(plan: Plan) -> str:
     return "" if alone is None else f"the store {alone.store.scheme}:// belongs to this process"
 
 
-def _use_processes_if_they_help(plan: Plan, most: int) -> None:
+def _use_processes_if_they_help(plan: Planned, most: int) -> None:
     """Switches the plan to processes if its methods can be sent and the memory allows more than ``most`` of them."""
     try:
         budget, io = _budget_of_processes(plan)
@@ -96,12 +124,12 @@ def _use_processes_if_they_help(plan: Plan, most: int) -> None:
         plan.budget, plan.io, plan.executor = budget, io, "processes"
 
 
-def _budget_of_processes(plan: Plan) -> tuple[Budget, str]:
+def _budget_of_processes(plan: Planned) -> tuple[Budget, str]:
     more = (plan.io, bool(plan.spooled), plan.pickle_bytes, PER_PROCESS_BYTES)
     return budget_of(plan.tasks, plan.memory_bytes, plan.budget.workers, *more)
 
 
-def _stuck(plan: Plan) -> str:
+def _stuck(plan: Planned) -> str:
     """Returns what worker processes cannot import, and what to do about it; "" if they can import everything.
 
     Everything that is not of this package is asked about: methods and their parameters, sources, stores. A lambda, a nested
@@ -127,7 +155,7 @@ def _stuck(plan: Plan) -> str:
     return "" if failed is None else said[failed[0]].replace("; put", f" ({printable(failed[1])}); put", 1)
 
 
-def _own_things(plan: Plan) -> Iterator[tuple[str, str, Any]]:
+def _own_things(plan: Planned) -> Iterator[tuple[str, str, Any]]:
     """Yields each thing of a run that this package does not define: its name, the word for its code, and itself."""
     sources = [each for source in plan.expressions for each in _nested(source)]
     merges: list[MergeTask | Merged] = [

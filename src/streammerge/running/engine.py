@@ -38,14 +38,14 @@ def run_all(
         if any(map(wanted, pieces(task, number))):
             record = PassResults()
             with failures(task, 0, task.elems):
-                bind(task, _sweep_on_all(job, executor, number, task, record), record)
+                bind(task, sweep_on_all(job, executor, number, task, record), record)
             spread = ([piece] for piece in pieces(task, number) if wanted(piece))
             with closing(executor.run(MergeWork(job, tuple(record.results)), spread)) as results:
                 for done in results:
                     yield from done
 
 
-def _sweep_on_all(
+def sweep_on_all(
     job: Job, executor: Executor, number: int, task: MergeTask, record: PassResults
 ) -> Callable[..., Iterator[Any]]:
     """Returns a sweep over the pieces of a long tensor by all workers. ``record``: the results of the previous passes."""

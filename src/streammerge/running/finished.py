@@ -1,70 +1,146 @@
-"""The finished pieces of a run. Most are whole tensors, which take a few bytes each and no object."""
+"""The finished pieces of a run as columns: five bytes for each piece of the plan."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from streammerge.planning.tasks import MergeTask, place_of
+from streammerge.planning.tasks import MergeTask, Piece, place_of, where
 from streammerge.stores.journal import Finished, Key
+from streammerge.tensors.spec import ranges
 
 Part = tuple[int, int, int]
 """Offset in its file, number of bytes, and checksum of a piece."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Long:
+    """A tensor of several pieces. ``first``: the row of its first piece."""
+
+    first: int
+    elems: int
+    piece_elems: int
+    element_bytes: int
+
+
 class FinishedPieces:
-    """Pieces by task and first element. ``files``: the names of the output's files."""
+    """Pieces by task and first element. ``files``: the names of the output's files.
+
+    A tensor of one piece has the row of its number. The pieces of longer tensors have the rows after those.
+    """
 
     def __init__(self, tasks: Sequence[MergeTask], files: Sequence[str]) -> None:
         self._tasks, self._files = tasks, files
-        self._whole = bytearray(len(tasks))
-        self._sums = array("I", bytes(4 * len(tasks)))
-        self._others: dict[Key, Finished] = {}
+        self._long: dict[int, _Long] = {}
+        rows = len(tasks)
+        for number in where(tasks, lambda task: task.elems > task.piece_elems):
+            task = tasks[number]
+            self._long[number] = _Long(rows, task.elems, task.piece_elems, task.out.dtype.component.element_bytes)
+            rows += -(-task.elems // task.piece_elems)
+        self._there, self._sums = bytearray(rows), array("I", [0]) * rows
+        self._nonfinite: dict[Key, dict[str, int]] = {}
+
+    def fits(self, piece: Finished) -> bool:
+        """Whether it is a piece of these tasks, at its place in the output."""
+        number = piece.task
+        if number >= len(self._tasks) or self._row(*piece.key) is None:
+            return False
+        file, offset, nbytes = self._place(*piece.key)
+        return piece.place == (offset, nbytes) and piece.file == self._files[file]
 
     def add(self, piece: Finished) -> None:
-        number = piece.task
-        place = place_of(self._tasks, number)
-        if piece.nonfinite or piece.place != place[1:] or piece.file != self._files[place[0]]:
-            self._others[piece.key] = piece
-        else:
-            self._whole[number], self._sums[number] = 1, piece.checksum
+        """Adds a piece of these tasks."""
+        row = self._row(*piece.key)
+        if row is None:
+            raise ValueError(f"task {piece.task} has no piece that begins at element {piece.start}")
+        self._there[row], self._sums[row] = 1, piece.checksum
+        if piece.nonfinite:
+            self._nonfinite[piece.key] = piece.nonfinite
 
     def forget(self, files: set[str]) -> None:
         """Forgets the pieces in these files."""
-        self._others = {key: piece for key, piece in self._others.items() if piece.file not in files}
-        for number, whole in enumerate(self._whole):
-            if whole and self._files[place_of(self._tasks, number)[0]] in files:
-                self._whole[number] = 0
+        for number, start, row in self._rows():
+            if self._files[place_of(self._tasks, number)[0]] in files:
+                self._there[row] = 0
+                self._nonfinite.pop((number, start), None)
+
+    def get(self, key: Key) -> Finished:
+        """Returns one piece. Raises KeyError if it was not added."""
+        row = self._row(*key)
+        if row is None or not self._there[row]:
+            raise KeyError(key)
+        file, offset, nbytes = self._place(*key)
+        return Finished(*key, self._files[file], offset, nbytes, self._sums[row], self._nonfinite.get(key, {}))
+
+    def piece(self, key: Key) -> Piece:
+        """Returns what is to be made there."""
+        number, start = key
+        long = self._long.get(number)
+        stop = self._tasks[number].elems if long is None else min(start + long.piece_elems, long.elems)
+        return Piece(self._tasks[number], number, start, stop)
+
+    def places(self) -> Iterator[tuple[Key, int, tuple[int, int]]]:
+        """Yields the key of each piece, the number of its output file, and the offset and number of its bytes there."""
+        for number, start, _ in self._rows():
+            file, *place = self._place(number, start)
+            yield (number, start), file, (place[0], place[1])
+
+    def __len__(self) -> int:
+        return sum(self._there)
 
     def __contains__(self, key: Key) -> bool:
-        number, start = key
-        return (start == 0 and self._whole[number] == 1) or key in self._others
+        row = self._row(*key)
+        return row is not None and self._there[row] == 1
 
     def __iter__(self) -> Iterator[Finished]:
-        for number, whole in enumerate(self._whole):
-            if whole:
-                file, offset, nbytes = place_of(self._tasks, number)
-                yield Finished(number, 0, self._files[file], offset, nbytes, self._sums[number])
-        yield from self._others.values()
+        """Yields the pieces in the order of the tasks."""
+        return (self.get((number, start)) for number, start, _ in self._rows())
 
     def nonfinite(self) -> Iterator[tuple[int, dict[str, int]]]:
         """Yields the task and the non-finite numbers of each piece that has any."""
-        return ((key[0], piece.nonfinite) for key, piece in self._others.items() if piece.nonfinite)
+        return ((number, found) for (number, _), found in self._nonfinite.items())
 
     @property
     def nbytes(self) -> int:
-        whole = sum(place_of(self._tasks, number)[2] for number, whole in enumerate(self._whole) if whole)
-        return whole + sum(piece.nbytes for piece in self._others.values())
+        return sum(self._place(number, start)[2] for number, start, _ in self._rows())
 
     def by_file(self) -> Iterator[tuple[str, list[Part]]]:
         """Yields the name of each file of the output, and its pieces in the order of their offsets."""
-        numbers = {name: array("I") for name in self._files}
-        for number, whole in enumerate(self._whole):
-            if whole:
-                numbers[self._files[place_of(self._tasks, number)[0]]].append(number)
-        others: dict[str, list[Part]] = {}
-        for piece in self._others.values():
-            others.setdefault(piece.file, []).append((*piece.place, piece.checksum))
-        for name, own in numbers.items():
-            parts = [(*place_of(self._tasks, number)[1:], self._sums[number]) for number in own]
-            yield name, sorted([*parts, *others.get(name, ())])
+        numbers = [array("I") for _ in self._files]
+        for number in range(len(self._tasks)):
+            numbers[place_of(self._tasks, number)[0]].append(number)
+        for name, own in zip(self._files, numbers, strict=True):
+            rows = (each for number in own for each in self._rows_of(number))
+            yield name, sorted((*self._place(number, start)[1:], self._sums[row]) for number, start, row in rows)
+
+    def _row(self, number: int, start: int) -> int | None:
+        long = self._long.get(number)
+        if long is None:
+            return None if start else number
+        turn, rest = divmod(start, long.piece_elems)
+        return None if rest or start >= long.elems else long.first + turn
+
+    def _place(self, number: int, start: int) -> tuple[int, int, int]:
+        """Returns the number of a piece's output file, and the offset and number of its bytes there."""
+        file, offset, nbytes = place_of(self._tasks, number)
+        long = self._long.get(number)
+        if long is None:
+            return file, offset, nbytes
+        elems = min(long.piece_elems, long.elems - start)
+        return file, offset + start * long.element_bytes, elems * long.element_bytes
+
+    def _rows(self) -> Iterator[tuple[int, int, int]]:
+        """Yields the task, the first element and the row of each piece that was added."""
+        for number in range(len(self._tasks)):
+            yield from self._rows_of(number)
+
+    def _rows_of(self, number: int) -> Iterator[tuple[int, int, int]]:
+        long = self._long.get(number)
+        if long is None:
+            if self._there[number]:
+                yield number, 0, number
+            return
+        for turn, (start, _) in enumerate(ranges(long.elems, long.piece_elems)):
+            if self._there[long.first + turn]:
+                yield number, start, long.first + turn

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +13,36 @@ from streammerge.stores.base import Location
 from streammerge.stores.checksums import Checksum
 from streammerge.stores.digests import COPY_BYTES, outside
 from streammerge.stores.inputs import InputFiles
-from streammerge.tensors.spec import ranges
 
+RANGE_BYTES = 16 << 20
+"""The most bytes of a unit of several parts."""
+_MOST_IN_UNIT = 4096
 FileRange = tuple[Any, Location, int, int]
 """A value that comes back with the checksum, then file, offset and number of bytes."""
+FileRanges = tuple[list[Any], Location, "array[int]", "array[int]"]
+"""Neighbours in a file: their values, the file, their offsets and numbers of bytes."""
+
+
+def neighbours(parts: Iterable[FileRange]) -> Iterator[FileRanges]:
+    """Yields units of :class:`ChecksumWork`: parts that lie one behind the other in a file, so that reads are large."""
+    values, near, offsets, sizes = list[Any](), None, array("Q"), array("Q")
+    end, nbytes = -1, 0
+    for value, path, offset, size in parts:
+        follows = path is near and offset == end and nbytes + size <= RANGE_BYTES and len(values) < _MOST_IN_UNIT
+        if near is not None and not follows:
+            yield values, near, offsets, sizes
+            values, offsets, sizes, nbytes = [], array("Q"), array("Q"), 0
+        values.append(value)
+        offsets.append(offset)
+        sizes.append(size)
+        near, end, nbytes = path, offset + size, nbytes + size
+    if near is not None:
+        yield values, near, offsets, sizes
 
 
 @dataclass(frozen=True, slots=True)
 class ChecksumWork:
-    """Computes checksums of parts of files. The result of a part is the value that came with it, and its checksum."""
+    """Computes checksums of parts of files. The result of a unit is its values, and the checksum of each."""
 
     checksum: Checksum
     modules: tuple[str, ...] = ()
@@ -34,17 +57,31 @@ class _ChecksumWorker:
         self._files = host.kept("files to be read through", lambda: InputFiles({}))
         self._buffer = memoryview(bytearray(COPY_BYTES))
 
-    def run(self, part: FileRange) -> tuple[Any, int]:
-        which, path, offset, nbytes = part
-        file, value = self._files.get(path), 0
-        for start, stop in ranges(nbytes, COPY_BYTES):
-            self._host.check()
-            file.read_into(self._buffer[: stop - start], offset + start)
-            value = self._checksum.update(self._buffer[: stop - start], value)
-        return which, value
+    def run(self, unit: FileRanges) -> tuple[list[Any], array[int]]:
+        values, path, offsets, sizes = unit
+        file, sums = self._files.get(path), array("I")
+        begin = end = 0  # the bytes of the file that are in the buffer
+        last = offsets[-1] + sizes[-1]
+        for offset, nbytes in zip(offsets, sizes, strict=True):
+            value, stop = 0, offset + nbytes
+            while offset < stop:
+                if offset >= end:
+                    self._host.check()
+                    begin, end = offset, min(offset + COPY_BYTES, last)
+                    file.read_into(self._buffer[: end - begin], begin)
+                upto = min(stop, end)
+                value = self._checksum.update(self._buffer[offset - begin : upto - begin], value)
+                offset = upto
+            sums.append(value)
+        return values, sums
 
     def close(self) -> None:
         """Does nothing: the files stay open for the next work."""
+
+
+def largest_first(files: Iterable[tuple[Any, Location]]) -> list[tuple[Any, Location]]:
+    """Returns the units of :class:`HashWork`, sorted so that no worker begins a large file when the others are done."""
+    return sorted(files, key=lambda unit: -unit[1].size)
 
 
 @dataclass(frozen=True, slots=True)

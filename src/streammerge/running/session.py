@@ -27,7 +27,7 @@ from streammerge.running.executors.base import Executor, Executors
 from streammerge.running.finished import FinishedPieces, Part
 from streammerge.running.job import Job, OutputPlace, lent, new_key
 from streammerge.running.readback import check_structure
-from streammerge.running.reading import ChecksumWork, HashWork
+from streammerge.running.reading import ChecksumWork, HashWork, largest_first, neighbours
 from streammerge.running.relatives import strangers
 from streammerge.running.spooling import spooled_tasks
 from streammerge.running.turning import Turning
@@ -36,7 +36,7 @@ from streammerge.stores.base import Location, Output, Staging
 from streammerge.stores.checksums import Checksum
 from streammerge.stores.digests import COPY_BYTES
 from streammerge.stores.inputs import InputFiles
-from streammerge.stores.journal import Finished, Journal
+from streammerge.stores.journal import Finished, FinishedTable, Journal
 from streammerge.tensors.spec import ranges
 from streammerge.units import decimal_bytes
 
@@ -175,22 +175,14 @@ class Run:
             self.journal.take_over(vouched)
         self._outputs += [self.staging.create(f.name, f.size, vouched is not None) for f in self.plan.layout.files]
         kept = {f.name for f, output in zip(self.plan.layout.files, self._outputs, strict=True) if output.kept}
-        claimed = {each.key: each for each in vouched or () if each.file in kept}
-        if not claimed:
+        claims = FinishedPieces(self._tasks, [file.name for file in self.plan.layout.files])
+        for each in vouched or ():
+            if each.file in kept and claims.fits(each):
+                claims.add(each)
+        del vouched  # before the checks, because it may be large
+        if not claims:
             return
-        saved_bytes = 0
-        parts = (
-            ((number, piece.start, piece.stop), self._outputs[task.file].location, piece.offset, piece.nbytes)
-            for number, task in enumerate(self._tasks)
-            for piece in pieces(task, number)
-            if piece.key in claimed and (piece.offset, piece.nbytes) == claimed[piece.key].place
-        )
-        with closing(self._executor.run(ChecksumWork(self._kind, self._modules), parts)) as results:
-            for (number, start, stop), value in results:
-                piece = Piece(self._tasks[number], number, start, stop)
-                if value == claimed[piece.key].checksum:
-                    self._done.add(claimed[piece.key])
-                    saved_bytes += piece.read_bytes
+        saved_bytes = self._compare(claims)
         kept_bytes = self._done.nbytes
         self.listener(Resumed(kept_bytes, saved_bytes))
         there_of_all = f"{decimal_bytes(kept_bytes)} of {decimal_bytes(self.plan.layout.size)}"
@@ -198,7 +190,20 @@ class Run:
         self.notes.append(note)
         self.listener(Told("note", note))
 
-    def _earlier_pieces(self) -> list[Finished] | None:
+    def _compare(self, claims: FinishedPieces) -> int:
+        """Takes over the claimed pieces whose checksums are right. Returns the bytes that need not be read for them."""
+        saved_bytes = 0
+        parts = ((key, self._outputs[file].location, *place) for key, file, place in claims.places())
+        with closing(self._executor.run(ChecksumWork(self._kind, self._modules), neighbours(parts))) as results:
+            for keys, sums in results:
+                for key, value in zip(keys, sums, strict=True):
+                    claim = claims.get(key)
+                    if claim.checksum == value:
+                        self._done.add(claim)
+                        saved_bytes += self._done.piece(key).read_bytes
+        return saved_bytes
+
+    def _earlier_pieces(self) -> FinishedTable | None:
         """Returns the pieces of an interrupted run of the same plan, None to start from the beginning.
 
         Raises RecipeError when there are pieces of another plan, unless the caller asked to discard them.
@@ -230,7 +235,7 @@ class Run:
         made: dict[str, str] = {}
         if not wanted:
             return made
-        with closing(self._executor.run(HashWork(self._modules), wanted.items())) as results:
+        with closing(self._executor.run(HashWork(self._modules), largest_first(wanted.items()))) as results:
             for name, digest in results:
                 made[name] = digest
                 self.listener(Hashed(name, self.plan.identities[wanted[name]].size))

@@ -181,10 +181,7 @@ class MergeWorker(Worker):
             self._kernel = bind(task, _no_sweep, PassResults(self._passes))
             return self._kernel
 
-        def sweep(look: Look, step: Step[T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
-            yield step(look, self.chunks(task, source, start, stop, sparse))
-
-        return bind(task, sweep)
+        return bind(task, sweep_of(self, task, source))
 
     def _apply(self, kernel: Kernel, piece: Piece, source: Inputs, outgoing: Outgoing) -> PieceDone:
         import torch
@@ -201,6 +198,15 @@ class MergeWorker(Worker):
                     nonfinite[name] = nonfinite.get(name, 0) + count
             value = self.job.checksum.update(part, value)
         return _done(piece, value, nonfinite)
+
+
+def sweep_of(worker: Worker, task: MergeTask, source: Inputs) -> Callable[..., Iterator[Any]]:
+    """Returns a sweep over a tensor that this worker makes alone."""
+
+    def sweep(look: Look, step: Step[T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
+        yield step(look, worker.chunks(task, source, start, stop, sparse))
+
+    return sweep
 
 
 OTHER_PASSES = (

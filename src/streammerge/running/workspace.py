@@ -37,7 +37,10 @@ def prepare_torch() -> None:
         if error.name != "torch":
             raise
         raise RecipeError("torch is not installed, and this merge computes with it; install torch") from None
-    except ImportError as error:
+    except (
+        ImportError,
+        SystemError,
+    ) as error:  # SystemError: its extension modules, where memory ends while they are loaded
         raise RecipeError(
             f"torch cannot be loaded ({printable(error)}); install it again, or raise the limit on memory (ulimit -v)"
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from streammerge.errors import ChangedError, StreammergeError, VerifyError, listed, printable
+from streammerge.events import Listener, quiet
 from streammerge.options import Resources, Verifying
 from streammerge.planning.plan import Plan
 from streammerge.planning.receipt import Receipt
@@ -19,7 +20,13 @@ from streammerge.verifying.values import check_inputs, recompute
 
 
 def with_values(
-    verified: Verified, out: Location, receipt: Receipt, share: float, asked: Verifying, resources: Resources
+    verified: Verified,
+    out: Location,
+    receipt: Receipt,
+    share: float,
+    asked: Verifying,
+    resources: Resources,
+    listener: Listener = quiet,
 ) -> Verified:
     """Computes a share of the values again, from the inputs where they are found. Returns what was verified.
 
@@ -36,7 +43,14 @@ def with_values(
     for folders in _places_of_inputs(out, asked.inputs):
         attempt = replace(verified, notes=[*verified.notes])
         try:
-            recompute(attempt, _remade(out, receipt, folders, asked.own_methods, resources), receipt, share, asked.seed)
+            recompute(
+                attempt,
+                _remade(out, receipt, folders, asked.own_methods, resources, listener),
+                receipt,
+                share,
+                asked.seed,
+                listener,
+            )
         except (StreammergeError, OSError) as error:
             # Without the frames of the attempt, which hold its plan, because the next attempt needs the memory.
             error.__cause__ = error.__context__ = None
@@ -68,7 +82,14 @@ def _places_of_inputs(out: Location, inputs: PathLike | None) -> list[list[Locat
     return [[given]] if given.store == out.store else [[given, out.parent], [given, HERE]]
 
 
-def _remade(out: Location, receipt: Receipt, folders: list[Location], own_methods: bool, resources: Resources) -> Plan:
+def _remade(
+    out: Location,
+    receipt: Receipt,
+    folders: list[Location],
+    own_methods: bool,
+    resources: Resources,
+    listener: Listener = quiet,
+) -> Plan:
     """Returns the plan that made the output, with inputs from these folders.
 
     Raises StreammergeError when the inputs are missing, or are other files.
@@ -76,7 +97,7 @@ def _remade(out: Location, receipt: Receipt, folders: list[Location], own_method
     recipe = recipe_of_receipt(receipt.recipe, own_methods, folders)
     hashed = any("sha256" in said for said in receipt.inputs.values())
     plan = planned(recipe, parse(f"output{_ending(out, receipt)}"), resources, "threads", hashed=hashed)
-    check_inputs(plan, receipt)
+    check_inputs(plan, receipt, listener)
     return plan
 
 

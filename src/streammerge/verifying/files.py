@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import time
+from array import array
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 
 from streammerge.errors import FormatError, VerifyError, listed, printable
+from streammerge.events import Checked, Listener, RunFinished, RunStarted, quiet
 from streammerge.formats import torch_zip
 from streammerge.formats.file_names import files_below
 from streammerge.formats.records import RECEIPT_FILE
 from streammerge.planning.receipt import ITSELF, Receipt, escaped
+from streammerge.running import process
 from streammerge.running.executors.threads import ThreadExecutor
 from streammerge.running.readback import check_by_library, read_output
-from streammerge.running.reading import ChecksumWork
+from streammerge.running.reading import RANGE_BYTES, ChecksumWork, FileRange, neighbours
 from streammerge.stores.base import Location
 from streammerge.stores.checksums import CRC32, Checksum
 from streammerge.stores.digests import outside
 from streammerge.tensors.spec import ranges
 from streammerge.units import counted, decimal_bytes
 
-_RANGE_BYTES = 64 << 20
+_MOST_NAMED = 10
+"""Wrong parts whose names are looked up in the files' headers."""
 _LOADED = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".index.json", ".py")
 """Endings of files that a loader might take for a part of the model."""
 
@@ -77,21 +83,26 @@ class Verified:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
-    """A byte range of a file, and its expected checksum."""
+class _Parts:
+    """Byte ranges of a file, and their expected checksums, as columns. ``named``: returns what lies at an offset."""
 
-    what: str
     path: Location
-    offset: int
-    nbytes: int
-    checksum: int
+    offsets: array[int]
+    sizes: array[int]
+    sums: array[int]
+    named: Callable[[int], str]
 
 
-def check_files(out: Location, receipt: Receipt, workers: int) -> Verified:
-    """Checks structure and checksums of every file. Raises VerifyError, which names everything that is wrong."""
+def check_files(
+    out: Location, receipt: Receipt, workers: int, memory_bytes: int = 0, listener: Listener = quiet
+) -> Verified:
+    """Checks structure and checksums of every file. Raises VerifyError, which names everything that is wrong.
+
+    ``memory_bytes``: the budget, for the listener.
+    """
     if out.is_folder() == (ITSELF in receipt.checksums):
         raise VerifyError(f"{printable(out)}: its receipt is that of another kind of output")
-    parts: list[_Part] = []
+    parts: list[_Parts] = []
     wrong: list[str] = []
     tensors = 0
     for name in receipt.checksums:
@@ -104,7 +115,8 @@ def check_files(out: Location, receipt: Receipt, workers: int) -> Verified:
         if name == ITSELF or len(sums) > 1:
             tensors += _tensor_file(path, name, receipt, parts, wrong)
         else:  # also a file whose tensors are all empty
-            parts.append(_Part(printable(name), path, 0, path.size, sums[0]))
+            whole = printable(name)
+            parts.append(_Parts(path, array("Q", [0]), array("Q", [path.size]), array("I", sums), lambda _, n=whole: n))  # type: ignore[misc]
     notes = []
     if out.is_folder():
         read_output(out)  # checks that the index and its shards agree
@@ -112,10 +124,13 @@ def check_files(out: Location, receipt: Receipt, workers: int) -> Verified:
         wrong += [f"{printable(name)} does not belong to it" for name in extra if name.endswith(_LOADED)]
         beside = [name for name in extra if not name.endswith(_LOADED)]
         notes += [f"{listed(beside)} came later and was not verified"] if beside else []
-    wrong += _wrong_parts(parts, receipt.kind, workers)
+    checked = sum(sum(part.sizes) for part in parts)
+    listener(RunStarted(checked, 0, memory_bytes, tensors))
+    began = time.perf_counter()
+    wrong += _wrong_parts(parts, receipt.kind, workers, listener)
+    listener(RunFinished(time.perf_counter() - began))
     if wrong:
         raise VerifyError(f"{printable(out)} is not as it was written: {listed(wrong, 10)}")
-    checked = sum(part.nbytes for part in parts)
     return Verified(out, tensors, len(receipt.checksums), checked, receipt.digest, notes=notes)
 
 
@@ -128,7 +143,7 @@ def _file_of(out: Location, name: str) -> Location:
     return path
 
 
-def _tensor_file(path: Location, name: str, receipt: Receipt, parts: list[_Part], wrong: list[str]) -> int:
+def _tensor_file(path: Location, name: str, receipt: Receipt, parts: list[_Parts], wrong: list[str]) -> int:
     """Adds the parts of a file of tensors to ``parts``. Returns the number of its tensors."""
     container, sums = read_output(path), receipt.sums(name)
     (spans,) = container.tensor_spans().values()
@@ -137,16 +152,26 @@ def _tensor_file(path: Location, name: str, receipt: Receipt, parts: list[_Part]
     if len(sums) != len(spans) + 1:
         wrong.append(f"{printable(name or path.name)} has {len(spans)} tensors, {len(sums) - 1} were written")
         return len(spans)
-    if container.pickled:
-        named = {store.offset: f"storage {printable(key)}" for key, store in container.storages.items()}
-    else:
-        named = {r.entry.offset: f"tensor {printable(n)}" for n, r in container.tree.items() if r.entry.nbytes}
+    tensors = len(spans) if container.pickled else len(container.tree)
+    if not container.pickled:
         check_by_library(path, set(container.tree))
+    del container  # before the next file, because a header may hold hundreds of thousands of names
     rest = rest_of(path, spans, receipt, name)
     if receipt.kind.update(rest) != sums[-1]:
         wrong.append(f"the header of {printable(name or path.name)}")
-    parts += [_Part(named.get(a, f"byte {a}"), path, a, n, s) for (a, n), s in zip(spans, sums, strict=False)]
-    return len(spans) if container.pickled else len(container.tree)
+    offsets, sizes = (array("Q", [span[which] for span in spans]) for which in (0, 1))
+    parts.append(_Parts(path, offsets, sizes, array("I", sums[:-1]), lambda offset: _what_lies_at(path, offset)))
+    return tensors
+
+
+def _what_lies_at(path: Location, offset: int) -> str:
+    """Returns the name of a tensor that is not empty, or of a storage."""
+    container = read_output(path)
+    if container.pickled:
+        found = {store.offset: f"storage {printable(key)}" for key, store in container.storages.items()}
+    else:
+        found = {r.entry.offset: f"tensor {printable(n)}" for n, r in container.tree.items() if r.entry.nbytes}
+    return found.get(offset, f"byte {offset}")
 
 
 def rest_of(path: Location, spans: list[tuple[int, int]], receipt: Receipt, name: str) -> bytes:
@@ -164,16 +189,35 @@ def rest_of(path: Location, spans: list[tuple[int, int]], receipt: Receipt, name
     return rest.replace(escaped(final), escaped(blank), 1)
 
 
-def _wrong_parts(parts: list[_Part], kind: Checksum, workers: int) -> list[str]:
+def _wrong_parts(parts: list[_Parts], kind: Checksum, workers: int, listener: Listener) -> list[str]:
     """Returns descriptions of the parts whose checksum is wrong."""
-    cut = [(part, start, stop) for part in parts for start, stop in ranges(part.nbytes, _RANGE_BYTES)]
-    found: dict[_Part, list[tuple[int, int, int]]] = {part: [] for part in parts}
-    units = ((number, part.path, part.offset + start, stop - start) for number, (part, start, stop) in enumerate(cut))
+    cut: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+    wrong: list[tuple[int, int]] = []
+    held = process.Gauge()
     with (
         closing(ThreadExecutor(workers)) as executor,
-        closing(executor.run(ChecksumWork(kind), units)) as results,
+        closing(executor.run(ChecksumWork(kind), neighbours(_ranges(parts)))) as results,
     ):
-        for number, value in results:
-            part, start, stop = cut[number]
-            found[part].append((start, stop - start, value))
-    return [part.what for part, each in found.items() if kind.join(each) != part.checksum]
+        for values, sums in results:
+            nbytes = 0
+            for (number, row, start, size), value in zip(values, sums, strict=True):
+                part, nbytes = parts[number], nbytes + size
+                if size < part.sizes[row]:
+                    known = cut.setdefault((number, row), [])
+                    known.append((start, size, value))
+                    if sum(each[1] for each in known) < part.sizes[row]:
+                        continue
+                    value = kind.join(cut.pop((number, row)))
+                if value != part.sums[row]:
+                    wrong.append((number, row))
+            listener(Checked(parts[number].path.name, nbytes, held.now()))
+    told = [parts[number].named(parts[number].offsets[row]) for number, row in sorted(wrong)[:_MOST_NAMED]]
+    return told + [f"byte {parts[number].offsets[row]}" for number, row in sorted(wrong)[_MOST_NAMED:]]
+
+
+def _ranges(parts: list[_Parts]) -> Iterator[FileRange]:
+    """Yields the parts, long ones cut, each with the value (file, row, start, size)."""
+    for number, part in enumerate(parts):
+        for row, (offset, nbytes) in enumerate(zip(part.offsets, part.sizes, strict=True)):
+            for start, stop in ranges(nbytes, RANGE_BYTES) if nbytes else [(0, 0)]:
+                yield (number, row, start, stop - start), part.path, offset + start, stop - start

@@ -15,14 +15,19 @@ from streammerge.options import VERIFY
 @click.command(cls=options.GroupedCommand)
 @click.argument("out", type=click.Path(), metavar="OUT")
 @options.of(*VERIFY)
+@options.no_progress
 @options.report("human", "json", "quiet")
 @options.debug
-def verify(out: str, form: str, debug: bool, **typed: Any) -> None:
+def verify(out: str, no_progress: bool, form: str, debug: bool, **typed: Any) -> None:
     """Check that an output is what its recipe says.
 
     Checks the structure, the checksum of every byte and, if the inputs are available, a sample of the values, which is
     computed again in float64.
     """
-    from streammerge import api
+    from streammerge.cli.progress import Progress
 
-    show_verified(api.verify(out, **as_arguments(typed)), form)
+    with Progress(form, enabled=not no_progress) as progress:
+        from streammerge import api
+
+        verified = api.verify(out, listener=progress, **as_arguments(typed))
+    show_verified(verified, form)
