@@ -254,7 +254,7 @@ def test_the_plan_and_the_receipt_have_the_graph(models: Path) -> None:
     inner = {"merge_method": "linear", "models": ["m0.safetensors", "m1.safetensors"]}
     recipe = {"merge_method": "linear", "models": ["s", "m2.safetensors"], "stages": {"s": inner}}
     plan = sm.plan(recipe=recipe, out="out.safetensors")
-    assert "stage    s by linear" in str(plan)
+    assert "stage    s: by linear" in str(plan)
     assert set(plan.input_files) == {"m0.safetensors", "m1.safetensors", "m2.safetensors"}
     assert plan.read_bytes == 3 * sum(t.nbytes for t in tensors(0).values())
     receipt = plan.layout.receipt

@@ -22,5 +22,6 @@ Each module imports only modules above it::
     plan          Plan, build_plan
     unwritten     files that are planned and not written
     stages        a planned merge as a model of another one
+    mixtures      a mixture of experts as a model
     digest        whether two plans are the same
 """

@@ -57,7 +57,7 @@ class Opened:
         files = [store.folder / file.name for file in output.layout.files]
         tasks = all_tasks(output.placed, recipe.seed)
         self.made = _expressions(tasks, [file.key for file in files])
-        self.container = _settled(detect.read(place), self.made)
+        self.container = settled(detect.read(place), self.made)
         store.sealed = True
         self.place = place
         notes = [*(note for index in indexes.values() for note in index.notes), *alignment.notes, *output.notes]
@@ -119,9 +119,9 @@ class _Container(Container):
         return _instead(Container.locate(self, name, ref), self.made)
 
 
-def _settled(container: Container, made: Stage) -> _Container:
+def settled(container: Container, made: Stage) -> _Container:
     values: dict[str, Any] = {each.name: getattr(container, each.name) for each in fields(Container)}
-    values["parts"] = {name: _settled(part, made) for name, part in container.parts.items()}
+    values["parts"] = {name: settled(part, made) for name, part in container.parts.items()}
     return _Container(**values, made=made)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.methods.contracts import MergeMethod
 from streammerge.recipe.adapted import resolved
+from streammerge.recipe.experts import GATES, HIDDEN
 from streammerge.recipe.fields import Path, Positions, Problems, is_misspelled, position_of
 from streammerge.recipe.model import Model, Recipe, Slice, SliceSource
 from streammerge.recipe.scalars import parameter_docs
@@ -36,6 +37,34 @@ def check(recipe: Recipe, problems: Problems, as_mergekit: bool = False) -> None
     if as_mergekit:
         _warn_of_weights(recipe, problems)
     _check_rules(recipe, problems)
+
+
+def check_experts(recipe: Recipe, problems: Problems) -> None:
+    """Adds every mistake of a mixture of experts to the problems."""
+    ways = [
+        name for name in ("models", "slices", "modules", "rules", "tokenizer_source", "tokenizer") if getattr(recipe, name)
+    ]
+    for name in ways:
+        problems.add((name,), f"a mixture of experts has no {name}; make the mixture a stage of a recipe that has them")
+    if recipe.base_model is None:
+        problems.add((), "a mixture of experts needs base_model, which gives all tensors but the experts'")
+    wanted = recipe.experts_per_token or 2
+    if len(recipe.experts) < wanted:
+        problems.add(("experts",), f"{wanted} experts per token are more than the {len(recipe.experts)} experts")
+    if recipe.gate_file is None and recipe.gate_mode in HIDDEN:
+        problems.add(
+            ("gate_mode",),
+            f"gate_mode {recipe.gate_mode} needs a run of the base model, which is not made here; take one of "
+            f"{listed(list(GATES))}, or give the routers by gate_file",
+        )
+    if recipe.gate_file is not None or recipe.gate_mode != "cheap_embed":
+        return
+    known: dict[object, int] = {}
+    for number, each in enumerate(recipe.experts):
+        if not each.positive_prompts:
+            problems.add(each.path, "gate_mode cheap_embed needs positive_prompts for each expert")
+        elif known.setdefault((each.positive_prompts, each.negative_prompts), number) != number:
+            problems.add(each.path, "two experts have the same prompts, so their routers would be equal")
 
 
 def raise_all(problems: Problems, positions: Positions, name: str = "the recipe") -> None:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 from streammerge.methods.contracts import MergeMethod
 from streammerge.options import MERGE, Converting, options_of
 from streammerge.recipe.adapted import resolved
+from streammerge.recipe.experts import ARCHITECTURE, COUNT, GATE, Expert
 from streammerge.recipe.fields import (
     TEXT,
     TRUTH,
@@ -211,6 +212,16 @@ class Recipe:
     stages: Mapping[str, Recipe] = key(
         _STAGES, "Name -> a recipe. The name stands for its result wherever a model may stand.", default_factory=dict
     )
+    experts: tuple[Expert, ...] = key(
+        ListOf(FormOf(Expert)),
+        "Instead of models: the experts of a mixture, whose other tensors are the base's.",
+        default=(),
+    )
+    shared_experts: tuple[Expert, ...] = key(ListOf(FormOf(Expert)), "The expert that always takes part.", default=())
+    gate_mode: str = key(GATE, "How the routers of a mixture are made.", default="hidden")
+    gate_file: str | None = key(MODEL, "A file of routers, [layers, experts, hidden size].", default=None)
+    experts_per_token: int | None = key(COUNT, "How many experts a router chooses; by default 2.", default=None)
+    architecture: str | None = key(ARCHITECTURE, "What the mixture is; by default what fits the models.", default=None)
     round: bool = key(
         TRUTH, "Whether a stage's result is rounded to its dtype, as in a file, before others take it.", default=True
     )
@@ -290,6 +301,8 @@ class Recipe:
         wanted += [self.of(entry) for entry in self.entries]
         wanted += [self.reference(s.base_model) for s in self._all_slices if s.base_model]
         wanted += [self.copied(rule.copy, rule.rename) for rule in self.rules if rule.copy]
+        wanted += [self.reference(each.source_model) for each in (*self.experts, *self.shared_experts)]
+        wanted += [self.reference(self.gate_file)] if self.gate_file else []
         found: list[Reference] = []
         for each in wanted:
             if not any(each.same(known) for known in found):
@@ -355,6 +368,9 @@ class Recipe:
             tokenizer_source=names.get(self.tokenizer_source or "", self.tokenizer_source),
             tokenizer=self.tokenizer and self.tokenizer.with_models(lambda name: names[name]),
             rules=tuple(replace(r, copy=names[r.copy]) if r.copy else r for r in self.rules),
+            experts=tuple(replace(each, source_model=names[each.source_model]) for each in self.experts),
+            shared_experts=tuple(replace(each, source_model=names[each.source_model]) for each in self.shared_experts),
+            gate_file=names[self.gate_file] if self.gate_file else None,
             stages={name: stage.renamed(names) for name, stage in self.stages.items()},
         )
 
@@ -370,6 +386,8 @@ class Recipe:
         named += [entry.model for entry in self.entries]
         named += [each.base_model for each in self._all_slices if each.base_model]
         named += [rule.copy for rule in self.rules if rule.copy]
+        named += [each.source_model for each in (*self.experts, *self.shared_experts)]
+        named += [self.gate_file] if self.gate_file else []
         named += self.tokens.models if self.tokens else []
         return list(dict.fromkeys(named))
 

@@ -9,7 +9,7 @@ from typing import Any
 from streammerge.errors import RecipeError, printable
 from streammerge.formats.records import RECIPE_FILE
 from streammerge.methods.registry import LINEAR, find_method
-from streammerge.recipe.checks import check, ignored, raise_all
+from streammerge.recipe.checks import check, check_experts, ignored, raise_all
 from streammerge.recipe.document import Document, parse_documents, to_json, to_yaml
 from streammerge.recipe.fields import FormOf, Positions, Problems
 from streammerge.recipe.locations import located, travelling
@@ -100,7 +100,10 @@ def _read(
         recipe = located(
             replace(recipe, positions=positions, stages=_placed(recipe.stages, positions)), folders, problems, confined
         )
-        check(recipe, problems, as_mergekit=True)
+        if recipe.experts:
+            problems.add(("experts",), "a recipe with experts has no merge_method; leave that out")
+        else:
+            check(recipe, problems, as_mergekit=True)
         for stage in recipe.stages:
             _check_stage(stage, recipe.stages[stage], problems)
         check_stages(recipe, problems)
@@ -123,7 +126,10 @@ def _check_stage(name: str, stage: Recipe, problems: Problems) -> None:
     above = ("stages", name)
     own = Problems((path[2:] if path[:2] == above and len(path) == 3 else path, said) for path, said in problems)
     count = len(own)
-    check(stage, own, as_mergekit=True)
+    if stage.experts:
+        check_experts(stage, own)
+    else:
+        check(stage, own, as_mergekit=True)
     for target, found in ((problems, own[count:]), (problems.warnings, own.warnings)):
         target += [(path if path[:2] == above else (*above, *path), said) for path, said in found]
 
@@ -138,7 +144,6 @@ def _refuse_others(data: Any, name: str) -> None:
 
 
 _OTHERS = {
-    "experts": ("mergekit-moe", "which builds a mixture of experts; this is not supported yet: run mergekit-moe for it"),
     "genome": ("mergekit-evolve", "which searches for parameters; merge with the configuration that it finds"),
     "layer_slices": ("bakllama", "an early form; write slices with sources, and merge_method: passthrough"),
 }

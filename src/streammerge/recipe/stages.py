@@ -17,6 +17,9 @@ from streammerge.recipe.stage_names import STAGE_NAME, stage_of
 _MODEL_KEYS = ("model", "base_model", "copy")
 _LIST_KEYS = ("models", "sources")
 _METHOD = "merge_method"
+_EXPERTS = "experts"
+_MIXTURE = "mixture"
+"""What a mixture of experts is called that is the output itself."""
 
 
 def gathered(documents: Sequence[Document], problems: Problems) -> Document:
@@ -78,11 +81,21 @@ class _Gatherer:
 
     def whole(self, document: Document) -> Document:
         """Returns the output's document with all stages."""
+        if isinstance(document.data, Mapping) and _EXPERTS in document.data and _METHOD not in document.data:
+            return self._mixture(document)
         self._take(document, (), ())
         data = self._cleared(document.data, (), "")
         if not self.stages:
             return document
         return Document({**data, "stages": self.stages}, self.positions, self.doubled)
+
+    def _mixture(self, document: Document) -> Document:
+        """Returns the document whose output is a mixture of experts: a copy of a stage."""
+        place: Path = ("stages", _MIXTURE)
+        self._take(document, (), place)
+        self.positions[()] = document.positions.get((), Position("", 1, 1))
+        self._add(_MIXTURE, document.data, place)
+        return Document({_METHOD: "passthrough", "models": [_MIXTURE], "stages": self.stages}, self.positions, self.doubled)
 
     def add_document(self, document: Document) -> None:
         """Adds a named document. Its data become a stage without its name."""
@@ -113,6 +126,8 @@ class _Gatherer:
         if not isinstance(data, Mapping):
             return data
         made = dict(data)
+        if _EXPERTS in made and _METHOD not in made:
+            made[_METHOD] = "passthrough"  # what no merge computes is copied
         inner = made.pop("stages", None)
         if isinstance(inner, Mapping):
             for each, value in inner.items():

@@ -13,6 +13,11 @@ from streammerge.recipe.stages import stages_used
 def recipe_lines(recipe: Recipe) -> list[str]:
     """Returns the models with their own parameters, then the shared parameters."""
     lines = _models(recipe, recipe.models)
+    if recipe.experts:
+        lines.append(f"  {printable(recipe.base_model)}  base")
+        lines += [f"  {printable(each.source_model)}  expert {number}" for number, each in enumerate(recipe.experts)]
+        lines += [f"  {printable(each.source_model)}  shared expert" for each in recipe.shared_experts]
+        lines.append(f"routers  {printable(recipe.gate_file) if recipe.gate_file else f'by {recipe.gate_mode}'}")
     lines += _slices(recipe, recipe.slices)
     for name, module in recipe.modules.items():
         lines += [f"  module {printable(name)}{_after(module.parameters)}"]
@@ -29,9 +34,11 @@ def stage_lines(recipe: Recipe) -> list[str]:
     lines = []
     for name in stages_used(recipe) if recipe.stages else ():
         stage = recipe.stages[name]
-        how = stage.merge_method.name + ("" if stage.round else ", not rounded")
+        how = ("a mixture of experts" if stage.experts else f"by {stage.merge_method.name}") + (
+            "" if stage.round else ", not rounded"
+        )
         how += f", as {stage.recast.torch_name}" if stage.recast else ""
-        lines += [f"stage    {printable(name)} by {how}", *(f"  {line}" for line in recipe_lines(stage))]
+        lines += [f"stage    {printable(name)}: {how}", *(f"  {line}" for line in recipe_lines(stage))]
     return lines
 
 

@@ -9,6 +9,7 @@ from streammerge.checkpoints.conversions import from_conversion
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError
 from streammerge.options import Resources
+from streammerge.planning.mixtures import Mixed
 from streammerge.planning.plan import Plan, build_plan
 from streammerge.planning.stages import Opened
 from streammerge.recipe.model import Recipe, Reference
@@ -45,7 +46,8 @@ def planned(
         stages: dict[str, Opened] = {}
         for name in stages_used(recipe) if recipe.stages else ():
             own = recipe.stages[name]
-            stages[stage_text(name)] = Opened(name, own, _indexes(own, held or {}, convert_first, stages))
+            make = Mixed if own.experts else Opened
+            stages[stage_text(name)] = make(name, own, _indexes(own, held or {}, convert_first, stages))
         indexes = _indexes(recipe, held or {}, convert_first, stages)
         told = _likeness(recipe, indexes) if like else []
         made = build_plan(
@@ -77,7 +79,8 @@ def _indexes(
         indexes = {
             each: index if index.made_from else from_conversion(index, convert_first) for each, index in indexes.items()
         }
-    indexes = agreed(recipe, indexes)
+    if recipe.entries:
+        indexes = agreed(recipe, indexes)
     return {each: index.with_names(each.rename) for each, index in indexes.items()}
 
 

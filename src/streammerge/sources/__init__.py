@@ -27,4 +27,6 @@ Each module imports only modules above it::
     residual  a matrix without its strongest part
     merged    a merge of other sources, computed chunk by chunk
     remembered what is read several times
+    drawn     random numbers
+    directions directions of sums of rows
 """
