@@ -512,7 +512,6 @@ def test_what_mergekit_ignores_is_ignored_and_told(text: str, said: str, models:
         ),
         (LINEAR + "parameters: {densty: 0.5}\n", "linear has no parameter densty"),
         (LINEAR.replace("b.safetensors}", "b.safetensors, parametres: {weight: 2}}"), "did you mean parameters?"),
-        ("base_model: a\ngate_mode: hidden\nexperts: []\n", "a configuration of mergekit-moe"),
         ("genome: {models: []}\n", "a configuration of mergekit-evolve"),
         ("layer_slices: []\n", "a configuration of bakllama"),
     ],
