@@ -117,8 +117,8 @@ class TestTaskArithmetic(MethodSuite):
         Case("della_linear", 2, W2 | {"density": [0.5, 0.3], "epsilon": [0.2, 0.0]}),
     ]
     REFUSED = [
-        ("ties", 2, {"density": 0}, "above 0 and up to 1, not 0"),
-        ("ties", 2, {"density": 1.5}, "not 1.5"),
+        ("ties", 2, {"density": -0.5}, "from 0 (none) to 1 (all), not -0.5"),
+        ("ties", 2, {"density": math.nan}, "not nan"),
         ("breadcrumbs", 2, {"gamma": 1}, "gamma is the share"),
         ("della", 2, {"density": 0.9}, "choose a smaller epsilon"),
         ("della", 2, {"density": 0.5, "epsilon": -0.1}, "choose a smaller epsilon"),
