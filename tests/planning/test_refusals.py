@@ -43,7 +43,7 @@ def test_factors_of_adapters_are_not_merged(shapes: dict[str, tuple[int, ...]], 
         sm.MismatchError,
         match=r"a\.safetensors holds \d factors of an adapter .*(as in `BASE\+a\.safetensors`|merge_and_unload)",
     ):
-        sm.plan([a, b], method=method, parameters=parameters)
+        sm.plan(recipe={"merge_method": method, "models": [{"model": a}, {"model": b}], "parameters": parameters})
     sm.convert(a, "c.safetensors", dtype="float16")
     rules = [{"match": ["*lora*", "*hada*", "*.alpha"], "copy": a}]
     assert sm.plan(recipe={"merge_method": "linear", "models": [{"model": a}, {"model": b}], "rules": rules})
@@ -187,7 +187,8 @@ def test_the_advice_for_an_adapter_names_its_base() -> None:
     save_file(drawn(PEFT, 1), "a/adapter_model.safetensors")
     Path("a/adapter_config.json").write_text("{}")
     with pytest.raises(sm.MismatchError, match=r"as in `BASE\+a/adapter_model\.safetensors`"):
-        sm.plan(["a/adapter_model.safetensors", write("b", drawn(PEFT, 2))])
+        models = [{"model": "a/adapter_model.safetensors"}, {"model": write("b", drawn(PEFT, 2))}]
+        sm.plan(recipe={"merge_method": "linear", "models": models})
     a, b = (write(name, drawn(INSIDE, seed)) for name, seed in (("c", 1), ("d", 2)))
     with pytest.raises(sm.MismatchError, match=r"a model that holds its adapter; load it in PEFT"):
         sm.plan([a, b])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import trained
+from conftest import load_safetensors, trained
 from safetensors.torch import save_file
 
 import streammerge as sm
@@ -154,7 +154,6 @@ STRACE = shutil.which("strace")
         ("pwrite64:error=EIO:when=2", 1),
         ("fallocate:error=ENOSPC:when=1", 6),
         ("fsync:error=EIO", 1),
-        ("renameat2:error=EIO", 1),
     ],
 )
 def test_injected_faults_leave_no_output(tmp_path: Path, call: str, code: int) -> None:
@@ -165,3 +164,20 @@ def test_injected_faults_leave_no_output(tmp_path: Path, call: str, code: int) -
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.safetensors"]
+
+
+@pytest.mark.skipif(STRACE is None, reason="strace is not installed")
+def test_an_output_that_cannot_be_named_is_kept(tmp_path: Path) -> None:
+    """All is made and synced when the rename fails, so the same command only has to name it."""
+    save_file(trained(1), tmp_path / "in.safetensors")
+    command = [sys.executable, "-m", "streammerge", "merge", "in.safetensors", "-o", "out.safetensors", "--workers", "1"]
+    broken = [str(STRACE), "-f", "-o", "/dev/null", "-e", "inject=renameat2:error=EIO", *command]
+    done = subprocess.run(broken, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1, done.stderr
+    assert "are kept; the same command goes on from there" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out.safetensors").exists()
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.safetensors", "out.safetensors"]
+    made = load_safetensors(tmp_path / "out.safetensors")
+    assert all(torch.equal(made[name], tensor) for name, tensor in trained(1).items())

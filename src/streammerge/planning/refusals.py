@@ -16,7 +16,7 @@ from streammerge.planning.views import Indexes
 from streammerge.recipe.model import Recipe
 from streammerge.sources.base import Source
 from streammerge.sources.table import same_tensors
-from streammerge.tensors.adapters import factors
+from streammerge.tensors.adapters import factors, holds_its_base
 from streammerge.tensors.quantised import ADVICE, belongs, companions
 from streammerge.tensors.spec import TensorSpec
 
@@ -154,7 +154,7 @@ def _adapter(index: CheckpointIndex, told: dict[str, str]) -> str:
 
 def _into_base(index: CheckpointIndex) -> str:
     """Returns how an adapter is added to its base model."""
-    if any(".base_layer." in name for name in index.entries):
+    if holds_its_base(index.entries):
         return "this is a model that holds its adapter; load it in PEFT, then `model.merge_and_unload()`"
     return (
         f"name each with its base model, as in `BASE+{printable(index.path)}`, so that its updates are added to the base; "

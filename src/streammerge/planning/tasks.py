@@ -272,9 +272,10 @@ class Tasks(Sequence[MergeTask]):
             return way
         task = self._kept.get(number)
         if task is None:
-            task = self._kept[number] = self._of(way, number)  # type: ignore[arg-type]
-            if len(self._kept) > _MOST_KEPT:
-                self._kept.pop(next(iter(self._kept)), None)
+            task = self._of(way, number)  # type: ignore[arg-type]
+            if len(self._kept) >= _MOST_KEPT:
+                self._kept = {}  # a new one, because other threads may be using the old one
+            self._kept[number] = task
         return task
 
     def _of(self, way: Way, number: int) -> MergeTask:

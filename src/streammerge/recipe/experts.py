@@ -58,7 +58,7 @@ class Expert:
 
     source_model: str = key(MODEL, "Path of a folder.")
     positive_prompts: tuple[str, ...] = key(
-        ListOf(TEXT, least=0), "Texts for which `cheap_embed` chooses the expert.", default=()
+        ListOf(TEXT, least=0), "Texts for which a gate of cheap_embed chooses the expert.", default=()
     )
     negative_prompts: tuple[str, ...] = key(ListOf(TEXT, least=0), "Texts for which it does not.", default=())
     noise_scale: float | None = key(_NUMBER, "Deviation of random numbers that are added to its MLPs.", default=None)

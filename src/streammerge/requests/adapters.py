@@ -12,7 +12,7 @@ from streammerge.recipe.adapted import Adapted, Part, split
 from streammerge.requests.inputs import Held
 from streammerge.stores.base import Location
 from streammerge.stores.locations import parse
-from streammerge.tensors.adapters import WORDS, is_adapter
+from streammerge.tensors.adapters import WORDS, holds_its_base, is_adapter
 from streammerge.tensors.dtypes import DType, parse_dtype
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ def _is_adapter(name: str, held: Held) -> bool:
         place = parse(name)
         if place.is_folder():
             return (place / _CONFIG).is_file() and open_checkpoint(place).files[0].name.startswith(_STEM)
-        return _speaks_of_factors(place) and is_adapter(open_checkpoint(place).entries)
+        names = open_checkpoint(place).entries if _speaks_of_factors(place) else ()
+        return is_adapter(names) and not holds_its_base(names)
     except (StreammergeError, OSError, ValueError, IndexError):
         return False  # the merge itself tells what is wrong
 

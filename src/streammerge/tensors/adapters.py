@@ -45,3 +45,8 @@ def is_adapter(names: Iterable[str]) -> bool:
     """Whether most of a checkpoint's tensors are factors."""
     names = list(names)
     return bool(names) and 2 * len(factors(names)) > len(names)
+
+
+def holds_its_base(names: Iterable[str]) -> bool:
+    """Whether these are the tensors of a model that PEFT has put an adapter into, and not those of an adapter alone."""
+    return any(name.endswith(".base_layer.weight") for name in names)
