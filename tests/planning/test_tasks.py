@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 import streammerge as sm
 from streammerge.methods.registry import find_method
 from streammerge.planning import budget
+from streammerge.planning import tasks as tasks_module
 from streammerge.planning.tasks import MergeTask, Piece, as_one_piece, batches, pieces, stretches
 from streammerge.running.worker import MergeWorker
 from streammerge.running.workspace import Outgoing, Workspace
@@ -144,3 +145,17 @@ def test_stretches_of_methods_with_passes_have_an_end() -> None:
     sizes = [[piece.stop for piece in stretch] for stretch in stretches(batch, 96)]
     assert sizes == [[4, 4, 4], [100], [4]], "inputs of 32 bytes each, and of 800"
     assert all(len(stretch) == 1 for stretch in stretches(batch))
+
+
+def test_threads_that_make_tasks_do_not_disturb_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full dictionary of tasks is left as it is, because another thread may be going through it."""
+    save_file({f"w{number}": torch.ones(2) for number in range(4)}, tmp_path / "a.safetensors")
+    monkeypatch.setattr(tasks_module, "_MOST_KEPT", 2)
+    made = sm.plan([tmp_path / "a.safetensors"] * 2).tasks
+    made._kept = {}  # type: ignore[attr-defined]
+    for number in range(4):
+        before = made._kept  # type: ignore[attr-defined]
+        held = {*before}
+        assert made[number] is made[number]
+        assert held <= {*before}
+        assert len(made._kept) <= 2  # type: ignore[attr-defined]

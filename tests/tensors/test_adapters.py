@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from streammerge.tensors.adapters import factors, is_adapter
+from streammerge.tensors.adapters import factors, holds_its_base, is_adapter
 
 
 @pytest.mark.parametrize(
@@ -60,3 +60,10 @@ def test_most_tensors_make_an_adapter() -> None:
     pair = ["m.q.lora_A.weight", "m.q.lora_B.weight"]
     assert is_adapter([*pair, "m.head.weight"])
     assert not is_adapter([*pair, "m.q.weight", "m.head.weight"])
+
+
+def test_a_model_with_an_adapter_in_it_is_told_from_an_adapter() -> None:
+    pair = ["m.q.lora_A.default.weight", "m.q.lora_B.default.weight"]
+    assert holds_its_base([*pair, "m.q.base_layer.weight"])
+    assert not holds_its_base([*pair, "m.q.base_layer.bias"])  # PEFT saves the biases of an adapter so
+    assert not holds_its_base(["m.experts.base_layer.lora_A.weight"])

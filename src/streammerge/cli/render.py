@@ -68,6 +68,13 @@ def adapter_json(result: AdapterResult) -> dict[str, Any]:
         "error": result.error,
         "rank": result.rank,
         "layers": [asdict(each) for each in result.layers],
+        **_measured(result),
+    }
+
+
+def _measured(result: Result | AdapterResult) -> dict[str, Any]:
+    """Returns the fields that the reports of all runs have."""
+    return {
         "read_bytes": result.read_bytes,
         "written_bytes": result.written_bytes,
         "seconds": round(result.seconds, 3),
@@ -97,14 +104,7 @@ def result_json(result: Result) -> dict[str, Any]:
     return {
         "out": str(result.out),
         "tensors": len(result.plan.tasks),
-        "read_bytes": result.read_bytes,
-        "written_bytes": result.written_bytes,
-        "seconds": round(result.seconds, 3),
-        "peak_bytes": result.peak_bytes,
-        "startup_bytes": result.startup_bytes,
-        "memory_bytes": result.memory_bytes,
-        "notes": list(result.notes),
-        "warnings": list(result.warnings),
+        **_measured(result),
     }
 
 
