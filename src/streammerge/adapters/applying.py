@@ -11,9 +11,8 @@ from streammerge.adapters.modules import Adapter, Module, read_adapter
 from streammerge.adapters.names import Names, Spot, wanted_names
 from streammerge.adapters.updates import updated
 from streammerge.checkpoints.heads import is_embedding
-from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
+from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import MismatchError, RecipeError, printable
-from streammerge.recipe.adapted import check_there, split
 from streammerge.sources.base import Source
 from streammerge.sources.elementwise import rounded
 from streammerge.sources.joined import joined
@@ -21,20 +20,10 @@ from streammerge.sources.rows import rows_of
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.layers import layer_of
 
-__all__ = ["adapted", "open_model", "read_adapter"]
+__all__ = ["adapted", "read_adapter"]
 
 _ORDER = ("saved", "ia3", "full", "lora", "embedding", "experts", "loha", "lokr", "bias", "tokens")
 """What is replaced comes before what is added to it; trained rows come last."""
-
-
-def open_model(text: str, state_dict: str | None = None, ema: str = "ignore") -> CheckpointIndex:
-    """Returns the index of a checkpoint, or of one with adapters (:mod:`streammerge.recipe.adapted`). Raises as they do."""
-    parts = split(text)
-    if parts is None:
-        check_there(text)
-        return open_checkpoint(text, state_dict, ema)
-    base = open_checkpoint(parts.base, state_dict, ema)
-    return adapted(base, [(read_adapter(each.path), each.scale) for each in parts.adapters], str(parts))
 
 
 def adapted(base: CheckpointIndex, adapters: Sequence[tuple[Adapter, float]], text: str = "") -> CheckpointIndex:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -31,9 +32,9 @@ def inspect(paths: tuple[str, ...], tensors: bool, recipe: bool, form: str, debu
 
     opened: Callable[..., CheckpointIndex] = open_checkpoint
     if any("+" in path for path in paths):  # as api.inspect does, but without importing the merge
-        from streammerge.adapters.applying import open_model
+        from streammerge.requests import inputs
 
-        opened = open_model
+        opened = partial(inputs.opened, held={})
     asked = Selecting(**typed)
     found = map(from_hub_cache, expand(list(paths)))
     indexes = [opened(path, asked.state_dict, asked.ema or "ignore") for path in found]
