@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from streammerge.checkpoints.config_text import KeyPath, edited
+from streammerge.checkpoints.config_text import REMOVED, KeyPath, edited
 
 TEXT = """{
   "architectures": ["Zamba2ForCausalLM"],
