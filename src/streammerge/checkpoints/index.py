@@ -6,6 +6,7 @@ import struct
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 from streammerge.errors import FormatError, RecipeError, StreammergeError, printable
@@ -24,6 +25,9 @@ from streammerge.stores.locations import PathLike, parse
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorSpec
 from streammerge.units import counted, decimal_bytes
+
+_SHOWN = 20
+"""Tensors that a notebook shows."""
 
 
 @dataclass(slots=True, repr=False, eq=False)
@@ -132,6 +136,22 @@ class CheckpointIndex(Mapping[str, Source]):
     def __repr__(self) -> str:
         held = f"{counted(len(self.entries), 'tensor')}, {decimal_bytes(self.nbytes)}"
         return f"<CheckpointIndex {printable(self.path)}: {self.format}, {held}>"
+
+    def _repr_html_(self) -> str:
+        from streammerge.notebook import table
+
+        held = f"{counted(len(self.entries), 'tensor')}, {self.numel:,} parameters, {decimal_bytes(self.nbytes)}"
+        facts = [("format", self.format), ("tensors", held)]
+        facts += [("state dict", printable(self.selection.label))] if not self.parts else []
+        facts += [("tied", f"{len(self.aliases)} names")] if self.aliases else []
+        facts += [("note", note) for note in self.notes] + [("warning", warning) for warning in self.warnings]
+        shown = list(islice(self.items(), _SHOWN))
+        rows = [
+            (printable(name), entry.spec.dtype.torch_name, "x".join(map(str, entry.spec.shape)) or "scalar")
+            for name, entry in shown
+        ]
+        more = f"the first {len(shown)} of {len(self.entries)} tensors" if len(self.entries) > len(shown) else ""
+        return table(printable(self.adapted_as or self.path), facts, ("tensor", "dtype", "shape"), rows, more)
 
     @property
     def in_memory(self) -> bool:

@@ -191,17 +191,23 @@ def _held(index: CheckpointIndex) -> _Rows:
     selection = index.selection
     count = f" in {len(index.files)} files" if len(index.files) > 1 else ""
     yield "format", f"{index.format}, {decimal_bytes(_total_bytes(index))}{count}"
-    held = f"{len(index.entries)} tensors, {index.numel:,} parameters, {decimal_bytes(index.nbytes)}"
+    held = f"{counted(len(index.entries), 'tensor')}, {index.numel:,} parameters, {decimal_bytes(index.nbytes)}"
     yield ("tensors", held) if index.parts else ("state dict", f"{printable(selection.label)}: {held}")
     for name, part in index.parts.items():
-        yield "model", f"{printable(name) or '(the folder itself)'}: {len(part)} tensors, {decimal_bytes(part.nbytes)}"
+        yield (
+            "model",
+            f"{printable(name) or '(the folder itself)'}: {counted(len(part), 'tensor')}, {decimal_bytes(part.nbytes)}",
+        )
     yield "dtypes", ", ".join(f"{name} {count}" for name, count in _dtypes(index).most_common())
     training: Counter[str] = Counter()
     for other in selection.candidates:
         if other.barred:
             training[str(other.path[0])] += other.nbytes
         elif other not in selection.chosen:
-            yield "also", f"{printable(other.label)}: {len(other.tensors)} tensors, {decimal_bytes(other.nbytes)}"
+            yield (
+                "also",
+                f"{printable(other.label)}: {counted(len(other.tensors), 'tensor')}, {decimal_bytes(other.nbytes)}",
+            )
     if training:
         sizes = ", ".join(f"{printable(top)} {decimal_bytes(size)}" for top, size in training.items())
         yield "training", f"{sizes} (not weights)"
@@ -210,7 +216,7 @@ def _held(index: CheckpointIndex) -> _Rows:
         yield "tied", f"{len(index.aliases)} names: {shown}"
     unread = unread_tensors(index.extras) if index.extras is not None else []
     if unread:
-        yield "not read", f"{len(unread)} tensors: {listed([f'{name} ({kind})' for name, kind in unread], 4)}"
+        yield "not read", f"{counted(len(unread), 'tensor')}: {listed([f'{name} ({kind})' for name, kind in unread], 4)}"
 
 
 def _beside(index: CheckpointIndex) -> _Rows:
