@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from streammerge.checkpoints.choosing import choose, exponential_weights
+from streammerge.checkpoints.choosing import choose
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.methods.registry import LINEAR, find_method
 from streammerge.options import (
@@ -102,13 +102,12 @@ class Request:
             if "normalize" in parameters:
                 raise RecipeError("`normalize` and the parameter normalize are the same; give one of them")
             parameters["normalize"] = asked.normalize
-        decay = self.choosing.ema_decay
         if self.recipe is None:
-            chosen, notes = choose(self.inputs, **choice)
+            chosen, notes = choose(self.inputs, **choice, oldest_first=self.schedule is not None)
             if len(chosen) == 1 and asked.base is None:
                 notes.append(f"{printable(chosen[0])} is the only input, so nothing is merged with it")
             given = asked.weights if self.own_weights is None else _following(chosen, self.inputs, self.own_weights)
-            weights = _weights(given, decay, len(chosen))
+            weights = self._weights(given, chosen, notes)
             base = None if asked.base is None else str(asked.base)
             method = LINEAR if asked.method is None else asked.method
             on_it = on_base(chosen, base, self.held)
@@ -133,7 +132,7 @@ class Request:
         if asked.base is not None or not begins_with_adapter(self.inputs, self.held):
             return None
         choice = {name: getattr(self.choosing, name) or None for name in ("last", "range", "best", "by", "highest")}
-        chosen, notes = choose(self.inputs, **choice)
+        chosen, notes = choose(self.inputs, **choice, oldest_first=self.schedule is not None)
         found = adapters_of(chosen, self.held)
         if len(found) < len(chosen):
             return None
@@ -156,7 +155,7 @@ class Request:
             parameters["normalize"] = asked.normalize
         method = find_method(LINEAR if asked.method is None else asked.method)
         given = asked.weights if self.own_weights is None else _following(chosen, self.inputs, self.own_weights)
-        weights = _weights(given, self.choosing.ema_decay, len(chosen))
+        weights = self._weights(given, chosen, notes)
         wanted = asked.dtype if asked.out_dtype is None else asked.out_dtype
         overrides: dict[str, Any] = {"dtype": None if wanted is None else float_dtype(wanted), "seed": asked.seed}
         for name in _RANKS:
@@ -176,14 +175,35 @@ class Request:
         if self.recipe is None:
             raise ValueError("there is no recipe")
         theirs = {"inputs": self.inputs or None, "weights": asked.weights, "method": asked.method, "base": asked.base}
+        schedules = {"schedule": self.choosing.schedule, "ema_decay": self.choosing.ema_decay}
         choice = {name: getattr(self.choosing, name) or None for name in ("last", "range", "best", "by", "highest")}
         normalize = {} if asked.normalize is None else {"normalize": asked.normalize}
-        _refuse_beside_recipe(
-            {**theirs, "ema_decay": self.choosing.ema_decay, **choice, **(asked.parameters or {}), **normalize}
-        )
+        _refuse_beside_recipe({**theirs, **schedules, **choice, **(asked.parameters or {}), **normalize})
         overrides = asked.overrides | self.naming.overrides | self.policies.overrides
         overrides |= self.selection.overrides | self.output.overrides
         return overridden(read_recipe(self.recipe, asked.own_methods, adapters=are_adapters), overrides)
+
+    @property
+    def schedule(self) -> str | None:
+        """The schedule that gives the weights. Raises RecipeError if two are given."""
+        asked = self.choosing
+        if asked.schedule is not None and asked.ema_decay is not None:
+            raise RecipeError("`schedule` and `ema_decay` both give the weights; leave one of them out")
+        return asked.schedule if asked.ema_decay is None else f"ema:{asked.ema_decay!r}"
+
+    def _weights(self, given: Sequence[float] | None, chosen: Sequence[str], notes: list[str]) -> Sequence[float] | None:
+        """Returns the weights of the chosen inputs, and notes those of a schedule. Raises RecipeError."""
+        if self.schedule is None:
+            return given
+        if given is not None:
+            option = "schedule" if self.choosing.ema_decay is None else "ema_decay"
+            raise RecipeError(f"`{option}` gives the weights; leave `weights` out")
+        from streammerge.checkpoints.schedules import schedule_weights  # here, because most merges have no schedule
+
+        weights = schedule_weights(self.schedule, len(chosen))
+        shown = [f"{printable(path)} {weight:.6g}" for path, weight in zip(chosen, weights, strict=True)]
+        notes.append(f"weights of the schedule {self.schedule}: {listed(shown, 25)}")
+        return weights
 
 
 def _whole_rank(value: Any) -> int:
@@ -202,14 +222,6 @@ def _following(chosen: Sequence[str], inputs: Sequence[str], weights: Sequence[f
     for path, weight in zip(inputs, weights, strict=True):
         left.setdefault(path, []).append(weight)
     return [left[path].pop(0) for path in chosen]
-
-
-def _weights(weights: Sequence[float] | None, ema_decay: float | None, inputs: int) -> Sequence[float] | None:
-    if ema_decay is None:
-        return weights
-    if weights is not None:
-        raise RecipeError("`ema_decay` gives the weights; leave `weights` out")
-    return exponential_weights(ema_decay, inputs)
 
 
 def _refuse_beside_recipe(said: Mapping[str, Any]) -> None:
