@@ -167,6 +167,7 @@ def index_json(index: CheckpointIndex, tensors: bool) -> dict[str, Any]:
             for c in index.selection.candidates
         ],
         "metadata": index.metadata,
+        "facts": index.container.facts,
         "data": index.plain_data(),
         "classes": index.classes() if index.extras is not None else [],
         "executed": False,
@@ -235,6 +236,8 @@ def _held(index: CheckpointIndex) -> _Rows:
 
 def _beside(index: CheckpointIndex) -> _Rows:
     """Yields rows about the metadata, and about data beside the tensors."""
+    for label, text in index.container.facts.items():
+        yield label, _short(text)
     keys = [key for key in index.metadata if key != RECEIPT_KEY]
     for key in keys[:12]:
         yield "metadata", _short(f"{key}: {index.metadata[key]}")
