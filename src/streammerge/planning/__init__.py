@@ -17,7 +17,9 @@ Each module imports only modules above it::
     refusals      tensors that no method may merge
     alignment     which tensors go into which tensor of the output
     copies        the same for the copies of the weights
+    conservation  what becomes of each tensor of each input
     outputs       the files of the output, and the place of each tensor
+    announced     what configurations say of the tensors
     repeated      tensors that a task reads more than once
     plan          Plan, build_plan
     unwritten     files that are planned and not written

@@ -28,6 +28,7 @@ from streammerge.planning.dispositions.files import NOT_MERGED, Copies, decide, 
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.config import config_files
 from streammerge.planning.outputs.layout import (
+    Accounting,
     Layout,
     Placed,
     PlacedTensors,
@@ -39,7 +40,6 @@ from streammerge.planning.outputs.layout import (
 )
 from streammerge.planning.outputs.pickled import pickled_file
 from streammerge.planning.outputs.tokenizer import TokenizerFiles, generation_edit, tokenizer_files
-from streammerge.planning.receipt import Receipt
 from streammerge.planning.views import Indexes
 from streammerge.planning.vocabularies import Tokenized
 from streammerge.recipe.document import to_yaml
@@ -90,7 +90,7 @@ def folder_output(
     base: CheckpointIndex,
     indexes: Indexes,
     alignment: Alignment,
-    receipt: Receipt,
+    accounting: Accounting,
     dispositions: Dispositions,
 ) -> PlannedOutput:
     """Plans the output folder. Raises RecipeError for what the container of the first input cannot hold."""
@@ -125,11 +125,13 @@ def folder_output(
     copied += tokenizer.copied
     sums = made.sums | {name: blank_sums([]) for name in (*names, *(name for _, name in copied)) if name not in made.sums}
     made.notes += _without_side_files(base)
+    held = (e.merged if isinstance(e, PlacedTensors) else e.merged or e.source for e in made.placed)
+    receipt, accounts = accounting.of(filter(None, held))
     receipt = replace(receipt, checksums=dict(sorted(sums.items())), dispositions=dispositions.record())
     file = text_file(RECEIPT_FILE, receipt.text(2))
     made.files.append(replace(file, receipt=file.literals[0].data))
     layout = Layout(tuple(made.files), receipt, True, tuple(copied), made.pickle_bytes)
-    return PlannedOutput(layout, made.placed, made.notes, dispositions=dispositions)
+    return PlannedOutput(layout, made.placed, made.notes, dispositions=dispositions, accounts=accounts)
 
 
 def _without_side_files(base: CheckpointIndex) -> list[str]:
@@ -289,7 +291,7 @@ class _Folder:
 
     def _add_pickled(self, prefix: str, name: str, part: CheckpointIndex, own: Alignment, flat: bool) -> None:
         indexes = {each: index.parts.get(prefix.rstrip("/"), index) for each, index in self.indexes.items()}
-        made = pickled_file(prefix + name, self.recipe, part, indexes, own, lambda sums, dispositions: {}, flat)
+        made = pickled_file(prefix + name, self.recipe, part, indexes, own, lambda sums, dispositions, held: {}, flat)
         self.sums[made.file.name] = made.sums
         number = len(self.files)
         self.files.append(made.file)
