@@ -337,14 +337,6 @@ def test_an_index_that_lies(tmp_path: Path, change: object, said: str) -> None:
         sm.inspect(folder)
 
 
-@pytest.mark.parametrize("name", [".metadata", "mp_rank_00_model_states.pt"])
-def test_distributed_checkpoints_are_answered_with_what_to_run(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).touch()
-    (tmp_path / "__0_0.distcp").touch()
-    with pytest.raises(sm.FormatError, match="dcp_to_torch" if name == ".metadata" else "zero_to_fp32"):
-        sm.inspect(tmp_path)
-
-
 class TestShardedSafetensors(FormatSuite):
     NAME = "folder"
 

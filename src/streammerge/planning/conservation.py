@@ -35,6 +35,7 @@ Fate = Literal["merged", "copied", "tied", "fused", "read", "training", "dropped
 TRAINING = "the state of the training, which belongs to no merged model"
 AVERAGED = "the average is asked for in its place"
 _BESIDE = "beside the weights"
+HELPERS = "a helper of quantised weights, which are numbers with it"
 _NUMBERS = "a number of the adapter, which was read"
 _ABSENT = "the first input lacks it"
 _EMPTY = "it has no elements to merge"
@@ -157,13 +158,14 @@ def accounts_of(
 
 
 def _account(name: str, index: CheckpointIndex, uses: _Uses, reasons: _Reasons) -> Account:
-    account = Account(name, len(index.entries))
-    table = index.entries if isinstance(index.entries, StoredTable) else None
+    entries = index.entries if index.stored is None else index.stored.entries
+    account = Account(name, len(entries))
+    table = entries if isinstance(entries, StoredTable) else None
     lost: Iterable[tuple[str, Source]]
     if table is not None and id(table) in uses.tables:
         lost = [(table.names[row], table.at(row)) for row in uses.of_table(table, account)]
     else:
-        lost = index.entries.items()
+        lost = entries.items()
     why = _Why(index, reasons)
     for own, entry in lost:
         old = index.renamed.get(own, own)
@@ -173,7 +175,7 @@ def _account(name: str, index: CheckpointIndex, uses: _Uses, reasons: _Reasons) 
             first = index.aliases[own]
             account.add(("tied", ""), old, index.renamed.get(first, first))
         elif use:
-            account.add(use[0], old, use[1])
+            account.add(use[0] if own in index.entries else ("read", HELPERS), old, use[1])
         else:
             account.add(why.of(own, entry), old)
     _add_others(index, uses, account)

@@ -46,6 +46,20 @@ class Result:
             f"peak memory {binary_bytes(self.peak_bytes)} of {binary_bytes(self.memory_bytes)}>"
         )
 
+    def _repr_html_(self) -> str:
+        from streammerge.notebook import table
+
+        speed = (self.read_bytes + self.written_bytes) / max(self.seconds, 1e-9)
+        facts = [
+            ("output", f"{counted(len(self.plan.tasks), 'tensor')}, {decimal_bytes(self.written_bytes)}"),
+            ("read", decimal_bytes(self.read_bytes)),
+            ("time", f"{self.seconds:.1f} s ({decimal_bytes(speed)}/s)"),
+            ("memory", f"{binary_bytes(self.peak_bytes)} of {binary_bytes(self.memory_bytes)}, above start-up"),
+            *(("note", note) for note in self.notes),
+            *(("warning", warning) for warning in self.warnings),
+        ]
+        return table(printable(self.out), facts)
+
 
 def execute(plan: Plan, options: RunOptions, resident_before: int) -> Result:
     """Runs a plan to its end. On an error, nothing was written under the output's name.

@@ -89,7 +89,7 @@ def plan_output(out: Location, recipe: Recipe, indexes: Indexes, alignment: Alig
         hashed,
         computed=recipe.merge_method is not COPY
         or recipe.recast is not None
-        or any(i.adapters or i.made_from for i in indexes.values()),
+        or any(i.adapters or i.made_from or i.quantised for i in indexes.values()),
         held={name: index.nbytes for name, index in origins.items() if index.in_memory},
     )
     made = _planned(kind, name, recipe, first, indexes, alignment, Accounting(receipt, origins, alignment))
