@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Cli, trained, voice
+from conftest import Cli, load_safetensors, trained, voice
 from safetensors.torch import save_file
 
 import streammerge as sm
+from quantised.samples import fp8_model
 from streammerge.planning.conservation import used_text
 from streammerge.running.readback import receipt_of
 from streammerge.stores.locations import parse
@@ -242,3 +243,14 @@ def test_many_exceptions_stay_small(tmp_path: Path) -> None:
     save_file(two, tmp_path / "b.safetensors")
     plan = sm.plan([tmp_path / "a.safetensors", tmp_path / "b.safetensors"], on_missing="base")
     assert len(json.dumps([each.record() for each in plan.accounts])) < 2000
+
+
+def test_scales_are_read_with_their_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fp8_model(Path("a"), 1), fp8_model(Path("b"), 2, torch.bfloat16)
+    plan = sm.plan(["a", "b"], "out/", strict=True)
+    stored = [name for file in Path("a").glob("*.safetensors") for name in load_safetensors(file)]
+    found = fates(plan.accounts[0].record(), stored)
+    scales = [name for name in stored if name.endswith("weight_scale_inv")]
+    assert scales
+    assert all(found[name][::2] == ("read", name.removesuffix("_scale_inv")) for name in scales)
