@@ -6,6 +6,7 @@ Each module imports only modules above it::
     checksums    CRC-32 and CRC-32C, and joining those of parts
     faults       mapped files that shrink
     keys         names within a store
+    repositories names of the hub's repositories
     streams      a file read at offsets, as a stream of Python
     remembering  answers of remote stores, while a plan is made
     ahead        blocks of remote files, fetched before they are read
