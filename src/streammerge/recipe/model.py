@@ -226,6 +226,7 @@ class Recipe:
     round: bool = key(
         TRUTH, "Whether a stage's result is rounded to its dtype, as in a file, before others take it.", default=True
     )
+    rank: int | None = key(COUNT, "Rank of the adapter that adapters alone become; by default their highest.", default=None)
     rules: tuple[Rule, ...] = key(ListOf(FormOf(Rule), least=0), "Other ways for some tensors.", default=())
     dtype: DType | None = option_key(DTYPE, _OPTIONS["dtype"])
     out_dtype: DType | None = option_key(DTYPE, _OPTIONS["out_dtype"])
