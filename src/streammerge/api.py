@@ -57,6 +57,7 @@ from streammerge.running.session import RunOptions
 from streammerge.signatures import takes
 from streammerge.stores.base import Location
 from streammerge.stores.locations import PathLike, parse
+from streammerge.stores.remembering import remembering
 from streammerge.units import parse_bytes, parse_share
 
 if TYPE_CHECKING:
@@ -130,13 +131,15 @@ def plan(
     inputs, method and parameters. The other options override its keys. ``print(plan)`` shows the plan. ``plan.tasks``,
     ``plan.peak_bytes`` and ``plan.read_bytes`` are its numbers.
     """
-    request = Request.of(locals())
-    combined = request.combination()
-    if combined is not None:
-        from streammerge.requests.adapters import adapter_plan  # here, because most plans are of models
+    given = locals()
+    with remembering():
+        request = Request.of(given)
+        combined = request.combination()
+        if combined is not None:
+            from streammerge.requests.adapters import adapter_plan  # here, because most plans are of models
 
-        return adapter_plan(combined, request.out, request.resources)
-    return request.plan()
+            return adapter_plan(combined, request.out, request.resources)
+        return request.plan()
 
 
 @takes(*MERGE)
@@ -210,10 +213,12 @@ def merge(
         request.out.sweep()
         request.out.check_writable(running.overwrite)
         before = resident_bytes()
-        combined = request.combination()
+        with remembering():
+            combined = request.combination()
+            if combined is None:
+                made = request.plan()
         if combined is not None:
             return _make(combined, request.out, given, running.listener, before)
-        made = request.plan()
         if request.merging.convert_first is not None:
             from streammerge.requests import conversions  # here, because most merges convert nothing
 
