@@ -33,6 +33,7 @@ from streammerge.options import (
     Naming,
     OnMissing,
     OnShape,
+    Quantise,
     Replacing,
     Resources,
     Running,
@@ -56,11 +57,13 @@ from streammerge.running.session import RunOptions
 from streammerge.signatures import takes
 from streammerge.stores.base import Location
 from streammerge.stores.locations import PathLike, parse
+from streammerge.stores.remembering import remembering
 from streammerge.units import parse_bytes, parse_share
 
 if TYPE_CHECKING:
     from streammerge.diffing.result import Diff
     from streammerge.factoring.making import AdapterResult, Making
+    from streammerge.factoring.planned import AdapterPlan
     from streammerge.verifying.files import Verified
 
 
@@ -93,6 +96,7 @@ def plan(
     compute_dtype: object = None,
     own_methods: bool = False,
     convert_first: PathLike | None = None,
+    card: bool | None = None,
     last: SupportsIndex | None = None,
     range: str | None = None,
     best: SupportsIndex | None = None,
@@ -117,9 +121,10 @@ def plan(
     executor: str | Callable[[int], Any] = "auto",
     max_shard_size: str | SupportsIndex | None = None,
     keep_optimizer: bool | None = None,
+    quantise: Quantise | None = None,
     allow_nonfinite: bool | None = None,
     hash: bool = False,
-) -> Plan:
+) -> Plan | AdapterPlan:
     """Returns the plan of :func:`merge`, from headers alone. Nothing is written. The options are those of merge.
 
     ``inputs``: paths, globs or state dicts in memory, or a dict that gives each path its weight. ``base+adapter`` is a path
@@ -127,12 +132,15 @@ def plan(
     inputs, method and parameters. The other options override its keys. ``print(plan)`` shows the plan. ``plan.tasks``,
     ``plan.peak_bytes`` and ``plan.read_bytes`` are its numbers.
     """
-    request = Request.of(locals())
-    if request.combination() is not None:
-        raise RecipeError(
-            "adapters alone become an adapter, which has no plan of a model; merge them, or give their `base`"
-        )
-    return request.plan()
+    given = locals()
+    with remembering():
+        request = Request.of(given)
+        combined = request.combination()
+        if combined is not None:
+            from streammerge.requests.adapters import adapter_plan  # here, because most plans are of models
+
+            return adapter_plan(combined, request.out, request.resources)
+        return request.plan()
 
 
 @takes(*MERGE)
@@ -152,6 +160,7 @@ def merge(
     compute_dtype: object = None,
     own_methods: bool = False,
     convert_first: PathLike | None = None,
+    card: bool | None = None,
     last: SupportsIndex | None = None,
     range: str | None = None,
     best: SupportsIndex | None = None,
@@ -176,6 +185,7 @@ def merge(
     executor: str | Callable[[int], Any] = "auto",
     max_shard_size: str | SupportsIndex | None = None,
     keep_optimizer: bool | None = None,
+    quantise: Quantise | None = None,
     allow_nonfinite: bool | None = None,
     hash: bool = False,
     overwrite: bool = False,
@@ -205,10 +215,12 @@ def merge(
         request.out.sweep()
         request.out.check_writable(running.overwrite)
         before = resident_bytes()
-        combined = request.combination()
+        with remembering():
+            combined = request.combination()
+            if combined is None:
+                made = request.plan()
         if combined is not None:
             return _make(combined, request.out, given, running.listener, before)
-        made = request.plan()
         if request.merging.convert_first is not None:
             from streammerge.requests import conversions  # here, because most merges convert nothing
 
@@ -241,6 +253,7 @@ def convert(
     executor: str | Callable[[int], Any] = "auto",
     max_shard_size: str | SupportsIndex | None = None,
     keep_optimizer: bool | None = None,
+    quantise: Quantise | None = None,
     allow_nonfinite: bool | None = None,
     hash: bool = False,
     overwrite: bool = False,
@@ -341,6 +354,7 @@ def _make(made: Making, out: Location, given: Mapping[str, Any], listener: Liste
         polite=asked.polite,
         listener=listener,
         resident_before=before,
+        resume=given.get("resume", True),
     )
 
 

@@ -254,3 +254,5 @@ def test_scales_are_read_with_their_weights(tmp_path: Path, monkeypatch: pytest.
     scales = [name for name in stored if name.endswith("weight_scale_inv")]
     assert scales
     assert all(found[name][::2] == ("read", name.removesuffix("_scale_inv")) for name in scales)
+    plan = sm.plan(["a", "b"], "out/", quantise="like-base", strict=True)
+    assert fates(plan.accounts[0].record(), stored)[scales[0]][0] in ("read", "merged")

@@ -25,6 +25,7 @@ from streammerge.planning.alignment import BY_RULE, Alignment
 from streammerge.sources.base import BlobPath, Source
 from streammerge.sources.deflated import Deflated
 from streammerge.sources.joined import Joined
+from streammerge.sources.merged import methods_in
 from streammerge.sources.stored import Stored
 from streammerge.sources.table import StoredTable
 from streammerge.tensors.bundles import bundled, form_of, shown
@@ -339,9 +340,11 @@ def _way(merged: MergedTensors, key: int) -> Any:
 
 def label_of(m: Merged) -> Label:
     """Returns what happens to the inputs of a tensor of the output."""
-    if m.method is COPY and m.inner is None:
-        return "copied", m.why
-    return "merged", f"by {(m.inner or m.method).name}"
+    if m.method is not COPY or m.inner is not None:
+        return "merged", f"by {(m.inner or m.method).name}"
+    inner = (method for source in m.sources if source.__class__ is not Stored for method in methods_in(source))
+    found = next(inner, None)  # a copy of what another merge makes, such as a quantised result
+    return ("copied", m.why) if found is None else ("merged", f"by {found.name}")
 
 
 def _leaves(source: Source) -> Iterator[Source]:
