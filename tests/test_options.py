@@ -104,7 +104,14 @@ def test_what_overrides_a_recipe_is_described_in_it_alike() -> None:
 
 def test_sentences_of_the_library_name_options_that_exist() -> None:
     """In backquotes, as Python writes them: `name` or `name=value`; no sentence of the library names a flag."""
-    known = {*options_of(*MERGE, *PLAN, *CONVERT, *EXTRACT, *VERIFY, *WORKER, *FINISH), "out", "listener", "progress", "inputs", "path"}
+    known = {
+        *options_of(*MERGE, *PLAN, *CONVERT, *EXTRACT, *VERIFY, *WORKER, *FINISH),
+        "out",
+        "listener",
+        "progress",
+        "inputs",
+        "path",
+    }
     found = set()
     for path in SOURCE.rglob("*.py"):
         tree = ast.parse(path.read_text())

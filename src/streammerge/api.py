@@ -67,6 +67,7 @@ from streammerge.units import parse_bytes, parse_share
 if TYPE_CHECKING:
     from streammerge.diffing.result import Diff
     from streammerge.factoring.making import AdapterResult, Making
+    from streammerge.factoring.planned import AdapterPlan
     from streammerge.running.shared import ShareResult
     from streammerge.verifying.files import Verified
 
@@ -100,11 +101,13 @@ def plan(
     compute_dtype: object = None,
     own_methods: bool = False,
     convert_first: PathLike | None = None,
+    card: bool | None = None,
     last: SupportsIndex | None = None,
     range: str | None = None,
     best: SupportsIndex | None = None,
     by: str | None = None,
     highest: bool = False,
+    schedule: str | None = None,
     ema_decay: SupportsFloat | None = None,
     rename: str | Sequence[str] | Mapping[str, str] | None = None,
     on_missing: OnMissing | None = None,
@@ -125,7 +128,7 @@ def plan(
     allow_nonfinite: bool | None = None,
     hash: bool = False,
     save: PathLike | None = None,
-) -> Plan:
+) -> Plan | AdapterPlan:
     """Returns the plan of :func:`merge`, from headers alone. Nothing else is written. The options are those of merge.
 
     ``inputs``: paths, globs or state dicts in memory, or a dict that gives each path its weight. ``base+adapter`` is a path
@@ -136,10 +139,13 @@ def plan(
     """
     given = locals()
     request, saving = Request.of(given), picked(Saving, given)
-    if request.combination() is not None:
-        raise RecipeError(
-            "adapters alone become an adapter, which has no plan of a model; merge them, or give their `base`"
-        )
+    combined = request.combination()
+    if combined is not None:
+        from streammerge.requests.adapters import adapter_plan  # here, because most plans are of models
+
+        if saving.save is not None:
+            raise RecipeError("a plan of adapters alone cannot be saved; merge them on one machine")
+        return adapter_plan(combined, request.out, request.resources)
     made = request.plan()
     if saving.save is not None:
         from streammerge.requests import machines  # here, because most plans are not saved
@@ -167,11 +173,13 @@ def merge(
     compute_dtype: object = None,
     own_methods: bool = False,
     convert_first: PathLike | None = None,
+    card: bool | None = None,
     last: SupportsIndex | None = None,
     range: str | None = None,
     best: SupportsIndex | None = None,
     by: str | None = None,
     highest: bool = False,
+    schedule: str | None = None,
     ema_decay: SupportsFloat | None = None,
     rename: str | Sequence[str] | Mapping[str, str] | None = None,
     on_missing: OnMissing | None = None,
@@ -354,6 +362,7 @@ def _make(made: Making, out: Location, given: Mapping[str, Any], listener: Liste
         polite=asked.polite,
         listener=listener,
         resident_before=before,
+        resume=given.get("resume", True),
     )
 
 

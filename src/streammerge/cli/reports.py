@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from streammerge.checkpoints.index import CheckpointIndex
     from streammerge.diffing.result import Diff
     from streammerge.factoring.making import AdapterResult
+    from streammerge.factoring.planned import AdapterPlan
     from streammerge.methods.contracts import MergeMethod
     from streammerge.planning.plan import Plan
     from streammerge.running.execution import Result
@@ -35,7 +36,7 @@ def _with_flags(data: Any) -> Any:
     return {key: [*map(as_flags, value)] if key in ("notes", "warnings") else value for key, value in data.items()}
 
 
-def show_plan(plan: Plan, form: str) -> None:
+def show_plan(plan: Plan | AdapterPlan, form: str) -> None:
     if form == "json":
         put(as_json(plan.to_json(), indent=2))
     elif form == "yaml":
@@ -129,6 +130,19 @@ def show_indexes(indexes: list[CheckpointIndex], form: str, tensors: bool, recip
         put(as_json(shown[0] if len(shown) == 1 else shown, indent=2))
     elif form == "human":
         say("\n\n".join(render.index_text(index, tensors) for index in indexes))
+
+
+def show_lineages(paths: Sequence[str], form: str) -> None:
+    """Shows what outputs were merged from, as trees."""
+    from streammerge.stores.locations import parse
+    from streammerge.verifying.lineage import lineage
+
+    found = [lineage(parse(path)) for path in paths]
+    if form == "json":
+        shown = [each.to_json() for each in found]
+        put(as_json(shown[0] if len(shown) == 1 else shown, indent=2))
+    elif form == "human":
+        say("\n\n".join(map(str, found)))
 
 
 def show_leftovers(found: Sequence[Leftover], form: str, hint: str = "") -> None:

@@ -24,7 +24,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from streammerge.errors import StreammergeError
+from streammerge.errors import LockedError, StreammergeError
 from streammerge.stores import lock
 from streammerge.stores.base import Joint, Location
 
@@ -35,7 +35,7 @@ _TIME = struct.Struct("<d")
 _ENDED = b"ended"
 
 
-class LeaseLost(StreammergeError):
+class LeaseLost(LockedError):
     """This machine could not show in time that it lives, so another one may be making its units."""
 
 
