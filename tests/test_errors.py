@@ -22,6 +22,7 @@ INTERFACE = {
     "ChangedError": 8,
     "UnfinishedError": 9,
     "VerifyError": 3,
+    "StoreError": 1,
     "TaskError": 1,
 }
 """What scripts of users ask for."""

@@ -37,6 +37,7 @@ from streammerge.options import (
     Naming,
     OnMissing,
     OnShape,
+    Quantise,
     Replacing,
     Resources,
     Running,
@@ -62,6 +63,7 @@ from streammerge.running.session import RunOptions
 from streammerge.signatures import takes
 from streammerge.stores.base import Location
 from streammerge.stores.locations import PathLike, parse
+from streammerge.stores.remembering import remembering
 from streammerge.units import parse_bytes, parse_share
 
 if TYPE_CHECKING:
@@ -125,6 +127,7 @@ def plan(
     executor: str | Callable[[int], Any] = "auto",
     max_shard_size: str | SupportsIndex | None = None,
     keep_optimizer: bool | None = None,
+    quantise: Quantise | None = None,
     allow_nonfinite: bool | None = None,
     hash: bool = False,
     save: PathLike | None = None,
@@ -138,15 +141,17 @@ def plan(
     several machines, and by :func:`finish` on one.
     """
     given = locals()
-    request, saving = Request.of(given), picked(Saving, given)
-    combined = request.combination()
-    if combined is not None:
-        from streammerge.requests.adapters import adapter_plan  # here, because most plans are of models
+    saving = picked(Saving, given)
+    with remembering():
+        request = Request.of(given)
+        combined = request.combination()
+        if combined is not None:
+            from streammerge.requests.adapters import adapter_plan  # here, because most plans are of models
 
-        if saving.save is not None:
-            raise RecipeError("a plan of adapters alone cannot be saved; merge them on one machine")
-        return adapter_plan(combined, request.out, request.resources)
-    made = request.plan()
+            if saving.save is not None:
+                raise RecipeError("a plan of adapters alone cannot be saved; merge them on one machine")
+            return adapter_plan(combined, request.out, request.resources)
+        made = request.plan()
     if saving.save is not None:
         from streammerge.requests import machines  # here, because most plans are not saved
 
@@ -197,6 +202,7 @@ def merge(
     executor: str | Callable[[int], Any] = "auto",
     max_shard_size: str | SupportsIndex | None = None,
     keep_optimizer: bool | None = None,
+    quantise: Quantise | None = None,
     allow_nonfinite: bool | None = None,
     hash: bool = False,
     overwrite: bool = False,
@@ -226,10 +232,12 @@ def merge(
         request.out.sweep()
         request.out.check_writable(running.overwrite)
         before = resident_bytes()
-        combined = request.combination()
+        with remembering():
+            combined = request.combination()
+            if combined is None:
+                made = request.plan()
         if combined is not None:
             return _make(combined, request.out, given, running.listener, before)
-        made = request.plan()
         if request.merging.convert_first is not None:
             from streammerge.requests import conversions  # here, because most merges convert nothing
 
@@ -262,6 +270,7 @@ def convert(
     executor: str | Callable[[int], Any] = "auto",
     max_shard_size: str | SupportsIndex | None = None,
     keep_optimizer: bool | None = None,
+    quantise: Quantise | None = None,
     allow_nonfinite: bool | None = None,
     hash: bool = False,
     overwrite: bool = False,

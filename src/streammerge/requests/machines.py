@@ -20,6 +20,7 @@ from streammerge.running.session import RunOptions
 from streammerge.running.shared import SharedOptions, ShareResult, make_units
 from streammerge.stores.base import Joint, Location
 from streammerge.stores.locations import parse
+from streammerge.stores.remembering import remembering
 
 _ARRAY = "SLURM_ARRAY_TASK_"
 _INDEX = "JOB_COMPLETION_INDEX"
@@ -48,8 +49,9 @@ def rebuilt(said: SavedPlan, machine: Machine) -> Plan:
         io=said.io if machine.io is None else machine.io,  # type: ignore[arg-type]
     )
     executor = said.executor if machine.executor is None else machine.executor
-    made = planned(recipe, output_of(said), resources, executor, hashed=said.hashed)
-    said.check_same(made)
+    with remembering():
+        made = planned(recipe, output_of(said), resources, executor, hashed=said.hashed)
+        said.check_same(made)
     foreseen = output_warnings(made)
     made.warnings = [each for each in made.warnings if each not in foreseen]
     return made
