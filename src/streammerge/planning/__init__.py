@@ -27,4 +27,6 @@ Each module imports only modules above it::
     stages        a planned merge as a model of another one
     mixtures      a mixture of experts as a model
     digest        whether two plans are the same
+    units         the work of a plan, cut and shared out
+    saved         a plan as data
 """
