@@ -61,6 +61,7 @@ from streammerge.units import parse_bytes, parse_share
 if TYPE_CHECKING:
     from streammerge.diffing.result import Diff
     from streammerge.factoring.making import AdapterResult, Making
+    from streammerge.factoring.planned import AdapterPlan
     from streammerge.verifying.files import Verified
 
 
@@ -93,6 +94,7 @@ def plan(
     compute_dtype: object = None,
     own_methods: bool = False,
     convert_first: PathLike | None = None,
+    card: bool | None = None,
     last: SupportsIndex | None = None,
     range: str | None = None,
     best: SupportsIndex | None = None,
@@ -118,7 +120,7 @@ def plan(
     keep_optimizer: bool | None = None,
     allow_nonfinite: bool | None = None,
     hash: bool = False,
-) -> Plan:
+) -> Plan | AdapterPlan:
     """Returns the plan of :func:`merge`, from headers alone. Nothing is written. The options are those of merge.
 
     ``inputs``: paths, globs or state dicts in memory, or a dict that gives each path its weight. ``base+adapter`` is a path
@@ -127,10 +129,11 @@ def plan(
     ``plan.peak_bytes`` and ``plan.read_bytes`` are its numbers.
     """
     request = Request.of(locals())
-    if request.combination() is not None:
-        raise RecipeError(
-            "adapters alone become an adapter, which has no plan of a model; merge them, or give their `base`"
-        )
+    combined = request.combination()
+    if combined is not None:
+        from streammerge.requests.adapters import adapter_plan  # here, because most plans are of models
+
+        return adapter_plan(combined, request.out, request.resources)
     return request.plan()
 
 
@@ -151,6 +154,7 @@ def merge(
     compute_dtype: object = None,
     own_methods: bool = False,
     convert_first: PathLike | None = None,
+    card: bool | None = None,
     last: SupportsIndex | None = None,
     range: str | None = None,
     best: SupportsIndex | None = None,
@@ -339,6 +343,7 @@ def _make(made: Making, out: Location, given: Mapping[str, Any], listener: Liste
         polite=asked.polite,
         listener=listener,
         resident_before=before,
+        resume=given.get("resume", True),
     )
 
 

@@ -319,6 +319,12 @@ class Merging(Options):
     convert_first: PathLike | None = option(
         "Convert each input into this folder, keep it, and merge from there.", PATH, metavar="DIR"
     )
+    card: bool | None = option(
+        "False: write no model card (README.md) into a folder that a library of the hub loads.",
+        TRUTH,
+        negated=True,
+        overrides=True,
+    )
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -62,7 +62,7 @@ def test_folders_merge_into_folders(tmp_path: Path, pickled: bool) -> None:
     assert_same(read_folder(tmp_path / "merged"), expected)
     made = {path.name for path in (tmp_path / "merged").iterdir()}
     kept = {path.name for path in a.iterdir()} - {"optimizer.pt", "training_args.bin"}
-    assert made == kept | {"streammerge.json", "streammerge.yaml"}
+    assert made == kept | {"streammerge.json", "streammerge.yaml", "README.md"}
     index = json.loads(next((tmp_path / "merged").glob("*.index.json")).read_text())
     assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in expected.values())
 

@@ -10,7 +10,6 @@ import torch
 from conftest import assert_same, load_safetensors, mean, octets
 
 import streammerge as sm
-from formats import zero_maker
 from formats.zero_maker import model, write, write_universal
 
 PADDINGS = [[3, 0, 2, 1], [0, 5, 0]]
@@ -172,8 +171,3 @@ def test_a_step_that_is_absent(tmp_path: Path) -> None:
         (folder / "latest").write_text(said)
         with pytest.raises(sm.FormatError, match=error):
             sm.inspect(folder)
-
-
-def test_the_maker_and_deepspeed_agree_on_the_ends(tmp_path: Path) -> None:
-    """The paddings of the maker are numbers that no tensor holds, so a wrong end would show."""
-    assert all(97.0 > float(t.abs().max()) for t in zero_maker.model().expected.values() if t.is_floating_point())

@@ -25,8 +25,8 @@ class ZeroStageEnum(enum.IntEnum):
 
 @dataclass
 class Model:
-    """``trained``: the float32 parameters of each group of the optimizer. ``frozen`` and ``buffers``: in any dtype. ``tied``:
-    alias -> name. ``half``: the dtype of the computation."""
+    """``trained``: the float32 parameters of each group of the optimizer. ``frozen`` and ``buffers``: in any dtype.
+    ``tied``: alias -> name. ``half``: the dtype of the computation."""
 
     trained: list[Tensors]
     frozen: Tensors = field(default_factory=dict)

@@ -120,6 +120,18 @@ def _dtypes(index: CheckpointIndex) -> Counter[str]:
     return Counter(entry.spec.dtype.torch_name for entry in index.entries.values())
 
 
+def schemes(index: CheckpointIndex) -> dict[str, int]:
+    """Returns how many weights are quantised, by their scheme; also by schemes that are not read."""
+    found = Counter(weight.scheme for weight in index.quantised.values())
+    if index.stored is None and index.narrow:
+        from streammerge.tensors.quantised import companions
+
+        known = {name for weight in index.quantised.values() for name in weight.stored}
+        told = {(label, stem) for name, (label, stem) in companions(index.specs()).items() if name not in known}
+        found.update(f"{label}, which is not read" for label, _ in told)
+    return dict(found.most_common())
+
+
 def recipe_text(index: CheckpointIndex) -> str:
     """Returns the recipe inside a merged file or folder. Raises RecipeError if there is none."""
     from streammerge.recipe.document import parse_yaml, to_yaml
@@ -148,6 +160,7 @@ def index_json(index: CheckpointIndex, tensors: bool) -> dict[str, Any]:
         "parameters": index.numel,
         "tensor_bytes": index.nbytes,
         "dtypes": dict(_dtypes(index)),
+        "quantised": schemes(index),
         "aliases": index.aliases,
         "candidates": [
             {"path": c.label, "kind": c.kind, "tensors": len(c.tensors), "bytes": c.nbytes, "weights": not c.barred}
@@ -199,6 +212,8 @@ def _held(index: CheckpointIndex) -> _Rows:
             f"{printable(name) or '(the folder itself)'}: {counted(len(part), 'tensor')}, {decimal_bytes(part.nbytes)}",
         )
     yield "dtypes", ", ".join(f"{name} {count}" for name, count in _dtypes(index).most_common())
+    for scheme, weights in schemes(index).items():
+        yield "quantised", f"{weights} weights as {printable(scheme)}"
     training: Counter[str] = Counter()
     for other in selection.candidates:
         if other.barred:

@@ -174,7 +174,8 @@ class _Reading:
         lost = [name for group in shapes for name in group if name in empty]
         if lost:
             raise FormatError(
-                f"{self.where} lacks its optim_states.pt, which hold the parameters of ZeRO 3 ({listed(lost, 4)}); copy them"
+                f"{self.where} lacks its optim_states.pt, which hold the parameters of ZeRO 3 ({listed(lost, 4)}); copy "
+                "these files too"
             )
         sources = {name: self.first.locate(name, ref) for name, ref in self.module.items()}
         made = self._container(NAME, sources, 1)
@@ -227,8 +228,8 @@ class _Reading:
         for whole, start, stop in cuts:
             if stop > whole.numel:
                 raise FormatError(
-                    f"{self.where}: parameter {printable(name)} ends at element {stop} of a part of {whole.numel}; files of "
-                    "two checkpoints are mixed, or one is damaged"
+                    f"{self.where}: parameter {printable(name)} ends at element {stop} of a part of {whole.numel}; files "
+                    "of two checkpoints are mixed, or one is damaged"
                 )
             parts += whole.cut(start, stop)
         return self._of_parts(name, shape, parts)
@@ -359,7 +360,7 @@ def _shapes(node: Any, where: str) -> dict[str, tuple[int, ...]]:
     made: dict[str, tuple[int, ...]] = {}
     for name, size in _mapping(node).items():
         values = size.args[0] if isinstance(size, Instance) and size.path == "torch.Size" and size.args else size
-        if not isinstance(values, tuple | list) or not all(type(n) is int and 0 <= n < 1 << 60 for n in values):
+        if not isinstance(values, tuple | list) or not all(isinstance(n, int) and 0 <= n < 1 << 60 for n in values):
             raise TypeError("a shape is no tuple of numbers")
         made[str(name)] = checked_shape(tuple(values), f"{where}: parameter {printable(name)}")
     return made
@@ -375,7 +376,7 @@ def _flat(container: Container, ref: Any, what: str) -> Source:
 
 def _rank_count(value: Any) -> int:
     """Returns a number of ranks, 0 if none is told."""
-    if type(value) is not int:
+    if not isinstance(value, int):
         return 0
     if not 0 < value < _MOST_RANKS:
         raise ValueError(f"{value} is no number of ranks")
@@ -385,4 +386,4 @@ def _rank_count(value: Any) -> int:
 def _stage(node: Any) -> int:
     """Returns the stage, which is an enum; 0 if none is told."""
     value = node.args[0] if isinstance(node, Instance) and len(node.args) == 1 else node
-    return value if type(value) is int else 0
+    return value if isinstance(value, int) else 0

@@ -242,7 +242,7 @@ def build_plan(
     identities |= {source: source.status() for source, _ in output.layout.side_files}
     identities |= {file: file.status() for file in (tokens.read if tokens else ())}
     notes = [*(note for index in opened for note in index.notes), *alignment.notes, *output.notes]
-    notes += [*output.dispositions.notes(), *weight_notes(recipe)]
+    notes += [*output.dispositions.notes(), *weight_notes(recipe), *_noise(recipe, indexes)]
     if out is not None and recipe.output.max_shard_size is not None and not output.layout.as_folder:
         notes.append(
             "`max_shard_size` is without effect, because the output is one file; a name that ends in / is a folder"
@@ -266,6 +266,18 @@ def build_plan(
         pickle_bytes,
         dispositions=output.dispositions,
     )
+
+
+def _noise(recipe: Recipe, indexes: Indexes) -> list[str]:
+    """Returns a note about differences from the base that quantisation makes."""
+    coarse = [index for index in indexes.values() if index.quantised]
+    if not recipe.based or not coarse:
+        return []
+    return [
+        f"{printable(coarse[0].path)} is quantised, so its difference from the other models is mostly the rounding to the "
+        f"grid of its codes, which is often larger than what training changed; {recipe.merge_method.name} takes it for "
+        "training, so merge the weights that it was made from if there are any"
+    ]
 
 
 def aligned(recipe: Recipe, indexes: Indexes) -> tuple[Recipe, Alignment]:

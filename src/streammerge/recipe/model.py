@@ -163,6 +163,7 @@ class OutputRequest:
     max_shard_size: int | None = option_key(SIZE, _OPTIONS["max_shard_size"])
     keep_optimizer: bool = option_key(TRUTH, _OPTIONS["keep_optimizer"], default=False)
     strip_prefix: str = option_key(TEXT, _OPTIONS["strip_prefix"], default="")
+    card: bool = option_key(TRUTH, _OPTIONS["card"], default=True)
     only: bool = key(TRUTH, "Leave out of a .pth what holds other tensors than the chosen state dict.", default=False)
     container: str = key(
         one_of(("base", "first")),
@@ -225,6 +226,7 @@ class Recipe:
     round: bool = key(
         TRUTH, "Whether a stage's result is rounded to its dtype, as in a file, before others take it.", default=True
     )
+    rank: int | None = key(COUNT, "Rank of the adapter that adapters alone become; by default their highest.", default=None)
     rules: tuple[Rule, ...] = key(ListOf(FormOf(Rule), least=0), "Other ways for some tensors.", default=())
     dtype: DType | None = option_key(DTYPE, _OPTIONS["dtype"])
     out_dtype: DType | None = option_key(DTYPE, _OPTIONS["out_dtype"])

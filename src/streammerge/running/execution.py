@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from streammerge.errors import FormatError, RecipeError, StreammergeError, UncheckedError, listed, printable
 from streammerge.events import Preparing, Published, RunFinished, RunStarted, Suspended, Told
 from streammerge.formats.file_names import files_below, foreign_files
-from streammerge.formats.records import RECEIPT_FILE
+from streammerge.formats.records import CARD_FILE, RECEIPT_FILE
 from streammerge.planning.plan import Plan
 from streammerge.running import process
 from streammerge.running.readback import receipt_of
@@ -117,7 +117,7 @@ def _produce(plan: Plan, staging: Staging, options: RunOptions) -> Run:
     except BaseException as error:
         earlier = made is None or made.untouched  # the files are those of an earlier run
         # Before the wait for the journal, in which a second Ctrl-C may come.
-        keep = earlier or isinstance(error, UncheckedError) or (options.resume and _may_pass(error))
+        keep = earlier or isinstance(error, UncheckedError) or (options.resume and may_pass(error))
         if made is not None:
             made.journal.stop(last=keep and not earlier)
         if staging.published:
@@ -133,7 +133,7 @@ def _produce(plan: Plan, staging: Staging, options: RunOptions) -> Run:
     return made
 
 
-def _may_pass(error: BaseException) -> bool:
+def may_pass(error: BaseException) -> bool:
     """Whether the same run may succeed another time: it was interrupted, the machine failed, or another file took the
     output's place during the run."""
     return not isinstance(error, StreammergeError) or isinstance(error, RecipeError) or isinstance(error.__cause__, OSError)
@@ -164,6 +164,7 @@ def refuse_to_lose_files(out: Location, plan: Plan) -> None:
         if not plan.layout.as_folder:
             raise RecipeError(f"{printable(out)} is a folder; remove it first, or choose another name")
         written = {file.name for file in plan.layout.files} | {name for _, name in plan.layout.side_files}
+        written.discard(CARD_FILE)  # a card that no merge made is somebody's own text
         foreign = foreign_files(out, written | _made_before(out))
         if foreign:
             raise RecipeError(

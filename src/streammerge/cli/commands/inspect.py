@@ -47,4 +47,8 @@ def inspect(
     asked = Selecting(**typed)
     found = map(from_hub_cache, expand(list(paths)))
     indexes = [opened(path, asked.state_dict, asked.ema or "ignore") for path in found]
+    if any(index.may_be_quantised for index in indexes):
+        from streammerge.quantised.dequantised import described
+
+        indexes = [described(index) if index.may_be_quantised else index for index in indexes]
     show_indexes(indexes, form, tensors, recipe)
