@@ -19,6 +19,7 @@ _DEEPSPEED = re.compile(
     r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_(model|optim)_states\.pt|mp_rank_\d+_model_states\.pt"
     r"|(layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt|layer_\d+-model_\d+-model_states\.pt"
 )
+_RANK_FILE = re.compile(r"rank[._-]?\d+\.(pt|pth|bin|ckpt)$", re.IGNORECASE)
 _HF_SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 
 _POINTERS = {"latest": "", "latest_universal": "", "latest_checkpointed_iteration.txt": "iter_"}
@@ -60,6 +61,8 @@ def below(folder: Location, read_file: ReadFile) -> Container | None:
     for name, prefix in _POINTERS.items():
         if (folder / name).is_file():
             return _pointed(folder, folder / name, prefix, read_file)
+    if (made := _of_rank_files(folder, read_file)) is not None:
+        return made
     found = [path for path in folder.children() if path.is_folder() and _holds_parts(path)]
     weights = [path for path in found if not path.name.startswith("optim")] or found
     if len(weights) > 1:
@@ -68,7 +71,20 @@ def below(folder: Location, read_file: ReadFile) -> Container | None:
             f"{printable(folder)} holds several distributed checkpoints, {names}; give one of them, or a pattern that "
             "matches the steps to merge"
         )
-    return of_ranks(weights[0], read_file) if weights else None
+    return (of_ranks(weights[0], read_file) or _of_rank_files(weights[0], read_file)) if weights else None
+
+
+def _of_rank_files(folder: Location, read_file: ReadFile) -> Container | None:
+    """Returns the container of files that each hold a rank's state dict. None if there are none in a folder."""
+    names = [path.name for path in folder.children()]
+    if sum(map(bool, map(_RANK_FILE.search, names))) < 2:
+        return None
+    from streammerge.formats import dtensors
+
+    sets = dtensors.sets_of(names)
+    if len(sets) > 1:
+        raise FormatError(f"{printable(folder)} holds rank files of several models, {listed(sorted(sets))}")
+    return dtensors.read(folder, next(iter(sets.values())), read_file) if sets else None
 
 
 def _pointed(folder: Location, pointer: Location, prefix: str, read_file: ReadFile) -> Container | None:
@@ -90,7 +106,9 @@ def _pointed(folder: Location, pointer: Location, prefix: str, read_file: ReadFi
 
 def _holds_parts(folder: Location) -> bool:
     names = [path.name for path in folder.children()]
-    return any(pattern.fullmatch(name) for name in names for pattern in (_METADATA, _HF_SHARD, _DEEPSPEED))
+    if any(pattern.fullmatch(name) for name in names for pattern in (_METADATA, _HF_SHARD, _DEEPSPEED)):
+        return True
+    return sum(map(bool, map(_RANK_FILE.search, names))) > 1
 
 
 def refuse_part(path: Location) -> None:

@@ -159,7 +159,7 @@ class _Reading:
         made = self._container(NAME, sources, ranks)
         made.facts |= {"ranks": str(ranks), "stage": f"ZeRO {stage}"}
         made.notes.append("the state of the optimizer in a DeepSpeed checkpoint is left out")
-        halves = {ref.dtype for name, ref in self.module.items() if name in sources and math.prod(ref.shape)}
+        halves = {ref.dtype for name, ref in self.module.items() if name in sources and 0 not in ref.shape}
         if halves & {DType.BF16, DType.F16}:
             made.notes.append(
                 "the weights of a DeepSpeed checkpoint are the float32 copies of its optimizer; its "
@@ -169,7 +169,7 @@ class _Reading:
 
     def _without_optimizer(self) -> Container:
         """Returns the model in the compute dtype, where the files of the optimizer are not there."""
-        empty = [name for name, ref in self.module.items() if not math.prod(ref.shape)]
+        empty = [name for name, ref in self.module.items() if 0 in ref.shape]
         shapes = [_shapes(group, self.where) for group in _list(self.states["param_shapes"])]
         lost = [name for group in shapes for name in group if name in empty]
         if lost:
@@ -278,7 +278,7 @@ class _Reading:
                 made[name] = frozen[name]
             elif name in tied and tied[name] in parameters:
                 made[name] = parameters[tied[name]].named(name)
-            elif name in buffers or math.prod(ref.shape):
+            elif name in buffers or 0 not in ref.shape:
                 made[name] = _buffer(self.first.locate(name, ref)) if name in buffers else self.first.locate(name, ref)
             else:
                 raise FormatError(f"{self.where}: no rank holds the tensor {printable(name)}, so it is not complete")
@@ -302,7 +302,7 @@ class _Reading:
         lost = {}
         for name, shape in shapes.items():
             ref = self.module.get(name)
-            if ref is not None and ref.shape == shape and math.prod(shape):
+            if ref is not None and ref.shape == shape and 0 not in shape:
                 made[name] = self.first.locate(name, ref)
             else:
                 lost[name] = shape
@@ -329,7 +329,7 @@ def _buffer(source: Source) -> Source:
 
 def _empty(module: Mapping[str, TensorRef], name: str, where: str) -> TensorRef:
     ref = module.get(name)
-    if ref is None or math.prod(ref.shape):
+    if ref is None or 0 not in ref.shape:
         raise FormatError(f"{where}: no rank holds the parameter {printable(name)}")
     return ref
 
