@@ -225,6 +225,11 @@ def build_plan(
     if out is not None and not out.name:
         raise RecipeError(f"{printable(out)} is not a name for an output")
     recipe, alignment = aligned(recipe, indexes)
+    noise = _noise(recipe, indexes)
+    if recipe.quantise is not None:
+        from streammerge.planning.like_base import like_base  # here, because most outputs are not quantised
+
+        indexes = like_base(recipe, indexes, alignment)
     opened, tokens = indexes.values(), alignment.tokenized
     origins = [origin for index in opened for origin in index.origins()]
     output = plan_output(out or parse(_EXAMPLE_OUT), recipe, indexes, alignment, hashed)
@@ -242,7 +247,7 @@ def build_plan(
     identities |= {source: source.status() for source, _ in output.layout.side_files}
     identities |= {file: file.status() for file in (tokens.read if tokens else ())}
     notes = [*(note for index in opened for note in index.notes), *alignment.notes, *output.notes]
-    notes += [*output.dispositions.notes(), *weight_notes(recipe), *_noise(recipe, indexes)]
+    notes += [*output.dispositions.notes(), *weight_notes(recipe), *noise]
     if out is not None and recipe.output.max_shard_size is not None and not output.layout.as_folder:
         notes.append(
             "`max_shard_size` is without effect, because the output is one file; a name that ends in / is a folder"
@@ -335,7 +340,8 @@ def budget_of(
         io = "pread"
     held = [_held(tasks), _held(planned)]
     tensors, objects_, columns, rows, together, parts = (sum(counts) for counts in zip(*held, strict=True))
-    more = (spooled, pickle_bytes, beside_bytes, objects_, columns, rows, together, parts)
+    remote = any(path.store.reads_ahead for path in _files_of(tasks)[0].values())
+    more = (spooled, pickle_bytes, beside_bytes, objects_, columns, rows, together, parts, remote)
     try:
         return fit(memory_bytes, workers, tensors, _cost(tasks, io), *more), io
     except BudgetError:
@@ -358,6 +364,14 @@ def _held(tasks: Sequence[MergeTask]) -> tuple[int, int, int, int, int, int]:
 
 def _can_map(tasks: Sequence[MergeTask], workers: int) -> bool:
     """Whether the stores can map files, and as many files as the workers read at one time."""
+    seen, most = _files_of(tasks)
+    if most * workers > descriptors.mapped_at_once(workers):
+        return False
+    return all(path.store.mappable for path in seen.values())
+
+
+def _files_of(tasks: Sequence[MergeTask]) -> tuple[dict[int, Location], int]:
+    """Returns the files that the tasks read, and the most of them that one task reads."""
     most, seen = 0, dict[int, Location]()  # by identity, since this looks at every tensor
     if isinstance(tasks, Tasks) and tasks.views:
         seen |= {id(path): path for table in tasks.views.tables for path in table.paths}
@@ -373,9 +387,7 @@ def _can_map(tasks: Sequence[MergeTask], workers: int) -> bool:
                 seen |= {id(path): path for path in paths}
                 files += len(paths)
         most = max(most, files)
-    if most * workers > descriptors.mapped_at_once(workers):
-        return False
-    return all(path.store.mappable for path in seen.values())
+    return seen, most
 
 
 def all_tasks(placed: Iterable[Placed | PlacedTensors], seed: int) -> Tasks:
