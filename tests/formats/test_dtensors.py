@@ -89,10 +89,10 @@ def write(
 
 def test_whole_tensors(tmp_path: Path) -> None:
     tensors = made_of(1)
-    folder = write(tmp_path / "actor", tensors)
+    folder = write(tmp_path / "step-9" / "actor", tensors)
     torch.save({"state": {}, "param_groups": []}, folder / "optim_world_size_4_rank_0.pt")
     torch.save({"state": {}, "param_groups": []}, folder / "optim_world_size_4_rank_1.pt")
-    for place in (folder, tmp_path):
+    for place in (folder, folder.parent):
         sm.convert(place, tmp_path / "out.safetensors", overwrite=True)
         assert_same(load_safetensors(tmp_path / "out.safetensors"), tensors)
     assert sm.inspect(folder).container.facts == {"ranks": "4", "mesh": "4 (dp)"}
