@@ -18,7 +18,7 @@ from streammerge.recipe.settings import Setting, constant
 from streammerge.units import plain_number
 
 Overrides = Mapping[str, Any]
-_OF_THE_OUTPUT = ("dtype", "out_dtype", "tokenizer_source", "chat_template")
+_OF_THE_OUTPUT = ("dtype", "out_dtype", "tokenizer_source", "chat_template", "quantise")
 """Options that say what is written. All others hold for the stages of a recipe too, as in mergekit-multi."""
 
 

@@ -244,6 +244,7 @@ class Recipe:
     integers: str | None = _chosen("integers")
     mixed_dtypes: str | None = _chosen("mixed_dtypes")
     unsafe_truncate_embeddings: bool = option_key(TRUTH, _OPTIONS["unsafe_truncate_embeddings"], default=False)
+    quantise: str | None = _chosen("quantise")
     allow_nonfinite: bool = option_key(TRUTH, _OPTIONS["allow_nonfinite"], default=False)
     output: OutputRequest = key(FormOf(OutputRequest), "How the output is written.", default_factory=OutputRequest)
     seed: int = option_key(WHOLE, _OPTIONS["seed"], default=0)
