@@ -18,6 +18,7 @@ from streammerge.planning.announced import disagreements
 from streammerge.planning.budget import Budget, Cost, fit
 from streammerge.planning.conservation import Account, is_alarming, unused_text, used_text
 from streammerge.planning.dispositions.ledger import Dispositions
+from streammerge.planning.experts import stacked
 from streammerge.planning.outputs.bookkeeping import differing_facts
 from streammerge.planning.outputs.container import plan_output
 from streammerge.planning.outputs.layout import Layout, Placed, PlacedTensors
@@ -317,6 +318,13 @@ def aligned(recipe: Recipe, indexes: Indexes) -> tuple[Recipe, Alignment]:
             f'{dtype.torch_name}, as in mergekit; `dtype`, or `mixed_dtypes="first"`, says otherwise'
             for dtype, names in alignment.mixed.items()
         ]
+    if (recipe.merge_method.passes or recipe.merge_method.row) and (
+        names := stacked(indexes[recipe.checkpoints[0]].entries)
+    ):
+        alignment.notes.append(
+            f"{recipe.merge_method.name} looks at whole tensors; {counted(len(names), 'tensor')} ({listed(names, 2)}) with "
+            "all experts of a layer count as one tensor each, as in mergekit"
+        )
     alignment.warnings[:0] = recipe.ignored
     alignment.warnings += cut
     alignment.warnings += differing_facts([i.extras for i in opened], [str(i.path) for i in opened])
