@@ -76,7 +76,8 @@ class Container:
     maps names to tensors (:func:`flat_tensor`, :class:`FlatTree`). ``held_bytes``: bytes of pickles, whose data is in the
     tree. ``arrays``: the sources of tensors that lie in no storage: numpy's arrays in a pickle, tensors in pieces of
     several ranks. ``skipped``: ranges of (offset, bytes) in files that no merge reads, such as the state of an optimizer.
-    ``facts``: what is known of the run that wrote it, for people. ``form``: how a folder stores it.
+    ``facts``: what is known of the run that wrote it, for people. ``own_files``: a pattern of the names of files in its
+    folder that belong to a checkpoint in pieces, whether it is read from them or not. ``form``: how a folder stores it.
     ``parts``: subfolder -> its container, "" for the folder's own weights, where a folder holds several models that belong
     together; then the tree is empty. ``warnings``: what may be wrong with the checkpoint.
     """
@@ -97,6 +98,7 @@ class Container:
     warnings: list[str] = field(default_factory=list)
     skipped: dict[Location, list[tuple[int, int]]] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
+    own_files: str = ""
 
     @property
     def table(self) -> StoredTable | None:
