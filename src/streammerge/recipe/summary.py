@@ -7,7 +7,6 @@ from streammerge.methods.contracts import FALSE
 from streammerge.methods.registry import LINEAR
 from streammerge.recipe.model import Model, Recipe, Slice, SliceSource
 from streammerge.recipe.settings import Setting, SettingKind, Settings
-from streammerge.recipe.stages import stages_used
 
 
 def recipe_lines(recipe: Recipe) -> list[str]:
@@ -31,6 +30,8 @@ def recipe_lines(recipe: Recipe) -> list[str]:
 
 def stage_lines(recipe: Recipe) -> list[str]:
     """Returns the stages that the recipe needs, each with its models, in the order of computing."""
+    from streammerge.recipe.stages import stages_used
+
     lines = []
     for name in stages_used(recipe) if recipe.stages else ():
         stage = recipe.stages[name]

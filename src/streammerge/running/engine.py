@@ -11,7 +11,6 @@ from streammerge.kernels.pass_results import PassResults
 from streammerge.planning.tasks import MergeTask, Piece, PieceDone, alike, batches, pieces, where
 from streammerge.running.executors.base import Executor
 from streammerge.running.job import Job
-from streammerge.running.sweeping import SweepWork
 from streammerge.running.worker import MergeWork, bind, failures
 from streammerge.stores.checksums import Checksum
 from streammerge.tensors.spec import ranges
@@ -49,6 +48,7 @@ def sweep_on_all(
     job: Job, executor: Executor, number: int, task: MergeTask, record: PassResults
 ) -> Callable[..., Iterator[Any]]:
     """Returns a sweep over the pieces of a long tensor by all workers. ``record``: the results of the previous passes."""
+    from streammerge.running.sweeping import SweepWork
 
     def sweep(look: Look, step: Step[T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
         work = SweepWork(job, number, task, tuple(record.results), step, sparse)
