@@ -339,7 +339,7 @@ def extract(
 
 def _make(made: Making, out: Location, given: Mapping[str, Any], listener: Listener, before: int) -> AdapterResult:
     from streammerge.factoring.making import make  # here, because most runs make no adapter
-    from streammerge.running.execution import default_workers
+    from streammerge.running.choosing import default_workers
 
     resources, asked = picked(Resources, given), picked(Replacing, given)
     return make(
@@ -383,7 +383,7 @@ def verify(
 
 def _verified(out: PathLike, asked: Verifying, resources: Resources, listener: Listener) -> Verified:
     from streammerge.requests.inputs import path_of
-    from streammerge.running.execution import default_workers
+    from streammerge.running.choosing import default_workers
     from streammerge.running.readback import receipt_of
     from streammerge.verifying.files import check_files
 

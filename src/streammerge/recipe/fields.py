@@ -5,7 +5,6 @@ Each mistake is recorded with the path of its key, and reading continues, so all
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, field, fields
@@ -218,6 +217,8 @@ class FormOf(Kind):
 
     def _meant(self, name: Any) -> str | None:
         """Returns the key that an unknown one may mean."""
+        import difflib
+
         if name in getattr(self.form, "REFUSED", {}) or name in getattr(self.form, "ELSEWHERE", {}):
             return None
         meant: dict[str, str] = getattr(self.form, "MEANT", {})
@@ -260,6 +261,8 @@ class FormOf(Kind):
 
 def is_misspelled(name: Any, known: Iterable[str]) -> bool:
     """Whether a name is probably one of the known ones with letters changed."""
+    import difflib
+
     return bool(difflib.get_close_matches(str(name), [*known], n=1, cutoff=_ALIKE))
 
 

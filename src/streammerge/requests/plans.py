@@ -13,8 +13,7 @@ from streammerge.planning.plan import Plan, build_plan
 from streammerge.recipe.model import Recipe, Reference
 from streammerge.recipe.stage_names import stage_text
 from streammerge.requests.inputs import Held, opened
-from streammerge.running.choosing import choose_executor
-from streammerge.running.execution import default_workers
+from streammerge.running.choosing import choose_executor, default_workers
 from streammerge.running.executors.base import Executors
 from streammerge.running.process import collector_paused
 from streammerge.stores.base import Location

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -62,6 +63,11 @@ def most_threads(tensors: int, read_bytes: int) -> int:
     if not tensors:
         return 4
     return 1 if tensors * TENSOR_BYTES > read_bytes else 2
+
+
+def default_workers() -> int:
+    """Returns the number of CPUs that this process may use."""
+    return max(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 1)
 
 
 def choose_executor(plan: Planned, wanted: str | Executors) -> None:
