@@ -19,9 +19,9 @@ SOURCE = Path(sm.__file__).parent
 
 
 ROOMS = (
-    "errors", "events", "units", "version", "strict_json", "plugins",  # words
+    "errors", "events", "units", "version", "strict_json", "plugins", "notebook",  # words
     "stores", "options", "tensors", "kernels", "methods", "sources", "pickles", "formats", "recipe", "checkpoints",
-    "adapters", "planning", "running", "factoring", "requests",
+    "quantised", "adapters", "planning", "running", "factoring", "requests",
     "verifying", "diffing", "progress", "signatures", "api", "cli", "__init__", "__main__",
 )  # fmt: skip
 """Rooms from the bottom up. A room imports only from rooms before it."""

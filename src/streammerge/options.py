@@ -319,6 +319,12 @@ class Merging(Options):
     convert_first: PathLike | None = option(
         "Convert each input into this folder, keep it, and merge from there.", PATH, metavar="DIR"
     )
+    card: bool | None = option(
+        "False: write no model card (README.md) into a folder that a library of the hub loads.",
+        TRUTH,
+        negated=True,
+        overrides=True,
+    )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -332,8 +338,14 @@ class Choosing(Options):
     best: int | None = option("Only the best N inputs, by `by`.", COUNT, metavar="N")
     by: str | None = option("A number in the files, like model_loss.eval_loss; lowest first.", TEXT, metavar="KEY")
     highest: bool = option("With `best`: highest first.", TRUTH, default=False)
+    schedule: str | None = option(
+        "Weights of a run's checkpoints, oldest first, that stand in for a decay of the learning rate: linear (a plain "
+        "mean), minus-sqrt, cosine, wma (1, 2, 3, ...) or ema:0.99.",
+        TEXT,
+        metavar="NAME",
+    )
     ema_decay: float | None = option(
-        "Exponential weights: each input counts D times the one after it.",
+        "The same as schedule ema:D.",
         OptionKind("a number from 0 to below 1", _number),
         metavar="D",
     )

@@ -10,7 +10,7 @@ from conftest import Cli, load_safetensors
 from safetensors.torch import save_file
 
 import streammerge as sm
-from streammerge.checkpoints.choosing import choose, exponential_weights
+from streammerge.checkpoints.choosing import choose
 
 LOSSES = {200: 3.0, 1000: 2.0, 90: 5.0, 400: 1.0}
 
@@ -75,9 +75,6 @@ def test_ranges_and_the_last(run: Path, cli: Cli) -> None:
 
 
 def test_exponential_weights(run: Path, cli: Cli) -> None:
-    assert exponential_weights(0.5, 3) == [0.25, 0.25, 0.5]
-    assert exponential_weights(0.0, 2) == [0.0, 1.0]
-    assert sum(exponential_weights(0.9, 50)) == pytest.approx(1)
     sm.merge("checkpoint-*.pt", "out.safetensors", ema_decay=0.5)
     average = 90.0
     for step in (200, 400, 1000):

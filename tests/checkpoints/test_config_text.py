@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from streammerge.checkpoints.config_text import KeyPath, edited
+from streammerge.checkpoints.config_text import REMOVED, KeyPath, edited
 
 TEXT = """{
   "architectures": ["Zamba2ForCausalLM"],
@@ -93,3 +93,18 @@ def test_drawn_trees(seed: int) -> None:
             edits[(*path, "added")] = holder["added"] = 8  # fmt: skip
     assert json.loads(edited(text, edits)) == expected
     assert list(json.loads(edited(text, edits))) == list(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ('{"a": 1, "q": {"b": [1, 2]}, "c": 3}', '{"a": 1, "c": 3}'),
+        ('{\n  "a": 1,\n  "q": {\n    "b": 2\n  }\n}\n', '{\n  "a": 1\n}\n'),
+        ('{\n  "q": 1,\n  "c": 3\n}', '{\n  "c": 3\n}'),
+        ('{"q": {}}', "{}"),
+        ('{"a": 1}', '{"a": 1}'),
+    ],
+)
+def test_a_key_is_taken_out(text: str, left: str) -> None:
+    assert edited(text, {("q",): REMOVED}) == left
+    assert json.loads(left) == {key: value for key, value in json.loads(text).items() if key != "q"}

@@ -22,7 +22,13 @@ def test_globs_stand_where_they_were_typed(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("path", "words"), [("none-*.pt", "nothing matches none"), ("a.yaml", "stands alone"), ("a.yml", "stands alone")]
+    ("path", "words"),
+    [
+        ("none-*.pt", "nothing matches none"),
+        ("a.yaml", "stands alone"),
+        ("a.yml", "stands alone"),
+        ("m/config.json", "holds no tensors; give the folder that holds the model, like m$"),
+    ],
 )
 def test_what_names_no_checkpoint(path: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -96,7 +96,7 @@ def test_wrapped_checkpoints_are_looked_through_as_in_files(tmp_path: Path) -> N
     assert {k: v for k, v in made.items() if k != "model"} == {k: v for k, v in wanted.items() if k != "model"}
     assert (made["step"], made["epoch"], made["args"].lr) == (30, 3, 0.1)
     assert sm.inspect(inside[0]).selection.label == sm.inspect(paths[0]).selection.label
-    with pytest.raises(sm.RecipeError, match="no such state dict"):
+    with pytest.raises(sm.RecipeError, match="there is no state dict"):
         sm.inspect(inside[0], state_dict="other")
 
 

@@ -11,6 +11,7 @@ from conftest import load_safetensors
 from safetensors.torch import save_file
 
 import streammerge as sm
+from streammerge.tensors.quantised import ADVICE
 
 FP8 = torch.float8_e4m3fn
 PEFT = {"base_model.model.q.lora_A.weight": (2, 8), "base_model.model.q.lora_B.weight": (6, 2)}
@@ -84,7 +85,6 @@ U32, I16, I32, F16, BF16, F32 = torch.uint32, torch.int16, torch.int32, torch.fl
         ({"q.indices": I16, "q.centroids.weight": F16}, "VPTQ"),
         ({"q.weight": torch.int8, "q.weight_step": F16}, "integers in place of weights"),
         ({"q.weight": torch.uint8, "q.weight_scale": F32}, "weight_scale"),
-        ({"e.gate_up_proj": FP8, "e.gate_up_proj_scale": F32}, "weight_scale"),
         ({"q.weight": FP8, "q.weights_scaling_factor": F32}, "scaling_factor"),
         ({"q._weight_qdata": torch.int8, "q._weight_scale": F32}, "torchao"),
         ({"q.weight": torch.uint8, "q.weight_scale": FP8, "q.weight_scale_2": F32}, "weight_scale"),
@@ -100,7 +100,38 @@ def test_packs_are_quantised(dtypes: dict[str, torch.dtype], label: str) -> None
     if any(dtype.is_floating_point for dtype in dtypes.values()):
         with pytest.raises(sm.MismatchError, match="is quantised"):
             sm.convert(a, "c.safetensors", dtype="float64")
-    sm.convert(a, "c.safetensors")
+    if label in ADVICE:
+        with pytest.raises(sm.MismatchError, match=f"is quantised: {label}"):
+            sm.convert(a, "c.safetensors")
+    else:
+        sm.convert(a, "c.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "library"),
+    [
+        ({"q.qweight": I32, "q.qzeros": I32, "q.scales": F16}, "GPTQModel"),
+        ({"q.weight": torch.uint8, "q.weight.absmax": F32, "q.weight.quant_map": F32}, "bitsandbytes"),
+        ({"q.W_q": torch.uint8, "q.scale": F16, "q.zero": F16}, "hqq"),
+        ({"q.weight": U32, "q.scales": F16, "q.biases": F16}, "mlx_lm"),
+        ({"q.trellis": I16, "q.suh": F16, "q.svh": F16}, "exllamav3"),
+    ],
+    ids=str,
+)
+def test_the_library_that_dequantises_is_named(dtypes: dict[str, torch.dtype], library: str) -> None:
+    tensors = {name: torch.ones(4, 4).to(dtype) for name, dtype in dtypes.items()} | {"norm.weight": torch.ones(4)}
+    a, b = write("a", tensors), write("b", tensors)
+    for call in (
+        lambda: sm.merge([a, b], "out.safetensors"),
+        lambda: sm.convert(a, "out.safetensors"),
+        lambda: sm.convert(a, "out.safetensors", dtype="bfloat16"),
+    ):
+        with pytest.raises(sm.MismatchError, match=rf"^a\.safetensors is quantised: .*{library}"):
+            call()
+    rules = [{"match": "q.*", "copy": a}]
+    recipe = {"merge_method": "n_average", "models": [{"model": a}, {"model": b}], "rules": rules}
+    sm.merge(recipe=recipe, out="out.safetensors")
+    assert load_safetensors(Path("out.safetensors")).keys() == tensors.keys()
 
 
 def test_a_quantised_model_beside_a_plain_one_is_told_as_that() -> None:

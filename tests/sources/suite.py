@@ -147,7 +147,12 @@ WAYS: tuple[dict[str, Any], ...] = (
 
 
 class SourceSuite:
-    """The checks. ``cases`` yields small cases of every dtype and shape that the source supports, and long cases."""
+    """The checks. ``cases`` yields small cases of every dtype and shape that the source supports, and long cases.
+
+    ``dtype``: what merges are asked for, where the source's dtype is not that of an output.
+    """
+
+    dtype: DType | None = None
 
     def cases(self, disk: Disk) -> Iterator[Case]:
         raise NotImplementedError
@@ -214,7 +219,7 @@ class SourceSuite:
         """Copies and averages the source. Any workers, memory and way of reading give the same bytes."""
         cases = [c for c in self.made(tmp_path / "data") if BY_TORCH_NAME[str(c.expected.dtype)[6:]].in_safetensors]
         entries = {f"t{n}": case.source.named(f"t{n}") for n, case in enumerate(cases)}
-        recipe = Recipe(COPY, (Model(str(tmp_path / f"{INPUT}.safetensors")),))
+        recipe = Recipe(COPY, (Model(str(tmp_path / f"{INPUT}.safetensors")),), dtype=self.dtype)
         seen = set()
         for way in WAYS:
             index = index_of(tmp_path, entries)
@@ -227,9 +232,10 @@ class SourceSuite:
         whole = {f"t{n}": whole_on.stored(case.expected, f"t{n}") for n, case in enumerate(cases)}
         for method in ("linear", "slerp"):
             parameters = {"t": 0.3} if method == "slerp" else {}
-            expected = merge_of(tmp_path, [whole, whole], method, parameters=parameters)
+            options = {"dtype": self.dtype} if self.dtype else {}
+            expected = merge_of(tmp_path, [whole, whole], method, parameters=parameters, options=options)
             for way in WAYS:
-                made = merge_of(tmp_path, [entries, whole], method, parameters=parameters, **way)
+                made = merge_of(tmp_path, [entries, whole], method, parameters=parameters, options=options, **way)
                 assert {n: octets(t) for n, t in made.items()} == {n: octets(t) for n, t in expected.items()}, (method, way)
 
 

@@ -86,8 +86,8 @@ def test_every_file_of_a_folder_counts(folder: Path) -> None:
         with pytest.raises(sm.VerifyError, match=f"{name} does not belong"):
             sm.verify(folder, sample=0)
         (folder / name).unlink()
-    (folder / "README.md").write_text("mine")
-    assert any("README.md came later" in note for note in sm.verify(folder).notes)
+    (folder / "NOTES.md").write_text("mine")
+    assert any("NOTES.md came later" in note for note in sm.verify(folder).notes)
     (folder / "model-00009-of-00009.safetensors").write_bytes((folder.parent / "in" / "a.safetensors").read_bytes())
     with pytest.raises(sm.VerifyError, match="does not belong"):
         sm.verify(folder, sample=0)

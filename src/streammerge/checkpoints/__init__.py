@@ -21,5 +21,6 @@ Each module imports only modules above it::
     vocabularies  the tokens of tokenizers beside the weights
     heads        heads that are tied to the embeddings
     choosing     the last, a range, the best
+    schedules    weights of a run's last checkpoints
     conversions  inputs converted to safetensors first
 """

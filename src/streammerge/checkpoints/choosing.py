@@ -22,13 +22,15 @@ def choose(
     best: int | None = None,
     by: str | None = None,
     highest: bool | None = None,
+    oldest_first: bool = False,
 ) -> tuple[list[str], list[str]]:
     """Returns the chosen checkpoints in their order, and sentences that say why these.
 
     ``paths``: paths and globs. ``range``: ``FROM:TO``, both included, on the number of a checkpoint
     (:mod:`streammerge.checkpoints.numbers`); ``best``: how many are taken by the number at the key ``by``, lowest first
-    unless ``highest``; ``last``: how many are taken from the end. Links to a checkpoint and copies of it do not count
-    again; checkpoints that were named one by one count as often as they were named. Raises RecipeError.
+    unless ``highest``; ``last``: how many are taken from the end; ``oldest_first``: the chosen ones stand in the order of
+    their numbers, whatever order they were given in. Links to a checkpoint and copies of it do not count again; checkpoints
+    that were named one by one count as often as they were named. Raises RecipeError.
     """
     typed, notes = set(paths), list[str]()
     paths = expand(paths)
@@ -49,20 +51,18 @@ def choose(
         paths = _within(paths, range, notes)
     if best is not None and by is not None:
         paths = _best(paths, best, by, bool(highest), notes)
-    if last is not None:
+    if last is not None or oldest_first:
         from streammerge.checkpoints.numbers import in_order
 
-        _enough("last", last, paths)
-        paths = in_order(paths)[-last:]
-        notes.append(f"chosen as the last {last}: {listed(paths, 20)}")
+        ordered = in_order(paths)
+        if last is not None:
+            _enough("last", last, paths)
+            paths = ordered[-last:]
+            notes.append(f"chosen as the last {last}: {listed(paths, 20)}")
+        elif paths != ordered:
+            paths = ordered
+            notes.append(f"put in the order of their numbers, the oldest first: {listed(paths, 20)}")
     return paths, notes
-
-
-def exponential_weights(decay: float, count: int) -> list[float]:
-    """Returns the weights of an exponential moving average over ``count`` checkpoints, the oldest first. They sum to 1."""
-    if not 0 <= decay < 1:
-        raise RecipeError(f"`ema_decay` takes a number from 0 to below 1, not {decay:g}")
-    return [decay ** (count - 1)] + [(1 - decay) * decay ** (count - 1 - place) for place in range(1, count)]
 
 
 def _refuse_shards(paths: list[str]) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from streammerge.checkpoints.config import Config, Tree, is_model_config, mappings, value_at
-from streammerge.checkpoints.config_keys import DTYPES, OF_POSITIONS, POSITIONS, VOCABULARY
+from streammerge.checkpoints.config_keys import DTYPES, OF_POSITIONS, POSITIONS, QUANTISATION, VOCABULARY
 from streammerge.checkpoints.config_layers import candidates
-from streammerge.checkpoints.config_text import KeyPath
+from streammerge.checkpoints.config_text import REMOVED, KeyPath
 from streammerge.errors import listed, printable
 from streammerge.tensors.dtypes import BY_TORCH_NAME
 
@@ -34,10 +34,17 @@ class Edits:
 
     def _described(self, path: KeyPath, value: Any) -> str:
         key, old = printable(".".join(path)), value_at(self.tree, path)
+        if value is REMOVED:
+            return f"{key} is removed"
         if isinstance(value, list) and max(len(str(value)), len(str(old))) > _SHOWN:
             return f"{key} follows the layers ({len(value)} entries, was {len(old)})"
         was = f" (was {printable(old, _SHOWN)})" if path[-1] in value_at(self.tree, path[:-1]) else ""
         return f"{key} is now {printable(value, _SHOWN)}{was}"
+
+    def dequantise(self) -> None:
+        """Takes out what states how the weights are quantised, since loaders would look for scales."""
+        for path, each in mappings(self.tree):
+            self.values |= {(*path, key): REMOVED for key in QUANTISATION if key in each}
 
     # -- dtype --------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,8 @@ from typing import Any
 KeyPath = tuple[str, ...]
 """The keys that lead to a value, from the outermost mapping."""
 
+REMOVED: Any = object()
+"""Stands for the value of a key that is taken out."""
 _SPACE = re.compile(r"[ \t\n\r]*")
 _raw_decode = json.JSONDecoder().raw_decode
 
@@ -27,7 +29,8 @@ class _Span:
 
 
 def edited(text: str, edits: Mapping[KeyPath, Any]) -> str:
-    """Returns the text with other values at these paths. A key that its mapping lacks is added as the last one.
+    """Returns the text with other values at these paths. A key that its mapping lacks is added as the last one, and one
+    whose value is :data:`REMOVED` is taken out.
 
     ``text``: a JSON mapping as Python's json reads it, NaN and infinities included. If a key is given twice, its last
     value counts. The outer mappings of each path must exist.
@@ -38,7 +41,9 @@ def edited(text: str, edits: Mapping[KeyPath, Any]) -> str:
     for path, value in edits.items():
         holder = _holder(root, path)
         own = (holder.members or {}).get(path[-1])
-        if own is None:
+        if value is REMOVED:
+            replacements += [_removal(text, holder, path[-1])] if own is not None else []
+        elif own is None:
             added.setdefault(path[:-1], {})[path[-1]] = value
         else:
             one_line = "\n" not in text[own.start : own.stop] and text[own.start] in "[{"
@@ -90,6 +95,16 @@ def _addition(text: str, holder: _Span, values: Mapping[str, Any]) -> tuple[int,
             before = f"\n{margin}"
     said = f",{before}".join(f"{json.dumps(key)}: {_dumped(value, margin)}" for key, value in values.items())
     return place, place, f",{before}{said}" if members else said
+
+
+def _removal(text: str, holder: _Span, key: str) -> tuple[int, int, str]:
+    """Returns where a key and its value are taken out, with the comma behind them, or before them if they are the last."""
+    start, stop = holder.at[key], holder.members[key].stop  # type: ignore[index]
+    after = _after(text, stop)
+    if text[after] == ",":
+        return start, _after(text, after + 1), ""
+    before = len(text[:start].rstrip(" \t\n\r"))
+    return (before - 1 if text[before - 1] == "," else start), stop, ""
 
 
 def _margin(text: str, place: int) -> str:

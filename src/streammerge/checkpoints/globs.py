@@ -19,6 +19,9 @@ def expand(paths: list[str]) -> list[str]:
     """
     found: list[str] = []
     for path in paths:
+        if path.endswith(".json") and is_recipe_name(path):
+            folder = printable(parse(path).parent)
+            raise RecipeError(f"{printable(path)} holds no tensors; give the folder that holds the model, like {folder}")
         if is_recipe_name(path):
             raise RecipeError(f"{printable(path)}: a recipe stands alone, its models are named in it")
         if (parts := split(path)) is not None:

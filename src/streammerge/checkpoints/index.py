@@ -6,6 +6,7 @@ import struct
 from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence, ValuesView
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import FormatError, RecipeError, StreammergeError, printable
@@ -27,6 +28,22 @@ from streammerge.units import counted, decimal_bytes
 if TYPE_CHECKING:
     from streammerge.recipe.patterns import Rename
 
+_SHOWN = 20
+"""Tensors that a notebook shows."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisedWeight:
+    """A weight that is stored as several tensors.
+
+    ``source``: its numbers. ``stored``: the names of its tensors in the file, codes first. ``scheme``: what people call the
+    way in which it is stored.
+    """
+
+    source: Source
+    stored: tuple[str, ...]
+    scheme: str
+
 
 @dataclass(slots=True, repr=False, eq=False)
 class CheckpointIndex(Mapping[str, Source]):
@@ -42,6 +59,8 @@ class CheckpointIndex(Mapping[str, Source]):
     its tensors are updated by, and then ``plain``: the checkpoint without them, and ``adapted_as``: its name in a recipe.
     ``made_from``: the models of a stage, whose tensors are merges of theirs, by their names in the recipe. ``homes``: the
     file that each tensor of a stage would be in. ``declared``: the dtype of each tensor that a stage does not round.
+    ``quantised``: the weights that are stored as several tensors, by their names in ``entries``, which have their numbers;
+    and then ``stored``: the checkpoint with its tensors as they are stored.
     """
 
     path: Location
@@ -62,6 +81,8 @@ class CheckpointIndex(Mapping[str, Source]):
     made_from: Mapping[str, CheckpointIndex] = field(default_factory=dict)
     homes: Mapping[str, Location] = field(default_factory=dict)
     declared: Mapping[str, DType] = field(default_factory=dict)
+    quantised: Mapping[str, QuantisedWeight] = field(default_factory=dict)
+    stored: CheckpointIndex | None = None
 
     def with_names(self, renames: Sequence[Rename]) -> CheckpointIndex:
         """The same checkpoint under other names. Raises RecipeError where two tensors would have one name."""
@@ -85,6 +106,7 @@ class CheckpointIndex(Mapping[str, Source]):
             homes={names[name]: home for name, home in self.homes.items()},
             declared={names[name]: dtype for name, dtype in self.declared.items()},
             plain=self.plain and self.plain.with_names(renames),
+            quantised={names[name]: weight for name, weight in self.quantised.items()},
         )
 
     def with_tensors(self, tensors: Iterable[tuple[str, TensorRef]]) -> CheckpointIndex:
@@ -134,6 +156,34 @@ class CheckpointIndex(Mapping[str, Source]):
     def __repr__(self) -> str:
         held = f"{counted(len(self.entries), 'tensor')}, {decimal_bytes(self.nbytes)}"
         return f"<CheckpointIndex {printable(self.path)}: {self.format}, {held}>"
+
+    def _repr_html_(self) -> str:
+        from streammerge.notebook import table
+
+        held = f"{counted(len(self.entries), 'tensor')}, {self.numel:,} parameters, {decimal_bytes(self.nbytes)}"
+        facts = [("format", self.format), ("tensors", held)]
+        facts += [("state dict", printable(self.selection.label))] if not self.parts else []
+        facts += [("tied", f"{len(self.aliases)} names")] if self.aliases else []
+        facts += [("note", note) for note in self.notes] + [("warning", warning) for warning in self.warnings]
+        shown = list(islice(self.items(), _SHOWN))
+        rows = [
+            (printable(name), entry.spec.dtype.torch_name, "x".join(map(str, entry.spec.shape)) or "scalar")
+            for name, entry in shown
+        ]
+        more = f"the first {len(shown)} of {len(self.entries)} tensors" if len(self.entries) > len(shown) else ""
+        return table(printable(self.adapted_as or self.path), facts, ("tensor", "dtype", "shape"), rows, more)
+
+    @property
+    def narrow(self) -> bool:
+        """Whether it has dtypes that quantised weights are stored in."""
+        table = self.entries if isinstance(self.entries, StoredTable) else None
+        kinds = self.specs().values() if table is None else table.distinct().values()
+        return any(kind.dtype in _NARROW for kind in kinds)
+
+    @property
+    def may_be_quantised(self) -> bool:
+        """Whether quantised weights may be in it, in a file that such weights are read from."""
+        return not self.container.pickled and self.narrow
 
     @property
     def in_memory(self) -> bool:
@@ -197,6 +247,7 @@ class CheckpointIndex(Mapping[str, Source]):
         return found
 
 
+_NARROW = frozenset((DType.F8_E4M3, DType.F8_E5M2, DType.F4, DType.I8, DType.U8, DType.I32))
 _FORMS = {DType.F64: "<d", DType.F32: "<f", DType.BF16: "<f", DType.F16: "<e", DType.I64: "<q", DType.I32: "<i"}
 
 

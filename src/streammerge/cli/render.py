@@ -119,6 +119,18 @@ def _dtypes(index: CheckpointIndex) -> Counter[str]:
     return Counter(entry.spec.dtype.torch_name for entry in index.entries.values())
 
 
+def schemes(index: CheckpointIndex) -> dict[str, int]:
+    """Returns how many weights are quantised, by their scheme; also by schemes that are not read."""
+    found = Counter(weight.scheme for weight in index.quantised.values())
+    if index.stored is None and index.narrow:
+        from streammerge.tensors.quantised import companions
+
+        known = {name for weight in index.quantised.values() for name in weight.stored}
+        told = {(label, stem) for name, (label, stem) in companions(index.specs()).items() if name not in known}
+        found.update(f"{label}, which is not read" for label, _ in told)
+    return dict(found.most_common())
+
+
 def recipe_text(index: CheckpointIndex) -> str:
     """Returns the recipe inside a merged file or folder. Raises RecipeError if there is none."""
     from streammerge.recipe.document import parse_yaml, to_yaml
@@ -147,12 +159,14 @@ def index_json(index: CheckpointIndex, tensors: bool) -> dict[str, Any]:
         "parameters": index.numel,
         "tensor_bytes": index.nbytes,
         "dtypes": dict(_dtypes(index)),
+        "quantised": schemes(index),
         "aliases": index.aliases,
         "candidates": [
             {"path": c.label, "kind": c.kind, "tensors": len(c.tensors), "bytes": c.nbytes, "weights": not c.barred}
             for c in index.selection.candidates
         ],
         "metadata": index.metadata,
+        "facts": index.container.facts,
         "data": index.plain_data(),
         "classes": index.classes() if index.extras is not None else [],
         "executed": False,
@@ -189,17 +203,25 @@ def _held(index: CheckpointIndex) -> _Rows:
     selection = index.selection
     count = f" in {len(index.files)} files" if len(index.files) > 1 else ""
     yield "format", f"{index.format}, {decimal_bytes(_total_bytes(index))}{count}"
-    held = f"{len(index.entries)} tensors, {index.numel:,} parameters, {decimal_bytes(index.nbytes)}"
+    held = f"{counted(len(index.entries), 'tensor')}, {index.numel:,} parameters, {decimal_bytes(index.nbytes)}"
     yield ("tensors", held) if index.parts else ("state dict", f"{printable(selection.label)}: {held}")
     for name, part in index.parts.items():
-        yield "model", f"{printable(name) or '(the folder itself)'}: {len(part)} tensors, {decimal_bytes(part.nbytes)}"
+        yield (
+            "model",
+            f"{printable(name) or '(the folder itself)'}: {counted(len(part), 'tensor')}, {decimal_bytes(part.nbytes)}",
+        )
     yield "dtypes", ", ".join(f"{name} {count}" for name, count in _dtypes(index).most_common())
+    for scheme, weights in schemes(index).items():
+        yield "quantised", f"{weights} weights as {printable(scheme)}"
     training: Counter[str] = Counter()
     for other in selection.candidates:
         if other.barred:
             training[str(other.path[0])] += other.nbytes
         elif other not in selection.chosen:
-            yield "also", f"{printable(other.label)}: {len(other.tensors)} tensors, {decimal_bytes(other.nbytes)}"
+            yield (
+                "also",
+                f"{printable(other.label)}: {counted(len(other.tensors), 'tensor')}, {decimal_bytes(other.nbytes)}",
+            )
     if training:
         sizes = ", ".join(f"{printable(top)} {decimal_bytes(size)}" for top, size in training.items())
         yield "training", f"{sizes} (not weights)"
@@ -208,11 +230,13 @@ def _held(index: CheckpointIndex) -> _Rows:
         yield "tied", f"{len(index.aliases)} names: {shown}"
     unread = unread_tensors(index.extras) if index.extras is not None else []
     if unread:
-        yield "not read", f"{len(unread)} tensors: {listed([f'{name} ({kind})' for name, kind in unread], 4)}"
+        yield "not read", f"{counted(len(unread), 'tensor')}: {listed([f'{name} ({kind})' for name, kind in unread], 4)}"
 
 
 def _beside(index: CheckpointIndex) -> _Rows:
     """Yields rows about the metadata, and about data beside the tensors."""
+    for label, text in index.container.facts.items():
+        yield label, _short(text)
     keys = [key for key in index.metadata if key != RECEIPT_KEY]
     for key in keys[:12]:
         yield "metadata", _short(f"{key}: {index.metadata[key]}")

@@ -117,6 +117,19 @@ def show_indexes(indexes: list[CheckpointIndex], form: str, tensors: bool, recip
         say("\n\n".join(render.index_text(index, tensors) for index in indexes))
 
 
+def show_lineages(paths: Sequence[str], form: str) -> None:
+    """Shows what outputs were merged from, as trees."""
+    from streammerge.stores.locations import parse
+    from streammerge.verifying.lineage import lineage
+
+    found = [lineage(parse(path)) for path in paths]
+    if form == "json":
+        shown = [each.to_json() for each in found]
+        put(as_json(shown[0] if len(shown) == 1 else shown, indent=2))
+    elif form == "human":
+        say("\n\n".join(map(str, found)))
+
+
 def show_leftovers(found: Sequence[Leftover], form: str, hint: str = "") -> None:
     """Shows runs that go on or were interrupted. ``hint``: what to do about them."""
     if form == "json":

@@ -159,6 +159,29 @@ class Diff(Measured):
     def __str__(self) -> str:
         return self.text()
 
+    def _repr_html_(self) -> str:
+        from streammerge.notebook import table
+
+        moved = sorted((layer for layer in self.layers if not layer.equal), key=_moved, reverse=True)[:_SHOWN_LAYERS]
+        kept = {each.name for each in moved}
+        rows = [
+            (
+                printable(each.name),
+                _number(each.relative),
+                _cosine(each.cosine),
+                _number(each.largest),
+                _percent(each.share),
+            )
+            for each in self.layers
+            if each.name in kept
+        ]
+        more = f"the {len(kept)} of {len(self.layers)} layers that moved most" if len(kept) < len(self.layers) else ""
+        sides = [("A", printable(self.a)), ("B", printable(self.b))]
+        sides += [("base C", printable(self.base))] if self.base is not None else []
+        facts = [*sides, *self._facts(), *(("note", each) for each in self.notes)]
+        heads = ("layer", "|B-A|/|A|", "cosine", "largest", "differ")
+        return table("diff", facts, heads, rows, more if rows else "")
+
     def _count_different(self) -> int:
         return sum(not each.equal for each in self.tensors)
 

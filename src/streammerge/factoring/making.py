@@ -30,12 +30,13 @@ from streammerge.stores.inputs import InputFiles
 from streammerge.stores.space import space_checked
 from streammerge.tensors.spec import GRAIN, TensorSpec, ranges
 from streammerge.tensors.threads import one_torch_thread
-from streammerge.units import binary_bytes, counted
+from streammerge.units import binary_bytes, counted, decimal_bytes
 
 if TYPE_CHECKING:
     import torch
 
 _COPY_BYTES = 1 << 20
+_SHOWN_LAYERS = 12
 
 
 @dataclass(slots=True)
@@ -97,8 +98,30 @@ class AdapterResult:
         return max((each.rank for each in self.layers), default=0)
 
     def __repr__(self) -> str:
+        return f"<AdapterResult {printable(self.out)}: {self._held()}>"
+
+    def _repr_html_(self) -> str:
+        from streammerge.notebook import table
+
+        facts = [
+            ("adapter", f"{self._held()}, {decimal_bytes(self.written_bytes)}"),
+            ("read", f"{decimal_bytes(self.read_bytes)} in {self.seconds:.1f} s"),
+            ("memory", f"{binary_bytes(self.peak_bytes)} of {binary_bytes(self.memory_bytes)}, above start-up"),
+            *(("note", note) for note in self.notes),
+            *(("warning", warning) for warning in self.warnings),
+        ]
+        worst = sorted(self.layers, key=lambda each: -each.error)[:_SHOWN_LAYERS]
+        rows = [(printable(each.name), f"{each.error:.3g}", str(each.rank)) for each in worst]
+        more = (
+            f"the {len(worst)} of {len(self.layers)} layers with the largest errors"
+            if len(self.layers) > len(worst)
+            else ""
+        )
+        return table(printable(self.out), facts, ("layer", "error", "rank"), rows, more)
+
+    def _held(self) -> str:
         made = sum(each.stored == "factors" for each in self.layers)
-        return f"<AdapterResult {printable(self.out)}: {counted(made, 'module')}, rank {self.rank}, error {self.error:.3g}>"
+        return f"{counted(made, 'module')}, rank {self.rank}, error {self.error:.3g}"
 
 
 @dataclass(frozen=True, slots=True)

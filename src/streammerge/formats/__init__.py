@@ -10,9 +10,12 @@ Each module imports only modules above it::
     torch_legacy
     torch_tar
     plain_pickle        a pickle of numpy's arrays or torch's tensors
-    distributed         refusal of checkpoints in parts of several ranks
     file_names          what the names of a folder's files tell
     shards              the files of one checkpoint as one container
+    pieces              tensors in pieces of several ranks
+    dcp                 folders of torch.distributed.checkpoint
+    hf_storage          the same as safetensors
+    distributed         which checkpoint of several ranks a folder holds
     folder              the checkpoint, or the models, in a folder
     detect              the format of a file, by its content
     safetensors_writer  a safetensors file larger than memory, written in any order

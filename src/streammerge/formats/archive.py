@@ -7,12 +7,14 @@ import struct
 import zipfile
 import zlib
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from streammerge.errors import FormatError, printable
 from streammerge.sources.deflated import PackedRecord
 
 MOST_INFLATED_BYTES = 32 << 20
+Window = tuple[int, int]
+"""The (offset, bytes) of an archive that lies inside a file."""
 _LOCAL = b"PK\3\4"
 END, END_BYTES = b"PK\5\6", 22
 """How the last record of a zip archive begins, and its length without a comment."""
@@ -40,6 +42,43 @@ class Member:
     @property
     def span(self) -> tuple[int, int]:
         return self.record.span if self.record else (self.offset, self.nbytes)
+
+
+class Within(io.RawIOBase):
+    """A part of a stream as a stream of its own, which does not close the whole."""
+
+    def __init__(self, stream: BinaryIO, window: Window) -> None:
+        self._stream, (self._begin, self._nbytes) = stream, window
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._nbytes}[whence]
+        if self._at < 0:
+            raise ValueError(f"negative seek position {self._at}")
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        count = max(min(len(view), self._nbytes - self._at), 0)
+        self._stream.seek(self._begin + self._at)
+        data = self._stream.read(count)
+        view[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+
+def within(stream: BinaryIO, window: Window | None) -> BinaryIO:
+    """Returns a part of a stream as a stream that begins at 0; the stream itself without a window."""
+    return stream if window is None else io.BufferedReader(Within(stream, window), 4096)
 
 
 def members(stream: BinaryIO, where: str) -> dict[str, Member]:

@@ -76,7 +76,9 @@ class Container:
 
     ``pickled``: the tree comes from a pickle; tensors may share storages and be beside other data. Otherwise the tree
     maps names to tensors (:func:`flat_tensor`, :class:`FlatTree`). ``held_bytes``: bytes of pickles, whose data is in the
-    tree. ``arrays``: the sources of numpy's arrays, whose bytes lie in the pickle. ``form``: how a folder stores it.
+    tree. ``arrays``: the sources of tensors that lie in no storage: numpy's arrays in a pickle, tensors in pieces of
+    several ranks. ``skipped``: ranges of (offset, bytes) in files that no merge reads, such as the state of an optimizer.
+    ``facts``: what is known of the run that wrote it, for people. ``form``: how a folder stores it.
     ``parts``: subfolder -> its container, "" for the folder's own weights, where a folder holds several models that belong
     together; then the tree is empty. ``warnings``: what may be wrong with the checkpoint.
     """
@@ -95,6 +97,8 @@ class Container:
     form: Form | None = None
     parts: dict[str, Container] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    skipped: dict[Location, list[tuple[int, int]]] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
 
     @property
     def table(self) -> StoredTable | None:
@@ -113,6 +117,8 @@ class Container:
             return spans | self.table.spans(joined)
         for store in self.storages.values():
             spans[store.path].append(store.span)
+        for path, skipped in self.skipped.items():
+            spans[path] += skipped
         near, there = None, list[tuple[int, int]]()  # the file of the tensor before; a path's hash takes its time
         flat = self.tree.values() if isinstance(self.tree, dict) else ()
         for entry in (*self.arrays, *(ref.entry for ref in flat if isinstance(ref, TensorRef))):

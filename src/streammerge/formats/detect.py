@@ -17,7 +17,10 @@ from streammerge.stores.base import Location
 _HEAD_BYTES = 512
 _SHORT_TEXT_BYTES = 200
 _ROOM = "streammerge.formats"
-_HELPERS = ("archive", "base", "detect", "distributed", "file_names", "folder", "records", "safetensors_writer", "shards")
+_HELPERS = (
+    "archive", "base", "dcp", "detect", "distributed", "file_names", "folder", "hf_storage", "pieces", "records",
+    "safetensors_writer", "shards",
+)  # fmt: skip
 """The modules beside this one that are no format, so that looking at a file imports only the formats that are asked."""
 _OTHERS: tuple[tuple[bytes, str], ...] = (
     (b"GGUF", "a GGUF file, whose weights are quantised for llama.cpp; give the original safetensors"),

@@ -1,39 +1,59 @@
-"""Refusal of checkpoints that several ranks wrote in parts, with the command that makes one checkpoint of them."""
+"""Checkpoints that several ranks wrote in parts: which one a folder holds, and where a trainer's folder has it.
+
+The readers are imported when a folder of their kind is met. What is not read is refused with what converts it.
+"""
 
 from __future__ import annotations
 
-from streammerge.errors import FormatError, printable
+import re
+from collections.abc import Callable
+
+from streammerge.errors import FormatError, listed, printable
+from streammerge.formats.base import Container
 from streammerge.stores.base import Location
 
-_TO_TORCH = "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} model.pth`"
 _PART = ".distcp"
+_METADATA = re.compile(r"\.metadata|__\d+\.metadata")
+_HF_SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
+
+ReadFile = Callable[[Location], Container]
 
 
-def refuse_distributed(folder: Location) -> None:
-    """Raises FormatError if a folder, or a folder in it, holds a distributed checkpoint."""
-    where, children = printable(folder), folder.children()
-    names = [path.name for path in children]
-    if _is_distributed(names):
+def of_ranks(folder: Location, read_file: ReadFile) -> Container | None:
+    """Returns the container of a checkpoint whose parts lie directly in a folder. None if there is none."""
+    names = [path.name for path in folder.children()]
+    if any(map(_METADATA.fullmatch, names)):
+        from streammerge.formats import dcp
+
+        return dcp.read(folder)
+    if any(name.endswith(_PART) for name in names):
         raise FormatError(
-            f"{where} is a torch.distributed.checkpoint folder, which is not read yet; run "
-            f"{_TO_TORCH.format(folder=where)} and give the result"
+            f"{printable(folder)} holds parts of a distributed checkpoint without its .metadata, which says what is in "
+            "them; copy that file too"
         )
-    inner = [(path, [each.name for each in path.children()]) for path in children if path.is_folder()]
-    parts = [path for path, of in inner if _is_distributed(of)]
-    parts.sort(key=lambda path: (path.name.startswith("optim"), path.name))  # FSDP writes the optimizer's state too
-    if parts:
-        weights = printable(parts[0])
-        raise FormatError(
-            f"{where} holds its weights in {weights}, a torch.distributed.checkpoint folder (FSDP), which is not read yet; "
-            f"run `accelerate merge-weights {weights} OUTPUT` or {_TO_TORCH.format(folder=weights)} and give the result"
-        )
-    of_steps = [name for path, of in inner if path.name.startswith("global_step") for name in of]
-    here = any(name.endswith("_model_states.pt") or "zero_pp_rank_" in name for name in names)
-    if here or any(name.endswith("_states.pt") for name in of_steps):
-        raise FormatError(
-            f"{where} is a DeepSpeed checkpoint, which is not read yet; run the `zero_to_fp32.py` that DeepSpeed puts "
-            "into it (`python zero_to_fp32.py . OUTPUT`) and give the result"
-        )
+    if any(map(_HF_SHARD.fullmatch, names)):
+        from streammerge.formats import hf_storage
+
+        return hf_storage.read(folder)
+    return None
+
+
+def below(folder: Location, read_file: ReadFile) -> Container | None:
+    """Returns the container of the checkpoint in a trainer's folder, which has its parts in a subfolder. None if there is
+    none. Raises FormatError if there are several."""
+    found = [path for path in folder.children() if path.is_folder() and _holds_parts(path)]
+    weights = [path for path in found if not path.name.startswith("optim")] or found
+    if len(weights) > 1:
+        names = listed([path.name for path in weights])
+        raise FormatError(f"{printable(folder)} holds several distributed checkpoints, {names}; give one of them")
+    if not weights:
+        return None
+    return of_ranks(weights[0], read_file)
+
+
+def _holds_parts(folder: Location) -> bool:
+    names = [path.name for path in folder.children()]
+    return any(map(_METADATA.fullmatch, names)) or any(map(_HF_SHARD.fullmatch, names))
 
 
 def refuse_part(path: Location) -> None:
@@ -41,10 +61,5 @@ def refuse_part(path: Location) -> None:
     if path.name.endswith(_PART):
         folder = printable(path.parent)
         raise FormatError(
-            f"{printable(path)} is one rank's part of the distributed checkpoint in {folder}; run "
-            f"{_TO_TORCH.format(folder=folder)} and give the result"
+            f"{printable(path)} is one rank's part of the distributed checkpoint in {folder}; give that folder"
         )
-
-
-def _is_distributed(names: list[str]) -> bool:
-    return ".metadata" in names and any(name.endswith(_PART) for name in names)

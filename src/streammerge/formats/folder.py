@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from streammerge.errors import FormatError, StreammergeError, listed, printable
 from streammerge.formats.base import Container, Form
-from streammerge.formats.distributed import refuse_distributed
+from streammerge.formats.distributed import below, of_ranks
 from streammerge.formats.file_names import KNOWN, grouped, is_looked_for, is_training_file, kind_of_folder, parsed_name
 from streammerge.formats.records import RECEIPT_FILE
 from streammerge.formats.shards import (
@@ -46,6 +46,8 @@ def read(folder: Location, read_file: ReadFile) -> Container:
 
     Raises FormatError; for forms that are not read, it names the command to run.
     """
+    if (distributed := of_ranks(folder, read_file)) is not None:
+        return distributed
     names, pipeline = declared(folder)
     parts = {name: _read_own(folder / name, read_file) for name in names if name}
     if not parts:
@@ -170,8 +172,8 @@ def _read_own(folder: Location, read_file: ReadFile) -> Container:
     where, found = printable(folder), _found(folder)
     known = [each for each in found if each.rank is not None]
     usable = [each for each in known or found if not each.absent]
-    if not known:
-        refuse_distributed(folder)
+    if not known and (distributed := below(folder, read_file)) is not None:
+        return distributed
     if not found:
         raise FormatError(f"{where} holds no checkpoint{_below(folder)}")
     if not usable:

@@ -38,10 +38,19 @@ def matches(head: bytes, size: int) -> Match:
     return archive.first_name(head).endswith(b"/data.pkl") or "unless another"
 
 
-def read(path: Location) -> Container:
-    """Returns the container of a torch zip archive. Raises FormatError; nothing in it is executed."""
-    where = printable(path)
+def read(path: Location, window: archive.Window | None = None, inner: str = "") -> Container:
+    """Returns the container of a torch zip archive. Raises FormatError; nothing in it is executed.
+
+    ``window``: where it lies inside the file; then its ``inner`` name stands in messages.
+    """
     with path.stream() as stream:
+        return read_stream(stream, path, window, f"{printable(path)}: {inner}" if inner else printable(path))
+
+
+def read_stream(whole: BinaryIO, path: Location, window: archive.Window | None, where: str) -> Container:
+    """Returns the container of a torch zip archive in an open file, or in a window of it."""
+    base = window[0] if window else 0
+    with archive.within(whole, window) as stream:
         members = archive.members(stream, where)
         pickles = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
@@ -55,7 +64,7 @@ def read(path: Location) -> Container:
         table = StorageTable()
         member = members[pickles[0]]
         on_disk = member.record.compressed_bytes if member.record else member.nbytes
-        arrays = Arrays(path, None if member.record else member.offset)
+        arrays = Arrays(path, None if member.record else base + member.offset)
         tree = unpickle(_pickle(stream, member, where), table, where, on_disk, arrays)
         beside = {key: members.get(root + name) for key, name in _BESIDE.items()}
         texts = {key: archive.record(stream, member, MAX_RECORD_BYTES, where) for key, member in beside.items()}
@@ -67,7 +76,7 @@ def read(path: Location) -> Container:
     container = Container(path, kind, tree, {}, (path,), pickled=True, magic=magic, held_bytes=held, arrays=arrays.sources)
     container.notes += arrays.notes
     container.metadata |= {key: text.decode("utf-8", "replace") for key, text in texts.items() if text}
-    _find_storages(container, table, members, root + "data/", where)
+    _find_storages(container, table, members, root + "data/", where, base)
     return container
 
 
@@ -80,8 +89,14 @@ def _pickle(stream: BinaryIO, member: archive.Member, where: str) -> bytes | Bin
 
 
 def _find_storages(
-    container: Container, table: StorageTable, members: Mapping[str, archive.Member], folder: str, where: str
+    container: Container,
+    table: StorageTable,
+    members: Mapping[str, archive.Member],
+    folder: str,
+    where: str,
+    base: int,
 ) -> None:
+    """Adds the places of the storages. ``base``: where the archive begins in its file."""
     compressed = 0
     for ref in table.refs.values():
         member = members.get(folder + ref.key)
@@ -93,7 +108,9 @@ def _find_storages(
                 "it is damaged"
             )
         compressed += member.record is not None
-        container.storages[ref.key] = StorageBytes(container.path, member.offset, member.nbytes, member.record)
+        record = member.record and replace(member.record, offset=base + member.record.offset)
+        offset = member.offset if record else base + member.offset
+        container.storages[ref.key] = StorageBytes(container.path, offset, member.nbytes, record)
     if compressed:
         container.notes.append(
             f"{compressed} of its storages are compressed; they are unpacked into a temporary file first"

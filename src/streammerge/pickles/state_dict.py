@@ -174,8 +174,7 @@ def _named(tree: Any, found: list[Candidate], wanted: str) -> Selection:
     within = [c for c in found if c.label == wanted or c.label.startswith(wanted + ".")]
     if not within:
         raise RecipeError(
-            f"`state_dict` {printable(wanted)}: there is no such state dict in it; "
-            f"it has {listed([c.label for c in found]) or 'none'}"
+            f"there is no state dict {printable(wanted)} in it; it has {listed([c.label for c in found]) or 'none'}"
         )
     chosen = [c for c in within if c.label == wanted][:1] or within
     _mark_swapped(tree, found)

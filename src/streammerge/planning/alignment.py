@@ -24,6 +24,7 @@ from streammerge.planning.shapes import Fitted, differ, fit, framed
 from streammerge.planning.views import Indexes, Part, Restacked, View, make_parts
 from streammerge.recipe.model import Recipe, Reference, Rule
 from streammerge.sources.base import Source
+from streammerge.sources.stored import Stored as StoredSource
 from streammerge.sources.table import StoredTable, same_names
 from streammerge.tensors.dtypes import DType, promoted
 from streammerge.tensors.names import copies_among, is_counter, spelled, why_ignored, why_optional
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 _WIDE = (DType.F64, DType.C128)
 _Sources = list[Source | None]
+HELPERS = "they only help to read quantised weights, and the output's are not quantised"
 _FITS = Fitted([])
 """Stands for sources that fit together as they are, so that no object is made for most tensors."""
 
@@ -75,7 +77,8 @@ def align(recipe: Recipe, indexes: Indexes) -> Alignment:
     if mismatch:
         mismatch.quantised = {str(each.path): said for each in indexes.values() if (said := quantised(each))}
     mismatch.refuse(recipe)
-    refuse_inseparable(indexes.values(), alignment.merged)
+    conversion = recipe.merge_method is COPY and len(indexes) == 1
+    refuse_inseparable(indexes.values(), alignment.merged, conversion)
     if recipe.on_missing != "error" or recipe.on_shape != "error":
         refuse_unmerged(recipe, indexes, alignment.merged)
     alignment.warnings += [f'`on_missing="{recipe.on_missing}"`: {row}' for row in mismatch.rows(recipe.on_missing)]
@@ -88,6 +91,9 @@ def align(recipe: Recipe, indexes: Indexes) -> Alignment:
         alignment.merged = sorted(alignment.merged, key=lambda m: order.get(m.base_names[0], len(order)))
     _check_output_names(alignment.merged)
     _record(alignment)
+    if first.stored is not None:
+        gone = [name for name in first.stored.entries if name not in first.entries]
+        alignment.dispositions.add("tensor", gone, "dropped", HELPERS)
     alignment.taken = [rules.taken[id(rule)] for rule in recipe.rules]
     alignment.warnings += _idle(recipe, alignment.taken, first.entries)
     if recipe.rename and not any(index.renamed for index in indexes.values()):
@@ -516,7 +522,7 @@ class _Aligner:
                 break
         else:
             return spec
-        dtypes = {self.declared.get(id(source), source.spec.dtype) for source in present}
+        dtypes = set(map(self._written, present))
         if len(dtypes) == 1:
             return replace(spec, dtype=dtypes.pop())
         if self.recipe.recast is not None or not all(dtype.kind == "float" for dtype in dtypes):
@@ -531,7 +537,7 @@ class _Aligner:
         if rule is not None:
             self.rules.taken[id(rule)] += 1
         wished = (rule.dtype if rule else None) or self.recipe.recast
-        dtype = wished if wished is not None and entry.spec.dtype.kind == "float" else entry.spec.dtype
+        dtype = wished if wished is not None and entry.spec.dtype.kind == "float" else self._written(entry)
         return Merged(
             (name,),
             TensorSpec(self.recipe.output_name(name), dtype, entry.spec.shape),
@@ -544,7 +550,7 @@ class _Aligner:
     def _spec(self, name: str, spec: TensorSpec, rule: Rule | None) -> TensorSpec:
         """Returns the output tensor. It has the base's dtype unless another one is asked for."""
         entry = self.base.entries[name]
-        dtype = self.declared.get(id(entry), entry.spec.dtype)
+        dtype = self._written(entry)
         if dtype.kind != spec.dtype.kind:
             dtype = spec.dtype
         wished = (rule.dtype if rule else None) or self.recipe.recast
@@ -552,6 +558,13 @@ class _Aligner:
             dtype = wished
         named = self.recipe.output_name(name)
         return spec if dtype is spec.dtype and named == spec.name else TensorSpec(named, dtype, spec.shape)
+
+    def _written(self, entry: Source) -> DType:
+        """Returns the dtype that a tensor has in an output if none is asked for."""
+        if entry.__class__ is StoredSource:
+            return entry.spec.dtype
+        declared = self.declared.get(id(entry), entry.spec.dtype)
+        return DType.BF16 if declared is DType.F32 and entry.dequantises else declared
 
     def _copied(self, name: str, rule: Rule) -> Source:
         """Returns the tensor in the model that the rule names."""

@@ -149,38 +149,49 @@ class Plan:
         )
 
     def __str__(self) -> str:
-        recipe = self.recipe
-        what = "convert" if recipe.merge_method is COPY else recipe.merge_method.name
-        lines = [f"{what} -> {printable(self.out) if self.out else '(no output named)'}", *recipe_lines(recipe)]
-        lines += stage_lines(recipe)
-        lines += rule_lines(recipe, self.taken)
+        facts = (f"{label:<8} {text}" for label, text in self._facts())
+        return "\n".join([self._title(), *self._recipe_lines(), *facts])
+
+    def _repr_html_(self) -> str:
+        from streammerge.notebook import table
+
+        return table(
+            self._title(), [("recipe", "\n".join(line.removeprefix("  ") for line in self._recipe_lines())), *self._facts()]
+        )
+
+    def _title(self) -> str:
+        what = "convert" if self.recipe.merge_method is COPY else self.recipe.merge_method.name
+        return f"{what} -> {printable(self.out) if self.out else '(no output named)'}"
+
+    def _recipe_lines(self) -> list[str]:
+        return [*recipe_lines(self.recipe), *stage_lines(self.recipe), *rule_lines(self.recipe, self.taken)]
+
+    def _facts(self) -> list[tuple[str, str]]:
+        """Returns (label, text) of the output, the budget, and what is not merged."""
         made = ", ".join(
             f"{count} {_METHOD_WORDS.get(method, f'merged by {method}')}" for method, count in self.counts().items()
         )
-        lines.append(f"tensors  {made}")
+        facts = [("tensors", made)]
         files = self.layout.files
         named = printable(files[0].name) if len(files) == 1 else f"{len(files)} files"
         beside = f" and {len(self.layout.side_files)} side files" if self.layout.side_files else ""
-        lines.append(f"output   {named}, {decimal_bytes(self.write_bytes)}{beside}")
-        lines.append(f"disk     {decimal_bytes(self.disk_bytes)} needed, temporary files included")
-        lines.append(f"read     {decimal_bytes(self.read_bytes)} from {len(self.owners)} files")
+        facts.append(("output", f"{named}, {decimal_bytes(self.write_bytes)}{beside}"))
+        facts.append(("disk", f"{decimal_bytes(self.disk_bytes)} needed, temporary files included"))
+        facts.append(("read", f"{decimal_bytes(self.read_bytes)} from {len(self.owners)} files"))
         if self.spooled:
             size = decimal_bytes(self.spooled_bytes)
-            lines.append(f"spooled  {len(self.spooled)} packed records, unpacked into {size} of temporary files")
+            facts.append(("spooled", f"{len(self.spooled)} packed records, unpacked into {size} of temporary files"))
         if self.turned_bytes:
-            lines.append(
-                f"turned   {decimal_bytes(self.turned_bytes)} of matrices are made by columns, in a temporary file"
-            )
+            size = decimal_bytes(self.turned_bytes)
+            facts.append(("turned", f"{size} of matrices are made by columns, in a temporary file"))
         budget, processes = self.budget, " in processes" if self.executor == "processes" else ""
-        lines.append(
-            f"memory   {binary_bytes(self.peak_bytes)} projected of {binary_bytes(self.memory_bytes)}, above start-up "
-            f"({budget.workers} workers{processes}, chunks of {budget.chunk_elems} elements, {self.io})"
-        )
-        lines += self.dispositions.lines()
+        memory = f"{binary_bytes(self.peak_bytes)} projected of {binary_bytes(self.memory_bytes)}, above start-up "
+        memory += f"({budget.workers} workers{processes}, chunks of {budget.chunk_elems} elements, {self.io})"
+        facts.append(("memory", memory))
+        facts += self.dispositions.facts()
         told = set(self.dispositions.notes())
-        lines += [f"note     {note}" for note in self.notes if note not in told]
-        lines += [f"warning  {warning}" for warning in self.warnings]
-        return "\n".join(lines)
+        facts += [("note", note) for note in self.notes if note not in told]
+        return facts + [("warning", warning) for warning in self.warnings]
 
 
 _METHOD_WORDS = {"copy": "copied", "integers": "of integers (equal, or by policy)"}
@@ -239,7 +250,7 @@ def build_plan(
     identities |= {source: source.status() for source, _ in output.layout.side_files}
     identities |= {file: file.status() for file in (tokens.read if tokens else ())}
     notes = [*(note for index in opened for note in index.notes), *alignment.notes, *output.notes]
-    notes += [*output.dispositions.notes(), *weight_notes(recipe)]
+    notes += [*output.dispositions.notes(), *weight_notes(recipe), *_noise(recipe, indexes)]
     if out is not None and recipe.output.max_shard_size is not None and not output.layout.as_folder:
         notes.append(
             "`max_shard_size` is without effect, because the output is one file; a name that ends in / is a folder"
@@ -263,6 +274,18 @@ def build_plan(
         pickle_bytes,
         dispositions=output.dispositions,
     )
+
+
+def _noise(recipe: Recipe, indexes: Indexes) -> list[str]:
+    """Returns a note about differences from the base that quantisation makes."""
+    coarse = [index for index in indexes.values() if index.quantised]
+    if not recipe.based or not coarse:
+        return []
+    return [
+        f"{printable(coarse[0].path)} is quantised, so its difference from the other models is mostly the rounding to the "
+        f"grid of its codes, which is often larger than what training changed; {recipe.merge_method.name} takes it for "
+        "training, so merge the weights that it was made from if there are any"
+    ]
 
 
 def aligned(recipe: Recipe, indexes: Indexes) -> tuple[Recipe, Alignment]:

@@ -60,12 +60,16 @@ def refuse_unreadable(index: CheckpointIndex) -> None:
         )
 
 
-def refuse_inseparable(indexes: Iterable[CheckpointIndex], merged: Sequence[Made]) -> None:
-    """Raises MismatchError for factors of adapters that are merged, and for quantised weights that are not copied whole."""
+def refuse_inseparable(indexes: Iterable[CheckpointIndex], merged: Sequence[Made], conversion: bool = False) -> None:
+    """Raises MismatchError for factors of adapters that are merged, and for quantised weights that are not copied whole.
+
+    ``conversion``: whether one input is converted. Then quantised weights that a library can dequantise are refused in any
+    case, because those of other schemes are dequantised here.
+    """
     plain: list[Mapping[str, Source]] = []
     for index in indexes:
         if not any(same_tensors(index.entries, each) for each in plain) and not (
-            _refuse_factors(index, merged) or _refuse_quantised(index, merged)
+            _refuse_factors(index, merged) or _refuse_quantised(index, merged, conversion)
         ):
             plain.append(index.entries)
 
@@ -107,15 +111,13 @@ def _packed(index: CheckpointIndex) -> dict[str, tuple[str, str]]:
     return {name: (label, name.rpartition(".")[0]) for name in integers}
 
 
-def _how(index: CheckpointIndex, name: str, label: str) -> str:
+def _how(index: CheckpointIndex, name: str, label: str, conversion: bool = False) -> str:
     do = ADVICE.get(label, "give the weights that it was made from, or dequantise it first")
-    return (
-        f"{printable(index.path)} is quantised: {label}, as {printable(name)} tells; {do}, or copy its tensors with all "
-        "that belongs to them"
-    )
+    other = "" if conversion else ", or copy its tensors by a rule, with all that belongs to them"
+    return f"{printable(index.path)} is quantised: {label}, as {printable(name)} tells; {do}{other}"
 
 
-def _refuse_quantised(index: CheckpointIndex, merged: Iterable[Made]) -> bool:
+def _refuse_quantised(index: CheckpointIndex, merged: Iterable[Made], conversion: bool) -> bool:
     """Quantised weights may be copied, byte for byte and with all that belongs to them, but neither merged nor recast.
 
     Returns whether there are such weights, or integers, which a configuration may tell to be weights.
@@ -125,6 +127,8 @@ def _refuse_quantised(index: CheckpointIndex, merged: Iterable[Made]) -> bool:
         return any(spec.dtype.kind == "int" for spec in index.specs().values())
     copied, others = _used(index, merged, lambda m: m.sources[0].spec.dtype == m.spec.dtype)
     for name, (label, stem) in told.items():
+        if conversion and label in ADVICE:
+            raise MismatchError(_how(index, name, label, conversion))
         parted = name not in copied and any(belongs(each, stem) for each in copied)
         if name in others or parted or any(belongs(each, stem) for each in others):
             raise MismatchError(_how(index, name, label))

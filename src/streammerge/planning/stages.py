@@ -48,6 +48,7 @@ class Opened:
         out = Location(store, name, f"{place}/")
         if not first.path.is_folder() or first.in_memory:
             place = out = store.file(name + (first.path.suffix if not first.in_memory else ".safetensors"))
+        recipe = replace(recipe, output=replace(recipe.output, card=False))  # the card is that of the whole merge
         try:
             recipe, alignment, self.declared = _aligned(recipe, indexes)
             output = plan_output(out, recipe, indexes, alignment, hashed=False)

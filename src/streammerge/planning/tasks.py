@@ -50,8 +50,8 @@ class MergeTask:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes that it reads: for a merge among its sources those in files, each counted once."""
-        if not self.nested:
+        """Bytes that it reads: for computed sources those in files, each counted once."""
+        if not self.computed:
             return sum([source.spec.nbytes for source in self.sources])
         return sum([blob.nbytes for blob in {blob for source in self.sources for blob in source.blobs}])
 
@@ -65,6 +65,14 @@ class MergeTask:
                 if any(True for _ in methods_in(source)):
                     return True
         return False
+
+    @property
+    def computed(self) -> bool:
+        """Whether a merge or a quantised weight is among its sources, so that these have other bytes than the files."""
+        for source in self.sources:
+            if source.__class__ is not Stored and source.dequantises:
+                return True
+        return self.nested
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -154,7 +162,7 @@ class Piece:
 
     @property
     def read_bytes(self) -> int:
-        if self.task.nested:
+        if self.task.computed:
             return self.task.read_bytes * (self.stop - self.start) // self.task.elems
         return (self.stop - self.start) * sum([s.spec.dtype.component.element_bytes for s in self.task.sources])
 

@@ -40,7 +40,7 @@ def located(recipe: Recipe, folders: list[Location], problems: Problems, confine
         if named in stages:
             names[named] = stage_text(named)
             continue
-        if confined and named != UNREAD and not _lies_within(named, folders):
+        if confined and named != UNREAD and not lies_within(named, folders):
             shown = printable(named)
             where = " or ".join(dict.fromkeys(printable(folder) for folder in folders))
             problems.add(_place(recipe, named), f"{shown} leads out of {where}; give its folder as `inputs`")
@@ -87,7 +87,7 @@ def _is_there(path: str) -> bool:
     return is_there(path) or _cached(path) is not None
 
 
-def _lies_within(named: str, folders: list[Location]) -> bool:
+def lies_within(named: str, folders: list[Location]) -> bool:
     """Whether a name means a place below one of the folders. Asks no store, and imports none.
 
     VerifyError for an absolute path of this machine.
@@ -140,7 +140,7 @@ def _may_stand(path: str, folders: list[Location], confined: bool) -> bool:
     if not confined:
         return True
     try:
-        return _lies_within(path, folders)
+        return lies_within(path, folders)
     except VerifyError:
         return False
 

@@ -168,6 +168,7 @@ class OutputRequest:
     max_shard_size: int | None = option_key(SIZE, _OPTIONS["max_shard_size"])
     keep_optimizer: bool = option_key(TRUTH, _OPTIONS["keep_optimizer"], default=False)
     strip_prefix: str = option_key(TEXT, _OPTIONS["strip_prefix"], default="")
+    card: bool = option_key(TRUTH, _OPTIONS["card"], default=True)
     only: bool = key(TRUTH, "Leave out of a .pth what holds other tensors than the chosen state dict.", default=False)
     container: str = key(
         one_of(("base", "first")),

@@ -75,11 +75,20 @@ def opened(
     parts = split(path)
     if parts is None:
         check_there(path)
-        return open_checkpoint(path, state_dict, ema)
+        return _as_numbers(open_checkpoint(path, state_dict, ema))
     from streammerge.adapters.applying import adapted, read_adapter  # here, because most merges have no adapters
 
     base = opened(parts.base, state_dict, ema, held, stages)
     return adapted(base, [(read_adapter(each.path), each.scale) for each in parts.adapters], str(parts))
+
+
+def _as_numbers(index: CheckpointIndex) -> CheckpointIndex:
+    """Returns the index with quantised weights as numbers."""
+    if not index.may_be_quantised:
+        return index
+    from streammerge.quantised.dequantised import dequantised  # here, because most models are not quantised
+
+    return dequantised(index)
 
 
 def names_and_weights(given: Any, held: Held) -> tuple[list[str], list[float] | None]:

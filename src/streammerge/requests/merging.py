@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from streammerge.checkpoints.choosing import choose, exponential_weights
+from streammerge.checkpoints.choosing import choose
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.methods.registry import LINEAR, find_method
 from streammerge.options import (
@@ -87,13 +87,12 @@ class Request:
             if "normalize" in parameters:
                 raise RecipeError("`normalize` and the parameter normalize are the same; give one of them")
             parameters["normalize"] = asked.normalize
-        decay = self.choosing.ema_decay
         if self.recipe is None:
-            chosen, notes = choose(self.inputs, **choice)
+            chosen, notes = choose(self.inputs, **choice, oldest_first=self.schedule is not None)
             if len(chosen) == 1 and asked.base is None:
                 notes.append(f"{printable(chosen[0])} is the only input, so nothing is merged with it")
             given = asked.weights if self.own_weights is None else _following(chosen, self.inputs, self.own_weights)
-            weights = _weights(given, decay, len(chosen))
+            weights = self._weights(given, chosen, notes)
             base = None if asked.base is None else str(asked.base)
             if isinstance(asked.method, str) and asked.method in WAYS:
                 raise RecipeError(f"{asked.method} makes an adapter of adapters alone; give adapters, and no `base`")
@@ -105,7 +104,8 @@ class Request:
             recipe = found_in_hub_cache(recipe)
         else:
             theirs = {"inputs": self.inputs or None, "weights": asked.weights, "method": asked.method, "base": asked.base}
-            _refuse_beside_recipe({**theirs, "ema_decay": decay, **choice, **parameters})
+            schedules = {"schedule": self.choosing.schedule, "ema_decay": self.choosing.ema_decay}
+            _refuse_beside_recipe({**theirs, **schedules, **choice, **parameters})
             recipe = overridden(read_recipe(self.recipe, asked.own_methods), overrides)
         folder = None if asked.convert_first is None else parse(asked.convert_first)
         made = planned(recipe, self.out, self.resources, self.executing.executor, folder, self.output.hash, self.held)
@@ -119,7 +119,7 @@ class Request:
         if self.recipe is not None or asked.base is not None or not begins_with_adapter(self.inputs, self.held):
             return None
         choice = {name: getattr(self.choosing, name) or None for name in ("last", "range", "best", "by", "highest")}
-        chosen, notes = choose(self.inputs, **choice)
+        chosen, notes = choose(self.inputs, **choice, oldest_first=self.schedule is not None)
         found = adapters_of(chosen, self.held)
         if len(found) < len(chosen):
             return None
@@ -145,12 +145,34 @@ class Request:
         method = LINEAR if asked.method is None else asked.method
         way = method if isinstance(method, str) and method in WAYS else find_method(method)
         given = asked.weights if self.own_weights is None else _following(chosen, self.inputs, self.own_weights)
-        weights = _weights(given, self.choosing.ema_decay, len(chosen))
+        weights = self._weights(given, chosen, notes)
         wanted = asked.dtype if asked.out_dtype is None else asked.out_dtype
         dtype = None if wanted is None else float_dtype(wanted)
         made = combination(found, Combined(way, weights, parameters, dtype, asked.seed or 0))
         made.notes[:0] = notes
         return made
+
+    @property
+    def schedule(self) -> str | None:
+        """The schedule that gives the weights. Raises RecipeError if two are given."""
+        asked = self.choosing
+        if asked.schedule is not None and asked.ema_decay is not None:
+            raise RecipeError("`schedule` and `ema_decay` both give the weights; leave one of them out")
+        return asked.schedule if asked.ema_decay is None else f"ema:{asked.ema_decay!r}"
+
+    def _weights(self, given: Sequence[float] | None, chosen: Sequence[str], notes: list[str]) -> Sequence[float] | None:
+        """Returns the weights of the chosen inputs, and notes those of a schedule. Raises RecipeError."""
+        if self.schedule is None:
+            return given
+        if given is not None:
+            option = "schedule" if self.choosing.ema_decay is None else "ema_decay"
+            raise RecipeError(f"`{option}` gives the weights; leave `weights` out")
+        from streammerge.checkpoints.schedules import schedule_weights  # here, because most merges have no schedule
+
+        weights = schedule_weights(self.schedule, len(chosen))
+        shown = [f"{printable(path)} {weight:.6g}" for path, weight in zip(chosen, weights, strict=True)]
+        notes.append(f"weights of the schedule {self.schedule}: {listed(shown, 25)}")
+        return weights
 
 
 def _following(chosen: Sequence[str], inputs: Sequence[str], weights: Sequence[float]) -> list[float]:
@@ -159,14 +181,6 @@ def _following(chosen: Sequence[str], inputs: Sequence[str], weights: Sequence[f
     for path, weight in zip(inputs, weights, strict=True):
         left.setdefault(path, []).append(weight)
     return [left[path].pop(0) for path in chosen]
-
-
-def _weights(weights: Sequence[float] | None, ema_decay: float | None, inputs: int) -> Sequence[float] | None:
-    if ema_decay is None:
-        return weights
-    if weights is not None:
-        raise RecipeError("`ema_decay` gives the weights; leave `weights` out")
-    return exponential_weights(ema_decay, inputs)
 
 
 def _refuse_beside_recipe(said: Mapping[str, Any]) -> None:

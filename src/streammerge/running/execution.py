@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from streammerge.errors import FormatError, RecipeError, StreammergeError, UncheckedError, listed, printable
 from streammerge.events import Preparing, Published, RunFinished, RunStarted, Suspended, Told
 from streammerge.formats.file_names import files_below, foreign_files
-from streammerge.formats.records import RECEIPT_FILE
+from streammerge.formats.records import CARD_FILE, RECEIPT_FILE
 from streammerge.planning.plan import Plan
 from streammerge.running import process
 from streammerge.running.readback import receipt_of
@@ -45,6 +45,20 @@ class Result:
             f"{decimal_bytes(self.written_bytes)} written in {self.seconds:.1f} s, "
             f"peak memory {binary_bytes(self.peak_bytes)} of {binary_bytes(self.memory_bytes)}>"
         )
+
+    def _repr_html_(self) -> str:
+        from streammerge.notebook import table
+
+        speed = (self.read_bytes + self.written_bytes) / max(self.seconds, 1e-9)
+        facts = [
+            ("output", f"{counted(len(self.plan.tasks), 'tensor')}, {decimal_bytes(self.written_bytes)}"),
+            ("read", decimal_bytes(self.read_bytes)),
+            ("time", f"{self.seconds:.1f} s ({decimal_bytes(speed)}/s)"),
+            ("memory", f"{binary_bytes(self.peak_bytes)} of {binary_bytes(self.memory_bytes)}, above start-up"),
+            *(("note", note) for note in self.notes),
+            *(("warning", warning) for warning in self.warnings),
+        ]
+        return table(printable(self.out), facts)
 
 
 def execute(plan: Plan, options: RunOptions, resident_before: int) -> Result:
@@ -150,6 +164,7 @@ def refuse_to_lose_files(out: Location, plan: Plan) -> None:
         if not plan.layout.as_folder:
             raise RecipeError(f"{printable(out)} is a folder; remove it first, or choose another name")
         written = {file.name for file in plan.layout.files} | {name for _, name in plan.layout.side_files}
+        written.discard(CARD_FILE)  # a card that no merge made is somebody's own text
         foreign = foreign_files(out, written | _made_before(out))
         if foreign:
             raise RecipeError(

@@ -161,6 +161,12 @@ class Source(ABC):
         return any(part.held for part in self.parts)
 
     @property
+    def dequantises(self) -> bool:
+        """Whether its numbers are those of quantised weights. They are then float32 because nothing has rounded them yet,
+        and not because a file holds float32."""
+        return any(part.dequantises for part in self.parts)
+
+    @property
     def nbytes(self) -> int:
         return self.spec.nbytes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -95,15 +96,15 @@ class _Reader(Reader):
 
     def _columns(self, row: int, begin: int, end: int, out: memoryview) -> None:
         """Reads a range within one row, from each piece its part."""
-        low = 0
-        for reader, width, high in zip(self._readers, self._widths, self._ends, strict=True):
-            a, b = max(begin, low), min(end, high)
-            if a < b:
-                part = out[(a - begin) * self._size : (b - begin) * self._size]
-                made = reader.read(row * width + a - low, row * width + b - low, part)
-                if made is not part:
-                    part[:] = made
-            low = high
+        number = bisect_right(self._ends, begin)
+        while begin < end:
+            high, width = self._ends[number], self._widths[number]
+            low, stop = high - width, min(end, high)
+            part = out[: (stop - begin) * self._size]
+            made = self._readers[number].read(row * width + begin - low, row * width + stop - low, part)
+            if made is not part:
+                part[:] = made
+            out, begin, number = out[(stop - begin) * self._size :], stop, number + 1
 
     def _rows(self, row: int, count: int, out: memoryview, scratch: memoryview) -> None:
         """Reads whole rows. Reads each piece in blocks of rows, and puts these into its columns."""

@@ -75,6 +75,10 @@ class Merged(Source):
         return whole_grains(GRAIN, self.row)
 
     @property
+    def dequantises(self) -> bool:
+        return False  # its dtype is what the merge rounds to
+
+    @property
     def place(self) -> tuple[object, ...]:
         method = (self.method.name, self.method.identity, repr(sorted(self.parameters.items())), self.compute, self.based)
         drawn = (self.seed, self.drawn_as or self.spec.name)

@@ -6,6 +6,7 @@ Each module imports only modules above it::
     checksums    CRC-32 and CRC-32C, and joining those of parts
     faults       mapped files that shrink
     keys         names within a store
+    repositories names of the hub's repositories
     streams      a file read at offsets, as a stream of Python
     base         the protocol: Location, Store, Input, Output, Staging
     space        errors of outputs that cannot be written

@@ -174,7 +174,7 @@ EXPORT_FOLDERS: frozenset[str] = frozenset(("onnx", "openvino", "coreml", "gguf"
 TRAINING_FILES = (
     r"training_args\.bin|trainer_state\.json|events\.out\.tfevents.*|zero_to_fp32\.py|latest"
     r"|(optimizer|scheduler|scaler|rng_state|random_states|custom_checkpoint_\d|sampler|dl_state_dict)[\w-]*"
-    r"\.(pt|pth|bin|pkl|ckpt|safetensors)"
+    r"\.(pt|pth|bin|pkl|ckpt|safetensors)|.*\.distcp"
 )
 """Files of a training run that no loader of a model reads. They do not belong to a merged model."""
 

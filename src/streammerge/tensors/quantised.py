@@ -41,8 +41,17 @@ _ANY = re.compile(
 _SCALE = re.compile(r"^(?P<parent>.*\.)?_?((?P<weights>\w+?)_)?scale(_\d)?$")
 ADVICE: dict[str, str] = {
     _MLX: "save it again without quantisation, in Python: `mlx_lm.convert(MODEL, OUT, dequantize=True)`",
+    "bitsandbytes": "load it with transformers and bitsandbytes, and save what `model.dequantize()` returns",
+    "GPTQ or AWQ": "dequantise it with the library GPTQModel",
+    "HQQ": "dequantise it with the library hqq, where `HQQLinear.dequantize()` returns the weights",
+    "EXL2": "give the weights that it was made from; the library exllamav2 holds the code that dequantises it",
+    "EXL3": "give the weights that it was made from; the library exllamav3 holds the code that dequantises it",
+    "AQLM": "dequantise it with the library aqlm",
+    "VPTQ": "dequantise it with the library vptq",
+    "torchao": "load it with torchao, and save what `dequantize()` of its tensors returns",
+    "EETQ": "dequantise it with the library eetq",
 }
-"""What to do about some schemes, where a program makes plain weights again."""
+"""What to do about some schemes: which library makes plain weights of them. A conversion of these is refused too."""
 
 
 def companions(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[str, str]]:

@@ -59,12 +59,19 @@ class Verified:
         again = f", {self.sampled_elems:,} numbers computed again" if self.recomputed else ""
         return f"<Verified {printable(self.out)}: {counted(self.tensors, 'tensor')} as they were written{again}>"
 
+    def _repr_html_(self) -> str:
+        from streammerge.notebook import table
+
+        return table(f"verified {printable(self.out)}", self._facts())
+
     def __str__(self) -> str:
+        return "\n".join([f"verified {printable(self.out)}", *(f"  {label:<10} {text}" for label, text in self._facts())])
+
+    def _facts(self) -> list[tuple[str, str]]:
         files = f" in {self.files} files" if self.files > 1 else ""
-        lines = [
-            f"verified {printable(self.out)}",
-            f"  structure  {counted(self.tensors, 'tensor')}{files}, as they were written",
-            f"  checksums  {decimal_bytes(self.checked_bytes)}, all tensors and all other bytes",
+        facts = [
+            ("structure", f"{counted(self.tensors, 'tensor')}{files}, as they were written"),
+            ("checksums", f"{decimal_bytes(self.checked_bytes)}, all tensors and all other bytes"),
         ]
         if self.recomputed:
             elems = self.sampled_elems
@@ -75,11 +82,9 @@ class Verified:
                 (self.repeated_elems, "are what the merge computes, to the bit"),
             ]
             said = ", ".join(f"{100 * count / elems:.4g} % {what}" for count, what in kinds if count)
-            lines.append(
-                f"  values     {elems:,} numbers of {counted(self.sampled_tensors, 'tensor')} computed again: {said}"
-            )
-        lines += [f"  note       {note}" for note in self.notes]
-        return "\n".join([*lines, f"  digest     {self.digest}"])
+            numbers = f"{elems:,} numbers of {counted(self.sampled_tensors, 'tensor')}"
+            facts.append(("values", f"{numbers} computed again: {said}"))
+        return [*facts, *(("note", note) for note in self.notes), ("digest", self.digest)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ def test_equal_decisions_are_one_line() -> None:
     made.add("file", ["tokenizer.json", "vocab.txt"], "copied")
     made.add("entry", ["scheduler"], "dropped", "stale")
     made.add("tensor", [], "dropped", "nothing")
-    assert made.lines() == ["copied   tokenizer.json, vocab.txt", "dropped  optimizer, scheduler (stale)"]
+    assert made.facts() == [("copied", "tokenizer.json, vocab.txt"), ("dropped", "optimizer, scheduler (stale)")]
     assert made.notes() == ["left out of the output: optimizer, scheduler (stale)"]
     assert [(each.thing, each.fate, each.names, each.count) for each in made] == [
         ("file", "copied", ("tokenizer.json", "vocab.txt"), 2),
@@ -29,7 +29,7 @@ def test_equal_decisions_are_one_line() -> None:
 def test_many_names_are_counted() -> None:
     made = Dispositions()
     made.add("tensor", [f"w{number}\n" for number in range(50_000)], "copied", "why")
-    assert made.lines() == ["copied   " + ", ".join(f"w{number}\\n" for number in range(8)) + " and 49992 more (why)"]
+    assert made.facts() == [("copied", ", ".join(f"w{number}\\n" for number in range(8)) + " and 49992 more (why)")]
     record = made.record()
     assert record[0]["count"] == 50_000
     assert len(record[0]["names"]) == 20
@@ -40,8 +40,8 @@ def test_ledgers_are_joined() -> None:
     one.add("entry", "a", "dropped", "stale")
     two.add("entry", "b", "dropped", "stale")
     one.update(two)
-    assert one.lines() == ["dropped  a, b (stale)"]
-    assert two.lines() == ["dropped  b (stale)"]
+    assert one.facts() == [("dropped", "a, b (stale)")]
+    assert two.facts() == [("dropped", "b (stale)")]
 
 
 @pytest.mark.parametrize("out", ["out.pth", "out.safetensors", "out"])

@@ -80,7 +80,7 @@ def test_a_safetensors_file_has_the_one_state_dict(tmp_path: Path) -> None:
     torch.save({"model": {"w": ONES}, "ema": {"module.w": ONES * 2}}, tmp_path / "in.pth")
     sm.convert(tmp_path / "in.pth", tmp_path / "out.safetensors", only="ema")
     assert [*sm.inspect(tmp_path / "out.safetensors")] == ["module.w"]
-    with pytest.raises(sm.RecipeError, match="there is no such state dict"):
+    with pytest.raises(sm.RecipeError, match="there is no state dict"):
         sm.convert(tmp_path / "in.pth", tmp_path / "none.pth", only="teacher")
     with pytest.raises(sm.RecipeError, match="leave `state_dict` out"):
         sm.convert(tmp_path / "in.pth", tmp_path / "none.pth", only="ema", state_dict="model")

@@ -21,12 +21,21 @@ if TYPE_CHECKING:
 @click.argument("paths", nargs=-1, required=True, type=click.Path(), metavar="PATH...")
 @click.option("-v", "--tensors", is_flag=True, help="List names, dtypes, shapes and offsets.")
 @click.option("--recipe", is_flag=True, help="Print the recipe by which it was merged, as YAML.")
+@click.option("--lineage", is_flag=True, help="Print what it was merged from, and what that was merged from.")
 @options.of(Selecting)
 @options.report("human", "json", "quiet")
 @options.debug
-def inspect(paths: tuple[str, ...], tensors: bool, recipe: bool, form: str, debug: bool, **typed: Any) -> None:
+def inspect(
+    paths: tuple[str, ...], tensors: bool, recipe: bool, lineage: bool, form: str, debug: bool, **typed: Any
+) -> None:
     """Show what a checkpoint is and holds; nothing in it is executed."""
     from streammerge.checkpoints.globs import expand
+
+    if lineage:
+        from streammerge.cli.reports import show_lineages
+
+        show_lineages(expand(list(paths)), form)
+        return
     from streammerge.checkpoints.index import open_checkpoint
     from streammerge.recipe.locations import from_hub_cache
 
@@ -38,4 +47,8 @@ def inspect(paths: tuple[str, ...], tensors: bool, recipe: bool, form: str, debu
     asked = Selecting(**typed)
     found = map(from_hub_cache, expand(list(paths)))
     indexes = [opened(path, asked.state_dict, asked.ema or "ignore") for path in found]
+    if any(index.may_be_quantised for index in indexes):
+        from streammerge.quantised.dequantised import described
+
+        indexes = [described(index) if index.may_be_quantised else index for index in indexes]
     show_indexes(indexes, form, tensors, recipe)

@@ -36,6 +36,8 @@ _WHY_FILE = {
     "checksums": "a checksum of the input's files",
     "index": "an index of other files",
 }
+_QUANTISATION_FILES = frozenset(("hf_quant_config.json", "quantize_config.json", "quant_config.json"))
+_QUANTISED = "states how the first input is quantised, which the output is not"
 _MOST_BELOW = 20
 """A file with less than one part in 20 of the merged bytes is no other form of them."""
 
@@ -110,6 +112,8 @@ class _Decision:
             return
         if kind not in ("side", "weights"):
             self._drop(name, _WHY_FILE[kind])
+        elif self.base.quantised and path.name in _QUANTISATION_FILES:
+            self._drop(name, _QUANTISED)
         elif not is_inner(name) or not path.is_file():
             self._drop(name, "no regular file" if is_inner(name) else "its name is not one that every system can have")
         elif kind == "weights" and self._is_other_form(path, above):

@@ -54,9 +54,9 @@ class Dispositions:
                 if fate == wanted:
                     yield Decision(thing, fate, why, tuple(names[:_MOST_NAMES]), len(names))
 
-    def lines(self) -> list[str]:
-        """Returns a line for each decision, for people, but none for merged tensors: a plan counts those by method."""
-        return [f"{each.fate:<8} {_described(each)}" for each in self if (each.thing, each.fate) != ("tensor", "merged")]
+    def facts(self) -> list[tuple[str, str]]:
+        """Returns (fate, text) of each decision, for people, but not of merged tensors: a plan counts those by method."""
+        return [(each.fate, _described(each)) for each in self if (each.thing, each.fate) != ("tensor", "merged")]
 
     def notes(self) -> list[str]:
         """Returns a sentence for each decision by which something is missing in the output."""

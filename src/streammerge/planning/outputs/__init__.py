@@ -8,6 +8,7 @@ Each module imports only modules above it::
     templates    the built-in chat templates
     tokenizer    tokenizer files and chat template of a folder
     config       the edited config.json of a folder
+    card         the model card of a folder
     folder       a folder: shards, index, side files
     container    the choice of the container; a file of safetensors
 """

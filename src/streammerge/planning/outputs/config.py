@@ -148,6 +148,7 @@ class _Change:
     def described(self) -> str:
         """Returns what a configuration should say that cannot be read."""
         said = [f"the dtype is {self.dtypes[0].torch_name}"] if self.recast else []
+        said += ["the weights are not quantised"] if self.base.quantised else []
         said += [f"{moved.stack} has {len(moved.layers)} layers" for moved in self.moved]
         said += [f"{listed(names)} has {new} rows" for (_, new), names in self.grown.items()]
         said += ["the head is not tied"] if self.headless and _has_own_head(self.merged) else []
@@ -160,6 +161,8 @@ _EMBEDDED = re.compile(r"emb|wte|wpe|vocab|tok|shared\.weight$|lm_head|output\.w
 def _edits(config: Config, change: _Change) -> Edits:
     """Returns what one configuration has to say. Raises RecipeError where it cannot tell which layer is of which kind."""
     edits = Edits(config)
+    if change.base.quantised:
+        edits.dequantise()
     names = [dtype.torch_name for dtype in change.dtypes]
     if change.recast:
         edits.set_dtype(names[0], len(names) == 1)

@@ -86,10 +86,10 @@ def plan_output(out: Location, recipe: Recipe, indexes: Indexes, alignment: Alig
         hashed,
         computed=recipe.merge_method is not COPY
         or recipe.recast is not None
-        or any(i.adapters or i.made_from for i in indexes.values()),
+        or any(i.adapters or i.made_from or i.quantised for i in indexes.values()),
         held={name: index.nbytes for name, index in origins.items() if index.in_memory},
     )
-    made = _planned(kind, name, recipe, first, indexes, alignment, receipt)
+    made = _planned(kind, name, recipe, first, indexes, alignment, receipt, origins)
     made.inputs = inputs
     return made
 
@@ -120,6 +120,7 @@ def _planned(
     indexes: Indexes,
     alignment: Alignment,
     receipt: Receipt,
+    origins: Mapping[str, CheckpointIndex],
 ) -> PlannedOutput:
     merged = alignment.merged
     if kind != "folder" and any(first.parts):
@@ -138,11 +139,11 @@ def _planned(
     dispositions = Dispositions()
     dispositions.update(alignment.dispositions)
     if kind == "folder" and _is_pickled_folder(recipe, first):
-        return _folder(recipe, first, indexes, alignment, receipt, dispositions)
+        return _folder(recipe, first, indexes, alignment, receipt, dispositions, origins)
     for thing, why in _left_behind(first) if first.extras is not None else ():
         dispositions.add("entry", thing, "dropped", why)
     if kind == "folder":
-        return _folder(recipe, first, indexes, alignment, receipt, dispositions)
+        return _folder(recipe, first, indexes, alignment, receipt, dispositions, origins)
     metadata = metadata_of(recipe, first)
     if isinstance(merged, MergedTensors):
         names, kinds = merged.columns()

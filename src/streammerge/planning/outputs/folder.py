@@ -7,7 +7,7 @@ The merged tensors go into files of the same names. The configuration is edited,
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,12 +20,13 @@ from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import safetensors
 from streammerge.formats.base import Form, LayoutFile, Literal
 from streammerge.formats.file_names import form_of_file, is_adapter, is_looked_for
-from streammerge.formats.records import RECEIPT_FILE, RECIPE_FILE
+from streammerge.formats.records import CARD_FILE, RECEIPT_FILE, RECIPE_FILE
 from streammerge.pickles.tree import mapping_items
 from streammerge.planning.aligned import Merged, MergedTensors, Way, named, names_of, unlike
 from streammerge.planning.alignment import Alignment
 from streammerge.planning.dispositions.files import NOT_MERGED, Copies, decide, parts_of
 from streammerge.planning.dispositions.ledger import Dispositions
+from streammerge.planning.outputs.card import card_text, has_card
 from streammerge.planning.outputs.config import config_files
 from streammerge.planning.outputs.layout import (
     Layout,
@@ -43,6 +44,7 @@ from streammerge.planning.receipt import Receipt
 from streammerge.planning.views import Indexes
 from streammerge.planning.vocabularies import Tokenized
 from streammerge.recipe.document import to_yaml
+from streammerge.recipe.locations import travelling_names
 from streammerge.recipe.model import Recipe
 from streammerge.stores.base import Location
 from streammerge.tensors.conventions import AS_SAFETENSORS, INDEXED
@@ -92,8 +94,12 @@ def folder_output(
     alignment: Alignment,
     receipt: Receipt,
     dispositions: Dispositions,
+    origins: Mapping[str, CheckpointIndex],
 ) -> PlannedOutput:
-    """Plans the output folder. Raises RecipeError for what the container of the first input cannot hold."""
+    """Plans the output folder. Raises RecipeError for what the container of the first input cannot hold.
+
+    ``origins``: the name in the receipt of each model and each adapter, with its index.
+    """
     made = _Folder(recipe, indexes, dispositions)
     parts = parts_of(base)
     folder = next((path for path in (base.path, base.container.path) if path.is_folder()), None)
@@ -105,6 +111,8 @@ def folder_output(
     made.add_tokenizer(tokenizer, alignment.tokenized, folder)
     if record:
         made.files.append(text_file(RECIPE_FILE, to_yaml(record)))
+        if recipe.output.card and folder is not None and has_card(folder):
+            made.add_card(record, origins, folder)
     names = {file.name for file in made.files}
     copied: Copies = []
     if folder is not None:
@@ -273,6 +281,15 @@ class _Folder:
         gone = tokenizer.left - tokenizer.files.keys() - {name for _, name in tokenizer.copied}
         there = sorted(name for name in gone if folder is not None and (folder / name).is_file())
         self.dispositions.add("file", there, "dropped", "of another tokenizer than the output's")
+
+    def add_card(self, record: Mapping[str, Any], origins: Mapping[str, CheckpointIndex], folder: Location) -> None:
+        """Adds the model card. The first input's own card is about another model, so it stays behind."""
+        base = travelling_names(self.recipe)[self.recipe.base_model] if self.recipe.base_model else None
+        self.files.append(text_file(CARD_FILE, card_text(record, base, origins, folder)))
+        if (folder / CARD_FILE).is_file():
+            self.dispositions.add(
+                "file", CARD_FILE, "dropped", "the card of the first input; the output has one of its own"
+            )
 
     def _add_safetensors(
         self, prefix: str, name: str, stored: list[tuple[TensorSpec, Merged]], part: CheckpointIndex

@@ -1,0 +1,80 @@
+"""A checkpoint with its quantised weights as numbers: the index that merges see."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from streammerge.checkpoints.config import tree_of
+from streammerge.checkpoints.config_keys import QUANTISATION
+from streammerge.checkpoints.index import CheckpointIndex, QuantisedWeight
+from streammerge.errors import MismatchError, printable
+from streammerge.quantised.scaled_numbers import scaled_numbers
+from streammerge.quantised.stored import Scheme, Stored
+from streammerge.sources.base import Source
+from streammerge.units import counted
+
+_SCHEMES: tuple[Scheme, ...] = (scaled_numbers,)
+"""The schemes in the order in which they are asked. A tensor belongs to the first that takes it."""
+_OF_ACTIVATIONS = re.compile(
+    r"[._](input_scale|activation_scale|qscale_act|scale_input|output_scale|[qkv]_scale|kv_cache_scale|input_global_scale|"
+    r"input_zero_point|output_zero_point|[kv]_zero_point)$"
+)
+"""Helpers that scale activations. They have no meaning without the quantised weights."""
+
+
+def dequantised(index: CheckpointIndex) -> CheckpointIndex:
+    """Returns the index with quantised weights as float32 numbers, and without the tensors that only help to read them.
+
+    Weights of schemes that are not read stay as they are stored. Raises MismatchError for helpers that do not fit.
+    """
+    weights = weights_of(index)
+    if not weights:
+        return index
+    helpers = set(_helpers(index, weights))
+    codes = {weight.stored[0]: name for name, weight in weights.items()}
+    entries: dict[str, Source] = {}
+    for name, entry in index.entries.items():
+        if name in codes:
+            entries[codes[name]] = weights[codes[name]].source
+        elif name not in helpers:
+            entries[name] = entry
+    kinds = Counter(weight.scheme for weight in weights.values())
+    said = ", ".join(f"{count} as {scheme}" for scheme, count in kinds.most_common())
+    note = (
+        f"{printable(index.path)}: {counted(len(weights), 'quantised weight')} are dequantised while they are read: {said}"
+    )
+    return replace(index, entries=entries, notes=[*index.notes, note], quantised=weights, stored=index)
+
+
+def described(index: CheckpointIndex) -> CheckpointIndex:
+    """Returns the index with its quantised weights named, and its tensors as they are stored. A warning tells what is wrong
+    with them."""
+    try:
+        return replace(index, quantised=weights_of(index))
+    except MismatchError as error:
+        return replace(index, warnings=[*index.warnings, str(error)])
+
+
+def weights_of(index: CheckpointIndex) -> dict[str, QuantisedWeight]:
+    """Returns the quantised weights of a checkpoint, by their names as plain weights. Raises MismatchError."""
+    tree = tree_of(index.path)
+    stated: Any = next((tree[key] for key in QUANTISATION if isinstance(tree.get(key), dict)), {})
+    stored = Stored(index.entries, index.specs(), stated, index.metadata, printable(index.path))
+    found: dict[str, QuantisedWeight] = {}
+    taken = set[str]()
+    for scheme in _SCHEMES:
+        for name, weight in scheme(stored):
+            if taken.isdisjoint(weight.stored):
+                found[name] = weight
+                taken.update(weight.stored)
+    return found
+
+
+def _helpers(index: CheckpointIndex, weights: Mapping[str, QuantisedWeight]) -> list[str]:
+    """Returns the names of tensors that are no weights: helpers of weights, and scales of activations."""
+    found = [name for weight in weights.values() for name in weight.stored[1:]]
+    return [*found, *(name for name in index.specs() if _OF_ACTIVATIONS.search(name))]

@@ -1,0 +1,78 @@
+"""8-bit numbers with scales: DeepSeek's fp8 in blocks, fp8 and int8 by rows or by tensor, with names as programs give them.
+
+``weight_scale_inv`` multiplies, in spite of its name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from streammerge.checkpoints.index import QuantisedWeight
+from streammerge.quantised.stored import Found, Stored, block_of, pair_of
+from streammerge.sources.base import Source
+from streammerge.sources.narrow import SCALES
+from streammerge.sources.scaled import scaled
+from streammerge.tensors.dtypes import DType
+
+CODES = (DType.F8_E4M3, DType.F8_E5M2, DType.I8)
+_ENDS = (("_scale_inv", "{}"), ("_scale", "{}"), (".qscale_weight", "{}.weight"), (".scale", "{}.weight"))
+"""The end of a scale's name -> the name of the codes."""
+
+
+def scaled_numbers(stored: Stored) -> Iterator[Found]:
+    """Yields 8-bit weights with scales beside them. Raises MismatchError for scales that do not fit."""
+    for end, form in _ENDS:
+        for stem in stored.by_end.get(end, ()):
+            name = form.format(stem)
+            codes, scales = stored.get(name), stored.entries[stem + end]
+            if codes is None or codes.spec.dtype not in CODES or scales.spec.dtype not in SCALES:
+                continue
+            if len(codes.spec.shape) < 1 or codes.spec.shape == scales.spec.shape != (1,):
+                continue  # a norm of 8-bit numbers
+            yield _found(stored, name, codes, scales, stored.get(f"{name}_zero_point"))
+
+
+def _found(stored: Stored, name: str, codes: Source, scales: Source, zeros: Source | None) -> Found:
+    block = _block(stored, name, codes, scales)
+    made = scaled(name, codes, scales, block, zeros=zeros)
+    kind = "int8" if codes.spec.dtype is DType.I8 else "fp8"
+    if scales.spec.numel == 1:
+        how = "one scale for each tensor"
+    elif made.block == (1, made.columns):
+        how = "a scale for each row"
+    else:
+        how = f"a scale for each block of {block[0]} x {block[1]}"
+    helpers = [each.spec.name for each in (scales, zeros) if each is not None]
+    return Found(name, QuantisedWeight(made, (name, *helpers), f"{kind}, {how}"))
+
+
+def _block(stored: Stored, name: str, codes: Source, scales: Source) -> tuple[int, int]:
+    """Returns the rows and columns that share a scale."""
+    shape, grid = codes.spec.shape, scales.spec.shape
+    columns, rows = shape[-1], shape[-2] if len(shape) > 1 else 1
+    if scales.spec.numel == 1 or not codes.spec.numel:
+        return max(rows, 1), max(columns, 1)
+    if scales.spec.numel == math.prod(shape[:-1]):  # a scale for each row
+        return 1, columns
+    stated = pair_of(stored.config.get("weight_block_size") or _structure(stored.config))
+    if len(grid) != len(shape) or len(grid) < 2 or grid[:-2] != shape[:-2]:
+        raise stored.wrong(name, f"of shape {list(shape)} has scales of shape {list(grid)}, which do not fit it")
+    height, width = block_of(rows, grid[-2], stated[0]), block_of(columns, grid[-1], stated[1])
+    if height is None or width is None:
+        raise stored.wrong(
+            name,
+            f"of shape {list(shape)} has scales of shape {list(grid)}, and its configuration states no blocks that fit",
+        )
+    return height, width
+
+
+def _structure(config: Any) -> Any:
+    """Returns the block that a configuration of compressed-tensors states."""
+    groups = config.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict) and weights.get("block_structure"):
+            return weights["block_structure"]
+    return None

@@ -1,0 +1,125 @@
+"""Quantised models in every command: they are merged as the numbers that they stand for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load_safetensors, mean
+from safetensors.torch import save_file
+
+import streammerge as sm
+from quantised.samples import FP8, Tensors, fp8_model, load_folder
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensors, Tensors]:
+    monkeypatch.chdir(tmp_path)
+    return fp8_model(Path("a"), 1), fp8_model(Path("b"), 2, torch.bfloat16)
+
+
+Models = tuple[Tensors, Tensors]
+
+
+def test_a_merge_is_the_mean_of_the_numbers(models: Models) -> None:
+    result = sm.merge(["a", "b"], "out/")
+    made = load_folder(Path("out"))
+    assert made.keys() == models[0].keys()
+    for name, tensor in made.items():
+        expected = mean([each[name].double() for each in models], [1, 1]).bfloat16()
+        assert torch.equal(tensor, expected), name
+    config = json.loads(Path("out/config.json").read_text())
+    assert config == {"model_type": "qwen3", "torch_dtype": "bfloat16"}
+    weight_map = json.loads(Path("out/model.safetensors.index.json").read_text())["weight_map"]
+    assert weight_map.keys() == made.keys()
+    assert any("6 as fp8, a scale for each block of 128 x 128" in note for note in result.notes)
+    assert any("weight_scale_inv" in note and "left out" in note for note in result.notes)
+    assert sm.verify("out", sample="100%").equal_elems
+    assert result.read_bytes < 2 * sum(file.stat().st_size for file in Path("a").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "ways", [{"workers": 1}, {"io": "pread"}, {"memory": "40MiB", "workers": 3}, {"executor": "processes"}]
+)
+def test_no_byte_depends_on_how_it_is_made(models: Models, ways: dict[str, object]) -> None:
+    sm.merge(["a", "b"], "one/", method="ties", base="a")
+    sm.merge(["a", "b"], "two/", method="ties", base="a", **ways)  # type: ignore[arg-type]
+    for file in Path("one").iterdir():
+        assert file.read_bytes() == Path("two", file.name).read_bytes(), file
+
+
+def test_a_plain_model_and_a_quantised_one(models: Models) -> None:
+    Path("plain").mkdir()
+    save_file({name: tensor.half() for name, tensor in models[1].items()}, "plain/model.safetensors")
+    sm.merge(["plain", "a"], "first.safetensors")
+    sm.merge(["a", "plain"], "second.safetensors")
+    for name, tensor in load_safetensors(Path("first.safetensors")).items():
+        numbers = [models[1][name].half().double(), models[0][name].double()]
+        assert torch.equal(tensor, mean(numbers, [1, 1]).half()), name
+    kinds = {name: tensor.dtype for name, tensor in load_safetensors(Path("second.safetensors")).items()}
+    assert set(kinds.values()) == {torch.bfloat16}
+    recipe = {"merge_method": "linear", "models": [{"model": m, "parameters": {"weight": 1}} for m in ("a", "b")]}
+    sm.merge(recipe=recipe, out="third.safetensors")
+    assert {t.dtype for t in load_safetensors(Path("third.safetensors")).values()} == {torch.bfloat16}
+
+
+def test_rules_slices_and_adapters_see_numbers(models: Models) -> None:
+    rules = [{"match": "*layers.1.*", "copy": "b"}, {"match": "*q_proj*", "dtype": "float32"}]
+    recipe = {"merge_method": "linear", "models": [{"model": "a"}, {"model": "b"}], "rules": rules}
+    recipe["parameters"] = {"weight": 1}  # type: ignore[assignment]
+    sm.merge(recipe=recipe, out="ruled.safetensors")
+    made = load_safetensors(Path("ruled.safetensors"))
+    assert torch.equal(made["model.layers.1.up_proj.weight"], models[1]["model.layers.1.up_proj.weight"].bfloat16())
+    q = "model.layers.0.q_proj.weight"
+    assert torch.equal(made[q], ((models[0][q].double() + models[1][q].double()) / 2).float())
+    slices = [{"sources": [{"model": "a", "layer_range": [n, n + 1]}]} for n in (1, 0, 1)]
+    sm.merge(recipe={"merge_method": "passthrough", "slices": slices}, out="stacked/")
+    stacked = load_folder(Path("stacked"))
+    assert torch.equal(stacked["model.layers.2.q_proj.weight"], models[0]["model.layers.1.q_proj.weight"].bfloat16())
+    factors = {"base_model.model.model.layers.0.q_proj.lora_A.weight": torch.randn(4, 200)}
+    factors["base_model.model.model.layers.0.q_proj.lora_B.weight"] = torch.randn(200, 4)
+    Path("lora").mkdir()
+    save_file(factors, "lora/adapter_model.safetensors")
+    Path("lora/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
+    sm.convert("a+lora", "applied.safetensors")
+    a, b = (each.double() for each in factors.values())
+    applied = load_safetensors(Path("applied.safetensors"))[q]
+    assert applied.dtype == torch.bfloat16
+    assert torch.equal(applied, (models[0][q].double() + b @ a).float().bfloat16())
+
+
+def test_diff_and_extract_see_numbers(models: Models) -> None:
+    sm.convert("a", "plain.safetensors", dtype="float32")
+    assert sm.diff("a", "plain.safetensors").equal
+    assert not sm.diff("a", "b").equal
+    sm.extract("a", "lora", base="b", rank=4)
+    assert Path("lora/adapter_model.safetensors").exists()
+
+
+def test_noise_is_told_for_methods_of_differences(models: Models) -> None:
+    told = sm.plan(["a", "b"], method="task_arithmetic", base="a").notes
+    assert any("mostly the rounding to the grid of its codes" in note for note in told)
+    assert not any("grid" in note for note in sm.plan(["a", "b"]).notes)
+
+
+def test_files_that_state_a_quantisation_stay_behind(models: Models) -> None:
+    Path("a/hf_quant_config.json").write_text("{}")
+    sm.convert("a", "out/")
+    assert not Path("out/hf_quant_config.json").exists()
+
+
+def test_inspect_tells_the_scheme(models: Models) -> None:
+    def shown(*arguments: str) -> str:
+        command = [sys.executable, "-m", "streammerge", "inspect", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    assert "quantised  6 weights as fp8, a scale for each block of 128 x 128" in shown("a")
+    assert json.loads(shown("a", "--format", "json"))["quantised"] == {"fp8, a scale for each block of 128 x 128": 6}
+    save_file({"m.weight": torch.ones(20, 30).to(FP8), "m.weight_scale_inv": torch.ones(7, 7)}, "bad.safetensors")
+    assert "which do not fit" in shown("bad.safetensors") or "no blocks that fit" in shown("bad.safetensors")
+    save_file({"m.qweight": torch.ones(8, 8).int(), "m.scales": torch.ones(8)}, "gptq.safetensors")
+    assert "GPTQ or AWQ, which is not read" in shown("gptq.safetensors")

@@ -1,0 +1,46 @@
+"""Names of helpers, and the sizes of blocks."""
+
+from __future__ import annotations
+
+import pytest
+
+from streammerge.quantised.stored import Stored, block_of, pair_of
+from streammerge.tensors.dtypes import DType
+from streammerge.tensors.spec import TensorSpec
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "stated", "block"),
+    [
+        (576, 5, None, 128),
+        (576, 5, 128, 128),
+        (576, 9, 64, 64),
+        (576, 9, None, 64),
+        (100, 4, None, 25),
+        (100, 4, 30, 30),
+        (100, 3, None, None),
+        (100, 0, None, None),
+        (64, 1, None, 128),
+        (64, 1, -5, 128),
+    ],
+)
+def test_blocks_follow_from_the_number_of_scales(size: int, count: int, stated: int | None, block: int | None) -> None:
+    assert block_of(size, count, stated) == block
+
+
+def test_only_two_whole_numbers_are_a_block() -> None:
+    assert pair_of([128, 64]) == (128, 64)
+    assert pair_of([128]) == pair_of("128") == pair_of([True, 1]) == pair_of(None) == (None, None)
+
+
+def test_helpers_are_found_by_the_end_of_their_names() -> None:
+    names = ("a.weight", "a.weight_scale_inv", "b.weight_scale", "b.weight_scale_2", "c.scale_weight", "d.scale")
+    specs = {name: TensorSpec(name, DType.F32, (1,)) for name in names}
+    found = Stored({}, specs, {}, {}, "x").by_end
+    assert found == {
+        "_scale_inv": ["a.weight"],
+        "_scale": ["b.weight"],
+        "_scale_2": ["b.weight"],
+        ".scale_weight": ["c"],
+        ".scale": ["d"],
+    }
