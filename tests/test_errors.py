@@ -20,7 +20,9 @@ INTERFACE = {
     "SpaceError": 6,
     "LockedError": 7,
     "ChangedError": 8,
+    "UnfinishedError": 9,
     "VerifyError": 3,
+    "StoreError": 1,
     "TaskError": 1,
 }
 """What scripts of users ask for."""

@@ -82,13 +82,13 @@ def test_no_room_holds_a_circle() -> None:
 
 
 PUBLIC = """
-    convert diff extract inspect list_methods location merge methods plan verify
+    convert diff extract finish inspect list_methods location merge methods plan verify worker
     Chunk Kernel MergeMethod TensorGroup merge_method
-    AdapterResult CheckpointIndex Diff Plan Recipe Result Source TensorSpec Verified
+    AdapterResult CheckpointIndex Diff Plan Recipe Result ShareResult Source TensorSpec Verified
     SafetensorsWriter
     Executor Location Store executor file_format memory_store register_store
-    BudgetError ChangedError FormatError LockedError MismatchError RecipeError SpaceError StreammergeError
-    TaskError UncheckedError VerifyError
+    BudgetError ChangedError FormatError LockedError MismatchError RecipeError SpaceError StoreError StreammergeError
+    TaskError UncheckedError UnfinishedError VerifyError
 """
 """Every public name: what is called, what a method sees, what is given back, a writer, what a plug-in brings, errors."""
 
@@ -169,7 +169,7 @@ def test_what_is_imported_is_declared() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             found |= {name.partition(".")[0] for name in names}
-    extras = text.partition("\nllm = [")[2].partition("\n]")[0]
+    extras = text.partition("\n[project.optional-dependencies]\n")[2].partition("\ndev = [")[0]
     declared |= set(re.findall(r'^    "([\w-]+)', extras, re.MULTILINE))
     others = {called.get(name, name) for name in found - {*sys.stdlib_module_names, "streammerge"}}
     assert others | {"numpy"} == declared

@@ -1,4 +1,4 @@
-"""merge(), plan(), convert(), extract(), inspect(), verify(), diff(): their arguments, and what they return.
+"""merge(), plan(), convert(), extract(), inspect(), verify(), diff(), worker(), finish(): their arguments and results.
 
 The rooms below do the work. Nothing here prints, unless ``progress`` asks for a bar.
 
@@ -21,22 +21,29 @@ from streammerge.options import (
     DEFAULT_MEMORY,
     DIFF,
     EXTRACT,
+    FINISH,
     MERGE,
     PLAN,
     VERIFY,
+    WORKER,
     Converting,
     Ema,
     Executing,
+    Finishing,
     Integers,
     Io,
+    Machine,
     MixedDtypes,
     Naming,
     OnMissing,
     OnShape,
+    Quantise,
     Replacing,
     Resources,
     Running,
+    Saving,
     Selecting,
+    Sharing,
     Verifying,
     Writing,
     picked,
@@ -48,15 +55,18 @@ from streammerge.running.process import resident_bytes
 from streammerge.signatures import takes
 from streammerge.stores.base import Location
 from streammerge.stores.locations import PathLike, parse
+from streammerge.stores.remembering import remembering
 from streammerge.units import parse_bytes, parse_share
 
 if TYPE_CHECKING:
     from streammerge.diffing.result import Diff
     from streammerge.factoring.making import AdapterResult, Making
+    from streammerge.factoring.planned import AdapterPlan
     from streammerge.planning.plan import Plan
     from streammerge.requests.inputs import Checkpoint, Inputs
     from streammerge.running.execution import Result
     from streammerge.running.session import RunOptions
+    from streammerge.running.shared import ShareResult
     from streammerge.verifying.files import Verified
 
 
@@ -105,6 +115,7 @@ def plan(
     on_shape: OnShape | None = None,
     integers: Integers | None = None,
     mixed_dtypes: MixedDtypes | None = None,
+    strict: bool = False,
     unsafe_truncate_embeddings: bool | None = None,
     tokenizer_source: str | None = None,
     chat_template: str | None = None,
@@ -116,25 +127,40 @@ def plan(
     executor: str | Callable[[int], Any] = "auto",
     max_shard_size: str | SupportsIndex | None = None,
     keep_optimizer: bool | None = None,
+    quantise: Quantise | None = None,
     allow_nonfinite: bool | None = None,
     hash: bool = False,
-) -> Plan:
-    """Returns the plan of :func:`merge`, from headers alone. Nothing is written. The options are those of merge.
+    save: PathLike | None = None,
+) -> Plan | AdapterPlan:
+    """Returns the plan of :func:`merge`, from headers alone. Nothing else is written. The options are those of merge.
 
     ``inputs``: paths, globs or state dicts in memory, or a dict that gives each path its weight. ``base+adapter`` is a path
     too. ``out``: its name decides the container. ``recipe``: a mergekit configuration as a YAML file or a dict, in place of
     inputs, method and parameters. The other options override its keys. ``print(plan)`` shows the plan. ``plan.tasks``,
-    ``plan.peak_bytes`` and ``plan.read_bytes`` are its numbers.
+    ``plan.peak_bytes`` and ``plan.read_bytes`` are its numbers. A plan that is saved is followed by :func:`worker` on
+    several machines, and by :func:`finish` on one.
     """
     given = locals()
     from streammerge.requests.merging import Request
 
-    request = Request.of(given)
-    if request.combination() is not None:
-        raise RecipeError(
-            "adapters alone become an adapter, which has no plan of a model; merge them, or give their `base`"
-        )
-    return request.plan()
+    saving = picked(Saving, given)
+    with remembering():
+        request = Request.of(given)
+        combined = request.combination()
+        if combined is not None:
+            from streammerge.requests.adapters import adapter_plan  # here, because most plans are of models
+
+            if saving.save is not None:
+                raise RecipeError("a plan of adapters alone cannot be saved; merge them on one machine")
+            return adapter_plan(combined, request.out, request.resources)
+        made = request.plan()
+    if saving.save is not None:
+        from streammerge.requests import machines  # here, because most plans are not saved
+
+        if request.merging.convert_first is not None:
+            raise RecipeError("a saved plan converts nothing first; convert the inputs, and plan with the results")
+        machines.save(made, parse(saving.save), request.resources, request.executing, request.output)
+    return made
 
 
 @takes(*MERGE)
@@ -167,6 +193,7 @@ def merge(
     on_shape: OnShape | None = None,
     integers: Integers | None = None,
     mixed_dtypes: MixedDtypes | None = None,
+    strict: bool = False,
     unsafe_truncate_embeddings: bool | None = None,
     tokenizer_source: str | None = None,
     chat_template: str | None = None,
@@ -178,6 +205,7 @@ def merge(
     executor: str | Callable[[int], Any] = "auto",
     max_shard_size: str | SupportsIndex | None = None,
     keep_optimizer: bool | None = None,
+    quantise: Quantise | None = None,
     allow_nonfinite: bool | None = None,
     hash: bool = False,
     overwrite: bool = False,
@@ -211,10 +239,12 @@ def merge(
         request.out.sweep()
         request.out.check_writable(running.overwrite)
         before = resident_bytes()
-        combined = request.combination()
+        with remembering():
+            combined = request.combination()
+            if combined is None:
+                made = request.plan()
         if combined is not None:
             return _make(combined, request.out, given, running.listener, before)
-        made = request.plan()
         if request.merging.convert_first is not None:
             from streammerge.requests import conversions  # here, because most merges convert nothing
 
@@ -247,6 +277,7 @@ def convert(
     executor: str | Callable[[int], Any] = "auto",
     max_shard_size: str | SupportsIndex | None = None,
     keep_optimizer: bool | None = None,
+    quantise: Quantise | None = None,
     allow_nonfinite: bool | None = None,
     hash: bool = False,
     overwrite: bool = False,
@@ -355,6 +386,7 @@ def _make(made: Making, out: Location, given: Mapping[str, Any], listener: Liste
         polite=asked.polite,
         listener=listener,
         resident_before=before,
+        resume=given.get("resume", True),
     )
 
 
@@ -440,6 +472,60 @@ def diff(
 
     with _run_options(given) as running:
         return compare(names, held, selecting, resources, running.executor, running.listener)
+
+
+@takes(*WORKER)
+def worker(
+    plan: PathLike,
+    *,
+    share: str | None = None,
+    claim: bool = False,
+    memory: str | SupportsIndex | None = None,
+    workers: SupportsIndex | None = None,
+    io: Io | None = None,
+    executor: str | Callable[[int], Any] | None = None,
+    polite: bool = False,
+    listener: Listener = quiet,
+    progress: bool = False,
+) -> ShareResult:
+    """Makes units of a saved plan on this machine, while other machines make others.
+
+    ``plan``: the file that :func:`plan` saved. Inputs, output and this file are on storage that all machines see under the
+    same names. Each unit leaves a receipt, and what has a receipt is not made again. A machine that is killed loses the
+    units that it was making; the others take them over, if they claim. Returns when all units of its share have receipts.
+    ``listener``, ``progress`` and the errors are those of :func:`merge`.
+    """
+    given = locals()
+    with _listening(given) as told:
+        from streammerge.requests import machines  # here, because a merge on one machine does without
+        from streammerge.requests.inputs import path_of
+
+        place = parse(path_of("plan", plan))
+        return machines.work(place, picked(Sharing, given), picked(Machine, given), told, resident_bytes())
+
+
+@takes(*FINISH)
+def finish(
+    plan: PathLike,
+    *,
+    overwrite: bool = False,
+    listener: Listener = quiet,
+    progress: bool = False,
+) -> Result:
+    """Publishes the output of a saved plan, when all of its units are made.
+
+    ``plan``: the file that :func:`plan` saved. Checks the receipts of all units, writes headers and side files, and makes
+    the output visible in one step. It is the same to the byte as that of :func:`merge`. Raises UnfinishedError, which names
+    the missing units, LockedError if another machine is finishing it, and the errors of :func:`merge`. ``listener`` and
+    ``progress`` are those of :func:`merge`.
+    """
+    given = locals()
+    with _listening(given) as told:
+        from streammerge.requests import machines
+        from streammerge.requests.inputs import path_of
+
+        place = parse(path_of("plan", plan))
+        return machines.finish(place, picked(Finishing, given).overwrite, told, resident_bytes())
 
 
 @contextmanager

@@ -10,8 +10,10 @@
      |- SpaceError     6  the disk is too full; names the missing bytes
      |- LockedError    7  another run owns the output
      |- ChangedError   8  an input changed since it was planned
+     |- UnfinishedError 9 units of a plan are missing, which other machines make
      |- VerifyError    3  the output could not be verified, or is wrong
      |   `- UncheckedError  the last check itself failed; the finished work is kept
+     |- StoreError     1  a remote store cannot be reached, or refuses; what was made is kept
      `- TaskError      1  a task failed; names tensor, method and range, and chains the cause
 
 The number is the exit code of the command line. As ``diff`` does, ``streammerge diff`` also exits with 1 when it finds a
@@ -69,6 +71,20 @@ class ChangedError(StreammergeError):
     exit_code = 8
 
 
+class UnfinishedError(StreammergeError):
+    """Units of a plan have no receipt yet. ``missing``: their numbers. ``remedy``: what makes them."""
+
+    exit_code = 9
+    remedy = "a worker with `claim=True` makes them"
+
+    def __init__(self, said: str, missing: tuple[int, ...] = ()) -> None:
+        super().__init__(said, missing)
+        self.missing = missing
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}; {self.remedy}"
+
+
 class VerifyError(StreammergeError):
     """The output could not be verified, or is wrong."""
 
@@ -77,6 +93,12 @@ class VerifyError(StreammergeError):
 
 class UncheckedError(VerifyError):
     """The last check itself failed; the finished work is kept."""
+
+
+class StoreError(StreammergeError, OSError):
+    """A remote store cannot be reached, or refuses a request."""
+
+    exit_code = 1
 
 
 class TaskError(StreammergeError):

@@ -14,7 +14,9 @@ from streammerge.kernels.ranking import held_bytes
 from streammerge.methods.registry import COPY, INTEGERS
 from streammerge.planning.aligned import Way
 from streammerge.planning.alignment import Alignment, align
+from streammerge.planning.announced import disagreements
 from streammerge.planning.budget import Budget, Cost, fit
+from streammerge.planning.conservation import Account, is_alarming, unused_text, used_text
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.container import plan_output
 from streammerge.planning.outputs.layout import Layout, Placed, PlacedTensors
@@ -47,7 +49,8 @@ class Plan:
     ``disk_bytes``: includes temporary files. ``taken``: the number of tensors of each rule of the recipe. ``owners``: file
     -> its checkpoint. ``input_files``: name of an input file in the receipt -> its location, and the ranges of its tensors.
     ``pickle_bytes``: memory for pickles while they are read and written. ``executor``: the kind of workers.
-    ``dispositions``: what becomes of each thing in the inputs.
+    ``dispositions``: what becomes of each thing in the inputs. ``accounts``: what becomes of each tensor of each
+    checkpoint. ``disagreements``: what a configuration says, and its tensors do not.
     """
 
     recipe: Recipe
@@ -68,6 +71,8 @@ class Plan:
     pickle_bytes: int = 0
     executor: str = "threads"
     dispositions: Dispositions = field(default_factory=Dispositions)
+    accounts: Sequence[Account] = ()
+    disagreements: Sequence[str] = ()
 
     @property
     def peak_bytes(self) -> int:
@@ -124,6 +129,7 @@ class Plan:
             ],
             "tensors": self.counts(),
             "dispositions": self.dispositions.record(),
+            "accounts": [each.record() for each in self.accounts],
             "files": [{"name": file.name, "bytes": file.size} for file in self.layout.files],
             "side_files": [name for _, name in self.layout.side_files],
             "read_bytes": self.read_bytes,
@@ -171,7 +177,7 @@ class Plan:
         made = ", ".join(
             f"{count} {_METHOD_WORDS.get(method, f'merged by {method}')}" for method, count in self.counts().items()
         )
-        facts = [("tensors", made)]
+        facts = [("tensors", made), ("used", used_text(self.accounts))]
         files = self.layout.files
         named = printable(files[0].name) if len(files) == 1 else f"{len(files)} files"
         beside = f" and {len(self.layout.side_files)} side files" if self.layout.side_files else ""
@@ -226,6 +232,11 @@ def build_plan(
     if out is not None and not out.name:
         raise RecipeError(f"{printable(out)} is not a name for an output")
     recipe, alignment = aligned(recipe, indexes)
+    noise = _noise(recipe, indexes)
+    if recipe.quantise is not None:
+        from streammerge.planning.like_base import like_base  # here, because most outputs are not quantised
+
+        indexes = like_base(recipe, indexes, alignment)
     opened, tokens = indexes.values(), alignment.tokenized
     origins = [origin for index in opened for origin in index.origins()]
     output = plan_output(out or parse(_EXAMPLE_OUT), recipe, indexes, alignment, hashed)
@@ -250,11 +261,16 @@ def build_plan(
     identities |= {source: source.status() for source, _ in output.layout.side_files}
     identities |= {file: file.status() for file in (tokens.read if tokens else ())}
     notes = [*(note for index in opened for note in index.notes), *alignment.notes, *output.notes]
-    notes += [*output.dispositions.notes(), *weight_notes(recipe), *_noise(recipe, indexes)]
+    notes += [*output.dispositions.notes(), *weight_notes(recipe), *noise]
     if out is not None and recipe.output.max_shard_size is not None and not output.layout.as_folder:
         notes.append(
             "`max_shard_size` is without effect, because the output is one file; a name that ends in / is a folder"
         )
+    warnings = [*(warning for index in opened for warning in index.warnings), *alignment.warnings]
+    if recipe.merge_method is not COPY and is_alarming(output.accounts):
+        warnings.append(unused_text(output.accounts))
+    disagreeing = disagreements(indexes, alignment.merged, output.layout)
+    notes += disagreeing
     return Plan(
         recipe,
         out,
@@ -267,12 +283,14 @@ def build_plan(
         io,
         identities,
         list(dict.fromkeys(notes)),
-        list(dict.fromkeys([*(warning for index in opened for warning in index.warnings), *alignment.warnings])),
+        list(dict.fromkeys(warnings)),
         alignment.taken,
         {file: index.path for index in origins for file in index.files},
         output.inputs,
         pickle_bytes,
         dispositions=output.dispositions,
+        accounts=output.accounts,
+        disagreements=disagreeing,
     )
 
 
@@ -366,7 +384,8 @@ def budget_of(
         io = "pread"
     held = [_held(tasks), _held(planned)]
     tensors, objects_, columns, rows, together, parts = (sum(counts) for counts in zip(*held, strict=True))
-    more = (spooled, pickle_bytes, beside_bytes, objects_, columns, rows, together, parts)
+    remote = any(path.store.reads_ahead for path in _files_of(tasks)[0].values())
+    more = (spooled, pickle_bytes, beside_bytes, objects_, columns, rows, together, parts, remote)
     try:
         return fit(memory_bytes, workers, tensors, _cost(tasks, io), *more), io
     except BudgetError:
@@ -389,6 +408,14 @@ def _held(tasks: Sequence[MergeTask]) -> tuple[int, int, int, int, int, int]:
 
 def _can_map(tasks: Sequence[MergeTask], workers: int) -> bool:
     """Whether the stores can map files, and as many files as the workers read at one time."""
+    seen, most = _files_of(tasks)
+    if most * workers > descriptors.mapped_at_once(workers):
+        return False
+    return all(path.store.mappable for path in seen.values())
+
+
+def _files_of(tasks: Sequence[MergeTask]) -> tuple[dict[int, Location], int]:
+    """Returns the files that the tasks read, and the most of them that one task reads."""
     most, seen = 0, dict[int, Location]()  # by identity, since this looks at every tensor
     if isinstance(tasks, Tasks) and tasks.views:
         seen |= {id(path): path for table in tasks.views.tables for path in table.paths}
@@ -404,9 +431,7 @@ def _can_map(tasks: Sequence[MergeTask], workers: int) -> bool:
                 seen |= {id(path): path for path in paths}
                 files += len(paths)
         most = max(most, files)
-    if most * workers > descriptors.mapped_at_once(workers):
-        return False
-    return all(path.store.mappable for path in seen.values())
+    return seen, most
 
 
 def all_tasks(placed: Iterable[Placed | PlacedTensors], seed: int) -> Tasks:

@@ -8,6 +8,7 @@ Each module imports only modules above it::
     choosing   the choice of the executor for a plan
     job        what all works of one run share
     nonfinite  NaN and infinity in results, by input
+    announcing what workers read next
     worker     units of a merge, from inputs to written bytes
     sweeping   steps of a pass over a long tensor
     engine     gives all tensors of a run to workers
@@ -19,4 +20,6 @@ Each module imports only modules above it::
     readback   whether an output can be read back
     session    makes one output in its staging folder
     execution  runs a plan to its end
+    shared     makes units of a plan, while other machines make others
+    finishing  publishes what several machines have made
 """

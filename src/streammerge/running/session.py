@@ -33,7 +33,7 @@ from streammerge.running.relatives import strangers
 from streammerge.stores.base import Location, Output, Staging
 from streammerge.stores.checksums import Checksum
 from streammerge.stores.digests import COPY_BYTES
-from streammerge.stores.inputs import InputFiles
+from streammerge.stores.inputs import LEAST_AHEAD_BYTES, InputFiles
 from streammerge.stores.journal import Finished, FinishedTable, Journal
 from streammerge.tensors.spec import ranges
 from streammerge.units import decimal_bytes
@@ -75,7 +75,7 @@ class Run:
         self._tasks = plan.tasks
         self._turned_nonfinite: dict[int, dict[str, int]] = {}
         self._done = FinishedPieces(plan.tasks, [file.name for file in plan.layout.files])
-        self._inputs = InputFiles(plan.identities, options.polite)
+        self._inputs = InputFiles(plan.identities, options.polite, plan.budget.ahead_bytes or LEAST_AHEAD_BYTES)
         self._outputs: list[Output] = []
         self._kind: Checksum = plan.layout.receipt.kind
         self._polite, self._executors = options.polite, executor_of(plan, options.executor)
@@ -112,10 +112,7 @@ class Run:
         hashes = self._hashes()
         self._spool()
         self._turn()
-        if len(self.plan.recipe.entries) > 1:
-            self.warnings += strangers(self.plan.tasks, self._inputs, self.plan.owners)
-            for warning in self.warnings:
-                self.listener(Told("warning", warning))
+        self._warn_of_strangers()
         broken = self._attempt(hashes)
         if broken:
             self._forget(broken)
@@ -124,6 +121,16 @@ class Run:
                 raise OSError(errno.EIO, f"the disk failed to store {listed(sorted(again))}, twice; nothing was written")
             self.warnings.append(f"the disk failed to store {listed(sorted(broken))} at first; it was written again")
         self._check()
+        self._tell_nonfinite()
+
+    def _warn_of_strangers(self) -> None:
+        """Warns of inputs that seem to come from another training."""
+        if len(self.plan.recipe.entries) > 1:
+            self.warnings += strangers(self.plan.tasks, self._inputs, self.plan.owners)
+            for warning in self.warnings:
+                self.listener(Told("warning", warning))
+
+    def _tell_nonfinite(self) -> None:
         self.warnings += [f"NaN or infinite values: {row}" for row in self._nonfinite()]
         self.notes += [f"NaN or infinite values that every input has are kept: {row}" for row in self._agreed()]
 
@@ -285,7 +292,7 @@ class Run:
         job = self._job()
         with (
             lent(job, self._inputs, self._outputs),
-            closing(run_all(job, self._executor, self._tasks, self._wanted)) as results,
+            closing(run_all(job, self._executor, self._tasks, self._wanted, self._inputs)) as results,
         ):
             for done in results:
                 piece = done.piece(self._tasks)

@@ -13,14 +13,18 @@ import io
 import os
 import posixpath
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple
 
 from streammerge.errors import ChangedError, FormatError, RecipeError, printable
 from streammerge.stores.keys import MAGIC, Key
 from streammerge.stores.names import is_inner
 from streammerge.stores.streams import InputStream
+
+if TYPE_CHECKING:  # local files do without
+    from streammerge.stores.ahead import Ahead
 
 
 class Status(NamedTuple):
@@ -126,8 +130,19 @@ class Location(Key):
         """Returns the files and folders that match the name as a pattern."""
         return self.store.glob(self)
 
-    def open(self, expected: Status | None = None, polite: bool = False, damaged: list[Damage] | None = None) -> Input:
-        """The file, opened for reading at offsets. ChangedError when it is no longer what was ``expected``."""
+    def open(
+        self,
+        expected: Status | None = None,
+        polite: bool = False,
+        damaged: list[Damage] | None = None,
+        ahead: Ahead | None = None,
+    ) -> Input:
+        """The file, opened for reading at offsets. ChangedError when it is no longer what was ``expected``.
+
+        ``ahead``: fetches what is read next, if :attr:`Store.reads_ahead`.
+        """
+        if ahead is not None and self.store.reads_ahead:
+            return self.store.opened_ahead(self, expected, ahead)
         return self.store.open(self, expected, polite, damaged)
 
     def stream(self) -> BinaryIO:
@@ -182,6 +197,19 @@ class Location(Key):
         """Bytes that can still be written here; None when the store cannot tell."""
         return self.store.free_bytes(self)
 
+    def replace_small(self, data: bytes) -> None:
+        """Writes a small file, new or over the old one. Readers on other machines see it when they open the file again."""
+        self.store.replace_small(self, data)
+
+    def create_small(self, data: bytes, durable: bool = True) -> bool:
+        """Creates a small file, whole. Returns False if it exists. Of several machines that call it at once, one gets
+        True."""
+        return self.store.create_small(self, data, durable)
+
+    def join(self, key: str) -> Joint:
+        """Returns the place where several machines make this output. ``key``: the same on all of them."""
+        return self.store.join(self, key)
+
 
 @dataclass(frozen=True, slots=True)
 class Damage:
@@ -209,6 +237,10 @@ class Input(ABC):
         buffer = memoryview(bytearray(nbytes))
         self.read_into(buffer, offset)
         return buffer
+
+    def announce(self, offset: int, nbytes: int) -> None:
+        """Says that the range is read next, so that a remote file can be fetched ahead."""
+        return
 
     def release(self, offset: int, nbytes: int) -> None:
         """Says that the range is not needed soon, so that its memory can be given back."""
@@ -308,9 +340,9 @@ class Staging(ABC):
         """
         return self._added(self._files, name, self.place(name), size, keep)
 
-    def temporary(self, name: str, size: int) -> Output:
-        """A file that can be read back by its location and goes when the staging ends."""
-        return self._added(self._temporary, name, self.home / name, size, keep=False)
+    def temporary(self, name: str, size: int, keep: bool = False) -> Output:
+        """A file that can be read back by its location and goes when the staging ends. ``keep``: as for :meth:`create`."""
+        return self._added(self._temporary, name, self.home / name, size, keep)
 
     def _added(self, files: dict[str, Output], name: str, location: Location, size: int, keep: bool) -> Output:
         if name in files:
@@ -328,6 +360,11 @@ class Staging(ABC):
     def outputs(self) -> dict[str, Output]:
         """The files of the output by name, at this moment. A copy: other threads ask while files are added."""
         return dict(self._files)
+
+    @property
+    def temporaries(self) -> dict[str, Output]:
+        """The temporary files by name, at this moment; a copy, as :attr:`outputs`."""
+        return dict(self._temporary)
 
     def close_files(self) -> None:
         """Ends writing to all files."""
@@ -361,19 +398,67 @@ class Staging(ABC):
         """Whether a next run can continue from here."""
 
 
+class Joint(ABC):
+    """An output that several machines make together. Plain data that can be pickled.
+
+    ``home``: the hidden folder that holds all of it. ``content``: the folder of its files. ``whole_files``: whether a file
+    must be written by one machine from begin to end; otherwise machines write ranges of one file.
+    """
+
+    out: Location
+    home: Location
+    whole_files: ClassVar[bool] = False
+
+    @property
+    def content(self) -> Location:
+        return self.home / "output"
+
+    @abstractmethod
+    def begin(self, folders: tuple[str, ...]) -> None:
+        """Makes the home, and these folders in it, where they are absent. Any machine may be the first."""
+
+    @abstractmethod
+    def open(self, name: str, size: int) -> Output:
+        """Opens a file of the output, and makes it if it is absent. Any machine may be the first."""
+
+    @abstractmethod
+    def temporary(self, name: str, size: int) -> Output:
+        """Makes a file that one machine needs for a while, under a name that no other machine uses."""
+
+    @abstractmethod
+    def remove(self, location: Location) -> None:
+        """Removes a temporary file."""
+
+    @abstractmethod
+    def stage(self, overwrite: bool) -> Staging:
+        """Returns the staging that publishes the output. One machine at a time calls this, the last one."""
+
+    @abstractmethod
+    def published(self) -> bool:
+        """Whether the output was published from here, and the home is only to be removed."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Removes the home and all that is in it."""
+
+
 class Store(ABC):
     """A place where bytes live, named by the ``scheme`` in ``scheme://name``.
 
     ``mappable``: whether :meth:`Input.view` needs no memory of its own. ``one_process``: whether other processes see
     other bytes, so that workers have to be threads. ``always_absolute``: whether a name means the same on every machine and
-    in every folder; False if names hold paths of this machine. A store pickles by its class, so its constructor takes no
-    arguments.
+    in every folder; False if names hold paths of this machine. ``reads_ahead``: whether inputs are fetched before they are
+    read (:meth:`Store.opened_ahead`). ``private``: whether names tell of the user's own places, such as buckets. A receipt
+    then names inputs by their paths below a common folder, as it does for local files. A store pickles by its class, so its
+    constructor takes no arguments.
     """
 
     scheme: ClassVar[str]
     mappable: ClassVar[bool] = False
     one_process: ClassVar[bool] = False
+    reads_ahead: ClassVar[bool] = False
     always_absolute: ClassVar[bool] = True
+    private: ClassVar[bool] = False
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other)
@@ -439,6 +524,14 @@ class Store(ABC):
         self.check_expected(location, expected)
         return self.opened(location)
 
+    def opened_ahead(self, location: Location, expected: Status | None, ahead: Ahead) -> Input:
+        """Opens a file whose blocks ``ahead`` fetches and holds. Its requests are pinned to the ``expected`` version."""
+        raise NotImplementedError
+
+    def read_heads(self, locations: Iterable[Location]) -> None:
+        """Says that the headers of these files are read next, so that a remote store can ask for all at once."""
+        return
+
     def check_expected(self, location: Location, expected: Status | None) -> None:
         """ChangedError when a file is no longer what was expected of it."""
         if expected is None:
@@ -500,6 +593,18 @@ class Store(ABC):
 
     def sweep(self, location: Location) -> None:
         return
+
+    def replace_small(self, location: Location, data: bytes) -> None:
+        raise self._lacks("replace_small", location)
+
+    def create_small(self, location: Location, data: bytes, durable: bool = True) -> bool:
+        raise self._lacks("create_small", location)
+
+    def join(self, location: Location, key: str) -> Joint:
+        raise RecipeError(
+            f"{printable(location)}: several machines cannot write to the store {self.scheme}:// together; "
+            "write to another place"
+        )
 
     def free_bytes(self, location: Location) -> int | None:
         return None

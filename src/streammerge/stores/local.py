@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from streammerge.errors import FormatError, RecipeError, printable
-from streammerge.stores.base import Damage, Input, Location, Output, Staging, Status, Store
+from streammerge.stores.base import Damage, Input, Joint, Location, Output, Staging, Status, Store
 from streammerge.stores.files import InputFile, OutputFile, broken_link, file_status
 
 
@@ -122,6 +122,21 @@ class LocalStore(Store):
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 raise
             raise RecipeError(f"cannot make the folder {printable(location)}: {error.strerror}") from error
+
+    def replace_small(self, location: Location, data: bytes) -> None:
+        from streammerge.stores import joint
+
+        joint.put(Path(location.key), data)
+
+    def create_small(self, location: Location, data: bytes, durable: bool = True) -> bool:
+        from streammerge.stores import joint
+
+        return joint.put_new(Path(location.key), data, durable)
+
+    def join(self, location: Location, key: str) -> Joint:
+        from streammerge.stores import joint
+
+        return joint.joint_of(location, key)
 
     def free_bytes(self, location: Location) -> int | None:
         """Room on the file system of the nearest folder that exists."""
