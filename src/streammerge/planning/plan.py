@@ -331,6 +331,14 @@ def aligned(recipe: Recipe, indexes: Indexes) -> tuple[Recipe, Alignment]:
             f'{dtype.torch_name}, as in mergekit; `dtype`, or `mixed_dtypes="first"`, says otherwise'
             for dtype, names in alignment.mixed.items()
         ]
+    if recipe.merge_method.passes or recipe.merge_method.row:
+        from streammerge.planning.experts import stacked
+
+        if names := stacked(indexes[recipe.checkpoints[0]].entries):
+            alignment.notes.append(
+                f"{recipe.merge_method.name} looks at whole tensors; {counted(len(names), 'tensor')} ({listed(names, 2)}) "
+                "with all experts of a layer count as one tensor each, as in mergekit"
+            )
     alignment.warnings[:0] = recipe.ignored
     alignment.warnings += cut
     alignment.warnings += _differences(recipe, indexes)

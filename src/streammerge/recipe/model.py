@@ -232,6 +232,11 @@ class Recipe:
     gate_file: str | None = key(MODEL, "A file of routers, [layers, experts, hidden size].", default=None)
     experts_per_token: int | None = key(COUNT, "How many experts a router chooses; by default 2.", default=None)
     architecture: str | None = key(ARCHITECTURE, "What the mixture is; by default what fits the models.", default=None)
+    fused_experts: bool = key(
+        TRUTH,
+        "Whether the experts of a layer are one tensor, as transformers 5 has them in memory and mergekit writes them.",
+        default=False,
+    )
     round: bool = key(
         TRUTH, "Whether a stage's result is rounded to its dtype, as in a file, before others take it.", default=True
     )
