@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from streammerge.errors import FormatError, RecipeError, VerifyError, listed, printable
-from streammerge.recipe.adapted import absent, is_there, parts_of, split
+from streammerge.recipe.adapted import absent, is_there, parts_of, split, without_revisions
 from streammerge.recipe.stage_names import stage_of, stage_text
 from streammerge.stores.base import Location
 from streammerge.stores.locations import HERE, has_scheme, parse
@@ -194,6 +194,10 @@ def _absent(named: str, folders: list[Location], confined: bool = False) -> str:
             return _may_stand(path, folders, confined) and _find_one(path, folders) is not None
 
         return absent(named, exists) or f"{shown} does not exist"
+    if said := without_revisions(
+        named, lambda path: _may_stand(path, folders, confined) and bool(_find_one(path, folders))
+    ):
+        return said
     if "@" in named:
         return f"{shown}: revisions are not supported yet; download that revision and give its folder"
     if hub := on_the_hub(named):

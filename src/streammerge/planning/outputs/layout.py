@@ -23,6 +23,9 @@ from streammerge.sources.base import Source
 from streammerge.stores.base import Location
 from streammerge.tensors.spec import TensorSpec
 
+PLAIN_ENDINGS = (".pkl", ".pickle")
+"""Of files that are a pickle and nothing else."""
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
