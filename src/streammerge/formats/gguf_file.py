@@ -121,16 +121,18 @@ class _Reading:
     def take(self, nbytes: int) -> bytes:
         """Returns the next bytes. Raises FormatError at the end of the file."""
         if nbytes > self.size - self.at:
-            raise FormatError(f"{self.where} is truncated: its header goes on behind byte {self.size}")
+            raise FormatError(f"{self.where} is a truncated GGUF file: its header goes on behind byte {self.size}")
         data = self.stream.read(nbytes)
         if len(data) != nbytes:
-            raise FormatError(f"{self.where} is truncated: its header goes on behind byte {self.at + len(data)}")
+            raise FormatError(
+                f"{self.where} is a truncated GGUF file: its header goes on behind byte {self.at + len(data)}"
+            )
         self.at += nbytes
         return data
 
     def skip(self, nbytes: int) -> None:
         if nbytes > self.size - self.at:
-            raise FormatError(f"{self.where} is truncated: its header goes on behind byte {self.size}")
+            raise FormatError(f"{self.where} is a truncated GGUF file: its header goes on behind byte {self.size}")
         while nbytes:
             nbytes -= len(self.take(min(nbytes, _SKIPPED_BYTES)))
 
