@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import itertools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
+import urllib.request
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +31,59 @@ from streammerge.running.executors.registry import EXECUTORS
 for room in ("methods", "formats", "running.executors", "sources"):  # so that their assertions show the values too
     pytest.register_assert_rewrite(f"{room}.suite")
 torch.set_num_threads(1)  # the tests already run in parallel
+
+
+_NO_S3 = "the tests of object stores need obstore and moto, which the extra dev has"
+_buckets = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The address of an S3 server on this machine, which keeps objects in memory.
+
+    It is a process of its own, because a folder of these tests has the name of a package that it imports.
+    """
+    if not all(map(importlib.util.find_spec, ("obstore", "moto", "flask_cors"))):
+        pytest.skip(_NO_S3)
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    code = f"from moto.server import main; main(['-H', '127.0.0.1', '-p', '{port}'])"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    server = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    try:
+        until = time.monotonic() + 60
+        while time.monotonic() < until and server.poll() is None:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture
+def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A new bucket as ``s3://bucket``. The variables of the environment lead to it, for subprocesses too."""
+    use_s3(s3_server, monkeypatch)
+    name = f"bucket-{os.getpid()}-{next(_buckets)}"
+    urllib.request.urlopen(urllib.request.Request(f"{s3_server}/{name}", method="PUT")).close()
+    return f"s3://{name}"
+
+
+def use_s3(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the variables of the environment lead to a server."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
 
 
 def octets(tensor: torch.Tensor) -> bytes:

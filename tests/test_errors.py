@@ -21,6 +21,7 @@ INTERFACE = {
     "LockedError": 7,
     "ChangedError": 8,
     "VerifyError": 3,
+    "StoreError": 1,
     "TaskError": 1,
 }
 """What scripts of users ask for."""

@@ -83,7 +83,7 @@ PUBLIC = """
     AdapterResult CheckpointIndex Diff Plan Recipe Result Source TensorSpec Verified
     SafetensorsWriter
     Executor Location Store executor file_format memory_store register_store
-    BudgetError ChangedError FormatError LockedError MismatchError RecipeError SpaceError StreammergeError
+    BudgetError ChangedError FormatError LockedError MismatchError RecipeError SpaceError StoreError StreammergeError
     TaskError UncheckedError VerifyError
 """
 """Every public name: what is called, what a method sees, what is given back, a writer, what a plug-in brings, errors."""
@@ -165,7 +165,7 @@ def test_what_is_imported_is_declared() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
             found |= {name.partition(".")[0] for name in names}
-    extras = text.partition("\nllm = [")[2].partition("\n]")[0]
+    extras = text.partition("\n[project.optional-dependencies]\n")[2].partition("\ndev = [")[0]
     declared |= set(re.findall(r'^    "([\w-]+)', extras, re.MULTILINE))
     others = {called.get(name, name) for name in found - {*sys.stdlib_module_names, "streammerge"}}
     assert others | {"numpy"} == declared

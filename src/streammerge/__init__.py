@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from streammerge.errors import MismatchError as MismatchError
     from streammerge.errors import RecipeError as RecipeError
     from streammerge.errors import SpaceError as SpaceError
+    from streammerge.errors import StoreError as StoreError
     from streammerge.errors import StreammergeError as StreammergeError
     from streammerge.errors import TaskError as TaskError
     from streammerge.errors import UncheckedError as UncheckedError
@@ -56,7 +57,7 @@ _PLACES = {
     "checkpoints.index": "CheckpointIndex",
     "diffing.result": "Diff",
     "errors": "BudgetError ChangedError FormatError LockedError MismatchError RecipeError SpaceError StreammergeError "
-    "TaskError UncheckedError VerifyError",
+    "StoreError TaskError UncheckedError VerifyError",
     "factoring.making": "AdapterResult",
     "formats.detect": "file_format",
     "kernels.chunk": "Chunk Kernel",

@@ -56,6 +56,7 @@ from streammerge.running.session import RunOptions
 from streammerge.signatures import takes
 from streammerge.stores.base import Location
 from streammerge.stores.locations import PathLike, parse
+from streammerge.stores.remembering import remembering
 from streammerge.units import parse_bytes, parse_share
 
 if TYPE_CHECKING:
@@ -127,12 +128,14 @@ def plan(
     inputs, method and parameters. The other options override its keys. ``print(plan)`` shows the plan. ``plan.tasks``,
     ``plan.peak_bytes`` and ``plan.read_bytes`` are its numbers.
     """
-    request = Request.of(locals())
-    if request.combination() is not None:
-        raise RecipeError(
-            "adapters alone become an adapter, which has no plan of a model; merge them, or give their `base`"
-        )
-    return request.plan()
+    given = locals()
+    with remembering():
+        request = Request.of(given)
+        if request.combination() is not None:
+            raise RecipeError(
+                "adapters alone become an adapter, which has no plan of a model; merge them, or give their `base`"
+            )
+        return request.plan()
 
 
 @takes(*MERGE)
@@ -205,10 +208,12 @@ def merge(
         request.out.sweep()
         request.out.check_writable(running.overwrite)
         before = resident_bytes()
-        combined = request.combination()
+        with remembering():
+            combined = request.combination()
+            if combined is None:
+                made = request.plan()
         if combined is not None:
             return _make(combined, request.out, given, running.listener, before)
-        made = request.plan()
         if request.merging.convert_first is not None:
             from streammerge.requests import conversions  # here, because most merges convert nothing
 

@@ -12,6 +12,7 @@
      |- ChangedError   8  an input changed since it was planned
      |- VerifyError    3  the output could not be verified, or is wrong
      |   `- UncheckedError  the last check itself failed; the finished work is kept
+     |- StoreError     1  a remote store cannot be reached, or refuses; what was made is kept
      `- TaskError      1  a task failed; names tensor, method and range, and chains the cause
 
 The number is the exit code of the command line. As ``diff`` does, ``streammerge diff`` also exits with 1 when it finds a
@@ -77,6 +78,12 @@ class VerifyError(StreammergeError):
 
 class UncheckedError(VerifyError):
     """The last check itself failed; the finished work is kept."""
+
+
+class StoreError(StreammergeError, OSError):
+    """A remote store cannot be reached, or refuses a request."""
+
+    exit_code = 1
 
 
 class TaskError(StreammergeError):

@@ -6,6 +6,7 @@ import pickle
 import random
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,12 @@ def content(location: Location) -> dict[str, bytes]:
 
 
 class ReadingSuite(ABC):
-    """What a store that can be read must keep. ``home``: an empty folder in it, made by the fixture of that name."""
+    """What a store that can be read must keep. ``home``: an empty folder in it, made by the fixture of that name.
+
+    ``NAMES``: names that files may have.
+    """
+
+    NAMES: Sequence[str] = ODD_NAMES
 
     @pytest.fixture
     @abstractmethod
@@ -66,7 +72,7 @@ class ReadingSuite(ABC):
     # -------------------------------------------------------------------------------------------------------- locations
 
     def test_a_location_is_parsed_from_its_text(self, home: Location) -> None:
-        for name in ODD_NAMES:
+        for name in self.NAMES:
             there = home / name
             assert parse(str(there)) == there
             assert str(parse(str(there))) == str(there)
@@ -100,7 +106,7 @@ class ReadingSuite(ABC):
         assert home / "a" != str(home / "a")
 
     def test_a_location_pickles(self, home: Location) -> None:
-        for there in (home, home / "x", parse(f"{home}/"), *(home / name for name in ODD_NAMES)):
+        for there in (home, home / "x", parse(f"{home}/"), *(home / name for name in self.NAMES)):
             again = pickle.loads(pickle.dumps(there))
             assert again == there
             assert (type(again), again.store, str(again)) == (type(there), there.store, str(there))
@@ -145,11 +151,11 @@ class ReadingSuite(ABC):
 
     def test_a_folder_lists_what_is_in_it(self, home: Location) -> None:
         assert home.children() == []
-        for name in ODD_NAMES:
+        for name in self.NAMES:
             self.put(home / name, name.encode())
         self.put_folder(home / "folder")
         self.put(home / "folder" / "deep", b"")
-        assert home.children() == sorted(home / name for name in (*ODD_NAMES, "folder"))
+        assert home.children() == sorted(home / name for name in (*self.NAMES, "folder"))
         assert (home / "folder").is_folder()
         assert [each.name for each in (home / "folder").children()] == ["deep"]
         assert all(each.read(0, each.size) == each.name.encode() for each in home.children() if each.is_file())
@@ -449,7 +455,7 @@ class StoreSuite(ReadingSuite):
     # -------------------------------------------------------------------------------------------------------- publishing
 
     def test_a_folder_is_published(self, home: Location) -> None:
-        files = {name: name.encode() for name in ODD_NAMES}
+        files = {name: name.encode() for name in self.NAMES}
         self.make(home / "out", files)
         assert content(home / "out") == files
         assert self.left(home) == ["out"]

@@ -22,6 +22,7 @@ from streammerge.sources.base import Allocated, Source, read_whole
 from streammerge.sources.table import StoredTable
 from streammerge.stores.base import Location, Status
 from streammerge.stores.locations import PathLike, parse
+from streammerge.stores.remembering import remembering
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorSpec
 from streammerge.units import counted, decimal_bytes
@@ -280,10 +281,17 @@ def open_checkpoint(place: PathLike, state_dict: str | None = None, ema: str = "
     Raises FormatError for what cannot be read and RecipeError when ``state_dict`` or ``ema`` ask for what is not there.
     """
     path = parse(place)
+    with remembering():
+        return _opened(path, state_dict, ema)
+
+
+def _opened(path: Location, state_dict: str | None, ema: str) -> CheckpointIndex:
     if not path.exists():
         raise RecipeError(path.broken_link() or f"{printable(path)} does not exist{_did_you_mean(path)}")
     try:
         container = detect.read(path)
+    except StreammergeError:
+        raise
     except OSError as error:
         raise FormatError(f"{printable(path)} cannot be read ({printable(error.strerror or error)})") from error
     made = index_of(container, path, state_dict, ema)

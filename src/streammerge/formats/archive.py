@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 from streammerge.errors import FormatError, printable
 from streammerge.sources.deflated import PackedRecord
+from streammerge.stores.streams import read_starts
 
 MOST_INFLATED_BYTES = 32 << 20
 Window = tuple[int, int]
@@ -101,6 +102,7 @@ def members(stream: BinaryIO, where: str) -> dict[str, Member]:
     end = stream.seek(0, io.SEEK_END)
     _refuse_surroundings(stream, archive, end, where)
     found: dict[str, Member] = {}
+    read_starts(stream, [min(max(info.header_offset, 0), end) for info in infos])
     for info in infos:
         name = printable(info.filename)
         if info.filename in found:

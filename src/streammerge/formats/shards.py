@@ -88,6 +88,8 @@ def _read_all(paths: list[Location], read_file: ReadFile) -> list[Container]:
 
     Pickles are read one after the other, because each takes memory for two copies of it.
     """
+    if paths:
+        paths[0].store.read_heads(paths)
     if len(paths) <= _READERS or not all(path.suffix == ".safetensors" for path in paths):
         return [read_file(path) for path in paths]
     from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,7 @@
 """The memory model: the cost of one chunk in flight, and the number of chunks that fit a budget. Pure arithmetic.
 
     peak = RUN + tensors * PER_TENSOR + tasks * PER_TASK + columns * PER_COLUMN + lines * PER_ROW + together * PER_CHECKED
-           + pieces * PER_PIECE + pickles + spooling + spread
+           + pieces * PER_PIECE + pickles + spooling + spread + remote
            + workers * (PER_WORKER + beside + passes + out + chunk_elems * bytes_per_element + scratch + tiles * tile
                         + inputs * huge_pages(window + chunk_elems * input_bytes))
 
@@ -35,6 +35,11 @@ PER_WORKER_BYTES = 2 << 20
 """A thread's stack, its malloc arena, and the padding that aligns its buffers to pages."""
 SPOOLING_BYTES = 8 << 20
 """Blocks of a packed record before and after it is unpacked."""
+REMOTE_BYTES = 24 << 20
+"""What the client of remote stores holds: its library, connections, and answers under way."""
+BEST_AHEAD_BYTES = 64 << 20
+"""Blocks of remote inputs that are fetched ahead, those under way included."""
+_LEAST_AHEAD_BYTES = 4 << 20
 BEST_TILE_BYTES = 8 << 20
 """Bytes that a reader of scattered elements reads ahead. A larger tile reads more at each place of the file it visits."""
 PER_PROCESS_BYTES = 12 << 20
@@ -100,6 +105,7 @@ class Cost:
 class Budget:
     """How a run uses its memory. Each of the ``workers`` computes chunks of ``chunk_elems`` elements, writes up to
     ``out_bytes`` at once, keeps ``window_bytes`` of each input mapped behind its cursor, and uses tiles of ``tile_bytes``.
+    ``ahead_bytes``: blocks of remote inputs, of all workers together; 0 without such inputs.
     """
 
     workers: int
@@ -109,6 +115,7 @@ class Budget:
     cost: Cost
     peak_bytes: int
     tile_bytes: int = 0
+    ahead_bytes: int = 0
 
     @property
     def kept_bytes(self) -> int:
@@ -159,24 +166,29 @@ def fit(
     lines: int = 0,
     together: int = 0,
     pieces: int = 0,
+    remote: bool = False,
 ) -> Budget:
     """Returns the most workers and the best chunk that ``memory_bytes`` allows.
 
     ``tensors``: of all inputs together. ``tasks``: tensors of the output. ``columns`` and ``lines``: the same for tensors
     that are rows of tables. ``together``: the most of these in one file. ``pieces``: those of tensors that have several.
-    ``beside_bytes``: what each worker holds beside its buffers, such as the blocks that a verification compares. Raises
-    BudgetError, which names the least memory that is enough.
+    ``beside_bytes``: what each worker holds beside its buffers, such as the blocks that a verification compares.
+    ``remote``: whether inputs are fetched over a network. Raises BudgetError, which names the least memory that is enough.
     """
     fixed = RUN_BYTES + tensors * PER_TENSOR_BYTES + tasks * PER_TASK_BYTES
     fixed += columns * PER_COLUMN_BYTES + lines * PER_ROW_BYTES + together * PER_CHECKED_BYTES
     fixed += pieces * PER_PIECE_BYTES
     fixed += (SPOOLING_BYTES if spooling else 0) + pickle_bytes + cost.spread_bytes
+    fixed += REMOTE_BYTES if remote else 0
 
-    def peak(count: int, chunk: int, out: int, window: int, tile: int) -> int:
+    def peak(count: int, chunk: int, out: int, window: int, tile: int, ahead: int) -> int:
         kept = cost.inputs * ((_huge_pages(window + chunk * cost.mapped) if cost.mapped else 0) + window * cost.keeps)
         nested = cost.scratch + cost.shared + cost.tiles * tile + cost.held
-        return fixed + count * (
-            PER_WORKER_BYTES + beside_bytes + cost.passes_bytes + out + chunk * cost.element_bytes + kept + nested
+        return (
+            fixed
+            + ahead
+            + count
+            * (PER_WORKER_BYTES + beside_bytes + cost.passes_bytes + out + chunk * cost.element_bytes + kept + nested)
         )
 
     least_chunk, more = max(GRAIN, cost.row), 2 if cost.passes else 1
@@ -189,13 +201,16 @@ def fit(
                 window = 0 if last else MOST_WINDOW_BYTES * more >> halvings
                 tile = 0 if last or not cost.tiles else max(BEST_TILE_BYTES >> halvings, _LEAST_TILE_BYTES)
                 out = max(BEST_OUT_BYTES >> halvings, cost.out * chunk)
-                needed = peak(count, chunk, out, window, tile)
+                ahead = max(BEST_AHEAD_BYTES >> halvings, _LEAST_AHEAD_BYTES) if remote else 0
+                needed = peak(count, chunk, out, window, tile, ahead)
                 if needed <= memory_bytes:
-                    return Budget(count, chunk, out, window, cost, needed, tile)
+                    return Budget(count, chunk, out, window, cost, needed, tile, ahead)
             if chunk == least_chunk:
                 break
             chunk = max(chunk // 2, least_chunk)
-    least = peak(1, least_chunk, max(BEST_OUT_BYTES >> _MOST_HALVINGS, cost.out * least_chunk), 0, 0)
+    least = peak(
+        1, least_chunk, max(BEST_OUT_BYTES >> _MOST_HALVINGS, cost.out * least_chunk), 0, 0, _LEAST_AHEAD_BYTES * remote
+    )
     rows = f" with rows of {cost.row} elements, which are held whole" if cost.row > GRAIN else ""
     raise BudgetError(
         f"{binary_bytes(memory_bytes)} of memory are too little for this run{rows}, "

@@ -335,7 +335,8 @@ def budget_of(
         io = "pread"
     held = [_held(tasks), _held(planned)]
     tensors, objects_, columns, rows, together, parts = (sum(counts) for counts in zip(*held, strict=True))
-    more = (spooled, pickle_bytes, beside_bytes, objects_, columns, rows, together, parts)
+    remote = any(path.store.reads_ahead for path in _files_of(tasks)[0].values())
+    more = (spooled, pickle_bytes, beside_bytes, objects_, columns, rows, together, parts, remote)
     try:
         return fit(memory_bytes, workers, tensors, _cost(tasks, io), *more), io
     except BudgetError:
@@ -358,6 +359,14 @@ def _held(tasks: Sequence[MergeTask]) -> tuple[int, int, int, int, int, int]:
 
 def _can_map(tasks: Sequence[MergeTask], workers: int) -> bool:
     """Whether the stores can map files, and as many files as the workers read at one time."""
+    seen, most = _files_of(tasks)
+    if most * workers > descriptors.mapped_at_once(workers):
+        return False
+    return all(path.store.mappable for path in seen.values())
+
+
+def _files_of(tasks: Sequence[MergeTask]) -> tuple[dict[int, Location], int]:
+    """Returns the files that the tasks read, and the most of them that one task reads."""
     most, seen = 0, dict[int, Location]()  # by identity, since this looks at every tensor
     if isinstance(tasks, Tasks) and tasks.views:
         seen |= {id(path): path for table in tasks.views.tables for path in table.paths}
@@ -373,9 +382,7 @@ def _can_map(tasks: Sequence[MergeTask], workers: int) -> bool:
                 seen |= {id(path): path for path in paths}
                 files += len(paths)
         most = max(most, files)
-    if most * workers > descriptors.mapped_at_once(workers):
-        return False
-    return all(path.store.mappable for path in seen.values())
+    return seen, most
 
 
 def all_tasks(placed: Iterable[Placed | PlacedTensors], seed: int) -> Tasks:

@@ -261,6 +261,7 @@ def travelling_names(recipe: Recipe) -> dict[str, str]:
     written = {path: recipe.written.get(path, path) for path in paths if path not in held}
     places = {path: parse(path).absolute() for path in written}
     far = {path: path for path, place in places.items() if place.store.always_absolute}
+    far |= _below_common_folders({path: place for path, place in places.items() if place.store.private})
     places = {path: place for path, place in places.items() if path not in far}
     local = {path: name for path, name in written.items() if path in places}
     spelled: dict[Location, str] = {}
@@ -275,6 +276,19 @@ def travelling_names(recipe: Recipe) -> dict[str, str]:
     normal = {path: _normal(name) for path, name in local.items()}
     made = held | far | {path: f"./{name}" if name.startswith("~") else name for path, name in normal.items()}
     return made | {named: str(parts.moved([made[path] for path in parts.paths])) for named, parts in composed.items()}
+
+
+def _below_common_folders(places: dict[str, Location]) -> dict[str, str]:
+    """Returns a name for each place in a private store: its path below the common folder of all places in that store.
+
+    Returns the full names if two places would have one name.
+    """
+    made: dict[str, str] = {}
+    for store in {place.store for place in places.values()}:
+        keys = {path: place.key for path, place in places.items() if place.store == store}
+        common = posixpath.commonpath([posixpath.dirname(key) for key in keys.values()])
+        made |= {path: posixpath.relpath(key, common) + "/" * path.endswith("/") for path, key in keys.items()}
+    return made if len(set(made.values())) == len({*places.values()}) else {path: path for path in places}
 
 
 def _normal(name: str) -> str:

@@ -8,6 +8,7 @@ Each module imports only modules above it::
     choosing   the choice of the executor for a plan
     job        what all works of one run share
     nonfinite  NaN and infinity in results, by input
+    announcing what workers read next
     worker     units of a merge, from inputs to written bytes
     sweeping   steps of a pass over a long tensor
     engine     gives all tensors of a run to workers

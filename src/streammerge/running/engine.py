@@ -9,28 +9,40 @@ from typing import Any, TypeVar
 from streammerge.kernels.chunk import Look, Step
 from streammerge.kernels.pass_results import PassResults
 from streammerge.planning.tasks import MergeTask, Piece, PieceDone, alike, batches, pieces, where
+from streammerge.running.announcing import announced
 from streammerge.running.executors.base import Executor
 from streammerge.running.job import Job
 from streammerge.running.sweeping import SweepWork
 from streammerge.running.worker import MergeWork, bind, failures
 from streammerge.stores.checksums import Checksum
+from streammerge.stores.inputs import InputFiles
 from streammerge.tensors.spec import ranges
 
 T = TypeVar("T")
 
 
 def run_all(
-    job: Job, executor: Executor, tasks: Sequence[MergeTask], wanted: Callable[[Piece], bool]
+    job: Job,
+    executor: Executor,
+    tasks: Sequence[MergeTask],
+    wanted: Callable[[Piece], bool],
+    inputs: InputFiles | None = None,
 ) -> Generator[PieceDone, None, None]:
     """Makes all pieces that ``wanted`` accepts, with the same bytes on any executor. Yields the result of each.
 
     Makes the tensors first that one worker can make alone, then the long tensors one by one. The method of a long tensor is
-    bound here, and all workers run its passes. Each worker then makes the same kernel from their results.
+    bound here, and all workers run its passes. Each worker then makes the same kernel from their results. ``inputs``: the
+    open inputs of workers in this process, which remote files are fetched into ahead.
     """
+    ahead = inputs if job.budget.ahead_bytes else None
+
+    def ahead_of(units: Iterator[list[Piece]]) -> Iterator[list[Piece]]:
+        return units if ahead is None else announced(units, ahead)
+
     independent = (
         piece for number, task in enumerate(tasks) if not task.spread for piece in pieces(task, number) if wanted(piece)
     )
-    with closing(executor.run(MergeWork(job), batches(independent, job.budget.out_bytes))) as results:
+    with closing(executor.run(MergeWork(job), ahead_of(batches(independent, job.budget.out_bytes)))) as results:
         for done in results:
             yield from done
     for number in where(tasks, lambda task: task.spread):
@@ -38,21 +50,30 @@ def run_all(
         if any(map(wanted, pieces(task, number))):
             record = PassResults()
             with failures(task, 0, task.elems):
-                bind(task, sweep_on_all(job, executor, number, task, record), record)
+                bind(task, sweep_on_all(job, executor, number, task, record, ahead), record)
             spread = ([piece] for piece in pieces(task, number) if wanted(piece))
-            with closing(executor.run(MergeWork(job, tuple(record.results)), spread)) as results:
+            with closing(executor.run(MergeWork(job, tuple(record.results)), ahead_of(spread))) as results:
                 for done in results:
                     yield from done
 
 
 def sweep_on_all(
-    job: Job, executor: Executor, number: int, task: MergeTask, record: PassResults
+    job: Job,
+    executor: Executor,
+    number: int,
+    task: MergeTask,
+    record: PassResults,
+    ahead: InputFiles | None = None,
 ) -> Callable[..., Iterator[Any]]:
     """Returns a sweep over the pieces of a long tensor by all workers. ``record``: the results of the previous passes."""
 
     def sweep(look: Look, step: Step[T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
         work = SweepWork(job, number, task, tuple(record.results), step, sparse)
-        spans = ((turn, start + a, start + b) for turn, (a, b) in enumerate(ranges(stop - start, task.piece_elems)))
+        spans: Iterator[tuple[int, int, int]] = (
+            (turn, start + a, start + b) for turn, (a, b) in enumerate(ranges(stop - start, task.piece_elems))
+        )
+        if ahead is not None:
+            spans = announced(spans, ahead, lambda span: [Piece(task, number, span[1], span[2])])
         early: dict[int, T] = {}
         turn = 0
         with closing(executor.run(work, spans, backlog=executor.workers)) as results:

@@ -136,7 +136,11 @@ def _produce(plan: Plan, staging: Staging, options: RunOptions) -> Run:
 def _may_pass(error: BaseException) -> bool:
     """Whether the same run may succeed another time: it was interrupted, the machine failed, or another file took the
     output's place during the run."""
-    return not isinstance(error, StreammergeError) or isinstance(error, RecipeError) or isinstance(error.__cause__, OSError)
+    return (
+        not isinstance(error, StreammergeError)
+        or isinstance(error, RecipeError | OSError)
+        or isinstance(error.__cause__, OSError)
+    )
 
 
 def refuse_input_as_output(out: Location, plan: Plan) -> None:

@@ -16,7 +16,7 @@ from streammerge.running.workspace import Workspace, prepare_torch
 from streammerge.stores import faults
 from streammerge.stores.base import Location, Output, Status
 from streammerge.stores.checksums import Checksum
-from streammerge.stores.inputs import InputFiles
+from streammerge.stores.inputs import LEAST_AHEAD_BYTES, InputFiles
 
 
 class Target(Protocol):
@@ -106,7 +106,9 @@ class Bench:
     def __init__(self, job: Job) -> None:
         self.job = job
         inputs, outputs = _lent.get(job.key, (None, ()))
-        self._own_inputs = InputFiles(job.inputs, job.polite) if inputs is None else None
+        self._own_inputs = (
+            InputFiles(job.inputs, job.polite, job.budget.ahead_bytes or LEAST_AHEAD_BYTES) if inputs is None else None
+        )
         self.inputs: InputFiles = inputs or self._own_inputs  # type: ignore[assignment]
         self._outputs = {file.location: file for file in outputs}
         self._own_outputs: dict[Location, Output] = {}
@@ -117,6 +119,11 @@ class Bench:
         self._open.enter_context(faults.survived())
         if "torch" in job.modules:
             prepare_torch()
+
+    @property
+    def announces(self) -> bool:
+        """Whether workers announce what they read. Nobody else does if they have opened the inputs themselves."""
+        return self._own_inputs is not None and self.job.budget.ahead_bytes > 0
 
     def output(self, place: OutputPlace) -> tuple[Output, bool]:
         """Returns the open file of the output, and whether this process opened it itself."""

@@ -35,7 +35,7 @@ from streammerge.sources.deflated import PackedRecord
 from streammerge.stores.base import Location, Output, Staging
 from streammerge.stores.checksums import Checksum
 from streammerge.stores.digests import COPY_BYTES
-from streammerge.stores.inputs import InputFiles
+from streammerge.stores.inputs import LEAST_AHEAD_BYTES, InputFiles
 from streammerge.stores.journal import Finished, FinishedTable, Journal
 from streammerge.tensors.spec import ranges
 from streammerge.units import decimal_bytes
@@ -74,7 +74,7 @@ class Run:
         self._tasks = plan.tasks
         self._turned_nonfinite: dict[int, dict[str, int]] = {}
         self._done = FinishedPieces(plan.tasks, [file.name for file in plan.layout.files])
-        self._inputs = InputFiles(plan.identities, options.polite)
+        self._inputs = InputFiles(plan.identities, options.polite, plan.budget.ahead_bytes or LEAST_AHEAD_BYTES)
         self._outputs: list[Output] = []
         self._kind: Checksum = plan.layout.receipt.kind
         self._polite, self._executors = options.polite, executor_of(plan, options.executor)
@@ -276,7 +276,7 @@ class Run:
         job = self._job()
         with (
             lent(job, self._inputs, self._outputs),
-            closing(run_all(job, self._executor, self._tasks, self._wanted)) as results,
+            closing(run_all(job, self._executor, self._tasks, self._wanted, self._inputs)) as results,
         ):
             for done in results:
                 piece = done.piece(self._tasks)

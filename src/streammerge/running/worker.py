@@ -15,6 +15,7 @@ from streammerge.kernels.chunk import Chunk, Kernel, Look, Step, chunk_spans
 from streammerge.kernels.group import TensorGroup
 from streammerge.kernels.pass_results import PassResults
 from streammerge.planning.tasks import MergeTask, Piece, PieceDone, as_one_piece, stretches
+from streammerge.running.announcing import announce
 from streammerge.running.executors.base import Host
 from streammerge.running.job import Bench, Job
 from streammerge.running.nonfinite import may_be_nonfinite, nonfinite_of
@@ -55,6 +56,7 @@ class Worker:
         self.job, self.host = job, host
         self.bench = host.kept(job.key, lambda: Bench(job))
         self.workspace = self.bench.take()
+        self.bench.inputs.halted_by(host.check)
         self._prepared = False
 
     def close(self) -> None:
@@ -96,6 +98,9 @@ class MergeWorker(Worker):
         first = batch[0]
         if not first.whole:
             batch = [replace(first, task=self.bench.same(first.number, first.task))]
+        if self.bench.announces:
+            for piece in batch:
+                announce(self.bench.inputs, piece.task, piece.start, piece.stop)
         target = self.job.destinations[batch[0].task.file].open(self.bench)
         outgoing = Outgoing(target.write_full, self.workspace, batch[0].offset)
         made: list[PieceDone] = []

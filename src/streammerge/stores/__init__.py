@@ -8,6 +8,8 @@ Each module imports only modules above it::
     keys         names within a store
     repositories names of the hub's repositories
     streams      a file read at offsets, as a stream of Python
+    remembering  answers of remote stores, while a plan is made
+    ahead        blocks of remote files, fetched before they are read
     base         the protocol: Location, Store, Input, Output, Staging
     space        errors of outputs that cannot be written
     digests      the bytes of a file without some of its ranges
@@ -19,6 +21,8 @@ Each module imports only modules above it::
     commit       the hidden folder of a local output, the rename
     local        the files of this machine
     memory       the store memory://
+    remote       the common part of stores behind a network
+    objects      s3://, gs://, az://, https://
     registry     stores by scheme
     locations    from text to a Location
     inputs       the inputs of a run

@@ -13,14 +13,18 @@ import io
 import os
 import posixpath
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple
 
 from streammerge.errors import ChangedError, FormatError, RecipeError, printable
 from streammerge.stores.keys import MAGIC, Key
 from streammerge.stores.names import is_inner
 from streammerge.stores.streams import InputStream
+
+if TYPE_CHECKING:  # local files do without
+    from streammerge.stores.ahead import Ahead
 
 
 class Status(NamedTuple):
@@ -126,8 +130,19 @@ class Location(Key):
         """Returns the files and folders that match the name as a pattern."""
         return self.store.glob(self)
 
-    def open(self, expected: Status | None = None, polite: bool = False, damaged: list[Damage] | None = None) -> Input:
-        """The file, opened for reading at offsets. ChangedError when it is no longer what was ``expected``."""
+    def open(
+        self,
+        expected: Status | None = None,
+        polite: bool = False,
+        damaged: list[Damage] | None = None,
+        ahead: Ahead | None = None,
+    ) -> Input:
+        """The file, opened for reading at offsets. ChangedError when it is no longer what was ``expected``.
+
+        ``ahead``: fetches what is read next, if :attr:`Store.reads_ahead`.
+        """
+        if ahead is not None and self.store.reads_ahead:
+            return self.store.opened_ahead(self, expected, ahead)
         return self.store.open(self, expected, polite, damaged)
 
     def stream(self) -> BinaryIO:
@@ -209,6 +224,10 @@ class Input(ABC):
         buffer = memoryview(bytearray(nbytes))
         self.read_into(buffer, offset)
         return buffer
+
+    def announce(self, offset: int, nbytes: int) -> None:
+        """Says that the range is read next, so that a remote file can be fetched ahead."""
+        return
 
     def release(self, offset: int, nbytes: int) -> None:
         """Says that the range is not needed soon, so that its memory can be given back."""
@@ -366,14 +385,18 @@ class Store(ABC):
 
     ``mappable``: whether :meth:`Input.view` needs no memory of its own. ``one_process``: whether other processes see
     other bytes, so that workers have to be threads. ``always_absolute``: whether a name means the same on every machine and
-    in every folder; False if names hold paths of this machine. A store pickles by its class, so its constructor takes no
-    arguments.
+    in every folder; False if names hold paths of this machine. ``reads_ahead``: whether inputs are fetched before they are
+    read (:meth:`Store.opened_ahead`). ``private``: whether names tell of the user's own places, such as buckets. A receipt
+    then names inputs by their paths below a common folder, as it does for local files. A store pickles by its class, so its
+    constructor takes no arguments.
     """
 
     scheme: ClassVar[str]
     mappable: ClassVar[bool] = False
     one_process: ClassVar[bool] = False
+    reads_ahead: ClassVar[bool] = False
     always_absolute: ClassVar[bool] = True
+    private: ClassVar[bool] = False
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other)
@@ -438,6 +461,14 @@ class Store(ABC):
         """
         self.check_expected(location, expected)
         return self.opened(location)
+
+    def opened_ahead(self, location: Location, expected: Status | None, ahead: Ahead) -> Input:
+        """Opens a file whose blocks ``ahead`` fetches and holds. Its requests are pinned to the ``expected`` version."""
+        raise NotImplementedError
+
+    def read_heads(self, locations: Iterable[Location]) -> None:
+        """Says that the headers of these files are read next, so that a remote store can ask for all at once."""
+        return
 
     def check_expected(self, location: Location, expected: Status | None) -> None:
         """ChangedError when a file is no longer what was expected of it."""

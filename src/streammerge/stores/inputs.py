@@ -5,11 +5,23 @@ from __future__ import annotations
 import errno
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from streammerge.errors import ChangedError, FormatError, printable
 from streammerge.stores import descriptors
 from streammerge.stores.base import Damage, Input, Location, Status
+from streammerge.stores.remembering import forget
+
+if TYPE_CHECKING:
+    from streammerge.stores.ahead import Ahead
+
+LEAST_AHEAD_BYTES = 8 << 20
+"""Memory for blocks of remote files where no budget says more."""
+
+
+def _never() -> None:
+    """Never halts."""
 
 
 class InputFiles:
@@ -17,10 +29,15 @@ class InputFiles:
     that somebody holds stays open.
 
     ``expected``: the status of the files when they were planned. ``polite``: released pages leave the page cache too.
+    ``ahead_bytes``: memory for blocks of remote files, which is used only if there are such files.
     """
 
-    def __init__(self, expected: Mapping[Location, Status], polite: bool = False) -> None:
-        self._expected, self._polite = expected, polite
+    def __init__(
+        self, expected: Mapping[Location, Status], polite: bool = False, ahead_bytes: int = LEAST_AHEAD_BYTES
+    ) -> None:
+        self._expected, self._polite, self.ahead_bytes = expected, polite, ahead_bytes
+        self._ahead: Ahead | None = None
+        self._halt: Callable[[], object] = _never
         self._files: OrderedDict[Location, Input] = OrderedDict()
         self._damaged: list[Damage] = []
         self._most = descriptors.limit()
@@ -32,10 +49,30 @@ class InputFiles:
             if file is None:
                 if len(self._files) >= self._most:
                     self._files.popitem(last=False)
-                file = self._files[location] = location.open(self._expected.get(location), self._polite, self._damaged)
+                expected = self._expected.get(location)
+                file = self._files[location] = location.open(expected, self._polite, self._damaged, self._fetcher(location))
             elif len(self._files) == self._most:  # only then does their order matter, and this runs for every tensor
                 self._files.move_to_end(location)
             return file
+
+    def _fetcher(self, location: Location) -> Ahead | None:
+        if self._ahead is None and location.store.reads_ahead:
+            from streammerge.stores.ahead import Ahead  # here, since local files do without
+
+            self._ahead = Ahead(self.ahead_bytes)
+            self._ahead.halt = self._halt
+        return self._ahead
+
+    def announce(self, location: Location, offset: int, nbytes: int) -> None:
+        """Says that these bytes are read next. Does nothing for files that are not fetched ahead."""
+        if location.store.reads_ahead:
+            self.get(location).announce(offset, nbytes)
+
+    def halted_by(self, halt: Callable[[], object]) -> None:
+        """``halt`` raises an exception when the run is stopping. Readers that wait for a remote file call it."""
+        self._halt = halt
+        if self._ahead is not None:
+            self._ahead.halt = halt
 
     def close(self) -> None:
         """Gives back all mapped pages, closes the files, and forgets them."""
@@ -44,6 +81,9 @@ class InputFiles:
             for file in self._files.values():
                 file.close()
             self._files.clear()
+            if self._ahead is not None:
+                self._ahead.close()
+                self._ahead = None
 
     def release(self) -> None:
         """Gives back the remaining pages. Some pages cannot be given back while their neighbours are in use."""
@@ -67,6 +107,7 @@ class InputFiles:
     def check_unchanged(self) -> None:
         """ChangedError when any input is no longer the file that was planned."""
         self.check_whole()
+        forget()
         for location, expected in self._expected.items():
             if location.status() != expected:
                 raise ChangedError(

@@ -44,12 +44,7 @@ def register_store(store: S) -> S:
     return store
 
 
-_DOWNLOADS = {
-    **dict.fromkeys(("http", "https"), "download it first, with `curl -LO URL` or `hf download NAME`"),
-    "s3": "download it first, with `aws s3 cp URL .`",
-    "gs": "download it first, with `gcloud storage cp URL .`",
-    "hf": "download it first, with `hf download NAME`",
-}
+_DOWNLOADS = {"hf": "download it first, with `hf download NAME`"}
 """Schemes that no store here has -> what to do."""
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any, BinaryIO, Protocol
 
 
 class Readable(Protocol):
@@ -49,3 +50,11 @@ class InputStream(io.RawIOBase):
         if not self.closed:
             self.source.close()
         super().close()
+
+
+def read_starts(stream: BinaryIO, offsets: Sequence[int]) -> None:
+    """Says that a stream is read at all these places next. A remote file is then asked for all at once."""
+    source = getattr(getattr(stream, "raw", None), "source", None)
+    ask = getattr(source, "read_starts", None)
+    if ask is not None:
+        ask(offsets)

@@ -1,0 +1,194 @@
+"""Blocks of remote files that are fetched before they are read.
+
+One :class:`Ahead` serves all inputs of a run in one process. It holds a bounded number of blocks, and as many requests run
+at once as there is room for blocks. A reader announces what it reads next; a file that is read in sequence is also fetched
+ahead without announcements. A reader of a block that was not announced comes first.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import Protocol
+
+BLOCK_BYTES = 4 << 20
+"""The preferred size of a block, which is one request."""
+LEAST_BLOCK_BYTES = 256 << 10
+_MOST_REQUESTS = 32
+_BLOCKS = 16
+_POLL_SECONDS = 0.2
+
+
+class Fetched(Protocol):
+    """The part of a remote file that is needed here. Two files with equal ``identity`` have equal bytes."""
+
+    identity: tuple[object, ...]
+    size: int
+
+    def fetch(self, start: int, stop: int) -> memoryview:
+        """Returns these bytes, by one request that is repeated if it fails."""
+        ...
+
+
+class _Block:
+    """A block that is waited for, or there. ``wanted``: announced bytes that were not read yet."""
+
+    __slots__ = ("data", "error", "file", "index", "wanted")
+
+    def __init__(self, file: Fetched, index: int) -> None:
+        self.file, self.index, self.wanted = file, index, 0
+        self.data: memoryview | None = None
+        self.error: BaseException | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.data is not None or self.error is not None
+
+
+_Key = tuple[tuple[object, ...], int]
+
+
+class Ahead:
+    """Fetches and holds blocks of at most ``nbytes`` bytes together. Safe for threads.
+
+    ``halt``: raises an exception when the run is stopping; called by readers while they wait.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.block_bytes = min(max(nbytes // _BLOCKS, LEAST_BLOCK_BYTES), BLOCK_BYTES)
+        self._most = max(nbytes // self.block_bytes, 2)
+        self._changed = threading.Condition()
+        self._blocks: OrderedDict[_Key, _Block] = OrderedDict()
+        """Blocks that are there, or under way, the longest unused first."""
+        self._queue: deque[_Key] = deque()
+        self._queued: dict[_Key, _Block] = {}
+        self._urgent: deque[_Key] = deque()
+        self._last: dict[tuple[object, ...], int] = {}
+        self._threads: list[threading.Thread] = []
+        self._closed = False
+        self.halt: Callable[[], object] = lambda: None
+
+    def announce(self, file: Fetched, offset: int, nbytes: int) -> None:
+        """Says that these bytes are read next. Their blocks are fetched in the order of the announcements."""
+        with self._changed:
+            stop = min(offset + nbytes, file.size)
+            while offset < stop:
+                index = offset // self.block_bytes
+                upto = min((index + 1) * self.block_bytes, stop)
+                self._block(file, index).wanted += upto - offset
+                offset = upto
+            self._start_threads()
+            self._changed.notify_all()
+
+    def read_into(self, file: Fetched, buffer: memoryview, offset: int) -> None:
+        """Fills the buffer from ``offset``. Waits for blocks that are not there yet."""
+        done = 0
+        while done < len(buffer):
+            index, start = divmod(offset + done, self.block_bytes)
+            count = min(self.block_bytes - start, len(buffer) - done)
+            buffer[done : done + count] = self._data(file, index, count)[start : start + count]
+            done += count
+
+    def close(self) -> None:
+        """Drops all blocks. Threads end after their present request."""
+        with self._changed:
+            self._closed = True
+            self._blocks.clear()
+            self._queued.clear()
+            self._queue.clear()
+            self._urgent.clear()
+            self._changed.notify_all()
+
+    def _data(self, file: Fetched, index: int, count: int) -> memoryview:
+        key = (file.identity, index)
+        with self._changed:
+            block = self._blocks.get(key)
+            if block is not None:
+                self._blocks.move_to_end(key)
+            else:
+                follows = self._last.get(file.identity) in (index - 1, index)
+                block = self._block(file, index)
+                self._urgent.append(key)
+                if follows:  # read in sequence, and not announced
+                    for later in range(index + 1, min(index + 1 + self._most // 4, self._count(file))):
+                        self._block(file, later)
+                self._start_threads()
+                self._changed.notify_all()
+            self._last[file.identity] = index
+            block.wanted -= count
+            while not block.done:
+                self._changed.wait(_POLL_SECONDS)
+                self.halt()
+            if block.wanted <= 0:
+                self._changed.notify_all()  # its room may be taken
+            if block.error is not None:
+                self._blocks.pop(key, None)
+                raise block.error
+            data = block.data
+        assert data is not None
+        return data
+
+    def _count(self, file: Fetched) -> int:
+        return -(-file.size // self.block_bytes)
+
+    def _block(self, file: Fetched, index: int) -> _Block:
+        """Returns a block, and queues it if it is neither there nor queued."""
+        key = (file.identity, index)
+        block = self._blocks.get(key) or self._queued.get(key)
+        if block is None:
+            block = self._queued[key] = _Block(file, index)
+            self._queue.append(key)
+        return block
+
+    def _start_threads(self) -> None:
+        """Starts threads until there is one for each queued block, or as many as may run."""
+        wanted = min(len(self._queued) + len(self._blocks), self._most, _MOST_REQUESTS)
+        while len(self._threads) < wanted:
+            thread = threading.Thread(target=self._work, name=f"streammerge-fetch-{len(self._threads)}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                block = self._next()
+                while block is None:
+                    if self._closed:
+                        return
+                    self._changed.wait()
+                    block = self._next()
+            start = block.index * self.block_bytes
+            try:
+                data, error = block.file.fetch(start, min(start + self.block_bytes, block.file.size)), None
+            except BaseException as failed:  # noqa: BLE001 - carried to the reader, whatever it is
+                data, error = None, failed
+            with self._changed:
+                block.data, block.error = data, error
+                self._changed.notify_all()
+            del block, data, error
+
+    def _next(self) -> _Block | None:
+        """Takes the next block to fetch. Returns None if there is none, or no room."""
+        while self._urgent and self._urgent[0] not in self._queued:
+            self._urgent.popleft()
+        while self._queue and self._queue[0] not in self._queued:
+            self._queue.popleft()
+        source = self._urgent or self._queue
+        if self._closed or not source or not self._has_room(bool(self._urgent)):
+            return None
+        key = source.popleft()
+        block = self._blocks[key] = self._queued.pop(key)
+        return block
+
+    def _has_room(self, urgent: bool) -> bool:
+        """Whether there is room for a block. Drops one that was read if there is none; any that is there if ``urgent``."""
+        if len(self._blocks) < self._most:
+            return True
+        found = next((key for key, each in self._blocks.items() if each.done and each.wanted <= 0), None)
+        if found is None and urgent:
+            found = next((key for key, each in self._blocks.items() if each.done), None)
+        if found is None:
+            return False
+        del self._blocks[found]
+        return True

@@ -1,0 +1,114 @@
+"""Blocks that are fetched ahead: always the right bytes, never more memory than was given."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+
+import pytest
+
+from stores.suite import noise
+from streammerge.stores.ahead import LEAST_BLOCK_BYTES, Ahead
+
+BLOCK = LEAST_BLOCK_BYTES
+
+
+class File:
+    """A file that counts what is fetched, and how many blocks are alive or under way."""
+
+    def __init__(self, nbytes: int, seconds: float = 0.0, fails: int = -1) -> None:
+        self.data, self.size, self.identity = noise(nbytes), nbytes, (id(self),)
+        self.seconds, self.fails = seconds, fails
+        self.fetched: list[int] = []
+        self.running = self.most_running = 0
+        self._lock = threading.Lock()
+
+    def fetch(self, start: int, stop: int) -> memoryview:
+        with self._lock:
+            self.running += 1
+            self.most_running = max(self.most_running, self.running)
+            self.fetched.append(start // BLOCK)
+        time.sleep(self.seconds)
+        with self._lock:
+            self.running -= 1
+        if start // BLOCK == self.fails:
+            raise ConnectionError("gone")
+        return memoryview(self.data)[start:stop]
+
+
+def read(ahead: Ahead, file: File, start: int, stop: int) -> bytes:
+    buffer = bytearray(stop - start)
+    ahead.read_into(file, memoryview(buffer), start)
+    return bytes(buffer)
+
+
+@pytest.mark.parametrize("blocks", [2, 3, 8, 40])
+def test_many_readers_get_the_right_bytes(blocks: int) -> None:
+    files, ahead, wrong = [File(BLOCK * 9 + 77), File(1), File(BLOCK)], Ahead(blocks * BLOCK), list[int]()
+
+    def work(seed: int) -> None:
+        chance = random.Random(seed)
+        for _ in range(60):
+            file = chance.choice(files)
+            start, stop = sorted(chance.randint(0, file.size) for _ in range(2))
+            if chance.random() < 0.5:
+                ahead.announce(file, start, stop - start)
+            if chance.random() < 0.8 and read(ahead, file, start, stop) != file.data[start:stop]:
+                wrong.append(start)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert wrong == []
+    assert len(ahead._blocks) <= blocks
+    ahead.close()
+
+
+def test_announced_blocks_are_fetched_at_once_and_in_order() -> None:
+    file, ahead = File(BLOCK * 32, 0.05), Ahead(8 * BLOCK)
+    began = time.monotonic()
+    ahead.announce(file, 0, file.size)
+    assert b"".join(read(ahead, file, at, at + BLOCK) for at in range(0, file.size, BLOCK)) == file.data
+    assert time.monotonic() - began < 32 * 0.05 / 2
+    assert sorted(file.fetched) == list(range(32))
+    assert file.fetched[:2] == [0, 1]
+    assert 4 <= file.most_running <= 8
+    ahead.close()
+
+
+def test_a_file_that_is_read_in_sequence_is_fetched_ahead() -> None:
+    file, ahead = File(BLOCK * 16, 0.02), Ahead(16 * BLOCK)
+    for at in range(0, file.size, BLOCK // 2):
+        assert read(ahead, file, at, at + BLOCK // 2) == file.data[at : at + BLOCK // 2]
+    assert sorted(file.fetched) == list(range(16))
+    assert file.most_running > 1
+    ahead.close()
+
+
+def test_an_error_is_raised_by_the_reader_of_that_block() -> None:
+    file, ahead = File(BLOCK * 4, fails=2), Ahead(8 * BLOCK)
+    ahead.announce(file, 0, file.size)
+    assert read(ahead, file, 0, BLOCK) == file.data[:BLOCK]
+    for _ in range(2):
+        with pytest.raises(ConnectionError):
+            read(ahead, file, 2 * BLOCK, 3 * BLOCK)
+    assert read(ahead, file, 3 * BLOCK, 4 * BLOCK) == file.data[3 * BLOCK :]
+    ahead.close()
+
+
+def test_a_reader_that_waits_is_stopped() -> None:
+    file, ahead = File(BLOCK, 5.0), Ahead(4 * BLOCK)
+
+    def halt() -> None:
+        raise KeyboardInterrupt
+
+    ahead.halt = halt
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        read(ahead, file, 0, 1)
+    assert time.monotonic() - began < 2
+    ahead.close()

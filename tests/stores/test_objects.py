@@ -1,0 +1,230 @@
+"""Object stores over a real server on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+import pytest
+import torch
+from conftest import trained
+from safetensors.torch import save, save_file
+
+import streammerge as sm
+from stores.suite import ODD_NAMES, ReadingSuite
+from streammerge.stores.base import Location
+from streammerge.stores.locations import parse
+from streammerge.stores.objects import profile
+
+
+def put(location: Location, data: bytes) -> Location:
+    import obstore
+
+    client, name = location.store.split(location)  # type: ignore[attr-defined]
+    obstore.put(client, name, data, use_multipart=False)
+    return location
+
+
+def upload(path: Path, location: Location) -> Location:
+    """Copies a file or folder."""
+    if path.is_dir():
+        for each in path.iterdir():
+            upload(each, location / each.name)
+        return location
+    return put(location, path.read_bytes())
+
+
+class TestS3(ReadingSuite):
+    NAMES = tuple(name for name in ODD_NAMES if "\n" not in name)  # the client refuses line breaks
+
+    @pytest.fixture
+    def home(self, tmp_path: Path, s3: str) -> Location:
+        return parse(s3)
+
+    def put(self, location: Location, data: bytes) -> Location:
+        return put(location, data)
+
+    def put_folder(self, location: Location) -> None:
+        """An empty object whose name ends in a slash stands for a folder, as other programs make it."""
+        address = f"{os.environ['AWS_ENDPOINT_URL']}/{quote(location.key)}/"
+        who = {"Authorization": "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request, Signature=0"}
+        urllib.request.urlopen(urllib.request.Request(address, b"", who, method="PUT")).close()
+
+    def remove(self, location: Location) -> None:
+        import obstore
+
+        obstore.delete(*location.store.split(location))  # type: ignore[attr-defined]
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def written(folder: Path, number: int) -> dict[str, Path]:
+    """Returns a model in each container: long tensors, short ones, and a folder of shards with an index."""
+    tensors: dict[str, Any] = {**trained(number), "long": torch.randn(3_000_001).to(torch.bfloat16)}
+    made = {kind: folder / f"{number}.{kind}" for kind in ("safetensors", "pth", "old.pth")}
+    save_file(tensors, made["safetensors"])
+    torch.save({"model": tensors, "step": 3}, made["pth"])
+    torch.save(tensors, made["old.pth"], _use_new_zipfile_serialization=False)
+    made["folder"] = folder / f"folder-{number}"
+    sm.convert(made["safetensors"], f"{made['folder']}/", max_shard_size="1MB")
+    return made
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth", "old.pth", "folder"])
+def test_remote_inputs_give_the_bytes_of_local_ones(kind: str, s3: str, tmp_path: Path) -> None:
+    paths = [written(tmp_path, number)[kind] for number in (1, 2)]
+    remote = [upload(path, parse(f"{s3}/in/{path.name}")) for path in paths]
+    ending = ".pth" if kind.endswith("pth") else ".safetensors"
+    for name, options in (("linear", {}), ("ties", {"base": 0})):
+        made = []
+        for number, inputs in enumerate((paths, remote)):
+            given = {key: inputs[value] for key, value in options.items()}
+            made.append(tmp_path / f"{name}-{number}{ending}")
+            sm.merge(inputs, made[-1], method=name, **given)
+        assert sha256(made[0]) == sha256(made[1])
+    assert sm.diff(remote[0], paths[0]).equal
+    assert sm.verify(made[1], inputs=f"{s3}/in", sample="100%").recomputed
+
+
+def test_a_mistake_costs_few_requests_and_bytes(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import obstore
+
+    paths = [written(tmp_path, number)["folder"] for number in (1, 2)]
+    remote = [upload(path, parse(f"{s3}/in/{path.name}")) for path in paths]
+    taken: list[int] = []
+    get = obstore.get
+
+    def counted(*args: Any, **options: Any) -> Any:
+        answer = get(*args, **options)
+        taken.append(answer.range[1] - answer.range[0])
+        return answer
+
+    monkeypatch.setattr(obstore, "get", counted)
+    with pytest.raises(sm.RecipeError, match="lambda"):
+        sm.plan(remote, method="task_arithmetic", base=remote[0], parameters={"lambada": 1})
+    sm.plan(remote)
+    assert sum(taken) < 1_000_000
+    assert len(taken) < 60
+
+
+def test_an_input_that_changes_during_a_run_is_told(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [put(parse(f"{s3}/{number}.safetensors"), save(trained(number))) for number in (1, 2)]
+    plan = sm.plan(inputs)
+    put(inputs[1], save(trained(3)))
+    with pytest.raises(sm.ChangedError, match="changed since it was planned"):
+        inputs[1].open(plan.identities[inputs[1]])
+    import obstore
+
+    get = obstore.get
+
+    def changing(client: Any, path: str, **options: Any) -> Any:
+        if path.startswith("2") and options["options"]["range"][1] > 20_000:
+            monkeypatch.setattr(obstore, "get", get)
+            put(inputs[1], save(trained(4)))
+        return get(client, path, **options)
+
+    monkeypatch.setattr(obstore, "get", changing)
+    with pytest.raises(sm.ChangedError, match=r"2\.safetensors changed"):
+        sm.merge(inputs, tmp_path / "out.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[str]:
+    """A web server of the files in the test's folder, which answers ranged requests."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            path = tmp_path / unquote(self.path).lstrip("/")
+            if not path.is_file():
+                self.send_error(404)
+                return
+            data = path.read_bytes()
+            tag, size = hashlib.md5(data).hexdigest(), len(data)
+            asked = self.headers.get("Range")
+            if asked:
+                start, stop = asked.removeprefix("bytes=").split("-")
+                data = data[int(start) : int(stop) + 1]
+                self.send_response(206)
+                self.send_header("Content-Range", f"bytes {start}-{int(start) + len(data) - 1}/{size}")
+            else:
+                self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.send_header("Last-Modified", "Mon, 01 Jan 2024 00:00:00 GMT")
+            self.send_header("ETag", f'"{tag}"')
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(data)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args: object) -> None:
+            """Says nothing."""
+
+    pytest.importorskip("obstore")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_web_server_is_read_without_a_listing(web: str, tmp_path: Path) -> None:
+    made = [written(tmp_path, number) for number in (1, 2)]
+    made[0]["folder"].rename(tmp_path / "földer 1")
+    index = sm.inspect(f"{web}/{quote('földer 1')}/model.safetensors.index.json")
+    assert index.keys() == sm.inspect(made[1]["folder"]).keys()
+    sm.merge([f"{web}/1.safetensors", f"{web}/2.pth"], tmp_path / "remote.safetensors")
+    sm.merge([made[0]["safetensors"], made[1]["pth"]], tmp_path / "local.safetensors")
+    assert sm.diff(tmp_path / "remote.safetensors", tmp_path / "local.safetensors").equal
+    with pytest.raises(sm.RecipeError, match="with a query"):
+        sm.inspect(f"{web}/1.pth?x=1")
+    with pytest.raises(sm.RecipeError, match="does not exist"):
+        sm.inspect(f"{web}/absent.pth")
+    with pytest.raises(sm.RecipeError, match="can be read only"):
+        sm.merge(f"{web}/2.pth", f"{web}/3.pth")
+
+
+def test_what_is_wrong_is_told_in_one_sentence(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, error, said in (
+        ("s3://", sm.RecipeError, "names no file or folder"),
+        ("s3://bucket/../x", sm.RecipeError, "names no file or folder"),
+        (f"{s3}/absent.pth", sm.RecipeError, "does not exist"),
+        ("s3://there-is-no-such-bucket/x", sm.StoreError, "cannot be used"),
+    ):
+        with pytest.raises(error, match=said) as caught:
+            sm.inspect(text)
+        assert "\n" not in str(caught.value)
+
+
+def test_without_the_extra_the_command_to_install_it_is_told(tmp_path: Path) -> None:
+    (tmp_path / "obstore.py").write_text("raise ImportError('absent')")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    command = [sys.executable, "-m", "streammerge", "inspect", "s3://bucket/x"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert "pip install 'streammerge[remote]'" in ran.stderr
+    assert len(ran.stderr.strip().splitlines()) == 1
+
+
+def test_a_profile_is_read_from_the_usual_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config").write_text("[profile work]\nregion = eu-north-1\n[default]\nregion = us-west-2\n")
+    (tmp_path / "credentials").write_text("[work]\naws_access_key_id = A\naws_secret_access_key = B%C\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    assert profile() == {"region": "us-west-2"}
+    monkeypatch.setenv("AWS_PROFILE", "work")
+    assert profile() == {"region": "eu-north-1", "aws_access_key_id": "A", "aws_secret_access_key": "B%C"}
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path))
+    assert profile() == {"aws_access_key_id": "A", "aws_secret_access_key": "B%C"}
