@@ -22,7 +22,7 @@ from streammerge.options import (
 )
 from streammerge.planning.plan import Plan
 from streammerge.recipe.arguments import overridden, recipe_of
-from streammerge.recipe.locations import found_in_hub_cache, is_recipe_name
+from streammerge.recipe.locations import is_recipe_name, with_hub_places
 from streammerge.recipe.reader import read_recipe
 from streammerge.requests.adapters import WAYS, adapters_of, begins_with_adapter, float_dtype, on_base, refuse_others
 from streammerge.requests.inputs import Held, named, names_and_weights, path_of
@@ -101,7 +101,7 @@ class Request:
             if on_it != chosen and find_method(method).base in ("model", "unused"):
                 base = None  # it is there for the adapters only
             recipe = recipe_of(on_it, method, base, weights, parameters, overrides)
-            recipe = found_in_hub_cache(recipe)
+            recipe = with_hub_places(recipe)
         else:
             theirs = {"inputs": self.inputs or None, "weights": asked.weights, "method": asked.method, "base": asked.base}
             schedules = {"schedule": self.choosing.schedule, "ema_decay": self.choosing.ema_decay}
