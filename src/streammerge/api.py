@@ -33,6 +33,7 @@ from streammerge.options import (
     Naming,
     OnMissing,
     OnShape,
+    Quantise,
     Replacing,
     Resources,
     Running,
@@ -62,6 +63,7 @@ from streammerge.units import parse_bytes, parse_share
 if TYPE_CHECKING:
     from streammerge.diffing.result import Diff
     from streammerge.factoring.making import AdapterResult, Making
+    from streammerge.factoring.planned import AdapterPlan
     from streammerge.verifying.files import Verified
 
 
@@ -118,9 +120,10 @@ def plan(
     executor: str | Callable[[int], Any] = "auto",
     max_shard_size: str | SupportsIndex | None = None,
     keep_optimizer: bool | None = None,
+    quantise: Quantise | None = None,
     allow_nonfinite: bool | None = None,
     hash: bool = False,
-) -> Plan:
+) -> Plan | AdapterPlan:
     """Returns the plan of :func:`merge`, from headers alone. Nothing is written. The options are those of merge.
 
     ``inputs``: paths, globs or state dicts in memory, or a dict that gives each path its weight. ``base+adapter`` is a path
@@ -131,10 +134,11 @@ def plan(
     given = locals()
     with remembering():
         request = Request.of(given)
-        if request.combination() is not None:
-            raise RecipeError(
-                "adapters alone become an adapter, which has no plan of a model; merge them, or give their `base`"
-            )
+        combined = request.combination()
+        if combined is not None:
+            from streammerge.requests.adapters import adapter_plan  # here, because most plans are of models
+
+            return adapter_plan(combined, request.out, request.resources)
         return request.plan()
 
 
@@ -179,6 +183,7 @@ def merge(
     executor: str | Callable[[int], Any] = "auto",
     max_shard_size: str | SupportsIndex | None = None,
     keep_optimizer: bool | None = None,
+    quantise: Quantise | None = None,
     allow_nonfinite: bool | None = None,
     hash: bool = False,
     overwrite: bool = False,
@@ -246,6 +251,7 @@ def convert(
     executor: str | Callable[[int], Any] = "auto",
     max_shard_size: str | SupportsIndex | None = None,
     keep_optimizer: bool | None = None,
+    quantise: Quantise | None = None,
     allow_nonfinite: bool | None = None,
     hash: bool = False,
     overwrite: bool = False,
@@ -346,6 +352,7 @@ def _make(made: Making, out: Location, given: Mapping[str, Any], listener: Liste
         polite=asked.polite,
         listener=listener,
         resident_before=before,
+        resume=given.get("resume", True),
     )
 
 

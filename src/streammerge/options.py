@@ -30,6 +30,7 @@ OnMissing = Literal["error", "base", "average-present", "drop", "union"]
 OnShape = Literal["error", "base", "rows", "leading"]
 Integers = Literal["first", "last", "max", "error"]
 MixedDtypes = Literal["first", "promote"]
+Quantise = Literal["like-base"]
 Io = Literal["mmap", "pread"]
 EMA_CHOICES: tuple[str, ...] = get_args(Ema)
 IO: tuple[str, ...] = get_args(Io)
@@ -439,6 +440,12 @@ class Writing(Options):
     )
     keep_optimizer: bool | None = option(
         "Keep the first input's optimizer, scheduler and scaler in a .pth.", TRUTH, overrides=True
+    )
+    quantise: Quantise | None = option(
+        "like-base: quantise the result as the first input is, where that is fp8 in blocks or by tensor.",
+        choices=get_args(Quantise),
+        otherwise="off: quantised inputs become plain weights",
+        overrides=True,
     )
     allow_nonfinite: bool | None = option("Write NaN and infinite values instead of stopping.", TRUTH, overrides=True)
     hash: bool = option("Put the SHA-256 of each input into the output's receipt.", TRUTH, default=False)

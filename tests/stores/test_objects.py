@@ -64,6 +64,11 @@ class TestS3(ReadingSuite):
 
         obstore.delete(*location.store.split(location))  # type: ignore[attr-defined]
 
+    def test_a_folder_is_no_file(self, home: Location) -> None:
+        """A folder is there while something is in it."""
+        self.put(home / "a" / "b" / "c", b"1")
+        super().test_a_folder_is_no_file(home)
+
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -463,6 +463,7 @@ def test_an_attempt_that_failed_holds_nothing_during_the_next(
         except KeyError as error:
             raise sm.ChangedError("other inputs") from error
 
+    monkeypatch.setattr(attempts, "recipe_of_receipt", lambda *arguments: planned.recipe)
     monkeypatch.setattr(attempts, "_remade", remade)
     monkeypatch.setattr(attempts, "recompute", recompute)
     gc.collect()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from streammerge.checkpoints.index import CheckpointIndex
     from streammerge.diffing.result import Diff
     from streammerge.factoring.making import AdapterResult
+    from streammerge.factoring.planned import AdapterPlan
     from streammerge.methods.contracts import MergeMethod
     from streammerge.planning.plan import Plan
     from streammerge.running.execution import Result
@@ -34,7 +35,7 @@ def _with_flags(data: Any) -> Any:
     return {key: [*map(as_flags, value)] if key in ("notes", "warnings") else value for key, value in data.items()}
 
 
-def show_plan(plan: Plan, form: str) -> None:
+def show_plan(plan: Plan | AdapterPlan, form: str) -> None:
     if form == "json":
         put(as_json(plan.to_json(), indent=2))
     elif form == "yaml":

@@ -20,10 +20,12 @@ from streammerge.errors import FormatError, MismatchError, RecipeError, listed, 
 from streammerge.factoring.documents import Document
 from streammerge.factoring.layers import DECOMPOSE, EMBEDDING, LINEAR, RECOMPRESS, STACK, Layer
 from streammerge.factoring.making import Making
+from streammerge.factoring.recording import Record
 from streammerge.factoring.truncated import Wanted
 from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import COPY
 from streammerge.methods.registry import LINEAR as MEAN
+from streammerge.recipe.model import Recipe
 from streammerge.sources.base import Source
 from streammerge.sources.constant import Constant
 from streammerge.sources.elementwise import rounded, summed
@@ -34,8 +36,6 @@ from streammerge.stores.base import Location, Status
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorSpec
 
-WAYS = ("cat", "svd")
-"""Methods for adapters alone."""
 _RANKS = ("svd_rank", "rank")
 Shape = tuple[int, ...]
 
@@ -51,8 +51,8 @@ class Combined(NamedTuple):
     seed: int = 0
 
 
-def combination(adapters: Sequence[Adapter], asked: Combined) -> Making:
-    """Returns what an adapter from adapters is made of. Reads no tensor.
+def combination(adapters: Sequence[Adapter], asked: Combined, recipe: Recipe | None = None) -> Making:
+    """Returns what an adapter from adapters is made of. Reads no tensor. ``recipe``: what is recorded of it.
 
     Raises MismatchError for adapters whose updates are no products of two factors, or need a base.
     """
@@ -71,6 +71,7 @@ def combination(adapters: Sequence[Adapter], asked: Combined) -> Making:
         listed([adapter.where for adapter in adapters], 4),
         notes=[note for adapter in adapters for note in adapter.notes],
         warnings=[warning for adapter in adapters for warning in adapter.index.warnings],
+        record=None if recipe is None else Record.of(recipe, adapters),
     )
     making.notes.append(_said(way, weights))
     return making

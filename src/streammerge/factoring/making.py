@@ -10,14 +10,30 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from streammerge.errors import BudgetError, FormatError, MismatchError, RecipeError, listed, printable
-from streammerge.events import Event, Preparing, Published, RunFinished, RunStarted, Spooled, Syncing, TaskDone, Told
+from streammerge.events import (
+    Event,
+    Preparing,
+    Published,
+    Resumed,
+    RunFinished,
+    RunStarted,
+    Spooled,
+    Suspended,
+    Syncing,
+    TaskDone,
+    Told,
+)
 from streammerge.factoring.documents import CONFIG, START, WEIGHTS, Document
 from streammerge.factoring.layers import COMPARE, DECOMPOSE, LINEAR, STACK, Layer, LayerReport, share
+from streammerge.factoring.recording import NUMBERS_BYTES, SUM, Numbers, Record, identity
 from streammerge.factoring.truncated import Factors, of_product, truncated
 from streammerge.formats.file_names import files_below, foreign_files
+from streammerge.formats.records import RECEIPT_FILE, RECIPE_FILE
 from streammerge.formats.safetensors import plan_layout
 from streammerge.planning.budget import PER_TASK_BYTES, PER_WORKER_BYTES, RUN_BYTES, SPOOLING_BYTES
+from streammerge.planning.digest import differences
 from streammerge.running import process
+from streammerge.running.execution import may_pass
 from streammerge.running.executors.base import Host
 from streammerge.running.executors.threads import ThreadExecutor
 from streammerge.running.spooling import spooled_tasks
@@ -27,6 +43,7 @@ from streammerge.sources.wide import Wide
 from streammerge.stores import descriptors, faults
 from streammerge.stores.base import Input, Location, Output, Staging, Status
 from streammerge.stores.inputs import InputFiles
+from streammerge.stores.journal import Finished, Journal
 from streammerge.stores.space import space_checked
 from streammerge.tensors.spec import GRAIN, TensorSpec, ranges
 from streammerge.tensors.threads import one_torch_thread
@@ -46,7 +63,8 @@ class Making:
     ``layers``: the tensors with factors or comparisons, in the order of the output. ``wholes``: the module that a compared
     tensor is stored with -> all its tensors by their names in the base, as they are stored whole; without a module here
     a tensor is not represented. ``absent``: tensors that are not represented, and why. ``files``: all inputs.
-    ``folders``: folders of inputs. ``says``: what the output is made of, for messages.
+    ``folders``: folders of inputs. ``says``: what the output is made of, for messages. ``record``: how it can be made
+    again; None for one that cannot tell.
     """
 
     layers: list[Layer]
@@ -58,10 +76,29 @@ class Making:
     absent: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    record: Record | None = None
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes of all inputs of the layers."""
+        return sum(source.nbytes for layer in self.layers for source in layer.sources)
+
+    @property
+    def most_bytes(self) -> int:
+        """The most bytes that the factors have. Their ranks are known when they are made."""
+        return sum(layer.most_bytes() for layer in self.layers)
+
+    def needed_bytes(self, workers: int) -> int:
+        """Returns the memory that so many workers need."""
+        largest = max((layer.needed_bytes() for layer in self.layers), default=0)
+        return self._fixed_bytes() + workers * (PER_WORKER_BYTES + largest)
+
+    def _fixed_bytes(self) -> int:
+        return RUN_BYTES + SPOOLING_BYTES + PER_TASK_BYTES * (len(self.layers) + len(self.absent))
 
     def workers_within(self, memory: int, wanted: int) -> int:
         """Returns the number of workers that a budget has room for. Raises BudgetError."""
-        fixed = RUN_BYTES + SPOOLING_BYTES + PER_TASK_BYTES * (len(self.layers) + len(self.absent))
+        fixed = self._fixed_bytes()
         largest = max(self.layers, key=Layer.needed_bytes, default=None)
         each = PER_WORKER_BYTES + (largest.needed_bytes() if largest else 0)
         if largest is not None and fixed + each > memory:
@@ -126,17 +163,22 @@ class AdapterResult:
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """The result of one layer. ``place``: the temporary file with its factors."""
+    """The result of one layer. ``place``: the temporary file with its factors, and ``checksum`` that of the file."""
 
     number: int
     rank: int
     total: float
     rest: float
     read_bytes: int
-    place: Output | None = None
+    place: Output
+    checksum: int
+
+    @property
+    def factor_bytes(self) -> int:
+        return self.place.size - NUMBERS_BYTES
 
 
-class _Room(Allocated):
+class Room(Allocated):
     """The room of one layer. Counts the bytes that are read."""
 
     def __init__(self, files: InputFiles, host: Host) -> None:
@@ -152,7 +194,7 @@ class _Room(Allocated):
 
 
 class _Counted:
-    def __init__(self, room: _Room, file: Input) -> None:
+    def __init__(self, room: Room, file: Input) -> None:
         self._room, self._file = room, file
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
@@ -181,28 +223,33 @@ class _Worker:
         self._work, self._host = work, host
 
     def run(self, number: int) -> _Outcome:
-        layer, room = self._work.layers[number], _Room(self._work.files, self._host)
+        layer, room = self._work.layers[number], Room(self._work.files, self._host)
         try:
             if layer.way == COMPARE:
-                return _Outcome(number, 0, _distance(layer, room), 0.0, room.read_bytes)
-            factors = _factors(layer, room)
+                return self._kept(number, Numbers(0, _distance(layer, room), 0.0), (), room)
+            factors = factors_of(layer, room)
         except ValueError as error:
             raise MismatchError(
                 f"{printable(layer.name)} has {error} in one of its models, so it has no factors; exclude it"
             ) from error
-        place = None
-        if factors.rank:
-            down, up = _stored(layer, factors)
-            place = self._work.create(number, down.nbytes + up.nbytes)
-            _write(place, down, 0)
-            _write(place, up, down.nbytes)
-        return _Outcome(number, factors.rank, factors.total, factors.rest, room.read_bytes, place)
+        numbers = Numbers(factors.rank, factors.total, factors.rest)
+        return self._kept(number, numbers, stored(layer, factors) if factors.rank else (), room)
+
+    def _kept(self, number: int, numbers: Numbers, factors: Sequence[torch.Tensor], room: Room) -> _Outcome:
+        """Writes a layer's temporary file."""
+        place = self._work.create(number, sum(each.nbytes for each in factors) + NUMBERS_BYTES)
+        value = offset = 0
+        for part in (*map(_bytes_of, factors), numbers.packed()):
+            place.write_full(part, offset)
+            value, offset = SUM.update(part, value), offset + len(part)
+        return _Outcome(number, *numbers, room.read_bytes, place, value)
 
     def close(self) -> None:
         """Nothing is kept between layers."""
 
 
-def _factors(layer: Layer, room: _Room) -> Factors:
+def factors_of(layer: Layer, room: Room) -> Factors:
+    """Computes the factors of a layer that is not compared. Raises ValueError for numbers that are not finite."""
     if layer.way == DECOMPOSE:
         return truncated(layer.rows, layer.wanted, room)
     left, right = (_whole(each, room) for each in layer.sources)
@@ -211,7 +258,7 @@ def _factors(layer: Layer, room: _Room) -> Factors:
     return of_product(left, right, layer.wanted.rank, layer.wanted.dtype)
 
 
-def _whole(source: Source, room: _Room) -> torch.Tensor:
+def _whole(source: Source, room: Room) -> torch.Tensor:
     """Reads a small matrix, in float64."""
     import torch
 
@@ -224,7 +271,7 @@ def _whole(source: Source, room: _Room) -> torch.Tensor:
     return made.view(source.spec.shape)
 
 
-def _distance(layer: Layer, room: _Room) -> float:
+def _distance(layer: Layer, room: Room) -> float:
     """Returns the sum of the squared differences of two tensors."""
     (one, other), total = layer.sources, 0.0
     numel = one.spec.numel
@@ -236,7 +283,7 @@ def _distance(layer: Layer, room: _Room) -> float:
     return total
 
 
-def _stored(layer: Layer, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
+def stored(layer: Layer, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns A and B as a PEFT file holds them."""
     left, right = factors.left, factors.right
     if layer.alpha:
@@ -246,10 +293,10 @@ def _stored(layer: Layer, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]
     return left.T.contiguous(), right.T.contiguous()
 
 
-def _write(file: Output, tensor: torch.Tensor, offset: int) -> None:
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
     import torch
 
-    file.write_full(tensor.view(-1).view(torch.uint8).numpy(), offset)
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
 
 
 def make(
@@ -262,8 +309,10 @@ def make(
     polite: bool,
     listener: Callable[[Event], None],
     resident_before: int,
+    resume: bool = True,
 ) -> AdapterResult:
-    """Makes the adapter in the folder ``out``. On an error, nothing is there. Raises the errors of a merge."""
+    """Makes the adapter in the folder ``out``. On an error, nothing is there. ``resume``: goes on from the layers that an
+    interrupted run of the same adapter has left, and leaves its own. Raises the errors of a merge."""
     refuse_output(made, out)
     count = made.workers_within(memory_bytes, workers)
     headers = max(process.resident_bytes() - resident_before, 0)
@@ -276,15 +325,12 @@ def make(
         prepare_torch()
     process.reset_peak()
     startup, began = process.resident_bytes() - headers, time.perf_counter()
-    reading = sum(source.nbytes for layer in made.layers for source in layer.sources)
-    most = sum(layer.most_bytes() for layer in made.layers)
-    listener(RunStarted(reading, most, memory_bytes, len(made.layers)))
+    most = made.most_bytes
+    listener(RunStarted(made.read_bytes, most, memory_bytes, len(made.layers)))
     staging = out.stage(overwrite)
+    run = _Run(made, staging, count, polite, listener, resume)
+    keep = False
     try:
-        if staging.resumable:
-            staging.abort(keep=True)
-            raise RecipeError(f"an interrupted merge into {printable(out)} is kept beside it; finish it first")
-        staging.clear()
         with (
             space_checked(out, most),
             descriptors.room_for(len(made.files) + 2, count),
@@ -292,14 +338,24 @@ def make(
             process.collector_spared(),
             one_torch_thread(),
         ):
-            run = _Run(made, staging, count, polite, listener)
             run.make()
         refuse_output(made, out)
         listener(Syncing())
         staging.commit(as_folder=True)
         listener(Published())
+    except BaseException as error:
+        keep = run.untouched or (resume and may_pass(error))
+        run.journal.stop(last=keep and not run.untouched)
+        if staging.published:
+            keep = False
+            listener(Published())
+        elif keep and not run.untouched:
+            keep = staging.resumable and run.journal.kept_bytes > 0
+            if keep:
+                listener(Suspended(run.journal.kept_bytes, most))
+        raise
     finally:
-        staging.abort()
+        staging.abort(keep)
     seconds = time.perf_counter() - began
     listener(RunFinished(seconds))
     return AdapterResult(
@@ -312,7 +368,7 @@ def make(
         memory_bytes,
         run.error,
         tuple(run.reports),
-        (*made.notes, *staging.notes),
+        (*made.notes, *run.notes, *staging.notes),
         (*made.warnings, *run.warnings),
     )
 
@@ -325,11 +381,22 @@ class _Whole:
 
 
 class _Run:
-    """One run. Afterwards ``reports``, ``error``, ``read_bytes`` and ``written_bytes`` say what was done."""
+    """One run. Afterwards ``reports``, ``error``, ``read_bytes`` and ``written_bytes`` say what was done. ``untouched``:
+    whether what an earlier run has left is as it was."""
 
     def __init__(
-        self, made: Making, staging: Staging, workers: int, polite: bool, listener: Callable[[Event], None]
+        self,
+        made: Making,
+        staging: Staging,
+        workers: int,
+        polite: bool,
+        listener: Callable[[Event], None],
+        resume: bool,
     ) -> None:
+        self._resume, self.untouched = resume, True
+        parts = identity(made.layers, made.files, made.record)
+        self.journal = Journal(staging.journal_file, parts, lambda: staging.temporaries, resume)
+        self.notes: list[str] = []
         self._made, self._staging, self._workers, self._listener = made, staging, workers, listener
         self._files = InputFiles(made.files, polite)
         self._layers: Sequence[Layer] = made.layers
@@ -344,7 +411,9 @@ class _Run:
 
         def create(number: int, size: int) -> Output:
             with lock:
-                return self._staging.temporary(f"factors/{number}", size)
+                return self._staging.temporary(_file_name(number), size)
+
+        outcomes = self._take_up()
 
         with closing(self._files):
             modules = list(self._made.wholes)
@@ -362,16 +431,67 @@ class _Run:
                 module: dict(zip(self._made.wholes[module], task.sources, strict=True))
                 for module, task in zip(modules, unpacked[len(self._layers) :], strict=True)
             }
-            outcomes: dict[int, _Outcome] = {}
             executor = ThreadExecutor(self._workers)
             work = _Work(self._layers, self._files, create)
-            with closing(executor), closing(executor.run(work, range(len(self._layers)))) as results:
+            missing = [number for number in range(len(self._layers)) if number not in outcomes]
+            with closing(executor), closing(executor.run(work, missing)) as results:
                 for done in results:
                     outcomes[done.number] = done
+                    self.journal.add(_piece(done))
                     self.read_bytes += done.read_bytes
-                    self._tell(self._layers[done.number].name, done.read_bytes, done.place.size if done.place else 0)
+                    self._tell(self._layers[done.number].name, done.read_bytes, done.factor_bytes)
             self._write(outcomes)
             self._files.check_unchanged()
+            self.journal.stop()
+
+    def _take_up(self) -> dict[int, _Outcome]:
+        """Returns the layers that an interrupted run of the same adapter has left, if their checksums are right. Begins the
+        journal.
+
+        Raises RecipeError when something else was left, unless the caller asked to discard it.
+        """
+        earlier = self.journal.earlier() if self._resume else None
+        found: dict[int, _Outcome] = {}
+        if earlier is not None and earlier.plan is not None:
+            other = differences(earlier.plan, self.journal.plan)
+            if other and earlier.count:
+                out = printable(self._staging.out)
+                raise RecipeError(
+                    f"an interrupted run into {out} left {decimal_bytes(earlier.nbytes)}, and this run differs from it: "
+                    f"{other}; repeat that run to continue it, discard what it left with `resume=False`, or choose another "
+                    "output"
+                )
+            pieces = () if other else earlier.pieces
+            found = {done.number: done for piece in pieces if (done := self._kept(piece)) is not None}
+        self.untouched = False
+        if not found:
+            self._staging.clear()
+        self.journal.begin([_piece(done) for done in found.values()])
+        if found:
+            kept = sum(done.place.size for done in found.values())
+            self._listener(Resumed(kept, sum(self._layer_bytes(number) for number in found)))
+            self.notes.append(f"continued an interrupted run: {len(found)} of {len(self._layers)} tensors were there")
+            self._listener(Told("note", self.notes[-1]))
+        return found
+
+    def _layer_bytes(self, number: int) -> int:
+        return sum(source.nbytes for source in self._layers[number].sources)
+
+    def _kept(self, piece: Finished) -> _Outcome | None:
+        """Returns the layer that a piece tells of, None if its file is not what was written."""
+        number = piece.task
+        if number >= len(self._layers) or piece.file != _file_name(number) or piece.nbytes < NUMBERS_BYTES:
+            return None
+        file = self._staging.temporary(piece.file, piece.nbytes, keep=True)
+        if not file.kept:
+            return None
+        read, value, data = _from_file(file, 0), 0, memoryview(b"")
+        for start, stop in ranges(piece.nbytes, _COPY_BYTES):
+            value = SUM.update(read(start, stop), value)
+        if value != piece.checksum:
+            return None
+        data = read(piece.nbytes - NUMBERS_BYTES, piece.nbytes)
+        return _Outcome(number, *Numbers.behind(bytes(data)), 0, file, value)
 
     def _tell(self, name: str, read: int, written: int) -> None:
         self._listener(TaskDone(name, read, written, process.resident_bytes()))
@@ -405,14 +525,26 @@ class _Run:
         text = self._made.document.text(ranks, list(wholes), bool(biases)).encode()
         layout = plan_layout(WEIGHTS, [spec for spec, _ in pieces], {"format": "pt"})
         file = self._staging.create(WEIGHTS, layout.size)
+        rest = 0
         for literal in layout.literals:
             file.write_full(literal.data, literal.offset)
+            rest = SUM.update(literal.data, rest)
+        sums: dict[int, int] = {}
         for spec, read in pieces:
+            value, offset = 0, layout.offsets[spec.name]
             for start, stop in ranges(spec.nbytes, _COPY_BYTES):
-                file.write_full(read(start, stop), layout.offsets[spec.name] + start)
-        config = self._staging.create(CONFIG, len(text))
-        config.write_full(text, 0)
-        self.written_bytes = layout.size + len(text)
+                data = read(start, stop)
+                file.write_full(data, offset + start)
+                value = SUM.update(data, value)
+            if spec.nbytes:
+                sums[offset] = value
+        files = {CONFIG: text}
+        if self._made.record is not None:
+            written = {WEIGHTS: [*(sums[offset] for offset in sorted(sums)), rest], CONFIG: [SUM.update(text)]}
+            files |= self._made.record.files(written)
+        for name, content in files.items():
+            self._staging.create(name, len(content)).write_full(content, 0)
+        self.written_bytes = layout.size + sum(map(len, files.values()))
 
     def _ties(self, module: str) -> bool:
         return self._made.document.ties([module])
@@ -426,7 +558,7 @@ class _Run:
         """Yields the tensors of the file, each with a function that reads a range of its bytes."""
         for number in sorted(outcomes):
             place = outcomes[number].place
-            if place is not None:
+            if outcomes[number].rank:
                 down, up = self._layers[number].specs(outcomes[number].rank)
                 yield down, _from_file(place, 0)
                 yield up, _from_file(place, down.nbytes)
@@ -435,7 +567,7 @@ class _Run:
             yield source.spec.named(START + name), self._from_source(source)
 
     def _from_source(self, source: Source) -> Callable[[int, int], memoryview]:
-        room, size = _Room(self._files, Host(lambda: False)), source.spec.dtype.element_bytes
+        room, size = Room(self._files, Host(lambda: False)), source.spec.dtype.element_bytes
         reader = source.open(room)
 
         def read(start: int, stop: int) -> memoryview:
@@ -481,6 +613,15 @@ class _Run:
         raise MismatchError(f"{self._made.says}: no tensor differs, so there is no adapter to make")
 
 
+def _file_name(number: int) -> str:
+    return f"factors/{number}"
+
+
+def _piece(done: _Outcome) -> Finished:
+    """Returns a layer as the journal writes it down."""
+    return Finished(done.number, 0, _file_name(done.number), 0, done.place.size, done.checksum)
+
+
 def _from_file(file: Output, offset: int) -> Callable[[int, int], memoryview]:
     def read(start: int, stop: int) -> memoryview:
         buffer = memoryview(bytearray(stop - start))
@@ -516,7 +657,7 @@ def refuse_output(made: Making, out: Location) -> None:
             f"{printable(out)} lies in the folder of an input; inputs are never written, choose another output"
         )
     if out.is_folder():
-        foreign = foreign_files(out, {CONFIG, WEIGHTS})
+        foreign = foreign_files(out, {CONFIG, WEIGHTS, RECIPE_FILE, RECEIPT_FILE})
         if foreign:
             raise RecipeError(
                 f"{printable(out)} also holds {listed(foreign)}, which replacing it would lose; move that away first"

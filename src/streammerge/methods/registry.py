@@ -11,6 +11,7 @@ from streammerge.kernels.chunk import Kernel
 from streammerge.kernels.group import TensorGroup
 from streammerge.methods.contracts import METHODS, MergeMethod, contract_of
 from streammerge.methods.exact import copy, integers
+from streammerge.methods.factors import FACTORS
 from streammerge.methods.linear import linear
 from streammerge.plugins import imported
 from streammerge.tensors.spec import GRAIN
@@ -54,7 +55,7 @@ def find_method(wanted: str | Callable[..., Kernel] | MergeMethod) -> MergeMetho
         raise RecipeError(f"a merge method is a name or a function, not {printable(wanted)}")
     if ":" in wanted:
         return contract_of(_function_at(wanted), wanted)
-    found = METHODS.find(wanted)
+    found = METHODS.find(wanted) or FACTORS.get(wanted)
     if found is None:
         meant = wanted.lower().replace("-", "_").replace(" ", "_")
         found = METHODS.find(_MEANT.get(meant, meant))

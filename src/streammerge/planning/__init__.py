@@ -16,6 +16,7 @@ Each module imports only modules above it::
     shapes        tensors whose shapes or kinds of numbers differ
     refusals      tensors that no method may merge
     alignment     which tensors go into which tensor of the output
+    like_base     codes and scales in place of weights that the first stores so
     copies        the same for the copies of the weights
     outputs       the files of the output, and the place of each tensor
     repeated      tensors that a task reads more than once

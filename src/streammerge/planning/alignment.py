@@ -93,7 +93,7 @@ def align(recipe: Recipe, indexes: Indexes) -> Alignment:
         alignment.merged = sorted(alignment.merged, key=lambda m: order.get(m.base_names[0], len(order)))
     _check_output_names(alignment.merged)
     _record(alignment)
-    if first.stored is not None:
+    if first.stored is not None and recipe.quantise is None:
         gone = [name for name in first.stored.entries if name not in first.entries]
         alignment.dispositions.add("tensor", gone, "dropped", HELPERS)
     alignment.taken = [rules.taken[id(rule)] for rule in recipe.rules]

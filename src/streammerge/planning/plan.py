@@ -225,6 +225,11 @@ def build_plan(
     if out is not None and not out.name:
         raise RecipeError(f"{printable(out)} is not a name for an output")
     recipe, alignment = aligned(recipe, indexes)
+    noise = _noise(recipe, indexes)
+    if recipe.quantise is not None:
+        from streammerge.planning.like_base import like_base  # here, because most outputs are not quantised
+
+        indexes = like_base(recipe, indexes, alignment)
     opened, tokens = indexes.values(), alignment.tokenized
     origins = [origin for index in opened for origin in index.origins()]
     output = plan_output(out or parse(_EXAMPLE_OUT), recipe, indexes, alignment, hashed)
@@ -242,7 +247,7 @@ def build_plan(
     identities |= {source: source.status() for source, _ in output.layout.side_files}
     identities |= {file: file.status() for file in (tokens.read if tokens else ())}
     notes = [*(note for index in opened for note in index.notes), *alignment.notes, *output.notes]
-    notes += [*output.dispositions.notes(), *weight_notes(recipe), *_noise(recipe, indexes)]
+    notes += [*output.dispositions.notes(), *weight_notes(recipe), *noise]
     if out is not None and recipe.output.max_shard_size is not None and not output.layout.as_folder:
         notes.append(
             "`max_shard_size` is without effect, because the output is one file; a name that ends in / is a folder"

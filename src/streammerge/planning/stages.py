@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex, index_of
-from streammerge.errors import FormatError, StreammergeError, printable
+from streammerge.errors import FormatError, RecipeError, StreammergeError, printable
 from streammerge.formats import detect
 from streammerge.formats.base import Container
 from streammerge.pickles.tree import TensorRef
@@ -50,6 +50,8 @@ class Opened:
             place = out = store.file(name + (first.path.suffix if not first.in_memory else ".safetensors"))
         recipe = replace(recipe, output=replace(recipe.output, card=False))  # the card is that of the whole merge
         try:
+            if recipe.quantise is not None:
+                raise RecipeError("`quantise` is about the output, and a stage is none; say it in the last recipe")
             recipe, alignment, self.declared = _aligned(recipe, indexes)
             output = plan_output(out, recipe, indexes, alignment, hashed=False)
         except StreammergeError as error:

@@ -18,7 +18,7 @@ from streammerge.recipe.settings import Setting, constant
 from streammerge.units import plain_number
 
 Overrides = Mapping[str, Any]
-_OF_THE_OUTPUT = ("dtype", "out_dtype", "tokenizer_source", "chat_template")
+_OF_THE_OUTPUT = ("dtype", "out_dtype", "tokenizer_source", "chat_template", "quantise")
 """Options that say what is written. All others hold for the stages of a recipe too, as in mergekit-multi."""
 
 
@@ -31,6 +31,18 @@ def recipe_of(
     overrides: Overrides,
 ) -> Recipe:
     """Returns the recipe of these arguments. Raises RecipeError with all mistakes."""
+    return checked(unchecked(inputs, method, base, weights, parameters, overrides))
+
+
+def unchecked(
+    inputs: Sequence[str],
+    method: str | Callable[..., Kernel] | MergeMethod,
+    base: str | None,
+    weights: Sequence[float] | None,
+    parameters: Mapping[str, Any],
+    overrides: Overrides,
+) -> Recipe:
+    """Returns the recipe of these arguments, whose values are right, but which may lack a base, or have too few models."""
     found = find_method(method)
     if weights is not None:
         if "weight" in parameters:
@@ -52,7 +64,7 @@ def recipe_of(
     models = tuple(Model(path, parameters=settings) for path, settings in zip(inputs, own, strict=True))
     output = OutputRequest() if base is None else OutputRequest(container="first")
     recipe = Recipe(found, models, base_model=base, parameters=shared, output=output)
-    return checked(overridden(recipe, overrides))
+    return overridden(recipe, overrides)
 
 
 def overridden(recipe: Recipe, overrides: Overrides) -> Recipe:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from streammerge.errors import RecipeError, listed, printable
@@ -14,9 +14,17 @@ from streammerge.recipe.model import Model, Recipe, Slice, SliceSource
 from streammerge.recipe.scalars import parameter_docs
 from streammerge.recipe.settings import Settings, check_setting
 
+Adapters = Callable[[Sequence[str]], bool]
+"""Tells whether all of these models are adapters."""
 
-def check(recipe: Recipe, problems: Problems, as_mergekit: bool = False) -> None:
-    """Adds every mistake of the recipe to the problems. ``as_mergekit``: warns of what mergekit ignores."""
+
+def no_adapters(models: Sequence[str]) -> bool:
+    return False
+
+
+def check(recipe: Recipe, problems: Problems, as_mergekit: bool = False, adapters: Adapters = no_adapters) -> None:
+    """Adds every mistake of the recipe to the problems. ``as_mergekit``: warns of what mergekit ignores. ``adapters``:
+    whether models are adapters, whose base is zero if the recipe has none."""
     ways = [name for name in ("models", "slices", "modules") if getattr(recipe, name)]
     unread = any(path[:1] in (("models",), ("slices",), ("modules",)) for path, _ in problems)
     if len(ways) > 1 or not (ways or unread):
@@ -27,7 +35,7 @@ def check(recipe: Recipe, problems: Problems, as_mergekit: bool = False) -> None
         if path and bool(entries) == bool(slices) and not any(at[: len(path)] == path for at, _ in unreadable):
             problems.add(path, "a module has either models or slices")
         if entries and not _has_unread((*path, "models"), unreadable):
-            _count(recipe, entries, recipe.base_model, path, problems)
+            _count(recipe, entries, recipe.base_model, path, problems, adapters)
         for each in slices:
             if each.sources and not _has_unread((*each.path, "sources"), unreadable):
                 _check_slice(recipe, each, problems)
@@ -100,10 +108,12 @@ def _parts(recipe: Recipe) -> Iterator[_Part]:
 _Entries = Sequence[Model | SliceSource]
 
 
-def _count(recipe: Recipe, entries: _Entries, base: str | None, path: Path, problems: Problems) -> None:
+def _count(
+    recipe: Recipe, entries: _Entries, base: str | None, path: Path, problems: Problems, adapters: Adapters = no_adapters
+) -> None:
     """Checks the number of models, and the base, against the method."""
     method = recipe.merge_method
-    if base is None and method.base == "required":
+    if base is None and method.base == "required" and not adapters([entry.model for entry in entries]):
         problems.add(path, f"{method.name} needs the models' common ancestor; name it as the base")
     # As in mergekit, a base that the method does not use counts as one more model if it has a weight.
     joins = method.base == "unused" and _models(recipe, method, entries, base) > len(entries)

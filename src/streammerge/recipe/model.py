@@ -226,6 +226,7 @@ class Recipe:
     round: bool = key(
         TRUTH, "Whether a stage's result is rounded to its dtype, as in a file, before others take it.", default=True
     )
+    rank: int | None = key(COUNT, "Rank of the adapter that adapters alone become; by default their highest.", default=None)
     rules: tuple[Rule, ...] = key(ListOf(FormOf(Rule), least=0), "Other ways for some tensors.", default=())
     dtype: DType | None = option_key(DTYPE, _OPTIONS["dtype"])
     out_dtype: DType | None = option_key(DTYPE, _OPTIONS["out_dtype"])
@@ -238,6 +239,7 @@ class Recipe:
     integers: str | None = _chosen("integers")
     mixed_dtypes: str | None = _chosen("mixed_dtypes")
     unsafe_truncate_embeddings: bool = option_key(TRUTH, _OPTIONS["unsafe_truncate_embeddings"], default=False)
+    quantise: str | None = _chosen("quantise")
     allow_nonfinite: bool = option_key(TRUTH, _OPTIONS["allow_nonfinite"], default=False)
     output: OutputRequest = key(FormOf(OutputRequest), "How the output is written.", default_factory=OutputRequest)
     seed: int = option_key(WHOLE, _OPTIONS["seed"], default=0)

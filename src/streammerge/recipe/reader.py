@@ -9,7 +9,7 @@ from typing import Any
 from streammerge.errors import RecipeError, printable
 from streammerge.formats.records import RECIPE_FILE
 from streammerge.methods.registry import LINEAR, find_method
-from streammerge.recipe.checks import check, check_experts, ignored, raise_all
+from streammerge.recipe.checks import Adapters, check, check_experts, ignored, no_adapters, raise_all
 from streammerge.recipe.document import Document, parse_documents, to_json, to_yaml
 from streammerge.recipe.fields import FormOf, Positions, Problems
 from streammerge.recipe.locations import located, travelling
@@ -46,23 +46,31 @@ def checked(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def recipe_of_receipt(data: Mapping[str, Any], own_methods: bool, folders: list[Location]) -> Recipe:
+def recipe_of_receipt(
+    data: Mapping[str, Any], own_methods: bool, folders: list[Location], adapters: Adapters = no_adapters
+) -> Recipe:
     """Reads the recipe in a receipt, which may come from a stranger. Finds its models in the folders, and nowhere else.
+    ``adapters``: tells whether models are adapters.
 
     Raises VerifyError for an absolute path, which no receipt of ours holds, and RecipeError for any other mistake.
     """
-    return _read([Document(data, {}, [])], "the recipe", folders, own_methods, confined=True)
+    return _read([Document(data, {}, [])], "the recipe", folders, own_methods, True, adapters)
 
 
-def read_recipe(source: PathLike | Mapping[str, Any], own_methods: bool = False, folder: Location | None = None) -> Recipe:
+def read_recipe(
+    source: PathLike | Mapping[str, Any],
+    own_methods: bool = False,
+    folder: Location | None = None,
+    adapters: Adapters = no_adapters,
+) -> Recipe:
     """Reads a recipe from a YAML file, or from a dict with the same keys, and finds its models.
 
     Paths in a file are relative to the current folder or the file's folder; those in a dict, to ``folder`` if it is
-    given. ``own_methods``: whether it may name methods that are the user's own code. Raises RecipeError with every
-    mistake and its line.
+    given. ``own_methods``: whether it may name methods that are the user's own code. ``adapters``: tells whether models
+    are adapters. Raises RecipeError with every mistake and its line.
     """
     if isinstance(source, Mapping):
-        return _read([Document(source, {}, [])], "the recipe", [folder or HERE], own_methods)
+        return _read([Document(source, {}, [])], "the recipe", [folder or HERE], own_methods, adapters=adapters)
     path = parse(source)
     name = printable(source)
     if not path.is_file():
@@ -78,7 +86,7 @@ def read_recipe(source: PathLike | Mapping[str, Any], own_methods: bool = False,
         raise RecipeError(f"{name} is not UTF-8 text; save the recipe as UTF-8") from error
     documents = parse_documents(text, str(source))
     folders = [HERE, path.parent] + ([path.parent.parent] if path.name == RECIPE_FILE else [])
-    return _read(documents, name, folders, own_methods)
+    return _read(documents, name, folders, own_methods, adapters=adapters)
 
 
 def _read(
@@ -87,6 +95,7 @@ def _read(
     folders: list[Location],
     own_methods: bool,
     confined: bool = False,
+    adapters: Adapters = no_adapters,
 ) -> Recipe:
     problems = Problems()
     for each in documents:
@@ -103,7 +112,7 @@ def _read(
         if recipe.experts:
             problems.add(("experts",), "a recipe with experts has no merge_method; leave that out")
         else:
-            check(recipe, problems, as_mergekit=True)
+            check(recipe, problems, as_mergekit=True, adapters=adapters)
         for stage in recipe.stages:
             _check_stage(stage, recipe.stages[stage], problems)
         check_stages(recipe, problems)

@@ -10,6 +10,7 @@ from typing import Any
 
 from streammerge.errors import RecipeError, printable
 from streammerge.methods.contracts import METHODS, MergeMethod, Parameter
+from streammerge.methods.factors import FACTORS
 from streammerge.methods.registry import LINEAR, find_method
 from streammerge.options import whole
 from streammerge.recipe.adapted import adapted_text
@@ -126,13 +127,14 @@ def _listed_method(value: Any) -> MergeMethod:
 
 def _method_name(method: MergeMethod) -> str:
     """Returns the name under which the method is found again."""
-    return method.name if METHODS.is_known_as(method.name, method) else method.place
+    known = FACTORS.get(method.name) is method or METHODS.is_known_as(method.name, method)
+    return method.name if known else method.place
 
 
 METHOD = Plain(
     "a merge method",
     _listed_method,
-    lambda: {"type": "string", "anyOf": [{"enum": sorted(METHODS.built_in)}, {"pattern": ":"}]},
+    lambda: {"type": "string", "anyOf": [{"enum": sorted((*METHODS.built_in, *FACTORS))}, {"pattern": ":"}]},
     _method_name,
     _nearest_method,
 )

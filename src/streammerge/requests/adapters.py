@@ -8,20 +8,42 @@ from typing import TYPE_CHECKING, Any
 from streammerge.checkpoints.globs import expand
 from streammerge.checkpoints.index import open_checkpoint
 from streammerge.errors import FormatError, RecipeError, StreammergeError, listed, printable
+from streammerge.methods.factors import FACTORS
+from streammerge.options import Resources
 from streammerge.recipe.adapted import Adapted, Part, split
+from streammerge.recipe.model import Recipe
+from streammerge.recipe.settings import Setting, is_same_for_all
 from streammerge.requests.inputs import Held
+from streammerge.running.execution import default_workers
 from streammerge.stores.base import Location
 from streammerge.stores.locations import parse
 from streammerge.tensors.adapters import WORDS, holds_its_base, is_adapter
 from streammerge.tensors.dtypes import DType, parse_dtype
+from streammerge.units import parse_bytes
 
 if TYPE_CHECKING:
     from streammerge.adapters.modules import Adapter
+    from streammerge.factoring.making import Making
+    from streammerge.factoring.planned import AdapterPlan
 
-WAYS = ("cat", "svd")
-"""Methods that make an adapter of adapters."""
 _CONFIG, _STEM = "adapter_config.json", "adapter_model."
 _HEAD_BYTES = 1 << 16
+_WITHOUT_MEANING = (
+    "tokenizer_source",
+    "tokenizer",
+    "chat_template",
+    "rules",
+    "compute_dtype",
+    "state_dict",
+    "ema",
+    "rename",
+    "on_missing",
+    "on_shape",
+    "integers",
+    "unsafe_truncate_embeddings",
+    "allow_nonfinite",
+)
+"""Keys of a recipe that say nothing about adapters."""
 
 
 def adapters_of(names: Sequence[str], held: Held) -> list[Adapter]:
@@ -32,6 +54,71 @@ def adapters_of(names: Sequence[str], held: Held) -> list[Adapter]:
     from streammerge.adapters.modules import read_adapter
 
     return [read_adapter(name) for name in found]
+
+
+def are_adapters(names: Sequence[str]) -> bool:
+    """Whether all of these models are adapters."""
+    return bool(names) and all(_is_adapter(name, {}) for name in names)
+
+
+def adapters_alone(recipe: Recipe) -> bool:
+    """Whether a recipe merges adapters to an adapter: all its models are adapters, and it has no base."""
+    others = recipe.slices or recipe.modules or recipe.experts or recipe.stages or recipe.base_model is not None
+    return not others and are_adapters([each.model for each in recipe.models])
+
+
+def combined(recipe: Recipe) -> Making:
+    """Returns what an adapter is made of by a recipe whose models are adapters. Reads headers only.
+
+    Raises RecipeError for keys that an adapter cannot follow, MismatchError for adapters that cannot be merged.
+    """
+    from streammerge.adapters.modules import read_adapter
+    from streammerge.factoring.combination import Combined, combination
+
+    plain = Recipe(recipe.merge_method)
+    told = [name for name in _WITHOUT_MEANING if getattr(recipe, name) != getattr(plain, name)]
+    told += ["state_dict"] * any(each.state_dict for each in recipe.models)
+    refuse_others(dict.fromkeys(told, True))
+    method = recipe.merge_method
+    parameters: dict[str, Any] = {name: _number(name, said) for name, said in recipe.parameters.items()}
+    for name in dict.fromkeys(name for each in recipe.models for name in each.parameters):
+        default = parameters.get(name, 1.0 if name == "weight" else None)
+        own = [_number(name, each.parameters[name]) if name in each.parameters else default for each in recipe.models]
+        if None in own:
+            raise RecipeError(f"only some of the adapters have a {printable(name)}; give one to each, or one for all")
+        parameters[name] = own
+    weights = parameters.pop("weight", None)
+    several = weights if weights is None or isinstance(weights, list) else [weights] * len(recipe.models)
+    if recipe.rank is not None:
+        parameters["svd_rank"] = recipe.rank
+    way = method.name if FACTORS.get(method.name) is method else method
+    asked = Combined(way, several, parameters, recipe.recast, recipe.seed)
+    return combination([read_adapter(each.model) for each in recipe.models], asked, recipe)
+
+
+def adapter_plan(making: Making, out: Location | None, resources: Resources) -> AdapterPlan:
+    """Returns the plan of an adapter, with warnings about what stands in the output's way."""
+    from streammerge.factoring.planned import AdapterPlan
+
+    if making.record is None:
+        raise ValueError("an adapter without a record has no recipe to show")
+    workers = resources.workers or default_workers()
+    made = AdapterPlan.of(making, making.record.recipe, out, parse_bytes(resources.memory), workers)
+    if out is not None:
+        try:
+            out.check_writable(overwrite=False)
+        except RecipeError as error:
+            made.warnings.append(str(error))
+    return made
+
+
+def _number(name: str, setting: Setting) -> Any:
+    """Returns the value of a parameter, which is the same for all tensors."""
+    if not is_same_for_all(setting):
+        raise RecipeError(
+            f"{printable(name)} has filters or a gradient, which adapters alone do not follow; give one value"
+        )
+    return setting[0].value
 
 
 def begins_with_adapter(names: Sequence[str], held: Held) -> bool:

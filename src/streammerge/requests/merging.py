@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoints.choosing import choose
@@ -21,10 +22,20 @@ from streammerge.options import (
     picked,
 )
 from streammerge.planning.plan import Plan
-from streammerge.recipe.arguments import overridden, recipe_of
+from streammerge.recipe.arguments import overridden, recipe_of, unchecked
 from streammerge.recipe.locations import is_recipe_name, with_hub_places
+from streammerge.recipe.model import Recipe
 from streammerge.recipe.reader import read_recipe
-from streammerge.requests.adapters import WAYS, adapters_of, begins_with_adapter, float_dtype, on_base, refuse_others
+from streammerge.requests.adapters import (
+    adapters_alone,
+    adapters_of,
+    are_adapters,
+    begins_with_adapter,
+    combined,
+    float_dtype,
+    on_base,
+    refuse_others,
+)
 from streammerge.requests.inputs import Held, named, names_and_weights, path_of
 from streammerge.requests.plans import planned
 from streammerge.stores.base import Location
@@ -32,6 +43,10 @@ from streammerge.stores.locations import parse
 
 if TYPE_CHECKING:
     from streammerge.factoring.making import Making
+
+
+_RANKS = ("rank", "svd_rank")
+"""What people call the rank of an adapter among the parameters of a method that has none."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +109,6 @@ class Request:
             given = asked.weights if self.own_weights is None else _following(chosen, self.inputs, self.own_weights)
             weights = self._weights(given, chosen, notes)
             base = None if asked.base is None else str(asked.base)
-            if isinstance(asked.method, str) and asked.method in WAYS:
-                raise RecipeError(f"{asked.method} makes an adapter of adapters alone; give adapters, and no `base`")
             method = LINEAR if asked.method is None else asked.method
             on_it = on_base(chosen, base, self.held)
             if on_it != chosen and find_method(method).base in ("model", "unused"):
@@ -103,10 +116,7 @@ class Request:
             recipe = recipe_of(on_it, method, base, weights, parameters, overrides)
             recipe = with_hub_places(recipe)
         else:
-            theirs = {"inputs": self.inputs or None, "weights": asked.weights, "method": asked.method, "base": asked.base}
-            schedules = {"schedule": self.choosing.schedule, "ema_decay": self.choosing.ema_decay}
-            _refuse_beside_recipe({**theirs, **schedules, **choice, **parameters})
-            recipe = overridden(read_recipe(self.recipe, asked.own_methods), overrides)
+            recipe = self._asked_recipe
         folder = None if asked.convert_first is None else parse(asked.convert_first)
         made = planned(recipe, self.out, self.resources, self.executing.executor, folder, self.output.hash, self.held)
         made.notes[:0] = notes
@@ -116,15 +126,16 @@ class Request:
         """Returns what an adapter is made of, if all inputs are adapters and no base is given; None for all other merges.
         Raises the errors of :func:`streammerge.plan`."""
         asked = self.merging
-        if self.recipe is not None or asked.base is not None or not begins_with_adapter(self.inputs, self.held):
+        if self.recipe is not None:
+            recipe = self._asked_recipe
+            return combined(recipe) if adapters_alone(recipe) else None
+        if asked.base is not None or not begins_with_adapter(self.inputs, self.held):
             return None
         choice = {name: getattr(self.choosing, name) or None for name in ("last", "range", "best", "by", "highest")}
         chosen, notes = choose(self.inputs, **choice, oldest_first=self.schedule is not None)
         found = adapters_of(chosen, self.held)
         if len(found) < len(chosen):
             return None
-        from streammerge.factoring.combination import Combined, combination
-
         convert = {
             "convert_first": asked.convert_first,
             "compute_dtype": asked.compute_dtype,
@@ -142,15 +153,35 @@ class Request:
         parameters = dict(asked.parameters or {})
         if asked.normalize is not None:
             parameters["normalize"] = asked.normalize
-        method = LINEAR if asked.method is None else asked.method
-        way = method if isinstance(method, str) and method in WAYS else find_method(method)
+        method = find_method(LINEAR if asked.method is None else asked.method)
         given = asked.weights if self.own_weights is None else _following(chosen, self.inputs, self.own_weights)
         weights = self._weights(given, chosen, notes)
         wanted = asked.dtype if asked.out_dtype is None else asked.out_dtype
-        dtype = None if wanted is None else float_dtype(wanted)
-        made = combination(found, Combined(way, weights, parameters, dtype, asked.seed or 0))
+        overrides: dict[str, Any] = {"dtype": None if wanted is None else float_dtype(wanted), "seed": asked.seed}
+        for name in _RANKS:
+            if name in parameters and name not in method.parameters:
+                overrides["rank"] = _whole_rank(parameters.pop(name))
+        unknown = [name for name in parameters if name.rstrip("_") not in method.parameters]
+        if unknown:
+            raise RecipeError(f"{method.name} has no parameter {printable(unknown[0])}; {method.hint(unknown[0])}")
+        made = combined(unchecked(chosen, method, None, weights, parameters, overrides))
         made.notes[:0] = notes
         return made
+
+    @cached_property
+    def _asked_recipe(self) -> Recipe:
+        """Returns the recipe that was given, with the options in place of its keys. Raises RecipeError."""
+        asked = self.merging
+        if self.recipe is None:
+            raise ValueError("there is no recipe")
+        theirs = {"inputs": self.inputs or None, "weights": asked.weights, "method": asked.method, "base": asked.base}
+        schedules = {"schedule": self.choosing.schedule, "ema_decay": self.choosing.ema_decay}
+        choice = {name: getattr(self.choosing, name) or None for name in ("last", "range", "best", "by", "highest")}
+        normalize = {} if asked.normalize is None else {"normalize": asked.normalize}
+        _refuse_beside_recipe({**theirs, **schedules, **choice, **(asked.parameters or {}), **normalize})
+        overrides = asked.overrides | self.naming.overrides | self.policies.overrides
+        overrides |= self.selection.overrides | self.output.overrides
+        return overridden(read_recipe(self.recipe, asked.own_methods, adapters=are_adapters), overrides)
 
     @property
     def schedule(self) -> str | None:
@@ -173,6 +204,16 @@ class Request:
         shown = [f"{printable(path)} {weight:.6g}" for path, weight in zip(chosen, weights, strict=True)]
         notes.append(f"weights of the schedule {self.schedule}: {listed(shown, 25)}")
         return weights
+
+
+def _whole_rank(value: Any) -> int:
+    try:
+        rank = int(value)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"rank takes a positive whole number, not {printable(value, 60)}") from error
+    if rank < 1:
+        raise RecipeError(f"rank takes a positive whole number, not {rank}")
+    return rank
 
 
 def _following(chosen: Sequence[str], inputs: Sequence[str], weights: Sequence[float]) -> list[float]:

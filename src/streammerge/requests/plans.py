@@ -8,6 +8,7 @@ from streammerge.checkpoints.agreement import agreed
 from streammerge.checkpoints.conversions import from_conversion
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError
+from streammerge.methods.factors import FACTORS, without_adapters
 from streammerge.options import Resources
 from streammerge.planning.mixtures import Mixed
 from streammerge.planning.plan import Plan, build_plan
@@ -40,6 +41,8 @@ def planned(
     gets the SHA-256 of each input. ``held``: the state dicts in memory. ``like``: whether the first checkpoint gets the
     tensors of the second. Raises the errors of :func:`streammerge.plan`.
     """
+    if FACTORS.get(recipe.merge_method.name) is recipe.merge_method:
+        raise RecipeError(without_adapters(recipe.merge_method.name))
     if held and convert_first is not None:
         raise RecipeError("`convert_first` converts files; give state dicts in memory without it")
     with collector_paused():

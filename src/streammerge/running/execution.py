@@ -117,7 +117,7 @@ def _produce(plan: Plan, staging: Staging, options: RunOptions) -> Run:
     except BaseException as error:
         earlier = made is None or made.untouched  # the files are those of an earlier run
         # Before the wait for the journal, in which a second Ctrl-C may come.
-        keep = earlier or isinstance(error, UncheckedError) or (options.resume and _may_pass(error))
+        keep = earlier or isinstance(error, UncheckedError) or (options.resume and may_pass(error))
         if made is not None:
             made.journal.stop(last=keep and not earlier)
         if staging.published:
@@ -133,7 +133,7 @@ def _produce(plan: Plan, staging: Staging, options: RunOptions) -> Run:
     return made
 
 
-def _may_pass(error: BaseException) -> bool:
+def may_pass(error: BaseException) -> bool:
     """Whether the same run may succeed another time: it was interrupted, the machine failed, or another file took the
     output's place during the run."""
     return (

@@ -20,6 +20,7 @@ Each module imports only modules above it::
     wide      numbers of a source in float64
     narrow    numbers of eight bits in float32
     scaled    quantised weights with a scale for each block
+    requantised  numbers as codes with scales again
     contracted  a small tensor computed whole from others
     permuted  axes in another order; another shape
     product   the product of two matrices

@@ -327,9 +327,9 @@ class Staging(ABC):
         """
         return self._added(self._files, name, self.place(name), size, keep)
 
-    def temporary(self, name: str, size: int) -> Output:
-        """A file that can be read back by its location and goes when the staging ends."""
-        return self._added(self._temporary, name, self.home / name, size, keep=False)
+    def temporary(self, name: str, size: int, keep: bool = False) -> Output:
+        """A file that can be read back by its location and goes when the staging ends. ``keep``: as for :meth:`create`."""
+        return self._added(self._temporary, name, self.home / name, size, keep)
 
     def _added(self, files: dict[str, Output], name: str, location: Location, size: int, keep: bool) -> Output:
         if name in files:
@@ -347,6 +347,11 @@ class Staging(ABC):
     def outputs(self) -> dict[str, Output]:
         """The files of the output by name, at this moment. A copy: other threads ask while files are added."""
         return dict(self._files)
+
+    @property
+    def temporaries(self) -> dict[str, Output]:
+        """The temporary files by name, at this moment; a copy, as :attr:`outputs`."""
+        return dict(self._temporary)
 
     def close_files(self) -> None:
         """Ends writing to all files."""

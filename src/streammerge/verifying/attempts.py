@@ -9,12 +9,16 @@ from streammerge.events import Listener, quiet
 from streammerge.options import Resources, Verifying
 from streammerge.planning.plan import Plan
 from streammerge.planning.receipt import Receipt
+from streammerge.recipe.model import Recipe
 from streammerge.recipe.reader import recipe_of_receipt
+from streammerge.requests.adapters import adapters_alone, are_adapters, combined
 from streammerge.requests.plans import planned
+from streammerge.running.execution import default_workers
 from streammerge.running.readback import read_output
 from streammerge.stores.base import Location
 from streammerge.stores.checksums import CRC32
 from streammerge.stores.locations import HERE, PathLike, parse
+from streammerge.units import parse_bytes
 from streammerge.verifying.files import Verified
 from streammerge.verifying.values import check_inputs, recompute
 
@@ -43,14 +47,11 @@ def with_values(
     for folders in _places_of_inputs(out, asked.inputs):
         attempt = replace(verified, notes=[*verified.notes])
         try:
-            recompute(
-                attempt,
-                _remade(out, receipt, folders, asked.own_methods, resources, listener),
-                receipt,
-                share,
-                asked.seed,
-                listener,
-            )
+            recipe = recipe_of_receipt(receipt.recipe, asked.own_methods, folders, are_adapters)
+            if adapters_alone(recipe):
+                _with_factors(attempt, recipe, receipt, share, asked.seed, resources, listener)
+            else:
+                recompute(attempt, _remade(out, recipe, receipt, resources, listener), receipt, share, asked.seed, listener)
         except (StreammergeError, OSError) as error:
             # Without the frames of the attempt, which hold its plan, because the next attempt needs the memory.
             error.__cause__ = error.__context__ = None
@@ -82,22 +83,32 @@ def _places_of_inputs(out: Location, inputs: PathLike | None) -> list[list[Locat
     return [[given]] if given.store == out.store else [[given, out.parent], [given, HERE]]
 
 
-def _remade(
-    out: Location,
+def _with_factors(
+    verified: Verified,
+    recipe: Recipe,
     receipt: Receipt,
-    folders: list[Location],
-    own_methods: bool,
+    share: float,
+    seed: int,
     resources: Resources,
-    listener: Listener = quiet,
-) -> Plan:
-    """Returns the plan that made the output, with inputs from these folders.
+    listener: Listener,
+) -> None:
+    """Computes factors of an adapter from adapters again."""
+    from streammerge.verifying.factors import recompute_factors  # here, because few outputs are adapters
+
+    making = combined(recipe)
+    if making.record is not None:
+        check_inputs(making.record.inputs, receipt, resources.workers or default_workers(), listener)
+    recompute_factors(verified, making, share, seed, parse_bytes(resources.memory), listener)
+
+
+def _remade(out: Location, recipe: Recipe, receipt: Receipt, resources: Resources, listener: Listener = quiet) -> Plan:
+    """Returns the plan that made the output.
 
     Raises StreammergeError when the inputs are missing, or are other files.
     """
-    recipe = recipe_of_receipt(receipt.recipe, own_methods, folders)
     hashed = any("sha256" in said for said in receipt.inputs.values())
     plan = planned(recipe, parse(f"output{_ending(out, receipt)}"), resources, "threads", hashed=hashed)
-    check_inputs(plan, receipt, listener)
+    check_inputs(plan.input_files, receipt, plan.budget.workers, listener)
     return plan
 
 

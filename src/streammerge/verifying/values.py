@@ -7,7 +7,7 @@ import random
 import time
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
@@ -20,7 +20,7 @@ from streammerge.formats.base import LayoutFile
 from streammerge.methods.registry import INTEGERS
 from streammerge.planning.budget import Budget
 from streammerge.planning.plan import Plan, budget_of
-from streammerge.planning.receipt import ITSELF, Receipt
+from streammerge.planning.receipt import ITSELF, InputSpans, Receipt
 from streammerge.planning.tasks import MergeTask, Piece, piece_counts
 from streammerge.running import process
 from streammerge.running.engine import modules_of, run_all
@@ -57,19 +57,20 @@ _BESIDE_BYTES = 1 << 20
 """Memory of a worker for one block that it compares: 64 bytes for each of ``_COMPARED_ELEMS``, or ``_REPEATED_BYTES``."""
 
 
-def check_inputs(plan: Plan, receipt: Receipt, listener: Listener = quiet) -> None:
-    """Raises ChangedError when an input is not the file that was merged, as far as the receipt can tell."""
-    if set(plan.input_files) != set(receipt.inputs):
-        raise ChangedError(f"the inputs are others: {listed(sorted(set(plan.input_files) ^ set(receipt.inputs)))}")
+def check_inputs(files: Mapping[str, InputSpans], receipt: Receipt, workers: int, listener: Listener = quiet) -> None:
+    """Raises ChangedError when an input is not the file that was merged, as far as the receipt can tell. ``files``: the
+    inputs by their names in the receipt."""
+    if set(files) != set(receipt.inputs):
+        raise ChangedError(f"the inputs are others: {listed(sorted(set(files) ^ set(receipt.inputs)))}")
     hashed: dict[str, Location] = {}
-    for name, (path, spans) in plan.input_files.items():
+    for name, (path, spans) in files.items():
         was = receipt.inputs[name]
         if path.size != was["bytes"] or digest_outside(path, spans) != was["header_sha256"]:
             raise _changed(path)
         if "sha256" in was:
             hashed[name] = path
     with (
-        closing(ThreadExecutor(plan.budget.workers)) as executor,
+        closing(ThreadExecutor(workers)) as executor,
         closing(executor.run(HashWork(), largest_first(hashed.items()))) as results,
     ):
         for name, digest in results:

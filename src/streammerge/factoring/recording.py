@@ -1,0 +1,107 @@
+"""What an adapter from adapters records about itself, and what identifies the run that makes it."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from streammerge.adapters.config import CONFIG
+from streammerge.adapters.modules import Adapter
+from streammerge.factoring.layers import Layer
+from streammerge.formats.records import RECEIPT_FILE, RECIPE_FILE
+from streammerge.planning.receipt import InputSpans, Receipt, files_beside, input_files, planned
+from streammerge.recipe.document import to_json, to_yaml
+from streammerge.recipe.locations import travelling, travelling_names
+from streammerge.recipe.model import Recipe
+from streammerge.stores.base import Location, Status
+from streammerge.stores.checksums import CRC32C
+from streammerge.version import __version__
+
+SUM = CRC32C
+"""The checksum of the outputs."""
+_FORM = "adapter 1"
+_NUMBERS = struct.Struct("<qdd")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """The recipe of an adapter, its inputs by their names in the receipt, and the receipt without checksums."""
+
+    recipe: Recipe
+    inputs: dict[str, InputSpans]
+    receipt: Receipt
+
+    @classmethod
+    def of(cls, recipe: Recipe, adapters: Sequence[Adapter]) -> Record:
+        """Reads the headers of the inputs."""
+        names = travelling_names(recipe)
+        called = {names[each.model]: adapter for each, adapter in zip(recipe.models, adapters, strict=True)}
+        inputs = input_files({name: adapter.index for name, adapter in called.items()})
+        places = {name: adapter.index.path for name, adapter in called.items()}
+        folders = [path if path.is_folder() else path.parent for path in places.values()]
+        configs = [folder / CONFIG for folder in folders if (folder / CONFIG).is_file()]
+        inputs |= files_beside(places, configs)
+        content = json.loads(to_json(travelling(recipe).to_dict()))
+        return cls(recipe, inputs, planned(content, inputs, recipe.seed, SUM, False, True))
+
+    def files(self, sums: Mapping[str, Sequence[int]]) -> dict[str, bytes]:
+        """Returns the files that tell how the adapter was made. ``sums``: name of each other file -> its checksums, as in
+        a receipt."""
+        recipe = to_yaml(self.receipt.recipe).encode()
+        every = {**sums, RECIPE_FILE: [SUM.update(recipe)]}
+        blank = replace(self.receipt, checksums={name: "0" * 8 * len(every[name]) for name in sorted(every)})
+        return {RECIPE_FILE: recipe, RECEIPT_FILE: blank.filled(every, {}).text(2).encode()}
+
+
+def identity(layers: Sequence[Layer], files: Mapping[Location, Status], record: Record | None) -> dict[str, Any]:
+    """Returns what identifies a run, as plain data. Runs with equal ones make equal factors.
+
+    It has the parts of :func:`streammerge.planning.digest.plan_parts`, so that the same words tell their differences.
+    """
+    import hashlib
+
+    names = {path: name for name, (path, _) in record.inputs.items()} if record else {}
+    states = {names.get(path, str(path)): (known.size, known.version) for path, known in files.items()}
+    recipe = record.receipt.recipe if record else {}
+    said: list[Any] = [(_FORM, __version__), sorted(states.items()), recipe]
+    said += [(each.name, each.shape, each.way, repr(each.wanted), each.form, each.alpha) for each in layers]
+    said += [[source.place for source in each.sources] for each in layers]
+
+    def digest(value: Any) -> str:
+        text = json.dumps(
+            value, default=lambda each: names.get(each, str(each)) if isinstance(each, Location) else str(each)
+        )
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    versions = record.receipt.versions if record else {}
+    return {
+        "form": _FORM,
+        "versions": {**versions, "streammerge": __version__},
+        "hashed": False,
+        "inputs": {name: digest(state)[:16] for name, state in states.items()},
+        "recipe": {key: digest(value)[:16] for key, value in recipe.items()},
+        "digest": digest(said),
+    }
+
+
+class Numbers(NamedTuple):
+    """What is known of a layer beside its factors: their rank, the squared norm of the update, and that of what the factors
+    lack. They stand behind the factors in the layer's temporary file."""
+
+    rank: int
+    total: float
+    rest: float
+
+    def packed(self) -> bytes:
+        return _NUMBERS.pack(*self)
+
+    @classmethod
+    def behind(cls, data: bytes) -> Numbers:
+        """Reads the end of a temporary file."""
+        return cls(*_NUMBERS.unpack(data))
+
+
+NUMBERS_BYTES = _NUMBERS.size

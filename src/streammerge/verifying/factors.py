@@ -1,0 +1,108 @@
+"""Checks the factors of an adapter: computes a sample of them again from recipe and inputs."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+from streammerge.checkpoints.index import open_checkpoint
+from streammerge.errors import MismatchError, VerifyError, listed, printable
+from streammerge.events import Checked, Listener, Preparing, RunFinished, RunStarted, quiet
+from streammerge.factoring.documents import WEIGHTS
+from streammerge.factoring.layers import COMPARE
+from streammerge.factoring.making import Making, Room, factors_of, stored
+from streammerge.running import process
+from streammerge.running.executors.base import Host
+from streammerge.running.workspace import prepare_torch
+from streammerge.sources.base import Source
+from streammerge.sources.wide import Wide
+from streammerge.stores import faults
+from streammerge.stores.inputs import InputFiles
+from streammerge.tensors.spec import GRAIN, ranges
+from streammerge.tensors.threads import one_torch_thread
+from streammerge.verifying.files import Verified
+
+if TYPE_CHECKING:
+    import torch
+
+_ROUNDING = 1e-5
+"""The largest error of a product of float32 factors, relative to its largest number."""
+
+
+def recompute_factors(
+    verified: Verified, making: Making, share: float, seed: int, memory_bytes: int, listener: Listener = quiet
+) -> None:
+    """Computes the factors of a sample of the tensors again. Raises VerifyError when they differ.
+
+    Factors are right if they are the same to the bit. Another machine may find other ones of the same product, so
+    otherwise the products are compared.
+    """
+    making.workers_within(memory_bytes, 1)  # raises when the budget has no room for a layer
+    layers = [layer for layer in making.layers if layer.way != COMPARE]
+    chosen = sorted(random.Random(seed).sample(range(len(layers)), math.ceil(len(layers) * share)))
+    index = open_checkpoint(verified.out / WEIGHTS)
+    listener(Preparing("torch"))
+    prepare_torch()
+    listener(RunStarted(sum(each.nbytes for n in chosen for each in layers[n].sources), 0, memory_bytes, len(chosen)))
+    began, wrong, held = time.perf_counter(), list[str](), process.Gauge()
+    identities = making.files | index.identities()
+    with closing(InputFiles(identities)) as files, faults.survived(), one_torch_thread():
+        for number in chosen:
+            layer, room = layers[number], Room(files, Host(lambda: False))
+            try:
+                factors = factors_of(layer, room)
+            except ValueError as error:
+                raise MismatchError(f"{printable(layer.name)} has {error} in one of its models") from error
+            made = stored(layer, factors) if factors.rank else ()
+            names = [spec.name for spec in layer.specs(max(factors.rank, 1))]
+            there = [_read(index[name], room) for name in names if name in index]
+            if not _same(made, there, verified):
+                wrong.append(layer.module)
+            listener(Checked(layer.name, room.read_bytes, held.now()))
+    listener(RunFinished(time.perf_counter() - began))
+    if wrong:
+        raise VerifyError(
+            f"{printable(verified.out)} differs from the result of its recipe and these inputs in {listed(wrong)}; "
+            "it was made from other inputs, or it is wrong"
+        )
+
+
+def _same(made: Sequence[torch.Tensor], there: Sequence[torch.Tensor], verified: Verified) -> bool:
+    """Whether the factors in the output are those that were computed, or have their product. Counts them."""
+    import torch
+
+    if len(made) != len(there):
+        return False
+    elems = sum(each.numel() for each in there)
+    verified.sampled_tensors += len(there)
+    verified.sampled_elems += elems
+    if all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(made, there, strict=True)):
+        verified.repeated_elems += elems
+        return True
+    (right, left), (other_right, other_left) = map(_matrices, (made, there))
+    largest = difference = 0.0
+    for start, stop in ranges(len(left), max(GRAIN // max(right.shape[1], 1), 1)):
+        one, other = left[start:stop] @ right, other_left[start:stop] @ other_right
+        largest, difference = max(largest, float(one.abs().max())), max(difference, float((one - other).abs().max()))
+    return difference <= _ROUNDING * largest
+
+
+def _matrices(factors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns A [r, columns] and B [rows, r] in float64."""
+    down, up = (each.double() for each in factors)
+    return down.reshape(down.shape[0], -1), up.reshape(up.shape[0], -1)
+
+
+def _read(source: Source, room: Room) -> torch.Tensor:
+    """Reads a tensor of the output, in its dtype."""
+    import torch
+
+    made = torch.empty(source.spec.numel, dtype=torch.float64)
+    wide = Wide(source, room, max(min(GRAIN, made.numel()), 1))
+    for start, stop in ranges(made.numel(), GRAIN):
+        made[start:stop] = wide.read(start, stop)
+    return made.view(source.spec.shape).to(source.spec.dtype.torch)

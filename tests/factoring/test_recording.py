@@ -1,0 +1,122 @@
+"""An adapter from adapters has a receipt, its recipe makes it again, and its run can be continued."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import streammerge as sm
+from factoring.test_combination import close, made_products, two, weighted
+from streammerge.events import Event, Resumed, Suspended, TaskDone
+
+
+def whole(folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def stopping_after(count: int) -> Callable[[Event], None]:
+    done = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, TaskDone):
+            done.append(event)
+            if len(done) == count:
+                raise KeyboardInterrupt
+
+    return listen
+
+
+@pytest.mark.parametrize(
+    ("options", "recipe"),
+    [
+        ({}, {"merge_method": "linear"}),
+        ({"method": "cat", "weights": [0.7, -0.4]}, {"merge_method": "cat"}),
+        ({"method": "svd", "weights": [0.7, -0.4], "parameters": {"rank": 3}}, {"merge_method": "svd"}),
+        ({"method": "ties", "weights": [0.7, -0.4], "parameters": {"density": 0.5, "rank": 3}}, {"merge_method": "ties"}),
+    ],
+)
+def test_a_recipe_makes_the_same_adapter(options: dict[str, Any], recipe: dict[str, Any]) -> None:
+    two()
+    sm.merge(["one", "other"], "typed/", **options)
+    one, other = options.get("weights", [1, 1])
+    models = [{"model": "one", "parameters": {"weight": one}}, {"model": "other", "parameters": {"weight": other}}]
+    more = dict(options.get("parameters", {}))
+    rank = {"rank": more.pop("rank")} if "rank" in more and recipe["merge_method"] != "svd" else {}
+    sm.merge(recipe={**recipe, **rank, "models": models, "parameters": more}, out="read/")
+    sm.merge(recipe="typed/streammerge.yaml", out="again/")
+    for folder in ("read", "again"):
+        assert whole(folder)["adapter_model.safetensors"] == whole("typed")["adapter_model.safetensors"]
+    assert whole("again") == whole("typed")
+
+
+def test_rank_of_a_recipe_is_an_option_of_the_adapter() -> None:
+    two()
+    result = sm.merge(recipe={"merge_method": "linear", "models": ["one", "other"], "rank": 2}, out="made/")
+    assert isinstance(result, sm.AdapterResult)
+    assert result.rank == 2
+
+
+def test_what_a_recipe_cannot_say_of_adapters_is_named() -> None:
+    two()
+    models = {"merge_method": "linear", "models": ["one", "other"]}
+    for more, said in (
+        ({"rules": [{"match": "*", "drop": True}]}, "`rules` has no meaning"),
+        ({"on_missing": "base"}, "`on_missing` has no meaning"),
+        ({"parameters": {"weight": [0.1, 0.9]}}, "weight has filters or a gradient"),
+        ({"merge_method": "ties", "parameters": {"density": 0.5}, "rank": 0}, "rank"),
+    ):
+        with pytest.raises(sm.RecipeError, match=said):
+            sm.merge(recipe={**models, **more}, out="made/")
+    with pytest.raises(sm.RecipeError, match="cat makes an adapter of adapters alone"):
+        sm.merge(recipe={"merge_method": "cat", "models": ["one", "other"], "base_model": "one"}, out="made/")
+    assert not Path("made").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interrupted_run_is_continued_to_the_same_bytes(workers: int) -> None:
+    updates = two()
+    sm.merge(["one", "other"], "whole/")
+    seen: list[Event] = []
+
+    def first(event: Event) -> None:
+        seen.append(event)
+        stop(event)
+
+    stop = stopping_after(2)
+    with pytest.raises(KeyboardInterrupt):
+        sm.merge(["one", "other"], "made/", workers=1, listener=first)
+    assert isinstance(seen[-1], Suspended)
+    with pytest.raises(sm.RecipeError, match="an interrupted run into made/ left"):
+        sm.merge(["one", "other"], "made/", weights=[1, 2])
+    seen.clear()
+    sm.merge(["one", "other"], "made/", workers=workers, listener=seen.append)
+    assert sum(isinstance(event, Resumed) for event in seen) == 1
+    assert sum(isinstance(event, TaskDone) for event in seen) == 1
+    assert whole("made") == whole("whole")
+    close(made_products()[0], weighted(updates, (0.5, 0.5)))
+    assert sorted(path.name for path in Path().iterdir()) == ["made", "one", "other", "whole"]
+
+
+def test_what_was_left_is_believed_only_with_its_checksum() -> None:
+    two()
+    with pytest.raises(KeyboardInterrupt):
+        sm.merge(["one", "other"], "made/", workers=1, listener=stopping_after(2))
+    (left,) = Path().glob(".made*/factors/0")
+    data = bytearray(left.read_bytes())
+    data[0] ^= 1
+    left.write_bytes(data)
+    seen: list[Event] = []
+    sm.merge(["one", "other"], "made/", listener=seen.append)
+    assert sum(isinstance(event, TaskDone) for event in seen) == 2
+    sm.merge(["one", "other"], "whole/")
+    assert whole("made") == whole("whole")
+
+
+def test_no_resume_leaves_nothing() -> None:
+    two()
+    with pytest.raises(KeyboardInterrupt):
+        sm.merge(["one", "other"], "made/", workers=1, listener=stopping_after(2), resume=False)
+    assert sorted(path.name for path in Path().iterdir()) == ["one", "other"]
