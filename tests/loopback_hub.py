@@ -220,7 +220,9 @@ class _Handler(BaseHTTPRequestHandler):
         page = entries[start : start + 3]
         headers = {}
         if start + 3 < len(entries):
-            headers["Link"] = f'<{self.hub.address}{self.path.partition("?")[0]}?recursive=true&cursor={start + 3}>; rel="next"'
+            headers["Link"] = (
+                f'<{self.hub.address}{self.path.partition("?")[0]}?recursive=true&cursor={start + 3}>; rel="next"'
+            )
         self._json(page, headers)
 
     def resolve(self, name: str, revision: str, path: str) -> None:
@@ -323,7 +325,9 @@ class _Handler(BaseHTTPRequestHandler):
                 header["chunk_size"] = str(step)
                 href = f"{self.hub.address}/complete/{oid}"
             verify = {"href": f"{self.hub.address}/{name}.git/info/lfs/verify"}
-            objects.append({"oid": oid, "size": size, "actions": {"upload": {"href": href, "header": header}, "verify": verify}})
+            objects.append(
+                {"oid": oid, "size": size, "actions": {"upload": {"href": href, "header": header}, "verify": verify}}
+            )
         transfer = "multipart" if self.hub.part_bytes else "basic"
         self._json({"transfer": transfer, "objects": objects})
 

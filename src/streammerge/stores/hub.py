@@ -20,7 +20,7 @@ from streammerge.errors import ChangedError, RecipeError, StoreError, printable
 from streammerge.stores.base import Input, Location, Status
 from streammerge.stores.remembering import recalled
 from streammerge.stores.remote import Entries, Passing, RemoteStore, persistently
-from streammerge.stores.repositories import MAIN, SCHEME, Repository, is_offline, read_name, snapshot
+from streammerge.stores.repositories import MAIN, SCHEME, Repository, is_offline, named_repository, read_name, snapshot
 from streammerge.version import __version__
 
 if TYPE_CHECKING:
@@ -77,10 +77,7 @@ class Hub(RemoteStore):
         typed = self.without_scheme(text).strip("/")
         if not typed:
             return Location(self, ".", text)
-        for kind in ("datasets", "spaces", "kernels", "buckets"):
-            if typed.startswith(f"{kind}/"):
-                raise RecipeError(f"{printable(text)} is none of the hub's models; write hf://org/name[@revision][/folder]")
-        found = read_name(typed.removeprefix("models/") if typed.count("/") > 1 else typed)
+        found = named_repository(self.spelled(typed))
         if found is None:
             raise RecipeError(f"{printable(text)} names no model of the hub; write hf://org/name[@revision][/folder]")
         return Location(self, str(found), text)
@@ -131,11 +128,17 @@ class Hub(RemoteStore):
 
     def _split(self, location: Location) -> tuple[Repository, Tree] | None:
         """Returns the repository of a location at its commit, and its files. None for the root and for organisations."""
+        if read_name(location.key) is None:
+            return None
+        pinned = self._pinned(location)
+        return pinned, self.tree(pinned.name, pinned.revision)
+
+    def _pinned(self, location: Location) -> Repository:
+        """Returns the repository of a location at the commit that its revision is now."""
         found = read_name(location.key)
         if found is None:
-            return None
-        pinned = found.at(self.commit(found.name, found.revision))
-        return pinned, self.tree(pinned.name, pinned.revision)
+            raise RecipeError(f"{printable(location)} names no model of the hub; write hf://org/name[@revision][/folder]")
+        return found.at(self.commit(found.name, found.revision))
 
     # ------------------------------------------------------------------------------------------------------------ reading
 
@@ -143,11 +146,10 @@ class Hub(RemoteStore):
         split = self._split(location)
         if split is None or split[0].inner not in split[1].files:
             return None
-        return self._status_in(*split)
+        return self._status_in(location, split[1].files[split[0].inner])
 
-    def _status_in(self, repository: Repository, tree: Tree) -> Status:
-        size, identity = tree.files[repository.inner]
-        return Status((self.scheme, str(repository)), size, identity)
+    def _status_in(self, location: Location, known: tuple[int, str]) -> Status:
+        return Status((self.scheme, location.key), *known)
 
     def entries(self, location: Location) -> Entries:
         split = self._split(location)
@@ -157,7 +159,7 @@ class Hub(RemoteStore):
         start = f"{repository.inner}/" if repository.inner else ""
         below = {path[len(start) :]: path for path in tree.files if path.startswith(start)}
         files = {
-            name: self._status_in(repository._replace(inner=path), tree)
+            name: self._status_in(location / name, tree.files[path])
             for name, path in below.items()
             if name and "/" not in name
         }
@@ -172,17 +174,19 @@ class Hub(RemoteStore):
 
     def _cached(self, location: Location, status: Status) -> Input | None:
         """Opens the file in the hub's cache. None if it is not there in the size that it has on the hub."""
-        repository = read_name(str(status.place[1]))
-        folder = None if repository is None else snapshot(repository._replace(inner=""))
-        if repository is None or folder is None:
+        repository = self._pinned(location)
+        folder = snapshot(repository)
+        if folder is None:
             return None
         file = folder / repository.inner
-        return file.open() if file.is_file() and file.size == status.size else None
+        if not (file.is_file() and file.size == status.size):
+            return None
+        cached = file.open()
+        cached.location = location
+        return cached
 
     def fetched(self, location: Location, status: Status, start: int, stop: int) -> Any:
-        repository = read_name(str(status.place[1]))
-        if repository is None:
-            raise ValueError(status.place)
+        repository = self._pinned(location)
         with failures(repository):
             link = self._link(repository, status)
             return self._range(link, repository, status, start, stop)

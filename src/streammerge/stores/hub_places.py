@@ -30,7 +30,7 @@ def _sought(repository: Repository) -> Found:
     inner = repository.inner
     try:
         if is_offline():
-            raise StoreError(f"HF_HUB_OFFLINE is set, and the hub's cache does not hold {printable(repository)}")
+            raise StoreError("the hub's cache does not hold it, while HF_HUB_OFFLINE is set")
         from streammerge.stores.hub import HUB, is_installed  # here, since most names are paths
 
         if not is_installed():
@@ -43,11 +43,11 @@ def _sought(repository: Repository) -> Found:
         if folder is not None and HUB.is_whole(pinned.name, commit, folder):
             return Found(str(_below(folder, inner)))
         there = HUB.parse(HUB.spelled(str(pinned)))
-        if not there.exists():
+        if not there.exists() and not there.has_magic:
             raise RecipeError(f"{printable(pinned.name)} has no {printable(inner or 'files')} at commit {commit}")
         return Found(str(there))
     except StreammergeError as error:
-        if cached is not None and _below(cached, inner).exists():
+        if cached is not None and (_below(cached, inner).exists() or _below(cached, inner).has_magic):
             return Found(str(_below(cached, inner)))
         return Found("", error)
 

@@ -18,10 +18,12 @@ from streammerge.stores.local import LOCAL
 
 SCHEME = "hf"
 MAIN = "main"
+OTHER_KINDS = ("datasets/", "spaces/", "kernels/", "buckets/")
+"""The beginnings of names of repositories that are no models."""
 _MOST_REVISION_BYTES = 100
 _PART = r"[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
 _REVISION = r"refs/(?:pr|convert)/[\w.-]+|[\w.%-]+"
-_NAMED = re.compile(rf"(?P<name>{_PART}/{_PART})(?:@(?P<revision>{_REVISION}))?(?:/(?P<inner>.+))?", re.ASCII)
+_NAMED = re.compile(rf"(?P<name>{_PART}/{_PART})(?:@(?P<revision>{_REVISION}))?(?:/(?P<inner>.+))?", re.ASCII | re.DOTALL)
 _CACHED = re.compile(r"(?:^|/)models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})(?:/(.*))?$")
 _COMMIT = re.compile("[0-9a-f]{40}")
 
@@ -53,7 +55,7 @@ class Repository(NamedTuple):
 def read_name(text: str) -> Repository | None:
     """Reads what stands after ``hf://``. None for a text that is no name of a repository."""
     found = _NAMED.fullmatch(text.rstrip("/"))
-    if found is None or "--" in found["name"] or ".." in found["name"]:
+    if found is None or "--" in found["name"] or ".." in found["name"] or found["name"].startswith(OTHER_KINDS):
         return None
     inner = found["inner"] or ""
     if any(part in ("", ".", "..") for part in inner.split("/")) and inner:
@@ -63,8 +65,10 @@ def read_name(text: str) -> Repository | None:
 
 def named_repository(text: str) -> Repository | None:
     """Returns the repository that a text may mean, with ``hf://`` or without it; None for other texts."""
-    if text[: len(SCHEME) + 3].lower() == f"{SCHEME}://":
-        return read_name(text[len(SCHEME) + 3 :])
+    start = f"{SCHEME}://"
+    if text[: len(start)].lower() == start:
+        typed = text[len(start) :]
+        return read_name(typed.removeprefix("models/") if typed.count("/") > 1 else typed)
     found = read_name(text)
     return None if found is None or (found.inner and not found.revision) else found
 
