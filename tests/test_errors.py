@@ -20,6 +20,7 @@ INTERFACE = {
     "SpaceError": 6,
     "LockedError": 7,
     "ChangedError": 8,
+    "UnfinishedError": 9,
     "VerifyError": 3,
     "StoreError": 1,
     "TaskError": 1,

@@ -78,13 +78,13 @@ def test_no_room_holds_a_circle() -> None:
 
 
 PUBLIC = """
-    convert diff extract inspect list_methods location merge methods plan verify
+    convert diff extract finish inspect list_methods location merge methods plan verify worker
     Chunk Kernel MergeMethod TensorGroup merge_method
-    AdapterResult CheckpointIndex Diff Plan Recipe Result Source TensorSpec Verified
+    AdapterResult CheckpointIndex Diff Plan Recipe Result ShareResult Source TensorSpec Verified
     SafetensorsWriter
     Executor Location Store executor file_format memory_store register_store
     BudgetError ChangedError FormatError LockedError MismatchError RecipeError SpaceError StoreError StreammergeError
-    TaskError UncheckedError VerifyError
+    TaskError UncheckedError UnfinishedError VerifyError
 """
 """Every public name: what is called, what a method sees, what is given back, a writer, what a plug-in brings, errors."""
 

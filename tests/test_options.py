@@ -21,9 +21,11 @@ from streammerge.options import (
     CONVERT,
     DIFF,
     EXTRACT,
+    FINISH,
     MERGE,
     PLAN,
     VERIFY,
+    WORKER,
     Merging,
     Options,
     Resources,
@@ -41,9 +43,11 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[type[Options], ...]]] = {
     "extract": (sm.extract, EXTRACT),
     "verify": (sm.verify, VERIFY),
     "diff": (sm.diff, DIFF),
+    "worker": (sm.worker, WORKER),
+    "finish": (sm.finish, FINISH),
     "inspect": (sm.inspect, (Selecting,)),
 }
-GIVEN_OTHERWISE = {"a", "b", "inputs", "out", "path", "paths", "tuned", "recipe", "listener", "progress"}
+GIVEN_OTHERWISE = {"a", "b", "inputs", "out", "path", "paths", "plan", "tuned", "recipe", "listener", "progress"}
 """Arguments that are no options: what is merged, where to, and who is told."""
 HOW_SHOWN = {"form", "debug", "no_progress", "dry_run", "tensors", "recipe", "verbose"}
 """Options of the command line that are about what it shows."""
@@ -100,7 +104,14 @@ def test_what_overrides_a_recipe_is_described_in_it_alike() -> None:
 
 def test_sentences_of_the_library_name_options_that_exist() -> None:
     """In backquotes, as Python writes them: `name` or `name=value`; no sentence of the library names a flag."""
-    known = {*options_of(*MERGE, *CONVERT, *EXTRACT, *VERIFY), "out", "listener", "progress", "inputs", "path"}
+    known = {
+        *options_of(*MERGE, *PLAN, *CONVERT, *EXTRACT, *VERIFY, *WORKER, *FINISH),
+        "out",
+        "listener",
+        "progress",
+        "inputs",
+        "path",
+    }
     found = set()
     for path in SOURCE.rglob("*.py"):
         tree = ast.parse(path.read_text())

@@ -10,10 +10,12 @@ if TYPE_CHECKING:
     from streammerge.api import convert as convert
     from streammerge.api import diff as diff
     from streammerge.api import extract as extract
+    from streammerge.api import finish as finish
     from streammerge.api import inspect as inspect
     from streammerge.api import merge as merge
     from streammerge.api import plan as plan
     from streammerge.api import verify as verify
+    from streammerge.api import worker as worker
     from streammerge.checkpoints.index import CheckpointIndex as CheckpointIndex
     from streammerge.diffing.result import Diff as Diff
     from streammerge.errors import BudgetError as BudgetError
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from streammerge.errors import StreammergeError as StreammergeError
     from streammerge.errors import TaskError as TaskError
     from streammerge.errors import UncheckedError as UncheckedError
+    from streammerge.errors import UnfinishedError as UnfinishedError
     from streammerge.errors import VerifyError as VerifyError
     from streammerge.factoring.making import AdapterResult as AdapterResult
     from streammerge.formats.detect import file_format as file_format
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from streammerge.running.execution import Result as Result
     from streammerge.running.executors.base import Executor as Executor
     from streammerge.running.executors.registry import executor as executor
+    from streammerge.running.shared import ShareResult as ShareResult
     from streammerge.sources.base import Source as Source
     from streammerge.stores.base import Location as Location
     from streammerge.stores.base import Store as Store
@@ -53,11 +57,11 @@ if TYPE_CHECKING:
     from streammerge.verifying.files import Verified as Verified
 
 _PLACES = {
-    "api": "convert diff extract inspect merge plan verify",
+    "api": "convert diff extract finish inspect merge plan verify worker",
     "checkpoints.index": "CheckpointIndex",
     "diffing.result": "Diff",
     "errors": "BudgetError ChangedError FormatError LockedError MismatchError RecipeError SpaceError StreammergeError "
-    "StoreError TaskError UncheckedError VerifyError",
+    "StoreError TaskError UncheckedError UnfinishedError VerifyError",
     "factoring.making": "AdapterResult",
     "formats.detect": "file_format",
     "kernels.chunk": "Chunk Kernel",
@@ -70,6 +74,7 @@ _PLACES = {
     "running.execution": "Result",
     "running.executors.base": "Executor",
     "running.executors.registry": "executor",
+    "running.shared": "ShareResult",
     "stores.base": "Location Store",
     "stores.locations": "location",
     "stores.memory": "memory_store",

@@ -1,4 +1,4 @@
-"""merge(), plan(), convert(), extract(), inspect(), verify(), diff(): their arguments, and what they return.
+"""merge(), plan(), convert(), extract(), inspect(), verify(), diff(), worker(), finish(): their arguments and results.
 
 The rooms below do the work. Nothing here prints, unless ``progress`` asks for a bar.
 
@@ -21,14 +21,18 @@ from streammerge.options import (
     DEFAULT_MEMORY,
     DIFF,
     EXTRACT,
+    FINISH,
     MERGE,
     PLAN,
     VERIFY,
+    WORKER,
     Converting,
     Ema,
     Executing,
+    Finishing,
     Integers,
     Io,
+    Machine,
     MixedDtypes,
     Naming,
     OnMissing,
@@ -37,7 +41,9 @@ from streammerge.options import (
     Replacing,
     Resources,
     Running,
+    Saving,
     Selecting,
+    Sharing,
     Verifying,
     Writing,
     picked,
@@ -64,6 +70,7 @@ if TYPE_CHECKING:
     from streammerge.diffing.result import Diff
     from streammerge.factoring.making import AdapterResult, Making
     from streammerge.factoring.planned import AdapterPlan
+    from streammerge.running.shared import ShareResult
     from streammerge.verifying.files import Verified
 
 
@@ -109,6 +116,7 @@ def plan(
     on_shape: OnShape | None = None,
     integers: Integers | None = None,
     mixed_dtypes: MixedDtypes | None = None,
+    strict: bool = False,
     unsafe_truncate_embeddings: bool | None = None,
     tokenizer_source: str | None = None,
     chat_template: str | None = None,
@@ -123,23 +131,35 @@ def plan(
     quantise: Quantise | None = None,
     allow_nonfinite: bool | None = None,
     hash: bool = False,
+    save: PathLike | None = None,
 ) -> Plan | AdapterPlan:
-    """Returns the plan of :func:`merge`, from headers alone. Nothing is written. The options are those of merge.
+    """Returns the plan of :func:`merge`, from headers alone. Nothing else is written. The options are those of merge.
 
     ``inputs``: paths, globs or state dicts in memory, or a dict that gives each path its weight. ``base+adapter`` is a path
     too. ``out``: its name decides the container. ``recipe``: a mergekit configuration as a YAML file or a dict, in place of
     inputs, method and parameters. The other options override its keys. ``print(plan)`` shows the plan. ``plan.tasks``,
-    ``plan.peak_bytes`` and ``plan.read_bytes`` are its numbers.
+    ``plan.peak_bytes`` and ``plan.read_bytes`` are its numbers. A plan that is saved is followed by :func:`worker` on
+    several machines, and by :func:`finish` on one.
     """
     given = locals()
+    saving = picked(Saving, given)
     with remembering():
         request = Request.of(given)
         combined = request.combination()
         if combined is not None:
             from streammerge.requests.adapters import adapter_plan  # here, because most plans are of models
 
+            if saving.save is not None:
+                raise RecipeError("a plan of adapters alone cannot be saved; merge them on one machine")
             return adapter_plan(combined, request.out, request.resources)
-        return request.plan()
+        made = request.plan()
+    if saving.save is not None:
+        from streammerge.requests import machines  # here, because most plans are not saved
+
+        if request.merging.convert_first is not None:
+            raise RecipeError("a saved plan converts nothing first; convert the inputs, and plan with the results")
+        machines.save(made, parse(saving.save), request.resources, request.executing, request.output)
+    return made
 
 
 @takes(*MERGE)
@@ -172,6 +192,7 @@ def merge(
     on_shape: OnShape | None = None,
     integers: Integers | None = None,
     mixed_dtypes: MixedDtypes | None = None,
+    strict: bool = False,
     unsafe_truncate_embeddings: bool | None = None,
     tokenizer_source: str | None = None,
     chat_template: str | None = None,
@@ -433,6 +454,58 @@ def diff(
 
     with _run_options(given) as running:
         return compare(names, held, selecting, resources, running.executor, running.listener)
+
+
+@takes(*WORKER)
+def worker(
+    plan: PathLike,
+    *,
+    share: str | None = None,
+    claim: bool = False,
+    memory: str | SupportsIndex | None = None,
+    workers: SupportsIndex | None = None,
+    io: Io | None = None,
+    executor: str | Callable[[int], Any] | None = None,
+    polite: bool = False,
+    listener: Listener = quiet,
+    progress: bool = False,
+) -> ShareResult:
+    """Makes units of a saved plan on this machine, while other machines make others.
+
+    ``plan``: the file that :func:`plan` saved. Inputs, output and this file are on storage that all machines see under the
+    same names. Each unit leaves a receipt, and what has a receipt is not made again. A machine that is killed loses the
+    units that it was making; the others take them over, if they claim. Returns when all units of its share have receipts.
+    ``listener``, ``progress`` and the errors are those of :func:`merge`.
+    """
+    given = locals()
+    with _listening(given) as told:
+        from streammerge.requests import machines  # here, because a merge on one machine does without
+
+        place = parse(path_of("plan", plan))
+        return machines.work(place, picked(Sharing, given), picked(Machine, given), told, resident_bytes())
+
+
+@takes(*FINISH)
+def finish(
+    plan: PathLike,
+    *,
+    overwrite: bool = False,
+    listener: Listener = quiet,
+    progress: bool = False,
+) -> Result:
+    """Publishes the output of a saved plan, when all of its units are made.
+
+    ``plan``: the file that :func:`plan` saved. Checks the receipts of all units, writes headers and side files, and makes
+    the output visible in one step. It is the same to the byte as that of :func:`merge`. Raises UnfinishedError, which names
+    the missing units, LockedError if another machine is finishing it, and the errors of :func:`merge`. ``listener`` and
+    ``progress`` are those of :func:`merge`.
+    """
+    given = locals()
+    with _listening(given) as told:
+        from streammerge.requests import machines
+
+        place = parse(path_of("plan", plan))
+        return machines.finish(place, picked(Finishing, given).overwrite, told, resident_bytes())
 
 
 @contextmanager

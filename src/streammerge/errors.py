@@ -10,6 +10,7 @@
      |- SpaceError     6  the disk is too full; names the missing bytes
      |- LockedError    7  another run owns the output
      |- ChangedError   8  an input changed since it was planned
+     |- UnfinishedError 9 units of a plan are missing, which other machines make
      |- VerifyError    3  the output could not be verified, or is wrong
      |   `- UncheckedError  the last check itself failed; the finished work is kept
      |- StoreError     1  a remote store cannot be reached, or refuses; what was made is kept
@@ -68,6 +69,20 @@ class ChangedError(StreammergeError):
     """An input changed since it was planned."""
 
     exit_code = 8
+
+
+class UnfinishedError(StreammergeError):
+    """Units of a plan have no receipt yet. ``missing``: their numbers. ``remedy``: what makes them."""
+
+    exit_code = 9
+    remedy = "a worker with `claim=True` makes them"
+
+    def __init__(self, said: str, missing: tuple[int, ...] = ()) -> None:
+        super().__init__(said, missing)
+        self.missing = missing
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}; {self.remedy}"
 
 
 class VerifyError(StreammergeError):

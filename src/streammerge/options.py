@@ -387,6 +387,12 @@ class Policies(Options):
         otherwise="first; promote in a recipe, as in mergekit",
         overrides=True,
     )
+    strict: bool = option(
+        "Refuse a merge that leaves any tensor of an input unused, or whose configuration and tensors disagree. "
+        "What a rule leaves out and the state of a training do not count.",
+        TRUTH,
+        default=False,
+    )
     unsafe_truncate_embeddings: bool | None = option(
         "Cut embeddings and heads to the rows that all models have. Right only if equal rows are of equal tokens; "
         "`tokenizer_source` brings rows into one order.",
@@ -574,9 +580,62 @@ class Running(Options):
     polite: bool = option("Give the inputs' page cache back behind the cursor.", TRUTH, default=False)
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class Saving(Options):
+    """What is kept of a plan."""
+
+    save: PathLike | None = option(
+        "Save the plan in this file, for the workers on several machines and for the one that finishes.",
+        PATH,
+        metavar="PLAN",
+    )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Sharing(Options):
+    """Which units of the plan are made."""
+
+    share: str | None = option(
+        "The share I of N, counted from 1 or from 0. With N alone, I is the task of the Slurm array or the index of the "
+        "Kubernetes job.",
+        TEXT,
+        metavar="I/N",
+        otherwise="the task of the Slurm array",
+    )
+    claim: bool = option(
+        "Any units that are free, and those of machines that died, until all units are made.", TRUTH, default=False
+    )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Machine(Options):
+    """What this machine gives. None of these options changes a byte of the output."""
+
+    memory: str | int | None = option(
+        "Budget for data held at once, above start-up.", BUDGET, metavar="SIZE", otherwise="the plan's"
+    )
+    workers: int | None = option("How many workers.", COUNT, metavar="N", otherwise="the plan's, else CPUs available")
+    io: Io | None = option(
+        "How inputs are read; pread for network drives.", _one_of(IO), choices=IO, otherwise="the plan's"
+    )
+    executor: str | Callable[[int], Any] | None = option(
+        "The kind of workers: threads, processes, or auto.", metavar="NAME", otherwise="the plan's"
+    )
+    polite: bool = option("Give the inputs' page cache back behind the cursor.", TRUTH, default=False)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Finishing(Options):
+    """How the output is published."""
+
+    overwrite: bool = option("Replace a finished output.", TRUTH, default=False)
+
+
 MERGE = (Merging, Choosing, Naming, Policies, Selecting, Resources, Executing, Writing, Running)
-PLAN = (Merging, Choosing, Naming, Policies, Selecting, Resources, Executing, Writing)
+PLAN = (Merging, Choosing, Naming, Policies, Selecting, Resources, Executing, Writing, Saving)
 CONVERT = (Converting, Naming, Selecting, Resources, Executing, Writing, Running)
 EXTRACT = (Extracting, Selecting, Resources, Replacing)
 VERIFY = (Verifying, Resources)
 DIFF = (Comparing, Selecting, Resources, Executing)
+WORKER = (Sharing, Machine)
+FINISH = (Finishing,)

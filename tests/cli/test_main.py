@@ -63,7 +63,11 @@ from safetensors.torch import load_file
         (["frobnicate"], 2, "there is no command frobnicate; see `streammerge --help`"),
         (["version"], 2, "there is no command version; did you mean --version?"),
         (["news.pth", "audiobook.pth"], 2, "to merge, type `streammerge merge news.pth audiobook.pth`"),
-        (["help", "frobnicate"], 2, "there is no command frobnicate; there are clean, convert, diff, extract, help"),
+        (
+            ["help", "frobnicate"],
+            2,
+            "there is no command frobnicate; there are clean, convert, diff, extract, finish, help",
+        ),
         (["merge", "news.pth", "-o", "x.pth", "--wieghts", "1"], 2, "no such option '--wieghts'; did you mean --weights?"),
         (["merge", "newz.pth", "-o", "x.pth"], 2, "newz.pth does not exist; did you mean news.pth?"),
     ],

@@ -17,7 +17,8 @@ Command = Callable[..., Any]
 EXIT_CODES = (
     "Exit codes: 0 done, 1 a task failed (of diff also: the checkpoints differ), 2 an invalid request, 3 "
     "the output is wrong or cannot be verified, 4 an input cannot be read or does not fit, 5 too little memory, 6 too "
-    "little disk, 7 another run owns the output, 8 an input changed, 130 interrupted."
+    "little disk, 7 another run owns the output, 8 an input changed, 9 units of a plan are missing, 130 "
+    "interrupted."
 )
 
 

@@ -23,6 +23,7 @@ from streammerge.units import binary_bytes, counted, decimal_bytes
 if TYPE_CHECKING:
     from streammerge.factoring.making import AdapterResult
     from streammerge.running.execution import Result
+    from streammerge.running.shared import ShareResult
     from streammerge.verifying.files import Verified
 
 
@@ -72,7 +73,18 @@ def adapter_json(result: AdapterResult) -> dict[str, Any]:
     }
 
 
-def _measured(result: Result | AdapterResult) -> dict[str, Any]:
+def share_text(result: ShareResult) -> str:
+    """Returns the report of a machine that made units of a plan."""
+    made = f"made {result.made} of {counted(result.share, 'unit')} of {printable(result.out)}"
+    return "\n".join([f"{made}, {result.left} left in all", *_speed(result)])
+
+
+def share_json(result: ShareResult) -> dict[str, Any]:
+    units = {"made": result.made, "share": result.share, "left": result.left}
+    return {"out": str(result.out), **units, **_measured(result)}
+
+
+def _measured(result: Result | AdapterResult | ShareResult) -> dict[str, Any]:
     """Returns the fields that the reports of all runs have."""
     return {
         "read_bytes": result.read_bytes,
@@ -87,17 +99,19 @@ def _measured(result: Result | AdapterResult) -> dict[str, Any]:
 
 
 def _text(result: Result | AdapterResult, what: str) -> str:
+    wrote = f"wrote {printable(result.out)} ({what}, {decimal_bytes(result.written_bytes)})"
+    return "\n".join([wrote, *_speed(result)])
+
+
+def _speed(result: Result | AdapterResult | ShareResult) -> list[str]:
     speed = (result.read_bytes + result.written_bytes) / max(result.seconds, 1e-9)
-    return "\n".join(
-        [
-            f"wrote {printable(result.out)} ({what}, {decimal_bytes(result.written_bytes)})",
-            f"read {decimal_bytes(result.read_bytes)}, wrote {decimal_bytes(result.written_bytes)} "
-            f"in {result.seconds:.1f} s ({decimal_bytes(speed)}/s)",
-            f"peak memory {binary_bytes(result.peak_bytes)} of {binary_bytes(result.memory_bytes)} (above the "
-            f"{binary_bytes(result.startup_bytes)} start-up footprint; "
-            f"{binary_bytes(result.startup_bytes + result.peak_bytes)} resident in all)",
-        ]
-    )
+    return [
+        f"read {decimal_bytes(result.read_bytes)}, wrote {decimal_bytes(result.written_bytes)} "
+        f"in {result.seconds:.1f} s ({decimal_bytes(speed)}/s)",
+        f"peak memory {binary_bytes(result.peak_bytes)} of {binary_bytes(result.memory_bytes)} (above the "
+        f"{binary_bytes(result.startup_bytes)} start-up footprint; "
+        f"{binary_bytes(result.startup_bytes + result.peak_bytes)} resident in all)",
+    ]
 
 
 def result_json(result: Result) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from streammerge.cli.flags import as_flags
-from streammerge.cli.terminal import put, say, width
+from streammerge.cli.terminal import put, quoted, say, width
 from streammerge.errors import printable
 from streammerge.units import decimal_bytes
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from streammerge.methods.contracts import MergeMethod
     from streammerge.planning.plan import Plan
     from streammerge.running.execution import Result
+    from streammerge.running.shared import ShareResult
     from streammerge.stores.leftovers import Leftover
     from streammerge.verifying.files import Verified
 
@@ -65,6 +66,19 @@ def report(
         say(render.result_text(result))
 
 
+def show_share(result: ShareResult, plan: str, form: str, told: Collection[tuple[str, str]] = ()) -> None:
+    """Shows what a machine has made of a plan. ``told``: see :func:`report`."""
+    from streammerge.cli import render
+
+    if form == "json":
+        put(as_json(render.share_json(result)))
+    elif form == "human":
+        _tell(result, told)
+        say(render.share_text(result))
+        if not result.left and not result.finished:
+            say(f"all units are made; `streammerge finish {quoted(plan)}` makes the output visible", err=True)
+
+
 def report_adapter(result: AdapterResult, form: str, told: Collection[tuple[str, str]] = (), verbose: bool = False) -> None:
     """Reports an adapter that was made. ``verbose``: whether all its layers are shown."""
     from streammerge.cli import render
@@ -76,7 +90,7 @@ def report_adapter(result: AdapterResult, form: str, told: Collection[tuple[str,
         say(render.adapter_text(result, verbose))
 
 
-def _tell(result: Result | AdapterResult, told: Collection[tuple[str, str]]) -> None:
+def _tell(result: Result | AdapterResult | ShareResult, told: Collection[tuple[str, str]]) -> None:
     """Says the notes and warnings that were not said while it ran."""
     for kind, texts in (("note", result.notes), ("warning", result.warnings)):
         for text in texts:

@@ -15,6 +15,8 @@ Each module imports only modules above it::
     pieces              tensors in pieces of several ranks
     dcp                 folders of torch.distributed.checkpoint
     hf_storage          the same as safetensors
+    zero                checkpoints of DeepSpeed
+    dtensors            rank files with distributed tensors
     distributed         which checkpoint of several ranks a folder holds
     folder              the checkpoint, or the models, in a folder
     detect              the format of a file, by its content

@@ -38,6 +38,8 @@ from streammerge.tensors.names import copies_among, is_counter, spelled, why_ign
 from streammerge.tensors.spec import TensorSpec
 
 _WIDE = (DType.F64, DType.C128)
+BY_RULE = "by the rule for "
+"""The begin of each reason that is a rule of the recipe."""
 _Sources = list[Source | None]
 HELPERS = "they only help to read quantised weights, and the output's are not quantised"
 _FITS = Fitted([])
@@ -50,7 +52,8 @@ class Alignment:
 
     ``shares``: the tree of each checkpoint, and its weight in means of plain numbers. ``dispositions``: of the tensors.
     ``tokenized``: the output's vocabulary, if the recipe asks for one. ``mixed``: the tensors that have several dtypes in
-    the inputs, by the smallest dtype that holds all of them.
+    the inputs, by the smallest dtype that holds all of them. ``viewed``: each view, with the name in the first view of a
+    part -> its name here; None for a first view.
     """
 
     merged: Sequence[Merged]
@@ -62,6 +65,7 @@ class Alignment:
     dispositions: Dispositions = field(default_factory=Dispositions)
     tokenized: Tokenized | None = None
     mixed: dict[DType, list[str]] = field(default_factory=dict)
+    viewed: list[tuple[View, Mapping[str, str] | None]] = field(default_factory=list)
 
 
 def align(recipe: Recipe, indexes: Indexes) -> Alignment:
@@ -83,7 +87,8 @@ def align(recipe: Recipe, indexes: Indexes) -> Alignment:
     refuse_inseparable(indexes.values(), alignment.merged, conversion)
     if recipe.on_missing != "error" or recipe.on_shape != "error":
         refuse_unmerged(recipe, indexes, alignment.merged)
-    alignment.warnings += [f'`on_missing="{recipe.on_missing}"`: {row}' for row in mismatch.rows(recipe.on_missing)]
+    extra = recipe.on_missing == "union"  # what else stays out is said of all inputs in one line
+    alignment.warnings += [f'`on_missing="{recipe.on_missing}"`: {row}' for row in mismatch.rows(recipe.on_missing, extra)]
     if not alignment.merged:
         raise RecipeError(
             "the rules leave no tensor over" if first.entries else f"{printable(first.path)} has no tensors to merge"
@@ -181,6 +186,7 @@ class _Aligner:
         """The dtype that a tensor of a stage would have in a file, where the stage does not round it."""
 
     def run(self) -> None:
+        self.alignment.viewed += [(self.base, None), *zip(self.others, self.matches, strict=True)]
         for other, matched in zip(self.others, self.matches, strict=True):
             if not isinstance(matched, _Same):
                 self.alignment.notes += [f"{printable(other.index.path)}: {text}" for text in describe(matched)]
@@ -312,7 +318,7 @@ class _Aligner:
         kept, add = set(names), self.alignment.dispositions.add
         gone = [(name, rule) for name, rule in ruled.items() if name not in kept]
         for rule in {id(rule): rule for _, rule in gone if rule and rule.drop}.values():
-            add("tensor", [name for name, own in gone if own is rule], "dropped", f"by the rule for {printable(rule)}")
+            add("tensor", [name for name, own in gone if own is rule], "dropped", f"{BY_RULE}{printable(rule)}")
         add("tensor", sorted(self.stale - kept), "dropped", STALE)
         absent = [name for name, rule in gone if not _drops(rule) and name not in self.stale]
         add("tensor", absent, "dropped", f'not in every input, `on_missing="{self.recipe.on_missing}"`')
@@ -444,7 +450,7 @@ class _Aligner:
             entry = self._copied(name, rule)
             spec, why = (
                 self._spec(name, entry.spec, rule),
-                f"by the rule for {printable(rule)}",
+                f"{BY_RULE}{printable(rule)}",
             )
             return Merged(names, spec, COPY, (entry,), tied=tied, why=why)
         method = self.part.method

@@ -102,14 +102,14 @@ class Mismatch:
         known = self.shared.get(path, [0, 0, 0])
         self.shared[path] = [known[0] + common, known[1] + ours, known[2] + theirs]
 
-    def rows(self, policy: str = "error") -> list[str]:
-        """Sentences about names, one for each checkpoint and kind."""
+    def rows(self, policy: str = "error", extra: bool = True) -> list[str]:
+        """Sentences about names, one for each checkpoint and kind. ``extra``: also about names that the first lacks."""
         fate = "they are added" if policy == "union" else "they stay out"
         said = []
         for path in dict.fromkeys([*self.missing, *self.extra]):
             if self.missing.get(path):
                 said.append(f"{printable(path)} lacks {len(self.missing[path])}: {listed(self.missing[path])}")
-            if self.extra.get(path):
+            if extra and self.extra.get(path):
                 whose = f"{printable(path)} has {len(self.extra[path])} that {printable(self.first)} lacks"
                 said.append(f"{whose} ({fate}): {listed(self.extra[path])}")
         return said

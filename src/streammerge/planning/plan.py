@@ -14,7 +14,9 @@ from streammerge.kernels.ranking import held_bytes
 from streammerge.methods.registry import COPY, INTEGERS
 from streammerge.planning.aligned import Way
 from streammerge.planning.alignment import Alignment, align
+from streammerge.planning.announced import disagreements
 from streammerge.planning.budget import Budget, Cost, fit
+from streammerge.planning.conservation import Account, is_alarming, unused_text, used_text
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.bookkeeping import differing_facts
 from streammerge.planning.outputs.container import plan_output
@@ -48,7 +50,8 @@ class Plan:
     ``disk_bytes``: includes temporary files. ``taken``: the number of tensors of each rule of the recipe. ``owners``: file
     -> its checkpoint. ``input_files``: name of an input file in the receipt -> its location, and the ranges of its tensors.
     ``pickle_bytes``: memory for pickles while they are read and written. ``executor``: the kind of workers.
-    ``dispositions``: what becomes of each thing in the inputs.
+    ``dispositions``: what becomes of each thing in the inputs. ``accounts``: what becomes of each tensor of each
+    checkpoint. ``disagreements``: what a configuration says, and its tensors do not.
     """
 
     recipe: Recipe
@@ -69,6 +72,8 @@ class Plan:
     pickle_bytes: int = 0
     executor: str = "threads"
     dispositions: Dispositions = field(default_factory=Dispositions)
+    accounts: Sequence[Account] = ()
+    disagreements: Sequence[str] = ()
 
     @property
     def peak_bytes(self) -> int:
@@ -123,6 +128,7 @@ class Plan:
             ],
             "tensors": self.counts(),
             "dispositions": self.dispositions.record(),
+            "accounts": [each.record() for each in self.accounts],
             "files": [{"name": file.name, "bytes": file.size} for file in self.layout.files],
             "side_files": [name for _, name in self.layout.side_files],
             "read_bytes": self.read_bytes,
@@ -170,7 +176,7 @@ class Plan:
         made = ", ".join(
             f"{count} {_METHOD_WORDS.get(method, f'merged by {method}')}" for method, count in self.counts().items()
         )
-        facts = [("tensors", made)]
+        facts = [("tensors", made), ("used", used_text(self.accounts))]
         files = self.layout.files
         named = printable(files[0].name) if len(files) == 1 else f"{len(files)} files"
         beside = f" and {len(self.layout.side_files)} side files" if self.layout.side_files else ""
@@ -252,6 +258,11 @@ def build_plan(
         notes.append(
             "`max_shard_size` is without effect, because the output is one file; a name that ends in / is a folder"
         )
+    warnings = [*(warning for index in opened for warning in index.warnings), *alignment.warnings]
+    if recipe.merge_method is not COPY and is_alarming(output.accounts):
+        warnings.append(unused_text(output.accounts))
+    disagreeing = disagreements(indexes, alignment.merged, output.layout)
+    notes += disagreeing
     return Plan(
         recipe,
         out,
@@ -264,12 +275,14 @@ def build_plan(
         io,
         identities,
         list(dict.fromkeys(notes)),
-        list(dict.fromkeys([*(warning for index in opened for warning in index.warnings), *alignment.warnings])),
+        list(dict.fromkeys(warnings)),
         alignment.taken,
         {file: index.path for index in origins for file in index.files},
         output.inputs,
         pickle_bytes,
         dispositions=output.dispositions,
+        accounts=output.accounts,
+        disagreements=disagreeing,
     )
 
 

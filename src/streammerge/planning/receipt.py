@@ -39,7 +39,8 @@ class Receipt:
     its size in bytes, the SHA-256 of its bytes outside the tensors and, if requested, of the whole file; for a checkpoint
     in memory, its size and ``in_memory``. ``checksums``: the name of each output file -> the checksums of its tensors in
     file order, without empty tensors, then one of its other bytes (with a blank receipt), 8 hexadecimal digits each.
-    ``dispositions``: what became of each thing in the inputs. ``digest``: the SHA-256 of the receipt.
+    ``dispositions``: what became of each thing in the inputs. ``accounts``: what became of each tensor of each checkpoint.
+    ``digest``: the SHA-256 of the receipt.
     """
 
     recipe: dict[str, Any]
@@ -49,6 +50,7 @@ class Receipt:
     checksum: str
     checksums: dict[str, str]
     dispositions: list[dict[str, Any]] = field(default_factory=list)
+    accounts: list[dict[str, Any]] = field(default_factory=list)
     digest: str = _BLANK_SHA256
     form: int = field(default=_FORM)
 
@@ -62,7 +64,10 @@ class Receipt:
         return CRC32 if self.checksum == CRC32.name else CRC32C
 
     def text(self, indent: int | None = None) -> str:
-        return json.dumps(asdict(self), indent=indent, separators=(",", ": " if indent else ":"))
+        data = asdict(self)
+        if not self.accounts:  # a receipt of an earlier release has none, and keeps its bytes
+            del data["accounts"]
+        return json.dumps(data, indent=indent, separators=(",", ": " if indent else ":"))
 
     def blank(self) -> Receipt:
         """Returns the receipt as it was planned: zeros in place of checksums and hashes."""
@@ -202,6 +207,7 @@ def _is_sound(made: Receipt) -> bool:
         and isinstance(made.inputs, dict)
         and all(_is_input(said) for said in made.inputs.values())
         and isinstance(made.dispositions, list)
+        and isinstance(made.accounts, list)
         and isinstance(made.checksums, dict)
         and (ITSELF not in made.checksums or len(made.checksums) == 1)
         and all(name == ITSELF or is_inner(name) for name in made.checksums)

@@ -8,4 +8,5 @@ Each module imports only modules above it::
     merging      the arguments of a merge or a plan
     conversions  the conversions that a merge makes first
     extractions  the arguments of an extraction
+    machines     saved plans, and what a machine does of them
 """

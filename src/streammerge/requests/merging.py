@@ -21,6 +21,7 @@ from streammerge.options import (
     Writing,
     picked,
 )
+from streammerge.planning.conservation import refuse_unused
 from streammerge.planning.plan import Plan
 from streammerge.recipe.arguments import overridden, recipe_of, unchecked
 from streammerge.recipe.locations import is_recipe_name, with_hub_places
@@ -120,6 +121,8 @@ class Request:
         folder = None if asked.convert_first is None else parse(asked.convert_first)
         made = planned(recipe, self.out, self.resources, self.executing.executor, folder, self.output.hash, self.held)
         made.notes[:0] = notes
+        if self.policies.strict:
+            refuse_unused(made.accounts, made.disagreements)
         return made
 
     def combination(self) -> Making | None:

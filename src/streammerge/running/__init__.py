@@ -20,4 +20,6 @@ Each module imports only modules above it::
     readback   whether an output can be read back
     session    makes one output in its staging folder
     execution  runs a plan to its end
+    shared     makes units of a plan, while other machines make others
+    finishing  publishes what several machines have made
 """

@@ -44,7 +44,11 @@ class OutputPlace:
     location: Location
     size: int
 
-    def open(self, bench: Bench) -> _Written:
+    def opened(self) -> Output:
+        """Opens the file in another process."""
+        return self.location.reopen(self.size)
+
+    def open(self, bench: Bench) -> Target:
         return _Written(*bench.output(self))
 
 
@@ -133,7 +137,7 @@ class Bench:
         with self._lock:
             file = self._own_outputs.get(place.location)
             if file is None:
-                file = self._own_outputs[place.location] = place.location.reopen(place.size)
+                file = self._own_outputs[place.location] = place.opened()
             return file, True
 
     def check_outputs(self) -> None:

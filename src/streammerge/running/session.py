@@ -111,10 +111,7 @@ class Run:
         hashes = self._hashes()
         self._spool()
         self._turn()
-        if len(self.plan.recipe.entries) > 1:
-            self.warnings += strangers(self.plan.tasks, self._inputs, self.plan.owners)
-            for warning in self.warnings:
-                self.listener(Told("warning", warning))
+        self._warn_of_strangers()
         broken = self._attempt(hashes)
         if broken:
             self._forget(broken)
@@ -123,6 +120,16 @@ class Run:
                 raise OSError(errno.EIO, f"the disk failed to store {listed(sorted(again))}, twice; nothing was written")
             self.warnings.append(f"the disk failed to store {listed(sorted(broken))} at first; it was written again")
         self._check()
+        self._tell_nonfinite()
+
+    def _warn_of_strangers(self) -> None:
+        """Warns of inputs that seem to come from another training."""
+        if len(self.plan.recipe.entries) > 1:
+            self.warnings += strangers(self.plan.tasks, self._inputs, self.plan.owners)
+            for warning in self.warnings:
+                self.listener(Told("warning", warning))
+
+    def _tell_nonfinite(self) -> None:
         self.warnings += [f"NaN or infinite values: {row}" for row in self._nonfinite()]
         self.notes += [f"NaN or infinite values that every input has are kept: {row}" for row in self._agreed()]
 

@@ -18,6 +18,7 @@ Each module imports only modules above it::
     box       a block, or a transposed matrix, of a tensor
     turned    a tensor whose first axis comes last
     wide      numbers of a source in float64
+    recast    numbers in another floating-point dtype
     narrow    numbers of eight bits in float32
     scaled    quantised weights with a scale for each block
     requantised  numbers as codes with scales again

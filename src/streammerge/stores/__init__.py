@@ -18,6 +18,7 @@ Each module imports only modules above it::
     lock         who makes an output
     journal      which pieces of an output are on the disk
     commit       the hidden folder of a local output, the rename
+    joint        local files that several machines write
     local        the files of this machine
     memory       the store memory://
     repositories names of the hub's repositories, and its cache
@@ -29,5 +30,6 @@ Each module imports only modules above it::
     locations    from text to a Location
     inputs       the inputs of a run
     scratch      files for a while
+    claims       which machine makes which unit
     leftovers    what interrupted runs have left
 """

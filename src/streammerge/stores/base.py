@@ -197,6 +197,19 @@ class Location(Key):
         """Bytes that can still be written here; None when the store cannot tell."""
         return self.store.free_bytes(self)
 
+    def replace_small(self, data: bytes) -> None:
+        """Writes a small file, new or over the old one. Readers on other machines see it when they open the file again."""
+        self.store.replace_small(self, data)
+
+    def create_small(self, data: bytes, durable: bool = True) -> bool:
+        """Creates a small file, whole. Returns False if it exists. Of several machines that call it at once, one gets
+        True."""
+        return self.store.create_small(self, data, durable)
+
+    def join(self, key: str) -> Joint:
+        """Returns the place where several machines make this output. ``key``: the same on all of them."""
+        return self.store.join(self, key)
+
 
 @dataclass(frozen=True, slots=True)
 class Damage:
@@ -385,6 +398,50 @@ class Staging(ABC):
         """Whether a next run can continue from here."""
 
 
+class Joint(ABC):
+    """An output that several machines make together. Plain data that can be pickled.
+
+    ``home``: the hidden folder that holds all of it. ``content``: the folder of its files. ``whole_files``: whether a file
+    must be written by one machine from begin to end; otherwise machines write ranges of one file.
+    """
+
+    out: Location
+    home: Location
+    whole_files: ClassVar[bool] = False
+
+    @property
+    def content(self) -> Location:
+        return self.home / "output"
+
+    @abstractmethod
+    def begin(self, folders: tuple[str, ...]) -> None:
+        """Makes the home, and these folders in it, where they are absent. Any machine may be the first."""
+
+    @abstractmethod
+    def open(self, name: str, size: int) -> Output:
+        """Opens a file of the output, and makes it if it is absent. Any machine may be the first."""
+
+    @abstractmethod
+    def temporary(self, name: str, size: int) -> Output:
+        """Makes a file that one machine needs for a while, under a name that no other machine uses."""
+
+    @abstractmethod
+    def remove(self, location: Location) -> None:
+        """Removes a temporary file."""
+
+    @abstractmethod
+    def stage(self, overwrite: bool) -> Staging:
+        """Returns the staging that publishes the output. One machine at a time calls this, the last one."""
+
+    @abstractmethod
+    def published(self) -> bool:
+        """Whether the output was published from here, and the home is only to be removed."""
+
+    @abstractmethod
+    def clear(self) -> None:
+        """Removes the home and all that is in it."""
+
+
 class Store(ABC):
     """A place where bytes live, named by the ``scheme`` in ``scheme://name``.
 
@@ -536,6 +593,18 @@ class Store(ABC):
 
     def sweep(self, location: Location) -> None:
         return
+
+    def replace_small(self, location: Location, data: bytes) -> None:
+        raise self._lacks("replace_small", location)
+
+    def create_small(self, location: Location, data: bytes, durable: bool = True) -> bool:
+        raise self._lacks("create_small", location)
+
+    def join(self, location: Location, key: str) -> Joint:
+        raise RecipeError(
+            f"{printable(location)}: several machines cannot write to the store {self.scheme}:// together; "
+            "write to another place"
+        )
 
     def free_bytes(self, location: Location) -> int | None:
         return None

@@ -76,9 +76,9 @@ class LocalStaging(Staging):
     the second). What a killed run left in it is there until :meth:`clear`.
     """
 
-    def __init__(self, out: Location, overwrite: bool = False) -> None:
+    def __init__(self, out: Location, overwrite: bool = False, folder: Path | None = None) -> None:
         self._place, self._overwrite = Path(out.key), overwrite
-        self.folder = staging_folder(self._place)
+        self.folder = folder or staging_folder(self._place)
         home = out.parent / self.folder.name
         super().__init__(out, home, LocalJournalFile(home / JOURNAL))
         self._content = self.folder / "output"
@@ -156,7 +156,7 @@ class LocalStaging(Staging):
         return RecipeError(f"cannot write beside {printable(self.out)}: {error.strerror}")
 
     def opened(self, location: Location, size: int, keep: bool) -> Output:
-        _make_subfolders(self.folder, location.relative_to(self.home))
+        make_subfolders(self.folder, location.relative_to(self.home))
         file = OutputFile(location, size, keep)
         if not file.reserved and not self.notes:
             self.notes.append(
@@ -270,7 +270,7 @@ def _make_folders(folder: Path) -> list[Path]:
     return missing
 
 
-def _make_subfolders(content: Path, name: str) -> None:
+def make_subfolders(content: Path, name: str) -> None:
     """Makes the folders of a file below ``content``. Raises FileExistsError for a file or a link of that name."""
     folder = content
     for part in name.split("/")[:-1]:
@@ -285,13 +285,18 @@ def _folders_of(content: Path, names: Iterable[str]) -> list[Path]:
 
 
 def staging_folder(out: Path) -> Path:
-    """Returns the folder in which an output is made. A long name is shortened, and a hash keeps it apart from others."""
-    name = f".{out.name}.streammerge"
+    """Returns the folder in which an output is made."""
+    return hidden_folder(out, ".streammerge")
+
+
+def hidden_folder(out: Path, ending: str) -> Path:
+    """Returns a folder beside an output. A long name is shortened, and a hash keeps it apart from others."""
+    name = f".{out.name}{ending}"
     if len(os.fsencode(name)) > _MOST_NAME_BYTES:
         import hashlib  # here, because it loads all of OpenSSL
 
         digest = hashlib.sha256(os.fsencode(out.name)).hexdigest()[:16]
-        name = f".{_shortened(out.name, _MOST_NAME_BYTES - 40)}.{digest}.streammerge"
+        name = f".{_shortened(out.name, _MOST_NAME_BYTES - 30 - len(ending))}.{digest}{ending}"
     return out.parent / name
 
 

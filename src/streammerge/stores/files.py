@@ -285,6 +285,50 @@ class OutputFile(Output):
         self._direct_descriptor.close()
 
 
+class SharedOutputFile(OutputFile):
+    """A local file of known size, of which several machines write ranges. Whoever opens it first makes it.
+
+    Nothing is written past the page cache. ``exact``: the file system may have other machines. A client of NFS writes a
+    whole page for a few bytes of it, also the bytes that another machine has written meanwhile. It writes no byte more than
+    it was given through a descriptor with O_DSYNC. So the parts of pages at the ends of a range go there.
+    """
+
+    def __init__(self, location: Location, size: int, exact: bool) -> None:
+        self._begin(location, size, True, os.O_CREAT)
+        self._direct = False
+        self._exact = (
+            Descriptor(functools.partial(_open_output, location.key, _OUTPUT_FLAGS | os.O_DSYNC)) if exact else None
+        )
+        try:
+            with self._descriptor as fd:
+                self._descriptor.opened = functools.partial(_open_output, location.key, _OUTPUT_FLAGS)
+                self.reserved = os.fstat(fd).st_size == size
+                if not self.reserved:
+                    with space_checked(location, size, location.parent.free_bytes()):
+                        self.reserved = system.reserve(fd, size)
+        except BaseException:
+            self.close()
+            raise
+
+    def _write(self, view: memoryview, offset: int) -> None:
+        if self._exact is None:
+            super()._write(view, offset)
+            return
+        first = min(-offset % PAGE_BYTES, len(view))
+        end = max(len(view) - (offset + len(view)) % PAGE_BYTES, first)
+        super()._write(view[first:end], offset + first)
+        with self._exact as fd:
+            for part, begin in ((view[:first], offset), (view[end:], offset + end)):
+                while len(part):
+                    count = os.pwrite(fd, part, begin)
+                    part, begin = part[count:], begin + count
+
+    def close(self) -> None:
+        super().close()
+        if self._exact is not None:
+            self._exact.close()
+
+
 def _check_room(location: Location, size: int) -> None:
     """SpaceError when a file that has no room reserved cannot fit any more."""
     free = location.parent.free_bytes()

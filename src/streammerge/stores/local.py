@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from streammerge.errors import FormatError, RecipeError, printable
-from streammerge.stores import commit
-from streammerge.stores.base import Damage, Input, Location, Output, Staging, Status, Store
+from streammerge.stores import commit, joint
+from streammerge.stores.base import Damage, Input, Joint, Location, Output, Staging, Status, Store
 from streammerge.stores.commit import LocalStaging
 from streammerge.stores.files import InputFile, OutputFile, broken_link, file_status
 
@@ -116,6 +116,15 @@ class LocalStore(Store):
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 raise
             raise RecipeError(f"cannot make the folder {printable(location)}: {error.strerror}") from error
+
+    def replace_small(self, location: Location, data: bytes) -> None:
+        joint.put(Path(location.key), data)
+
+    def create_small(self, location: Location, data: bytes, durable: bool = True) -> bool:
+        return joint.put_new(Path(location.key), data, durable)
+
+    def join(self, location: Location, key: str) -> Joint:
+        return joint.joint_of(location, key)
 
     def free_bytes(self, location: Location) -> int | None:
         """Room on the file system of the nearest folder that exists."""

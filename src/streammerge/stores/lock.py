@@ -278,6 +278,13 @@ def _may_run(owner: Owner, locked_in: str | None) -> bool:
     return _is_alive(owner.pid)
 
 
+def has_ended(owner: Owner) -> bool:
+    """Whether it is known here that an owner has ended: it ran on this machine, among the processes that are seen here."""
+    here = this_run()
+    known = owner.boot and owner.boot == here.boot and owner.namespace and owner.namespace == here.namespace
+    return bool(known) and owner.pid > 0 and not _is_alive(owner.pid)
+
+
 def _is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)

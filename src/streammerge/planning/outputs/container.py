@@ -21,9 +21,17 @@ from streammerge.planning.aligned import Merged, MergedTensors
 from streammerge.planning.alignment import Alignment
 from streammerge.planning.dispositions.entries import left_behind
 from streammerge.planning.dispositions.ledger import Dispositions
-from streammerge.planning.outputs.layout import Layout, Placed, PlacedTensors, PlannedOutput, blank_sums, metadata_of
+from streammerge.planning.outputs.layout import (
+    Accounting,
+    Layout,
+    Placed,
+    PlacedTensors,
+    PlannedOutput,
+    blank_sums,
+    metadata_of,
+)
 from streammerge.planning.outputs.pickled import PLAIN_ENDINGS, pickled_output
-from streammerge.planning.receipt import ITSELF, Receipt, escaped, files_beside, input_files, planned
+from streammerge.planning.receipt import ITSELF, escaped, files_beside, input_files, planned
 from streammerge.planning.views import Indexes
 from streammerge.recipe.adapted import parts_of
 from streammerge.recipe.document import to_json
@@ -84,7 +92,7 @@ def plan_output(out: Location, recipe: Recipe, indexes: Indexes, alignment: Alig
         or any(i.adapters or i.made_from or i.quantised for i in indexes.values()),
         held={name: index.nbytes for name, index in origins.items() if index.in_memory},
     )
-    made = _planned(kind, name, recipe, first, indexes, alignment, receipt, origins)
+    made = _planned(kind, name, recipe, first, indexes, alignment, Accounting(receipt, origins, alignment))
     made.inputs = inputs
     return made
 
@@ -114,8 +122,7 @@ def _planned(
     first: CheckpointIndex,
     indexes: Indexes,
     alignment: Alignment,
-    receipt: Receipt,
-    origins: Mapping[str, CheckpointIndex],
+    accounting: Accounting,
 ) -> PlannedOutput:
     merged = alignment.merged
     if kind != "folder" and any(first.parts):
@@ -128,15 +135,15 @@ def _planned(
         alignment.dispositions.add("file", _beside(first), "dropped", "the output is one file")
         _note_tokens(recipe, first, alignment)
     if kind == "pickle":
-        return pickled_output(name, recipe, first, indexes, alignment, receipt)
+        return pickled_output(name, recipe, first, indexes, alignment, accounting)
     dispositions = Dispositions()
     dispositions.update(alignment.dispositions)
     if kind == "folder" and _is_pickled_folder(recipe, first):
-        return _folder(recipe, first, indexes, alignment, receipt, dispositions, origins)
+        return _folder(recipe, first, indexes, alignment, accounting, dispositions)
     for thing, why in left_behind(first):
         dispositions.add("entry", thing, "dropped", why)
     if kind == "folder":
-        return _folder(recipe, first, indexes, alignment, receipt, dispositions, origins)
+        return _folder(recipe, first, indexes, alignment, accounting, dispositions)
     metadata = metadata_of(recipe, first)
     if isinstance(merged, MergedTensors):
         names, kinds = merged.columns()
@@ -144,15 +151,16 @@ def _planned(
         specs = {spec.name: (spec, m) for m in merged for spec in (m.spec, *_tied_specs(m))}
         names, kinds = list(specs), [spec for spec, _ in specs.values()]
     sums = {ITSELF: blank_sums([spec.nbytes for spec in kinds])}
+    receipt, accounts = accounting.of([merged] if isinstance(merged, MergedTensors) else merged)
     receipt = replace(receipt, checksums=sums, dispositions=dispositions.record())
     metadata[RECEIPT_KEY] = receipt.text()
     file, starts = safetensors.plan_columns(name, names, kinds, metadata)
     file = replace(file, receipt=escaped(receipt.text()))
     layout = Layout((file,), receipt)
     if isinstance(merged, MergedTensors):
-        return PlannedOutput(layout, [PlacedTensors(merged, 0, starts)], dispositions=dispositions)
+        return PlannedOutput(layout, [PlacedTensors(merged, 0, starts)], dispositions=dispositions, accounts=accounts)
     placed = [Placed(spec, m, 0, start) for (spec, m), start in zip(specs.values(), starts, strict=True)]
-    return PlannedOutput(layout, placed, dispositions=dispositions)
+    return PlannedOutput(layout, placed, dispositions=dispositions, accounts=accounts)
 
 
 def _note_tokens(recipe: Recipe, first: CheckpointIndex, alignment: Alignment) -> None:

@@ -29,6 +29,7 @@ from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.card import card_text, has_card
 from streammerge.planning.outputs.config import config_files
 from streammerge.planning.outputs.layout import (
+    Accounting,
     Layout,
     Placed,
     PlacedTensors,
@@ -40,7 +41,6 @@ from streammerge.planning.outputs.layout import (
 )
 from streammerge.planning.outputs.pickled import pickled_file
 from streammerge.planning.outputs.tokenizer import TokenizerFiles, generation_edit, tokenizer_files
-from streammerge.planning.receipt import Receipt
 from streammerge.planning.views import Indexes
 from streammerge.planning.vocabularies import Tokenized
 from streammerge.recipe.document import to_yaml
@@ -92,14 +92,10 @@ def folder_output(
     base: CheckpointIndex,
     indexes: Indexes,
     alignment: Alignment,
-    receipt: Receipt,
+    accounting: Accounting,
     dispositions: Dispositions,
-    origins: Mapping[str, CheckpointIndex],
 ) -> PlannedOutput:
-    """Plans the output folder. Raises RecipeError for what the container of the first input cannot hold.
-
-    ``origins``: the name in the receipt of each model and each adapter, with its index.
-    """
+    """Plans the output folder. Raises RecipeError for what the container of the first input cannot hold."""
     made = _Folder(recipe, indexes, dispositions)
     parts = parts_of(base)
     folder = next((path for path in (base.path, base.container.path) if path.is_folder()), None)
@@ -112,7 +108,7 @@ def folder_output(
     if record:
         made.files.append(text_file(RECIPE_FILE, to_yaml(record)))
         if recipe.output.card and folder is not None and has_card(folder):
-            made.add_card(record, origins, folder)
+            made.add_card(record, accounting.named, folder)
     names = {file.name for file in made.files}
     copied: Copies = []
     if folder is not None:
@@ -133,11 +129,13 @@ def folder_output(
     copied += tokenizer.copied
     sums = made.sums | {name: blank_sums([]) for name in (*names, *(name for _, name in copied)) if name not in made.sums}
     made.notes += _without_side_files(base)
+    held = (e.merged if isinstance(e, PlacedTensors) else e.merged or e.source for e in made.placed)
+    receipt, accounts = accounting.of(filter(None, held))
     receipt = replace(receipt, checksums=dict(sorted(sums.items())), dispositions=dispositions.record())
     file = text_file(RECEIPT_FILE, receipt.text(2))
     made.files.append(replace(file, receipt=file.literals[0].data))
     layout = Layout(tuple(made.files), receipt, True, tuple(copied), made.pickle_bytes)
-    return PlannedOutput(layout, made.placed, made.notes, dispositions=dispositions)
+    return PlannedOutput(layout, made.placed, made.notes, dispositions=dispositions, accounts=accounts)
 
 
 def _without_side_files(base: CheckpointIndex) -> list[str]:
@@ -306,7 +304,7 @@ class _Folder:
 
     def _add_pickled(self, prefix: str, name: str, part: CheckpointIndex, own: Alignment, flat: bool) -> None:
         indexes = {each: index.parts.get(prefix.rstrip("/"), index) for each, index in self.indexes.items()}
-        made = pickled_file(prefix + name, self.recipe, part, indexes, own, lambda sums, dispositions: {}, flat)
+        made = pickled_file(prefix + name, self.recipe, part, indexes, own, lambda sums, dispositions, held: {}, flat)
         self.sums[made.file.name] = made.sums
         number = len(self.files)
         self.files.append(made.file)

@@ -1,0 +1,88 @@
+"""Units: every piece is in one of them, they are balanced, and shares of them are too."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import streammerge as sm
+from streammerge.planning import units
+from streammerge.planning.plan import Plan
+from streammerge.planning.tasks import pieces
+from streammerge.planning.units import MOST_TENSORS, Unit, cut, share, sums_of
+
+
+def planned(folder: Path, shapes: dict[str, tuple[int, ...]], **more: object) -> Plan:
+    for name in "ab":
+        save_file({key: torch.ones(shape) for key, shape in shapes.items()}, folder / f"{name}.safetensors")
+    return sm.plan([folder / "a.safetensors", folder / "b.safetensors"], folder / "out.safetensors", **more)  # type: ignore[arg-type]
+
+
+def test_every_piece_is_in_one_unit(tmp_path: Path) -> None:
+    shapes: dict[str, tuple[int, ...]] = {f"layers.{n}.w": (n % 7, 3) for n in range(500)}
+    plan = planned(tmp_path, shapes | {"long": (5, 1 << 20), "scalar": ()})
+    made = cut(plan.tasks)
+    wanted = [piece.key for number, task in enumerate(plan.tasks) for piece in pieces(task, number)]
+    assert sorted(piece.key for unit in made for piece in unit.pieces(plan.tasks)) == sorted(wanted)
+    assert [unit.number for unit in made] == list(range(len(made)))
+    assert max(unit.stop - unit.start for unit in made) <= MOST_TENSORS
+    parts = sorted(place for unit in made for place in sums_of(unit, plan.tasks))
+    for (file, offset, nbytes), (next_file, next_offset, _) in pairwise(parts):
+        assert nbytes > 0
+        assert file == next_file
+        assert offset + nbytes == next_offset, "the parts cover the tensors, and none lies over another"
+    assert sum(nbytes for _, _, nbytes in parts) == sum(task.out.nbytes for task in plan.tasks)
+    assert [Unit.of_row(unit.number, unit.row()) for unit in made] == made
+
+
+def test_a_long_tensor_is_several_units_unless_workers_share_its_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(units, "_LEAST_COST", 1 << 20)
+    shapes = {"long": (11, 1 << 20), "short": (10, 10)}
+    made = cut(planned(tmp_path, shapes).tasks)
+    long = [unit for unit in made if unit.last]
+    assert [unit.first for unit in long] == [0, *(unit.last for unit in long[:-1])]
+    assert len(long) > 1
+    assert not any(unit.alone for unit in made)
+    more = {"method": "ties", "base": tmp_path / "a.safetensors", "parameters": {"density": 0.5}}
+    alone = [unit for unit in cut(planned(tmp_path, shapes, **more).tasks) if unit.alone]
+    assert [(unit.stop - unit.start, unit.last) for unit in alone] == [(1, 0)]
+
+
+def test_a_decomposition_costs_more_than_its_bytes(tmp_path: Path) -> None:
+    shapes: dict[str, tuple[int, ...]] = {"w": (1000, 1000)}
+    mean = sum(unit.cost for unit in cut(planned(tmp_path, shapes).tasks))
+    more = {"method": "tsv", "base": tmp_path / "a.safetensors"}
+    assert sum(unit.cost for unit in cut(planned(tmp_path, shapes, **more).tasks)) > 20 * mean
+
+
+@pytest.mark.parametrize("shares", [1, 2, 7, 64])
+def test_shares_have_every_unit_once_and_are_balanced(shares: int) -> None:
+    draw = random.Random(shares)
+    made = [Unit(n, n, n + 1, draw.choice([0, 1, 5, 9, 10, 10, 10])) for n in range(2000)]
+    made += [Unit(2000 + n, 0, 1, cost) for n, cost in enumerate((900, 4000, 20))]
+    parts = [share(made, number, shares) for number in range(shares)]
+    assert sorted(unit.number for part in parts for unit in part) == [unit.number for unit in made]
+    loads = [sum(unit.cost for unit in part) for part in parts]
+    total = sum(loads)
+    assert max(loads) <= max(total / shares + 20, 4000 + 1)
+    assert parts == [share(list(made), number, shares) for number in range(shares)]
+
+
+def test_neighbours_are_in_one_share() -> None:
+    made = [Unit(n, n, n + 1, 10) for n in range(100)]
+    assert [unit.number for unit in share(made, 1, 4)] == list(range(25, 50))
+
+
+def test_more_shares_than_units() -> None:
+    made = [Unit(n, n, n + 1, 10) for n in range(3)]
+    parts = [share(made, number, 8) for number in range(8)]
+    assert sorted(unit.number for part in parts for unit in part) == [0, 1, 2]
+    assert max(map(len, parts)) == 1
+    assert share([], 0, 3) == []
