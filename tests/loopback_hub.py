@@ -58,9 +58,9 @@ class Request:
 class Hub:
     """The content of the hub, and what was asked of it.
 
-    ``large``: files of at least so many bytes are large files. ``part_bytes``: they are uploaded in parts of this size; 0 for one
-    part. ``before``: called with each request, in its thread; returns an answer (status, headers, body) instead of the usual one,
-    or None.
+    ``large``: files of at least so many bytes are large files. ``part_bytes``: they are uploaded in parts of this size; 0
+    for one part. ``before``: called with each request, in its thread; returns an answer (status, headers, body) instead of
+    the usual one, or None.
     """
 
     def __init__(self, large: int = 1000, part_bytes: int = 0) -> None:

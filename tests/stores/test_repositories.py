@@ -1,4 +1,4 @@
-"""Repositories of the hub, told by names. The oracle is the grammar that huggingface_hub documents for names and its cache."""
+"""Repositories of the hub, told by names. The oracle is the grammar of names that huggingface_hub documents."""
 
 from __future__ import annotations
 
