@@ -114,7 +114,7 @@ LINEAR = "merge_method: linear\nmodels: [{model: a.safetensors}, {model: b.safet
         (
             LINEAR.replace("a.safetensors", "{model: {path: a.safetensors, revision: x}}"),
             "2:11",
-            "a.safetensors@x does not",
+            "what lies on a disk has no revisions",
         ),
         (LINEAR.replace("a.safetensors", "a.safetensors+lora"), "2:11", "exists, but the adapter lora does not"),
         (LINEAR.replace("a.safetensors", "org/name"), "2:11", "org/name does not exist, and the hub"),

@@ -20,7 +20,10 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
         ("hf://org/name/sub/", Repository("org/name", "", "sub")),
         ("HF://org/name@refs/pr/12/sub", Repository("org/name", "refs/pr/12", "sub")),
         ("hf://org/name@a%2Fb", Repository("org/name", "a/b")),
-        *((text, None) for text in ("name", "/org/name", "./name", "../name", "org/..", "a--b/c", "-a/b", "a/b.", "a/b c")),
+        *(
+            (text, None)
+            for text in ("name", "/org/name", "./name", "../name", "org/..", "a--b/c", "-a/b", "a/b.", "a/b c", "a/b.pth")
+        ),
         *(
             (text, None)
             for text in ("hf://name", "hf://org/name@", "hf://org/name/a/../b", "s3://org/name", "org/name:0.5")

@@ -25,9 +25,8 @@ from streammerge.recipe.arguments import recipe_of
 from streammerge.recipe.locations import hub_place
 from streammerge.requests.inputs import Held, opened
 from streammerge.running import process
-from streammerge.running.choosing import choose_executor
+from streammerge.running.choosing import choose_executor, default_workers
 from streammerge.running.engine import modules_of, sweep_on_all
-from streammerge.running.execution import default_workers
 from streammerge.running.executors.base import Executor, Executors, Host
 from streammerge.running.executors.registry import find_executor
 from streammerge.running.job import Job, lent, new_key

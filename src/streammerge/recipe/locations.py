@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from streammerge.errors import RecipeError, VerifyError, listed, printable
-from streammerge.recipe.adapted import absent, is_there, parts_of, split
+from streammerge.recipe.adapted import absent, is_there, parts_of, split, without_revisions
 from streammerge.recipe.stage_names import stage_of, stage_text
 from streammerge.stores.base import Location
 from streammerge.stores.hub_places import on_hub
@@ -197,6 +197,10 @@ def _absent(named: str, folders: list[Location], confined: bool = False) -> str:
             return _may_stand(path, folders, confined) and _find_one(path, folders, confined) is not None
 
         return absent(named, exists) or f"{shown} does not exist"
+    if said := without_revisions(
+        named, lambda path: _may_stand(path, folders, confined) and bool(_find_one(path, folders, confined))
+    ):
+        return said
     repository = named_repository(named)
     if repository is not None and has_scheme(named):
         return f"{shown}: {on_hub(repository).error}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -90,6 +89,8 @@ class _AnyMethod(MergeMethod):
 
 
 def _nearest_method(value: Any) -> MergeMethod:
+    import difflib
+
     near = difflib.get_close_matches(str(value), METHODS.built_in, n=1)
     return METHODS.built_in[near[0]] if near else _AnyMethod("unknown", LINEAR.function, (0, None))
 

@@ -20,6 +20,8 @@ SCHEME = "hf"
 MAIN = "main"
 OTHER_KINDS = ("datasets/", "spaces/", "kernels/", "buckets/")
 """The beginnings of names of repositories that are no models."""
+_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".th", ".tar", ".pkl", ".yaml", ".yml", ".json")
+"""Endings by which a text without ``hf://`` means a file."""
 _MOST_REVISION_BYTES = 100
 _PART = r"[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
 _REVISION = r"refs/(?:pr|convert)/[\w.-]+|[\w.%-]+"
@@ -70,7 +72,9 @@ def named_repository(text: str) -> Repository | None:
         typed = text[len(start) :]
         return read_name(typed.removeprefix("models/") if typed.count("/") > 1 else typed)
     found = read_name(text)
-    return None if found is None or (found.inner and not found.revision) else found
+    if found is None or (found.inner and not found.revision) or found.name.endswith(_FILES):
+        return None
+    return found
 
 
 def repository_of(location: Location) -> Repository | None:
