@@ -50,7 +50,7 @@ from streammerge.options import (
     truth,
 )
 from streammerge.recipe.adapted import resolved
-from streammerge.recipe.locations import found_in_hub_cache, from_hub_cache
+from streammerge.recipe.locations import hub_place, with_hub_places
 from streammerge.running.process import resident_bytes
 from streammerge.signatures import takes
 from streammerge.stores.base import Location
@@ -82,7 +82,7 @@ def inspect(path: Checkpoint, *, state_dict: str | None = None, ema: Ema | None 
 
     held = Held()
     name = named("path", path, held)
-    return opened(name if name in held else from_hub_cache(name), asked.state_dict, asked.ema or "ignore", held)
+    return opened(name if name in held else hub_place(name), asked.state_dict, asked.ema or "ignore", held)
 
 
 @takes(*PLAN)
@@ -315,13 +315,13 @@ def convert(
         like = None if asked.like is None else str(asked.like)
         if like is not None and resolved(like) == resolved(source):
             raise RecipeError("`like` names the input itself; leave it out, or name another checkpoint")
-        recipe = found_in_hub_cache(conversion(source, asked.drop, asked.keep, overrides, like))
+        recipe = with_hub_places(conversion(source, asked.drop, asked.keep, overrides, like))
         made = planned(recipe, target, resources, running.executor, hashed=output.hash, held=held, like=like is not None)
         if asked.extras is not None:
             refuse_extras(parse(asked.extras), made, running.overwrite)
         result = execute(made, running, before)
     if asked.extras is not None:
-        place = source if source in held else from_hub_cache(source)
+        place = source if source in held else hub_place(source)
         index = opened(place, None if asked.like else recipe.state_dict, recipe.ema, held)
         content = {"format": index.format, "metadata": index.metadata, "data": index.plain_data()}
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"

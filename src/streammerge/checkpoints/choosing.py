@@ -11,6 +11,7 @@ from streammerge.checkpoints.globs import expand
 from streammerge.checkpoints.index import open_checkpoint
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats.file_names import is_shard, is_whole_model, parsed_name
+from streammerge.recipe.adapted import parts_of
 from streammerge.stores.locations import parse
 
 
@@ -70,7 +71,7 @@ def _refuse_shards(paths: list[str]) -> None:
     other."""
     seen: dict[tuple[object, ...], str] = {}
     for path in dict.fromkeys(paths):
-        place = parse(path)
+        place = parse(parts_of(path)[0])
         if not is_whole_model(place.name) or not is_shard(place.name):
             continue
         parsed = parsed_name(place.name)

@@ -12,8 +12,10 @@ from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
 from streammerge.errors import RecipeError, printable
 from streammerge.options import number_or_percent, path
 from streammerge.recipe.adapted import check_there, is_there, split
+from streammerge.recipe.locations import hub_place
 from streammerge.stores.base import Location
 from streammerge.stores.locations import PathLike, has_scheme, parse
+from streammerge.stores.repositories import named_repository
 from streammerge.units import plain_number
 
 if TYPE_CHECKING:
@@ -94,6 +96,11 @@ def _as_numbers(index: CheckpointIndex) -> CheckpointIndex:
 def names_and_weights(given: Any, held: Held) -> tuple[list[str], list[float] | None]:
     """Returns the names of the inputs, and their weights if a dict gives each path its weight. Raises RecipeError for
     anything but inputs."""
+    names, weights = _names_and_weights(given, held)
+    return [name if name in held else hub_place(name) for name in names], weights
+
+
+def _names_and_weights(given: Any, held: Held) -> tuple[list[str], list[float] | None]:
     if isinstance(given, CheckpointIndex):
         given = [given]
     if isinstance(given, Mapping) and _gives_weights(given):
@@ -109,13 +116,20 @@ def _with_weights(names: list[str]) -> tuple[list[str], list[float] | None]:
     A glob gives its weight to each match. Raises RecipeError if only some inputs have a weight.
     """
     found = [_WEIGHTED.fullmatch(name) for name in names]
-    weighted = [each if each and not has_scheme(each[0]) and not parse(each[0]).lexists() else None for each in found]
+    weighted = [each if each and _has_weight(each) else None for each in found]
     if not any(weighted):
         return names, None
     bare = next((name for name, each in zip(names, weighted, strict=True) if each is None), None)
     if bare is not None:
         raise RecipeError(f"{printable(bare)} has no weight behind it, and others have; write {printable(bare)}:0.5, say")
     return _each_with_weight([(each[1], number_or_percent(each[2])) for each in weighted if each])
+
+
+def _has_weight(found: re.Match[str]) -> bool:
+    """Whether a number behind a colon is a weight, and no part of the name."""
+    if has_scheme(found[0]):
+        return named_repository(found[1]) is not None
+    return not parse(found[0]).lexists()
 
 
 def _each_with_weight(given: list[tuple[str, float]]) -> tuple[list[str], list[float]]:

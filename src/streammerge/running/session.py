@@ -304,6 +304,7 @@ class Run:
                 self.listener(TaskDone(piece.task.out.name, read_bytes, finished.nbytes, held.now()))
                 if finished.nonfinite and finished.nonfinite.keys() - {AGREED}:
                     self._refuse_nonfinite()  # now, and not after hours of work that would then be dropped
+        self._inputs.halted_by(lambda: None)  # the workers have ended, and side files are still to be read
 
     def _job(self) -> Job:
         plan = self.plan
