@@ -221,7 +221,8 @@ def test_gguf_in_transformers(architecture: str) -> None:
     kinds = {"llama": "Llama", "qwen2": "Qwen2", "gemma2": "Gemma2"}
     config = getattr(transformers, f"{kinds[architecture]}Config")(
         hidden_size=wide, num_attention_heads=heads, num_key_value_heads=kv, intermediate_size=inner,
-        head_dim=wide // heads, num_hidden_layers=layers, vocab_size=tokens, tie_word_embeddings=False, attention_bias=False,
+        head_dim=wide // heads, num_hidden_layers=layers, vocab_size=tokens,
+        tie_word_embeddings=False, attention_bias=False,
     )  # fmt: skip
     with torch.device("meta"):
         model = getattr(transformers, f"{kinds[architecture]}ForCausalLM")(config)
