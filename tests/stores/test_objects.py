@@ -23,7 +23,7 @@ import streammerge as sm
 from stores.suite import ODD_NAMES, ReadingSuite
 from streammerge.stores.base import Location
 from streammerge.stores.locations import parse
-from streammerge.stores.objects import profile
+from streammerge.stores.profiles import profile
 
 
 def put(location: Location, data: bytes) -> Location:

@@ -23,6 +23,11 @@ Each module imports only modules above it::
     local        the files of this machine
     memory       the store memory://
     remote       the common part of stores behind a network
+    profiles     the profiles of the AWS command line
+    signing      signatures of S3 requests, credentials
+    multipart    uploads to S3 in parts
+    parts        files that are sent in parts
+    staged       outputs of object stores
     objects      s3://, gs://, az://, https://
     registry     stores by scheme
     locations    from text to a Location
