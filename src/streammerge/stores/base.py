@@ -351,8 +351,8 @@ class Staging(ABC):
         """Makes a file of the output, and closes the one that had this name.
 
         ``name``: its name; in a folder also a path below it (:func:`streammerge.stores.names.is_inner`), whose folders are
-        made. ``keep``: keeps the bytes of an earlier run if the file exists in this size. ``late``: whether it is a small file
-        that says that the output is whole, such as an index. Raises ValueError for a name that leads out of the output.
+        made. ``keep``: keeps the bytes of an earlier run if the file exists in this size. ``late``: whether it is a small
+        file that says that the output is whole, such as an index. Raises ValueError for a name that leads out of it.
         """
         return self._added(self._files, name, self.place(name), size, keep)
 

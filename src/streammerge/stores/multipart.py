@@ -149,7 +149,9 @@ class Requests:
         code, said = _error(answer.body)
         if answer.status in _PASSING_STATUS or code in _PASSING_CODES:
             raise Passing(f"{answer.status} {code}")
-        raise Refused(f"{what} was refused: {answer.status} {printable(code)} {printable(said)}".strip(), answer.status, code)
+        raise Refused(
+            f"{what} was refused: {answer.status} {printable(code)} {printable(said)}".strip(), answer.status, code
+        )
 
     def _connection(self) -> http.client.HTTPConnection:
         kept: http.client.HTTPConnection | None = getattr(self._local, "connection", None)

@@ -363,22 +363,6 @@ class S3(ObjectStore):
                     config[key] = found
         return module.S3Store(root, **config, **common)
 
-
-_OWN_CREDENTIALS = (
-    "AWS_ACCESS_KEY_ID",
-    "AWS_WEB_IDENTITY_TOKEN_FILE",
-    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
-    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
-    "AWS_SKIP_SIGNATURE",
-)
-_PROFILE_KEYS = {
-    "access_key_id": ("aws_access_key_id",),
-    "secret_access_key": ("aws_secret_access_key",),
-    "session_token": ("aws_session_token",),
-    "region": ("region",),
-}
-
-
     def stage(self, location: Location, overwrite: bool = False) -> Staging:
         return ObjectStaging(self, location, overwrite)
 
@@ -427,6 +411,21 @@ _PROFILE_KEYS = {
             requests.abort(name, upload)
             raise
         return True
+
+
+_OWN_CREDENTIALS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_SKIP_SIGNATURE",
+)
+_PROFILE_KEYS = {
+    "access_key_id": ("aws_access_key_id",),
+    "secret_access_key": ("aws_secret_access_key",),
+    "session_token": ("aws_session_token",),
+    "region": ("region",),
+}
 
 
 _MOST_COPY_BYTES, _COPY_BYTES = 5_000_000_000, 1 << 30

@@ -6,7 +6,9 @@ parts at once, on threads of its own. A worker that completes a part while all o
 
 from __future__ import annotations
 
+import errno
 import mmap
+import os
 import queue
 import threading
 from abc import ABC, abstractmethod
@@ -129,8 +131,8 @@ class _Buffer:
 class PartedOutput(Output):
     """A file that is sent in parts.
 
-    ``earlier``: the parts that an earlier run has sent; they are kept. ``whole``: whether the file is there already, by a run
-    that was killed while it published.
+    ``earlier``: the parts that an earlier run has sent; they are kept. ``whole``: whether the file is there already, by
+    a run that was killed while it published.
     """
 
     in_parts = True
@@ -155,6 +157,7 @@ class PartedOutput(Output):
         self._literals: list[tuple[int, bytes]] = []
         self._changed = threading.Condition()
         self._failed: BaseException | None = None
+        self._closed = False
 
     @property
     def count(self) -> int:
@@ -237,6 +240,7 @@ class PartedOutput(Output):
 
     def close(self) -> None:
         """Forgets incomplete parts."""
+        self._closed = True
         self._buffers.clear()
 
     def _size(self, number: int) -> int:
@@ -244,6 +248,8 @@ class PartedOutput(Output):
 
     def _write(self, number: int, data: memoryview, start: int) -> None:
         with self._changed:
+            if self._closed:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             if self.whole or number in self.parts or number in self._under_way:
                 return  # an earlier run, or this one, has sent the same bytes
             self.synced = False

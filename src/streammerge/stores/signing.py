@@ -54,8 +54,8 @@ def signed(
 ) -> tuple[str, dict[str, str]]:
     """Returns the path with its query as it is sent, and all headers.
 
-    ``path``: as text, not quoted. ``headers``: those of the request, all of which are signed. Without credentials nothing is
-    signed.
+    ``path``: as text, not quoted. ``headers``: those of the request, all of which are signed. Without credentials nothing
+    is signed.
     """
     quoted = urllib.parse.quote(path, safe="/" + _SAFE)
     asked = "&".join(f"{_quoted(name)}={_quoted(value)}" for name, value in sorted(query.items()))
@@ -119,8 +119,8 @@ def _found() -> Credentials | None:
         return _of_service()
     except (OSError, ValueError, KeyError) as error:
         raise StoreError(
-            f"no credentials for s3:// were found ({printable(error)}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
-            "AWS_PROFILE"
+            f"no credentials for s3:// were found ({printable(error)}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+            "or AWS_PROFILE"
         ) from error
 
 

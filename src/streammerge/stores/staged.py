@@ -1,10 +1,10 @@
 """Outputs of object stores: sent in parts under their own names, invisible until they are published.
 
 The files of tensors are uploads that are completed when everything is there. Indexes, receipts and other small files come
-last, by conditional put; they are the record that the output is whole. Beside it, in a hidden folder, stand the lock and the
-journal: objects that are written once each, since an object store does not append. A line of the journal also tells the tags
-of the parts that were sent since the line before, so that a next run takes over only parts that the store still has under
-these tags.
+last, by conditional put; they are the record that the output is whole. Beside it, in a hidden folder, stand the lock and
+the journal: objects that are written once each, since an object store does not append. An object of the journal also tells
+the tags of the parts that were sent since the one before, so that a next run takes over only parts that the store still has
+under these tags.
 """
 
 from __future__ import annotations
@@ -444,4 +444,3 @@ def whole_tag(parts: list[Part]) -> str:
         return ""
     digest = hashlib.md5(b"".join(bytes.fromhex(part.tag) for part in parts), usedforsecurity=False)
     return f"{digest.hexdigest()}-{len(parts)}"
-
