@@ -16,6 +16,7 @@ Each module imports only modules above it::
     dcp                 folders of torch.distributed.checkpoint
     hf_storage          the same as safetensors
     zero                checkpoints of DeepSpeed
+    nemo                NeMo archives
     dtensors            rank files with distributed tensors
     distributed         which checkpoint of several ranks a folder holds
     folder              the checkpoint, or the models, in a folder

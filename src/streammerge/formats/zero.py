@@ -291,6 +291,9 @@ class _Reading:
         )
         container.held_bytes = self.held_bytes + PIECE_BYTES * pieces
         container.skipped = self.skipped
+        container.own_files = (
+            r".*_(model|optim)_states\.pt|fp32\.pt|exp_avg\w*\.pt|step\.pt|optimizer_state\.pt|zero_to_\w+\.py"
+        )
         if (step := self.states.get("global_steps")).__class__ is int:
             container.facts["step"] = str(step)
         return container
