@@ -6,17 +6,19 @@ import re
 from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from typing import Literal as OneOf
 
 from streammerge.errors import FormatError, printable
 from streammerge.pickles.tree import FlatTree, TensorRef
 from streammerge.pickles.tree import flat_tensor as flat_tensor
 from streammerge.sources.base import Source
-from streammerge.sources.deflated import PackedRecord, of_bytes
 from streammerge.sources.table import StoredTable
 from streammerge.stores.base import Location
 from streammerge.tensors.spec import TensorSpec, is_contiguous
+
+if TYPE_CHECKING:
+    from streammerge.sources.deflated import PackedRecord
 
 MOST_EXPANDED_BYTES = 64 << 20
 _INDEX_NAME = re.compile(r"\.index(\.[\w-]+)?\.json$")
@@ -161,6 +163,8 @@ class Container:
                 "it is expanded beyond reason"
             )
         strides = None if contiguous else ref.strides
+        from streammerge.sources.deflated import of_bytes
+
         return of_bytes(spec, store.path, store.offset + start, strides, store.record, ref.lazy)
 
     def _where(self, name: str) -> str:
