@@ -134,8 +134,7 @@ def test_icefalls_table_in_one_command(here: Path, cli: Cli) -> None:
     words = ("exp/epoch-*.safetensors", "--epochs", "11:12", "--averages", "1:3", "-o", "means", "--lowest")
     score = Path("score.py")
     score.write_text(
-        "import struct, sys\n"
-        "print('WER', abs(struct.unpack('<f', open(sys.argv[1], 'rb').read()[-4:])[0] - 10.2))\n"
+        "import struct, sys\nprint('WER', abs(struct.unpack('<f', open(sys.argv[1], 'rb').read()[-4:])[0] - 10.2))\n"
     )
     made = cli("sweep", *words, "--score", f"{sys.executable} -S score.py {{}}", "--keep", "best:2")
     assert "epoch \\ avg" in made.stdout
