@@ -125,6 +125,7 @@ def plan(
     workers: SupportsIndex | None = None,
     io: Io = "mmap",
     executor: str | Callable[[int], Any] = "auto",
+    address: str | None = None,
     max_shard_size: str | SupportsIndex | None = None,
     keep_optimizer: bool | None = None,
     quantise: Quantise | None = None,
@@ -200,6 +201,7 @@ def merge(
     workers: SupportsIndex | None = None,
     io: Io = "mmap",
     executor: str | Callable[[int], Any] = "auto",
+    address: str | None = None,
     max_shard_size: str | SupportsIndex | None = None,
     keep_optimizer: bool | None = None,
     quantise: Quantise | None = None,
@@ -246,7 +248,7 @@ def merge(
                 made = request.plan()
         foreseen = output_warnings(made)  # the run itself raises these as errors, unless they are allowed
         made.warnings = [warning for warning in made.warnings if warning not in foreseen]
-        return execute(made, running, before)
+        return _executed(made, running, given, before)
 
 
 @takes(*CONVERT)
@@ -268,6 +270,7 @@ def convert(
     workers: SupportsIndex | None = None,
     io: Io = "mmap",
     executor: str | Callable[[int], Any] = "auto",
+    address: str | None = None,
     max_shard_size: str | SupportsIndex | None = None,
     keep_optimizer: bool | None = None,
     quantise: Quantise | None = None,
@@ -307,7 +310,7 @@ def convert(
         made = planned(recipe, target, resources, running.executor, hashed=output.hash, held=held, like=like is not None)
         if asked.extras is not None:
             refuse_extras(parse(asked.extras), made, running.overwrite)
-        result = execute(made, running, before)
+        result = _executed(made, running, given, before)
     if asked.extras is not None:
         place = source if source in held else from_hub_cache(source)
         index = opened(place, None if asked.like else recipe.state_dict, recipe.ema, held)
@@ -356,6 +359,16 @@ def extract(
         from streammerge.requests.extractions import extracting  # here, because merges start without it
 
         return _make(extracting(given), target_place, given, running.listener, before)
+
+
+def _executed(made: Plan, running: RunOptions, given: Mapping[str, Any], before: int) -> Result:
+    executing = picked(Executing, given)
+    if executing.executor != "ray":
+        return execute(made, running, before)
+    from streammerge.requests.cluster import execute_on_nodes  # here, because most merges run on one machine
+
+    resources, writing = picked(Resources, given), picked(Writing, given)
+    return execute_on_nodes(made, running, resources, executing, writing.hash, before)
 
 
 def _make(made: Making, out: Location, given: Mapping[str, Any], listener: Listener, before: int) -> AdapterResult:
@@ -431,6 +444,7 @@ def diff(
     workers: SupportsIndex | None = None,
     io: Io = "mmap",
     executor: str | Callable[[int], Any] = "auto",
+    address: str | None = None,
     listener: Listener = quiet,
     progress: bool = False,
 ) -> Diff:
