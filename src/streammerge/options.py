@@ -387,6 +387,12 @@ class Policies(Options):
         otherwise="first; promote in a recipe, as in mergekit",
         overrides=True,
     )
+    strict: bool = option(
+        "Refuse a merge that leaves any tensor of an input unused, or whose configuration and tensors disagree. "
+        "What a rule leaves out and the state of a training do not count.",
+        TRUTH,
+        default=False,
+    )
     unsafe_truncate_embeddings: bool | None = option(
         "Cut embeddings and heads to the rows that all models have. Right only if equal rows are of equal tokens; "
         "`tokenizer_source` brings rows into one order.",

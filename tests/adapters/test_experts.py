@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import streammerge as sm
 from adapters.arithmetic import Tensors, adapter_of, baked, base_of, change, drawn, factors, same
 
 EXPERTS, RANK, HIDDEN, INNER = 3, 2, 8, 6
@@ -75,3 +76,40 @@ def test_factors_of_single_experts_on_fused_ones(across: bool) -> None:
     adapter_of(lora, config={"r": 2, "lora_alpha": 4, "rank_pattern": {"experts.2.w1": 1}})
     wanted = {names[name]: each if each.dim() == 2 else turn(each) for name, each in expected.items()}
     same(baked("base+lora"), wanted)
+
+
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("strength", ["", "0.5*"])
+def test_norms_of_single_experts_on_fused_ones(across: bool, strength: str) -> None:
+    """DoRA gives the rows of each expert's matrix norms, which no product of factors can."""
+    place = "model.layers.0.block_sparse_moe"
+    stored = {"gate_up_proj": drawn(5, EXPERTS, 2 * INNER, HIDDEN), "down_proj": drawn(6, EXPERTS, HIDDEN, INNER)}
+    lora, expected = dict[str, torch.Tensor](), {name: each.double() for name, each in stored.items()}
+    for number, name in enumerate(("0.w1", "2.w1", "1.w3", "0.w2")):
+        out, inner = (HIDDEN, INNER) if name.endswith("w2") else (INNER, HIDDEN)
+        module = f"{place}.experts.{name}"
+        made = factors(module, out, inner, 2, 10 + 2 * number) | {
+            f"{module}.lora_magnitude_vector": drawn(30 + number, out)
+        }
+        lora |= made
+        rows = slice(None) if name.endswith("w2") else slice(0, INNER) if name.endswith("w1") else slice(INNER, None)
+        whole = expected["down_proj" if name.endswith("w2") else "gate_up_proj"][int(name[0])]
+        updated = whole[rows] + change(made, module, 2)
+        normed = made[f"{module}.lora_magnitude_vector"].double()[:, None] * updated / updated.norm(dim=1, keepdim=True)
+        whole[rows] += (0.5 if strength else 1.0) * (normed - whole[rows])
+    turn = (lambda each: each.transpose(1, 2)) if across else (lambda each: each)
+    base_of({f"model.layers.0.mlp.experts.{name}": turn(each) for name, each in stored.items()})
+    adapter_of(lora, config={"r": 2, "lora_alpha": 4, "use_dora": True})
+    same(
+        baked(f"base+{strength}lora"), {f"model.layers.0.mlp.experts.{name}": turn(each) for name, each in expected.items()}
+    )
+
+
+def test_other_updates_of_single_experts_are_named() -> None:
+    stored = {"gate_up_proj": drawn(5, EXPERTS, 2 * INNER, HIDDEN), "down_proj": drawn(6, EXPERTS, HIDDEN, INNER)}
+    base_of({f"model.layers.0.mlp.experts.{name}": each for name, each in stored.items()})
+    module = "model.layers.0.mlp.experts.0.up_proj"
+    shapes = {"w1_a": (INNER, 2), "w1_b": (2, HIDDEN), "w2_a": (INNER, 2), "w2_b": (2, HIDDEN)}
+    adapter_of({f"{module}.hada_{name}": drawn(1, *shape) for name, shape in shapes.items()})
+    with pytest.raises(sm.MismatchError, match="updates of the kind loha of single experts"):
+        baked("base+lora.safetensors")

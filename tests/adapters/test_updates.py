@@ -256,3 +256,88 @@ def test_factors_of_other_shapes_are_errors(case: str) -> None:
     base_of({f"{PLACE}.weight": drawn(1, 7, 5), f"{PLACE}.bias": drawn(2, 7)})
     with pytest.raises(sm.MismatchError, match=r"lora_unet_down_blocks_0_attentions_0_to_q\..* does not fit"):
         sm.convert(f"base+{adapter_of(tensors)}", "out/")
+
+
+GLORA: dict[str, tuple[tuple[int, ...], dict[str, tuple[int, ...]], Callable[[Tensor, dict[str, Tensor]], Tensor]]] = {
+    "linear": (
+        (8, 6),
+        {"a1": (6, 4), "a2": (4, 6), "b1": (8, 4), "b2": (4, 6)},
+        lambda w, f: w @ f["a1"] @ f["a2"] + f["b1"] @ f["b2"],
+    ),
+    "older releases": (
+        (8, 6),
+        {"a1": (4, 6), "a2": (6, 4), "b1": (4, 6), "b2": (8, 4)},
+        lambda w, f: w @ f["a2"] @ f["a1"] + f["b2"] @ f["b1"],
+    ),
+    "square": (
+        (6, 6),
+        {"a1": (6, 4), "a2": (4, 6), "b1": (6, 4), "b2": (4, 6)},
+        lambda w, f: w @ f["a1"] @ f["a2"] + f["b1"] @ f["b2"],
+    ),
+    "kernels of one position": (
+        (8, 6, 1, 1),
+        {"a1": (6, 4, 1, 1), "a2": (4, 6, 1, 1), "b1": (8, 4, 1, 1), "b2": (4, 6, 1, 1)},
+        lambda w, f: (
+            w.flatten(1) @ f["a1"].flatten(1) @ f["a2"].flatten(1) + f["b1"].flatten(1) @ f["b2"].flatten(1)
+        ).view(8, 6, 1, 1),
+    ),
+    "kernels": (
+        (8, 6, 3, 3),
+        {"a1": (6, 4, 1, 1), "a2": (4, 6, 1, 1), "b1": (8, 4, 1, 1), "b2": (4, 6, 3, 3)},
+        lambda w, f: (
+            torch.einsum("oikl,ir,rj->ojkl", w, f["a1"].flatten(1), f["a2"].flatten(1))
+            + (f["b1"].flatten(1) @ f["b2"].flatten(1)).view(8, 6, 3, 3)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", GLORA)
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_glora(kind: str, strength: float) -> None:
+    """The update contains the weights of the base."""
+    shape, sizes, formula = GLORA[kind]
+    weight = drawn(1, *shape)
+    made = {part: drawn(2 + number, *size) for number, (part, size) in enumerate(sizes.items())}
+    base_of({f"{PLACE}.weight": weight})
+    adapter_of({f"{MANGLED}.{part}.weight": each for part, each in made.items()} | {f"{MANGLED}.alpha": torch.tensor(2.0)})
+    update = 0.5 * formula(weight.double(), {part: each.double() for part, each in made.items()})
+    text = "base+lora.safetensors" if strength == 1 else f"base+{strength}*lora.safetensors"
+    same(baked(text), {f"{PLACE}.weight": weight.double() + strength * update})
+
+
+def test_glora_of_square_factors_has_two_meanings() -> None:
+    base_of({f"{PLACE}.weight": drawn(1, 4, 4)})
+    adapter_of({f"{MANGLED}.{part}.weight": drawn(2, 4, 4) for part in ("a1", "a2", "b1", "b2")})
+    with pytest.raises(sm.MismatchError, match="all square"):
+        baked("base+lora.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [((8, 6), (8, 9)), ((8, 6), (10, 6)), ((8, 4, 3, 3), (8, 9, 3, 3)), ((8, 6), (8, 6))]
+)
+def test_a_base_is_filled_up_with_zeros(old: tuple[int, ...], new: tuple[int, ...]) -> None:
+    """`reshape_weight` of ComfyUI: an adapter for more channels than the base has."""
+    weight, down, up = drawn(1, *old), drawn(2, 4, *new[1:]), drawn(3, new[0], 4, *(1 for _ in new[2:]))
+    base_of({f"{PLACE}.weight": weight})
+    adapter_of(
+        {
+            f"diffusion_model.{PLACE}.lora_down.weight": down,
+            f"diffusion_model.{PLACE}.lora_up.weight": up,
+            f"diffusion_model.{PLACE}.reshape_weight": torch.tensor(new),
+        }
+    )
+    wide = torch.zeros(new, dtype=torch.float64)
+    wide[tuple(slice(0, size) for size in old)] = weight.double()
+    expected = wide + (up.double().flatten(1) @ down.double().flatten(1)).view(new)
+    same(baked("base+lora.safetensors"), {f"{PLACE}.weight": expected})
+    warned = [each for each in sm.inspect("base+lora.safetensors").warnings if "fills" in each]
+    assert len(warned) == (old != new)
+
+
+def test_a_base_is_not_cut() -> None:
+    base_of({f"{PLACE}.weight": drawn(1, 8, 6)})
+    lora = {"lora_down.weight": drawn(2, 4, 5), "lora_up.weight": drawn(3, 8, 4), "reshape_weight": torch.tensor([8, 5])}
+    adapter_of({f"diffusion_model.{PLACE}.{name}": each for name, each in lora.items()})
+    with pytest.raises(sm.MismatchError, match="no larger shape"):
+        baked("base+lora.safetensors")

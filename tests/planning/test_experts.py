@@ -126,3 +126,15 @@ def test_a_rule_copies_fused_experts_in_the_firsts_form() -> None:
     sm.merge(recipe={"merge_method": "linear", "models": models, "rules": rules}, out="out.safetensors")
     out = load_safetensors(Path("out.safetensors"))
     assert octets(out["model.layers.0.mlp.experts.1.up_proj.weight"]) == octets(two["up"][1])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_methods_that_look_at_whole_tensors_say_what_one_is(form: Form) -> None:
+    layers = [experts(layer) for layer in range(LAYERS)]
+    for seed, name in enumerate(("a", "b")):
+        save_file(checkpoint(form, layers, seed), f"{name}.safetensors")
+    for method, parameters in (("slerp", {"t": 0.5}), ("linear", {})):
+        base = {"base": "a.safetensors"} if method == "slerp" else {}
+        notes = sm.plan(["a.safetensors", "b.safetensors"], method=method, parameters=parameters, **base).notes
+        said = [note for note in notes if "all experts of a layer count as one tensor" in note]
+        assert len(said) == (method == "slerp" and form not in SEPARATE)

@@ -79,6 +79,39 @@ def test_mixtral_has_the_names_of_its_own_checkpoints(models: list[dict[str, tor
     assert sm.verify("out/")
 
 
+@pytest.mark.parametrize(("kind", "block"), [("llama", "block_sparse_moe"), ("qwen3", "mlp")])
+def test_experts_are_fused_on_demand(kind: str, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As mergekit 0.1.5 writes them: gate above up. Nothing else differs from the mixture with separate experts."""
+    monkeypatch.chdir(tmp_path)
+    models = [make(f"m{n}", n, kind) for n in range(3)]
+    noisy = recipe()
+    noisy["experts"][0] |= {"noise_scale": 0.1, "residual_scale": 0.5}
+    separate, fused = built(noisy), built({**noisy, "fused_experts": True}, "fused/")
+    parts = ("w1", "w3", "w2") if kind == "llama" else ("gate_proj", "up_proj", "down_proj")
+    for n in range(LAYERS):
+        old, new = f"model.layers.{n}.{block}.", f"model.layers.{n}.mlp."
+        each = [[separate.pop(f"{old}experts.{e}.{part}.weight") for part in parts] for e in (0, 1)]
+        both, down = fused.pop(f"{new}experts.gate_up_proj"), fused.pop(f"{new}experts.down_proj")
+        assert (both.shape, down.shape) == ((2, 2 * INNER, HIDDEN), (2, HIDDEN, INNER))
+        for e, (gate, up, back) in enumerate(each):
+            if e:  # noise is drawn by the name of a tensor
+                assert torch.equal(both[e], torch.cat((gate, up)))
+                assert torch.equal(down[e], back)
+        moved, router = separate.pop(f"{old}gate.weight"), fused.pop(f"{new}gate.weight")
+        assert (moved.shape, moved.dtype) == (router.shape, router.dtype)
+    assert separate.keys() == fused.keys()
+    assert all(torch.equal(fused[name], tensor) for name, tensor in separate.items())
+    assert Path("out/config.json").read_text() == Path("fused/config.json").read_text()
+    assert torch.equal(models[0]["lm_head.weight"], fused["lm_head.weight"])
+    assert sm.verify("fused/", sample=1.0)
+
+
+def test_programs_without_fused_experts_are_told(models: list[dict[str, torch.Tensor]]) -> None:
+    for asked in ({"architecture": "deepseek"}, {"architecture": "qwen", "shared_experts": [{"source_model": "m0"}]}):
+        with pytest.raises(sm.RecipeError, match="leave fused_experts out"):
+            sm.plan(recipe=recipe(fused_experts=True, **asked))
+
+
 def test_qwen2_has_a_shared_expert_and_biases(models: list[dict[str, torch.Tensor]]) -> None:
     made = built(recipe(architecture="qwen", shared_experts=[{"source_model": "m0"}]))
     assert torch.equal(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from streammerge.errors import RecipeError
-from streammerge.recipe.adapted import Adapted, Part, absent, adapted_text, split
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import streammerge as sm
+from streammerge.recipe.adapted import Adapted, Part, absent, adapted_text, split, without_revisions
 
 THERE = {"base", "one", "two", "a+b", "a", "org/x", "c++/m", "<in memory 1>"}
 
@@ -70,12 +74,33 @@ def test_another_lora_is_refused(lora: object) -> None:
         adapted_text("base", lora)
 
 
-def test_revisions_are_refused() -> None:
-    with pytest.raises(RecipeError, match="revision"):
-        adapted_text("base", {"path": "one", "revision": "main"})
+def test_a_revision_stands_behind_its_path() -> None:
+    assert adapted_text("base", {"path": "org/one", "revision": "main"}) == "base + org/one@main"
 
 
 def test_the_message_names_the_absent_part() -> None:
     assert "the adapter lost does not" in absent("base+one+lost", THERE.__contains__)
     assert "nor as the model lost" in absent("lost+one", THERE.__contains__)
     assert absent("lost", THERE.__contains__) == ""
+
+
+def test_a_path_of_this_machine_has_no_revisions() -> None:
+    there = {"base", "lora", "a@b"}.__contains__
+    for text, path, left in (("base@v1", "base", "@v1"), ("a@b@main", "a@b", "@main")):
+        said = without_revisions(text, there)
+        assert f"{path} does" in said
+        assert f"leave {left} out" in said
+    for text in ("other@v1", "base", "@v1", "base@", "base@x/y"):
+        assert not without_revisions(text, there)
+    assert "leave @v2 out" in absent("base+lora@v2", there)
+    assert "leave @v1 out" in absent("base@v1+lora", there)
+
+
+def test_a_revision_behind_a_path_is_told_wherever_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_file({"w": torch.zeros(2)}, "base.safetensors")
+    for text in ("base.safetensors@v1", "base.safetensors@v1+base.safetensors", "base.safetensors+base.safetensors@v1"):
+        with pytest.raises(sm.RecipeError, match="leave @v1 out"):
+            sm.inspect(text)
+        with pytest.raises(sm.RecipeError, match="leave @v1 out"):
+            sm.plan(recipe={"merge_method": "linear", "models": [text, "base.safetensors"]})

@@ -6,8 +6,8 @@ Each module imports only modules above it::
     layouts    other names of the same tensors: the two layouts of diffusion models
     config     PEFT's configuration
     modules    the factors of each module that an adapter changes
-    experts    adapters of experts, one by one or fused
     names      which tensors of a base a module is
     updates    what factors make of a tensor
+    experts    adapters of experts, one by one or fused
     applying   a base with adapters
 """

@@ -22,7 +22,7 @@ from streammerge.tensors.layers import layer_of
 
 __all__ = ["adapted", "read_adapter"]
 
-_ORDER = ("saved", "ia3", "full", "lora", "embedding", "experts", "loha", "lokr", "bias", "tokens")
+_ORDER = ("saved", "ia3", "full", "lora", "embedding", "experts", "loha", "lokr", "glora", "bias", "tokens")
 """What is replaced comes before what is added to it; trained rows come last."""
 
 
@@ -228,14 +228,14 @@ class _Adapted:
     def index(self, adapters: Sequence[Adapter], text: str) -> CheckpointIndex:
         """Returns the index, with each tensor in the dtype that the base has."""
         base, entries = self.base, dict(self.base.entries)
-        resized = []
+        resized, grown = list[str](), list[str]()
         for name, source in self.now.items():
             dtype = base.entries[name].spec.dtype
             if source.spec.dtype.kind == "float" and dtype.kind == "float":
                 source = rounded(source, dtype)
             entries[name] = source.named(name)
             if source.spec.shape != base.entries[name].spec.shape:
-                resized.append(name)
+                (resized if is_embedding(name) else grown).append(name)
         self._check_rows(resized, entries, adapters)
         for name, first in base.aliases.items():
             if first in self.now:
@@ -245,6 +245,12 @@ class _Adapted:
             self.warnings.append(
                 f"{printable(adapters[-1].index.path)} brings {printable(resized[0])} with {shape[0]} rows; the tokenizer "
                 "that belongs to them is the adapter's, so copy its tokenizer files to the output"
+            )
+        if grown:
+            self.warnings.append(
+                f"{printable(adapters[-1].index.path)} fills {printable(grown[0])} up to the shape "
+                f"{list(entries[grown[0]].spec.shape)}; the base's configuration states the old size, so change it in the "
+                "output, or a loader refuses the weights"
             )
         files = tuple(dict.fromkeys((*base.files, *(file for each in adapters for file in each.index.files))))
         warnings = [*base.warnings, *(warning for each in adapters for warning in each.index.warnings), *self.warnings]

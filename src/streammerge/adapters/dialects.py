@@ -15,6 +15,7 @@ PARTS: tuple[tuple[str, str, str], ...] = (
     (r"\.(lokr_[wt][12](?:_[ab])?)(?:\.(?!weight$)[^.]+)?(?:\.weight)?", r"\1", "LoKr, in LyCORIS and PEFT"),
     (r"[._]lora(?:_linear_layer)?[._](down|up|mid)\.weight", r"\1", "Kohya, LyCORIS, and diffusers before PEFT"),
     (r"\.lora_(down|up|mid)", r"\1", "ComfyUI's extraction"),
+    (r"\.([ab][12])\.weight", r"\1", "GLoRA, in LyCORIS"),
     (r"\.alpha", "alpha", "Kohya, LyCORIS"),
     (r"\.dora_scale", "dora_scale", "LyCORIS, ComfyUI"),
     (r"\.(diff|diff_b|w_norm|b_norm|set_weight|reshape_weight)", r"\1", "LyCORIS and ComfyUI: whole differences"),
@@ -27,7 +28,7 @@ SAME_PARTS: dict[str, str] = {"down": "A", "up": "B", "w_norm": "diff", "b_norm"
 REFUSED_PARTS: tuple[tuple[str, str], ...] = (
     (r"\.b?oft_(blocks|diag|[rRsS])\b", "OFT, which multiplies the weights by rotations"),
     (r"\.vera_(lambda_[bd]|[AB])\b|\.vera_[AB]$", "VeRA, whose matrices depend on a seed"),
-    (r"\.(a1|a2|b1|b2)\.weight$", "GLoRA"),
+    (r"\.bm\.weight$", "GLoRA with a core of its own"),
     (r"\.fourierft_spectrum\b", "FourierFT"),
     (r"\.lora_E$|\.ranknum$", "AdaLoRA"),
     (r"(^|\.)prompt_embeddings$", "a prompt, which changes no weight"),

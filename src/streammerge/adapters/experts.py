@@ -13,16 +13,18 @@ from dataclasses import dataclass, field
 
 from streammerge.adapters.dialects import IN_OUT_EXPERTS
 from streammerge.adapters.modules import Module
+from streammerge.adapters.updates import updated
 from streammerge.checkpoints.config import tree_of
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import MismatchError, RecipeError, printable
 from streammerge.sources.base import Source
 from streammerge.sources.box import box
 from streammerge.sources.constant import Constant
-from streammerge.sources.elementwise import summed
+from streammerge.sources.elementwise import rounded, summed
 from streammerge.sources.joined import joined
 from streammerge.sources.permuted import permuted, shaped
 from streammerge.sources.product import product
+from streammerge.sources.rows import rows_of
 from streammerge.tensors.conventions import EXPERT_ROLES, EXPERT_STACKS
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorSpec
@@ -158,8 +160,8 @@ class Singles:
 
     def add(self, module: Module) -> None:
         match = _TENSOR.match(module.name)
-        if match is None or match["number"] is None or module.kind != "lora" or module.magnitude or "mid" in module.parts:
-            raise RecipeError("only plain LoRA factors of single experts can be added to fused ones")
+        if match is None or match["number"] is None or module.parameter != "weight" or module.grown:
+            raise RecipeError("it is no update of a single expert's weight")
         self.modules[EXPERT_ROLES[match["role"]], int(match["number"])] = module
 
     def updates(self, now: dict[str, Source], strength: float, base: CheckpointIndex) -> dict[str, Source]:
@@ -170,13 +172,63 @@ class Singles:
             own = {key: module for key, module in self.modules.items() if key[0] in halves}
             if number >= 0 or not own:
                 continue
-            made[name] = summed([now[name], _fused(own, now[name], halves, base)], [1.0, strength])
+            if all(_is_plain(module) for module in own.values()):
+                made[name] = summed([now[name], _fused(own, now[name], halves, base)], [1.0, strength])
+            else:
+                made[name] = _one_by_one(own, now[name], halves, strength, base)
         used = {role for role, number in self.block.names if number < 0}
         used |= {"gate", "up"} if _BOTH in used else set()
         lost = next((module for (role, _), module in self.modules.items() if role not in used), None)
         if lost is not None:
             raise RecipeError(f"{printable(lost.name)} is no expert of the base")
         return made
+
+
+def _is_plain(module: Module) -> bool:
+    """Whether its update is a product of two factors that does not depend on the base."""
+    return module.kind == "lora" and not (module.magnitude or module.start or "mid" in module.parts)
+
+
+def _one_by_one(
+    own: dict[tuple[str, int], Module], weight: Source, halves: tuple[str, ...], strength: float, base: CheckpointIndex
+) -> Source:
+    """Returns a fused tensor, in float64, whose experts are updated one by one: DoRA has norms of single matrices."""
+    shape = weight.spec.shape
+    if len(shape) != 3 or max(number for _, number in own) >= shape[0]:
+        raise RecipeError(f"fused experts of shape {list(shape)} have no expert {max(number for _, number in own)}")
+    sizes = [_sides(module) for module in own.values()]
+    rows, columns = sizes[0]
+    ways = [
+        across
+        for across, wanted in ((False, (rows * len(halves), columns)), (True, (columns, rows * len(halves))))
+        if shape[1:] == wanted
+    ]
+    if not ways or len(set(sizes)) > 1:
+        raise RecipeError(f"it updates matrices of {rows} and {columns}")
+    across = _is_in_out(base) if len(ways) > 1 else ways[0]
+    dtype = base.entries[weight.spec.name].spec.dtype
+    flat, made = shaped(weight, shape[0] * shape[1], shape[2]), list[Source]()
+    for number in range(shape[0]):
+        whole = rows_of(flat, number * shape[1], (number + 1) * shape[1])
+        if not any((half, number) in own for half in halves):
+            made.append(rounded(whole, DType.F64))
+            continue
+        expert = permuted(whole) if across else whole
+        parts = list[Source]()
+        for place, half in enumerate(halves):
+            matrix, module = rows_of(expert, place * rows, (place + 1) * rows), own.get((half, number))
+            part = matrix if module is None else updated(module, matrix, strength, dtype)
+            parts.append(rounded(part, DType.F64))
+        done = joined("w", parts)
+        made.append(permuted(done) if across else done)
+    return shaped(joined(weight.spec.name, made), *shape)
+
+
+def _sides(module: Module) -> tuple[int, int]:
+    """Returns the rows and columns of the matrix that a module updates. Raises RecipeError if it does not tell them."""
+    if "A" not in module.parts or "B" not in module.parts:
+        raise RecipeError(f"updates of the kind {module.kind} of single experts cannot be added to fused ones")
+    return module.parts["B"].spec.shape[0], module.parts["A"].spec.shape[1]
 
 
 def _fused(own: dict[tuple[str, int], Module], weight: Source, halves: tuple[str, ...], base: CheckpointIndex) -> Source:

@@ -29,9 +29,11 @@ _KINDS: tuple[tuple[str, str], ...] = (
     ("tokens", "tokens"),
     ("diff", "full"),
     ("set_weight", "saved"),
+    *((part, "glora") for part in ("a1", "a2", "b1", "b2")),
 )
 """(start of a part's name, the kind of change that it tells), the first one counts."""
-_ALPHA = "alpha"
+_ALPHA, _GROWN = "alpha", "reshape_weight"
+_MOST_AXES, _MOST_SIZE = 5, 1 << 31
 _METADATA_KEY = "lora_adapter_metadata"
 _DEPTH = re.compile(r"\.base_layer(?=\.|$)")
 _FORMS = {DType.F64: "<d", DType.F32: "<f", DType.BF16: "<f", DType.F16: "<e", DType.I64: "<q", DType.I32: "<i"}
@@ -43,7 +45,7 @@ class Module:
 
     ``name``: the module as the adapter calls it; for the kind "saved" the whole name of a tensor. ``kind``: "lora"
     (``A`` [r, in...], ``B`` [out, r], maybe ``mid``), "embedding" (``embedding A`` [r, rows], ``embedding B``
-    [columns, r]), "loha", "lokr" (LyCORIS' factors), "ia3", "full" (``diff``), "saved" (``value`` replaces a tensor),
+    [columns, r]), "loha", "lokr", "glora" (LyCORIS' factors), "ia3", "full" (``diff``), "saved" (``value`` replaces one),
     "tokens" (``tokens`` replace the rows ``rows``), "bias" (``B bias`` or ``diff_b`` is added to the bias).
     ``parts``: part -> its tensor. ``keys``: the names of these tensors in the adapter. ``scale``: of the update, alpha / r
     for most, without a strength of the user. ``rank``: of its factors. ``magnitude``: the part with the norms of the
@@ -51,7 +53,7 @@ class Module:
     about the layout, which counts where shapes do not tell; for the kind "ia3", whether the inputs are multiplied.
     ``start``: an initialisation that changed the base. ``others``: further parameters of the module that it may be about.
     The order in the configuration tells which, but not in all versions of PEFT, so a parameter counts only if its shape
-    fits.
+    fits. ``grown``: the shape that the tensor of the base is filled up to with zeros first.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Module:
     start: str = ""
     rows: tuple[int, ...] = ()
     others: tuple[str, ...] = ()
+    grown: tuple[int, ...] = ()
 
     @property
     def magnitude(self) -> str:
@@ -119,7 +122,7 @@ def adapter_of(index: CheckpointIndex, config: Config | None = None) -> Adapter:
     factors = 0
     for name, source in index.items():
         key = _split(name)
-        if source.spec.dtype.kind != "float" and key.part != _ALPHA and key.part:
+        if source.spec.dtype.kind != "float" and key.part not in ("", _ALPHA, _GROWN):
             raise MismatchError(
                 f"{made.where}: {printable(name)} is a factor of {source.spec.dtype.torch_name}, and factors are "
                 "floating-point numbers"
@@ -196,7 +199,10 @@ def _refused(index: CheckpointIndex) -> str:
     for name in index:
         for pattern, what in _refusals():
             if pattern.search(name):
-                return f"{printable(index.path)}: {printable(name)} belongs to {what}; it cannot be merged into weights"
+                return (
+                    f"{printable(index.path)}: {printable(name)} belongs to {what}; it cannot be merged here, so merge it "
+                    "with the library that made it, and give the merged model"
+                )
     return ""
 
 
@@ -305,6 +311,7 @@ _PARTNERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "full": (("diff",),),
     "tokens": (("tokens",),),
     "ia3": (("ia3",),),
+    "glora": (("a1",), ("a2",), ("b1",), ("b2",)),
 }
 """What each kind cannot be without: one of each of these."""
 
@@ -318,6 +325,7 @@ _BELONGS: dict[str, tuple[str, ...]] = {
     "full": ("diff", *_NORMS),
     "tokens": ("tokens",),
     "ia3": ("ia3",),
+    "glora": ("a1", "a2", "b1", "b2"),
 }
 """How the parts of each kind may be called."""
 
@@ -348,6 +356,7 @@ def _scaled(
                 "updated; the adapter is not complete"
             )
     own = parts.pop("alpha", None)
+    grown = _sizes(adapter, keys[_GROWN], parts.pop(_GROWN)) if kind == "lora" and _GROWN in parts else ()
     foreign = next((part for part in parts if not part.startswith(_BELONGS[kind])), None)
     if foreign is not None:
         raise MismatchError(
@@ -358,15 +367,19 @@ def _scaled(
     if kind in ("lora", "embedding"):
         rank = _rank(adapter, name, parts, keys)
         scale = 1.0 if own is None else _element(adapter, keys["alpha"], own) / max(rank, 1)
+    elif kind == "glora":
+        one, two = parts["a1"].spec.shape, parts["a2"].spec.shape
+        rank = min(one[0] if one else 0, two[0] if two else 0)
+        scale = _element(adapter, keys["alpha"], own) / rank if own is not None and rank else 1.0
     elif kind in ("loha", "lokr"):
         rank = _lycoris_rank(kind, parts)
         scale = _element(adapter, keys["alpha"], own) / rank if own is not None and rank else 1.0
     if config is None or kind in ("ia3", "tokens", "full"):
         rows = _rows(adapter, name, config, keys.get("tokens", "")) if kind == "tokens" else ()
         through = config is not None and config.is_feedforward(name)
-        return Module(name, kind, parts, used, scale, rank, rows=rows, transposed=through)
+        return Module(name, kind, parts, used, scale, rank, rows=rows, transposed=through, grown=grown)
     module = Module(name, kind, parts, used, config.scale(name), config.rank(name))
-    module = replace(module, transposed=config.fan_in_fan_out, start=config.init)
+    module = replace(module, transposed=config.fan_in_fan_out, start=config.init, grown=grown)
     targets = _targets(config, name)
     if targets and stated:
         if depth >= len(targets):
@@ -441,6 +454,18 @@ def _element(adapter: Adapter, key: str, source: Source) -> float:
     data = bytes(read_whole(source, Allocated(lambda location: location.open())))
     found = struct.unpack(form, b"\0\0" + data if source.spec.dtype is DType.BF16 else data)[0]
     return float(found)
+
+
+def _sizes(adapter: Adapter, key: str, source: Source) -> tuple[int, ...]:
+    """Reads the sizes of a shape."""
+    form, count = _FORMS.get(source.spec.dtype), source.spec.numel
+    if form is None or source.spec.dtype is DType.BF16 or not 1 <= count <= _MOST_AXES:
+        raise MismatchError(f"{adapter.where}: {printable(key)} is {source.spec.dtype} {list(source.spec.shape)}, no shape")
+    data = bytes(read_whole(source, Allocated(lambda location: location.open())))
+    sizes = struct.unpack(f"<{count}{form[1]}", data)
+    if any(size != size or size < 1 or size > _MOST_SIZE or size != int(size) for size in sizes):
+        raise MismatchError(f"{adapter.where}: {printable(key)} holds {list(sizes)}, which is no shape")
+    return tuple(map(int, sizes))
 
 
 def component_of(name: str) -> tuple[str, tuple[str, ...]]:

@@ -9,6 +9,7 @@ from streammerge.adapters.modules import Module
 from streammerge.checkpoints.heads import is_embedding
 from streammerge.errors import MismatchError, RecipeError, printable
 from streammerge.sources.base import Source
+from streammerge.sources.constant import Constant
 from streammerge.sources.contracted import contracted
 from streammerge.sources.elementwise import multiplied, rounded, summed
 from streammerge.sources.joined import joined
@@ -19,6 +20,7 @@ from streammerge.sources.rescaled import rescaled
 from streammerge.sources.residual import residual
 from streammerge.sources.rows import gathered
 from streammerge.tensors.dtypes import DType
+from streammerge.tensors.spec import TensorSpec
 
 Shape = tuple[int, ...]
 _EPSILONS = {DType.F64: 2.0**-52, DType.F32: 2.0**-23, DType.F16: 2.0**-10, DType.BF16: 2.0**-7}
@@ -31,6 +33,8 @@ def updated(module: Module, weight: Source, strength: float, dtype: DType) -> So
     the factors do not fit the tensor.
     """
     try:
+        if module.grown:
+            weight = _filled_up(weight, module.grown)
         return _CHANGES[module.kind](module, weight, strength, dtype)
     except RecipeError as error:
         raise _misfit(module, weight, str(error)) from error
@@ -64,6 +68,47 @@ def _added(module: Module, weight: Source, strength: float, dtype: DType) -> Sou
     whole = summed([weight, change])
     made = _normed(module, whole, dtype)
     return made if strength == 1.0 else summed([weight, made], [1.0 - strength, strength])
+
+
+def _filled_up(weight: Source, shape: Shape) -> Source:
+    """Returns a tensor with zeros behind its numbers along each axis that is to be longer. Raises RecipeError."""
+    spec = weight.spec
+    if len(spec.shape) != len(shape) or any(size < old for size, old in zip(shape, spec.shape, strict=True)):
+        raise RecipeError(f"its reshape_weight {list(shape)} is no larger shape")
+    for axis, size in enumerate(shape):
+        now = weight.spec.shape
+        if size > now[axis]:
+            more = TensorSpec(spec.name, spec.dtype, (*now[:axis], size - now[axis], *now[axis + 1 :]))
+            weight = joined(spec.name, [weight, Constant(more)], axis)
+    return weight
+
+
+def _glora(module: Module, weight: Source, strength: float, dtype: DType) -> Source:
+    """Adds ``W a1 a2 + b1 b2``, or ``W a2 a1 + b2 b1`` in files of older releases of LyCORIS. The shapes tell which."""
+    shape, name = weight.spec.shape, weight.spec.name
+    if len(shape) < 2:
+        raise RecipeError(f"a tensor of {len(shape)} axes has no such update")
+    rows, inner, rest = shape[0], shape[1], math.prod(shape[1:])
+    parts = {part: shaped(each, each.spec.shape[0], -1) for part, each in module.parts.items() if each.spec.shape}
+    shapes = [parts[part].spec.shape if part in parts else () for part in ("a1", "a2", "b1", "b2")]
+    rank = module.rank
+    new = shapes == [(inner, rank), (rank, inner), (rows, rank), (rank, rest)]
+    old = shapes == [(rank, inner), (inner, rank), (rank, rest), (rows, rank)] and inner == rest
+    if new and old:
+        raise RecipeError("its factors are all square, so it is not known whether an older release of LyCORIS made them")
+    if not (new or old):
+        raise RecipeError(f"it has the rank {rank}")
+    a1, a2, b1, b2 = (parts[part] for part in (("a1", "a2", "b1", "b2") if new else ("a2", "a1", "b2", "b1")))
+    if inner == rest:
+        scaled = product(name, product(name, shaped(weight, rows, inner), a1), a2, module.scale, shape)
+    else:  # each kernel of a convolution is a matrix [in, positions]
+        once = product(name, _repeated(permuted(a1), rows), shaped(weight, rows, inner, -1))
+        scaled = product(name, _repeated(permuted(a2), rows), once, module.scale, shape)
+    return summed([weight, scaled, product(name, b1, b2, module.scale, shape)], [1.0, strength, strength])
+
+
+def _repeated(matrix: Source, count: int) -> Source:
+    return gathered(shaped(matrix, 1, *matrix.spec.shape), [0] * count)
 
 
 def _without_start(module: Module, weight: Source) -> Source:
@@ -222,6 +267,7 @@ _DELTAS: dict[str, Callable[[Module, Shape], Source]] = {
 }
 _CHANGES: dict[str, Callable[[Module, Source, float, DType], Source]] = {
     **dict.fromkeys(_DELTAS, _added),
+    "glora": _glora,
     "ia3": _ia3,
     "bias": _bias,
     "saved": _saved,

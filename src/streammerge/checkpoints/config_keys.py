@@ -50,6 +50,18 @@ FLAGS = frozenset(("no_rope_layers", "moe_layer_freq", "hybrid_layer_pattern", "
 EXTRA_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
 """Layers behind the last one in the same stack of tensors, which the depth does not count (multi-token prediction)."""
 
+ALL_EXTRA_LAYERS = (*EXTRA_LAYERS, "mtp_num_hidden_layers", "num_mtp_modules")
+"""The same, also in stacks of their own."""
+
+DEPTHS = (
+    *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth"),
+    *("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers"),
+)
+"""Keys that state the number of layers of a stack of tensors."""
+
+SHARED_LAYERS = ("num_hidden_groups", "num_mem_blocks")
+"""Keys of models in which several layers share their tensors."""
+
 NOT_SETTLED: dict[str, str] = {
     "scale_depth": "the outputs of all layers are scaled by the number of layers",
     "scale_attn_by_inverse_layer_idx": "the attention of each layer is scaled by the layer's number",

@@ -14,7 +14,11 @@ Each module imports only modules above it::
     shards              the files of one checkpoint as one container
     pieces              tensors in pieces of several ranks
     dcp                 folders of torch.distributed.checkpoint
+    dcp_writer          the plan of such a folder
     hf_storage          the same as safetensors
+    zero                checkpoints of DeepSpeed
+    nemo                NeMo archives
+    dtensors            rank files with distributed tensors
     distributed         which checkpoint of several ranks a folder holds
     folder              the checkpoint, or the models, in a folder
     detect              the format of a file, by its content

@@ -184,7 +184,9 @@ def _from_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
     tensors_only = isinstance(function, Global) and function.module.startswith("torch.")
     inner = call(function, args) if tensors_only and isinstance(args, tuple) else None
     # A Parameter inside a subclass stays a Parameter: a checkpoint does not need the subclass.
-    return _wrap(inner, "type", function, kind, state) if isinstance(inner, TensorRef) and not inner.wrapper else inner
+    if not isinstance(inner, TensorRef):
+        return None  # a subclass whose content is in its state
+    return inner if inner.wrapper else _wrap(inner, "type", function, kind, state)
 
 
 def _ordered_dict(pairs: Any = ()) -> Any:

@@ -22,9 +22,8 @@ from typing import Any
 
 from streammerge.errors import FormatError, RecipeError, listed, printable
 from streammerge.options import EMA_CHOICES
-from streammerge.pickles.arrays import unread_kind
 from streammerge.pickles.candidates import MOST_NAME, AllFound, Candidate, Found, candidates, dotted
-from streammerge.pickles.tree import FlatTree, Instance, mapping_items, walk
+from streammerge.pickles.tree import FlatTree, Global, Instance, mapping_items, walk
 from streammerge.tensors.conventions import AVERAGED, SWAPPED
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -75,6 +74,8 @@ def select(tree: Any, state_dict: str | None = None, ema: str = "ignore") -> Sel
     if not usable:
         if not found:
             kinds = sorted({kind for _, kind in unread_tensors(tree)})
+            if kinds == [_DISTRIBUTED]:
+                raise FormatError("it holds one rank's part of each tensor; give the folder with the files of all ranks")
             raise FormatError(
                 f"it holds no tensors{f' but {listed(kinds)} ones, which are not supported' if kinds else ''}"
             )
@@ -280,8 +281,8 @@ _UNREAD = {
     "torch._utils._rebuild_sparse_tensor": "sparse",
     "torch._utils._rebuild_nested_tensor": "nested",
     "torch._utils._rebuild_meta_tensor_no_storage": "meta",
-    "torch.distributed.tensor._api.DTensor": "distributed",
 }
+_FROM_TYPE, _DISTRIBUTED = "torch._tensor._rebuild_from_type_v2", "distributed"
 
 
 def unread_arrays(chosen: Iterable[Candidate]) -> list[tuple[str, str]]:
@@ -290,6 +291,8 @@ def unread_arrays(chosen: Iterable[Candidate]) -> list[tuple[str, str]]:
     for candidate in chosen:
         if not candidate.others:
             continue
+        from streammerge.pickles.arrays import unread_kind
+
         for key, value in mapping_items(candidate.tensors[0].holder) or ():
             if kind := unread_kind(value):
                 found.append((printable(key), kind))
@@ -298,8 +301,15 @@ def unread_arrays(chosen: Iterable[Candidate]) -> list[tuple[str, str]]:
 
 def unread_tensors(tree: Any) -> list[tuple[str, str]]:
     """Returns (path, kind) of tensors in forms that are not read, like quantised and sparse ones."""
-    return [
-        (".".join(map(printable, path)), _UNREAD[node.path])
-        for path, node in walk(tree)
-        if isinstance(node, Instance) and node.path in _UNREAD
-    ]
+    found = []
+    for path, node in walk(tree):
+        if isinstance(node, Instance) and (node.path in _UNREAD or is_distributed(node)):
+            found.append((".".join(map(printable, path)), _UNREAD.get(node.path, _DISTRIBUTED)))
+    return found
+
+
+def is_distributed(node: Any) -> bool:
+    """Whether a node of a tree is a DTensor, of which a rank has a part."""
+    if not isinstance(node, Instance) or node.path != _FROM_TYPE or len(node.args) < 4:
+        return False
+    return isinstance(node.args[1], Global) and node.args[1].name == "DTensor"

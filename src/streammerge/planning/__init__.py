@@ -18,7 +18,9 @@ Each module imports only modules above it::
     alignment     which tensors go into which tensor of the output
     like_base     codes and scales in place of weights that the first stores so
     copies        the same for the copies of the weights
+    conservation  what becomes of each tensor of each input
     outputs       the files of the output, and the place of each tensor
+    announced     what configurations say of the tensors
     repeated      tensors that a task reads more than once
     plan          Plan, build_plan
     unwritten     files that are planned and not written

@@ -98,6 +98,13 @@ def conformed(first: View, other: View) -> tuple[View, str]:
     return replace(other, entries=entries, aliases=aliases), note
 
 
+def stacked(entries: Mapping[str, Source]) -> list[str]:
+    """Returns the tensors that hold a matrix of all experts of a layer."""
+    if not any(f".{stack}." in name for name in entries for stack in EXPERT_STACKS):
+        return []
+    return [name for block in _blocks(entries).values() if block.fused for name in block.names.values()]
+
+
 def _blocks(entries: Mapping[str, Source]) -> dict[tuple[str, ...], _Block]:
     """Returns the experts of each layer by the numbers in its name. Numbers that two blocks share are left out."""
     found: dict[str, _Block] = {}

@@ -7,13 +7,16 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from streammerge.errors import MismatchError, listed, printable
 from streammerge.recipe.model import Recipe
 from streammerge.tensors.adapters import is_adapter
 from streammerge.tensors.layers import depths
-from streammerge.tensors.matching import Renaming, replacements
 from streammerge.tensors.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from streammerge.tensors.matching import Renaming
 
 _MOST_ROWS = 20
 _MOST_PREFIXES = 3
@@ -102,14 +105,14 @@ class Mismatch:
         known = self.shared.get(path, [0, 0, 0])
         self.shared[path] = [known[0] + common, known[1] + ours, known[2] + theirs]
 
-    def rows(self, policy: str = "error") -> list[str]:
-        """Sentences about names, one for each checkpoint and kind."""
+    def rows(self, policy: str = "error", extra: bool = True) -> list[str]:
+        """Sentences about names, one for each checkpoint and kind. ``extra``: also about names that the first lacks."""
         fate = "they are added" if policy == "union" else "they stay out"
         said = []
         for path in dict.fromkeys([*self.missing, *self.extra]):
             if self.missing.get(path):
                 said.append(f"{printable(path)} lacks {len(self.missing[path])}: {listed(self.missing[path])}")
-            if self.extra.get(path):
+            if extra and self.extra.get(path):
                 whose = f"{printable(path)} has {len(self.extra[path])} that {printable(self.first)} lacks"
                 said.append(f"{whose} ({fate}): {listed(self.extra[path])}")
         return said
@@ -222,6 +225,8 @@ class Mismatch:
 
     def _renamings(self, path: str, missing: Sequence[str], extra: Sequence[str]) -> list[Renaming]:
         """Returns prefixes that would make most names equal, and that were not matched automatically."""
+        from streammerge.tensors.matching import replacements
+
         known = self.doubtful.get(path, [])[:_MOST_PREFIXES]
         return known or [each for each in replacements(missing, extra) if self._fits(path, each, extra)]
 

@@ -33,6 +33,7 @@ from streammerge.sources.constant import Constant
 from streammerge.sources.directions import directions
 from streammerge.sources.drawn import drawn
 from streammerge.sources.elementwise import rounded, summed
+from streammerge.sources.joined import joined
 from streammerge.sources.reshaped import reshaped
 from streammerge.sources.rows import rows_of
 from streammerge.stores.base import Location
@@ -52,7 +53,7 @@ class _Form:
     """How a kind of mixture calls its tensors and describes itself. ``parts``: the names of gate, up and down.
 
     ``shared``: the numbers of shared experts that it may have. ``biased``: whether the attention has biases: always, never,
-    or as in the base.
+    or as in the base. ``fused``: whether its loader takes the experts of a layer as one tensor.
     """
 
     name: str
@@ -64,6 +65,7 @@ class _Form:
     config: Mapping[str, Any]
     count_key: str
     biased: bool | None = None
+    fused: bool = False
 
 
 _DENSE = ("llama", "mistral")
@@ -85,6 +87,7 @@ _FORMS = (
         },
         "num_local_experts",
         False,
+        True,
     ),
     _Form(
         "deepseek",
@@ -142,6 +145,7 @@ _FORMS = (
             "norm_topk_prob": True,
         },
         "num_experts",
+        fused=True,
     ),
 )
 
@@ -244,6 +248,10 @@ class _Builder:
             raise RecipeError(
                 f"no mixture is made of {printable(kind)} models with {count} shared experts here; known are {ways}"
             )
+        if self.recipe.fused_experts and not fits[0].fused:
+            raise RecipeError(
+                f"mixtures of the kind {fits[0].name} have separate experts in all programs; leave fused_experts out"
+            )
         return fits[0]
 
     def _checked(self) -> int:
@@ -306,13 +314,28 @@ class _Builder:
 
     def _layer(self, layer: str, number: int) -> Iterator[Source]:
         block = f"{layer}{self.form.block}."
-        for place, (expert, index) in enumerate(self.experts):
-            yield from self._expert(expert, index, layer, f"{block}experts.{place}.", self.form.parts)
+        if self.recipe.fused_experts:
+            block = f"{layer}mlp."
+            yield from self._fused(layer, f"{block}experts.")
+        else:
+            for place, (expert, index) in enumerate(self.experts):
+                yield from self._expert(expert, index, layer, f"{block}experts.{place}.", self.form.parts)
         yield self._gate(f"{block}gate.weight", self.experts, number, "gates")
         for expert, index in self.shared:
             yield from self._expert(expert, index, layer, f"{block}{self.form.shared_block}.", _PARTS)
             if self.form.name == "qwen2":
                 yield self._gate(f"{block}shared_expert_gate.weight", self.shared, number, "shared_gates")
+
+    def _fused(self, layer: str, block: str) -> Iterator[Source]:
+        """Yields the experts of a layer as two tensors: gate above up [experts, 2 intermediate, hidden], and down."""
+        above, below = f"{block}gate_up_proj", f"{block}down_proj"
+        both, down = list[Source](), list[Source]()
+        for place, (expert, index) in enumerate(self.experts):
+            gate, up, back = self._expert(expert, index, layer, f"{block}{place}.", self.form.parts)
+            both.append(joined(above, [gate, up]))
+            down.append(back)
+        for name, parts in ((above, both), (below, down)):
+            yield joined(name, [reshaped(part, (1, *part.spec.shape)) for part in parts])
 
     def _expert(
         self, expert: Expert, index: CheckpointIndex, layer: str, block: str, parts: tuple[str, str, str]

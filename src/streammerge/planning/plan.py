@@ -6,35 +6,36 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from streammerge.checkpoints.config_differences import differing_configs
+from streammerge.checkpoints.config import config_folder
 from streammerge.errors import BudgetError, RecipeError, listed, printable
 from streammerge.kernels.ranking import held_bytes
 from streammerge.methods.registry import COPY, INTEGERS
 from streammerge.planning.aligned import Way
 from streammerge.planning.alignment import Alignment, align
+from streammerge.planning.announced import disagreements
 from streammerge.planning.budget import Budget, Cost, fit
+from streammerge.planning.conservation import Account, is_alarming, unused_text, used_text
 from streammerge.planning.dispositions.ledger import Dispositions
-from streammerge.planning.outputs.bookkeeping import differing_facts
 from streammerge.planning.outputs.container import plan_output
 from streammerge.planning.outputs.layout import Layout, Placed, PlacedTensors
 from streammerge.planning.receipt import InputSpans
-from streammerge.planning.repeated import remembered
 from streammerge.planning.tasks import MergeTask, Tasks, alike, copy_of_turned, objects, turned_places, turned_task, where
-from streammerge.planning.tokenizers import differing_vocabularies
 from streammerge.planning.views import Indexes
-from streammerge.planning.vocabularies import tokenized, truncated
 from streammerge.recipe.model import Recipe
 from streammerge.recipe.summary import recipe_lines, rule_lines, stage_lines, weight_notes
 from streammerge.sources.base import BlobPath, Needs, Source
-from streammerge.sources.deflated import PackedKey, records
 from streammerge.sources.stored import Stored
 from streammerge.stores import descriptors
 from streammerge.stores.base import Location, Status
 from streammerge.stores.locations import parse
 from streammerge.tensors.dtypes import DType
 from streammerge.units import binary_bytes, counted, decimal_bytes
+
+if TYPE_CHECKING:
+    from streammerge.planning.vocabularies import Tokenized
+    from streammerge.sources.deflated import PackedKey
 
 _EXAMPLE_OUT = "merged.safetensors"
 
@@ -48,7 +49,8 @@ class Plan:
     ``disk_bytes``: includes temporary files. ``taken``: the number of tensors of each rule of the recipe. ``owners``: file
     -> its checkpoint. ``input_files``: name of an input file in the receipt -> its location, and the ranges of its tensors.
     ``pickle_bytes``: memory for pickles while they are read and written. ``executor``: the kind of workers.
-    ``dispositions``: what becomes of each thing in the inputs.
+    ``dispositions``: what becomes of each thing in the inputs. ``accounts``: what becomes of each tensor of each
+    checkpoint. ``disagreements``: what a configuration says, and its tensors do not.
     """
 
     recipe: Recipe
@@ -69,6 +71,8 @@ class Plan:
     pickle_bytes: int = 0
     executor: str = "threads"
     dispositions: Dispositions = field(default_factory=Dispositions)
+    accounts: Sequence[Account] = ()
+    disagreements: Sequence[str] = ()
 
     @property
     def peak_bytes(self) -> int:
@@ -111,6 +115,8 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the plan as data for JSON, without the places of the bytes."""
+        from streammerge.sources.deflated import records
+
         return {
             "inputs": list(self.recipe.inputs),
             "base": self.recipe.base_model,
@@ -123,6 +129,7 @@ class Plan:
             ],
             "tensors": self.counts(),
             "dispositions": self.dispositions.record(),
+            "accounts": [each.record() for each in self.accounts],
             "files": [{"name": file.name, "bytes": file.size} for file in self.layout.files],
             "side_files": [name for _, name in self.layout.side_files],
             "read_bytes": self.read_bytes,
@@ -170,7 +177,7 @@ class Plan:
         made = ", ".join(
             f"{count} {_METHOD_WORDS.get(method, f'merged by {method}')}" for method, count in self.counts().items()
         )
-        facts = [("tensors", made)]
+        facts = [("tensors", made), ("used", used_text(self.accounts))]
         files = self.layout.files
         named = printable(files[0].name) if len(files) == 1 else f"{len(files)} files"
         beside = f" and {len(self.layout.side_files)} side files" if self.layout.side_files else ""
@@ -233,12 +240,19 @@ def build_plan(
     opened, tokens = indexes.values(), alignment.tokenized
     origins = [origin for index in opened for origin in index.origins()]
     output = plan_output(out or parse(_EXAMPLE_OUT), recipe, indexes, alignment, hashed)
-    tasks = remembered(all_tasks(output.placed, recipe.seed))
-    expressions = list({s.place: s for task in objects(tasks) for s in task.sources if s.__class__ is not Stored}.values())
+    tasks = all_tasks(output.placed, recipe.seed)
+    expressions: list[Source] = []
     spooled: dict[PackedKey, str] = {}
-    for source in expressions:
-        for record in records(source):
-            spooled.setdefault(record, source.spec.name)
+    if not all(_is_stored(source) for task in objects(tasks) for source in task.sources):
+        from streammerge.planning.repeated import remembered
+        from streammerge.sources.deflated import records
+
+        tasks = remembered(tasks)
+        found = {s.place: s for task in objects(tasks) for s in task.sources if not _is_stored(s)}
+        expressions = list(found.values())
+        for source in expressions:
+            for record in records(source):
+                spooled.setdefault(record, source.spec.name)
     held = [index.container.held_bytes for index in {id(index): index for index in (*opened, *origins)}.values()]
     # Reading a pickle takes two copies of it beside its tree. They are freed before the output's pickle is written.
     pickle_bytes = sum(held) + max(2 * max(held), output.layout.pickle_bytes) + (tokens.held_bytes if tokens else 0)
@@ -252,6 +266,11 @@ def build_plan(
         notes.append(
             "`max_shard_size` is without effect, because the output is one file; a name that ends in / is a folder"
         )
+    warnings = [*(warning for index in opened for warning in index.warnings), *alignment.warnings]
+    if recipe.merge_method is not COPY and is_alarming(output.accounts):
+        warnings.append(unused_text(output.accounts))
+    disagreeing = disagreements(indexes, alignment.merged, output.layout)
+    notes += disagreeing
     return Plan(
         recipe,
         out,
@@ -264,12 +283,14 @@ def build_plan(
         io,
         identities,
         list(dict.fromkeys(notes)),
-        list(dict.fromkeys([*(warning for index in opened for warning in index.warnings), *alignment.warnings])),
+        list(dict.fromkeys(warnings)),
         alignment.taken,
         {file: index.path for index in origins for file in index.files},
         output.inputs,
         pickle_bytes,
         dispositions=output.dispositions,
+        accounts=output.accounts,
+        disagreements=disagreeing,
     )
 
 
@@ -288,10 +309,16 @@ def _noise(recipe: Recipe, indexes: Indexes) -> list[str]:
 def aligned(recipe: Recipe, indexes: Indexes) -> tuple[Recipe, Alignment]:
     """Returns the tensors of a merge, with what headers tell about its models; and the recipe as it travels, which says
     what is done with mixed dtypes. Raises as :func:`build_plan` does."""
-    opened, tokens = indexes.values(), tokenized(recipe, indexes)
+    tokens: Tokenized | None = None
+    if recipe.tokens is not None:
+        from streammerge.planning.vocabularies import tokenized
+
+        tokens = tokenized(recipe, indexes)
     tied: list[str] = []
     cut: list[str] = []
     if tokens is None and recipe.unsafe_truncate_embeddings:
+        from streammerge.planning.vocabularies import truncated
+
         alignment = align(recipe, truncated(recipe, indexes, tied, cut))
         alignment.notes[:0] = tied
     else:
@@ -304,16 +331,41 @@ def aligned(recipe: Recipe, indexes: Indexes) -> tuple[Recipe, Alignment]:
             f'{dtype.torch_name}, as in mergekit; `dtype`, or `mixed_dtypes="first"`, says otherwise'
             for dtype, names in alignment.mixed.items()
         ]
+    if recipe.merge_method.passes or recipe.merge_method.row:
+        from streammerge.planning.experts import stacked
+
+        if names := stacked(indexes[recipe.checkpoints[0]].entries):
+            alignment.notes.append(
+                f"{recipe.merge_method.name} looks at whole tensors; {counted(len(names), 'tensor')} ({listed(names, 2)}) "
+                "with all experts of a layer count as one tensor each, as in mergekit"
+            )
     alignment.warnings[:0] = recipe.ignored
     alignment.warnings += cut
-    alignment.warnings += differing_facts([i.extras for i in opened], [str(i.path) for i in opened])
-    alignment.warnings += differing_configs(opened)
-    alignment.warnings += differing_vocabularies(recipe, indexes)
+    alignment.warnings += _differences(recipe, indexes)
     if tokens is not None:
         alignment.tokenized = tokens
         alignment.notes += tokens.notes
         alignment.warnings += tokens.warnings
     return recipe, alignment
+
+
+def _differences(recipe: Recipe, indexes: Indexes) -> list[str]:
+    """Returns warnings about what the inputs say beside their tensors and do not agree on."""
+    opened, said = indexes.values(), list[str]()
+    if any(index.extras is not None for index in opened):
+        from streammerge.planning.outputs.bookkeeping import differing_facts
+
+        said += differing_facts([i.extras for i in opened], [str(i.path) for i in opened])
+    if any(config_folder(index.path) for index in opened):
+        from streammerge.checkpoints.config_differences import differing_configs
+
+        said += differing_configs(opened)
+    homes = [config_folder(index.path) or index.path.parent for index in opened if not index.in_memory]
+    if any(home != homes[0] for home in homes):
+        from streammerge.planning.tokenizers import differing_vocabularies
+
+        said += differing_vocabularies(recipe, indexes)
+    return said
 
 
 def _is_stored(source: Source) -> bool:

@@ -39,7 +39,8 @@ class Receipt:
     its size in bytes, the SHA-256 of its bytes outside the tensors and, if requested, of the whole file; for a checkpoint
     in memory, its size and ``in_memory``. ``checksums``: the name of each output file -> the checksums of its tensors in
     file order, without empty tensors, then one of its other bytes (with a blank receipt), 8 hexadecimal digits each.
-    ``dispositions``: what became of each thing in the inputs. ``digest``: the SHA-256 of the receipt.
+    ``dispositions``: what became of each thing in the inputs. ``accounts``: what became of each tensor of each checkpoint.
+    ``digest``: the SHA-256 of the receipt.
     """
 
     recipe: dict[str, Any]
@@ -49,6 +50,7 @@ class Receipt:
     checksum: str
     checksums: dict[str, str]
     dispositions: list[dict[str, Any]] = field(default_factory=list)
+    accounts: list[dict[str, Any]] = field(default_factory=list)
     digest: str = _BLANK_SHA256
     form: int = field(default=_FORM)
 
@@ -62,7 +64,10 @@ class Receipt:
         return CRC32 if self.checksum == CRC32.name else CRC32C
 
     def text(self, indent: int | None = None) -> str:
-        return json.dumps(asdict(self), indent=indent, separators=(",", ": " if indent else ":"))
+        data = asdict(self)
+        if not self.accounts:  # a receipt of an earlier release has none, and keeps its bytes
+            del data["accounts"]
+        return json.dumps(data, indent=indent, separators=(",", ": " if indent else ":"))
 
     def blank(self) -> Receipt:
         """Returns the receipt as it was planned: zeros in place of checksums and hashes."""
@@ -160,22 +165,46 @@ def planned(
 
 def torch_version() -> str:
     """Returns the version of the installed torch without importing it; "none" if torch is not installed."""
-    from importlib.metadata import PackageNotFoundError, version
     from importlib.util import find_spec
+
+    try:
+        found = find_spec("torch")
+    except ValueError:  # the running program has put a module of its own in its place
+        found = None
+    home = parse(found.origin).parent if found is not None and found.origin else None
+    known = None if home is None else _version_in_metadata(home)
+    if known is not None:
+        return known
+    from importlib.metadata import PackageNotFoundError, version
 
     try:
         return version("torch")
     except PackageNotFoundError:  # torch was built from source, or copied into an image without its metadata
-        found = find_spec("torch")
-    if found is None or found.origin is None:
-        return "none"  # a plan can do without it
-    file = parse(found.origin).parent / "version.py"
+        if home is None:
+            return "none"  # a plan can do without it
+    return _stated(home / "version.py", r"""^__version__ = ['"]([^'"]+)""") or "unknown"
+
+
+def _version_in_metadata(home: Location) -> str | None:
+    """Returns the version in the metadata beside a package's folder, None if they are not in one place.
+
+    ``importlib.metadata`` reads them too, but its own import takes as long as all the rest of a small plan.
+    """
+    try:
+        found = [each for each in home.parent.children() if re.fullmatch(r"torch-[^-]+\.dist-info", each.name)]
+    except OSError:
+        return None
+    return _stated(found[0] / "METADATA", r"^Version: (\S+)$") if len(found) == 1 else None
+
+
+def _stated(file: Location, pattern: str) -> str | None:
+    """Returns what the pattern finds in a file, None if it cannot be read."""
     try:
         text = file.read(0, file.size).decode()
-        stated = re.search(r"""^__version__ = ['"]([^'"]+)""", text, re.MULTILINE)
     except (OSError, ValueError, FormatError):
-        stated = None
-    return stated[1] if stated else "unknown"
+        return None
+    found = re.search(pattern, text, re.MULTILINE)
+    return found[1] if found else None
 
 
 def read_receipt(text: str, where: object) -> Receipt:
@@ -202,6 +231,7 @@ def _is_sound(made: Receipt) -> bool:
         and isinstance(made.inputs, dict)
         and all(_is_input(said) for said in made.inputs.values())
         and isinstance(made.dispositions, list)
+        and isinstance(made.accounts, list)
         and isinstance(made.checksums, dict)
         and (ITSELF not in made.checksums or len(made.checksums) == 1)
         and all(name == ITSELF or is_inner(name) for name in made.checksums)

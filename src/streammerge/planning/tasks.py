@@ -15,9 +15,7 @@ from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import COPY
 from streammerge.planning.aligned import Views, Way
 from streammerge.sources.base import BlobPath, Source
-from streammerge.sources.merged import methods_in
 from streammerge.sources.stored import Stored
-from streammerge.sources.turned import turned, turned_back, turned_spec
 from streammerge.tensors.spec import PIECE_ELEMS, TensorSpec, ranges
 
 _MOST_IN_BATCH = 1024
@@ -60,9 +58,12 @@ class MergeTask:
     @property
     def nested(self) -> bool:
         """Whether a merge is among its sources, at any depth."""
-        for source in self.sources:  # noqa: SIM110 - a plain loop, because this runs for every piece
-            if source.__class__ is not Stored and any(True for _ in methods_in(source)):
-                return True
+        for source in self.sources:  # a plain loop, because this runs for every piece
+            if source.__class__ is not Stored:
+                from streammerge.sources.merged import methods_in
+
+                if any(True for _ in methods_in(source)):
+                    return True
         return False
 
     @property
@@ -110,6 +111,8 @@ class MergeTask:
 
 def turned_task(task: MergeTask, file: int, offset: int) -> MergeTask:
     """Returns the task that makes the same tensor turned, at ``offset`` of output file ``file``."""
+    from streammerge.sources.turned import turned, turned_spec
+
     sources = tuple(turned(source) for source in task.sources)
     return replace(task, out=turned_spec(task.out), sources=sources, file=file, offset=offset, turned=True)
 
@@ -125,6 +128,8 @@ def turned_places(tasks: Iterable[MergeTask]) -> tuple[list[int], int]:
 
 def copy_of_turned(task: MergeTask, source: Source) -> MergeTask:
     """Returns the task that copies the tensor from its turned form."""
+    from streammerge.sources.turned import turned_back
+
     return MergeTask(task.out, COPY, (turned_back(source, task.out),), task.file, task.offset)
 
 

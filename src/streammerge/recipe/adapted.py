@@ -17,7 +17,7 @@ from streammerge.stores.base import Location
 from streammerge.stores.locations import parse
 from streammerge.stores.locations import resolved as resolved_place
 
-_PLUS = "+"
+_PLUS, _AT = "+", "@"
 _SEPARATOR = " + "
 """Between the parts of a text that is written here, because hardly any path contains it."""
 _SCALED = re.compile(r"(?P<scale>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\*(?P<path>.+)", re.DOTALL)
@@ -120,15 +120,31 @@ def absent(text: str, exists: Exists = is_there) -> str:
         return ""
     base = next((left for left, _ in _cuts(text) if exists(left)), parts.base)
     if not exists(base):
+        if said := without_revisions(base, exists):
+            return said
         return f"{printable(text)} does not exist, neither as a path nor as the model {printable(base)} with an adapter"
     lost = next((part.path for part in parts.adapters if not exists(part.path)), parts.adapters[-1].path)
+    if said := without_revisions(lost, exists):
+        return said
     return f"{printable(text)}: the model {printable(base)} exists, but the adapter {printable(lost)} does not"
 
 
 def check_there(text: str) -> None:
-    """Raises RecipeError, which names the absent part, for a text with plus signs that names nothing."""
-    if _PLUS in text and not is_there(text) and (said := absent(text)):
+    """Raises RecipeError, which names what is wrong, for a text with plus signs, or a revision, that names nothing."""
+    if (_PLUS in text or _AT in text) and not is_there(text) and (said := absent(text) or without_revisions(text)):
         raise RecipeError(said)
+
+
+def without_revisions(text: str, exists: Exists = is_there) -> str:
+    """Says what to do about a revision behind a path of this machine; "" for any other text. ``org/name@revision`` belongs
+    to the hub."""
+    path, _, revision = text.rpartition(_AT)
+    if not path or not revision or "/" in revision or not exists(path):
+        return ""
+    return (
+        f"{printable(text)} does not exist; {printable(path)} does, and what lies on a disk has no revisions, so leave "
+        f"{printable(_AT + revision)} out, or give the folder of that revision"
+    )
 
 
 def parts_of(text: str) -> tuple[str, ...]:
@@ -145,6 +161,11 @@ def resolved(text: str) -> tuple[tuple[Location, float], ...]:
     return ((resolved_place(found.base), 1.0), *((resolved_place(part.path), part.scale) for part in found.adapters))
 
 
+def with_revision(path: object, revision: object) -> object:
+    """Returns the path of a repository at a revision, which mergekit writes as two keys."""
+    return path if revision is None or not isinstance(path, str) else f"{path}@{revision}"
+
+
 def adapted_text(base: str, given: object) -> str:
     """Returns the text for a base and the value of a recipe's ``lora``: a path, a mapping with ``path`` and maybe
     ``scale``, or a list of these. Raises ValueError for anything else."""
@@ -155,8 +176,7 @@ def adapted_text(base: str, given: object) -> str:
         if isinstance(each, dict):
             inner = each.get("path", each.get("model"))
             path, scale = inner, each.get("scale", 1.0)
-            if each.get("revision") is not None:
-                raise RecipeError("a revision is not supported yet; download it and give its folder")
+            path = with_revision(path, each.get("revision"))
             unknown = next((key for key in each if key not in ("path", "model", "scale", "revision")), None)
             if unknown is not None:
                 raise RecipeError(f"unknown key {printable(unknown)} of lora; it knows path and scale")

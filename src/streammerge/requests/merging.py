@@ -21,9 +21,10 @@ from streammerge.options import (
     Writing,
     picked,
 )
+from streammerge.planning.conservation import refuse_unused
 from streammerge.planning.plan import Plan
 from streammerge.recipe.arguments import overridden, recipe_of, unchecked
-from streammerge.recipe.locations import found_in_hub_cache, is_recipe_name
+from streammerge.recipe.locations import is_recipe_name, with_hub_places
 from streammerge.recipe.model import Recipe
 from streammerge.recipe.reader import read_recipe
 from streammerge.requests.adapters import (
@@ -114,12 +115,14 @@ class Request:
             if on_it != chosen and find_method(method).base in ("model", "unused"):
                 base = None  # it is there for the adapters only
             recipe = recipe_of(on_it, method, base, weights, parameters, overrides)
-            recipe = found_in_hub_cache(recipe)
+            recipe = with_hub_places(recipe)
         else:
             recipe = self._asked_recipe
         folder = None if asked.convert_first is None else parse(asked.convert_first)
         made = planned(recipe, self.out, self.resources, self.executing.executor, folder, self.output.hash, self.held)
         made.notes[:0] = notes
+        if self.policies.strict:
+            refuse_unused(made.accounts, made.disagreements)
         return made
 
     def combination(self) -> Making | None:

@@ -12,7 +12,6 @@ from streammerge.planning.tasks import MergeTask, Piece, PieceDone, alike, batch
 from streammerge.running.announcing import announced
 from streammerge.running.executors.base import Executor
 from streammerge.running.job import Job
-from streammerge.running.sweeping import SweepWork
 from streammerge.running.worker import MergeWork, bind, failures
 from streammerge.stores.checksums import Checksum
 from streammerge.stores.inputs import InputFiles
@@ -66,6 +65,7 @@ def sweep_on_all(
     ahead: InputFiles | None = None,
 ) -> Callable[..., Iterator[Any]]:
     """Returns a sweep over the pieces of a long tensor by all workers. ``record``: the results of the previous passes."""
+    from streammerge.running.sweeping import SweepWork
 
     def sweep(look: Look, step: Step[T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
         work = SweepWork(job, number, task, tuple(record.results), step, sparse)

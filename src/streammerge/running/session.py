@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 from streammerge.errors import RecipeError, SpaceError, UncheckedError, VerifyError, listed, printable
 from streammerge.events import Hashed, Listener, Resumed, Spooled, Syncing, TaskDone, Told, quiet
@@ -19,7 +20,7 @@ from streammerge.kernels.agreed import AGREED
 from streammerge.planning.digest import can_be_resumed, differences, plan_parts
 from streammerge.planning.plan import Plan
 from streammerge.planning.receipt import ITSELF, written_like
-from streammerge.planning.tasks import Piece, PieceDone, pieces
+from streammerge.planning.tasks import Piece, PieceDone, alike, pieces
 from streammerge.running import process
 from streammerge.running.choosing import executor_of
 from streammerge.running.engine import modules_of, run_all
@@ -29,9 +30,6 @@ from streammerge.running.job import Job, OutputPlace, lent, new_key
 from streammerge.running.readback import check_structure
 from streammerge.running.reading import ChecksumWork, HashWork, largest_first, neighbours
 from streammerge.running.relatives import strangers
-from streammerge.running.spooling import spooled_tasks
-from streammerge.running.turning import Turning
-from streammerge.sources.deflated import PackedRecord
 from streammerge.stores.base import Location, Output, Staging
 from streammerge.stores.checksums import Checksum
 from streammerge.stores.digests import COPY_BYTES
@@ -39,6 +37,9 @@ from streammerge.stores.inputs import LEAST_AHEAD_BYTES, InputFiles
 from streammerge.stores.journal import Finished, FinishedTable, Journal
 from streammerge.tensors.spec import ranges
 from streammerge.units import decimal_bytes
+
+if TYPE_CHECKING:
+    from streammerge.sources.deflated import PackedRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +251,11 @@ class Run:
 
     def _spool(self) -> None:
         """Unpacks the packed records that are still needed, and lets the tasks read the unpacked bytes."""
-        tasks = enumerate(self._tasks if self.plan.spooled else ())
+        if not self.plan.spooled:
+            return
+        from streammerge.running.spooling import spooled_tasks
+
+        tasks = enumerate(self._tasks)
         missing = [task for number, task in tasks if any(map(self._wanted, pieces(task, number)))]
 
         def told(tensor: str, record: PackedRecord) -> None:
@@ -264,6 +269,10 @@ class Run:
 
     def _turn(self) -> None:
         """Makes tensors that are made turned, and lets their tasks copy them."""
+        if not any(task.to_turn for task, _ in alike(self._tasks)):
+            return
+        from streammerge.running.turning import Turning
+
         turning = Turning(self._job(), self._tasks, self._wanted, lambda size: self.staging.temporary("turned", size))
         for number, done in turning.make(self._executor, self._inputs):
             task = self._tasks[number]
@@ -295,6 +304,7 @@ class Run:
                 self.listener(TaskDone(piece.task.out.name, read_bytes, finished.nbytes, held.now()))
                 if finished.nonfinite and finished.nonfinite.keys() - {AGREED}:
                     self._refuse_nonfinite()  # now, and not after hours of work that would then be dropped
+        self._inputs.halted_by(lambda: None)  # the workers have ended, and side files are still to be read
 
     def _job(self) -> Job:
         plan = self.plan

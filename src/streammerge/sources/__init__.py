@@ -18,9 +18,13 @@ Each module imports only modules above it::
     box       a block, or a transposed matrix, of a tensor
     turned    a tensor whose first axis comes last
     wide      numbers of a source in float64
+    recast    numbers in another floating-point dtype
     narrow    numbers of eight bits in float32
     scaled    quantised weights with a scale for each block
     requantised  numbers as codes with scales again
+    unpacked  numbers of few bits that lie packed
+    swizzled  a grid of scales in the order of cuBLAS
+    mxfp4_experts  experts of gpt-oss
     contracted  a small tensor computed whole from others
     permuted  axes in another order; another shape
     product   the product of two matrices

@@ -50,15 +50,26 @@ def is_before(name: str) -> bool:
 
 def depths(names: Iterable[str]) -> dict[str, int]:
     """Returns the number of layers of each stack."""
+    return divided(names)[0]
+
+
+def divided(names: Iterable[str]) -> tuple[dict[str, int], list[str]]:
+    """Returns the number of layers of each stack, and the names outside the layers."""
     found: dict[str, int] = {}
-    for match in filter(None, map(_INDEX.search, names)):
-        number = match[1]
-        if len(number) > _MOST_DIGITS:
+    outside: list[str] = []
+    layer = "\0"
+    for name in names:
+        if name.startswith(layer):  # most names are of the same layer as the one before
             continue
-        stack = match.string[: match.start()]
-        if int(number) >= found.get(stack, 0):
-            found[stack] = int(number) + 1
-    return found
+        match = _INDEX.search(name)
+        if match is None or len(match[1]) > _MOST_DIGITS:
+            outside.append(name)
+            continue
+        layer, number = name[: match.end()], int(match[1])
+        stack = name[: match.start()]
+        if number >= found.get(stack, 0):
+            found[stack] = number + 1
+    return found, outside
 
 
 def stacks(names: Iterable[str]) -> Counter[str]:

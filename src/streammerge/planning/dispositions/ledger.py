@@ -54,6 +54,12 @@ class Dispositions:
                 if fate == wanted:
                     yield Decision(thing, fate, why, tuple(names[:_MOST_NAMES]), len(names))
 
+    def dropped(self, thing: Thing) -> Iterator[tuple[str, str]]:
+        """Yields (name, why) of all things of a kind that are dropped."""
+        for (kind, fate, why), names in self._names.items():
+            if kind == thing and fate == "dropped":
+                yield from ((name, why) for name in names)
+
     def facts(self) -> list[tuple[str, str]]:
         """Returns (fate, text) of each decision, for people, but not of merged tensors: a plan counts those by method."""
         return [(each.fate, _described(each)) for each in self if (each.thing, each.fate) != ("tensor", "merged")]

@@ -7,23 +7,29 @@ or folder uses the names of the state dict.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
-from streammerge.checkpoints.tokens import vocabulary_folder
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import safetensors
 from streammerge.formats.records import RECEIPT_KEY
 from streammerge.methods.registry import COPY
 from streammerge.planning.aligned import Merged, MergedTensors
 from streammerge.planning.alignment import Alignment
-from streammerge.planning.dispositions.entries import left_behind
 from streammerge.planning.dispositions.ledger import Dispositions
-from streammerge.planning.outputs.layout import Layout, Placed, PlacedTensors, PlannedOutput, blank_sums, metadata_of
-from streammerge.planning.outputs.pickled import PLAIN_ENDINGS, pickled_output
-from streammerge.planning.receipt import ITSELF, Receipt, escaped, files_beside, input_files, planned
+from streammerge.planning.outputs.layout import (
+    PLAIN_ENDINGS,
+    Accounting,
+    Layout,
+    Placed,
+    PlacedTensors,
+    PlannedOutput,
+    blank_sums,
+    metadata_of,
+)
+from streammerge.planning.receipt import ITSELF, escaped, files_beside, input_files, planned
 from streammerge.planning.views import Indexes
 from streammerge.recipe.adapted import parts_of
 from streammerge.recipe.document import to_json
@@ -84,7 +90,7 @@ def plan_output(out: Location, recipe: Recipe, indexes: Indexes, alignment: Alig
         or any(i.adapters or i.made_from or i.quantised for i in indexes.values()),
         held={name: index.nbytes for name, index in origins.items() if index.in_memory},
     )
-    made = _planned(kind, name, recipe, first, indexes, alignment, receipt, origins)
+    made = _planned(kind, name, recipe, first, indexes, alignment, Accounting(receipt, origins, alignment))
     made.inputs = inputs
     return made
 
@@ -114,8 +120,7 @@ def _planned(
     first: CheckpointIndex,
     indexes: Indexes,
     alignment: Alignment,
-    receipt: Receipt,
-    origins: Mapping[str, CheckpointIndex],
+    accounting: Accounting,
 ) -> PlannedOutput:
     merged = alignment.merged
     if kind != "folder" and any(first.parts):
@@ -128,15 +133,17 @@ def _planned(
         alignment.dispositions.add("file", _beside(first), "dropped", "the output is one file")
         _note_tokens(recipe, first, alignment)
     if kind == "pickle":
-        return pickled_output(name, recipe, first, indexes, alignment, receipt)
+        from streammerge.planning.outputs.pickled import pickled_output
+
+        return pickled_output(name, recipe, first, indexes, alignment, accounting)
     dispositions = Dispositions()
     dispositions.update(alignment.dispositions)
     if kind == "folder" and _is_pickled_folder(recipe, first):
-        return _folder(recipe, first, indexes, alignment, receipt, dispositions, origins)
-    for thing, why in left_behind(first):
+        return _folder(recipe, first, indexes, alignment, accounting, dispositions)
+    for thing, why in _left_behind(first) if first.extras is not None else ():
         dispositions.add("entry", thing, "dropped", why)
     if kind == "folder":
-        return _folder(recipe, first, indexes, alignment, receipt, dispositions, origins)
+        return _folder(recipe, first, indexes, alignment, accounting, dispositions)
     metadata = metadata_of(recipe, first)
     if isinstance(merged, MergedTensors):
         names, kinds = merged.columns()
@@ -144,15 +151,16 @@ def _planned(
         specs = {spec.name: (spec, m) for m in merged for spec in (m.spec, *_tied_specs(m))}
         names, kinds = list(specs), [spec for spec, _ in specs.values()]
     sums = {ITSELF: blank_sums([spec.nbytes for spec in kinds])}
+    receipt, accounts = accounting.of([merged] if isinstance(merged, MergedTensors) else merged)
     receipt = replace(receipt, checksums=sums, dispositions=dispositions.record())
     metadata[RECEIPT_KEY] = receipt.text()
     file, starts = safetensors.plan_columns(name, names, kinds, metadata)
     file = replace(file, receipt=escaped(receipt.text()))
     layout = Layout((file,), receipt)
     if isinstance(merged, MergedTensors):
-        return PlannedOutput(layout, [PlacedTensors(merged, 0, starts)], dispositions=dispositions)
+        return PlannedOutput(layout, [PlacedTensors(merged, 0, starts)], dispositions=dispositions, accounts=accounts)
     placed = [Placed(spec, m, 0, start) for (spec, m), start in zip(specs.values(), starts, strict=True)]
-    return PlannedOutput(layout, placed, dispositions=dispositions)
+    return PlannedOutput(layout, placed, dispositions=dispositions, accounts=accounts)
 
 
 def _note_tokens(recipe: Recipe, first: CheckpointIndex, alignment: Alignment) -> None:
@@ -164,10 +172,19 @@ def _note_tokens(recipe: Recipe, first: CheckpointIndex, alignment: Alignment) -
             f"the output is one file, so the vocabulary with {count} new tokens is not written; end the output's name in / "
             "for a folder that has it"
         )
-    elif tokens is not None and vocabulary_folder(first.path) != tokens.vocabulary.giver.file.parent:
-        alignment.notes.append(f"the output's tokens are those of {printable(tokens.vocabulary.giver.file)}")
+    elif tokens is not None:
+        from streammerge.checkpoints.tokens import vocabulary_folder
+
+        if vocabulary_folder(first.path) != tokens.vocabulary.giver.file.parent:
+            alignment.notes.append(f"the output's tokens are those of {printable(tokens.vocabulary.giver.file)}")
     if recipe.chat_template is not None:
         alignment.warnings.append("the output is one file, which has no chat template; end its name in / for a folder")
+
+
+def _left_behind(first: CheckpointIndex) -> Iterator[tuple[str, str]]:
+    from streammerge.planning.dispositions.entries import left_behind
+
+    return left_behind(first)
 
 
 def _beside(first: CheckpointIndex) -> list[str]:

@@ -29,6 +29,7 @@ from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.card import card_text, has_card
 from streammerge.planning.outputs.config import config_files
 from streammerge.planning.outputs.layout import (
+    Accounting,
     Layout,
     Placed,
     PlacedTensors,
@@ -40,7 +41,6 @@ from streammerge.planning.outputs.layout import (
 )
 from streammerge.planning.outputs.pickled import pickled_file
 from streammerge.planning.outputs.tokenizer import TokenizerFiles, generation_edit, tokenizer_files
-from streammerge.planning.receipt import Receipt
 from streammerge.planning.views import Indexes
 from streammerge.planning.vocabularies import Tokenized
 from streammerge.recipe.document import to_yaml
@@ -63,8 +63,19 @@ def is_pickled(recipe: Recipe, base: CheckpointIndex) -> bool:
 
 
 def _is_pickled(recipe: Recipe, part: CheckpointIndex) -> bool:
+    if _is_distributed(recipe, part):
+        return True
     form = _form(recipe, part)
     return part.container.pickled and (form is part.container.form or form.ending != _NEW.ending)
+
+
+def _is_distributed(recipe: Recipe, part: CheckpointIndex) -> bool:
+    """Whether a model is written as a checkpoint of several ranks, since the first input is one."""
+    if part.container.distributed is None:
+        return False
+    from streammerge.planning.outputs.distributed import is_distributed  # here, because few inputs are
+
+    return is_distributed(recipe, part)
 
 
 def _form(recipe: Recipe, part: CheckpointIndex) -> Form:
@@ -92,14 +103,10 @@ def folder_output(
     base: CheckpointIndex,
     indexes: Indexes,
     alignment: Alignment,
-    receipt: Receipt,
+    accounting: Accounting,
     dispositions: Dispositions,
-    origins: Mapping[str, CheckpointIndex],
 ) -> PlannedOutput:
-    """Plans the output folder. Raises RecipeError for what the container of the first input cannot hold.
-
-    ``origins``: the name in the receipt of each model and each adapter, with its index.
-    """
+    """Plans the output folder. Raises RecipeError for what the container of the first input cannot hold."""
     made = _Folder(recipe, indexes, dispositions)
     parts = parts_of(base)
     folder = next((path for path in (base.path, base.container.path) if path.is_folder()), None)
@@ -112,11 +119,12 @@ def folder_output(
     if record:
         made.files.append(text_file(RECIPE_FILE, to_yaml(record)))
         if recipe.output.card and folder is not None and has_card(folder):
-            made.add_card(record, origins, folder)
+            made.add_card(record, accounting.named, folder)
     names = {file.name for file in made.files}
     copied: Copies = []
     if folder is not None:
-        copied = decide(base, folder, {*names, RECEIPT_FILE, *tokenizer.left}, dispositions)
+        written = {*names, RECEIPT_FILE, *tokenizer.left, *(name for _, name in made.copied)}
+        copied = decide(base, folder, written, dispositions)
         beside = [name for each in dispositions if each.why == NOT_MERGED for name in each.names]
         adapters = [name for name in beside if is_adapter(name)]
         if len(beside) > len(adapters):
@@ -130,14 +138,16 @@ def folder_output(
         inner = {name.partition("/")[0] for name in (*names, *(name for _, name in copied)) if "/" in name}
         if inner:
             made.notes.append(f"the output has the subfolders of {printable(folder)}: {listed(sorted(inner))}")
-    copied += tokenizer.copied
+    copied += tokenizer.copied + made.copied
     sums = made.sums | {name: blank_sums([]) for name in (*names, *(name for _, name in copied)) if name not in made.sums}
     made.notes += _without_side_files(base)
+    held = (e.merged if isinstance(e, PlacedTensors) else e.merged or e.source for e in made.placed)
+    receipt, accounts = accounting.of(filter(None, held))
     receipt = replace(receipt, checksums=dict(sorted(sums.items())), dispositions=dispositions.record())
     file = text_file(RECEIPT_FILE, receipt.text(2))
     made.files.append(replace(file, receipt=file.literals[0].data))
     layout = Layout(tuple(made.files), receipt, True, tuple(copied), made.pickle_bytes)
-    return PlannedOutput(layout, made.placed, made.notes, dispositions=dispositions)
+    return PlannedOutput(layout, made.placed, made.notes, dispositions=dispositions, accounts=accounts)
 
 
 def _without_side_files(base: CheckpointIndex) -> list[str]:
@@ -225,12 +235,16 @@ class _Folder:
     sums: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     pickle_bytes: int = 0
+    copied: Copies = field(default_factory=list)
 
     def add_part(
         self, name: str, part: CheckpointIndex, aligned: tuple[Alignment, Sequence[Merged]], folder: Location | None
     ) -> None:
         """Adds the files of one model: its tensors, its index, its configuration."""
         own, whole = aligned
+        if _is_distributed(self.recipe, part):
+            self._add_distributed(name, part, own, folder)
+            return
         prefix, form, place = f"{name}/" if name else "", _form(self.recipe, part), folder and folder / name
         moved = bool(own.restacked) or any(m.base_names[0] not in part.entries for m in unlike(own.merged) if not m.added)
         pickled = _is_pickled(self.recipe, part)
@@ -256,6 +270,27 @@ class _Folder:
         if len(groups) > 1 or (was is not None and was.index and set(groups) <= {*was.files}):
             total = sum(m.spec.nbytes if pickled else _stored_bytes(m, tied) for _, m in named(own.merged))
             self.files.append(_index_file(prefix + form.index_name(), total, index))
+        if place is not None:
+            self._add_config(prefix, place, part, own)
+
+    def _add_distributed(self, name: str, part: CheckpointIndex, own: Alignment, folder: Location | None) -> None:
+        """Adds the files of a checkpoint of several ranks, in the subfolder where the first input has them."""
+        from streammerge.planning.outputs.distributed import distributed_files
+
+        prefix, inner = f"{name}/" if name else "", ""
+        place = folder / name if folder is not None and name else folder
+        if place is not None and place in part.container.path.parents:
+            inner = f"{part.container.path.relative_to(place)}/"
+        made = distributed_files(self.recipe, part, own.merged, self.dispositions)
+        first = len(self.files)
+        self.files += [replace(file, name=prefix + inner + file.name) for file in made.files]
+        self.placed += [replace(each, file=first + each.file) for each in made.placed]
+        self.sums |= {prefix + inner + file: sums for file, sums in made.sums.items()}
+        self.copied += [(path, prefix + inner + each) for path, each in made.copied]
+        self.notes.append(
+            f"the output is a distributed checkpoint as {printable(part.path)} is, from which training can go on; give "
+            "`max_shard_size` for a folder of safetensors"
+        )
         if place is not None:
             self._add_config(prefix, place, part, own)
 
@@ -306,7 +341,7 @@ class _Folder:
 
     def _add_pickled(self, prefix: str, name: str, part: CheckpointIndex, own: Alignment, flat: bool) -> None:
         indexes = {each: index.parts.get(prefix.rstrip("/"), index) for each, index in self.indexes.items()}
-        made = pickled_file(prefix + name, self.recipe, part, indexes, own, lambda sums, dispositions: {}, flat)
+        made = pickled_file(prefix + name, self.recipe, part, indexes, own, lambda sums, dispositions, held: {}, flat)
         self.sums[made.file.name] = made.sums
         number = len(self.files)
         self.files.append(made.file)

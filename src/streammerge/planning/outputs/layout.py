@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
@@ -12,6 +12,8 @@ from streammerge.formats.base import LayoutFile, Literal
 from streammerge.formats.records import RECEIPT_KEY, RECIPE_KEY
 from streammerge.methods.registry import COPY
 from streammerge.planning.aligned import Merged, MergedTensors
+from streammerge.planning.alignment import Alignment
+from streammerge.planning.conservation import Account, accounts_of
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.receipt import InputSpans, Receipt
 from streammerge.recipe.document import to_json
@@ -20,6 +22,9 @@ from streammerge.recipe.model import Recipe
 from streammerge.sources.base import Source
 from streammerge.stores.base import Location
 from streammerge.tensors.spec import TensorSpec
+
+PLAIN_ENDINGS = (".pkl", ".pickle")
+"""Of files that are a pickle and nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +69,7 @@ class PlacedTensors:
 class PlannedOutput:
     """The layout, the tensors with their places, and notes for the user. ``inputs``: see :class:`Plan`.
 
-    ``dispositions``: of all that the receipt records.
+    ``dispositions``: of all that the receipt records. ``accounts``: what becomes of the tensors of each checkpoint.
     """
 
     layout: Layout
@@ -72,6 +77,25 @@ class PlannedOutput:
     notes: list[str] = field(default_factory=list)
     inputs: dict[str, InputSpans] = field(default_factory=dict)
     dispositions: Dispositions = field(default_factory=Dispositions)
+    accounts: Sequence[Account] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Accounting:
+    """A receipt that still lacks the accounts of its checkpoints. ``named``: their names in it -> their indexes."""
+
+    receipt: Receipt
+    named: Mapping[str, CheckpointIndex]
+    alignment: Alignment
+
+    def of(self, made: Iterable[Merged | MergedTensors | Source]) -> tuple[Receipt, list[Account]]:
+        """Returns the receipt of an output that holds these tensors, and the accounts in it."""
+        accounts = accounts_of(self.named, self.alignment, made)
+        return replace(self.receipt, accounts=[each.record() for each in accounts]), accounts
+
+
+_OF_QUANTISED = ("_quantization_metadata",)
+"""Metadata that states how weights are quantised."""
 
 
 def recipe_record(recipe: Recipe) -> dict[str, Any] | None:
@@ -82,7 +106,8 @@ def recipe_record(recipe: Recipe) -> dict[str, Any] | None:
 
 def metadata_of(recipe: Recipe, first: CheckpointIndex) -> dict[str, str]:
     """Returns the first checkpoint's own metadata, ``format: pt`` and, for a merge, the recipe."""
-    kept = {k: v for k, v in first.metadata.items() if "hash" not in k.lower() and k not in (RECIPE_KEY, RECEIPT_KEY)}
+    left = (RECIPE_KEY, RECEIPT_KEY, *(_OF_QUANTISED if first.quantised else ()))
+    kept = {k: v for k, v in first.metadata.items() if "hash" not in k.lower() and k not in left}
     record = recipe_record(recipe)
     return kept | {"format": "pt"} | ({RECIPE_KEY: to_json(record)} if record else {})
 

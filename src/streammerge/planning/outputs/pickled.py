@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,12 +17,21 @@ from streammerge.pickles.repickle import Edit, storage_ref, stream
 from streammerge.pickles.tree import Blank, Enclosed, OrderedTree, StorageRef, TensorRef, mapping_items, walk
 from streammerge.planning.aligned import Merged
 from streammerge.planning.alignment import Alignment
+from streammerge.planning.conservation import Account
 from streammerge.planning.copies import AlignedCopy, align_copies, record_entries
 from streammerge.planning.dispositions.entries import Entries, decide
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.bookkeeping import drop_facts, merge_bookkeeping
-from streammerge.planning.outputs.layout import Layout, Placed, PlannedOutput, blank_sums, recipe_record
-from streammerge.planning.receipt import ITSELF, Receipt
+from streammerge.planning.outputs.layout import (
+    PLAIN_ENDINGS,
+    Accounting,
+    Layout,
+    Placed,
+    PlannedOutput,
+    blank_sums,
+    recipe_record,
+)
+from streammerge.planning.receipt import ITSELF
 from streammerge.planning.views import Indexes
 from streammerge.recipe.document import to_yaml
 from streammerge.recipe.model import Recipe
@@ -31,7 +40,6 @@ from streammerge.sources.inline import Inline
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorSpec, contiguous_strides
 
-PLAIN_ENDINGS = (".pkl", ".pickle")
 """Names of plain pickles. An input of torch's keeps its container under such a name."""
 _BARE = TensorRef(StorageRef("", None, 0), DType.F32, 0, (), ())
 """A tensor without a wrapper."""
@@ -52,20 +60,21 @@ class PickledFile:
 
 
 def pickled_output(
-    name: str, recipe: Recipe, base: CheckpointIndex, indexes: Indexes, alignment: Alignment, receipt: Receipt
+    name: str, recipe: Recipe, base: CheckpointIndex, indexes: Indexes, alignment: Alignment, accounting: Accounting
 ) -> PlannedOutput:
-    made = receipt
+    made, accounts = accounting.receipt, list[Account]()
 
-    def beside(sums: str, dispositions: Dispositions) -> dict[str, bytes]:
-        nonlocal made
-        made = replace(receipt, checksums={ITSELF: sums}, dispositions=dispositions.record())
+    def beside(sums: str, dispositions: Dispositions, held: Iterable[Merged | Source]) -> dict[str, bytes]:
+        nonlocal made, accounts
+        made, accounts = accounting.of(held)
+        made = replace(made, checksums={ITSELF: sums}, dispositions=dispositions.record())
         record = recipe_record(recipe)
         texts = {RECIPE_KEY: to_yaml(record).encode()} if record else {}
         return texts | {RECEIPT_KEY: made.text().encode()}
 
     planned = pickled_file(name, recipe, base, indexes, alignment, beside)
     layout = Layout((planned.file,), made, pickle_bytes=planned.pickle_bytes)
-    return PlannedOutput(layout, planned.placed, planned.notes, dispositions=planned.dispositions)
+    return PlannedOutput(layout, planned.placed, planned.notes, dispositions=planned.dispositions, accounts=accounts)
 
 
 def pickled_file(
@@ -74,10 +83,11 @@ def pickled_file(
     base: CheckpointIndex,
     indexes: Indexes,
     alignment: Alignment,
-    beside: Callable[[str, Dispositions], dict[str, bytes]],
+    beside: Callable[[str, Dispositions, Iterable[Merged | Source]], dict[str, bytes]],
     flat: bool = False,
 ) -> PickledFile:
-    """Plans one file. ``beside``: makes recipe and receipt, by their keys, from the blank checksums and the decisions.
+    """Plans one file. ``beside``: makes recipe and receipt, by their keys, from the blank checksums, the decisions and the
+    tensors.
 
     ``flat``: it holds a flat state dict of the merged tensors instead of the first input's tree.
     """
@@ -132,7 +142,7 @@ def pickled_file(
         for key, m in holders.items():
             edit.replaced[id(tree[key])] = builder.stand_in(m.spec.name, tree[key])
     sums = blank_sums([spec.nbytes for spec, _, _ in builder.tensors.values()])
-    told = beside(sums, dispositions)
+    told = beside(sums, dispositions, filter(None, (m or source for _, m, source in builder.tensors.values())))
     if plain:
         pickle = stream(tree, edit, headers=[plain_pickle.header(key, text) for key, text in told.items()])
         file = plain_pickle.plan_layout(name, pickle, told[RECEIPT_KEY])
