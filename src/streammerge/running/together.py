@@ -276,6 +276,8 @@ class Together:
         outputs = [run.begin() for run in runs]
         firsts = [sum(map(len, outputs[:number])) for number in range(len(runs))]
         files: list[Output] = [file for own in outputs for file in own]
+        if any(file.in_parts for file in files):
+            return 0  # what is sent in parts is made in the order of the file
         identities = {path: known for each in self.plans for path, known in each.identities.items()}
         kind = plan.layout.receipt.kind
         modules = modules_of([*self.tasks, *self._methods()], kind, any(each.torch_needed for each in self.plans))
