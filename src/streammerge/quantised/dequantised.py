@@ -21,7 +21,12 @@ from streammerge.sources.base import Source
 from streammerge.sources.ggml import Ggml
 from streammerge.units import counted
 
-_SCHEMES: tuple[Scheme, ...] = (comfyui, gpt_oss, packed_numbers, scaled_numbers)
+_SCHEMES: tuple[tuple[str, Scheme], ...] = (
+    ("ComfyUI", comfyui),
+    ("MXFP4", gpt_oss),
+    ("compressed-tensors or modelopt", packed_numbers),
+    ("scaled fp8 or int8", scaled_numbers),
+)
 """The schemes in the order in which they are asked. A tensor belongs to the first that takes it."""
 GGUF = "GGUF"
 """What a container of such a file calls its format."""
@@ -94,9 +99,12 @@ def weights_of(index: CheckpointIndex) -> dict[str, QuantisedWeight]:
     stated: Any = next((tree[key] for key in QUANTISATION if isinstance(tree.get(key), dict)), {})
     specs = index.specs()
     found: dict[str, QuantisedWeight] = {}
-    for scheme in _SCHEMES:
-        stored = Stored(index.entries, specs, stated, index.metadata, printable(index.path))
-        made = list(scheme(stored)) if stored.by_end else []
+    for label, scheme in _SCHEMES:
+        stored = Stored(index.entries, specs, stated, index.metadata)
+        try:
+            made = list(scheme(stored)) if stored.by_end else []
+        except MismatchError as error:
+            raise MismatchError(f"{printable(index.path)} is quantised: {label}, but {error}") from error
         if made:
             found |= made
             taken = {name for _, weight in made for name in weight.stored}
