@@ -15,7 +15,7 @@ from streammerge.methods.registry import COPY, INTEGERS
 from streammerge.planning.aligned import Way
 from streammerge.planning.alignment import Alignment, align
 from streammerge.planning.announced import disagreements
-from streammerge.planning.budget import Budget, Cost, fit
+from streammerge.planning.budget import BEST_TILE_BYTES, Budget, Cost, fit
 from streammerge.planning.conservation import Account, is_alarming, unused_text, used_text
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.experts import stacked
@@ -24,7 +24,18 @@ from streammerge.planning.outputs.container import plan_output
 from streammerge.planning.outputs.layout import Layout, Placed, PlacedTensors
 from streammerge.planning.receipt import InputSpans
 from streammerge.planning.repeated import remembered
-from streammerge.planning.tasks import MergeTask, Tasks, alike, copy_of_turned, objects, turned_places, turned_task, where
+from streammerge.planning.tasks import (
+    MergeTask,
+    Tasks,
+    alike,
+    copy_of_turned,
+    is_alone,
+    objects,
+    remembered_bytes,
+    turned_places,
+    turned_task,
+    where,
+)
 from streammerge.planning.tokenizers import differing_vocabularies
 from streammerge.planning.views import Indexes
 from streammerge.planning.vocabularies import tokenized, truncated
@@ -40,6 +51,8 @@ from streammerge.tensors.dtypes import DType
 from streammerge.units import binary_bytes, counted, decimal_bytes
 
 _EXAMPLE_OUT = "merged.safetensors"
+_MOST_TILES = 6
+"""Sizes of tiles that are tried."""
 
 
 @dataclass(slots=True, repr=False)
@@ -364,11 +377,25 @@ def budget_of(
     remote = any(path.store.reads_ahead for path in _files_of(tasks)[0].values())
     more = (spooled, pickle_bytes, beside_bytes, objects_, columns, rows, together, parts, remote)
     try:
-        return fit(memory_bytes, workers, tensors, _cost(tasks, io), *more), io
+        found = fit(memory_bytes, workers, tensors, _cost(tasks, io), *more)
     except BudgetError:
         if io != "mmap":
             raise
-        return fit(memory_bytes, workers, tensors, _cost(tasks, "pread"), *more), "pread"
+        io, found = "pread", fit(memory_bytes, workers, tensors, _cost(tasks, "pread"), *more)
+    for tile in _longer_tiles(tasks):
+        try:
+            wide = fit(memory_bytes, workers, tensors, _cost(tasks, io, tile), *more, tile_bytes=tile)
+        except BudgetError:
+            continue
+        if 2 * wide.workers >= found.workers:
+            return wide, io
+    return found, io
+
+
+def _longer_tiles(tasks: Sequence[MergeTask]) -> list[int]:
+    """Returns the sizes of tiles, the longest first, that hold a tensor that passes read several times through merges."""
+    sizes = {remembered_bytes(task) for task, _ in alike(tasks) if task.elems * 2 > BEST_TILE_BYTES}
+    return sorted((size for size in sizes if size > BEST_TILE_BYTES), reverse=True)[:_MOST_TILES]
 
 
 def _held(tasks: Sequence[MergeTask]) -> tuple[int, int, int, int, int, int]:
@@ -463,8 +490,10 @@ def _tasks_of(placed: Placed, seed: int) -> list[MergeTask]:
     return [head, *tail]
 
 
-def _cost(tasks: Sequence[MergeTask], io: str) -> Cost:
-    """Returns the memory of one chunk: for each kind, the most that any task needs. Zero if all tasks copy verbatim."""
+def _cost(tasks: Sequence[MergeTask], io: str, tile_bytes: int = 0) -> Cost:
+    """Returns the memory of one chunk: for each kind, the most that any task needs. Zero if all tasks copy verbatim.
+
+    ``tile_bytes``: of the tiles, if one worker is to make tensors alone that they hold."""
     cost = Cost(0, 0, 0, 0)
     seen: set[tuple[object, ...]] = set()
     for task, _ in alike(tasks):
@@ -472,7 +501,7 @@ def _cost(tasks: Sequence[MergeTask], io: str) -> Cost:
             cost = cost.most(_turned_cost(task, io))
             continue
         if not all(map(_is_stored, task.sources)):
-            cost = cost.most(_nested_cost(task, io))
+            cost = cost.most(_nested_cost(task, io, is_alone(task, tile_bytes) if tile_bytes else False))
             continue
         if task.verbatim:
             continue
@@ -492,7 +521,8 @@ def _turned_cost(task: MergeTask, io: str) -> Cost:
     return _cost([made, copy_of_turned(task, Stored(made.out, None, 0))], io)
 
 
-def _task_cost(task: MergeTask, dtypes: list[DType], io: str) -> Cost:
+def _task_cost(task: MergeTask, dtypes: list[DType], io: str, alone: bool = False) -> Cost:
+    """``alone``: whether one worker makes all pieces of it."""
     method, models = task.method, len(dtypes)
     widest = max(d.element_bytes for d in dtypes)
     out = task.out.dtype.component.element_bytes
@@ -502,13 +532,13 @@ def _task_cost(task: MergeTask, dtypes: list[DType], io: str) -> Cost:
         return Cost(0, 0, out, read, inputs, mapped)
     compute, buffers = method.buffers_for(dtypes, task.compute, task.based)
     searches, rows_bytes = method.searches * models, method.held_bytes(task.row, models)
-    passes = rows_bytes + held_bytes(min(task.elems, task.piece_elems), searches)
+    passes = rows_bytes + held_bytes(task.elems if alone else min(task.elems, task.piece_elems), searches)
     passes += method.whole_bytes(task.shape, models - task.based, task.parameters, task.turned)
-    spread = rows_bytes + held_bytes(task.elems, searches) if task.spread else 0
+    spread = rows_bytes + held_bytes(task.elems, searches) if task.spread and not alone else 0
     return Cost(compute, buffers, out, read, inputs, mapped, task.row, method.passes, passes, spread)
 
 
-def _nested_cost(task: MergeTask, io: str) -> Cost:
+def _nested_cost(task: MergeTask, io: str, alone: bool = False) -> Cost:
     """Returns the memory of one chunk if some sources are not plain byte ranges. Such sources cannot be mapped."""
     needed = Needs()
     for source in task.sources:
@@ -519,6 +549,6 @@ def _nested_cost(task: MergeTask, io: str) -> Cost:
     if task.verbatim:
         return nested
     dtypes = [source.spec.dtype.component for source in task.sources]
-    read, mapped = (_task_cost(task, dtypes, way) for way in ("pread", io))
+    read, mapped = (_task_cost(task, dtypes, way, alone) for way in ("pread", io))
     plain = any(map(_is_stored, task.sources))
     return read.most(nested) if not plain or io == "pread" else read.most(mapped).most(nested)

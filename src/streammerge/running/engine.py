@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from streammerge.kernels.chunk import Look, Step
 from streammerge.kernels.pass_results import PassResults
-from streammerge.planning.tasks import MergeTask, Piece, PieceDone, alike, batches, pieces, where
+from streammerge.planning.tasks import MergeTask, Piece, PieceDone, alike, batches, is_alone, pieces, where
 from streammerge.running.announcing import announced
 from streammerge.running.executors.base import Executor
 from streammerge.running.job import Job
@@ -31,7 +31,8 @@ def run_all(
     """Makes all pieces that ``wanted`` accepts, with the same bytes on any executor. Yields the result of each.
 
     Makes the tensors first that one worker can make alone, then the long tensors one by one. The method of a long tensor is
-    bound here, and all workers run its passes. Each worker then makes the same kernel from their results. ``inputs``: the
+    bound here, and all workers run its passes. Each worker then makes the same kernel from their results. Long tensors that
+    merges of merges read several times are one worker's if its tiles hold them. ``inputs``: the
     open inputs of workers in this process, which remote files are fetched into ahead.
     """
     ahead = inputs if job.budget.ahead_bytes else None
@@ -39,13 +40,27 @@ def run_all(
     def ahead_of(units: Iterator[list[Piece]]) -> Iterator[list[Piece]]:
         return units if ahead is None else announced(units, ahead)
 
+    tile = job.budget.tile_bytes
+    alone = where(tasks, lambda task: is_alone(task, tile)) if tile else []
+    apart = {*alone}
     independent = (
-        piece for number, task in enumerate(tasks) if not task.spread for piece in pieces(task, number) if wanted(piece)
+        piece
+        for number, task in enumerate(tasks)
+        if not task.spread and number not in apart
+        for piece in pieces(task, number)
+        if wanted(piece)
     )
     with closing(executor.run(MergeWork(job), ahead_of(batches(independent, job.budget.out_bytes)))) as results:
         for done in results:
             yield from done
+    if alone:
+        missing = ([piece for piece in pieces(tasks[number], number) if wanted(piece)] for number in alone)
+        with closing(executor.run(MergeWork(job, alone=True), ahead_of(filter(None, missing)))) as results:
+            for done in results:
+                yield from done
     for number in where(tasks, lambda task: task.spread):
+        if number in apart:
+            continue
         task = tasks[number]
         if any(map(wanted, pieces(task, number))):
             record = PassResults()
