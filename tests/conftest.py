@@ -24,6 +24,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from loopback_hub import Hub, running
 from streammerge.formats.detect import FORMATS
 from streammerge.methods.contracts import METHODS
 from streammerge.running.executors.registry import EXECUTORS
@@ -33,6 +34,7 @@ for room in ("methods", "formats", "running.executors", "sources"):  # so that t
 torch.set_num_threads(1)  # the tests already run in parallel
 
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the real hub, whatever is installed
 _NO_S3 = "the tests of object stores need obstore and moto, which the extra dev has"
 _buckets = itertools.count()
 
@@ -72,6 +74,20 @@ def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     name = f"bucket-{os.getpid()}-{next(_buckets)}"
     urllib.request.urlopen(urllib.request.Request(f"{s3_server}/{name}", method="PUT")).close()
     return f"s3://{name}"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """An empty hub on this machine, to which the variables of the environment lead, and an empty cache."""
+    if importlib.util.find_spec("huggingface_hub") is None:
+        pytest.skip("the tests of the hub need huggingface_hub, which the extra dev has")
+    for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING_FACE_", "TRANSFORMERS_"))]:
+        monkeypatch.delenv(name)
+    with running(Hub()) as made:
+        monkeypatch.setenv("HF_ENDPOINT", made.address)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf-home"))
+        monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+        yield made
 
 
 def use_s3(address: str, monkeypatch: pytest.MonkeyPatch) -> None:

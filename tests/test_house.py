@@ -9,6 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+from safetensors.torch import save_file
+
 import streammerge as sm
 
 SOURCE = Path(sm.__file__).parent
@@ -183,3 +187,39 @@ def test_every_module_has_its_test_file() -> None:
         if not file.exists() or not re.search(r"^ *def test_|\w+Suite\)", file.read_text(), re.MULTILINE):
             without.add(name)
     assert not without
+
+
+FEATURES = (
+    "adapters", "factoring", "diffing", "verifying", "requests.extractions", "requests.conversions",
+    "planning.stages", "planning.mixtures", "planning.unwritten", "planning.repeated", "planning.experts",
+    "planning.vocabularies", "planning.tokenizers", "planning.likeness", "planning.copies",
+    "planning.dispositions.entries", "planning.dispositions.files", "planning.outputs.pickled", "planning.outputs.folder",
+    "checkpoints.tokens", "checkpoints.vocabularies", "checkpoints.heads", "checkpoints.config_differences",
+    "checkpoints.conversions", "checkpoints.metrics", "checkpoints.numbers", "checkpoints.in_memory",
+    "checkpoints.profiles", "pickles.unpickle", "pickles.repickle", "pickles.arrays", "pickles.copies",
+    "formats.archive", "formats.plain_pickle", "formats.torch_zip", "formats.torch_legacy", "formats.folder",
+    "kernels.spectral", "kernels.kth_largest", "kernels.random", "kernels.reductions",
+    "methods.spectral", "methods.task_arithmetic", "methods.spherical",
+    "sources.merged", "sources.strided", "sources.deflated", "sources.rows", "sources.joined", "sources.drawn",
+    "recipe.stages", "running.spooling", "running.turning", "running.sweeping", "running.executors.processes",
+)  # fmt: skip
+"""What a merge of two files of safetensors by ``linear`` does without. The branch that leads to it imports it."""
+
+
+@pytest.mark.parametrize("command", ["--help", "inspect a.safetensors", "plan a.safetensors b.safetensors", "merge"])
+def test_a_command_imports_only_what_it_needs(command: str, tmp_path: Path) -> None:
+    """Imports are most of the time of a short command: 74 modules of features took a fifth of it."""
+    for name in ("a", "b"):
+        save_file({"w": torch.arange(8.0)}, tmp_path / f"{name}.safetensors")
+    typed = f"{command} a.safetensors b.safetensors -o out.safetensors" if command == "merge" else command
+    code = (
+        "import atexit, sys; from streammerge.cli.main import main; "
+        "atexit.register(lambda: print('\\n', *sorted(m for m in sys.modules if m.startswith('streammerge.')))); "
+        f"sys.argv = ['streammerge', *{typed.split()!r}]; main()"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True).stdout
+    loaded = {name.removeprefix("streammerge.") for name in shown.splitlines()[-1].split()}
+    assert "cli.main" in loaded
+    assert not {name for name in loaded if name.startswith(tuple(f"{each}." for each in FEATURES)) or name in FEATURES}
+    if command == "--help":
+        assert not {name.partition(".")[0] for name in loaded} & {"stores", "formats", "planning", "running", "api"}

@@ -3,7 +3,7 @@
 The rooms below do the work. Nothing here prints, unless ``progress`` asks for a bar.
 
 Each function has its options as keyword arguments, which editors complete. ``options`` describes them. Each function first
-collects them by one call of ``locals()``.
+collects them by one call of ``locals()``, and then imports the rooms that it needs.
 """
 
 from __future__ import annotations
@@ -49,17 +49,9 @@ from streammerge.options import (
     picked,
     truth,
 )
-from streammerge.planning.plan import Plan
 from streammerge.recipe.adapted import resolved
-from streammerge.recipe.arguments import conversion
-from streammerge.recipe.locations import found_in_hub_cache, from_hub_cache
-from streammerge.requests.inputs import Checkpoint, Held, Inputs, named, opened, path_of
-from streammerge.requests.merging import Request
-from streammerge.requests.plans import output_warnings, planned
-from streammerge.running.execution import Result, default_workers, execute, refuse_extras
+from streammerge.recipe.locations import hub_place, with_hub_places
 from streammerge.running.process import resident_bytes
-from streammerge.running.readback import receipt_of
-from streammerge.running.session import RunOptions
 from streammerge.signatures import takes
 from streammerge.stores.base import Location
 from streammerge.stores.locations import PathLike, parse
@@ -70,6 +62,10 @@ if TYPE_CHECKING:
     from streammerge.diffing.result import Diff
     from streammerge.factoring.making import AdapterResult, Making
     from streammerge.factoring.planned import AdapterPlan
+    from streammerge.planning.plan import Plan
+    from streammerge.requests.inputs import Checkpoint, Inputs
+    from streammerge.running.execution import Result
+    from streammerge.running.session import RunOptions
     from streammerge.running.shared import ShareResult
     from streammerge.verifying.files import Verified
 
@@ -81,9 +77,12 @@ def inspect(path: Checkpoint, *, state_dict: str | None = None, ema: Ema | None 
     The index is a mapping from the tensors' names to :class:`Source`: ``len(index)``, ``index[name]``, iteration.
     ``path``: a file or folder, or a state dict in memory. Raises FormatError when the checkpoint cannot be read.
     """
-    asked, held = picked(Selecting, locals()), Held()
+    asked = picked(Selecting, locals())
+    from streammerge.requests.inputs import Held, named, opened
+
+    held = Held()
     name = named("path", path, held)
-    return opened(name if name in held else from_hub_cache(name), asked.state_dict, asked.ema or "ignore", held)
+    return opened(name if name in held else hub_place(name), asked.state_dict, asked.ema or "ignore", held)
 
 
 @takes(*PLAN)
@@ -126,6 +125,7 @@ def plan(
     workers: SupportsIndex | None = None,
     io: Io = "mmap",
     executor: str | Callable[[int], Any] = "auto",
+    address: str | None = None,
     max_shard_size: str | SupportsIndex | None = None,
     keep_optimizer: bool | None = None,
     quantise: Quantise | None = None,
@@ -142,6 +142,8 @@ def plan(
     several machines, and by :func:`finish` on one.
     """
     given = locals()
+    from streammerge.requests.merging import Request
+
     saving = picked(Saving, given)
     with remembering():
         request = Request.of(given)
@@ -202,6 +204,7 @@ def merge(
     workers: SupportsIndex | None = None,
     io: Io = "mmap",
     executor: str | Callable[[int], Any] = "auto",
+    address: str | None = None,
     max_shard_size: str | SupportsIndex | None = None,
     keep_optimizer: bool | None = None,
     quantise: Quantise | None = None,
@@ -227,6 +230,9 @@ def merge(
     With ``base`` each adapter is merged as the base with it.
     """
     given = locals()
+    from streammerge.requests.merging import Request
+    from streammerge.requests.plans import output_warnings
+
     request = Request.of(given)
     with _run_options(given) as running:
         if request.out is None:
@@ -248,7 +254,7 @@ def merge(
                 made = request.plan()
         foreseen = output_warnings(made)  # the run itself raises these as errors, unless they are allowed
         made.warnings = [warning for warning in made.warnings if warning not in foreseen]
-        return execute(made, running, before)
+        return _executed(made, running, given, before)
 
 
 @takes(*CONVERT)
@@ -270,6 +276,7 @@ def convert(
     workers: SupportsIndex | None = None,
     io: Io = "mmap",
     executor: str | Callable[[int], Any] = "auto",
+    address: str | None = None,
     max_shard_size: str | SupportsIndex | None = None,
     keep_optimizer: bool | None = None,
     quantise: Quantise | None = None,
@@ -289,6 +296,11 @@ def convert(
     are left out. ``listener``, ``progress`` and the errors are those of :func:`merge`.
     """
     given = locals()
+    from streammerge.recipe.arguments import conversion
+    from streammerge.requests.inputs import Held, named, opened, path_of
+    from streammerge.requests.plans import planned
+    from streammerge.running.execution import refuse_extras
+
     asked, naming = picked(Converting, given), picked(Naming, given)
     selection, output, resources = picked(Selecting, given), picked(Writing, given), picked(Resources, given)
     held = Held()
@@ -305,13 +317,13 @@ def convert(
         like = None if asked.like is None else str(asked.like)
         if like is not None and resolved(like) == resolved(source):
             raise RecipeError("`like` names the input itself; leave it out, or name another checkpoint")
-        recipe = found_in_hub_cache(conversion(source, asked.drop, asked.keep, overrides, like))
+        recipe = with_hub_places(conversion(source, asked.drop, asked.keep, overrides, like))
         made = planned(recipe, target, resources, running.executor, hashed=output.hash, held=held, like=like is not None)
         if asked.extras is not None:
             refuse_extras(parse(asked.extras), made, running.overwrite)
-        result = execute(made, running, before)
+        result = _executed(made, running, given, before)
     if asked.extras is not None:
-        place = source if source in held else from_hub_cache(source)
+        place = source if source in held else hub_place(source)
         index = opened(place, None if asked.like else recipe.state_dict, recipe.ema, held)
         content = {"format": index.format, "metadata": index.metadata, "data": index.plain_data()}
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -350,6 +362,8 @@ def extract(
     :func:`merge`.
     """
     given = locals()
+    from streammerge.requests.inputs import path_of
+
     target_place = parse(path_of("out", out))
     with _run_options({**given, "resume": True, "executor": "auto"}) as running:
         target_place.sweep()
@@ -360,8 +374,21 @@ def extract(
         return _make(extracting(given), target_place, given, running.listener, before)
 
 
+def _executed(made: Plan, running: RunOptions, given: Mapping[str, Any], before: int) -> Result:
+    executing = picked(Executing, given)
+    if executing.executor != "ray":
+        from streammerge.running.execution import execute
+
+        return execute(made, running, before)
+    from streammerge.requests.cluster import execute_on_nodes  # here, because most merges run on one machine
+
+    resources, writing = picked(Resources, given), picked(Writing, given)
+    return execute_on_nodes(made, running, resources, executing, writing.hash, before)
+
+
 def _make(made: Making, out: Location, given: Mapping[str, Any], listener: Listener, before: int) -> AdapterResult:
     from streammerge.factoring.making import make  # here, because most runs make no adapter
+    from streammerge.running.choosing import default_workers
 
     resources, asked = picked(Resources, given), picked(Replacing, given)
     return make(
@@ -405,7 +432,10 @@ def verify(
 
 
 def _verified(out: PathLike, asked: Verifying, resources: Resources, listener: Listener) -> Verified:
-    from streammerge.verifying.files import check_files  # here: a merge starts without it
+    from streammerge.requests.inputs import path_of
+    from streammerge.running.choosing import default_workers
+    from streammerge.running.readback import receipt_of
+    from streammerge.verifying.files import check_files
 
     place, share = parse(path_of("out", out)), parse_share("5%" if asked.sample is None else asked.sample)
     receipt = receipt_of(place)
@@ -433,6 +463,7 @@ def diff(
     workers: SupportsIndex | None = None,
     io: Io = "mmap",
     executor: str | Callable[[int], Any] = "auto",
+    address: str | None = None,
     listener: Listener = quiet,
     progress: bool = False,
 ) -> Diff:
@@ -447,6 +478,8 @@ def diff(
     MismatchError, BudgetError, ChangedError or TaskError. Differences are no error.
     """
     given = locals()
+    from streammerge.requests.inputs import Held, named
+
     selecting, resources = picked(Selecting, given), picked(Resources, given)
     held = Held()
     names = named("a", a, held), named("b", b, held), None if base is None else named("base", base, held)
@@ -480,6 +513,7 @@ def worker(
     given = locals()
     with _listening(given) as told:
         from streammerge.requests import machines  # here, because a merge on one machine does without
+        from streammerge.requests.inputs import path_of
 
         place = parse(path_of("plan", plan))
         return machines.work(place, picked(Sharing, given), picked(Machine, given), told, resident_bytes())
@@ -503,6 +537,7 @@ def finish(
     given = locals()
     with _listening(given) as told:
         from streammerge.requests import machines
+        from streammerge.requests.inputs import path_of
 
         place = parse(path_of("plan", plan))
         return machines.finish(place, picked(Finishing, given).overwrite, told, resident_bytes())
@@ -511,6 +546,8 @@ def finish(
 @contextmanager
 def _run_options(given: Mapping[str, Any]) -> Iterator[RunOptions]:
     """Reads the options of a run. Shows a progress bar while the block runs, if it is asked for."""
+    from streammerge.running.session import RunOptions
+
     asked, executing = picked(Running, given), picked(Executing, given)
     with _listening(given) as listener:
         yield RunOptions(asked.overwrite, asked.resume, asked.polite, listener, executing.executor)

@@ -95,8 +95,9 @@ class Registry(Generic[Thing]):
 
     def is_known_as(self, name: str, thing: Thing) -> bool:
         """Whether every process finds that thing by the name, and not only a program that registers it."""
-        if name in self.built_in:
-            return self.built_in[name] is thing
+        built_in = self._built_in(name)
+        if built_in is not None:
+            return built_in is thing
         return name in self.plugins and self._plugin(name) is thing
 
     def all(self) -> dict[str, Thing]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from functools import wraps
 from inspect import cleandoc, signature
@@ -61,6 +60,8 @@ def _described(option: Option) -> str:
 
 def _unknown(function: str, keyword: str, known: list[str], given: Mapping[str, Any]) -> str:
     """Returns the message for an unknown keyword, with the keyword or parameter that was probably meant."""
+    import difflib
+
     value = given[keyword]
     said = f"{function} has no option {printable(keyword)}"
     shown = repr(value) if isinstance(value, bool | int | float | str | list) and len(repr(value)) < 40 else "..."

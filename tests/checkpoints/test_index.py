@@ -59,7 +59,8 @@ def test_what_cannot_be_opened_is_told(tmp_path: Path) -> None:
     with pytest.raises(sm.RecipeError, match=r"does not exist$"):
         open_checkpoint(tmp_path / "other.safetensors")
     with pytest.raises(
-        sm.RecipeError, match=r"^org/name does not exist; if it is on the hub, `hf download org/name` fetches"
+        sm.RecipeError,
+        match=r"^org/name does not exist, and the hub's cache does not hold it, while HF_HUB_OFFLINE is set$",
     ):
         open_checkpoint("org/name")
     with pytest.raises(sm.RecipeError, match=r"model\.pth: .*absent"):

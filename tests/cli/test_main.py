@@ -35,7 +35,7 @@ from safetensors.torch import load_file
             "0.4 was read as an input; join the weights by commas: --weights 0.6,0.4",
         ),
         (["merge", "news.pth:0.5", "audiobook.pth", "-o", "x.pth"], 2, "audiobook.pth has no weight behind it"),
-        (["merge", "news.pth", "https://a.b/c.pth", "-o", "x.pth"], 2, "https:// cannot be read yet; download it first"),
+        (["merge", "news.pth", "ftp://a.b/c.pth", "-o", "x.pth"], 2, "no store is known for ftp://"),
         (["merge", "news.pth", "-o", "x.pth", "--memory", "512"], 2, "512 means 512 bytes; write 512MiB or 512GiB"),
         (["merge", "news.pth", "-o", "x.pth", "--device", "cuda"], 2, "computes on CPUs, so there is no device to choose"),
         (

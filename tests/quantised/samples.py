@@ -80,3 +80,38 @@ def load_folder(folder: Path) -> Tensors:
     return {
         name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_safetensors(file).items()
     }
+
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def packed(fields: torch.Tensor, bits: int) -> torch.Tensor:
+    """Returns rows of non-negative integers as dense streams of bits in int32 words."""
+    rows, columns = fields.reshape(-1, fields.shape[-1]), fields.shape[-1]
+    count = -(-columns * bits // 32)
+    stream = torch.zeros(len(rows), count * 32, dtype=torch.int64)
+    for bit in range(bits):
+        stream[:, bit : columns * bits : bits] = rows >> bit & 1
+    words = (stream.view(len(rows), count, 32) << torch.arange(32)).sum(-1)
+    return words.to(torch.int32).view(*fields.shape[:-1], count)
+
+
+def swizzled(grid: torch.Tensor) -> torch.Tensor:
+    """Returns a grid of bytes in tiles of 128 x 4, padded with zeros: each byte is put to its place."""
+    octets, (rows, columns) = grid.view(torch.uint8), grid.shape
+    high, wide = -(-rows // 128) * 128, -(-columns // 4) * 4
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    tile = row // 128 * (wide // 4) + column // 4
+    made = torch.zeros(high * wide, dtype=torch.uint8)
+    made[tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + column % 4] = octets
+    return made.view(grid.dtype).view(high, wide)
+
+
+def mxfp4_experts(experts: int, outputs: int, groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns blocks and scales of experts, and their numbers: rows and columns are swapped."""
+    make = torch.Generator().manual_seed(experts)
+    codes = torch.randint(0, 16, (experts, outputs, groups, 32), generator=make)
+    scales = torch.randint(110, 135, (experts, outputs, groups), generator=make, dtype=torch.uint8)
+    blocks = (codes[..., ::2] | codes[..., 1::2] << 4).to(torch.uint8)
+    numbers = E2M1[codes] * torch.exp2(scales.float() - 127).unsqueeze(-1)
+    return blocks, scales, numbers.reshape(experts, outputs, -1).transpose(1, 2).contiguous()

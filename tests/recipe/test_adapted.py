@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 
 import streammerge as sm
-from streammerge.errors import RecipeError
 from streammerge.recipe.adapted import Adapted, Part, absent, adapted_text, split, without_revisions
 
 THERE = {"base", "one", "two", "a+b", "a", "org/x", "c++/m", "<in memory 1>"}
@@ -75,9 +74,8 @@ def test_another_lora_is_refused(lora: object) -> None:
         adapted_text("base", lora)
 
 
-def test_revisions_are_refused() -> None:
-    with pytest.raises(RecipeError, match="revision"):
-        adapted_text("base", {"path": "one", "revision": "main"})
+def test_a_revision_stands_behind_its_path() -> None:
+    assert adapted_text("base", {"path": "org/one", "revision": "main"}) == "base + org/one@main"
 
 
 def test_the_message_names_the_absent_part() -> None:

@@ -128,8 +128,9 @@ def test_the_recipe_that_travels_says_every_default() -> None:
     [
         ("absent.pth", "absent.pth does not exist in . or inner; run this from the folder that holds it"),
         ("a+b", "a+b does not exist, neither as a path nor as the model a with an adapter"),
-        ("a@b", "revisions are not supported yet"),
-        ("org/name", "hf download org/name"),
+        ("a@b", "a@b does not exist"),
+        ("org/name", "org/name does not exist, and the hub's cache does not hold it, while HF_HUB_OFFLINE is set"),
+        ("hf://org/name@x", "hf://org/name@x: the hub's cache does not hold it"),
         ("/absent.pth", "/absent.pth does not exist"),
         ("nostore://x", "nostore"),
     ],

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from streammerge.checkpoints.index import CheckpointIndex, index_of
 from streammerge.errors import printable
-from streammerge.pickles.candidates import Candidate
-from streammerge.pickles.copies import Originals
 from streammerge.recipe.model import Recipe, Reference
 from streammerge.tensors.names import why_optional
+
+if TYPE_CHECKING:
+    from streammerge.pickles.candidates import Candidate
 
 _Indexes = dict[Reference, CheckpointIndex]
 
@@ -47,6 +49,8 @@ def _at(index: CheckpointIndex, wanted: Candidate) -> Candidate | None:
 
 def _copies(index: CheckpointIndex) -> list[Candidate]:
     """Returns the other state dicts that hold the weights too."""
+    from streammerge.pickles.copies import Originals
+
     selection = index.selection
     usable = [c for c in selection.copies if not c.barred and c.kind != "list"]
     originals = Originals(selection.chosen)

@@ -9,10 +9,9 @@ from collections import Counter
 from streammerge.checkpoints.duplicates import distinct, twice_told
 from streammerge.checkpoints.globs import expand
 from streammerge.checkpoints.index import open_checkpoint
-from streammerge.checkpoints.metrics import Beside, keys_of
-from streammerge.checkpoints.numbers import in_order, numbers_of
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats.file_names import is_shard, is_whole_model, parsed_name
+from streammerge.recipe.adapted import parts_of
 from streammerge.stores.locations import parse
 
 
@@ -53,13 +52,17 @@ def choose(
         paths = _within(paths, range, notes)
     if best is not None and by is not None:
         paths = _best(paths, best, by, bool(highest), notes)
-    if last is not None:
-        _enough("last", last, paths)
-        paths = in_order(paths)[-last:]
-        notes.append(f"chosen as the last {last}: {listed(paths, 20)}")
-    elif oldest_first and paths != in_order(paths):
-        paths = in_order(paths)
-        notes.append(f"put in the order of their numbers, the oldest first: {listed(paths, 20)}")
+    if last is not None or oldest_first:
+        from streammerge.checkpoints.numbers import in_order
+
+        ordered = in_order(paths)
+        if last is not None:
+            _enough("last", last, paths)
+            paths = ordered[-last:]
+            notes.append(f"chosen as the last {last}: {listed(paths, 20)}")
+        elif paths != ordered:
+            paths = ordered
+            notes.append(f"put in the order of their numbers, the oldest first: {listed(paths, 20)}")
     return paths, notes
 
 
@@ -68,7 +71,7 @@ def _refuse_shards(paths: list[str]) -> None:
     other."""
     seen: dict[tuple[object, ...], str] = {}
     for path in dict.fromkeys(paths):
-        place = parse(path)
+        place = parse(parts_of(path)[0])
         if not is_whole_model(place.name) or not is_shard(place.name):
             continue
         parsed = parsed_name(place.name)
@@ -88,6 +91,8 @@ def _enough(option: str, wanted: int, paths: list[str]) -> None:
 
 
 def _within(paths: list[str], within: str, notes: list[str]) -> list[str]:
+    from streammerge.checkpoints.numbers import numbers_of
+
     start, colon, stop = within.partition(":")
     if not colon or not all(re.fullmatch("[0-9]{0,18}", part.strip()) for part in (start, stop)) or within.strip() == ":":
         raise RecipeError(f"`range` takes FROM:TO, like 1000:5000, not {printable(within)}")
@@ -111,6 +116,8 @@ _LOSS = re.compile(r"(?i)loss|err|ppl|perplexity|nll|bpb|bpc|[wcm]er\b|mse|mae|f
 
 
 def _best(paths: list[str], best: int, by: str, highest: bool, notes: list[str]) -> list[str]:
+    from streammerge.checkpoints.numbers import in_order
+
     _enough("best", best, paths)
     folders = Counter(parse(path).parent for path in paths)
     alone = len(paths) > 1 and max(folders.values()) == 1
@@ -131,6 +138,8 @@ def _value(path: str, key: str, alone: bool) -> float:
 
     ``alone``: each checkpoint has a folder of its own.
     """
+    from streammerge.checkpoints.metrics import Beside, keys_of
+
     index, beside = open_checkpoint(path), Beside(path, alone)
     value = index.value(key)
     if value is None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from streammerge.checkpoints.config_keys import NOT_OF_THE_MODEL
-from streammerge.checkpoints.config_text import KeyPath
 from streammerge.stores.base import Location
+
+if TYPE_CHECKING:
+    from streammerge.checkpoints.config_text import KeyPath
 
 CONFIG = "config.json"
 _MOST_BYTES = 16 << 20
@@ -65,6 +66,8 @@ def tree_of(path: Location) -> Tree:
 
 def mappings(tree: Tree) -> Iterator[tuple[KeyPath, Tree]]:
     """Yields the mapping and all mappings in it that speak of the model, the outer ones first."""
+    from streammerge.checkpoints.config_keys import NOT_OF_THE_MODEL
+
     level: list[tuple[KeyPath, Tree]] = [((), tree)]
     for _ in range(_DEEPEST):
         yield from level

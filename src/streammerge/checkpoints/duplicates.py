@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
-from streammerge.checkpoints.numbers import number_of
 from streammerge.errors import ChangedError, FormatError, RecipeError, printable
 from streammerge.stores.base import Location, Status
 from streammerge.stores.locations import parse
@@ -32,6 +31,8 @@ def distinct(paths: Sequence[str], notes: list[str]) -> list[str]:
     Of several duplicates, the one with a number in its name stays, otherwise the first. Bytes are read only where names
     and sizes of the files are equal: first the ends of the files, then, where these are equal too, all of them.
     """
+    from streammerge.checkpoints.numbers import number_of
+
     groups: dict[object, list[str]] = {}
     files = {path: _files(path) for path in paths}
     for path, each in files.items():

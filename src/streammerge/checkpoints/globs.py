@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from itertools import product
 
-from streammerge.checkpoints.numbers import in_order
 from streammerge.errors import RecipeError, printable
 from streammerge.recipe.adapted import split
 from streammerge.recipe.locations import is_recipe_name
@@ -33,6 +32,8 @@ def expand(paths: list[str]) -> list[str]:
         if place.exists() or not place.has_magic:
             found.append(path)
             continue
+        from streammerge.checkpoints.numbers import in_order
+
         matches = in_order([str(each) for each in place.glob()])
         if not matches:
             raise RecipeError(f"nothing matches {printable(path)}")

@@ -7,7 +7,7 @@ from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Se
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import FormatError, RecipeError, StreammergeError, printable
 from streammerge.formats import detect
@@ -16,8 +16,7 @@ from streammerge.formats.file_names import is_shard, is_whole_model
 from streammerge.pickles.candidates import AllFound, Found
 from streammerge.pickles.state_dict import Selection, select
 from streammerge.pickles.tree import Global, TensorRef, number, plain, walk
-from streammerge.recipe.locations import on_the_hub
-from streammerge.recipe.patterns import Rename, renamed
+from streammerge.recipe.patterns import renamed
 from streammerge.sources.base import Allocated, Source, read_whole
 from streammerge.sources.table import StoredTable
 from streammerge.stores.base import Location, Status
@@ -26,6 +25,9 @@ from streammerge.stores.remembering import remembering
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorSpec
 from streammerge.units import counted, decimal_bytes
+
+if TYPE_CHECKING:
+    from streammerge.recipe.patterns import Rename
 
 _SHOWN = 20
 """Tensors that a notebook shows."""
@@ -180,9 +182,13 @@ class CheckpointIndex(Mapping[str, Source]):
         return any(kind.dtype in _NARROW for kind in kinds)
 
     @property
+    def _computed(self) -> list[Source]:
+        return [] if isinstance(self.entries, StoredTable) else list(self.entries.values())
+
+    @property
     def may_be_quantised(self) -> bool:
         """Whether quantised weights may be in it, in a file that such weights are read from."""
-        return not self.container.pickled and self.narrow
+        return not self.container.pickled and (self.narrow or any(entry.dequantises for entry in self._computed))
 
     @property
     def in_memory(self) -> bool:
@@ -253,6 +259,8 @@ _FORMS = {DType.F64: "<d", DType.F32: "<f", DType.BF16: "<f", DType.F16: "<e", D
 def _did_you_mean(path: Location) -> str:
     """Returns what stands beside an absent file under nearly the same name, or what to do if the hub has such names."""
     import difflib
+
+    from streammerge.recipe.locations import on_the_hub
 
     try:
         names = [beside.name for beside in path.parent.children()]

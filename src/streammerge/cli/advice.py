@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 
 import click
 
@@ -56,6 +55,8 @@ def _takes_output(error: click.ClickException) -> bool:
 
 
 def _of_option(error: click.NoSuchOption, typed: Sequence[str]) -> str:
+    from difflib import get_close_matches
+
     name = error.option_name
     if name in _ELSEWHERE:
         return f"; {_ELSEWHERE[name]}"
@@ -102,6 +103,8 @@ def _parameters_of(typed: Sequence[str]) -> list[str]:
 
 def of_command(typed: Sequence[str], commands: Sequence[str]) -> str:
     """Returns what to do when the first word is no command."""
+    from difflib import get_close_matches
+
     word = typed[0]
     if _CHECKPOINT.fullmatch(word) or (len(typed) > 1 and word not in _MEANT and not get_close_matches(word, commands)):
         return f"; to merge, type `streammerge merge {' '.join(map(quoted, typed))}`"

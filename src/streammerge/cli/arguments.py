@@ -10,7 +10,6 @@ from typing import Any
 from streammerge.cli.advice import check_inputs
 from streammerge.errors import RecipeError, StreammergeError, printable
 from streammerge.options import CONVERT, MERGE, VERIFY, number_or_percent, options_of
-from streammerge.stores.locations import parse
 
 _ENDING = re.compile(r"(\.[A-Za-z]\w*)?")
 _NEGATED = {f"no_{name}": name for name, each in options_of(*MERGE, *CONVERT, *VERIFY).items() if each.negated}
@@ -60,6 +59,8 @@ def output_name(
     Says so by ``tell``. A name that ends in ``/``, or an existing folder, stays a folder. If the first
     input has no suffix either, the output is a file of that name, which the same loader opens.
     """
+    from streammerge.stores.locations import parse
+
     place = parse(out)
     if out == "-" or place.suffix or place.ends_in_slash or place.is_folder():
         return out
@@ -79,6 +80,7 @@ def _first_input(inputs: Sequence[str], recipe: Mapping[str, Any] | None, own_me
     from streammerge.checkpoints.globs import expand
     from streammerge.recipe.locations import is_recipe_name
     from streammerge.recipe.reader import read_recipe
+    from streammerge.stores.locations import parse
 
     try:
         if recipe is not None or (len(inputs) == 1 and is_recipe_name(inputs[0])):

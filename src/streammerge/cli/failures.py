@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -38,6 +37,8 @@ def fail(kind: str, sentence: str, exit_code: int, notes: Sequence[str] = (), as
 
     ``kind``: the name of its class. ``sentence``: what is wrong, where, what to do, with options as they are typed.
     """
+    import json
+
     if not as_json:
         say(f"error: {sentence}", err=True)
         return

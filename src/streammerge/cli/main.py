@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import sys
 from importlib import import_module
@@ -24,6 +25,9 @@ from streammerge.version import __version__
 _ROOM = "streammerge.cli.commands"
 
 
+_OBJECTS_PER_SEARCH = 20_000
+"""New objects after which Python looks for reference cycles. By default it would do so 150 times during imports alone,
+whose objects all last."""
 _SPELLED = {"output": "out", "weight": "weights", "base-model": "base", "merge-method": "method", "mem": "memory"}
 """Options as people type them -> their names here."""
 
@@ -79,6 +83,7 @@ def cli(ctx: click.Context) -> None:
 
 def main() -> None:
     """Runs the command line. Shows each of streammerge's own errors as one sentence, and ends with its exit code."""
+    gc.set_threshold(_OBJECTS_PER_SEARCH)
     open_standard_streams()
     debug, as_json = "--debug" in sys.argv, wants_json(sys.argv[1:])
     try:

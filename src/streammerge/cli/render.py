@@ -15,8 +15,7 @@ from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats.records import RECEIPT_KEY, RECIPE_KEY
 from streammerge.pickles.state_dict import unread_tensors
 from streammerge.sources.base import Source
-from streammerge.sources.deflated import Deflated
-from streammerge.sources.strided import Strided
+from streammerge.sources.stored import Stored
 from streammerge.strict_json import load_json
 from streammerge.units import binary_bytes, counted, decimal_bytes
 
@@ -294,11 +293,20 @@ def _tensor_lines(index: CheckpointIndex) -> list[str]:
 
 def _offset(entry: Source) -> int:
     """Where it begins: in the file, or in the inflated bytes of its record."""
+    if entry.__class__ is Stored:
+        return entry.begin[1]
+    from streammerge.sources.deflated import Deflated
+
     return (entry.within if isinstance(entry, Deflated) else entry).begin[1]
 
 
 def _form(entry: Source) -> dict[str, Any]:
     """What is said of a tensor whose bytes do not lie in C order in a file."""
+    if entry.__class__ is Stored:
+        return {}
+    from streammerge.sources.deflated import Deflated
+    from streammerge.sources.strided import Strided
+
     inner = entry.within if isinstance(entry, Deflated) else entry
     strides = {"strides": list(inner.strides)} if isinstance(inner, Strided) else {}
     return {**strides, **({"compressed": True} if isinstance(entry, Deflated) else {})}

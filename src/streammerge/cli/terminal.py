@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
-import shutil
 import sys
 
 import click
@@ -54,6 +52,8 @@ def forget_line() -> None:
 
 def quoted(argument: str) -> str:
     """Returns an argument as it is typed in a shell, without characters that a terminal would execute."""
+    import shlex
+
     if argument.isprintable():
         return shlex.quote(argument)
     octets = os.fsencode(argument)
@@ -61,6 +61,8 @@ def quoted(argument: str) -> str:
 
 
 def _columns() -> int:
+    import shutil
+
     return max(shutil.get_terminal_size().columns, 20)
 
 

@@ -22,12 +22,11 @@ from streammerge.methods.registry import LINEAR
 from streammerge.options import Resources, Selecting
 from streammerge.planning.tasks import MergeTask, Piece, as_one_piece, batches, pieces, stretches
 from streammerge.recipe.arguments import recipe_of
-from streammerge.recipe.locations import from_hub_cache
+from streammerge.recipe.locations import hub_place
 from streammerge.requests.inputs import Held, opened
 from streammerge.running import process
-from streammerge.running.choosing import choose_executor
+from streammerge.running.choosing import choose_executor, default_workers
 from streammerge.running.engine import modules_of, sweep_on_all
-from streammerge.running.execution import default_workers
 from streammerge.running.executors.base import Executor, Executors, Host
 from streammerge.running.executors.registry import find_executor
 from streammerge.running.job import Job, lent, new_key
@@ -107,7 +106,7 @@ def _opened(
     names: Names, held: Held, selecting: Selecting
 ) -> tuple[CheckpointIndex, CheckpointIndex, CheckpointIndex | None]:
     """Returns the indexes of A, B and the base, with the state dicts that a merge of A and B would take."""
-    a, b, base = (each if each is None or each in held else from_hub_cache(each) for each in names)
+    a, b, base = (each if each is None or each in held else hub_place(each) for each in names)
     if a is None or b is None:
         raise RecipeError("a comparison needs two checkpoints")
     recipe = recipe_of([a, b], LINEAR, None, None, {}, selecting.overrides)

@@ -6,17 +6,19 @@ import re
 from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from typing import Literal as OneOf
 
 from streammerge.errors import FormatError, printable
 from streammerge.pickles.tree import FlatTree, TensorRef
 from streammerge.pickles.tree import flat_tensor as flat_tensor
 from streammerge.sources.base import Source
-from streammerge.sources.deflated import PackedRecord, of_bytes
 from streammerge.sources.table import StoredTable
 from streammerge.stores.base import Location
 from streammerge.tensors.spec import TensorSpec, is_contiguous
+
+if TYPE_CHECKING:
+    from streammerge.sources.deflated import PackedRecord
 
 MOST_EXPANDED_BYTES = 64 << 20
 _INDEX_NAME = re.compile(r"\.index(\.[\w-]+)?\.json$")
@@ -76,7 +78,9 @@ class Container:
     maps names to tensors (:func:`flat_tensor`, :class:`FlatTree`). ``held_bytes``: bytes of pickles, whose data is in the
     tree. ``arrays``: the sources of tensors that lie in no storage: numpy's arrays in a pickle, tensors in pieces of
     several ranks. ``skipped``: ranges of (offset, bytes) in files that no merge reads, such as the state of an optimizer.
-    ``facts``: what is known of the run that wrote it, for people. ``form``: how a folder stores it.
+    ``facts``: what is known of the run that wrote it, for people. ``own_files``: a pattern of the names of files in its
+    folder that belong to a checkpoint in pieces, whether it is read from them or not. ``distributed``: what its format
+    needs to write such a checkpoint again. ``form``: how a folder stores it.
     ``parts``: subfolder -> its container, "" for the folder's own weights, where a folder holds several models that belong
     together; then the tree is empty. ``warnings``: what may be wrong with the checkpoint.
     """
@@ -97,6 +101,8 @@ class Container:
     warnings: list[str] = field(default_factory=list)
     skipped: dict[Location, list[tuple[int, int]]] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
+    own_files: str = ""
+    distributed: Any = None
 
     @property
     def table(self) -> StoredTable | None:
@@ -157,6 +163,8 @@ class Container:
                 "it is expanded beyond reason"
             )
         strides = None if contiguous else ref.strides
+        from streammerge.sources.deflated import of_bytes
+
         return of_bytes(spec, store.path, store.offset + start, strides, store.record, ref.lazy)
 
     def _where(self, name: str) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from streammerge.errors import FormatError, StreammergeError, listed, printable
-from streammerge.formats import safetensors, torch_zip
+from streammerge.formats import archive, safetensors, torch_zip
 from streammerge.formats.base import Container
 from streammerge.formats.pieces import PIECE_BYTES, Box, PieceOf, assembled, check_boxes, checked_shape, piece_of_dtype
 from streammerge.formats.shards import is_safe
@@ -38,6 +38,10 @@ _FLAT_OPTIMIZER = re.compile(
     r"state\..+\.(exp_avg|exp_avg_sq|max_exp_avg_sq|step|momentum_buffer|square_avg|sum)|param_groups\..+"
 )
 _STEPS = ("iteration", "global_step", "step", "epoch")
+_BESIDE = ("meta.pt", "common.pt")
+BESIDE = (*_BESIDE, "metadata.json")
+"""Files of other programs in such a folder, without which these do not read it."""
+_OWN_FILES = r"\.metadata|__\d+\.metadata|__\d+_\d+\.distcp|meta\.pt|common\.pt|metadata\.json"
 _MOST_HEAD_BYTES = 2048
 _MOST_OBJECT_BYTES = 1 << 20
 _MOST_PATH = 32
@@ -76,35 +80,51 @@ class Metadata:
     paths: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
-def is_folder_of(folder: Location) -> bool:
-    """Whether a folder is one of these, by the names of its files."""
-    return bool(_metadata_files(folder))
+Place = tuple[Location, int, int]
+"""A file of the checkpoint: where its bytes are. A location, an offset in it, and the number of bytes."""
 
 
-def _metadata_files(folder: Location) -> list[Location]:
-    whole = folder / METADATA
-    if whole.lexists():
-        return [whole]
-    return [path for path in folder.children() if _OF_RANK.fullmatch(path.name)]
+class Home:
+    """A folder that holds the files of a checkpoint. An archive may stand for one."""
+
+    def __init__(self, folder: Location) -> None:
+        self.folder, self.where = folder, printable(folder)
+
+    def names(self) -> list[str]:
+        return [path.name for path in self.folder.children()]
+
+    def place(self, name: str) -> Place | None:
+        """Returns the place of a file, None if it is absent. Raises FormatError if it is no regular file."""
+        path = self.folder / name
+        return (path, 0, path.size) if path.lexists() else None
 
 
 def read(folder: Location) -> Container:
     """Returns the container of a DCP folder. Raises FormatError; nothing in it is executed."""
-    files = _metadata_files(folder)
-    metadata = Metadata()
-    for path in files:
-        _add(metadata, read_metadata(path))
-    return _Reading(folder, metadata, files).container()
+    return read_home(Home(folder))
+
+
+def read_home(home: Home) -> Container:
+    """Returns the container of a DCP folder, wherever its files are. Raises FormatError."""
+    names = home.names()
+    names = [METADATA] if METADATA in names else [name for name in names if _OF_RANK.fullmatch(name)]
+    metadata, files = Metadata(), list[Location]()
+    for name in names:
+        place = home.place(name)
+        if place is not None:
+            _add(metadata, read_metadata(place, f"{home.where}/{name}"))
+            files.append(place[0])
+    return _Reading(home, metadata, files).container()
 
 
 # ------------------------------------------------------------------------------------------------------------- .metadata
 
 
-def read_metadata(path: Location) -> Metadata:
+def read_metadata(place: Place, where: str) -> Metadata:
     """Returns what a ``.metadata`` file tells. Raises FormatError; nothing in it is executed."""
-    where = printable(path)
-    with path.stream() as stream:
-        tree = unpickle(stream, where=where)
+    path, offset, nbytes = place
+    with path.stream() as whole:
+        tree = unpickle(archive.within(whole, (offset, nbytes)), where=where)
     try:
         return _metadata(tree, where)
     except _DAMAGE as error:
@@ -225,11 +245,28 @@ def is_optimizer_item(name: str, path: tuple[Any, ...]) -> bool:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What an output of the same kind takes over: where the files are, and what ``.metadata`` tells."""
+
+    home: Home
+    metadata: Metadata
+
+    def place(self, item: Item, what: str) -> tuple[Location, int]:
+        """Returns the file and the offset of an item. Raises FormatError if it is not there."""
+        found = self.home.place(item.file) if is_safe(item.file) else None
+        if found is None or item.offset + item.nbytes > found[2]:
+            raise FormatError(
+                f"{self.home.where}: {printable(item.file)} lacks the entry {printable(what)}; copy that file"
+            )
+        return found[0], found[1] + item.offset
+
+
 class _Reading:
     """Makes the container of one folder."""
 
-    def __init__(self, folder: Location, metadata: Metadata, files: list[Location]) -> None:
-        self.folder, self.metadata, self.where = folder, metadata, printable(folder)
+    def __init__(self, home: Home, metadata: Metadata, files: list[Location]) -> None:
+        self.home, self.metadata, self.where = home, metadata, home.where
         self.weights: dict[str, Entry] = {}
         self.left: dict[str, Entry] = {}
         for name, entry in metadata.tensors.items():
@@ -255,12 +292,14 @@ class _Reading:
             everything.append(source)
             refs[name] = flat_tensor(source)
         used = {item.file for (name, _), item in self.metadata.items.items() if name in self.weights}
-        files = (*self.files, *(self.folder / name for name in sorted(used)))
+        places = {name: place for name in sorted(used) if (place := self.home.place(name)) is not None}
+        files = tuple(dict.fromkeys((*self.files, *(path for path, _, _ in places.values()))))
         held = PIECE_BYTES * sum(len(entry.boxes) for entry in self.weights.values())
-        made = Container(
-            self.folder, NAME, _nested(refs, self.metadata.paths), {}, files, held_bytes=held, arrays=everything
-        )
-        made.skipped = self._skipped(used)
+        tree = _nested(refs, self.metadata.paths)
+        made = Container(self.home.folder, NAME, tree, {}, files, held_bytes=held, arrays=everything)
+        made.own_files = _OWN_FILES
+        made.distributed = Saved(self.home, self.metadata)
+        made.skipped = self._skipped(places)
         made.notes += self._notes()
         made.facts |= self._facts()
         return made
@@ -290,15 +329,14 @@ class _Reading:
                 if item is None:
                     raise FormatError(f"{self._what(name)}: no file is named for its part at {list(box[0])}")
                 by_file[item.file].append((item, name, box, _known(entry, "")))
-        self._check_files(by_file)
+        places = self._places(by_file)
         made: dict[tuple[str, tuple[int, ...]], Source] = {}
         for file, wanted in by_file.items():
-            path = self.folder / file
+            path, base, size = places[file]
             wanted.sort(key=lambda each: each[0].offset)
-            size = path.size
             with path.stream() as stream:
                 head = stream.read(9)
-                if safetensors.matches(head, size):
+                if not base and safetensors.matches(head, size):
                     made |= self._of_safetensors(path, wanted)
                     continue
                 end = 0
@@ -317,22 +355,26 @@ class _Reading:
                     if item.offset < end:
                         raise FormatError(f"{what} overlaps another item of {printable(file)}; such a file is refused")
                     end = item.offset + item.nbytes
-                    made[name, box[0]] = self._piece(stream, path, item, TensorSpec(name, dtype, box[1]), what)
+                    within = Item(file, base + item.offset, item.nbytes)
+                    made[name, box[0]] = self._piece(stream, path, within, TensorSpec(name, dtype, box[1]), what)
         return made
 
-    def _check_files(self, by_file: Mapping[str, list[tuple[Item, str, Box, DType]]]) -> None:
+    def _places(self, by_file: Mapping[str, list[tuple[Item, str, Box, DType]]]) -> dict[str, Place]:
+        """Returns where the files of the pieces are. Raises FormatError for one that is absent."""
+        places = {}
         for file, wanted in by_file.items():
             if not is_safe(file):
                 raise FormatError(
                     f"{self.where}: {printable(file)} is not the name of a file in this folder; such metadata are refused"
                 )
-            path = self.folder / file
-            if not path.lexists():
+            place = self.home.place(file)
+            if place is None:
                 names = listed(sorted({name for _, name, _, _ in wanted}), 4)
                 raise FormatError(
                     f"{self.where}: {printable(file)} is absent, which holds parts of {names}; copy the files of all ranks"
                 )
-            path.status()
+            places[file] = place
+        return places
 
     def _piece(self, stream: BinaryIO, path: Location, item: Item, spec: TensorSpec, what: str) -> Source:
         """Returns the source of an item that is an archive of torch.save.
@@ -347,7 +389,7 @@ class _Reading:
                 return Stored(spec, path, item.offset + length)
         container = torch_zip.read_stream(stream, path, (item.offset, item.nbytes), what)
         if not isinstance(container.tree, TensorRef):
-            raise FormatError(f"{what}: its part in {printable(path.name)} is no tensor; the file is damaged")
+            raise FormatError(f"{what}: its part in {printable(item.file)} is no tensor; the file is damaged")
         source = piece_of_dtype(container.locate(spec.name, container.tree), spec.dtype, spec.shape, what)
         if source.__class__ is Stored and item.offset < source.begin[1] <= item.offset + _MOST_HEAD_BYTES:
             length = source.begin[1] - item.offset
@@ -367,12 +409,13 @@ class _Reading:
             made[name, box[0]] = piece_of_dtype(held[name].entry, dtype, box[1], what)
         return made
 
-    def _skipped(self, used: set[str]) -> dict[Location, list[tuple[int, int]]]:
+    def _skipped(self, places: Mapping[str, Place]) -> dict[Location, list[tuple[int, int]]]:
         """Returns the ranges of the used files whose items no merge reads."""
         skipped: dict[Location, list[tuple[int, int]]] = defaultdict(list)
         for (name, _), item in self.metadata.items.items():
-            if name not in self.weights and item.file in used and item.nbytes:
-                skipped[self.folder / item.file].append((item.offset, item.nbytes))
+            if name not in self.weights and item.file in places and item.nbytes:
+                path, base, _ = places[item.file]
+                skipped[path].append((base + item.offset, item.nbytes))
         return skipped
 
     def _notes(self) -> list[str]:
@@ -380,11 +423,11 @@ class _Reading:
         if self.left:
             nbytes = sum(math.prod(e.shape) * (e.dtype.element_bytes if e.dtype else 1) for e in self.left.values())
             held = f"{counted(len(self.left), 'tensor')}, {decimal_bytes(nbytes)}"
-            notes.append(f"the state of the optimizer in a distributed checkpoint ({held}) is left out")
+            notes.append(f"beside the weights, not merged: the state of the optimizer ({held})")
         objects = [name for name in self.metadata.objects if "/shard_" not in name]  # Megatron's are of no interest
         objects = [name for name in objects if not is_optimizer_item(name, self.metadata.paths.get(name, (name,)))]
         if objects:
-            notes.append(f"what is no tensor in a distributed checkpoint is left out: {listed(objects)}")
+            notes.append(f"beside the weights, not merged: {listed(objects)}")
         return notes
 
     def _facts(self) -> dict[str, str]:
@@ -398,7 +441,17 @@ class _Reading:
         return facts
 
     def _steps(self) -> Iterator[tuple[str, int]]:
-        """Yields the counters of the run, by name."""
+        """Yields the counters of the run, by name. Lightning and Megatron have them in a file of their own."""
+        for file in _BESIDE:
+            try:
+                place = self.home.place(file)
+                tree = torch_zip.read(place[0], place[1:]).tree if place is not None else None
+            except (StreammergeError, OSError):
+                continue
+            told = tree if isinstance(tree, dict) else {}
+            for key in _STEPS:
+                if isinstance(found := number(told.get(key)), int):
+                    yield key, found
         for (name, _), item in self.metadata.items.items():
             if name.rpartition(".")[2] not in _STEPS or name in self.left or item.nbytes > _MOST_OBJECT_BYTES:
                 continue
@@ -410,10 +463,10 @@ class _Reading:
                 yield name, value
 
     def _number(self, name: str, item: Item) -> int | None:
-        path = self.folder / item.file
-        if not is_safe(item.file) or item.transforms or not path.lexists() or item.offset + item.nbytes > path.size:
+        place = self.home.place(item.file) if is_safe(item.file) else None
+        if place is None or item.transforms or item.offset + item.nbytes > place[2]:
             return None
-        container = torch_zip.read(path, (item.offset, item.nbytes))
+        container = torch_zip.read(place[0], (place[1] + item.offset, item.nbytes))
         found = number(container.tree)
         ref = container.tree
         if isinstance(ref, TensorRef) and ref.dtype in _COUNTERS and math.prod(ref.shape) == 1:

@@ -9,7 +9,6 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from streammerge.errors import FormatError, RecipeError, StreammergeError, printable
-from streammerge.formats import archive
 from streammerge.formats.base import Container, Format, is_index
 from streammerge.formats.distributed import refuse_part
 from streammerge.plugins import Registry, module_names
@@ -19,12 +18,11 @@ _HEAD_BYTES = 512
 _SHORT_TEXT_BYTES = 200
 _ROOM = "streammerge.formats"
 _HELPERS = (
-    "archive", "base", "dcp", "detect", "distributed", "dtensors", "file_names", "folder", "hf_storage", "pieces",
-    "records", "safetensors_writer", "shards", "zero",
+    "archive", "base", "dcp", "dcp_writer", "detect", "distributed", "dtensors", "file_names", "folder", "gguf_file",
+    "gguf_names", "hf_storage", "pieces", "records", "safetensors_writer", "shards", "zero",
 )  # fmt: skip
 """The modules beside this one that are no format, so that looking at a file imports only the formats that are asked."""
 _OTHERS: tuple[tuple[bytes, str], ...] = (
-    (b"GGUF", "a GGUF file, whose weights are quantised for llama.cpp; give the original safetensors"),
     (b"\x89HDF", "an HDF5 file (Keras); only PyTorch and safetensors checkpoints are read"),
     (b"\x93NUMPY", "a numpy array; only PyTorch and safetensors checkpoints are read"),
     (b"\x1f\x8b", "a gzip file; unpack it first"),
@@ -64,6 +62,8 @@ def read_file(path: Location) -> Container:
         likely = format if matches and likely is None else likely
     if likely is not None:
         return _read(likely, path)
+    from streammerge.formats import archive
+
     end = path.read(max(size - archive.END_BYTES, 0), min(size, archive.END_BYTES))
     raise FormatError(f"{printable(path)} {_what(head, size, end)}{''.join(failures)}")
 
@@ -99,9 +99,10 @@ def _said(error: Exception) -> str:
 def _formats() -> Iterator[Format]:
     """Every format in the order in which they are asked: this package's by name, then this program's, then plug-ins.
 
-    Each is imported when its turn comes. Most files are recognised before plug-ins are searched for.
+    Each is imported when its turn comes, and safetensors is asked first, so that its files need no other format. Most files
+    are recognised before plug-ins are searched for.
     """
-    for name in module_names(_ROOM):
+    for name in sorted(module_names(_ROOM), key="safetensors".__ne__):
         if name not in _HELPERS:
             yield import_module(f"{_ROOM}.{name}")
     yield from FORMATS.beside_built_in()
@@ -152,6 +153,8 @@ def _what(head: bytes, size: int, end: bytes) -> str:
             return f"is {what}"
     if re.match(rb"\x80[\0\1]|\(d[pq]|\}q|ccollections\nOrderedDict\n", head):
         return "is a plain pickle of an old protocol; load it in Python and pickle it again with protocol 2 or higher"
+    from streammerge.formats import archive
+
     if end.startswith(archive.END):
         return "has bytes before its zip archive, so torch.load does not read it either; save it again"
     if re.match(rb"\s*[{\[]", head):

@@ -6,7 +6,7 @@ The readers are imported when a folder of their kind is met. What is not read is
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from streammerge.errors import FormatError, listed, printable
 from streammerge.formats.base import Container
@@ -20,6 +20,8 @@ _DEEPSPEED = re.compile(
     r"|(layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt|layer_\d+-model_\d+-model_states\.pt"
 )
 _RANK_FILE = re.compile(r"rank[._-]?\d+\.(pt|pth|bin|ckpt)$", re.IGNORECASE)
+_MEGATRON = re.compile(r"mp_rank_\d+(_\d+){0,2}")
+_MEGATRON_FILES = ("model_optim_rng.pt", "model_rng.pt", "model_weights.ckpt")
 _HF_SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 
 _POINTERS = {"latest": "", "latest_universal": "", "latest_checkpointed_iteration.txt": "iter_"}
@@ -49,7 +51,32 @@ def of_ranks(folder: Location, read_file: ReadFile) -> Container | None:
         from streammerge.formats import zero
 
         return zero.read(folder, read_file)
+    _refuse_megatron(folder, names)
     return None
+
+
+def _refuse_megatron(folder: Location, names: list[str]) -> None:
+    """Raises FormatError for the formats of Megatron-LM that are not read."""
+    where = printable(folder)
+    if "metadata.json" in names and b'"zarr"' in (folder / "metadata.json").read(
+        0, min((folder / "metadata.json").size, 4096)
+    ):
+        raise FormatError(
+            f"{where} is a checkpoint of Megatron-LM in its zarr format, which is not read; load it in a Megatron-LM that "
+            "still reads it, and save it as torch_dist"
+        )
+    ranks = [name for name in names if _MEGATRON.fullmatch(name) and any(_holds_model(folder / name))]
+    if len(ranks) > 1:
+        raise FormatError(
+            f"{where} is a checkpoint of Megatron-LM in its legacy format, in parts of {len(ranks)} ranks "
+            f"({listed(ranks, 2)}), which is not read; convert it with Megatron-LM's `tools/checkpoint/convert.py`, or "
+            "load it there and save it as torch_dist"
+        )
+
+
+def _holds_model(folder: Location) -> Iterator[Location]:
+    """Yields the file of a rank of Megatron-LM's legacy format."""
+    yield from (path for name in _MEGATRON_FILES if (path := folder / name).is_file())
 
 
 def below(folder: Location, read_file: ReadFile) -> Container | None:
@@ -63,6 +90,10 @@ def below(folder: Location, read_file: ReadFile) -> Container | None:
             return _pointed(folder, folder / name, prefix, read_file)
     if (made := _of_rank_files(folder, read_file)) is not None:
         return made
+    ranks = [path for path in folder.children() if _MEGATRON.fullmatch(path.name)]
+    whole = [file for path in ranks for file in _holds_model(path)]
+    if len(whole) == 1:
+        return read_file(whole[0])  # the file of the only rank of Megatron-LM
     found = [path for path in folder.children() if path.is_folder() and _holds_parts(path)]
     weights = [path for path in found if not path.name.startswith("optim")] or found
     if len(weights) > 1:
@@ -71,7 +102,7 @@ def below(folder: Location, read_file: ReadFile) -> Container | None:
             f"{printable(folder)} holds several distributed checkpoints, {names}; give one of them, or a pattern that "
             "matches the steps to merge"
         )
-    return (of_ranks(weights[0], read_file) or _of_rank_files(weights[0], read_file)) if weights else None
+    return (of_ranks(weights[0], read_file) or below(weights[0], read_file)) if weights else None
 
 
 def _of_rank_files(folder: Location, read_file: ReadFile) -> Container | None:
@@ -98,7 +129,7 @@ def _pointed(folder: Location, pointer: Location, prefix: str, read_file: ReadFi
         raise FormatError(f"{where} names {printable(step)}, which is not the name of a folder beside it")
     if not (folder / step).is_folder():
         raise FormatError(f"{where} names {printable(step)}, which is absent; copy that folder, or give another one")
-    made = of_ranks(folder / step, read_file)
+    made = of_ranks(folder / step, read_file) or below(folder / step, read_file)
     if made is not None:
         made.notes.append(f"{printable(folder)}: {printable(step)} is taken, which {printable(pointer.name)} names")
     return made
@@ -106,14 +137,19 @@ def _pointed(folder: Location, pointer: Location, prefix: str, read_file: ReadFi
 
 def _holds_parts(folder: Location) -> bool:
     names = [path.name for path in folder.children()]
-    if any(pattern.fullmatch(name) for name in names for pattern in (_METADATA, _HF_SHARD, _DEEPSPEED)):
+    if any(pattern.fullmatch(name) for name in names for pattern in (_METADATA, _HF_SHARD, _DEEPSPEED, _MEGATRON)):
         return True
     return sum(map(bool, map(_RANK_FILE.search, names))) > 1
 
 
+def is_part(path: Location) -> bool:
+    """Whether a file is one rank's part of a distributed checkpoint, by its name."""
+    return path.name.endswith(_PART)
+
+
 def refuse_part(path: Location) -> None:
     """Raises FormatError for a file that is one rank's part of a distributed checkpoint."""
-    if path.name.endswith(_PART):
+    if is_part(path):
         folder = printable(path.parent)
         raise FormatError(
             f"{printable(path)} is one rank's part of the distributed checkpoint in {folder}; give that folder"

@@ -96,6 +96,7 @@ class _Reading:
         made.held_bytes += PIECE_BYTES * sum(len(source.blobs) for source in self.everything)
         for container in self.containers:
             made.skipped |= container.tensor_spans()
+        made.own_files = r".*rank[._-]?\d+\.(pt|pth|bin|ckpt)"
         made.facts["ranks"] = str(len(self.containers))
         if self.mesh:
             made.facts["mesh"] = self.mesh

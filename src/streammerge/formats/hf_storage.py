@@ -46,6 +46,7 @@ def read(folder: Location) -> Container:
     tree = {name: flat_tensor(_whole(name, found, files[0], where)) for name, found in pieces.items()}
     count = sum(map(len, pieces.values()))
     made = Container(folder, NAME, tree, {}, tuple(files), held_bytes=PIECE_BYTES * count)
+    made.own_files = _FILE.pattern
     made.facts["ranks"] = str(ranks)
     return made
 

@@ -69,12 +69,7 @@ def _places(stream: BinaryIO, where: str) -> dict[str, tuple[int, int]]:
             members[name] = (cursor + 512, nbytes)
         cursor += 512 + -(-nbytes // 512) * 512
     if not all(name in members for name in _MEMBERS):
-        kind = (
-            "a NeMo archive"
-            if any(n.endswith(("model_config.yaml", "model_weights.ckpt")) for n in members)
-            else "a tar archive"
-        )
-        raise FormatError(f"{where} is {kind}, not a PyTorch checkpoint; unpack it and give the checkpoint inside")
+        raise FormatError(f"{where} is a tar archive, not a PyTorch checkpoint; unpack it and give the checkpoint inside")
     return members
 
 

@@ -13,15 +13,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from streammerge.kernels import kth_largest, reductions
 from streammerge.kernels.chunk import Chunk, Hiding, Kernel, Look, Slot, Step, Sweep, T, chunk_spans, whole_rows
 from streammerge.kernels.pass_results import PassResults
-from streammerge.kernels.random import chosen, uniform
-from streammerge.kernels.ranking import Cut
 from streammerge.tensors.spec import GRAIN
 
 if TYPE_CHECKING:
     import torch
+
+    from streammerge.kernels.ranking import Cut
 
 _UNIFORM: Slot = ("uniform",)
 _UNIFORM_BITS: Slot = ("uniform bits",)
@@ -73,11 +72,15 @@ class TensorGroup:
         Partial sums of grains are added in their order, so a sum does not depend on how the run was divided.
         Infinities and NaN that all inputs have count as zero.
         """
+        from streammerge.kernels import reductions
+
         return self._pass(partial(reductions.reduce, self, terms))
 
     def gram(self, deltas: bool = False) -> torch.Tensor:
         """Returns the (models, models) matrix of inner products in float64. ``deltas``: subtracts the base from the
         models before they are multiplied."""
+        from streammerge.kernels import reductions
+
         return self._pass(partial(reductions.gram, self, deltas))
 
     def kth_largest(
@@ -93,6 +96,8 @@ class TensorGroup:
         of all elements or more keeps everything. With ``signed`` only the thresholds are valid. For ranks within a row,
         which is always held whole, use :func:`streammerge.kernels.ranking.row_ranks`.
         """
+        from streammerge.kernels import kth_largest
+
         return self._pass(partial(kth_largest.kth_largest, self, values, ranks, signed))
 
     def answers(self, look: Callable[[Chunk], Iterable[Any]], step: Step[T]) -> list[T]:
@@ -108,6 +113,8 @@ class TensorGroup:
         model and element index only."""
         import torch
 
+        from streammerge.kernels.random import uniform
+
         out = chunk.empty(_UNIFORM, torch.float32)
         return uniform(self.seed, self.name, model, chunk.start, out, chunk.empty(_UNIFORM_BITS, torch.int32))
 
@@ -115,6 +122,8 @@ class TensorGroup:
         """Returns float32 1 where the :meth:`uniform` number is below the chance, else 0. ``chance``: see
         :func:`streammerge.kernels.random.chosen`."""
         import torch
+
+        from streammerge.kernels.random import chosen
 
         out, scratch = chunk.empty(_UNIFORM, torch.float32), chunk.empty(_UNIFORM_BITS, torch.int32)
         return chosen(self.seed, self.name, model, chunk.start, chance, out, scratch)

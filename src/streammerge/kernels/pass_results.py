@@ -6,7 +6,6 @@ worker that has it makes the same kernel itself.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Iterable
 
 from streammerge.kernels.chunk import T
@@ -21,6 +20,8 @@ class PassResults:
 
     def next(self, run: Callable[[], T]) -> T:
         """The result of the method's next pass: the recorded one, or what ``run`` returns, which is then recorded."""
+        import pickle
+
         if self._taken < len(self.results):
             result: T = pickle.loads(self.results[self._taken])
         else:

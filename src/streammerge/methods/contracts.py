@@ -6,7 +6,6 @@ Its docstring is its page. Importing a method does not import torch, so plans ar
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import pickle
@@ -222,6 +221,8 @@ class MergeMethod:
 
     def hint(self, name: str) -> str:
         """Suggests a parameter in place of one that the method does not have."""
+        import difflib
+
         near = difflib.get_close_matches(name, self.parameters, n=1)
         if near:
             return f"did you mean {near[0]}?"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, overload
 
@@ -61,6 +60,8 @@ def find_method(wanted: str | Callable[..., Kernel] | MergeMethod) -> MergeMetho
         found = METHODS.find(_MEANT.get(meant, meant))
     if found is not None:
         return found
+    import difflib
+
     near = difflib.get_close_matches(wanted, list_methods(), n=1)
     hint = f"did you mean {near[0]}?" if near else "`streammerge methods` lists them"
     raise RecipeError(f"unknown merge method {printable(wanted)}; {hint}")

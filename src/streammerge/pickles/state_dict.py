@@ -22,7 +22,6 @@ from typing import Any
 
 from streammerge.errors import FormatError, RecipeError, listed, printable
 from streammerge.options import EMA_CHOICES
-from streammerge.pickles.arrays import unread_kind
 from streammerge.pickles.candidates import MOST_NAME, AllFound, Candidate, Found, candidates, dotted
 from streammerge.pickles.tree import FlatTree, Global, Instance, mapping_items, walk
 from streammerge.tensors.conventions import AVERAGED, SWAPPED
@@ -292,6 +291,8 @@ def unread_arrays(chosen: Iterable[Candidate]) -> list[tuple[str, str]]:
     for candidate in chosen:
         if not candidate.others:
             continue
+        from streammerge.pickles.arrays import unread_kind
+
         for key, value in mapping_items(candidate.tensors[0].holder) or ():
             if kind := unread_kind(value):
                 found.append((printable(key), kind))

@@ -10,32 +10,30 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from streammerge.checkpoints.profiles import Profile, profile_of
 from streammerge.errors import MismatchError, RecipeError, listed, printable
 from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import COPY, INTEGERS
 from streammerge.planning.aligned import Merged, MergedTensors, Views, Way, has_rows_of_first, named, names_of, unlike
-from streammerge.planning.dispositions.entries import STALE
 from streammerge.planning.dispositions.ledger import Dispositions
-from streammerge.planning.experts import conformed
 from streammerge.planning.mismatch import Differing, Mismatch
 from streammerge.planning.parameters import ParameterValues, shares
 from streammerge.planning.refusals import quantised, refuse_inseparable, refuse_unmerged, refuse_unreadable
 from streammerge.planning.shapes import Fitted, differ, fit, framed
 from streammerge.planning.views import Indexes, Part, Restacked, View, make_parts
-from streammerge.planning.vocabularies import Tokenized
 from streammerge.recipe.model import Recipe, Reference, Rule
 from streammerge.sources.base import Source
-from streammerge.sources.merged import Merged as MergedSource
-from streammerge.sources.merged import by_columns
 from streammerge.sources.stored import Stored as StoredSource
 from streammerge.sources.table import StoredTable, same_names
 from streammerge.tensors.dtypes import DType, promoted
-from streammerge.tensors.matching import Matching, describe, match
 from streammerge.tensors.names import copies_among, is_counter, spelled, why_ignored, why_optional
 from streammerge.tensors.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from streammerge.checkpoints.profiles import Profile
+    from streammerge.planning.vocabularies import Tokenized
+    from streammerge.tensors.matching import Renaming
 
 _WIDE = (DType.F64, DType.C128)
 BY_RULE = "by the rule for "
@@ -165,11 +163,12 @@ class _Aligner:
         self.alignment, self.mismatch = alignment, mismatch
         self.base = part.views[0]
         self.others = [self._conformed(view) for view in part.views[1:]]
-        found = [_matched(self.base, other) for other in self.others]
-        self.matches = [each.names for each in found]
-        for other, each in zip(self.others, found, strict=True):
-            if each.doubtful:
-                self.mismatch.doubtful.setdefault(str(other.index.path), []).extend(each.doubtful)
+        self.matches: list[Mapping[str, str]] = []
+        for other in self.others:
+            names, doubtful = _matched(self.base, other)
+            self.matches.append(names)
+            if doubtful:
+                self.mismatch.doubtful.setdefault(str(other.index.path), []).extend(doubtful)
         self.values = ParameterValues(recipe, part)
         self.copies: dict[Reference, tuple[View, Mapping[str, str]]] = {}
         self.added: dict[str, tuple[str, View]] = {}
@@ -189,6 +188,8 @@ class _Aligner:
         self.alignment.viewed += [(self.base, None), *zip(self.others, self.matches, strict=True)]
         for other, matched in zip(self.others, self.matches, strict=True):
             if not isinstance(matched, _Same):
+                from streammerge.tensors.matching import describe
+
                 self.alignment.notes += [f"{printable(other.index.path)}: {text}" for text in describe(matched)]
         if self.recipe.rules:
             ruled: Mapping[str, Rule | None] = {name: self.rules.of(name) for name in self.base.entries}
@@ -309,12 +310,18 @@ class _Aligner:
 
     def _conformed(self, view: View) -> View:
         """Returns the view with its experts in the form of the first view."""
+        if same_names(self.base.entries, view.entries):
+            return view
+        from streammerge.planning.experts import conformed
+
         made, note = conformed(self.base, view)
         if note and note not in self.alignment.notes:
             self.alignment.notes.append(note)
         return made
 
     def _record_dropped(self, names: list[str], ruled: Mapping[str, Rule | None]) -> None:
+        from streammerge.planning.dispositions.entries import STALE
+
         kept, add = set(names), self.alignment.dispositions.add
         gone = [(name, rule) for name, rule in ruled.items() if name not in kept]
         for rule in {id(rule): rule for _, rule in gone if rule and rule.drop}.values():
@@ -393,6 +400,8 @@ class _Aligner:
     def profile(self) -> Profile | None:
         """Returns the first checkpoint's profile. It is needed only if inputs lack tensors, because finding it reads
         every name."""
+        from streammerge.checkpoints.profiles import profile_of
+
         return profile_of(self.indexes[self.recipe.checkpoints[0]])
 
     def _compare(self, other: View, matched: Mapping[str, str], merged_here: Sequence[str]) -> None:
@@ -571,7 +580,7 @@ class _Aligner:
             index = next(index for reference, index in self.indexes.items() if reference.same(wanted))
             own = next((view for view in self.part.views if view.index is index), None)
             view = self._conformed(own or View(index, index.entries, index.aliases))
-            self.copies[wanted] = view, _matched(self.base, view).names
+            self.copies[wanted] = view, _matched(self.base, view)[0]
         view, matched = self.copies[wanted]
         theirs = matched.get(name) or matched.get(self.base.aliases.get(name, name))
         if theirs is None:
@@ -607,6 +616,9 @@ class _Aligner:
 
     def _framed(self, merged: Merged, frame: Source) -> Merged:
         """Puts a merged block into the first's tensor, which is larger."""
+        from streammerge.sources.merged import Merged as MergedSource
+        from streammerge.sources.merged import by_columns
+
         block = MergedSource(
             merged.spec,
             merged.method,
@@ -675,11 +687,14 @@ def _drops(rule: Rule | None) -> bool:
     return rule is not None and rule.drop
 
 
-def _matched(base: View, other: View) -> Matching:
-    """Returns the matching of two views: base name -> the other's name."""
+def _matched(base: View, other: View) -> tuple[Mapping[str, str], list[Renaming]]:
+    """Returns the matching of two views, base name -> the other's name, and what is doubtful about it."""
     if same_names(base.entries, other.entries):
-        return Matching(_Same(base.entries))
-    return match(_shapes(base.entries), _shapes(other.entries))
+        return _Same(base.entries), []
+    from streammerge.tensors.matching import match
+
+    found = match(_shapes(base.entries), _shapes(other.entries))
+    return found.names, found.doubtful
 
 
 class _Unruled(Mapping[str, None]):

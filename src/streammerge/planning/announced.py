@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from streammerge.checkpoints.announced import unannounced
 from streammerge.checkpoints.config import CONFIG, Tree, tree_of
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import printable
@@ -29,6 +28,8 @@ def disagreements(indexes: Indexes, merged: Sequence[Merged], layout: Layout) ->
                 continue
             found = next((f for i, t, f in known if same_tensors(i.entries, part.entries) and t == tree), None)
             if found is None:
+                from streammerge.checkpoints.announced import unannounced
+
                 found = unannounced(tree, part.specs(), part.aliases)
                 known.append((part, tree, found))
             said += [f"{printable(part.path)}: {each}" for each in found]
@@ -36,6 +37,8 @@ def disagreements(indexes: Indexes, merged: Sequence[Merged], layout: Layout) ->
     if layout.as_folder and not first.parts:
         written = next((file for file in layout.files if file.name == CONFIG), None)
         if written is not None or not _has_all_of_first(merged):
+            from streammerge.checkpoints.announced import unannounced
+
             tree = _tree(b"".join(each.data for each in written.literals)) if written else tree_of(first.path)
             ties = {name for m in _tied(merged) for name in m.tied}
             before = {each.partition(": ")[2] for each in said}

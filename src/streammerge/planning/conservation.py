@@ -23,9 +23,6 @@ from streammerge.pickles.tree import TensorRef, walk
 from streammerge.planning.aligned import Merged, MergedTensors, Way, unlike
 from streammerge.planning.alignment import BY_RULE, Alignment
 from streammerge.sources.base import BlobPath, Source
-from streammerge.sources.deflated import Deflated
-from streammerge.sources.joined import Joined
-from streammerge.sources.merged import methods_in
 from streammerge.sources.stored import Stored
 from streammerge.sources.table import StoredTable
 from streammerge.tensors.bundles import bundled, form_of, shown
@@ -170,7 +167,7 @@ def _account(name: str, index: CheckpointIndex, uses: _Uses, reasons: _Reasons) 
     why = _Why(index, reasons)
     for own, entry in lost:
         old = index.renamed.get(own, own)
-        account.spooled += isinstance(entry, Deflated)
+        account.spooled += _is_deflated(entry)
         use = uses.of(entry)
         if use and own in index.aliases:
             first = index.aliases[own]
@@ -242,6 +239,8 @@ class _Uses:
         if source.__class__ is Stored:
             self._put(source, label, into)
             return
+        from streammerge.sources.joined import Joined
+
         if isinstance(source, Joined) and len(source.pieces) > 1:
             label = "fused", label[1]
         for leaf in _leaves(source):
@@ -255,6 +254,8 @@ class _Uses:
     def _key(self, leaf: Source) -> tuple[object, ...]:
         if isinstance(leaf, Stored):
             return self._number(leaf.path), leaf.offset, leaf.spec.nbytes
+        from streammerge.sources.deflated import Deflated
+
         if isinstance(leaf, Deflated):
             return self._number(leaf.path), *leaf.record.span, leaf.within.offset
         blobs = leaf.blobs
@@ -265,7 +266,7 @@ class _Uses:
         if key in self._exact:
             return
         self._exact[key] = label, into
-        if not isinstance(leaf, Deflated):
+        if not _is_deflated(leaf):
             for path, offset, nbytes in leaf.blobs:
                 if nbytes:
                     self._held.setdefault(self._number(path), []).append((offset, nbytes, label, into))
@@ -281,7 +282,7 @@ class _Uses:
 
     def _found(self, leaf: Source) -> tuple[Label, str] | None:
         exact = self._exact.get(self._key(leaf))
-        if exact is not None or isinstance(leaf, Deflated):
+        if exact is not None or _is_deflated(leaf):
             return exact
         if not self._sorted:
             for held in self._held.values():
@@ -342,9 +343,22 @@ def label_of(m: Merged) -> Label:
     """Returns what happens to the inputs of a tensor of the output."""
     if m.method is not COPY or m.inner is not None:
         return "merged", f"by {(m.inner or m.method).name}"
-    inner = (method for source in m.sources if source.__class__ is not Stored for method in methods_in(source))
-    found = next(inner, None)  # a copy of what another merge makes, such as a quantised result
+    others = [source for source in m.sources if source.__class__ is not Stored]
+    if not others:
+        return "copied", m.why
+    from streammerge.sources.merged import methods_in
+
+    # a copy of what another merge makes, such as a quantised result
+    found = next((method for source in others for method in methods_in(source)), None)
     return ("copied", m.why) if found is None else ("merged", f"by {found.name}")
+
+
+def _is_deflated(source: Source) -> bool:
+    if source.__class__ is Stored:
+        return False
+    from streammerge.sources.deflated import Deflated
+
+    return isinstance(source, Deflated)
 
 
 def _leaves(source: Source) -> Iterator[Source]:

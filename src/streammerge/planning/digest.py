@@ -12,7 +12,6 @@ from streammerge.errors import listed
 from streammerge.planning.aligned import Way
 from streammerge.planning.plan import Plan
 from streammerge.planning.tasks import MergeTask, Tasks, alike, objects
-from streammerge.sources.merged import methods_in
 from streammerge.stores.base import Location
 from streammerge.version import __version__
 
@@ -136,6 +135,9 @@ def can_be_resumed(plan: Plan) -> bool:
     False with tensors in memory: they end with the process, and recognising them again would mean hashing all of them.
     """
     methods = {id(task.method): task.method for task, _ in alike(plan.tasks)}
-    methods |= {id(method): method for source in plan.expressions for method in methods_in(source)}
+    if plan.expressions:
+        from streammerge.sources.merged import methods_in
+
+        methods |= {id(method): method for source in plan.expressions for method in methods_in(source)}
     known = all(getattr(method.function, "__module__", "").startswith("streammerge.") for method in methods.values())
     return known and not any(source.held for source in plan.expressions)

@@ -7,13 +7,16 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from streammerge.errors import MismatchError, listed, printable
 from streammerge.recipe.model import Recipe
 from streammerge.tensors.adapters import is_adapter
 from streammerge.tensors.layers import depths
-from streammerge.tensors.matching import Renaming, replacements
 from streammerge.tensors.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from streammerge.tensors.matching import Renaming
 
 _MOST_ROWS = 20
 _MOST_PREFIXES = 3
@@ -222,6 +225,8 @@ class Mismatch:
 
     def _renamings(self, path: str, missing: Sequence[str], extra: Sequence[str]) -> list[Renaming]:
         """Returns prefixes that would make most names equal, and that were not matched automatically."""
+        from streammerge.tensors.matching import replacements
+
         known = self.doubtful.get(path, [])[:_MOST_PREFIXES]
         return known or [each for each in replacements(missing, extra) if self._fits(path, each, extra)]
 

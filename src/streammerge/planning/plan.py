@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from streammerge.checkpoints.config_differences import differing_configs
+from streammerge.checkpoints.config import config_folder
 from streammerge.errors import BudgetError, RecipeError, listed, printable
 from streammerge.kernels.ranking import held_bytes
 from streammerge.methods.registry import COPY, INTEGERS
@@ -18,37 +18,24 @@ from streammerge.planning.announced import disagreements
 from streammerge.planning.budget import BEST_TILE_BYTES, Budget, Cost, fit
 from streammerge.planning.conservation import Account, is_alarming, unused_text, used_text
 from streammerge.planning.dispositions.ledger import Dispositions
-from streammerge.planning.experts import stacked
-from streammerge.planning.outputs.bookkeeping import differing_facts
 from streammerge.planning.outputs.container import plan_output
 from streammerge.planning.outputs.layout import Layout, Placed, PlacedTensors
 from streammerge.planning.receipt import InputSpans
-from streammerge.planning.repeated import remembered
-from streammerge.planning.tasks import (
-    MergeTask,
-    Tasks,
-    alike,
-    copy_of_turned,
-    is_alone,
-    objects,
-    remembered_bytes,
-    turned_places,
-    turned_task,
-    where,
-)
-from streammerge.planning.tokenizers import differing_vocabularies
+from streammerge.planning.tasks import MergeTask, Tasks, alike, copy_of_turned, objects, turned_places, turned_task, where
 from streammerge.planning.views import Indexes
-from streammerge.planning.vocabularies import tokenized, truncated
 from streammerge.recipe.model import Recipe
 from streammerge.recipe.summary import recipe_lines, rule_lines, stage_lines, weight_notes
 from streammerge.sources.base import BlobPath, Needs, Source
-from streammerge.sources.deflated import PackedKey, records
 from streammerge.sources.stored import Stored
 from streammerge.stores import descriptors
 from streammerge.stores.base import Location, Status
 from streammerge.stores.locations import parse
 from streammerge.tensors.dtypes import DType
 from streammerge.units import binary_bytes, counted, decimal_bytes
+
+if TYPE_CHECKING:
+    from streammerge.planning.vocabularies import Tokenized
+    from streammerge.sources.deflated import PackedKey
 
 _EXAMPLE_OUT = "merged.safetensors"
 _MOST_TILES = 6
@@ -130,6 +117,8 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the plan as data for JSON, without the places of the bytes."""
+        from streammerge.sources.deflated import records
+
         return {
             "inputs": list(self.recipe.inputs),
             "base": self.recipe.base_model,
@@ -253,16 +242,25 @@ def build_plan(
     opened, tokens = indexes.values(), alignment.tokenized
     origins = [origin for index in opened for origin in index.origins()]
     output = plan_output(out or parse(_EXAMPLE_OUT), recipe, indexes, alignment, hashed)
-    tasks = remembered(all_tasks(output.placed, recipe.seed))
-    expressions = list({s.place: s for task in objects(tasks) for s in task.sources if s.__class__ is not Stored}.values())
+    in_order = out is not None and out.store.sends_parts
+    tasks = all_tasks(output.placed, recipe.seed, in_order)
+    expressions: list[Source] = []
     spooled: dict[PackedKey, str] = {}
-    for source in expressions:
-        for record in records(source):
-            spooled.setdefault(record, source.spec.name)
+    if not all(_is_stored(source) for task in objects(tasks) for source in task.sources):
+        from streammerge.planning.repeated import remembered
+        from streammerge.sources.deflated import records
+
+        tasks = remembered(tasks)
+        found = {s.place: s for task in objects(tasks) for s in task.sources if not _is_stored(s)}
+        expressions = list(found.values())
+        for source in expressions:
+            for record in records(source):
+                spooled.setdefault(record, source.spec.name)
     held = [index.container.held_bytes for index in {id(index): index for index in (*opened, *origins)}.values()]
     # Reading a pickle takes two copies of it beside its tree. They are freed before the output's pickle is written.
     pickle_bytes = sum(held) + max(2 * max(held), output.layout.pickle_bytes) + (tokens.held_bytes if tokens else 0)
-    budget, io = budget_of(tasks, memory_bytes, workers, io, bool(spooled), pickle_bytes)
+    sent = out.store.output_buffers(max([file.size for file in output.layout.files], default=0)) if out else (0, 0)
+    budget, io = budget_of(tasks, memory_bytes, workers, io, bool(spooled), pickle_bytes + sent[0], sent[1])
     identities = {path: known for index in opened for path, known in index.identities().items()}
     identities |= {source: source.status() for source, _ in output.layout.side_files}
     identities |= {file: file.status() for file in (tokens.read if tokens else ())}
@@ -315,10 +313,16 @@ def _noise(recipe: Recipe, indexes: Indexes) -> list[str]:
 def aligned(recipe: Recipe, indexes: Indexes) -> tuple[Recipe, Alignment]:
     """Returns the tensors of a merge, with what headers tell about its models; and the recipe as it travels, which says
     what is done with mixed dtypes. Raises as :func:`build_plan` does."""
-    opened, tokens = indexes.values(), tokenized(recipe, indexes)
+    tokens: Tokenized | None = None
+    if recipe.tokens is not None:
+        from streammerge.planning.vocabularies import tokenized
+
+        tokens = tokenized(recipe, indexes)
     tied: list[str] = []
     cut: list[str] = []
     if tokens is None and recipe.unsafe_truncate_embeddings:
+        from streammerge.planning.vocabularies import truncated
+
         alignment = align(recipe, truncated(recipe, indexes, tied, cut))
         alignment.notes[:0] = tied
     else:
@@ -331,23 +335,41 @@ def aligned(recipe: Recipe, indexes: Indexes) -> tuple[Recipe, Alignment]:
             f'{dtype.torch_name}, as in mergekit; `dtype`, or `mixed_dtypes="first"`, says otherwise'
             for dtype, names in alignment.mixed.items()
         ]
-    if (recipe.merge_method.passes or recipe.merge_method.row) and (
-        names := stacked(indexes[recipe.checkpoints[0]].entries)
-    ):
-        alignment.notes.append(
-            f"{recipe.merge_method.name} looks at whole tensors; {counted(len(names), 'tensor')} ({listed(names, 2)}) with "
-            "all experts of a layer count as one tensor each, as in mergekit"
-        )
+    if recipe.merge_method.passes or recipe.merge_method.row:
+        from streammerge.planning.experts import stacked
+
+        if names := stacked(indexes[recipe.checkpoints[0]].entries):
+            alignment.notes.append(
+                f"{recipe.merge_method.name} looks at whole tensors; {counted(len(names), 'tensor')} ({listed(names, 2)}) "
+                "with all experts of a layer count as one tensor each, as in mergekit"
+            )
     alignment.warnings[:0] = recipe.ignored
     alignment.warnings += cut
-    alignment.warnings += differing_facts([i.extras for i in opened], [str(i.path) for i in opened])
-    alignment.warnings += differing_configs(opened)
-    alignment.warnings += differing_vocabularies(recipe, indexes)
+    alignment.warnings += _differences(recipe, indexes)
     if tokens is not None:
         alignment.tokenized = tokens
         alignment.notes += tokens.notes
         alignment.warnings += tokens.warnings
     return recipe, alignment
+
+
+def _differences(recipe: Recipe, indexes: Indexes) -> list[str]:
+    """Returns warnings about what the inputs say beside their tensors and do not agree on."""
+    opened, said = indexes.values(), list[str]()
+    if any(index.extras is not None for index in opened):
+        from streammerge.planning.outputs.bookkeeping import differing_facts
+
+        said += differing_facts([i.extras for i in opened], [str(i.path) for i in opened])
+    if any(config_folder(index.path) for index in opened):
+        from streammerge.checkpoints.config_differences import differing_configs
+
+        said += differing_configs(opened)
+    homes = [config_folder(index.path) or index.path.parent for index in opened if not index.in_memory]
+    if any(home != homes[0] for home in homes):
+        from streammerge.planning.tokenizers import differing_vocabularies
+
+        said += differing_vocabularies(recipe, indexes)
+    return said
 
 
 def _is_stored(source: Source) -> bool:
@@ -394,7 +416,12 @@ def budget_of(
 
 def _longer_tiles(tasks: Sequence[MergeTask]) -> list[int]:
     """Returns the sizes of tiles, the longest first, that hold a tensor that passes read several times through merges."""
-    sizes = {remembered_bytes(task) for task, _ in alike(tasks) if task.elems * 2 > BEST_TILE_BYTES}
+    nested = [task for task in objects(tasks) if task.out.nbytes > BEST_TILE_BYTES and task.nested]
+    if not nested:
+        return []
+    from streammerge.planning.repeated import remembered_bytes  # here, because most merges have no stages
+
+    sizes = {remembered_bytes(task) for task in nested}
     return sorted((size for size in sizes if size > BEST_TILE_BYTES), reverse=True)[:_MOST_TILES]
 
 
@@ -438,9 +465,9 @@ def _files_of(tasks: Sequence[MergeTask]) -> tuple[dict[int, Location], int]:
     return seen, most
 
 
-def all_tasks(placed: Iterable[Placed | PlacedTensors], seed: int) -> Tasks:
+def all_tasks(placed: Iterable[Placed | PlacedTensors], seed: int, in_order: bool = False) -> Tasks:
     """Returns the tasks of an output, sorted by the place in the first input, so that its pages are read once and in
-    sequence."""
+    sequence. ``in_order``: sorted by the place in the output instead, which is sent in that order."""
     tasks = Tasks(seed)
     for each in placed:
         if isinstance(each, Placed):
@@ -459,6 +486,9 @@ def all_tasks(placed: Iterable[Placed | PlacedTensors], seed: int) -> Tasks:
             else:
                 for task in _tasks_of(Placed(made.spec, made, file, starts[at]), seed):
                     tasks.add(task)
+    if in_order:
+        tasks.sort(lambda number: tasks.place(number)[:2])
+        return tasks
     if any(later < earlier for earlier, later in pairwise(_places(tasks))):
         places = list(_places(tasks))
         tasks.sort(places.__getitem__)
@@ -493,7 +523,8 @@ def _tasks_of(placed: Placed, seed: int) -> list[MergeTask]:
 def _cost(tasks: Sequence[MergeTask], io: str, tile_bytes: int = 0) -> Cost:
     """Returns the memory of one chunk: for each kind, the most that any task needs. Zero if all tasks copy verbatim.
 
-    ``tile_bytes``: of the tiles, if one worker is to make tensors alone that they hold."""
+    ``tile_bytes``: of longer tiles than the usual ones, if there are any.
+    """
     cost = Cost(0, 0, 0, 0)
     seen: set[tuple[object, ...]] = set()
     for task, _ in alike(tasks):
@@ -501,7 +532,7 @@ def _cost(tasks: Sequence[MergeTask], io: str, tile_bytes: int = 0) -> Cost:
             cost = cost.most(_turned_cost(task, io))
             continue
         if not all(map(_is_stored, task.sources)):
-            cost = cost.most(_nested_cost(task, io, is_alone(task, tile_bytes) if tile_bytes else False))
+            cost = cost.most(_nested_cost(task, io, tile_bytes))
             continue
         if task.verbatim:
             continue
@@ -522,7 +553,7 @@ def _turned_cost(task: MergeTask, io: str) -> Cost:
 
 
 def _task_cost(task: MergeTask, dtypes: list[DType], io: str, alone: bool = False) -> Cost:
-    """``alone``: whether one worker makes all pieces of it."""
+    """Returns the memory of one chunk. ``alone``: whether one worker makes all pieces of the tensor."""
     method, models = task.method, len(dtypes)
     widest = max(d.element_bytes for d in dtypes)
     out = task.out.dtype.component.element_bytes
@@ -538,7 +569,7 @@ def _task_cost(task: MergeTask, dtypes: list[DType], io: str, alone: bool = Fals
     return Cost(compute, buffers, out, read, inputs, mapped, task.row, method.passes, passes, spread)
 
 
-def _nested_cost(task: MergeTask, io: str, alone: bool = False) -> Cost:
+def _nested_cost(task: MergeTask, io: str, tile_bytes: int = 0) -> Cost:
     """Returns the memory of one chunk if some sources are not plain byte ranges. Such sources cannot be mapped."""
     needed = Needs()
     for source in task.sources:
@@ -549,6 +580,11 @@ def _nested_cost(task: MergeTask, io: str, alone: bool = False) -> Cost:
     if task.verbatim:
         return nested
     dtypes = [source.spec.dtype.component for source in task.sources]
+    alone = False
+    if tile_bytes:
+        from streammerge.planning.repeated import is_alone
+
+        alone = is_alone(task, tile_bytes)
     read, mapped = (_task_cost(task, dtypes, way, alone) for way in ("pread", io))
     plain = any(map(_is_stored, task.sources))
     return read.most(nested) if not plain or io == "pread" else read.most(mapped).most(nested)

@@ -165,22 +165,46 @@ def planned(
 
 def torch_version() -> str:
     """Returns the version of the installed torch without importing it; "none" if torch is not installed."""
-    from importlib.metadata import PackageNotFoundError, version
     from importlib.util import find_spec
+
+    try:
+        found = find_spec("torch")
+    except ValueError:  # the running program has put a module of its own in its place
+        found = None
+    home = parse(found.origin).parent if found is not None and found.origin else None
+    known = None if home is None else _version_in_metadata(home)
+    if known is not None:
+        return known
+    from importlib.metadata import PackageNotFoundError, version
 
     try:
         return version("torch")
     except PackageNotFoundError:  # torch was built from source, or copied into an image without its metadata
-        found = find_spec("torch")
-    if found is None or found.origin is None:
-        return "none"  # a plan can do without it
-    file = parse(found.origin).parent / "version.py"
+        if home is None:
+            return "none"  # a plan can do without it
+    return _stated(home / "version.py", r"""^__version__ = ['"]([^'"]+)""") or "unknown"
+
+
+def _version_in_metadata(home: Location) -> str | None:
+    """Returns the version in the metadata beside a package's folder, None if they are not in one place.
+
+    ``importlib.metadata`` reads them too, but its own import takes as long as all the rest of a small plan.
+    """
+    try:
+        found = [each for each in home.parent.children() if re.fullmatch(r"torch-[^-]+\.dist-info", each.name)]
+    except OSError:
+        return None
+    return _stated(found[0] / "METADATA", r"^Version: (\S+)$") if len(found) == 1 else None
+
+
+def _stated(file: Location, pattern: str) -> str | None:
+    """Returns what the pattern finds in a file, None if it cannot be read."""
     try:
         text = file.read(0, file.size).decode()
-        stated = re.search(r"""^__version__ = ['"]([^'"]+)""", text, re.MULTILINE)
     except (OSError, ValueError, FormatError):
-        stated = None
-    return stated[1] if stated else "unknown"
+        return None
+    found = re.search(pattern, text, re.MULTILINE)
+    return found[1] if found else None
 
 
 def read_receipt(text: str, where: object) -> Receipt:

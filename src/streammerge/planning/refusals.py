@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from streammerge.checkpoints.config import CONFIG, tree_of
-from streammerge.checkpoints.config_keys import QUANTISATION
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import MismatchError, listed, printable
 from streammerge.methods.contracts import MergeMethod
@@ -102,6 +101,8 @@ def _packed(index: CheckpointIndex) -> dict[str, tuple[str, str]]:
     integers = [name for name in integers if not name.endswith(("position_ids", "token_type_ids"))]
     if told or not integers:
         return told
+    from streammerge.checkpoints.config_keys import QUANTISATION
+
     tree = tree_of(index.path)
     scheme = next((tree[key] for key in QUANTISATION if isinstance(tree.get(key), dict)), None)
     if scheme is None:

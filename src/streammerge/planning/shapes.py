@@ -9,10 +9,6 @@ from streammerge.errors import MismatchError, printable
 from streammerge.methods.registry import COPY
 from streammerge.planning.mismatch import Differing
 from streammerge.sources.base import Source
-from streammerge.sources.box import box
-from streammerge.sources.joined import joined
-from streammerge.sources.merged import Merged as MergedSource
-from streammerge.sources.rows import rows_of
 from streammerge.tensors.spec import TensorSpec
 
 _COUNTABLE = ("int", "bool")
@@ -87,6 +83,8 @@ def differ(one: TensorSpec, two: TensorSpec) -> bool:
 
 
 def _rows(name: str, sources: list[Source | None], mixed: bool) -> Fitted:
+    from streammerge.sources.rows import rows_of
+
     counts = [source.spec.shape[0] for source in sources if source is not None]
     least, most = min(counts), max(counts)
     largest = next(source for source in sources if source is not None and source.spec.shape[0] == most)
@@ -111,6 +109,8 @@ def _leading(name: str, sources: list[Source | None], mixed: bool) -> Fitted | N
 
 
 def _block(source: Source, start: tuple[int, ...], shape: tuple[int, ...]) -> Source:
+    from streammerge.sources.box import box
+
     found = box(source, source.spec.name, start, shape, tuple(range(len(shape))))
     if found is None:
         raise MismatchError(
@@ -122,6 +122,9 @@ def _block(source: Source, start: tuple[int, ...], shape: tuple[int, ...]) -> So
 
 def framed(block: Source, frame: Source) -> Source:
     """Returns a tensor of the frame's shape, whose leading block is replaced. It has the dtype of the block."""
+    from streammerge.sources.joined import joined
+    from streammerge.sources.merged import Merged as MergedSource
+
     made = block
     sizes, whole, dtype = list(block.spec.shape), frame.spec.shape, block.spec.dtype
     for axis in reversed(range(len(whole))):

@@ -15,10 +15,7 @@ from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import COPY
 from streammerge.planning.aligned import Views, Way
 from streammerge.sources.base import BlobPath, Source
-from streammerge.sources.merged import methods_in
-from streammerge.sources.remembered import Remembered
 from streammerge.sources.stored import Stored
-from streammerge.sources.turned import turned, turned_back, turned_spec
 from streammerge.tensors.spec import PIECE_ELEMS, TensorSpec, ranges
 
 _MOST_IN_BATCH = 1024
@@ -61,9 +58,12 @@ class MergeTask:
     @property
     def nested(self) -> bool:
         """Whether a merge is among its sources, at any depth."""
-        for source in self.sources:  # noqa: SIM110 - a plain loop, because this runs for every piece
-            if source.__class__ is not Stored and any(True for _ in methods_in(source)):
-                return True
+        for source in self.sources:  # a plain loop, because this runs for every piece
+            if source.__class__ is not Stored:
+                from streammerge.sources.merged import methods_in
+
+                if any(True for _ in methods_in(source)):
+                    return True
         return False
 
     @property
@@ -109,30 +109,10 @@ class MergeTask:
         return self.method.passes and not self.method.whole and self.elems > self.piece_elems
 
 
-def remembered_bytes(task: MergeTask) -> int:
-    """Returns the bytes of the largest tensor that is remembered below a task whose passes, or those of a merge below it,
-    read tensors several times; 0 if there is none."""
-    if not task.nested or task.turned or task.to_turn:
-        return 0
-    methods = [task.method, *(method for source in task.sources for method in methods_in(source))]
-    if not any(method.passes for method in methods):
-        return 0
-    return max(map(_remembered_bytes, task.sources), default=0)
-
-
-def _remembered_bytes(source: Source) -> int:
-    own = source.spec.nbytes if isinstance(source, Remembered) else 0
-    return max([own, *map(_remembered_bytes, source.parts)])
-
-
-def is_alone(task: MergeTask, tile_bytes: int) -> bool:
-    """Whether one worker makes all pieces of a long tensor one after the other, because its tiles hold what several passes
-    read. Another worker would have to make the passes of inner merges again."""
-    return task.elems > task.piece_elems and 0 < remembered_bytes(task) <= tile_bytes
-
-
 def turned_task(task: MergeTask, file: int, offset: int) -> MergeTask:
     """Returns the task that makes the same tensor turned, at ``offset`` of output file ``file``."""
+    from streammerge.sources.turned import turned, turned_spec
+
     sources = tuple(turned(source) for source in task.sources)
     return replace(task, out=turned_spec(task.out), sources=sources, file=file, offset=offset, turned=True)
 
@@ -148,6 +128,8 @@ def turned_places(tasks: Iterable[MergeTask]) -> tuple[list[int], int]:
 
 def copy_of_turned(task: MergeTask, source: Source) -> MergeTask:
     """Returns the task that copies the tensor from its turned form."""
+    from streammerge.sources.turned import turned_back
+
     return MergeTask(task.out, COPY, (turned_back(source, task.out),), task.file, task.offset)
 
 

@@ -10,16 +10,15 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from streammerge.checkpoints.heads import tie_head
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import COPY
-from streammerge.recipe.checks import raise_all
 from streammerge.recipe.fields import Problems
 from streammerge.recipe.model import Model, Recipe, Reference, Slice, SliceSource
 from streammerge.recipe.settings import Settings
 from streammerge.sources.base import Source
+from streammerge.sources.table import same_names
 from streammerge.stores.base import Location
 from streammerge.tensors.layers import depths, is_before, layer_of, position, renumbered, stacks
 from streammerge.tensors.names import bare
@@ -145,7 +144,10 @@ def _whole(
     views, numbers, base = _giver_first(recipe, views, place)
     if recipe.base_apart(listed_too):
         numbers = [number for number in numbers if number != base]
-    tie_head(views, made.notes)
+    if not all(same_names(view.index.entries, views[0].index.entries) for view in views):
+        from streammerge.checkpoints.heads import tie_head
+
+        tie_head(views, made.notes)
     return Part(views, recipe.merge_method, place is not None, tuple(numbers), levels, None, base)
 
 
@@ -179,6 +181,9 @@ def _stack(
     first: CheckpointIndex,
 ) -> None:
     """Makes a part for each slice. Its layers follow the layers of the previous slices."""
+    from streammerge.checkpoints.heads import tie_head
+    from streammerge.recipe.checks import raise_all
+
     offset, moved, problems = 0, Restacked("", 0, []), Problems()
     stacked = _Stacks(takes, first)
     for each in slices:

@@ -17,7 +17,13 @@ from streammerge.sources.scaled import scaled
 from streammerge.tensors.dtypes import DType
 
 CODES = (DType.F8_E4M3, DType.F8_E5M2, DType.I8)
-_ENDS = (("_scale_inv", "{}"), ("_scale", "{}"), (".qscale_weight", "{}.weight"), (".scale", "{}.weight"))
+_ENDS = (
+    ("_scale_inv", "{}"),
+    ("_scale", "{}"),
+    (".qscale_weight", "{}.weight"),
+    (".scale", "{}.weight"),
+    (".scale_weight", "{}.weight"),
+)
 """The end of a scale's name -> the name of the codes."""
 
 

@@ -161,6 +161,11 @@ def resolved(text: str) -> tuple[tuple[Location, float], ...]:
     return ((resolved_place(found.base), 1.0), *((resolved_place(part.path), part.scale) for part in found.adapters))
 
 
+def with_revision(path: object, revision: object) -> object:
+    """Returns the path of a repository at a revision, which mergekit writes as two keys."""
+    return path if revision is None or not isinstance(path, str) else f"{path}@{revision}"
+
+
 def adapted_text(base: str, given: object) -> str:
     """Returns the text for a base and the value of a recipe's ``lora``: a path, a mapping with ``path`` and maybe
     ``scale``, or a list of these. Raises ValueError for anything else."""
@@ -171,8 +176,7 @@ def adapted_text(base: str, given: object) -> str:
         if isinstance(each, dict):
             inner = each.get("path", each.get("model"))
             path, scale = inner, each.get("scale", 1.0)
-            if each.get("revision") is not None:
-                raise RecipeError("a revision is not supported yet; download it and give its folder")
+            path = with_revision(path, each.get("revision"))
             unknown = next((key for key in each if key not in ("path", "model", "scale", "revision")), None)
             if unknown is not None:
                 raise RecipeError(f"unknown key {printable(unknown)} of lora; it knows path and scale")

@@ -5,7 +5,6 @@ Each mistake is recorded with the path of its key, and reading continues, so all
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, field, fields
@@ -153,7 +152,8 @@ class FormOf(Kind):
 
     The class may define ``REFUSED`` (key -> why it is refused), ``MEANT`` (key of another tool -> the key here),
     ``SHORT`` (the key that a text in place of the mapping is the value of), ``ELSEWHERE`` (key of the mapping below
-    another key -> that key) and ``IGNORED`` (key -> what to do instead):
+    another key -> that key) and ``IGNORED`` (key -> what to do instead, or a function that
+    returns this):
     mergekit has the class too and ignores all keys that it does not know, so they are ignored with a warning, unless one is
     probably a misspelled key.
     """
@@ -175,7 +175,7 @@ class FormOf(Kind):
             if name not in keys and not (value[name] is None and name in getattr(self.form, "REFUSED", {})):
                 meant = self._meant(name)
                 if self._is_ignored(name, meant):
-                    hint = getattr(self.form, "IGNORED", {}).get(name, "")
+                    hint = (self._ignored or {}).get(name, "")
                     said = f"{_name(path)} has no key {printable(name)}, so it is ignored, as in mergekit"
                     problems.warn((*path, name), f"{said}; {hint}" if hint else said)
                     continue
@@ -198,9 +198,14 @@ class FormOf(Kind):
             return None
         return self.form(**made, **({"path": path} if "path" in {f.name for f in fields(self.form)} else {}))
 
+    @property
+    def _ignored(self) -> Mapping[str, str] | None:
+        found: Any = getattr(self.form, "IGNORED", None)
+        return found() if callable(found) else found  # type: ignore[no-any-return]
+
     def _is_ignored(self, name: Any, meant: str | None) -> bool:
         """Whether mergekit takes the unknown key, and it is no misspelled one."""
-        ignored: dict[str, str] | None = getattr(self.form, "IGNORED", None)
+        ignored = self._ignored
         if (
             ignored is None
             or not isinstance(name, str)
@@ -212,6 +217,8 @@ class FormOf(Kind):
 
     def _meant(self, name: Any) -> str | None:
         """Returns the key that an unknown one may mean."""
+        import difflib
+
         if name in getattr(self.form, "REFUSED", {}) or name in getattr(self.form, "ELSEWHERE", {}):
             return None
         meant: dict[str, str] = getattr(self.form, "MEANT", {})
@@ -254,6 +261,8 @@ class FormOf(Kind):
 
 def is_misspelled(name: Any, known: Iterable[str]) -> bool:
     """Whether a name is probably one of the known ones with letters changed."""
+    import difflib
+
     return bool(difflib.get_close_matches(str(name), [*known], n=1, cutoff=_ALIKE))
 
 

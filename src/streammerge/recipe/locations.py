@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import posixpath
 import re
 from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from streammerge.errors import FormatError, RecipeError, VerifyError, listed, printable
+from streammerge.errors import RecipeError, VerifyError, listed, printable
 from streammerge.recipe.adapted import absent, is_there, parts_of, split, without_revisions
 from streammerge.recipe.stage_names import stage_of, stage_text
 from streammerge.stores.base import Location
+from streammerge.stores.hub_places import on_hub
 from streammerge.stores.locations import HERE, has_scheme, parse
+from streammerge.stores.repositories import named_repository, repository_of, snapshot
 
 if TYPE_CHECKING:  # inspecting a checkpoint needs this module, and no recipe
     from streammerge.recipe.fields import Path as Key
@@ -21,16 +22,13 @@ if TYPE_CHECKING:  # inspecting a checkpoint needs this module, and no recipe
     from streammerge.recipe.model import Recipe
     from streammerge.recipe.settings import Settings
 
-_MOST_REVISION_BYTES = 100
-_REPOSITORY = r"[\w.-]+/[\w.-]+"
-
 
 def located(recipe: Recipe, folders: list[Location], problems: Problems, confined: bool = False) -> Recipe:
     """Returns the recipe with the paths at which its models are found. Adds absent models to the problems.
 
-    A path is relative to the first of these folders that contains it. Otherwise it is the name of a repository in the
-    local cache of the Hugging Face hub. Nothing is downloaded. ``confined``: looks at no place outside the folders, because
-    a stranger may have written the names. Then VerifyError for an absolute path.
+    A path is relative to the first of these folders that contains it. Otherwise it is the name of a repository of the
+    Hugging Face hub, at the commit that its revision is now. ``confined``: looks at no place outside the folders and the
+    hub's cache, because a stranger may have written the names. Then VerifyError for an absolute path.
     """
     from streammerge.recipe.scalars import UNREAD
 
@@ -60,31 +58,41 @@ def is_recipe_name(path: str) -> bool:
     return path.endswith((".yaml", ".yml")) or (path.endswith(".json") and not path.endswith(".index.json"))
 
 
-def found_in_hub_cache(recipe: Recipe) -> Recipe:
-    """Returns the recipe with the models that are no paths here, but lie in the cache of the Hugging Face hub."""
+def with_hub_places(recipe: Recipe) -> Recipe:
+    """Returns the recipe with the places of models that are no paths here, but repositories of the Hugging Face hub."""
     written: dict[str, str] = {}
-    names = {named: named if is_held(named) else from_hub_cache(named, written) for named in recipe.named_models}
+    names = {named: named if is_held(named) else hub_place(named, written) for named in recipe.named_models}
     written |= {found: named for named, found in names.items() if found != named}
     return replace(recipe.renamed(names), written=written) if written else recipe
 
 
-def from_hub_cache(name: str, written: dict[str, str] | None = None) -> str:
-    """Returns the folder in the hub's cache for the name of a repository that is no path here; any other name as it is.
+def hub_place(name: str, written: dict[str, str] | None = None) -> str:
+    """Returns the place of a repository of the hub that is no path here, at its commit; any other name as it is.
 
-    In a model with adapters, each part is looked for. ``written`` gets the folders of parts with their names.
+    In a model with adapters, each part is looked for. ``written`` gets the places of parts with their names. Raises
+    RecipeError for a name with ``hf://`` that the hub does not have, StoreError if the hub cannot be asked for it.
     """
     if "+" in name and (parts := split(name, _is_there)) is not None:
-        found = [from_hub_cache(path) for path in parts.paths]
+        found = [hub_place(path) for path in parts.paths]
         if written is not None:
             written |= {place: path for place, path in zip(found, parts.paths, strict=True) if place != path}
         return str(parts.moved(found))
-    if not re.fullmatch(_REPOSITORY, name) or parse(name).lexists():
+    repository = named_repository(name)
+    if repository is None:
         return name
-    return _cached(name) or name
+    if not has_scheme(name):
+        return name if parse(name).lexists() else on_hub(repository).place or name
+    found_there = on_hub(repository)
+    if found_there.error is not None:
+        raise type(found_there.error)(f"{printable(name)}: {found_there.error}") from found_there.error
+    return found_there.place
 
 
 def _is_there(path: str) -> bool:
-    return is_there(path) or _cached(path) is not None
+    repository = named_repository(path)
+    if repository is not None and has_scheme(path):
+        return on_hub(repository).error is None
+    return is_there(path) or (repository is not None and on_hub(repository).error is None)
 
 
 def lies_within(named: str, folders: list[Location]) -> bool:
@@ -118,17 +126,17 @@ def _find(
     named: str, folders: list[Location], confined: bool, written: dict[str, str], stages: Collection[str] = ()
 ) -> str | None:
     """Returns the place of a model, or those of a model and its adapters. ``written`` gets each part with its name."""
-    found = _find_one(named, folders)
+    found = _find_one(named, folders, confined)
     if found is not None or "+" not in named:
         return found
 
     def exists(path: str) -> bool:
-        return path in stages or (_may_stand(path, folders, confined) and _find_one(path, folders) is not None)
+        return path in stages or (_may_stand(path, folders, confined) and _find_one(path, folders, confined) is not None)
 
     parts = split(named, exists)
     if parts is None:
         return None
-    places = [_find_one(path, folders) or path for path in parts.paths]
+    places = [_find_one(path, folders, confined) or path for path in parts.paths]
     if parts.base in stages:  # an adapter of this name is a path, as in mergekit
         places[0] = stage_text(parts.base)
     written |= dict(zip(places, parts.paths, strict=True))
@@ -145,9 +153,12 @@ def _may_stand(path: str, folders: list[Location], confined: bool) -> bool:
         return False
 
 
-def _find_one(named: str, folders: list[Location]) -> str | None:
+def _find_one(named: str, folders: list[Location], confined: bool) -> str | None:
     if is_held(named):
         return None
+    repository = named_repository(named)
+    if repository is not None and has_scheme(named):
+        return on_hub(repository).place or None
     for folder in folders:
         try:
             place = parse(named, folder)
@@ -155,28 +166,20 @@ def _find_one(named: str, folders: list[Location]) -> str | None:
             return None
         if place.exists():
             return str(place)
-    return _cached(named)
-
-
-def _cached(name: str) -> str | None:
-    """Returns the snapshot of a repository in the hub's cache, if there is one."""
-    if not re.fullmatch(_REPOSITORY, name):
+    if repository is None:
         return None
-    home = os.environ.get("HF_HOME") or posixpath.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
-    cache = parse(os.environ.get("HF_HUB_CACHE") or posixpath.join(home, "hub"))
-    repository = cache / f"models--{name.replace('/', '--')}"
-    reference = repository / "refs" / "main"
-    try:
-        revision = reference.read(0, min(reference.size, _MOST_REVISION_BYTES)).decode().strip()
-    except (OSError, ValueError, FormatError):
-        return None
-    snapshot = repository / "snapshots" / revision
-    return str(snapshot) if re.fullmatch("[0-9a-f]{40}", revision) and snapshot.is_folder() else None
+    if confined:  # a stranger's name asks nobody
+        cached = snapshot(repository) if repository.is_pinned else None
+        return None if cached is None else str(cached / repository.inner if repository.inner else cached)
+    return on_hub(repository).place or None
 
 
 def on_the_hub(name: str) -> str:
-    """Returns what to do about an absent file that is called like a repository; "" for other names."""
-    return f"; if it is on the hub, `hf download {printable(name)}` fetches it" if re.fullmatch(_REPOSITORY, name) else ""
+    """Returns why an absent file that is called like a repository is not on the hub either; "" for other names."""
+    repository = named_repository(name)
+    if repository is None or has_scheme(name):
+        return ""
+    return f", and {on_hub(repository).error}"
 
 
 def _absent(named: str, folders: list[Location], confined: bool = False) -> str:
@@ -191,17 +194,18 @@ def _absent(named: str, folders: list[Location], confined: bool = False) -> str:
     if "+" in named:
 
         def exists(path: str) -> bool:
-            return _may_stand(path, folders, confined) and _find_one(path, folders) is not None
+            return _may_stand(path, folders, confined) and _find_one(path, folders, confined) is not None
 
         return absent(named, exists) or f"{shown} does not exist"
     if said := without_revisions(
-        named, lambda path: _may_stand(path, folders, confined) and bool(_find_one(path, folders))
+        named, lambda path: _may_stand(path, folders, confined) and bool(_find_one(path, folders, confined))
     ):
         return said
-    if "@" in named:
-        return f"{shown}: revisions are not supported yet; download that revision and give its folder"
-    if hub := on_the_hub(named):
-        return f"{shown} does not exist{hub}"
+    repository = named_repository(named)
+    if repository is not None and has_scheme(named):
+        return f"{shown}: {on_hub(repository).error}"
+    if repository is not None and not confined:
+        return f"{shown} does not exist{on_the_hub(named)}"
     if folders != [HERE] and not parse(named).is_absolute:
         looked = " or ".join(dict.fromkeys(printable(folder) for folder in folders))
         return f"{shown} does not exist in {looked}; run this from the folder that holds it"
@@ -265,6 +269,7 @@ def travelling_names(recipe: Recipe) -> dict[str, str]:
     written = {path: recipe.written.get(path, path) for path in paths if path not in held}
     places = {path: parse(path).absolute() for path in written}
     far = {path: path for path, place in places.items() if place.store.always_absolute}
+    far |= {path: str(found) for path, place in places.items() if (found := repository_of(place)) is not None}
     far |= _below_common_folders({path: place for path, place in places.items() if place.store.private})
     places = {path: place for path, place in places.items() if path not in far}
     local = {path: name for path, name in written.items() if path in places}

@@ -56,8 +56,13 @@ class Reference(NamedTuple):
 
 
 SETTINGS = SettingsKind(parameter_docs)
-_MISPLACED = dict.fromkeys(parameter_docs(), "a parameter stands under parameters")
-"""Keys that mergekit ignores in a mapping that has a key ``parameters``."""
+
+
+def _misplaced() -> dict[str, str]:
+    """Keys that mergekit ignores in a mapping that has a key ``parameters``. A function, because it imports all methods."""
+    return dict.fromkeys(parameter_docs(), "a parameter stands under parameters")
+
+
 _WITH_MODEL = dict.fromkeys(("lora", "adapter"), "model, as in `model: BASE+ADAPTER`")
 """Keys that mergekit ignores too. They are refused, because the adapter would be missing in the output."""
 
@@ -67,7 +72,7 @@ class Model:
     """One model of a merge, or the base among them. A text is its path."""
 
     SHORT: ClassVar = "model"
-    IGNORED: ClassVar = _MISPLACED
+    IGNORED: ClassVar = _misplaced
     ELSEWHERE: ClassVar = _WITH_MODEL
 
     model: str = key(MODEL, "Path of a file or folder.")
@@ -81,7 +86,7 @@ class Model:
 class SliceSource:
     """Some layers of a model, for a slice."""
 
-    IGNORED: ClassVar = _MISPLACED
+    IGNORED: ClassVar = _misplaced
     ELSEWHERE: ClassVar = _WITH_MODEL
 
     model: str = key(MODEL, "Path of a file or folder.")
@@ -96,7 +101,7 @@ class SliceSource:
 class Slice:
     """Consecutive layers of the output."""
 
-    IGNORED: ClassVar = _MISPLACED
+    IGNORED: ClassVar = _misplaced
 
     sources: tuple[SliceSource, ...] = key(ListOf(FormOf(SliceSource)), "The layers to merge.")
     base_model: str | None = key(MODEL, "The base in this slice.", default=None)
@@ -111,7 +116,7 @@ class Slice:
 class Module:
     """A part of the model with its own count of layers, named by the prefix of its tensors' names."""
 
-    IGNORED: ClassVar = _MISPLACED
+    IGNORED: ClassVar = _misplaced
 
     models: tuple[Model, ...] = key(ListOf(FormOf(Model)), "The models to merge, with all their layers.", default=())
     slices: tuple[Slice, ...] = key(ListOf(FormOf(Slice)), "Stacked layers of models.", default=())
@@ -177,6 +182,13 @@ _STAGES = MapOf(FormOf(object))
 """Recipes by name. Their form is set below, because a recipe holds them."""
 
 
+def _ignored() -> dict[str, str]:
+    return _misplaced() | {
+        "random_seed": "`seed` is the key here",
+        "embed_slerp": "embeddings are merged like all other tensors",
+    }
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A merge or a conversion: everything besides the inputs that its output depends on.
@@ -190,10 +202,7 @@ class Recipe:
         "out_path": "name the output with `out`",
     }
     ELSEWHERE: ClassVar = dict.fromkeys(OutputRequest.__dataclass_fields__, "output")
-    IGNORED: ClassVar = _MISPLACED | {
-        "random_seed": "`seed` is the key here",
-        "embed_slerp": "embeddings are merged like all other tensors",
-    }
+    IGNORED: ClassVar = _ignored
     MEANT: ClassVar = {"method": "merge_method", "base": "base_model", "weights": "models", "inputs": "models"}
 
     merge_method: MergeMethod = key(METHOD, "A name from `streammerge methods`, or package.module:function.")

@@ -14,7 +14,6 @@ from streammerge.recipe.document import Document, parse_documents, to_json, to_y
 from streammerge.recipe.fields import FormOf, Positions, Problems
 from streammerge.recipe.locations import located, travelling
 from streammerge.recipe.model import Model, OutputRequest, Recipe, Reference, Rule, Slice, SliceSource
-from streammerge.recipe.stages import check_stages, gathered
 from streammerge.stores.base import Location
 from streammerge.stores.locations import HERE, PathLike, parse
 
@@ -97,6 +96,8 @@ def _read(
     confined: bool = False,
     adapters: Adapters = no_adapters,
 ) -> Recipe:
+    from streammerge.recipe.stages import check_stages, gathered
+
     problems = Problems()
     for each in documents:
         _refuse_others(each.data, name)

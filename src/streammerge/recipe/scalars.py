@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from streammerge.methods.contracts import METHODS, MergeMethod, Parameter
 from streammerge.methods.factors import FACTORS
 from streammerge.methods.registry import LINEAR, find_method
 from streammerge.options import whole
-from streammerge.recipe.adapted import adapted_text
+from streammerge.recipe.adapted import adapted_text, with_revision
 from streammerge.recipe.fields import Plain
 from streammerge.recipe.patterns import Rename, parse_pattern, parse_renames
 from streammerge.tensors.dtypes import DType, parse_dtype
@@ -39,9 +38,7 @@ def _model(value: Any) -> str:
             raise RecipeError(f"unknown key {printable(unknown)} of a model; it knows model and lora")
         lora = value.get("lora")
         inner = value.get("model")
-        if isinstance(inner, Mapping) and inner.get("revision") is not None:
-            raise RecipeError("a revision is not supported yet; download it and give its folder")
-        value = inner.get("path") if isinstance(inner, Mapping) else inner
+        value = with_revision(inner.get("path"), inner.get("revision")) if isinstance(inner, Mapping) else inner
         if lora is not None and isinstance(value, str):
             value = adapted_text(value, lora)
     value = str(value) if isinstance(value, os.PathLike) else value
@@ -92,6 +89,8 @@ class _AnyMethod(MergeMethod):
 
 
 def _nearest_method(value: Any) -> MergeMethod:
+    import difflib
+
     near = difflib.get_close_matches(str(value), METHODS.built_in, n=1)
     return METHODS.built_in[near[0]] if near else _AnyMethod("unknown", LINEAR.function, (0, None))
 

@@ -7,7 +7,6 @@ from streammerge.methods.contracts import FALSE
 from streammerge.methods.registry import LINEAR
 from streammerge.recipe.model import Model, Recipe, Slice, SliceSource
 from streammerge.recipe.settings import Setting, SettingKind, Settings
-from streammerge.recipe.stages import stages_used
 
 
 def recipe_lines(recipe: Recipe) -> list[str]:
@@ -31,8 +30,12 @@ def recipe_lines(recipe: Recipe) -> list[str]:
 
 def stage_lines(recipe: Recipe) -> list[str]:
     """Returns the stages that the recipe needs, each with its models, in the order of computing."""
+    if not recipe.stages:
+        return []
+    from streammerge.recipe.stages import stages_used
+
     lines = []
-    for name in stages_used(recipe) if recipe.stages else ():
+    for name in stages_used(recipe):
         stage = recipe.stages[name]
         how = ("a mixture of experts" if stage.experts else f"by {stage.merge_method.name}") + (
             "" if stage.round else ", not rounded"

@@ -14,7 +14,7 @@ from streammerge.recipe.adapted import Adapted, Part, split
 from streammerge.recipe.model import Recipe
 from streammerge.recipe.settings import Setting, is_same_for_all
 from streammerge.requests.inputs import Held
-from streammerge.running.execution import default_workers
+from streammerge.running.choosing import default_workers
 from streammerge.stores.base import Location
 from streammerge.stores.locations import parse
 from streammerge.tensors.adapters import WORDS, holds_its_base, is_adapter

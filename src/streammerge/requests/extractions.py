@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import RecipeError
 from streammerge.options import Extracting, Selecting, picked
-from streammerge.recipe.locations import from_hub_cache
+from streammerge.recipe.locations import hub_place
 from streammerge.requests.adapters import float_dtype
 from streammerge.requests.inputs import Held, named, opened
 from streammerge.running.process import collector_paused
@@ -29,7 +29,7 @@ def extracting(given: Mapping[str, Any]) -> Making:
     held = Held()
     names = named("tuned", given["tuned"], held), named("base", given["base"], held)
     asked, selection = picked(Extracting, {**given, "base": names[1]}), picked(Selecting, given)
-    places = [name if name in held else from_hub_cache(name) for name in names]
+    places = [name if name in held else hub_place(name) for name in names]
     dtype = DType.F32 if asked.dtype is None else float_dtype(asked.dtype)
     energy = float(asked.energy or 0.0)
     wanted = Wanted(asked.rank or (0 if energy else _RANK), energy, dtype)

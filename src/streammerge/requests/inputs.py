@@ -5,19 +5,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from decimal import Decimal
 from numbers import Real
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
-from streammerge.checkpoints.globs import expand
-from streammerge.checkpoints.in_memory import hold, index_state_dict
 from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
 from streammerge.errors import RecipeError, printable
 from streammerge.options import number_or_percent, path
 from streammerge.recipe.adapted import check_there, is_there, split
-from streammerge.sources.memory import is_array, is_tensor
+from streammerge.recipe.locations import hub_place
 from streammerge.stores.base import Location
 from streammerge.stores.locations import PathLike, has_scheme, parse
+from streammerge.stores.repositories import named_repository
 from streammerge.units import plain_number
 
 if TYPE_CHECKING:
@@ -57,7 +55,11 @@ def named(name: str, given: Any, held: Held) -> str:
         if given.in_memory:
             raise RecipeError(f"`{name}` takes a state dict, not its index; give the state dict itself")
         return given.adapted_as or str(given.path)
-    return hold(given, held) if isinstance(given, Mapping) else path_of(name, given)
+    if not isinstance(given, Mapping):
+        return path_of(name, given)
+    from streammerge.checkpoints.in_memory import hold
+
+    return hold(given, held)
 
 
 def opened(
@@ -67,6 +69,8 @@ def opened(
 
     Raises as :func:`open_checkpoint`."""
     if path in held:
+        from streammerge.checkpoints.in_memory import index_state_dict
+
         return index_state_dict(held[path], path, state_dict, ema)
     if path in stages:
         return stages[path].index(state_dict, ema)
@@ -92,6 +96,11 @@ def _as_numbers(index: CheckpointIndex) -> CheckpointIndex:
 def names_and_weights(given: Any, held: Held) -> tuple[list[str], list[float] | None]:
     """Returns the names of the inputs, and their weights if a dict gives each path its weight. Raises RecipeError for
     anything but inputs."""
+    names, weights = _names_and_weights(given, held)
+    return [name if name in held else hub_place(name) for name in names], weights
+
+
+def _names_and_weights(given: Any, held: Held) -> tuple[list[str], list[float] | None]:
     if isinstance(given, CheckpointIndex):
         given = [given]
     if isinstance(given, Mapping) and _gives_weights(given):
@@ -107,7 +116,7 @@ def _with_weights(names: list[str]) -> tuple[list[str], list[float] | None]:
     A glob gives its weight to each match. Raises RecipeError if only some inputs have a weight.
     """
     found = [_WEIGHTED.fullmatch(name) for name in names]
-    weighted = [each if each and not has_scheme(each[0]) and not parse(each[0]).lexists() else None for each in found]
+    weighted = [each if each and _has_weight(each) else None for each in found]
     if not any(weighted):
         return names, None
     bare = next((name for name, each in zip(names, weighted, strict=True) if each is None), None)
@@ -116,13 +125,24 @@ def _with_weights(names: list[str]) -> tuple[list[str], list[float] | None]:
     return _each_with_weight([(each[1], number_or_percent(each[2])) for each in weighted if each])
 
 
+def _has_weight(found: re.Match[str]) -> bool:
+    """Whether a number behind a colon is a weight, and no part of the name."""
+    if has_scheme(found[0]):
+        return named_repository(found[1]) is not None
+    return not parse(found[0]).lexists()
+
+
 def _each_with_weight(given: list[tuple[str, float]]) -> tuple[list[str], list[float]]:
     """Returns the paths, each glob replaced by its matches, and the weight of each."""
+    from streammerge.checkpoints.globs import expand
+
     paths = [(path, weight) for glob, weight in given for path in expand([glob])]
     return [path for path, _ in paths], [weight for _, weight in paths]
 
 
 def _weight(path: Any, given: Any) -> float:
+    from decimal import Decimal
+
     number = plain_number(given)
     if not isinstance(number, Real | Decimal):
         raise RecipeError(
@@ -145,6 +165,8 @@ def _is_path(key: Any) -> bool:
 
 
 def _may_hold_tensors(value: Any) -> bool:
+    from streammerge.sources.memory import is_array, is_tensor
+
     if isinstance(value, Real):  # numpy's numbers are arrays too
         return False
     return is_array(value) or is_tensor(value) or isinstance(value, Mapping | list | tuple)

@@ -24,7 +24,7 @@ from streammerge.options import (
 from streammerge.planning.conservation import refuse_unused
 from streammerge.planning.plan import Plan
 from streammerge.recipe.arguments import overridden, recipe_of, unchecked
-from streammerge.recipe.locations import found_in_hub_cache, is_recipe_name
+from streammerge.recipe.locations import is_recipe_name, with_hub_places
 from streammerge.recipe.model import Recipe
 from streammerge.recipe.reader import read_recipe
 from streammerge.requests.adapters import (
@@ -115,7 +115,7 @@ class Request:
             if on_it != chosen and find_method(method).base in ("model", "unused"):
                 base = None  # it is there for the adapters only
             recipe = recipe_of(on_it, method, base, weights, parameters, overrides)
-            recipe = found_in_hub_cache(recipe)
+            recipe = with_hub_places(recipe)
         else:
             recipe = self._asked_recipe
         folder = None if asked.convert_first is None else parse(asked.convert_first)

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from streammerge.checkpoints.agreement import agreed
-from streammerge.checkpoints.conversions import from_conversion
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError
 from streammerge.methods.factors import FACTORS, without_adapters
 from streammerge.options import Resources
-from streammerge.planning.mixtures import Mixed
 from streammerge.planning.plan import Plan, build_plan
-from streammerge.planning.stages import Opened
 from streammerge.recipe.model import Recipe, Reference
 from streammerge.recipe.stage_names import stage_text
-from streammerge.recipe.stages import stages_used
 from streammerge.requests.inputs import Held, opened
-from streammerge.running.choosing import choose_executor
-from streammerge.running.execution import default_workers
+from streammerge.running.choosing import choose_executor, default_workers
 from streammerge.running.executors.base import Executors
 from streammerge.running.process import collector_paused
 from streammerge.stores.base import Location
 from streammerge.units import decimal_bytes, parse_bytes
+
+if TYPE_CHECKING:
+    from streammerge.planning.stages import Opened
 
 
 def planned(
@@ -46,11 +45,7 @@ def planned(
     if held and convert_first is not None:
         raise RecipeError("`convert_first` converts files; give state dicts in memory without it")
     with collector_paused():
-        stages: dict[str, Opened] = {}
-        for name in stages_used(recipe) if recipe.stages else ():
-            own = recipe.stages[name]
-            make = Mixed if own.experts else Opened
-            stages[stage_text(name)] = make(name, own, _indexes(own, held or {}, convert_first, stages))
+        stages = _opened_stages(recipe, held or {}, convert_first) if recipe.stages else {}
         indexes = _indexes(recipe, held or {}, convert_first, stages)
         told = _likeness(recipe, indexes) if like else []
         made = build_plan(
@@ -68,6 +63,20 @@ def planned(
     return made
 
 
+def _opened_stages(recipe: Recipe, held: Held, convert_first: Location | None) -> dict[str, Opened]:
+    """Returns the stages that a recipe uses, planned and opened as checkpoints."""
+    from streammerge.planning.mixtures import Mixed
+    from streammerge.planning.stages import Opened
+    from streammerge.recipe.stages import stages_used
+
+    stages: dict[str, Opened] = {}
+    for name in stages_used(recipe):
+        own = recipe.stages[name]
+        make = Mixed if own.experts else Opened
+        stages[stage_text(name)] = make(name, own, _indexes(own, held, convert_first, stages))
+    return stages
+
+
 def _indexes(
     recipe: Recipe, held: Held, convert_first: Location | None, stages: Mapping[str, Opened]
 ) -> dict[Reference, CheckpointIndex]:
@@ -79,6 +88,8 @@ def _indexes(
             index.share(known)
         indexes[each] = index
     if convert_first is not None:
+        from streammerge.checkpoints.conversions import from_conversion
+
         indexes = {
             each: index if index.made_from else from_conversion(index, convert_first) for each, index in indexes.items()
         }
@@ -103,6 +114,6 @@ def output_warnings(plan: Plan) -> list[str]:
 
 
 def _likeness(recipe: Recipe, indexes: Mapping[Reference, CheckpointIndex]) -> list[str]:
-    from streammerge.planning.likeness import check_likeness  # here, because only a conversion with `like` needs it
+    from streammerge.planning.likeness import check_likeness
 
     return check_likeness(recipe, *indexes.values())

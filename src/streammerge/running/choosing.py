@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from streammerge.errors import BudgetError, RecipeError, printable
 from streammerge.planning.budget import PER_PROCESS_BYTES, Budget
 from streammerge.planning.plan import budget_of
 from streammerge.planning.tasks import MergeTask, alike
 from streammerge.running.executors.base import Executors, processes_supported
-from streammerge.running.executors.messages import pickled
 from streammerge.running.executors.registry import find_executor
 from streammerge.sources.base import Source
-from streammerge.sources.deflated import PackedKey
-from streammerge.sources.merged import Merged
 from streammerge.stores.base import Location, Status
+
+if TYPE_CHECKING:
+    from streammerge.sources.deflated import PackedKey
+    from streammerge.sources.merged import Merged
 
 LEAST_BYTES = 16 << 30
 """The least bytes to read for which processes are worth their start, which takes a second for torch alone."""
@@ -63,6 +65,11 @@ def most_threads(tensors: int, read_bytes: int) -> int:
     return 1 if tensors * TENSOR_BYTES > read_bytes else 2
 
 
+def default_workers() -> int:
+    """Returns the number of CPUs that this process may use."""
+    return max(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 1)
+
+
 def choose_executor(plan: Planned, wanted: str | Executors) -> None:
     """Writes into the plan which executor runs it, and the memory that this executor needs.
 
@@ -107,6 +114,8 @@ def _why_threads(plan: Planned) -> str:
         return "tensors in the memory of this process cannot be read by others"
     places = [plan.out, *plan.identities] if plan.out else [*plan.identities]
     alone = next((place for place in places if place.store.one_process), None)
+    if plan.out is not None and plan.out.store.sends_parts:
+        return f"an output in {plan.out.store.scheme}:// is sent by one process"
     return "" if alone is None else f"the store {alone.store.scheme}:// belongs to this process"
 
 
@@ -136,6 +145,8 @@ def _stuck(plan: Planned) -> str:
     function and what the running script defines cannot be imported. A clean interpreter answers about the rest, because a
     module that was loaded from a file of its own is known to this process only.
     """
+    from streammerge.running.executors.messages import pickled
+
     said, pickles = list[str](), list[bytes]()
     for what, place, thing in _own_things(plan):
         problem = f"{what} cannot be sent to worker processes; put {place} into a module that can be imported"
@@ -157,6 +168,8 @@ def _stuck(plan: Planned) -> str:
 
 def _own_things(plan: Planned) -> Iterator[tuple[str, str, Any]]:
     """Yields each thing of a run that this package does not define: its name, the word for its code, and itself."""
+    from streammerge.sources.merged import Merged
+
     sources = [each for source in plan.expressions for each in _nested(source)]
     merges: list[MergeTask | Merged] = [
         *(task for task, _ in alike(plan.tasks)),

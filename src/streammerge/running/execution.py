@@ -198,10 +198,3 @@ def _made_before(out: Location) -> set[str]:
         return {RECEIPT_FILE, *receipt_of(out).checksums}
     except StreammergeError:
         return set()
-
-
-def default_workers() -> int:
-    """Returns the number of CPUs that this process may use."""
-    import os
-
-    return max(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 1)

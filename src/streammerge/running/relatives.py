@@ -7,7 +7,6 @@ models.
 
 from __future__ import annotations
 
-import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -40,7 +39,7 @@ def strangers(tasks: Sequence[MergeTask], inputs: InputFiles, owners: Mapping[Lo
                 cosine = _cosine(first, other, inputs)
                 if cosine is not None:
                     cosines[pair].append(cosine)
-    medians = {pair: (statistics.median(found), len(found)) for pair, found in cosines.items()}
+    medians = {pair: (_median(found), len(found)) for pair, found in cosines.items()}
     apart: dict[Location, list[Location]] = defaultdict(list)
     for (known, another), (median, _) in medians.items():
         if abs(median) < _STRANGERS:
@@ -59,6 +58,12 @@ def _warning(first: Location, others: list[Location], medians: Mapping[Pair, tup
         who += f" have the names and shapes of {printable(first)} but seem"
         how = f"the median cosines of sampled tensors are {min(found):.3f} to {max(found):.3f}"
     return f"{who} to come from another training: {how} (fine-tunes of one model: near 1)"
+
+
+def _median(values: list[float]) -> float:
+    """Returns the median. ``statistics`` would take as long to import as the sample takes to read."""
+    ordered, last = sorted(values), len(values) - 1
+    return (ordered[last // 2] + ordered[-(-last // 2)]) / 2
 
 
 def _sampled(tasks: Sequence[MergeTask]) -> Iterator[MergeTask]:

@@ -22,6 +22,10 @@ Each module imports only modules above it::
     narrow    numbers of eight bits in float32
     scaled    quantised weights with a scale for each block
     requantised  numbers as codes with scales again
+    unpacked  numbers of few bits that lie packed
+    swizzled  a grid of scales in the order of cuBLAS
+    mxfp4_experts  experts of gpt-oss
+    ggml      weights in the blocks of ggml
     contracted  a small tensor computed whole from others
     permuted  axes in another order; another shape
     product   the product of two matrices

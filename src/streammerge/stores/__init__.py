@@ -6,7 +6,6 @@ Each module imports only modules above it::
     checksums    CRC-32 and CRC-32C, and joining those of parts
     faults       mapped files that shrink
     keys         names within a store
-    repositories names of the hub's repositories
     streams      a file read at offsets, as a stream of Python
     remembering  answers of remote stores, while a plan is made
     ahead        blocks of remote files, fetched before they are read
@@ -22,12 +21,21 @@ Each module imports only modules above it::
     joint        local files that several machines write
     local        the files of this machine
     memory       the store memory://
+    repositories names of the hub's repositories, and its cache
     remote       the common part of stores behind a network
+    profiles     the profiles of the AWS command line
+    signing      signatures of S3 requests, credentials
+    multipart    uploads to S3 in parts
+    parts        files that are sent in parts
+    staged       outputs of object stores
     objects      s3://, gs://, az://, https://
+    hub          hf://
     registry     stores by scheme
+    hub_places   where a repository of the hub is read
     locations    from text to a Location
     inputs       the inputs of a run
     scratch      files for a while
     claims       which machine makes which unit
+    remains      what interrupted runs have left in object stores
     leftovers    what interrupted runs have left
 """

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from streammerge.errors import FormatError, RecipeError, printable
-from streammerge.stores import commit, joint
 from streammerge.stores.base import Damage, Input, Joint, Location, Output, Staging, Status, Store
-from streammerge.stores.commit import LocalStaging
 from streammerge.stores.files import InputFile, OutputFile, broken_link, file_status
 
 
@@ -95,18 +93,26 @@ class LocalStore(Store):
     # ------------------------------------------------------------------------------------------------------------ outputs
 
     def check_writable(self, location: Location, overwrite: bool) -> None:
+        from streammerge.stores import commit
+
         commit.check_writable(Path(location.key), overwrite)
 
     def stage(self, location: Location, overwrite: bool = False) -> Staging:
+        from streammerge.stores.commit import LocalStaging
+
         return LocalStaging(location, overwrite)
 
     def reopen(self, location: Location, size: int) -> Output:
         return OutputFile.existing(location, size)
 
     def sweep(self, location: Location) -> None:
+        from streammerge.stores import commit
+
         commit.sweep(Path(location.key))
 
     def write_whole(self, location: Location, data: bytes, overwrite: bool) -> None:
+        from streammerge.stores import commit
+
         commit.write_whole(Path(location.key), data, overwrite)
 
     def make_folder(self, location: Location) -> None:
@@ -118,12 +124,18 @@ class LocalStore(Store):
             raise RecipeError(f"cannot make the folder {printable(location)}: {error.strerror}") from error
 
     def replace_small(self, location: Location, data: bytes) -> None:
+        from streammerge.stores import joint
+
         joint.put(Path(location.key), data)
 
     def create_small(self, location: Location, data: bytes, durable: bool = True) -> bool:
+        from streammerge.stores import joint
+
         return joint.put_new(Path(location.key), data, durable)
 
     def join(self, location: Location, key: str) -> Joint:
+        from streammerge.stores import joint
+
         return joint.joint_of(location, key)
 
     def free_bytes(self, location: Location) -> int | None:

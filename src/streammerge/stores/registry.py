@@ -44,18 +44,12 @@ def register_store(store: S) -> S:
     return store
 
 
-_DOWNLOADS = {"hf": "download it first, with `hf download NAME`"}
-"""Schemes that no store here has -> what to do."""
-
-
 def store_of(scheme: str) -> Store:
     """Returns the store with that scheme, imported when it is first asked for. Raises RecipeError for an unknown one."""
     if scheme == LOCAL.scheme:
         return LOCAL
     store = STORES.find(scheme)
     if store is None:
-        if scheme in _DOWNLOADS:
-            raise RecipeError(f"{scheme}:// cannot be read yet; {_DOWNLOADS[scheme]}, and give the file")
         raise RecipeError(
             f"no store is known for {printable(scheme)}://; known are {listed(sorted(STORES.all()))}, "
             "and a package can bring another"

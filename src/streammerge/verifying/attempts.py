@@ -13,7 +13,7 @@ from streammerge.recipe.model import Recipe
 from streammerge.recipe.reader import recipe_of_receipt
 from streammerge.requests.adapters import adapters_alone, are_adapters, combined
 from streammerge.requests.plans import planned
-from streammerge.running.execution import default_workers
+from streammerge.running.choosing import default_workers
 from streammerge.running.readback import read_output
 from streammerge.stores.base import Location
 from streammerge.stores.checksums import CRC32

@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 from streammerge.cli import options
-from streammerge.cli.progress import Progress
 from streammerge.cli.reports import report
 from streammerge.cli.terminal import quoted
 from streammerge.errors import UnfinishedError
@@ -22,6 +21,8 @@ from streammerge.options import FINISH
 @options.debug
 def finish(plan: str, no_progress: bool, form: str, debug: bool, **typed: Any) -> None:
     """Check that all units of a saved plan are made, and make the output visible."""
+    from streammerge.cli.progress import Progress
+
     with Progress(form, enabled=not no_progress) as progress:
         from streammerge import api
 

@@ -7,7 +7,6 @@ from typing import Any
 import click
 
 from streammerge.cli import options
-from streammerge.cli.progress import Progress
 from streammerge.cli.reports import show_share
 from streammerge.options import WORKER
 
@@ -27,6 +26,8 @@ def worker(plan: str, no_progress: bool, form: str, debug: bool, **typed: Any) -
     streammerge worker merge.plan --share 2/2     on another one
     streammerge finish merge.plan                 when both are done
     """
+    from streammerge.cli.progress import Progress
+
     with Progress(form, enabled=not no_progress) as progress:
         from streammerge import api
 

@@ -7,6 +7,7 @@ training run; exports for other programs; hidden files; checksums; links to fold
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 
@@ -38,6 +39,7 @@ _WHY_FILE = {
 }
 _QUANTISATION_FILES = frozenset(("hf_quant_config.json", "quantize_config.json", "quant_config.json"))
 _QUANTISED = "states how the first input is quantised, which the output is not"
+_PIECES = "parts of several ranks, which the output has joined"
 _MOST_BELOW = 20
 """A file with less than one part in 20 of the merged bytes is no other form of them."""
 
@@ -68,6 +70,7 @@ class _Decision:
         self.merged = {
             f"{name}/{file}".lstrip("/") for name, form in forms.items() for file in (*form.files, form.index) if file
         }
+        self.own = re.compile("|".join(own for part in self.parts.values() if (own := part.container.own_files)) or "(?!)")
         self.above = {above for name in self.parts for above in _with_parents(name)}
         self.dropped: dict[str, list[str]] = {}
         self.copied: Copies = []
@@ -109,6 +112,9 @@ class _Decision:
         if kind in ("side", "weights") and name not in self.written and (broken := path.broken_link()):
             raise FormatError(broken)
         if name in self.written:
+            return
+        if self.own.fullmatch(path.name):
+            self._drop(name, _PIECES)
             return
         if kind not in ("side", "weights"):
             self._drop(name, _WHY_FILE[kind])

@@ -120,7 +120,7 @@ def _method(record: Mapping[str, Any]) -> str:
 
 def _named(name: str, repository: Repository | None) -> str:
     said = _called(name, repository)
-    return f"{said} at commit {_code(repository.commit)}" if repository is not None else said
+    return f"{said} at commit {_code(repository.revision)}" if repository is not None else said
 
 
 def _called(name: str, repository: Repository | None) -> str:

@@ -7,21 +7,20 @@ or folder uses the names of the state dict.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
-from streammerge.checkpoints.tokens import vocabulary_folder
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats import safetensors
 from streammerge.formats.records import RECEIPT_KEY
 from streammerge.methods.registry import COPY
 from streammerge.planning.aligned import Merged, MergedTensors
 from streammerge.planning.alignment import Alignment
-from streammerge.planning.dispositions.entries import left_behind
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.layout import (
+    PLAIN_ENDINGS,
     Accounting,
     Layout,
     Placed,
@@ -30,7 +29,6 @@ from streammerge.planning.outputs.layout import (
     blank_sums,
     metadata_of,
 )
-from streammerge.planning.outputs.pickled import PLAIN_ENDINGS, pickled_output
 from streammerge.planning.receipt import ITSELF, escaped, files_beside, input_files, planned
 from streammerge.planning.views import Indexes
 from streammerge.recipe.adapted import parts_of
@@ -58,6 +56,11 @@ def container_of(out: Location, first: CheckpointIndex | None = None) -> str:
         return "safetensors"
     if out.suffix in (*PICKLED_ENDINGS, *PLAIN_ENDINGS):
         return "pickle"
+    if out.suffix == ".gguf":
+        raise RecipeError(
+            f"{printable(out.name)}: GGUF is read and not written; end the name in / for a folder, and make a GGUF file of "
+            "it with llama.cpp's convert_hf_to_gguf.py"
+        )
     if first is not None and not first.in_memory and first.path.suffix == out.suffix and first.path.is_file():
         return "pickle" if first.container.pickled else "safetensors"
     if not out.suffix:
@@ -135,12 +138,14 @@ def _planned(
         alignment.dispositions.add("file", _beside(first), "dropped", "the output is one file")
         _note_tokens(recipe, first, alignment)
     if kind == "pickle":
+        from streammerge.planning.outputs.pickled import pickled_output
+
         return pickled_output(name, recipe, first, indexes, alignment, accounting)
     dispositions = Dispositions()
     dispositions.update(alignment.dispositions)
     if kind == "folder" and _is_pickled_folder(recipe, first):
         return _folder(recipe, first, indexes, alignment, accounting, dispositions)
-    for thing, why in left_behind(first):
+    for thing, why in _left_behind(first) if first.extras is not None else ():
         dispositions.add("entry", thing, "dropped", why)
     if kind == "folder":
         return _folder(recipe, first, indexes, alignment, accounting, dispositions)
@@ -172,10 +177,19 @@ def _note_tokens(recipe: Recipe, first: CheckpointIndex, alignment: Alignment) -
             f"the output is one file, so the vocabulary with {count} new tokens is not written; end the output's name in / "
             "for a folder that has it"
         )
-    elif tokens is not None and vocabulary_folder(first.path) != tokens.vocabulary.giver.file.parent:
-        alignment.notes.append(f"the output's tokens are those of {printable(tokens.vocabulary.giver.file)}")
+    elif tokens is not None:
+        from streammerge.checkpoints.tokens import vocabulary_folder
+
+        if vocabulary_folder(first.path) != tokens.vocabulary.giver.file.parent:
+            alignment.notes.append(f"the output's tokens are those of {printable(tokens.vocabulary.giver.file)}")
     if recipe.chat_template is not None:
         alignment.warnings.append("the output is one file, which has no chat template; end its name in / for a folder")
+
+
+def _left_behind(first: CheckpointIndex) -> Iterator[tuple[str, str]]:
+    from streammerge.planning.dispositions.entries import left_behind
+
+    return left_behind(first)
 
 
 def _beside(first: CheckpointIndex) -> list[str]:

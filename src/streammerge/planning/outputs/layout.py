@@ -23,6 +23,9 @@ from streammerge.sources.base import Source
 from streammerge.stores.base import Location
 from streammerge.tensors.spec import TensorSpec
 
+PLAIN_ENDINGS = (".pkl", ".pickle")
+"""Of files that are a pickle and nothing else."""
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -91,6 +94,10 @@ class Accounting:
         return replace(self.receipt, accounts=[each.record() for each in accounts]), accounts
 
 
+_OF_QUANTISED = ("_quantization_metadata",)
+"""Metadata that states how weights are quantised."""
+
+
 def recipe_record(recipe: Recipe) -> dict[str, Any] | None:
     """Returns the recipe that made the output, without paths of this machine. Returns None for a conversion."""
     conversion = recipe.merge_method is COPY and len(recipe.checkpoints) == 1
@@ -99,7 +106,8 @@ def recipe_record(recipe: Recipe) -> dict[str, Any] | None:
 
 def metadata_of(recipe: Recipe, first: CheckpointIndex) -> dict[str, str]:
     """Returns the first checkpoint's own metadata, ``format: pt`` and, for a merge, the recipe."""
-    kept = {k: v for k, v in first.metadata.items() if "hash" not in k.lower() and k not in (RECIPE_KEY, RECEIPT_KEY)}
+    left = (RECIPE_KEY, RECEIPT_KEY, *(_OF_QUANTISED if first.quantised else ()))
+    kept = {k: v for k, v in first.metadata.items() if "hash" not in k.lower() and k not in left}
     record = recipe_record(recipe)
     return kept | {"format": "pt"} | ({RECIPE_KEY: to_json(record)} if record else {})
 

@@ -22,7 +22,15 @@ from streammerge.planning.copies import AlignedCopy, align_copies, record_entrie
 from streammerge.planning.dispositions.entries import Entries, decide
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.bookkeeping import drop_facts, merge_bookkeeping
-from streammerge.planning.outputs.layout import Accounting, Layout, Placed, PlannedOutput, blank_sums, recipe_record
+from streammerge.planning.outputs.layout import (
+    PLAIN_ENDINGS,
+    Accounting,
+    Layout,
+    Placed,
+    PlannedOutput,
+    blank_sums,
+    recipe_record,
+)
 from streammerge.planning.receipt import ITSELF
 from streammerge.planning.views import Indexes
 from streammerge.recipe.document import to_yaml
@@ -32,7 +40,6 @@ from streammerge.sources.inline import Inline
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorSpec, contiguous_strides
 
-PLAIN_ENDINGS = (".pkl", ".pickle")
 """Names of plain pickles. An input of torch's keeps its container under such a name."""
 _BARE = TensorRef(StorageRef("", None, 0), DType.F32, 0, (), ())
 """A tensor without a wrapper."""

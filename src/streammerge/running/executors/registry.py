@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, TypeVar
@@ -43,6 +42,8 @@ def find_executor(wanted: str | Executors) -> Executors:
     found = EXECUTORS.find(wanted)
     if found is not None:
         return _checked(wanted, found)
+    import difflib
+
     near = difflib.get_close_matches(wanted, executors(), n=1)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(executors())}"
     raise RecipeError(f"unknown executor {printable(wanted)}; {hint}")

@@ -1,0 +1,142 @@
+"""NeMo archives (``.nemo``): an uncompressed tar with a configuration and the weights, read where they lie in it.
+
+The weights are one file of torch.save, or a folder of torch.distributed.checkpoint.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from streammerge.errors import FormatError, listed, printable
+from streammerge.formats import archive, dcp, torch_zip
+from streammerge.formats.base import Container, Match
+from streammerge.stores.base import Location
+
+NAME = "NeMo archive"
+"""What :class:`Container` calls the format."""
+_BLOCK = 512
+_MOST_MEMBERS = 1_000_000
+_MOST_NAME_BYTES = 1 << 16
+_OF_TORCH = ("sys_info", "pickle", "tensors", "storages")
+"""The members of a tar of torch 0.1."""
+_WEIGHTS = "model_weights.ckpt"
+_FOLDER = "model_weights/"
+_PARALLEL = re.compile(r"(mp_rank_\d+|tp_rank_\d+_pp_rank_\d+)/model_weights\.ckpt")
+
+
+def matches(head: bytes, size: int) -> Match:
+    """Whether it is a tar archive that does not begin as one of torch 0.1."""
+    return head[257:262] == b"ustar" and _clean(head[:100]) not in _OF_TORCH
+
+
+def read(path: Location) -> Container:
+    """Returns the container of the weights in a NeMo archive. Raises FormatError; nothing in it is executed."""
+    where = printable(path)
+    with path.stream() as stream:
+        places = dict(_members(stream, where))
+    if parallel := [name for name in places if _PARALLEL.fullmatch(name)]:
+        raise FormatError(
+            f"{where} holds a model in parts of {len(parallel)} model-parallel ranks ({listed(sorted(parallel), 2)}), "
+            "which is not read; make one of them with NeMo's `change_tensor_parallel_partition.py`"
+        )
+    if _WEIGHTS in places:
+        with path.stream() as stream:
+            head = stream.seek(places[_WEIGHTS][0]) and stream.read(_BLOCK)
+            if not archive.matches(head or b""):
+                raise FormatError(
+                    f"{where}: its {_WEIGHTS} is not in the zip format of torch.save; unpack the archive and give that file"
+                )
+        made = torch_zip.read(path, places[_WEIGHTS], _WEIGHTS)
+    elif any(name.startswith(_FOLDER) for name in places):
+        made = dcp.read_home(_Home(path, places))
+    else:
+        raise FormatError(f"{where} is a tar archive, not a PyTorch checkpoint; unpack it and give the checkpoint inside")
+    made.format, made.files, made.distributed = NAME, (path,), None
+    beside = [name for name in places if name != _WEIGHTS and not name.startswith(_FOLDER)]
+    if beside:
+        made.notes.append(f"{where} holds more than weights, which an output does not have: {listed(sorted(beside))}")
+    return made
+
+
+class _Home(dcp.Home):
+    """The folder of weights in an archive."""
+
+    def __init__(self, path: Location, places: dict[str, archive.Window]) -> None:
+        super().__init__(path)
+        self.places = {name.removeprefix(_FOLDER): place for name, place in places.items() if name.startswith(_FOLDER)}
+
+    def names(self) -> list[str]:
+        return list(self.places)
+
+    def place(self, name: str) -> dcp.Place | None:
+        found = self.places.get(name)
+        return None if found is None else (self.folder, *found)
+
+
+def _members(stream: BinaryIO, where: str) -> Iterator[tuple[str, archive.Window]]:
+    """Yields the name and (offset, bytes) of each regular member. Raises FormatError.
+
+    Reads names and sizes in extended headers too: Python writes these for long names and for members of 8 GiB or more.
+    """
+    cursor, end = 0, stream.seek(0, io.SEEK_END)
+    seen = set[str]()
+    extended: dict[str, str] = {}
+    for _ in range(_MOST_MEMBERS):
+        stream.seek(cursor)
+        header = stream.read(_BLOCK)
+        if len(header) < _BLOCK or not header.strip(b"\0"):
+            return
+        kind, nbytes = header[156:157], _number(header[124:136])
+        if header[257:262] != b"ustar" or nbytes < 0:
+            raise FormatError(f"{where}: its tar directory is damaged at byte {cursor}")
+        begin = cursor + _BLOCK
+        if kind in (b"0", b"\0"):
+            nbytes = int(extended.get("size", nbytes))
+        if begin + nbytes > end:
+            raise FormatError(f"{where} is truncated: a member of its tar archive reaches beyond its end")
+        cursor = begin + -(-nbytes // _BLOCK) * _BLOCK
+        if kind in (b"x", b"L"):
+            if nbytes > _MOST_NAME_BYTES:
+                raise FormatError(f"{where}: an extended header of its tar archive has {nbytes} bytes, which is too many")
+            extended |= _extended(stream.read(nbytes), kind)
+            continue
+        if kind in (b"0", b"\0"):
+            prefix = _clean(header[345:500]) if header[257:263] == b"ustar\0" else ""
+            name = extended.get("path") or (f"{prefix}/" if prefix else "") + _clean(header[:100])
+            name = name.removeprefix("./")
+            if name in seen:
+                raise FormatError(f"{where} holds the member {printable(name)} twice; such a file is refused")
+            seen.add(name)
+            yield name, (begin, nbytes)
+        extended = {}
+
+
+def _extended(data: bytes, kind: bytes) -> dict[str, str]:
+    """Returns the name and the size that an extended header tells for the next member."""
+    if kind == b"L":
+        return {"path": _clean(data)}
+    found = {}
+    while data:
+        length, _, _ = data.partition(b" ")
+        if not re.fullmatch(rb"[0-9]{1,6}", length) or not len(length) < int(length) <= len(data):
+            break
+        key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
+        if key == b"path" or (key == b"size" and re.fullmatch(rb"[0-9]{1,18}", value)):
+            found[key.decode()] = value.decode("utf-8", "replace")
+        data = data[int(length) :]
+    return found
+
+
+def _clean(name: bytes) -> str:
+    return name.partition(b"\0")[0].decode("utf-8", "replace")
+
+
+def _number(field: bytes) -> int:
+    """Returns a number in a header: octal digits, or binary beyond 8 GiB. -1 if it is neither."""
+    if field[:1] == b"\x80":
+        return int.from_bytes(field[1:], "big")
+    digits = field.strip(b"\0 ")
+    return int(digits, 8) if re.fullmatch(rb"[0-7]{1,12}", digits) else -1

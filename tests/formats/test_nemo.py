@@ -1,0 +1,201 @@
+"""NeMo archives, and the folders of NeMo 2 and Megatron."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from conftest import assert_same, load_safetensors, mean, octets
+
+import streammerge as sm
+from formats import dcp_maker
+from formats.suite import FormatSuite, Tensors
+
+FORMATS: dict[str, Any] = {"pax": tarfile.PAX_FORMAT, "gnu": tarfile.GNU_FORMAT, "ustar": tarfile.USTAR_FORMAT}
+Mode = Literal["w", "w:gz"]
+
+
+def pack(path: Path, folder: Path, form: str = "pax", mode: Mode = "w") -> Path:
+    """Packs a folder as NeMo does, with the folder itself as "." in it."""
+    with tarfile.open(path, mode, format=FORMATS[form]) as archive:
+        archive.add(folder, arcname=".")
+    return path
+
+
+def archive_of(path: Path, tensors: Tensors, form: str = "pax") -> Path:
+    folder = path.parent / f"{path.name}-content"
+    folder.mkdir(exist_ok=True)
+    (folder / "model_config.yaml").write_text("target: nemo\n")
+    torch.save(tensors, folder / "model_weights.ckpt")
+    return pack(path, folder, form)
+
+
+class TestNemo(FormatSuite):
+    NAME = "in.nemo"
+
+    def write(self, path: Path, tensors: Tensors) -> None:
+        archive_of(path, tensors)
+
+    def files(self, path: Path) -> list[Path]:
+        return [path]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_kind_of_tar(tmp_path: Path, form: str) -> None:
+    tensors = {"a.weight": torch.randn(300, 7), "b": torch.randn(5)}
+    path = archive_of(tmp_path / "in.nemo", tensors, form)
+    sm.convert(path, tmp_path / "out.safetensors")
+    assert_same(load_safetensors(tmp_path / "out.safetensors"), tensors)
+    index = sm.inspect(path)
+    assert index.format == "NeMo archive"
+    assert any("model_config.yaml" in note for note in index.notes)
+
+
+def test_weights_as_a_distributed_checkpoint(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(30, 7), "b": torch.randn(5), "c": torch.randn(4, 4)}
+    dcp_maker.write(tmp_path / "content" / "model_weights", tensors, dcp_maker.grid(2, 2))
+    long = tmp_path / "content" / ("long" * 40)
+    long.mkdir()
+    (long / "vocabulary.txt").write_text("x")
+    for form in ("pax", "gnu"):
+        path = pack(tmp_path / f"{form}.nemo", tmp_path / "content", form)
+        sm.convert(path, tmp_path / "out.safetensors", overwrite=True)
+        assert_same(load_safetensors(tmp_path / "out.safetensors"), tensors)
+        sm.verify(tmp_path / "out.safetensors")
+
+
+def test_a_gzip_archive(tmp_path: Path) -> None:
+    (tmp_path / "content").mkdir()
+    torch.save({"a": torch.ones(2)}, tmp_path / "content" / "model_weights.ckpt")
+    with pytest.raises(sm.FormatError, match="gzip file; unpack it first"):
+        sm.inspect(pack(tmp_path / "in.nemo", tmp_path / "content", mode="w:gz"))
+
+
+def test_parts_of_model_parallel_ranks(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        (tmp_path / "content" / f"mp_rank_0{rank}").mkdir(parents=True)
+        torch.save({"a": torch.ones(2)}, tmp_path / "content" / f"mp_rank_0{rank}" / "model_weights.ckpt")
+    with pytest.raises(sm.FormatError, match="in parts of 2 model-parallel ranks"):
+        sm.inspect(pack(tmp_path / "in.nemo", tmp_path / "content"))
+
+
+def member(name: str, data: bytes, size: int | None = None) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.size = len(data) if size is None else size
+    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % 512)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (member("./model_weights.ckpt", b"x", 8 << 20), "truncated"),
+        (member("./model_weights.ckpt", b"x"), "not in the zip format"),
+        (2 * member("./model_config.yaml", b"x"), "twice"),
+        (member("./model_config.yaml", b"x"), "a tar archive, not a PyTorch checkpoint"),
+        (member("./model_config.yaml", b"x") + b"rubbish" * 100, "damaged at byte 1024"),
+    ],
+)
+def test_damaged_archives(tmp_path: Path, data: bytes, said: str) -> None:
+    (tmp_path / "in.nemo").write_bytes(data)
+    with pytest.raises(sm.FormatError, match=said):
+        sm.inspect(tmp_path / "in.nemo")
+
+
+# ------------------------------------------------------------------------------------------------ Megatron and NeMo 2
+
+
+def megatron(folder: Path, seed: int = 1, layers: int = 4, ranks: int = 2) -> tuple[Path, Tensors]:
+    """Writes a torch_dist folder: all layers of a kind are one tensor, whose pieces are layers and parts of ranks."""
+    make = torch.Generator().manual_seed(seed)
+    tensors = {
+        "decoder.layers.mlp.linear_fc2.weight": torch.randn(layers, 6, 8, generator=make),
+        "decoder.layers.self_attention.linear_qkv.weight": torch.randn(layers, 12, 6, generator=make),
+        "decoder.layers.mlp.experts.experts.linear_fc1.weight": torch.randn(layers, 2, 4, 6, generator=make),
+        "decoder.final_layernorm.weight": torch.randn(6, generator=make),
+    }
+
+    def cut(name: str, tensor: torch.Tensor) -> dcp_maker.Boxes:
+        if tensor.dim() < 3:
+            return dcp_maker.whole(name, tensor)
+        axis = 2 if "fc2" in name else 1
+        size = tensor.shape[axis] // ranks
+        boxes = []
+        for layer in range(layers):
+            for rank in range(ranks):
+                offsets, sizes = [0] * tensor.dim(), list(tensor.shape)
+                offsets[0], sizes[0] = layer, 1
+                offsets[axis], sizes[axis] = rank * size, size
+                boxes.append((tuple(offsets), tuple(sizes)))
+        return boxes
+
+    state = {f"optimizer.state.exp_avg.{name}": tensor for name, tensor in tensors.items()}
+    objects = {"decoder.layers.self_attention.core_attention._extra_state/shard_0_4": b"x"}
+    dcp_maker.write(folder, tensors | state, cut, objects)
+    torch.save({"iteration": 700, "args": {"num_layers": layers}}, folder / "common.pt")
+    (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
+    return folder, tensors
+
+
+def test_megatrons_layers_are_one_tensor(tmp_path: Path) -> None:
+    folder, tensors = megatron(tmp_path / "run" / "iter_0000700")
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("700\n")
+    for place in (folder, tmp_path / "run"):
+        sm.convert(place, tmp_path / "out.safetensors", overwrite=True)
+        assert_same(load_safetensors(tmp_path / "out.safetensors"), tensors)
+    assert sm.inspect(folder).container.facts == {"ranks": "4", "step": "700 (iteration)"}
+
+
+def test_a_folder_of_nemo_2(tmp_path: Path) -> None:
+    one, tensors = megatron(tmp_path / "a" / "weights")
+    two, others = megatron(tmp_path / "b" / "weights", 2, ranks=1)
+    for folder in (one, two):
+        (folder.parent / "context").mkdir()
+        (folder.parent / "context" / "model.yaml").write_text("x")
+    sm.merge([one.parent, two.parent], tmp_path / "out/", max_shard_size="5GB")
+    made = load_safetensors(tmp_path / "out" / "model.safetensors")
+    assert {n: octets(t) for n, t in made.items()} == {
+        n: octets(mean([t, others[n]], [0.5, 0.5])) for n, t in tensors.items()
+    }
+    written = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert "context/model.yaml" in written
+    assert not any("weights/" in name for name in written)
+
+
+def test_megatrons_legacy_format(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        (tmp_path / "run" / "iter_0000007" / f"mp_rank_0{rank}").mkdir(parents=True)
+        state = {"model": {"language_model": {"w": torch.ones(3)}}, "checkpoint_version": 3.0, "iteration": 7}
+        torch.save(state, tmp_path / "run" / "iter_0000007" / f"mp_rank_0{rank}" / "model_optim_rng.pt")
+    (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("7")
+    for place in (tmp_path / "run", tmp_path / "run" / "iter_0000007"):
+        with pytest.raises(sm.FormatError, match=r"legacy format, in parts of 2 ranks .*tools/checkpoint/convert\.py"):
+            sm.inspect(place)
+    (tmp_path / "run" / "iter_0000007" / "mp_rank_01" / "model_optim_rng.pt").unlink()
+    assert list(sm.inspect(tmp_path / "run")) == ["w"]
+
+
+def test_megatrons_zarr_format(tmp_path: Path) -> None:
+    (tmp_path / "metadata.json").write_text('{"sharded_backend": "zarr"}')
+    with pytest.raises(sm.FormatError, match="zarr format, which is not read"):
+        sm.inspect(tmp_path)
+
+
+def test_a_pax_size_beyond_the_header(tmp_path: Path) -> None:
+    """Python tells sizes of 8 GiB or more in an extended header only."""
+    tensors = {"a": torch.randn(7)}
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    data = buffer.getvalue()
+    record = f" size={len(data)}\n"
+    record = f"{len(record) + len(str(len(record) + 2))}{record}"
+    info = tarfile.TarInfo("x")
+    info.type, info.size = b"x", len(record)
+    header = info.tobuf(tarfile.USTAR_FORMAT) + record.encode() + bytes(-len(record) % 512)
+    (tmp_path / "in.nemo").write_bytes(header + member("./model_weights.ckpt", data, 0) + bytes(1024))
+    sm.convert(tmp_path / "in.nemo", tmp_path / "out.safetensors")
+    assert_same(load_safetensors(tmp_path / "out.safetensors"), tensors)
