@@ -295,6 +295,7 @@ def sweep(
     workers: SupportsIndex | None = None,
     io: Io = "mmap",
     executor: str | Callable[[int], Any] = "auto",
+    address: str | None = None,
     max_shard_size: str | SupportsIndex | None = None,
     keep_optimizer: bool | None = None,
     quantise: Quantise | None = None,
