@@ -1,4 +1,4 @@
-"""merge(), plan(), convert(), extract(), inspect(), verify(), diff(), worker(), finish(): their arguments and results.
+"""The public functions: merge(), plan(), sweep(), convert(), extract(), inspect(), verify(), diff(), worker(), finish().
 
 The rooms below do the work. Nothing here prints, unless ``progress`` asks for a bar.
 
@@ -24,6 +24,7 @@ from streammerge.options import (
     FINISH,
     MERGE,
     PLAN,
+    SWEEP,
     VERIFY,
     WORKER,
     Converting,
@@ -44,6 +45,7 @@ from streammerge.options import (
     Saving,
     Selecting,
     Sharing,
+    Soup,
     Verifying,
     Writing,
     picked,
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
     from streammerge.running.execution import Result
     from streammerge.running.session import RunOptions
     from streammerge.running.shared import ShareResult
+    from streammerge.sweeps.results import SweepResult
     from streammerge.verifying.files import Verified
 
 
@@ -125,6 +128,7 @@ def plan(
     workers: SupportsIndex | None = None,
     io: Io = "mmap",
     executor: str | Callable[[int], Any] = "auto",
+    address: str | None = None,
     max_shard_size: str | SupportsIndex | None = None,
     keep_optimizer: bool | None = None,
     quantise: Quantise | None = None,
@@ -203,6 +207,7 @@ def merge(
     workers: SupportsIndex | None = None,
     io: Io = "mmap",
     executor: str | Callable[[int], Any] = "auto",
+    address: str | None = None,
     max_shard_size: str | SupportsIndex | None = None,
     keep_optimizer: bool | None = None,
     quantise: Quantise | None = None,
@@ -230,7 +235,6 @@ def merge(
     given = locals()
     from streammerge.requests.merging import Request
     from streammerge.requests.plans import output_warnings
-    from streammerge.running.execution import execute
 
     request = Request.of(given)
     with _run_options(given) as running:
@@ -253,7 +257,70 @@ def merge(
                 made = request.plan()
         foreseen = output_warnings(made)  # the run itself raises these as errors, unless they are allowed
         made.warnings = [warning for warning in made.warnings if warning not in foreseen]
-        return execute(made, running, before)
+        return _executed(made, running, given, before)
+
+
+@takes(*SWEEP)
+def sweep(
+    inputs: Inputs,
+    out: PathLike,
+    *,
+    weights: Sequence[Iterable[SupportsFloat]] | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    random: SupportsIndex | None = None,
+    epochs: str | None = None,
+    averages: str | None = None,
+    score: str | Callable[[str], Any] | None = None,
+    lowest: bool = False,
+    keep: str | SupportsIndex | None = None,
+    soup: Soup | None = None,
+    normalize: bool | None = None,
+    method: str | Callable[..., Any] | None = None,
+    base: Checkpoint | None = None,
+    seed: SupportsIndex | None = None,
+    dtype: object = None,
+    compute_dtype: object = None,
+    rename: str | Sequence[str] | Mapping[str, str] | None = None,
+    on_missing: OnMissing | None = None,
+    on_shape: OnShape | None = None,
+    integers: Integers | None = None,
+    mixed_dtypes: MixedDtypes | None = None,
+    strict: bool = False,
+    unsafe_truncate_embeddings: bool | None = None,
+    tokenizer_source: str | None = None,
+    chat_template: str | None = None,
+    state_dict: str | None = None,
+    ema: Ema | None = None,
+    memory: str | SupportsIndex = DEFAULT_MEMORY,
+    workers: SupportsIndex | None = None,
+    io: Io = "mmap",
+    executor: str | Callable[[int], Any] = "auto",
+    address: str | None = None,
+    max_shard_size: str | SupportsIndex | None = None,
+    keep_optimizer: bool | None = None,
+    quantise: Quantise | None = None,
+    allow_nonfinite: bool | None = None,
+    hash: bool = False,
+    overwrite: bool = False,
+    resume: bool = True,
+    polite: bool = False,
+    listener: Listener = quiet,
+    progress: bool = False,
+) -> SweepResult:
+    """Makes many merges of the same inputs in one read, and keeps the best if it is given a score.
+
+    ``inputs``: as of :func:`merge`. ``out``: a folder for the outputs, whose names say their settings; or a name with
+    ``{}`` in place of the settings. Each output has the bytes of its own merge, but for the receipt. The same call goes on
+    after an interruption, and repeats no score. ``sweep.csv`` in the folder has the table, ``print(result)`` shows it.
+    ``result.outputs``, ``result.kept`` and ``result.best`` are its rows. ``listener``, ``progress`` and the errors are
+    those of :func:`merge`; TaskError is raised for a score that fails.
+    """
+    given = locals()
+    from streammerge.sweeps.sweeping import Sweep  # here, because merges start without it
+
+    with _run_options(given) as running:
+        made = {name: value for name, value in given.items() if name not in ("listener", "progress")}
+        return Sweep(made, running).run()
 
 
 @takes(*CONVERT)
@@ -275,6 +342,7 @@ def convert(
     workers: SupportsIndex | None = None,
     io: Io = "mmap",
     executor: str | Callable[[int], Any] = "auto",
+    address: str | None = None,
     max_shard_size: str | SupportsIndex | None = None,
     keep_optimizer: bool | None = None,
     quantise: Quantise | None = None,
@@ -297,7 +365,7 @@ def convert(
     from streammerge.recipe.arguments import conversion
     from streammerge.requests.inputs import Held, named, opened, path_of
     from streammerge.requests.plans import planned
-    from streammerge.running.execution import execute, refuse_extras
+    from streammerge.running.execution import refuse_extras
 
     asked, naming = picked(Converting, given), picked(Naming, given)
     selection, output, resources = picked(Selecting, given), picked(Writing, given), picked(Resources, given)
@@ -319,7 +387,7 @@ def convert(
         made = planned(recipe, target, resources, running.executor, hashed=output.hash, held=held, like=like is not None)
         if asked.extras is not None:
             refuse_extras(parse(asked.extras), made, running.overwrite)
-        result = execute(made, running, before)
+        result = _executed(made, running, given, before)
     if asked.extras is not None:
         place = source if source in held else hub_place(source)
         index = opened(place, None if asked.like else recipe.state_dict, recipe.ema, held)
@@ -370,6 +438,18 @@ def extract(
         from streammerge.requests.extractions import extracting  # here, because merges start without it
 
         return _make(extracting(given), target_place, given, running.listener, before)
+
+
+def _executed(made: Plan, running: RunOptions, given: Mapping[str, Any], before: int) -> Result:
+    executing = picked(Executing, given)
+    if executing.executor != "ray":
+        from streammerge.running.execution import execute
+
+        return execute(made, running, before)
+    from streammerge.requests.cluster import execute_on_nodes  # here, because most merges run on one machine
+
+    resources, writing = picked(Resources, given), picked(Writing, given)
+    return execute_on_nodes(made, running, resources, executing, writing.hash, before)
 
 
 def _make(made: Making, out: Location, given: Mapping[str, Any], listener: Listener, before: int) -> AdapterResult:
@@ -449,6 +529,7 @@ def diff(
     workers: SupportsIndex | None = None,
     io: Io = "mmap",
     executor: str | Callable[[int], Any] = "auto",
+    address: str | None = None,
     listener: Listener = quiet,
     progress: bool = False,
 ) -> Diff:

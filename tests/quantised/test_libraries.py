@@ -12,7 +12,7 @@ from conftest import load_safetensors
 from safetensors.torch import save_file
 
 import streammerge as sm
-from quantised.samples import Tensors, mxfp4_experts
+from quantised.samples import FP8_CONFIG, Tensors, fp8_blocks, in_blocks, mxfp4_experts, numbers_of
 
 
 def converted(tensors: Tensors, config: dict[str, Any] | None = None) -> Tensors:
@@ -132,3 +132,145 @@ def test_comfy_kitchen(form: str) -> None:
     said = torch.frombuffer(bytearray(json.dumps({"format": form}).encode()), dtype=torch.uint8)
     made = converted({f"m.{name}": tensor for name, tensor in stored.items()} | {"m.comfy_quant": said})
     assert torch.equal(made["m.weight"], expected)
+
+
+GGML = (
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "IQ4_NL",
+    "IQ4_XS",
+    "MXFP4",
+    "NVFP4",
+)
+
+
+@pytest.mark.parametrize("kind", [*GGML, "F32", "F16", "BF16"])
+def test_gguf_of_its_own_writer(kind: str) -> None:
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    import numpy as np
+
+    form = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[form]
+    numbers = drawn(24, 2 * block if block > 1 else 64).numpy()
+    try:
+        data = gguf.quants.quantize(numbers, form)
+    except NotImplementedError:  # the library only reads it
+        data = np.random.default_rng(1).integers(0, 256, (24, 2 * size), dtype=np.uint8)
+        data[:, 1::size] &= 0x3B
+        data[:, size - 1 :: size] &= 0x3B
+    writer = gguf.GGUFWriter("a.gguf", "none")
+    writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
+    writer.add_tensor("w", data, raw_dtype=form)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    expected = gguf.quants.dequantize(data, form).astype(np.float32)
+    sm.convert("a.gguf", "out.safetensors", dtype="float32", allow_nonfinite=True)
+    made = load_safetensors(Path("out.safetensors"))["w"]
+    assert made.shape == expected.shape
+    same = (made.numpy().view(np.uint32) == expected.view(np.uint32)) | (np.isnan(expected) & made.isnan().numpy())
+    assert same.all()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
+def test_gguf_in_transformers(architecture: str) -> None:
+    """The names, rows and norms are those of transformers' own reader."""
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    utils = pytest.importorskip("transformers.modeling_gguf_pytorch_utils", reason="transformers is not installed")
+    import inspect
+
+    import transformers
+
+    wide, heads, kv, inner, layers, tokens = 64, 4, 2, 96, 2, 40
+    writer = gguf.GGUFWriter("a.gguf", architecture)
+    for key, number in (("block_count", layers), ("context_length", 64), ("embedding_length", wide)):
+        getattr(writer, f"add_{key}")(number)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(tokens)
+    shapes = {"token_embd.weight": (tokens, wide), "output_norm.weight": (wide,), "output.weight": (tokens, wide)}
+    for layer in range(layers):
+        at = f"blk.{layer}."
+        shapes |= {f"{at}attn_{n}.weight": (r * wide // heads, wide) for n, r in (("q", heads), ("k", kv), ("v", kv))}
+        shapes |= {f"{at}attn_output.weight": (wide, wide), f"{at}ffn_down.weight": (wide, inner)}
+        shapes |= {f"{at}ffn_{n}.weight": (inner, wide) for n in ("gate", "up")}
+        norms = ["attn_norm", "ffn_norm", *(["post_attention_norm", "post_ffw_norm"] if architecture == "gemma2" else [])]
+        shapes |= {f"{at}{n}.weight": (wide,) for n in norms}
+    for seed, (name, shape) in enumerate(shapes.items()):
+        numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).numpy()
+        if len(shape) == 2:
+            packed = gguf.quants.quantize(numbers, gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        else:
+            writer.add_tensor(name, numbers)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    kinds = {"llama": "Llama", "qwen2": "Qwen2", "gemma2": "Gemma2"}
+    config = getattr(transformers, f"{kinds[architecture]}Config")(
+        hidden_size=wide, num_attention_heads=heads, num_key_value_heads=kv, intermediate_size=inner,
+        head_dim=wide // heads, num_hidden_layers=layers, vocab_size=tokens,
+        tie_word_embeddings=False, attention_bias=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = getattr(transformers, f"{kinds[architecture]}ForCausalLM")(config)
+    more = {"model_to_load": model} if "model_to_load" in inspect.signature(utils.load_gguf_checkpoint).parameters else {}
+    theirs = utils.load_gguf_checkpoint("a.gguf", return_tensors=True, **more)["tensors"]
+    sm.convert("a.gguf", "out.safetensors", dtype="float32")
+    made = load_safetensors(Path("out.safetensors"))
+    assert len(theirs) > 10
+    for name, tensor in theirs.items():
+        assert torch.equal(made[name], tensor.float()), name
+
+
+def test_transformers_loads_what_is_quantised_like_the_base() -> None:
+    """Its own fp8 quantiser gives the merge within half a step; the plain merge loads without it."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    config = transformers.Qwen3Config(
+        hidden_size=256, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=64, vocab_size=100, tie_word_embeddings=False,
+    )  # fmt: skip
+    numbers: list[Tensors] = []
+    for seed, name in enumerate(("a", "b")):
+        torch.manual_seed(seed)
+        transformers.Qwen3ForCausalLM(config).bfloat16().save_pretrained(name)
+        stored, plain = load_safetensors(Path(name, "model.safetensors")), Tensors()
+        for key, tensor in list(stored.items()):
+            plain[key] = tensor.float()
+            if "proj.weight" in key:
+                stored[key], stored[f"{key}_scale_inv"] = fp8_blocks(tensor.float())
+                plain[key] = numbers_of(stored[key], stored[f"{key}_scale_inv"])
+        save_file(stored, f"{name}/model.safetensors", {"format": "pt"})
+        said = json.loads(Path(name, "config.json").read_text())
+        said["quantization_config"] = FP8_CONFIG | {"modules_to_not_convert": ["lm_head"]}
+        Path(name, "config.json").write_text(json.dumps(said))
+        numbers.append(plain)
+    sm.merge(["a", "b"], "plain/")
+    sm.merge(["a", "b"], "like/", quantise="like-base")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    plain_model = load("plain", dtype=torch.bfloat16).state_dict()
+    quantiser = transformers.FineGrainedFP8Config(
+        weight_block_size=(128, 128), dequantize=True, modules_to_not_convert=["lm_head"]
+    )
+    like = load("like", quantization_config=quantiser, dtype=torch.float32).state_dict()
+    scales = load_safetensors(Path("like/model.safetensors"))
+    for key, one in numbers[0].items():
+        merged = (one.double() + numbers[1][key].double()) / 2
+        assert torch.equal(plain_model[key], merged.bfloat16()), key
+        if f"{key}_scale_inv" in scales:
+            scale = in_blocks(scales[f"{key}_scale_inv"], *merged.shape).double()
+            step = torch.maximum(merged.abs() * 2.0**-3, scale * 2.0**-9)
+            assert bool(((like[key].double() - merged).abs() <= step / 2).all()), key
