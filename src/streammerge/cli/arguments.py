@@ -68,10 +68,11 @@ def output_name(
     if first is None or not parse(first).is_file():
         return out
     ending = parse(first).suffix
-    ending = ending if _ENDING.fullmatch(ending) else ".safetensors"
+    why = "since GGUF is not written" if ending == ".gguf" else "like the first input"
+    ending = ending if _ENDING.fullmatch(ending) and ending != ".gguf" else ".safetensors"
     if ending:
         shown = printable(out)
-        tell(f"note: {shown} is written as {shown}{ending}, like the first input; {shown}/ would be a folder")
+        tell(f"note: {shown} is written as {shown}{ending}, {why}; {shown}/ would be a folder")
     return out + ending
 
 
@@ -104,6 +105,27 @@ def _parameters(typed: Iterable[str], weighted: bool) -> dict[str, Any]:
             raise RecipeError(f"-p {printable(name)} is given twice")
         made[name] = value.split(",") if "," in value else value
     return made
+
+
+def values_of_parameters(typed: Iterable[str]) -> dict[str, Any]:
+    """Returns ``NAME=VALUE`` pairs of a sweep as a dict. A name that is given several times has a list of alternatives."""
+    made: dict[str, list[str]] = {}
+    for each in typed:
+        name, equals, value = each.partition("=")
+        if not equals:
+            raise RecipeError(f"-p {printable(each)}: write it as NAME=VALUE")
+        made.setdefault(name, []).append(value)
+    return {
+        name: [each.split(",") if "," in each and name != "weight" else each for each in values]
+        if len(values) > 1 or name == "weight" or "," in values[0]
+        else values[0]
+        for name, values in made.items()
+    }
+
+
+def lists_of_numbers(typed: Iterable[str]) -> list[list[float]]:
+    """Returns texts like ``0.6,0.4`` as lists of numbers."""
+    return [_numbers("`weights`", each) for each in typed]
 
 
 def _numbers(option: str, text: str) -> list[float]:

@@ -133,8 +133,9 @@ class Outgoing:
     The buffer has the page alignment of the file, so that pages can go to the disk without a copy.
     """
 
-    def __init__(self, write: Callable[[memoryview, int], object], workspace: Workspace, offset: int) -> None:
-        self._write, self._buffer = write, workspace.octets("out")
+    def __init__(self, write: Callable[[memoryview, int], object], buffer: memoryview, offset: int) -> None:
+        """``buffer``: begins with a page, and has one page more than is collected."""
+        self._write, self._buffer = write, buffer
         self._start, self._held = offset, 0
 
     def room(self, nbytes: int) -> memoryview:
@@ -227,6 +228,7 @@ class Inputs:
             for number, stored in enumerate(self._stored):
                 if stored is None and sources[number].spec.numel:
                     self._readers[number] = sources[number].open(room)
+        self._remote = files.ahead_bytes > 0 and files.reads_ahead
         self._wholes: list[torch.Tensor | None] | None = None
         self.first = 0
         self._next_read = self._begin = self._end = 0
@@ -242,6 +244,10 @@ class Inputs:
     def origin(self, source: int) -> str:
         """Returns the name of a source's file or checkpoint, for messages."""
         return self._sources[source].origin
+
+    def stays(self, source: int) -> bool:
+        """Whether what is read of a source is mapped, and so stays valid."""
+        return self._mapped and self._stored[source] is not None
 
     def move_to(self, start: int, stop: int) -> None:
         """Announces the elements that are read next, and some after them. Gives earlier pages back if they are many."""
@@ -282,7 +288,12 @@ class Inputs:
     def _read_bytes(self, source: int, start: int, stop: int, out: memoryview) -> memoryview:
         stored = self._stored[source]
         if stored is not None:
-            stored[0].read_into(out, stored[1] + start * self._dtypes[source].element_bytes)
+            begin = stored[1] + start * self._dtypes[source].element_bytes
+            if self._remote:
+                held = stored[0].held(begin, len(out))
+                if held is not None:
+                    return held
+            stored[0].read_into(out, begin)
             return out
         reader = self._readers[source] if self._readers else None
         if reader is None:

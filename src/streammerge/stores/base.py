@@ -13,7 +13,7 @@ import io
 import os
 import posixpath
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple
@@ -193,6 +193,10 @@ class Location(Key):
         """Makes the folder, and those above it, where they are absent."""
         self.store.make_folder(self)
 
+    def remove_files(self, names: Collection[str]) -> None:
+        """Removes a file, or of a folder the files of these names and the folders that are empty then."""
+        self.store.remove_files(self, names)
+
     def free_bytes(self) -> int | None:
         """Bytes that can still be written here; None when the store cannot tell."""
         return self.store.free_bytes(self)
@@ -241,6 +245,10 @@ class Input(ABC):
     def announce(self, offset: int, nbytes: int) -> None:
         """Says that the range is read next, so that a remote file can be fetched ahead."""
         return
+
+    def held(self, offset: int, nbytes: int) -> memoryview | None:
+        """Returns the bytes if they are in memory in one place already, so that they need not be copied."""
+        return None
 
     def release(self, offset: int, nbytes: int) -> None:
         """Says that the range is not needed soon, so that its memory can be given back."""
@@ -619,6 +627,9 @@ class Store(ABC):
 
     def make_folder(self, location: Location) -> None:
         raise self._lacks("make_folder", location)
+
+    def remove_files(self, location: Location, names: Collection[str]) -> None:
+        raise self._lacks("remove_files", location)
 
     def sweep(self, location: Location) -> None:
         return
