@@ -252,7 +252,7 @@ def is_optimizer_item(name: str, path: tuple[Any, ...]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """What an output of the same kind takes over: the place of the files, and what ``.metadata`` tells beside the weights."""
+    """What an output of the same kind takes over: the files, and what ``.metadata`` tells beside the weights."""
 
     home: Home
     metadata: Metadata
