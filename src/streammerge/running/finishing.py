@@ -62,14 +62,19 @@ class _Finishing(Run):
         super().__init__(plan, staging, options)
         self._there = there
 
-    def _make(self) -> None:
+    def prepare(self) -> None:
+        """Opens the output's files, in which all tensors are."""
         for file in self.plan.layout.files:
             late = self.plan.layout.as_folder and not file.offsets
             self._outputs.append(self.staging.create(file.name, file.size, keep=True, late=late))
         self._done = self._there  # type: ignore[assignment]
+        self.hashes = self._hashes()
+
+    def finish(self) -> None:
+        """Makes what is around the tensors, and waits until it is on the disk."""
         self._warn_of_strangers()
         self._refuse_nonfinite()
-        self._write_around(self._hashes())
+        self._write_around(self.hashes)
         self._inputs.check_unchanged()
         self._inputs.release()
         self.listener(Syncing())
