@@ -298,9 +298,9 @@ def test_each_reason_of_the_hub_is_one_sentence(hub: Hub, models: dict[str, str]
 
 
 def test_a_missing_client_is_one_sentence(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from streammerge.stores import hub as store
+    from streammerge.stores import hub_client
 
-    monkeypatch.setattr(store, "is_installed", lambda: False)
+    monkeypatch.setattr(hub_client, "is_installed", lambda: False)
     words = "the hub is read by the package huggingface_hub; install it with `pip install 'streammerge[hub]'`"
     assert refused("hf://org/a") == f"hf://org/a: {words}"
     assert refused("org/a") == f"org/a does not exist, and {words}"

@@ -24,6 +24,8 @@ Each module imports only modules above it::
     repositories names of the hub's repositories, and its cache
     remote       the common part of stores behind a network
     objects      s3://, gs://, az://, https://
+    hub_client   the client of the hub
+    hub_output   outputs of the hub
     hub          hf://
     registry     stores by scheme
     hub_places   where a repository of the hub is read
