@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -123,6 +123,12 @@ class Bench:
         self._open.enter_context(faults.survived())
         if "torch" in job.modules:
             prepare_torch()
+
+    def halted_by(self, halt: Callable[[], object]) -> None:
+        """``halt`` raises an exception when the run is stopping. Workers that wait for a network call it."""
+        self.inputs.halted_by(halt)
+        for file in self._outputs.values():
+            file.halted_by(halt)
 
     @property
     def announces(self) -> bool:

@@ -56,7 +56,7 @@ class Worker:
         self.job, self.host = job, host
         self.bench = host.kept(job.key, lambda: Bench(job))
         self.workspace = self.bench.take()
-        self.bench.inputs.halted_by(host.check)
+        self.bench.halted_by(host.check)
         self._prepared = False
 
     def close(self) -> None:

@@ -23,6 +23,11 @@ Each module imports only modules above it::
     memory       the store memory://
     repositories names of the hub's repositories, and its cache
     remote       the common part of stores behind a network
+    profiles     the profiles of the AWS command line
+    signing      signatures of S3 requests, credentials
+    multipart    uploads to S3 in parts
+    parts        files that are sent in parts
+    staged       outputs of object stores
     objects      s3://, gs://, az://, https://
     hub_client   the client of the hub
     hub_output   outputs of the hub

@@ -7,11 +7,8 @@ plain HTTP, so nothing is downloaded. A file that the hub's cache has is read th
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import urlsplit
@@ -24,7 +21,7 @@ from streammerge.stores.local import LOCAL
 from streammerge.stores.remembering import recalled
 from streammerge.stores.remote import Entries, Passing, RemoteStore, persistently
 from streammerge.stores.repositories import MAIN, SCHEME, Repository, hub_home, named_repository, read_name, snapshot
-from streammerge.version import __version__
+from streammerge.stores.space import exists_already
 
 if TYPE_CHECKING:
     from streammerge.stores.ahead import Ahead
@@ -252,7 +249,6 @@ class Hub(RemoteStore):
             if len(whole) != status.size:
                 raise Passing(f"{len(whole)} bytes came instead of {status.size}")
             return memoryview(whole)[start:stop]
-
 
     # ------------------------------------------------------------------------------------------------------------ outputs
 

@@ -1,7 +1,7 @@
 """The client of the Hugging Face hub, ``huggingface_hub`` (the extra ``streammerge[hub]``), and its errors as ours.
 
-It is imported when the hub is asked first. It knows the token (``HF_TOKEN``, ``hf auth login``), the address (``HF_ENDPOINT``) and
-the settings for proxies.
+It is imported when the hub is asked first. It knows the token (``HF_TOKEN``, ``hf auth login``), the address
+(``HF_ENDPOINT``) and the settings for proxies.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def endpoint() -> str:
 
 @contextmanager
 def failures(repository: Repository, writes: bool = False) -> Iterator[None]:
-    """Turns errors of the client into ours, with the hub's own reasons told apart. ``writes``: whether something is written."""
+    """Turns errors of the client into ours, with the hub's own reasons told apart. ``writes``: whether it is written to."""
     if is_offline():
         raise StoreError(
             f"hf://{printable(repository)} is not in the hub's cache, and HF_HUB_OFFLINE forbids to ask the hub"
@@ -83,13 +83,14 @@ def failures(repository: Repository, writes: bool = False) -> Iterator[None]:
             raise Passing(f"status {code}") from error
         if code in (401, 403) and writes:
             raise RecipeError(
-                f"{endpoint()} does not let you write {name}: log in with `hf auth login`, or set HF_TOKEN to a token that may"
+                f"{endpoint()} does not let you write {name}: log in with `hf auth login`, or set HF_TOKEN to a token that "
+                "may write there"
             ) from error
         if code == 412:
             raise StoreError(f"{name} got another commit on the hub meanwhile; run the command again") from error
         if code in (401, 403):
             raise StoreError(f"{name} may not be read with this token ({said})") from error
-        raise StoreError(f"{name} cannot be read on the hub ({said})") from error
+        raise StoreError(f"{name} cannot be {'written' if writes else 'read'} on the hub ({said})") from error
     except errors.OfflineModeIsEnabled as error:
         raise StoreError(f"hf://{printable(repository)} is not in the hub's cache, and the client is offline") from error
     except errors.HFValidationError as error:
@@ -98,6 +99,6 @@ def failures(repository: Repository, writes: bool = False) -> Iterator[None]:
         if error.__cause__ is None:
             raise
         with failures(repository, writes):
-            raise error.__cause__
+            raise error.__cause__ from None
     except transport as error:
         raise Passing(printable(str(error) or type(error).__name__)) from error

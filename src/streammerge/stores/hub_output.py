@@ -1,8 +1,8 @@
 """Outputs of the hub: each large file is made on this machine, sent, and removed; one commit at the end makes all visible.
 
-The hub wants the SHA-256 of a file before its first byte, so a file is made on the disk first. While one is sent, nothing else is
-written, so the disk holds one file at a time. What was sent is recorded beside the journal, and a next run does not send it again.
-Files are sent over plain HTTP, not by the client's Xet library, whose memory has no bound.
+The hub wants the SHA-256 of a file before its first byte, so a file is made on the disk first. While one is sent, nothing
+else is written, so the disk holds one file at a time. What was sent is recorded beside the journal, and a next run does not
+send it again. Files are sent over plain HTTP, not by the client's Xet library, whose memory has no bound.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from streammerge.stores.hub_client import NotThere, api, endpoint, failures
 from streammerge.stores.local import LOCAL
 from streammerge.stores.parts import SmallOutput
 from streammerge.stores.remembering import forget
-from streammerge.stores.remote import Passing, persistently
+from streammerge.stores.remote import persistently
 from streammerge.stores.repositories import MAIN, Repository, hub_home
 
 CLIENT_BYTES = 24 << 20
@@ -223,7 +223,9 @@ class HubStaging(LocalStaging):
                 except NotThere:
                     if not client.repo_exists(name):
                         client.create_repo(name, private=True, exist_ok=True)
-                        self.notes.append(f"the repository {name} was made, and is private; its settings on the hub change that")
+                        self.notes.append(
+                            f"the repository {name} was made, and is private; its settings on the hub change that"
+                        )
                     if branch != MAIN:
                         client.create_branch(name, branch=branch, exist_ok=True)
                 from huggingface_hub import CommitOperationAdd
@@ -333,7 +335,10 @@ class HubStaging(LocalStaging):
     def _send(self, shard: Shard) -> None:
         from huggingface_hub import CommitOperationAdd
 
-        with failures(self._target, writes=True), io.BufferedReader(_Reader(shard.path, self._stopped), _READ_BYTES) as reader:
+        with (
+            failures(self._target, writes=True),
+            io.BufferedReader(_Reader(shard.path, self._stopped), _READ_BYTES) as reader,
+        ):
             operation = CommitOperationAdd(self._path_in_repo(shard.name), reader)
             with _told_of_plain_http():
                 api().preupload_lfs_files(self._target.name, [operation], revision=self._target.revision, num_threads=1)
