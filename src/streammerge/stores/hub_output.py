@@ -223,9 +223,7 @@ class HubStaging(LocalStaging):
                 except NotThere:
                     if not client.repo_exists(name):
                         client.create_repo(name, private=True, exist_ok=True)
-                        self.notes.append(
-                            f"the repository {name} was made, and is private; its settings on the hub change that"
-                        )
+                        self.notes.append(f"the repository {name} was made; it is private until its settings say otherwise")
                     if branch != MAIN:
                         client.create_branch(name, branch=branch, exist_ok=True)
                 from huggingface_hub import CommitOperationAdd
