@@ -25,7 +25,6 @@ from streammerge.stores import multipart
 from streammerge.stores.base import Location
 from streammerge.stores.locations import parse
 from streammerge.stores.parts import PART_BYTES
-from streammerge.stores.profiles import profile
 
 
 def put(location: Location, data: bytes) -> Location:
@@ -289,15 +288,3 @@ def test_without_the_extra_the_command_to_install_it_is_told(tmp_path: Path) -> 
     assert (ran.returncode, ran.stdout) == (2, "")
     assert "pip install 'streammerge[remote]'" in ran.stderr
     assert len(ran.stderr.strip().splitlines()) == 1
-
-
-def test_a_profile_is_read_from_the_usual_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "config").write_text("[profile work]\nregion = eu-north-1\n[default]\nregion = us-west-2\n")
-    (tmp_path / "credentials").write_text("[work]\naws_access_key_id = A\naws_secret_access_key = B%C\n")
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
-    assert profile() == {"region": "us-west-2"}
-    monkeypatch.setenv("AWS_PROFILE", "work")
-    assert profile() == {"region": "eu-north-1", "aws_access_key_id": "A", "aws_secret_access_key": "B%C"}
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path))
-    assert profile() == {"aws_access_key_id": "A", "aws_secret_access_key": "B%C"}

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 from streammerge.kernels.chunk import Look, Step
 from streammerge.kernels.pass_results import PassResults
 from streammerge.planning.tasks import MergeTask, Piece, PieceDone, alike, batches, pieces, where
-from streammerge.running.announcing import announced
 from streammerge.running.executors.base import Executor
 from streammerge.running.job import Job
 from streammerge.running.worker import MergeWork, bind, failures
@@ -38,7 +37,11 @@ def run_all(
     ahead = inputs if job.budget.ahead_bytes else None
 
     def ahead_of(units: Iterator[list[Piece]]) -> Iterator[list[Piece]]:
-        return units if ahead is None else announced(units, ahead)
+        if ahead is None:
+            return units
+        from streammerge.running.announcing import announced  # here, because most inputs are local
+
+        return announced(units, ahead)
 
     def alone(numbers: Iterable[int]) -> Generator[PieceDone, None, None]:
         independent = (piece for number in numbers for piece in pieces(tasks[number], number) if wanted(piece))
@@ -90,6 +93,8 @@ def sweep_on_all(
             (turn, start + a, start + b) for turn, (a, b) in enumerate(ranges(stop - start, task.piece_elems))
         )
         if ahead is not None:
+            from streammerge.running.announcing import announced
+
             spans = announced(spans, ahead, lambda span: [Piece(task, number, span[1], span[2])])
         early: dict[int, T] = {}
         turn = 0

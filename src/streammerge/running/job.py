@@ -104,6 +104,10 @@ def lent(job: Job, inputs: InputFiles, outputs: Sequence[Output] = ()) -> Iterat
         del _lent[job.key]
 
 
+def _never() -> None:
+    """Never halts."""
+
+
 class Bench:
     """The open files and free buffers of a job, for the workers of one process."""
 
@@ -172,6 +176,7 @@ class Bench:
             self._free.append(workspace)
 
     def close(self) -> None:
+        self.halted_by(_never)
         self._free.clear()
         for file in self._own_outputs.values():
             file.close()

@@ -30,7 +30,6 @@ from streammerge.running.job import Job, OutputPlace, lent, new_key
 from streammerge.running.readback import check_structure
 from streammerge.running.reading import ChecksumWork, HashWork, largest_first, neighbours
 from streammerge.running.relatives import strangers
-from streammerge.running.sealing import Sealing
 from streammerge.stores.base import Location, Output, Staging
 from streammerge.stores.checksums import Checksum
 from streammerge.stores.digests import COPY_BYTES
@@ -40,6 +39,7 @@ from streammerge.tensors.spec import ranges
 from streammerge.units import decimal_bytes
 
 if TYPE_CHECKING:
+    from streammerge.running.sealing import Sealing
     from streammerge.sources.deflated import PackedRecord
 
 
@@ -82,6 +82,7 @@ class Run:
         self._polite, self._executors = options.polite, executor_of(plan, options.executor)
         self._modules = modules_of(plan.tasks, self._kind, plan.torch_needed)
         self._used: Executor | None = None
+        self._sealing: Sealing | None = None
         staging.as_folder = plan.layout.as_folder
         self.startup_bytes = self.peak_bytes = 0
         self.journal = Journal(staging.journal_file, plan_parts(plan), lambda: staging.outputs, self.resume)
@@ -161,6 +162,13 @@ class Run:
                 f"the last check of {printable(self.staging.out)} could not be made ({error}); {self._where_it_is_kept()}"
             ) from error
 
+    def _seal(self) -> None:
+        """Gives outputs that are sent in parts what is known from the start."""
+        if self._in_parts:
+            from streammerge.running.sealing import Sealing  # here, because most outputs are local
+
+            self._sealing = Sealing(self.plan.layout, self._tasks, self._outputs, self._done)
+
     @property
     def _in_parts(self) -> bool:
         return any(file.in_parts for file in self._outputs)
@@ -189,7 +197,7 @@ class Run:
         for number, file in enumerate(self.plan.layout.files):
             if file.name in broken:
                 self._outputs[number] = self.staging.create(file.name, file.size)
-        self._sealing = Sealing(self.plan.layout, self._tasks, self._outputs, self._done)
+        self._seal()
 
     # ----------------------------------------------------------------------------------------------------- earlier run
 
@@ -210,7 +218,7 @@ class Run:
             if each.file in kept and claims.fits(each):
                 claims.add(each)
         del vouched  # before the checks, because it may be large
-        self._sealing = Sealing(self.plan.layout, self._tasks, self._outputs, self._done)
+        self._seal()
         if not claims:
             return
         saved_bytes = self._compare(claims)
@@ -331,14 +339,13 @@ class Run:
                 read_bytes, finished = piece.read_bytes, self._finished(piece, done)
                 self._done.add(finished)
                 self.journal.add(finished)
-                self._sealing.made(piece.task.file)
+                if self._sealing is not None:
+                    self._sealing.made(piece.task.file)
                 self.read_bytes += read_bytes
                 self.listener(TaskDone(piece.task.out.name, read_bytes, finished.nbytes, held.now()))
                 if finished.nonfinite and finished.nonfinite.keys() - {AGREED}:
                     self._refuse_nonfinite()  # now, and not after hours of work that would then be dropped
-        self._inputs.halted_by(lambda: None)  # the workers have ended, and other files are still to be read and written
-        for file in self._outputs:
-            file.halted_by(lambda: None)
+        self._inputs.halted_by(lambda: None)  # the workers have ended, and side files are still to be read
 
     def _job(self) -> Job:
         plan = self.plan

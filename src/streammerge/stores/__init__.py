@@ -38,5 +38,6 @@ Each module imports only modules above it::
     inputs       the inputs of a run
     scratch      files for a while
     claims       which machine makes which unit
+    remains      what interrupted runs have left in object stores
     leftovers    what interrupted runs have left
 """

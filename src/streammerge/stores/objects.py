@@ -27,7 +27,7 @@ from streammerge.stores.profiles import endpoint, profile
 from streammerge.stores.remembering import forget
 from streammerge.stores.remote import Entries, Passing, RemoteStore, persistently
 from streammerge.stores.space import exists_already
-from streammerge.stores.staged import Item, ObjectStaging, Taken, home_of, owner_of, runs
+from streammerge.stores.staged import Item, ObjectStaging, Taken, half_published, home_of, owner_of, runs
 
 CONNECT_SECONDS, READ_SECONDS, REQUEST_SECONDS = 10.0, 20.0, 180.0
 """The longest waits for a connection, for the next bytes of an answer, and for a whole request."""
@@ -238,8 +238,12 @@ class ObjectStore(RemoteStore):
         """See :class:`streammerge.stores.staged.Objects`."""
         return None
 
-    def abort_uploads(self, out: Location, as_folder: bool, except_for: set[str]) -> None:
+    def abort_uploads(self, out: Location, as_folder: bool) -> None:
         """See :class:`streammerge.stores.staged.Objects`. The client aborts its uploads itself."""
+
+    def uploads_below(self, place: Location) -> list[Location]:
+        """See :class:`streammerge.stores.staged.Objects`. The client cannot list them."""
+        return []
 
     def copy(self, source: Location, status: Status, target: Location) -> bool:
         """See :class:`streammerge.stores.staged.Objects`."""
@@ -258,7 +262,7 @@ class ObjectStore(RemoteStore):
     def check_writable(self, location: Location, overwrite: bool) -> None:
         if "/" not in location.key:
             raise RecipeError(f"{printable(location)} is not a name for an output; write {printable(location)}/name")
-        if not overwrite and self.exists(location):
+        if not overwrite and self.exists(location) and not half_published(self, location):
             raise exists_already(location)
 
     def stage(self, location: Location, overwrite: bool = False) -> Staging:
@@ -282,12 +286,15 @@ class ObjectStore(RemoteStore):
         if "/" not in location.key:
             return
         found = self.items(home)
-        if not found or any(item.location.parent.name != home.name for item in found):
+        begun = any(item.location.parent.name != home.name for item in found)
+        if not found or (begun and half_published(self, location) is not None):
             return
         for item in found:
-            with contextlib.suppress(FileNotFoundError):
-                if not runs(owner_of(self.get(item.location)[0]), item):
-                    self.delete([item.location])
+            if item.location == home / "lock":
+                with contextlib.suppress(FileNotFoundError):
+                    if runs(owner_of(self.get(item.location)[0]), item):
+                        return
+        self.delete([item.location for item in found])
 
     def status_of(self, location: Location, meta: Any) -> Status:
         """Returns the status that an answer tells. The tag is the version, the time where there is no tag."""
@@ -389,11 +396,17 @@ class S3(ObjectStore):
         parts = {each.number - 1: Part(each.size, each.tag, each.checksum) for each in found}
         return S3Upload(requests, name, identifier), parts
 
-    def abort_uploads(self, out: Location, as_folder: bool, except_for: set[str]) -> None:
+    def uploads_below(self, place: Location) -> list[Location]:
+        root, _, name = place.key.partition("/")
+        below = f"{name}/" if name else ""
+        found = {each.key for each in self.requests(root).uploads(name) if each.key == name or each.key.startswith(below)}
+        return [Location(self, f"{root}/{key}") for key in sorted(found)]
+
+    def abort_uploads(self, out: Location, as_folder: bool) -> None:
         root, _, name = out.key.partition("/")
         requests = self.requests(root)
         for each in list(requests.uploads(f"{name}/" if as_folder else name)):
-            if (as_folder or each.key == name) and each.identifier not in except_for:
+            if as_folder or each.key == name:
                 requests.abort(each.key, each.identifier)
 
     def copy(self, source: Location, status: Status, target: Location) -> bool:

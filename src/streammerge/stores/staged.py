@@ -51,8 +51,6 @@ class Taken(Exception):
 class Objects(Protocol):
     """What a staging needs from its store."""
 
-    scheme: str
-
     def put(self, location: Location, data: bytes, only: str | None = None) -> str:
         """Writes an object, and returns its tag. ``only``: "" if it must be absent, else the tag that it must have. Raises
         :class:`Taken`."""
@@ -78,8 +76,12 @@ class Objects(Protocol):
         """Returns an upload that an earlier run began, and its parts. None if it is gone."""
         ...
 
-    def abort_uploads(self, out: Location, as_folder: bool, except_for: set[str]) -> None:
+    def abort_uploads(self, out: Location, as_folder: bool) -> None:
         """Aborts the uploads of an output that no run goes on with."""
+        ...
+
+    def uploads_below(self, place: Location) -> list[Location]:
+        """Returns the files whose upload is not complete: of this name, and below it as a folder."""
         ...
 
     def copy(self, source: Location, status: Status, target: Location) -> bool:
@@ -89,6 +91,26 @@ class Objects(Protocol):
     def check_writable(self, location: Location, overwrite: bool) -> None: ...
 
     def look(self, location: Location) -> Status | None: ...
+
+
+PUBLISHING = "publishing"
+"""The object that tells which files a run publishes now."""
+
+
+def half_published(store: Objects, out: Location) -> bool | None:
+    """Whether a run was interrupted while it published an output, so that a part of its files is there and nothing else.
+
+    None if all of them are there. False also if no run has begun to publish.
+    """
+    try:
+        data, _ = store.get(home_of(out) / PUBLISHING)
+        names = set(json.loads(data))
+    except (FileNotFoundError, ValueError):
+        return False
+    there = {str(item.location) for item in store.items(out)} | ({str(out)} if store.look(out) else set())
+    names = {name.rstrip("/") for name in names}
+    there = {name.rstrip("/") for name in there}
+    return None if there == names else there < names
 
 
 def home_of(out: Location) -> Location:
@@ -109,14 +131,14 @@ class ObjectLock:
     """A lock that is an object, which only one run can create. Its owner renews it; an old one of another machine, or one
     of a process that has ended on this machine, is taken over."""
 
-    _ours: set[Location] = set()
+    ours: set[Location] = set()
 
     def __init__(self, store: Objects, location: Location, out: Location) -> None:
         self._store, self.location, self._out = store, location, out
         self._owner = lock.this_run()
         self._stop, self._lost = threading.Event(), False
         self._tag = self._take()
-        self._ours.add(location)
+        self.ours.add(location)
         self._thread = threading.Thread(target=self._renew, name="streammerge-lock", daemon=True)
         self._thread.start()
 
@@ -134,9 +156,9 @@ class ObjectLock:
             except FileNotFoundError:
                 continue
             owner = owner_of(data)
-            if owner == self._owner and self.location not in self._ours:  # our own request, which was repeated
+            if owner == self._owner and self.location not in self.ours:  # our own request, which was repeated
                 return item.tag
-            if self.location in self._ours or runs(owner, item):
+            if runs(owner, item):
                 raise LockedError(f"{printable(self._out)} is being written by {owner}; wait for it")
             try:
                 return self._store.put(self.location, self._text(), item.tag)
@@ -161,7 +183,7 @@ class ObjectLock:
 
     def release(self) -> None:
         self._stop.set()
-        self._ours.discard(self.location)
+        self.ours.discard(self.location)
         if not self._lost:
             self._store.delete([self.location])
 
@@ -180,7 +202,9 @@ def runs(owner: lock.Owner, item: Item) -> bool:
     """Whether the owner of a lock may still be alive."""
     here = lock.this_run()
     if (owner.boot, owner.namespace) == (here.boot, here.namespace) and owner.boot:
-        return lock.may_run(owner, None) and owner.pid != here.pid
+        if owner.pid == here.pid:
+            return item.location in ObjectLock.ours
+        return lock.may_run(owner, None)
     return time.time() - item.written < LEASE_SECONDS
 
 
@@ -359,7 +383,7 @@ class ObjectStaging(Staging):
     def clear(self) -> None:
         self._journal.clear()
         self._recorded = {}
-        self._store.abort_uploads(self.out, self.as_folder, set())
+        self._store.abort_uploads(self.out, self.as_folder)
 
     def commit(self, as_folder: bool) -> None:
         """Completes the uploads, copies side files, and puts small files last."""
@@ -368,7 +392,9 @@ class ObjectStaging(Staging):
         late = {name: file for name, file in files.items() if isinstance(file, SmallOutput)}
         sent = {name: (file, file.finish()) for name, file in files.items() if isinstance(file, PartedOutput)}
         self._lock.check()
-        self._store.check_writable(self.out, self._overwrite or any(file.whole for file, _ in sent.values()))
+        self._store.check_writable(self.out, self._overwrite)
+        names = {str(self.target(name)): None for name in (*files, *self._copies)}
+        self._store.put(self.home / PUBLISHING, json.dumps([*names]).encode())
         before = self._replaced(as_folder) if self._overwrite else []
         record = [location for location in before if location.name.endswith(".json") or location.name in late]
         self._store.delete(record)
@@ -420,7 +446,8 @@ class ObjectStaging(Staging):
             for file in self.outputs.values():
                 self._dropped(file)
             if not self._published and self.lasting and self._recorded is not None:
-                self._store.abort_uploads(self.out, self.as_folder, set())
+                self._store.abort_uploads(self.out, self.as_folder)
+            self._store.delete([self.home / PUBLISHING])
             self._journal.clear()
         self._files.clear()
         self._temporary.clear()
@@ -435,7 +462,7 @@ class ObjectStaging(Staging):
 
 def _rank(name: str) -> tuple[bool, bool, str]:
     """Configurations first, then the index, then the receipt."""
-    return name.startswith("streammerge"), name.endswith(".index.json"), name
+    return name == "streammerge.json", name.endswith(".index.json"), name
 
 
 def whole_tag(parts: list[Part]) -> str:
