@@ -19,6 +19,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_the_token_of_the_tests"
 Files = dict[str, bytes]
+Answer = tuple[int, dict[str, str], bytes] | None
 
 
 def git_id(data: bytes) -> str:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 from pathlib import Path
 
 import pytest
+from conftest import use_s3
 
 import streammerge as sm
-from loopback_hub import TOKEN, Hub, Request
-from stores.test_hub import Answer, content, files, quick, written  # noqa: F401 - a fixture
+from loopback_hub import TOKEN, Answer, Hub, Request
+from stores.hub_models import content, files, written
 
 INPUTS = ["a", "b"]
 SHARDS = {f"model-{n:05}-of-00002.safetensors" for n in (1, 2)}
@@ -169,7 +173,7 @@ def test_what_a_run_has_left_can_be_discarded(hub: Hub, here: Path) -> None:
     assert content(here / "hf-home" / "streammerge") == {}
 
 
-def test_a_commit_whose_answer_was_lost_is_not_made_twice(hub: Hub, here: Path, quick: None) -> None:  # noqa: F811
+def test_a_commit_whose_answer_was_lost_is_not_made_twice(hub: Hub, here: Path, quick: None) -> None:
     hub.loses_commits = 1
     sm.merge(INPUTS, "hf://me/merged")
     assert on_hub(hub, "me/merged") == content(here / "local")
@@ -190,7 +194,7 @@ def test_a_commit_by_somebody_else_meanwhile_is_told(hub: Hub, here: Path) -> No
     assert on_hub(hub, "me/merged") == {"README.md": b"another"}
 
 
-def test_busy_uploads_are_repeated(hub: Hub, here: Path, quick: None) -> None:  # noqa: F811
+def test_busy_uploads_are_repeated(hub: Hub, here: Path, quick: None) -> None:
     failed = set[str]()
 
     def before(request: Request) -> Answer:
@@ -203,3 +207,22 @@ def test_busy_uploads_are_repeated(hub: Hub, here: Path, quick: None) -> None:  
     sm.merge(INPUTS, "hf://me/merged")
     assert on_hub(hub, "me/merged") == content(here / "local")
     assert len(failed) >= 2
+
+
+def test_the_commands_in_the_readme_merge_two_models_of_a_hub_into_a_bucket(
+    hub: Hub, here: Path, s3_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = (Path(__file__).parent.parent.parent / "README.md").read_text()
+    block = re.search(r"^```sh\npip install '\.\[hub,remote\]'\n(streammerge merge .*)\n```$", readme, re.MULTILINE)
+    assert block is not None
+    use_s3(s3_server, monkeypatch)
+    for seed, name in enumerate(("org/chat", "org/code")):
+        hub.add(name, files(seed))
+    command = shlex.split(block[1])
+    (bucket,) = (word.split("/")[2] for word in command if word.startswith("s3://"))
+    urllib.request.urlopen(urllib.request.Request(f"{s3_server}/{bucket}", method="PUT")).close()
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    sm.merge(["org/chat", "org/code"], "merged/", weights=[0.7, 0.3])
+    found = {path: (sm.location(f"s3://{bucket}/merged") / path) for path in content(here / "merged")}
+    assert {path: place.read(0, place.size) for path, place in found.items()} == content(here / "merged")
