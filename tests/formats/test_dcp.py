@@ -100,7 +100,7 @@ def test_the_model_is_found_and_the_optimizer_left_out(tmp_path: Path) -> None:
     index = sm.inspect(folder)
     assert list(index) == list(weights)
     assert index.container.facts == {"ranks": "4", "step": "70 (step)"}
-    assert any("the state of the optimizer" in note and "(9 tensors, 1.5 kB)" in note for note in index.notes)
+    assert any("not merged: the state of the optimizer" in note and "(9 tensors, 1.5 kB)" in note for note in index.notes)
     sm.convert(folder, tmp_path / "out.pth")
     assert_same(torch.load(tmp_path / "out.pth"), weights)
 

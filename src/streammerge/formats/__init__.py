@@ -14,6 +14,7 @@ Each module imports only modules above it::
     shards              the files of one checkpoint as one container
     pieces              tensors in pieces of several ranks
     dcp                 folders of torch.distributed.checkpoint
+    dcp_writer          the plan of such a folder
     hf_storage          the same as safetensors
     zero                checkpoints of DeepSpeed
     nemo                NeMo archives

@@ -79,7 +79,8 @@ class Container:
     tree. ``arrays``: the sources of tensors that lie in no storage: numpy's arrays in a pickle, tensors in pieces of
     several ranks. ``skipped``: ranges of (offset, bytes) in files that no merge reads, such as the state of an optimizer.
     ``facts``: what is known of the run that wrote it, for people. ``own_files``: a pattern of the names of files in its
-    folder that belong to a checkpoint in pieces, whether it is read from them or not. ``form``: how a folder stores it.
+    folder that belong to a checkpoint in pieces, whether it is read from them or not. ``distributed``: what its format
+    needs to write such a checkpoint again. ``form``: how a folder stores it.
     ``parts``: subfolder -> its container, "" for the folder's own weights, where a folder holds several models that belong
     together; then the tree is empty. ``warnings``: what may be wrong with the checkpoint.
     """
@@ -101,6 +102,7 @@ class Container:
     skipped: dict[Location, list[tuple[int, int]]] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
     own_files: str = ""
+    distributed: Any = None
 
     @property
     def table(self) -> StoredTable | None:

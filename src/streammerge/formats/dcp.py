@@ -39,6 +39,8 @@ _FLAT_OPTIMIZER = re.compile(
 )
 _STEPS = ("iteration", "global_step", "step", "epoch")
 _BESIDE = ("meta.pt", "common.pt")
+BESIDE = (*_BESIDE, "metadata.json")
+"""Files of other programs in such a folder, without which these do not read it."""
 _OWN_FILES = r"\.metadata|__\d+\.metadata|__\d+_\d+\.distcp|meta\.pt|common\.pt|metadata\.json"
 _MOST_HEAD_BYTES = 2048
 _MOST_OBJECT_BYTES = 1 << 20
@@ -243,6 +245,23 @@ def is_optimizer_item(name: str, path: tuple[Any, ...]) -> bool:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What an output of the same kind takes over: where the files are, and what ``.metadata`` tells."""
+
+    home: Home
+    metadata: Metadata
+
+    def place(self, item: Item, what: str) -> tuple[Location, int]:
+        """Returns the file and the offset of an item. Raises FormatError if it is not there."""
+        found = self.home.place(item.file) if is_safe(item.file) else None
+        if found is None or item.offset + item.nbytes > found[2]:
+            raise FormatError(
+                f"{self.home.where}: {printable(item.file)} lacks the entry {printable(what)}; copy that file"
+            )
+        return found[0], found[1] + item.offset
+
+
 class _Reading:
     """Makes the container of one folder."""
 
@@ -279,6 +298,7 @@ class _Reading:
         tree = _nested(refs, self.metadata.paths)
         made = Container(self.home.folder, NAME, tree, {}, files, held_bytes=held, arrays=everything)
         made.own_files = _OWN_FILES
+        made.distributed = Saved(self.home, self.metadata)
         made.skipped = self._skipped(places)
         made.notes += self._notes()
         made.facts |= self._facts()
@@ -403,11 +423,11 @@ class _Reading:
         if self.left:
             nbytes = sum(math.prod(e.shape) * (e.dtype.element_bytes if e.dtype else 1) for e in self.left.values())
             held = f"{counted(len(self.left), 'tensor')}, {decimal_bytes(nbytes)}"
-            notes.append(f"the state of the optimizer in a distributed checkpoint ({held}) is left out")
+            notes.append(f"beside the weights, not merged: the state of the optimizer ({held})")
         objects = [name for name in self.metadata.objects if "/shard_" not in name]  # Megatron's are of no interest
         objects = [name for name in objects if not is_optimizer_item(name, self.metadata.paths.get(name, (name,)))]
         if objects:
-            notes.append(f"what is no tensor in a distributed checkpoint is left out: {listed(objects)}")
+            notes.append(f"beside the weights, not merged: {listed(objects)}")
         return notes
 
     def _facts(self) -> dict[str, str]:

@@ -18,8 +18,8 @@ _HEAD_BYTES = 512
 _SHORT_TEXT_BYTES = 200
 _ROOM = "streammerge.formats"
 _HELPERS = (
-    "archive", "base", "dcp", "detect", "distributed", "dtensors", "file_names", "folder", "hf_storage", "pieces",
-    "records", "safetensors_writer", "shards", "zero",
+    "archive", "base", "dcp", "dcp_writer", "detect", "distributed", "dtensors", "file_names", "folder", "hf_storage",
+    "pieces", "records", "safetensors_writer", "shards", "zero",
 )  # fmt: skip
 """The modules beside this one that are no format, so that looking at a file imports only the formats that are asked."""
 _OTHERS: tuple[tuple[bytes, str], ...] = (

@@ -142,9 +142,14 @@ def _holds_parts(folder: Location) -> bool:
     return sum(map(bool, map(_RANK_FILE.search, names))) > 1
 
 
+def is_part(path: Location) -> bool:
+    """Whether a file is one rank's part of a distributed checkpoint, by its name."""
+    return path.name.endswith(_PART)
+
+
 def refuse_part(path: Location) -> None:
     """Raises FormatError for a file that is one rank's part of a distributed checkpoint."""
-    if path.name.endswith(_PART):
+    if is_part(path):
         folder = printable(path.parent)
         raise FormatError(
             f"{printable(path)} is one rank's part of the distributed checkpoint in {folder}; give that folder"

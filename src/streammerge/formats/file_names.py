@@ -30,7 +30,10 @@ _ANY_NAME = re.compile(rf"(?P<stem>.+?)(?P<variant>)(-(?P<number>\d+)-of-(?P<cou
 _INDEX = re.compile(rf"(?P<stem>.+?){_ENDING}?(\.(?P<old>[\w-]+))?\.index(\.(?P<variant>[\w-]+))?\.json")
 _TRAINING_FILE, _TRAINING_FOLDER = re.compile(TRAINING_FILES), re.compile(TRAINING_FOLDERS)
 _EXPORT = re.compile("|".join(f"({pattern})" for pattern in EXPORT_FILES))
-_OWN_WEIGHTS = re.compile(r"(model|pytorch_model|diffusion_pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+_OWN_WEIGHTS = re.compile(
+    r"(model|pytorch_model|diffusion_pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+    r"|(.*/)?(\.metadata|__\d+_\d+\.distcp)"
+)
 
 
 def grouped(names: list[str]) -> list[tuple[Form, list[int]]]:

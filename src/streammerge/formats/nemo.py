@@ -54,7 +54,7 @@ def read(path: Location) -> Container:
         made = dcp.read_home(_Home(path, places))
     else:
         raise FormatError(f"{where} is a tar archive, not a PyTorch checkpoint; unpack it and give the checkpoint inside")
-    made.format, made.files = NAME, (path,)
+    made.format, made.files, made.distributed = NAME, (path,), None
     beside = [name for name in places if name != _WEIGHTS and not name.startswith(_FOLDER)]
     if beside:
         made.notes.append(f"{where} holds more than weights, which an output does not have: {listed(sorted(beside))}")

@@ -158,7 +158,7 @@ class _Reading:
         stage = _stage(state.get("zero_stage")) or (3 if stage3 else 1)
         made = self._container(NAME, sources, ranks)
         made.facts |= {"ranks": str(ranks), "stage": f"ZeRO {stage}"}
-        made.notes.append("the state of the optimizer in a DeepSpeed checkpoint is left out")
+        made.notes.append("beside the weights, not merged: the state of the optimizer")
         halves = {ref.dtype for name, ref in self.module.items() if name in sources and 0 not in ref.shape}
         if halves & {DType.BF16, DType.F16}:
             made.notes.append(

@@ -9,6 +9,7 @@ from streammerge.checkpoints.index import open_checkpoint
 from streammerge.errors import FormatError, RecipeError, StreammergeError, UncheckedError, VerifyError, printable
 from streammerge.formats import detect
 from streammerge.formats.base import Container, LayoutFile
+from streammerge.formats.distributed import is_part
 from streammerge.formats.records import RECEIPT_FILE, RECEIPT_KEY
 from streammerge.planning.outputs.layout import Layout
 from streammerge.planning.receipt import ITSELF, Receipt, read_receipt
@@ -89,6 +90,16 @@ def _names_by_library(path: str) -> set[str]:
         file = safe_open(path, framework="pt")
     with file:
         return set(file.keys())
+
+
+def read_part(path: Location) -> tuple[Container, list[tuple[int, int]]]:
+    """Returns the container of a file of an output, and the (offset, bytes) of the tensors in it. A file with parts of
+    tensors is known by its folder only. Raises VerifyError."""
+    container = read_output(path.parent if is_part(path) else path)
+    spans = container.tensor_spans()
+    if path not in spans:
+        raise VerifyError(f"{printable(path)} is not named by the metadata beside it")
+    return container, spans[path]
 
 
 def receipt_of(out: Location) -> Receipt:

@@ -16,7 +16,7 @@ from streammerge.formats.records import RECEIPT_FILE
 from streammerge.planning.receipt import ITSELF, Receipt, escaped
 from streammerge.running import process
 from streammerge.running.executors.threads import ThreadExecutor
-from streammerge.running.readback import check_by_library, read_output
+from streammerge.running.readback import check_by_library, read_output, read_part
 from streammerge.running.reading import RANGE_BYTES, ChecksumWork, FileRange, neighbours
 from streammerge.stores.base import Location
 from streammerge.stores.checksums import CRC32, Checksum
@@ -150,15 +150,15 @@ def _file_of(out: Location, name: str) -> Location:
 
 def _tensor_file(path: Location, name: str, receipt: Receipt, parts: list[_Parts], wrong: list[str]) -> int:
     """Adds the parts of a file of tensors to ``parts``. Returns the number of its tensors."""
-    container, sums = read_output(path), receipt.sums(name)
-    (spans,) = container.tensor_spans().values()
+    (container, spans), sums = read_part(path), receipt.sums(name)
     if name == ITSELF and (receipt.kind is CRC32) != container.pickled:
         raise VerifyError(f"{printable(path.name)}: its receipt is that of another kind of file")
     if len(sums) != len(spans) + 1:
         wrong.append(f"{printable(name or path.name)} has {len(spans)} tensors, {len(sums) - 1} were written")
         return len(spans)
-    tensors = len(spans) if container.pickled else len(container.tree)
-    if not container.pickled:
+    by_library = not container.pickled and container.distributed is None
+    tensors = len(container.tree) if by_library else len(spans)
+    if by_library:
         check_by_library(path, set(container.tree))
     del container  # before the next file, because a header may hold hundreds of thousands of names
     rest = rest_of(path, spans, receipt, name)
@@ -171,8 +171,11 @@ def _tensor_file(path: Location, name: str, receipt: Receipt, parts: list[_Parts
 
 def _what_lies_at(path: Location, offset: int) -> str:
     """Returns the name of a tensor that is not empty, or of a storage."""
-    container = read_output(path)
-    if container.pickled:
+    container, _ = read_part(path)
+    if container.distributed is not None:
+        blobs = [(blob, source.spec.name) for source in container.arrays for blob in source.blobs]
+        found = {blob.offset: f"tensor {printable(name)}" for blob, name in blobs if blob.path == path}
+    elif container.pickled:
         found = {store.offset: f"storage {printable(key)}" for key, store in container.storages.items()}
     else:
         found = {r.entry.offset: f"tensor {printable(n)}" for n, r in container.tree.items() if r.entry.nbytes}

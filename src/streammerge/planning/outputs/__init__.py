@@ -5,6 +5,7 @@ Each module imports only modules above it::
     layout       the plan of any kind of output
     bookkeeping  step, epoch and loss of a merge
     pickled      a .pth
+    distributed  a folder of torch.distributed.checkpoint
     templates    the built-in chat templates
     tokenizer    tokenizer files and chat template of a folder
     config       the edited config.json of a folder

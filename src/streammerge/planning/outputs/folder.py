@@ -63,8 +63,19 @@ def is_pickled(recipe: Recipe, base: CheckpointIndex) -> bool:
 
 
 def _is_pickled(recipe: Recipe, part: CheckpointIndex) -> bool:
+    if _is_distributed(recipe, part):
+        return True
     form = _form(recipe, part)
     return part.container.pickled and (form is part.container.form or form.ending != _NEW.ending)
+
+
+def _is_distributed(recipe: Recipe, part: CheckpointIndex) -> bool:
+    """Whether a model is written as a checkpoint of several ranks, since the first input is one."""
+    if part.container.distributed is None:
+        return False
+    from streammerge.planning.outputs.distributed import is_distributed  # here, because few inputs are
+
+    return is_distributed(recipe, part)
 
 
 def _form(recipe: Recipe, part: CheckpointIndex) -> Form:
@@ -112,7 +123,8 @@ def folder_output(
     names = {file.name for file in made.files}
     copied: Copies = []
     if folder is not None:
-        copied = decide(base, folder, {*names, RECEIPT_FILE, *tokenizer.left}, dispositions)
+        written = {*names, RECEIPT_FILE, *tokenizer.left, *(name for _, name in made.copied)}
+        copied = decide(base, folder, written, dispositions)
         beside = [name for each in dispositions if each.why == NOT_MERGED for name in each.names]
         adapters = [name for name in beside if is_adapter(name)]
         if len(beside) > len(adapters):
@@ -126,7 +138,7 @@ def folder_output(
         inner = {name.partition("/")[0] for name in (*names, *(name for _, name in copied)) if "/" in name}
         if inner:
             made.notes.append(f"the output has the subfolders of {printable(folder)}: {listed(sorted(inner))}")
-    copied += tokenizer.copied
+    copied += tokenizer.copied + made.copied
     sums = made.sums | {name: blank_sums([]) for name in (*names, *(name for _, name in copied)) if name not in made.sums}
     made.notes += _without_side_files(base)
     held = (e.merged if isinstance(e, PlacedTensors) else e.merged or e.source for e in made.placed)
@@ -223,12 +235,16 @@ class _Folder:
     sums: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     pickle_bytes: int = 0
+    copied: Copies = field(default_factory=list)
 
     def add_part(
         self, name: str, part: CheckpointIndex, aligned: tuple[Alignment, Sequence[Merged]], folder: Location | None
     ) -> None:
         """Adds the files of one model: its tensors, its index, its configuration."""
         own, whole = aligned
+        if _is_distributed(self.recipe, part):
+            self._add_distributed(name, part, own, folder)
+            return
         prefix, form, place = f"{name}/" if name else "", _form(self.recipe, part), folder and folder / name
         moved = bool(own.restacked) or any(m.base_names[0] not in part.entries for m in unlike(own.merged) if not m.added)
         pickled = _is_pickled(self.recipe, part)
@@ -254,6 +270,27 @@ class _Folder:
         if len(groups) > 1 or (was is not None and was.index and set(groups) <= {*was.files}):
             total = sum(m.spec.nbytes if pickled else _stored_bytes(m, tied) for _, m in named(own.merged))
             self.files.append(_index_file(prefix + form.index_name(), total, index))
+        if place is not None:
+            self._add_config(prefix, place, part, own)
+
+    def _add_distributed(self, name: str, part: CheckpointIndex, own: Alignment, folder: Location | None) -> None:
+        """Adds the files of a checkpoint of several ranks, in the subfolder where the first input has them."""
+        from streammerge.planning.outputs.distributed import distributed_files
+
+        prefix, inner = f"{name}/" if name else "", ""
+        place = folder / name if folder is not None and name else folder
+        if place is not None and place in part.container.path.parents:
+            inner = f"{part.container.path.relative_to(place)}/"
+        made = distributed_files(self.recipe, part, own.merged, self.dispositions)
+        first = len(self.files)
+        self.files += [replace(file, name=prefix + inner + file.name) for file in made.files]
+        self.placed += [replace(each, file=first + each.file) for each in made.placed]
+        self.sums |= {prefix + inner + file: sums for file, sums in made.sums.items()}
+        self.copied += [(path, prefix + inner + each) for path, each in made.copied]
+        self.notes.append(
+            f"the output is a distributed checkpoint as {printable(part.path)} is, from which training can go on; give "
+            "`max_shard_size` for a folder of safetensors"
+        )
         if place is not None:
             self._add_config(prefix, place, part, own)
 

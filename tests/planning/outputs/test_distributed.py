@@ -1,0 +1,196 @@
+"""Outputs that are folders of torch.distributed.checkpoint: torch reads them, and training can go on from them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from conftest import assert_same, load_safetensors, mean, octets
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+import streammerge as sm
+from formats import dcp_maker
+from streammerge.formats import dcp_writer
+
+Tensors = dict[str, torch.Tensor]
+NAMES = ("emb.weight", "layers.0.weight", "layers.0.bias", "scalar", "empty", "half")
+
+
+def weights_of(seed: int) -> Tensors:
+    make = torch.Generator().manual_seed(seed)
+    shapes = {"emb.weight": (33, 6), "layers.0.weight": (70_001, 3), "layers.0.bias": (7,), "scalar": (), "empty": (0, 4)}
+    found = {name: torch.randn(shape, generator=make) for name, shape in shapes.items()}
+    return found | {"half": torch.randn(9, 2, generator=make).bfloat16()}
+
+
+def trained(folder: Path, seed: int) -> tuple[Path, Tensors]:
+    weights = weights_of(seed)
+    tensors = {f"model.{name}": weight for name, weight in weights.items()}
+    paths: dict[str, tuple[Any, ...]] = {f"model.{name}": ("model", name) for name in weights}
+    for name in ("emb.weight", "layers.0.bias"):
+        tensors[f"optimizer.state.{name}.exp_avg"] = torch.full_like(weights[name], seed)
+        paths[f"optimizer.state.{name}.exp_avg"] = ("optimizer", "state", name, "exp_avg")
+    tensors["rng"], paths["rng"] = torch.arange(5, dtype=torch.uint8), ("rng",)
+    objects = {"step": 70 + seed, "optimizer.lr": 0.1, "lr_scheduler": {"last_epoch": 4}}
+    paths |= {"step": ("step",), "optimizer.lr": ("optimizer", "lr"), "lr_scheduler": ("lr_scheduler",)}
+    return dcp_maker.write(folder, tensors, dcp_maker.sharded(0, 3), objects, paths, ranks=3), weights
+
+
+def by_torch(folder: Path, to: Path) -> dict[str, Any]:
+    dcp_to_torch_save(folder, to)
+    return torch.load(to, weights_only=False)  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[list[Path], Tensors]:
+    """Two checkpoints, and their mean."""
+    (a, one), (b, two) = trained(tmp_path / "a", 1), trained(tmp_path / "b", 2)
+    return [a, b], {name: mean([one[name], two[name]], [0.5, 0.5]) for name in one}
+
+
+def test_torch_reads_the_mean(tmp_path: Path, pair: tuple[list[Path], Tensors]) -> None:
+    paths, wanted = pair
+    sm.merge(paths, tmp_path / "out/")
+    made = by_torch(tmp_path / "out", tmp_path / "out.pth")
+    assert {name: octets(tensor) for name, tensor in made["model"].items()} == {n: octets(t) for n, t in wanted.items()}
+    assert made["step"] == 71
+    assert torch.equal(made["rng"], torch.arange(5, dtype=torch.uint8))
+    assert made.keys() == {"model", "step", "rng"}
+    sm.verify(tmp_path / "out", sample="100%")
+
+
+def test_the_optimizer_on_request(tmp_path: Path, pair: tuple[list[Path], Tensors]) -> None:
+    paths, _ = pair
+    sm.merge(paths, tmp_path / "out/", keep_optimizer=True)
+    made = by_torch(tmp_path / "out", tmp_path / "out.pth")
+    assert torch.equal(made["optimizer"]["state"]["emb.weight"]["exp_avg"], torch.full((33, 6), 1.0))
+    assert made["optimizer"]["lr"] == 0.1
+    assert made["lr_scheduler"] == {"last_epoch": 4}
+    sm.verify(tmp_path / "out")
+
+
+def test_a_model_loads_it_in_place(tmp_path: Path, pair: tuple[list[Path], Tensors]) -> None:
+    paths, wanted = pair
+    sm.merge(paths, tmp_path / "out/")
+    state = {"model": {name: torch.zeros_like(tensor) for name, tensor in wanted.items()}, "step": 0}
+    dcp.load(state, checkpoint_id=tmp_path / "out", no_dist=True)
+    assert_same(state["model"], wanted)  # type: ignore[arg-type]
+    assert state["step"] == 71
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_long_tensors_are_written_in_blocks(
+    tmp_path: Path, pair: tuple[list[Path], Tensors], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Only where blocks can be merged by themselves."""
+    paths, wanted = pair
+    base, _ = trained(tmp_path / "base", 3)
+    asked: dict[str, Any] = {"method": method, "base": base, "parameters": {"density": 0.5}} if method == "ties" else {}
+    sm.merge(paths, tmp_path / "whole/", **asked)
+    monkeypatch.setattr(dcp_writer, "BLOCK_BYTES", 100_000)
+    sm.merge(paths, tmp_path / "out/", **asked)
+    made, whole = by_torch(tmp_path / "out", tmp_path / "out.pth"), by_torch(tmp_path / "whole", tmp_path / "whole.pth")
+    assert_same(made["model"], whole["model"])
+    if method == "linear":
+        assert_same(made["model"], wanted)
+    pieces = sm.inspect(tmp_path / "out")["layers.0.weight"].parts
+    assert len(pieces) == (9 if method == "linear" else 0)
+    sm.verify(tmp_path / "out", sample="100%")
+
+
+def test_no_byte_depends_on_the_machine(tmp_path: Path, pair: tuple[list[Path], Tensors]) -> None:
+    paths, _ = pair
+    sm.merge(paths, tmp_path / "one/", workers=1)
+    sm.merge(paths, tmp_path / "two/", workers=3, memory="40MiB", io="pread")
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+def test_an_older_output_is_replaced(tmp_path: Path, pair: tuple[list[Path], Tensors]) -> None:
+    paths, wanted = pair
+    sm.merge([paths[0], paths[0]], tmp_path / "out/")
+    (tmp_path / "out" / "__0_1.distcp").write_bytes(b"of an older output")
+    sm.merge(paths, tmp_path / "out/", overwrite=True)
+    assert_same(by_torch(tmp_path / "out", tmp_path / "out.pth")["model"], wanted)
+    assert not (tmp_path / "out" / "__0_1.distcp").exists()
+
+
+def test_an_output_is_an_input_again(tmp_path: Path, pair: tuple[list[Path], Tensors]) -> None:
+    paths, wanted = pair
+    sm.merge(paths, tmp_path / "out/")
+    sm.merge([tmp_path / "out", tmp_path / "out"], tmp_path / "again.safetensors")
+    assert_same(load_safetensors(tmp_path / "again.safetensors"), wanted)
+
+
+def test_damage_is_found(tmp_path: Path, pair: tuple[list[Path], Tensors]) -> None:
+    paths, _ = pair
+    sm.merge(paths, tmp_path / "out/")
+    entry = sm.inspect(tmp_path / "out")["layers.0.weight"]
+    path, offset = entry.begin
+    data = bytearray(Path(str(path)).read_bytes())
+    data[offset + 5] ^= 1
+    Path(str(path)).write_bytes(data)
+    with pytest.raises(sm.VerifyError, match=r"tensor model\.layers\.0\.weight"):
+        sm.verify(tmp_path / "out")
+
+
+def test_safetensors_on_request(tmp_path: Path, pair: tuple[list[Path], Tensors]) -> None:
+    paths, wanted = pair
+    result = sm.merge(paths, tmp_path / "out/", max_shard_size="5GB")
+    assert_same(load_safetensors(tmp_path / "out" / "model.safetensors"), wanted)
+    assert not any("distributed checkpoint as" in note for note in result.notes)
+    sm.convert(paths[0], tmp_path / "converted/")
+    assert (tmp_path / "converted" / "model.safetensors").is_file()
+
+
+def test_a_trainers_folder(tmp_path: Path) -> None:
+    paths = []
+    for seed in (1, 2):
+        folder, _ = trained(tmp_path / f"checkpoint-{seed}" / "pytorch_model_fsdp_0", seed)
+        (folder.parent / "config.json").write_text(json.dumps({"model_type": "llama", "torch_dtype": "float32"}))
+        paths.append(folder.parent)
+    sm.merge(paths, tmp_path / "out/")
+    assert (tmp_path / "out" / "config.json").is_file()
+    made = by_torch(tmp_path / "out" / "pytorch_model_fsdp_0", tmp_path / "out.pth")
+    assert set(made["model"]) == set(NAMES)
+    assert sorted(path.name for path in (tmp_path / "out" / "pytorch_model_fsdp_0").iterdir()) == [
+        ".metadata",
+        "__0_0.distcp",
+    ]
+    sm.verify(tmp_path / "out")
+
+
+def test_a_renamed_and_a_dropped_tensor(tmp_path: Path, pair: tuple[list[Path], Tensors]) -> None:
+    paths, wanted = pair
+    recipe = {
+        "merge_method": "linear",
+        "models": [{"model": str(path)} for path in paths],
+        "rules": [{"match": "scalar", "drop": True}, {"match": "emb.weight", "copy": str(paths[0])}],
+        "output": {"container": "first"},
+    }
+    sm.merge(recipe=recipe, out=tmp_path / "out/")
+    made = by_torch(tmp_path / "out", tmp_path / "out.pth")["model"]
+    assert set(made) == set(NAMES) - {"scalar"}
+    assert torch.equal(made["emb.weight"], weights_of(1)["emb.weight"])
+    assert torch.equal(made["half"], wanted["half"])
+
+
+def test_files_of_megatron_stay_beside_it(tmp_path: Path) -> None:
+    paths = []
+    for seed in (1, 2):
+        tensors = {"decoder.layers.mlp.weight": torch.randn(4, 3, 2), "decoder.norm": torch.randn(3)}
+        objects = {"decoder.layers._extra_state/shard_0_4": b"x"}
+        folder = dcp_maker.write(tmp_path / str(seed), tensors, objects=objects)
+        torch.save({"iteration": seed}, folder / "common.pt")
+        (folder / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+        paths.append(folder)
+    sm.merge(paths, tmp_path / "out/")
+    assert torch.load(tmp_path / "out" / "common.pt") == {"iteration": 1}
+    assert (tmp_path / "out" / "metadata.json").is_file()
+    made = by_torch(tmp_path / "out", tmp_path / "out.pth")
+    assert made["decoder.layers._extra_state/shard_0_4"] == b"x"
+    assert made["decoder.layers.mlp.weight"].shape == (4, 3, 2)
