@@ -40,3 +40,19 @@ def test_a_missing_client_is_one_sentence(models: dict[str, str], monkeypatch: p
     words = "the hub is read by the package huggingface_hub; install it with `pip install 'streammerge[hub]'`"
     assert refused("hf://org/a") == f"hf://org/a: {words}"
     assert refused("org/a") == f"org/a does not exist, and {words}"
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, 0),
+        ({"Retry-After": "7"}, 7),
+        ({"Retry-After": "900"}, 60),
+        ({"RateLimit": '"api";r=0;t=55'}, 55),
+        ({"Retry-After": "Mon"}, 0),
+    ],
+)
+def test_a_busy_hub_says_how_long_to_wait(headers: dict[str, str], seconds: float) -> None:
+    from streammerge.stores.hub_client import asked_wait
+
+    assert asked_wait(headers) == seconds

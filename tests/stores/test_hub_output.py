@@ -47,7 +47,7 @@ def oids(data: dict[str, bytes]) -> set[str]:
 @pytest.mark.parametrize("part_bytes", [0, 100_000])
 @pytest.mark.parametrize("workers", [1, 3])
 def test_the_hub_gets_the_bytes_of_a_local_merge_in_one_commit(
-    hub: Hub, here: Path, part_bytes: int, workers: int, caplog: pytest.LogCaptureFixture
+    hub: Hub, here: Path, part_bytes: int, workers: int, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     hub.part_bytes = part_bytes
     most = list[int]()
@@ -66,7 +66,8 @@ def test_the_hub_gets_the_bytes_of_a_local_merge_in_one_commit(
     assert hub.repos["me/merged-v1.5"].messages == ["", "Merge by streammerge"]
     assert max(most) <= max(len(local[shard]) for shard in SHARDS) + 200_000, "the disk holds one shard at a time"
     assert content(here / "hf-home" / "streammerge") == {}
-    assert not caplog.records, "the client prints nothing"
+    assert not caplog.records
+    assert capfd.readouterr() == ("", ""), "the client prints nothing"
     assert sm.verify("hf://me/merged-v1.5", sample=0).files
 
 
@@ -226,3 +227,23 @@ def test_the_commands_in_the_readme_merge_two_models_of_a_hub_into_a_bucket(
     sm.merge(["org/chat", "org/code"], "merged/", weights=[0.7, 0.3])
     found = {path: (sm.location(f"s3://{bucket}/merged") / path) for path in content(here / "merged")}
     assert {path: place.read(0, place.size) for path, place in found.items()} == content(here / "merged")
+
+
+def test_single_files_and_conversions_and_pickles_are_written(hub: Hub, here: Path) -> None:
+    sm.merge(INPUTS, "one.safetensors")
+    sm.merge(INPUTS, "hf://me/one/sub/one.safetensors")
+    assert on_hub(hub, "me/one") == {"sub/one.safetensors": (here / "one.safetensors").read_bytes()}
+    with pytest.raises(sm.RecipeError, match="exists already"):
+        sm.merge(INPUTS, "hf://me/one/sub/one.safetensors")
+    sm.convert("one.safetensors", "hf://me/cut", max_shard_size="500kB")
+    sm.convert("one.safetensors", "cut/", max_shard_size="500kB")
+    assert on_hub(hub, "me/cut") == content(here / "cut")
+    sm.convert("one.safetensors", "one.pth")
+    sm.convert("one.safetensors", "hf://me/cut@pth/one.pth")
+    assert on_hub(hub, "me/cut", "pth")["one.pth"] == (here / "one.pth").read_bytes()
+    for name in INPUTS:
+        (here / f"{name}-bin").mkdir()
+        sm.convert(name, f"{name}-bin/pytorch_model.bin")
+    sm.merge(["a-bin", "b-bin"], "bin/")
+    sm.merge(["a-bin", "b-bin"], "hf://me/bin")
+    assert on_hub(hub, "me/bin") == content(here / "bin")

@@ -471,7 +471,8 @@ class Store(ABC):
     read (:meth:`Store.opened_ahead`). ``sends_parts``: whether the files of outputs are sent in parts, by one process.
     ``keeps_history``: whether what an output replaces is still there, so that nothing is lost. ``private``: whether names
     tell of the user's own places, such as buckets. A receipt then names inputs by their paths below a common folder, as it
-    does for local files. A store pickles by its class, so its constructor takes no arguments.
+    does for local files. ``modules``: what workers import for its inputs. A store pickles by its class, so its constructor
+    takes no arguments.
     """
 
     scheme: ClassVar[str]
@@ -482,6 +483,7 @@ class Store(ABC):
     keeps_history: ClassVar[bool] = False
     always_absolute: ClassVar[bool] = True
     private: ClassVar[bool] = False
+    modules: ClassVar[tuple[str, ...]] = ()
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other)

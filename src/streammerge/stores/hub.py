@@ -7,6 +7,7 @@ plain HTTP, so nothing is downloaded. A file that the hub's cache has is read th
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -66,6 +67,7 @@ class Hub(RemoteStore):
     """Models on the hub. A key is ``org/name@revision/path``."""
 
     scheme: ClassVar[str] = SCHEME
+    modules = ("huggingface_hub.file_download", "huggingface_hub.errors")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -245,10 +247,7 @@ class Hub(RemoteStore):
                 return _body(answer, stop - start)
             if status.size > _MOST_WHOLE_BYTES and (start, stop) != (0, status.size):
                 raise StoreError(f"hf://{printable(repository)}: the server does not answer requests for ranges")
-            whole = _body(answer, status.size)
-            if len(whole) != status.size:
-                raise Passing(f"{len(whole)} bytes came instead of {status.size}")
-            return memoryview(whole)[start:stop]
+            return _body(answer, status.size)[start:stop]
 
     # ------------------------------------------------------------------------------------------------------------ outputs
 
@@ -271,7 +270,7 @@ class Hub(RemoteStore):
 
     def check_writable(self, location: Location, overwrite: bool) -> None:
         self._target(location)
-        if not overwrite and any(not is_beside(path) for path in self._below(location)):
+        if not overwrite and (self.is_file(location) or any(not is_beside(path) for path in self._below(location))):
             raise exists_already(location)
 
     def _below(self, location: Location) -> list[str]:
@@ -298,13 +297,17 @@ class Hub(RemoteStore):
         return CLIENT_BYTES, 0
 
 
-def _body(answer: Any, nbytes: int) -> bytearray:
-    """Returns the body of an answer. Raises Passing if it is longer than it should be."""
-    data = bytearray()
+def _body(answer: Any, nbytes: int) -> memoryview:
+    """Returns the body of an answer. Raises Passing if it has another length."""
+    data, filled = memoryview(mmap.mmap(-1, nbytes)) if nbytes else memoryview(bytearray()), 0
     for part in answer.iter_bytes():
-        data += part
-        if len(data) > nbytes:
+        stop = filled + len(part)
+        if stop > nbytes:
             raise Passing(f"more than {nbytes} bytes came")
+        data[filled:stop] = part
+        filled = stop
+    if filled != nbytes:
+        raise Passing(f"{filled} bytes came instead of {nbytes}")
     return data
 
 

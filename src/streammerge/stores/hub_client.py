@@ -7,7 +7,8 @@ It is imported when the hub is asked first. It knows the token (``HF_TOKEN``, ``
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +20,7 @@ from streammerge.version import __version__
 LIBRARY = {"library_name": "streammerge", "library_version": __version__}
 
 
+_MOST_WAIT_SECONDS = 60.0
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
 
 
@@ -47,6 +49,13 @@ def api() -> Any:
 def endpoint() -> str:
     """Returns the address of the hub."""
     return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+
+
+def asked_wait(headers: Mapping[str, str]) -> float:
+    """Returns how many seconds a busy server asks to wait, up to a minute; 0 if it does not say."""
+    found = re.search(r"\bt=(\d+)", headers.get("RateLimit", ""))
+    said = headers.get("Retry-After", "") or (found[1] if found else "")
+    return min(float(said), _MOST_WAIT_SECONDS) if said.isdigit() else 0.0
 
 
 @contextmanager
@@ -80,7 +89,7 @@ def failures(repository: Repository, writes: bool = False) -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         code, said = error.response.status_code, printable(str(error).strip().partition("\n")[0])
         if code in _BUSY:
-            raise Passing(f"status {code}") from error
+            raise Passing(f"status {code}", asked_wait(error.response.headers)) from error
         if code in (401, 403) and writes:
             raise RecipeError(
                 f"{endpoint()} does not let you write {name}: log in with `hf auth login`, or set HF_TOKEN to a token that "

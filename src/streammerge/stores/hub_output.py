@@ -235,6 +235,8 @@ class HubStaging(LocalStaging):
         forget()
 
     def _path_in_repo(self, name: str) -> str:
+        if not self.as_folder:
+            return self._target.inner
         return f"{self._target.inner}/{name}" if self._target.inner else name
 
     def path_of(self, name: str) -> Path:
@@ -248,7 +250,7 @@ class HubStaging(LocalStaging):
             old = self._files.pop(name)
             if isinstance(old, Shard):
                 old.remove()
-        target = self.out / name
+        target = self.out / name if self.as_folder else self.out
         made: Output
         if late:
             made = SmallOutput(target, size)
@@ -338,7 +340,7 @@ class HubStaging(LocalStaging):
             io.BufferedReader(_Reader(shard.path, self._stopped), _READ_BYTES) as reader,
         ):
             operation = CommitOperationAdd(self._path_in_repo(shard.name), reader)
-            with _told_of_plain_http():
+            with _quiet_client():
                 api().preupload_lfs_files(self._target.name, [operation], revision=self._target.revision, num_threads=1)
             info = operation.upload_info
             sent = Sent(shard.name, info.size, info.sha256.hex(), info.sample.hex())
@@ -369,7 +371,7 @@ class HubStaging(LocalStaging):
         names = {name: file.size for name, file in self.outputs.items()}
 
         def ask() -> None:
-            with failures(self._target, writes=True), _told_of_plain_http():
+            with failures(self._target, writes=True), _quiet_client():
                 if self._is_there(names):
                     return  # an answer was lost
                 api().create_commit(
@@ -440,15 +442,22 @@ def _upload_info(sent: Sent) -> Any:
 
 
 @contextmanager
-def _told_of_plain_http() -> Iterator[None]:
-    """Keeps the client from warning that files are sent over plain HTTP, which is what is wanted."""
+def _quiet_client() -> Iterator[None]:
+    """Keeps the client from showing bars, and from warning that files are sent over plain HTTP, which is what is wanted."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
     logger = logging.getLogger("huggingface_hub._commit_api")
+    shown = not are_progress_bars_disabled()
 
     def other(record: logging.LogRecord) -> bool:
         return "binary IO buffer" not in record.getMessage()
 
     logger.addFilter(other)
+    if shown:
+        disable_progress_bars()
     try:
         yield
     finally:
         logger.removeFilter(other)
+        if shown:
+            enable_progress_bars()
