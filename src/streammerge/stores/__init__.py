@@ -22,6 +22,7 @@ Each module imports only modules above it::
     local        the files of this machine
     memory       the store memory://
     repositories names of the hub's repositories, and its cache
+    tags         entity tags that are digests
     remote       the common part of stores behind a network
     profiles     the profiles of the AWS command line
     signing      signatures of S3 requests, credentials

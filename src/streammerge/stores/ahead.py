@@ -56,7 +56,8 @@ class Ahead:
     """
 
     def __init__(self, nbytes: int) -> None:
-        self.block_bytes = min(max(nbytes // _BLOCKS, LEAST_BLOCK_BYTES), BLOCK_BYTES)
+        block = min(max(nbytes // _BLOCKS, LEAST_BLOCK_BYTES), BLOCK_BYTES)
+        self.block_bytes = block - block % LEAST_BLOCK_BYTES
         self._most = max(nbytes // self.block_bytes, 2)
         self._changed = threading.Condition()
         self._blocks: OrderedDict[_Key, _Block] = OrderedDict()

@@ -102,7 +102,14 @@ class Requests:
     ) -> Answer:
         """Sends a request, again if its failure may pass. Raises StoreError for a lasting one."""
         what = f"{method} s3://{printable(self._bucket)}/{printable(key)}"
-        return persistently(lambda: self._once(method, key, query or {}, body, headers or {}, accepted, what), what)
+
+        def ask() -> Answer:
+            answer = self._once(method, key, query or {}, body, headers or {}, accepted, what)
+            if answer.body:
+                answer.tree()  # one that cannot be read is asked for again
+            return answer
+
+        return persistently(ask, what)
 
     def _once(
         self,
@@ -225,15 +232,19 @@ class Requests:
         }
         self.ask("PUT", key, headers=headers)
 
-    def complete(self, key: str, upload: str, parts: list[Part], replaces: bool) -> str:
-        """Completes an upload: the object appears. Returns its tag. ``replaces``: whether one of that name may be there."""
+    def tag(self, key: str) -> str:
+        """Returns the tag of an object, "" if there is none."""
+        return self.ask("HEAD", key, accepted=(200, 404)).headers.get("etag", "").strip('"')
+
+    def complete(self, key: str, upload: str, parts: list[Part], replaces: bool) -> None:
+        """Completes an upload: the object appears. ``replaces``: whether one of that name may be there."""
         rows = []
         for part in sorted(parts, key=lambda each: each.number):
             checksum = f"<ChecksumCRC32C>{escape(part.checksum)}</ChecksumCRC32C>" if part.checksum else ""
             rows.append(f'<Part><PartNumber>{part.number}</PartNumber><ETag>"{escape(part.tag)}"</ETag>{checksum}</Part>')
         body = f"<CompleteMultipartUpload>{''.join(rows)}</CompleteMultipartUpload>".encode()
         headers = {} if replaces else {"if-none-match": "*"}
-        return self.ask("POST", key, {"uploadId": upload}, body, headers).text("ETag").strip('"')
+        self.ask("POST", key, {"uploadId": upload}, body, headers)
 
     def abort(self, key: str, upload: str) -> None:
         """Aborts an upload, and frees its parts. Does nothing if it is gone."""

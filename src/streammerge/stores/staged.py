@@ -15,7 +15,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple, Protocol
 
@@ -402,6 +402,7 @@ class ObjectStaging(Staging):
             if not file.whole and file.upload is not None:
                 file.upload.complete(parts, self._overwrite)
                 file.whole = True
+        self._store.abort_uploads(self.out, as_folder)  # those whose beginning was not answered
         for name, (source, status) in self._copies.items():
             if not self._store.copy(source, status, self.target(name)):
                 raise StoreError(f"{printable(source)} could not be copied by the store")
@@ -465,7 +466,7 @@ def _rank(name: str) -> tuple[bool, bool, str]:
     return name == "streammerge.json", name.endswith(".index.json"), name
 
 
-def whole_tag(parts: list[Part]) -> str:
+def whole_tag(parts: Sequence[Part]) -> str:
     """Returns the tag that S3 gives to an object of these parts, "" if it cannot be told."""
     if not all(_HEX.fullmatch(part.tag) for part in parts):
         return ""
