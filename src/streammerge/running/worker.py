@@ -17,7 +17,7 @@ from streammerge.kernels.pass_results import PassResults
 from streammerge.planning.tasks import MergeTask, Piece, PieceDone, as_one_piece, stretches
 from streammerge.running.executors.base import Host
 from streammerge.running.job import Bench, Job
-from streammerge.running.nonfinite import may_be_nonfinite, nonfinite_of
+from streammerge.running.nonfinite import Numbers, may_be_nonfinite, nonfinite_of
 from streammerge.running.workspace import Inputs, Outgoing
 from streammerge.sources.stored import Stored
 from streammerge.stores.digests import COPY_BYTES
@@ -103,7 +103,7 @@ class MergeWorker(Worker):
             for piece in batch:
                 announce(self.bench.inputs, piece.task, piece.start, piece.stop)
         target = self.job.destinations[batch[0].task.file].open(self.bench)
-        outgoing = Outgoing(target.write_full, self.workspace, batch[0].offset)
+        outgoing = Outgoing(target.write_full, self.workspace.octets("out"), batch[0].offset)
         made: list[PieceDone] = []
         for stretch in stretches(batch, self.job.budget.kept_bytes):
             if len(stretch) == 1:
@@ -128,7 +128,7 @@ class MergeWorker(Worker):
             return None
         data, made, start = outgoing.last(whole.nbytes), [], 0
         for piece in stretch:
-            made.append(_done(piece, self.job.checksum.update(data[start : start + piece.nbytes])))
+            made.append(done_of(piece, self.job.checksum.update(data[start : start + piece.nbytes])))
             start += piece.nbytes
         return made
 
@@ -158,7 +158,7 @@ class MergeWorker(Worker):
             source.read_into(part, begin + start)
             value = self.job.checksum.update(part, value)
         source.release(begin, piece.nbytes)
-        return _done(piece, value)
+        return done_of(piece, value)
 
     def _copy_read(self, piece: Piece, outgoing: Outgoing) -> PieceDone:
         """Copies a tensor that is not a plain byte range, through its reader."""
@@ -172,7 +172,7 @@ class MergeWorker(Worker):
             part = outgoing.room((stop - start) * size)
             source.read_into(0, piece.start + start, piece.start + stop, part)
             value = self.job.checksum.update(part, value)
-        return _done(piece, value, source.nonfinite)
+        return done_of(piece, value, source.nonfinite)
 
     def _compute(self, piece: Piece, outgoing: Outgoing) -> PieceDone:
         self.one_torch_thread()
@@ -190,20 +190,29 @@ class MergeWorker(Worker):
         return bind(task, sweep_of(self, task, source))
 
     def _apply(self, kernel: Kernel, piece: Piece, source: Inputs, outgoing: Outgoing) -> PieceDone:
-        import torch
-
-        value, dtype, nonfinite = 0, piece.task.out.dtype.component, dict[str, int]()
+        value, nonfinite = 0, dict[str, int]()
         for chunk in self.chunks(piece.task, source, piece.start, piece.stop):
-            result = kernel(chunk)
-            if result.numel() != chunk.elems:
-                raise ValueError(f"its kernel made {result.numel()} numbers of a chunk of {chunk.elems}")
-            part = outgoing.room(chunk.elems * dtype.element_bytes)
-            out = torch.frombuffer(part, dtype=dtype.torch).copy_(result.reshape(-1))
-            if dtype.kind == "float" and may_be_nonfinite(out):
-                for name, count in nonfinite_of(out, kernel, piece.task.row, chunk, source).items():
-                    nonfinite[name] = nonfinite.get(name, 0) + count
+            part = put(kernel, chunk, piece.task, source, outgoing, nonfinite)
             value = self.job.checksum.update(part, value)
-        return _done(piece, value, nonfinite)
+        return done_of(piece, value, nonfinite)
+
+
+def put(
+    kernel: Kernel, chunk: Chunk, task: MergeTask, source: Numbers, outgoing: Outgoing, nonfinite: dict[str, int]
+) -> memoryview:
+    """Computes a chunk of a task. Returns its bytes, which are the last in ``outgoing``. Counts NaN and infinity by source
+    in ``nonfinite``."""
+    import torch
+
+    result, dtype = kernel(chunk), task.out.dtype.component
+    if result.numel() != chunk.elems:
+        raise ValueError(f"its kernel made {result.numel()} numbers of a chunk of {chunk.elems}")
+    part = outgoing.room(chunk.elems * dtype.element_bytes)
+    out = torch.frombuffer(part, dtype=dtype.torch).copy_(result.reshape(-1))
+    if dtype.kind == "float" and may_be_nonfinite(out):
+        for name, count in nonfinite_of(out, kernel, task.row, chunk, source).items():
+            nonfinite[name] = nonfinite.get(name, 0) + count
+    return part
 
 
 def sweep_of(worker: Worker, task: MergeTask, source: Inputs) -> Callable[..., Iterator[Any]]:
@@ -247,5 +256,6 @@ def failures(task: MergeTask, start: int, stop: int) -> Iterator[None]:
         ) from error
 
 
-def _done(piece: Piece, checksum: int, nonfinite: dict[str, int] | None = None) -> PieceDone:
+def done_of(piece: Piece, checksum: int, nonfinite: dict[str, int] | None = None) -> PieceDone:
+    """Returns the result of a piece."""
     return PieceDone(piece.number, piece.start, piece.stop, checksum, nonfinite or {})
