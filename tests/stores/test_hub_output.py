@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -14,7 +15,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import use_s3
+from safetensors.torch import save
 
 import streammerge as sm
 from loopback_hub import TOKEN, Answer, Hub, Request
@@ -247,3 +250,16 @@ def test_single_files_and_conversions_and_pickles_are_written(hub: Hub, here: Pa
     sm.merge(["a-bin", "b-bin"], "bin/")
     sm.merge(["a-bin", "b-bin"], "hf://me/bin")
     assert on_hub(hub, "me/bin") == content(here / "bin")
+
+
+def test_an_adapter_is_written(hub: Hub, here: Path) -> None:
+    chance = torch.Generator().manual_seed(1)
+    for name in ("one", "two"):
+        shapes = {"A": (2, 6), "B": (8, 2)}
+        factors = {f"base_model.model.q.lora_{k}.weight": torch.randn(s, generator=chance) for k, s in shapes.items()}
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q"]}
+        lora = {"adapter_model.safetensors": save(factors), "adapter_config.json": json.dumps(config).encode()}
+        written(here / name, lora)
+    sm.merge(["one", "two"], "adapter/")
+    sm.merge(["one", "two"], "hf://me/adapter")
+    assert on_hub(hub, "me/adapter") == content(here / "adapter")
