@@ -91,6 +91,13 @@ class Ahead:
             buffer[done : done + count] = self._data(file, index, count)[start : start + count]
             done += count
 
+    def held(self, file: Fetched, offset: int, nbytes: int) -> memoryview | None:
+        """Returns the bytes if they lie in one block. Waits for it. None if they lie in several."""
+        index, start = divmod(offset, self.block_bytes)
+        if start + nbytes > self.block_bytes:
+            return None
+        return self._data(file, index, nbytes)[start : start + nbytes]
+
     def close(self) -> None:
         """Drops all blocks. Threads end after their present request."""
         with self._changed:

@@ -246,6 +246,10 @@ class Input(ABC):
         """Says that the range is read next, so that a remote file can be fetched ahead."""
         return
 
+    def held(self, offset: int, nbytes: int) -> memoryview | None:
+        """Returns the bytes if they are in memory in one place already, so that they need not be copied."""
+        return None
+
     def release(self, offset: int, nbytes: int) -> None:
         """Says that the range is not needed soon, so that its memory can be given back."""
         return

@@ -129,6 +129,11 @@ class RangedInput(Input):
         if self._ahead is not None:
             self._ahead.announce(self, offset, nbytes)
 
+    def held(self, offset: int, nbytes: int) -> memoryview | None:
+        if self._ahead is None or offset + nbytes > self.size or not nbytes:
+            return None
+        return self._ahead.held(self, offset, nbytes)
+
     def read_starts(self, offsets: Sequence[int]) -> None:
         """Reads the bytes that a stream reads at these places, all at once. Places close together are one request."""
         spans: list[tuple[int, int]] = []

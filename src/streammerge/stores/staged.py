@@ -443,16 +443,23 @@ class ObjectStaging(Staging):
             self._lock.check()
         except LockedError:
             return
-        if not (keep and self.resumable):
-            for file in self.outputs.values():
-                self._dropped(file)
-            if not self._published and self.lasting and self._recorded is not None:
-                self._store.abort_uploads(self.out, self.as_folder)
-            self._store.delete([self.home / PUBLISHING])
-            self._journal.clear()
+        try:
+            if not (keep and self.resumable):
+                self._remove()
+            self._lock.release()
+        except StoreError as error:  # what is left can be removed at any time
+            self.notes.append(f"{error}; `streammerge clean {printable(self.out)}` removes what is left")
         self._files.clear()
         self._temporary.clear()
-        self._lock.release()
+
+    def _remove(self) -> None:
+        """Removes uploads, journal and record, as far as there are any."""
+        for file in self.outputs.values():
+            self._dropped(file)
+        if not self._published and self.lasting and self._recorded is not None:
+            self._store.abort_uploads(self.out, self.as_folder)
+        self._store.delete([self.home / PUBLISHING])
+        self._journal.clear()
 
     def _dropped(self, file: Output) -> None:
         file.close()
