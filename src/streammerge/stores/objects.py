@@ -20,13 +20,8 @@ from urllib.parse import quote, unquote
 
 from streammerge.errors import ChangedError, RecipeError, StoreError, printable
 from streammerge.stores import multipart
-<<<<<<< HEAD
 from streammerge.stores.base import Joint, Location, Staging, Status
-from streammerge.stores.multipart import Requests
-=======
-from streammerge.stores.base import Location, Staging, Status
 from streammerge.stores.multipart import Refused, Requests
->>>>>>> main
 from streammerge.stores.parts import PART_BYTES, SENDERS, Part, Upload, buffer_bytes
 from streammerge.stores.profiles import endpoint, profile
 from streammerge.stores.remembering import forget
@@ -388,7 +383,6 @@ class S3(ObjectStore):
     def stage(self, location: Location, overwrite: bool = False) -> Staging:
         return ObjectStaging(self, location, overwrite)
 
-<<<<<<< HEAD
     def join(self, location: Location, key: str) -> Joint:
         from streammerge.stores.joint_objects import joint_of  # here, because most outputs are made by one machine
 
@@ -401,7 +395,7 @@ class S3(ObjectStore):
 
     def replace_small(self, location: Location, data: bytes) -> None:
         self.put(location, data)
-=======
+
     def sums(self, file: RangedInput, location: Location, status: Status) -> Sequence[int] | None:
         """Where the connection has no TLS, reads a file of moderate size once more, and compares it with its tag.
 
@@ -416,7 +410,6 @@ class S3(ObjectStore):
                     self._digested.clear()
                 self._digested[file.identity] = file.read_through(tag)
             return self._digested[file.identity]
->>>>>>> main
 
     def requests(self, root: str) -> Requests:
         """Returns the requests that the client lacks, for a bucket."""
