@@ -39,6 +39,7 @@ from typing import Any
 
 import hostile as h
 import streammerge
+from formats.gguf_samples import gguf
 from streammerge.cli import render
 from streammerge.errors import StreammergeError
 from streammerge.recipe.document import to_yaml
@@ -214,6 +215,18 @@ def injured_text(content: bytes, chance: random.Random) -> bytes:
     return injured(b"".join(lines), chance, WORDS)
 
 
+def injured_gguf(content: bytes, chance: random.Random) -> bytes:
+    """Returns a file of llama.cpp with a damaged number or text in its header, or with damaged bytes."""
+    if chance.random() < 0.5:
+        return injured(content, chance)
+    made = bytearray(content)
+    for _ in range(chance.choice([1, 1, 2, 4])):
+        at, size = chance.randrange(4, len(made)), chance.choice([1, 4, 8])
+        odd = [0, 1, 7, 8, 9, 32, 64, 255, 1 << 20, 1 << 31, (1 << 32) - 1, 1 << 40, 1 << 60, (1 << 64) - 1]
+        made[at : at + size] = chance.choice(odd).to_bytes(8, "little")[:size]
+    return bytes(made)
+
+
 @cache
 def _loaded(content: bytes) -> Any:
     import yaml
@@ -320,6 +333,21 @@ slices:
 MODULES = b"merge_method: linear\nmodules:\n  one: {models: [{model: a}, {model: b}]}\n  two: {models: &m [{model: a}]}\n"
 
 
+GGUFS = (
+    gguf({"general.architecture": "x", "t": ["a", ""], "n": [[1], [2]], "f": 0.5}, {"w": ("F32", (2, 2), bytes(16))}),
+    gguf(
+        {"general.architecture": "llama", "llama.attention.head_count": 2, "general.alignment": 64},
+        {
+            "blk.0.attn_q.weight": ("Q8_0", (4, 32), bytes(136)),
+            "blk.0.attn_k.bias": ("F32", (4,), bytes(16)),
+            "blk.0.ffn_up_exps.weight": ("Q4_K", (2, 1, 256), bytes(288)),
+            "token_embd.weight": ("BF16", (3, 4), bytes(24)),
+        },
+        alignment=64,
+    ),
+)
+
+
 @dataclass(frozen=True)
 class Target:
     """``read`` raises StreammergeError for bytes that it refuses; it runs in a :func:`room`."""
@@ -367,6 +395,7 @@ TARGETS = {
             for content in contents
         ),
     ),
+    "gguf": Target(partial(read_checkpoint, "x.gguf"), injured_gguf, GGUFS),
     "recipe": Target(read_text, injured_text, (RECIPE, SLICES, MODULES), text_of_lines=True),
 }
 

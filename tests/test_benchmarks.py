@@ -6,16 +6,19 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import executors, history, page
+from benchmarks import cluster, executors, history, page
 from benchmarks.cases import CASES, Case
 from benchmarks.files import Model
 from benchmarks.measure import measure
 from benchmarks.runner import OURS, REFERENCE, run_case
 from safetensors import safe_open
+
+from streammerge.planning.units import Unit
 
 MIB = 1 << 20
 NIGHT: dict[str, Any] = {
@@ -227,3 +230,51 @@ def test_a_case_above_its_own_bar_is_a_regression() -> None:
     result |= {"most_cpu_seconds": 4.0, "most_bytes": 200 << 20, "anonymous_bytes": 1}
     for more, count in (({}, 0), ({"cpu_seconds": 4.1}, 1), ({"resident_bytes": 201 << 20}, 1)):
         assert len(history.regressions([{"machine": {}, "results": [result | more]}])) == count
+
+
+# ---------------------------------------------------------------------------------------------------- many machines
+
+
+def a_plan(units: int, cost: int) -> cluster.Planned:
+    return cluster.Planned([Unit(n, n, n + 1, cost) for n in range(units)], units * cost * 2 // 3, units * cost // 3, units)
+
+
+def test_simulated_machines_share_the_work_until_the_storage_is_full() -> None:
+    plan = a_plan(4000, 1_000_000_000)
+    machines = cluster.Machines(1, network=10e9, storage=100e9, seconds_per_gb=[0.1], start_seconds=0.0, claim_seconds=0.0)
+    machines = replace(machines, receipt_seconds=0.0)
+    one = cluster.simulate(plan, machines)
+    assert one.seconds == pytest.approx(400, rel=0.01), "4 TB at the network's rate"
+    for claims in (True, False):
+        eight = cluster.simulate(plan, replace(machines, nodes=8, claims=claims))
+        assert eight.seconds == pytest.approx(50, rel=0.02)
+    assert cluster.simulate(plan, replace(machines, nodes=64)).seconds == pytest.approx(40, rel=0.2), "the storage is full"
+    slow = replace(machines, seconds_per_gb=[10.0])
+    assert cluster.simulate(plan, slow).seconds == pytest.approx(4000 * 10 / 16, rel=0.01), "the cores are slowest"
+    assert one.busy == pytest.approx(1.0)
+
+
+def test_simulated_deaths_cost_units_and_time() -> None:
+    plan = a_plan(500, 1_000_000_000)
+    calm = cluster.Machines(4)
+    lossy = replace(calm, deaths_per_hour=400.0)
+    assert cluster.simulate(plan, calm).lost == 0
+    died = cluster.simulate(plan, lossy)
+    assert died.lost > 0
+    assert died.seconds > cluster.simulate(plan, calm).seconds
+    assert died == cluster.simulate(plan, lossy), "the same seed gives the same run"
+
+
+def test_sparse_models_are_planned(tmp_path: Path) -> None:
+    plan = cluster.planned(tmp_path, layers=1, experts=2)
+    assert plan.tensors == 2 + 5 + 6
+    assert sum(path.stat().st_blocks for path in tmp_path.rglob("*.safetensors")) < 200
+    assert plan.write_bytes == pytest.approx(plan.read_bytes / 2, rel=0.01)
+
+
+@pytest.mark.slow
+def test_the_page_has_the_simulated_numbers(tmp_path: Path) -> None:
+    text = (Path(cluster.__file__).parents[1] / "docs" / "cluster.md").read_text()
+    shown = text.partition("simulate -->\n")[2].partition("\n<!-- end -->")[0]
+    plans = {method: cluster.planned(tmp_path, method) for method in cluster.METHODS}
+    assert shown == cluster.tables(plans, json.loads(cluster.MEASURED.read_text()))

@@ -125,6 +125,7 @@ def plan(
     workers: SupportsIndex | None = None,
     io: Io = "mmap",
     executor: str | Callable[[int], Any] = "auto",
+    address: str | None = None,
     max_shard_size: str | SupportsIndex | None = None,
     keep_optimizer: bool | None = None,
     quantise: Quantise | None = None,
@@ -203,6 +204,7 @@ def merge(
     workers: SupportsIndex | None = None,
     io: Io = "mmap",
     executor: str | Callable[[int], Any] = "auto",
+    address: str | None = None,
     max_shard_size: str | SupportsIndex | None = None,
     keep_optimizer: bool | None = None,
     quantise: Quantise | None = None,
@@ -230,7 +232,6 @@ def merge(
     given = locals()
     from streammerge.requests.merging import Request
     from streammerge.requests.plans import output_warnings
-    from streammerge.running.execution import execute
 
     request = Request.of(given)
     with _run_options(given) as running:
@@ -253,7 +254,7 @@ def merge(
                 made = request.plan()
         foreseen = output_warnings(made)  # the run itself raises these as errors, unless they are allowed
         made.warnings = [warning for warning in made.warnings if warning not in foreseen]
-        return execute(made, running, before)
+        return _executed(made, running, given, before)
 
 
 @takes(*CONVERT)
@@ -275,6 +276,7 @@ def convert(
     workers: SupportsIndex | None = None,
     io: Io = "mmap",
     executor: str | Callable[[int], Any] = "auto",
+    address: str | None = None,
     max_shard_size: str | SupportsIndex | None = None,
     keep_optimizer: bool | None = None,
     quantise: Quantise | None = None,
@@ -297,7 +299,7 @@ def convert(
     from streammerge.recipe.arguments import conversion
     from streammerge.requests.inputs import Held, named, opened, path_of
     from streammerge.requests.plans import planned
-    from streammerge.running.execution import execute, refuse_extras
+    from streammerge.running.execution import refuse_extras
 
     asked, naming = picked(Converting, given), picked(Naming, given)
     selection, output, resources = picked(Selecting, given), picked(Writing, given), picked(Resources, given)
@@ -319,7 +321,7 @@ def convert(
         made = planned(recipe, target, resources, running.executor, hashed=output.hash, held=held, like=like is not None)
         if asked.extras is not None:
             refuse_extras(parse(asked.extras), made, running.overwrite)
-        result = execute(made, running, before)
+        result = _executed(made, running, given, before)
     if asked.extras is not None:
         place = source if source in held else hub_place(source)
         index = opened(place, None if asked.like else recipe.state_dict, recipe.ema, held)
@@ -370,6 +372,18 @@ def extract(
         from streammerge.requests.extractions import extracting  # here, because merges start without it
 
         return _make(extracting(given), target_place, given, running.listener, before)
+
+
+def _executed(made: Plan, running: RunOptions, given: Mapping[str, Any], before: int) -> Result:
+    executing = picked(Executing, given)
+    if executing.executor != "ray":
+        from streammerge.running.execution import execute
+
+        return execute(made, running, before)
+    from streammerge.requests.cluster import execute_on_nodes  # here, because most merges run on one machine
+
+    resources, writing = picked(Resources, given), picked(Writing, given)
+    return execute_on_nodes(made, running, resources, executing, writing.hash, before)
 
 
 def _make(made: Making, out: Location, given: Mapping[str, Any], listener: Listener, before: int) -> AdapterResult:
@@ -449,6 +463,7 @@ def diff(
     workers: SupportsIndex | None = None,
     io: Io = "mmap",
     executor: str | Callable[[int], Any] = "auto",
+    address: str | None = None,
     listener: Listener = quiet,
     progress: bool = False,
 ) -> Diff:

@@ -564,10 +564,16 @@ class Executing(Options):
 
     executor: str | Callable[[int], Any] = option(
         "The kind of workers: threads, processes, or the name of another executor; auto takes processes for much to read "
-        "by more than four workers, or more than two for methods with passes. In Python also a function from the number of "
-        "workers to an executor.",
+        "by more than four workers, or more than two for methods with passes; ray takes the nodes of a Ray cluster. In "
+        "Python also a function from the number of workers to an executor.",
         default="auto",
         metavar="NAME",
+    )
+    address: str | None = option(
+        'Address of the Ray cluster, for `executor="ray"`.',
+        TEXT,
+        metavar="HOST:PORT",
+        otherwise="RAY_ADDRESS, else a cluster on this machine",
     )
 
 

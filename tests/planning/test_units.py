@@ -51,8 +51,12 @@ def test_a_long_tensor_is_several_units_unless_workers_share_its_passes(
     assert len(long) > 1
     assert not any(unit.alone for unit in made)
     more = {"method": "ties", "base": tmp_path / "a.safetensors", "parameters": {"density": 0.5}}
-    alone = [unit for unit in cut(planned(tmp_path, shapes, **more).tasks) if unit.alone]
-    assert [(unit.stop - unit.start, unit.last) for unit in alone] == [(1, 0)]
+    plan = planned(tmp_path, shapes | {f"last.{n}": (3,) for n in range(3)}, **more)
+    (alone,) = [unit for unit in cut(plan.tasks) if unit.alone]
+    assert (plan.tasks[alone.start].out.name, alone.stop - alone.start, alone.last) == ("long", 1, 0)
+    monkeypatch.setattr(units, "_LEAST_COST", 1 << 30)
+    (whole,) = cut(plan.tasks)
+    assert whole.alone, "one of its tensors is made by all workers"
 
 
 def test_a_decomposition_costs_more_than_its_bytes(tmp_path: Path) -> None:

@@ -132,3 +132,104 @@ def test_comfy_kitchen(form: str) -> None:
     said = torch.frombuffer(bytearray(json.dumps({"format": form}).encode()), dtype=torch.uint8)
     made = converted({f"m.{name}": tensor for name, tensor in stored.items()} | {"m.comfy_quant": said})
     assert torch.equal(made["m.weight"], expected)
+
+
+GGML = (
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "IQ4_NL",
+    "IQ4_XS",
+    "MXFP4",
+    "NVFP4",
+)
+
+
+@pytest.mark.parametrize("kind", [*GGML, "F32", "F16", "BF16"])
+def test_gguf_of_its_own_writer(kind: str) -> None:
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    import numpy as np
+
+    form = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[form]
+    numbers = drawn(24, 2 * block if block > 1 else 64).numpy()
+    try:
+        data = gguf.quants.quantize(numbers, form)
+    except NotImplementedError:  # the library only reads it
+        data = np.random.default_rng(1).integers(0, 256, (24, 2 * size), dtype=np.uint8)
+        data[:, 1::size] &= 0x3B
+        data[:, size - 1 :: size] &= 0x3B
+    writer = gguf.GGUFWriter("a.gguf", "none")
+    writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
+    writer.add_tensor("w", data, raw_dtype=form)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    expected = gguf.quants.dequantize(data, form).astype(np.float32)
+    sm.convert("a.gguf", "out.safetensors", dtype="float32", allow_nonfinite=True)
+    made = load_safetensors(Path("out.safetensors"))["w"]
+    assert made.shape == expected.shape
+    same = (made.numpy().view(np.uint32) == expected.view(np.uint32)) | (np.isnan(expected) & made.isnan().numpy())
+    assert same.all()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2"])
+def test_gguf_in_transformers(architecture: str) -> None:
+    """The names, rows and norms are those of transformers' own reader."""
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    utils = pytest.importorskip("transformers.modeling_gguf_pytorch_utils", reason="transformers is not installed")
+    import inspect
+
+    import transformers
+
+    wide, heads, kv, inner, layers, tokens = 64, 4, 2, 96, 2, 40
+    writer = gguf.GGUFWriter("a.gguf", architecture)
+    for key, number in (("block_count", layers), ("context_length", 64), ("embedding_length", wide)):
+        getattr(writer, f"add_{key}")(number)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(tokens)
+    shapes = {"token_embd.weight": (tokens, wide), "output_norm.weight": (wide,), "output.weight": (tokens, wide)}
+    for layer in range(layers):
+        at = f"blk.{layer}."
+        shapes |= {f"{at}attn_{n}.weight": (r * wide // heads, wide) for n, r in (("q", heads), ("k", kv), ("v", kv))}
+        shapes |= {f"{at}attn_output.weight": (wide, wide), f"{at}ffn_down.weight": (wide, inner)}
+        shapes |= {f"{at}ffn_{n}.weight": (inner, wide) for n in ("gate", "up")}
+        norms = ["attn_norm", "ffn_norm", *(["post_attention_norm", "post_ffw_norm"] if architecture == "gemma2" else [])]
+        shapes |= {f"{at}{n}.weight": (wide,) for n in norms}
+    for seed, (name, shape) in enumerate(shapes.items()):
+        numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).numpy()
+        if len(shape) == 2:
+            packed = gguf.quants.quantize(numbers, gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        else:
+            writer.add_tensor(name, numbers)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    kinds = {"llama": "Llama", "qwen2": "Qwen2", "gemma2": "Gemma2"}
+    config = getattr(transformers, f"{kinds[architecture]}Config")(
+        hidden_size=wide, num_attention_heads=heads, num_key_value_heads=kv, intermediate_size=inner,
+        head_dim=wide // heads, num_hidden_layers=layers, vocab_size=tokens,
+        tie_word_embeddings=False, attention_bias=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = getattr(transformers, f"{kinds[architecture]}ForCausalLM")(config)
+    more = {"model_to_load": model} if "model_to_load" in inspect.signature(utils.load_gguf_checkpoint).parameters else {}
+    theirs = utils.load_gguf_checkpoint("a.gguf", return_tensors=True, **more)["tensors"]
+    sm.convert("a.gguf", "out.safetensors", dtype="float32")
+    made = load_safetensors(Path("out.safetensors"))
+    assert len(theirs) > 10
+    for name, tensor in theirs.items():
+        assert torch.equal(made[name], tensor.float()), name

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import deflate, trained, voice
 from safetensors.torch import save_file
 
 import streammerge as sm
 from streammerge.options import Sharing
-from streammerge.planning import tasks, units
+from streammerge.planning import saved, tasks, units
 from streammerge.planning.units import Unit
 from streammerge.requests.machines import chosen
 from streammerge.tensors.spec import GRAIN, PIECE_ELEMS
@@ -190,4 +193,67 @@ def test_an_array_of_slurm(tmp_path: Path, files: dict[str, list[Path]], monkeyp
     running = [subprocess.Popen(command, env={**os.environ, **array, "SLURM_ARRAY_TASK_ID": f"{n}"}) for n in (1, 2, 3)]
     assert [each.wait(100) for each in running] == [0, 0, 0]
     sm.finish(tmp_path / "plan")
+    assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run_command(folder: Path) -> dict[str, str]:
+    """Returns an environment in which ``streammerge`` and ``srun`` are commands."""
+    (folder / "bin").mkdir()
+    for name, text in (("streammerge", f'exec {sys.executable} -m streammerge "$@"'), ("srun", 'exec "$@"')):
+        (folder / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / "bin" / name).chmod(0o755)
+    return {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+
+
+def test_the_examples_of_slurm_and_kubernetes(
+    tmp_path: Path, files: dict[str, list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script as Slurm runs it, and the command of the job as Kubernetes runs it; one task of three is the other's."""
+    monkeypatch.setattr(tasks, "PIECE_ELEMS", PIECE_ELEMS)
+    sm.merge(files["safetensors"][:2], tmp_path / "whole.safetensors")
+    plan = tmp_path / "plan"
+    sm.plan(files["safetensors"][:2], tmp_path / "out.safetensors", save=plan)
+    environment = run_command(tmp_path)
+    array = {"SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_ID": "0", "SLURM_CPUS_PER_TASK": "2"}
+    subprocess.run(["bash", EXAMPLES / "slurm.sh", plan], env=environment | array, check=True, capture_output=True)
+    job = yaml.safe_load((EXAMPLES / "kubernetes-job.yml").read_text())["spec"]
+    assert job["completionMode"] == "Indexed"
+    command = job["template"]["spec"]["containers"][0]["command"]
+    assert command[command.index("--share") + 1] == str(job["completions"])
+    command = [str(plan) if word.endswith(".plan") else word for word in command]
+    command[command.index("--share") + 1] = "2"
+    subprocess.run(command, env=environment | {"JOB_COMPLETION_INDEX": "1"}, check=True, capture_output=True)
+    sm.finish(plan)
+    assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+def test_two_hosts_that_share_a_folder(
+    tmp_path: Path, files: dict[str, list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each host has its own process ids. One is killed with all its processes, and the other takes over."""
+    space = ["unshare", "-p", "-f", "--kill-child"]
+    if not shutil.which("unshare") or subprocess.run([*space, "true"], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody make namespaces of process ids")
+    monkeypatch.setattr(tasks, "PIECE_ELEMS", PIECE_ELEMS)
+    monkeypatch.setattr(saved, "LEASE_SECONDS", 1.0)
+    sm.merge(files["safetensors"][:2], tmp_path / "whole.safetensors")
+    plan, told = tmp_path / "plan", tmp_path / "told"
+    told.mkdir()
+    sm.plan(files["safetensors"][:2], tmp_path / "out.safetensors", save=plan)
+    machine = Path(__file__).parents[1] / "running" / "machine.py"
+    first = subprocess.Popen([*space, sys.executable, str(machine), str(plan), str(told), "0.5", "claim=true", "workers=1"])
+    deadline = time.monotonic() + 60
+    while not list(told.glob("piece *")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    first.kill()
+    first.wait()
+    command = [*space, sys.executable, "-m", "streammerge"]
+    began = time.monotonic()
+    subprocess.run([*command, "worker", str(plan), "--claim", "-q"], check=True)
+    assert time.monotonic() - began > 1.0, "no process id of the other host is asked for; its lease ends"
+    subprocess.run([*command, "finish", str(plan), "-q"], check=True)
     assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()

@@ -309,7 +309,10 @@ class ReadingSuite(ABC):
 
 
 class StoreSuite(ReadingSuite):
-    """What a store that takes outputs must keep, too."""
+    """What a store that takes outputs must keep, too. ``READS_BACK``: whether what was written can be read before it is
+    published."""
+
+    READS_BACK = True
 
     def put(self, location: Location, data: bytes) -> Location:
         location.write_whole(data, overwrite=True)
@@ -321,10 +324,11 @@ class StoreSuite(ReadingSuite):
     def make(self, out: Location, files: dict[str, bytes], overwrite: bool = False) -> None:
         """An output of these files; of one under "", a file."""
         staging = out.stage(overwrite)
+        staging.as_folder = "" not in files
         staging.clear()
         for name, data in files.items():
             staging.create(name or out.name, len(data)).write_full(data, 0)
-        staging.commit(as_folder="" not in files)
+        staging.commit(staging.as_folder)
 
     def left(self, home: Location) -> list[str]:
         return [each.name for each in home.children()]
@@ -346,6 +350,7 @@ class StoreSuite(ReadingSuite):
     def test_what_is_written_is_published(self, home: Location, nbytes: int) -> None:
         data, out = noise(nbytes), home / "out"
         staging = out.stage()
+        staging.as_folder = False
         staging.clear()
         file = staging.create("out", nbytes)
         assert (file.size, file.kept, file.synced) == (nbytes, False, True)
@@ -353,7 +358,8 @@ class StoreSuite(ReadingSuite):
         random.Random(1).shuffle(order)
         for start in order:
             file.write_full(data[start : start + 70_001], start)
-        assert full(file) == data
+        if self.READS_BACK:
+            assert full(file) == data
         file.sync()
         assert file.synced
         assert not out.exists()
@@ -365,6 +371,7 @@ class StoreSuite(ReadingSuite):
 
     def test_what_is_not_written_is_zero(self, home: Location) -> None:
         staging = (home / "out").stage()
+        staging.as_folder = False
         staging.clear()
         staging.create("out", 10).write_full(b"ab", 4)
         staging.commit(as_folder=False)
@@ -382,6 +389,7 @@ class StoreSuite(ReadingSuite):
     def test_many_threads_write_at_once(self, home: Location) -> None:
         data, out = noise(1 << 20), home / "out"
         staging = out.stage()
+        staging.as_folder = False
         staging.clear()
         file = staging.create("out", len(data))
 
@@ -399,6 +407,7 @@ class StoreSuite(ReadingSuite):
 
     def test_a_temporary_file_is_read_back_and_goes(self, home: Location) -> None:
         staging = (home / "out").stage()
+        staging.as_folder = False
         staging.clear()
         file = staging.temporary("spooled", 5)
         file.write_full(b"12345", 0)
@@ -484,6 +493,7 @@ class StoreSuite(ReadingSuite):
 
     def test_an_output_that_appears_meanwhile_stays(self, home: Location) -> None:
         staging = (home / "out").stage()
+        staging.as_folder = False
         staging.clear()
         staging.create("out", 3)
         self.put(home / "out", b"somebody's")
@@ -547,6 +557,7 @@ class StoreSuite(ReadingSuite):
 
     def test_a_write_after_the_end_is_refused(self, home: Location) -> None:
         staging = (home / "out").stage()
+        staging.as_folder = False
         staging.clear()
         file = staging.create("out", 3)
         staging.commit(as_folder=False)
@@ -558,6 +569,7 @@ class StoreSuite(ReadingSuite):
 
     def interrupted(self, out: Location) -> Staging:
         staging = out.stage()
+        staging.as_folder = False
         staging.clear()
         staging.create("out", 6).write_full(b"abc", 0)
         staging.journal_file.begin(b"plan\n")
@@ -572,6 +584,7 @@ class StoreSuite(ReadingSuite):
         assert len(self.left(home)) == 1
         (home / "out").sweep()
         staging = (home / "out").stage()
+        staging.as_folder = False
         assert staging.resumable
         assert staging.journal_file.read() == b"plan\none\ntwo\n"
         file = staging.create("out", 6, keep=True)
@@ -587,6 +600,7 @@ class StoreSuite(ReadingSuite):
     def test_kept_work_of_another_size_is_not_taken(self, home: Location) -> None:
         self.interrupted(home / "out").abort(keep=True)
         staging = (home / "out").stage()
+        staging.as_folder = False
         file = staging.create("out", 7, keep=True)
         assert not file.kept
         assert full(file) == bytes(7)
@@ -596,6 +610,7 @@ class StoreSuite(ReadingSuite):
     def test_kept_work_can_be_cleared(self, home: Location) -> None:
         self.interrupted(home / "out").abort(keep=True)
         staging = (home / "out").stage()
+        staging.as_folder = False
         staging.clear()
         assert not staging.resumable
         assert staging.journal_file.read() is None

@@ -40,7 +40,16 @@ class Kept(JournalFile):
         self.log.append("end")
 
 
-class Synced:
+class Whole:
+    """The part of an output that is not sent in parts."""
+
+    in_parts = False
+
+    def holds(self, offset: int, nbytes: int) -> bool:
+        return True
+
+
+class Synced(Whole):
     def __init__(self, log: list[str], fails: bool = False) -> None:
         self.log, self.fails = log, fails
 
@@ -162,7 +171,7 @@ def test_a_journal_that_was_stopped_vouches_for_no_sync() -> None:
         made_journal.finish()
 
 
-class Disk:
+class Disk(Whole):
     """A file whose sync takes its time. ``started`` is set when a sync begins, and the sync ends when ``free`` is set."""
 
     def __init__(self) -> None:

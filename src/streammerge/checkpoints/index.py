@@ -182,9 +182,13 @@ class CheckpointIndex(Mapping[str, Source]):
         return any(kind.dtype in _NARROW for kind in kinds)
 
     @property
+    def _computed(self) -> list[Source]:
+        return [] if isinstance(self.entries, StoredTable) else list(self.entries.values())
+
+    @property
     def may_be_quantised(self) -> bool:
         """Whether quantised weights may be in it, in a file that such weights are read from."""
-        return not self.container.pickled and self.narrow
+        return not self.container.pickled and (self.narrow or any(entry.dequantises for entry in self._computed))
 
     @property
     def in_memory(self) -> bool:

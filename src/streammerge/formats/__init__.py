@@ -10,6 +10,9 @@ Each module imports only modules above it::
     torch_legacy
     torch_tar
     plain_pickle        a pickle of numpy's arrays or torch's tensors
+    gguf_names          names of llama.cpp, and of transformers
+    gguf_file           files of llama.cpp
+    gguf                the same, imported when there is one
     file_names          what the names of a folder's files tell
     shards              the files of one checkpoint as one container
     pieces              tensors in pieces of several ranks

@@ -18,12 +18,11 @@ _HEAD_BYTES = 512
 _SHORT_TEXT_BYTES = 200
 _ROOM = "streammerge.formats"
 _HELPERS = (
-    "archive", "base", "dcp", "dcp_writer", "detect", "distributed", "dtensors", "file_names", "folder", "hf_storage",
-    "pieces", "records", "safetensors_writer", "shards", "zero",
+    "archive", "base", "dcp", "dcp_writer", "detect", "distributed", "dtensors", "file_names", "folder", "gguf_file",
+    "gguf_names", "hf_storage", "pieces", "records", "safetensors_writer", "shards", "zero",
 )  # fmt: skip
 """The modules beside this one that are no format, so that looking at a file imports only the formats that are asked."""
 _OTHERS: tuple[tuple[bytes, str], ...] = (
-    (b"GGUF", "a GGUF file, whose weights are quantised for llama.cpp; give the original safetensors"),
     (b"\x89HDF", "an HDF5 file (Keras); only PyTorch and safetensors checkpoints are read"),
     (b"\x93NUMPY", "a numpy array; only PyTorch and safetensors checkpoints are read"),
     (b"\x1f\x8b", "a gzip file; unpack it first"),

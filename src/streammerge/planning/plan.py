@@ -240,7 +240,8 @@ def build_plan(
     opened, tokens = indexes.values(), alignment.tokenized
     origins = [origin for index in opened for origin in index.origins()]
     output = plan_output(out or parse(_EXAMPLE_OUT), recipe, indexes, alignment, hashed)
-    tasks = all_tasks(output.placed, recipe.seed)
+    in_order = out is not None and out.store.sends_parts
+    tasks = all_tasks(output.placed, recipe.seed, in_order)
     expressions: list[Source] = []
     spooled: dict[PackedKey, str] = {}
     if not all(_is_stored(source) for task in objects(tasks) for source in task.sources):
@@ -256,7 +257,8 @@ def build_plan(
     held = [index.container.held_bytes for index in {id(index): index for index in (*opened, *origins)}.values()]
     # Reading a pickle takes two copies of it beside its tree. They are freed before the output's pickle is written.
     pickle_bytes = sum(held) + max(2 * max(held), output.layout.pickle_bytes) + (tokens.held_bytes if tokens else 0)
-    budget, io = budget_of(tasks, memory_bytes, workers, io, bool(spooled), pickle_bytes)
+    sent = out.store.output_buffers(max([file.size for file in output.layout.files], default=0)) if out else (0, 0)
+    budget, io = budget_of(tasks, memory_bytes, workers, io, bool(spooled), pickle_bytes + sent[0], sent[1])
     identities = {path: known for index in opened for path, known in index.identities().items()}
     identities |= {source: source.status() for source, _ in output.layout.side_files}
     identities |= {file: file.status() for file in (tokens.read if tokens else ())}
@@ -442,9 +444,9 @@ def _files_of(tasks: Sequence[MergeTask]) -> tuple[dict[int, Location], int]:
     return seen, most
 
 
-def all_tasks(placed: Iterable[Placed | PlacedTensors], seed: int) -> Tasks:
+def all_tasks(placed: Iterable[Placed | PlacedTensors], seed: int, in_order: bool = False) -> Tasks:
     """Returns the tasks of an output, sorted by the place in the first input, so that its pages are read once and in
-    sequence."""
+    sequence. ``in_order``: sorted by the place in the output instead, which is sent in that order."""
     tasks = Tasks(seed)
     for each in placed:
         if isinstance(each, Placed):
@@ -463,6 +465,9 @@ def all_tasks(placed: Iterable[Placed | PlacedTensors], seed: int) -> Tasks:
             else:
                 for task in _tasks_of(Placed(made.spec, made, file, starts[at]), seed):
                     tasks.add(task)
+    if in_order:
+        tasks.sort(lambda number: tasks.place(number)[:2])
+        return tasks
     if any(later < earlier for earlier, later in pairwise(_places(tasks))):
         places = list(_places(tasks))
         tasks.sort(places.__getitem__)

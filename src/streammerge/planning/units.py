@@ -25,7 +25,7 @@ class Unit:
     """Tasks ``start`` to ``stop`` of a plan or, of one long task, elements ``first`` to ``last``.
 
     ``last``: 0 for whole tasks. ``cost``: about as long as it takes to read so many bytes. ``alone``: whether it is made by
-    itself, because all workers of a machine share its passes, or because it needs temporary files.
+    itself, because all workers of a machine share the passes of a tensor, or because one needs temporary files.
     """
 
     number: int
@@ -74,22 +74,18 @@ def cut(tasks: Sequence[MergeTask]) -> list[Unit]:
 
     def end(stop: int) -> None:
         if stop > start:
-            made.append(Unit(len(made), start, stop, cost))
+            made.append(Unit(len(made), start, stop, cost, not alone.isdisjoint(range(start, stop))))
 
     for number in range(len(tasks)):
-        if number in alone:
-            end(number)
-            made.append(Unit(len(made), number, number + 1, costs[number], alone=True))
-            start, cost = number + 1, 0
-        elif number in long and costs[number] > most:
+        if number in long and costs[number] > most:
             end(number)
             made += _parts(tasks[number], number, costs[number], most, len(made))
             start, cost = number + 1, 0
-        else:
-            if number > start and (cost + costs[number] > most or number - start >= MOST_TENSORS):
-                end(number)
-                start, cost = number, 0
-            cost += costs[number]
+            continue
+        if cost + costs[number] > most or number - start >= MOST_TENSORS:
+            end(number)
+            start, cost = number, 0
+        cost += costs[number]
     end(len(tasks))
     return made
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,10 +18,13 @@ from streammerge.quantised.packed_numbers import packed_numbers
 from streammerge.quantised.scaled_numbers import scaled_numbers
 from streammerge.quantised.stored import Scheme, Stored
 from streammerge.sources.base import Source
+from streammerge.sources.ggml import Ggml
 from streammerge.units import counted
 
 _SCHEMES: tuple[Scheme, ...] = (comfyui, gpt_oss, packed_numbers, scaled_numbers)
 """The schemes in the order in which they are asked. A tensor belongs to the first that takes it."""
+GGUF = "GGUF"
+"""What a container of such a file calls its format."""
 _OF_ACTIVATIONS = re.compile(
     r"[._](input_scale|activation_scale|qscale_act|scale_input|output_scale|[qkv]_scale|kv_cache_scale|input_global_scale|"
     r"input_zero_point|output_zero_point|[kv]_zero_point)$|\.comfy_quant$|(^|\.)scaled_fp8$"
@@ -64,6 +67,8 @@ def described(index: CheckpointIndex) -> CheckpointIndex:
 
 def weights_of(index: CheckpointIndex) -> dict[str, QuantisedWeight]:
     """Returns the quantised weights of a checkpoint, by their names as plain weights. Raises MismatchError."""
+    if index.container.format == GGUF:
+        return {name: _of_ggml(name, entry) for name, entry in index.entries.items() if entry.dequantises}
     tree = tree_of(index.path)
     stated: Any = next((tree[key] for key in QUANTISATION if isinstance(tree.get(key), dict)), {})
     specs = index.specs()
@@ -76,6 +81,18 @@ def weights_of(index: CheckpointIndex) -> dict[str, QuantisedWeight]:
             taken = {name for _, weight in made for name in weight.stored}
             specs = {name: spec for name, spec in specs.items() if name not in taken}
     return found
+
+
+def _of_ggml(name: str, entry: Source) -> QuantisedWeight:
+    """Returns a weight of a GGUF file, whose numbers are given by its format already."""
+    kinds = {each.kind for each in _parts(entry) if isinstance(each, Ggml)}
+    return QuantisedWeight(entry, (name,), f"{', '.join(sorted(kinds))} of GGUF")
+
+
+def _parts(source: Source) -> Iterator[Source]:
+    yield source
+    for part in source.parts:
+        yield from _parts(part)
 
 
 def _helpers(index: CheckpointIndex, weights: Mapping[str, QuantisedWeight]) -> list[str]:

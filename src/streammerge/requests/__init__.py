@@ -9,4 +9,5 @@ Each module imports only modules above it::
     conversions  the conversions that a merge makes first
     extractions  the arguments of an extraction
     machines     saved plans, and what a machine does of them
+    cluster      a merge on the nodes of a Ray cluster
 """

@@ -16,6 +16,7 @@ Each module imports only modules above it::
     reading    checksums and hashes of files, computed by workers
     spooling   unpacks packed records into a temporary file
     finished   the finished pieces of a run
+    sealing    bytes outside tensors, as soon as they are known
     relatives  whether inputs come from one training
     readback   whether an output can be read back
     session    makes one output in its staging folder

@@ -114,6 +114,8 @@ def _why_threads(plan: Planned) -> str:
         return "tensors in the memory of this process cannot be read by others"
     places = [plan.out, *plan.identities] if plan.out else [*plan.identities]
     alone = next((place for place in places if place.store.one_process), None)
+    if plan.out is not None and plan.out.store.sends_parts:
+        return f"an output in {plan.out.store.scheme}:// is sent by one process"
     return "" if alone is None else f"the store {alone.store.scheme}:// belongs to this process"
 
 

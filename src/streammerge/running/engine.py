@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import Any, TypeVar
 
 from streammerge.kernels.chunk import Look, Step
 from streammerge.kernels.pass_results import PassResults
 from streammerge.planning.tasks import MergeTask, Piece, PieceDone, alike, batches, pieces, where
-from streammerge.running.announcing import announced
 from streammerge.running.executors.base import Executor
 from streammerge.running.job import Job
 from streammerge.running.worker import MergeWork, bind, failures
@@ -26,25 +25,31 @@ def run_all(
     tasks: Sequence[MergeTask],
     wanted: Callable[[Piece], bool],
     inputs: InputFiles | None = None,
+    in_order: bool = False,
 ) -> Generator[PieceDone, None, None]:
     """Makes all pieces that ``wanted`` accepts, with the same bytes on any executor. Yields the result of each.
 
     Makes the tensors first that one worker can make alone, then the long tensors one by one. The method of a long tensor is
     bound here, and all workers run its passes. Each worker then makes the same kernel from their results. ``inputs``: the
-    open inputs of workers in this process, which remote files are fetched into ahead.
+    open inputs of workers in this process, which remote files are fetched into ahead. ``in_order``: makes all tensors in
+    the order of the tasks instead, since the output is sent in parts.
     """
     ahead = inputs if job.budget.ahead_bytes else None
 
     def ahead_of(units: Iterator[list[Piece]]) -> Iterator[list[Piece]]:
-        return units if ahead is None else announced(units, ahead)
+        if ahead is None:
+            return units
+        from streammerge.running.announcing import announced  # here, because most inputs are local
 
-    independent = (
-        piece for number, task in enumerate(tasks) if not task.spread for piece in pieces(task, number) if wanted(piece)
-    )
-    with closing(executor.run(MergeWork(job), ahead_of(batches(independent, job.budget.out_bytes)))) as results:
-        for done in results:
-            yield from done
-    for number in where(tasks, lambda task: task.spread):
+        return announced(units, ahead)
+
+    def alone(numbers: Iterable[int]) -> Generator[PieceDone, None, None]:
+        independent = (piece for number in numbers for piece in pieces(tasks[number], number) if wanted(piece))
+        with closing(executor.run(MergeWork(job), ahead_of(batches(independent, job.budget.out_bytes)))) as results:
+            for done in results:
+                yield from done
+
+    def together(number: int) -> Generator[PieceDone, None, None]:
         task = tasks[number]
         if any(map(wanted, pieces(task, number))):
             record = PassResults()
@@ -54,6 +59,21 @@ def run_all(
             with closing(executor.run(MergeWork(job, tuple(record.results)), ahead_of(spread))) as results:
                 for done in results:
                     yield from done
+
+    long = where(tasks, lambda task: task.spread)
+    if in_order:
+        begin = 0
+        for number in (*long, len(tasks)):
+            if begin < number:
+                yield from alone(range(begin, number))
+            if number < len(tasks):
+                yield from together(number)
+            begin = number + 1
+        return
+    apart = set(long)
+    yield from alone(number for number in range(len(tasks)) if number not in apart)
+    for number in long:
+        yield from together(number)
 
 
 def sweep_on_all(
@@ -73,6 +93,8 @@ def sweep_on_all(
             (turn, start + a, start + b) for turn, (a, b) in enumerate(ranges(stop - start, task.piece_elems))
         )
         if ahead is not None:
+            from streammerge.running.announcing import announced
+
             spans = announced(spans, ahead, lambda span: [Piece(task, number, span[1], span[2])])
         early: dict[int, T] = {}
         turn = 0

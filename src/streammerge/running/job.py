@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -104,6 +104,10 @@ def lent(job: Job, inputs: InputFiles, outputs: Sequence[Output] = ()) -> Iterat
         del _lent[job.key]
 
 
+def _never() -> None:
+    """Never halts."""
+
+
 class Bench:
     """The open files and free buffers of a job, for the workers of one process."""
 
@@ -123,6 +127,12 @@ class Bench:
         self._open.enter_context(faults.survived())
         if "torch" in job.modules:
             prepare_torch()
+
+    def halted_by(self, halt: Callable[[], object]) -> None:
+        """``halt`` raises an exception when the run is stopping. Workers that wait for a network call it."""
+        self.inputs.halted_by(halt)
+        for file in self._outputs.values():
+            file.halted_by(halt)
 
     @property
     def announces(self) -> bool:
@@ -166,6 +176,7 @@ class Bench:
             self._free.append(workspace)
 
     def close(self) -> None:
+        self.halted_by(_never)
         self._free.clear()
         for file in self._own_outputs.values():
             file.close()

@@ -39,6 +39,7 @@ from streammerge.tensors.spec import ranges
 from streammerge.units import decimal_bytes
 
 if TYPE_CHECKING:
+    from streammerge.running.sealing import Sealing
     from streammerge.sources.deflated import PackedRecord
 
 
@@ -81,6 +82,8 @@ class Run:
         self._polite, self._executors = options.polite, executor_of(plan, options.executor)
         self._modules = modules_of(plan.tasks, self._kind, plan.torch_needed)
         self._used: Executor | None = None
+        self._sealing: Sealing | None = None
+        staging.as_folder = plan.layout.as_folder
         self.startup_bytes = self.peak_bytes = 0
         self.journal = Journal(staging.journal_file, plan_parts(plan), lambda: staging.outputs, self.resume)
 
@@ -121,6 +124,8 @@ class Run:
                 raise OSError(errno.EIO, f"the disk failed to store {listed(sorted(again))}, twice; nothing was written")
             self.warnings.append(f"the disk failed to store {listed(sorted(broken))} at first; it was written again")
         self._check()
+        if self._in_parts:
+            self.journal.write_down(self._done)
         self._tell_nonfinite()
 
     def _warn_of_strangers(self) -> None:
@@ -149,13 +154,35 @@ class Run:
     def _check(self) -> None:
         """Checks the output, which is already on the disk, a last time. Keeps all of it if the check itself fails."""
         try:
-            check_structure(self.staging.content, self.plan.layout)
+            check_structure(self._written, self.plan.layout)
         except UncheckedError as error:
             with contextlib.suppress(OSError, SpaceError):  # the files stay even if the journal is incomplete
                 self.journal.begin(self._done)
             raise UncheckedError(
                 f"the last check of {printable(self.staging.out)} could not be made ({error}); {self._where_it_is_kept()}"
             ) from error
+
+    def _seal(self) -> None:
+        """Gives outputs that are sent in parts what is known from the start."""
+        if self._in_parts:
+            from streammerge.running.sealing import Sealing  # here, because most outputs are local
+
+            self._sealing = Sealing(self.plan.layout, self._tasks, self._outputs, self._done)
+
+    @property
+    def _in_parts(self) -> bool:
+        return any(file.in_parts for file in self._outputs)
+
+    @property
+    def _written(self) -> Location:
+        """The folder of what was written. What was sent in parts cannot be read yet: then the same bytes as planned."""
+        if not self._in_parts:
+            return self.staging.content
+        from streammerge.planning.unwritten import Unwritten  # here, because most outputs are local
+
+        planned = Unwritten("output")
+        planned.add(self.plan.layout)
+        return planned.folder
 
     def _where_it_is_kept(self) -> str:
         if self.resume:
@@ -170,6 +197,7 @@ class Run:
         for number, file in enumerate(self.plan.layout.files):
             if file.name in broken:
                 self._outputs[number] = self.staging.create(file.name, file.size)
+        self._seal()
 
     # ----------------------------------------------------------------------------------------------------- earlier run
 
@@ -181,13 +209,16 @@ class Run:
             self.staging.clear()
         else:
             self.journal.take_over(vouched)
-        self._outputs += [self.staging.create(f.name, f.size, vouched is not None) for f in self.plan.layout.files]
+        for file in self.plan.layout.files:
+            late = self.plan.layout.as_folder and not file.offsets
+            self._outputs.append(self.staging.create(file.name, file.size, vouched is not None, late))
         kept = {f.name for f, output in zip(self.plan.layout.files, self._outputs, strict=True) if output.kept}
         claims = FinishedPieces(self._tasks, [file.name for file in self.plan.layout.files])
         for each in vouched or ():
             if each.file in kept and claims.fits(each):
                 claims.add(each)
         del vouched  # before the checks, because it may be large
+        self._seal()
         if not claims:
             return
         saved_bytes = self._compare(claims)
@@ -201,7 +232,15 @@ class Run:
     def _compare(self, claims: FinishedPieces) -> int:
         """Takes over the claimed pieces whose checksums are right. Returns the bytes that need not be read for them."""
         saved_bytes = 0
-        parts = ((key, self._outputs[file].location, *place) for key, file, place in claims.places())
+        for key, file, place in claims.places():
+            if self._outputs[file].in_parts and self._outputs[file].holds(*place):  # the store has compared it
+                self._done.add(claims.get(key))
+                saved_bytes += self._done.piece(key).read_bytes
+        parts = (
+            (key, self._outputs[file].location, *place)
+            for key, file, place in claims.places()
+            if not self._outputs[file].in_parts
+        )
         with closing(self._executor.run(ChecksumWork(self._kind, self._modules), neighbours(parts))) as results:
             for keys, sums in results:
                 for key, value in zip(keys, sums, strict=True):
@@ -292,7 +331,7 @@ class Run:
         job = self._job()
         with (
             lent(job, self._inputs, self._outputs),
-            closing(run_all(job, self._executor, self._tasks, self._wanted, self._inputs)) as results,
+            closing(run_all(job, self._executor, self._tasks, self._wanted, self._inputs, self._in_parts)) as results,
         ):
             for done in results:
                 piece = done.piece(self._tasks)
@@ -300,6 +339,8 @@ class Run:
                 read_bytes, finished = piece.read_bytes, self._finished(piece, done)
                 self._done.add(finished)
                 self.journal.add(finished)
+                if self._sealing is not None:
+                    self._sealing.made(piece.task.file)
                 self.read_bytes += read_bytes
                 self.listener(TaskDone(piece.task.out.name, read_bytes, finished.nbytes, held.now()))
                 if finished.nonfinite and finished.nonfinite.keys() - {AGREED}:
@@ -384,10 +425,12 @@ class Run:
     def _copy_side_file(self, source: Location, name: str) -> int:
         value: int = 0
         file = self._inputs.get(source)
-        output = self.staging.create(name, file.size)
+        copied = self.staging.copies(source, self.plan.identities[source], name)
+        output = None if copied else self.staging.create(name, file.size)
         for start, stop in ranges(file.size, COPY_BYTES):
             data = bytearray(stop - start)
             file.read_into(memoryview(data), start)
-            output.write_full(data, start)
+            if output is not None:
+                output.write_full(data, start)
             value = self._kind.update(data, value)
         return value

@@ -10,7 +10,7 @@ import zlib
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from streammerge.errors import StreammergeError, VerifyError, listed, printable
@@ -275,10 +275,10 @@ class Share:
                     self._finished(done.piece(tasks), done, keeping)
 
     def _make_alone(self, unit: Unit, executor: Executor, keeping: _Keeping) -> None:
-        """Makes a unit of one task by all workers: with shared passes, or by way of temporary files."""
+        """Makes a unit by all workers: long tensors with shared passes, or by way of temporary files."""
         for _ in keeping.begin(unit, self._tasks):
             pass
-        tasks: Sequence[MergeTask] = [self._tasks[unit.start]]
+        tasks: Sequence[MergeTask] = self._tasks[unit.start : unit.stop]
         job = self._job(keeping.claims.fence)
         inputs = InputFiles(self.plan.identities, self._options.polite)  # temporary files are closed before they go
         temporary: list[Output] = []
@@ -295,20 +295,19 @@ class Share:
         try:
             tasks = spooled_tasks(tasks, tasks, inputs, create, told)
             turning = Turning(job, tasks, lambda piece: True, create)
-            met: dict[str, int] = {}
-            for _, done in turning.make(executor, inputs):
-                met |= done.nonfinite
-                self.read_bytes += tasks[0].read_bytes
-                self.listener(Spooled(tasks[0].out.name, tasks[0].read_bytes))
+            met: dict[int, dict[str, int]] = {}
+            for number, done in turning.make(executor, inputs):
+                met[number] = done.nonfinite
+                self.read_bytes += tasks[number].read_bytes
+                self.listener(Spooled(tasks[number].out.name, tasks[number].read_bytes))
             with (
                 lent(job, inputs, self.files),
                 closing(run_all(job, executor, turning.tasks, lambda piece: True)) as results,
             ):
                 for done in results:
-                    piece = Piece(self._tasks[unit.start], unit.start, done.start, done.stop)
-                    own = PieceDone(unit.start, done.start, done.stop, done.checksum, done.nonfinite | met)
-                    met = {}
-                    self._finished(piece, own, keeping)
+                    found = done.nonfinite | met.pop(done.number, {})
+                    own = replace(done, number=unit.start + done.number, nonfinite=found)
+                    self._finished(own.piece(self._tasks), own, keeping)
         finally:
             inputs.close()
             for file in temporary:

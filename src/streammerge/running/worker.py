@@ -15,7 +15,6 @@ from streammerge.kernels.chunk import Chunk, Kernel, Look, Step, chunk_spans
 from streammerge.kernels.group import TensorGroup
 from streammerge.kernels.pass_results import PassResults
 from streammerge.planning.tasks import MergeTask, Piece, PieceDone, as_one_piece, stretches
-from streammerge.running.announcing import announce
 from streammerge.running.executors.base import Host
 from streammerge.running.job import Bench, Job
 from streammerge.running.nonfinite import may_be_nonfinite, nonfinite_of
@@ -56,7 +55,7 @@ class Worker:
         self.job, self.host = job, host
         self.bench = host.kept(job.key, lambda: Bench(job))
         self.workspace = self.bench.take()
-        self.bench.inputs.halted_by(host.check)
+        self.bench.halted_by(host.check)
         self._prepared = False
 
     def close(self) -> None:
@@ -99,6 +98,8 @@ class MergeWorker(Worker):
         if not first.whole:
             batch = [replace(first, task=self.bench.same(first.number, first.task))]
         if self.bench.announces:
+            from streammerge.running.announcing import announce  # here, because most inputs are local
+
             for piece in batch:
                 announce(self.bench.inputs, piece.task, piece.start, piece.stop)
         target = self.job.destinations[batch[0].task.file].open(self.bench)

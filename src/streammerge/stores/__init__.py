@@ -23,6 +23,11 @@ Each module imports only modules above it::
     memory       the store memory://
     repositories names of the hub's repositories, and its cache
     remote       the common part of stores behind a network
+    profiles     the profiles of the AWS command line
+    signing      signatures of S3 requests, credentials
+    multipart    uploads to S3 in parts
+    parts        files that are sent in parts
+    staged       outputs of object stores
     objects      s3://, gs://, az://, https://
     hub          hf://
     registry     stores by scheme
@@ -31,5 +36,6 @@ Each module imports only modules above it::
     inputs       the inputs of a run
     scratch      files for a while
     claims       which machine makes which unit
+    remains      what interrupted runs have left in object stores
     leftovers    what interrupted runs have left
 """

@@ -13,7 +13,7 @@ import io
 import os
 import posixpath
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple
@@ -268,6 +268,8 @@ class Output(ABC):
     size: int
     kept: bool = False
     synced: bool = True
+    in_parts: ClassVar[bool] = False
+    """Whether it is sent in parts: what is sent cannot be read back, and what is not sent is not kept."""
 
     @abstractmethod
     def write_full(self, data: Any, offset: int) -> None:
@@ -279,6 +281,18 @@ class Output(ABC):
 
     def check(self) -> None:
         """Raises the OSError of a write whose failure the system reported late."""
+        return
+
+    def holds(self, offset: int, nbytes: int) -> bool:
+        """Whether these bytes are kept if the process ends now, once :meth:`sync` has returned."""
+        return True
+
+    def preset(self, literals: Iterable[tuple[int, bytes]]) -> None:
+        """Says which bytes are known before the others, as (offset, bytes), if it is sent in parts."""
+        return
+
+    def halted_by(self, halt: Callable[[], object]) -> None:
+        """``halt`` raises an exception when the run is stopping. A write that waits calls it."""
         return
 
     def sync(self) -> None:
@@ -328,15 +342,17 @@ class Staging(ABC):
         self.out, self.home, self.journal_file = out, home, journal_file
         self.content = home / "output"
         self.notes: list[str] = []
+        self.as_folder = True
+        """Whether the output is a folder. Set before the first file is made."""
         self._files: dict[str, Output] = {}
         self._temporary: dict[str, Output] = {}
 
-    def create(self, name: str, size: int, keep: bool = False) -> Output:
+    def create(self, name: str, size: int, keep: bool = False, late: bool = False) -> Output:
         """Makes a file of the output, and closes the one that had this name.
 
         ``name``: its name; in a folder also a path below it (:func:`streammerge.stores.names.is_inner`), whose folders are
-        made. ``keep``: keeps the bytes of an earlier run if the file exists in this size. Raises ValueError for a name that
-        leads out of the output.
+        made. ``keep``: keeps the bytes of an earlier run if the file exists in this size. ``late``: whether it is a small
+        file that says that the output is whole, such as an index. Raises ValueError for a name that leads out of it.
         """
         return self._added(self._files, name, self.place(name), size, keep)
 
@@ -349,6 +365,10 @@ class Staging(ABC):
             files.pop(name).close()
         file = files[name] = self.opened(location, size, keep)
         return file
+
+    def copies(self, source: Location, status: Status, name: str) -> bool:
+        """Whether the store itself copies a file into the output when it is published, so that it need not be sent."""
+        return False
 
     def place(self, name: str) -> Location:
         """Returns where a file of the output is made. Raises ValueError for a name that leads out of the output."""
@@ -448,7 +468,8 @@ class Store(ABC):
     ``mappable``: whether :meth:`Input.view` needs no memory of its own. ``one_process``: whether other processes see
     other bytes, so that workers have to be threads. ``always_absolute``: whether a name means the same on every machine and
     in every folder; False if names hold paths of this machine. ``reads_ahead``: whether inputs are fetched before they are
-    read (:meth:`Store.opened_ahead`). ``private``: whether names tell of the user's own places, such as buckets. A receipt
+    read (:meth:`Store.opened_ahead`). ``sends_parts``: whether the files of outputs are sent in parts, by one process.
+    ``private``: whether names tell of the user's own places, such as buckets. A receipt
     then names inputs by their paths below a common folder, as it does for local files. A store pickles by its class, so its
     constructor takes no arguments.
     """
@@ -457,6 +478,7 @@ class Store(ABC):
     mappable: ClassVar[bool] = False
     one_process: ClassVar[bool] = False
     reads_ahead: ClassVar[bool] = False
+    sends_parts: ClassVar[bool] = False
     always_absolute: ClassVar[bool] = True
     private: ClassVar[bool] = False
 
@@ -581,6 +603,13 @@ class Store(ABC):
 
     def stage(self, location: Location, overwrite: bool = False) -> Staging:
         raise self._lacks("stage", location)
+
+    def output_buffers(self, largest: int) -> tuple[int, int]:
+        """Returns the memory that outputs in the making hold: bytes for the run, and for each worker.
+
+        ``largest``: bytes of the largest file.
+        """
+        return 0, 0
 
     def reopen(self, location: Location, size: int) -> Output:
         raise self._lacks("reopen", location)

@@ -294,7 +294,20 @@ class Journal:
                 self._sync(name, files[name])
                 self._rate = waiting[name] / max(time.monotonic() - began, _LEAST_SECONDS)
                 synced.add(name)
-        self._append([done for done in ready if done.file in synced - self._broken])
+        whole = [done for done in ready if done.file in synced - self._broken]
+        if any(files[name].in_parts for name in synced):
+            held = [files[done.file].holds(*done.place) for done in whole]
+            with self._wake:
+                self._waiting[:0] = [done for done, is_held in zip(whole, held, strict=True) if not is_held]
+            whole = [done for done, is_held in zip(whole, held, strict=True) if is_held]
+        self._append(whole)
+
+    def write_down(self, pieces: Iterable[Finished]) -> None:
+        """Writes a journal of these pieces, all of which are kept, before the output is published."""
+        if self._writes:
+            text, self.kept_bytes = self._text(pieces)
+            self._file.begin(text)
+            self._waiting = []
 
     def _append(self, whole: list[Finished]) -> None:
         with self._writing:
@@ -312,7 +325,13 @@ class Journal:
                 earlier = read(self._file)
                 written = earlier.pieces if earlier else FinishedTable()
                 every = itertools.chain(written, self._waiting)
-                text, kept_bytes = self._text(done for done in every if done.file not in self._broken)
+                files = self._files()
+                kept = (
+                    done
+                    for done in every
+                    if done.file not in self._broken and (done.file not in files or files[done.file].holds(*done.place))
+                )
+                text, kept_bytes = self._text(kept)
                 self._file.begin(text)
                 self.kept_bytes, self._waiting = kept_bytes, []
                 self._file.end()

@@ -9,12 +9,16 @@ import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from streammerge.errors import RecipeError, printable
 from streammerge.stores import journal, lock
 from streammerge.stores.base import Location
-from streammerge.stores.commit import JOURNAL, LocalJournalFile, LocalStaging, output_of, staging_folder
-from streammerge.units import decimal_bytes
+from streammerge.stores.commit import JOURNAL, LocalJournalFile, output_of, staging_folder
+from streammerge.units import counted, decimal_bytes
+
+if TYPE_CHECKING:
+    from streammerge.stores.remains import Remains
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +27,7 @@ class Leftover:
 
     ``out``: its output. ``user``: who owns the folder. ``owner``: the run that has the lock, None if none has.
     ``kept_bytes``: bytes of the pieces that a next run can continue from. ``changed``: when the journal was written last,
-    in seconds since 1970; 0 without a journal.
+    in seconds since 1970; 0 without a journal. ``uploads``: the uploads to an object store that were not completed.
     """
 
     out: Location
@@ -32,17 +36,27 @@ class Leftover:
     owner: lock.Owner | None
     kept_bytes: int
     changed: float
+    uploads: int = 0
 
     def __str__(self) -> str:
         if self.owner is not None:
             return f"{printable(self.out)}: being written by {self.owner}"
         when = time.strftime(" at %Y-%m-%d %H:%M", time.localtime(self.changed)) if self.changed else ""
         kept = f"{decimal_bytes(self.kept_bytes)} are kept" if self.kept_bytes else "nothing is kept"
-        return f"{printable(self.out)}: interrupted{when}, of {printable(self.user)}; {kept}"
+        kept += f"; {counted(self.uploads, 'upload')} not completed" if self.uploads else ""
+        whose = f", of {printable(self.user)}" if self.user else ""
+        return f"{printable(self.out)}: interrupted{when}{whose}; {kept}"
 
 
 def leftovers(folder: Location) -> list[Leftover]:
-    """Returns what runs have left in a folder, by the names of their outputs. Raises RecipeError if it is no folder."""
+    """Returns what runs have left in a folder, by the names of their outputs. Raises RecipeError if it is no folder.
+
+    Of an object store, also uploads below the folder that nobody has completed.
+    """
+    if folder.store.sends_parts:
+        from streammerge.stores.remains import remains  # here, since local outputs do without
+
+        return [_of_remains(each) for each in remains(folder)]
     if not folder.is_folder():
         raise RecipeError(f"{printable(folder)} is no folder; give the folder in which outputs are made")
     found = []
@@ -55,6 +69,11 @@ def leftovers(folder: Location) -> list[Leftover]:
 
 def leftover_of(out: Location) -> Leftover | None:
     """Returns what a run has left for an output, None if there is nothing."""
+    if out.store.sends_parts:
+        from streammerge.stores.remains import remains_of
+
+        found = remains_of(out)
+        return None if found is None else _of_remains(found)
     folder = out.parent
     own = output_of(staging_folder(Path(out.absolute().key)).name)
     return next((each for each in leftovers(folder) if each.out.name == own), None) if folder.is_folder() else None
@@ -65,9 +84,14 @@ def discard(out: Location) -> None:
 
     Raises LockedError if that run may still be there.
     """
-    staging = LocalStaging(out, overwrite=True)
-    staging.clear()
+    staging = out.stage(overwrite=True)
+    for staging.as_folder in (True, False):
+        staging.clear()
     staging.abort()
+
+
+def _of_remains(found: Remains) -> Leftover:
+    return Leftover(found.out, found.folder, found.user, found.owner, found.kept_bytes, found.changed, found.uploads)
 
 
 def _leftover(out: Location, folder: Location) -> Leftover:

@@ -146,12 +146,12 @@ def _take(fd: int, folder: str, out: object, owner: Owner) -> str:
     except OSError as error:
         if error.errno not in system.UNSUPPORTED:
             raise _locked(out, known or _owner_at(claim)) from error
-        if known is not None and _may_run(known, None):
+        if known is not None and may_run(known, None):
             raise _locked(out, known, path) from error
         _make_claim(claim, out, owner)
         return claim
     known = owner_in(fd)  # once more: it may have changed hands
-    if known is not None and _may_run(known, folder):
+    if known is not None and may_run(known, folder):
         raise _locked(out, known, path)
     _remove_dead_claim(claim, out)
     return ""
@@ -175,7 +175,7 @@ def _remove_dead_claim(claim: str, out: object) -> None:
     dead = _owner_at(claim)
     if dead is None:
         return
-    if _may_run(dead, None):
+    if may_run(dead, None):
         raise _locked(out, dead, claim)
     aside = f"{claim}.{os.getpid()}"
     try:
@@ -263,7 +263,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_in_child)
 
 
-def _may_run(owner: Owner, locked_in: str | None) -> bool:
+def may_run(owner: Owner, locked_in: str | None) -> bool:
     """Whether an owner may be alive, seen from here. ``locked_in``: the folder in which we hold the kernel's lock."""
     here = this_run()
     same_kernel = owner.boot == here.boot if owner.boot else owner.host == here.host

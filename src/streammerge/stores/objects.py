@@ -7,19 +7,27 @@ also from the profiles in ``~/.aws``.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import threading
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import quote, unquote
 
 from streammerge.errors import ChangedError, RecipeError, StoreError, printable
-from streammerge.stores.base import Location, Status
+from streammerge.stores import multipart
+from streammerge.stores.base import Location, Staging, Status
+from streammerge.stores.multipart import Requests
+from streammerge.stores.parts import PART_BYTES, SENDERS, Part, Upload, buffer_bytes
+from streammerge.stores.profiles import endpoint, profile
+from streammerge.stores.remembering import forget
 from streammerge.stores.remote import Entries, Passing, RemoteStore, persistently
+from streammerge.stores.space import exists_already
+from streammerge.stores.staged import Item, ObjectStaging, Taken, half_published, home_of, owner_of, runs
 
 CONNECT_SECONDS, READ_SECONDS, REQUEST_SECONDS = 10.0, 20.0, 180.0
 """The longest waits for a connection, for the next bytes of an answer, and for a whole request."""
@@ -152,6 +160,142 @@ class ObjectStore(RemoteStore):
         except FileNotFoundError as error:
             raise ChangedError(f"{printable(location)} is gone since it was planned; run the command again") from error
 
+    # ------------------------------------------------------------------------------------------------------------- writing
+
+    sends_parts = True
+
+    def put(self, location: Location, data: bytes, only: str | None = None) -> str:
+        """See :class:`streammerge.stores.staged.Objects`."""
+        client, name = self.split(location)
+        obs = imported()
+        import obstore.exceptions as said
+
+        mode: Any = "overwrite" if only is None else {"e_tag": only} if only else "create"
+
+        def ask() -> str:
+            try:
+                with failures(location, changes=False):
+                    made = obs.put(client, name, data, mode=mode, use_multipart=False)
+            except (said.AlreadyExistsError, said.PreconditionError) as error:
+                raise Taken from error
+            except FileNotFoundError as error:
+                raise StoreError(f"{printable(location)} cannot be written: {_first_line(error)}") from error
+            return str(made["e_tag"] or "")
+
+        forget()
+        return persistently(ask, f"writing {printable(location)}")
+
+    def get(self, location: Location) -> tuple[bytes, Item]:
+        """See :class:`streammerge.stores.staged.Objects`."""
+        client, name = self.split(location)
+        obs = imported()
+
+        def ask() -> tuple[bytes, Item]:
+            with failures(location):
+                answer = obs.get(client, name)
+                return bytes(answer.bytes()), self._item(location, answer.meta)
+
+        return persistently(ask, f"reading {printable(location)}")
+
+    def _item(self, location: Location, meta: Any) -> Item:
+        return Item(location, meta["size"], meta["e_tag"] or "", meta["last_modified"].timestamp())
+
+    def delete(self, locations: Iterable[Location]) -> None:
+        """See :class:`streammerge.stores.staged.Objects`."""
+        obs = imported()
+
+        def ask(location: Location) -> None:
+            client, name = self.split(location)
+            with contextlib.suppress(FileNotFoundError), failures(location):
+                obs.delete(client, name)
+
+        for each in locations:
+            persistently(functools.partial(ask, each), f"removing {printable(each)}")
+        forget()
+
+    def items(self, folder: Location) -> list[Item]:
+        """See :class:`streammerge.stores.staged.Objects`."""
+        client, name = self.split(folder)
+        obs = imported()
+
+        def ask() -> list[Item]:
+            root = folder.key.partition("/")[0]
+            with failures(folder):
+                return [
+                    self._item(Location(self, f"{root}/{meta['path']}"), meta)
+                    for rows in obs.list(client, name or None)
+                    for meta in rows
+                    if not name or meta["path"].startswith(f"{name}/")
+                ]
+
+        return persistently(ask, f"listing {printable(folder)}")
+
+    def upload(self, location: Location) -> Upload:
+        """See :class:`streammerge.stores.staged.Objects`."""
+        return InOrder(self, location)
+
+    def upload_again(self, location: Location, identifier: str) -> tuple[Upload, dict[int, Part]] | None:
+        """See :class:`streammerge.stores.staged.Objects`."""
+        return None
+
+    def abort_uploads(self, out: Location, as_folder: bool) -> None:
+        """See :class:`streammerge.stores.staged.Objects`. The client aborts its uploads itself."""
+
+    def uploads_below(self, place: Location) -> list[Location]:
+        """See :class:`streammerge.stores.staged.Objects`. The client cannot list them."""
+        return []
+
+    def copy(self, source: Location, status: Status, target: Location) -> bool:
+        """See :class:`streammerge.stores.staged.Objects`."""
+        client, name = self.split(source)
+        if source.key.partition("/")[0] != target.key.partition("/")[0]:
+            return False
+        obs = imported()
+
+        def ask() -> None:
+            with failures(target):
+                obs.copy(client, name, target.key.partition("/")[2])
+
+        persistently(ask, f"copying {printable(source)}")
+        return True
+
+    def check_writable(self, location: Location, overwrite: bool) -> None:
+        if "/" not in location.key:
+            raise RecipeError(f"{printable(location)} is not a name for an output; write {printable(location)}/name")
+        if not overwrite and self.exists(location) and not half_published(self, location):
+            raise exists_already(location)
+
+    def stage(self, location: Location, overwrite: bool = False) -> Staging:
+        return ObjectStaging(self, location, overwrite, lasting=False)
+
+    def output_buffers(self, largest: int) -> tuple[int, int]:
+        return buffer_bytes(largest)
+
+    def write_whole(self, location: Location, data: bytes, overwrite: bool) -> None:
+        try:
+            self.put(location, data, None if overwrite else "")
+        except Taken as error:
+            raise exists_already(location) from error
+
+    def make_folder(self, location: Location) -> None:
+        """Does nothing: a folder is there while something is in it."""
+
+    def sweep(self, location: Location) -> None:
+        """Removes the lock of a run that ended before it had begun to write, or after it had published."""
+        home = home_of(location)
+        if "/" not in location.key:
+            return
+        found = self.items(home)
+        begun = any(item.location.parent.name != home.name for item in found)
+        if not found or (begun and half_published(self, location) is not None):
+            return
+        for item in found:
+            if item.location == home / "lock":
+                with contextlib.suppress(FileNotFoundError):
+                    if runs(owner_of(self.get(item.location)[0]), item):
+                        return
+        self.delete([item.location for item in found])
+
     def status_of(self, location: Location, meta: Any) -> Status:
         """Returns the status that an answer tells. The tag is the version, the time where there is no tag."""
         return Status((self.scheme, location.key), meta["size"], meta["e_tag"] or meta["last_modified"].isoformat())
@@ -162,13 +306,18 @@ def _changed(location: Location) -> ChangedError:
 
 
 @contextmanager
-def failures(location: Location) -> Iterator[None]:
-    """Turns errors of the client into ours. FileNotFoundError stays as it is."""
+def failures(location: Location, changes: bool = True) -> Iterator[None]:
+    """Turns errors of the client into ours. FileNotFoundError stays as it is.
+
+    ``changes``: whether a failed condition means that the file changed; otherwise that error stays as it is.
+    """
     import obstore.exceptions as known
 
     try:
         yield
-    except known.PreconditionError as error:
+    except (known.AlreadyExistsError, known.PreconditionError) as error:
+        if not changes:
+            raise
         raise _changed(location) from error
     except (known.PermissionDeniedError, known.UnauthenticatedError) as error:
         raise StoreError(f"{printable(location)} may not be used with these credentials: {_first_line(error)}") from error
@@ -206,19 +355,13 @@ class S3(ObjectStore):
     def settings(self) -> Mapping[str, str]:
         return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
 
-    def endpoint(self) -> str:
-        """Returns the address of the service, "" for that of Amazon."""
-        names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-        found = next((os.environ[name] for name in names if os.environ.get(name)), "")
-        return found or profile().get("endpoint_url", "")
-
     def allows_http(self) -> bool:
-        return self.endpoint().lower().startswith("http://")
+        return endpoint().lower().startswith("http://")
 
     def made_client(self, root: str, module: Any, common: dict[str, Any]) -> Any:
         config: dict[str, Any] = {}
-        if self.endpoint():
-            config["endpoint"] = self.endpoint()
+        if endpoint():
+            config["endpoint"] = endpoint()
         if not any(os.environ.get(name) for name in _OWN_CREDENTIALS):
             ours = profile()
             for key, names in _PROFILE_KEYS.items():
@@ -226,6 +369,61 @@ class S3(ObjectStore):
                 if found:
                     config[key] = found
         return module.S3Store(root, **config, **common)
+
+    def stage(self, location: Location, overwrite: bool = False) -> Staging:
+        return ObjectStaging(self, location, overwrite)
+
+    def requests(self, root: str) -> Requests:
+        """Returns the requests that the client lacks, for a bucket."""
+        key = ("requests", root, os.getpid(), *self.settings().items())
+        with self._lock:
+            found: Requests | None = self._clients.get(key)
+            if found is None:
+                found = self._clients[key] = Requests(root)
+            return found
+
+    def upload(self, location: Location) -> Upload:
+        root, _, name = location.key.partition("/")
+        requests = self.requests(root)
+        return S3Upload(requests, name, requests.begin(name))
+
+    def upload_again(self, location: Location, identifier: str) -> tuple[Upload, dict[int, Part]] | None:
+        root, _, name = location.key.partition("/")
+        requests = self.requests(root)
+        if not identifier or not any(each.identifier == identifier for each in requests.uploads(name)):
+            return None
+        found = requests.parts(name, identifier)
+        parts = {each.number - 1: Part(each.size, each.tag, each.checksum) for each in found}
+        return S3Upload(requests, name, identifier), parts
+
+    def uploads_below(self, place: Location) -> list[Location]:
+        root, _, name = place.key.partition("/")
+        below = f"{name}/" if name else ""
+        found = {each.key for each in self.requests(root).uploads(name) if each.key == name or each.key.startswith(below)}
+        return [Location(self, f"{root}/{key}") for key in sorted(found)]
+
+    def abort_uploads(self, out: Location, as_folder: bool) -> None:
+        root, _, name = out.key.partition("/")
+        requests = self.requests(root)
+        for each in list(requests.uploads(f"{name}/" if as_folder else name)):
+            if as_folder or each.key == name:
+                requests.abort(each.key, each.identifier)
+
+    def copy(self, source: Location, status: Status, target: Location) -> bool:
+        root, _, name = target.key.partition("/")
+        requests, tag = self.requests(root), str(status.version)
+        if status.size <= _MOST_COPY_BYTES:
+            requests.copy(name, source.key, tag)
+            return True
+        upload = requests.begin(name)
+        try:
+            spans = enumerate(ranges_of(status.size, _COPY_BYTES), 1)
+            parts = [requests.copy_part(name, upload, number, source.key, *span, tag) for number, span in spans]
+            requests.complete(name, upload, parts, replaces=True)
+        except BaseException:
+            requests.abort(name, upload)
+            raise
+        return True
 
 
 _OWN_CREDENTIALS = (
@@ -243,23 +441,73 @@ _PROFILE_KEYS = {
 }
 
 
-def profile() -> dict[str, str]:
-    """Returns the settings of the profile in use, from the files of the AWS command line. Empty if there are none."""
-    import configparser
+_MOST_COPY_BYTES, _COPY_BYTES = 5_000_000_000, 1 << 30
+"""The most bytes that one request may copy, and those of a part that is copied."""
 
-    name = os.environ.get("AWS_PROFILE") or os.environ.get("AWS_DEFAULT_PROFILE") or "default"
-    found: dict[str, str] = {}
-    for variable, usual, section in (
-        ("AWS_CONFIG_FILE", "~/.aws/config", name if name == "default" else f"profile {name}"),
-        ("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials", name),
-    ):
-        parser = configparser.RawConfigParser()
+
+def ranges_of(size: int, each: int) -> list[tuple[int, int]]:
+    return [(start, min(start + each, size)) for start in range(0, size, each)]
+
+
+class S3Upload(Upload):
+    """An upload of S3. ``identifier``: its name at the server."""
+
+    def __init__(self, requests: Requests, key: str, identifier: str) -> None:
+        self._requests, self._key, self.identifier = requests, key, identifier
+
+    def send(self, number: int, data: memoryview) -> Part:
+        made = self._requests.send(self._key, self.identifier, number + 1, data)
+        return Part(made.size, made.tag, made.checksum)
+
+    def complete(self, parts: Sequence[Part], replaces: bool) -> None:
+        every = [multipart.Part(number, *part) for number, part in enumerate(parts, 1)]
+        self._requests.complete(self._key, self.identifier, every, replaces)
+
+    def abort(self) -> None:
+        self._requests.abort(self._key, self.identifier)
+
+
+class InOrder(Upload):
+    """An upload by a client that takes the parts in their order only. A part that comes early waits in memory.
+
+    A next run cannot go on with it.
+    """
+
+    identifier = ""
+
+    def __init__(self, store: ObjectStore, location: Location) -> None:
+        self._location = location
+        client, name = store.split(location)
+        with failures(location):
+            self._writer = imported().open_writer(client, name, buffer_size=PART_BYTES, max_concurrency=SENDERS)
+        self._early: dict[int, memoryview] = {}
+        self._next, self._lock = 0, threading.Lock()
+
+    def send(self, number: int, data: memoryview) -> Part:
+        with self._lock:
+            self._early[number] = data
+            while self._next in self._early:
+                self._write(self._early.pop(self._next))
+                self._next += 1
+        return Part(len(data), "")
+
+    def _write(self, data: memoryview) -> None:
         try:
-            parser.read(Path(os.environ.get(variable) or usual).expanduser())
-            found |= dict(parser.items(section)) if parser.has_section(section) else {}
-        except (OSError, configparser.Error, UnicodeDecodeError, RuntimeError):
-            continue
-    return found
+            with failures(self._location):
+                self._writer.write(data)
+        except Passing as error:
+            raise StoreError(f"writing {printable(self._location)} failed ({error}); run it again") from error
+
+    def complete(self, parts: Sequence[Part], replaces: bool) -> None:
+        try:
+            with failures(self._location):
+                self._writer.close()
+        except Passing as error:
+            raise StoreError(f"writing {printable(self._location)} failed ({error}); run it again") from error
+
+    def abort(self) -> None:
+        with contextlib.suppress(Exception):
+            self._writer.__exit__(RuntimeError, RuntimeError("the output is given up"), None)
 
 
 class GoogleStorage(ObjectStore):
@@ -321,6 +569,18 @@ class Web(ObjectStore):
 
     def entries(self, location: Location) -> Entries:
         return Entries({}, frozenset())
+
+    def check_writable(self, location: Location, overwrite: bool) -> None:
+        raise RecipeError(f"{printable(location)}: a web server can be read only; write to another place")
+
+    def stage(self, location: Location, overwrite: bool = False) -> Staging:
+        raise RecipeError(f"{printable(location)}: a web server can be read only; write to another place")
+
+    def write_whole(self, location: Location, data: bytes, overwrite: bool) -> None:
+        self.check_writable(location, overwrite)
+
+    def sweep(self, location: Location) -> None:
+        """Does nothing."""
 
 
 class PlainWeb(Web):

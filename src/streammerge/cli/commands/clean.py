@@ -16,9 +16,12 @@ from streammerge.errors import RecipeError, printable
 def clean(location: str, yes: bool, debug: bool) -> None:
     """Discard what an interrupted run has left. The output itself stays.
 
+    In an object store these are uploads that were not completed, too.
+
     \b
     streammerge clean merged.safetensors
     streammerge clean results/ --yes
+    streammerge clean s3://bucket/results/ --yes
     """
     from streammerge.stores.leftovers import discard, leftover_of, leftovers
     from streammerge.stores.locations import parse

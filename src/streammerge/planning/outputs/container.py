@@ -56,6 +56,11 @@ def container_of(out: Location, first: CheckpointIndex | None = None) -> str:
         return "safetensors"
     if out.suffix in (*PICKLED_ENDINGS, *PLAIN_ENDINGS):
         return "pickle"
+    if out.suffix == ".gguf":
+        raise RecipeError(
+            f"{printable(out.name)}: GGUF is read and not written; end the name in / for a folder, and make a GGUF file of "
+            "it with llama.cpp's convert_hf_to_gguf.py"
+        )
     if first is not None and not first.in_memory and first.path.suffix == out.suffix and first.path.is_file():
         return "pickle" if first.container.pickled else "safetensors"
     if not out.suffix:

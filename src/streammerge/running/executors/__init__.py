@@ -9,4 +9,5 @@ Each module imports only modules above it::
     importing whether a clean process can load what it is sent
     threads   workers are threads of this process
     processes workers are processes
+    ray       the nodes of a Ray cluster
 """
