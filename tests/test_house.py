@@ -21,7 +21,7 @@ SOURCE = Path(sm.__file__).parent
 ROOMS = (
     "errors", "events", "units", "version", "strict_json", "plugins", "notebook",  # words
     "stores", "options", "tensors", "kernels", "methods", "sources", "pickles", "formats", "recipe", "checkpoints",
-    "quantised", "adapters", "planning", "running", "factoring", "requests",
+    "quantised", "adapters", "planning", "running", "factoring", "requests", "sweeps",
     "verifying", "diffing", "progress", "signatures", "api", "cli", "__init__", "__main__",
 )  # fmt: skip
 """Rooms from the bottom up. A room imports only from rooms before it."""
@@ -82,9 +82,9 @@ def test_no_room_holds_a_circle() -> None:
 
 
 PUBLIC = """
-    convert diff extract finish inspect list_methods location merge methods plan verify worker
+    convert diff extract finish inspect list_methods location merge methods plan sweep verify worker
     Chunk Kernel MergeMethod TensorGroup merge_method
-    AdapterResult CheckpointIndex Diff Plan Recipe Result ShareResult Source TensorSpec Verified
+    AdapterResult CheckpointIndex Diff Plan Recipe Result ShareResult Source SweepResult TensorSpec Verified
     SafetensorsWriter
     Executor Location Store executor file_format memory_store register_store
     BudgetError ChangedError FormatError LockedError MismatchError RecipeError SpaceError StoreError StreammergeError

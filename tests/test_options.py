@@ -24,6 +24,7 @@ from streammerge.options import (
     FINISH,
     MERGE,
     PLAN,
+    SWEEP,
     VERIFY,
     WORKER,
     Merging,
@@ -43,6 +44,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[type[Options], ...]]] = {
     "extract": (sm.extract, EXTRACT),
     "verify": (sm.verify, VERIFY),
     "diff": (sm.diff, DIFF),
+    "sweep": (sm.sweep, SWEEP),
     "worker": (sm.worker, WORKER),
     "finish": (sm.finish, FINISH),
     "inspect": (sm.inspect, (Selecting,)),
@@ -105,7 +107,7 @@ def test_what_overrides_a_recipe_is_described_in_it_alike() -> None:
 def test_sentences_of_the_library_name_options_that_exist() -> None:
     """In backquotes, as Python writes them: `name` or `name=value`; no sentence of the library names a flag."""
     known = {
-        *options_of(*MERGE, *PLAN, *CONVERT, *EXTRACT, *VERIFY, *WORKER, *FINISH),
+        *options_of(*SWEEP, *MERGE, *PLAN, *CONVERT, *EXTRACT, *VERIFY, *WORKER, *FINISH),
         "out",
         "listener",
         "progress",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from streammerge.api import inspect as inspect
     from streammerge.api import merge as merge
     from streammerge.api import plan as plan
+    from streammerge.api import sweep as sweep
     from streammerge.api import verify as verify
     from streammerge.api import worker as worker
     from streammerge.checkpoints.index import CheckpointIndex as CheckpointIndex
@@ -53,11 +54,12 @@ if TYPE_CHECKING:
     from streammerge.stores.locations import location as location
     from streammerge.stores.memory import memory_store as memory_store
     from streammerge.stores.registry import register_store as register_store
+    from streammerge.sweeps.results import SweepResult as SweepResult
     from streammerge.tensors.spec import TensorSpec as TensorSpec
     from streammerge.verifying.files import Verified as Verified
 
 _PLACES = {
-    "api": "convert diff extract finish inspect merge plan verify worker",
+    "api": "convert diff extract finish inspect merge plan sweep verify worker",
     "checkpoints.index": "CheckpointIndex",
     "diffing.result": "Diff",
     "errors": "BudgetError ChangedError FormatError LockedError MismatchError RecipeError SpaceError StreammergeError "
@@ -80,6 +82,7 @@ _PLACES = {
     "stores.memory": "memory_store",
     "stores.registry": "register_store",
     "sources.base": "Source",
+    "sweeps.results": "SweepResult",
     "tensors.spec": "TensorSpec",
     "verifying.files": "Verified",
     "formats.safetensors_writer": "SafetensorsWriter",

@@ -1,4 +1,4 @@
-"""merge(), plan(), convert(), extract(), inspect(), verify(), diff(), worker(), finish(): their arguments and results.
+"""The public functions: merge(), plan(), sweep(), convert(), extract(), inspect(), verify(), diff(), worker(), finish().
 
 The rooms below do the work. Nothing here prints, unless ``progress`` asks for a bar.
 
@@ -24,6 +24,7 @@ from streammerge.options import (
     FINISH,
     MERGE,
     PLAN,
+    SWEEP,
     VERIFY,
     WORKER,
     Converting,
@@ -44,6 +45,7 @@ from streammerge.options import (
     Saving,
     Selecting,
     Sharing,
+    Soup,
     Verifying,
     Writing,
     picked,
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
     from streammerge.running.execution import Result
     from streammerge.running.session import RunOptions
     from streammerge.running.shared import ShareResult
+    from streammerge.sweeps.results import SweepResult
     from streammerge.verifying.files import Verified
 
 
@@ -255,6 +258,69 @@ def merge(
         foreseen = output_warnings(made)  # the run itself raises these as errors, unless they are allowed
         made.warnings = [warning for warning in made.warnings if warning not in foreseen]
         return _executed(made, running, given, before)
+
+
+@takes(*SWEEP)
+def sweep(
+    inputs: Inputs,
+    out: PathLike,
+    *,
+    weights: Sequence[Iterable[SupportsFloat]] | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    random: SupportsIndex | None = None,
+    epochs: str | None = None,
+    averages: str | None = None,
+    score: str | Callable[[str], Any] | None = None,
+    lowest: bool = False,
+    keep: str | SupportsIndex | None = None,
+    soup: Soup | None = None,
+    normalize: bool | None = None,
+    method: str | Callable[..., Any] | None = None,
+    base: Checkpoint | None = None,
+    seed: SupportsIndex | None = None,
+    dtype: object = None,
+    compute_dtype: object = None,
+    rename: str | Sequence[str] | Mapping[str, str] | None = None,
+    on_missing: OnMissing | None = None,
+    on_shape: OnShape | None = None,
+    integers: Integers | None = None,
+    mixed_dtypes: MixedDtypes | None = None,
+    strict: bool = False,
+    unsafe_truncate_embeddings: bool | None = None,
+    tokenizer_source: str | None = None,
+    chat_template: str | None = None,
+    state_dict: str | None = None,
+    ema: Ema | None = None,
+    memory: str | SupportsIndex = DEFAULT_MEMORY,
+    workers: SupportsIndex | None = None,
+    io: Io = "mmap",
+    executor: str | Callable[[int], Any] = "auto",
+    address: str | None = None,
+    max_shard_size: str | SupportsIndex | None = None,
+    keep_optimizer: bool | None = None,
+    quantise: Quantise | None = None,
+    allow_nonfinite: bool | None = None,
+    hash: bool = False,
+    overwrite: bool = False,
+    resume: bool = True,
+    polite: bool = False,
+    listener: Listener = quiet,
+    progress: bool = False,
+) -> SweepResult:
+    """Makes many merges of the same inputs in one read, and keeps the best if it is given a score.
+
+    ``inputs``: as of :func:`merge`. ``out``: a folder for the outputs, whose names say their settings; or a name with
+    ``{}`` in place of the settings. Each output has the bytes of its own merge, but for the receipt. The same call goes on
+    after an interruption, and repeats no score. ``sweep.csv`` in the folder has the table, ``print(result)`` shows it.
+    ``result.outputs``, ``result.kept`` and ``result.best`` are its rows. ``listener``, ``progress`` and the errors are
+    those of :func:`merge`; TaskError is raised for a score that fails.
+    """
+    given = locals()
+    from streammerge.sweeps.sweeping import Sweep  # here, because merges start without it
+
+    with _run_options(given) as running:
+        made = {name: value for name, value in given.items() if name not in ("listener", "progress")}
+        return Sweep(made, running).run()
 
 
 @takes(*CONVERT)

@@ -123,7 +123,7 @@ def test_every_byte_of_a_region_is_there(elems: int) -> None:
     for region, (_, size) in budget.regions(fitted).items():
         assert len(workspace.octets(region)) == size
     for offset in (0, 1, 4095, 8191):
-        assert len(Outgoing(lambda data, offset: None, workspace, offset).room(8 * elems)) == 8 * elems
+        assert len(Outgoing(lambda data, offset: None, workspace.octets("out"), offset).room(8 * elems)) == 8 * elems
 
 
 def test_neighbours_are_computed_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

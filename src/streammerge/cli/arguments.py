@@ -106,6 +106,27 @@ def _parameters(typed: Iterable[str], weighted: bool) -> dict[str, Any]:
     return made
 
 
+def values_of_parameters(typed: Iterable[str]) -> dict[str, Any]:
+    """Returns ``NAME=VALUE`` pairs of a sweep as a dict. A name that is given several times has a list of alternatives."""
+    made: dict[str, list[str]] = {}
+    for each in typed:
+        name, equals, value = each.partition("=")
+        if not equals:
+            raise RecipeError(f"-p {printable(each)}: write it as NAME=VALUE")
+        made.setdefault(name, []).append(value)
+    return {
+        name: [each.split(",") if "," in each and name != "weight" else each for each in values]
+        if len(values) > 1 or name == "weight" or "," in values[0]
+        else values[0]
+        for name, values in made.items()
+    }
+
+
+def lists_of_numbers(typed: Iterable[str]) -> list[list[float]]:
+    """Returns texts like ``0.6,0.4`` as lists of numbers."""
+    return [_numbers("`weights`", each) for each in typed]
+
+
 def _numbers(option: str, text: str) -> list[float]:
     try:
         return [number_or_percent(part) for part in text.split(",")]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from streammerge.running.execution import Result
     from streammerge.running.shared import ShareResult
     from streammerge.stores.leftovers import Leftover
+    from streammerge.sweeps.results import SweepResult
     from streammerge.verifying.files import Verified
 
 
@@ -117,6 +118,13 @@ def show_diff(diff: Diff, form: str, tensors: bool, told: Collection[tuple[str, 
                 if (kind, text) not in told:
                     say(f"{kind}: {as_flags(text)}", err=True)
         say(diff.text(tensors))
+
+
+def show_sweep(result: SweepResult, form: str) -> None:
+    if form == "json":
+        put(as_json(result.to_json(), indent=2))
+    elif form == "human":
+        say(as_flags(str(result)))
 
 
 def show_indexes(indexes: list[CheckpointIndex], form: str, tensors: bool, recipe: bool) -> None:

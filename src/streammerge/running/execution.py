@@ -4,7 +4,8 @@ all."""
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from streammerge.errors import FormatError, RecipeError, StreammergeError, UncheckedError, listed, printable
@@ -105,15 +106,36 @@ def execute(plan: Plan, options: RunOptions, resident_before: int) -> Result:
 
 def _produce(plan: Plan, staging: Staging, options: RunOptions) -> Run:
     """Makes and commits the output. On an error, keeps nothing, or only what the next run can continue from."""
-    made, keep = None, False
-    try:
+    with started(plan, staging, options) as run:
+        made = run()
         alone = one_torch_thread() if plan.torch_needed else nullcontext()
         with faults.survived(), process.collector_spared(), alone:
-            made = Run(plan, staging, options)
             made.make()
-        refuse_to_lose_files(staging.out, plan)  # once more: much time has passed
-        staging.commit(plan.layout.as_folder)
-        options.listener(Published())
+        publish(made, options)
+    return made
+
+
+def publish(made: Run, options: RunOptions) -> None:
+    """Commits an output that is made."""
+    refuse_to_lose_files(made.staging.out, made.plan)  # once more: much time has passed
+    made.staging.commit(made.plan.layout.as_folder)
+    options.listener(Published())
+
+
+@contextmanager
+def started(plan: Plan, staging: Staging, options: RunOptions) -> Iterator[Callable[[], Run]]:
+    """Yields a function that begins the run, to be called once. When the block ends with an error, keeps nothing, or only
+    what the next run can continue from."""
+    made: Run | None = None
+    keep = False
+
+    def run() -> Run:
+        nonlocal made
+        made = Run(plan, staging, options)
+        return made
+
+    try:
+        yield run
     except BaseException as error:
         earlier = made is None or made.untouched  # the files are those of an earlier run
         # Before the wait for the journal, in which a second Ctrl-C may come.
@@ -130,7 +152,6 @@ def _produce(plan: Plan, staging: Staging, options: RunOptions) -> Run:
         raise
     finally:
         staging.abort(keep)
-    return made
 
 
 def may_pass(error: BaseException) -> bool:

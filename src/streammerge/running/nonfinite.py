@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from streammerge.kernels.agreed import AGREED, count_nonfinite, origins
 from streammerge.kernels.chunk import Chunk, Kernel
-from streammerge.running.workspace import Inputs
 
 if TYPE_CHECKING:
     import torch
+
+
+class Numbers(Protocol):
+    """The numbers of a task's sources, as :class:`~streammerge.running.workspace.Inputs` has them."""
+
+    def __len__(self) -> int: ...
+    def read(self, source: int, start: int, stop: int, /) -> torch.Tensor: ...
+    def origin(self, source: int, /) -> str: ...
 
 
 def may_be_nonfinite(out: torch.Tensor) -> bool:
@@ -20,7 +27,7 @@ def may_be_nonfinite(out: torch.Tensor) -> bool:
     return not math.isfinite(out.sum().item())
 
 
-def nonfinite_of(out: torch.Tensor, kernel: Kernel, row: int, chunk: Chunk, source: Inputs) -> dict[str, int]:
+def nonfinite_of(out: torch.Tensor, kernel: Kernel, row: int, chunk: Chunk, source: Numbers) -> dict[str, int]:
     """Counts the non-finite numbers by the file that they come from. An overflow, which no input has, is counted under
     "the result".
 

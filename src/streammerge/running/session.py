@@ -85,15 +85,24 @@ class Run:
         self._sealing: Sealing | None = None
         staging.as_folder = plan.layout.as_folder
         self.startup_bytes = self.peak_bytes = 0
+        self.hashes: dict[str, str] = {}
+        self.related = False
+        """Whether it is known already how the inputs are related, as when several outputs are made of them."""
+        self._begun = False
         self.journal = Journal(staging.journal_file, plan_parts(plan), lambda: staging.outputs, self.resume)
 
     def make(self) -> None:
         """Makes the whole output and waits until it is on the disk. Raises the errors of :func:`execute`."""
         try:
-            self._make()
+            self.prepare()
+            self.finish()
         finally:
-            self._end_workers()
-            self._inputs.close()
+            self.close()
+
+    def close(self) -> None:
+        """Ends the workers and closes the inputs."""
+        self._end_workers()
+        self._inputs.close()
 
     @property
     def _executor(self) -> Executor:
@@ -110,16 +119,21 @@ class Run:
             self.startup_bytes = max(self.startup_bytes, used.startup_bytes)
             self.peak_bytes = max(self.peak_bytes, used.peak_bytes)
 
-    def _make(self) -> None:
+    def prepare(self) -> None:
+        """Opens the output's files, and takes over what an earlier run of this plan has left."""
         self._take_up()
-        hashes = self._hashes()
+        self.hashes = self._hashes()
+
+    def finish(self) -> None:
+        """Makes what is missing, and waits until the output is on the disk."""
         self._spool()
         self._turn()
-        self._warn_of_strangers()
-        broken = self._attempt(hashes)
+        if not self.related:
+            self._warn_of_strangers()
+        broken = self._attempt(self.hashes)
         if broken:
             self._forget(broken)
-            again = self._attempt(hashes)
+            again = self._attempt(self.hashes)
             if again:
                 raise OSError(errno.EIO, f"the disk failed to store {listed(sorted(again))}, twice; nothing was written")
             self.warnings.append(f"the disk failed to store {listed(sorted(broken))} at first; it was written again")
@@ -141,7 +155,9 @@ class Run:
 
     def _attempt(self, hashes: dict[str, str]) -> set[str]:
         """Makes what is missing, and syncs. Returns the names of the files whose sync failed."""
-        self.journal.begin(self._done)
+        if not self._begun:
+            self.journal.begin(self._done)
+        self._begun = False
         self._make_pieces()
         self._end_workers()
         self._refuse_nonfinite()
@@ -325,6 +341,28 @@ class Run:
     def _wanted(self, piece: Piece) -> bool:
         return piece.key not in self._done
 
+    def begin(self) -> list[Output]:
+        """Lets pieces be made elsewhere, before :meth:`finish`. Returns the open files that they are written to."""
+        self.journal.begin(self._done)
+        self._begun = True
+        return self._outputs
+
+    def lacks(self, key: tuple[int, int]) -> bool:
+        """Whether the piece that begins there is still to be made. ``key``: see :attr:`Piece.key`."""
+        return key not in self._done
+
+    def take(self, piece: Piece, done: PieceDone) -> Finished:
+        """Writes down a piece that was made."""
+        self._outputs[piece.task.file].synced = False  # another process may have written to it
+        finished = self._finished(piece, done)
+        self._done.add(finished)
+        self.journal.add(finished)
+        if self._sealing is not None:
+            self._sealing.made(piece.task.file)
+        if finished.nonfinite and finished.nonfinite.keys() - {AGREED}:
+            self._refuse_nonfinite()  # now, and not after hours of work that would then be dropped
+        return finished
+
     def _make_pieces(self) -> None:
         held = process.Gauge()
         # Closes the generator explicitly, because after Ctrl-C no worker may outlive the files that it writes.
@@ -335,16 +373,9 @@ class Run:
         ):
             for done in results:
                 piece = done.piece(self._tasks)
-                self._outputs[piece.task.file].synced = False  # another process may have written to it
-                read_bytes, finished = piece.read_bytes, self._finished(piece, done)
-                self._done.add(finished)
-                self.journal.add(finished)
-                if self._sealing is not None:
-                    self._sealing.made(piece.task.file)
-                self.read_bytes += read_bytes
-                self.listener(TaskDone(piece.task.out.name, read_bytes, finished.nbytes, held.now()))
-                if finished.nonfinite and finished.nonfinite.keys() - {AGREED}:
-                    self._refuse_nonfinite()  # now, and not after hours of work that would then be dropped
+                finished = self.take(piece, done)
+                self.read_bytes += piece.read_bytes
+                self.listener(TaskDone(piece.task.out.name, piece.read_bytes, finished.nbytes, held.now()))
         self._inputs.halted_by(lambda: None)  # the workers have ended, and side files are still to be read
 
     def _job(self) -> Job:

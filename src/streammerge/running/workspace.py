@@ -133,8 +133,9 @@ class Outgoing:
     The buffer has the page alignment of the file, so that pages can go to the disk without a copy.
     """
 
-    def __init__(self, write: Callable[[memoryview, int], object], workspace: Workspace, offset: int) -> None:
-        self._write, self._buffer = write, workspace.octets("out")
+    def __init__(self, write: Callable[[memoryview, int], object], buffer: memoryview, offset: int) -> None:
+        """``buffer``: begins with a page, and has one page more than is collected."""
+        self._write, self._buffer = write, buffer
         self._start, self._held = offset, 0
 
     def room(self, nbytes: int) -> memoryview:
@@ -242,6 +243,10 @@ class Inputs:
     def origin(self, source: int) -> str:
         """Returns the name of a source's file or checkpoint, for messages."""
         return self._sources[source].origin
+
+    def stays(self, source: int) -> bool:
+        """Whether what is read of a source is mapped, and so stays valid."""
+        return self._mapped and self._stored[source] is not None
 
     def move_to(self, start: int, stop: int) -> None:
         """Announces the elements that are read next, and some after them. Gives earlier pages back if they are many."""

@@ -13,7 +13,7 @@ import io
 import os
 import posixpath
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple
@@ -192,6 +192,10 @@ class Location(Key):
     def make_folder(self) -> None:
         """Makes the folder, and those above it, where they are absent."""
         self.store.make_folder(self)
+
+    def remove_files(self, names: Collection[str]) -> None:
+        """Removes a file, or of a folder the files of these names and the folders that are empty then."""
+        self.store.remove_files(self, names)
 
     def free_bytes(self) -> int | None:
         """Bytes that can still be written here; None when the store cannot tell."""
@@ -619,6 +623,9 @@ class Store(ABC):
 
     def make_folder(self, location: Location) -> None:
         raise self._lacks("make_folder", location)
+
+    def remove_files(self, location: Location, names: Collection[str]) -> None:
+        raise self._lacks("remove_files", location)
 
     def sweep(self, location: Location) -> None:
         return

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import BinaryIO
 
@@ -122,6 +124,17 @@ class LocalStore(Store):
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                 raise
             raise RecipeError(f"cannot make the folder {printable(location)}: {error.strerror}") from error
+
+    def remove_files(self, location: Location, names: Collection[str]) -> None:
+        if not os.path.isdir(location.key):
+            os.unlink(location.key)
+            return
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(location.key, name))
+        for folder, _, _ in os.walk(location.key, topdown=False):
+            with contextlib.suppress(OSError):  # it holds files that are no part of the output
+                os.rmdir(folder)
 
     def replace_small(self, location: Location, data: bytes) -> None:
         from streammerge.stores import joint

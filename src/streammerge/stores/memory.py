@@ -17,7 +17,7 @@ import os
 import posixpath
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, ClassVar
 
 from streammerge.errors import FormatError, LockedError, RecipeError, printable
@@ -166,6 +166,12 @@ class MemoryStore(Store):
             if location.key in self._files:
                 raise RecipeError(f"cannot make the folder {printable(location)}: a file has this name")
             self._folders.add(location.key)
+
+    def remove_files(self, location: Location, names: Collection[str]) -> None:
+        with self.lock:
+            for key in [location.key] if location.key in self._files else [f"{location.key}/{name}" for name in names]:
+                self._files.pop(key, None)
+            self._folders.discard(location.key)
 
     def sweep(self, location: Location) -> None:
         with self.lock:

@@ -16,6 +16,7 @@ SHORT = {
     "methods": "List the merge methods, or show one: parameters, formula, paper.",
     "plan": "Show what merge would do; nothing else is written.",
     "runs": "List outputs in a folder whose runs go on or were interrupted.",
+    "sweep": "Make many merges of the same inputs in one read, score them, keep the best.",
     "verify": "Check that an output is what its recipe says.",
     "worker": "Make a part of a merge on this machine.",
 }

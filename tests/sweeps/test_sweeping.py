@@ -1,0 +1,286 @@
+"""Sweeps: each output is its own merge, the inputs are read once, the best are kept, and the same command goes on."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Cli, deflate, load_safetensors, mean, trained
+from safetensors.torch import save_file
+
+import streammerge as sm
+from streammerge.events import TaskDone
+
+WEIGHTS = [[0.5, 0.5], [0.6, 0.4], [1.5, -0.5]]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("a", 1), ("b", 2), ("base", 3)):
+        state = trained(seed)
+        state["long"] = torch.randn(70_001, generator=torch.Generator().manual_seed(seed))  # more than a grain
+        save_file(state, f"{name}.safetensors")
+        torch.save(state, f"{name}.pth")
+        Path(name).mkdir()
+        save_file(state, f"{name}/model.safetensors", metadata={"format": "pt"})
+        Path(name, "config.json").write_text(json.dumps({"model_type": "x"}))
+    return tmp_path
+
+
+def tensors_of(path: str) -> dict[str, torch.Tensor]:
+    if path.endswith(".pth"):
+        return dict(torch.load(path, weights_only=True))
+    return load_safetensors(Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path))
+
+
+def bytes_of(path: str) -> dict[str, bytes]:
+    place = Path(path)
+    return {each.name: each.read_bytes() for each in place.iterdir()} if place.is_dir() else {"": place.read_bytes()}
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pth", ""])
+def test_each_output_is_its_own_merge(here: Path, ending: str) -> None:
+    inputs = [f"a{ending}", f"b{ending}"]
+    result = sm.sweep(inputs, "out", weights=WEIGHTS, integers="first")
+    assert [each.name for each in result.outputs] == ["weight_0.5_0.5", "weight_0.6_0.4", "weight_1.5_-0.5"]
+    assert result.reads == 1
+    for each, weights in zip(result.kept, WEIGHTS, strict=True):
+        sm.merge(inputs, f"one{ending or '/'}", weights=weights, integers="first", overwrite=True)
+        assert bytes_of(each.out) == bytes_of(f"one{ending}")
+        expected = mean([trained(1)["embed.weight"], trained(2)["embed.weight"]], weights)
+        assert torch.equal(tensors_of(each.out)["embed.weight"], expected)
+        assert sm.verify(each.out, inputs=here, sample="100%").equal_elems
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "base"),
+    [
+        ("slerp", {"t": "0.2:0.8:0.3"}, None),
+        ("ties", {"density": ["0.3", "0.7"], "weight": 0.5}, "base.safetensors"),
+        ("dare_linear", {"density": "0.2:0.6:0.4", "weight": 0.5}, "base.safetensors"),
+        ("task_arithmetic", {"lambda": "0.5:1:0.5", "weight": 0.5}, "base.safetensors"),
+        ("model_stock", {"filter_wise": ["true", "false"]}, "base.safetensors"),
+        ("nearswap", {"t": ["0.1", "0.3"]}, "a.safetensors"),
+    ],
+)
+@pytest.mark.parametrize("ways", [{}, {"io": "pread", "workers": 1, "memory": "40MiB"}])
+def test_all_methods(here: Path, method: str, parameters: dict[str, Any], base: str | None, ways: dict[str, Any]) -> None:
+    inputs = ["a.safetensors", "b.safetensors"]
+    more: dict[str, Any] = {"method": method, "base": base, "integers": "first", "seed": 5, **ways}
+    result = sm.sweep(inputs, "out", parameters=parameters, **more)
+    assert len(result.outputs) >= 2
+    contents = set()
+    for each in result.outputs:
+        own = {**parameters, **each.settings}
+        sm.merge(inputs, "one.safetensors", parameters=own, overwrite=True, **more)
+        assert bytes_of(each.out) == bytes_of("one.safetensors")
+        contents.add(bytes_of(each.out)[""])
+    assert len(contents) == len(result.outputs)
+
+
+def test_the_inputs_are_read_once(here: Path) -> None:
+    told: list[Any] = []
+    inputs = ["a.safetensors", "b.safetensors"]
+    result = sm.sweep(inputs, "out", random=16, seed=3, integers="first", io="pread", listener=told.append)
+    once = sm.merge(inputs, "one.safetensors", integers="first")
+    assert result.read_bytes == once.read_bytes == sum(e.read_bytes for e in told if isinstance(e, TaskDone))
+    assert len(result.kept) == 16
+    assert result.written_bytes > 15 * once.written_bytes
+    again = sm.sweep(inputs, "again", random=16, seed=3, integers="first")
+    assert [each.settings for each in again.outputs] == [each.settings for each in result.outputs]
+    other = sm.sweep(inputs, "other", random=16, seed=4, integers="first")
+    assert [each.settings for each in other.outputs] != [each.settings for each in result.outputs]
+
+
+def test_little_memory_takes_several_reads(here: Path) -> None:
+    inputs = ["a.safetensors", "b.safetensors"]
+    result = sm.sweep(inputs, "out", random=24, integers="first", memory="40MiB", workers=1)
+    assert 1 < result.reads < 24
+    assert result.peak_bytes < 60 << 20
+    for each in result.outputs[::7]:
+        weights = [float(w) for w in each.settings["weight"].split(",")]
+        sm.merge(inputs, "one.safetensors", weights=weights, integers="first", overwrite=True)
+        assert bytes_of(each.out) == bytes_of("one.safetensors")
+
+
+def test_packed_records_are_unpacked_once(here: Path) -> None:
+    for name in "ab":
+        deflate(Path(f"{name}.pth"), Path(f"{name}-packed.pth"))
+    inputs = ["a-packed.pth", "b-packed.pth"]
+    result = sm.sweep(inputs, "out", weights=WEIGHTS, integers="first")
+    for each, weights in zip(result.kept, WEIGHTS, strict=True):
+        sm.merge(inputs, "one.pth", weights=weights, integers="first", overwrite=True)
+        assert bytes_of(each.out) == bytes_of("one.pth")
+
+
+@pytest.mark.parametrize("executor", ["threads", "processes"])
+def test_no_byte_depends_on_the_executor(here: Path, executor: str) -> None:
+    inputs = ["a.safetensors", "b.safetensors"]
+    result = sm.sweep(inputs, "out", weights=WEIGHTS, integers="first", executor=executor, workers=2)
+    sm.merge(inputs, "one.safetensors", weights=WEIGHTS[1], integers="first")
+    assert bytes_of(result.outputs[1].out) == bytes_of("one.safetensors")
+
+
+def test_icefalls_table_in_one_command(here: Path, cli: Cli) -> None:
+    Path("exp").mkdir()
+    for epoch in range(8, 13):
+        save_file({"w": torch.full((70_000,), float(epoch))}, f"exp/epoch-{epoch}.safetensors")
+    words = ("exp/epoch-*.safetensors", "--epochs", "11:12", "--averages", "1:3", "-o", "means", "--lowest")
+    score = Path("score.py")
+    score.write_text(
+        "import struct, sys\nprint('WER', abs(struct.unpack('<f', open(sys.argv[1], 'rb').read()[-4:])[0] - 10.2))\n"
+    )
+    made = cli("sweep", *words, "--score", f"{sys.executable} -S score.py {{}}", "--keep", "best:2")
+    assert "epoch \\ avg" in made.stdout
+    for epoch, average in ((11, 1), (12, 3), (11, 2)):
+        row = next(line for line in made.stdout.splitlines() if line.split()[:2] == [str(epoch), str(average)])
+        mean_of = sum(range(epoch - average + 1, epoch + 1)) / average
+        assert abs(float(row.split()[2]) - abs(mean_of - 10.2)) < 1e-5
+    assert sorted(each.name for each in Path("means").glob("*.safetensors")) == [
+        "epoch_11-avg_2.safetensors",
+        "epoch_11-avg_3.safetensors",
+    ]
+    sm.merge([f"exp/epoch-{n}.safetensors" for n in (9, 10, 11)], "one.safetensors")
+    assert bytes_of("means/epoch_11-avg_3.safetensors") == bytes_of("one.safetensors")
+
+
+def test_the_best_are_kept_and_no_score_is_asked_for_twice(here: Path) -> None:
+    asked: list[str] = []
+
+    def score(path: str) -> float:
+        asked.append(Path(path).stem)
+        return float(load_safetensors(Path(path))["layer.weight"].abs().sum())
+
+    inputs = ["a.safetensors", "b.safetensors"]
+    more: dict[str, Any] = {"random": 6, "integers": "first", "score": score, "keep": "best:2"}
+    result = sm.sweep(inputs, "out", **more)
+    assert len(asked) == 6
+    scores = sorted((each.score or 0.0 for each in result.outputs), reverse=True)
+    assert [each.score for each in result.kept] == scores[:2]
+    assert result.best is result.kept[0]
+    assert {each.stem for each in Path("out").glob("*.safetensors")} == {each.name for each in result.kept}
+    with Path("out/sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["score"]) for row in rows] == [each.score for each in result.outputs]
+    assert sum(row["state"] == "removed" for row in rows) == 4
+    again = sm.sweep(inputs, "out", **more)
+    assert len(asked) == 6
+    assert again.read_bytes == 0
+    assert [each.out for each in again.kept] == [each.out for each in result.kept]
+
+
+def test_an_interrupted_sweep_goes_on(here: Path) -> None:
+    inputs = ["a.safetensors", "b.safetensors"]
+
+    class Stop(BaseException):
+        pass
+
+    seen = 0
+
+    def stopping(event: Any) -> None:
+        nonlocal seen
+        seen += isinstance(event, TaskDone)
+        if seen == 12:
+            raise Stop
+
+    with pytest.raises(Stop):
+        sm.sweep(inputs, "out", weights=WEIGHTS, integers="first", listener=stopping)
+    assert not list(Path("out").glob("*.safetensors"))
+    result = sm.sweep(inputs, "out", weights=WEIGHTS, integers="first")
+    for each, weights in zip(result.kept, WEIGHTS, strict=True):
+        sm.merge(inputs, "one.safetensors", weights=weights, integers="first", overwrite=True)
+        assert bytes_of(each.out) == bytes_of("one.safetensors")
+    assert sorted(each.name for each in Path("out").iterdir()) == [
+        "sweep.csv",
+        "sweep.json",
+        *sorted(Path(each.out).name for each in result.kept),
+    ]
+
+
+def test_what_is_there_is_not_made_again_and_strangers_stay(here: Path) -> None:
+    inputs = ["a.safetensors", "b.safetensors"]
+    sm.sweep(inputs, "out", weights=WEIGHTS[:2], integers="first")
+    before = Path("out/weight_0.5_0.5.safetensors").stat().st_mtime_ns
+    result = sm.sweep(inputs, "out", weights=WEIGHTS, integers="first")
+    assert [each.state for each in result.outputs] == ["there", "there", "made"]
+    assert Path("out/weight_0.5_0.5.safetensors").stat().st_mtime_ns == before
+    save_file({"x": torch.ones(2)}, "out/weight_1.5_-0.5.safetensors")
+    with pytest.raises(sm.RecipeError, match="is not what this sweep would make"):
+        sm.sweep(inputs, "out", weights=WEIGHTS, integers="first")
+
+
+def test_nan_is_told_and_stops_all(here: Path) -> None:
+    state = trained(2)
+    state["layer.bias"][3] = float("nan")
+    save_file(state, "bad.safetensors")
+    save_file(trained(1), "good.safetensors")
+    inputs = ["good.safetensors", "bad.safetensors"]
+    with pytest.raises(sm.VerifyError, match=r"layer\.bias: 1 in bad\.safetensors"):
+        sm.sweep(inputs, "out", weights=WEIGHTS, integers="first")
+    assert not list(Path("out").glob("*.safetensors"))
+    result = sm.sweep(inputs, "out", weights=WEIGHTS, integers="first", allow_nonfinite=True)
+    sm.merge(inputs, "one.safetensors", weights=WEIGHTS[0], integers="first", allow_nonfinite=True)
+    assert bytes_of(result.outputs[0].out) == bytes_of("one.safetensors")
+
+
+def test_a_greedy_soup_takes_what_does_not_harm(here: Path) -> None:
+    values = {"good": 1.0, "fair": 1.4, "far": 9.0, "other": 0.7}
+    for name, value in values.items():
+        save_file({"w": torch.full((10,), value)}, f"{name}.safetensors")
+
+    def score(path: str) -> float:
+        return -abs(float(load_safetensors(Path(path))["w"].mean()) - 1.0)
+
+    inputs = [f"{name}.safetensors" for name in values]
+    result = sm.sweep(inputs, "soup", soup="greedy", score=score)
+    tried = [each.settings["models"] for each in result.outputs if "round" in each.settings]
+    assert tried == ["1+4", "1+2", "1+3"]  # the best alone is never beaten
+    assert result.best is not None
+    assert result.best.out == "good.safetensors"
+    assert result.kept == ()
+    values["good"] = 1.1
+    save_file({"w": torch.full((10,), 1.1)}, "good.safetensors")
+    result = sm.sweep(inputs, "second", soup="greedy", score=score)
+    (kept,) = result.kept
+    assert kept.settings["models"] in ("1+4", "1+4+2")
+    assert kept.score is not None
+    assert kept.score >= max(each.score or -9 for each in result.outputs if each.name.startswith("input"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({}, "a sweep varies something"),
+        ({"weights": [[0.5, 0.5], [0.5, 0.5]]}, "two merges of the sweep are the same: weight_0.5_0.5"),
+        ({"weights": WEIGHTS, "keep": "best:2"}, "need scores; pass `score`"),
+        ({"weights": WEIGHTS, "keep": "worst", "score": "x {}"}, "`keep` takes best:N"),
+        ({"weights": WEIGHTS, "score": "x"}, "`score` takes a command with {}"),
+        ({"parameters": {"t": "0.2:0.8"}, "method": "slerp"}, "a range without a step"),
+        ({"parameters": {"t": "0.8:0.2:0.1"}, "method": "slerp"}, "is no range"),
+        ({"weights": [[0.5]]}, "1 weights for 2 inputs"),
+        ({"epochs": "1:2"}, "has no number in its name"),
+        ({"weights": WEIGHTS, "score": "false {}"}, "ended with code 1"),
+        ({"weights": WEIGHTS, "score": "echo none {} | tr -d 0-9"}, "printed no number"),
+    ],
+)
+def test_what_cannot_be_made_is_refused(here: Path, asked: dict[str, Any], said: str) -> None:
+    with pytest.raises((sm.RecipeError, sm.TaskError)) as caught:
+        sm.sweep(["a.safetensors", "b.safetensors"], "out", integers="first", **asked)
+    assert said in str(caught.value)
+
+
+def test_the_command_reports_as_json(here: Path, cli: Cli) -> None:
+    words = ("a.safetensors", "b.safetensors", "--weights", "0.5,0.5", "-p", "weight=0.6,0.4", "--integers", "first")
+    dry = cli("sweep", *words, "-o", "out", "--dry-run").stdout
+    assert "2 merges in out: read" in dry
+    assert not Path("out").exists()
+    found = json.loads(cli("sweep", *words, "-o", "out", "--format", "json").stdout)
+    assert [each["settings"] for each in found["outputs"]] == [{"weight": "0.5,0.5"}, {"weight": "0.6,0.4"}]
+    assert found["reads"] == 1
+    assert found["peak_bytes"] < found["memory_bytes"]
