@@ -29,6 +29,7 @@ Each module imports only modules above it::
     multipart    uploads to S3 in parts
     parts        files that are sent in parts
     staged       outputs of object stores
+    joint_objects uploads to S3 that several machines send
     objects      s3://, gs://, az://, https://
     hub          hf://
     registry     stores by scheme

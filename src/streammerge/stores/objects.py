@@ -21,7 +21,7 @@ from urllib.parse import quote, unquote
 
 from streammerge.errors import ChangedError, RecipeError, StoreError, printable
 from streammerge.stores import multipart
-from streammerge.stores.base import Location, Staging, Status
+from streammerge.stores.base import Joint, Location, Staging, Status
 from streammerge.stores.multipart import Refused, Requests
 from streammerge.stores.parts import PART_BYTES, SENDERS, Part, Upload, buffer_bytes
 from streammerge.stores.profiles import endpoint, profile
@@ -386,6 +386,19 @@ class S3(ObjectStore):
 
     def stage(self, location: Location, overwrite: bool = False) -> Staging:
         return ObjectStaging(self, location, overwrite)
+
+    def join(self, location: Location, key: str) -> Joint:
+        from streammerge.stores.joint_objects import joint_of  # here, because most outputs are made by one machine
+
+        return joint_of(location, key)
+
+    def create_small(self, location: Location, data: bytes, durable: bool = True) -> bool:
+        from streammerge.stores.joint_objects import create_small
+
+        return create_small(self, location, data)
+
+    def replace_small(self, location: Location, data: bytes) -> None:
+        self.put(location, data)
 
     def sums(self, file: RangedInput, location: Location, status: Status) -> Sequence[int] | None:
         """Where the connection has no TLS, reads a file of moderate size once more, and compares it with its tag.
