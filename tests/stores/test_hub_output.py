@@ -63,6 +63,7 @@ def test_the_hub_gets_the_bytes_of_a_local_merge_in_one_commit(
     hub.before = before
     result = sm.merge(INPUTS, "hf://me/merged-v1.5", workers=workers, executor="threads")
     local = content(here / "local")
+    assert sm.plan(INPUTS, "hf://me/other").disk_bytes == max(len(data) for data in local.values())
     assert on_hub(hub, "me/merged-v1.5") == local
     assert hub.repos["me/merged-v1.5"].private
     assert any("it is private until its settings say otherwise" in note for note in result.notes)

@@ -13,7 +13,7 @@ import io
 import os
 import posixpath
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple
@@ -633,6 +633,10 @@ class Store(ABC):
 
     def stage(self, location: Location, overwrite: bool = False) -> Staging:
         raise self._lacks("stage", location)
+
+    def needed_disk_bytes(self, sizes: Sequence[int]) -> int:
+        """Returns what an output of files of these sizes needs on this machine's disk, or on the disk it is written to."""
+        return sum(sizes)
 
     def is_always_folder(self, location: Location) -> bool:
         """Whether an output of that name is a folder, whatever the name looks like."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import urlsplit
@@ -292,6 +293,9 @@ class Hub(RemoteStore):
             staging.abort(keep=True)
             raise
         return staging
+
+    def needed_disk_bytes(self, sizes: Sequence[int]) -> int:
+        return max(sizes, default=0)
 
     def output_buffers(self, largest: int) -> tuple[int, int]:
         return CLIENT_BYTES, 0
