@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from streammerge.options import CONVERT, EXTRACT, FINISH, MERGE, PLAN, SWEEP, VERIFY, WORKER, options_of
+from streammerge.options import CONVERT, EXTRACT, FINISH, MERGE, PLAN, REPORT, SWEEP, VERIFY, WORKER, options_of
 
-_OPTIONS = options_of(*SWEEP, *WORKER, *FINISH, *EXTRACT, *PLAN, *MERGE, *CONVERT, *VERIFY)
+_OPTIONS = options_of(*REPORT, *SWEEP, *WORKER, *FINISH, *EXTRACT, *PLAN, *MERGE, *CONVERT, *VERIFY)
 _NAMED = re.compile(
     r"""`(?P<name>[a-z_]+)(?:=(?P<value>\{[^`{}]*\}|"[^`"]*"|'[^`']*'|[^`"'{}\s]+))?`|`"(?P<word>[^`"]*)"`"""
 )
