@@ -96,6 +96,26 @@ def read_pickle(data: bytes) -> None:
     read_checkpoint("x.pth", wrap(data[1:]))
 
 
+def read_beside(folder: str, name: str, beside: dict[str, bytes], data: bytes) -> None:
+    """Reads a folder that holds this file beside valid ones."""
+    Path(folder).mkdir(exist_ok=True)
+    for other, content in beside.items():
+        (Path(folder) / other).write_bytes(content)
+    (Path(folder) / name).write_bytes(data)
+    index = streammerge.inspect(folder)
+    show(render.index_text(index, True))
+    if zlib.crc32(data) % 4 == 0:
+        streammerge.plan(folder)
+
+
+def read_states(data: bytes) -> None:
+    """The pickle is that of the model in a checkpoint of DeepSpeed, at the stage that the first byte tells."""
+    stage = 3 if data[:1] < b"\x80" else 2
+    name = f"{'zero_pp_rank_0_' if stage == 3 else ''}mp_rank_00_model_states.pt"
+    optim = {"zero_pp_rank_0_mp_rank_00_optim_states.pt": h.zip_bytes(h.optim_states(stage))}
+    read_beside(f"zero{stage}", name, optim, h.zip_bytes(data[1:]))
+
+
 def read_text(data: bytes) -> None:
     """A recipe that was read can be written, and reads back equal."""
     Path("x.yaml").write_bytes(data)
@@ -261,6 +281,27 @@ def injured_pickle(content: bytes, chance: random.Random) -> bytes:
     return bytes([chance.randrange(256)]) + b"".join(made)
 
 
+def injured_bare(content: bytes, chance: random.Random) -> bytes:
+    """Returns a pickle, which no byte stands before, with opcodes exchanged or damaged bytes."""
+    return injured_pickle(b"\0" + content, chance)[1:]
+
+
+def injured_tar(content: bytes, chance: random.Random) -> bytes:
+    """Returns a tar archive with fields of its headers damaged, or bytes anywhere."""
+    if chance.random() < 0.2:
+        return injured(content, chance)
+    made = bytearray(content)
+    for _ in range(chance.choice([1, 1, 2, 4])):
+        header = chance.choice([found.start() - 257 for found in re.finditer(b"ustar", content)])
+        field, size = chance.choice([(0, 100), (124, 12), (156, 1), (257, 6), (345, 155), (512, 40)])
+        at = header + field + chance.randrange(size)
+        piece = chance.choice(
+            [b"\0", b"7", b"\x80", b"x", b"L", b"/", b"..", b"model_weights/", b"9" * 12, chance.randbytes(4)]
+        )
+        made[at : at + len(piece)] = piece
+    return bytes(made)
+
+
 @cache
 def _records(content: bytes) -> dict[str, bytes]:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -393,6 +434,40 @@ TARGETS = {
             bytes([container]) + content
             for container, contents in enumerate(((PICKLE, h.stream(h.Raw(MODULE)), HOSTILE), (PICKLE, HOSTILE), (TAR,)))
             for content in contents
+        ),
+    ),
+    "metadata": Target(
+        partial(read_beside, "dcp", ".metadata", dict(h.dcp_files()[:-1])),
+        injured_bare,
+        (h.dcp_files()[-1][1], h.dcp_files(FIRES)[-1][1]),
+    ),
+    "states": Target(read_states, injured_pickle, (b"\xff" + h.model_states(2), b"\0" + h.model_states(3))),
+    "rank": Target(
+        lambda data: read_beside(
+            "ranks", "model_rank_0.pt", {"model_rank_1.pt": h.zip_bytes(h.rank_file(1))}, h.zip_bytes(data)
+        ),
+        injured_bare,
+        (h.rank_file(0),),
+    ),
+    "nemo": Target(
+        partial(read_checkpoint, "x.nemo"),
+        injured_tar,
+        (
+            h.nemo_bytes({"model_config.yaml": b"a: 1", "model_weights.ckpt": h.zip_bytes(PICKLE)}),
+            h.nemo_bytes({f"model_weights/{name}": data for name, data in h.dcp_files()}),
+        ),
+    ),
+    "places": Target(
+        partial(read_beside, "hf", "shard-00001-model-00001-of-00001.safetensors", {}),
+        injured_header,
+        (
+            h.safetensors_bytes(
+                {
+                    "__metadata__": {"DCP_SHARDING_INFO": '{"w": {"saved_offsets": [0]}, "v": {"saved_offsets": [0, 0]}}'},
+                    "w": h.f32(0, 8),
+                    "v": h.f32(8, 16, [1, 2]),
+                }
+            ),
         ),
     ),
     "gguf": Target(partial(read_checkpoint, "x.gguf"), injured_gguf, GGUFS),

@@ -144,6 +144,96 @@ def tar_bytes(data: bytes, views: Any = (), geometry: tuple[int, ...] = (1, 4, 1
     return target.getvalue()
 
 
+def _object(path: str, state: Any) -> Raw:
+    """Returns an object that is made without arguments and gets this state."""
+    return Raw(name(path) + dump(()) + b"\x81" + dump(state) + b"b")
+
+
+def dcp_files(beside: Any = None) -> list[tuple[str, bytes]]:
+    """Returns the names and bytes of a folder of torch.distributed.checkpoint, its metadata last: a tensor of four floats
+    in two pieces, another one of two, and an object. ``beside``: what the metadata hold too."""
+    files, data = list[tuple[str, bytes]](), b""
+    pieces = [("w", (0,), (2,)), ("w", (2,), (2,)), ("v", (0, 0), (1, 2))]
+    metadata: dict[str, Any] = {}
+    places = b""
+    for key, offsets, sizes in pieces:
+        strides = (1,) if len(sizes) == 1 else (2, 1)
+        item = zip_bytes(stream(tensor(sizes, strides, 0, storage("0", 2))), {"0": FOUR_FLOATS[:8]})
+        metadata.setdefault(key, []).append((offsets, sizes))
+        places += dump(_object("a.MetadataIndex", {"fqn": key, "offset": call("torch.Size", offsets), "index": 0}))
+        info = {"relative_path": "__0_0.distcp", "offset": len(data), "length": len(item)}
+        places += dump(_object("a._StorageInfo", info))
+        data += item
+    files.append(("__0_0.distcp", data))
+    told: dict[str, Any] = {"step": _object("a.BytesStorageMetadata", {})}
+    for key, boxes in metadata.items():
+        chunks = [
+            _object("a.ChunkStorageMetadata", {"offsets": call("torch.Size", at), "sizes": call("torch.Size", sizes)})
+            for at, sizes in boxes
+        ]
+        properties = _object("a.TensorProperties", (name("torch.float32"), None, False, None, False))
+        size = call("torch.Size", (4,) if key == "w" else (1, 2))
+        told[key] = _object("a.TensorStorageMetadata", {"properties": properties, "size": size, "chunks": chunks})
+    state = {
+        "state_dict_metadata": told,
+        "planner_data": {"w": ("model", "w"), "v": ("model", "v"), "step": ("step",)},
+        "storage_data": Raw(b"}(" + places + b"u"),
+        "storage_meta": beside,
+    }
+    files.append((".metadata", stream(_object("a.Metadata", state))))
+    return files
+
+
+def model_states(stage: int) -> bytes:
+    """Returns the pickle of the model in a checkpoint of DeepSpeed with one rank, which :func:`optim_states` belongs to."""
+    empty = tensor((0,), (1,)) if stage == 3 else tensor((2,), (1,))
+    state = {
+        "module": {"w": empty, "v": empty, "t": empty, "b": tensor((1,), (1,), 3), "f": empty},
+        "buffer_names": ["b"],
+        "param_shapes": [{"w": call("torch.Size", (2,)), "v": call("torch.Size", (1, 2))}],
+        "shared_params": {"t": "w"},
+        "frozen_param_shapes": {"f": call("torch.Size", (2,))},
+        "frozen_param_fragments": {"f": tensor((2,), (1,), 1)},
+        "global_steps": 3,
+        "dp_world_size": 1,
+    }
+    return stream(state)
+
+
+def optim_states(stage: int) -> bytes:
+    """Returns the pickle of the optimizer in a checkpoint of DeepSpeed: four floats."""
+    groups = {"fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups": [tensor()]}
+    return stream({"optimizer_state_dict": {"zero_stage": stage, "partition_count": 1, **groups}})
+
+
+def rank_file(rank: int) -> bytes:
+    """Returns the pickle of one of two ranks' state dicts, with a distributed tensor of eight floats."""
+    layout = _object("a._MeshLayout", {"axes": (_object("a._FlatLayout", {"shape": (2,), "stride": (1,)}),)})
+    mesh = _object("a.DeviceMesh", {"_layout": layout, "_mesh_dim_names": ("dp",), "_coordinate_on_dim": (rank,)})
+    meta = Raw(name("a.TensorMeta") + dump((call("torch.Size", (8,)), (1,), name("torch.float32"))) + b"\x81")
+    spec = {"mesh": mesh, "placements": (_object("a.Shard", {"dim": 0}),), "tensor_meta": meta}
+    state = (None, {"_local_tensor": tensor(), "_spec": _object("a.DTensorSpec", spec)})
+    whole = call(
+        "torch._tensor._rebuild_from_type_v2",
+        name("torch._utils._rebuild_wrapper_subclass"),
+        name("torch.distributed.tensor.DTensor"),
+        (name("torch.distributed.tensor.DTensor"),),
+        state,
+    )
+    return stream({"w": whole, "v": tensor((2,), (1,))})
+
+
+def nemo_bytes(members: dict[str, bytes]) -> bytes:
+    """Returns a tar archive with these members below ``./``, with extended headers as Python writes them."""
+    target = io.BytesIO()
+    with tarfile.open(fileobj=target, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for path, octets in members.items():
+            member = tarfile.TarInfo(f"./{path}")
+            member.size, member.mtime = len(octets), 0.5
+            archive.addfile(member, io.BytesIO(octets))
+    return target.getvalue()
+
+
 def safetensors_bytes(header: Any, data: bytes = b"\0" * 16, length: int | None = None) -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data

@@ -13,6 +13,7 @@ import torch
 import streammerge as sm
 from formats.gguf_samples import TORCH, plain, write
 from formats.suite import FormatSuite, Tensors
+from streammerge.cli.arguments import output_name
 from streammerge.formats.gguf import matches
 
 
@@ -36,7 +37,30 @@ def test_its_reader_is_imported_for_its_files_only(tmp_path: Path) -> None:
         assert said.strip() == str(there)
 
 
-def test_it_is_not_written(tmp_path: Path) -> None:
+def test_it_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     TestGguf().write(tmp_path / "x.gguf", {"w": torch.ones(3)})
+    told: list[object] = []
+    assert output_name("out", ["x.gguf"], None, told.append) == "out.safetensors"
+    assert told == ["note: out is written as out.safetensors, since GGUF is not written; out/ would be a folder"]
     with pytest.raises(sm.RecipeError, match=r"y\.gguf: GGUF is read and not written; end the name in / for a folder"):
         sm.convert(tmp_path / "x.gguf", tmp_path / "y.gguf")
+
+
+def test_a_folder_may_hold_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("g").mkdir()
+    TestGguf().write(Path("g/x.gguf"), {"w": torch.ones(3)})
+    Path("g/config.json").write_text("{}")
+    sm.convert("g", "out/")
+    assert sorted(file.name for file in Path("out").iterdir() if file.suffix != ".md") == [
+        "config.json",
+        "model.safetensors",
+        "streammerge.json",
+    ]
+    for number in (1, 2):
+        TestGguf().write(Path(f"g/y-0000{number}-of-00002.gguf"), {f"w{number}": torch.ones(3)})
+    with pytest.raises(sm.FormatError, match=r"g holds several checkpoints \(x\.gguf, y-00001-of-00002\.gguf\)"):
+        sm.inspect("g")
+    Path("g/x.gguf").unlink()
+    assert set(sm.inspect("g")) == {"w1", "w2"}

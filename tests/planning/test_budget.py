@@ -98,3 +98,15 @@ class TestBudget:
         assert budget.fit(1 << 29, workers=1 << 70, tensors=0, cost=self.cost) == budget.fit(
             1 << 29, workers=1 << 9, tensors=0, cost=self.cost
         )
+
+
+def test_tiles_of_a_length_that_is_needed() -> None:
+    """Tiles that hold whole tensors are as long as these, or there is no budget; fewer workers may have them."""
+    cost = budget.Cost(compute=4, buffers=2, out=2, read=4, tiles=4)
+    for memory, workers in ((512, 4), (300, 2)):
+        found = budget.fit(memory << 20, workers=4, tensors=0, cost=cost, tile_bytes=24 << 20)
+        assert (found.tile_bytes, found.workers) == (24 << 20, workers)
+        assert budget.regions(found)["reader tiles"][1] == 96 << 20
+        assert found.peak_bytes <= memory << 20
+    with pytest.raises(sm.BudgetError):
+        budget.fit(64 << 20, workers=4, tensors=0, cost=cost, tile_bytes=24 << 20)

@@ -87,7 +87,6 @@ U32, I16, I32, F16, BF16, F32 = torch.uint32, torch.int16, torch.int32, torch.fl
         ({"q.weight": torch.uint8, "q.weight_scale": F32}, "weight_scale"),
         ({"q.weight": FP8, "q.weights_scaling_factor": F32}, "scaling_factor"),
         ({"q._weight_qdata": torch.int8, "q._weight_scale": F32}, "torchao"),
-        ({"q.weight": torch.uint8, "q.weight_scale": FP8, "q.weight_scale_2": F32}, "weight_scale"),
     ],
     ids=str,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +163,37 @@ def test_a_tensor_longer_than_a_piece(tmp_path: Path, monkeypatch: pytest.Monkey
         "out": node("slerp", ["s1", "s2"]),
     }
     in_stages(nodes, ".safetensors")
-    for executor in ("threads", "processes"):
-        sm.merge(recipe=one_run(nodes, ".safetensors"), out="w.safetensors", workers=2, executor=executor, overwrite=True)
+    recipe = one_run(nodes, ".safetensors")
+    for options in ({"executor": "processes", "workers": 2}, {"executor": "threads", "workers": 2, "memory": "64MiB"}, {}):
+        sm.merge(recipe=recipe, out="w.safetensors", overwrite=True, **options)
         assert same(load_safetensors("w.safetensors"), load_safetensors("out.safetensors"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system does not count what a process reads")
+def test_inputs_of_long_tensors_are_read_once_where_there_is_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles hold the whole tensor, and one worker makes it. Otherwise all passes of all merges read it again."""
+    monkeypatch.chdir(tmp_path)
+    shape = (2100, 2050)
+    for number in range(3):
+        save_file({"w": torch.full(shape, 1.0 + number, dtype=torch.bfloat16)}, f"m{number}.safetensors")
+    nodes = {
+        "s1": node("slerp", ["m0", "m1"]),
+        "s2": node("linear", ["s1", "m2"]),
+        "out": node("slerp", ["s1", "s2"]),
+    }
+
+    def read() -> int:
+        return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])  # type: ignore[index]
+
+    inputs = 3 * 2 * shape[0] * shape[1]
+    for memory, most in (("512MiB", 1.5), ("64MiB", 20.0)):
+        before = read()
+        options = {"workers": 2, "executor": "threads", "io": "pread", "overwrite": True, "memory": memory}
+        sm.merge(recipe=one_run(nodes, ".safetensors"), out="w.safetensors", **options)
+        assert read() - before <= most * inputs
+        assert (read() - before > 1.5 * inputs) == (memory == "64MiB")
 
 
 def test_a_pickle_has_the_counters_of_runs_through_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

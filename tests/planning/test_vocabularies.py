@@ -53,6 +53,7 @@ def folder(
     if head:
         tensors["lm_head.weight"], tensors["lm_head.bias"] = torch.randn(count, WIDTH, generator=make), torch.randn(count)
     tensors["final_logits_bias"] = torch.randn(1, count, generator=make)
+    tensors["cls.predictions.dense.weight"] = torch.randn(4, count, generator=make)  # MobileBERT's head
     Path(name).mkdir()
     save_file({key: each.to(dtype) for key, each in tensors.items()}, f"{name}/model.safetensors", {"format": "pt"})
     Path(name, "tokenizer.json").write_text(json.dumps(tokenizer(tokens, added)))
@@ -71,7 +72,7 @@ def expected(
 ) -> list[torch.Tensor]:
     """Returns each model's tensor in the output's order, by mergekit's rules."""
     held = [(m, load_file(f"{m}/model.safetensors")[name].double()) for m in models]
-    held = [(m, t.T if name == "final_logits_bias" else t) for m, t in held]
+    held = [(m, t.T if name in ACROSS else t) for m, t in held]
     have = {m: {t: n for t, n in vocabulary(m).items() if n < len(table)} for m, table in held}
     tables = dict(held)
     made = []
@@ -92,11 +93,12 @@ def expected(
             own = token in have[model] and not (told or {}).get("force")
             new[place] = table[have[model][token]] if own else default
         new[len(out) :] = new[: len(out)].mean(0)
-        made.append(new.T if name == "final_logits_bias" else new)
+        made.append(new.T if name in ACROSS else new)
     return made
 
 
-NAMES = ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias", "final_logits_bias")
+ACROSS = ("final_logits_bias", "cls.predictions.dense.weight")
+NAMES = ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias", *ACROSS)
 A, B, C = ([*list("abcd"), "ab"], ["<A>"]), ([*list("dcba"), "cd"], ["<B>", "<A>"]), ([*list("abcd"), "ab", "cd", "x"], [])
 
 
@@ -268,6 +270,8 @@ def test_cut_embeddings() -> None:
     made = merged(["a", "b"], unsafe_truncate_embeddings=True)
     a, b = (load_file(f"{m}/model.safetensors") for m in "ab")
     torch.testing.assert_close(made["lm_head.weight"], (a["lm_head.weight"] + b["lm_head.weight"][:8]) / 2)
+    for name in ACROSS:
+        torch.testing.assert_close(made[name], (a[name] + b[name][:, :8]) / 2)
     assert json.loads(Path("out/config.json").read_text())["vocab_size"] == 8
 
 

@@ -13,7 +13,7 @@ from conftest import load_safetensors, mean
 from safetensors.torch import save_file
 
 import streammerge as sm
-from quantised.samples import FP8, Tensors, fp8_model, load_folder
+from quantised.samples import FP8, Tensors, fp8_blocks, fp8_model, load_folder
 
 
 @pytest.fixture
@@ -123,3 +123,30 @@ def test_inspect_tells_the_scheme(models: Models) -> None:
     assert "which do not fit" in shown("bad.safetensors") or "no blocks that fit" in shown("bad.safetensors")
     save_file({"m.qweight": torch.ones(8, 8).int(), "m.scales": torch.ones(8)}, "gptq.safetensors")
     assert "GPTQ or AWQ, which is not read" in shown("gptq.safetensors")
+
+
+def test_a_pipeline_has_its_configurations_cleaned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("p", "q")):
+        for part in ("transformer", "vae"):
+            Path(name, part).mkdir(parents=True)
+            Path(name, part, "config.json").write_text(
+                '{"_class_name": "X", "quantization_config": {"quant_method": "fp8"}}'
+            )
+        Path(name, "model_index.json").write_text('{"transformer": ["diffusers", "T"], "vae": ["diffusers", "V"]}')
+        codes, scales = fp8_blocks(torch.randn(130, 140, generator=torch.Generator().manual_seed(number)))
+        stored = {"l.weight": codes, "l.weight_scale_inv": scales}
+        save_file(stored, f"{name}/transformer/diffusion_pytorch_model.safetensors")
+        save_file({"v.weight": torch.ones(3, 4)}, f"{name}/vae/diffusion_pytorch_model.safetensors")
+    sm.merge(["p", "q"], "out/")
+    assert load_safetensors(Path("out/transformer/diffusion_pytorch_model.safetensors")).keys() == {"l.weight"}
+    assert "quantization_config" not in Path("out/transformer/config.json").read_text()
+    assert "quantization_config" in Path("out/vae/config.json").read_text()
+    sm.merge(["p", "p"], "self/", quantise="like-base")
+    for file in Path("p").rglob("*.*"):
+        if file.suffix == ".safetensors":
+            one, two = load_safetensors(file), load_safetensors(Path("self", file.relative_to("p")))
+            assert one.keys() == two.keys()
+            assert all(torch.equal(each.view(torch.uint8), two[name].view(torch.uint8)) for name, each in one.items())
+        else:
+            assert file.read_bytes() == Path("self", file.relative_to("p")).read_bytes(), file

@@ -12,7 +12,7 @@ from conftest import load_safetensors
 from safetensors.torch import save_file
 
 import streammerge as sm
-from quantised.samples import Tensors, mxfp4_experts
+from quantised.samples import FP8_CONFIG, Tensors, fp8_blocks, in_blocks, mxfp4_experts, numbers_of
 
 
 def converted(tensors: Tensors, config: dict[str, Any] | None = None) -> Tensors:
@@ -233,3 +233,44 @@ def test_gguf_in_transformers(architecture: str) -> None:
     assert len(theirs) > 10
     for name, tensor in theirs.items():
         assert torch.equal(made[name], tensor.float()), name
+
+
+def test_transformers_loads_what_is_quantised_like_the_base() -> None:
+    """Its own fp8 quantiser gives the merge within half a step; the plain merge loads without it."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    config = transformers.Qwen3Config(
+        hidden_size=256, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=64, vocab_size=100, tie_word_embeddings=False,
+    )  # fmt: skip
+    numbers: list[Tensors] = []
+    for seed, name in enumerate(("a", "b")):
+        torch.manual_seed(seed)
+        transformers.Qwen3ForCausalLM(config).bfloat16().save_pretrained(name)
+        stored, plain = load_safetensors(Path(name, "model.safetensors")), Tensors()
+        for key, tensor in list(stored.items()):
+            plain[key] = tensor.float()
+            if "proj.weight" in key:
+                stored[key], stored[f"{key}_scale_inv"] = fp8_blocks(tensor.float())
+                plain[key] = numbers_of(stored[key], stored[f"{key}_scale_inv"])
+        save_file(stored, f"{name}/model.safetensors", {"format": "pt"})
+        said = json.loads(Path(name, "config.json").read_text())
+        said["quantization_config"] = FP8_CONFIG | {"modules_to_not_convert": ["lm_head"]}
+        Path(name, "config.json").write_text(json.dumps(said))
+        numbers.append(plain)
+    sm.merge(["a", "b"], "plain/")
+    sm.merge(["a", "b"], "like/", quantise="like-base")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    plain_model = load("plain", dtype=torch.bfloat16).state_dict()
+    quantiser = transformers.FineGrainedFP8Config(
+        weight_block_size=(128, 128), dequantize=True, modules_to_not_convert=["lm_head"]
+    )
+    like = load("like", quantization_config=quantiser, dtype=torch.float32).state_dict()
+    scales = load_safetensors(Path("like/model.safetensors"))
+    for key, one in numbers[0].items():
+        merged = (one.double() + numbers[1][key].double()) / 2
+        assert torch.equal(plain_model[key], merged.bfloat16()), key
+        if f"{key}_scale_inv" in scales:
+            scale = in_blocks(scales[f"{key}_scale_inv"], *merged.shape).double()
+            step = torch.maximum(merged.abs() * 2.0**-3, scale * 2.0**-9)
+            assert bool(((like[key].double() - merged).abs() <= step / 2).all()), key

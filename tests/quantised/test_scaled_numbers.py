@@ -10,12 +10,13 @@ from conftest import load_safetensors
 from safetensors.torch import save_file
 
 import streammerge as sm
-from quantised.samples import FP8, Tensors, fp8_blocks, in_blocks
+from quantised.samples import E2M1, FP8, Tensors, fp8_blocks, in_blocks
 
 CODES = torch.randn(200, 300, generator=torch.Generator().manual_seed(1)).to(FP8)
 BYTES = torch.randint(-128, 128, (200, 300), generator=torch.Generator().manual_seed(2)).char()
 ROWS, ONE = torch.rand(200, 1) + 0.5, torch.rand(1) + 0.5
 GRID = torch.rand(2, 3) + 0.5
+EXPONENTS = torch.randint(120, 130, (200, 10), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
 STACK = torch.randn(3, 200, 300).to(FP8)
 PLAIN = CODES.float()
 CASES: dict[str, tuple[Tensors, torch.Tensor]] = {
@@ -37,6 +38,18 @@ CASES: dict[str, tuple[Tensors, torch.Tensor]] = {
     "by rows, flat": ({"m.weight": CODES, "m.weight_scale": ROWS.view(-1)}, PLAIN * ROWS),
     "by tensor": ({"m.weight": CODES, "m.weight_scale": ONE, "m.k_scale": ONE.clone()}, PLAIN * ONE),
     "by tensor, 0-d": ({"m.weight": CODES, "m.weight_scale": ONE[0].clone()}, PLAIN * ONE),
+    "by columns of a square stack": (
+        {
+            "m.up_proj": STACK[:, :, :200].contiguous(),
+            "m.up_proj_scale": ROWS.view(1, 1, 200).expand(3, 1, 200).contiguous(),
+        },
+        STACK[:, :, :200].float() * ROWS.view(1, 1, 200),
+    ),
+    "4-bit floats in int8": (
+        {"m.weight": BYTES[:, :160].contiguous(), "m.scale": EXPONENTS.view(torch.float8_e8m0fnu)},
+        E2M1[torch.stack((BYTES[:, :160].int() & 15, BYTES[:, :160].int() >> 4 & 15), 2).view(200, 320)]
+        * torch.exp2(EXPONENTS.float() - 127).repeat_interleave(32, 1),
+    ),
     "mistral's names": ({"m.weight": CODES, "m.qscale_weight": ONE[0].clone(), "m.qscale_act": ONE}, PLAIN * ONE),
     "int8 by rows": ({"m.weight": BYTES, "m.weight_scale": ROWS}, BYTES.float() * ROWS),
     "int8 with zero points": (
@@ -71,7 +84,7 @@ def test_its_numbers(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("scales", "said"),
     [
-        (torch.ones(7, 7), r"the quantised weight m\.weight of shape \[200, 300\] has scales of shape \[7, 7\], and"),
+        (torch.ones(7, 7), r"of shape \[200, 300\] has scales of shape \[7, 7\], and its configuration states no blocks"),
         (torch.ones(3, 7, 1), r"has scales of shape \[3, 7, 1\], which do not fit it"),
         (torch.ones(0), r"has scales of shape \[0\], which do not fit it"),
     ],
@@ -79,7 +92,8 @@ def test_its_numbers(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_scales_must_fit(scales: torch.Tensor, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_file({"m.weight": torch.zeros(200, 300).to(FP8), "m.weight_scale_inv": scales}, "a.safetensors")
-    with pytest.raises(sm.MismatchError, match=said):
+    where = r"^a\.safetensors is quantised: scaled fp8 or int8, but the quantised weight m\.weight .*"
+    with pytest.raises(sm.MismatchError, match=where + said):
         sm.convert("a.safetensors", "b.safetensors")
 
 
@@ -93,3 +107,24 @@ def test_scales_that_are_not_finite_stop_a_merge(tmp_path: Path, monkeypatch: py
         sm.merge(["a.safetensors", "b.safetensors"], "c.safetensors")
     sm.convert("b.safetensors", "d.safetensors")
     assert not load_safetensors(Path("d.safetensors"))["m.weight"][128:, 128:256].any()
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"m.weight": BYTES, "m.scale": ROWS},
+        {"m.weight": BYTES, "m.weight_scale": torch.ones(200, 1).byte()},
+        {"m.weight": BYTES.byte(), "m.weight_scale": ROWS},
+        {"m.weight": BYTES.int(), "m.weight_scale": ROWS},
+        {"m.compressed": CODES, "m.bitmask": BYTES.byte(), "m.weight_scale": ROWS},
+    ],
+    ids=lambda tensors: " ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items()),
+)
+def test_integers_of_unknown_schemes_stay_refused(
+    tensors: Tensors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        save_file(tensors, f"{name}.safetensors")
+    with pytest.raises(sm.MismatchError, match=r"a\.safetensors is quantised"):
+        sm.merge(["a.safetensors", "b.safetensors"], "c.safetensors", integers="first")

@@ -36,7 +36,7 @@ def test_only_two_whole_numbers_are_a_block() -> None:
 def test_helpers_are_found_by_the_end_of_their_names() -> None:
     names = ("a.weight", "a.weight_scale_inv", "b.weight_scale", "b.weight_scale_2", "c.scale_weight", "d.scale")
     specs = {name: TensorSpec(name, DType.F32, (1,)) for name in names}
-    found = Stored({}, specs, {}, {}, "x").by_end
+    found = Stored({}, specs, {}, {}).by_end
     assert found == {
         "_scale_inv": ["a.weight"],
         "_scale": ["b.weight"],

@@ -11,6 +11,7 @@ from conftest import trained
 from safetensors.torch import save_file
 
 import streammerge as sm
+from streammerge.events import TaskDone
 from streammerge.planning import saved, units
 from streammerge.requests.machines import joint_of
 from streammerge.running.finishing import spans
@@ -68,6 +69,17 @@ def test_missing_units_are_named(plan: Path, tmp_path: Path) -> None:
     with pytest.raises(sm.UnfinishedError, match=f"1 of {count} units have no receipt yet: 1"):
         sm.finish(plan)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_finishing_makes_no_tensor_again(plan: Path, tmp_path: Path) -> None:
+    sm.worker(plan, claim=True)
+    (file,) = Path(place_of(plan).content.key).iterdir()
+    made = file.stat()
+    events: list[object] = []
+    assert sm.finish(plan, listener=events.append).read_bytes == 0
+    assert not [event for event in events if isinstance(event, TaskDone)]
+    assert (tmp_path / "out.safetensors").stat().st_ino == made.st_ino, "it is the file that the machines have written"
+    assert is_right(tmp_path)
 
 
 def test_an_output_that_exists_needs_overwrite(plan: Path, tmp_path: Path) -> None:

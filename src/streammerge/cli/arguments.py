@@ -68,10 +68,11 @@ def output_name(
     if first is None or not parse(first).is_file():
         return out
     ending = parse(first).suffix
-    ending = ending if _ENDING.fullmatch(ending) else ".safetensors"
+    why = "since GGUF is not written" if ending == ".gguf" else "like the first input"
+    ending = ending if _ENDING.fullmatch(ending) and ending != ".gguf" else ".safetensors"
     if ending:
         shown = printable(out)
-        tell(f"note: {shown} is written as {shown}{ending}, like the first input; {shown}/ would be a folder")
+        tell(f"note: {shown} is written as {shown}{ending}, {why}; {shown}/ would be a folder")
     return out + ending
 
 

@@ -175,7 +175,12 @@ def _read_own(folder: Location, read_file: ReadFile) -> Container:
     if not known and (distributed := below(folder, read_file)) is not None:
         return distributed
     if not found:
-        raise FormatError(f"{where} holds no checkpoint{_below(folder)}")
+        files = _of_llama_cpp(folder)
+        if not files:
+            raise FormatError(f"{where} holds no checkpoint{_below(folder)}")
+        if len(files) > 1:
+            raise FormatError(f"{where} holds several checkpoints ({listed(files)}); give one of them")
+        return read_file(folder / files[0])
     if not usable:
         first = (known or found)[0]
         named = f", named by {printable(first.form.index)}," if first.form.index else ""
@@ -251,6 +256,15 @@ def _refuse_another_model(folder: Location, wanted: _Found, taken: _Found, conta
             f"{printable(folder)}: {listed(wanted.absent)}, named by {printable(wanted.name)}, is absent; the download is "
             f"not complete, and {printable(taken.name)} has other names, so give that file itself if you mean it"
         )
+
+
+def _of_llama_cpp(folder: Location) -> list[str]:
+    """Returns the GGUF files in a folder: of several files of one model, the first."""
+    names = sorted(path.name for path in folder.children() if path.suffix == ".gguf" and path.is_file())
+    return [name for name in names if not (part := _OF_SET.search(name)) or int(part[1]) == 1]
+
+
+_OF_SET = re.compile(r"-(\d{5})-of-\d{5}\.gguf$")
 
 
 def _below(folder: Location) -> str:

@@ -157,24 +157,24 @@ class _Machine:
                 raise Damaged("it would take far more memory than its size explains")
 
     def run(self) -> Any:
-        byte, known = self.stream.byte, _OPCODES
+        byte, known, stream = self.stream.byte, _OPCODES, self.stream
         for _ in range(MAX_OPCODES):
             code = byte()
             found = known.get(code)
             if found is None:
                 raise ValueError(f"opcode {code!r} is unknown" if code else "it ends before STOP")
-            name, read, cost = found
-            self.charge(cost)
-            if name in _LENGTHS:
+            name, read, cost, action = found
+            self.cost += cost
+            if self.cost > FREE_BYTES:
+                self.charge(0)
+            if action is not None:
+                action(self, None if read is None else read(stream))
+            elif name in _LENGTHS:
                 self.stack.append(self.value(name))
-                continue
-            arg = None if read is None else read(self.stream)
-            if name in _PUSHED:
-                self.stack.append(_PUSHED[name](arg))
+            elif name in _PUSHED:
+                self.stack.append(_PUSHED[name](None if read is None else read(stream)))
             elif name == "STOP":
                 return self.stack.pop()
-            elif (action := _ACTIONS.get(name)) is not None:
-                action(self, arg)
             else:
                 raise Damaged(f"opcode {name} is refused")
         raise Damaged(f"more than {MAX_OPCODES} opcodes")
@@ -218,12 +218,13 @@ class _Machine:
         self.put(len(self.memo))
 
     def put(self, index: Any) -> None:
-        value = self.memo[int(index)] = self.stack[-1]
+        index = index if index.__class__ is int else int(index)
+        value = self.memo[index] = self.stack[-1]
         if value.__class__ is Instance and value.path in RECONSTRUCT:
-            self.shells.setdefault(id(value), []).append(int(index))
+            self.shells.setdefault(id(value), []).append(index)
 
     def get(self, index: Any) -> None:
-        self.stack.append(self.memo[int(index)])
+        self.stack.append(self.memo[index if index.__class__ is int else int(index)])
 
     def pop(self, _: Any) -> None:
         if self.stack:
@@ -476,8 +477,20 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     **dict.fromkeys(["PERSID", "BINPERSID"], _Machine.persistent),
 }
 
-_OPCODES: dict[bytes, tuple[str, Callable[[Any], Any] | None, int]] = {
-    each.code.encode("latin-1"): (each.name, each.arg.reader if each.arg else None, _COST.get(each.name, _COST_OF_OTHERS))
+_READERS: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(["BINGET", "BINPUT", "BININT1"], lambda stream: stream.exactly(1)[0]),
+    **dict.fromkeys(["LONG_BINGET", "LONG_BINPUT"], lambda stream: int.from_bytes(stream.exactly(4), "little")),
+    "BININT2": lambda stream: int.from_bytes(stream.exactly(2), "little"),
+}
+"""Readers of frequent arguments that are quicker than those of :mod:`pickletools`."""
+
+_OPCODES: dict[bytes, tuple[str, Callable[[Any], Any] | None, int, Callable[[_Machine, Any], None] | None]] = {
+    each.code.encode("latin-1"): (
+        each.name,
+        _READERS.get(each.name, each.arg.reader) if each.arg else None,
+        _COST.get(each.name, _COST_OF_OTHERS),
+        _ACTIONS.get(each.name),
+    )
     for each in pickletools.opcodes
 }
-"""Code -> name, the reader of the argument, and the memory that is charged."""
+"""Code -> name, the reader of the argument, the memory that is charged, and what the opcode does."""

@@ -167,13 +167,15 @@ def fit(
     together: int = 0,
     pieces: int = 0,
     remote: bool = False,
+    tile_bytes: int = 0,
 ) -> Budget:
     """Returns the most workers and the best chunk that ``memory_bytes`` allows.
 
     ``tensors``: of all inputs together. ``tasks``: tensors of the output. ``columns`` and ``lines``: the same for tensors
     that are rows of tables. ``together``: the most of these in one file. ``pieces``: those of tensors that have several.
     ``beside_bytes``: what each worker holds beside its buffers, such as the blocks that a verification compares.
-    ``remote``: whether inputs are fetched over a network. Raises BudgetError, which names the least memory that is enough.
+    ``remote``: whether inputs are fetched over a network. ``tile_bytes``: how long tiles have to be, 0 for what there is
+    room for. Raises BudgetError, which names the least memory that is enough.
     """
     fixed = RUN_BYTES + tensors * PER_TENSOR_BYTES + tasks * PER_TASK_BYTES
     fixed += columns * PER_COLUMN_BYTES + lines * PER_ROW_BYTES + together * PER_CHECKED_BYTES
@@ -200,6 +202,7 @@ def fit(
                 last = halvings == _MOST_HALVINGS
                 window = 0 if last else MOST_WINDOW_BYTES * more >> halvings
                 tile = 0 if last or not cost.tiles else max(BEST_TILE_BYTES >> halvings, _LEAST_TILE_BYTES)
+                tile = tile_bytes or tile
                 out = max(BEST_OUT_BYTES >> halvings, cost.out * chunk)
                 ahead = max(BEST_AHEAD_BYTES >> halvings, _LEAST_AHEAD_BYTES) if remote else 0
                 needed = peak(count, chunk, out, window, tile, ahead)

@@ -61,9 +61,9 @@ def like_base(recipe: Recipe, indexes: Indexes, alignment: Alignment) -> Indexes
     alignment.merged = [*(made[name] for name in stored.entries if name in made), *added]
     helpers = [name for weight in first.quantised.values() for name in weight.stored[1:] if name in made]
     alignment.dispositions.add("tensor", helpers, "merged", _HELPS)
-    alignment.notes.append(f"{counted(len(helpers), 'weight')} are quantised again, as in {printable(first.path)}")
+    alignment.notes.append(f"quantised again, as in {printable(first.path)}: {counted(len(helpers), 'weight')}")
     alignment.dispositions.add("tensor", beside, "copied", _AS_THE_FIRST)
-    as_stored = replace(first, entries=stored.entries, quantised={}, stored=None)
+    as_stored = replace(first, entries=stored.entries, parts=stored.parts, quantised={}, stored=None)
     return {each: as_stored if index is first else index for each, index in indexes.items()}
 
 

@@ -15,7 +15,7 @@ from streammerge.methods.registry import COPY, INTEGERS
 from streammerge.planning.aligned import Way
 from streammerge.planning.alignment import Alignment, align
 from streammerge.planning.announced import disagreements
-from streammerge.planning.budget import Budget, Cost, fit
+from streammerge.planning.budget import BEST_TILE_BYTES, Budget, Cost, fit
 from streammerge.planning.conservation import Account, is_alarming, unused_text, used_text
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.container import plan_output
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from streammerge.sources.deflated import PackedKey
 
 _EXAMPLE_OUT = "merged.safetensors"
+_MOST_TILES = 6
+"""Sizes of tiles that are tried."""
 
 
 @dataclass(slots=True, repr=False)
@@ -397,11 +399,30 @@ def budget_of(
     remote = any(path.store.reads_ahead for path in _files_of(tasks)[0].values())
     more = (spooled, pickle_bytes, beside_bytes, objects_, columns, rows, together, parts, remote)
     try:
-        return fit(memory_bytes, workers, tensors, _cost(tasks, io), *more), io
+        found = fit(memory_bytes, workers, tensors, _cost(tasks, io), *more)
     except BudgetError:
         if io != "mmap":
             raise
-        return fit(memory_bytes, workers, tensors, _cost(tasks, "pread"), *more), "pread"
+        io, found = "pread", fit(memory_bytes, workers, tensors, _cost(tasks, "pread"), *more)
+    for tile in _longer_tiles(tasks):
+        try:
+            wide = fit(memory_bytes, workers, tensors, _cost(tasks, io, tile), *more, tile_bytes=tile)
+        except BudgetError:
+            continue
+        if 2 * wide.workers >= found.workers:
+            return wide, io
+    return found, io
+
+
+def _longer_tiles(tasks: Sequence[MergeTask]) -> list[int]:
+    """Returns the sizes of tiles, the longest first, that hold a tensor that passes read several times through merges."""
+    nested = [task for task in objects(tasks) if task.out.nbytes > BEST_TILE_BYTES and task.nested]
+    if not nested:
+        return []
+    from streammerge.planning.repeated import remembered_bytes  # here, because most merges have no stages
+
+    sizes = {remembered_bytes(task) for task in nested}
+    return sorted((size for size in sizes if size > BEST_TILE_BYTES), reverse=True)[:_MOST_TILES]
 
 
 def _held(tasks: Sequence[MergeTask]) -> tuple[int, int, int, int, int, int]:
@@ -499,8 +520,11 @@ def _tasks_of(placed: Placed, seed: int) -> list[MergeTask]:
     return [head, *tail]
 
 
-def _cost(tasks: Sequence[MergeTask], io: str) -> Cost:
-    """Returns the memory of one chunk: for each kind, the most that any task needs. Zero if all tasks copy verbatim."""
+def _cost(tasks: Sequence[MergeTask], io: str, tile_bytes: int = 0) -> Cost:
+    """Returns the memory of one chunk: for each kind, the most that any task needs. Zero if all tasks copy verbatim.
+
+    ``tile_bytes``: of longer tiles than the usual ones, if there are any.
+    """
     cost = Cost(0, 0, 0, 0)
     seen: set[tuple[object, ...]] = set()
     for task, _ in alike(tasks):
@@ -508,7 +532,7 @@ def _cost(tasks: Sequence[MergeTask], io: str) -> Cost:
             cost = cost.most(_turned_cost(task, io))
             continue
         if not all(map(_is_stored, task.sources)):
-            cost = cost.most(_nested_cost(task, io))
+            cost = cost.most(_nested_cost(task, io, tile_bytes))
             continue
         if task.verbatim:
             continue
@@ -528,7 +552,8 @@ def _turned_cost(task: MergeTask, io: str) -> Cost:
     return _cost([made, copy_of_turned(task, Stored(made.out, None, 0))], io)
 
 
-def _task_cost(task: MergeTask, dtypes: list[DType], io: str) -> Cost:
+def _task_cost(task: MergeTask, dtypes: list[DType], io: str, alone: bool = False) -> Cost:
+    """Returns the memory of one chunk. ``alone``: whether one worker makes all pieces of the tensor."""
     method, models = task.method, len(dtypes)
     widest = max(d.element_bytes for d in dtypes)
     out = task.out.dtype.component.element_bytes
@@ -538,13 +563,13 @@ def _task_cost(task: MergeTask, dtypes: list[DType], io: str) -> Cost:
         return Cost(0, 0, out, read, inputs, mapped)
     compute, buffers = method.buffers_for(dtypes, task.compute, task.based)
     searches, rows_bytes = method.searches * models, method.held_bytes(task.row, models)
-    passes = rows_bytes + held_bytes(min(task.elems, task.piece_elems), searches)
+    passes = rows_bytes + held_bytes(task.elems if alone else min(task.elems, task.piece_elems), searches)
     passes += method.whole_bytes(task.shape, models - task.based, task.parameters, task.turned)
-    spread = rows_bytes + held_bytes(task.elems, searches) if task.spread else 0
+    spread = rows_bytes + held_bytes(task.elems, searches) if task.spread and not alone else 0
     return Cost(compute, buffers, out, read, inputs, mapped, task.row, method.passes, passes, spread)
 
 
-def _nested_cost(task: MergeTask, io: str) -> Cost:
+def _nested_cost(task: MergeTask, io: str, tile_bytes: int = 0) -> Cost:
     """Returns the memory of one chunk if some sources are not plain byte ranges. Such sources cannot be mapped."""
     needed = Needs()
     for source in task.sources:
@@ -555,6 +580,11 @@ def _nested_cost(task: MergeTask, io: str) -> Cost:
     if task.verbatim:
         return nested
     dtypes = [source.spec.dtype.component for source in task.sources]
-    read, mapped = (_task_cost(task, dtypes, way) for way in ("pread", io))
+    alone = False
+    if tile_bytes:
+        from streammerge.planning.repeated import is_alone
+
+        alone = is_alone(task, tile_bytes)
+    read, mapped = (_task_cost(task, dtypes, way, alone) for way in ("pread", io))
     plain = any(map(_is_stored, task.sources))
     return read.most(nested) if not plain or io == "pread" else read.most(mapped).most(nested)

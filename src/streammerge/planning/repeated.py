@@ -6,11 +6,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
+from streammerge.planning.budget import BEST_TILE_BYTES
 from streammerge.planning.tasks import MergeTask, Tasks, replaced
 from streammerge.sources.base import Source
 from streammerge.sources.constant import Constant
 from streammerge.sources.inline import Inline
-from streammerge.sources.merged import Merged
+from streammerge.sources.merged import Merged, methods_in
 from streammerge.sources.remembered import Remembered
 
 _Place = tuple[object, ...]
@@ -37,6 +38,30 @@ def _with_memory(task: MergeTask) -> MergeTask:
     known: dict[_Place, Source] = {}
     sources = tuple(_rebuilt(source, finder.again, known) if source.parts else source for source in task.sources)
     return replace(task, sources=sources)
+
+
+def remembered_bytes(task: MergeTask) -> int:
+    """Returns the bytes of the largest tensor that is remembered below a task whose passes, or those of a merge below it,
+    read tensors several times; 0 if there is none."""
+    if not task.nested or task.turned or task.to_turn:
+        return 0
+    methods = [task.method, *(method for source in task.sources for method in methods_in(source))]
+    if not any(method.passes for method in methods):
+        return 0
+    return max(map(_largest, task.sources), default=0)
+
+
+def _largest(source: Source) -> int:
+    own = source.spec.nbytes if isinstance(source, Remembered) else 0
+    return max([own, *map(_largest, source.parts)])
+
+
+def is_alone(task: MergeTask, tile_bytes: int) -> bool:
+    """Whether one worker makes all pieces of a long tensor one after the other, because its longer tiles hold what several
+    passes read. Another worker would have to make the passes of inner merges again."""
+    if tile_bytes <= BEST_TILE_BYTES or task.elems <= task.piece_elems:
+        return False
+    return 0 < remembered_bytes(task) <= tile_bytes
 
 
 class _Finder:

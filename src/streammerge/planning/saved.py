@@ -85,8 +85,11 @@ def saved(plan: Plan, workers: int | None, executor: str, hashed: bool) -> Saved
     alone = next((place for place in places if place.store.one_process), None)
     if alone is not None:
         raise RecipeError(f"the store {alone.store.scheme}:// belongs to this process; save a plan of files")
-    out = str(plan.out.absolute()) + "/" * plan.layout.as_folder
-    units = [unit.row() for unit in cut(plan.tasks)]
+    out = str(plan.out.absolute()).rstrip("/") + "/" * plan.layout.as_folder
+    whole_files = plan.out.store.sends_parts
+    if whole_files and hashed:
+        raise RecipeError("workers do not hash inputs for an output in an object store; leave `hash` out")
+    units = [unit.row() for unit in cut(plan.tasks, whole_files)]
     more = (plan.memory_bytes, workers, plan.io, executor, LEASE_SECONDS, units)
     return SavedPlan(plan_parts(plan), plan.recipe.to_dict(), str(HERE.absolute()), out, hashed, *more)
 

@@ -32,6 +32,7 @@ from streammerge.sources.merged import Merged as MergedSource
 from streammerge.sources.merged import merged
 from streammerge.sources.reshaped import reshaped
 from streammerge.sources.rows import Runs, gathered, rows_of, runs_of
+from streammerge.sources.turned import turned, turned_back
 from streammerge.stores.base import Location
 from streammerge.tensors.dtypes import DType, promoted
 from streammerge.tensors.layers import is_before, layer_of
@@ -46,6 +47,8 @@ _EMBEDDINGS = re.compile(r"emb|wte|shared\.weight$")
 _OF_TOKENS = re.compile(r"emb|wte|shared\.|head|decoder|predict|logits|vocab|proj_out|output|generator")
 _OF_OTHERS = re.compile(r"pos(?!t)|wpe|type|patch|norm|speaker|spk|lang|dense|emb_g|emb_l|rotary|time", re.IGNORECASE)
 """Parts of names that embeddings of words have, tensors with a row for each token, and tensors that never have one."""
+_ACROSS = re.compile(r"(^|\.)predictions\.dense\.weight$")
+"""The head of MobileBERT, the only matrix known whose columns belong to tokens."""
 _TOKEN_BYTES = 300
 """What a token takes while vocabularies are compared: its text, its numbers, and their places in mappings."""
 _NONE, _GAP = array("i"), array("i", [-1])
@@ -132,10 +135,8 @@ def truncated(recipe: Recipe, indexes: Indexes, notes: list[str], warnings: list
             least = min(filter(None, table.rows))
             for name, seen in zip(table.names, seens, strict=True):
                 if name is not None:
-                    entry = seen.entries[name]
-                    upright = reshaped(entry, (entry.spec.shape[1], 1)) if table.axis else entry
-                    cut = rows_of(upright, 0, least)
-                    seen.entries = {**seen.entries, name: reshaped(cut, (1, least)) if table.axis else cut}
+                    cut = rows_of(_upright(table, seen.entries[name]), 0, least)
+                    seen.entries = {**seen.entries, name: _laid_down(table, cut)}
             counts = ", ".join(str(rows) for rows in table.rows)
             warnings.append(
                 f"`unsafe_truncate_embeddings`: {printable(table.names[0])} has {counts} rows in the models and is cut to "
@@ -179,8 +180,9 @@ def _lengths(seens: Sequence[_Seen], names: Sequence[str | None]) -> tuple[int, 
     """Returns the axis of the rows, and their number in each model; None for tensors that cannot have tokens as rows."""
     shapes = [seen.entries[name].spec.shape if name else None for seen, name in zip(seens, names, strict=True)]
     present = [shape for shape in shapes if shape is not None]
-    bias = str(names[0]).endswith("bias")
-    axis = 1 if bias and all(len(shape) == 2 and shape[0] == 1 for shape in present) else 0
+    bias = str(names[0]).endswith("bias") and all(len(shape) == 2 and shape[0] == 1 for shape in present)
+    across = _ACROSS.search(str(names[0])) and all(len(shape) == 2 for shape in present)
+    axis = 1 if bias or across else 0
     around = {shape[:axis] + shape[axis + 1 :] for shape in present}
     if len(around) != 1 or any(not shape or not shape[axis] for shape in present):
         return None
@@ -234,6 +236,8 @@ def _tables(seens: Sequence[_Seen], group: _Group, counts: Sequence[int]) -> lis
 def _is_named(table: _Table) -> bool:
     """Whether a name can mean tokens."""
     name = str(table.names[0])
+    if table.axis and _ACROSS.search(name):
+        return True
     return bool(_OF_TOKENS.search(name)) and not _OF_OTHERS.search(".".join(name.split(".")[-2:]))
 
 
@@ -482,13 +486,10 @@ class _Rows:
         made = self._gathered(name, entries, number, self._how(holders, number, own.spec.shape[0]))
         if self.rows > made.spec.shape[0]:
             made = joined(name, [made, mean_rows(made, self.rows - made.spec.shape[0])])
-        if table.axis:
-            made = reshaped(made, (1, self.rows))
-        return made.named(name)
+        return _laid_down(table, made).named(name)
 
     def _own(self, table: _Table, number: int) -> Source:
-        entry = self.seens[number].entries[str(table.names[number])]
-        return reshaped(entry, (entry.spec.shape[1], 1)) if table.axis else entry
+        return _upright(table, self.seens[number].entries[str(table.names[number])])
 
     def _gathered(self, name: str, entries: Mapping[int, Source], number: int, how: _How) -> Source:
         own = entries[number]
@@ -592,6 +593,24 @@ class _Rows:
                 indices[t] = at + place
             at += len(tokens)
         return _How(tuple(pieces), runs_of(indices))
+
+
+def _upright(table: _Table, entry: Source) -> Source:
+    """Returns a tensor with a row for each token."""
+    shape = entry.spec.shape
+    if not table.axis:
+        return entry
+    return reshaped(entry, shape[::-1]) if shape[0] == 1 else turned(entry)
+
+
+def _laid_down(table: _Table, made: Source) -> Source:
+    """Returns a tensor with a row for each token as its model has it."""
+    spec = made.spec
+    if not table.axis:
+        return made
+    if spec.shape[1] == 1:
+        return reshaped(made, spec.shape[::-1])
+    return turned_back(made, TensorSpec(spec.name, spec.dtype, spec.shape[::-1]))
 
 
 def _cast(source: Source, dtype: DType) -> Source:

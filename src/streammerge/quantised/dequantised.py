@@ -21,12 +21,17 @@ from streammerge.sources.base import Source
 from streammerge.sources.ggml import Ggml
 from streammerge.units import counted
 
-_SCHEMES: tuple[Scheme, ...] = (comfyui, gpt_oss, packed_numbers, scaled_numbers)
+_SCHEMES: tuple[tuple[str, Scheme], ...] = (
+    ("ComfyUI", comfyui),
+    ("MXFP4", gpt_oss),
+    ("compressed-tensors or modelopt", packed_numbers),
+    ("scaled fp8 or int8", scaled_numbers),
+)
 """The schemes in the order in which they are asked. A tensor belongs to the first that takes it."""
 GGUF = "GGUF"
 """What a container of such a file calls its format."""
 _OF_ACTIVATIONS = re.compile(
-    r"[._](input_scale|activation_scale|qscale_act|scale_input|output_scale|[qkv]_scale|kv_cache_scale|input_global_scale|"
+    r"[._](input_scale|input_scale_ub|activation_scale|qscale_act|scale_input|output_scale|[qkv]_scale|kv_cache_scale|input_global_scale|"
     r"input_zero_point|output_zero_point|[kv]_zero_point)$|\.comfy_quant$|(^|\.)scaled_fp8$"
 )
 """Helpers that scale activations. They have no meaning without the quantised weights."""
@@ -37,6 +42,8 @@ def dequantised(index: CheckpointIndex) -> CheckpointIndex:
 
     Weights of schemes that are not read stay as they are stored. Raises MismatchError for helpers that do not fit.
     """
+    if index.parts:
+        return _of_parts(index)
     weights = weights_of(index)
     if not weights:
         return index
@@ -56,6 +63,25 @@ def dequantised(index: CheckpointIndex) -> CheckpointIndex:
     return replace(index, entries=entries, notes=[*index.notes, note], quantised=weights, stored=index)
 
 
+def _of_parts(index: CheckpointIndex) -> CheckpointIndex:
+    """Returns the index of a folder with several models, each with its quantised weights as numbers."""
+    parts = {name: dequantised(part) for name, part in index.parts.items()}
+    entries: dict[str, Source] = {}
+    weights: dict[str, QuantisedWeight] = {}
+    notes = [*index.notes]
+    for name, part in parts.items():
+        prefix = f"{name}/" if name else ""
+        entries |= {prefix + own: entry.named(prefix + own) for own, entry in part.entries.items()}
+        for own, weight in part.quantised.items():
+            stored = tuple(prefix + each for each in weight.stored)
+            weights[prefix + own] = replace(weight, source=entries[prefix + own], stored=stored)
+        notes += part.notes
+    if not weights:
+        return index
+    notes = list(dict.fromkeys(notes))
+    return replace(index, entries=entries, parts=parts, notes=notes, quantised=weights, stored=index)
+
+
 def described(index: CheckpointIndex) -> CheckpointIndex:
     """Returns the index with its quantised weights named, and its tensors as they are stored. A warning tells what is wrong
     with them."""
@@ -73,9 +99,12 @@ def weights_of(index: CheckpointIndex) -> dict[str, QuantisedWeight]:
     stated: Any = next((tree[key] for key in QUANTISATION if isinstance(tree.get(key), dict)), {})
     specs = index.specs()
     found: dict[str, QuantisedWeight] = {}
-    for scheme in _SCHEMES:
-        stored = Stored(index.entries, specs, stated, index.metadata, printable(index.path))
-        made = list(scheme(stored)) if stored.by_end else []
+    for label, scheme in _SCHEMES:
+        stored = Stored(index.entries, specs, stated, index.metadata)
+        try:
+            made = list(scheme(stored)) if stored.by_end else []
+        except MismatchError as error:
+            raise MismatchError(f"{printable(index.path)} is quantised: {label}, but {error}") from error
         if made:
             found |= made
             taken = {name for _, weight in made for name in weight.stored}

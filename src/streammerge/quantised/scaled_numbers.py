@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ from streammerge.quantised.stored import Found, Stored, block_of, pair_of
 from streammerge.sources.base import Source
 from streammerge.sources.narrow import SCALES
 from streammerge.sources.scaled import scaled
+from streammerge.sources.unpacked import unpacked
 from streammerge.tensors.dtypes import DType
 
 CODES = (DType.F8_E4M3, DType.F8_E5M2, DType.I8)
@@ -37,6 +37,12 @@ def scaled_numbers(stored: Stored) -> Iterator[Found]:
                 continue
             if len(codes.spec.shape) < 1 or codes.spec.shape == scales.spec.shape != (1,):
                 continue  # a norm of 8-bit numbers
+            if codes.spec.dtype is DType.I8 and scales.spec.dtype not in SCALES[:3]:
+                if scales.spec.dtype is DType.F8_E8M0:
+                    yield _of_four_bits(name, codes, scales)
+                continue
+            if codes.spec.dtype is DType.I8 and end == ".scale":
+                continue  # a name of many meanings
             yield _found(stored, name, codes, scales, stored.get(f"{name}_zero_point"))
 
 
@@ -54,13 +60,20 @@ def _found(stored: Stored, name: str, codes: Source, scales: Source, zeros: Sour
     return Found(name, QuantisedWeight(made, (name, *helpers), f"{kind}, {how}"))
 
 
+def _of_four_bits(name: str, codes: Source, scales: Source) -> Found:
+    """Returns DeepSeek's 4-bit floats, two in each int8, with a power of two for each 32."""
+    shape = (*codes.spec.shape[:-1], 2 * codes.spec.shape[-1])
+    made = scaled(name, unpacked(name, codes, shape, 4, floats=True), scales, (1, 32))
+    return Found(name, QuantisedWeight(made, (name, scales.spec.name), "fp4, a scale for each 32 numbers"))
+
+
 def _block(stored: Stored, name: str, codes: Source, scales: Source) -> tuple[int, int]:
     """Returns the rows and columns that share a scale."""
     shape, grid = codes.spec.shape, scales.spec.shape
     columns, rows = shape[-1], shape[-2] if len(shape) > 1 else 1
     if scales.spec.numel == 1 or not codes.spec.numel:
         return max(rows, 1), max(columns, 1)
-    if scales.spec.numel == math.prod(shape[:-1]):  # a scale for each row
+    if grid in ((*shape[:-1], 1), shape[:-1]):  # a scale for each row
         return 1, columns
     stated = pair_of(stored.config.get("weight_block_size") or _structure(stored.config))
     if len(grid) != len(shape) or len(grid) < 2 or grid[:-2] != shape[:-2]:

@@ -30,7 +30,6 @@ class Stored:
     specs: Mapping[str, TensorSpec]
     config: Mapping[str, Any]
     metadata: Mapping[str, str]
-    where: str
     by_end: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -44,7 +43,7 @@ class Stored:
 
     def wrong(self, name: str, what: str) -> MismatchError:
         """Returns the error of a quantised weight that cannot be read."""
-        return MismatchError(f"{self.where}: the quantised weight {printable(name)} {what}")
+        return MismatchError(f"the quantised weight {printable(name)} {what}")
 
 
 class Found(NamedTuple):

@@ -69,7 +69,7 @@ def work(place: Location, asked: Sharing, machine: Machine, listener: Listener, 
     units = said.all_units()
     wanted = chosen(units, asked, os.environ)
     plan, joint = rebuilt(said, machine), joint_of(said)
-    if joint.published() or (not joint.home.is_folder() and was_finished(plan, joint.out)):
+    if joint.published() or (not joint.exists() and was_finished(plan, joint.out)):
         note = f"{printable(joint.out)} is finished already"
         listener(Told("note", note))
         numbers = (0, len(wanted), 0, 0, 0, 0.0, 0, resident_before, plan.memory_bytes)
@@ -87,7 +87,7 @@ def finish(place: Location, overwrite: bool, listener: Listener, resident_before
     said = read_saved(place)
     plan, joint = rebuilt(said, Machine()), joint_of(said)
     options = RunOptions(overwrite=overwrite, listener=listener, executor=said.executor)
-    if not joint.home.is_folder() and was_finished(plan, joint.out):
+    if not joint.exists() and was_finished(plan, joint.out):
         note = f"{printable(joint.out)} is finished already"
         listener(Told("note", note))
         plan.notes.append(note)

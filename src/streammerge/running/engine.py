@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from streammerge.kernels.chunk import Look, Step
 from streammerge.kernels.pass_results import PassResults
+from streammerge.planning.budget import BEST_TILE_BYTES
 from streammerge.planning.tasks import MergeTask, Piece, PieceDone, alike, batches, pieces, where
 from streammerge.running.executors.base import Executor
 from streammerge.running.job import Job
@@ -33,6 +34,8 @@ def run_all(
     bound here, and all workers run its passes. Each worker then makes the same kernel from their results. ``inputs``: the
     open inputs of workers in this process, which remote files are fetched into ahead. ``in_order``: makes all tensors in
     the order of the tasks instead, since the output is sent in parts.
+
+    A long tensor that merges of merges read several times is one worker's if its tiles hold it.
     """
     ahead = inputs if job.budget.ahead_bytes else None
 
@@ -60,18 +63,32 @@ def run_all(
                 for done in results:
                     yield from done
 
-    long = where(tasks, lambda task: task.spread)
+    def whole(numbers: Sequence[int]) -> Generator[PieceDone, None, None]:
+        missing = ([piece for piece in pieces(tasks[number], number) if wanted(piece)] for number in numbers)
+        with closing(executor.run(MergeWork(job, alone=True), ahead_of(filter(None, missing)))) as results:
+            for done in results:
+                yield from done
+
+    of_one: list[int] = []
+    if job.budget.tile_bytes > BEST_TILE_BYTES:
+        from streammerge.planning.repeated import is_alone  # here, because most merges have no stages
+
+        of_one = where(tasks, lambda task: is_alone(task, job.budget.tile_bytes))
+    taken = set(of_one)
+    long = [number for number in where(tasks, lambda task: task.spread) if number not in taken]
+    apart = taken | set(long)
     if in_order:
         begin = 0
-        for number in (*long, len(tasks)):
+        for number in (*sorted(apart), len(tasks)):
             if begin < number:
                 yield from alone(range(begin, number))
             if number < len(tasks):
-                yield from together(number)
+                yield from whole([number]) if number in taken else together(number)
             begin = number + 1
         return
-    apart = set(long)
     yield from alone(number for number in range(len(tasks)) if number not in apart)
+    if of_one:
+        yield from whole(of_one)
     for number in long:
         yield from together(number)
 

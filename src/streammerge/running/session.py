@@ -6,17 +6,14 @@ from __future__ import annotations
 import contextlib
 import errno
 from array import array
-from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import groupby
 from operator import add
 from typing import TYPE_CHECKING
 
 from streammerge.errors import RecipeError, SpaceError, UncheckedError, VerifyError, listed, printable
 from streammerge.events import Hashed, Listener, Resumed, Spooled, Syncing, TaskDone, Told, quiet
-from streammerge.formats.base import LayoutFile
 from streammerge.kernels.agreed import AGREED
 from streammerge.planning.digest import can_be_resumed, differences, plan_parts
 from streammerge.planning.plan import Plan
@@ -26,7 +23,7 @@ from streammerge.running import process
 from streammerge.running.choosing import executor_of
 from streammerge.running.engine import modules_of, run_all
 from streammerge.running.executors.base import Executor, Executors
-from streammerge.running.finished import FinishedPieces, Part
+from streammerge.running.finished import FinishedPieces, other_sum, tensor_sums
 from streammerge.running.job import Job, OutputPlace, lent, new_key
 from streammerge.running.readback import check_structure
 from streammerge.running.reading import ChecksumWork, HashWork, largest_first, neighbours
@@ -441,8 +438,8 @@ class Run:
         starts: dict[str, dict[int, int]] = {}
         sums: dict[str, Sequence[int]] = {}
         for file, (name, parts) in zip(layout.files, self._done.by_file(), strict=True):
-            own = self._tensor_sums(file, parts)
-            sums[ITSELF if single else name] = array("I", [*own.values(), self._rest(file, own)])
+            own = tensor_sums(file, parts, self._kind)
+            sums[ITSELF if single else name] = array("I", [*own.values(), other_sum(file, own, self._kind)])
             starts[name] = own if file.seal is not None else {}
         sums |= {name: [self._copy_side_file(source, name)] for source, name in layout.side_files}
         receipt = layout.receipt.filled(sums, hashes)
@@ -450,19 +447,6 @@ class Run:
             final = written_like(receipt, file.receipt) if file.receipt else b""
             for literal in file.around(starts[file.name], final):
                 output.write_full(literal.data, literal.offset)
-
-    def _tensor_sums(self, file: LayoutFile, parts: list[Part]) -> dict[int, int]:
-        """Returns the offset of each tensor that is not empty -> its checksum, in file order."""
-        starts = sorted(set(file.offsets.values()))
-        found = groupby(parts, lambda part: starts[bisect_right(starts, part[0]) - 1])
-        return {start: self._kind.join(list(own)) for start, own in found}
-
-    def _rest(self, file: LayoutFile, sums: dict[int, int]) -> int:
-        """Returns the checksum of the bytes outside the tensors of an output file, with a blank receipt."""
-        value: int = 0
-        for part in file.around(sums, file.receipt):
-            value = self._kind.update(part.data, value)
-        return value
 
     def _copy_side_file(self, source: Location, name: str) -> int:
         value: int = 0

@@ -16,7 +16,7 @@ from streammerge.kernels.group import TensorGroup
 from streammerge.kernels.pass_results import PassResults
 from streammerge.planning.tasks import MergeTask, Piece, PieceDone, as_one_piece, stretches
 from streammerge.running.executors.base import Host
-from streammerge.running.job import Bench, Job
+from streammerge.running.job import Bench, Job, Target
 from streammerge.running.nonfinite import Numbers, may_be_nonfinite, nonfinite_of
 from streammerge.running.workspace import Inputs, Outgoing
 from streammerge.sources.stored import Stored
@@ -34,11 +34,13 @@ class MergeWork:
     """Computes and writes batches of pieces that are neighbours in the output.
 
     ``passes``: the results of the method's passes, as :class:`PassResults` keeps them, if all units are pieces of one long
-    tensor. None if each worker runs the passes of its tensors itself.
+    tensor. None if each worker runs the passes of its tensors itself. ``alone``: whether each unit has all pieces of a long
+    tensor that are to be made.
     """
 
     job: Job
     passes: tuple[bytes, ...] | None = None
+    alone: bool = False
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -89,21 +91,24 @@ class Worker:
 class MergeWorker(Worker):
     def __init__(self, work: MergeWork, host: Host) -> None:
         super().__init__(work.job, host)
-        self._passes = work.passes
+        self._passes, self._alone = work.passes, work.alone
         self._kernel: Kernel | None = None
 
     def run(self, batch: list[Piece]) -> list[PieceDone]:
         """Computes and writes pieces. Errors that are not streammerge's own come out as TaskError."""
         first = batch[0]
         if not first.whole:
-            batch = [replace(first, task=self.bench.same(first.number, first.task))]
+            task = self.bench.same(first.number, first.task)
+            batch = [replace(piece, task=task) for piece in batch]
         if self.bench.announces:
             from streammerge.running.announcing import announce  # here, because most inputs are local
 
             for piece in batch:
                 announce(self.bench.inputs, piece.task, piece.start, piece.stop)
         target = self.job.destinations[batch[0].task.file].open(self.bench)
-        outgoing = Outgoing(target.write_full, self.workspace.octets("out"), batch[0].offset)
+        if self._alone:
+            return self._checked(self._all_of(batch, target), target)
+        outgoing = Outgoing(target.write_full, self.workspace.octets("out"), first.offset)
         made: list[PieceDone] = []
         for stretch in stretches(batch, self.job.budget.kept_bytes):
             if len(stretch) == 1:
@@ -114,6 +119,10 @@ class MergeWorker(Worker):
                 joined = None if self.job.measures else self._together(stretch, outgoing)
                 made += joined or [self._one(piece, outgoing) for piece in stretch]
         outgoing.flush()
+        return self._checked(made, target)
+
+    def _checked(self, made: list[PieceDone], target: Target) -> list[PieceDone]:
+        """Returns the results of a unit, the last one with the finding of the unit's target."""
         self.bench.inputs.check_whole()
         found = target.found()
         if found is not None:
@@ -141,6 +150,25 @@ class MergeWorker(Worker):
             with failures(piece.task, piece.start, piece.stop):
                 made.append(self._apply(self._kernel_of(piece.task, source), piece, source, outgoing))
             source.first += piece.stop
+        return made
+
+    def _all_of(self, batch: list[Piece], target: Target) -> list[PieceDone]:
+        """Computes pieces of one long tensor. The passes sweep it piece by piece, as many workers would do."""
+        self.one_torch_thread()
+        task, made = batch[0].task, list[PieceDone]()
+        source = self.source(task, keep=False)
+
+        def sweep(look: Look, step: Step[T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
+            for begin, end in ranges(stop - start, task.piece_elems):
+                yield step(look, self.chunks(task, source, start + begin, start + end, sparse))
+
+        with failures(task, 0, task.elems):
+            kernel = bind(task, sweep)
+        for piece in batch:
+            outgoing = Outgoing(target.write_full, self.workspace.octets("out"), piece.offset)
+            with failures(task, piece.start, piece.stop):
+                made.append(self._apply(kernel, piece, source, outgoing))
+            outgoing.flush()
         return made
 
     def _one(self, piece: Piece, outgoing: Outgoing) -> PieceDone:

@@ -228,6 +228,7 @@ class Inputs:
             for number, stored in enumerate(self._stored):
                 if stored is None and sources[number].spec.numel:
                     self._readers[number] = sources[number].open(room)
+        self._remote = files.ahead_bytes > 0 and files.reads_ahead
         self._wholes: list[torch.Tensor | None] | None = None
         self.first = 0
         self._next_read = self._begin = self._end = 0
@@ -291,7 +292,12 @@ class Inputs:
     def _read_bytes(self, source: int, start: int, stop: int, out: memoryview) -> memoryview:
         stored = self._stored[source]
         if stored is not None:
-            stored[0].read_into(out, stored[1] + start * self._dtypes[source].element_bytes)
+            begin = stored[1] + start * self._dtypes[source].element_bytes
+            if self._remote:
+                held = stored[0].held(begin, len(out))
+                if held is not None:
+                    return held
+            stored[0].read_into(out, begin)
             return out
         reader = self._readers[source] if self._readers else None
         if reader is None:

@@ -12,8 +12,8 @@ from streammerge.tensors.spec import TensorSpec
 class Remembered(Source):
     """``source``. All readers of it in one worker share a tile: elements of the tensor that were read one after the other.
 
-    A tensor that fits into the tile is read once. Of a longer one, the last elements are there for those who read it side
-    by side. Without a tile it is read as often as it is asked for.
+    Of a tensor that fits into the tile, elements that follow each other are read once. Of a longer one, the last ones are
+    there for those who read it side by side. Without a tile it is read as often as it is asked for.
     """
 
     spec: TensorSpec
@@ -38,16 +38,19 @@ class _Reader(Reader):
         self._most = len(self._tile) // self._size
         self._elems = source.spec.numel
         self._begin = self._end = 0
+        self._first = 0  # the element at the tile's begin
 
     def read(self, start: int, stop: int, out: memoryview) -> memoryview:
         if self._most >= self._elems:
+            if start < self._begin or self._end == self._begin:  # the same numbers come to the same places again
+                self._begin = self._end = start
             if stop > self._end:
                 self._add(stop)
-            return self._part(start, stop)  # it stays, because nothing else comes into the tile
+            return self._part(start, stop)  # it stays, because every element has a place of its own in the tile
         if not self._begin <= start <= self._end or stop - self._begin > self._most:
             if stop - start > self._most:
                 return self._inner.read(start, stop, out)
-            self._begin = self._end = start
+            self._first = self._begin = self._end = start
         if stop > self._end:
             self._add(stop)
         out[:] = self._part(start, stop)
@@ -62,4 +65,4 @@ class _Reader(Reader):
         self._end = stop
 
     def _part(self, start: int, stop: int) -> memoryview:
-        return self._tile[(start - self._begin) * self._size : (stop - self._begin) * self._size]
+        return self._tile[(start - self._first) * self._size : (stop - self._first) * self._size]

@@ -22,12 +22,14 @@ Each module imports only modules above it::
     local        the files of this machine
     memory       the store memory://
     repositories names of the hub's repositories, and its cache
+    tags         entity tags that are digests
     remote       the common part of stores behind a network
     profiles     the profiles of the AWS command line
     signing      signatures of S3 requests, credentials
     multipart    uploads to S3 in parts
     parts        files that are sent in parts
     staged       outputs of object stores
+    joint_objects uploads to S3 that several machines send
     objects      s3://, gs://, az://, https://
     hub          hf://
     registry     stores by scheme

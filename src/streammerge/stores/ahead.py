@@ -56,7 +56,8 @@ class Ahead:
     """
 
     def __init__(self, nbytes: int) -> None:
-        self.block_bytes = min(max(nbytes // _BLOCKS, LEAST_BLOCK_BYTES), BLOCK_BYTES)
+        block = min(max(nbytes // _BLOCKS, LEAST_BLOCK_BYTES), BLOCK_BYTES)
+        self.block_bytes = block - block % LEAST_BLOCK_BYTES
         self._most = max(nbytes // self.block_bytes, 2)
         self._changed = threading.Condition()
         self._blocks: OrderedDict[_Key, _Block] = OrderedDict()
@@ -89,6 +90,13 @@ class Ahead:
             count = min(self.block_bytes - start, len(buffer) - done)
             buffer[done : done + count] = self._data(file, index, count)[start : start + count]
             done += count
+
+    def held(self, file: Fetched, offset: int, nbytes: int) -> memoryview | None:
+        """Returns the bytes if they lie in one block. Waits for it. None if they lie in several."""
+        index, start = divmod(offset, self.block_bytes)
+        if start + nbytes > self.block_bytes:
+            return None
+        return self._data(file, index, nbytes)[start : start + nbytes]
 
     def close(self) -> None:
         """Drops all blocks. Threads end after their present request."""

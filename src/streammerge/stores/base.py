@@ -13,7 +13,7 @@ import io
 import os
 import posixpath
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple
@@ -246,6 +246,10 @@ class Input(ABC):
         """Says that the range is read next, so that a remote file can be fetched ahead."""
         return
 
+    def held(self, offset: int, nbytes: int) -> memoryview | None:
+        """Returns the bytes if they are in memory in one place already, so that they need not be copied."""
+        return None
+
     def release(self, offset: int, nbytes: int) -> None:
         """Says that the range is not needed soon, so that its memory can be given back."""
         return
@@ -453,9 +457,28 @@ class Joint(ABC):
     def remove(self, location: Location) -> None:
         """Removes a temporary file."""
 
+    def target(self, name: str) -> Location:
+        """Returns where a file of the output is written."""
+        return self.content / name
+
+    def exists(self) -> bool:
+        """Whether a machine has begun."""
+        return self.home.is_folder()
+
+    def sent(self, output: Output) -> str:
+        """Sends what is left of a whole file, and returns how :meth:`stage` finds it again."""
+        return ""
+
+    def drop(self, output: Output) -> None:
+        """Forgets a whole file that another machine has made too."""
+        output.close()
+
     @abstractmethod
-    def stage(self, overwrite: bool) -> Staging:
-        """Returns the staging that publishes the output. One machine at a time calls this, the last one."""
+    def stage(self, overwrite: bool, sent: Mapping[str, str]) -> Staging:
+        """Returns the staging that publishes the output. One machine at a time calls this, the last one.
+
+        ``sent``: the name of each file that was written whole -> what :meth:`sent` has returned.
+        """
 
     @abstractmethod
     def published(self) -> bool:

@@ -63,6 +63,11 @@ class InputFiles:
             self._ahead.halt = self._halt
         return self._ahead
 
+    @property
+    def reads_ahead(self) -> bool:
+        """Whether any open file is fetched ahead."""
+        return self._ahead is not None
+
     def announce(self, location: Location, offset: int, nbytes: int) -> None:
         """Says that these bytes are read next. Does nothing for files that are not fetched ahead."""
         if location.store.reads_ahead:

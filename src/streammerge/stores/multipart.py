@@ -11,6 +11,7 @@ import datetime
 import hashlib
 import http.client
 import os
+import re
 import ssl
 import threading
 import urllib.parse
@@ -32,6 +33,7 @@ TIMEOUT_SECONDS = 60.0
 _PASSING_STATUS = (408, 429, 500, 502, 503, 504)
 _PASSING_CODES = ("RequestTimeout", "SlowDown", "InternalError", "BadDigest", "OperationAborted", "RequestTimeTooSkewed")
 _BLOCK_BYTES = 1 << 20
+_MD5 = re.compile("[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +104,14 @@ class Requests:
     ) -> Answer:
         """Sends a request, again if its failure may pass. Raises StoreError for a lasting one."""
         what = f"{method} s3://{printable(self._bucket)}/{printable(key)}"
-        return persistently(lambda: self._once(method, key, query or {}, body, headers or {}, accepted, what), what)
+
+        def ask() -> Answer:
+            answer = self._once(method, key, query or {}, body, headers or {}, accepted, what)
+            if answer.body:
+                answer.tree()  # one that cannot be read is asked for again
+            return answer
+
+        return persistently(ask, what)
 
     def _once(
         self,
@@ -192,7 +201,6 @@ class Requests:
         """Sends a part. Numbers begin at 1."""
         view = memoryview(data).cast("B")
         checksum = base64.b64encode(CRC32C.update(view).to_bytes(4, "big")).decode()
-        md5 = "" if self.secure else hashlib.md5(view, usedforsecurity=False).hexdigest()
         query = {"partNumber": str(number), "uploadId": upload}
         headers = {"x-amz-checksum-crc32c": checksum}
 
@@ -200,7 +208,8 @@ class Requests:
             answer = self._once("PUT", key, query, view, headers, (200,), what)
             tag = answer.headers.get("etag", "").strip('"')
             hidden = "x-amz-server-side-encryption" in answer.headers  # then the tag may be another number
-            if md5 and len(tag) == len(md5) and tag != md5 and not hidden:
+            digested = not self.secure and not hidden and _MD5.fullmatch(tag)
+            if digested and tag != hashlib.md5(view, usedforsecurity=False).hexdigest():
                 raise Passing("the server got other bytes than were sent")
             return Part(number, len(view), tag, checksum)
 
@@ -225,15 +234,19 @@ class Requests:
         }
         self.ask("PUT", key, headers=headers)
 
-    def complete(self, key: str, upload: str, parts: list[Part], replaces: bool) -> str:
-        """Completes an upload: the object appears. Returns its tag. ``replaces``: whether one of that name may be there."""
+    def tag(self, key: str) -> str:
+        """Returns the tag of an object, "" if there is none."""
+        return self.ask("HEAD", key, accepted=(200, 404)).headers.get("etag", "").strip('"')
+
+    def complete(self, key: str, upload: str, parts: list[Part], replaces: bool) -> None:
+        """Completes an upload: the object appears. ``replaces``: whether one of that name may be there."""
         rows = []
         for part in sorted(parts, key=lambda each: each.number):
             checksum = f"<ChecksumCRC32C>{escape(part.checksum)}</ChecksumCRC32C>" if part.checksum else ""
             rows.append(f'<Part><PartNumber>{part.number}</PartNumber><ETag>"{escape(part.tag)}"</ETag>{checksum}</Part>')
         body = f"<CompleteMultipartUpload>{''.join(rows)}</CompleteMultipartUpload>".encode()
         headers = {} if replaces else {"if-none-match": "*"}
-        return self.ask("POST", key, {"uploadId": upload}, body, headers).text("ETag").strip('"')
+        self.ask("POST", key, {"uploadId": upload}, body, headers)
 
     def abort(self, key: str, upload: str) -> None:
         """Aborts an upload, and frees its parts. Does nothing if it is gone."""

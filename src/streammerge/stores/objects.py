@@ -20,18 +20,20 @@ from urllib.parse import quote, unquote
 
 from streammerge.errors import ChangedError, RecipeError, StoreError, printable
 from streammerge.stores import multipart
-from streammerge.stores.base import Location, Staging, Status
-from streammerge.stores.multipart import Requests
+from streammerge.stores.base import Joint, Location, Staging, Status
+from streammerge.stores.multipart import Refused, Requests
 from streammerge.stores.parts import PART_BYTES, SENDERS, Part, Upload, buffer_bytes
 from streammerge.stores.profiles import endpoint, profile
 from streammerge.stores.remembering import forget
-from streammerge.stores.remote import Entries, Passing, RemoteStore, persistently
+from streammerge.stores.remote import Entries, Passing, RangedInput, RemoteStore, persistently
 from streammerge.stores.space import exists_already
-from streammerge.stores.staged import Item, ObjectStaging, Taken, half_published, home_of, owner_of, runs
+from streammerge.stores.staged import Item, ObjectStaging, Taken, half_published, home_of, owner_of, runs, whole_tag
+from streammerge.stores.tags import part_sizes
 
 CONNECT_SECONDS, READ_SECONDS, REQUEST_SECONDS = 10.0, 20.0, 180.0
 """The longest waits for a connection, for the next bytes of an answer, and for a whole request."""
-_CLIENT_TRIES, _CLIENT_SECONDS = 3, 60
+CLIENT_TRIES, _CLIENT_SECONDS = 3, 60
+"""How often the client itself repeats a request, and for how long. We repeat it after that, and when a body is wrong."""
 _ROOT = "."
 
 
@@ -66,9 +68,12 @@ class ObjectStore(RemoteStore):
         """Whether the user's settings name an address without TLS."""
         return False
 
+    def unsafe(self) -> bool:
+        return self.allows_http()
+
     def client(self, root: str) -> Any:
         """Returns the client for a bucket, made once."""
-        key = (root, os.getpid(), *self.settings().items())
+        key = (root, os.getpid(), READ_SECONDS, *self.settings().items())
         with self._lock:
             found = self._clients.get(key)
             if found is None:
@@ -83,7 +88,7 @@ class ObjectStore(RemoteStore):
                 common: dict[str, Any] = {
                     "client_options": {**options, **({"allow_http": True} if self.allows_http() else {})},
                     "retry_config": {
-                        "max_retries": _CLIENT_TRIES,
+                        "max_retries": CLIENT_TRIES,
                         "retry_timeout": timedelta(seconds=_CLIENT_SECONDS),
                     },
                 }
@@ -352,6 +357,11 @@ class S3(ObjectStore):
 
     scheme = "s3"
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._digested: dict[tuple[object, ...], list[int] | None] = {}
+        self._digesting = threading.Lock()
+
     def settings(self) -> Mapping[str, str]:
         return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
 
@@ -372,6 +382,34 @@ class S3(ObjectStore):
 
     def stage(self, location: Location, overwrite: bool = False) -> Staging:
         return ObjectStaging(self, location, overwrite)
+
+    def join(self, location: Location, key: str) -> Joint:
+        from streammerge.stores.joint_objects import joint_of  # here, because most outputs are made by one machine
+
+        return joint_of(location, key)
+
+    def create_small(self, location: Location, data: bytes, durable: bool = True) -> bool:
+        from streammerge.stores.joint_objects import create_small
+
+        return create_small(self, location, data)
+
+    def replace_small(self, location: Location, data: bytes) -> None:
+        self.put(location, data)
+
+    def sums(self, file: RangedInput, location: Location, status: Status) -> Sequence[int] | None:
+        """Where the connection has no TLS, reads a file of moderate size once more, and compares it with its tag.
+
+        TLS protects every byte on its way. Nothing else does: a tag is a digest of the whole file only.
+        """
+        tag = str(status.version)
+        if status.size > _MOST_DIGESTED_BYTES or not self.allows_http() or not part_sizes(tag, status.size):
+            return None
+        with self._digesting:
+            if file.identity not in self._digested:
+                if len(self._digested) >= _MOST_DIGESTED:
+                    self._digested.clear()
+                self._digested[file.identity] = file.read_through(tag)
+            return self._digested[file.identity]
 
     def requests(self, root: str) -> Requests:
         """Returns the requests that the client lacks, for a bucket."""
@@ -441,6 +479,8 @@ _PROFILE_KEYS = {
 }
 
 
+_MOST_DIGESTED_BYTES, _MOST_DIGESTED = 64 << 20, 10_000
+"""The size of a file that is read once more, and how many of them are remembered."""
 _MOST_COPY_BYTES, _COPY_BYTES = 5_000_000_000, 1 << 30
 """The most bytes that one request may copy, and those of a part that is copied."""
 
@@ -461,7 +501,11 @@ class S3Upload(Upload):
 
     def complete(self, parts: Sequence[Part], replaces: bool) -> None:
         every = [multipart.Part(number, *part) for number, part in enumerate(parts, 1)]
-        self._requests.complete(self._key, self.identifier, every, replaces)
+        try:
+            self._requests.complete(self._key, self.identifier, every, replaces)
+        except Refused:
+            if self._requests.tag(self._key) != (whole_tag(parts) or None):  # equal if the first answer was lost
+                raise
 
     def abort(self) -> None:
         self._requests.abort(self._key, self.identifier)

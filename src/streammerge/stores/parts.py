@@ -66,49 +66,21 @@ def buffer_bytes(largest: int) -> tuple[int, int]:
     return (SENDERS + 2) * each, 2 * each
 
 
-class Sender:
-    """Threads that send parts. ``halt``: raises an exception when the run is stopping; called while a worker waits."""
-
-    def __init__(self, most: int = SENDERS) -> None:
-        self._most, self._threads = most, list[threading.Thread]()
-        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._free = threading.Semaphore(most)
-        self._lock = threading.Lock()
-        self.halt: Callable[[], object] = lambda: None
-
-    def run(self, task: Callable[[], None]) -> None:
-        """Runs a task on a thread. Waits while all threads are busy."""
-        while not self._free.acquire(timeout=_POLL_SECONDS):
-            self.halt()
-        with self._lock:
-            if len(self._threads) < self._most:
-                thread = threading.Thread(target=self._work, name=f"streammerge-send-{len(self._threads)}", daemon=True)
-                self._threads.append(thread)
-                thread.start()
-        self._tasks.put(task)
-
-    def close(self) -> None:
-        """Ends the threads after their present part."""
-        for _ in self._threads:
-            self._tasks.put(None)
-
-    def _work(self) -> None:
-        while (task := self._tasks.get()) is not None:
-            try:
-                task()
-            finally:
-                self._free.release()
-            del task
-
-
 class _Buffer:
     """The bytes of a part that is not complete. ``spans``: what was written, as (begin, end) in order, apart."""
 
-    __slots__ = ("data", "spans")
+    __slots__ = ("data", "spans", "whole")
 
-    def __init__(self, size: int) -> None:
-        self.data = memoryview(mmap.mmap(-1, size)) if size else memoryview(bytearray())
+    def __init__(self, whole: memoryview, size: int) -> None:
+        self.whole, self.data = whole, whole[:size]
         self.spans: list[tuple[int, int]] = []
+
+    def fill(self) -> None:
+        """Puts zeros where nothing was written."""
+        at = 0
+        for begin, end in (*self.spans, (len(self.data), len(self.data))):
+            self.data[at:begin] = bytes(max(begin - at, 0))
+            at = end
 
     def put(self, data: Any, begin: int) -> None:
         end = begin + len(data)
@@ -126,6 +98,57 @@ class _Buffer:
             upto += 1
         spans[at:upto] = [(begin, end)]
         return len(spans) == 1 and spans[0] == (0, len(self.data))
+
+
+class Sender:
+    """Threads that send parts. ``halt``: raises an exception when the run is stopping; called while a worker waits."""
+
+    def __init__(self, most: int = SENDERS) -> None:
+        self._most, self._threads = most, list[threading.Thread]()
+        self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._free = threading.Semaphore(most)
+        self._lock = threading.Lock()
+        self._buffers: list[memoryview] = []
+        self.halt: Callable[[], object] = lambda: None
+
+    def run(self, task: Callable[[], None]) -> None:
+        """Runs a task on a thread. Waits while all threads are busy."""
+        while not self._free.acquire(timeout=_POLL_SECONDS):
+            self.halt()
+        with self._lock:
+            if len(self._threads) < self._most:
+                thread = threading.Thread(target=self._work, name=f"streammerge-send-{len(self._threads)}", daemon=True)
+                self._threads.append(thread)
+                thread.start()
+        self._tasks.put(task)
+
+    def buffer(self, size: int, each: int) -> _Buffer:
+        """Returns a buffer for ``size`` bytes of a part. Buffers of ``each`` bytes are used again."""
+        with self._lock:
+            found = self._buffers.pop() if self._buffers else None
+        if found is None or len(found) < size:
+            found = memoryview(mmap.mmap(-1, max(size, 1)))
+        return _Buffer(found, size)
+
+    def give_back(self, buffer: _Buffer) -> None:
+        """Takes a buffer that is not needed any more."""
+        with self._lock:
+            if len(self._buffers) < self._most:
+                self._buffers.append(buffer.whole)
+
+    def close(self) -> None:
+        """Ends the threads after their present part."""
+        self._buffers.clear()
+        for _ in self._threads:
+            self._tasks.put(None)
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            try:
+                task()
+            finally:
+                self._free.release()
+            del task
 
 
 class PartedOutput(Output):
@@ -206,6 +229,8 @@ class PartedOutput(Output):
             found = self._buffers.get(number)
             if found is None and (number in self.parts or number in self._under_way):
                 raise StoreError(f"{printable(self.location)} was sent in part, and cannot be read before it is published")
+            if found is not None:
+                found.fill()
             buffer[done : done + count] = bytes(count) if found is None else found.data[start : start + count]
             done += count
         return done
@@ -233,7 +258,9 @@ class PartedOutput(Output):
                     if left:
                         self._under_way.add(number)
                 if left:
-                    self._send(number, buffer or _Buffer(self._size(number)))
+                    buffer = buffer or self._new_buffer(number)
+                    buffer.fill()
+                    self._send(number, buffer)
         self.sync()
         self.check()
         return [self.parts[number] for number in range(self.count)]
@@ -242,6 +269,9 @@ class PartedOutput(Output):
         """Forgets incomplete parts."""
         self._closed = True
         self._buffers.clear()
+
+    def _new_buffer(self, number: int) -> _Buffer:
+        return self._sender.buffer(self._size(number), self.part_bytes)
 
     def _size(self, number: int) -> int:
         return min(self.part_bytes, self.size - number * self.part_bytes)
@@ -256,7 +286,7 @@ class PartedOutput(Output):
             buffer = self._buffers.get(number)
             new = buffer is None
             if buffer is None:
-                buffer = self._buffers[number] = _Buffer(self._size(number))
+                buffer = self._buffers[number] = self._new_buffer(number)
         buffer.put(data, start)
         self._covered(number, buffer, start, start + len(data))
         if new and self._literals:
@@ -279,7 +309,7 @@ class PartedOutput(Output):
                     if buffer is None and (number in self.parts or number in self._under_way):
                         return
                     if buffer is None:
-                        buffer = self._buffers[number] = _Buffer(self._size(number))
+                        buffer = self._buffers[number] = self._new_buffer(number)
                 buffer.put(data[first - offset : last - offset], first - begin)
                 self._covered(number, buffer, first - begin, last - begin)
 
@@ -303,6 +333,7 @@ class PartedOutput(Output):
                 made = upload.send(number, buffer.data)
             except BaseException as error:  # noqa: BLE001 - raised by the next write
                 failed = error
+            self._sender.give_back(buffer)
             with self._changed:
                 if made is not None:
                     self.parts[number] = made

@@ -8,6 +8,7 @@ From these follow statuses, listings, patterns, streams and inputs that are read
 
 from __future__ import annotations
 
+import functools
 import io
 import random
 import threading
@@ -19,10 +20,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from streammerge.errors import ChangedError, FormatError, StoreError, printable
-from streammerge.stores.ahead import Ahead
+from streammerge.stores.ahead import BLOCK_BYTES, Ahead
 from streammerge.stores.base import Input, Location, Status, Store
 from streammerge.stores.remembering import known, recalled
 from streammerge.stores.streams import InputStream
+from streammerge.stores.tags import CELL_BYTES, cells, read_through
 
 T = TypeVar("T")
 PAGE_BYTES = 16 << 10
@@ -80,17 +82,50 @@ class RangedInput(Input):
     def fetch(self, start: int, stop: int) -> memoryview:
         """Returns these bytes of the file. Raises ChangedError if the file is another version now."""
 
-        def ask() -> memoryview:
-            data = memoryview(self._store.fetched(self.location, self._status, start, stop)).cast("B")
-            if len(data) != stop - start:
-                raise Passing(f"{len(data)} bytes came instead of {stop - start}")
-            return data
+        sums = self._store.sums(self, self.location, self._status) if self._ahead is not None else None
+        return persistently(lambda: self._once(start, stop, sums), f"reading {printable(self.location)}")
 
-        return persistently(ask, f"reading {printable(self.location)}")
+    def _once(self, start: int, stop: int, sums: Sequence[int] | None = None) -> memoryview:
+        """Asks once. ``sums``: the checksums of the file's cells, if they are known."""
+        data = memoryview(self._store.fetched(self.location, self._status, start, stop)).cast("B")
+        if len(data) != stop - start:
+            raise Passing(f"{len(data)} bytes came instead of {stop - start}")
+        if self._ahead is None and self._store.unsafe():
+            again = memoryview(self._store.fetched(self.location, self._status, start, stop)).cast("B")
+            if again != data:
+                raise Passing("other bytes came the second time")
+        if sums is not None and start % CELL_BYTES == 0 and (stop % CELL_BYTES == 0 or stop == self.size):
+            first = start // CELL_BYTES
+            if list(cells(data)) != sums[first : first + -(-len(data) // CELL_BYTES)]:
+                raise Passing("other bytes came than the file has")
+        return data
+
+    def read_through(self, tag: str) -> list[int] | None:
+        """Reads the whole file, and returns the checksums of its cells, whose digest is the tag. None if the tag is none.
+
+        Raises StoreError if the file is different each time that it is read.
+        """
+        seen = set[str]()
+        for _ in range(TRIES):
+            spans = [(at, min(at + BLOCK_BYTES, self.size)) for at in range(0, self.size, BLOCK_BYTES)]
+            what = f"reading {printable(self.location)}"
+            blocks = (persistently(functools.partial(self._once, *span), what) for span in spans)
+            is_digest, plain, sums = read_through(tag, self.size, blocks)
+            if is_digest:
+                return sums
+            if plain in seen:  # the same bytes again: the tag is no digest, as with encryption by a key service
+                return None
+            seen.add(plain)
+        raise StoreError(f"{printable(self.location)} is different each time that it is read; look at the network")
 
     def announce(self, offset: int, nbytes: int) -> None:
         if self._ahead is not None:
             self._ahead.announce(self, offset, nbytes)
+
+    def held(self, offset: int, nbytes: int) -> memoryview | None:
+        if self._ahead is None or offset + nbytes > self.size or not nbytes:
+            return None
+        return self._ahead.held(self, offset, nbytes)
 
     def read_starts(self, offsets: Sequence[int]) -> None:
         """Reads the bytes that a stream reads at these places, all at once. Places close together are one request."""
@@ -175,6 +210,14 @@ class RemoteStore(Store):
     @abstractmethod
     def entries(self, location: Location) -> Entries:
         """Returns what is directly in a folder now."""
+
+    def unsafe(self) -> bool:
+        """Whether bytes may change on their way, as on a connection without TLS. Headers are then read twice."""
+        return False
+
+    def sums(self, file: RangedInput, location: Location, status: Status) -> Sequence[int] | None:
+        """Returns the checksums of a file's cells, by which each range is compared; None if nothing tells them."""
+        return None
 
     @abstractmethod
     def fetched(self, location: Location, status: Status, start: int, stop: int) -> Any:

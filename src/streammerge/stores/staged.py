@@ -15,7 +15,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple, Protocol
 
@@ -402,6 +402,7 @@ class ObjectStaging(Staging):
             if not file.whole and file.upload is not None:
                 file.upload.complete(parts, self._overwrite)
                 file.whole = True
+        self._store.abort_uploads(self.out, as_folder)  # those whose beginning was not answered
         for name, (source, status) in self._copies.items():
             if not self._store.copy(source, status, self.target(name)):
                 raise StoreError(f"{printable(source)} could not be copied by the store")
@@ -442,16 +443,23 @@ class ObjectStaging(Staging):
             self._lock.check()
         except LockedError:
             return
-        if not (keep and self.resumable):
-            for file in self.outputs.values():
-                self._dropped(file)
-            if not self._published and self.lasting and self._recorded is not None:
-                self._store.abort_uploads(self.out, self.as_folder)
-            self._store.delete([self.home / PUBLISHING])
-            self._journal.clear()
+        try:
+            if not (keep and self.resumable):
+                self._remove()
+            self._lock.release()
+        except StoreError as error:  # what is left can be removed at any time
+            self.notes.append(f"{error}; `streammerge clean {printable(self.out)}` removes what is left")
         self._files.clear()
         self._temporary.clear()
-        self._lock.release()
+
+    def _remove(self) -> None:
+        """Removes uploads, journal and record, as far as there are any."""
+        for file in self.outputs.values():
+            self._dropped(file)
+        if not self._published and self.lasting and self._recorded is not None:
+            self._store.abort_uploads(self.out, self.as_folder)
+        self._store.delete([self.home / PUBLISHING])
+        self._journal.clear()
 
     def _dropped(self, file: Output) -> None:
         file.close()
@@ -465,7 +473,7 @@ def _rank(name: str) -> tuple[bool, bool, str]:
     return name == "streammerge.json", name.endswith(".index.json"), name
 
 
-def whole_tag(parts: list[Part]) -> str:
+def whole_tag(parts: Sequence[Part]) -> str:
     """Returns the tag that S3 gives to an object of these parts, "" if it cannot be told."""
     if not all(_HEX.fullmatch(part.tag) for part in parts):
         return ""

@@ -28,7 +28,7 @@ _SCHEMES = (
     ("MXFP4", re.compile(r"_(blocks|scales)$")),
     (_MLX, re.compile(r"\.scales$")),
     ("scaled fp8 (weight_scale_inv)", re.compile(r"[._]weight_scale_inv$")),
-    ("compressed-tensors", re.compile(r"\.(weight_packed|weight_zero_point|weight_global_scale)$")),
+    ("compressed-tensors", re.compile(r"\.(weight_packed|weight_zero_point|weight_global_scale|bitmask|scale_packed)$")),
     ("scaled fp8 (ComfyUI)", re.compile(r"\.(scale_weight|scale_input|comfy_quant)$")),
     ("scaled fp8 or int8 (scaling_factor)", re.compile(r"\.(weights|activation)_scaling_factor$")),
     (_SCALED, re.compile(r"[._]_?(\w*_)?scale(_\d)?$")),
@@ -36,7 +36,7 @@ _SCHEMES = (
 )
 _ANY = re.compile(
     r"absmax|quant|SCB$|q_\w+$|qweight$|qzeros$|g_idx$|trellis$|W_q$|codebooks$|centroids|Qidxs|qdata$|weight_|scale|scaling_"
-    r"|_blocks$"
+    r"|_blocks$|bitmask$"
 )
 _SCALE = re.compile(r"^(?P<parent>.*\.)?_?((?P<weights>\w+?)_)?scale(_\d)?$")
 ADVICE: dict[str, str] = {
