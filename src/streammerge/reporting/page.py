@@ -12,42 +12,48 @@ from streammerge.version import __version__
 
 _MOST_ROWS = 2000
 _STYLE = """
-:root {
-  color-scheme: light dark; --paper: #ffffff; --ink: #1b1f24; --soft: #5b6570; --line: #d9dee3; --card: #f6f8fa;
-  --mark: #00798c; --warn: #b23a48;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --paper: #14181c; --ink: #e6e9ec; --soft: #9aa5b1; --line: #2f3841; --card: #1b2127; --mark: #4fc3d6; --warn: #ff8a94;
-  }
-}
+html { color-scheme: light dark; }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+body { margin: 0; background: #ffffff; color: #1b1f24; font: 16px/1.5 system-ui, sans-serif; }
 main { max-width: 78rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; margin: .5rem 0 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 h3 { font-size: 1rem; margin: .5rem 0; font-weight: 600; overflow-wrap: anywhere; }
-p.sub, p.small { color: var(--soft); margin: .2rem 0 1rem; }
+p.sub, p.small { color: #5b6570; margin: .2rem 0 1rem; }
 p.small { font-size: .85rem; }
 dl.first { display: grid; gap: .75rem; margin: 1rem 0; }
-dl.first > div { background: var(--card); border-left: 4px solid var(--mark); padding: .6rem .9rem; border-radius: 4px; }
-dl.first > div.lost { border-left-color: var(--warn); }
-dl.first dt { font-size: .85rem; color: var(--soft); }
+dl.first > div { background: #f6f8fa; border-left: 4px solid #00798c; padding: .6rem .9rem; border-radius: 4px; }
+dl.first > div.lost { border-left-color: #b23a48; }
+dl.first dt { font-size: .85rem; color: #5b6570; }
 dl.first dd { margin: 0; font-size: 1.05rem; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; max-width: 100%; }
 table { border-collapse: collapse; font-size: .875rem; min-width: 20rem; }
-th, td { text-align: left; vertical-align: top; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); }
-th { color: var(--soft); font-weight: 600; }
+th, td { text-align: left; vertical-align: top; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid #d9dee3; }
+th { color: #5b6570; font-weight: 600; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.name { overflow-wrap: anywhere; min-width: 12rem; }
 .pictures { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-start; }
 figure { margin: 0; max-width: 100%; }
-figure svg { display: block; max-width: 100%; height: auto; color: var(--ink); }
-pre { background: var(--card); padding: .8rem; overflow-x: auto; font-size: .85rem; border-radius: 4px; }
-details > summary { cursor: pointer; color: var(--mark); padding: .3rem 0; }
+figure svg { display: block; max-width: 100%; height: auto; color: #1b1f24; }
+pre { background: #f6f8fa; padding: .8rem; overflow-x: auto; font-size: .85rem; border-radius: 4px; }
+details > summary { cursor: pointer; color: #00798c; padding: .3rem 0; }
 ul.said { padding-left: 1.1rem; overflow-wrap: anywhere; }
-ul.said li.warning { color: var(--warn); }
-footer { color: var(--soft); font-size: .8rem; margin: 2.5rem 0 1rem; }
+ul.said li.warning { color: #b23a48; }
+footer { color: #5b6570; font-size: .8rem; margin: 2.5rem 0 1rem; }
+@media (prefers-color-scheme: dark) {
+  body { background: #14181c; color: #e6e9ec; }
+  p.sub, p.small { color: #9aa5b1; }
+  dl.first > div { background: #1b2127; border-left-color: #4fc3d6; }
+  dl.first > div.lost { border-left-color: #ff8a94; }
+  dl.first dt { color: #9aa5b1; }
+  th, td { border-bottom-color: #2f3841; }
+  th { color: #9aa5b1; }
+  figure svg { color: #e6e9ec; }
+  pre { background: #1b2127; }
+  details > summary { color: #4fc3d6; }
+  ul.said li.warning { color: #ff8a94; }
+  footer { color: #9aa5b1; }
+}
 """
 
 
@@ -112,8 +118,8 @@ def _heat(facts: Facts, grids: Sequence[object]) -> str:
 
 def _unknown() -> str:
     return (
-        "<p>The distances are not known: nothing was measured while merging (<code>merge --report</code>), and no input "
-        "was found to compare with.</p>"
+        "<p>The distances are not known: nothing was measured while merging, and no input was found to compare with. A "
+        "report that is made with the merge measures them.</p>"
     )
 
 
@@ -141,8 +147,8 @@ def _recipe(facts: Facts) -> str:
 def _curves(facts: Facts) -> str:
     if len(facts.samples) < 2:
         return (
-            "<p>Not recorded: the run was too short, or ended before this report (<code>merge --report</code> records "
-            "it).</p>"
+            "<p>Not recorded: the run was too short, or ended before this report. A report that is made with the merge "
+            "records it.</p>"
         )
     rows = (
         [f"{each.seconds:.2f}", f"{each.memory_bytes / (1 << 20):.1f}", f"{each.done_bytes / 1e6:.1f}"]

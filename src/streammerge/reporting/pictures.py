@@ -95,8 +95,10 @@ def _throughput(samples: Sequence[Sample]) -> tuple[list[float], list[float]]:
     step = max((end - begin) / _STEPS, 1e-9)
     some = [samples[0]]
     for each in samples[1:]:
-        if each.seconds - some[-1].seconds >= step or each is samples[-1]:
+        if each.seconds - some[-1].seconds >= step:
             some.append(each)
+    if len(some) < 2:
+        some.append(samples[-1])
     speeds = [(b.done_bytes - a.done_bytes) / max(b.seconds - a.seconds, 1e-9) / _MB for a, b in pairwise(some)]
     return [each.seconds for each in some[1:]], speeds
 

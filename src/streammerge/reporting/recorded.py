@@ -24,7 +24,7 @@ class Recorder:
     def __call__(self, event: Event) -> None:
         self._listener(event)
         if isinstance(event, RunStarted):
-            self.samples, self._began, self._done, self._step = [], time.perf_counter(), 0, 0.0
+            self.samples, self._began, self._done, self._step = [Sample(0.0, 0, 0)], time.perf_counter(), 0, 0.0
             self._startup = resident_bytes()
         elif isinstance(event, TaskDone):
             self._done += event.read_bytes + event.written_bytes

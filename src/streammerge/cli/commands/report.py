@@ -14,13 +14,13 @@ from streammerge.options import REPORT
 
 
 @click.command(cls=options.GroupedCommand)
-@click.argument("out", type=click.Path(), metavar="OUT")
-@click.option("-o", "--to", "to", required=True, type=click.Path(), metavar="FILE.html", help="The page to write.")
+@click.argument("merged", type=click.Path(), metavar="OUT")
+@click.option("-o", "--out", "out", type=click.Path(), metavar="FILE.html", help="The page to write.")
 @options.of(*REPORT)
 @options.no_progress
 @options.report("human", "quiet")
 @options.debug
-def report(out: str, to: str, no_progress: bool, form: str, debug: bool, **typed: Any) -> None:
+def report(merged: str, out: str | None, no_progress: bool, form: str, debug: bool, **typed: Any) -> None:
     """Show a merge as a page with pictures, which a browser opens offline.
 
     \b
@@ -29,9 +29,11 @@ def report(out: str, to: str, no_progress: bool, form: str, debug: bool, **typed
     """
     from streammerge.cli.progress import Progress
 
+    if out is None:
+        raise click.UsageError("a report needs a file to be written to: -o FILE.html")
     with Progress(form, enabled=not no_progress) as progress:
         from streammerge import api
 
-        made = api.report(out, to, listener=progress, **as_arguments(typed))
+        made = api.report(merged, out, listener=progress, **as_arguments(typed))
     if form == "human":
         say(f"wrote {printable(made)}")
