@@ -53,7 +53,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[type[Options], ...]]] = {
 }
 GIVEN_OTHERWISE = {"a", "b", "inputs", "out", "to", "path", "paths", "plan", "tuned", "recipe", "listener", "progress"}
 """Arguments that are no options: what is merged, where to, and who is told."""
-HOW_SHOWN = {"form", "debug", "no_progress", "dry_run", "tensors", "recipe", "verbose"}
+HOW_SHOWN = {"form", "debug", "no_progress", "dry_run", "tensors", "lineage", "recipe", "verbose"}
 """Options of the command line that are about what it shows."""
 
 

@@ -90,7 +90,10 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        return self.write_bytes + self.spooled_bytes + self.turned_bytes
+        sizes = [file.size for file in self.layout.files]
+        sizes += [self.identities[source].size for source, _ in self.layout.side_files]
+        written = sum(sizes) if self.out is None else self.out.store.needed_disk_bytes(sizes)
+        return written + self.spooled_bytes + self.turned_bytes
 
     @property
     def spooled_bytes(self) -> int:

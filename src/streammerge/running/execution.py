@@ -192,7 +192,7 @@ def refuse_to_lose_files(out: Location, plan: Plan) -> None:
             raise RecipeError(f"{printable(out)} is a folder; remove it first, or choose another name")
         written = {file.name for file in plan.layout.files} | {name for _, name in plan.layout.side_files}
         written.discard(CARD_FILE)  # a card that no merge made is somebody's own text
-        foreign = foreign_files(out, written | _made_before(out))
+        foreign = [] if out.store.keeps_history else foreign_files(out, written | made_before(out))
         if foreign:
             raise RecipeError(
                 f"{printable(out)} also holds {listed(foreign)}, which replacing it would lose; move that away first"
@@ -215,7 +215,7 @@ def refuse_extras(extras: Location, plan: Plan, overwrite: bool) -> None:
         raise RecipeError(f"`extras` {printable(extras)} is, or lies in, an input or the output; choose another name")
 
 
-def _made_before(out: Location) -> set[str]:
+def made_before(out: Location) -> set[str]:
     """Returns the file names of an earlier output in that folder, from its receipt."""
     try:
         return {RECEIPT_FILE, *receipt_of(out).checksums}

@@ -80,7 +80,8 @@ class Run:
         self._outputs: list[Output] = []
         self._kind: Checksum = plan.layout.receipt.kind
         self._polite, self._executors = options.polite, executor_of(plan, options.executor)
-        self._modules = modules_of(plan.tasks, self._kind, plan.torch_needed)
+        clients = {module for path in plan.identities for module in path.store.modules}
+        self._modules = modules_of(plan.tasks, self._kind, plan.torch_needed) + tuple(sorted(clients))
         self._used: Executor | None = None
         self._sealing: Sealing | None = None
         staging.as_folder = plan.layout.as_folder
