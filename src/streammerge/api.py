@@ -519,7 +519,7 @@ def _verified(out: PathLike, asked: Verifying, resources: Resources, listener: L
     from streammerge.running.readback import receipt_of
     from streammerge.verifying.files import check_files
 
-    place, share = parse(path_of("out", out)), parse_share("5%" if asked.sample is None else asked.sample)
+    place, share = parse(hub_place(path_of("out", out))), parse_share("5%" if asked.sample is None else asked.sample)
     receipt = receipt_of(place)
     try:
         workers = resources.workers or default_workers()
