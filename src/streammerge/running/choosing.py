@@ -24,8 +24,8 @@ LEAST_BYTES = 16 << 30
 LEAST_BYTES_OF_PASSES = 8 << 30
 """The same for methods with passes, which hold Python's lock for a larger share of their time."""
 TENSOR_BYTES = 1 << 19
-"""A tensor of a method with passes holds the lock as long as these bytes do, beside its own. So 16,384 of them repay the start
-of processes: two threads do the work of 1.5, and a tensor takes a third of a millisecond."""
+"""A tensor of a method with passes holds the lock as long as these bytes do, beside its own. So 16,384 of them repay the
+start of processes: two threads do the work of 1.5, and a tensor takes a third of a millisecond."""
 
 
 class Planned(Protocol):
