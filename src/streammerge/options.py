@@ -705,12 +705,40 @@ class Finishing(Options):
     overwrite: bool = option("Replace a finished output.", TRUTH, default=False)
 
 
-MERGE = (Merging, Choosing, Naming, Policies, Selecting, Resources, Executing, Writing, Running)
+@dataclass(frozen=True, eq=False, repr=False)
+class Reporting(Options):
+    """What is shown besides."""
+
+    report: PathLike | None = option(
+        "Write a page with pictures there, which a browser opens offline; needs streammerge[report].",
+        PATH,
+        metavar="FILE.html",
+    )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Showing(Options):
+    """What a report shows."""
+
+    inputs: PathLike | None = option(
+        "The folder that holds the inputs.", PATH, metavar="DIR", otherwise="here, or beside the output"
+    )
+    compare: bool = option(
+        "False: do not read the inputs, whose distances to the output are then not shown.",
+        TRUTH,
+        default=True,
+        negated=True,
+    )
+    overwrite: bool = option("Replace a report.", TRUTH, default=False)
+
+
+MERGE = (Merging, Choosing, Naming, Policies, Selecting, Resources, Executing, Writing, Running, Reporting)
 PLAN = (Merging, Choosing, Naming, Policies, Selecting, Resources, Executing, Writing, Saving)
 CONVERT = (Converting, Naming, Selecting, Resources, Executing, Writing, Running)
 EXTRACT = (Extracting, Selecting, Resources, Replacing)
 VERIFY = (Verifying, Resources)
-DIFF = (Comparing, Selecting, Resources, Executing)
+DIFF = (Comparing, Selecting, Resources, Executing, Reporting)
 WORKER = (Sharing, Machine)
 FINISH = (Finishing,)
 SWEEP = (Sweeping, Blending, Naming, Policies, Selecting, Resources, Executing, Writing, Running)
+REPORT = (Showing, Resources)

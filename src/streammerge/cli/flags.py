@@ -42,9 +42,9 @@ def _typed(found: re.Match[str]) -> str:
 
 @cache
 def _options() -> dict[str, Option]:
-    from streammerge.options import CONVERT, EXTRACT, FINISH, MERGE, PLAN, SWEEP, VERIFY, WORKER, options_of
+    from streammerge.options import CONVERT, EXTRACT, FINISH, MERGE, PLAN, REPORT, SWEEP, VERIFY, WORKER, options_of
 
-    return options_of(*SWEEP, *WORKER, *FINISH, *EXTRACT, *PLAN, *MERGE, *CONVERT, *VERIFY)
+    return options_of(*REPORT, *SWEEP, *WORKER, *FINISH, *EXTRACT, *PLAN, *MERGE, *CONVERT, *VERIFY)
 
 
 def _plain(value: str) -> str:

@@ -4,9 +4,9 @@ all."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from streammerge.errors import FormatError, RecipeError, StreammergeError, UncheckedError, listed, printable
 from streammerge.events import Preparing, Published, RunFinished, RunStarted, Suspended, Told
@@ -27,7 +27,7 @@ from streammerge.units import binary_bytes, counted, decimal_bytes
 @dataclass(frozen=True, slots=True, repr=False)
 class Result:
     """The report of a run. Memory is resident bytes as the kernel counts them, worker processes included. ``peak_bytes``:
-    the most memory above ``startup_bytes``."""
+    the most memory above ``startup_bytes``. ``measured``: the sums of each task, if they were asked for."""
 
     out: Location
     read_bytes: int
@@ -39,6 +39,7 @@ class Result:
     plan: Plan
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
+    measured: Mapping[int, Sequence[float]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return (
@@ -101,6 +102,7 @@ def execute(plan: Plan, options: RunOptions, resident_before: int) -> Result:
         plan,
         (*plan.notes, *made.notes, *made.staging.notes),
         (*plan.warnings, *made.warnings),
+        made.measured,
     )
 
 

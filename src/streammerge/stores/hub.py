@@ -124,9 +124,8 @@ class Hub(RemoteStore):
         return found
 
     def is_whole(self, name: str, commit: str, folder: Location) -> bool:
-        """Whether a snapshot of the cache holds all files of the commit, but for hidden ones."""
-        needed = (path for path in self.tree(name, commit).files if not path.startswith("."))
-        return all((folder / path).is_file() for path in needed)
+        """Whether a snapshot of the cache holds all files of the commit."""
+        return all((folder / path).is_file() for path in self.tree(name, commit).files)
 
     def _split(self, location: Location) -> tuple[Repository, Tree] | None:
         """Returns the repository of a location at its commit, and its files. None for the root and for organisations."""

@@ -15,6 +15,7 @@ SHORT = {
     "merge": "Merge checkpoints into one.",
     "methods": "List the merge methods, or show one: parameters, formula, paper.",
     "plan": "Show what merge would do; nothing else is written.",
+    "report": "Show a merge as a page with pictures, which a browser opens offline.",
     "runs": "List outputs in a folder whose runs go on or were interrupted.",
     "sweep": "Make many merges of the same inputs in one read, score them, keep the best.",
     "verify": "Check that an output is what its recipe says.",
