@@ -16,7 +16,7 @@ from streammerge.stores.remembering import forget
 if TYPE_CHECKING:
     from streammerge.stores.ahead import Ahead
 
-LEAST_AHEAD_BYTES = 8 << 20
+LEAST_AHEAD_BYTES = 16 << 20
 """Memory for blocks of remote files where no budget says more."""
 _AT_ONCE = 32
 
