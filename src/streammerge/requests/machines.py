@@ -46,7 +46,7 @@ def rebuilt(said: SavedPlan, machine: Machine) -> Plan:
     resources = Resources(
         memory=said.memory if machine.memory is None else machine.memory,
         workers=said.workers if machine.workers is None else machine.workers,
-        io=said.io if machine.io is None else machine.io,  # type: ignore[arg-type]
+        io=said.io if machine.io is None else machine.io,
     )
     executor = said.executor if machine.executor is None else machine.executor
     with remembering():

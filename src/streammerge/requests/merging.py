@@ -159,6 +159,7 @@ class Request:
         weights = self._weights(given, chosen, notes)
         wanted = asked.dtype if asked.out_dtype is None else asked.out_dtype
         overrides: dict[str, Any] = {"dtype": None if wanted is None else float_dtype(wanted), "seed": asked.seed}
+        overrides["card"] = asked.card
         for name in _RANKS:
             if name in parameters and name not in method.parameters:
                 overrides["rank"] = _whole_rank(parameters.pop(name))

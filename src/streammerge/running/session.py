@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from operator import add
 from typing import TYPE_CHECKING
 
 from streammerge.errors import RecipeError, SpaceError, UncheckedError, VerifyError, listed, printable
@@ -46,7 +47,8 @@ class RunOptions:
 
     ``overwrite``: replaces a finished output. ``resume``: continues an interrupted run of the same plan, and keeps the
     pieces when this run is interrupted. ``polite``: gives the inputs' page cache back behind the cursor. ``executor``: the
-    same value that :func:`choose_executor` got for the plan.
+    same value that :func:`choose_executor` got for the plan. ``measures``: measures how far the output lies from its
+    inputs, see :mod:`streammerge.running.measuring`.
     """
 
     overwrite: bool = False
@@ -54,6 +56,7 @@ class RunOptions:
     polite: bool = False
     listener: Listener = quiet
     executor: str | Executors = "auto"
+    measures: bool = False
 
 
 class Run:
@@ -77,12 +80,16 @@ class Run:
         self._outputs: list[Output] = []
         self._kind: Checksum = plan.layout.receipt.kind
         self._polite, self._executors = options.polite, executor_of(plan, options.executor)
-        self._modules = modules_of(plan.tasks, self._kind, plan.torch_needed)
+        clients = {module for path in plan.identities for module in path.store.modules}
+        self._modules = modules_of(plan.tasks, self._kind, plan.torch_needed) + tuple(sorted(clients))
         self._used: Executor | None = None
         self._sealing: Sealing | None = None
         staging.as_folder = plan.layout.as_folder
         self.startup_bytes = self.peak_bytes = 0
         self.hashes: dict[str, str] = {}
+        self.measured: dict[int, list[float]] = {}
+        """The sums of each task, if the run measures."""
+        self._measures = options.measures
         self.related = False
         """Whether it is known already how the inputs are related, as when several outputs are made of them."""
         self._begun = False
@@ -354,6 +361,9 @@ class Run:
         finished = self._finished(piece, done)
         self._done.add(finished)
         self.journal.add(finished)
+        if done.measured:
+            known = self.measured.get(piece.number)
+            self.measured[piece.number] = list(done.measured) if known is None else list(map(add, known, done.measured))
         if self._sealing is not None:
             self._sealing.made(piece.task.file)
         if finished.nonfinite and finished.nonfinite.keys() - {AGREED}:
@@ -379,7 +389,9 @@ class Run:
         plan = self.plan
         places = tuple(OutputPlace(file.location, file.size) for file in self._outputs)
         mapped = plan.io == "mmap"
-        return Job(new_key(), plan.budget, plan.identities, self._polite, mapped, self._kind, places, self._modules)
+        return Job(
+            new_key(), plan.budget, plan.identities, self._polite, mapped, self._kind, places, self._modules, self._measures
+        )
 
     def _finished(self, piece: Piece, done: PieceDone) -> Finished:
         file = self.plan.layout.files[piece.task.file].name

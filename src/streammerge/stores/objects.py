@@ -274,6 +274,9 @@ class ObjectStore(RemoteStore):
     def stage(self, location: Location, overwrite: bool = False) -> Staging:
         return ObjectStaging(self, location, overwrite, lasting=False)
 
+    def needed_disk_bytes(self, sizes: Sequence[int]) -> int:
+        return 0
+
     def output_buffers(self, largest: int) -> tuple[int, int]:
         return buffer_bytes(largest)
 

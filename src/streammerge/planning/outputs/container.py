@@ -50,7 +50,7 @@ def container_of(out: Location, first: CheckpointIndex | None = None) -> str:
     ``first``: the first input. A file whose name has another ending, or none (``g_05000000``), is of a program whose loader
     expects such names. An output with the same ending is a file of the same format.
     """
-    if out.ends_in_slash or out.is_folder():
+    if out.ends_in_slash or out.store.is_always_folder(out) or out.is_folder():
         return "folder"
     if out.suffix == ".safetensors":
         return "safetensors"
