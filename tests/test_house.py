@@ -22,7 +22,7 @@ ROOMS = (
     "errors", "events", "units", "version", "strict_json", "plugins", "notebook",  # words
     "stores", "options", "tensors", "kernels", "methods", "sources", "pickles", "formats", "recipe", "checkpoints",
     "quantised", "adapters", "planning", "running", "factoring", "requests", "sweeps",
-    "verifying", "diffing", "progress", "signatures", "api", "cli", "__init__", "__main__",
+    "verifying", "diffing", "reporting", "progress", "signatures", "api", "cli", "__init__", "__main__",
 )  # fmt: skip
 """Rooms from the bottom up. A room imports only from rooms before it."""
 
@@ -82,7 +82,7 @@ def test_no_room_holds_a_circle() -> None:
 
 
 PUBLIC = """
-    convert diff extract finish inspect list_methods location merge methods plan sweep verify worker
+    convert diff extract finish inspect list_methods location merge methods plan report sweep verify worker
     Chunk Kernel MergeMethod TensorGroup merge_method
     AdapterResult CheckpointIndex Diff Plan Recipe Result ShareResult Source SweepResult TensorSpec Verified
     SafetensorsWriter

@@ -24,6 +24,7 @@ from streammerge.options import (
     FINISH,
     MERGE,
     PLAN,
+    REPORT,
     SWEEP,
     VERIFY,
     WORKER,
@@ -45,13 +46,14 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[type[Options], ...]]] = {
     "verify": (sm.verify, VERIFY),
     "diff": (sm.diff, DIFF),
     "sweep": (sm.sweep, SWEEP),
+    "report": (sm.report, REPORT),
     "worker": (sm.worker, WORKER),
     "finish": (sm.finish, FINISH),
     "inspect": (sm.inspect, (Selecting,)),
 }
-GIVEN_OTHERWISE = {"a", "b", "inputs", "out", "path", "paths", "plan", "tuned", "recipe", "listener", "progress"}
+GIVEN_OTHERWISE = {"a", "b", "inputs", "out", "to", "path", "paths", "plan", "tuned", "recipe", "listener", "progress"}
 """Arguments that are no options: what is merged, where to, and who is told."""
-HOW_SHOWN = {"form", "debug", "no_progress", "dry_run", "tensors", "recipe", "verbose"}
+HOW_SHOWN = {"form", "debug", "no_progress", "dry_run", "tensors", "lineage", "recipe", "verbose"}
 """Options of the command line that are about what it shows."""
 
 

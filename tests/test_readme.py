@@ -20,6 +20,7 @@ import torch
 from benchmarks.cases import CASES
 from safetensors.torch import save_file
 
+from formats import dcp_maker
 from streammerge.cli.main import cli as command_line
 
 ROOT = Path(__file__).parent.parent
@@ -90,6 +91,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "run").mkdir()
     for step in range(1000, 9000, 1000):
         torch.save(voice(step, step, 3 - step / 5000), folder / "run" / f"checkpoint-{step}.pt")
+    for step in range(100, 700, 100):
+        tensors = {f"model.{name}": tensor for name, tensor in voice(step, 1, 1.0)["model"].items()}
+        dcp_maker.write(folder / "fsdp" / f"step-{step}", tensors, dcp_maker.sharded(0, 2), ranks=2)
     (folder / "mergekit-config.yml").write_text(
         "merge_method: tie\nbase_model: base/\nmodels:\n  - model: chat/\n    parameters: {weigth: 0.5}\n"
         "  - model: code/\n    parameters: {weight: 0.5}\nchat_template: chatmll\n"

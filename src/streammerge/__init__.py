@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from streammerge.api import inspect as inspect
     from streammerge.api import merge as merge
     from streammerge.api import plan as plan
+    from streammerge.api import report as report
     from streammerge.api import sweep as sweep
     from streammerge.api import verify as verify
     from streammerge.api import worker as worker
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
     from streammerge.verifying.files import Verified as Verified
 
 _PLACES = {
-    "api": "convert diff extract finish inspect merge plan sweep verify worker",
+    "api": "convert diff extract finish inspect merge plan report sweep verify worker",
     "checkpoints.index": "CheckpointIndex",
     "diffing.result": "Diff",
     "errors": "BudgetError ChangedError FormatError LockedError MismatchError RecipeError SpaceError StreammergeError "

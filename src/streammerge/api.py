@@ -1,4 +1,4 @@
-"""The public functions: merge(), plan(), sweep(), convert(), extract(), inspect(), verify(), diff(), worker(), finish().
+"""The public functions: merge(), plan(), sweep(), convert(), extract(), inspect(), verify(), diff(), report() and others.
 
 The rooms below do the work. Nothing here prints, unless ``progress`` asks for a bar.
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsIndex
 
 from streammerge.checkpoints.index import CheckpointIndex
@@ -24,6 +25,7 @@ from streammerge.options import (
     FINISH,
     MERGE,
     PLAN,
+    REPORT,
     SWEEP,
     VERIFY,
     WORKER,
@@ -45,6 +47,7 @@ from streammerge.options import (
     Saving,
     Selecting,
     Sharing,
+    Showing,
     Soup,
     Verifying,
     Writing,
@@ -216,6 +219,7 @@ def merge(
     overwrite: bool = False,
     resume: bool = True,
     polite: bool = False,
+    report: PathLike | None = None,
     listener: Listener = quiet,
     progress: bool = False,
 ) -> Result | AdapterResult:
@@ -248,6 +252,8 @@ def merge(
             if combined is None:
                 made = request.plan()
         if combined is not None:
+            if report is not None:
+                raise RecipeError("`report` is of a model, and adapters alone become an adapter; leave it out")
             return _make(combined, request.out, given, running.listener, before)
         if request.merging.convert_first is not None:
             from streammerge.requests import conversions  # here, because most merges convert nothing
@@ -257,7 +263,17 @@ def merge(
                 made = request.plan()
         foreseen = output_warnings(made)  # the run itself raises these as errors, unless they are allowed
         made.warnings = [warning for warning in made.warnings if warning not in foreseen]
-        return _executed(made, running, given, before)
+        if report is None:
+            return _executed(made, running, given, before)
+        from streammerge.reporting import making, recorded  # here, because most merges have no report
+        from streammerge.requests.inputs import path_of
+
+        page = parse(path_of("report", report))
+        making.check_possible(page, running.overwrite)
+        recorder = recorded.Recorder(running.listener)
+        result = _executed(made, replace(running, listener=recorder, measures=True), given, before)
+        making.report_merge(result, recorder.samples, page)
+        return result
 
 
 @takes(*SWEEP)
@@ -503,7 +519,7 @@ def _verified(out: PathLike, asked: Verifying, resources: Resources, listener: L
     from streammerge.running.readback import receipt_of
     from streammerge.verifying.files import check_files
 
-    place, share = parse(path_of("out", out)), parse_share("5%" if asked.sample is None else asked.sample)
+    place, share = parse(hub_place(path_of("out", out))), parse_share("5%" if asked.sample is None else asked.sample)
     receipt = receipt_of(place)
     try:
         workers = resources.workers or default_workers()
@@ -530,6 +546,7 @@ def diff(
     io: Io = "mmap",
     executor: str | Callable[[int], Any] = "auto",
     address: str | None = None,
+    report: PathLike | None = None,
     listener: Listener = quiet,
     progress: bool = False,
 ) -> Diff:
@@ -552,7 +569,49 @@ def diff(
     from streammerge.diffing.comparing import compare  # here: a merge starts without it
 
     with _run_options(given) as running:
-        return compare(names, held, selecting, resources, running.executor, running.listener)
+        found = compare(names, held, selecting, resources, running.executor, running.listener)
+    if report is not None:
+        from streammerge.reporting import making  # here, because most comparisons have no report
+        from streammerge.requests.inputs import path_of
+
+        making.report_diff(found, parse(path_of("report", report)))
+    return found
+
+
+@takes(*REPORT)
+def report(
+    out: PathLike,
+    to: PathLike,
+    *,
+    inputs: PathLike | None = None,
+    compare: bool = True,
+    overwrite: bool = False,
+    memory: str | SupportsIndex = DEFAULT_MEMORY,
+    workers: SupportsIndex | None = None,
+    io: Io = "mmap",
+    listener: Listener = quiet,
+    progress: bool = False,
+) -> Location:
+    """Writes the page of an output ``out`` into the file ``to``: what was merged, how far the output moved, what was not
+    used.
+
+    The page is one file that opens offline. What was merged comes from the receipt, and distances from the inputs that are
+    found, which are read again; ``merge(report=...)`` measures them while it merges. Needs ``streammerge[report]``.
+    ``listener`` and ``progress``: as of :func:`merge`. Raises RecipeError, and VerifyError for an output without a receipt.
+    """
+    given = locals()
+    from streammerge.reporting import making  # here: a merge starts without it
+    from streammerge.requests.inputs import path_of
+
+    asked, place = picked(Showing, given), parse(path_of("to", to))
+    making.check_possible(place, asked.overwrite)
+
+    def compared(path: str, made: str) -> Diff:
+        return diff(path, made, memory=memory, workers=workers, io=io, listener=listener, progress=progress)
+
+    folder = None if asked.inputs is None else str(asked.inputs)
+    making.report_output(parse(path_of("out", out)), place, folder, compared if asked.compare else None)
+    return place
 
 
 @takes(*WORKER)

@@ -14,7 +14,7 @@ import math
 import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import FrozenInstanceError, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from streammerge.errors import RecipeError, printable
@@ -113,11 +113,20 @@ def option(
 
 
 class Options:
-    """A group of options. Making one reads every value, and raises RecipeError for a value that an option does not take."""
+    """A group of options. Making one reads every value, and raises RecipeError for a value that an option does not take.
 
-    def __post_init__(self) -> None:
+    Its values cannot be changed. That is written here once, because a dataclass would compile it for each group, in each
+    start of a command.
+    """
+
+    def __init__(self, **given: Any) -> None:
         for name, each in options_of(type(self)).items():
-            object.__setattr__(self, name, each.read(getattr(self, name)))
+            object.__setattr__(self, name, each.read(given.pop(name, each.default)))
+        if given:
+            raise TypeError(f"{type(self).__name__} has no option {next(iter(given))}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise FrozenInstanceError(f"cannot assign to field {name!r}")
 
     @property
     def overrides(self) -> dict[str, Any]:
@@ -285,7 +294,7 @@ RENAMES = OptionKind("patterns and new names, like {'old.*': 'new.*'}", _renames
 PATTERNS = OptionKind("patterns like 'dvae.*'", _texts, many=True)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(init=False, eq=False, repr=False)
 class Merging(Options):
     """What is merged, and how."""
 
@@ -333,7 +342,7 @@ def _lists_of_numbers(value: Any) -> list[list[float]]:
     return [_numbers(each) for each in plain_number(value)]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(init=False, eq=False, repr=False)
 class Sweeping(Options):
     """Which merges are made, and which are kept."""
 
@@ -368,7 +377,7 @@ class Sweeping(Options):
     )
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(init=False, eq=False, repr=False)
 class Blending(Options):
     """How each of them is merged."""
 
@@ -387,7 +396,7 @@ class Blending(Options):
     )
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(init=False, eq=False, repr=False)
 class Choosing(Options):
     """Which of the inputs are merged."""
 
@@ -411,7 +420,7 @@ class Choosing(Options):
     )
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(init=False, eq=False, repr=False)
 class Naming(Options):
     """What the tensors are called."""
 
@@ -423,7 +432,7 @@ class Naming(Options):
     )
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(init=False, eq=False, repr=False)
 class Policies(Options):
     """The handling of tensors that do not fit together."""
 
@@ -475,7 +484,7 @@ class Policies(Options):
     )
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(init=False, eq=False, repr=False)
 class Selecting(Options):
     """Which tensors of a file are the weights."""
 
@@ -496,7 +505,7 @@ class Selecting(Options):
     )
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(init=False, eq=False, repr=False)
 class Writing(Options):
     """What is written."""
 
@@ -516,7 +525,7 @@ class Writing(Options):
     hash: bool = option("Put the SHA-256 of each input into the output's receipt.", TRUTH, default=False)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(init=False, eq=False, repr=False)
 class Converting(Options):
     """What a conversion changes."""
 
@@ -539,7 +548,7 @@ class Converting(Options):
     extras: PathLike | None = option("Write what is not a tensor there, readable.", PATH, metavar="FILE.json")
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(init=False, eq=False, repr=False)
 class Extracting(Options):
     """What the adapter holds."""
 
@@ -572,7 +581,7 @@ class Extracting(Options):
     dtype: object = option("Dtype of the factors.", metavar="DTYPE", otherwise="float32")
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(init=False, eq=False, repr=False)
 class Replacing(Options):
     """How the output is made. None of these options changes a byte of it."""
 
@@ -580,7 +589,7 @@ class Replacing(Options):
     polite: bool = option("Give the inputs' page cache back behind the cursor.", TRUTH, default=False)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(init=False, eq=False, repr=False)
 class Verifying(Options):
     """What is verified."""
 
@@ -597,7 +606,7 @@ class Verifying(Options):
     own_methods: bool = option("Let the recipe name methods that are your own code.", TRUTH, default=False)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(init=False, eq=False, repr=False)
 class Comparing(Options):
     """What is compared."""
 
@@ -606,7 +615,7 @@ class Comparing(Options):
     )
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(init=False, eq=False, repr=False)
 class Resources(Options):
     """Memory, workers and the way of reading. None of these options changes a byte of the output."""
 
@@ -617,7 +626,7 @@ class Resources(Options):
     io: Io = option("How inputs are read; pread for network drives.", _one_of(IO), default="mmap", choices=IO)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(init=False, eq=False, repr=False)
 class Executing(Options):
     """The kind of workers. It does not change a byte of the output."""
 
@@ -636,7 +645,7 @@ class Executing(Options):
     )
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(init=False, eq=False, repr=False)
 class Running(Options):
     """How the output is made. None of these options changes a byte of it."""
 
@@ -645,7 +654,7 @@ class Running(Options):
     polite: bool = option("Give the inputs' page cache back behind the cursor.", TRUTH, default=False)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(init=False, eq=False, repr=False)
 class Saving(Options):
     """What is kept of a plan."""
 
@@ -656,7 +665,7 @@ class Saving(Options):
     )
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(init=False, eq=False, repr=False)
 class Sharing(Options):
     """Which units of the plan are made."""
 
@@ -672,7 +681,7 @@ class Sharing(Options):
     )
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(init=False, eq=False, repr=False)
 class Machine(Options):
     """What this machine gives. None of these options changes a byte of the output."""
 
@@ -689,19 +698,47 @@ class Machine(Options):
     polite: bool = option("Give the inputs' page cache back behind the cursor.", TRUTH, default=False)
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(init=False, eq=False, repr=False)
 class Finishing(Options):
     """How the output is published."""
 
     overwrite: bool = option("Replace a finished output.", TRUTH, default=False)
 
 
-MERGE = (Merging, Choosing, Naming, Policies, Selecting, Resources, Executing, Writing, Running)
+@dataclass(frozen=True, eq=False, repr=False)
+class Reporting(Options):
+    """What is shown besides."""
+
+    report: PathLike | None = option(
+        "Write a page with pictures there, which a browser opens offline; needs streammerge[report].",
+        PATH,
+        metavar="FILE.html",
+    )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Showing(Options):
+    """What a report shows."""
+
+    inputs: PathLike | None = option(
+        "The folder that holds the inputs.", PATH, metavar="DIR", otherwise="here, or beside the output"
+    )
+    compare: bool = option(
+        "False: do not read the inputs, whose distances to the output are then not shown.",
+        TRUTH,
+        default=True,
+        negated=True,
+    )
+    overwrite: bool = option("Replace a report.", TRUTH, default=False)
+
+
+MERGE = (Merging, Choosing, Naming, Policies, Selecting, Resources, Executing, Writing, Running, Reporting)
 PLAN = (Merging, Choosing, Naming, Policies, Selecting, Resources, Executing, Writing, Saving)
 CONVERT = (Converting, Naming, Selecting, Resources, Executing, Writing, Running)
 EXTRACT = (Extracting, Selecting, Resources, Replacing)
 VERIFY = (Verifying, Resources)
-DIFF = (Comparing, Selecting, Resources, Executing)
+DIFF = (Comparing, Selecting, Resources, Executing, Reporting)
 WORKER = (Sharing, Machine)
 FINISH = (Finishing,)
 SWEEP = (Sweeping, Blending, Naming, Policies, Selecting, Resources, Executing, Writing, Running)
+REPORT = (Showing, Resources)

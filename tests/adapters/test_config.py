@@ -55,6 +55,8 @@ def test_what_cannot_be_merged_is_refused(tree: dict[str, Any], words: str) -> N
         {"r": 0},
         {"r": True},
         {"lora_alpha": math.nan},
+        {"lora_alpha": None},
+        {"r": None},
         {"rank_pattern": [1]},
         {"use_dora": "yes"},
         {"target_parameters": [3]},

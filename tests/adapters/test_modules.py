@@ -141,3 +141,13 @@ def test_biases_that_the_configuration_does_not_tell_are_added_with_a_warning() 
 def test_factors_that_mean_nothing_are_errors(tensors: Tensors, words: str) -> None:
     with pytest.raises(sm.MismatchError, match=words):
         read_adapter(adapter_of(tensors))
+
+
+@pytest.mark.parametrize("kind", ["LOHA", "LOKR", "IA3", "TRAINABLE_TOKENS"])
+def test_factors_of_another_kind_than_the_configuration_states_are_an_error(kind: str) -> None:
+    with pytest.raises(sm.MismatchError, match=f"no factor of the kind {kind}"):
+        read_adapter(adapter_of(factors("a", 8, 6), config={"peft_type": kind, "r": 4}))
+    loha = {f"a.hada_w{n}_{h}": drawn(1, *((8, 4) if h == "a" else (4, 6))) for n in (1, 2) for h in "ab"}
+    if kind != "LOHA":
+        with pytest.raises(sm.MismatchError, match="no factor of the kind LORA"):
+            read_adapter(adapter_of(loha, "other", config={"r": 4}))

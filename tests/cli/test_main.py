@@ -8,10 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from conftest import Cli
 from safetensors.torch import load_file
+
+from streammerge.cli.commands import SHORT
+from streammerge.cli.main import cli as group
+from streammerge.plugins import module_names
 
 
 @pytest.mark.parametrize(
@@ -219,3 +224,10 @@ def test_a_terminal_shows_progress_and_leaves_a_clean_screen(tmp_path: Path, voi
     assert "memory" in text
     assert "of 512 MiB" in text
     assert "peak memory" in text.splitlines()[-2], "the last sentence takes two lines of 80 columns"
+
+
+def test_the_help_tells_the_first_sentence_of_each_command() -> None:
+    assert [*SHORT] == module_names("streammerge.cli.commands")
+    context = click.Context(group)
+    found = {name: group.get_command(context, name) for name in group.list_commands(context)}
+    assert {name: command.get_short_help_str(1000) for name, command in found.items() if command} == SHORT

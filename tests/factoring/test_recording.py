@@ -120,3 +120,21 @@ def test_no_resume_leaves_nothing() -> None:
     with pytest.raises(KeyboardInterrupt):
         sm.merge(["one", "other"], "made/", workers=1, listener=stopping_after(2), resume=False)
     assert sorted(path.name for path in Path().iterdir()) == ["one", "other"]
+
+
+def test_a_merge_of_adapters_has_a_card_unless_none_is_wanted() -> None:
+    two()
+    Path("one/README.md").write_text("---\nlicense: mit\n---\n")
+    sm.merge(["one", "other"], "made/", method="svd", parameters={"rank": 2})
+    card = Path("made/README.md").read_text()
+    assert "library_name: peft\ntags: [merge, streammerge]" in card
+    assert "`svd`.\n" in card
+    assert "- `one`: `mit`\n- `other`: none\n" in card
+    assert Path("made/streammerge.yaml").read_text().rstrip() in card
+    assert sm.verify("made/", sample=0).files == 4
+    sm.merge(["one", "other"], "made/", method="svd", parameters={"rank": 2}, overwrite=True)
+    sm.merge(["one", "other"], "bare/", card=False)
+    assert "README.md" not in whole("bare")
+    Path("bare/README.md").write_text("mine")
+    with pytest.raises(sm.RecipeError, match=r"also holds README\.md"):
+        sm.merge(["one", "other"], "bare/", overwrite=True)

@@ -113,7 +113,7 @@ def test_programs_without_fused_experts_are_told(models: list[dict[str, torch.Te
 
 
 def test_qwen2_has_a_shared_expert_and_biases(models: list[dict[str, torch.Tensor]]) -> None:
-    made = built(recipe(architecture="qwen", shared_experts=[{"source_model": "m0"}]))
+    made = built(recipe(architecture="qwen", shared_experts=[{"source_model": "m0"}], experts_per_token=1))
     assert torch.equal(
         made["model.layers.1.mlp.shared_expert.up_proj.weight"], models[0]["model.layers.1.mlp.up_proj.weight"]
     )
@@ -124,6 +124,7 @@ def test_qwen2_has_a_shared_expert_and_biases(models: list[dict[str, torch.Tenso
     assert made["model.layers.0.self_attn.q_proj.bias"].count_nonzero() == 0
     config = json.loads(Path("out/config.json").read_text())
     assert (config["num_experts"], config["shared_expert_intermediate_size"]) == (2, INNER)
+    assert config["num_experts_per_tok"] == 1
 
 
 def test_deepseek_and_qwen3(models: list[dict[str, torch.Tensor]]) -> None:

@@ -126,3 +126,16 @@ def test_options_hold_for_all_stages_but_those_about_the_output() -> None:
     assert (recipe.seed, recipe.stages["s"].seed) == (3, 3)
     assert recipe.dtype is not None
     assert recipe.stages["s"].dtype is None
+
+
+def test_a_recipe_in_place_of_a_model_takes_no_name_of_another() -> None:
+    inner = "{merge_method: linear, models: [a.safetensors, b.safetensors]}"
+    declared = "{merge_method: linear, models: [b.safetensors, c.safetensors]}"
+    named = "{merge_method: linear, name: x, models: [a.safetensors]}"
+    recipe = read(
+        f"stages:\n  models.0: {declared}\nmerge_method: linear\nmodels:\n  - model: {inner}\n  - models.0\n  - {named}\n"
+    )
+    wanted = [stage_text(name) for name in ("models.0'", "models.0", "x")]
+    assert [model.model for model in recipe.models] == wanted
+    assert [model.model for model in recipe.stages["models.0'"].models] == ["a.safetensors", "b.safetensors"]
+    assert [model.model for model in recipe.stages["models.0"].models] == ["b.safetensors", "c.safetensors"]

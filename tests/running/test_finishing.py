@@ -11,12 +11,14 @@ from conftest import trained
 from safetensors.torch import save_file
 
 import streammerge as sm
+from streammerge.events import TaskDone
 from streammerge.planning import saved, units
 from streammerge.requests.machines import joint_of
 from streammerge.running.finishing import spans
 from streammerge.stores import claims, joint, lock
 from streammerge.stores.base import Joint
 from streammerge.stores.claims import Claims
+from streammerge.stores.files import file_status
 from streammerge.stores.locations import parse
 
 LEASE_SECONDS = 0.5
@@ -70,6 +72,17 @@ def test_missing_units_are_named(plan: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out.safetensors").exists()
 
 
+def test_finishing_makes_no_tensor_again(plan: Path, tmp_path: Path) -> None:
+    sm.worker(plan, claim=True)
+    (file,) = Path(place_of(plan).content.key).iterdir()
+    made = file.stat()
+    events: list[object] = []
+    assert sm.finish(plan, listener=events.append).read_bytes == 0
+    assert not [event for event in events if isinstance(event, TaskDone)]
+    assert (tmp_path / "out.safetensors").stat().st_ino == made.st_ino, "it is the file that the machines have written"
+    assert is_right(tmp_path)
+
+
 def test_an_output_that_exists_needs_overwrite(plan: Path, tmp_path: Path) -> None:
     sm.worker(plan, claim=True)
     (tmp_path / "out.safetensors").write_bytes(b"theirs")
@@ -83,11 +96,11 @@ def test_an_output_that_exists_needs_overwrite(plan: Path, tmp_path: Path) -> No
 def test_finishing_twice_changes_nothing(plan: Path, tmp_path: Path) -> None:
     sm.worker(plan, claim=True)
     sm.finish(plan)
-    status = (tmp_path / "out.safetensors").stat()
+    status = file_status(str(tmp_path / "out.safetensors"))
     again = sm.finish(plan)
     assert again.notes[-1].endswith("is finished already")
     assert sm.worker(plan, claim=True).finished
-    assert (tmp_path / "out.safetensors").stat() == status
+    assert file_status(str(tmp_path / "out.safetensors")) == status
     assert not list(tmp_path.glob(".*"))
 
 

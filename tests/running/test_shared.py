@@ -150,6 +150,7 @@ def test_a_stopped_machine_writes_nothing_after_the_others_have_finished(tmp_pat
     assert "Traceback" not in said[1] or "Error" in said[1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_a_machine_that_was_stopped_for_a_moment_claims_again(tmp_path: Path, models: list[Path]) -> None:
     plan, out = tmp_path / "plan", tmp_path / "out.safetensors"
@@ -168,6 +169,7 @@ def test_a_machine_that_was_stopped_for_a_moment_claims_again(tmp_path: Path, mo
     assert out.read_bytes() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_machines_that_claim_at_once_make_each_unit_once(
     tmp_path: Path, models: list[Path], monkeypatch: pytest.MonkeyPatch
@@ -208,6 +210,7 @@ def test_nan_stops_a_machine_and_leaves_no_output(tmp_path: Path, models: list[P
     assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_an_input_that_changes_gives_no_receipt(tmp_path: Path, models: list[Path]) -> None:
     plan = tmp_path / "plan"

@@ -16,13 +16,11 @@ import torch
 from safetensors.torch import load_file, save
 
 import streammerge as sm
-from loopback_hub import TOKEN, Hub, Repo, Request, git_id
+from loopback_hub import Answer, Hub, Repo, Request, git_id
+from stores.hub_models import content, files, read, tensors, written
 from stores.suite import ODD_NAMES, ReadingSuite
-from streammerge.stores import remote
 from streammerge.stores.base import Location
 from streammerge.stores.locations import parse
-
-Answer = tuple[int, dict[str, str], bytes] | None
 
 
 class TestTheHub(ReadingSuite):
@@ -73,37 +71,6 @@ class TestTheHub(ReadingSuite):
 # --------------------------------------------------------------------------------------------------------------- models
 
 
-def tensors(seed: int, count: int = 60_000) -> dict[str, torch.Tensor]:
-    chance = torch.Generator().manual_seed(seed)
-    return {f"layers.{n}.w": torch.randn(count, generator=chance) for n in range(4)} | {"norm": torch.ones(())}
-
-
-def files(seed: int, card: str = "---\nlicense: mit\n---\n") -> dict[str, bytes]:
-    """Returns a folder of two shards with its index, a configuration, a card, and a file that a loader does not read."""
-    parts = list(tensors(seed).items())
-    shards = {f"model-{n + 1:05}-of-00002.safetensors": dict(parts[3 * n : 3 * n + 3]) for n in range(2)}
-    weight_map = {name: shard for shard, held in shards.items() for name in held}
-    made = {shard: save(held, {"format": "pt"}) for shard, held in shards.items()}
-    made["model.safetensors.index.json"] = json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
-    made |= {"config.json": b'{"model_type": "llama"}', "README.md": card.encode(), ".gitattributes": b"*.bin lfs\n"}
-    return made | {"extra/words.txt": b"word\n" * 100}
-
-
-def written(folder: Path, content: dict[str, bytes]) -> Path:
-    for name, data in content.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    return folder
-
-
-def read(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: each for path in sorted(folder.glob("*.safetensors")) for name, each in load_file(path).items()}
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
 def expected(weight: float = 0.5) -> dict[str, torch.Tensor]:
     a, b = tensors(1), tensors(2)
     return {name: (a[name].double() * weight + b[name].double() * (1 - weight)).float() for name in a}
@@ -111,13 +78,6 @@ def expected(weight: float = 0.5) -> dict[str, torch.Tensor]:
 
 def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
     return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
-
-
-@pytest.fixture
-def models(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Two models on the hub; their commits by name."""
-    monkeypatch.chdir(tmp_path)
-    return {"org/a": hub.add("org/a", files(1)), "org/b": hub.add("org/b", files(2))}
 
 
 @pytest.mark.parametrize(
@@ -271,44 +231,6 @@ def test_adapters_of_the_hub_are_merged_into_models_of_the_hub(
 
 
 # -------------------------------------------------------------------------------------------------------- what goes wrong
-
-
-def refused(name: str) -> str:
-    with pytest.raises(sm.StreammergeError) as caught:
-        sm.inspect(name)
-    return str(caught.value)
-
-
-def test_each_reason_of_the_hub_is_one_sentence(hub: Hub, models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.add("org/private", files(1), private=True)
-    hub.add("org/gated", files(1), gated=True)
-    for name in ("hf://org/none", "hf://org/private"):
-        assert refused(name).endswith("or it is private: log in with `hf auth login`, or set HF_TOKEN")
-    assert "org/gated is gated: accept its terms at" in refused("hf://org/gated")
-    assert refused("hf://org/a@nowhere") == "hf://org/a@nowhere: org/a has no revision nowhere on the hub"
-    assert refused("org/a@nowhere") == "org/a@nowhere does not exist, and org/a has no revision nowhere on the hub"
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    assert refused("hf://org/none").endswith("has no model org/none, or it is private and your token may not see it")
-    assert len(sm.inspect("hf://org/private")) == len(sm.inspect("org/gated")) == 5
-    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    assert "may not be read with this token" in refused("hf://org/a")
-    monkeypatch.delenv("HF_TOKEN")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert refused("hf://org/a") == "hf://org/a: the hub's cache does not hold it, while HF_HUB_OFFLINE is set"
-
-
-def test_a_missing_client_is_one_sentence(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from streammerge.stores import hub as store
-
-    monkeypatch.setattr(store, "is_installed", lambda: False)
-    words = "the hub is read by the package huggingface_hub; install it with `pip install 'streammerge[hub]'`"
-    assert refused("hf://org/a") == f"hf://org/a: {words}"
-    assert refused("org/a") == f"org/a does not exist, and {words}"
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
 
 
 def merged_with(hub: Hub, before: Callable[[Request], Answer]) -> dict[str, torch.Tensor]:

@@ -115,7 +115,7 @@ def test_publishing_and_a_crash_after_it(tmp_path: Path, monkeypatch: pytest.Mon
     place.begin(("units",))
     place.open("out.safetensors", 3).write_full(b"abc", 0)
     assert not place.published()
-    staging = place.stage(overwrite=False)
+    staging = place.stage(False, {})
     staging.create("out.safetensors", 3, keep=True)
     monkeypatch.setattr(type(place), "clear", lambda self: None)  # the machine dies before that
     staging.commit(as_folder=False)
@@ -134,5 +134,5 @@ def test_an_output_of_others_is_not_replaced(tmp_path: Path) -> None:
     place.begin(())
     (tmp_path / "out.safetensors").write_bytes(b"theirs")
     with pytest.raises(sm.RecipeError, match="exists already"):
-        place.stage(overwrite=False)
+        place.stage(False, {})
     assert Path(place.home.key).is_dir(), "what the machines have made stays"

@@ -24,7 +24,9 @@ from stores.suite import ODD_NAMES, StoreSuite, content, noise
 from streammerge.stores import multipart
 from streammerge.stores.base import Location
 from streammerge.stores.locations import parse
+from streammerge.stores.objects import ObjectStore
 from streammerge.stores.parts import PART_BYTES
+from streammerge.stores.registry import STORES
 
 
 def put(location: Location, data: bytes) -> Location:
@@ -135,6 +137,117 @@ class TestS3(StoreSuite):
         with pytest.raises(sm.ChangedError):
             source.read_into(memoryview(bytearray(3)), 0)
         assert content(home / "out") == {"": b"new"}
+
+
+class Held(ObjectStore):
+    """The client's own store in memory, whose uploads are made in order, as those of gs:// and az:// are."""
+
+    scheme = "held"
+    one_process = True
+
+    def made_client(self, root: str, module: Any, common: dict[str, Any]) -> Any:
+        return module.MemoryStore()
+
+
+class TestInOrder(StoreSuite):
+    READS_BACK = False
+    NAMES = TestS3.NAMES
+
+    @pytest.fixture
+    def home(self, tmp_path: Path) -> Iterator[Location]:  # type: ignore[override]
+        pytest.importorskip("obstore")
+        sm.register_store(Held)
+        yield parse(f"held://{tmp_path.name}/home")
+        STORES.unregister("held")
+
+    def put(self, location: Location, data: bytes) -> Location:
+        return put(location, data)
+
+    def put_folder(self, location: Location) -> None:
+        """Folders are there while something is in them."""
+
+    def remove(self, location: Location) -> None:
+        import obstore
+
+        obstore.delete(*location.store.split(location))  # type: ignore[attr-defined]
+
+    def left(self, home: Location) -> list[str]:
+        return [each.name for each in home.children()] if home.is_folder() else []
+
+    def test_a_folder_lists_what_is_in_it(self, home: Location) -> None:
+        for name in self.NAMES:
+            self.put(home / name, name.encode())
+        self.put(home / "folder" / "deep", b"")
+        assert home.children() == sorted(home / name for name in (*self.NAMES, "folder"))
+        assert [each.name for each in (home / "folder").children()] == ["deep"]
+
+    def test_a_folder_is_no_file(self, home: Location) -> None:
+        self.put(home / "a" / "b" / "c", b"1")
+        super().test_a_folder_is_no_file(home)
+
+    def test_a_location_pickles(self, home: Location) -> None:
+        """Another instance would be another store in memory."""
+
+    @pytest.mark.parametrize("out", ["out.safetensors"])
+    @pytest.mark.parametrize("io", ["pread"])
+    def test_checkpoints_are_merged_verified_and_converted(self, home: Location, out: str, io: str) -> None:
+        inputs = self.inputs(home)
+        with pytest.raises(sm.RecipeError, match="write a folder of safetensors"):
+            sm.merge(inputs, home / out)
+        assert self.left(home) == ["in"]
+        sm.merge(inputs, home / "out.pth")
+        assert sm.verify(home / "out.pth", sample="100%", inputs=home / "in").recomputed
+        sm.merge(inputs, f"{home}/out/", max_shard_size="100B")
+        assert sm.verify(home / "out", sample="100%", inputs=home / "in").recomputed
+        assert self.left(home) == ["in", "out", "out.pth"]
+
+    def test_an_input_that_changes_stops_the_merge(self, home: Location, tmp_path: Path) -> None:
+        inputs = self.inputs(home)
+        plan = sm.plan(inputs)
+        self.put(inputs[1], b"other")
+        with pytest.raises(sm.ChangedError):
+            inputs[1].open(plan.identities[inputs[1]])
+
+    def test_a_recipe_names_models_beside_it(self, home: Location) -> None:
+        """As in the suite, into a folder."""
+
+    def test_a_file_in_a_subfolder_is_opened_again_and_kept(self, home: Location) -> None:
+        """Nothing is kept of an upload in order."""
+
+    def test_an_output_is_read_back_before_it_is_published(self, home: Location) -> None:
+        """What was sent cannot be read."""
+
+    def test_kept_work_is_continued(self, home: Location) -> None:
+        staging = (home / "out").stage()
+        staging.create("x", 3).write_full(b"abc", 0)
+        staging.journal_file.begin(b"plan\n")
+        assert not staging.resumable
+        staging.abort(keep=True)
+        assert self.left(home) == []
+
+    def interrupted(self, out: Location) -> Any:
+        staging = out.stage()
+        staging.clear()
+        staging.create("out", 6).write_full(b"abc", 0)
+        staging.journal_file.begin(b"plan\n")
+        return staging
+
+    def test_kept_work_can_be_cleared(self, home: Location) -> None:
+        """Nothing is kept."""
+
+    def test_readers_see_the_old_or_the_new(self, home: Location) -> None:
+        """A reader is pinned to its version: see TestS3."""
+
+    def test_parts_that_come_early_wait(self, home: Location) -> None:
+        each, data = PART_BYTES, noise(5 * PART_BYTES + 7)
+        staging = (home / "out").stage()
+        staging.as_folder = False
+        file = staging.create("out", len(data))
+        for number in (3, 1, 5, 4, 0, 2):
+            file.write_full(data[number * each : (number + 1) * each], number * each)
+            file.sync()
+        staging.commit(as_folder=False)
+        assert content(home / "out") == {"": data}
 
 
 def sha256(path: Path) -> str:

@@ -179,8 +179,7 @@ class _Values:
         self.tree, self.where = tree, where
 
     def number(self, key: str, default: float, least: float = -math.inf) -> float:
-        value = self.tree.get(key)
-        return default if value is None else self._checked(key, value, least)
+        return self._checked(key, self.tree[key], least) if key in self.tree else default
 
     def numbers(self, key: str, least: float = -math.inf) -> dict[str, float]:
         value = self.tree.get(key) or {}

@@ -172,7 +172,17 @@ def _check_alike(adapter: Adapter, configured: bool) -> None:
             "adapter is not complete"
         )
     config = adapter.config
-    if config is None or config.kind != "LORA":
+    if config is None:
+        return
+    other = next(
+        (each for each in adapter.modules if each.kind in _FACTORS and each.kind not in _OF_TYPE[config.kind]), None
+    )
+    if other is not None:
+        raise MismatchError(
+            f"{adapter.where}: {printable(other.keys[0])} is no factor of the kind {config.kind}, which {CONFIG} states as "
+            "peft_type; the configuration is another adapter's"
+        )
+    if config.kind != "LORA":
         return
     for each in scaled:
         if config.dora != bool(each.magnitude) and each.kind in ("lora", "embedding"):
@@ -316,6 +326,15 @@ _PARTNERS: dict[str, tuple[tuple[str, ...], ...]] = {
 """What each kind cannot be without: one of each of these."""
 
 
+_OF_TYPE: dict[str, tuple[str, ...]] = {
+    "LORA": ("lora", "embedding", "experts"),
+    "LOHA": ("loha",),
+    "LOKR": ("lokr",),
+    "IA3": ("ia3",),
+    "TRAINABLE_TOKENS": (),
+}
+"""PEFT's types of adapters -> the kinds of factors that each has."""
+_FACTORS = {kind for kinds in _OF_TYPE.values() for kind in kinds} | {"glora"}
 _NORMS = ("magnitude", "dora_scale")
 _BELONGS: dict[str, tuple[str, ...]] = {
     "lora": ("A", "B", "mid", *_NORMS),

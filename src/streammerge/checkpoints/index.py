@@ -16,7 +16,6 @@ from streammerge.formats.file_names import is_shard, is_whole_model
 from streammerge.pickles.candidates import AllFound, Found
 from streammerge.pickles.state_dict import Selection, select
 from streammerge.pickles.tree import Global, TensorRef, number, plain, walk
-from streammerge.recipe.patterns import renamed
 from streammerge.sources.base import Allocated, Source, read_whole
 from streammerge.sources.table import StoredTable
 from streammerge.stores.base import Location, Status
@@ -89,8 +88,10 @@ class CheckpointIndex(Mapping[str, Source]):
         """The same checkpoint under other names. Raises RecipeError where two tensors would have one name."""
         if not renames:
             return self
+        from streammerge.recipe.patterns import renamed as renaming
+
         try:
-            names = renamed(self.entries, renames)
+            names = renaming(self.entries, renames)
         except RecipeError as error:
             raise RecipeError(f"{printable(self.path)}: {error}") from error
         changed = {new: old for old, new in names.items() if new != old}

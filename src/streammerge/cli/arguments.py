@@ -9,10 +9,10 @@ from typing import Any
 
 from streammerge.cli.advice import check_inputs
 from streammerge.errors import RecipeError, StreammergeError, printable
-from streammerge.options import CONVERT, MERGE, VERIFY, number_or_percent, options_of
+from streammerge.options import CONVERT, MERGE, REPORT, VERIFY, number_or_percent, options_of
 
 _ENDING = re.compile(r"(\.[A-Za-z]\w*)?")
-_NEGATED = {f"no_{name}": name for name, each in options_of(*MERGE, *CONVERT, *VERIFY).items() if each.negated}
+_NEGATED = {f"no_{name}": name for name, each in options_of(*MERGE, *CONVERT, *VERIFY, *REPORT).items() if each.negated}
 
 
 def as_arguments(typed: Mapping[str, Any]) -> dict[str, Any]:

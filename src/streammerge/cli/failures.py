@@ -10,6 +10,13 @@ from typing import Any
 
 from streammerge.cli.terminal import CannotPrint, put, say
 
+EXIT_CODES = (
+    "Exit codes: 0 done, 1 a task failed (of diff also: the checkpoints differ), 2 an invalid request, 3 "
+    "the output is wrong or cannot be verified, 4 an input cannot be read or does not fit, 5 too little memory, 6 too "
+    "little disk, 7 another run owns the output, 8 an input changed, 9 units of a plan are missing, 130 "
+    "interrupted."
+)
+
 
 def add_note(error: BaseException, text: str) -> None:
     """Adds what a program should know beside an error, such as what is kept. ``BaseException.add_note`` of Python 3.11."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from functools import cache
+from typing import TYPE_CHECKING
 
-from streammerge.options import CONVERT, EXTRACT, FINISH, MERGE, PLAN, SWEEP, VERIFY, WORKER, options_of
+if TYPE_CHECKING:
+    from streammerge.options import Option
 
-_OPTIONS = options_of(*SWEEP, *WORKER, *FINISH, *EXTRACT, *PLAN, *MERGE, *CONVERT, *VERIFY)
 _NAMED = re.compile(
     r"""`(?P<name>[a-z_]+)(?:=(?P<value>\{[^`{}]*\}|"[^`"]*"|'[^`']*'|[^`"'{}\s]+))?`|`"(?P<word>[^`"]*)"`"""
 )
@@ -27,14 +29,22 @@ def _typed(found: re.Match[str]) -> str:
     name, value = found["name"], found["value"]
     if name == "out":
         return "-o"
-    if name not in _OPTIONS:
+    option = _options().get(name)
+    if option is None:
         return found[0]
-    flag = _OPTIONS[name].flag
+    flag = option.flag
     if value is None or value in ("True", "False"):
         return flag
     if name == "parameters":
         return " ".join(f"{flag} {key}={_plain(each)}" for key, each in _PARAMETER.findall(value))
     return f"{flag} {_plain(value)}"
+
+
+@cache
+def _options() -> dict[str, Option]:
+    from streammerge.options import CONVERT, EXTRACT, FINISH, MERGE, PLAN, REPORT, SWEEP, VERIFY, WORKER, options_of
+
+    return options_of(*REPORT, *SWEEP, *WORKER, *FINISH, *EXTRACT, *PLAN, *MERGE, *CONVERT, *VERIFY)
 
 
 def _plain(value: str) -> str:

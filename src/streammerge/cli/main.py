@@ -11,21 +11,18 @@ from typing import Any
 
 import click
 
-from streammerge.cli.advice import of_command, of_usage
-from streammerge.cli.failures import fail, notes_of, wants_json
-from streammerge.cli.flags import as_flags
-from streammerge.cli.options import EXIT_CODES
+from streammerge.cli.commands import SHORT
+from streammerge.cli.failures import EXIT_CODES, fail, notes_of, wants_json
 from streammerge.cli.signals import Stopped, stoppable
 from streammerge.cli.streams import open_standard_streams
 from streammerge.cli.terminal import CannotPrint, forget_line
 from streammerge.errors import StreammergeError, printable
-from streammerge.plugins import module_names
 from streammerge.version import __version__
 
 _ROOM = "streammerge.cli.commands"
 
 
-_OBJECTS_PER_SEARCH = 20_000
+_OBJECTS_PER_SEARCH = 50_000
 """New objects after which Python looks for reference cycles. By default it would do so 150 times during imports alone,
 whose objects all last."""
 _SPELLED = {"output": "out", "weight": "weights", "base-model": "base", "merge-method": "method", "mem": "memory"}
@@ -42,16 +39,24 @@ class Commands(click.Group):
     """The modules of ``cli/commands``. Each is imported when its command is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - as click calls it
-        return module_names(_ROOM)
+        return [*SHORT]
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        names = self.list_commands(ctx)
+        width = formatter.width - 6 - max(map(len, names))  # as click writes it, but without importing the commands
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, click.Command(name, help=SHORT[name]).get_short_help_str(width)) for name in names])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        if cmd_name not in module_names(_ROOM):
+        if cmd_name not in SHORT:
             return None
         found: click.Command = getattr(import_module(f"{_ROOM}.{cmd_name}"), cmd_name)
         return found
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         if not args[0].startswith("-") and self.get_command(ctx, spelled(args[0])) is None:
+            from streammerge.cli.advice import of_command
+
             near = of_command(args, self.list_commands(ctx))
             raise click.UsageError(f"there is no command {printable(args[0], 60)}{near}")
         return super().resolve_command(ctx, args)
@@ -111,8 +116,12 @@ def main() -> None:
 def _told(error: Exception) -> tuple[str, int]:
     """Returns an error as a sentence, with options as they are typed, and its exit code."""
     if isinstance(error, click.ClickException):
+        from streammerge.cli.advice import of_usage
+
         return of_usage(error), error.exit_code
     if isinstance(error, StreammergeError):
+        from streammerge.cli.flags import as_flags
+
         return as_flags(str(error)), error.exit_code
     if isinstance(error, CannotPrint):
         return str(error.strerror), 1

@@ -9,17 +9,12 @@ from typing import Any
 
 import click
 
+from streammerge.cli.failures import EXIT_CODES
 from streammerge.cli.flags import as_flags
 from streammerge.errors import RecipeError, printable
 from streammerge.options import PATH, Option, Options, options_of
 
 Command = Callable[..., Any]
-EXIT_CODES = (
-    "Exit codes: 0 done, 1 a task failed (of diff also: the checkpoints differ), 2 an invalid request, 3 "
-    "the output is wrong or cannot be verified, 4 an input cannot be read or does not fit, 5 too little memory, 6 too "
-    "little disk, 7 another run owns the output, 8 an input changed, 9 units of a plan are missing, 130 "
-    "interrupted."
-)
 
 
 _SHORT = re.compile(r"-[a-zA-Z]=")

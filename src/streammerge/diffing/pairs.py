@@ -109,7 +109,8 @@ def plan_comparison(
             spooled.setdefault(record, source.spec.name)
     opened = [a, b, *([base] if base is not None else [])]
     held = [index.container.held_bytes for index in opened]
-    pickle_bytes = sum(held) + 2 * max(held)  # reading a pickle takes two copies of it beside its tree
+    reading = max(index.container.reading_bytes for index in opened)
+    pickle_bytes = sum(held) + max(2 * max(held), reading)  # reading a pickle takes two copies of it beside its tree
     budget, io = budget_of(tasks, memory_bytes, workers, io, bool(spooled), pickle_bytes)
     used = set(matched.values())
     return Comparison(

@@ -33,7 +33,7 @@ from streammerge.formats.safetensors import plan_layout
 from streammerge.planning.budget import PER_TASK_BYTES, PER_WORKER_BYTES, RUN_BYTES, SPOOLING_BYTES
 from streammerge.planning.digest import differences
 from streammerge.running import process
-from streammerge.running.execution import may_pass
+from streammerge.running.execution import made_before, may_pass
 from streammerge.running.executors.base import Host
 from streammerge.running.executors.threads import ThreadExecutor
 from streammerge.running.spooling import spooled_tasks
@@ -657,7 +657,8 @@ def refuse_output(made: Making, out: Location) -> None:
             f"{printable(out)} lies in the folder of an input; inputs are never written, choose another output"
         )
     if out.is_folder():
-        foreign = foreign_files(out, {CONFIG, WEIGHTS, RECIPE_FILE, RECEIPT_FILE})
+        ours = {CONFIG, WEIGHTS, RECIPE_FILE, RECEIPT_FILE} | made_before(out)
+        foreign = [] if out.store.keeps_history else foreign_files(out, ours)
         if foreign:
             raise RecipeError(
                 f"{printable(out)} also holds {listed(foreign)}, which replacing it would lose; move that away first"

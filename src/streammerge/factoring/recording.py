@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from streammerge.adapters.config import CONFIG
 from streammerge.adapters.modules import Adapter
 from streammerge.factoring.layers import Layer
-from streammerge.formats.records import RECEIPT_FILE, RECIPE_FILE
+from streammerge.formats.records import CARD_FILE, RECEIPT_FILE, RECIPE_FILE
+from streammerge.planning.outputs.card import card_text
 from streammerge.planning.receipt import InputSpans, Receipt, files_beside, input_files, planned
 from streammerge.recipe.document import to_json, to_yaml
 from streammerge.recipe.locations import travelling, travelling_names
@@ -28,11 +29,15 @@ _NUMBERS = struct.Struct("<qdd")
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The recipe of an adapter, its inputs by their names in the receipt, and the receipt without checksums."""
+    """The recipe of an adapter, its inputs by their names in the receipt, and the receipt without checksums.
+
+    ``card``: the model card, "" for none.
+    """
 
     recipe: Recipe
     inputs: dict[str, InputSpans]
     receipt: Receipt
+    card: str = ""
 
     @classmethod
     def of(cls, recipe: Recipe, adapters: Sequence[Adapter]) -> Record:
@@ -45,15 +50,18 @@ class Record:
         configs = [folder / CONFIG for folder in folders if (folder / CONFIG).is_file()]
         inputs |= files_beside(places, configs)
         content = json.loads(to_json(travelling(recipe).to_dict()))
-        return cls(recipe, inputs, planned(content, inputs, recipe.seed, SUM, False, True))
+        indexes = {name: adapter.index for name, adapter in called.items()}
+        card = card_text(content, None, indexes, "peft") if recipe.output.card else ""
+        return cls(recipe, inputs, planned(content, inputs, recipe.seed, SUM, False, True), card)
 
     def files(self, sums: Mapping[str, Sequence[int]]) -> dict[str, bytes]:
         """Returns the files that tell how the adapter was made. ``sums``: name of each other file -> its checksums, as in
         a receipt."""
         recipe = to_yaml(self.receipt.recipe).encode()
-        every = {**sums, RECIPE_FILE: [SUM.update(recipe)]}
+        files = {RECIPE_FILE: recipe} | ({CARD_FILE: self.card.encode()} if self.card else {})
+        every = {**sums, **{name: [SUM.update(data)] for name, data in files.items()}}
         blank = replace(self.receipt, checksums={name: "0" * 8 * len(every[name]) for name in sorted(every)})
-        return {RECIPE_FILE: recipe, RECEIPT_FILE: blank.filled(every, {}).text(2).encode()}
+        return {**files, RECEIPT_FILE: blank.filled(every, {}).text(2).encode()}
 
 
 def identity(layers: Sequence[Layer], files: Mapping[Location, Status], record: Record | None) -> dict[str, Any]:

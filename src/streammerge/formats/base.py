@@ -80,7 +80,8 @@ class Container:
     several ranks. ``skipped``: ranges of (offset, bytes) in files that no merge reads, such as the state of an optimizer.
     ``facts``: what is known of the run that wrote it, for people. ``own_files``: a pattern of the names of files in its
     folder that belong to a checkpoint in pieces, whether it is read from them or not. ``distributed``: what its format
-    needs to write such a checkpoint again. ``form``: how a folder stores it.
+    needs to write such a checkpoint again. ``reading_bytes``: what reading it takes for a while, if that is more than twice
+    ``held_bytes``. ``form``: how a folder stores it.
     ``parts``: subfolder -> its container, "" for the folder's own weights, where a folder holds several models that belong
     together; then the tree is empty. ``warnings``: what may be wrong with the checkpoint.
     """
@@ -103,6 +104,7 @@ class Container:
     facts: dict[str, str] = field(default_factory=dict)
     own_files: str = ""
     distributed: Any = None
+    reading_bytes: int = 0
 
     @property
     def table(self) -> StoredTable | None:

@@ -102,8 +102,10 @@ def _formats() -> Iterator[Format]:
     Each is imported when its turn comes, and safetensors is asked first, so that its files need no other format. Most files
     are recognised before plug-ins are searched for.
     """
-    for name in sorted(module_names(_ROOM), key="safetensors".__ne__):
-        if name not in _HELPERS:
+    first = "safetensors"
+    yield import_module(f"{_ROOM}.{first}")
+    for name in module_names(_ROOM):
+        if name not in _HELPERS and name != first:
             yield import_module(f"{_ROOM}.{name}")
     yield from FORMATS.beside_built_in()
 

@@ -26,11 +26,10 @@ STEMS = {stem for stem, _, _ in WEIGHT_FILES}
 _STEM = "|".join(re.escape(stem) for stem in sorted(STEMS, key=len, reverse=True))
 _ENDING = r"(?P<ending>\.(safetensors|bin|pth|pt|ckpt|th|tar))"
 _KNOWN_NAME = re.compile(rf"(?P<stem>{_STEM})(\.(?P<variant>[\w-]+?))?(-(?P<number>\d+)-of-(?P<count>\d+))?{_ENDING}")
-_ANY_NAME = re.compile(rf"(?P<stem>.+?)(?P<variant>)(-(?P<number>\d+)-of-(?P<count>\d+))?{_ENDING}")
-_INDEX = re.compile(rf"(?P<stem>.+?){_ENDING}?(\.(?P<old>[\w-]+))?\.index(\.(?P<variant>[\w-]+))?\.json")
-_TRAINING_FILE, _TRAINING_FOLDER = re.compile(TRAINING_FILES), re.compile(TRAINING_FOLDERS)
-_EXPORT = re.compile("|".join(f"({pattern})" for pattern in EXPORT_FILES))
-_OWN_WEIGHTS = re.compile(
+_ANY_NAME = rf"(?P<stem>.+?)(?P<variant>)(-(?P<number>\d+)-of-(?P<count>\d+))?{_ENDING}"
+_INDEX = rf"(?P<stem>.+?){_ENDING}?(\.(?P<old>[\w-]+))?\.index(\.(?P<variant>[\w-]+))?\.json"
+_EXPORT = "|".join(f"({pattern})" for pattern in EXPORT_FILES)
+_OWN_WEIGHTS = (
     r"(model|pytorch_model|diffusion_pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
     r"|(.*/)?(\.metadata|__\d+_\d+\.distcp)"
 )
@@ -55,7 +54,7 @@ def grouped(names: list[str]) -> list[tuple[Form, list[int]]]:
 
 
 def parsed_name(name: str) -> re.Match[str]:
-    parsed = _KNOWN_NAME.fullmatch(name) or _ANY_NAME.fullmatch(name)
+    parsed = _KNOWN_NAME.fullmatch(name) or re.fullmatch(_ANY_NAME, name)
     if parsed is None:
         raise ValueError(f"{name!r} is no name of weights")
     return parsed
@@ -63,7 +62,7 @@ def parsed_name(name: str) -> re.Match[str]:
 
 def is_training_file(name: str) -> bool:
     """Whether a name is one of a file of a trainer's state."""
-    return _TRAINING_FILE.fullmatch(name) is not None
+    return re.fullmatch(TRAINING_FILES, name) is not None
 
 
 def is_weights(name: str) -> bool:
@@ -72,7 +71,7 @@ def is_weights(name: str) -> bool:
 
 
 def form_of_index(name: str) -> Form:
-    parsed = _INDEX.fullmatch(name)
+    parsed = re.fullmatch(_INDEX, name)
     if parsed is None:
         return Form(name, "", index=name)
     stem, variant = parsed["stem"], parsed["variant"] or parsed["old"] or ""
@@ -90,7 +89,7 @@ def kind_of_folder(path: Location, name: str) -> FolderKind:
     own = path.name
     if own.startswith("."):
         return "hidden"
-    if _TRAINING_FOLDER.fullmatch(own.lower()):
+    if re.fullmatch(TRAINING_FOLDERS, own.lower()):
         return "training"
     if own.lower() in EXPORT_FOLDERS:
         return "export"
@@ -111,7 +110,7 @@ def kind_of_file(name: str) -> FileKind:
         return "checksums"
     if is_index(name):
         return "index"
-    if _EXPORT.fullmatch(name):
+    if re.fullmatch(_EXPORT, name):
         return "export"
     return "weights" if is_weights(name) else "side"
 
@@ -161,5 +160,5 @@ def foreign_files(folder: Location, written: set[str]) -> list[str]:
     return [
         name
         for name, path in files_below(folder)
-        if name not in written and (path.is_folder() or not _OWN_WEIGHTS.fullmatch(name))
+        if name not in written and (path.is_folder() or not re.fullmatch(_OWN_WEIGHTS, name))
     ]

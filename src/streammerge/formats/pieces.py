@@ -18,8 +18,8 @@ from streammerge.stores.base import Location
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorSpec
 
-PIECE_BYTES = 450
-"""Memory of one piece: its source, its specification, its place in a tuple. 400 were measured."""
+PIECE_BYTES = 300
+"""Memory of one piece: its source, its specification, its place in a tuple. 240 were measured."""
 _MOST_AXES = 64
 _MOST_ELEMENTS = 1 << 60
 _DEEPEST = 8

@@ -13,6 +13,7 @@ numpy partitions and sorts with vector instructions (AVX-512, AVX2, NEON), which
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -38,6 +39,8 @@ _SORTED_ELEMS = 1 << 15
 """Numbers that are sorted at once, in whole rows: as many as stay in a CPU's own cache with their keys and places."""
 _LARGEST, _ANY_NAN = 0x7FFFFFFF, 0x7F800001
 """Bits of float32: the largest of a number without a sign, and those of the first NaN."""
+_LOW = int(sys.byteorder == "big")
+"""Which half of a 64-bit integer is the lower one."""
 
 
 def sample_elems(count: int) -> int:
@@ -311,14 +314,16 @@ def by_rank(
     for start, stop in ranges(rows, step):
         count = (stop - start) * rest * n
         made = keys.numpy()[:count].reshape(-1, rest, n)
+        halves = made.view(np.int32).reshape(-1, rest, n, 2)
+        low, high = halves[..., _LOW], halves[..., 1 - _LOW]
         small = order.numpy().view(np.int32)[:count].reshape(made.shape)
         np.bitwise_or(bits[start:stop].swapaxes(1, 2), np.int32(-(1 << 31)), out=small)
-        np.invert(small, out=small)
-        np.maximum(small, np.int32(_LARGEST - _ANY_NAN), out=small)  # NaN of all kinds are equal
-        made[:] = small
-        np.left_shift(made, 32, out=made)
-        np.bitwise_or(made, places, out=made)
+        np.invert(small, out=high)
+        low[...] = places
         made.sort(axis=-1)
+        if (high[..., 0] < _LARGEST - _ANY_NAN).any():  # the first of a row is the largest: NaN of all kinds are equal
+            np.maximum(high, np.int32(_LARGEST - _ANY_NAN), out=high)
+            made.sort(axis=-1)
         np.bitwise_and(made, 0xFFFFFFFF, out=made)
         target = out[start:stop].transpose(1, 2)
         target.scatter_(2, keys[:count].view(target.shape), ranked.expand_as(target))
@@ -329,11 +334,11 @@ def _places(n: int) -> np.ndarray[Any, Any]:
     """Returns the places of a row of ``n`` numbers. Those of short rows are made once."""
     import numpy as np
 
-    return _short_places()[:n] if n <= GRAIN else np.arange(n, dtype=np.int64)
+    return _short_places()[:n] if n <= GRAIN else np.arange(n, dtype=np.int32)
 
 
 @lru_cache(maxsize=1)
 def _short_places() -> np.ndarray[Any, Any]:
     import numpy as np
 
-    return np.arange(GRAIN, dtype=np.int64)
+    return np.arange(GRAIN, dtype=np.int32)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
 
 Variance = Callable[[Chunk], "torch.Tensor"]
+Mask = Callable[[Chunk], "torch.Tensor | None"]
+Kept = dict[str, "torch.Tensor"]
 
 
 def _check_topk(values: Values) -> None:
@@ -44,14 +46,16 @@ def sce(group: TensorGroup, *, int8_mask: bool = False, select_topk: float = 1.0
     """
     if not group.models:
         return lambda chunk: chunk.base
-    variance = _variances(group)
+    kept: Kept = {}
+    variance = _variances(group, kept)
     cut = _selection(group, variance, select_topk) if select_topk < 1 else None
-    weights = _weights(group, variance, cut, uniform_below)
+    mask_of: Mask = (lambda chunk: None) if cut is None else _masks(group, variance, cut, kept)
+    weights = _weights(group, mask_of, uniform_below)
 
     def kernel(chunk: Chunk) -> torch.Tensor:
         import torch
 
-        mask, spare = _mask(chunk, variance, cut), chunk.empty("spare")
+        mask, spare = mask_of(chunk), chunk.empty("spare")
         deltas = [_selected(chunk, model, mask, f"delta {model}") for model in range(group.models)]
         total = torch.add(deltas[0], deltas[1] if len(deltas) > 1 else 0, out=chunk.empty("sum"))
         for delta in deltas[2:]:
@@ -80,31 +84,39 @@ def _selection(group: TensorGroup, variance: Variance, share: float) -> Cut:
     return group.kth_largest(lambda chunk: [variance(chunk)], [[count]])[0][0]
 
 
-def _mask(chunk: Chunk, variance: Variance, cut: Cut | None) -> torch.Tensor | None:
-    """Returns 1 where an element is selected, 0 elsewhere."""
-    import torch
-
-    if cut is None:
-        return None
-    kept = cut.keep(variance(chunk), chunk.start)
-    return torch.ne(kept, 0, out=kept)
-
-
-def _variances(group: TensorGroup) -> Variance:
+def _variances(group: TensorGroup, kept: Kept) -> Variance:
     """Returns the function that computes variances. Computes those of a tensor of up to a grain once, and keeps them. The
     budget counts them as ``kept_bits``."""
-    n, known = group.elems, list["torch.Tensor"]()
 
     def variance(chunk: Chunk) -> torch.Tensor:
-        keeps = chunk.elems == n <= GRAIN and not chunk.hides
-        if keeps and known:
-            return chunk.empty("variance").copy_(known[0])
+        keeps = chunk.elems == group.elems <= GRAIN and not chunk.hides
+        if keeps and "variance" in kept:
+            return chunk.empty("variance").copy_(kept["variance"])
         made = _variance(chunk, group)
-        if keeps:
-            known.append(made.clone())
+        if keeps and "mask" not in kept:
+            kept["variance"] = made.clone()
         return made
 
     return variance
+
+
+def _masks(group: TensorGroup, variance: Variance, cut: Cut, kept: Kept) -> Mask:
+    """Returns the function that gives 1 where an element is selected, 0 elsewhere. Keeps the mask of a tensor of up to a
+    grain in place of its variances."""
+
+    def mask(chunk: Chunk) -> torch.Tensor:
+        import torch
+
+        keeps = chunk.elems == group.elems <= GRAIN and not chunk.hides
+        if keeps and "mask" in kept:
+            return kept["mask"]
+        found = cut.keep(variance(chunk), chunk.start)
+        made = torch.ne(found, 0, out=found)
+        if keeps:
+            kept["mask"] = kept.pop("variance").copy_(made)
+        return made
+
+    return mask
 
 
 def _variance(chunk: Chunk, group: TensorGroup) -> torch.Tensor:
@@ -121,11 +133,11 @@ def _variance(chunk: Chunk, group: TensorGroup) -> torch.Tensor:
     return variance.div_(group.models).abs_()  # clears the sign of NaN
 
 
-def _weights(group: TensorGroup, variance: Variance, cut: Cut | None, uniform_below: float) -> list[float]:
+def _weights(group: TensorGroup, mask_of: Mask, uniform_below: float) -> list[float]:
     def squares(chunk: Chunk) -> Iterator[torch.Tensor]:
         import torch
 
-        mask = _mask(chunk, variance, cut)
+        mask = mask_of(chunk)
         for model in range(group.models):
             delta = _selected(chunk, model, mask)
             yield torch.mul(delta, delta, out=delta)

@@ -90,7 +90,10 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        return self.write_bytes + self.spooled_bytes + self.turned_bytes
+        sizes = [file.size for file in self.layout.files]
+        sizes += [self.identities[source].size for source, _ in self.layout.side_files]
+        written = sum(sizes) if self.out is None else self.out.store.needed_disk_bytes(sizes)
+        return written + self.spooled_bytes + self.turned_bytes
 
     @property
     def spooled_bytes(self) -> int:
@@ -258,7 +261,8 @@ def build_plan(
                 spooled.setdefault(record, source.spec.name)
     held = [index.container.held_bytes for index in {id(index): index for index in (*opened, *origins)}.values()]
     # Reading a pickle takes two copies of it beside its tree. They are freed before the output's pickle is written.
-    pickle_bytes = sum(held) + max(2 * max(held), output.layout.pickle_bytes) + (tokens.held_bytes if tokens else 0)
+    reading = max(2 * max(held), *(index.container.reading_bytes for index in opened))
+    pickle_bytes = sum(held) + max(reading, output.layout.pickle_bytes) + (tokens.held_bytes if tokens else 0)
     sent = out.store.output_buffers(max([file.size for file in output.layout.files], default=0)) if out else (0, 0)
     budget, io = budget_of(tasks, memory_bytes, workers, io, bool(spooled), pickle_bytes + sent[0], sent[1])
     identities = {path: known for index in opened for path, known in index.identities().items()}

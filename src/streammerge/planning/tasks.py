@@ -171,7 +171,7 @@ class Piece:
 class PieceDone:
     """The result of elements ``start`` to ``stop`` of the task with this number. Small, plain data that another process can
     send. ``checksum``: of their bytes. ``nonfinite``: the number of NaN and infinite values by source. ``found``: the
-    finding of their destination."""
+    finding of their destination. ``measured``: the sums of :mod:`streammerge.running.measuring`, if they were asked for."""
 
     number: int
     start: int
@@ -179,6 +179,7 @@ class PieceDone:
     checksum: int
     nonfinite: dict[str, int] = field(default_factory=dict)
     found: Any = None
+    measured: tuple[float, ...] = ()
 
     def piece(self, tasks: Sequence[MergeTask]) -> Piece:
         return Piece(tasks[self.number], self.number, self.start, self.stop)

@@ -63,9 +63,17 @@ class Unit:
         return cls(number, start, stop, cost, bool(alone), first, last)
 
 
-def cut(tasks: Sequence[MergeTask]) -> list[Unit]:
-    """Returns the units of all tasks. Each holds neighbours, and one unit at least a piece."""
+def cut(tasks: Sequence[MergeTask], whole_files: bool = False) -> list[Unit]:
+    """Returns the units of all tasks. Each holds neighbours, and one unit at least a piece.
+
+    ``whole_files``: makes a unit of each output file instead, of tasks in the order of the output.
+    """
     costs = _of_each(tasks)
+    if whole_files:
+        files = [place_of(tasks, number)[0] for number in range(len(tasks))]
+        starts = [number for number, file in enumerate(files) if not number or file != files[number - 1]]
+        spans = zip(starts, [*starts[1:], len(files)], strict=True)
+        return [Unit(n, a, b, sum(costs[a:b]), alone=True) for n, (a, b) in enumerate(spans)]
     alone = {*where(tasks, _is_alone)}
     long = {*where(tasks, lambda task: task.elems > task.piece_elems)} - alone
     most = min(max(sum(costs) // _UNITS, _LEAST_COST), _MOST_COST)

@@ -18,6 +18,8 @@ _MOST_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Pattern:
+    """A pattern as it was written, and compiled."""
+
     text: str
     compiled: Any = field(compare=False, repr=False)
 

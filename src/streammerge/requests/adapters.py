@@ -11,6 +11,7 @@ from streammerge.errors import FormatError, RecipeError, StreammergeError, liste
 from streammerge.methods.factors import FACTORS
 from streammerge.options import Resources
 from streammerge.recipe.adapted import Adapted, Part, split
+from streammerge.recipe.locations import hub_place
 from streammerge.recipe.model import Recipe
 from streammerge.recipe.settings import Setting, is_same_for_all
 from streammerge.requests.inputs import Held
@@ -22,7 +23,6 @@ from streammerge.tensors.dtypes import DType, parse_dtype
 from streammerge.units import parse_bytes
 
 if TYPE_CHECKING:
-    from streammerge.adapters.modules import Adapter
     from streammerge.factoring.making import Making
     from streammerge.factoring.planned import AdapterPlan
 
@@ -46,19 +46,9 @@ _WITHOUT_MEANING = (
 """Keys of a recipe that say nothing about adapters."""
 
 
-def adapters_of(names: Sequence[str], held: Held) -> list[Adapter]:
-    """Returns the adapters among these inputs. Raises MismatchError for an adapter that cannot be merged."""
-    found = [name for name in names if _is_adapter(name, held)]
-    if not found:
-        return []
-    from streammerge.adapters.modules import read_adapter
-
-    return [read_adapter(name) for name in found]
-
-
-def are_adapters(names: Sequence[str]) -> bool:
+def are_adapters(names: Sequence[str], held: Held | None = None) -> bool:
     """Whether all of these models are adapters."""
-    return bool(names) and all(_is_adapter(name, {}) for name in names)
+    return bool(names) and all(_is_adapter(name, held or {}) for name in names)
 
 
 def adapters_alone(recipe: Recipe) -> bool:
@@ -142,7 +132,7 @@ def _is_adapter(name: str, held: Held) -> bool:
     if name in held or split(name) is not None:
         return False
     try:
-        place = parse(name)
+        place = parse(hub_place(name))
         if place.is_folder():
             return (place / _CONFIG).is_file() and open_checkpoint(place).files[0].name.startswith(_STEM)
         names = open_checkpoint(place).entries if _speaks_of_factors(place) else ()

@@ -29,7 +29,6 @@ from streammerge.recipe.model import Recipe
 from streammerge.recipe.reader import read_recipe
 from streammerge.requests.adapters import (
     adapters_alone,
-    adapters_of,
     are_adapters,
     begins_with_adapter,
     combined,
@@ -136,8 +135,7 @@ class Request:
             return None
         choice = {name: getattr(self.choosing, name) or None for name in ("last", "range", "best", "by", "highest")}
         chosen, notes = choose(self.inputs, **choice, oldest_first=self.schedule is not None)
-        found = adapters_of(chosen, self.held)
-        if len(found) < len(chosen):
+        if not are_adapters(chosen, self.held):
             return None
         convert = {
             "convert_first": asked.convert_first,
@@ -161,13 +159,14 @@ class Request:
         weights = self._weights(given, chosen, notes)
         wanted = asked.dtype if asked.out_dtype is None else asked.out_dtype
         overrides: dict[str, Any] = {"dtype": None if wanted is None else float_dtype(wanted), "seed": asked.seed}
+        overrides["card"] = asked.card
         for name in _RANKS:
             if name in parameters and name not in method.parameters:
                 overrides["rank"] = _whole_rank(parameters.pop(name))
         unknown = [name for name in parameters if name.rstrip("_") not in method.parameters]
         if unknown:
             raise RecipeError(f"{method.name} has no parameter {printable(unknown[0])}; {method.hint(unknown[0])}")
-        made = combined(unchecked(chosen, method, None, weights, parameters, overrides))
+        made = combined(with_hub_places(unchecked(chosen, method, None, weights, parameters, overrides)))
         made.notes[:0] = notes
         return made
 

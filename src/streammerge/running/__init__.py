@@ -8,6 +8,7 @@ Each module imports only modules above it::
     choosing   the choice of the executor for a plan
     job        what all works of one run share
     nonfinite  NaN and infinity in results, by input
+    measuring  how far results lie from inputs
     announcing what workers read next
     worker     units of a merge, from inputs to written bytes
     sweeping   steps of a pass over a long tensor

@@ -4,9 +4,9 @@ all."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from streammerge.errors import FormatError, RecipeError, StreammergeError, UncheckedError, listed, printable
 from streammerge.events import Preparing, Published, RunFinished, RunStarted, Suspended, Told
@@ -27,7 +27,7 @@ from streammerge.units import binary_bytes, counted, decimal_bytes
 @dataclass(frozen=True, slots=True, repr=False)
 class Result:
     """The report of a run. Memory is resident bytes as the kernel counts them, worker processes included. ``peak_bytes``:
-    the most memory above ``startup_bytes``."""
+    the most memory above ``startup_bytes``. ``measured``: the sums of each task, if they were asked for."""
 
     out: Location
     read_bytes: int
@@ -39,6 +39,7 @@ class Result:
     plan: Plan
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
+    measured: Mapping[int, Sequence[float]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return (
@@ -101,6 +102,7 @@ def execute(plan: Plan, options: RunOptions, resident_before: int) -> Result:
         plan,
         (*plan.notes, *made.notes, *made.staging.notes),
         (*plan.warnings, *made.warnings),
+        made.measured,
     )
 
 
@@ -190,7 +192,7 @@ def refuse_to_lose_files(out: Location, plan: Plan) -> None:
             raise RecipeError(f"{printable(out)} is a folder; remove it first, or choose another name")
         written = {file.name for file in plan.layout.files} | {name for _, name in plan.layout.side_files}
         written.discard(CARD_FILE)  # a card that no merge made is somebody's own text
-        foreign = foreign_files(out, written | _made_before(out))
+        foreign = [] if out.store.keeps_history else foreign_files(out, written | made_before(out))
         if foreign:
             raise RecipeError(
                 f"{printable(out)} also holds {listed(foreign)}, which replacing it would lose; move that away first"
@@ -213,7 +215,7 @@ def refuse_extras(extras: Location, plan: Plan, overwrite: bool) -> None:
         raise RecipeError(f"`extras` {printable(extras)} is, or lies in, an input or the output; choose another name")
 
 
-def _made_before(out: Location) -> set[str]:
+def made_before(out: Location) -> set[str]:
     """Returns the file names of an earlier output in that folder, from its receipt."""
     try:
         return {RECEIPT_FILE, *receipt_of(out).checksums}

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
+from streammerge.formats.base import LayoutFile
 from streammerge.planning.tasks import MergeTask, Piece, place_of, where
+from streammerge.stores.checksums import Checksum
 from streammerge.stores.journal import Finished, Key
 from streammerge.tensors.spec import ranges
 
@@ -144,3 +148,19 @@ class FinishedPieces:
         for turn, (start, _) in enumerate(ranges(long.elems, long.piece_elems)):
             if self._there[long.first + turn]:
                 yield number, start, long.first + turn
+
+
+def tensor_sums(file: LayoutFile, parts: list[Part], kind: Checksum) -> dict[int, int]:
+    """Returns the offset of each tensor of an output file that is not empty -> its checksum, in file order. ``parts``: in
+    the order of their offsets."""
+    starts = sorted(set(file.offsets.values()))
+    found = groupby(parts, lambda part: starts[bisect_right(starts, part[0]) - 1])
+    return {start: kind.join(list(own)) for start, own in found}
+
+
+def other_sum(file: LayoutFile, sums: dict[int, int], kind: Checksum) -> int:
+    """Returns the checksum of the bytes outside the tensors of an output file, with a blank receipt."""
+    value = 0
+    for part in file.around(sums, file.receipt):
+        value = kind.update(part.data, value)
+    return value

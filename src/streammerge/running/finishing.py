@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from streammerge.errors import LockedError, StreammergeError, UnfinishedError, listed, printable
 from streammerge.events import Preparing, Published, RunFinished, RunStarted, Syncing, Told
 from streammerge.planning.plan import Plan
+from streammerge.planning.tasks import place_of
 from streammerge.planning.units import Unit, sums_of
 from streammerge.running import process
 from streammerge.running.execution import Result, refuse_input_as_output, refuse_to_lose_files
@@ -33,10 +35,13 @@ class _AllUnits:
         self._parts: list[list[Part]] = [[] for _ in self._files]
         self._nonfinite: list[tuple[int, dict[str, int]]] = []
         self.unlisted = 0
+        self.sent: dict[str, str] = {}
         for unit in units:
             receipt = receipts[unit.name]
             for (file, offset, nbytes), value in zip(sums_of(unit, plan.tasks), receipt.sums, strict=True):
                 self._parts[file].append((offset, nbytes, value))
+            if receipt.sent:
+                self.sent[self._files[place_of(plan.tasks, unit.start)[0]]] = receipt.sent
             self._nonfinite += receipt.nonfinite.items()
             self.unlisted += receipt.more
 
@@ -57,18 +62,25 @@ class _Finishing(Run):
         super().__init__(plan, staging, options)
         self._there = there
 
-    def _make(self) -> None:
-        self._outputs += [self.staging.create(file.name, file.size, keep=True) for file in self.plan.layout.files]
+    def prepare(self) -> None:
+        """Opens the output's files, in which all tensors are."""
+        for file in self.plan.layout.files:
+            late = self.plan.layout.as_folder and not file.offsets
+            self._outputs.append(self.staging.create(file.name, file.size, keep=True, late=late))
         self._done = self._there  # type: ignore[assignment]
+        self.hashes = self._hashes()
+
+    def finish(self) -> None:
+        """Makes what is around the tensors, and waits until it is on the disk."""
         self._warn_of_strangers()
         self._refuse_nonfinite()
-        self._write_around(self._hashes())
+        self._write_around(self.hashes)
         self._inputs.check_unchanged()
         self._inputs.release()
         self.listener(Syncing())
-        for file in self.staging.outputs.values():
-            file.sync()
-        check_structure(self.staging.content, self.plan.layout)
+        for output in self.staging.outputs.values():
+            output.sync()
+        check_structure(self._written, self.plan.layout)
         self._tell_nonfinite()
         if self._there.unlisted:
             self.warnings.append(f"{self._there.unlisted} more NaN or infinite values are not listed by tensor")
@@ -83,7 +95,7 @@ def finish_units(
     merge.
     """
     out, headers = joint.out, max(process.resident_bytes() - resident_before, 0)
-    if joint.published():
+    if joint.published() or was_finished(plan, out):
         joint.clear()
         options.listener(Published())
         return _result(plan, out, time.perf_counter(), resident_before)
@@ -109,7 +121,7 @@ def finish_units(
         descriptors.room_for(files, plan.budget.workers),
     ):
         _claim(claims_, out)
-        staging = joint.stage(options.overwrite)
+        staging = joint.stage(options.overwrite, there.sent)
         keep = True
         try:
             made = _Finishing(plan, staging, there, options)
@@ -122,6 +134,7 @@ def finish_units(
             if keep and staging.published:
                 keep = False
             staging.abort(keep)
+    joint.clear()  # once more: this machine has shown that it lives until now
     options.listener(Published())
     options.listener(RunFinished(time.perf_counter() - began))
     return _result(plan, out, began, startup, made)
@@ -156,7 +169,8 @@ def _receipts(plan: Plan, joint: Joint, units: Sequence[Unit], lease_seconds: fl
     found: dict[str, UnitReceipt] = {}
     counts = {unit.name: sum(1 for _ in sums_of(unit, plan.tasks)) for unit in units}
     for name, data in claims.finished(joint.home):
-        receipt = UnitReceipt.read(data, counts[name]) if name in counts else None
+        sums = partial(claims.kept_sums, joint.home, name)
+        receipt = UnitReceipt.read(data, counts[name], sums) if name in counts else None
         if receipt is not None:
             found[name] = receipt
     missing = [unit.number for unit in units if unit.name not in found]

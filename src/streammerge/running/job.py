@@ -70,7 +70,8 @@ class Job:
     """The common data of all works of one run, as plain data that can be pickled.
 
     ``key``: a unique name of the run, see :func:`new_key`. ``inputs``: the expected status of each input file. ``polite``:
-    see :class:`InputFiles`. ``mapped``: whether inputs are mapped or read. ``modules``: see :class:`Work`.
+    see :class:`InputFiles`. ``mapped``: whether inputs are mapped or read. ``modules``: see :class:`Work`. ``measures``:
+    whether workers measure how far a result lies from its inputs.
     """
 
     key: str
@@ -81,6 +82,7 @@ class Job:
     checksum: Checksum
     destinations: tuple[Destination, ...]
     modules: tuple[str, ...] = ()
+    measures: bool = False
 
 
 _runs = itertools.count()

@@ -6,16 +6,14 @@ from __future__ import annotations
 import contextlib
 import errno
 from array import array
-from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import groupby
+from operator import add
 from typing import TYPE_CHECKING
 
 from streammerge.errors import RecipeError, SpaceError, UncheckedError, VerifyError, listed, printable
 from streammerge.events import Hashed, Listener, Resumed, Spooled, Syncing, TaskDone, Told, quiet
-from streammerge.formats.base import LayoutFile
 from streammerge.kernels.agreed import AGREED
 from streammerge.planning.digest import can_be_resumed, differences, plan_parts
 from streammerge.planning.plan import Plan
@@ -25,7 +23,7 @@ from streammerge.running import process
 from streammerge.running.choosing import executor_of
 from streammerge.running.engine import modules_of, run_all
 from streammerge.running.executors.base import Executor, Executors
-from streammerge.running.finished import FinishedPieces, Part
+from streammerge.running.finished import FinishedPieces, other_sum, tensor_sums
 from streammerge.running.job import Job, OutputPlace, lent, new_key
 from streammerge.running.readback import check_structure
 from streammerge.running.reading import ChecksumWork, HashWork, largest_first, neighbours
@@ -49,7 +47,8 @@ class RunOptions:
 
     ``overwrite``: replaces a finished output. ``resume``: continues an interrupted run of the same plan, and keeps the
     pieces when this run is interrupted. ``polite``: gives the inputs' page cache back behind the cursor. ``executor``: the
-    same value that :func:`choose_executor` got for the plan.
+    same value that :func:`choose_executor` got for the plan. ``measures``: measures how far the output lies from its
+    inputs, see :mod:`streammerge.running.measuring`.
     """
 
     overwrite: bool = False
@@ -57,6 +56,7 @@ class RunOptions:
     polite: bool = False
     listener: Listener = quiet
     executor: str | Executors = "auto"
+    measures: bool = False
 
 
 class Run:
@@ -80,12 +80,16 @@ class Run:
         self._outputs: list[Output] = []
         self._kind: Checksum = plan.layout.receipt.kind
         self._polite, self._executors = options.polite, executor_of(plan, options.executor)
-        self._modules = modules_of(plan.tasks, self._kind, plan.torch_needed)
+        clients = {module for path in plan.identities for module in path.store.modules}
+        self._modules = modules_of(plan.tasks, self._kind, plan.torch_needed) + tuple(sorted(clients))
         self._used: Executor | None = None
         self._sealing: Sealing | None = None
         staging.as_folder = plan.layout.as_folder
         self.startup_bytes = self.peak_bytes = 0
         self.hashes: dict[str, str] = {}
+        self.measured: dict[int, list[float]] = {}
+        """The sums of each task, if the run measures."""
+        self._measures = options.measures
         self.related = False
         """Whether it is known already how the inputs are related, as when several outputs are made of them."""
         self._begun = False
@@ -357,6 +361,9 @@ class Run:
         finished = self._finished(piece, done)
         self._done.add(finished)
         self.journal.add(finished)
+        if done.measured:
+            known = self.measured.get(piece.number)
+            self.measured[piece.number] = list(done.measured) if known is None else list(map(add, known, done.measured))
         if self._sealing is not None:
             self._sealing.made(piece.task.file)
         if finished.nonfinite and finished.nonfinite.keys() - {AGREED}:
@@ -382,7 +389,9 @@ class Run:
         plan = self.plan
         places = tuple(OutputPlace(file.location, file.size) for file in self._outputs)
         mapped = plan.io == "mmap"
-        return Job(new_key(), plan.budget, plan.identities, self._polite, mapped, self._kind, places, self._modules)
+        return Job(
+            new_key(), plan.budget, plan.identities, self._polite, mapped, self._kind, places, self._modules, self._measures
+        )
 
     def _finished(self, piece: Piece, done: PieceDone) -> Finished:
         file = self.plan.layout.files[piece.task.file].name
@@ -430,8 +439,8 @@ class Run:
         starts: dict[str, dict[int, int]] = {}
         sums: dict[str, Sequence[int]] = {}
         for file, (name, parts) in zip(layout.files, self._done.by_file(), strict=True):
-            own = self._tensor_sums(file, parts)
-            sums[ITSELF if single else name] = array("I", [*own.values(), self._rest(file, own)])
+            own = tensor_sums(file, parts, self._kind)
+            sums[ITSELF if single else name] = array("I", [*own.values(), other_sum(file, own, self._kind)])
             starts[name] = own if file.seal is not None else {}
         sums |= {name: [self._copy_side_file(source, name)] for source, name in layout.side_files}
         receipt = layout.receipt.filled(sums, hashes)
@@ -439,19 +448,6 @@ class Run:
             final = written_like(receipt, file.receipt) if file.receipt else b""
             for literal in file.around(starts[file.name], final):
                 output.write_full(literal.data, literal.offset)
-
-    def _tensor_sums(self, file: LayoutFile, parts: list[Part]) -> dict[int, int]:
-        """Returns the offset of each tensor that is not empty -> its checksum, in file order."""
-        starts = sorted(set(file.offsets.values()))
-        found = groupby(parts, lambda part: starts[bisect_right(starts, part[0]) - 1])
-        return {start: self._kind.join(list(own)) for start, own in found}
-
-    def _rest(self, file: LayoutFile, sums: dict[int, int]) -> int:
-        """Returns the checksum of the bytes outside the tensors of an output file, with a blank receipt."""
-        value: int = 0
-        for part in file.around(sums, file.receipt):
-            value = self._kind.update(part.data, value)
-        return value
 
     def _copy_side_file(self, source: Location, name: str) -> int:
         value: int = 0

@@ -8,21 +8,24 @@ import threading
 import time
 import zlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from streammerge.errors import StreammergeError, VerifyError, listed, printable
 from streammerge.events import Listener, Preparing, RunFinished, RunStarted, Spooled, TaskDone, Told, quiet
+from streammerge.formats.base import Literal
 from streammerge.kernels.agreed import AGREED
 from streammerge.planning.plan import Plan
-from streammerge.planning.tasks import MergeTask, Piece, PieceDone, batches
-from streammerge.planning.units import Unit, sums_of
+from streammerge.planning.receipt import ITSELF, written_like
+from streammerge.planning.tasks import MergeTask, Piece, PieceDone, batches, place_of
+from streammerge.planning.units import MOST_TENSORS, Unit, sums_of
 from streammerge.running import process
 from streammerge.running.choosing import executor_of
 from streammerge.running.engine import modules_of, run_all
 from streammerge.running.executors.base import Executor, Executors
+from streammerge.running.finished import other_sum, tensor_sums
 from streammerge.running.job import Bench, Job, OutputPlace, lent, new_key
 from streammerge.running.spooling import spooled_tasks
 from streammerge.running.turning import Turning
@@ -32,7 +35,7 @@ from streammerge.sources.deflated import PackedRecord
 from streammerge.stores import claims, descriptors, faults
 from streammerge.stores.base import Joint, Location, Output
 from streammerge.stores.claims import Claims, Fence, LeaseLost
-from streammerge.stores.inputs import InputFiles
+from streammerge.stores.inputs import LEAST_AHEAD_BYTES, InputFiles
 from streammerge.stores.space import space_checked
 from streammerge.tensors.threads import one_torch_thread
 from streammerge.units import binary_bytes, decimal_bytes
@@ -89,34 +92,50 @@ class ShareResult:
 class UnitReceipt:
     """What is known of a finished unit: the checksum of each tensor or part, and NaN and infinities by task and input.
 
-    ``more``: how many of these are not listed, because there are too many.
+    ``more``: how many of these are not listed, because there are too many. ``sent``: see :meth:`Joint.sent`. ``nbytes``:
+    the bytes of the unit.
     """
 
     sums: array[int]
     nonfinite: dict[int, dict[str, int]] = field(default_factory=dict)
     more: int = 0
+    sent: str = ""
+    nbytes: int = 0
+
+    @property
+    def is_long(self) -> bool:
+        """Whether the checksums stand in a file of their own, because a unit has many tensors."""
+        return len(self.sums) > MOST_TENSORS
 
     def data(self) -> bytes:
         """Returns less than 1 kB."""
         listed_ = dict(self.nonfinite)
         more = self.more
+        sums = self.sums.tobytes()
+        told = f"{zlib.crc32(sums):08x}" if self.is_long else base64.b85encode(sums).decode()
         while True:
-            said = {"sums": base64.b85encode(self.sums.tobytes()).decode(), "nonfinite": [*listed_.items()], "more": more}
+            said = {"sums": told, "sent": self.sent, "bytes": self.nbytes, "nonfinite": [*listed_.items()], "more": more}
             text = json.dumps(said, separators=(",", ":")).encode()
             if len(text) < _MOST_RECEIPT_BYTES - 10 or not listed_:
                 return b"%08x %s\n" % (zlib.crc32(text), text)
             more += sum(listed_.popitem()[1].values())
 
     @classmethod
-    def read(cls, data: bytes, count: int) -> UnitReceipt | None:
-        """Returns what a receipt of ``count`` checksums says, None if it is damaged."""
+    def read(cls, data: bytes, count: int, long: Callable[[], bytes] = bytes) -> UnitReceipt | None:
+        """Returns what a receipt of ``count`` checksums says, None if it is damaged. ``long`` reads many checksums."""
         sum_, _, text = data.rstrip(b"\n").partition(b" ")
         if sum_ != b"%08x" % zlib.crc32(text):
             return None
         said = json.loads(text)
-        sums = array("I", base64.b85decode(said["sums"]))
+        if count > MOST_TENSORS:
+            octets = long()
+            if said["sums"] != f"{zlib.crc32(octets):08x}":
+                return None
+        else:
+            octets = base64.b85decode(said["sums"])
         nonfinite = {int(task): dict(found) for task, found in said["nonfinite"]}
-        return cls(sums, nonfinite, said["more"]) if len(sums) == count else None
+        made = cls(array("I", octets), nonfinite, said["more"], said["sent"], said["bytes"])
+        return made if len(made.sums) == count else None
 
 
 class _Making:
@@ -124,6 +143,8 @@ class _Making:
 
     def __init__(self, unit: Unit, tasks: Sequence[MergeTask]) -> None:
         self.unit = unit
+        self.file = place_of(tasks, unit.start)[0]
+        """The number of its output file, if it is a whole file."""
         self.places = list(sums_of(unit, tasks))
         self._parts: dict[tuple[int, int], list[tuple[int, int, int]]] = {(f, o): [] for f, o, _ in self.places}
         self._starts: dict[int, tuple[int, int]] = {}
@@ -146,12 +167,12 @@ class _Making:
         self.left -= 1
         return not self.left
 
-    def receipt(self, plan: Plan) -> bytes:
+    def receipt(self, plan: Plan) -> UnitReceipt:
         kind = plan.layout.receipt.kind
         if any(sum(part[1] for part in self._parts[file, offset]) != nbytes for file, offset, nbytes in self.places):
             raise ValueError(f"the pieces of unit {self.unit.name} are not those that it was cut for")
         sums = array("I", [kind.join(self._parts[file, offset]) for file, offset, _ in self.places])
-        return UnitReceipt(sums, self._nonfinite).data()
+        return UnitReceipt(sums, self._nonfinite, nbytes=sum(nbytes for _, _, nbytes in self.places))
 
 
 # ------------------------------------------------------------------------------------------------------ where bytes go
@@ -199,13 +220,19 @@ class Share:
         self.plan, self.joint, self._options, self.listener = plan, joint, options, options.listener
         self._units, self._wanted = units, [*wanted]
         self._tasks = plan.tasks
-        self.inputs = InputFiles(plan.identities, options.polite)
+        self.inputs = self._opened_inputs(plan, options)
         self._executors = executor_of(plan, options.executor)
         self._modules = modules_of(plan.tasks, plan.layout.receipt.kind, plan.torch_needed)
         self.files: list[Output] = []
+        self.whole: dict[int, Output] = {}
+        """The files that are made whole, by their numbers."""
         self._held = process.Gauge()
         self.made = self.read_bytes = self.written_bytes = self.left = 0
         self.startup_bytes = self.peak_bytes = 0
+
+    @staticmethod
+    def _opened_inputs(plan: Plan, options: SharedOptions) -> InputFiles:
+        return InputFiles(plan.identities, options.polite, plan.budget.ahead_bytes or LEAST_AHEAD_BYTES)
 
     def make(self) -> None:
         """Makes units until all wanted ones have receipts."""
@@ -214,19 +241,26 @@ class Share:
                 pass
         finally:
             self.inputs.close()
+            self._drop_whole()
             for file in self.files:
                 file.close()
+
+    def _drop_whole(self) -> None:
+        """Forgets whole files that are not finished."""
+        for number in [*self.whole]:
+            self.joint.drop(self.whole.pop(number))
 
     def _round(self) -> bool:
         """Makes units under one name. Returns whether the lease was lost, so that another round is needed."""
         in_threads = self.plan.executor == "threads"
         with Claims(self.joint, self._options.lease_seconds, shared=not in_threads) as claims_:
-            if not self.files:
+            if not self.files and not self.joint.whole_files:
                 self.files = [self.joint.open(file.name, file.size) for file in self.plan.layout.files]
             executor = self._executors(self.plan.budget.workers)
             try:
                 self._make_all(executor, _Keeping(self, claims_))
             except LeaseLost:
+                self._drop_whole()
                 self.listener(Told("note", "this machine was stopped for longer than its lease; it claims its units again"))
                 return True
             finally:
@@ -246,6 +280,8 @@ class Share:
                 free = _Free(left, claims_, keeping)
                 began = keeping.begun
                 for unit in free.units(alone=True):
+                    if self.joint.whole_files:
+                        self._open_whole(unit)
                     self._make_alone(unit, executor, keeping)
                 self._make_together(free.units(alone=False), executor, keeping)
                 keeping.settle()
@@ -268,19 +304,45 @@ class Share:
         job = self._job(keeping.claims.fence)
         with (
             lent(job, self.inputs, self.files),
-            closing(executor.run(MergeWork(job), batches(wanted(), job.budget.out_bytes))) as results,
+            closing(executor.run(MergeWork(job), self._ahead(batches(wanted(), job.budget.out_bytes)))) as results,
         ):
             for several in results:
                 for done in several:
                     self._finished(done.piece(tasks), done, keeping)
+
+    def _open_whole(self, unit: Unit) -> None:
+        """Opens the file of a unit that is a whole file, and gives it what is known from the start."""
+        number = place_of(self._tasks, unit.start)[0]
+        file = self.plan.layout.files[number]
+        output = self.joint.open(file.name, file.size)
+        self.whole[number] = output
+        if file.seal is None and not file.receipt:
+            output.preset((literal.offset, literal.data) for literal in file.literals)
+
+    def sent(self, made: _Making) -> UnitReceipt:
+        """Writes what is around the tensors of a whole file, and sends what is left of it."""
+        receipt, number = made.receipt(self.plan), made.file
+        output = self.whole[number]
+        for literal in around(self.plan, number, receipt.sums, made.places):
+            output.write_full(literal.data, literal.offset)
+        receipt.sent = self.joint.sent(output)
+        return receipt
+
+    def _ahead(self, units: Iterator[list[Piece]]) -> Iterator[list[Piece]]:
+        """Lets remote inputs be fetched before they are read."""
+        if not self.plan.budget.ahead_bytes:
+            return units
+        from streammerge.running.announcing import announced  # here, because most inputs are local
+
+        return announced(units, self.inputs)
 
     def _make_alone(self, unit: Unit, executor: Executor, keeping: _Keeping) -> None:
         """Makes a unit by all workers: long tensors with shared passes, or by way of temporary files."""
         for _ in keeping.begin(unit, self._tasks):
             pass
         tasks: Sequence[MergeTask] = self._tasks[unit.start : unit.stop]
-        job = self._job(keeping.claims.fence)
-        inputs = InputFiles(self.plan.identities, self._options.polite)  # temporary files are closed before they go
+        job, whole = self._job(keeping.claims.fence), self.joint.whole_files
+        inputs = self._opened_inputs(self.plan, self._options)  # its own, so that temporary files are closed before they go
         temporary: list[Output] = []
 
         def create(size: int) -> Output:
@@ -301,8 +363,8 @@ class Share:
                 self.read_bytes += tasks[number].read_bytes
                 self.listener(Spooled(tasks[number].out.name, tasks[number].read_bytes))
             with (
-                lent(job, inputs, self.files),
-                closing(run_all(job, executor, turning.tasks, lambda piece: True)) as results,
+                lent(job, inputs, self.files or [*self.whole.values()]),
+                closing(run_all(job, executor, turning.tasks, lambda piece: True, inputs, whole)) as results,
             ):
                 for done in results:
                     found = done.nonfinite | met.pop(done.number, {})
@@ -334,8 +396,7 @@ class Share:
     def _job(self, fence: Fence) -> Job:
         plan, joint = self.plan, self.joint
         places = tuple(
-            _JointPlace(output.location, output.size, joint, file.name, fence)
-            for file, output in zip(plan.layout.files, self.files, strict=True)
+            _JointPlace(joint.target(file.name), file.size, joint, file.name, fence) for file in plan.layout.files
         )
         return Job(
             new_key(),
@@ -462,14 +523,35 @@ class _Keeping:
                 ready, self._finished = self._finished, []
             if not ready:
                 return
-            share = self._share
-            for number in sorted({file for made in ready for file, _, _ in made.places}):
+            share, whole = self._share, self._share.joint.whole_files
+            for number in sorted({file for made in ready for file, _, _ in made.places if not whole}):
                 share.files[number].sync()
+            receipts = [(made, share.sent(made) if whole else made.receipt(share.plan)) for made in ready]
             share.inputs.check_unchanged()
-            for made in ready:
+            for made, receipt in receipts:
                 self.claims.fence.check()
-                claims.finish(share.joint.home, made.unit.name, made.receipt(share.plan))
-                share.made += 1
+                if receipt.is_long:
+                    claims.keep_sums(share.joint.home, made.unit.name, receipt.sums.tobytes())
+                first = claims.finish(share.joint.home, made.unit.name, receipt.data(), replaces=not whole)
+                share.made += first
+                if whole:
+                    output = share.whole.pop(made.file)
+                    if not first:
+                        share.joint.drop(output)
+
+
+def around(plan: Plan, number: int, sums: Sequence[int], places: Sequence[tuple[int, int, int]]) -> list[Literal]:
+    """Returns the bytes outside the tensors of an output file that one machine makes. ``sums``: the checksum at each of
+    ``places``, which are (file, offset, bytes)."""
+    layout = plan.layout
+    file, kind = layout.files[number], layout.receipt.kind
+    parts = sorted((offset, nbytes, value) for (_, offset, nbytes), value in zip(places, sums, strict=True))
+    own = tensor_sums(file, parts, kind)
+    starts = own if file.seal is not None else {}
+    if not file.receipt:
+        return file.around(starts, b"")
+    every = {ITSELF: array("I", [*own.values(), other_sum(file, own, kind)])}
+    return file.around(starts, written_like(layout.receipt.filled(every, {}), file.receipt))
 
 
 def make_units(

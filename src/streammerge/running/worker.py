@@ -116,7 +116,8 @@ class MergeWorker(Worker):
             elif not stretch[0].task.method.pointwise:
                 made += self._in_turn(stretch, outgoing)
             else:
-                made += self._together(stretch, outgoing) or [self._one(piece, outgoing) for piece in stretch]
+                joined = None if self.job.measures else self._together(stretch, outgoing)
+                made += joined or [self._one(piece, outgoing) for piece in stretch]
         outgoing.flush()
         return self._checked(made, target)
 
@@ -218,11 +219,16 @@ class MergeWorker(Worker):
         return bind(task, sweep_of(self, task, source))
 
     def _apply(self, kernel: Kernel, piece: Piece, source: Inputs, outgoing: Outgoing) -> PieceDone:
-        value, nonfinite = 0, dict[str, int]()
+        value, nonfinite, sums = 0, dict[str, int](), list[float]()
         for chunk in self.chunks(piece.task, source, piece.start, piece.stop):
             part = put(kernel, chunk, piece.task, source, outgoing, nonfinite)
             value = self.job.checksum.update(part, value)
-        return done_of(piece, value, nonfinite)
+            if self.job.measures and piece.task.out.dtype.kind == "float":
+                from streammerge.running.measuring import measure  # here, because most runs measure nothing
+
+                measure(part, piece.task.out.dtype.torch, chunk, source, sums)
+        done = done_of(piece, value, nonfinite)
+        return replace(done, measured=tuple(sums)) if sums else done
 
 
 def put(

@@ -245,6 +245,10 @@ class Inputs:
         """Returns the name of a source's file or checkpoint, for messages."""
         return self._sources[source].origin
 
+    def is_stored(self, source: int) -> bool:
+        """Whether a source is a plain range of bytes."""
+        return self._stored[source] is not None
+
     def stays(self, source: int) -> bool:
         """Whether what is read of a source is mapped, and so stays valid."""
         return self._mapped and self._stored[source] is not None

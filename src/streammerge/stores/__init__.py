@@ -29,7 +29,10 @@ Each module imports only modules above it::
     multipart    uploads to S3 in parts
     parts        files that are sent in parts
     staged       outputs of object stores
+    joint_objects uploads to S3 that several machines send
     objects      s3://, gs://, az://, https://
+    hub_client   the client of the hub
+    hub_output   outputs of the hub
     hub          hf://
     registry     stores by scheme
     hub_places   where a repository of the hub is read

@@ -13,7 +13,7 @@ import io
 import os
 import posixpath
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple
@@ -457,9 +457,28 @@ class Joint(ABC):
     def remove(self, location: Location) -> None:
         """Removes a temporary file."""
 
+    def target(self, name: str) -> Location:
+        """Returns where a file of the output is written."""
+        return self.content / name
+
+    def exists(self) -> bool:
+        """Whether a machine has begun."""
+        return self.home.is_folder()
+
+    def sent(self, output: Output) -> str:
+        """Sends what is left of a whole file, and returns how :meth:`stage` finds it again."""
+        return ""
+
+    def drop(self, output: Output) -> None:
+        """Forgets a whole file that another machine has made too."""
+        output.close()
+
     @abstractmethod
-    def stage(self, overwrite: bool) -> Staging:
-        """Returns the staging that publishes the output. One machine at a time calls this, the last one."""
+    def stage(self, overwrite: bool, sent: Mapping[str, str]) -> Staging:
+        """Returns the staging that publishes the output. One machine at a time calls this, the last one.
+
+        ``sent``: the name of each file that was written whole -> what :meth:`sent` has returned.
+        """
 
     @abstractmethod
     def published(self) -> bool:
@@ -477,9 +496,10 @@ class Store(ABC):
     other bytes, so that workers have to be threads. ``always_absolute``: whether a name means the same on every machine and
     in every folder; False if names hold paths of this machine. ``reads_ahead``: whether inputs are fetched before they are
     read (:meth:`Store.opened_ahead`). ``sends_parts``: whether the files of outputs are sent in parts, by one process.
-    ``private``: whether names tell of the user's own places, such as buckets. A receipt
-    then names inputs by their paths below a common folder, as it does for local files. A store pickles by its class, so its
-    constructor takes no arguments.
+    ``keeps_history``: whether what an output replaces is still there, so that nothing is lost. ``private``: whether names
+    tell of the user's own places, such as buckets. A receipt then names inputs by their paths below a common folder, as it
+    does for local files. ``modules``: what workers import for its inputs. A store pickles by its class, so its constructor
+    takes no arguments.
     """
 
     scheme: ClassVar[str]
@@ -487,8 +507,10 @@ class Store(ABC):
     one_process: ClassVar[bool] = False
     reads_ahead: ClassVar[bool] = False
     sends_parts: ClassVar[bool] = False
+    keeps_history: ClassVar[bool] = False
     always_absolute: ClassVar[bool] = True
     private: ClassVar[bool] = False
+    modules: ClassVar[tuple[str, ...]] = ()
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other)
@@ -611,6 +633,18 @@ class Store(ABC):
 
     def stage(self, location: Location, overwrite: bool = False) -> Staging:
         raise self._lacks("stage", location)
+
+    def needed_disk_bytes(self, sizes: Sequence[int]) -> int:
+        """Returns what an output of files of these sizes needs on this machine's disk, or on the disk it is written to."""
+        return sum(sizes)
+
+    def is_always_folder(self, location: Location) -> bool:
+        """Whether an output of that name is a folder, whatever the name looks like."""
+        return False
+
+    def made_at(self, location: Location) -> Location:
+        """Returns the place beside which an output is made: itself, unless it is made on this machine and then sent."""
+        return location
 
     def output_buffers(self, largest: int) -> tuple[int, int]:
         """Returns the memory that outputs in the making hold: bytes for the run, and for each worker.

@@ -28,7 +28,7 @@ from streammerge.errors import LockedError, StreammergeError
 from streammerge.stores import lock
 from streammerge.stores.base import Joint, Location
 
-UNITS, CLAIMS, MACHINES = "units", "claims", "machines"
+UNITS, CLAIMS, MACHINES, SUMS = "units", "claims", "machines", "sums"
 _BEATS = 6
 """How often in the time of a lease a machine shows that it lives."""
 _TIME = struct.Struct("<d")
@@ -121,7 +121,7 @@ class Claims:
         self._joint = joint
 
     def __enter__(self) -> Claims:
-        self._joint.begin((UNITS, CLAIMS, MACHINES))
+        self._joint.begin((UNITS, CLAIMS, MACHINES, SUMS))
         self.name = uuid.uuid4().hex[:16]
         began = _clock()
         self._show()
@@ -222,17 +222,36 @@ def end(home: Location, machine: str) -> None:
         (home / MACHINES / machine).replace_small(_ENDED)
 
 
+def living_in(home: Location, machine: str) -> lock.Owner | None:
+    """Returns the process of a machine, None if it is known to have ended."""
+    data = _read(home / MACHINES / machine)
+    owner = _owner(data)
+    return None if data == _ENDED or (owner is not None and lock.has_ended(owner)) else owner or lock.UNKNOWN
+
+
 def finished(home: Location) -> Iterator[tuple[str, bytes]]:
     """Yields the name and the receipt of each finished unit."""
     for unit in names_in(home / UNITS):
         yield unit, _read(home / UNITS / unit)
 
 
-def finish(home: Location, unit: str, receipt: bytes) -> None:
-    """Writes the receipt of a unit whose bytes are durable. Another machine may have made the same unit."""
+def finish(home: Location, unit: str, receipt: bytes, replaces: bool = True) -> bool:
+    """Writes the receipt of a unit whose bytes are durable. Returns whether it counts: another machine may have made the
+    same unit. Then it ``replaces`` that receipt, which may be damaged, or is left out."""
     place = home / UNITS / unit
-    if not place.create_small(receipt):
+    made = place.create_small(receipt)
+    if not made and replaces:
         place.replace_small(receipt)
+    return made or replaces
+
+
+def keep_sums(home: Location, unit: str, sums: bytes) -> None:
+    """Keeps the checksums of a unit that has too many tensors for its receipt."""
+    (home / SUMS / unit).replace_small(sums)
+
+
+def kept_sums(home: Location, unit: str) -> bytes:
+    return _read(home / SUMS / unit)
 
 
 def names_in(folder: Location) -> list[str]:

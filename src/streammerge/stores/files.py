@@ -288,14 +288,14 @@ class OutputFile(Output):
 class SharedOutputFile(OutputFile):
     """A local file of known size, of which several machines write ranges. Whoever opens it first makes it.
 
-    Nothing is written past the page cache. ``exact``: the file system may have other machines. A client of NFS writes a
-    whole page for a few bytes of it, also the bytes that another machine has written meanwhile. It writes no byte more than
-    it was given through a descriptor with O_DSYNC. So the parts of pages at the ends of a range go there.
+    ``exact``: the file system may have other machines. Then nothing is written past the page cache. A client of NFS writes
+    a whole page for a few bytes of it, also the bytes that another machine has written meanwhile. It writes no byte more
+    than it was given through a descriptor with O_DSYNC. So the parts of pages at the ends of a range go there.
     """
 
     def __init__(self, location: Location, size: int, exact: bool) -> None:
         self._begin(location, size, True, os.O_CREAT)
-        self._direct = False
+        self._direct = not exact
         self._exact = (
             Descriptor(functools.partial(_open_output, location.key, _OUTPUT_FLAGS | os.O_DSYNC)) if exact else None
         )

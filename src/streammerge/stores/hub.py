@@ -7,21 +7,23 @@ plain HTTP, so nothing is downloaded. A file that the hub's cache has is read th
 
 from __future__ import annotations
 
-import os
+import mmap
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import urlsplit
 
 from streammerge.errors import ChangedError, RecipeError, StoreError, printable
-from streammerge.stores.base import Input, Location, Status
+from streammerge.stores.base import Input, Location, Staging, Status
+from streammerge.stores.hub_client import LIBRARY, NotThere, api, endpoint, failures
+from streammerge.stores.hub_output import CLIENT_BYTES, MADE_IN, HubStaging, is_beside, made_at
+from streammerge.stores.local import LOCAL
 from streammerge.stores.remembering import recalled
 from streammerge.stores.remote import Entries, Passing, RemoteStore, persistently
-from streammerge.stores.repositories import MAIN, SCHEME, Repository, is_offline, named_repository, read_name, snapshot
-from streammerge.version import __version__
+from streammerge.stores.repositories import MAIN, SCHEME, Repository, hub_home, named_repository, read_name, snapshot
+from streammerge.stores.space import exists_already
 
 if TYPE_CHECKING:
     from streammerge.stores.ahead import Ahead
@@ -33,7 +35,6 @@ _MOST_WHOLE_BYTES = 32 << 20
 """A file up to this size is read whole if the server does not answer ranges."""
 _MOST_LINKS = 4096
 _EXPIRED = (400, 401, 403, 404, 410)
-_BUSY = (408, 425, 429, 500, 502, 503, 504)
 _LEAST_ID = 40
 
 
@@ -67,6 +68,7 @@ class Hub(RemoteStore):
     """Models on the hub. A key is ``org/name@revision/path``."""
 
     scheme: ClassVar[str] = SCHEME
+    modules = ("huggingface_hub.file_download", "huggingface_hub.errors")
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -95,7 +97,7 @@ class Hub(RemoteStore):
 
         def ask() -> str:
             with failures(wanted):
-                sha = _api().model_info(name, revision=revision or MAIN, timeout=_ASKING_SECONDS).sha
+                sha = api().model_info(name, revision=revision or MAIN, timeout=_ASKING_SECONDS).sha
             if not sha:
                 raise StoreError(f"{endpoint()} does not tell the commit of {printable(wanted)}")
             return str(sha)
@@ -115,23 +117,25 @@ class Hub(RemoteStore):
 
             def ask() -> Tree:
                 with failures(wanted):
-                    listed = list(_api().list_repo_tree(name, recursive=True, revision=commit))
+                    listed = list(api().list_repo_tree(name, recursive=True, revision=commit))
                 return Tree({each.path: _size_and_identity(each) for each in listed if hasattr(each, "blob_id")})
 
             found = self._trees[key] = persistently(ask, f"listing {wanted}")
         return found
 
     def is_whole(self, name: str, commit: str, folder: Location) -> bool:
-        """Whether a snapshot of the cache holds all files of the commit, but for hidden ones."""
-        needed = (path for path in self.tree(name, commit).files if not path.startswith("."))
-        return all((folder / path).is_file() for path in needed)
+        """Whether a snapshot of the cache holds all files of the commit."""
+        return all((folder / path).is_file() for path in self.tree(name, commit).files)
 
     def _split(self, location: Location) -> tuple[Repository, Tree] | None:
         """Returns the repository of a location at its commit, and its files. None for the root and for organisations."""
         if read_name(location.key) is None:
             return None
-        pinned = self._pinned(location)
-        return pinned, self.tree(pinned.name, pinned.revision)
+        try:
+            pinned = self._pinned(location)
+            return pinned, self.tree(pinned.name, pinned.revision)
+        except NotThere:
+            return None
 
     def _pinned(self, location: Location) -> Repository:
         """Returns the repository of a location at the commit that its revision is now."""
@@ -205,7 +209,7 @@ class Hub(RemoteStore):
             repository.name, repository.inner, revision=repository.revision, endpoint=endpoint()
         )
         try:
-            found = huggingface_hub.get_hf_file_metadata(url, timeout=_ASKING_SECONDS, endpoint=endpoint(), **_LIBRARY)
+            found = huggingface_hub.get_hf_file_metadata(url, timeout=_ASKING_SECONDS, endpoint=endpoint(), **LIBRARY)
         except huggingface_hub.errors.EntryNotFoundError as error:
             raise ChangedError(f"hf://{repository} is gone since it was planned; run the command again") from error
         same_commit = found.commit_hash in (None, repository.revision)
@@ -221,7 +225,7 @@ class Hub(RemoteStore):
     def _range(self, link: _Link, repository: Repository, status: Status, start: int, stop: int) -> Any:
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-        headers = {} if link.signed else dict(build_hf_headers(**_LIBRARY))
+        headers = {} if link.signed else dict(build_hf_headers(**LIBRARY))
         headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
         with get_session().stream("GET", link.url, headers=headers, timeout=_SECONDS, follow_redirects=True) as answer:
             if link.signed and answer.status_code in _EXPIRED:
@@ -243,19 +247,70 @@ class Hub(RemoteStore):
                 return _body(answer, stop - start)
             if status.size > _MOST_WHOLE_BYTES and (start, stop) != (0, status.size):
                 raise StoreError(f"hf://{printable(repository)}: the server does not answer requests for ranges")
-            whole = _body(answer, status.size)
-            if len(whole) != status.size:
-                raise Passing(f"{len(whole)} bytes came instead of {status.size}")
-            return memoryview(whole)[start:stop]
+            return _body(answer, status.size)[start:stop]
+
+    # ------------------------------------------------------------------------------------------------------------ outputs
+
+    keeps_history = True
+    sends_parts = True
+
+    def is_always_folder(self, location: Location) -> bool:
+        found = read_name(location.key)
+        return found is not None and not found.inner
+
+    def made_at(self, location: Location) -> Location:
+        return made_at(self._target(location)) if location.key != "." else LOCAL.parse(hub_home()) / MADE_IN
+
+    def _target(self, location: Location) -> Repository:
+        """Returns the branch that an output becomes a commit of. RecipeError for what cannot be written."""
+        found = read_name(location.key)
+        if found is None or found.is_pinned or found.revision.startswith("refs/"):
+            raise RecipeError(f"{printable(location)} cannot be written; name a branch: hf://org/name[@branch][/folder]")
+        return found.at(found.revision or MAIN)
+
+    def check_writable(self, location: Location, overwrite: bool) -> None:
+        self._target(location)
+        if not overwrite and (self.is_file(location) or any(not is_beside(path) for path in self._below(location))):
+            raise exists_already(location)
+
+    def _below(self, location: Location) -> list[str]:
+        """Returns the files of an output that is there, by their paths below it."""
+        split = self._split(location)
+        if split is None:
+            return []
+        start = f"{split[0].inner}/" if split[0].inner else ""
+        return [path[len(start) :] for path in split[1].files if path.startswith(start)]
+
+    def stage(self, location: Location, overwrite: bool = False) -> Staging:
+        target = self._target(location)
+        self.check_writable(location, overwrite)
+        staging = HubStaging(location, target)
+        try:
+            staging.parent = self.commit(target.name, target.revision)
+            staging.replaced = self._below(location) if overwrite else []
+        except BaseException:
+            staging.abort(keep=True)
+            raise
+        return staging
+
+    def needed_disk_bytes(self, sizes: Sequence[int]) -> int:
+        return max(sizes, default=0)
+
+    def output_buffers(self, largest: int) -> tuple[int, int]:
+        return CLIENT_BYTES, 0
 
 
-def _body(answer: Any, nbytes: int) -> bytearray:
-    """Returns the body of an answer. Raises Passing if it is longer than it should be."""
-    data = bytearray()
+def _body(answer: Any, nbytes: int) -> memoryview:
+    """Returns the body of an answer. Raises Passing if it has another length."""
+    data, filled = memoryview(mmap.mmap(-1, nbytes)) if nbytes else memoryview(bytearray()), 0
     for part in answer.iter_bytes():
-        data += part
-        if len(data) > nbytes:
+        stop = filled + len(part)
+        if stop > nbytes:
             raise Passing(f"more than {nbytes} bytes came")
+        data[filled:stop] = part
+        filled = stop
+    if filled != nbytes:
+        raise Passing(f"{filled} bytes came instead of {nbytes}")
     return data
 
 
@@ -283,77 +338,6 @@ def _size_and_identity(file: Any) -> tuple[int, str]:
 
 def _changed(repository: Repository) -> ChangedError:
     return ChangedError(f"hf://{printable(repository)} changed since it was planned; run the command again")
-
-
-# ------------------------------------------------------------------------------------------------------------- the client
-
-_LIBRARY = {"library_name": "streammerge", "library_version": __version__}
-
-
-def is_installed() -> bool:
-    """Whether the client is installed."""
-    from importlib.util import find_spec
-
-    return find_spec("huggingface_hub") is not None
-
-
-def _api() -> Any:
-    """Returns the client. RecipeError if it is not installed, StoreError if the environment forbids to ask the hub."""
-    try:
-        from huggingface_hub import HfApi
-    except ImportError as error:
-        raise RecipeError(
-            "the hub needs the package huggingface_hub; install it with `pip install 'streammerge[hub]'`"
-        ) from error
-    return HfApi(endpoint=endpoint(), **_LIBRARY)
-
-
-def endpoint() -> str:
-    """Returns the address of the hub."""
-    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-
-
-@contextmanager
-def failures(repository: Repository) -> Iterator[None]:
-    """Turns errors of the client into ours, with the hub's own reasons told apart."""
-    if is_offline():
-        raise StoreError(
-            f"hf://{printable(repository)} is not in the hub's cache, and HF_HUB_OFFLINE forbids to ask the hub"
-        )
-    try:
-        from huggingface_hub import errors, get_token
-    except ImportError:
-        _api()
-        raise
-    name = printable(repository.name)
-    transport = errors.HfHubHTTPError.__mro__[1]  # the base of all errors of the client's transport
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise RecipeError(
-            f"{name} is gated: accept its terms at {endpoint()}/{name}, and log in with `hf auth login`, or set HF_TOKEN"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise RecipeError(f"{name} has no revision {printable(repository.revision or MAIN)} on the hub") from error
-    except errors.RepositoryNotFoundError as error:
-        if get_token():
-            why = "or it is private and your token may not see it"
-        else:
-            why = "or it is private: log in with `hf auth login`, or set HF_TOKEN"
-        raise RecipeError(f"{endpoint()} has no model {name}, {why}") from error
-    except errors.HfHubHTTPError as error:
-        code, said = error.response.status_code, printable(str(error).strip().partition("\n")[0])
-        if code in _BUSY:
-            raise Passing(f"status {code}") from error
-        if code in (401, 403):
-            raise StoreError(f"{name} may not be read with this token ({said})") from error
-        raise StoreError(f"{name} cannot be read on the hub ({said})") from error
-    except errors.OfflineModeIsEnabled as error:
-        raise StoreError(f"hf://{printable(repository)} is not in the hub's cache, and the client is offline") from error
-    except errors.HFValidationError as error:
-        raise RecipeError(f"{name} is no name of a model on the hub") from error
-    except transport as error:
-        raise Passing(printable(str(error) or type(error).__name__)) from error
 
 
 HUB = Hub()

@@ -31,9 +31,10 @@ def _sought(repository: Repository) -> Found:
     try:
         if is_offline():
             raise StoreError("the hub's cache does not hold it, while HF_HUB_OFFLINE is set")
-        from streammerge.stores.hub import HUB, is_installed  # here, since most names are paths
+        from streammerge.stores import hub_client  # here, since most names are paths
+        from streammerge.stores.hub import HUB
 
-        if not is_installed():
+        if not hub_client.is_installed():
             raise RecipeError(
                 "the hub is read by the package huggingface_hub; install it with `pip install 'streammerge[hub]'`"
             )

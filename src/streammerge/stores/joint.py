@@ -11,6 +11,7 @@ import errno
 import itertools
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +53,7 @@ class LocalJoint(Joint):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(location.key)
 
-    def stage(self, overwrite: bool) -> Staging:
+    def stage(self, overwrite: bool, sent: Mapping[str, str]) -> Staging:
         return _JointStaging(self, overwrite)
 
     def published(self) -> bool:

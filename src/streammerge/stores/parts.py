@@ -14,9 +14,9 @@ import threading
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from streammerge.errors import StoreError, printable
+from streammerge.errors import RecipeError, StoreError, printable
 from streammerge.stores.base import Location, Output
 
 PART_BYTES = 8 << 20
@@ -37,7 +37,12 @@ class Part(NamedTuple):
 
 
 class Upload(ABC):
-    """The upload of one file. Parts may be sent by several threads at once, in any order."""
+    """The upload of one file. Parts may be sent by several threads at once, in any order.
+
+    ``in_order``: whether a part waits in memory until those before it were sent.
+    """
+
+    in_order: ClassVar[bool] = False
 
     @abstractmethod
     def send(self, number: int, data: memoryview) -> Part:
@@ -205,6 +210,16 @@ class PartedOutput(Output):
         """Gives bytes that are known before the others, as (offset, bytes). They need no memory of their own."""
         with self._changed:
             self._literals = sorted(literals)
+            if (
+                self.upload is not None
+                and self.upload.in_order
+                and self.size
+                and not any(at == 0 for at, _ in self._literals)
+            ):
+                raise RecipeError(
+                    f"{printable(self.location)}: this store takes a file from its begin on, where checksums stand that "
+                    "are known last; write a folder of safetensors (a name that ends in /), or to s3://"
+                )
             numbers = list(self._buffers)
         for number in numbers:
             self._fill(number)

@@ -39,7 +39,14 @@ _FIRST_WAIT_SECONDS, _MOST_WAIT_SECONDS = 0.1, 5.0
 
 
 class Passing(Exception):
-    """Raised for a failure that may pass: a busy server, a lost connection, a body that is too short."""
+    """Raised for a failure that may pass: a busy server, a lost connection, a body that is too short.
+
+    ``wait_seconds``: how long the server asks to wait.
+    """
+
+    def __init__(self, said: object, wait_seconds: float = 0.0) -> None:
+        super().__init__(said)
+        self.wait_seconds = wait_seconds
 
 
 class Entries(NamedTuple):
@@ -63,7 +70,7 @@ def persistently(ask: Callable[[], T], what: str) -> T:
                     f"{what} failed {TRIES} times ({printable(error)}); look at the network, and run it again"
                 ) from error
             wait = min(_FIRST_WAIT_SECONDS * 2**attempt, _MOST_WAIT_SECONDS)
-            time.sleep(wait * random.uniform(0.5, 1.0))
+            time.sleep(max(wait * random.uniform(0.5, 1.0), error.wait_seconds))
     raise AssertionError("unreachable")
 
 

@@ -93,8 +93,7 @@ def repository_of(location: Location) -> Repository | None:
 
 def snapshot(repository: Repository) -> Location | None:
     """Returns the folder in the hub's cache that holds a revision of a repository, whole or in part; None without one."""
-    home = os.environ.get("HF_HOME") or posixpath.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or posixpath.join(home, "hub")
+    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or posixpath.join(hub_home(), "hub")
     folder = LOCAL.parse(os.path.expanduser(cache)) / f"models--{repository.name.replace('/', '--')}"
     commit = repository.revision
     if not repository.is_pinned:
@@ -105,6 +104,12 @@ def snapshot(repository: Repository) -> Location | None:
             return None
     found = folder / "snapshots" / commit
     return found if _COMMIT.fullmatch(commit) and found.is_folder() else None
+
+
+def hub_home() -> str:
+    """Returns the folder of the hub's client on this machine."""
+    home = os.environ.get("HF_HOME") or posixpath.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    return os.path.expanduser(home)
 
 
 def is_offline() -> bool:

@@ -29,6 +29,7 @@ def clean(location: str, yes: bool, debug: bool) -> None:
     if not location:  # an unset variable of a shell is not the current folder
         raise RecipeError("the location is an empty text; give the name of an output, or a folder")
     place = parse(location)
+    place = place.store.made_at(place)
     own = leftover_of(place)
     if own is not None:
         discard(place)

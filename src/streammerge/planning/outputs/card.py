@@ -29,6 +29,8 @@ _MOST_CHARACTERS = 500
 _FRONT = re.compile(r"\ufeff?---[ \t]*\r?\n(?P<keys>.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
 _KEY = re.compile(rf"^(?:{'|'.join(_STATED)})[ \t]*:.*(?:\n(?:[ \t]+|-[ \t]).*)*", re.MULTILINE)
 _HUB = "https://huggingface.co"
+_NO_PAGE = ("cat", "svd")
+"""Ways to merge adapters that are no merge methods."""
 
 Stated = Mapping[str, Any]
 """What the card of a model states of itself, by the names that the hub uses."""
@@ -39,11 +41,18 @@ def has_card(folder: Location | None) -> bool:
     return folder is not None and any((folder / name).is_file() for name in (CONFIG, "model_index.json"))
 
 
-def card_text(record: Mapping[str, Any], base: str | None, models: Mapping[str, CheckpointIndex], folder: Location) -> str:
+def library_of(folder: Location) -> str | None:
+    """Returns the library that loads a folder, None if none is known."""
+    return next((each for file, each in _LIBRARIES.items() if (folder / file).is_file()), None)
+
+
+def card_text(
+    record: Mapping[str, Any], base: str | None, models: Mapping[str, CheckpointIndex], library: str | None
+) -> str:
     """Returns the card of a merge.
 
     ``record``: its recipe as it travels. ``base``: the name of the base in it. ``models``: the name in the receipt of each
-    model and each adapter, with its index. ``folder``: the first input's folder, which tells the library.
+    model and each adapter, with its index. ``library``: what loads the output.
     """
     repositories = {name: repository_of(index.path) for name, index in models.items()}
     stated = {name: stated_by(index) for name, index in models.items()}
@@ -51,7 +60,6 @@ def card_text(record: Mapping[str, Any], base: str | None, models: Mapping[str, 
     if known := list(dict.fromkeys(each.name for each in repositories.values() if each is not None)):
         front["base_model"] = known
         front["base_model_relation"] = "merge"
-    library = next((each for file, each in _LIBRARIES.items() if (folder / file).is_file()), None)
     front |= {name: value for name, value in _agreed(stated).items() if value is not None}
     if library is not None:
         front.setdefault("library_name", library)
@@ -115,7 +123,8 @@ def _title(record: Mapping[str, Any], models: Iterable[str]) -> str:
 
 def _method(record: Mapping[str, Any]) -> str:
     name = printable(record["merge_method"])
-    return f"{_code(name)}; `streammerge methods {name}` describes it." if ":" not in name else f"{_code(name)}."
+    known = ":" not in name and name not in _NO_PAGE
+    return f"{_code(name)}; `streammerge methods {name}` describes it." if known else f"{_code(name)}."
 
 
 def _named(name: str, repository: Repository | None) -> str:

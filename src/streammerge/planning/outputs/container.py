@@ -50,7 +50,7 @@ def container_of(out: Location, first: CheckpointIndex | None = None) -> str:
     ``first``: the first input. A file whose name has another ending, or none (``g_05000000``), is of a program whose loader
     expects such names. An output with the same ending is a file of the same format.
     """
-    if out.ends_in_slash or out.is_folder():
+    if out.ends_in_slash or out.store.is_always_folder(out) or out.is_folder():
         return "folder"
     if out.suffix == ".safetensors":
         return "safetensors"
@@ -137,6 +137,10 @@ def _planned(
     if kind != "folder":
         alignment.dispositions.add("file", _beside(first), "dropped", "the output is one file")
         _note_tokens(recipe, first, alignment)
+    if kind != "folder" and recipe.output.keep_optimizer and first.container.own_files:
+        alignment.notes.append(
+            "`keep_optimizer` is without effect, because the optimizer of the first input is in parts of several ranks"
+        )
     if kind == "pickle":
         from streammerge.planning.outputs.pickled import pickled_output
 

@@ -138,12 +138,12 @@ class _Contents:
         }
         for source in self.part.container.arrays:
             name = source.spec.name
-            if name not in chosen and name not in copies:
+            if name not in chosen and name not in copies and (self.keep_optimizer or not self._is_state(name)):
                 self._copy_tensor(name, source)
         dispositions.add("entry", sorted(copies - chosen), "dropped", "another copy of the weights, which would be stale")
         kept, left = list[str](), list[str]()
         metadata = self.saved.metadata
-        for name in (*metadata.objects, *(name for name in metadata.tensors if self._is_state(name))):
+        for name in (*metadata.objects, *metadata.tensors):
             (kept if self.keep_optimizer or not self._is_state(name) else left).append(name)
         for name in kept:
             self._copy_items(name)

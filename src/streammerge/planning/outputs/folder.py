@@ -26,7 +26,7 @@ from streammerge.planning.aligned import Merged, MergedTensors, Way, named, name
 from streammerge.planning.alignment import Alignment
 from streammerge.planning.dispositions.files import NOT_MERGED, Copies, decide, parts_of
 from streammerge.planning.dispositions.ledger import Dispositions
-from streammerge.planning.outputs.card import card_text, has_card
+from streammerge.planning.outputs.card import card_text, has_card, library_of
 from streammerge.planning.outputs.config import config_files
 from streammerge.planning.outputs.layout import (
     Accounting,
@@ -320,7 +320,7 @@ class _Folder:
     def add_card(self, record: Mapping[str, Any], origins: Mapping[str, CheckpointIndex], folder: Location) -> None:
         """Adds the model card. The first input's own card is about another model, so it stays behind."""
         base = travelling_names(self.recipe)[self.recipe.base_model] if self.recipe.base_model else None
-        self.files.append(text_file(CARD_FILE, card_text(record, base, origins, folder)))
+        self.files.append(text_file(CARD_FILE, card_text(record, base, origins, library_of(folder))))
         if (folder / CARD_FILE).is_file():
             self.dispositions.add(
                 "file", CARD_FILE, "dropped", "the card of the first input; the output has one of its own"

@@ -1,0 +1,161 @@
+"""What a report shows, as plain data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from math import sqrt
+
+from streammerge.tensors.layers import layer_of
+
+OUTSIDE = "outside"
+_MOST_KINDS = 14
+_NUMBER = re.compile(r"\.\d+(?=\.|$)")
+_TAIL = re.compile(r"\.(weight|bias)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One tensor of the output. ``distances``: to each input, relative to the input's norm; None if it is not known.
+    ``elems``: its number of elements."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    how: str
+    distances: tuple[float | None, ...] = ()
+    elems: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """Distances by layer and kind of tensor. ``values[row][column]`` is None where there is no such tensor."""
+
+    title: str
+    layers: tuple[str, ...]
+    kinds: tuple[str, ...]
+    values: tuple[tuple[float | None, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A moment of a run: seconds since its begin, bytes held above start-up, bytes read and written so far."""
+
+    seconds: float
+    memory_bytes: int
+    done_bytes: int
+
+
+@dataclass(slots=True)
+class Facts:
+    """All that a page shows.
+
+    ``summary``, ``made``, ``verification``: (label, text). ``inputs``: rows of the table of inputs. ``measured``: how the
+    distances were measured. ``accounts``: (checkpoint, fate, count, names, why) of what is not merged under its name.
+    ``said``: (kind, text) of notes and warnings.
+    """
+
+    title: str
+    subtitle: str
+    summary: list[tuple[str, str]] = field(default_factory=list)
+    made: list[tuple[str, str]] = field(default_factory=list)
+    recipe: str = ""
+    inputs: list[tuple[str, ...]] = field(default_factory=list)
+    input_names: list[str] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    measured: str = ""
+    accounts: list[tuple[str, str, int, str, str]] = field(default_factory=list)
+    said: list[tuple[str, str]] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    memory_bytes: int = 0
+    verification: list[tuple[str, str]] = field(default_factory=list)
+
+    def grids(self) -> list[Grid]:
+        """Returns a grid for each input that distances are known to."""
+        return [grid_of(name, self.rows, n) for n, name in enumerate(self.input_names) if any(_known(self.rows, n))]
+
+    def moved(self, number: int = 0) -> list[tuple[str, float]]:
+        """Returns (layer, distance to an input), the farthest first."""
+        layers: dict[str, list[Row]] = {}
+        for row in self.rows:
+            if number < len(row.distances) and row.distances[number] is not None:
+                layers.setdefault(place_of(row.name)[0], []).append(row)
+        found = [(layer, joined((row.distances[number] or 0.0, row.elems) for row in own)) for layer, own in layers.items()]
+        return sorted(found, key=lambda each: -each[1])
+
+
+def _known(rows: Iterable[Row], number: int) -> Iterable[bool]:
+    return (number < len(row.distances) and row.distances[number] is not None for row in rows)
+
+
+def joined(distances: Iterable[tuple[float, int]]) -> float:
+    """Returns the distance of several tensors together: the root of the mean of squares, by elements."""
+    total = count = 0.0
+    for distance, elems in distances:
+        total, count = total + distance * distance * elems, count + elems
+    return sqrt(total / count) if count else 0.0
+
+
+def place_of(name: str) -> tuple[str, str]:
+    """Returns the layer of a tensor, and its kind: its name in the layer without numbers."""
+    layer = layer_of(name)
+    if layer is None:
+        head, _, last = name.rpartition(".")
+        return OUTSIDE, _TAIL.sub("", name) if head else last
+    return f"{layer.stack}.{layer.number}", _TAIL.sub(
+        lambda found: "" if found[1] == "weight" else ".bias", _kind(layer.rest)
+    )
+
+
+def _kind(rest: str) -> str:
+    return _NUMBER.sub("", f".{rest}")[1:]
+
+
+def grid_of(title: str, rows: Sequence[Row], number: int) -> Grid:
+    """Returns the distances to one input. Layers stand in their order. The kinds of most elements have columns, and the
+    rest shares one."""
+    cells: dict[tuple[str, str], list[Row]] = {}
+    sizes: dict[str, int] = {}
+    for row in rows:
+        if number < len(row.distances) and row.distances[number] is not None:
+            layer, kind = place_of(row.name)
+            if layer == OUTSIDE:
+                continue
+            cells.setdefault((layer, kind), []).append(row)
+            sizes[kind] = sizes.get(kind, 0) + row.elems
+    if not cells:  # a model without layers has a row for each tensor
+        return _by_name(title, rows, number)
+    ranked = sorted(sizes, key=lambda kind: -sizes[kind])
+    kept = set(ranked[:_MOST_KINDS] if len(ranked) <= _MOST_KINDS else ranked[: _MOST_KINDS - 1])
+    order = dict.fromkeys(kind for _, kind in cells if kind in kept)
+    kinds = [*order, *(["other"] if len(ranked) > len(kept) else [])]
+    layers = sorted(dict.fromkeys(layer for layer, _ in cells), key=_in_order)
+    values = []
+    for layer in layers:
+        own = {kind: found for (where, kind), found in cells.items() if where == layer}
+        line: list[float | None] = []
+        for kind in kinds:
+            there = own.get(kind, []) if kind in kept else [r for k, each in own.items() if k not in kept for r in each]
+            line.append(joined((r.distances[number] or 0.0, r.elems) for r in there) if there else None)
+        values.append(tuple(line))
+    return Grid(title, tuple(layers), tuple(kinds), tuple(values))
+
+
+def _in_order(layer: str) -> tuple[str, int]:
+    stack, _, number = layer.rpartition(".")
+    return stack, int(number)
+
+
+def _by_name(title: str, rows: Sequence[Row], number: int) -> Grid:
+    known = [row for row in rows if number < len(row.distances) and row.distances[number] is not None]
+    known = sorted(known, key=lambda row: -row.elems)[:40]
+    return Grid(title, tuple(row.name for row in known), ("distance",), tuple((row.distances[number],) for row in known))
+
+
+def shortened(layers: Sequence[str]) -> list[str]:
+    """Returns the names of layers without the stack that all have in common: their numbers, if there is one stack."""
+    stacks = {layer.rpartition(".")[0] for layer in layers}
+    if len(stacks) == 1 and all(layer.rpartition(".")[2].isdigit() for layer in layers):
+        return [layer.rpartition(".")[2] for layer in layers]
+    return [layer if len(layer) < 26 else f"…{layer[-24:]}" for layer in layers]

@@ -1,0 +1,57 @@
+"""Writes reports: of a merge that just ended, of an output, of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from streammerge.diffing.result import Diff
+from streammerge.errors import RecipeError, printable
+from streammerge.reporting.facts import Facts, Sample
+from streammerge.reporting.gathered import of_diff, of_merge, of_output
+from streammerge.reporting.page import page
+from streammerge.reporting.pictures import plotting
+from streammerge.running.execution import Result
+from streammerge.running.readback import receipt_of
+from streammerge.stores.base import Location
+from streammerge.stores.locations import parse
+
+
+def check_possible(file: Location, overwrite: bool) -> None:
+    """Raises RecipeError if a report cannot be written: its file exists, or matplotlib is not installed."""
+    plotting()
+    file.check_writable(overwrite)
+
+
+def report_merge(result: Result, samples: Sequence[Sample], file: Location) -> None:
+    """Writes the report of a merge."""
+    _write(of_merge(result, samples), file)
+
+
+def report_diff(diff: Diff, file: Location) -> None:
+    """Writes the report of a comparison."""
+    _write(of_diff(diff), file)
+
+
+def report_output(out: Location, file: Location, inputs: str | None, compare: Callable[[str, str], Diff] | None) -> None:
+    """Writes the report of an output, from its receipt. Compares it with the inputs that are there.
+
+    ``inputs``: the folder that holds them; else they are looked for here and beside the output. ``compare``: compares an
+    input and the output; None if nothing is to be read. Raises RecipeError for an output without a receipt.
+    """
+    receipt = receipt_of(out)
+    places = [parse(inputs)] if inputs is not None else [parse("."), out.absolute().parent]
+    found = {}
+    for name in [each["checkpoint"] for each in receipt.accounts] or list(receipt.inputs):
+        if "://" in name or name.startswith("/") or ".." in name.split("/"):
+            continue  # a receipt may come from a stranger
+        there = next((place / name for place in places if (place / name).exists()), None)
+        if there is not None:
+            found[name] = str(there)
+    if inputs is not None and not found:
+        raise RecipeError(f"{printable(inputs)} holds none of the inputs that the receipt of {printable(out)} names")
+    reading = None if compare is None else lambda path: compare(path, str(out))
+    _write(of_output(out, receipt, reading, found), file)
+
+
+def _write(facts: Facts, file: Location) -> None:
+    file.write_whole(page(facts).encode("utf-8", "backslashreplace"), overwrite=True)
