@@ -56,7 +56,7 @@ def test_few_workers_or_little_to_read_are_threads(pair: list[Path], monkeypatch
 
 
 def test_methods_with_passes_take_processes_earlier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tensor counts as 4 MiB more than it has. Here 60 tensors of 1000 bytes are many small ones."""
+    """A tensor counts as 512 KiB more than it has. Here 60 tensors of 1000 bytes are many small ones."""
     paths = [tmp_path / f"{number}.safetensors" for number in range(2)]
     for number, path in enumerate(paths):
         save_file({f"w{n}": torch.full((250,), n + number + 0.5) for n in range(60)}, path)
@@ -65,8 +65,8 @@ def test_methods_with_passes_take_processes_earlier(tmp_path: Path, monkeypatch:
         how: dict[str, Any] = {"method": method, "parameters": {"t": 0.3} if method == "slerp" else {}}
         return [sm.plan(paths, workers=n, memory=8 * GIB, **how).executor for n in (1, 2, 3, 4, 5)]
 
-    assert set(chosen("slerp")) == {"threads"}, "60 tensors count as 240 MiB"
-    monkeypatch.setattr(choosing, "LEAST_BYTES_OF_PASSES", 240 << 20)
+    assert set(chosen("slerp")) == {"threads"}, "60 tensors count as 30 MiB"
+    monkeypatch.setattr(choosing, "LEAST_BYTES_OF_PASSES", 30 << 20)
     assert chosen("slerp") == ["threads", *["processes"] * 4]
     assert set(chosen("linear")) == {"threads"}, "this method has no passes"
     monkeypatch.setattr(choosing, "LEAST_BYTES_OF_PASSES", 1)
