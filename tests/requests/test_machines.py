@@ -123,6 +123,21 @@ def test_a_plan_is_followed_from_another_folder_and_in_processes(
     assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
+def test_relative_names_of_folders(tmp_path: Path, files: dict[str, list[Path]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sm.merge(["folder1/", "folder2"], "whole/")
+    sm.plan(["folder1/", "folder2"], "out/", save="plan")
+    monkeypatch.chdir("/")
+    for number in (1, 2):
+        sm.worker(tmp_path / "plan", share=f"{number}/2")
+    sm.finish(tmp_path / "plan")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(sm.ChangedError, match=r"folder1/config\.json changed"):
+        (tmp_path / "folder1" / "config.json").write_text('{"new": 1}')
+        sm.worker("plan", claim=True)
+
+
 def test_the_same_plan_may_be_saved_again_and_no_other(tmp_path: Path, files: dict[str, list[Path]]) -> None:
     plan = tmp_path / "plan"
     sm.plan(files["safetensors"][:2], tmp_path / "out.safetensors", save=plan)

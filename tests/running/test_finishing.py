@@ -18,6 +18,7 @@ from streammerge.running.finishing import spans
 from streammerge.stores import claims, joint, lock
 from streammerge.stores.base import Joint
 from streammerge.stores.claims import Claims
+from streammerge.stores.files import file_status
 from streammerge.stores.locations import parse
 
 LEASE_SECONDS = 0.5
@@ -95,11 +96,11 @@ def test_an_output_that_exists_needs_overwrite(plan: Path, tmp_path: Path) -> No
 def test_finishing_twice_changes_nothing(plan: Path, tmp_path: Path) -> None:
     sm.worker(plan, claim=True)
     sm.finish(plan)
-    status = (tmp_path / "out.safetensors").stat()
+    status = file_status(str(tmp_path / "out.safetensors"))
     again = sm.finish(plan)
     assert again.notes[-1].endswith("is finished already")
     assert sm.worker(plan, claim=True).finished
-    assert (tmp_path / "out.safetensors").stat() == status
+    assert file_status(str(tmp_path / "out.safetensors")) == status
     assert not list(tmp_path.glob(".*"))
 
 

@@ -15,6 +15,7 @@ from conftest import Cli
 from safetensors.torch import save_file
 
 import streammerge as sm
+from streammerge.stores.claims import Claims
 from streammerge.stores.leftovers import discard, leftover_of, leftovers
 from streammerge.stores.locations import parse
 
@@ -100,3 +101,23 @@ def test_an_output_stays_when_a_replacement_is_discarded(here: Path, cli: Cli) -
 def test_a_folder_is_needed(here: Path, cli: Cli) -> None:
     assert "is no folder" in cli("runs", "a.safetensors", code=2).stderr
     assert cli("runs", "--format", "json").stdout.strip() == '{\n  "runs": []\n}'
+
+
+def test_what_machines_have_left_of_a_plan_is_listed_and_discarded(tmp_path: Path) -> None:
+    for name in "ab":
+        save_file({"w": torch.ones(100, 100)}, tmp_path / f"{name}.safetensors")
+    out = tmp_path / "out.safetensors"
+    sm.plan([tmp_path / "a.safetensors", tmp_path / "b.safetensors"], out, save=tmp_path / "plan")
+    sm.worker(tmp_path / "plan", claim=True)
+    (found,) = leftovers(parse(tmp_path))
+    assert (str(found.out), found.owner, found.kept_bytes) == (str(out), None, 40_000)
+    assert leftover_of(parse(out)) == found
+    assert leftover_of(parse(tmp_path / "out")) is None
+    joint = parse(out).join(found.folder.name.split(".")[-2])
+    with Claims(joint, 30.0):
+        (busy,) = leftovers(parse(tmp_path))
+        assert busy.owner is not None
+        with pytest.raises(sm.LockedError, match="is being written by process"):
+            discard(parse(out))
+    discard(parse(out))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors", "plan"]

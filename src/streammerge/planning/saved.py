@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from streammerge.errors import ChangedError, FormatError, RecipeError, printable
@@ -73,8 +73,11 @@ def _digest(said: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def saved(plan: Plan, workers: int | None, executor: str, hashed: bool) -> SavedPlan:
-    """Returns a plan as data. Raises RecipeError for a plan that other machines cannot follow."""
+def saved(plan: Plan, workers: int | None, executor: str, hashed: bool, before: SavedPlan | None = None) -> SavedPlan:
+    """Returns a plan as data. Raises RecipeError for a plan that other machines cannot follow.
+
+    ``before``: what this plan was made again from; its recipe and paths are kept.
+    """
     if plan.out is None:
         raise RecipeError("a plan that is saved needs a name for its output; pass `out`")
     if any(source.held for source in plan.expressions):
@@ -90,6 +93,8 @@ def saved(plan: Plan, workers: int | None, executor: str, hashed: bool) -> Saved
     if whole_files and hashed:
         raise RecipeError("workers do not hash inputs for an output in an object store; leave `hash` out")
     units = [unit.row() for unit in cut(plan.tasks, whole_files)]
+    if before is not None:
+        return replace(before, identity=plan_parts(plan), units=units)
     more = (plan.memory_bytes, workers, plan.io, executor, LEASE_SECONDS, units)
     return SavedPlan(plan_parts(plan), plan.recipe.to_dict(), str(HERE.absolute()), out, hashed, *more)
 

@@ -17,9 +17,8 @@ from streammerge.errors import BudgetError, LockedError, StreammergeError, TaskE
 from streammerge.events import Event, Listener, Resumed, RunStarted, Suspended, TaskDone, Told
 from streammerge.options import Executing, Machine, Resources, Sharing
 from streammerge.planning.plan import Plan
-from streammerge.planning.saved import saved
 from streammerge.planning.units import Unit
-from streammerge.requests.machines import joint_of, rebuilt, work
+from streammerge.requests.machines import for_others, joint_of, work
 from streammerge.running.execution import Result, refuse_input_as_output, refuse_to_lose_files
 from streammerge.running.executors import ray as cluster
 from streammerge.running.executors.messages import pickled_error, unpickled_error
@@ -101,8 +100,7 @@ def execute_on_nodes(
     out = plan.out.resolve() if plan.out.is_folder() else plan.out
     refuse_input_as_output(out, plan)
     refuse_to_lose_files(out, plan)
-    said = saved(plan, resources.workers, "threads", hashed)
-    rebuilt(said, Machine())  # what the nodes will make of it
+    said = for_others(plan, resources.workers, "threads", hashed)
     joint, units = joint_of(said), said.all_units()
     if not running.resume:
         joint.clear()

@@ -30,8 +30,7 @@ def save(plan: Plan, place: Location, resources: Resources, executing: Executing
     """Saves a plan in a file. Raises RecipeError if another file has this name, or if the plan cannot be saved."""
     if not isinstance(executing.executor, str):
         raise RecipeError("a saved plan holds the name of an executor; register it, and pass its name")
-    made = saved(plan, resources.workers, executing.executor, writing.hash)
-    rebuilt(made, Machine())  # what another machine will make of it
+    made = for_others(plan, resources.workers, executing.executor, writing.hash)
     if place.lexists():
         if place.is_file() and read_saved(place).key == made.key:
             return made
@@ -40,8 +39,28 @@ def save(plan: Plan, place: Location, resources: Resources, executing: Executing
     return made
 
 
+def for_others(plan: Plan, workers: int | None, executor: str, hashed: bool) -> SavedPlan:
+    """Returns a plan as data, with the identity that it has for another machine, which names all files by their whole
+    paths. Raises RecipeError for a plan that other machines cannot follow."""
+    made = saved(plan, workers, executor, hashed)
+    again = _made_again(made, Machine())
+    places = [[(file.name, file.size) for file in each.layout.files] for each in (plan, again)]
+    if again.layout.receipt != plan.layout.receipt or places[0] != places[1] or len(again.tasks) != len(plan.tasks):
+        raise RecipeError("this plan cannot be made again from its recipe; merge on one machine")
+    return saved(again, workers, executor, hashed, made)
+
+
 def rebuilt(said: SavedPlan, machine: Machine) -> Plan:
     """Makes the plan again from the headers of its inputs. Raises ChangedError if an input changed."""
+    with remembering():
+        made = _made_again(said, machine)
+        said.check_same(made)
+    foreseen = output_warnings(made)
+    made.warnings = [each for each in made.warnings if each not in foreseen]
+    return made
+
+
+def _made_again(said: SavedPlan, machine: Machine) -> Plan:
     recipe = read_recipe(said.recipe, folder=parse(said.folder))
     resources = Resources(
         memory=said.memory if machine.memory is None else machine.memory,
@@ -49,12 +68,7 @@ def rebuilt(said: SavedPlan, machine: Machine) -> Plan:
         io=said.io if machine.io is None else machine.io,
     )
     executor = said.executor if machine.executor is None else machine.executor
-    with remembering():
-        made = planned(recipe, output_of(said), resources, executor, hashed=said.hashed)
-        said.check_same(made)
-    foreseen = output_warnings(made)
-    made.warnings = [each for each in made.warnings if each not in foreseen]
-    return made
+    return planned(recipe, output_of(said), resources, executor, hashed=said.hashed)
 
 
 def joint_of(said: SavedPlan) -> Joint:

@@ -222,6 +222,13 @@ def end(home: Location, machine: str) -> None:
         (home / MACHINES / machine).replace_small(_ENDED)
 
 
+def living_in(home: Location, machine: str) -> lock.Owner | None:
+    """Returns the process of a machine, None if it is known to have ended."""
+    data = _read(home / MACHINES / machine)
+    owner = _owner(data)
+    return None if data == _ENDED or (owner is not None and lock.has_ended(owner)) else owner or lock.UNKNOWN
+
+
 def finished(home: Location) -> Iterator[tuple[str, bytes]]:
     """Yields the name and the receipt of each finished unit."""
     for unit in names_in(home / UNITS):

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
+import re
+import shutil
 import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streammerge.errors import RecipeError, printable
-from streammerge.stores import journal, lock
+from streammerge.errors import LockedError, RecipeError, printable
+from streammerge.stores import claims, journal, lock
 from streammerge.stores.base import Location
-from streammerge.stores.commit import JOURNAL, LocalJournalFile, output_of, staging_folder
+from streammerge.stores.commit import JOURNAL, LocalJournalFile, hidden_folder, output_of, staging_folder
 from streammerge.units import counted, decimal_bytes
 
 if TYPE_CHECKING:
     from streammerge.stores.remains import Remains
+
+_MACHINES = re.compile(r"\.(.+)\.([0-9a-f]{12})\.machines")
+"""The name of a folder in which machines make an output: the output's name, and the key of the plan."""
+_ALIVE_SECONDS = 120.0
+"""A machine that has shown nothing for this time is dead, whatever its lease is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +69,9 @@ def leftovers(folder: Location) -> list[Leftover]:
         raise RecipeError(f"{printable(folder)} is no folder; give the folder in which outputs are made")
     found = []
     for each in folder.children():
-        name = output_of(each.name)
-        if name and stat.S_ISDIR(os.lstat(each.key).st_mode):
-            found.append(_leftover(folder / name, each))
+        name, shared = output_of(each.name), _MACHINES.fullmatch(each.name)
+        if (name or shared) and stat.S_ISDIR(os.lstat(each.key).st_mode):
+            found.append(_of_machines(folder / shared[1], each) if shared else _leftover(folder / name, each))
     return found
 
 
@@ -75,19 +83,52 @@ def leftover_of(out: Location) -> Leftover | None:
         found = remains_of(out)
         return None if found is None else _of_remains(found)
     folder = out.parent
-    own = output_of(staging_folder(Path(out.absolute().key)).name)
-    return next((each for each in leftovers(folder) if each.out.name == own), None) if folder.is_folder() else None
+    own = {staging_folder(Path(out.absolute().key)).name, *(each.name for each in _shared_homes(out))}
+    return next((each for each in leftovers(folder) if each.folder.name in own), None) if folder.is_folder() else None
 
 
 def discard(out: Location) -> None:
     """Removes what an interrupted run has left for an output. The output itself stays.
 
-    Raises LockedError if that run may still be there.
+    Raises LockedError if that run, or a machine that makes units of a plan, may still be there.
     """
+    homes = [] if out.store.sends_parts else _shared_homes(out)
+    for home in homes:
+        owner = _of_machines(out, home).owner
+        if owner is not None:
+            raise LockedError(f"{printable(out)} is being written by {owner}; wait for it")
     staging = out.stage(overwrite=True)
     for staging.as_folder in (True, False):
         staging.clear()
     staging.abort()
+    for home in homes:
+        shutil.rmtree(home.key)
+
+
+def _shared_homes(out: Location) -> list[Location]:
+    """Returns the folders in which machines make this output by saved plans."""
+    folder, place = out.absolute().parent, Path(out.absolute().key)
+    found = [(each, _MACHINES.fullmatch(each.name)) for each in (folder.children() if folder.is_folder() else ())]
+    return [
+        folder / each.name
+        for each, named in found
+        if named and hidden_folder(place, f".{named[2]}.machines").name == each.name
+    ]
+
+
+def _of_machines(out: Location, home: Location) -> Leftover:
+    """Returns what machines have made of a saved plan. Its owner is one of them that may be alive."""
+    kept, changed, owner = 0, 0.0, None
+    for _, receipt in claims.finished(home):
+        with contextlib.suppress(ValueError, KeyError):
+            kept += json.loads(receipt.partition(b" ")[2])["bytes"]
+    for name in claims.names_in(home / claims.MACHINES):
+        with contextlib.suppress(OSError):
+            written = os.stat((home / claims.MACHINES / name).key).st_mtime
+            changed = max(changed, written)
+            if time.time() - written < _ALIVE_SECONDS:
+                owner = claims.living_in(home, name) or owner
+    return Leftover(out, home, _user(Path(home.key)), owner, kept, changed)
 
 
 def _of_remains(found: Remains) -> Leftover:
