@@ -250,3 +250,36 @@ def test_an_output_folder_has_no_parts_of_ranks(tmp_path: Path) -> None:
         "config.json", "model.safetensors", "streammerge.json",
     ]  # fmt: skip
     assert_same(load_safetensors(tmp_path / "out" / "model.safetensors"), weights)
+
+
+def _rank(rank: int, ranks: int, folder: str, store: str) -> None:
+    """One rank of a training with FSDP2 in two dimensions, which saves model and optimizer."""
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+    from torch import nn
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", rank=rank, world_size=ranks, init_method=f"file://{store}")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3, bias=False))
+    fully_shard(net, mesh=init_device_mesh("cpu", (ranks,)))
+    optimizer = torch.optim.AdamW(net.parameters())
+    net(torch.ones(2, 5)).sum().backward()
+    optimizer.step()
+    model, state = get_state_dict(net, optimizer)
+    dcp.save({"model": model, "optimizer": state, "step": 3}, checkpoint_id=f"{folder}/in")
+    whole = get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:
+        torch.save(whole, f"{folder}/whole.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_real_ranks_of_fsdp2(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_rank, (3, str(tmp_path), str(tmp_path / "store")), nprocs=3)
+    sm.convert(tmp_path / "in", tmp_path / "out.safetensors")
+    assert_same(load_safetensors(tmp_path / "out.safetensors"), torch.load(tmp_path / "whole.pt"))
+    assert sm.inspect(tmp_path / "in").container.facts == {"ranks": "3", "step": "3 (step)"}

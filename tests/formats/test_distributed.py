@@ -35,6 +35,17 @@ def test_several_below(tmp_path: Path) -> None:
         sm.inspect(tmp_path / "run")
 
 
+def test_the_folder_of_a_run(tmp_path: Path) -> None:
+    distributed(tmp_path / "run" / "checkpoint-9" / "pytorch_model_fsdp_0")
+    (tmp_path / "run" / "logs").mkdir()
+    assert list(sm.inspect(tmp_path / "run")) == ["w"]
+    distributed(tmp_path / "run" / "checkpoint-10" / "pytorch_model_fsdp_0")
+    with pytest.raises(sm.FormatError, match="several steps, checkpoint-10, checkpoint-9; give one of them, or a pattern"):
+        sm.inspect(tmp_path / "run")
+    made = sm.plan([str(tmp_path / "run" / "checkpoint-*")], last=2)
+    assert len(made.tasks) == 1
+
+
 def test_weights_beside_such_a_folder_are_read(tmp_path: Path) -> None:
     distributed(tmp_path / "run" / "optimizer_0", "optimizer.state.w.exp_avg")
     torch.save({"w": torch.ones(3)}, tmp_path / "run" / "pytorch_model.bin")

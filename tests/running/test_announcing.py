@@ -37,7 +37,7 @@ def test_the_bytes_of_a_piece_are_announced() -> None:
 
 
 def test_units_are_announced_as_far_as_there_is_room() -> None:
-    told, whole = Told(2 * 1600), task(1000)
+    told, whole = Told(4 * 1600), task(1000)
     units = [[Piece(whole, 0, start, start + 100)] for start in range(0, 1000, 100)]  # of 800 bytes each
     found = announced(iter(units), told)  # type: ignore[arg-type]
     assert next(found) == units[0]

@@ -45,7 +45,7 @@ def read(ahead: Ahead, file: File, start: int, stop: int) -> bytes:
 
 @pytest.mark.parametrize("blocks", [2, 3, 8, 40])
 def test_many_readers_get_the_right_bytes(blocks: int) -> None:
-    files, ahead, wrong = [File(BLOCK * 9 + 77), File(1), File(BLOCK)], Ahead(blocks * BLOCK), list[int]()
+    files, ahead, wrong = [File(BLOCK * 9 + 77), File(1), File(BLOCK)], Ahead(2 * blocks * BLOCK), list[int]()
 
     def work(seed: int) -> None:
         chance = random.Random(seed)
@@ -69,7 +69,7 @@ def test_many_readers_get_the_right_bytes(blocks: int) -> None:
 
 
 def test_announced_blocks_are_fetched_at_once_and_in_order() -> None:
-    file, ahead = File(BLOCK * 32, 0.05), Ahead(8 * BLOCK)
+    file, ahead = File(BLOCK * 32, 0.05), Ahead(2 * 8 * BLOCK)
     began = time.monotonic()
     ahead.announce(file, 0, file.size)
     assert b"".join(read(ahead, file, at, at + BLOCK) for at in range(0, file.size, BLOCK)) == file.data
@@ -81,7 +81,7 @@ def test_announced_blocks_are_fetched_at_once_and_in_order() -> None:
 
 
 def test_a_file_that_is_read_in_sequence_is_fetched_ahead() -> None:
-    file, ahead = File(BLOCK * 16, 0.02), Ahead(16 * BLOCK)
+    file, ahead = File(BLOCK * 16, 0.02), Ahead(2 * 16 * BLOCK)
     for at in range(0, file.size, BLOCK // 2):
         assert read(ahead, file, at, at + BLOCK // 2) == file.data[at : at + BLOCK // 2]
     assert sorted(file.fetched) == list(range(16))
@@ -90,7 +90,7 @@ def test_a_file_that_is_read_in_sequence_is_fetched_ahead() -> None:
 
 
 def test_an_error_is_raised_by_the_reader_of_that_block() -> None:
-    file, ahead = File(BLOCK * 4, fails=2), Ahead(8 * BLOCK)
+    file, ahead = File(BLOCK * 4, fails=2), Ahead(2 * 8 * BLOCK)
     ahead.announce(file, 0, file.size)
     assert read(ahead, file, 0, BLOCK) == file.data[:BLOCK]
     for _ in range(2):
@@ -101,7 +101,7 @@ def test_an_error_is_raised_by_the_reader_of_that_block() -> None:
 
 
 def test_a_reader_that_waits_is_stopped() -> None:
-    file, ahead = File(BLOCK, 5.0), Ahead(4 * BLOCK)
+    file, ahead = File(BLOCK, 5.0), Ahead(2 * 4 * BLOCK)
 
     def halt() -> None:
         raise KeyboardInterrupt

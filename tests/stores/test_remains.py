@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -150,3 +152,34 @@ def test_a_run_killed_while_it_publishes_is_continued(s3: str, tmp_path: Path, m
     merged = load((out / "model-00001-of-00003.safetensors").read(0, (out / "model-00001-of-00003.safetensors").size))
     assert merged
     assert sm.verify(out, inputs=tmp_path).recomputed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["out.safetensors", "out.pth", "out/"])
+def test_a_merge_that_is_killed_again_and_again_ends_in_the_same_bytes(name: str, s3: str, tmp_path: Path) -> None:
+    paths, out, chance = inputs(tmp_path), parse(f"{s3}/{name}"), random.Random(name)
+    if name.endswith(".pth"):
+        for path in paths:
+            torch.save(load(path.read_bytes()), path.with_suffix(".pth"))
+        paths = [path.with_suffix(".pth") for path in paths]
+    more = ["--max-shard-size", "20MB"] if name.endswith("/") else []
+    command = [sys.executable, "-c", SLOW, "merge", *map(str, paths), "-o", str(out), "--no-progress", *more]
+    for _ in range(6):
+        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.wait(chance.uniform(2.0, 12.0))
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        if (out / "streammerge.json" if more else out).exists():  # killed after it had published, or not killed
+            out.sweep()
+            break
+    else:
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    local = tmp_path / "local" / name
+    local.parent.mkdir()
+    sm.merge(paths, f"{local}/" if more else local, max_shard_size="20MB" if more else None)
+    for each in local.iterdir() if more else [local]:
+        there = out / each.name if more else out
+        assert there.read(0, there.size) == each.read_bytes(), each.name
+    assert uploads(s3.removeprefix("s3://")) == []
+    assert [each.name for each in parse(s3).children()] == [out.name]

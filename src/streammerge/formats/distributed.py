@@ -105,6 +105,19 @@ def below(folder: Location, read_file: ReadFile) -> Container | None:
     return (of_ranks(weights[0], read_file) or below(weights[0], read_file)) if weights else None
 
 
+def deeper(folder: Location, read_file: ReadFile) -> Container | None:
+    """Returns the container of the only step in a run's folder, whose parts lie two levels below. None if there is none.
+    Raises FormatError if there are several steps."""
+    inner = [path for path in folder.children() if path.is_folder() and not path.name.startswith(".")]
+    steps = [path for path in inner if any(each.is_folder() and _holds_parts(each) for each in path.children())]
+    if len(steps) > 1:
+        raise FormatError(
+            f"{printable(folder)} holds the distributed checkpoints of several steps, "
+            f"{listed([path.name for path in steps])}; give one of them, or a pattern that matches the steps to merge"
+        )
+    return below(steps[0], read_file) if steps else None
+
+
 def _of_rank_files(folder: Location, read_file: ReadFile) -> Container | None:
     """Returns the container of files that each hold a rank's state dict. None if there are none in a folder."""
     names = [path.name for path in folder.children()]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from streammerge.errors import FormatError, StreammergeError, listed, printable
 from streammerge.formats.base import Container, Form
-from streammerge.formats.distributed import below, of_ranks
+from streammerge.formats.distributed import below, deeper, of_ranks
 from streammerge.formats.file_names import KNOWN, grouped, is_looked_for, is_training_file, kind_of_folder, parsed_name
 from streammerge.formats.records import RECEIPT_FILE
 from streammerge.formats.shards import (
@@ -176,6 +176,8 @@ def _read_own(folder: Location, read_file: ReadFile) -> Container:
         return distributed
     if not found:
         files = _of_llama_cpp(folder)
+        if not files and (distributed := deeper(folder, read_file)) is not None:
+            return distributed
         if not files:
             raise FormatError(f"{where} holds no checkpoint{_below(folder)}")
         if len(files) > 1:

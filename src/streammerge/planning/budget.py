@@ -37,9 +37,10 @@ SPOOLING_BYTES = 8 << 20
 """Blocks of a packed record before and after it is unpacked."""
 REMOTE_BYTES = 24 << 20
 """What the client of remote stores holds: its library, connections, and answers under way."""
-BEST_AHEAD_BYTES = 64 << 20
-"""Blocks of remote inputs that are fetched ahead, those under way included."""
-_LEAST_AHEAD_BYTES = 4 << 20
+BEST_AHEAD_BYTES = 128 << 20
+"""Blocks of remote inputs that are fetched ahead, those under way included, and as much again that the client's allocator
+holds. 1.1 times the blocks were measured."""
+_LEAST_AHEAD_BYTES = 8 << 20
 BEST_TILE_BYTES = 8 << 20
 """Bytes that a reader of scattered elements reads ahead. A larger tile reads more at each place of the file it visits."""
 PER_PROCESS_BYTES = 12 << 20

@@ -23,7 +23,7 @@ from streammerge.stores.base import Location
 from streammerge.units import binary_bytes, counted, decimal_bytes
 
 _MOST_SHOWN = 3
-_SAMPLED = "distances are estimated from 1,024 of each 262,144 elements, measured while merging"
+_SAMPLED = "distances are estimated from 1,024 of each 1,048,576 elements, measured while merging"
 _EXACT = "distances are of all elements, measured by reading the inputs and the output again"
 _ALL_USED = "everything was used"
 

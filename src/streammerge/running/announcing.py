@@ -25,7 +25,7 @@ def announced(
     ``pieces``: returns the pieces whose inputs a unit reads.
     """
     waiting: deque[tuple[Unit, int]] = deque()
-    held, most = 0, inputs.ahead_bytes // 2
+    held, most = 0, inputs.ahead_bytes // 4
     for unit in units:
         nbytes = sum(announce(inputs, piece.task, piece.start, piece.stop) for piece in pieces(unit))
         waiting.append((unit, nbytes))

@@ -50,12 +50,16 @@ _Key = tuple[tuple[object, ...], int]
 
 
 class Ahead:
-    """Fetches and holds blocks of at most ``nbytes`` bytes together. Safe for threads.
+    """Fetches and holds blocks. Safe for threads.
+
+    ``nbytes``: memory for all. Blocks take half of it. The rest is for what the client's allocator keeps of blocks that
+    were dropped, since each thread has its own.
 
     ``halt``: raises an exception when the run is stopping; called by readers while they wait.
     """
 
     def __init__(self, nbytes: int) -> None:
+        nbytes //= 2
         block = min(max(nbytes // _BLOCKS, LEAST_BLOCK_BYTES), BLOCK_BYTES)
         self.block_bytes = block - block % LEAST_BLOCK_BYTES
         self._most = max(nbytes // self.block_bytes, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from streammerge.errors import ChangedError, FormatError, printable
@@ -16,12 +16,25 @@ from streammerge.stores.remembering import forget
 if TYPE_CHECKING:
     from streammerge.stores.ahead import Ahead
 
-LEAST_AHEAD_BYTES = 8 << 20
+LEAST_AHEAD_BYTES = 16 << 20
 """Memory for blocks of remote files where no budget says more."""
+_AT_ONCE = 32
 
 
 def _never() -> None:
     """Never halts."""
+
+
+def statuses(locations: Sequence[Location]) -> dict[Location, Status]:
+    """Returns the status of each file now. Remote files are asked for all at once."""
+    apart = [location for location in locations if location.store.reads_ahead]
+    if len(apart) < 2:
+        return {location: location.status() for location in locations}
+    from concurrent.futures import ThreadPoolExecutor  # here, since local files do without
+
+    with ThreadPoolExecutor(_AT_ONCE, "streammerge-statuses") as pool:
+        found = dict(zip(apart, pool.map(Location.status, apart), strict=True))
+    return {location: found.get(location) or location.status() for location in locations}
 
 
 class InputFiles:
@@ -113,8 +126,9 @@ class InputFiles:
         """ChangedError when any input is no longer the file that was planned."""
         self.check_whole()
         forget()
+        known = statuses(list(self._expected))
         for location, expected in self._expected.items():
-            if location.status() != expected:
+            if known[location] != expected:
                 raise ChangedError(
                     f"{printable(location)} changed while it was read; nothing was written, run the command again"
                 )

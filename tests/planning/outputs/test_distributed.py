@@ -73,6 +73,13 @@ def test_the_optimizer_on_request(tmp_path: Path, pair: tuple[list[Path], Tensor
     sm.verify(tmp_path / "out")
 
 
+def test_one_file_has_no_optimizer_and_says_so(tmp_path: Path, pair: tuple[list[Path], Tensors]) -> None:
+    paths, wanted = pair
+    result = sm.merge(paths, tmp_path / "out.pth", keep_optimizer=True)
+    assert_same(torch.load(tmp_path / "out.pth"), wanted)
+    assert any("`keep_optimizer` is without effect" in note for note in result.notes)
+
+
 def test_a_model_loads_it_in_place(tmp_path: Path, pair: tuple[list[Path], Tensors]) -> None:
     paths, wanted = pair
     sm.merge(paths, tmp_path / "out/")

@@ -137,6 +137,10 @@ def _planned(
     if kind != "folder":
         alignment.dispositions.add("file", _beside(first), "dropped", "the output is one file")
         _note_tokens(recipe, first, alignment)
+    if kind != "folder" and recipe.output.keep_optimizer and first.container.own_files:
+        alignment.notes.append(
+            "`keep_optimizer` is without effect, because the optimizer of the first input is in parts of several ranks"
+        )
     if kind == "pickle":
         from streammerge.planning.outputs.pickled import pickled_output
 
