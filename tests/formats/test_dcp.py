@@ -171,6 +171,10 @@ def first(metadata: Any) -> Any:
     return metadata.state_dict_metadata["model.layers.0.weight"]
 
 
+def last(metadata: Any) -> Any:
+    return metadata.state_dict_metadata["model.layers.2.weight"]
+
+
 HOSTILE = {
     "a hole": (lambda m: first(m).chunks.pop(), "has a hole"),
     "a part twice": (lambda m: first(m).chunks.append(first(m).chunks[0]), "overlap"),
@@ -179,6 +183,7 @@ HOSTILE = {
     "huge": (lambda m: setattr(first(m), "size", torch.Size([1 << 40, 1 << 40])), "overflows"),
     "other axes": (lambda m: setattr(first(m), "size", torch.Size([60])), "outside its shape"),
     "another dtype": (lambda m: setattr(first(m).properties, "dtype", torch.int32), "is announced"),
+    "another dtype of the last": (lambda m: setattr(last(m).properties, "dtype", torch.int32), "is announced"),
     "beyond the file": (lambda m: [setattr(p, "offset", 1 << 60) for p in m.storage_data.values()], "truncated"),
     "within another": (
         lambda m: [setattr(p, "offset", 0) for p in m.storage_data.values()],

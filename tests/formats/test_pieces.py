@@ -78,3 +78,11 @@ def test_as_many_elements_at_the_wrong_places() -> None:
     boxes = [((0,), (1,)), ((2,), (1,)), ((3,), (1,)), ((3,), (1,))]
     with pytest.raises(sm.FormatError, match=r"hole|overlap"):
         assembled(TensorSpec("t", DType.F32, (4,)), [piece(torch.ones(4), *box) for box in boxes], NOWHERE, "it")
+
+
+@pytest.mark.parametrize("boxes", [[((0,), (1,)), ((2,), (2,))], [((0,), (1,)), ((1,), (2,))], [((1,), (3,))]])
+def test_a_hole_is_never_zeros(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
+    with pytest.raises(sm.FormatError, match="has a hole"):
+        check_boxes(boxes, (4,), "it")
+    with pytest.raises(sm.FormatError, match=r"has a hole|another part of it is missing"):
+        assembled(TensorSpec("t", DType.F32, (4,)), [piece(torch.ones(4), *box) for box in boxes], NOWHERE, "it")

@@ -169,6 +169,18 @@ def test_a_tensor_longer_than_a_piece(tmp_path: Path, monkeypatch: pytest.Monkey
         assert same(load_safetensors("w.safetensors"), load_safetensors("out.safetensors"))
 
 
+def test_sums_of_one_worker_are_those_of_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are added piece by piece, which float64 shows."""
+    monkeypatch.chdir(tmp_path)
+    draw = torch.Generator().manual_seed(1)
+    for number in range(2):
+        save_file({"w": torch.randn(2500, 2400, generator=draw, dtype=torch.float64)}, f"m{number}.safetensors")
+    nodes = {"s1": node("linear", ["m0", "m1"]), "out": node("slerp", ["s1", "m1"])}
+    in_stages(nodes, ".safetensors")
+    sm.merge(recipe=one_run(nodes, ".safetensors"), out="w.safetensors", workers=1)
+    assert same(load_safetensors("w.safetensors"), load_safetensors("out.safetensors"))
+
+
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the system does not count what a process reads")
 def test_inputs_of_long_tensors_are_read_once_where_there_is_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 import streammerge as sm
+from streammerge.events import Suspended, TaskDone
 from streammerge.planning import saved, tasks, units
 from streammerge.running.shared import UnitReceipt
 from streammerge.stores import claims
@@ -187,6 +188,27 @@ def test_machines_that_claim_at_once_make_each_unit_once(
     assert sum(count > 0 for count in made) > 1, "they share the work"
     sm.finish(plan)
     assert out.read_bytes() == expected
+
+
+@pytest.mark.usefixtures("small")
+def test_an_interrupted_machine_keeps_what_it_has_made(tmp_path: Path, models: list[Path]) -> None:
+    plan, told = tmp_path / "plan", list[Any]()
+    sm.plan(models[:2], tmp_path / "out.safetensors", save=plan)
+
+    def listen(event: object) -> None:
+        told.append(event)
+        if sum(isinstance(each, TaskDone) for each in told) == 30 and not isinstance(event, Suspended):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sm.worker(plan, claim=True, workers=1, listener=listen)
+    assert 0 < told[-1].kept_bytes < told[-1].write_bytes
+    there = receipts(tmp_path)
+    result = sm.worker(plan, claim=True)
+    assert result.made == result.share - len(there) > 0
+    sm.finish(plan)
+    sm.merge(models[:2], tmp_path / "whole.safetensors")
+    assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
 @pytest.mark.usefixtures("small")

@@ -278,7 +278,8 @@ class _Reading:
             optimizer = is_optimizer_item(name, metadata.paths.get(name, (name,)))
             (self.left if optimizer else self.weights)[name] = entry
         self.files = files
-        self.heads = set[tuple[bytes, int]]()  # the bytes before the data of an item, and the length of the item
+        # the bytes before the data of an item, its length, and what it was announced to hold
+        self.heads = set[tuple[bytes, int, DType, tuple[int, ...]]]()
         self.lengths = set[int]()
 
     def container(self) -> Container:
@@ -392,7 +393,7 @@ class _Reading:
         stream.seek(item.offset)
         head = stream.read(min(item.nbytes, _MOST_HEAD_BYTES))
         for length in self.lengths:
-            if (head[:length], item.nbytes) in self.heads:  # also a tensor's of another name
+            if (head[:length], item.nbytes, spec.dtype, spec.shape) in self.heads:  # also a tensor's of another name
                 return Stored(spec, path, item.offset + length)
         container = torch_zip.read_stream(stream, path, (item.offset, item.nbytes), what)
         if not isinstance(container.tree, TensorRef):
@@ -400,7 +401,7 @@ class _Reading:
         source = piece_of_dtype(container.locate(spec.name, container.tree), spec.dtype, spec.shape, what)
         if source.__class__ is Stored and item.offset < source.begin[1] <= item.offset + _MOST_HEAD_BYTES:
             length = source.begin[1] - item.offset
-            self.heads.add((head[:length], item.nbytes))
+            self.heads.add((head[:length], item.nbytes, spec.dtype, spec.shape))
             self.lengths.add(length)
         return source
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from streammerge.errors import StreammergeError, VerifyError, listed, printable
-from streammerge.events import Listener, Preparing, RunFinished, RunStarted, Spooled, TaskDone, Told, quiet
+from streammerge.events import Listener, Preparing, RunFinished, RunStarted, Spooled, Suspended, TaskDone, Told, quiet
 from streammerge.formats.base import Literal
 from streammerge.kernels.agreed import AGREED
 from streammerge.planning.plan import Plan
@@ -227,7 +227,7 @@ class Share:
         self.whole: dict[int, Output] = {}
         """The files that are made whole, by their numbers."""
         self._held = process.Gauge()
-        self.made = self.read_bytes = self.written_bytes = self.left = 0
+        self.made = self.read_bytes = self.written_bytes = self.left = self.kept_bytes = 0
         self.startup_bytes = self.peak_bytes = 0
 
     @staticmethod
@@ -534,6 +534,7 @@ class _Keeping:
                     claims.keep_sums(share.joint.home, made.unit.name, receipt.sums.tobytes())
                 first = claims.finish(share.joint.home, made.unit.name, receipt.data(), replaces=not whole)
                 share.made += first
+                share.kept_bytes += receipt.nbytes * first
                 if whole:
                     output = share.whole.pop(made.file)
                     if not first:
@@ -585,7 +586,12 @@ def make_units(
         alone = one_torch_thread() if plan.torch_needed else nullcontext()
         with faults.survived(), process.collector_spared(), alone:
             share = Share(plan, joint, units, wanted, options)
-            share.make()
+            try:
+                share.make()
+            except BaseException:
+                if share.kept_bytes:
+                    options.listener(Suspended(share.kept_bytes, int(plan.layout.size * part)))
+                raise
     seconds = time.perf_counter() - began
     options.listener(RunFinished(seconds))
     return ShareResult(
