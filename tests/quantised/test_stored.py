@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from streammerge.quantised.stored import Stored, block_of, pair_of
+from streammerge.quantised.stored import block_of, pair_of, stored_tensors
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorSpec
 
@@ -36,8 +36,10 @@ def test_only_two_whole_numbers_are_a_block() -> None:
 def test_helpers_are_found_by_the_end_of_their_names() -> None:
     names = ("a.weight", "a.weight_scale_inv", "b.weight_scale", "b.weight_scale_2", "c.scale_weight", "d.scale")
     specs = {name: TensorSpec(name, DType.F32, (1,)) for name in names}
-    found = Stored({}, specs, {}, {}).by_end
-    assert found == {
+    found = stored_tensors({}, specs, {}, {})
+    assert found.without({"a.weight_scale_inv"}).by_end["_scale_inv"] == []
+    assert "a.weight" not in found.without({"a.weight"}).specs
+    assert found.by_end == {
         "_scale_inv": ["a.weight"],
         "_scale": ["b.weight"],
         "_scale_2": ["b.weight"],

@@ -11,7 +11,8 @@ drift from what is allocated.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from operator import attrgetter
 
 from streammerge.errors import BudgetError
 from streammerge.tensors.spec import GRAIN
@@ -99,7 +100,11 @@ class Cost:
 
     def most(self, other: Cost) -> Cost:
         """Returns the maximum of each field."""
-        return Cost(*map(max, astuple(self), astuple(other)))
+        return Cost(*map(max, _fields(self), _fields(other)))
+
+
+_fields = attrgetter(*Cost.__dataclass_fields__)
+"""The fields of a cost as a tuple. ``astuple`` copies each, which takes ten times as long."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,8 @@ def _with_memory(task: MergeTask) -> MergeTask:
     for source in task.sources:
         if source.parts:
             finder.see(source, task.method.passes)
+    if not finder.again:
+        return task
     known: dict[_Place, Source] = {}
     sources = tuple(_rebuilt(source, finder.again, known) if source.parts else source for source in task.sources)
     return replace(task, sources=sources)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from streammerge.checkpoints.index import QuantisedWeight
-from streammerge.quantised.stored import Found, Stored
+from streammerge.quantised.stored import Found, StoredTensors
 from streammerge.sources.base import Allocated, Source, read_whole
 from streammerge.sources.scaled import Scaled, scaled
 from streammerge.sources.swizzled import unswizzled
@@ -25,7 +25,7 @@ _MOST_BYTES = 1 << 16
 _ONE_SCALE = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
 
 
-def comfyui(stored: Stored) -> Iterator[Found]:
+def comfyui(stored: StoredTensors) -> Iterator[Found]:
     """Yields the layers that a format is told of. Raises MismatchError for a format that is not read."""
     told = _in_metadata(stored)
     for layer in stored.by_end.get(".comfy_quant", ()):
@@ -38,7 +38,7 @@ def comfyui(stored: Stored) -> Iterator[Found]:
             yield _found(stored, layer, said, codes, scales)
 
 
-def _in_metadata(stored: Stored) -> dict[str, Mapping[str, Any]]:
+def _in_metadata(stored: StoredTensors) -> dict[str, Mapping[str, Any]]:
     """Returns the layers that the metadata names, by the names that they have in the file."""
     if METADATA not in stored.metadata:
         return {}
@@ -61,7 +61,7 @@ def _in_metadata(stored: Stored) -> dict[str, Mapping[str, Any]]:
     return found
 
 
-def _in_tensor(stored: Stored, layer: str) -> Mapping[str, Any]:
+def _in_tensor(stored: StoredTensors, layer: str) -> Mapping[str, Any]:
     """Returns what the tensor beside a layer says."""
     entry = stored.entries[f"{layer}.comfy_quant"]
     said = None
@@ -73,7 +73,7 @@ def _in_tensor(stored: Stored, layer: str) -> Mapping[str, Any]:
     return said
 
 
-def _found(stored: Stored, layer: str, said: Mapping[str, Any], codes: Source, scales: Source) -> Found:
+def _found(stored: StoredTensors, layer: str, said: Mapping[str, Any], codes: Source, scales: Source) -> Found:
     name, form = f"{layer}.weight", said.get("format")
     if said.get("convrot") or stored.get(f"{layer}.pre_quant_scale") is not None:
         raise stored.wrong(

@@ -16,7 +16,7 @@ from streammerge.quantised.comfyui import comfyui
 from streammerge.quantised.gpt_oss import gpt_oss
 from streammerge.quantised.packed_numbers import packed_numbers
 from streammerge.quantised.scaled_numbers import scaled_numbers
-from streammerge.quantised.stored import Scheme, Stored
+from streammerge.quantised.stored import Scheme, stored_tensors
 from streammerge.sources.base import Source
 from streammerge.sources.ggml import Ggml
 from streammerge.units import counted
@@ -97,18 +97,16 @@ def weights_of(index: CheckpointIndex) -> dict[str, QuantisedWeight]:
         return {name: _of_ggml(name, entry) for name, entry in index.entries.items() if entry.dequantises}
     tree = tree_of(index.path)
     stated: Any = next((tree[key] for key in QUANTISATION if isinstance(tree.get(key), dict)), {})
-    specs = index.specs()
+    stored = stored_tensors(index.entries, index.specs(), stated, index.metadata)
     found: dict[str, QuantisedWeight] = {}
     for label, scheme in _SCHEMES:
-        stored = Stored(index.entries, specs, stated, index.metadata)
         try:
-            made = list(scheme(stored)) if stored.by_end else []
+            made = list(scheme(stored))
         except MismatchError as error:
             raise MismatchError(f"{printable(index.path)} is quantised: {label}, but {error}") from error
         if made:
             found |= made
-            taken = {name for _, weight in made for name in weight.stored}
-            specs = {name: spec for name, spec in specs.items() if name not in taken}
+            stored = stored.without({name for _, weight in made for name in weight.stored})
     return found
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from streammerge.checkpoints.index import QuantisedWeight
-from streammerge.quantised.stored import Found, Stored
+from streammerge.quantised.stored import Found, StoredTensors
 from streammerge.sources.mxfp4_experts import mxfp4_experts
 
 
-def gpt_oss(stored: Stored) -> Iterator[Found]:
+def gpt_oss(stored: StoredTensors) -> Iterator[Found]:
     """Yields experts in blocks. Raises MismatchError for scales that do not fit."""
     for name in stored.by_end.get("_blocks", ()):
         blocks, scales = stored.entries[f"{name}_blocks"], stored.get(f"{name}_scales")

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from streammerge.checkpoints.index import QuantisedWeight
-from streammerge.quantised.stored import Found, Stored
+from streammerge.quantised.stored import Found, StoredTensors
 from streammerge.sources.base import Allocated, Source, read_whole
 from streammerge.sources.scaled import scaled
 from streammerge.sources.unpacked import unpacked, unpacked_down
@@ -20,7 +20,7 @@ from streammerge.tensors.dtypes import DType
 _NIBBLES = (DType.U8, DType.F4)
 
 
-def packed_numbers(stored: Stored) -> Iterator[Found]:
+def packed_numbers(stored: StoredTensors) -> Iterator[Found]:
     """Yields packed weights with scales beside them. Raises MismatchError for helpers that do not fit."""
     for name in stored.by_end.get("_packed", ()):
         codes, scales = stored.entries[f"{name}_packed"], stored.get(f"{name}_scale")
@@ -37,7 +37,7 @@ def packed_numbers(stored: Stored) -> Iterator[Found]:
 
 
 def _of_floats(
-    stored: Stored, name: str, codes: Source, scales: Source, end: str, whole_end: str, *, divides: bool
+    stored: StoredTensors, name: str, codes: Source, scales: Source, end: str, whole_end: str, *, divides: bool
 ) -> Found:
     """Returns 4-bit floats with a scale for each 16 or 32 of them."""
     if not codes.spec.shape or not scales.spec.shape:
@@ -52,7 +52,7 @@ def _of_floats(
     return Found(name, QuantisedWeight(made, tuple(parts), f"{kind}, a scale for each {width} numbers"))
 
 
-def _of_integers(stored: Stored, name: str, codes: Source, scales: Source) -> Found:
+def _of_integers(stored: StoredTensors, name: str, codes: Source, scales: Source) -> Found:
     """Returns packed integers with a scale for each group of columns, row or tensor."""
     ends = ("_packed", "_scale", "_shape", "_zero_point", "_g_idx")
     parts = tuple(name + end for end in ends if stored.get(name + end) is not None)
@@ -70,7 +70,7 @@ def _of_integers(stored: Stored, name: str, codes: Source, scales: Source) -> Fo
     return Found(name, QuantisedWeight(made, parts, f"int{bits} in packs, {how}"))
 
 
-def _form(stored: Stored, name: str, codes: Source, scales: Source) -> tuple[int, int]:
+def _form(stored: StoredTensors, name: str, codes: Source, scales: Source) -> tuple[int, int]:
     """Returns the bits of each integer, and the columns of the weight."""
     if len(codes.spec.shape) < 2:
         raise stored.wrong(name, f"of shape {list(codes.spec.shape)} is no pack of a matrix")

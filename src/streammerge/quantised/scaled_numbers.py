@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from streammerge.checkpoints.index import QuantisedWeight
-from streammerge.quantised.stored import Found, Stored, block_of, pair_of
+from streammerge.quantised.stored import Found, StoredTensors, block_of, pair_of
 from streammerge.sources.base import Source
 from streammerge.sources.narrow import SCALES
 from streammerge.sources.scaled import scaled
@@ -27,7 +27,7 @@ _ENDS = (
 """The end of a scale's name -> the name of the codes."""
 
 
-def scaled_numbers(stored: Stored) -> Iterator[Found]:
+def scaled_numbers(stored: StoredTensors) -> Iterator[Found]:
     """Yields 8-bit weights with scales beside them. Raises MismatchError for scales that do not fit."""
     for end, form in _ENDS:
         for stem in stored.by_end.get(end, ()):
@@ -46,7 +46,7 @@ def scaled_numbers(stored: Stored) -> Iterator[Found]:
             yield _found(stored, name, codes, scales, stored.get(f"{name}_zero_point"))
 
 
-def _found(stored: Stored, name: str, codes: Source, scales: Source, zeros: Source | None) -> Found:
+def _found(stored: StoredTensors, name: str, codes: Source, scales: Source, zeros: Source | None) -> Found:
     block = _block(stored, name, codes, scales)
     made = scaled(name, codes, scales, block, zeros=zeros)
     kind = "int8" if codes.spec.dtype is DType.I8 else "fp8"
@@ -67,7 +67,7 @@ def _of_four_bits(name: str, codes: Source, scales: Source) -> Found:
     return Found(name, QuantisedWeight(made, (name, scales.spec.name), "fp4, a scale for each 32 numbers"))
 
 
-def _block(stored: Stored, name: str, codes: Source, scales: Source) -> tuple[int, int]:
+def _block(stored: StoredTensors, name: str, codes: Source, scales: Source) -> tuple[int, int]:
     """Returns the rows and columns that share a scale."""
     shape, grid = codes.spec.shape, scales.spec.shape
     columns, rows = shape[-1], shape[-2] if len(shape) > 1 else 1

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from streammerge.checkpoints.index import QuantisedWeight
@@ -20,7 +21,7 @@ USUAL_BLOCK = 128
 
 
 @dataclass(slots=True)
-class Stored:
+class StoredTensors:
     """The tensors of a checkpoint, and what its configuration says about quantisation.
 
     ``by_end``: the end of a helper's name -> the parts before it, such as ``"_scale_inv"`` -> ``"layers.0.q.weight"``.
@@ -30,13 +31,13 @@ class Stored:
     specs: Mapping[str, TensorSpec]
     config: Mapping[str, Any]
     metadata: Mapping[str, str]
-    by_end: dict[str, list[str]] = field(default_factory=dict)
+    by_end: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        for name in self.specs:
-            found = _SUFFIX.search(name)
-            if found:
-                self.by_end.setdefault(found[0], []).append(name[: found.start()])
+    def without(self, names: AbstractSet[str]) -> StoredTensors:
+        """Returns the same without some tensors, which a scheme has taken."""
+        left = {name: spec for name, spec in self.specs.items() if name not in names}
+        by_end = {end: [stem for stem in stems if stem + end not in names] for end, stems in self.by_end.items()}
+        return replace(self, specs=left, by_end=by_end)
 
     def get(self, name: str) -> Source | None:
         return self.entries[name] if name in self.specs else None
@@ -46,6 +47,18 @@ class Stored:
         return MismatchError(f"the quantised weight {printable(name)} {what}")
 
 
+def stored_tensors(
+    entries: Mapping[str, Source], specs: Mapping[str, TensorSpec], config: Mapping[str, Any], metadata: Mapping[str, str]
+) -> StoredTensors:
+    """Returns the tensors of a checkpoint, with the helpers among them."""
+    by_end: dict[str, list[str]] = {}
+    for name in specs:
+        found = _SUFFIX.search(name)
+        if found:
+            by_end.setdefault(found[0], []).append(name[: found.start()])
+    return StoredTensors(entries, specs, config, metadata, by_end)
+
+
 class Found(NamedTuple):
     """A weight that a scheme has found, under its name as a plain weight."""
 
@@ -53,7 +66,7 @@ class Found(NamedTuple):
     weight: QuantisedWeight
 
 
-Scheme = Callable[[Stored], Iterator[Found]]
+Scheme = Callable[[StoredTensors], Iterator[Found]]
 
 
 def block_of(size: int, count: int, stated: int | None) -> int | None:

@@ -6,6 +6,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from streammerge.tensors.spec import TensorSpec
@@ -142,12 +143,12 @@ class Source(ABC):
     def with_parts(self, parts: tuple[Source, ...]) -> Source:
         """Returns the same expression over other inner sources, given in the order of :attr:`parts`."""
         rest, changed = iter(parts), dict[str, Any]()
-        for field in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, field.name)
-            if isinstance(value, Source):
-                changed[field.name] = next(rest)
+        for name in _field_names(type(self)):
+            value = getattr(self, name)
+            if _is_source(type(value)):
+                changed[name] = next(rest)
             elif _is_sources(value):
-                changed[field.name] = tuple(next(rest) for _ in value)
+                changed[name] = tuple(next(rest) for _ in value)
         return replace(self, **changed) if changed else self  # type: ignore[type-var]
 
     @property
@@ -192,7 +193,8 @@ class Source(ABC):
     def place(self) -> tuple[object, ...]:
         """A key that is equal for two sources exactly when they are the same tensor, under any name. It has plain values,
         because the digest of a plan is computed from it."""
-        return (type(self).__name__, *(_plain(getattr(self, field.name)) for field in fields(self)))  # type: ignore[arg-type]
+        kind = type(self)
+        return (kind.__name__, *[_plain(getattr(self, name)) for name in _field_names(kind)])
 
     def named(self, name: str) -> Source:
         """Returns the same tensor under another name."""
@@ -203,14 +205,35 @@ class Source(ABC):
         return None
 
 
+@cache
+def _field_names(kind: Any) -> tuple[str, ...]:
+    return tuple([field.name for field in fields(kind)])
+
+
+_KINDS: dict[type, bool] = {}
+
+
+def _is_source(kind: type) -> bool:
+    """Whether values of this type are sources. Asked for each field of each source, so it is remembered."""
+    known = _KINDS.get(kind)
+    if known is None:
+        known = _KINDS[kind] = issubclass(kind, Source)
+    return known
+
+
 def _is_sources(value: object) -> bool:
-    return isinstance(value, tuple) and bool(value) and all(isinstance(each, Source) for each in value)
+    if type(value) is not tuple or not value:
+        return False
+    for each in value:  # noqa: SIM110 - a plain loop, because this runs for every field
+        if not _is_source(type(each)):
+            return False
+    return True
 
 
 def _sources_in(source: Source) -> Iterator[Source]:
-    for field in fields(source):  # type: ignore[arg-type]
-        value = getattr(source, field.name)
-        if isinstance(value, Source):
+    for name in _field_names(type(source)):
+        value = getattr(source, name)
+        if _is_source(type(value)):
             yield value
         elif _is_sources(value):
             yield from value
@@ -218,9 +241,10 @@ def _sources_in(source: Source) -> Iterator[Source]:
 
 def _plain(value: Any) -> Any:
     """Returns a field as a value that can be hashed."""
-    if isinstance(value, TensorSpec):
+    kind = type(value)
+    if kind is TensorSpec:
         return (value.dtype, value.shape)
-    if isinstance(value, Source):
+    if _is_source(kind):
         return value.place
     if isinstance(value, tuple):
         return tuple(map(_plain, value))

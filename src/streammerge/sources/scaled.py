@@ -59,6 +59,11 @@ class Scaled(Source):
         return _Reader(self, room)
 
     @property
+    def parts(self) -> tuple[Source, ...]:
+        own = (self.codes, self.scales, self.zeros, self.whole, self.groups)  # many models have tens of thousands of these
+        return tuple([each for each in own if each is not None])
+
+    @property
     def dequantises(self) -> bool:
         return True
 
