@@ -14,7 +14,7 @@ from conftest import Cli, deflate, load_safetensors, mean, trained
 from safetensors.torch import save_file
 
 import streammerge as sm
-from streammerge.events import TaskDone
+from streammerge.events import Hashed, TaskDone
 
 WEIGHTS = [[0.5, 0.5], [0.6, 0.4], [1.5, -0.5]]
 
@@ -284,3 +284,12 @@ def test_the_command_reports_as_json(here: Path, cli: Cli) -> None:
     assert [each["settings"] for each in found["outputs"]] == [{"weight": "0.5,0.5"}, {"weight": "0.6,0.4"}]
     assert found["reads"] == 1
     assert found["peak_bytes"] < found["memory_bytes"]
+
+
+def test_inputs_are_hashed_once(here: Path) -> None:
+    told: list[Any] = []
+    inputs = ["a.safetensors", "b.safetensors"]
+    result = sm.sweep(inputs, "out", weights=WEIGHTS, integers="first", hash=True, listener=told.append)
+    assert sum(isinstance(event, Hashed) for event in told) <= 2
+    sm.merge(inputs, "one.safetensors", weights=WEIGHTS[2], integers="first", hash=True)
+    assert bytes_of(result.outputs[2].out) == bytes_of("one.safetensors")

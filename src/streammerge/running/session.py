@@ -126,7 +126,7 @@ class Run:
     def prepare(self) -> None:
         """Opens the output's files, and takes over what an earlier run of this plan has left."""
         self._take_up()
-        self.hashes = self._hashes()
+        self.hashes = self.hashes or self._hashes()
 
     def finish(self) -> None:
         """Makes what is missing, and waits until the output is on the disk."""
