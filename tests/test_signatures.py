@@ -229,8 +229,8 @@ def test_converting_first_is_done_as_politely_and_by_the_same_executor(
     world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fault 8 of the house before: the conversion ran on threads, and left the page cache full."""
-    from streammerge import api
     from streammerge.requests import conversions
+    from streammerge.running import execution
 
     seen = []
 
@@ -238,8 +238,8 @@ def test_converting_first_is_done_as_politely_and_by_the_same_executor(
         seen.append((options.polite, options.executor, options.resume, plan.io))
         return real(plan, options, before)
 
-    real = api.execute
-    monkeypatch.setattr(api, "execute", executed)
+    real = execution.execute
+    monkeypatch.setattr(execution, "execute", executed)
     monkeypatch.setattr(conversions, "execute", executed)
 
     def own(workers: int) -> ThreadExecutor:

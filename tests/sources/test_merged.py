@@ -197,14 +197,14 @@ class Counted(Source):
 
 
 def test_passes_are_made_once_for_a_tensor_and_a_worker(tmp_path: Path) -> None:
-    """The tensor has three pieces. slerp reads it once in its pass, and once for the result."""
+    """The tensor has three pieces. slerp reads it once in its pass, and at most once for the result."""
     tensor = draw((2 * PIECE_ELEMS + 5,), torch.bfloat16)
     whole = Disk(tmp_path).stored(tensor)
     Counted.reads = 0
     source = merged("w", find_method("slerp"), [whole, Counted(whole)], {"t": 0.5})
     index = index_of(tmp_path, {"w": source})
     run(planned(Recipe(COPY, (Model(str(index.path)),)), [index], tmp_path / "out.safetensors", workers=1))
-    assert Counted.reads == 2 * tensor.numel()
+    assert tensor.numel() < Counted.reads <= 2 * tensor.numel()
 
 
 def test_non_finite_numbers_are_told_by_the_files_of_the_inner_sources(tmp_path: Path) -> None:

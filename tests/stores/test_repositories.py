@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from streammerge.stores.locations import parse
-from streammerge.stores.repositories import Repository, named_repository, read_name, repository_of
+from streammerge.stores.repositories import Repository, leading_repository, named_repository, read_name, repository_of
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -52,3 +54,19 @@ def test_a_text_may_name_a_repository(text: str, expected: Repository | None) ->
 )
 def test_a_place_tells_its_repository_and_commit(path: str, expected: Repository | None) -> None:
     assert repository_of(parse(path)) == expected
+
+
+def test_a_snapshot_is_called_by_its_repository_where_the_client_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "hub" / "models--org--name" / "snapshots" / COMMIT
+    place.mkdir(parents=True)
+    (place / "x.bin").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "hub")
+    found = Repository("org/name", COMMIT)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "link"))
+    assert leading_repository(parse(place)) == found
+    assert leading_repository(parse(place / "x.bin")) == found._replace(inner="x.bin")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "other"))
+    assert leading_repository(parse(place)) is None
+    assert leading_repository(parse(f"hf://org/name@{COMMIT}")) == found

@@ -38,6 +38,7 @@ _NUMBERS = "a number of the adapter, which was read"
 _ABSENT = "the first input lacks it"
 _EMPTY = "it has no elements to merge"
 _PART = "no part of the merge takes it"
+_COPIED_FROM = "only rules copy from this model"
 Label = tuple[Fate, str]
 """The fate of a tensor, and why or how."""
 
@@ -79,7 +80,7 @@ class Account:
     def unused(self) -> Iterator[tuple[str, list[str]]]:
         """Yields (why, names) of what is left out although nobody asked for it. The state of a training does not count."""
         for (fate, why), group in self.groups.items():
-            if fate == "dropped" and not why.startswith((BY_RULE, AVERAGED)):
+            if fate == "dropped" and not why.startswith((BY_RULE, AVERAGED, _COPIED_FROM)):
                 yield why, group.names
 
     def record(self) -> dict[str, Any]:
@@ -406,7 +407,7 @@ class _Why:
     def of(self, name: str, entry: Source) -> Label:
         if not self.views and self.index.selection and any(self.index is each for each in self._adapters):
             return "read", _NUMBERS
-        why = _PART
+        why = _PART if self.views else _COPIED_FROM
         for entries, first in self.views:
             if name not in entries:
                 continue

@@ -14,7 +14,7 @@ from streammerge.recipe.stage_names import stage_of, stage_text
 from streammerge.stores.base import Location
 from streammerge.stores.hub_places import on_hub
 from streammerge.stores.locations import HERE, has_scheme, parse
-from streammerge.stores.repositories import named_repository, repository_of, snapshot
+from streammerge.stores.repositories import leading_repository, named_repository, snapshot
 
 if TYPE_CHECKING:  # inspecting a checkpoint needs this module, and no recipe
     from streammerge.recipe.fields import Path as Key
@@ -269,7 +269,7 @@ def travelling_names(recipe: Recipe) -> dict[str, str]:
     written = {path: recipe.written.get(path, path) for path in paths if path not in held}
     places = {path: parse(path).absolute() for path in written}
     far = {path: path for path, place in places.items() if place.store.always_absolute}
-    far |= {path: str(found) for path, place in places.items() if (found := repository_of(place)) is not None}
+    far |= {path: str(found) for path, place in places.items() if (found := leading_repository(place)) is not None}
     far |= _below_common_folders({path: place for path, place in places.items() if place.store.private})
     places = {path: place for path, place in places.items() if path not in far}
     local = {path: name for path, name in written.items() if path in places}

@@ -163,11 +163,12 @@ class MergeWorker(Worker):
                 yield step(look, self.chunks(task, source, start + begin, start + end, sparse))
 
         with failures(task, 0, task.elems):
-            kernel = bind(task, sweep)
+            kernel = None if task.verbatim else bind(task, sweep)
         for piece in batch:
             outgoing = Outgoing(target.write_full, self.workspace.octets("out"), piece.offset)
             with failures(task, piece.start, piece.stop):
-                made.append(self._apply(kernel, piece, source, outgoing))
+                done = self._copy(piece, outgoing) if kernel is None else self._apply(kernel, piece, source, outgoing)
+                made.append(done)
             outgoing.flush()
         return made
 

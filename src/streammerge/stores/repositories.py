@@ -91,6 +91,20 @@ def repository_of(location: Location) -> Repository | None:
     return Repository(f"{cached[1]}/{cached[2]}", cached[3], (cached[4] or "").strip("/"))
 
 
+def leading_repository(location: Location) -> Repository | None:
+    """Returns the repository that a location lies in, if its name leads to the location on this machine.
+
+    None in a snapshot of a cache that the hub's client does not use here: such a file is found by its path alone.
+    """
+    found = repository_of(location)
+    if found is None or location.store.scheme == SCHEME:
+        return found
+    kept = snapshot(found)
+    if kept is None:
+        return None
+    return found if (kept / found.inner if found.inner else kept).resolve() == location.resolve() else None
+
+
 def snapshot(repository: Repository) -> Location | None:
     """Returns the folder in the hub's cache that holds a revision of a repository, whole or in part; None without one."""
     cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or posixpath.join(hub_home(), "hub")

@@ -178,7 +178,7 @@ def test_ema_weights_are_named_and_not_left_stale(tmp_path: Path) -> None:
     )
     sm.merge(paths, tmp_path / "named.safetensors", state_dict="ema")
     assert octets(load_safetensors(tmp_path / "named.safetensors")["layer.bias"]) == octets(merged["ema"]["layer.bias"])
-    with pytest.raises(sm.RecipeError, match=r"`state_dict` nothing.*it has model, ema"):
+    with pytest.raises(sm.RecipeError, match=r"there is no state dict nothing in it; it has model, ema"):
         sm.inspect(paths[0], state_dict="nothing")
 
 

@@ -9,12 +9,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import ModuleType
 
 import psutil
 import pytest
+from conftest import hear_signals
 
 import streammerge as sm
 from running.executors.suite import ExecutorSuite
@@ -26,7 +27,7 @@ from streammerge.running.executors.processes import ProcessExecutor
 WAIT_SECONDS = 20.0
 SCRIPT = """
 import sys, threading
-from contextlib import closing
+from contextlib import closing, contextmanager
 from running.executors.toys import Square, Waits
 from streammerge.planning.budget import PER_PROCESS_BYTES
 from streammerge.running.executors.base import processes_supported
@@ -139,16 +140,24 @@ class TestProcesses:
         assert sorted(made) == [number * number for number in range(10)]
 
 
-def started(*arguments: object) -> subprocess.Popen[str]:
+@contextmanager
+def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """Runs the script. It hears SIGINT even if the suite was started in the background, and is killed in the end."""
     folder = Path(__file__).parent.parent.parent
     path = os.pathsep.join([str(folder), *filter(None, sys.path)])
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": path},
+        preexec_fn=hear_signals,
     )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_a_script_needs_no_guard(tmp_path: Path) -> None:
