@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import Cli
+from conftest import Cli, hear_signals
 from safetensors.torch import save_file
 
 import streammerge as sm
@@ -243,7 +243,8 @@ def test_a_stopped_command_leaves_no_process(pair: list[Path], tmp_path: Path, h
     sm.merge(pair, tmp_path / "whole.safetensors", workers=2)
     out = tmp_path / "out.safetensors"
     arguments = ["merge", *map(str, pair), "-o", str(out), "--executor", "processes", "--workers", "2"]
-    with subprocess.Popen([sys.executable, "-c", SLOW, *arguments], stderr=subprocess.PIPE, text=True) as command:
+    slow = [sys.executable, "-c", SLOW, *arguments]
+    with subprocess.Popen(slow, stderr=subprocess.PIPE, text=True, preexec_fn=hear_signals) as command:
         wait_until(lambda: kept(out) >= 5 or command.poll() is not None)
         processes = psutil.Process(command.pid).children(recursive=True)
         assert len(processes) == 3

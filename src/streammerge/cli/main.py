@@ -104,7 +104,9 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
-    except (click.ClickException, StreammergeError, MemoryError, OSError) as error:
+    except (click.ClickException, StreammergeError, MemoryError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _lacks_memory(error):
+            raise
         if debug and not isinstance(error, click.ClickException):
             _print_traceback()
         sentence, code = _told(error)
@@ -125,11 +127,18 @@ def _told(error: Exception) -> tuple[str, int]:
         return as_flags(str(error)), error.exit_code
     if isinstance(error, CannotPrint):
         return str(error.strerror), 1
-    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+    if _lacks_memory(error):
         return "the system gave no more memory; lower --memory or --workers, or raise the limit (ulimit -v)", 1
     named = isinstance(error, OSError) and error.filename
     why = error if named else f"{getattr(error, 'strerror', None) or error} (run it again with --debug)"
     return printable(why, 1000), 1
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether the system gave no memory, for a buffer or for the stack of a thread."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return isinstance(error, RuntimeError) and str(error) == "can't start new thread"
 
 
 def run() -> None:
