@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import signal
 import os
+import signal
 import subprocess
 import sys
 import time
