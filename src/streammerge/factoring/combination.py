@@ -93,7 +93,7 @@ def _read(asked: Combined, count: int) -> tuple[MergeMethod | str, list[float], 
     method = asked.method
     own = method.parameters if isinstance(method, MergeMethod) else {}
     ranks = [given.pop(name) for name in _RANKS if name in given and name not in own]
-    rank = _whole_rank(ranks[0]) if ranks else 0
+    rank = whole_rank(ranks[0]) if ranks else 0
     weights = list(asked.weights) if asked.weights is not None else None
     if weights is None and "weight" in given and (isinstance(method, str) or method is MEAN):
         weights = [float(each) for each in _as_list(given.pop("weight"), count)]
@@ -119,7 +119,8 @@ def _read(asked: Combined, count: int) -> tuple[MergeMethod | str, list[float], 
     return method, weights or [1.0] * count, given, rank
 
 
-def _whole_rank(value: Any) -> int:
+def whole_rank(value: Any) -> int:
+    """Returns a rank that was given as a number or a text. Raises RecipeError for what is no positive whole number."""
     try:
         rank = int(value)
     except (TypeError, ValueError) as error:

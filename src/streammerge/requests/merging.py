@@ -160,9 +160,11 @@ class Request:
         wanted = asked.dtype if asked.out_dtype is None else asked.out_dtype
         overrides: dict[str, Any] = {"dtype": None if wanted is None else float_dtype(wanted), "seed": asked.seed}
         overrides["card"] = asked.card
+        from streammerge.factoring.combination import whole_rank  # here, because most merges are of models
+
         for name in _RANKS:
             if name in parameters and name not in method.parameters:
-                overrides["rank"] = _whole_rank(parameters.pop(name))
+                overrides["rank"] = whole_rank(parameters.pop(name))
         unknown = [name for name in parameters if name.rstrip("_") not in method.parameters]
         if unknown:
             raise RecipeError(f"{method.name} has no parameter {printable(unknown[0])}; {method.hint(unknown[0])}")
@@ -206,16 +208,6 @@ class Request:
         shown = [f"{printable(path)} {weight:.6g}" for path, weight in zip(chosen, weights, strict=True)]
         notes.append(f"weights of the schedule {self.schedule}: {listed(shown, 25)}")
         return weights
-
-
-def _whole_rank(value: Any) -> int:
-    try:
-        rank = int(value)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"rank takes a positive whole number, not {printable(value, 60)}") from error
-    if rank < 1:
-        raise RecipeError(f"rank takes a positive whole number, not {rank}")
-    return rank
 
 
 def _following(chosen: Sequence[str], inputs: Sequence[str], weights: Sequence[float]) -> list[float]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from streammerge.errors import FormatError, RecipeError, StreammergeError, UncheckedError, listed, printable
-from streammerge.events import Preparing, Published, RunFinished, RunStarted, Suspended, Told
+from streammerge.events import Listener, Preparing, Published, RunFinished, RunStarted, Suspended, Told
 from streammerge.formats.file_names import files_below, foreign_files
 from streammerge.formats.records import CARD_FILE, RECEIPT_FILE
 from streammerge.planning.plan import Plan
@@ -63,6 +63,19 @@ class Result:
         return table(printable(self.out), facts)
 
 
+def tell_and_prepare(plan: Plan, listener: Listener) -> None:
+    """Tells the notes and warnings of a plan, and loads torch if the plan needs it. The peak of memory counts from here."""
+    for note in plan.notes:
+        listener(Told("note", note))
+    for warning in plan.warnings:
+        listener(Told("warning", warning))
+    if plan.torch_needed:
+        listener(Preparing("torch"))
+        with process.collector_paused():  # saves a tenth of torch's import, which makes 100,000 lasting objects
+            prepare_torch()
+    process.reset_peak()
+
+
 def execute(plan: Plan, options: RunOptions, resident_before: int) -> Result:
     """Runs a plan to its end. On an error, nothing was written under the output's name.
 
@@ -75,15 +88,7 @@ def execute(plan: Plan, options: RunOptions, resident_before: int) -> Result:
     refuse_input_as_output(out, plan)
     refuse_to_lose_files(out, plan)
     headers = max(process.resident_bytes() - resident_before, 0)
-    for note in plan.notes:
-        options.listener(Told("note", note))
-    for warning in plan.warnings:
-        options.listener(Told("warning", warning))
-    if plan.torch_needed:
-        options.listener(Preparing("torch"))
-        with process.collector_paused():  # saves a tenth of torch's import, which makes 100,000 lasting objects
-            prepare_torch()
-    process.reset_peak()
+    tell_and_prepare(plan, options.listener)
     startup, began = process.resident_bytes() - headers, time.perf_counter()
     options.listener(RunStarted(plan.read_bytes, plan.write_bytes, plan.memory_bytes, len(plan.tasks)))
     files = len(plan.identities) + len(plan.layout.files) + len(plan.layout.side_files)

@@ -8,17 +8,16 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from streammerge.errors import LockedError, StreammergeError, UnfinishedError, listed, printable
-from streammerge.events import Preparing, Published, RunFinished, RunStarted, Syncing, Told
+from streammerge.events import Published, RunFinished, RunStarted, Syncing
 from streammerge.planning.plan import Plan
 from streammerge.planning.tasks import place_of
 from streammerge.planning.units import Unit, sums_of
 from streammerge.running import process
-from streammerge.running.execution import Result, refuse_input_as_output, refuse_to_lose_files
+from streammerge.running.execution import Result, refuse_input_as_output, refuse_to_lose_files, tell_and_prepare
 from streammerge.running.finished import Part
 from streammerge.running.readback import check_structure, receipt_of
 from streammerge.running.session import Run, RunOptions
 from streammerge.running.shared import UnitReceipt
-from streammerge.running.workspace import prepare_torch
 from streammerge.stores import claims, descriptors
 from streammerge.stores.base import Joint, Location, Staging
 from streammerge.stores.claims import Claims
@@ -103,15 +102,7 @@ def finish_units(
     refuse_to_lose_files(out, plan)
     out.check_writable(options.overwrite)
     there = _AllUnits(plan, units, _receipts(plan, joint, units, lease_seconds))
-    for note in plan.notes:
-        options.listener(Told("note", note))
-    for warning in plan.warnings:
-        options.listener(Told("warning", warning))
-    if plan.torch_needed:
-        options.listener(Preparing("torch"))
-        with process.collector_paused():
-            prepare_torch()
-    process.reset_peak()
+    tell_and_prepare(plan, options.listener)
     startup, began = process.resident_bytes() - headers, time.perf_counter()
     options.listener(RunStarted(0, plan.write_bytes, plan.memory_bytes, len(plan.tasks)))
     files = len(plan.identities) + len(plan.layout.files) + len(plan.layout.side_files)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from streammerge.errors import StreammergeError, VerifyError, listed, printable
-from streammerge.events import Listener, Preparing, RunFinished, RunStarted, Spooled, Suspended, TaskDone, Told, quiet
+from streammerge.events import Listener, RunFinished, RunStarted, Spooled, Suspended, TaskDone, Told, quiet
 from streammerge.formats.base import Literal
 from streammerge.kernels.agreed import AGREED
 from streammerge.planning.plan import Plan
@@ -24,13 +24,13 @@ from streammerge.planning.units import MOST_TENSORS, Unit, sums_of
 from streammerge.running import process
 from streammerge.running.choosing import executor_of
 from streammerge.running.engine import modules_of, run_all
+from streammerge.running.execution import tell_and_prepare
 from streammerge.running.executors.base import Executor, Executors
 from streammerge.running.finished import other_sum, tensor_sums
 from streammerge.running.job import Bench, Job, OutputPlace, lent, new_key
 from streammerge.running.spooling import spooled_tasks
 from streammerge.running.turning import Turning
 from streammerge.running.worker import MergeWork
-from streammerge.running.workspace import prepare_torch
 from streammerge.sources.deflated import PackedRecord
 from streammerge.stores import claims, descriptors, faults
 from streammerge.stores.base import Joint, Location, Output
@@ -568,15 +568,7 @@ def make_units(
     Returns when all wanted units have receipts. ``resident_before``: resident bytes before the inputs' headers were read.
     """
     headers = max(process.resident_bytes() - resident_before, 0)
-    for note in plan.notes:
-        options.listener(Told("note", note))
-    for warning in plan.warnings:
-        options.listener(Told("warning", warning))
-    if plan.torch_needed:
-        options.listener(Preparing("torch"))
-        with process.collector_paused():
-            prepare_torch()
-    process.reset_peak()
+    tell_and_prepare(plan, options.listener)
     startup, began = process.resident_bytes() - headers, time.perf_counter()
     part = sum(unit.cost for unit in wanted) / max(sum(unit.cost for unit in units), 1)
     asked = (int(plan.read_bytes * part), int(plan.write_bytes * part))

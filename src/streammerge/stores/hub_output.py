@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import threading
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from streammerge.stores.base import Location, Output
 from streammerge.stores.commit import LocalStaging, make_subfolders
 from streammerge.stores.hub_client import NotThere, api, endpoint, failures
 from streammerge.stores.local import LOCAL
-from streammerge.stores.parts import SmallOutput
+from streammerge.stores.parts import SmallOutput, add_span
 from streammerge.stores.remembering import forget
 from streammerge.stores.remote import persistently
 from streammerge.stores.repositories import MAIN, Repository, hub_home
@@ -173,16 +172,8 @@ class Shard(Output):
 
     def _covered(self, begin: int, end: int) -> bool:
         """Adds a span that was written. Returns whether all bytes are there."""
-        spans = self._spans
-        at = bisect_left(spans, (begin, end))
-        if at and spans[at - 1][1] >= begin:
-            at -= 1
-        upto = at
-        while upto < len(spans) and spans[upto][0] <= end:
-            begin, end = min(begin, spans[upto][0]), max(end, spans[upto][1])
-            upto += 1
-        spans[at:upto] = [(begin, end)]
-        return spans == [(0, self.size)]
+        add_span(self._spans, begin, end)
+        return self._spans == [(0, self.size)]
 
 
 class HubStaging(LocalStaging):

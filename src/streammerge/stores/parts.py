@@ -93,16 +93,20 @@ class _Buffer:
 
     def covered(self, begin: int, end: int) -> bool:
         """Adds a span that was written. Returns whether all bytes are there."""
-        spans = self.spans
-        at = bisect_left(spans, (begin, end))
-        if at and spans[at - 1][1] >= begin:
-            at -= 1
-        upto = at
-        while upto < len(spans) and spans[upto][0] <= end:
-            begin, end = min(begin, spans[upto][0]), max(end, spans[upto][1])
-            upto += 1
-        spans[at:upto] = [(begin, end)]
-        return len(spans) == 1 and spans[0] == (0, len(self.data))
+        add_span(self.spans, begin, end)
+        return self.spans == [(0, len(self.data))]
+
+
+def add_span(spans: list[tuple[int, int]], begin: int, end: int) -> None:
+    """Adds a span to sorted spans that do not touch each other. Joins those that it touches."""
+    at = bisect_left(spans, (begin, end))
+    if at and spans[at - 1][1] >= begin:
+        at -= 1
+    upto = at
+    while upto < len(spans) and spans[upto][0] <= end:
+        begin, end = min(begin, spans[upto][0]), max(end, spans[upto][1])
+        upto += 1
+    spans[at:upto] = [(begin, end)]
 
 
 class Sender:
