@@ -407,6 +407,7 @@ class Share:
             plan.layout.receipt.kind,
             places,
             self._modules,
+            home=joint.home,
         )
 
 
