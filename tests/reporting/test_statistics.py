@@ -115,3 +115,21 @@ def test_the_command_line(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPa
         save_file({"w": torch.randn(9)}, f"{name}.safetensors")
     cli("merge", "a.safetensors", "b.safetensors", "-o", "c.safetensors", "--statistics")
     assert json.loads(Path("c.safetensors.statistics.json").read_text())["names"] == ["w"]
+
+
+def test_what_rules_leave_out_is_not_called_lost(pages: list[Facts]) -> None:
+    models()
+    recipe = {
+        "merge_method": "linear",
+        "models": [{"model": f"{name}.safetensors", "parameters": {"weight": 0.5}} for name in "ab"],
+        "rules": [{"match": "l.0.*", "copy": "a.safetensors"}],
+        "on_missing": "average-present",
+    }
+    sm.merge(recipe=recipe, out="ruled.safetensors", report="page.html")
+    [facts] = pages
+    assert ("not used", "nothing but 1 tensor that rules leave out") in facts.summary
+    assert {row.name: row.mark for row in facts.rows if row.name.startswith("l.")} == {
+        "l.0.w": "c",
+        "l.1.w": "",
+        "l.2.w": "",
+    }

@@ -10,6 +10,8 @@ from math import sqrt
 from streammerge.tensors.layers import layer_of
 
 OUTSIDE = "outside"
+LOST, NOTHING = "not used", "nothing"
+"""The label of what is lost, and how its text begins if that is nothing."""
 MARKS = {"N": "NaN or infinity", "m": "some inputs lack it", "c": "copied", "i": "integers, which have no distance"}
 """The letters on a map. A cell of several tensors has the first that any of them has, the last two if all have it."""
 _MOST_KINDS, _MOST_OUTSIDE = 14, 8

@@ -16,7 +16,7 @@ from streammerge.planning.receipt import Receipt
 from streammerge.planning.tasks import MergeTask, alike, objects
 from streammerge.recipe.document import to_yaml
 from streammerge.recipe.locations import travelling
-from streammerge.reporting.facts import Facts, Row, Sample
+from streammerge.reporting.facts import LOST, NOTHING, Facts, Row, Sample
 from streammerge.reporting.statistics import Statistics, rows_of
 from streammerge.running.execution import Result
 from streammerge.running.measuring import distances
@@ -28,7 +28,6 @@ from streammerge.units import binary_bytes, counted, decimal_bytes
 _MOST_SHOWN = 3
 _SAMPLED = "distances are estimated from 1,024 of each 1,048,576 elements, measured while merging"
 _EXACT = "distances are of all elements, measured by reading the inputs and the output again"
-_ALL_USED = "nothing: everything was used"
 
 
 def of_merge(result: Result, samples: Sequence[Sample]) -> Facts:
@@ -196,14 +195,24 @@ def of_diff(diff: Diff) -> Facts:
     return facts
 
 
-def _summarise(facts: Facts, lost: str, what: str = "not used", all_used: str = _ALL_USED) -> None:
+def _summarise(facts: Facts, lost: str, what: str = LOST, all_used: str = "") -> None:
     """Puts what a person wants to know first in front: which layers moved most, and what was not used."""
     first = next((n for n in range(len(facts.input_names)) if facts.moved(n)), None)
     if first is not None:
         moved = facts.moved(first)
         shown = ", ".join(f"{printable(layer)} ({distance:.2g})" for layer, distance in moved[:5])
         facts.summary.insert(0, (f"moved most, from {printable(facts.input_names[first])}", shown))
-    facts.summary.insert(1 if first is not None else 0, (what, lost.removeprefix("not used: ") or all_used))
+    facts.summary.insert(
+        1 if first is not None else 0, (what, lost.removeprefix("not used: ") or all_used or _all_used(facts))
+    )
+
+
+def _all_used(facts: Facts) -> str:
+    """Returns that nothing is lost, beside what nobody wants in a merge."""
+    counts = {fate: sum(each[2] for each in facts.accounts if each[1] == fate) for fate in ("dropped", "training")}
+    said = [f"{counted(counts['dropped'], 'tensor')} that rules leave out"] if counts["dropped"] else []
+    said += [f"the state of a training ({counted(counts['training'], 'tensor')})"] if counts["training"] else []
+    return f"{NOTHING} but {' and '.join(said)}" if said else f"{NOTHING}: everything was used"
 
 
 def _plain_row(name: str, spec: TensorSpec) -> Row:

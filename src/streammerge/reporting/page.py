@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from streammerge.errors import printable
-from streammerge.reporting.facts import MARKS, Facts, Grid, Row
+from streammerge.reporting.facts import LOST, MARKS, NOTHING, Facts, Grid, Row
 from streammerge.reporting.pictures import curves, heat_map
 from streammerge.version import __version__
 
@@ -89,9 +89,8 @@ def _section(title: str, content: str) -> str:
 
 
 def _first(facts: Facts) -> str:
-    kinds = {"not used": "lost"} if any(each[1] == "dropped" for each in facts.accounts) else {}
     rows = "".join(
-        f'<div class="{kinds.get(label, "")}"><dt>{escape(label)}</dt><dd>{escape(text)}</dd></div>'
+        f'<div class="{"lost" if label == LOST and not text.startswith(NOTHING) else ""}"><dt>{escape(label)}</dt><dd>{escape(text)}</dd></div>'
         for label, text in facts.summary
     )
     return f"<dl class=first>{rows}</dl>"
