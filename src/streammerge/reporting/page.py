@@ -89,11 +89,11 @@ def _section(title: str, content: str) -> str:
 
 
 def _first(facts: Facts) -> str:
-    rows = "".join(
-        f'<div class="{"lost" if label == LOST and not text.startswith(NOTHING) else ""}"><dt>{escape(label)}</dt><dd>{escape(text)}</dd></div>'
-        for label, text in facts.summary
-    )
-    return f"<dl class=first>{rows}</dl>"
+    rows = list[str]()
+    for label, text in facts.summary:
+        kind = "lost" if label == LOST and not text.startswith(NOTHING) else ""
+        rows.append(f'<div class="{kind}"><dt>{escape(label)}</dt><dd>{escape(text)}</dd></div>')
+    return f"<dl class=first>{''.join(rows)}</dl>"
 
 
 def _heat(facts: Facts, grids: Sequence[Grid]) -> str:
