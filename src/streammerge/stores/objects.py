@@ -20,8 +20,9 @@ from typing import Any, ClassVar
 from urllib.parse import quote, unquote
 
 from streammerge.errors import ChangedError, RecipeError, StoreError, printable
-from streammerge.stores import multipart
+from streammerge.stores import direct, multipart
 from streammerge.stores.base import Joint, Location, Staging, Status
+from streammerge.stores.buffers import Buffers
 from streammerge.stores.multipart import Refused, Requests
 from streammerge.stores.parts import PART_BYTES, SENDERS, Part, Upload, buffer_bytes
 from streammerge.stores.profiles import endpoint, profile
@@ -151,7 +152,7 @@ class ObjectStore(RemoteStore):
 
         return persistently(ask, f"listing {printable(location)}")
 
-    def fetched(self, location: Location, status: Status, start: int, stop: int) -> Any:
+    def fetched(self, location: Location, status: Status, start: int, stop: int, buffers: Buffers | None = None) -> Any:
         client, name = self.split(location)
         options: dict[str, Any] = {"range": (start, stop)}
         tag = str(status.version)
@@ -417,6 +418,16 @@ class S3(ObjectStore):
                     self._digested.clear()
                 self._digested[file.identity] = file.read_through(tag)
             return self._digested[file.identity]
+
+    def fetched(self, location: Location, status: Status, start: int, stop: int, buffers: Buffers | None = None) -> Any:
+        tag = str(status.version)
+        if buffers is None or not tag.startswith('"') or not direct.possible():
+            return super().fetched(location, status, start, stop)
+        root, _, name = location.key.partition("/")
+        buffer = buffers.take(stop - start)
+        if direct.read_range(self.requests(root), name, start, buffer, tag, READ_SECONDS) != (status.size, tag):
+            raise _changed(location)
+        return buffer
 
     def requests(self, root: str) -> Requests:
         """Returns the requests that the client lacks, for a bucket."""
