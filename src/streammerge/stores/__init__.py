@@ -32,7 +32,8 @@ Each module imports only modules above it::
     parts        files that are sent in parts
     staged       outputs of object stores
     joint_objects uploads to S3 that several machines send
-    objects      s3://, gs://, az://, https://
+    objects      s3://, gs://, az://
+    web          https://, http://
     hub_client   the client of the hub
     hub_output   outputs of the hub
     hub          hf://
