@@ -276,7 +276,7 @@ def _tq2_0(blocks: torch.Tensor) -> torch.Tensor:
 
 def _words(octets: torch.Tensor) -> torch.Tensor:
     """Returns little-endian numbers of 16 bits, which each two bytes of a row are."""
-    pairs = octets.unflatten(-1, (-1, 2)).int()
+    pairs = octets.reshape(*octets.shape[:-1], -1, 2).int()
     return pairs[..., 0] | pairs[..., 1] << 8
 
 
