@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 
-from streammerge.checkpoints.numbers import in_order
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats.distributed import holds_parts
 from streammerge.formats.file_names import grouped, is_shard, is_weights
@@ -39,6 +38,8 @@ def with_steps(paths: list[str]) -> list[str]:
         raise RecipeError(
             f"{printable(folder)} holds the checkpoints of several series: {patterns}; give one of these patterns"
         )
+    from streammerge.checkpoints.numbers import in_order  # here, because most inputs are no run's folder
+
     return in_order([str(path) for own in found.values() for path in own]) or paths
 
 
