@@ -14,7 +14,7 @@ from streammerge.options import number_or_percent, path
 from streammerge.recipe.adapted import check_there, is_there, split
 from streammerge.recipe.locations import hub_place
 from streammerge.stores.base import Location
-from streammerge.stores.locations import PathLike, has_scheme, parse
+from streammerge.stores.locations import PathLike, has_scheme, parse, without_queries
 from streammerge.stores.repositories import named_repository
 from streammerge.units import plain_number
 
@@ -51,7 +51,7 @@ def path_of(name: str, value: Any) -> str:
             f"{printable(read)} is a device, a pipe or a socket, and an output is written in any order; name a file, like "
             "merged.safetensors, or use `plan`, which writes nothing"
         )
-    return read
+    return without_queries(read)
 
 
 def is_special(place: Location) -> bool:
