@@ -17,6 +17,7 @@ from streammerge.formats.base import Form
 from streammerge.formats.detect import read_file
 from streammerge.formats.file_names import is_shard, is_whole_model, kind_of_file, kind_of_folder
 from streammerge.planning.dispositions.ledger import Dispositions
+from streammerge.sources.base import Source
 from streammerge.stores.base import Location
 from streammerge.stores.names import is_inner
 
@@ -147,8 +148,9 @@ class _Decision:
         except (StreammergeError, OSError):
             return False
         ours = self.base.entries
-        local = {name.removeprefix(f"{above}/") for name in ours} if above else ours
-        if 2 * sum(name in local for name in other.entries) > len(other.entries):
+        local = {name.removeprefix(f"{above}/") if above else name: name for name in ours}
+        theirs = other.entries.items()
+        if 2 * sum(name in local and _may_be(entry, ours[local[name]]) for name, entry in theirs) > len(theirs):
             return True
         shapes = Counter(_shape(entry.spec.shape) for entry in ours.values())
         covered = 0
@@ -171,6 +173,14 @@ _LEAST_ALIKE = 4
 def _shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Returns what two layouts of one tensor have in common: its axes longer than 1, in any order."""
     return tuple(sorted(length for length in shape if length != 1))
+
+
+def _may_be(theirs: Source, ours: Source) -> bool:
+    """Whether two tensors of one name may be forms of one weight. Modules of other networks may be called ``0.weight`` too.
+
+    Codes of a quantised weight have a shape of their own.
+    """
+    return theirs.spec.dtype.kind != "float" or _shape(theirs.spec.shape) == _shape(ours.spec.shape)
 
 
 def _weights_in(folder: Location) -> Iterator[Location]:
