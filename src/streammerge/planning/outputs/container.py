@@ -109,16 +109,18 @@ def plan_output(out: Location, recipe: Recipe, indexes: Indexes, alignment: Alig
 def _named(names: Mapping[str, str], indexes: Indexes) -> dict[str, CheckpointIndex]:
     """Returns the name that each checkpoint and each adapter has in the receipt, with its index. Instead of a stage, its
     models."""
-    return _all_named(names, {each.path: index for each, index in indexes.items()})
+    return named_origins(names, {each.path: index for each, index in indexes.items()})
 
 
-def _all_named(names: Mapping[str, str], indexes: Mapping[str, CheckpointIndex]) -> dict[str, CheckpointIndex]:
+def named_origins(names: Mapping[str, str], indexes: Mapping[str, CheckpointIndex]) -> dict[str, CheckpointIndex]:
+    """Returns the name in a receipt of each checkpoint and adapter -> its index. ``names``: path -> name in the receipt.
+    ``indexes``: what a recipe calls a model -> its index. Instead of a stage, it has the models of the stage."""
     found: dict[str, CheckpointIndex] = {}
     for text, index in indexes.items():
         parts = (index,) if index.plain is None else (index.plain, *index.adapters)
         for path, part in zip(parts_of(text), parts, strict=True):
             if part.made_from:
-                found |= _all_named(names, part.made_from)
+                found |= named_origins(names, part.made_from)
             elif path in names:  # while a stage is planned, the models of those before it have no names
                 found[names[path]] = part
     return found
