@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoints.choosing import choose
-from streammerge.checkpoints.steps import with_steps
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.methods.factors import EXTRACT
 from streammerge.methods.registry import LINEAR, find_method
