@@ -40,8 +40,6 @@ def with_steps(paths: list[str]) -> list[str]:
         raise RecipeError(
             f"{printable(folder)} holds the checkpoints of several series: {patterns}; give one of these patterns"
         )
-    from streammerge.checkpoints.numbers import in_order  # here, because most inputs are no run's folder
-
     return in_order([str(path) for own in found.values() for path in own]) or paths
 
 
