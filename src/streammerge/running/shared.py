@@ -388,6 +388,7 @@ class Share:
             plan.layout.receipt.kind,
             places,
             self._modules,
+            home=joint.home,
         )
 
 
