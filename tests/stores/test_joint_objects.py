@@ -18,7 +18,6 @@ from streammerge.requests.machines import joint_of
 from streammerge.stores.claims import Claims
 from streammerge.stores.locations import parse
 from streammerge.stores.objects import ObjectStore, S3Upload
-from streammerge.stores.parts import PartedOutput
 from streammerge.stores.registry import STORES
 
 
@@ -241,29 +240,6 @@ def test_a_plan_for_the_hub_is_refused_when_it_is_saved() -> None:
         parse("hf://org/name").join("key")
     with pytest.raises(sm.RecipeError, match="a web server can be read only"):
         parse("https://host/out/").join("key")
-
-
-def test_few_parts_of_an_archive_wait_in_memory(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The header of a record holds a checksum, and is given as soon as its tensor is made."""
-    paths = []
-    for seed in (1, 2):
-        make = torch.Generator().manual_seed(seed)
-        paths.append(tmp_path / f"{seed}.pth")
-        torch.save({f"{n}": torch.randn(300, 1001, generator=make) for n in range(100)}, paths[-1])
-    waiting = list[int]()
-    write = PartedOutput.write_full
-
-    def watched(self: PartedOutput, data: Any, offset: int) -> None:
-        write(self, data, offset)
-        waiting.append(self.waiting)
-
-    monkeypatch.setattr(PartedOutput, "write_full", watched)
-    expected = Path(str(sm.merge(paths, tmp_path / "whole.pth").out)).read_bytes()
-    sm.plan(paths, f"{s3}/out.pth", save=tmp_path / "plan")
-    sm.worker(tmp_path / "plan", claim=True, workers=1)
-    sm.finish(tmp_path / "plan")
-    assert max(waiting) < 8
-    assert content(f"{s3}/out.pth") == expected
 
 
 def test_a_folder_whose_shards_were_completed_by_a_killed_finish(

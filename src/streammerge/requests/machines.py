@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from streammerge.errors import RecipeError, counted, printable
+from streammerge.errors import RecipeError, printable
 from streammerge.events import Listener, Told
 from streammerge.options import Executing, Machine, Resources, Sharing, Writing
 from streammerge.planning.plan import Plan
@@ -21,6 +21,7 @@ from streammerge.running.shared import SharedOptions, ShareResult, make_units
 from streammerge.stores.base import Joint, Location
 from streammerge.stores.locations import parse
 from streammerge.stores.remembering import remembering
+from streammerge.units import counted
 
 _ARRAY = "SLURM_ARRAY_TASK_"
 _INDEX = "JOB_COMPLETION_INDEX"

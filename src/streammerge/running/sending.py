@@ -6,7 +6,6 @@ from array import array
 from bisect import insort
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from streammerge.formats.base import Literal
 from streammerge.planning.plan import Plan
@@ -16,9 +15,6 @@ from streammerge.planning.units import Unit
 from streammerge.running.finished import Part, other_sum, tensor_sums
 from streammerge.running.sealing import Sealing
 from streammerge.stores.base import Joint, Output
-
-if TYPE_CHECKING:
-    from streammerge.running.shared import UnitReceipt
 
 Place = tuple[int, int, int]
 """The number of an output file, the offset and the number of bytes of a tensor there."""
@@ -57,19 +53,20 @@ class Sending:
         if self._sealing and unit.number in self._sealing:
             self._sealing[unit.number].made(piece, done)
 
-    def send(self, unit: Unit, receipt: UnitReceipt, places: Sequence[Place]) -> None:
-        """Sends what is left of a unit, and notes in its receipt how it is found again."""
+    def send(self, unit: Unit, sums: Sequence[int], places: Sequence[Place]) -> str:
+        """Sends what is left of a unit. Returns how it is found again, for its receipt. ``sums``: the checksum at each of
+        ``places``."""
         if not self._joint.whole_files:
-            return
+            return ""
         output, number = self._open[unit.number], places[0][0]
+        output.halted_by(_never)  # the workers have ended, and this is no work of theirs
         if number in self._shared:
             start = min(offset for _, offset, _ in places)
             stop = max(offset + nbytes for _, offset, nbytes in places)
-            receipt.sent = self._joint.sent_part(output, start, stop)
-            return
-        for literal in around(self._plan, number, receipt.sums, places):
+            return self._joint.sent_part(output, start, stop)
+        for literal in around(self._plan, number, sums, places):
             output.write_full(literal.data, literal.offset)
-        receipt.sent = self._joint.sent(output)
+        return self._joint.sent(output)
 
     def end(self, unit: Unit, counts: bool) -> None:
         """Forgets the file of a unit. ``counts``: whether its receipt is the one that counts."""
@@ -83,6 +80,10 @@ class Sending:
         self._sealing.clear()
         for number in [*self._open]:
             self._joint.drop(self._open.pop(number))
+
+
+def _never() -> None:
+    """Never halts."""
 
 
 class _Sealed:

@@ -513,7 +513,7 @@ class _Keeping:
                 share.files[number].sync()
             receipts = [(made, made.receipt(share.plan)) for made in ready]
             for made, receipt in receipts:
-                share.sending.send(made.unit, receipt, made.places)
+                receipt.sent = share.sending.send(made.unit, receipt.sums, made.places)
             share.inputs.check_unchanged()
             for made, receipt in receipts:
                 self.claims.fence.check()
