@@ -16,8 +16,10 @@ from streammerge.planning.saved import read_saved
 from streammerge.planning.units import cut
 from streammerge.requests.machines import joint_of
 from streammerge.stores.claims import Claims
+from streammerge.stores.joint_objects import _cut
 from streammerge.stores.locations import parse
 from streammerge.stores.objects import ObjectStore, S3Upload
+from streammerge.stores.parts import PartedOutput, Sender
 from streammerge.stores.registry import STORES
 
 
@@ -142,6 +144,23 @@ def test_one_large_file_is_sent_by_several_machines(
     assert content(f"{s3}/out.safetensors") == expected
     assert not uploads(s3)
     assert list(objects(s3)) == ["out.safetensors"], "nothing is left beside it"
+
+
+@pytest.mark.parametrize("size", [1, 9, 10, 35, 40])
+def test_parts_and_ends_of_ranges_are_the_file(size: int) -> None:
+    """Of a file in parts of 10 bytes that is cut at any two places, each part is in one range or made of ends."""
+    file = PartedOutput(parse("s3://bucket/out"), size, None, Sender(), each=10)
+    for a in range(size):
+        for b in range(a + 1, size):
+            covered = list[int]()
+            for start, stop in ((0, a), (a, b), (b, size)):
+                if start < stop:
+                    inner, ends = _cut(start, stop, file)
+                    assert all(start <= n * 10 and min(n * 10 + 10, size) <= stop for n in inner)
+                    assert all(start <= begin < end <= stop for begin, end in ends)
+                    spans = [*ends, *((n * 10, min(n * 10 + 10, size)) for n in inner)]
+                    covered += [byte for begin, end in spans for byte in range(begin, end)]
+            assert sorted(covered) == list(range(size)), (a, b)
 
 
 def test_a_finish_that_was_killed_after_the_upload_was_completed_goes_on(

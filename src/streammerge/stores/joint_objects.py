@@ -170,7 +170,7 @@ def _cut(start: int, stop: int, output: PartedOutput) -> tuple[range, list[tuple
     first, last = -(-start // each), output.count if stop == output.size else stop // each
     if first > last:
         return range(0), [(start, stop)]
-    ends = [(start, first * each), (last * each, stop)]
+    ends = [(start, min(first * each, stop)), (min(last * each, stop), stop)]
     return range(first, last), [(begin, end) for begin, end in ends if begin < end]
 
 
