@@ -141,12 +141,12 @@ class Request:
             self._refuse_for_adapters()
             return combined(recipe)
         choice = {name: getattr(self.choosing, name) or None for name in ("last", "range", "best", "by", "highest")}
-        given = self.inputs
+        inputs = self.inputs
         if self.schedule is not None or any(choice.values()):
             from streammerge.checkpoints.steps import with_steps
 
-            given = with_steps(given)
-        if asked.base is not None or not begins_with_adapter(given, self.held):
+            inputs = with_steps(inputs)
+        if asked.base is not None or not begins_with_adapter(inputs, self.held):
             return None
         chosen, notes = choose(self.inputs, **choice, oldest_first=self.schedule is not None)
         if not are_adapters(chosen, self.held):
