@@ -9,8 +9,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from streammerge.errors import FormatError, RecipeError, StreammergeError, printable
-from streammerge.formats.base import Container, Format, is_index
-from streammerge.formats.distributed import refuse_part
+from streammerge.formats.base import Container, Format, is_index, is_part
 from streammerge.plugins import Registry, module_names
 from streammerge.stores.base import Location
 
@@ -44,7 +43,11 @@ def read(path: Location) -> Container:
 
 def read_file(path: Location) -> Container:
     """Returns the container of a single file. Raises FormatError."""
-    refuse_part(path)
+    if is_part(path):
+        folder = printable(path.parent)
+        raise FormatError(
+            f"{printable(path)} is one rank's part of the distributed checkpoint in {folder}; give that folder"
+        )
     size = path.size
     with path.stream() as stream:
         head = stream.read(min(_HEAD_BYTES, size))  # files of the kernel have size 0, and some never end

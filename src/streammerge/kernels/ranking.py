@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from streammerge.tensors.spec import GRAIN, ranges
 
@@ -56,8 +56,7 @@ def held_bytes(count: int, searches: int) -> int:
     return searches * (3 * _HISTOGRAM_BYTES + 4 * min(sample_elems(count), count)) + collected
 
 
-@dataclass(frozen=True, slots=True)
-class Guess:
+class Guess(NamedTuple):
     """Bracket for the k-th largest: it lies in [low, high], which holds this share of all numbers. ``candidates``: the
     few frequent numbers that it is one of."""
 
@@ -196,7 +195,7 @@ def histogram(keys: torch.Tensor, shift: int, low: int, scratch: torch.Tensor) -
     return torch.bincount(places, minlength=BINS + 2)[first : first + BINS]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Search:
     """The search for the ``rank``-th largest by histograms.
 
@@ -241,7 +240,7 @@ class Search:
         return float(sort_keys(key, torch.empty_like(key)).view(torch.float64 if wide else torch.float32))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Cut:
     """The ``rank`` largest of a tensor's numbers: those above ``threshold``, and those equal to it with an element
     index below ``stop``. A cut may also keep ``everything``, or nothing (rank 0)."""
