@@ -358,6 +358,24 @@ def test_law_1_for_wide_matrices_of_spectral_methods(tmp_path: Path) -> None:
         assert found["resident"] <= found["planned"] <= int(str(asked["memory"]).removesuffix("MiB")) << 20, (asked, found)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(2304, 4608), (4608, 2304)])
+def test_law_1_for_long_sides_of_spectral_methods(tmp_path: Path, shape: tuple[int, int]) -> None:
+    """Matrices that are decomposed in place, with sums and vectors in a temporary file."""
+    paths = [tmp_path / f"{number}.safetensors" for number in range(4)]
+    for number, path in enumerate(paths):
+        save_file({"w": torch.randn(shape, generator=torch.Generator().manual_seed(number)).bfloat16()}, path)
+    small = [sparse(tmp_path / f"small{number}.safetensors", 1 << 14) for number in range(4)]
+    runs: list[Run] = []
+    for method in ("iso_c", "iso_cts", "tsv"):
+        for inputs in (small, paths):  # the first loads the pages of libraries
+            options: dict[str, object] = {"method": method, "base": inputs[3], "workers": 1}
+            memory = tight(inputs[:3], options, 1) if inputs is paths else "1GiB"
+            runs.append((inputs[:3], tmp_path / "out.safetensors", options | {"memory": memory}))
+    for (_, _, asked), found in zip(runs[1::2], measured(*runs)[1::2], strict=True):
+        assert found["resident"] <= found["planned"] <= int(str(asked["memory"]).removesuffix("MiB")) << 20, (asked, found)
+
+
 def peaks(tmp_path: Path, elems: int, memory: str, chosen: Container[str]) -> list[tuple[str, dict[str, int]]]:
     """Runs each case of these methods on one tensor of this many elements, partly filled unless it is held whole."""
     paths = [sparse(tmp_path / f"{i}.safetensors", elems) for i in range(6)]

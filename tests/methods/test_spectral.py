@@ -15,6 +15,7 @@ import streammerge as sm
 from methods.oracles import elected, top
 from methods.suite import W2, W3, Case, MethodSuite
 from streammerge.kernels import spectral
+from streammerge.kernels.chunk import Chunk
 from streammerge.methods import spectral as methods
 from streammerge.methods.registry import merge_tensors
 
@@ -126,15 +127,10 @@ class TestSpectral(MethodSuite):
         Case("tsv", 3, W3 | {"lambda_": 0.7, "rank": 9}, tolerance=1e-9),
         Case("iso_cts", 3, tolerance=1e-9),
         Case("iso_cts", 2, W2 | {"common_space_fraction": 0.5, "lambda_": 1.3}, tolerance=1e-9),
-        Case("knots", 2, tolerance=1e-9),
-        Case("knots", 3, W3 | {"density": [0.3, 1.0, 0.05], "concat_across_output": False}, tolerance=1e-9),
-        Case("knots", 2, W2 | {"consensus": "linear", "density": [0.5, 0.9], "lambda_": 1.3}, tolerance=1e-9),
     ]
     REFUSED = [
         ("tsv", 2, {"rank": -1}, "a rank of 0 or more"),
         ("iso_cts", 2, {"common_space_fraction": 1.5}, "from 0 to 1, not 1.5"),
-        ("knots", 2, {"consensus": "mean"}, "ties or linear, not mean"),
-        ("knots", 2, {"density": -0.5}, "from 0 (none) to 1 (all), not -0.5"),
     ]
 
 
@@ -223,17 +219,80 @@ def test_complex_tensors_are_matrices_of_their_parts(tmp_path: Path, method: str
     torch.testing.assert_close(made, wanted, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["tsv", "iso_cts"])
-def test_eight_large_models_are_planned_in_a_gibibyte(tmp_path: Path, method: str) -> None:
-    paths = [tmp_path / f"{number}.safetensors" for number in range(9)]
-    shape = [8192, 28672]
+PASSES = {
+    ("iso_c", "wide"): (2, 2),
+    ("iso_c", "tall"): (2, 2),
+    ("tsv", "wide"): (2, 5),
+    ("tsv", "tall"): (2, 5),
+    ("iso_cts", "wide"): (3, 5),
+    ("iso_cts", "tall"): (3, 11),
+    ("knots", "wide"): (2, 2),
+}
+"""How often eight models are read, and the base, where the Gram matrices do not fit beside each other."""
+
+
+@pytest.mark.parametrize(("method", "side"), PASSES)
+def test_a_delta_is_read_three_times_at_most(method: str, side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, raw = [0] * 9, Chunk.raw
+
+    def counted(chunk: Chunk, model: int) -> Tensor:
+        read[model + 1] += chunk.elems
+        return raw(chunk, model)
+
+    monkeypatch.setattr(Chunk, "raw", counted)
+    monkeypatch.setattr(spectral, "_AT_ONCE", 0)
+    monkeypatch.setattr(spectral, "_PAIR_ROWS", 16)
+    monkeypatch.setattr(methods, "_MOST_AT_ONCE", 1)
+    make = torch.Generator().manual_seed(0)
+    shape = (200, 80) if side == "tall" else (80, 200)
+    base, *models = (torch.randn(shape, dtype=torch.float64, generator=make) for _ in range(9))
+    merge_tensors(method, *models, base=base)
+    of_models, of_base = PASSES[method, side]
+    assert [read[0], max(read[1:])] == [of_base * base.numel(), of_models * base.numel()]
+    assert (sum(read) <= 3 * 9 * base.numel()) is ((method, side) != ("iso_cts", "tall"))
+
+
+def empty_checkpoints(folder: Path, shape: list[int]) -> list[Path]:
+    """Returns nine files of one bf16 tensor each, of which only the headers take disk."""
+    paths = [folder / f"{number}.safetensors" for number in range(9)]
     header = json.dumps({"w": {"dtype": "BF16", "shape": shape, "data_offsets": [0, 2 * math.prod(shape)]}}).encode()
     for path in paths:
         with path.open("wb") as file:
             file.write(len(header).to_bytes(8, "little") + header)
             file.truncate(8 + len(header) + 2 * math.prod(shape))
-    made = sm.plan(paths[:8], tmp_path / "out.safetensors", method=method, base=paths[8], memory="1GiB")
+    return paths
+
+
+@pytest.mark.parametrize("shape", [[8192, 28672], [28672, 8192]])
+@pytest.mark.parametrize("method", METHODS)
+def test_eight_large_models_are_planned_in_a_gibibyte(tmp_path: Path, method: str, shape: list[int]) -> None:
+    paths = empty_checkpoints(tmp_path, shape)
+    shared = {"concat_across_output": shape[0] < shape[1]} if method == "knots" else {}
+    options: dict[str, Any] = {"method": method, "base": paths[8], "parameters": shared, "memory": "1GiB"}
+    made = sm.plan(paths[:8], tmp_path / "out.safetensors", **options)
     assert made.peak_bytes <= 1 << 30
+    assert (made.spilled_bytes > 8 * math.prod(shape) // 2) is (method in ("tsv", "iso_cts"))
+    assert made.disk_bytes >= 2 * math.prod(shape) + made.spilled_bytes
+
+
+@pytest.mark.parametrize("method", ["tsv", "iso_cts"])
+@pytest.mark.parametrize("shape", [(1500, 800), (800, 1500)])
+def test_what_is_spilled_depends_on_no_worker(tmp_path: Path, method: str, shape: tuple[int, int]) -> None:
+    """Two tensors whose left vectors take a temporary file each, made by threads or processes in more or less memory."""
+    make, paths = torch.Generator().manual_seed(0), [tmp_path / f"{number}.safetensors" for number in range(3)]
+    for path in paths:
+        save_file({name: torch.randn(shape, generator=make).bfloat16() for name in "ab"}, path)
+    made = []
+    for workers, executor, memory in ((1, "threads", "512MiB"), (2, "threads", "1GiB"), (2, "processes", "2GiB")):
+        out = tmp_path / f"out{len(made)}.safetensors"
+        options: dict[str, Any] = {"workers": workers, "executor": executor, "memory": memory}
+        sm.merge(paths[:2], out, method=method, base=paths[2], **options)
+        made.append(load_file(out))
+        assert not [path for path in tmp_path.iterdir() if path.suffix != ".safetensors"]
+    for name, (x, y, b) in zip("ab", ([load_file(path)[name].double() for path in paths] for name in "ab"), strict=True):
+        assert all(torch.equal(each[name], made[0][name]) for each in made)
+        wanted = TestSpectral.ORACLES[method]([x, y], b, None)
+        torch.testing.assert_close(made[0][name].double(), wanted.bfloat16().double(), rtol=2**-7, atol=1e-5)
 
 
 def test_too_little_memory_is_told_before_a_byte_is_written(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import ctypes
 import errno
 import mmap
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +191,34 @@ def test_a_side_file_that_vanishes_does_not_undo_a_run(tmp_path: Path) -> None:
     result = sm.merge(tmp_path / "in", tmp_path / "out", listener=listen)
     assert result.written_bytes == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
     assert planned.write_bytes == result.written_bytes
+
+
+KEPT = """
+import sys
+import torch
+from streammerge.stores import system
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+if sys.argv[1] == "given back":
+    system.return_large_blocks()
+kept = []
+before = resident()
+for _ in range(60):
+    large = torch.ones(1 << 20, dtype=torch.float64)
+    kept.append(torch.ones(256))
+    del large
+    kept.append(torch.ones(256))
+print((resident() - before) >> 20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks for resident pages")
+def test_large_blocks_are_given_back() -> None:
+    """Small blocks between large ones make the C library keep all of these, unless it is told otherwise."""
+    found = {
+        how: int(subprocess.run([sys.executable, "-c", KEPT, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("as it is", "given back")
+    }
+    assert found["given back"] <= 16, found

@@ -8,6 +8,7 @@ Each module imports only modules above it::
     chunk        the numbers of every model at some elements
     reductions   sums over a group, in one pass
     compact      a matrix in half the memory of float64
+    spill        matrices beside memory, and halves of symmetric ones
     tridiagonal  the first eigenvectors of a large symmetric matrix
     spectral     products of matrices over a group, and eigenvectors
     kth_largest  exact order statistics of a group, in a few passes

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from streammerge.kernels.chunk import Chunk, Hiding, Kernel, Look, Slot, Step, Sweep, T, chunk_spans, whole_rows
 from streammerge.kernels.pass_results import PassResults
+from streammerge.kernels.spill import Spill, spilled
 from streammerge.tensors.spec import GRAIN
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ class TensorGroup:
     ``models`` is their number, without the base; ``based`` says whether there is a base. ``shape`` is the shape of
     each. ``row`` elements belong together and are never split between chunks. ``compute`` is the dtype of the
     arithmetic. ``results`` holds the results of passes that an earlier binding made; they are not computed again.
-    ``turned``: whether the tensors have their first axis last.
+    ``turned``: whether the tensors have their first axis last. ``spills`` makes a temporary file of so many bytes; without
+    it, spills are held in memory.
     """
 
     name: str
@@ -46,6 +48,7 @@ class TensorGroup:
     seed: int = 0
     results: PassResults | None = None
     turned: bool = False
+    spills: Callable[[int], Spill] | None = None
 
     @property
     def elems(self) -> int:
@@ -104,6 +107,11 @@ class TensorGroup:
         """Returns the answers of a step of its own over all chunks: one for each piece of the tensor, in their order."""
         swept: Look = look
         return self._pass(lambda: [*self.sweep(swept, step, 0, self.elems)])
+
+    def spill(self, nbytes: int) -> Spill:
+        """Returns room beside memory for so many bytes, which is there as long as the object. The contract of a method says
+        how much it takes (``spills``)."""
+        return spilled(nbytes, self.spills)
 
     def _pass(self, run: Callable[[], T]) -> T:
         return run() if self.results is None else self.results.next(run)

@@ -10,9 +10,10 @@ import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from streammerge.kernels.compact import STRIP_COLUMNS, Compact
+from streammerge.kernels.spill import Half
 from streammerge.kernels.tridiagonal import leading, leading_bytes
 from streammerge.tensors.spec import ranges
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import torch
 
     from streammerge.kernels.chunk import Chunk, Look, Swept
+
+    Sum = torch.Tensor | Half
 
 _BLOCK_ELEMS = 1 << 17
 _LEAST_ROWS = 64
@@ -45,34 +48,31 @@ def block_rows(rows: int, columns: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _Products:
+class _Sums:
     """Adds up the product of the transposed first and of the second of each two matrices that a look yields, ``rows`` rows
-    at once. ``count``: how many sums there are; the products belong to them in turn. 0: one for each product."""
+    at once. ``count``: how many sums there are; the products belong to them in turn. 0: one for each product. Of a matrix
+    times itself the lower half is enough."""
 
     rows: int
     count: int
 
-    def __call__(self, look: Look, chunks: Iterable[Chunk]) -> list[torch.Tensor]:
+    def __call__(self, look: Look, chunks: Iterable[Chunk]) -> list[Sum]:
         import torch
 
-        totals: list[torch.Tensor] = []
-        halved: set[int] = set()
+        totals: list[Sum] = []
         for chunk in chunks:
             matrices = iter(look(chunk))
             for place, (x, y) in enumerate(zip(matrices, matrices, strict=True)):
                 number = place % self.count if self.count else place
                 if number == len(totals):
-                    totals.append(torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64))
-                # Of a symmetric product the half below the diagonal is enough.
-                strips = list(ranges(x.shape[1], STRIP_COLUMNS)) if _is_gram(x, y) else [(0, x.shape[1])]
-                if len(strips) > 1:
-                    halved.add(number)
+                    size = x.shape[1]
+                    totals.append(Half(size) if _is_gram(x, y) else torch.zeros(size, y.shape[1], dtype=torch.float64))
+                total = totals[number]
                 for start, stop in ranges(len(x), self.rows):
-                    for a, b in strips:
-                        width = b if len(strips) > 1 else y.shape[1]
-                        totals[number][a:b, :width].addmm_(x[start:stop, a:b].T, y[start:stop, :width])
-        for number in halved:
-            _mirror(totals[number])
+                    if isinstance(total, Half):
+                        total.add_gram(x[start:stop])
+                    else:
+                        total.addmm_(x[start:stop].T, y[start:stop])
         return totals
 
 
@@ -80,37 +80,55 @@ def _is_gram(x: torch.Tensor, y: torch.Tensor) -> bool:
     return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
 
 
-def _mirror(matrix: torch.Tensor) -> None:
-    """Makes a matrix symmetric from its part below the diagonal."""
-    for a, b in ranges(len(matrix), STRIP_COLUMNS):
-        matrix[:a, a:b] = matrix[a:b, :a].T
-
-
-def products(group: Swept, look: Look, rows: int, count: int = 0) -> list[torch.Tensor]:
-    """Returns the sum over all rows of :math:`x^T y` for each two matrices x and y that ``look(chunk)`` yields.
+def sums(group: Swept, look: Look, rows: int, count: int = 0) -> list[Sum]:
+    """Returns the sum over all rows of :math:`x^T y` for each two matrices x and y that ``look(chunk)`` yields; its lower
+    half where x is y.
 
     x and y are in float64, and not used any more when the next two are asked for. ``count``: how many sums there are, if a
     chunk gives more products; then x and y must have ``rows`` rows, since the order of products shows in a sum.
     If a sum is not finite, all are made again without agreed elements.
     """
 
-    def sums(swept: Swept) -> list[torch.Tensor]:
-        return functools.reduce(_added, swept.sweep(look, _Products(rows, count), 0, group.elems))
+    def added(swept: Swept) -> list[Sum]:
+        return functools.reduce(_added, swept.sweep(look, _Sums(rows, count), 0, group.elems))
 
-    totals = sums(group)
+    totals = added(group)
     if all(map(is_finite, totals)):
         return totals
     totals.clear()
-    return sums(group.hiding())
+    return added(group.hiding())
 
 
-def _added(totals: list[torch.Tensor], more: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [total.add_(one) for total, one in zip(totals, more, strict=True)]
+def grams(group: Swept, look: Look, rows: int) -> list[Half]:
+    """Returns the halves of :func:`sums` for a look that yields each matrix twice."""
+    return [total for total in sums(group, look, rows) if isinstance(total, Half)]
 
 
-def is_finite(matrix: torch.Tensor) -> bool:
+def gram_and_product(group: Swept, look: Look, rows: int) -> tuple[Half, torch.Tensor]:
+    """Returns the two results of :func:`sums` for a look that yields one matrix twice, and two others."""
+    half, product = sums(group, look, rows)
+    return cast("Half", half), cast("torch.Tensor", product)
+
+
+def products(group: Swept, look: Look, rows: int, count: int = 0) -> list[torch.Tensor]:
+    """Returns what :func:`sums` does, as whole matrices."""
+    totals, made = sums(group, look, rows, count), list["torch.Tensor"]()
+    while totals:
+        total = totals.pop(0)
+        made.append(total.square() if isinstance(total, Half) else total)
+        del total
+    return made
+
+
+def _added(totals: list[Sum], more: list[Sum]) -> list[Sum]:
+    for total, one in zip(totals, more, strict=True):
+        total.add_(one)  # type: ignore[arg-type]
+    return totals
+
+
+def is_finite(total: Sum) -> bool:
     """Whether a sum of products is finite. A number that is not finite in a column shows on the diagonal."""
-    return bool(matrix.diagonal().isfinite().all())
+    return bool(total.diagonal().isfinite().all())
 
 
 def is_exact(size: int) -> bool:
@@ -175,7 +193,12 @@ def _rotated(strips: list[torch.Tensor]) -> torch.Tensor:
 def _lengths(strips: list[torch.Tensor]) -> torch.Tensor:
     import torch
 
-    return torch.cat([strip[a:b].square().sum(1) for strip in strips for a, b in ranges(len(strip), _LEAST_ROWS)]).sqrt_()
+    made, start = torch.empty(sum(map(len, strips)), dtype=torch.float64), 0
+    for strip in strips:
+        for a, b in ranges(len(strip), _LEAST_ROWS):
+            torch.linalg.vector_norm(strip[a:b], dim=1, out=made[start + a : start + b])
+        start += len(strip)
+    return made
 
 
 def _made_orthogonal(first: torch.Tensor, second: torch.Tensor, largest: float) -> float:

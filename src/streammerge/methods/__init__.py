@@ -9,6 +9,7 @@ Each module imports only modules above it. A family that no other module uses is
     spherical        weighted sums whose weights follow from the models' inner products
     sparsify         selection of the elements of a delta; no method of its own
     task_arithmetic  sums of deltas: the TIES family
+    spectral         merges by singular values
     registry         lookup of a method by name, or of a function
 """
 

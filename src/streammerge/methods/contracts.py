@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 from streammerge.errors import RecipeError, printable
 from streammerge.kernels.chunk import Kernel
 from streammerge.kernels.group import TensorGroup
+from streammerge.kernels.spill import held_bytes
 from streammerge.plugins import Registry, imported
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import GRAIN
@@ -93,7 +94,8 @@ class MergeMethod:
     ``row_buffers``: how many float64 rows its passes hold. ``kept_bits``: how many bits of each element it keeps for a
     model, in a tensor of up to a grain. ``whole(shape, models, values, turned)``: how many bytes its passes hold, if that
     is so much that one worker makes the whole tensor. ``turns(shape, values)``: whether a tensor is read and made with its
-    first axis last. ``compute``: the dtype of the arithmetic, unless the recipe gives one.
+    first axis last. ``spills(shape, models, values, turned)``: how many bytes it looks at again beside memory
+    (:meth:`TensorGroup.spill`). ``compute``: the dtype of the arithmetic, unless the recipe gives one.
     ``check(values)`` raises RecipeError.
 
     A method is pickled as the place of its function, and is found there again.
@@ -113,6 +115,7 @@ class MergeMethod:
     kept_bits: int = 0
     whole: Callable[[tuple[int, ...], int, Values, bool], int] | None = None
     turns: Callable[[tuple[int, ...], Values], bool] | None = None
+    spills: Callable[[tuple[int, ...], int, Values, bool], int] | None = None
     compute: str = "float32"
     check: Callable[[Values], None] | None = None
     listed: bool = field(default=True, repr=False)
@@ -174,7 +177,12 @@ class MergeMethod:
 
     def whole_bytes(self, shape: tuple[int, ...], models: int, values: Values, turned: bool) -> int:
         """Returns the bytes that its passes over the whole tensor hold beside the buffers."""
-        return self.whole(shape, models, values, turned) if self.whole else 0
+        held = held_bytes(self.spilled_bytes(shape, models, values, turned))
+        return held + (self.whole(shape, models, values, turned) if self.whole else 0)
+
+    def spilled_bytes(self, shape: tuple[int, ...], models: int, values: Values, turned: bool) -> int:
+        """Returns the bytes that it spills for a tensor: into memory if they are few, else into a temporary file."""
+        return self.spills(shape, models, values, turned) if self.spills else 0
 
     def buffers_for(self, dtypes: Sequence[DType], compute: str, based: bool) -> tuple[int, int]:
         """(bytes of an element, how many) of the buffers that it needs for inputs of these dtypes, a base included."""

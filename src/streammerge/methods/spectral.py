@@ -1,4 +1,4 @@
-r"""Merges by singular values: Iso-C, Iso-CTS, TSV-M, KnOTS.
+r"""Merges by singular values: Iso-C, Iso-CTS, TSV-M.
 
 A tensor of two axes or more is a matrix here, its first axis by all others together (a convolution is out by in * height *
 width). A is a delta, or a sum of deltas, with its longer side as rows. Its Gram matrix :math:`G = A^\top A = V S^2
@@ -10,16 +10,18 @@ has its real and imaginary parts as one more axis, and is not turned.
 matrix of lower rank has the polar factor :math:`U V^\top` of its row space: a continuous function of the matrix as long as
 its rank stays, also where singular values are equal. ``tsv``, ``iso_cts`` and ``knots`` choose single vectors. Where
 singular values are equal, these are those of the solver, and the same in each run.
+
+What a later pass needs is spilled instead of computed again: Gram matrices that do not fit beside each other, and the left
+singular vectors. So no method reads a delta more than three times.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from streammerge.errors import RecipeError, printable
+from streammerge.errors import RecipeError
 from streammerge.kernels.chunk import OPERAND, Chunk, Kernel, Slot
 from streammerge.kernels.compact import STRIP_COLUMNS, Compact
 from streammerge.kernels.group import TensorGroup
@@ -27,6 +29,8 @@ from streammerge.kernels.spectral import (
     block_rows,
     eigen,
     eigen_bytes,
+    gram_and_product,
+    grams,
     inverse_root,
     is_exact,
     is_finite,
@@ -34,34 +38,37 @@ from streammerge.kernels.spectral import (
     sides,
     singular,
 )
+from streammerge.kernels.spill import Half, Spill, SpilledRows, half_bytes, square_of
 from streammerge.methods.contracts import PerModel, Values, merge_method
 from streammerge.methods.linear import scaled
-from streammerge.methods.sparsify import check_density
-from streammerge.methods.task_arithmetic import winners
-from streammerge.tensors.spec import GRAIN, ranges
+from streammerge.tensors.spec import ranges
 
 if TYPE_CHECKING:
     import torch
 
 Shape = tuple[int, ...]
 _MOST_AT_ONCE = 1 << 24
-"""Most numbers of Gram matrices that one pass sums. More matrices need more passes."""
+"""Most numbers of halves of Gram matrices that one pass sums, if these are more than :data:`_LEAST_AT_ONCE`. The base is
+read again for the next ones."""
+_LEAST_AT_ONCE = 3
 _SUM = -1
 """Stands for the sum of the deltas, among the numbers of models."""
 _PROJECTED = 512
 """Columns of a Gram matrix that are projected at once."""
+_STEP_ROWS = 256
+"""Spilled rows that are computed at once."""
 
 
-def _is_matrix(shape: Shape) -> bool:
+def is_matrix(shape: Shape) -> bool:
     return len(shape) > 1 and 0 not in shape
 
 
 def _is_wide(shape: Shape, values: Values) -> bool:
-    return _is_matrix(shape) and math.prod(shape[1:]) > shape[0]
+    return is_matrix(shape) and math.prod(shape[1:]) > shape[0]
 
 
-def _row(shape: Shape, values: Values) -> int:
-    if not _is_matrix(shape):
+def row_elems(shape: Shape, values: Values) -> int:
+    if not is_matrix(shape):
         return 1
     rows, columns = sides(shape)
     return block_rows(rows, columns) * columns
@@ -82,17 +89,17 @@ def _sum(chunk: Chunk, weight: Sequence[float]) -> torch.Tensor:
     return total
 
 
-def _on_base(chunk: Chunk, change: torch.Tensor) -> torch.Tensor:
+def on_base(chunk: Chunk, change: torch.Tensor) -> torch.Tensor:
     import torch
 
     return change.view(-1).add_(chunk.base_as(torch.float64))
 
 
 def _mean(weight: Sequence[float], scale: float) -> Kernel:
-    return lambda chunk: _on_base(chunk, _sum(chunk, weight).mul_(scale / len(weight)))
+    return lambda chunk: on_base(chunk, _sum(chunk, weight).mul_(scale / len(weight)))
 
 
-def _all_nan(chunk: Chunk) -> torch.Tensor:
+def all_nan(chunk: Chunk) -> torch.Tensor:
     """The result where a delta has NaN or infinity, which reaches every number."""
     import torch
 
@@ -100,13 +107,13 @@ def _all_nan(chunk: Chunk) -> torch.Tensor:
 
 
 def _iso_c_bytes(shape: Shape, models: int, values: Values, turned: bool) -> int:
-    if not _is_matrix(shape):
+    if not is_matrix(shape):
         return 0
     rows, columns = sides(shape)
     return 8 * columns * columns + eigen_bytes(columns) + 16 * columns * block_rows(rows, columns)
 
 
-@merge_method("iso_c", base="required", row=_row, buffers=4, compute="float64", whole=_iso_c_bytes, turns=_is_wide)
+@merge_method("iso_c", base="required", row=row_elems, buffers=4, compute="float64", whole=_iso_c_bytes, turns=_is_wide)
 def iso_c(group: TensorGroup, *, weight: PerModel = (1.0,), lambda_: float = 1.0) -> Kernel:
     r"""Sums the deltas and makes all singular values of the sum equal.
 
@@ -127,7 +134,7 @@ def iso_c(group: TensorGroup, *, weight: PerModel = (1.0,), lambda_: float = 1.0
     """
     import torch
 
-    if not _is_matrix(group.shape):
+    if not is_matrix(group.shape):
         return _mean(weight, lambda_)
     rows, columns = sides(group.shape)
     block = block_rows(rows, columns)
@@ -138,7 +145,7 @@ def iso_c(group: TensorGroup, *, weight: PerModel = (1.0,), lambda_: float = 1.0
 
     (gram,) = products(group, twice, block)
     if not is_finite(gram):
-        return _all_nan
+        return all_nan
     values, basis = eigen(gram)
     sigma, inverse = singular(values)
     factors = inverse.mul_(lambda_ * float(sigma.sum()) / min(rows, columns))
@@ -148,7 +155,7 @@ def iso_c(group: TensorGroup, *, weight: PerModel = (1.0,), lambda_: float = 1.0
         for start, stop in ranges(len(added), block):
             part = added[start:stop]
             torch.mm((part @ basis.T).mul_(factors), basis, out=part)
-        return _on_base(chunk, added)
+        return on_base(chunk, added)
 
     return kernel
 
@@ -156,8 +163,7 @@ def iso_c(group: TensorGroup, *, weight: PerModel = (1.0,), lambda_: float = 1.0
 class _Vectors:
     """Right singular vectors of some of the deltas, or of their sum, as rows of ``basis``; one range of rows for each.
 
-    ``inverse`` has the inverses of their singular values, and zero for those that are left out. ``shared``: what is taken
-    off the left singular vectors of each model: these combinations of the left singular vectors of the sum.
+    ``inverse`` has the inverses of their singular values, and zero for those that are left out.
     """
 
     def __init__(self, count: int, columns: int) -> None:
@@ -165,8 +171,7 @@ class _Vectors:
 
         self.basis = Compact(count, columns, is_exact(columns))
         self.sigma, self.inverse = (torch.zeros(count, dtype=torch.float64) for _ in range(2))
-        self.places: list[tuple[int, int, int]] = []
-        self.shared: dict[int, torch.Tensor] = {}
+        self.places: dict[int, tuple[int, int]] = {}
         self._next = 0
 
     def add(self, model: int, values: torch.Tensor, basis: torch.Tensor, largest: float | None = None) -> tuple[int, int]:
@@ -174,41 +179,47 @@ class _Vectors:
         start, stop = self._next, self._next + len(basis)
         self.sigma[start:stop], self.inverse[start:stop] = singular(values, largest)
         self.basis.put_rows(basis.mul_((self.inverse[start:stop] > 0).unsqueeze(1)), start)
-        self.places.append((model, start, stop))
+        self.places[model] = start, stop
         self._next = stop
         return start, stop
 
-    def left(self, chunk: Chunk, weight: Sequence[float], block: int) -> torch.Tensor:
-        """Returns the left singular vectors in the rows of a chunk: one vector in each column."""
-        import torch
+    def project(self, made: torch.Tensor, model: int, delta: torch.Tensor, block: int) -> None:
+        """Puts the left singular vectors of a model into their columns of ``made``, for some rows of its delta."""
+        if model not in self.places:
+            return
+        start, stop = self.places[model]
+        part = made[:, start:stop].zero_()
+        for number, (c, d) in enumerate(self.basis.strips):
+            strip = self.basis.get(number, start, stop)
+            for a, b in ranges(len(delta), block):
+                part[a:b].addmm_(delta[a:b, c:d], strip.T)
+        part.mul_(self.inverse[start:stop])
 
-        count, columns = self.basis.shape
-        added = _sum(chunk, weight) if self.places[0][0] == _SUM else None
-        rows = chunk.elems // columns
-        made = chunk.empty("left", torch.float64)[: rows * count].view(rows, count).zero_()
-        for model, start, stop in self.places:
-            delta = added if added is not None and model == _SUM else _delta(chunk, model, weight)
-            _add_products(made[:, start:stop], delta.view(-1, columns), self.basis, start, block)
-            made[:, start:stop].mul_(self.inverse[start:stop])
-            shared = self.shared.get(model)
-            if shared is not None:
-                for a, b in ranges(rows, block):
-                    made[a:b, start:stop].addmm_(made[a:b, : len(shared)], shared, alpha=-1)
-        return made
-
-    def merged(self, group: TensorGroup, weight: Sequence[float], factors: torch.Tensor, block: int) -> Kernel:
-        """Returns the kernel of the orthogonalised left vectors, times the factors, times the orthogonalised right ones."""
-        import torch
-
-        count, columns = self.basis.shape
+    def spilled(self, group: TensorGroup, weight: Sequence[float], left: SpilledRows, block: int) -> torch.Tensor:
+        """Spills the left singular vectors: one vector in each column. Returns their Gram matrix."""
+        columns = self.basis.shape[1]
 
         def twice(chunk: Chunk) -> Iterator[torch.Tensor]:
-            yield (left := self.left(chunk, weight, block))
-            yield left
+            made = _rows_of(chunk, left, columns)
+            for model, delta in _deltas(chunk, weight, self.places):
+                self.project(made, model, delta.view(-1, columns), block)
+            left.put(chunk.start // columns, made)
+            yield made
+            yield made
 
-        (gram,) = products(group, twice, block)
+        return products(group, twice, block)[0]
+
+    def merged(self, factors: torch.Tensor, left: SpilledRows, block: int, summed: Callable[[], torch.Tensor]) -> Kernel:
+        """Returns the kernel of the orthogonalised left vectors, times the factors, times the orthogonalised right ones.
+
+        ``summed`` spills the left vectors, and returns their Gram matrix.
+        """
+        import torch
+
+        count, columns = self.basis.shape
+        gram = summed()
         if not is_finite(gram):
-            return _all_nan
+            return all_nan
         left_root = inverse_root(gram)
         del gram
         right_root, joined = inverse_root(self.basis.gram_rows()), Compact(count, columns, self.basis.exact)
@@ -218,69 +229,130 @@ class _Vectors:
         del left_root, right_root
 
         def kernel(chunk: Chunk) -> torch.Tensor:
-            left = self.left(chunk, weight, block)
+            vectors = left.get(chunk.start // columns, _rows_of(chunk, left, columns))[:, :count]
             made = chunk.empty("sum", torch.float64).view(-1, columns).zero_()
             for number, (c, d) in enumerate(joined.strips):
                 strip = joined.get(number)
-                for a, b in ranges(len(left), block):
-                    made[a:b, c:d].addmm_(left[a:b], strip)
-            return _on_base(chunk, made)
+                for a, b in ranges(len(vectors), block):
+                    made[a:b, c:d].addmm_(vectors[a:b], strip)
+            return on_base(chunk, made)
 
         return kernel
 
 
-def _add_products(made: torch.Tensor, delta: torch.Tensor, basis: Compact, start: int, block: int) -> None:
-    """Adds the products of a delta's rows and of rows of the basis from ``start`` on, in blocks of rows."""
-    for number, (c, d) in enumerate(basis.strips):
-        strip = basis.get(number, start, start + made.shape[1])
-        for a, b in ranges(len(delta), block):
-            made[a:b].addmm_(delta[a:b, c:d], strip.T)
+def _rows_of(chunk: Chunk, left: SpilledRows, columns: int) -> torch.Tensor:
+    """Returns a buffer for the spilled rows that belong to the rows of a chunk."""
+    import torch
+
+    rows = chunk.elems // columns
+    return chunk.empty("left", torch.float64)[: rows * left.columns].view(rows, left.columns)
 
 
-def _grams(
-    group: TensorGroup, weight: Sequence[float], wanted: Sequence[tuple[int, int]], block: int
-) -> Iterator[torch.Tensor]:
-    """Yields the product of the transposed first delta and of the second for each wanted pair of models.
+def _deltas(chunk: Chunk, weight: Sequence[float], wanted: Container[int]) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yields the wanted deltas of a chunk by the numbers of their models, and last their sum. Each model is read once."""
+    import torch
 
-    As many are summed in one pass as fit. The caller may overwrite a matrix that it got.
+    total = chunk.empty("sum", torch.float64) if _SUM in wanted else None
+    for model in range(len(weight)):
+        if total is None and model not in wanted:
+            continue
+        delta = _delta(chunk, model, weight)
+        if total is not None:
+            total.add_(delta) if model else total.copy_(delta)
+        if model in wanted:
+            yield model, delta
+    if total is not None:
+        yield _SUM, total
+
+
+def _at_once(columns: int) -> int:
+    """Returns how many halves of Gram matrices are summed in one pass."""
+    return max(_MOST_AT_ONCE // (half_bytes(columns) // 8), _LEAST_AT_ONCE)
+
+
+def _are_held(columns: int, count: int) -> bool:
+    """Whether so many halves stay in memory while the matrices are decomposed one after the other."""
+    return count == 1 or (is_exact(columns) and count <= _at_once(columns))
+
+
+class _Grams:
+    """The Gram matrices of the wanted deltas, :data:`_SUM` for that of their sum. ``finite``: whether all are."""
+
+    def __init__(
+        self, group: TensorGroup, weight: Sequence[float], wanted: Sequence[int], block: int, spill: Spill
+    ) -> None:
+        self._columns, self._wanted, self._spill = sides(group.shape)[1], wanted, spill
+        self._held: dict[int, Half] = {}
+        self._size = half_bytes(self._columns)
+        self.finite, held = True, _are_held(self._columns, len(wanted))
+        for begin, end in ranges(len(wanted), _at_once(self._columns)):
+            batch = wanted[begin:end]
+            made = grams(group, self._twice(weight, batch), block)
+            for model in sorted(batch, key=lambda model: (model == _SUM, model)):
+                half = made.pop(0)
+                self.finite = self.finite and is_finite(half)
+                if held:
+                    self._held[model] = half
+                else:
+                    half.save(spill, wanted.index(model) * self._size)
+                del half
+
+    def _twice(self, weight: Sequence[float], batch: Sequence[int]) -> Callable[[Chunk], Iterator[torch.Tensor]]:
+        def look(chunk: Chunk) -> Iterator[torch.Tensor]:
+            for _, delta in _deltas(chunk, weight, batch):
+                yield delta.view(-1, self._columns)
+                yield delta.view(-1, self._columns)
+
+        return look
+
+    def take(self, model: int) -> torch.Tensor:
+        """Returns the whole matrix of a model, once."""
+        if model in self._held:
+            return self._held.pop(model).square()
+        return square_of(self._spill, self._wanted.index(model) * self._size, self._columns)
+
+
+def _grams_spill(columns: int, count: int) -> int:
+    return 0 if _are_held(columns, count) else count * half_bytes(columns)
+
+
+def _joined_bytes(columns: int, matrices: int, along: int = 0, shared: int = 0) -> int:
+    """Returns the bytes of a method that joins vectors of several models, and sums ``matrices`` Gram matrices.
+
+    ``along``: bytes of a product that is summed beside a Gram matrix. ``shared``: bytes of one that is held while the left
+    vectors are made.
     """
-    columns = sides(group.shape)[1]
-    most = max(_MOST_AT_ONCE // (columns * columns), 1)
-    for begin, end in ranges(len(wanted), most):
-        pairs = wanted[begin:end]
-
-        def look(chunk: Chunk, pairs: Sequence[tuple[int, int]] = pairs) -> Iterator[torch.Tensor]:
-            added = _sum(chunk, weight) if any(_SUM in pair for pair in pairs) else None
-            for pair in pairs:
-                of = [added if added is not None and m == _SUM else _delta(chunk, m, weight) for m in dict.fromkeys(pair)]
-                yield of[0].view(-1, columns)
-                yield of[-1].view(-1, columns)
-
-        made = products(group, look, block)
-        while made:
-            yield made.pop(0)
-
-
-def _joined_bytes(shape: Shape, matrices: int, more: float = 0.0) -> int:
-    """Returns the bytes of a method that joins vectors of several models, and sums ``matrices`` Gram matrices."""
-    if not _is_matrix(shape):
-        return 0
-    columns = sides(shape)[1]
-    square = 8 * columns * columns
-    at_once = min(max(_MOST_AT_ONCE // (columns * columns), 1), matrices)
+    square, half = 8 * columns * columns, half_bytes(columns)
+    summing = min(_at_once(columns), matrices) * half
+    steps = 2 * 8 * columns * max(_STEP_ROWS, block_rows(columns, columns)) if along or shared else 0
     if is_exact(columns):
-        # The vectors, and Gram matrices of deltas with ``more`` beside them; or the vectors of both sides and three roots.
-        return int(square * max(2 + at_once + more, 5)) + eigen_bytes(columns)
-    # The vectors and Gram matrices; the vectors, a root, and a Gram matrix; the vectors of both sides, and two roots.
+        # The vectors, and Gram matrices or products beside them; or the vectors of both sides and three roots.
+        return max(2 * square + max(summing, along + half, shared + steps), 5 * square) + eigen_bytes(columns)
+    # The vectors and a Gram matrix; the vectors, a root, and a Gram matrix; the vectors of both sides, and two roots.
     vectors, strip = square // 2, 8 * columns * STRIP_COLUMNS
     root = vectors // 2 + strip // 4
-    finding = vectors + int(square * (at_once + more)) + eigen_bytes(columns, few=True)
+    finding = vectors + max(square + eigen_bytes(columns, few=True), along + half + strip)
+    leading = vectors + shared + square + steps + strip
     joining = vectors + root + square + eigen_bytes(columns) + strip
-    return max(finding, joining, 2 * (vectors + root) + 5 * strip)
+    return max(summing + strip, finding, leading, joining, 2 * (vectors + root) + 5 * strip)
 
 
 def _tsv_bytes(shape: Shape, models: int, values: Values, turned: bool) -> int:
-    return _joined_bytes(shape, models)
+    return _joined_bytes(sides(shape)[1], models) if is_matrix(shape) else 0
+
+
+def _tsv_count(shape: Shape, models: int, rank: int) -> int:
+    """Returns how many vectors each model has."""
+    each = min(sides(shape)) // models
+    return min(rank or each, each)
+
+
+def _tsv_spills(shape: Shape, models: int, values: Values, turned: bool) -> int:
+    if not is_matrix(shape):
+        return 0
+    rows, columns = sides(shape)
+    count = models * _tsv_count(shape, models, values["rank"])
+    return max(8 * rows * count, _grams_spill(columns, models))
 
 
 def _check_rank(values: Values) -> None:
@@ -291,10 +363,11 @@ def _check_rank(values: Values) -> None:
 @merge_method(
     "tsv",
     base="required",
-    row=_row,
+    row=row_elems,
     buffers=5,
     compute="float64",
     whole=_tsv_bytes,
+    spills=_tsv_spills,
     turns=_is_wide,
     check=_check_rank,
 )
@@ -310,9 +383,10 @@ def tsv(group: TensorGroup, *, weight: PerModel = (1.0,), rank: int = 0, lambda_
     code computes it. ``weight`` per model; ``lambda`` is the paper's alpha. One model or more.
 
     The first axis by all others is the matrix. Vectors and numbers are the mean of the weighted deltas, times lambda, as
-    in the paper. All is computed in float64. Each model is read three times; the base more often if the shorter side is
-    so long that the Gram matrices do not fit together: with 8192, twice and once more for each model. Beyond 2048 vectors
-    are held in 32 bits, with an error of about 1e-9 of their length.
+    in the paper. All is computed in float64. Each model is read twice; the base once to three times more, or with three
+    models and more than 2048 numbers along the shorter side once more for each three models. The left singular vectors go
+    into a temporary file of 8 bytes for each number. Beyond 2048 vectors are held in 32 bits, with an error of about 1e-9
+    of their length.
 
     Edge cases: singular values of at most a millionth of the model's largest count as zero. Directions that models have in
     common get the polar factors of lower rank; the authors' code fills these up with arbitrary vectors. Which vectors stand
@@ -320,21 +394,23 @@ def tsv(group: TensorGroup, *, weight: PerModel = (1.0,), rank: int = 0, lambda_
     their name are no exception; a matrix with fewer singular values than there are models is the mean of the weighted
     deltas, times lambda, where the authors' code leaves the base and loses what the models have learned.
     """
-    if not _is_matrix(group.shape):
+    if not is_matrix(group.shape):
         return _mean(weight, lambda_)
     rows, columns = sides(group.shape)
-    each, block = min(rows, columns) // group.models, block_rows(rows, columns)
-    if not each:
+    count, block = _tsv_count(group.shape, group.models, rank), block_rows(rows, columns)
+    if not count:
         return _mean(weight, lambda_)
-    count = min(rank or each, each)
+    spill = group.spill(_tsv_spills(group.shape, group.models, {"rank": rank}, group.turned))
+    sums = _Grams(group, weight, range(group.models), block, spill)
+    if not sums.finite:
+        return all_nan
     vectors = _Vectors(count * group.models, columns)
-    for model, gram in enumerate(_grams(group, weight, [(m, m) for m in range(group.models)], block)):
-        if not is_finite(gram):
-            return _all_nan
-        values, basis = eigen(gram, count)
+    for model in range(group.models):
+        values, basis = eigen(sums.take(model), count)
         vectors.add(model, values[:count], basis[:count])
-        del gram, basis  # before the next one is made
-    return vectors.merged(group, weight, vectors.sigma * lambda_, block)
+        del basis  # before the next one is made
+    left = SpilledRows(spill, count * group.models)
+    return vectors.merged(vectors.sigma * lambda_, left, block, lambda: vectors.spilled(group, weight, left, block))
 
 
 def _take_off(matrix: torch.Tensor, basis: Compact, start: int, stop: int) -> None:
@@ -344,8 +420,28 @@ def _take_off(matrix: torch.Tensor, basis: Compact, start: int, stop: int) -> No
         matrix[a:b].addmm_(basis.get(number, start, stop).T, along, alpha=-1)
 
 
+def _shares(shape: Shape, models: int, fraction: float) -> tuple[int, int]:
+    """Returns how many vectors the sum has, and each model."""
+    number = min(sides(shape))
+    each = min(round((number - int(number * fraction)) / models), number // models)
+    return number - each * models, each
+
+
 def _iso_cts_bytes(shape: Shape, models: int, values: Values, turned: bool) -> int:
-    return _joined_bytes(shape, models + 1) if turned else _joined_bytes(shape, 2 * models + 1, 2.25)
+    if not is_matrix(shape):
+        return 0
+    columns = sides(shape)[1]
+    if turned:
+        return _joined_bytes(columns, models + 1)
+    common, each = _shares(shape, models, values["common_space_fraction"])
+    return _joined_bytes(columns, 1, 8 * common * columns if each else 0, 8 * common * each * models)
+
+
+def _iso_cts_spills(shape: Shape, models: int, values: Values, turned: bool) -> int:
+    if not is_matrix(shape):
+        return 0
+    rows, columns = sides(shape)
+    return max(8 * rows * min(rows, columns), _grams_spill(columns, models + 1)) if turned else 8 * rows * columns
 
 
 def _check_fraction(values: Values) -> None:
@@ -356,10 +452,11 @@ def _check_fraction(values: Values) -> None:
 @merge_method(
     "iso_cts",
     base="required",
-    row=_row,
+    row=row_elems,
     buffers=5,
     compute="float64",
     whole=_iso_cts_bytes,
+    spills=_iso_cts_spills,
     turns=_is_wide,
     check=_check_fraction,
 )
@@ -378,264 +475,144 @@ def iso_cts(
     Subspaces*, 2025 (arXiv:2502.04959), as its authors' code computes it. One model or more.
 
     The first axis by all others is the matrix. Vectors and numbers are the mean of the weighted deltas, times lambda, as
-    in the paper. All is computed in float64. Each model is read three times, and more often if the shorter side is so
-    long that the Gram matrices do not fit together. A shorter side that is the first axis needs less memory.
+    in the paper. All is computed in float64. Each model is read three times. With a first axis that is the longer one, and
+    with more than 2048 numbers along the shorter side, the base is read more often. The left singular vectors go into a
+    temporary file of 8 bytes for each number.
 
     Edge cases: a singular value of the sum counts as zero if it is at most a millionth of the largest, one of a model if
     it is at most a millionth of the norm of the model's delta. The rest is as in ``tsv``.
     """
-    import torch
-
-    if not _is_matrix(group.shape):
+    if not is_matrix(group.shape):
         return _mean(weight, lambda_)
-    rows, columns = sides(group.shape)
-    block, number = block_rows(rows, columns), min(rows, columns)
-    each = round((number - int(number * common_space_fraction)) / group.models)
-    each = min(each, number // group.models)
-    common = number - each * group.models
-    vectors, models = _Vectors(number, columns), range(group.models if each else 0)
-    crossed = not group.turned  # the common left singular vectors are those of the long side
-    wanted = [(_SUM, _SUM), *(pair for m in models for pair in ([(m, m), (_SUM, m)] if crossed else [(m, m)]))]
-    grams = _grams(group, weight, wanted, block)
-    first = next(grams)
-    if not is_finite(first):
-        return _all_nan
-    values, basis = eigen(first)
-    start, stop = vectors.add(_SUM, values[:common], basis[:common])
-    shared, inverse = vectors.basis, vectors.inverse[start:stop].unsqueeze(1)
-    del first, basis
-    for model in models:
-        gram = next(grams)
-        if not is_finite(gram):
-            return _all_nan
-        norm = math.sqrt(float(gram.diagonal().sum()))
-        if crossed:
-            # the common left vectors, transposed, times the delta
-            along = shared.product(next(grams), start, stop).mul_(inverse)
-            gram.addmm_(along.T, along, alpha=-1)
-        else:
+    common, each = _shares(group.shape, group.models, common_space_fraction)
+    made = _Subspaces(group, weight, common, each)
+    vectors = made.of_rows() if group.turned else made.of_columns()
+    if vectors is None:
+        return all_nan
+    sigma = vectors.sigma.mean().mul_(lambda_).expand(len(vectors.sigma))
+    return vectors.merged(sigma, made.left, made.block, made.spilled)
+
+
+class _Subspaces:
+    """The common and the task-specific vectors of ``iso_cts``, of which the sum has ``common`` and each model ``each``.
+
+    ``left``: the left singular vectors, after :meth:`spilled`.
+    """
+
+    def __init__(self, group: TensorGroup, weight: Sequence[float], common: int, each: int) -> None:
+        rows, columns = sides(group.shape)
+        values = {"common_space_fraction": 0.0}
+        self._group, self._weight, self._common, self._each = group, weight, common, each
+        self._models = range(group.models if each else 0)
+        self._rows, self._columns, self._number = rows, columns, min(rows, columns)
+        self.block = block_rows(rows, columns)
+        self._spill = group.spill(_iso_cts_spills(group.shape, group.models, values, group.turned))
+        self.left = SpilledRows(self._spill, self._number if group.turned else columns)
+        self._vectors = _Vectors(self._number, columns)
+
+    def spilled(self) -> torch.Tensor:
+        """Spills the left singular vectors. Returns their Gram matrix."""
+        if self._group.turned:
+            return self._vectors.spilled(self._group, self._weight, self.left, self.block)
+        return self._spilled_outside()
+
+    def of_rows(self) -> _Vectors | None:
+        """Returns the vectors where the common subspace, outside which those of the models lie, is that of the shorter
+        side. None if a delta is not finite."""
+        sums = _Grams(self._group, self._weight, [_SUM, *self._models], self.block, self._spill)
+        if not sums.finite:
+            return None
+        vectors, columns = self._vectors, self._columns
+        values, basis = eigen(sums.take(_SUM))
+        start, stop = vectors.add(_SUM, values[: self._common], basis[: self._common])
+        del basis
+        for model in self._models:
+            gram = sums.take(model)
+            norm = math.sqrt(float(gram.diagonal().sum()))
             for matrix in (gram, gram.T):
                 for a, b in ranges(columns, _PROJECTED):
-                    _take_off(matrix[:, a:b], shared, start, stop)
-        values, basis = eigen(gram, each)
-        begin, end = vectors.add(model, values[:each], basis[:each], largest=norm)
-        if crossed:
-            part = torch.zeros(stop - start, end - begin, dtype=torch.float64)
-            _add_products(part, along, shared, begin, len(along))
-            vectors.shared[model] = part.mul_(vectors.inverse[begin:end])
+                    _take_off(matrix[:, a:b], vectors.basis, start, stop)
+            self._add(model, gram, norm)
+            del gram
+        return vectors
+
+    def _add(self, model: int, gram: torch.Tensor, norm: float) -> None:
+        values, basis = eigen(gram, self._each)
+        self._vectors.add(model, values[: self._each], basis[: self._each], largest=norm)
+
+    def of_columns(self) -> _Vectors | None:
+        """Returns the vectors where the common subspace, outside which those of the models lie, is that of the longer side.
+
+        Its vectors are the spilled sum times small matrices. A model's part in it is their product with the delta, whose
+        Gram matrix is taken off that of the delta.
+        """
+        group, vectors, columns = self._group, self._vectors, self._columns
+
+        def summed(chunk: Chunk) -> Iterator[torch.Tensor]:
+            total = _sum(chunk, self._weight).view(-1, columns)
+            self.left.put(chunk.start // columns, total)
+            yield total
+            yield total
+
+        (gram,) = products(group, summed, self.block)
+        if not is_finite(gram):
+            return None
+        values, basis = eigen(gram)
+        vectors.add(_SUM, values[: self._common], basis[: self._common])
         del gram, basis
-    sigma = vectors.sigma.mean().mul_(lambda_).expand(number)
-    return vectors.merged(group, weight, sigma, block)
+        for start, part in self._steps():
+            made = part.new_zeros(part.shape)
+            vectors.project(made, _SUM, part, self.block)
+            self.left.put(start, made)
+        for model in self._models:
+            half, along = gram_and_product(group, self._beside(model), self.block)
+            if not is_finite(half):
+                return None
+            norm = math.sqrt(float(half.diagonal().sum()))
+            half.add_gram(along, -1.0)
+            del along
+            self._add(model, half.square(), norm)
+            del half
+        return vectors
 
+    def _beside(self, model: int) -> Callable[[Chunk], Iterator[torch.Tensor]]:
+        def look(chunk: Chunk) -> Iterator[torch.Tensor]:
+            delta = _delta(chunk, model, self._weight).view(-1, self._columns)
+            yield delta
+            yield delta
+            rows = _rows_of(chunk, self.left, self._columns)
+            yield self.left.get(chunk.start // self._columns, rows)[:, : self._common]
+            yield delta
 
-def _is_dual(shape: Shape, values: Values) -> bool:
-    """Whether the other sides of all deltas together are shorter than the side that they share."""
-    shared, other = shape[0], math.prod(shape[1:])
-    if not values["concat_across_output"]:
-        shared, other = other, shared
-    return other * len(values["weight"]) < shared
+        return look
 
+    def _spilled_outside(self) -> torch.Tensor:
+        """Spills the left singular vectors of the models beside the common ones, outside of which they lie."""
+        vectors, columns, common, number = self._vectors, self._columns, self._common, self._number
 
-def _turns_for_knots(shape: Shape, values: Values) -> bool:
-    """Whether rows are to go along the second side, which is so if the Gram matrix is that of the first."""
-    return _is_matrix(shape) and bool(values["concat_across_output"]) is not _is_dual(shape, values)
+        def beside(chunk: Chunk) -> Iterator[torch.Tensor]:
+            rows = self.left.get(chunk.start // columns, _rows_of(chunk, self.left, columns))
+            for model, delta in _deltas(chunk, self._weight, self._models):
+                vectors.project(rows, model, delta.view(-1, columns), self.block)
+            self.left.put(chunk.start // columns, rows)
+            yield rows[:, :common]
+            yield rows[:, common:number]
 
+        half = Half(number)
+        shared = products(self._group, beside, self.block)[0] if self._models else None
+        for start, part in self._steps():
+            if shared is not None:
+                part[:, common:number].addmm_(part[:, :common], shared, alpha=-1)
+                self.left.put(start, part)
+            half.add_gram(part[:, :number])
+        del shared
+        return half.square()
 
-def _knots_bytes(shape: Shape, models: int, values: Values, turned: bool) -> int:
-    if not _is_matrix(shape):
-        return 0
-    rows, columns = sides(shape)
-    size = columns if turned is bool(values["concat_across_output"]) else columns * models
-    block = 8 * block_rows(rows, columns)
-    if size == columns:
-        return 8 * size * size + eigen_bytes(size) + 2 * columns * block
-    return 8 * 4 * size * size + eigen_bytes(size) + 3 * size * block + (10 + models) * 8 * GRAIN
-
-
-def _check_knots(values: Values) -> None:
-    check_density(values)
-    if values["consensus"] not in ("ties", "linear"):
-        raise RecipeError(f"the consensus of knots is ties or linear, not {printable(values['consensus'])}")
-
-
-@merge_method(
-    "knots",
-    base="required",
-    row=_row,
-    buffers=11,
-    buffers_per_model=1,
-    searches=1,
-    compute="float64",
-    whole=_knots_bytes,
-    turns=_turns_for_knots,
-    check=_check_knots,
-)
-def knots(
-    group: TensorGroup,
-    *,
-    weight: PerModel = (1.0,),
-    density: PerModel = (1.0,),
-    consensus: str = "ties",
-    normalize: bool = True,
-    concat_across_output: bool = True,
-    lambda_: float = 1.0,
-) -> Kernel:
-    r"""Aligns the deltas by a singular value decomposition of all of them side by side, then merges them by TIES.
-
-    .. math:: y = b + \lambda\, U\, \operatorname{merge}(S V_0^\top, \ldots, S V_{N-1}^\top), \qquad
-              [\delta_0 \ldots \delta_{N-1}] = U S\, [V_0^\top \ldots V_{N-1}^\top], \quad \delta_m = x_m - b
-
-    Stoica et al., *Model merging with SVD to tie the KnOTS*, 2024 (arXiv:2410.19735), as its authors' code computes it.
-    *merge* is that of ``ties`` with its ``weight``, ``density`` (the authors' topK, as a share) and ``normalize``, or with
-    ``consensus`` linear the weighted mean. Without ``concat_across_output`` the deltas lie one below the other and V is
-    shared, as if all were transposed. One model or more.
-
-    The first axis by all others is the matrix; of vectors and numbers the deltas are merged as they are. A Gram matrix is
-    held of the shared side, which is the first axis, or all others without ``concat_across_output``; or of the other
-    sides of all deltas together if they are shorter. All is computed in float64, in two passes, or three with a density
-    below 1.
-
-    Edge cases: singular values of at most a millionth of the largest count as zero. Which vectors stand for equal
-    singular values is the solver's choice, and the same in each run. Deviations from the authors' code: elements are
-    selected in each tensor, not in all together; weights that agree are divided by, not their number; a zero sum elects
-    plus.
-    """
-    if not _is_matrix(group.shape):
-        return _consensus(group, _Aligned(None, 1, 1, group.elems), weight, density, consensus, normalize, lambda_)
-    rows, columns = sides(group.shape)
-    block = block_rows(rows, columns)
-    if group.turned is not concat_across_output:
-        return _side_by_side(group, weight, density, consensus, normalize, lambda_)
-
-    def twice(chunk: Chunk) -> Iterator[torch.Tensor]:
+    def _steps(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yields the spilled rows, and the number of the first. They may be changed."""
         import torch
 
-        deltas = [chunk.delta(m, f"delta {m}", torch.float64).view(-1, columns) for m in range(group.models)]
-        for start, stop in ranges(chunk.elems // columns, block):
-            for delta in deltas:
-                yield delta[start:stop]
-                yield delta[start:stop]
-
-    (gram,) = products(group, twice, block, 1)
-    if not is_finite(gram):
-        return _all_nan
-    values, basis = eigen(gram)
-    kept = singular(values)[0] > 0
-    basis.mul_(kept.unsqueeze(1))
-    aligned = _Aligned(basis, columns, block, rows * int(kept.sum()))
-    return _consensus(group, aligned, weight, density, consensus, normalize, lambda_)
-
-
-def _side_by_side(
-    group: TensorGroup,
-    weight: Sequence[float],
-    density: Sequence[float],
-    consensus: str,
-    normalize: bool,
-    scale: float,
-) -> Kernel:
-    """Returns the kernel of ``knots`` from the Gram matrix of all columns of all deltas. The aligned deltas are small then,
-    and are merged in memory."""
-    import torch
-
-    rows, columns = sides(group.shape)
-    block = block_rows(rows, columns)
-
-    def beside(chunk: Chunk) -> Iterator[torch.Tensor]:
-        deltas = [chunk.delta(m, f"delta {m}", torch.float64).view(-1, columns) for m in range(group.models)]
-        for start, stop in ranges(chunk.elems // columns, block):
-            yield torch.cat([delta[start:stop] for delta in deltas], 1)
-
-    (gram,) = products(group, lambda chunk: (part for part in beside(chunk) for _ in range(2)), block, 1)
-    if not is_finite(gram):
-        return _all_nan
-    values, basis = eigen(gram)
-    sigma, inverse = singular(values)
-    count = int((sigma > 0).sum())
-    basis = basis[:count]
-    aligned = [(basis[:, start:stop] * sigma[:count].unsqueeze(1)).view(-1) for start, stop in ranges(len(sigma), columns)]
-    if count:
-        small = TensorGroup.of(*aligned, base=torch.zeros_like(aligned[0]))
-        known = _Aligned(None, 1, 1, small.elems)
-        mixed = small.merged(_consensus(small, known, weight, density, consensus, normalize, scale)).view(count, columns)
-        back = basis.T @ mixed.mul_(inverse[:count].unsqueeze(1))
-    else:
-        back = torch.zeros(len(sigma), columns, dtype=torch.float64)
-
-    def kernel(chunk: Chunk) -> torch.Tensor:
-        made = chunk.empty("plain", torch.float64).view(-1, columns)
-        for (start, stop), part in zip(ranges(len(made), block), beside(chunk), strict=True):
-            torch.mm(part, back, out=made[start:stop])
-        return _on_base(chunk, made)
-
-    return kernel
-
-
-@dataclass(frozen=True, slots=True)
-class _Aligned:
-    """Deltas in the coordinates of a basis, whose vectors are the rows; as they are without a basis. ``elems``: how many
-    coordinates a delta has that are not left out."""
-
-    basis: torch.Tensor | None
-    columns: int
-    block: int
-    elems: int
-
-    def delta(self, chunk: Chunk, model: int, slot: Slot) -> torch.Tensor:
-        """Returns the aligned delta of a chunk, in the compute dtype."""
-        import torch
-
-        if self.basis is None:
-            return chunk.delta(model, slot)
-        delta = chunk.delta(model, "plain", torch.float64).view(-1, self.columns)
-        made = chunk.empty(slot).view(-1, self.columns)
-        for start, stop in ranges(len(delta), self.block):
-            made[start:stop] = delta[start:stop] @ self.basis.T
-        return made.view(-1)
-
-    def plain(self, chunk: Chunk, mixed: torch.Tensor) -> torch.Tensor:
-        """Returns an aligned delta as it is without the basis, in float64."""
-        import torch
-
-        made = chunk.empty("plain", torch.float64).copy_(mixed)
-        if self.basis is not None:
-            matrix = made.view(-1, self.columns)
-            for start, stop in ranges(len(matrix), self.block):
-                matrix[start:stop] = matrix[start:stop] @ self.basis
-        return made
-
-
-def _consensus(
-    group: TensorGroup,
-    aligned: _Aligned,
-    weight: Sequence[float],
-    density: Sequence[float],
-    consensus: str,
-    normalize: bool,
-    scale: float,
-) -> Kernel:
-    """Returns the kernel that merges aligned deltas as ``ties`` or ``task_arithmetic`` do."""
-    n, total = aligned.elems, sum(weight)
-    ranks = [[group.elems if d >= 1 else max(int(d * n), 1) if d else 0] for d in density]
-
-    def magnitudes(chunk: Chunk) -> Iterator[torch.Tensor]:
-        return (aligned.delta(chunk, model, OPERAND).abs_() for model in range(group.models))
-
-    cuts = group.kth_largest(magnitudes, ranks) if any(d < 1 for d in density) else None
-
-    def kernel(chunk: Chunk) -> torch.Tensor:
-        deltas = []
-        for model, w in enumerate(weight):
-            delta = aligned.delta(chunk, model, f"delta {model}")
-            deltas.append(scaled(cuts[model][0].keep(delta, chunk.start) if cuts else delta, w))
-        if consensus == "ties":
-            mixed = winners(chunk, deltas, weight, normalize)
-        else:
-            mixed = deltas[0]
-            for delta in deltas[1:]:
-                mixed.add_(delta)
-            if normalize and abs(total) >= 1e-8:
-                mixed.div_(total)
-        return _on_base(chunk, aligned.plain(chunk, mixed).mul_(scale))
-
-    return kernel
+        step = max(_STEP_ROWS // self.block, 1) * self.block
+        buffer = torch.empty(step, self._columns, dtype=torch.float64)
+        for start, stop in ranges(self._rows, step):
+            yield start, self.left.get(start, buffer[: stop - start])

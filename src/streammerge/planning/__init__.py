@@ -12,6 +12,9 @@ Each module imports only modules above it::
     dispositions  what becomes of each thing in an input
     parameters    a method's parameters for each tensor
     mismatch      differences between checkpoints
+    ruled         which rule takes which tensor
+    matched       which tensor of another checkpoint goes with which of the first
+    missing       tensors that not all checkpoints have
     experts       fused experts as separate ones, and the other way round
     shapes        tensors whose shapes or kinds of numbers differ
     refusals      tensors that no method may merge

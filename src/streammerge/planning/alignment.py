@@ -6,10 +6,8 @@ Finds every disagreement before a byte is written, and reports all of them toget
 from __future__ import annotations
 
 from array import array
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import MismatchError, RecipeError, listed, printable
@@ -17,9 +15,12 @@ from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import COPY, INTEGERS
 from streammerge.planning.aligned import Merged, MergedTensors, Views, Way, has_rows_of_first, named, names_of, unlike
 from streammerge.planning.dispositions.ledger import Dispositions
+from streammerge.planning.matched import MatchedViews, SameNames, matched
 from streammerge.planning.mismatch import Differing, Mismatch
+from streammerge.planning.missing import Ignored, Missing
 from streammerge.planning.parameters import ParameterValues, shares
 from streammerge.planning.refusals import quantised, refuse_inseparable, refuse_unmerged, refuse_unreadable
+from streammerge.planning.ruled import Rules, drops
 from streammerge.planning.shapes import Fitted, differ, fit, framed
 from streammerge.planning.views import Indexes, Part, Restacked, View, make_parts
 from streammerge.recipe.model import Recipe, Reference, Rule
@@ -27,13 +28,11 @@ from streammerge.sources.base import Source
 from streammerge.sources.stored import Stored as StoredSource
 from streammerge.sources.table import StoredTable, same_names
 from streammerge.tensors.dtypes import DType, promoted
-from streammerge.tensors.names import copies_among, is_counter, spelled, why_ignored, why_optional
+from streammerge.tensors.names import is_counter, why_ignored, why_optional
 from streammerge.tensors.spec import TensorSpec
 
 if TYPE_CHECKING:
-    from streammerge.checkpoints.profiles import Profile
     from streammerge.planning.vocabularies import Tokenized
-    from streammerge.tensors.matching import Renaming
 
 _WIDE = (DType.F64, DType.C128)
 BY_RULE = "by the rule for "
@@ -75,7 +74,7 @@ def align(recipe: Recipe, indexes: Indexes) -> Alignment:
     alignment = Alignment([], parts.notes, restacked=parts.restacked)
     alignment.shares = shares(parts.parts[0])
     mismatch = Mismatch(str(first.path))
-    rules = _Rules(recipe)
+    rules = Rules(recipe)
     for part in parts.parts:
         _Aligner(recipe, indexes, part, rules, alignment, mismatch).run()
     if mismatch:
@@ -133,20 +132,6 @@ def _record(alignment: Alignment) -> None:
         alignment.dispositions.add("tensor", names, "copied" if copied else "merged", why)
 
 
-class _Rules:
-    """Finds the first rule that matches a tensor, and counts the tensors that each rule takes."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.rules = recipe.rules
-        self.taken: Counter[int] = Counter()
-
-    def of(self, name: str) -> Rule | None:
-        for rule in self.rules:
-            if rule.takes(name):
-                return rule
-        return None
-
-
 class _Aligner:
     """Aligns the tensors of one part's views by their names."""
 
@@ -155,29 +140,25 @@ class _Aligner:
         recipe: Recipe,
         indexes: Indexes,
         part: Part,
-        rules: _Rules,
+        rules: Rules,
         alignment: Alignment,
         mismatch: Mismatch,
     ) -> None:
         self.recipe, self.indexes, self.part, self.rules = recipe, indexes, part, rules
         self.alignment, self.mismatch = alignment, mismatch
         self.base = part.views[0]
-        self.others = [self._conformed(view) for view in part.views[1:]]
-        self.matches: list[Mapping[str, str]] = []
-        for other in self.others:
-            names, doubtful = _matched(self.base, other)
-            self.matches.append(names)
+        self.views = MatchedViews(self.base, [self._conformed(view) for view in part.views[1:]])
+        for other, doubtful in zip(self.views.others, self.views.doubtful, strict=True):
             if doubtful:
                 self.mismatch.doubtful.setdefault(str(other.index.path), []).extend(doubtful)
+        self.missing = Missing(recipe, indexes[recipe.checkpoints[0]], self.views, rules, mismatch)
         self.values = ParameterValues(recipe, part)
         self.copies: dict[Reference, tuple[View, Mapping[str, str]]] = {}
-        self.added: dict[str, tuple[str, View]] = {}
-        self.remade = _Ignored(why_ignored)
-        self.stale: set[str] = set()
+        self.remade = Ignored(why_ignored)
         self.valued: dict[tuple[int, int], Way] = {}
         self.declared = {
             id(entry): view.index.declared[entry.spec.name]
-            for view in (self.base, *self.others)
+            for view in (self.base, *self.views.others)
             if view.index.declared
             for entry in view.entries.values()
             if entry.spec.name in view.index.declared
@@ -185,26 +166,24 @@ class _Aligner:
         """The dtype that a tensor of a stage would have in a file, where the stage does not round it."""
 
     def run(self) -> None:
-        self.alignment.viewed += [(self.base, None), *zip(self.others, self.matches, strict=True)]
-        for other, matched in zip(self.others, self.matches, strict=True):
-            if not isinstance(matched, _Same):
+        self.alignment.viewed += [(self.base, None), *self.views.pairs()]
+        for other, matches in self.views.pairs():
+            if not isinstance(matches, SameNames):
                 from streammerge.tensors.matching import describe
 
-                self.alignment.notes += [f"{printable(other.index.path)}: {text}" for text in describe(matched)]
-        if self.recipe.rules:
-            ruled: Mapping[str, Rule | None] = {name: self.rules.of(name) for name in self.base.entries}
-        else:
-            ruled = _Unruled(self.base.entries)
+                self.alignment.notes += [f"{printable(other.index.path)}: {text}" for text in describe(matches)]
+        ruled = self.rules.over(self.base.entries)
         ties = {name: first for name, first in self._shared_ties().items() if ruled[name] is ruled[first]}
-        names = self._names(ties, ruled)
+        names = self.missing.kept(ties, ruled)
+        self.alignment.notes += self.missing.notes
         if self.recipe.rules:
-            self.rules.taken.update(id(rule) for rule in ruled.values() if rule)
-            names = [n for n in names if not _drops(ruled[n])]
+            self.rules.count(ruled.values())
+            names = [n for n in names if not drops(ruled[n])]
         if len(names) < len(ruled):
             self._record_dropped(names, ruled)
         views = None if self.alignment.merged else self._tables()
         made = self._rows(views, names, ruled) if views else self._objects(names, ties, ruled)
-        added = [self._addition(name, view) for name, view in self.added.values()]
+        added = [self._addition(name, view) for name, view in self.missing.added.values()]
         if isinstance(made, MergedTensors):
             for each in added:
                 made.add(each)
@@ -230,16 +209,16 @@ class _Aligner:
 
     def _tables(self) -> Views | None:
         """Returns the tables of all views, None if not all are tables under the output's names."""
-        tables = [view.entries for view in (self.base, *self.others) if isinstance(view.entries, StoredTable)]
-        if self.recipe.output.strip_prefix or len(tables) <= len(self.others):
+        tables = [view.entries for view in (self.base, *self.views.others) if isinstance(view.entries, StoredTable)]
+        if self.recipe.output.strip_prefix or len(tables) <= len(self.views.others):
             return None
         first = tables[0]
         theirs: list[array[int] | None] = [None]
-        for table, matched in zip(tables[1:], self.matches, strict=True):
+        for table, matches in zip(tables[1:], self.views.matches, strict=True):
             if table.names is first.names:
                 theirs.append(None)
             else:
-                found = (table.rows[matched[name]] if name in matched else -1 for name in first.names)
+                found = (table.rows[matches[name]] if name in matches else -1 for name in first.names)
                 theirs.append(array("i", found))
         return Views(tables, theirs)
 
@@ -326,114 +305,14 @@ class _Aligner:
         gone = [(name, rule) for name, rule in ruled.items() if name not in kept]
         for rule in {id(rule): rule for _, rule in gone if rule and rule.drop}.values():
             add("tensor", [name for name, own in gone if own is rule], "dropped", f"{BY_RULE}{printable(rule)}")
-        add("tensor", sorted(self.stale - kept), "dropped", STALE)
-        absent = [name for name, rule in gone if not _drops(rule) and name not in self.stale]
+        stale = self.missing.stale
+        add("tensor", sorted(stale - kept), "dropped", STALE)
+        absent = [name for name, rule in gone if not drops(rule) and name not in stale]
         add("tensor", absent, "dropped", f'not in every input, `on_missing="{self.recipe.on_missing}"`')
-
-    # -- names ------------------------------------------------------------------------------------------------------
-
-    def _names(self, ties: dict[str, str], ruled: Mapping[str, Rule | None]) -> list[str]:
-        """Returns the first view's names that go into the output, after the policy for tensors that some inputs lack."""
-        partial: set[str] = set()
-        merged_here = list(ruled)
-        if self.recipe.rules:
-            merged_here = [n for n, rule in ruled.items() if not _drops(rule) and not (rule and rule.copy)]
-        absent, foreign = _Ignored(why_optional), _Ignored(why_optional)
-        for other, matched in zip(self.others, self.matches, strict=True):
-            if isinstance(matched, _Same):
-                self._compare(other, matched, merged_here)
-                continue
-            missing = [n for n in merged_here if n not in matched and not (n in ties and ties[n] in matched)]
-            used = set(matched.values())
-            extra = [n for n in other.entries if n not in used and other.aliases.get(n) not in used]
-            extra = [n for n in extra if not _drops(self.rules.of(n))]
-            partial.update(missing)
-            self._compare(other, matched, merged_here)
-            missing, extra = self._without_copies(other, missing, extra)
-            missing = [n for n in missing if not self._optional(n) and not absent.takes(n, self.base.entries[n])]
-            needed = self._beside_added(other, extra)
-            extra = [n for n in extra if n in needed or not (self._optional(n) or foreign.takes(n, other.entries[n]))]
-            self._note_mismatch(other, missing, extra)
-            if self.recipe.on_missing == "union":
-                for name in extra:
-                    self.added.setdefault(spelled(name), (name, other))
-        self.alignment.notes += absent.notes("are kept as the first has them")
-        self.alignment.notes += foreign.notes("stay out, as the first lacks them")
-        optional = [n for n in ruled if n in partial and self._optional(n)]
-        if optional and self.profile:
-            self.alignment.notes.append(
-                f"{len(optional)} tensors that the {self.profile.name} loader ignores ({optional[0].split('.')[0]}.*, ...) "
-                "are not in every input; they are kept as in the first"
-            )
-        if self.recipe.on_missing == "drop":
-            return [n for n in ruled if n not in partial or n in absent.names or self._optional(n)]
-        return [n for n in ruled if n not in self.stale] if self.stale else list(ruled)
-
-    def _without_copies(self, other: View, missing: list[str], extra: list[str]) -> tuple[list[str], list[str]]:
-        """Removes the names of a running average that only one of the two has beside its plain weights.
-
-        The average of one input would be stale, so it is left out, unless `on_missing` says what becomes of it.
-        """
-        if self.recipe.on_missing != "error" or not (missing or extra):
-            return missing, extra
-        ours, theirs = (_whole_copies(view.entries, names) for view, names in ((self.base, missing), (other, extra)))
-        self.stale.update(ours)
-        if theirs:
-            self.alignment.notes.append(
-                f"{printable(other.index.path)}: {len(theirs)} tensors ({listed(theirs, 2)}) are a running average, which "
-                f"{printable(self.base.index.path)} lacks; they stay out"
-            )
-        return [n for n in missing if n not in set(ours)], [n for n in extra if n not in set(theirs)]
-
-    def _beside_added(self, other: View, extra: list[str]) -> set[str]:
-        """Returns the counters of modules that are added as a whole, without which their loader finds a name missing."""
-        if self.recipe.on_missing != "union":
-            return set()
-        modules = {n.rpartition(".")[0] for n in extra if not why_optional(n, other.entries[n].spec.shape)}
-        return {n for n in extra if is_counter(n) and n.rpartition(".")[0] in modules}
-
-    def _optional(self, name: str) -> bool:
-        """Whether an input may lack the tensor, because the program that the first checkpoint belongs to ignores it."""
-        return self.profile is not None and self.profile.ignores(name)
-
-    @cached_property
-    def profile(self) -> Profile | None:
-        """Returns the first checkpoint's profile. It is needed only if inputs lack tensors, because finding it reads
-        every name."""
-        from streammerge.checkpoints.profiles import profile_of
-
-        return profile_of(self.indexes[self.recipe.checkpoints[0]])
-
-    def _compare(self, other: View, matched: Mapping[str, str], merged_here: Sequence[str]) -> None:
-        """Counts the names that the two have in common, over all parts of the merge."""
-        if merged_here and other.entries:
-            same = isinstance(matched, _Same)
-            common = len(merged_here) if same else sum(name in matched for name in merged_here)
-            self.mismatch.count(str(other.index.path), common, len(merged_here), len(other.entries))
-
-    def _note_mismatch(self, other: View, missing: list[str], extra: list[str]) -> None:
-        path = str(other.index.path)
-        for table, names in ((self.mismatch.missing, missing), (self.mismatch.extra, extra)):
-            if names:
-                table.setdefault(path, []).extend(names)
-        if missing or extra:
-            self.mismatch.names.setdefault(path, _shapes(other.entries))
-            self.mismatch.names.setdefault(self.mismatch.first, _shapes(self.base.entries))
 
     def _shared_ties(self) -> dict[str, str]:
         """Returns the ties of the first checkpoint that every checkpoint has: name -> the name it is tied to."""
-        ties, parted = {}, []
-        for name, first in self.base.aliases.items():
-            for other, matched in zip(self.others, self.matches, strict=True):
-                if (
-                    name in matched
-                    and first in matched
-                    and other.entries[matched[name]].place != other.entries[matched[first]].place
-                ):
-                    parted.append(name)
-                    break
-            else:
-                ties[name] = first
+        ties, parted = self.views.shared_ties()
         if parted:
             self.alignment.warnings.append(
                 f"{listed(parted)}: tied in {printable(self.base.index.path)} but separate in another input, "
@@ -441,20 +320,10 @@ class _Aligner:
             )
         return ties
 
-    def _sources(self, name: str) -> _Sources:
-        """Returns the tensor in each view, None where it is missing."""
-        found: _Sources = [self.base.entries[name]]
-        for other, matched in zip(self.others, self.matches, strict=True):
-            theirs = matched.get(name) or matched.get(self.base.aliases.get(name, name))
-            found.append(other.entries[theirs] if theirs else None)
-        return found
-
-    # -- tensors ----------------------------------------------------------------------------------------------------
-
     def _merged(self, names: tuple[str, ...], rule: Rule | None) -> Merged | None:
         name, recipe = names[0], self.recipe
         tied = tuple(map(recipe.output_name, names[1:]))
-        sources = self._sources(name)
+        sources = self.views.sources(name)
         if rule and rule.copy:
             entry = self._copied(name, rule)
             spec, why = (
@@ -499,7 +368,7 @@ class _Aligner:
         absent_here = lacking and (
             (based and used[0] is None)
             or recipe.on_missing in ("base", "union")
-            or self._optional(name)
+            or self.missing.optional(name)
             or why_optional(name, first.spec.shape)
         )
         too_few = lacking and sum(s is not None for s in used[based:]) < method.models[0]
@@ -580,9 +449,9 @@ class _Aligner:
             index = next(index for reference, index in self.indexes.items() if reference.same(wanted))
             own = next((view for view in self.part.views if view.index is index), None)
             view = self._conformed(own or View(index, index.entries, index.aliases))
-            self.copies[wanted] = view, _matched(self.base, view)[0]
-        view, matched = self.copies[wanted]
-        theirs = matched.get(name) or matched.get(self.base.aliases.get(name, name))
+            self.copies[wanted] = view, matched(self.base, view)[0]
+        view, matches = self.copies[wanted]
+        theirs = matches.get(name) or matches.get(self.base.aliases.get(name, name))
         if theirs is None:
             raise MismatchError(
                 f"{self.recipe.at(rule.path)}{printable(path)} has no tensor {printable(name)} to copy; "
@@ -651,91 +520,6 @@ class _Aligner:
         if spec.dtype.kind == "float":  # floats that stand for integers
             spec = replace(spec, dtype=whole)
         return Merged(names, spec, INTEGERS, present, {"policy": policy}, tied=tied, rest=rest)
-
-
-class _Ignored:
-    """Collects tensors that may differ between the inputs, by reason. ``why`` returns the reason for a name and a shape."""
-
-    def __init__(self, why: Callable[[str, tuple[int, ...]], str]) -> None:
-        self.why = why
-        self.reasons: dict[str, list[str]] = {}
-        self.names: set[str] = set()
-
-    def takes(self, name: str, entry: Source) -> bool:
-        """Returns whether a tensor may differ, and remembers it."""
-        reason = self.why(name, entry.spec.shape)
-        if reason and name not in self.names:
-            self.names.add(name)
-            self.reasons.setdefault(reason, []).append(name)
-        return bool(reason)
-
-    def notes(self, fate: str, what: str = "are not in every input") -> list[str]:
-        """Returns a sentence for each reason."""
-        return [
-            f"{len(names)} tensors ({listed(names, 2)}) {what}; they {fate}, since they are {reason}"
-            for reason, names in self.reasons.items()
-        ]
-
-
-def _whole_copies(entries: Mapping[str, Source], names: Sequence[str]) -> list[str]:
-    """Returns the names of the running averages among ``entries`` of which every name is in ``names``."""
-    some = set(names)
-    return [name for own in copies_among(entries).values() if some.issuperset(own) for name in own]
-
-
-def _drops(rule: Rule | None) -> bool:
-    return rule is not None and rule.drop
-
-
-def _matched(base: View, other: View) -> tuple[Mapping[str, str], list[Renaming]]:
-    """Returns the matching of two views, base name -> the other's name, and what is doubtful about it."""
-    if same_names(base.entries, other.entries):
-        return _Same(base.entries), []
-    from streammerge.tensors.matching import match
-
-    found = match(_shapes(base.entries), _shapes(other.entries))
-    return found.names, found.doubtful
-
-
-class _Unruled(Mapping[str, None]):
-    """Names -> None, where a recipe has no rules."""
-
-    def __init__(self, names: Collection[str]) -> None:
-        self._names = names
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __getitem__(self, name: str) -> None:
-        return None
-
-
-class _Same(Mapping[str, str]):
-    """Names -> the same names."""
-
-    def __init__(self, names: Collection[str]) -> None:
-        self._names = names
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __getitem__(self, name: str) -> str:
-        if name in self._names:
-            return name
-        raise KeyError(name)
-
-
-def _shapes(entries: Mapping[str, Source]) -> dict[str, tuple[int, ...]]:
-    return {name: entry.spec.shape for name, entry in entries.items()}
 
 
 def _check_output_names(merged: Sequence[Merged]) -> None:

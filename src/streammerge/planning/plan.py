@@ -93,7 +93,7 @@ class Plan:
         sizes = [file.size for file in self.layout.files]
         sizes += [self.identities[source].size for source, _ in self.layout.side_files]
         written = sum(sizes) if self.out is None else self.out.store.needed_disk_bytes(sizes)
-        return written + self.spooled_bytes + self.turned_bytes
+        return written + self.spooled_bytes + self.turned_bytes + self.spilled_bytes
 
     @property
     def spooled_bytes(self) -> int:
@@ -104,6 +104,11 @@ class Plan:
     def turned_bytes(self) -> int:
         """Size of the temporary file of tensors that are made with their first axis last."""
         return turned_places(self.tasks[number] for number in where(self.tasks, lambda task: task.to_turn))[1]
+
+    @property
+    def spilled_bytes(self) -> int:
+        """Size of the temporary files in which methods spill, one for each worker."""
+        return self.budget.workers * max((task.spilled_bytes for task, _ in alike(self.tasks)), default=0)
 
     @property
     def torch_needed(self) -> bool:
@@ -195,6 +200,9 @@ class Plan:
         if self.turned_bytes:
             size = decimal_bytes(self.turned_bytes)
             facts.append(("turned", f"{size} of matrices are made by columns, in a temporary file"))
+        if self.spilled_bytes:
+            size = decimal_bytes(self.spilled_bytes)
+            facts.append(("spilled", f"{size} of vectors and sums are looked at again, in temporary files"))
         budget, processes = self.budget, " in processes" if self.executor == "processes" else ""
         memory = f"{binary_bytes(self.peak_bytes)} projected of {binary_bytes(self.memory_bytes)}, above start-up "
         memory += f"({budget.workers} workers{processes}, chunks of {budget.chunk_elems} elements, {self.io})"

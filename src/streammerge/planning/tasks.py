@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, overload
 
 from streammerge.kernels.chunk import whole_grains
+from streammerge.kernels.spill import held_bytes
 from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.registry import COPY
 from streammerge.planning.aligned import Views, Way
@@ -102,6 +103,15 @@ class MergeTask:
         if self.method.whole and not self.to_turn:
             return max(self.elems, 1)
         return whole_grains(PIECE_ELEMS, self.row) if self.method.row else PIECE_ELEMS
+
+    @property
+    def spilled_bytes(self) -> int:
+        """Bytes of the temporary file in which its method spills."""
+        if self.method.spills is None:
+            return 0
+        task = turned_task(self, 0, 0) if self.to_turn else self
+        size = self.method.spilled_bytes(task.shape, len(self.sources) - self.based, self.parameters, task.turned)
+        return size - held_bytes(size)
 
     @property
     def spread(self) -> bool:

@@ -16,6 +16,8 @@ MOST_TENSORS = 120
 _UNITS = 512
 _LEAST_COST, _MOST_COST = 4 << 20, 1 << 30
 """A unit that is lost with its machine costs this much at most, and a unit is no smaller without need."""
+_LEAST_PASSED = 256 << 20
+"""The least cost of a part of a tensor whose passes several machines share. They exchange files in each pass."""
 _MATRIX = 10
 """What a decomposition costs in bytes: its matrix is read once more for each so many rows or columns, the fewer of both."""
 
@@ -26,6 +28,7 @@ class Unit:
 
     ``last``: 0 for whole tasks. ``cost``: about as long as it takes to read so many bytes. ``alone``: whether it is made by
     itself, because all workers of a machine share the passes of a tensor, or because one needs temporary files.
+    ``exchanges``: whether the machines that make the other parts of its tensor share the passes too.
     """
 
     number: int
@@ -39,6 +42,10 @@ class Unit:
     @property
     def name(self) -> str:
         return str(self.number)
+
+    @property
+    def exchanges(self) -> bool:
+        return self.alone and self.last > 0
 
     def pieces(self, tasks: Sequence[MergeTask]) -> Iterator[Piece]:
         """Yields the pieces of the unit in their order."""
@@ -76,6 +83,7 @@ def cut(tasks: Sequence[MergeTask], whole_files: bool = False) -> list[Unit]:
         return [Unit(n, a, b, sum(costs[a:b]), alone=True) for n, (a, b) in enumerate(spans)]
     alone = {*where(tasks, _is_alone)}
     long = {*where(tasks, lambda task: task.elems > task.piece_elems)} - alone
+    passed = {*where(tasks, _passes_are_shared)} if alone else set()
     most = min(max(sum(costs) // _UNITS, _LEAST_COST), _MOST_COST)
     made: list[Unit] = []
     start, cost = 0, 0
@@ -85,9 +93,10 @@ def cut(tasks: Sequence[MergeTask], whole_files: bool = False) -> list[Unit]:
             made.append(Unit(len(made), start, stop, cost, not alone.isdisjoint(range(start, stop))))
 
     for number in range(len(tasks)):
-        if number in long and costs[number] > most:
+        least = max(most, _LEAST_PASSED if number in passed else 0)
+        if costs[number] > least and (number in long or (number in passed and costs[number] >= 2 * least)):
             end(number)
-            made += _parts(tasks[number], number, costs[number], most, len(made))
+            made += _parts(tasks[number], number, costs[number], least, len(made), number in passed)
             start, cost = number + 1, 0
             continue
         if cost + costs[number] > most or number - start >= MOST_TENSORS:
@@ -98,13 +107,21 @@ def cut(tasks: Sequence[MergeTask], whole_files: bool = False) -> list[Unit]:
     return made
 
 
-def _parts(task: MergeTask, number: int, cost: int, most: int, units: int) -> Iterator[Unit]:
+def _parts(task: MergeTask, number: int, cost: int, most: int, units: int, alone: bool) -> Iterator[Unit]:
     """Yields units that are parts of one long tensor. Each is some pieces."""
     each = task.piece_elems
     several = max(most * each // max(cost * each // task.elems, 1) // each, 1) * each
+    if alone:  # of equal size, because machines wait for the last one in each pass
+        count = -(-task.elems // several)
+        several = -(-task.elems // (count * each)) * each
     for turn, first in enumerate(range(0, task.elems, several)):
         last = min(first + several, task.elems)
-        yield Unit(units + turn, number, number + 1, cost * (last - first) // task.elems, False, first, last)
+        yield Unit(units + turn, number, number + 1, cost * (last - first) // task.elems, alone, first, last)
+
+
+def _passes_are_shared(task: MergeTask) -> bool:
+    """Whether machines can share the passes of a tensor: it needs no temporary files, and reads no other merge."""
+    return task.spread and not task.to_turn and not task.nested and not any(any(records(s)) for s in task.sources)
 
 
 def _is_alone(task: MergeTask) -> bool:

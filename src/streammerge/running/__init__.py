@@ -22,6 +22,7 @@ Each module imports only modules above it::
     readback   whether an output can be read back
     session    makes one output in its staging folder
     execution  runs a plan to its end
+    exchanging passes over a long tensor that several machines make
     shared     makes units of a plan, while other machines make others
     finishing  publishes what several machines have made
 """

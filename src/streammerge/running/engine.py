@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from streammerge.kernels.chunk import Look, Step
+from streammerge.kernels.chunk import Look, Step, Sweep
 from streammerge.kernels.pass_results import PassResults
 from streammerge.planning.budget import BEST_TILE_BYTES
 from streammerge.planning.tasks import MergeTask, Piece, PieceDone, alike, batches, pieces, where
@@ -20,6 +20,18 @@ from streammerge.tensors.spec import ranges
 T = TypeVar("T")
 
 
+class SharedPasses(Protocol):
+    """Passes over a long tensor that other machines make too."""
+
+    def record(self) -> PassResults:
+        """Returns what is known of the results."""
+        ...
+
+    def over(self, sweep: Sweep) -> Sweep:
+        """Returns a sweep of all machines. ``sweep`` is that of this one."""
+        ...
+
+
 def run_all(
     job: Job,
     executor: Executor,
@@ -27,13 +39,15 @@ def run_all(
     wanted: Callable[[Piece], bool],
     inputs: InputFiles | None = None,
     in_order: bool = False,
+    shared: SharedPasses | None = None,
 ) -> Generator[PieceDone, None, None]:
     """Makes all pieces that ``wanted`` accepts, with the same bytes on any executor. Yields the result of each.
 
     Makes the tensors first that one worker can make alone, then the long tensors one by one. The method of a long tensor is
     bound here, and all workers run its passes. Each worker then makes the same kernel from their results. ``inputs``: the
     open inputs of workers in this process, which remote files are fetched into ahead. ``in_order``: makes all tensors in
-    the order of the tasks instead, since the output is sent in parts.
+    the order of the tasks instead, since the output is sent in parts. ``shared``: the passes of the only task, if other
+    machines make them too.
 
     A long tensor that merges of merges read several times is one worker's if its tiles hold it.
     """
@@ -55,9 +69,10 @@ def run_all(
     def together(number: int) -> Generator[PieceDone, None, None]:
         task = tasks[number]
         if any(map(wanted, pieces(task, number))):
-            record = PassResults()
+            record = PassResults() if shared is None else shared.record()
+            sweep: Sweep = sweep_on_all(job, executor, number, task, record, ahead)
             with failures(task, 0, task.elems):
-                bind(task, sweep_on_all(job, executor, number, task, record, ahead), record)
+                bind(task, sweep if shared is None else shared.over(sweep), record)
             spread = ([piece] for piece in pieces(task, number) if wanted(piece))
             with closing(executor.run(MergeWork(job, tuple(record.results)), ahead_of(spread))) as results:
                 for done in results:

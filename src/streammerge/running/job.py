@@ -17,6 +17,7 @@ from streammerge.stores import faults
 from streammerge.stores.base import Location, Output, Status
 from streammerge.stores.checksums import Checksum
 from streammerge.stores.inputs import LEAST_AHEAD_BYTES, InputFiles
+from streammerge.stores.spilled import SpillFile
 
 
 class Target(Protocol):
@@ -70,7 +71,8 @@ class Job(NamedTuple):
 
     ``key``: a unique name of the run, see :func:`new_key`. ``inputs``: the expected status of each input file. ``polite``:
     see :class:`InputFiles`. ``mapped``: whether inputs are mapped or read. ``modules``: see :class:`Work`. ``measures``:
-    whether workers measure how far a result lies from its inputs.
+    whether workers measure how far a result lies from its inputs. ``home``: the folder in which methods spill, see
+    :class:`SpillFile`.
     """
 
     key: str
@@ -82,6 +84,7 @@ class Job(NamedTuple):
     destinations: tuple[Destination, ...]
     modules: tuple[str, ...] = ()
     measures: bool = False
+    home: Location | None = None
 
 
 _runs = itertools.count()
@@ -150,6 +153,10 @@ class Bench:
             if file is None:
                 file = self._own_outputs[place.location] = place.opened()
             return file, True
+
+    def spill(self, nbytes: int) -> SpillFile:
+        """Returns a new temporary file of so many bytes."""
+        return SpillFile(nbytes, self.job.home)
 
     def check_outputs(self) -> None:
         """Raises the error of a sync that failed when a file was closed between two uses. The kernel tells it only once, so

@@ -390,7 +390,16 @@ class Run:
         places = tuple(OutputPlace(file.location, file.size) for file in self._outputs)
         mapped = plan.io == "mmap"
         return Job(
-            new_key(), plan.budget, plan.identities, self._polite, mapped, self._kind, places, self._modules, self._measures
+            new_key(),
+            plan.budget,
+            plan.identities,
+            self._polite,
+            mapped,
+            self._kind,
+            places,
+            self._modules,
+            self._measures,
+            self.staging.home,
         )
 
     def _finished(self, piece: Piece, done: PieceDone) -> Finished:

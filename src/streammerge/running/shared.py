@@ -23,7 +23,7 @@ from streammerge.planning.tasks import MergeTask, Piece, PieceDone, batches, pla
 from streammerge.planning.units import MOST_TENSORS, Unit, sums_of
 from streammerge.running import process
 from streammerge.running.choosing import executor_of
-from streammerge.running.engine import modules_of, run_all
+from streammerge.running.engine import SharedPasses, modules_of, run_all
 from streammerge.running.execution import tell_and_prepare
 from streammerge.running.executors.base import Executor, Executors
 from streammerge.running.finished import other_sum, tensor_sums
@@ -362,9 +362,10 @@ class Share:
                 met[number] = done.nonfinite
                 self.read_bytes += tasks[number].read_bytes
                 self.listener(Spooled(tasks[number].out.name, tasks[number].read_bytes))
+            passes = self._exchange(unit, tasks[0], keeping.claims) if unit.exchanges else None
             with (
                 lent(job, inputs, self.files or [*self.whole.values()]),
-                closing(run_all(job, executor, turning.tasks, lambda piece: True, inputs, whole)) as results,
+                closing(run_all(job, executor, turning.tasks, unit.holds, inputs, whole, passes)) as results,
             ):
                 for done in results:
                     found = done.nonfinite | met.pop(done.number, {})
@@ -375,6 +376,13 @@ class Share:
             for file in temporary:
                 file.close()
                 self.joint.remove(file.location)
+
+    def _exchange(self, unit: Unit, task: MergeTask, claims_: Claims) -> SharedPasses:
+        """Returns the passes of a tensor of which other machines make other parts."""
+        from streammerge.running.exchanging import Exchange  # here, because few tensors are so long
+
+        parts = [other for other in self._units if other.start == unit.start and other.exchanges]
+        return Exchange(claims_, unit.start, task, parts, unit)
 
     def _finished(self, piece: Piece, done: PieceDone, keeping: _Keeping) -> None:
         self._refuse_nonfinite(piece, done)
@@ -407,6 +415,7 @@ class Share:
             plan.layout.receipt.kind,
             places,
             self._modules,
+            home=joint.home,
         )
 
 
@@ -424,7 +433,9 @@ class _Free:
         self.waiting = False
 
     def units(self, alone: bool) -> Iterator[Unit]:
-        for unit in self._left:
+        """Yields units of one kind. Those come first whose passes several machines share, since all of these begin with
+        them."""
+        for unit in sorted(self._left, key=lambda unit: not unit.exchanges):
             if unit.alone == alone and not self._keeping.has(unit):
                 if self._take(unit):
                     yield unit

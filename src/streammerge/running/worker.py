@@ -14,6 +14,7 @@ from streammerge.errors import StreammergeError, TaskError, printable
 from streammerge.kernels.chunk import Chunk, Kernel, Look, Step, chunk_spans
 from streammerge.kernels.group import TensorGroup
 from streammerge.kernels.pass_results import PassResults
+from streammerge.kernels.spill import Spill
 from streammerge.planning.tasks import MergeTask, Piece, PieceDone, as_one_piece, stretches
 from streammerge.running.executors.base import Host
 from streammerge.running.job import Bench, Job, Target
@@ -21,6 +22,7 @@ from streammerge.running.nonfinite import Numbers, may_be_nonfinite, nonfinite_o
 from streammerge.running.workspace import Inputs, Outgoing
 from streammerge.sources.stored import Stored
 from streammerge.stores.digests import COPY_BYTES
+from streammerge.stores.system import return_large_blocks
 from streammerge.tensors.spec import ranges
 
 if TYPE_CHECKING:
@@ -162,7 +164,7 @@ class MergeWorker(Worker):
                 yield step(look, self.chunks(task, source, start + begin, start + end, sparse))
 
         with failures(task, 0, task.elems):
-            kernel = None if task.verbatim else bind(task, sweep)
+            kernel = None if task.verbatim else bind(task, sweep, spills=self.bench.spill)
         for piece in batch:
             outgoing = Outgoing(target.write_full, self.workspace.octets("out"), piece.offset)
             with failures(task, piece.start, piece.stop):
@@ -216,7 +218,7 @@ class MergeWorker(Worker):
             self._kernel = bind(task, _no_sweep, PassResults(self._passes))
             return self._kernel
 
-        return bind(task, sweep_of(self, task, source))
+        return bind(task, sweep_of(self, task, source), spills=self.bench.spill)
 
     def _apply(self, kernel: Kernel, piece: Piece, source: Inputs, outgoing: Outgoing) -> PieceDone:
         value, nonfinite, sums = 0, dict[str, int](), list[float]()
@@ -267,12 +269,20 @@ def _no_sweep(look: Look, step: Step[T], start: int, stop: int, sparse: int = 0)
     raise ValueError(OTHER_PASSES)
 
 
-def bind(task: MergeTask, sweep: Callable[..., Iterator[Any]], results: PassResults | None = None) -> Kernel:
-    """Returns the kernel of a task. ``sweep`` runs the passes whose results are not in ``results``."""
+def bind(
+    task: MergeTask,
+    sweep: Callable[..., Iterator[Any]],
+    results: PassResults | None = None,
+    spills: Callable[[int], Spill] | None = None,
+) -> Kernel:
+    """Returns the kernel of a task. ``sweep`` runs the passes whose results are not in ``results``; ``spills`` makes a
+    temporary file."""
     import torch
 
+    if task.method.whole:
+        return_large_blocks()
     models, compute = len(task.sources) - task.based, getattr(torch, task.compute)
-    more = (task.based, task.row, task.seed, results, task.turned)
+    more = (task.based, task.row, task.seed, results, task.turned, spills)
     group = TensorGroup(task.out.name, task.shape, models, compute, sweep, *more)
     return task.method.bind(group, task.parameters)
 

@@ -15,6 +15,8 @@ from streammerge.kernels.ranking import held_bytes
 from streammerge.methods.contracts import MergeMethod, Values
 from streammerge.sources.base import Needs, Reader, Room, Source, region_bytes
 from streammerge.sources.turned import turned, turned_back, turned_spec
+from streammerge.stores.spilled import SpillFile
+from streammerge.stores.system import return_large_blocks
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import GRAIN, PIECE_ELEMS, TensorSpec, ranges
 
@@ -202,10 +204,14 @@ class _Reader(Reader):
 
     def _bind(self) -> Kernel:
         source = self._source
+        if source.method.whole:
+            return_large_blocks()
         models = len(source.sources) - source.based
         name = source.drawn_as or source.spec.name
         more = (source.based, self._row, source.seed)
-        group = TensorGroup(name, source.shape, models, self._compute, self._sweep, *more, turned=source.turned)
+        group = TensorGroup(
+            name, source.shape, models, self._compute, self._sweep, *more, turned=source.turned, spills=SpillFile
+        )
         return source.method.bind(group, source.parameters)
 
     def _sweep(self, look: Look, step: Step[T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:

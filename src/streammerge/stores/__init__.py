@@ -39,6 +39,7 @@ Each module imports only modules above it::
     locations    from text to a Location
     inputs       the inputs of a run
     scratch      files for a while
+    spilled      unnamed files for what memory has no room for
     claims       which machine makes which unit
     remains      what interrupted runs have left in object stores
     leftovers    what interrupted runs have left

@@ -28,7 +28,7 @@ from streammerge.errors import LockedError, StreammergeError
 from streammerge.stores import lock
 from streammerge.stores.base import Joint, Location
 
-UNITS, CLAIMS, MACHINES, SUMS = "units", "claims", "machines", "sums"
+UNITS, CLAIMS, MACHINES, SUMS, ANSWERS = "units", "claims", "machines", "sums", "answers"
 _BEATS = 6
 """How often in the time of a lease a machine shows that it lives."""
 _TIME = struct.Struct("<d")
@@ -121,7 +121,7 @@ class Claims:
         self._joint = joint
 
     def __enter__(self) -> Claims:
-        self._joint.begin((UNITS, CLAIMS, MACHINES, SUMS))
+        self._joint.begin((UNITS, CLAIMS, MACHINES, SUMS, ANSWERS))
         self.name = uuid.uuid4().hex[:16]
         began = _clock()
         self._show()
@@ -163,9 +163,25 @@ class Claims:
         claim = self._home / CLAIMS / f"{unit}.{len(before)}"
         return claim.create_small(self.name.encode(), durable=False)
 
+    def take_free(self, unit: str) -> bool:
+        """Claims a unit unless a living machine has it. Looks at the claims on this unit only."""
+        before: list[str] = []
+        owner = b""
+        while said := read_small(self._home / CLAIMS / f"{unit}.{len(before)}"):
+            before.append(f"{unit}.{len(before)}")
+            owner = said
+        if before and owner == self.name.encode():
+            return True
+        return (not before or self.dead(before[-1])) and self.take(unit, before)
+
+    @property
+    def answers(self) -> Location:
+        """The folder of what machines have found out about a tensor that several of them make."""
+        return self._home / ANSWERS
+
     def is_finished(self, unit: str) -> bool:
         """Whether a unit has a receipt. A listing may be older than this answer."""
-        return bool(_read(self._home / UNITS / unit))
+        return bool(read_small(self._home / UNITS / unit))
 
     def owners(self) -> dict[str, list[str]]:
         """Returns the machines that have claimed each unit, the last one last."""
@@ -183,27 +199,27 @@ class Claims:
 
     def dead(self, claim: str) -> bool:
         """Whether the machine of a claim has ended, or has shown nothing for the time of a lease."""
-        machine = _read(self._home / CLAIMS / claim).decode("ascii", "replace")
+        machine = read_small(self._home / CLAIMS / claim).decode("ascii", "replace")
         return machine != self.name and self._is_dead(machine)
 
     def wait_until_dead(self, claim: str) -> bool:
         """Waits until it is known whether the machine of a claim is dead, for the time of a lease at most."""
-        machine = _read(self._home / CLAIMS / claim).decode("ascii", "replace")
-        first = _read(self._home / MACHINES / machine)
+        machine = read_small(self._home / CLAIMS / claim).decode("ascii", "replace")
+        first = read_small(self._home / MACHINES / machine)
         while not self.dead(claim):
-            if _read(self._home / MACHINES / machine) not in (first, _ENDED):
+            if read_small(self._home / MACHINES / machine) not in (first, _ENDED):
                 return False
             time.sleep(min(self._lease / 20, 1.0))
         return True
 
     def describe(self, claim: str) -> str:
         """Returns who has made a claim."""
-        machine = _read(self._home / CLAIMS / claim).decode("ascii", "replace")
-        owner = _owner(_read(self._home / MACHINES / machine))
+        machine = read_small(self._home / CLAIMS / claim).decode("ascii", "replace")
+        owner = _owner(read_small(self._home / MACHINES / machine))
         return str(owner or lock.UNKNOWN)
 
     def _is_dead(self, machine: str) -> bool:
-        data = _read(self._home / MACHINES / machine) if machine.isalnum() else b""
+        data = read_small(self._home / MACHINES / machine) if machine.isalnum() else b""
         if data == _ENDED:
             return True
         owner = _owner(data)
@@ -224,7 +240,7 @@ def end(home: Location, machine: str) -> None:
 
 def living_in(home: Location, machine: str) -> lock.Owner | None:
     """Returns the process of a machine, None if it is known to have ended."""
-    data = _read(home / MACHINES / machine)
+    data = read_small(home / MACHINES / machine)
     owner = _owner(data)
     return None if data == _ENDED or (owner is not None and lock.has_ended(owner)) else owner or lock.UNKNOWN
 
@@ -232,7 +248,7 @@ def living_in(home: Location, machine: str) -> lock.Owner | None:
 def finished(home: Location) -> Iterator[tuple[str, bytes]]:
     """Yields the name and the receipt of each finished unit."""
     for unit in names_in(home / UNITS):
-        yield unit, _read(home / UNITS / unit)
+        yield unit, read_small(home / UNITS / unit)
 
 
 def finish(home: Location, unit: str, receipt: bytes, replaces: bool = True) -> bool:
@@ -251,7 +267,7 @@ def keep_sums(home: Location, unit: str, sums: bytes) -> None:
 
 
 def kept_sums(home: Location, unit: str) -> bytes:
-    return _read(home / SUMS / unit)
+    return read_small(home / SUMS / unit)
 
 
 def names_in(folder: Location) -> list[str]:
@@ -262,7 +278,7 @@ def names_in(folder: Location) -> list[str]:
         return []
 
 
-def _read(place: Location) -> bytes:
+def read_small(place: Location) -> bytes:
     """Returns the content of a small file, b"" if it is absent."""
     try:
         with place.stream() as stream:

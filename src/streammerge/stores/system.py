@@ -18,6 +18,7 @@ UNSUPPORTED = frozenset(
     if hasattr(errno, name)
 )
 _SYNC_FILE_RANGE_WRITE = 2
+_M_MMAP_THRESHOLD = -3
 _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate = getattr(_libc, "fallocate", None) if sys.maxsize > 1 << 32 else None
 _renameat2 = getattr(_libc, "renameat2", None)
@@ -42,6 +43,17 @@ def reserve(fd: int, nbytes: int) -> bool:
             return True
     os.ftruncate(fd, nbytes)
     return not nbytes
+
+
+def return_large_blocks() -> None:
+    """Lets the C library give each block of memory from 4 MiB on back to the system as soon as it is free.
+
+    By default it keeps blocks of up to 32 MiB for later ones, once it has seen one of that size. A small block that is
+    taken from a large one keeps the rest of it from being used for the next large one. Half a GiB was lost to that.
+    """
+    mallopt = getattr(_libc, "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 4 << 20)
 
 
 def full_sync(fd: int) -> None:

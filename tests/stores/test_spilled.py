@@ -1,0 +1,62 @@
+"""An unnamed temporary file: read back, bounded by the disk, gone with its object."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+from pathlib import Path
+
+import pytest
+
+from streammerge.errors import SpaceError
+from streammerge.stores import system
+from streammerge.stores.local import LOCAL
+from streammerge.stores.memory import memory_store
+from streammerge.stores.spilled import SpillFile
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_bytes_come_back_and_no_name_is_left(tmp_path: Path) -> None:
+    before = descriptors()
+    file = SpillFile(1 << 20, LOCAL.parse(str(tmp_path)))
+    data = os.urandom(70_001)
+    file.write(memoryview(data), 12_345)
+    file.write(memoryview(data[:10]), 0)
+    made = bytearray(len(data))
+    file.read_into(memoryview(made), 12_345)
+    assert made == data
+    assert not list(tmp_path.iterdir())
+    assert descriptors() == before + 1
+    del file
+    gc.collect()
+    assert descriptors() == before
+
+
+def test_bytes_behind_the_end_are_an_error(tmp_path: Path) -> None:
+    file = SpillFile(100, LOCAL.parse(str(tmp_path)))
+    with pytest.raises(OSError, match="has become shorter"):
+        file.read_into(memoryview(bytearray(10)), 95)
+
+
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, nbytes: int) -> bool:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(system, "reserve", full)
+    with pytest.raises(SpaceError, match=r"no room for a temporary file: it needs 1\.0 GB"):
+        SpillFile(10**9, LOCAL.parse(str(tmp_path)))
+
+
+def test_an_output_elsewhere_spills_into_the_systems_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for home in (None, memory_store.parse("memory://here/out")):
+        file = SpillFile(4096, home)
+        file.write(memoryview(b"abc"), 7)
+        made = bytearray(3)
+        file.read_into(memoryview(made), 7)
+        assert made == b"abc"
+    assert not list(tmp_path.iterdir())
