@@ -158,7 +158,10 @@ def plan(
             from streammerge.requests.adapters import adapter_plan  # here, because most plans are of models
 
             if saving.save is not None:
-                raise RecipeError("a plan of adapters alone cannot be saved; merge them on one machine")
+                raise RecipeError(
+                    "a plan of an adapter cannot be saved, because its ranks, and so the places of its tensors, are known "
+                    "last; make it on one machine, without `save`"
+                )
             return adapter_plan(combined, request.out, request.resources)
         made = request.plan()
     if saving.save is not None:
@@ -253,7 +256,7 @@ def merge(
                 made = request.plan()
         if combined is not None:
             if report is not None:
-                raise RecipeError("`report` is of a model, and adapters alone become an adapter; leave it out")
+                raise RecipeError("`report` is of a model, and this makes an adapter; leave it out")
             return _make(combined, request.out, given, running.listener, before)
         if request.merging.convert_first is not None:
             from streammerge.requests import conversions  # here, because most merges convert nothing

@@ -52,6 +52,32 @@ def test_parameters_of_fused_experts(form: str, order: list[str]) -> None:
     same(baked("base+lora"), wanted)
 
 
+@pytest.mark.parametrize("order", [["gate_up_proj", "down_proj"], ["down_proj", "gate_up_proj"]])
+def test_patterns_name_the_parameters_of_a_module(order: list[str]) -> None:
+    """PEFT matches patterns with the name of the parameter, not with that of its module."""
+    place, ranks = "model.layers.0.mlp.experts", {"gate_up_proj": 3, "down_proj": 1}
+    stored = {"gate_up_proj": drawn(5, EXPERTS, 2 * INNER, HIDDEN), "down_proj": drawn(6, EXPERTS, HIDDEN, INNER)}
+    lora, expected = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    for inside, scale, (name, weight) in zip(("base_layer.", ""), (2.0, 5.0), stored.items(), strict=True):
+        down, up = drawn(1, ranks[name] * EXPERTS, weight.shape[2]), drawn(2, weight.shape[1], ranks[name] * EXPERTS)
+        lora |= {f"{place}.{inside}lora_A.weight": down, f"{place}.{inside}lora_B.weight": up}
+        a, b = down.double().view(EXPERTS, ranks[name], -1), up.double().view(-1, ranks[name], EXPERTS)
+        update = torch.stack([scale * b[:, :, each] @ a[each] for each in range(EXPERTS)])
+        expected[f"{place}.{name}"] = weight.double() + update
+    base_of({f"{place}.{name}": each for name, each in stored.items()})
+    adapter_of(
+        lora,
+        config={
+            "r": 3,
+            "lora_alpha": 6,
+            "rank_pattern": {"experts.down_proj": 1},
+            "alpha_pattern": {r"layers\.\d+\.mlp\.experts\.down_proj": 5},
+            "target_parameters": [f"mlp.experts.{each}" for each in order],
+        },
+    )
+    same(baked("base+lora"), expected)
+
+
 @pytest.mark.parametrize("across", [False, True])
 def test_factors_of_single_experts_on_fused_ones(across: bool) -> None:
     place = "model.layers.0.block_sparse_moe"

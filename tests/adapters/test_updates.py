@@ -341,3 +341,35 @@ def test_a_base_is_not_cut() -> None:
     adapter_of({f"diffusion_model.{PLACE}.{name}": each for name, each in lora.items()})
     with pytest.raises(sm.MismatchError, match="no larger shape"):
         baked("base+lora.safetensors")
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_multiples_of_lycoris(strength: float) -> None:
+    """LyCORIS' IA3 adds its numbers to 1, tells beside them whether they multiply inputs, and leaves biases."""
+    base = {
+        "a.q.weight": drawn(1, 6, 4),
+        "a.q.bias": drawn(2, 6),
+        "a.k.weight": drawn(3, 6, 4),
+        "a.c.weight": drawn(4, 5, 3, 2, 2),
+    }
+    lora = {
+        "lycoris_a_q.weight": drawn(5, 6),
+        "lycoris_a_q.on_input": torch.tensor(0),
+        "lycoris_a_k.weight": drawn(6, 4),
+        "lycoris_a_k.on_input": torch.tensor(1),
+        "lycoris_a_c.weight": drawn(7, 1, 5, 1, 1),
+        "lycoris_a_c.on_input": torch.tensor(0),
+    }
+    base_of(base)
+    adapter_of(lora)
+    doubled = {name: tensor.double() for name, tensor in (base | lora).items()}
+    expected = {name: doubled[name] for name in base}
+    expected["a.q.weight"] = doubled["a.q.weight"] * (1 + strength * doubled["lycoris_a_q.weight"][:, None])
+    expected["a.k.weight"] = doubled["a.k.weight"] * (1 + strength * doubled["lycoris_a_k.weight"])
+    expected["a.c.weight"] = doubled["a.c.weight"] * (1 + strength * doubled["lycoris_a_c.weight"].view(5, 1, 1, 1))
+    same(baked(f"base+{strength}*lora.safetensors"), expected)
+    lora["lycoris_a_k.on_input"] = torch.tensor(0)
+    Path("lora.safetensors").unlink()
+    adapter_of(lora)
+    with pytest.raises(sm.MismatchError, match=r"its numbers have the shape \[4\]"):
+        baked("base+lora.safetensors")

@@ -37,7 +37,12 @@ def test_a_run_that_fails_leaves_nothing() -> None:
     seen: list[Event] = []
     result = extracted(listener=seen.append, rank=2)
     assert {RunStarted, TaskDone, Published} <= set(map(type, seen))
-    assert sorted(path.name for path in Path("adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in Path("adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "streammerge.json",
+        "streammerge.yaml",
+    ]
     assert result.written_bytes == sum(path.stat().st_size for path in Path("adapter").iterdir())
     assert repr(result).startswith("<AdapterResult adapter")
 

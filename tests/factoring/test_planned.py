@@ -15,7 +15,7 @@ def test_a_plan_prints_itself_and_writes_nothing() -> None:
     two()
     plan = sm.plan(["one", "other"], "made/", method="ties", parameters={"density": 0.5, "rank": 3}, memory="64MiB")
     assert (len(plan.tasks), plan.read_bytes > 0, 0 < plan.peak_bytes <= 64 << 20) == (3, True, True)
-    assert "3 by decomposing the merged product" in str(plan)
+    assert "3 by decomposing the update" in str(plan)
     assert repr(plan).startswith("<AdapterPlan: 3 tensors")
     told = json.loads(json.dumps(plan.to_json()))
     assert (told["method"], told["tensors"], told["recipe"]["rank"]) == ("ties", {"decompose": 3}, 3)

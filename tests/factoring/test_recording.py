@@ -1,15 +1,18 @@
-"""An adapter from adapters has a receipt, its recipe makes it again, and its run can be continued."""
+"""An adapter that is made has a receipt, its recipe makes it again, and its run can be continued."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 import streammerge as sm
 from factoring.test_combination import close, made_products, two, weighted
+from factoring.test_extraction import NORM, Q, extracted, pair
 from streammerge.events import Event, Resumed, Suspended, TaskDone
 
 
@@ -65,7 +68,7 @@ def test_what_a_recipe_cannot_say_of_adapters_is_named() -> None:
     for more, said in (
         ({"rules": [{"match": "*", "drop": True}]}, "`rules` has no meaning"),
         ({"on_missing": "base"}, "`on_missing` has no meaning"),
-        ({"parameters": {"weight": [0.1, 0.9]}}, "weight has filters or a gradient"),
+        ({"parameters": {"rank": [1, 2]}}, "rank is the same for all layers"),
         ({"merge_method": "ties", "parameters": {"density": 0.5}, "rank": 0}, "rank"),
     ):
         with pytest.raises(sm.RecipeError, match=said):
@@ -138,3 +141,73 @@ def test_a_merge_of_adapters_has_a_card_unless_none_is_wanted() -> None:
     Path("bare/README.md").write_text("mine")
     with pytest.raises(sm.RecipeError, match=r"also holds README\.md"):
         sm.merge(["one", "other"], "bare/", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 3},
+        {},
+        {"energy": 0.9, "save_modules": True, "alpha": 5.0, "dtype": "float16"},
+        {"rank": 8, "target": ["q_proj", "/down.*/"], "exclude": "*.mlp.*"},
+    ],
+)
+def test_an_extraction_has_a_recipe_that_makes_it_again(options: dict[str, Any]) -> None:
+    pair()
+    made = extracted(**options)
+    sm.merge(recipe="adapter/streammerge.yaml", out="again/")
+    assert whole("again") == whole("adapter")
+    receipt = json.loads(Path("adapter/streammerge.json").read_text())
+    assert set(receipt["inputs"]) == {"tuned/model.safetensors", "base/model.safetensors"}
+    assert [(each["tensor"], each["stored"], each["rank"]) for each in receipt["layers"]] == [
+        (each.name, each.stored, each.rank) for each in made.layers
+    ]
+    assert [each["error"] for each in receipt["layers"]] == pytest.approx([each.error for each in made.layers], rel=1e-5)
+    verified = sm.verify("adapter/", sample=1.0)
+    stored = [each for each in made.layers if each.stored == "factors"]
+    wholes = [each for each in made.layers if each.stored == "whole"]
+    assert verified.sampled_tensors == 2 * len(stored) + len(wholes)
+    assert verified.repeated_elems == verified.sampled_elems
+    assert str(sm.plan(recipe="adapter/streammerge.yaml")).startswith("model    tuned, trained from base\n")
+
+
+def test_values_of_an_extraction_are_computed_again() -> None:
+    """A change of an input that leaves its header is seen in factors, in whole modules, and where nothing differed."""
+    _, tuned = pair()
+    extracted(rank=3, save_modules=True)
+    for name in (f"{Q}.weight", f"{Q}.bias", f"{NORM}.weight", "model.same.weight"):
+        changed = {**tuned, name: tuned[name] + 1.0}
+        save_file(changed, "tuned/model.safetensors")
+        with pytest.raises(sm.VerifyError, match="differs from the result of its recipe") as told:
+            sm.verify("adapter/", sample=1.0)
+        assert name.rpartition(".")[0] in str(told.value)
+    save_file(tuned, "tuned/model.safetensors")
+    sm.verify("adapter/", sample=1.0)
+
+
+def test_an_extraction_that_differs_from_an_interrupted_one_is_refused() -> None:
+    pair()
+    with pytest.raises(KeyboardInterrupt):
+        extracted(rank=3, listener=stopping_after(2))
+    with pytest.raises(sm.RecipeError, match=r"differs from it: .*rank"):
+        extracted(rank=4)
+    seen: list[Event] = []
+    extracted(rank=3, listener=seen.append)
+    assert any(isinstance(event, Resumed) for event in seen)
+
+
+def test_an_extraction_from_memory_says_so() -> None:
+    base, tuned = pair()
+    sm.extract(tuned, "adapter/", base=base, rank=2)
+    (note,) = sm.verify("adapter/").notes
+    assert "was in memory when it was merged" in note
+
+
+def test_the_inputs_of_an_extraction_may_have_adapters() -> None:
+    pair()
+    extracted(rank=2)
+    sm.extract("base+adapter", "again/", base="base", rank=2)
+    names = set(json.loads(Path("again/streammerge.json").read_text())["inputs"])
+    assert names == {"base/model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"}
+    found = sm.verify("again/", sample=1.0)
+    assert found.repeated_elems == found.sampled_elems > 0

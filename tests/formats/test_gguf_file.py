@@ -186,7 +186,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "twice": (head(2, 0, info("w", (8,), 0, 0) + info("w", (8,), 0, 32)) + bytes(300), "tensor w is there twice"),
     "no blocks": (head(1, 0, info("w", (33,), 8, 0)) + bytes(300), "does not consist of blocks of 32 numbers"),
     "no axis": (head(1, 0, info("w", (), 12, 0)) + bytes(300), r"of shape \[\] does not consist of blocks"),
-    "IQ2_XXS": (head(1, 0, info("w", (256,), 16, 0)) + bytes(300), "tensor w is of the type IQ2_XXS, which is not read"),
+    "Q8_K": (head(1, 0, info("w", (256,), 15, 0)) + bytes(300), "tensor w is of the type Q8_K, which is not read"),
     "unknown type": (head(1, 0, info("w", (256,), 999, 0)) + bytes(300), "is of the unknown type 999"),
     "alignment 0": (gguf({"general.alignment": 0}, {"w": W}), "its alignment 0 is no power of two"),
     "alignment 48": (gguf({"general.alignment": 48}, {"w": W}), "its alignment 48 is no power of two"),

@@ -53,7 +53,57 @@ def test_every_kind_of_tar(tmp_path: Path, form: str) -> None:
     assert_same(load_safetensors(tmp_path / "out.safetensors"), tensors)
     index = sm.inspect(path)
     assert index.format == "NeMo archive"
-    assert any("model_config.yaml" in note for note in index.notes)
+    assert index.container.facts["beside"] == "model_config.yaml"
+
+
+def content(path: Path) -> dict[str, bytes]:
+    """What Python's tarfile finds in an archive, which NeMo reads with it: name -> bytes, in order."""
+    with tarfile.open(path) as archive:
+        return {m.name: found.read() for m in archive.getmembers() if (found := archive.extractfile(m)) is not None}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("first", ["model_weights.ckpt", "a_tokenizer.model", "z_vocab.txt"])
+def test_a_merged_archive_is_one(tmp_path: Path, form: str, first: str) -> None:
+    """The weights stand first, in the middle and last in it; everything else is the first input's to the byte."""
+    tensors = [{"enc.weight": torch.randn(300, 7), "enc.bias": torch.randn(5)} for _ in range(2)]
+    for number, each in enumerate(tensors):
+        with tarfile.open(tmp_path / f"{number}.nemo", "w", format=FORMATS[form]) as archive:
+            torch.save(each, tmp_path / "model_weights.ckpt")
+            for name in ("a_tokenizer.model", "z_vocab.txt"):
+                (tmp_path / name).write_bytes(f"{name} {number}".encode() * 99)
+            names = ["model_weights.ckpt", "a_tokenizer.model", "z_vocab.txt"]
+            for name in names[names.index(first) :] + names[: names.index(first)]:
+                archive.add(tmp_path / name, arcname=f"./{name}")
+    out = tmp_path / "out.nemo"
+    sm.merge([tmp_path / "0.nemo", tmp_path / "1.nemo"], out)
+    ours, theirs = content(out), content(tmp_path / "0.nemo")
+    weights = torch.load(io.BytesIO(ours.pop("./model_weights.ckpt")), weights_only=True)
+    assert theirs.pop("./model_weights.ckpt")
+    assert ours == theirs
+    assert list(ours) == list(theirs)
+    for name in tensors[0]:
+        assert torch.equal(weights[name], mean([each[name] for each in tensors], [1, 1]))
+    assert sm.verify(out, inputs=tmp_path).recomputed
+    data = bytearray(out.read_bytes())
+    data[data.index(b"z_vocab.txt 0")] ^= 1  # a byte outside the weights has a checksum too
+    out.write_bytes(data)
+    with pytest.raises(sm.VerifyError, match="header"):
+        sm.verify(out, inputs=tmp_path)
+
+
+def test_the_rest_of_an_archive_is_told(tmp_path: Path) -> None:
+    path = archive_of(tmp_path / "in.nemo", {"a": torch.ones(3)})
+    made = sm.convert(path, tmp_path / "out.safetensors")
+    assert "left out of the output: model_config.yaml (the output is one file)" in made.notes
+    assert "left out" not in "".join(sm.convert(path, tmp_path / "out.nemo").notes)
+
+
+def test_an_archive_with_much_beside_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streammerge.formats.nemo._MOST_BYTES_BESIDE", 1000)
+    path = archive_of(tmp_path / "in.nemo", {"a": torch.ones(3)})
+    with pytest.raises(sm.RecipeError, match=r"too much to write it again; write a \.ckpt file"):
+        sm.convert(path, tmp_path / "out.nemo")
 
 
 def test_weights_as_a_distributed_checkpoint(tmp_path: Path) -> None:
@@ -67,6 +117,15 @@ def test_weights_as_a_distributed_checkpoint(tmp_path: Path) -> None:
         sm.convert(path, tmp_path / "out.safetensors", overwrite=True)
         assert_same(load_safetensors(tmp_path / "out.safetensors"), tensors)
         sm.verify(tmp_path / "out.safetensors")
+
+
+def test_an_archive_of_a_folder_is_not_written(tmp_path: Path) -> None:
+    (tmp_path / "content").mkdir()
+    dcp_maker.write(tmp_path / "content" / "model_weights", {"a": torch.ones(4, 4)}, dcp_maker.grid(2, 2))
+    (tmp_path / "content" / "model_config.yaml").write_text("target: nemo\n")
+    path = pack(tmp_path / "in.nemo", tmp_path / "content")
+    with pytest.raises(sm.RecipeError, match=r"is read and not written; end the name in \.safetensors or \.ckpt"):
+        sm.convert(path, tmp_path / "out.nemo")
 
 
 def test_a_gzip_archive(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ def test_they_are_found_but_not_listed() -> None:
 
 
 def test_models_are_refused() -> None:
-    for name in FACTORS:
+    for name in ("cat", "svd"):
         with pytest.raises(sm.RecipeError, match=f"{name} makes an adapter of adapters alone"):
             merge_tensors(name, torch.zeros(2), torch.zeros(2))
+    with pytest.raises(sm.RecipeError, match="extract makes an adapter of one model and its base"):
+        merge_tensors("extract", torch.zeros(2), base=torch.zeros(2))

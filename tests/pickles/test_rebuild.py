@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import streammerge as sm
 from streammerge.pickles.rebuild import Damaged, StorageTable, storage_dtype, text
@@ -100,3 +101,33 @@ def test_tensors_that_pickle_alone_wrote_are_called_so(tmp_path: Path) -> None:
     with pytest.raises(sm.FormatError, match=r"were pickled without torch\.save; load it in Python") as raised:
         sm.inspect(tmp_path / "a.pkl")
     assert "damaged" not in str(raised.value)
+
+
+class OnDevice:
+    """A tensor as torch pickles it that lies on a device without storages, as those of XLA and Gaudi."""
+
+    def __init__(self, tensor: torch.Tensor, as_array: bool) -> None:
+        self.tensor, self.as_array = tensor, as_array
+
+    def __reduce__(self) -> tuple[object, ...]:
+        if self.as_array:
+            arguments = (self.tensor.float().numpy(), self.tensor.dtype, "cpu", False)
+            return torch._utils._rebuild_device_tensor_from_numpy, arguments
+        return torch._utils._rebuild_device_tensor_from_cpu_tensor, (self.tensor, self.tensor.dtype, "cpu", False)
+
+
+@pytest.mark.parametrize("as_array", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_of_devices_without_storages(tmp_path: Path, as_array: bool, dtype: torch.dtype) -> None:
+    tensors = [{"fc.weight": torch.randn(6, 5).to(dtype), "fc.bias": torch.randn(6).to(dtype)} for _ in range(2)]
+    for number, each in enumerate(tensors):
+        wrapped = {name: OnDevice(tensor, as_array) for name, tensor in each.items()}
+        torch.save({"model": wrapped}, tmp_path / f"{number}.pt")
+    inputs = [tmp_path / f"{number}.pt" for number in range(2)]
+    sm.convert(inputs[0], tmp_path / "one.safetensors")
+    sm.merge(inputs, tmp_path / "out.pt")
+    converted, merged = load_file(tmp_path / "one.safetensors"), torch.load(tmp_path / "out.pt", weights_only=True)["model"]
+    for name in tensors[0]:
+        assert torch.equal(converted[name], tensors[0][name])
+        assert converted[name].dtype == dtype
+        assert torch.equal(merged[name], ((tensors[0][name].double() + tensors[1][name].double()) / 2).to(dtype))

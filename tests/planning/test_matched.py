@@ -56,3 +56,13 @@ def test_a_tie_is_shared_if_all_have_it(tmp_path: Path) -> None:
     apart = saved("c.pth", three, four)
     assert MatchedViews(tied[0], [tied[1], apart]).shared_ties() == ({}, ["head"])
     assert MatchedViews(apart, tied).shared_ties() == ({}, []), "the first's ties decide"
+
+
+def test_a_name_without_characters(tmp_path: Path) -> None:
+    """torch.save({"": tensor}): the state dict of a module that is one parameter, with its prefix removed."""
+    for number in range(2):
+        torch.save({"": torch.full((3,), float(number)), "w": torch.full((2,), float(number))}, tmp_path / f"{number}.pt")
+    sm.merge([tmp_path / "0.pt", tmp_path / "1.pt"], tmp_path / "out.pt")
+    made = torch.load(tmp_path / "out.pt")
+    assert made[""].tolist() == [0.5] * 3
+    assert made["w"].tolist() == [0.5] * 2

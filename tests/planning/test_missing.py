@@ -82,6 +82,20 @@ def test_buffers_that_loaders_compute(holder: str, policy: str) -> None:
     assert not result.warnings
 
 
+@pytest.mark.parametrize("order", [("full", "pruned"), ("pruned", "full")])
+def test_a_full_and_a_pruned_diffusion_model(order: tuple[str, str]) -> None:
+    """Tools that prune a model leave out the schedule, and its loaders compute it."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 20) ** 2
+    schedule = {"betas": betas, "sqrt_one_minus_alphas_cumprod": torch.sqrt(1 - torch.cumprod(1 - betas, 0))}
+    schedule |= {"posterior_mean_coef1": draw(7, 20), "loss.logvar": torch.tensor(0.5)}
+    saved(full=model(1) | schedule, pruned=model(2))
+    made, result = merged(*order)
+    assert made.keys() == (model(1) | schedule if order[0] == "full" else model(1)).keys()
+    assert torch.equal(made["norm.weight"], mean(model(1)["norm.weight"], model(2)["norm.weight"]))
+    assert all(torch.equal(made[name], tensor) for name, tensor in schedule.items() if name in made)
+    assert any("noise schedule" in note for note in result.notes)
+
+
 def test_a_bias_is_no_mask() -> None:
     saved(one=model(1) | {"layers.0.attn.bias": draw(1, 4)}, two=model(2))
     with pytest.raises(sm.MismatchError, match=r"two\.safetensors lacks 1: layers\.0\.attn\.bias"):

@@ -24,7 +24,7 @@ class File:
         self.running = self.most_running = 0
         self._lock = threading.Lock()
 
-    def fetch(self, start: int, stop: int) -> memoryview:
+    def fetch(self, start: int, stop: int, buffers: object = None) -> memoryview:
         with self._lock:
             self.running += 1
             self.most_running = max(self.most_running, self.running)

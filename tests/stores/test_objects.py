@@ -6,13 +6,11 @@ import hashlib
 import os
 import subprocess
 import sys
-import threading
 import urllib.request
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -323,62 +321,6 @@ def test_an_input_that_changes_during_a_run_is_told(s3: str, tmp_path: Path, mon
     with pytest.raises(sm.ChangedError, match=r"2\.safetensors changed"):
         sm.merge(inputs, tmp_path / "out.safetensors")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.fixture
-def web(tmp_path: Path) -> Iterator[str]:
-    """A web server of the files in the test's folder, which answers ranged requests."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            path = tmp_path / unquote(self.path).lstrip("/")
-            if not path.is_file():
-                self.send_error(404)
-                return
-            data = path.read_bytes()
-            tag, size = hashlib.md5(data).hexdigest(), len(data)
-            asked = self.headers.get("Range")
-            if asked:
-                start, stop = asked.removeprefix("bytes=").split("-")
-                data = data[int(start) : int(stop) + 1]
-                self.send_response(206)
-                self.send_header("Content-Range", f"bytes {start}-{int(start) + len(data) - 1}/{size}")
-            else:
-                self.send_response(200)
-            self.send_header("Content-Length", str(len(data)))
-            self.send_header("Last-Modified", "Mon, 01 Jan 2024 00:00:00 GMT")
-            self.send_header("ETag", f'"{tag}"')
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(data)
-
-        do_HEAD = do_GET
-
-        def log_message(self, *args: object) -> None:
-            """Says nothing."""
-
-    pytest.importorskip("obstore")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_web_server_is_read_without_a_listing(web: str, tmp_path: Path) -> None:
-    made = [written(tmp_path, number) for number in (1, 2)]
-    made[0]["folder"].rename(tmp_path / "földer 1")
-    index = sm.inspect(f"{web}/{quote('földer 1')}/model.safetensors.index.json")
-    assert index.keys() == sm.inspect(made[1]["folder"]).keys()
-    sm.merge([f"{web}/1.safetensors", f"{web}/2.pth"], tmp_path / "remote.safetensors")
-    sm.merge([made[0]["safetensors"], made[1]["pth"]], tmp_path / "local.safetensors")
-    assert sm.diff(tmp_path / "remote.safetensors", tmp_path / "local.safetensors").equal
-    with pytest.raises(sm.RecipeError, match="with a query"):
-        sm.inspect(f"{web}/1.pth?x=1")
-    with pytest.raises(sm.RecipeError, match="does not exist"):
-        sm.inspect(f"{web}/absent.pth")
-    with pytest.raises(sm.RecipeError, match="can be read only"):
-        sm.merge(f"{web}/2.pth", f"{web}/3.pth")
 
 
 def test_what_is_wrong_is_told_in_one_sentence(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:

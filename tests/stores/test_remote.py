@@ -41,7 +41,7 @@ class Failing(RemoteStore):
         }
         return Entries(files, frozenset(name.partition("/")[0] for name in below if "/" in name))
 
-    def fetched(self, location: Location, status: Status, start: int, stop: int) -> Any:
+    def fetched(self, location: Location, status: Status, start: int, stop: int, buffers: object = None) -> Any:
         self.asked.append(("fetched", (start, stop)))
         return self.answer(self.files[location.key][start:stop])
 

@@ -56,7 +56,7 @@ class _Adapted:
         lost: list[Module] = []
         touched = set[str]()
         for module in sorted(adapter.modules, key=lambda module: _ORDER.index(module.kind)):
-            options = [module, *(replace(module, parameter=other, others=()) for other in module.others)]
+            options = [module, *module.others]
             failures: list[MismatchError] = []
             for option in options:
                 try:

@@ -11,6 +11,7 @@ PARTS: tuple[tuple[str, str, str], ...] = (
     (r"\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?", "tokens", "PEFT's trainable tokens"),
     (r"\.trainable_tokens_delta(?:\.[^.]+)?", "tokens", "PEFT's trainable tokens as an adapter of their own"),
     (r"\.ia3_l(?:\.[^.]+)?", "ia3", "PEFT's IA3"),
+    (r"\.on_input", "on_input", "LyCORIS' IA3: whether the weight beside it multiplies inputs"),
     (r"\.(hada_[wt][12](?:_[ab])?)(?:\.(?!weight$)[^.]+)?(?:\.weight)?", r"\1", "LoHa, in LyCORIS and PEFT"),
     (r"\.(lokr_[wt][12](?:_[ab])?)(?:\.(?!weight$)[^.]+)?(?:\.weight)?", r"\1", "LoKr, in LyCORIS and PEFT"),
     (r"[._]lora(?:_linear_layer)?[._](down|up|mid)\.weight", r"\1", "Kohya, LyCORIS, and diffusers before PEFT"),

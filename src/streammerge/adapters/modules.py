@@ -33,6 +33,8 @@ _KINDS: tuple[tuple[str, str], ...] = (
 )
 """(start of a part's name, the kind of change that it tells), the first one counts."""
 _ALPHA, _GROWN = "alpha", "reshape_weight"
+_ON_INPUT, _MULTIPLE = ".on_input", "ia3 change"
+"""LyCORIS' IA3: a weight is a multiple if this stands beside it, and which part it is."""
 _MOST_AXES, _MOST_SIZE = 5, 1 << 31
 _METADATA_KEY = "lora_adapter_metadata"
 _DEPTH = re.compile(r"\.base_layer(?=\.|$)")
@@ -51,9 +53,9 @@ class Module:
     for most, without a strength of the user. ``rank``: of its factors. ``magnitude``: the part with the norms of the
     updated tensor (DoRA), "" without. ``parameter``: the tensor of the module. ``transposed``: what the configuration says
     about the layout, which counts where shapes do not tell; for the kind "ia3", whether the inputs are multiplied.
-    ``start``: an initialisation that changed the base. ``others``: further parameters of the module that it may be about.
-    The order in the configuration tells which, but not in all versions of PEFT, so a parameter counts only if its shape
-    fits. ``grown``: the shape that the tensor of the base is filled up to with zeros first.
+    ``start``: an initialisation that changed the base. ``others``: the same for further parameters of the module that it
+    may be about. The order in the configuration tells which, but not in all versions of PEFT, so a parameter counts only
+    if its shape fits. ``grown``: the shape that the tensor of the base is filled up to with zeros first.
     """
 
     name: str
@@ -66,7 +68,7 @@ class Module:
     transposed: bool = False
     start: str = ""
     rows: tuple[int, ...] = ()
-    others: tuple[str, ...] = ()
+    others: tuple[Module, ...] = ()
     grown: tuple[int, ...] = ()
 
     @property
@@ -120,14 +122,17 @@ def adapter_of(index: CheckpointIndex, config: Config | None = None) -> Adapter:
     groups: dict[tuple[str, int], dict[str, tuple[str, Source]]] = {}
     saved: list[Module] = []
     factors = 0
+    multiplied = {name.removesuffix(_ON_INPUT) for name in index if name.endswith(_ON_INPUT)}
     for name, source in index.items():
         key = _split(name)
-        if source.spec.dtype.kind != "float" and key.part not in ("", _ALPHA, _GROWN):
+        if not key.part and key.module.endswith(".weight") and name.removesuffix(".weight") in multiplied:
+            key = _Key(key.module.removesuffix(".weight"), _MULTIPLE, key.depth)
+        if source.spec.dtype.kind != "float" and key.part not in ("", _ALPHA, _GROWN, "on_input"):
             raise MismatchError(
                 f"{made.where}: {printable(name)} is a factor of {source.spec.dtype.torch_name}, and factors are "
                 "floating-point numbers"
             )
-        if not source.spec.shape and key.part != _ALPHA and key.part:
+        if not source.spec.shape and key.part not in ("", _ALPHA, "on_input"):
             raise MismatchError(f"{made.where}: {printable(name)} is one number, and a factor has axes")
         if not key.part:
             saved.append(_saved(name, source, key))
@@ -304,7 +309,7 @@ def _modules(
         parts = {part: tensors[part] for part in rest}
         made = _scaled(adapter, name, depth, kind, parts, keys, config)
         yield made
-        if kind == "ia3" and not made.transposed:
+        if kind == "ia3" and not made.transposed and _MULTIPLE not in made.parts:
             yield replace(made, parameter="bias")
     if kind == "saved" and made is not None:
         yield made
@@ -320,7 +325,7 @@ _PARTNERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "lokr": (("lokr_w1", "lokr_w1_a"), ("lokr_w1", "lokr_w1_b"), ("lokr_w2", "lokr_w2_a"), ("lokr_w2", "lokr_w2_b")),
     "full": (("diff",),),
     "tokens": (("tokens",),),
-    "ia3": (("ia3",),),
+    "ia3": (("ia3", "ia3 change"),),
     "glora": (("a1",), ("a2",), ("b1",), ("b2",)),
 }
 """What each kind cannot be without: one of each of these."""
@@ -375,6 +380,7 @@ def _scaled(
                 "updated; the adapter is not complete"
             )
     own = parts.pop("alpha", None)
+    side = parts.pop("on_input", None) if kind == "ia3" else None
     grown = _sizes(adapter, keys[_GROWN], parts.pop(_GROWN)) if kind == "lora" and _GROWN in parts else ()
     foreign = next((part for part in parts if not part.startswith(_BELONGS[kind])), None)
     if foreign is not None:
@@ -396,6 +402,7 @@ def _scaled(
     if config is None or kind in ("ia3", "tokens", "full"):
         rows = _rows(adapter, name, config, keys.get("tokens", "")) if kind == "tokens" else ()
         through = config is not None and config.is_feedforward(name)
+        through = through if side is None else _element(adapter, keys["on_input"], side) != 0
         return Module(name, kind, parts, used, scale, rank, rows=rows, transposed=through, grown=grown)
     module = Module(name, kind, parts, used, config.scale(name), config.rank(name))
     module = replace(module, transposed=config.fan_in_fan_out, start=config.init, grown=grown)
@@ -407,14 +414,22 @@ def _scaled(
                 f"target_parameters of {CONFIG} names"
             )
         likely = targets[len(targets) - 1 - depth]
-        others = tuple(target for target in targets if target != likely)
-        return replace(module, kind="experts", parameter=likely, others=others)
+        first, *others = (
+            _of_parameter(module, config, each) for each in (likely, *(each for each in targets if each != likely))
+        )
+        return replace(first, others=tuple(others))
     if rank and rank != module.rank:
         raise MismatchError(
             f"{adapter.where}: {printable(used[0])} has the rank {rank}, and {CONFIG} says {module.rank} for "
             f"{printable(name)}; the file or the configuration is another adapter's"
         )
     return module
+
+
+def _of_parameter(module: Module, config: Config, parameter: str) -> Module:
+    """Returns the module as the update of one of its parameters. Patterns of ranks and alphas name parameters here."""
+    name = f"{module.name}.{parameter}"
+    return replace(module, kind="experts", parameter=parameter, scale=config.scale(name), rank=config.rank(name))
 
 
 def _targets(config: Config, module: str) -> list[str]:

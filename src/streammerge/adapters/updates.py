@@ -207,7 +207,13 @@ def _normed(module: Module, whole: Source, dtype: DType) -> Source:
 
 
 def _ia3(module: Module, weight: Source, strength: float, dtype: DType) -> Source:
-    factors, shape = module.parts["ia3"], weight.spec.shape
+    shape = weight.spec.shape
+    if "ia3 change" in module.parts:  # of LyCORIS: what is added to 1
+        factors, axis = module.parts["ia3 change"], int(module.transposed)
+        if shape[axis : axis + 1] != (factors.spec.numel,):
+            raise RecipeError(f"its numbers have the shape {list(factors.spec.shape)}")
+        return summed([weight, rescaled(weight, shaped(factors, -1), axis)], [1.0, strength])
+    factors = module.parts["ia3"]
     count, long = factors.spec.numel, [axis for axis, size in enumerate(factors.spec.shape) if size > 1]
     if module.parameter == "bias":
         axis = 0

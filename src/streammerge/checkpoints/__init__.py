@@ -20,6 +20,7 @@ Each module imports only modules above it::
     tokens       the number of each token
     vocabularies  the tokens of tokenizers beside the weights
     heads        heads that are tied to the embeddings
+    steps        the checkpoints of a run, by its folder
     choosing     the last, a range, the best
     schedules    weights of a run's last checkpoints
     conversions  inputs converted to safetensors first

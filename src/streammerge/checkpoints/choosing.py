@@ -9,6 +9,7 @@ from collections import Counter
 from streammerge.checkpoints.duplicates import distinct, twice_told
 from streammerge.checkpoints.globs import expand
 from streammerge.checkpoints.index import is_shard_of_model, open_checkpoint
+from streammerge.checkpoints.steps import with_steps
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.recipe.adapted import parts_of
 from streammerge.stores.locations import parse
@@ -26,11 +27,12 @@ def choose(
 ) -> tuple[list[str], list[str]]:
     """Returns the chosen checkpoints in their order, and sentences that say why these.
 
-    ``paths``: paths and globs. ``range``: ``FROM:TO``, both included, on the number of a checkpoint
-    (:mod:`streammerge.checkpoints.numbers`); ``best``: how many are taken by the number at the key ``by``, lowest first
-    unless ``highest``; ``last``: how many are taken from the end; ``oldest_first``: the chosen ones stand in the order of
-    their numbers, whatever order they were given in. Links to a checkpoint and copies of it do not count again; checkpoints
-    that were named one by one count as often as they were named. Raises RecipeError.
+    ``paths``: paths and globs; if something is chosen, the folder of a run stands for its checkpoints. ``range``:
+    ``FROM:TO``, both included, on the number of a checkpoint (:mod:`streammerge.checkpoints.numbers`); ``best``: how many
+    are taken by the number at the key ``by``, lowest first unless ``highest``; ``last``: how many are taken from the end;
+    ``oldest_first``: the chosen ones stand in the order of their numbers, whatever order they were given in. Links to a
+    checkpoint and copies of it do not count again; checkpoints that were named one by one count as often as they were
+    named. Raises RecipeError.
     """
     typed, notes = set(paths), list[str]()
     paths = expand(paths)
@@ -43,7 +45,10 @@ def choose(
         )
     if highest and best is None:
         raise RecipeError("`highest` turns the order of `best`, which is not given")
-    if any(choice is not None for choice in (last, range, best)) or not typed.issuperset(paths):
+    chooses = any(choice is not None for choice in (last, range, best))
+    if chooses or oldest_first:
+        paths = with_steps(paths)
+    if chooses or not typed.issuperset(paths):
         paths = distinct(paths, notes)
     else:
         notes += twice_told(paths)

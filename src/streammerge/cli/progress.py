@@ -89,5 +89,8 @@ def _left_before(out: str | None) -> str:
 
 
 def _command() -> str:
-    """Returns this command as typed in a shell, without characters that a terminal would execute."""
-    return " ".join(map(quoted, ["streammerge", *sys.argv[1:]]))
+    """Returns this command as typed in a shell, without characters that a terminal would execute, and without the queries
+    of addresses, which may be secrets."""
+    from streammerge.stores.locations import without_queries
+
+    return " ".join(map(quoted, ["streammerge", *map(without_queries, sys.argv[1:])]))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.cli.flags import as_flags
 from streammerge.cli.terminal import WIDTH
-from streammerge.errors import RecipeError, listed, printable
-from streammerge.formats.records import RECEIPT_KEY, RECIPE_KEY
+from streammerge.errors import RecipeError, StreammergeError, listed, printable
+from streammerge.formats.records import RECEIPT_KEY, RECIPE_FILE, RECIPE_KEY
 from streammerge.pickles.state_dict import unread_tensors
 from streammerge.sources.base import Source
 from streammerge.sources.stored import Stored
@@ -21,11 +22,13 @@ from streammerge.units import binary_bytes, counted, decimal_bytes
 
 if TYPE_CHECKING:
     from streammerge.factoring.making import AdapterResult
+    from streammerge.planning.receipt import Receipt
     from streammerge.running.execution import Result
     from streammerge.running.shared import ShareResult
     from streammerge.verifying.files import Verified
 
 
+_MOST_BYTES = 16 << 20
 _SHOWN_LAYERS = 10
 """Layers of an adapter that are shown: those that it represents worst."""
 
@@ -42,13 +45,8 @@ def result_text(result: Result) -> str:
 def adapter_text(result: AdapterResult, verbose: bool = False) -> str:
     """Returns the report of an adapter: how much of the updates it has, its worst layers, and the last lines of a run.
     ``verbose``: all layers."""
-    kinds = Counter(each.stored for each in result.layers)
-    words = {"whole": "stored whole", "equal": "without an update", "absent": "not represented"}
-    counts = [f"{kinds[kind]} {said}" for kind, said in words.items() if kinds[kind]]
-    made = counted(kinds["factors"], "module")
-    ranks = [each.rank for each in result.layers if each.rank]
-    span = f"{min(ranks)} to {max(ranks)}" if ranks and min(ranks) != max(ranks) else str(max(ranks, default=0))
-    lines = [f"{made} of rank {span}, error {result.error:.2%} of all updates" + "".join(f", {each}" for each in counts)]
+    made = counted(sum(each.stored == "factors" for each in result.layers), "module")
+    lines = [_factored([each.record() for each in result.layers])]
     shown = [each for each in result.layers if each.stored in ("factors", "absent") and each.norm]
     if not verbose:
         shown = sorted(shown, key=lambda each: -each.error)[:_SHOWN_LAYERS]
@@ -60,6 +58,19 @@ def adapter_text(result: AdapterResult, verbose: bool = False) -> str:
             f"  {row[0]:{width[0]}}  {row[1]:>{width[1]}}  {row[2]:>{width[2]}}  {row[3]:>{width[3]}}" for row in table
         ]
     return "\n".join(lines) + "\n" + _text(result, made)
+
+
+def _factored(layers: Sequence[Mapping[str, Any]]) -> str:
+    """Returns what the factors of an adapter that was made represent. ``layers``: as its receipt has them."""
+    kinds = Counter(each["stored"] for each in layers)
+    words = {"whole": "stored whole", "equal": "without an update", "absent": "not represented"}
+    counts = [f"{kinds[kind]} {said}" for kind, said in words.items() if kinds[kind]]
+    ranks = [each["rank"] for each in layers if each["rank"]]
+    span = f"{min(ranks)} to {max(ranks)}" if ranks and min(ranks) != max(ranks) else str(max(ranks, default=0))
+    total = math.hypot(*(each["norm"] for each in layers))
+    error = math.hypot(*(each["norm"] * each["error"] for each in layers)) / total if total else 0.0
+    made = f"{counted(kinds['factors'], 'module')} of rank {span}, error {error:.2%} of all updates"
+    return ", ".join([made, *counts])
 
 
 def adapter_json(result: AdapterResult) -> dict[str, Any]:
@@ -150,6 +161,9 @@ def recipe_text(index: CheckpointIndex) -> str:
     from streammerge.recipe.document import parse_yaml, to_yaml
 
     record = index.metadata.get(RECIPE_KEY)
+    beside = index.path / RECIPE_FILE
+    if record is None and not index.in_memory and index.path.is_folder() and beside.is_file():
+        record = beside.read(0, min(beside.size, _MOST_BYTES)).decode("utf-8", "replace")
     if record is None:
         raise RecipeError(f"{printable(index.path)} carries no recipe; it was not merged by streammerge")
     try:
@@ -180,6 +194,7 @@ def index_json(index: CheckpointIndex, tensors: bool) -> dict[str, Any]:
             for c in index.selection.candidates
         ],
         "metadata": index.metadata,
+        "layers": [] if (receipt := _receipt(index)) is None else receipt.layers,
         "facts": index.container.facts,
         "data": index.plain_data(),
         "classes": index.classes() if index.extras is not None else [],
@@ -254,14 +269,29 @@ def _beside(index: CheckpointIndex) -> _Rows:
     keys = [key for key in index.metadata if key != RECEIPT_KEY]
     for key in keys[:12]:
         yield "metadata", _short(f"{key}: {index.metadata[key]}")
-    if len(keys) < len(index.metadata):
+    receipt = _receipt(index)
+    if receipt is not None or len(keys) < len(index.metadata):
         yield "receipt", "of streammerge, which `streammerge verify` checks"
+    if receipt is not None and receipt.layers:
+        yield "adapter", _factored(receipt.layers)
     data = index.plain_data()
     if isinstance(data, dict):
         for key, value in list(data.items())[:40]:
             yield "data", _short(f"{key}: {_compact(value)}")
     elif data is not None and not isinstance(data, list):
         yield "data", _short(_compact(data))
+
+
+def _receipt(index: CheckpointIndex) -> Receipt | None:
+    """Returns the receipt of an output that is a folder; None if it has none that can be read."""
+    if index.in_memory or index.adapted_as or not index.path.is_folder():
+        return None
+    from streammerge.running.readback import receipt_of
+
+    try:
+        return receipt_of(index.path)
+    except (StreammergeError, OSError):
+        return None
 
 
 def _safety(index: CheckpointIndex) -> _Rows:

@@ -9,5 +9,6 @@ Each module imports only modules above it::
     making       makes an adapter: workers, temporary files, the output
     planned      the plan of an adapter, which prints itself
     extraction   an adapter from the difference of two models
+    parameters   the parameters of a method for each tensor of a merge of adapters
     combination  an adapter from adapters
 """

@@ -20,9 +20,11 @@ from streammerge.errors import FormatError, MismatchError, RecipeError, listed, 
 from streammerge.factoring.documents import Document
 from streammerge.factoring.layers import DECOMPOSE, EMBEDDING, LINEAR, RECOMPRESS, STACK, Layer
 from streammerge.factoring.making import Making
+from streammerge.factoring.parameters import Parameters
 from streammerge.factoring.recording import Record
 from streammerge.factoring.truncated import Wanted
 from streammerge.methods.contracts import MergeMethod
+from streammerge.methods.factors import FACTORS
 from streammerge.methods.registry import COPY
 from streammerge.methods.registry import LINEAR as MEAN
 from streammerge.recipe.model import Recipe
@@ -41,28 +43,29 @@ Shape = tuple[int, ...]
 
 
 class Combined(NamedTuple):
-    """How adapters are combined. ``method``: a merge method, "cat" or "svd". ``parameters``: of the method, as given, and
-    maybe ``rank``, the rank of the result. ``weights``: one for each adapter."""
+    """How one module of adapters is combined. ``way``: a merge method, "cat" or "svd". ``weights``: one for each adapter.
+    ``parameters``: of the method. ``rank``: of the result; 0 for the adapters' own."""
 
-    method: MergeMethod | str
-    weights: Sequence[float] | None
+    way: MergeMethod | str
+    weights: Sequence[float]
     parameters: Mapping[str, Any]
-    dtype: DType | None = None
-    seed: int = 0
+    rank: int = 0
 
 
-def combination(adapters: Sequence[Adapter], asked: Combined, recipe: Recipe | None = None) -> Making:
-    """Returns what an adapter from adapters is made of. Reads no tensor. ``recipe``: what is recorded of it.
+def combination(adapters: Sequence[Adapter], recipe: Recipe) -> Making:
+    """Returns what an adapter from adapters is made of by a recipe. Reads no tensor.
 
-    Raises MismatchError for adapters whose updates are no products of two factors, or need a base.
+    Raises MismatchError for adapters whose updates are no products of two factors, or need a base, and RecipeError for
+    parameters that adapters cannot follow.
     """
-    way, weights, parameters, rank = _read(asked, len(adapters))
     modules: dict[str, list[tuple[int, Module]]] = {}
     for number, adapter in enumerate(adapters):
         for module in adapter.modules:
             _check(adapter, module)
             modules.setdefault(module.name, []).append((number, module))
-    layers = [_layer(name, found, adapters, way, weights, parameters, rank, asked) for name, found in modules.items()]
+    parameters = Parameters(recipe, [f"{name}.weight" for name in modules])
+    asked = {name: _read(recipe, parameters.of(f"{name}.weight"), len(adapters)) for name in modules}
+    layers = [_layer(name, found, adapters, asked[name], recipe) for name, found in modules.items()]
     making = Making(
         layers,
         _document(adapters),
@@ -71,14 +74,15 @@ def combination(adapters: Sequence[Adapter], asked: Combined, recipe: Recipe | N
         listed([adapter.where for adapter in adapters], 4),
         notes=[note for adapter in adapters for note in adapter.notes],
         warnings=[warning for adapter in adapters for warning in adapter.index.warnings],
-        record=None if recipe is None else Record.of(recipe, adapters),
+        record=Record.of(recipe, adapters),
     )
-    making.notes.append(_said(way, weights))
+    making.notes += [_said(each.way, each.weights if parameters.fixed else ()) for each in [*asked.values()][:1]]
     return making
 
 
 def _said(way: MergeMethod | str, weights: Sequence[float]) -> str:
-    shown = ", ".join(f"{weight:g}" for weight in weights)
+    """Says how adapters are merged. ``weights``: of all layers; none if layers have their own."""
+    shown = ", ".join(f"{weight:g}" for weight in weights) if weights else "the weights of each layer"
     if way == "cat":
         return f"the factors are stacked (method cat), which is exactly the sum of the updates, times {shown}"
     if way == "svd":
@@ -87,18 +91,16 @@ def _said(way: MergeMethod | str, weights: Sequence[float]) -> str:
     return f"{name} merges the products of the factors, and the result is cut to the rank of the new adapter"
 
 
-def _read(asked: Combined, count: int) -> tuple[MergeMethod | str, list[float], dict[str, Any], int]:
-    """Returns the way, the weights, the method's parameters, and the rank of the result; 0 for the adapters' own."""
-    given = {name.rstrip("_"): value for name, value in asked.parameters.items()}
-    method = asked.method
+def _read(recipe: Recipe, given: dict[str, Any], count: int) -> Combined:
+    """Returns how a module is combined with these parameters."""
+    method: MergeMethod | str = recipe.merge_method
+    if FACTORS.get(recipe.merge_method.name) is method:
+        method = recipe.merge_method.name
     own = method.parameters if isinstance(method, MergeMethod) else {}
-    ranks = [given.pop(name) for name in _RANKS if name in given and name not in own]
+    ranks = [recipe.rank] if recipe.rank is not None else []
+    ranks += [given.pop(name) for name in _RANKS if name in given and name not in own]
     rank = whole_rank(ranks[0]) if ranks else 0
-    weights = list(asked.weights) if asked.weights is not None else None
-    if weights is None and "weight" in given and (isinstance(method, str) or method is MEAN):
-        weights = [float(each) for each in _as_list(given.pop("weight"), count)]
-    if weights is not None and len(weights) != count:
-        raise RecipeError(f"{len(weights)} weights for {count} inputs; give one weight per input, like 0.6,0.4")
+    weights = given.pop("weight", None)
     if method is MEAN:
         normalize = given.pop("normalize", True)
         weights = weights or [1.0] * count
@@ -111,12 +113,12 @@ def _read(asked: Combined, count: int) -> tuple[MergeMethod | str, list[float], 
     if isinstance(method, str):
         if given:
             raise RecipeError(f"{method} of adapters has the parameters weight and rank, not {listed(list(given))}")
-        return method, weights or [1.0] * count, {}, rank
+        return Combined(method, weights or [1.0] * count, {}, rank)
     if method is COPY:
         raise RecipeError("copy takes one model; choose a method that merges adapters, like linear")
     if weights is not None:
         given["weight"] = weights
-    return method, weights or [1.0] * count, given, rank
+    return Combined(method, weights or [1.0] * count, given, rank)
 
 
 def whole_rank(value: Any) -> int:
@@ -128,11 +130,6 @@ def whole_rank(value: Any) -> int:
     if rank < 1:
         raise RecipeError(f"rank takes a positive whole number, not {rank}")
     return rank
-
-
-def _as_list(value: Any, count: int) -> list[Any]:
-    several = list(value) if isinstance(value, list | tuple) else [value]
-    return several * count if len(several) == 1 else several
 
 
 def _check(adapter: Adapter, module: Module) -> None:
@@ -173,12 +170,10 @@ def _layer(
     name: str,
     found: Sequence[tuple[int, Module]],
     adapters: Sequence[Adapter],
-    way: MergeMethod | str,
-    weights: Sequence[float],
-    parameters: Mapping[str, Any],
-    rank: int,
     asked: Combined,
+    recipe: Recipe,
 ) -> Layer:
+    way, weights, parameters, rank = asked
     first = found[0][1]
     shape = _shape(first)
     for number, module in found[1:]:
@@ -189,7 +184,7 @@ def _layer(
             )
     form = EMBEDDING if first.kind == "embedding" else LINEAR
     tensor = f"{name}.weight"
-    dtype = asked.dtype or _dtype(module for _, module in found)
+    dtype = recipe.recast or _dtype(module for _, module in found)
     if isinstance(way, MergeMethod):
         by_number = dict(found)
         deltas = [
@@ -200,7 +195,7 @@ def _layer(
         ]
         based = way.base == "required"
         sources = [Constant(TensorSpec(tensor, DType.F64, shape))] * based + deltas
-        one = merged(tensor, way, sources, dict(parameters), based=based, seed=asked.seed)
+        one = merged(tensor, way, sources, dict(parameters), based=based, seed=recipe.seed)
         most = rank or max(module.rank for _, module in found)
         return Layer(tensor, shape, DECOMPOSE, (one,), Wanted(most, 0.0, dtype), form)
     left, right, total = list[Source](), list[Source](), 0

@@ -13,8 +13,9 @@ from streammerge.errors import MismatchError, RecipeError, listed, printable
 from streammerge.factoring.documents import Document, task_of
 from streammerge.factoring.layers import COMPARE, DECOMPOSE, EMBEDDING, LINEAR, TRANSPOSED, Layer
 from streammerge.factoring.making import Making
+from streammerge.factoring.recording import Record
 from streammerge.factoring.truncated import Wanted
-from streammerge.recipe.patterns import Pattern, parse_pattern
+from streammerge.recipe.patterns import Pattern
 from streammerge.sources.base import Source
 from streammerge.sources.elementwise import summed
 from streammerge.tensors.matching import describe, match
@@ -28,21 +29,23 @@ _MOST_AXES = 5
 
 
 class Asked(NamedTuple):
-    """What an extraction was asked for. ``target`` and ``exclude``: patterns of modules. ``alpha``: 0 is the rank."""
+    """What an extraction was asked for. ``target`` and ``exclude``: patterns of modules. ``alpha``: 0 is the rank.
+    ``base_name``: what the configuration calls the base. ``record``: how it can be made again."""
 
     wanted: Wanted
-    target: Sequence[str] = ()
-    exclude: Sequence[str] = ()
+    target: Sequence[Pattern] = ()
+    exclude: Sequence[Pattern] = ()
     save_modules: bool = False
     alpha: float = 0.0
     base_name: str = ""
+    record: Record | None = None
 
 
 class _Chosen:
     """Modules that patterns name: by their whole name, or by its last parts, as PEFT does."""
 
     def __init__(self, asked: Asked) -> None:
-        self._target, self._exclude = _parsed("target", asked.target), _parsed("exclude", asked.exclude)
+        self._target, self._exclude = asked.target, asked.exclude
 
     @property
     def targeted(self) -> bool:
@@ -51,13 +54,6 @@ class _Chosen:
 
     def of(self, module: str) -> bool:
         return (not self._target or _any(self._target, module)) and not _any(self._exclude, module)
-
-
-def _parsed(option: str, texts: Sequence[str]) -> list[Pattern]:
-    try:
-        return [parse_pattern(text) for text in texts]
-    except ValueError as error:
-        raise RecipeError(f"`{option}` takes patterns of modules, like 'q_proj' or '*.mlp.*'") from error
 
 
 def _any(patterns: Sequence[Pattern], module: str) -> bool:
@@ -112,6 +108,7 @@ def extraction(tuned: CheckpointIndex, base: CheckpointIndex, asked: Asked) -> M
         absent=dict(pairs.unfit(chosen)),
         notes=[*tuned.notes, *base.notes, *pairs.notes],
         warnings=[*tuned.warnings, *base.warnings],
+        record=asked.record,
     )
     if asked.save_modules:
         making.wholes = _wholes(base.entries, {each.module for each in layers}, compared, pairs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from streammerge.factoring.truncated import Rows, Wanted, decomposing_bytes, held_bytes, product_bytes
 from streammerge.kernels.spectral import sides
@@ -99,6 +100,11 @@ class LayerReport:
     rank: int
     norm: float
     error: float
+
+    def record(self) -> dict[str, Any]:
+        """Returns what the receipt says of it. Numbers have six digits."""
+        numbers = {"norm": float(f"{self.norm:.6g}"), "error": float(f"{self.error:.6g}")}
+        return {"tensor": self.name, "stored": self.stored, "rank": self.rank, **numbers}
 
 
 def share(rest: float, total: float) -> float:

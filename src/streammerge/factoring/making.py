@@ -226,7 +226,7 @@ class _Worker:
         layer, room = self._work.layers[number], Room(self._work.files, self._host)
         try:
             if layer.way == COMPARE:
-                return self._kept(number, Numbers(0, _distance(layer, room), 0.0), (), room)
+                return self._kept(number, Numbers(0, distance(layer, room), 0.0), (), room)
             factors = factors_of(layer, room)
         except ValueError as error:
             raise MismatchError(
@@ -271,7 +271,7 @@ def _whole(source: Source, room: Room) -> torch.Tensor:
     return made.view(source.spec.shape)
 
 
-def _distance(layer: Layer, room: Room) -> float:
+def distance(layer: Layer, room: Room) -> float:
     """Returns the sum of the squared differences of two tensors."""
     (one, other), total = layer.sources, 0.0
     numel = one.spec.numel
@@ -523,6 +523,7 @@ class _Run:
             self._refuse_nothing(bool(changed))
         pieces = list(self._pieces(outcomes, biases, wholes))
         text = self._made.document.text(ranks, list(wholes), bool(biases)).encode()
+        record = self._made.record
         layout = plan_layout(WEIGHTS, [spec for spec, _ in pieces], {"format": "pt"})
         file = self._staging.create(WEIGHTS, layout.size)
         rest = 0
@@ -539,9 +540,9 @@ class _Run:
             if spec.nbytes:
                 sums[offset] = value
         files = {CONFIG: text}
-        if self._made.record is not None:
+        if record is not None:
             written = {WEIGHTS: [*(sums[offset] for offset in sorted(sums)), rest], CONFIG: [SUM.update(text)]}
-            files |= self._made.record.files(written)
+            files |= record.files(written, self.reports)
         for name, content in files.items():
             self._staging.create(name, len(content)).write_full(content, 0)
         self.written_bytes = layout.size + sum(map(len, files.values()))

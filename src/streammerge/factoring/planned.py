@@ -17,7 +17,7 @@ from streammerge.units import binary_bytes, counted, decimal_bytes
 
 @dataclass(frozen=True, slots=True, repr=False)
 class AdapterPlan:
-    """The plan of an adapter from adapters. ``write_bytes`` is the most that it has, since ranks follow from the numbers.
+    """The plan of an adapter that is made. ``write_bytes`` is the most that it has, since ranks follow from the numbers.
     ``workers``: as many as the budget holds. ``warnings``: also about what stands in the output's way."""
 
     making: Making
@@ -87,8 +87,10 @@ class AdapterPlan:
 
     def __str__(self) -> str:
         made = ", ".join(f"{count} by {_WORDS[way]}" for way, count in self.counts().items())
+        shown = ", ".join(map(printable, self.recipe.inputs))
+        base = self.recipe.base_model
         lines = [
-            f"adapters {', '.join(map(printable, self.recipe.inputs))}",
+            f"adapters {shown}" if base is None else f"model    {shown}, trained from {printable(base)}",
             f"method   {self.recipe.merge_method.name}",
             f"tensors  {len(self.tasks)}: {made}",
             f"output   an adapter in PEFT's form, at most {decimal_bytes(self.write_bytes)}",
@@ -104,6 +106,6 @@ class AdapterPlan:
 _WORDS = {
     "stack": "stacking the factors",
     "recompress": "cutting the stacked factors to a rank",
-    "decompose": "decomposing the merged product",
+    "decompose": "decomposing the update",
     "compare": "comparison",
 }

@@ -1,4 +1,4 @@
-"""What an adapter from adapters records about itself, and what identifies the run that makes it."""
+"""What an adapter that is made records about itself, and what identifies the run that makes it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 from streammerge.adapters.config import CONFIG
 from streammerge.adapters.modules import Adapter
-from streammerge.factoring.layers import Layer
+from streammerge.checkpoints.index import CheckpointIndex
+from streammerge.factoring.layers import Layer, LayerReport
 from streammerge.formats.records import CARD_FILE, RECEIPT_FILE, RECIPE_FILE
 from streammerge.planning.outputs.card import card_text
+from streammerge.planning.outputs.container import named_origins
 from streammerge.planning.receipt import InputSpans, Receipt, files_beside, input_files, planned
 from streammerge.recipe.document import to_json, to_yaml
 from streammerge.recipe.locations import travelling, travelling_names
@@ -41,27 +43,45 @@ class Record:
 
     @classmethod
     def of(cls, recipe: Recipe, adapters: Sequence[Adapter]) -> Record:
-        """Reads the headers of the inputs."""
+        """The record of an adapter from adapters. Reads the headers of the inputs."""
         names = travelling_names(recipe)
-        called = {names[each.model]: adapter for each, adapter in zip(recipe.models, adapters, strict=True)}
-        inputs = input_files({name: adapter.index for name, adapter in called.items()})
-        places = {name: adapter.index.path for name, adapter in called.items()}
-        folders = [path if path.is_folder() else path.parent for path in places.values()]
-        configs = [folder / CONFIG for folder in folders if (folder / CONFIG).is_file()]
-        inputs |= files_beside(places, configs)
-        content = json.loads(to_json(travelling(recipe).to_dict()))
-        indexes = {name: adapter.index for name, adapter in called.items()}
-        card = card_text(content, None, indexes, "peft") if recipe.output.card else ""
-        return cls(recipe, inputs, planned(content, inputs, recipe.seed, SUM, False, True), card)
+        called = {names[each.model]: adapter.index for each, adapter in zip(recipe.models, adapters, strict=True)}
+        content, inputs, receipt = _planned(recipe, called)
+        card = card_text(content, None, called, "peft") if recipe.output.card else ""
+        return cls(recipe, inputs, receipt, card)
 
-    def files(self, sums: Mapping[str, Sequence[int]]) -> dict[str, bytes]:
+    @classmethod
+    def of_difference(cls, recipe: Recipe, models: Mapping[str, CheckpointIndex]) -> Record:
+        """The record of an adapter that is extracted. ``models``: the models by their names in the recipe, each maybe with
+        adapters. Reads their headers. It is no merge, so it has no model card."""
+        _, inputs, receipt = _planned(recipe, named_origins(travelling_names(recipe), models))
+        return cls(recipe, inputs, receipt)
+
+    def files(self, sums: Mapping[str, Sequence[int]], layers: Sequence[LayerReport]) -> dict[str, bytes]:
         """Returns the files that tell how the adapter was made. ``sums``: name of each other file -> its checksums, as in
-        a receipt."""
+        a receipt. ``layers``: how well the factors represent each tensor."""
         recipe = to_yaml(self.receipt.recipe).encode()
         files = {RECIPE_FILE: recipe} | ({CARD_FILE: self.card.encode()} if self.card else {})
         every = {**sums, **{name: [SUM.update(data)] for name, data in files.items()}}
-        blank = replace(self.receipt, checksums={name: "0" * 8 * len(every[name]) for name in sorted(every)})
+        blank = replace(
+            self.receipt,
+            checksums={name: "0" * 8 * len(every[name]) for name in sorted(every)},
+            layers=[each.record() for each in layers],
+        )
         return {**files, RECEIPT_FILE: blank.filled(every, {}).text(2).encode()}
+
+
+def _planned(
+    recipe: Recipe, called: Mapping[str, CheckpointIndex]
+) -> tuple[dict[str, Any], dict[str, InputSpans], Receipt]:
+    """Returns the recipe as it travels, the inputs, and the receipt. ``called``: the inputs by their names in it."""
+    inputs = input_files(called)
+    places = {name: index.path for name, index in called.items() if not index.in_memory}
+    folders = [path if path.is_folder() else path.parent for path in places.values()]
+    inputs |= files_beside(places, [folder / CONFIG for folder in folders if (folder / CONFIG).is_file()])
+    content = json.loads(to_json(travelling(recipe).to_dict()))
+    held = {name: index.nbytes for name, index in called.items() if index.in_memory}
+    return content, inputs, planned(content, inputs, recipe.seed, SUM, False, True, held)
 
 
 def identity(layers: Sequence[Layer], files: Mapping[Location, Status], record: Record | None) -> dict[str, Any]:

@@ -89,7 +89,8 @@ class Container:
     needs to write such a checkpoint again. ``reading_bytes``: what reading it takes for a while, if that is more than twice
     ``held_bytes``. ``form``: how a folder stores it.
     ``parts``: subfolder -> its container, "" for the folder's own weights, where a folder holds several models that belong
-    together; then the tree is empty. ``warnings``: what may be wrong with the checkpoint.
+    together; then the tree is empty. ``warnings``: what may be wrong with the checkpoint. ``members``: the names of what an
+    archive holds beside the weights. ``enclosed``: puts a planned file of weights into that archive instead of its own.
     """
 
     path: Location
@@ -111,6 +112,8 @@ class Container:
     own_files: str = ""
     distributed: Any = None
     reading_bytes: int = 0
+    members: list[str] = field(default_factory=list)
+    enclosed: Callable[[LayoutFile], LayoutFile] | None = None
 
     @property
     def table(self) -> StoredTable | None:

@@ -28,8 +28,18 @@ _OTHERS: tuple[tuple[bytes, str], ...] = (
     (b"BZh", "a bzip2 file; unpack it first"),
     (b"7z\xbc\xaf", "a 7z archive; unpack it first"),
     (b"\xfd7zXZ", "an xz file; unpack it first"),
+    (b"Rar!", "a RAR archive; unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "a Zstandard file; unpack it first"),
+    (b"lmgg", "a file of whisper.cpp or of llama.cpp before GGUF; give the checkpoint that it was made from"),
+    (b"ftrt", "a TensorRT engine, which is made for one card; give the checkpoint that it was made from"),
     (b"PK\5\6", "an empty zip archive"),
 )
+_ONNX = re.compile(
+    rb"\x08[\x01-\x14]\x12.[\x20-\x7e]{2,40}\x1a|\x08[\x01-\x14]\x12\x07pytorch|\x08[\x01-\x14](\x12\x00)?:", re.DOTALL
+)
+"""The begin of an ONNX model: the version of its format, then the name of what made it, or the graph."""
+_MSGPACK = re.compile(rb"([\x81-\x8f]|\xde..)([\xa1-\xbf]|\xd9.)[\x20-\x7e]+([\x81-\x8f]|\xc7|\xc8|\xc9|\xde)", re.DOTALL)
+"""The begin of a mapping in MessagePack: a name, then another mapping or an array of Flax."""
 
 
 def read(path: Location) -> Container:
@@ -153,6 +163,15 @@ def _what(head: bytes, size: int, end: bytes) -> str:
         return "is an HTML or XML page, not a checkpoint: a download that failed; fetch it again"
     if not head.strip(b"\0"):
         return "begins with zero bytes only; the download or the save did not finish"
+    if head[4:8] == b"TFL3":
+        return "is a TensorFlow Lite model; give the checkpoint that it was made from"
+    if _ONNX.match(head):
+        return "is an ONNX model, whose names and layouts are an exporter's; give the checkpoint that it was made from"
+    if _MSGPACK.match(head):
+        return (
+            "is a MessagePack file, as Flax writes it; load it in transformers with from_flax=True, or in Python, and save "
+            "it as safetensors"
+        )
     for magic, what in _OTHERS:
         if head.startswith(magic):
             return f"is {what}"

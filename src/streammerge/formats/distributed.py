@@ -93,7 +93,7 @@ def below(folder: Location, read_file: ReadFile) -> Container | None:
     whole = [file for path in ranks for file in _holds_model(path)]
     if len(whole) == 1:
         return read_file(whole[0])  # the file of the only rank of Megatron-LM
-    found = [path for path in folder.children() if path.is_folder() and _holds_parts(path)]
+    found = [path for path in folder.children() if path.is_folder() and holds_parts(path)]
     weights = [path for path in found if not path.name.startswith("optim")] or found
     if len(weights) > 1:
         names = listed([path.name for path in weights])
@@ -108,7 +108,7 @@ def deeper(folder: Location, read_file: ReadFile) -> Container | None:
     """Returns the container of the only step in a run's folder, whose parts lie two levels below. None if there is none.
     Raises FormatError if there are several steps."""
     inner = [path for path in folder.children() if path.is_folder() and not path.name.startswith(".")]
-    steps = [path for path in inner if any(each.is_folder() and _holds_parts(each) for each in path.children())]
+    steps = [path for path in inner if any(each.is_folder() and holds_parts(each) for each in path.children())]
     if len(steps) > 1:
         raise FormatError(
             f"{printable(folder)} holds the distributed checkpoints of several steps, "
@@ -147,7 +147,8 @@ def _pointed(folder: Location, pointer: Location, prefix: str, read_file: ReadFi
     return made
 
 
-def _holds_parts(folder: Location) -> bool:
+def holds_parts(folder: Location) -> bool:
+    """Whether files or folders of several ranks lie directly in a folder, by their names."""
     names = [path.name for path in folder.children()]
     if any(re.fullmatch(pattern, name) for name in names for pattern in (_METADATA, _HF_SHARD, _DEEPSPEED, _MEGATRON)):
         return True

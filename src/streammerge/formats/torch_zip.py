@@ -123,7 +123,9 @@ def _not_torch(where: str, names: list[str], pickles: list[str]) -> str:
     if any(name.endswith(".data/extern_modules") for name in names):
         return f"{where} is a torch.package archive, which is code; load it with torch.package and save its state_dict()"
     if any(name.endswith(".npy") for name in names):
-        return f"{where} is a numpy .npz archive, not a PyTorch checkpoint"
+        return (
+            f"{where} is a numpy .npz archive, not a PyTorch checkpoint; save its arrays with safetensors.numpy.save_file"
+        )
     if any("model_weights_config.json" in name or name.endswith("/archive_format") for name in names):
         return f"{where} is a torch.export archive; load it with torch.export.load and save its state_dict()"
     if any(name.endswith((".distcp", ".metadata")) for name in names):

@@ -13,7 +13,9 @@ from typing import Any
 from streammerge.errors import printable
 from streammerge.pickles.arrays import Payload
 from streammerge.pickles.tree import Global, Instance, OrderedTree, PersistentId, StorageRef, TensorRef
+from streammerge.sources.recast import Recast
 from streammerge.tensors.dtypes import BY_STORAGE_CLASS, BY_TORCH_NAME, DType
+from streammerge.tensors.spec import TensorSpec
 
 MAX_NAME = 1000
 """Maximum number of characters in the name of a class, a function or a storage."""
@@ -180,6 +182,20 @@ def _parameter_with_state(data: Any, requires_grad: Any, hooks: Any, state: Any)
     return _wrap(data, "parameter_with_state", state, requires_grad=requires_grad)
 
 
+def _on_device(data: Any, dtype: Any, device: Any, requires_grad: Any) -> Any:
+    """Returns a tensor of a device whose storages torch cannot write (XLA, Gaudi): torch writes a copy in the main memory,
+    or its numbers as an array, and its dtype. It is an ordinary tensor here, which loads on every machine."""
+    kind = BY_TORCH_NAME.get(dtype.name) if isinstance(dtype, Global) and dtype.module == "torch" else None
+    if not isinstance(data, TensorRef) or kind is None:
+        return None
+    entry = data.entry
+    if kind is not data.dtype:  # numpy has no bfloat16, so its numbers are in float32
+        if entry is None:
+            return None
+        entry = Recast(TensorSpec("", kind, data.shape), entry)
+    return TensorRef(data.storage, kind, data.offset, data.shape, data.strides, requires_grad is True, entry=entry)
+
+
 def _from_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
     tensors_only = isinstance(function, Global) and function.module.startswith("torch.")
     inner = call(function, args) if tensors_only and isinstance(args, tuple) else None
@@ -211,6 +227,9 @@ _REBUILD: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v3": _tensor_v3,
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter_with_state,
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _on_device,
+    "torch._utils._rebuild_device_tensor_from_numpy": _on_device,
+    "torch._utils._rebuild_xla_tensor": _on_device,
     "torch._tensor._rebuild_from_type_v2": _from_type,
     "collections.OrderedDict": _ordered_dict,
     "_codecs.encode": _encode,

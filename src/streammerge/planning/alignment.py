@@ -451,7 +451,7 @@ class _Aligner:
             view = self._conformed(own or View(index, index.entries, index.aliases))
             self.copies[wanted] = view, matched(self.base, view)[0]
         view, matches = self.copies[wanted]
-        theirs = matches.get(name) or matches.get(self.base.aliases.get(name, name))
+        theirs = matches.get(name, matches.get(self.base.aliases.get(name, name)))
         if theirs is None:
             raise MismatchError(
                 f"{self.recipe.at(rule.path)}{printable(path)} has no tensor {printable(name)} to copy; "

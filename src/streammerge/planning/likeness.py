@@ -20,7 +20,7 @@ def check_likeness(recipe: Recipe, like: CheckpointIndex, given: CheckpointIndex
     theirs = {name: entry.spec for name, entry in given.entries.items()}
     names = match(*({name: spec.shape for name, spec in specs.items()} for specs in (ours, theirs))).names
     used = set(names.values())
-    found = {name: names.get(name) or names.get(like.aliases.get(name, name)) for name in ours if not _drops(recipe, name)}
+    found = {name: names.get(name, names.get(like.aliases.get(name, name))) for name in ours if not _drops(recipe, name)}
     missing = [name for name, other in found.items() if other is None]
     foreign = [
         name

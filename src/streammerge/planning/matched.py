@@ -37,8 +37,8 @@ class MatchedViews:
         """Returns the tensor in each view, None where it is missing."""
         found: list[Source | None] = [self.base.entries[name]]
         for other, names in self.pairs():
-            theirs = names.get(name) or names.get(self.base.aliases.get(name, name))
-            found.append(other.entries[theirs] if theirs else None)
+            theirs = names.get(name, names.get(self.base.aliases.get(name, name)))
+            found.append(None if theirs is None else other.entries[theirs])
         return found
 
     def shared_ties(self) -> tuple[dict[str, str], list[str]]:

@@ -65,7 +65,7 @@ class ParameterValues:
             try:
                 if parameter.per_model:
                     found = [c.at(s.spec.name, t) for c, s in zip(chains, models, strict=True) if s is not None]
-                    value: Any = _filled(parameter, found)
+                    value: Any = filled(parameter, found)
                 else:
                     value = chains[0].at(name, t)
             except RecipeError as error:  # both ends of a gradient are valid, but the value between them is not
@@ -127,7 +127,7 @@ class ParameterValues:
             raise RecipeError(f"{self.recipe.at(path)}{where}{error}") from error
 
 
-def _filled(parameter: Parameter, values: list[Any]) -> tuple[Any, ...] | None:
+def filled(parameter: Parameter, values: list[Any]) -> tuple[Any, ...] | None:
     """Returns the values, with the default for each model that has none. Returns None if no model has a value."""
     if None not in values:
         return tuple(values)

@@ -7,6 +7,7 @@ nothing about the machine, its users or the time: it is a function of recipe and
 from __future__ import annotations
 
 import json
+import math
 import posixpath
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,6 +41,7 @@ class Receipt:
     in memory, its size and ``in_memory``. ``checksums``: the name of each output file -> the checksums of its tensors in
     file order, without empty tensors, then one of its other bytes (with a blank receipt), 8 hexadecimal digits each.
     ``dispositions``: what became of each thing in the inputs. ``accounts``: what became of each tensor of each checkpoint.
+    ``layers``: of an adapter that was made, how well its factors represent the update of each tensor.
     ``digest``: the SHA-256 of the receipt.
     """
 
@@ -51,6 +53,7 @@ class Receipt:
     checksums: dict[str, str]
     dispositions: list[dict[str, Any]] = field(default_factory=list)
     accounts: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
     digest: str = _BLANK_SHA256
     form: int = field(default=_FORM)
 
@@ -65,8 +68,9 @@ class Receipt:
 
     def text(self, indent: int | None = None) -> str:
         data = asdict(self)
-        if not self.accounts:  # a receipt of an earlier release has none, and keeps its bytes
-            del data["accounts"]
+        for name in ("accounts", "layers"):  # a receipt of an earlier release, or of another output, keeps its bytes
+            if not data[name]:
+                del data[name]
         return json.dumps(data, indent=indent, separators=(",", ": " if indent else ":"))
 
     def blank(self) -> Receipt:
@@ -232,6 +236,8 @@ def _is_sound(made: Receipt) -> bool:
         and all(_is_input(said) for said in made.inputs.values())
         and isinstance(made.dispositions, list)
         and isinstance(made.accounts, list)
+        and isinstance(made.layers, list)
+        and all(map(_is_layer, made.layers))
         and isinstance(made.checksums, dict)
         and (ITSELF not in made.checksums or len(made.checksums) == 1)
         and all(name == ITSELF or is_inner(name) for name in made.checksums)
@@ -243,6 +249,14 @@ def _is_input(said: Any) -> bool:
     if isinstance(said, dict) and said.keys() == {"bytes", "in_memory"}:
         return said["in_memory"] is True
     return isinstance(said, dict) and {"bytes", "header_sha256"} <= said.keys() <= {"bytes", "header_sha256", "sha256"}
+
+
+def _is_layer(said: Any) -> bool:
+    if not isinstance(said, dict) or said.keys() != {"tensor", "stored", "rank", "norm", "error"}:
+        return False
+    numbers = (said["rank"], said["norm"], said["error"])
+    texts = isinstance(said["tensor"], str) and isinstance(said["stored"], str)
+    return texts and all(isinstance(each, int | float) and math.isfinite(each) for each in numbers)
 
 
 def escaped(text: str) -> bytes:

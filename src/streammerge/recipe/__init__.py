@@ -10,6 +10,7 @@ Each module imports only modules above it::
     scalars    single values: paths, sizes, dtypes, methods
     vocabulary whose tokens the output has, and where their rows come from
     experts    the experts of a mixture of experts
+    extraction which part of a difference an adapter holds
     model      the classes, whose fields are the keys
     document   YAML text with the place of each key
     stages     merges that are models of other merges: found in the text, checked, in their order

@@ -7,8 +7,10 @@ from typing import Any
 
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.methods.contracts import MergeMethod
+from streammerge.methods.factors import EXTRACT
 from streammerge.recipe.adapted import resolved
 from streammerge.recipe.experts import GATES, HIDDEN
+from streammerge.recipe.extraction import Extraction
 from streammerge.recipe.fields import Path, Positions, Problems, is_misspelled, position_of
 from streammerge.recipe.model import Model, Recipe, Slice, SliceSource
 from streammerge.recipe.scalars import parameter_docs
@@ -39,6 +41,8 @@ def check(recipe: Recipe, problems: Problems, as_mergekit: bool = False, adapter
         for each in slices:
             if each.sources and not _has_unread((*each.path, "sources"), unreadable):
                 _check_slice(recipe, each, problems)
+    if recipe.merge_method is not EXTRACT and recipe.extract != Extraction():
+        problems.add(("extract",), "extract says what the method of that name makes; add merge_method: extract")
     if recipe.tokenizer_source and recipe.tokenizer:
         problems.add(("tokenizer",), "tokenizer_source and tokenizer are given; a recipe has one of them")
     _check_parameters(recipe, problems, as_mergekit)

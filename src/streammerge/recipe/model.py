@@ -14,6 +14,7 @@ from streammerge.methods.contracts import MergeMethod
 from streammerge.options import MERGE, Converting, options_of
 from streammerge.recipe.adapted import resolved
 from streammerge.recipe.experts import ARCHITECTURE, COUNT, GATE, Expert
+from streammerge.recipe.extraction import Extraction
 from streammerge.recipe.fields import (
     TEXT,
     TRUTH,
@@ -240,7 +241,15 @@ class Recipe:
     round: bool = key(
         TRUTH, "Whether a stage's result is rounded to its dtype, as in a file, before others take it.", default=True
     )
-    rank: int | None = key(COUNT, "Rank of the adapter that adapters alone become; by default their highest.", default=None)
+    rank: int | None = key(
+        COUNT,
+        "Rank of the adapter that is made; by default the highest of the adapters that it is made of, or for the method "
+        "extract 64.",
+        default=None,
+    )
+    extract: Extraction = key(
+        FormOf(Extraction), "For the method extract: what the adapter holds.", default_factory=Extraction
+    )
     rules: tuple[Rule, ...] = key(ListOf(FormOf(Rule), least=0), "Other ways for some tensors.", default=())
     dtype: DType | None = option_key(DTYPE, _OPTIONS["dtype"])
     out_dtype: DType | None = option_key(DTYPE, _OPTIONS["out_dtype"])

@@ -15,6 +15,7 @@ from streammerge.options import whole
 from streammerge.recipe.adapted import adapted_text, with_revision
 from streammerge.recipe.fields import Plain
 from streammerge.recipe.patterns import Rename, parse_pattern, parse_renames
+from streammerge.stores.locations import without_queries
 from streammerge.tensors.dtypes import DType, parse_dtype
 from streammerge.units import parse_bytes
 
@@ -44,7 +45,7 @@ def _model(value: Any) -> str:
     value = str(value) if isinstance(value, os.PathLike) else value
     if not isinstance(value, str) or not value or "\0" in value:
         raise ValueError(value)
-    return value
+    return without_queries(value)
 
 
 def _layer_range(value: Any) -> tuple[int, int]:

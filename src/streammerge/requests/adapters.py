@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any
 from streammerge.checkpoints.globs import expand
 from streammerge.checkpoints.index import open_checkpoint
 from streammerge.errors import FormatError, RecipeError, StreammergeError, listed, printable
-from streammerge.methods.factors import FACTORS
 from streammerge.options import Resources
 from streammerge.recipe.adapted import Adapted, Part, split
 from streammerge.recipe.locations import hub_place
 from streammerge.recipe.model import Recipe
-from streammerge.recipe.settings import Setting, is_same_for_all
 from streammerge.requests.inputs import Held
 from streammerge.running.choosing import default_workers
 from streammerge.stores.base import Location
@@ -42,8 +40,10 @@ _WITHOUT_MEANING = (
     "integers",
     "unsafe_truncate_embeddings",
     "allow_nonfinite",
+    "quantise",
 )
-"""Keys of a recipe that say nothing about adapters."""
+_OF_OUTPUTS = ("max_shard_size", "keep_optimizer", "strip_prefix", "only")
+"""Keys of a recipe, and of its output, that say nothing about adapters."""
 
 
 def are_adapters(names: Sequence[str], held: Held | None = None) -> bool:
@@ -63,27 +63,10 @@ def combined(recipe: Recipe) -> Making:
     Raises RecipeError for keys that an adapter cannot follow, MismatchError for adapters that cannot be merged.
     """
     from streammerge.adapters.modules import read_adapter
-    from streammerge.factoring.combination import Combined, combination
+    from streammerge.factoring.combination import combination
 
-    plain = Recipe(recipe.merge_method)
-    told = [name for name in _WITHOUT_MEANING if getattr(recipe, name) != getattr(plain, name)]
-    told += ["state_dict"] * any(each.state_dict for each in recipe.models)
-    refuse_others(dict.fromkeys(told, True))
-    method = recipe.merge_method
-    parameters: dict[str, Any] = {name: _number(name, said) for name, said in recipe.parameters.items()}
-    for name in dict.fromkeys(name for each in recipe.models for name in each.parameters):
-        default = parameters.get(name, 1.0 if name == "weight" else None)
-        own = [_number(name, each.parameters[name]) if name in each.parameters else default for each in recipe.models]
-        if None in own:
-            raise RecipeError(f"only some of the adapters have a {printable(name)}; give one to each, or one for all")
-        parameters[name] = own
-    weights = parameters.pop("weight", None)
-    several = weights if weights is None or isinstance(weights, list) else [weights] * len(recipe.models)
-    if recipe.rank is not None:
-        parameters["svd_rank"] = recipe.rank
-    way = method.name if FACTORS.get(method.name) is method else method
-    asked = Combined(way, several, parameters, recipe.recast, recipe.seed)
-    return combination([read_adapter(each.model) for each in recipe.models], asked, recipe)
+    refuse_keys(recipe)
+    return combination([read_adapter(each.model) for each in recipe.models], recipe)
 
 
 def adapter_plan(making: Making, out: Location | None, resources: Resources) -> AdapterPlan:
@@ -100,15 +83,6 @@ def adapter_plan(making: Making, out: Location | None, resources: Resources) -> 
         except RecipeError as error:
             made.warnings.append(str(error))
     return made
-
-
-def _number(name: str, setting: Setting) -> Any:
-    """Returns the value of a parameter, which is the same for all tensors."""
-    if not is_same_for_all(setting):
-        raise RecipeError(
-            f"{printable(name)} has filters or a gradient, which adapters alone do not follow; give one value"
-        )
-    return setting[0].value
 
 
 def begins_with_adapter(names: Sequence[str], held: Held) -> bool:
@@ -150,12 +124,24 @@ def _speaks_of_factors(place: Location) -> bool:
     return any(word.encode() in head for word in WORDS)
 
 
-def refuse_others(given: Mapping[str, Any]) -> None:
-    """Raises RecipeError for options that an adapter cannot follow."""
+def refuse_keys(recipe: Recipe, what: str = "adapters alone", followed: Sequence[str] = ()) -> None:
+    """Raises RecipeError for keys of a recipe that the adapter which it makes cannot follow. ``followed``: those that it
+    can."""
+    plain = Recipe(recipe.merge_method)
+    told = [name for name in _WITHOUT_MEANING if getattr(recipe, name) != getattr(plain, name)]
+    told += [name for name in _OF_OUTPUTS if getattr(recipe.output, name) != getattr(plain.output, name)]
+    told += ["state_dict"] * any(each.state_dict for each in recipe.models)
+    told += ["rename"] * any(each.rename for each in recipe.models)
+    refuse_others(dict.fromkeys((name for name in told if name not in followed), True), what)
+
+
+def refuse_others(given: Mapping[str, Any], what: str = "adapters alone") -> None:
+    """Raises RecipeError for options that an adapter cannot follow. ``what``: how it is made, for the message."""
     named = [f"`{name}`" for name, value in given.items() if value not in (None, False)]
     if named:
         raise RecipeError(
-            f"{listed(named)} {'has' if len(named) == 1 else 'have'} no meaning for adapters alone; leave it out"
+            f"{listed(named)} {'has' if len(named) == 1 else 'have'} no meaning for {what}; leave "
+            f"{'it' if len(named) == 1 else 'them'} out"
         )
 
 

@@ -14,7 +14,7 @@ from streammerge.options import number_or_percent, path
 from streammerge.recipe.adapted import check_there, is_there, split
 from streammerge.recipe.locations import hub_place
 from streammerge.stores.base import Location
-from streammerge.stores.locations import PathLike, has_scheme, parse
+from streammerge.stores.locations import PathLike, has_scheme, parse, without_queries
 from streammerge.stores.repositories import named_repository
 from streammerge.units import plain_number
 
@@ -46,7 +46,7 @@ def path_of(name: str, value: Any) -> str:
         raise RecipeError(
             "an output is written in any order, so it cannot go to stdout (-); name a file, like merged.safetensors"
         )
-    return read
+    return without_queries(read)
 
 
 def named(name: str, given: Any, held: Held) -> str:

@@ -8,7 +8,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoints.choosing import choose
+from streammerge.checkpoints.steps import with_steps
 from streammerge.errors import RecipeError, listed, printable
+from streammerge.methods.factors import EXTRACT
 from streammerge.methods.registry import LINEAR, find_method
 from streammerge.options import (
     Choosing,
@@ -130,21 +132,28 @@ class Request:
         asked = self.merging
         if self.recipe is not None:
             recipe = self._asked_recipe
-            return combined(recipe) if adapters_alone(recipe) else None
-        if asked.base is not None or not begins_with_adapter(self.inputs, self.held):
-            return None
+            if recipe.merge_method is EXTRACT:
+                from streammerge.requests.extractions import extracted  # here, because most recipes are merges
+
+                self._refuse_for_adapters("an extraction")
+                return extracted(recipe, self.held)
+            if not adapters_alone(recipe):
+                return None
+            self._refuse_for_adapters()
+            return combined(recipe)
         choice = {name: getattr(self.choosing, name) or None for name in ("last", "range", "best", "by", "highest")}
+        chooses = self.schedule is not None or any(choice.values())
+        if asked.base is not None or not begins_with_adapter(
+            with_steps(self.inputs) if chooses else self.inputs, self.held
+        ):
+            return None
         chosen, notes = choose(self.inputs, **choice, oldest_first=self.schedule is not None)
         if not are_adapters(chosen, self.held):
             return None
-        convert = {
-            "convert_first": asked.convert_first,
-            "compute_dtype": asked.compute_dtype,
-            "hash": self.output.hash or None,
-        }
+        self._refuse_for_adapters()
         refuse_others(
             {
-                **convert,
+                "compute_dtype": asked.compute_dtype,
                 **self.naming.overrides,
                 **self.policies.overrides,
                 **self.selection.overrides,
@@ -171,6 +180,17 @@ class Request:
         made = combined(with_hub_places(unchecked(chosen, method, None, weights, parameters, overrides)))
         made.notes[:0] = notes
         return made
+
+    def _refuse_for_adapters(self, what: str = "adapters alone") -> None:
+        """Raises RecipeError for options beside a recipe that an adapter which is made cannot follow."""
+        given = {
+            "convert_first": self.merging.convert_first,
+            "strict": self.policies.strict,
+            "hash": self.output.hash,
+        }
+        refuse_others(given, what)
+        if self.executing.executor not in ("auto", "threads"):
+            raise RecipeError("an adapter is made by threads on one machine; leave `executor` out")
 
     @cached_property
     def _asked_recipe(self) -> Recipe:

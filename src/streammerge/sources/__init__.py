@@ -25,6 +25,7 @@ Each module imports only modules above it::
     unpacked  numbers of few bits that lie packed
     swizzled  a grid of scales in the order of cuBLAS
     mxfp4_experts  experts of gpt-oss
+    codebooks vectors that short codes of ggml stand for
     ggml      weights in the blocks of ggml
     contracted  a small tensor computed whole from others
     permuted  axes in another order; another shape

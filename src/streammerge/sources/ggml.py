@@ -11,6 +11,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from streammerge.sources.base import Needs, Reader, Room, Source, region_bytes
+from streammerge.sources.codebooks import codebook, even_signs, signs
 from streammerge.sources.stored import Stored
 from streammerge.sources.unpacked import E2M1
 from streammerge.tensors.dtypes import DType
@@ -258,6 +259,105 @@ def _iq4_xs(blocks: torch.Tensor) -> torch.Tensor:
     return scale * _table(_IQ4)[codes.int()]
 
 
+def _tq1_0(blocks: torch.Tensor) -> torch.Tensor:
+    """Five numbers in a byte: the byte is their fraction in base 3, by 256. Four in each of the last four bytes."""
+    import torch
+
+    powers = torch.tensor((1, 3, 9, 27, 81), dtype=torch.uint8).view(-1, 1)
+    parts = ((blocks[:, :32], 5), (blocks[:, 32:48], 5), (blocks[:, 48:52], 4))
+    codes = torch.cat([(octets.unsqueeze(1) * powers[:count]).flatten(1) for octets, count in parts], 1)
+    return _half(blocks[:, 52:]) * ((codes.int() * 3 >> 8) - 1).float()
+
+
+def _tq2_0(blocks: torch.Tensor) -> torch.Tensor:
+    codes = _shifted(blocks[:, :64].reshape(-1, 2, 32), 4, 2, 3, before=True).flatten(1)
+    return _half(blocks[:, 64:]) * (codes.float() - 1)
+
+
+def _words(octets: torch.Tensor) -> torch.Tensor:
+    """Returns little-endian numbers of 16 bits, which each two bytes of a row are."""
+    pairs = octets.reshape(*octets.shape[:-1], -1, 2).int()
+    return pairs[..., 0] | pairs[..., 1] << 8
+
+
+def _fields(words: torch.Tensor, count: int, step: int) -> torch.Tensor:
+    """Returns each word shifted to the right by 0, ``step``, ..., as a new axis behind the last one."""
+    import torch
+
+    return words.unsqueeze(-1) >> torch.arange(0, count * step, step, dtype=torch.int32)
+
+
+def _scale_in_quarters(blocks: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    """Returns d * (0.5 + s) / 4 for scales s of four bits."""
+    scales = _shifted(packed.unsqueeze(-1), 2, 4, 15).flatten(1)
+    return _half(blocks[:, :2]) * (scales.float() + 0.5) * 0.25
+
+
+def _iq2_xxs(blocks: torch.Tensor) -> torch.Tensor:
+    octets = blocks[:, 2:].reshape(-1, 8, 8)
+    words = _words(octets[..., 4:]).long()
+    fields = words[..., 0] | words[..., 1] << 16
+    scale = _half(blocks[:, :2]) * ((fields >> 28).float() + 0.5) * 0.25
+    numbers = codebook("IQ2_XXS")[octets[..., :4].int()] * even_signs()[_fields(fields, 4, 7) & 127]
+    return scale.view(-1, 8, 1, 1) * numbers
+
+
+def _iq2_xs(blocks: torch.Tensor) -> torch.Tensor:
+    codes = _words(blocks[:, 2:66])
+    numbers = codebook("IQ2_XS")[codes & 511] * even_signs()[codes >> 9]
+    return _scale_in_quarters(blocks, blocks[:, 66:]).view(-1, 16, 1, 1) * numbers.view(-1, 16, 2, 8)
+
+
+def _iq2_s(blocks: torch.Tensor) -> torch.Tensor:
+    high = _shifted(blocks[:, 66:74].unsqueeze(-1), 4, 2, 3).flatten(1).int()
+    numbers = codebook("IQ2_S")[blocks[:, 2:34].int() | high << 8] * signs()[blocks[:, 34:66].int()]
+    return _scale_in_quarters(blocks, blocks[:, 74:]).view(-1, 16, 1, 1) * numbers.view(-1, 16, 2, 8)
+
+
+def _iq3_xxs(blocks: torch.Tensor) -> torch.Tensor:
+    words = _words(blocks[:, 66:].reshape(-1, 8, 4)).long()
+    fields = words[..., 0] | words[..., 1] << 16
+    scale = _half(blocks[:, :2]) * ((fields >> 28).float() + 0.5) * 0.5
+    vectors = codebook("IQ3_XXS")[blocks[:, 2:66].int()].view(-1, 8, 4, 8)
+    return scale.view(-1, 8, 1, 1) * (vectors * even_signs()[_fields(fields, 4, 7) & 127])
+
+
+def _iq3_s(blocks: torch.Tensor) -> torch.Tensor:
+    high = _bits(blocks[:, 66:74]).int()
+    vectors = codebook("IQ3_S")[blocks[:, 2:66].int() | high << 8].view(-1, 8, 4, 8)
+    scales = _shifted(blocks[:, 106:].unsqueeze(-1), 2, 4, 15).flatten(1)
+    scale = _half(blocks[:, :2]) * (2 * scales + 1).float()
+    return scale.view(-1, 8, 1, 1) * (vectors * signs()[blocks[:, 74:106].int()].view(-1, 8, 4, 8))
+
+
+_DELTA = 0.125
+"""What is added to the numbers of a codebook of IQ1, or taken away."""
+
+
+def _iq1_s(blocks: torch.Tensor) -> torch.Tensor:
+    words = _words(blocks[:, 34:])
+    scale = _half(blocks[:, :2]) * (2 * (words >> 12 & 7) + 1).float()
+    delta = _DELTA - 2 * _DELTA * (words >> 15).float()
+    high = (_fields(words, 4, 3) & 7).flatten(1)
+    vectors = codebook("IQ1")[blocks[:, 2:34].int() | high << 8].view(-1, 8, 4, 8)
+    return scale.view(-1, 8, 1, 1) * (vectors + delta.view(-1, 8, 1, 1))
+
+
+def _iq1_m(blocks: torch.Tensor) -> torch.Tensor:
+    """The four highest bits of each word of scales are a part of the block's scale in float16."""
+    import torch
+
+    words = _words(blocks[:, 48:])
+    parts = words >> 12 << torch.arange(0, 16, 4, dtype=torch.int32)
+    whole = parts.sum(-1, keepdim=True, dtype=torch.int32)
+    whole = _half(torch.cat((whole & 255, whole >> 8), 1).to(torch.uint8))
+    scale = whole * (2 * (_fields(words, 4, 3) & 7).flatten(1) + 1).float()
+    high = _shifted(blocks[:, 32:48].unsqueeze(-1), 2, 4, 15).flatten(1).int()
+    delta = _DELTA - 2 * _DELTA * (high >> 3).float()
+    vectors = codebook("IQ1")[blocks[:, :32].int() | (high & 7) << 8].view(-1, 16, 2, 8)
+    return scale.view(-1, 16, 1, 1) * (vectors + delta.view(-1, 16, 2, 1))
+
+
 def _mxfp4(blocks: torch.Tensor) -> torch.Tensor:
     import torch
 
@@ -297,6 +397,15 @@ BLOCKS: dict[str, Layout] = {
     "Q4_K": Layout(256, 144, _q4_k),
     "Q5_K": Layout(256, 176, _q5_k),
     "Q6_K": Layout(256, 210, _q6_k),
+    "TQ1_0": Layout(256, 54, _tq1_0),
+    "TQ2_0": Layout(256, 66, _tq2_0),
+    "IQ1_S": Layout(256, 50, _iq1_s),
+    "IQ1_M": Layout(256, 56, _iq1_m),
+    "IQ2_XXS": Layout(256, 66, _iq2_xxs),
+    "IQ2_XS": Layout(256, 74, _iq2_xs),
+    "IQ2_S": Layout(256, 82, _iq2_s),
+    "IQ3_XXS": Layout(256, 98, _iq3_xxs),
+    "IQ3_S": Layout(256, 110, _iq3_s),
     "IQ4_NL": Layout(32, 18, _iq4_nl),
     "IQ4_XS": Layout(256, 136, _iq4_xs),
     "MXFP4": Layout(32, 17, _mxfp4),

@@ -8,6 +8,7 @@ Each module imports only modules above it::
     keys         names within a store
     streams      a file read at offsets, as a stream of Python
     remembering  answers of remote stores, while a plan is made
+    buffers      memory of blocks, used again
     ahead        blocks of remote files, fetched before they are read
     base         the protocol: Location, Store, Input, Output, Staging
     space        errors of outputs that cannot be written
@@ -27,10 +28,12 @@ Each module imports only modules above it::
     profiles     the profiles of the AWS command line
     signing      signatures of S3 requests, credentials
     multipart    uploads to S3 in parts
+    direct       ranges of S3 objects without TLS
     parts        files that are sent in parts
     staged       outputs of object stores
     joint_objects uploads to S3 that several machines send
-    objects      s3://, gs://, az://, https://
+    objects      s3://, gs://, az://
+    web          https://, http://
     hub_client   the client of the hub
     hub_output   outputs of the hub
     hub          hf://

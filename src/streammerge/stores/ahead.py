@@ -12,7 +12,9 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Protocol
 
-BLOCK_BYTES = 4 << 20
+from streammerge.stores.buffers import Buffers
+
+BLOCK_BYTES = 8 << 20
 """The preferred size of a block, which is one request."""
 LEAST_BLOCK_BYTES = 256 << 10
 _MOST_REQUESTS = 32
@@ -26,8 +28,8 @@ class Fetched(Protocol):
     identity: tuple[object, ...]
     size: int
 
-    def fetch(self, start: int, stop: int) -> memoryview:
-        """Returns these bytes, by one request that is repeated if it fails."""
+    def fetch(self, start: int, stop: int, buffers: Buffers | None = None) -> memoryview:
+        """Returns these bytes, by one request that is repeated if it fails. ``buffers``: where they may be put."""
         ...
 
 
@@ -63,7 +65,12 @@ class Ahead:
         block = min(max(nbytes // _BLOCKS, LEAST_BLOCK_BYTES), BLOCK_BYTES)
         self.block_bytes = block - block % LEAST_BLOCK_BYTES
         self._most = max(nbytes // self.block_bytes, 2)
-        self._changed = threading.Condition()
+        self._buffers = Buffers(self.block_bytes)
+        self._lock = threading.Lock()
+        self._ready = threading.Condition(self._lock)
+        """Readers wait here for blocks."""
+        self._room = threading.Condition(self._lock)
+        """Threads that fetch wait here for queued blocks and room. One block wakes one of them, not all."""
         self._blocks: OrderedDict[_Key, _Block] = OrderedDict()
         """Blocks that are there, or under way, the longest unused first."""
         self._queue: deque[_Key] = deque()
@@ -76,7 +83,8 @@ class Ahead:
 
     def announce(self, file: Fetched, offset: int, nbytes: int) -> None:
         """Says that these bytes are read next. Their blocks are fetched in the order of the announcements."""
-        with self._changed:
+        with self._lock:
+            before = len(self._queued)
             stop = min(offset + nbytes, file.size)
             while offset < stop:
                 index = offset // self.block_bytes
@@ -84,7 +92,7 @@ class Ahead:
                 self._block(file, index).wanted += upto - offset
                 offset = upto
             self._start_threads()
-            self._changed.notify_all()
+            self._room.notify(len(self._queued) - before)
 
     def read_into(self, file: Fetched, buffer: memoryview, offset: int) -> None:
         """Fills the buffer from ``offset``. Waits for blocks that are not there yet."""
@@ -104,21 +112,23 @@ class Ahead:
 
     def close(self) -> None:
         """Drops all blocks. Threads end after their present request."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._blocks.clear()
             self._queued.clear()
             self._queue.clear()
             self._urgent.clear()
-            self._changed.notify_all()
+            self._room.notify_all()
+            self._ready.notify_all()
 
     def _data(self, file: Fetched, index: int, count: int) -> memoryview:
         key = (file.identity, index)
-        with self._changed:
+        with self._lock:
             block = self._blocks.get(key)
             if block is not None:
                 self._blocks.move_to_end(key)
             else:
+                before = len(self._queued)
                 follows = self._last.get(file.identity) in (index - 1, index)
                 block = self._block(file, index)
                 self._urgent.append(key)
@@ -126,16 +136,17 @@ class Ahead:
                     for later in range(index + 1, min(index + 1 + self._most // 4, self._count(file))):
                         self._block(file, later)
                 self._start_threads()
-                self._changed.notify_all()
+                self._room.notify(max(len(self._queued) - before, 1))
             self._last[file.identity] = index
             block.wanted -= count
             while not block.done:
-                self._changed.wait(_POLL_SECONDS)
+                self._ready.wait(_POLL_SECONDS)
                 self.halt()
             if block.wanted <= 0:
-                self._changed.notify_all()  # its room may be taken
+                self._room.notify()  # its room may be taken
             if block.error is not None:
                 self._blocks.pop(key, None)
+                self._room.notify()
                 raise block.error
             data = block.data
         assert data is not None
@@ -163,21 +174,21 @@ class Ahead:
 
     def _work(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 block = self._next()
                 while block is None:
                     if self._closed:
                         return
-                    self._changed.wait()
+                    self._room.wait()
                     block = self._next()
             start = block.index * self.block_bytes
             try:
-                data, error = block.file.fetch(start, min(start + self.block_bytes, block.file.size)), None
+                data, error = block.file.fetch(start, min(start + self.block_bytes, block.file.size), self._buffers), None
             except BaseException as failed:  # noqa: BLE001 - carried to the reader, whatever it is
                 data, error = None, failed
-            with self._changed:
+            with self._lock:
                 block.data, block.error = data, error
-                self._changed.notify_all()
+                self._ready.notify_all()
             del block, data, error
 
     def _next(self) -> _Block | None:

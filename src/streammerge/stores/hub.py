@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from streammerge.errors import ChangedError, RecipeError, StoreError, printable
 from streammerge.stores.base import Input, Location, Staging, Status
+from streammerge.stores.buffers import Buffers
 from streammerge.stores.hub_client import LIBRARY, NotThere, api, endpoint, failures
 from streammerge.stores.hub_output import CLIENT_BYTES, MADE_IN, HubStaging, is_beside, made_at
 from streammerge.stores.local import LOCAL
@@ -189,7 +190,7 @@ class Hub(RemoteStore):
         cached.location = location
         return cached
 
-    def fetched(self, location: Location, status: Status, start: int, stop: int) -> Any:
+    def fetched(self, location: Location, status: Status, start: int, stop: int, buffers: Buffers | None = None) -> Any:
         repository = self._pinned(location)
         with failures(repository):
             link = self._link(repository, status)

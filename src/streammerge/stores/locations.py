@@ -15,6 +15,8 @@ PathLike = str | os.PathLike[str] | Location
 """The types by which a user names a checkpoint: text (``scheme://name`` or a path), a path object, or a location."""
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://")
 
+_QUERIED = re.compile(r"https?://[^\s?]+\?(?:(?!\+(?:[\d.]+\*)?[a-z0-9+.-]+://)\S)*", re.IGNORECASE)
+
 
 def parse(place: PathLike, within: Location | None = None) -> Location:
     """Returns the location that a text or a path names. A relative path counts from ``within``; a path object is always a
@@ -54,6 +56,14 @@ def location(place: PathLike) -> Location:
 def resolved(place: PathLike) -> Location:
     """The location without links and relative parts: equal for two names of one place."""
     return parse(place).resolve()
+
+
+def without_queries(text: str) -> str:
+    """Returns a text with web addresses without their queries, which may be secrets. Their store keeps the queries.
+
+    A query ends at a space, or where a plus sign adds another address.
+    """
+    return _QUERIED.sub(lambda found: str(parse(found[0])), text) if "?" in text and "://" in text else text
 
 
 def has_scheme(text: str) -> bool:

@@ -7,18 +7,20 @@ connection has no TLS, the tag in the answer must be the MD5 of what was sent. A
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime
 import hashlib
 import http.client
 import os
 import re
+import socket
 import ssl
 import threading
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
@@ -88,7 +90,7 @@ class Requests:
         self._host, self._port = parsed.hostname, parsed.port
         self._named = parsed.netloc.rpartition("@")[2]
         self._root = f"{parsed.path}/{bucket}"
-        self._bucket = bucket
+        self.bucket = bucket
         self._local = threading.local()
 
     # ------------------------------------------------------------------------------------------------------------ requests
@@ -103,7 +105,7 @@ class Requests:
         accepted: tuple[int, ...] = (200, 204, 206),
     ) -> Answer:
         """Sends a request, again if its failure may pass. Raises StoreError for a lasting one."""
-        what = f"{method} s3://{printable(self._bucket)}/{printable(key)}"
+        what = f"{method} s3://{printable(self.bucket)}/{printable(key)}"
 
         def ask() -> Answer:
             answer = self._once(method, key, query or {}, body, headers or {}, accepted, what)
@@ -123,6 +125,19 @@ class Requests:
         accepted: tuple[int, ...],
         what: str,
     ) -> Answer:
+        with self.answered(method, key, query, body, headers) as answered:
+            answer = Answer(answered.status, {k.lower(): v for k, v in answered.getheaders()}, answered.read())
+        if answer.status in accepted:
+            if b"<Error>" in answer.body[:512] and method == "POST":  # completing may fail after the status was sent
+                raise Passing(printable(answer.body.decode("utf-8", "replace"), 200))
+            return answer
+        return self.refuse(answer, what)
+
+    @contextlib.contextmanager
+    def answered(
+        self, method: str, key: str, query: Mapping[str, str], body: Any, headers: Mapping[str, str]
+    ) -> Iterator[http.client.HTTPResponse]:
+        """Sends a request, and gives the answer, whose body the block reads. Raises Passing if the connection fails."""
         path = f"{self._root}/{key}" if key else self._root
         target, every = signed(
             method,
@@ -145,16 +160,21 @@ class Requests:
             for start in range(0, len(body), _BLOCK_BYTES):
                 connection.send(body[start : start + _BLOCK_BYTES])
             answered = connection.getresponse()
-            answer = Answer(answered.status, {k.lower(): v for k, v in answered.getheaders()}, answered.read())
+            yield answered
             if answered.will_close:
                 self._drop()
-        except (OSError, http.client.HTTPException) as error:
-            self._drop()
-            raise Passing(f"{type(error).__name__}: {error}") from error
-        if answer.status in accepted:
-            if b"<Error>" in answer.body[:512] and method == "POST":  # completing may fail after the status was sent
-                raise Passing(printable(answer.body.decode("utf-8", "replace"), 200))
-            return answer
+        except BaseException as error:
+            self._drop()  # else the rest of this answer would be taken for the next one
+            if isinstance(error, OSError | http.client.HTTPException) and not isinstance(error, StoreError):
+                raise Passing(f"{type(error).__name__}: {error}") from error
+            raise
+
+    def socket(self) -> socket.socket | None:
+        """Returns the socket of this thread's connection. None if the server closes it after the present answer."""
+        return self._connection().sock
+
+    def refuse(self, answer: Answer, what: str) -> NoReturn:
+        """Raises the error of an answer that is none: Passing, or Refused."""
         code, said = _error(answer.body)
         if answer.status in _PASSING_STATUS or code in _PASSING_CODES:
             raise Passing(f"{answer.status} {code}")
@@ -194,7 +214,7 @@ class Requests:
         """Begins an upload. Returns its identifier."""
         found = self.ask("POST", key, {"uploads": ""}, headers={"x-amz-checksum-algorithm": "CRC32C"}).text("UploadId")
         if not found:
-            raise StoreError(f"s3://{printable(self._bucket)} began an upload without an identifier")
+            raise StoreError(f"s3://{printable(self.bucket)} began an upload without an identifier")
         return found
 
     def send(self, key: str, upload: str, number: int, data: Any) -> Part:
@@ -213,7 +233,7 @@ class Requests:
                 raise Passing("the server got other bytes than were sent")
             return Part(number, len(view), tag, checksum)
 
-        what = f"PUT s3://{printable(self._bucket)}/{printable(key)} part {number}"
+        what = f"PUT s3://{printable(self.bucket)}/{printable(key)} part {number}"
         return persistently(ask, what)
 
     def copy_part(self, key: str, upload: str, number: int, source: str, start: int, stop: int, tag: str) -> Part:

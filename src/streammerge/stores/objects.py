@@ -1,4 +1,4 @@
-"""Object stores and web servers: ``s3://bucket/key``, ``gs://bucket/key``, ``az://container/key``, ``https://host/path``.
+"""Object stores: ``s3://bucket/key``, ``gs://bucket/key``, ``az://container/key``.
 
 The client is ``obstore`` (the extra ``streammerge[remote]``), imported when the first request is made. Credentials, region
 and endpoint come from the variables that the stores' own tools read (``AWS_...``, ``GOOGLE_...``, ``AZURE_...``), for S3
@@ -11,17 +11,18 @@ import contextlib
 import functools
 import json
 import os
+import re
 import threading
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, ClassVar
-from urllib.parse import quote, unquote
 
 from streammerge.errors import ChangedError, RecipeError, StoreError, printable
-from streammerge.stores import multipart
+from streammerge.stores import direct, multipart
 from streammerge.stores.base import Joint, Location, Staging, Status
+from streammerge.stores.buffers import Buffers
 from streammerge.stores.multipart import Refused, Requests
 from streammerge.stores.parts import PART_BYTES, SENDERS, Part, Upload, buffer_bytes
 from streammerge.stores.profiles import endpoint, profile
@@ -96,8 +97,13 @@ class ObjectStore(RemoteStore):
                 try:
                     found = self._clients[key] = self.made_client(root, module, common)
                 except Exception as error:  # the client raises errors of many kinds for settings that it cannot use
-                    raise StoreError(f"{self.scheme}://{printable(root)} cannot be used: {_first_line(error)}") from error
+                    named = printable(root.partition("?")[0])
+                    raise StoreError(f"{self.scheme}://{named} cannot be used: {_first_line(error)}") from error
             return found
+
+    def refused(self, location: Location, said: str) -> StoreError:
+        """Returns the error of a request that the credentials do not allow. ``said``: by the client."""
+        return StoreError(f"{printable(location)} may not be used with these credentials: {said}")
 
     def split(self, location: Location) -> tuple[Any, str]:
         """Returns the client of a location, and the name in its bucket, "" for the bucket itself."""
@@ -151,7 +157,7 @@ class ObjectStore(RemoteStore):
 
         return persistently(ask, f"listing {printable(location)}")
 
-    def fetched(self, location: Location, status: Status, start: int, stop: int) -> Any:
+    def fetched(self, location: Location, status: Status, start: int, stop: int, buffers: Buffers | None = None) -> Any:
         client, name = self.split(location)
         options: dict[str, Any] = {"range": (start, stop)}
         tag = str(status.version)
@@ -284,7 +290,8 @@ class ObjectStore(RemoteStore):
         try:
             self.put(location, data, None if overwrite else "")
         except Taken as error:
-            raise exists_already(location) from error
+            if self.get(location)[0] != data:  # equal if the answer to our own request was lost
+                raise exists_already(location) from error
 
     def make_folder(self, location: Location) -> None:
         """Does nothing: a folder is there while something is in it."""
@@ -332,20 +339,30 @@ def failures(location: Location, changes: bool = True) -> Iterator[None]:
             raise
         raise _changed(location) from error
     except (known.PermissionDeniedError, known.UnauthenticatedError) as error:
-        raise StoreError(f"{printable(location)} may not be used with these credentials: {_first_line(error)}") from error
+        store: Any = location.store
+        raise store.refused(location, _first_line(error)) from _told(error)
     except known.BaseError as error:
         said = _first_line(error)
         if any(word in str(error) for word in _LASTING):
-            raise StoreError(f"{printable(location)} cannot be used: {said}") from error
-        raise Passing(said) from error
+            raise StoreError(f"{printable(location)} cannot be used: {said}") from _told(error)
+        raise Passing(said) from _told(error)
 
 
 _LASTING = ("NoSuchBucket", "NotPartial", "InvalidBucketName", "169.254.169.254", "PermanentRedirect", "NotSupported")
 """Words in errors of the client that come again each time."""
 
 
+_QUERY = re.compile(r"(https?://[^\s?\"']*)\?[^\s\"')]*")
+
+
 def _first_line(error: BaseException) -> str:
-    return printable(str(error).partition("\n")[0].strip(), 400)
+    """Returns what an error says, without the queries of addresses, which may be secrets."""
+    return printable(_QUERY.sub(r"\1", str(error).partition("\n")[0]).strip(), 400)
+
+
+def _told(error: BaseException) -> BaseException | None:
+    """Returns the error as a cause that may be printed. None if it has the query of an address."""
+    return None if _QUERY.search(str(error)) else error
 
 
 def imported() -> Any:
@@ -417,6 +434,16 @@ class S3(ObjectStore):
                     self._digested.clear()
                 self._digested[file.identity] = file.read_through(tag)
             return self._digested[file.identity]
+
+    def fetched(self, location: Location, status: Status, start: int, stop: int, buffers: Buffers | None = None) -> Any:
+        tag = str(status.version)
+        if buffers is None or not tag.startswith('"') or not direct.possible():
+            return super().fetched(location, status, start, stop)
+        root, _, name = location.key.partition("/")
+        buffer = buffers.take(stop - start)
+        if direct.read_range(self.requests(root), name, start, buffer, tag, READ_SECONDS) != (status.size, tag):
+            raise _changed(location)
+        return buffer
 
     def requests(self, root: str) -> Requests:
         """Returns the requests that the client lacks, for a bucket."""
@@ -608,50 +635,3 @@ class Azure(ObjectStore):
 
     def made_client(self, root: str, module: Any, common: dict[str, Any]) -> Any:
         return module.AzureStore(root, **common)
-
-
-class Web(ObjectStore):
-    """Files of a web server. It must answer ranged requests. Folders cannot be listed."""
-
-    scheme = "https"
-    root_word = "host"
-    private = False
-
-    def parse(self, text: str) -> Location:
-        address, mark, _ = text.partition("?")
-        if mark:
-            raise RecipeError(
-                f"{printable(text)}: addresses with a query (?) are not read; give an address without one, or download it"
-            )
-        found = super().parse(address)
-        return Location(self, unquote(found.key), text)
-
-    def spelled(self, key: str) -> str:
-        return f"{self.scheme}://{quote(key, safe='/:@+~,=!*()')}"
-
-    def made_client(self, root: str, module: Any, common: dict[str, Any]) -> Any:
-        return module.HTTPStore(f"{self.scheme}://{root}", **common)
-
-    def entries(self, location: Location) -> Entries:
-        return Entries({}, frozenset())
-
-    def check_writable(self, location: Location, overwrite: bool) -> None:
-        raise RecipeError(f"{printable(location)}: a web server can be read only; write to another place")
-
-    def stage(self, location: Location, overwrite: bool = False) -> Staging:
-        raise RecipeError(f"{printable(location)}: a web server can be read only; write to another place")
-
-    def write_whole(self, location: Location, data: bytes, overwrite: bool) -> None:
-        self.check_writable(location, overwrite)
-
-    def sweep(self, location: Location) -> None:
-        """Does nothing."""
-
-
-class PlainWeb(Web):
-    """Files of a web server without TLS, such as one on this machine."""
-
-    scheme = "http"
-
-    def allows_http(self) -> bool:
-        return True

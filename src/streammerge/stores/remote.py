@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 from streammerge.errors import ChangedError, FormatError, StoreError, printable
 from streammerge.stores.ahead import BLOCK_BYTES, Ahead
 from streammerge.stores.base import Input, Location, Status, Store
+from streammerge.stores.buffers import Buffers
 from streammerge.stores.remembering import known, recalled
 from streammerge.stores.streams import InputStream
 from streammerge.stores.tags import CELL_BYTES, cells, read_through
@@ -86,15 +87,17 @@ class RangedInput(Input):
         self._store, self._status, self._ahead = store, status, ahead
         self._pages: _Pages = recalled(("pages", self.identity), _Pages)
 
-    def fetch(self, start: int, stop: int) -> memoryview:
-        """Returns these bytes of the file. Raises ChangedError if the file is another version now."""
+    def fetch(self, start: int, stop: int, buffers: Buffers | None = None) -> memoryview:
+        """Returns these bytes of the file, in one of ``buffers`` where the store can put them there.
 
+        Raises ChangedError if the file is another version now.
+        """
         sums = self._store.sums(self, self.location, self._status) if self._ahead is not None else None
-        return persistently(lambda: self._once(start, stop, sums), f"reading {printable(self.location)}")
+        return persistently(lambda: self._once(start, stop, sums, buffers), f"reading {printable(self.location)}")
 
-    def _once(self, start: int, stop: int, sums: Sequence[int] | None = None) -> memoryview:
+    def _once(self, start: int, stop: int, sums: Sequence[int] | None = None, buffers: Buffers | None = None) -> memoryview:
         """Asks once. ``sums``: the checksums of the file's cells, if they are known."""
-        data = memoryview(self._store.fetched(self.location, self._status, start, stop)).cast("B")
+        data = memoryview(self._store.fetched(self.location, self._status, start, stop, buffers)).cast("B")
         if len(data) != stop - start:
             raise Passing(f"{len(data)} bytes came instead of {stop - start}")
         if self._ahead is None and self._store.unsafe():
@@ -227,8 +230,8 @@ class RemoteStore(Store):
         return None
 
     @abstractmethod
-    def fetched(self, location: Location, status: Status, start: int, stop: int) -> Any:
-        """Returns a buffer with these bytes of that version of the file.
+    def fetched(self, location: Location, status: Status, start: int, stop: int, buffers: Buffers | None = None) -> Any:
+        """Returns a buffer with these bytes of that version of the file, one of ``buffers`` where that is cheaper.
 
         Raises ChangedError if the file has another version now, :class:`Passing` for a failure that may pass, StoreError
         for others.

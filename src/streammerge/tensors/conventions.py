@@ -33,12 +33,20 @@ two."""
 _ROTARY = "rotary frequencies, which a model computes from its configuration"
 _MASK = "a causal mask, which a model makes itself"
 _SPECTROGRAM = "filters and windows of a spectrogram, which a model computes from its configuration"
+_SCHEDULE = "the noise schedule, which a diffusion model computes from its configuration"
 _INDEX = "the numbers 0, 1, 2 and so on, which a model makes itself"
 
 IGNORED: tuple[tuple[str, str, str], ...] = (
     (r"(^|\.)(rotary_(pos_)?emb|rotary|rope)\.(inv_freq|freqs|original_inv_freq)$", "", _ROTARY),
     (r"(^|\.)(rotary_(pos_)?emb|rotary)\.(cos|sin)_cached$", "", _ROTARY),
     (r"(^|\.)freqs_cis$", "", _ROTARY),
+    (r"^(betas|alphas_cumprod(_prev)?|sqrt_(one_minus_|recip_|recipm1_)?alphas_cumprod)$", "", _SCHEDULE),
+    (
+        r"^(log_one_minus_alphas_cumprod|posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights)$",
+        "",
+        _SCHEDULE,
+    ),
+    (r"^loss\.(logvar|discriminator\.|perceptual_loss\.)", "", "the loss that an autoencoder is trained with"),
     (r"(^|\.)(position_ids|token_type_ids)$", "", _INDEX),
     (r"(^|\.)relative_position_index$", "", _INDEX),
     (r"(^|\.)(mel_scale\.fb|spectrogram\.window)$", "", _SPECTROGRAM),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from streammerge.errors import ChangedError, StreammergeError, VerifyError, listed, printable
 from streammerge.events import Listener, quiet
+from streammerge.methods.factors import EXTRACT
 from streammerge.options import Resources, Verifying
 from streammerge.planning.plan import Plan
 from streammerge.planning.receipt import Receipt
 from streammerge.recipe.model import Recipe
 from streammerge.recipe.reader import recipe_of_receipt
 from streammerge.requests.adapters import adapters_alone, are_adapters, combined
+from streammerge.requests.extractions import extracted
 from streammerge.requests.plans import planned
 from streammerge.running.choosing import default_workers
 from streammerge.running.readback import read_output
@@ -21,6 +24,9 @@ from streammerge.stores.locations import HERE, PathLike, parse
 from streammerge.units import parse_bytes
 from streammerge.verifying.files import Verified
 from streammerge.verifying.values import check_inputs, recompute
+
+if TYPE_CHECKING:
+    from streammerge.factoring.making import Making
 
 
 def with_values(
@@ -48,8 +54,10 @@ def with_values(
         attempt = replace(verified, notes=[*verified.notes])
         try:
             recipe = recipe_of_receipt(receipt.recipe, asked.own_methods, folders, are_adapters)
-            if adapters_alone(recipe):
-                _with_factors(attempt, recipe, receipt, share, asked.seed, resources, listener)
+            if recipe.merge_method is EXTRACT:
+                _with_factors(attempt, extracted(recipe), receipt, share, asked.seed, resources, listener)
+            elif adapters_alone(recipe):
+                _with_factors(attempt, combined(recipe), receipt, share, asked.seed, resources, listener)
             else:
                 recompute(attempt, _remade(out, recipe, receipt, resources, listener), receipt, share, asked.seed, listener)
         except (StreammergeError, OSError) as error:
@@ -85,17 +93,16 @@ def _places_of_inputs(out: Location, inputs: PathLike | None) -> list[list[Locat
 
 def _with_factors(
     verified: Verified,
-    recipe: Recipe,
+    making: Making,
     receipt: Receipt,
     share: float,
     seed: int,
     resources: Resources,
     listener: Listener,
 ) -> None:
-    """Computes factors of an adapter from adapters again."""
+    """Computes factors of an adapter again."""
     from streammerge.verifying.factors import recompute_factors  # here, because few outputs are adapters
 
-    making = combined(recipe)
     if making.record is not None:
         check_inputs(making.record.inputs, receipt, resources.workers or default_workers(), listener)
     recompute_factors(verified, making, share, seed, parse_bytes(resources.memory), listener)

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from streammerge.checkpoints.index import open_checkpoint
+from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
 from streammerge.errors import MismatchError, VerifyError, listed, printable
 from streammerge.events import Checked, Listener, Preparing, RunFinished, RunStarted, quiet
-from streammerge.factoring.documents import WEIGHTS
-from streammerge.factoring.layers import COMPARE
-from streammerge.factoring.making import Making, Room, factors_of, stored
+from streammerge.factoring.documents import START, WEIGHTS
+from streammerge.factoring.layers import COMPARE, Layer
+from streammerge.factoring.making import Making, Room, distance, factors_of, stored
 from streammerge.running import process
 from streammerge.running.executors.base import Host
 from streammerge.running.workspace import prepare_torch
@@ -42,33 +42,83 @@ def recompute_factors(
     otherwise the products are compared.
     """
     making.workers_within(memory_bytes, 1)  # raises when the budget has no room for a layer
-    layers = [layer for layer in making.layers if layer.way != COMPARE]
-    chosen = sorted(random.Random(seed).sample(range(len(layers)), math.ceil(len(layers) * share)))
     index = open_checkpoint(verified.out / WEIGHTS)
+    units = [layer for layer in making.layers if layer.way != COMPARE]
+    layers, wholes = len(units), list(making.wholes)
+    every = layers + len(wholes)
+    chosen = sorted(random.Random(seed).sample(range(every), math.ceil(every * share)))
     listener(Preparing("torch"))
     prepare_torch()
-    listener(RunStarted(sum(each.nbytes for n in chosen for each in layers[n].sources), 0, memory_bytes, len(chosen)))
+    listener(RunStarted(sum(_reads(making, units, n) for n in chosen), 0, memory_bytes, len(chosen)))
     began, wrong, held = time.perf_counter(), list[str](), process.Gauge()
     identities = making.files | index.identities()
     with closing(InputFiles(identities)) as files, faults.survived(), one_torch_thread():
         for number in chosen:
-            layer, room = layers[number], Room(files, Host(lambda: False))
-            try:
-                factors = factors_of(layer, room)
-            except ValueError as error:
-                raise MismatchError(f"{printable(layer.name)} has {error} in one of its models") from error
-            made = stored(layer, factors) if factors.rank else ()
-            names = [spec.name for spec in layer.specs(max(factors.rank, 1))]
-            there = [_read(index[name], room) for name in names if name in index]
-            if not _same(made, there, verified):
-                wrong.append(layer.module)
-            listener(Checked(layer.name, room.read_bytes, held.now()))
+            room = Room(files, Host(lambda: False))
+            if number < layers:
+                name, right = units[number].module, _factors_are_right(units[number], index, room, verified)
+            else:
+                name = wholes[number - layers]
+                right = _whole_is_right(name, making, index, room, verified)
+            wrong += [] if right else [name]
+            listener(Checked(name, room.read_bytes, held.now()))
     listener(RunFinished(time.perf_counter() - began))
     if wrong:
         raise VerifyError(
             f"{printable(verified.out)} differs from the result of its recipe and these inputs in {listed(wrong)}; "
             "it was made from other inputs, or it is wrong"
         )
+
+
+def _reads(making: Making, units: Sequence[Layer], number: int) -> int:
+    """Returns the bytes of the inputs of a layer with factors, or of a module that may be stored whole."""
+    if number < len(units):
+        return sum(each.nbytes for each in units[number].sources)
+    return sum(each.nbytes for each in making.wholes[list(making.wholes)[number - len(units)]].values())
+
+
+def _factors_are_right(layer: Layer, index: CheckpointIndex, room: Room, verified: Verified) -> bool:
+    """Whether the output has the factors of a layer."""
+    try:
+        factors = factors_of(layer, room)
+    except ValueError as error:
+        raise MismatchError(f"{printable(layer.name)} has {error} in one of its models") from error
+    made = stored(layer, factors) if factors.rank else ()
+    names = [spec.name for spec in layer.specs(max(factors.rank, 1))]
+    return _same(made, [_read(index[name], room) for name in names if name in index], verified)
+
+
+def _whole_is_right(module: str, making: Making, index: CheckpointIndex, room: Room, verified: Verified) -> bool:
+    """Whether the output has the tensors of a module whole, or only its bias, if the models differ there and it has no
+    factors."""
+    tensors = making.wholes[module]
+    names = {name: START + name for name in tensors}
+    factored = any(spec.name in index for each in making.layers if each.module == module for spec in each.specs(1))
+    if factored:
+        names = {name: f"{START}{module}.base_layer.bias" for name in tensors if name.endswith(".bias")}
+    compared = {each.name: each for each in making.layers if each.way == COMPARE and each.module == module}
+    if not any(stored_as in index for stored_as in names.values()):
+        return not any(distance(compared[name], room) for name in names if name in compared)
+    for name, stored_as in names.items():
+        if stored_as not in index or not _equal(index[stored_as], tensors[name], room):
+            return False
+        verified.sampled_tensors += 1
+        verified.sampled_elems += tensors[name].spec.numel
+        verified.repeated_elems += tensors[name].spec.numel
+    return True
+
+
+def _equal(one: Source, other: Source, room: Room) -> bool:
+    """Whether two tensors of any length have the same dtype, shape and numbers."""
+    if (one.spec.dtype, one.spec.shape) != (other.spec.dtype, other.spec.shape):
+        return False
+    numel = one.spec.numel
+    first, second = (Wide(each, room, max(min(GRAIN, numel), 1)) for each in (one, other))
+    for start, stop in ranges(numel, GRAIN):
+        here, there = first.read(start, stop), second.read(start, stop)
+        if not bool(((here == there) | (here.isnan() & there.isnan())).all()):
+            return False
+    return True
 
 
 def _same(made: Sequence[torch.Tensor], there: Sequence[torch.Tensor], verified: Verified) -> bool:
@@ -80,10 +130,12 @@ def _same(made: Sequence[torch.Tensor], there: Sequence[torch.Tensor], verified:
     elems = sum(each.numel() for each in there)
     verified.sampled_tensors += len(there)
     verified.sampled_elems += elems
-    if all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(made, there, strict=True)):
+    if all(torch.equal(a.reshape(-1), b.reshape(-1)) for a, b in zip(made, there, strict=True)):
         verified.repeated_elems += elems
         return True
     (right, left), (other_right, other_left) = map(_matrices, (made, there))
+    if left.shape != other_left.shape or right.shape != other_right.shape:
+        return False
     largest = difference = 0.0
     for start, stop in ranges(len(left), max(GRAIN // max(right.shape[1], 1), 1)):
         one, other = left[start:stop] @ right, other_left[start:stop] @ other_right

@@ -169,7 +169,8 @@ def _method(recipe: Any) -> str:
     """Returns how a recipe merges, in a few words."""
     data = _dict(recipe)
     method = data.get("merge_method", "experts" if "experts" in data else "conversion")
-    told = _told({key: value for key, value in _dict(data.get("parameters")).items() if key != "weight"})
+    given = {key: value for key, value in _dict(data.get("parameters")).items() if key != "weight"}
+    told = _told({**given, **({"rank": data["rank"]} if data.get("rank") is not None else {})})
     return f"{method}, {told}" if told else str(method)
 
 

@@ -28,6 +28,7 @@ from streammerge.planning.outputs.layout import (
     PlannedOutput,
     blank_sums,
     metadata_of,
+    stays_enclosed,
 )
 from streammerge.planning.receipt import ITSELF, escaped, files_beside, input_files, planned
 from streammerge.planning.views import Indexes
@@ -62,6 +63,11 @@ def container_of(out: Location, first: CheckpointIndex | None = None) -> str:
             "it with llama.cpp's convert_hf_to_gguf.py"
         )
     if first is not None and not first.in_memory and first.path.suffix == out.suffix and first.path.is_file():
+        if first.container.members and first.container.enclosed is None:
+            raise RecipeError(
+                f"{printable(out.name)}: an archive whose weights are no single file is read and not written; end the name "
+                "in .safetensors or .ckpt"
+            )
         return "pickle" if first.container.pickled else "safetensors"
     if not out.suffix:
         return "folder"
@@ -103,16 +109,18 @@ def plan_output(out: Location, recipe: Recipe, indexes: Indexes, alignment: Alig
 def _named(names: Mapping[str, str], indexes: Indexes) -> dict[str, CheckpointIndex]:
     """Returns the name that each checkpoint and each adapter has in the receipt, with its index. Instead of a stage, its
     models."""
-    return _all_named(names, {each.path: index for each, index in indexes.items()})
+    return named_origins(names, {each.path: index for each, index in indexes.items()})
 
 
-def _all_named(names: Mapping[str, str], indexes: Mapping[str, CheckpointIndex]) -> dict[str, CheckpointIndex]:
+def named_origins(names: Mapping[str, str], indexes: Mapping[str, CheckpointIndex]) -> dict[str, CheckpointIndex]:
+    """Returns the name in a receipt of each checkpoint and adapter -> its index. ``names``: path -> name in the receipt.
+    ``indexes``: what a recipe calls a model -> its index. Instead of a stage, it has the models of the stage."""
     found: dict[str, CheckpointIndex] = {}
     for text, index in indexes.items():
         parts = (index,) if index.plain is None else (index.plain, *index.adapters)
         for path, part in zip(parts_of(text), parts, strict=True):
             if part.made_from:
-                found |= _all_named(names, part.made_from)
+                found |= named_origins(names, part.made_from)
             elif path in names:  # while a stage is planned, the models of those before it have no names
                 found[names[path]] = part
     return found
@@ -135,8 +143,11 @@ def _planned(
             "end the output's name in /, or give one of the subfolders"
         )
     if kind != "folder":
-        alignment.dispositions.add("file", _beside(first), "dropped", "the output is one file")
+        _place_beside(name, first, alignment.dispositions)
         _note_tokens(recipe, first, alignment)
+    elif first.container.members:
+        why = "in the archive of the first input, which the output is not"
+        alignment.dispositions.add("file", first.container.members, "dropped", why)
     if kind != "folder" and recipe.output.keep_optimizer and first.container.own_files:
         alignment.notes.append(
             "`keep_optimizer` is without effect, because the optimizer of the first input is in parts of several ranks"
@@ -194,6 +205,14 @@ def _left_behind(first: CheckpointIndex) -> Iterator[tuple[str, str]]:
     from streammerge.planning.dispositions.entries import left_behind
 
     return left_behind(first)
+
+
+def _place_beside(name: str, first: CheckpointIndex, dispositions: Dispositions) -> None:
+    """Records what becomes of all that the first input holds beside its weights, where the output is one file."""
+    if stays_enclosed(name, first):
+        dispositions.add("file", first.container.members, "copied")
+    else:
+        dispositions.add("file", [*_beside(first), *first.container.members], "dropped", "the output is one file")
 
 
 def _beside(first: CheckpointIndex) -> list[str]:

@@ -96,6 +96,12 @@ _OF_QUANTISED = ("_quantization_metadata",)
 """Metadata that states how weights are quantised."""
 
 
+def stays_enclosed(name: str, first: CheckpointIndex) -> bool:
+    """Whether a file lies in an archive like that of the first input: by its ending."""
+    container = first.container
+    return container.enclosed is not None and bool(container.path.suffix) and name.endswith(container.path.suffix)
+
+
 def recipe_record(recipe: Recipe) -> dict[str, Any] | None:
     """Returns the recipe that made the output, without paths of this machine. Returns None for a conversion."""
     conversion = recipe.merge_method is COPY and len(recipe.checkpoints) == 1

@@ -30,6 +30,7 @@ from streammerge.planning.outputs.layout import (
     PlannedOutput,
     blank_sums,
     recipe_record,
+    stays_enclosed,
 )
 from streammerge.planning.receipt import ITSELF
 from streammerge.planning.views import Indexes
@@ -149,8 +150,12 @@ def pickled_file(
     else:
         pickle = stream(tree, edit)
         file = torch_zip.plan_layout(name, pickle, builder.storages, base.container.magic, told)
-    placed = [Placed(spec, m, 0, file.offsets[n], source) for n, (spec, m, source) in builder.tensors.items()]
     pickle_bytes = sum(len(part) for part in pickle if isinstance(part, bytes))
+    if base.container.enclosed is not None and stays_enclosed(name, base):
+        inner = file.size
+        file = base.container.enclosed(file)
+        pickle_bytes += file.size - inner
+    placed = [Placed(spec, m, 0, file.offsets[n], source) for n, (spec, m, source) in builder.tensors.items()]
     return PickledFile(file, placed, notes, dispositions, sums, _COPIES * pickle_bytes)
 
 
