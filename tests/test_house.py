@@ -196,7 +196,7 @@ FEATURES = (
     "planning.dispositions.entries", "planning.dispositions.files", "planning.outputs.pickled", "planning.outputs.folder",
     "checkpoints.tokens", "checkpoints.vocabularies", "checkpoints.heads", "checkpoints.config_differences",
     "checkpoints.conversions", "checkpoints.metrics", "checkpoints.numbers", "checkpoints.in_memory",
-    "checkpoints.profiles", "pickles.unpickle", "pickles.repickle", "pickles.arrays", "pickles.copies",
+    "checkpoints.profiles", "checkpoints.steps", "pickles.unpickle", "pickles.repickle", "pickles.arrays", "pickles.copies",
     "formats.archive", "formats.plain_pickle", "formats.torch_zip", "formats.torch_legacy", "formats.folder",
     "formats.distributed", "formats.file_names", "formats.shards",
     "kernels.spectral", "kernels.kth_largest", "kernels.random", "kernels.reductions",

@@ -9,7 +9,6 @@ from collections import Counter
 from streammerge.checkpoints.duplicates import distinct, twice_told
 from streammerge.checkpoints.globs import expand
 from streammerge.checkpoints.index import is_shard_of_model, open_checkpoint
-from streammerge.checkpoints.steps import with_steps
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.recipe.adapted import parts_of
 from streammerge.stores.locations import parse
@@ -47,6 +46,8 @@ def choose(
         raise RecipeError("`highest` turns the order of `best`, which is not given")
     chooses = any(choice is not None for choice in (last, range, best))
     if chooses or oldest_first:
+        from streammerge.checkpoints.steps import with_steps  # here, because most inputs are named one by one
+
         paths = with_steps(paths)
     if chooses or not typed.issuperset(paths):
         paths = distinct(paths, notes)

@@ -34,11 +34,9 @@ _OTHERS: tuple[tuple[bytes, str], ...] = (
     (b"ftrt", "a TensorRT engine, which is made for one card; give the checkpoint that it was made from"),
     (b"PK\5\6", "an empty zip archive"),
 )
-_ONNX = re.compile(
-    rb"\x08[\x01-\x14]\x12.[\x20-\x7e]{2,40}\x1a|\x08[\x01-\x14]\x12\x07pytorch|\x08[\x01-\x14](\x12\x00)?:", re.DOTALL
-)
+_ONNX = rb"(?s)\x08[\x01-\x14]\x12.[\x20-\x7e]{2,40}\x1a|\x08[\x01-\x14]\x12\x07pytorch|\x08[\x01-\x14](\x12\x00)?:"
 """The begin of an ONNX model: the version of its format, then the name of what made it, or the graph."""
-_MSGPACK = re.compile(rb"([\x81-\x8f]|\xde..)([\xa1-\xbf]|\xd9.)[\x20-\x7e]+([\x81-\x8f]|\xc7|\xc8|\xc9|\xde)", re.DOTALL)
+_MSGPACK = rb"(?s)([\x81-\x8f]|\xde..)([\xa1-\xbf]|\xd9.)[\x20-\x7e]+([\x81-\x8f]|\xc7|\xc8|\xc9|\xde)"
 """The begin of a mapping in MessagePack: a name, then another mapping or an array of Flax."""
 
 
@@ -165,9 +163,9 @@ def _what(head: bytes, size: int, end: bytes) -> str:
         return "begins with zero bytes only; the download or the save did not finish"
     if head[4:8] == b"TFL3":
         return "is a TensorFlow Lite model; give the checkpoint that it was made from"
-    if _ONNX.match(head):
+    if re.match(_ONNX, head):
         return "is an ONNX model, whose names and layouts are an exporter's; give the checkpoint that it was made from"
-    if _MSGPACK.match(head):
+    if re.match(_MSGPACK, head):
         return (
             "is a MessagePack file, as Flax writes it; load it in transformers with from_flax=True, or in Python, and save "
             "it as safetensors"

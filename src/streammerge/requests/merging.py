@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoints.choosing import choose
-from streammerge.checkpoints.steps import with_steps
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.methods.factors import EXTRACT
 from streammerge.methods.registry import LINEAR, find_method
@@ -143,9 +142,12 @@ class Request:
             return combined(recipe)
         choice = {name: getattr(self.choosing, name) or None for name in ("last", "range", "best", "by", "highest")}
         chooses = self.schedule is not None or any(choice.values())
-        if asked.base is not None or not begins_with_adapter(
-            with_steps(self.inputs) if chooses else self.inputs, self.held
-        ):
+        inputs = self.inputs
+        if chooses:
+            from streammerge.checkpoints.steps import with_steps  # here, because most inputs are named one by one
+
+            inputs = with_steps(inputs)
+        if asked.base is not None or not begins_with_adapter(inputs, self.held):
             return None
         chosen, notes = choose(self.inputs, **choice, oldest_first=self.schedule is not None)
         if not are_adapters(chosen, self.held):
