@@ -246,6 +246,8 @@ class _Handler(BaseHTTPRequestHandler):
             with self.hub.lock:
                 self.hub.objects[digest] = data
             common |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(data))}
+            route = f"{self.hub.address}/api/models/{name}/xet-read-token/{sha}"
+            common |= {"X-Xet-Hash": digest, "X-Xet-Refresh-Route": route, "Link": f'<{route}>; rel="xet-auth"'}
             self._send(302, {**common, "Location": f"{self.hub.data_address}/data/{digest}?signature=1"})
             return
         self._bytes(data, {**common, "ETag": f'"{git_id(data)}"'})

@@ -214,3 +214,20 @@ def test_a_module_that_is_added_has_its_counters(tmp_path: Path) -> None:
     made = torch.load(tmp_path / "out.pth")
     assert [*made] == ["a.w", "a.num_batches_tracked", "b.running_mean", "b.num_batches_tracked"]
     assert (made["a.num_batches_tracked"].item(), made["b.num_batches_tracked"].item()) == (2, 4)
+
+
+def test_union_adds_whole_state_dicts(tmp_path: Path) -> None:
+    """speakers_xtts.pth: a state dict for each speaker, by names that may hold dots."""
+    voices = {
+        (number, name): {"gpt_cond_latent": draw(number + len(name), 1, 4, 8), "speaker_embedding": draw(number, 1, 8, 1)}
+        for number, name in ((1, "Ana Florence"), (1, "Bo"), (2, "Bo"), (2, "Dr. Who"), (2, "Cleo"))
+    }
+    for number in (1, 2):
+        torch.save({name: voice for (file, name), voice in voices.items() if file == number}, tmp_path / f"{number}.pth")
+    sm.merge([tmp_path / "1.pth", tmp_path / "2.pth"], tmp_path / "out.pth", on_missing="union")
+    made = torch.load(tmp_path / "out.pth", weights_only=True)
+    assert [*made] == ["Ana Florence", "Bo", "Dr. Who", "Cleo"]
+    for part in ("gpt_cond_latent", "speaker_embedding"):
+        assert torch.equal(made["Bo"][part], mean(voices[1, "Bo"][part], voices[2, "Bo"][part]))
+        for number, name in ((1, "Ana Florence"), (2, "Dr. Who"), (2, "Cleo")):
+            assert torch.equal(made[name][part], voices[number, name][part])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from conftest import Cli
 from safetensors.torch import save_file
 
 import streammerge as sm
@@ -84,3 +86,19 @@ def test_an_output_cannot_be_a_stream() -> None:
     assert path_of("inputs", "-") == "-"
     with pytest.raises(sm.RecipeError, match="cannot go to stdout"):
         path_of("out", "-")
+
+
+@pytest.mark.parametrize("out", ["/dev/null", "link.pth", "pipe.pth", "pipe"])
+def test_an_output_cannot_be_a_device_or_a_pipe(out: str, world: Path, cli: Cli) -> None:
+    """Nothing replaces it, and nothing is written beside it."""
+    for name in ("pipe", "pipe.pth"):
+        os.mkfifo(name)
+    Path("link.pth").symlink_to("/dev/null")
+    here = sorted(world.iterdir())
+    with pytest.raises(sm.RecipeError, match="is a device, a pipe or a socket"):
+        sm.convert("a.pt", out, overwrite=True)
+    found = cli("convert", "a.pt", "-o", out, "--overwrite", code=2)
+    assert "is a device, a pipe or a socket" in found.stderr
+    assert sorted(world.iterdir()) == here
+    assert Path("/dev/null").is_char_device()
+    assert not Path("/dev/null.pt").exists()

@@ -239,6 +239,17 @@ def merged_with(hub: Hub, before: Callable[[Request], Answer]) -> dict[str, torc
     return read(Path("out"))
 
 
+def test_a_file_that_xet_stores_is_read_by_plain_ranges(hub: Hub, models: dict[str, str]) -> None:
+    """The hub says of each large file where Xet has it. That route downloads whole files, with memory of its own."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    url = hf_hub_url("org/a", "model-00001-of-00002.safetensors", endpoint=hub.address)
+    assert get_hf_file_metadata(url, endpoint=hub.address).xet_file_data is not None, "the client knows that it is one"
+    assert sm.inspect("hf://org/a").keys()
+    assert hub.count("/data/", "GET")
+    assert not hub.count("xet")
+
+
 def test_failures_that_pass_do_not_matter(hub: Hub, models: dict[str, str], quick: None) -> None:
     numbers = itertools.count()
 

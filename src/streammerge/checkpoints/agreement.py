@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from streammerge.checkpoints.index import CheckpointIndex, index_of
-from streammerge.errors import printable
+from streammerge.errors import listed, printable
 from streammerge.recipe.model import Recipe, Reference
 from streammerge.tensors.names import why_optional
 
@@ -32,6 +32,22 @@ def agreed(recipe: Recipe, indexes: _Indexes) -> _Indexes:
     if wanted is None:
         return _by_names(indexes, models)
     return {each: _taken(index, wanted) if each in models else index for each, index in indexes.items()}
+
+
+def differing_keys(indexes: Iterable[CheckpointIndex]) -> list[str]:
+    """Returns a note if the inputs have their weights under different keys, which may mean different things.
+
+    Two files with the voice of one speaker each have them under the speakers' names.
+    """
+    below = [each for each in indexes if each.extras is not None and _is_below_a_key(each)]
+    if len({each.selection.label for each in below}) < 2:
+        return []
+    said = [f"{printable(each.selection.label)} in {printable(each.path)}" for each in below]
+    return [f"the weights that are merged are those of {listed(said, 4)}"]
+
+
+def _is_below_a_key(index: CheckpointIndex) -> bool:
+    return len(index.selection.chosen) == 1 and bool(index.selection.chosen[0].path)
 
 
 def _common(first: CheckpointIndex, others: list[CheckpointIndex]) -> Candidate | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 
-from streammerge.checkpoints.numbers import in_order
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats.distributed import holds_parts
 from streammerge.formats.file_names import grouped, is_shard, is_weights
@@ -24,6 +23,8 @@ def with_steps(paths: list[str]) -> list[str]:
     """
     if len(paths) != 1 or split(paths[0]) is not None:
         return paths
+    from streammerge.checkpoints.numbers import in_order  # here, because a plain merge has no steps
+
     folder = parse(paths[0])
     if not folder.is_folder() or holds_parts(folder):
         return paths

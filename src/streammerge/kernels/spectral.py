@@ -172,11 +172,12 @@ def _rotated(strips: list[torch.Tensor]) -> torch.Tensor:
     import torch
 
     blocks = [strip[a:b] for strip in strips for a, b in ranges(len(strip), _PAIR_ROWS)]
+    buffers = torch.empty(2, 2 * _PAIR_ROWS * STRIP_COLUMNS, dtype=torch.float64)
     for _ in range(_MOST_SWEEPS):
         largest, off = float(_lengths(strips).max()), 0.0
         for number, one in enumerate(blocks):
             for other in blocks[number + 1 :] if len(blocks) > 1 else [one[:0]]:
-                off = max(off, _made_orthogonal(one, other, largest))
+                off = max(off, _made_orthogonal(one, other, largest, buffers))
         if off <= _CONVERGED:
             break
     values = _lengths(strips)
@@ -201,16 +202,20 @@ def _lengths(strips: list[torch.Tensor]) -> torch.Tensor:
     return made
 
 
-def _made_orthogonal(first: torch.Tensor, second: torch.Tensor, largest: float) -> float:
+def _made_orthogonal(first: torch.Tensor, second: torch.Tensor, largest: float, buffers: torch.Tensor) -> float:
     """Rotates the rows of two blocks so that they are orthogonal. Returns how far they were from it, as a share of
-    ``largest``, the length of the longest row of the matrix."""
+    ``largest``, the length of the longest row of the matrix. ``buffers``: two, with room for a strip of both."""
     import torch
 
     strips = list(ranges(first.shape[1], STRIP_COLUMNS))
-    count = len(first)
-    gram = torch.zeros(count + len(second), count + len(second), dtype=torch.float64)
+    count, rows = len(first), len(first) + len(second)
+
+    def part_of(a: int, b: int, buffer: torch.Tensor) -> torch.Tensor:
+        return buffer[: rows * (b - a)].view(rows, b - a)
+
+    gram = torch.zeros(rows, rows, dtype=torch.float64)
     for a, b in strips:
-        part = torch.cat([first[:, a:b], second[:, a:b]])
+        part = torch.cat([first[:, a:b], second[:, a:b]], out=part_of(a, b, buffers[0]))
         gram.addmm_(part, part.T)
     lengths = gram.diagonal().sqrt()
     # The share of a shorter row along a longer one counts, as in the error bound of an eigenvalue.
@@ -221,7 +226,8 @@ def _made_orthogonal(first: torch.Tensor, second: torch.Tensor, largest: float) 
     del along
     turn = torch.linalg.eigh(gram).eigenvectors.flip(1).T.contiguous()
     for a, b in strips:
-        part = turn @ torch.cat([first[:, a:b], second[:, a:b]])
+        part = torch.cat([first[:, a:b], second[:, a:b]], out=part_of(a, b, buffers[0]))
+        part = torch.mm(turn, part, out=part_of(a, b, buffers[1]))
         first[:, a:b], second[:, a:b] = part[:count], part[count:]
     return off
 

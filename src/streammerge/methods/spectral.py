@@ -508,7 +508,7 @@ class _Subspaces:
         self.block = block_rows(rows, columns)
         self._spill = group.spill(_iso_cts_spills(group.shape, group.models, values, group.turned))
         self.left = SpilledRows(self._spill, self._number if group.turned else columns)
-        self._vectors = _Vectors(self._number, columns)
+        self._vectors = _Vectors(0, columns)
 
     def spilled(self) -> torch.Tensor:
         """Spills the left singular vectors. Returns their Gram matrix."""
@@ -522,7 +522,7 @@ class _Subspaces:
         sums = _Grams(self._group, self._weight, [_SUM, *self._models], self.block, self._spill)
         if not sums.finite:
             return None
-        vectors, columns = self._vectors, self._columns
+        vectors, columns = self._begun(), self._columns
         values, basis = eigen(sums.take(_SUM))
         start, stop = vectors.add(_SUM, values[: self._common], basis[: self._common])
         del basis
@@ -536,6 +536,11 @@ class _Subspaces:
             del gram
         return vectors
 
+    def _begun(self) -> _Vectors:
+        """Takes the memory of the vectors, which there is no room for while sums are made."""
+        self._vectors = _Vectors(self._number, self._columns)
+        return self._vectors
+
     def _add(self, model: int, gram: torch.Tensor, norm: float) -> None:
         values, basis = eigen(gram, self._each)
         self._vectors.add(model, values[: self._each], basis[: self._each], largest=norm)
@@ -546,7 +551,7 @@ class _Subspaces:
         Its vectors are the spilled sum times small matrices. A model's part in it is their product with the delta, whose
         Gram matrix is taken off that of the delta.
         """
-        group, vectors, columns = self._group, self._vectors, self._columns
+        group, columns = self._group, self._columns
 
         def summed(chunk: Chunk) -> Iterator[torch.Tensor]:
             total = _sum(chunk, self._weight).view(-1, columns)
@@ -557,6 +562,7 @@ class _Subspaces:
         (gram,) = products(group, summed, self.block)
         if not is_finite(gram):
             return None
+        vectors = self._begun()
         values, basis = eigen(gram)
         vectors.add(_SUM, values[: self._common], basis[: self._common])
         del gram, basis

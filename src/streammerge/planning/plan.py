@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from streammerge.checkpoints.agreement import differing_keys
 from streammerge.checkpoints.config import config_folder
 from streammerge.errors import BudgetError, RecipeError, listed, printable
 from streammerge.kernels.ranking import held_bytes
@@ -358,6 +359,7 @@ def aligned(recipe: Recipe, indexes: Indexes) -> tuple[Recipe, Alignment]:
     alignment.warnings[:0] = recipe.ignored
     alignment.warnings += cut
     alignment.warnings += _differences(recipe, indexes)
+    alignment.notes += differing_keys(indexes.values())
     if tokens is not None:
         alignment.tokenized = tokens
         alignment.notes += tokens.notes
@@ -372,6 +374,10 @@ def _differences(recipe: Recipe, indexes: Indexes) -> list[str]:
         from streammerge.planning.outputs.bookkeeping import differing_facts
 
         said += differing_facts([i.extras for i in opened], [str(i.path) for i in opened])
+    if any(key.startswith("modelspec.") for index in opened for key in index.metadata):
+        from streammerge.planning.outputs.bookkeeping import SPEC_FACTS, differing_facts
+
+        said += differing_facts([i.metadata for i in opened], [str(i.path) for i in opened], SPEC_FACTS)
     if any(config_folder(index.path) for index in opened):
         from streammerge.checkpoints.config_differences import differing_configs
 

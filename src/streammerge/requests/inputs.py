@@ -46,7 +46,17 @@ def path_of(name: str, value: Any) -> str:
         raise RecipeError(
             "an output is written in any order, so it cannot go to stdout (-); name a file, like merged.safetensors"
         )
+    if name == "out" and is_special(parse(read)):
+        raise RecipeError(
+            f"{printable(read)} is a device, a pipe or a socket, and an output is written in any order; name a file, like "
+            "merged.safetensors, or use `plan`, which writes nothing"
+        )
     return without_queries(read)
+
+
+def is_special(place: Location) -> bool:
+    """Whether something on the disk is neither a file nor a folder, such as ``/dev/null``."""
+    return place.local_path is not None and place.exists() and not place.is_file() and not place.is_folder()
 
 
 def named(name: str, given: Any, held: Held) -> str:

@@ -141,10 +141,9 @@ class Request:
             self._refuse_for_adapters()
             return combined(recipe)
         choice = {name: getattr(self.choosing, name) or None for name in ("last", "range", "best", "by", "highest")}
-        chooses = self.schedule is not None or any(choice.values())
         inputs = self.inputs
-        if chooses:
-            from streammerge.checkpoints.steps import with_steps  # here, because most inputs are named one by one
+        if self.schedule is not None or any(choice.values()):
+            from streammerge.checkpoints.steps import with_steps
 
             inputs = with_steps(inputs)
         if asked.base is not None or not begins_with_adapter(inputs, self.held):

@@ -194,7 +194,7 @@ class Hub(RemoteStore):
         repository = self._pinned(location)
         with failures(repository):
             link = self._link(repository, status)
-            return self._range(link, repository, status, start, stop)
+            return self._range(link, repository, status, start, stop, buffers)
 
     def _link(self, repository: Repository, status: Status) -> _Link:
         """Returns where the bytes of a file are. Raises ChangedError if the hub has another version of it now."""
@@ -223,7 +223,9 @@ class Hub(RemoteStore):
                 self._links.popitem(last=False)
         return made
 
-    def _range(self, link: _Link, repository: Repository, status: Status, start: int, stop: int) -> Any:
+    def _range(
+        self, link: _Link, repository: Repository, status: Status, start: int, stop: int, buffers: Buffers | None
+    ) -> Any:
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
         headers = {} if link.signed else dict(build_hf_headers(**LIBRARY))
@@ -245,7 +247,7 @@ class Hub(RemoteStore):
             link.tag = tag
             if answer.status_code == 206:
                 _check_range(answer.headers.get("Content-Range", ""), repository, status, start, stop)
-                return _body(answer, stop - start)
+                return _body(answer, stop - start, buffers)
             if status.size > _MOST_WHOLE_BYTES and (start, stop) != (0, status.size):
                 raise StoreError(f"hf://{printable(repository)}: the server does not answer requests for ranges")
             return _body(answer, status.size)[start:stop]
@@ -301,9 +303,10 @@ class Hub(RemoteStore):
         return CLIENT_BYTES, 0
 
 
-def _body(answer: Any, nbytes: int) -> memoryview:
-    """Returns the body of an answer. Raises Passing if it has another length."""
-    data, filled = memoryview(mmap.mmap(-1, nbytes)) if nbytes else memoryview(bytearray()), 0
+def _body(answer: Any, nbytes: int, buffers: Buffers | None = None) -> memoryview:
+    """Returns the body of an answer, in one of ``buffers``. Raises Passing if it has another length."""
+    data = buffers.take(nbytes) if buffers and nbytes else memoryview(mmap.mmap(-1, nbytes) if nbytes else bytearray())
+    filled = 0
     for part in answer.iter_bytes():
         stop = filled + len(part)
         if stop > nbytes:

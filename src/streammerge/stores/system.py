@@ -46,14 +46,14 @@ def reserve(fd: int, nbytes: int) -> bool:
 
 
 def return_large_blocks() -> None:
-    """Lets the C library give each block of memory from 4 MiB on back to the system as soon as it is free.
+    """Lets the C library give each block of memory from 512 KiB on back to the system as soon as it is free.
 
     By default it keeps blocks of up to 32 MiB for later ones, once it has seen one of that size. A small block that is
     taken from a large one keeps the rest of it from being used for the next large one. Half a GiB was lost to that.
     """
     mallopt = getattr(_libc, "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 4 << 20)
+        mallopt(_M_MMAP_THRESHOLD, 512 << 10)
 
 
 def full_sync(fd: int) -> None:

@@ -157,3 +157,19 @@ def test_shapes_alone_tell_another_form_only_of_a_whole_model(tmp_path: Path) ->
     assert names(tmp_path / "out") == {"model.safetensors", "dvae.pth"} | OURS
     (decision,) = [each for each in made.plan.dispositions if each.fate == "dropped"]
     assert decision.names == ("transposed.safetensors",)
+
+
+def test_another_network_with_the_same_names_is_copied(tmp_path: Path) -> None:
+    """Sequences of modules all call their tensors 0.weight, 2.weight and so on."""
+    network = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
+    vocoder = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 5))
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        torch.save(network.state_dict(), folder / "model.ckpt")
+        torch.save(vocoder.state_dict(), folder / "vocoder.ckpt")
+        torch.save({name: value.half() for name, value in network.state_dict().items()}, folder / "half.ckpt")
+    result = sm.merge([tmp_path / "1", tmp_path / "2"], tmp_path / "out/")
+    assert (tmp_path / "out" / "vocoder.ckpt").read_bytes() == (tmp_path / "1" / "vocoder.ckpt").read_bytes()
+    assert not (tmp_path / "out" / "half.ckpt").exists()
+    assert any("half.ckpt (another form of the merged weights" in note for note in result.notes)

@@ -100,3 +100,26 @@ def test_a_shown_name_is_still_the_firsts() -> None:
         torch.save({"weight": {"w": torch.ones(2)}, "info": f"{number + 1}0epoch", "sr": "40k"}, f"{number}.pth")
     result = sm.merge(["0.pth", "1.pth"], "out.pth")
     assert "'info' is still 10epoch, as the first input has it" in result.notes
+
+
+def test_metadata_of_two_kinds_of_prediction() -> None:
+    for number, kind in ((1, "epsilon"), (2, "v")):
+        metadata = {"modelspec.prediction_type": kind, "modelspec.title": f"model {number}"}
+        save_file({"w": torch.full((3,), float(number))}, f"{number}.safetensors", metadata)
+    result = sm.merge(["1.safetensors", "2.safetensors"], "out.safetensors")
+    said = "'modelspec.prediction_type' differs: epsilon in 1.safetensors, v in 2.safetensors; the first is kept"
+    assert said in result.warnings
+    again = sm.merge(["1.safetensors", "1.safetensors"], "same.safetensors")
+    assert not any("modelspec" in warning for warning in again.warnings)
+
+
+def test_weights_under_different_keys() -> None:
+    """speakers_xtts.pth of two people: the mean is that of two voices, which nobody may have meant."""
+    for number, speaker in ((1, "Ana"), (2, "Bo")):
+        torch.save({speaker: {"gpt_cond_latent": torch.full((2,), float(number))}}, f"{number}.pth")
+    result = sm.merge(["1.pth", "2.pth"], "out.pth")
+    assert "the weights that are merged are those of Ana in 1.pth, Bo in 2.pth" in result.notes
+    saved(1)
+    saved(2)
+    result = sm.merge(["1.pth", "2.pth"], "again.pth")
+    assert not any("weights that are merged" in note for note in result.notes)

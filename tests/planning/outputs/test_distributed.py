@@ -171,6 +171,43 @@ def test_a_trainers_folder(tmp_path: Path) -> None:
     sm.verify(tmp_path / "out")
 
 
+def of_accelerate(folder: Path, seed: int) -> Path:
+    """A checkpoint as accelerate and transformers save it: weights, optimizer and the rest stand apart."""
+    make = torch.Generator().manual_seed(seed)
+    state = {"optimizer.state.w.exp_avg": torch.randn(8, 3, generator=make)}
+    dcp_maker.write(
+        folder / "pytorch_model_fsdp_0", {"model.w": torch.randn(8, 3, generator=make)}, dcp_maker.sharded(0, 2), ranks=2
+    )
+    dcp_maker.write(folder / "optimizer_0", state, dcp_maker.sharded(0, 2), ranks=2)
+    torch.save({"last_epoch": seed}, folder / "scheduler.bin")
+    torch.save({"step": seed}, folder / "random_states_0.pkl")
+    (folder / "trainer_state.json").write_text("{}")
+    (folder / "events.out.tfevents.1").write_text("x")
+    return folder
+
+
+def test_the_optimizer_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    first, second = (of_accelerate(tmp_path / f"checkpoint-{seed}", seed) for seed in (1, 2))
+    beside = ["scheduler.bin", "random_states_0.pkl", "trainer_state.json"]
+    kept = sm.merge([first, second], tmp_path / "kept/", keep_optimizer=True)
+    for file in sorted((first / "optimizer_0").iterdir()) + [first / name for name in beside]:
+        assert (tmp_path / "kept" / file.relative_to(first)).read_bytes() == file.read_bytes()
+    assert not (tmp_path / "kept" / "events.out.tfevents.1").exists()
+    assert not any("random_states" in note for note in kept.notes if "left out" in note)
+    made = by_torch(tmp_path / "kept" / "optimizer_0", tmp_path / "state.pth")
+    assert_same(made, by_torch(first / "optimizer_0", tmp_path / "first.pth"))
+    sm.merge([first, second], tmp_path / "out/")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "pytorch_model_fsdp_0", "streammerge.json", "streammerge.yaml",
+    ]  # fmt: skip
+    notes = " ".join(sm.plan([first, second], tmp_path / "other/").notes)
+    assert "optimizer_0/ (stale after a merge; `keep_optimizer=True` keeps the first input's)" in notes
+    shards = sm.plan([first, second], tmp_path / "shards/", max_shard_size="1GB").notes
+    assert not any("keep_optimizer" in note for note in shards)
+    sm.verify(tmp_path / "kept", inputs=tmp_path)
+    sm.merge([first, second], tmp_path / "kept/", keep_optimizer=True, overwrite=True)
+
+
 def test_a_renamed_and_a_dropped_tensor(tmp_path: Path, pair: tuple[list[Path], Tensors]) -> None:
     paths, wanted = pair
     recipe = {

@@ -15,8 +15,11 @@ from streammerge.checkpoints.index import CheckpointIndex, index_of
 from streammerge.errors import FormatError, StreammergeError
 from streammerge.formats.base import Form
 from streammerge.formats.detect import read_file
+from streammerge.formats.distributed import holds_parts
 from streammerge.formats.file_names import is_shard, is_whole_model, kind_of_file, kind_of_folder
+from streammerge.planning.dispositions.entries import OPTIMIZER
 from streammerge.planning.dispositions.ledger import Dispositions
+from streammerge.sources.base import Source
 from streammerge.stores.base import Location
 from streammerge.stores.names import is_inner
 
@@ -39,6 +42,10 @@ _WHY_FILE = {
 }
 _QUANTISATION_FILES = frozenset(("hf_quant_config.json", "quantize_config.json", "quant_config.json"))
 _QUANTISED = "states how the first input is quantised, which the output is not"
+_GOES_ON = "state of the first input's training, which goes on from it"
+_NOT_NEEDED = re.compile(r"events\.out.*|zero_to_fp32\.py|latest|training_args\.bin")
+"""Files of a training run that it does not need to go on."""
+_OPTIMIZER_FOLDER = re.compile(r"optim(izer)?(_\d+)?")
 _PIECES = "parts of several ranks, which the output has joined"
 _MOST_BELOW = 20
 """A file with less than one part in 20 of the merged bytes is no other form of them."""
@@ -47,12 +54,20 @@ Copies = list[tuple[Location, str]]
 """(source, name in the output) of files that are copied."""
 
 
-def decide(base: CheckpointIndex, folder: Location, written: Collection[str], dispositions: Dispositions) -> Copies:
+def decide(
+    base: CheckpointIndex,
+    folder: Location,
+    written: Collection[str],
+    dispositions: Dispositions,
+    goes_on: bool | None = None,
+) -> Copies:
     """Returns the files to copy into the output folder, and records the fate of every file.
 
-    ``written``: names of files that the output has in any case. Raises FormatError for a broken link.
+    ``written``: names of files that the output has in any case. ``goes_on``: whether the state of the first input's
+    training is copied too, so that training goes on from the output; None if it cannot. Raises FormatError for a broken
+    link.
     """
-    return _Decision(base, folder, written, dispositions).made()
+    return _Decision(base, folder, written, dispositions, goes_on).made()
 
 
 def parts_of(base: CheckpointIndex) -> dict[str, CheckpointIndex]:
@@ -62,9 +77,15 @@ def parts_of(base: CheckpointIndex) -> dict[str, CheckpointIndex]:
 
 class _Decision:
     def __init__(
-        self, base: CheckpointIndex, folder: Location, written: Collection[str], dispositions: Dispositions
+        self,
+        base: CheckpointIndex,
+        folder: Location,
+        written: Collection[str],
+        dispositions: Dispositions,
+        goes_on: bool | None,
     ) -> None:
         self.base, self.folder, self.written, self.add = base, folder, written, dispositions.add
+        self.goes_on = goes_on
         self.parts = parts_of(base)
         forms = {name: part.container.form or Form("", "") for name, part in self.parts.items()}
         self.merged = {
@@ -75,13 +96,16 @@ class _Decision:
         self.dropped: dict[str, list[str]] = {}
         self.copied: Copies = []
         self.weights: list[str] = []
+        self.states: list[str] = []
 
     def made(self) -> Copies:
         self._walk(self.folder, "")
         self.add("file", sorted(self.merged), "merged")
         for why, names in self.dropped.items():
             self.add("file", names, "dropped", why)
-        plain = [name for _, name in self.copied if name not in self.weights]
+        apart = {*self.weights, *self.states}
+        plain = [name for _, name in self.copied if name not in apart]
+        self.add("file", self.states, "copied", _GOES_ON)
         self.add("file", plain, "copied")
         self.add("file", self.weights, "copied", NOT_MERGED)
         return self.copied
@@ -98,6 +122,8 @@ class _Decision:
         kind = kind_of_folder(path, name)
         if name in self.above:
             self._walk(path, f"{name}/")
+        elif _OPTIMIZER_FOLDER.fullmatch(path.name) and holds_parts(path):
+            self._optimizer(path, name)
         elif kind != "side":
             self._drop(f"{name}/", _WHY_FOLDER[kind])
         elif any(self._is_other_form(each, name) for each in _weights_in(path)):
@@ -105,8 +131,24 @@ class _Decision:
         else:
             self._walk(path, f"{name}/")
 
+    def _optimizer(self, path: Location, name: str) -> None:
+        """Copies the folder of an optimizer, which stands beside that of the weights, or leaves it out."""
+        if not self.goes_on:
+            self._drop(f"{name}/", _WHY_FILE["training"] if self.goes_on is None else OPTIMIZER)
+            return
+        for each in path.children():
+            if each.is_file():
+                self._keep(each, f"{name}/{each.name}")
+
+    def _keep(self, path: Location, name: str) -> None:
+        self.copied.append((path, name))
+        self.states.append(name)
+
     def _file(self, path: Location, name: str, above: str) -> None:
         kind = kind_of_file(path.name)
+        if self.goes_on and kind == "training" and not above and path.is_file() and not _is_left(path.name):
+            self._keep(path, name)
+            return
         if kind == "index" and above not in self.above:  # of shards that are copied too
             kind = "side"
         if kind in ("side", "weights") and name not in self.written and (broken := path.broken_link()):
@@ -147,8 +189,9 @@ class _Decision:
         except (StreammergeError, OSError):
             return False
         ours = self.base.entries
-        local = {name.removeprefix(f"{above}/") for name in ours} if above else ours
-        if 2 * sum(name in local for name in other.entries) > len(other.entries):
+        local = {name.removeprefix(f"{above}/") if above else name: name for name in ours}
+        theirs = other.entries.items()
+        if 2 * sum(name in local and _may_be(entry, ours[local[name]]) for name, entry in theirs) > len(theirs):
             return True
         shapes = Counter(_shape(entry.spec.shape) for entry in ours.values())
         covered = 0
@@ -164,6 +207,10 @@ class _Decision:
         return alike and len(other.entries) >= _LEAST_ALIKE
 
 
+def _is_left(name: str) -> bool:
+    return name.endswith(".distcp") or _NOT_NEEDED.fullmatch(name) is not None
+
+
 _LEAST_ALIKE = 4
 """The fewest tensors whose shapes alone tell that a file of any name holds the merged weights once more."""
 
@@ -171,6 +218,14 @@ _LEAST_ALIKE = 4
 def _shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Returns what two layouts of one tensor have in common: its axes longer than 1, in any order."""
     return tuple(sorted(length for length in shape if length != 1))
+
+
+def _may_be(theirs: Source, ours: Source) -> bool:
+    """Whether two tensors of one name may be forms of one weight. Modules of other networks may be called ``0.weight`` too.
+
+    Codes of a quantised weight have a shape of their own.
+    """
+    return theirs.spec.dtype.kind != "float" or _shape(theirs.spec.shape) == _shape(ours.spec.shape)
 
 
 def _weights_in(folder: Location) -> Iterator[Location]:

@@ -23,6 +23,8 @@ _DEEPEST = 4
 _MOST_RECORDS = 64
 _LOSSES = ("model_loss",)
 _FACTS = ("sr", "f0", "version", "arch", "sample_rate")
+SPEC_FACTS = ("modelspec.architecture", "modelspec.prediction_type")
+"""What the metadata of a diffusion model say about what its numbers mean: a mean of two kinds of prediction is neither."""
 
 
 def merge_bookkeeping(trees: list[Any], weights: list[float], edit: Edit) -> list[str]:
@@ -122,10 +124,10 @@ def _merge_loss(trees: list[Any], weights: list[float], key: str, edit: Edit) ->
     return said
 
 
-def differing_facts(trees: list[Any], paths: Sequence[str]) -> list[str]:
+def differing_facts(trees: list[Any], paths: Sequence[str], keys: Sequence[str] = _FACTS) -> list[str]:
     """Warnings about what a loader needs to know and the inputs do not agree on, such as RVC's sample rate."""
     said = []
-    for key in _FACTS:
+    for key in keys:
         values = {path: _get(tree, key) for tree, path in zip(trees, paths, strict=True) if _get(tree, key) is not None}
         if all(isinstance(v, str | int | float) for v in values.values()) and len(set(values.values())) > 1:
             shown = ", ".join(f"{printable(value)} in {printable(path)}" for path, value in values.items())

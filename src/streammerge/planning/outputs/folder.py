@@ -124,7 +124,9 @@ def folder_output(
     copied: Copies = []
     if folder is not None:
         written = {*names, RECEIPT_FILE, *tokenizer.left, *(name for _, name in made.copied)}
-        copied = decide(base, folder, written, dispositions)
+        can_go_on = any(_is_distributed(recipe, part) for part in parts_of(base).values())
+        goes_on = recipe.output.keep_optimizer if can_go_on else None
+        copied = decide(base, folder, written, dispositions, goes_on)
         beside = [name for each in dispositions if each.why == NOT_MERGED for name in each.names]
         adapters = [name for name in beside if is_adapter(name)]
         if len(beside) > len(adapters):

@@ -125,7 +125,7 @@ def pickled_file(
         home = {name: m.spec.name for m in merged for name in m.base_names if not m.added}
         entries = decide(recipe, indexes, base)
         copies = align_copies(recipe, base, entries, alignment)
-        _add(base, [m for m in merged if m.added], edit, builder)
+        _add(base, indexes, [m for m in merged if m.added], edit, builder)
         renames = _edit_first(base, recipe, home, edit, builder)
         for own, found, chosen in entries.averaged:
             if chosen in home:
@@ -372,9 +372,9 @@ def _key(base: CheckpointIndex, found: Found, written: str) -> str:
     return written.removeprefix(prefix)
 
 
-def _add(base: CheckpointIndex, added: list[Merged], edit: Edit, builder: _Builder) -> None:
+def _add(base: CheckpointIndex, indexes: Indexes, added: list[Merged], edit: Edit, builder: _Builder) -> None:
     """Puts tensors that the first checkpoint lacks behind those of its state dict."""
-    if not added:
+    if not added or _add_state_dicts(base, indexes, added, edit, builder):
         return
     holders = {id(found.holder): found.holder for found in base.selection.tensors}
     holder = next(iter(holders.values()))
@@ -390,6 +390,28 @@ def _add(base: CheckpointIndex, added: list[Merged], edit: Edit, builder: _Build
         )
     like = base.selection.tensors[0].ref
     edit.added[id(holder)] = [(m.spec.name, builder.added(m.spec.name, like)) for m in added]
+
+
+def _add_state_dicts(base: CheckpointIndex, indexes: Indexes, added: list[Merged], edit: Edit, builder: _Builder) -> bool:
+    """Adds state dicts that the first checkpoint lacks, such as another speaker's, behind those that it has at its top.
+
+    Returns False, and adds nothing, if the tensors are not all of such state dicts.
+    """
+    chosen, known = base.selection.chosen, mapping_items(base.extras)
+    if known is None or len(chosen) < 2 or any(len(each.path) != 1 for each in chosen):
+        return False
+    taken = {key for key, _ in known}
+    others = [each for index in indexes.values() if index.extras is not None for each in index.selection.chosen]
+    beside = [each.path[0] for each in others if len(each.path) == 1]
+    keys = [key for key in dict.fromkeys(beside) if isinstance(key, str) and key not in taken]
+    like, made = base.selection.tensors[0].ref, dict[str, dict[str, TensorRef]]()
+    for m in added:
+        key = next((key for key in keys if m.spec.name.startswith(f"{key}.")), None)
+        if key is None:
+            return False
+        made.setdefault(key, {})[m.spec.name.removeprefix(f"{key}.")] = builder.added(m.spec.name, like)
+    edit.added[id(base.extras)] = list(made.items())
+    return True
 
 
 def _drop(name: str, holder: Any, key: Any, edit: Edit) -> None:
