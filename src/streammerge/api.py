@@ -223,6 +223,7 @@ def merge(
     resume: bool = True,
     polite: bool = False,
     report: PathLike | None = None,
+    statistics: bool = False,
     listener: Listener = quiet,
     progress: bool = False,
 ) -> Result | AdapterResult:
@@ -255,8 +256,9 @@ def merge(
             if combined is None:
                 made = request.plan()
         if combined is not None:
-            if report is not None:
-                raise RecipeError("`report` is of a model, and this makes an adapter; leave it out")
+            if report is not None or statistics:
+                named = "report" if report is not None else "statistics"
+                raise RecipeError(f"`{named}` is of a model, and this makes an adapter; leave it out")
             return _make(combined, request.out, given, running.listener, before)
         if request.merging.convert_first is not None:
             from streammerge.requests import conversions  # here, because most merges convert nothing
@@ -266,16 +268,17 @@ def merge(
                 made = request.plan()
         foreseen = output_warnings(made)  # the run itself raises these as errors, unless they are allowed
         made.warnings = [warning for warning in made.warnings if warning not in foreseen]
-        if report is None:
+        if report is None and not statistics:
             return _executed(made, running, given, before)
         from streammerge.reporting import making, recorded  # here, because most merges have no report
         from streammerge.requests.inputs import path_of
 
-        page = parse(path_of("report", report))
-        making.check_possible(page, running.overwrite)
+        page = None if report is None else parse(path_of("report", report))
+        if page is not None:
+            making.check_possible(page, running.overwrite)
         recorder = recorded.Recorder(running.listener)
         result = _executed(made, replace(running, listener=recorder, measures=True), given, before)
-        making.report_merge(result, recorder.samples, page)
+        making.report_merge(result, recorder.samples, page, statistics)
         return result
 
 
@@ -599,7 +602,8 @@ def report(
     used.
 
     The page is one file that opens offline. What was merged comes from the receipt, and distances from the inputs that are
-    found, which are read again; ``merge(report=...)`` measures them while it merges. Needs ``streammerge[report]``.
+    found, which are read again. A merge with ``report`` or ``statistics`` measures them while it merges; the statistics
+    stay beside the output, and then no input is read. Needs ``streammerge[report]``.
     ``listener`` and ``progress``: as of :func:`merge`. Raises RecipeError, and VerifyError for an output without a receipt.
     """
     given = locals()

@@ -715,6 +715,18 @@ class Reporting(Options):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class Gathering(Options):
+    """What is gathered besides."""
+
+    statistics: bool = option(
+        "Measure how far the output lies from its inputs while merging, into OUT.statistics.json, so that a later report "
+        "reads no input.",
+        TRUTH,
+        default=False,
+    )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Showing(Options):
     """What a report shows."""
 
@@ -730,7 +742,7 @@ class Showing(Options):
     overwrite: bool = option("Replace a report.", TRUTH, default=False)
 
 
-MERGE = (Merging, Choosing, Naming, Policies, Selecting, Resources, Executing, Writing, Running, Reporting)
+MERGE = (Merging, Choosing, Naming, Policies, Selecting, Resources, Executing, Writing, Running, Reporting, Gathering)
 PLAN = (Merging, Choosing, Naming, Policies, Selecting, Resources, Executing, Writing, Saving)
 CONVERT = (Converting, Naming, Selecting, Resources, Executing, Writing, Running)
 EXTRACT = (Extracting, Selecting, Resources, Replacing)

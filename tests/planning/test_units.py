@@ -90,3 +90,26 @@ def test_more_shares_than_units() -> None:
     assert sorted(unit.number for part in parts for unit in part) == [0, 1, 2]
     assert max(map(len, parts)) == 1
     assert share([], 0, 3) == []
+
+
+def test_a_large_file_that_is_sent_is_several_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "_LEAST_SENT", 10 << 20)
+    shapes: dict[str, tuple[int, ...]] = {f"layers.{n:02}.w": (100, 1000) for n in range(40)}
+    plan = planned(tmp_path, shapes | {"embed": (11, 1 << 20), "scalar": (), "empty": (0, 3)})
+    made = cut(plan.tasks, whole_files=True)
+    assert all(unit.alone for unit in made)
+    assert len(made) > 4
+    assert any(unit.last for unit in made)
+    assert max(unit.cost for unit in made) < 60 << 20, "a piece of a long tensor is not cut"
+    assert [unit.number for unit in made] == list(range(len(made)))
+    wanted = [piece.key for number, task in enumerate(plan.tasks) for piece in pieces(task, number)]
+    assert sorted(piece.key for unit in made for piece in unit.pieces(plan.tasks)) == sorted(wanted)
+    spans = []
+    for unit in made:
+        places = list(sums_of(unit, plan.tasks))
+        spans.append((min(place[1] for place in places), max(place[1] + place[2] for place in places)))
+    assert all(before[1] == after[0] for before, after in pairwise(spans)), "each unit is one range of the file"
+    assert len(cut(plan.tasks, whole_files=True, shares_files=False)) == 1
+    torch.save({"a": torch.ones(9, 1 << 20), "b": torch.ones(9, 1 << 20)}, tmp_path / "a.pth")
+    archive = sm.plan([tmp_path / "a.pth", tmp_path / "a.pth"], tmp_path / "out.pth")
+    assert len(cut(archive.tasks, whole_files=True)) == 1, "bytes that are known last lie between its tensors"

@@ -50,8 +50,9 @@ FLAGS = frozenset(("no_rope_layers", "moe_layer_freq", "hybrid_layer_pattern", "
 EXTRA_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
 """Layers behind the last one in the same stack of tensors, which the depth does not count (multi-token prediction)."""
 
-ALL_EXTRA_LAYERS = (*EXTRA_LAYERS, "mtp_num_hidden_layers", "num_mtp_modules")
-"""The same, also in stacks of their own."""
+ALL_EXTRA_LAYERS = (*EXTRA_LAYERS, "mtp_num_hidden_layers")
+"""The same, also in stacks of their own. ``num_mtp_modules`` is not one: MiniMax-M2 announces three and publishes none, so
+all its models would seem broken (github.com/MiniMax-AI/MiniMax-M2/issues/47)."""
 
 DEPTHS = (
     *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth"),

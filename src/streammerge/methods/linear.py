@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streammerge.errors import RecipeError
@@ -14,19 +16,52 @@ if TYPE_CHECKING:
     import torch
 
 
-def combination(weights: Sequence[float], of_base: float = 0.0, divisor: float = 1.0) -> Kernel:
-    r"""Returns the kernel of :math:`(w_0 b + \sum_i w_i x_i) / d`, summed in the order of the models."""
+@dataclass(frozen=True, slots=True)
+class Combination:
+    r"""The kernel of :math:`(w_0 b + \sum_i w_i x_i) / d`, summed in the order of the models."""
 
-    def kernel(chunk: Chunk) -> torch.Tensor:
-        total = scaled(chunk.load(0, "total"), weights[0])
-        for model, w in enumerate(weights[1:], start=1):
+    weights: tuple[float, ...]
+    of_base: float
+    divisor: float
+
+    def __call__(self, chunk: Chunk) -> torch.Tensor:
+        total = scaled(chunk.load(0, "total"), self.weights[0])
+        for model, w in enumerate(self.weights[1:], start=1):
             # Not add_(alpha=w): torch fuses it on some machines only, and fused sums differ in their last bits.
             total.add_(scaled(chunk.load(model), w))
-        if of_base:
-            total.add_(scaled(chunk.base, of_base))
-        return total if divisor == 1 else total.div_(divisor)
+        if self.of_base:
+            total.add_(scaled(chunk.base, self.of_base))
+        return total if self.divisor == 1 else total.div_(self.divisor)
 
-    return kernel
+    def of(
+        self, models: Sequence[torch.Tensor], base: torch.Tensor | None, total: torch.Tensor, term: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns the same numbers to the bit, from tensors in the compute dtype that stay as they are. ``total`` and
+        ``term`` are memory for a sum and a product of as many elements. ``base`` may be None if it has no weight."""
+        import torch
+
+        if self.weights[0] == 1:
+            total.copy_(models[0])
+        else:
+            torch.mul(models[0], self.weights[0], out=total)
+        more = list(zip(models[1:], self.weights[1:], strict=True))
+        if self.of_base and base is not None:
+            more.append((base, self.of_base))
+        for values, w in more:
+            total.add_(values if w == 1 else torch.mul(values, w, out=term))
+        return total if self.divisor == 1 else total.div_(self.divisor)
+
+    def bound(self, magnitudes: Sequence[float]) -> float:
+        """Returns what no magnitude of a result exceeds by more than rounding, from such numbers of the models, and of the
+        base if it has a weight. NaN if the divisor is 0."""
+        weights = (*self.weights, self.of_base) if self.of_base else self.weights
+        most = sum(abs(w) * magnitude for w, magnitude in zip(weights, magnitudes, strict=True))
+        return most / abs(self.divisor) if self.divisor else math.nan
+
+
+def combination(weights: Sequence[float], of_base: float = 0.0, divisor: float = 1.0) -> Combination:
+    """Returns the kernel of a weighted sum of the models and the base, divided by ``divisor``."""
+    return Combination(tuple(weights), of_base, divisor)
 
 
 def scaled(values: torch.Tensor, factor: float) -> torch.Tensor:

@@ -532,6 +532,7 @@ class _Subspaces:
             for matrix in (gram, gram.T):
                 for a, b in ranges(columns, _PROJECTED):
                     _take_off(matrix[:, a:b], vectors.basis, start, stop)
+            del matrix  # a view, which would hold the memory beside the next one's
             self._add(model, gram, norm)
             del gram
         return vectors

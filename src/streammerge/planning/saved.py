@@ -89,10 +89,10 @@ def saved(plan: Plan, workers: int | None, executor: str, hashed: bool, before: 
     if alone is not None:
         raise RecipeError(f"the store {alone.store.scheme}:// belongs to this process; save a plan of files")
     out = str(plan.out.absolute()).rstrip("/") + "/" * plan.layout.as_folder
-    whole_files = plan.out.store.sends_parts
-    if whole_files and hashed:
+    joint = plan.out.join(_KEY)  # raises an error for a store that several machines cannot write to
+    if joint.whole_files and hashed:
         raise RecipeError("workers do not hash inputs for an output in an object store; leave `hash` out")
-    units = [unit.row() for unit in cut(plan.tasks, whole_files)]
+    units = [unit.row() for unit in cut(plan.tasks, joint.whole_files, joint.shares_files)]
     if before is not None:
         return replace(before, identity=plan_parts(plan), units=units)
     more = (plan.memory_bytes, workers, plan.io, executor, LEASE_SECONDS, units)

@@ -18,6 +18,8 @@ _LEAST_COST, _MOST_COST = 4 << 20, 1 << 30
 """A unit that is lost with its machine costs this much at most, and a unit is no smaller without need."""
 _LEAST_PASSED = 256 << 20
 """The least cost of a part of a tensor whose passes several machines share. They exchange files in each pass."""
+_LEAST_SENT = 256 << 20
+"""The least cost of a part of a file that several machines send. Where two of them meet, a piece of 8 MiB is sent twice."""
 _MATRIX = 10
 """What a decomposition costs in bytes: its matrix is read once more for each so many rows or columns, the fewer of both."""
 
@@ -70,17 +72,15 @@ class Unit:
         return cls(number, start, stop, cost, bool(alone), first, last)
 
 
-def cut(tasks: Sequence[MergeTask], whole_files: bool = False) -> list[Unit]:
+def cut(tasks: Sequence[MergeTask], whole_files: bool = False, shares_files: bool = True) -> list[Unit]:
     """Returns the units of all tasks. Each holds neighbours, and one unit at least a piece.
 
-    ``whole_files``: makes a unit of each output file instead, of tasks in the order of the output.
+    ``whole_files``: makes a unit of each output file instead, of tasks in the order of the output, and several units of a
+    large one if it ``shares_files``.
     """
     costs = _of_each(tasks)
     if whole_files:
-        files = [place_of(tasks, number)[0] for number in range(len(tasks))]
-        starts = [number for number, file in enumerate(files) if not number or file != files[number - 1]]
-        spans = zip(starts, [*starts[1:], len(files)], strict=True)
-        return [Unit(n, a, b, sum(costs[a:b]), alone=True) for n, (a, b) in enumerate(spans)]
+        return _files(tasks, costs, shares_files)
     alone = {*where(tasks, _is_alone)}
     long = {*where(tasks, lambda task: task.elems > task.piece_elems)} - alone
     passed = {*where(tasks, _passes_are_shared)} if alone else set()
@@ -105,6 +105,44 @@ def cut(tasks: Sequence[MergeTask], whole_files: bool = False) -> list[Unit]:
         cost += costs[number]
     end(len(tasks))
     return made
+
+
+def _files(tasks: Sequence[MergeTask], costs: Sequence[int], shared: bool) -> list[Unit]:
+    """Returns the units of files that are sent. Several machines can send one file if no byte lies between its tensors."""
+    files = [place_of(tasks, number)[0] for number in range(len(tasks))]
+    starts = [number for number, file in enumerate(files) if not number or file != files[number - 1]]
+    most = max(min(sum(costs) // _UNITS, _MOST_COST), _LEAST_SENT)
+    long = {*where(tasks, lambda task: not _is_alone(task) or _passes_are_shared(task))}
+    made: list[Unit] = []
+    for start, stop in zip(starts, [*starts[1:], len(files)], strict=True):
+        if not shared or sum(costs[start:stop]) < 2 * most or not _touch(tasks, start, stop):
+            made.append(Unit(len(made), start, stop, sum(costs[start:stop]), alone=True))
+            continue
+        cost = 0
+        for number in range(start, stop):
+            task = tasks[number]
+            parts = number in long and task.elems > task.piece_elems and costs[number] >= 2 * most
+            if start < number and (parts or cost + costs[number] > most):
+                made.append(Unit(len(made), start, number, cost, alone=True))
+                start, cost = number, 0
+            cost += costs[number]
+            if parts:
+                made += _parts(task, number, costs[number], most, len(made), alone=True)
+                start, cost = number + 1, 0
+        if start < stop:
+            made.append(Unit(len(made), start, stop, cost, alone=True))
+    return made
+
+
+def _touch(tasks: Sequence[MergeTask], start: int, stop: int) -> bool:
+    """Whether the tensors of a file lie one behind the other without a gap."""
+    end = None
+    for number in range(start, stop):
+        _, offset, nbytes = place_of(tasks, number)
+        if nbytes and end not in (None, offset):
+            return False
+        end = offset + nbytes if nbytes else end
+    return True
 
 
 def _parts(task: MergeTask, number: int, cost: int, most: int, units: int, alone: bool) -> Iterator[Unit]:

@@ -10,7 +10,11 @@ from math import sqrt
 from streammerge.tensors.layers import layer_of
 
 OUTSIDE = "outside"
-_MOST_KINDS = 14
+LOST, NOTHING = "not used", "nothing"
+"""The label of what is lost, and how its text begins if that is nothing."""
+MARKS = {"N": "NaN or infinity", "m": "some inputs lack it", "c": "copied", "i": "integers, which have no distance"}
+"""The letters on a map. A cell of several tensors has the first that any of them has, the last two if all have it."""
+_MOST_KINDS, _MOST_OUTSIDE = 14, 8
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _TAIL = re.compile(r"\.(weight|bias)$")
 
@@ -18,7 +22,7 @@ _TAIL = re.compile(r"\.(weight|bias)$")
 @dataclass(frozen=True, slots=True)
 class Row:
     """One tensor of the output. ``distances``: to each input, relative to the input's norm; None if it is not known.
-    ``elems``: its number of elements."""
+    ``elems``: its number of elements. ``mark``: one of ``MARKS``, "" for a tensor that was merged from all inputs."""
 
     name: str
     shape: tuple[int, ...]
@@ -26,16 +30,19 @@ class Row:
     how: str
     distances: tuple[float | None, ...] = ()
     elems: int = 1
+    mark: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Distances by layer and kind of tensor. ``values[row][column]`` is None where there is no such tensor."""
+    """Distances by layer and kind of tensor. ``values[row][column]`` is None where there is no such tensor, or no distance.
+    ``marks`` has the letter of each cell."""
 
     title: str
     layers: tuple[str, ...]
     kinds: tuple[str, ...]
     values: tuple[tuple[float | None, ...], ...]
+    marks: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +60,7 @@ class Facts:
 
     ``summary``, ``made``, ``verification``: (label, text). ``inputs``: rows of the table of inputs. ``measured``: how the
     distances were measured. ``accounts``: (checkpoint, fate, count, names, why) of what is not merged under its name.
-    ``said``: (kind, text) of notes and warnings.
+    ``said``: (kind, text) of notes and warnings. ``compared``: whether this is a comparison, and no merge.
     """
 
     title: str
@@ -70,17 +77,19 @@ class Facts:
     samples: list[Sample] = field(default_factory=list)
     memory_bytes: int = 0
     verification: list[tuple[str, str]] = field(default_factory=list)
+    compared: bool = False
 
     def grids(self) -> list[Grid]:
         """Returns a grid for each input that distances are known to."""
         return [grid_of(name, self.rows, n) for n, name in enumerate(self.input_names) if any(_known(self.rows, n))]
 
     def moved(self, number: int = 0) -> list[tuple[str, float]]:
-        """Returns (layer, distance to an input), the farthest first."""
+        """Returns (layer or module outside of layers, distance to an input), the farthest first."""
         layers: dict[str, list[Row]] = {}
         for row in self.rows:
             if number < len(row.distances) and row.distances[number] is not None:
-                layers.setdefault(place_of(row.name)[0], []).append(row)
+                layer, kind = place_of(row.name)
+                layers.setdefault(kind if layer == OUTSIDE else layer, []).append(row)
         found = [(layer, joined((row.distances[number] or 0.0, row.elems) for row in own)) for layer, own in layers.items()]
         return sorted(found, key=lambda each: -each[1])
 
@@ -113,17 +122,20 @@ def _kind(rest: str) -> str:
 
 
 def grid_of(title: str, rows: Sequence[Row], number: int) -> Grid:
-    """Returns the distances to one input. Layers stand in their order. The kinds of most elements have columns, and the
-    rest shares one."""
+    """Returns the distances to one input. Layers stand in their order, and below them the modules outside that are the
+    farthest. The kinds of most elements have columns, and the rest shares one."""
     cells: dict[tuple[str, str], list[Row]] = {}
+    outside: dict[str, list[Row]] = {}
     sizes: dict[str, int] = {}
     for row in rows:
-        if number < len(row.distances) and row.distances[number] is not None:
-            layer, kind = place_of(row.name)
-            if layer == OUTSIDE:
-                continue
-            cells.setdefault((layer, kind), []).append(row)
-            sizes[kind] = sizes.get(kind, 0) + row.elems
+        if _distance(row, number) is None and not row.mark:
+            continue
+        layer, kind = place_of(row.name)
+        if layer == OUTSIDE:
+            outside.setdefault(kind, []).append(row)
+            continue
+        cells.setdefault((layer, kind), []).append(row)
+        sizes[kind] = sizes.get(kind, 0) + row.elems
     if not cells:  # a model without layers has a row for each tensor
         return _by_name(title, rows, number)
     ranked = sorted(sizes, key=lambda kind: -sizes[kind])
@@ -131,15 +143,36 @@ def grid_of(title: str, rows: Sequence[Row], number: int) -> Grid:
     order = dict.fromkeys(kind for _, kind in cells if kind in kept)
     kinds = [*order, *(["other"] if len(ranked) > len(kept) else [])]
     layers = sorted(dict.fromkeys(layer for layer, _ in cells), key=_in_order)
-    values = []
+    lines = list[list[list[Row]]]()
     for layer in layers:
         own = {kind: found for (where, kind), found in cells.items() if where == layer}
-        line: list[float | None] = []
-        for kind in kinds:
-            there = own.get(kind, []) if kind in kept else [r for k, each in own.items() if k not in kept for r in each]
-            line.append(joined((r.distances[number] or 0.0, r.elems) for r in there) if there else None)
-        values.append(tuple(line))
-    return Grid(title, tuple(layers), tuple(kinds), tuple(values))
+        rest = [row for kind, each in own.items() if kind not in kept for row in each]
+        lines.append([own.get(kind, []) if kind in kept else rest for kind in kinds])
+    far = sorted(outside, key=lambda kind: -(_cell(outside[kind], number) or 0.0))[:_MOST_OUTSIDE]
+    apart = [kind for kind in outside if kind in far]
+    if apart:
+        lines = [[*line, []] for line in lines] + [[*([[]] * len(kinds)), outside[kind]] for kind in apart]
+        kinds.append("outside layers")
+    values = tuple(tuple(_cell(cell, number) for cell in line) for line in lines)
+    marks = tuple(tuple(_mark(cell) for cell in line) for line in lines)
+    return Grid(title, (*layers, *apart), tuple(kinds), values, marks)
+
+
+def _distance(row: Row, number: int) -> float | None:
+    return row.distances[number] if number < len(row.distances) else None
+
+
+def _cell(rows: Sequence[Row], number: int) -> float | None:
+    known = [(distance, row.elems) for row in rows if (distance := _distance(row, number)) is not None]
+    return joined(known) if known else None
+
+
+def _mark(rows: Sequence[Row]) -> str:
+    own = {row.mark for row in rows}
+    for mark in MARKS:
+        if mark in own and (mark in "Nm" or own == {mark}):
+            return mark
+    return ""
 
 
 def _in_order(layer: str) -> tuple[str, int]:
@@ -148,9 +181,10 @@ def _in_order(layer: str) -> tuple[str, int]:
 
 
 def _by_name(title: str, rows: Sequence[Row], number: int) -> Grid:
-    known = [row for row in rows if number < len(row.distances) and row.distances[number] is not None]
+    known = [row for row in rows if _distance(row, number) is not None or row.mark]
     known = sorted(known, key=lambda row: -row.elems)[:40]
-    return Grid(title, tuple(row.name for row in known), ("distance",), tuple((row.distances[number],) for row in known))
+    values = tuple((_distance(row, number),) for row in known)
+    return Grid(title, tuple(row.name for row in known), ("distance",), values, tuple((row.mark,) for row in known))
 
 
 def shortened(layers: Sequence[str]) -> list[str]:

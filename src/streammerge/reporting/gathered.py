@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from streammerge.checkpoints.index import open_checkpoint
@@ -12,26 +13,28 @@ from streammerge.errors import StreammergeError, printable
 from streammerge.planning.conservation import unused_text
 from streammerge.planning.plan import Plan
 from streammerge.planning.receipt import Receipt
-from streammerge.planning.tasks import MergeTask
+from streammerge.planning.tasks import MergeTask, alike, objects
 from streammerge.recipe.document import to_yaml
 from streammerge.recipe.locations import travelling
-from streammerge.reporting.facts import Facts, Row, Sample
+from streammerge.reporting.facts import LOST, NOTHING, Facts, Row, Sample
+from streammerge.reporting.statistics import Statistics, rows_of
 from streammerge.running.execution import Result
 from streammerge.running.measuring import distances
-from streammerge.sources.stored import Stored
+from streammerge.sources.base import Source
 from streammerge.stores.base import Location
+from streammerge.tensors.spec import TensorSpec
 from streammerge.units import binary_bytes, counted, decimal_bytes
 
 _MOST_SHOWN = 3
 _SAMPLED = "distances are estimated from 1,024 of each 1,048,576 elements, measured while merging"
 _EXACT = "distances are of all elements, measured by reading the inputs and the output again"
-_ALL_USED = "everything was used"
 
 
 def of_merge(result: Result, samples: Sequence[Sample]) -> Facts:
     """Returns the facts of a merge. It was run with ``measures``."""
     plan = result.plan
-    names = list(dict.fromkeys(_label(plan, path) for path in plan.owners))
+    columns = _Columns(plan)
+    names = columns.names
     base = plan.recipe.base
     if base is not None:  # how far the output moved from it is what people ask first
         names.sort(key=lambda name: name != posixpath.basename(base.path.rstrip("/")))
@@ -45,7 +48,7 @@ def of_merge(result: Result, samples: Sequence[Sample]) -> Facts:
         samples=list(samples),
         memory_bytes=result.memory_bytes,
     )
-    facts.rows = [_row(plan, number, task, names, result.measured) for number, task in enumerate(plan.tasks)]
+    facts.rows = [_row(plan, number, task, columns, names, result) for number, task in enumerate(plan.tasks)]
     facts.accounts = _accounts([each.record() for each in plan.accounts])
     lost = unused_text(plan.accounts)
     seconds = max(result.seconds, 1e-9)
@@ -68,9 +71,16 @@ def of_merge(result: Result, samples: Sequence[Sample]) -> Facts:
     return facts
 
 
-def of_output(out: Location, receipt: Receipt, compare: Callable[[str], Diff] | None, found: Mapping[str, str]) -> Facts:
+def of_output(
+    out: Location,
+    receipt: Receipt,
+    compare: Callable[[str], Diff] | None,
+    found: Mapping[str, str],
+    gathered: Statistics | str,
+) -> Facts:
     """Returns the facts of an output. ``found``: name of a checkpoint in the receipt -> its path, of those that are there.
-    ``compare``: compares the output with a path; None if nothing is to be read."""
+    ``compare``: compares the output with a path; None if nothing is to be read. ``gathered``: the statistics of the merge,
+    or why there are none."""
     recipe = receipt.recipe
     method = str(recipe.get("merge_method", "convert"))
     index = open_checkpoint(out)
@@ -82,33 +92,17 @@ def of_output(out: Location, receipt: Receipt, compare: Callable[[str], Diff] | 
         recipe=to_yaml(recipe),
         input_names=names,
     )
-    apart: list[dict[str, float | None]] = []
-    for name in names:
-        apart.append({})
-        if compare is None or name not in found:
-            continue
-        try:
-            diff = compare(found[name])
-        except StreammergeError as error:
-            facts.said.append(("note", f"{printable(name)} could not be compared: {error}"))
-            continue
-        apart[-1] = {each.name: each.relative for each in diff.tensors if each.comparable}
-    facts.rows = [
-        Row(
-            name,
-            spec.shape,
-            spec.dtype.torch_name,
-            "",
-            tuple(each.get(name) for each in apart) if spec.dtype.kind == "float" else (),
-            spec.numel,
-        )
-        for name, spec in index.specs().items()
-    ]
-    missing = [name for name in names if name not in found]
-    facts.measured = _EXACT if any(apart) else ""
-    if missing:
-        shown = ", ".join(map(printable, missing[:_MOST_SHOWN]))
-        facts.said.append(("note", f"{shown} was not found here, so distances to it are not shown"))
+    plain = [_plain_row(name, spec) for name, spec in index.specs().items()]
+    rows = None if isinstance(gathered, str) else rows_of(gathered, plain)
+    if rows is not None and not isinstance(gathered, str):
+        facts.rows, facts.input_names, facts.measured = rows, list(gathered.inputs), gathered.measured
+        facts.samples, facts.memory_bytes = list(gathered.samples), gathered.memory_bytes
+        facts.said += gathered.said
+        run = [(label, text) for label, text in gathered.made if label in ("time", "read", "memory")]
+    else:
+        run = []
+        why = gathered if isinstance(gathered, str) else "the statistics have other tensors than the output"
+        _compare(facts, plain, names, compare, found, why)
     facts.accounts = _accounts(receipt.accounts)
     facts.inputs = _input_rows(receipt.inputs, receipt.accounts)
     facts.made = [
@@ -116,6 +110,7 @@ def of_output(out: Location, receipt: Receipt, compare: Callable[[str], Diff] | 
         ("size", f"{counted(len(index), 'tensor')}, {decimal_bytes(index.nbytes)}"),
         ("method", method),
         ("made by", ", ".join(f"{name} {version}" for name, version in receipt.versions.items())),
+        *run,
     ]
     facts.verification = [
         ("receipt", f"sound, digest {receipt.digest[:16]}…"),
@@ -130,6 +125,37 @@ def of_output(out: Location, receipt: Receipt, compare: Callable[[str], Diff] | 
     return facts
 
 
+def _compare(
+    facts: Facts,
+    plain: Sequence[Row],
+    names: Sequence[str],
+    compare: Callable[[str], Diff] | None,
+    found: Mapping[str, str],
+    why: str,
+) -> None:
+    """Compares an output with the inputs that are there. ``why``: why there are no statistics."""
+    apart: list[dict[str, float | None]] = []
+    for name in names:
+        apart.append({})
+        if compare is None or name not in found:
+            continue
+        try:
+            diff = compare(found[name])
+        except StreammergeError as error:
+            facts.said.append(("note", f"{printable(name)} could not be compared: {error}"))
+            continue
+        apart[-1] = {each.name: each.relative for each in diff.tensors if each.comparable}
+    facts.rows = [
+        row if row.mark == "i" else replace(row, distances=tuple(each.get(row.name) for each in apart)) for row in plain
+    ]
+    facts.measured = _EXACT if any(apart) else ""
+    facts.said.append(("note", f"{why}, so {'the inputs were read again' if any(apart) else 'no distance is known'}"))
+    missing = [name for name in names if name not in found]
+    if missing:
+        shown = ", ".join(map(printable, missing[:_MOST_SHOWN]))
+        facts.said.append(("note", f"{shown} was not found here, so distances to it are not shown"))
+
+
 def of_diff(diff: Diff) -> Facts:
     """Returns the facts of a comparison: how far B lies from A."""
     facts = Facts(
@@ -138,6 +164,7 @@ def of_diff(diff: Diff) -> Facts:
         input_names=["A"],
         measured="distances are |B - A| / |A|, of all elements",
         memory_bytes=diff.memory_bytes,
+        compared=True,
     )
     facts.rows = [
         Row(
@@ -168,33 +195,98 @@ def of_diff(diff: Diff) -> Facts:
     return facts
 
 
-def _summarise(facts: Facts, lost: str, what: str = "not used", all_used: str = _ALL_USED) -> None:
+def _summarise(facts: Facts, lost: str, what: str = LOST, all_used: str = "") -> None:
     """Puts what a person wants to know first in front: which layers moved most, and what was not used."""
     first = next((n for n in range(len(facts.input_names)) if facts.moved(n)), None)
     if first is not None:
         moved = facts.moved(first)
         shown = ", ".join(f"{printable(layer)} ({distance:.2g})" for layer, distance in moved[:5])
         facts.summary.insert(0, (f"moved most, from {printable(facts.input_names[first])}", shown))
-    facts.summary.insert(1 if first is not None else 0, (what, lost.removeprefix("not used: ") or all_used))
-
-
-def _label(plan: Plan, file: Location) -> str:
-    owner = plan.owners[file]
-    return owner.name or str(owner)
-
-
-def _row(plan: Plan, number: int, task: MergeTask, names: Sequence[str], measured: Mapping[int, Sequence[float]]) -> Row:
-    own: dict[str, float | None] = {}
-    if number in measured:
-        for source, distance in zip(task.sources, distances(measured[number]), strict=True):
-            if isinstance(source, Stored) and source.path in plan.owners:
-                own[_label(plan, source.path)] = distance
-    elif task.verbatim and task.sources and isinstance(task.sources[0], Stored) and task.sources[0].path in plan.owners:
-        own[_label(plan, task.sources[0].path)] = 0.0 if task.out.dtype.kind == "float" else None
-    how = "copied" if task.method.name == "copy" else task.method.name
-    return Row(
-        task.out.name, task.out.shape, task.out.dtype.torch_name, how, tuple(map(own.get, names)), max(task.out.numel, 1)
+    facts.summary.insert(
+        1 if first is not None else 0, (what, lost.removeprefix("not used: ") or all_used or _all_used(facts))
     )
+
+
+def _all_used(facts: Facts) -> str:
+    """Returns that nothing is lost, beside what nobody wants in a merge."""
+    counts = {fate: sum(each[2] for each in facts.accounts if each[1] == fate) for fate in ("dropped", "training")}
+    said = [f"{counted(counts['dropped'], 'tensor')} that rules leave out"] if counts["dropped"] else []
+    said += [f"the state of a training ({counted(counts['training'], 'tensor')})"] if counts["training"] else []
+    return f"{NOTHING} but {' and '.join(said)}" if said else f"{NOTHING}: everything was used"
+
+
+def _plain_row(name: str, spec: TensorSpec) -> Row:
+    mark = "" if spec.dtype.kind == "float" else "i"
+    return Row(name, spec.shape, spec.dtype.torch_name, "", (), spec.numel, mark)
+
+
+def _label(plan: Plan, source: Source) -> str:
+    """Returns the checkpoint that a source belongs to; several for an expression over several; "" for what no file has."""
+    owners = dict.fromkeys(plan.owners[path] for path in source.paths if path in plan.owners)
+    return " + ".join(dict.fromkeys(owner.name or str(owner) for owner in owners))
+
+
+class _Columns:
+    """What distances are measured to: the checkpoints of a plan, and expressions over several, such as a base with an
+    adapter. All tensors of a model stand in one column, also those that its adapter leaves alone. ``names``: in the order
+    of the recipe."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._whole = max((len(task.sources) for task, _ in alike(plan.tasks)), default=0)
+        places: dict[tuple[int, int], dict[str, None]] = {}
+        met: dict[str, None] = {}
+        for task in [task for task, _ in alike(plan.tasks)] + list(objects(plan.tasks)):
+            for number, source in enumerate(task.sources):
+                label = _label(plan, source)
+                met[label] = None
+                if len(task.sources) == self._whole:
+                    places.setdefault((number, int(task.based)), {})[label] = None
+        models = travelling(plan.recipe).models
+        self._of_place = {}
+        for (number, based), own in places.items():
+            model = models[number - based].model if 0 <= number - based < len(models) == self._whole - based else ""
+            label = max(own, key=lambda label: label.count(" + "))
+            self._of_place[number, based] = model if " + " in model else label
+        owners: dict[str, set[str]] = {}
+        for place, own in places.items():
+            for label in own:
+                owners.setdefault(label, set()).add(self._of_place[place])
+        self._of_label = {label: next(iter(own)) for label, own in owners.items() if len(own) == 1}
+        files = dict.fromkeys(owner.name or str(owner) for owner in plan.owners.values())
+        named = dict.fromkeys([*self._of_place.values(), *(self._of_label.get(label, label) for label in met)])
+        self.names = [name for name in files if name in named] + [name for name in named if name and name not in files]
+
+    def of(self, task: MergeTask) -> list[str]:
+        """Returns the column of each source of a task."""
+        labels = [_label(self._plan, source) for source in task.sources]
+        if len(labels) == self._whole:
+            return [self._of_place.get((n, int(task.based)), label) for n, label in enumerate(labels)]
+        return [self._of_label.get(label, label) for label in labels]
+
+
+def _row(plan: Plan, number: int, task: MergeTask, columns: _Columns, names: Sequence[str], result: Result) -> Row:
+    own: dict[str, float | None] = {}
+    is_float, measured = task.out.dtype.kind == "float", result.measured.get(number)
+    if measured:
+        for column, distance in zip(columns.of(task), distances(measured), strict=True):
+            own.setdefault(column, distance)
+    elif task.verbatim and task.sources and is_float:
+        own[columns.of(task)[0]] = 0.0
+    inputs = len(plan.recipe.inputs)
+    copied = task.method.name == "copy" or (task.verbatim and inputs > 1)
+    how = "copied" if task.method.name == "copy" else task.method.name
+    mark = ""
+    if number in result.nonfinite:
+        mark = "N"
+    elif not is_float:
+        mark = "i"
+    elif copied and inputs > 1:
+        mark = "c"
+    elif 0 < len(task.sources) - task.based < inputs - (plan.recipe.base is not None):
+        mark = "m"
+    elems = max(task.out.numel, 1)
+    return Row(task.out.name, task.out.shape, task.out.dtype.torch_name, how, tuple(map(own.get, names)), elems, mark)
 
 
 def _accounts(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, int, str, str]]:
@@ -202,7 +294,7 @@ def _accounts(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, int,
     found = []
     for account in records:
         for each in account["fates"]:
-            if "names" in each or each["fate"] != "merged":
+            if each["fate"] != "merged" or "into" in each:
                 names = ", ".join(map(printable, each.get("names", ["all others"])[:6]))
                 into = f" → {', '.join(map(printable, each['into'][:3]))}" if "into" in each else ""
                 found.append((account["checkpoint"], each["fate"], each["count"], names + into, each["why"]))

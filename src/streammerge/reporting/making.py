@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from streammerge.diffing.result import Diff
 from streammerge.errors import RecipeError, printable
+from streammerge.reporting import statistics
 from streammerge.reporting.facts import Facts, Sample
 from streammerge.reporting.gathered import of_diff, of_merge, of_output
 from streammerge.reporting.page import page
@@ -22,9 +23,13 @@ def check_possible(file: Location, overwrite: bool) -> None:
     file.check_writable(overwrite)
 
 
-def report_merge(result: Result, samples: Sequence[Sample], file: Location) -> None:
-    """Writes the report of a merge."""
-    _write(of_merge(result, samples), file)
+def report_merge(result: Result, samples: Sequence[Sample], file: Location | None, keeps: bool) -> None:
+    """Writes the report of a merge into a file, and if ``keeps`` its statistics beside the output."""
+    facts = of_merge(result, samples)
+    if keeps:
+        statistics.write(facts, receipt_of(result.out).digest, result.out)
+    if file is not None:
+        _write(facts, file)
 
 
 def report_diff(diff: Diff, file: Location) -> None:
@@ -33,12 +38,14 @@ def report_diff(diff: Diff, file: Location) -> None:
 
 
 def report_output(out: Location, file: Location, inputs: str | None, compare: Callable[[str, str], Diff] | None) -> None:
-    """Writes the report of an output, from its receipt. Compares it with the inputs that are there.
+    """Writes the report of an output, from its receipt and its statistics. Without these, compares it with the inputs that
+    are there.
 
     ``inputs``: the folder that holds them; else they are looked for here and beside the output. ``compare``: compares an
     input and the output; None if nothing is to be read. Raises RecipeError for an output without a receipt.
     """
     receipt = receipt_of(out)
+    gathered = statistics.read(out, receipt.digest)
     places = [parse(inputs)] if inputs is not None else [parse("."), out.absolute().parent]
     found = {}
     for name in [each["checkpoint"] for each in receipt.accounts] or list(receipt.inputs):
@@ -50,7 +57,7 @@ def report_output(out: Location, file: Location, inputs: str | None, compare: Ca
     if inputs is not None and not found:
         raise RecipeError(f"{printable(inputs)} holds none of the inputs that the receipt of {printable(out)} names")
     reading = None if compare is None else lambda path: compare(path, str(out))
-    _write(of_output(out, receipt, reading, found), file)
+    _write(of_output(out, receipt, reading, found, gathered), file)
 
 
 def _write(facts: Facts, file: Location) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from streammerge.errors import printable
-from streammerge.reporting.facts import Facts, Row
+from streammerge.reporting.facts import LOST, MARKS, NOTHING, Facts, Grid, Row
 from streammerge.reporting.pictures import curves, heat_map
 from streammerge.version import __version__
 
@@ -60,15 +60,16 @@ footer { color: #5b6570; font-size: .8rem; margin: 2.5rem 0 1rem; }
 def page(facts: Facts) -> str:
     """Returns the page as HTML. Raises RecipeError if matplotlib is not installed."""
     grids = facts.grids()
+    moved, left, merged = "How far the output moved", "What was not merged under its own name", "What was merged"
+    if facts.compared:
+        moved, left, merged = "How far B lies from A", "What could not be compared", "What was compared"
     parts = [
         f"<h1>{escape(facts.title)}</h1><p class=sub>{escape(facts.subtitle)}</p>",
         _first(facts),
-        _section("How far the output moved", _heat(facts, grids))
-        if grids
-        else _section("How far the output moved", _unknown()),
-        _section("What was not merged under its own name", _accounts(facts)),
-        _section("What was merged", _pairs(facts.made) + _inputs(facts) + _recipe(facts)),
-        _section("Memory and throughput", _curves(facts)),
+        _section(moved, _heat(facts, grids) if grids else _unknown(facts)),
+        _section(left, _accounts(facts)),
+        _section(merged, _pairs(facts.made) + _inputs(facts) + _recipe(facts)),
+        "" if facts.compared else _section("Memory and throughput", _curves(facts)),
         _section("Verification", _pairs(facts.verification)) if facts.verification else "",
         _section("Notes and warnings", _said(facts)) if facts.said else "",
         _section("Every tensor", _tensors(facts)),
@@ -88,18 +89,18 @@ def _section(title: str, content: str) -> str:
 
 
 def _first(facts: Facts) -> str:
-    kinds = {"not used": "lost"} if any(each[1] == "dropped" for each in facts.accounts) else {}
-    rows = "".join(
-        f'<div class="{kinds.get(label, "")}"><dt>{escape(label)}</dt><dd>{escape(text)}</dd></div>'
-        for label, text in facts.summary
-    )
-    return f"<dl class=first>{rows}</dl>"
+    rows = list[str]()
+    for label, text in facts.summary:
+        kind = "lost" if label == LOST and not text.startswith(NOTHING) else ""
+        rows.append(f'<div class="{kind}"><dt>{escape(label)}</dt><dd>{escape(text)}</dd></div>')
+    return f"<dl class=first>{''.join(rows)}</dl>"
 
 
-def _heat(facts: Facts, grids: Sequence[object]) -> str:
-    figures = "".join(
-        f"<figure><h3>from {escape(printable(grid.title))}</h3>{heat_map(grid)}</figure>" for grid in facts.grids()
-    )
+def _heat(facts: Facts, grids: Sequence[Grid]) -> str:
+    figures = "".join(f"<figure><h3>from {escape(printable(grid.title))}</h3>{heat_map(grid)}</figure>" for grid in grids)
+    there = {mark for grid in grids for line in grid.marks for mark in line}
+    letters = "; ".join(f"{mark}: {meaning}" for mark, meaning in MARKS.items() if mark in there)
+    what = "|B - A| / |A|" if facts.compared else "|output - input| / |input|"
     tables = "".join(
         f"<h3>from {escape(printable(grid.title))}</h3>"
         + _table(
@@ -107,24 +108,28 @@ def _heat(facts: Facts, grids: Sequence[object]) -> str:
             ([layer, *(_number(cell) for cell in line)] for layer, line in zip(grid.layers, grid.values, strict=True)),
             numbers=range(1, len(grid.kinds) + 1),
         )
-        for grid in facts.grids()
+        for grid in grids
     )
     return (
-        f"<p class=small>Brighter is farther: |output - input| / |input|; {escape(facts.measured)}.</p>"
+        f"<p class=small>Brighter is farther: {what}; {escape(facts.measured)}.{f' {escape(letters)}.' * bool(letters)}</p>"
         f"<div class=pictures>{figures}</div>"
         f"<details><summary>the numbers</summary>{tables}</details>"
     )
 
 
-def _unknown() -> str:
+def _unknown(facts: Facts) -> str:
+    if facts.compared:
+        return "<p>No tensor could be compared.</p>"
     return (
         "<p>The distances are not known: nothing was measured while merging, and no input was found to compare with. A "
-        "report that is made with the merge measures them.</p>"
+        "report that is made with the merge measures them, and so does a merge with statistics.</p>"
     )
 
 
 def _accounts(facts: Facts) -> str:
     if not facts.accounts:
+        if facts.compared:
+            return "<p>Both have the same tensors.</p>"
         return "<p>Every tensor of every input went into the tensor of its own name.</p>"
     rows = ([a, fate, f"{count:,}", names, why] for a, fate, count, names, why in facts.accounts)
     return _table(["input", "fate", "tensors", "names", "why"], rows, numbers=(2,), names=(3,))

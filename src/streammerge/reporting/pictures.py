@@ -46,8 +46,7 @@ def heat_map(grid: Grid) -> str:
         rows, columns = len(grid.layers), len(grid.kinds)
         values = [[float("nan") if cell is None else cell for cell in line] for line in grid.values]
         axes = figure.subplots()
-        known = [cell for line in grid.values for cell in line if cell is not None]
-        top = max(known, default=1.0) or 1.0
+        top, cut = scale_of([cell for line in grid.values for cell in line if cell is not None])
         mesh = axes.pcolormesh(values, cmap="viridis", vmin=0.0, vmax=top, edgecolors="none")
         axes.invert_yaxis()
         labels = shortened(grid.layers)
@@ -57,7 +56,14 @@ def heat_map(grid: Grid) -> str:
         axes.tick_params(length=0)
         for spine in axes.spines.values():
             spine.set_visible(False)
-        bar = figure.colorbar(mesh, ax=axes, orientation="horizontal", shrink=0.8, aspect=30, pad=0.02)
+        for row, (line, cells) in enumerate(zip(grid.marks, grid.values, strict=False)):
+            for column, (mark, cell) in enumerate(zip(line, cells, strict=True)):
+                if mark:
+                    colour = _INK if cell is None else "black" if cell > 0.6 * top else "white"
+                    centre = {"ha": "center", "va": "center"}
+                    axes.text(column + 0.5, row + 0.5, mark, **centre, fontsize=7, color=colour)  # type: ignore[arg-type]
+        more: Any = "max" if cut else "neither"
+        bar = figure.colorbar(mesh, ax=axes, orientation="horizontal", shrink=0.8, aspect=30, pad=0.02, extend=more)
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelsize=8)
         bar.ax.locator_params(nbins=4)
@@ -65,6 +71,14 @@ def heat_map(grid: Grid) -> str:
     longest = max(map(len, grid.kinds), default=0)
     height = 1.0 + 0.065 * longest + max(min(0.19 * len(grid.layers), 9.0), 0.4)
     return _svg(draw, height, f"Distance of the output from {grid.title}, by layer and kind of tensor")
+
+
+def scale_of(known: Sequence[float]) -> tuple[float, bool]:
+    """Returns the largest distance of a scale of colours, and whether some are larger: a few that lie far above all others
+    would leave no colours for these."""
+    top = max(known, default=0.0) or 1.0
+    most = 2 * sorted(known)[int(0.9 * (len(known) - 1))] if known else 0.0
+    return (most, True) if 0 < 2 * most < top else (top, False)
 
 
 def curves(samples: Sequence[Sample], memory_bytes: int) -> str:

@@ -21,6 +21,7 @@ from streammerge.running.shared import SharedOptions, ShareResult, make_units
 from streammerge.stores.base import Joint, Location
 from streammerge.stores.locations import parse
 from streammerge.stores.remembering import remembering
+from streammerge.units import counted
 
 _ARRAY = "SLURM_ARRAY_TASK_"
 _INDEX = "JOB_COMPLETION_INDEX"
@@ -31,12 +32,25 @@ def save(plan: Plan, place: Location, resources: Resources, executing: Executing
     if not isinstance(executing.executor, str):
         raise RecipeError("a saved plan holds the name of an executor; register it, and pass its name")
     made = for_others(plan, resources.workers, executing.executor, writing.hash)
+    _advise(plan, made)
     if place.lexists():
         if place.is_file() and read_saved(place).key == made.key:
             return made
         raise RecipeError(f"{printable(place)} exists already; choose another name for the plan, or remove it")
     place.write_whole(made.text().encode(), overwrite=False)
     return made
+
+
+_FEW_UNITS, _MUCH_BYTES = 8, 4 << 30
+
+
+def _advise(plan: Plan, made: SavedPlan) -> None:
+    """Notes how to have more units, if there are few because files are sent whole."""
+    if joint_of(made).whole_files and len(made.units) < _FEW_UNITS and plan.write_bytes >= _MUCH_BYTES:
+        place = "pass a smaller `max_shard_size`" if plan.layout.as_folder else "write a folder (a name that ends in /)"
+        plan.notes.append(
+            f"no more than {counted(len(made.units), 'machine')} can share the work, since files are sent whole; {place}"
+        )
 
 
 def for_others(plan: Plan, workers: int | None, executor: str, hashed: bool) -> SavedPlan:

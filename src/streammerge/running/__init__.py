@@ -10,6 +10,7 @@ Each module imports only modules above it::
     nonfinite  NaN and infinity in results, by input
     measuring  how far results lie from inputs
     announcing what workers read next
+    tiles      weighted sums of several outputs, from numbers that are converted once
     worker     units of a merge, from inputs to written bytes
     sweeping   steps of a pass over a long tensor
     engine     gives all tensors of a run to workers
@@ -22,6 +23,7 @@ Each module imports only modules above it::
     readback   whether an output can be read back
     session    makes one output in its staging folder
     execution  runs a plan to its end
+    sending    files that machines send to a store
     exchanging passes over a long tensor that several machines make
     shared     makes units of a plan, while other machines make others
     finishing  publishes what several machines have made

@@ -26,7 +26,8 @@ from streammerge.units import binary_bytes, counted, decimal_bytes
 @dataclass(frozen=True, slots=True, repr=False)
 class Result:
     """The report of a run. Memory is resident bytes as the kernel counts them, worker processes included. ``peak_bytes``:
-    the most memory above ``startup_bytes``. ``measured``: the sums of each task, if they were asked for."""
+    the most memory above ``startup_bytes``. ``measured``: the sums of each task, if they were asked for. ``nonfinite``: the
+    count of NaN and infinity in each task that has any."""
 
     out: Location
     read_bytes: int
@@ -39,6 +40,7 @@ class Result:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     measured: Mapping[int, Sequence[float]] = field(default_factory=dict)
+    nonfinite: Mapping[int, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return (
@@ -107,6 +109,7 @@ def execute(plan: Plan, options: RunOptions, resident_before: int) -> Result:
         (*plan.notes, *made.notes, *made.staging.notes),
         (*plan.warnings, *made.warnings),
         made.measured,
+        made.nonfinite,
     )
 
 

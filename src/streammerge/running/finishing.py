@@ -19,7 +19,7 @@ from streammerge.running.readback import check_structure, receipt_of
 from streammerge.running.session import Run, RunOptions
 from streammerge.running.shared import UnitReceipt
 from streammerge.stores import claims, descriptors
-from streammerge.stores.base import Joint, Location, Staging
+from streammerge.stores.base import Joint, Location, Sent, Staging
 from streammerge.stores.claims import Claims
 from streammerge.stores.space import space_checked
 
@@ -34,13 +34,17 @@ class _AllUnits:
         self._parts: list[list[Part]] = [[] for _ in self._files]
         self._nonfinite: list[tuple[int, dict[str, int]]] = []
         self.unlisted = 0
-        self.sent: dict[str, str] = {}
+        self.sent: dict[str, list[Sent]] = {}
         for unit in units:
             receipt = receipts[unit.name]
-            for (file, offset, nbytes), value in zip(sums_of(unit, plan.tasks), receipt.sums, strict=True):
+            places = [*sums_of(unit, plan.tasks)]
+            for (file, offset, nbytes), value in zip(places, receipt.sums, strict=True):
                 self._parts[file].append((offset, nbytes, value))
             if receipt.sent:
-                self.sent[self._files[place_of(plan.tasks, unit.start)[0]]] = receipt.sent
+                start = min((offset for _, offset, _ in places), default=0)
+                stop = max((offset + nbytes for _, offset, nbytes in places), default=0)
+                name = self._files[place_of(plan.tasks, unit.start)[0]]
+                self.sent.setdefault(name, []).append(Sent(start, stop, receipt.sent))
             self._nonfinite += receipt.nonfinite.items()
             self.unlisted += receipt.more
 

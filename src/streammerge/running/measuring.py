@@ -20,7 +20,7 @@ _WINDOW, _EVERY = 1 << 10, 1 << 20
 
 def measure(out: memoryview, dtype: torch.dtype, chunk: Chunk, source: Inputs, sums: list[float]) -> None:
     """Adds the sums over the sample in a chunk: the number of elements, and for each input the square of its distance to
-    the result, and its own square. An input that is computed itself is left out."""
+    the result, and its own square."""
     import torch
 
     begin = -(-chunk.start // _EVERY) * _EVERY if chunk.start % _EVERY >= _WINDOW else chunk.start
@@ -30,12 +30,9 @@ def measure(out: memoryview, dtype: torch.dtype, chunk: Chunk, source: Inputs, s
         made = torch.frombuffer(out, dtype=dtype)[begin - chunk.start : end - chunk.start].double()
         found = [float(end - begin)]
         for number in range(len(source)):
-            if source.is_stored(number):
-                read = source.read(number, begin, end).double()
-                apart = made - read
-                found += [torch.dot(apart, apart).item(), torch.dot(read, read).item()]
-            else:
-                found += [0.0, 0.0]
+            read = source.read(number, begin, end).double()
+            apart = made - read
+            found += [torch.dot(apart, apart).item(), torch.dot(read, read).item()]
         if math.isfinite(sum(found)):  # NaN and infinity are counted elsewhere
             sums[:] = added(sums, found)
         begin = window + _EVERY

@@ -7,33 +7,45 @@ start. Those of archives hold checksums, and follow when their tensors are made.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
+from typing import Protocol
 
 from streammerge.planning.outputs.layout import Layout
 from streammerge.planning.tasks import MergeTask, place_of
-from streammerge.running.finished import FinishedPieces
+from streammerge.running.finished import Part
 from streammerge.stores.base import Output
 
 _MOST_WAITING = 4
 """Parts that may wait before headers are looked for that are known by now."""
 
 
-class Sealing:
-    """The known bytes of the files of one output. Does nothing for files that are not sent in parts."""
+class Finished(Protocol):
+    """What is known of finished pieces."""
 
-    def __init__(self, layout: Layout, tasks: Sequence[MergeTask], outputs: Sequence[Output], done: FinishedPieces) -> None:
+    def by_file(self) -> Iterable[tuple[str, list[Part]]]:
+        """Returns the name of each file with its parts, sorted."""
+        ...
+
+
+class Sealing:
+    """The known bytes of the files of one output. Does nothing for files that are not sent in parts. ``outputs``: None for
+    a file that another machine makes."""
+
+    def __init__(
+        self, layout: Layout, tasks: Sequence[MergeTask], outputs: Sequence[Output | None], done: Finished
+    ) -> None:
         self._layout, self._tasks, self._outputs, self._done = layout, tasks, outputs, done
         self._looked: dict[int, int] = {}
         self._nbytes: dict[int, dict[int, int]] = {}
         for number, output in enumerate(outputs):
-            if output.in_parts:
+            if output is not None and output.in_parts:
                 self._give(number, {})
 
     def made(self, number: int) -> None:
         """Called when a piece of a file was made. Looks for headers that are known by now if many parts wait for them."""
         output = self._outputs[number]
-        if not output.in_parts or self._layout.files[number].seal is None:
+        if output is None or not output.in_parts or self._layout.files[number].seal is None:
             return
         waiting: int = getattr(output, "waiting", 0)
         if waiting >= self._looked.get(number, 0) + _MOST_WAITING:
@@ -48,7 +60,9 @@ class Sealing:
         known = file.around({**zeros, **sums}, file.receipt)
         changed = file.around({**ones, **sums}, other)
         same = ((a.offset, a.data) for a, b in zip(known, changed, strict=True) if a.data == b.data)
-        self._outputs[number].preset(same)
+        output = self._outputs[number]
+        if output is not None:
+            output.preset(same)
 
     def _whole_sums(self, number: int) -> dict[int, int]:
         """Returns the offset of each tensor that is made -> its checksum."""

@@ -407,6 +407,14 @@ class Run:
         found = done.nonfinite if piece.start else done.nonfinite | self._turned_nonfinite.get(piece.number, {})
         return Finished(*piece.key, file, piece.offset, piece.nbytes, done.checksum, found)
 
+    @property
+    def nonfinite(self) -> dict[int, int]:
+        """How many NaN and infinite numbers each task has that has any, those included that every input has."""
+        found: dict[int, int] = {}
+        for number, counts in self._done.nonfinite():
+            found[number] = found.get(number, 0) + sum(counts.values())
+        return found
+
     def _nonfinite(self) -> list[str]:
         """Returns the places of NaN and infinity, one line for each tensor."""
         found: dict[str, dict[str, int]] = {}

@@ -15,19 +15,17 @@ from typing import Any
 
 from streammerge.errors import StreammergeError, VerifyError, listed, printable
 from streammerge.events import Listener, RunFinished, RunStarted, Spooled, Suspended, TaskDone, Told, quiet
-from streammerge.formats.base import Literal
 from streammerge.kernels.agreed import AGREED
 from streammerge.planning.plan import Plan
-from streammerge.planning.receipt import ITSELF, written_like
-from streammerge.planning.tasks import MergeTask, Piece, PieceDone, batches, place_of
+from streammerge.planning.tasks import MergeTask, Piece, PieceDone, batches
 from streammerge.planning.units import MOST_TENSORS, Unit, sums_of
 from streammerge.running import process
 from streammerge.running.choosing import executor_of
 from streammerge.running.engine import SharedPasses, modules_of, run_all
 from streammerge.running.execution import tell_and_prepare
 from streammerge.running.executors.base import Executor, Executors
-from streammerge.running.finished import other_sum, tensor_sums
 from streammerge.running.job import Bench, Job, OutputPlace, lent, new_key
+from streammerge.running.sending import Sending
 from streammerge.running.spooling import spooled_tasks
 from streammerge.running.turning import Turning
 from streammerge.running.worker import MergeWork
@@ -143,8 +141,6 @@ class _Making:
 
     def __init__(self, unit: Unit, tasks: Sequence[MergeTask]) -> None:
         self.unit = unit
-        self.file = place_of(tasks, unit.start)[0]
-        """The number of its output file, if it is a whole file."""
         self.places = list(sums_of(unit, tasks))
         self._parts: dict[tuple[int, int], list[tuple[int, int, int]]] = {(f, o): [] for f, o, _ in self.places}
         self._starts: dict[int, tuple[int, int]] = {}
@@ -224,8 +220,7 @@ class Share:
         self._executors = executor_of(plan, options.executor)
         self._modules = modules_of(plan.tasks, plan.layout.receipt.kind, plan.torch_needed)
         self.files: list[Output] = []
-        self.whole: dict[int, Output] = {}
-        """The files that are made whole, by their numbers."""
+        self.sending = Sending(plan, joint, units)
         self._held = process.Gauge()
         self.made = self.read_bytes = self.written_bytes = self.left = self.kept_bytes = 0
         self.startup_bytes = self.peak_bytes = 0
@@ -241,14 +236,9 @@ class Share:
                 pass
         finally:
             self.inputs.close()
-            self._drop_whole()
+            self.sending.drop()
             for file in self.files:
                 file.close()
-
-    def _drop_whole(self) -> None:
-        """Forgets whole files that are not finished."""
-        for number in [*self.whole]:
-            self.joint.drop(self.whole.pop(number))
 
     def _round(self) -> bool:
         """Makes units under one name. Returns whether the lease was lost, so that another round is needed."""
@@ -260,7 +250,7 @@ class Share:
             try:
                 self._make_all(executor, _Keeping(self, claims_))
             except LeaseLost:
-                self._drop_whole()
+                self.sending.drop()
                 self.listener(Told("note", "this machine was stopped for longer than its lease; it claims its units again"))
                 return True
             finally:
@@ -280,9 +270,9 @@ class Share:
                 free = _Free(left, claims_, keeping)
                 began = keeping.begun
                 for unit in free.units(alone=True):
-                    if self.joint.whole_files:
-                        self._open_whole(unit)
                     self._make_alone(unit, executor, keeping)
+                    if self.joint.whole_files:
+                        keeping.settle()  # so that the buffers of one unit are held at a time
                 self._make_together(free.units(alone=False), executor, keeping)
                 keeping.settle()
                 if keeping.begun == began and free.waiting:
@@ -310,24 +300,6 @@ class Share:
                 for done in several:
                     self._finished(done.piece(tasks), done, keeping)
 
-    def _open_whole(self, unit: Unit) -> None:
-        """Opens the file of a unit that is a whole file, and gives it what is known from the start."""
-        number = place_of(self._tasks, unit.start)[0]
-        file = self.plan.layout.files[number]
-        output = self.joint.open(file.name, file.size)
-        self.whole[number] = output
-        if file.seal is None and not file.receipt:
-            output.preset((literal.offset, literal.data) for literal in file.literals)
-
-    def sent(self, made: _Making) -> UnitReceipt:
-        """Writes what is around the tensors of a whole file, and sends what is left of it."""
-        receipt, number = made.receipt(self.plan), made.file
-        output = self.whole[number]
-        for literal in around(self.plan, number, receipt.sums, made.places):
-            output.write_full(literal.data, literal.offset)
-        receipt.sent = self.joint.sent(output)
-        return receipt
-
     def _ahead(self, units: Iterator[list[Piece]]) -> Iterator[list[Piece]]:
         """Lets remote inputs be fetched before they are read."""
         if not self.plan.budget.ahead_bytes:
@@ -342,6 +314,7 @@ class Share:
             pass
         tasks: Sequence[MergeTask] = self._tasks[unit.start : unit.stop]
         job, whole = self._job(keeping.claims.fence), self.joint.whole_files
+        files = self.sending.open(unit) or self.files
         inputs = self._opened_inputs(self.plan, self._options)  # its own, so that temporary files are closed before they go
         temporary: list[Output] = []
 
@@ -364,7 +337,7 @@ class Share:
                 self.listener(Spooled(tasks[number].out.name, tasks[number].read_bytes))
             passes = self._exchange(unit, tasks[0], keeping.claims) if unit.exchanges else None
             with (
-                lent(job, inputs, self.files or [*self.whole.values()]),
+                lent(job, inputs, files),
                 closing(run_all(job, executor, turning.tasks, unit.holds, inputs, whole, passes)) as results,
             ):
                 for done in results:
@@ -500,6 +473,7 @@ class _Keeping:
         with self._wake:
             several = self._of_task[piece.number]
             made = next(each for each in several if each.unit.holds(piece))
+            self._share.sending.made(made.unit, piece, done)
             if made.add(piece, done):
                 for number in range(made.unit.start, made.unit.stop):
                     self._of_task[number].remove(made)
@@ -537,7 +511,9 @@ class _Keeping:
             share, whole = self._share, self._share.joint.whole_files
             for number in sorted({file for made in ready for file, _, _ in made.places if not whole}):
                 share.files[number].sync()
-            receipts = [(made, share.sent(made) if whole else made.receipt(share.plan)) for made in ready]
+            receipts = [(made, made.receipt(share.plan)) for made in ready]
+            for made, receipt in receipts:
+                receipt.sent = share.sending.send(made.unit, receipt.sums, made.places)
             share.inputs.check_unchanged()
             for made, receipt in receipts:
                 self.claims.fence.check()
@@ -546,24 +522,7 @@ class _Keeping:
                 first = claims.finish(share.joint.home, made.unit.name, receipt.data(), replaces=not whole)
                 share.made += first
                 share.kept_bytes += receipt.nbytes * first
-                if whole:
-                    output = share.whole.pop(made.file)
-                    if not first:
-                        share.joint.drop(output)
-
-
-def around(plan: Plan, number: int, sums: Sequence[int], places: Sequence[tuple[int, int, int]]) -> list[Literal]:
-    """Returns the bytes outside the tensors of an output file that one machine makes. ``sums``: the checksum at each of
-    ``places``, which are (file, offset, bytes)."""
-    layout = plan.layout
-    file, kind = layout.files[number], layout.receipt.kind
-    parts = sorted((offset, nbytes, value) for (_, offset, nbytes), value in zip(places, sums, strict=True))
-    own = tensor_sums(file, parts, kind)
-    starts = own if file.seal is not None else {}
-    if not file.receipt:
-        return file.around(starts, b"")
-    every = {ITSELF: array("I", [*own.values(), other_sum(file, own, kind)])}
-    return file.around(starts, written_like(layout.receipt.filled(every, {}), file.receipt))
+                share.sending.end(made.unit, first)
 
 
 def make_units(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from streammerge.errors import BudgetError
 from streammerge.events import Listener, Spooled, TaskDone
 from streammerge.kernels.chunk import Chunk, Kernel, chunk_spans
+from streammerge.methods.linear import Combination
 from streammerge.planning.budget import (
     BEST_CHUNK_ELEMS,
     PER_COLUMN_BYTES,
@@ -33,7 +34,8 @@ from streammerge.running.executors.base import Executors, Host
 from streammerge.running.job import Job, OutputPlace, lent, new_key
 from streammerge.running.session import Run
 from streammerge.running.spooling import spooled_tasks
-from streammerge.running.worker import MergeWork, MergeWorker, bind, done_of, failures, put, sweep_of
+from streammerge.running.tiles import TILE_BYTES, Summed, Tiles
+from streammerge.running.worker import MergeWork, MergeWorker, bind, count_nonfinite, done_of, failures, put, sweep_of
 from streammerge.running.workspace import Inputs, Outgoing
 from streammerge.sources.base import Source
 from streammerge.sources.deflated import PackedRecord
@@ -86,6 +88,7 @@ class TogetherWorker(MergeWorker):
         arena = memoryview(mmap.mmap(-1, work.outputs * each + work.raw_bytes))
         self._buffers = [arena[number * each : (number + 1) * each] for number in range(work.outputs)]
         self._raw = arena[work.outputs * each :]
+        self._tiles = Tiles()
 
     def run(self, unit: Common) -> list[tuple[int, PieceDone]]:  # type: ignore[override]
         """Computes and writes the pieces of all outputs. Returns the number of the output with each."""
@@ -146,19 +149,67 @@ class TogetherWorker(MergeWorker):
         sums, nonfinite = [0] * len(wholes), [dict[str, int]() for _ in wholes]
         widest = max(whole.task.out.dtype.component.element_bytes for whole in wholes)
         most, row = min(self.job.budget.chunk_elems, self._out_bytes // widest), wholes[0].task.row
+        summed = self._tiles.fit(len(once)) and _weighted_sums(kernels, wholes, views)
         for a, b in chunk_spans(sources.start, sources.stop, most, row):
             self.host.check()
             source.move_to(a, b)
             once.begin(a, b)
+            parts = self._summed(summed, a, b, wholes, once, outgoing) if summed else []
             for number, whole in enumerate(wholes):
                 task, view = whole.task, views[number]
                 with failures(task, a, b):
                     self.workspace.clear(b - a)
                     compute, models = getattr(torch, task.compute), len(task.sources) - task.based
                     chunk = Chunk(a, b, compute, self.workspace, view.read, task.based, models)
-                    part = put(kernels[number], chunk, task, view, outgoing[number], nonfinite[number])
+                    if parts:
+                        part, finite = parts[number]
+                        if not finite:
+                            out = _numbers_in(part, task)
+                            count_nonfinite(out, kernels[number], chunk, task, view, nonfinite[number])
+                    else:
+                        part = put(kernels[number], chunk, task, view, outgoing[number], nonfinite[number])
                 sums[number] = self.job.checksum.update(part, sums[number])
         return [done_of(*each) for each in zip(wholes, sums, nonfinite, strict=True)]
+
+    def _summed(
+        self,
+        kernels: Sequence[Summed],
+        start: int,
+        stop: int,
+        wholes: Sequence[Piece],
+        once: _Once,
+        outgoing: Sequence[Outgoing],
+    ) -> list[tuple[memoryview, bool]]:
+        """Computes a chunk of all outputs in tiles. Returns the bytes of each, and whether all are finite for certain."""
+        import torch
+
+        parts = [
+            each.room((stop - start) * whole.task.out.dtype.component.element_bytes)
+            for each, whole in zip(outgoing, wholes, strict=True)
+        ]
+        outs = [_numbers_in(part, whole.task) for part, whole in zip(parts, wholes, strict=True)]
+        with failures(wholes[0].task, start, stop):
+            compute = getattr(torch, wholes[0].task.compute)
+            finite = self._tiles.sums(start, stop, compute, once.read, kernels, outs)
+        return list(zip(parts, finite, strict=True))
+
+
+def _numbers_in(part: memoryview, task: MergeTask) -> torch.Tensor:
+    import torch
+
+    return torch.frombuffer(part, dtype=task.out.dtype.component.torch)
+
+
+def _weighted_sums(kernels: Sequence[Kernel], wholes: Sequence[Piece], views: Sequence[_Picked]) -> list[Summed]:
+    """Returns the kernels with the numbers of their sources if all are weighted sums in one dtype; else nothing."""
+    found = list[Summed]()
+    for kernel, whole, view in zip(kernels, wholes, views, strict=True):
+        if not isinstance(kernel, Combination) or whole.task.compute != wholes[0].task.compute:
+            return []
+        based = int(whole.task.based)
+        base = view.numbers[0] if based and kernel.of_base else None
+        found.append((kernel, view.numbers[based:], base))
+    return found if len(found) > 1 else []
 
 
 def _bounds(unit: Common, kept_bytes: int) -> list[int]:
@@ -188,6 +239,9 @@ class _Once:
         self._held: dict[int, torch.Tensor] = {}
         self._begin = self._end = self._taken = 0
 
+    def __len__(self) -> int:
+        return len(self._source)
+
     def begin(self, start: int, stop: int) -> None:
         """Forgets the chunk before."""
         self._begin, self._end, self._taken = start, stop, 0
@@ -213,16 +267,16 @@ class _Picked:
     """The sources of one output among all sources."""
 
     def __init__(self, once: _Once, source: Inputs, numbers: list[int]) -> None:
-        self._once, self._source, self._numbers = once, source, numbers
+        self._once, self._source, self.numbers = once, source, numbers
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self.numbers)
 
     def origin(self, source: int) -> str:
-        return self._source.origin(self._numbers[source])
+        return self._source.origin(self.numbers[source])
 
     def read(self, source: int, start: int, stop: int) -> torch.Tensor:
-        return self._once.read(self._numbers[source], start, stop)
+        return self._once.read(self.numbers[source], start, stop)
 
 
 class Together:
@@ -255,7 +309,7 @@ class Together:
         fixed = plans[0].pickle_bytes + sum(map(bookkeeping_bytes, plans[1:]))
         error: BudgetError | None = None
         for out_bytes in _OUT_BYTES:
-            beside = len(plans) * (out_bytes + PAGE_BYTES) + raw + processes
+            beside = len(plans) * (out_bytes + PAGE_BYTES) + raw + TILE_BYTES + processes
             try:
                 budget, io = budget_of(tasks, memory_bytes, workers, plans[0].io, bool(plans[0].spooled), fixed, beside)
             except BudgetError as failed:

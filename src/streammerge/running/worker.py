@@ -26,7 +26,7 @@ from streammerge.stores.system import return_large_blocks
 from streammerge.tensors.spec import ranges
 
 if TYPE_CHECKING:
-    pass
+    import torch
 
 T = TypeVar("T")
 
@@ -245,10 +245,17 @@ def put(
         raise ValueError(f"its kernel made {result.numel()} numbers of a chunk of {chunk.elems}")
     part = outgoing.room(chunk.elems * dtype.element_bytes)
     out = torch.frombuffer(part, dtype=dtype.torch).copy_(result.reshape(-1))
-    if dtype.kind == "float" and may_be_nonfinite(out):
+    count_nonfinite(out, kernel, chunk, task, source, nonfinite)
+    return part
+
+
+def count_nonfinite(
+    out: torch.Tensor, kernel: Kernel, chunk: Chunk, task: MergeTask, source: Numbers, nonfinite: dict[str, int]
+) -> None:
+    """Adds NaN and infinity in the result of a chunk to ``nonfinite``, by source. Puts in what all inputs agree on."""
+    if task.out.dtype.kind == "float" and may_be_nonfinite(out):
         for name, count in nonfinite_of(out, kernel, task.row, chunk, source).items():
             nonfinite[name] = nonfinite.get(name, 0) + count
-    return part
 
 
 def sweep_of(worker: Worker, task: MergeTask, source: Inputs) -> Callable[..., Iterator[Any]]:

@@ -424,16 +424,27 @@ class Staging(ABC):
         """Whether a next run can continue from here."""
 
 
+class Sent(NamedTuple):
+    """Bytes ``start`` to ``stop`` of a file that a machine has sent. ``said``: what :meth:`Joint.sent` has returned for the
+    whole file, or :meth:`Joint.sent_part` for the range."""
+
+    start: int
+    stop: int
+    said: str
+
+
 class Joint(ABC):
     """An output that several machines make together. Plain data that can be pickled.
 
-    ``home``: the hidden folder that holds all of it. ``content``: the folder of its files. ``whole_files``: whether a file
-    must be written by one machine from begin to end; otherwise machines write ranges of one file.
+    ``home``: the hidden folder that holds all of it. ``content``: the folder of its files. ``whole_files``: whether files
+    are sent, each by one machine from begin to end (:meth:`open`), or by several of which each has a range
+    (:meth:`open_part`) if it ``shares_files``; otherwise machines write ranges of one file.
     """
 
     out: Location
     home: Location
     whole_files: ClassVar[bool] = False
+    shares_files: ClassVar[bool] = True
 
     @property
     def content(self) -> Location:
@@ -467,15 +478,23 @@ class Joint(ABC):
         """Sends what is left of a whole file, and returns how :meth:`stage` finds it again."""
         return ""
 
+    def open_part(self, name: str, size: int) -> Output:
+        """Opens a file that several machines send, so that this one can send a range of it."""
+        raise NotImplementedError
+
+    def sent_part(self, output: Output, start: int, stop: int) -> str:
+        """Sends what is left of a range of a file, and returns how :meth:`stage` finds it again."""
+        raise NotImplementedError
+
     def drop(self, output: Output) -> None:
-        """Forgets a whole file that another machine has made too."""
+        """Forgets a file, or a range of one, that another machine has made too."""
         output.close()
 
     @abstractmethod
-    def stage(self, overwrite: bool, sent: Mapping[str, str]) -> Staging:
+    def stage(self, overwrite: bool, sent: Mapping[str, Sequence[Sent]]) -> Staging:
         """Returns the staging that publishes the output. One machine at a time calls this, the last one.
 
-        ``sent``: the name of each file that was written whole -> what :meth:`sent` has returned.
+        ``sent``: the name of each file that was sent -> the ranges of it.
         """
 
     @abstractmethod
@@ -674,8 +693,8 @@ class Store(ABC):
 
     def join(self, location: Location, key: str) -> Joint:
         raise RecipeError(
-            f"{printable(location)}: several machines cannot write to the store {self.scheme}:// together; "
-            "write to another place"
+            f"{printable(location)}: several machines cannot write to the store {self.scheme}:// together; let them write "
+            "to a folder that all of them see, or to s3://, or merge on one machine"
         )
 
     def free_bytes(self, location: Location) -> int | None:

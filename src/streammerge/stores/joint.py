@@ -11,13 +11,13 @@ import errno
 import itertools
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from streammerge.errors import RecipeError, printable
 from streammerge.stores import lock, system
-from streammerge.stores.base import Joint, Location, Output, Staging
+from streammerge.stores.base import Joint, Location, Output, Sent, Staging
 from streammerge.stores.commit import LocalStaging, hidden_folder, make_subfolders
 from streammerge.stores.files import OutputFile, SharedOutputFile
 
@@ -53,7 +53,7 @@ class LocalJoint(Joint):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(location.key)
 
-    def stage(self, overwrite: bool, sent: Mapping[str, str]) -> Staging:
+    def stage(self, overwrite: bool, sent: Mapping[str, Sequence[Sent]]) -> Staging:
         return _JointStaging(self, overwrite)
 
     def published(self) -> bool:

@@ -242,6 +242,19 @@ class ObjectStore(RemoteStore):
 
         return persistently(ask, f"listing {printable(folder)}")
 
+    def join(self, location: Location, key: str) -> Joint:
+        from streammerge.stores.joint_objects import copied_joint_of  # here, because most outputs are made by one machine
+
+        return copied_joint_of(location, key)
+
+    def create_small(self, location: Location, data: bytes, durable: bool = True) -> bool:
+        from streammerge.stores.joint_objects import create_small
+
+        return create_small(self, location, data)
+
+    def replace_small(self, location: Location, data: bytes) -> None:
+        self.put(location, data)
+
     def upload(self, location: Location) -> Upload:
         """See :class:`streammerge.stores.staged.Objects`."""
         return InOrder(self, location)
@@ -411,14 +424,6 @@ class S3(ObjectStore):
         from streammerge.stores.joint_objects import joint_of  # here, because most outputs are made by one machine
 
         return joint_of(location, key)
-
-    def create_small(self, location: Location, data: bytes, durable: bool = True) -> bool:
-        from streammerge.stores.joint_objects import create_small
-
-        return create_small(self, location, data)
-
-    def replace_small(self, location: Location, data: bytes) -> None:
-        self.put(location, data)
 
     def sums(self, file: RangedInput, location: Location, status: Status) -> Sequence[int] | None:
         """Where the connection has no TLS, reads a file of moderate size once more, and compares it with its tag.

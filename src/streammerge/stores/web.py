@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import parse_qsl, quote, unquote
 
 from streammerge.errors import RecipeError, StoreError, printable
-from streammerge.stores.base import Location, Staging, Status
+from streammerge.stores.base import Joint, Location, Staging, Status
 from streammerge.stores.objects import ObjectStore, failures, imported
 from streammerge.stores.remote import Entries, persistently
 
@@ -145,6 +145,9 @@ class Web(ObjectStore):
         raise RecipeError(f"{printable(location)}: a web server can be read only; write to another place")
 
     def stage(self, location: Location, overwrite: bool = False) -> Staging:
+        raise RecipeError(f"{printable(location)}: a web server can be read only; write to another place")
+
+    def join(self, location: Location, key: str) -> Joint:
         raise RecipeError(f"{printable(location)}: a web server can be read only; write to another place")
 
     def write_whole(self, location: Location, data: bytes, overwrite: bool) -> None:

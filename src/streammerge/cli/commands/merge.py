@@ -10,7 +10,7 @@ from streammerge.cli import options
 from streammerge.cli.advice import without_output
 from streammerge.cli.arguments import as_arguments, inputs_and_recipe, output_name
 from streammerge.cli.reports import report, show_plan
-from streammerge.options import MERGE, Reporting, Running, options_of
+from streammerge.options import MERGE, Gathering, Reporting, Running, options_of
 
 
 @click.command(cls=options.GroupedCommand)
@@ -48,7 +48,7 @@ def merge(
 
         if out is not None:
             out = output_name(out, found, recipe, Progress(form, enabled=False).say, typed["own_methods"])
-        asked = {name: asked[name] for name in asked.keys() - options_of(Running, Reporting)}
+        asked = {name: asked[name] for name in asked.keys() - options_of(Running, Reporting, Gathering)}
         show_plan(api.plan(found, out, recipe=recipe, **asked), form)
         return
     if out is None:
