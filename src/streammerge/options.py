@@ -15,7 +15,7 @@ import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import FrozenInstanceError, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 
 from streammerge.errors import RecipeError, printable
 from streammerge.units import parse_bytes, parse_share, plain_number
@@ -39,8 +39,7 @@ DEFAULT_MEMORY = "512MiB"
 _LEAST_BUDGET = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class OptionKind:
+class OptionKind(NamedTuple):
     """The kind of value that an option takes.
 
     ``words``: its description for messages. ``parse`` reads a value, and raises TypeError or ValueError for an invalid one.
@@ -55,8 +54,7 @@ class OptionKind:
     least: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
+class Option(NamedTuple):
     """One option. ``kind`` is None if the recipe's key of that name reads the value.
 
     ``otherwise``: describes the behaviour when the option is not given. ``negated``: the command line has ``--no-NAME``

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 
+import psutil
 import pytest
 
 from streammerge.running import process
@@ -41,6 +43,13 @@ def test_the_collector_is_as_it_was() -> None:
             assert gc.isenabled() == running
         finally:
             gc.enable()
+
+
+def test_resident_memory_is_what_psutil_tells(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told = psutil.Process().memory_info().rss
+    assert abs(process.resident_bytes() - told) < 8 << 20
+    monkeypatch.setattr(process, "_PAGES", tmp_path / "statm")
+    assert abs(process.resident_bytes() - told) < 8 << 20, "another system than Linux has no such file"
 
 
 def test_memory_is_counted() -> None:

@@ -8,9 +8,8 @@ from collections import Counter
 
 from streammerge.checkpoints.duplicates import distinct, twice_told
 from streammerge.checkpoints.globs import expand
-from streammerge.checkpoints.index import open_checkpoint
+from streammerge.checkpoints.index import is_shard_of_model, open_checkpoint
 from streammerge.errors import RecipeError, listed, printable
-from streammerge.formats.file_names import is_shard, is_whole_model, parsed_name
 from streammerge.recipe.adapted import parts_of
 from streammerge.stores.locations import parse
 
@@ -47,7 +46,7 @@ def choose(
         raise RecipeError("`highest` turns the order of `best`, which is not given")
     chooses = any(choice is not None for choice in (last, range, best))
     if chooses or oldest_first:
-        from streammerge.checkpoints.steps import with_steps
+        from streammerge.checkpoints.steps import with_steps  # here, because most inputs are named one by one
 
         paths = with_steps(paths)
     if chooses or not typed.issuperset(paths):
@@ -78,8 +77,10 @@ def _refuse_shards(paths: list[str]) -> None:
     seen: dict[tuple[object, ...], str] = {}
     for path in dict.fromkeys(paths):
         place = parse(parts_of(path)[0])
-        if not is_whole_model(place.name) or not is_shard(place.name):
+        if not is_shard_of_model(place.name):
             continue
+        from streammerge.formats.file_names import parsed_name
+
         parsed = parsed_name(place.name)
         first = seen.setdefault((place.parent, parsed["stem"], parsed["variant"], parsed["count"], parsed["ending"]), path)
         if first != path:
@@ -117,7 +118,7 @@ def _within(paths: list[str], within: str, notes: list[str]) -> list[str]:
     return chosen
 
 
-_LOSS = re.compile(r"(?i)loss|err|ppl|perplexity|nll|bpb|bpc|[wcm]er\b|mse|mae|fid\b|dist|time|epoch|step")
+_LOSS = r"(?i)loss|err|ppl|perplexity|nll|bpb|bpc|[wcm]er\b|mse|mae|fid\b|dist|time|epoch|step"
 """Matches numbers that are better when they are lower, and numbers that do not measure quality."""
 
 
@@ -130,7 +131,7 @@ def _best(paths: list[str], best: int, by: str, highest: bool, notes: list[str])
     values = {path: _value(path, by, alone) for path in in_order(paths)}
     ranked = sorted(values, key=lambda path: -values[path] if highest else values[path])
     order = "highest" if highest else "lowest"
-    if not highest and not _LOSS.search(by):
+    if not highest and not re.search(_LOSS, by):
         notes.append(f"{printable(by)} may be better where it is higher: `highest=True` takes the highest")
     shown = [f"{path} ({values[path]:.6g})" for path in ranked]
     notes.append(f"chosen by {printable(by)}, {order} first: {listed(shown[:best], 20)}")

@@ -19,7 +19,7 @@ _DEEPEST = 6
 Tree = Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Config:
     """A configuration file. ``unread``: why its content is not known; then ``tree`` is empty."""
 

@@ -7,12 +7,11 @@ from collections.abc import ItemsView, Iterable, Iterator, KeysView, Mapping, Se
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from streammerge.errors import FormatError, RecipeError, StreammergeError, printable
 from streammerge.formats import detect
 from streammerge.formats.base import MOST_EXPANDED_BYTES, Container
-from streammerge.formats.file_names import is_shard, is_whole_model
 from streammerge.pickles.candidates import AllFound, Found
 from streammerge.pickles.state_dict import Selection, select
 from streammerge.pickles.tree import Global, TensorRef, number, plain, walk
@@ -32,8 +31,7 @@ _SHOWN = 20
 """Tensors that a notebook shows."""
 
 
-@dataclass(frozen=True, slots=True)
-class QuantisedWeight:
+class QuantisedWeight(NamedTuple):
     """A weight that is stored as several tensors.
 
     ``source``: its numbers. ``stored``: the names of its tensors in the file, codes first. ``scheme``: what people call the
@@ -304,9 +302,18 @@ def _opened(path: Location, state_dict: str | None, ema: str) -> CheckpointIndex
     except OSError as error:
         raise FormatError(f"{printable(path)} cannot be read ({printable(error.strerror or error)})") from error
     made = index_of(container, path, state_dict, ema)
-    if is_whole_model(path.name) and is_shard(path.name) and path.is_file():
+    if is_shard_of_model(path.name) and path.is_file():
         made.notes.append(f"{printable(path)} is one shard of a checkpoint; its folder is the whole")
     return made
+
+
+def is_shard_of_model(name: str) -> bool:
+    """Whether a file has the name of one shard of a model."""
+    if "-of-" not in name:
+        return False
+    from streammerge.formats.file_names import is_shard, is_whole_model  # here, because most files are whole
+
+    return is_whole_model(name) and is_shard(name)
 
 
 def index_of(container: Container, path: Location, state_dict: str | None = None, ema: str = "ignore") -> CheckpointIndex:

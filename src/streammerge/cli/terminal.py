@@ -11,8 +11,8 @@ import click
 WIDTH = 100
 """Maximum columns of running text, and the default without a terminal."""
 _COLOURS = {"error": "red", "warning": "yellow", "note": "cyan", "wrote": "green", "verified": "green"}
-_LABEL = re.compile(rf"({'|'.join(_COLOURS)})\b")
-_COMMAND = re.compile(r"\s+streammerge ")
+_LABEL = rf"({'|'.join(_COLOURS)})\b"
+_COMMAND = r"\s+streammerge "
 
 
 class CannotPrint(OSError):
@@ -68,7 +68,7 @@ def _columns() -> int:
 
 def _wrapped(line: str, columns: int) -> str:
     """Breaks a line between words and indents its rest to the last column. Commands stay whole, so they can be copied."""
-    if len(line) <= columns or _COMMAND.match(line):
+    if len(line) <= columns or re.match(_COMMAND, line):
         return line
     import textwrap
 
@@ -84,5 +84,5 @@ def _indent(line: str, columns: int) -> int:
 
 def _coloured(text: str) -> str:
     """Colours the first word if it is a known label."""
-    found = None if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" else _LABEL.match(text)
+    found = None if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" else re.match(_LABEL, text)
     return click.style(found[0], fg=_COLOURS[found[0]], bold=True) + text[found.end() :] if found else text

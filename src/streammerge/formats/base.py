@@ -6,7 +6,7 @@ import re
 from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from typing import Literal as OneOf
 
 from streammerge.errors import FormatError, printable
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from streammerge.sources.deflated import PackedRecord
 
 MOST_EXPANDED_BYTES = 64 << 20
-_INDEX_NAME = re.compile(r"\.index(\.[\w-]+)?\.json$")
+PART_ENDING = ".distcp"
+"""How the names of files end that hold one rank's part of a distributed checkpoint."""
+_INDEX_NAME = r"\.index(\.[\w-]+)?\.json$"
 Match = bool | OneOf["unless another"]
 """Whether a file is of a format. "unless another": it may be, and every other format is asked first."""
 
 
-@dataclass(frozen=True, slots=True)
-class StorageBytes:
+class StorageBytes(NamedTuple):
     """The place of one torch storage's bytes. In a packed record ``offset`` counts its unpacked bytes."""
 
     path: Location
@@ -67,10 +68,15 @@ class Form:
 
 def is_index(name: str) -> bool:
     """Whether a file is an index of shards, by its name."""
-    return _INDEX_NAME.search(name) is not None
+    return re.search(_INDEX_NAME, name) is not None
 
 
-@dataclass(slots=True)
+def is_part(path: Location) -> bool:
+    """Whether a file is one rank's part of a distributed checkpoint, by its name."""
+    return path.name.endswith(PART_ENDING)
+
+
+@dataclass(slots=True, eq=False)
 class Container:
     """A checkpoint on the disk: the inert tree, and the places of its storages. No tensor was read.
 
@@ -188,8 +194,7 @@ class Format(Protocol):
     def read(self, path: Location) -> Container: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Literal:
+class Literal(NamedTuple):
     """Bytes of an output file that belong to no tensor."""
 
     offset: int
@@ -229,8 +234,7 @@ class _Starts(ValuesView[int]):
         return iter(self._mapping.starts)
 
 
-@dataclass(frozen=True, slots=True)
-class LayoutFile:
+class LayoutFile(NamedTuple):
     """The plan of one output file: its size, the offset of each tensor, and all its other bytes.
 
     ``receipt``: the blank receipt among the literals, as written in this file. ``seal``: makes the literals from the

@@ -9,8 +9,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from streammerge.errors import FormatError, RecipeError, StreammergeError, printable
-from streammerge.formats.base import Container, Format, is_index
-from streammerge.formats.distributed import refuse_part
+from streammerge.formats.base import Container, Format, is_index, is_part
 from streammerge.plugins import Registry, module_names
 from streammerge.stores.base import Location
 
@@ -35,11 +34,9 @@ _OTHERS: tuple[tuple[bytes, str], ...] = (
     (b"ftrt", "a TensorRT engine, which is made for one card; give the checkpoint that it was made from"),
     (b"PK\5\6", "an empty zip archive"),
 )
-_ONNX = re.compile(
-    rb"\x08[\x01-\x14]\x12.[\x20-\x7e]{2,40}\x1a|\x08[\x01-\x14]\x12\x07pytorch|\x08[\x01-\x14](\x12\x00)?:", re.DOTALL
-)
+_ONNX = rb"(?s)\x08[\x01-\x14]\x12.[\x20-\x7e]{2,40}\x1a|\x08[\x01-\x14]\x12\x07pytorch|\x08[\x01-\x14](\x12\x00)?:"
 """The begin of an ONNX model: the version of its format, then the name of what made it, or the graph."""
-_MSGPACK = re.compile(rb"([\x81-\x8f]|\xde..)([\xa1-\xbf]|\xd9.)[\x20-\x7e]+([\x81-\x8f]|\xc7|\xc8|\xc9|\xde)", re.DOTALL)
+_MSGPACK = rb"(?s)([\x81-\x8f]|\xde..)([\xa1-\xbf]|\xd9.)[\x20-\x7e]+([\x81-\x8f]|\xc7|\xc8|\xc9|\xde)"
 """The begin of a mapping in MessagePack: a name, then another mapping or an array of Flax."""
 
 
@@ -54,7 +51,11 @@ def read(path: Location) -> Container:
 
 def read_file(path: Location) -> Container:
     """Returns the container of a single file. Raises FormatError."""
-    refuse_part(path)
+    if is_part(path):
+        folder = printable(path.parent)
+        raise FormatError(
+            f"{printable(path)} is one rank's part of the distributed checkpoint in {folder}; give that folder"
+        )
     size = path.size
     with path.stream() as stream:
         head = stream.read(min(_HEAD_BYTES, size))  # files of the kernel have size 0, and some never end
@@ -162,9 +163,9 @@ def _what(head: bytes, size: int, end: bytes) -> str:
         return "begins with zero bytes only; the download or the save did not finish"
     if head[4:8] == b"TFL3":
         return "is a TensorFlow Lite model; give the checkpoint that it was made from"
-    if _ONNX.match(head):
+    if re.match(_ONNX, head):
         return "is an ONNX model, whose names and layouts are an exporter's; give the checkpoint that it was made from"
-    if _MSGPACK.match(head):
+    if re.match(_MSGPACK, head):
         return (
             "is a MessagePack file, as Flax writes it; load it in transformers with from_flax=True, or in Python, and save "
             "it as safetensors"

@@ -9,20 +9,19 @@ import re
 from collections.abc import Callable, Iterator
 
 from streammerge.errors import FormatError, listed, printable
-from streammerge.formats.base import Container
+from streammerge.formats.base import PART_ENDING, Container
 from streammerge.stores.base import Location
 from streammerge.stores.names import is_inner
 
-_PART = ".distcp"
-_METADATA = re.compile(r"\.metadata|__\d+\.metadata")
-_DEEPSPEED = re.compile(
+_METADATA = r"\.metadata|__\d+\.metadata"
+_DEEPSPEED = (
     r"(bf16_)?zero_pp_rank_\d+_mp_rank_\d+_(model|optim)_states\.pt|mp_rank_\d+_model_states\.pt"
     r"|(layer_\d+_)?expert_\d+_mp_rank_\d+_model_states\.pt|layer_\d+-model_\d+-model_states\.pt"
 )
-_RANK_FILE = re.compile(r"rank[._-]?\d+\.(pt|pth|bin|ckpt)$", re.IGNORECASE)
-_MEGATRON = re.compile(r"mp_rank_\d+(_\d+){0,2}")
+_RANK_FILE = r"(?i)rank[._-]?\d+\.(pt|pth|bin|ckpt)$"
+_MEGATRON = r"mp_rank_\d+(_\d+){0,2}"
 _MEGATRON_FILES = ("model_optim_rng.pt", "model_rng.pt", "model_weights.ckpt")
-_HF_SHARD = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
+_HF_SHARD = r"shard-\d+-model-\d+-of-\d+\.safetensors"
 
 _POINTERS = {"latest": "", "latest_universal": "", "latest_checkpointed_iteration.txt": "iter_"}
 """Files in which trainers name the subfolder of the last step, and what stands before a number."""
@@ -34,20 +33,20 @@ ReadFile = Callable[[Location], Container]
 def of_ranks(folder: Location, read_file: ReadFile) -> Container | None:
     """Returns the container of a checkpoint whose parts lie directly in a folder. None if there is none."""
     names = [path.name for path in folder.children()]
-    if any(map(_METADATA.fullmatch, names)):
+    if any(re.fullmatch(_METADATA, name) for name in names):
         from streammerge.formats import dcp
 
         return dcp.read(folder)
-    if any(name.endswith(_PART) for name in names):
+    if any(name.endswith(PART_ENDING) for name in names):
         raise FormatError(
             f"{printable(folder)} holds parts of a distributed checkpoint without its .metadata, which says what is in "
             "them; copy that file too"
         )
-    if any(map(_HF_SHARD.fullmatch, names)):
+    if any(re.fullmatch(_HF_SHARD, name) for name in names):
         from streammerge.formats import hf_storage
 
         return hf_storage.read(folder)
-    if any(map(_DEEPSPEED.fullmatch, names)):
+    if any(re.fullmatch(_DEEPSPEED, name) for name in names):
         from streammerge.formats import zero
 
         return zero.read(folder, read_file)
@@ -65,7 +64,7 @@ def _refuse_megatron(folder: Location, names: list[str]) -> None:
             f"{where} is a checkpoint of Megatron-LM in its zarr format, which is not read; load it in a Megatron-LM that "
             "still reads it, and save it as torch_dist"
         )
-    ranks = [name for name in names if _MEGATRON.fullmatch(name) and any(_holds_model(folder / name))]
+    ranks = [name for name in names if re.fullmatch(_MEGATRON, name) and any(_holds_model(folder / name))]
     if len(ranks) > 1:
         raise FormatError(
             f"{where} is a checkpoint of Megatron-LM in its legacy format, in parts of {len(ranks)} ranks "
@@ -90,7 +89,7 @@ def below(folder: Location, read_file: ReadFile) -> Container | None:
             return _pointed(folder, folder / name, prefix, read_file)
     if (made := _of_rank_files(folder, read_file)) is not None:
         return made
-    ranks = [path for path in folder.children() if _MEGATRON.fullmatch(path.name)]
+    ranks = [path for path in folder.children() if re.fullmatch(_MEGATRON, path.name)]
     whole = [file for path in ranks for file in _holds_model(path)]
     if len(whole) == 1:
         return read_file(whole[0])  # the file of the only rank of Megatron-LM
@@ -121,7 +120,7 @@ def deeper(folder: Location, read_file: ReadFile) -> Container | None:
 def _of_rank_files(folder: Location, read_file: ReadFile) -> Container | None:
     """Returns the container of files that each hold a rank's state dict. None if there are none in a folder."""
     names = [path.name for path in folder.children()]
-    if sum(map(bool, map(_RANK_FILE.search, names))) < 2:
+    if sum(re.search(_RANK_FILE, name) is not None for name in names) < 2:
         return None
     from streammerge.formats import dtensors
 
@@ -151,20 +150,6 @@ def _pointed(folder: Location, pointer: Location, prefix: str, read_file: ReadFi
 def holds_parts(folder: Location) -> bool:
     """Whether files or folders of several ranks lie directly in a folder, by their names."""
     names = [path.name for path in folder.children()]
-    if any(pattern.fullmatch(name) for name in names for pattern in (_METADATA, _HF_SHARD, _DEEPSPEED, _MEGATRON)):
+    if any(re.fullmatch(pattern, name) for name in names for pattern in (_METADATA, _HF_SHARD, _DEEPSPEED, _MEGATRON)):
         return True
-    return sum(map(bool, map(_RANK_FILE.search, names))) > 1
-
-
-def is_part(path: Location) -> bool:
-    """Whether a file is one rank's part of a distributed checkpoint, by its name."""
-    return path.name.endswith(_PART)
-
-
-def refuse_part(path: Location) -> None:
-    """Raises FormatError for a file that is one rank's part of a distributed checkpoint."""
-    if is_part(path):
-        folder = printable(path.parent)
-        raise FormatError(
-            f"{printable(path)} is one rank's part of the distributed checkpoint in {folder}; give that folder"
-        )
+    return sum(re.search(_RANK_FILE, name) is not None for name in names) > 1

@@ -25,7 +25,7 @@ KNOWN = {(stem, ending): rank for rank, (stem, ending, _) in enumerate(WEIGHT_FI
 STEMS = {stem for stem, _, _ in WEIGHT_FILES}
 _STEM = "|".join(re.escape(stem) for stem in sorted(STEMS, key=len, reverse=True))
 _ENDING = r"(?P<ending>\.(safetensors|bin|pth|pt|ckpt|th|tar))"
-_KNOWN_NAME = re.compile(rf"(?P<stem>{_STEM})(\.(?P<variant>[\w-]+?))?(-(?P<number>\d+)-of-(?P<count>\d+))?{_ENDING}")
+_KNOWN_NAME = rf"(?P<stem>{_STEM})(\.(?P<variant>[\w-]+?))?(-(?P<number>\d+)-of-(?P<count>\d+))?{_ENDING}"
 _ANY_NAME = rf"(?P<stem>.+?)(?P<variant>)(-(?P<number>\d+)-of-(?P<count>\d+))?{_ENDING}"
 _INDEX = rf"(?P<stem>.+?){_ENDING}?(\.(?P<old>[\w-]+))?\.index(\.(?P<variant>[\w-]+))?\.json"
 _EXPORT = "|".join(f"({pattern})" for pattern in EXPORT_FILES)
@@ -54,7 +54,7 @@ def grouped(names: list[str]) -> list[tuple[Form, list[int]]]:
 
 
 def parsed_name(name: str) -> re.Match[str]:
-    parsed = _KNOWN_NAME.fullmatch(name) or re.fullmatch(_ANY_NAME, name)
+    parsed = re.fullmatch(_KNOWN_NAME, name) or re.fullmatch(_ANY_NAME, name)
     if parsed is None:
         raise ValueError(f"{name!r} is no name of weights")
     return parsed
@@ -117,19 +117,19 @@ def kind_of_file(name: str) -> FileKind:
 
 def is_whole_model(name: str) -> bool:
     """Whether a file of weights has a name by which a loader looks for a whole model, in any variant."""
-    parsed = _KNOWN_NAME.fullmatch(name)
+    parsed = re.fullmatch(_KNOWN_NAME, name)
     return parsed is not None and parsed["stem"] not in ADAPTERS
 
 
 def is_adapter(name: str) -> bool:
     """Whether a file, given by its path, has a name by which a loader looks for an adapter."""
-    parsed = _KNOWN_NAME.fullmatch(name.rpartition("/")[2])
+    parsed = re.fullmatch(_KNOWN_NAME, name.rpartition("/")[2])
     return parsed is not None and parsed["stem"] in ADAPTERS
 
 
 def form_of_file(name: str) -> Form | None:
     """Returns the form of a folder with one file of this name. None if no loader looks for it."""
-    parsed = _KNOWN_NAME.fullmatch(name)
+    parsed = re.fullmatch(_KNOWN_NAME, name)
     if parsed is None or parsed["count"]:
         return None
     form = Form(parsed["stem"], parsed["ending"], parsed["variant"] or "")

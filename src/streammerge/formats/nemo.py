@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import BinaryIO, NamedTuple
 
@@ -106,7 +105,7 @@ def _enclosed(path: Location, weights: _Member, file: LayoutFile) -> LayoutFile:
     tail = bytes(-file.size % _BLOCK) + path.read(weights.end, path.size - weights.end)
     offsets = {name: offset + len(head) for name, offset in file.offsets.items()}
     seal = partial(_sealed, file, head, Literal(end, tail))
-    return replace(file, size=end + len(tail), offsets=offsets, literals=(), seal=seal)
+    return file._replace(size=end + len(tail), offsets=offsets, literals=(), seal=seal)
 
 
 def _sealed(file: LayoutFile, head: bytes, tail: Literal, checksums: Mapping[int, int], receipt: bytes) -> list[Literal]:

@@ -12,10 +12,9 @@ import re
 import struct
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from sys import intern
-from typing import Any
+from typing import Any, NamedTuple
 
 from streammerge.errors import FormatError, MismatchError, listed, printable
 from streammerge.formats.base import Container, LayoutFile, Literal, Offsets
@@ -55,8 +54,7 @@ def read(path: Location) -> Container:
     return Container(path, "safetensors", FlatTree(table), {}, (path,), header.metadata)
 
 
-@dataclass(frozen=True, slots=True)
-class _Header:
+class _Header(NamedTuple):
     """A parsed header: the columns of its tensors in the order of their offsets in the data."""
 
     metadata: dict[str, str]

@@ -224,7 +224,7 @@ def chunk_spans(start: int, stop: int, elems: int, row: int, sparse: int = 0) ->
         yield start + a, start + min(a + span, b)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Hiding(Generic[Answer]):
     """Takes a step over chunks without their agreed elements."""
 

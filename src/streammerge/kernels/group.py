@@ -27,7 +27,7 @@ _UNIFORM: Slot = ("uniform",)
 _UNIFORM_BITS: Slot = ("uniform bits",)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class TensorGroup:
     """The same-named tensors of all models.
 

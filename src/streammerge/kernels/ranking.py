@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from streammerge.tensors.spec import GRAIN, ranges
 
@@ -56,8 +56,7 @@ def held_bytes(count: int, searches: int) -> int:
     return searches * (3 * _HISTOGRAM_BYTES + 4 * min(sample_elems(count), count)) + collected
 
 
-@dataclass(frozen=True, slots=True)
-class Guess:
+class Guess(NamedTuple):
     """Bracket for the k-th largest: it lies in [low, high], which holds this share of all numbers. ``candidates``: the
     few frequent numbers that it is one of."""
 
@@ -196,7 +195,7 @@ def histogram(keys: torch.Tensor, shift: int, low: int, scratch: torch.Tensor) -
     return torch.bincount(places, minlength=BINS + 2)[first : first + BINS]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Search:
     """The search for the ``rank``-th largest by histograms.
 
@@ -241,7 +240,7 @@ class Search:
         return float(sort_keys(key, torch.empty_like(key)).view(torch.float64 if wide else torch.float32))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Cut:
     """The ``rank`` largest of a tensor's numbers: those above ``threshold``, and those equal to it with an element
     index below ``stop``. A cut may also keep ``everything``, or nothing (rank 0)."""
@@ -285,7 +284,8 @@ def row_ranks(values: torch.Tensor, dim: int) -> torch.Tensor:
     if values.dtype == torch.float32 and not bool((values < 0).any()):
         fibres = values.contiguous().view(math.prod(values.shape[:dim]), values.shape[dim], -1)
         keys, order = (torch.empty(values.numel(), dtype=torch.int64) for _ in range(2))
-        by_rank(fibres, torch.arange(values.shape[dim]), out := torch.empty(fibres.shape, dtype=torch.int64), keys, order)
+        table, out = torch.arange(values.shape[dim]).flip(0), torch.empty(fibres.shape, dtype=torch.int64)
+        by_rank(fibres, table, out, keys, order)
         return out.view(values.shape)
     order = values.argsort(dim=dim, descending=True, stable=True)
     count = values.shape[dim]
@@ -299,17 +299,17 @@ def by_rank(
     """Fills ``out`` with the number from ``table`` that the rank of each value's magnitude selects.
 
     ``values`` (float32 or float64) and ``out`` have the shape (rows, n, rest); ranks are along n, as of :func:`row_ranks`.
-    ``table`` has n numbers. ``keys`` and ``order`` are int64 of the values' size.
+    ``table`` has n numbers, that of the largest magnitude first. ``keys`` and ``order`` are int64 of the values' size.
     """
     import numpy as np
     import torch
 
     rows, n, rest = values.shape
     if values.dtype != torch.float32:
-        return out.copy_(table[row_ranks(values.abs(), 1)])
+        return out.copy_(table[n - 1 - row_ranks(values.abs(), 1)])
     # A key is a magnitude, from the largest to the smallest, with the place below it. Sorting the keys as integers keeps
     # the order of equal numbers, and numpy does it 80 times as fast as torch sorts floats with their places.
-    bits, places, ranked = values.numpy().view(np.int32), _places(n), table.flip(0).expand(1, rest, n)
+    bits, places, ranked = values.numpy().view(np.int32), _places(n), table.expand(1, rest, n)
     step = max(_SORTED_ELEMS // max(n * rest, 1), 1)
     for start, stop in ranges(rows, step):
         count = (stop - start) * rest * n

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from streammerge.errors import RecipeError, printable
 from streammerge.kernels.chunk import Kernel
@@ -31,8 +31,7 @@ Values = dict[str, Any]
 Function = TypeVar("Function", bound=Callable[..., Kernel])
 
 
-@dataclass(frozen=True, slots=True)
-class Parameter:
+class Parameter(NamedTuple):
     """One parameter. ``kind`` is float, int, bool or any; ``per_model``: each model has its own value."""
 
     name: str

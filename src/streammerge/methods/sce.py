@@ -61,11 +61,13 @@ def sce(group: TensorGroup, *, int8_mask: bool = False, select_topk: float = 1.0
         for delta in deltas[2:]:
             total.add_(delta)
         sign = torch.ge(total, 0, out=total).mul_(2).sub_(1)
-        mixed, divisor = chunk.zeros("mixed"), chunk.zeros("divisor")
-        for delta, weight in zip(deltas, weights, strict=True):
-            agrees = torch.gt(torch.mul(delta, sign, out=spare), 0, out=spare).mul_(weight)
-            divisor.add_(agrees)
-            mixed.add_(delta.mul_(agrees))
+        mixed, divisor = chunk.zeros("mixed"), chunk.empty("divisor")
+        for number, (delta, weight) in enumerate(zip(deltas, weights, strict=True)):
+            agrees = torch.gt(torch.mul(delta, sign, out=spare), 0, out=spare)
+            share = torch.mul(agrees, weight, out=spare if number else divisor)
+            mixed.add_(delta.mul_(share))
+            if number:
+                divisor.add_(share)
         return mixed.div_(divisor.clamp_(min=1e-6)).add_(chunk.base)
 
     return kernel
@@ -78,24 +80,24 @@ def _selected(chunk: Chunk, model: int, mask: torch.Tensor | None, slot: Slot = 
 
 def _selection(group: TensorGroup, variance: Variance, share: float) -> Cut:
     def varying(chunk: Chunk) -> Iterator[torch.Tensor]:
-        yield variance(chunk).sign_()  # 1 where it varies; the sign of NaN is 0
+        import torch
+
+        yield torch.sign(variance(chunk), out=chunk.empty("varying"))  # 1 where it varies; the sign of NaN is 0
 
     count = int(float(group.reduce(varying)[0]) * share)
     return group.kth_largest(lambda chunk: [variance(chunk)], [[count]])[0][0]
 
 
 def _variances(group: TensorGroup, kept: Kept) -> Variance:
-    """Returns the function that computes variances. Computes those of a tensor of up to a grain once, and keeps them. The
-    budget counts them as ``kept_bits``."""
+    """Returns the function that gives the variances, which are not to be changed. Computes those of a tensor of up to a
+    grain once, and keeps them. The budget counts them as ``kept_bits``."""
 
     def variance(chunk: Chunk) -> torch.Tensor:
-        keeps = chunk.elems == group.elems <= GRAIN and not chunk.hides
-        if keeps and "variance" in kept:
-            return chunk.empty("variance").copy_(kept["variance"])
-        made = _variance(chunk, group)
-        if keeps and "mask" not in kept:
-            kept["variance"] = made.clone()
-        return made
+        if chunk.hides or not chunk.elems == group.elems <= GRAIN:
+            return _variance(chunk, group)
+        if "variance" not in kept:
+            kept["variance"] = _variance(chunk, group).clone()
+        return kept["variance"]
 
     return variance
 
@@ -110,10 +112,10 @@ def _masks(group: TensorGroup, variance: Variance, cut: Cut, kept: Kept) -> Mask
         keeps = chunk.elems == group.elems <= GRAIN and not chunk.hides
         if keeps and "mask" in kept:
             return kept["mask"]
-        found = cut.keep(variance(chunk), chunk.start)
+        found = cut.keep(variance(chunk), chunk.start)  # nobody asks for the variances any more
         made = torch.ne(found, 0, out=found)
         if keeps:
-            kept["mask"] = kept.pop("variance").copy_(made)
+            kept["mask"] = kept.pop("variance")
         return made
 
     return mask
@@ -124,12 +126,15 @@ def _variance(chunk: Chunk, group: TensorGroup) -> torch.Tensor:
     import torch
 
     several = group.models > 1  # the first of several is their mean so far, and adds nothing to the variance
-    mean, variance = chunk.delta(0, "mean") if several else chunk.zeros("mean"), chunk.zeros("variance")
+    mean, variance = chunk.delta(0, "mean") if several else chunk.zeros("mean"), chunk.empty("variance")
     for number in range(several, group.models):
         delta = chunk.delta(number)
         apart = torch.sub(delta, mean, out=chunk.empty("apart"))
         mean.add_(torch.div(apart, number + 1, out=chunk.empty("share")))
-        variance.add_(apart.mul_(delta.sub_(mean)))
+        if number == several:
+            torch.mul(apart, delta.sub_(mean), out=variance)
+        else:
+            variance.add_(apart.mul_(delta.sub_(mean)))
     return variance.div_(group.models).abs_()  # clears the sign of NaN
 
 

@@ -141,10 +141,10 @@ def magprune(group: TensorGroup, density: Sequence[float], epsilon: Sequence[flo
 
 @lru_cache(maxsize=8)
 def _limits_by_rank(n: int, density: float, epsilon: float, compute: torch.dtype) -> torch.Tensor:
-    """Returns the :func:`limits` of the chances of all ranks in a row of ``n`` elements, the smallest first."""
+    """Returns the :func:`limits` of the chances of all ranks in a row of ``n`` elements, that of the largest first."""
     import torch
 
-    return limits(torch.arange(n).to(compute).mul_(2 * epsilon / (n - 1)).add_(density - epsilon))
+    return limits(torch.arange(n).to(compute).mul_(2 * epsilon / (n - 1)).add_(density - epsilon)).flip(0)
 
 
 def fibre_view(values: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:

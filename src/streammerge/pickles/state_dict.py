@@ -29,7 +29,7 @@ from streammerge.tensors.conventions import AVERAGED, SWAPPED
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Selection:
     """The tensors to merge, by name, and the candidates that hold them.
 

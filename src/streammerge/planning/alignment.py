@@ -43,7 +43,7 @@ _FITS = Fitted([])
 """Stands for sources that fit together as they are, so that no object is made for most tensors."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Alignment:
     """``taken``: how many tensors each rule took. ``restacked`` as :class:`parts.Parts` has it.
 

@@ -11,8 +11,7 @@ drift from what is allocated.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from operator import attrgetter
+from typing import NamedTuple
 
 from streammerge.errors import BudgetError
 from streammerge.tensors.spec import GRAIN
@@ -61,8 +60,7 @@ _MOST_HALVINGS = 6
 """How often the output buffer, the window and the tile may be halved before window and tile are dropped."""
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
+class Cost(NamedTuple):
     """The memory of one chunk in flight. Each field is the maximum over all tasks of the run.
 
     Bytes per element: ``compute`` of one compute buffer, ``out`` of the result, which is collected before it is written,
@@ -100,15 +98,10 @@ class Cost:
 
     def most(self, other: Cost) -> Cost:
         """Returns the maximum of each field."""
-        return Cost(*map(max, _fields(self), _fields(other)))
+        return Cost._make(map(max, self, other))
 
 
-_fields = attrgetter(*Cost.__dataclass_fields__)
-"""The fields of a cost as a tuple. ``astuple`` copies each, which takes ten times as long."""
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
+class Budget(NamedTuple):
     """How a run uses its memory. Each of the ``workers`` computes chunks of ``chunk_elems`` elements, writes up to
     ``out_bytes`` at once, keeps ``window_bytes`` of each input mapped behind its cursor, and uses tiles of ``tile_bytes``.
     ``ahead_bytes``: blocks of remote inputs, of all workers together; 0 without such inputs.

@@ -43,7 +43,7 @@ Label = tuple[Fate, str]
 """The fate of a tensor, and why or how."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Group:
     """The tensors of one fate. ``names``: of some that keep their names. ``moved``: (name, name in the output) of those
     that do not. ``count``: all of them."""
@@ -53,7 +53,7 @@ class _Group:
     moved: list[tuple[str, str]] = field(default_factory=list)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Account:
     """What became of the tensors of one checkpoint. ``spooled``: how many are unpacked into a temporary file first."""
 

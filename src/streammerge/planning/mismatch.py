@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from streammerge.errors import MismatchError, listed, printable
 from streammerge.recipe.model import Recipe
@@ -20,13 +20,12 @@ if TYPE_CHECKING:
 
 _MOST_ROWS = 20
 _MOST_PREFIXES = 3
-_POSITIONS = re.compile(r"(^|[._])(pos|position|positional|wpe)([._]|$)|pos(ition(al)?)?_?emb", re.IGNORECASE)
-_SPEAKERS = re.compile(r"(^|[._])(speakers?|spk|emb_g)([._]|$)", re.IGNORECASE)
+_POSITIONS = r"(?i)(^|[._])(pos|position|positional|wpe)([._]|$)|pos(ition(al)?)?_?emb"
+_SPEAKERS = r"(?i)(^|[._])(speakers?|spk|emb_g)([._]|$)"
 _VOCABULARY = ("emb", "lm_head", "text_head", "wte", "vocab", "embed_out")
 
 
-@dataclass(frozen=True, slots=True)
-class Differing:
+class Differing(NamedTuple):
     """One tensor that cannot be merged as it is: in the first checkpoint, and in the other."""
 
     name: str
@@ -53,9 +52,9 @@ class Differing:
         if not self.in_shape:
             return ""
         unlike = [pair for pair in zip(one, two, strict=False) if pair[0] != pair[1]]
-        if len(one) == len(two) and len(unlike) == 1 and _POSITIONS.search(self.name):
+        if len(one) == len(two) and len(unlike) == 1 and re.search(_POSITIONS, self.name):
             return f"{unlike[0][0]} positions against {unlike[0][1]}, so another length of text or size of images"
-        if len(one) == len(two) and one[1:] == two[1:] and _SPEAKERS.search(self.name):
+        if len(one) == len(two) and one[1:] == two[1:] and re.search(_SPEAKERS, self.name):
             return f"{one[0]} speakers against {two[0]}"
         if len(one) == len(two) and one[1:] == two[1:] and any(word in self.name.lower() for word in _VOCABULARY):
             return f"vocabulary {one[0]} against {two[0]}"
@@ -78,7 +77,7 @@ class Differing:
         return bool(self.first.shape and self.other.shape) and self.first.shape[1:] == self.other.shape[1:]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Mismatch:
     """All disagreements of one merge. ``missing`` and ``extra``: path of the checkpoint -> names. ``names``: path -> the
     shapes of its tensors by their names.
@@ -248,8 +247,8 @@ class Mismatch:
 
 
 _ADAPTER = "name it with its base model, as in `BASE+ADAPTER`"
-_EXPERT = re.compile(r"^(.*experts)\.(\d+)\.([^.]+)\.weight$")
-_FUSED = re.compile(r"^(.*experts)\.(gate_up_proj|down_proj|gate_proj|up_proj|w[123]|w13)(\.weight)?$")
+_EXPERT = r"^(.*experts)\.(\d+)\.([^.]+)\.weight$"
+_FUSED = r"^(.*experts)\.(gate_up_proj|down_proj|gate_proj|up_proj|w[123]|w13)(\.weight)?$"
 
 
 def _subfolder(names: Sequence[str], others: Sequence[str]) -> str:
@@ -263,8 +262,8 @@ def _subfolder(names: Sequence[str], others: Sequence[str]) -> str:
 def _fused(missing: Sequence[str], extra: Sequence[str]) -> tuple[bool, str, str] | None:
     """(whether the first checkpoint has the fused experts, a fused name, a separate one); None for no experts."""
     for first_fused, fused, apart in ((True, missing, extra), (False, extra, missing)):
-        one = next((name for name in fused if _FUSED.match(name)), None)
-        each = next((name for name in apart if _EXPERT.match(name)), None)
+        one = next((name for name in fused if re.match(_FUSED, name)), None)
+        each = next((name for name in apart if re.match(_EXPERT, name)), None)
         if one and each:
             return first_fused, one, each
     return None

@@ -15,7 +15,7 @@ from streammerge.recipe.settings import Chain, Setting, Settings
 from streammerge.sources.base import Source
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Asked:
     """The settings to look a method's parameters up in.
 

@@ -43,7 +43,7 @@ _MOST_TILES = 6
 """Sizes of tiles that are tried."""
 
 
-@dataclass(slots=True, repr=False)
+@dataclass(slots=True, repr=False, eq=False)
 class Plan:
     """The whole run: ``tasks`` in the order of reading, the ``layout`` of the output, and the costs.
 
@@ -593,8 +593,13 @@ def _nested_cost(task: MergeTask, io: str, tile_bytes: int = 0) -> Cost:
     for source in task.sources:
         if not _is_stored(source):
             needed += source.needs()
-    nested = Cost(0, 0, 0, 0, scratch=needed.scratch_bytes, shared=needed.shared_bytes, tiles=needed.tiles)
-    nested = replace(nested, held=needed.held_bytes)
+    nested = Cost(
+        *(0, 0, 0, 0),
+        scratch=needed.scratch_bytes,
+        shared=needed.shared_bytes,
+        tiles=needed.tiles,
+        held=needed.held_bytes,
+    )
     if task.verbatim:
         return nested
     dtypes = [source.spec.dtype.component for source in task.sources]

@@ -29,7 +29,7 @@ ITSELF = ""
 """The name in a receipt of the file that holds the receipt."""
 _FORM = 2
 _BLANK_SHA256 = "0" * 64
-_SUMS = re.compile("([0-9a-f]{8})+")
+_SUMS = "([0-9a-f]{8})+"
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +241,7 @@ def _is_sound(made: Receipt) -> bool:
         and isinstance(made.checksums, dict)
         and (ITSELF not in made.checksums or len(made.checksums) == 1)
         and all(name == ITSELF or is_inner(name) for name in made.checksums)
-        and all(isinstance(sums, str) and _SUMS.fullmatch(sums) for sums in made.checksums.values())
+        and all(isinstance(sums, str) and re.fullmatch(_SUMS, sums) for sums in made.checksums.values())
     )
 
 

@@ -14,7 +14,7 @@ from streammerge.tensors.spec import TensorSpec
 _COUNTABLE = ("int", "bool")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Fitted:
     """A tensor's sources, made to fit. None stands for an input that lacks the tensor.
 

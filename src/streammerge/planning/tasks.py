@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 from streammerge.kernels.chunk import whole_grains
 from streammerge.kernels.spill import held_bytes
@@ -143,8 +143,7 @@ def copy_of_turned(task: MergeTask, source: Source) -> MergeTask:
     return MergeTask(task.out, COPY, (turned_back(source, task.out),), task.file, task.offset)
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """Elements ``start`` to ``stop`` of the task with this number."""
 
     task: MergeTask
@@ -177,7 +176,7 @@ class Piece:
         return (self.stop - self.start) * sum([s.spec.dtype.component.element_bytes for s in self.task.sources])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class PieceDone:
     """The result of elements ``start`` to ``stop`` of the task with this number. Small, plain data that another process can
     send. ``checksum``: of their bytes. ``nonfinite``: the number of NaN and infinite values by source. ``found``: the

@@ -27,7 +27,7 @@ Indexes = Mapping[Reference, CheckpointIndex]
 _NONE: Settings = {}
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class View:
     """A checkpoint's tensors by their names in the output. ``own``: the model's own parameters."""
 
@@ -37,7 +37,7 @@ class View:
     own: Settings = field(default_factory=dict)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Part:
     """Views that are merged by equal names. The first view gives names, shapes and dtypes.
 
@@ -80,7 +80,7 @@ class Part:
         return position(layer.number - first, count)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Restacked:
     """The layers of one stack of the output. ``layers``: the checkpoint of each layer, and its number in that checkpoint.
     ``before``: the number of layers of the first checkpoint."""
@@ -90,7 +90,7 @@ class Restacked:
     layers: list[tuple[Location, int]]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Parts:
     """All parts. ``restacked``: the stacks whose layers were moved."""
 

@@ -74,7 +74,7 @@ def _of_parts(index: CheckpointIndex) -> CheckpointIndex:
         entries |= {prefix + own: entry.named(prefix + own) for own, entry in part.entries.items()}
         for own, weight in part.quantised.items():
             stored = tuple(prefix + each for each in weight.stored)
-            weights[prefix + own] = replace(weight, source=entries[prefix + own], stored=stored)
+            weights[prefix + own] = weight._replace(source=entries[prefix + own], stored=stored)
         notes += part.notes
     if not weights:
         return index

@@ -20,8 +20,8 @@ from streammerge.stores.locations import resolved as resolved_place
 _PLUS, _AT = "+", "@"
 _SEPARATOR = " + "
 """Between the parts of a text that is written here, because hardly any path contains it."""
-_SCALED = re.compile(r"(?P<scale>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\*(?P<path>.+)", re.DOTALL)
-_HELD = re.compile(r"<in memory \d+>")
+_SCALED = r"(?s)(?P<scale>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\*(?P<path>.+)"
+_HELD = r"<in memory \d+>"
 _MOST_PARTS = 16
 Exists = Callable[[str], bool]
 
@@ -55,7 +55,7 @@ class Adapted(NamedTuple):
 
 def is_there(path: str) -> bool:
     """Whether a path, or a glob, leads to anything; or whether it means a checkpoint in the caller's memory, or a stage."""
-    if _HELD.fullmatch(path) or stage_of(path):
+    if re.fullmatch(_HELD, path) or stage_of(path):
         return True
     try:
         place = parse(path)
@@ -101,7 +101,7 @@ def _adapters(text: str, exists: Exists) -> tuple[Part, ...] | None:
 
 def _part(text: str) -> Part:
     """Reads one adapter, with a number and an asterisk before it if it has a scale."""
-    match = _SCALED.fullmatch(text)
+    match = re.fullmatch(_SCALED, text)
     if match is None or not math.isfinite(float(match["scale"])):
         return Part(text)
     return Part(match["path"].strip(), float(match["scale"]))

@@ -6,8 +6,7 @@ YAML is read as in mergekit (1.1: ``no`` is false, ``1e-1`` is a text). Anchors 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from streammerge.errors import RecipeError, printable
 from streammerge.recipe.fields import Path, Position
@@ -20,8 +19,7 @@ _MOST_NODES = 200_000
 _DEEPEST = 40
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
+class Document(NamedTuple):
     """Plain data, and the place of every key by its path. ``doubled``: keys that occur twice."""
 
     data: Any

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-_STAGE = re.compile(r"<stage ([^<>]+)>")
-STAGE_NAME = re.compile(r"[^<>+/\\\0\n]+")
+_STAGE = r"<stage ([^<>]+)>"
+STAGE_NAME = r"[^<>+/\\\0\n]+"
 """What a stage may be called. A plus sign stands between a model and its adapters."""
 
 
@@ -16,5 +16,5 @@ def stage_text(name: str) -> str:
 
 def stage_of(text: str) -> str | None:
     """Returns the name of the stage that a model is; None for any other model."""
-    found = _STAGE.fullmatch(text)
+    found = re.fullmatch(_STAGE, text)
     return found[1] if found else None

@@ -4,6 +4,7 @@ or as named documents of one file, as ``mergekit-multi`` takes them. All become 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -116,7 +117,7 @@ class _Gatherer:
         self.doubled += [new + path[count:] for path in document.doubled if path[:count] == old]
 
     def _add(self, name: str, data: Any, place: Path, key: Path = ()) -> None:
-        if STAGE_NAME.fullmatch(name) is None:
+        if re.fullmatch(STAGE_NAME, name) is None:
             self.problems.add((*place, *key), f"{printable(name)} cannot be a stage's name; use letters, digits, - and _")
         self.stages[name] = None  # keeps its place before the stages that it holds
         self.stages[name] = self._cleared(data, place, name)

@@ -50,7 +50,7 @@ _RANKS = ("rank", "svd_rank")
 """What people call the rank of an adapter among the parameters of a method that has none."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
     """The arguments of a merge or a plan, read and checked. ``own_weights``: those that the inputs brought along."""
 

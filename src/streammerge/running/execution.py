@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 
 from streammerge.errors import FormatError, RecipeError, StreammergeError, UncheckedError, listed, printable
 from streammerge.events import Listener, Preparing, Published, RunFinished, RunStarted, Suspended, Told
-from streammerge.formats.file_names import files_below, foreign_files
 from streammerge.formats.records import CARD_FILE, RECEIPT_FILE
 from streammerge.planning.plan import Plan
 from streammerge.running import process
@@ -177,9 +176,7 @@ def may_pass(error: BaseException) -> bool:
 def refuse_input_as_output(out: Location, plan: Plan) -> None:
     """Raises FormatError when the output is an input under any name, holds an input, or lies in the folder of an input."""
     same = {known.place for known in plan.identities.values()}
-    written = (
-        [out] if out.is_file() else [path for _, path in files_below(out) if path.is_file()] if out.is_folder() else []
-    )
+    written = [out] if out.is_file() else _files_in(out) if out.is_folder() else []
     inputs = [path.resolve() for path in plan.identities]
     holds = out.is_folder() and any(out.resolve() in path.parents for path in inputs)
     if holds or any(path.status().place in same for path in written):
@@ -192,6 +189,12 @@ def refuse_input_as_output(out: Location, plan: Plan) -> None:
         )
 
 
+def _files_in(folder: Location) -> list[Location]:
+    from streammerge.formats.file_names import files_below  # here, because most outputs are new
+
+    return [path for _, path in files_below(folder) if path.is_file()]
+
+
 def refuse_to_lose_files(out: Location, plan: Plan) -> None:
     """Raises RecipeError when the output would replace a folder with foreign files, a folder by a file, or a file by a
     folder."""
@@ -200,6 +203,8 @@ def refuse_to_lose_files(out: Location, plan: Plan) -> None:
             raise RecipeError(f"{printable(out)} is a folder; remove it first, or choose another name")
         written = {file.name for file in plan.layout.files} | {name for _, name in plan.layout.side_files}
         written.discard(CARD_FILE)  # a card that no merge made is somebody's own text
+        from streammerge.formats.file_names import foreign_files  # here, because most outputs are new
+
         foreign = [] if out.store.keeps_history else foreign_files(out, written | made_before(out))
         if foreign:
             raise RecipeError(

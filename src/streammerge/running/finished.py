@@ -5,8 +5,8 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 from streammerge.formats.base import LayoutFile
 from streammerge.planning.tasks import MergeTask, Piece, place_of, where
@@ -18,8 +18,7 @@ Part = tuple[int, int, int]
 """Offset in its file, number of bytes, and checksum of a piece."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Long:
+class _Long(NamedTuple):
     """A tensor of several pieces. ``first``: the row of its first piece."""
 
     first: int

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from streammerge.planning.budget import Budget
 from streammerge.planning.tasks import MergeTask
@@ -38,7 +38,7 @@ class Destination(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class OutputPlace:
     """A file of the output. The file exists already."""
 
@@ -66,8 +66,7 @@ class _Written:
             self._file.check()
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(NamedTuple):
     """The common data of all works of one run, as plain data that can be pickled.
 
     ``key``: a unique name of the run, see :func:`new_key`. ``inputs``: the expected status of each input file. ``polite``:

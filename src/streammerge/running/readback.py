@@ -8,8 +8,7 @@ from typing import Any
 from streammerge.checkpoints.index import open_checkpoint
 from streammerge.errors import FormatError, RecipeError, StreammergeError, UncheckedError, VerifyError, printable
 from streammerge.formats import detect
-from streammerge.formats.base import Container, LayoutFile
-from streammerge.formats.distributed import is_part
+from streammerge.formats.base import Container, LayoutFile, is_part
 from streammerge.formats.records import RECEIPT_FILE, RECEIPT_KEY
 from streammerge.planning.outputs.layout import Layout
 from streammerge.planning.receipt import ITSELF, Receipt, read_receipt

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from streammerge.running.executors.base import Host
 from streammerge.stores.base import Location
@@ -40,8 +39,7 @@ def neighbours(parts: Iterable[FileRange]) -> Iterator[FileRanges]:
         yield values, near, offsets, sizes
 
 
-@dataclass(frozen=True, slots=True)
-class ChecksumWork:
+class ChecksumWork(NamedTuple):
     """Computes checksums of parts of files. The result of a unit is its values, and the checksum of each."""
 
     checksum: Checksum
@@ -84,8 +82,7 @@ def largest_first(files: Iterable[tuple[Any, Location]]) -> list[tuple[Any, Loca
     return sorted(files, key=lambda unit: -unit[1].size)
 
 
-@dataclass(frozen=True, slots=True)
-class HashWork:
+class HashWork(NamedTuple):
     """Computes the SHA-256 of files. A unit is a value that comes back with the hash, and a file."""
 
     modules: tuple[str, ...] = ()

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from streammerge.sources.deflated import PackedRecord
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class RunOptions:
     """The options of a run. None of them changes a byte of the output.
 

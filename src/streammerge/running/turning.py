@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import replace
 
 from streammerge.planning.tasks import (
     MergeTask,
@@ -49,7 +48,7 @@ class Turning:
         offsets, size = turned_places([self.tasks[number] for number in self._numbers])
         target = self._create(size)
         made = [turned_task(self.tasks[n], 0, offset) for n, offset in zip(self._numbers, offsets, strict=True)]
-        job = replace(self._job, key=new_key(), destinations=(OutputPlace(target.location, size),))
+        job = self._job._replace(key=new_key(), destinations=(OutputPlace(target.location, size),))
         with lent(job, inputs, [target]), closing(run_all(job, executor, made, lambda piece: True)) as results:
             for done in results:
                 yield self._numbers[done.number], done

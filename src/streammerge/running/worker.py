@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from streammerge.errors import StreammergeError, TaskError, printable
 from streammerge.kernels.chunk import Chunk, Kernel, Look, Step, chunk_spans
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class MergeWork:
+class MergeWork(NamedTuple):
     """Computes and writes batches of pieces that are neighbours in the output.
 
     ``passes``: the results of the method's passes, as :class:`PassResults` keeps them, if all units are pieces of one long
@@ -101,7 +100,7 @@ class MergeWorker(Worker):
         first = batch[0]
         if not first.whole:
             task = self.bench.same(first.number, first.task)
-            batch = [replace(piece, task=task) for piece in batch]
+            batch = [piece._replace(task=task) for piece in batch]
         if self.bench.announces:
             from streammerge.running.announcing import announce  # here, because most inputs are local
 

@@ -14,7 +14,6 @@ import os
 import posixpath
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple
 
@@ -215,8 +214,7 @@ class Location(Key):
         return self.store.join(self, key)
 
 
-@dataclass(frozen=True, slots=True)
-class Damage:
+class Damage(NamedTuple):
     """An input that lost bytes while it was mapped. ``size``: its bytes when it was opened."""
 
     location: Location

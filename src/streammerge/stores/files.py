@@ -17,7 +17,7 @@ import threading
 from typing import Any
 
 from streammerge.errors import ChangedError, FormatError, printable
-from streammerge.stores import faults, system
+from streammerge.stores import system
 from streammerge.stores.base import Damage, Input, Location, Output, Status
 from streammerge.stores.descriptors import Descriptor
 from streammerge.stores.space import no_room, space_checked
@@ -110,6 +110,8 @@ class InputFile(Input):
                         self._map = _mapped(fd, self.size)
                 except ValueError as error:  # the file is shorter than it was
                     raise self.ended(offset, nbytes) from error
+                from streammerge.stores import faults  # here, because headers are read without a map
+
                 faults.watch(self._map, functools.partial(self._damaged.append, Damage(self.location, self.size)))
         if offset + nbytes > self.size:
             raise self.ended(offset, nbytes)

@@ -15,7 +15,7 @@ PathLike = str | os.PathLike[str] | Location
 """The types by which a user names a checkpoint: text (``scheme://name`` or a path), a path object, or a location."""
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://")
 
-_QUERIED = re.compile(r"https?://[^\s?]+\?(?:(?!\+(?:[\d.]+\*)?[a-z0-9+.-]+://)\S)*", re.IGNORECASE)
+_QUERIED = r"(?i)https?://[^\s?]+\?(?:(?!\+(?:[\d.]+\*)?[a-z0-9+.-]+://)\S)*"
 
 
 def parse(place: PathLike, within: Location | None = None) -> Location:
@@ -63,7 +63,7 @@ def without_queries(text: str) -> str:
 
     A query ends at a space, or where a plus sign adds another address.
     """
-    return _QUERIED.sub(lambda found: str(parse(found[0])), text) if "?" in text and "://" in text else text
+    return re.sub(_QUERIED, lambda found: str(parse(found[0])), text) if "?" in text and "://" in text else text
 
 
 def has_scheme(text: str) -> bool:

@@ -26,7 +26,7 @@ from streammerge.plugins import Registry
 from streammerge.stores.base import Store
 from streammerge.stores.local import LOCAL
 
-_SCHEME = re.compile("[a-z][a-z0-9+.-]+")
+_SCHEME = "[a-z][a-z0-9+.-]+"
 
 S = TypeVar("S", bound="type[Store]")
 
@@ -34,7 +34,7 @@ S = TypeVar("S", bound="type[Store]")
 def register_store(store: S) -> S:
     """Registers a class of stores under its ``scheme`` in this process; a decorator. RecipeError for an unusable scheme."""
     scheme = getattr(store, "scheme", None)
-    if not isinstance(scheme, str) or not _SCHEME.fullmatch(scheme):
+    if not isinstance(scheme, str) or not re.fullmatch(_SCHEME, scheme):
         name = printable(getattr(store, "__name__", repr(store)))
         raise RecipeError(f"the store {name} needs a scheme of two or more small letters, like scheme = 'bucket'")
     if scheme == LOCAL.scheme:

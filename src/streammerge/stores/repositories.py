@@ -25,9 +25,9 @@ _FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".th", ".tar", ".pkl",
 _MOST_REVISION_BYTES = 100
 _PART = r"[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
 _REVISION = r"refs/(?:pr|convert)/[\w.-]+|[\w.%-]+"
-_NAMED = re.compile(rf"(?P<name>{_PART}/{_PART})(?:@(?P<revision>{_REVISION}))?(?:/(?P<inner>.+))?", re.ASCII | re.DOTALL)
-_CACHED = re.compile(r"(?:^|/)models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})(?:/(.*))?$")
-_COMMIT = re.compile("[0-9a-f]{40}")
+_NAMED = rf"(?as)(?P<name>{_PART}/{_PART})(?:@(?P<revision>{_REVISION}))?(?:/(?P<inner>.+))?"
+_CACHED = r"(?:^|/)models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})(?:/(.*))?$"
+_COMMIT = "[0-9a-f]{40}"
 
 
 class Repository(NamedTuple):
@@ -43,7 +43,7 @@ class Repository(NamedTuple):
     @property
     def is_pinned(self) -> bool:
         """Whether the revision is a commit, whose files never change."""
-        return _COMMIT.fullmatch(self.revision) is not None
+        return re.fullmatch(_COMMIT, self.revision) is not None
 
     def at(self, commit: str) -> Repository:
         return self._replace(revision=commit)
@@ -56,7 +56,7 @@ class Repository(NamedTuple):
 
 def read_name(text: str) -> Repository | None:
     """Reads what stands after ``hf://``. None for a text that is no name of a repository."""
-    found = _NAMED.fullmatch(text.rstrip("/"))
+    found = re.fullmatch(_NAMED, text.rstrip("/"))
     if found is None or "--" in found["name"] or ".." in found["name"] or found["name"].startswith(OTHER_KINDS):
         return None
     inner = found["inner"] or ""
@@ -85,7 +85,7 @@ def repository_of(location: Location) -> Repository | None:
     if location.store.scheme == SCHEME:
         found = read_name(location.key)
         return found if found is not None and found.is_pinned else None
-    cached = _CACHED.search(location.key) if location.store is LOCAL else None
+    cached = re.search(_CACHED, location.key) if location.store is LOCAL else None
     if cached is None:
         return None
     return Repository(f"{cached[1]}/{cached[2]}", cached[3], (cached[4] or "").strip("/"))
@@ -117,7 +117,7 @@ def snapshot(repository: Repository) -> Location | None:
         except (OSError, ValueError, FormatError):
             return None
     found = folder / "snapshots" / commit
-    return found if _COMMIT.fullmatch(commit) and found.is_folder() else None
+    return found if re.fullmatch(_COMMIT, commit) and found.is_folder() else None
 
 
 def hub_home() -> str:

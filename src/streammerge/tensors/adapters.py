@@ -9,7 +9,6 @@ from functools import cache
 from streammerge.tensors.conventions import FACTORS
 
 WORDS = ("lora", "dora_scale", "hada_", "lokr_", "oft_", "vera_")
-_ANY = re.compile("|".join(WORDS))
 _ALPHA = ".alpha"
 _AT_ONCE = 4096
 
@@ -29,7 +28,7 @@ def factors(names: Iterable[str]) -> dict[str, str]:
     else:
         return {}
     found, stems = dict[str, str](), dict[str, str]()
-    for name in filter(_ANY.search, names):
+    for name in filter(re.compile("|".join(WORDS)).search, names):
         for pattern, kind in _patterns():
             if match := pattern.search(name):
                 found[name] = stems[name[: match.start()]] = kind

@@ -13,7 +13,7 @@ from streammerge.errors import listed
 
 _NUMBER = re.compile(r"(?<!\d)(0|[1-9]\d{0,8})(?!\d)")
 """A number that is written in one way only: without zeros before it."""
-_FIELD = re.compile(r"\{\{|\}\}|\{([\d,-]+)\}")
+_FIELD = r"\{\{|\}\}|\{([\d,-]+)\}"
 Numbers = tuple[int, ...]
 
 
@@ -35,7 +35,7 @@ def unbundled(text: str) -> Iterator[str]:
     """Yields the names that a text of :func:`bundled` stands for."""
     parts: list[list[str]] = []
     at = 0
-    for found in _FIELD.finditer(text):
+    for found in re.finditer(_FIELD, text):
         parts.append([text[at : found.start()]])
         parts.append([found[0][0]] if found[1] is None else [str(number) for number in _numbers(found[1])])
         at = found.end()

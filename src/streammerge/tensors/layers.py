@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 _INDEX = re.compile(r"\.(\d+)\.")
 _MOST_DIGITS = 6
-_BEFORE = re.compile(
+_BEFORE = (
     r"emb(?!ed_out)|wte\b|wpe\b|rotary|relative_pe|shared\b|patch|ln_pre|layernorm_pre|pre_layrnorm|\bconv\d|"
     r"modal_projector|mm_|merger"
 )
@@ -45,7 +45,7 @@ def renumbered(name: str, number: int) -> str:
 
 def is_before(name: str) -> bool:
     """Whether a tensor outside the layers belongs before them."""
-    return _BEFORE.search(name) is not None
+    return re.search(_BEFORE, name) is not None
 
 
 def depths(names: Iterable[str]) -> dict[str, int]:

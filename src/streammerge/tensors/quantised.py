@@ -15,30 +15,30 @@ from streammerge.tensors.spec import TensorSpec
 _SCALED = "scaled fp8 or int8 (weight_scale)"
 _MLX = "MLX"
 _SCHEMES = (
-    ("bitsandbytes", re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+|SCB)$")),
-    ("GPTQ or AWQ", re.compile(r"\.(qweight|qzeros|g_idx)$")),
-    ("EXL2", re.compile(r"\.q_(weight|invperm|groups|group_map)$")),
-    ("EXL3", re.compile(r"\.trellis$")),
-    ("HQQ", re.compile(r"\.W_q$")),
-    ("AQLM", re.compile(r"\.codebooks$")),
-    ("VPTQ", re.compile(r"\.(res_)?centroids(\.weight)?$")),
-    ("QuIP#", re.compile(r"\.Qidxs(_\d)?$")),
-    ("torchao", re.compile(r"\._?weight_qdata$")),
-    ("EETQ", re.compile(r"\.weight_scales$")),
-    ("MXFP4", re.compile(r"_(blocks|scales)$")),
-    (_MLX, re.compile(r"\.scales$")),
-    ("scaled fp8 (weight_scale_inv)", re.compile(r"[._]weight_scale_inv$")),
-    ("compressed-tensors", re.compile(r"\.(weight_packed|weight_zero_point|weight_global_scale|bitmask|scale_packed)$")),
-    ("scaled fp8 (ComfyUI)", re.compile(r"\.(scale_weight|scale_input|comfy_quant)$")),
-    ("scaled fp8 or int8 (scaling_factor)", re.compile(r"\.(weights|activation)_scaling_factor$")),
-    (_SCALED, re.compile(r"[._]_?(\w*_)?scale(_\d)?$")),
-    ("integers in place of weights", re.compile(r"(^|\.)weight$")),
+    ("bitsandbytes", r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+|SCB)$"),
+    ("GPTQ or AWQ", r"\.(qweight|qzeros|g_idx)$"),
+    ("EXL2", r"\.q_(weight|invperm|groups|group_map)$"),
+    ("EXL3", r"\.trellis$"),
+    ("HQQ", r"\.W_q$"),
+    ("AQLM", r"\.codebooks$"),
+    ("VPTQ", r"\.(res_)?centroids(\.weight)?$"),
+    ("QuIP#", r"\.Qidxs(_\d)?$"),
+    ("torchao", r"\._?weight_qdata$"),
+    ("EETQ", r"\.weight_scales$"),
+    ("MXFP4", r"_(blocks|scales)$"),
+    (_MLX, r"\.scales$"),
+    ("scaled fp8 (weight_scale_inv)", r"[._]weight_scale_inv$"),
+    ("compressed-tensors", r"\.(weight_packed|weight_zero_point|weight_global_scale|bitmask|scale_packed)$"),
+    ("scaled fp8 (ComfyUI)", r"\.(scale_weight|scale_input|comfy_quant)$"),
+    ("scaled fp8 or int8 (scaling_factor)", r"\.(weights|activation)_scaling_factor$"),
+    (_SCALED, r"[._]_?(\w*_)?scale(_\d)?$"),
+    ("integers in place of weights", r"(^|\.)weight$"),
 )
 _ANY = re.compile(
     r"absmax|quant|SCB$|q_\w+$|qweight$|qzeros$|g_idx$|trellis$|W_q$|codebooks$|centroids|Qidxs|qdata$|weight_|scale|scaling_"
     r"|_blocks$|bitmask$"
 )
-_SCALE = re.compile(r"^(?P<parent>.*\.)?_?((?P<weights>\w+?)_)?scale(_\d)?$")
+_SCALE = r"^(?P<parent>.*\.)?_?((?P<weights>\w+?)_)?scale(_\d)?$"
 ADVICE: dict[str, str] = {
     _MLX: "save it again without quantisation, in Python: `mlx_lm.convert(MODEL, OUT, dequantize=True)`",
     "bitsandbytes": "load it with transformers and bitsandbytes, and save what `model.dequantize()` returns",
@@ -62,7 +62,8 @@ def companions(specs: Mapping[str, TensorSpec]) -> dict[str, tuple[str, str]]:
     suspects, found = list(filter(_ANY.search, specs)), dict[str, tuple[str, str]]()
     if any(dtype.kind == "int" for dtype in {spec.dtype for spec in specs.values()}):
         suspects += [name for name, spec in specs.items() if name.endswith("weight") and _is_table_of_integers(spec)]
-    for label, pattern in _SCHEMES:
+    for label, text in _SCHEMES if suspects else ():
+        pattern = re.compile(text)
         for name in suspects:
             match = pattern.search(name)
             if match and name not in found and _is_of(label, name, specs):
@@ -92,7 +93,7 @@ def _scales(name: str, specs: Mapping[str, TensorSpec]) -> bool:
     ``weight_scale`` scales ``weight``. A plain ``scale`` scales what is beside it, unless it has 8 bits too: then it is
     the weight of a norm in a model of 8-bit numbers.
     """
-    match = _SCALE.match(name)
+    match = re.match(_SCALE, name)
     if match is None:
         return False
     parent, weights = match["parent"] or "", match["weights"]

@@ -15,7 +15,7 @@ _FATES = ("merged", "copied", "edited", "dropped")
 _MOST_NAMES = 20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Decision:
     """Things with one fate for one reason. ``count``: all of them; ``names``: the first of them."""
 
@@ -26,7 +26,7 @@ class Decision:
     count: int
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Dispositions:
     """What becomes of the things in the inputs, in groups of one fate and one reason."""
 

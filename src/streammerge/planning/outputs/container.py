@@ -175,7 +175,7 @@ def _planned(
     receipt = replace(receipt, checksums=sums, dispositions=dispositions.record())
     metadata[RECEIPT_KEY] = receipt.text()
     file, starts = safetensors.plan_columns(name, names, kinds, metadata)
-    file = replace(file, receipt=escaped(receipt.text()))
+    file = file._replace(receipt=escaped(receipt.text()))
     layout = Layout((file,), receipt)
     if isinstance(merged, MergedTensors):
         return PlannedOutput(layout, [PlacedTensors(merged, 0, starts)], dispositions=dispositions, accounts=accounts)

@@ -147,7 +147,7 @@ def folder_output(
     receipt, accounts = accounting.of(filter(None, held))
     receipt = replace(receipt, checksums=dict(sorted(sums.items())), dispositions=dispositions.record())
     file = text_file(RECEIPT_FILE, receipt.text(2))
-    made.files.append(replace(file, receipt=file.literals[0].data))
+    made.files.append(file._replace(receipt=file.literals[0].data))
     layout = Layout(tuple(made.files), receipt, True, tuple(copied), made.pickle_bytes)
     return PlannedOutput(layout, made.placed, made.notes, dispositions=dispositions, accounts=accounts)
 
@@ -285,7 +285,7 @@ class _Folder:
             inner = f"{part.container.path.relative_to(place)}/"
         made = distributed_files(self.recipe, part, own.merged, self.dispositions)
         first = len(self.files)
-        self.files += [replace(file, name=prefix + inner + file.name) for file in made.files]
+        self.files += [file._replace(name=prefix + inner + file.name) for file in made.files]
         self.placed += [replace(each, file=first + each.file) for each in made.placed]
         self.sums |= {prefix + inner + file: sums for file, sums in made.sums.items()}
         self.copied += [(path, prefix + inner + each) for path, each in made.copied]
@@ -358,7 +358,7 @@ class _Folder:
     def _add_config(self, prefix: str, folder: Location, part: CheckpointIndex, own: Alignment) -> None:
         notes, dispositions = list[str](), Dispositions()
         files = config_files(folder, self.recipe, part, own, notes, dispositions)
-        self.files += [replace(file, name=prefix + file.name) for file in files]
+        self.files += [file._replace(name=prefix + file.name) for file in files]
         self.notes += [f"{prefix}{note}" for note in notes]
         for each in dispositions:
             self.dispositions.add(each.thing, [prefix + name for name in each.names], each.fate, each.why)

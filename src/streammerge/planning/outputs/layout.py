@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.formats.base import LayoutFile, Literal
@@ -27,8 +27,7 @@ PLAIN_ENDINGS = (".pkl", ".pickle")
 """Of files that are a pickle and nothing else."""
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(NamedTuple):
     """The files of a planned output. ``side_files``: (source, name) of files that are copied unchanged."""
 
     files: tuple[LayoutFile, ...]
@@ -44,7 +43,7 @@ class Layout:
         return sum(file.size for file in self.files)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Placed:
     """A tensor of the output and its place. ``merged`` is None for a tensor that is copied from the first input beside the
     merge; then ``source`` is its source."""
@@ -56,7 +55,7 @@ class Placed:
     source: Source | None = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class PlacedTensors:
     """Tensors of one file of the output. ``starts``: where each begins in it."""
 
@@ -65,7 +64,7 @@ class PlacedTensors:
     starts: array[int]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class PlannedOutput:
     """The layout, the tensors with their places, and notes for the user. ``inputs``: see :class:`Plan`.
 
@@ -80,8 +79,7 @@ class PlannedOutput:
     accounts: Sequence[Account] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Accounting:
+class Accounting(NamedTuple):
     """A receipt that still lacks the accounts of its checkpoints. ``named``: their names in it -> their indexes."""
 
     receipt: Receipt
