@@ -49,7 +49,7 @@ def path_of(name: str, value: Any) -> str:
     if name == "out" and is_special(parse(read)):
         raise RecipeError(
             f"{printable(read)} is a device, a pipe or a socket, and an output is written in any order; name a file, like "
-            "merged.safetensors, or use `plan`, which writes nothing"
+            "merged.safetensors, or plan it, which writes nothing"
         )
     return without_queries(read)
 
