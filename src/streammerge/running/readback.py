@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoints.index import open_checkpoint
 from streammerge.errors import FormatError, RecipeError, StreammergeError, UncheckedError, VerifyError, printable
 from streammerge.formats import detect
 from streammerge.formats.base import Container, LayoutFile, is_part
 from streammerge.formats.records import RECEIPT_FILE, RECEIPT_KEY
-from streammerge.planning.outputs.layout import Layout
 from streammerge.planning.receipt import ITSELF, Receipt, read_receipt
 from streammerge.running.process import collector_paused
 from streammerge.stores.base import Location
+
+if TYPE_CHECKING:
+    from streammerge.planning.outputs.layout import Layout
 
 _MOST_RECEIPT_BYTES = 256 << 20
 
