@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import load_safetensors
 from safetensors.torch import save_file
 
 import streammerge as sm
@@ -38,6 +39,15 @@ def test_a_checkpoint_that_a_glob_meets_twice_counts_once(
     named = sm.plan(["best", "best_100", "best_200"])
     assert len(named.recipe.inputs) == 3, "what was named one by one counts as often as it was named"
     assert ("best_200 is the same checkpoint as best, and counts twice" in named.notes) == ("link" in way)
+
+
+def test_a_path_that_is_named_twice_counts_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, number in (("a", 3.0), ("b", 6.0)):
+        save_file({"w": torch.tensor([number])}, f"{name}.safetensors")
+    result = sm.merge(["a.safetensors", "b.safetensors", "a.safetensors"], "out.safetensors")
+    assert load_safetensors(Path("out.safetensors"))["w"] == 4
+    assert "a.safetensors is named 2 times, and counts 2 times" in result.notes
 
 
 def test_checkpoints_of_one_size_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,12 @@ def test_an_unknown_option_gets_one_suggestion(option: str) -> None:
     assert said.lower().count("did you mean") + said.count("see `streammerge merge --help`") == 1
 
 
+def test_a_capital_letter_for_a_small_one() -> None:
+    with pytest.raises(click.UsageError) as refused:
+        cli.main(["merge", "a", "-O", "x"], prog_name="streammerge", standalone_mode=False)
+    assert of_usage(refused.value).endswith("; did you mean -o?")
+
+
 def test_a_file_may_have_a_number_as_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(click.UsageError, match=r"--weights 0\.6,0\.4$"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import NamedTuple
@@ -60,7 +61,9 @@ def distinct(paths: Sequence[str], notes: list[str]) -> list[str]:
 def twice_told(paths: Sequence[str]) -> list[str]:
     """Notes about paths under which one checkpoint was named several times. No byte is read."""
     notes, seen = [], dict[object, str]()
-    for path in paths:
+    for path, times in Counter(paths).items():
+        if times > 1:
+            notes.append(f"{printable(path)} is named {times} times, and counts {times} times")
         files = tuple((file.name, file.status) for file in _files(path))
         first = seen.setdefault(files, path) if files else path
         if first != path:

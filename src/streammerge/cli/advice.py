@@ -60,6 +60,8 @@ def _of_option(error: click.NoSuchOption, typed: Sequence[str]) -> str:
     name = error.option_name
     if name in _ELSEWHERE:
         return f"; {_ELSEWHERE[name]}"
+    if error.ctx is not None and any(name.lower() in option.opts for option in error.ctx.command.params):
+        return f"; did you mean {name.lower()}?"
     word = name.lstrip("-").replace("-", "_")
     given = typed[typed.index(name) + 1] if name in typed[:-1] else "VALUE"
     methods = _methods_with(word, typed)
