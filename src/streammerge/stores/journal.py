@@ -112,7 +112,7 @@ class FinishedTable(Sequence[Finished]):
     __hash__ = None  # type: ignore[assignment]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Earlier:
     """The pieces that an earlier run has finished.
 
