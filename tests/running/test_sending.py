@@ -21,7 +21,7 @@ def test_few_parts_of_an_archive_wait_in_memory(s3: str, tmp_path: Path, monkeyp
     for seed in (1, 2):
         make = torch.Generator().manual_seed(seed)
         paths.append(tmp_path / f"{seed}.pth")
-        torch.save({f"{n}": torch.randn(300, 1001, generator=make) for n in range(100)}, paths[-1])
+        torch.save({f"{n}": torch.randn(300, 1001, generator=make) for n in range(200)}, paths[-1])
     waiting = list[int]()
     write = PartedOutput.write_full
 
@@ -41,6 +41,6 @@ def test_few_parts_of_an_archive_wait_in_memory(s3: str, tmp_path: Path, monkeyp
     sm.plan(paths, f"{s3}/out.pth", save=tmp_path / "plan")
     sm.worker(tmp_path / "plan", claim=True, workers=1)
     sm.finish(tmp_path / "plan")
-    assert max(waiting) < 8
+    assert max(waiting) <= 10, "of 46 parts"
     place = parse(f"{s3}/out.pth")
     assert place.read(0, place.size) == expected

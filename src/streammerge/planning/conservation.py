@@ -305,9 +305,10 @@ class _Uses:
         plain = sum(len(merged) for merged, _ in there) == len(table)
         for merged, number in there:
             plain = plain and merged.views.theirs[number] is None
+            objects = {id(made): made for made in merged.made}  # a table may have as many ways as tensors
             for key, count in Counter(map(id, merged.made)).items():
                 known = ways.get(key)
-                ways[key] = (known[0] if known else _way(merged, key), (known[1] if known else 0) + count)
+                ways[key] = (known[0] if known else objects[key], (known[1] if known else 0) + count)
         labels = {key: label_of(way.like) for key, (way, _) in ways.items() if isinstance(way, Way)}
         numbers = {key: number for number, key in enumerate(labels, start=1)}
         covers = all(isinstance(way, Way) and number in way.tables for (_, number) in there for way, _ in ways.values())
@@ -334,10 +335,6 @@ class _Uses:
             else:
                 account.add(found[taken - 1], table.names[row], moved.get(row, "") if moved else "")
         return lost
-
-
-def _way(merged: MergedTensors, key: int) -> Any:
-    return next(made for made in merged.made if id(made) == key)
 
 
 def label_of(m: Merged) -> Label:

@@ -1,7 +1,8 @@
 """Outputs that are sent in parts: a part stays in memory until all its bytes are there, and is then sent.
 
 Workers write in the order of the output, nearly, so few parts are incomplete at one time. A :class:`Sender` sends several
-parts at once, on threads of its own. A worker that completes a part while all of them are busy waits, so memory is bounded.
+parts at once, on threads of its own. A worker that completes a part while all of them are busy waits. So does one that begins
+a part while many wait for their headers. So memory is bounded.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ PART_BYTES = 8 << 20
 MOST_PARTS = 10_000
 SENDERS = 4
 """Parts that are sent at once."""
+_MOST_WAITING = 4
+"""Parts that may be incomplete while all threads that send are busy. Each worker may begin one more."""
 _ROUND_BYTES = 1 << 20
 _POLL_SECONDS = 0.2
 
@@ -117,19 +120,32 @@ class Sender:
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._free = threading.Semaphore(most)
         self._lock = threading.Lock()
+        self._wanted = 0
         self._buffers: list[memoryview] = []
         self.halt: Callable[[], object] = lambda: None
 
     def run(self, task: Callable[[], None]) -> None:
         """Runs a task on a thread. Waits while all threads are busy."""
-        while not self._free.acquire(timeout=_POLL_SECONDS):
-            self.halt()
+        with self._lock:
+            self._wanted += 1
+        try:
+            while not self._free.acquire(timeout=_POLL_SECONDS):
+                self.halt()
+        except BaseException:
+            with self._lock:
+                self._wanted -= 1
+            raise
         with self._lock:
             if len(self._threads) < self._most:
                 thread = threading.Thread(target=self._work, name=f"streammerge-send-{len(self._threads)}", daemon=True)
                 self._threads.append(thread)
                 thread.start()
         self._tasks.put(task)
+
+    @property
+    def busy(self) -> bool:
+        """Whether all threads have a part to send."""
+        return self._wanted >= self._most
 
     def buffer(self, size: int, each: int) -> _Buffer:
         """Returns a buffer for ``size`` bytes of a part. Buffers of ``each`` bytes are used again."""
@@ -156,6 +172,8 @@ class Sender:
             try:
                 task()
             finally:
+                with self._lock:
+                    self._wanted -= 1
                 self._free.release()
             del task
 
@@ -297,8 +315,19 @@ class PartedOutput(Output):
     def _size(self, number: int) -> int:
         return min(self.part_bytes, self.size - number * self.part_bytes)
 
+    def _await_senders(self) -> None:
+        """Waits while parts are sent more slowly than they are begun. Parts that are sent in order depend on the others."""
+        if self.upload is None or self.upload.in_order:
+            return
+        while len(self._buffers) >= _MOST_WAITING and self._sender.busy:
+            self._changed.wait(_POLL_SECONDS)
+            self._sender.halt()
+            self.check()
+
     def _write(self, number: int, data: memoryview, start: int) -> None:
         with self._changed:
+            if number not in self._buffers and number not in self.parts and number not in self._under_way:
+                self._await_senders()
             if self._closed:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             if self.whole or number in self.parts or number in self._under_way:
