@@ -1,8 +1,8 @@
 """Outputs that are sent in parts: a part stays in memory until all its bytes are there, and is then sent.
 
 Workers write in the order of the output, nearly, so few parts are incomplete at one time. A :class:`Sender` sends several
-parts at once, on threads of its own. A worker that completes a part while all of them are busy waits. So does one that begins
-a part while many wait for their headers. So memory is bounded.
+parts at once, on threads of its own. A worker that completes a part while all of them are busy waits. So does one that
+begins a part while many wait for their headers. So memory is bounded.
 """
 
 from __future__ import annotations
