@@ -305,7 +305,7 @@ class _Uses:
         plain = sum(len(merged) for merged, _ in there) == len(table)
         for merged, number in there:
             plain = plain and merged.views.theirs[number] is None
-            objects = {id(made): made for made in merged.made}  # a table may have as many ways as tensors
+            objects: dict[int, Any] = {id(made): made for made in merged.made}  # a table may have as many ways as tensors
             for key, count in Counter(map(id, merged.made)).items():
                 known = ways.get(key)
                 ways[key] = (known[0] if known else objects[key], (known[1] if known else 0) + count)
