@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from streammerge.planning.ruled import OverNames
 from streammerge.planning.views import View
 from streammerge.sources.base import Source
 from streammerge.sources.table import same_names
@@ -73,17 +74,8 @@ def shapes(entries: Mapping[str, Source]) -> dict[str, tuple[int, ...]]:
     return {name: entry.spec.shape for name, entry in entries.items()}
 
 
-class SameNames(Mapping[str, str]):
-    """Names -> the same names. Made instead of a dict, since names can be many."""
-
-    def __init__(self, names: Collection[str]) -> None:
-        self._names = names
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+class SameNames(OverNames[str]):
+    """Names -> the same names."""
 
     def __contains__(self, name: object) -> bool:
         return name in self._names

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 from streammerge.recipe.model import Recipe, Rule
+
+V = TypeVar("V", covariant=True)
 
 
 class Rules:
@@ -36,8 +39,8 @@ def drops(rule: Rule | None) -> bool:
     return rule is not None and rule.drop
 
 
-class _Unruled(Mapping[str, None]):
-    """Names -> None, where a recipe has no rules. Made instead of a dict, since names can be many."""
+class OverNames(Mapping[str, V]):
+    """A value for each of some names. Made instead of a dict, since names can be many."""
 
     def __init__(self, names: Collection[str]) -> None:
         self._names = names
@@ -47,6 +50,10 @@ class _Unruled(Mapping[str, None]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
+
+
+class _Unruled(OverNames[None]):
+    """Names -> None, where a recipe has no rules."""
 
     def __getitem__(self, name: str) -> None:
         return None
