@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import pytest
@@ -342,38 +342,32 @@ def test_law_1_for_methods_at_tight_budgets(
     assert not over, over
 
 
-def test_law_1_for_wide_matrices_of_spectral_methods(tmp_path: Path) -> None:
-    """Matrices that are read and made by columns, with no more memory than the plan needs."""
+def hold_their_plans(tmp_path: Path, shape: tuple[int, int], methods: Sequence[str]) -> None:
+    """Merges matrices of this shape, with no more memory than the plan needs."""
     paths = [tmp_path / f"{number}.safetensors" for number in range(4)]
     for number, path in enumerate(paths):
-        save_file({"w": torch.randn(600, 4000, generator=torch.Generator().manual_seed(number)).bfloat16()}, path)
+        save_file({"w": torch.randn(shape, generator=torch.Generator().manual_seed(number)).bfloat16()}, path)
     small = [sparse(tmp_path / f"small{number}.safetensors", 1 << 14) for number in range(4)]
     runs: list[Run] = []
-    for method in ("iso_c", "iso_cts", "tsv", "knots"):
+    for method in methods:
         for inputs in (small, paths):  # the first loads the pages of libraries
             options: dict[str, object] = {"method": method, "base": inputs[3], "workers": 1}
             memory = tight(inputs[:3], options, 1) if inputs is paths else "1GiB"
             runs.append((inputs[:3], tmp_path / "out.safetensors", options | {"memory": memory}))
     for (_, _, asked), found in zip(runs[1::2], measured(*runs)[1::2], strict=True):
         assert found["resident"] <= found["planned"] <= int(str(asked["memory"]).removesuffix("MiB")) << 20, (asked, found)
+
+
+def test_law_1_for_wide_matrices_of_spectral_methods(tmp_path: Path) -> None:
+    """Matrices that are read and made by columns, with no more memory than the plan needs."""
+    hold_their_plans(tmp_path, (600, 4000), ("iso_c", "iso_cts", "tsv", "knots"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2304, 4608), (4608, 2304)])
 def test_law_1_for_long_sides_of_spectral_methods(tmp_path: Path, shape: tuple[int, int]) -> None:
     """Matrices that are decomposed in place, with sums and vectors in a temporary file."""
-    paths = [tmp_path / f"{number}.safetensors" for number in range(4)]
-    for number, path in enumerate(paths):
-        save_file({"w": torch.randn(shape, generator=torch.Generator().manual_seed(number)).bfloat16()}, path)
-    small = [sparse(tmp_path / f"small{number}.safetensors", 1 << 14) for number in range(4)]
-    runs: list[Run] = []
-    for method in ("iso_c", "iso_cts", "tsv"):
-        for inputs in (small, paths):  # the first loads the pages of libraries
-            options: dict[str, object] = {"method": method, "base": inputs[3], "workers": 1}
-            memory = tight(inputs[:3], options, 1) if inputs is paths else "1GiB"
-            runs.append((inputs[:3], tmp_path / "out.safetensors", options | {"memory": memory}))
-    for (_, _, asked), found in zip(runs[1::2], measured(*runs)[1::2], strict=True):
-        assert found["resident"] <= found["planned"] <= int(str(asked["memory"]).removesuffix("MiB")) << 20, (asked, found)
+    hold_their_plans(tmp_path, shape, ("iso_c", "iso_cts", "tsv"))
 
 
 def peaks(tmp_path: Path, elems: int, memory: str, chosen: Container[str]) -> list[tuple[str, dict[str, int]]]:

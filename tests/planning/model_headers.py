@@ -161,6 +161,15 @@ model.layers.{0-2}.mamba.{A_log,D,dt_bias} 4
 model.layers.{0-2}.mamba.norm.weight 32
 """
 
+_MIXTRAL = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "num_hidden_layers": 2,
+    "num_local_experts": 3,
+    "vocab_size": 96,
+    "tie_word_embeddings": False,
+}
+
 HEADERS = [
     Header(
         "deepseek-v3",
@@ -559,14 +568,7 @@ HEADERS = [
     ),
     Header(
         "mixtral",
-        {
-            "architectures": ["MixtralForCausalLM"],
-            "model_type": "mixtral",
-            "num_hidden_layers": 2,
-            "num_local_experts": 3,
-            "vocab_size": 96,
-            "tie_word_embeddings": False,
-        },
+        _MIXTRAL,
         "\n".join(
             [
                 _ends(),
@@ -580,14 +582,7 @@ HEADERS = [
     ),
     Header(
         "mixtral-fused",
-        {
-            "architectures": ["MixtralForCausalLM"],
-            "model_type": "mixtral",
-            "num_hidden_layers": 2,
-            "num_local_experts": 3,
-            "vocab_size": 96,
-            "tie_word_embeddings": False,
-        },
+        _MIXTRAL,
         "\n".join(
             [
                 _ends(),

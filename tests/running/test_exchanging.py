@@ -63,6 +63,11 @@ def asked(method: str, models: list[Path]) -> dict[str, Any]:
     return {"method": method, "parameters": WAYS[method], **base}
 
 
+def whole(tmp_path: Path, models: list[Path], way: dict[str, Any]) -> bytes:
+    """Returns the bytes that one machine makes."""
+    return Path(str(sm.merge(models[:2], tmp_path / "whole.safetensors", **way).out)).read_bytes()
+
+
 def exchanged(tmp_path: Path) -> list[Path]:
     return sorted(tmp_path.glob(f".*.machines/{claims.ANSWERS}/*"))
 
@@ -70,7 +75,7 @@ def exchanged(tmp_path: Path) -> list[Path]:
 @pytest.mark.parametrize("method", WAYS)
 def test_the_same_bytes_in_any_shares(tmp_path: Path, models: list[Path], method: str) -> None:
     way = asked(method, models)
-    expected = Path(str(sm.merge(models[:2], tmp_path / "whole.safetensors", **way).out)).read_bytes()
+    expected = whole(tmp_path, models, way)
     for shares in (1, 2, 7):
         plan, out = tmp_path / f"plan{shares}", tmp_path / f"out{shares}.safetensors"
         made = cut(sm.plan(models[:2], out, save=plan, **way).tasks)
@@ -95,7 +100,7 @@ def test_machines_at_once_make_each_block_once(
     tmp_path: Path, models: list[Path], method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     way = asked(method, models)
-    expected = Path(str(sm.merge(models[:2], tmp_path / "whole.safetensors", **way).out)).read_bytes()
+    expected = whole(tmp_path, models, way)
     plan, out = tmp_path / "plan", tmp_path / "out.safetensors"
     monkeypatch.setattr(saved, "LEASE_SECONDS", 60.0)  # no machine is taken for dead because this one is busy
     sm.plan(models[:2], out, save=plan, **way)
@@ -115,7 +120,7 @@ def test_a_machine_that_dies_in_a_pass_costs_its_block(
     tmp_path: Path, models: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     way = asked("ties", models)
-    expected = Path(str(sm.merge(models[:2], tmp_path / "whole.safetensors", **way).out)).read_bytes()
+    expected = whole(tmp_path, models, way)
     plan, out = tmp_path / "plan", tmp_path / "out.safetensors"
     sm.plan(models[:2], out, save=plan, **way)
     monkeypatch.setenv("ANSWER_SECONDS", "0.3")
@@ -134,7 +139,7 @@ def test_a_machine_that_dies_in_a_pass_costs_its_block(
 
 def test_a_damaged_answer_is_made_again(tmp_path: Path, models: list[Path]) -> None:
     way = asked("ties", models)
-    expected = Path(str(sm.merge(models[:2], tmp_path / "whole.safetensors", **way).out)).read_bytes()
+    expected = whole(tmp_path, models, way)
     plan, out = tmp_path / "plan", tmp_path / "out.safetensors"
     units_ = cut(sm.plan(models[:2], out, save=plan, **way).tasks)
     sm.worker(plan, share=f"1/{len(units_)}")
@@ -155,7 +160,7 @@ def test_answers_that_are_no_plain_data_are_not_sent(
 ) -> None:
     """Then each machine makes the passes of its tensors itself."""
     way = asked("ties", models)
-    expected = Path(str(sm.merge(models[:2], tmp_path / "whole.safetensors", **way).out)).read_bytes()
+    expected = whole(tmp_path, models, way)
     plan, out = tmp_path / "plan", tmp_path / "out.safetensors"
     sm.plan(models[:2], out, save=plan, **way)
 

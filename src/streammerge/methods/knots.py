@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from streammerge.errors import RecipeError, printable
 from streammerge.kernels.chunk import OPERAND, Chunk, Kernel, Slot
@@ -94,12 +94,13 @@ def knots(
     selected in each tensor, not in all together; weights that agree are divided by, not their number; a zero sum elects
     plus.
     """
+    asked = _Merging(weight, density, consensus, normalize, lambda_)
     if not is_matrix(group.shape):
-        return _consensus(group, _Aligned(None, 1, 1, group.elems), weight, density, consensus, normalize, lambda_)
+        return _consensus(group, _Aligned(None, 1, 1, group.elems), asked)
     rows, columns = sides(group.shape)
     block = block_rows(rows, columns)
     if group.turned is not concat_across_output:
-        return _side_by_side(group, weight, density, consensus, normalize, lambda_)
+        return _side_by_side(group, asked)
 
     def twice(chunk: Chunk) -> Iterator[torch.Tensor]:
         import torch
@@ -117,17 +118,20 @@ def knots(
     kept = singular(values)[0] > 0
     basis.mul_(kept.unsqueeze(1))
     aligned = _Aligned(basis, columns, block, rows * int(kept.sum()))
-    return _consensus(group, aligned, weight, density, consensus, normalize, lambda_)
+    return _consensus(group, aligned, asked)
 
 
-def _side_by_side(
-    group: TensorGroup,
-    weight: Sequence[float],
-    density: Sequence[float],
-    consensus: str,
-    normalize: bool,
-    scale: float,
-) -> Kernel:
+class _Merging(NamedTuple):
+    """How aligned deltas are merged: the parameters of :func:`knots` of these names, and its lambda as ``scale``."""
+
+    weight: Sequence[float]
+    density: Sequence[float]
+    consensus: str
+    normalize: bool
+    scale: float
+
+
+def _side_by_side(group: TensorGroup, asked: _Merging) -> Kernel:
     """Returns the kernel of ``knots`` from the Gram matrix of all columns of all deltas. The aligned deltas are small then,
     and are merged in memory."""
     import torch
@@ -151,7 +155,7 @@ def _side_by_side(
     if count:
         small = TensorGroup.of(*aligned, base=torch.zeros_like(aligned[0]))
         known = _Aligned(None, 1, 1, small.elems)
-        mixed = small.merged(_consensus(small, known, weight, density, consensus, normalize, scale)).view(count, columns)
+        mixed = small.merged(_consensus(small, known, asked)).view(count, columns)
         back = basis.T @ mixed.mul_(inverse[:count].unsqueeze(1))
     else:
         back = torch.zeros(len(sigma), columns, dtype=torch.float64)
@@ -199,37 +203,29 @@ class _Aligned:
         return made
 
 
-def _consensus(
-    group: TensorGroup,
-    aligned: _Aligned,
-    weight: Sequence[float],
-    density: Sequence[float],
-    consensus: str,
-    normalize: bool,
-    scale: float,
-) -> Kernel:
+def _consensus(group: TensorGroup, aligned: _Aligned, asked: _Merging) -> Kernel:
     """Returns the kernel that merges aligned deltas as ``ties`` or ``task_arithmetic`` do."""
-    n, total = aligned.elems, sum(weight)
-    ranks = [[group.elems if d >= 1 else max(int(d * n), 1) if d else 0] for d in density]
+    n, total = aligned.elems, sum(asked.weight)
+    ranks = [[group.elems if d >= 1 else max(int(d * n), 1) if d else 0] for d in asked.density]
 
     def magnitudes(chunk: Chunk) -> Iterator[torch.Tensor]:
         return (aligned.delta(chunk, model, OPERAND).abs_() for model in range(group.models))
 
-    cuts = group.kth_largest(magnitudes, ranks) if any(d < 1 for d in density) else None
+    cuts = group.kth_largest(magnitudes, ranks) if any(d < 1 for d in asked.density) else None
 
     def kernel(chunk: Chunk) -> torch.Tensor:
         deltas = []
-        for model, w in enumerate(weight):
+        for model, w in enumerate(asked.weight):
             delta = aligned.delta(chunk, model, f"delta {model}")
             deltas.append(scaled(cuts[model][0].keep(delta, chunk.start) if cuts else delta, w))
-        if consensus == "ties":
-            mixed = winners(chunk, deltas, weight, normalize)
+        if asked.consensus == "ties":
+            mixed = winners(chunk, deltas, asked.weight, asked.normalize)
         else:
             mixed = deltas[0]
             for delta in deltas[1:]:
                 mixed.add_(delta)
-            if normalize and abs(total) >= 1e-8:
+            if asked.normalize and abs(total) >= 1e-8:
                 mixed.div_(total)
-        return on_base(chunk, aligned.plain(chunk, mixed).mul_(scale))
+        return on_base(chunk, aligned.plain(chunk, mixed).mul_(asked.scale))
 
     return kernel
