@@ -72,6 +72,16 @@ def test_a_full_and_a_pruned_diffusion_model(order: tuple[str, str]) -> None:
     assert any("noise schedule" in note for note in result.notes)
 
 
+@pytest.mark.parametrize("holder", ["first", "second"])
+def test_drop_leaves_out_what_an_input_lacks(holder: str) -> None:
+    sides = [model(1), model(2)]
+    sides[holder == "second"]["head.weight"] = draw(5, 4, 4)
+    saved(one=sides[0], two=sides[1])
+    made, result = merged("one", "two", on_missing="drop")
+    assert made.keys() == model(1).keys()
+    assert any("head.weight" in warning for warning in result.warnings)
+
+
 def test_a_bias_is_no_mask() -> None:
     saved(one=model(1) | {"layers.0.attn.bias": draw(1, 4)}, two=model(2))
     with pytest.raises(sm.MismatchError, match=r"two\.safetensors lacks 1: layers\.0\.attn\.bias"):

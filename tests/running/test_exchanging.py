@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.torch import save_file
 
 import streammerge as sm
 from running.test_shared import LEASE_SECONDS, machine, wait_for
+from streammerge.kernels.chunk import Look, Step, Sweep
 from streammerge.kernels.kth_largest import _Found
 from streammerge.kernels.ranking import Cut
 from streammerge.planning import saved, tasks, units
@@ -85,6 +87,28 @@ def test_the_same_bytes_in_any_shares(tmp_path: Path, models: list[Path], method
         assert exchanged(tmp_path)
         sm.finish(plan)
         assert out.read_bytes() == expected, shares
+
+
+def test_answers_come_in_the_order_of_one_machine(
+    tmp_path: Path, models: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums depend on it in their last bits, which a rounded output does not show."""
+    over, counts = exchanging.Exchange.over, list[int]()
+
+    def compared(self: exchanging.Exchange, sweep: Sweep) -> Sweep:
+        def both(look: Look, step: Step[Any], start: int, stop: int, sparse: int = 0) -> Iterator[Any]:
+            found = [*over(self, sweep)(look, step, start, stop, sparse)]
+            assert repr(found) == repr([*sweep(look, step, start, stop, sparse)])
+            counts.append(len(found))
+            yield from found
+
+        return both
+
+    monkeypatch.setattr(exchanging.Exchange, "over", compared)
+    plan = tmp_path / "plan"
+    sm.plan(models[:2], tmp_path / "out.safetensors", save=plan, **asked("slerp", models))
+    assert sm.worker(plan, claim=True, workers=1).left == 0
+    assert max(counts) > 2
 
 
 def test_sums_are_exchanged_in_less_than_a_kilobyte(tmp_path: Path, models: list[Path]) -> None:

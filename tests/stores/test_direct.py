@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from conftest import use_s3
@@ -53,6 +54,22 @@ def test_another_version_is_not_read(proxied: tuple[str, bytes, FaultProxy]) -> 
     assert read(bucket, "x", 0, 10, found.tag) == (found, data[:10])
     assert read(bucket, "x", 0, 10, '"0123456789abcdef0123456789abcdef"')[0] is None
     assert read(bucket, "gone", 0, 10)[0] is None
+
+
+def test_another_range_of_the_same_length_is_not_taken(
+    proxied: tuple[str, bytes, FaultProxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket, _, _ = proxied
+    answered = Requests.answered
+
+    def shifted(self: Requests, *asked: Any) -> Any:
+        *others, headers = asked
+        first, last = map(int, headers["range"].removeprefix("bytes=").split("-"))
+        return answered(self, *others, headers | {"range": f"bytes={first + 1}-{last + 1}"})
+
+    monkeypatch.setattr(Requests, "answered", shifted)
+    with pytest.raises(Passing, match="the bytes 8-17 came instead of those asked for"):
+        read(bucket, "x", 7, 10)
 
 
 @pytest.mark.parametrize("fault", ["drop", "reset", "503", "500", "short", "long", "stall"])
