@@ -109,7 +109,7 @@ def measure(folder: Path, gigabytes: float = 0.6) -> dict[str, Any]:
 
     import streammerge as sm
     from streammerge.planning import units as units_
-    from streammerge.running import shared
+    from streammerge.running.unit_receipts import UnitInMaking
     from streammerge.stores import claims
     from streammerge.stores.locations import parse
 
@@ -124,7 +124,7 @@ def measure(folder: Path, gigabytes: float = 0.6) -> dict[str, Any]:
         save_file(tensors, folder / f"{number}.safetensors")
     said: dict[str, Any] = {"cpu": os.uname().machine, "methods": {}}
     inputs = [folder / "1.safetensors", folder / "2.safetensors"]
-    add = shared._Making.add
+    add = UnitInMaking.add
     times: list[float] = []
     last = [0.0]
 
@@ -136,7 +136,7 @@ def measure(folder: Path, gigabytes: float = 0.6) -> dict[str, Any]:
             last[0] = now
         return whole
 
-    shared._Making.add = timed  # type: ignore[assignment, method-assign]
+    UnitInMaking.add = timed  # type: ignore[assignment, method-assign]
     for method in METHODS:
         more: dict[str, Any] = {"method": method, "base": inputs[0]} if method != "linear" else {}
         plan = folder / f"{method}.plan"
@@ -170,7 +170,7 @@ def measure(folder: Path, gigabytes: float = 0.6) -> dict[str, Any]:
     began = time.process_time()
     planned(folder / "large")
     said["plan_cpu_seconds"] = round(time.process_time() - began, 1)
-    shared._Making.add = add  # type: ignore[method-assign]
+    UnitInMaking.add = add  # type: ignore[method-assign]
     return said
 
 

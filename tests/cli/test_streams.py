@@ -25,9 +25,10 @@ def test_closed_streams_are_no_harm(tmp_path: Path, closed: str) -> None:
 
 
 def test_an_encoding_without_the_characters_is_no_error(tmp_path: Path) -> None:
-    save_file({"w": torch.ones(3)}, tmp_path / "a.safetensors")
+    for name, value in (("a", 1.0), ("b", 0.0)):
+        save_file({"w": torch.full((3,), value)}, tmp_path / f"{name}.safetensors")
     environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
-    for arguments in (["methods", "ties"], ["merge", "a.safetensors", "a.safetensors", "-o", "模型.safetensors"]):
+    for arguments in (["methods", "ties"], ["merge", "a.safetensors", "b.safetensors", "-o", "模型.safetensors"]):
         command = [sys.executable, "-m", "streammerge", *arguments]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=60)
         assert (done.returncode, done.stderr) == (0, b"")
@@ -37,18 +38,10 @@ def test_an_encoding_without_the_characters_is_no_error(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("form", ["human", "json"])
 def test_a_stream_that_cannot_be_written_is_not_the_disk_of_the_output(form: str, tmp_path: Path) -> None:
-    save_file({"w": torch.ones(3)}, tmp_path / "a.safetensors")
-    command = [
-        sys.executable,
-        "-m",
-        "streammerge",
-        "merge",
-        *["a.safetensors"] * 2,
-        "-o",
-        "out.safetensors",
-        "--format",
-        form,
-    ]
+    for name, value in (("a", 0.0), ("b", 2.0)):
+        save_file({"w": torch.full((3,), value)}, tmp_path / f"{name}.safetensors")
+    inputs = ["a.safetensors", "b.safetensors"]
+    command = [sys.executable, "-m", "streammerge", "merge", *inputs, "-o", "out.safetensors", "--format", form]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
     assert done.returncode == 1

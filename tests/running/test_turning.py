@@ -10,11 +10,8 @@ from conftest import load_safetensors
 from safetensors.torch import save_file
 
 import streammerge as sm
-from methods.test_spectral import METHODS, TestSpectral
+from methods.test_spectral import METHODS, ORACLES
 from streammerge.events import Spooled, TaskDone
-
-ORACLES = TestSpectral.ORACLES
-del TestSpectral  # its tests run where it is
 
 
 @pytest.mark.parametrize("method", METHODS)

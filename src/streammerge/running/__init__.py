@@ -23,6 +23,7 @@ Each module imports only modules above it::
     readback   whether an output can be read back
     session    makes one output in its staging folder
     execution  runs a plan to its end
+    unit_receipts  what is known of a unit that a machine has made
     sending    files that machines send to a store
     exchanging passes over a long tensor that several machines make
     shared     makes units of a plan, while other machines make others

@@ -17,7 +17,7 @@ from streammerge.running.execution import Result, refuse_input_as_output, refuse
 from streammerge.running.finished import Part
 from streammerge.running.readback import check_structure, receipt_of
 from streammerge.running.session import Run, RunOptions
-from streammerge.running.shared import UnitReceipt
+from streammerge.running.unit_receipts import UnitReceipt
 from streammerge.stores import claims, descriptors
 from streammerge.stores.base import Joint, Location, Sent, Staging
 from streammerge.stores.claims import Claims
