@@ -5,7 +5,7 @@ A batch is computed chunk by chunk in the worker's buffers, which are allocated 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -27,6 +27,8 @@ from streammerge.tensors.spec import ranges
 
 if TYPE_CHECKING:
     import torch
+
+    from streammerge.running.measuring import Measuring, Taking
 
 T = TypeVar("T")
 
@@ -78,15 +80,20 @@ class Worker:
         kept_bytes = self.job.budget.kept_bytes if keep else -1
         return Inputs(self.bench.inputs, task.sources, self.workspace, self.job.mapped, kept_bytes, self.host.check)
 
-    def chunks(self, task: MergeTask, source: Inputs, start: int, stop: int, sparse: int = 0) -> Iterator[Chunk]:
+    def chunks(
+        self, task: MergeTask, source: Inputs, start: int, stop: int, sparse: int = 0, taking: Taking | None = None
+    ) -> Iterator[Chunk]:
         import torch
 
         compute, models = getattr(torch, task.compute), len(task.sources) - task.based
+        read = source.read if taking is None else taking.read
         for a, b in chunk_spans(start, stop, self.job.budget.chunk_elems, task.row, sparse):
             self.host.check()
             self.workspace.clear(b - a)
             source.move_to(a, b)
-            yield Chunk(a, b, compute, self.workspace, source.read, task.based, models)
+            if taking is not None:
+                taking.move_to(a, b)
+            yield Chunk(a, b, compute, self.workspace, read, task.based, models)
 
 
 class MergeWorker(Worker):
@@ -94,6 +101,7 @@ class MergeWorker(Worker):
         super().__init__(work.job, host)
         self._passes, self._alone = work.passes, work.alone
         self._kernel: Kernel | None = None
+        self._measuring: Measuring | None = None
 
     def run(self, batch: list[Piece]) -> list[PieceDone]:
         """Computes and writes pieces. Errors that are not streammerge's own come out as TaskError."""
@@ -106,6 +114,10 @@ class MergeWorker(Worker):
 
             for piece in batch:
                 announce(self.bench.inputs, piece.task, piece.start, piece.stop)
+        if self.job.measures:
+            from streammerge.running.measuring import Measuring  # here, because most runs measure nothing
+
+            self._measuring = Measuring(len(batch), max([len(piece.task.sources) for piece in batch]))
         target = self.job.destinations[batch[0].task.file].open(self.bench)
         if self._alone:
             return self._checked(self._all_of(batch, target), target)
@@ -113,29 +125,35 @@ class MergeWorker(Worker):
         made: list[PieceDone] = []
         for stretch in stretches(batch, self.job.budget.kept_bytes):
             if len(stretch) == 1:
-                made.append(self._one(stretch[0], outgoing))
+                made.append(self._one(stretch[0], outgoing, len(made)))
             elif not stretch[0].task.method.pointwise:
-                made += self._in_turn(stretch, outgoing)
+                made += self._in_turn(stretch, outgoing, len(made))
             else:
-                joined = None if self.job.measures else self._together(stretch, outgoing)
-                made += joined or [self._one(piece, outgoing) for piece in stretch]
+                made += self._together(stretch, outgoing, len(made)) or [
+                    self._one(piece, outgoing, row) for row, piece in enumerate(stretch, len(made))
+                ]
         outgoing.flush()
         return self._checked(made, target)
 
     def _checked(self, made: list[PieceDone], target: Target) -> list[PieceDone]:
         """Returns the results of a unit, the last one with the finding of the unit's target."""
         self.bench.inputs.check_whole()
+        if self._measuring is not None:
+            made = self._measuring.put_into(made)
         found = target.found()
         if found is not None:
             made[-1] = replace(made[-1], found=found)
         return made
 
-    def _together(self, stretch: list[Piece], outgoing: Outgoing) -> list[PieceDone] | None:
-        """Computes pieces as one tensor. Returns None for NaN or infinity, which must be reported tensor by tensor."""
+    def _together(self, stretch: list[Piece], outgoing: Outgoing, row: int) -> list[PieceDone] | None:
+        """Computes pieces as one tensor. Returns None for NaN or infinity, which must be reported tensor by tensor.
+        ``row``: the place of the first in the unit."""
         whole = as_one_piece(stretch)
-        done = self._one(whole, outgoing)
+        done = self._one(whole, outgoing, row, stretch)
         if done.nonfinite:
             outgoing.take_back(whole.nbytes)
+            if self._measuring is not None:
+                self._measuring.drop(row, len(stretch))
             return None
         data, made, start = outgoing.last(whole.nbytes), [], 0
         for piece in stretch:
@@ -143,13 +161,13 @@ class MergeWorker(Worker):
             start += piece.nbytes
         return made
 
-    def _in_turn(self, stretch: list[Piece], outgoing: Outgoing) -> list[PieceDone]:
+    def _in_turn(self, stretch: list[Piece], outgoing: Outgoing, row: int) -> list[PieceDone]:
         """Computes pieces one after the other from inputs that are opened, mapped and announced once for all."""
         self.one_torch_thread()
         source, made = self.source(as_one_piece(stretch).task, keep=True), []
-        for piece in stretch:
+        for number, piece in enumerate(stretch, row):
             with failures(piece.task, piece.start, piece.stop):
-                made.append(self._apply(self._kernel_of(piece.task, source), piece, source, outgoing))
+                made.append(self._apply(self._kernel_of(piece.task, source), piece, source, outgoing, number))
             source.first += piece.stop
         return made
 
@@ -165,17 +183,24 @@ class MergeWorker(Worker):
 
         with failures(task, 0, task.elems):
             kernel = None if task.verbatim else bind(task, sweep, spills=self.bench.spill)
-        for piece in batch:
+        for row, piece in enumerate(batch):
             outgoing = Outgoing(target.write_full, self.workspace.octets("out"), piece.offset)
             with failures(task, piece.start, piece.stop):
-                done = self._copy(piece, outgoing) if kernel is None else self._apply(kernel, piece, source, outgoing)
-                made.append(done)
+                if kernel is None:
+                    made.append(self._copy(piece, outgoing))
+                else:
+                    made.append(self._apply(kernel, piece, source, outgoing, row))
             outgoing.flush()
         return made
 
-    def _one(self, piece: Piece, outgoing: Outgoing) -> PieceDone:
+    def _one(self, piece: Piece, outgoing: Outgoing, row: int = 0, stretch: Sequence[Piece] | None = None) -> PieceDone:
+        """Makes one piece. ``row``: its place in the unit. ``stretch``: the pieces that it does the work of."""
         with failures(piece.task, piece.start, piece.stop):
-            return self._copy(piece, outgoing) if piece.task.verbatim else self._compute(piece, outgoing)
+            if piece.task.verbatim:
+                return self._copy(piece, outgoing)
+            self.one_torch_thread()
+            source = self.source(piece.task, keep=piece.task.method.passes and self._passes is None)
+            return self._apply(self._kernel_of(piece.task, source), piece, source, outgoing, row, stretch)
 
     def _copy(self, piece: Piece, outgoing: Outgoing) -> PieceDone:
         whole = piece.task.sources[0]
@@ -205,11 +230,6 @@ class MergeWorker(Worker):
             value = self.job.checksum.update(part, value)
         return done_of(piece, value, source.nonfinite)
 
-    def _compute(self, piece: Piece, outgoing: Outgoing) -> PieceDone:
-        self.one_torch_thread()
-        source = self.source(piece.task, keep=piece.task.method.passes and self._passes is None)
-        return self._apply(self._kernel_of(piece.task, source), piece, source, outgoing)
-
     def _kernel_of(self, task: MergeTask, source: Inputs) -> Kernel:
         """Returns the kernel of a tensor. Runs its passes here, unless all workers have already run them."""
         if self._kernel is not None:
@@ -220,17 +240,24 @@ class MergeWorker(Worker):
 
         return bind(task, sweep_of(self, task, source), spills=self.bench.spill)
 
-    def _apply(self, kernel: Kernel, piece: Piece, source: Inputs, outgoing: Outgoing) -> PieceDone:
-        value, nonfinite, sums = 0, dict[str, int](), list[float]()
-        for chunk in self.chunks(piece.task, source, piece.start, piece.stop):
+    def _apply(
+        self,
+        kernel: Kernel,
+        piece: Piece,
+        source: Inputs,
+        outgoing: Outgoing,
+        row: int,
+        stretch: Sequence[Piece] | None = None,
+    ) -> PieceDone:
+        value, nonfinite, taking = 0, dict[str, int](), None
+        if self._measuring is not None and piece.task.out.dtype.kind == "float":
+            taking = self._measuring.begin(row, stretch or [piece], source)
+        for chunk in self.chunks(piece.task, source, piece.start, piece.stop, taking=taking):
             part = put(kernel, chunk, piece.task, source, outgoing, nonfinite)
             value = self.job.checksum.update(part, value)
-            if self.job.measures and piece.task.out.dtype.kind == "float":
-                from streammerge.running.measuring import measure  # here, because most runs measure nothing
-
-                measure(part, piece.task.out.dtype.torch, chunk, source, sums)
-        done = done_of(piece, value, nonfinite)
-        return replace(done, measured=tuple(sums)) if sums else done
+            if taking is not None:
+                taking.made(part)
+        return done_of(piece, value, nonfinite)
 
 
 def put(
