@@ -298,12 +298,14 @@ def _edit_first(
 ) -> dict[str, tuple[Any, str]]:
     """Puts the merged tensors into the first input's tree. Returns name -> (key, new key) of those that are renamed."""
     selection, renames = base.selection, dict[str, tuple[Any, str]]()
+    codes = {weight.stored[0]: name for name, weight in base.quantised.items()}  # a pack has another name than its numbers
     for found in selection.tensors:
-        if found.name not in home:
+        name = found.name if found.name in home else codes.get(found.name, "")
+        if name not in home:
             _drop(found.name, found.holder, found.key, edit)
             continue
-        _put(found, home[found.name], edit, builder)
-        written = recipe.output_name(found.name)
+        _put(found, home[name], edit, builder)
+        written = recipe.output_name(name)
         if written != base.renamed.get(found.name, found.name):
             if found.holder is None or selection.chosen[0].kind != "state dict":
                 raise RecipeError("tensors of a state dict only can be renamed in a .pth; write a .safetensors file")
