@@ -14,7 +14,7 @@ from streammerge.formats import detect
 from streammerge.formats.base import MOST_EXPANDED_BYTES, Container
 from streammerge.pickles.candidates import AllFound, Found
 from streammerge.pickles.state_dict import Selection, select
-from streammerge.pickles.tree import Global, TensorRef, number, plain, walk
+from streammerge.pickles.tree import Global, TensorRef, is_quantised, number, plain, walk
 from streammerge.sources.base import Source
 from streammerge.sources.table import StoredTable
 from streammerge.stores.base import Location, Status
@@ -336,6 +336,9 @@ def index_of(container: Container, path: Location, state_dict: str | None = None
         entries, aliases = _located(path, container, ((found.name, found.ref) for found in selection.tensors))
     extras = container.tree if container.pickled else None
     notes = [*container.notes, *(f"{printable(path)}: {note}" for note in selection.notes)]
+    integers = sum(is_quantised(found.ref) for found in selection.tensors) if container.pickled else 0
+    if integers:
+        notes.append(f"{printable(path)}: {counted(integers, 'quantised tensor')} of torch are read as float32")
     return CheckpointIndex(
         path,
         entries,
