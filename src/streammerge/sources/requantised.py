@@ -258,7 +258,7 @@ class _Reader(Reader):
 
         width, columns = self._source.block[1], self._source.columns
         padded = torch.nn.functional.pad(largest, (0, -columns % width)) if columns % width else largest
-        return padded.unflatten(-1, (-1, width)).amax(-1)
+        return padded.view(*padded.shape[:-1], -1, width).amax(-1)
 
     def _of_finite(self, top: int, bottom: int) -> torch.Tensor:
         """Returns the largest finite magnitude of each block in a row of blocks."""
@@ -291,7 +291,7 @@ class _Reader(Reader):
         same = (again.mul_(factor_of(self._source.codes)).mul_(wide) == values).float()
         if self._source.columns % width:
             same = torch.nn.functional.pad(same, (0, -self._source.columns % width), value=1.0)
-        return same.unflatten(-1, (-1, width)).amin(-1) > 0
+        return same.view(*same.shape[:-1], -1, width).amin(-1) > 0
 
 
 def _stored(scales: torch.Tensor, dtype: DType) -> torch.Tensor:
