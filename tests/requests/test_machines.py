@@ -17,7 +17,7 @@ from conftest import deflate, trained, voice
 from safetensors.torch import save_file
 
 import streammerge as sm
-from streammerge.options import Sharing
+from streammerge.options.resources import Sharing
 from streammerge.planning import saved, tasks, units
 from streammerge.planning.units import Unit
 from streammerge.requests.machines import chosen

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from streammerge.errors import FormatError, RecipeError, listed, printable
-from streammerge.options import EMA_CHOICES
+from streammerge.options.selecting import EMA_CHOICES
 from streammerge.pickles.candidates import MOST_NAME, AllFound, Candidate, Found, candidates, dotted
 from streammerge.pickles.tree import FlatTree, Global, Instance, mapping_items, walk
 from streammerge.tensors.conventions import AVERAGED, SWAPPED

@@ -11,17 +11,11 @@ from streammerge.checkpoints.choosing import choose
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.methods.factors import EXTRACT
 from streammerge.methods.registry import LINEAR, find_method
-from streammerge.options import (
-    Choosing,
-    Executing,
-    Merging,
-    Naming,
-    Policies,
-    Resources,
-    Selecting,
-    Writing,
-    picked,
-)
+from streammerge.options.base import picked
+from streammerge.options.merging import Choosing, Merging, Naming, Policies
+from streammerge.options.resources import Executing, Resources
+from streammerge.options.selecting import Selecting
+from streammerge.options.writing import Writing
 from streammerge.planning.conservation import refuse_unused
 from streammerge.planning.plan import Plan
 from streammerge.recipe.arguments import overridden, recipe_of, unchecked

@@ -9,7 +9,7 @@ import click
 
 from streammerge.cli import options
 from streammerge.cli.reports import show_indexes
-from streammerge.options import Selecting
+from streammerge.options.selecting import Selecting
 
 if TYPE_CHECKING:
     from collections.abc import Callable
