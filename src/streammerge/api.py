@@ -28,7 +28,7 @@ from streammerge.options.telling import Showing, Verifying
 from streammerge.options.values import truth
 from streammerge.options.writing import Finishing, Quantise, Replacing, Running, Saving, Writing
 from streammerge.recipe.adapted import resolved
-from streammerge.recipe.locations import hub_place, with_hub_places
+from streammerge.recipe.hub_names import hub_place, with_hub_places
 from streammerge.running.process import resident_bytes
 from streammerge.signatures import takes
 from streammerge.stores.base import Location

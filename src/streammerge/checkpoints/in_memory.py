@@ -15,7 +15,7 @@ from streammerge.formats.base import Container, flat_tensor
 from streammerge.pickles.arrays import Arrays
 from streammerge.pickles.tree import MISSING, Global, Instance, OrderedTree, TensorRef
 from streammerge.pickles.unpickle import unpickle
-from streammerge.recipe.locations import held_name
+from streammerge.recipe.names import held_name
 from streammerge.sources.memory import in_memory, is_array, is_tensor
 from streammerge.stores.locations import parse
 

@@ -82,7 +82,7 @@ def output_name(
 def _first_input(inputs: Sequence[str], recipe: Mapping[str, Any] | None, own_methods: bool) -> str | None:
     """Returns the path of the first model, None if it cannot be told yet."""
     from streammerge.checkpoints.globs import expand
-    from streammerge.recipe.locations import is_recipe_name
+    from streammerge.recipe.names import is_recipe_name
     from streammerge.recipe.reader import read_recipe
     from streammerge.stores.locations import parse
 

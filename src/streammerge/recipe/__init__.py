@@ -5,8 +5,10 @@ Each module imports only modules above it::
     fields     kinds of values that a key may hold
     patterns   globs and regular expressions on tensor names
     settings   parameters with filters and gradients
+    names      what a name tells by itself
     stage_names a stage as a model, as text
     adapted    a model with adapters on it, as text
+    hub_names  names that are repositories of the hub
     scalars    single values: paths, sizes, dtypes, methods
     vocabulary whose tokens the output has, and where their rows come from
     experts    the experts of a mixture of experts

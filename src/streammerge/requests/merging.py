@@ -19,8 +19,9 @@ from streammerge.options.writing import Writing
 from streammerge.planning.conservation import refuse_unused
 from streammerge.planning.plan import Plan
 from streammerge.recipe.arguments import overridden, recipe_of, unchecked
-from streammerge.recipe.locations import is_recipe_name, with_hub_places
+from streammerge.recipe.hub_names import with_hub_places
 from streammerge.recipe.model import Recipe
+from streammerge.recipe.names import is_recipe_name
 from streammerge.recipe.reader import read_recipe
 from streammerge.requests.adapters import (
     adapters_alone,
