@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from streammerge.options.base import Option
 
-_NAMED = re.compile(
-    r"""`(?P<name>[a-z_]+)(?:=(?P<value>\{[^`{}]*\}|"[^`"]*"|'[^`']*'|[^`"'{}\s]+))?`|`"(?P<word>[^`"]*)"`"""
-)
-_PARAMETER = re.compile(r"""['"](\w+)['"]: (\[[^\]]*\]|[^,}]+)""")
+_NAMED = r"""`(?P<name>[a-z_]+)(?:=(?P<value>\{[^`{}]*\}|"[^`"]*"|'[^`']*'|[^`"'{}\s]+))?`|`"(?P<word>[^`"]*)"`"""
+_PARAMETER = r"""['"](\w+)['"]: (\[[^\]]*\]|[^,}]+)"""
 
 
 def as_flags(text: str) -> str:
@@ -20,7 +18,7 @@ def as_flags(text: str) -> str:
 
     Keeps backquotes around anything else.
     """
-    return _NAMED.sub(_typed, text)
+    return re.sub(_NAMED, _typed, text) if "`" in text else text
 
 
 def _typed(found: re.Match[str]) -> str:
@@ -36,7 +34,7 @@ def _typed(found: re.Match[str]) -> str:
     if value is None or value in ("True", "False"):
         return flag
     if name == "parameters":
-        return " ".join(f"{flag} {key}={_plain(each)}" for key, each in _PARAMETER.findall(value))
+        return " ".join(f"{flag} {key}={_plain(each)}" for key, each in re.findall(_PARAMETER, value))
     return f"{flag} {_plain(value)}"
 
 

@@ -8,7 +8,6 @@ Each module imports only modules above it::
     names      what a name tells by itself
     stage_names a stage as a model, as text
     adapted    a model with adapters on it, as text
-    hub_names  names that are repositories of the hub
     scalars    single values: paths, sizes, dtypes, methods
     vocabulary whose tokens the output has, and where their rows come from
     experts    the experts of a mixture of experts
@@ -17,6 +16,7 @@ Each module imports only modules above it::
     document   YAML text with the place of each key
     stages     merges that are models of other merges: found in the text, checked, in their order
     checks     mistakes in a recipe
+    hub_names  names that are repositories of the hub
     locations  paths of its models, and their names in a recipe that travels with an output
     reader     a file or plain data -> a Recipe
     arguments  the arguments of merge() -> a Recipe
