@@ -20,7 +20,7 @@ import streammerge as sm
 from adapters.arithmetic import adapter_of, drawn
 from formats import dcp_maker
 from quantised.samples import fp8_model
-from streammerge.options import Sharing
+from streammerge.options.resources import Sharing
 from streammerge.planning import saved, tasks, units
 from streammerge.planning.units import Unit
 from streammerge.requests.machines import chosen

@@ -16,7 +16,7 @@ from streammerge.pickles.arrays import Arrays
 from streammerge.pickles.training_state import bars
 from streammerge.pickles.tree import MISSING, Global, Instance, OrderedTree, TensorRef
 from streammerge.pickles.unpickle import unpickle
-from streammerge.recipe.locations import held_name
+from streammerge.recipe.names import held_name
 from streammerge.sources.memory import in_memory, is_array, is_tensor, is_unread
 from streammerge.stores.locations import parse
 

@@ -264,7 +264,7 @@ def _did_you_mean(path: Location) -> str:
     """Returns what stands beside an absent file under nearly the same name, or what to do if the hub has such names."""
     import difflib
 
-    from streammerge.recipe.locations import on_the_hub
+    from streammerge.recipe.hub_names import on_the_hub
 
     try:
         names = [beside.name for beside in path.parent.children()]

@@ -83,6 +83,8 @@ def _side_by_side(folder: Location, read_file: ReadFile) -> dict[str, Container]
     found = [each for each in _found(folder) if not is_training_file(each.name)]
     if len(found) < 2 or any(each.rank is not None or each.form.index or len(each.form.files) > 1 for each in found):
         return {}
+    if len({re.sub(r"\d+", "#", each.name) for each in found}) < len(found):
+        return {}
     models: dict[str, Container] = {}
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for each in found:
@@ -94,9 +96,7 @@ def _side_by_side(folder: Location, read_file: ReadFile) -> dict[str, Container]
         if tensors:
             container.form = each.form
             models[each.name], shapes[each.name] = container, {name: ref.shape for name, ref in tensors.items()}
-    pairs = list(combinations(shapes, 2))
-    steps = any(re.sub(r"\d+", "#", one) == re.sub(r"\d+", "#", two) for one, two in pairs)
-    if steps or all(_is_same_model(shapes[one], shapes[two]) for one, two in pairs):
+    if all(_is_same_model(one, two) for one, two in combinations(shapes.values(), 2)):
         return {}
     inner = [path for path in folder.children() if path.is_folder() and kind_of_folder(path, path.name) == "side"]
     loaded = [path for path in inner if (path / _CONFIG).is_file() and any(map(is_looked_for, _forms(path)))]
@@ -308,10 +308,10 @@ def _refuse_another_model(folder: Location, wanted: _Found, taken: _Found, conta
 def _of_llama_cpp(folder: Location) -> list[str]:
     """Returns the GGUF files in a folder: of several files of one model, the first."""
     names = sorted(path.name for path in folder.children() if path.suffix == ".gguf" and path.is_file())
-    return [name for name in names if not (part := _OF_SET.search(name)) or int(part[1]) == 1]
+    return [name for name in names if not (part := re.search(_OF_SET, name)) or int(part[1]) == 1]
 
 
-_OF_SET = re.compile(r"-(\d{5})-of-\d{5}\.gguf$")
+_OF_SET = r"-(\d{5})-of-\d{5}\.gguf$"
 
 
 def _below(folder: Location) -> str:

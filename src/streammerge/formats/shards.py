@@ -198,8 +198,8 @@ def read_weight_map(index: Location) -> dict[str, str]:
     return weight_map
 
 
-_MAP = re.compile(r'"weight_map"[ \n\r\t]*:[ \n\r\t]*\{')
-_PAIR = re.compile(r'[ \n\r\t]*"([^"\\\x00-\x1f]*)"[ \n\r\t]*:[ \n\r\t]*"([^"\\\x00-\x1f]*)"[ \n\r\t]*([,}])')
+_MAP = r'"weight_map"[ \n\r\t]*:[ \n\r\t]*\{'
+_PAIR = r'[ \n\r\t]*"([^"\\\x00-\x1f]*)"[ \n\r\t]*:[ \n\r\t]*"([^"\\\x00-\x1f]*)"[ \n\r\t]*([,}])'
 
 
 def _usual_weight_map(text: str) -> dict[str, str] | None:
@@ -207,12 +207,12 @@ def _usual_weight_map(text: str) -> dict[str, str] | None:
 
     A JSON parser holds a second copy of each name, and a name of a file for each tensor.
     """
-    found, shards = _MAP.search(text), dict[str, str]()
+    found, shards = re.search(_MAP, text), dict[str, str]()
     if found is None:
         return None
     made: dict[str, str] = {}
     count, at, after = 0, found.end(), ","
-    for pair in _PAIR.finditer(text, at):
+    for pair in re.compile(_PAIR).finditer(text, at):
         if pair.start() != at:
             return None
         name, shard, after = pair.groups()

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from streammerge.errors import FormatError, RecipeError, listed, printable
-from streammerge.options import EMA_CHOICES
+from streammerge.options.selecting import EMA_CHOICES
 from streammerge.pickles.candidates import MOST_NAME, AllFound, Candidate, Found, candidates, dotted, inside
 from streammerge.pickles.training_state import bars, is_training_state
 from streammerge.pickles.tree import FlatTree, Global, Instance, TensorRef, is_quantised, mapping_items, walk

@@ -22,11 +22,11 @@ from typing import Any, NamedTuple, Protocol
 from streammerge.errors import LockedError, StoreError, printable
 from streammerge.stores import lock
 from streammerge.stores.base import JournalFile, Location, Output, Staging, Status
-from streammerge.stores.files import OutputFile
 from streammerge.stores.local import LOCAL
 from streammerge.stores.parts import Part, PartedOutput, Sender, SmallOutput, Upload
 from streammerge.stores.remembering import forget
 from streammerge.stores.space import exists_already
+from streammerge.stores.written_files import OutputFile
 
 LEASE_SECONDS = 180.0
 """A run on another machine that has not renewed its lock for this time has ended."""
