@@ -54,12 +54,17 @@ def check(result: Result, files: list[dict[str, torch.Tensor]], made: dict[str, 
             assert distance == pytest.approx(float((here - own).norm() / own.norm()), rel=1e-5), name
 
 
-@pytest.mark.parametrize("ways", [{"workers": 1}, {"workers": 3, "memory": "40MiB"}, {"io": "pread"}, {"method": "slerp"}])
+@pytest.mark.parametrize(
+    "ways", [{"workers": 1}, {"workers": 3, "memory": "40MiB"}, {"io": "pread"}, {"method": "slerp"}, {"method": "ties"}]
+)
 def test_distances_are_those_of_the_sample_however_it_is_made(tmp_path: Path, ways: dict[str, Any]) -> None:
-    paths = inputs(tmp_path, (torch.bfloat16, torch.bfloat16))
-    how = {"parameters": {"t": 0.3}} if "method" in ways else {"weights": [0.3, 0.7]}
+    method = ways.get("method")
+    paths = inputs(tmp_path, (torch.bfloat16,) * (3 if method == "ties" else 2))
+    more = {"slerp": {"parameters": {"t": 0.3}}, "ties": {"base": paths.pop(0) if method == "ties" else None}}
+    how = more.get(method, {"weights": [0.3, 0.7]})
     result = measured(paths, tmp_path / "out.safetensors", **how, **ways)
-    check(result, list(map(load_file, paths)), load_file(tmp_path / "out.safetensors"))
+    every = [how["base"], *paths] if method == "ties" else paths
+    check(result, list(map(load_file, every)), load_file(tmp_path / "out.safetensors"))
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float16, torch.float32), (torch.float64, torch.bfloat16), (torch.float32,) * 2])

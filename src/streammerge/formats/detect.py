@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
-from streammerge.errors import FormatError, RecipeError, StreammergeError, printable
+from streammerge.errors import FormatError, StreammergeError, printable
 from streammerge.formats.base import Container, Format, is_index, is_part
-from streammerge.plugins import Registry, module_names
 from streammerge.stores.base import Location
 
 _HEAD_BYTES = 512
 _SHORT_TEXT_BYTES = 200
-_ROOM = "streammerge.formats"
-_HELPERS = (
-    "archive", "base", "dcp", "dcp_writer", "detect", "distributed", "dtensors", "file_names", "folder", "gguf_file",
-    "gguf_names", "hf_storage", "pieces", "records", "safetensors_writer", "shards", "zero",
-)  # fmt: skip
-"""The modules beside this one that are no format, so that looking at a file imports only the formats that are asked."""
+_FIRST = "streammerge.formats.safetensors"
+"""The format that is asked first, so that its files need no other."""
 _OTHERS: tuple[tuple[bytes, str], ...] = (
     (b"\x89HDF", "an HDF5 file (Keras); only PyTorch and safetensors checkpoints are read"),
     (b"\x93NUMPY", "a numpy array; only PyTorch and safetensors checkpoints are read"),
-    (b"\x1f\x8b", "a gzip file; unpack it first"),
-    (b"BZh", "a bzip2 file; unpack it first"),
     (b"7z\xbc\xaf", "a 7z archive; unpack it first"),
-    (b"\xfd7zXZ", "an xz file; unpack it first"),
     (b"Rar!", "a RAR archive; unpack it first"),
-    (b"\x28\xb5\x2f\xfd", "a Zstandard file; unpack it first"),
     (b"lmgg", "a file of whisper.cpp or of llama.cpp before GGUF; give the checkpoint that it was made from"),
     (b"ftrt", "a TensorRT engine, which is made for one card; give the checkpoint that it was made from"),
     (b"PK\5\6", "an empty zip archive"),
 )
+_COMPRESSED: tuple[tuple[bytes, str, str, str], ...] = (
+    (b"\x1f\x8b", "a gzip file", "gzip", ".gz"),
+    (b"BZh", "a bzip2 file", "bzip2", ".bz2"),
+    (b"\xfd7zXZ", "an xz file", "xz", ".xz"),
+    (b"\x28\xb5\x2f\xfd", "a Zstandard file", "zstd", ".zst"),
+)
+"""The begin of a compressed file, what it is, the program that unpacks it, and the usual end of its name."""
 _ONNX = rb"(?s)\x08[\x01-\x14]\x12.[\x20-\x7e]{2,40}\x1a|\x08[\x01-\x14]\x12\x07pytorch|\x08[\x01-\x14](\x12\x00)?:"
 """The begin of an ONNX model: the version of its format, then the name of what made it, or the graph."""
 _MSGPACK = rb"(?s)([\x81-\x8f]|\xde..)([\xa1-\xbf]|\xd9.)[\x20-\x7e]+([\x81-\x8f]|\xc7|\xc8|\xc9|\xde)"
@@ -76,7 +74,7 @@ def read_file(path: Location) -> Container:
     from streammerge.formats import archive
 
     end = path.read(max(size - archive.END_BYTES, 0), min(size, archive.END_BYTES))
-    raise FormatError(f"{printable(path)} {_what(head, size, end)}{''.join(failures)}")
+    raise FormatError(f"{printable(path)} {_compressed(path, head) or _what(head, size, end)}{''.join(failures)}")
 
 
 def _read(format: Format, path: Location) -> Container:
@@ -98,56 +96,39 @@ def _read(format: Format, path: Location) -> Container:
     return made
 
 
+def _formats() -> Iterator[Format]:
+    """Yields every format in the order in which they are asked."""
+    yield import_module(_FIRST)
+    from streammerge.formats.registry import others
+
+    yield from others(_FIRST)
+
+
 def _name(plug_in: Format) -> str:
-    known = FORMATS.all().items()
-    return printable(next((name for name, each in known if each is plug_in), type(plug_in).__name__))
+    from streammerge.formats.registry import name_of
+
+    return name_of(plug_in)
 
 
 def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {printable(error)}"
 
 
-def _formats() -> Iterator[Format]:
-    """Every format in the order in which they are asked: this package's by name, then this program's, then plug-ins.
+def _compressed(path: Location, head: bytes) -> str:
+    """Returns what a compressed file is, with the command that unpacks it; "" for any other file.
 
-    Each is imported when its turn comes, and safetensors is asked first, so that its files need no other format. Most files
-    are recognised before plug-ins are searched for.
+    A tensor in it cannot be read without all before it. NeMo packs its archives either way, and loads the unpacked one too.
     """
-    first = "safetensors"
-    yield import_module(f"{_ROOM}.{first}")
-    for name in module_names(_ROOM):
-        if name not in _HELPERS and name != first:
-            yield import_module(f"{_ROOM}.{name}")
-    yield from FORMATS.beside_built_in()
+    found = next((each for each in _COMPRESSED if head.startswith(each[0])), None)
+    if found is None:
+        return ""
+    from shlex import quote
 
-
-def _of_plugin(name: str, found: Any) -> Format:
-    made = found() if isinstance(found, type) else found
-    if not callable(getattr(made, "matches", None)) or not callable(getattr(made, "read", None)):
-        raise RecipeError(f"the format {printable(name)} has no matches(head, size) or no read(path)")
-    return made  # type: ignore[no-any-return]
-
-
-def _of_module(module: ModuleType) -> dict[str, Format]:
-    name = module.__name__.rpartition(".")[2]
-    return {} if name in _HELPERS else {name: module}
-
-
-FORMATS: Registry[Format] = Registry("format", _ROOM, _of_module, _of_plugin)
-Reader = TypeVar("Reader")
-
-
-def file_format(name: str, *, replace: bool = False) -> Callable[[Reader], Reader]:
-    """Registers a format in this process: a class or an object with the methods of ``Format``.
-
-    It reads the files that it matches, where no format of this package recognises them for certain.
-    """
-
-    def mark(reader: Reader) -> Reader:
-        FORMATS.register(name, _of_plugin(name, reader), getattr(reader, "__module__", ""), replace)
-        return reader
-
-    return mark
+    _, what, program, ending = found
+    to = path.name.removesuffix(ending) if path.name.endswith(ending) else f"unpacked-{path.name}"
+    command = f"{program} -dc {quote(printable(path))} > {quote(printable(path.parent / to))}"
+    packed = ", a packed tar archive, as NeMo writes some" if path.name.endswith(".nemo") and program == "gzip" else ""
+    return f"is {what}{packed}, which is read from begin to end only; unpack it with `{command}` and give that file"
 
 
 def _what(head: bytes, size: int, end: bytes) -> str:

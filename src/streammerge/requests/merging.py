@@ -11,22 +11,17 @@ from streammerge.checkpoints.choosing import choose
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.methods.factors import EXTRACT
 from streammerge.methods.registry import LINEAR, find_method
-from streammerge.options import (
-    Choosing,
-    Executing,
-    Merging,
-    Naming,
-    Policies,
-    Resources,
-    Selecting,
-    Writing,
-    picked,
-)
+from streammerge.options.base import picked
+from streammerge.options.merging import Choosing, Merging, Naming, Policies
+from streammerge.options.resources import Executing, Resources
+from streammerge.options.selecting import Selecting
+from streammerge.options.writing import Writing
 from streammerge.planning.conservation import refuse_unused
 from streammerge.planning.plan import Plan
 from streammerge.recipe.arguments import overridden, recipe_of, unchecked
-from streammerge.recipe.locations import is_recipe_name, with_hub_places
+from streammerge.recipe.hub_names import with_hub_places
 from streammerge.recipe.model import Recipe
+from streammerge.recipe.names import is_recipe_name
 from streammerge.recipe.reader import read_recipe
 from streammerge.requests.adapters import (
     adapters_alone,

@@ -11,6 +11,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from streammerge.errors import StreammergeError, TaskError, printable
+from streammerge.kernels.agreed import finite
+from streammerge.kernels.batch import MOST_EACH, MOST_ELEMS, Batch
 from streammerge.kernels.chunk import Chunk, Kernel, Look, Step, chunk_spans
 from streammerge.kernels.group import TensorGroup
 from streammerge.kernels.pass_results import PassResults
@@ -22,7 +24,7 @@ from streammerge.running.nonfinite import Numbers, may_be_nonfinite, nonfinite_o
 from streammerge.running.workspace import Inputs, Outgoing
 from streammerge.sources.stored import Stored
 from streammerge.stores.digests import COPY_BYTES
-from streammerge.stores.system import return_large_blocks
+from streammerge.stores.libc import return_large_blocks
 from streammerge.tensors.spec import ranges
 
 if TYPE_CHECKING:
@@ -155,20 +157,81 @@ class MergeWorker(Worker):
             if self._measuring is not None:
                 self._measuring.drop(row, len(stretch))
             return None
-        data, made, start = outgoing.last(whole.nbytes), [], 0
-        for piece in stretch:
-            made.append(done_of(piece, self.job.checksum.update(data[start : start + piece.nbytes])))
-            start += piece.nbytes
-        return made
+        return self._cut(stretch, outgoing.last(whole.nbytes))
 
     def _in_turn(self, stretch: list[Piece], outgoing: Outgoing, row: int) -> list[PieceDone]:
         """Computes pieces one after the other from inputs that are opened, mapped and announced once for all."""
         self.one_torch_thread()
-        source, made = self.source(as_one_piece(stretch).task, keep=True), []
-        for number, piece in enumerate(stretch, row):
-            with failures(piece.task, piece.start, piece.stop):
-                made.append(self._apply(self._kernel_of(piece.task, source), piece, source, outgoing, number))
-            source.first += piece.stop
+        source, made = self.source(as_one_piece(stretch).task, keep=True), list[PieceDone]()
+        for part in self._batches_of(stretch):
+            done = self._at_once(part, source, outgoing, row + len(made)) if len(part) > 1 else None
+            if done is not None:
+                made += done
+                source.first += sum([piece.stop for piece in part])
+                continue
+            for piece in part:
+                with failures(piece.task, piece.start, piece.stop):
+                    kernel = self._kernel_of(piece.task, source)
+                    made.append(self._apply(kernel, piece, source, outgoing, row + len(made)))
+                source.first += piece.stop
+        return made
+
+    def _batches_of(self, stretch: list[Piece]) -> Iterator[list[Piece]]:
+        """Yields pieces that the method computes at once, which have one shape. All others are alone."""
+        most = min(MOST_ELEMS, self.job.budget.chunk_elems)
+        can = stretch[0].task.method.batch is not None
+        batch = list[Piece]()
+        for piece in stretch:
+            if batch and not (
+                can
+                and piece.task.shape == batch[0].task.shape
+                and 0 < piece.stop <= MOST_EACH
+                and (len(batch) + 1) * piece.stop <= most
+                and piece.task.out.dtype.kind == "float"
+            ):
+                yield batch
+                batch = []
+            batch.append(piece)
+        yield batch
+
+    def _at_once(self, batch: list[Piece], source: Inputs, outgoing: Outgoing, row: int) -> list[PieceDone] | None:
+        """Computes pieces together. Returns None if a number is not finite, which must be settled tensor by tensor.
+        ``row``: the place of the first in the unit."""
+        import torch
+
+        task, elems = batch[0].task, sum([piece.stop for piece in batch])
+        self.host.check()
+        self.workspace.clear(elems)
+        source.move_to(0, elems)
+        taking = None if self._measuring is None else self._measuring.begin(row, batch, source)
+        if taking is not None:
+            taking.move_to(0, elems)
+        compute, models = getattr(torch, task.compute), len(task.sources) - task.based
+        read = source.read if taking is None else taking.read
+        chunk = Chunk(0, elems, compute, self.workspace, read, task.based, models)
+        names = [piece.task.out.name for piece in batch]
+        with failures(task, 0, elems):
+            result = task.method.batch and task.method.batch(
+                Batch(names, task.shape, models, task.seed, chunk), task.parameters
+            )
+        if result is None:
+            return None
+        dtype = task.out.dtype.component
+        data = outgoing.room(elems * dtype.element_bytes)
+        out = torch.frombuffer(data, dtype=dtype.torch).copy_(result.view(-1))
+        if may_be_nonfinite(out) and not bool(finite(out).all()):
+            outgoing.take_back(len(data))
+            return None
+        if taking is not None:
+            taking.made(data)
+        return self._cut(batch, data)
+
+    def _cut(self, pieces: list[Piece], data: memoryview) -> list[PieceDone]:
+        """Returns the results of pieces whose bytes lie one after the other."""
+        made, start = list[PieceDone](), 0
+        for piece in pieces:
+            made.append(done_of(piece, self.job.checksum.update(data[start : start + piece.nbytes])))
+            start += piece.nbytes
         return made
 
     def _all_of(self, batch: list[Piece], target: Target) -> list[PieceDone]:
