@@ -24,7 +24,7 @@ class Writing(Options):
         "Keep the first input's optimizer, scheduler and scaler in a .pth.", TRUTH, overrides=True
     )
     quantise: Quantise | None = option(
-        "like-base: quantise the result as the first input is, where that is fp8 in blocks or by tensor.",
+        "like-base: quantise the result as the first input is, where that is fp8 or int8 with scales (no zero points).",
         choices=get_args(Quantise),
         otherwise="off: quantised inputs become plain weights",
         overrides=True,

@@ -81,7 +81,7 @@ def opened(
     if path in held:
         from streammerge.checkpoints.in_memory import index_state_dict
 
-        return index_state_dict(held[path], path, state_dict, ema)
+        return _as_numbers(index_state_dict(held[path], path, state_dict, ema))
     if path in stages:
         return stages[path].index(state_dict, ema)
     parts = split(path)
