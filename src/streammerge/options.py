@@ -258,7 +258,7 @@ def _share(value: Any) -> str | float:
     return value
 
 
-def _energy(value: Any) -> float:
+def share_of_energy(value: Any) -> float:
     number = number_or_percent(value) if isinstance(value, str) else _number(value)
     if not 0 < number <= 1:
         raise ValueError(value)
@@ -556,7 +556,7 @@ class Extracting(Options):
     )
     energy: str | float | None = option(
         "As many singular values of each update as have this share of its sum of squares.",
-        OptionKind("a share above 0, up to 1", _energy),
+        OptionKind("a share above 0, up to 1", share_of_energy),
         metavar="SHARE",
     )
     target: str | Sequence[str] = option(

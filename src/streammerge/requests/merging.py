@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +21,12 @@ from streammerge.options import (
     Selecting,
     Writing,
     picked,
+    share_of_energy,
 )
 from streammerge.planning.conservation import refuse_unused
 from streammerge.planning.plan import Plan
 from streammerge.recipe.arguments import overridden, recipe_of, unchecked
+from streammerge.recipe.extraction import Extraction
 from streammerge.recipe.locations import is_recipe_name, with_hub_places
 from streammerge.recipe.model import Recipe
 from streammerge.recipe.reader import read_recipe
@@ -139,7 +141,7 @@ class Request:
             if not adapters_alone(recipe):
                 return None
             self._refuse_for_adapters()
-            return combined(recipe)
+            return combined(recipe, self.out)
         choice = {name: getattr(self.choosing, name) or None for name in ("last", "range", "best", "by", "highest")}
         inputs = self.inputs
         if self.schedule is not None or any(choice.values()):
@@ -175,10 +177,12 @@ class Request:
         for name in _RANKS:
             if name in parameters and name not in method.parameters:
                 overrides["rank"] = whole_rank(parameters.pop(name))
+        share = Extraction(energy=_energy(parameters.pop("energy"))) if "energy" in parameters else Extraction()
         unknown = [name for name in parameters if name.rstrip("_") not in method.parameters]
         if unknown:
             raise RecipeError(f"{method.name} has no parameter {printable(unknown[0])}; {method.hint(unknown[0])}")
-        made = combined(with_hub_places(unchecked(chosen, method, None, weights, parameters, overrides)))
+        recipe = replace(unchecked(chosen, method, None, weights, parameters, overrides), extract=share)
+        made = combined(with_hub_places(recipe), self.out)
         made.notes[:0] = notes
         return made
 
@@ -229,6 +233,13 @@ class Request:
         shown = [f"{printable(path)} {weight:.6g}" for path, weight in zip(chosen, weights, strict=True)]
         notes.append(f"weights of the schedule {self.schedule}: {listed(shown, 25)}")
         return weights
+
+
+def _energy(value: Any) -> float:
+    try:
+        return share_of_energy(value)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"energy takes a share above 0, up to 1, not {printable(value, 60)}") from error
 
 
 def _following(chosen: Sequence[str], inputs: Sequence[str], weights: Sequence[float]) -> list[float]:
