@@ -25,7 +25,7 @@ import torch
 from safetensors import safe_open
 
 from loopback_hub import Hub, running
-from streammerge.formats.detect import FORMATS
+from streammerge.formats.registry import FORMATS
 from streammerge.methods.contracts import METHODS
 from streammerge.running.executors.registry import EXECUTORS
 

@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 
 import streammerge as sm
 from streammerge.planning import tasks
-from streammerge.stores import journal, system
+from streammerge.stores import journal, libc
 from streammerge.tensors.spec import GRAIN
 
 tasks.PIECE_ELEMS = GRAIN  # so that small tensors have pieces
@@ -171,10 +171,10 @@ class Fault:
         for name in self.only:
             if hasattr(os, name):
                 setattr(os, name, self._around(name, getattr(os, name)))
-        if {"rename", "replace"} & {*self.only} and system._renameat2 is not None:
-            system._renameat2 = self._around("renameat2", system._renameat2)
-        if "fallocate" in self.only and system._fallocate is not None:
-            system._fallocate = self._around("fallocate", system._fallocate)
+        if {"rename", "replace"} & {*self.only} and libc._renameat2 is not None:
+            libc._renameat2 = self._around("renameat2", libc._renameat2)
+        if "fallocate" in self.only and libc._fallocate is not None:
+            libc._fallocate = self._around("fallocate", libc._fallocate)
 
     def _around(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def made(*args: Any, **options: Any) -> Any:

@@ -21,7 +21,7 @@ EXAMPLES = {
     "A source": [],
     "An executor": [],
 }
-EVERY = ("tests/test_house.py", "tests/test_options.py")
+EVERY = ("tests/test_house.py", "tests/options/test_functions.py")
 """Tests that look at all that is known by name, and must not ask for a change elsewhere."""
 
 

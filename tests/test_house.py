@@ -230,6 +230,42 @@ def test_a_command_imports_only_what_it_needs(command: str, tmp_path: Path) -> N
         assert not {name.partition(".")[0] for name in loaded} & {"stores", "formats", "planning", "running", "api"}
 
 
+INSPECTING = (
+    "adapters", "api", "kernels", "methods", "planning", "plugins", "quantised", "recipe.adapted", "recipe.hub_names",
+    "recipe.locations", "recipe.model", "requests", "running", "signatures", "verifying",
+    "options.converting", "options.functions", "options.merging", "options.resources", "options.sweeping",
+    "options.telling", "options.writing", "formats.registry", "pickles.arrays", "pickles.copies", "pickles.unpickle",
+    "sources.deflated", "stores.checksums", "stores.hub_places", "stores.libc", "stores.registry", "stores.remote",
+    "stores.repositories", "stores.written_files",
+)  # fmt: skip
+"""What inspecting safetensors does without: other commands, what makes an output, and what pickles, adapters, the hub,
+plug-ins and other stores need."""
+OTHERS = ("ctypes", "importlib.util", "pathlib", "shutil", "tempfile", "urllib")
+"""Modules of Python that take as long as ten of ours."""
+
+
+@pytest.mark.parametrize("inspected", ["a.safetensors", "folder"])
+def test_inspecting_imports_only_what_headers_need(inspected: str, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "a.safetensors", tmp_path / "folder" / "model.safetensors"):
+        save_file({"w": torch.arange(8.0)}, path)
+    (tmp_path / "folder" / "config.json").write_text("{}")
+    code = (
+        "import atexit, sys; from streammerge.cli.main import main; "
+        "atexit.register(lambda: print('\\n', *sorted(sys.modules))); "
+        f"sys.argv = ['streammerge', 'inspect', {inspected!r}]; main()"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True).stdout
+    loaded = {name.removeprefix("streammerge.") for name in shown.splitlines()[-1].split()}
+    assert "checkpoints.index" in loaded
+    assert not {name for name in loaded if name.startswith(tuple(f"{each}." for each in INSPECTING)) or name in INSPECTING}
+    assert not loaded & {*OTHERS}
+    if inspected != "folder":
+        assert not {name for name in loaded if name.startswith("formats.")} - {
+            f"formats.{each}" for each in ("base", "detect", "records", "safetensors")
+        }
+
+
 COUNTS = """
 import atexit, re, sys
 from streammerge.cli.main import main

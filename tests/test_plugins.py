@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import streammerge as sm
 from streammerge.formats.base import Container, Match
-from streammerge.formats.detect import FORMATS
+from streammerge.formats.registry import FORMATS
 from streammerge.formats.safetensors import read as read_safetensors
 from streammerge.kernels.chunk import Kernel
 from streammerge.kernels.group import TensorGroup
@@ -172,10 +172,6 @@ def test_a_registered_format_is_asked_before_a_zip_archive_is_taken_for_torchs(t
     assert asked == [b"MI", b"PK"]
     with pytest.raises(sm.RecipeError, match="the format x has no matches"):
         sm.file_format("x")(object())
-
-
-def test_formats_of_this_package_are_its_modules() -> None:
-    assert set(FORMATS.built_in) >= {"safetensors", "torch_legacy", "torch_tar", "torch_zip"}
 
 
 def test_importing_a_module_of_ones_own_leaves_the_path_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

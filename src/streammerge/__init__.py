@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from streammerge.errors import UnfinishedError as UnfinishedError
     from streammerge.errors import VerifyError as VerifyError
     from streammerge.factoring.making import AdapterResult as AdapterResult
-    from streammerge.formats.detect import file_format as file_format
+    from streammerge.formats.registry import file_format as file_format
     from streammerge.formats.safetensors_writer import SafetensorsWriter as SafetensorsWriter
     from streammerge.kernels.chunk import Chunk as Chunk
     from streammerge.kernels.chunk import Kernel as Kernel
@@ -66,7 +66,7 @@ _PLACES = {
     "errors": "BudgetError ChangedError FormatError LockedError MismatchError RecipeError SpaceError StreammergeError "
     "StoreError TaskError UncheckedError UnfinishedError VerifyError",
     "factoring.making": "AdapterResult",
-    "formats.detect": "file_format",
+    "formats.registry": "file_format",
     "kernels.chunk": "Chunk Kernel",
     "kernels.group": "TensorGroup",
     "methods": "methods",

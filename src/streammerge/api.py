@@ -17,45 +17,18 @@ from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsIndex
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import FormatError, RecipeError, VerifyError, printable
 from streammerge.events import Event, Listener, quiet
-from streammerge.options import (
-    CONVERT,
-    DEFAULT_MEMORY,
-    DIFF,
-    EXTRACT,
-    FINISH,
-    MERGE,
-    PLAN,
-    REPORT,
-    SWEEP,
-    VERIFY,
-    WORKER,
-    Converting,
-    Ema,
-    Executing,
-    Finishing,
-    Integers,
-    Io,
-    Machine,
-    MixedDtypes,
-    Naming,
-    OnMissing,
-    OnShape,
-    Quantise,
-    Replacing,
-    Resources,
-    Running,
-    Saving,
-    Selecting,
-    Sharing,
-    Showing,
-    Soup,
-    Verifying,
-    Writing,
-    picked,
-    truth,
-)
+from streammerge.options.base import picked
+from streammerge.options.converting import Converting
+from streammerge.options.functions import CONVERT, DIFF, EXTRACT, FINISH, MERGE, PLAN, REPORT, SWEEP, VERIFY, WORKER
+from streammerge.options.merging import Integers, MixedDtypes, Naming, OnMissing, OnShape
+from streammerge.options.resources import DEFAULT_MEMORY, Executing, Io, Machine, Resources, Sharing
+from streammerge.options.selecting import Ema, Selecting
+from streammerge.options.sweeping import Soup
+from streammerge.options.telling import Showing, Verifying
+from streammerge.options.values import truth
+from streammerge.options.writing import Finishing, Quantise, Replacing, Running, Saving, Writing
 from streammerge.recipe.adapted import resolved
-from streammerge.recipe.locations import hub_place, with_hub_places
+from streammerge.recipe.hub_names import hub_place, with_hub_places
 from streammerge.running.process import resident_bytes
 from streammerge.signatures import takes
 from streammerge.stores.base import Location

@@ -9,7 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from streammerge.errors import RecipeError, StreammergeError, listed, printable
 from streammerge.methods.registry import LINEAR, find_method, list_methods
-from streammerge.options import Option, Options, options_of
+from streammerge.options.base import Option, Options, options_of
 
 P = ParamSpec("P")
 R = TypeVar("R")

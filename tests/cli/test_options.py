@@ -18,7 +18,10 @@ from safetensors.torch import save_file
 
 import streammerge as sm
 from streammerge.cli import options
-from streammerge.options import Converting, Merging, Resources, Running
+from streammerge.options.converting import Converting
+from streammerge.options.merging import Merging
+from streammerge.options.resources import Resources
+from streammerge.options.writing import Running
 
 
 def test_options_come_from_the_environment_too(tmp_path: Path, voices: tuple[Path, Path]) -> None:

@@ -106,14 +106,15 @@ def test_no_byte_depends_on_how_it_is_made(ways: dict[str, Any]) -> None:
         ({"recipe": {"rules": [{"match": "*", "dtype": "float32"}]}}, "leave `dtype` out"),
         ({"recipe": {"slices": True}}, "`quantise` keeps the names, layers and tokens"),
         ({"inputs": ["plain.safetensors"]}, r"plain\.safetensors holds no quantised weights that are read"),
-        ({"inputs": ["rows.safetensors"]}, "is stored as fp8, a scale for each row, which is read and not written"),
+        ({"inputs": ["rows.safetensors"]}, "is stored as int8, a scale for each row, which is read and not written"),
     ],
     ids=str,
 )
 def test_what_it_cannot_do_is_told(options: dict[str, Any], said: str) -> None:
     a = fp8_model(Path("a"), 1)
     save_file({name: tensor.float() for name, tensor in a.items()}, "plain.safetensors")
-    save_file({"x.weight": torch.ones(3, 4).to(FP8), "x.weight_scale": torch.ones(3, 1)}, "rows.safetensors")
+    zeros = {"x.weight_zero_point": torch.ones(3, 1, dtype=torch.int8)}
+    save_file({"x.weight": torch.ones(3, 4).char(), "x.weight_scale": torch.ones(3, 1)} | zeros, "rows.safetensors")
     recipe = options.pop("recipe", None)
     if recipe and "slices" in recipe:
         recipe = {"slices": [{"sources": [{"model": "a", "layer_range": [0, 2]}]}]}
@@ -132,3 +133,29 @@ def test_a_stage_is_not_quantised() -> None:
     recipe = {"merge_method": "passthrough", "models": [{"model": "s"}], "stages": {"s": stage}}
     with pytest.raises(sm.RecipeError, match="stage s: `quantise` is about the output"):
         sm.plan(recipe=recipe)
+
+
+@pytest.mark.parametrize("kind", ["fp8 rows", "fp8 tensor", "int8 rows", "int8 tensor"])
+def test_scales_of_rows_and_tensors_as_compressed_tensors_makes_them(kind: str) -> None:
+    """The scale is the largest magnitude by half the range of the codes, and every number is within half a step."""
+    half = 448.0 if kind.startswith("fp8") else 127.5
+    numbers: list[torch.Tensor] = []
+    for name in ("a", "b"):
+        weight = torch.randn(300, 200, generator=torch.Generator().manual_seed(ord(name)))
+        scales = (weight.abs().amax(1, keepdim=True) if kind.endswith("rows") else weight.abs().max().view(1)) / half
+        codes = (weight / scales).clamp(-448, 448).to(FP8)
+        if kind.startswith("int8"):
+            codes = (weight / scales).round().clamp(-128, 127).to(torch.int8)
+        save_file({"x.weight": codes, "x.weight_scale": scales, "y.weight": weight[:2].bfloat16()}, f"{name}.safetensors")
+        numbers.append(codes.float() * scales)
+    sm.merge(["a.safetensors", "b.safetensors"], "out.safetensors", quantise="like-base")
+    made, stored = load_safetensors(Path("out.safetensors")), load_safetensors(Path("a.safetensors"))
+    assert {n: t.dtype for n, t in made.items()} == {n: t.dtype for n, t in stored.items()}
+    merged = ((numbers[0].double() + numbers[1].double()) / 2).float()
+    most = merged.abs().amax(1, keepdim=True) if kind.endswith("rows") else merged.abs().max().view(1)
+    assert torch.equal(made["x.weight_scale"], most / half)
+    step = made["x.weight_scale"] if half < 128 else (merged.abs() / 8).clamp_min(most / 448 / 512)
+    assert bool(((made["x.weight"].float() * made["x.weight_scale"] - merged).abs() <= step / 2 * 1.0001).all())
+    sm.merge(["a.safetensors", "a.safetensors"], "self.safetensors", quantise="like-base")
+    assert same(load_safetensors(Path("self.safetensors")), stored)
+    assert sm.verify("out.safetensors", sample="100%").equal_elems

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from conftest import load_safetensors, mean
 from safetensors.torch import save_file
 
 import streammerge as sm
-from quantised.samples import FP8, Tensors, fp8_blocks, fp8_model, load_folder
+from quantised.samples import FP8, Tensors, fp8_blocks, fp8_model, load_folder, mxfp4_experts, numbers_of, packed
 
 
 @pytest.fixture
@@ -150,3 +153,104 @@ def test_a_pipeline_has_its_configurations_cleaned(tmp_path: Path, monkeypatch: 
             assert all(torch.equal(each.view(torch.uint8), two[name].view(torch.uint8)) for name, each in one.items())
         else:
             assert file.read_bytes() == Path("self", file.relative_to("p")).read_bytes(), file
+
+
+def _stored(seed: int) -> tuple[Tensors, Tensors]:
+    """Returns weights of four schemes as they are stored, and their numbers."""
+    make = torch.Generator().manual_seed(seed)
+    stored: Tensors = {"norm.weight": torch.randn(200, generator=make).bfloat16()}
+    numbers = dict(stored)
+    codes, scales = fp8_blocks(torch.randn(200, 200, generator=make))
+    stored |= {"q.weight": codes.t().contiguous().t(), "q.weight_scale_inv": scales}  # a strided view in a pickle
+    numbers["q.weight"] = numbers_of(codes, scales)
+    stored["i.weight"] = torch.randint(-127, 128, (30, 50), generator=make, dtype=torch.int8)
+    stored["i.weight_scale"] = torch.rand(30, 1, generator=make)
+    numbers["i.weight"] = stored["i.weight"].float() * stored["i.weight_scale"]
+    fields = torch.randint(0, 16, (24, 64), generator=make)
+    stored |= {"p.weight_packed": packed(fields, 4), "p.weight_shape": torch.tensor([24, 64])}
+    stored["p.weight_scale"] = torch.rand(24, 2, generator=make)
+    numbers["p.weight"] = (fields - 8).float() * stored["p.weight_scale"].repeat_interleave(32, 1)
+    stored["e.experts_blocks"], stored["e.experts_scales"], numbers["e.experts"] = mxfp4_experts(2 + seed, 6, 3)
+    stored["e.experts_blocks"], stored["e.experts_scales"] = stored["e.experts_blocks"][:2], stored["e.experts_scales"][:2]
+    numbers["e.experts"] = numbers["e.experts"][:2].contiguous()
+    stored["c.weight"] = torch.randn(9, 10, generator=make).to(FP8)
+    stored["c.weight_scale"] = torch.rand((), generator=make)
+    stored["c.comfy_quant"] = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+    numbers["c.weight"] = stored["c.weight"].float() * stored["c.weight_scale"]
+    return stored, numbers
+
+
+def _deflated(path: Path) -> None:
+    """Compresses the records of an archive, as people do who zip a checkpoint again."""
+    with zipfile.ZipFile(path) as old:
+        members = [(each.filename, old.read(each)) for each in old.infolist()]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for name, data in members:
+            new.writestr(name, data)
+
+
+@pytest.mark.parametrize("form", ["zip", "wrapped", "deflated", "legacy", "plain", "memory"])
+def test_every_container_may_hold_quantised_weights(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheme is an expression over sources, so the codes may lie in views, records and the caller's memory."""
+    monkeypatch.chdir(tmp_path)
+    both = [_stored(1), _stored(2)]
+    inputs: list[Any] = ["a.pth", "b.pth"]
+    for name, (stored, _) in zip(inputs, both, strict=True):
+        content = {"model": stored, "step": 3} if form == "wrapped" else stored
+        if form == "plain":
+            Path(name).write_bytes(pickle.dumps(content))
+        else:
+            torch.save(content, name, _use_new_zipfile_serialization=form != "legacy")
+        if form == "deflated":
+            _deflated(Path(name))
+    if form == "memory":
+        inputs = [stored for stored, _ in both]
+    sm.merge(inputs, "out.safetensors")
+    made = {"out.safetensors": load_safetensors(Path("out.safetensors"))}
+    if form != "memory":
+        sm.merge(inputs, "out.pth")
+        loaded = pickle.loads(Path("out.pth").read_bytes()) if form == "plain" else torch.load("out.pth")
+        made["out.pth"] = loaded["model"] if form == "wrapped" else loaded
+        assert sm.verify("out.pth", sample="100%").equal_elems
+    for tensors in made.values():
+        assert tensors.keys() == both[0][1].keys()
+        for name, tensor in tensors.items():
+            expected = mean([numbers[name].double() for _, numbers in both], [1, 1]).bfloat16()
+            assert torch.equal(tensor, expected), name
+
+
+def test_a_copy_of_the_weights_is_quantised_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An average beside the weights in a .pth has codes and scales of its own."""
+    monkeypatch.chdir(tmp_path)
+    numbers: dict[tuple[str, str], torch.Tensor] = {}
+    for name in ("a", "b"):
+        content: dict[str, Tensors] = {}
+        for part in ("model", "ema"):
+            codes, scales = fp8_blocks(torch.randn(130, 140) * (1 + len(numbers)))
+            content[part] = {"q.weight": codes, "q.weight_scale_inv": scales, "q.bias": torch.ones(3)}
+            numbers[name, part] = numbers_of(codes, scales)
+        torch.save(content, f"{name}.pth")
+    sm.merge(["a.pth", "b.pth"], "out.pth")
+    made = torch.load("out.pth")
+    for part in ("model", "ema"):
+        assert made[part].keys() == {"q.weight", "q.bias"}
+        expected = mean([numbers[name, part].double() for name in ("a", "b")], [1, 1]).bfloat16()
+        assert torch.equal(made[part]["q.weight"], expected), part
+    sm.merge(["a.pth", "a.pth"], "self.pth", quantise="like-base")
+    same, own = torch.load("self.pth"), torch.load("a.pth")
+    for part in ("model", "ema"):
+        assert same[part].keys() == own[part].keys()
+        assert all(torch.equal(same[part][n].float(), own[part][n].float()) for n in own[part]), part
+
+
+def test_equal_codes_with_other_scales_are_other_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    codes, scales = fp8_blocks(torch.randn(130, 140))
+    stored = {"a.weight": codes, "a.weight_scale_inv": scales, "b.weight": codes, "b.weight_scale_inv": 2 * scales}
+    stored |= {"c.weight": codes, "c.weight_scale_inv": scales}
+    torch.save(stored, "x.pth")
+    sm.convert("x.pth", "out.pth", dtype="float32")
+    made = torch.load("out.pth")
+    assert torch.equal(made["a.weight"], numbers_of(codes, scales))
+    assert torch.equal(made["b.weight"], numbers_of(codes, 2 * scales))
+    assert made["c.weight"].data_ptr() == made["a.weight"].data_ptr()

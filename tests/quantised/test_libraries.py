@@ -86,6 +86,38 @@ def test_compressed_tensors(weights: dict[str, Any], packs: bool) -> None:
     assert torch.equal(made["m.weight"], expected)
 
 
+@pytest.mark.parametrize("strategy", ["tensor", "channel"])
+@pytest.mark.parametrize("kind", ["int", "float"])
+def test_what_is_quantised_like_compressed_tensors(kind: str, strategy: str, tmp_path: Path) -> None:
+    """Codes and scales of a merge are those that the library makes of the same numbers."""
+    pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    arguments = QuantizationArgs(num_bits=8, type=kind, strategy=strategy, symmetric=True)
+    scheme = QuantizationScheme(targets=["Linear"], weights=arguments)
+    compressor = BaseCompressor.get_value_from_registry("naive-quantized")
+
+    def compressed(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        low, high = weight.min().view(1), weight.max().view(1)
+        if strategy == "channel":
+            low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+        scale, _ = calculate_qparams(low, high, arguments)
+        return dict(compressor.compress({"weight": weight, "weight_scale": scale.float()}, scheme))
+
+    stored = [compressed(drawn(256, 320) * number) for number in (1.0, -0.3)]
+    inputs = [tmp_path / f"{name}.safetensors" for name in "ab"]
+    for path, tensors in zip(inputs, stored, strict=True):
+        save_file({f"m.{each}": tensor for each, tensor in tensors.items()}, path)
+    sm.merge(inputs, tmp_path / "out.safetensors", quantise="like-base")
+    numbers = [compressor.decompress(dict(each), scheme)["weight"].double() for each in stored]
+    expected = compressed(((numbers[0] + numbers[1]) / 2).float())
+    made = load_safetensors(tmp_path / "out.safetensors")
+    for name in ("weight", "weight_scale"):
+        assert torch.equal(made[f"m.{name}"].float(), expected[name].float()), name
+
+
 @pytest.mark.parametrize("form", ["nvfp4-pack-quantized", "mxfp4-pack-quantized"])
 def test_compressed_tensors_of_four_bits(form: str) -> None:
     """The library rounds to bfloat16 in between."""

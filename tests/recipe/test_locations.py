@@ -14,7 +14,7 @@ import streammerge as sm
 from streammerge.errors import FormatError
 from streammerge.methods.registry import find_method
 from streammerge.recipe.fields import Problems
-from streammerge.recipe.locations import held_name, is_held, located, travelling, travelling_names
+from streammerge.recipe.locations import located, travelling, travelling_names
 from streammerge.recipe.model import Model, Recipe, Rule
 from streammerge.recipe.patterns import parse_pattern
 from streammerge.recipe.reader import read_recipe
@@ -78,7 +78,6 @@ def test_names_travel_as_they_are_unless_one_is_absolute(tmp_path: Path, monkeyp
     assert names(f"FILE://{tmp_path}/in/b.pth") == {f"FILE://{tmp_path}/in/b.pth": "b.pth"}
     assert names("<in memory 1>", f"{tmp_path}/a.pth") == {"<in memory 1>": "<in memory 1>", f"{tmp_path}/a.pth": "a.pth"}
     assert names("/found/a.pth", written={"/found/a.pth": "a.pth"}) == {"/found/a.pth": "a.pth"}
-    assert [is_held(name) for name in (held_name(1), held_name(12), "<in memory x>", "a.pth")] == [True, True, False, False]
 
 
 class Archives(Store):

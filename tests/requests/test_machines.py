@@ -17,7 +17,10 @@ from conftest import deflate, trained, voice
 from safetensors.torch import save_file
 
 import streammerge as sm
-from streammerge.options import Sharing
+from adapters.arithmetic import adapter_of, drawn
+from formats import dcp_maker
+from quantised.samples import fp8_model
+from streammerge.options.resources import Sharing
 from streammerge.planning import saved, tasks, units
 from streammerge.planning.units import Unit
 from streammerge.requests.machines import chosen
@@ -38,23 +41,48 @@ def content(place: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.fixture
-def files(tmp_path: Path) -> dict[str, list[Path]]:
-    """Inputs of several kinds."""
-    made: dict[str, list[Path]] = {"safetensors": [], "pth": [], "deflated": [], "folder": []}
-    for seed in (1, 2, 3):
+class Files(dict[str, list[Path]]):
+    """Inputs of several kinds, three of each. They are written when they are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __missing__(self, kind: str) -> list[Path]:
+        self[kind] = [self._write(kind, seed) for seed in (1, 2, 3)]
+        return self[kind]
+
+    def _write(self, kind: str, seed: int) -> Path:
         tensors = {name: tensor for name, tensor in trained(seed).items() if tensor.is_floating_point()}
-        tensors["wide"] = torch.randn(70, 300, generator=torch.Generator().manual_seed(seed))
-        made["safetensors"].append(tmp_path / f"{seed}.safetensors")
-        save_file(tensors, made["safetensors"][-1])
-        made["pth"].append(tmp_path / f"{seed}.pth")
-        torch.save(voice(seed, seed, 1, 1.0), made["pth"][-1])
-        made["deflated"].append(deflate(made["pth"][-1], tmp_path / f"deflated{seed}.pth"))
-        folder = tmp_path / f"folder{seed}"
-        folder.mkdir()
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        (folder / "config.json").write_text("{}")
-        made["folder"].append(folder)
+        tensors["wide.weight"] = torch.randn(70, 300, generator=torch.Generator().manual_seed(seed))
+        path = self._folder / f"{kind}{seed}"
+        match kind:
+            case "safetensors":
+                path = self._folder / f"{seed}.safetensors"
+                save_file(tensors, path)
+            case "pth":
+                path = self._folder / f"{seed}.pth"
+                torch.save(voice(seed, seed, 1, 1.0), path)
+            case "deflated":
+                path = deflate(self["pth"][seed - 1], self._folder / f"deflated{seed}.pth")
+            case "folder":
+                path.mkdir()
+                save_file(tensors, path / "model.safetensors", {"format": "pt"})
+                (path / "config.json").write_text("{}")
+            case "dcp":
+                dcp_maker.write(path, tensors, dcp_maker.sharded(0, 3), ranks=3)
+            case "fp8":
+                fp8_model(path, seed)
+            case "adapter":
+                factors = {"wide.lora_A.weight": drawn(seed, 4, 300), "wide.lora_B.weight": drawn(seed + 10, 70, 4)}
+                adapter_of(factors, str(path), {"r": 4, "lora_alpha": 8, "target_modules": ["wide"]})
+                path = Path(f"{self['folder'][seed - 1]}+{path}")
+        return path
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    made = Files(tmp_path)
+    assert made["safetensors"]  # tests call these by their names
     return made
 
 
@@ -69,15 +97,16 @@ WAYS: list[tuple[str, str, dict[str, Any]]] = [
     ("deflated", "out.pth", {}),
     ("folder", "out/", {"max_shard_size": "100KB", "dtype": "bfloat16"}),
     ("pth", "out.safetensors", {}),
+    ("dcp", "out/", {"weights": [0.25, 0.75]}),
+    ("fp8", "out/", {"quantise": "like-base"}),
+    ("adapter", "out/", {"method": "ties", "parameters": {"density": 0.5}, "base": 2}),
 ]
 
 
 @pytest.mark.parametrize(
     ("kind", "out", "way"), WAYS, ids=[f"{kind}-{way.get('method', 'linear')}" for kind, _, way in WAYS]
 )
-def test_shares_make_the_bytes_of_a_merge(
-    tmp_path: Path, files: dict[str, list[Path]], kind: str, out: str, way: dict[str, Any]
-) -> None:
+def test_shares_make_the_bytes_of_a_merge(tmp_path: Path, files: Files, kind: str, out: str, way: dict[str, Any]) -> None:
     given = dict(way)
     if "base" in given:
         given["base"] = files[kind][2]
@@ -98,7 +127,7 @@ def test_shares_make_the_bytes_of_a_merge(
         assert sorted(each.name for each in place.iterdir()) == sorted([out.rstrip("/"), "plan"])
 
 
-def test_receipts_are_small(tmp_path: Path, files: dict[str, list[Path]]) -> None:
+def test_receipts_are_small(tmp_path: Path, files: Files) -> None:
     for seed in (1, 2):
         save_file({f"t.{n}": torch.full((3,), float(seed)) for n in range(1000)}, tmp_path / f"many{seed}.safetensors")
     sm.plan(
@@ -111,7 +140,7 @@ def test_receipts_are_small(tmp_path: Path, files: dict[str, list[Path]]) -> Non
 
 
 def test_a_plan_is_followed_from_another_folder_and_in_processes(
-    tmp_path: Path, files: dict[str, list[Path]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     sm.merge(["1.safetensors", "2.safetensors"], "whole.safetensors")
@@ -123,7 +152,8 @@ def test_a_plan_is_followed_from_another_folder_and_in_processes(
     assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
-def test_relative_names_of_folders(tmp_path: Path, files: dict[str, list[Path]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_names_of_folders(tmp_path: Path, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert files["folder"]
     monkeypatch.chdir(tmp_path)
     sm.merge(["folder1/", "folder2"], "whole/")
     sm.plan(["folder1/", "folder2"], "out/", save="plan")
@@ -138,7 +168,7 @@ def test_relative_names_of_folders(tmp_path: Path, files: dict[str, list[Path]],
         sm.worker("plan", claim=True)
 
 
-def test_the_same_plan_may_be_saved_again_and_no_other(tmp_path: Path, files: dict[str, list[Path]]) -> None:
+def test_the_same_plan_may_be_saved_again_and_no_other(tmp_path: Path, files: Files) -> None:
     plan = tmp_path / "plan"
     sm.plan(files["safetensors"][:2], tmp_path / "out.safetensors", save=plan)
     before = plan.read_bytes()
@@ -199,7 +229,7 @@ def test_what_is_no_share(environment: dict[str, str], asked: dict[str, Any], sa
 
 
 @pytest.mark.slow
-def test_an_array_of_slurm(tmp_path: Path, files: dict[str, list[Path]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_array_of_slurm(tmp_path: Path, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tasks are processes with Slurm's variables, which run at the same time."""
     monkeypatch.setattr(tasks, "PIECE_ELEMS", PIECE_ELEMS)
     sm.merge(files["safetensors"][:2], tmp_path / "whole.safetensors")
@@ -224,9 +254,7 @@ def run_command(folder: Path) -> dict[str, str]:
     return {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
 
 
-def test_the_examples_of_slurm_and_kubernetes(
-    tmp_path: Path, files: dict[str, list[Path]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_examples_of_slurm_and_kubernetes(tmp_path: Path, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     """The script as Slurm runs it, and the command of the job as Kubernetes runs it; one task of three is the other's."""
     monkeypatch.setattr(tasks, "PIECE_ELEMS", PIECE_ELEMS)
     sm.merge(files["safetensors"][:2], tmp_path / "whole.safetensors")
@@ -246,9 +274,7 @@ def test_the_examples_of_slurm_and_kubernetes(
     assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
-def test_two_hosts_that_share_a_folder(
-    tmp_path: Path, files: dict[str, list[Path]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_hosts_that_share_a_folder(tmp_path: Path, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each host has its own process ids. One is killed with all its processes, and the other takes over."""
     space = ["unshare", "-p", "-f", "--kill-child"]
     if not shutil.which("unshare") or subprocess.run([*space, "true"], capture_output=True).returncode:

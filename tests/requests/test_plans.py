@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import streammerge as sm
-from streammerge.options import Resources
+from streammerge.options.resources import Resources
 from streammerge.recipe.arguments import recipe_of
 from streammerge.requests.plans import output_warnings, planned
 from streammerge.stores.locations import parse

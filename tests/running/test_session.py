@@ -26,10 +26,10 @@ import streammerge as sm
 from streammerge.events import TaskDone
 from streammerge.planning import tasks
 from streammerge.running import readback
-from streammerge.stores import commit, journal, lock, system
+from streammerge.stores import commit, journal, libc, lock, system
 from streammerge.stores.commit import LocalJournalFile, LocalStaging
-from streammerge.stores.files import OutputFile
 from streammerge.stores.locations import parse
+from streammerge.stores.written_files import OutputFile
 from streammerge.tensors.spec import GRAIN
 
 OUTPUTS = {"safetensors": "out.safetensors", "pickle": "out.pth", "folder": "out"}
@@ -515,7 +515,7 @@ def test_a_link_in_the_place_of_the_staging_folder_is_refused(pair: list[Path], 
 @pytest.mark.parametrize("kernel", ["exchange", "two renames"])
 def test_a_folder_is_replaced_whole(pair: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
     if kernel == "two renames":
-        monkeypatch.setattr(system, "_renameat2", None)
+        monkeypatch.setattr(libc, "_renameat2", None)
     out = tmp_path / "out"
     sm.merge(pair, out, max_shard_size="500kB")
     assert len(content(out)) > 3
@@ -537,7 +537,7 @@ def test_without_exchange_the_old_folder_comes_back(
     def fail(*paths: object) -> None:
         raise error
 
-    monkeypatch.setattr(system, "_renameat2", None)
+    monkeypatch.setattr(libc, "_renameat2", None)
     with monkeypatch.context() as patched, pytest.raises(type(error)):
         patched.setattr(commit.os, "replace", lambda a, b: os.rename(a, b) if "journal" in str(b) else fail())
         sm.merge(pair, out, overwrite=True, weights=[1, 3])

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import octets
 
-from quantised.samples import fp8_blocks, in_blocks, largest, numbers_of
+from quantised.samples import FP8, fp8_blocks, in_blocks, largest, numbers_of
 from sources.suite import Case, Disk, SourceSuite, room
 from streammerge.sources.base import read_whole
 from streammerge.sources.requantised import LARGEST, requantised
@@ -48,6 +49,30 @@ class TestRequantised(SourceSuite):
         made = [bytes(read_whole(each, room())) for each in pair]
         assert made[0] == bytes(codes.view(torch.uint8).numpy())
         assert made[1] == scale.numpy().tobytes()
+
+    def test_scales_of_rows_groups_and_tensors(self, tmp_path: Path) -> None:
+        """The rule of compressed-tensors: half the range of the codes. Some are longer than what is computed at once."""
+        disk = Disk(tmp_path)
+        for dtype, half in ((torch.int8, 127.5), (FP8, 448.0)):
+            for shape, width in (((5, 3), 3), ((1030, 517), 517), ((3, 130, 256), 128), ((7, 300), 128), ((2, 9), 0)):
+                whole = drawn(shape)
+                rows = whole.reshape(-1, shape[-1])
+                if width:
+                    scales = largest(rows, 1, width) / half
+                    wide = in_blocks(scales, *rows.shape, 1, width)
+                else:
+                    scales = wide = whole.abs().max().view(1, 1) / half
+                codes = rows / wide
+                codes = codes.round().clamp(-128, 127).to(dtype) if half < 128 else codes.clamp(-448, 448).to(dtype)
+                like = disk.stored(codes.view(shape)), disk.stored(torch.full_like(scales, 7.0), "w_scale")
+                block = (1, width) if width else (2, 9)
+                pair = requantised(disk.stored(whole), *like, block, shape[-2], False)
+                for source, expected in zip(pair, (codes, scales), strict=True):
+                    assert bytes(read_whole(source, room())) == octets(expected)
+                kept = scaled("w", like[0], like[1], block if width else (1, 1 << 62))
+                again = requantised(kept, *like, block, shape[-2], False)
+                assert bytes(read_whole(again[0], room())) == octets(codes)
+                assert set(memoryview(read_whole(again[1], room())).cast("f")) == {7.0}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 import streammerge as sm
 from streammerge.stores import descriptors
 from streammerge.stores.descriptors import Descriptor
-from streammerge.stores.files import InputFile, OutputFile
+from streammerge.stores.files import InputFile
 from streammerge.stores.locations import parse
+from streammerge.stores.written_files import OutputFile
 
 LIMITED = """
 import json, os, resource, sys

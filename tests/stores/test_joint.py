@@ -14,8 +14,8 @@ import pytest
 
 import streammerge as sm
 from streammerge.stores import lock
-from streammerge.stores.files import SharedOutputFile
 from streammerge.stores.locations import parse
+from streammerge.stores.written_files import SharedOutputFile
 from streammerge.units import PAGE_BYTES
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import streammerge as sm
-from streammerge.stores.locations import HERE, parse
+from streammerge.stores.locations import HERE, is_here, parse
 
 
 def test_what_has_no_scheme_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,3 +31,11 @@ def test_what_has_no_scheme_is_a_path(tmp_path: Path, monkeypatch: pytest.Monkey
     for wrong in (3, None, ["x"]):
         with pytest.raises(sm.RecipeError, match="is not a path, but a"):
             parse(wrong)  # type: ignore[arg-type]
+
+
+def test_what_is_here(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("nothing")
+    assert is_here(str(tmp_path))
+    assert is_here(f"{tmp_path}/link")
+    assert not is_here(f"{tmp_path}/x")
+    assert not is_here(f"file://{tmp_path}")

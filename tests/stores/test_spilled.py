@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from streammerge.errors import SpaceError
-from streammerge.stores import system
+from streammerge.stores import libc
 from streammerge.stores.local import LOCAL
 from streammerge.stores.memory import memory_store
 from streammerge.stores.spilled import SpillFile
@@ -51,7 +51,7 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     def full(fd: int, nbytes: int) -> bool:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(system, "reserve", full)
+    monkeypatch.setattr(libc, "reserve", full)
     with pytest.raises(SpaceError, match=r"no room for a temporary file: it needs 1\.0 GB"):
         SpillFile(10**9, LOCAL.parse(str(tmp_path)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,21 @@ def test_the_lock_of_another_machine_is_taken_over_when_it_is_old(s3: str, monke
     lock_of(out, host="elsewhere", boot="another", pid=1)
     with pytest.raises(sm.LockedError, match="being written by process 1 on elsewhere"):
         out.stage()
+    monkeypatch.setattr(staged, "LEASE_SECONDS", -1.0)
+    out.stage().abort()
+
+
+@pytest.mark.parametrize("ahead", [-3600.0, 3600.0])
+def test_the_age_of_a_lock_is_told_by_the_clock_of_the_store(
+    s3: str, ahead: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = parse(f"{s3}/out")
+    lock_of(out, host="elsewhere", boot="another", pid=1)
+    now = time.time
+    monkeypatch.setattr(staged.time, "time", lambda: now() + ahead)
+    with pytest.raises(sm.LockedError, match="on elsewhere"):
+        out.stage()
+    assert [each.name for each in home_of(out).children()] == ["lock"]
     monkeypatch.setattr(staged, "LEASE_SECONDS", -1.0)
     out.stage().abort()
 

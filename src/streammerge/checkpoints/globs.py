@@ -5,8 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 from streammerge.errors import RecipeError, printable
-from streammerge.recipe.adapted import split
-from streammerge.recipe.locations import is_recipe_name
+from streammerge.recipe.names import is_recipe_name
 from streammerge.stores.locations import parse
 
 
@@ -24,9 +23,8 @@ def expand(paths: list[str]) -> list[str]:
             raise RecipeError(f"{printable(path)} holds no tensors; give the folder that holds the model, like {folder}")
         if is_recipe_name(path):
             raise RecipeError(f"{printable(path)}: a recipe stands alone, its models are named in it")
-        if (parts := split(path)) is not None:
-            several = [expand([each]) if not parse(each).exists() else [each] for each in parts.paths]
-            found += [str(parts.moved(each)) for each in product(*several)]
+        if "+" in path and (adapted := _with_adapters(path)):
+            found += adapted
             continue
         place = parse(path)
         if place.exists() or not place.has_magic:
@@ -39,3 +37,14 @@ def expand(paths: list[str]) -> list[str]:
             raise RecipeError(f"nothing matches {printable(path)}")
         found += matches
     return found
+
+
+def _with_adapters(text: str) -> list[str]:
+    """Returns the models that a text with adapters names, each glob in it replaced by what it matches; none for a path."""
+    from streammerge.recipe.adapted import split
+
+    parts = split(text)
+    if parts is None:
+        return []
+    several = [expand([each]) if not parse(each).exists() else [each] for each in parts.paths]
+    return [str(parts.moved(each)) for each in product(*several)]

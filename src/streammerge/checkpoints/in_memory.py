@@ -13,10 +13,11 @@ from streammerge.checkpoints.index import CheckpointIndex, index_of
 from streammerge.errors import FormatError, StreammergeError, listed, printable
 from streammerge.formats.base import Container, flat_tensor
 from streammerge.pickles.arrays import Arrays
+from streammerge.pickles.training_state import bars
 from streammerge.pickles.tree import MISSING, Global, Instance, OrderedTree, TensorRef
 from streammerge.pickles.unpickle import unpickle
-from streammerge.recipe.locations import held_name
-from streammerge.sources.memory import in_memory, is_array, is_tensor
+from streammerge.recipe.names import held_name
+from streammerge.sources.memory import in_memory, is_array, is_tensor, is_unread
 from streammerge.stores.locations import parse
 
 _DEEPEST = 100
@@ -61,6 +62,9 @@ class _Builder:
         self._open: set[int] = set()
 
     def tree(self, node: Any, path: tuple[str, ...] = ()) -> Any:
+        if is_tensor(node) and is_unread(node) and any(map(bars, path)):
+            self.left_out.append(".".join(path))
+            return MISSING
         if is_tensor(node) or (is_array(node) and node.ndim):
             return self._tensor(node, path)
         if isinstance(node, _PLAIN):

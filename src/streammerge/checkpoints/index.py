@@ -14,8 +14,8 @@ from streammerge.formats import detect
 from streammerge.formats.base import MOST_EXPANDED_BYTES, Container
 from streammerge.pickles.candidates import AllFound, Found
 from streammerge.pickles.state_dict import Selection, select
-from streammerge.pickles.tree import Global, TensorRef, number, plain, walk
-from streammerge.sources.base import Allocated, Source, read_whole
+from streammerge.pickles.tree import Global, TensorRef, is_quantised, number, plain, walk
+from streammerge.sources.base import Source
 from streammerge.sources.table import StoredTable
 from streammerge.stores.base import Location, Status
 from streammerge.stores.locations import PathLike, parse
@@ -112,7 +112,7 @@ class CheckpointIndex(Mapping[str, Source]):
     def with_tensors(self, tensors: Iterable[tuple[str, TensorRef]]) -> CheckpointIndex:
         """Returns the same checkpoint with other tensors of its tree, under these names. Raises FormatError."""
         entries, aliases = _located(self.path, self.container, tensors)
-        made = replace(self, entries=entries, aliases=aliases, extras=None, notes=[], renamed={})
+        made = replace(self, entries=entries, aliases=aliases, extras=None, notes=[], renamed={}, quantised={}, stored=None)
         return replace(made, adapters=(), plain=None) if self.adapters else made
 
     def share(self, other: CheckpointIndex) -> None:
@@ -186,8 +186,8 @@ class CheckpointIndex(Mapping[str, Source]):
 
     @property
     def may_be_quantised(self) -> bool:
-        """Whether quantised weights may be in it, in a file that such weights are read from."""
-        return not self.container.pickled and (self.narrow or any(entry.dequantises for entry in self._computed))
+        """Whether quantised weights may be in it."""
+        return self.narrow or any(entry.dequantises for entry in self._computed)
 
     @property
     def in_memory(self) -> bool:
@@ -246,7 +246,12 @@ class CheckpointIndex(Mapping[str, Source]):
         form = _FORMS.get(ref.dtype)
         if form is None or any(size != 1 for size in ref.shape):
             return None
-        data = bytes(read_whole(self.container.locate(key, ref), Allocated(lambda location: location.open())))
+        from streammerge.sources.deflated import Damaged, read_small  # here, because few are asked for
+
+        try:
+            data = read_small(self.container.locate(key, ref))
+        except Damaged:
+            return None
         found: float | int = struct.unpack(form, b"\0\0" + data if ref.dtype is DType.BF16 else data)[0]
         return found
 
@@ -259,7 +264,7 @@ def _did_you_mean(path: Location) -> str:
     """Returns what stands beside an absent file under nearly the same name, or what to do if the hub has such names."""
     import difflib
 
-    from streammerge.recipe.locations import on_the_hub
+    from streammerge.recipe.hub_names import on_the_hub
 
     try:
         names = [beside.name for beside in path.parent.children()]
@@ -331,6 +336,9 @@ def index_of(container: Container, path: Location, state_dict: str | None = None
         entries, aliases = _located(path, container, ((found.name, found.ref) for found in selection.tensors))
     extras = container.tree if container.pickled else None
     notes = [*container.notes, *(f"{printable(path)}: {note}" for note in selection.notes)]
+    integers = sum(is_quantised(found.ref) for found in selection.tensors) if container.pickled else 0
+    if integers:
+        notes.append(f"{printable(path)}: {counted(integers, 'quantised tensor')} of torch are read as float32")
     return CheckpointIndex(
         path,
         entries,

@@ -9,7 +9,9 @@ from typing import Any
 
 from streammerge.cli.advice import check_inputs
 from streammerge.errors import RecipeError, StreammergeError, printable
-from streammerge.options import CONVERT, MERGE, REPORT, VERIFY, number_or_percent, options_of
+from streammerge.options.base import options_of
+from streammerge.options.functions import CONVERT, MERGE, REPORT, VERIFY
+from streammerge.options.values import number_or_percent
 
 _ENDING = re.compile(r"(\.[A-Za-z]\w*)?")
 _NEGATED = {f"no_{name}": name for name, each in options_of(*MERGE, *CONVERT, *VERIFY, *REPORT).items() if each.negated}
@@ -80,7 +82,7 @@ def output_name(
 def _first_input(inputs: Sequence[str], recipe: Mapping[str, Any] | None, own_methods: bool) -> str | None:
     """Returns the path of the first model, None if it cannot be told yet."""
     from streammerge.checkpoints.globs import expand
-    from streammerge.recipe.locations import is_recipe_name
+    from streammerge.recipe.names import is_recipe_name
     from streammerge.recipe.reader import read_recipe
     from streammerge.stores.locations import parse
 

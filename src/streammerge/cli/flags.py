@@ -7,12 +7,10 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from streammerge.options import Option
+    from streammerge.options.base import Option
 
-_NAMED = re.compile(
-    r"""`(?P<name>[a-z_]+)(?:=(?P<value>\{[^`{}]*\}|"[^`"]*"|'[^`']*'|[^`"'{}\s]+))?`|`"(?P<word>[^`"]*)"`"""
-)
-_PARAMETER = re.compile(r"""['"](\w+)['"]: (\[[^\]]*\]|[^,}]+)""")
+_NAMED = r"""`(?P<name>[a-z_]+)(?:=(?P<value>\{[^`{}]*\}|"[^`"]*"|'[^`']*'|[^`"'{}\s]+))?`|`"(?P<word>[^`"]*)"`"""
+_PARAMETER = r"""['"](\w+)['"]: (\[[^\]]*\]|[^,}]+)"""
 
 
 def as_flags(text: str) -> str:
@@ -20,7 +18,7 @@ def as_flags(text: str) -> str:
 
     Keeps backquotes around anything else.
     """
-    return _NAMED.sub(_typed, text)
+    return re.sub(_NAMED, _typed, text) if "`" in text else text
 
 
 def _typed(found: re.Match[str]) -> str:
@@ -36,13 +34,14 @@ def _typed(found: re.Match[str]) -> str:
     if value is None or value in ("True", "False"):
         return flag
     if name == "parameters":
-        return " ".join(f"{flag} {key}={_plain(each)}" for key, each in _PARAMETER.findall(value))
+        return " ".join(f"{flag} {key}={_plain(each)}" for key, each in re.findall(_PARAMETER, value))
     return f"{flag} {_plain(value)}"
 
 
 @cache
 def _options() -> dict[str, Option]:
-    from streammerge.options import CONVERT, EXTRACT, FINISH, MERGE, PLAN, REPORT, SWEEP, VERIFY, WORKER, options_of
+    from streammerge.options.base import options_of
+    from streammerge.options.functions import CONVERT, EXTRACT, FINISH, MERGE, PLAN, REPORT, SWEEP, VERIFY, WORKER
 
     return options_of(*REPORT, *SWEEP, *WORKER, *FINISH, *EXTRACT, *PLAN, *MERGE, *CONVERT, *VERIFY)
 

@@ -12,7 +12,8 @@ import click
 from streammerge.cli.failures import EXIT_CODES
 from streammerge.cli.flags import as_flags
 from streammerge.errors import RecipeError, printable
-from streammerge.options import PATH, Option, Options, options_of
+from streammerge.options.base import Option, Options, options_of
+from streammerge.options.values import PATH
 
 Command = Callable[..., Any]
 

@@ -13,7 +13,7 @@ from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.cli.flags import as_flags
 from streammerge.cli.terminal import WIDTH
 from streammerge.errors import RecipeError, StreammergeError, listed, printable
-from streammerge.formats.records import RECEIPT_KEY, RECIPE_FILE, RECIPE_KEY
+from streammerge.formats.records import RECEIPT_FILE, RECEIPT_KEY, RECIPE_FILE, RECIPE_KEY
 from streammerge.pickles.state_dict import unread_tensors
 from streammerge.sources.base import Source
 from streammerge.sources.stored import Stored
@@ -284,7 +284,7 @@ def _beside(index: CheckpointIndex) -> _Rows:
 
 def _receipt(index: CheckpointIndex) -> Receipt | None:
     """Returns the receipt of an output that is a folder; None if it has none that can be read."""
-    if index.in_memory or index.adapted_as or not index.path.is_folder():
+    if index.in_memory or index.adapted_as or not index.path.is_folder() or not (index.path / RECEIPT_FILE).lexists():
         return None
     from streammerge.running.readback import receipt_of
 

@@ -19,10 +19,11 @@ from streammerge.events import Listener, Preparing, RunFinished, RunStarted, Spo
 from streammerge.kernels.chunk import Look, Step
 from streammerge.kernels.pass_results import PassResults
 from streammerge.methods.registry import LINEAR
-from streammerge.options import Resources, Selecting
+from streammerge.options.resources import Resources
+from streammerge.options.selecting import Selecting
 from streammerge.planning.tasks import MergeTask, Piece, as_one_piece, batches, pieces, stretches
 from streammerge.recipe.arguments import recipe_of
-from streammerge.recipe.locations import hub_place
+from streammerge.recipe.hub_names import hub_place
 from streammerge.requests.inputs import Held, opened
 from streammerge.running import process
 from streammerge.running.choosing import choose_executor, default_workers

@@ -24,6 +24,7 @@ Each module imports only modules above it::
     dtensors            rank files with distributed tensors
     distributed         which checkpoint of several ranks a folder holds
     folder              the checkpoint, or the models, in a folder
+    registry            formats by name
     detect              the format of a file, by its content
     safetensors_writer  a safetensors file larger than memory, written in any order
 """

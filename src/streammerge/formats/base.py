@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, ValuesView
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from typing import Literal as OneOf
 
 from streammerge.errors import FormatError, printable
-from streammerge.pickles.tree import FlatTree, TensorRef
+from streammerge.pickles.tree import FlatTree, TensorRef, is_quantised
 from streammerge.pickles.tree import flat_tensor as flat_tensor
 from streammerge.sources.base import Source
 from streammerge.sources.table import StoredTable
@@ -154,6 +154,8 @@ class Container:
         """Returns the entry of one tensor. Raises FormatError if the tensor does not fit its storage."""
         if ref.entry is not None:
             return ref.entry.named(name)
+        if is_quantised(ref):
+            return self._dequantised(name, ref)
         store = self.storages.get(ref.storage.key)
         if store is None:
             where = self._where(name)
@@ -177,6 +179,20 @@ class Container:
         from streammerge.sources.deflated import of_bytes
 
         return of_bytes(spec, store.path, store.offset + start, strides, store.record, ref.lazy)
+
+    def _dequantised(self, name: str, ref: TensorRef) -> Source:
+        """Returns the entry of a quantised tensor of torch: an expression over its integers and scales."""
+        from streammerge.pickles.rebuild import Quantiser, quantiser  # here, because few files have them
+        from streammerge.sources.affine import affine
+
+        said = quantiser(ref.wrapper[1].args[4]) or Quantiser()
+        integers = ref.storage.dtype or ref.dtype
+        codes = self.locate(name, replace(ref, dtype=integers, wrapper=()))
+        scales, zeros = (None if each is None else self.locate(name, each) for each in (said.scales, said.zeros))
+        try:
+            return affine(name, codes, said.scale, said.zero, scales, zeros, said.axis)
+        except FormatError as error:
+            raise FormatError(f"{printable(self.path)}: {error}") from error
 
     def _where(self, name: str) -> str:
         return f"{printable(self.path)}: tensor {printable(name)}"

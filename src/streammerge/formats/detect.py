@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
-from streammerge.errors import FormatError, RecipeError, StreammergeError, printable
+from streammerge.errors import FormatError, StreammergeError, printable
 from streammerge.formats.base import Container, Format, is_index, is_part
-from streammerge.plugins import Registry, module_names
 from streammerge.stores.base import Location
 
 _HEAD_BYTES = 512
 _SHORT_TEXT_BYTES = 200
-_ROOM = "streammerge.formats"
-_HELPERS = (
-    "archive", "base", "dcp", "dcp_writer", "detect", "distributed", "dtensors", "file_names", "folder", "gguf_file",
-    "gguf_names", "hf_storage", "pieces", "records", "safetensors_writer", "shards", "zero",
-)  # fmt: skip
-"""The modules beside this one that are no format, so that looking at a file imports only the formats that are asked."""
+_FIRST = "streammerge.formats.safetensors"
+"""The format that is asked first, so that its files need no other."""
 _OTHERS: tuple[tuple[bytes, str], ...] = (
     (b"\x89HDF", "an HDF5 file (Keras); only PyTorch and safetensors checkpoints are read"),
     (b"\x93NUMPY", "a numpy array; only PyTorch and safetensors checkpoints are read"),
@@ -98,56 +93,22 @@ def _read(format: Format, path: Location) -> Container:
     return made
 
 
+def _formats() -> Iterator[Format]:
+    """Yields every format in the order in which they are asked."""
+    yield import_module(_FIRST)
+    from streammerge.formats.registry import others
+
+    yield from others(_FIRST)
+
+
 def _name(plug_in: Format) -> str:
-    known = FORMATS.all().items()
-    return printable(next((name for name, each in known if each is plug_in), type(plug_in).__name__))
+    from streammerge.formats.registry import name_of
+
+    return name_of(plug_in)
 
 
 def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {printable(error)}"
-
-
-def _formats() -> Iterator[Format]:
-    """Every format in the order in which they are asked: this package's by name, then this program's, then plug-ins.
-
-    Each is imported when its turn comes, and safetensors is asked first, so that its files need no other format. Most files
-    are recognised before plug-ins are searched for.
-    """
-    first = "safetensors"
-    yield import_module(f"{_ROOM}.{first}")
-    for name in module_names(_ROOM):
-        if name not in _HELPERS and name != first:
-            yield import_module(f"{_ROOM}.{name}")
-    yield from FORMATS.beside_built_in()
-
-
-def _of_plugin(name: str, found: Any) -> Format:
-    made = found() if isinstance(found, type) else found
-    if not callable(getattr(made, "matches", None)) or not callable(getattr(made, "read", None)):
-        raise RecipeError(f"the format {printable(name)} has no matches(head, size) or no read(path)")
-    return made  # type: ignore[no-any-return]
-
-
-def _of_module(module: ModuleType) -> dict[str, Format]:
-    name = module.__name__.rpartition(".")[2]
-    return {} if name in _HELPERS else {name: module}
-
-
-FORMATS: Registry[Format] = Registry("format", _ROOM, _of_module, _of_plugin)
-Reader = TypeVar("Reader")
-
-
-def file_format(name: str, *, replace: bool = False) -> Callable[[Reader], Reader]:
-    """Registers a format in this process: a class or an object with the methods of ``Format``.
-
-    It reads the files that it matches, where no format of this package recognises them for certain.
-    """
-
-    def mark(reader: Reader) -> Reader:
-        FORMATS.register(name, _of_plugin(name, reader), getattr(reader, "__module__", ""), replace)
-        return reader
-
-    return mark
 
 
 def _what(head: bytes, size: int, end: bytes) -> str:

@@ -33,7 +33,7 @@ ReadFile = Callable[[Location], Container]
 def of_ranks(folder: Location, read_file: ReadFile) -> Container | None:
     """Returns the container of a checkpoint whose parts lie directly in a folder. None if there is none."""
     names = [path.name for path in folder.children()]
-    if any(re.fullmatch(_METADATA, name) for name in names):
+    if _any_like(_METADATA, ".metadata", names):
         from streammerge.formats import dcp
 
         return dcp.read(folder)
@@ -42,16 +42,22 @@ def of_ranks(folder: Location, read_file: ReadFile) -> Container | None:
             f"{printable(folder)} holds parts of a distributed checkpoint without its .metadata, which says what is in "
             "them; copy that file too"
         )
-    if any(re.fullmatch(_HF_SHARD, name) for name in names):
+    if _any_like(_HF_SHARD, "shard-", names):
         from streammerge.formats import hf_storage
 
         return hf_storage.read(folder)
-    if any(re.fullmatch(_DEEPSPEED, name) for name in names):
+    if _any_like(_DEEPSPEED, "_states.pt", names):
         from streammerge.formats import zero
 
         return zero.read(folder, read_file)
     _refuse_megatron(folder, names)
     return None
+
+
+def _any_like(pattern: str, part: str, names: list[str]) -> bool:
+    """Whether a name matches. ``part`` stands in every name that does. It is looked for first, because a pattern takes
+    longer to compile than a small folder to read."""
+    return any(part in name and re.fullmatch(pattern, name) for name in names)
 
 
 def _refuse_megatron(folder: Location, names: list[str]) -> None:
@@ -64,7 +70,9 @@ def _refuse_megatron(folder: Location, names: list[str]) -> None:
             f"{where} is a checkpoint of Megatron-LM in its zarr format, which is not read; load it in a Megatron-LM that "
             "still reads it, and save it as torch_dist"
         )
-    ranks = [name for name in names if re.fullmatch(_MEGATRON, name) and any(_holds_model(folder / name))]
+    ranks = [
+        name for name in names if "mp_rank_" in name and re.fullmatch(_MEGATRON, name) and any(_holds_model(folder / name))
+    ]
     if len(ranks) > 1:
         raise FormatError(
             f"{where} is a checkpoint of Megatron-LM in its legacy format, in parts of {len(ranks)} ranks "

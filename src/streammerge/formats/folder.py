@@ -263,10 +263,10 @@ def _refuse_another_model(folder: Location, wanted: _Found, taken: _Found, conta
 def _of_llama_cpp(folder: Location) -> list[str]:
     """Returns the GGUF files in a folder: of several files of one model, the first."""
     names = sorted(path.name for path in folder.children() if path.suffix == ".gguf" and path.is_file())
-    return [name for name in names if not (part := _OF_SET.search(name)) or int(part[1]) == 1]
+    return [name for name in names if not (part := re.search(_OF_SET, name)) or int(part[1]) == 1]
 
 
-_OF_SET = re.compile(r"-(\d{5})-of-\d{5}\.gguf$")
+_OF_SET = r"-(\d{5})-of-\d{5}\.gguf$"
 
 
 def _below(folder: Location) -> str:

@@ -13,7 +13,7 @@ from streammerge.errors import FormatError, StreammergeError, listed, printable
 from streammerge.formats.base import Container, Form
 from streammerge.formats.file_names import ENDINGS, form_of_index
 from streammerge.pickles.state_dict import select
-from streammerge.pickles.tree import FlatTree, StorageRef, TensorRef
+from streammerge.pickles.tree import FlatTree, TensorRef, flat_tensor, is_quantised
 from streammerge.sources.table import StoredTable, concatenated
 from streammerge.stores.base import Location
 from streammerge.stores.names import is_inner
@@ -124,7 +124,7 @@ def _joined(made: Container, named: Location, containers: list[Container], weigh
         for name, ref in tensors.items():
             wanted = weight_map.get(name)
             if wanted is not None and wanted != shard:
-                astray.setdefault(name, (_renamed(ref, f"{number}/"), shard))
+                astray.setdefault(name, (_renamed(ref, f"{number}/", container), shard))
                 continue
             if name in tree:
                 first = next(each for each, names in seen.items() if name in names)
@@ -132,7 +132,7 @@ def _joined(made: Container, named: Location, containers: list[Container], weigh
                 raise FormatError(f"{where}: the tensor {printable(name)} is in two shards, {both}")
             if wanted is None and form and form.index:
                 extra.append(name)
-            tree[name] = _renamed(ref, f"{number}/")
+            tree[name] = _renamed(ref, f"{number}/", container)
     moved = []
     for name, (ref, _) in astray.items():
         if name in tree:
@@ -167,12 +167,14 @@ def tensors_of(container: Container) -> Mapping[str, TensorRef]:
         raise type(error)(f"{printable(container.path)}: {error}") from error
 
 
-def _renamed(ref: TensorRef, prefix: str) -> TensorRef:
-    """Returns the tensor with its storage's name prefixed."""
+def _renamed(ref: TensorRef, prefix: str, container: Container) -> TensorRef:
+    """Returns the tensor with its storage's name prefixed. A quantised tensor is the numbers that it has in its shard."""
     if ref.entry is not None:
         return ref
+    if is_quantised(ref):
+        return flat_tensor(container.locate("", ref))
     old = ref.storage
-    storage = StorageRef(prefix + old.key, old.dtype, old.numel, old.view_offset)
+    storage = replace(old, key=prefix + old.key)
     return TensorRef(storage, ref.dtype, ref.offset, ref.shape, ref.strides, ref.requires_grad, ref.wrapper, ref.lazy)
 
 
@@ -196,8 +198,8 @@ def read_weight_map(index: Location) -> dict[str, str]:
     return weight_map
 
 
-_MAP = re.compile(r'"weight_map"[ \n\r\t]*:[ \n\r\t]*\{')
-_PAIR = re.compile(r'[ \n\r\t]*"([^"\\\x00-\x1f]*)"[ \n\r\t]*:[ \n\r\t]*"([^"\\\x00-\x1f]*)"[ \n\r\t]*([,}])')
+_MAP = r'"weight_map"[ \n\r\t]*:[ \n\r\t]*\{'
+_PAIR = r'[ \n\r\t]*"([^"\\\x00-\x1f]*)"[ \n\r\t]*:[ \n\r\t]*"([^"\\\x00-\x1f]*)"[ \n\r\t]*([,}])'
 
 
 def _usual_weight_map(text: str) -> dict[str, str] | None:
@@ -205,12 +207,12 @@ def _usual_weight_map(text: str) -> dict[str, str] | None:
 
     A JSON parser holds a second copy of each name, and a name of a file for each tensor.
     """
-    found, shards = _MAP.search(text), dict[str, str]()
+    found, shards = re.search(_MAP, text), dict[str, str]()
     if found is None:
         return None
     made: dict[str, str] = {}
     count, at, after = 0, found.end(), ","
-    for pair in _PAIR.finditer(text, at):
+    for pair in re.compile(_PAIR).finditer(text, at):
         if pair.start() != at:
             return None
         name, shard, after = pair.groups()

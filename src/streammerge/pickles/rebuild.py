@@ -8,11 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from streammerge.errors import printable
 from streammerge.pickles.arrays import Payload
-from streammerge.pickles.tree import Global, Instance, OrderedTree, PersistentId, StorageRef, TensorRef
+from streammerge.pickles.tree import (
+    QUANTISED,
+    Global,
+    Instance,
+    OrderedTree,
+    PersistentId,
+    StorageRef,
+    TensorRef,
+    is_quantised,
+)
 from streammerge.sources.recast import Recast
 from streammerge.tensors.dtypes import BY_STORAGE_CLASS, BY_TORCH_NAME, DType
 from streammerge.tensors.spec import TensorSpec
@@ -22,7 +31,7 @@ MAX_NAME = 1000
 
 _KEY_PARTS = 64
 
-_QUANTISED = {  # storages of quantised tensors hold these integers; the quantised tensors themselves are not read
+_INTEGERS = {  # the storages of quantised tensors hold these; two of 4 bits or four of 2 bits in a byte are not read
     "QInt8Storage": DType.I8,
     "QUInt8Storage": DType.U8,
     "QInt32Storage": DType.I32,
@@ -55,7 +64,8 @@ class StorageTable:
         key, view_offset = text(key), 0
         if rest and rest[0] is not None:
             _view_key, view_offset, _view_numel = rest[0]
-        return self.add(StorageRef(key, dtype, natural(numel), natural(view_offset)))
+        own = kind.name if isinstance(kind, Global) and kind.name in _INTEGERS else ""
+        return self.add(StorageRef(key, dtype, natural(numel), natural(view_offset), own))
 
     def add(self, ref: StorageRef) -> StorageRef:
         known = self.refs.setdefault((ref.key, ref.view_offset, ref.numel), ref)
@@ -70,7 +80,7 @@ def storage_dtype(kind: Any) -> Any:
         raise Damaged("a storage of an unknown class")
     if kind.name == "UntypedStorage":
         return None
-    dtype = BY_STORAGE_CLASS.get(kind.name) or _QUANTISED.get(kind.name)
+    dtype = BY_STORAGE_CLASS.get(kind.name) or _INTEGERS.get(kind.name)
     if dtype is None:
         raise Damaged(f"a storage of class {printable(kind.path)}, which is not supported")
     return dtype
@@ -168,7 +178,7 @@ def _tensor_v3(storage: Any, offset: Any, size: Any, stride: Any, rg: Any, hooks
 
 def _wrap(data: Any, *wrapper: Any, requires_grad: Any = None) -> Any:
     """Returns a copy of the tensor with its wrapper. It is a copy because the bare tensor may be used elsewhere too."""
-    if not isinstance(data, TensorRef):
+    if not isinstance(data, TensorRef) or is_quantised(data):
         return None
     grad = data.requires_grad if requires_grad is None else requires_grad is True
     return TensorRef(data.storage, data.dtype, data.offset, data.shape, data.strides, grad, wrapper, data.lazy)
@@ -180,6 +190,43 @@ def _parameter(data: Any, requires_grad: Any, hooks: Any) -> Any:
 
 def _parameter_with_state(data: Any, requires_grad: Any, hooks: Any, state: Any) -> Any:
     return _wrap(data, "parameter_with_state", state, requires_grad=requires_grad)
+
+
+def _quantised(*args: Any) -> TensorRef | None:
+    """Returns a quantised tensor as its numbers; None for one in a form that is not read."""
+    if len(args) < 5 or not isinstance(args[0], StorageRef) or args[0].kind not in _WHOLE or quantiser(args[4]) is None:
+        return None
+    codes = _tensor(*args[:4])
+    call = Instance("call", Global("torch._utils", "_rebuild_qtensor"), args)
+    return TensorRef(codes.storage, DType.F32, codes.offset, codes.shape, codes.strides, wrapper=(QUANTISED, call))
+
+
+_WHOLE = ("QInt8Storage", "QUInt8Storage", "QInt32Storage")
+
+
+class Quantiser(NamedTuple):
+    """What makes numbers of a quantised tensor's integers: a scale and a zero point, or tensors of them along an axis."""
+
+    scale: float = 1.0
+    zero: int = 0
+    scales: TensorRef | None = None
+    zeros: TensorRef | None = None
+    axis: int = 0
+
+
+def quantiser(said: Any) -> Quantiser | None:
+    """Returns what the arguments of a quantised tensor say; None for a scheme that is not read."""
+    if not isinstance(said, tuple) or not said or not isinstance(said[0], Global):
+        return None
+    if said[0].path == "torch.per_tensor_affine" and len(said) == 3:
+        scale, zero = said[1:]
+        plain = type(scale) is float and type(zero) is int and abs(zero) < 1 << 62
+        return Quantiser(scale, zero) if plain else None
+    if said[0].path in ("torch.per_channel_affine", "torch.per_channel_affine_float_qparams") and len(said) == 4:
+        scales, zeros, axis = said[1:]
+        tensors = isinstance(scales, TensorRef) and isinstance(zeros, TensorRef) and type(axis) is int
+        return Quantiser(scales=scales, zeros=zeros, axis=axis) if tensors else None
+    return None
 
 
 def _on_device(data: Any, dtype: Any, device: Any, requires_grad: Any) -> Any:
@@ -225,6 +272,7 @@ _REBUILD: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _tensor_v3,
+    "torch._utils._rebuild_qtensor": _quantised,
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter_with_state,
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": _on_device,

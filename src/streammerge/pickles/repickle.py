@@ -27,6 +27,7 @@ from streammerge.pickles.tree import (
     PersistentId,
     StorageRef,
     TensorRef,
+    is_quantised,
 )
 from streammerge.tensors.dtypes import DType
 
@@ -277,6 +278,10 @@ class _Writer:
             self.instance(call_of(node), key)
             self.state(node.state)
             return
+        if is_quantised(node):
+            self.instance(wrapper[1], key)
+            self.state(node.state)
+            return
         if wrapper[:1] in (("parameter",), ("parameter_with_state",)):
             self.save(Global("torch._utils", f"_rebuild_{wrapper[0]}"))
             self.out.append(b"(")
@@ -355,7 +360,7 @@ def _head_of(node: Enclosed) -> bytes:
 def _class_of(storage: StorageRef) -> Global:
     if storage.dtype is None:
         return Global("torch.storage", "UntypedStorage")
-    return Global("torch", storage.dtype.storage_class or "")
+    return Global("torch", storage.kind or storage.dtype.storage_class or "")
 
 
 def storage_ref(key: str, dtype: DType, numel: int) -> StorageRef:

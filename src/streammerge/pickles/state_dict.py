@@ -21,9 +21,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from streammerge.errors import FormatError, RecipeError, listed, printable
-from streammerge.options import EMA_CHOICES
-from streammerge.pickles.candidates import MOST_NAME, AllFound, Candidate, Found, candidates, dotted
-from streammerge.pickles.tree import FlatTree, Global, Instance, mapping_items, walk
+from streammerge.options.selecting import EMA_CHOICES
+from streammerge.pickles.candidates import MOST_NAME, AllFound, Candidate, Found, candidates, dotted, inside
+from streammerge.pickles.training_state import bars, is_training_state
+from streammerge.pickles.tree import FlatTree, Global, Instance, TensorRef, is_quantised, mapping_items, walk
 from streammerge.tensors.conventions import AVERAGED, SWAPPED
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -282,6 +283,7 @@ _UNREAD = {
     "torch._utils._rebuild_nested_tensor": "nested",
     "torch._utils._rebuild_meta_tensor_no_storage": "meta",
 }
+_OF_WEIGHTS = ("meta", "distributed")
 _FROM_TYPE, _DISTRIBUTED = "torch._tensor._rebuild_from_type_v2", "distributed"
 
 
@@ -299,13 +301,35 @@ def unread_arrays(chosen: Iterable[Candidate]) -> list[tuple[str, str]]:
     return found
 
 
-def unread_tensors(tree: Any) -> list[tuple[str, str]]:
-    """Returns (path, kind) of tensors in forms that are not read, like quantised and sparse ones."""
+def unread_tensors(tree: Any, chosen: Sequence[Candidate] | None = None) -> list[tuple[str, str]]:
+    """Returns (path, kind) of tensors in forms that are not read, like sparse ones, outside the state of a training.
+
+    ``chosen``: only those among these candidates. Elsewhere one rank's part of a tensor may be a weight, a sparse one is
+    none.
+    """
     found = []
-    for path, node in walk(tree):
-        if isinstance(node, Instance) and (node.path in _UNREAD or is_distributed(node)):
-            found.append((".".join(map(printable, path)), _UNREAD.get(node.path, _DISTRIBUTED)))
+    skip: set[tuple[int, Any]] = set()
+    for path, node in walk(tree, skip):
+        kind = _unread_kind(node)
+        if kind:
+            among = chosen is None or kind in _OF_WEIGHTS or any(c.path == path[: len(c.path)] for c in chosen)
+            found += [(".".join(map(printable, path)), kind)] if among else []
+        elif isinstance(node, dict | list | tuple | Instance):
+            holder, items = inside(node)
+            for key, value in items:
+                if isinstance(value, dict | list | tuple | Instance) and (bars(key) or is_training_state(key, value)):
+                    skip.add((id(holder), key))
     return found
+
+
+def _unread_kind(node: Any) -> str:
+    """Returns what a tensor in a form that is not read is called; "" for all else. A layer of torch's quantised modules
+    packs its weight and bias into one tuple."""
+    if isinstance(node, tuple):
+        return "packed" if any(isinstance(each, TensorRef) and is_quantised(each) for each in node) else ""
+    if not isinstance(node, Instance):
+        return ""
+    return _UNREAD.get(node.path, "") or (_DISTRIBUTED if is_distributed(node) else "")
 
 
 def is_distributed(node: Any) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from streammerge.errors import FormatError
@@ -56,7 +57,7 @@ class EnclosedStorages:
             self.places[key] = (place.offset + begin, ref.nbytes, None)
         else:
             self.places[key] = (begin, ref.nbytes, PackedRecord(place.offset, place.nbytes, end, place.form))
-        made = self._known[place.offset] = StorageRef(key, ref.dtype, ref.numel)
+        made = self._known[place.offset] = replace(ref, key=key)
         return made
 
     def _read(self, head: bytes) -> tuple[StorageRef, int]:

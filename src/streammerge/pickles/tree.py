@@ -76,13 +76,15 @@ class OrderedTree(dict[Any, Any]):
 class StorageRef(_Record):
     """A torch storage by its key. ``dtype`` is None for an untyped storage; its ``numel`` counts bytes.
 
-    ``view_offset`` (elements) is that of an old-style storage view within the storage ``key``.
+    ``view_offset`` (elements) is that of an old-style storage view within the storage ``key``. ``kind``: the name of its
+    class if that does not follow from the dtype, as for the integers of quantised tensors.
     """
 
     key: str
     dtype: DType | None
     numel: int
     view_offset: int = 0
+    kind: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -109,8 +111,9 @@ class Enclosed(Blank):
 class TensorRef(_Record):
     """A tensor over a storage; ``offset`` and ``strides`` are in elements.
 
-    ``wrapper`` keeps its wrapper: ("parameter",), ("parameter_with_state", state), ("type", function, class, state), or
-    ("array", function, arguments, dtype) for an array of numpy.
+    ``wrapper`` keeps its wrapper: ("parameter",), ("parameter_with_state", state), ("type", function, class, state),
+    ("array", function, arguments, dtype) for an array of numpy, or (QUANTISED, call) for a quantised tensor of torch, whose
+    numbers are float32 and whose storage holds its integers.
     ``lazy`` names a pending conjugation or negation. ``entry`` is its source, in formats without storages.
     """
 
@@ -124,6 +127,14 @@ class TensorRef(_Record):
     lazy: str = ""
     state: Any = MISSING
     entry: Source | None = None
+
+
+QUANTISED = "quantised"
+
+
+def is_quantised(ref: TensorRef) -> bool:
+    """Whether it is a quantised tensor of torch."""
+    return ref.wrapper[:1] == (QUANTISED,)
 
 
 _NO_STORAGE = StorageRef("", None, 0)
@@ -194,7 +205,8 @@ def children(node: Any) -> Iterator[tuple[Any, Any]]:
         if node.state is not MISSING:
             yield _STATE, node.state
     elif isinstance(node, TensorRef):
-        yield "wrapper", node.wrapper
+        if not is_quantised(node):  # the integers and scales of a quantised tensor are no tensors of their own
+            yield "wrapper", node.wrapper
         if node.state is not MISSING:
             yield "state", node.state
     elif isinstance(node, PersistentId):

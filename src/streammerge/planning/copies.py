@@ -38,6 +38,7 @@ def align_copies(recipe: Recipe, first: CheckpointIndex, entries: Entries, align
     for copy in list(entries.copies):
         try:
             aligned = align(recipe if copy.candidate else single, copy.indexes)
+            _quantise(recipe, copy, aligned)
         except (MismatchError, RecipeError) as error:
             _refuse(copy, entries, first, str(error).partition("\n")[0].rstrip(":"))
             continue
@@ -58,6 +59,15 @@ def align_copies(recipe: Recipe, first: CheckpointIndex, entries: Entries, align
             continue
         made.append(AlignedCopy(copy, merged, homes, added))
     return made
+
+
+def _quantise(recipe: Recipe, copy: Copy, aligned: Alignment) -> None:
+    """Quantises a copy of the weights that the first input holds quantised too, if the output is quantised."""
+    if recipe.quantise is None or not copy.indexes[recipe.checkpoints[0]].quantised:
+        return
+    from streammerge.planning.like_base import like_base  # here, because most outputs are not quantised
+
+    like_base(recipe, copy.indexes, aligned)
 
 
 def _refuse(copy: Copy, entries: Entries, first: CheckpointIndex, why: str) -> None:

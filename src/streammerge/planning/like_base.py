@@ -82,24 +82,22 @@ def _refuse(recipe: Recipe, first: CheckpointIndex, alignment: Alignment) -> Non
             "`tokenizer_source`, or merge without it"
         )
     for name, weight in first.quantised.items():
-        if not _is_written(weight.source):
+        if not _is_written(weight):
             raise RecipeError(
                 f"{where}: {printable(name)} is stored as {printable(weight.scheme)}, which is read and not written; leave "
                 "`quantise` out, and quantise the result with the program that made the input"
             )
 
 
-def _is_written(source: Source) -> bool:
-    """Whether numbers can be quantised as this weight is: fp8 with a scale for each block, or for the tensor."""
+def _is_written(weight: QuantisedWeight) -> bool:
+    """Whether numbers can be quantised as this weight is: fp8 or int8 with a scale for each block, row, group or tensor,
+    and no zero point. ComfyUI has another rule for the scales of its int8."""
+    source = weight.source
     return (
         isinstance(source, Scaled)
         and source.codes.spec.dtype in LARGEST
+        and not (source.codes.spec.dtype is DType.I8 and "ComfyUI" in weight.scheme)
         and source.zeros is source.whole is source.groups is None
-        and (
-            source.block[0] > 1
-            or source.grid_columns * source.height == 1
-            or source.block == (source.height, source.columns)
-        )
         and source.scales.spec.dtype in (DType.F32, DType.F16, DType.BF16, DType.U8, DType.F8_E8M0)
     )
 

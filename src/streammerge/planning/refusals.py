@@ -38,11 +38,12 @@ class Made(Protocol):
 def refuse_unreadable(index: CheckpointIndex) -> None:
     """Raises MismatchError for a checkpoint whose tensors are not all there: of classes that are not read, or without
     their elements."""
-    unread = unread_tensors(index.extras) if index.extras is not None else []
+    unread = unread_tensors(index.extras, index.selection.chosen) if index.extras is not None else []
     if unread:
         raise MismatchError(
             f"{printable(index.path)} holds {unread[0][1]} tensors ({listed([name for name, _ in unread])}), "
-            "which are not merged or converted; save it again with ordinary ones"
+            "which are not merged or converted; save it again with ordinary ones, which `dequantize()` and `to_dense()` of "
+            "torch make"
         )
     arrays = unread_arrays(index.selection.chosen)
     if arrays:

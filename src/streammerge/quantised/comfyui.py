@@ -12,7 +12,8 @@ from typing import Any
 
 from streammerge.checkpoints.index import QuantisedWeight
 from streammerge.quantised.stored import Found, StoredTensors
-from streammerge.sources.base import Allocated, Source, read_whole
+from streammerge.sources.base import Source
+from streammerge.sources.deflated import read_small
 from streammerge.sources.scaled import Scaled, scaled
 from streammerge.sources.swizzled import unswizzled
 from streammerge.sources.unpacked import unpacked
@@ -67,7 +68,7 @@ def _in_tensor(stored: StoredTensors, layer: str) -> Mapping[str, Any]:
     said = None
     if entry.spec.dtype is DType.U8 and entry.nbytes <= _MOST_BYTES:
         with contextlib.suppress(ValueError):
-            said = load_json(bytes(read_whole(entry, Allocated(lambda location: location.open()))).decode())
+            said = load_json(read_small(entry).decode())
     if not isinstance(said, dict):
         raise stored.wrong(f"{layer}.weight", "has a comfy_quant that is no JSON")
     return said

@@ -60,7 +60,15 @@ def dequantised(index: CheckpointIndex) -> CheckpointIndex:
     note = (
         f"{printable(index.path)}: {counted(len(weights), 'quantised weight')} are dequantised while they are read: {said}"
     )
-    return replace(index, entries=entries, notes=[*index.notes, note], quantised=weights, stored=index)
+    tied = _tied(entries) if index.aliases else {}
+    return replace(index, entries=entries, aliases=tied, notes=[*index.notes, note], quantised=weights, stored=index)
+
+
+def _tied(entries: Mapping[str, Source]) -> dict[str, str]:
+    """Returns tied name -> the first name of the same numbers. Equal codes with other scales are other numbers."""
+    firsts: dict[tuple[object, ...], str] = {}
+    found = {name: firsts.setdefault(entry.place, name) for name, entry in entries.items() if entry.nbytes}
+    return {name: first for name, first in found.items() if first != name}
 
 
 def _of_parts(index: CheckpointIndex) -> CheckpointIndex:

@@ -12,7 +12,8 @@ from typing import Any
 
 from streammerge.checkpoints.index import QuantisedWeight
 from streammerge.quantised.stored import Found, StoredTensors
-from streammerge.sources.base import Allocated, Source, read_whole
+from streammerge.sources.base import Source
+from streammerge.sources.deflated import Damaged, read_small
 from streammerge.sources.scaled import scaled
 from streammerge.sources.unpacked import unpacked, unpacked_down
 from streammerge.tensors.dtypes import DType
@@ -81,7 +82,10 @@ def _form(stored: StoredTensors, name: str, codes: Source, scales: Source) -> tu
             return bits, count * group
     shape = stored.get(f"{name}_shape")
     if shape is not None and shape.spec.dtype is DType.I64 and shape.spec.numel == len(codes.spec.shape):
-        sizes = struct.unpack(f"<{shape.spec.numel}q", read_whole(shape, Allocated(lambda location: location.open())))
+        try:
+            sizes = struct.unpack(f"<{shape.spec.numel}q", read_small(shape))
+        except Damaged as error:
+            raise stored.wrong(name, f"has a weight_shape that cannot be read ({error})") from error
         if tuple(sizes[:-1]) == codes.spec.shape[:-1] and 0 < sizes[-1] <= 32 * words:
             known = [bits for bits, _ in stated] or list(range(1, 9))
             dense = [bits for bits in known if words == -(-sizes[-1] * bits // 32)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from streammerge.options import Extracting, options_of
+from streammerge.options.base import options_of
+from streammerge.options.converting import Extracting
 from streammerge.recipe.fields import TRUTH, Kind, ListOf, Plain, option_key
 from streammerge.recipe.patterns import Pattern
 from streammerge.recipe.scalars import PATTERN

@@ -11,7 +11,8 @@ from dataclasses import MISSING, field, fields
 from typing import Any, NamedTuple
 
 from streammerge.errors import RecipeError, printable
-from streammerge.options import Option, text, truth, whole
+from streammerge.options.base import Option
+from streammerge.options.values import text, truth, whole
 
 Path = tuple[str | int, ...]
 Schema = dict[str, Any]

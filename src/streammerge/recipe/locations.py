@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import posixpath
-import re
 from collections.abc import Collection
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from streammerge.errors import RecipeError, VerifyError, listed, printable
-from streammerge.recipe.adapted import absent, is_there, parts_of, split, without_revisions
+from streammerge.recipe.adapted import absent, parts_of, split, without_revisions
+from streammerge.recipe.hub_names import on_the_hub
+from streammerge.recipe.names import is_held
 from streammerge.recipe.stage_names import stage_of, stage_text
 from streammerge.stores.base import Location
 from streammerge.stores.hub_places import on_hub
@@ -51,48 +52,6 @@ def located(recipe: Recipe, folders: list[Location], problems: Problems, confine
             problems.add(_place(recipe, named), f"{said}; the stages are {listed(list(stages))}" if stages else said)
     written |= {found: named for named, found in names.items()}
     return replace(recipe.renamed(names), written=written)
-
-
-def is_recipe_name(path: str) -> bool:
-    """Whether an input's name says that it is a recipe: a YAML or JSON file, but not an index of shards."""
-    return path.endswith((".yaml", ".yml")) or (path.endswith(".json") and not path.endswith(".index.json"))
-
-
-def with_hub_places(recipe: Recipe) -> Recipe:
-    """Returns the recipe with the places of models that are no paths here, but repositories of the Hugging Face hub."""
-    written: dict[str, str] = {}
-    names = {named: named if is_held(named) else hub_place(named, written) for named in recipe.named_models}
-    written |= {found: named for named, found in names.items() if found != named}
-    return replace(recipe.renamed(names), written=written) if written else recipe
-
-
-def hub_place(name: str, written: dict[str, str] | None = None) -> str:
-    """Returns the place of a repository of the hub that is no path here, at its commit; any other name as it is.
-
-    In a model with adapters, each part is looked for. ``written`` gets the places of parts with their names. Raises
-    RecipeError for a name with ``hf://`` that the hub does not have, StoreError if the hub cannot be asked for it.
-    """
-    if "+" in name and (parts := split(name, _is_there)) is not None:
-        found = [hub_place(path) for path in parts.paths]
-        if written is not None:
-            written |= {place: path for place, path in zip(found, parts.paths, strict=True) if place != path}
-        return str(parts.moved(found))
-    repository = named_repository(name)
-    if repository is None:
-        return name
-    if not has_scheme(name):
-        return name if parse(name).lexists() else on_hub(repository).place or name
-    found_there = on_hub(repository)
-    if found_there.error is not None:
-        raise type(found_there.error)(f"{printable(name)}: {found_there.error}") from found_there.error
-    return found_there.place
-
-
-def _is_there(path: str) -> bool:
-    repository = named_repository(path)
-    if repository is not None and has_scheme(path):
-        return on_hub(repository).error is None
-    return is_there(path) or (repository is not None and on_hub(repository).error is None)
 
 
 def lies_within(named: str, folders: list[Location]) -> bool:
@@ -172,14 +131,6 @@ def _find_one(named: str, folders: list[Location], confined: bool) -> str | None
         cached = snapshot(repository) if repository.is_pinned else None
         return None if cached is None else str(cached / repository.inner if repository.inner else cached)
     return on_hub(repository).place or None
-
-
-def on_the_hub(name: str) -> str:
-    """Returns why an absent file that is called like a repository is not on the hub either; "" for other names."""
-    repository = named_repository(name)
-    if repository is None or has_scheme(name):
-        return ""
-    return f", and {on_hub(repository).error}"
 
 
 def _absent(named: str, folders: list[Location], confined: bool = False) -> str:
@@ -309,13 +260,3 @@ def _normal(name: str) -> str:
 def _leads_out(name: str) -> bool:
     """Whether a name is absolute, or leads out of the folder in which it is written."""
     return name.startswith(("/", "~")) or name[:5].lower() == "file:" or ":///" in name or _leads_up(name)
-
-
-def held_name(number: int) -> str:
-    """Returns the name in a recipe of a checkpoint that the caller holds in memory. ``number``: counts them."""
-    return f"<in memory {number}>"
-
-
-def is_held(named: str) -> bool:
-    """Whether a name in a recipe means a checkpoint in the caller's memory."""
-    return re.fullmatch(r"<in memory \d+>", named) is not None

@@ -11,7 +11,9 @@ from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 from streammerge.methods.contracts import MergeMethod
-from streammerge.options import MERGE, Converting, options_of
+from streammerge.options.base import options_of
+from streammerge.options.converting import Converting
+from streammerge.options.functions import MERGE
 from streammerge.recipe.adapted import resolved
 from streammerge.recipe.experts import ARCHITECTURE, COUNT, GATE, Expert
 from streammerge.recipe.extraction import Extraction

@@ -11,7 +11,7 @@ from streammerge.errors import RecipeError, printable
 from streammerge.methods.contracts import METHODS, MergeMethod, Parameter
 from streammerge.methods.factors import FACTORS
 from streammerge.methods.registry import LINEAR, find_method
-from streammerge.options import whole
+from streammerge.options.values import whole
 from streammerge.recipe.adapted import adapted_text, with_revision
 from streammerge.recipe.fields import Plain
 from streammerge.recipe.patterns import Rename, parse_pattern, parse_renames

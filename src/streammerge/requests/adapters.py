@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from streammerge.checkpoints.globs import expand
 from streammerge.checkpoints.index import open_checkpoint
 from streammerge.errors import FormatError, RecipeError, StreammergeError, listed, printable
-from streammerge.options import Resources
+from streammerge.options.resources import Resources
 from streammerge.recipe.adapted import Adapted, Part, split
-from streammerge.recipe.locations import hub_place
+from streammerge.recipe.hub_names import hub_place
 from streammerge.recipe.model import Recipe
 from streammerge.requests.inputs import Held
 from streammerge.running.choosing import default_workers

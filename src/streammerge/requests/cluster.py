@@ -15,7 +15,7 @@ from typing import Any
 
 from streammerge.errors import BudgetError, LockedError, StreammergeError, TaskError, printable
 from streammerge.events import Event, Listener, Resumed, RunStarted, Suspended, TaskDone, Told
-from streammerge.options import Executing, Machine, Resources, Sharing
+from streammerge.options.resources import Executing, Machine, Resources, Sharing
 from streammerge.planning.plan import Plan
 from streammerge.planning.units import Unit
 from streammerge.requests.machines import for_others, joint_of, work

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from streammerge.checkpoints.conversions import converted_path, is_conversion
-from streammerge.options import Resources
+from streammerge.options.resources import Resources
 from streammerge.recipe.adapted import parts_of
 from streammerge.recipe.arguments import conversion
 from streammerge.recipe.model import Recipe

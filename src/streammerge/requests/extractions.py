@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import RecipeError
 from streammerge.methods.factors import EXTRACT
-from streammerge.options import Extracting, Selecting, picked
+from streammerge.options.base import picked
+from streammerge.options.converting import Extracting
+from streammerge.options.selecting import Selecting
 from streammerge.recipe.extraction import Extraction
-from streammerge.recipe.locations import with_hub_places
+from streammerge.recipe.hub_names import with_hub_places
 from streammerge.recipe.model import Model, Recipe
 from streammerge.recipe.patterns import Pattern, parse_pattern
 from streammerge.requests.adapters import float_dtype, refuse_keys, refuse_others

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 
 from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
 from streammerge.errors import RecipeError, printable
-from streammerge.options import number_or_percent, path
+from streammerge.options.values import number_or_percent, path
 from streammerge.recipe.adapted import check_there, is_there, split
-from streammerge.recipe.locations import hub_place
+from streammerge.recipe.hub_names import hub_place
 from streammerge.stores.base import Location
 from streammerge.stores.locations import PathLike, has_scheme, parse, without_queries
 from streammerge.stores.repositories import named_repository
@@ -81,7 +81,7 @@ def opened(
     if path in held:
         from streammerge.checkpoints.in_memory import index_state_dict
 
-        return index_state_dict(held[path], path, state_dict, ema)
+        return _as_numbers(index_state_dict(held[path], path, state_dict, ema))
     if path in stages:
         return stages[path].index(state_dict, ema)
     parts = split(path)

@@ -8,7 +8,8 @@ from typing import Any
 
 from streammerge.errors import RecipeError, printable
 from streammerge.events import Listener, Told
-from streammerge.options import Executing, Machine, Resources, Sharing, Writing
+from streammerge.options.resources import Executing, Machine, Resources, Sharing
+from streammerge.options.writing import Writing
 from streammerge.planning.plan import Plan
 from streammerge.planning.saved import SavedPlan, output_of, read_saved, saved
 from streammerge.planning.units import Unit, share

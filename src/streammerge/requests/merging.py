@@ -11,24 +11,19 @@ from streammerge.checkpoints.choosing import choose
 from streammerge.errors import RecipeError, listed, printable
 from streammerge.methods.factors import EXTRACT
 from streammerge.methods.registry import LINEAR, find_method
-from streammerge.options import (
-    Choosing,
-    Executing,
-    Merging,
-    Naming,
-    Policies,
-    Resources,
-    Selecting,
-    Writing,
-    picked,
-    share_of_energy,
-)
+from streammerge.options.base import picked
+from streammerge.options.merging import Choosing, Merging, Naming, Policies
+from streammerge.options.resources import Executing, Resources
+from streammerge.options.selecting import Selecting
+from streammerge.options.values import energy
+from streammerge.options.writing import Writing
 from streammerge.planning.conservation import refuse_unused
 from streammerge.planning.plan import Plan
 from streammerge.recipe.arguments import overridden, recipe_of, unchecked
 from streammerge.recipe.extraction import Extraction
-from streammerge.recipe.locations import is_recipe_name, with_hub_places
+from streammerge.recipe.hub_names import with_hub_places
 from streammerge.recipe.model import Recipe
+from streammerge.recipe.names import is_recipe_name
 from streammerge.recipe.reader import read_recipe
 from streammerge.requests.adapters import (
     adapters_alone,
@@ -237,7 +232,7 @@ class Request:
 
 def _energy(value: Any) -> float:
     try:
-        return share_of_energy(value)
+        return energy(value)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"energy takes a share above 0, up to 1, not {printable(value, 60)}") from error
 

@@ -9,7 +9,7 @@ from streammerge.checkpoints.agreement import agreed
 from streammerge.checkpoints.index import CheckpointIndex
 from streammerge.errors import RecipeError
 from streammerge.methods.factors import FACTORS, without_adapters
-from streammerge.options import Resources
+from streammerge.options.resources import Resources
 from streammerge.planning.plan import Plan, build_plan
 from streammerge.recipe.model import Recipe, Reference
 from streammerge.recipe.stage_names import stage_text

@@ -22,7 +22,7 @@ from streammerge.running.nonfinite import Numbers, may_be_nonfinite, nonfinite_o
 from streammerge.running.workspace import Inputs, Outgoing
 from streammerge.sources.stored import Stored
 from streammerge.stores.digests import COPY_BYTES
-from streammerge.stores.system import return_large_blocks
+from streammerge.stores.libc import return_large_blocks
 from streammerge.tensors.spec import ranges
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ Each module imports only modules above it::
     joined    pieces along one axis
     constant  one number everywhere
     inline    a small tensor that stands in a header
+    affine    quantised tensors of torch
     memory    a tensor that the caller holds
     box       a block, or a transposed matrix, of a tensor
     turned    a tensor whose first axis comes last

@@ -10,8 +10,9 @@ import codecs
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 
-from streammerge.sources.base import Blob, BlobPath, Needs, Reader, Room, Source
+from streammerge.sources.base import Allocated, Blob, BlobPath, Needs, Reader, Room, Source, read_whole
 from streammerge.sources.stored import Stored
 from streammerge.sources.strided import Strided
 from streammerge.tensors.spec import TensorSpec, is_contiguous
@@ -117,10 +118,42 @@ def with_inflated(source: Source, places: Mapping[PackedKey, tuple[BlobPath, int
 
 MOST_AT_ONCE = 1 << 20
 """The most bytes that an unpacker returns at once."""
+_MOST_SMALL = 1 << 20
 
 
 class Damaged(ValueError):
     """The packed bytes are impossible."""
+
+
+class _Unpacked:
+    """The bytes of a record in memory, in the place of a file."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def open(self) -> _Unpacked:
+        return self
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        buffer[:] = self._data[offset : offset + len(buffer)]
+
+
+def read_small(source: Source) -> bytes:
+    """Returns all bytes of a short tensor of a file or of memory, also if it lies in packed records.
+
+    Raises Damaged for a record that cannot be unpacked, or that is longer than 1 MiB.
+    """
+    places: dict[PackedKey, tuple[BlobPath, int]] = {}
+    for path, record in records(source):
+        if max(record.compressed_bytes, record.nbytes) > _MOST_SMALL:
+            raise Damaged(f"a record of {max(record.compressed_bytes, record.nbytes)} bytes is too long for a short tensor")
+        packed = bytearray(record.compressed_bytes)
+        path.open().read_into(memoryview(packed), record.offset)
+        data = b"".join(islice(unpacked(record, iter([bytes(packed)])), 4))
+        if len(data) != record.nbytes:
+            raise Damaged("a packed record has another length than it says")
+        places[path, record] = _Unpacked(data), 0
+    return bytes(read_whole(with_inflated(source, places), Allocated(lambda path: path.open())))
 
 
 def unpacked(record: PackedRecord, pieces: Iterator[bytes]) -> Iterator[bytes]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from streammerge.errors import FormatError, printable
 from streammerge.sources.base import Allocated, BlobPath, Needs, Reader, Room, Source, boxes, read_whole
-from streammerge.tensors.dtypes import BY_TORCH_NAME
+from streammerge.tensors.dtypes import BY_TORCH_NAME, DType
 from streammerge.tensors.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -76,19 +76,19 @@ def is_array(value: object) -> bool:
     return numpy is not None and isinstance(value, numpy.ndarray | numpy.generic)
 
 
-def in_memory(name: str, values: Any, label: str = "memory") -> Memory:
-    """Returns the source of an array or tensor. Raises FormatError for numbers that are not plain: sparse, quantised, on
-    the meta device, of another byte order or of an unknown dtype."""
+def in_memory(name: str, values: Any, label: str = "memory") -> Source:
+    """Returns the source of an array or tensor. A quantised tensor is its numbers in float32.
+
+    Raises FormatError for numbers that are not plain: sparse, on the meta device, of another byte order or of an unknown
+    dtype.
+    """
     what = f"{label}: tensor {printable(name)}"
     if is_tensor(values):
         values = values.detach()
-        if (
-            values.layout is not _strided_layout()
-            or values.is_quantized
-            or values.is_nested
-            or values.device.type == "meta"
-        ):
-            raise FormatError(f"{what} is sparse, quantised, nested or without numbers; give an ordinary tensor")
+        if is_unread(values):
+            raise FormatError(f"{what} is sparse, nested or without numbers; give an ordinary tensor")
+        if values.is_quantized:
+            return _quantised(name, values, label)
         dtype, shape = BY_TORCH_NAME.get(str(values.dtype).removeprefix("torch.")), tuple(values.shape)
     else:
         if values.dtype.byteorder == ">":
@@ -98,6 +98,30 @@ def in_memory(name: str, values: Any, label: str = "memory") -> Memory:
     if dtype is None:
         raise FormatError(f"{what} has the dtype {printable(values.dtype)}, which no checkpoint can hold")
     return Memory(TensorSpec(name, dtype, shape), values, label)
+
+
+def is_unread(values: Any) -> bool:
+    """Whether a torch tensor is of a kind that is not read: sparse, nested, or without numbers."""
+    quantised = values.is_quantized and str(values.dtype).removeprefix("torch.") not in _INTEGERS
+    return values.layout is not _strided_layout() or values.is_nested or values.device.type == "meta" or quantised
+
+
+_INTEGERS = {"qint8": DType.I8, "quint8": DType.U8, "qint32": DType.I32}
+
+
+def _quantised(name: str, values: Any, label: str) -> Source:
+    """Returns the numbers of a quantised tensor. Its integers are read where they lie, if they lie in C order."""
+    from streammerge.sources.affine import affine  # here, because few tensors are quantised
+
+    dtype = _INTEGERS[str(values.dtype).removeprefix("torch.")]
+    in_place = values.is_contiguous() and values.device.type == "cpu"
+    integers = Memory(TensorSpec(name, dtype, tuple(values.shape)), values if in_place else values.int_repr(), label)
+    if "channel" not in str(values.qscheme()):
+        return affine(name, integers, values.q_scale(), values.q_zero_point())
+    scales, zeros = (
+        in_memory(name, each, label) for each in (values.q_per_channel_scales(), values.q_per_channel_zero_points())
+    )
+    return affine(name, integers, scales=scales, zeros=zeros, axis=values.q_per_channel_axis())
 
 
 def _strided_layout() -> Any:

@@ -15,8 +15,8 @@ from streammerge.kernels.ranking import held_bytes
 from streammerge.methods.contracts import MergeMethod, Values
 from streammerge.sources.base import Needs, Reader, Room, Source, region_bytes
 from streammerge.sources.turned import turned, turned_back, turned_spec
+from streammerge.stores.libc import return_large_blocks
 from streammerge.stores.spilled import SpillFile
-from streammerge.stores.system import return_large_blocks
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import GRAIN, PIECE_ELEMS, TensorSpec, ranges
 

@@ -15,7 +15,9 @@ Each module imports only modules above it::
     digests      the bytes of a file without some of its ranges
     descriptors  open files, bounded
     system       calls that a file system or platform may lack
-    files        local files: read, mapped, preallocated, written, synced
+    libc         calls of the C library that Python lacks
+    files        local files that are read
+    written_files local files that are written
     lock         who makes an output
     journal      which pieces of an output are on the disk
     commit       the hidden folder of a local output, the rename

@@ -14,11 +14,10 @@ import os
 import posixpath
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, NamedTuple
 
 from streammerge.errors import ChangedError, FormatError, RecipeError, printable
-from streammerge.stores.keys import MAGIC, Key
+from streammerge.stores.keys import MAGIC, Key, normal
 from streammerge.stores.names import is_inner
 from streammerge.stores.streams import InputStream
 
@@ -51,7 +50,7 @@ class Location(Key):
         if key is None:
             raise TypeError("a Location has a store and a key; streammerge.location(text) reads one from a text or a path")
         self.store = store
-        self.key = str(PurePosixPath(key))
+        self.key = normal(key)
         self._text = store.spelled(self.key) if text is None else text
         self._hash = hash((store.scheme, self.key))
 
@@ -75,13 +74,13 @@ class Location(Key):
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.store, self.key, self._text)
 
-    def _at(self, key: PurePosixPath) -> Location:
-        return type(self)(self.store, str(key))
+    def _at(self, key: str) -> Location:
+        return type(self)(self.store, key)
 
     @property
     def is_absolute(self) -> bool:
         """Whether the name means the same wherever the process runs."""
-        return self.store.always_absolute or PurePosixPath(self.key).is_absolute()
+        return self.store.always_absolute or self.key.startswith("/")
 
     @property
     def ends_in_slash(self) -> bool:
@@ -631,9 +630,9 @@ class Store(ABC):
 
     def glob(self, location: Location) -> list[Location]:
         """Returns the files and folders that match a pattern, part by part: ``*`` stays within a folder."""
-        parts = PurePosixPath(location.key).parts
+        parts = location.parts
         plain = next((n for n, part in enumerate(parts) if MAGIC.search(part)), len(parts))
-        found = [location._at(PurePosixPath(*parts[:plain]))]
+        found = [location._at(posixpath.join(*parts[:plain]) if plain else ".")]
         for part in parts[plain:]:
             if MAGIC.search(part) is None:
                 found = [each / part for each in found]

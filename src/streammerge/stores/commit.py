@@ -14,10 +14,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from streammerge.errors import LockedError, RecipeError, printable
-from streammerge.stores import lock, system
+from streammerge.stores import libc, lock, system
 from streammerge.stores.base import JournalFile, Location, Output, Staging
-from streammerge.stores.files import OutputFile
 from streammerge.stores.space import exists_already, space_checked
+from streammerge.stores.written_files import OutputFile
 
 JOURNAL, NEW = "journal", "journal.new"
 _PUT_BY, _REPLACED = "journal.done", "replaced"
@@ -221,7 +221,7 @@ class LocalStaging(Staging):
                 check_writable(self._place, overwrite=False)
                 os.replace(made, self._place)
         elif made.is_dir() and self._place.is_dir() and not empty_folder:
-            if not system.rename2(made, self._place, system.EXCHANGE):
+            if not libc.rename2(made, self._place, libc.EXCHANGE):
                 self._rename_twice(made)
         else:
             os.replace(made, self._place)
@@ -393,8 +393,9 @@ def _remove_empty(folder: Path) -> None:
             return
 
 
-def sweep(out: Path) -> None:
+def sweep(name: str | os.PathLike[str]) -> None:
     """Removes what a killed run left if it cannot be continued: it had not begun to write, or was done."""
+    out = Path(name)
     folder = staging_folder(out)
     with contextlib.suppress(OSError, LockedError):
         if not folder.is_symlink() and folder.is_dir() and not (folder / JOURNAL).exists():
@@ -419,15 +420,15 @@ def _renamed_to_nothing(source: Path, target: Path) -> bool:
     """Renames to a free name. Returns False if the system cannot check that the name is free. Raises RecipeError if it is
     taken."""
     try:
-        return system.rename2(source, target, system.NOREPLACE)
+        return libc.rename2(source, target, libc.NOREPLACE)
     except FileExistsError:
         check_writable(target, overwrite=False)
         raise
 
 
-def check_writable(out: Path, overwrite: bool) -> None:
+def check_writable(name: str | os.PathLike[str], overwrite: bool) -> None:
     """RecipeError when the output exists and may not be replaced, or its folder can neither be found nor made."""
-    out = out.absolute()
+    out = Path(name).absolute()
     above = next(each for each in out.parents if os.path.lexists(each))
     if not above.is_dir():
         raise RecipeError(f"{printable(above)} is no folder, so {printable(out)} cannot be in it; choose another name")
@@ -455,10 +456,11 @@ def _check_replaceable(out: Path, there: os.stat_result) -> None:
         )
 
 
-def write_whole(path: Path, data: bytes, overwrite: bool) -> None:
+def write_whole(name: str | os.PathLike[str], data: bytes, overwrite: bool) -> None:
     """Writes a small file, whole and durable, or not at all. Raises RecipeError if it cannot be written, or exists."""
     import tempfile
 
+    path = Path(name)
     try:
         fd, partial = tempfile.mkstemp(prefix=f".{_shortened(path.name, 100)}.", dir=path.parent)
         try:

@@ -19,7 +19,7 @@ from streammerge.errors import RecipeError, printable
 from streammerge.stores import lock, system
 from streammerge.stores.base import Joint, Location, Output, Sent, Staging
 from streammerge.stores.commit import LocalStaging, hidden_folder, make_subfolders
-from streammerge.stores.files import OutputFile, SharedOutputFile
+from streammerge.stores.written_files import OutputFile, SharedOutputFile
 
 _PUBLISHED = "published"
 _NO_LINKS = (errno.EPERM, errno.EMLINK, *system.UNSUPPORTED)
@@ -98,7 +98,7 @@ def joint_of(out: Location, key: str) -> LocalJoint:
     return LocalJoint(out, out.parent / home.name)
 
 
-def put(path: Path, data: bytes) -> None:
+def put(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes a small file in place. Other machines see it when they open the file again; a file that was renamed over the
     old one could stay hidden behind a cached name."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
@@ -109,11 +109,12 @@ def put(path: Path, data: bytes) -> None:
         os.close(fd)
 
 
-def put_new(path: Path, data: bytes, durable: bool) -> bool:
+def put_new(name: str | os.PathLike[str], data: bytes, durable: bool) -> bool:
     """Creates a small file, whole, under a name that only one machine gets. Returns False if another has it.
 
     The name is a link to a finished file, or an exclusive creation where the file system has no links.
     """
+    path = Path(name)
     partial = path.with_name(f".{os.uname().nodename[:60]}.{os.getpid()}.{next(_numbers)}")
     try:
         _write(partial, data, durable)

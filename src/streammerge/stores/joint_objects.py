@@ -24,10 +24,10 @@ from typing import ClassVar
 
 from streammerge.errors import StoreError, printable
 from streammerge.stores.base import Joint, Location, Output, Sent, Staging
-from streammerge.stores.files import OutputFile
 from streammerge.stores.local import LOCAL
 from streammerge.stores.parts import Part, PartedOutput, Sender, Upload, part_bytes
 from streammerge.stores.staged import PUBLISHING, Objects, ObjectStaging, Taken, half_published, home_of, whole_tag
+from streammerge.stores.written_files import OutputFile
 
 _UPLOADS, _EDGES, _WHOLE = "uploads", "edges", "whole"
 _FILES = "files"

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import os
 from collections.abc import Collection
-from pathlib import Path
 from typing import BinaryIO
 
 from streammerge.errors import FormatError, RecipeError, printable
 from streammerge.stores.base import Damage, Input, Joint, Location, Output, Staging, Status, Store
-from streammerge.stores.files import InputFile, OutputFile, broken_link, file_status
+from streammerge.stores.files import InputFile, broken_link, file_status
 
 
 class LocalLocation(Location):
@@ -75,6 +73,8 @@ class LocalStore(Store):
         return os.listdir(location.key)
 
     def glob(self, location: Location) -> list[Location]:
+        import glob  # here, because most names are no patterns
+
         return [LocalLocation(self, found) for found in glob.glob(location.key)]
 
     def opened(self, location: Location) -> Input:
@@ -97,7 +97,7 @@ class LocalStore(Store):
     def check_writable(self, location: Location, overwrite: bool) -> None:
         from streammerge.stores import commit
 
-        commit.check_writable(Path(location.key), overwrite)
+        commit.check_writable(location.key, overwrite)
 
     def stage(self, location: Location, overwrite: bool = False) -> Staging:
         from streammerge.stores.commit import LocalStaging
@@ -105,17 +105,19 @@ class LocalStore(Store):
         return LocalStaging(location, overwrite)
 
     def reopen(self, location: Location, size: int) -> Output:
+        from streammerge.stores.written_files import OutputFile
+
         return OutputFile.existing(location, size)
 
     def sweep(self, location: Location) -> None:
         from streammerge.stores import commit
 
-        commit.sweep(Path(location.key))
+        commit.sweep(location.key)
 
     def write_whole(self, location: Location, data: bytes, overwrite: bool) -> None:
         from streammerge.stores import commit
 
-        commit.write_whole(Path(location.key), data, overwrite)
+        commit.write_whole(location.key, data, overwrite)
 
     def make_folder(self, location: Location) -> None:
         try:
@@ -139,12 +141,12 @@ class LocalStore(Store):
     def replace_small(self, location: Location, data: bytes) -> None:
         from streammerge.stores import joint
 
-        joint.put(Path(location.key), data)
+        joint.put(location.key, data)
 
     def create_small(self, location: Location, data: bytes, durable: bool = True) -> bool:
         from streammerge.stores import joint
 
-        return joint.put_new(Path(location.key), data, durable)
+        return joint.put_new(location.key, data, durable)
 
     def join(self, location: Location, key: str) -> Joint:
         from streammerge.stores import joint
@@ -153,9 +155,9 @@ class LocalStore(Store):
 
     def free_bytes(self, location: Location) -> int | None:
         """Room on the file system of the nearest folder that exists."""
-        path = Path(location.key).absolute()
-        while not path.exists() and path != path.parent:
-            path = path.parent
+        path = os.path.abspath(location.key)
+        while not os.path.exists(path) and path != "/":
+            path = os.path.dirname(path)
         try:
             status = os.statvfs(path)
         except OSError:

@@ -7,9 +7,8 @@ import posixpath
 import re
 
 from streammerge.errors import RecipeError
-from streammerge.stores.base import Location
+from streammerge.stores.base import Location, Store
 from streammerge.stores.local import LOCAL
-from streammerge.stores.registry import store_of
 
 PathLike = str | os.PathLike[str] | Location
 """The types by which a user names a checkpoint: text (``scheme://name`` or a path), a path object, or a location."""
@@ -33,8 +32,7 @@ def parse(place: PathLike, within: Location | None = None) -> Location:
             raise RecipeError(
                 f"{place!r} is not a path, but a {type(place).__name__}; give text or a path object"
             ) from None
-    found = _SCHEME.match(place)
-    store = store_of(found[1].lower()) if found else LOCAL
+    store = _store_of(place)
     path = store.parse(place)
     if within is None or path.is_absolute or within == HERE:
         return path
@@ -43,6 +41,16 @@ def parse(place: PathLike, within: Location | None = None) -> Location:
         return store.parse(store.spelled(posixpath.join(within.key, path.key))) if inside else path
     slash = "" if within.ends_in_slash else "/"
     return within.store.parse(f"{within}{slash}{store.without_scheme(place)}")
+
+
+def _store_of(text: str) -> Store:
+    """Returns the store that a text names. Most texts are paths, which need no other store."""
+    found = _SCHEME.match(text)
+    if found is None:
+        return LOCAL
+    from streammerge.stores.registry import store_of
+
+    return store_of(found[1].lower())
 
 
 def location(place: PathLike) -> Location:
@@ -69,6 +77,11 @@ def without_queries(text: str) -> str:
 def has_scheme(text: str) -> bool:
     """Returns whether a text names its store."""
     return _SCHEME.match(text) is not None
+
+
+def is_here(text: str) -> bool:
+    """Whether a text without a scheme is a path on this machine that exists, even as a link that leads to nothing."""
+    return not has_scheme(text) and LOCAL.parse(text).lexists()
 
 
 HERE = LOCAL.parse(".")

@@ -321,7 +321,7 @@ class ObjectStore(RemoteStore):
         for item in found:
             if item.location == home / "lock":
                 with contextlib.suppress(FileNotFoundError):
-                    if runs(owner_of(self.get(item.location)[0]), item):
+                    if runs(owner_of(self.get(item.location)[0]), item, self):
                         return
         self.delete([item.location for item in found])
 

@@ -66,7 +66,7 @@ def _remains(store: Any, out: Location, uploads: int) -> Remains:
             except FileNotFoundError:
                 continue
             user = found.user
-            owner = found if runs(found, item) else None
+            owner = found if runs(found, item, store) else None
     earlier = journal.read(ObjectJournal(store, home / "journal"))
     changed = max((item.written for item in items if item.location.parent.parent == home / "journal"), default=0.0)
     return Remains(out, home, user, owner, earlier.nbytes if earlier else 0, changed, uploads)

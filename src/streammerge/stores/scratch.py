@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from streammerge.stores.base import Output
-from streammerge.stores.files import OutputFile
 from streammerge.stores.local import LOCAL
+from streammerge.stores.written_files import OutputFile
 
 
 @contextmanager

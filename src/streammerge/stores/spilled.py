@@ -6,7 +6,7 @@ import os
 import tempfile
 import weakref
 
-from streammerge.stores import system
+from streammerge.stores import libc, system
 from streammerge.stores.base import Location
 from streammerge.stores.local import LOCAL
 from streammerge.stores.space import space_checked
@@ -26,7 +26,7 @@ class SpillFile:
         os.unlink(path)
         self._fd, self._place = fd, folder / "a temporary file"
         with space_checked(self._place, size, folder.free_bytes()):
-            system.reserve(fd, size)
+            libc.reserve(fd, size)
 
     def write(self, data: memoryview, offset: int) -> None:
         view = data.cast("B")
@@ -35,7 +35,7 @@ class SpillFile:
             while len(view):
                 count = os.pwrite(self._fd, view, offset)
                 view, offset = view[count:], offset + count
-        system.start_writing(self._fd, begin, nbytes)
+        libc.start_writing(self._fd, begin, nbytes)
 
     def read_into(self, data: memoryview, offset: int) -> None:
         view = data.cast("B")

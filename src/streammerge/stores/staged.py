@@ -22,11 +22,11 @@ from typing import Any, NamedTuple, Protocol
 from streammerge.errors import LockedError, StoreError, printable
 from streammerge.stores import lock
 from streammerge.stores.base import JournalFile, Location, Output, Staging, Status
-from streammerge.stores.files import OutputFile
 from streammerge.stores.local import LOCAL
 from streammerge.stores.parts import Part, PartedOutput, Sender, SmallOutput, Upload
 from streammerge.stores.remembering import forget
 from streammerge.stores.space import exists_already
+from streammerge.stores.written_files import OutputFile
 
 LEASE_SECONDS = 180.0
 """A run on another machine that has not renewed its lock for this time has ended."""
@@ -158,7 +158,7 @@ class ObjectLock:
             owner = owner_of(data)
             if owner == self._owner and self.location not in self.ours:  # our own request, which was repeated
                 return item.tag
-            if runs(owner, item):
+            if runs(owner, item, self._store):
                 raise LockedError(f"{printable(self._out)} is being written by {owner}; wait for it")
             try:
                 return self._store.put(self.location, self._text(), item.tag)
@@ -198,14 +198,29 @@ def owner_of(data: bytes) -> lock.Owner:
         return lock.UNKNOWN
 
 
-def runs(owner: lock.Owner, item: Item) -> bool:
-    """Whether the owner of a lock may still be alive."""
+def runs(owner: lock.Owner, item: Item, store: Objects) -> bool:
+    """Whether the owner of a lock may still be alive. ``item``: the lock."""
     here = lock.this_run()
     if (owner.boot, owner.namespace) == (here.boot, here.namespace) and owner.boot:
         if owner.pid == here.pid:
             return item.location in ObjectLock.ours
         return lock.may_run(owner, None)
-    return time.time() - item.written < LEASE_SECONDS
+    return _now(store, item.location.parent) - item.written < LEASE_SECONDS
+
+
+def _now(store: Objects, home: Location) -> float:
+    """Returns the time by the clock of the store, which the times of its objects are told in.
+
+    This machine's clock may differ from it by more than a lease. It is used where nothing can be written.
+    """
+    clock = home / "clock"
+    try:
+        store.put(clock, b"")
+        now = store.get(clock)[1].written
+        store.delete([clock])
+    except (StoreError, OSError):
+        return time.time()
+    return now
 
 
 class ObjectJournal(JournalFile):

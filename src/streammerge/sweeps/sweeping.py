@@ -9,7 +9,8 @@ from typing import Any
 from streammerge.checkpoints.globs import expand
 from streammerge.errors import RecipeError, printable
 from streammerge.formats.records import RECEIPT_FILE
-from streammerge.options import Blending, Sweeping, picked
+from streammerge.options.base import picked
+from streammerge.options.sweeping import Blending, Sweeping
 from streammerge.requests.inputs import path_of
 from streammerge.running.readback import receipt_of
 from streammerge.running.session import RunOptions

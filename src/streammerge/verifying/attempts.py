@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from streammerge.errors import ChangedError, StreammergeError, VerifyError, listed, printable
 from streammerge.events import Listener, quiet
 from streammerge.methods.factors import EXTRACT
-from streammerge.options import Resources, Verifying
+from streammerge.options.resources import Resources
+from streammerge.options.telling import Verifying
 from streammerge.planning.plan import Plan
 from streammerge.planning.receipt import Receipt
 from streammerge.recipe.model import Recipe

@@ -9,7 +9,7 @@ import click
 from streammerge.cli import options
 from streammerge.cli.arguments import as_arguments, output_name
 from streammerge.cli.reports import report
-from streammerge.options import CONVERT
+from streammerge.options.functions import CONVERT
 
 
 @click.command(cls=options.GroupedCommand)

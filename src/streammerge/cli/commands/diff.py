@@ -9,7 +9,7 @@ import click
 from streammerge.cli import options
 from streammerge.cli.arguments import as_arguments
 from streammerge.cli.reports import show_diff
-from streammerge.options import DIFF
+from streammerge.options.functions import DIFF
 
 
 @click.command(cls=options.GroupedCommand)

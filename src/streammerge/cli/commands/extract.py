@@ -9,7 +9,7 @@ import click
 from streammerge.cli import options
 from streammerge.cli.arguments import as_arguments
 from streammerge.cli.reports import report_adapter
-from streammerge.options import EXTRACT
+from streammerge.options.functions import EXTRACT
 
 
 @click.command(cls=options.GroupedCommand)

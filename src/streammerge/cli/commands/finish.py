@@ -10,7 +10,7 @@ from streammerge.cli import options
 from streammerge.cli.reports import report
 from streammerge.cli.terminal import quoted
 from streammerge.errors import UnfinishedError
-from streammerge.options import FINISH
+from streammerge.options.functions import FINISH
 
 
 @click.command(cls=options.GroupedCommand)

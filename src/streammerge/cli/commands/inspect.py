@@ -9,7 +9,7 @@ import click
 
 from streammerge.cli import options
 from streammerge.cli.reports import show_indexes
-from streammerge.options import Selecting
+from streammerge.options.selecting import Selecting
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,7 +37,7 @@ def inspect(
         show_lineages(expand(list(paths)), form)
         return
     from streammerge.checkpoints.index import open_checkpoint
-    from streammerge.recipe.locations import hub_place
+    from streammerge.stores.locations import is_here
 
     opened: Callable[..., CheckpointIndex] = open_checkpoint
     if any("+" in path for path in paths):  # as api.inspect does, but without importing the merge
@@ -45,7 +45,11 @@ def inspect(
 
         opened = partial(inputs.opened, held={})
     asked = Selecting(**typed)
-    found = map(hub_place, expand(list(paths)))
+    found = expand(list(paths))
+    if not all(map(is_here, found)):
+        from streammerge.recipe.hub_names import hub_place
+
+        found = [*map(hub_place, found)]
     indexes = [opened(path, asked.state_dict, asked.ema or "ignore") for path in found]
     if any(index.may_be_quantised for index in indexes):
         from streammerge.quantised.dequantised import described

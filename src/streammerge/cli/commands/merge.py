@@ -10,7 +10,10 @@ from streammerge.cli import options
 from streammerge.cli.advice import without_output
 from streammerge.cli.arguments import as_arguments, inputs_and_recipe, output_name
 from streammerge.cli.reports import report, show_plan
-from streammerge.options import MERGE, Gathering, Reporting, Running, options_of
+from streammerge.options.base import options_of
+from streammerge.options.functions import MERGE
+from streammerge.options.telling import Gathering, Reporting
+from streammerge.options.writing import Running
 
 
 @click.command(cls=options.GroupedCommand)

@@ -11,7 +11,7 @@ from streammerge.cli import options
 from streammerge.cli.arguments import as_arguments, inputs_and_recipe, output_name
 from streammerge.cli.reports import show_plan
 from streammerge.cli.terminal import quoted, say
-from streammerge.options import PLAN
+from streammerge.options.functions import PLAN
 
 
 @click.command(cls=options.GroupedCommand)

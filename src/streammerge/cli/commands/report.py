@@ -10,7 +10,7 @@ from streammerge.cli import options
 from streammerge.cli.arguments import as_arguments
 from streammerge.cli.terminal import say
 from streammerge.errors import printable
-from streammerge.options import REPORT
+from streammerge.options.functions import REPORT
 
 
 @click.command(cls=options.GroupedCommand)

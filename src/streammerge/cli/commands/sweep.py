@@ -11,7 +11,7 @@ from streammerge.cli import options
 from streammerge.cli.arguments import as_arguments, lists_of_numbers, values_of_parameters
 from streammerge.cli.reports import show_sweep
 from streammerge.cli.terminal import say
-from streammerge.options import SWEEP
+from streammerge.options.functions import SWEEP
 
 
 @click.command(cls=options.GroupedCommand)

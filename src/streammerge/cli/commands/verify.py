@@ -9,7 +9,7 @@ import click
 from streammerge.cli import options
 from streammerge.cli.arguments import as_arguments
 from streammerge.cli.reports import show_verified
-from streammerge.options import VERIFY
+from streammerge.options.functions import VERIFY
 
 
 @click.command(cls=options.GroupedCommand)

@@ -8,7 +8,7 @@ import click
 
 from streammerge.cli import options
 from streammerge.cli.reports import show_share
-from streammerge.options import WORKER
+from streammerge.options.functions import WORKER
 
 
 @click.command(cls=options.GroupedCommand)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from streammerge.checkpoints.index import CheckpointIndex
-from streammerge.errors import printable
+from streammerge.errors import RecipeError, listed, printable
 from streammerge.methods.registry import COPY
 from streammerge.pickles.candidates import Candidate, Found, dotted, inside
 from streammerge.pickles.copies import Originals, node_at, numbers_outside, outside, tensor_at, trail
@@ -221,7 +221,7 @@ class _Deciding:
             partner = partners[id(index)] if id(index) in partners else self._partner(index, candidate)
             if partner is not None:
                 table = tensors if index is self.first else self._table(index, partner, label)
-                made[each] = index.with_tensors((name, found.ref) for name, found in table.items())
+                made[each] = _as_numbers(index.with_tensors((name, found.ref) for name, found in table.items()))
         base = next((each for each in made if self.recipe.base is not None and each.same(self.recipe.base)), None)
         if base is not None and made[base] is self.indexes[base]:
             tensors = self._beside_base(base, made, tensors)
@@ -366,6 +366,23 @@ class _Deciding:
             for each, index in self.indexes.items()
             if self._is_needed(index) or (base is not None and each.same(base))
         }
+
+
+def _as_numbers(index: CheckpointIndex) -> CheckpointIndex:
+    """Returns a copy of the weights with its quantised weights as numbers. Raises RecipeError for packed ones, which have
+    other names than their numbers."""
+    if not index.may_be_quantised:
+        return index
+    from streammerge.quantised.dequantised import dequantised  # here, because most copies are not quantised
+
+    made = dequantised(index)
+    packed = [weight.stored[0] for name, weight in made.quantised.items() if name != weight.stored[0]]
+    if packed:
+        raise RecipeError(
+            f"{printable(index.path)} holds a copy of the weights that is packed too ({listed(packed)}), which is not "
+            "written; write a .safetensors file, which holds one copy"
+        )
+    return made
 
 
 def _why_kept(path: tuple[Any, ...], ref: TensorRef, theirs: list[TensorRef | None]) -> str:

@@ -16,7 +16,7 @@ from streammerge.errors import RecipeError, listed, printable
 from streammerge.formats.records import CARD_FILE, RECEIPT_FILE
 from streammerge.recipe.adapted import parts_of
 from streammerge.recipe.document import parse_yaml, to_yaml
-from streammerge.recipe.locations import is_held
+from streammerge.recipe.names import is_held
 from streammerge.stores.base import Location
 from streammerge.stores.repositories import Repository, repository_of
 

@@ -34,8 +34,9 @@ from streammerge.planning.receipt import ITSELF, escaped, files_beside, input_fi
 from streammerge.planning.views import Indexes
 from streammerge.recipe.adapted import parts_of
 from streammerge.recipe.document import to_json
-from streammerge.recipe.locations import is_held, travelling, travelling_names
+from streammerge.recipe.locations import travelling, travelling_names
 from streammerge.recipe.model import Recipe
+from streammerge.recipe.names import is_held
 from streammerge.recipe.stage_names import stage_of
 from streammerge.stores.base import Location
 from streammerge.stores.checksums import CRC32, CRC32C

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,7 @@ from streammerge.formats.records import RECEIPT_KEY, RECIPE_KEY
 from streammerge.pickles.arrays import array_over, is_array, native, numpy_dtype
 from streammerge.pickles.candidates import Found
 from streammerge.pickles.repickle import Edit, storage_ref, stream
-from streammerge.pickles.tree import Blank, Enclosed, OrderedTree, StorageRef, TensorRef, mapping_items, walk
+from streammerge.pickles.tree import Blank, Enclosed, OrderedTree, StorageRef, TensorRef, is_quantised, mapping_items, walk
 from streammerge.planning.aligned import Merged
 from streammerge.planning.alignment import Alignment
 from streammerge.planning.conservation import Account
@@ -226,7 +227,8 @@ class _Builder:
             return array_over(storage, spec.dtype, spec.shape, like, self._dtype(spec, like))
         made = TensorRef(storage, spec.dtype, 0, spec.shape, contiguous_strides(spec.shape))
         if like is not None:
-            made.requires_grad, made.wrapper, made.state = like.requires_grad, like.wrapper, like.state
+            made.requires_grad, made.state = like.requires_grad, like.state
+            made.wrapper = () if is_quantised(like) else like.wrapper
         return made
 
     def _dtype(self, spec: TensorSpec, like: TensorRef | None) -> Any:
@@ -269,9 +271,13 @@ class _Builder:
         A tensor that is a merged tensor under another path becomes that one. ``home``: base name -> merged name.
         """
         merged = {(base.plain or base).entries[name].place: made for name, made in home.items()}
-        nodes = list(walk(tree, self.edit.skipped()))
-        for path, node in nodes:
+        nodes = deque(walk(tree, self.edit.skipped()))
+        while nodes:
+            path, node = nodes.popleft()
             if id(node) in self.edit.replaced:
+                continue
+            if isinstance(node, TensorRef) and is_quantised(node):  # it stays as it is, with its integers and scales
+                nodes.extend(((*path, *below), part) for below, part in walk(node.wrapper[1]))
                 continue
             if isinstance(node, TensorRef):
                 if is_array(node) and isinstance(node.entry, Inline):
@@ -290,7 +296,7 @@ class _Builder:
                 octets = TensorRef(StorageRef(node.key, None, node.nbytes), DType.U8, 0, (node.nbytes,), (1,))
                 entry = base.container.locate(f"storage {node.key}", octets)
                 made = self._place(entry.spec, None, entry, as_array=False)
-                self.edit.replaced[id(node)] = type(made)(made.key, node.dtype, node.numel)
+                self.edit.replaced[id(node)] = type(made)(made.key, node.dtype, node.numel, kind=node.kind)
 
 
 def _edit_first(
@@ -298,12 +304,14 @@ def _edit_first(
 ) -> dict[str, tuple[Any, str]]:
     """Puts the merged tensors into the first input's tree. Returns name -> (key, new key) of those that are renamed."""
     selection, renames = base.selection, dict[str, tuple[Any, str]]()
+    codes = {weight.stored[0]: name for name, weight in base.quantised.items()}  # a pack has another name than its numbers
     for found in selection.tensors:
-        if found.name not in home:
+        name = found.name if found.name in home else codes.get(found.name, "")
+        if name not in home:
             _drop(found.name, found.holder, found.key, edit)
             continue
-        _put(found, home[found.name], edit, builder)
-        written = recipe.output_name(found.name)
+        _put(found, home[name], edit, builder)
+        written = recipe.output_name(name)
         if written != base.renamed.get(found.name, found.name):
             if found.holder is None or selection.chosen[0].kind != "state dict":
                 raise RecipeError("tensors of a state dict only can be renamed in a .pth; write a .safetensors file")

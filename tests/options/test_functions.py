@@ -1,4 +1,4 @@
-"""Options: what they take, and that signatures, classes and the command line agree."""
+"""That signatures, classes of options and the command line agree, and that sentences name options that exist."""
 
 from __future__ import annotations
 
@@ -10,31 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy
 import pytest
-import torch
 
 import streammerge as sm
 from streammerge.cli.flags import as_flags
 from streammerge.cli.main import cli
-from streammerge.options import (
-    CONVERT,
-    DIFF,
-    EXTRACT,
-    FINISH,
-    MERGE,
-    PLAN,
-    REPORT,
-    SWEEP,
-    VERIFY,
-    WORKER,
-    Merging,
-    Options,
-    Resources,
-    Running,
-    Selecting,
-    options_of,
-)
+from streammerge.options.base import Options, options_of
+from streammerge.options.functions import CONVERT, DIFF, EXTRACT, FINISH, MERGE, PLAN, REPORT, SWEEP, VERIFY, WORKER
+from streammerge.options.selecting import Selecting
 from streammerge.recipe.model import OutputRequest, Recipe
 
 SOURCE = Path(sm.__file__).parent
@@ -129,38 +112,3 @@ def test_sentences_of_the_library_name_options_that_exist() -> None:
                     f"{path}: {node.value}"
                 )
     assert {"overwrite", "on_missing", "keep_optimizer"} <= found
-
-
-def test_numbers_of_numpy_and_torch() -> None:
-    asked = Merging(weights=numpy.array([0.5, 0.25]), normalize=numpy.True_, convert_first=Path("a"))  # type: ignore[arg-type]
-    assert (asked.weights, asked.normalize, asked.convert_first) == ([0.5, 0.25], True, "a")
-    assert Merging(weights=(torch.tensor(0.5), numpy.float32(0.25))).weights == [0.5, 0.25]  # type: ignore[arg-type]
-    assert Resources(workers=numpy.int64(3), memory=numpy.int64(1 << 30)).workers == 3  # type: ignore[arg-type]
-    assert type(Resources(workers=torch.tensor(3)).workers) is int  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("group", "given", "said"),
-    [
-        (Merging, {"weights": "0.6,0.4"}, "`weights` takes one number per input"),
-        (Merging, {"weights": 0.5}, "`weights` takes one number per input"),
-        (Merging, {"weights": {"a": 1}}, "`weights` takes"),
-        (Merging, {"weights": [None]}, "`weights` takes"),
-        (Merging, {"normalize": "no"}, "`normalize` takes True or False"),
-        (Merging, {"parameters": ["t=0.3"]}, "`parameters` takes a dict"),
-        (Merging, {"base": 3}, "`base` takes a path, not 3"),
-        (Resources, {"workers": 0}, "`workers` takes a positive whole number, not 0"),
-        (Resources, {"workers": 2.5}, "`workers` takes a positive whole number, not 2.5"),
-        (Resources, {"workers": True}, "`workers` takes a positive whole number"),
-        (Resources, {"memory": None}, "`memory` takes a size"),
-        (Resources, {"memory": "lots"}, "is not a size"),
-        (Resources, {"io": "mmapped"}, "`io` takes mmap or pread, not mmapped"),
-        (Running, {"overwrite": 1}, "`overwrite` takes True or False, not 1"),
-        (Running, {"resume": None}, "`resume` takes True or False, not None"),
-        (Selecting, {"state_dict": 3}, "`state_dict` takes a text, not 3"),
-        (Selecting, {"ema": "always"}, "`ema` takes ignore or prefer or only, not always"),
-    ],
-)
-def test_what_an_option_does_not_take(group: type[Options], given: dict[str, Any], said: str) -> None:
-    with pytest.raises(sm.RecipeError, match=re.escape(said)):
-        group(**given)
