@@ -6,6 +6,7 @@ Each module imports only modules above it::
     ranking      cuts, sort keys, ranks in rows: arithmetic on tensors in memory
     agreed       infinities and NaN that all inputs have
     chunk        the numbers of every model at some elements
+    batch        small tensors of equal shape, computed together
     reductions   sums over a group, in one pass
     compact      a matrix in half the memory of float64
     spill        matrices beside memory, and halves of symmetric ones

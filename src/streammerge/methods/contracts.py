@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from streammerge.errors import RecipeError, printable
 from streammerge.kernels.chunk import Kernel
@@ -24,6 +24,11 @@ from streammerge.plugins import Registry, imported
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import GRAIN
 from streammerge.units import plain_number
+
+if TYPE_CHECKING:
+    import torch
+
+    from streammerge.kernels.batch import Batch
 
 PerModel = Sequence[float]
 """The kind of a parameter that has one number for each model."""
@@ -95,7 +100,9 @@ class MergeMethod:
     model, in a tensor of up to a grain. ``whole(shape, models, values, turned)``: how many bytes its passes hold, if that
     is so much that one worker makes the whole tensor. ``turns(shape, values)``: whether a tensor is read and made with its
     first axis last. ``spills(shape, models, values, turned)``: how many bytes it looks at again beside memory
-    (:meth:`TensorGroup.spill`). ``compute``: the dtype of the arithmetic, unless the recipe gives one.
+    (:meth:`TensorGroup.spill`). ``batch(batch, values)``: computes several small tensors at once, with the bytes that each
+    has alone, in the same buffers; None where a number is not finite. ``compute``: the dtype of the arithmetic, unless the
+    recipe gives one.
     ``check(values)`` raises RecipeError.
 
     A method is pickled as the place of its function, and is found there again.
@@ -116,6 +123,7 @@ class MergeMethod:
     whole: Callable[[tuple[int, ...], int, Values, bool], int] | None = None
     turns: Callable[[tuple[int, ...], Values], bool] | None = None
     spills: Callable[[tuple[int, ...], int, Values, bool], int] | None = None
+    batch: Callable[[Batch, Values], torch.Tensor | None] | None = None
     compute: str = "float32"
     check: Callable[[Values], None] | None = None
     listed: bool = field(default=True, repr=False)

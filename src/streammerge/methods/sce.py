@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from streammerge.errors import RecipeError
@@ -15,6 +16,8 @@ from streammerge.tensors.spec import GRAIN
 if TYPE_CHECKING:
     import torch
 
+    from streammerge.kernels.batch import Batch
+
 Variance = Callable[[Chunk], "torch.Tensor"]
 Mask = Callable[[Chunk], "torch.Tensor | None"]
 Kept = dict[str, "torch.Tensor"]
@@ -25,8 +28,44 @@ def _check_topk(values: Values) -> None:
         raise RecipeError(f"select_topk is the share of elements that is kept, from 0 to 1, not {values['select_topk']:g}")
 
 
+def _in_batch(batch: Batch, values: Values) -> torch.Tensor | None:
+    """Returns the result for all tensors of a batch, None where a delta is not finite."""
+    import torch
+
+    if not batch.models:
+        return None
+    chunk, share, mask = batch.chunk, values["select_topk"], None
+    deltas = [chunk.delta(model, f"delta {model}") for model in range(batch.models)]
+    if share < 1:
+        variance = _variance(chunk, deltas, batch.models)
+        varying = torch.gt(variance, 0, out=chunk.empty("varying"))
+        cuts = batch.cuts(variance, [[int(count * share)] for count in batch.sums(varying)])
+        if cuts is None:
+            return None
+        for row, (cut,) in zip(batch.rows(variance).unbind(), cuts, strict=True):
+            cut.keep(row, 0)
+        mask = torch.ne(variance, 0, out=variance)
+    energies = []
+    for delta in deltas:
+        delta = delta if mask is None else delta.mul_(mask)
+        energies.append(batch.sums(torch.mul(delta, delta, out=chunk.empty(OPERAND))))
+        if not all(map(math.isfinite, energies[-1])):
+            return None
+    each = [_shares(of_models, batch.elems, values["uniform_below"]) for of_models in zip(*energies, strict=True)]
+    columns = [batch.column(of_tensors) for of_tensors in zip(*each, strict=True)]
+    return _mixed(chunk, deltas, lambda values, model: batch.rows(values).mul_(columns[model]))
+
+
 @merge_method(
-    "sce", models=(0, None), base="required", buffers=11, buffers_per_model=1, kept_bits=32, searches=1, check=_check_topk
+    "sce",
+    models=(0, None),
+    base="required",
+    buffers=11,
+    buffers_per_model=1,
+    kept_bits=32,
+    searches=1,
+    batch=_in_batch,
+    check=_check_topk,
 )
 def sce(group: TensorGroup, *, int8_mask: bool = False, select_topk: float = 1.0, uniform_below: float = 0.0) -> Kernel:
     r"""Select, calculate, erase: fuses deltas where they vary, each by its energy.
@@ -53,24 +92,33 @@ def sce(group: TensorGroup, *, int8_mask: bool = False, select_topk: float = 1.0
     weights = _weights(group, mask_of, uniform_below)
 
     def kernel(chunk: Chunk) -> torch.Tensor:
-        import torch
-
-        mask, spare = mask_of(chunk), chunk.empty("spare")
+        mask = mask_of(chunk)
         deltas = [_selected(chunk, model, mask, f"delta {model}") for model in range(group.models)]
-        total = torch.add(deltas[0], deltas[1] if len(deltas) > 1 else 0, out=chunk.empty("sum"))
-        for delta in deltas[2:]:
-            total.add_(delta)
-        sign = torch.ge(total, 0, out=total).mul_(2).sub_(1)
-        mixed, divisor = chunk.zeros("mixed"), chunk.empty("divisor")
-        for number, (delta, weight) in enumerate(zip(deltas, weights, strict=True)):
-            agrees = torch.gt(torch.mul(delta, sign, out=spare), 0, out=spare)
-            share = torch.mul(agrees, weight, out=spare if number else divisor)
-            mixed.add_(delta.mul_(share))
-            if number:
-                divisor.add_(share)
-        return mixed.div_(divisor.clamp_(min=1e-6)).add_(chunk.base)
+        return _mixed(chunk, deltas, lambda values, model: values.mul_(weights[model]))
 
     return kernel
+
+
+def _mixed(chunk: Chunk, deltas: list[torch.Tensor], weigh: Callable[[torch.Tensor, int], torch.Tensor]) -> torch.Tensor:
+    """Returns the base with the mean of the deltas that have the sign of their sum.
+
+    ``weigh(values, model)`` multiplies by the weight of a model, in place.
+    """
+    import torch
+
+    total = torch.add(deltas[0], deltas[1] if len(deltas) > 1 else 0, out=chunk.empty("sum"))
+    for delta in deltas[2:]:
+        total.add_(delta)
+    sign = torch.ge(total, 0, out=total).mul_(2).sub_(1)
+    mixed, divisor = chunk.zeros("mixed"), chunk.empty("divisor")
+    for model, delta in enumerate(deltas):
+        share = chunk.empty("spare") if model else divisor
+        torch.gt(torch.mul(delta, sign, out=share), 0, out=share)
+        weigh(share, model)
+        mixed.add_(delta.mul_(share))
+        if model:
+            divisor.add_(share)
+    return mixed.div_(divisor.clamp_(min=1e-6)).add_(chunk.base)
 
 
 def _selected(chunk: Chunk, model: int, mask: torch.Tensor | None, slot: Slot = OPERAND) -> torch.Tensor:
@@ -94,9 +142,9 @@ def _variances(group: TensorGroup, kept: Kept) -> Variance:
 
     def variance(chunk: Chunk) -> torch.Tensor:
         if chunk.hides or not chunk.elems == group.elems <= GRAIN:
-            return _variance(chunk, group)
+            return _variance(chunk, _one_by_one(chunk, group.models), group.models)
         if "variance" not in kept:
-            kept["variance"] = _variance(chunk, group).clone()
+            kept["variance"] = _variance(chunk, _one_by_one(chunk, group.models), group.models).clone()
         return kept["variance"]
 
     return variance
@@ -121,21 +169,30 @@ def _masks(group: TensorGroup, variance: Variance, cut: Cut, kept: Kept) -> Mask
     return mask
 
 
-def _variance(chunk: Chunk, group: TensorGroup) -> torch.Tensor:
-    """Returns the variance of the deltas over the models, by Welford's method; exactly zero where all deltas are equal."""
+def _variance(chunk: Chunk, deltas: Iterable[torch.Tensor], models: int) -> torch.Tensor:
+    """Returns the variance of the deltas over the models, by Welford's method; exactly zero where all deltas are equal. The
+    first delta may be in the slot of the mean. Each is used before the next one is asked for, and stays as it is."""
     import torch
 
-    several = group.models > 1  # the first of several is their mean so far, and adds nothing to the variance
-    mean, variance = chunk.delta(0, "mean") if several else chunk.zeros("mean"), chunk.empty("variance")
-    for number in range(several, group.models):
-        delta = chunk.delta(number)
+    rest = iter(deltas)
+    mean, variance, share = next(rest), chunk.empty("variance"), chunk.empty("share")
+    if models == 1:
+        torch.sub(mean, mean, out=variance)  # NaN where it is not finite
+    for number, delta in enumerate(rest, 1):
         apart = torch.sub(delta, mean, out=chunk.empty("apart"))
-        mean.add_(torch.div(apart, number + 1, out=chunk.empty("share")))
-        if number == several:
-            torch.mul(apart, delta.sub_(mean), out=variance)
+        mean = torch.add(mean, torch.div(apart, number + 1, out=share), out=chunk.empty("mean"))
+        other = torch.sub(delta, mean, out=share)
+        if number == 1:  # the first is the mean so far, and adds nothing to the variance
+            torch.mul(apart, other, out=variance)
         else:
-            variance.add_(apart.mul_(delta.sub_(mean)))
-    return variance.div_(group.models).abs_()  # clears the sign of NaN
+            variance.add_(apart.mul_(other))
+    return variance.div_(models).abs_()  # clears the sign of NaN
+
+
+def _one_by_one(chunk: Chunk, models: int) -> Iterator[torch.Tensor]:
+    yield chunk.delta(0, "mean")
+    for model in range(1, models):
+        yield chunk.delta(model)
 
 
 def _weights(group: TensorGroup, mask_of: Mask, uniform_below: float) -> list[float]:
@@ -147,8 +204,13 @@ def _weights(group: TensorGroup, mask_of: Mask, uniform_below: float) -> list[fl
             delta = _selected(chunk, model, mask)
             yield torch.mul(delta, delta, out=delta)
 
-    energies = [float(sum_) / max(group.elems, 1) for sum_ in group.reduce(squares)]
+    return _shares([float(total) for total in group.reduce(squares)], group.elems, uniform_below)
+
+
+def _shares(squares: Sequence[float], elems: int, uniform_below: float) -> list[float]:
+    """Returns the weight of each model from the sums of its squares."""
+    energies = [of_model / max(elems, 1) for of_model in squares]
     total = sum(energies)
     if total == 0 or total < uniform_below:
-        return [1 / group.models] * group.models
+        return [1 / len(energies)] * len(energies)
     return [energy / total for energy in energies]

@@ -14,12 +14,14 @@ from streammerge.errors import RecipeError
 from streammerge.kernels.chunk import Chunk
 from streammerge.kernels.group import TensorGroup
 from streammerge.kernels.random import limits
-from streammerge.kernels.ranking import by_rank
+from streammerge.kernels.ranking import Cut, by_rank
 from streammerge.methods.contracts import Values
 from streammerge.tensors.spec import GRAIN
 
 if TYPE_CHECKING:
     import torch
+
+    from streammerge.kernels.batch import Batch
 
 Sparsify = Callable[[Chunk, int, "torch.Tensor"], "torch.Tensor"]
 """(chunk, model, its delta) -> the delta with dropped elements set to zero. NaN stays NaN."""
@@ -49,9 +51,7 @@ def everything(chunk: Chunk, model: int, delta: torch.Tensor) -> torch.Tensor:
 def magnitude(group: TensorGroup, density: Sequence[float]) -> Sparsify:
     """Keeps the int(density * n) largest by magnitude, at least one unless the density is 0. Among equal ones, keeps those
     with the lowest index."""
-    n = group.elems
-    ranks = [[n if d >= 1 else max(int(d * n), 1) if d else 0] for d in density]
-    cuts = group.kth_largest(_magnitudes(group), ranks)
+    cuts = group.kth_largest(_magnitudes(group), [[_largest(group.elems, d)] for d in density])
     return lambda chunk, model, delta: cuts[model][0].keep(delta, chunk.start)
 
 
@@ -60,20 +60,32 @@ def magnitude_outliers(group: TensorGroup, density: Sequence[float], gamma: Sequ
 
     If fewer are left, fewer outliers are dropped. A density of 1 keeps all.
     """
-    n = group.elems
-    ranks = []
-    for d, g in zip(density, gamma, strict=True):
-        kept = int(d * n)
-        outliers = min(int(g * n), n - kept)
-        ranks.append([n, 0] if d >= 1 else [outliers + kept, outliers])
+    ranks = [_without_outliers(group.elems, d, g) for d, g in zip(density, gamma, strict=True)]
     cuts = group.kth_largest(_magnitudes(group), ranks)
 
     def apply(chunk: Chunk, model: int, delta: torch.Tensor) -> torch.Tensor:
         upto, outliers = cuts[model]
-        dropped = outliers.keep(chunk.empty("outliers").copy_(delta), chunk.start)
-        return upto.keep(delta, chunk.start).sub_(dropped)  # x - x is 0, and x - 0 is x
+        return _between(delta, upto, outliers, chunk.start, chunk.empty("outliers"))
 
     return apply
+
+
+def _largest(n: int, density: float) -> int:
+    """Returns how many of n elements are kept."""
+    return n if density >= 1 else max(int(density * n), 1) if density else 0
+
+
+def _without_outliers(n: int, density: float, gamma: float) -> list[int]:
+    """Returns how many of n elements are kept or dropped as outliers, and how many are outliers."""
+    kept = int(density * n)
+    outliers = min(int(gamma * n), n - kept)
+    return [n, 0] if density >= 1 else [outliers + kept, outliers]
+
+
+def _between(delta: torch.Tensor, upto: Cut, outliers: Cut, start: int, scratch: torch.Tensor) -> torch.Tensor:
+    """Keeps the elements of a cut without those of another one, in place. The elements begin at ``start``."""
+    dropped = outliers.keep(scratch.copy_(delta), start)
+    return upto.keep(delta, start).sub_(dropped)  # x - x is 0, and x - 0 is x
 
 
 def bernoulli(group: TensorGroup, density: Sequence[float]) -> Sparsify:
@@ -173,10 +185,100 @@ def rescaled(group: TensorGroup, sparsify: Sparsify) -> Sparsify:
             yield sparsify(chunk, model, magnitudes)  # what is kept depends on no sign
 
     totals = list(map(float, group.reduce(sums))) if group.models else []
-    # Not >=: NaN must stay
-    factors = [1.0 if a < 1e-7 or b < 1e-7 else a / b for a, b in zip(totals[::2], totals[1::2], strict=True)]
+    factors = [_factor(a, b) for a, b in zip(totals[::2], totals[1::2], strict=True)]
     return lambda chunk, model, delta: sparsify(chunk, model, delta).mul_(factors[model])
 
 
 def _magnitudes(group: TensorGroup) -> Callable[[Chunk], Iterator[torch.Tensor]]:
     return lambda chunk: (chunk.delta(model).abs_() for model in range(group.models))
+
+
+# -------------------------------------------------------------------------------------------------------- in a batch
+
+Keep = Callable[["Batch", int, "torch.Tensor", "torch.Tensor"], bool]
+"""(batch, model, its deltas, room for their magnitudes) -> whether all is finite. Sets dropped elements to zero."""
+
+
+def magnitude_in(density: Sequence[float]) -> Keep:
+    """:func:`magnitude` of each tensor of a batch."""
+
+    def keep(batch: Batch, model: int, delta: torch.Tensor, room: torch.Tensor) -> bool:
+        ranks = [[_largest(batch.elems, density[model])]] * len(batch.names)
+        cuts = batch.cuts(_absolute(delta, room), ranks)
+        for row, (cut,) in zip(batch.rows(delta).unbind(), cuts or (), strict=False):
+            cut.keep(row, 0)
+        return cuts is not None
+
+    return keep
+
+
+def magnitude_outliers_in(density: Sequence[float], gamma: Sequence[float]) -> Keep:
+    """:func:`magnitude_outliers` of each tensor of a batch."""
+
+    def keep(batch: Batch, model: int, delta: torch.Tensor, room: torch.Tensor) -> bool:
+        ranks = [_without_outliers(batch.elems, density[model], gamma[model])] * len(batch.names)
+        cuts = batch.cuts(_absolute(delta, room), ranks)
+        for row, (upto, outliers) in zip(batch.rows(delta).unbind(), cuts or (), strict=False):
+            _between(row, upto, outliers, 0, room[: batch.elems])
+        return cuts is not None
+
+    return keep
+
+
+def bernoulli_in(density: Sequence[float]) -> Keep:
+    """:func:`bernoulli` of each tensor of a batch."""
+
+    def keep(batch: Batch, model: int, delta: torch.Tensor, room: torch.Tensor) -> bool:
+        if density[model] < 1:
+            delta.mul_(batch.chosen(model, density[model]))
+        return True
+
+    return keep
+
+
+def magprune_in(density: Sequence[float], epsilon: Sequence[float]) -> Keep:
+    """:func:`magprune` of each tensor of a batch."""
+
+    def keep(batch: Batch, model: int, delta: torch.Tensor, room: torch.Tensor) -> bool:
+        import torch
+
+        if not density[model]:
+            delta.mul_(batch.chosen(model, 0.0))
+            return True
+        fibres = fibre_view(delta, batch.shape) if len(batch.shape) > 1 else batch.rows(delta).unsqueeze(2)
+        n = fibres.shape[1]
+        if density[model] < 1 and n > 1:
+            chunk = batch.chunk
+            chances = chunk.empty("chances", torch.int32)
+            keys, order = (chunk.empty(slot, torch.int64) for slot in ("rank keys", "rank order"))
+            table = _limits_by_rank(n, density[model], epsilon[model], chunk.compute)
+            by_rank(fibres, table, chances.view(fibres.shape), keys, order)
+            delta.mul_(batch.chosen(model, chances))
+        return True
+
+    return keep
+
+
+def rescaled_in(keep: Keep) -> Keep:
+    """:func:`rescaled` for each tensor of a batch."""
+
+    def kept(batch: Batch, model: int, delta: torch.Tensor, room: torch.Tensor) -> bool:
+        before = batch.sums(_absolute(delta, room))
+        if not all(map(math.isfinite, before)) or not keep(batch, model, delta, room):
+            return False
+        after = batch.sums(_absolute(delta, room))
+        batch.rows(delta).mul_(batch.column([_factor(a, b) for a, b in zip(before, after, strict=True)]))
+        return True
+
+    return kept
+
+
+def _absolute(values: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return torch.abs(values, out=out)
+
+
+def _factor(before: float, after: float) -> float:
+    # Not >=: NaN must stay
+    return 1.0 if before < 1e-7 or after < 1e-7 else before / after

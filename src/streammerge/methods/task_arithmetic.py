@@ -16,22 +16,30 @@ from typing import TYPE_CHECKING
 
 from streammerge.kernels.chunk import OPERAND, Chunk, Kernel, Slot
 from streammerge.kernels.group import TensorGroup
-from streammerge.methods.contracts import PerModel, merge_method
+from streammerge.methods.contracts import PerModel, Values, merge_method
 from streammerge.methods.linear import scaled
 from streammerge.methods.sparsify import (
+    Keep,
     Sparsify,
     bernoulli,
+    bernoulli_in,
     check_density,
     everything,
     fibre_row,
     magnitude,
+    magnitude_in,
     magnitude_outliers,
+    magnitude_outliers_in,
     magprune,
+    magprune_in,
     rescaled,
+    rescaled_in,
 )
 
 if TYPE_CHECKING:
     import torch
+
+    from streammerge.kernels.batch import Batch
 
 
 def _merge(
@@ -40,8 +48,7 @@ def _merge(
     """Returns the kernel of the formula above; ``elect``: with election of the sign."""
     if not group.models:
         return lambda chunk: chunk.base
-    total = sum(weight)
-    divisor = total if normalize and abs(total) >= 1e-8 else 1.0
+    divisor = _divisor(weight, normalize)
 
     def plain(chunk: Chunk) -> torch.Tensor:
         mixed = weighted(chunk, 0, "mixed")
@@ -60,6 +67,68 @@ def _merge(
         return scaled(mixed, scale).add_(chunk.base)
 
     return elected if elect else plain
+
+
+def _in_batch(batch: Batch, keep: Keep, values: Values, *, elect: bool) -> torch.Tensor | None:
+    """Returns the result of :func:`_merge` for all tensors of a batch, None where a delta is not finite."""
+    chunk, weight = batch.chunk, values["weight"]
+    if not batch.models:
+        return None
+    if values["rescale"] and any(d < 1 for d in values["density"]):
+        keep = rescaled_in(keep)
+
+    def weighted(model: int, slot: Slot) -> torch.Tensor | None:
+        delta = chunk.delta(model, slot)
+        return scaled(delta, weight[model]) if keep(batch, model, delta, chunk.empty(OPERAND)) else None
+
+    deltas: list[torch.Tensor] = []
+    for model in range(batch.models):
+        delta = weighted(model, f"delta {model}" if elect else "delta" if model else "mixed")
+        if delta is None:
+            return None
+        if elect or not deltas:
+            deltas.append(delta)
+        else:
+            deltas[0].add_(delta)
+    if elect:
+        mixed = winners(chunk, deltas, weight, values["normalize"])
+    else:
+        divisor = _divisor(weight, values["normalize"])
+        mixed = deltas[0].div_(divisor) if divisor != 1 else deltas[0]
+    return scaled(mixed, values["lambda"]).add_(chunk.base)
+
+
+def _divisor(weight: Sequence[float], normalize: bool) -> float:
+    total = sum(weight)
+    return total if normalize and abs(total) >= 1e-8 else 1.0
+
+
+def _by_magnitude(batch: Batch, values: Values) -> torch.Tensor | None:
+    return _in_batch(batch, magnitude_in(values["density"]), values, elect=True)
+
+
+def _without_outliers(batch: Batch, values: Values) -> torch.Tensor | None:
+    return _in_batch(batch, magnitude_outliers_in(values["density"], values["gamma"]), values, elect=False)
+
+
+def _without_outliers_elected(batch: Batch, values: Values) -> torch.Tensor | None:
+    return _in_batch(batch, magnitude_outliers_in(values["density"], values["gamma"]), values, elect=True)
+
+
+def _at_random(batch: Batch, values: Values) -> torch.Tensor | None:
+    return _in_batch(batch, bernoulli_in(values["density"]), values, elect=False)
+
+
+def _at_random_elected(batch: Batch, values: Values) -> torch.Tensor | None:
+    return _in_batch(batch, bernoulli_in(values["density"]), values, elect=True)
+
+
+def _at_random_by_rank(batch: Batch, values: Values) -> torch.Tensor | None:
+    return _in_batch(batch, magprune_in(values["density"], values["epsilon"]), values, elect=False)
+
+
+def _at_random_by_rank_elected(batch: Batch, values: Values) -> torch.Tensor | None:
+    return _in_batch(batch, magprune_in(values["density"], values["epsilon"]), values, elect=True)
 
 
 def winners(chunk: Chunk, deltas: list[torch.Tensor], weight: Sequence[float], normalize: bool) -> torch.Tensor:
@@ -112,7 +181,16 @@ def task_arithmetic(
     return _merge(group, everything, weight, elect=False, normalize=normalize, scale=lambda_)
 
 
-@merge_method("ties", models=(0, None), base="required", buffers=10, buffers_per_model=1, searches=1, check=check_density)
+@merge_method(
+    "ties",
+    models=(0, None),
+    base="required",
+    buffers=10,
+    buffers_per_model=1,
+    searches=1,
+    batch=_by_magnitude,
+    check=check_density,
+)
 def ties(
     group: TensorGroup,
     *,
@@ -141,7 +219,9 @@ def ties(
     return _merge(group, sparsify, weight, elect=True, normalize=normalize, scale=lambda_)
 
 
-@merge_method("dare_linear", models=(0, None), base="required", buffers=8, kept_bits=1, check=check_density)
+@merge_method(
+    "dare_linear", models=(0, None), base="required", buffers=8, kept_bits=1, batch=_at_random, check=check_density
+)
 def dare_linear(
     group: TensorGroup,
     *,
@@ -168,7 +248,14 @@ def dare_linear(
 
 
 @merge_method(
-    "dare_ties", models=(0, None), base="required", buffers=12, buffers_per_model=1, kept_bits=1, check=check_density
+    "dare_ties",
+    models=(0, None),
+    base="required",
+    buffers=12,
+    buffers_per_model=1,
+    kept_bits=1,
+    batch=_at_random_elected,
+    check=check_density,
 )
 def dare_ties(
     group: TensorGroup,
@@ -192,7 +279,9 @@ def dare_ties(
     return _merge(group, sparsify, weight, elect=True, normalize=normalize, scale=lambda_)
 
 
-@merge_method("breadcrumbs", models=(0, None), base="required", buffers=9, searches=2, check=check_density)
+@merge_method(
+    "breadcrumbs", models=(0, None), base="required", buffers=9, searches=2, batch=_without_outliers, check=check_density
+)
 def breadcrumbs(
     group: TensorGroup,
     *,
@@ -221,7 +310,14 @@ def breadcrumbs(
 
 
 @merge_method(
-    "breadcrumbs_ties", models=(0, None), base="required", buffers=12, buffers_per_model=1, searches=2, check=check_density
+    "breadcrumbs_ties",
+    models=(0, None),
+    base="required",
+    buffers=12,
+    buffers_per_model=1,
+    searches=2,
+    batch=_without_outliers_elected,
+    check=check_density,
 )
 def breadcrumbs_ties(
     group: TensorGroup,
@@ -254,6 +350,7 @@ def breadcrumbs_ties(
     buffers=16,
     buffers_per_model=1,
     kept_bits=1,
+    batch=_at_random_by_rank_elected,
     check=check_density,
 )
 def della(
@@ -286,7 +383,14 @@ def della(
 
 
 @merge_method(
-    "della_linear", models=(0, None), base="required", row=fibre_row, buffers=14, kept_bits=1, check=check_density
+    "della_linear",
+    models=(0, None),
+    base="required",
+    row=fibre_row,
+    buffers=14,
+    kept_bits=1,
+    batch=_at_random_by_rank,
+    check=check_density,
 )
 def della_linear(
     group: TensorGroup,

@@ -11,6 +11,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from streammerge.errors import StreammergeError, TaskError, printable
+from streammerge.kernels.agreed import finite
+from streammerge.kernels.batch import MOST_EACH, MOST_ELEMS, Batch
 from streammerge.kernels.chunk import Chunk, Kernel, Look, Step, chunk_spans
 from streammerge.kernels.group import TensorGroup
 from streammerge.kernels.pass_results import PassResults
@@ -137,20 +139,73 @@ class MergeWorker(Worker):
         if done.nonfinite:
             outgoing.take_back(whole.nbytes)
             return None
-        data, made, start = outgoing.last(whole.nbytes), [], 0
-        for piece in stretch:
-            made.append(done_of(piece, self.job.checksum.update(data[start : start + piece.nbytes])))
-            start += piece.nbytes
-        return made
+        return self._cut(stretch, outgoing.last(whole.nbytes))
 
     def _in_turn(self, stretch: list[Piece], outgoing: Outgoing) -> list[PieceDone]:
         """Computes pieces one after the other from inputs that are opened, mapped and announced once for all."""
         self.one_torch_thread()
-        source, made = self.source(as_one_piece(stretch).task, keep=True), []
+        source, made = self.source(as_one_piece(stretch).task, keep=True), list[PieceDone]()
+        for part in self._batches_of(stretch):
+            done = self._at_once(part, source, outgoing) if len(part) > 1 else None
+            if done is not None:
+                made += done
+                source.first += sum([piece.stop for piece in part])
+                continue
+            for piece in part:
+                with failures(piece.task, piece.start, piece.stop):
+                    made.append(self._apply(self._kernel_of(piece.task, source), piece, source, outgoing))
+                source.first += piece.stop
+        return made
+
+    def _batches_of(self, stretch: list[Piece]) -> Iterator[list[Piece]]:
+        """Yields pieces that the method computes at once, which have one shape. All others are alone."""
+        most = min(MOST_ELEMS, self.job.budget.chunk_elems)
+        can = stretch[0].task.method.batch is not None and not self.job.measures
+        batch = list[Piece]()
         for piece in stretch:
-            with failures(piece.task, piece.start, piece.stop):
-                made.append(self._apply(self._kernel_of(piece.task, source), piece, source, outgoing))
-            source.first += piece.stop
+            if batch and not (
+                can
+                and piece.task.shape == batch[0].task.shape
+                and 0 < piece.stop <= MOST_EACH
+                and (len(batch) + 1) * piece.stop <= most
+                and piece.task.out.dtype.kind == "float"
+            ):
+                yield batch
+                batch = []
+            batch.append(piece)
+        yield batch
+
+    def _at_once(self, batch: list[Piece], source: Inputs, outgoing: Outgoing) -> list[PieceDone] | None:
+        """Computes pieces together. Returns None if a number is not finite, which must be settled tensor by tensor."""
+        import torch
+
+        task, elems = batch[0].task, sum([piece.stop for piece in batch])
+        self.host.check()
+        self.workspace.clear(elems)
+        source.move_to(0, elems)
+        compute, models = getattr(torch, task.compute), len(task.sources) - task.based
+        chunk = Chunk(0, elems, compute, self.workspace, source.read, task.based, models)
+        names = [piece.task.out.name for piece in batch]
+        with failures(task, 0, elems):
+            result = task.method.batch and task.method.batch(
+                Batch(names, task.shape, models, task.seed, chunk), task.parameters
+            )
+        if result is None:
+            return None
+        dtype = task.out.dtype.component
+        data = outgoing.room(elems * dtype.element_bytes)
+        out = torch.frombuffer(data, dtype=dtype.torch).copy_(result.view(-1))
+        if may_be_nonfinite(out) and not bool(finite(out).all()):
+            outgoing.take_back(len(data))
+            return None
+        return self._cut(batch, data)
+
+    def _cut(self, pieces: list[Piece], data: memoryview) -> list[PieceDone]:
+        """Returns the results of pieces whose bytes lie one after the other."""
+        made, start = list[PieceDone](), 0
+        for piece in pieces:
+            made.append(done_of(piece, self.job.checksum.update(data[start : start + piece.nbytes])))
+            start += piece.nbytes
         return made
 
     def _all_of(self, batch: list[Piece], target: Target) -> list[PieceDone]:

@@ -1,0 +1,87 @@
+"""Small tensors of equal shape, computed together: one operation answers for all of them.
+
+A call into torch or numpy takes as long as its work on a few thousand numbers. What a method asks of a whole tensor, such
+as a sum or a k-th largest number, is found for each tensor by itself. So each result has the bytes that it has alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from streammerge.kernels.chunk import SCRATCH, Chunk, Slot
+from streammerge.kernels.ranking import Cut, select
+from streammerge.tensors.spec import GRAIN
+
+if TYPE_CHECKING:
+    import torch
+
+MOST_ELEMS = 1 << 17
+"""Numbers of one input that are computed together. With four times as many, buffers leave the CPU's caches."""
+MOST_EACH = GRAIN // 2
+"""Numbers of a tensor that may be computed with others. One of up to so many is a single chunk and a single grain."""
+_CHOSEN: Slot = ("chosen",)
+_BITS: Slot = ("chosen bits",)
+
+
+class Batch(NamedTuple):
+    """Tensors of one shape that are neighbours in every input. ``chunk`` has the numbers of all, tensor by tensor.
+
+    ``models`` is the number of models, without the base. See :class:`~streammerge.kernels.group.TensorGroup`.
+    """
+
+    names: Sequence[str]
+    shape: tuple[int, ...]
+    models: int
+    seed: int
+    chunk: Chunk
+
+    @property
+    def elems(self) -> int:
+        """Number of elements of each tensor."""
+        return math.prod(self.shape)
+
+    def rows(self, values: torch.Tensor) -> torch.Tensor:
+        """Views a buffer as one row for each tensor."""
+        return values.view(len(self.names), -1)
+
+    def column(self, numbers: Sequence[float]) -> torch.Tensor:
+        """Returns one number for each tensor, which can be multiplied with :meth:`rows`."""
+        import torch
+
+        return torch.tensor(numbers, dtype=self.chunk.compute).unsqueeze(1)
+
+    def sums(self, values: torch.Tensor) -> list[float]:
+        """Returns the sum of each tensor's numbers, as :meth:`TensorGroup.reduce` does."""
+        import torch
+
+        return [row.sum(0, dtype=torch.float64).item() for row in self.rows(values).unbind()]
+
+    def cuts(self, values: torch.Tensor, ranks: Sequence[Sequence[int]]) -> list[list[Cut]] | None:
+        """Returns the cuts of each tensor's numbers, as :meth:`TensorGroup.kth_largest` does. ``ranks``: those of each
+        tensor. None if any number is NaN."""
+        made, scratch = [], self.chunk.empty(SCRATCH)[: self.elems]
+        for row, of in zip(self.rows(values).unbind(), ranks, strict=True):
+            wanted = [rank for rank in sorted(set(of)) if 0 < rank < self.elems]
+            found, nan = select(row, wanted, False, scratch) if wanted else ([], False)
+            if nan:
+                return None
+            known = dict(zip(wanted, found, strict=True))
+            made.append([known.get(rank) or Cut(rank, everything=rank > 0) for rank in of])
+        return made
+
+    def chosen(self, model: int, chance: float | torch.Tensor) -> torch.Tensor:
+        """Returns 1 where the random number of an element is below the chance, else 0, as :meth:`TensorGroup.chosen`."""
+        import torch
+
+        from streammerge.kernels.random import chosen
+
+        made, bits = self.chunk.empty(_CHOSEN, torch.float32), self.chunk.empty(_BITS, torch.int32)
+        limits: Sequence[float | torch.Tensor] = (
+            self.rows(chance).unbind() if isinstance(chance, torch.Tensor) else [chance] * len(self.names)
+        )
+        rows = zip(self.names, limits, self.rows(made).unbind(), self.rows(bits).unbind(), strict=True)
+        for name, limit, out, scratch in rows:
+            chosen(self.seed, name, model, 0, limit, out, scratch)
+        return made

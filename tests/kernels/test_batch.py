@@ -1,0 +1,121 @@
+"""Small tensors that are computed together have the bytes that each has alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import streammerge as sm
+from streammerge.kernels.batch import Batch
+from streammerge.kernels.group import TensorGroup
+from streammerge.methods.registry import list_methods
+from streammerge.running import worker
+
+METHODS: list[tuple[str, dict[str, Any]]] = [
+    ("ties", {"density": [0.5, 0.01, 1.0]}),
+    ("ties", {"density": 0.3, "rescale": True, "weight": [0.5, -2.0, 1.0], "lambda": 0.7}),
+    ("breadcrumbs", {"density": [0.5, 0.9, 0.2], "gamma": 0.1}),
+    ("breadcrumbs_ties", {"density": 0.5, "gamma": 0.1, "normalize": True}),
+    ("dare_linear", {"density": [0.5, 0.9, 0.0], "normalize": True}),
+    ("dare_ties", {"density": 0.5, "rescale": False}),
+    ("della_linear", {"density": [0.5, 1.0, 0.0]}),
+    ("della", {"density": 0.5, "epsilon": 0.2, "weight": [0.5, 0.3, 0.4]}),
+    ("sce", {"select_topk": 0.3}),
+    ("sce", {}),
+    ("sce", {"select_topk": 0.5, "uniform_below": 1e9}),
+]
+SHAPES = [(700,)] * 3 + [(20, 30)] * 3 + [(4, 6, 5)] * 2 + [(1,)] * 2 + [()] * 2 + [(40_000,)] * 2 + [(0,)] + [(700,)]
+
+
+def written(folder: Path, dtype: torch.dtype, models: int, spoiled: bool = False) -> list[Path]:
+    """Writes a base and models of small tensors; some differences are equal. ``spoiled``: one number is not finite."""
+    base = {f"w{n:02}": torch.randn(shape, generator=torch.Generator().manual_seed(n)) for n, shape in enumerate(SHAPES)}
+    paths = []
+    for model in range(models + 1):
+        make = torch.Generator().manual_seed(100 + model)
+        own = {k: t + 0.05 * torch.randint(-4, 5, t.shape, generator=make) * bool(model) for k, t in base.items()}
+        own["w08"] = base["w08"].clone()
+        if spoiled:
+            own["w01"][3] = -torch.inf
+            own["w04"][2, 2] = torch.nan if model == 1 else 1.0
+        paths.append(folder / f"{model}.safetensors")
+        save_file({k: t.to(dtype) for k, t in own.items()}, paths[-1])
+    return paths
+
+
+@pytest.mark.parametrize(("method", "parameters"), METHODS, ids=lambda value: value if isinstance(value, str) else None)
+@pytest.mark.parametrize(("dtype", "spoiled"), [("bfloat16", False), ("float16", True), ("float64", False)])
+def test_a_batch_changes_no_byte(
+    method: str, parameters: dict[str, Any], dtype: str, spoiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, *models = written(tmp_path, getattr(torch, dtype), 3, spoiled)
+    sizes = list[int]()
+
+    def counted(*fields: Any) -> Batch:
+        sizes.append(len(fields[0]))
+        return Batch(*fields)
+
+    def bytes_of(name: str) -> tuple[bytes, list[str]]:
+        out = tmp_path / name
+        result = sm.merge(
+            models,
+            out,
+            base=base,
+            method=method,
+            parameters=parameters,
+            allow_nonfinite=True,
+            workers=1,
+            executor="threads",
+        )
+        return out.read_bytes(), result.warnings
+
+    monkeypatch.setattr(worker, "Batch", counted)
+    together = bytes_of("together.safetensors")
+    assert max(sizes) == 3
+    sizes.clear()
+    monkeypatch.setattr(worker, "MOST_ELEMS", 0)
+    assert bytes_of("alone.safetensors") == together
+    assert not sizes
+
+
+@pytest.mark.parametrize("models", [1, 2])
+@pytest.mark.parametrize("method", ["ties", "dare_linear", "della", "sce"])
+def test_any_number_of_models(method: str, models: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, *paths = written(tmp_path, torch.bfloat16, models)
+    parameters = {"select_topk": 0.5} if method == "sce" else {"density": 0.4}
+    made = []
+    for name in ("together", "alone"):
+        out = tmp_path / f"{name}.safetensors"
+        sm.merge(paths, out, base=base, method=method, parameters=parameters, workers=1, executor="threads")
+        made.append(out.read_bytes())
+        monkeypatch.setattr(worker, "MOST_ELEMS", 0)
+    assert made[0] == made[1]
+
+
+def batch_of(values: torch.Tensor) -> Batch:
+    group = TensorGroup.of(values.flatten())
+    (chunk,) = next(iter(group.sweep(lambda chunk: (), lambda look, chunks: list(chunks), 0, values.numel())))
+    return Batch([f"w{n}" for n in range(len(values))], tuple(values.shape[1:]), 1, 0, chunk)
+
+
+def test_statistics_of_each_tensor() -> None:
+    values = torch.randint(0, 9, (3, 50), generator=torch.Generator().manual_seed(0)).float()
+    batch = batch_of(values)
+    assert batch.sums(values.flatten()) == values.double().sum(1).tolist()
+    cuts = batch.cuts(values.flatten(), [[10, 0], [50, 7], [1, 1]])
+    assert cuts is not None
+    for row, of, ranks in zip(values, cuts, [[10, 0], [50, 7], [1, 1]], strict=True):
+        order = row.argsort(descending=True, stable=True)
+        for cut, rank in zip(of, ranks, strict=True):
+            wanted = torch.zeros(50).index_copy_(0, order[:rank], row[order[:rank]])
+            assert torch.equal(cut.keep(row.clone(), 0), wanted)
+    values[1, 3] = torch.nan
+    assert batch.cuts(values.flatten(), [[10], [10], [10]]) is None
+
+
+def test_methods_that_can() -> None:
+    assert {name for name, _ in METHODS} == {name for name, method in list_methods().items() if method.batch is not None}
