@@ -548,7 +548,9 @@ def test_a_file_with_other_names_does_not_stand_in_for_an_absent_shard(tmp_path:
 def test_a_generator_and_a_discriminator_are_no_parts_of_one_checkpoint(tmp_path: Path) -> None:
     for name in ("G_100.pth", "D_100.pth"):
         torch.save({"model": {f"{name[0]}.w": torch.ones(2)}, "iteration": 100}, tmp_path / name)
-    with pytest.raises(sm.FormatError, match=r"holds several checkpoints \(D_100\.pth, G_100\.pth\); give one of them"):
+    assert set(sm.inspect(tmp_path).parts) == {"D_100.pth", "G_100.pth"}
+    torch.save({"model": {"G.w": torch.ones(2)}, "iteration": 200}, tmp_path / "G_200.pth")
+    with pytest.raises(sm.FormatError, match=r"holds several checkpoints \(D_100\.pth, G_100\.pth, G_200\.pth\); give one"):
         sm.inspect(tmp_path)
 
 
@@ -607,3 +609,50 @@ def test_a_folder_of_speechbrain_keeps_its_files(tmp_path: Path) -> None:
     files = {path.name for path in (tmp_path / "out").iterdir()} - {"streammerge.json", "streammerge.yaml"}
     assert files == {"model.ckpt", "normalizer.ckpt", "counter.ckpt", "CKPT.yaml"}
     assert "copied from the first input, not merged: counter.ckpt, normalizer.ckpt" in result.notes
+
+
+def _program(folder: Path, seed: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Writes what a program of several networks reads by the names of their files. Returns the tensors of each."""
+    make = torch.Generator().manual_seed(seed)
+    (folder / "gpt").mkdir(parents=True)
+    networks = {"llm.pt": ("llm.w", "enc.w"), "flow.pt": ("flow.w",), "dvae.safetensors": ("d.w", "enc.w")}
+    networks |= {"llm.rl.pt": networks["llm.pt"], "gpt/model.safetensors": ("layers.0.w",)}
+    made = {
+        file: {name: torch.randn(4, len(file[:4]), generator=make) for name in names} for file, names in networks.items()
+    }
+    for file, tensors in made.items():
+        if file.endswith(".pt"):
+            torch.save({"model": tensors, "step": seed}, folder / file)
+        else:
+            save_file(tensors, folder / file)
+    torch.save({"labels": {"a": 1}}, folder / "labels.ckpt")
+    (folder / "gpt" / "config.json").write_text("{}")
+    (folder / "hyperparams.yaml").write_text(f"seed: {seed}\n")
+    return made
+
+
+def test_models_side_by_side_are_merged_by_the_names_of_their_files(tmp_path: Path) -> None:
+    """Each with the one of its name. What holds no weights is copied, and the output is such a folder again."""
+    both = [_program(tmp_path / name, seed) for seed, name in enumerate(("a", "b"))]
+    result = sm.merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out/")
+    assert any("holds several models side by side (dvae.safetensors, flow.pt, llm.pt" in note for note in result.notes)
+    for file in both[0]:
+        path = tmp_path / "out" / file
+        tensors = torch.load(path)["model"] if file.endswith(".pt") else load_safetensors(path)
+        expected = {name: mean([each[file][name].double() for each in both], [1, 1]).float() for name in both[0][file]}
+        assert_same(tensors, expected)
+    for file in ("labels.ckpt", "hyperparams.yaml"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "a" / file).read_bytes()
+    assert sm.verify(tmp_path / "out", sample="100%").equal_elems
+    sm.convert(tmp_path / "out", tmp_path / "converted/")
+    names = {path.name for path in (tmp_path / "converted").iterdir()}
+    assert {"llm.safetensors", "llm.rl.safetensors", "flow.safetensors", "dvae.safetensors", "gpt"} <= names
+    with pytest.raises(sm.RecipeError, match="holds several models"):
+        sm.inspect(tmp_path / "a", state_dict="model")
+
+
+def test_copies_of_one_model_are_not_side_by_side(tmp_path: Path) -> None:
+    for name in ("best.pt", "last.pt"):
+        torch.save({"w": torch.ones(2), "v": torch.ones(3)}, tmp_path / name)
+    with pytest.raises(sm.FormatError, match=r"holds several checkpoints \(best\.pt, last\.pt\); give one of them"):
+        sm.inspect(tmp_path)

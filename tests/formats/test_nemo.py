@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import tarfile
 from pathlib import Path
 from typing import Any, Literal
@@ -131,8 +132,11 @@ def test_an_archive_of_a_folder_is_not_written(tmp_path: Path) -> None:
 def test_a_gzip_archive(tmp_path: Path) -> None:
     (tmp_path / "content").mkdir()
     torch.save({"a": torch.ones(2)}, tmp_path / "content" / "model_weights.ckpt")
-    with pytest.raises(sm.FormatError, match="gzip file; unpack it first"):
-        sm.inspect(pack(tmp_path / "in.nemo", tmp_path / "content", mode="w:gz"))
+    path = pack(tmp_path / "an in.nemo", tmp_path / "content", mode="w:gz")
+    with pytest.raises(sm.FormatError, match="is a gzip file, a packed tar archive, as NeMo writes some") as told:
+        sm.inspect(path)
+    subprocess.run(str(told.value).split("`")[1], shell=True, check=True)
+    assert sm.inspect(tmp_path / "unpacked-an in.nemo").format == "NeMo archive"
 
 
 def test_parts_of_model_parallel_ranks(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ _ALPHA, _GROWN = "alpha", "reshape_weight"
 _ON_INPUT, _MULTIPLE = ".on_input", "ia3 change"
 """LyCORIS' IA3: a weight is a multiple if this stands beside it, and which part it is."""
 _MOST_AXES, _MOST_SIZE = 5, 1 << 31
-_METADATA_KEY = "lora_adapter_metadata"
+METADATA_KEY = "lora_adapter_metadata"
 _DEPTH = re.compile(r"\.base_layer(?=\.|$)")
 _FORMS = {DType.F64: "<d", DType.F32: "<f", DType.BF16: "<f", DType.F16: "<e", DType.I64: "<q", DType.I32: "<i"}
 
@@ -118,7 +118,7 @@ def read_adapter(place: PathLike) -> Adapter:
 def adapter_of(index: CheckpointIndex, config: Config | None = None) -> Adapter:
     """Returns the adapter whose tensors are in an index. ``config``: PEFT's configuration. Raises MismatchError."""
     made = Adapter(index, [], config)
-    configs = _of_metadata(index) if config is None and _METADATA_KEY in index.metadata else {"": config} if config else {}
+    configs = _of_metadata(index) if config is None and METADATA_KEY in index.metadata else {"": config} if config else {}
     groups: dict[tuple[str, int], dict[str, tuple[str, Source]]] = {}
     saved: list[Module] = []
     factors = 0
@@ -267,9 +267,9 @@ def _dialect(index: CheckpointIndex, configs: Mapping[str, Config]) -> str:
 
 def _of_metadata(index: CheckpointIndex) -> dict[str, Config]:
     """Returns the configurations that diffusers writes into a file's metadata, by the component that each is about."""
-    where = f"{printable(index.path)}: {_METADATA_KEY}"
+    where = f"{printable(index.path)}: {METADATA_KEY}"
     try:
-        tree = json.loads(index.metadata[_METADATA_KEY])
+        tree = json.loads(index.metadata[METADATA_KEY])
         groups: dict[str, dict[str, Any]] = {}
         for key, value in tree.items():
             component, _, inner = key.partition(".")

@@ -19,16 +19,19 @@ _FIRST = "streammerge.formats.safetensors"
 _OTHERS: tuple[tuple[bytes, str], ...] = (
     (b"\x89HDF", "an HDF5 file (Keras); only PyTorch and safetensors checkpoints are read"),
     (b"\x93NUMPY", "a numpy array; only PyTorch and safetensors checkpoints are read"),
-    (b"\x1f\x8b", "a gzip file; unpack it first"),
-    (b"BZh", "a bzip2 file; unpack it first"),
     (b"7z\xbc\xaf", "a 7z archive; unpack it first"),
-    (b"\xfd7zXZ", "an xz file; unpack it first"),
     (b"Rar!", "a RAR archive; unpack it first"),
-    (b"\x28\xb5\x2f\xfd", "a Zstandard file; unpack it first"),
     (b"lmgg", "a file of whisper.cpp or of llama.cpp before GGUF; give the checkpoint that it was made from"),
     (b"ftrt", "a TensorRT engine, which is made for one card; give the checkpoint that it was made from"),
     (b"PK\5\6", "an empty zip archive"),
 )
+_COMPRESSED: tuple[tuple[bytes, str, str, str], ...] = (
+    (b"\x1f\x8b", "a gzip file", "gzip", ".gz"),
+    (b"BZh", "a bzip2 file", "bzip2", ".bz2"),
+    (b"\xfd7zXZ", "an xz file", "xz", ".xz"),
+    (b"\x28\xb5\x2f\xfd", "a Zstandard file", "zstd", ".zst"),
+)
+"""The begin of a compressed file, what it is, the program that unpacks it, and the usual end of its name."""
 _ONNX = rb"(?s)\x08[\x01-\x14]\x12.[\x20-\x7e]{2,40}\x1a|\x08[\x01-\x14]\x12\x07pytorch|\x08[\x01-\x14](\x12\x00)?:"
 """The begin of an ONNX model: the version of its format, then the name of what made it, or the graph."""
 _MSGPACK = rb"(?s)([\x81-\x8f]|\xde..)([\xa1-\xbf]|\xd9.)[\x20-\x7e]+([\x81-\x8f]|\xc7|\xc8|\xc9|\xde)"
@@ -71,7 +74,7 @@ def read_file(path: Location) -> Container:
     from streammerge.formats import archive
 
     end = path.read(max(size - archive.END_BYTES, 0), min(size, archive.END_BYTES))
-    raise FormatError(f"{printable(path)} {_what(head, size, end)}{''.join(failures)}")
+    raise FormatError(f"{printable(path)} {_compressed(path, head) or _what(head, size, end)}{''.join(failures)}")
 
 
 def _read(format: Format, path: Location) -> Container:
@@ -109,6 +112,23 @@ def _name(plug_in: Format) -> str:
 
 def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {printable(error)}"
+
+
+def _compressed(path: Location, head: bytes) -> str:
+    """Returns what a compressed file is, with the command that unpacks it; "" for any other file.
+
+    A tensor in it cannot be read without all before it. NeMo packs its archives either way, and loads the unpacked one too.
+    """
+    found = next((each for each in _COMPRESSED if head.startswith(each[0])), None)
+    if found is None:
+        return ""
+    from shlex import quote
+
+    _, what, program, ending = found
+    to = path.name.removesuffix(ending) if path.name.endswith(ending) else f"unpacked-{path.name}"
+    command = f"{program} -dc {quote(printable(path))} > {quote(printable(path.parent / to))}"
+    packed = ", a packed tar archive, as NeMo writes some" if path.name.endswith(".nemo") and program == "gzip" else ""
+    return f"is {what}{packed}, which is read from begin to end only; unpack it with `{command}` and give that file"
 
 
 def _what(head: bytes, size: int, end: bytes) -> str:

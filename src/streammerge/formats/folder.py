@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import combinations
 from typing import Any, NamedTuple
 
 from streammerge.errors import FormatError, StreammergeError, listed, printable
@@ -39,6 +40,7 @@ from streammerge.tensors.conventions import (
 
 _MOST_SHARDS = 10_000
 _CONFIG = "config.json"
+_TRAINED = "training folder"
 
 
 def read(folder: Location, read_file: ReadFile) -> Container:
@@ -49,19 +51,62 @@ def read(folder: Location, read_file: ReadFile) -> Container:
     if (distributed := of_ranks(folder, read_file)) is not None:
         return distributed
     names, pipeline = declared(folder)
-    parts = {name: _read_own(folder / name, read_file) for name in names if name}
+    beside = _side_by_side(folder, read_file) if not names or pipeline == _TRAINED else {}
+    parts = beside or {name: _read_own(folder / name, read_file) for name in names if name}
     if not parts:
         return _read_own(folder, read_file)
     if "" in names and _forms(folder):
         parts = {"": _read_own(folder, read_file), **parts}
     files = tuple(dict.fromkeys(file for part in parts.values() for file in part.files))
-    made = Container(folder, f"{pipeline} of {len(parts)} models", {}, {}, files, parts=parts)
+    kind = "folder" if beside else pipeline
+    made = Container(folder, f"{kind} of {len(parts)} models", {}, {}, files, parts=parts)
+    if beside:
+        made.notes.append(
+            f"{printable(folder)} holds several models side by side ({listed(list(parts))}); each goes with the one of its "
+            "name in other folders"
+        )
     for part in parts.values():
         made.notes += part.notes
         made.warnings += part.warnings
         made.held_bytes += part.held_bytes
     made.metadata = next(iter(parts.values())).metadata
     return made
+
+
+def _side_by_side(folder: Location, read_file: ReadFile) -> dict[str, Container]:
+    """Returns several models that lie side by side, as the files of a program do (``llm.pt``, ``flow.pt``): by the names of
+    their files, and by the names of subfolders that a loader of transformers or diffusers reads.
+
+    Nothing for a folder whose weights have a name that a loader looks for, for one model that is there several times, such
+    as the steps of a training, and for the parts of one model.
+    """
+    found = [each for each in _found(folder) if not is_training_file(each.name)]
+    if len(found) < 2 or any(each.rank is not None or each.form.index or len(each.form.files) > 1 for each in found):
+        return {}
+    if len({re.sub(r"\d+", "#", each.name) for each in found}) < len(found):
+        return {}
+    models: dict[str, Container] = {}
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for each in found:
+        try:
+            container = read_file(inside(folder, each.name))
+            tensors = tensors_of(container)
+        except StreammergeError:
+            continue  # a file without weights is copied
+        if tensors:
+            container.form = each.form
+            models[each.name], shapes[each.name] = container, {name: ref.shape for name, ref in tensors.items()}
+    if all(_is_same_model(one, two) for one, two in combinations(shapes.values(), 2)):
+        return {}
+    inner = [path for path in folder.children() if path.is_folder() and kind_of_folder(path, path.name) == "side"]
+    loaded = [path for path in inner if (path / _CONFIG).is_file() and any(map(is_looked_for, _forms(path)))]
+    return models | {path.name: _read_own(path, read_file) for path in loaded}
+
+
+def _is_same_model(one: dict[str, tuple[int, ...]], two: dict[str, tuple[int, ...]]) -> bool:
+    """Whether most tensors of the smaller one are in the other, with the same shapes."""
+    common = sum(two.get(name) == shape for name, shape in one.items())
+    return 2 * common > min(len(one), len(two))
 
 
 def declared(folder: Location) -> tuple[list[str], str]:
@@ -81,7 +126,7 @@ def declared(folder: Location) -> tuple[list[str], str]:
                 found = [each.strip("/") for each in paths if isinstance(each, str)]
                 inner = [each for key in found if key for each in _with_weights(folder, key)]
                 return [*([""] if "" in found else []), *inner], kind
-    return _trained(folder), "training folder"
+    return _trained(folder), _TRAINED
 
 
 def _trained(folder: Location) -> list[str]:

@@ -75,6 +75,17 @@ def parts_of(base: CheckpointIndex) -> dict[str, CheckpointIndex]:
     return base.parts or {"": base}
 
 
+def is_file_of_folder(part: CheckpointIndex) -> bool:
+    """Whether a model of a folder is one of several files side by side in it. Then its name is the name of its file."""
+    form, container = part.container.form, part.container
+    return form is not None and form.files == (part.path.name,) and container.path == part.path
+
+
+def folder_of(name: str, part: CheckpointIndex) -> str:
+    """Returns the subfolder in which the files of a model lie."""
+    return name.rpartition("/")[0] if is_file_of_folder(part) else name
+
+
 class _Decision:
     def __init__(
         self,
@@ -89,7 +100,10 @@ class _Decision:
         self.parts = parts_of(base)
         forms = {name: part.container.form or Form("", "") for name, part in self.parts.items()}
         self.merged = {
-            f"{name}/{file}".lstrip("/") for name, form in forms.items() for file in (*form.files, form.index) if file
+            f"{folder_of(name, self.parts[name])}/{file}".lstrip("/")
+            for name, form in forms.items()
+            for file in (*form.files, form.index)
+            if file
         }
         self.own = re.compile("|".join(own for part in self.parts.values() if (own := part.container.own_files)) or "(?!)")
         self.above = {above for name in self.parts for above in _with_parents(name)}

@@ -24,7 +24,7 @@ from streammerge.formats.records import CARD_FILE, RECEIPT_FILE, RECIPE_FILE
 from streammerge.pickles.tree import mapping_items
 from streammerge.planning.aligned import Merged, MergedTensors, Way, named, names_of, unlike
 from streammerge.planning.alignment import Alignment
-from streammerge.planning.dispositions.files import NOT_MERGED, Copies, decide, parts_of
+from streammerge.planning.dispositions.files import NOT_MERGED, Copies, decide, folder_of, is_file_of_folder, parts_of
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.card import card_text, has_card, library_of
 from streammerge.planning.outputs.config import config_files
@@ -92,6 +92,8 @@ def _form(recipe: Recipe, part: CheckpointIndex) -> Form:
         form = named
     if not part.container.pickled or recipe_record(recipe) is not None:
         return form
+    if is_file_of_folder(part):
+        return Form(form.stem, _NEW.ending, form.variant)
     stem = AS_SAFETENSORS.get(form.stem) if form.ending == ".bin" else None
     if stem is None and not is_looked_for(form):
         stem = _NEW.stem
@@ -247,7 +249,9 @@ class _Folder:
         if _is_distributed(self.recipe, part):
             self._add_distributed(name, part, own, folder)
             return
-        prefix, form, place = f"{name}/" if name else "", _form(self.recipe, part), folder and folder / name
+        own_folder = folder_of(name, part)
+        prefix, form = f"{own_folder}/" if own_folder else "", _form(self.recipe, part)
+        place = folder and folder / own_folder
         moved = bool(own.restacked) or any(m.base_names[0] not in part.entries for m in unlike(own.merged) if not m.added)
         pickled = _is_pickled(self.recipe, part)
         flat = pickled and _is_flat(part)
@@ -262,17 +266,18 @@ class _Folder:
             index |= dict.fromkeys(names_of(members), file)
             index.update((each, file) for m in unlike(members) if m.tied for each in m.tied if each not in tied)
             if pickled:
-                self._add_pickled(prefix, file, part, replace(own, merged=members), flat and (moved or len(groups) > 1))
+                written = replace(own, merged=members)
+                self._add_pickled(name, prefix + file, part, written, flat and (moved or len(groups) > 1))
             elif isinstance(members, MergedTensors):
                 self._add_columns(file, members, part)
             else:
                 stored = [(spec, outer.get(id(m), m)) for m in members for spec in _stored(m, tied)]
-                self._add_safetensors(prefix, file, stored, part)
+                self._add_safetensors(name, prefix + file, stored, part)
         was = part.container.form
         if len(groups) > 1 or (was is not None and was.index and set(groups) <= {*was.files}):
             total = sum(m.spec.nbytes if pickled else _stored_bytes(m, tied) for _, m in named(own.merged))
             self.files.append(_index_file(prefix + form.index_name(), total, index))
-        if place is not None:
+        if place is not None and own_folder == name:
             self._add_config(prefix, place, part, own)
 
     def _add_distributed(self, name: str, part: CheckpointIndex, own: Alignment, folder: Location | None) -> None:
@@ -329,10 +334,11 @@ class _Folder:
             )
 
     def _add_safetensors(
-        self, prefix: str, name: str, stored: list[tuple[TensorSpec, Merged]], part: CheckpointIndex
+        self, model: str, name: str, stored: list[tuple[TensorSpec, Merged]], part: CheckpointIndex
     ) -> None:
-        """Adds a file of these tensors. ``stored``: each tensor under its name in the file, and as it is merged."""
-        file = safetensors.plan_layout(prefix + name, [spec for spec, _ in stored], metadata_of(self.recipe, part))
+        """Adds a file of some tensors of a model. ``stored``: each under its name in the file, and as it is merged."""
+        file = safetensors.plan_layout(name, [spec for spec, _ in stored], metadata_of(self.recipe, part))
+        prefix = f"{model}/" if model else ""
         self.sums[file.name] = blank_sums([spec.nbytes for spec, _ in stored])
         number = len(self.files)
         self.files.append(file)
@@ -341,9 +347,10 @@ class _Folder:
             for spec, m in stored
         ]
 
-    def _add_pickled(self, prefix: str, name: str, part: CheckpointIndex, own: Alignment, flat: bool) -> None:
-        indexes = {each: index.parts.get(prefix.rstrip("/"), index) for each, index in self.indexes.items()}
-        made = pickled_file(prefix + name, self.recipe, part, indexes, own, lambda sums, dispositions, held: {}, flat)
+    def _add_pickled(self, model: str, name: str, part: CheckpointIndex, own: Alignment, flat: bool) -> None:
+        prefix = f"{model}/" if model else ""
+        indexes = {each: index.parts.get(model, index) for each, index in self.indexes.items()}
+        made = pickled_file(name, self.recipe, part, indexes, own, lambda sums, dispositions, held: {}, flat)
         self.sums[made.file.name] = made.sums
         number = len(self.files)
         self.files.append(made.file)
