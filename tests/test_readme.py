@@ -88,6 +88,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mangled = f"lora_unet_{module.replace('.', '_')}"
     style = {f"{mangled}.lora_down.weight": draw(8, 2, 8), f"{mangled}.lora_up.weight": draw(9, 16, 2)}
     save_file(style, folder / "style.safetensors")
+    save_file({name: tensor * 0.5 for name, tensor in style.items()}, folder / "face.safetensors")
+    loha = {f"hada_w{n}_{side}": draw(n, *((16, 2) if side == "a" else (2, 8))) for n in (1, 2) for side in "ab"}
+    save_file({f"{mangled}.{part}": tensor for part, tensor in loha.items()}, folder / "loha.safetensors")
     (folder / "run").mkdir()
     for step in range(1000, 9000, 1000):
         torch.save(voice(step, step, 3 - step / 5000), folder / "run" / f"checkpoint-{step}.pt")

@@ -156,7 +156,7 @@ def test_what_is_no_product_is_refused_with_the_way_that_works() -> None:
     for other, match in (
         ("dora", "depends on the base"),
         ("pissa", "changes the base"),
-        ("kohya.safetensors", "lacks the dots"),
+        ("kohya.safetensors", "has no name in the dialect of one"),
         ("larger", r"\[24, 16\], and that of .*\[24, 18\]"),
     ):
         with pytest.raises(sm.MismatchError, match=match):

@@ -8,6 +8,7 @@ import pytest
 
 import streammerge as sm
 from streammerge.planning import budget
+from streammerge.planning.budget import Load
 from streammerge.tensors.spec import GRAIN
 from streammerge.units import PAGE_BYTES
 
@@ -16,7 +17,7 @@ class TestBudget:
     cost = budget.Cost(compute=3, buffers=5, out=7, read=11, passes_bytes=17, spread_bytes=19)
 
     def test_the_peak_is_the_sum_of_its_terms(self) -> None:
-        fitted = budget.fit(1 << 40, workers=3, tensors=5, cost=self.cost, spooling=True)
+        fitted = budget.fit(1 << 40, workers=3, cost=self.cost, load=Load(tensors=5, spooling=True))
         buffers = 5 * 3 + 2 * 11
         expected = budget.RUN_BYTES + 5 * budget.PER_TENSOR_BYTES + budget.SPOOLING_BYTES + 19
         expected += 3 * (budget.PER_WORKER_BYTES + 17 + budget.BEST_OUT_BYTES + budget.BEST_CHUNK_ELEMS * buffers)
@@ -33,7 +34,7 @@ class TestBudget:
         seen, memory = [], 1 << 28
         with pytest.raises(sm.BudgetError) as error:
             while True:
-                fitted = budget.fit(memory, workers=4, tensors=5, cost=self.cost, spooling=False)
+                fitted = budget.fit(memory, workers=4, cost=self.cost, load=Load(tensors=5))
                 assert fitted.peak_bytes <= memory
                 assert fitted.chunk_elems % GRAIN == 0
                 seen.append((fitted.workers, fitted.chunk_elems))
@@ -41,13 +42,13 @@ class TestBudget:
         assert seen == sorted(seen, reverse=True)
         assert seen[-1] == (1, GRAIN)
         least = int(str(error.value).rpartition('memory="')[2].partition("MiB")[0]) << 20
-        budget.fit(least, workers=4, tensors=5, cost=self.cost, spooling=False)
+        budget.fit(least, workers=4, cost=self.cost, load=Load(tensors=5))
         with pytest.raises(sm.BudgetError):
-            budget.fit(least - (1 << 20), workers=4, tensors=5, cost=self.cost, spooling=False)
+            budget.fit(least - (1 << 20), workers=4, cost=self.cost, load=Load(tensors=5))
 
     def test_mapped_windows_shrink_before_chunks(self) -> None:
         cost = budget.Cost(compute=8, buffers=2, out=2, read=0, inputs=8, mapped=2)
-        wide, narrow = (budget.fit(m << 20, workers=2, tensors=10, cost=cost, spooling=False) for m in (512, 64))
+        wide, narrow = (budget.fit(m << 20, workers=2, cost=cost, load=Load(tensors=10)) for m in (512, 64))
         assert wide.window_bytes == budget.MOST_WINDOW_BYTES > narrow.window_bytes
         assert wide.chunk_elems == narrow.chunk_elems
 
@@ -65,38 +66,38 @@ class TestBudget:
         own = budget.RUN_BYTES + 2 * (budget.PER_WORKER_BYTES + budget.BEST_OUT_BYTES)
         pages = budget._huge_pages(budget.MOST_WINDOW_BYTES + 2 * budget.BEST_CHUNK_ELEMS)
         for cost, each in ((mapped, pages), (kept, budget.MOST_WINDOW_BYTES)):
-            fitted = budget.fit(1 << 40, workers=2, tensors=0, cost=cost, spooling=False)
+            fitted = budget.fit(1 << 40, workers=2, cost=cost, load=Load())
             assert fitted.peak_bytes == own + 2 * 3 * each
 
     def test_what_readers_of_nested_sources_need_is_a_term_and_tiles_shrink(self) -> None:
         cost = budget.Cost(compute=4, buffers=2, out=4, read=4, scratch=1 << 20, shared=1 << 16, tiles=3, held=1 << 18)
-        wide = budget.fit(1 << 40, workers=2, tensors=0, cost=cost)
-        bare = budget.fit(1 << 40, workers=2, tensors=0, cost=budget.Cost(4, 2, 4, 4))
+        wide = budget.fit(1 << 40, workers=2, cost=cost, load=Load())
+        bare = budget.fit(1 << 40, workers=2, cost=budget.Cost(4, 2, 4, 4), load=Load())
         each = (1 << 20) + (1 << 16) + (1 << 18) + 3 * budget.BEST_TILE_BYTES
         assert wide.peak_bytes == bare.peak_bytes + 2 * each
         made = budget.regions(wide)
         sizes = [made[f"reader {region}"][1] for region in ("scratch", "shared", "tiles")]
         assert sizes == [1 << 20, 1 << 16, 3 * budget.BEST_TILE_BYTES]
-        narrow = budget.fit(56 << 20, workers=2, tensors=0, cost=cost)
+        narrow = budget.fit(56 << 20, workers=2, cost=cost, load=Load())
         assert narrow.tile_bytes < wide.tile_bytes
-        assert budget.fit(14 << 20, workers=1, tensors=0, cost=cost).tile_bytes == 0
+        assert budget.fit(14 << 20, workers=1, cost=cost, load=Load()).tile_bytes == 0
 
     def test_inputs_that_are_read_are_kept_beside_mapped_ones(self) -> None:
-        mixed = budget.fit(1 << 40, workers=1, tensors=0, cost=budget.Cost(4, 2, 4, 4, inputs=2, mapped=4, passes=True))
+        mixed = budget.fit(1 << 40, workers=1, cost=budget.Cost(4, 2, 4, 4, inputs=2, mapped=4, passes=True), load=Load())
         assert budget.regions(mixed)["kept"][1] == mixed.kept_bytes == 2 * mixed.window_bytes
 
     def test_data_of_pickles_is_a_term(self) -> None:
-        with_data, without = (budget.fit(1 << 40, 1, 0, self.cost, pickle_bytes=n) for n in (12345, 0))
+        with_data, without = (budget.fit(1 << 40, 1, self.cost, Load(pickle_bytes=n)) for n in (12345, 0))
         assert with_data.peak_bytes == without.peak_bytes + 12345
 
     def test_methods_with_passes_have_twice_the_chunk_and_the_window(self) -> None:
         plain, passing = (budget.Cost(4, 2, 2, 0, 2, 2, passes=passes) for passes in (False, True))
-        one, two = (budget.fit(1 << 40, workers=1, tensors=0, cost=cost, spooling=False) for cost in (plain, passing))
+        one, two = (budget.fit(1 << 40, workers=1, cost=cost, load=Load()) for cost in (plain, passing))
         assert (two.chunk_elems, two.window_bytes) == (2 * one.chunk_elems, 2 * one.window_bytes)
 
     def test_more_workers_than_fit_cost_no_time(self) -> None:
-        assert budget.fit(1 << 29, workers=1 << 70, tensors=0, cost=self.cost) == budget.fit(
-            1 << 29, workers=1 << 9, tensors=0, cost=self.cost
+        assert budget.fit(1 << 29, workers=1 << 70, cost=self.cost, load=Load()) == budget.fit(
+            1 << 29, workers=1 << 9, cost=self.cost, load=Load()
         )
 
 
@@ -104,9 +105,9 @@ def test_tiles_of_a_length_that_is_needed() -> None:
     """Tiles that hold whole tensors are as long as these, or there is no budget; fewer workers may have them."""
     cost = budget.Cost(compute=4, buffers=2, out=2, read=4, tiles=4)
     for memory, workers in ((512, 4), (300, 2)):
-        found = budget.fit(memory << 20, workers=4, tensors=0, cost=cost, tile_bytes=24 << 20)
+        found = budget.fit(memory << 20, workers=4, cost=cost, load=Load(), tile_bytes=24 << 20)
         assert (found.tile_bytes, found.workers) == (24 << 20, workers)
         assert budget.regions(found)["reader tiles"][1] == 96 << 20
         assert found.peak_bytes <= memory << 20
     with pytest.raises(sm.BudgetError):
-        budget.fit(64 << 20, workers=4, tensors=0, cost=cost, tile_bytes=24 << 20)
+        budget.fit(64 << 20, workers=4, cost=cost, load=Load(), tile_bytes=24 << 20)

@@ -11,8 +11,8 @@ import torch
 
 import streammerge as sm
 from streammerge.stores.locations import parse
-from streammerge.stores.objects import S3Upload
 from streammerge.stores.parts import PartedOutput
+from streammerge.stores.s3 import S3Upload
 
 
 def test_few_parts_of_an_archive_wait_in_memory(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

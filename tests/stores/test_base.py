@@ -7,8 +7,10 @@ import io
 import pytest
 
 import streammerge as sm
-from streammerge.stores.base import Input, Location, Staging, Status
+from streammerge.stores.ahead import Ahead
+from streammerge.stores.base import Input, Joint, Location, Staging, Status
 from streammerge.stores.commit import LocalStaging
+from streammerge.stores.joint import LocalJoint
 from streammerge.stores.memory import MemoryStaging
 
 
@@ -102,6 +104,23 @@ def test_it_can_be_read_only() -> None:
         with pytest.raises(sm.RecipeError, match="few://x: the store few:// can be read only"):
             ask()
     at("x").sweep()
+
+
+def test_a_store_that_promises_more_than_it_has_is_told() -> None:
+    """What is asked of some stores only has no abstract method, so that a store need not name what it does not do."""
+
+    class Bare(LocalJoint):
+        open_part, sent_part = Joint.open_part, Joint.sent_part
+
+    joint = Bare(at("x"), at("home"))
+    with pytest.raises(sm.RecipeError, match="Bare lacks open_part; add the method, or say shares_files = False"):
+        joint.open_part("a", 3)
+    with pytest.raises(sm.RecipeError, match="Bare lacks sent_part"):
+        joint.sent_part(joint.out.store, 0, 3)  # type: ignore[arg-type]
+    with pytest.raises(sm.RecipeError, match="few:// says reads_ahead and lacks opened_ahead"):
+        at("a").store.opened_ahead(at("a"), None, Ahead(1 << 20))
+    with pytest.raises(sm.RecipeError, match="several machines cannot write to the store few://"):
+        at("x").join("key")
 
 
 @pytest.mark.parametrize("staging", [LocalStaging, MemoryStaging])

@@ -16,8 +16,8 @@ from streammerge.stores.ahead import Ahead
 from streammerge.stores.buffers import Buffers
 from streammerge.stores.locations import parse
 from streammerge.stores.multipart import Requests
-from streammerge.stores.objects import S3
 from streammerge.stores.remote import Passing
+from streammerge.stores.s3 import S3
 
 SIZE = 3_000_001
 

@@ -18,9 +18,10 @@ from streammerge.requests.machines import joint_of
 from streammerge.stores.claims import Claims
 from streammerge.stores.joint_objects import _cut
 from streammerge.stores.locations import parse
-from streammerge.stores.objects import ObjectStore, S3Upload
+from streammerge.stores.objects import ObjectStore
 from streammerge.stores.parts import PartedOutput, Sender
 from streammerge.stores.registry import STORES
+from streammerge.stores.s3 import S3Upload
 
 
 def objects(place: str) -> dict[str, bytes]:

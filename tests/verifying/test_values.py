@@ -26,7 +26,8 @@ from safetensors.torch import load_file, save_file
 
 import streammerge as sm
 from streammerge.planning.budget import Budget
-from streammerge.planning.plan import Plan, budget_of
+from streammerge.planning.costs import budget_of
+from streammerge.planning.plan import Plan
 from streammerge.planning.receipt import read_receipt
 from streammerge.planning.tasks import MergeTask
 from streammerge.stores.base import Input, Location, Status, Store

@@ -65,6 +65,27 @@ _FLUX_STARTS = (
     *("transformer_blocks.", "single_transformer_blocks.", "x_embedder.", "context_embedder."),
 )
 
+FLAT_BLOCKS: dict[str, tuple[str, ...]] = {
+    "of Stable Diffusion's authors": ("input_blocks_", "middle_block_", "output_blocks_"),
+    "of diffusers' UNet": ("down_blocks_", "mid_block_", "up_blocks_"),
+    "of Flux' authors": ("double_blocks_", "single_blocks_"),
+    "of diffusers' transformer": ("transformer_blocks_", "single_transformer_blocks_"),
+}
+"""Layout -> how names of blocks begin there, without dots."""
+
+
+_THREE_BY_THREE = re.compile(
+    r"(^|[._])(conv[12]?|conv_in|conv_out|in_layers[._]2|out_layers[._]3|op|input_blocks[._]0[._]0|out[._]2)$"
+)
+"""The end of the name of a convolution of a UNet with a kernel of 3 x 3."""
+
+
+def with_kernel(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of an update [out, in * 9] as that of a convolution, if the module's name in a UNet says so."""
+    if len(shape) == 2 and shape[1] % 9 == 0 and _THREE_BY_THREE.search(name):
+        return shape[0], shape[1] // 9, 3, 3
+    return shape
+
 
 class Other(NamedTuple):
     """Another name of a tensor, or of consecutive rows of it: ``share`` is the number of the part among ``shares``.
@@ -95,6 +116,21 @@ def other_names(name: str) -> Iterator[Other]:
         yield from _replaced(name, _OPEN_CLIP)
     if name.startswith(_FLUX_STARTS):
         yield from _of_flux(stem, dot + ending)
+
+
+def flat_blocks(stem: str) -> Iterator[str]:
+    """Yields the names that a module of a UNet has in the other layout. ``stem``: its name with underscores for dots."""
+    for pairs in (_original_unet(), _diffusers_unet()):
+        for start, others in pairs.items():
+            flat = start.replace(".", "_")
+            if stem == flat or stem.startswith(f"{flat}_"):
+                inner = stem[len(flat) :]
+                for one, two in (*_RESNET, *((two, one) for one, two in _RESNET)):
+                    if inner == f"_{one.replace('.', '_')}" and "attentions" not in start:
+                        inner = f".{two}"
+                        break
+                for other in others:
+                    yield (other + inner).replace(".", "_")
 
 
 def _of_flux(stem: str, ending: str) -> Iterator[Other]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from streammerge.adapters.modules import Module
 from streammerge.checkpoints.heads import is_embedding
@@ -125,20 +125,52 @@ def transposed(module: Module, shape: Shape) -> bool:
     return across and (module.transposed or not as_is)
 
 
-def _lora(module: Module, shape: Shape) -> Source:
+def lora_factors(module: Module) -> tuple[Source, Source]:
+    """Returns the factors [out, r] and [r, in...] of an update of the kind "lora", the second as a matrix. A core between
+    them (``mid``) is multiplied into the second."""
     down, up, mid = module.parts["A"], module.parts["B"], module.parts.get("mid")
-    name, rank = up.spec.name, down.spec.shape[0]
-    left = shaped(up, up.spec.shape[0], -1)
+    rank = down.spec.shape[0]
+    left, right = shaped(up, up.spec.shape[0], -1), shaped(down, rank, -1)
     if mid is not None:
-        inner = shaped(down, rank, -1)
-        right = contracted(name, "abx,bi->aix", shaped(mid, *mid.spec.shape[:2], -1), inner)
-        return product(name, left, shaped(right, rank, -1), module.scale, shape)
-    right_flat = shaped(down, rank, -1)
-    if transposed(module, shape):
-        return product(name, permuted(right_flat), permuted(left), module.scale, shape)
+        core = contracted(up.spec.name, "abx,bi->aix", shaped(mid, *mid.spec.shape[:2], -1), right)
+        right = shaped(core, mid.spec.shape[0], -1)
+    return left, right
+
+
+def _lora(module: Module, shape: Shape) -> Source:
+    name = module.parts["B"].spec.name
+    left, right = lora_factors(module)
+    if "mid" not in module.parts and transposed(module, shape):
+        return product(name, permuted(right), permuted(left), module.scale, shape)
     if not shape or left.spec.shape[0] != shape[0]:
-        raise RecipeError(f"it updates {left.spec.shape[0]} rows of {right_flat.spec.shape[1]}")
-    return product(name, left, right_flat, module.scale, shape)
+        raise RecipeError(f"it updates {left.spec.shape[0]} rows of {right.spec.shape[1]}")
+    return product(name, left, right, module.scale, shape)
+
+
+def update_shape(module: Module) -> Shape:
+    """Returns the shape of the update of a module whose factors tell it: of the kinds "lora", "embedding", "loha", "lokr"
+    and "full". Linear weights are [out, in] here. The kernel of a convolution is flat where factors hold it so."""
+    parts = {name: part.spec.shape for name, part in module.parts.items()}
+    if module.kind == "embedding":
+        return parts["embedding A"][1], parts["embedding B"][0]
+    if module.kind == "lora":
+        kernel = parts["mid"][2:] if "mid" in parts else parts["A"][2:]
+        return parts["B"][0], parts["A"][1], *kernel
+    if module.kind == "loha":
+        return _decomposed_shape(parts, "hada_w1", "hada_t1")
+    if module.kind == "lokr":
+        rows, columns = parts["lokr_w1"] if "lokr_w1" in parts else _decomposed_shape(parts, "lokr_w1", "")
+        inner = parts["lokr_w2"] if "lokr_w2" in parts else _decomposed_shape(parts, "lokr_w2", "lokr_t2")
+        return rows * inner[0], columns * inner[1], *inner[2:]
+    return parts["diff"]
+
+
+def _decomposed_shape(parts: Mapping[str, Shape], pair: str, core: str) -> Shape:
+    """Returns the shape of the product of two factors, or of a core [r, r, kernel] with factors [r, out] and [r, in]."""
+    one, two = parts[f"{pair}_a"], parts[f"{pair}_b"]
+    if core in parts:
+        return one[1], two[1], *parts[core][2:]
+    return one[0], *two[1:]
 
 
 def _embedding(module: Module, shape: Shape) -> Source:

@@ -12,8 +12,8 @@ from streammerge.diffing.numbers import COMPARED, COMPARED_WITH_BASE
 from streammerge.errors import listed, printable
 from streammerge.formats.records import RECEIPT_KEY, RECIPE_KEY
 from streammerge.planning.budget import Budget
+from streammerge.planning.costs import budget_of
 from streammerge.planning.experts import conformed
-from streammerge.planning.plan import budget_of
 from streammerge.planning.tasks import MergeTask
 from streammerge.planning.views import View
 from streammerge.sources.base import Source

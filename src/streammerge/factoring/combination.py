@@ -9,19 +9,23 @@ an update of zero there.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from streammerge.adapters.config import CONFIG
+from streammerge.adapters.layouts import with_kernel
 from streammerge.adapters.modules import Adapter, Module
-from streammerge.adapters.updates import delta
+from streammerge.adapters.updates import delta, lora_factors, update_shape
 from streammerge.errors import FormatError, MismatchError, RecipeError, listed, printable
 from streammerge.factoring.documents import Document
 from streammerge.factoring.layers import DECOMPOSE, EMBEDDING, LINEAR, RECOMPRESS, STACK, Layer
 from streammerge.factoring.making import Making
+from streammerge.factoring.naming import aligned, is_flat, said
 from streammerge.factoring.parameters import Parameters
 from streammerge.factoring.recording import Record
+from streammerge.factoring.single import SingleFile, refuse_first
 from streammerge.factoring.truncated import Wanted
 from streammerge.methods.contracts import MergeMethod
 from streammerge.methods.factors import FACTORS
@@ -33,7 +37,7 @@ from streammerge.sources.constant import Constant
 from streammerge.sources.elementwise import rounded, summed
 from streammerge.sources.joined import joined
 from streammerge.sources.merged import merged
-from streammerge.sources.permuted import permuted, shaped
+from streammerge.sources.permuted import permuted
 from streammerge.stores.base import Location, Status
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorSpec
@@ -44,37 +48,46 @@ Shape = tuple[int, ...]
 
 class Combined(NamedTuple):
     """How one module of adapters is combined. ``way``: a merge method, "cat" or "svd". ``weights``: one for each adapter.
-    ``parameters``: of the method. ``rank``: of the result; 0 for the adapters' own."""
+    ``parameters``: of the method. ``rank``: of the result; 0 for the adapters' own. ``energy``: the share of an update's
+    squares that the rank needs to hold; 0 for all that the rank holds."""
 
     way: MergeMethod | str
     weights: Sequence[float]
     parameters: Mapping[str, Any]
     rank: int = 0
+    energy: float = 0.0
 
 
-def combination(adapters: Sequence[Adapter], recipe: Recipe) -> Making:
+def combination(adapters: Sequence[Adapter], recipe: Recipe, single: bool = False) -> Making:
     """Returns what an adapter from adapters is made of by a recipe. Reads no tensor.
 
-    Raises MismatchError for adapters whose updates are no products of two factors, or need a base, and RecipeError for
-    parameters that adapters cannot follow.
+    ``single``: whether the result is one file, in the dialect of the first adapter, and no folder in PEFT's form.
+
+    Raises MismatchError for adapters whose updates need a base or are no matrices, or whose names do not fit together, and
+    RecipeError for parameters that adapters cannot follow.
     """
-    modules: dict[str, list[tuple[int, Module]]] = {}
-    for number, adapter in enumerate(adapters):
+    if single:
+        refuse_first(adapters)
+    for adapter in adapters:
         for module in adapter.modules:
             _check(adapter, module)
-            modules.setdefault(module.name, []).append((number, module))
+    modules = aligned(adapters)
+    if not single:
+        _check_names(adapters, modules)
     parameters = Parameters(recipe, [f"{name}.weight" for name in modules])
     asked = {name: _read(recipe, parameters.of(f"{name}.weight"), len(adapters)) for name in modules}
-    layers = [_layer(name, found, adapters, asked[name], recipe) for name, found in modules.items()]
+    file = SingleFile.like(adapters, [_alpha(asked[name], found) for name, found in modules.items()]) if single else None
+    layers = [_layer(name, found, adapters, asked[name], recipe, file) for name, found in modules.items()]
     making = Making(
         layers,
-        _document(adapters),
+        _document(adapters, modules),
         _files(adapters),
         [adapter.index.path for adapter in adapters],
         listed([adapter.where for adapter in adapters], 4),
-        notes=[note for adapter in adapters for note in adapter.notes],
-        warnings=[warning for adapter in adapters for warning in adapter.index.warnings],
-        record=Record.of(recipe, adapters),
+        notes=[note for adapter in adapters for note in adapter.notes] + said(adapters, modules),
+        warnings=[warning for adapter in adapters for warning in adapter.index.warnings] + (file.warnings if file else []),
+        record=Record.of(recipe, adapters, card=not single),
+        file=file,
     )
     making.notes += [_said(each.way, each.weights if parameters.fixed else ()) for each in [*asked.values()][:1]]
     return making
@@ -99,7 +112,7 @@ def _read(recipe: Recipe, given: dict[str, Any], count: int) -> Combined:
     own = method.parameters if isinstance(method, MergeMethod) else {}
     ranks = [recipe.rank] if recipe.rank is not None else []
     ranks += [given.pop(name) for name in _RANKS if name in given and name not in own]
-    rank = whole_rank(ranks[0]) if ranks else 0
+    rank, energy = whole_rank(ranks[0]) if ranks else 0, recipe.extract.energy or 0.0
     weights = given.pop("weight", None)
     if method is MEAN:
         normalize = given.pop("normalize", True)
@@ -109,16 +122,18 @@ def _read(recipe: Recipe, given: dict[str, Any], count: int) -> Combined:
             if not total:
                 raise RecipeError("the weights sum to 0, so they have no mean; pass `normalize=False`")
             weights = [weight / total for weight in weights]
-        method = "svd" if rank else "cat"
+        method = "svd" if rank or energy else "cat"
     if isinstance(method, str):
         if given:
             raise RecipeError(f"{method} of adapters has the parameters weight and rank, not {listed(list(given))}")
-        return Combined(method, weights or [1.0] * count, {}, rank)
+        if method == "cat" and (rank or energy):
+            raise RecipeError("cat stacks the factors as they are; choose the method svd for a rank or an energy")
+        return Combined(method, weights or [1.0] * count, {}, rank, energy)
     if method is COPY:
         raise RecipeError("copy takes one model; choose a method that merges adapters, like linear")
     if weights is not None:
         given["weight"] = weights
-    return Combined(method, weights or [1.0] * count, given, rank)
+    return Combined(method, weights or [1.0] * count, given, rank, energy)
 
 
 def whole_rank(value: Any) -> int:
@@ -133,16 +148,18 @@ def whole_rank(value: Any) -> int:
 
 
 def _check(adapter: Adapter, module: Module) -> None:
-    """Raises MismatchError for an update that is no product of two factors."""
+    """Raises MismatchError for an update that is no matrix of its own."""
     why = ""
     if module.magnitude:
         why = "its update depends on the base (DoRA)"
     elif module.start:
         why = f"it changes the base when it is loaded ({module.start})"
-    elif module.kind not in ("lora", "embedding") or "mid" in module.parts:
-        why = f"its update is no product of two factors (kind {module.kind})"
-    elif "." not in module.name and module.name.startswith(("lora_", "lycoris_")):
-        why = "its name lacks the dots of the base's, so PEFT would not find the module"
+    elif module.grown:
+        why = "it makes the tensor of the base larger (reshape_weight)"
+    elif module.kind not in _FACTORED:
+        why = _WHY.get(module.kind, f"its update is no product of two factors (kind {module.kind})")
+    elif module.kind == "full" and len(module.parts["diff"].spec.shape) < 2:
+        why = "its update is a vector, which has no factors"
     if why:
         raise MismatchError(
             f"{adapter.where}: {printable(module.keys[0])}: {why}, so adapters alone cannot be merged; pass `base`, the "
@@ -150,20 +167,58 @@ def _check(adapter: Adapter, module: Module) -> None:
         )
 
 
+_FACTORED = ("lora", "embedding", "loha", "lokr", "full")
+_PRODUCTS = ("lora", "embedding")
+"""Kinds whose updates are products of two factors as they are stored."""
+_WHY = {
+    "glora": "its update depends on the base (GLoRA)",
+    "ia3": "it multiplies the weights of the base (IA3)",
+    "bias": "its update is that of a bias, which has no factors",
+    "saved": "it is a whole tensor, and no factor",
+    "tokens": "it is rows of an embedding, and no factor",
+}
+
+
+def _check_names(adapters: Sequence[Adapter], modules: Mapping[str, object]) -> None:
+    """Raises MismatchError for names that PEFT would not find."""
+    flat = next(filter(is_flat, modules), None)
+    if flat is not None:
+        raise MismatchError(
+            f"{adapters[0].where}: {printable(flat)}: its name lacks the dots of the base's, so PEFT would not find the "
+            "module; give the output a name that ends in .safetensors, or pass `base`, and the merge is a model"
+        )
+
+
 def _sides(module: Module) -> tuple[Source, Source]:
     """Returns the factors [n, r] and [r, m] of an update as PEFT stores it, without the scale."""
     if module.kind == "embedding":
         return permuted(module.parts["embedding A"]), permuted(module.parts["embedding B"])
-    down, up = module.parts["A"], module.parts["B"]
-    return shaped(up, up.spec.shape[0], -1), shaped(down, down.spec.shape[0], -1)
+    return lora_factors(module)
 
 
-def _shape(module: Module) -> Shape:
-    """Returns the shape of a module's update. Linear weights are [out, in] here, also where the base stores [in, out]."""
-    if module.kind == "embedding":
-        return module.parts["embedding A"].spec.shape[1], module.parts["embedding B"].spec.shape[0]
-    down, up = module.parts["A"].spec.shape, module.parts["B"].spec.shape
-    return up[0], *down[1:]
+def _shape(found: Sequence[tuple[int, Module]], name: str, adapters: Sequence[Adapter]) -> Shape:
+    """Returns the shape of a module's update. Linear weights are [out, in] here, also where the base stores [in, out].
+
+    Raises MismatchError if the adapters have different ones. Some updates of convolutions do not tell the kernel; the
+    others do, or the module's name.
+    """
+    try:
+        shapes = [update_shape(module) for _, module in found]
+    except (RecipeError, IndexError) as error:
+        raise MismatchError(f"{printable(name)}: its factors are no factors of one update") from error
+    plain = [shape if set(shape[2:]) != {1} else shape[:2] for shape in shapes]
+    told = [place for place, (_, module) in enumerate(found) if module.kind in _PRODUCTS or len(shapes[place]) > 2]
+    best = (told or [0])[0]
+    for place, (number, module) in enumerate(found):
+        alike = plain[place] == plain[best] or (
+            place not in told and (shapes[place][0], math.prod(shapes[place])) == (shapes[best][0], math.prod(shapes[best]))
+        )
+        if not alike or (module.kind == "embedding") != (found[best][1].kind == "embedding"):
+            raise MismatchError(
+                f"{printable(name)}: the update of {adapters[found[best][0]].where} has the shape {list(shapes[best])}, "
+                f"and that of {adapters[number].where} {list(shapes[place])}; they are of different bases"
+            )
+    return shapes[best] if told else with_kernel(name, shapes[best])
 
 
 def _layer(
@@ -172,19 +227,22 @@ def _layer(
     adapters: Sequence[Adapter],
     asked: Combined,
     recipe: Recipe,
+    file: SingleFile | None,
 ) -> Layer:
-    way, weights, parameters, rank = asked
-    first = found[0][1]
-    shape = _shape(first)
-    for number, module in found[1:]:
-        if _shape(module) != shape or module.kind != first.kind:
-            raise MismatchError(
-                f"{printable(name)}: the update of {adapters[found[0][0]].where} has the shape {list(shape)}, and that of "
-                f"{adapters[number].where} {list(_shape(module))}; they are of different bases"
-            )
+    way, weights, first = asked.way, asked.weights, found[0][1]
+    shape, tensor = _shape(found, name, adapters), f"{name}.weight"
     form = EMBEDDING if first.kind == "embedding" else LINEAR
-    tensor = f"{name}.weight"
-    dtype = recipe.recast or _dtype(module for _, module in found)
+    own = first if found[0][0] == 0 else None
+    keys = None if file is None else file.keys(name, own, form == EMBEDDING)
+    dtype = recipe.recast or _dtype(found, file)
+    foreign = next(((number, module) for number, module in found if module.kind not in _PRODUCTS), None)
+    if foreign is not None and not (asked.rank or asked.energy):
+        number, module = foreign
+        raise MismatchError(
+            f"{adapters[number].where}: {printable(module.name)}: its update is no product of two factors (kind "
+            f"{module.kind}), so it is decomposed, and its rank is not known; give the parameter rank, like 32, or energy, "
+            "like 0.99"
+        )
     if isinstance(way, MergeMethod):
         by_number = dict(found)
         deltas = [
@@ -195,21 +253,43 @@ def _layer(
         ]
         based = way.base == "required"
         sources = [Constant(TensorSpec(tensor, DType.F64, shape))] * based + deltas
-        one = merged(tensor, way, sources, dict(parameters), based=based, seed=recipe.seed)
-        most = rank or max(module.rank for _, module in found)
-        return Layer(tensor, shape, DECOMPOSE, (one,), Wanted(most, 0.0, dtype), form)
-    left, right, total = list[Source](), list[Source](), 0
+        one = merged(tensor, way, sources, dict(asked.parameters), based=based, seed=recipe.seed)
+        return Layer(tensor, shape, DECOMPOSE, (one,), _wanted(asked, found, dtype), form, keys=keys)
+    if foreign is not None:
+        updates = [delta(_as_stored(module), shape) for _, module in found]
+        one = summed(updates, [weights[number] for number, _ in found]).named(tensor)
+        return Layer(tensor, shape, DECOMPOSE, (one,), _wanted(asked, found, dtype), form, keys=keys)
+    left, right = list[Source](), list[Source]()
+    total, stacks = sum(module.rank for _, module in found), way == "cat"
+    unit = keys.value / total if keys is not None and keys.value and stacks else 1.0  # what loaders multiply by
     for number, module in found:
         one, other = _sides(module)
-        scale = weights[number] * module.scale
         left.append(rounded(one, DType.F64))
-        right.append(summed([other], [scale]))
-        total += module.rank
+        right.append(summed([other], [weights[number] * module.scale / unit]))
     stacked = joined(tensor, left, 1), joined(tensor, right, 0)
-    if way == "cat":
-        return Layer(tensor, shape, STACK, stacked, Wanted(total, 0.0, dtype), form)
-    most = rank or max(module.rank for _, module in found)
-    return Layer(tensor, shape, RECOMPRESS, stacked, Wanted(min(most, total), 0.0, dtype), form)
+    wanted = Wanted(total, 0.0, dtype) if stacks else _wanted(asked, found, dtype)
+    return Layer(tensor, shape, STACK if stacks else RECOMPRESS, stacked, wanted, form, keys=keys)
+
+
+def _alpha(asked: Combined, found: Sequence[tuple[int, Module]]) -> float:
+    """Returns the alpha by which the factors of a module need no other scale: for stacked ones the largest of their own,
+    for others the rank."""
+    if asked.way == "cat":
+        scale = max(abs(asked.weights[number] * module.scale) for number, module in found)
+        return scale * sum(module.rank for _, module in found) or 1.0
+    return _wanted(asked, found, DType.F32).rank or _ALPHA
+
+
+_ALPHA = 32.0
+"""The alpha where ranks follow from the numbers."""
+
+
+def _wanted(asked: Combined, found: Sequence[tuple[int, Module]], dtype: DType) -> Wanted:
+    """Returns how much of an update is kept: by default the highest rank of the module's adapters."""
+    products = all(module.kind in _PRODUCTS for _, module in found) and not isinstance(asked.way, MergeMethod)
+    most = asked.rank or (0 if asked.energy else max(module.rank for _, module in found))
+    total = sum(module.rank for _, module in found)
+    return Wanted(min(most or total, total) if products else most, asked.energy, dtype)
 
 
 def _as_stored(module: Module) -> Module:
@@ -217,9 +297,13 @@ def _as_stored(module: Module) -> Module:
     return replace(module, transposed=False)
 
 
-def _dtype(modules: Any) -> DType:
-    """Returns float64 if a factor has it, else float32, since a factor times a number has more digits than 16 bits hold."""
-    dtypes = {part.spec.dtype for module in modules for part in module.parts.values()}
+def _dtype(found: Sequence[tuple[int, Module]], file: SingleFile | None) -> DType:
+    """Returns the dtype of the first adapter for a single file. PEFT's form has float64 if a factor has it, else float32,
+    since a factor times a number has more digits than 16 bits hold."""
+    number, module = found[0]
+    if file is not None:
+        return file.dtype_of(module) if number == 0 else file.dtype
+    dtypes = {part.spec.dtype for _, each in found for part in each.parts.values()}
     return DType.F64 if DType.F64 in dtypes else DType.F32
 
 
@@ -227,7 +311,7 @@ def _files(adapters: Sequence[Adapter]) -> dict[Location, Status]:
     return {path: status for adapter in adapters for path, status in adapter.index.identities().items()}
 
 
-def _document(adapters: Sequence[Adapter]) -> Document:
+def _document(adapters: Sequence[Adapter], modules: Mapping[str, object]) -> Document:
     """Returns the configuration's content that the adapters agree on."""
     trees = [_tree(adapter) for adapter in adapters]
 
@@ -242,8 +326,7 @@ def _document(adapters: Sequence[Adapter]) -> Document:
             f"{listed([adapter.where for adapter in adapters], 4)} say different things about fan_in_fan_out in {CONFIG}, "
             "so they are of different bases"
         )
-    names = {module.name for adapter in adapters for module in adapter.modules}
-    return Document(base, task, names, 0.0, across == {True})
+    return Document(base, task, list(modules), 0.0, across == {True})
 
 
 def _tree(adapter: Adapter) -> Mapping[str, Any]:

@@ -23,13 +23,14 @@ from streammerge.events import (
     TaskDone,
     Told,
 )
+from streammerge.factoring.computing import Room, broken, distance, factors_of, stored
 from streammerge.factoring.documents import CONFIG, START, WEIGHTS, Document
-from streammerge.factoring.layers import COMPARE, DECOMPOSE, LINEAR, STACK, Layer, LayerReport, share
+from streammerge.factoring.layers import COMPARE, STACK, Layer, LayerReport, share
 from streammerge.factoring.recording import NUMBERS_BYTES, SUM, Numbers, Record, identity
-from streammerge.factoring.truncated import Factors, of_product, truncated
+from streammerge.factoring.single import SingleFile
+from streammerge.factoring.writing import COPY_BYTES, Piece, from_file, from_number, write_file, write_folder
 from streammerge.formats.file_names import files_below, foreign_files
 from streammerge.formats.records import RECEIPT_FILE, RECIPE_FILE
-from streammerge.formats.safetensors import plan_layout
 from streammerge.planning.budget import PER_TASK_BYTES, PER_WORKER_BYTES, RUN_BYTES, SPOOLING_BYTES
 from streammerge.planning.digest import differences
 from streammerge.running import process
@@ -38,21 +39,19 @@ from streammerge.running.executors.base import Host
 from streammerge.running.executors.threads import ThreadExecutor
 from streammerge.running.spooling import spooled_tasks
 from streammerge.running.workspace import prepare_torch
-from streammerge.sources.base import Allocated, Source
-from streammerge.sources.wide import Wide
+from streammerge.sources.base import Source
 from streammerge.stores import descriptors, faults
-from streammerge.stores.base import Input, Location, Output, Staging, Status
+from streammerge.stores.base import Location, Output, Staging, Status
 from streammerge.stores.inputs import InputFiles
 from streammerge.stores.journal import Finished, Journal
 from streammerge.stores.space import space_checked
-from streammerge.tensors.spec import GRAIN, TensorSpec, ranges
+from streammerge.tensors.spec import ranges
 from streammerge.tensors.threads import one_torch_thread
 from streammerge.units import binary_bytes, counted, decimal_bytes
 
 if TYPE_CHECKING:
     import torch
 
-_COPY_BYTES = 1 << 20
 _SHOWN_LAYERS = 12
 
 
@@ -64,7 +63,7 @@ class Making:
     tensor is stored with -> all its tensors by their names in the base, as they are stored whole; without a module here
     a tensor is not represented. ``absent``: tensors that are not represented, and why. ``files``: all inputs.
     ``folders``: folders of inputs. ``says``: what the output is made of, for messages. ``record``: how it can be made
-    again; None for one that cannot tell.
+    again; None for one that cannot tell. ``file``: how the adapter is one file; None for a folder in PEFT's form.
     """
 
     layers: list[Layer]
@@ -77,6 +76,7 @@ class Making:
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     record: Record | None = None
+    file: SingleFile | None = None
 
     @property
     def read_bytes(self) -> int:
@@ -178,30 +178,6 @@ class _Outcome:
         return self.place.size - NUMBERS_BYTES
 
 
-class Room(Allocated):
-    """The room of one layer. Counts the bytes that are read."""
-
-    def __init__(self, files: InputFiles, host: Host) -> None:
-        super().__init__(self._opened)
-        self._inputs, self._host = files, host
-        self.read_bytes = 0
-
-    def _opened(self, path: Location) -> _Counted:
-        return _Counted(self, self._inputs.get(path))
-
-    def halt(self) -> None:
-        self._host.check()
-
-
-class _Counted:
-    def __init__(self, room: Room, file: Input) -> None:
-        self._room, self._file = room, file
-
-    def read_into(self, buffer: memoryview, offset: int) -> None:
-        self._room.read_bytes += len(buffer)
-        self._file.read_into(buffer, offset)
-
-
 @dataclass(frozen=True, slots=True)
 class _Work:
     """``create``: makes a temporary file for a layer, of a size in bytes."""
@@ -228,12 +204,21 @@ class _Worker:
             if layer.way == COMPARE:
                 return self._kept(number, Numbers(0, distance(layer, room), 0.0), (), room)
             factors = factors_of(layer, room)
+            numbers = Numbers(factors.rank, factors.total, factors.rest)
+            made = stored(layer, factors) if factors.rank else ()
+            if not all(bool(each.isfinite().all()) for each in made):
+                raise MismatchError(
+                    f"{printable(layer.name)} has factors that are too large for {layer.wanted.dtype.torch_name}; pass "
+                    "`dtype`, like float32"
+                )
+            return self._kept(number, numbers, made, room)
         except ValueError as error:
             raise MismatchError(
-                f"{printable(layer.name)} has {error} in one of its models, so it has no factors; exclude it"
+                f"{broken(layer, room)}, so {printable(layer.name)} has no factors; repair that file, or leave it out (in "
+                "an extraction, `exclude` the module)"
             ) from error
-        numbers = Numbers(factors.rank, factors.total, factors.rest)
-        return self._kept(number, numbers, stored(layer, factors) if factors.rank else (), room)
+        finally:
+            room.forget()
 
     def _kept(self, number: int, numbers: Numbers, factors: Sequence[torch.Tensor], room: Room) -> _Outcome:
         """Writes a layer's temporary file."""
@@ -246,51 +231,6 @@ class _Worker:
 
     def close(self) -> None:
         """Nothing is kept between layers."""
-
-
-def factors_of(layer: Layer, room: Room) -> Factors:
-    """Computes the factors of a layer that is not compared. Raises ValueError for numbers that are not finite."""
-    if layer.way == DECOMPOSE:
-        return truncated(layer.rows, layer.wanted, room)
-    left, right = (_whole(each, room) for each in layer.sources)
-    if layer.way == STACK:
-        return Factors(left.to(layer.wanted.dtype.torch), right.to(layer.wanted.dtype.torch), 0.0, 0.0)
-    return of_product(left, right, layer.wanted.rank, layer.wanted.dtype)
-
-
-def _whole(source: Source, room: Room) -> torch.Tensor:
-    """Reads a small matrix, in float64."""
-    import torch
-
-    numel = source.spec.numel
-    made = torch.empty(numel, dtype=torch.float64)
-    wide = Wide(source, room, min(GRAIN, numel))
-    for start, stop in ranges(numel, GRAIN):
-        room.halt()
-        made[start:stop] = wide.read(start, stop)
-    return made.view(source.spec.shape)
-
-
-def distance(layer: Layer, room: Room) -> float:
-    """Returns the sum of the squared differences of two tensors."""
-    (one, other), total = layer.sources, 0.0
-    numel = one.spec.numel
-    span = min(GRAIN, numel)
-    first, second = Wide(one, room, span), Wide(other, room, span)
-    for start, stop in ranges(numel, GRAIN):
-        room.halt()
-        total += float(first.read(start, stop).sub_(second.read(start, stop)).square_().sum())
-    return total
-
-
-def stored(layer: Layer, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns A and B as a PEFT file holds them."""
-    left, right = factors.left, factors.right
-    if layer.alpha:
-        left = left.mul_(factors.rank / layer.alpha)
-    if layer.form == LINEAR:
-        return right.contiguous(), left.contiguous()
-    return left.T.contiguous(), right.T.contiguous()
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -328,6 +268,7 @@ def make(
     most = made.most_bytes
     listener(RunStarted(made.read_bytes, most, memory_bytes, len(made.layers)))
     staging = out.stage(overwrite)
+    staging.as_folder = made.file is None
     run = _Run(made, staging, count, polite, listener, resume)
     keep = False
     try:
@@ -341,7 +282,7 @@ def make(
             run.make()
         refuse_output(made, out)
         listener(Syncing())
-        staging.commit(as_folder=True)
+        staging.commit(as_folder=made.file is None)
         listener(Published())
     except BaseException as error:
         keep = run.untouched or (resume and may_pass(error))
@@ -485,8 +426,8 @@ class _Run:
         file = self._staging.temporary(piece.file, piece.nbytes, keep=True)
         if not file.kept:
             return None
-        read, value, data = _from_file(file, 0), 0, memoryview(b"")
-        for start, stop in ranges(piece.nbytes, _COPY_BYTES):
+        read, value, data = from_file(file, 0), 0, memoryview(b"")
+        for start, stop in ranges(piece.nbytes, COPY_BYTES):
             value = SUM.update(read(start, stop), value)
         if value != piece.checksum:
             return None
@@ -522,30 +463,14 @@ class _Run:
         if not ranks and not wholes:
             self._refuse_nothing(bool(changed))
         pieces = list(self._pieces(outcomes, biases, wholes))
+        file, record = self._made.file, self._made.record
+        if file is not None:
+            by_tensor = {self._layers[n].name: outcomes[n].rank for n in sorted(outcomes)}
+            metadata = file.metadata(self._layers, by_tensor)
+            self.written_bytes = write_file(self._staging, pieces, metadata, record, self.reports)
+            return
         text = self._made.document.text(ranks, list(wholes), bool(biases)).encode()
-        record = self._made.record
-        layout = plan_layout(WEIGHTS, [spec for spec, _ in pieces], {"format": "pt"})
-        file = self._staging.create(WEIGHTS, layout.size)
-        rest = 0
-        for literal in layout.literals:
-            file.write_full(literal.data, literal.offset)
-            rest = SUM.update(literal.data, rest)
-        sums: dict[int, int] = {}
-        for spec, read in pieces:
-            value, offset = 0, layout.offsets[spec.name]
-            for start, stop in ranges(spec.nbytes, _COPY_BYTES):
-                data = read(start, stop)
-                file.write_full(data, offset + start)
-                value = SUM.update(data, value)
-            if spec.nbytes:
-                sums[offset] = value
-        files = {CONFIG: text}
-        if record is not None:
-            written = {WEIGHTS: [*(sums[offset] for offset in sorted(sums)), rest], CONFIG: [SUM.update(text)]}
-            files |= record.files(written, self.reports)
-        for name, content in files.items():
-            self._staging.create(name, len(content)).write_full(content, 0)
-        self.written_bytes = layout.size + sum(map(len, files.values()))
+        self.written_bytes = write_folder(self._staging, pieces, text, record, self.reports)
 
     def _ties(self, module: str) -> bool:
         return self._made.document.ties([module])
@@ -555,14 +480,16 @@ class _Run:
         outcomes: Mapping[int, _Outcome],
         biases: Mapping[str, Source],
         wholes: Mapping[str, Mapping[str, Source]],
-    ) -> Iterator[tuple[TensorSpec, Callable[[int, int], memoryview]]]:
+    ) -> Iterator[Piece]:
         """Yields the tensors of the file, each with a function that reads a range of its bytes."""
         for number in sorted(outcomes):
             place = outcomes[number].place
             if outcomes[number].rank:
                 down, up = self._layers[number].specs(outcomes[number].rank)
-                yield down, _from_file(place, 0)
-                yield up, _from_file(place, down.nbytes)
+                yield down, from_file(place, 0)
+                yield up, from_file(place, down.nbytes)
+                if (alpha := self._layers[number].stored_alpha()) is not None:
+                    yield alpha[0], from_number(*alpha)
         whole = {name: source for module in wholes.values() for name, source in module.items()}
         for name, source in (*biases.items(), *whole.items()):
             yield source.spec.named(START + name), self._from_source(source)
@@ -623,26 +550,13 @@ def _piece(done: _Outcome) -> Finished:
     return Finished(done.number, 0, _file_name(done.number), 0, done.place.size, done.checksum)
 
 
-def _from_file(file: Output, offset: int) -> Callable[[int, int], memoryview]:
-    def read(start: int, stop: int) -> memoryview:
-        buffer = memoryview(bytearray(stop - start))
-        if file.read_into(buffer, offset + start) != len(buffer):
-            raise OSError(f"{printable(file.location)} ended before its end")
-        return buffer
-
-    return read
-
-
 def refuse_output(made: Making, out: Location) -> None:
-    """Raises RecipeError or FormatError for an output that is no folder for an adapter, or would lose a file."""
-    if out.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt") and not out.is_folder() and not out.ends_in_slash:
-        raise RecipeError(
-            f"{printable(out)}: an adapter is a folder with its configuration; give the name of a folder, like "
-            f"{printable(out.with_name(out.stem))}/"
-        )
+    """Raises RecipeError or FormatError for an output that is of another kind, or would lose a file."""
+    _refuse_kind(made, out)
     resolved = out.resolve()
     inputs = [path.resolve() for path in made.files]
     written = [path for _, path in files_below(out) if path.is_file()] if out.is_folder() else []
+    written += [out] if out.is_file() else []
     same = {status.place for status in made.files.values()}
     if (
         resolved in inputs
@@ -664,7 +578,28 @@ def refuse_output(made: Making, out: Location) -> None:
             raise RecipeError(
                 f"{printable(out)} also holds {listed(foreign)}, which replacing it would lose; move that away first"
             )
-    elif out.exists():
+
+
+def _refuse_kind(made: Making, out: Location) -> None:
+    """Raises RecipeError for a file in place of a folder, or the other way round."""
+    if made.file is not None:
+        if out.suffix != ".safetensors":
+            raise RecipeError(f"{printable(out)}: an adapter as one file is written as .safetensors; give it this ending")
+        return
+    if is_file_name(out):
+        raise RecipeError(
+            f"{printable(out)}: an adapter is a folder with its configuration; give the name of a folder, like "
+            f"{printable(out.with_name(out.stem))}/"
+        )
+    if out.exists() and not out.is_folder():
         raise RecipeError(
             f"{printable(out)} is a file, and a folder is to be there; remove it first, or choose another name"
         )
+
+
+def is_file_name(out: Location) -> bool:
+    """Whether an output is named like a file of weights."""
+    return out.suffix in _ENDINGS and not out.is_folder() and not out.ends_in_slash
+
+
+_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")

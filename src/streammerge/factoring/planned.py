@@ -68,7 +68,7 @@ class AdapterPlan:
             "method": self.recipe.merge_method.name,
             "recipe": self.recipe.to_dict(),
             "tensors": self.counts(),
-            "files": [{"name": WEIGHTS, "bytes": self.write_bytes}],
+            "files": [{"name": self._file, "bytes": self.write_bytes}],
             "read_bytes": self.read_bytes,
             "write_bytes": self.write_bytes,
             "peak_bytes": self.peak_bytes,
@@ -82,6 +82,15 @@ class AdapterPlan:
             ],
         }
 
+    @property
+    def _form(self) -> str:
+        return "in PEFT's form" if self.making.file is None else f"in one file, like {self.making.file.first.where}"
+
+    @property
+    def _file(self) -> str:
+        """The name of the file of tensors; "" if it is not known yet."""
+        return WEIGHTS if self.making.file is None else self.out.name if self.out else ""
+
     def __repr__(self) -> str:
         return f"<AdapterPlan: {counted(len(self.tasks), 'tensor')}, {decimal_bytes(self.read_bytes)} to read>"
 
@@ -93,7 +102,7 @@ class AdapterPlan:
             f"adapters {shown}" if base is None else f"model    {shown}, trained from {printable(base)}",
             f"method   {self.recipe.merge_method.name}",
             f"tensors  {len(self.tasks)}: {made}",
-            f"output   an adapter in PEFT's form, at most {decimal_bytes(self.write_bytes)}",
+            f"output   an adapter {self._form}, at most {decimal_bytes(self.write_bytes)}",
             f"read     {decimal_bytes(self.read_bytes)} from {len(self.making.files)} files",
             f"memory   {binary_bytes(self.peak_bytes)} projected of {binary_bytes(self.memory_bytes)}, above start-up "
             f"({self.workers} workers)",

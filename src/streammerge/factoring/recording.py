@@ -15,7 +15,7 @@ from streammerge.factoring.layers import Layer, LayerReport
 from streammerge.formats.records import CARD_FILE, RECEIPT_FILE, RECIPE_FILE
 from streammerge.planning.outputs.card import card_text
 from streammerge.planning.outputs.container import named_origins
-from streammerge.planning.receipt import InputSpans, Receipt, files_beside, input_files, planned
+from streammerge.planning.receipt import ITSELF, InputSpans, Receipt, files_beside, input_files, planned
 from streammerge.recipe.document import to_json, to_yaml
 from streammerge.recipe.locations import travelling, travelling_names
 from streammerge.recipe.model import Recipe
@@ -42,13 +42,13 @@ class Record:
     card: str = ""
 
     @classmethod
-    def of(cls, recipe: Recipe, adapters: Sequence[Adapter]) -> Record:
-        """The record of an adapter from adapters. Reads the headers of the inputs."""
+    def of(cls, recipe: Recipe, adapters: Sequence[Adapter], card: bool = True) -> Record:
+        """The record of an adapter from adapters. Reads the headers of the inputs. ``card``: whether it may have one."""
         names = travelling_names(recipe)
         called = {names[each.model]: adapter.index for each, adapter in zip(recipe.models, adapters, strict=True)}
         content, inputs, receipt = _planned(recipe, called)
-        card = card_text(content, None, called, "peft") if recipe.output.card else ""
-        return cls(recipe, inputs, receipt, card)
+        text = card_text(content, None, called, "peft") if card and recipe.output.card else ""
+        return cls(recipe, inputs, receipt, text)
 
     @classmethod
     def of_difference(cls, recipe: Recipe, models: Mapping[str, CheckpointIndex]) -> Record:
@@ -63,12 +63,16 @@ class Record:
         recipe = to_yaml(self.receipt.recipe).encode()
         files = {RECIPE_FILE: recipe} | ({CARD_FILE: self.card.encode()} if self.card else {})
         every = {**sums, **{name: [SUM.update(data)] for name, data in files.items()}}
-        blank = replace(
-            self.receipt,
-            checksums={name: "0" * 8 * len(every[name]) for name in sorted(every)},
-            layers=[each.record() for each in layers],
-        )
+        blank = self._blank({name: len(every[name]) for name in sorted(every)}, layers)
         return {**files, RECEIPT_FILE: blank.filled(every, {}).text(2).encode()}
+
+    def blank(self, count: int, layers: Sequence[LayerReport]) -> Receipt:
+        """Returns the receipt of an adapter that is one file, without its checksums. ``count``: how many it has."""
+        return self._blank({ITSELF: count}, layers)
+
+    def _blank(self, counts: Mapping[str, int], layers: Sequence[LayerReport]) -> Receipt:
+        checksums = {name: "0" * 8 * count for name, count in counts.items()}
+        return replace(self.receipt, checksums=checksums, layers=[each.record() for each in layers])
 
 
 def _planned(
@@ -95,7 +99,7 @@ def identity(layers: Sequence[Layer], files: Mapping[Location, Status], record: 
     states = {names.get(path, str(path)): (known.size, known.version) for path, known in files.items()}
     recipe = record.receipt.recipe if record else {}
     said: list[Any] = [(_FORM, __version__), sorted(states.items()), recipe]
-    said += [(each.name, each.shape, each.way, repr(each.wanted), each.form, each.alpha) for each in layers]
+    said += [(each.name, each.shape, each.way, repr(each.wanted), each.form, each.alpha, each.keys) for each in layers]
     said += [[source.place for source in each.sources] for each in layers]
 
     def digest(value: Any) -> str:

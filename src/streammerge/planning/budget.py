@@ -1,6 +1,6 @@
 """The memory model: the cost of one chunk in flight, and the number of chunks that fit a budget. Pure arithmetic.
 
-    peak = RUN + tensors * PER_TENSOR + tasks * PER_TASK + columns * PER_COLUMN + lines * PER_ROW + together * PER_CHECKED
+    peak = RUN + tensors * PER_TENSOR + tasks * PER_TASK + columns * PER_COLUMN + rows * PER_ROW + together * PER_CHECKED
            + pieces * PER_PIECE + pickles + spooling + spread + remote
            + workers * (PER_WORKER + beside + passes + out + chunk_elems * bytes_per_element + scratch + tiles * tile
                         + inputs * huge_pages(window + chunk_elems * input_bytes))
@@ -11,6 +11,7 @@ drift from what is allocated.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from streammerge.errors import BudgetError
@@ -152,67 +153,89 @@ def _huge_pages(nbytes: int) -> int:
     return (-(-nbytes // HUGE_PAGE_BYTES) + 1) * HUGE_PAGE_BYTES
 
 
-def fit(
-    memory_bytes: int,
-    workers: int,
-    tensors: int,
-    cost: Cost,
-    spooling: bool = False,
-    pickle_bytes: int = 0,
-    beside_bytes: int = 0,
-    tasks: int = 0,
-    columns: int = 0,
-    lines: int = 0,
-    together: int = 0,
-    pieces: int = 0,
-    remote: bool = False,
-    tile_bytes: int = 0,
-) -> Budget:
+class Load(NamedTuple):
+    """What a run holds besides the chunks in flight.
+
+    ``tensors``: of all inputs together. ``tasks``: tensors of the output. ``columns`` and ``rows``: the same for tensors
+    that are rows of tables. ``together``: the most of these in one file. ``pieces``: those of tensors that have several.
+    ``pickle_bytes``: pickles while they are read and written. ``beside_bytes``: what each worker holds beside its buffers,
+    such as the blocks that a verification compares. ``spooling``: whether packed records are unpacked first. ``remote``:
+    whether inputs are fetched over a network.
+    """
+
+    tensors: int = 0
+    tasks: int = 0
+    columns: int = 0
+    rows: int = 0
+    together: int = 0
+    pieces: int = 0
+    pickle_bytes: int = 0
+    beside_bytes: int = 0
+    spooling: bool = False
+    remote: bool = False
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes that do not depend on workers and chunks."""
+        listed = self.tensors * PER_TENSOR_BYTES + self.tasks * PER_TASK_BYTES + self.columns * PER_COLUMN_BYTES
+        listed += self.rows * PER_ROW_BYTES + self.together * PER_CHECKED_BYTES + self.pieces * PER_PIECE_BYTES
+        return RUN_BYTES + listed + self.pickle_bytes + SPOOLING_BYTES * self.spooling + REMOTE_BYTES * self.remote
+
+
+class _Sizes(NamedTuple):
+    """Sizes that are tried: a chunk in elements, and what goes with it in bytes."""
+
+    chunk: int
+    out: int
+    window: int
+    tile: int
+    ahead: int
+
+
+def _chunks(cost: Cost) -> Iterator[int]:
+    """Yields the sizes of chunks from the preferred one down to the least."""
+    least = max(GRAIN, cost.row)
+    chunk = max(BEST_CHUNK_ELEMS * (2 if cost.passes else 1), least)
+    yield chunk
+    while chunk > least:
+        chunk = max(chunk // 2, least)
+        yield chunk
+
+
+def _sizes(cost: Cost, load: Load, chunk: int, halvings: int, tile_bytes: int) -> _Sizes:
+    """Returns what goes with a chunk after so many halvings. ``tile_bytes``: the length of tiles, 0 for the usual one."""
+    last, more = halvings == _MOST_HALVINGS, 2 if cost.passes else 1
+    window = 0 if last else MOST_WINDOW_BYTES * more >> halvings
+    tile = 0 if last or not cost.tiles else max(BEST_TILE_BYTES >> halvings, _LEAST_TILE_BYTES)
+    ahead = max(BEST_AHEAD_BYTES >> halvings, _LEAST_AHEAD_BYTES) if load.remote else 0
+    return _Sizes(chunk, max(BEST_OUT_BYTES >> halvings, cost.out * chunk), window, tile_bytes or tile, ahead)
+
+
+def _peak_bytes(cost: Cost, load: Load, workers: int, sizes: _Sizes) -> int:
+    """Returns the memory of a run with so many workers. The module's docstring has the formula."""
+    mapped = _huge_pages(sizes.window + sizes.chunk * cost.mapped) if cost.mapped else 0
+    kept = cost.inputs * (mapped + sizes.window * cost.keeps)
+    nested = cost.scratch + cost.shared + cost.tiles * sizes.tile + cost.held
+    own = PER_WORKER_BYTES + load.beside_bytes + cost.passes_bytes + sizes.out + sizes.chunk * cost.element_bytes
+    return load.fixed_bytes + cost.spread_bytes + sizes.ahead + workers * (own + kept + nested)
+
+
+def fit(memory_bytes: int, workers: int, cost: Cost, load: Load, tile_bytes: int = 0) -> Budget:
     """Returns the most workers and the best chunk that ``memory_bytes`` allows.
 
-    ``tensors``: of all inputs together. ``tasks``: tensors of the output. ``columns`` and ``lines``: the same for tensors
-    that are rows of tables. ``together``: the most of these in one file. ``pieces``: those of tensors that have several.
-    ``beside_bytes``: what each worker holds beside its buffers, such as the blocks that a verification compares.
-    ``remote``: whether inputs are fetched over a network. ``tile_bytes``: how long tiles have to be, 0 for what there is
-    room for. Raises BudgetError, which names the least memory that is enough.
+    ``tile_bytes``: how long tiles have to be, 0 for what there is room for. Raises BudgetError, which names the least
+    memory that is enough.
     """
-    fixed = RUN_BYTES + tensors * PER_TENSOR_BYTES + tasks * PER_TASK_BYTES
-    fixed += columns * PER_COLUMN_BYTES + lines * PER_ROW_BYTES + together * PER_CHECKED_BYTES
-    fixed += pieces * PER_PIECE_BYTES
-    fixed += (SPOOLING_BYTES if spooling else 0) + pickle_bytes + cost.spread_bytes
-    fixed += REMOTE_BYTES if remote else 0
-
-    def peak(count: int, chunk: int, out: int, window: int, tile: int, ahead: int) -> int:
-        kept = cost.inputs * ((_huge_pages(window + chunk * cost.mapped) if cost.mapped else 0) + window * cost.keeps)
-        nested = cost.scratch + cost.shared + cost.tiles * tile + cost.held
-        return (
-            fixed
-            + ahead
-            + count
-            * (PER_WORKER_BYTES + beside_bytes + cost.passes_bytes + out + chunk * cost.element_bytes + kept + nested)
-        )
-
-    least_chunk, more = max(GRAIN, cost.row), 2 if cost.passes else 1
-    most = max(min(workers, (memory_bytes - fixed) // PER_WORKER_BYTES), 1)
-    for count in range(most, 0, -1):
-        chunk = max(BEST_CHUNK_ELEMS * more, least_chunk)
-        while True:
+    room = memory_bytes - load.fixed_bytes - cost.spread_bytes
+    for count in range(max(min(workers, room // PER_WORKER_BYTES), 1), 0, -1):
+        for chunk in _chunks(cost):
             for halvings in range(_MOST_HALVINGS + 1):
-                last = halvings == _MOST_HALVINGS
-                window = 0 if last else MOST_WINDOW_BYTES * more >> halvings
-                tile = 0 if last or not cost.tiles else max(BEST_TILE_BYTES >> halvings, _LEAST_TILE_BYTES)
-                tile = tile_bytes or tile
-                out = max(BEST_OUT_BYTES >> halvings, cost.out * chunk)
-                ahead = max(BEST_AHEAD_BYTES >> halvings, _LEAST_AHEAD_BYTES) if remote else 0
-                needed = peak(count, chunk, out, window, tile, ahead)
+                sizes = _sizes(cost, load, chunk, halvings, tile_bytes)
+                needed = _peak_bytes(cost, load, count, sizes)
                 if needed <= memory_bytes:
-                    return Budget(count, chunk, out, window, cost, needed, tile, ahead)
-            if chunk == least_chunk:
-                break
-            chunk = max(chunk // 2, least_chunk)
-    least = peak(
-        1, least_chunk, max(BEST_OUT_BYTES >> _MOST_HALVINGS, cost.out * least_chunk), 0, 0, _LEAST_AHEAD_BYTES * remote
-    )
+                    return Budget(count, chunk, sizes.out, sizes.window, cost, needed, sizes.tile, sizes.ahead)
+    *_, least_chunk = _chunks(cost)
+    least = _peak_bytes(cost, load, 1, _sizes(cost, load, least_chunk, _MOST_HALVINGS, 0))
     rows = f" with rows of {cost.row} elements, which are held whole" if cost.row > GRAIN else ""
     raise BudgetError(
         f"{binary_bytes(memory_bytes)} of memory are too little for this run{rows}, "

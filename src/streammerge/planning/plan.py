@@ -10,37 +10,33 @@ from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoints.agreement import differing_keys
 from streammerge.checkpoints.config import config_folder
-from streammerge.errors import BudgetError, RecipeError, listed, printable
-from streammerge.kernels.ranking import held_bytes
+from streammerge.errors import RecipeError, listed, printable
 from streammerge.methods.registry import COPY, INTEGERS
 from streammerge.planning.aligned import Way
 from streammerge.planning.alignment import Alignment, align
 from streammerge.planning.announced import disagreements
-from streammerge.planning.budget import BEST_TILE_BYTES, Budget, Cost, fit
+from streammerge.planning.budget import Budget
 from streammerge.planning.conservation import Account, is_alarming, unused_text, used_text
+from streammerge.planning.costs import budget_of, is_stored
 from streammerge.planning.dispositions.ledger import Dispositions
 from streammerge.planning.outputs.container import plan_output
-from streammerge.planning.outputs.layout import Layout, Placed, PlacedTensors
+from streammerge.planning.outputs.layout import Layout, Placed, PlacedTensors, PlannedOutput
 from streammerge.planning.receipt import InputSpans
-from streammerge.planning.tasks import MergeTask, Tasks, alike, copy_of_turned, objects, turned_places, turned_task, where
+from streammerge.planning.tasks import MergeTask, Tasks, alike, objects, turned_places, where
 from streammerge.planning.views import Indexes
 from streammerge.recipe.model import Recipe
 from streammerge.recipe.summary import recipe_lines, rule_lines, stage_lines, weight_notes
-from streammerge.sources.base import BlobPath, Needs, Source
-from streammerge.sources.stored import Stored
-from streammerge.stores import descriptors
+from streammerge.sources.base import BlobPath, Source
 from streammerge.stores.base import Location, Status
 from streammerge.stores.locations import parse
-from streammerge.tensors.dtypes import DType
 from streammerge.units import binary_bytes, counted, decimal_bytes
 
 if TYPE_CHECKING:
+    from streammerge.checkpoints.index import CheckpointIndex
     from streammerge.planning.vocabularies import Tokenized
     from streammerge.sources.deflated import PackedKey
 
 _EXAMPLE_OUT = "merged.safetensors"
-_MOST_TILES = 6
-"""Sizes of tiles that are tried."""
 
 
 @dataclass(slots=True, repr=False, eq=False)
@@ -251,43 +247,14 @@ def build_plan(
         from streammerge.planning.like_base import like_base  # here, because most outputs are not quantised
 
         indexes = like_base(recipe, indexes, alignment)
-    opened, tokens = indexes.values(), alignment.tokenized
-    origins = [origin for index in opened for origin in index.origins()]
     output = plan_output(out or parse(_EXAMPLE_OUT), recipe, indexes, alignment, hashed)
-    in_order = out is not None and out.store.sends_parts
-    tasks = all_tasks(output.placed, recipe.seed, in_order)
-    expressions: list[Source] = []
-    spooled: dict[PackedKey, str] = {}
-    if not all(_is_stored(source) for task in objects(tasks) for source in task.sources):
-        from streammerge.planning.repeated import remembered
-        from streammerge.sources.deflated import records
-
-        tasks = remembered(tasks)
-        found = {s.place: s for task in objects(tasks) for s in task.sources if not _is_stored(s)}
-        expressions = list(found.values())
-        for source in expressions:
-            for record in records(source):
-                spooled.setdefault(record, source.spec.name)
-    held = [index.container.held_bytes for index in {id(index): index for index in (*opened, *origins)}.values()]
-    # Reading a pickle takes two copies of it beside its tree. They are freed before the output's pickle is written.
-    reading = max(2 * max(held), *(index.container.reading_bytes for index in opened))
-    pickle_bytes = sum(held) + max(reading, output.layout.pickle_bytes) + (tokens.held_bytes if tokens else 0)
+    made = all_tasks(output.placed, recipe.seed, out is not None and out.store.sends_parts)
+    tasks, expressions, spooled = _nested(made)
+    pickle_bytes = _pickle_bytes(indexes, output.layout, alignment.tokenized)
     sent = out.store.output_buffers(max([file.size for file in output.layout.files], default=0)) if out else (0, 0)
     budget, io = budget_of(tasks, memory_bytes, workers, io, bool(spooled), pickle_bytes + sent[0], sent[1])
-    identities = {path: known for index in opened for path, known in index.identities().items()}
-    identities |= {source: source.status() for source, _ in output.layout.side_files}
-    identities |= {file: file.status() for file in (tokens.read if tokens else ())}
-    notes = [*(note for index in opened for note in index.notes), *alignment.notes, *output.notes]
-    notes += [*output.dispositions.notes(), *weight_notes(recipe), *noise]
-    if out is not None and recipe.output.max_shard_size is not None and not output.layout.as_folder:
-        notes.append(
-            "`max_shard_size` is without effect, because the output is one file; a name that ends in / is a folder"
-        )
-    warnings = [*(warning for index in opened for warning in index.warnings), *alignment.warnings]
-    if recipe.merge_method is not COPY and is_alarming(output.accounts):
-        warnings.append(unused_text(output.accounts))
     disagreeing = disagreements(indexes, alignment.merged, output.layout)
-    notes += disagreeing
+    notes, warnings = _said(recipe, indexes, alignment, output, out)
     return Plan(
         recipe,
         out,
@@ -298,17 +265,74 @@ def build_plan(
         budget,
         memory_bytes,
         io,
-        identities,
-        list(dict.fromkeys(notes)),
+        _identities(indexes, output.layout, alignment.tokenized),
+        list(dict.fromkeys([*notes, *noise, *disagreeing])),
         list(dict.fromkeys(warnings)),
         alignment.taken,
-        {file: index.path for index in origins for file in index.files},
+        {file: index.path for index in _origins(indexes) for file in index.files},
         output.inputs,
         pickle_bytes,
         dispositions=output.dispositions,
         accounts=output.accounts,
         disagreements=disagreeing,
     )
+
+
+def _origins(indexes: Indexes) -> list[CheckpointIndex]:
+    """Returns the checkpoints whose files are read: those of the recipe, and of its stages."""
+    return [origin for index in indexes.values() for origin in index.origins()]
+
+
+def _nested(tasks: Tasks) -> tuple[Sequence[MergeTask], list[Source], dict[PackedKey, str]]:
+    """Returns the tasks, which remember what they read twice, the sources that are not plain byte ranges, and the packed
+    records in them, each with the name of a tensor."""
+    if all(is_stored(source) for task in objects(tasks) for source in task.sources):
+        return tasks, [], {}
+    from streammerge.planning.repeated import remembered
+    from streammerge.sources.deflated import records
+
+    made = remembered(tasks)
+    expressions = {s.place: s for task in objects(made) for s in task.sources if not is_stored(s)}.values()
+    spooled: dict[PackedKey, str] = {}
+    for source in expressions:
+        for record in records(source):
+            spooled.setdefault(record, source.spec.name)
+    return made, list(expressions), spooled
+
+
+def _pickle_bytes(indexes: Indexes, layout: Layout, tokens: Tokenized | None) -> int:
+    """Returns the memory for pickles while they are read and written, and for tokens.
+
+    Reading a pickle takes two copies of it beside its tree. They are freed before the output's pickle is written.
+    """
+    opened = indexes.values()
+    held = [index.container.held_bytes for index in {id(i): i for i in (*opened, *_origins(indexes))}.values()]
+    reading = max(2 * max(held), *(index.container.reading_bytes for index in opened))
+    return sum(held) + max(reading, layout.pickle_bytes) + (tokens.held_bytes if tokens else 0)
+
+
+def _identities(indexes: Indexes, layout: Layout, tokens: Tokenized | None) -> dict[Location, Status]:
+    """Returns each file that the plan depends on, and its state."""
+    found = {path: known for index in indexes.values() for path, known in index.identities().items()}
+    found |= {source: source.status() for source, _ in layout.side_files}
+    return found | {file: file.status() for file in (tokens.read if tokens else ())}
+
+
+def _said(
+    recipe: Recipe, indexes: Indexes, alignment: Alignment, output: PlannedOutput, out: Location | None
+) -> tuple[list[str], list[str]]:
+    """Returns the notes and the warnings of a plan."""
+    opened = indexes.values()
+    notes = [*(note for index in opened for note in index.notes), *alignment.notes, *output.notes]
+    notes += [*output.dispositions.notes(), *weight_notes(recipe)]
+    if out is not None and recipe.output.max_shard_size is not None and not output.layout.as_folder:
+        notes.append(
+            "`max_shard_size` is without effect, because the output is one file; a name that ends in / is a folder"
+        )
+    warnings = [*(warning for index in opened for warning in index.warnings), *alignment.warnings]
+    if recipe.merge_method is not COPY and is_alarming(output.accounts):
+        warnings.append(unused_text(output.accounts))
+    return notes, warnings
 
 
 def _noise(recipe: Recipe, indexes: Indexes) -> list[str]:
@@ -390,99 +414,6 @@ def _differences(recipe: Recipe, indexes: Indexes) -> list[str]:
     return said
 
 
-def _is_stored(source: Source) -> bool:
-    return source.__class__ is Stored
-
-
-def budget_of(
-    tasks: Sequence[MergeTask],
-    memory_bytes: int,
-    workers: int,
-    io: str,
-    spooled: bool = False,
-    pickle_bytes: int = 0,
-    beside_bytes: int = 0,
-    planned: Sequence[MergeTask] = (),
-) -> tuple[Budget, str]:
-    """Returns the budget of these tasks within ``memory_bytes``, and the way to read the inputs.
-
-    Inputs are read by pread if they cannot be mapped, or if the memory or the file limit has no room for the mapped files.
-    ``beside_bytes``: what each worker holds besides its buffers. ``planned``: further tasks that are in memory. Raises
-    BudgetError if the memory is too little.
-    """
-    if io == "mmap" and not _can_map(tasks, workers):
-        io = "pread"
-    held = [_held(tasks), _held(planned)]
-    tensors, objects_, columns, rows, together, parts = (sum(counts) for counts in zip(*held, strict=True))
-    remote = any(path.store.reads_ahead for path in _files_of(tasks)[0].values())
-    more = (spooled, pickle_bytes, beside_bytes, objects_, columns, rows, together, parts, remote)
-    try:
-        found = fit(memory_bytes, workers, tensors, _cost(tasks, io), *more)
-    except BudgetError:
-        if io != "mmap":
-            raise
-        io, found = "pread", fit(memory_bytes, workers, tensors, _cost(tasks, "pread"), *more)
-    for tile in _longer_tiles(tasks):
-        try:
-            wide = fit(memory_bytes, workers, tensors, _cost(tasks, io, tile), *more, tile_bytes=tile)
-        except BudgetError:
-            continue
-        if 2 * wide.workers >= found.workers:
-            return wide, io
-    return found, io
-
-
-def _longer_tiles(tasks: Sequence[MergeTask]) -> list[int]:
-    """Returns the sizes of tiles, the longest first, that hold a tensor that passes read several times through merges."""
-    nested = [task for task in objects(tasks) if task.out.nbytes > BEST_TILE_BYTES and task.nested]
-    if not nested:
-        return []
-    from streammerge.planning.repeated import remembered_bytes  # here, because most merges have no stages
-
-    sizes = {remembered_bytes(task) for task in nested}
-    return sorted((size for size in sizes if size > BEST_TILE_BYTES), reverse=True)[:_MOST_TILES]
-
-
-def _held(tasks: Sequence[MergeTask]) -> tuple[int, int, int, int, int, int]:
-    """Returns what takes memory for each tensor: the sources of tasks that are objects, these tasks, the sources of tasks
-    that are rows, these tasks, the most rows in one file, and the pieces of long tensors."""
-    own = list(objects(tasks))
-    rows = len(tasks) - len(own)
-    columns = rows * max([len(task.sources) for task, _ in alike(tasks)], default=0) if rows else 0
-    together = tasks.most_in_one_file() if rows and isinstance(tasks, Tasks) else 0
-    counts = ((-(-task.elems // task.piece_elems), count) for task, count in alike(tasks))
-    parts = sum(several * count for several, count in counts if several > 1)
-    return sum(len(task.sources) for task in own), len(own), columns, rows, together, parts
-
-
-def _can_map(tasks: Sequence[MergeTask], workers: int) -> bool:
-    """Whether the stores can map files, and as many files as the workers read at one time."""
-    seen, most = _files_of(tasks)
-    if most * workers > descriptors.mapped_at_once(workers):
-        return False
-    return all(path.store.mappable for path in seen.values())
-
-
-def _files_of(tasks: Sequence[MergeTask]) -> tuple[dict[int, Location], int]:
-    """Returns the files that the tasks read, and the most of them that one task reads."""
-    most, seen = 0, dict[int, Location]()  # by identity, since this looks at every tensor
-    if isinstance(tasks, Tasks) and tasks.views:
-        seen |= {id(path): path for table in tasks.views.tables for path in table.paths}
-    for task, _ in alike(tasks):
-        files = 0
-        for source in task.sources:
-            if source.__class__ is Stored:
-                path: Location = source.path
-                seen[id(path)] = path
-                files += 1
-            else:
-                paths = {blob.path for blob in source.blobs}
-                seen |= {id(path): path for path in paths}
-                files += len(paths)
-        most = max(most, files)
-    return seen, most
-
-
 def all_tasks(placed: Iterable[Placed | PlacedTensors], seed: int, in_order: bool = False) -> Tasks:
     """Returns the tasks of an output, sorted by the place in the first input, so that its pages are read once and in
     sequence. ``in_order``: sorted by the place in the output instead, which is sent in that order."""
@@ -536,78 +467,3 @@ def _tasks_of(placed: Placed, seed: int) -> list[MergeTask]:
         tail = [MergeTask(more, COPY, (m.rest,), placed.file, placed.offset + made.nbytes)]
     head = MergeTask(made, m.method, m.sources, placed.file, placed.offset, m.parameters, m.compute, m.based, seed)
     return [head, *tail]
-
-
-def _cost(tasks: Sequence[MergeTask], io: str, tile_bytes: int = 0) -> Cost:
-    """Returns the memory of one chunk: for each kind, the most that any task needs. Zero if all tasks copy verbatim.
-
-    ``tile_bytes``: of longer tiles than the usual ones, if there are any.
-    """
-    cost = Cost(0, 0, 0, 0)
-    seen: set[tuple[object, ...]] = set()
-    for task, _ in alike(tasks):
-        if task.to_turn:
-            cost = cost.most(_turned_cost(task, io))
-            continue
-        if not all(map(_is_stored, task.sources)):
-            cost = cost.most(_nested_cost(task, io, tile_bytes))
-            continue
-        if task.verbatim:
-            continue
-        # Tens of thousands of tasks are alike and cost the same, so each kind is computed once.
-        method, dtypes = task.method, tuple(source.spec.dtype for source in task.sources)
-        sized = task.out.shape if method.passes or method.row else None
-        kind = (id(method), dtypes, task.out.dtype, task.compute, task.based, sized, id(task.parameters))
-        if kind not in seen:
-            seen.add(kind)
-            cost = cost.most(_task_cost(task, [dtype.component for dtype in dtypes], io))
-    return cost
-
-
-def _turned_cost(task: MergeTask, io: str) -> Cost:
-    """Returns the memory of a tensor that is made turned, and then copied."""
-    made = turned_task(task, 0, 0)
-    return _cost([made, copy_of_turned(task, Stored(made.out, None, 0))], io)
-
-
-def _task_cost(task: MergeTask, dtypes: list[DType], io: str, alone: bool = False) -> Cost:
-    """Returns the memory of one chunk. ``alone``: whether one worker makes all pieces of the tensor."""
-    method, models = task.method, len(dtypes)
-    widest = max(d.element_bytes for d in dtypes)
-    out = task.out.dtype.component.element_bytes
-    read, mapped = (widest, 0) if io == "pread" else (0, widest)
-    inputs = models if io == "mmap" or method.passes else 0
-    if method is COPY:
-        return Cost(0, 0, out, read, inputs, mapped)
-    compute, buffers = method.buffers_for(dtypes, task.compute, task.based)
-    searches, rows_bytes = method.searches * models, method.held_bytes(task.row, models)
-    passes = rows_bytes + held_bytes(task.elems if alone else min(task.elems, task.piece_elems), searches)
-    passes += method.whole_bytes(task.shape, models - task.based, task.parameters, task.turned)
-    spread = rows_bytes + held_bytes(task.elems, searches) if task.spread and not alone else 0
-    return Cost(compute, buffers, out, read, inputs, mapped, task.row, method.passes, passes, spread)
-
-
-def _nested_cost(task: MergeTask, io: str, tile_bytes: int = 0) -> Cost:
-    """Returns the memory of one chunk if some sources are not plain byte ranges. Such sources cannot be mapped."""
-    needed = Needs()
-    for source in task.sources:
-        if not _is_stored(source):
-            needed += source.needs()
-    nested = Cost(
-        *(0, 0, 0, 0),
-        scratch=needed.scratch_bytes,
-        shared=needed.shared_bytes,
-        tiles=needed.tiles,
-        held=needed.held_bytes,
-    )
-    if task.verbatim:
-        return nested
-    dtypes = [source.spec.dtype.component for source in task.sources]
-    alone = False
-    if tile_bytes:
-        from streammerge.planning.repeated import is_alone
-
-        alone = is_alone(task, tile_bytes)
-    read, mapped = (_task_cost(task, dtypes, way, alone) for way in ("pread", io))
-    plain = any(map(_is_stored, task.sources))
-    return read.most(nested) if not plain or io == "pread" else read.most(mapped).most(nested)

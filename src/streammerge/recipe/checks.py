@@ -42,7 +42,13 @@ def check(recipe: Recipe, problems: Problems, as_mergekit: bool = False, adapter
             if each.sources and not _has_unread((*each.path, "sources"), unreadable):
                 _check_slice(recipe, each, problems)
     if recipe.merge_method is not EXTRACT and recipe.extract != Extraction():
-        problems.add(("extract",), "extract says what the method of that name makes; add merge_method: extract")
+        only_energy = recipe.extract == Extraction(energy=recipe.extract.energy)
+        if not only_energy or not adapters([each.model for each in recipe.models]):
+            problems.add(
+                ("extract",),
+                "extract says what the method of that name makes, and its energy what adapters alone are cut to; add "
+                "merge_method: extract",
+            )
     if recipe.tokenizer_source and recipe.tokenizer:
         problems.add(("tokenizer",), "tokenizer_source and tokenizer are given; a recipe has one of them")
     _check_parameters(recipe, problems, as_mergekit)

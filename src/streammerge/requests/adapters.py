@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from streammerge.checkpoints.globs import expand
@@ -57,16 +58,26 @@ def adapters_alone(recipe: Recipe) -> bool:
     return not others and are_adapters([each.model for each in recipe.models])
 
 
-def combined(recipe: Recipe) -> Making:
+def combined(recipe: Recipe, out: Location | None = None, single: bool | None = None) -> Making:
     """Returns what an adapter is made of by a recipe whose models are adapters. Reads headers only.
+
+    ``single``: whether it is one file. By default the name of the output says so, and without a name the first adapter.
 
     Raises RecipeError for keys that an adapter cannot follow, MismatchError for adapters that cannot be merged.
     """
     from streammerge.adapters.modules import read_adapter
     from streammerge.factoring.combination import combination
+    from streammerge.factoring.making import is_file_name
 
     refuse_keys(recipe)
-    return combination([read_adapter(each.model) for each in recipe.models], recipe)
+    others = replace(recipe.extract, energy=None)
+    refuse_others({name: getattr(others, name) for name in ("target", "exclude", "save_modules", "alpha")})
+    adapters = [read_adapter(each.model) for each in recipe.models]
+    if single is None:
+        single = adapters[0].config is None if out is None else is_file_name(out)
+    if single and out is not None and adapters[0].config is not None:
+        single = False  # the refusal of the output says what its form is
+    return combination(adapters, recipe, single)
 
 
 def adapter_plan(making: Making, out: Location | None, resources: Resources) -> AdapterPlan:
@@ -137,7 +148,7 @@ def refuse_keys(recipe: Recipe, what: str = "adapters alone", followed: Sequence
 
 def refuse_others(given: Mapping[str, Any], what: str = "adapters alone") -> None:
     """Raises RecipeError for options that an adapter cannot follow. ``what``: how it is made, for the message."""
-    named = [f"`{name}`" for name, value in given.items() if value not in (None, False)]
+    named = [f"`{name}`" for name, value in given.items() if value not in (None, False, ())]
     if named:
         raise RecipeError(
             f"{listed(named)} {'has' if len(named) == 1 else 'have'} no meaning for {what}; leave "

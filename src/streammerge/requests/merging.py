@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,12 @@ from streammerge.options.base import picked
 from streammerge.options.merging import Choosing, Merging, Naming, Policies
 from streammerge.options.resources import Executing, Resources
 from streammerge.options.selecting import Selecting
+from streammerge.options.values import energy
 from streammerge.options.writing import Writing
 from streammerge.planning.conservation import refuse_unused
 from streammerge.planning.plan import Plan
 from streammerge.recipe.arguments import overridden, recipe_of, unchecked
+from streammerge.recipe.extraction import Extraction
 from streammerge.recipe.hub_names import with_hub_places
 from streammerge.recipe.model import Recipe
 from streammerge.recipe.names import is_recipe_name
@@ -134,7 +136,7 @@ class Request:
             if not adapters_alone(recipe):
                 return None
             self._refuse_for_adapters()
-            return combined(recipe)
+            return combined(recipe, self.out)
         choice = {name: getattr(self.choosing, name) or None for name in ("last", "range", "best", "by", "highest")}
         inputs = self.inputs
         if self.schedule is not None or any(choice.values()):
@@ -170,10 +172,12 @@ class Request:
         for name in _RANKS:
             if name in parameters and name not in method.parameters:
                 overrides["rank"] = whole_rank(parameters.pop(name))
+        share = Extraction(energy=_energy(parameters.pop("energy"))) if "energy" in parameters else Extraction()
         unknown = [name for name in parameters if name.rstrip("_") not in method.parameters]
         if unknown:
             raise RecipeError(f"{method.name} has no parameter {printable(unknown[0])}; {method.hint(unknown[0])}")
-        made = combined(with_hub_places(unchecked(chosen, method, None, weights, parameters, overrides)))
+        recipe = replace(unchecked(chosen, method, None, weights, parameters, overrides), extract=share)
+        made = combined(with_hub_places(recipe), self.out)
         made.notes[:0] = notes
         return made
 
@@ -224,6 +228,13 @@ class Request:
         shown = [f"{printable(path)} {weight:.6g}" for path, weight in zip(chosen, weights, strict=True)]
         notes.append(f"weights of the schedule {self.schedule}: {listed(shown, 25)}")
         return weights
+
+
+def _energy(value: Any) -> float:
+    try:
+        return energy(value)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"energy takes a share above 0, up to 1, not {printable(value, 60)}") from error
 
 
 def _following(chosen: Sequence[str], inputs: Sequence[str], weights: Sequence[float]) -> list[float]:

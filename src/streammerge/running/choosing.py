@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from streammerge.errors import BudgetError, RecipeError, printable
 from streammerge.planning.budget import PER_PROCESS_BYTES, Budget
-from streammerge.planning.plan import budget_of
+from streammerge.planning.costs import budget_of
 from streammerge.planning.tasks import MergeTask, alike
 from streammerge.running.executors.base import Executors, processes_supported
 from streammerge.running.executors.registry import find_executor

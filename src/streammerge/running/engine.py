@@ -51,39 +51,7 @@ def run_all(
 
     A long tensor that merges of merges read several times is one worker's if its tiles hold it.
     """
-    ahead = inputs if job.budget.ahead_bytes else None
-
-    def ahead_of(units: Iterator[list[Piece]]) -> Iterator[list[Piece]]:
-        if ahead is None:
-            return units
-        from streammerge.running.announcing import announced  # here, because most inputs are local
-
-        return announced(units, ahead)
-
-    def alone(numbers: Iterable[int]) -> Generator[PieceDone, None, None]:
-        independent = (piece for number in numbers for piece in pieces(tasks[number], number) if wanted(piece))
-        with closing(executor.run(MergeWork(job), ahead_of(batches(independent, job.budget.out_bytes)))) as results:
-            for done in results:
-                yield from done
-
-    def together(number: int) -> Generator[PieceDone, None, None]:
-        task = tasks[number]
-        if any(map(wanted, pieces(task, number))):
-            record = PassResults() if shared is None else shared.record()
-            sweep: Sweep = sweep_on_all(job, executor, number, task, record, ahead)
-            with failures(task, 0, task.elems):
-                bind(task, sweep if shared is None else shared.over(sweep), record)
-            spread = ([piece] for piece in pieces(task, number) if wanted(piece))
-            with closing(executor.run(MergeWork(job, tuple(record.results)), ahead_of(spread))) as results:
-                for done in results:
-                    yield from done
-
-    def whole(numbers: Sequence[int]) -> Generator[PieceDone, None, None]:
-        missing = ([piece for piece in pieces(tasks[number], number) if wanted(piece)] for number in numbers)
-        with closing(executor.run(MergeWork(job, alone=True), ahead_of(filter(None, missing)))) as results:
-            for done in results:
-                yield from done
-
+    making = _Making(job, executor, tasks, wanted, inputs if job.budget.ahead_bytes else None, shared)
     of_one: list[int] = []
     if job.budget.tile_bytes > BEST_TILE_BYTES:
         from streammerge.planning.repeated import is_alone  # here, because most merges have no stages
@@ -96,16 +64,66 @@ def run_all(
         begin = 0
         for number in (*sorted(apart), len(tasks)):
             if begin < number:
-                yield from alone(range(begin, number))
+                yield from making.short(range(begin, number))
             if number < len(tasks):
-                yield from whole([number]) if number in taken else together(number)
+                yield from making.of_one([number]) if number in taken else making.together(number)
             begin = number + 1
         return
-    yield from alone(number for number in range(len(tasks)) if number not in apart)
+    yield from making.short(number for number in range(len(tasks)) if number not in apart)
     if of_one:
-        yield from whole(of_one)
+        yield from making.of_one(of_one)
     for number in long:
-        yield from together(number)
+        yield from making.together(number)
+
+
+class _Making:
+    """The ways to make the wanted pieces of some tasks. ``ahead``: remote inputs, fetched before they are read."""
+
+    def __init__(
+        self,
+        job: Job,
+        executor: Executor,
+        tasks: Sequence[MergeTask],
+        wanted: Callable[[Piece], bool],
+        ahead: InputFiles | None,
+        shared: SharedPasses | None,
+    ) -> None:
+        self.job, self.executor, self.tasks, self.ahead, self.shared = job, executor, tasks, ahead, shared
+        self.wanted = wanted
+
+    def short(self, numbers: Iterable[int]) -> Generator[PieceDone, None, None]:
+        """Makes tensors of which one worker makes each, neighbours together."""
+        independent = (piece for number in numbers for piece in self._missing(number))
+        yield from self._results(MergeWork(self.job), batches(independent, self.job.budget.out_bytes))
+
+    def of_one(self, numbers: Sequence[int]) -> Generator[PieceDone, None, None]:
+        """Makes long tensors of which one worker makes each, since its tiles hold what the passes read again."""
+        missing = (list(self._missing(number)) for number in numbers)
+        yield from self._results(MergeWork(self.job, alone=True), filter(None, missing))
+
+    def together(self, number: int) -> Generator[PieceDone, None, None]:
+        """Makes a long tensor by all workers. Its method is bound here, and its passes run on all of them."""
+        task, shared = self.tasks[number], self.shared
+        if not any(map(self.wanted, pieces(task, number))):
+            return
+        record = PassResults() if shared is None else shared.record()
+        sweep: Sweep = sweep_on_all(self.job, self.executor, number, task, record, self.ahead)
+        with failures(task, 0, task.elems):
+            bind(task, sweep if shared is None else shared.over(sweep), record)
+        spread = ([piece] for piece in self._missing(number))
+        yield from self._results(MergeWork(self.job, tuple(record.results)), spread)
+
+    def _missing(self, number: int) -> Iterator[Piece]:
+        return filter(self.wanted, pieces(self.tasks[number], number))
+
+    def _results(self, work: MergeWork, units: Iterator[list[Piece]]) -> Generator[PieceDone, None, None]:
+        if self.ahead is not None:
+            from streammerge.running.announcing import announced  # here, because most inputs are local
+
+            units = announced(units, self.ahead)
+        with closing(self.executor.run(work, units)) as results:
+            for done in results:
+                yield from done
 
 
 def sweep_on_all(

@@ -25,6 +25,7 @@ from streammerge.running.engine import modules_of, run_all
 from streammerge.running.executors.base import Executor, Executors
 from streammerge.running.finished import FinishedPieces, other_sum, tensor_sums
 from streammerge.running.job import Job, OutputPlace, lent, new_key
+from streammerge.running.nonfinite import culprit
 from streammerge.running.readback import check_structure
 from streammerge.running.reading import ChecksumWork, HashWork, largest_first, neighbours
 from streammerge.running.relatives import strangers
@@ -39,6 +40,9 @@ from streammerge.units import decimal_bytes
 if TYPE_CHECKING:
     from streammerge.running.sealing import Sealing
     from streammerge.sources.deflated import PackedRecord
+
+_SHOWN = 10
+"""Tensors that are named where NaN or infinity is found."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -418,15 +422,22 @@ class Run:
     def _nonfinite(self) -> list[str]:
         """Returns the places of NaN and infinity, one line for each tensor."""
         found: dict[str, dict[str, int]] = {}
+        traced: dict[tuple[str, str], str] = {}
         for task, nonfinite in self._done.nonfinite():
             for source, count in nonfinite.items():
                 if source == AGREED:
                     continue
                 counts = found.setdefault(self._tasks[task].out.name, {})
                 counts[source] = counts.get(source, 0) + count
+                place = self._tasks[task].out.name, source
+                if len(traced) < _SHOWN and place not in traced:
+                    traced[place] = culprit(self._tasks[task].sources, source, self._inputs.get)
         return [
             f"{printable(name)}: "
-            + ", ".join(f"{count} in {printable(source)}" for source, count in sorted(counts.items()))
+            + ", ".join(
+                f"{count} in {printable(source)}{traced.get((name, source), '')}"
+                for source, count in sorted(counts.items())
+            )
             for name, counts in sorted(found.items())
         ]
 
@@ -443,10 +454,10 @@ class Run:
         rows = [] if self.plan.recipe.allow_nonfinite else self._nonfinite()
         if rows:
             self._inputs.check_unchanged()  # an input that is overwritten may show as NaN
-            more = f"\n  and {len(rows) - 10} more tensors" if len(rows) > 10 else ""
+            more = f"\n  and {len(rows) - _SHOWN} more tensors" if len(rows) > _SHOWN else ""
             raise VerifyError(
                 "the merge holds NaN or infinite values, so nothing was written; "
-                "pass `allow_nonfinite=True` to write it all the same:\n  " + "\n  ".join(rows[:10]) + more
+                "pass `allow_nonfinite=True` to write it all the same:\n  " + "\n  ".join(rows[:_SHOWN]) + more
             )
 
     def _write_around(self, hashes: dict[str, str]) -> None:

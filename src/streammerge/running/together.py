@@ -25,7 +25,8 @@ from streammerge.planning.budget import (
     PER_TENSOR_BYTES,
     Budget,
 )
-from streammerge.planning.plan import Plan, budget_of
+from streammerge.planning.costs import budget_of
+from streammerge.planning.plan import Plan
 from streammerge.planning.tasks import MergeTask, Piece, PieceDone, as_one_piece, objects, pieces, stretches
 from streammerge.running import process
 from streammerge.running.choosing import executor_of

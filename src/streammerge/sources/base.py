@@ -261,7 +261,7 @@ class Allocated:
         self._files, self._tile_bytes = files, tile_bytes
         self._made: dict[int, tuple[Source, Any]] = {}
         self._readers: dict[tuple[object, ...], Reader] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a value may be made of others that are made once
 
     def file(self, path: BlobPath) -> File:
         if self._files is None:
@@ -290,6 +290,11 @@ class Allocated:
         if source.place not in self._readers:
             self._readers[source.place] = make()
         return self._readers[source.place]
+
+    def forget(self) -> None:
+        """Gives back what readers keep here. They hold the room too, so else all stays until cycles are searched."""
+        self._made.clear()
+        self._readers.clear()
 
     def halt(self) -> None:
         """Does nothing: outside a run nothing stops."""

@@ -34,7 +34,10 @@ Each module imports only modules above it::
     parts        files that are sent in parts
     staged       outputs of object stores
     joint_objects uploads to S3 that several machines send
-    objects      s3://, gs://, az://
+    objects      what object stores have in common
+    s3           s3://
+    gs           gs://
+    az           az://
     web          https://, http://
     hub_client   the client of the hub
     hub_output   outputs of the hub

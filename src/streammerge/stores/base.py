@@ -478,12 +478,24 @@ class Joint(ABC):
         return ""
 
     def open_part(self, name: str, size: int) -> Output:
-        """Opens a file that several machines send, so that this one can send a range of it."""
-        raise NotImplementedError
+        """Opens a file that several machines send, so that this one can send a range of it.
+
+        Asked of an output with ``whole_files`` that ``shares_files``, for a file too long for one machine.
+        """
+        raise self._lacks("open_part")
 
     def sent_part(self, output: Output, start: int, stop: int) -> str:
-        """Sends what is left of a range of a file, and returns how :meth:`stage` finds it again."""
-        raise NotImplementedError
+        """Sends what is left of a range of a file, and returns how :meth:`stage` finds it again.
+
+        Asked for a file of :meth:`open_part`, when all pieces in the range are written.
+        """
+        raise self._lacks("sent_part")
+
+    def _lacks(self, method: str) -> RecipeError:
+        return RecipeError(
+            f"{printable(self.out)}: several machines send a file of it together, and {type(self).__name__} lacks "
+            f"{method}; add the method, or say shares_files = False"
+        )
 
     def drop(self, output: Output) -> None:
         """Forgets a file, or a range of one, that another machine has made too."""
@@ -593,8 +605,13 @@ class Store(ABC):
         return self.opened(location)
 
     def opened_ahead(self, location: Location, expected: Status | None, ahead: Ahead) -> Input:
-        """Opens a file whose blocks ``ahead`` fetches and holds. Its requests are pinned to the ``expected`` version."""
-        raise NotImplementedError
+        """Opens a file whose blocks ``ahead`` fetches and holds. Its requests are pinned to the ``expected`` version.
+
+        Asked of a store that :attr:`reads_ahead`, for each input of a run.
+        """
+        raise RecipeError(
+            f"{printable(location)}: the store {self.scheme}:// says reads_ahead and lacks opened_ahead; add the method"
+        )
 
     def read_heads(self, locations: Iterable[Location]) -> None:
         """Says that the headers of these files are read next, so that a remote store can ask for all at once."""
@@ -645,9 +662,11 @@ class Store(ABC):
     # ------------------------------------------------------------------------------------------------------------ outputs
 
     def check_writable(self, location: Location, overwrite: bool) -> None:
+        """See :meth:`Location.check_writable`. Asked before a merge is planned, and again when its output is made."""
         raise self._lacks("check_writable", location)
 
     def stage(self, location: Location, overwrite: bool = False) -> Staging:
+        """See :meth:`Location.stage`. Asked once in each run, by the process that plans it."""
         raise self._lacks("stage", location)
 
     def needed_disk_bytes(self, sizes: Sequence[int]) -> int:
@@ -670,33 +689,42 @@ class Store(ABC):
         return 0, 0
 
     def reopen(self, location: Location, size: int) -> Output:
+        """See :meth:`Location.reopen`. Asked in worker processes, so not of a store of :attr:`one_process`."""
         raise self._lacks("reopen", location)
 
     def write_whole(self, location: Location, data: bytes, overwrite: bool) -> None:
+        """See :meth:`Location.write_whole`. Asked for saved plans, statistics, extras and reports."""
         raise self._lacks("write_whole", location)
 
     def make_folder(self, location: Location) -> None:
+        """See :meth:`Location.make_folder`. Asked for the folder of a sweep's outputs, and of inputs that are converted."""
         raise self._lacks("make_folder", location)
 
     def remove_files(self, location: Location, names: Collection[str]) -> None:
+        """See :meth:`Location.remove_files`. Asked for outputs of a sweep that are not kept."""
         raise self._lacks("remove_files", location)
 
     def sweep(self, location: Location) -> None:
+        """See :meth:`Location.sweep`. Asked before a merge is planned. Does nothing if killed runs leave nothing."""
         return
 
     def replace_small(self, location: Location, data: bytes) -> None:
+        """See :meth:`Location.replace_small`. Asked where several machines make one output."""
         raise self._lacks("replace_small", location)
 
     def create_small(self, location: Location, data: bytes, durable: bool = True) -> bool:
+        """See :meth:`Location.create_small`. Asked where several machines make one output."""
         raise self._lacks("create_small", location)
 
     def join(self, location: Location, key: str) -> Joint:
+        """See :meth:`Location.join`. Asked where several machines make one output."""
         raise RecipeError(
             f"{printable(location)}: several machines cannot write to the store {self.scheme}:// together; let them write "
             "to a folder that all of them see, or to s3://, or merge on one machine"
         )
 
     def free_bytes(self, location: Location) -> int | None:
+        """See :meth:`Location.free_bytes`. Asked while a merge is planned, and after a write that found no room."""
         return None
 
     def _lacks(self, method: str, location: Location) -> RecipeError:

@@ -1,4 +1,4 @@
-"""Object stores: ``s3://bucket/key``, ``gs://bucket/key``, ``az://container/key``.
+"""What object stores have in common: ``s3://bucket/key``, ``gs://bucket/key``, ``az://container/key``.
 
 The client is ``obstore`` (the extra ``streammerge[remote]``), imported when the first request is made. Credentials, region
 and endpoint come from the variables that the stores' own tools read (``AWS_...``, ``GOOGLE_...``, ``AZURE_...``), for S3
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import re
 import threading
@@ -20,17 +19,13 @@ from datetime import timedelta
 from typing import Any, ClassVar
 
 from streammerge.errors import ChangedError, RecipeError, StoreError, printable
-from streammerge.stores import direct, multipart
 from streammerge.stores.base import Joint, Location, Staging, Status
 from streammerge.stores.buffers import Buffers
-from streammerge.stores.multipart import Refused, Requests
 from streammerge.stores.parts import PART_BYTES, SENDERS, Part, Upload, buffer_bytes
-from streammerge.stores.profiles import endpoint, profile
 from streammerge.stores.remembering import forget
-from streammerge.stores.remote import Entries, Passing, RangedInput, RemoteStore, persistently
+from streammerge.stores.remote import Entries, Passing, RemoteStore, persistently
 from streammerge.stores.space import exists_already
-from streammerge.stores.staged import Item, ObjectStaging, Taken, half_published, home_of, owner_of, runs, whole_tag
-from streammerge.stores.tags import part_sizes
+from streammerge.stores.staged import Item, ObjectStaging, Taken, half_published, home_of, owner_of, runs
 
 CONNECT_SECONDS, READ_SECONDS, REQUEST_SECONDS = 10.0, 20.0, 180.0
 """The longest waits for a connection, for the next bytes of an answer, and for a whole request."""
@@ -167,7 +162,7 @@ class ObjectStore(RemoteStore):
             with failures(location):
                 answer = imported().get(client, name, options=options)
                 if self.status_of(location, answer.meta) != status:
-                    raise _changed(location)
+                    raise changed_meanwhile(location)
                 return answer.bytes()
         except FileNotFoundError as error:
             raise ChangedError(f"{printable(location)} is gone since it was planned; run the command again") from error
@@ -333,7 +328,7 @@ class ObjectStore(RemoteStore):
         return Status((self.scheme, location.key), meta["size"], tag or meta["last_modified"].isoformat())
 
 
-def _changed(location: Location) -> ChangedError:
+def changed_meanwhile(location: Location) -> ChangedError:
     return ChangedError(f"{printable(location)} changed since it was planned; run the command again")
 
 
@@ -350,7 +345,7 @@ def failures(location: Location, changes: bool = True) -> Iterator[None]:
     except (known.AlreadyExistsError, known.PreconditionError) as error:
         if not changes:
             raise
-        raise _changed(location) from error
+        raise changed_meanwhile(location) from error
     except (known.PermissionDeniedError, known.UnauthenticatedError) as error:
         store: Any = location.store
         raise store.refused(location, _first_line(error)) from _told(error)
@@ -387,167 +382,6 @@ def imported() -> Any:
             "object stores and web addresses need the package obstore; install it with `pip install 'streammerge[remote]'`"
         ) from error
     return obstore
-
-
-class S3(ObjectStore):
-    """Amazon S3 and all that speak its protocol."""
-
-    scheme = "s3"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._digested: dict[tuple[object, ...], list[int] | None] = {}
-        self._digesting = threading.Lock()
-
-    def settings(self) -> Mapping[str, str]:
-        return {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-
-    def allows_http(self) -> bool:
-        return endpoint().lower().startswith("http://")
-
-    def made_client(self, root: str, module: Any, common: dict[str, Any]) -> Any:
-        config: dict[str, Any] = {}
-        if endpoint():
-            config["endpoint"] = endpoint()
-        if not any(os.environ.get(name) for name in _OWN_CREDENTIALS):
-            ours = profile()
-            for key, names in _PROFILE_KEYS.items():
-                found = next((ours[name] for name in names if ours.get(name)), None)
-                if found:
-                    config[key] = found
-        return module.S3Store(root, **config, **common)
-
-    def stage(self, location: Location, overwrite: bool = False) -> Staging:
-        return ObjectStaging(self, location, overwrite)
-
-    def join(self, location: Location, key: str) -> Joint:
-        from streammerge.stores.joint_objects import joint_of  # here, because most outputs are made by one machine
-
-        return joint_of(location, key)
-
-    def sums(self, file: RangedInput, location: Location, status: Status) -> Sequence[int] | None:
-        """Where the connection has no TLS, reads a file of moderate size once more, and compares it with its tag.
-
-        TLS protects every byte on its way. Nothing else does: a tag is a digest of the whole file only.
-        """
-        tag = str(status.version)
-        if status.size > _MOST_DIGESTED_BYTES or not self.allows_http() or not part_sizes(tag, status.size):
-            return None
-        with self._digesting:
-            if file.identity not in self._digested:
-                if len(self._digested) >= _MOST_DIGESTED:
-                    self._digested.clear()
-                self._digested[file.identity] = file.read_through(tag)
-            return self._digested[file.identity]
-
-    def fetched(self, location: Location, status: Status, start: int, stop: int, buffers: Buffers | None = None) -> Any:
-        tag = str(status.version)
-        if buffers is None or not tag.startswith('"') or not direct.possible():
-            return super().fetched(location, status, start, stop)
-        root, _, name = location.key.partition("/")
-        buffer = buffers.take(stop - start)
-        if direct.read_range(self.requests(root), name, start, buffer, tag, READ_SECONDS) != (status.size, tag):
-            raise _changed(location)
-        return buffer
-
-    def requests(self, root: str) -> Requests:
-        """Returns the requests that the client lacks, for a bucket."""
-        key = ("requests", root, os.getpid(), *self.settings().items())
-        with self._lock:
-            found: Requests | None = self._clients.get(key)
-            if found is None:
-                found = self._clients[key] = Requests(root)
-            return found
-
-    def upload(self, location: Location) -> Upload:
-        root, _, name = location.key.partition("/")
-        requests = self.requests(root)
-        return S3Upload(requests, name, requests.begin(name))
-
-    def upload_again(self, location: Location, identifier: str) -> tuple[Upload, dict[int, Part]] | None:
-        root, _, name = location.key.partition("/")
-        requests = self.requests(root)
-        if not identifier or not any(each.identifier == identifier for each in requests.uploads(name)):
-            return None
-        found = requests.parts(name, identifier)
-        parts = {each.number - 1: Part(each.size, each.tag, each.checksum) for each in found}
-        return S3Upload(requests, name, identifier), parts
-
-    def uploads_below(self, place: Location) -> list[Location]:
-        root, _, name = place.key.partition("/")
-        below = f"{name}/" if name else ""
-        found = {each.key for each in self.requests(root).uploads(name) if each.key == name or each.key.startswith(below)}
-        return [Location(self, f"{root}/{key}") for key in sorted(found)]
-
-    def abort_uploads(self, out: Location, as_folder: bool) -> None:
-        root, _, name = out.key.partition("/")
-        requests = self.requests(root)
-        for each in list(requests.uploads(f"{name}/" if as_folder else name)):
-            if as_folder or each.key == name:
-                requests.abort(each.key, each.identifier)
-
-    def copy(self, source: Location, status: Status, target: Location) -> bool:
-        root, _, name = target.key.partition("/")
-        requests, tag = self.requests(root), str(status.version)
-        if status.size <= _MOST_COPY_BYTES:
-            requests.copy(name, source.key, tag)
-            return True
-        upload = requests.begin(name)
-        try:
-            spans = enumerate(ranges_of(status.size, _COPY_BYTES), 1)
-            parts = [requests.copy_part(name, upload, number, source.key, *span, tag) for number, span in spans]
-            requests.complete(name, upload, parts, replaces=True)
-        except BaseException:
-            requests.abort(name, upload)
-            raise
-        return True
-
-
-_OWN_CREDENTIALS = (
-    "AWS_ACCESS_KEY_ID",
-    "AWS_WEB_IDENTITY_TOKEN_FILE",
-    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
-    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
-    "AWS_SKIP_SIGNATURE",
-)
-_PROFILE_KEYS = {
-    "access_key_id": ("aws_access_key_id",),
-    "secret_access_key": ("aws_secret_access_key",),
-    "session_token": ("aws_session_token",),
-    "region": ("region",),
-}
-
-
-_MOST_DIGESTED_BYTES, _MOST_DIGESTED = 64 << 20, 10_000
-"""The size of a file that is read once more, and how many of them are remembered."""
-_MOST_COPY_BYTES, _COPY_BYTES = 5_000_000_000, 1 << 30
-"""The most bytes that one request may copy, and those of a part that is copied."""
-
-
-def ranges_of(size: int, each: int) -> list[tuple[int, int]]:
-    return [(start, min(start + each, size)) for start in range(0, size, each)]
-
-
-class S3Upload(Upload):
-    """An upload of S3. ``identifier``: its name at the server."""
-
-    def __init__(self, requests: Requests, key: str, identifier: str) -> None:
-        self._requests, self._key, self.identifier = requests, key, identifier
-
-    def send(self, number: int, data: memoryview) -> Part:
-        made = self._requests.send(self._key, self.identifier, number + 1, data)
-        return Part(made.size, made.tag, made.checksum)
-
-    def complete(self, parts: Sequence[Part], replaces: bool) -> None:
-        every = [multipart.Part(number, *part) for number, part in enumerate(parts, 1)]
-        try:
-            self._requests.complete(self._key, self.identifier, every, replaces)
-        except Refused:
-            if self._requests.tag(self._key) != (whole_tag(parts) or None):  # equal if the first answer was lost
-                raise
-
-    def abort(self) -> None:
-        self._requests.abort(self._key, self.identifier)
 
 
 class InOrder(Upload):
@@ -597,46 +431,3 @@ class InOrder(Upload):
     def abort(self) -> None:
         with contextlib.suppress(Exception):
             self._writer.__exit__(RuntimeError, RuntimeError("the output is given up"), None)
-
-
-class GoogleStorage(ObjectStore):
-    """Google Cloud Storage."""
-
-    scheme = "gs"
-
-    def settings(self) -> Mapping[str, str]:
-        return {name: value for name, value in os.environ.items() if name.startswith(("GOOGLE_", "STORAGE_EMULATOR"))}
-
-    def allows_http(self) -> bool:
-        return bool(os.environ.get("STORAGE_EMULATOR_HOST"))
-
-    def made_client(self, root: str, module: Any, common: dict[str, Any]) -> Any:
-        config: dict[str, Any] = {}
-        if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):
-            address = emulator if "://" in emulator else f"http://{emulator}"
-            key = {
-                "gcs_base_url": address,
-                "disable_oauth": True,
-                "client_email": "",
-                "private_key": "",
-                "private_key_id": "",
-            }
-            config = {"service_account_key": json.dumps(key)}
-        return module.GCSStore(root, **config, **common)
-
-
-class Azure(ObjectStore):
-    """Azure Blob Storage."""
-
-    scheme = "az"
-    root_word = "container"
-
-    def settings(self) -> Mapping[str, str]:
-        return {name: value for name, value in os.environ.items() if name.startswith("AZURE_")}
-
-    def allows_http(self) -> bool:
-        named = os.environ.get("AZURE_STORAGE_ENDPOINT") or os.environ.get("AZURE_ENDPOINT") or ""
-        return named.lower().startswith("http://") or bool(os.environ.get("AZURE_STORAGE_USE_EMULATOR"))
-
-    def made_client(self, root: str, module: Any, common: dict[str, Any]) -> Any:
-        return module.AzureStore(root, **common)

@@ -367,7 +367,8 @@ class ObjectStaging(Staging):
         return made
 
     def opened(self, location: Location, size: int, keep: bool) -> Output:
-        raise NotImplementedError
+        """Never asked for: :meth:`create` and :meth:`temporary` make the files themselves."""
+        raise TypeError(f"a file of {type(self).__name__} is made by create or temporary")
 
     def told_parts(self, every: bool) -> dict[str, Any]:
         """Returns what the journal tells about parts: of all that were sent, or of those that it has not told yet."""

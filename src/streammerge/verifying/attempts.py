@@ -58,7 +58,9 @@ def with_values(
             if recipe.merge_method is EXTRACT:
                 _with_factors(attempt, extracted(recipe), receipt, share, asked.seed, resources, listener)
             elif adapters_alone(recipe):
-                _with_factors(attempt, combined(recipe), receipt, share, asked.seed, resources, listener)
+                _with_factors(
+                    attempt, combined(recipe, single=not out.is_folder()), receipt, share, asked.seed, resources, listener
+                )
             else:
                 recompute(attempt, _remade(out, recipe, receipt, resources, listener), receipt, share, asked.seed, listener)
         except (StreammergeError, OSError) as error:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 from streammerge.checkpoints.index import CheckpointIndex, open_checkpoint
 from streammerge.errors import MismatchError, VerifyError, listed, printable
 from streammerge.events import Checked, Listener, Preparing, RunFinished, RunStarted, quiet
+from streammerge.factoring.computing import Room, broken, distance, factors_of, stored
 from streammerge.factoring.documents import START, WEIGHTS
 from streammerge.factoring.layers import COMPARE, Layer
-from streammerge.factoring.making import Making, Room, distance, factors_of, stored
+from streammerge.factoring.making import Making
 from streammerge.running import process
 from streammerge.running.executors.base import Host
 from streammerge.running.workspace import prepare_torch
@@ -22,6 +23,7 @@ from streammerge.sources.base import Source
 from streammerge.sources.wide import Wide
 from streammerge.stores import faults
 from streammerge.stores.inputs import InputFiles
+from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import GRAIN, ranges
 from streammerge.tensors.threads import one_torch_thread
 from streammerge.verifying.files import Verified
@@ -42,7 +44,7 @@ def recompute_factors(
     otherwise the products are compared.
     """
     making.workers_within(memory_bytes, 1)  # raises when the budget has no room for a layer
-    index = open_checkpoint(verified.out / WEIGHTS)
+    index = open_checkpoint(verified.out if making.file is not None else verified.out / WEIGHTS)
     units = [layer for layer in making.layers if layer.way != COMPARE]
     layers, wholes = len(units), list(making.wholes)
     every = layers + len(wholes)
@@ -62,6 +64,7 @@ def recompute_factors(
                 right = _whole_is_right(name, making, index, room, verified)
             wrong += [] if right else [name]
             listener(Checked(name, room.read_bytes, held.now()))
+            room.forget()
     listener(RunFinished(time.perf_counter() - began))
     if wrong:
         raise VerifyError(
@@ -82,9 +85,14 @@ def _factors_are_right(layer: Layer, index: CheckpointIndex, room: Room, verifie
     try:
         factors = factors_of(layer, room)
     except ValueError as error:
-        raise MismatchError(f"{printable(layer.name)} has {error} in one of its models") from error
+        raise MismatchError(broken(layer, room)) from error
     made = stored(layer, factors) if factors.rank else ()
     names = [spec.name for spec in layer.specs(max(factors.rank, 1))]
+    alpha = layer.stored_alpha() if factors.rank else None
+    if alpha is not None:
+        spec, value = alpha
+        if spec.name not in index or float(_read(index[spec.name], room)) != float(_rounded(value, spec.dtype)):
+            return False
     return _same(made, [_read(index[name], room) for name in names if name in index], verified)
 
 
@@ -147,6 +155,12 @@ def _matrices(factors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tens
     """Returns A [r, columns] and B [rows, r] in float64."""
     down, up = (each.double() for each in factors)
     return down.reshape(down.shape[0], -1), up.reshape(up.shape[0], -1)
+
+
+def _rounded(value: float, dtype: DType) -> torch.Tensor:
+    import torch
+
+    return torch.tensor(value, dtype=dtype.torch)
 
 
 def _read(source: Source, room: Room) -> torch.Tensor:

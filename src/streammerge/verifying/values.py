@@ -19,7 +19,8 @@ from streammerge.events import Checked, Hashed, Listener, Preparing, RunFinished
 from streammerge.formats.base import LayoutFile
 from streammerge.methods.registry import INTEGERS
 from streammerge.planning.budget import Budget
-from streammerge.planning.plan import Plan, budget_of
+from streammerge.planning.costs import budget_of
+from streammerge.planning.plan import Plan
 from streammerge.planning.receipt import ITSELF, InputSpans, Receipt
 from streammerge.planning.tasks import MergeTask, Piece, piece_counts
 from streammerge.running import process

@@ -1,0 +1,28 @@
+"""The store gs://: what its client is made with. No server of it is tried here."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from streammerge.stores.gs import GoogleStorage
+from streammerge.stores.locations import parse
+
+
+def test_an_emulator_is_asked_without_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "key.json")
+    store, module = parse("gs://bucket/a").store, SimpleNamespace(GCSStore=lambda root, **config: (root, config))
+    assert isinstance(store, GoogleStorage)
+    assert not store.allows_http()
+    assert store.made_client("bucket", module, {"client_options": 1}) == ("bucket", {"client_options": 1})
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "127.0.0.1:4443")
+    assert store.allows_http()
+    assert store.settings() == {
+        "GOOGLE_APPLICATION_CREDENTIALS": "key.json",
+        "STORAGE_EMULATOR_HOST": "127.0.0.1:4443",
+    }
+    _, config = store.made_client("bucket", module, {})
+    key = json.loads(config["service_account_key"])
+    assert (key["gcs_base_url"], key["disable_oauth"]) == ("http://127.0.0.1:4443", True)
