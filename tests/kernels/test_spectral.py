@@ -62,6 +62,18 @@ def test_the_polar_factor(solver: str) -> None:
             torch.testing.assert_close(made.T, wanted, rtol=0, atol=1e-9 if solver == "at once" else 1e-8)
 
 
+def test_a_singular_value_near_zero_spoils_no_other_direction(solver: str) -> None:
+    """Vectors that are joined from several models have such values: the least of n is about 1/n of the largest."""
+    left, right = (torch.linalg.qr(drawn(300, 300, seed=seed)).Q for seed in (0, 1))
+    sigma = torch.linspace(1.5, 0.02, 300, dtype=torch.float64)
+    sigma[-1] = 2e-5
+    matrix = (left * sigma) @ right
+    for given in (matrix.T @ matrix, list((matrix.T @ matrix).split(compact.STRIP_COLUMNS))):
+        made = spectral.inverse_root([strip.clone() for strip in given] if isinstance(given, list) else given)
+        others = left[:, :-1].T @ made.times(matrix.T.contiguous()).T
+        torch.testing.assert_close(others, right[:-1], rtol=0, atol=3e-9)
+
+
 @pytest.mark.parametrize("shape", [(1, 3), (2, 1), (700, 300), (3001, 257), (70_001, 3)])
 def test_products_depend_on_no_chunk(shape: tuple[int, int]) -> None:
     rows, columns = shape

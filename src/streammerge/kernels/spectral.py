@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -32,6 +32,8 @@ _AT_ONCE = 2048
 rotated in place."""
 _FEW = 8
 """One of so many eigenvectors is found faster alone than by rotations of all."""
+_APART = 128
+"""Of so many vectors of an inverse root, one is held in float64."""
 _PAIR_ROWS = 256
 _MOST_SWEEPS = 40
 _CONVERGED = 1e-14
@@ -262,28 +264,77 @@ def singular(values: torch.Tensor, largest: float | None = None) -> tuple[torch.
     return torch.where(kept, roots, 0.0), torch.where(kept, 1 / roots.clamp(min=1e-300), 0.0)
 
 
-def inverse_root(gram: torch.Tensor | list[torch.Tensor]) -> Compact:
-    """Returns the lower half of :math:`G^{-1/2}`, without tiny singular values of G's factor.
+class InverseRoot:
+    """The symmetric matrix :math:`G^{-1/2}`: its lower half, and the part of the few smallest singular values apart.
+
+    These have the largest factors by far. In 32 bits their part would leave to all other numbers an error that grows with
+    the side, since the smallest of n singular values is about 1/n of the largest. So their vectors, ``few``, are held in
+    float64.
+    """
+
+    def __init__(self, rest: Compact, few: torch.Tensor, factors: torch.Tensor) -> None:
+        self._rest, self._few, self._factors = rest, few, factors
+
+    def times(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Returns the product with a matrix of float64."""
+        made = self._rest.times(matrix)
+        return made.addmm_(self._few.T, (self._few @ matrix).mul_(self._factors.unsqueeze(1)))
+
+
+def inverse_root(gram: torch.Tensor | list[torch.Tensor]) -> InverseRoot:
+    """Returns :math:`G^{-1/2}` without tiny singular values of G's factor.
 
     The polar factor of a matrix is what this makes of it, if G is its own Gram matrix. ``gram`` is overwritten. Strips of
     its rows are taken out of their list, so that their memory is free for the result.
     """
-    if isinstance(gram, list) and is_exact(sum(map(len, gram))):
-        import torch
+    import torch
 
+    if isinstance(gram, list) and is_exact(sum(map(len, gram))):
         gram = torch.cat(gram)
+    values = _rotated(gram) if isinstance(gram, list) else eigen(gram)[0]  # the rows are the vectors now
+    size, factors = len(values), singular(values)[1]
+    kept = int((factors > 0).sum())
+    apart = slice(max(kept - few_vectors(size), 0), kept)
+    few, few_factors = _apart(gram if isinstance(gram, list) else [gram], apart), factors[apart].clone()
+    factors[apart] = 0
     if isinstance(gram, list):
-        size = sum(map(len, gram))
-        values, vectors, start = _rotated(gram), Compact(size, size, exact=False), 0
+        vectors, start = Compact(size, size, exact=False), 0
         while gram:
             strip = gram.pop(0)
             vectors.put_rows(strip, start)
             start += len(strip)
             del strip
     else:
-        values, made = eigen(gram)
-        vectors = Compact.over(made)
-    return _mixed(vectors, singular(values)[1])
+        vectors = Compact.over(gram)
+    return InverseRoot(_mixed(vectors, factors), few, few_factors)
+
+
+def _apart(strips: Sequence[torch.Tensor], rows: slice) -> torch.Tensor:
+    """Returns a copy of some of the last rows of a matrix, made orthogonal to the rows before them and to each other.
+
+    Rotations leave to each vector an error of about 1e-15 divided by its eigenvalue, which is large for the smallest. Those
+    before it are exact enough to take it off.
+    """
+    import torch
+
+    count, start = rows.stop - rows.start, 0
+    made, others = torch.empty(count, strips[0].shape[1], dtype=torch.float64), list["torch.Tensor"]()
+    for strip in strips:
+        begin, end = max(start, rows.start), min(start + len(strip), rows.stop)
+        if begin < end:
+            made[begin - rows.start : end - rows.start] = strip[begin - start : end - start]
+        others += [strip[a:b] for a, b in ranges(min(max(rows.start - start, 0), len(strip)), STRIP_COLUMNS)]
+        start += len(strip)
+    for _ in range(2 if count else 0):
+        for part in others:
+            made.addmm_(made @ part.T, part, alpha=-1)
+        made = torch.linalg.qr(made.T).Q.T.contiguous()  # each row keeps what is orthogonal to those before it
+    return made
+
+
+def few_vectors(size: int) -> int:
+    """Returns how many vectors of the smallest singular values :class:`InverseRoot` holds in float64."""
+    return 0 if is_exact(size) else max(size // _APART, 1)
 
 
 def _mixed(vectors: Compact, factors: torch.Tensor) -> Compact:

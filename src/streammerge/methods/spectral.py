@@ -29,6 +29,7 @@ from streammerge.kernels.spectral import (
     block_rows,
     eigen,
     eigen_bytes,
+    few_vectors,
     gram_and_product,
     grams,
     inverse_root,
@@ -330,10 +331,10 @@ def _joined_bytes(columns: int, matrices: int, along: int = 0, shared: int = 0) 
         return max(2 * square + max(summing, along + half, shared + steps), 5 * square) + eigen_bytes(columns)
     # The vectors and a Gram matrix; the vectors, a root, and a Gram matrix; the vectors of both sides, and two roots.
     vectors, strip = square // 2, 8 * columns * STRIP_COLUMNS
-    root = vectors // 2 + strip // 4
+    root = vectors // 2 + strip // 4 + 8 * columns * few_vectors(columns)
     finding = vectors + max(square + eigen_bytes(columns, few=True), along + half + strip)
     leading = vectors + shared + square + steps + strip
-    joining = vectors + root + square + eigen_bytes(columns) + strip
+    joining = vectors + root + square + eigen_bytes(columns) + strip + 8 * columns * few_vectors(columns)
     return max(summing + strip, finding, leading, joining, 2 * (vectors + root) + 5 * strip)
 
 
