@@ -16,7 +16,7 @@ import traceback
 import urllib.request
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -100,6 +100,15 @@ def use_s3(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+
+
+def first_of_each(values: Iterable[Any], key: Callable[[Any], object]) -> list[Any]:
+    """Returns parameters of a test: the first value of each key, a fair sample, and the others marked slow."""
+    seen, made = set[object](), []
+    for value in values:
+        made.append(pytest.param(value, marks=pytest.mark.slow) if key(value) in seen else value)
+        seen.add(key(value))
+    return made
 
 
 def octets(tensor: torch.Tensor) -> bytes:

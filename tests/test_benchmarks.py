@@ -190,13 +190,14 @@ def test_the_line_between_threads_and_processes() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_executors_are_timed_beside_each_other(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.executors", "--files", str(tmp_path), "--gigabytes", "0.1"]
     done = subprocess.run([*command, "--rounds", "1", "--workers", "1"], capture_output=True, text=True, check=True)
     assert [line.split()[:2] for line in done.stdout.splitlines()[1:3]] == [["linear", "1"], ["ties", "1"]]
 
 
-@pytest.mark.parametrize("method", ["linear", "ties"])
+@pytest.mark.parametrize("method", ["linear", pytest.param("ties", marks=pytest.mark.slow)])
 def test_a_small_merge_has_as_many_chunks_as_the_whole_one(method: str, tmp_path: Path) -> None:
     """Only then the Python code of an emulated merge runs as often as that of the real one."""
     command = [sys.executable, "-m", "benchmarks.emulation", str(tmp_path), "--shape", "small", "--gigabytes", "0.005"]

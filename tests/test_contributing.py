@@ -31,28 +31,38 @@ def blocks(section: str, kind: str) -> dict[str, str]:
     return dict(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section", EXAMPLES)
 def test_an_example_fits(section: str, tmp_path: Path) -> None:
+    check_that_they_fit([section], tmp_path)
+
+
+def test_all_examples_fit_at_once(tmp_path: Path) -> None:
+    check_that_they_fit([*EXAMPLES], tmp_path)
+
+
+def check_that_they_fit(sections: list[str], tmp_path: Path) -> None:
     ignored = shutil.ignore_patterns("__pycache__", ".hypothesis")
     for folder in ("src", "tests", "examples", "benchmarks", "scripts"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
     for path in ROOT.glob("*.*"):
         if path.is_file() and not path.name.startswith("."):
             shutil.copy(path, tmp_path)
-    made = blocks(section, "python")
+    made = {path: text for section in sections for path, text in blocks(section, "python").items()}
     for path, text in made.items():
         assert not (tmp_path / path).exists()
         (tmp_path / path).write_text(text)
     commands = [
         ["ruff", "check", "--no-cache", *made],
         ["ruff", "format", "--no-cache", "--check", *made],
-        ["pytest", "-q", "-x", "-p", "no:cacheprovider", *EVERY, *EXAMPLES[section]]
+        ["pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", *EVERY]
+        + [path for section in sections for path in EXAMPLES[section]]
         + [path for path in made if path.startswith("tests/")],
     ]
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "src")}
     for command in commands:
         call = [sys.executable, "-m", *command]
-        done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
 
 

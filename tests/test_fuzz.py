@@ -178,7 +178,7 @@ def recipes(draw: st.DrawFn) -> bytes:
 def test_documents_that_are_nearly_valid(name: str, strategy: st.SearchStrategy[bytes]) -> None:
     judge = fuzz.Judge(fuzz.TARGETS[name])
 
-    @settings(deadline=None, max_examples=300, derandomize=True)
+    @settings(deadline=None, max_examples=100, derandomize=True)
     @given(data=strategy)
     def attempt(data: bytes) -> None:
         judge.attempt(data)

@@ -39,8 +39,15 @@ def told(done: Measured) -> dict[str, int]:
     return result
 
 
-@pytest.mark.parametrize("io", ["mmap", "pread"])
-@pytest.mark.parametrize("method", ["linear", "ties"])
+@pytest.mark.parametrize(
+    ("method", "io"),
+    [
+        ("linear", "mmap"),
+        ("ties", "pread"),
+        pytest.param("linear", "pread", marks=pytest.mark.slow),
+        pytest.param("ties", "mmap", marks=pytest.mark.slow),
+    ],
+)
 def test_law_1_holds_where_the_kernel_kills(inputs: list[Path], tmp_path: Path, method: str, io: str) -> None:
     options = ["--method", method, "--io", io]
     if method == "ties":

@@ -80,7 +80,7 @@ def measured(*runs: Run) -> list[dict[str, int]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("io", ["mmap", "pread"])
+@pytest.mark.parametrize("io", ["mmap", pytest.param("pread", marks=pytest.mark.slow)])
 def test_law_1_memory_is_bounded(tmp_path: Path, io: str) -> None:
     """The same peak for two inputs and eight, for many tensors and one large one, and never above the plan."""
     many = [sparse(tmp_path / f"many{i}.safetensors", 1 << 20, 64, "F32") for i in range(2)]

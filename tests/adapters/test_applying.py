@@ -452,3 +452,11 @@ def sparse(path: Path, dtype: str, shapes: dict[str, tuple[int, ...]]) -> None:
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + cursor)
+
+
+def test_infinity_in_an_adapter_is_told_by_its_tensor() -> None:
+    lora = factors(Q, 24, 16)
+    lora[f"{Q}.lora_B.weight"][2, 1] = torch.inf
+    base_of(base_tensors())
+    with pytest.raises(sm.VerifyError, match=rf"\({Q}.lora_B.weight of lora.safetensors\)".replace(".", "[.]")):
+        sm.merge([f"base+{adapter_of(lora)}", "base"], out="made.safetensors")

@@ -151,3 +151,17 @@ def test_factors_of_another_kind_than_the_configuration_states_are_an_error(kind
     if kind != "LOHA":
         with pytest.raises(sm.MismatchError, match="no factor of the kind LORA"):
             read_adapter(adapter_of(loha, "other", config={"r": 4}))
+
+
+def test_what_no_update_follows_from_is_refused_by_its_name_before_its_alpha() -> None:
+    for parts, named in (
+        ({"oft_blocks": drawn(1, 2, 2)}, "OFT or BOFT"),
+        ({"q_layer.weight": drawn(1, 2, 6), "p_layer.weight": drawn(1, 8, 2), "lambda_layer": drawn(1, 1, 2)}, "T-LoRA"),
+    ):
+        with pytest.raises(sm.MismatchError, match=named):
+            read_adapter(adapter_of({f"{M}.{part}": each for part, each in parts.items()} | {f"{M}.alpha": drawn(1)}))
+    glora = adapter_of({f"lycoris_a.{part}.weight": drawn(1, 4, 4) for part in ("a1", "a2", "b1", "b2")}, "glora")
+    with pytest.raises(sm.MismatchError, match=r"depends on the base \(GLoRA\)"):
+        sm.merge([glora, glora], out="made.safetensors")
+    with pytest.raises(sm.MismatchError, match="alpha is nan, so the update has no scale"):
+        read_adapter(adapter_of(factors("a", 8, 6) | {"a.alpha": torch.tensor(torch.nan)}))

@@ -196,13 +196,18 @@ def bombs(folder: Path) -> dict[str, bool | None]:
 
 
 @pytest.mark.parametrize(
-    ("make", "most_seconds"),
-    [(corpus, MOST_SECONDS), pytest.param(bombs, 20, marks=pytest.mark.slow)],  # millions of opcodes are slow
+    ("make", "every", "most_seconds"),
+    [
+        (corpus, 4, MOST_SECONDS),
+        pytest.param(corpus, 1, MOST_SECONDS, marks=pytest.mark.slow),
+        pytest.param(bombs, 1, 20, marks=pytest.mark.slow),  # millions of opcodes are slow
+    ],
 )
-def test_every_attack_through_every_command(make: Make, most_seconds: float, tmp_path: Path) -> None:
+def test_every_attack_through_every_command(make: Make, every: int, most_seconds: float, tmp_path: Path) -> None:
+    """Attacks by every command; one of ``every`` attacks."""
     folder = tmp_path / "corpus"
     folder.mkdir()
-    made = make(folder)
+    made = dict(list(make(folder).items())[::every])
     (folder / "first").write_bytes(t.ZIP)
     (folder / "list.json").write_text(json.dumps(["first", *made]))
     command = [sys.executable, "-c", "import sys; from formats import test_corpus; test_corpus.run(sys.argv[1])", folder]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import load_safetensors
+from conftest import first_of_each, load_safetensors
 from safetensors.torch import save_file
 
 import streammerge as sm
@@ -62,6 +62,15 @@ class Case:
         return replace(self, models=models, parameters=self.parameters | repeated)
 
 
+SAMPLED = (
+    "test_law_2_for_methods",
+    "test_law_2_for_infinities_and_nan_of_all_inputs",
+    "test_law_2_for_rows_that_no_grain_divides",
+    "test_there_is_room_for_many_models",
+)
+"""Tests that merge files many times: all but the first case of each method are slow."""
+
+
 class MethodSuite:
     """The checks of one family of methods. A subclass, whose name begins with Test, lists its cases.
 
@@ -94,6 +103,8 @@ class MethodSuite:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         for name, values in self.arguments().items():
             if name in metafunc.fixturenames:
+                if metafunc.function.__name__ in SAMPLED:
+                    values = first_of_each(values, lambda case: case.method)
                 metafunc.parametrize(name, values, ids=lambda v: f"{v[0]}-{v[3]}" if isinstance(v, tuple) else str(v))
 
     def expected(self, case: Case, base: Tensor, models: list[Tensor], name: str = "tensor") -> Tensor:

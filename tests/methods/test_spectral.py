@@ -278,8 +278,15 @@ def test_eight_large_models_are_planned_in_a_gibibyte(tmp_path: Path, method: st
     assert made.disk_bytes >= 2 * math.prod(shape) + made.spilled_bytes
 
 
-@pytest.mark.parametrize("method", ["tsv", "iso_cts"])
-@pytest.mark.parametrize("shape", [(1500, 800), (800, 1500)])
+@pytest.mark.parametrize(
+    ("method", "shape"),
+    [
+        ("tsv", (1500, 800)),
+        ("iso_cts", (800, 1500)),
+        pytest.param("tsv", (800, 1500), marks=pytest.mark.slow),
+        pytest.param("iso_cts", (1500, 800), marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_spilled_depends_on_no_worker(tmp_path: Path, method: str, shape: tuple[int, int]) -> None:
     """Two tensors whose left vectors take a temporary file each, made by threads or processes in more or less memory."""
     make, paths = torch.Generator().manual_seed(0), [tmp_path / f"{number}.safetensors" for number in range(3)]

@@ -777,7 +777,11 @@ main()
 
 @pytest.mark.parametrize(
     ("number", "code", "word"),
-    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "terminated")],
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "terminated"),
+        pytest.param(signal.SIGHUP, 129, "terminated", marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_stops_in_time_and_says_how_to_go_on(
     large: Path, tmp_path: Path, number: signal.Signals, code: int, word: str

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import Cli, hear_signals
+from conftest import Cli, first_of_each, hear_signals
 from safetensors.torch import save_file
 
 import streammerge as sm
@@ -68,7 +68,7 @@ def processes() -> Iterator[Lasting]:
     ProcessExecutor.close(executor)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", first_of_each(CASES, lambda case: case.method), ids=str)
 def test_spread_tensors_have_the_same_bytes_in_processes(
     case: Case, files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: Lasting
 ) -> None:
@@ -153,8 +153,15 @@ def kept(out: Path) -> int:
     return path.read_bytes().count(b"\n") - 1 if path.exists() else 0
 
 
-@pytest.mark.parametrize("way", WAYS, ids=["linear", "slerp"])
-@pytest.mark.parametrize("victim", ["worker", "server"])
+@pytest.mark.parametrize(
+    ("victim", "way"),
+    [
+        pytest.param("worker", WAYS[0], id="worker-linear"),
+        pytest.param("server", WAYS[1], id="server-slerp"),
+        pytest.param("worker", WAYS[1], id="worker-slerp", marks=pytest.mark.slow),
+        pytest.param("server", WAYS[0], id="server-linear", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_process_ends_the_run_and_the_next_one_goes_on(
     pair: list[Path], tmp_path: Path, way: dict[str, Any], victim: str
 ) -> None:
@@ -238,7 +245,7 @@ run()
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_a_stopped_command_leaves_no_process(pair: list[Path], tmp_path: Path, how: int, cli: Cli) -> None:
     sm.merge(pair, tmp_path / "whole.safetensors", workers=2)
     out = tmp_path / "out.safetensors"

@@ -31,14 +31,14 @@ def sweep(*arguments: object) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "every"), [("file", 6), ("archive", 12), ("spooled", 14), ("folder", 14), ("replaced folder", 14)]
+    ("kind", "every"), [("file", 12), ("archive", 24), ("spooled", 28), ("folder", 28), ("replaced folder", 28)]
 )
 def test_killed_at_any_call_nothing_is_lost(kind: str, every: int) -> None:
     tried, _ = sweep("kill-at-calls", "--kind", kind, "--every", every)
     assert tried > 5
 
 
-@pytest.mark.parametrize(("kind", "every"), [("file", 12), ("replaced folder", 24)])
+@pytest.mark.parametrize(("kind", "every"), [("file", 24), ("replaced folder", 48)])
 def test_a_disk_that_fails_at_any_call_loses_nothing(kind: str, every: int) -> None:
     tried, _ = sweep("fail-at-calls", "--kind", kind, "--every", every)
     assert tried > 12

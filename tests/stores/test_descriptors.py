@@ -48,7 +48,7 @@ def sharded(folder: Path, shards: int, rows: int = 1) -> dict[str, torch.Tensor]
     return tensors
 
 
-@pytest.mark.parametrize("io", ["mmap", "pread"])
+@pytest.mark.parametrize("io", ["mmap", pytest.param("pread", marks=pytest.mark.slow)])
 def test_600_input_shards_under_a_limit_of_64(tmp_path: Path, io: str) -> None:
     tensors = sharded(tmp_path / "in", 600)
     code = f"sm.merge(['in', 'in'], 'out.safetensors', io={io!r}, weights=[1, 3], state_dict=None, workers=2, polite=True)"

@@ -29,8 +29,15 @@ except sm.StreammergeError as error:
 """
 
 
-@pytest.mark.parametrize("io", ["mmap", "pread"])
-@pytest.mark.parametrize("method", ["linear", "karcher"])
+@pytest.mark.parametrize(
+    ("method", "io"),
+    [
+        ("linear", "mmap"),
+        ("karcher", "pread"),
+        pytest.param("linear", "pread", marks=pytest.mark.slow),
+        pytest.param("karcher", "mmap", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(("share", "when"), [(0.0, 1), (0.3, 2), (0.95, 1), (0.6, 9)])
 def test_a_truncated_input_is_an_error_and_no_death(tmp_path: Path, io: str, method: str, share: float, when: int) -> None:
     for number in range(2):

@@ -103,7 +103,7 @@ def signed(web: str, tmp_path: Path) -> list[str]:
     return [f"{web}/signed-{number}.safetensors{QUERY}" for number in (1, 2)]
 
 
-@pytest.mark.parametrize("executor", ["threads", "processes"])
+@pytest.mark.parametrize("executor", [pytest.param("threads", marks=pytest.mark.slow), "processes"])
 def test_signed_addresses_are_read_and_told_to_nobody(signed: list[str], tmp_path: Path, executor: str) -> None:
     out = tmp_path / "out" / "x.safetensors"
     out.parent.mkdir()

@@ -27,7 +27,8 @@ SAME_PARTS: dict[str, str] = {"down": "A", "up": "B", "w_norm": "diff", "b_norm"
 """Parts by another word."""
 
 REFUSED_PARTS: tuple[tuple[str, str], ...] = (
-    (r"\.b?oft_(blocks|diag|[rRsS])\b", "OFT, which multiplies the weights by rotations"),
+    (r"\.b?oft_(blocks|diag|[rRsS])\b", "OFT or BOFT, which multiply the weights by rotations"),
+    (r"\.([pq]_layer\.weight|lambda_layer)$", "T-LoRA, whose start was taken from the base and is not in the file"),
     (r"\.vera_(lambda_[bd]|[AB])\b|\.vera_[AB]$", "VeRA, whose matrices depend on a seed"),
     (r"\.bm\.weight$", "GLoRA with a core of its own"),
     (r"\.fourierft_spectrum\b", "FourierFT"),

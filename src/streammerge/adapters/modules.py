@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from collections.abc import Iterable, Mapping
@@ -118,6 +119,8 @@ def read_adapter(place: PathLike) -> Adapter:
 def adapter_of(index: CheckpointIndex, config: Config | None = None) -> Adapter:
     """Returns the adapter whose tensors are in an index. ``config``: PEFT's configuration. Raises MismatchError."""
     made = Adapter(index, [], config)
+    if refused := _refused(index):  # before anything else, since their alphas and scales have no meaning here
+        raise MismatchError(refused)
     configs = _of_metadata(index) if config is None and METADATA_KEY in index.metadata else {"": config} if config else {}
     groups: dict[tuple[str, int], dict[str, tuple[str, Source]]] = {}
     saved: list[Module] = []
@@ -147,13 +150,10 @@ def adapter_of(index: CheckpointIndex, config: Config | None = None) -> Adapter:
             )
         group[part] = name, source
     if not factors and not config:
-        refused = _refused(index)
-        raise MismatchError(refused or f"{made.where} holds no factors of an adapter, so it cannot be added to a model")
+        raise MismatchError(f"{made.where} holds no factors of an adapter, so it cannot be added to a model")
     made.dialect = _dialect(index, configs)
     for (module, depth), group in groups.items():
         made.modules += _modules(made, module, depth, group, _config_for(configs, module))
-    if refused := _refused(index):
-        raise MismatchError(refused)
     _check_alike(made, bool(configs))
     made.modules[:0] = saved
     ranked = isinstance(index.extras, dict) and "lora_rank" in index.extras  # GPT-SoVITS, whose alpha is the rank
@@ -486,8 +486,10 @@ def _element(adapter: Adapter, key: str, source: Source) -> float:
             f"{adapter.where}: {printable(key)} is {source.spec.dtype} {list(source.spec.shape)}, not one number"
         )
     data = bytes(read_whole(source, Allocated(lambda location: location.open())))
-    found = struct.unpack(form, b"\0\0" + data if source.spec.dtype is DType.BF16 else data)[0]
-    return float(found)
+    found = float(struct.unpack(form, b"\0\0" + data if source.spec.dtype is DType.BF16 else data)[0])
+    if not math.isfinite(found):
+        raise MismatchError(f"{adapter.where}: {printable(key)} is {found}, so the update has no scale")
+    return found
 
 
 def _sizes(adapter: Adapter, key: str, source: Source) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from streammerge.errors import printable
@@ -10,7 +9,7 @@ from streammerge.factoring.layers import DECOMPOSE, LINEAR, STACK, Layer
 from streammerge.factoring.truncated import Factors, of_product, truncated
 from streammerge.running.executors.base import Host
 from streammerge.sources.base import Allocated, Source
-from streammerge.sources.wide import Wide
+from streammerge.sources.wide import Wide, not_finite
 from streammerge.stores.base import Input, Location
 from streammerge.stores.inputs import InputFiles
 from streammerge.tensors.spec import GRAIN, ranges
@@ -55,25 +54,13 @@ def factors_of(layer: Layer, room: Room) -> Factors:
     return of_product(left, right, layer.wanted.rank, layer.wanted.dtype)
 
 
-def _leaves(source: Source) -> Iterator[Source]:
-    """Yields the tensors of files that an expression reads."""
-    if not source.parts:
-        yield source
-    for part in source.parts:
-        yield from _leaves(part)
-
-
 def broken(layer: Layer, room: Room) -> str:
     """Says which tensor of the inputs of a layer has a NaN or infinity."""
-    for source in layer.sources:
-        for leaf in _leaves(source):
-            span = min(GRAIN, leaf.spec.numel)
-            wide = Wide(leaf, room, max(span, 1))
-            for start, stop in ranges(leaf.spec.numel, GRAIN):
-                if not bool(wide.read(start, stop).isfinite().all()):
-                    where = f" of {printable(leaf.blobs[0].path)}" if leaf.blobs else ""
-                    return f"{printable(leaf.spec.name)}{where} has NaN or infinity"
-    return f"{printable(layer.name)} has NaN or infinity in the result of its method"
+    found = next((leaf for source in layer.sources if (leaf := not_finite(source, room)) is not None), None)
+    if found is None:
+        return f"{printable(layer.name)} has NaN or infinity in the result of its method"
+    where = f" of {printable(found.blobs[0].path)}" if found.blobs else ""
+    return f"{printable(found.spec.name)}{where} has NaN or infinity"
 
 
 def _whole(source: Source, room: Room) -> torch.Tensor:

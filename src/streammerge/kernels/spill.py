@@ -117,7 +117,12 @@ def square_of(spill: Spill, offset: int, size: int) -> torch.Tensor:
 
 
 def mirrored(matrix: torch.Tensor) -> torch.Tensor:
-    """Makes a matrix symmetric from its part below the diagonal, in place."""
+    """Makes a matrix symmetric from its part below the diagonal, in place.
+
+    Not every processor's product of a matrix and its own transpose is symmetric to the last bit.
+    """
     for a, b in ranges(len(matrix), STRIP_COLUMNS):
         matrix[:a, a:b] = matrix[a:b, :a].T
+        below = matrix[a:b, a:b].tril()
+        matrix[a:b, a:b] = below + below.tril(-1).T
     return matrix

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from streammerge.errors import printable
 from streammerge.kernels.agreed import AGREED, count_nonfinite, origins
 from streammerge.kernels.chunk import Chunk, Kernel
 
 if TYPE_CHECKING:
     import torch
+
+    from streammerge.sources.base import Source
+    from streammerge.stores.base import Input, Location
 
 
 class Numbers(Protocol):
@@ -42,3 +47,16 @@ def nonfinite_of(out: torch.Tensor, kernel: Kernel, row: int, chunk: Chunk, sour
     for name, count in origins(out, settled, source.read, len(source), chunk.start, source.origin):
         counts[name] = counts.get(name, 0) + count
     return counts
+
+
+def culprit(sources: Sequence[Source], origin: str, opened: Callable[[Location], Input]) -> str:
+    """Says in brackets which tensor of a file has NaN or infinity, if the input with this origin is made of several
+    tensors, like a base with an adapter; "" otherwise. Reads them. ``opened``: opens a file."""
+    from streammerge.sources.base import Allocated
+    from streammerge.sources.wide import not_finite
+
+    source = next((each for each in sources if each.parts and each.origin == origin), None)
+    found = None if source is None else not_finite(source, Allocated(opened))
+    if found is None or not found.blobs:
+        return ""
+    return f" ({printable(found.spec.name)} of {printable(found.blobs[0].path)})"

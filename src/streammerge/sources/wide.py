@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from streammerge.sources.base import Needs, Room, Source, region_bytes
 from streammerge.tensors.dtypes import DType
+from streammerge.tensors.spec import GRAIN, ranges
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +45,18 @@ class Wide:
         if self._dtype not in _DIRECT:
             values = torch.frombuffer(self._regions[1], dtype=torch.float32, count=stop - start).copy_(values)
         return torch.frombuffer(self._regions[-1], dtype=torch.float64, count=stop - start).copy_(values)
+
+
+def not_finite(source: Source, room: Room) -> Source | None:
+    """Returns the tensor inside an expression that has a NaN or infinity, the first in its order; None if none has one.
+    Reads them all."""
+    if source.parts:
+        return next((found for part in source.parts if (found := not_finite(part, room)) is not None), None)
+    if source.spec.dtype.kind != "float" or not source.spec.numel:
+        return None
+    wide = Wide(source, room, min(GRAIN, source.spec.numel))
+    finite = (bool(wide.read(start, stop).isfinite().all()) for start, stop in ranges(source.spec.numel, GRAIN))
+    return None if all(finite) else source
 
 
 def put(values: torch.Tensor, out: memoryview, dtype: DType) -> None:

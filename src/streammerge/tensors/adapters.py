@@ -8,7 +8,7 @@ from functools import cache
 
 from streammerge.tensors.conventions import FACTORS
 
-WORDS = ("lora", "dora_scale", "hada_", "lokr_", "oft_", "vera_")
+WORDS = ("lora", "dora_scale", "hada_", "lokr_", "oft_", "vera_", "lycoris_")
 _ALPHA = ".alpha"
 _AT_ONCE = 4096
 

@@ -68,6 +68,8 @@ FACTORS: tuple[tuple[str, str], ...] = (
     (r"\.lokr_[wt][12](_[ab])?\b", "LoKr"),
     (r"\.b?oft_(blocks|diag|[rRsS])\b", "OFT"),
     (r"\.vera_(lambda_[bd]|[AB])\b", "VeRA"),
+    (r"^(lora|lycoris)_[^.]+\.([ab][12]|bm)\.weight$", "GLoRA"),
+    (r"^(lora|lycoris)_[^.]+\.([pq]_layer\.weight|lambda_layer)$", "T-LoRA"),
 )
 """(pattern, kind of adapter): factors. The product of two factors is the update of a weight, and the mean of factors does
 not give the mean of updates.
