@@ -102,3 +102,15 @@ def test_groups_beyond_the_scales_are_refused(tmp_path: Path) -> None:
     made = scaled("w", disk.stored(codes((2, 4), torch.int8)), disk.stored(torch.ones(2, 2)), (1, 2), groups=groups)
     with pytest.raises(MismatchError, match="w: its columns have groups beyond the 2 scales of a row"):
         read_whole(made, room())
+
+
+def test_a_part_of_a_row_is_read_again_after_other_rows(tmp_path: Path) -> None:
+    """Scales that are kept do not change when the memory that they were read into is used again."""
+    disk = Disk(tmp_path)
+    numbers, scales = codes((4, 5), torch.int8), torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+    reader = scaled("w", disk.stored(numbers), disk.stored(scales), (1, 5)).open(room())
+    expected = (numbers.float() * scales).view(-1)
+    for start, stop in ((0, 8), (10, 20), (5, 8)):
+        out = memoryview(bytearray(4 * (stop - start)))
+        made = torch.frombuffer(reader.read(start, stop, out), dtype=torch.float32)
+        assert torch.equal(made, expected[start:stop]), (start, stop)

@@ -32,7 +32,8 @@ def widened(made: memoryview, dtype: DType, into: torch.Tensor, scratch: memoryv
     """Puts codes into a float32 tensor, divided by :func:`factor_of`.
 
     An 8-bit float is shifted into the bits of a float16, whose exponent has another bias. This is ten times as fast as
-    torch's own conversion. NaN stays NaN.
+    torch's own conversion. A product is faster than a shift there, and two looks for the largest code are faster than a
+    comparison. NaN stays NaN.
     """
     import torch
 
@@ -49,12 +50,12 @@ def widened(made: memoryview, dtype: DType, into: torch.Tensor, scratch: memoryv
     halves = torch.frombuffer(scratch, dtype=torch.int16, count=count)
     halves.copy_(codes)
     if dtype is DType.F8_E5M2:
-        into.copy_(halves.bitwise_left_shift_(8).view(torch.float16))
+        into.copy_(halves.mul_(1 << 8).view(torch.float16))
         return
-    into.copy_(halves.bitwise_left_shift_(7).bitwise_and_(~0x4000).view(torch.float16))
-    low = torch.frombuffer(scratch, dtype=torch.int8, count=count)
-    if int(torch.bitwise_and(codes, 0x7F, out=low).amax()) == 0x7F:
-        into.masked_fill_(low == 0x7F, torch.nan)
+    into.copy_(halves.mul_(1 << 7).bitwise_and_(~0x4000).view(torch.float16))
+    if count and (int(codes.amax()) == 0x7F or int(codes.view(torch.uint8).amax()) == 0xFF):
+        low = torch.frombuffer(scratch, dtype=torch.int8, count=count)
+        into.masked_fill_(torch.bitwise_and(codes, 0x7F, out=low) == 0x7F, torch.nan)
 
 
 def scales_of(made: memoryview, dtype: DType) -> torch.Tensor:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _SPAN_ELEMS = 4 * GRAIN
 """Elements that are computed at once. Fewer would take longer to prepare than to compute."""
+_GRID_ELEMS = 1 << 12
+"""Scales that are prepared at once, where blocks have several rows. A row of them takes as long as a span of numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +85,20 @@ class Scaled(Source):
 
     @property
     def grid_elems(self) -> int:
-        """Scales that a span needs at most."""
+        """Scales that are prepared at once: those of a span at least."""
         if self.block[0] > 1:
-            return self.grid_columns
+            return self.table_rows * self.grid_columns
         return (self.span // max(self.columns, 1) + 1) * self.grid_columns
+
+    @property
+    def grid_rows(self) -> int:
+        """Rows of scales, of all matrices together."""
+        return self.spec.numel // max(self.columns * self.height, 1) * -(-self.height // self.block[0])
+
+    @property
+    def table_rows(self) -> int:
+        """Rows of scales that are prepared at once, where blocks have several rows."""
+        return 1 if self.block[0] == 1 else max(min(_GRID_ELEMS // max(self.grid_columns, 1), self.grid_rows), 1)
 
     @property
     def grid_bytes(self) -> list[int]:
@@ -176,8 +188,9 @@ class _Reader(Reader):
         self._raw = room.take(self._span * self._dtype.element_bytes)
         self._halves = room.take(scratch_bytes(self._dtype, self._span))
         self._regions = [room.take(size) for size in source.grid_bytes]
-        self._row = -1
+        self._row = self._first = -1
         self._known: _Grid | None = None
+        self._table: _Grid | None = None
         self._factor: float | None = None
         self._places: torch.Tensor | None = None
 
@@ -213,7 +226,13 @@ class _Reader(Reader):
         """Scales whole rows in place. They have one row of scales together, or each its own."""
         count, (block_rows, width) = values.shape[0], self._source.block
         if block_rows > 1:
-            _apply(values, self._row_of_grid(row))
+            if self._source.groups is not None or (self._columns % width and self._source.grid_columns > 1):
+                _apply(values, self._row_of_grid(row))
+            elif self._source.grid_columns == 1:
+                _apply(values, self._row_of_table(row))
+            else:
+                grid = self._row_of_table(row)
+                _apply(values.view(count, -1, width), grid.with_each(lambda numbers: numbers.unsqueeze(-1)))
             return
         grid = self._grid(row, count)
         if self._source.groups is not None:
@@ -232,17 +251,30 @@ class _Reader(Reader):
 
     def _row_of_grid(self, row: int) -> _Grid:
         """Returns the scale of each column of a row, and its zero point."""
-        source = self._source
-        matrix, inner = divmod(row, source.height)
-        at = matrix * -(-source.height // source.block[0]) + inner // source.block[0]
+        source, at = self._source, self._place(row)
         if self._known is None or self._row != at:
-            grid = self._grid(at, 1)
+            grid = self._row_of_table(row).with_each(lambda numbers: numbers.unsqueeze(0))
             if source.groups is not None:
                 self._known = grid.with_each(lambda numbers: numbers[0, self._column_groups()])
             else:
                 self._known = grid.with_each(lambda numbers: self._wide(numbers)[0])
             self._row = at
         return self._known
+
+    def _place(self, row: int) -> int:
+        """Returns the row of the grid that a row of numbers has."""
+        matrix, inner = divmod(row, self._source.height)
+        return matrix * -(-self._source.height // self._source.block[0]) + inner // self._source.block[0]
+
+    def _row_of_table(self, row: int) -> _Grid:
+        """Returns the scales of the blocks in a row, and their zero points. Prepares those of the next rows too."""
+        at, count = self._place(row), self._source.table_rows
+        first = at // count * count
+        if self._table is None or self._first != first:
+            made = self._grid(first, min(count, max(self._source.grid_rows - first, 1)))
+            self._table = made.with_each(lambda numbers: numbers.clone())  # the region holds other scales later
+            self._first = first
+        return self._table.with_each(lambda numbers: numbers[at - first])
 
     def _wide(self, grid: torch.Tensor) -> torch.Tensor:
         """Returns rows of the grid with one number for each column."""
