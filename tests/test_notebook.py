@@ -68,7 +68,7 @@ def test_each_object_is_a_table_of_what_it_prints(models: Path) -> None:
     diff = shown(sm.diff(*inputs))
     assert diff[0] == "diff"
     assert "|B-A|/|A|" in diff
-    assert "the 12 of 31 layers that moved most" in diff
+    assert "the 12 of 31 layers that moved most, the farthest first" in diff
 
 
 def test_names_are_text_and_never_tags(models: Path) -> None:

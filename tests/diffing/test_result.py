@@ -50,12 +50,14 @@ def test_the_summary_shows_the_layers_that_moved_most() -> None:
     other = {name: tensor * (1 + 0.001 * n) for n, (name, tensor) in enumerate(BASE.items())}
     diff = sm.diff(BASE, other)
     lines = str(diff).splitlines()
-    assert "20 layers and other modules, the 12 that moved most" in lines
+    assert "20 layers and other modules, the 12 that moved most, the farthest first" in lines
     shown = [line.split()[-1] for line in lines if "m.layers." in line and line.startswith("  ")]
-    assert shown == [f"m.layers.{n}" for n in range(8, 20)]
+    assert shown == [f"m.layers.{n}" for n in range(19, 7, -1)]
+    assert diff.to_json()["moved_most"] == shown
+    assert [each["layer"] for each in diff.to_json()["layers"]] == [f"m.layers.{n}" for n in range(20)]
     assert max(map(len, lines)) <= 80
     every = diff.text(tensors=True).splitlines()
-    assert sum(line.endswith(".w") and line.startswith("  ") for line in every) == 20
+    assert [line.split()[-1] for line in every if line.endswith(".w") and line.startswith("  ")] == list(BASE)
     few = sm.diff(BASE, BASE | {"m.layers.3.w": BASE["m.layers.4.w"]})
     assert "20 layers and other modules, 1 of them different" in str(few)
     assert repr(diff).endswith("19 of 20 tensors differ>")

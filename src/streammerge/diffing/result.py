@@ -135,6 +135,11 @@ class Diff(Measured):
         """One sentence about which kind of merge suits the changes of the base. "" without a base."""
         return _advice(self.agreement) if self.agreement is not None else ""
 
+    @property
+    def moved(self) -> list[LayerDiff]:
+        """The layers that differ, the one that moved farthest first."""
+        return sorted((layer for layer in self.layers if not layer.equal), key=_moved, reverse=True)
+
     def to_json(self, tensors: bool = True) -> dict[str, Any]:
         """Returns the comparison as data for JSON. ``tensors``: with every tensor. What has no value is None."""
         made: dict[str, Any] = {"a": self.a, "b": self.b, "base": self.base, "equal": self.equal}
@@ -146,6 +151,7 @@ class Diff(Measured):
             | _measures(each, each.agreement)
             for each in self.layers
         ]
+        made["moved_most"] = [each.name for each in self.moved[:_SHOWN_LAYERS]]
         if tensors:
             made["tensors"] = [_tensor_json(each) for each in self.tensors]
         made |= {"read_bytes": self.read_bytes, "seconds": round(self.seconds, 3), "peak_bytes": self.peak_bytes}
@@ -162,8 +168,7 @@ class Diff(Measured):
     def _repr_html_(self) -> str:
         from streammerge.notebook import table
 
-        moved = sorted((layer for layer in self.layers if not layer.equal), key=_moved, reverse=True)[:_SHOWN_LAYERS]
-        kept = {each.name for each in moved}
+        moved = self.moved[:_SHOWN_LAYERS]
         rows = [
             (
                 printable(each.name),
@@ -172,10 +177,11 @@ class Diff(Measured):
                 _number(each.largest),
                 _percent(each.share),
             )
-            for each in self.layers
-            if each.name in kept
+            for each in moved
         ]
-        more = f"the {len(kept)} of {len(self.layers)} layers that moved most" if len(kept) < len(self.layers) else ""
+        more = ""
+        if len(moved) < len(self.layers):
+            more = f"the {len(moved)} of {len(self.layers)} layers that moved most, the farthest first"
         sides = [("A", printable(self.a)), ("B", printable(self.b))]
         sides += [("base C", printable(self.base))] if self.base is not None else []
         facts = [*sides, *self._facts(), *(("note", each) for each in self.notes)]
@@ -250,13 +256,16 @@ class Diff(Measured):
         return [f"{counted(count, 'tensor')}: {one} in A, {two} in B" for (one, two), count in counts.items()]
 
     def _layer_table(self, every: bool) -> list[str]:
-        """Returns the layers, with ``every`` one or only those that moved most."""
-        moved = sorted((layer for layer in self.layers if not layer.equal), key=_moved, reverse=True)
+        """Returns the layers: with ``every`` all in the model's order, else those that moved most, the farthest first."""
+        moved = self.moved
         shown = self.layers if every else moved[:_SHOWN_LAYERS]
-        kept = {each.name for each in shown}
-        which = "" if len(kept) == len(self.layers) else f", the {len(kept)} that moved most"
-        which = f", {len(kept)} of them different" if not every and len(kept) == len(moved) < len(self.layers) else which
-        rows = [_row(each.name, each, each.agreement) for each in self.layers if each.name in kept]
+        which = ""
+        if len(shown) < len(moved):
+            which = f", the {len(shown)} that moved most"
+        elif not every and len(moved) < len(self.layers):
+            which = f", {len(moved)} of them different"
+        which += "" if every else ", the farthest first"
+        rows = [_row(each.name, each, each.agreement) for each in shown]
         return [f"{len(self.layers)} layers and other modules{which}", *_table(rows)] if rows else []
 
     def _tensor_table(self) -> list[str]:
