@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from streammerge.checkpoints.config_tokens import renumbered, vocabulary_sizes
+from streammerge.checkpoints.config_tokens import renumbered, special, vocabulary_sizes
 
 
 def test_sizes() -> None:
@@ -33,3 +33,12 @@ def test_numbers_follow_their_tokens_and_others_stay() -> None:
         ("bad_words_ids",): [[5], [4, 5]],
     }
     assert lost == ["forced_eos_token_id"]
+
+
+def test_special_tokens_of_another_model_are_those_that_it_states_or_names() -> None:
+    tree = {"bos_token_id": 1, "eos_token_id": [1], "pad_token_id": 1, "sep_token_id": None, "text": {"unk_token_id": 1}}
+    numbers: dict[str | int, int] = {"<p>": 7, 4: 4}
+    found = special(
+        tree, {"bos_token_id": 4, "eos_token_id": 9}, {"pad_token": "<p>"}, lambda token: numbers.get(token, -1)
+    )
+    assert found == {("bos_token_id",): 4, ("pad_token_id",): 7}

@@ -26,7 +26,7 @@ def model(seed: int, scale: float, **more: torch.Tensor) -> dict[str, torch.Tens
     base, make = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
     made = {"model.embed_tokens.weight": torch.randn(40, 16, generator=base)}
     for layer in range(LAYERS):
-        for kind, shape in (("q_proj", (16, 16)), ("up_proj", (32, 16)), ("norm", (16,))):
+        for kind, shape in (("q_proj", (16, 16)), ("up_proj", (15, 16)), ("norm", (16,))):
             name = f"model.layers.{layer}.{kind}.weight"
             made[name] = torch.randn(shape, generator=base)
             made[name] += scale * (layer + 1) ** 2 / LAYERS**2 * torch.randn(shape, generator=make)

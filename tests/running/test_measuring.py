@@ -2,53 +2,143 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import streammerge as sm
 from streammerge.planning.plan import Plan
+from streammerge.planning.tasks import pieces
 from streammerge.requests.merging import Request
 from streammerge.running.execution import Result, execute
-from streammerge.running.measuring import added, distances
+from streammerge.running.measuring import WINDOW, distances, places, sample_size, squares
 from streammerge.running.process import resident_bytes
 from streammerge.running.session import RunOptions
 
+SHAPES = {"long": (2, 4_200_001), "odd": (1, 70_001), **{f"s{n}": (n, 33) for n in range(1, 40)}, "one": (1,), "no": (0,)}
+
+
+def inputs(folder: Path, dtypes: tuple[torch.dtype, ...], ending: str = "safetensors") -> list[Path]:
+    made = [folder / f"{number}.{ending}" for number in range(len(dtypes))]
+    for number, (path, dtype) in enumerate(zip(made, dtypes, strict=True)):
+        make = torch.Generator().manual_seed(number)
+        tensors = {name: torch.randn(shape, generator=make).to(dtype) for name, shape in SHAPES.items()}
+        save_file(tensors, path) if ending == "safetensors" else torch.save(tensors, path)
+    return made
+
 
 def measured(inputs: list[Path], out: Path, **asked: Any) -> Result:
-    plan: Plan = Request.of({"inputs": inputs, "out": out, "recipe": None, "base": None, **asked}).plan()
-    return execute(plan, RunOptions(measures=True), resident_bytes())
+    asked = {"recipe": None, "base": None, **asked}
+    plan: Plan = Request.of({"inputs": inputs, "out": out, **asked}).plan()
+    return execute(plan, RunOptions(measures=True, overwrite=True), resident_bytes())
 
 
-@pytest.mark.parametrize("ways", [{"workers": 1}, {"workers": 3, "memory": "40MiB"}, {"io": "pread"}])
-def test_the_sample_does_not_depend_on_how_it_is_made(tmp_path: Path, ways: dict[str, Any]) -> None:
-    inputs = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
-    for seed, path in enumerate(inputs):
-        make = torch.Generator().manual_seed(seed)
-        save_file({"long": torch.randn(2_200_001, generator=make), "s": torch.randn(7, generator=make)}, path)
-    result = measured(inputs, tmp_path / "out.safetensors", weights=[0.3, 0.7], **ways)
-    made = load_file(tmp_path / "out.safetensors")
-    files = [load_file(path) for path in inputs]
+def check(result: Result, files: list[dict[str, torch.Tensor]], made: dict[str, torch.Tensor]) -> None:
     for number, task in enumerate(result.plan.tasks):
         name = task.out.name
-        places = [n for n in range(made[name].numel()) if n % (1 << 20) < 1 << 10]
-        assert result.measured[number][0] == len(places)
+        if not task.elems:
+            assert number not in result.measured
+            continue
+        there = torch.cat(
+            [piece.start + torch.from_numpy(places(piece.stop - piece.start)) for piece in pieces(task, number)]
+        )
+        here = made[name].flatten()[there].double()
         for file, distance in zip(files, distances(result.measured[number]), strict=True):
-            here, there = made[name][places].double(), file[name][places].double()
-            assert distance == pytest.approx(float((here - there).norm() / there.norm()), rel=1e-9)
+            own = file[name].flatten()[there].double()
+            assert distance == pytest.approx(float((here - own).norm() / own.norm()), rel=1e-5), name
 
 
-def test_sums_and_distances() -> None:
-    assert added([], [1.0, 2.0]) == [1.0, 2.0]
-    assert added([1.0, 2.0], [1.0, 3.0]) == [2.0, 5.0]
-    assert distances([4.0, 9.0, 36.0, 0.0, 0.0, 1.0, 0.0]) == [0.5, 0.0, None]
+@pytest.mark.parametrize(
+    "ways", [{"workers": 1}, {"workers": 3, "memory": "40MiB"}, {"io": "pread"}, {"method": "slerp"}, {"method": "ties"}]
+)
+def test_distances_are_those_of_the_sample_however_it_is_made(tmp_path: Path, ways: dict[str, Any]) -> None:
+    method = ways.get("method")
+    paths = inputs(tmp_path, (torch.bfloat16,) * (3 if method == "ties" else 2))
+    more = {"slerp": {"parameters": {"t": 0.3}}, "ties": {"base": paths.pop(0) if method == "ties" else None}}
+    how = more.get(method, {"weights": [0.3, 0.7]})
+    result = measured(paths, tmp_path / "out.safetensors", **how, **ways)
+    every = [how["base"], *paths] if method == "ties" else paths
+    check(result, list(map(load_file, every)), load_file(tmp_path / "out.safetensors"))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.float32), (torch.float64, torch.bfloat16), (torch.float32,) * 2])
+def test_dtypes_may_differ_and_archives_have_no_neighbours(tmp_path: Path, dtypes: tuple[torch.dtype, ...]) -> None:
+    paths = inputs(tmp_path, dtypes, "pth")
+    result = measured(paths, tmp_path / "out.pth", weights=[0.3, 0.7])
+    check(result, list(map(torch.load, paths)), torch.load(tmp_path / "out.pth"))
+
+
+@pytest.mark.parametrize("elems", [1, 15, 16, 17, 255, 1000, 65_536, 262_145, 1 << 22])
+def test_a_sample_is_spread_evenly(elems: int) -> None:
+    own = places(elems)
+    assert len(own) == sample_size(elems)
+    assert (np.diff(own) > 0).all()
+    assert 0 <= own[0] <= own[-1] < elems
+    if elems > 1000:
+        assert len(own) >= 2 * math.isqrt(elems)
+        assert (
+            len({column // WINDOW for column in own % 1024}) >= min(len(own) // WINDOW, 64) // 2
+        )  # no column is preferred
+        quarters = np.histogram(own, 4, (0, elems))[0]
+        assert quarters.min() >= len(own) // 5
+
+
+def test_squares_leave_out_what_is_not_finite_and_hold_what_float32_does_not() -> None:
+    apart = np.array([[3.0, 4.0, math.nan, 1e-30, 2e25, 0.0]], np.float32)
+    own = np.array([[1.0, 1.0, 5.0, 1e-30, 1e25, 0.0]], np.float32)
+    with np.errstate(all="ignore"):
+        first, second = squares(apart, own, np.array([0, 2, 4, 5]))
+    assert first[:, 0] == pytest.approx([25.0, 1e-60, 4e50, 0.0])
+    assert second[:, 0] == pytest.approx([2.0, 1e-60, 1e50, 0.0])
+    assert squares(apart[:, :2], own[:, :2], None)[0] == pytest.approx(25.0)
+
+
+def test_norms_of_pieces_are_joined() -> None:
+    one, two = (np.array(norms, np.float32).tobytes() for norms in ([3, 6, 0, 0, 1, 0], [4, 8, 0, 0, 1, 0]))
+    assert distances([one]) == [0.5, 0.0, None]
+    assert distances([one, two]) == [0.5, 0.0, None]
+
+
+def test_what_lies_beside_nan_is_measured(tmp_path: Path) -> None:
+    paths = inputs(tmp_path, (torch.float32, torch.float32))
+    for path in paths:
+        tensors = load_file(path)
+        tensors["s3"][0, 4] = math.inf  # all have it, so the output keeps it
+        save_file(tensors, path)
+    result = measured(paths, tmp_path / "out.safetensors")
+    found = {task.out.name: distances(result.measured[n]) for n, task in enumerate(result.plan.tasks) if task.elems}
+    assert all(each is not None and 0.5 < each < 1 for name in ("s2", "s3", "s4") for each in found[name])
+
+
+def test_statistics_of_a_run_that_goes_on_are_those_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from streammerge.events import TaskDone
+
+    paths, out = inputs(tmp_path, (torch.bfloat16, torch.bfloat16)), tmp_path / "out.safetensors"
+    sm.merge(paths, tmp_path / "whole.safetensors", statistics=True)
+    count = 0
+
+    def stop(event: object) -> None:
+        nonlocal count
+        count += isinstance(event, TaskDone)
+        if count == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sm.merge(paths, out, statistics=True, listener=stop)
+    result = sm.merge(paths, out, statistics=True)
+    assert any("continued" in note for note in result.notes)
+    whole, parts = (json.loads((tmp_path / f"{name}.safetensors.statistics.json").read_text()) for name in ("whole", "out"))
+    assert parts["distances"] == whole["distances"]
 
 
 def test_a_plain_merge_measures_nothing(tmp_path: Path) -> None:
     for name in "ab":
         save_file({"w": torch.ones(3)}, tmp_path / f"{name}.safetensors")
-    inputs = [tmp_path / f"{name}.safetensors" for name in "ab"]
-    assert sm.merge(inputs, tmp_path / "out.safetensors").measured == {}
+    merged = sm.merge([tmp_path / f"{name}.safetensors" for name in "ab"], tmp_path / "out.safetensors")
+    assert merged.measured == {}

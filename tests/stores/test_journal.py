@@ -16,7 +16,10 @@ from streammerge.stores import journal
 from streammerge.stores.base import JournalFile
 from streammerge.stores.journal import Earlier, Finished, FinishedTable, Journal
 
-PIECES = [Finished(n, n << 16, 'a "b"\n.safetensors', 8 + n, n, 7 * n, {"nan": n} if n % 2 else {}) for n in range(4)]
+PIECES = [
+    Finished(n, n << 16, 'a "b"\n.safetensors', 8 + n, n, 7 * n, {"nan": n} if n % 2 else {}, "00beef" * (n // 2))
+    for n in range(4)
+]
 
 
 class Kept(JournalFile):

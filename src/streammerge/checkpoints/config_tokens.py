@@ -46,6 +46,31 @@ def renumbered(tree: Tree, number: Callable[[int], int], giver: Tree) -> tuple[d
     return edits, lost
 
 
+def special(tree: Tree, giver: Tree, words: Tree, number: Callable[[str | int], int]) -> dict[KeyPath, Any]:
+    """Returns the numbers of the tokens with a part of their own (begin, end, padding) that a model with another's
+    tokenizer has to state: those of the other's configuration, else of the tokens that its tokenizer names.
+
+    ``giver``: the other's configuration of the same kind; ``words``: its ``tokenizer_config.json``. ``number``: the number
+    in the output of a token, or of a number in the other; -1 for none.
+    """
+    found = dict[KeyPath, Any]()
+    for path, each in mappings(tree):
+        for key in filter(SPECIAL.__contains__, each):
+            place = (*path, key)
+            value = value_at(giver, place)
+            listed = value if isinstance(value, list) else [value]
+            if value is None or not all(type(one) is int and number(one) == one for one in listed):
+                word = words.get(key.removesuffix("_id"))
+                word = word.get("content") if isinstance(word, dict) else word
+                value = number(word) if isinstance(word, str) else -1
+            if value != -1 and each[key] is not None:
+                found[place] = value
+    return found
+
+
+SPECIAL = frozenset(f"{part}_token_id" for part in ("bos", "eos", "pad", "unk", "sep", "cls", "mask"))
+
+
 def _mapped(value: Any, number: Callable[[int], int]) -> Any:
     """Returns a number or lists of numbers in the new numbers; None if one of them is gone."""
     if isinstance(value, list):

@@ -80,6 +80,8 @@ def _side_by_side(folder: Location, read_file: ReadFile) -> dict[str, Container]
     Nothing for a folder whose weights have a name that a loader looks for, for one model that is there several times, such
     as the steps of a training, and for the parts of one model.
     """
+    if any(form.index and not is_training_file(form.index) for form in _forms(folder)):
+        return {}  # before the index is read, which may have a line for each of many tensors
     found = [each for each in _found(folder) if not is_training_file(each.name)]
     if len(found) < 2 or any(each.rank is not None or each.form.index or len(each.form.files) > 1 for each in found):
         return {}

@@ -164,6 +164,13 @@ class Vocabulary:
                 made[serial] = number
         return made
 
+    def number_of(self, token: str | int) -> int:
+        """Returns the number of a token in the output, or -1. A number stands for the token that has it."""
+        if isinstance(token, int):
+            return token if 0 <= token < self.size and self.serials[token] >= 0 else -1
+        serial = self.names.index(token) if token in self.names else -1
+        return self.serials.index(serial) if serial >= 0 and serial in self.serials else -1
+
     def add(self, one: Added, serial: int) -> None:
         """Adds a token behind all others, as an added one with these flags."""
         self.new.append(entry(one["content"], self.next, **dict(zip(FLAGS, _flags(one), strict=True))))

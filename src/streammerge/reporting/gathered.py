@@ -21,12 +21,17 @@ from streammerge.reporting.statistics import Statistics, rows_of
 from streammerge.running.execution import Result
 from streammerge.running.measuring import distances
 from streammerge.sources.base import Source
+from streammerge.sources.stored import Stored
 from streammerge.stores.base import Location
 from streammerge.tensors.spec import TensorSpec
 from streammerge.units import binary_bytes, counted, decimal_bytes
 
 _MOST_SHOWN = 3
-_SAMPLED = "distances are estimated from 1,024 of each 1,048,576 elements, measured while merging"
+_SAMPLED = (
+    "distances are estimated while merging, from a sample: all of a tensor up to 256 elements, about 2 sqrt(n) of the n "
+    "elements of a longer one, 4,096 of each 4 million; usually within 5 % of the exact ones above a million elements, "
+    "within 20 % below"
+)
 _EXACT = "distances are of all elements, measured by reading the inputs and the output again"
 
 
@@ -233,6 +238,7 @@ class _Columns:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
+        self._known: dict[tuple[object, ...], list[str]] = {}
         self._whole = max((len(task.sources) for task, _ in alike(plan.tasks)), default=0)
         places: dict[tuple[int, int], dict[str, None]] = {}
         met: dict[str, None] = {}
@@ -259,10 +265,19 @@ class _Columns:
 
     def of(self, task: MergeTask) -> list[str]:
         """Returns the column of each source of a task."""
-        labels = [_label(self._plan, source) for source in task.sources]
-        if len(labels) == self._whole:
-            return [self._of_place.get((n, int(task.based)), label) for n, label in enumerate(labels)]
-        return [self._of_label.get(label, label) for label in labels]
+        key = (
+            task.based,
+            *[id(s.path) if s.__class__ is Stored else s.paths for s in task.sources],
+        )  # hashes of paths are slow
+        known = self._known.get(key)
+        if known is None:
+            labels = [_label(self._plan, source) for source in task.sources]
+            if len(labels) == self._whole:
+                known = [self._of_place.get((n, int(task.based)), label) for n, label in enumerate(labels)]
+            else:
+                known = [self._of_label.get(label, label) for label in labels]
+            self._known[key] = known
+        return known
 
 
 def _row(plan: Plan, number: int, task: MergeTask, columns: _Columns, names: Sequence[str], result: Result) -> Row:

@@ -26,8 +26,8 @@ from streammerge.units import binary_bytes, counted, decimal_bytes
 @dataclass(frozen=True, slots=True, repr=False)
 class Result:
     """The report of a run. Memory is resident bytes as the kernel counts them, worker processes included. ``peak_bytes``:
-    the most memory above ``startup_bytes``. ``measured``: the sums of each task, if they were asked for. ``nonfinite``: the
-    count of NaN and infinity in each task that has any."""
+    the most memory above ``startup_bytes``. ``measured``: for each task what was measured of its pieces, if it was asked
+    for (:attr:`PieceDone.measured`). ``nonfinite``: the count of NaN and infinity in each task that has any."""
 
     out: Location
     read_bytes: int
@@ -39,7 +39,7 @@ class Result:
     plan: Plan
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
-    measured: Mapping[int, Sequence[float]] = field(default_factory=dict)
+    measured: Mapping[int, Sequence[bytes]] = field(default_factory=dict)
     nonfinite: Mapping[int, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:

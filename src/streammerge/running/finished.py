@@ -1,15 +1,16 @@
-"""The finished pieces of a run as columns: five bytes for each piece of the plan."""
+"""The finished pieces of a run as columns: five bytes for each piece of the plan, and two numbers for each input of a piece
+if it was measured."""
 
 from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
 from streammerge.formats.base import LayoutFile
-from streammerge.planning.tasks import MergeTask, Piece, place_of, where
+from streammerge.planning.tasks import MergeTask, Piece, alike, place_of, where
 from streammerge.stores.checksums import Checksum
 from streammerge.stores.journal import Finished, Key
 from streammerge.tensors.spec import ranges
@@ -43,6 +44,7 @@ class FinishedPieces:
             rows += -(-task.elems // task.piece_elems)
         self._there, self._sums = bytearray(rows), array("I", [0]) * rows
         self._nonfinite: dict[Key, dict[str, int]] = {}
+        self._measured: _Measured | None = None
 
     def fits(self, piece: Finished) -> bool:
         """Whether it is a piece of these tasks, at its place in the output."""
@@ -50,7 +52,9 @@ class FinishedPieces:
         if number >= len(self._tasks) or self._row(*piece.key) is None:
             return False
         file, offset, nbytes = self._place(*piece.key)
-        return piece.place == (offset, nbytes) and piece.file == self._files[file]
+        if piece.place != (offset, nbytes) or piece.file != self._files[file]:
+            return False
+        return not piece.measured or len(piece.measured) == 2 * measured_bytes(len(self._tasks[number].sources))
 
     def add(self, piece: Finished) -> None:
         """Adds a piece of these tasks."""
@@ -60,6 +64,11 @@ class FinishedPieces:
         self._there[row], self._sums[row] = 1, piece.checksum
         if piece.nonfinite:
             self._nonfinite[piece.key] = piece.nonfinite
+        if piece.measured:
+            if self._measured is None:
+                most = max(len(task.sources) for task, _ in alike(self._tasks))
+                self._measured = _Measured(len(self._there), measured_bytes(most))
+            self._measured.put(row, bytes.fromhex(piece.measured))
 
     def forget(self, files: set[str]) -> None:
         """Forgets the pieces in these files."""
@@ -67,6 +76,8 @@ class FinishedPieces:
             if self._files[place_of(self._tasks, number)[0]] in files:
                 self._there[row] = 0
                 self._nonfinite.pop((number, start), None)
+                if self._measured is not None:
+                    self._measured.put(row, b"")
 
     def get(self, key: Key) -> Finished:
         """Returns one piece. Raises KeyError if it was not added."""
@@ -74,7 +85,8 @@ class FinishedPieces:
         if row is None or not self._there[row]:
             raise KeyError(key)
         file, offset, nbytes = self._place(*key)
-        return Finished(*key, self._files[file], offset, nbytes, self._sums[row], self._nonfinite.get(key, {}))
+        measured = "" if self._measured is None else self._measured.get(row).hex()
+        return Finished(*key, self._files[file], offset, nbytes, self._sums[row], self._nonfinite.get(key, {}), measured)
 
     def piece(self, key: Key) -> Piece:
         """Returns what is to be made there."""
@@ -103,6 +115,22 @@ class FinishedPieces:
     def nonfinite(self) -> Iterator[tuple[int, dict[str, int]]]:
         """Yields the task and the non-finite numbers of each piece that has any."""
         return ((number, found) for (number, _), found in self._nonfinite.items())
+
+    @property
+    def tasks(self) -> int:
+        """The number of tasks."""
+        return len(self._tasks)
+
+    @property
+    def measured(self) -> Mapping[int, Sequence[bytes]]:
+        """The number of each task of which anything was measured -> what was measured of its pieces."""
+        return _MeasuredTasks(self)
+
+    def measured_of(self, number: int) -> list[bytes]:
+        """Returns what was measured of the pieces of a task."""
+        if self._measured is None:
+            return []
+        return [found for _, _, row in self._rows_of(number) if (found := self._measured.get(row))]
 
     @property
     def nbytes(self) -> int:
@@ -147,6 +175,44 @@ class FinishedPieces:
         for turn, (start, _) in enumerate(ranges(long.elems, long.piece_elems)):
             if self._there[long.first + turn]:
                 yield number, start, long.first + turn
+
+
+def measured_bytes(inputs: int) -> int:
+    """Returns the bytes that are measured of a piece: see :attr:`PieceDone.measured`."""
+    return 2 * 4 * inputs
+
+
+class _Measured:
+    """What was measured of each row, up to ``width`` bytes."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        self._width, self._sizes, self._bytes = width, array("I", [0]) * rows, bytearray(rows * width)
+
+    def put(self, row: int, measured: bytes) -> None:
+        self._sizes[row] = len(measured)
+        self._bytes[row * self._width : row * self._width + len(measured)] = measured
+
+    def get(self, row: int) -> bytes:
+        return bytes(self._bytes[row * self._width : row * self._width + self._sizes[row]])
+
+
+class _MeasuredTasks(Mapping[int, "list[bytes]"]):
+    """What was measured of each task of which anything was. It is looked up when it is asked for."""
+
+    def __init__(self, pieces: FinishedPieces) -> None:
+        self._pieces = pieces
+
+    def __getitem__(self, number: int) -> list[bytes]:
+        found = self._pieces.measured_of(number)
+        if not found:
+            raise KeyError(number)
+        return found
+
+    def __iter__(self) -> Iterator[int]:
+        return (number for number in range(self._pieces.tasks) if self._pieces.measured_of(number))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def tensor_sums(file: LayoutFile, parts: list[Part], kind: Checksum) -> dict[int, int]:

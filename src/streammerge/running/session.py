@@ -6,10 +6,9 @@ from __future__ import annotations
 import contextlib
 import errno
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from operator import add
 from typing import TYPE_CHECKING
 
 from streammerge.errors import RecipeError, SpaceError, UncheckedError, VerifyError, listed, printable
@@ -79,6 +78,7 @@ class Run:
         self.warnings: list[str] = []
         self._tasks = plan.tasks
         self._turned_nonfinite: dict[int, dict[str, int]] = {}
+        self._turned_measured: dict[int, bytes] = {}
         self._done = FinishedPieces(plan.tasks, [file.name for file in plan.layout.files])
         self._inputs = InputFiles(plan.identities, options.polite, plan.budget.ahead_bytes or LEAST_AHEAD_BYTES)
         self._outputs: list[Output] = []
@@ -91,8 +91,6 @@ class Run:
         staging.as_folder = plan.layout.as_folder
         self.startup_bytes = self.peak_bytes = 0
         self.hashes: dict[str, str] = {}
-        self.measured: dict[int, list[float]] = {}
-        """The sums of each task, if the run measures."""
         self._measures = options.measures
         self.related = False
         """Whether it is known already how the inputs are related, as when several outputs are made of them."""
@@ -339,7 +337,7 @@ class Run:
         turning = Turning(self._job(), self._tasks, self._wanted, lambda size: self.staging.temporary("turned", size))
         for number, done in turning.make(self._executor, self._inputs):
             task = self._tasks[number]
-            self._turned_nonfinite[number] = done.nonfinite
+            self._turned_nonfinite[number], self._turned_measured[number] = done.nonfinite, done.measured
             self.read_bytes += task.read_bytes
             self.listener(Spooled(task.out.name, task.read_bytes))
         self._tasks = turning.tasks
@@ -365,9 +363,6 @@ class Run:
         finished = self._finished(piece, done)
         self._done.add(finished)
         self.journal.add(finished)
-        if done.measured:
-            known = self.measured.get(piece.number)
-            self.measured[piece.number] = list(done.measured) if known is None else list(map(add, known, done.measured))
         if self._sealing is not None:
             self._sealing.made(piece.task.file)
         if finished.nonfinite and finished.nonfinite.keys() - {AGREED}:
@@ -409,7 +404,13 @@ class Run:
     def _finished(self, piece: Piece, done: PieceDone) -> Finished:
         file = self.plan.layout.files[piece.task.file].name
         found = done.nonfinite if piece.start else done.nonfinite | self._turned_nonfinite.get(piece.number, {})
-        return Finished(*piece.key, file, piece.offset, piece.nbytes, done.checksum, found)
+        measured = done.measured if piece.start else done.measured or self._turned_measured.get(piece.number, b"")
+        return Finished(*piece.key, file, piece.offset, piece.nbytes, done.checksum, found, measured.hex())
+
+    @property
+    def measured(self) -> Mapping[int, Sequence[bytes]]:
+        """What was measured of the pieces of each task, by this run and by the one that it continues."""
+        return self._done.measured
 
     @property
     def nonfinite(self) -> dict[int, int]:

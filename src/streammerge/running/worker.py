@@ -5,7 +5,7 @@ A batch is computed chunk by chunk in the worker's buffers, which are allocated 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -29,6 +29,8 @@ from streammerge.tensors.spec import ranges
 
 if TYPE_CHECKING:
     import torch
+
+    from streammerge.running.measuring import Measuring, Taking
 
 T = TypeVar("T")
 
@@ -80,15 +82,20 @@ class Worker:
         kept_bytes = self.job.budget.kept_bytes if keep else -1
         return Inputs(self.bench.inputs, task.sources, self.workspace, self.job.mapped, kept_bytes, self.host.check)
 
-    def chunks(self, task: MergeTask, source: Inputs, start: int, stop: int, sparse: int = 0) -> Iterator[Chunk]:
+    def chunks(
+        self, task: MergeTask, source: Inputs, start: int, stop: int, sparse: int = 0, taking: Taking | None = None
+    ) -> Iterator[Chunk]:
         import torch
 
         compute, models = getattr(torch, task.compute), len(task.sources) - task.based
+        read = source.read if taking is None else taking.read
         for a, b in chunk_spans(start, stop, self.job.budget.chunk_elems, task.row, sparse):
             self.host.check()
             self.workspace.clear(b - a)
             source.move_to(a, b)
-            yield Chunk(a, b, compute, self.workspace, source.read, task.based, models)
+            if taking is not None:
+                taking.move_to(a, b)
+            yield Chunk(a, b, compute, self.workspace, read, task.based, models)
 
 
 class MergeWorker(Worker):
@@ -96,6 +103,7 @@ class MergeWorker(Worker):
         super().__init__(work.job, host)
         self._passes, self._alone = work.passes, work.alone
         self._kernel: Kernel | None = None
+        self._measuring: Measuring | None = None
 
     def run(self, batch: list[Piece]) -> list[PieceDone]:
         """Computes and writes pieces. Errors that are not streammerge's own come out as TaskError."""
@@ -108,6 +116,10 @@ class MergeWorker(Worker):
 
             for piece in batch:
                 announce(self.bench.inputs, piece.task, piece.start, piece.stop)
+        if self.job.measures:
+            from streammerge.running.measuring import Measuring  # here, because most runs measure nothing
+
+            self._measuring = Measuring(len(batch), max([len(piece.task.sources) for piece in batch]))
         target = self.job.destinations[batch[0].task.file].open(self.bench)
         if self._alone:
             return self._checked(self._all_of(batch, target), target)
@@ -115,52 +127,59 @@ class MergeWorker(Worker):
         made: list[PieceDone] = []
         for stretch in stretches(batch, self.job.budget.kept_bytes):
             if len(stretch) == 1:
-                made.append(self._one(stretch[0], outgoing))
+                made.append(self._one(stretch[0], outgoing, len(made)))
             elif not stretch[0].task.method.pointwise:
-                made += self._in_turn(stretch, outgoing)
+                made += self._in_turn(stretch, outgoing, len(made))
             else:
-                joined = None if self.job.measures else self._together(stretch, outgoing)
-                made += joined or [self._one(piece, outgoing) for piece in stretch]
+                made += self._together(stretch, outgoing, len(made)) or [
+                    self._one(piece, outgoing, row) for row, piece in enumerate(stretch, len(made))
+                ]
         outgoing.flush()
         return self._checked(made, target)
 
     def _checked(self, made: list[PieceDone], target: Target) -> list[PieceDone]:
         """Returns the results of a unit, the last one with the finding of the unit's target."""
         self.bench.inputs.check_whole()
+        if self._measuring is not None:
+            made = self._measuring.put_into(made)
         found = target.found()
         if found is not None:
             made[-1] = replace(made[-1], found=found)
         return made
 
-    def _together(self, stretch: list[Piece], outgoing: Outgoing) -> list[PieceDone] | None:
-        """Computes pieces as one tensor. Returns None for NaN or infinity, which must be reported tensor by tensor."""
+    def _together(self, stretch: list[Piece], outgoing: Outgoing, row: int) -> list[PieceDone] | None:
+        """Computes pieces as one tensor. Returns None for NaN or infinity, which must be reported tensor by tensor.
+        ``row``: the place of the first in the unit."""
         whole = as_one_piece(stretch)
-        done = self._one(whole, outgoing)
+        done = self._one(whole, outgoing, row, stretch)
         if done.nonfinite:
             outgoing.take_back(whole.nbytes)
+            if self._measuring is not None:
+                self._measuring.drop(row, len(stretch))
             return None
         return self._cut(stretch, outgoing.last(whole.nbytes))
 
-    def _in_turn(self, stretch: list[Piece], outgoing: Outgoing) -> list[PieceDone]:
+    def _in_turn(self, stretch: list[Piece], outgoing: Outgoing, row: int) -> list[PieceDone]:
         """Computes pieces one after the other from inputs that are opened, mapped and announced once for all."""
         self.one_torch_thread()
         source, made = self.source(as_one_piece(stretch).task, keep=True), list[PieceDone]()
         for part in self._batches_of(stretch):
-            done = self._at_once(part, source, outgoing) if len(part) > 1 else None
+            done = self._at_once(part, source, outgoing, row + len(made)) if len(part) > 1 else None
             if done is not None:
                 made += done
                 source.first += sum([piece.stop for piece in part])
                 continue
             for piece in part:
                 with failures(piece.task, piece.start, piece.stop):
-                    made.append(self._apply(self._kernel_of(piece.task, source), piece, source, outgoing))
+                    kernel = self._kernel_of(piece.task, source)
+                    made.append(self._apply(kernel, piece, source, outgoing, row + len(made)))
                 source.first += piece.stop
         return made
 
     def _batches_of(self, stretch: list[Piece]) -> Iterator[list[Piece]]:
         """Yields pieces that the method computes at once, which have one shape. All others are alone."""
         most = min(MOST_ELEMS, self.job.budget.chunk_elems)
-        can = stretch[0].task.method.batch is not None and not self.job.measures
+        can = stretch[0].task.method.batch is not None
         batch = list[Piece]()
         for piece in stretch:
             if batch and not (
@@ -175,16 +194,21 @@ class MergeWorker(Worker):
             batch.append(piece)
         yield batch
 
-    def _at_once(self, batch: list[Piece], source: Inputs, outgoing: Outgoing) -> list[PieceDone] | None:
-        """Computes pieces together. Returns None if a number is not finite, which must be settled tensor by tensor."""
+    def _at_once(self, batch: list[Piece], source: Inputs, outgoing: Outgoing, row: int) -> list[PieceDone] | None:
+        """Computes pieces together. Returns None if a number is not finite, which must be settled tensor by tensor.
+        ``row``: the place of the first in the unit."""
         import torch
 
         task, elems = batch[0].task, sum([piece.stop for piece in batch])
         self.host.check()
         self.workspace.clear(elems)
         source.move_to(0, elems)
+        taking = None if self._measuring is None else self._measuring.begin(row, batch, source)
+        if taking is not None:
+            taking.move_to(0, elems)
         compute, models = getattr(torch, task.compute), len(task.sources) - task.based
-        chunk = Chunk(0, elems, compute, self.workspace, source.read, task.based, models)
+        read = source.read if taking is None else taking.read
+        chunk = Chunk(0, elems, compute, self.workspace, read, task.based, models)
         names = [piece.task.out.name for piece in batch]
         with failures(task, 0, elems):
             result = task.method.batch and task.method.batch(
@@ -198,6 +222,8 @@ class MergeWorker(Worker):
         if may_be_nonfinite(out) and not bool(finite(out).all()):
             outgoing.take_back(len(data))
             return None
+        if taking is not None:
+            taking.made(data)
         return self._cut(batch, data)
 
     def _cut(self, pieces: list[Piece], data: memoryview) -> list[PieceDone]:
@@ -220,17 +246,24 @@ class MergeWorker(Worker):
 
         with failures(task, 0, task.elems):
             kernel = None if task.verbatim else bind(task, sweep, spills=self.bench.spill)
-        for piece in batch:
+        for row, piece in enumerate(batch):
             outgoing = Outgoing(target.write_full, self.workspace.octets("out"), piece.offset)
             with failures(task, piece.start, piece.stop):
-                done = self._copy(piece, outgoing) if kernel is None else self._apply(kernel, piece, source, outgoing)
-                made.append(done)
+                if kernel is None:
+                    made.append(self._copy(piece, outgoing))
+                else:
+                    made.append(self._apply(kernel, piece, source, outgoing, row))
             outgoing.flush()
         return made
 
-    def _one(self, piece: Piece, outgoing: Outgoing) -> PieceDone:
+    def _one(self, piece: Piece, outgoing: Outgoing, row: int = 0, stretch: Sequence[Piece] | None = None) -> PieceDone:
+        """Makes one piece. ``row``: its place in the unit. ``stretch``: the pieces that it does the work of."""
         with failures(piece.task, piece.start, piece.stop):
-            return self._copy(piece, outgoing) if piece.task.verbatim else self._compute(piece, outgoing)
+            if piece.task.verbatim:
+                return self._copy(piece, outgoing)
+            self.one_torch_thread()
+            source = self.source(piece.task, keep=piece.task.method.passes and self._passes is None)
+            return self._apply(self._kernel_of(piece.task, source), piece, source, outgoing, row, stretch)
 
     def _copy(self, piece: Piece, outgoing: Outgoing) -> PieceDone:
         whole = piece.task.sources[0]
@@ -260,11 +293,6 @@ class MergeWorker(Worker):
             value = self.job.checksum.update(part, value)
         return done_of(piece, value, source.nonfinite)
 
-    def _compute(self, piece: Piece, outgoing: Outgoing) -> PieceDone:
-        self.one_torch_thread()
-        source = self.source(piece.task, keep=piece.task.method.passes and self._passes is None)
-        return self._apply(self._kernel_of(piece.task, source), piece, source, outgoing)
-
     def _kernel_of(self, task: MergeTask, source: Inputs) -> Kernel:
         """Returns the kernel of a tensor. Runs its passes here, unless all workers have already run them."""
         if self._kernel is not None:
@@ -275,17 +303,24 @@ class MergeWorker(Worker):
 
         return bind(task, sweep_of(self, task, source), spills=self.bench.spill)
 
-    def _apply(self, kernel: Kernel, piece: Piece, source: Inputs, outgoing: Outgoing) -> PieceDone:
-        value, nonfinite, sums = 0, dict[str, int](), list[float]()
-        for chunk in self.chunks(piece.task, source, piece.start, piece.stop):
+    def _apply(
+        self,
+        kernel: Kernel,
+        piece: Piece,
+        source: Inputs,
+        outgoing: Outgoing,
+        row: int,
+        stretch: Sequence[Piece] | None = None,
+    ) -> PieceDone:
+        value, nonfinite, taking = 0, dict[str, int](), None
+        if self._measuring is not None and piece.task.out.dtype.kind == "float":
+            taking = self._measuring.begin(row, stretch or [piece], source)
+        for chunk in self.chunks(piece.task, source, piece.start, piece.stop, taking=taking):
             part = put(kernel, chunk, piece.task, source, outgoing, nonfinite)
             value = self.job.checksum.update(part, value)
-            if self.job.measures and piece.task.out.dtype.kind == "float":
-                from streammerge.running.measuring import measure  # here, because most runs measure nothing
-
-                measure(part, piece.task.out.dtype.torch, chunk, source, sums)
-        done = done_of(piece, value, nonfinite)
-        return replace(done, measured=tuple(sums)) if sums else done
+            if taking is not None:
+                taking.made(part)
+        return done_of(piece, value, nonfinite)
 
 
 def put(

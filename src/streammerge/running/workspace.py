@@ -19,6 +19,8 @@ from streammerge.units import PAGE_BYTES
 if TYPE_CHECKING:
     import torch
 
+    from streammerge.tensors.dtypes import DType
+
 T = TypeVar("T")
 _MOST_VIEWS = 256
 _REGIONS = ("read0", "read1")
@@ -252,6 +254,15 @@ class Inputs:
     def stays(self, source: int) -> bool:
         """Whether what is read of a source is mapped, and so stays valid."""
         return self._mapped and self._stored[source] is not None
+
+    def dtype(self, source: int) -> DType:
+        """Returns the dtype of a source's numbers."""
+        return self._dtypes[source]
+
+    def octets(self, source: int) -> memoryview | None:
+        """Returns all bytes of a source, None if it is not mapped."""
+        stored = self._stored[source] if self._mapped else None
+        return None if stored is None else stored[0].view(stored[1], self._sources[source].spec.nbytes)
 
     def move_to(self, start: int, stop: int) -> None:
         """Announces the elements that are read next, and some after them. Gives earlier pages back if they are many."""

@@ -36,8 +36,8 @@ Key = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A piece whose bytes are written: its task's number and first element, where it lies, and the NaN and infinities in
-    it."""
+    """A piece whose bytes are written: its task's number and first element, where it lies, the NaN and infinities in it,
+    and what was measured of it, as hexadecimal text that only the run understands."""
 
     task: int
     start: int
@@ -46,6 +46,7 @@ class Finished:
     nbytes: int
     checksum: int
     nonfinite: dict[str, int] = field(default_factory=dict)
+    measured: str = ""
 
     @property
     def key(self) -> Key:
@@ -57,7 +58,9 @@ class Finished:
         return (self.offset, self.nbytes)
 
 
-_FIELDS = {each.name for each in fields(Finished)}
+_MEASURED = "measured"
+_FIELDS = {each.name for each in fields(Finished)} - {_MEASURED}
+"""The fields of every line."""
 _NUMBERS = {"task": 32, "start": 64, "offset": 64, "nbytes": 64, "checksum": 32}
 """The numbers of a piece, and their bits."""
 
@@ -69,12 +72,15 @@ class FinishedTable(Sequence[Finished]):
         self._columns = [array("I" if bits == 32 else "Q") for bits in _NUMBERS.values()]
         self._files, self._file_of = dict[str, int](), array("I")
         self._nonfinite: dict[int, dict[str, int]] = {}
+        self._measured: dict[int, str] = {}
         for piece in pieces:
             self.add(piece)
 
     def add(self, piece: Finished) -> None:
         if piece.nonfinite:
             self._nonfinite[len(self)] = piece.nonfinite
+        if piece.measured:
+            self._measured[len(self)] = piece.measured
         for column, name in zip(self._columns, _NUMBERS, strict=True):
             column.append(getattr(piece, name))
         self._file_of.append(self._files.setdefault(piece.file, len(self._files)))
@@ -92,7 +98,8 @@ class FinishedTable(Sequence[Finished]):
         for row, (task, start, offset, nbytes, checksum, file) in enumerate(
             zip(*self._columns, self._file_of, strict=True)
         ):
-            yield Finished(task, start, files[file], offset, nbytes, checksum, self._nonfinite.get(row, nothing))
+            found = self._nonfinite.get(row, nothing), self._measured.get(row, "")
+            yield Finished(task, start, files[file], offset, nbytes, checksum, *found)
 
     @overload
     def __getitem__(self, row: int) -> Finished: ...
@@ -104,7 +111,8 @@ class FinishedTable(Sequence[Finished]):
         row = range(len(self))[row]
         task, start, offset, nbytes, checksum = (column[row] for column in self._columns)
         file = list(self._files)[self._file_of[row]]
-        return Finished(task, start, file, offset, nbytes, checksum, self._nonfinite.get(row, {}))
+        found = self._nonfinite.get(row, {}), self._measured.get(row, "")
+        return Finished(task, start, file, offset, nbytes, checksum, *found)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -164,19 +172,25 @@ def _split(data: bytes) -> Iterator[bytes]:
 def _is_piece(line: Any) -> bool:
     return (
         isinstance(line, dict)
-        and line.keys() == _FIELDS
+        and line.keys() - {_MEASURED} == _FIELDS
         and all(line[name].__class__ is int and 0 <= line[name] < 1 << bits for name, bits in _NUMBERS.items())
         and isinstance(line["file"], str)
         and isinstance(line["nonfinite"], dict)
+        and _is_hex(line.get(_MEASURED, ""))
     )
+
+
+def _is_hex(text: Any) -> bool:
+    return isinstance(text, str) and len(text) % 2 == 0 and not text.strip("0123456789abcdef")
 
 
 def _json(done: Finished) -> str:
     """Returns the fields as JSON. Written by hand, because json and asdict take longer than a small merge."""
     nonfinite = json.dumps(done.nonfinite, separators=(",", ":")) if done.nonfinite else "{}"
+    measured = f',"{_MEASURED}":"{done.measured}"' if done.measured else ""
     return (
         f'{{"task":{done.task},"start":{done.start},"file":{json.dumps(done.file)},"offset":{done.offset},'
-        f'"nbytes":{done.nbytes},"checksum":{done.checksum},"nonfinite":{nonfinite}}}'
+        f'"nbytes":{done.nbytes},"checksum":{done.checksum},"nonfinite":{nonfinite}{measured}}}'
     )
 
 

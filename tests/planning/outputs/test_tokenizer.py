@@ -119,3 +119,16 @@ def test_chat_templates(tokens: dict[str, Any]) -> None:
     assert "<|im_start|>" in Path("other/chat_template.jinja").read_text()
     sm.merge(["a/", "b/"], out="third/", chat_template="{{ messages[0]['content'] }}")
     assert Path("third/chat_template.jinja").read_text() == "{{ messages[0]['content'] }}"
+
+
+def test_special_tokens_are_those_of_the_tokenizer_that_the_output_has() -> None:
+    """mergekit keeps the base's numbers, so a chat model with the other's tokenizer would not end its answers."""
+    ours = {"vocab_size": 4, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    theirs = {"vocab_size": 4, "bos_token_id": 0, "eos_token_id": [3, 1]}
+    words = {"tokenizer_config.json": {"eos_token": {"content": "<end>"}, "pad_token": "<pad>", "bos_token": "<s>"}}
+    tokens = ["<s>", "</s>", "<pad>", "<end>"]
+    folder("a", tokens, {"config.json": ours, "generation_config.json": {"eos_token_id": 1, "pad_token_id": 9}})
+    folder("b", tokens, {"config.json": theirs} | words)
+    merge(tokenizer_source="b")
+    assert json.loads(Path("out/config.json").read_text()) == ours | {"eos_token_id": [3, 1], "pad_token_id": 2}
+    assert json.loads(Path("out/generation_config.json").read_text()) == {"eos_token_id": 3, "pad_token_id": 2}

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from streammerge.checkpoints.config import Config, read_config
+from streammerge.checkpoints.config import Config, read_config, value_at
 from streammerge.checkpoints.config_text import KeyPath, edited
-from streammerge.checkpoints.config_tokens import GENERATION, renumbered
+from streammerge.checkpoints.config_tokens import GENERATION, renumbered, special
 from streammerge.checkpoints.reachable import HOW_TO_COUNT, unreachable
 from streammerge.checkpoints.tokens import (
     ADDED_TOKENS,
@@ -79,16 +79,22 @@ def generation_edit(tokenized: Tokenized, folder: Location) -> tuple[bytes, str]
 
 def token_edits(config: Config, tokenized: Tokenized) -> tuple[dict[KeyPath, Any], list[str]]:
     """Returns the numbers of tokens that a configuration has to state, and a note about those that are gone."""
-    before = tokenized.before
-    if all(number in (place, -1) for place, number in enumerate(before)) and min(before, default=0) >= 0:
-        return {}, []
+    before, giver = tokenized.before, vocabulary_folder(tokenized.vocabulary.giver.file.parent)
+    theirs = read_config(giver, config.name)
+    tree = theirs.tree if theirs and not theirs.unread else {}
+    edits, notes = dict[KeyPath, Any](), list[str]()
+    if min(before, default=0) < 0 or any(number != place for place, number in enumerate(before)):
 
-    def number(old: int) -> int:
-        return before[old] if old < len(before) else -1
+        def number(old: int) -> int:
+            return before[old] if old < len(before) else -1
 
-    giver = read_config(vocabulary_folder(tokenized.vocabulary.giver.file.parent), config.name)
-    edits, lost = renumbered(config.tree, number, giver.tree if giver and not giver.unread else {})
-    notes = [f"{config.name}: {listed(lost)} name tokens that the output lacks; set them by hand"] if lost else []
+        edits, lost = renumbered(config.tree, number, tree)
+        notes = [f"{config.name}: {listed(lost)} name tokens that the output lacks; set them by hand"] if lost else []
+    words = read_config(giver, TOKENIZER_CONFIG)
+    for place, value in special(config.tree, tree, words.tree if words else {}, tokenized.vocabulary.number_of).items():
+        now = edits.get(place, value_at(config.tree, place))
+        if now != value and not (isinstance(now, list) and value in now):
+            edits[place] = value
     return edits, notes
 
 
