@@ -223,6 +223,9 @@ def merge(
             raise RecipeError("a merge needs a name for its output; pass `out`")
         request.out.sweep()
         request.out.check_writable(running.overwrite)
+        if report is not None or statistics:  # before memory is counted from, and here, because most merges have no report
+            from streammerge.reporting import making, recorded
+            from streammerge.requests.inputs import path_of
         before = resident_bytes()
         with remembering():
             combined = request.combination()
@@ -243,9 +246,6 @@ def merge(
         made.warnings = [warning for warning in made.warnings if warning not in foreseen]
         if report is None and not statistics:
             return _executed(made, running, given, before)
-        from streammerge.reporting import making, recorded  # here, because most merges have no report
-        from streammerge.requests.inputs import path_of
-
         page = None if report is None else parse(path_of("report", report))
         if page is not None:
             making.check_possible(page, running.overwrite)
