@@ -358,7 +358,7 @@ def test_an_index_takes_any_source_for_a_name() -> None:
         (factors(Q, 24, 16), {"r": 4, "a_new_key": {"x": 1}}, "a_new_key is set"),
         (factors(Q, 24, 16), {"r": 4, "init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
         (factors(Q, 24, 16), {"peft_type": "OFT"}, "of the kind OFT cannot be merged"),
-        ({f"{Q}.oft_R.weight": drawn(1, 2, 2)}, {"r": 4}, "OFT, which multiplies"),
+        ({f"{Q}.oft_R.weight": drawn(1, 2, 2)}, {"r": 4}, "belongs to OFT or BOFT, which multiply"),
         (factors(Q, 24, 16) | {f"{Q}.lora_magnitude_vector": drawn(1, 23)}, {"r": 4, "use_dora": True}, "does not fit"),
         (
             {"lm_head.token_adapter.trainable_tokens_delta": drawn(1, 2, 16)},

@@ -16,7 +16,7 @@ import streammerge as sm
 from streammerge.methods.registry import find_method
 from streammerge.planning import budget
 from streammerge.planning import tasks as tasks_module
-from streammerge.planning.tasks import MergeTask, Piece, as_one_piece, batches, pieces, stretches
+from streammerge.planning.tasks import MergeTask, Piece, as_one_piece, batches, named, pieces, stretches
 from streammerge.running.worker import MergeWorker
 from streammerge.running.workspace import Outgoing, Workspace
 from streammerge.sources.stored import Stored
@@ -159,3 +159,17 @@ def test_threads_that_make_tasks_do_not_disturb_each_other(tmp_path: Path, monke
         assert made[number] is made[number]
         assert held <= {*before}
         assert len(made._kept) <= 2  # type: ignore[attr-defined]
+
+
+def test_names_stand_beside_a_task_of_their_kind(tmp_path: Path) -> None:
+    """The tensors of the second input lie in another order, and one has another shape and dtype."""
+    shapes = {f"layers.{n}.w": (3, 2) for n in range(5)} | {"head": (4,)}
+    for name, keys in (("a", [*shapes]), ("b", [*shapes][::-1])):
+        tensors = {key: torch.zeros(shapes[key], dtype=torch.float16 if key == "head" else torch.float32) for key in keys}
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    made = sm.plan([tmp_path / "a.safetensors", tmp_path / "b.safetensors"]).tasks
+    for few in (made, list(made)):
+        found = list(named(few))
+        assert [name for name, _ in found] == [task.out.name for task in made]
+        assert [(t.out.shape, t.out.dtype) for _, t in found] == [(t.out.shape, t.out.dtype) for t in made]
+    assert len({id(task) for _, task in named(made)}) == 2

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +36,22 @@ def test_a_small_file_is_created_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sum(got) == 1
     assert (tmp_path / "claim").read_bytes() == b"%d" % got.index(True)
     assert os.listdir(tmp_path) == ["claim"], "nothing else is left"
+
+
+def test_a_killed_process_is_in_nobodys_way(tmp_path: Path) -> None:
+    """Containers have equal names, and their processes equal ids."""
+    code = """
+import os, sys
+from streammerge.stores.locations import parse
+os.getpid = lambda: 1
+if sys.argv[1] == "killed":
+    os.link = lambda *names: os._exit(9)
+print(parse("claim").create_small(b"x"))
+"""
+    for how, said in (("killed", (9, "")), ("alive", (0, "True\n"))):
+        done = subprocess.run([sys.executable, "-c", code, how], cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == said, done.stderr
+    assert (tmp_path / "claim").read_bytes() == b"x"
 
 
 def test_an_answer_that_was_lost_is_no_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

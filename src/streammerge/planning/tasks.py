@@ -267,6 +267,19 @@ class Tasks(Sequence[MergeTask]):
             self._kinds = [(self._at(number), count) for number, count in counts.values()]
         return iter(self._kinds)
 
+    def named(self) -> Iterator[tuple[str, MergeTask]]:
+        """Yields the name of each tensor of the output, and a task of its kind."""
+        kinds: dict[int, MergeTask] = {}
+        for number, made in enumerate(self.made):
+            if made.__class__ is MergeTask or self.views is None:
+                task = self._at(number)
+                yield task.out.name, task
+                continue
+            kind = kinds.get(id(made))
+            if kind is None:
+                kind = kinds[id(made)] = self._at(number)
+            yield self.views.tables[0].names[self.rows[number]], kind
+
     def where(self, test: Callable[[MergeTask], bool]) -> list[int]:
         """Returns the numbers of the tasks that pass a test, which may not look at names and places."""
         known: dict[int, bool] = {}
@@ -314,6 +327,11 @@ class Tasks(Sequence[MergeTask]):
 def alike(tasks: Sequence[MergeTask]) -> Iterator[tuple[MergeTask, int]]:
     """Yields one task of each kind, and the number of tasks of this kind. They differ in names and places only."""
     return tasks.alike() if isinstance(tasks, Tasks) else ((task, 1) for task in tasks)
+
+
+def named(tasks: Sequence[MergeTask]) -> Iterator[tuple[str, MergeTask]]:
+    """Yields the name of each tensor of the output, and a task of its kind, which differs in names and places only."""
+    return tasks.named() if isinstance(tasks, Tasks) else ((task.out.name, task) for task in tasks)
 
 
 def where(tasks: Sequence[MergeTask], test: Callable[[MergeTask], bool]) -> list[int]:

@@ -13,7 +13,7 @@ from streammerge.errors import StreammergeError, printable
 from streammerge.planning.conservation import unused_text
 from streammerge.planning.plan import Plan
 from streammerge.planning.receipt import Receipt
-from streammerge.planning.tasks import MergeTask, alike, objects
+from streammerge.planning.tasks import MergeTask, alike, named, objects
 from streammerge.recipe.document import to_yaml
 from streammerge.recipe.locations import travelling
 from streammerge.reporting.facts import LOST, NOTHING, Facts, Row, Sample
@@ -53,7 +53,7 @@ def of_merge(result: Result, samples: Sequence[Sample]) -> Facts:
         samples=list(samples),
         memory_bytes=result.memory_bytes,
     )
-    facts.rows = [_row(plan, number, task, columns, names, result) for number, task in enumerate(plan.tasks)]
+    facts.rows = _rows(result, columns, names)
     facts.accounts = _accounts([each.record() for each in plan.accounts])
     lost = unused_text(plan.accounts)
     seconds = max(result.seconds, 1e-9)
@@ -202,9 +202,8 @@ def of_diff(diff: Diff) -> Facts:
 
 def _summarise(facts: Facts, lost: str, what: str = LOST, all_used: str = "") -> None:
     """Puts what a person wants to know first in front: which layers moved most, and what was not used."""
-    first = next((n for n in range(len(facts.input_names)) if facts.moved(n)), None)
+    first, moved = next(((n, found) for n in range(len(facts.input_names)) if (found := facts.moved(n))), (None, []))
     if first is not None:
-        moved = facts.moved(first)
         shown = ", ".join(f"{printable(layer)} ({distance:.2g})" for layer, distance in moved[:5])
         facts.summary.insert(0, (f"moved most, from {printable(facts.input_names[first])}", shown))
     facts.summary.insert(
@@ -280,28 +279,52 @@ class _Columns:
         return known
 
 
-def _row(plan: Plan, number: int, task: MergeTask, columns: _Columns, names: Sequence[str], result: Result) -> Row:
-    own: dict[str, float | None] = {}
-    is_float, measured = task.out.dtype.kind == "float", result.measured.get(number)
-    if measured:
-        for column, distance in zip(columns.of(task), distances(measured), strict=True):
-            own.setdefault(column, distance)
-    elif task.verbatim and task.sources and is_float:
-        own[columns.of(task)[0]] = 0.0
-    inputs = len(plan.recipe.inputs)
-    copied = task.method.name == "copy" or (task.verbatim and inputs > 1)
-    how = "copied" if task.method.name == "copy" else task.method.name
-    mark = ""
-    if number in result.nonfinite:
-        mark = "N"
-    elif not is_float:
-        mark = "i"
-    elif copied and inputs > 1:
-        mark = "c"
-    elif 0 < len(task.sources) - task.based < inputs - (plan.recipe.base is not None):
-        mark = "m"
-    elems = max(task.out.numel, 1)
-    return Row(task.out.name, task.out.shape, task.out.dtype.torch_name, how, tuple(map(own.get, names)), elems, mark)
+class _Kind:
+    """What the rows of tensors have in common that are merged in one way. ``task``: one of them."""
+
+    def __init__(self, plan: Plan, task: MergeTask, columns: _Columns, names: Sequence[str]) -> None:
+        self._task, self._is_float = task, task.out.dtype.kind == "float"
+        places = {name: number for number, name in enumerate(names)}
+        self._nothing = (None,) * len(names)
+        own = columns.of(task)
+        self._places = [places.get(column) for column in own]
+        inputs, is_copy = len(plan.recipe.inputs), task.method.name == "copy"
+        self._copied = self._at(0, 0.0) if task.verbatim and task.sources and self._is_float else self._nothing
+        self._how = "copied" if is_copy else task.method.name
+        self._mark = ""
+        if not self._is_float:
+            self._mark = "i"
+        elif inputs > 1 and (is_copy or task.verbatim):
+            self._mark = "c"
+        elif 0 < len(task.sources) - task.based < inputs - (plan.recipe.base is not None):
+            self._mark = "m"
+
+    def _at(self, source: int, distance: float) -> tuple[float | None, ...]:
+        place = self._places[source]
+        return tuple([distance if number == place else None for number in range(len(self._nothing))])
+
+    def row(self, name: str, measured: Sequence[bytes] | None, nonfinite: bool) -> Row:
+        distances_ = self._copied
+        if measured:
+            found: list[float | None] = [*self._nothing]
+            for place, distance in zip(self._places, distances(measured), strict=True):
+                if place is not None and found[place] is None:
+                    found[place] = distance
+            distances_ = tuple(found)
+        out = self._task.out
+        mark = "N" if nonfinite else self._mark
+        return Row(name, out.shape, out.dtype.torch_name, self._how, distances_, max(out.numel, 1), mark)
+
+
+def _rows(result: Result, columns: _Columns, names: Sequence[str]) -> list[Row]:
+    """Returns a row for each tensor of the output."""
+    plan, kinds, rows = result.plan, dict[int, _Kind](), list[Row]()
+    for number, (name, task) in enumerate(named(plan.tasks)):
+        kind = kinds.get(id(task))
+        if kind is None:
+            kind = kinds[id(task)] = _Kind(plan, task, columns, names)  # which keeps the task, and so its id
+        rows.append(kind.row(name, result.measured.get(number), number in result.nonfinite))
+    return rows
 
 
 def _accounts(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, int, str, str]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,6 @@ from streammerge.stores.written_files import OutputFile, SharedOutputFile
 
 _PUBLISHED = "published"
 _NO_LINKS = (errno.EPERM, errno.EMLINK, *system.UNSUPPORTED)
-_numbers = itertools.count()
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +113,8 @@ def put_new(name: str | os.PathLike[str], data: bytes, durable: bool) -> bool:
     The name is a link to a finished file, or an exclusive creation where the file system has no links.
     """
     path = Path(name)
-    partial = path.with_name(f".{os.uname().nodename[:60]}.{os.getpid()}.{next(_numbers)}")
+    # Random, because containers have equal names and process ids, and one that was killed leaves its file.
+    partial = path.with_name(f".{os.uname().nodename[:60]}.{os.urandom(8).hex()}")
     try:
         _write(partial, data, durable)
         try:

@@ -177,7 +177,7 @@ def _remove_dead_claim(claim: str, out: object) -> None:
         return
     if may_run(dead, None):
         raise _locked(out, dead, claim)
-    aside = f"{claim}.{os.getpid()}"
+    aside = f"{claim}.{os.urandom(8).hex()}"
     try:
         os.rename(claim, aside)
     except FileNotFoundError:
