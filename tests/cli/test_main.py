@@ -188,7 +188,7 @@ def test_a_name_of_the_hub_is_found_in_its_cache(
 def test_a_limit_on_memory_gets_a_sentence(tmp_path: Path, voices: tuple[Path, Path]) -> None:
     """Whether it stops torch from loading, a map of a file, or an allocation. At the end of the limits all goes well."""
     said = set()
-    for kilobytes in (300_000, 600_000, 700_000, 800_000, 900_000, 1_000_000, 1_200_000):
+    for kilobytes in (300_000, 700_000, 900_000, 1_200_000):
         command = f"ulimit -v {kilobytes} && exec {sys.executable} -m streammerge merge news.pth audiobook.pth -o x.pth"
         done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True)
         if done.returncode:

@@ -272,11 +272,9 @@ def _layer(
 
 
 def _alpha(asked: Combined, found: Sequence[tuple[int, Module]]) -> float:
-    """Returns the alpha by which the factors of a module need no other scale: for stacked ones the largest of their own,
-    for others the rank."""
+    """Returns the rank of a module: the alpha by which its update is the product of its factors."""
     if asked.way == "cat":
-        scale = max(abs(asked.weights[number] * module.scale) for number, module in found)
-        return scale * sum(module.rank for _, module in found) or 1.0
+        return float(sum(module.rank for _, module in found))
     return _wanted(asked, found, DType.F32).rank or _ALPHA
 
 

@@ -2,8 +2,8 @@
 
 Loaders know the scale of an update by an alpha beside its factors, or take 1 where a dialect has none. So an alpha is
 written where the first adapter has them, the same for all modules, since diffusers 0.42 mistakes alphas that differ for
-the most frequent one. It is the one by which the most factors stay as they are. The rest of a scale is multiplied into
-the second factor.
+the most frequent one. It is the most frequent rank, so that most updates are the products of their factors, for programs
+that forget the alpha too. The rest of a scale is multiplied into the second factor.
 """
 
 from __future__ import annotations
