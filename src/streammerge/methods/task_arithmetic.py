@@ -11,7 +11,7 @@ and 0 elsewhere, also where :math:`w_m \delta'_m` is zero; a zero sum counts as 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from streammerge.kernels.chunk import OPERAND, Chunk, Kernel, Slot
@@ -103,32 +103,13 @@ def _divisor(weight: Sequence[float], normalize: bool) -> float:
     return total if normalize and abs(total) >= 1e-8 else 1.0
 
 
-def _by_magnitude(batch: Batch, values: Values) -> torch.Tensor | None:
-    return _in_batch(batch, magnitude_in(values["density"]), values, elect=True)
+def _batched(keep: Callable[..., Keep], *names: str, elect: bool) -> Callable[[Batch, Values], torch.Tensor | None]:
+    """Returns what merges a batch. ``names``: the parameters that ``keep`` takes."""
 
+    def run(batch: Batch, values: Values) -> torch.Tensor | None:
+        return _in_batch(batch, keep(*[values[name] for name in names]), values, elect=elect)
 
-def _without_outliers(batch: Batch, values: Values) -> torch.Tensor | None:
-    return _in_batch(batch, magnitude_outliers_in(values["density"], values["gamma"]), values, elect=False)
-
-
-def _without_outliers_elected(batch: Batch, values: Values) -> torch.Tensor | None:
-    return _in_batch(batch, magnitude_outliers_in(values["density"], values["gamma"]), values, elect=True)
-
-
-def _at_random(batch: Batch, values: Values) -> torch.Tensor | None:
-    return _in_batch(batch, bernoulli_in(values["density"]), values, elect=False)
-
-
-def _at_random_elected(batch: Batch, values: Values) -> torch.Tensor | None:
-    return _in_batch(batch, bernoulli_in(values["density"]), values, elect=True)
-
-
-def _at_random_by_rank(batch: Batch, values: Values) -> torch.Tensor | None:
-    return _in_batch(batch, magprune_in(values["density"], values["epsilon"]), values, elect=False)
-
-
-def _at_random_by_rank_elected(batch: Batch, values: Values) -> torch.Tensor | None:
-    return _in_batch(batch, magprune_in(values["density"], values["epsilon"]), values, elect=True)
+    return run
 
 
 def winners(chunk: Chunk, deltas: list[torch.Tensor], weight: Sequence[float], normalize: bool) -> torch.Tensor:
@@ -188,7 +169,7 @@ def task_arithmetic(
     buffers=10,
     buffers_per_model=1,
     searches=1,
-    batch=_by_magnitude,
+    batch=_batched(magnitude_in, "density", elect=True),
     check=check_density,
 )
 def ties(
@@ -220,7 +201,13 @@ def ties(
 
 
 @merge_method(
-    "dare_linear", models=(0, None), base="required", buffers=8, kept_bits=1, batch=_at_random, check=check_density
+    "dare_linear",
+    models=(0, None),
+    base="required",
+    buffers=8,
+    kept_bits=1,
+    batch=_batched(bernoulli_in, "density", elect=False),
+    check=check_density,
 )
 def dare_linear(
     group: TensorGroup,
@@ -254,7 +241,7 @@ def dare_linear(
     buffers=12,
     buffers_per_model=1,
     kept_bits=1,
-    batch=_at_random_elected,
+    batch=_batched(bernoulli_in, "density", elect=True),
     check=check_density,
 )
 def dare_ties(
@@ -280,7 +267,13 @@ def dare_ties(
 
 
 @merge_method(
-    "breadcrumbs", models=(0, None), base="required", buffers=9, searches=2, batch=_without_outliers, check=check_density
+    "breadcrumbs",
+    models=(0, None),
+    base="required",
+    buffers=9,
+    searches=2,
+    batch=_batched(magnitude_outliers_in, "density", "gamma", elect=False),
+    check=check_density,
 )
 def breadcrumbs(
     group: TensorGroup,
@@ -316,7 +309,7 @@ def breadcrumbs(
     buffers=12,
     buffers_per_model=1,
     searches=2,
-    batch=_without_outliers_elected,
+    batch=_batched(magnitude_outliers_in, "density", "gamma", elect=True),
     check=check_density,
 )
 def breadcrumbs_ties(
@@ -350,7 +343,7 @@ def breadcrumbs_ties(
     buffers=16,
     buffers_per_model=1,
     kept_bits=1,
-    batch=_at_random_by_rank_elected,
+    batch=_batched(magprune_in, "density", "epsilon", elect=True),
     check=check_density,
 )
 def della(
@@ -389,7 +382,7 @@ def della(
     row=fibre_row,
     buffers=14,
     kept_bits=1,
-    batch=_at_random_by_rank,
+    batch=_batched(magprune_in, "density", "epsilon", elect=False),
     check=check_density,
 )
 def della_linear(

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from streammerge.options.base import OptionKind, Options, option
-from streammerge.options.values import COUNT, PATH, TEXT, TRUTH, WHOLE, lists_of_numbers, one_of, parameters
+from streammerge.options.merging import Merging
+from streammerge.options.values import COUNT, TEXT, TRUTH, WHOLE, lists_of_numbers, one_of, parameters
 
 if TYPE_CHECKING:
     from streammerge.stores.locations import PathLike
@@ -54,14 +55,9 @@ class Sweeping(Options):
 class Blending(Options):
     """How each of them is merged."""
 
-    normalize: bool | None = option("False: use the weights as given.", TRUTH, negated=True)
-    method: str | Callable[..., Any] | None = option(
-        "A merge method's name, or package.module:function; a function in Python.",
-        metavar="METHOD",
-        otherwise="linear",
-        letter="-m",
-    )
-    base: Checkpoint | None = option("The common ancestor, for the methods that need one.", PATH, metavar="PATH")
+    normalize: bool | None = Merging.normalize
+    method: str | Callable[..., Any] | None = Merging.method
+    base: Checkpoint | None = Merging.base
     seed: int | None = option("For drawn merges, and methods that draw random numbers.", WHOLE, metavar="N", otherwise="0")
     dtype: object = option("Dtype of the output's floating-point tensors.", metavar="DTYPE", otherwise="the first input's")
     compute_dtype: object = option(
