@@ -656,3 +656,11 @@ def test_copies_of_one_model_are_not_side_by_side(tmp_path: Path) -> None:
         torch.save({"w": torch.ones(2), "v": torch.ones(3)}, tmp_path / name)
     with pytest.raises(sm.FormatError, match=r"holds several checkpoints \(best\.pt, last\.pt\); give one of them"):
         sm.inspect(tmp_path)
+
+
+def test_steps_of_one_network_beside_another_are_not_side_by_side(tmp_path: Path) -> None:
+    """Two runs that ended at other steps would have other names, so that nothing of them belongs together."""
+    for name, tensors in (("G_100.pth", "g"), ("G_200.pth", "g"), ("D_100.pth", "d")):
+        torch.save({f"{tensors}.w": torch.ones(2)}, tmp_path / name)
+    with pytest.raises(sm.FormatError, match=r"holds several checkpoints \(D_100\.pth, G_100\.pth, G_200\.pth\)"):
+        sm.inspect(tmp_path)
