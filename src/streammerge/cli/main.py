@@ -25,6 +25,10 @@ _ROOM = "streammerge.cli.commands"
 _OBJECTS_PER_SEARCH = 50_000
 """New objects after which Python looks for reference cycles. By default it would do so 150 times during imports alone,
 whose objects all last."""
+_STACK_SLOTS = 40_000
+"""Size of the frame of :func:`main`, in pointers. Python (3.11 and later) keeps frames in chunks of 16 KiB, or as large as
+one frame needs. It maps a chunk when a call needs one and unmaps it when that call returns. A loop whose calls cross the
+end of a chunk does so each time, 3,000 times where numpy was imported. One large frame takes a chunk of 512 KiB for all."""
 _SPELLED = {"output": "out", "weight": "weights", "base-model": "base", "merge-method": "method", "mem": "memory"}
 """Options as people type them -> their names here."""
 
@@ -113,6 +117,9 @@ def main() -> None:
         kind = "UsageError" if isinstance(error, click.UsageError) else type(error).__name__
         fail(kind, sentence, code, notes_of(error), as_json)
         sys.exit(code)
+
+
+main.__code__ = main.__code__.replace(co_stacksize=_STACK_SLOTS)
 
 
 def _told(error: Exception) -> tuple[str, int]:
