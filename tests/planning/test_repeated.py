@@ -11,6 +11,7 @@ from streammerge.sources.base import Source
 from streammerge.sources.merged import merged
 from streammerge.sources.remembered import Remembered
 from streammerge.sources.stored import Stored
+from streammerge.sources.turned import turned
 from streammerge.stores.locations import parse
 from streammerge.tensors.dtypes import DType
 from streammerge.tensors.spec import TensorSpec
@@ -49,7 +50,13 @@ def test_what_two_merges_use_is_remembered_once() -> None:
 def test_what_passes_look_at_is_remembered() -> None:
     inner = merged("t", SLERP, [A, B], {"t": 0.5})
     assert kept(LINEAR, inner, C) == {A.place, B.place}
-    assert kept(SLERP, merged("t", LINEAR, [A, B]), C) == {merged("t", LINEAR, [A, B]).place}
+    assert kept(SLERP, merged("t", LINEAR, [A, B]), C) == {merged("t", LINEAR, [A, B]).place, C.place}
+    assert kept(SLERP, A, C) == set()
+
+
+def test_a_turned_merge_is_gone_through_many_times() -> None:
+    inner = merged("t", LINEAR, [A, B])
+    assert kept(LINEAR, turned(inner), C) == {inner.place}
 
 
 def test_a_copy_of_a_stage_reads_it_once() -> None:

@@ -114,6 +114,16 @@ class MergeTask:
         return size - held_bytes(size)
 
     @property
+    def of_one(self) -> bool:
+        """Whether one worker makes all pieces of a long tensor, because passes look at merges or are made below one. Other
+        workers would make these passes and merges again."""
+        if self.elems <= self.piece_elems or self.turned or self.to_turn or not self.nested:
+            return False
+        from streammerge.sources.merged import methods_in
+
+        return self.method.passes or any(method.passes for source in self.sources for method in methods_in(source))
+
+    @property
     def spread(self) -> bool:
         """Whether the tensor is long enough to share its passes among all workers."""
         return self.method.passes and not self.method.whole and self.elems > self.piece_elems

@@ -415,6 +415,7 @@ def _are_alike(tasks: Sequence[MergeTask]) -> bool:
             task.out.dtype.component.element_bytes * task.row > _OUT_BYTES[-1]
             or task.out.shape != first.out.shape
             or task.spread
+            or task.of_one
             or task.to_turn
             or task.method.whole
             or task.row != row

@@ -238,13 +238,13 @@ class MergeWorker(Worker):
         """Computes pieces of one long tensor. The passes sweep it piece by piece, as many workers would do."""
         self.one_torch_thread()
         task, made = batch[0].task, list[PieceDone]()
-        source = self.source(task, keep=False)
 
         def sweep(look: Look, step: Step[T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
             for begin, end in ranges(stop - start, task.piece_elems):
                 yield step(look, self.chunks(task, source, start + begin, start + end, sparse))
 
         with failures(task, 0, task.elems):
+            source = self.source(task, keep=False)
             kernel = None if task.verbatim else bind(task, sweep, spills=self.bench.spill)
         for row, piece in enumerate(batch):
             outgoing = Outgoing(target.write_full, self.workspace.octets("out"), piece.offset)

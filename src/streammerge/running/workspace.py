@@ -11,6 +11,7 @@ from streammerge.errors import RecipeError, printable
 from streammerge.kernels.chunk import Slot, shown
 from streammerge.planning.budget import Budget, regions
 from streammerge.sources.base import BlobPath, Reader, Source, region_bytes
+from streammerge.sources.remembered import Remembered
 from streammerge.sources.stored import Stored
 from streammerge.stores.base import Input
 from streammerge.stores.inputs import InputFiles
@@ -63,6 +64,7 @@ class Workspace:
         self.mapped, self.read = Spans(budget.kept_bytes), Spans(budget.kept_bytes)
         self.announced_elems = budget.window_bytes // 4 // max(budget.cost.mapped, 1)
         self.tile_bytes = budget.tile_bytes
+        self.remembered_bytes, self.chunk_elems = budget.remembered_bytes, budget.chunk_elems
         self._regions = regions(budget)
         self._compute_bytes = budget.cost.compute
         self._slots, self._most_slots = self._regions["slots"], budget.cost.buffers
@@ -230,6 +232,7 @@ class Inputs:
             for number, stored in enumerate(self._stored):
                 if stored is None and sources[number].spec.numel:
                     self._readers[number] = sources[number].open(room)
+            room.prepare()
         self._remote = files.ahead_bytes > 0 and files.reads_ahead
         self._wholes: list[torch.Tensor | None] | None = None
         self.first = 0
@@ -237,7 +240,7 @@ class Inputs:
         self._elems = max([s.spec.component_elems for s in sources])
         self._kept: list[int] | None = None
         """Offset of each source in the region of kept inputs."""
-        if sum(_rounded(s.spec.nbytes) for s in sources) <= keep_bytes:
+        if sum(_rounded(s.spec.nbytes) for s in sources) <= keep_bytes and Remembered not in map(type, sources):
             self._keep_all()
 
     def __len__(self) -> int:
@@ -359,6 +362,9 @@ class WorkerRoom:
         self.nonfinite: dict[str, int] = {}
         self._kernels = workspace.kernels_of(sources)
         self._readers: dict[tuple[object, ...], Reader] = {}
+        self._first: list[Callable[[], object]] = []
+        self._sources = sources
+        self._shares: dict[tuple[object, ...], tuple[memoryview, memoryview]] | None = None
 
     def file(self, path: BlobPath) -> Input:
         return self._files.get(path)
@@ -379,6 +385,26 @@ class WorkerRoom:
         self._tiles += 1
         return self._workspace.octets("reader tiles", nbytes, (self._tiles - 1) * nbytes)
 
+    def remembered(self, source: Source) -> tuple[memoryview, memoryview]:
+        if self._shares is None:
+            self._shares = self._shared_out()
+        return self._shares[source.place]
+
+    def _shared_out(self) -> dict[tuple[object, ...], tuple[memoryview, memoryview]]:
+        """Returns the memory of each tensor that readers of this task remember."""
+        from streammerge.planning.repeated import graph, shares  # here, because most merges have no stages
+
+        of, numbers = graph(self._sources)
+        given = shares(of, self._workspace.remembered_bytes, self._workspace.chunk_elems)
+        made, cursor = dict[tuple[object, ...], tuple[memoryview, memoryview]](), 0
+        for place, number in numbers.items():
+            parts = []
+            for nbytes in given[number]:
+                parts.append(self._workspace.octets("remembered", nbytes, cursor))
+                cursor += region_bytes(nbytes)
+            made[place] = parts[0], parts[1]
+        return made
+
     def shared(self, nbytes: int) -> memoryview:
         return self._workspace.octets("reader shared", nbytes)
 
@@ -393,6 +419,13 @@ class WorkerRoom:
         if place not in self._readers:
             self._readers[place] = make()
         return self._readers[place]
+
+    def first(self, make: Callable[[], object]) -> None:
+        self._first.append(make)
+
+    def prepare(self) -> None:
+        while self._first:
+            self._first.pop(0)()
 
 
 def _rounded(nbytes: int) -> int:
