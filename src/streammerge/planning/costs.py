@@ -59,23 +59,21 @@ def budget_of(
 def _remembering(tasks: Sequence[MergeTask], memory_bytes: int, found: Budget, load: Load) -> Budget:
     """Returns a budget with more memory for what is read again.
 
-    It has as many workers as leave each of them so much that the largest graph of merges reads and writes half of what its
-    merges would do one after the other, or reads its inputs once. If none is enough, it has those that read the least.
+    So many workers leave each of them enough that the largest graph of merges reads and writes half of what its merges
+    would do one after the other, or reads its inputs once. Of these numbers it has the one that takes the least time; if
+    none is enough, the one that reads the least.
     """
-    from streammerge.planning.repeated import graph, largest, read_bytes, stages_bytes  # most merges have no stages
+    from streammerge.planning.repeated import graph, largest, moved_bytes, stages_bytes  # most merges have no stages
 
     nested = [task for task in objects(tasks) if task.nested]
     made, task = max(((graph(task.sources)[0], task) for task in nested), key=lambda each: largest(each[0]))
     enough = max(stages_bytes(made, task.out.nbytes) / 2 - task.out.nbytes, task.read_bytes)
-    best, least = found, float("inf")
-    for count in range(found.workers, max(found.workers // _LEAST_WORKERS, 1) - 1, -1):
+    tried = list[tuple[bool, float, Budget]]()
+    for count in range(min(found.workers, len(tasks)), max(found.workers // _LEAST_WORKERS, 1) - 1, -1):
         wide = _most_remembered(memory_bytes, count, found, load)
-        read = read_bytes(made, wide.remembered_bytes, wide.chunk_elems)
-        if read < least:
-            best, least = wide, read
-        if read <= enough:
-            break
-    return best
+        read, computed = moved_bytes(made, wide.remembered_bytes, wide.chunk_elems)
+        tried.append((read > enough, read if read > enough else (read + computed) / count, wide))
+    return min(tried, key=lambda each: each[:2])[2] if tried else found
 
 
 def _most_remembered(memory_bytes: int, workers: int, found: Budget, load: Load) -> Budget:

@@ -258,11 +258,13 @@ def shares(of: Graph, room_bytes: int, chunk_elems: int) -> tuple[Share, ...]:
     return tuple(map(Share, first, last))
 
 
-def read_bytes(of: Graph, room_bytes: int, chunk_elems: int) -> float:
-    """Returns the bytes that a task reads with so much memory, more or less."""
+def moved_bytes(of: Graph, room_bytes: int, chunk_elems: int) -> tuple[float, float]:
+    """Returns the bytes that a task reads with so much memory, and those of the inputs of merges that it computes, more or
+    less."""
     given = shares(of, room_bytes, chunk_elems)
     staying = [share.first / max(node.nbytes, 1) for share, node in zip(given, of.nodes, strict=True)]
-    return _cost(of, _sweeps(of), staying, computing=0)
+    read, both = (_cost(of, _sweeps(of), staying, computing) for computing in (0, 1))
+    return read, both - read
 
 
 def stages_bytes(of: Graph, out_bytes: int) -> int:

@@ -191,7 +191,8 @@ class PieceDone:
     """The result of elements ``start`` to ``stop`` of the task with this number. Small, plain data that another process can
     send. ``checksum``: of their bytes. ``nonfinite``: the number of NaN and infinite values by source. ``found``: the
     finding of their destination. ``measured``: for each source of the task the norm of its difference to the result, and
-    its own norm, both over a sample, in float32; empty if nothing was measured (:mod:`streammerge.running.measuring`)."""
+    its own norm, both over a sample, in float32; empty if nothing was measured (:mod:`streammerge.running.measuring`).
+    ``read_bytes``: what was asked of stores to make it, and other pieces before it that say 0."""
 
     number: int
     start: int
@@ -200,6 +201,7 @@ class PieceDone:
     nonfinite: dict[str, int] = field(default_factory=dict)
     found: Any = None
     measured: bytes = b""
+    read_bytes: int = 0
 
     def piece(self, tasks: Sequence[MergeTask]) -> Piece:
         return Piece(tasks[self.number], self.number, self.start, self.stop)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 from streammerge.kernels.chunk import Look, Step, Sweep
@@ -102,11 +103,14 @@ class _Making:
         if not any(map(self.wanted, pieces(task, number))):
             return
         record = PassResults() if shared is None else shared.record()
-        sweep: Sweep = sweep_on_all(self.job, self.executor, number, task, record, self.ahead)
+        asked: list[int] = []
+        sweep: Sweep = sweep_on_all(self.job, self.executor, number, task, record, self.ahead, asked.append)
         with failures(task, 0, task.elems):
             bind(task, sweep if shared is None else shared.over(sweep), record)
         spread = ([piece] for piece in self._missing(number))
-        yield from self._results(MergeWork(self.job, tuple(record.results)), spread)
+        for done in self._results(MergeWork(self.job, tuple(record.results)), spread):
+            yield replace(done, read_bytes=done.read_bytes + sum(asked)) if asked else done
+            asked.clear()
 
     def _missing(self, number: int) -> Iterator[Piece]:
         return filter(self.wanted, pieces(self.tasks[number], number))
@@ -128,8 +132,10 @@ def sweep_on_all(
     task: MergeTask,
     record: PassResults,
     ahead: InputFiles | None = None,
+    asked: Callable[[int], object] = lambda nbytes: None,
 ) -> Callable[..., Iterator[Any]]:
-    """Returns a sweep over the pieces of a long tensor by all workers. ``record``: the results of the previous passes."""
+    """Returns a sweep over the pieces of a long tensor by all workers. ``record``: the results of the previous passes.
+    ``asked`` is called with the bytes that each answer took to read."""
     from streammerge.running.sweeping import SweepWork
 
     def sweep(look: Look, step: Step[T], start: int, stop: int, sparse: int = 0) -> Iterator[T]:
@@ -144,7 +150,8 @@ def sweep_on_all(
         early: dict[int, T] = {}
         turn = 0
         with closing(executor.run(work, spans, backlog=executor.workers)) as results:
-            for at, result in results:
+            for at, result, nbytes in results:
+                asked(nbytes)
                 early[at] = result
                 while turn in early:
                     yield early.pop(turn)

@@ -25,8 +25,9 @@ from streammerge.units import binary_bytes, counted, decimal_bytes
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Result:
-    """The report of a run. Memory is resident bytes as the kernel counts them, worker processes included. ``peak_bytes``:
-    the most memory above ``startup_bytes``. ``measured``: for each task what was measured of its pieces, if it was asked
+    """The report of a run. ``read_bytes``: what was asked of stores for tensors, in all passes and by all workers. Memory
+    is resident bytes as the kernel counts them, worker processes included. ``peak_bytes``: the most memory above
+    ``startup_bytes``. ``measured``: for each task what was measured of its pieces, if it was asked
     for (:attr:`PieceDone.measured`). ``nonfinite``: the count of NaN and infinity in each task that has any."""
 
     out: Location

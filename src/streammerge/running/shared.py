@@ -232,7 +232,7 @@ class Share:
             return made
 
         def told(tensor: str, record: PackedRecord) -> None:
-            self.read_bytes += record.nbytes
+            self.read_bytes += record.compressed_bytes
             self.listener(Spooled(tensor, record.nbytes))
 
         try:
@@ -241,7 +241,7 @@ class Share:
             met: dict[int, dict[str, int]] = {}
             for number, done in turning.make(executor, inputs):
                 met[number] = done.nonfinite
-                self.read_bytes += tasks[number].read_bytes
+                self.read_bytes += done.read_bytes
                 self.listener(Spooled(tasks[number].out.name, tasks[number].read_bytes))
             passes = self._exchange(unit, tasks[0], keeping.claims) if unit.exchanges else None
             with (
@@ -267,7 +267,7 @@ class Share:
 
     def _finished(self, piece: Piece, done: PieceDone, keeping: _Keeping) -> None:
         self._refuse_nonfinite(piece, done)
-        self.read_bytes += piece.read_bytes
+        self.read_bytes += done.read_bytes
         self.written_bytes += piece.nbytes
         self.listener(TaskDone(piece.task.out.name, piece.read_bytes, piece.nbytes, self._held.now()))
         keeping.add(piece, done)
