@@ -9,7 +9,7 @@ from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from streammerge.errors import StreammergeError, VerifyError, listed, printable
+from streammerge.errors import StreammergeError, VerifyError, printable
 from streammerge.events import Listener, RunFinished, RunStarted, Spooled, Suspended, TaskDone, Told, quiet
 from streammerge.kernels.agreed import AGREED
 from streammerge.planning.plan import Plan
@@ -21,6 +21,7 @@ from streammerge.running.engine import SharedPasses, modules_of, run_all
 from streammerge.running.execution import tell_and_prepare
 from streammerge.running.executors.base import Executor, Executors
 from streammerge.running.job import Bench, Job, OutputPlace, lent, new_key
+from streammerge.running.nonfinite import culprit
 from streammerge.running.sending import Sending
 from streammerge.running.spooling import spooled_tasks
 from streammerge.running.turning import Turning
@@ -276,7 +277,10 @@ class Share:
         found = {name: count for name, count in done.nonfinite.items() if name != AGREED}
         if found and not self.plan.recipe.allow_nonfinite:
             self.inputs.check_unchanged()  # an input that is overwritten may show as NaN
-            counts = listed([f"{count} in {name}" for name, count in sorted(found.items())])
+            sources, get = piece.task.sources, self.inputs.get
+            counts = ", ".join(
+                f"{count} in {printable(name)}{culprit(sources, name, get)}" for name, count in sorted(found.items())
+            )
             raise VerifyError(
                 f"the merge holds NaN or infinite values, so there is no output; save the plan with `allow_nonfinite=True` "
                 f"to write it all the same: {printable(piece.task.out.name)}: {counts}"
