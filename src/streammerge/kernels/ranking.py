@@ -344,8 +344,8 @@ def _sorted_short(bits: _Bits, places: _Bits, spare: _Bits) -> Sequence[int] | N
     import numpy as np
 
     # A key is the upper bits of a magnitude, a bit that says whether any other bit of it is set, and its place from the
-    # end. In differences of 16-bit numbers other bits are seldom set. So keys of two such numbers seldom differ by the place
-    # only.
+    # end. In differences of 16-bit numbers other bits are seldom set. So keys of two such numbers seldom differ by nothing
+    # but the place.
     count, (_, rest, n) = bits.size, bits.shape
     width = (n - 1).bit_length()
     low = 1 << width
