@@ -118,6 +118,7 @@ def test_ranks_of_numbers_with_few_bits_and_with_many(n: int, kind: str, monkeyp
         assert short == [None] * len(short)
     elif kind == "equal but for a bit" and 3 < n < 1500:
         assert short == [[3, 5]]
+    check_ranks(torch.cat([values, values.flip(0)], 2), rows)
 
 
 def check_ranks(values: torch.Tensor, most: int = 3) -> None:

@@ -357,20 +357,16 @@ def _sorted_short(bits: _Bits, places: _Bits, spare: _Bits) -> Sequence[int] | N
     if (len(inexact) * n / count) ** 2 > 1 << (_MANTISSA - 1 - width):  # too many rows would have two equal keys
         return None
     np.bitwise_and(bits, np.int32(_LARGEST & -2 * low), out=made)
-    made.reshape(-1)[inexact] |= np.int32(low)
+    upper = made.reshape(-1)[inexact]
+    made.reshape(-1)[inexact] = upper | np.int32(low)
     np.bitwise_or(made, _places(n)[::-1], out=made)
     made.sort(axis=-1)
     if (made[..., -1] >= (_ANY_NAN - 1 | low)).any():
         return None
-    again: Sequence[int] = ()
-    if len(inexact):
-        again = sorted({place // (n * rest) for place in inexact.tolist()})
-        keys = made[again]
-        equal = (keys[..., 1:] ^ keys[..., :-1] < low) & (keys[..., 1:] & low != 0)
-        again = [row for row, met in zip(again, equal.any(axis=(1, 2)).tolist(), strict=True) if met]
     np.bitwise_and(made, np.int32(low - 1), out=made)
     np.subtract(np.int32(n - 1), made, out=places[:count].reshape(bits.shape))
-    return again
+    met = np.sort(inexact // n << 32 | upper)  # for each of these numbers, where it lies and the upper bits
+    return [*dict.fromkeys((met[1:][met[1:] == met[:-1]] // (rest << 32)).tolist())]
 
 
 def _sorted_long(bits: _Bits, places: _Bits, spare: _Bits) -> None:
