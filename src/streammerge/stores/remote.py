@@ -132,6 +132,11 @@ class RangedInput(Input):
         if self._ahead is not None:
             self._ahead.announce(self, offset, nbytes)
 
+    def alone(self, offset: int, nbytes: int) -> memoryview:
+        if offset + nbytes > self.size:
+            raise self.ended(offset, nbytes)
+        return self.fetch(offset, offset + nbytes) if nbytes else memoryview(b"")
+
     def held(self, offset: int, nbytes: int) -> memoryview | None:
         if self._ahead is None or offset + nbytes > self.size or not nbytes:
             return None
